@@ -1,0 +1,14 @@
+"""How long does one wait, and how much gets done? pytest-benchmark keeps the times; the report shows them beside quality."""
+
+import pytest
+
+pytestmark = pytest.mark.benchmark
+
+
+@pytest.mark.parametrize("tokens", [128, 512])
+def test_latency(lmeval, lm, benchmark, tokens):
+    lmeval.latency(lm, batch_size=1, seq_len=tokens, runs=30)
+
+
+def test_throughput(lmeval, lm, benchmark):
+    lmeval.throughput(lm, batch_size=32, seq_len=512, runs=5)

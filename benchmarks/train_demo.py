@@ -1,0 +1,83 @@
+"""Train the demo model that the package ships: `python benchmarks/train_demo.py` (about an hour on two cores).
+
+Reads the training split of the corpus `stdlib` in random crops, prints the bits per byte on the validation
+split as it goes, and writes the weights in half precision to `pytest_lmeval/zoo/demo.safetensors`. What the
+trained model reaches on the test split is measured by `benchmarks/test_demo.py`, beside a 4-gram model.
+
+Muon (Jordan et al., 2024) updates the matrices, AdamW the rest; one cycle of warm-up and linear decay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from pytest_lmeval.data import stdlib
+from pytest_lmeval.zoo.demo import WEIGHTS, Demo
+
+ROWS, LENGTH = 16, 512
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--steps", type=int, default=2000)
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--out", default=str(WEIGHTS))
+    arguments = options.parse_args()
+
+    torch.manual_seed(arguments.seed)
+    text, held_out = read("train"), read("validation")
+    model = Demo()
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=4e-3, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=4e-3, weight_decay=0.01, betas=(0.9, 0.98)),
+    ]
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min((step + 1) / 50, 1.02 - step / arguments.steps, 1.0)
+        )
+        for optimizer in optimizers
+    ]
+
+    started = time.perf_counter()
+    for step in range(arguments.steps):
+        starts = torch.randint(0, len(text) - LENGTH - 1, (ROWS,))
+        crops = torch.stack([text[start : start + LENGTH + 1] for start in starts.tolist()])
+        loss = next_byte_loss(model, crops)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+        if (step + 1) % 100 == 0 or step + 1 == arguments.steps:
+            minutes = (time.perf_counter() - started) / 60
+            bits = bits_per_byte(model, held_out[:65536])
+            print(f"step {step + 1}  loss {loss.item():.3f}  validation {bits:.3f} bits per byte  {minutes:.1f} min", flush=True)
+            save_file({name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}, arguments.out)
+
+
+def read(split: str) -> Tensor:
+    text = "".join(document.text for document in stdlib.load(split).documents())
+    return torch.tensor(list(text.encode()))
+
+
+def next_byte_loss(model: Demo, rows: Tensor) -> Tensor:
+    logits, _ = model(rows[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+
+
+@torch.no_grad()
+def bits_per_byte(model: Demo, text: Tensor) -> float:
+    return next_byte_loss(model, text[None]).item() / 0.6931471805599453
+
+
+if __name__ == "__main__":
+    main()

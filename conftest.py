@@ -1,0 +1,3 @@
+"""For the whole repository: only what every test and benchmark shares."""
+
+pytest_plugins = ["pytester"]

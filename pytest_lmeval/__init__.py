@@ -1,0 +1,40 @@
+"""Evaluations of language models as pytest tests: exact streaming, certified numbers, speed beside quality.
+
+The names below are the public face; each is imported when it is first used, so that an installed but unused
+plugin costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOMES = {
+    "Corpus": "pytest_lmeval.data.corpus",
+    "Document": "pytest_lmeval.data.corpus",
+    "LanguageModel": "pytest_lmeval.lm",
+    "Metric": "pytest_lmeval.results.metric",
+    "Model": "pytest_lmeval.lm",
+    "as_model": "pytest_lmeval.adapters",
+    "corpus": "pytest_lmeval.data",
+    "equivalence": "pytest_lmeval.equivalence.probe",
+    "fork": "pytest_lmeval.lm",
+    "latency": "pytest_lmeval.profiling.latency",
+    "load": "pytest_lmeval.adapters",
+    "perplexity": "pytest_lmeval.scoring.perplexity",
+    "state_bytes": "pytest_lmeval.lm",
+    "stream": "pytest_lmeval.stream",
+    "throughput": "pytest_lmeval.profiling.throughput",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,139 @@
+"""From what a user has to a `Model` that steps: by a spec (`load`) or by the object itself (`as_model`).
+
+    demo                       the shipped byte-level model
+    zoo:NAME                   a reference model of this package
+    hf:ID_OR_FOLDER            a transformers causal LM
+    package.module:callable    whatever the callable returns: a torch module, or an object with `step`
+
+A suffix sets the precision: @fp32 @bf16 @fp16. Each kind of model has its own file in this folder; which one
+drives an object is found out by looking at it, once, here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pytest_lmeval.lm import Model, SpecError
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BITS = {32: "fp32", 16: "bf16", 8: "int8", 4: "int4"}
+FORMS = ("transformers", "streaming", "step", "get_set_state", "functional", "stateless")
+
+
+def load(
+    spec: str, *, device: str | torch.device = "cpu", bits: int | None = None, trust_remote_code: bool = False
+) -> Model:
+    """The model that `spec` names, in eval mode on `device`.
+
+    bits               sets the precision where the spec has no suffix: 32, 16 (bfloat16), 8 or 4
+    trust_remote_code  lets a model from the hub run its own code; never set it for a model that you do not know
+
+    Raises SpecError if the spec names nothing, or the precision cannot be had.
+    """
+    name, at, precision = spec.rpartition("@")
+    if not at or "/" in precision or ":" in precision:
+        name, precision = spec, BITS[bits] if bits else ""
+    dtype = _dtype(precision, spec)
+    scheme, _, rest = name.partition(":")
+    if scheme == "hf" and rest:
+        from pytest_lmeval.adapters import huggingface
+
+        return huggingface.load(rest, spec=spec, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    loaded = _named(name)
+    if isinstance(loaded, nn.Module):
+        loaded = loaded.to(device=device, dtype=dtype)
+    elif dtype is not None:
+        raise SpecError(f"{spec}: the precision of {type(loaded).__name__} cannot be set, since it is no torch module.")
+    return as_model(loaded, spec=spec)
+
+
+def as_model(source: Any, *, spec: str | None = None, form: str | None = None, tokenizer: Any = None) -> Model:
+    """What `source` is as a `Model`; a `Model` comes back as it is.
+
+    source     a torch module, or any object with `step(input_ids, state) -> (logits, state)`
+    form       one of FORMS, where looking at the object is not enough
+    tokenizer  an object with `encode` (see `lm.Tokenizer`), `"bytes"`, or None: the object's own attribute `tokenizer`
+               if it has one, and bytes if its vocabulary has exactly 256 entries
+
+    Raises SpecError if it can be none of them, and ModelError if it returns something else than logits.
+    """
+    if isinstance(source, Model):
+        return source
+    from pytest_lmeval.adapters import huggingface, modules
+
+    spec = spec or f"{type(source).__module__}:{type(source).__qualname__}"
+    form = form or ("transformers" if huggingface.is_transformers(source) else modules.form_of(source))
+    if form not in FORMS:
+        raise SpecError(f"{spec}: unknown form {form!r}; forms are {', '.join(FORMS)}.")
+    if isinstance(source, nn.Module):
+        source.eval()
+    if form == "transformers":
+        return huggingface.adapt(source, spec=spec, tokenizer=tokenizer)
+    return modules.adapt(source, spec=spec, form=form, tokenizer=tokenizer)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device that `auto|cpu|cuda[:N]|mps` means on this machine. Raises SpecError where there is none."""
+    mps = torch.backends.mps.is_available()
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise SpecError(f"unknown device {name!r}; devices are auto, cpu, cuda, cuda:N and mps.") from error
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(mps)}.get(device.type, 0)
+    if (device.index or 0) >= there:
+        raise SpecError(
+            f"device {name!r} is not there: torch {torch.__version__} sees {there} device(s) of type {device.type!r}. "
+            "Use auto, or install a torch build for your accelerator."
+        )
+    return device
+
+
+def _dtype(precision: str, spec: str) -> torch.dtype | None:
+    if not precision:
+        return None
+    if precision in ("int8", "int4"):
+        raise SpecError(f"{spec}: {precision} weights are not built in yet, and no other precision is used in their place.")
+    if precision not in PRECISIONS:
+        raise SpecError(f"{spec}: unknown precision @{precision}; known are {', '.join('@' + p for p in PRECISIONS)}.")
+    return PRECISIONS[precision]
+
+
+def _named(name: str) -> Any:
+    """The object behind `demo`, `zoo:NAME` or `package.module:callable`."""
+    if name == "demo":
+        name = "pytest_lmeval.zoo.demo:load"
+    elif name.startswith("zoo:"):
+        known = zoo()
+        if (model := name.removeprefix("zoo:").replace("-", "_")) not in known:
+            raise SpecError(f"{name} is not in the zoo; it holds {', '.join(known) or 'nothing yet'}.")
+        name = f"pytest_lmeval.zoo.{model}:load"
+    module_path, colon, attribute = name.partition(":")
+    if not colon or not attribute or not all(part.isidentifier() for part in module_path.split(".")):
+        raise SpecError(
+            f"unknown model spec {name!r}. A spec is demo, zoo:NAME, hf:ID_OR_FOLDER or module.path:callable"
+            + (f"; did you mean hf:{name}?" if Path(name).is_dir() or not colon else ".")
+        )
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)  # as `python -m` does: a user's model usually lies beside their tests
+    try:
+        module = importlib.import_module(module_path)
+        build = getattr(module, attribute)
+    except (ImportError, AttributeError) as error:
+        raise SpecError(f"{name}: cannot be imported ({error}). A spec is module.path:callable.") from error
+    return build()
+
+
+def zoo() -> list[str]:
+    """The names that `zoo:NAME` takes."""
+    import pytest_lmeval.zoo as package
+
+    return [module.name for module in pkgutil.iter_modules(package.__path__)]

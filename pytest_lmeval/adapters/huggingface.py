@@ -1,0 +1,144 @@
+"""transformers causal LMs, with every kind of cache.
+
+The cache is called `past_key_values`, `cache_params` (Mamba and its relatives) or `state` (RWKV). It is
+never made here: the model makes its own in the first step, as its configuration asks for (a cache made without the
+configuration forgets that some layers have windows), and it is carried from then on. Positions are always given explicitly,
+since some models restart them with each chunk, and no attention mask is given, since there is no padding.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pytest_lmeval.lm import Advance, Model, ModelError, SpecError, State
+
+CACHE_NAMES = ("past_key_values", "cache_params", "state")
+BORDERS = ("sliding_window", "attention_chunk_size", "chunk_size", "mamba_chunk_size", "conv_kernel", "mamba_d_conv", "conv_L_cache")
+
+
+@dataclass
+class Carried:
+    """The model's cache and the number of tokens it has seen (the next position)."""
+
+    cache: Any
+    seen: int
+
+
+def is_transformers(source: Any) -> bool:
+    """Whether `source` is a transformers model; never imports transformers to find out."""
+    transformers = sys.modules.get("transformers")
+    return transformers is not None and isinstance(source, transformers.PreTrainedModel)
+
+
+def load(
+    name: str, *, spec: str, device: str | torch.device, dtype: torch.dtype | None, trust_remote_code: bool
+) -> Model:
+    """A causal LM from a folder or the hub, from safetensors or weights that hold nothing but tensors."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise SpecError(f"{spec} needs transformers: pip install 'pytest-lmeval[hf]'") from error
+    folder = Path(name).expanduser()
+    source = str(folder) if folder.is_dir() else name
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    try:
+        module = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto", **options)
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise SpecError(
+            f"{spec} could not be loaded: {str(error).strip().splitlines()[0]} "
+            f"({name!r} is {'a' if folder.is_dir() else 'no'} folder here; otherwise it is looked up on the hub.)"
+        ) from error
+    try:
+        tokenizer = Words(transformers.AutoTokenizer.from_pretrained(source, **options), name)
+    except (OSError, ValueError, KeyError, TypeError, ImportError):
+        tokenizer = None  # said when text is to be read: token ids can be scored without
+    return adapt(module.to(device).eval(), spec=spec, tokenizer=tokenizer)
+
+
+def adapt(module: nn.Module, *, spec: str, tokenizer: Any = None) -> Model:
+    config: Any = module.config
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if tokenizer is not None and not hasattr(tokenizer, "bos"):
+        tokenizer = Words(tokenizer, spec)
+    first_token = torch.zeros(1, 1, dtype=torch.long, device=next(module.parameters()).device)
+    with torch.no_grad():
+        logits, state = advance_with_cache(module)(first_token, None, None)
+    stateful = state is not None
+    rebuild = advance_with_cache if stateful else advance_without_cache
+    return Model(
+        rebuild(module),
+        spec,
+        form="transformers",
+        stateful=stateful,
+        vocab_size=logits.shape[-1],
+        module=module,
+        rebuild=rebuild,
+        tokenizer=tokenizer,
+        context_length=getattr(text_config, "max_position_embeddings", None),
+        borders=tuple(
+            sorted({n for name in BORDERS if isinstance(n := getattr(text_config, name, None), int) and n > 1})
+        ),
+    )
+
+
+def advance_with_cache(module: nn.Module) -> Advance:
+    accepted = inspect.signature(module.forward).parameters
+    names = [name for name in CACHE_NAMES if name in accepted]
+
+    def advance(input_ids: Tensor, state: State | None, keep: int | None) -> tuple[Tensor, State]:
+        seen = 0 if state is None else state.seen
+        positions = input_ids.shape[-1]
+        arguments: dict[str, Any] = {"use_cache": True}
+        if "position_ids" in accepted:
+            arguments["position_ids"] = torch.arange(seen, seen + positions, device=input_ids.device)[None]
+        if keep and "logits_to_keep" in accepted:  # there 0 means all of them
+            arguments["logits_to_keep"] = keep
+        if state is not None:
+            arguments[names[0]] = state.cache
+        output = module(input_ids=input_ids, **arguments)
+        cache = next((c for name in names if (c := getattr(output, name, None)) is not None), None)
+        return output.logits, None if cache is None else Carried(cache, seen + positions)
+
+    return advance
+
+
+def advance_without_cache(module: nn.Module) -> Advance:
+    """For models that return no cache, or that hide their state in their modules: each call is a sequence of its own."""
+
+    def advance(input_ids: Tensor, state: State | None, keep: int | None) -> tuple[Tensor, State]:
+        if state is not None:
+            raise ModelError(f"{type(module).__name__} has no cache to go on from.")
+        return module(input_ids=input_ids, use_cache=False).logits, None
+
+    return advance
+
+
+class Words:
+    """A transformers tokenizer as a `lm.Tokenizer`: no special tokens, and where in the text's bytes each token ends."""
+
+    def __init__(self, tokenizer: Any, name: str) -> None:
+        self.tokenizer, self.name, self.bos = tokenizer, name, tokenizer.bos_token_id
+
+    def encode(self, text: str) -> tuple[Any, Any]:
+        import numpy as np
+
+        fast = bool(getattr(self.tokenizer, "is_fast", False))
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
+        ids = np.asarray(encoded["input_ids"], dtype=np.int64)
+        # bytes[i]: how many bytes the first i characters take
+        widths = np.fromiter((len(character.encode()) for character in text), dtype=np.int64, count=len(text))
+        bytes_before = np.concatenate([[0], np.cumsum(widths)])
+        if fast:
+            ends = np.asarray([end for _, end in encoded["offset_mapping"]], dtype=np.int64)
+        else:  # a slow tokenizer does not say where its tokens lie: spread the text over them evenly
+            ends = np.linspace(0, len(text), len(ids) + 1)[1:].astype(np.int64)
+        if len(ends):
+            ends[-1] = len(text)
+        return ids, bytes_before[np.maximum.accumulate(ends)]

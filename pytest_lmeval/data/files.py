@@ -1,0 +1,101 @@
+"""Corpora in local files: `text:PATH`, `jsonl:PATH#FIELD` and `tokens:PATH`. All are read as they are needed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from pytest_lmeval.data.corpus import Corpus, CorpusError, Document
+
+PART = 1 << 16  # characters of a text file that are tokenized together; cut at ends of lines
+EDGE = 1 << 20  # bytes at either end of a file that its fingerprint reads
+
+
+def text(path: str, split: str) -> Corpus:
+    """One text, in parts that end with a line. In a folder: the file of the split, SPLIT.txt."""
+    file = Path(path).expanduser()
+    file = _existing(file / f"{split}.txt" if file.is_dir() else file, f"text:{path}")
+
+    def documents() -> Iterator[Document]:
+        with open(file, encoding="utf-8", newline="") as lines:
+            try:
+                while part := lines.read(PART):
+                    yield Document(file.name, part + lines.readline())
+            except UnicodeDecodeError as error:
+                raise CorpusError(
+                    f"{file} is not UTF-8 text: byte {error.object[error.start]:#04x} ({error.reason}). Convert it first; "
+                    "bytes that are skipped or replaced would be scored as something else."
+                ) from error
+
+    return Corpus(f"text:{path}", split, documents, fingerprint(file))
+
+
+def jsonl(path: str, split: str) -> Corpus:
+    """One document a line, in the named field."""
+    path, _, field = path.partition("#")
+    field = field or "text"
+    file = Path(path).expanduser()
+    file = _existing(file / f"{split}.jsonl" if file.is_dir() else file, f"jsonl:{path}")
+
+    def documents() -> Iterator[Document]:
+        with open(file, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                yield Document(f"{file.name}:{number}", _field(line, field, f"{file}, line {number}"))
+
+    return Corpus(f"jsonl:{path}#{field}", split, documents, fingerprint(file), as_stream=False)
+
+
+def tokens(path: str, split: str) -> Corpus:
+    """Ids from a .npy file, memory-mapped: a slice is read when it is scored."""
+    import numpy as np
+
+    file = Path(path).expanduser()
+    file = _existing(file / f"{split}.npy" if file.is_dir() else file, f"tokens:{path}")
+    try:
+        ids = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise CorpusError(f"{file} is no .npy file of token ids ({error}). Write one with numpy.save(path, ids).") from error
+    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+        raise CorpusError(f"{file} holds {ids.dtype} of shape {list(ids.shape)}; token ids are one row of integers.")
+
+    def documents() -> Iterator[Document]:
+        # mapped anew for each reading, so that pages read before do not stay with the process
+        yield Document(file.name, ids=np.load(file, mmap_mode="r", allow_pickle=False))
+
+    return Corpus(f"tokens:{path}", split, documents, fingerprint(file), tokenized=True)
+
+
+SCHEMES: dict[str, Callable[[str, str], Corpus]] = {"text": text, "jsonl": jsonl, "tokens": tokens}
+
+
+def fingerprint(file: Path) -> str:
+    """A hash of the file's size and of its first and last megabyte."""
+    size = file.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(file, "rb") as content:
+        digest.update(content.read(EDGE))
+        content.seek(max(0, size - EDGE))
+        digest.update(content.read(EDGE))
+    return digest.hexdigest()
+
+
+def _existing(file: Path, name: str) -> Path:
+    if not file.is_file():
+        raise CorpusError(f"{name}: there is no file {file}" + (f" (looked from {Path.cwd()})." if not file.is_absolute() else "."))
+    return file.resolve()
+
+
+def _field(line: str, field: str, place: str) -> str:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise CorpusError(f"{place}: not JSON ({error}).") from error
+    value = row.get(field) if isinstance(row, dict) else None
+    if not isinstance(value, str):
+        there = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        raise CorpusError(f"{place}: no text in field {field!r} (there is {there}).")
+    if not value:
+        raise CorpusError(f"{place}: the document is empty; an empty document has nothing to score. Remove the line.")
+    return value

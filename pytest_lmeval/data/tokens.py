@@ -1,0 +1,75 @@
+"""From documents to token ids, remembering how many bytes of text each token stands for.
+
+Bits per byte compares models of different vocabularies only if the bytes are those of the original text, and
+only those of the tokens that were scored. So the width of every token is carried beside its id, until it is scored.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from pytest_lmeval.data.corpus import CorpusError, Document
+from pytest_lmeval.lm import Model
+
+
+class TokenReader:
+    """The ids of consecutive documents as one stream, and the widths of the tokens handed out so far.
+
+    ids = TokenReader(lm, documents)       yields arrays of ids, the beginning-of-sequence token first if there is one
+    ids.take_bytes(n)                      bytes of text [n] of the next n targets; zeros for a corpus of bare ids
+
+    skip     begin with this token of the stream
+    scored   the last token whose bytes were taken before (token 0 is no target: its bytes are never counted)
+    limit    end before this token
+    """
+
+    def __init__(
+        self, lm: Model, documents: Iterable[Document], *, skip: int = 0, scored: int = 0, limit: int | None = None
+    ) -> None:
+        self._lm, self._documents = lm, documents
+        self._skip, self._scored, self._limit = skip, scored, limit
+        self._widths: deque[np.ndarray] = deque()
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        at = 0
+        for ids, widths in self._encoded():
+            end = at + len(ids) if self._limit is None else min(at + len(ids), self._limit)
+            if (begin := max(at, self._skip)) < end:
+                self._widths.append(widths[max(at, self._scored + 1) - at : end - at])
+                yield ids[begin - at : end - at]
+            at += len(ids)
+            if end == self._limit:
+                return
+
+    def take_bytes(self, count: int) -> np.ndarray:
+        parts = []
+        while count:
+            widths = self._widths.popleft()
+            if len(widths) > count:
+                self._widths.appendleft(widths[count:])
+                widths = widths[:count]
+            parts.append(widths)
+            count -= len(widths)
+        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+
+    def _encoded(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        tokenizer = self._lm.tokenizer
+        if tokenizer is not None and tokenizer.bos is not None:
+            yield np.array([tokenizer.bos]), np.zeros(1, dtype=np.int64)
+        for document in self._documents:
+            if document.ids is not None:
+                for begin in range(0, len(document.ids), 1 << 16):
+                    ids = np.asarray(document.ids[begin : begin + (1 << 16)], dtype=np.int64)
+                    yield ids, np.broadcast_to(np.int64(0), len(ids))
+            elif tokenizer is None:
+                raise CorpusError(
+                    f"{self._lm.spec} has no tokenizer, so text cannot be read with it (its vocabulary has "
+                    f"{self._lm.vocab_size} entries; 256 would have meant bytes). Give the model an attribute `tokenizer` "
+                    "with encode(text) -> (ids, byte_ends), or use tokens:PATH with ids of your own."
+                )
+            elif document.text:
+                ids, ends = tokenizer.encode(document.text)
+                yield ids, np.diff(ends, prepend=0)

@@ -1,0 +1,85 @@
+"""What the probe found: law by law, and the verdict that follows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+EXACT, STEP_ONLY, INEXACT = "exact-any-chunk", "exact-step-only", "inexact"
+NON_CAUSAL, STATELESS, CONSISTENT = "non-causal", "stateless", "consistent"
+LOW_PRECISION = ("float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class LawResult:
+    """One law on one model.
+
+    cases           how many sequences it was tried on
+    worst_ratio     error of the chunked run over the error of the full run, both against the reference (about 1 where
+                    all is well, allowed 8); None for laws that are bit-equal
+    counterexample  the smallest case that breaks it, in words; None where it is kept
+    """
+
+    law: str
+    cases: int
+    worst_ratio: float | None = None
+    counterexample: str | None = None
+
+    @property
+    def kept(self) -> bool:
+        return self.counterexample is None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "kept": self.kept,
+            "cases": self.cases,
+            "worst_ratio": self.worst_ratio,
+            "counterexample": self.counterexample,
+        }
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """The verdict on a model and what it rests on; `chunking_used` is filled in by whoever streams with it."""
+
+    verdict: str
+    dtype: str
+    reference: str
+    laws: dict[str, LawResult] = field(default_factory=dict)
+    chunking_used: str | None = None
+
+    @property
+    def worst_ratio(self) -> float | None:
+        return max((law.worst_ratio for law in self.laws.values() if law.worst_ratio is not None), default=None)
+
+    def why_not(self) -> str:
+        """The counterexamples of the broken laws."""
+        return "\n".join(f"  {law.law}: {law.counterexample}" for law in self.laws.values() if not law.kept)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "verdict": self.verdict,
+            "dtype": self.dtype,
+            "reference": self.reference,
+            "worst_ratio": self.worst_ratio,
+            "laws": {name: law.to_json() for name, law in self.laws.items()},
+            "chunking_used": self.chunking_used,
+        }
+
+
+def verdict_of(laws: dict[str, LawResult], *, stateful: bool, dtype: str) -> str:
+    """The verdict that the kept and broken laws add up to.
+
+    16-bit arithmetic is too coarse to tell a small fault from rounding, so there a model that breaks nothing is
+    `consistent`: not refuted, not proven.
+    """
+    kept = {name for name, law in laws.items() if law.kept}
+    if "causality" not in kept:
+        return NON_CAUSAL
+    if "isolation" not in kept or (stateful and "steps" not in kept):
+        return INEXACT
+    if not stateful:
+        return STATELESS
+    if "splits" not in kept:
+        return STEP_ONLY
+    return CONSISTENT if dtype in LOW_PRECISION else EXACT

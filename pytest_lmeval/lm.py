@@ -1,0 +1,246 @@
+"""What this package asks of a language model, and what it does with the state of one.
+
+A model steps:
+
+    logits, state = lm.step(input_ids, state)        # state is None before the first token
+
+`LanguageModel` is that one method. `Model` is what the adapters make of a user's model: the same method,
+checked, with the facts that a record needs beside it.
+
+Axes, here and in every docstring of the package:
+
+    b  rows of a batch        t  tokens (time)        v  vocabulary        k  codebooks
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+State: TypeAlias = Any
+"""Whatever a model carries from step to step: caches, recurrent states, a convolution's tail. None: nothing yet."""
+
+Advance: TypeAlias = Callable[[Tensor, "State | None", "int | None"], tuple[Tensor, State]]
+"""An adapter's work: (input_ids, state, keep) -> (logits, new state). May ignore `keep` and return all logits."""
+
+
+class SpecError(ValueError):
+    """A model spec, device or precision that names nothing that can be had here."""
+
+
+class ModelError(RuntimeError):
+    """A model that did something a language model does not do; the message names what, where and what to try."""
+
+
+@runtime_checkable
+class LanguageModel(Protocol):
+    def step(
+        self, input_ids: Tensor, state: State | None = None, *, keep: int | None = None
+    ) -> tuple[Tensor, State]:
+        """Read `input_ids` after everything that `state` has seen.
+
+        input_ids   [b, t] int64, or [b, k, t] for models of several codebooks; t >= 1
+        state       what an earlier step returned, or None at the beginning of a sequence. A step may use its
+                    state up: to continue one state twice, `fork` it first.
+        keep        return the logits of the last `keep` positions only (all of them by default)
+
+        Returns logits [b, t, v] (or [b, k, t, v]), logits[:, i] being about the token after input_ids[:, i], and the state to
+        go on from.
+        """
+
+
+class Tokenizer(Protocol):
+    """Text to ids, with the place in the text's UTF-8 bytes where each token ends."""
+
+    name: str
+    bos: int | None  # put before a text so that its first token is scored too; None: the first token is not scored
+
+    def encode(self, text: str) -> tuple[Any, Any]:
+        """Ids [t] and byte offsets [t] (numpy int64): token i ends before byte offsets[i]; offsets[-1] is the text's length."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A language model ready to be stepped, and what is known about it.
+
+    advance         the adapter's step
+    spec            how the user named it
+    form            which adapter drives it
+    stateful        whether it carries anything from step to step; if not, it is scored in windows
+    module          the torch module behind it, if there is one
+    rebuild         makes `advance` for another copy of the module (the float64 twin that references come from)
+    context_length  the most tokens a sequence may have (learned or trained positions); None: no limit known
+    borders         lengths at which its inner workings change (window, kernel, block): where faults sit
+    """
+
+    advance: Advance
+    spec: str
+    form: str
+    stateful: bool
+    vocab_size: int
+    module: nn.Module | None = None
+    rebuild: Callable[[nn.Module], Advance] | None = None
+    tokenizer: Tokenizer | None = None
+    context_length: int | None = None
+    borders: tuple[int, ...] = ()
+
+    def step(
+        self, input_ids: Tensor, state: State | None = None, *, keep: int | None = None
+    ) -> tuple[Tensor, State]:
+        """See `LanguageModel.step`. Raises ModelError where logits or state are not what they must be."""
+        positions = input_ids.shape[-1]
+        expected = (*input_ids.shape[:-1], positions if keep is None else keep)
+        logits, new_state = self.advance(input_ids, state, keep)
+        if not isinstance(logits, Tensor):
+            raise ModelError(f"{self.spec} returned {type(logits).__name__} where logits (a tensor) were expected.")
+        if keep is not None and logits.ndim > 1 and logits.shape[-2] == positions:
+            logits = logits[..., positions - keep :, :]
+        if tuple(logits.shape[:-1]) != expected:
+            raise ModelError(
+                f"{self.spec} was given input_ids of shape {list(input_ids.shape)} and returned logits of shape "
+                f"{list(logits.shape)}; expected {[*expected, self.vocab_size]}: one row of logits for each position. "
+                "A model that returns only its last position, or several sequences as one, cannot be scored."
+            )
+        if self.stateful and new_state is None:
+            raise ModelError(
+                f"{self.spec} ({self.form}) returned no state after {positions} token(s), though it carries one. Without it "
+                "the next chunk would be read as if nothing came before. Return the new state, or, if the "
+                "model has none, load it with form='stateless' so that it is scored in windows."
+            )
+        return logits, new_state
+
+    @property
+    def device(self) -> torch.device:
+        return next((tensor.device for tensor in weights(self.module)), torch.device("cpu"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        floating = (tensor.dtype for tensor in weights(self.module) if tensor.is_floating_point())
+        return next(floating, torch.float32)
+
+    def facts(self) -> dict[str, Any]:
+        """What a record says about the model: spec, size, precision, place and fingerprint."""
+        tensors = list(weights(self.module))
+        return {
+            "spec": self.spec,
+            "form": self.form,
+            "parameters": sum(p.numel() for p in self.module.parameters()) if self.module is not None else None,
+            "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": str(self.device),
+            "fingerprint": fingerprint(self),
+        }
+
+
+def weights(module: nn.Module | None) -> Iterator[Tensor]:
+    """Parameters, then buffers."""
+    if module is not None:
+        yield from module.parameters()
+        yield from module.buffers()
+
+
+def twin(model: Model, dtype: torch.dtype = torch.float64) -> Model | None:
+    """A copy of the model with the same (already rounded) weights in `dtype`; None where it cannot be copied."""
+    if model.module is None or model.rebuild is None:
+        return None
+    try:
+        module = copy.deepcopy(model.module).to(dtype)
+    except (RuntimeError, TypeError, NotImplementedError, copy.Error):
+        return None  # quantized, fused or otherwise bound to its precision
+    return dataclasses.replace(model, module=module, advance=model.rebuild(module))
+
+
+# The two helpers below walk a state's tensors through containers and plain objects (a transformers cache is
+# an object with a list of layer objects). They stop at modules: a state may point at its model, but does not own it.
+
+
+def fork(state: State) -> State:
+    """A copy that shares no storage with `state`, so that both can be continued without seeing each other."""
+    memo: dict[int, Any] = {}
+    for owned in _walk(state):
+        if isinstance(owned, Tensor):
+            memo[id(owned)] = owned.detach().clone()
+        elif isinstance(owned, nn.Module):
+            memo[id(owned)] = owned
+    return copy.deepcopy(state, memo)
+
+
+def state_bytes(state: State) -> int:
+    """Bytes of memory that the state keeps alive: whole storages, each counted once, whatever views into them it holds."""
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in _walk(state)
+        if isinstance(tensor, Tensor)
+    }
+    return sum(storages.values())
+
+
+def _walk(value: Any) -> Iterator[Any]:
+    seen: set[int] = set()
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if item is None or isinstance(item, str | bytes | int | float | complex | type) or id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, Tensor | nn.Module):
+            yield item
+        elif isinstance(item, dict):
+            stack.extend(item.values())
+        elif isinstance(item, list | tuple | set | frozenset):
+            stack.extend(item)
+        elif hasattr(item, "__dict__") and not callable(item):
+            stack.extend(vars(item).values())
+
+
+SMALL = 1 << 20  # elements of a tensor up to which all of them are hashed
+
+
+def fingerprint(model: Model) -> str:
+    """Sixteen hex digits that change when the model does: its form, the file its class is written in, its weights.
+
+    Tensors of more than a million elements enter by an even sample of about that many and the sum of all, so
+    that a model of many gigabytes is told apart in seconds.
+    """
+    digest = hashlib.sha256(f"{model.form}|{model.vocab_size}|{model.context_length}".encode())
+    if model.module is None:
+        digest.update(model.spec.encode())
+        return digest.hexdigest()[:16]
+    digest.update(_code(type(model.module)))
+    for name, tensor in _named(model.module):
+        digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}".encode())
+        digest.update(_content(tensor.detach()))
+    return digest.hexdigest()[:16]
+
+
+def _code(kind: type) -> bytes:
+    name = f"{kind.__module__}.{kind.__qualname__}".encode()
+    try:
+        return name + Path(inspect.getsourcefile(kind) or "").read_bytes()
+    except (OSError, TypeError):  # written at a prompt, or compiled
+        return name
+
+
+def _named(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def _content(tensor: Tensor) -> bytes:
+    flat = tensor.reshape(-1)
+    if flat.numel() > SMALL:
+        total = flat.sum(dtype=torch.float64) if flat.is_floating_point() else flat.sum()
+        head = bytes(str(total.item()), "ascii")
+        flat = flat[:: flat.numel() // SMALL]
+    else:
+        head = b""
+    return head + flat.contiguous().cpu().view(torch.uint8).numpy().tobytes()

@@ -1,0 +1,53 @@
+"""Progress of long work on the terminal, past pytest's capture; nothing at all where there is no terminal.
+
+    demo reads stdlib[test]:  34% 48,128/145,928 tokens, perplexity 3.21, 29,870 tokens/s, 00:03 left
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from tqdm import tqdm
+
+LAYOUT = "{desc}: {percentage:3.0f}% {n:,d}/{total:,d} tokens{postfix}, {rate_fmt}, {remaining} left"
+UNKNOWN = "{desc}: {n:,d} tokens{postfix}, {rate_fmt}, {elapsed} so far"  # how much will come is not known
+
+
+class Uncaptured:
+    """The terminal as a file that pytest's capture does not swallow."""
+
+    def __init__(self, terminal: Any, capture: Any) -> None:
+        self._file, self._capture = terminal._tw._file, capture
+
+    def write(self, text: str) -> None:
+        with self._capture.global_and_fixture_disabled():
+            self._file.write(text)
+            self._file.flush()
+
+    def flush(self) -> None:
+        """Written text is there already."""
+
+    def isatty(self) -> bool:
+        return bool(self._file.isatty())
+
+
+@contextmanager
+def bar(title: str, file: Any) -> Iterator[Callable[[int, float, int | None], None] | None]:
+    """A progress bar while the work in the `with` block goes on: call it with tokens done, nats so far, tokens expected."""
+    if not file.isatty():
+        yield None
+        return
+    with tqdm(desc=title, file=file, unit=" tokens", leave=False, dynamic_ncols=True, bar_format=UNKNOWN, mininterval=0.2) as tokens:
+
+        def update(done: int, nats: float, expected: int | None) -> None:
+            if expected is not None and tokens.total is None:
+                tokens.total, tokens.bar_format = expected, LAYOUT
+            if not tokens.n:
+                tokens.initial = 0
+            tokens.set_postfix_str(f"perplexity {math.exp(min(nats / done, 700)):.4g}", refresh=False)
+            tokens.update(done - tokens.n)
+
+        yield update

@@ -1,0 +1,88 @@
+"""The rows that every rendering shows: which numbers of a record come first, and how a number reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+HEADLINES = {  # kind -> the metrics that a summary shows; a report shows all of them
+    "perplexity": ("perplexity", "bits_per_byte", "token_accuracy_top1", "token_accuracy_top5", "loss_slope", "tokens_per_second"),
+    "equivalence": ("laws_kept", "worst_ratio"),
+    "latency": ("prefill", "ttft", "itl", "e2e"),
+    "throughput": ("tokens_per_second",),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number of one record, as text."""
+
+    test: str
+    lm: str
+    subject: str
+    metric: str
+    value: str
+    interval: str
+    n: str
+    verdict: str
+    outcome: str
+
+
+def rows(records: list[dict[str, Any]], *, headlines: bool = True) -> Iterator[Row]:
+    for record in records:
+        metrics = record["metrics"]
+        names = [name for name in HEADLINES.get(record["kind"], metrics) if name in metrics] if headlines else list(metrics)
+        verdict = (record["certificate"] or {}).get("verdict", "")
+        for name in names or [record["kind"]]:
+            metric = metrics.get(name)
+            reason = record["settings"].get("not_measured") or ""
+            yield Row(
+                test=record["test"],
+                lm=record["lm"]["spec"],
+                subject=record["subject"],
+                metric=name.replace("_", " "),
+                value=number(metric["value"], metric["unit"]) if metric else "not measured",
+                interval=interval(metric) if metric else reason,
+                n=f"{metric['n']:,}" if metric and metric["n"] is not None else "",
+                verdict=verdict,
+                outcome=record.get("outcome", ""),
+            )
+
+
+def number(value: float, unit: str = "") -> str:
+    """Four digits that matter, and the unit.
+
+    >>> number(31244.7, "tokens/s"), number(0.66683), number(3.0, "of 4"), number(0.000123)
+    ('31,245 tokens/s', '0.6668', '3 of 4', '0.000123')
+    """
+    if value == int(value) and abs(value) < 1e15:
+        text = f"{int(value):,}"
+    elif abs(value) >= 1000:
+        text = f"{value:,.0f}"
+    else:
+        text = f"{value:.4g}"
+    return f"{text} {unit}".rstrip()
+
+
+def interval(metric: dict[str, Any]) -> str:
+    return "" if metric["low"] is None else f"{number(metric['low'])} to {number(metric['high'])}"
+
+
+def model_line(lm: dict[str, Any]) -> str:
+    """The model in a line: spec, size, precision, place, fingerprint."""
+    size = "" if lm.get("parameters") is None else f"{lm['parameters']:,} parameters, "
+    return f"{lm['spec']}: {size}{size_of(lm['bytes'])}, {lm['dtype']} on {lm['device']} ({lm['fingerprint']})"
+
+
+def size_of(count: float) -> str:
+    """Bytes as people say them.
+
+    >>> size_of(3912192)
+    '3.7 MiB'
+    """
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            break
+        count /= 1024
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

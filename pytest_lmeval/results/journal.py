@@ -1,0 +1,141 @@
+"""The journal: one JSON object a line, appended and synced as each result is there.
+
+A run that is killed leaves every finished line behind, and the next run takes its results from there instead of
+computing them again. A run that ends by itself writes a closing line; what stands before it is history and is
+never served again, since the next run is meant to measure anew.
+
+    {"event": "result", "key": ..., "record": {...}}
+    {"event": "end"}
+
+Work that was in the middle is kept beside the journal, one file a key in `partial/` (see `Checkpoints`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+
+class JournalWarning(UserWarning):
+    """A journal or a checkpoint that could not be read whole; what could be read is used."""
+
+
+def key_of(**identity: Any) -> str:
+    """The identity of a piece of work: test, model fingerprint, data, settings."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+class Journal:
+    """The journal of an output folder. Lines are appended whole, so that parallel workers can share it."""
+
+    def __init__(self, folder: Path, *, fresh: bool = False) -> None:
+        self.path = folder / "journal.jsonl"
+        self.checkpoints = Checkpoints(folder / "partial")
+        if fresh:
+            self.end()
+        self.results: dict[str, dict[str, Any]] = self._unfinished()
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        """The record that an interrupted run had already finished under this key."""
+        return self.results.get(key)
+
+    def add(self, key: str, record: dict[str, Any]) -> None:
+        self._append({"event": "result", "key": key, "record": record})
+        self.results[key] = record
+        self.checkpoints.drop(key)
+
+    def end(self) -> None:
+        """Close the run: everything before this line is history."""
+        if self.path.exists():
+            self._append({"event": "end"})
+        self.checkpoints.drop_all()
+        self.results = {}
+
+    def _append(self, line: dict[str, Any]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "ab") as file:
+            torn = file.tell() > 0 and not _ends_with_newline(self.path)
+            file.write(b"\n" * torn + json.dumps(line, allow_nan=False).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _unfinished(self) -> dict[str, dict[str, Any]]:
+        results: dict[str, dict[str, Any]] = {}
+        if not self.path.exists():
+            return results
+        for number, raw in enumerate(self.path.read_bytes().splitlines(), start=1):
+            try:
+                line = json.loads(raw)
+                if line["event"] == "end":
+                    results = {}
+                elif line["event"] == "result":
+                    results[line["key"]] = line["record"]
+            except (ValueError, KeyError, TypeError):
+                if raw.strip():
+                    warnings.warn(
+                        f"{self.path}, line {number} is broken and was dropped ({raw[:60]!r}...): the run that wrote it was "
+                        "probably killed there. That result is computed again.",
+                        JournalWarning,
+                        stacklevel=2,
+                    )
+        return results
+
+
+class Checkpoints:
+    """Saved points of long work, one file a key, replaced in one move so that there is always a whole one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def write(self, key: str, save: Callable[[IO[bytes]], None]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=self.folder, prefix=f"{key}.", suffix=".new")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                save(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(name, self._path(key))
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(name)
+
+    def read(self, key: str, load: Callable[[IO[bytes]], Any]) -> Any:
+        """What was saved under this key, or None. A file that cannot be read is reported and not used."""
+        try:
+            with open(self._path(key), "rb") as file:
+                return load(file)
+        except FileNotFoundError:
+            return None
+        except Exception as error:  # whatever a half-written or foreign file makes of the reader
+            warnings.warn(
+                f"the saved point {self._path(key)} cannot be read ({type(error).__name__}: {str(error)[:200]}); "
+                "this stream is read from its beginning.",
+                JournalWarning,
+                stacklevel=2,
+            )
+            return None
+
+    def drop(self, key: str) -> None:
+        with suppress(FileNotFoundError):
+            os.unlink(self._path(key))
+
+    def drop_all(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{key}.pt"
+
+
+def _ends_with_newline(path: Path) -> bool:
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"

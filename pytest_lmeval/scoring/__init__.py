@@ -1,0 +1,1 @@
+"""What is found out by scoring tokens: folds over the stream."""

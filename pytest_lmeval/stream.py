@@ -1,0 +1,247 @@
+"""The heart: a model reads a stream of tokens in chunks, its state carried, and every token is scored once.
+
+    for chunk in stream(lm, tokens, chunk_size=1024):
+        total += chunk.nll.sum()
+
+A chunk of logits is turned into one loss and one rank a token and is gone before the next chunk is read, so
+memory is the model, its state and one chunk, however long the stream. Everything else in this package that
+reads text (perplexity, accuracy, loss by position) is a fold over these chunks.
+
+The stream of T tokens has T - 1 targets: the first token has nothing before it to be predicted from. Put a
+beginning-of-sequence token in front to score it too.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pytest_lmeval.lm import Model, ModelError, State, state_bytes
+
+LOGITS_BUDGET = 256 << 20  # bytes that a chunk's logits and what is computed from them may take
+LARGEST_CHUNK, SMALLEST_CHUNK = 1024, 16
+ROWS = 1 << 20  # logits that are scored in one go: few enough to stay in the processor's caches
+
+
+class StreamError(ValueError):
+    """A stream that cannot be scored: too short, or with a token that the model does not have."""
+
+
+class NotFiniteError(ModelError):
+    """A model gave a loss that is not a finite number."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The scores of the targets `start` to `end` of a stream (counted from 1: token 0 is no target).
+
+    nll          [n] float64 on the CPU, nats: negative log-likelihood of each target given all before it
+    rank         [n] int64 on the CPU: how many tokens were likelier (0: the model's first choice; ties in the order of ids)
+    seconds      wall time of the step and the scoring
+    state_bytes  memory that the state holds after this chunk
+    state        to go on from: after the token before `end`; a further step uses it up
+    """
+
+    start: int
+    end: int
+    nll: np.ndarray
+    rank: np.ndarray
+    seconds: float
+    state_bytes: int
+    state: State
+
+
+def stream(
+    lm: Model,
+    tokens: Iterable[Any] | np.ndarray | Tensor,
+    *,
+    chunk_size: int | None = None,
+    state: State | None = None,
+    position: int = 0,
+) -> Iterator[Chunk]:
+    """Score a stream chunk by chunk, the state carried, each target token exactly once.
+
+    tokens      ids [T]: a tensor, an array (memory-mapped ones are read as needed), or an iterator of arrays
+    chunk_size  tokens a step; by default what fits the memory budget (see `default_chunk_size`)
+    state       go on from this state, with `tokens` starting at the first token that it has not seen
+    position    the place of that token in the stream, so that chunks are numbered from there
+
+    Raises StreamError for a stream of fewer than two tokens or a token outside the vocabulary, NotFiniteError for a
+    loss that is not finite, with the position.
+    """
+    size = chunk_size or default_chunk_size(lm.vocab_size)
+    start = position
+    for ids in overlapping(tokens, size):
+        began = time.perf_counter()
+        nll, rank, state = _read(lm, ids, state, start, fresh=len(ids) - 1)
+        end = start + len(ids)
+        yield Chunk(start + 1, end, nll, rank, time.perf_counter() - began, state_bytes(state), state)
+        start = end - 1
+    _refuse_empty(start == position == 0)
+
+
+def stream_in_windows(
+    lm: Model,
+    tokens: Iterable[Any] | np.ndarray | Tensor,
+    *,
+    window: int,
+    overlap: int,
+    chunk_size: int | None = None,
+    position: int = 0,
+) -> Iterator[Chunk]:
+    """Score a stream in windows that know nothing of one another: for models without a state, or with a limited context.
+
+    Each window reads `window` tokens from scratch, the first `overlap` of them only as context (they were scored by the
+    window before), so a token sees between `overlap` and `window` tokens before it and window / (window - overlap)
+    times the work of one pass is done. Within a window the state is carried from chunk to chunk, if `chunk_size` is given.
+    `position` is where `tokens` start in the stream: a multiple of window - overlap.
+    """
+    if not 0 <= overlap < window:
+        raise StreamError(f"windows of {window} tokens cannot overlap by {overlap}: a window has to score something new.")
+    start = position
+    for ids in overlapping(tokens, window, overlap):
+        began = time.perf_counter()
+        known = overlap if start else 0
+        steps = overlapping(ids, chunk_size or window)
+        state, at, parts = None, start, []
+        for step_ids in steps:
+            last = at + len(step_ids) - 1
+            fresh = min(len(step_ids) - 1, last - start - known)  # targets of this step that were not scored before
+            nll, rank, state = _read(lm, step_ids, state, at, max(fresh, 0))
+            parts.append((nll, rank))
+            at = last
+        scored = [np.concatenate(part) for part in zip(*parts, strict=True)]
+        yield Chunk(
+            start + known + 1, at + 1, scored[0], scored[1], time.perf_counter() - began, state_bytes(state), None
+        )
+        start += window - overlap
+    _refuse_empty(start == position == 0)
+
+
+def _read(
+    lm: Model, ids: np.ndarray, state: State | None, start: int, fresh: int
+) -> tuple[np.ndarray, np.ndarray, State]:
+    """Step over all but the last of `ids` and score the last `fresh` targets; `start` is the place of ids[0]."""
+    check_vocabulary(ids, start, lm)
+    inputs = torch.from_numpy(ids).to(lm.device)[None]
+    with torch.no_grad():
+        logits, state = lm.step(inputs[:, :-1], state, keep=fresh)
+        nll, rank = score(logits[0], inputs[0, len(ids) - fresh :])
+    check_finite(nll, ids, start + len(ids) - fresh, lm)
+    return nll, rank, state
+
+
+def _refuse_empty(empty: bool) -> None:
+    if empty:
+        raise StreamError(
+            "a stream of fewer than two tokens has nothing to score: the first token is only read. "
+            "Give it more text, or a tokenizer with a beginning-of-sequence token."
+        )
+
+
+def overlapping(tokens: Iterable[Any] | np.ndarray | Tensor, size: int, overlap: int = 0) -> Iterator[np.ndarray]:
+    """Cut a stream into arrays of size + 1 tokens that share a border token (input of one, target of the other) and
+    the `overlap` tokens before it.
+
+    >>> [list(map(int, ids)) for ids in overlapping(np.arange(6), 2)]
+    [[0, 1, 2], [2, 3, 4], [4, 5]]
+    >>> [list(map(int, ids)) for ids in overlapping(np.arange(6), 3, overlap=1)]
+    [[0, 1, 2, 3], [2, 3, 4, 5]]
+    """
+    if size < 1:
+        raise StreamError(f"chunk_size is {size}; a chunk has at least one token.")
+    waiting: list[np.ndarray] = []
+    held, shared = 0, 1
+    for piece in pieces(tokens, size):
+        waiting.append(piece)
+        held += len(piece)
+        if held <= size:
+            continue
+        joined = np.concatenate(waiting)
+        while len(joined) > size:
+            yield joined[: size + 1]
+            joined, shared = joined[size - overlap :], overlap + 1
+        waiting, held = [joined], len(joined)
+    if held > shared:
+        yield np.concatenate(waiting)
+
+
+def pieces(tokens: Iterable[Any] | np.ndarray | Tensor, size: int) -> Iterator[np.ndarray]:
+    """The ids as int64 arrays, a large array a slice at a time so that a memory-mapped file is never read whole."""
+    if isinstance(tokens, Tensor):
+        tokens = tokens.detach().cpu().numpy()
+    if isinstance(tokens, list | tuple | range):
+        tokens = np.asarray(tokens)
+    if not isinstance(tokens, np.ndarray):
+        for piece in tokens:
+            yield from pieces(np.atleast_1d(np.asarray(piece)), size)
+        return
+    if tokens.ndim != 1 or (tokens.size and not np.issubdtype(tokens.dtype, np.integer)):
+        raise StreamError(f"a stream is a row of integer token ids; got shape {list(tokens.shape)} of {tokens.dtype}.")
+    step = max(size, 1 << 16)
+    for begin in range(0, len(tokens), step):
+        yield tokens[begin : begin + step].astype(np.int64)
+
+
+def score(logits: Tensor, targets: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Negative log-likelihood [n] (float64, nats) and rank [n] of `targets` [n] under `logits` [n, v].
+
+    Ties rank in the order of their ids, as argmax has it. Computed in float32 at least, a block of rows at a time.
+    """
+    if not len(targets):
+        return np.empty(0), np.empty(0, dtype=np.int64)
+    rows = max(1, ROWS // logits.shape[-1])
+    scores = [_score_rows(x, y) for x, y in zip(logits.split(rows), targets.split(rows), strict=True)]
+    nll, rank = (torch.cat(parts).cpu().numpy() for parts in zip(*scores, strict=True))
+    return nll.astype(np.float64), rank
+
+
+def _score_rows(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    picked = logits.gather(1, targets[:, None])
+    rank = (logits > picked).sum(1)
+    tied = (logits == picked).sum(1) > 1
+    if tied.any():
+        ids = torch.arange(logits.shape[1], device=logits.device)
+        rank[tied] += ((logits[tied] == picked[tied]) & (ids < targets[tied, None])).sum(1)
+    return torch.logsumexp(logits, 1) - picked[:, 0], rank
+
+
+def default_chunk_size(vocab_size: int) -> int:
+    """The power of two, 16 to 1024, whose logits (float32, and as much again twice to score them) fit the budget.
+
+    >>> default_chunk_size(256), default_chunk_size(152_000)
+    (1024, 128)
+    """
+    fitting = LOGITS_BUDGET // (vocab_size * 4 * 3)
+    return max(SMALLEST_CHUNK, min(LARGEST_CHUNK, 1 << max(fitting, 1).bit_length() - 1))
+
+
+def check_vocabulary(ids: np.ndarray, start: int, lm: Model) -> None:
+    low, high = ids.min(), ids.max()
+    if low < 0 or high >= lm.vocab_size:
+        wrong = int(np.flatnonzero((ids < 0) | (ids >= lm.vocab_size))[0])
+        raise StreamError(
+            f"token {start + wrong} of the stream has id {ids[wrong]}, but the vocabulary of {lm.spec} is 0 to "
+            f"{lm.vocab_size - 1}. The text was probably tokenized for another model."
+        )
+
+
+def check_finite(nll: np.ndarray, ids: np.ndarray, first: int, lm: Model) -> None:
+    """`nll` are the losses of the last of `ids`, the first of them being that of the stream's token `first`."""
+    if np.isfinite(nll).all():
+        return
+    wrong = int(np.flatnonzero(~np.isfinite(nll))[0])
+    target = len(ids) - len(nll) + wrong
+    raise NotFiniteError(
+        f"{lm.spec} gave a loss of {nll[wrong]} for token {first + wrong} of the stream (id {ids[target]}, after id "
+        f"{ids[target - 1]}), in {lm.dtype} on {lm.device}. A number that is not finite cannot be averaged, so the run "
+        "stops here; what was finished before is kept. Look for an overflow in low precision, or a masked-out logit."
+    )

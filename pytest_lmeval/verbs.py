@@ -1,0 +1,221 @@
+"""The verbs of the `lmeval` fixture: measure, record under the test's name, and go on where a killed run stopped.
+
+Each verb is the plain function of the same name (usable without pytest) with four things around it: the defaults of
+the command line, the journal, the verdict that a streamed number stands on, and a progress bar.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any, Literal, TypeVar
+
+from pytest_lmeval.adapters import as_model
+from pytest_lmeval.data.corpus import Corpus, CorpusError
+from pytest_lmeval.equivalence.certificate import CONSISTENT, EXACT, NON_CAUSAL, STATELESS, STEP_ONLY
+from pytest_lmeval.lm import Model, ModelError, SpecError, fingerprint
+from pytest_lmeval.profiling.timer import Run
+from pytest_lmeval.results.journal import key_of
+from pytest_lmeval.results.record import Record
+from pytest_lmeval.session import Session, TestLog
+from pytest_lmeval.stream import StreamError
+
+EXPECTED = (CorpusError, ModelError, SpecError, StreamError)
+R = TypeVar("R")
+V = TypeVar("V", bound=Callable[..., Any])
+
+
+class Refused(ModelError):
+    """A number was asked for that nothing could stand behind."""
+
+
+def verb(method: V) -> V:
+    """Let an error that was meant for the user arrive as its message at their own line, without our frames."""
+
+    @functools.wraps(method)
+    def shown_at_the_call(*args: Any, **kwargs: Any) -> Any:
+        __tracebackhide__ = True
+        try:
+            return method(*args, **kwargs)
+        except EXPECTED as error:
+            raise error.with_traceback(None) from None
+
+    return shown_at_the_call  # type: ignore[return-value]
+
+
+class Lmeval:
+    """What a test measures with. Every call returns a result and keeps its record for the reports."""
+
+    def __init__(self, session: Session, log: TestLog, benchmark: Any = None) -> None:
+        self._session, self._log, self._benchmark = session, log, benchmark
+
+    @verb
+    def perplexity(
+        self,
+        lm: Any,
+        corpus: Corpus | Iterable[Any],
+        chunk_size: int | None = None,
+        tokens: int | None = None,
+        *,
+        limit: int | None = None,
+        as_stream: bool | None = None,
+        window: int | Literal["unlimited"] | None = None,
+        overlap: int | None = None,
+        positions: tuple[int, ...] = (),
+        losses: bool = False,
+    ) -> Any:
+        """Read a corpus: perplexity, bits per byte, accuracy, loss by position (see `scoring.perplexity.perplexity`).
+
+        The model's laws are probed first. Its state is carried only in a way that was found exact; the record says which.
+        losses=True writes the loss of every token to a file in the output folder.
+        """
+        from pytest_lmeval.scoring.perplexity import PerplexityResult, bare_ids, perplexity
+
+        model = as_model(lm)
+        corpus = corpus if isinstance(corpus, Corpus) else bare_ids(corpus)
+        settings = {
+            "chunk_size": chunk_size,
+            "tokens": tokens or self._session.tokens,
+            "limit": limit or self._session.limit,
+            "as_stream": as_stream,
+            "window": window,
+            "overlap": overlap,
+            "positions": positions,
+        }
+        key = self._key("perplexity", model, settings, data=[corpus.name, corpus.split, corpus.fingerprint])
+        if (finished := self._finished(key)) is not None:
+            return PerplexityResult(finished)
+        certificate = self._session.verdict(model).certificate
+        settings["chunk_size"] = exact_chunk_size(model, certificate, chunk_size, window)
+        how = f"chunks of {settings['chunk_size']}" if settings["chunk_size"] else "any chunk"
+        certificate = replace(certificate, chunking_used="whole windows" if not model.stateful else how)
+        with self._session.progress(f"{model.spec} reads {corpus}") as progress:
+            result = perplexity(
+                model,
+                corpus,
+                **settings,
+                losses=self._session.folder / (examples := self._file("losses.npy")) if losses else None,
+                certificate=certificate.to_json(),
+                progress=progress,
+                checkpoints=self._session.journal.checkpoints if corpus.fingerprint else None,
+                key=key,
+            )
+        if result.resumed_at:
+            self._log.notes.append(f"{model.spec} on {corpus}: went on from token {result.resumed_at:,} of an interrupted run")
+        if losses:
+            result = replace(result, record=replace(result.record, examples=examples))
+        return self._recorded(key, result)
+
+    @verb
+    def equivalence(self, lm: Any, **options: Any) -> Any:
+        """Which laws of streaming the model keeps (see `equivalence.probe.equivalence`); probed once in a session."""
+        from pytest_lmeval.equivalence.probe import equivalence
+
+        model = as_model(lm)
+        result = equivalence(model, **options) if options else self._session.verdict(model)
+        return self._recorded(self._key("equivalence", model, options), result)
+
+    @verb
+    def latency(self, lm: Any, batch_size: int = 1, seq_len: int | None = None, **options: Any) -> Any:
+        """Prefill, time to first token, inter-token latency (see `profiling.latency.latency`).
+
+        In a test that asks for the fixture `benchmark`, pytest-benchmark drives the runs and keeps their times.
+        """
+        from pytest_lmeval.profiling.latency import latency
+
+        seq_len = seq_len or self._session.seq_len or 128
+        result = latency(as_model(lm), batch_size=batch_size, seq_len=seq_len, runner=self._runner, **options)
+        return self._timed("latency", as_model(lm), {"batch_size": batch_size, "seq_len": seq_len, **options}, result)
+
+    @verb
+    def throughput(self, lm: Any, batch_size: int = 32, seq_len: int | None = None, **options: Any) -> Any:
+        """Tokens a second in batches, and by the size of the batch (see `profiling.throughput.throughput`)."""
+        from pytest_lmeval.profiling.throughput import throughput
+
+        seq_len = seq_len or self._session.seq_len or 512
+        result = throughput(as_model(lm), batch_size=batch_size, seq_len=seq_len, runner=self._runner, **options)
+        return self._timed("throughput", as_model(lm), {"batch_size": batch_size, "seq_len": seq_len, **options}, result)
+
+    def _key(self, kind: str, lm: Model, settings: dict[str, Any], data: Any = None) -> str:
+        return key_of(
+            test=self._log.test,
+            kind=kind,
+            lm=[fingerprint(lm), str(lm.dtype), str(lm.device)],
+            settings=settings,
+            data=data,
+            call=len(self._log.records),
+        )
+
+    def _finished(self, key: str) -> Record | None:
+        """The record of this call from a run that was interrupted later on."""
+        data = self._session.journal.get(key)
+        if data is None:
+            return None
+        record = Record.from_json(data)
+        self._log.records.append(record)
+        self._log.notes.append(f"{record.lm['spec']} on {record.subject}: result taken from an interrupted run")
+        return record
+
+    def _recorded(self, key: str, result: R) -> R:
+        record = replace(result.record, test=self._log.test)  # type: ignore[attr-defined]
+        self._session.journal.add(key, record.to_json())
+        self._log.records.append(record)
+        return replace(result, record=record)  # type: ignore[type-var]
+
+    def _timed(self, kind: str, lm: Model, settings: dict[str, Any], result: R) -> R:
+        result = self._recorded(self._key(kind, lm, settings), result)
+        if self._benchmark is not None:
+            record = result.record  # type: ignore[attr-defined]
+            figures = {name: float(metric) for name, metric in record.metrics.items()}
+            info = {"lm": record.lm["spec"], "kind": kind, "subject": record.subject, **figures}
+            self._benchmark.extra_info.setdefault("lmeval", []).append(info)
+        return result
+
+    def _runner(self, run: Run, *, rounds: int, warmup_rounds: int) -> str | None:
+        """`benchmark.pedantic` where the test has it and it was not used up by an earlier verb."""
+        from pytest_lmeval.profiling.timer import plain_runner
+
+        benchmark = self._benchmark
+        if benchmark is None or getattr(benchmark, "_lmeval_used", False):
+            return plain_runner(run, rounds=rounds, warmup_rounds=warmup_rounds)
+        benchmark._lmeval_used = True
+        benchmark.pedantic(run, rounds=rounds, warmup_rounds=warmup_rounds, iterations=1)
+        if benchmark.disabled:
+            return "pytest-benchmark is disabled or blocked (or xdist is active): the step ran once, untimed"
+        return None
+
+    def _file(self, ending: str) -> str:
+        """A file for per-example values of this call, relative to the output folder."""
+        name = re.sub(r"[^\w.-]+", "-", self._log.test.rpartition("/")[2]).strip("-")
+        (self._session.folder / "examples").mkdir(parents=True, exist_ok=True)
+        return f"examples/{name}-{len(self._log.records)}-{ending}"
+
+
+def exact_chunk_size(lm: Model, certificate: Any, asked: int | None, window: int | str | None) -> int | None:
+    """The chunk size to stream with under this certificate; None is any. Raises `Refused` where no way is exact.
+
+    A model whose state is wrong can still be read in windows, each in one step, so that nothing is carried.
+    """
+    verdict = certificate.verdict
+    if verdict in (EXACT, CONSISTENT, STATELESS):
+        return asked
+    if verdict == STEP_ONLY:
+        if asked is not None and asked > 1:
+            raise Refused(
+                f"{lm.spec} is exact one token at a time only, and chunk_size={asked} was asked for:\n{certificate.why_not()}\n"
+                "A perplexity streamed in chunks would be wrong, and may look good. Leave chunk_size out, or set it to 1."
+            )
+        return 1
+    if isinstance(window, int) and verdict != NON_CAUSAL:
+        return window
+    raise Refused(
+        f"{lm.spec} is {verdict}:\n{certificate.why_not()}\n"
+        "A perplexity streamed with it would be wrong, and may look good. "
+        + (
+            "It cannot be scored as a language model at all."
+            if verdict == NON_CAUSAL
+            else "Repair its state, or score it in windows that carry none: window=512."
+        )
+    )
