@@ -1,6 +1,6 @@
 """How well does the model read? One long stream of real text, its state carried from beginning to end.
 
-    pytest benchmarks/test_reading.py --lm hf:./my-checkpoint
+pytest benchmarks/test_reading.py --lm hf:./my-checkpoint
 """
 
 import pytest

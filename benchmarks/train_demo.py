@@ -40,9 +40,7 @@ def main() -> None:
         torch.optim.AdamW(others, lr=4e-3, weight_decay=0.01, betas=(0.9, 0.98)),
     ]
     schedules = [
-        torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min((step + 1) / 50, 1.02 - step / arguments.steps, 1.0)
-        )
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 50, 1.02 - step / arguments.steps, 1.0))
         for optimizer in optimizers
     ]
 
@@ -60,7 +58,9 @@ def main() -> None:
         if (step + 1) % 100 == 0 or step + 1 == arguments.steps:
             minutes = (time.perf_counter() - started) / 60
             bits = bits_per_byte(model, held_out[:65536])
-            print(f"step {step + 1}  loss {loss.item():.3f}  validation {bits:.3f} bits per byte  {minutes:.1f} min", flush=True)
+            print(
+                f"step {step + 1}  loss {loss.item():.3f}  validation {bits:.3f} bits per byte  {minutes:.1f} min", flush=True
+            )
             save_file({name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}, arguments.out)
 
 

@@ -43,9 +43,9 @@ class ModelError(RuntimeError):
 
 @runtime_checkable
 class LanguageModel(Protocol):
-    def step(
-        self, input_ids: Tensor, state: State | None = None, *, keep: int | None = None
-    ) -> tuple[Tensor, State]:
+    """Anything with this one method is a language model here."""
+
+    def step(self, input_ids: Tensor, state: State | None = None, *, keep: int | None = None) -> tuple[Tensor, State]:
         """Read `input_ids` after everything that `state` has seen.
 
         input_ids   [b, t] int64, or [b, k, t] for models of several codebooks; t >= 1
@@ -93,9 +93,7 @@ class Model:
     context_length: int | None = None
     borders: tuple[int, ...] = ()
 
-    def step(
-        self, input_ids: Tensor, state: State | None = None, *, keep: int | None = None
-    ) -> tuple[Tensor, State]:
+    def step(self, input_ids: Tensor, state: State | None = None, *, keep: int | None = None) -> tuple[Tensor, State]:
         """See `LanguageModel.step`. Raises ModelError where logits or state are not what they must be."""
         positions = input_ids.shape[-1]
         expected = (*input_ids.shape[:-1], positions if keep is None else keep)

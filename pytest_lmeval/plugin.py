@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Generator
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
@@ -34,9 +34,9 @@ OPTIONS: dict[str, tuple[Any, str]] = {  # name -> (default, help); every one is
     "lmeval-dir": (".lmeval", "folder for all output"),
     "lmeval-trust-remote-code": ([], "hub id of a model that may run code of its own (repeatable)"),
 }
-SESSION: pytest.StashKey[Session] = pytest.StashKey()
-LOG: pytest.StashKey[Any] = pytest.StashKey()
-USED: pytest.StashKey[bool] = pytest.StashKey()
+SESSION = pytest.StashKey["Session"]()
+LOG = pytest.StashKey[Any]()
+USED = pytest.StashKey[bool]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -44,9 +44,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     for name, (default, text) in OPTIONS.items():
         repeatable = isinstance(default, list)
         group.addoption(f"--{name}", action="append" if repeatable else "store", default=None, help=text)
-        parser.addini(_dest(name), text, type="args" if repeatable else "string", default=default)
+        kind: Literal["args", "string"] = "args" if repeatable else "string"
+        parser.addini(_dest(name), text, type=kind, default=default)
     group.addoption(
-        "--lmeval-fresh", action="store_true", default=False, help="compute everything anew: do not go on from an interrupted run"
+        "--lmeval-fresh",
+        action="store_true",
+        default=False,
+        help="compute everything anew: do not go on from an interrupted run",
     )
     parser.addini("lmeval_fresh", "compute everything anew", type="bool", default=False)
 
@@ -103,8 +107,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
             check_writable(folder)
         except OSError as error:
             raise pytest.UsageError(
-                f"nothing can be written to the output folder {folder} ({error.strerror or error}), so every result of this run "
-                "would be lost. Choose another one with --lmeval-dir."
+                f"nothing can be written to the output folder {folder} ({error.strerror or error}), so every result of this "
+                "run would be lost. Choose another one with --lmeval-dir."
             ) from error
         if option(config, "lmeval-fresh"):
             from pytest_lmeval.results.journal import Journal
@@ -127,8 +131,8 @@ def device(pytestconfig: pytest.Config) -> Any:
 def load_lm(pytestconfig: pytest.Config, device: Any) -> Callable[[str], Model]:
     """A function from a model spec to the model, loaded once a session.
 
-        def test_two_models_agree(load_lm):
-            small, large = load_lm("demo"), load_lm("hf:./checkpoint@bf16")
+    def test_two_models_agree(load_lm):
+        small, large = load_lm("demo"), load_lm("hf:./checkpoint@bf16")
     """
     from pytest_lmeval.adapters import load
 
@@ -152,8 +156,8 @@ def load_lm(pytestconfig: pytest.Config, device: Any) -> Callable[[str], Model]:
 def corpus(pytestconfig: pytest.Config) -> Callable[..., Corpus]:
     """A function from a corpus name and split to the corpus.
 
-        def test_reads(lmeval, lm, corpus):
-            lmeval.perplexity(lm, corpus("wikitext-2", "test"))
+    def test_reads(lmeval, lm, corpus):
+        lmeval.perplexity(lm, corpus("wikitext-2", "test"))
     """
     from pytest_lmeval import data
 
@@ -161,7 +165,8 @@ def corpus(pytestconfig: pytest.Config) -> Callable[..., Corpus]:
 
     def named(name: str = "stdlib", split: str = "test") -> Corpus:
         __tracebackhide__ = True
-        return expected_errors(lambda: data.corpus(name, split, data_dir=mirror))
+        found: Corpus = expected_errors(lambda: data.corpus(name, split, data_dir=mirror))
+        return found
 
     return named
 
@@ -170,8 +175,8 @@ def corpus(pytestconfig: pytest.Config) -> Callable[..., Corpus]:
 def lmeval(request: pytest.FixtureRequest) -> Lmeval:
     """What a test measures with; every call is recorded under the test's name.
 
-        def test_reads_easily(lmeval, lm, corpus):
-            assert lmeval.perplexity(lm, corpus("stdlib", "test")).perplexity < 6
+    def test_reads_easily(lmeval, lm, corpus):
+        assert lmeval.perplexity(lm, corpus("stdlib", "test")).perplexity < 6
     """
     from pytest_lmeval.session import TestLog
     from pytest_lmeval.verbs import Lmeval
@@ -186,12 +191,12 @@ def _fixtures_with_parameters(config: pytest.Config) -> ModuleType:
     """Fixtures whose parameters are options. A single value is no parameter: the names of tests stay as they are, and
     two runs with different models can be compared test by test."""
 
-    @pytest.fixture(scope="session", **_parameters(option(config, "lm")))
+    @pytest.fixture(scope="session", params=_parameters(option(config, "lm")))
     def lm(request: pytest.FixtureRequest, load_lm: Callable[[str], Model]) -> Model:
         """The model under test: that of `--lm`. Define a fixture `lm` of your own to test a model of your own."""
         return load_lm(_parameter(request, option(request.config, "lm")))
 
-    @pytest.fixture(scope="session", **_parameters(option(config, "lmeval-seq-len")))
+    @pytest.fixture(scope="session", params=_parameters(option(config, "lmeval-seq-len")))
     def seq_len(request: pytest.FixtureRequest) -> int | None:
         """The sequence length of `--lmeval-seq-len`, None if there was none."""
         text = _parameter(request, option(request.config, "lmeval-seq-len"))
@@ -204,8 +209,8 @@ def _fixtures_with_parameters(config: pytest.Config) -> ModuleType:
     return module
 
 
-def _parameters(values: list[str]) -> dict[str, Any]:
-    return {"params": values} if len(values) > 1 else {}
+def _parameters(values: list[str]) -> list[str] | None:
+    return values if len(values) > 1 else None
 
 
 def _parameter(request: pytest.FixtureRequest, values: list[str]) -> Any:
@@ -243,7 +248,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 class Reports:
-    """Gathers the records of all tests, from workers too, and writes the reports. Lives in the process that has the terminal."""
+    """Gathers the records of all tests, from workers too, and writes the reports. Lives where the terminal is."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.config, self.started = config, time.time()
@@ -285,8 +290,9 @@ class Reports:
 
 def output_folder(config: pytest.Config) -> Path:
     """`--lmeval-dir`, from where pytest was started; an ini value, from the ini file's folder."""
-    given = config.getoption("lmeval_dir")
-    return config.invocation_params.dir / given if given else config.rootpath / config.getini("lmeval_dir")
+    if given := config.getoption("lmeval_dir"):
+        return config.invocation_params.dir / str(given)
+    return config.rootpath / str(config.getini("lmeval_dir"))
 
 
 def shared_session(config: pytest.Config) -> Session:

@@ -1,6 +1,6 @@
 """Progress of long work on the terminal, past pytest's capture; nothing at all where there is no terminal.
 
-    demo reads stdlib[test]:  34% 48,128/145,928 tokens, perplexity 3.21, 29,870 tokens/s, 00:03 left
+demo reads stdlib[test]:  34% 48,128/145,928 tokens, perplexity 3.21, 29,870 tokens/s, 00:03 left
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ def bar(title: str, file: Any) -> Iterator[Callable[[int, float, int | None], No
     if not file.isatty():
         yield None
         return
-    with tqdm(desc=title, file=file, unit=" tokens", leave=False, dynamic_ncols=True, bar_format=UNKNOWN, mininterval=0.2) as tokens:
+    with tqdm(
+        desc=title, file=file, unit=" tokens", leave=False, dynamic_ncols=True, bar_format=UNKNOWN, mininterval=0.2
+    ) as tokens:
 
         def update(done: int, nats: float, expected: int | None) -> None:
             if expected is not None and tokens.total is None:

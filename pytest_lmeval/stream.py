@@ -117,16 +117,12 @@ def stream_in_windows(
             parts.append((nll, rank))
             at = last
         scored = [np.concatenate(part) for part in zip(*parts, strict=True)]
-        yield Chunk(
-            start + known + 1, at + 1, scored[0], scored[1], time.perf_counter() - began, state_bytes(state), None
-        )
+        yield Chunk(start + known + 1, at + 1, scored[0], scored[1], time.perf_counter() - began, state_bytes(state), None)
         start += window - overlap
     _refuse_empty(start == position == 0)
 
 
-def _read(
-    lm: Model, ids: np.ndarray, state: State | None, start: int, fresh: int
-) -> tuple[np.ndarray, np.ndarray, State]:
+def _read(lm: Model, ids: np.ndarray, state: State | None, start: int, fresh: int) -> tuple[np.ndarray, np.ndarray, State]:
     """Step over all but the last of `ids` and score the last `fresh` targets; `start` is the place of ids[0]."""
     check_vocabulary(ids, start, lm)
     inputs = torch.from_numpy(ids).to(lm.device)[None]
@@ -197,7 +193,7 @@ def score(logits: Tensor, targets: Tensor) -> tuple[np.ndarray, np.ndarray]:
     if not len(targets):
         return np.empty(0), np.empty(0, dtype=np.int64)
     rows = max(1, ROWS // logits.shape[-1])
-    scores = [_score_rows(x, y) for x, y in zip(logits.split(rows), targets.split(rows), strict=True)]
+    scores = [_score_rows(x, y) for x, y in zip(torch.split(logits, rows), torch.split(targets, rows), strict=True)]
     nll, rank = (torch.cat(parts).cpu().numpy() for parts in zip(*scores, strict=True))
     return nll.astype(np.float64), rank
 

@@ -75,7 +75,7 @@ class Lmeval:
 
         model = as_model(lm)
         corpus = corpus if isinstance(corpus, Corpus) else bare_ids(corpus)
-        settings = {
+        settings: dict[str, Any] = {
             "chunk_size": chunk_size,
             "tokens": tokens or self._session.tokens,
             "limit": limit or self._session.limit,

@@ -27,9 +27,7 @@ BITS = {32: "fp32", 16: "bf16", 8: "int8", 4: "int4"}
 FORMS = ("transformers", "streaming", "step", "get_set_state", "functional", "stateless")
 
 
-def load(
-    spec: str, *, device: str | torch.device = "cpu", bits: int | None = None, trust_remote_code: bool = False
-) -> Model:
+def load(spec: str, *, device: str | torch.device = "cpu", bits: int | None = None, trust_remote_code: bool = False) -> Model:
     """The model that `spec` names, in eval mode on `device`.
 
     bits               sets the precision where the spec has no suffix: 32, 16 (bfloat16), 8 or 4

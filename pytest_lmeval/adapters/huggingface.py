@@ -20,7 +20,15 @@ from torch import Tensor, nn
 from pytest_lmeval.lm import Advance, Model, ModelError, SpecError, State
 
 CACHE_NAMES = ("past_key_values", "cache_params", "state")
-BORDERS = ("sliding_window", "attention_chunk_size", "chunk_size", "mamba_chunk_size", "conv_kernel", "mamba_d_conv", "conv_L_cache")
+BORDERS = (
+    "sliding_window",
+    "attention_chunk_size",
+    "chunk_size",
+    "mamba_chunk_size",
+    "conv_kernel",
+    "mamba_d_conv",
+    "conv_L_cache",
+)
 
 
 @dataclass
@@ -37,9 +45,7 @@ def is_transformers(source: Any) -> bool:
     return transformers is not None and isinstance(source, transformers.PreTrainedModel)
 
 
-def load(
-    name: str, *, spec: str, device: str | torch.device, dtype: torch.dtype | None, trust_remote_code: bool
-) -> Model:
+def load(name: str, *, spec: str, device: str | torch.device, dtype: torch.dtype | None, trust_remote_code: bool) -> Model:
     """A causal LM from a folder or the hub, from safetensors or weights that hold nothing but tensors."""
     try:
         import transformers
@@ -59,7 +65,8 @@ def load(
         tokenizer = Words(transformers.AutoTokenizer.from_pretrained(source, **options), name)
     except (OSError, ValueError, KeyError, TypeError, ImportError):
         tokenizer = None  # said when text is to be read: token ids can be scored without
-    return adapt(module.to(device).eval(), spec=spec, tokenizer=tokenizer)
+    module.to(device)  # type: ignore[arg-type]
+    return adapt(module.train(False), spec=spec, tokenizer=tokenizer)
 
 
 def adapt(module: nn.Module, *, spec: str, tokenizer: Any = None) -> Model:
@@ -82,9 +89,7 @@ def adapt(module: nn.Module, *, spec: str, tokenizer: Any = None) -> Model:
         rebuild=rebuild,
         tokenizer=tokenizer,
         context_length=getattr(text_config, "max_position_embeddings", None),
-        borders=tuple(
-            sorted({n for name in BORDERS if isinstance(n := getattr(text_config, name, None), int) and n > 1})
-        ),
+        borders=tuple(sorted({n for name in BORDERS if isinstance(n := getattr(text_config, name, None), int) and n > 1})),
     )
 
 

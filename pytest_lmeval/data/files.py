@@ -83,7 +83,9 @@ def fingerprint(file: Path) -> str:
 
 def _existing(file: Path, name: str) -> Path:
     if not file.is_file():
-        raise CorpusError(f"{name}: there is no file {file}" + (f" (looked from {Path.cwd()})." if not file.is_absolute() else "."))
+        raise CorpusError(
+            f"{name}: there is no file {file}" + (f" (looked from {Path.cwd()})." if not file.is_absolute() else ".")
+        )
     return file.resolve()
 
 

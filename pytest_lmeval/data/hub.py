@@ -33,9 +33,7 @@ class Source:
 KNOWN = {
     "wikitext-2": Source("Salesforce/wikitext", "wikitext-2-raw-v1", as_stream=True),
     "wikitext-103": Source("Salesforce/wikitext", "wikitext-103-raw-v1", as_stream=True),
-    "ptb": Source(
-        "ptb-text-only/ptb_text_only", "penn_treebank", "sentence", as_stream=True, end="\n", revision=PARQUET
-    ),
+    "ptb": Source("ptb-text-only/ptb_text_only", "penn_treebank", "sentence", as_stream=True, end="\n", revision=PARQUET),
     "c4": Source("allenai/c4", "en", splits=("train", "validation")),
     "pile": Source("monology/pile-uncopyrighted"),
     "pg19": Source("emozilla/pg19"),
@@ -97,7 +95,9 @@ def _documents(source: Source, name: str, split: str, file: Path | None) -> Iter
         for row, content in enumerate(rows):
             text = content.get(source.field)
             if not isinstance(text, str):
-                raise CorpusError(f"{name}[{split}], row {row}: no text in field {source.field!r} (there is {', '.join(content)}).")
+                raise CorpusError(
+                    f"{name}[{split}], row {row}: no text in field {source.field!r} (there is {', '.join(content)})."
+                )
             yield Document(f"{split}/{row}", text + source.end)
     except CorpusError:
         raise

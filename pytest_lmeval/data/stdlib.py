@@ -24,10 +24,8 @@ from pathlib import Path
 from pytest_lmeval.data.corpus import Corpus, CorpusError, Document
 
 # Not the library itself: its tests, other people's packages, and the program `idle`.
-NOT_LIBRARY = frozenset(
-    "test tests idle_test site-packages dist-packages __pycache__ lib2to3 idlelib turtledemo "
-    "ensurepip pydoc_data".split()
-)
+NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "idlelib"}
+NOT_LIBRARY |= {"lib2to3", "turtledemo", "ensurepip", "pydoc_data"}
 
 
 def load(split: str) -> Corpus:

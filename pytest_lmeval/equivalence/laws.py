@@ -1,9 +1,9 @@
 """The laws, each a function of a subject and a case that raises `LawBroken` with what it saw.
 
-    splits      stepping pieces gives the logits of stepping the whole, wherever it is cut
-    steps       so does stepping one token at a time (apart: many models have a second code path for it)
-    causality   what comes later changes nothing before: bit-equal
-    isolation   a sequence is read the same after any other one: bit-equal; and the weights are as they were
+splits      stepping pieces gives the logits of stepping the whole, wherever it is cut
+steps       so does stepping one token at a time (apart: many models have a second code path for it)
+causality   what comes later changes nothing before: bit-equal
+isolation   a sequence is read the same after any other one: bit-equal; and the weights are as they were
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Subject:
     def run(self, input_ids: Tensor, sizes: list[int], lm: Model | None = None) -> Tensor:
         """[t, v] logits of reading [b, t] in pieces of `sizes` (of the first row)."""
         state, parts = None, []
-        for piece in input_ids.split(sizes, dim=-1):
+        for piece in torch.split(input_ids, sizes, dim=-1):
             with torch.no_grad():
                 logits, state = (lm or self.lm).step(piece, state)
             self.calls += 1
@@ -73,7 +73,7 @@ class Subject:
     def _in_other_shape(self, ids: Tensor, full: Tensor) -> Tensor:
         try:
             return log_probabilities(self.run(ids.expand(2, -1), [ids.shape[-1]]))
-        except Exception:  # a model of single rows: its own rounding is not known, the floor alone counts
+        except Exception:  # noqa: BLE001 - a model of single rows: its own rounding is not known, the floor alone counts
             return full
 
     def compare(self, law: str, case: Case, logits: Tensor) -> Excess:
@@ -104,8 +104,8 @@ def causality(subject: Subject, case: Case) -> None:
     first = int((before != after).any(dim=-1).nonzero()[0])
     error = float((before.double() - after.double()).abs().max())
     raise LawBroken(
-        f"changing the tokens from position {cut} on (of {case.length}, seed {case.seed}) changed the logits of position {first} "
-        f"before it, by up to {error:.3g}. The model sees its future; its perplexity says nothing."
+        f"changing the tokens from position {cut} on (of {case.length}, seed {case.seed}) changed the logits of position "
+        f"{first} before it, by up to {error:.3g}. The model sees its future; its perplexity says nothing."
     )
 
 
@@ -136,6 +136,6 @@ NEED_STATE = frozenset({"splits", "steps"})
 def _within(excess: Excess, case: Case | str) -> None:
     if not excess.share <= 1:
         raise LawBroken(
-            f"{case}: log-probabilities off by {excess.error:.3g} nats at token {excess.position}, allowed {excess.allowed:.2g}. "
-            "The state does not carry what was read before."
+            f"{case}: log-probabilities off by {excess.error:.3g} nats at token {excess.position}, allowed "
+            f"{excess.allowed:.2g}. The state does not carry what was read before."
         )

@@ -1,7 +1,7 @@
 """The probe: try every law on a model, by hypothesis, within a budget, and pronounce a verdict.
 
-    result = equivalence(as_model(my_module))
-    assert result.verdict == "exact-any-chunk", result
+result = equivalence(as_model(my_module))
+assert result.verdict == "exact-any-chunk", result
 """
 
 from __future__ import annotations
@@ -65,9 +65,7 @@ def equivalence(
         changed = f"the model's weights or buffers were changed by reading (fingerprint {before} before, {after} after)."
         results["isolation"] = LawResult("isolation", results["isolation"].cases, None, changed)
     dtype = str(lm.dtype).removeprefix("torch.")
-    certificate = Certificate(
-        verdict_of(results, stateful=lm.stateful, dtype=dtype), dtype, subject.reference_kind, results
-    )
+    certificate = Certificate(verdict_of(results, stateful=lm.stateful, dtype=dtype), dtype, subject.reference_kind, results)
     record = Record(
         kind="equivalence",
         subject="laws of streaming",

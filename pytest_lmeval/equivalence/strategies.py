@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from hypothesis import strategies as st
 
@@ -23,7 +24,7 @@ class Case:
         [3, 1, 6]
         """
         places = [0, *self.cuts, self.length]
-        return [after - before for before, after in zip(places, places[1:], strict=False)]
+        return [after - before for before, after in pairwise(places)]
 
     def __str__(self) -> str:
         return f"{self.length} tokens (seed {self.seed}) in pieces of {self.sizes}"
@@ -35,7 +36,9 @@ def cases(longest: int, borders: tuple[int, ...] = ()) -> st.SearchStrategy[Case
     @st.composite
     def draw_case(draw: st.DrawFn) -> Case:
         length = draw(st.integers(2, longest))
-        special = sorted({place for border in (1, *borders) for place in (border - 1, border, border + 1) if 0 < place < length})
+        special = sorted(
+            {place for border in (1, *borders) for place in (border - 1, border, border + 1) if 0 < place < length}
+        )
         place = st.integers(1, length - 1)
         if special:
             place = st.sampled_from(special) | place

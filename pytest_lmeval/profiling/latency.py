@@ -12,6 +12,7 @@ A run reads a prompt of `seq_len` tokens and then decodes greedily, one token a 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 
@@ -32,7 +33,8 @@ class LatencyResult:
 
     @property
     def not_measured(self) -> str | None:
-        return self.record.settings["not_measured"]
+        reason: str | None = self.record.settings["not_measured"]
+        return reason
 
     @property
     def prefill(self) -> Metric:
@@ -128,7 +130,7 @@ def generate_once(lm: Model, prompt: torch.Tensor, new_tokens: int, samples: Sam
             logits, state = lm.step(token, state, keep=1)
             token = logits[:, -1].argmax(-1, keepdim=True)
             times.append(clock(lm.device))
-    samples.itl.append([after - before for before, after in zip(times, times[1:], strict=False)])
+    samples.itl.append([after - before for before, after in pairwise(times)])
     samples.e2e.append(times[-1] - began)
     samples.state_bytes = state_bytes(state)
 

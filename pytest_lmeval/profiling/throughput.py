@@ -25,7 +25,8 @@ class ThroughputResult:
 
     @property
     def not_measured(self) -> str | None:
-        return self.record.settings["not_measured"]
+        reason: str | None = self.record.settings["not_measured"]
+        return reason
 
     @property
     def tokens_per_second(self) -> Metric:

@@ -16,6 +16,8 @@ Run = Callable[[], Any]
 
 
 class Runner(Protocol):
+    """Who calls the timed function: a bare loop, or pytest-benchmark."""
+
     def __call__(self, run: Run, *, rounds: int, warmup_rounds: int) -> str | None:
         """Call `run` warmup_rounds + rounds times. Returns why the times say nothing, or None if they do."""
 
@@ -60,5 +62,6 @@ def spread(name: str, samples: Sequence[float], unit: str, *, scale: float = 1.0
         if len(values) >= round(1000 / (100 - percent)):
             figures[f"p{percent}"] = np.quantile(values, percent / 100)
     return {
-        f"{name}_{figure}": Metric(float(value), unit, n=len(values), higher_is_better=False) for figure, value in figures.items()
+        f"{name}_{figure}": Metric(float(value), unit, n=len(values), higher_is_better=False)
+        for figure, value in figures.items()
     }

@@ -34,11 +34,15 @@ def cell(text: str) -> str:
 
 def render(name: str, document: dict[str, Any]) -> str:
     records = document["records"]
-    return environment().get_template(name).render(
-        **document,
-        rows=list(tables.rows(records)),
-        all_rows=list(tables.rows(records, headlines=False)),
-        models={record["lm"]["fingerprint"]: record["lm"] for record in records}.values(),
+    return (
+        environment()
+        .get_template(name)
+        .render(
+            **document,
+            rows=list(tables.rows(records)),
+            all_rows=list(tables.rows(records, headlines=False)),
+            models={record["lm"]["fingerprint"]: record["lm"] for record in records}.values(),
+        )
     )
 
 

@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 HEADLINES = {  # kind -> the metrics that a summary shows; a report shows all of them
-    "perplexity": ("perplexity", "bits_per_byte", "token_accuracy_top1", "token_accuracy_top5", "loss_slope", "tokens_per_second"),
+    "perplexity": (
+        "perplexity",
+        "bits_per_byte",
+        "token_accuracy_top1",
+        "token_accuracy_top5",
+        "loss_slope",
+        "tokens_per_second",
+    ),
     "equivalence": ("laws_kept", "worst_ratio"),
     "latency": ("prefill", "ttft", "itl", "e2e"),
     "throughput": ("tokens_per_second",),

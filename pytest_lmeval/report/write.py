@@ -45,7 +45,7 @@ def reports(folder: Path, records: list[dict[str, Any]], *, run: dict[str, Any],
         try:
             replace_text(folder / name, render(document))
             written.append(name)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - a template may raise anything
             written.append(f"{name} was not rendered ({type(error).__name__}: {error})")
     return [f"written to {_readable(folder)}: {', '.join(written)}"]
 

@@ -11,7 +11,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("pytest-lmeval", "torch", "pytest", "pytest-benchmark", "hypothesis", "numpy", "datasets", "transformers", "tokenizers")
+PACKAGES = (
+    "pytest-lmeval",
+    "torch",
+    "pytest",
+    "pytest-benchmark",
+    "hypothesis",
+    "numpy",
+    "datasets",
+    "transformers",
+    "tokenizers",
+)
 
 
 def describe(*, root: Path, device: str, threads: int | None, seed: int) -> dict[str, Any]:

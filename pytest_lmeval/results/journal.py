@@ -115,7 +115,7 @@ class Checkpoints:
                 return load(file)
         except FileNotFoundError:
             return None
-        except Exception as error:  # whatever a half-written or foreign file makes of the reader
+        except Exception as error:  # noqa: BLE001 - whatever a half-written or foreign file makes of the reader
             warnings.warn(
                 f"the saved point {self._path(key)} cannot be read ({type(error).__name__}: {str(error)[:200]}); "
                 "this stream is read from its beginning.",

@@ -1,8 +1,8 @@
 """A number that knows how certain it is.
 
-    >>> accuracy = Metric(0.812, unit="", low=0.79, high=0.83, n=1200, higher_is_better=True)
-    >>> accuracy > 0.8, accuracy.low > 0.8
-    (True, False)
+>>> accuracy = Metric(0.812, unit="", low=0.79, high=0.83, n=1200, higher_is_better=True)
+>>> accuracy > 0.8, accuracy.low > 0.8
+(True, False)
 """
 
 from __future__ import annotations

@@ -210,7 +210,7 @@ def perplexity(
         torch.cuda.reset_peak_memory_stats(lm.device)
     began = time.perf_counter() - point.seconds
     with _Losses(losses, resumed_at) as file:
-        for point in reader.read(point):
+        for point in reader.read(point):  # noqa: B020 - each point follows from the one before
             file.write(point.nll)
             if progress is not None:
                 progress(int(point.reading.total[TOKENS]), float(point.reading.total[NATS]), expected)
@@ -287,7 +287,9 @@ def exponential(nll: Metric) -> Metric:
         low, high = (None if bound is None else math.exp(bound) for bound in (nll.low, nll.high))
         return Metric(math.exp(nll), "", low=low, high=high, n=nll.n, higher_is_better=False)
     except OverflowError as error:
-        raise StreamError(f"the mean loss is {float(nll):.6g} nats a token; its perplexity is no number a float can hold.") from error
+        raise StreamError(
+            f"the mean loss is {float(nll):.6g} nats a token; its perplexity is no number a float can hold."
+        ) from error
 
 
 def series_of(reading: Reading) -> dict[str, Series]:
@@ -394,7 +396,12 @@ class _Saver:
             return
         began = time.perf_counter()
         meta = json.dumps(
-            {"document": point.document, "position": point.position, "seconds": point.seconds, "reading": point.reading.to_json()}
+            {
+                "document": point.document,
+                "position": point.position,
+                "seconds": point.seconds,
+                "reading": point.reading.to_json(),
+            }
         )
 
         def save(file: IO[bytes]) -> None:

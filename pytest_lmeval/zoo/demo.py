@@ -39,6 +39,8 @@ class LayerState(NamedTuple):
 
 
 class Layer(nn.Module):
+    """A convolution over the last `kernel` inputs, windowed attention, and a gated feed-forward."""
+
     def __init__(self, width: int, heads: int, window: int, kernel: int, hidden: int) -> None:
         super().__init__()
         self.heads, self.window, self.kernel = heads, window, kernel
@@ -62,8 +64,8 @@ class Layer(nn.Module):
         gate, up = self.gate_up(norm(x)).chunk(2, dim=-1)
         x = x + self.down(F.silu(gate) * up)
         # clone: a slice would keep the memory of the whole chunk alive
-        kept = (recent[:, t:], keys[:, :, t:], values[:, :, t:])
-        return x, LayerState(*(part.clone() for part in kept), min(seen + t, self.window - 1))
+        tail, keys, values = recent[:, t:].clone(), keys[:, :, t:].clone(), values[:, :, t:].clone()
+        return x, LayerState(tail, keys, values, min(seen + t, self.window - 1))
 
     def blank(self, x: Tensor) -> LayerState:
         b, _, d = x.shape
@@ -72,6 +74,8 @@ class Layer(nn.Module):
 
 
 class Demo(nn.Module):
+    """Bytes in, logits of the next byte out; see the head of this file."""
+
     vocab_size = 256
 
     def __init__(
@@ -82,9 +86,7 @@ class Demo(nn.Module):
         self.layers = nn.ModuleList(Layer(width, heads, window, kernel, hidden) for _ in range(layers))
         nn.init.normal_(self.embed.weight, std=0.02)
 
-    def forward(
-        self, input_ids: Tensor, state: list[LayerState] | None = None
-    ) -> tuple[Tensor, list[LayerState]]:
+    def forward(self, input_ids: Tensor, state: list[LayerState] | None = None) -> tuple[Tensor, list[LayerState]]:
         """Logits [b, t, 256] of the byte after each of `input_ids` [b, t], and the state to go on from."""
         x = norm(self.embed(input_ids))
         new_state = []
