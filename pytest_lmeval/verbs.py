@@ -18,6 +18,7 @@ from pytest_lmeval.equivalence.certificate import CONSISTENT, EXACT, NON_CAUSAL,
 from pytest_lmeval.lm import Model, ModelError, SpecError, fingerprint
 from pytest_lmeval.profiling.timer import Run
 from pytest_lmeval.results.journal import key_of
+from pytest_lmeval.results.metric import Metric
 from pytest_lmeval.results.record import Record
 from pytest_lmeval.session import Session, TestLog
 from pytest_lmeval.stream import StreamError
@@ -137,6 +138,17 @@ class Lmeval:
         seq_len = seq_len or self._session.seq_len or 512
         result = throughput(as_model(lm), batch_size=batch_size, seq_len=seq_len, runner=self._runner, **options)
         return self._timed("throughput", as_model(lm), {"batch_size": batch_size, "seq_len": seq_len, **options}, result)
+
+    @verb
+    def record(self, lm: Any, subject: str, **metrics: float) -> Record:
+        """Record numbers of your own beside ours: they stand in the summary and the reports like any other.
+
+            lmeval.record(lm, "passkey at 8k", accuracy=Metric(0.97, n=100, higher_is_better=True))
+        """
+        kept = {name: value if isinstance(value, Metric) else Metric(value) for name, value in metrics.items()}
+        record = Record(kind="custom", subject=subject, lm=as_model(lm).facts(), metrics=kept, test=self._log.test)
+        self._log.records.append(record)
+        return record
 
     def _key(self, kind: str, lm: Model, settings: dict[str, Any], data: Any = None) -> str:
         return key_of(

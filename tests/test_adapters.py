@@ -1,0 +1,149 @@
+"""Every form of model is recognised by looking at it and stepped alike; a spec that names nothing says so."""
+
+import numpy as np
+import pytest
+import torch
+from toys import CARRYING, Functional, GetSetState, PortableStreaming, Stateless, Stepper, Streaming
+
+from pytest_lmeval.adapters import as_model, load, resolve_device, zoo
+from pytest_lmeval.lm import ModelError, SpecError
+from pytest_lmeval.stream import stream
+
+IDS = np.random.default_rng(0).integers(0, 32, 70)
+
+
+@pytest.mark.parametrize(
+    ("toy", "form"),
+    [
+        (Functional, "functional"),
+        (Stateless, "stateless"),
+        (GetSetState, "get_set_state"),
+        (Streaming, "streaming"),
+        (PortableStreaming, "streaming"),
+        (Stepper, "step"),
+    ],
+)
+def test_the_form_is_found_by_looking(toy, form):
+    assert as_model(toy()).form == form
+
+
+@pytest.mark.parametrize("toy", CARRYING)
+def test_every_form_gives_the_same_losses_and_forgets_the_sequence_before(toy):
+    expected = np.concatenate([chunk.nll for chunk in stream(as_model(Functional()), IDS, chunk_size=70)])
+    lm = as_model(toy())
+    for chunk_size in (70, 11, 1):
+        nll = np.concatenate([chunk.nll for chunk in stream(lm, IDS, chunk_size=chunk_size)])
+        np.testing.assert_allclose(nll, expected, atol=1e-5)
+
+
+def test_a_module_without_reset_state_is_brought_back_to_its_beginning():
+    class NoReset(GetSetState):
+        reset_state = property()  # hasattr is False
+
+        def __init__(self):
+            super().__init__()
+            self.held = torch.zeros(1, 1, 16)
+
+    lm = as_model(NoReset())
+    first = [chunk.nll for chunk in stream(lm, IDS, chunk_size=16)]
+    again = [chunk.nll for chunk in stream(lm, IDS, chunk_size=16)]
+    assert np.array_equal(np.concatenate(first), np.concatenate(again))
+
+
+def test_logits_beside_a_loss_are_taken():
+    class NanoGPT(Functional):
+        def forward(self, idx, targets=None):
+            return super().forward(idx)[0], None
+
+    lm = as_model(NanoGPT())
+    assert lm.form == "stateless"
+    assert lm.vocab_size == 32
+
+
+def test_a_model_is_put_in_eval_mode():
+    module = Functional().train()
+    as_model(module)
+    assert not module.training
+
+
+def test_bytes_are_the_tokenizer_of_a_vocabulary_of_256_only():
+    assert as_model(Functional(vocab=256)).tokenizer.name == "bytes"
+    assert as_model(Functional()).tokenizer is None
+
+
+def test_byte_offsets_are_those_of_the_text():
+    ids, ends = as_model(Functional(vocab=256)).tokenizer.encode("né")
+    assert ids.tolist() == [110, 195, 169]
+    assert ends.tolist() == [1, 2, 3]
+
+
+def test_what_is_no_model_is_refused():
+    with pytest.raises(ModelError, match="neither callable nor has `step`"):
+        as_model(object())
+
+
+def test_an_error_of_the_model_is_told_with_what_it_was_asked():
+    class Failing(Functional):
+        def forward(self, input_ids):
+            raise IndexError("oops")
+
+    with pytest.raises(ModelError, match="one token .* raised IndexError: oops"):
+        as_model(Failing())
+
+
+def test_a_model_that_returns_no_logits_is_refused():
+    class Chatty(Functional):
+        def forward(self, input_ids):
+            return "hello"
+
+    with pytest.raises(ModelError, match="returned str for one token"):
+        as_model(Chatty())
+
+
+def test_the_demo_loads_in_each_precision():
+    assert load("demo").dtype == torch.float32
+    assert load("demo@bf16").dtype == torch.bfloat16
+    assert load("demo", bits=16).dtype == torch.bfloat16
+    assert load("demo@fp16", bits=32).dtype == torch.float16
+
+
+def test_the_zoo_is_found_by_name():
+    assert "demo" in zoo()
+    assert load("zoo:demo").vocab_size == 256
+
+
+def test_a_callable_beside_the_tests_is_found(tmp_path, monkeypatch):
+    (tmp_path / "my_models.py").write_text("from toys import Functional\ndef build(): return Functional()\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(__import__("sys").path))
+    lm = load("my_models:build@bf16")
+    assert (lm.spec, lm.dtype) == ("my_models:build@bf16", torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("gpt2", "did you mean hf:gpt2"),
+        ("zoo:nothing", "not in the zoo; it holds demo"),
+        ("no.such.module:build", "cannot be imported"),
+        ("toys:nothing", "cannot be imported"),
+        ("demo@fp8", "unknown precision @fp8"),
+        ("demo@int4", "int4 weights are not built in yet, and no other precision"),
+        ("toys:Stepper@bf16", "precision of Stepper cannot be set"),
+        ("hf:/no/such/folder", "could not be loaded"),
+        ("", "unknown model spec"),
+    ],
+)
+def test_a_spec_that_names_nothing_says_what_would(spec, says, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SpecError, match=says):
+        load(spec)
+
+
+def test_devices_are_resolved_or_refused():
+    assert resolve_device("cpu").type == "cpu"
+    assert resolve_device("auto").type in ("cpu", "cuda", "mps")
+    with pytest.raises(SpecError, match="unknown device 'tpu9'"):
+        resolve_device("tpu9")
+    with pytest.raises(SpecError, match="'cuda:99' is not there"):
+        resolve_device("cuda:99")

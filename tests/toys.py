@@ -1,0 +1,165 @@
+"""Small language models that are right, one of each form, and some that are wrong in a known way."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+VOCAB = 32
+
+
+class Functional(nn.Module):
+    """A GRU, the state passed and returned."""
+
+    def __init__(self, vocab: int = VOCAB, width: int = 16, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.embed = nn.Embedding(vocab, width)
+            self.cell = nn.GRU(width, width, batch_first=True)
+            self.head = nn.Linear(width, vocab)
+
+    def forward(self, input_ids, state=None):
+        hidden, state = self.cell(self.embed(input_ids), state)
+        return self.head(hidden), state
+
+
+class Stateless(Functional):
+    """The same numbers, but nothing is returned to go on from."""
+
+    def forward(self, input_ids):
+        return super().forward(input_ids)[0]
+
+
+class GetSetState(Functional):
+    """The state is held by the module; what get_state returns goes on being written to."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(**options)
+        self.held = None
+
+    def forward(self, input_ids):
+        logits, state = super().forward(input_ids, self.held)
+        if self.held is None:
+            self.held = state
+        else:
+            self.held.copy_(state)
+        return logits
+
+    def get_state(self):
+        return self.held
+
+    def set_state(self, state):
+        self.held = state
+
+    def reset_state(self):
+        self.held = None
+
+
+class Streaming(Functional):
+    """A streaming context and a step; the state cannot be taken out."""
+
+    @contextmanager
+    def streaming(self, batch_size):
+        self.held = None
+        yield
+        self.held = None
+
+    def step(self, input_ids):
+        logits, self.held = super().forward(input_ids, self.held)
+        return logits
+
+
+class PortableStreaming(Streaming):
+    """A streaming context whose state can be taken out and put back."""
+
+    def get_streaming_state(self):
+        return {"hidden": self.held}
+
+    def set_streaming_state(self, state):
+        self.held = state["hidden"]
+
+
+class Stepper:
+    """No module at all: an object with `step`."""
+
+    def __init__(self) -> None:
+        self.model = Functional()
+
+    def step(self, input_ids, state=None):
+        with torch.no_grad():
+            return self.model(input_ids, state)
+
+
+CARRYING = [Functional, GetSetState, Streaming, PortableStreaming, Stepper]
+
+
+class Dropped(Functional):
+    """Wrong: forgets its state whenever a chunk of more than one token continues a sequence."""
+
+    def forward(self, input_ids, state=None):
+        return super().forward(input_ids, state if input_ids.shape[1] == 1 else None)
+
+
+class Forgetful(Functional):
+    """Wrong: always starts over, though it returns a state."""
+
+    def forward(self, input_ids, state=None):
+        return super().forward(input_ids, None)
+
+
+class Seeing(Functional):
+    """Wrong: each position sees the mean of the whole chunk."""
+
+    def forward(self, input_ids, state=None):
+        logits, state = super().forward(input_ids, state)
+        return logits + 1e-3 * logits.mean(dim=1, keepdim=True), state
+
+
+class Stale(Functional):
+    """Wrong: begins a sequence with what the last one left behind."""
+
+    left = None
+
+    def forward(self, input_ids, state=None):
+        logits, state = super().forward(input_ids, self.left if state is None else state)
+        self.left = state.detach()
+        return logits, state
+
+
+class Learning(Functional):
+    """Wrong: changes a parameter while it reads."""
+
+    def forward(self, input_ids, state=None):
+        with torch.no_grad():
+            self.head.bias[0] += 1e-9
+            self.head.bias[1] += 1
+            self.head.bias[1] -= 1
+            self.embed.weight[VOCAB - 1] += 1e-3
+        return super().forward(input_ids.clamp(max=VOCAB - 2), state)
+
+
+class Broken(Functional):
+    """Wrong: gives NaN for the token after id 7, as an overflow would."""
+
+    def forward(self, input_ids, state=None):
+        logits, state = super().forward(input_ids, state)
+        return logits.masked_fill((input_ids == 7)[..., None], float("nan")), state
+
+
+class LastOnly(Functional):
+    """Wrong: returns the logits of the last position only."""
+
+    def forward(self, input_ids, state=None):
+        logits, state = super().forward(input_ids, state)
+        return logits[:, -1:], state
+
+
+class Promising(Functional):
+    """Wrong: returns a state for the first token, and none later."""
+
+    def forward(self, input_ids, state=None):
+        logits, new_state = super().forward(input_ids, state)
+        return logits, new_state if state is None else None
