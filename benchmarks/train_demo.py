@@ -10,6 +10,7 @@ Muon (Jordan et al., 2024) updates the matrices, AdamW the rest; one cycle of wa
 from __future__ import annotations
 
 import argparse
+import math
 import time
 
 import torch
@@ -32,7 +33,7 @@ def main() -> None:
 
     torch.manual_seed(arguments.seed)
     text, held_out = read("train"), read("validation")
-    model = Demo()
+    model = Demo(dropout=0.1)
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     optimizers = [
@@ -57,7 +58,7 @@ def main() -> None:
             schedule.step()
         if (step + 1) % 100 == 0 or step + 1 == arguments.steps:
             minutes = (time.perf_counter() - started) / 60
-            bits = bits_per_byte(model, held_out[:65536])
+            bits = bits_per_byte(model, held_out)
             print(
                 f"step {step + 1}  loss {loss.item():.3f}  validation {bits:.3f} bits per byte  {minutes:.1f} min", flush=True
             )
@@ -76,7 +77,10 @@ def next_byte_loss(model: Demo, rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def bits_per_byte(model: Demo, text: Tensor) -> float:
-    return next_byte_loss(model, text[None]).item() / 0.6931471805599453
+    model.eval()
+    bits = next_byte_loss(model, text[None]).item() / math.log(2)
+    model.train()
+    return bits
 
 
 if __name__ == "__main__":

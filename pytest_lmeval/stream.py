@@ -108,6 +108,8 @@ def stream_in_windows(
     for ids in overlapping(tokens, window, overlap):
         began = time.perf_counter()
         known = overlap if start else 0
+        if len(ids) - 1 <= known:  # a stream that was taken up again at its very end
+            continue
         steps = overlapping(ids, chunk_size or window)
         state, at, parts = None, start, []
         for step_ids in steps:

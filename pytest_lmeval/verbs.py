@@ -143,7 +143,7 @@ class Lmeval:
     def record(self, lm: Any, subject: str, **metrics: float) -> Record:
         """Record numbers of your own beside ours: they stand in the summary and the reports like any other.
 
-            lmeval.record(lm, "passkey at 8k", accuracy=Metric(0.97, n=100, higher_is_better=True))
+        lmeval.record(lm, "passkey at 8k", accuracy=Metric(0.97, n=100, higher_is_better=True))
         """
         kept = {name: value if isinstance(value, Metric) else Metric(value) for name, value in metrics.items()}
         record = Record(kind="custom", subject=subject, lm=as_model(lm).facts(), metrics=kept, test=self._log.test)

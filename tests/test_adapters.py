@@ -87,7 +87,7 @@ def test_an_error_of_the_model_is_told_with_what_it_was_asked():
         def forward(self, input_ids):
             raise IndexError("oops")
 
-    with pytest.raises(ModelError, match="one token .* raised IndexError: oops"):
+    with pytest.raises(ModelError, match=r"one token .* raised IndexError: oops"):
         as_model(Failing())
 
 

@@ -1,5 +1,7 @@
 """The heart: every target is scored exactly once, whatever the chunks, and what cannot be scored is refused."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -121,7 +123,7 @@ def test_a_memory_mapped_file_is_read_in_slices(tmp_path):
 def test_overlapping_pieces_share_exactly_what_they_should(length, size, overlap):
     overlap = min(overlap, size - 1)
     found = list(overlapping(np.arange(length), size, overlap))
-    for before, after in zip(found, found[1:], strict=False):
+    for before, after in pairwise(found):
         assert list(after[: overlap + 1]) == list(before[-overlap - 1 :])
     assert sorted({int(token) for piece in found for token in piece}) == (list(range(length)) if length > 1 else [])
 
@@ -182,9 +184,8 @@ def test_a_nan_is_reported_with_its_position_and_what_was_before_is_kept(chunk_s
     ids[41] = 7
     scored = []
     with pytest.raises(NotFiniteError, match=rf"loss of nan for token 42 of the stream \(id {ids[42]}, after id 7\)"):
-        for chunk in stream(as_model(Broken()), ids, chunk_size=chunk_size):
-            scored.append(chunk.end)
-    assert not scored or scored[-1] <= 42
+        scored.extend(stream(as_model(Broken()), ids, chunk_size=chunk_size))
+    assert [chunk.end for chunk in scored] == list(range(chunk_size + 1, 43, chunk_size))
 
 
 def test_logits_of_the_wrong_shape_are_refused():

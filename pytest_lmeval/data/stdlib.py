@@ -7,7 +7,8 @@ Two sources, both read without importing or running anything:
 
 A document is one topic or one module. Its split is fixed by a hash of its name - 80 % train,
 10 % validation, 10 % test - so a module is held out in every version of Python alike. A docstring
-that was seen before, in any document, is dropped: a copy must not leak from one split to another.
+that was seen before is dropped, and so is a longer paragraph of a held-out document that also stands
+in another split: a copy must not leak from one split to another.
 The text differs a little between Python versions; the corpus fingerprint tells them apart.
 """
 
@@ -21,11 +22,14 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from pytest_lmeval.data.corpus import Corpus, CorpusError, Document
+from pytest_lmeval.data.corpus import SPLITS, Corpus, CorpusError, Document
 
 # Not the library itself: its tests, other people's packages, and the program `idle`.
 NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "idlelib"}
 NOT_LIBRARY |= {"lib2to3", "turtledemo", "ensurepip", "pydoc_data"}
+
+
+LONG = 80  # characters from which on a paragraph is no phrase that anybody would write again
 
 
 def load(split: str) -> Corpus:
@@ -40,8 +44,8 @@ def load(split: str) -> Corpus:
 def split_of(name: str) -> str:
     """The split that a document belongs to, by the hash of its name.
 
-    >>> split_of("json.decoder"), split_of("json.decoder") == split_of("json.decoder")
-    ('train', True)
+    >>> split_of("typing"), split_of("json"), split_of("topic:while")
+    ('train', 'test', 'train')
     """
     bucket = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % 10
     return "train" if bucket < 8 else ("validation" if bucket == 8 else "test")
@@ -49,18 +53,41 @@ def split_of(name: str) -> str:
 
 @functools.cache
 def _documents() -> dict[str, tuple[Document, ...]]:
-    splits: dict[str, list[Document]] = {"train": [], "validation": [], "test": []}
-    seen: set[str] = set()
-    for name, paragraphs in (*_topics(), *_modules()):
-        fresh = [text for text in paragraphs if not (text in seen or seen.add(text))]  # type: ignore[func-returns-value]
-        if fresh:
-            splits[split_of(name)].append(Document(name, "\n\n".join(fresh) + "\n\n\n"))
-    if not all(splits.values()):
+    found: dict[str, list[tuple[str, list[str]]]] = {split: [] for split in SPLITS}
+    for name, docstrings in (*_topics(), *_modules()):
+        found[split_of(name)].append((name, docstrings))
+    if not all(found.values()):
         raise CorpusError(
             "the corpus `stdlib` is empty: this Python carries neither pydoc topics nor the sources of its "
             f"library ({_library_folder()}), as trimmed installations do. Use another corpus, for example text:PATH."
         )
-    return {split: tuple(documents) for split, documents in splits.items()}
+    splits, copies = {}, Copies()
+    for split, documents in found.items():  # train first: what it holds, the others must not
+        texts = [(name, "\n\n".join(filter(None, map(copies.without, docstrings)))) for name, docstrings in documents]
+        splits[split] = tuple(Document(name, text + "\n\n\n") for name, text in texts if text)
+        copies.close_split()
+    return splits
+
+
+class Copies:
+    """Remembers what was read, to leave out what comes again."""
+
+    def __init__(self) -> None:
+        self.docstrings: set[str] = set()
+        self.paragraphs: set[str] = set()  # of this split and those before it
+        self.elsewhere: frozenset[str] = frozenset()  # of those before it
+
+    def without(self, docstring: str) -> str:
+        """The docstring without its long paragraphs that stand in an earlier split; empty if it came before as a whole."""
+        if docstring in self.docstrings:
+            return ""
+        self.docstrings.add(docstring)
+        paragraphs = [text for text in docstring.split("\n\n") if len(text) < LONG or text not in self.elsewhere]
+        self.paragraphs.update(paragraphs)
+        return "\n\n".join(paragraphs)
+
+    def close_split(self) -> None:
+        self.elsewhere = frozenset(self.paragraphs)
 
 
 def _topics() -> Iterator[tuple[str, list[str]]]:

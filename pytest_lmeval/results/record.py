@@ -26,7 +26,7 @@ class Series:
         return {"x": list(self.x), "y": list(self.y), "x_unit": self.x_unit, "y_unit": self.y_unit}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Record:
     """What one verb found out.
 
@@ -50,6 +50,10 @@ class Record:
     series: dict[str, Series] = field(default_factory=dict)
     examples: str | None = None
     test: str = ""
+
+    def __repr__(self) -> str:
+        figures = ", ".join(f"{name}={metric!r}" for name, metric in self.metrics.items())
+        return f"{self.kind} of {self.lm.get('spec')} on {self.subject}: {figures}"
 
     def to_json(self) -> dict[str, Any]:
         return {

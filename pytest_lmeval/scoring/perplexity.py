@@ -215,6 +215,8 @@ def perplexity(
             if progress is not None:
                 progress(int(point.reading.total[TOKENS]), float(point.reading.total[NATS]), expected)
             saver.save_now_and_then(replace(point, seconds=time.perf_counter() - began))
+    if not point.reading.chunks_seen:
+        raise StreamError(f"{source} holds no document: there is nothing to score.")
     record = Record(
         kind="perplexity",
         subject=str(source),

@@ -1,0 +1,146 @@
+"""transformers models: every kind of cache is carried, and a folder on disk is all it takes."""
+
+import numpy as np
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from pytest_lmeval.adapters import as_model, load  # noqa: E402
+from pytest_lmeval.lm import SpecError, fork  # noqa: E402
+from pytest_lmeval.scoring.perplexity import perplexity  # noqa: E402
+from pytest_lmeval.stream import stream  # noqa: E402
+
+SIZE = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 48}
+IDS = np.random.default_rng(0).integers(3, 64, 90)
+
+
+def build(name, **options):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**options)
+    classes = {"GPT2": "GPT2LMHeadModel"}
+    model = getattr(transformers, classes.get(name, f"{name}ForCausalLM"))(config)
+    with torch.no_grad():  # as initialised, such small models hardly look at what they read
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.2)
+    return model
+
+
+MODELS = {
+    "llama": lambda: build("Llama", **SIZE, **HEADS),
+    "mistral-window": lambda: build("Mistral", **SIZE, **HEADS, sliding_window=8),
+    "gpt2": lambda: build("GPT2", vocab_size=64, n_embd=32, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2),
+    "mamba2": lambda: build("Mamba2", **SIZE, num_heads=4, head_dim=16, state_size=8, n_groups=1, chunk_size=16),
+    "rwkv": lambda: build("Rwkv", **SIZE),
+    "lfm2": lambda: build("Lfm2", **SIZE, **HEADS, layer_types=["conv", "full_attention"]),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_cache_of_any_kind_is_carried(name):
+    module = MODELS[name]()
+    lm = as_model(module)
+    assert (lm.form, lm.stateful, lm.vocab_size) == ("transformers", True, 64)
+    with torch.no_grad():
+        logits = module(torch.from_numpy(IDS)[None, :-1]).logits[0]
+    expected = torch.nn.functional.cross_entropy(logits, torch.from_numpy(IDS[1:]), reduction="none")
+    for chunk_size in (90, 32, 7):
+        nll = np.concatenate([chunk.nll for chunk in stream(lm, IDS, chunk_size=chunk_size)])
+        np.testing.assert_allclose(nll, expected, atol=2e-4)
+
+
+def test_the_state_of_a_windowed_model_stops_growing():
+    sizes = [chunk.state_bytes for chunk in stream(as_model(MODELS["mistral-window"]()), IDS, chunk_size=10)]
+    growing = [chunk.state_bytes for chunk in stream(as_model(MODELS["llama"]()), IDS, chunk_size=10)]
+    assert len(set(sizes[1:-1])) == 1
+    assert growing == sorted(set(growing))
+
+
+@pytest.mark.parametrize("name", ["llama", "mamba2", "rwkv"])
+def test_two_continuations_of_one_cache_do_not_see_each_other(name):
+    lm = as_model(MODELS[name]())
+    ids = torch.from_numpy(IDS)[None]
+    with torch.no_grad():
+        _, state = lm.step(ids[:, :20])
+        branch = fork(state)
+        straight, _ = lm.step(ids[:, 20:40], state)
+        forked, _ = lm.step(ids[:, 20:40], branch)
+    assert torch.equal(straight, forked)
+
+
+def test_a_model_that_hides_its_state_is_driven_without_one():
+    options = {"num_attention_heads": 2, "lru_width": 32, "intermediate_size": 48, "attention_window_size": 8}
+    module = build("RecurrentGemma", **{**SIZE, "num_hidden_layers": 3}, **options)
+    assert not as_model(module).stateful
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model folder as `save_pretrained` writes it, with a tokenizer that was trained on the spot."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    place = tmp_path_factory.mktemp("model")
+    text = "the quick brown fox jumps over the lazy dog, naïve café, 你好 " * 20
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator([text], vocab_size=300, special_tokens=["<s>"])
+    trained.save(str(place / "tokenizer.json"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(place / "tokenizer.json"), bos_token="<s>")
+    tokenizer.save_pretrained(place)
+    build("Llama", **{**SIZE, "vocab_size": len(tokenizer)}, **HEADS).save_pretrained(place)
+    return place
+
+
+def test_a_folder_is_loaded_and_reads_text(folder, tmp_path):
+    from pytest_lmeval.data import corpus
+
+    (tmp_path / "text.txt").write_text("the lazy café, 你好 fox\n" * 50, encoding="utf-8")
+    result = perplexity(load(f"hf:{folder}"), corpus(f"text:{tmp_path / 'text.txt'}"))
+    nats = float(result.nll) * result.tokens
+    total_bytes = len((tmp_path / "text.txt").read_bytes())
+    assert float(result.bits_per_byte) == pytest.approx(nats / np.log(2) / total_bytes)  # every byte: there is a <s>
+
+
+def test_byte_offsets_add_up_to_the_text(folder):
+    text = "naïve 你好 the fox"
+    ids, ends = load(f"hf:{folder}").tokenizer.encode(text)
+    assert len(ids) == len(ends)
+    assert ends[-1] == len(text.encode())
+    assert (np.diff(ends) >= 0).all()
+
+
+def test_the_precision_of_a_folder_can_be_chosen(folder):
+    assert load(f"hf:{folder}@bf16").dtype == torch.bfloat16
+
+
+def test_a_text_longer_than_the_context_is_read_in_windows(folder):
+    module = build("GPT2", vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=2)
+    result = perplexity(as_model(module), IDS)
+    assert result.tokens == 89
+    assert result.record.settings["window"] == 32
+    assert result.record.settings["why"] == "the model's context is 32 tokens"
+
+
+def test_code_from_a_model_folder_is_not_run_unless_it_is_asked_for(folder, tmp_path):
+    import json
+    import shutil
+
+    shutil.copytree(folder, tmp_path / "evil")
+    config = json.loads((tmp_path / "evil" / "config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}
+    (tmp_path / "evil" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "evil" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(SpecError, match="could not be loaded"):
+        load(f"hf:{tmp_path / 'evil'}")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_folder_without_a_tokenizer_scores_ids_and_refuses_text(tmp_path):
+    from pytest_lmeval.data import CorpusError, corpus
+
+    build("Llama", **SIZE, **HEADS).save_pretrained(tmp_path)
+    lm = load(f"hf:{tmp_path}")
+    assert perplexity(lm, IDS, tokens=50).tokens == 49
+    with pytest.raises(CorpusError, match="has no tokenizer"):
+        perplexity(lm, corpus("stdlib", "test"), tokens=50)

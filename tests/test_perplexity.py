@@ -1,0 +1,253 @@
+"""A reading: sums that merge, intervals that cover, windows where there is no state, and a kill that costs nothing."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toys import VOCAB, Functional, Stateless
+
+from pytest_lmeval.adapters import as_model
+from pytest_lmeval.data.corpus import Corpus, Document
+from pytest_lmeval.results.journal import Checkpoints, JournalWarning
+from pytest_lmeval.scoring.perplexity import _Saver, exponential, perplexity
+from pytest_lmeval.scoring.reading import BLOCK, BLOCKS, BYTES, CHUNKS, HITS, NATS, TOKENS, Reading, rows_of
+from pytest_lmeval.stream import StreamError
+
+LM = as_model(Functional())
+BYTE_LM = as_model(Functional(vocab=256))
+
+
+def ids_of(length, seed=0):
+    return np.random.default_rng(seed).integers(0, VOCAB, length)
+
+
+def texts(*documents, as_stream=True):
+    return Corpus(
+        "texts", "test", lambda: (Document(str(i), text) for i, text in enumerate(documents)), "fp", as_stream=as_stream
+    )
+
+
+def losses_of(ids, model=LM):
+    with torch.no_grad():
+        logits, _ = model.step(torch.from_numpy(np.asarray(ids))[None, :-1])
+    return torch.nn.functional.cross_entropy(logits[0].double(), torch.as_tensor(ids[1:]), reduction="none").numpy()
+
+
+# ----------------------------------------------------------------------------------------- what it finds
+
+
+def test_the_figures_are_those_of_a_plain_computation():
+    ids = ids_of(500)
+    result = perplexity(LM, ids, chunk_size=64)
+    losses = losses_of(ids)
+    with torch.no_grad():
+        logits, _ = LM.step(torch.from_numpy(ids)[None, :-1])
+    top5 = (logits[0].topk(5).indices == torch.from_numpy(ids[1:])[:, None]).any(1).double().mean()
+    assert float(result.nll) == pytest.approx(losses.mean(), rel=1e-6)
+    assert float(result.perplexity) == pytest.approx(math.exp(losses.mean()), rel=1e-6)
+    assert float(result.token_accuracy[5]) == pytest.approx(float(top5))
+    assert (result.tokens, result.chunks) == (499, 8)
+    assert result.state_bytes == 64
+
+
+def test_bits_per_byte_are_those_of_the_text():
+    text = "naïve café " * 30
+    result = perplexity(BYTE_LM, texts(text))
+    losses = losses_of(np.frombuffer(text.encode(), np.uint8).astype(np.int64), BYTE_LM)
+    assert float(result.bits_per_byte) == pytest.approx(losses.sum() / math.log(2) / (len(text.encode()) - 1), rel=1e-6)
+
+
+def test_ids_have_no_bytes():
+    with pytest.raises(AttributeError, match="token ids, no text"):
+        perplexity(LM, ids_of(50)).bits_per_byte  # noqa: B018
+
+
+def test_documents_begin_with_a_new_state_each():
+    result = perplexity(BYTE_LM, texts("first document", "second one", as_stream=False))
+    losses = [losses_of(list(text.encode()), BYTE_LM) for text in ("first document", "second one")]
+    assert float(result.nll) == pytest.approx(np.concatenate(losses).mean(), rel=1e-6)
+    assert result.record.settings["documents"] == 2
+
+
+def test_one_stream_carries_its_state_over_documents():
+    result = perplexity(BYTE_LM, texts("first document", "second one"))
+    assert float(result.nll) == pytest.approx(losses_of(list(b"first documentsecond one"), BYTE_LM).mean(), rel=1e-6)
+
+
+def test_limits_are_kept():
+    corpus = texts(*["some text"] * 10, as_stream=False)
+    assert perplexity(BYTE_LM, corpus, limit=3).tokens == 3 * 8
+    assert perplexity(BYTE_LM, corpus, limit=3, tokens=4).tokens == 3 * 3
+    assert perplexity(BYTE_LM, corpus, as_stream=True, tokens=20).tokens == 19
+
+
+def test_a_model_without_a_state_is_read_in_windows_and_the_record_says_so():
+    result = perplexity(as_model(Stateless()), ids_of(300), window=100, overlap=50)
+    assert result.tokens == 299
+    assert result.record.settings["reading"] == "windows"
+    default = perplexity(as_model(Stateless()), ids_of(300))
+    assert default.record.settings["why"] == "the model has no state to carry"
+    with pytest.raises(StreamError, match="can only be read in windows"):
+        perplexity(as_model(Stateless()), ids_of(300), window="unlimited")
+
+
+def test_loss_by_position_covers_every_target():
+    ids = ids_of(3000)
+    result = perplexity(LM, ids, positions=(1000, 2000, 9000))
+    losses = losses_of(ids)
+    first = result.loss_by_position
+    assert first.y[0] == pytest.approx(losses[0], rel=1e-5)  # the target with one token before it
+    assert result.loss_at == pytest.approx({1000: losses[:1000].mean(), 2000: losses[1000:2000].mean()}, rel=1e-5)
+    assert float(result.loss_slope) == pytest.approx(losses[1000:2000].mean() - losses[:1000].mean(), abs=1e-6)
+
+
+def test_losses_are_written_as_they_are_read(tmp_path):
+    ids = ids_of(300)
+    perplexity(LM, ids, chunk_size=32, losses=tmp_path / "losses.npy")
+    written = np.load(tmp_path / "losses.npy")
+    assert written.dtype == np.float32
+    np.testing.assert_allclose(written, losses_of(ids), atol=1e-5)
+
+
+def test_progress_is_told_after_every_chunk():
+    seen = []
+    perplexity(LM, ids_of(100), chunk_size=30, tokens=80, progress=lambda *told: seen.append(told))
+    assert [(done, expected) for done, _, expected in seen] == [(30, 79), (60, 79), (79, 79)]
+
+
+def test_an_iterator_is_read_once_and_never_held():
+    ids = ids_of(1000)
+    result = perplexity(LM, iter(np.split(ids, 10)))
+    assert float(result.nll) == pytest.approx(losses_of(ids).mean(), rel=1e-6)
+
+
+@pytest.mark.parametrize("corpus", [texts(), texts(""), texts("a")])
+def test_an_empty_stream_is_refused(corpus):
+    with pytest.raises(StreamError, match=r"texts\[test\]: a stream of fewer than two tokens"):
+        perplexity(BYTE_LM, corpus)
+
+
+def test_an_empty_document_is_named():
+    with pytest.raises(StreamError, match="document 1: a stream of fewer than two tokens"):
+        perplexity(BYTE_LM, texts("fine", "", "fine", as_stream=False))
+
+
+def test_no_documents_at_all_are_refused():
+    with pytest.raises(StreamError, match="holds no document"):
+        perplexity(BYTE_LM, texts(as_stream=False))
+
+
+def test_a_perplexity_is_never_capped():
+    from pytest_lmeval.results.metric import Metric
+
+    assert float(exponential(Metric(25.0))) == pytest.approx(math.exp(25))
+    with pytest.raises(StreamError, match="no number a float can hold"):
+        exponential(Metric(1000.0))
+
+
+# ------------------------------------------------------------------------------------------- sums
+
+
+def fold(nll, sizes, **options):
+    reading, start = Reading(**options), 1
+    reading.start_document()
+    for size in sizes:
+        part = nll[start - 1 : start - 1 + size]
+        if len(part):
+            rank = (part * 7).astype(int) % 9
+            reading.add(start, rows_of(part, rank, np.ones(len(part))), seconds=0.0, state_bytes=0)
+            start += len(part)
+    return reading
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 400), st.lists(st.integers(1, 90), min_size=1, max_size=30))
+def test_the_sums_do_not_depend_on_the_chunks(length, sizes):
+    nll = np.random.default_rng(length).exponential(size=length)
+    parts, whole = fold(nll, [*sizes, length], positions=(100,)), fold(nll, [length], positions=(100,))
+    for name in ("total", "by_position", "at_positions", "units"):
+        np.testing.assert_allclose(np.array(getattr(parts, name)), np.array(getattr(whole, name)), rtol=1e-12)
+    assert whole.total[TOKENS] == length
+    assert whole.total[NATS] == pytest.approx(nll.sum())
+    assert whole.total[HITS[5]] == ((nll * 7).astype(int) % 9 < 5).sum()
+
+
+def test_a_stream_of_any_length_takes_the_same_memory():
+    reading = fold(np.ones(BLOCK * BLOCKS * 5), [997] * 100)
+    assert BLOCKS // 2 <= len(reading.units) <= BLOCKS
+    assert reading.block == BLOCK * 8
+    assert sum(unit[TOKENS] for unit in reading.units) == reading.total[TOKENS]
+    long = fold(np.ones(CHUNKS * 3), [1] * CHUNKS * 3)
+    assert len(long.chunks) <= CHUNKS
+    assert sum(chunk[TOKENS] for chunk in long.chunks) == CHUNKS * 3
+
+
+def test_a_reading_survives_json_to_the_last_bit():
+    reading = fold(np.random.default_rng(0).exponential(size=3000), [177] * 20, positions=(500,))
+    again = Reading.from_json(json.loads(json.dumps(reading.to_json())))
+    assert again.to_json() == reading.to_json()
+    assert again.total[BYTES] == 3000
+
+
+# ------------------------------------------------------------------------------------------- being killed
+
+
+class Killed(Exception):
+    pass
+
+
+def read_killed_at(tokens, **options):
+    """Read until so many tokens are scored, then die; a point is saved after every chunk."""
+
+    def kill(done, nats, expected):
+        if done >= tokens:
+            raise Killed
+
+    return pytest.raises(Killed), {"progress": kill, **options}
+
+
+@pytest.mark.parametrize("plan", [{}, {"window": 40, "overlap": 15}, {"window": 40, "overlap": 15, "chunk_size": 7}])
+@pytest.mark.parametrize("as_stream", [True, False])
+def test_a_killed_reading_goes_on_with_the_same_numbers_to_the_last_bit(tmp_path, monkeypatch, plan, as_stream):
+    monkeypatch.setattr(_Saver, "PAUSE", 0.0)
+    monkeypatch.setattr(_Saver, "SHARE", 0.0)
+    options = {"chunk_size": 16, "positions": (50, 100), **plan}
+    corpus = texts(*(f"document number {n} with some text in it, " * 3 for n in range(6)), as_stream=as_stream)
+    whole = perplexity(BYTE_LM, corpus, losses=tmp_path / "whole.npy", **options)
+    saved = {"checkpoints": Checkpoints(tmp_path / "partial"), "key": "k", "losses": tmp_path / "killed.npy"}
+    for tokens in (100, 250, 430):
+        dies, extra = read_killed_at(tokens, **options, **saved)
+        with dies:
+            perplexity(BYTE_LM, corpus, **extra)
+    resumed = perplexity(BYTE_LM, corpus, **options, **saved)
+    assert 300 < resumed.resumed_at < resumed.tokens
+    for name in ("perplexity", "nll", "bits_per_byte", "token_accuracy_top1", "token_accuracy_top5"):
+        assert resumed.record.metrics[name].to_json() == whole.record.metrics[name].to_json()
+    for name in ("chunk_loss", "running_loss", "loss_by_position", "loss_at"):
+        assert resumed.record.series[name] == whole.record.series[name]
+    assert np.array_equal(np.load(tmp_path / "killed.npy"), np.load(tmp_path / "whole.npy"))
+
+
+def test_a_broken_saved_point_is_reported_and_the_text_read_from_its_beginning(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    (tmp_path / "k.pt").write_bytes(b"half a file")
+    with pytest.warns(JournalWarning, match="cannot be read"):
+        result = perplexity(LM, ids_of(100), checkpoints=checkpoints, key="k")
+    assert result.tokens == 99
+
+
+def test_a_saved_point_cannot_run_code(tmp_path):
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return open, (str(tmp_path / "ran"), "w")
+
+    torch.save({"meta": "{}", "state": Evil()}, tmp_path / "k.pt", pickle_module=pickle)
+    with pytest.warns(JournalWarning, match="cannot be read"):
+        perplexity(LM, ids_of(100), checkpoints=Checkpoints(tmp_path), key="k")
+    assert not (tmp_path / "ran").exists()
