@@ -40,10 +40,10 @@ class KneserNey:
         ]
 
     def step(self, input_ids, state=None):
-        rows = []
-        seen = (state or b"") + bytes(input_ids[0].tolist())
-        for place in range(len(state or b"") + 1, len(seen) + 1):
-            rows.append(np.log(self.probabilities(seen[max(0, place - ORDER + 1) : place])))
+        before = state or b""
+        seen = before + bytes(input_ids[0].tolist())
+        ends = range(len(before) + 1, len(seen) + 1)
+        rows = [np.log(self.probabilities(seen[max(0, end - ORDER + 1) : end])) for end in ends]
         return torch.from_numpy(np.stack(rows))[None], seen[-ORDER + 1 :]
 
     def probabilities(self, context: bytes) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Evaluations of language models as pytest tests: exact streaming, certified numbers, speed beside quality.
 
-The names below are the public face; each is imported when it is first used, so that an installed but unused
-plugin costs nothing.
+The names below are the public face, beside `pytest_lmeval.stream.stream` and `pytest_lmeval.equivalence.equivalence`;
+each is imported when it is first used, so that an installed but unused plugin costs nothing.
 """
 
 from __future__ import annotations
@@ -17,13 +17,11 @@ _HOMES = {
     "Model": "pytest_lmeval.lm",
     "as_model": "pytest_lmeval.adapters",
     "corpus": "pytest_lmeval.data",
-    "equivalence": "pytest_lmeval.equivalence.probe",
     "fork": "pytest_lmeval.lm",
     "latency": "pytest_lmeval.profiling.latency",
     "load": "pytest_lmeval.adapters",
     "perplexity": "pytest_lmeval.scoring.perplexity",
     "state_bytes": "pytest_lmeval.lm",
-    "stream": "pytest_lmeval.stream",
     "throughput": "pytest_lmeval.profiling.throughput",
 }
 

@@ -132,6 +132,4 @@ def _named(name: str) -> Any:
 
 def zoo() -> list[str]:
     """The names that `zoo:NAME` takes."""
-    import pytest_lmeval.zoo as package
-
-    return [module.name for module in pkgutil.iter_modules(package.__path__)]
+    return [module.name for module in pkgutil.iter_modules([str(Path(__file__).parents[1] / "zoo")])]

@@ -1,0 +1,176 @@
+"""The probe passes what is right and catches what is wrong, with a case that shows it."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from toys import (
+    CARRYING,
+    Dropped,
+    Forgetful,
+    Functional,
+    Learning,
+    PortableStreaming,
+    Seeing,
+    Stale,
+    Stateless,
+    Stepper,
+)
+
+from pytest_lmeval.adapters import as_model, load
+from pytest_lmeval.equivalence.probe import equivalence, restore
+from pytest_lmeval.equivalence.strategies import cases, edge_cases
+from pytest_lmeval.equivalence.tolerance import Yardstick, token_errors
+from pytest_lmeval.results.record import Record
+
+
+@pytest.mark.parametrize("toy", CARRYING)
+def test_a_model_that_carries_its_state_is_exact_for_any_chunk(toy):
+    result = equivalence(as_model(toy()))
+    assert result.verdict == "exact-any-chunk", result
+    assert result.certificate.worst_ratio < 8
+
+
+def test_a_model_without_a_state_is_stateless():
+    result = equivalence(as_model(Stateless()))
+    assert result.verdict == "stateless"
+    assert set(result.laws) == {"causality", "isolation"}
+
+
+def test_the_demo_is_exact_beyond_its_window():
+    result = equivalence(load("demo"))
+    assert result.verdict == "exact-any-chunk", result
+    assert result.record.settings["longest"] > 3 * 256
+
+
+@pytest.mark.parametrize(
+    ("fault", "verdict", "broken"),
+    [
+        (Dropped, "exact-step-only", {"splits"}),
+        (Forgetful, "inexact", {"splits", "steps"}),
+        (Seeing, "non-causal", {"splits", "steps", "causality"}),
+        (Stale, "inexact", {"isolation"}),
+        (Learning, "inexact", {"isolation"}),
+    ],
+)
+def test_a_fault_is_caught_by_the_law_it_breaks(fault, verdict, broken):
+    result = equivalence(as_model(fault()))
+    assert result.verdict == verdict, result
+    assert broken <= {name for name, law in result.laws.items() if not law.kept}
+    if "splits" not in broken:
+        assert result.laws["causality"].kept
+
+
+def test_a_counterexample_is_small_and_says_what_happened():
+    result = equivalence(as_model(Dropped()))
+    assert "8 tokens (seed 0) in pieces of [4, 4]: log-probabilities off by" in str(result)
+    assert "at token 4" in str(result)
+
+
+def test_a_fault_far_behind_the_beginning_is_found():
+    class ForgetsAfterHundred(Functional):
+        def forward(self, input_ids, state=None):
+            hidden, seen = (None, 0) if state is None else state
+            logits, hidden = super().forward(input_ids, hidden if seen < 100 else None)
+            return logits, (hidden, seen + input_ids.shape[1])
+
+    result = equivalence(as_model(ForgetsAfterHundred()))
+    assert not result.laws["splits"].kept
+
+
+def test_a_model_that_is_not_deterministic_is_caught():
+    class Noisy(Functional):
+        def forward(self, input_ids, state=None):
+            logits, state = super().forward(input_ids, state)
+            return logits + 1e-4 * torch.rand_like(logits), state
+
+    assert not equivalence(as_model(Noisy())).laws["isolation"].kept
+
+
+def test_low_precision_is_consistent_and_never_proven():
+    assert equivalence(as_model(Functional().bfloat16())).verdict == "consistent"
+
+
+def test_a_state_that_is_rounded_to_bfloat16_is_caught_in_float32():
+    class Rounding(Functional):
+        def forward(self, input_ids, state=None):
+            logits, state = super().forward(input_ids, state)
+            return logits, state.bfloat16().float()
+
+    assert equivalence(as_model(Rounding())).verdict == "inexact"
+
+
+def test_a_model_without_a_module_is_measured_against_its_own_noise():
+    result = equivalence(as_model(Stepper()))
+    assert result.certificate.reference == "full run, alone and as one of two rows"
+
+
+def test_the_tolerance_belongs_to_the_arithmetic():
+    reference = torch.log_softmax(torch.randn(50, 20, dtype=torch.float64), -1)
+    noise = torch.full((50,), 1e-6)
+    yardstick = Yardstick(reference, noise, torch.float32)
+    assert yardstick.measure(reference + 1e-6 * torch.randn_like(reference)).share < 1
+    assert yardstick.measure(reference + 1e-3 * torch.randn_like(reference)).share > 1
+    coarse = Yardstick(reference, torch.full((50,), 1e-2), torch.bfloat16)
+    assert coarse.measure(reference + 1e-3 * torch.randn_like(reference)).share < 1
+
+
+def test_an_error_that_is_not_finite_is_infinite_and_a_shared_infinity_is_none():
+    run = torch.tensor([[0.0, float("nan")], [0.0, float("-inf")], [0.0, float("-inf")]])
+    reference = torch.tensor([[0.0, 0.0], [0.0, float("-inf")], [0.0, 1.0]])
+    assert token_errors(run, reference).tolist() == [float("inf"), 0.0, float("inf")]
+
+
+@settings(max_examples=200)
+@given(cases(40, borders=(8,)))
+def test_cases_are_cut_inside_their_length(case):
+    assert 2 <= case.length <= 40
+    assert sum(case.sizes) == case.length
+    assert all(size > 0 for size in case.sizes)
+
+
+def test_edge_cases_stand_at_the_borders():
+    places = {case.cuts for case in edge_cases(100, borders=(8,))}
+    assert {(1,), (7,), (8,), (9,), (63,), (64,), (65,), (99,)} <= places
+
+
+def test_the_budget_is_kept_and_the_record_says_what_was_covered():
+    few = equivalence(as_model(Functional()), budget=0.0)
+    assert {law.cases for law in few.laws.values()} == {1}
+    more = equivalence(as_model(Functional()), budget=60.0, examples=5)
+    assert all(law.cases > 5 for law in more.laws.values())
+
+
+def test_a_result_comes_back_from_its_record():
+    result = equivalence(as_model(Dropped()))
+    again = restore(Record.from_json(result.record.to_json()))
+    assert (again.verdict, again.laws, str(again)) == (result.verdict, result.laws, str(result))
+
+
+def test_the_probe_leaves_the_model_as_it_was():
+    module = PortableStreaming()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    equivalence(as_model(module))
+    assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
+
+
+@pytest.mark.parametrize(("name", "verdict"), [("Llama", "exact-any-chunk"), ("Mamba", "exact-step-only")])
+def test_transformers_models_get_the_verdict_they_deserve(name, verdict):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    size = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    if name == "Llama":
+        size |= {"num_attention_heads": 2, "intermediate_size": 48}
+    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**size))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.2)
+    result = equivalence(as_model(model))
+    assert result.verdict == verdict, result

@@ -1,0 +1,120 @@
+"""The architecture, held to: who may import whom, what importing costs, and which names are public."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pytest_lmeval
+
+PACKAGE = Path(pytest_lmeval.__file__).parent
+LAYERS = [
+    "results", "statistics", "lm", "stream", "adapters", "zoo", "data", "tasks", "scoring", "profiling", "equivalence",
+    "training", "report", "session", "verbs", "progress", "plugin",
+]  # fmt: skip
+ABOVE = {"stream": {"results", "statistics", "lm"}, "adapters": {"lm"}, "zoo": set(), "results": set(), "statistics": set()}
+HEAVY = {"torch", "numpy", "datasets", "transformers", "hypothesis", "jinja2", "scipy", "pandas", "tqdm", "safetensors"}
+
+
+def layer_of(module):
+    return module.split(".")[1] if "." in module else ""
+
+
+def imports(path):
+    """Modules of this package that a file imports, wherever in the file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pytest_lmeval"):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.startswith("pytest_lmeval"))
+
+
+def misplaced(path, name):
+    own = layer_of(name)
+    for imported in imports(path):
+        layer = layer_of(imported)
+        if layer and layer != own and LAYERS.index(layer) > LAYERS.index(own):
+            yield f"{name} imports {imported}, which stands below it"
+
+
+def modules():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(("pytest_lmeval", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+        if name != "pytest_lmeval":
+            yield path, name
+
+
+def test_a_module_imports_only_what_stands_above_it():
+    assert [fault for path, name in modules() for fault in misplaced(path, name)] == []
+
+
+def test_this_test_can_fail(tmp_path):
+    path = tmp_path / "lm.py"
+    path.write_text("def late():\n    from pytest_lmeval.verbs import Lmeval\n")
+    assert list(misplaced(path, "pytest_lmeval.lm")) == [
+        "pytest_lmeval.lm imports pytest_lmeval.verbs.Lmeval, which stands below it"
+    ]
+
+
+def test_adapters_and_models_of_the_zoo_do_not_know_their_neighbours():
+    for path, name in modules():
+        folder, _, own = name.rpartition(".")
+        if folder.rpartition(".")[2] in ("adapters", "zoo", "tasks"):
+            neighbours = [
+                other for other in imports(path) if other.startswith(folder) and not other.startswith(f"{folder}.{own}")
+            ]
+            assert neighbours == [], name
+
+
+def test_no_file_is_a_drawer_for_everything():
+    names = {path.stem for path, _ in modules()}
+    assert not names & {"utils", "helpers", "common", "base", "manager"}
+
+
+def loaded_by(code):
+    """Heavy packages in sys.modules after running some code in a new process."""
+    script = f"import sys\n{code}\nimport json; print(json.dumps(sorted({HEAVY!r} & set(sys.modules))))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_importing_the_plugin_loads_nothing_heavy():
+    assert loaded_by("import pytest_lmeval.plugin") == []
+
+
+def test_this_test_too_can_fail():
+    assert loaded_by("import pytest_lmeval.plugin, numpy") == ["numpy"]
+
+
+def test_a_run_that_uses_nothing_of_it_loads_nothing_heavy(tmp_path):
+    (tmp_path / "test_unrelated.py").write_text("def test_nothing():\n    pass\n")
+    code = (
+        "import os, pytest\n"
+        f"os.chdir({str(tmp_path)!r})\n"
+        "assert pytest.main(['-q', '-p', 'no:hypothesispytest', '-p', 'no:cacheprovider']) == 0"
+    )
+    assert loaded_by(code) == []
+    assert not (tmp_path / ".lmeval").exists()
+
+
+def test_importing_the_plugin_costs_less_than_ten_milliseconds_of_processor_time():
+    """Processor time, the best of several: not asserted on a clock that other programs share."""
+    code = (
+        "import pytest, argparse, time; began = time.process_time(); import pytest_lmeval.plugin;"
+        "print(time.process_time() - began)"
+    )
+    seconds = min(
+        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) for _ in range(5)
+    )
+    assert seconds < 0.010
+
+
+def test_public_names_are_there_and_sorted():
+    assert list(pytest_lmeval.__all__) == sorted(pytest_lmeval.__all__)
+    for name in pytest_lmeval.__all__:
+        assert getattr(pytest_lmeval, name).__name__ == name
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        pytest_lmeval.nonsense  # noqa: B018
