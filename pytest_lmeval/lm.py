@@ -68,7 +68,7 @@ class Tokenizer(Protocol):
         """Ids [t] and byte offsets [t] (numpy int64): token i ends before byte offsets[i]; offsets[-1] is the text's length."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Model:
     """A language model ready to be stepped, and what is known about it.
 
@@ -115,6 +115,9 @@ class Model:
                 "model has none, load it with form='stateless' so that it is scored in windows."
             )
         return logits, new_state
+
+    def __repr__(self) -> str:
+        return f"<{self.spec}: {self.form}, {self.dtype} on {self.device}>"
 
     @property
     def device(self) -> torch.device:

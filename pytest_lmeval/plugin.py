@@ -36,7 +36,6 @@ OPTIONS: dict[str, tuple[Any, str]] = {  # name -> (default, help); every one is
 }
 SESSION = pytest.StashKey["Session"]()
 LOG = pytest.StashKey[Any]()
-USED = pytest.StashKey[bool]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -96,24 +95,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Before the first test: is there work to record, and can its results be written?"""
-    config = session.config
-    used = any(item.get_closest_marker("lmeval") for item in session.items)
-    config.stash[USED] = used and not config.option.collectonly
-    if config.stash[USED] and not _is_worker(config):
-        from pytest_lmeval.session import check_writable
+    if not session.config.option.collectonly and any(item.get_closest_marker("lmeval") for item in session.items):
+        _check_output_folder(session.config)
 
-        folder = output_folder(config)
-        try:
-            check_writable(folder)
-        except OSError as error:
-            raise pytest.UsageError(
-                f"nothing can be written to the output folder {folder} ({error.strerror or error}), so every result of this "
-                "run would be lost. Choose another one with --lmeval-dir."
-            ) from error
-        if option(config, "lmeval-fresh"):
-            from pytest_lmeval.results.journal import Journal
 
-            Journal(folder, fresh=True)
+def _check_output_folder(config: pytest.Config) -> None:
+    from pytest_lmeval.session import check_writable
+
+    folder = output_folder(config)
+    try:
+        check_writable(folder)
+    except OSError as error:
+        raise pytest.UsageError(
+            f"nothing can be written to the output folder {folder} ({error.strerror or error}), so every result of this "
+            "run would be lost. Choose another one with --lmeval-dir."
+        ) from error
 
 
 # ---------------------------------------------------------------------------------------------- fixtures
@@ -254,27 +250,36 @@ class Reports:
         self.config, self.started = config, time.time()
         self.records: list[dict[str, Any]] = []
         self.notes: list[str] = []
+        self.keys: set[str] = set()
         self.written: list[str] = []
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionstart(self) -> None:
+        folder = output_folder(self.config)
+        if option(self.config, "lmeval-fresh") and (folder / "journal.jsonl").exists():
+            from pytest_lmeval.results.journal import Journal
+
+            Journal(folder, fresh=True)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if content := getattr(report, "_lmeval", None):
             log = json.loads(content)
             self.records += [{**record, "outcome": report.outcome} for record in log["records"]]
             self.notes += log["notes"]
+            self.keys.update(log["keys"])
 
     def pytest_sessionfinish(self, exitstatus: int) -> None:
-        if not self.config.stash.get(USED, False):
+        if not self.records:
             return
         from pytest_lmeval.report import write
 
         folder = output_folder(self.config)
-        if self.records:
-            run = {"started": self.started, "command": self.config.invocation_params.args, "exit_status": int(exitstatus)}
-            self.written = write.reports(folder, self.records, run=run, root=self.config.rootpath)
+        run = {"started": self.started, "command": self.config.invocation_params.args, "exit_status": int(exitstatus)}
+        self.written = write.reports(folder, self.records, run=run, root=self.config.rootpath)
         if exitstatus not in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR):
             from pytest_lmeval.results.journal import Journal
 
-            Journal(folder).end()  # this run came to its end: the next one measures anew
+            Journal(folder).end(self.keys)  # this run came to its end: the next one measures anew
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if not self.records or self.config.get_verbosity() < -1:

@@ -31,7 +31,8 @@ class Uncaptured:
         """Written text is there already."""
 
     def isatty(self) -> bool:
-        return bool(self._file.isatty())
+        with self._capture.global_and_fixture_disabled():  # while it captures, file descriptor 1 is pytest's own file
+            return bool(self._file.isatty())
 
 
 @contextmanager

@@ -55,9 +55,10 @@ class TestLog:
     test: str
     records: list[Record] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)  # of the journal's lines that this test wrote or was served from
 
     def to_json(self) -> dict[str, Any]:
-        return {"records": [record.to_json() for record in self.records], "notes": self.notes}
+        return {"records": [record.to_json() for record in self.records], "notes": self.notes, "keys": self.keys}
 
 
 def check_writable(folder: Path) -> None:

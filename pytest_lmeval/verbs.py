@@ -52,6 +52,9 @@ class Lmeval:
     def __init__(self, session: Session, log: TestLog, benchmark: Any = None) -> None:
         self._session, self._log, self._benchmark = session, log, benchmark
 
+    def __repr__(self) -> str:
+        return f"<lmeval of {self._log.test}>"
+
     @verb
     def perplexity(
         self,
@@ -166,6 +169,7 @@ class Lmeval:
         if data is None:
             return None
         record = Record.from_json(data)
+        self._log.keys.append(key)
         self._log.records.append(record)
         self._log.notes.append(f"{record.lm['spec']} on {record.subject}: result taken from an interrupted run")
         return record
@@ -173,6 +177,7 @@ class Lmeval:
     def _recorded(self, key: str, result: R) -> R:
         record = replace(result.record, test=self._log.test)  # type: ignore[attr-defined]
         self._session.journal.add(key, record.to_json())
+        self._log.keys.append(key)
         self._log.records.append(record)
         return replace(result, record=record)  # type: ignore[type-var]
 

@@ -34,7 +34,7 @@ class Document:
     ids: np.ndarray | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Corpus:
     """Documents under a name and a split.
 
@@ -51,5 +51,5 @@ class Corpus:
     as_stream: bool = True
     tokenized: bool = False
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return f"{self.name}[{self.split}]"

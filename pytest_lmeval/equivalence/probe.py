@@ -21,10 +21,10 @@ from pytest_lmeval.results.record import Record
 
 LONGEST, STEPS_LONGEST = 160, 48
 EXAMPLES = 12
-BUDGET = 4.0  # seconds for all laws together; each law is tried on its edge cases at least until its share is used
+BUDGET = 2.0  # seconds for all laws together; each law is tried on its edge cases at least until its share is used
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EquivalenceResult:
     """The verdict on a model, and the certificate behind it."""
 
@@ -40,7 +40,7 @@ class EquivalenceResult:
     def laws(self) -> dict[str, LawResult]:
         return self.certificate.laws
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return f"{self.record.lm['spec']}: {self.verdict}\n{self.certificate.why_not()}".rstrip()
 
 

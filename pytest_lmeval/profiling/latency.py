@@ -24,12 +24,15 @@ from pytest_lmeval.results.record import Record, Series
 RUNS, WARM_UP, NEW_TOKENS = 100, 10, 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LatencyResult:
     """Latencies in milliseconds, medians over the runs. Where the clock was not run, `not_measured` says why and the
     numbers are absent."""
 
     record: Record
+
+    def __repr__(self) -> str:
+        return repr(self.record)
 
     @property
     def not_measured(self) -> str | None:

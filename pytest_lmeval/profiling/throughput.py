@@ -17,11 +17,14 @@ from pytest_lmeval.results.record import Record, Series
 RUNS, WARM_UP = 10, 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ThroughputResult:
     """Tokens read a second, median over the runs. Where the clock was not run, `not_measured` says why."""
 
     record: Record
+
+    def __repr__(self) -> str:
+        return repr(self.record)
 
     @property
     def not_measured(self) -> str | None:

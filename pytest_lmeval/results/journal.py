@@ -1,24 +1,25 @@
 """The journal: one JSON object a line, appended and synced as each result is there.
 
 A run that is killed leaves every finished line behind, and the next run takes its results from there instead of
-computing them again. A run that ends by itself writes a closing line; what stands before it is history and is
+computing them again. A run that ends by itself writes a closing line; the results that it names are history and are
 never served again, since the next run is meant to measure anew.
 
     {"event": "result", "key": ..., "record": {...}}
-    {"event": "end"}
+    {"event": "end", "keys": [...]}
 
 Work that was in the middle is kept beside the journal, one file a key in `partial/` (see `Checkpoints`).
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -41,7 +42,7 @@ class Journal:
         self.checkpoints = Checkpoints(folder / "partial")
         if fresh:
             self.end()
-        self.results: dict[str, dict[str, Any]] = self._unfinished()
+            self.checkpoints.drop_all()
 
     def get(self, key: str) -> dict[str, Any] | None:
         """The record that an interrupted run had already finished under this key."""
@@ -49,15 +50,11 @@ class Journal:
 
     def add(self, key: str, record: dict[str, Any]) -> None:
         self._append({"event": "result", "key": key, "record": record})
-        self.results[key] = record
         self.checkpoints.drop(key)
 
-    def end(self) -> None:
-        """Close the run: everything before this line is history."""
-        if self.path.exists():
-            self._append({"event": "end"})
-        self.checkpoints.drop_all()
-        self.results = {}
+    def end(self, keys: Iterable[str] | None = None) -> None:
+        """Close a run: the results that it used (None: all) are history. What other runs left unfinished stays."""
+        self._append({"event": "end", "keys": None if keys is None else sorted(keys)})
 
     def _append(self, line: dict[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +64,9 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
 
-    def _unfinished(self) -> dict[str, dict[str, Any]]:
+    @functools.cached_property
+    def results(self) -> dict[str, dict[str, Any]]:
+        """Records of interrupted runs, as they stood when the journal was first asked."""
         results: dict[str, dict[str, Any]] = {}
         if not self.path.exists():
             return results
@@ -75,7 +74,8 @@ class Journal:
             try:
                 line = json.loads(raw)
                 if line["event"] == "end":
-                    results = {}
+                    ended = line["keys"]
+                    results = {} if ended is None else {key: results[key] for key in results if key not in ended}
                 elif line["event"] == "result":
                     results[line["key"]] = line["record"]
             except (ValueError, KeyError, TypeError):

@@ -37,13 +37,16 @@ Progress = Callable[[int, float, int | None], None]
 """Called after each chunk with the tokens scored, the nats so far, and the tokens expected (None: unknown)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PerplexityResult:
     """What a reading found. Numbers carry `.low` and `.high`, their 95 % interval (bootstrap over documents, or over
     blocks of one stream; None where the text is too short for one)."""
 
     record: Record
     resumed_at: int = 0  # tokens that an interrupted run had already scored
+
+    def __repr__(self) -> str:
+        return repr(self.record)
 
     @property
     def perplexity(self) -> Metric:

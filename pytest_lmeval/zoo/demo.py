@@ -41,9 +41,8 @@ class LayerState(NamedTuple):
 class Layer(nn.Module):
     """A convolution over the last `kernel` inputs, windowed attention, and a gated feed-forward."""
 
-    def __init__(self, width: int, heads: int, window: int, kernel: int, hidden: int, dropout: float) -> None:
+    def __init__(self, width: int, heads: int, window: int, kernel: int, hidden: int) -> None:
         super().__init__()
-        self.dropout = nn.Dropout(dropout)
         self.heads, self.window, self.kernel = heads, window, kernel
         self.mix = nn.Conv1d(width, width, kernel, groups=width)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
@@ -60,10 +59,10 @@ class Layer(nn.Module):
         q, k, v = self.qkv(mixed).view(b, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         keys, values = torch.cat([keys, norm(k)], dim=2), torch.cat([values, v], dim=2)
         attended = banded_attention(norm(q), keys, values, self.window, seen)
-        x = x + self.dropout(self.out(attended.transpose(1, 2).reshape(b, t, d)))
+        x = x + self.out(attended.transpose(1, 2).reshape(b, t, d))
 
         gate, up = self.gate_up(norm(x)).chunk(2, dim=-1)
-        x = x + self.dropout(self.down(F.silu(gate) * up))
+        x = x + self.down(F.silu(gate) * up)
         # clone: a slice would keep the memory of the whole chunk alive
         tail, keys, values = recent[:, t:].clone(), keys[:, :, t:].clone(), values[:, :, t:].clone()
         return x, LayerState(tail, keys, values, min(seen + t, self.window - 1))
@@ -87,11 +86,10 @@ class Demo(nn.Module):
         window: int = 256,
         kernel: int = 4,
         hidden: int = 320,
-        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.embed = nn.Embedding(self.vocab_size, width)
-        self.layers = nn.ModuleList(Layer(width, heads, window, kernel, hidden, dropout) for _ in range(layers))
+        self.layers = nn.ModuleList(Layer(width, heads, window, kernel, hidden) for _ in range(layers))
         nn.init.normal_(self.embed.weight, std=0.02)
 
     def forward(self, input_ids: Tensor, state: list[LayerState] | None = None) -> tuple[Tensor, list[LayerState]]:

@@ -1,0 +1,370 @@
+"""The plugin as users run it: options, fixtures, records, reports, and what happens where something is missing."""
+
+import json
+import os
+
+import pytest
+
+READS = """
+    def test_reads(lmeval, lm, corpus):
+        result = lmeval.perplexity(lm, corpus("text:text.txt"))
+        assert result.perplexity < 500
+        assert result.perplexity.low < result.perplexity < result.perplexity.high
+"""
+TINY = """
+    import torch, pytest
+    from torch import nn
+
+    class Tiny(nn.Module):
+        def __init__(self, vocab=256):
+            super().__init__()
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                self.embed, self.cell, self.head = nn.Embedding(vocab, 8), nn.GRU(8, 8, batch_first=True), nn.Linear(8, vocab)
+
+        def forward(self, input_ids, state=None):
+            hidden, state = self.cell(self.embed(input_ids), state)
+            return self.head(hidden), state
+"""
+
+
+@pytest.fixture
+def project(pytester, monkeypatch):
+    """A user's project: a model of their own, a text, and no configuration."""
+    for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
+        monkeypatch.delenv(name)  # this test may run in a worker itself
+    pytester.makepyfile(tiny=TINY)
+    pytester.makefile(".txt", text="It was a dark and stormy night; the rain fell in torrents.\n" * 60)
+    pytester.makefile(".ini", pytest="[pytest]\nfilterwarnings = error\n")
+    return pytester
+
+
+def metrics(pytester, folder=".lmeval"):
+    return json.loads((pytester.path / folder / "metrics.json").read_text())
+
+
+def run(pytester, *options, lm="tiny:Tiny"):
+    return pytester.runpytest_subprocess("-p", "no:cacheprovider", *(["--lm", lm] if lm else []), *options)
+
+
+def test_a_test_records_what_it_measures(project):
+    project.makepyfile(test_reading=READS)
+    result = run(project)
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines(
+        [
+            "*= lmeval =*",
+            "tiny:Tiny: 4,784 parameters*",
+            "test_reading.py::test_reads, text:text.txt?test?, exact-any-chunk",
+            "*perplexity * to *",
+            "*bits per byte*",
+            "written to .lmeval: metrics.json, summary.md, report.html",
+        ]
+    )
+    document = metrics(project)
+    (record,) = document["records"]
+    assert document["schema"] == 1
+    assert document["run"]["exit_status"] == 0
+    assert (record["test"], record["kind"], record["outcome"]) == ("test_reading.py::test_reads", "perplexity", "passed")
+    assert record["certificate"]["verdict"] == "exact-any-chunk"
+    assert record["cost"]["tokens"] == 60 * 59 - 2  # the file ends without a newline, and its first byte is no target
+    assert (project.path / ".lmeval/report.html").read_text().startswith("<!doctype html>")
+    assert "| test\\_reading.py::test\\_reads |" in (project.path / ".lmeval/summary.md").read_text()
+
+
+def test_what_is_written_fits_the_published_schema(project):
+    jsonschema = pytest.importorskip("jsonschema")
+    from importlib import resources
+
+    project.makepyfile(
+        test_all=READS
+        + """
+    def test_laws(lmeval, lm):
+        assert lmeval.equivalence(lm).verdict == "exact-any-chunk"
+
+    def test_speed(lmeval, lm, benchmark):
+        assert lmeval.latency(lm, runs=20, warm_up=1).itl > 0
+        assert lmeval.throughput(lm, batch_size=4, seq_len=16).tokens_per_second > 0
+
+    def test_own(lmeval, lm):
+        lmeval.record(lm, "passkey", accuracy=0.5)
+"""
+    )
+    run(project).assert_outcomes(passed=4)
+    schema = json.loads(resources.files("pytest_lmeval.results").joinpath("schema.json").read_text())
+    jsonschema.validate(metrics(project), schema)
+    assert [record["kind"] for record in metrics(project)["records"]] == [
+        "perplexity", "equivalence", "latency", "throughput", "custom",
+    ]  # fmt: skip
+
+
+def test_a_fixture_of_ones_own_replaces_the_model(project):
+    project.makeconftest(
+        "import pytest\nfrom tiny import Tiny\n@pytest.fixture(scope='session')\ndef lm():\n    return Tiny()\n"
+    )
+    project.makepyfile(test_reading=READS)
+    run(project, lm=None).assert_outcomes(passed=1)
+    assert metrics(project)["records"][0]["lm"]["spec"] == "tiny:Tiny"
+
+
+def test_several_models_are_parameters_and_one_is_not(project):
+    project.makepyfile(test_reading=READS)
+    result = run(project, "--lm", "tiny:Tiny@fp32", "-v")
+    result.stdout.fnmatch_lines(["*test_reads?tiny:Tiny? PASSED*", "*test_reads?tiny:Tiny@fp32? PASSED*"])
+    assert {record["lm"]["spec"] for record in metrics(project)["records"]} == {"tiny:Tiny", "tiny:Tiny@fp32"}
+    run(project, "-v").stdout.fnmatch_lines(["*test_reading.py::test_reads PASSED*"])
+
+
+def test_every_option_has_an_ini_twin(project):
+    project.makefile(
+        ".ini",
+        pytest="""
+            [pytest]
+            lm = tiny:Tiny
+            lmeval_dir = out/put
+            lmeval_tokens = 1.1k
+            lmeval_device = cpu
+            lmeval_bits = 16
+        """,
+    )
+    project.makepyfile(test_reading=READS)
+    run(project, lm=None).assert_outcomes(passed=1)
+    (record,) = metrics(project, "out/put")["records"]
+    assert record["cost"]["tokens"] == 1099
+    assert record["lm"]["dtype"] == "bfloat16"
+    run(project, "--lmeval-tokens", "1500", "--lmeval-bits=32", lm=None).assert_outcomes(passed=1)
+    (record,) = metrics(project, "out/put")["records"]
+    assert (record["cost"]["tokens"], record["lm"]["dtype"]) == (1499, "float32")
+
+
+def test_sequence_lengths_are_parameters(project):
+    project.makepyfile("def test_length(seq_len, lmeval, lm):\n    lmeval.latency(lm, seq_len=seq_len, runs=1, warm_up=0)\n")
+    result = run(project, "--lmeval-seq-len=8", "--lmeval-seq-len=16")
+    result.assert_outcomes(passed=2)
+    assert [record["settings"]["seq_len"] for record in metrics(project)["records"]] == [8, 16]
+
+
+def test_a_local_mirror_replaces_the_hub(project):
+    folder = project.path / "mirror/Salesforce/wikitext/wikitext-2-raw-v1"
+    folder.mkdir(parents=True)
+    (folder / "test.jsonl").write_text("".join(json.dumps({"text": f" = Title {n} = \n"}) + "\n" for n in range(50)))
+    project.makepyfile(
+        "def test_wiki(lmeval, lm, corpus):\n    assert lmeval.perplexity(lm, corpus('wikitext-2', 'test')).tokens > 500\n"
+    )
+    run(project, "--lmeval-data", "mirror").assert_outcomes(passed=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--lmeval-tokens=many"], "--lmeval-tokens takes a positive number such as 500, 200k or 1M; got 'many'."),
+        (["--lmeval-limit=0"], "--lmeval-limit takes a positive number"),
+        (["--lmeval-bits=3"], "--lmeval-bits takes 32, 16, 8 or 4; got '3'."),
+    ],
+)
+def test_an_option_that_makes_no_sense_is_refused_at_once(project, options, says):
+    project.makepyfile(test_reading=READS)
+    result = run(project, *options)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([f"*{says}*"])
+    assert "Traceback" not in result.stderr.str()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--lm=gpt2"], "unknown model spec 'gpt2'*did you mean hf:gpt2?*"),
+        (["--lm=zoo:dodo"], "zoo:dodo is not in the zoo*"),
+        (["--lm=tiny:Tiny", "--lmeval-device=cuda:7"], "device 'cuda:7' is not there*"),
+        (["--lm=tiny:Tiny", "--lmeval-device=tpu"], "unknown device 'tpu'*"),
+        (["--lm=tiny:Tiny", "--lmeval-bits=4"], "*int4 weights are not built in yet*"),
+    ],
+)
+def test_a_model_that_cannot_be_had_is_told_in_a_line(project, options, says):
+    project.makepyfile(test_reading=READS)
+    result = run(project, *options, lm=None)
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines([says])
+    assert "Traceback" not in result.stdout.str()
+    assert "def load" not in result.stdout.str()
+
+
+def test_a_bad_corpus_fails_its_own_test_only(project):
+    project.makepyfile(
+        test_reading=READS
+        + """
+    def test_unknown(lmeval, lm, corpus):
+        lmeval.perplexity(lm, corpus("wikitext"))
+
+    def test_empty(lmeval, lm, corpus):
+        lmeval.perplexity(lm, [])
+"""
+    )
+    result = run(project)
+    result.assert_outcomes(passed=1, failed=2)
+    result.stdout.fnmatch_lines(["*unknown corpus 'wikitext'*", "*a stream of fewer than two tokens has nothing to score*"])
+    assert "pytest_lmeval/" not in result.stdout.str().partition("= lmeval =")[0]
+    assert len(metrics(project)["records"]) == 1
+
+
+def test_a_model_that_cannot_be_streamed_is_refused_with_the_counterexample(project):
+    project.makepyfile(
+        test_wrong="""
+        import pytest
+        from tiny import Tiny
+
+        class Forgetful(Tiny):
+            def forward(self, input_ids, state=None):
+                return super().forward(input_ids, None)
+
+        class Seeing(Tiny):
+            def forward(self, input_ids, state=None):
+                logits, state = super().forward(input_ids, state)
+                return logits + logits.mean(1, keepdim=True), state
+
+        class StepOnly(Tiny):
+            def forward(self, input_ids, state=None):
+                return super().forward(input_ids, state if input_ids.shape[1] == 1 else None)
+
+        @pytest.mark.parametrize("model", [Forgetful, Seeing])
+        def test_refused(lmeval, corpus, model):
+            lmeval.perplexity(model(), corpus("text:text.txt"), tokens=200)
+
+        def test_windows(lmeval, corpus):
+            result = lmeval.perplexity(Forgetful(), corpus("text:text.txt"), tokens=200, window=50)
+            assert result.certificate["verdict"] == "inexact"
+
+        def test_steps(lmeval, corpus):
+            result = lmeval.perplexity(StepOnly(), corpus("text:text.txt"), tokens=100)
+            assert (result.chunks, result.certificate["chunking_used"]) == (99, "chunks of 1")
+            exact = lmeval.perplexity(Tiny(), corpus("text:text.txt"), tokens=100)
+            assert float(result.nll) == pytest.approx(float(exact.nll))
+
+        def test_chunks_of_a_step_only_model(lmeval, corpus):
+            lmeval.perplexity(StepOnly(), corpus("text:text.txt"), chunk_size=16)
+        """
+    )
+    result = run(project)
+    result.assert_outcomes(passed=2, failed=3)
+    result.stdout.fnmatch_lines(
+        [
+            "*Forgetful is inexact:*",
+            "*splits: 8 tokens (seed 0) in pieces of ?4, 4?: log-probabilities off by*",
+            "*Seeing is non-causal:*",
+            "*StepOnly is exact one token at a time only, and chunk_size=16 was asked for*",
+        ]
+    )
+
+
+def test_an_output_folder_that_cannot_be_written_is_told_before_the_work(project):
+    (project.path / "file").write_text("in the way")
+    project.makepyfile(test_reading="def test_never_runs(lmeval):\n    open('ran', 'w')\n")
+    result = run(project, "--lmeval-dir=file/out")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*nothing can be written to the output folder*file/out*--lmeval-dir*"])
+    assert not (project.path / "ran").exists()
+
+
+def test_collecting_writes_nothing_and_loads_no_model(project):
+    project.makepyfile(test_reading=READS)
+    result = run(project, "--collect-only", "-q", lm="no:such")
+    result.stdout.fnmatch_lines(["test_reading.py::test_reads"])
+    assert not (project.path / ".lmeval").exists()
+
+
+def test_evaluations_can_be_left_out_by_their_marker(project):
+    project.makepyfile(test_reading=READS, test_other="def test_other():\n    pass\n")
+    run(project, "-m", "not lmeval", "--strict-markers").assert_outcomes(passed=1, deselected=1)
+
+
+SPEED = """
+    import pytest
+
+    @pytest.mark.benchmark
+    def test_speed(lmeval, lm, benchmark):
+        result = lmeval.latency(lm, runs=12, warm_up=2)
+        if result.not_measured is None:
+            assert result.prefill.n == 12
+            assert len(benchmark.stats.stats.data) == 12
+            assert benchmark.extra_info["lmeval"][0]["itl"] > 0
+"""
+
+
+def test_pytest_benchmark_keeps_the_times(project):
+    project.makepyfile(test_speed=SPEED)
+    result = run(project, "--benchmark-json=benchmark.json")
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines(["*benchmark: 1 tests*"])
+    (row,) = json.loads((project.path / "benchmark.json").read_text())["benchmarks"]
+    assert row["stats"]["rounds"] == 12
+    assert row["extra_info"]["lmeval"][0]["lm"] == "tiny:Tiny"
+
+
+@pytest.mark.parametrize(
+    "options", [["-p", "no:benchmark"], ["--benchmark-disable"], ["-n", "2"]], ids=["blocked", "disabled", "xdist"]
+)
+def test_without_pytest_benchmark_speed_is_not_measured_and_quality_is(project, options):
+    if "-n" in options:
+        pytest.importorskip("xdist")
+    project.makefile(".ini", pytest="[pytest]\naddopts = --strict-markers\n")
+    project.makepyfile(test_speed=SPEED, test_reading=READS)
+    result = run(project, *options)
+    result.assert_outcomes(passed=2)
+    records = {record["kind"]: record for record in metrics(project)["records"]}
+    assert "perplexity" in records["perplexity"]["metrics"]
+    assert records["latency"]["metrics"] == {}
+    assert "untimed" in records["latency"]["settings"]["not_measured"]
+    result.stdout.fnmatch_lines(["*not measured*"])
+
+
+def test_xdist_workers_send_their_records(project):
+    pytest.importorskip("xdist")
+    project.makepyfile(
+        test_many="""
+        import pytest
+
+        @pytest.mark.parametrize("tokens", [50, 100, 150, 200])
+        def test_reads(lmeval, lm, corpus, tokens):
+            lmeval.perplexity(lm, corpus("text:text.txt"), tokens=tokens)
+        """
+    )
+    run(project, "-n", "2").assert_outcomes(passed=4)
+    parallel = {record["test"]: record["metrics"]["nll"] for record in metrics(project)["records"]}
+    run(project).assert_outcomes(passed=4)
+    alone = {record["test"]: record["metrics"]["nll"] for record in metrics(project)["records"]}
+    assert {name: nll["value"] for name, nll in parallel.items()} == pytest.approx(
+        {name: nll["value"] for name, nll in alone.items()}
+    )
+
+
+@pytest.mark.parametrize("options", [["-p", "no:xdist"], ["-p", "no:terminalreporter"], ["-s"], ["-p", "no:capture"]])
+def test_it_works_without_what_it_can_do_without(project, options):
+    project.makepyfile(test_reading=READS)
+    assert run(project, *options).ret == 0
+    assert len(metrics(project)["records"]) == 1
+
+
+def test_losses_go_to_a_file_on_request(project):
+    project.makepyfile(
+        """
+        import numpy as np
+
+        def test_losses(lmeval, lm, corpus):
+            result = lmeval.perplexity(lm, corpus("text:text.txt"), tokens=500, losses=True)
+            losses = np.load(".lmeval/" + result.record.examples)
+            assert losses.shape == (499,)
+        """
+    )
+    run(project).assert_outcomes(passed=1)
+
+
+def test_a_failed_assertion_shows_the_number_with_its_interval(project):
+    project.makepyfile(
+        "def test_hopeless(lmeval, lm, corpus):\n    assert lmeval.perplexity(lm, corpus('text:text.txt')).perplexity < 1\n"
+    )
+    result = run(project)
+    result.assert_outcomes(failed=1)
+    result.stdout.re_match_lines(
+        [r"E +(AssertionError: )?assert \d+\.?\d* \[\d.*, .*\] < 1", r"E .*perplexity of tiny:Tiny on text:text.txt\[test\]"]
+    )
+    assert metrics(project)["records"][0]["outcome"] == "failed"
