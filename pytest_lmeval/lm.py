@@ -18,8 +18,8 @@ import copy
 import dataclasses
 import hashlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -92,6 +92,7 @@ class Model:
     tokenizer: Tokenizer | None = None
     context_length: int | None = None
     borders: tuple[int, ...] = ()
+    remembered: dict[str, Any] = field(default_factory=dict, compare=False)  # see `fingerprint`
 
     def step(self, input_ids: Tensor, state: State | None = None, *, keep: int | None = None) -> tuple[Tensor, State]:
         """See `LanguageModel.step`. Raises ModelError where logits or state are not what they must be."""
@@ -157,7 +158,7 @@ def twin(model: Model, dtype: torch.dtype = torch.float64) -> Model | None:
         module = copy.deepcopy(model.module).to(dtype)
     except (RuntimeError, TypeError, NotImplementedError, copy.Error):
         return None  # quantized, fused or otherwise bound to its precision
-    return dataclasses.replace(model, module=module, advance=model.rebuild(module))
+    return dataclasses.replace(model, module=module, advance=model.rebuild(module), remembered={})
 
 
 # The two helpers below walk a state's tensors through containers and plain objects (a transformers cache is
@@ -204,22 +205,30 @@ def _walk(value: Any) -> Iterator[Any]:
 
 
 SMALL = 1 << 20  # elements of a tensor up to which all of them are hashed
+SAMPLE = 64  # elements of each tensor by which a change is noticed, beside torch's own count of changes
 
 
 def fingerprint(model: Model) -> str:
     """Sixteen hex digits that change when the model does: its form, the file its class is written in, its weights.
 
     Tensors of more than a million elements enter by an even sample of about that many and the sum of all, so
-    that a model of many gigabytes is told apart in seconds.
+    that a model of many gigabytes is told apart in seconds. Computed again only when a tensor was changed since.
     """
+    unchanged = hash(tuple((id(t), t._version, _content(t.detach(), SAMPLE, total=False)) for t in weights(model.module)))
+    if model.remembered.get("weights") != unchanged:
+        model.remembered.update(weights=unchanged, fingerprint=_fingerprint(model))
+    return str(model.remembered["fingerprint"])
+
+
+def _fingerprint(model: Model) -> str:
     digest = hashlib.sha256(f"{model.form}|{model.vocab_size}|{model.context_length}".encode())
     if model.module is None:
         digest.update(model.spec.encode())
         return digest.hexdigest()[:16]
     digest.update(_code(type(model.module)))
-    for name, tensor in _named(model.module):
+    for name, tensor in (*model.module.named_parameters(), *model.module.named_buffers()):
         digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}".encode())
-        digest.update(_content(tensor.detach()))
+        digest.update(_content(tensor.detach(), SMALL, total=True))
     return digest.hexdigest()[:16]
 
 
@@ -231,17 +240,11 @@ def _code(kind: type) -> bytes:
         return name
 
 
-def _named(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()
-
-
-def _content(tensor: Tensor) -> bytes:
-    flat = tensor.reshape(-1)
-    if flat.numel() > SMALL:
-        total = flat.sum(dtype=torch.float64) if flat.is_floating_point() else flat.sum()
-        head = bytes(str(total.item()), "ascii")
-        flat = flat[:: flat.numel() // SMALL]
-    else:
-        head = b""
+def _content(tensor: Tensor, limit: int, *, total: bool) -> bytes:
+    """The bytes of a tensor; of one with more elements than `limit`, those of an even sample, and the sum of all if `total`."""
+    flat, head = tensor.reshape(-1), b""
+    if flat.numel() > limit:
+        if total:
+            head = str((flat.sum(dtype=torch.float64) if flat.is_floating_point() else flat.sum()).item()).encode()
+        flat = flat[:: flat.numel() // limit]
     return head + flat.contiguous().cpu().view(torch.uint8).numpy().tobytes()

@@ -107,6 +107,16 @@ def test_the_fingerprint_of_a_large_tensor_sees_every_element(monkeypatch):
     assert before != fingerprint(as_model(module))
 
 
+def test_a_change_behind_torchs_back_is_noticed():
+    module = Functional()
+    lm = as_model(module)
+    before = fingerprint(lm)
+    assert fingerprint(lm) == before
+    for parameter in module.parameters():
+        parameter.data.mul_(2)
+    assert fingerprint(lm) != before
+
+
 def test_the_fingerprint_changes_with_the_form():
     assert fingerprint(as_model(Functional())) != fingerprint(as_model(GetSetState()))
 

@@ -3,7 +3,12 @@
 import numpy as np
 import pytest
 
-from pytest_lmeval.statistics.bootstrap import ratio_interval
+from pytest_lmeval.statistics.bootstrap import ratio_intervals
+
+
+def ratio_interval(numerators, denominators, **options):
+    (interval,) = ratio_intervals(np.column_stack([numerators, denominators]), [(0, 1)], **options)
+    return interval
 
 
 def test_the_interval_covers_the_truth_about_as_often_as_it_says():

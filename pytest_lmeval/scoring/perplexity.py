@@ -30,7 +30,7 @@ from pytest_lmeval.results.journal import Checkpoints
 from pytest_lmeval.results.metric import Metric
 from pytest_lmeval.results.record import Record, Series
 from pytest_lmeval.scoring.reading import BYTES, HITS, NATS, SECONDS, TOKENS, Reading, rows_of
-from pytest_lmeval.statistics.bootstrap import ratio_interval
+from pytest_lmeval.statistics.bootstrap import ratio_intervals
 from pytest_lmeval.stream import Chunk, StreamError, default_chunk_size, stream, stream_in_windows
 
 Progress = Callable[[int, float, int | None], None]
@@ -256,26 +256,18 @@ def perplexity(
 
 def metrics_of(reading: Reading, *, seconds: float, seed: int) -> dict[str, Metric]:
     """The ratios that the sums of a reading stand for, with their intervals."""
-    total, units = reading.total, np.array(reading.units)
-    n = int(total[TOKENS])
-
-    def ratio(column: int, below: int, unit: str, better: bool, scale: float = 1.0) -> Metric:
-        low, high = ratio_interval(units[:, column], units[:, below], seed=seed) or (None, None)
-        return Metric(
-            scale * total[column] / total[below],
-            unit,
-            low=None if low is None else scale * low,
-            high=None if high is None else scale * high,
-            n=n,
-            higher_is_better=better,
-        )
-
-    nll = ratio(NATS, TOKENS, "nats/token", better=False)
-    metrics = {"perplexity": exponential(nll), "nll": nll}
+    total, n = reading.total, int(reading.total[TOKENS])
+    ratios = {"nll": (NATS, TOKENS), **{f"token_accuracy_top{k}": (column, TOKENS) for k, column in HITS.items()}}
     if total[BYTES]:
-        metrics["bits_per_byte"] = ratio(NATS, BYTES, "bits/byte", better=False, scale=1 / math.log(2))
-    for k, column in HITS.items():
-        metrics[f"token_accuracy_top{k}"] = ratio(column, TOKENS, "", better=True)
+        ratios["bits_per_byte"] = (NATS, BYTES)
+    intervals = ratio_intervals(np.array(reading.units), list(ratios.values()), seed=seed)
+    metrics = {}
+    for (name, (above, below)), interval in zip(ratios.items(), intervals, strict=True):
+        unit, scale = {"nll": ("nats/token", 1.0), "bits_per_byte": ("bits/byte", 1 / math.log(2))}.get(name, ("", 1.0))
+        low, high = (scale * bound for bound in interval) if interval else (None, None)
+        value = scale * total[above] / total[below]
+        metrics[name] = Metric(value, unit, low=low, high=high, n=n, higher_is_better=above != NATS)
+    metrics["perplexity"] = exponential(metrics["nll"])
     metrics["tokens_per_second"] = Metric(n / seconds, "tokens/s", n=n, higher_is_better=True)
     reached = reading.at_positions[:, TOKENS] > 0
     if reached.sum() > 1:

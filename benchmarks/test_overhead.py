@@ -1,0 +1,137 @@
+"""What does the harness cost? Processor time and memory of a reading, as ratios against a bare loop in the same run.
+
+Processor time, not wall time, and the two sides by turns: this holds on a machine that does other things as well.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from pytest_lmeval import Metric, as_model, perplexity
+
+pytestmark = pytest.mark.benchmark
+
+CHUNK = 512
+ROUNDS = 7
+CHUNKS = {"demo": 80, "llama-30m": 8}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """A second thread waits for work in a busy loop, and its waiting would count as processor time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def llama_30m():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=32_000,
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        max_position_embeddings=8192,
+    )
+    return as_model(transformers.LlamaForCausalLM(config), spec="Llama of 31M parameters")
+
+
+def bare_loop(lm, ids):
+    """What one writes without a harness: the same chunks, the same forward, the sum of the losses."""
+    total, state = 0.0, None
+    with torch.no_grad():
+        for start in range(0, len(ids) - 1, CHUNK):
+            inputs, targets = ids[start : start + CHUNK], ids[start + 1 : start + CHUNK + 1]
+            logits, state = lm.advance(inputs[None, : len(targets)], state, None)
+            total += torch.nn.functional.cross_entropy(logits[0], targets, reduction="sum").item()
+    return total / (len(ids) - 1)
+
+
+def processor_seconds(work):
+    began = time.process_time()
+    result = work()
+    return time.process_time() - began, result
+
+
+@pytest.mark.parametrize("model", ["demo", "llama-30m"])
+def test_processor_time_over_a_bare_loop(lmeval, load_lm, model):
+    lm = load_lm("demo") if model == "demo" else llama_30m()
+    ids = torch.randint(0, lm.vocab_size, (CHUNKS[model] * CHUNK,))
+    ours, bare, ratios = [], [], []
+    for round_ in range(ROUNDS + 1):
+        sides = [
+            lambda: ours.append(processor_seconds(lambda: perplexity(lm, ids, chunk_size=CHUNK, window="unlimited"))),
+            lambda: bare.append(processor_seconds(lambda: bare_loop(lm, ids))),
+        ]
+        for side in sides if round_ % 2 else reversed(sides):
+            side()
+        ratios.append(ours[-1][0] / bare[-1][0])
+    assert ours[0][1].nll == pytest.approx(bare[0][1], rel=1e-5)
+
+    best = min(seconds for seconds, _ in ours) / min(seconds for seconds, _ in bare)  # noise only ever adds
+    ratios = sorted(ratios[1:])  # of neighbours in time; the first round warms up
+    ratio = Metric(best, "x", low=min(best, ratios[1]), high=max(best, ratios[-2]), n=ROUNDS, higher_is_better=False)
+    lmeval.record(lm, "processor time of perplexity over a bare loop", processor_time_ratio=ratio)
+
+
+CHILD = """
+import json, re, sys, time
+from pathlib import Path
+import torch
+from pytest_lmeval import corpus, load, perplexity
+
+def read(tokens):
+    began = time.process_time()
+    result = perplexity(lm, text, tokens=tokens)
+    peak = re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())  # the process's own, so far
+    seconds = time.process_time() - began
+    return {"tokens": result.tokens, "seconds": seconds, "peak": 1024 * int(peak[1]), "state": result.state_bytes}
+
+torch.set_num_threads(1)
+lm, text = load("demo"), corpus("text:" + sys.argv[1])
+print(json.dumps([read(tokens) for tokens in (50_000, 100_000, 100_000, 100_000, 1_000_000)]))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak of a process from /proc")
+def test_a_million_tokens_take_the_memory_of_fifty_thousand(lmeval, load_lm, corpus, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("".join(document.text for document in corpus("stdlib", "train").documents()))
+    done = subprocess.run([sys.executable, "-c", CHILD, str(path)], capture_output=True, text=True, check=True)
+    short, *tenths, million = json.loads(done.stdout)
+    assert million["tokens"] == 999_999
+
+    tenth = statistics.median(reading["seconds"] for reading in tenths)
+    lmeval.record(
+        load_lm("demo"),
+        "a million tokens, text on disk",
+        peak_memory_over_50k=Metric(million["peak"] / short["peak"], "x", higher_is_better=False),
+        peak_memory=Metric(million["peak"] / 2**20, "MiB", higher_is_better=False),
+        state_over_50k=Metric(million["state"] / short["state"], "x", higher_is_better=False),
+        processor_time_over_10_x_100k=Metric(million["seconds"] / (10 * tenth), "x", higher_is_better=False),
+        tokens_per_processor_second=Metric(million["tokens"] / million["seconds"], "tokens/s", higher_is_better=True),
+    )
+
+
+def test_speed_by_chunk_size(lmeval, load_lm, corpus):
+    lm, text = load_lm("demo"), corpus("stdlib", "train")
+    sizes = (256, 512, 1024, 2048)
+    speeds = {size: [] for size in sizes}
+    for _ in range(3):
+        for size in sizes:
+            result = perplexity(lm, text, chunk_size=size, tokens=33_000)
+            speeds[size].append(float(result.tokens_per_second))
+    lmeval.record(
+        lm,
+        "tokens a second by chunk size",
+        **{f"chunk_{size}": Metric(max(found), "tokens/s", n=3, higher_is_better=True) for size, found in speeds.items()},
+        fastest_over_256=Metric(max(map(max, speeds.values())) / max(speeds[256]), "x"),
+    )
