@@ -17,8 +17,8 @@ from pytest_lmeval import Metric, as_model, perplexity
 pytestmark = pytest.mark.benchmark
 
 CHUNK = 512
-ROUNDS = 7
-CHUNKS = {"demo": 80, "llama-30m": 8}
+ROUNDS = 5
+CHUNKS = {"demo": 200, "llama-30m": 12}
 
 
 @pytest.fixture(autouse=True)

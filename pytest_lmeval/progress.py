@@ -12,8 +12,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-LAYOUT = "{desc}: {percentage:3.0f}% {n:,d}/{total:,d} tokens{postfix}, {rate_fmt}, {remaining} left"
-UNKNOWN = "{desc}: {n:,d} tokens{postfix}, {rate_fmt}, {elapsed} so far"  # how much will come is not known
+LAYOUT = "{desc}: {percentage:3.0f}% {n:,d}/{total:,d} tokens{postfix}, {rate_noinv:,.0f} tokens/s, {remaining} left"
+UNKNOWN = "{desc}: {n:,d} tokens{postfix}, {rate_noinv:,.0f} tokens/s, {elapsed} so far"  # how much will come is not known
 
 
 class Uncaptured:
@@ -41,15 +41,12 @@ def bar(title: str, file: Any) -> Iterator[Callable[[int, float, int | None], No
     if not file.isatty():
         yield None
         return
-    with tqdm(
-        desc=title, file=file, unit=" tokens", leave=False, dynamic_ncols=True, bar_format=UNKNOWN, mininterval=0.2
-    ) as tokens:
+    # delay: the first picture needs a rate to show
+    with tqdm(desc=title, file=file, leave=False, dynamic_ncols=True, bar_format=UNKNOWN, mininterval=0.2, delay=0.2) as tokens:
 
         def update(done: int, nats: float, expected: int | None) -> None:
-            if expected is not None and tokens.total is None:
-                tokens.total, tokens.bar_format = expected, LAYOUT
-            if not tokens.n:
-                tokens.initial = 0
+            if expected is not None:  # an estimate may grow better
+                tokens.total, tokens.bar_format = max(expected, done), LAYOUT
             tokens.set_postfix_str(f"perplexity {math.exp(min(nats / done, 700)):.4g}", refresh=False)
             tokens.update(done - tokens.n)
 

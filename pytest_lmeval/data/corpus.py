@@ -42,6 +42,7 @@ class Corpus:
     as_stream    whether the documents follow one another as one text by default
     fingerprint  changes when the content does; a resumed run is only resumed on the same data
     tokenized    whether documents carry ids (`tokens:PATH`) rather than text
+    size         bytes of text, or number of ids, if it is known before reading: for the time that is left
     """
 
     name: str
@@ -50,6 +51,7 @@ class Corpus:
     fingerprint: str
     as_stream: bool = True
     tokenized: bool = False
+    size: int | None = None
 
     def __repr__(self) -> str:
         return f"{self.name}[{self.split}]"

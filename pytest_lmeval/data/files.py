@@ -29,7 +29,7 @@ def text(path: str, split: str) -> Corpus:
                     "bytes that are skipped or replaced would be scored as something else."
                 ) from error
 
-    return Corpus(f"text:{path}", split, documents, fingerprint(file))
+    return Corpus(f"text:{path}", split, documents, fingerprint(file), size=file.stat().st_size)
 
 
 def jsonl(path: str, split: str) -> Corpus:
@@ -64,7 +64,7 @@ def tokens(path: str, split: str) -> Corpus:
         # mapped anew for each reading, so that pages read before do not stay with the process
         yield Document(file.name, ids=np.load(file, mmap_mode="r", allow_pickle=False))
 
-    return Corpus(f"tokens:{path}", split, documents, fingerprint(file), tokenized=True)
+    return Corpus(f"tokens:{path}", split, documents, fingerprint(file), tokenized=True, size=len(ids))
 
 
 SCHEMES: dict[str, Callable[[str, str], Corpus]] = {"text": text, "jsonl": jsonl, "tokens": tokens}

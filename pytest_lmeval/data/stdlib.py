@@ -35,10 +35,9 @@ LONG = 80  # characters from which on a paragraph is no phrase that anybody woul
 def load(split: str) -> Corpus:
     """The stdlib corpus of a split, read as one stream."""
     documents = _documents()[split]
-    digest = hashlib.sha256()
-    for document in documents:
-        digest.update(document.text.encode())
-    return Corpus("stdlib", split, lambda: iter(documents), fingerprint=digest.hexdigest())
+    content = "".join(document.text for document in documents).encode()
+    digest = hashlib.sha256(content).hexdigest()
+    return Corpus("stdlib", split, lambda: iter(documents), fingerprint=digest, size=len(content))
 
 
 def split_of(name: str) -> str:

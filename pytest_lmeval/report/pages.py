@@ -34,16 +34,9 @@ def cell(text: str) -> str:
 
 def render(name: str, document: dict[str, Any]) -> str:
     records = document["records"]
-    return (
-        environment()
-        .get_template(name)
-        .render(
-            **document,
-            rows=list(tables.rows(records)),
-            all_rows=list(tables.rows(records, headlines=False)),
-            models={record["lm"]["fingerprint"]: record["lm"] for record in records}.values(),
-        )
-    )
+    models = {record["lm"]["fingerprint"]: record["lm"] for record in records}
+    template = environment().get_template(name)
+    return template.render(**document, groups=tables.groups(records), models=models.values())
 
 
 PAGES: dict[str, Callable[[dict[str, Any]], str]] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,38 +22,55 @@ HEADLINES = {  # kind -> the metrics that a summary shows; a report shows all of
 
 @dataclass(frozen=True)
 class Row:
-    """One number of one record, as text."""
+    """One number of a record, as text."""
 
-    test: str
-    lm: str
-    subject: str
     metric: str
     value: str
     interval: str
     n: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """A record as it is shown: what it is about, and its numbers."""
+
+    test: str
+    lm: str
+    subject: str
     verdict: str
     outcome: str
+    rows: list[Row]
 
 
-def rows(records: list[dict[str, Any]], *, headlines: bool = True) -> Iterator[Row]:
-    for record in records:
-        metrics = record["metrics"]
-        names = [name for name in HEADLINES.get(record["kind"], metrics) if name in metrics] if headlines else list(metrics)
-        verdict = (record["certificate"] or {}).get("verdict", "")
-        for name in names or [record["kind"]]:
-            metric = metrics.get(name)
-            reason = record["settings"].get("not_measured") or ""
-            yield Row(
-                test=record["test"],
-                lm=record["lm"]["spec"],
-                subject=record["subject"],
-                metric=name.replace("_", " "),
-                value=number(metric["value"], metric["unit"]) if metric else "not measured",
-                interval=interval(metric) if metric else reason,
-                n=f"{metric['n']:,}" if metric and metric["n"] is not None else "",
-                verdict=verdict,
-                outcome=record.get("outcome", ""),
-            )
+def groups(records: list[dict[str, Any]]) -> list[Group]:
+    """The records with the numbers that a summary shows."""
+    return [
+        Group(
+            test=record["test"],
+            lm=record["lm"]["spec"],
+            subject=record["subject"],
+            verdict=(record["certificate"] or {}).get("verdict", ""),
+            outcome=record.get("outcome", ""),
+            rows=_rows(record),
+        )
+        for record in records
+    ]
+
+
+def _rows(record: dict[str, Any]) -> list[Row]:
+    metrics = record["metrics"]
+    shown = [name for name in HEADLINES.get(record["kind"], metrics) if name in metrics]
+    if not shown:
+        return [Row(record["kind"], "not measured", record["settings"].get("not_measured") or "", "")]
+    return [
+        Row(
+            metric=name.replace("_", " "),
+            value=number(metrics[name]["value"], metrics[name]["unit"]),
+            interval=interval(metrics[name]),
+            n="" if metrics[name]["n"] is None else f"{metrics[name]['n']:,}",
+        )
+        for name in shown
+    ]
 
 
 def number(value: float, unit: str = "") -> str:

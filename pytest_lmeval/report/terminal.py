@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from itertools import groupby
 from typing import Any
 
-from pytest_lmeval.report.tables import Row, model_line, rows
+from pytest_lmeval.report.tables import Group, groups, model_line
 
 INDENT, GAP = "    ", "  "
 
@@ -13,20 +12,19 @@ INDENT, GAP = "    ", "  "
 def lines(records: list[dict[str, Any]], *, width: int) -> list[str]:
     """The models, then the records; columns are aligned over the whole table, and no line is longer than `width`."""
     models = {record["lm"]["fingerprint"]: model_line(record["lm"]) for record in records}
-    shown = list(rows(records))
-    cells = {id(row): (row.metric, row.value, row.interval) for row in shown}
-    sizes = [max(len(row[column]) for row in cells.values()) for column in range(3)]
+    shown = groups(records)
+    rows = [row for group in shown for row in group.rows]
+    first, second = (max(len(text) for text in column) for column in zip(*((r.metric, r.value) for r in rows), strict=True))
     table = []
-    for heading, group in groupby(shown, key=lambda row: _heading(row, several=len(models) > 1)):
-        table.append(heading)
-        for row in group:
-            metric, value, interval = cells[id(row)]
-            table.append(INDENT + GAP.join((metric.ljust(sizes[0]), value.rjust(sizes[1]), interval)).rstrip())
+    for group in shown:
+        table.append(_heading(group, several=len(models) > 1))
+        cells = ((row.metric.ljust(first), row.value.rjust(second), row.interval) for row in group.rows)
+        table += [INDENT + GAP.join(cell).rstrip() for cell in cells]
     return [_fit(line, width) for line in [*models.values(), "", *table, ""]]
 
 
-def _heading(row: Row, *, several: bool) -> str:
-    parts = [row.test.rpartition("/")[2], row.lm if several else "", row.subject, row.verdict]
+def _heading(group: Group, *, several: bool) -> str:
+    parts = [group.test.rpartition("/")[2], group.lm if several else "", group.subject, group.verdict]
     return ", ".join(part for part in parts if part)
 
 

@@ -207,7 +207,6 @@ def perplexity(
     saver = _Saver(checkpoints, key)
     point = saver.load(lm) or _Point(Reading(by_document, tuple(positions)))
     resumed_at = int(point.reading.total[TOKENS])
-    expected = tokens - 1 if tokens and not by_document else None
 
     if lm.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(lm.device)
@@ -216,7 +215,8 @@ def perplexity(
         for point in reader.read(point):  # noqa: B020 - each point follows from the one before
             file.write(point.nll)
             if progress is not None:
-                progress(int(point.reading.total[TOKENS]), float(point.reading.total[NATS]), expected)
+                sums = point.reading.total
+                progress(int(sums[TOKENS]), float(sums[NATS]), expected_tokens(source, sums, tokens, by_document))
             saver.save_now_and_then(replace(point, seconds=time.perf_counter() - began))
     if not point.reading.chunks_seen:
         raise StreamError(f"{source} holds no document: there is nothing to score.")
@@ -252,6 +252,15 @@ def perplexity(
         examples=str(losses) if losses is not None else None,
     )
     return PerplexityResult(record, resumed_at)
+
+
+def expected_tokens(corpus: Corpus, sums: np.ndarray, tokens: int | None, by_document: bool) -> int | None:
+    """How many targets the whole reading will have: known for ids, estimated from the bytes read so far for text."""
+    known = tokens - 1 if tokens and not by_document else None
+    if corpus.size is None or (by_document and tokens):
+        return known
+    whole = corpus.size - 1 if corpus.tokenized else round(corpus.size * sums[TOKENS] / max(sums[BYTES], 1))
+    return whole if known is None else min(known, whole)
 
 
 def metrics_of(reading: Reading, *, seconds: float, seed: int) -> dict[str, Metric]:
@@ -318,7 +327,7 @@ def bare_ids(ids: Iterable[Any]) -> Corpus:
     if isinstance(ids, list | tuple | range | np.ndarray):
         held = np.asarray(ids)
         digest = hashlib.sha256(np.ascontiguousarray(held).tobytes()).hexdigest()
-        return Corpus("ids", "test", lambda: iter([Document("ids", ids=held)]), digest, tokenized=True)
+        return Corpus("ids", "test", lambda: iter([Document("ids", ids=held)]), digest, tokenized=True, size=len(held))
     parts = (Document("ids", ids=np.atleast_1d(np.asarray(part))) for part in ids)
     return Corpus("ids", "test", lambda: parts, "", tokenized=True)
 
