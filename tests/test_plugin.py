@@ -55,7 +55,8 @@ def test_a_test_records_what_it_measures(project):
         [
             "*= lmeval =*",
             "tiny:Tiny: 4,784 parameters*",
-            "test_reading.py::test_reads, text:text.txt?test?, exact-any-chunk",
+            "test_reading.py::test_reads",
+            "    text:text.txt?test?, exact-any-chunk",
             "*perplexity * to *",
             "*bits per byte*",
             "written to .lmeval: metrics.json, summary.md, report.html",
@@ -69,7 +70,10 @@ def test_a_test_records_what_it_measures(project):
     assert record["certificate"]["verdict"] == "exact-any-chunk"
     assert record["cost"]["tokens"] == 60 * 59 - 2  # the file ends without a newline, and its first byte is no target
     assert (project.path / ".lmeval/report.html").read_text().startswith("<!doctype html>")
-    assert "| test\\_reading.py::test\\_reads |" in (project.path / ".lmeval/summary.md").read_text()
+    assert (
+        "| test\\_reading.py::test\\_reads<br>tiny:Tiny, text:text.txt\\[test\\] | perplexity |"
+        in (project.path / ".lmeval/summary.md").read_text()
+    )
 
 
 def test_what_is_written_fits_the_published_schema(project):

@@ -38,6 +38,7 @@ class Group:
     lm: str
     subject: str
     verdict: str
+    how: str  # where a text was not read in one go: the windows
     outcome: str
     rows: list[Row]
 
@@ -50,11 +51,18 @@ def groups(records: list[dict[str, Any]]) -> list[Group]:
             lm=record["lm"]["spec"],
             subject=record["subject"],
             verdict=(record["certificate"] or {}).get("verdict", ""),
+            how=_windows(record["settings"]),
             outcome=record.get("outcome", ""),
             rows=_rows(record),
         )
         for record in records
     ]
+
+
+def _windows(settings: dict[str, Any]) -> str:
+    if settings.get("reading") != "windows":
+        return ""
+    return f"windows of {settings['window']:,} tokens, {settings['overlap']:,} of them read again"
 
 
 def _rows(record: dict[str, Any]) -> list[Row]:

@@ -17,15 +17,21 @@ def lines(records: list[dict[str, Any]], *, width: int) -> list[str]:
     first, second = (max(len(text) for text in column) for column in zip(*((r.metric, r.value) for r in rows), strict=True))
     table = []
     for group in shown:
-        table.append(_heading(group, several=len(models) > 1))
+        table += [_short(group.test) or group.subject, INDENT + _about(group, several=len(models) > 1)]
         cells = ((row.metric.ljust(first), row.value.rjust(second), row.interval) for row in group.rows)
         table += [INDENT + GAP.join(cell).rstrip() for cell in cells]
     return [_fit(line, width) for line in [*models.values(), "", *table, ""]]
 
 
-def _heading(group: Group, *, several: bool) -> str:
-    parts = [group.test.rpartition("/")[2], group.lm if several else "", group.subject, group.verdict]
+def _about(group: Group, *, several: bool) -> str:
+    parts = [group.lm if several else "", group.subject, group.verdict, group.how]
     return ", ".join(part for part in parts if part)
+
+
+def _short(test: str) -> str:
+    """The test without the folders of its file."""
+    file, colons, name = test.partition("::")
+    return file.rpartition("/")[2] + colons + name
 
 
 def _fit(text: str, width: int) -> str:
