@@ -168,22 +168,25 @@ def twin(model: Model, dtype: torch.dtype = torch.float64) -> Model | None:
 def fork(state: State) -> State:
     """A copy that shares no storage with `state`, so that both can be continued without seeing each other."""
     memo: dict[int, Any] = {}
-    for owned in _walk(state):
-        if isinstance(owned, Tensor):
-            memo[id(owned)] = owned.detach().clone()
-        elif isinstance(owned, nn.Module):
-            memo[id(owned)] = owned
+    for part in _walk(state):
+        if isinstance(part, Tensor):
+            memo[id(part)] = part.detach().clone()
+        elif isinstance(part, nn.Module):
+            memo[id(part)] = part
     return copy.deepcopy(state, memo)
 
 
 def state_bytes(state: State) -> int:
     """Bytes of memory that the state keeps alive: whole storages, each counted once, whatever views into them it holds."""
     storages = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for tensor in _walk(state)
-        if isinstance(tensor, Tensor)
+        part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in _walk(state) if isinstance(part, Tensor)
     }
     return sum(storages.values())
+
+
+def state_types(state: State) -> set[type]:
+    """The classes that a state is made of."""
+    return {part if isinstance(part, type) else type(part) for part in _walk(state)}
 
 
 def _walk(value: Any) -> Iterator[Any]:
@@ -191,16 +194,17 @@ def _walk(value: Any) -> Iterator[Any]:
     stack = [value]
     while stack:
         item = stack.pop()
-        if item is None or isinstance(item, str | bytes | int | float | complex | type) or id(item) in seen:
+        if item is None or isinstance(item, str | bytes | int | float | complex) or id(item) in seen:
             continue
         seen.add(id(item))
-        if isinstance(item, Tensor | nn.Module):
-            yield item
-        elif isinstance(item, dict):
+        yield item
+        if isinstance(item, Tensor | nn.Module | type):
+            continue
+        if isinstance(item, dict):
             stack.extend(item.values())
         elif isinstance(item, list | tuple | set | frozenset):
             stack.extend(item)
-        elif hasattr(item, "__dict__") and not callable(item):
+        if hasattr(item, "__dict__") and not callable(item):
             stack.extend(vars(item).values())
 
 

@@ -46,6 +46,7 @@ class Chunk:
     seconds      wall time of the step and the scoring
     state_bytes  memory that the state holds after this chunk
     state        to go on from: after the token before `end`; a further step uses it up
+    window       where the window that the chunk belongs to begins; 0 where the state is carried
     """
 
     start: int
@@ -55,6 +56,7 @@ class Chunk:
     seconds: float
     state_bytes: int
     state: State
+    window: int = 0
 
 
 def stream(
@@ -75,7 +77,7 @@ def stream(
     Raises StreamError for a stream of fewer than two tokens or a token outside the vocabulary, NotFiniteError for a
     loss that is not finite, with the position.
     """
-    size = chunk_size or default_chunk_size(lm.vocab_size)
+    size = default_chunk_size(lm.vocab_size) if chunk_size is None else chunk_size
     start = position
     for ids in overlapping(tokens, size):
         began = time.perf_counter()
@@ -93,35 +95,40 @@ def stream_in_windows(
     window: int,
     overlap: int,
     chunk_size: int | None = None,
+    state: State | None = None,
     position: int = 0,
+    read_to: int | None = None,
 ) -> Iterator[Chunk]:
     """Score a stream in windows that know nothing of one another: for models without a state, or with a limited context.
 
     Each window reads `window` tokens from scratch, the first `overlap` of them only as context (they were scored by the
-    window before), so a token sees between `overlap` and `window` tokens before it and window / (window - overlap)
+    window before), so a token sees between `overlap` and `window` tokens before it, and window / (window - overlap)
     times the work of one pass is done. Within a window the state is carried from chunk to chunk, if `chunk_size` is given.
-    `position` is where `tokens` start in the stream: a multiple of window - overlap.
+
+    position  where `tokens` begin in the stream: the beginning of a window (`Chunk.window`)
+    read_to   go on inside that window, with `state`, which has seen everything before this token
     """
     if not 0 <= overlap < window:
         raise StreamError(f"windows of {window} tokens cannot overlap by {overlap}: a window has to score something new.")
-    start = position
+    begin = position
     for ids in overlapping(tokens, window, overlap):
-        began = time.perf_counter()
-        known = overlap if start else 0
-        if len(ids) - 1 <= known:  # a stream that was taken up again at its very end
-            continue
-        steps = overlapping(ids, chunk_size or window)
-        state, at, parts = None, start, []
-        for step_ids in steps:
-            last = at + len(step_ids) - 1
-            fresh = min(len(step_ids) - 1, last - start - known)  # targets of this step that were not scored before
-            nll, rank, state = _read(lm, step_ids, state, at, max(fresh, 0))
-            parts.append((nll, rank))
-            at = last
-        scored = [np.concatenate(part) for part in zip(*parts, strict=True)]
-        yield Chunk(start + known + 1, at + 1, scored[0], scored[1], time.perf_counter() - began, state_bytes(state), None)
-        start += window - overlap
-    _refuse_empty(start == position == 0)
+        known = begin + overlap if begin else 0  # the last target that the window before has scored
+        place = begin
+        if read_to is not None:
+            place, read_to = read_to, None
+        else:
+            state = None
+        for step_ids in overlapping(ids[place - begin :], window if chunk_size is None else chunk_size):
+            began = time.perf_counter()
+            last = place + len(step_ids) - 1
+            fresh = max(0, min(last - place, last - known))
+            nll, rank, state = _read(lm, step_ids, state, place, fresh)
+            if fresh:
+                seconds = time.perf_counter() - began
+                yield Chunk(last - fresh + 1, last + 1, nll, rank, seconds, state_bytes(state), state, begin)
+            place = last
+        begin += window - overlap
+    _refuse_empty(position == 0 and begin == 0)
 
 
 def _read(lm: Model, ids: np.ndarray, state: State | None, start: int, fresh: int) -> tuple[np.ndarray, np.ndarray, State]:

@@ -75,7 +75,8 @@ class Lmeval:
         The model's laws are probed first. Its state is carried only in a way that was found exact; the record says which.
         losses=True writes the loss of every token to a file in the output folder.
         """
-        from pytest_lmeval.scoring.perplexity import PerplexityResult, bare_ids, perplexity
+        from pytest_lmeval.scoring.perplexity import bare_ids, perplexity
+        from pytest_lmeval.scoring.result import PerplexityResult
 
         model = as_model(lm)
         corpus = corpus if isinstance(corpus, Corpus) else bare_ids(corpus)

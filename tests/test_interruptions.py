@@ -29,12 +29,12 @@ SLOW = """
 """
 TESTS = """
     import pytest
-    from pytest_lmeval.scoring import perplexity
+    from pytest_lmeval.scoring.resume import Saver
 
     @pytest.fixture(autouse=True)
     def save_often(monkeypatch):
-        monkeypatch.setattr(perplexity._Saver, "PAUSE", 0.1)
-        monkeypatch.setattr(perplexity._Saver, "SHARE", 1.0)
+        monkeypatch.setattr(Saver, "PAUSE", 0.1)
+        monkeypatch.setattr(Saver, "SHARE", 1.0)
 
     def test_first(lmeval, lm, corpus):
         lmeval.perplexity(lm, corpus("text:text.txt"), chunk_size=16, tokens=400)

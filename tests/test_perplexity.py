@@ -13,8 +13,9 @@ from toys import VOCAB, Functional, Stateless
 from pytest_lmeval.adapters import as_model
 from pytest_lmeval.data.corpus import Corpus, Document
 from pytest_lmeval.results.journal import Checkpoints, JournalWarning
-from pytest_lmeval.scoring.perplexity import _Saver, exponential, perplexity
+from pytest_lmeval.scoring.perplexity import exponential, perplexity
 from pytest_lmeval.scoring.reading import BLOCK, BLOCKS, BYTES, CHUNKS, HITS, NATS, TOKENS, Reading, rows_of
+from pytest_lmeval.scoring.resume import Saver
 from pytest_lmeval.stream import StreamError
 
 LM = as_model(Functional())
@@ -213,8 +214,8 @@ def read_killed_at(tokens, **options):
 @pytest.mark.parametrize("plan", [{}, {"window": 40, "overlap": 15}, {"window": 40, "overlap": 15, "chunk_size": 7}])
 @pytest.mark.parametrize("as_stream", [True, False])
 def test_a_killed_reading_goes_on_with_the_same_numbers_to_the_last_bit(tmp_path, monkeypatch, plan, as_stream):
-    monkeypatch.setattr(_Saver, "PAUSE", 0.0)
-    monkeypatch.setattr(_Saver, "SHARE", 0.0)
+    monkeypatch.setattr(Saver, "PAUSE", 0.0)
+    monkeypatch.setattr(Saver, "SHARE", 0.0)
     options = {"chunk_size": 16, "positions": (50, 100), **plan}
     corpus = texts(*(f"document number {n} with some text in it, " * 3 for n in range(6)), as_stream=as_stream)
     whole = perplexity(BYTE_LM, corpus, losses=tmp_path / "whole.npy", **options)

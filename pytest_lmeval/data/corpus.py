@@ -40,7 +40,7 @@ class Corpus:
 
     documents    called once per reading; yields the documents in a fixed order
     as_stream    whether the documents follow one another as one text by default
-    fingerprint  changes when the content does; a resumed run is only resumed on the same data
+    fingerprint  changes when the content does: an interrupted reading is only taken up on the same data, and never if empty
     tokenized    whether documents carry ids (`tokens:PATH`) rather than text
     size         bytes of text, or number of ids, if it is known before reading: for the time that is left
     """
@@ -48,7 +48,7 @@ class Corpus:
     name: str
     split: str
     documents: Callable[[], Iterator[Document]]
-    fingerprint: str
+    fingerprint: str = ""
     as_stream: bool = True
     tokenized: bool = False
     size: int | None = None
