@@ -5,9 +5,8 @@ import pytest
 pytestmark = pytest.mark.benchmark
 
 
-@pytest.mark.parametrize("tokens", [128, 512])
-def test_latency(lmeval, lm, benchmark, tokens):
-    lmeval.latency(lm, batch_size=1, seq_len=tokens, runs=30)
+def test_latency(lmeval, lm, benchmark, seq_len):  # 128 and 512, or what --lmeval-seq-len says
+    lmeval.latency(lm, batch_size=1, seq_len=seq_len, runs=30)
 
 
 def test_throughput(lmeval, lm, benchmark):

@@ -16,13 +16,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import hashlib
 import inspect
+import os
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -59,13 +63,34 @@ class LanguageModel(Protocol):
 
 
 class Tokenizer(Protocol):
-    """Text to ids, with the place in the text's UTF-8 bytes where each token ends."""
+    """Text to ids, with the place in the text's UTF-8 bytes where each token ends.
 
-    name: str
-    bos: int | None  # put before a text so that its first token is scored too; None: the first token is not scored
+    It may also have a `name`, and `bos`: an id put before a text so that its first token is scored too.
+    """
 
     def encode(self, text: str) -> tuple[Any, Any]:
-        """Ids [t] and byte offsets [t] (numpy int64): token i ends before byte offsets[i]; offsets[-1] is the text's length."""
+        """Ids [t] and byte offsets [t] (integers): token i ends before byte offsets[i]; offsets[-1] is the text's length."""
+
+
+class Bytes:
+    """The tokenizer of a byte-level model: every byte of the UTF-8 text is a token, its own value the id."""
+
+    name = "bytes"
+    bos = None
+
+    def encode(self, text: str) -> tuple[Any, Any]:
+        ids = np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64)
+        return ids, np.arange(1, len(ids) + 1)
+
+
+def tokenizer_for(given: Any, vocab_size: int) -> Tokenizer | None:
+    """The tokenizer that was given, where `"bytes"` is one, and bytes for a vocabulary of exactly 256 entries if none was."""
+    if given is None and vocab_size == 256:
+        given = "bytes"
+    if given is not None and given != "bytes" and not hasattr(given, "encode"):
+        raise SpecError(f"{type(given).__name__} is no tokenizer: it has no encode(text) -> (ids, byte_ends).")
+    tokenizer: Tokenizer | None = Bytes() if given == "bytes" else given
+    return tokenizer
 
 
 @dataclass(frozen=True, repr=False)
@@ -80,6 +105,8 @@ class Model:
     rebuild         makes `advance` for another copy of the module (the float64 twin that references come from)
     context_length  the most tokens a sequence may have (learned or trained positions); None: no limit known
     borders         lengths at which its inner workings change (window, kernel, block): where faults sit
+    volatile        names of buffers and attributes that reading changes, since they hold the state or count something
+    source          the user's own object, where it is no module
     """
 
     advance: Advance
@@ -92,6 +119,8 @@ class Model:
     tokenizer: Tokenizer | None = None
     context_length: int | None = None
     borders: tuple[int, ...] = ()
+    volatile: frozenset[str] = frozenset()
+    source: Any = None
     remembered: dict[str, Any] = field(default_factory=dict, compare=False)  # see `fingerprint`
 
     def step(self, input_ids: Tensor, state: State | None = None, *, keep: int | None = None) -> tuple[Tensor, State]:
@@ -151,8 +180,9 @@ def weights(module: nn.Module | None) -> Iterator[Tensor]:
 
 
 def twin(model: Model, dtype: torch.dtype = torch.float64) -> Model | None:
-    """A copy of the model with the same (already rounded) weights in `dtype`; None where it cannot be copied."""
-    if model.module is None or model.rebuild is None:
+    """A copy of the model with the same (already rounded) weights in `dtype`; None where it cannot be copied, or where the
+    copy would take more than a quarter of the memory that is free."""
+    if model.module is None or model.rebuild is None or not _fits(model):
         return None
     try:
         module = copy.deepcopy(model.module).to(dtype)
@@ -161,7 +191,17 @@ def twin(model: Model, dtype: torch.dtype = torch.float64) -> Model | None:
     return dataclasses.replace(model, module=module, advance=model.rebuild(module), remembered={})
 
 
-# The two helpers below walk a state's tensors through containers and plain objects (a transformers cache is
+def _fits(model: Model) -> bool:
+    needed = 2 * sum(8 * tensor.numel() for tensor in weights(model.module))  # a copy, and its conversion
+    if model.device.type == "cuda":
+        return needed < torch.cuda.mem_get_info(model.device)[0] / 4
+    try:
+        return needed < os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 4
+    except (AttributeError, ValueError, OSError):  # no such question on this system
+        return needed < 4 << 30
+
+
+# The helpers below walk a state's tensors through containers and plain objects (a transformers cache is
 # an object with a list of layer objects). They stop at modules: a state may point at its model, but does not own it.
 
 
@@ -213,35 +253,71 @@ SAMPLE = 64  # elements of each tensor by which a change is noticed, beside torc
 
 
 def fingerprint(model: Model) -> str:
-    """Sixteen hex digits that change when the model does: its form, the file its class is written in, its weights.
+    """Sixteen hex digits that change when the model does: its form, its code, its settings, its weights.
 
-    Tensors of more than a million elements enter by an even sample of about that many and the sum of all, so
-    that a model of many gigabytes is told apart in seconds. Computed again only when a tensor was changed since.
+    The code is that of every class of module in it (but torch's own), the settings are the plain attributes of every module.
+    Tensors of more than a million elements enter by an even sample of about that many and the sum of all, so that a model
+    of many gigabytes is told apart in seconds. An object that is no module is known by its attribute `fingerprint`; without
+    one, it is taken for a new model in every run.
     """
-    unchanged = hash(tuple((id(t), t._version, _content(t.detach(), SAMPLE, total=False)) for t in weights(model.module)))
-    if model.remembered.get("weights") != unchanged:
-        model.remembered.update(weights=unchanged, fingerprint=_fingerprint(model))
+    if model.module is None:
+        own = getattr(model.source, "fingerprint", None)
+        if "fingerprint" not in model.remembered:
+            model.remembered["fingerprint"] = hashlib.sha256(f"{own or uuid.uuid4()}".encode()).hexdigest()[:16]
+        return str(model.remembered["fingerprint"])
+    versions = [
+        (id(tensor), 0 if tensor.is_inference() else tensor._version, _content(tensor.detach(), SAMPLE, total=False))
+        for tensor in weights(model.module)
+    ]
+    unchanged = hash((tuple(versions), _settings(model)))
+    if model.remembered.get("unchanged") != unchanged:
+        code = {f"{type(part).__module__}.{type(part).__qualname__}": _file(type(part)) for part in model.module.modules()}
+        digest = hashlib.sha256(f"{model.form}|{model.vocab_size}|{model.context_length}|{_settings(model)}".encode())
+        for name, file in sorted(code.items()):
+            digest.update(_code(name, file))
+        digest.update(weights_digest(model))
+        model.remembered.update(unchanged=unchanged, fingerprint=digest.hexdigest()[:16])
     return str(model.remembered["fingerprint"])
 
 
-def _fingerprint(model: Model) -> str:
-    digest = hashlib.sha256(f"{model.form}|{model.vocab_size}|{model.context_length}".encode())
-    if model.module is None:
-        digest.update(model.spec.encode())
-        return digest.hexdigest()[:16]
-    digest.update(_code(type(model.module)))
-    for name, tensor in (*model.module.named_parameters(), *model.module.named_buffers()):
-        digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}".encode())
-        digest.update(_content(tensor.detach(), SMALL, total=True))
-    return digest.hexdigest()[:16]
+def weights_digest(model: Model) -> bytes:
+    """A hash of the parameters, and of the buffers that hold no state."""
+    digest = hashlib.sha256()
+    if model.module is not None:
+        for name, tensor in (*model.module.named_parameters(), *model.module.named_buffers()):
+            if name not in model.volatile:
+                digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}".encode())
+                digest.update(_content(tensor.detach(), SMALL, total=True))
+    return digest.digest()
 
 
-def _code(kind: type) -> bytes:
-    name = f"{kind.__module__}.{kind.__qualname__}".encode()
+def settings_of(module: nn.Module) -> dict[str, str]:
+    """The plain attributes of every part, by name."""
+    return {
+        f"{name}.{key}": repr(value)
+        for name, part in module.named_modules()
+        for key, value in vars(part).items()
+        if isinstance(value, str | int | float | bool) and not key.startswith("_")
+    }
+
+
+def _settings(model: Model) -> str:
+    assert model.module is not None
+    plain = sorted(item for item in settings_of(model.module).items() if item[0] not in model.volatile)
+    to_json = getattr(getattr(model.module, "config", None), "to_json_string", None)
+    return f"{plain}{to_json() if callable(to_json) else ''}"
+
+
+def _file(kind: type) -> str:
     try:
-        return name + Path(inspect.getsourcefile(kind) or "").read_bytes()
+        return "" if kind.__module__.startswith("torch.") else inspect.getsourcefile(kind) or ""
     except (OSError, TypeError):  # written at a prompt, or compiled
-        return name
+        return ""
+
+
+@functools.cache
+def _code(name: str, file: str) -> bytes:
+    return name.encode() + (Path(file).read_bytes() if file and Path(file).is_file() else b"")
 
 
 def _content(tensor: Tensor, limit: int, *, total: bool) -> bytes:

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from pytest_lmeval.session import Session
     from pytest_lmeval.verbs import Lmeval
 
-FIXTURES = frozenset({"lm", "load_lm", "lmeval", "corpus"})
 OPTIONS: dict[str, tuple[Any, str]] = {  # name -> (default, help); every one is an ini option of the same name too
     "lm": (["demo"], "model to evaluate: demo, zoo:NAME, hf:ID_OR_FOLDER or module.path:callable (repeatable)"),
     "lmeval-device": ("auto", "auto, cpu, cuda, cuda:N or mps"),
@@ -35,6 +34,7 @@ OPTIONS: dict[str, tuple[Any, str]] = {  # name -> (default, help); every one is
     "lmeval-trust-remote-code": ([], "hub id of a model that may run code of its own (repeatable)"),
 }
 SESSION = pytest.StashKey["Session"]()
+SEQ_LENS = ["128", "512"]
 LOG = pytest.StashKey[Any]()
 
 
@@ -73,9 +73,12 @@ def count(config: pytest.Config, name: str) -> int | None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "lmeval: an evaluation (added to every test that uses a fixture of pytest-lmeval)")
+    config.addinivalue_line("markers", "lmeval: an evaluation (added to every test that uses the fixture lmeval)")
     for name in ("lmeval-limit", "lmeval-tokens"):
         count(config, name)
+    for text in option(config, "lmeval-seq-len"):
+        if not (str(text).isdigit() and int(text) > 0):
+            raise pytest.UsageError(f"--lmeval-seq-len takes a positive number; got {text!r}.")
     if str(option(config, "lmeval-bits")) not in ("", "32", "16", "8", "4"):
         raise pytest.UsageError(f"--lmeval-bits takes 32, 16, 8 or 4; got {option(config, 'lmeval-bits')!r}.")
     if not _is_worker(config):
@@ -88,19 +91,24 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if FIXTURES.intersection(getattr(item, "fixturenames", ())):
+        if "lmeval" in getattr(item, "fixturenames", ()):
             item.add_marker("lmeval")
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Before the first test: is there work to record, and can its results be written?"""
-    if not session.config.option.collectonly and any(item.get_closest_marker("lmeval") for item in session.items):
-        _check_output_folder(session.config)
+    config = session.config
+    if (
+        not config.option.collectonly
+        and not _is_worker(config)
+        and any(item.get_closest_marker("lmeval") for item in session.items)
+    ):
+        _check_output_folder(config)
 
 
 def _check_output_folder(config: pytest.Config) -> None:
-    from pytest_lmeval.session import check_writable
+    from pytest_lmeval.results.journal import check_writable
 
     folder = output_folder(config)
     try:
@@ -192,13 +200,10 @@ def _fixtures_with_parameters(config: pytest.Config) -> ModuleType:
         """The model under test: that of `--lm`. Define a fixture `lm` of your own to test a model of your own."""
         return load_lm(_parameter(request, option(request.config, "lm")))
 
-    @pytest.fixture(scope="session", params=_parameters(option(config, "lmeval-seq-len")))
-    def seq_len(request: pytest.FixtureRequest) -> int | None:
-        """The sequence length of `--lmeval-seq-len`, None if there was none."""
-        text = _parameter(request, option(request.config, "lmeval-seq-len"))
-        if text is not None and not (str(text).isdigit() and int(text) > 0):
-            pytest.fail(f"--lmeval-seq-len takes a positive number; got {text!r}.", pytrace=False)
-        return None if text is None else int(text)
+    @pytest.fixture(scope="session", params=_parameters(option(config, "lmeval-seq-len") or SEQ_LENS))
+    def seq_len(request: pytest.FixtureRequest) -> int:
+        """The sequence lengths of `--lmeval-seq-len`, one after the other; 128 and 512 by default."""
+        return int(_parameter(request, option(request.config, "lmeval-seq-len") or SEQ_LENS))
 
     module = ModuleType("lmeval_parameters")
     module.lm, module.seq_len = lm, seq_len  # type: ignore[attr-defined]
@@ -214,9 +219,9 @@ def _parameter(request: pytest.FixtureRequest, values: list[str]) -> Any:
 
 
 class WithoutBenchmark:
-    """Stands in for pytest-benchmark where it is blocked, so that tests that ask for `benchmark` still measure quality."""
+    """Stands in for pytest-benchmark where it is blocked, so that tests that ask for `benchmark` still run."""
 
-    disabled = True
+    disabled = False
 
     def __init__(self) -> None:
         self.extra_info: dict[str, Any] = {}
@@ -228,11 +233,26 @@ class WithoutBenchmark:
     def __call__(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return target(*args, **kwargs)
 
-    def pedantic(self, target: Callable[..., Any], args: Any = (), kwargs: Any = None, **_: Any) -> Any:
+    def pedantic(
+        self, target: Callable[..., Any], args: Any = (), kwargs: Any = None, rounds: int = 1, warmup_rounds: int = 0, **_: Any
+    ) -> Any:
+        for _round in range(warmup_rounds + rounds - 1):
+            target(*args, **(kwargs or {}))
         return target(*args, **(kwargs or {}))
 
 
 # ----------------------------------------------------------------------------------------------- reports
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, Any, Any]:
+    """A test that looks at a time that could not be taken says nothing about the model: it is skipped, with the reason."""
+    try:
+        return (yield)
+    except Exception as error:
+        if type(error).__name__ == "NotMeasuredError":
+            pytest.skip(str(error))
+        raise
 
 
 @pytest.hookimpl(wrapper=True)
@@ -256,7 +276,7 @@ class Reports:
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionstart(self) -> None:
         folder = output_folder(self.config)
-        if option(self.config, "lmeval-fresh") and (folder / "journal.jsonl").exists():
+        if option(self.config, "lmeval-fresh") and not self.config.option.collectonly and (folder / "journal.jsonl").exists():
             from pytest_lmeval.results.journal import Journal
 
             Journal(folder, fresh=True)
@@ -305,12 +325,17 @@ def shared_session(config: pytest.Config) -> Session:
     if SESSION not in config.stash:
         from pytest_lmeval.session import Session
 
-        lengths = option(config, "lmeval-seq-len")
+        if _is_worker(config):  # the process with the terminal has no tests of its own, and could not know before
+            try:
+                _check_output_folder(config)
+            except pytest.UsageError as error:
+                pytest.fail(str(error), pytrace=False)
         config.stash[SESSION] = Session(
             folder=output_folder(config),
             tokens=count(config, "lmeval-tokens"),
             limit=count(config, "lmeval-limit"),
-            seq_len=int(lengths[0]) if len(lengths) == 1 else None,
+            seq_lens=tuple(map(int, option(config, "lmeval-seq-len"))),
+            parallel=_is_worker(config),
             progress=_progress(config),
         )
     return config.stash[SESSION]

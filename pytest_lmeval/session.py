@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from pytest_lmeval.lm import Model, fingerprint
 from pytest_lmeval.results.journal import Journal
@@ -24,15 +24,17 @@ ProgressBars = Callable[[str], AbstractContextManager[Any]]
 class Session:
     """folder    where everything is written
     progress  makes the progress bar of a long piece of work, given its title: a context around a callback or None
-    tokens, limit, seq_len    defaults of the verbs, from the command line
+    tokens, limit, seq_lens   defaults of the verbs, from the command line
+    parallel  other tests run at the same time: speed is not measured
     """
 
     folder: Path
     tokens: int | None = None
     limit: int | None = None
-    seq_len: int | None = None
+    seq_lens: tuple[int, ...] = ()
+    parallel: bool = False
     progress: ProgressBars = lambda title: nullcontext(None)
-    verdicts: dict[str, Any] = field(default_factory=dict)
+    verdicts: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
     @functools.cached_property
     def journal(self) -> Journal:
@@ -42,10 +44,10 @@ class Session:
         """The equivalence result of a model: probed once in a session."""
         from pytest_lmeval.equivalence.probe import equivalence
 
-        key = f"{fingerprint(lm)} {lm.dtype} {lm.device}"
+        key = (id(lm), fingerprint(lm), str(lm.dtype), str(lm.device))
         if key not in self.verdicts:
-            self.verdicts[key] = equivalence(lm)
-        return self.verdicts[key]
+            self.verdicts[key] = (equivalence(lm), lm)  # the model is kept, so that its id stays its own
+        return self.verdicts[key][0]
 
 
 @dataclass
@@ -59,12 +61,3 @@ class TestLog:
 
     def to_json(self) -> dict[str, Any]:
         return {"records": [record.to_json() for record in self.records], "notes": self.notes, "keys": self.keys}
-
-
-def check_writable(folder: Path) -> None:
-    """Raise OSError now, before the work, if nothing could be written to `folder` after it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    probe: IO[bytes]
-    with open(folder / ".writable", "wb") as probe:
-        probe.write(b"yes")
-    (folder / ".writable").unlink()

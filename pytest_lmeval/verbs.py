@@ -7,6 +7,7 @@ the command line, the journal, the verdict that a streamed number stands on, and
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -16,7 +17,7 @@ from pytest_lmeval.adapters import as_model
 from pytest_lmeval.data.corpus import Corpus, CorpusError
 from pytest_lmeval.equivalence.certificate import CONSISTENT, EXACT, NON_CAUSAL, STATELESS, STEP_ONLY
 from pytest_lmeval.lm import Model, ModelError, SpecError, fingerprint
-from pytest_lmeval.profiling.timer import Run
+from pytest_lmeval.profiling.timer import Run, plain_runner
 from pytest_lmeval.results.journal import key_of
 from pytest_lmeval.results.metric import Metric
 from pytest_lmeval.results.record import Record
@@ -51,6 +52,7 @@ class Lmeval:
 
     def __init__(self, session: Session, log: TestLog, benchmark: Any = None) -> None:
         self._session, self._log, self._benchmark = session, log, benchmark
+        self._unused = benchmark is not None  # pytest-benchmark's fixture serves one measurement a test
 
     def __repr__(self) -> str:
         return f"<lmeval of {self._log.test}>"
@@ -80,8 +82,9 @@ class Lmeval:
 
         model = as_model(lm)
         corpus = corpus if isinstance(corpus, Corpus) else bare_ids(corpus)
+        certificate = self._session.verdict(model).certificate
         settings: dict[str, Any] = {
-            "chunk_size": chunk_size,
+            "chunk_size": exact_chunk_size(model, certificate, chunk_size, window),
             "tokens": tokens or self._session.tokens,
             "limit": limit or self._session.limit,
             "as_stream": as_stream,
@@ -89,29 +92,26 @@ class Lmeval:
             "overlap": overlap,
             "positions": positions,
         }
-        key = self._key("perplexity", model, settings, data=[corpus.name, corpus.split, corpus.fingerprint])
-        if (finished := self._finished(key)) is not None:
+        data = [corpus.name, corpus.split, corpus.fingerprint, tokenizer_fingerprint(model), losses]
+        key = self._key("perplexity", model, settings, data)
+        known = bool(corpus.fingerprint)  # an iterator may bring something else the next time
+        if known and (finished := self._finished(key)) is not None:
             return PerplexityResult(finished)
-        certificate = self._session.verdict(model).certificate
-        settings["chunk_size"] = exact_chunk_size(model, certificate, chunk_size, window)
-        how = f"chunks of {settings['chunk_size']}" if settings["chunk_size"] else "any chunk"
-        certificate = replace(certificate, chunking_used="whole windows" if not model.stateful else how)
+        examples = self._file("losses.npy") if losses else None
         with self._session.progress(f"{model.spec} reads {corpus}") as progress:
             result = perplexity(
                 model,
                 corpus,
                 **settings,
-                losses=self._session.folder / (examples := self._file("losses.npy")) if losses else None,
+                losses=self._session.folder / examples if examples else None,
                 certificate=certificate.to_json(),
                 progress=progress,
-                checkpoints=self._session.journal.checkpoints if corpus.fingerprint else None,
+                checkpoints=self._session.journal.checkpoints if known else None,
                 key=key,
             )
         if result.resumed_at:
             self._log.notes.append(f"{model.spec} on {corpus}: went on from token {result.resumed_at:,} of an interrupted run")
-        if losses:
-            result = replace(result, record=replace(result.record, examples=examples))
-        return self._recorded(key, result)
+        return self._recorded(key, replace(result, record=replace(result.record, examples=examples)))
 
     @verb
     def equivalence(self, lm: Any, **options: Any) -> Any:
@@ -126,22 +126,21 @@ class Lmeval:
     def latency(self, lm: Any, batch_size: int = 1, seq_len: int | None = None, **options: Any) -> Any:
         """Prefill, time to first token, inter-token latency (see `profiling.latency.latency`).
 
-        In a test that asks for the fixture `benchmark`, pytest-benchmark drives the runs and keeps their times.
+        In a test that asks for the fixture `benchmark`, pytest-benchmark drives the runs and keeps their times. Where nothing
+        was timed (under xdist, or with --benchmark-disable), the record says so, and a test that looks at a time is skipped.
         """
         from pytest_lmeval.profiling.latency import latency
 
-        seq_len = seq_len or self._session.seq_len or 128
-        result = latency(as_model(lm), batch_size=batch_size, seq_len=seq_len, runner=self._runner, **options)
-        return self._timed("latency", as_model(lm), {"batch_size": batch_size, "seq_len": seq_len, **options}, result)
+        shape = {"batch_size": batch_size, "seq_len": self._seq_len(seq_len, 128)}
+        return self._timed("latency", as_model(lm), {**shape, **options}, latency)
 
     @verb
     def throughput(self, lm: Any, batch_size: int = 32, seq_len: int | None = None, **options: Any) -> Any:
         """Tokens a second in batches, and by the size of the batch (see `profiling.throughput.throughput`)."""
         from pytest_lmeval.profiling.throughput import throughput
 
-        seq_len = seq_len or self._session.seq_len or 512
-        result = throughput(as_model(lm), batch_size=batch_size, seq_len=seq_len, runner=self._runner, **options)
-        return self._timed("throughput", as_model(lm), {"batch_size": batch_size, "seq_len": seq_len, **options}, result)
+        shape = {"batch_size": batch_size, "seq_len": self._seq_len(seq_len, 512)}
+        return self._timed("throughput", as_model(lm), {**shape, **options}, throughput)
 
     @verb
     def record(self, lm: Any, subject: str, **metrics: float) -> Record:
@@ -161,6 +160,7 @@ class Lmeval:
             lm=[fingerprint(lm), str(lm.dtype), str(lm.device)],
             settings=settings,
             data=data,
+            version=importlib.metadata.version("pytest-lmeval"),
             call=len(self._log.records),
         )
 
@@ -182,7 +182,8 @@ class Lmeval:
         self._log.records.append(record)
         return replace(result, record=record)  # type: ignore[type-var]
 
-    def _timed(self, kind: str, lm: Model, settings: dict[str, Any], result: R) -> R:
+    def _timed(self, kind: str, lm: Model, settings: dict[str, Any], measure: Callable[..., R]) -> R:
+        result = measure(lm, **settings, runner=self._runner)
         result = self._recorded(self._key(kind, lm, settings), result)
         if self._benchmark is not None:
             record = result.record  # type: ignore[attr-defined]
@@ -192,23 +193,45 @@ class Lmeval:
         return result
 
     def _runner(self, run: Run, *, rounds: int, warmup_rounds: int) -> str | None:
-        """`benchmark.pedantic` where the test has it and it was not used up by an earlier verb."""
-        from pytest_lmeval.profiling.timer import plain_runner
-
-        benchmark = self._benchmark
-        if benchmark is None or getattr(benchmark, "_lmeval_used", False):
+        """`benchmark.pedantic` where the test has it and it was not used up by an earlier verb, else a bare loop."""
+        if self._session.parallel:
+            run()
+            return "other tests run at the same time (xdist): the step ran once, untimed"
+        benchmark, self._unused = (self._benchmark, False) if self._unused else (None, False)
+        if benchmark is None:
             return plain_runner(run, rounds=rounds, warmup_rounds=warmup_rounds)
-        benchmark._lmeval_used = True
         benchmark.pedantic(run, rounds=rounds, warmup_rounds=warmup_rounds, iterations=1)
-        if benchmark.disabled:
-            return "pytest-benchmark is disabled or blocked (or xdist is active): the step ran once, untimed"
-        return None
+        return "pytest-benchmark is disabled: the step ran once, untimed" if benchmark.disabled else None
+
+    def _seq_len(self, given: int | None, default: int) -> int:
+        lengths = self._session.seq_lens
+        if given is None and len(lengths) > 1:
+            raise SpecError(
+                f"several --lmeval-seq-len were given ({', '.join(map(str, lengths))}) and the test does not say which it means: "
+                "take the fixture `seq_len` and pass it on."
+            )
+        return given or (lengths[0] if lengths else default)
 
     def _file(self, ending: str) -> str:
         """A file for per-example values of this call, relative to the output folder."""
-        name = re.sub(r"[^\w.-]+", "-", self._log.test.rpartition("/")[2]).strip("-")
         (self._session.folder / "examples").mkdir(parents=True, exist_ok=True)
-        return f"examples/{name}-{len(self._log.records)}-{ending}"
+        name = re.sub(r"[^\w.-]+", "-", self._log.test.rpartition("::")[2])[:80]
+        return f"examples/{name}-{key_of(test=self._log.test)[:8]}-{len(self._log.records)}-{ending}"
+
+
+def tokenizer_fingerprint(lm: Model) -> str:
+    """Changes when the tokenizer does: a hash of what it makes of a text of many kinds of characters."""
+    if lm.tokenizer is None:
+        return ""
+    sample = (
+        "".join(map(chr, (*range(32, 127), *range(192, 256), 0x3B1, 0x416, 0x5D0, 0x4F60, 0x1F600)))
+        + " The the  the\n\t\tdef f():"
+    )
+    try:
+        encoded = [list(map(int, part)) for part in lm.tokenizer.encode(sample)]
+    except SpecError:
+        return "none"
+    return key_of(ids=encoded, bos=getattr(lm.tokenizer, "bos", None))
 
 
 def exact_chunk_size(lm: Model, certificate: Any, asked: int | None, window: int | str | None) -> int | None:
@@ -226,7 +249,7 @@ def exact_chunk_size(lm: Model, certificate: Any, asked: int | None, window: int
                 "A perplexity streamed in chunks would be wrong, and may look good. Leave chunk_size out, or set it to 1."
             )
         return 1
-    if isinstance(window, int) and verdict != NON_CAUSAL:
+    if isinstance(window, int) and certificate.laws["isolation"].kept and certificate.laws["causality"].kept:
         return window
     raise Refused(
         f"{lm.spec} is {verdict}:\n{certificate.why_not()}\n"
@@ -234,6 +257,8 @@ def exact_chunk_size(lm: Model, certificate: Any, asked: int | None, window: int
         + (
             "It cannot be scored as a language model at all."
             if verdict == NON_CAUSAL
+            else "Repair what is left over from one sequence to the next."
+            if not certificate.laws["isolation"].kept
             else "Repair its state, or score it in windows that carry none: window=512."
         )
     )

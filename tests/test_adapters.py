@@ -1,5 +1,7 @@
 """Every form of model is recognised by looking at it and stepped alike; a spec that names nothing says so."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
@@ -75,6 +77,48 @@ def test_byte_offsets_are_those_of_the_text():
     ids, ends = as_model(Functional(vocab=256)).tokenizer.encode("né")
     assert ids.tolist() == [110, 195, 169]
     assert ends.tolist() == [1, 2, 3]
+
+
+def test_a_stream_that_was_opened_to_look_is_closed_again():
+    class Strict(Streaming):
+        @contextmanager
+        def streaming(self, batch_size):
+            assert self.held is None, "already streaming!"
+            self.held = torch.zeros(1, batch_size, 16)
+            yield
+            self.held = None
+
+        held = None
+
+    module = Strict()
+    assert as_model(module) is as_model(module)
+    as_model(module, spec="again")
+    expected = np.concatenate([chunk.nll for chunk in stream(as_model(Functional()), IDS, chunk_size=70)])
+    nll = np.concatenate([chunk.nll for chunk in stream(as_model(module), IDS, chunk_size=9)])
+    np.testing.assert_allclose(nll, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("odd", [{"step": 0}, {"window": [4, 8]}, {"streaming": True}])
+def test_an_attribute_of_a_telling_name_is_only_believed_if_it_fits(odd):
+    module = Functional()
+    vars(module).update(odd)
+    assert as_model(module).form == "functional"
+
+
+def test_a_tokenizer_needs_no_more_than_encode():
+    class Letters:
+        def encode(self, text):
+            return [ord(letter) % 32 for letter in text], range(1, len(text) + 1)
+
+    from pytest_lmeval.data import Corpus, Document
+    from pytest_lmeval.scoring.perplexity import perplexity
+
+    corpus = Corpus("letters", "test", documents=lambda: iter([Document("a", "to be or not to be")]))
+    result = perplexity(as_model(Functional(), tokenizer=Letters()), corpus)
+    assert result.record.settings["tokenizer"] == "Letters"
+    assert float(result.bits_per_byte) == pytest.approx(float(result.nll) / np.log(2))
+    with pytest.raises(SpecError, match="int is no tokenizer"):
+        as_model(Functional(), tokenizer=3)
 
 
 def test_what_is_no_model_is_refused():

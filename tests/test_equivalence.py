@@ -1,13 +1,17 @@
 """The probe passes what is right and catches what is wrong, with a case that shows it."""
 
+import time
+
 import pytest
 import torch
 from hypothesis import given, settings
 from toys import (
     CARRYING,
+    Broken,
     Dropped,
     Forgetful,
     Functional,
+    GetSetState,
     Learning,
     PortableStreaming,
     Seeing,
@@ -21,6 +25,7 @@ from pytest_lmeval.equivalence.probe import equivalence, restore
 from pytest_lmeval.equivalence.strategies import cases, edge_cases
 from pytest_lmeval.equivalence.tolerance import Yardstick, token_errors
 from pytest_lmeval.results.record import Record
+from pytest_lmeval.stream import NotFiniteError
 
 
 @pytest.mark.parametrize("toy", CARRYING)
@@ -56,6 +61,47 @@ def test_a_fault_is_caught_by_the_law_it_breaks(fault, verdict, broken):
     result = equivalence(as_model(fault()))
     assert result.verdict == verdict, result
     assert broken <= {name for name, law in result.laws.items() if not law.kept}
+
+
+def test_a_state_in_a_buffer_is_no_change_of_the_model():
+    class InBuffer(GetSetState):
+        def __init__(self):
+            super().__init__()
+            del self.held
+            self.register_buffer("held", torch.zeros(1, 1, 16))
+
+        def reset_state(self):
+            self.held = torch.zeros(1, 1, 16)
+
+        def set_state(self, state):
+            self.held = state
+
+    result = equivalence(as_model(InBuffer()))
+    assert result.verdict == "exact-any-chunk", result
+
+
+@pytest.mark.parametrize("pause", [0, 0.004])
+def test_a_slow_model_is_tried_on_less_and_never_crashes_the_probe(pause):
+    class Rare(Functional):
+        """Wrong where few cases look: a chunk after 10 to 59 tokens whose length is no multiple of five."""
+
+        def forward(self, input_ids, state=None):
+            time.sleep(pause)
+            hidden, seen = state or (None, 0)
+            wrong = input_ids.shape[1] > 1 and 10 <= seen < 60 and seen % 5
+            logits, hidden = super().forward(input_ids, None if wrong else hidden)
+            return logits, (hidden, seen + input_ids.shape[1])
+
+    result = equivalence(as_model(Rare()))
+    law = result.laws["splits"]
+    assert law.cases <= law.planned or not law.kept
+    assert pause or result.verdict == "exact-step-only"
+    assert result.verdict in ("exact-step-only", "exact-any-chunk")
+
+
+def test_a_model_that_gives_no_numbers_is_named_with_the_place():
+    with pytest.raises(NotFiniteError, match=r"gave logits that are no numbers at token \d+ of"):
+        equivalence(as_model(Broken()))
 
 
 def test_a_counterexample_is_small_and_says_what_happened():

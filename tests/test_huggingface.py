@@ -137,10 +137,10 @@ def test_code_from_a_model_folder_is_not_run_unless_it_is_asked_for(folder, tmp_
 
 
 def test_a_folder_without_a_tokenizer_scores_ids_and_refuses_text(tmp_path):
-    from pytest_lmeval.data import CorpusError, corpus
+    from pytest_lmeval.data import corpus
 
     build("Llama", **SIZE, **HEADS).save_pretrained(tmp_path)
     lm = load(f"hf:{tmp_path}")
     assert perplexity(lm, IDS, tokens=50).tokens == 49
-    with pytest.raises(CorpusError, match="has no tokenizer"):
+    with pytest.raises(SpecError, match="has no tokenizer that can be loaded"):
         perplexity(lm, corpus("stdlib", "test"), tokens=50)

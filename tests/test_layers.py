@@ -15,7 +15,6 @@ LAYERS = [
     "results", "statistics", "lm", "stream", "adapters", "zoo", "data", "tasks", "scoring", "profiling", "equivalence",
     "training", "report", "session", "verbs", "progress", "plugin",
 ]  # fmt: skip
-ABOVE = {"stream": {"results", "statistics", "lm"}, "adapters": {"lm"}, "zoo": set(), "results": set(), "statistics": set()}
 HEAVY = {"torch", "numpy", "datasets", "transformers", "hypothesis", "jinja2", "scipy", "pandas", "tqdm", "safetensors"}
 
 

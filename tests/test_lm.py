@@ -1,13 +1,14 @@
 """States can be forked and weighed, models told apart."""
 
+import sys
 from dataclasses import dataclass
 
 import pytest
 import torch
-from toys import CARRYING, VOCAB, Functional, GetSetState, Streaming
+from toys import CARRYING, VOCAB, Functional, GetSetState, Stepper, Streaming
 
 from pytest_lmeval.adapters import as_model
-from pytest_lmeval.lm import ModelError, fingerprint, fork, state_bytes, twin
+from pytest_lmeval.lm import ModelError, _code, fingerprint, fork, state_bytes, twin
 
 
 @dataclass
@@ -119,6 +120,44 @@ def test_a_change_behind_torchs_back_is_noticed():
 
 def test_the_fingerprint_changes_with_the_form():
     assert fingerprint(as_model(Functional())) != fingerprint(as_model(GetSetState()))
+
+
+@pytest.mark.parametrize("change", ["a setting", "an inner class"])
+def test_the_fingerprint_changes_with_what_is_no_weight(change, tmp_path, monkeypatch):
+    (tmp_path / "inner.py").write_text("from torch import nn\nclass Scale(nn.Identity):\n    by = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "inner", raising=False)
+    import inner
+
+    module = Functional()
+    module.scale, module.mode = inner.Scale(), "forget"
+    before = fingerprint(as_model(module))
+    if change == "a setting":
+        module.mode = "remember"
+    else:
+        (tmp_path / "inner.py").write_text("from torch import nn\nclass Scale(nn.Identity):\n    by = 2\n")
+        monkeypatch.setattr("pytest_lmeval.lm._code", _code.__wrapped__)
+        module = Functional()
+        module.scale, module.mode = inner.Scale(), "forget"
+    assert fingerprint(as_model(module)) != before
+
+
+def test_an_object_without_a_module_is_known_by_its_own_fingerprint_or_not_at_all():
+    assert fingerprint(as_model(Stepper())) != fingerprint(as_model(Stepper()))
+    first, second = Stepper(), Stepper()
+    first.fingerprint = second.fingerprint = "v1"
+    assert fingerprint(as_model(first)) == fingerprint(as_model(second))
+
+
+def test_weights_made_in_inference_mode_have_a_fingerprint():
+    with torch.inference_mode():
+        module = Functional()
+    assert len(fingerprint(as_model(module))) == 16
+
+
+def test_no_twin_is_made_where_it_would_not_fit(monkeypatch):
+    monkeypatch.setattr("os.sysconf", lambda name: 10)
+    assert twin(as_model(Functional())) is None
 
 
 def test_the_twin_has_the_same_weights_in_float64():

@@ -2,16 +2,17 @@
 
 import json
 import math
+import subprocess
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import VOCAB, Functional, Stateless
+from toys import VOCAB, Functional, Stateless, Stepper
 
 from pytest_lmeval.adapters import as_model
-from pytest_lmeval.data.corpus import Corpus, Document
+from pytest_lmeval.data.corpus import Corpus, CorpusError, Document
 from pytest_lmeval.results.journal import Checkpoints, JournalWarning
 from pytest_lmeval.scoring.perplexity import exponential, perplexity
 from pytest_lmeval.scoring.reading import BLOCK, BLOCKS, BYTES, CHUNKS, HITS, NATS, TOKENS, Reading, rows_of
@@ -241,14 +242,94 @@ def test_a_broken_saved_point_is_reported_and_the_text_read_from_its_beginning(t
     assert result.tokens == 99
 
 
-def test_a_saved_point_cannot_run_code(tmp_path):
-    import pickle
+def often(monkeypatch):
+    monkeypatch.setattr(Saver, "PAUSE", 0.0)
+    monkeypatch.setattr(Saver, "SHARE", 0.0)
 
+
+@pytest.mark.parametrize("model", [LM, as_model(Stepper())], ids=["module", "object"])
+@pytest.mark.parametrize("function", [open, eval, subprocess.getoutput])
+def test_a_saved_point_cannot_run_code(tmp_path, model, function):
     class Evil:
         def __reduce__(self):
-            return open, (str(tmp_path / "ran"), "w")
+            arguments = {open: (str(tmp_path / "ran"), "w"), eval: (f"open({str(tmp_path / 'ran')!r}, 'w')",)}
+            return function, arguments.get(function, (f"touch {tmp_path / 'ran'}",))
 
-    torch.save({"meta": "{}", "state": Evil()}, tmp_path / "k.pt", pickle_module=pickle)
+    torch.save({"meta": "{}", "state": Evil()}, tmp_path / "k.pt")
     with pytest.warns(JournalWarning, match="cannot be read"):
-        perplexity(LM, ids_of(100), checkpoints=Checkpoints(tmp_path), key="k")
+        perplexity(model, ids_of(100), checkpoints=Checkpoints(tmp_path), key="k")
     assert not (tmp_path / "ran").exists()
+
+
+def test_short_documents_in_windows_are_not_counted_twice_after_a_kill(tmp_path, monkeypatch):
+    often(monkeypatch)
+    model = as_model(Stateless(vocab=256))
+    corpus = texts(*(f"document {n}" + " and more" * (n % 3) for n in range(12)), as_stream=False)
+    whole = perplexity(model, corpus)
+    saved = {"checkpoints": Checkpoints(tmp_path), "key": "k"}
+    dies, extra = read_killed_at(100, **saved)
+    with dies:
+        perplexity(model, corpus, **extra)
+    resumed = perplexity(model, corpus, **saved)
+    assert resumed.resumed_at > 0
+    assert (resumed.tokens, resumed.nll.to_json()) == (whole.tokens, whole.nll.to_json())
+    assert resumed.record.settings["documents"] == 12
+
+
+@pytest.mark.parametrize("damage", ["truncated", "deleted"])
+def test_losses_that_never_reached_the_disk_are_read_again(tmp_path, monkeypatch, damage):
+    often(monkeypatch)
+    ids, path = ids_of(400), tmp_path / "losses.npy"
+    saved = {"checkpoints": Checkpoints(tmp_path / "partial"), "key": "k", "losses": path, "chunk_size": 16}
+    dies, extra = read_killed_at(200, **saved)
+    with dies:
+        perplexity(LM, ids, **extra)
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:300])
+    else:
+        path.unlink()
+    perplexity(LM, ids, **saved)
+    np.testing.assert_allclose(np.load(path), losses_of(ids), atol=1e-5)
+
+
+def test_a_state_that_cannot_be_saved_costs_only_the_saved_point(tmp_path, monkeypatch):
+    often(monkeypatch)
+
+    class WithFunction(Functional):
+        def forward(self, input_ids, state=None):
+            logits, state = super().forward(input_ids, state and state[0])
+            return logits, (state, lambda: None)
+
+    with pytest.warns(JournalWarning, match="no point to go on from can be saved"):
+        result = perplexity(as_model(WithFunction()), ids_of(200), chunk_size=16, checkpoints=Checkpoints(tmp_path), key="k")
+    assert result.tokens == 199
+
+
+def test_a_window_is_scored_and_told_chunk_by_chunk():
+    told = []
+    result = perplexity(LM, ids_of(300), window=200, chunk_size=32, progress=lambda done, *_: told.append(done))
+    assert told[:7] == [32, 64, 96, 128, 160, 192, 200]
+    assert result.chunks > 9
+
+
+def test_the_window_of_a_stateless_model_does_not_depend_on_the_chunk_or_the_vocabulary():
+    for vocab in (16, 5000):
+        for chunk_size in (None, 16):
+            result = perplexity(as_model(Stateless(vocab=vocab)), np.arange(16), chunk_size=chunk_size)
+            assert result.record.settings["window"] == 1024
+
+
+def test_no_token_is_put_before_ids():
+    class WithBos:
+        bos = 3
+
+        def encode(self, text):
+            raise AssertionError
+
+    model = as_model(Functional(), tokenizer=WithBos())
+    assert perplexity(model, ids_of(50)).tokens == 49
+
+
+def test_ids_that_are_no_integers_are_refused():
+    with pytest.raises(CorpusError, match="token ids are integers; these are float64"):
+        perplexity(LM, np.array([1.2, 3.9, 4.1]))

@@ -148,6 +148,14 @@ def test_sequence_lengths_are_parameters(project):
     assert [record["settings"]["seq_len"] for record in metrics(project)["records"]] == [8, 16]
 
 
+def test_several_lengths_and_a_test_that_does_not_say_which(project):
+    project.makepyfile("def test_length(lmeval, lm):\n    lmeval.latency(lm, runs=1, warm_up=0)\n")
+    result = run(project, "--lmeval-seq-len=8", "--lmeval-seq-len=16")
+    result.stdout.fnmatch_lines(["*several --lmeval-seq-len were given (8, 16)*take the fixture `seq_len`*"])
+    run(project, "--lmeval-seq-len=8").assert_outcomes(passed=1)
+    assert metrics(project)["records"][0]["settings"]["seq_len"] == 8
+
+
 def test_a_local_mirror_replaces_the_hub(project):
     folder = project.path / "mirror/Salesforce/wikitext/wikitext-2-raw-v1"
     folder.mkdir(parents=True)
@@ -163,6 +171,7 @@ def test_a_local_mirror_replaces_the_hub(project):
     [
         (["--lmeval-tokens=many"], "--lmeval-tokens takes a positive number such as 500, 200k or 1M; got 'many'."),
         (["--lmeval-limit=0"], "--lmeval-limit takes a positive number"),
+        (["--lmeval-seq-len=abc"], "--lmeval-seq-len takes a positive number; got 'abc'."),
         (["--lmeval-bits=3"], "--lmeval-bits takes 32, 16, 8 or 4; got '3'."),
     ],
 )
@@ -240,7 +249,7 @@ def test_a_model_that_cannot_be_streamed_is_refused_with_the_counterexample(proj
 
         def test_steps(lmeval, corpus):
             result = lmeval.perplexity(StepOnly(), corpus("text:text.txt"), tokens=100)
-            assert (result.chunks, result.certificate["chunking_used"]) == (99, "chunks of 1")
+            assert (result.chunks, result.certificate["chunking_used"]) == (99, "carried in chunks of 1")
             exact = lmeval.perplexity(Tiny(), corpus("text:text.txt"), tokens=100)
             assert float(result.nll) == pytest.approx(float(exact.nll))
 
@@ -267,6 +276,74 @@ def test_an_output_folder_that_cannot_be_written_is_told_before_the_work(project
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["*nothing can be written to the output folder*file/out*--lmeval-dir*"])
     assert not (project.path / "ran").exists()
+
+
+def test_under_xdist_too(project):
+    pytest.importorskip("xdist")
+    (project.path / "file").write_text("in the way")
+    project.makepyfile(test_reading="def test_never_runs(lmeval):\n    open('ran', 'w')\n")
+    result = run(project, "--lmeval-dir=file/out", "-n", "2")
+    result.stdout.fnmatch_lines(["*nothing can be written to the output folder*file/out*--lmeval-dir*"])
+    assert "INTERNALERROR" not in result.stdout.str()
+    assert not (project.path / "ran").exists()
+
+
+def test_a_project_with_a_corpus_of_its_own_pays_nothing(project):
+    project.makepyfile(
+        """
+        import sys, pytest
+
+        @pytest.fixture
+        def corpus():
+            return ["a", "b"]
+
+        def test_own(corpus):
+            assert "torch" not in sys.modules
+        """
+    )
+    run(project).assert_outcomes(passed=1)
+    assert not (project.path / ".lmeval").exists()
+
+
+def test_a_windowed_number_is_refused_where_something_is_left_over(project):
+    project.makepyfile(
+        """
+        import pytest, torch
+        from tiny import Tiny
+
+        class Noisy(Tiny):
+            def forward(self, input_ids, state=None):
+                logits, state = super().forward(input_ids, state)
+                return logits + torch.randn(()), state * 1.0 + torch.randn(())
+
+        def test_noisy(lmeval, corpus):
+            lmeval.perplexity(Noisy(), corpus("text:text.txt"), window=100)
+        """
+    )
+    result = run(project)
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*is inexact*", "*Repair what is left over from one sequence to the next*"])
+
+
+def test_two_models_of_one_class_get_a_verdict_each(project):
+    project.makepyfile(
+        """
+        from tiny import Tiny
+
+        class Mode(Tiny):
+            def __init__(self, forget):
+                super().__init__()
+                self.forget = forget
+
+            def forward(self, input_ids, state=None):
+                return super().forward(input_ids, None if self.forget else state)
+
+        def test_both(lmeval):
+            assert lmeval.equivalence(Mode(False)).verdict == "exact-any-chunk"
+            assert lmeval.equivalence(Mode(True)).verdict == "inexact"
+        """
+    )
+    run(project).assert_outcomes(passed=1)
 
 
 def test_collecting_writes_nothing_and_loads_no_model(project):
@@ -304,9 +381,34 @@ def test_pytest_benchmark_keeps_the_times(project):
     assert row["extra_info"]["lmeval"][0]["lm"] == "tiny:Tiny"
 
 
-@pytest.mark.parametrize(
-    "options", [["-p", "no:benchmark"], ["--benchmark-disable"], ["-n", "2"]], ids=["blocked", "disabled", "xdist"]
-)
+def test_where_pytest_benchmark_is_blocked_speed_is_measured_without_it(project):
+    project.makefile(".ini", pytest="[pytest]\naddopts = --strict-markers\n")
+    project.makepyfile(
+        """
+        import pytest
+
+        @pytest.mark.benchmark
+        def test_speed(lmeval, lm, benchmark):
+            assert lmeval.latency(lm, runs=12, warm_up=2).prefill.n == 12
+        """
+    )
+    run(project, "-p", "no:benchmark").assert_outcomes(passed=1)
+
+
+@pytest.mark.parametrize("options", [["--benchmark-disable"], ["-n", "2"]], ids=["disabled", "xdist"])
+def test_a_test_that_looks_at_a_time_that_was_not_taken_is_skipped_with_the_reason(project, options):
+    project.makepyfile(
+        """
+        def test_answers_at_once(lmeval, lm, benchmark):
+            assert lmeval.latency(lm).ttft < 1e9
+        """
+    )
+    result = run(project, *options, "-rs")
+    result.assert_outcomes(skipped=1)
+    result.stdout.fnmatch_lines(["*SKIPPED*ttft was not measured: *untimed*"])
+
+
+@pytest.mark.parametrize("options", [["--benchmark-disable"], ["-n", "2"]], ids=["disabled", "xdist"])
 def test_without_pytest_benchmark_speed_is_not_measured_and_quality_is(project, options):
     if "-n" in options:
         pytest.importorskip("xdist")

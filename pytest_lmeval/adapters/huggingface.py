@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pytest_lmeval.lm import Advance, Model, ModelError, SpecError, State
+from pytest_lmeval.lm import Advance, Model, ModelError, SpecError, State, tokenizer_for
 
 CACHE_NAMES = ("past_key_values", "cache_params", "state")
 BORDERS = (
@@ -61,10 +62,11 @@ def load(name: str, *, spec: str, device: str | torch.device, dtype: torch.dtype
             f"{spec} could not be loaded: {str(error).strip().splitlines()[0]} "
             f"({name!r} is {'a' if folder.is_dir() else 'no'} folder here; otherwise it is looked up on the hub.)"
         ) from error
+    tokenizer: Words | Missing
     try:
         tokenizer = Words(transformers.AutoTokenizer.from_pretrained(source, **options), name)
-    except (OSError, ValueError, KeyError, TypeError, ImportError):
-        tokenizer = None  # said when text is to be read: token ids can be scored without
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        tokenizer = Missing(spec, error)
     module.to(device)  # type: ignore[arg-type]
     return adapt(module.train(False), spec=spec, tokenizer=tokenizer)
 
@@ -72,7 +74,7 @@ def load(name: str, *, spec: str, device: str | torch.device, dtype: torch.dtype
 def adapt(module: nn.Module, *, spec: str, tokenizer: Any = None) -> Model:
     config: Any = module.config
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    if tokenizer is not None and not hasattr(tokenizer, "bos"):
+    if hasattr(tokenizer, "bos_token_id"):
         tokenizer = Words(tokenizer, spec)
     first_token = torch.zeros(1, 1, dtype=torch.long, device=next(module.parameters()).device)
     with torch.no_grad():
@@ -87,7 +89,7 @@ def adapt(module: nn.Module, *, spec: str, tokenizer: Any = None) -> Model:
         vocab_size=logits.shape[-1],
         module=module,
         rebuild=rebuild,
-        tokenizer=tokenizer,
+        tokenizer=tokenizer_for(tokenizer, logits.shape[-1]),
         context_length=getattr(text_config, "max_position_embeddings", None),
         borders=tuple(sorted({n for name in BORDERS if isinstance(n := getattr(text_config, name, None), int) and n > 1})),
     )
@@ -125,6 +127,20 @@ def advance_without_cache(module: nn.Module) -> Advance:
     return advance
 
 
+class Missing:
+    """Stands where a tokenizer could not be loaded: ids can be scored without one, and text says why it cannot."""
+
+    name, bos = "none", None
+
+    def __init__(self, spec: str, why: Exception) -> None:
+        self.why = (
+            f"{spec} has no tokenizer that can be loaded ({type(why).__name__}: {str(why).strip().splitlines()[0][:300]})."
+        )
+
+    def encode(self, text: str) -> tuple[Any, Any]:
+        raise SpecError(f"{self.why} Put one into its folder, or read token ids: tokens:PATH.")
+
+
 class Words:
     """A transformers tokenizer as a `lm.Tokenizer`: no special tokens, and where in the text's bytes each token ends."""
 
@@ -132,8 +148,6 @@ class Words:
         self.tokenizer, self.name, self.bos = tokenizer, name, tokenizer.bos_token_id
 
     def encode(self, text: str) -> tuple[Any, Any]:
-        import numpy as np
-
         fast = bool(getattr(self.tokenizer, "is_fast", False))
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
         ids = np.asarray(encoded["input_ids"], dtype=np.int64)

@@ -20,25 +20,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pytest_lmeval.lm import Advance, Model, ModelError, State, fork, weights
+from pytest_lmeval.lm import Advance, Model, ModelError, State, fork, settings_of, tokenizer_for, weights
 
 # A second argument of one of these names is something else than a state.
 NOT_A_STATE = frozenset({"targets", "target", "labels", "label", "attention_mask", "mask", "padding_mask", "key_padding_mask"})
+HOLD_STATE = ("get_set_state", "streaming")  # forms whose state lies in the module, possibly in a buffer
 BORDERS = ("window", "window_size", "sliding_window", "kernel", "chunk_size", "mini_batch_size", "context", "block")
 
 
 def form_of(source: Any) -> str:
     """Which of the forms above drives `source`; found by looking, and for a bare module by asking it for one token."""
-    if hasattr(source, "streaming") and hasattr(source, "step"):
+    steps = callable(getattr(source, "step", None))
+    if steps and callable(getattr(source, "streaming", None)):
         return "streaming"
-    if hasattr(source, "step"):
+    if steps:
         return "step"
     if not callable(source):
         raise ModelError(
             f"{type(source).__name__} is no language model that can be driven: it is neither callable nor has `step`. "
             "Give a torch module, or an object with step(input_ids, state) -> (logits, state)."
         )
-    if hasattr(source, "get_state") and hasattr(source, "set_state"):
+    if callable(getattr(source, "get_state", None)) and callable(getattr(source, "set_state", None)):
         return "get_set_state"
     return "functional" if _takes_state(source) and _returns_state(source) else "stateless"
 
@@ -46,13 +48,13 @@ def form_of(source: Any) -> str:
 def adapt(source: Any, *, spec: str, form: str, tokenizer: Any = None) -> Model:
     module = source if isinstance(source, nn.Module) else None
     advance = ADVANCES[form](source)
+    before = _snapshot(module)
     logits = _ask(spec, form, lambda: advance(_one_token(source), None, None)[0])
     if not isinstance(logits, Tensor) or logits.ndim < 2:
         raise ModelError(f"{spec} ({form}) returned {type(logits).__name__} for one token; expected logits [b, t, v].")
+    getattr(advance, "close", lambda: None)()  # a stream that was opened to ask is closed again
     vocab_size = logits.shape[-1]
-    tokenizer = tokenizer or getattr(source, "tokenizer", None) or ("bytes" if vocab_size == 256 else None)
-    if tokenizer == "bytes":
-        tokenizer = Bytes()
+    given = tokenizer if tokenizer is not None else getattr(source, "tokenizer", None)
     return Model(
         advance,
         spec,
@@ -61,9 +63,11 @@ def adapt(source: Any, *, spec: str, form: str, tokenizer: Any = None) -> Model:
         vocab_size=vocab_size,
         module=module,
         rebuild=ADVANCES[form] if module is not None else None,
-        tokenizer=tokenizer,
+        tokenizer=tokenizer_for(given, vocab_size),
         context_length=getattr(source, "context_length", None),
         borders=_borders(module),
+        volatile=_changed(before, _snapshot(module), buffers=form in HOLD_STATE),
+        source=source,
     )
 
 
@@ -116,6 +120,9 @@ class Held:
 
     steps: int
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError("the model keeps its state inside, where it cannot be saved")
+
 
 def streaming(module: Any) -> Advance:
     """Modules with `streaming(batch_size)` and `step`, like kyutai's moshi.
@@ -141,6 +148,7 @@ def streaming(module: Any) -> Advance:
             )
         return _logits(module.step(input_ids)), Held(steps)
 
+    advance.close = open_stream.close  # type: ignore[attr-defined]
     return advance
 
 
@@ -162,19 +170,6 @@ ADVANCES: dict[str, Callable[[Any], Advance]] = {
     "get_set_state": get_set_state,
     "streaming": streaming,
 }
-
-
-class Bytes:
-    """Every byte of the UTF-8 text is a token, its own value the id."""
-
-    name = "bytes"
-    bos = None
-
-    def encode(self, text: str) -> tuple[Any, Any]:
-        import numpy as np
-
-        ids = np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64)
-        return ids, np.arange(1, len(ids) + 1)
 
 
 def _logits(output: Any) -> Tensor:
@@ -213,5 +208,23 @@ def _returns_state(source: Any) -> bool:
 
 def _borders(module: nn.Module | None) -> tuple[int, ...]:
     parts = module.modules() if module is not None else ()
-    found = {getattr(part, name, None) for part in parts for name in BORDERS}
-    return tuple(sorted(value for value in found if isinstance(value, int) and not isinstance(value, bool) and value > 1))
+    found = [getattr(part, name, None) for part in parts for name in BORDERS]
+    return tuple(sorted({value for value in found if isinstance(value, int) and not isinstance(value, bool) and value > 1}))
+
+
+def _snapshot(module: nn.Module | None) -> dict[str, Any]:
+    """What reading may change although it should not matter: buffers and plain attributes."""
+    if module is None:
+        return {}
+    return {**{name: buffer.clone() for name, buffer in module.named_buffers()}, **settings_of(module)}
+
+
+def _changed(before: dict[str, Any], after: dict[str, Any], *, buffers: bool) -> frozenset[str]:
+    """Names of what one token has changed; of buffers only for forms that may keep their state in one."""
+
+    def same(name: str) -> bool:
+        if isinstance(after[name], Tensor):
+            return not buffers or (name in before and torch.equal(before[name], after[name]))
+        return name in before and bool(before[name] == after[name])
+
+    return frozenset(name for name in after if not same(name))

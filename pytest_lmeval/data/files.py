@@ -40,7 +40,7 @@ def jsonl(path: str, split: str) -> Corpus:
     file = _existing(file / f"{split}.jsonl" if file.is_dir() else file, f"jsonl:{path}")
 
     def documents() -> Iterator[Document]:
-        with open(file, encoding="utf-8") as lines:
+        with open(file, "rb") as lines:
             for number, line in enumerate(lines, start=1):
                 yield Document(f"{file.name}:{number}", _field(line, field, f"{file}, line {number}"))
 
@@ -71,9 +71,9 @@ SCHEMES: dict[str, Callable[[str, str], Corpus]] = {"text": text, "jsonl": jsonl
 
 
 def fingerprint(file: Path) -> str:
-    """A hash of the file's size and of its first and last megabyte."""
+    """A hash of the file's size, of when it was last written, and of its first and last megabyte."""
     size = file.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
+    digest = hashlib.sha256(f"{size} {file.stat().st_mtime_ns}".encode())
     with open(file, "rb") as content:
         digest.update(content.read(EDGE))
         content.seek(max(0, size - EDGE))
@@ -89,11 +89,11 @@ def _existing(file: Path, name: str) -> Path:
     return file.resolve()
 
 
-def _field(line: str, field: str, place: str) -> str:
+def _field(line: bytes, field: str, place: str) -> str:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise CorpusError(f"{place}: not JSON ({error}).") from error
+        raise CorpusError(f"{place}: not JSON in UTF-8 ({error}).") from error
     value = row.get(field) if isinstance(row, dict) else None
     if not isinstance(value, str):
         there = ", ".join(row) if isinstance(row, dict) else type(row).__name__

@@ -85,6 +85,9 @@ def is_transient(error: BaseException) -> bool:
     """Whether trying again may help: the network failed, rather than the dataset's name or content."""
     if isinstance(error, FileNotFoundError | PermissionError | NotADirectoryError | IsADirectoryError):
         return False
+    status: int | None = getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None:  # the hub has answered: only its own failures and its rate limit pass
+        return status >= 500 or status == 429
     return isinstance(error, OSError | EOFError) or type(error).__module__.partition(".")[0] in TRANSIENT
 
 

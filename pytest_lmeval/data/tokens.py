@@ -57,10 +57,13 @@ class TokenReader:
 
     def _encoded(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         tokenizer = self._lm.tokenizer
-        if tokenizer is not None and tokenizer.bos is not None:
-            yield np.array([tokenizer.bos]), np.zeros(1, dtype=np.int64)
-        for document in self._documents:
+        bos = getattr(tokenizer, "bos", None)
+        for number, document in enumerate(self._documents):
+            if number == 0 and bos is not None and document.ids is None:
+                yield np.array([bos]), np.zeros(1, dtype=np.int64)
             if document.ids is not None:
+                if not np.issubdtype(document.ids.dtype, np.integer) and len(document.ids):
+                    raise CorpusError(f"{document.name}: token ids are integers; these are {document.ids.dtype}.")
                 for begin in range(0, len(document.ids), 1 << 16):
                     ids = np.asarray(document.ids[begin : begin + (1 << 16)], dtype=np.int64)
                     yield ids, np.broadcast_to(np.int64(0), len(ids))
@@ -71,5 +74,5 @@ class TokenReader:
                     "with encode(text) -> (ids, byte_ends), or use tokens:PATH with ids of your own."
                 )
             elif document.text:
-                ids, ends = tokenizer.encode(document.text)
+                ids, ends = (np.asarray(part, dtype=np.int64) for part in tokenizer.encode(document.text))
                 yield ids, np.diff(ends, prepend=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ LOW_PRECISION = ("float16", "bfloat16")
 class LawResult:
     """One law on one model.
 
-    cases           how many sequences it was tried on
+    cases           how many sequences it was tried on, of how many that were planned: the rest did not fit the budget
     worst_ratio     error of the chunked run over the error of the full run, both against the reference (about 1 where
                     all is well, allowed 8); None for laws that are bit-equal
     counterexample  the smallest case that breaks it, in words; None where it is kept
@@ -22,6 +23,7 @@ class LawResult:
 
     law: str
     cases: int
+    planned: int
     worst_ratio: float | None = None
     counterexample: str | None = None
 
@@ -33,7 +35,8 @@ class LawResult:
         return {
             "kept": self.kept,
             "cases": self.cases,
-            "worst_ratio": self.worst_ratio,
+            "planned": self.planned,
+            "worst_ratio": _finite(self.worst_ratio),
             "counterexample": self.counterexample,
         }
 
@@ -61,10 +64,14 @@ class Certificate:
             "verdict": self.verdict,
             "dtype": self.dtype,
             "reference": self.reference,
-            "worst_ratio": self.worst_ratio,
+            "worst_ratio": _finite(self.worst_ratio),
             "laws": {name: law.to_json() for name, law in self.laws.items()},
             "chunking_used": self.chunking_used,
         }
+
+
+def _finite(ratio: float | None) -> float | None:
+    return None if ratio is None or not math.isfinite(ratio) else ratio
 
 
 def verdict_of(laws: dict[str, LawResult], *, stateful: bool, dtype: str) -> str:

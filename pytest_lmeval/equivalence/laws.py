@@ -17,6 +17,7 @@ from torch import Tensor
 from pytest_lmeval.equivalence.strategies import Case
 from pytest_lmeval.equivalence.tolerance import Excess, Yardstick, log_probabilities, token_errors
 from pytest_lmeval.lm import Model, twin
+from pytest_lmeval.stream import NotFiniteError
 
 
 class LawBroken(AssertionError):
@@ -54,7 +55,15 @@ class Subject:
                 logits, state = (lm or self.lm).step(piece, state)
             self.calls += 1
             parts.append(logits[0])
-        return torch.cat(parts)
+        logits = torch.cat(parts)
+        if bool((logits.isnan() | logits.isposinf()).any()):  # minus infinity is a token ruled out
+            place = int((logits.isnan() | logits.isposinf()).any(-1).nonzero()[0])
+            raise NotFiniteError(
+                f"{self.lm.spec} gave logits that are no numbers at token {place} of {logits.shape[0]} random ones (id "
+                f"{int(input_ids[0, place])}), read in pieces of {sizes if len(sizes) < 9 else len(sizes)}, in {logits.dtype}. "
+                "Nothing can be concluded from such a model. Look for an overflow in low precision."
+            )
+        return logits
 
     def yardstick(self, case: Case) -> Yardstick:
         key = (case.length, case.seed)

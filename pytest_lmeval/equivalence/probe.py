@@ -6,8 +6,9 @@ assert result.verdict == "exact-any-chunk", result
 
 from __future__ import annotations
 
+import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hypothesis import HealthCheck, Phase, Verbosity, example, given, settings
@@ -15,13 +16,13 @@ from hypothesis import HealthCheck, Phase, Verbosity, example, given, settings
 from pytest_lmeval.equivalence.certificate import Certificate, LawResult, verdict_of
 from pytest_lmeval.equivalence.laws import LAWS, NEED_STATE, LawBroken, Subject
 from pytest_lmeval.equivalence.strategies import Case, cases, edge_cases
-from pytest_lmeval.lm import Model, ModelError, fingerprint
+from pytest_lmeval.lm import Model, ModelError, weights_digest
 from pytest_lmeval.results.metric import Metric
 from pytest_lmeval.results.record import Record
 
 LONGEST, STEPS_LONGEST = 160, 48
 EXAMPLES = 12
-BUDGET = 2.0  # seconds for all laws together; each law is tried on its edge cases at least until its share is used
+BUDGET = 2.0  # seconds for all laws together
 
 
 @dataclass(frozen=True, repr=False)
@@ -54,16 +55,18 @@ def equivalence(
     budget     seconds after which no further case is tried; the record says how many were
     """
     began = time.perf_counter()
-    before = fingerprint(lm)
+    before = weights_digest(lm)
     subject = Subject(lm)
     longest = min(longest or _longest(lm), lm.context_length or 1 << 30)
     if longest < 2:
         raise ModelError(f"{lm.spec} reads at most {longest} token(s); the laws need two.")
     names = [law for law in LAWS if lm.stateful or law not in NEED_STATE]
-    results = {name: _try(name, subject, longest, examples, budget / len(names)) for name in names}
-    if (after := fingerprint(lm)) != before:
-        changed = f"the model's weights or buffers were changed by reading (fingerprint {before} before, {after} after)."
-        results["isolation"] = LawResult("isolation", results["isolation"].cases, None, changed)
+    results = {}
+    for place, name in enumerate(names, start=1):  # what one law leaves of the budget, the next may use
+        results[name] = _try(name, subject, longest, examples, stop=began + budget * place / len(names))
+    if weights_digest(lm) != before:
+        changed = "the model's parameters or buffers are not what they were before it was read from."
+        results["isolation"] = replace(results["isolation"], counterexample=changed)
     dtype = str(lm.dtype).removeprefix("torch.")
     certificate = Certificate(verdict_of(results, stateful=lm.stateful, dtype=dtype), dtype, subject.reference_kind, results)
     record = Record(
@@ -82,26 +85,29 @@ def restore(record: Record) -> EquivalenceResult:
     """The result that a record was made from."""
     data: dict[str, Any] = record.certificate or {}
     laws = {
-        name: LawResult(name, law["cases"], law["worst_ratio"], law["counterexample"]) for name, law in data["laws"].items()
+        name: LawResult(name, law["cases"], law["planned"], law["worst_ratio"], law["counterexample"])
+        for name, law in data["laws"].items()
     }
     return EquivalenceResult(record, Certificate(data["verdict"], data["dtype"], data["reference"], laws))
 
 
-def _try(name: str, subject: Subject, longest: int, examples: int, budget: float) -> LawResult:
-    """Try one law on edge cases, then on random ones, and shrink what breaks it."""
+def _try(name: str, subject: Subject, longest: int, examples: int, *, stop: float) -> LawResult:
+    """Try one law on edge cases, then on random ones until it is time to stop, and shrink what breaks it."""
     if name == "steps":
         longest = min(longest, STEPS_LONGEST)
     borders = tuple(border for border in subject.lm.borders if border < longest)
-    tried, stop = 0, time.perf_counter() + budget
+    edges = edge_cases(longest, borders)
+    seen: dict[Case, LawBroken | None] = {}
 
     def law(case: Case) -> None:
-        nonlocal tried
-        if tried and time.perf_counter() > stop:
-            return
-        tried += 1
-        LAWS[name](subject, case)
+        if case not in seen:
+            if seen and time.perf_counter() > stop:
+                return
+            seen[case] = _broken(name, subject, case)
+        if (broken := seen[case]) is not None:  # a case that failed once fails whenever hypothesis comes back to it
+            raise broken
 
-    for case in reversed(edge_cases(longest, borders)):  # the last one given to hypothesis is tried first
+    for case in reversed(edges):  # the last one given to hypothesis is tried first
         law = example(case=case)(law)
     law = settings(
         max_examples=examples,
@@ -115,9 +121,18 @@ def _try(name: str, subject: Subject, longest: int, examples: int, budget: float
     )(given(case=cases(longest, borders))(law))
     try:
         law()
+        counterexample = None
     except LawBroken as broken:
-        return LawResult(name, tried, subject.worst.get(name), str(broken))
-    return LawResult(name, tried, subject.worst.get(name))
+        counterexample = str(broken)
+    return LawResult(name, len(seen), len(edges) + examples, subject.worst.get(name), counterexample)
+
+
+def _broken(name: str, subject: Subject, case: Case) -> LawBroken | None:
+    try:
+        LAWS[name](subject, case)
+    except LawBroken as broken:
+        return broken
+    return None
 
 
 def _longest(lm: Model) -> int:
@@ -127,7 +142,10 @@ def _longest(lm: Model) -> int:
 
 def _metrics(certificate: Certificate) -> dict[str, Metric]:
     laws = certificate.laws.values()
-    metrics = {"laws_kept": Metric(sum(law.kept for law in laws), f"of {len(laws)}", higher_is_better=True)}
-    if certificate.worst_ratio is not None and certificate.worst_ratio < 1e300:
+    metrics = {
+        "laws_kept": Metric(sum(law.kept for law in laws), f"of {len(laws)}", higher_is_better=True),
+        "cases": Metric(sum(law.cases for law in laws), f"of {sum(law.planned for law in laws)} planned"),
+    }
+    if certificate.worst_ratio is not None and math.isfinite(certificate.worst_ratio):
         metrics["worst_ratio"] = Metric(certificate.worst_ratio, "", higher_is_better=False)
     return metrics

@@ -53,7 +53,8 @@ def edge_cases(longest: int, borders: tuple[int, ...] = ()) -> list[Case]:
     pieces, each border and its neighbours."""
     short = min(longest, 8)
     found = [Case(short, (short // 2,)), Case(short, (1,))]
-    found += [Case(longest, (longest - 1,)), Case(longest, tuple(range(5, longest, 5)))]
+    pieces = min(longest, 100)
+    found += [Case(longest, (longest - 1,)), Case(pieces, tuple(range(5, pieces, 5)))]
     for border in (*borders, 64):
         found += [Case(longest, (cut,)) for cut in (border - 1, border, border + 1) if 0 < cut < longest]
     return found

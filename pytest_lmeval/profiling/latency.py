@@ -17,7 +17,7 @@ from itertools import pairwise
 import torch
 
 from pytest_lmeval.lm import Model, state_bytes
-from pytest_lmeval.profiling.timer import Runner, clock, median, plain_runner, spread
+from pytest_lmeval.profiling.timer import Runner, clock, measured, median, plain_runner, spread
 from pytest_lmeval.results.metric import Metric
 from pytest_lmeval.results.record import Record, Series
 
@@ -41,31 +41,31 @@ class LatencyResult:
 
     @property
     def prefill(self) -> Metric:
-        return self.record.metrics["prefill"]
+        return measured(self.record, "prefill")
 
     @property
     def ttft(self) -> Metric:
         """Time to first token."""
-        return self.record.metrics["ttft"]
+        return measured(self.record, "ttft")
 
     @property
     def itl(self) -> Metric:
         """Inter-token latency; only for models that carry a state."""
-        return self.record.metrics["itl"]
+        return measured(self.record, "itl")
 
     @property
     def tpot(self) -> Metric:
         """Time per output token."""
-        return self.record.metrics["tpot"]
+        return measured(self.record, "tpot")
 
     @property
     def e2e(self) -> Metric:
         """End to end."""
-        return self.record.metrics["e2e"]
+        return measured(self.record, "e2e")
 
     def percentile(self, name: str, percent: int) -> Metric:
         """For example percentile("itl", 95). KeyError where the samples are too few to say."""
-        return self.record.metrics[f"{name}_p{percent}"]
+        return measured(self.record, f"{name}_p{percent}")
 
 
 @dataclass

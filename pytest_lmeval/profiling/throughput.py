@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from pytest_lmeval.lm import Model
-from pytest_lmeval.profiling.timer import Runner, clock, median, plain_runner, spread
+from pytest_lmeval.profiling.timer import Runner, clock, measured, median, plain_runner, spread
 from pytest_lmeval.results.metric import Metric
 from pytest_lmeval.results.record import Record, Series
 
@@ -33,7 +33,7 @@ class ThroughputResult:
 
     @property
     def tokens_per_second(self) -> Metric:
-        return self.record.metrics["tokens_per_second"]
+        return measured(self.record, "tokens_per_second")
 
     @property
     def batch_scaling(self) -> Series:

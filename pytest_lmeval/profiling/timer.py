@@ -10,9 +10,21 @@ import numpy as np
 import torch
 
 from pytest_lmeval.results.metric import Metric
+from pytest_lmeval.results.record import Record
 from pytest_lmeval.statistics.bootstrap import FEWEST_UNITS
 
 Run = Callable[[], Any]
+
+
+class NotMeasuredError(Exception):
+    """A time was asked for that was not taken; under pytest, the test is skipped with the reason."""
+
+
+def measured(record: Record, name: str) -> Metric:
+    """The metric of that name. Raises NotMeasuredError where the clock was not run, KeyError if there is no such metric."""
+    if reason := record.settings["not_measured"]:
+        raise NotMeasuredError(f"{name} was not measured: {reason}")
+    return record.metrics[name]
 
 
 class Runner(Protocol):

@@ -14,7 +14,7 @@ HEADLINES = {  # kind -> the metrics that a summary shows; a report shows all of
         "loss_slope",
         "tokens_per_second",
     ),
-    "equivalence": ("laws_kept", "worst_ratio"),
+    "equivalence": ("laws_kept", "cases", "worst_ratio"),
     "latency": ("prefill", "ttft", "itl", "e2e"),
     "throughput": ("tokens_per_second",),
 }

@@ -75,6 +75,7 @@ class Journal:
     def results(self) -> dict[str, dict[str, Any]]:
         """Records of interrupted runs, as they stood when the journal was first asked."""
         results: dict[str, dict[str, Any]] = {}
+        broken: list[str] = []
         if not self.path.exists():
             return results
         for number, raw in enumerate(self.path.read_bytes().splitlines(), start=1):
@@ -83,15 +84,22 @@ class Journal:
                 if line["event"] == "end":
                     ended = line["keys"]
                     results = {} if ended is None else {key: results[key] for key in results if key not in ended}
+                    broken = []  # told by the run that ended here
                 elif line["event"] == "result":
                     results[line["key"]] = line["record"]
             except (ValueError, KeyError, TypeError):
                 if raw.strip():
-                    warn(
-                        f"{self.path}, line {number} is broken and was dropped ({raw[:60]!r}...): the run that wrote it was "
-                        "probably killed there. That result is computed again."
-                    )
+                    broken.append(f"{self.path}, line {number} is broken and was dropped ({raw[:60]!r}...)")
+        for what in broken:
+            warn(f"{what}: the run that wrote it was probably killed there. That result is computed again.")
         return results
+
+
+def check_writable(folder: Path) -> None:
+    """Raise OSError now, before the work, if nothing could be written to `folder` after it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b"yes")
 
 
 class Checkpoints:

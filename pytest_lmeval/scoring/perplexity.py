@@ -106,7 +106,7 @@ def perplexity(
             "tokens": tokens,
             "limit": limit,
             "chunks": point.reading.chunks_seen,
-            "tokenizer": lm.tokenizer.name if lm.tokenizer and not source.tokenized else None,
+            "tokenizer": None if source.tokenized else getattr(lm.tokenizer, "name", type(lm.tokenizer).__name__),
             "unit": "document" if by_document else f"block of {point.reading.block} tokens",
             "data": source.fingerprint,
             "seed": seed,
