@@ -207,8 +207,8 @@ class Lmeval:
         lengths = self._session.seq_lens
         if given is None and len(lengths) > 1:
             raise SpecError(
-                f"several --lmeval-seq-len were given ({', '.join(map(str, lengths))}) and the test does not say which it means: "
-                "take the fixture `seq_len` and pass it on."
+                f"several --lmeval-seq-len were given ({', '.join(map(str, lengths))}) and the test does not say which it "
+                "means: take the fixture `seq_len` and pass it on."
             )
         return given or (lengths[0] if lengths else default)
 
