@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Callable, Generator
-from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+from pytest_lmeval import options
+from pytest_lmeval.options import SEQ_LENS, count, is_worker, option, output_folder
+from pytest_lmeval.report.gather import Reports
 
 if TYPE_CHECKING:
     from pytest_lmeval.data.corpus import Corpus
@@ -22,66 +24,18 @@ if TYPE_CHECKING:
     from pytest_lmeval.session import Session
     from pytest_lmeval.verbs import Lmeval
 
-OPTIONS: dict[str, tuple[Any, str]] = {  # name -> (default, help); every one is an ini option of the same name too
-    "lm": (["demo"], "model to evaluate: demo, zoo:NAME, hf:ID_OR_FOLDER or module.path:callable (repeatable)"),
-    "lmeval-device": ("auto", "auto, cpu, cuda, cuda:N or mps"),
-    "lmeval-bits": ("", "precision of the weights where the spec names none: 32, 16, 8 or 4"),
-    "lmeval-seq-len": ([], "sequence length of speed tests (repeatable)"),
-    "lmeval-limit": ("", "examples of a task, documents of a corpus that is read by document"),
-    "lmeval-tokens": ("", "tokens of a stream; 200k and 1M read too"),
-    "lmeval-data": ("", "local mirror that is used instead of the hub: DIR/<hub id>/<config>/<split>.parquet or .jsonl"),
-    "lmeval-dir": (".lmeval", "folder for all output"),
-    "lmeval-trust-remote-code": ([], "hub id of a model that may run code of its own (repeatable)"),
-}
 SESSION = pytest.StashKey["Session"]()
-SEQ_LENS = ["128", "512"]
 LOG = pytest.StashKey[Any]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("lmeval", "evaluations of language models")
-    for name, (default, text) in OPTIONS.items():
-        repeatable = isinstance(default, list)
-        group.addoption(f"--{name}", action="append" if repeatable else "store", default=None, help=text)
-        kind: Literal["args", "string"] = "args" if repeatable else "string"
-        parser.addini(_dest(name), text, type=kind, default=default)
-    group.addoption(
-        "--lmeval-fresh",
-        action="store_true",
-        default=False,
-        help="compute everything anew: do not go on from an interrupted run",
-    )
-    parser.addini("lmeval_fresh", "compute everything anew", type="bool", default=False)
-
-
-def option(config: pytest.Config, name: str) -> Any:
-    """The value of --NAME, or of its ini twin."""
-    value = config.getoption(_dest(name))
-    return config.getini(_dest(name)) if value in (None, [], False) else value
-
-
-def count(config: pytest.Config, name: str) -> int | None:
-    """A number option: 500, 200k, 1M; None if it was not given."""
-    text = str(option(config, name)).strip()
-    if not text:
-        return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM]?)", text.replace("_", ""))
-    value = round(float(match[1]) * {"": 1, "k": 1000, "m": 1_000_000}[match[2].lower()]) if match else 0
-    if value < 1:
-        raise pytest.UsageError(f"--{name} takes a positive number such as 500, 200k or 1M; got {text!r}.")
-    return value
+    options.add(parser)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "lmeval: an evaluation (added to every test that uses the fixture lmeval)")
-    for name in ("lmeval-limit", "lmeval-tokens"):
-        count(config, name)
-    for text in option(config, "lmeval-seq-len"):
-        if not (str(text).isdigit() and int(text) > 0):
-            raise pytest.UsageError(f"--lmeval-seq-len takes a positive number; got {text!r}.")
-    if str(option(config, "lmeval-bits")) not in ("", "32", "16", "8", "4"):
-        raise pytest.UsageError(f"--lmeval-bits takes 32, 16, 8 or 4; got {option(config, 'lmeval-bits')!r}.")
-    if not _is_worker(config):
+    options.check(config)
+    if not is_worker(config):
         config.pluginmanager.register(Reports(config), "lmeval-reports")
     config.pluginmanager.register(_fixtures_with_parameters(config), "lmeval-parameters")
     if not any(config.pluginmanager.hasplugin(name) for name in ("benchmark", "codspeed")):
@@ -101,7 +55,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     config = session.config
     if (
         not config.option.collectonly
-        and not _is_worker(config)
+        and not is_worker(config)
         and any(item.get_closest_marker("lmeval") for item in session.items)
     ):
         _check_output_folder(config)
@@ -263,69 +217,12 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     return report
 
 
-class Reports:
-    """Gathers the records of all tests, from workers too, and writes the reports. Lives where the terminal is."""
-
-    def __init__(self, config: pytest.Config) -> None:
-        self.config, self.started = config, time.time()
-        self.records: list[dict[str, Any]] = []
-        self.notes: list[str] = []
-        self.keys: set[str] = set()
-        self.written: list[str] = []
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_sessionstart(self) -> None:
-        folder = output_folder(self.config)
-        if option(self.config, "lmeval-fresh") and not self.config.option.collectonly and (folder / "journal.jsonl").exists():
-            from pytest_lmeval.results.journal import Journal
-
-            Journal(folder, fresh=True)
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if content := getattr(report, "_lmeval", None):
-            log = json.loads(content)
-            self.records += [{**record, "outcome": report.outcome} for record in log["records"]]
-            self.notes += log["notes"]
-            self.keys.update(log["keys"])
-
-    def pytest_sessionfinish(self, exitstatus: int) -> None:
-        if not self.records:
-            return
-        from pytest_lmeval.report import write
-
-        folder = output_folder(self.config)
-        run = {"started": self.started, "command": self.config.invocation_params.args, "exit_status": int(exitstatus)}
-        self.written = write.reports(folder, self.records, run=run, root=self.config.rootpath)
-        if exitstatus not in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR):
-            from pytest_lmeval.results.journal import Journal
-
-            Journal(folder).end(self.keys)  # this run came to its end: the next one measures anew
-
-    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        if not self.records or self.config.get_verbosity() < -1:
-            return
-        from pytest_lmeval.report import terminal
-
-        terminalreporter.section("lmeval")
-        for line in terminal.lines(self.records, width=terminalreporter._tw.fullwidth):
-            terminalreporter.write_line(line)
-        for line in (*self.notes, *self.written):
-            terminalreporter.write_line(line)
-
-
-def output_folder(config: pytest.Config) -> Path:
-    """`--lmeval-dir`, from where pytest was started; an ini value, from the ini file's folder."""
-    if given := config.getoption("lmeval_dir"):
-        return config.invocation_params.dir / str(given)
-    return config.rootpath / str(config.getini("lmeval_dir"))
-
-
 def shared_session(config: pytest.Config) -> Session:
     """The session object of this process, made when the first test needs it."""
     if SESSION not in config.stash:
         from pytest_lmeval.session import Session
 
-        if _is_worker(config):  # the process with the terminal has no tests of its own, and could not know before
+        if is_worker(config):  # the process with the terminal has no tests of its own, and could not know before
             try:
                 _check_output_folder(config)
             except pytest.UsageError as error:
@@ -335,7 +232,7 @@ def shared_session(config: pytest.Config) -> Session:
             tokens=count(config, "lmeval-tokens"),
             limit=count(config, "lmeval-limit"),
             seq_lens=tuple(map(int, option(config, "lmeval-seq-len"))),
-            parallel=_is_worker(config),
+            parallel=is_worker(config),
             progress=_progress(config),
         )
     return config.stash[SESSION]
@@ -358,21 +255,13 @@ def _progress(config: pytest.Config) -> Callable[[str], Any]:
 
     terminal = config.pluginmanager.get_plugin("terminalreporter")
     capture = config.pluginmanager.get_plugin("capturemanager")
-    if _is_worker(config) or terminal is None or capture is None:
+    if is_worker(config) or terminal is None or capture is None:
         return lambda title: nullcontext(None)
     from pytest_lmeval import progress
 
     return lambda title: progress.bar(title, progress.Uncaptured(terminal, capture))
 
 
-def _is_worker(config: pytest.Config) -> bool:
-    return hasattr(config, "workerinput")
-
-
 def _test_id(nodeid: str) -> str:
     """Without the `@group` that xdist appends: it is not part of the test's name."""
     return nodeid.rpartition("@")[0] if re.search(r"@[\w-]+$", nodeid) and "[" not in nodeid.rpartition("@")[2] else nodeid
-
-
-def _dest(name: str) -> str:
-    return name.replace("-", "_")

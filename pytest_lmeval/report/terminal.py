@@ -10,14 +10,14 @@ INDENT, GAP = "    ", "  "
 
 
 def lines(records: list[dict[str, Any]], *, width: int) -> list[str]:
-    """The models, then the records; columns are aligned over the whole table, and no line is longer than `width`."""
+    """The models, then the records; metrics are aligned over the whole table, values within a record."""
     models = {record["lm"]["fingerprint"]: model_line(record["lm"]) for record in records}
     shown = groups(records)
-    rows = [row for group in shown for row in group.rows]
-    first, second = (max(len(text) for text in column) for column in zip(*((r.metric, r.value) for r in rows), strict=True))
+    first = max(len(row.metric) for group in shown for row in group.rows)
     table = []
     for group in shown:
         table += [_short(group.test) or group.subject, INDENT + _about(group, several=len(models) > 1)]
+        second = max(len(row.value) for row in group.rows)
         cells = ((row.metric.ljust(first), row.value.rjust(second), row.interval) for row in group.rows)
         table += [INDENT + GAP.join(cell).rstrip() for cell in cells]
     return [_fit(line, width) for line in [*models.values(), "", *table, ""]]

@@ -154,7 +154,7 @@ def metrics_of(reading: Reading, *, seconds: float, seed: int) -> dict[str, Metr
         at = np.array(reading.positions)[reached] / 1000
         losses = reading.at_positions[reached, NATS] / reading.at_positions[reached, TOKENS]
         slope = float(np.polyfit(at, losses, 1)[0])
-        metrics["loss_slope"] = Metric(slope, "nats per 1000 tokens", n=int(reached.sum()), higher_is_better=False)
+        metrics["loss_slope"] = Metric(slope, "nats/1k tokens", n=int(reached.sum()), higher_is_better=False)
     return metrics
 
 

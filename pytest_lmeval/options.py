@@ -1,0 +1,83 @@
+"""The options of the command line, and their ini twins."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+OPTIONS: dict[str, tuple[Any, str]] = {  # name -> (default, help); every one is an ini option of the same name too
+    "lm": (["demo"], "model to evaluate: demo, zoo:NAME, hf:ID_OR_FOLDER or module.path:callable (repeatable)"),
+    "lmeval-device": ("auto", "auto, cpu, cuda, cuda:N or mps"),
+    "lmeval-bits": ("", "precision of the weights where the spec names none: 32, 16, 8 or 4"),
+    "lmeval-seq-len": ([], "sequence length of speed tests (repeatable)"),
+    "lmeval-limit": ("", "examples of a task, documents of a corpus that is read by document"),
+    "lmeval-tokens": ("", "tokens of a stream; 200k and 1M read too"),
+    "lmeval-data": ("", "local mirror that is used instead of the hub: DIR/<hub id>/<config>/<split>.parquet or .jsonl"),
+    "lmeval-dir": (".lmeval", "folder for all output"),
+    "lmeval-trust-remote-code": ([], "hub id of a model that may run code of its own (repeatable)"),
+}
+SEQ_LENS = ["128", "512"]
+
+
+def add(parser: pytest.Parser) -> None:
+    group = parser.getgroup("lmeval", "evaluations of language models")
+    for name, (default, text) in OPTIONS.items():
+        repeatable = isinstance(default, list)
+        group.addoption(f"--{name}", action="append" if repeatable else "store", default=None, help=text)
+        kind: Literal["args", "string"] = "args" if repeatable else "string"
+        parser.addini(_dest(name), text, type=kind, default=default)
+    group.addoption(
+        "--lmeval-fresh",
+        action="store_true",
+        default=False,
+        help="compute everything anew: do not go on from an interrupted run",
+    )
+    parser.addini("lmeval_fresh", "compute everything anew", type="bool", default=False)
+
+
+def option(config: pytest.Config, name: str) -> Any:
+    """The value of --NAME, or of its ini twin."""
+    value = config.getoption(_dest(name))
+    return config.getini(_dest(name)) if value in (None, [], False) else value
+
+
+def count(config: pytest.Config, name: str) -> int | None:
+    """A number option: 500, 200k, 1M; None if it was not given."""
+    text = str(option(config, name)).strip()
+    if not text:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM]?)", text.replace("_", ""))
+    value = round(float(match[1]) * {"": 1, "k": 1000, "m": 1_000_000}[match[2].lower()]) if match else 0
+    if value < 1:
+        raise pytest.UsageError(f"--{name} takes a positive number such as 500, 200k or 1M; got {text!r}.")
+    return value
+
+
+def check(config: pytest.Config) -> None:
+    """Refuse what makes no sense before anything else is done."""
+    for name in ("lmeval-limit", "lmeval-tokens"):
+        count(config, name)
+    for text in option(config, "lmeval-seq-len"):
+        if not (str(text).isdigit() and int(text) > 0):
+            raise pytest.UsageError(f"--lmeval-seq-len takes a positive number; got {text!r}.")
+    if str(option(config, "lmeval-bits")) not in ("", "32", "16", "8", "4"):
+        raise pytest.UsageError(f"--lmeval-bits takes 32, 16, 8 or 4; got {option(config, 'lmeval-bits')!r}.")
+
+
+def output_folder(config: pytest.Config) -> Path:
+    """`--lmeval-dir`, from where pytest was started; an ini value, from the ini file's folder."""
+    if given := config.getoption("lmeval_dir"):
+        return config.invocation_params.dir / str(given)
+    return config.rootpath / str(config.getini("lmeval_dir"))
+
+
+def is_worker(config: pytest.Config) -> bool:
+    """Whether this process is one of xdist's workers."""
+    return hasattr(config, "workerinput")
+
+
+def _dest(name: str) -> str:
+    return name.replace("-", "_")
