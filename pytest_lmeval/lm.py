@@ -15,15 +15,8 @@ Axes, here and in every docstring of the package:
 from __future__ import annotations
 
 import copy
-import dataclasses
-import functools
-import hashlib
-import inspect
-import os
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -121,7 +114,7 @@ class Model:
     borders: tuple[int, ...] = ()
     volatile: frozenset[str] = frozenset()
     source: Any = None
-    remembered: dict[str, Any] = field(default_factory=dict, compare=False)  # see `fingerprint`
+    remembered: dict[str, Any] = field(default_factory=dict, compare=False)  # see `identity.fingerprint`
 
     def step(self, input_ids: Tensor, state: State | None = None, *, keep: int | None = None) -> tuple[Tensor, State]:
         """See `LanguageModel.step`. Raises ModelError where logits or state are not what they must be."""
@@ -158,47 +151,12 @@ class Model:
         floating = (tensor.dtype for tensor in weights(self.module) if tensor.is_floating_point())
         return next(floating, torch.float32)
 
-    def facts(self) -> dict[str, Any]:
-        """What a record says about the model: spec, size, precision, place and fingerprint."""
-        tensors = list(weights(self.module))
-        return {
-            "spec": self.spec,
-            "form": self.form,
-            "parameters": sum(p.numel() for p in self.module.parameters()) if self.module is not None else None,
-            "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "device": str(self.device),
-            "fingerprint": fingerprint(self),
-        }
-
 
 def weights(module: nn.Module | None) -> Iterator[Tensor]:
     """Parameters, then buffers."""
     if module is not None:
         yield from module.parameters()
         yield from module.buffers()
-
-
-def twin(model: Model, dtype: torch.dtype = torch.float64) -> Model | None:
-    """A copy of the model with the same (already rounded) weights in `dtype`; None where it cannot be copied, or where the
-    copy would take more than a quarter of the memory that is free."""
-    if model.module is None or model.rebuild is None or not _fits(model):
-        return None
-    try:
-        module = copy.deepcopy(model.module).to(dtype)
-    except (RuntimeError, TypeError, NotImplementedError, copy.Error):
-        return None  # quantized, fused or otherwise bound to its precision
-    return dataclasses.replace(model, module=module, advance=model.rebuild(module), remembered={})
-
-
-def _fits(model: Model) -> bool:
-    needed = 2 * sum(8 * tensor.numel() for tensor in weights(model.module))  # a copy, and its conversion
-    if model.device.type == "cuda":
-        return needed < torch.cuda.mem_get_info(model.device)[0] / 4
-    try:
-        return needed < os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 4
-    except (AttributeError, ValueError, OSError):  # no such question on this system
-        return needed < 4 << 30
 
 
 # The helpers below walk a state's tensors through containers and plain objects (a transformers cache is
@@ -246,85 +204,3 @@ def _walk(value: Any) -> Iterator[Any]:
             stack.extend(item)
         if hasattr(item, "__dict__") and not callable(item):
             stack.extend(vars(item).values())
-
-
-SMALL = 1 << 20  # elements of a tensor up to which all of them are hashed
-SAMPLE = 64  # elements of each tensor by which a change is noticed, beside torch's own count of changes
-
-
-def fingerprint(model: Model) -> str:
-    """Sixteen hex digits that change when the model does: its form, its code, its settings, its weights.
-
-    The code is that of every class of module in it (but torch's own), the settings are the plain attributes of every module.
-    Tensors of more than a million elements enter by an even sample of about that many and the sum of all, so that a model
-    of many gigabytes is told apart in seconds. An object that is no module is known by its attribute `fingerprint`; without
-    one, it is taken for a new model in every run.
-    """
-    if model.module is None:
-        own = getattr(model.source, "fingerprint", None)
-        if "fingerprint" not in model.remembered:
-            model.remembered["fingerprint"] = hashlib.sha256(f"{own or uuid.uuid4()}".encode()).hexdigest()[:16]
-        return str(model.remembered["fingerprint"])
-    versions = [
-        (id(tensor), 0 if tensor.is_inference() else tensor._version, _content(tensor.detach(), SAMPLE, total=False))
-        for tensor in weights(model.module)
-    ]
-    unchanged = hash((tuple(versions), _settings(model)))
-    if model.remembered.get("unchanged") != unchanged:
-        code = {f"{type(part).__module__}.{type(part).__qualname__}": _file(type(part)) for part in model.module.modules()}
-        digest = hashlib.sha256(f"{model.form}|{model.vocab_size}|{model.context_length}|{_settings(model)}".encode())
-        for name, file in sorted(code.items()):
-            digest.update(_code(name, file))
-        digest.update(weights_digest(model))
-        model.remembered.update(unchanged=unchanged, fingerprint=digest.hexdigest()[:16])
-    return str(model.remembered["fingerprint"])
-
-
-def weights_digest(model: Model) -> bytes:
-    """A hash of the parameters, and of the buffers that hold no state."""
-    digest = hashlib.sha256()
-    if model.module is not None:
-        for name, tensor in (*model.module.named_parameters(), *model.module.named_buffers()):
-            if name not in model.volatile:
-                digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}".encode())
-                digest.update(_content(tensor.detach(), SMALL, total=True))
-    return digest.digest()
-
-
-def settings_of(module: nn.Module) -> dict[str, str]:
-    """The plain attributes of every part, by name."""
-    return {
-        f"{name}.{key}": repr(value)
-        for name, part in module.named_modules()
-        for key, value in vars(part).items()
-        if isinstance(value, str | int | float | bool) and not key.startswith("_")
-    }
-
-
-def _settings(model: Model) -> str:
-    assert model.module is not None
-    plain = sorted(item for item in settings_of(model.module).items() if item[0] not in model.volatile)
-    to_json = getattr(getattr(model.module, "config", None), "to_json_string", None)
-    return f"{plain}{to_json() if callable(to_json) else ''}"
-
-
-def _file(kind: type) -> str:
-    try:
-        return "" if kind.__module__.startswith("torch.") else inspect.getsourcefile(kind) or ""
-    except (OSError, TypeError):  # written at a prompt, or compiled
-        return ""
-
-
-@functools.cache
-def _code(name: str, file: str) -> bytes:
-    return name.encode() + (Path(file).read_bytes() if file and Path(file).is_file() else b"")
-
-
-def _content(tensor: Tensor, limit: int, *, total: bool) -> bytes:
-    """The bytes of a tensor; of one with more elements than `limit`, those of an even sample, and the sum of all if `total`."""
-    flat, head = tensor.reshape(-1), b""
-    if flat.numel() > limit:
-        if total:
-            head = str((flat.sum(dtype=torch.float64) if flat.is_floating_point() else flat.sum()).item()).encode()
-        flat = flat[:: flat.numel() // limit]
-    return head + flat.contiguous().cpu().view(torch.uint8).numpy().tobytes()

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pytest_lmeval.lm import Model, fingerprint
+from pytest_lmeval.identity import fingerprint
+from pytest_lmeval.lm import Model
 from pytest_lmeval.results.journal import Journal
 from pytest_lmeval.results.record import Record
 

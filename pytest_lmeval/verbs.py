@@ -16,7 +16,8 @@ from typing import Any, Literal, TypeVar
 from pytest_lmeval.adapters import as_model
 from pytest_lmeval.data.corpus import Corpus, CorpusError
 from pytest_lmeval.equivalence.certificate import CONSISTENT, EXACT, NON_CAUSAL, STATELESS, STEP_ONLY
-from pytest_lmeval.lm import Model, ModelError, SpecError, fingerprint
+from pytest_lmeval.identity import facts, fingerprint, tokenizer_fingerprint
+from pytest_lmeval.lm import Model, ModelError, SpecError
 from pytest_lmeval.profiling.timer import Run, plain_runner
 from pytest_lmeval.results.journal import key_of
 from pytest_lmeval.results.metric import Metric
@@ -149,7 +150,7 @@ class Lmeval:
         lmeval.record(lm, "passkey at 8k", accuracy=Metric(0.97, n=100, higher_is_better=True))
         """
         kept = {name: value if isinstance(value, Metric) else Metric(value) for name, value in metrics.items()}
-        record = Record(kind="custom", subject=subject, lm=as_model(lm).facts(), metrics=kept, test=self._log.test)
+        record = Record(kind="custom", subject=subject, lm=facts(as_model(lm)), metrics=kept, test=self._log.test)
         self._log.records.append(record)
         return record
 
@@ -217,21 +218,6 @@ class Lmeval:
         (self._session.folder / "examples").mkdir(parents=True, exist_ok=True)
         name = re.sub(r"[^\w.-]+", "-", self._log.test.rpartition("::")[2])[:80]
         return f"examples/{name}-{key_of(test=self._log.test)[:8]}-{len(self._log.records)}-{ending}"
-
-
-def tokenizer_fingerprint(lm: Model) -> str:
-    """Changes when the tokenizer does: a hash of what it makes of a text of many kinds of characters."""
-    if lm.tokenizer is None:
-        return ""
-    sample = (
-        "".join(map(chr, (*range(32, 127), *range(192, 256), 0x3B1, 0x416, 0x5D0, 0x4F60, 0x1F600)))
-        + " The the  the\n\t\tdef f():"
-    )
-    try:
-        encoded = [list(map(int, part)) for part in lm.tokenizer.encode(sample)]
-    except SpecError:
-        return "none"
-    return key_of(ids=encoded, bos=getattr(lm.tokenizer, "bos", None))
 
 
 def exact_chunk_size(lm: Model, certificate: Any, asked: int | None, window: int | str | None) -> int | None:

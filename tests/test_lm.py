@@ -8,7 +8,9 @@ import torch
 from toys import CARRYING, VOCAB, Functional, GetSetState, Stepper, Streaming
 
 from pytest_lmeval.adapters import as_model
-from pytest_lmeval.lm import ModelError, _code, fingerprint, fork, state_bytes, twin
+from pytest_lmeval.equivalence.twin import twin
+from pytest_lmeval.identity import _code, fingerprint
+from pytest_lmeval.lm import ModelError, fork, state_bytes
 
 
 @dataclass
@@ -100,7 +102,7 @@ def test_the_fingerprint_changes_with_one_weight():
 
 
 def test_the_fingerprint_of_a_large_tensor_sees_every_element(monkeypatch):
-    monkeypatch.setattr("pytest_lmeval.lm.SMALL", 16)
+    monkeypatch.setattr("pytest_lmeval.identity.SMALL", 16)
     module = Functional()
     before = fingerprint(as_model(module))
     with torch.no_grad():
@@ -136,7 +138,7 @@ def test_the_fingerprint_changes_with_what_is_no_weight(change, tmp_path, monkey
         module.mode = "remember"
     else:
         (tmp_path / "inner.py").write_text("from torch import nn\nclass Scale(nn.Identity):\n    by = 2\n")
-        monkeypatch.setattr("pytest_lmeval.lm._code", _code.__wrapped__)
+        monkeypatch.setattr("pytest_lmeval.identity._code", _code.__wrapped__)
         module = Functional()
         module.scale, module.mode = inner.Scale(), "forget"
     assert fingerprint(as_model(module)) != before

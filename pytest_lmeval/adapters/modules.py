@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pytest_lmeval.lm import Advance, Model, ModelError, State, fork, settings_of, tokenizer_for, weights
+from pytest_lmeval.identity import settings_of
+from pytest_lmeval.lm import Advance, Model, ModelError, State, fork, tokenizer_for, weights
 
 # A second argument of one of these names is something else than a state.
 NOT_A_STATE = frozenset({"targets", "target", "labels", "label", "attention_mask", "mask", "padding_mask", "key_padding_mask"})

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from pytest_lmeval.equivalence.strategies import Case
 from pytest_lmeval.equivalence.tolerance import Excess, Yardstick, log_probabilities, token_errors
-from pytest_lmeval.lm import Model, twin
+from pytest_lmeval.equivalence.twin import twin
+from pytest_lmeval.lm import Model
 from pytest_lmeval.stream import NotFiniteError
 
 

@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, Phase, Verbosity, example, given, settings
 from pytest_lmeval.equivalence.certificate import Certificate, LawResult, verdict_of
 from pytest_lmeval.equivalence.laws import LAWS, NEED_STATE, LawBroken, Subject
 from pytest_lmeval.equivalence.strategies import Case, cases, edge_cases
-from pytest_lmeval.lm import Model, ModelError, weights_digest
+from pytest_lmeval.identity import facts, weights_digest
+from pytest_lmeval.lm import Model, ModelError
 from pytest_lmeval.results.metric import Metric
 from pytest_lmeval.results.record import Record
 
@@ -72,7 +73,7 @@ def equivalence(
     record = Record(
         kind="equivalence",
         subject="laws of streaming",
-        lm=lm.facts(),
+        lm=facts(lm),
         settings={"examples": examples, "longest": longest, "budget": budget, "calls": subject.calls},
         metrics=_metrics(certificate),
         cost={"seconds": time.perf_counter() - began},

@@ -16,6 +16,7 @@ from itertools import pairwise
 
 import torch
 
+from pytest_lmeval.identity import facts
 from pytest_lmeval.lm import Model, state_bytes
 from pytest_lmeval.profiling.timer import Runner, clock, measured, median, plain_runner, spread
 from pytest_lmeval.results.metric import Metric
@@ -102,7 +103,7 @@ def latency(
     record = Record(
         kind="latency",
         subject=f"batch {batch_size}, {seq_len} tokens",
-        lm=lm.facts(),
+        lm=facts(lm),
         settings={
             "batch_size": batch_size,
             "seq_len": seq_len,

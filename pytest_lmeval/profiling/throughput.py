@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from pytest_lmeval.identity import facts
 from pytest_lmeval.lm import Model
 from pytest_lmeval.profiling.timer import Runner, clock, measured, median, plain_runner, spread
 from pytest_lmeval.results.metric import Metric
@@ -62,7 +63,7 @@ def throughput(
     record = Record(
         kind="throughput",
         subject=f"batch {batch_size}, {seq_len} tokens",
-        lm=lm.facts(),
+        lm=facts(lm),
         settings={
             "batch_size": batch_size,
             "seq_len": seq_len,

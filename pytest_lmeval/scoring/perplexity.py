@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from pytest_lmeval.data.corpus import Corpus, Document
+from pytest_lmeval.identity import facts
 from pytest_lmeval.lm import Model
 from pytest_lmeval.results.journal import Checkpoints
 from pytest_lmeval.results.metric import Metric
@@ -91,38 +92,47 @@ def perplexity(
             saver.save_now_and_then(replace(point, seconds=time.perf_counter() - began), file.sync)
     if not point.reading.chunks_seen:
         raise StreamError(f"{source} holds no document: there is nothing to score.")
-    record = Record(
+    record = record_of(reader, point.reading, seconds=time.perf_counter() - began, seed=seed)
+    record = replace(
+        record,
+        certificate=None if certificate is None else {**certificate, "chunking_used": str(plan)},
+        examples=None if losses is None else str(losses),
+    )
+    return PerplexityResult(record, resumed_at)
+
+
+def record_of(reader: Reader, reading: Reading, *, seconds: float, seed: int) -> Record:
+    """Everything that a reading found, and how it was had."""
+    lm, plan, corpus = reader.lm, reader.plan, reader.corpus
+    return Record(
         kind="perplexity",
-        subject=str(source),
-        lm=lm.facts(),
+        subject=str(corpus),
+        lm=facts(lm),
         settings={
             "chunk_size": plan.chunk_size,
             "reading": "carried" if plan.window is None else "windows",
             "window": plan.window,
             "overlap": plan.overlap,
             "why": plan.why,
-            "by_document": by_document,
-            "documents": len(point.reading.units) if by_document else None,
-            "tokens": tokens,
-            "limit": limit,
-            "chunks": point.reading.chunks_seen,
-            "tokenizer": None if source.tokenized else getattr(lm.tokenizer, "name", type(lm.tokenizer).__name__),
-            "unit": "document" if by_document else f"block of {point.reading.block} tokens",
-            "data": source.fingerprint,
+            "by_document": reading.by_document,
+            "documents": len(reading.units) if reading.by_document else None,
+            "tokens": reader.tokens,
+            "limit": reader.limit,
+            "chunks": reading.chunks_seen,
+            "tokenizer": None if corpus.tokenized else getattr(lm.tokenizer, "name", type(lm.tokenizer).__name__),
+            "unit": "document" if reading.by_document else f"block of {reading.block} tokens",
+            "data": corpus.fingerprint,
             "seed": seed,
         },
-        metrics=metrics_of(point.reading, seconds=time.perf_counter() - began, seed=seed),
+        metrics=metrics_of(reading, seconds=seconds, seed=seed),
         cost={
-            "seconds": time.perf_counter() - began,
-            "tokens": int(point.reading.total[TOKENS]),
+            "seconds": seconds,
+            "tokens": int(reading.total[TOKENS]),
             "peak_bytes": torch.cuda.max_memory_allocated(lm.device) if lm.device.type == "cuda" else None,
-            "state_bytes": point.reading.peak_state_bytes,
+            "state_bytes": reading.peak_state_bytes,
         },
-        certificate=None if certificate is None else {**certificate, "chunking_used": str(plan)},
-        series=series_of(point.reading),
-        examples=str(losses) if losses is not None else None,
+        series=series_of(reading),
     )
-    return PerplexityResult(record, resumed_at)
 
 
 def expected_tokens(corpus: Corpus, sums: np.ndarray, tokens: int | None, by_document: bool) -> int | None:

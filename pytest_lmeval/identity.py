@@ -1,0 +1,125 @@
+"""Which model is this? What a record says of it, and a fingerprint by which a later run knows it again."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pytest_lmeval.lm import Model, SpecError, weights
+
+SMALL = 1 << 20  # elements of a tensor up to which all of them are hashed
+SAMPLE = 64  # elements of each tensor by which a change is noticed, beside torch's own count of changes
+
+
+def facts(model: Model) -> dict[str, Any]:
+    """What a record says about the model: spec, size, precision, place and fingerprint."""
+    tensors = list(weights(model.module))
+    return {
+        "spec": model.spec,
+        "form": model.form,
+        "parameters": sum(p.numel() for p in model.module.parameters()) if model.module is not None else None,
+        "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "fingerprint": fingerprint(model),
+    }
+
+
+def fingerprint(model: Model) -> str:
+    """Sixteen hex digits that change when the model does: its form, its code, its settings, its weights.
+
+    The code is that of every class of module in it (but torch's own), the settings are the plain attributes of every module.
+    Tensors of more than a million elements enter by an even sample of about that many and the sum of all, so that a model
+    of many gigabytes is told apart in seconds. An object that is no module is known by its attribute `fingerprint`; without
+    one, it is taken for a new model in every run.
+    """
+    if model.module is None:
+        own = getattr(model.source, "fingerprint", None)
+        if "fingerprint" not in model.remembered:
+            model.remembered["fingerprint"] = hashlib.sha256(f"{own or uuid.uuid4()}".encode()).hexdigest()[:16]
+        return str(model.remembered["fingerprint"])
+    versions = [
+        (id(tensor), 0 if tensor.is_inference() else tensor._version, _content(tensor.detach(), SAMPLE, total=False))
+        for tensor in weights(model.module)
+    ]
+    unchanged = hash((tuple(versions), _settings(model)))
+    if model.remembered.get("unchanged") != unchanged:
+        code = {f"{type(part).__module__}.{type(part).__qualname__}": _file(type(part)) for part in model.module.modules()}
+        digest = hashlib.sha256(f"{model.form}|{model.vocab_size}|{model.context_length}|{_settings(model)}".encode())
+        for name, file in sorted(code.items()):
+            digest.update(_code(name, file))
+        digest.update(weights_digest(model))
+        model.remembered.update(unchanged=unchanged, fingerprint=digest.hexdigest()[:16])
+    return str(model.remembered["fingerprint"])
+
+
+def weights_digest(model: Model) -> bytes:
+    """A hash of the parameters, and of the buffers that hold no state."""
+    digest = hashlib.sha256()
+    if model.module is not None:
+        for name, tensor in (*model.module.named_parameters(), *model.module.named_buffers()):
+            if name not in model.volatile:
+                digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}".encode())
+                digest.update(_content(tensor.detach(), SMALL, total=True))
+    return digest.digest()
+
+
+def settings_of(module: nn.Module) -> dict[str, str]:
+    """The plain attributes of every part, by name."""
+    return {
+        f"{name}.{key}": repr(value)
+        for name, part in module.named_modules()
+        for key, value in vars(part).items()
+        if isinstance(value, str | int | float | bool) and not key.startswith("_")
+    }
+
+
+def _settings(model: Model) -> str:
+    assert model.module is not None
+    plain = sorted(item for item in settings_of(model.module).items() if item[0] not in model.volatile)
+    to_json = getattr(getattr(model.module, "config", None), "to_json_string", None)
+    return f"{plain}{to_json() if callable(to_json) else ''}"
+
+
+def _file(kind: type) -> str:
+    try:
+        return "" if kind.__module__.startswith("torch.") else inspect.getsourcefile(kind) or ""
+    except (OSError, TypeError):  # written at a prompt, or compiled
+        return ""
+
+
+@functools.cache
+def _code(name: str, file: str) -> bytes:
+    return name.encode() + (Path(file).read_bytes() if file and Path(file).is_file() else b"")
+
+
+def _content(tensor: Tensor, limit: int, *, total: bool) -> bytes:
+    """The bytes of a tensor; of one with more elements than `limit`, those of an even sample, and the sum of all if `total`."""
+    flat, head = tensor.reshape(-1), b""
+    if flat.numel() > limit:
+        if total:
+            head = str((flat.sum(dtype=torch.float64) if flat.is_floating_point() else flat.sum()).item()).encode()
+        flat = flat[:: flat.numel() // limit]
+    return head + flat.contiguous().cpu().view(torch.uint8).numpy().tobytes()
+
+
+def tokenizer_fingerprint(lm: Model) -> str:
+    """Changes when the tokenizer does: a hash of what it makes of a text of many kinds of characters."""
+    if lm.tokenizer is None:
+        return ""
+    sample = (
+        "".join(map(chr, (*range(32, 127), *range(192, 256), 0x3B1, 0x416, 0x5D0, 0x4F60, 0x1F600)))
+        + " The the  the\n\t\tdef f():"
+    )
+    try:
+        encoded = [list(map(int, part)) for part in lm.tokenizer.encode(sample)]
+    except SpecError:
+        return "none"
+    return hashlib.sha256(f"{encoded} {getattr(lm.tokenizer, 'bos', None)}".encode()).hexdigest()[:16]
