@@ -65,7 +65,8 @@ def resilient(
 ) -> Iterator[Any]:
     """The rows of `rows_from(0)`; after a broken connection those of `rows_from(n)`, n being the rows already had.
 
-    Waits 1, 2, 4, ... seconds between attempts, and gives up after `attempts` in a row without a new row.
+    Waits 1, 2, 4, ... seconds between attempts, and gives up after `attempts` in a row without a new row. A connection
+    that never was is not tried again: the hub's own client has tried it for half a minute by then.
     """
     done = failed = 0
     while True:
@@ -76,7 +77,7 @@ def resilient(
             return
         except Exception as error:
             failed += 1
-            if not is_transient(error) or failed >= attempts:
+            if not is_transient(error) or failed >= attempts or not done:
                 raise
             sleep(2.0 ** (failed - 1))
 
@@ -106,7 +107,7 @@ def _documents(source: Source, name: str, split: str, file: Path | None) -> Iter
         raise
     except Exception as error:
         raise CorpusError(
-            f"{name}[{split}] could not be read after row {row} "
+            f"{name}[{split}] could not be read{f' after row {row}' if row >= 0 else ''} "
             f"({type(error).__name__}: {(str(error) or 'no message').splitlines()[0][:300]}). It is streamed from "
             + (f"{file}." if file else f"the hub ({source.hub_id}). Without a network, point --lmeval-data at a local mirror.")
         ) from error
