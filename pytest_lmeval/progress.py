@@ -47,6 +47,8 @@ def bar(title: str, file: Any) -> Iterator[Callable[[int, float, int | None], No
         def update(done: int, nats: float, expected: int | None) -> None:
             if expected is not None:  # an estimate may grow better
                 tokens.total, tokens.bar_format = max(expected, done), LAYOUT
+            if not tokens.n:  # the rate is that of this run, not of an interrupted one that it goes on from
+                tokens.initial = tokens.n = tokens.last_print_n = done
             tokens.set_postfix_str(f"perplexity {math.exp(min(nats / done, 700)):.4g}", refresh=False)
             tokens.update(done - tokens.n)
 
