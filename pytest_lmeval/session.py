@@ -7,6 +7,7 @@ reports on the test reports, as JSON, like everything that pytest sends between 
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -42,13 +43,16 @@ class Session:
         return Journal(self.folder)
 
     def verdict(self, lm: Model) -> Any:
-        """The equivalence result of a model: probed once in a session."""
+        """The equivalence result of a model: probed once in a session, and not kept alive by that."""
         from pytest_lmeval.equivalence.probe import equivalence
 
-        key = (id(lm), fingerprint(lm), str(lm.dtype), str(lm.device))
-        if key not in self.verdicts:
-            self.verdicts[key] = (equivalence(lm), lm)  # the model is kept, so that its id stays its own
-        return self.verdicts[key][0]
+        owner = lm if lm.module is None else lm.module
+        key = (id(owner), fingerprint(lm), str(lm.dtype), str(lm.device))
+        known, probed = self.verdicts.get(key, (None, None))
+        if known is None or known() is not owner:  # another object may have come to the same address
+            known, probed = weakref.ref(owner), equivalence(lm)
+            self.verdicts[key] = (known, probed)
+        return probed
 
 
 @dataclass

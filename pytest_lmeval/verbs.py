@@ -11,7 +11,7 @@ import importlib.metadata
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pytest_lmeval.adapters import as_model
 from pytest_lmeval.data.corpus import Corpus, CorpusError
@@ -24,6 +24,12 @@ from pytest_lmeval.results.metric import Metric
 from pytest_lmeval.results.record import Record
 from pytest_lmeval.session import Session, TestLog
 from pytest_lmeval.stream import StreamError
+
+if TYPE_CHECKING:
+    from pytest_lmeval.equivalence.probe import EquivalenceResult
+    from pytest_lmeval.profiling.latency import LatencyResult
+    from pytest_lmeval.profiling.throughput import ThroughputResult
+    from pytest_lmeval.scoring.result import PerplexityResult
 
 EXPECTED = (CorpusError, ModelError, SpecError, StreamError)
 R = TypeVar("R")
@@ -54,6 +60,7 @@ class Lmeval:
     def __init__(self, session: Session, log: TestLog, benchmark: Any = None) -> None:
         self._session, self._log, self._benchmark = session, log, benchmark
         self._unused = benchmark is not None  # pytest-benchmark's fixture serves one measurement a test
+        self._models: dict[int, tuple[Any, Model]] = {}
 
     def __repr__(self) -> str:
         return f"<lmeval of {self._log.test}>"
@@ -72,7 +79,7 @@ class Lmeval:
         overlap: int | None = None,
         positions: tuple[int, ...] = (),
         losses: bool = False,
-    ) -> Any:
+    ) -> PerplexityResult:
         """Read a corpus: perplexity, bits per byte, accuracy, loss by position (see `scoring.perplexity.perplexity`).
 
         The model's laws are probed first. Its state is carried only in a way that was found exact; the record says which.
@@ -81,7 +88,7 @@ class Lmeval:
         from pytest_lmeval.scoring.perplexity import bare_ids, perplexity
         from pytest_lmeval.scoring.result import PerplexityResult
 
-        model = as_model(lm)
+        model = self._model(lm)
         corpus = corpus if isinstance(corpus, Corpus) else bare_ids(corpus)
         certificate = self._session.verdict(model).certificate
         settings: dict[str, Any] = {
@@ -115,16 +122,18 @@ class Lmeval:
         return self._recorded(key, replace(result, record=replace(result.record, examples=examples)))
 
     @verb
-    def equivalence(self, lm: Any, **options: Any) -> Any:
+    def equivalence(self, lm: Any, **options: Any) -> EquivalenceResult:
         """Which laws of streaming the model keeps (see `equivalence.probe.equivalence`); probed once in a session."""
-        from pytest_lmeval.equivalence.probe import equivalence
+        from pytest_lmeval.equivalence.probe import equivalence, restore
 
-        model = as_model(lm)
-        result = equivalence(model, **options) if options else self._session.verdict(model)
-        return self._recorded(self._key("equivalence", model, options), result)
+        model = self._model(lm)
+        key = self._key("equivalence", model, options)
+        if (finished := self._finished(key)) is not None:
+            return restore(finished)
+        return self._recorded(key, equivalence(model, **options) if options else self._session.verdict(model))
 
     @verb
-    def latency(self, lm: Any, batch_size: int = 1, seq_len: int | None = None, **options: Any) -> Any:
+    def latency(self, lm: Any, batch_size: int = 1, seq_len: int | None = None, **options: Any) -> LatencyResult:
         """Prefill, time to first token, inter-token latency (see `profiling.latency.latency`).
 
         In a test that asks for the fixture `benchmark`, pytest-benchmark drives the runs and keeps their times. Where nothing
@@ -133,15 +142,15 @@ class Lmeval:
         from pytest_lmeval.profiling.latency import latency
 
         shape = {"batch_size": batch_size, "seq_len": self._seq_len(seq_len, 128)}
-        return self._timed("latency", as_model(lm), {**shape, **options}, latency)
+        return self._timed("latency", self._model(lm), {**shape, **options}, latency)
 
     @verb
-    def throughput(self, lm: Any, batch_size: int = 32, seq_len: int | None = None, **options: Any) -> Any:
+    def throughput(self, lm: Any, batch_size: int = 32, seq_len: int | None = None, **options: Any) -> ThroughputResult:
         """Tokens a second in batches, and by the size of the batch (see `profiling.throughput.throughput`)."""
         from pytest_lmeval.profiling.throughput import throughput
 
         shape = {"batch_size": batch_size, "seq_len": self._seq_len(seq_len, 512)}
-        return self._timed("throughput", as_model(lm), {**shape, **options}, throughput)
+        return self._timed("throughput", self._model(lm), {**shape, **options}, throughput)
 
     @verb
     def record(self, lm: Any, subject: str, **metrics: float) -> Record:
@@ -150,9 +159,15 @@ class Lmeval:
         lmeval.record(lm, "passkey at 8k", accuracy=Metric(0.97, n=100, higher_is_better=True))
         """
         kept = {name: value if isinstance(value, Metric) else Metric(value) for name, value in metrics.items()}
-        record = Record(kind="custom", subject=subject, lm=facts(as_model(lm)), metrics=kept, test=self._log.test)
+        record = Record(kind="custom", subject=subject, lm=facts(self._model(lm)), metrics=kept, test=self._log.test)
         self._log.records.append(record)
         return record
+
+    def _model(self, lm: Any) -> Model:
+        """What the test handed over, adapted once a test, and let go with it."""
+        if id(lm) not in self._models:
+            self._models[id(lm)] = (lm, as_model(lm))
+        return self._models[id(lm)][1]
 
     def _key(self, kind: str, lm: Model, settings: dict[str, Any], data: Any = None) -> str:
         return key_of(

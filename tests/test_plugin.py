@@ -346,6 +346,27 @@ def test_two_models_of_one_class_get_a_verdict_each(project):
     run(project).assert_outcomes(passed=1)
 
 
+def test_a_model_is_let_go_after_its_test(project):
+    project.makepyfile(
+        """
+        import gc, weakref
+        from tiny import Tiny
+
+        alive = []
+
+        def test_measures(lmeval, corpus):
+            model = Tiny()
+            alive.append(weakref.ref(model))
+            lmeval.perplexity(model, corpus("text:text.txt"), tokens=200)
+
+        def test_is_gone():
+            gc.collect()
+            assert alive[0]() is None
+        """
+    )
+    run(project).assert_outcomes(passed=2)
+
+
 def test_collecting_writes_nothing_and_loads_no_model(project):
     project.makepyfile(test_reading=READS)
     result = run(project, "--collect-only", "-q", lm="no:such")

@@ -16,7 +16,6 @@ import pkgutil
 import sys
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -65,19 +64,6 @@ def as_model(source: Any, *, spec: str | None = None, form: str | None = None, t
     """
     if isinstance(source, Model):
         return source
-    if spec is form is tokenizer is None and isinstance(source, nn.Module):
-        if source not in _ADAPTED:
-            _ADAPTED[source] = _adapt(source, None, None, None)
-        source.eval()
-        return _ADAPTED[source]
-    return _adapt(source, spec, form, tokenizer)
-
-
-_ADAPTED: WeakKeyDictionary[nn.Module, Model] = WeakKeyDictionary()
-"""What was made of each module: a user's own module is handed to every verb anew."""
-
-
-def _adapt(source: Any, spec: str | None, form: str | None, tokenizer: Any) -> Model:
     from pytest_lmeval.adapters import huggingface, modules
 
     spec = spec or f"{type(source).__module__}:{type(source).__qualname__}"

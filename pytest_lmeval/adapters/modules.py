@@ -12,6 +12,7 @@ Each function below returns the `advance` of a `Model` (see `lm.py`).
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -149,6 +150,7 @@ def streaming(module: Any) -> Advance:
             )
         return _logits(module.step(input_ids)), Held(steps)
 
+    weakref.finalize(advance, open_stream.close)  # the last stream ends with the model that read it
     advance.close = open_stream.close  # type: ignore[attr-defined]
     return advance
 
