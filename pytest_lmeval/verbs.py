@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pytest_lmeval.adapters import as_model
 from pytest_lmeval.data.corpus import Corpus, CorpusError
-from pytest_lmeval.equivalence.certificate import CONSISTENT, EXACT, NON_CAUSAL, STATELESS, STEP_ONLY
+from pytest_lmeval.equivalence.certificate import NON_CAUSAL, STEP_ONLY, multiple_of
 from pytest_lmeval.identity import facts, fingerprint, tokenizer_fingerprint
 from pytest_lmeval.lm import Model, ModelError, SpecError
 from pytest_lmeval.profiling.timer import Run, plain_runner
@@ -23,7 +23,7 @@ from pytest_lmeval.results.journal import key_of
 from pytest_lmeval.results.metric import Metric
 from pytest_lmeval.results.record import Record
 from pytest_lmeval.session import Session, TestLog
-from pytest_lmeval.stream import StreamError
+from pytest_lmeval.stream import StreamError, default_chunk_size
 
 if TYPE_CHECKING:
     from pytest_lmeval.equivalence.probe import EquivalenceResult
@@ -241,15 +241,19 @@ def exact_chunk_size(lm: Model, certificate: Any, asked: int | None, window: int
     A model whose state is wrong can still be read in windows, each in one step, so that nothing is carried.
     """
     verdict = certificate.verdict
-    if verdict in (EXACT, CONSISTENT, STATELESS):
+    broken = {name for name, law in certificate.laws.items() if not law.kept}
+    if not broken or broken <= {"rows", "fork"}:  # a stream is one row, and is never forked
         return asked
-    if verdict == STEP_ONLY:
-        if asked is not None and asked > 1:
-            raise Refused(
-                f"{lm.spec} is exact one token at a time only, and chunk_size={asked} was asked for:\n{certificate.why_not()}\n"
-                "A perplexity streamed in chunks would be wrong, and may look good. Leave chunk_size out, or set it to 1."
-            )
-        return 1
+    if (k := 1 if verdict == STEP_ONLY else multiple_of(verdict)) is not None:
+        if asked is None:
+            return 1 if k == 1 else max(k, default_chunk_size(lm.vocab_size) // k * k)
+        if asked == k or (k > 1 and asked % k == 0):
+            return asked
+        how = "one token at a time" if k == 1 else f"in chunks of multiples of {k}"
+        raise Refused(
+            f"{lm.spec} is exact {how} only, and chunk_size={asked} was asked for:\n{certificate.why_not()}\n"
+            f"A perplexity streamed that way would be wrong, and may look good. Leave chunk_size out, or set it to {k}."
+        )
     if isinstance(window, int) and certificate.laws["isolation"].kept and certificate.laws["causality"].kept:
         return window
     raise Refused(

@@ -253,12 +253,35 @@ def test_a_model_that_cannot_be_streamed_is_refused_with_the_counterexample(proj
             exact = lmeval.perplexity(Tiny(), corpus("text:text.txt"), tokens=100)
             assert float(result.nll) == pytest.approx(float(exact.nll))
 
+        class InFours(Tiny):
+            def forward(self, input_ids, state=None):
+                logits, state = super().forward(input_ids, state)
+                return logits, state * 0.9 if input_ids.shape[1] % 4 else state
+
+        class Rows(Tiny):
+            def forward(self, input_ids, state=None):
+                logits, state = super().forward(input_ids, state)
+                return logits + 0.01 * (logits.mean(0, keepdim=True) - logits), state
+
+        def test_multiples(lmeval, corpus):
+            exact = lmeval.perplexity(Tiny(), corpus("text:text.txt"), tokens=201)
+            result = lmeval.perplexity(InFours(), corpus("text:text.txt"), tokens=201, chunk_size=8)
+            assert result.certificate["verdict"] == "exact-multiple-of-4"
+            assert float(result.nll) == pytest.approx(float(exact.nll))
+            assert lmeval.perplexity(InFours(), corpus("text:text.txt"), tokens=201).record.settings["chunk_size"] == 1024
+            with pytest.raises(Exception, match="in chunks of multiples of 4 only, and chunk_size=6"):
+                lmeval.perplexity(InFours(), corpus("text:text.txt"), tokens=201, chunk_size=6)
+
+        def test_one_row_does_not_mind_its_neighbours(lmeval, corpus):
+            result = lmeval.perplexity(Rows(), corpus("text:text.txt"), tokens=201)
+            assert result.certificate["verdict"] == "inexact"
+
         def test_chunks_of_a_step_only_model(lmeval, corpus):
             lmeval.perplexity(StepOnly(), corpus("text:text.txt"), chunk_size=16)
         """
     )
     result = run(project)
-    result.assert_outcomes(passed=2, failed=3)
+    result.assert_outcomes(passed=4, failed=3)
     result.stdout.fnmatch_lines(
         [
             "*Forgetful is inexact:*",

@@ -163,3 +163,45 @@ class Promising(Functional):
     def forward(self, input_ids, state=None):
         logits, new_state = super().forward(input_ids, state)
         return logits, new_state if state is None else None
+
+
+class Aligned(Functional):
+    """Wrong unless each chunk but the last is a multiple of four: a rest is filled up with zeros, which enter the state."""
+
+    def forward(self, input_ids, state=None):
+        logits, state = super().forward(input_ids, state)
+        rest = -input_ids.shape[1] % 4
+        if rest:
+            _, state = super().forward(torch.zeros(len(input_ids), rest, dtype=torch.long), state)
+        return logits, state
+
+
+class LengthDependent(Functional):
+    """Wrong: the longer a text, the flatter its distributions, as a rotary base that follows the length does."""
+
+    def forward(self, input_ids, state=None):
+        hidden, seen = state or (None, 0)
+        logits, hidden = super().forward(input_ids, hidden)
+        seen += input_ids.shape[1]
+        return logits / (1 + seen / 1000), (hidden, seen)
+
+
+class Neighbourly(Functional):
+    """Wrong: a row's logits move with the mean of its batch."""
+
+    def forward(self, input_ids, state=None):
+        logits, state = super().forward(input_ids, state)
+        return logits + 0.01 * (logits.mean(dim=0, keepdim=True) - logits), state
+
+
+class Shared(Functional):
+    """Wrong: the state is a number, under which the module itself keeps what it stands for; a copy has the same number."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(**options)
+        self.kept = {}
+
+    def forward(self, input_ids, state=None):
+        number = len(self.kept) if state is None else state[0]
+        logits, self.kept[number] = super().forward(input_ids, self.kept.get(number))
+        return logits, [number]

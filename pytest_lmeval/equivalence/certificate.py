@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 EXACT, STEP_ONLY, INEXACT = "exact-any-chunk", "exact-step-only", "inexact"
-NON_CAUSAL, STATELESS, CONSISTENT = "non-causal", "stateless", "consistent"
+MULTIPLE = "exact-multiple-of-"  # and the number
+NON_CAUSAL, LENGTH_DEPENDENT = "non-causal", "length-dependent"
+STATELESS, CONSISTENT = "stateless", "consistent"
 LOW_PRECISION = ("float16", "bfloat16")
 
 
@@ -19,6 +21,7 @@ class LawResult:
     worst_ratio     error of the chunked run over the error of the full run, both against the reference (about 1 where
                     all is well, allowed 8); None for laws that are bit-equal
     counterexample  the smallest case that breaks it, in words; None where it is kept
+    unavailable     why the law could not be tried at all: a model of single rows, or whose state cannot be forked
     """
 
     law: str
@@ -26,6 +29,7 @@ class LawResult:
     planned: int
     worst_ratio: float | None = None
     counterexample: str | None = None
+    unavailable: str | None = None
 
     @property
     def kept(self) -> bool:
@@ -38,6 +42,7 @@ class LawResult:
             "planned": self.planned,
             "worst_ratio": _finite(self.worst_ratio),
             "counterexample": self.counterexample,
+            "unavailable": self.unavailable,
         }
 
 
@@ -74,22 +79,31 @@ def _finite(ratio: float | None) -> float | None:
     return None if ratio is None or not math.isfinite(ratio) else ratio
 
 
-def verdict_of(laws: dict[str, LawResult], *, stateful: bool, dtype: str) -> str:
-    """The verdict that the kept and broken laws add up to.
+def multiple_of(verdict: str) -> int | None:
+    """The K of `exact-multiple-of-K`; None for any other verdict."""
+    return int(verdict.removeprefix(MULTIPLE)) if verdict.startswith(MULTIPLE) else None
+
+
+def verdict_of(laws: dict[str, LawResult], *, stateful: bool, dtype: str, multiple: int | None = None) -> str:
+    """The verdict that the kept and broken laws add up to; `multiple` is the chunk length found exact where not all are.
 
     16-bit arithmetic is too coarse to tell a small fault from rounding, so there a model that breaks nothing is
     `consistent`: not refuted, not proven. Where something is left over from one sequence to the next, the other laws
     may look broken for that reason alone, so isolation is asked first.
     """
-    kept = {name for name, law in laws.items() if law.kept}
-    if "isolation" not in kept:
+    broken = {name for name, law in laws.items() if not law.kept}
+    if "isolation" in broken:
         return INEXACT
-    if "causality" not in kept:
+    if "causality" in broken:
         return NON_CAUSAL
-    if stateful and "steps" not in kept:
+    if "prefix" in broken:
+        return LENGTH_DEPENDENT
+    if broken & {"rows", "fork"}:
         return INEXACT
     if not stateful:
         return STATELESS
-    if "splits" not in kept:
-        return STEP_ONLY
+    if "splits" in broken:
+        return f"{MULTIPLE}{multiple}" if multiple else INEXACT if "steps" in broken else STEP_ONLY
+    if "steps" in broken:
+        return INEXACT
     return CONSISTENT if dtype in LOW_PRECISION else EXACT

@@ -4,6 +4,9 @@ splits      stepping pieces gives the logits of stepping the whole, wherever it 
 steps       so does stepping one token at a time (apart: many models have a second code path for it)
 causality   what comes later changes nothing before: bit-equal
 isolation   a sequence is read the same after any other one: bit-equal; and the weights are as they were
+prefix      the beginning of a sequence reads the same, however long the whole is
+fork        two continuations of one state do not see each other
+rows        two sequences side by side read as each does alone
 """
 
 from __future__ import annotations
@@ -17,12 +20,16 @@ from torch import Tensor
 from pytest_lmeval.equivalence.strategies import Case
 from pytest_lmeval.equivalence.tolerance import Excess, Yardstick, log_probabilities, token_errors
 from pytest_lmeval.equivalence.twin import twin
-from pytest_lmeval.lm import Model
+from pytest_lmeval.lm import Model, ModelError, fork
 from pytest_lmeval.stream import NotFiniteError
 
 
 class LawBroken(AssertionError):
     """A case on which a model breaks a law."""
+
+
+class NotPossible(Exception):
+    """A law that cannot be tried on this model."""
 
 
 @dataclass
@@ -48,14 +55,14 @@ class Subject:
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(0, self.lm.vocab_size, (1, length), generator=generator).to(self.lm.device)
 
-    def run(self, input_ids: Tensor, sizes: list[int], lm: Model | None = None) -> Tensor:
-        """[t, v] logits of reading [b, t] in pieces of `sizes` (of the first row)."""
+    def run(self, input_ids: Tensor, sizes: list[int], lm: Model | None = None, *, row: int = 0) -> Tensor:
+        """[t, v] logits of reading [b, t] in pieces of `sizes`, of one row."""
         state, parts = None, []
         for piece in torch.split(input_ids, sizes, dim=-1):
             with torch.no_grad():
                 logits, state = (lm or self.lm).step(piece, state)
             self.calls += 1
-            parts.append(logits[0])
+            parts.append(logits[row])
         logits = torch.cat(parts)
         if bool((logits.isnan() | logits.isposinf()).any()):  # minus infinity is a token ruled out
             place = int((logits.isnan() | logits.isposinf()).any(-1).nonzero()[0])
@@ -94,8 +101,8 @@ class Subject:
         except Exception:  # noqa: BLE001 - a model of single rows: its own rounding is not known, the floor alone counts
             return full
 
-    def compare(self, law: str, case: Case, logits: Tensor) -> Excess:
-        excess = self.yardstick(case).measure(logits)
+    def compare(self, law: str, case: Case, logits: Tensor, other: Tensor | None = None) -> Excess:
+        excess = self.yardstick(case).measure(logits, other)
         self.worst[law] = max(self.worst.get(law, 0.0), excess.ratio)
         return excess
 
@@ -142,13 +149,65 @@ def isolation(subject: Subject, case: Case) -> None:
     )
 
 
+def prefix(subject: Subject, case: Case) -> None:
+    cut = case.cuts[-1]
+    alone = subject.run(subject.tokens(cut, case.seed), [cut])
+    excess = subject.compare("prefix", case, alone)
+    if not excess.share <= 1:
+        raise LawBroken(
+            f"the first {cut} of {case.length} tokens (seed {case.seed}) read alone are off by {excess.error:.3g} nats at "
+            f"token {excess.position}, allowed {excess.allowed:.2g}. What a token costs depends on how long the text is."
+        )
+
+
+def fork_(subject: Subject, case: Case) -> None:
+    ids, cut = subject.tokens(case.length, case.seed), case.cuts[0]
+    other = (ids[:, cut:] + 1) % subject.lm.vocab_size
+    with torch.no_grad():
+        _, state = subject.lm.step(ids[:, :cut])
+        try:
+            branch = fork(state)
+            straight, _ = subject.lm.step(ids[:, cut:], fork(state))
+            subject.lm.step(other, state)
+            after, _ = subject.lm.step(ids[:, cut:], branch)
+        except (ModelError, TypeError, RuntimeError) as error:
+            raise NotPossible(f"its state cannot be forked ({str(error).splitlines()[0][:200]})") from error
+    subject.calls += 4
+    if not torch.equal(straight, after):
+        off = float((straight.double() - after.double()).abs().max())
+        raise LawBroken(
+            f"two continuations of one state after {cut} of {case.length} tokens (seed {case.seed}) saw each other: off by "
+            f"{off:.3g}. A copy of the state shares something with it."
+        )
+
+
+def rows(subject: Subject, case: Case) -> None:
+    ids, other = subject.tokens(case.length, case.seed), subject.tokens(case.length, case.seed + 1000)
+    sizes = case.sizes if subject.lm.stateful else [case.length]
+    alone = subject.run(ids, sizes)
+    for row, pair in enumerate(([ids, other], [other, ids])):
+        try:
+            together = subject.run(torch.cat(pair), sizes, row=row)
+        except Exception as error:
+            raise NotPossible(f"it does not read two rows at once ({type(error).__name__}: {str(error)[:200]})") from error
+        excess = subject.compare("rows", case, together, alone)
+        if not excess.share <= 1:
+            raise LawBroken(
+                f"{case}, as row {row} of two: off by {excess.error:.3g} nats at token {excess.position}, allowed "
+                f"{excess.allowed:.2g}. A row depends on its neighbour."
+            )
+
+
 LAWS: dict[str, Callable[[Subject, Case], None]] = {
     "splits": splits,
     "steps": steps,
     "causality": causality,
     "isolation": isolation,
+    "prefix": prefix,
+    "fork": fork_,
+    "rows": rows,
 }
-NEED_STATE = frozenset({"splits", "steps"})
+NEED_STATE = frozenset({"splits", "steps", "fork"})
 
 
 def _within(excess: Excess, case: Case | str) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, Verbosity, example, given, settings
 
 from pytest_lmeval.equivalence.certificate import Certificate, LawResult, verdict_of
-from pytest_lmeval.equivalence.laws import LAWS, NEED_STATE, LawBroken, Subject
-from pytest_lmeval.equivalence.strategies import Case, cases, edge_cases
+from pytest_lmeval.equivalence.laws import LAWS, NEED_STATE, LawBroken, NotPossible, Subject
+from pytest_lmeval.equivalence.strategies import Case, aligned_cases, cases, edge_cases
 from pytest_lmeval.identity import facts, weights_digest
 from pytest_lmeval.lm import Model, ModelError
 from pytest_lmeval.results.metric import Metric
@@ -24,6 +24,7 @@ from pytest_lmeval.results.record import Record
 LONGEST, STEPS_LONGEST = 160, 48
 EXAMPLES = 12
 BUDGET = 2.0  # seconds for all laws together
+FEWEST = 3  # cases a law that are tried however long they take: two short ones, and one long
 
 
 @dataclass(frozen=True, repr=False)
@@ -35,7 +36,8 @@ class EquivalenceResult:
 
     @property
     def verdict(self) -> str:
-        """exact-any-chunk, exact-step-only, stateless, consistent, non-causal or inexact."""
+        """exact-any-chunk, exact-step-only, exact-multiple-of-K, stateless, consistent, or what is wrong: length-dependent,
+        non-causal, inexact."""
         return self.certificate.verdict
 
     @property
@@ -68,8 +70,11 @@ def equivalence(
     if weights_digest(lm) != before:
         changed = "the model's parameters or buffers are not what they were before it was read from."
         results["isolation"] = replace(results["isolation"], counterexample=changed)
+    multiple = _multiple(subject, longest) if "splits" in results and not results["splits"].kept else None
     dtype = str(lm.dtype).removeprefix("torch.")
-    certificate = Certificate(verdict_of(results, stateful=lm.stateful, dtype=dtype), dtype, subject.reference_kind, results)
+    certificate = Certificate(
+        verdict_of(results, stateful=lm.stateful, dtype=dtype, multiple=multiple), dtype, subject.reference_kind, results
+    )
     record = Record(
         kind="equivalence",
         subject="laws of streaming",
@@ -86,7 +91,7 @@ def restore(record: Record) -> EquivalenceResult:
     """The result that a record was made from."""
     data: dict[str, Any] = record.certificate or {}
     laws = {
-        name: LawResult(name, law["cases"], law["planned"], law["worst_ratio"], law["counterexample"])
+        name: LawResult(name, law["cases"], law["planned"], law["worst_ratio"], law["counterexample"], law.get("unavailable"))
         for name, law in data["laws"].items()
     }
     return EquivalenceResult(record, Certificate(data["verdict"], data["dtype"], data["reference"], laws))
@@ -102,7 +107,7 @@ def _try(name: str, subject: Subject, longest: int, examples: int, *, stop: floa
 
     def law(case: Case) -> None:
         if case not in seen:
-            if seen and time.perf_counter() > stop:
+            if len(seen) >= FEWEST and time.perf_counter() > stop:
                 return
             seen[case] = _broken(name, subject, case)
         if (broken := seen[case]) is not None:  # a case that failed once fails whenever hypothesis comes back to it
@@ -125,7 +130,20 @@ def _try(name: str, subject: Subject, longest: int, examples: int, *, stop: floa
         counterexample = None
     except LawBroken as broken:
         counterexample = str(broken)
+    except NotPossible as impossible:
+        if not seen:
+            return LawResult(name, 0, len(edges) + examples, unavailable=str(impossible))
+        counterexample = f"after {len(seen)} case(s) that went well: {impossible}"
     return LawResult(name, len(seen), len(edges) + examples, subject.worst.get(name), counterexample)
+
+
+def _multiple(subject: Subject, longest: int) -> int | None:
+    """The smallest chunk length, of those that occur, in whose multiples the model is exact; None if there is none."""
+    for k in sorted({2, 4, 8, 16, 32, 64, *subject.lm.borders}):
+        tried = aligned_cases(k, longest)
+        if tried and all(_broken("splits", subject, case) is None for case in tried):
+            return k
+    return None
 
 
 def _broken(name: str, subject: Subject, case: Case) -> LawBroken | None:

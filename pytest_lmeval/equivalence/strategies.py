@@ -58,3 +58,12 @@ def edge_cases(longest: int, borders: tuple[int, ...] = ()) -> list[Case]:
     for border in (*borders, 64):
         found += [Case(longest, (cut,)) for cut in (border - 1, border, border + 1) if 0 < cut < longest]
     return found
+
+
+def aligned_cases(multiple: int, longest: int) -> list[Case]:
+    """Sequences cut at multiples of a length only, with a rest of any length at the end; short ones first."""
+    k, long = multiple, min(longest, 12 * multiple + 100)
+    lengths = [length for length in (2 * k, 2 * k + 1, 3 * k - 1, 4 * k + k // 2, 6 * k + 1, long) if 2 <= length <= longest]
+    everywhere = [Case(length, tuple(range(k, length, k)), seed) for seed, length in enumerate(lengths) if length > k]
+    once = [Case(long, (place,)) for place in sorted({long * part // 8 // k * k for part in range(1, 8)}) if 0 < place < long]
+    return everywhere + once

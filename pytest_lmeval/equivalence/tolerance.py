@@ -37,10 +37,12 @@ class Yardstick:
     full_error: Tensor  # [t] nats: error of the full run against the reference
     dtype: torch.dtype
 
-    def measure(self, logits: Tensor) -> Excess:
-        """Compare a run's logits [t, v] of the same sequence, or of its first t tokens."""
+    def measure(self, logits: Tensor, other: Tensor | None = None) -> Excess:
+        """Compare a run's logits [t, v] of the same sequence, or of its first t tokens, with the reference or another run."""
         t = logits.shape[0]
         reference, full_error = self.reference[:t], self.full_error[:t]
+        if other is not None:
+            reference = log_probabilities(other)
         error = token_errors(log_probabilities(logits), reference)
         largest = min(float(reference[reference.isfinite()].abs().max()), 100.0)
         floor = max(ROUNDINGS * torch.finfo(self.dtype).eps, FLOOR.get(self.dtype, 0.0)) * max(1.0, largest)
