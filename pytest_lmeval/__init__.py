@@ -21,6 +21,7 @@ _HOMES = {
     "latency": "pytest_lmeval.profiling.latency",
     "load": "pytest_lmeval.adapters",
     "perplexity": "pytest_lmeval.scoring.perplexity",
+    "replay": "pytest_lmeval.equivalence.probe",
     "state_bytes": "pytest_lmeval.lm",
     "throughput": "pytest_lmeval.profiling.throughput",
 }

@@ -98,6 +98,7 @@ class Model:
     rebuild         makes `advance` for another copy of the module (the float64 twin that references come from)
     context_length  the most tokens a sequence may have (learned or trained positions); None: no limit known
     borders         lengths at which its inner workings change (window, kernel, block): where faults sit
+    constant_state  whether its state is declared not to grow with the text (the law `size` holds it to that)
     volatile        names of buffers and attributes that reading changes, since they hold the state or count something
     source          the user's own object, where it is no module
     """
@@ -112,6 +113,7 @@ class Model:
     tokenizer: Tokenizer | None = None
     context_length: int | None = None
     borders: tuple[int, ...] = ()
+    constant_state: bool = False
     volatile: frozenset[str] = frozenset()
     source: Any = None
     remembered: dict[str, Any] = field(default_factory=dict, compare=False)  # see `identity.fingerprint`
@@ -159,6 +161,21 @@ def weights(module: nn.Module | None) -> Iterator[Tensor]:
         yield from module.buffers()
 
 
+def places(module: nn.Module | None) -> str:
+    """Where a module's tensors lie, if that is not one place: a model cannot be fed whose parts are apart.
+
+    >>> places(nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1, device="meta")]))
+    ' Its weights lie on several devices: 2 tensors on cpu, 2 tensors on meta.'
+    """
+    counts: dict[str, int] = {}
+    for tensor in weights(module):
+        counts[str(tensor.device)] = counts.get(str(tensor.device), 0) + 1
+    if len(counts) < 2 and "meta" not in counts:
+        return ""
+    listed = ", ".join(f"{n} tensors on {device}" for device, n in counts.items())
+    return f" Its weights lie on {'several devices' if len(counts) > 1 else 'a device without memory'}: {listed}."
+
+
 # The helpers below walk a state's tensors through containers and plain objects (a transformers cache is
 # an object with a list of layer objects). They stop at modules: a state may point at its model, but does not own it.
 
@@ -180,6 +197,15 @@ def state_bytes(state: State) -> int:
         part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in _walk(state) if isinstance(part, Tensor)
     }
     return sum(storages.values())
+
+
+def state_dtypes(state: State) -> list[str]:
+    """The precisions of its tensors.
+
+    >>> state_dtypes([torch.zeros(1), {"seen": torch.tensor(3)}])
+    ['float32', 'int64']
+    """
+    return sorted({str(part.dtype).removeprefix("torch.") for part in _walk(state) if isinstance(part, Tensor)})
 
 
 def state_types(state: State) -> set[type]:

@@ -15,6 +15,8 @@ OPTIONS: dict[str, tuple[Any, str]] = {  # name -> (default, help); every one is
     "lmeval-seq-len": ([], "sequence length of speed tests (repeatable)"),
     "lmeval-limit": ("", "examples of a task, documents of a corpus that is read by document"),
     "lmeval-tokens": ("", "tokens of a stream; 200k and 1M read too"),
+    "lmeval-profile": ("", "how hard to look for broken laws: dev, ci (the default where CI is set) or nightly"),
+    "lmeval-budget": ("", "seconds that probing the laws of a model may take (default 2; nightly: 120)"),
     "lmeval-data": ("", "local mirror that is used instead of the hub: DIR/<hub id>/<config>/<split>.parquet or .jsonl"),
     "lmeval-dir": (".lmeval", "folder for all output"),
     "lmeval-trust-remote-code": ([], "hub id of a model that may run code of its own (repeatable)"),
@@ -56,6 +58,18 @@ def count(config: pytest.Config, name: str) -> int | None:
     return value
 
 
+def budget(config: pytest.Config) -> float | None:
+    """Seconds of --lmeval-budget; None if it was not given."""
+    text = str(option(config, "lmeval-budget")).strip()
+    try:
+        seconds = float(text) if text else None
+    except ValueError:
+        seconds = -1.0
+    if seconds is not None and not 0 <= seconds < float("inf"):
+        raise pytest.UsageError(f"--lmeval-budget takes seconds such as 2 or 0.5; got {text!r}.")
+    return seconds
+
+
 def check(config: pytest.Config) -> None:
     """Refuse what makes no sense before anything else is done."""
     for name in ("lmeval-limit", "lmeval-tokens"):
@@ -63,6 +77,9 @@ def check(config: pytest.Config) -> None:
     for text in option(config, "lmeval-seq-len"):
         if not (str(text).isdigit() and int(text) > 0):
             raise pytest.UsageError(f"--lmeval-seq-len takes a positive number; got {text!r}.")
+    budget(config)
+    if (profile := str(option(config, "lmeval-profile"))) not in ("", "dev", "ci", "nightly"):
+        raise pytest.UsageError(f"--lmeval-profile takes dev, ci or nightly; got {profile!r}.")
     if str(option(config, "lmeval-bits")) not in ("", "32", "16", "8", "4"):
         raise pytest.UsageError(f"--lmeval-bits takes 32, 16, 8 or 4; got {option(config, 'lmeval-bits')!r}.")
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_lmeval import options
-from pytest_lmeval.options import SEQ_LENS, count, is_worker, option, output_folder
+from pytest_lmeval.options import SEQ_LENS, budget, count, is_worker, option, output_folder
 from pytest_lmeval.report.gather import Reports
 
 if TYPE_CHECKING:
@@ -231,6 +231,8 @@ def shared_session(config: pytest.Config) -> Session:
             folder=output_folder(config),
             tokens=count(config, "lmeval-tokens"),
             limit=count(config, "lmeval-limit"),
+            profile=str(option(config, "lmeval-profile")),
+            budget=budget(config),
             seq_lens=tuple(map(int, option(config, "lmeval-seq-len"))),
             parallel=is_worker(config),
             progress=_progress(config),

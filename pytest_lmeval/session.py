@@ -27,6 +27,7 @@ class Session:
     """folder    where everything is written
     progress  makes the progress bar of a long piece of work, given its title: a context around a callback or None
     tokens, limit, seq_lens   defaults of the verbs, from the command line
+    profile, budget   how hard the probe of a model's laws looks, and for how many seconds
     parallel  other tests run at the same time: speed is not measured
     """
 
@@ -34,6 +35,8 @@ class Session:
     tokens: int | None = None
     limit: int | None = None
     seq_lens: tuple[int, ...] = ()
+    profile: str = ""
+    budget: float | None = None
     parallel: bool = False
     progress: ProgressBars = lambda title: nullcontext(None)
     verdicts: dict[tuple[Any, ...], Any] = field(default_factory=dict)
@@ -41,6 +44,14 @@ class Session:
     @functools.cached_property
     def journal(self) -> Journal:
         return Journal(self.folder)
+
+    @property
+    def probe(self) -> dict[str, Any]:
+        """The options of every probe of this run."""
+        from pytest_lmeval.equivalence.profiles import default_profile
+
+        known = self.folder / "counterexamples.jsonl"
+        return {"profile": self.profile or default_profile(), "budget": self.budget, "known": known}
 
     def verdict(self, lm: Model) -> Any:
         """The equivalence result of a model: probed once in a session, and not kept alive by that."""
@@ -50,7 +61,7 @@ class Session:
         key = (id(owner), fingerprint(lm), str(lm.dtype), str(lm.device))
         known, probed = self.verdicts.get(key, (None, None))
         if known is None or known() is not owner:  # another object may have come to the same address
-            known, probed = weakref.ref(owner), equivalence(lm)
+            known, probed = weakref.ref(owner), equivalence(lm, **self.probe)
             self.verdicts[key] = (known, probed)
         return probed
 

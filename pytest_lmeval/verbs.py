@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pytest_lmeval.adapters import as_model
 from pytest_lmeval.data.corpus import Corpus, CorpusError
-from pytest_lmeval.equivalence.certificate import NON_CAUSAL, STEP_ONLY, multiple_of
+from pytest_lmeval.equivalence.certificate import INEXACT, NON_CAUSAL, ONLY_ASIDE, STEP_ONLY, multiple_of
 from pytest_lmeval.identity import facts, fingerprint, tokenizer_fingerprint
 from pytest_lmeval.lm import Model, ModelError, SpecError
 from pytest_lmeval.profiling.timer import Run, plain_runner
@@ -91,6 +91,8 @@ class Lmeval:
         model = self._model(lm)
         corpus = corpus if isinstance(corpus, Corpus) else bare_ids(corpus)
         certificate = self._session.verdict(model).certificate
+        if certificate.limit_tokens and not certificate.limit_is_step:  # found, though the model did not declare it
+            model = replace(model, context_length=certificate.limit_tokens)
         settings: dict[str, Any] = {
             "chunk_size": exact_chunk_size(model, certificate, chunk_size, window),
             "tokens": tokens or self._session.tokens,
@@ -114,7 +116,7 @@ class Lmeval:
                 losses=self._session.folder / examples if examples else None,
                 certificate=certificate.to_json(),
                 progress=progress,
-                checkpoints=self._session.journal.checkpoints if known else None,
+                checkpoints=self._session.journal.checkpoints if known and "resume" not in certificate.broken else None,
                 key=key,
             )
         if result.resumed_at:
@@ -130,7 +132,8 @@ class Lmeval:
         key = self._key("equivalence", model, options)
         if (finished := self._finished(key)) is not None:
             return restore(finished)
-        return self._recorded(key, equivalence(model, **options) if options else self._session.verdict(model))
+        probed = equivalence(model, **{**self._session.probe, **options}) if options else self._session.verdict(model)
+        return self._recorded(key, probed)
 
     @verb
     def latency(self, lm: Any, batch_size: int = 1, seq_len: int | None = None, **options: Any) -> LatencyResult:
@@ -240,11 +243,13 @@ def exact_chunk_size(lm: Model, certificate: Any, asked: int | None, window: int
 
     A model whose state is wrong can still be read in windows, each in one step, so that nothing is carried.
     """
+    broken = certificate.broken - ONLY_ASIDE
     verdict = certificate.verdict
-    broken = {name for name, law in certificate.laws.items() if not law.kept}
-    if not broken or broken <= {"rows", "fork"}:  # a stream is one row, and is never forked
+    if certificate.limit_tokens and certificate.limit_is_step:
+        asked = min(asked or default_chunk_size(lm.vocab_size), certificate.limit_tokens)
+    if not broken:
         return asked
-    if (k := 1 if verdict == STEP_ONLY else multiple_of(verdict)) is not None:
+    if (k := 1 if broken == {"splits"} and verdict in (STEP_ONLY, INEXACT) else multiple_of(verdict)) is not None:
         if asked is None:
             return 1 if k == 1 else max(k, default_chunk_size(lm.vocab_size) // k * k)
         if asked == k or (k > 1 and asked % k == 0):
@@ -254,7 +259,7 @@ def exact_chunk_size(lm: Model, certificate: Any, asked: int | None, window: int
             f"{lm.spec} is exact {how} only, and chunk_size={asked} was asked for:\n{certificate.why_not()}\n"
             f"A perplexity streamed that way would be wrong, and may look good. Leave chunk_size out, or set it to {k}."
         )
-    if isinstance(window, int) and certificate.laws["isolation"].kept and certificate.laws["causality"].kept:
+    if isinstance(window, int) and not broken & {"repeat", "isolation", "causality", "sums"}:
         return window
     raise Refused(
         f"{lm.spec} is {verdict}:\n{certificate.why_not()}\n"
@@ -262,8 +267,8 @@ def exact_chunk_size(lm: Model, certificate: Any, asked: int | None, window: int
         + (
             "It cannot be scored as a language model at all."
             if verdict == NON_CAUSAL
-            else "Repair what is left over from one sequence to the next."
-            if not certificate.laws["isolation"].kept
+            else "Repair what makes the same text read differently the second time."
+            if broken & {"repeat", "isolation"}
             else "Repair its state, or score it in windows that carry none: window=512."
         )
     )

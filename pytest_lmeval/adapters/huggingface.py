@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pytest_lmeval.lm import Advance, Model, ModelError, SpecError, State, tokenizer_for
+from pytest_lmeval.lm import Advance, Model, ModelError, SpecError, State, places, tokenizer_for
 
 CACHE_NAMES = ("past_key_values", "cache_params", "state")
 BORDERS = (
@@ -77,8 +77,14 @@ def adapt(module: nn.Module, *, spec: str, tokenizer: Any = None) -> Model:
     if hasattr(tokenizer, "bos_token_id"):
         tokenizer = Words(tokenizer, spec)
     first_token = torch.zeros(1, 1, dtype=torch.long, device=next(module.parameters()).device)
-    with torch.no_grad():
-        logits, state = advance_with_cache(module)(first_token, None, None)
+    try:
+        with torch.no_grad():
+            logits, state = advance_with_cache(module)(first_token, None, None)
+    except Exception as error:
+        raise ModelError(
+            f"{spec} ({type(module).__name__}) was asked for the logits of one token (id 0, shape [1, 1]) and raised "
+            f"{type(error).__name__}: {error}.{places(module)}"
+        ) from error
     stateful = state is not None
     rebuild = advance_with_cache if stateful else advance_without_cache
     return Model(

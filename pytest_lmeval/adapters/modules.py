@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from pytest_lmeval.identity import settings_of
-from pytest_lmeval.lm import Advance, Model, ModelError, State, fork, tokenizer_for, weights
+from pytest_lmeval.lm import Advance, Model, ModelError, State, fork, places, tokenizer_for, weights
 
 # A second argument of one of these names is something else than a state.
 NOT_A_STATE = frozenset({"targets", "target", "labels", "label", "attention_mask", "mask", "padding_mask", "key_padding_mask"})
@@ -32,8 +32,8 @@ BORDERS = ("window", "window_size", "sliding_window", "kernel", "chunk_size", "m
 
 def form_of(source: Any) -> str:
     """Which of the forms above drives `source`; found by looking, and for a bare module by asking it for one token."""
-    steps = callable(getattr(source, "step", None))
-    if steps and callable(getattr(source, "streaming", None)):
+    steps = _has(source, "step")
+    if steps and _has(source, "streaming"):
         return "streaming"
     if steps:
         return "step"
@@ -42,16 +42,22 @@ def form_of(source: Any) -> str:
             f"{type(source).__name__} is no language model that can be driven: it is neither callable nor has `step`. "
             "Give a torch module, or an object with step(input_ids, state) -> (logits, state)."
         )
-    if callable(getattr(source, "get_state", None)) and callable(getattr(source, "set_state", None)):
+    if _has(source, "get_state") and _has(source, "set_state"):
         return "get_set_state"
     return "functional" if _takes_state(source) and _returns_state(source) else "stateless"
+
+
+def _has(source: Any, name: str) -> bool:
+    """Whether it has a method of that name; a part of it that is a module is none, though it can be called."""
+    found = getattr(source, name, None)
+    return callable(found) and not isinstance(found, nn.Module)
 
 
 def adapt(source: Any, *, spec: str, form: str, tokenizer: Any = None) -> Model:
     module = source if isinstance(source, nn.Module) else None
     advance = ADVANCES[form](source)
     before = _snapshot(module)
-    logits = _ask(spec, form, lambda: advance(_one_token(source), None, None)[0])
+    logits = _ask(spec, form, lambda: advance(_one_token(source), None, None)[0], source)
     if not isinstance(logits, Tensor) or logits.ndim < 2:
         raise ModelError(f"{spec} ({form}) returned {type(logits).__name__} for one token; expected logits [b, t, v].")
     getattr(advance, "close", lambda: None)()  # a stream that was opened to ask is closed again
@@ -68,6 +74,7 @@ def adapt(source: Any, *, spec: str, form: str, tokenizer: Any = None) -> Model:
         tokenizer=tokenizer_for(given, vocab_size),
         context_length=getattr(source, "context_length", None),
         borders=_borders(module),
+        constant_state=bool(getattr(source, "constant_state", False)),
         volatile=_changed(before, _snapshot(module), buffers=form in HOLD_STATE),
         source=source,
     )
@@ -193,7 +200,7 @@ def _takes_state(source: Any) -> bool:
     return len(positional) > 1 and positional[1].name not in NOT_A_STATE
 
 
-def _ask(spec: str, form: str, question: Callable[[], Any]) -> Any:
+def _ask(spec: str, form: str, question: Callable[[], Any], source: Any) -> Any:
     try:
         with torch.no_grad():
             return question()
@@ -201,11 +208,12 @@ def _ask(spec: str, form: str, question: Callable[[], Any]) -> Any:
         raise ModelError(
             f"{spec} was asked for the logits of one token (id 0, shape [1, 1]) and raised {type(error).__name__}: {error}. "
             f"It was driven as {form!r}; forms are {', '.join(ADVANCES)}."
+            f"{places(source if isinstance(source, nn.Module) else None)}"
         ) from error
 
 
 def _returns_state(source: Any) -> bool:
-    output = _ask(type(source).__name__, "functional", lambda: source(_one_token(source), None))
+    output = _ask(type(source).__name__, "functional", lambda: source(_one_token(source), None), source)
     return isinstance(output, tuple) and len(output) == 2 and output[1] is not None
 
 

@@ -1,5 +1,32 @@
-"""The laws of a language model that streams, and the probe that finds out which of them a model keeps."""
+"""The laws of a language model that streams, and the probe that finds out which of them a model keeps.
 
-from pytest_lmeval.equivalence.probe import equivalence
+    equivalence(lm)              every law, a verdict and a certificate
+    replay(lm, "splits", ...)    one counterexample again
 
-__all__ = ["equivalence"]
+and for hypothesis tests of your own:
+
+    trial = Trial(as_model(my_model))
+
+    @given(case=cases(longest=100, borders=(16,)))
+    def test_my_cache_is_exact(case):
+        check("splits", trial, case)
+"""
+
+from pytest_lmeval.equivalence.laws import LAWS, LawBroken, NotPossible, check
+from pytest_lmeval.equivalence.probe import equivalence, replay
+from pytest_lmeval.equivalence.strategies import Case, cases, compositions, edge_cases
+from pytest_lmeval.equivalence.trial import Trial
+
+__all__ = [
+    "LAWS",
+    "Case",
+    "LawBroken",
+    "NotPossible",
+    "Trial",
+    "cases",
+    "check",
+    "compositions",
+    "edge_cases",
+    "equivalence",
+    "replay",
+]

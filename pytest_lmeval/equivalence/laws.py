@@ -1,218 +1,422 @@
-"""The laws, each a function of a subject and a case that raises `LawBroken` with what it saw.
+"""The laws, each a function of a trial and a case that raises `LawBroken` with what it saw: use them in a test of your own.
 
+repeat      the same call twice gives the same numbers: bit-equal
+isolation   a sequence is read the same after any other one: bit-equal; and by a copy that has read nothing yet; and the
+            weights are as they were
+causality   what comes later changes nothing before: bit-equal
+prefix      the beginning of a sequence reads the same, however long the whole is
 splits      stepping pieces gives the logits of stepping the whole, wherever it is cut
 steps       so does stepping one token at a time (apart: many models have a second code path for it)
-causality   what comes later changes nothing before: bit-equal
-isolation   a sequence is read the same after any other one: bit-equal; and the weights are as they were
-prefix      the beginning of a sequence reads the same, however long the whole is
-fork        two continuations of one state do not see each other
-rows        two sequences side by side read as each does alone
+fork        two continuations of one state, in turns, do not see each other: bit-equal
+resume      a saved state, continued by a fresh copy of the model, goes on as if it had never stopped
+rows        a row of a batch reads as it does alone, whatever its neighbours, their order, and the padding after it
+size        a state that is declared constant does not grow
+sums        the harness's own chunks and windows score every target token once, and add up to the whole
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import functools
+import io
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pytest_lmeval.equivalence.diagnosis import likely_fault
 from pytest_lmeval.equivalence.strategies import Case
-from pytest_lmeval.equivalence.tolerance import Excess, Yardstick, log_probabilities, token_errors
-from pytest_lmeval.equivalence.twin import twin
-from pytest_lmeval.lm import Model, ModelError, fork
-from pytest_lmeval.stream import NotFiniteError
+from pytest_lmeval.equivalence.tolerance import Excess, log_probabilities
+from pytest_lmeval.equivalence.trial import MEMORY, Raised, Trial
+from pytest_lmeval.lm import Model, State, fork, state_bytes, state_types
+from pytest_lmeval.scoring.reading import NATS, TOKENS, Reading, rows_of
+from pytest_lmeval.scoring.resume import safe_load
+from pytest_lmeval.stream import Chunk, NotFiniteError, stream, stream_in_windows
+
+FEW = 24  # tokens that are read one by one
 
 
 class LawBroken(AssertionError):
-    """A case on which a model breaks a law."""
+    """A case on which a model breaks a law. `share` is the error over what was allowed.
+
+    What is raised is one of its children, a class for each decade of `share`: hypothesis shrinks each class apart, so
+    that a gross fault does not hide a subtle one, nor the other way round.
+    """
+
+    case: Case
+    share: float = math.inf
+    error: float = math.inf
+    likely: str = ""  # the kind of fault that it looks like
+
+    @property
+    def decade(self) -> int:
+        return decade_of(self.share)
+
+    def __str__(self) -> str:
+        return f"{super().__str__()} {self.likely}".rstrip()
+
+
+def decade_of(share: float) -> int:
+    """0 for up to ten times too much, 1 for up to a hundred, ... 9 for everything above."""
+    return 9 if not math.isfinite(share) else min(9, max(0, math.floor(math.log10(max(share, 1.0)))))
+
+
+@functools.cache
+def _class_of(decade: int) -> type[LawBroken]:
+    return type(f"LawBrokenBy1e{decade}", (LawBroken,), {"__module__": __name__})
+
+
+def broken(case: Case, message: str, *, share: float = math.inf, error: float = math.inf, likely: str = "") -> LawBroken:
+    """The exception for a law that this case breaks."""
+    found = _class_of(decade_of(share))(message)
+    found.case, found.share, found.error, found.likely = case, share, error, likely
+    return found
 
 
 class NotPossible(Exception):
     """A law that cannot be tried on this model."""
 
 
-@dataclass
-class Subject:
-    """The model on trial, with what is worth computing once: its twin, and a yardstick a sequence."""
-
-    lm: Model
-    yardsticks: dict[tuple[int, int], Yardstick] = field(default_factory=dict)
-    worst: dict[str, float] = field(default_factory=dict)
-    calls: int = 0
-
-    def __post_init__(self) -> None:
-        self.reference = twin(self.lm) if self.lm.dtype != torch.float64 else None
-
-    @property
-    def reference_kind(self) -> str:
-        if self.reference is not None:
-            return "float64 run of the same weights"
-        return "full run in float64" if self.lm.dtype == torch.float64 else "full run, alone and as one of two rows"
-
-    def tokens(self, length: int, seed: int) -> Tensor:
-        """[1, length] random ids; a longer sequence of the same seed begins with the shorter one."""
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randint(0, self.lm.vocab_size, (1, length), generator=generator).to(self.lm.device)
-
-    def run(self, input_ids: Tensor, sizes: list[int], lm: Model | None = None, *, row: int = 0) -> Tensor:
-        """[t, v] logits of reading [b, t] in pieces of `sizes`, of one row."""
-        state, parts = None, []
-        for piece in torch.split(input_ids, sizes, dim=-1):
-            with torch.no_grad():
-                logits, state = (lm or self.lm).step(piece, state)
-            self.calls += 1
-            parts.append(logits[row])
-        logits = torch.cat(parts)
-        if bool((logits.isnan() | logits.isposinf()).any()):  # minus infinity is a token ruled out
-            place = int((logits.isnan() | logits.isposinf()).any(-1).nonzero()[0])
-            raise NotFiniteError(
-                f"{self.lm.spec} gave logits that are no numbers at token {place} of {logits.shape[0]} random ones (id "
-                f"{int(input_ids[0, place])}), read in pieces of {sizes if len(sizes) < 9 else len(sizes)}, in {logits.dtype}. "
-                "Nothing can be concluded from such a model. Look for an overflow in low precision."
-            )
-        return logits
-
-    def yardstick(self, case: Case) -> Yardstick:
-        key = (case.length, case.seed)
-        if key not in self.yardsticks:
-            ids = self.tokens(*key)
-            full = log_probabilities(self.run(ids, [case.length]))
-            if (reference := self._in_float64(ids)) is not None:
-                error = token_errors(full, reference)
-            else:
-                reference = full
-                error = token_errors(self._in_other_shape(ids, full), full)
-            self.yardsticks[key] = Yardstick(reference, error, self.lm.dtype)
-        return self.yardsticks[key]
-
-    def _in_float64(self, ids: Tensor) -> Tensor | None:
-        if self.reference is None:
-            return None
-        try:
-            return log_probabilities(self.run(ids, [ids.shape[-1]], self.reference))
-        except Exception:  # noqa: BLE001 - kernels or held states of one precision: there is no reference to be had
-            self.reference = None
-            return None
-
-    def _in_other_shape(self, ids: Tensor, full: Tensor) -> Tensor:
-        try:
-            return log_probabilities(self.run(ids.expand(2, -1), [ids.shape[-1]]))
-        except Exception:  # noqa: BLE001 - a model of single rows: its own rounding is not known, the floor alone counts
-            return full
-
-    def compare(self, law: str, case: Case, logits: Tensor, other: Tensor | None = None) -> Excess:
-        excess = self.yardstick(case).measure(logits, other)
-        self.worst[law] = max(self.worst.get(law, 0.0), excess.ratio)
-        return excess
+def repeat(trial: Trial, case: Case) -> None:
+    ids, sizes = trial.tokens(case.length, case.seed), _sizes(trial, case)
+    first, again = trial.logits(ids, sizes), trial.logits(ids, sizes)
+    _bit_equal(trial, case, first, again, "read twice in a row, gave two results", _why_not_again(trial.lm))
 
 
-def splits(subject: Subject, case: Case) -> None:
-    logits = subject.run(subject.tokens(case.length, case.seed), case.sizes)
-    _within(subject.compare("splits", case, logits), case)
+def isolation(trial: Trial, case: Case) -> None:
+    ids, sizes = trial.tokens(case.length, case.seed), _sizes(trial, case)
+    others = trial.tokens(max(1, case.before), case.seed + 1000)
+    first = trial.logits(ids, sizes)
+    try:
+        trial.logits(others.expand(case.rows, -1), [others.shape[-1]])
+    except Raised:
+        trial.logits(others, [others.shape[-1]])  # a model of single rows
+    again = trial.logits(ids, sizes)
+    why = "Something is left over from one sequence to the next."
+    _bit_equal(trial, case, first, again, "gave other logits after another sequence was read in between", why)
+    if (fresh := trial.fresh()) is not None:
+        never = trial.logits(ids, sizes, lm=fresh)
+        _near(trial, case, never, again, "gave other logits than in a copy of the model that had read nothing before", why)
 
 
-def steps(subject: Subject, case: Case) -> None:
-    single = Case(case.length, tuple(range(1, case.length)), case.seed)
-    logits = subject.run(subject.tokens(case.length, case.seed), single.sizes)
-    _within(subject.compare("steps", case, logits), f"{case.length} tokens (seed {case.seed}), one at a time")
-
-
-def causality(subject: Subject, case: Case) -> None:
-    ids = subject.tokens(case.length, case.seed)
-    cut = case.cuts[0]
+def causality(trial: Trial, case: Case) -> None:
+    *cuts, change = case.cuts
+    sizes = [case.length] if trial.only_steps else _sizes(trial, replace(case, cuts=tuple(cuts)))
+    ids = trial.tokens(case.length, case.seed)
     other = ids.clone()
-    other[:, cut:] = (ids[:, cut:] + 1) % subject.lm.vocab_size
-    before, after = (subject.run(x, [case.length])[:cut] for x in (ids, other))
-    if torch.equal(before, after):
+    other[:, change:] = (ids[:, change:] + 1) % trial.lm.vocab_size
+    before, after = (trial.logits(x, sizes)[:change] for x in (ids, other))
+    if same(before, after):
         return
-    first = int((before != after).any(dim=-1).nonzero()[0])
-    error = float((before.double() - after.double()).abs().max())
-    raise LawBroken(
-        f"changing the tokens from position {cut} on (of {case.length}, seed {case.seed}) changed the logits of position "
-        f"{first} before it, by up to {error:.3g}. The model sees its future; its perplexity says nothing."
+    first, error = _first_difference(before, after)
+    raise broken(
+        case,
+        f"changing the tokens from position {change} on (of {case.length}, seed {case.seed}, in pieces of {sizes}) changed "
+        f"the logits of position {first} before it, by up to {error:.3g}. The model sees its future; its perplexity "
+        "says nothing.",
+        error=error,
     )
 
 
-def isolation(subject: Subject, case: Case) -> None:
-    ids, others = subject.tokens(case.length, case.seed), subject.tokens(case.length, case.seed + 1000)
-    sizes = case.sizes if subject.lm.stateful else [case.length]
-    first = subject.run(ids, sizes)
-    subject.run(others, sizes)
-    again = subject.run(ids, sizes)
-    if torch.equal(first, again):
-        return
-    error = float((first.double() - again.double()).abs().max())
-    raise LawBroken(
-        f"{case} gave other logits after another sequence was read in between: off by {error:.3g}. Something is "
-        "left over from one sequence to the next, or the model is not deterministic."
-    )
-
-
-def prefix(subject: Subject, case: Case) -> None:
+def prefix(trial: Trial, case: Case) -> None:
     cut = case.cuts[-1]
-    alone = subject.run(subject.tokens(cut, case.seed), [cut])
-    excess = subject.compare("prefix", case, alone)
+    excess = trial.compare("prefix", case.seed, trial.tokens(cut, case.seed), [cut])
     if not excess.share <= 1:
-        raise LawBroken(
-            f"the first {cut} of {case.length} tokens (seed {case.seed}) read alone are off by {excess.error:.3g} nats at "
-            f"token {excess.position}, allowed {excess.allowed:.2g}. What a token costs depends on how long the text is."
+        raise broken(
+            case,
+            f"{cut} tokens (seed {case.seed}) read alone are off by {excess.error:.3g} nats at token {excess.position} "
+            f"from the same tokens at the beginning of {trial.longest}, allowed {excess.allowed:.2g}. What a token costs "
+            "depends on how long the text is.",
+            share=excess.share,
+            error=excess.error,
         )
 
 
-def fork_(subject: Subject, case: Case) -> None:
-    ids, cut = subject.tokens(case.length, case.seed), case.cuts[0]
-    other = (ids[:, cut:] + 1) % subject.lm.vocab_size
+def splits(trial: Trial, case: Case) -> None:
+    ids = trial.tokens(case.length, case.seed)
+    _within(case, case.sizes, trial.compare("splits", case.seed, ids, case.sizes), str(case))
+
+
+def steps(trial: Trial, case: Case) -> None:
+    ids, sizes = trial.tokens(case.length, case.seed), [1] * case.length
+    excess = trial.compare("steps", case.seed, ids, sizes)
+    _within(case, sizes, excess, f"{case.length} tokens (seed {case.seed}), one at a time")
+
+
+def fork_(trial: Trial, case: Case) -> None:
+    ids, cut = trial.tokens(case.length, case.seed), case.cuts[0]
+    other = (ids[:, cut:] + 1) % trial.lm.vocab_size
+    state = _read(trial.lm, ids[:, :cut])
+    try:
+        branch, first = fork(state), fork(state)
+        (straight,) = _take_turns(trial.lm, (ids[:, cut:], first))
+        after, _ = _take_turns(trial.lm, (ids[:, cut:], branch), (other, state))
+    except MEMORY:
+        raise
+    except Exception as error:
+        raise NotPossible(f"its state cannot be forked ({_in_a_line(error)})") from error
+    trial.calls += 1 + 3 * len(after)
+    said = f"two continuations of one state after {cut} of its tokens saw each other"
+    _bit_equal(trial, case, straight, after, said, "A copy of the state shares something with it.", after=cut)
+
+
+def resume(trial: Trial, case: Case) -> None:
+    ids, cut = trial.tokens(case.length, case.seed), case.cuts[0]
+    state, file = _read(trial.lm, ids[:, :cut]), io.BytesIO()
+    try:
+        torch.save({"state": state}, file)
+        (straight,) = _take_turns(trial.lm, (ids[:, cut:], state))
+        saved = safe_load(file.getvalue(), trial.lm)["state"]
+        (resumed,) = _take_turns(trial.fresh() or trial.lm, (ids[:, cut:], saved))
+    except MEMORY:
+        raise
+    except Exception as error:
+        raise NotPossible(f"its state cannot be saved ({_in_a_line(error)})") from error
+    trial.calls += 1 + 2 * len(resumed)
+    said = f"saved after {cut} tokens and continued by a fresh copy of the model, came out otherwise than without the stop"
+    why = "A part of its state is not in the state."
+    _near(trial, case, straight, resumed, said, why, after=cut)
+
+
+def _read(lm: Model, ids: Tensor) -> State:
     with torch.no_grad():
-        _, state = subject.lm.step(ids[:, :cut])
-        try:
-            branch = fork(state)
-            straight, _ = subject.lm.step(ids[:, cut:], fork(state))
-            subject.lm.step(other, state)
-            after, _ = subject.lm.step(ids[:, cut:], branch)
-        except (ModelError, TypeError, RuntimeError) as error:
-            raise NotPossible(f"its state cannot be forked ({str(error).splitlines()[0][:200]})") from error
-    subject.calls += 4
-    if not torch.equal(straight, after):
-        off = float((straight.double() - after.double()).abs().max())
-        raise LawBroken(
-            f"two continuations of one state after {cut} of {case.length} tokens (seed {case.seed}) saw each other: off by "
-            f"{off:.3g}. A copy of the state shares something with it."
+        return lm.step(ids)[1]
+
+
+def _take_turns(lm: Model, *continuations: tuple[Tensor, State]) -> list[Tensor]:
+    """[t, v] logits of each continuation (ids, state): at most eight more tokens, one at a time, which every model that carries
+    a state can do, and in turns."""
+    states = [state for _, state in continuations]
+    found: list[list[Tensor]] = [[] for _ in continuations]
+    for place in range(min(8, continuations[0][0].shape[-1])):
+        for number, (ids, _) in enumerate(continuations):
+            with torch.no_grad():
+                logits, states[number] = lm.step(ids[:, place : place + 1], states[number])
+            found[number].append(logits[0, -1])
+    return [torch.stack(logits) for logits in found]
+
+
+def rows(trial: Trial, case: Case) -> None:
+    padding = max(0, min(case.padding, trial.longest - case.length))
+    *sizes, last = _sizes(trial, case)
+    sizes += [last] + [1] * padding if last == 1 else [last + padding]
+    own = trial.tokens(case.length + padding, case.seed)
+    batch = [trial.tokens(own.shape[-1], case.seed + 1000 + other) for other in range(max(2, case.rows))]
+    batch[case.row] = torch.nn.functional.pad(own[:, : case.length], (0, padding))
+    alone = trial.run(own, sizes)[: case.length]  # in the same pieces, but with real tokens in place of the padding
+    try:
+        excess = trial.compare("rows", case.seed, torch.cat(batch), sizes, row=case.row, other=(own, alone))
+    except Raised as raised:
+        raise NotPossible(f"it does not read {len(batch)} rows at once (it {raised})") from raised
+    if not excess.share <= 1:
+        raise broken(
+            case,
+            f"{case}: off by {excess.error:.3g} nats at token {excess.position} from the row alone, allowed "
+            f"{excess.allowed:.2g}. A row depends on its neighbours, their order, or the padding after it.",
+            share=excess.share,
+            error=excess.error,
         )
 
 
-def rows(subject: Subject, case: Case) -> None:
-    ids, other = subject.tokens(case.length, case.seed), subject.tokens(case.length, case.seed + 1000)
-    sizes = case.sizes if subject.lm.stateful else [case.length]
-    alone = subject.run(ids, sizes)
-    for row, pair in enumerate(([ids, other], [other, ids])):
-        try:
-            together = subject.run(torch.cat(pair), sizes, row=row)
-        except Exception as error:
-            raise NotPossible(f"it does not read two rows at once ({type(error).__name__}: {str(error)[:200]})") from error
-        excess = subject.compare("rows", case, together, alone)
-        if not excess.share <= 1:
-            raise LawBroken(
-                f"{case}, as row {row} of two: off by {excess.error:.3g} nats at token {excess.position}, allowed "
-                f"{excess.allowed:.2g}. A row depends on its neighbour."
+def size(trial: Trial, case: Case) -> None:
+    case = replace(case, length=trial.longest)
+    held = state_sizes(trial, case)
+    middle, end = held[2 * len(held) // 3], held[-1]
+    if not trial.lm.constant_state or end[1] <= middle[1]:
+        return
+    if waiting := [border for border in trial.lm.borders if border >= middle[0]]:
+        raise NotPossible(f"its state may grow until it has read {max(waiting)} tokens, and it was read only {end[0]}")
+    raise broken(
+        case,
+        f"its state is declared constant, and grew from {middle[1]:,} bytes after {middle[0]} tokens to {end[1]:,} after "
+        f"{end[0]}. A long text would need memory without end.",
+        share=end[1] / middle[1],
+    )
+
+
+def state_sizes(trial: Trial, case: Case) -> list[tuple[int, int]]:
+    """(tokens read, bytes of the state) while a sequence is read in even pieces."""
+    length = min(case.length, FEW) if trial.only_steps else case.length
+    ids, state = trial.tokens(length, case.seed), None
+    held: list[tuple[int, int]] = []
+    for piece in torch.split(ids, 1 if trial.only_steps else max(1, case.length // 12), dim=-1):
+        with torch.no_grad():
+            _, state = trial.lm.step(piece, state)
+        trial.calls += 1
+        held.append(((held[-1][0] if held else 0) + piece.shape[-1], state_bytes(state)))
+    if not held[-1][1]:
+        raise NotPossible(f"its state ({_kinds(state)}) holds no tensor that could be weighed")
+    return held
+
+
+def sums(trial: Trial, case: Case) -> None:
+    """The harness's reading against losses taken by hand from logits of the same pieces, so that it is about the harness (and
+    what a model makes of `keep`) alone."""
+    chunk = max(case.sizes[0], -(-case.length // 12))
+    if trial.only_steps:
+        case, chunk = replace(case, length=min(case.length, FEW)), 1
+    ids = trial.tokens(case.length, case.seed)
+    window, overlap = max(2, chunk), chunk // 2
+    begins = range(0, max(1, case.length - 1 - overlap), window - overlap)
+    windows = [(begin, min(begin + window + 1, case.length), overlap if begin else 0) for begin in begins]
+    if trial.lm.stateful:
+        whole = [(0, case.length, 0)]
+        _add_up(trial, case, ids, stream(trial.lm, ids[0], chunk_size=chunk), f"chunks of {chunk}", whole, chunk)
+    scored = stream_in_windows(trial.lm, ids[0], window=window, overlap=overlap)
+    _add_up(trial, case, ids, scored, f"windows of {window}, {overlap} of them read again", windows, window)
+
+
+def _add_up(
+    trial: Trial, case: Case, ids: Tensor, scored: Iterator[Chunk], how: str, spans: list[tuple[int, int, int]], piece: int
+) -> None:
+    """Hold what was `scored` to the losses of `spans`: (first token, last but one, targets that were scored before)."""
+    reading = Reading()
+    targets: list[int] = []
+    try:
+        for part in scored:
+            reading.add(part.start, rows_of(part.nll, part.rank, part.rank * 0), seconds=0, state_bytes=0)
+            targets += range(part.start, part.end)
+    except NotFiniteError as error:
+        raise broken(case, f"{case.length} tokens in {how}: {error}") from error
+    if targets != list(range(1, case.length)):
+        due = f"each of 1 to {case.length - 1} was due once"
+        raise broken(case, f"{case.length} tokens in {how}: the targets {targets} were scored, {due}.")
+    want = sum(float(_losses(trial, ids[:, begin:end], piece)[known:].sum()) for begin, end, known in spans)
+    allowed = 1e-5 * max(1.0, abs(want)) * (2**13 if trial.lm.dtype in (torch.float16, torch.bfloat16) else 1)
+    for name, total in (("", reading.total), (", merged from blocks", np.sum(reading.units, axis=0))):
+        off = abs(total[NATS] - want)
+        if int(total[TOKENS]) != len(targets) or not off <= allowed:
+            raise broken(
+                case,
+                f"{case.length} tokens (seed {case.seed}), scored in {how}{name}: {total[NATS]:.6g} nats over "
+                f"{int(total[TOKENS])} targets; their logits, taken one by one, give {want:.6g} over {len(targets)}. A token "
+                "is counted twice, left out, or scored with another's logits.",
+                share=off / allowed,
+                error=off,
             )
 
 
-LAWS: dict[str, Callable[[Subject, Case], None]] = {
-    "splits": splits,
-    "steps": steps,
-    "causality": causality,
-    "isolation": isolation,
-    "prefix": prefix,
-    "fork": fork_,
-    "rows": rows,
+def _losses(trial: Trial, ids: Tensor, piece: int) -> Tensor:
+    """[t - 1] losses of the tokens after the first, from logits of the same pieces as the harness reads."""
+    logits = trial.logits(ids[:, :-1], [len(part) for part in torch.split(ids[0, :-1], piece)])
+    return torch.nn.functional.cross_entropy(logits.double(), ids[0, 1:].to(logits.device), reduction="none").cpu()
+
+
+@dataclass(frozen=True)
+class Law:
+    """A law, what of a case it looks at, and whether it needs a model that carries a state."""
+
+    check: Callable[[Trial, Case], None]
+    uses: frozenset[str]
+    needs_state: bool = False
+
+    def of(self, case: Case) -> Case:
+        """The case as this law sees it: what it does not look at is the simplest."""
+        return Case(case.length, **{name: value for name, value in vars(case).items() if name in self.uses})
+
+
+def _law(check: Callable[[Trial, Case], None], uses: str, *, needs_state: bool = False) -> Law:
+    return Law(check, frozenset(uses.split()), needs_state)
+
+
+LAWS: dict[str, Law] = {
+    "repeat": _law(repeat, "cuts seed"),
+    "isolation": _law(isolation, "cuts seed rows before"),
+    "causality": _law(causality, "cuts seed"),
+    "prefix": _law(prefix, "cuts seed"),
+    "splits": _law(splits, "cuts seed", needs_state=True),
+    "steps": _law(steps, "seed", needs_state=True),
+    "fork": _law(fork_, "cuts seed", needs_state=True),
+    "resume": _law(resume, "cuts seed", needs_state=True),
+    "rows": _law(rows, "cuts seed rows row padding"),
+    "size": _law(size, "seed", needs_state=True),
+    "sums": _law(sums, "cuts seed"),
 }
-NEED_STATE = frozenset({"splits", "steps", "fork"})
 
 
-def _within(excess: Excess, case: Case | str) -> None:
+def check(law: str, trial: Trial, case: Case) -> None:
+    """Try a law on a case. Raises LawBroken where it is broken, also where the model raises although it read the sequence
+    in one piece, and NotPossible where the law cannot be tried."""
+    if law not in LAWS:
+        raise ValueError(f"unknown law {law!r}; the laws are {', '.join(LAWS)}.")
+    case = LAWS[law].of(case)
+    device = trial.lm.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(case.seed)  # a model that draws random numbers does so alike whenever a case is tried again
+        try:
+            LAWS[law].check(trial, case)
+        except Raised as raised:
+            raise broken(case, f"{case}: it {raised}") from raised
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """Bit-equal, where a place that is no number in both is equal too."""
+    return bool(((one == other) | (one.isnan() & other.isnan())).all())
+
+
+def _bit_equal(trial: Trial, case: Case, one: Tensor, other: Tensor, what: str, why: str, *, after: int = 0) -> None:
+    if trial.lm.device.type != "cpu":  # atomic additions and chosen kernels may round otherwise from call to call there
+        _near(trial, case, one, other, what, why, after=after)
+    elif not same(one, other):
+        first, error = _first_difference(one, other)
+        raise broken(case, f"{case}, {what}: off by {error:.3g} at token {after + first}. {why}", error=error)
+
+
+def _near(trial: Trial, case: Case, one: Tensor, other: Tensor, what: str, why: str, *, after: int = 0) -> None:
+    """As near as rounding brings two runs of the same shape, the one perhaps with weights that lie elsewhere in memory."""
+    excess = trial.yardstick(case.seed, case.length).against(log_probabilities(one)).measure(log_probabilities(other))
     if not excess.share <= 1:
-        raise LawBroken(
-            f"{case}: log-probabilities off by {excess.error:.3g} nats at token {excess.position}, allowed "
-            f"{excess.allowed:.2g}. The state does not carry what was read before."
+        raise broken(
+            case,
+            f"{case}, {what}: off by {excess.error:.3g} nats at token {after + excess.position}. {why}",
+            share=excess.share,
+            error=excess.error,
         )
+
+
+def _first_difference(one: Tensor, other: Tensor) -> tuple[int, float]:
+    different = (one != other) & ~(one.isnan() & other.isnan())
+    error = (one.double() - other.double()).abs().nan_to_num(nan=math.inf)
+    return int(different.any(dim=-1).nonzero()[0]), float(error[different].max())
+
+
+def _within(case: Case, sizes: list[int], excess: Excess, what: str) -> None:
+    if not excess.share <= 1:
+        raise broken(
+            case,
+            f"{what}: log-probabilities off by {excess.error:.3g} nats at token {excess.position}, allowed "
+            f"{excess.allowed:.2g}.",
+            share=excess.share,
+            error=excess.error,
+            likely=likely_fault(sizes, excess),
+        )
+
+
+def _why_not_again(lm: Model) -> str:
+    parts = (
+        [part for own in vars(lm.source).values() if isinstance(own, nn.Module) for part in own.modules() if part.training]
+        if lm.module is None and hasattr(lm.source, "__dict__")
+        else []
+    )
+    training = f" A module that it holds is in train mode ({type(parts[0]).__name__}): call its eval()." if parts else ""
+    return f"It is not deterministic (dropout? sampling?), or keeps something from one reading to the next.{training}"
+
+
+def _sizes(trial: Trial, case: Case) -> list[int]:
+    """Pieces in which the model can read the case, right or wrong: the law is about something else."""
+    if not trial.lm.stateful:
+        return [case.length]
+    if trial.only_steps:
+        singles = min(8, case.length - 1)
+        return [case.length - singles, *[1] * singles]
+    return case.sizes
+
+
+def _kinds(state: State) -> str:
+    return ", ".join(sorted(kind.__name__ for kind in state_types(state)))
+
+
+def _in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else 'no message'}"

@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from typing import Any
 
 from hypothesis import strategies as st
+
+POWERS = (8, 16, 32, 64, 128)
+SHORT = 40  # tokens of every second sequence: cheap, and most faults need no more
+SEEDS = 3  # kinds of token sequences, see `Trial.tokens`
 
 
 @dataclass(frozen=True)
 class Case:
-    """A sequence of `length` random tokens (from `seed`) and the places where it is cut."""
+    """A sequence of `length` random tokens (from `seed`), the places where it is cut, and its company. A law looks at
+    what concerns it (`laws.Law.uses`).
+
+    rows     sequences in the batch; this one is number `row` of them
+    padding  how many tokens longer its neighbours are: so many are appended to it, and their logits are not looked at
+    before   tokens of another sequence that is read first
+    """
 
     length: int
     cuts: tuple[int, ...] = ()
     seed: int = 0
+    rows: int = 1
+    row: int = 0
+    padding: int = 0
+    before: int = 0
 
     @property
     def sizes(self) -> list[int]:
@@ -26,44 +41,103 @@ class Case:
         places = [0, *self.cuts, self.length]
         return [after - before for before, after in pairwise(places)]
 
+    def choices(self) -> dict[str, Any]:
+        """What differs from the simplest case, for a replay and for a file.
+
+        >>> Case(10, (3, 4), seed=1).choices()
+        {'length': 10, 'cuts': (3, 4), 'seed': 1}
+        """
+        simplest = vars(Case(self.length))
+        return {"length": self.length} | {name: value for name, value in vars(self).items() if value != simplest[name]}
+
     def __str__(self) -> str:
-        return f"{self.length} tokens (seed {self.seed}) in pieces of {self.sizes}"
+        pieces = f" in pieces of {_short(self.sizes)}" if self.cuts else ""
+        beside = f", row {self.row} of {self.rows}" if self.rows > 1 else ""
+        padded = f", {self.padding} tokens of padding after it" if self.padding else ""
+        before = f", after {self.before} tokens of another sequence" if self.before else ""
+        return f"{self.length} tokens (seed {self.seed}){pieces}{beside}{padded}{before}"
+
+
+def pieces(length: int, *sizes: int) -> tuple[int, ...]:
+    """The cuts of a sequence into pieces of these sizes, the last size repeated to the end.
+
+    >>> pieces(10, 4, 1, 2)
+    (4, 5, 7, 9)
+    """
+    filled = [*sizes, *[sizes[-1]] * (length // sizes[-1])]
+    return tuple(place for place in accumulate(filled) if place < length)
+
+
+def compositions(length: int, borders: tuple[int, ...] = ()) -> st.SearchStrategy[tuple[int, ...]]:
+    """Ways to cut `length` tokens: few cuts, often at the borders, or pieces of a few sizes that repeat, often of one token.
+
+    Shrinks to a single cut after the first token.
+    """
+    near = {border + off for border in (1, *borders, *POWERS) for off in (-1, 0, 1)}
+    special = sorted(size for size in near if 0 < size < length) or [1]
+    size = st.integers(1, length - 1) if length > 1 else st.just(1)
+    cuts = st.lists(size | st.sampled_from(special), min_size=1, max_size=5, unique=True).map(lambda c: tuple(sorted(c)))
+    sizes = st.lists(st.just(1) | st.sampled_from(special) | size, min_size=2, max_size=5)
+    return cuts | sizes.map(lambda some: pieces(length, *some) or (1,))
 
 
 def cases(longest: int, borders: tuple[int, ...] = ()) -> st.SearchStrategy[Case]:
-    """Sequences of 2 to `longest` tokens, cut anywhere, and often where an inner working changes."""
+    """Sequences of 2 to `longest` tokens, cut anywhere, and often where an inner working changes; company of every kind."""
 
     @st.composite
     def draw_case(draw: st.DrawFn) -> Case:
-        length = draw(st.integers(2, longest))
-        special = sorted(
-            {place for border in (1, *borders) for place in (border - 1, border, border + 1) if 0 < place < length}
-        )
-        place = st.integers(1, length - 1)
-        if special:
-            place = st.sampled_from(special) | place
-        cuts = draw(st.lists(place, min_size=1, max_size=6, unique=True))
-        return Case(length, tuple(sorted(cuts)), draw(st.integers(0, 3)))
+        length = draw(st.integers(2, min(longest, SHORT)) | st.integers(2, longest))
+        cuts = draw(compositions(length, borders))
+        seed = draw(st.integers(0, SEEDS - 1))
+        rows = draw(st.integers(2, 4))
+        row = draw(st.integers(0, rows - 1))
+        return Case(length, cuts, seed, rows, row, draw(st.integers(0, 9)), draw(st.integers(1, longest)))
 
     return draw_case()
 
 
 def edge_cases(longest: int, borders: tuple[int, ...] = ()) -> list[Case]:
-    """The cases that faults have been found on, small ones first: two pieces, the first or last token alone, equal
-    pieces, each border and its neighbours."""
-    short = min(longest, 8)
-    found = [Case(short, (short // 2,)), Case(short, (1,))]
-    pieces = min(longest, 100)
-    found += [Case(longest, (longest - 1,)), Case(pieces, tuple(range(5, pieces, 5)))]
-    for border in (*borders, 64):
-        found += [Case(longest, (cut,)) for cut in (border - 1, border, border + 1) if 0 < cut < longest]
-    return found
+    """The cases that faults have been found on, those first that must never be left out: two pieces, a long sequence in
+    small pieces of many sizes, then the first or last token alone, single tokens after a long piece, each border and its
+    neighbours."""
+    short, middle = min(longest, 8), min(longest, 72)
+    found = [
+        Case(short, (short // 2,), rows=2, padding=3, before=short),
+        Case(longest, pieces(longest, 1, 2, 7, 3, 13, 1, longest // 3 + 1, 4, 6, 1, longest), rows=3, row=1, before=3),
+        Case(middle, pieces(middle, middle - min(8, middle // 2), 1), rows=2, row=1, before=middle),
+        Case(short, (1,), 2, rows=2, row=1, before=1),
+        Case(longest, (longest - 1,), 1, rows=4, row=3, padding=1, before=longest),
+        Case(longest, pieces(longest, 5), rows=3, row=2, padding=6, before=2),
+        Case(middle, pieces(middle, 3, 2), 2, rows=3, before=5),
+    ]
+    for place, border in enumerate((*borders, 64)):
+        for cut in (border - 1, border, border + 1):
+            if 0 < cut < longest:
+                found += [Case(longest, (cut,), place % SEEDS, rows=2, row=place % 2, padding=cut % 4, before=cut)]
+                found += [Case(longest, pieces(longest, cut), place % SEEDS, rows=2, padding=cut % 3, before=cut)]
+    return [case for case in found if case.cuts]
+
+
+ESSENTIAL = 3  # so many of the first edge cases are tried whatever they cost
 
 
 def aligned_cases(multiple: int, longest: int) -> list[Case]:
     """Sequences cut at multiples of a length only, with a rest of any length at the end; short ones first."""
     k, long = multiple, min(longest, 12 * multiple + 100)
     lengths = [length for length in (2 * k, 2 * k + 1, 3 * k - 1, 4 * k + k // 2, 6 * k + 1, long) if 2 <= length <= longest]
-    everywhere = [Case(length, tuple(range(k, length, k)), seed) for seed, length in enumerate(lengths) if length > k]
+    everywhere = [Case(length, pieces(length, k), seed % SEEDS) for seed, length in enumerate(lengths) if length > k]
     once = [Case(long, (place,)) for place in sorted({long * part // 8 // k * k for part in range(1, 8)}) if 0 < place < long]
     return everywhere + once
+
+
+def _short(sizes: list[int]) -> str:
+    """A list that fits a line, repeats counted.
+
+    >>> _short([3, *[1] * 20, 2])
+    '[3, 20 x 1, 2]'
+    """
+    runs: list[tuple[int, int]] = []
+    for size in sizes:
+        runs = [*runs[:-1], (runs[-1][0] + 1, size)] if runs and runs[-1][1] == size else [*runs, (1, size)]
+    parts = [part for n, size in runs for part in ([f"{n} x {size}"] if n > 3 else [str(size)] * n)]
+    return f"[{', '.join(parts if len(parts) < 13 else [*parts[:10], '...', parts[-1]])}]"

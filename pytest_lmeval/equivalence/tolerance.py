@@ -8,7 +8,8 @@ floor of a few roundings.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,17 +17,27 @@ from torch import Tensor
 RMS_FACTOR, MAX_FACTOR = 8.0, 16.0
 FLOOR = {torch.float64: 1e-5}  # models round to float32 inside (norms, softmax), whatever their weights are
 ROUNDINGS = 32
+COLUMNS = 4096  # of a larger vocabulary, so many entries are compared: a fault shows in all of them
 
 
 @dataclass(frozen=True)
 class Excess:
-    """How a run compares: `ratio` of root mean square errors; allowed if `share` of the allowance is at most 1."""
+    """How a run compares with a yardstick.
+
+    ratio     its root mean square error over that of the full run: about 1 where all is well, allowed 8
+    share     the part of the allowance that it took: kept if at most 1
+    error     the largest error, in nats
+    allowed   what `error` may be
+    position  the token at which it is
+    profile   [t] error of each token over `allowed`
+    """
 
     ratio: float
     share: float
-    error: float  # the largest, in nats
+    error: float
     allowed: float
-    position: int  # where the largest is
+    position: int
+    profile: Tensor
 
 
 @dataclass(frozen=True)
@@ -37,25 +48,29 @@ class Yardstick:
     full_error: Tensor  # [t] nats: error of the full run against the reference
     dtype: torch.dtype
 
-    def measure(self, logits: Tensor, other: Tensor | None = None) -> Excess:
-        """Compare a run's logits [t, v] of the same sequence, or of its first t tokens, with the reference or another run."""
-        t = logits.shape[0]
-        reference, full_error = self.reference[:t], self.full_error[:t]
-        if other is not None:
-            reference = log_probabilities(other)
-        error = token_errors(log_probabilities(logits), reference)
-        largest = min(float(reference[reference.isfinite()].abs().max()), 100.0)
+    def against(self, other: Tensor) -> Yardstick:
+        """The same allowance, to compare with another run's log-probabilities."""
+        return replace(self, reference=other)
+
+    def measure(self, run: Tensor) -> Excess:
+        """Compare log-probabilities [t, v] of the same sequence, or of its first t tokens, with the reference."""
+        reference = self.reference[: run.shape[0]]
+        error = token_errors(run, reference)
+        finite = reference[reference.isfinite()]
+        largest = min(float(finite.abs().max()), 100.0) if finite.numel() else 100.0
         floor = max(ROUNDINGS * torch.finfo(self.dtype).eps, FLOOR.get(self.dtype, 0.0)) * max(1.0, largest)
-        rms, full_rms = float(error.square().mean().sqrt()), float(full_error.square().mean().sqrt())
+        rms, full_rms = (math.sqrt(float(e.square().mean())) for e in (error, self.full_error))
         position = int(error.argmax())
-        allowed = MAX_FACTOR * float(full_error.max()) + floor
+        allowed = MAX_FACTOR * float(self.full_error.max()) + floor
         share = max(rms / (RMS_FACTOR * full_rms + floor), float(error[position]) / allowed)
-        return Excess(rms / max(full_rms, floor / RMS_FACTOR), share, float(error[position]), allowed, position)
+        ratio = rms / max(full_rms, torch.finfo(self.dtype).eps)
+        return Excess(ratio, share, float(error[position]), allowed, position, error / allowed)
 
 
 def log_probabilities(logits: Tensor) -> Tensor:
-    """[t, v] logits to float64 log-probabilities on the CPU."""
-    return torch.log_softmax(logits.detach().to("cpu", torch.float64), dim=-1)
+    """[t, v] logits to float64 log-probabilities on the CPU, of an even sample of a large vocabulary."""
+    found = torch.log_softmax(logits.detach().to("cpu", torch.float64), dim=-1)
+    return found if found.shape[-1] <= 2 * COLUMNS else found[:, :: found.shape[-1] // COLUMNS].clone()
 
 
 def token_errors(run: Tensor, reference: Tensor) -> Tensor:

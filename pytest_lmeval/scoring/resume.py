@@ -59,11 +59,17 @@ class Saver:
 
 
 def load_point(file: IO[bytes], lm: Model) -> Point:
-    """Unpickle a saved point, with nothing but tensors, plain values, and the classes that a state of `lm` is made of.
+    """The point in a file that `Saver` wrote."""
+    saved = safe_load(file.read(), lm)
+    meta = json.loads(saved["meta"])
+    return Point(Reading.from_json(meta.pop("reading")), state=saved["state"], **meta)
+
+
+def safe_load(content: bytes, lm: Model) -> Any:
+    """Unpickle what `torch.save` wrote: tensors, plain values, and the classes that a state of `lm` is made of.
 
     A file in the output folder may come from anywhere (a cache, an artefact): it must not be able to run code.
     """
-    content = file.read()
     names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content))
     allowed: list[Any] = []
     if names:
@@ -72,9 +78,7 @@ def load_point(file: IO[bytes], lm: Model) -> Point:
         own = state_types(state)
         allowed = [found for name in names if (found := _class(name)) in own]
     with torch.serialization.safe_globals(allowed):
-        saved = torch.load(io.BytesIO(content), map_location=lm.device, weights_only=True)
-    meta = json.loads(saved["meta"])
-    return Point(Reading.from_json(meta.pop("reading")), state=saved["state"], **meta)
+        return torch.load(io.BytesIO(content), map_location=lm.device, weights_only=True)
 
 
 def _class(name: str) -> type | None:

@@ -1,0 +1,34 @@
+"""Every planted fault is caught with the default budget, and no correct model is accused of one."""
+
+import pytest
+import torch
+from clean_models import CLEAN
+from faults import FAULTS
+
+from pytest_lmeval.adapters import as_model
+from pytest_lmeval.equivalence import equivalence
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_a_planted_fault_is_caught(fault):
+    result = equivalence(as_model(fault.model()))
+    assert result.verdict not in ("exact-any-chunk", "consistent", "stateless")
+    assert result.certificate.broken & fault.breaks, result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", CLEAN)
+def test_a_correct_model_is_not_accused(name, dtype):
+    model = CLEAN[name]().to(dtype)
+    result = equivalence(as_model(model))
+    assert result.certificate.broken == frozenset(), result
+    assert result.verdict == ("exact-any-chunk" if dtype in (torch.float32, torch.float64) else "consistent")
+
+
+def test_the_catalogue_is_whole():
+    numbers = {fault.number for fault in FAULTS} - {"+"}
+    assert numbers == {f"F{n}" for n in range(1, 30)}
+    assert len({fault.name for fault in FAULTS}) == len(FAULTS) >= 40
+    assert {law for fault in FAULTS for law in fault.breaks} >= {
+        "splits", "steps", "causality", "prefix", "rows", "fork", "isolation", "size", "resume", "repeat",
+    }  # fmt: skip
