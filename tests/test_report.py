@@ -16,7 +16,7 @@ HOSTILE = "<script>alert('x')</script> | `code` **bold** [link](javascript:x) {{
 
 def document(**changes):
     copy = json.loads(json.dumps(GOLDEN))
-    copy["records"][0].update(changes)
+    copy["records"][1].update(changes)
     return copy
 
 
@@ -86,3 +86,21 @@ def test_numbers_read_as_people_write_them():
     assert [number(x) for x in (0, 1234567, 1234.5, 0.00012346, -2.5)] == ["0", "1,234,567", "1,234", "0.0001235", "-2.5"]
     assert interval({"low": None, "high": None}) == ""
     assert [size_of(x) for x in (0, 1023, 1024, 5 * 2**40)] == ["0 B", "1023 B", "1.0 KiB", "5120.0 GiB"]
+
+
+def test_verdicts_have_a_table_of_their_own():
+    record = json.loads(json.dumps(GOLDEN["records"][0]))
+    law = record["certificate"]["laws"]["splits"]
+    law.update(kept=False, counterexample="off", counterexamples=[{"replay": "pytest_lmeval.replay(lm, <3>)"}])
+    record["certificate"].update(verdict="exact-step-only", limit="it reads at most 37 tokens", longest=160)
+    many = [{**record, "lm": {**record["lm"], "spec": f"model {n}", "fingerprint": str(n)}} for n in range(20)]
+    changed = {**GOLDEN, "records": many, "skipped": [{"test": "test_a[b]", "reason": "needs | a kernel"}]}
+    markdown, html = (pages.render(name, changed) for name in ("summary.md", "report.html"))
+    assert "| model 7 | exact-step-only | splits |" in markdown
+    assert "needs \\| a kernel" in markdown
+    for page in (markdown, html):
+        assert "20 models" in page
+    assert "pytest_lmeval.replay(lm, &lt;3&gt;)" in html
+    assert "it reads at most 37 tokens" in html
+    lines = terminal.lines(many, width=100)
+    assert sum("breaks splits" in line for line in lines) == 20

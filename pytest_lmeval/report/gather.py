@@ -19,6 +19,7 @@ class Reports:
         self.records: list[dict[str, Any]] = []
         self.notes: list[str] = []
         self.keys: set[str] = set()
+        self.skipped: list[dict[str, str]] = []
         self.written: list[str] = []
 
     @pytest.hookimpl(tryfirst=True)
@@ -35,6 +36,8 @@ class Reports:
             self.records += [{**record, "outcome": report.outcome} for record in log["records"]]
             self.notes += log["notes"]
             self.keys.update(log["keys"])
+            if report.skipped and not log["records"] and isinstance(report.longrepr, tuple):
+                self.skipped.append({"test": report.nodeid, "reason": str(report.longrepr[2]).removeprefix("Skipped: ")})
 
     def pytest_sessionfinish(self, exitstatus: int) -> None:
         if not self.records:
@@ -43,7 +46,7 @@ class Reports:
 
         folder = output_folder(self.config)
         run = {"started": self.started, "command": self.config.invocation_params.args, "exit_status": int(exitstatus)}
-        self.written = write.reports(folder, self.records, run=run, root=self.config.rootpath)
+        self.written = write.reports(folder, self.records, run=run, root=self.config.rootpath, skipped=self.skipped)
         if exitstatus not in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR):
             from pytest_lmeval.results.journal import Journal
 

@@ -20,7 +20,7 @@ def environment() -> SandboxedEnvironment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    sandbox.filters.update(number=tables.number, size=tables.size_of, model_line=tables.model_line, cell=cell)
+    sandbox.filters.update(number=tables.number, size=tables.size_of, cell=cell)
     return sandbox
 
 
@@ -34,9 +34,8 @@ def cell(text: str) -> str:
 
 def render(name: str, document: dict[str, Any]) -> str:
     records = document["records"]
-    models = {record["lm"]["fingerprint"]: record["lm"] for record in records}
-    template = environment().get_template(name)
-    return template.render(**document, groups=tables.groups(records), models=models.values())
+    shown = {name: getattr(tables, name)(records) for name in ("groups", "verdicts", "model_lines")}
+    return environment().get_template(name).render(**{"skipped": [], **document}, **shown)
 
 
 PAGES: dict[str, Callable[[dict[str, Any]], str]] = {

@@ -14,10 +14,11 @@ HEADLINES = {  # kind -> the metrics that a summary shows; a report shows all of
         "loss_slope",
         "tokens_per_second",
     ),
-    "equivalence": ("laws_kept", "cases", "worst_ratio"),
     "latency": ("prefill", "ttft", "itl", "e2e"),
     "throughput": ("tokens_per_second",),
 }
+
+MANY = 12  # models, beyond which they are not described one by one
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,49 @@ class Group:
     rows: list[Row]
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """What was found about one model's laws, as text."""
+
+    lm: str
+    verdict: str
+    broken: str
+    covered: str
+    worst_ratio: str
+    outcome: str
+
+
+def verdicts(records: list[dict[str, Any]]) -> list[Verdict]:
+    """A line for each model whose laws were asked for."""
+    found = []
+    for record in records:
+        certificate = record["certificate"]
+        if record["kind"] != "equivalence" or not certificate:
+            continue
+        laws = certificate["laws"]
+        cases, longest = sum(law["cases"] for law in laws.values()), certificate.get("longest")
+        ratio = certificate["worst_ratio"]
+        found.append(
+            Verdict(
+                record["lm"]["spec"],
+                certificate["verdict"],
+                ", ".join(name for name, law in laws.items() if not law["kept"]),
+                f"{cases:,} cases" + (f", up to {longest:,} tokens" if longest else ""),
+                "" if ratio is None else number(ratio),
+                record.get("outcome", ""),
+            )
+        )
+    return found
+
+
+def model_lines(records: list[dict[str, Any]]) -> list[str]:
+    """The models in a line each; of very many, only how many they are."""
+    models = {record["lm"]["fingerprint"]: model_line(record["lm"]) for record in records}
+    return list(models.values()) if len(models) <= MANY else [f"{len(models)} models"]
+
+
 def groups(records: list[dict[str, Any]]) -> list[Group]:
-    """The records with the numbers that a summary shows."""
+    """The records with the numbers that a summary shows; verdicts have a table of their own."""
     return [
         Group(
             test=record["test"],
@@ -56,6 +98,7 @@ def groups(records: list[dict[str, Any]]) -> list[Group]:
             rows=_rows(record),
         )
         for record in records
+        if record["kind"] != "equivalence"
     ]
 
 

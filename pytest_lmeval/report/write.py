@@ -17,8 +17,12 @@ from pytest_lmeval.results import environment
 from pytest_lmeval.results.record import SCHEMA
 
 
-def reports(folder: Path, records: list[dict[str, Any]], *, run: dict[str, Any], root: Path) -> list[str]:
+def reports(
+    folder: Path, records: list[dict[str, Any]], *, run: dict[str, Any], root: Path, skipped: list[dict[str, str]] | None = None
+) -> list[str]:
     """Write the reports of a run; returns lines that say where they are, or what went wrong with one.
+
+    skipped  tests that measured nothing, each with its reason
 
     The numbers are safe before anything is rendered: a page that fails costs only itself.
     """
@@ -38,6 +42,7 @@ def reports(folder: Path, records: list[dict[str, Any]], *, run: dict[str, Any],
             seed=0,
         ),
         "records": records,
+        "skipped": skipped or [],
     }
     replace_text(folder / "metrics.json", json.dumps(document, indent=1, allow_nan=False) + "\n")
     written = ["metrics.json"]

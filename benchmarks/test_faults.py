@@ -1,0 +1,85 @@
+"""Which law catches which planted fault, what a verdict costs, and what a model in 16 bits can and cannot see.
+
+The faults are those of `tests/faults.py`: correct tiny models with one thing done wrong, most of it seen in real systems.
+"""
+
+import pytest
+import torch
+from clean_models import CLEAN
+from faults import FAULTS
+
+from pytest_lmeval.adapters import as_model
+from pytest_lmeval.equivalence import LAWS, equivalence
+
+pytestmark = pytest.mark.benchmark
+
+PRECISIONS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def test_every_fault_is_caught(capsys):
+    rows, missed, seconds, calls = [], [], [], []
+    for fault in FAULTS:
+        result = equivalence(as_model(fault.model()))
+        broken = result.certificate.broken
+        rows.append(
+            f"{fault.number:>4} {fault.name:32}" + " ".join(("x" if law in broken else "").center(len(law)) for law in LAWS)
+        )
+        missed += [] if broken & fault.breaks else [fault.name]
+        seconds.append(result.record.cost["seconds"])
+        calls.append(result.record.settings["calls"])
+    with capsys.disabled():
+        print("\n", " " * 36, " ".join(LAWS))
+        print("\n".join(rows))
+        print(f"{len(FAULTS) - len(missed)} of {len(FAULTS)} planted faults caught; missed: {missed or 'none'}")
+        print(f"a verdict takes {_middle(seconds):.2f} s and {_middle(calls):.0f} calls (median of {len(FAULTS)} tiny models)")
+    assert not missed
+
+
+def test_no_correct_model_is_accused(capsys):
+    accused = []
+    for name, model in CLEAN.items():
+        for dtype in PRECISIONS:
+            certificate = equivalence(as_model(model().to(dtype))).certificate
+            accused += [(name, dtype, certificate.broken)] if certificate.broken else []
+            with capsys.disabled():
+                print(f"\n{name:16} {str(dtype):16} {certificate.verdict:16} worst ratio {certificate.worst_ratio:.2f}", end="")
+    with capsys.disabled():
+        print(f"\n{len(accused)} false alarms on {len(CLEAN)} models in {len(PRECISIONS)} precisions")
+    assert not accused
+
+
+def test_what_16_bits_can_see(capsys):
+    """The same faults in bfloat16: seen there, seen only in the copy in float32, or smaller than the rounding of 16 bits."""
+    alone, by_copy, hidden = [], [], []
+    for fault in FAULTS:
+        certificate = equivalence(as_model(fault.model().bfloat16())).certificate
+        messages = [law.counterexample for law in certificate.laws.values() if not law.kept]
+        if not messages:
+            hidden.append(fault.name)
+        elif all("a copy of it in float32" in message for message in messages):
+            by_copy.append(fault.name)
+        else:
+            alone.append(fault.name)
+    with capsys.disabled():
+        print(f"\nbfloat16 alone sees {len(alone)} of {len(FAULTS)} faults")
+        print(f"a copy in float32 shows {len(by_copy)} more: {', '.join(by_copy)}")
+        print(f"{len(hidden)} are no larger than the rounding of 16 bits: {', '.join(hidden)}")
+    assert len(alone) > len(FAULTS) / 2
+
+
+@pytest.mark.parametrize("name", ["Attention", "Selective"])
+def test_calls_do_not_grow_with_the_length(name, capsys):
+    calls = {}
+    for longest in (40, 80, 160, 320, 640):
+        result = equivalence(as_model(CLEAN[name]()), longest=longest, examples=20, budget=600.0)
+        tokens = sum(law.cases for law in result.laws.values())
+        calls[longest] = result.record.settings["calls"]
+        with capsys.disabled():
+            print(f"\n{name}, up to {longest} tokens: {calls[longest]} calls for {tokens} cases", end="")
+    with capsys.disabled():
+        print()
+    assert calls[640] < 16 * calls[40]  # a check of every cut would need 16 times as many, one of every composition no end
+
+
+def _middle(values):
+    return sorted(values)[len(values) // 2]
