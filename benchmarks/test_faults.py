@@ -11,7 +11,7 @@ from faults import FAULTS
 from pytest_lmeval.adapters import as_model
 from pytest_lmeval.equivalence import LAWS, equivalence
 
-pytestmark = pytest.mark.benchmark
+pytestmark = [pytest.mark.benchmark, pytest.mark.slow]
 
 PRECISIONS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -42,7 +42,7 @@ def test_no_correct_model_is_accused(capsys):
             certificate = equivalence(as_model(model().to(dtype))).certificate
             accused += [(name, dtype, certificate.broken)] if certificate.broken else []
             with capsys.disabled():
-                print(f"\n{name:16} {str(dtype):16} {certificate.verdict:16} worst ratio {certificate.worst_ratio:.2f}", end="")
+                print(f"\n{name:16} {dtype!s:16} {certificate.verdict:16} worst ratio {certificate.worst_ratio:.2f}", end="")
     with capsys.disabled():
         print(f"\n{len(accused)} false alarms on {len(CLEAN)} models in {len(PRECISIONS)} precisions")
     assert not accused

@@ -22,6 +22,7 @@ _HOMES = {
     "load": "pytest_lmeval.adapters",
     "perplexity": "pytest_lmeval.scoring.perplexity",
     "replay": "pytest_lmeval.equivalence.probe",
+    "score_rows": "pytest_lmeval.scoring.rows",
     "state_bytes": "pytest_lmeval.lm",
     "throughput": "pytest_lmeval.profiling.throughput",
 }

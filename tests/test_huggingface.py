@@ -7,7 +7,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from pytest_lmeval.adapters import as_model, load  # noqa: E402
-from pytest_lmeval.lm import SpecError, fork  # noqa: E402
+from pytest_lmeval.lm import ModelError, SpecError, fork  # noqa: E402
 from pytest_lmeval.scoring.perplexity import perplexity  # noqa: E402
 from pytest_lmeval.stream import stream  # noqa: E402
 
@@ -144,3 +144,25 @@ def test_a_folder_without_a_tokenizer_scores_ids_and_refuses_text(tmp_path):
     assert perplexity(lm, IDS, tokens=50).tokens == 49
     with pytest.raises(SpecError, match="has no tokenizer that can be loaded"):
         perplexity(lm, corpus("stdlib", "test"), tokens=50)
+
+
+def test_a_model_whose_cache_crashes_is_read_without_it_and_says_so():
+    module = MODELS["llama"]()
+    forward = module.forward
+
+    def crashing(input_ids=None, use_cache=None, **rest):
+        if use_cache:
+            raise AttributeError("no attribute 'num_hidden_layers'")
+        return forward(input_ids=input_ids, use_cache=False, **rest)
+
+    module.forward = crashing
+    lm = as_model(module)
+    assert not lm.stateful
+    assert "without its cache, which raised AttributeError: no attribute" in lm.form
+
+
+def test_a_model_that_cannot_be_called_at_all_is_named_with_the_reason():
+    module = MODELS["llama"]().to("meta")
+    module.model.embed_tokens = torch.nn.Embedding(64, 32)
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM.*raised .*on several devices: 1 tensors on cpu, \d+ tensors on meta"):
+        as_model(module)

@@ -50,6 +50,24 @@ def test_a_router_that_goes_another_way_without_a_tie_is_caught():
     assert result.certificate.flips == 0
 
 
+def test_rounding_that_goes_with_the_other_tokens_of_an_expert_is_no_view_of_the_future():
+    class Grouped(Experts):
+        """As grouped matrix products round: by how many tokens of the whole call an expert has."""
+
+        leak = 1e-7
+
+        def forward(self, input_ids, state=None):
+            logits, state = super().forward(input_ids, state)
+            logits[..., 0] += self.leak * (input_ids % 2).sum()
+            return logits, state
+
+    class Leaking(Grouped):
+        leak = 1e-3
+
+    assert equivalence(as_model(Grouped())).laws["causality"].kept
+    assert equivalence(as_model(Leaking())).verdict == "non-causal"
+
+
 @pytest.mark.parametrize("small", [1e-7, 1e-8])
 def test_a_dropped_state_is_not_excused_by_ties(small):
     class Forgetting(Experts):

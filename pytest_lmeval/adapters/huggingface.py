@@ -77,20 +77,24 @@ def adapt(module: nn.Module, *, spec: str, tokenizer: Any = None) -> Model:
     if hasattr(tokenizer, "bos_token_id"):
         tokenizer = Words(tokenizer, spec)
     first_token = torch.zeros(1, 1, dtype=torch.long, device=next(module.parameters()).device)
+    form, state = "transformers", None
     try:
-        with torch.no_grad():
-            logits, state = advance_with_cache(module)(first_token, None, None)
-    except Exception as error:
-        raise ModelError(
-            f"{spec} ({type(module).__name__}) was asked for the logits of one token (id 0, shape [1, 1]) and raised "
-            f"{type(error).__name__}: {error}.{places(module)}"
-        ) from error
+        logits, state = _asked(advance_with_cache(module), first_token)
+    except Exception as error:  # noqa: BLE001 - a cache may fail in any way; without it, the model may still be read in windows
+        try:
+            logits, _ = _asked(advance_without_cache(module), first_token)
+        except Exception:  # noqa: BLE001 - what is told is why it failed as it is meant to be used
+            raise ModelError(
+                f"{spec} ({type(module).__name__}) was asked for the logits of one token (id 0, shape [1, 1]) and raised "
+                f"{type(error).__name__}: {error}.{places(module)}"
+            ) from error
+        form = f"transformers, without its cache, which raised {type(error).__name__}: {error}"
     stateful = state is not None
     rebuild = advance_with_cache if stateful else advance_without_cache
     return Model(
         rebuild(module),
         spec,
-        form="transformers",
+        form=form,
         stateful=stateful,
         vocab_size=logits.shape[-1],
         module=module,
@@ -99,6 +103,11 @@ def adapt(module: nn.Module, *, spec: str, tokenizer: Any = None) -> Model:
         context_length=getattr(text_config, "max_position_embeddings", None),
         borders=tuple(sorted({n for name in BORDERS if isinstance(n := getattr(text_config, name, None), int) and n > 1})),
     )
+
+
+def _asked(advance: Advance, first_token: Tensor) -> tuple[Tensor, State]:
+    with torch.no_grad():
+        return advance(first_token, None, None)
 
 
 def advance_with_cache(module: nn.Module) -> Advance:

@@ -42,7 +42,7 @@ from pytest_lmeval.results.record import Record
 STEPS_LONGEST = 48
 LARGEST_BORDER = 512  # of a window that is read past of its own accord; for a larger one, set `longest`
 CORE = frozenset({"causality", "prefix", "splits", "steps"})  # what streaming rests on: never tried on a short case only
-QUICK = 2000  # calls that the budget has room for: then no edge case is left out, however busy the machine is
+QUICK = 4000  # calls that the budget has room for: then no edge case is left out, however busy the machine is
 AFFORDABLE = 200  # likewise: then no essential one is
 SEARCH = 0.75  # of the budget; the rest is for making counterexamples small
 

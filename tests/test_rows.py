@@ -1,0 +1,84 @@
+"""The score of a row does not depend on the size of the batch, the order, the neighbours or the padding."""
+
+import numpy as np
+import pytest
+import torch
+from clean_models import CLEAN
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toys import VOCAB, Broken, Functional, Neighbourly, Seeing, Stateless
+
+from pytest_lmeval import as_model, score_rows
+from pytest_lmeval.stream import NotFiniteError, StreamError, stream
+
+RIGHT = [Functional, Stateless, CLEAN["Windowed"], CLEAN["Selective"], CLEAN["Experts"]]
+
+rows = st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=2, max_size=24), min_size=1, max_size=9)
+
+
+def off(model, sequences, batch_size, order):
+    """How far the scores, read in another order and in batches, are from those of each row alone."""
+    lm = as_model(model)
+    alone = [score_rows(lm, [row])[0] for row in sequences]
+    shuffled = score_rows(lm, [sequences[place] for place in order], batch_size=batch_size)
+    return max(float(np.abs(alone[place] - nll).max()) for place, nll in zip(order, shuffled, strict=True))
+
+
+@pytest.mark.parametrize("model", RIGHT)
+@settings(max_examples=40, deadline=None)
+@given(sequences=rows, batch_size=st.integers(1, 9), data=st.data())
+def test_a_row_costs_the_same_in_any_company(model, sequences, batch_size, data):
+    order = data.draw(st.permutations(range(len(sequences))))
+    assert off(model(), sequences, batch_size, order) < 1e-4
+
+
+@pytest.mark.parametrize("model", [Neighbourly, Seeing])  # the one sees its neighbours, the other the padding
+def test_a_model_that_sees_its_company_is_told_by_that(model):
+    sequences = [[1, 2, 3, 4, 5, 6], [7, 8], [9, 1, 4]]
+    assert off(model(), sequences, 3, (2, 0, 1)) > 1e-4
+
+
+def test_a_padding_that_is_scored_would_be_seen():
+    """The broken twin of `score_rows`: it takes the mean over the batch's width."""
+    lm = as_model(Functional())
+    short, long = score_rows(lm, [[1, 2], list(range(20))])
+    assert [len(short), len(long)] == [1, 19]
+    batch = torch.zeros(2, 19, dtype=torch.long)
+    batch[0, 0], batch[1] = 1, torch.arange(19)
+    with torch.no_grad():
+        logits, _ = lm.step(batch)
+    targets = torch.cat([torch.tensor([2]), torch.zeros(18, dtype=torch.long)])
+    padded = torch.nn.functional.cross_entropy(logits[0], targets)
+    assert abs(float(padded) - short.mean()) > 1e-2
+
+
+def test_a_row_costs_what_a_stream_of_it_costs():
+    lm = as_model(Functional())
+    ids = np.arange(30) % VOCAB
+    streamed = np.concatenate([chunk.nll for chunk in stream(lm, ids, chunk_size=7)])
+    assert np.allclose(score_rows(lm, [[1, 2], ids])[1], streamed, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "said"),
+    [
+        ([[1, 2], [3]], r"row 1 is \[1\]"),
+        ([[1, 2], [[3, 4]]], r"row 1 is \[1, 2\]"),
+        ([[1, 2], [3.5, 1.0]], "row 1 is .* of float64"),
+        ([[1, 2], [3, 99]], "row 1: token 1 of the stream has id 99"),
+    ],
+)
+def test_a_row_that_cannot_be_scored_is_named(sequences, said):
+    with pytest.raises(StreamError, match=said):
+        score_rows(as_model(Functional()), sequences)
+
+
+def test_a_loss_that_is_no_number_is_named_with_its_row():
+    with pytest.raises(NotFiniteError, match=r"row 1: .*loss of nan for token 2"):
+        score_rows(as_model(Broken()), [[1, 2, 3], [1, 7, 3]])
+
+
+def test_no_rows_are_no_work():
+    assert score_rows(as_model(Functional()), []) == []
+    with pytest.raises(StreamError, match="at least one row"):
+        score_rows(as_model(Functional()), [[1, 2]], batch_size=0)
