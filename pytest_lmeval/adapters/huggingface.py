@@ -100,9 +100,15 @@ def adapt(module: nn.Module, *, spec: str, tokenizer: Any = None) -> Model:
         module=module,
         rebuild=rebuild,
         tokenizer=tokenizer_for(tokenizer, logits.shape[-1]),
-        context_length=getattr(text_config, "max_position_embeddings", None),
+        context_length=_context_length(text_config),
         borders=tuple(sorted({n for name in BORDERS if isinstance(n := getattr(text_config, name, None), int) and n > 1})),
     )
+
+
+def _context_length(config: Any) -> int | None:
+    """The most tokens of a sequence, by the names that it has; where it is not positive, there is no limit."""
+    found = (getattr(config, name, None) for name in ("max_position_embeddings", "max_target_positions", "max_seq_len"))
+    return next((length for length in found if isinstance(length, int) and length > 0), None)
 
 
 def _asked(advance: Advance, first_token: Tensor) -> tuple[Tensor, State]:

@@ -40,7 +40,10 @@ def likely_fault(sizes: list[int], excess: Excess) -> str:
     elif sizes[: piece + 1].count(1) == piece + 1 and piece > 1:
         where = f"Read one token at a time, it goes wrong at token {first}"
     later = [place for place in wrong if place >= end]
-    if all(size == 1 for number, size in enumerate(sizes) if _any_wrong(profile, ends, number)) and max(sizes) > 1:
+    if sizes[piece] == 1 and any(size > 1 for size in sizes[1:piece]):
+        where = f"Longer pieces go well, and that of one token after {begin} does not: single tokens take another code path. It"
+        where += " goes wrong there"
+    elif all(size == 1 for number, size in enumerate(sizes) if _any_wrong(profile, ends, number)) and max(sizes) > 1:
         return f"{where}, and only in pieces of one token: single tokens take another code path than longer calls do."
     kind = _course(profile, first, wrong[-1], later)
     small = (
@@ -69,7 +72,7 @@ def _course(profile: list[float], first: int, last: int, later: list[int]) -> st
     if tail >= GROWN * max(rest[0], 1.0) and profile.index(top) > first + len(rest) // 2:
         return "and grows with the text: an error that adds up, as in a state that is rounded, or a count that runs off."
     return (
-        "and stays wrong: positions that restart or are off by some, a mask that hides or shows too much, or a cache that was "
+        "and stays wrong: positions that restart or are off by some, a mask that hides or shows too much, or a state that was "
         "lost or overwritten."
     )
 

@@ -95,7 +95,8 @@ class Search:
         case = smallest(found.case, fails, lambda: tried < FEWEST_SHRINKS or time.perf_counter() < stop)
         small = self.seen[self.fit(case)] or found
         if small.likely:  # how an error runs on can only be seen where something comes after it
-            longer = self.attempt(replace(small.case, length=small.case.length + AFTERMATH))
+            cuts = (*small.case.cuts, small.case.length) if small.case.cuts else ()
+            longer = self.attempt(replace(small.case, length=small.case.length + AFTERMATH, cuts=cuts))
             small.likely = longer.likely if longer is not None and longer.decade in decades else small.likely
         return counterexample(self.law, small.case, str(small), small.error, self.trial.longest)
 

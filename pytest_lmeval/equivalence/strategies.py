@@ -122,10 +122,13 @@ ESSENTIAL = 3  # so many of the first edge cases are tried whatever they cost
 
 
 def aligned_cases(multiple: int, longest: int) -> list[Case]:
-    """Sequences cut at multiples of a length only, with a rest of any length at the end; short ones first."""
+    """Sequences cut at multiples of a length only, with a rest of any length at the end, many of one token."""
     k, long = multiple, min(longest, 12 * multiple + 100)
-    lengths = [length for length in (2 * k, 2 * k + 1, 3 * k - 1, 4 * k + k // 2, 6 * k + 1, long) if 2 <= length <= longest]
-    everywhere = [Case(length, pieces(length, k), seed % SEEDS) for seed, length in enumerate(lengths) if length > k]
+    rests = [2 * k, 3 * k - 1, 4 * k + k // 2, long]
+    singles = [times * k + 1 for times in range(1, 13) if times * k < longest]
+    seeds = range(max(SEEDS, 24 // max(1, len(singles))))
+    everywhere = [Case(length, pieces(length, k), seed) for length in rests if k < length <= longest for seed in range(SEEDS)]
+    everywhere += [Case(length, pieces(length, k), seed) for length in singles for seed in seeds]
     once = [Case(long, (place,)) for place in sorted({long * part // 8 // k * k for part in range(1, 8)}) if 0 < place < long]
     return everywhere + once
 

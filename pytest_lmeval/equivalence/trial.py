@@ -122,13 +122,18 @@ class Trial:
         return bool(recorded(lambda: self.logits(self.tokens(4, 0), [4]), rows=1, row=0, pieces=[4]))
 
     @functools.cached_property
-    def only_steps(self) -> bool:
-        """Whether the model refuses to go on with more than one token at once, instead of doing it wrongly."""
-        try:
-            self.logits(self.tokens(4, 0), [2, 2])
-        except Raised:
-            return self.lm.stateful
-        return False
+    def goes_on(self) -> int | None:
+        """The most tokens that it takes at once after the first piece, right or wrong: None for any number, 1, or 0 for a model
+        that raises whenever it is to go on."""
+        if not self.lm.stateful:
+            return 0
+        for most, sizes in ((None, [2, 2]), (1, [2, 1, 1])):
+            try:
+                self.logits(self.tokens(4, 0), sizes)
+                return most
+            except Raised:
+                continue
+        return 0
 
     def goes_on_past_its_reach(self) -> bool:
         """Whether a sequence longer than the longest piece can be read in pieces."""
