@@ -57,13 +57,14 @@ class Yardstick:
         reference = self.reference[: run.shape[0]]
         error = token_errors(run, reference)
         finite = reference[reference.isfinite()]
-        largest = min(float(finite.abs().max()), 100.0) if finite.numel() else 100.0
-        floor = max(ROUNDINGS * torch.finfo(self.dtype).eps, FLOOR.get(self.dtype, 0.0)) * max(1.0, largest)
+        largest = max(1.0, min(float(finite.abs().max()), 100.0)) if finite.numel() else 100.0
+        rounding = torch.finfo(self.dtype).eps * largest
+        floor = max(ROUNDINGS * rounding, FLOOR.get(self.dtype, 0.0) * largest)
         rms, full_rms = (math.sqrt(float(e.square().mean())) for e in (error, self.full_error))
         position = int(error.argmax())
         allowed = MAX_FACTOR * float(self.full_error.max()) + floor
         share = max(rms / (RMS_FACTOR * full_rms + floor), float(error[position]) / allowed)
-        ratio = rms / max(full_rms, torch.finfo(self.dtype).eps)
+        ratio = rms / max(full_rms, rounding)  # a full run that is no further from its reference than one rounding says little
         return Excess(ratio, share, float(error[position]), allowed, position, error / allowed)
 
 
