@@ -12,7 +12,8 @@ and for hypothesis tests of your own:
         check("splits", trial, case)
 """
 
-from pytest_lmeval.equivalence.laws import LAWS, LawBroken, NotPossible, check
+from pytest_lmeval.equivalence.evidence import LawBroken, NotPossible
+from pytest_lmeval.equivalence.laws import LAWS, check
 from pytest_lmeval.equivalence.probe import equivalence, replay
 from pytest_lmeval.equivalence.strategies import Case, cases, compositions, edge_cases
 from pytest_lmeval.equivalence.trial import Trial

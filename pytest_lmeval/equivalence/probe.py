@@ -26,10 +26,12 @@ from pytest_lmeval.equivalence.certificate import (
     LawResult,
     verdict_of,
 )
+from pytest_lmeval.equivalence.evidence import LawBroken, NotPossible
 from pytest_lmeval.equivalence.known import Known
-from pytest_lmeval.equivalence.laws import LAWS, LawBroken, NotPossible, check, state_sizes
+from pytest_lmeval.equivalence.laws import LAWS, check
 from pytest_lmeval.equivalence.profiles import PROFILES, Profile
 from pytest_lmeval.equivalence.search import Search, counterexample
+from pytest_lmeval.equivalence.states import state_sizes
 from pytest_lmeval.equivalence.strategies import ESSENTIAL, Case, aligned_cases, cases, edge_cases
 from pytest_lmeval.equivalence.trial import LONGEST, Raised, Trial
 from pytest_lmeval.equivalence.twin import twin

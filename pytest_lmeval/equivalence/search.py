@@ -6,7 +6,8 @@ import time
 from dataclasses import replace
 
 from pytest_lmeval.equivalence.certificate import Counterexample, LawResult, finite
-from pytest_lmeval.equivalence.laws import LAWS, LawBroken, NotPossible, broken, check
+from pytest_lmeval.equivalence.evidence import LawBroken, NotPossible, broken
+from pytest_lmeval.equivalence.laws import LAWS, check
 from pytest_lmeval.equivalence.shrink import smallest
 from pytest_lmeval.equivalence.strategies import Case
 from pytest_lmeval.equivalence.trial import LONGEST, Trial

@@ -20,6 +20,7 @@ from pytest_lmeval.lm import Model, ModelError
 from pytest_lmeval.stream import NotFiniteError
 
 LONGEST = 160
+FEW = 24  # tokens that are read one by one
 NO_ROUNDING = 1 << 14  # roundings; where a full run is further than that from its reference, a router may have flipped
 NOT_EXPLAINED = 1e3  # times what one rounding of the weights does: an error that rounding cannot be blamed for
 MEMORY = (torch.OutOfMemoryError, MemoryError)  # say nothing about a model

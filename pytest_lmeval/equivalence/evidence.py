@@ -1,0 +1,97 @@
+"""How two runs are held to each other, and what is raised where a law is broken."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+from torch import Tensor
+
+from pytest_lmeval.equivalence.diagnosis import likely_fault
+from pytest_lmeval.equivalence.strategies import Case
+from pytest_lmeval.equivalence.tolerance import Excess, log_probabilities
+from pytest_lmeval.equivalence.trial import Trial
+
+
+class LawBroken(AssertionError):
+    """A case on which a model breaks a law. `share` is the error over what was allowed.
+
+    What is raised is one of its children, a class for each decade of `share`: hypothesis shrinks each class apart, so
+    that a gross fault does not hide a subtle one, nor the other way round.
+    """
+
+    case: Case
+    share: float = math.inf
+    error: float = math.inf
+    likely: str = ""  # the kind of fault that it looks like
+
+    @property
+    def decade(self) -> int:
+        return decade_of(self.share)
+
+    def __str__(self) -> str:
+        return f"{super().__str__()} {self.likely}".rstrip()
+
+
+def decade_of(share: float) -> int:
+    """0 for up to ten times too much, 1 for up to a hundred, ... 9 for everything above."""
+    return 9 if not math.isfinite(share) else min(9, max(0, math.floor(math.log10(max(share, 1.0)))))
+
+
+@functools.cache
+def _class_of(decade: int) -> type[LawBroken]:
+    return type(f"LawBrokenBy1e{decade}", (LawBroken,), {"__module__": __name__})
+
+
+def broken(case: Case, message: str, *, share: float = math.inf, error: float = math.inf, likely: str = "") -> LawBroken:
+    """The exception for a law that this case breaks."""
+    found = _class_of(decade_of(share))(message)
+    found.case, found.share, found.error, found.likely = case, share, error, likely
+    return found
+
+
+class NotPossible(Exception):
+    """A law that cannot be tried on this model."""
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """Bit-equal, where a place that is no number in both is equal too."""
+    return bool(((one == other) | (one.isnan() & other.isnan())).all())
+
+
+def bit_equal(trial: Trial, case: Case, one: Tensor, other: Tensor, what: str, why: str, *, after: int = 0) -> None:
+    if trial.lm.device.type != "cpu":  # atomic additions and chosen kernels may round otherwise from call to call there
+        near(trial, case, one, other, what, why, after=after)
+    elif not same(one, other):
+        first, error = first_difference(one, other)
+        raise broken(case, f"{case}, {what}: off by {error:.3g} at token {after + first}. {why}", error=error)
+
+
+def near(trial: Trial, case: Case, one: Tensor, other: Tensor, what: str, why: str, *, after: int = 0) -> None:
+    """As near as rounding brings two runs of the same shape, the one perhaps with weights that lie elsewhere in memory."""
+    excess = trial.yardstick(case.seed, case.length).against(log_probabilities(one)).measure(log_probabilities(other))
+    if not excess.share <= 1:
+        raise broken(
+            case,
+            f"{case}, {what}: off by {excess.error:.3g} nats at token {after + excess.position}. {why}",
+            share=excess.share,
+            error=excess.error,
+        )
+
+
+def first_difference(one: Tensor, other: Tensor) -> tuple[int, float]:
+    different = (one != other) & ~(one.isnan() & other.isnan())
+    error = (one.double() - other.double()).abs().nan_to_num(nan=math.inf)
+    return int(different.any(dim=-1).nonzero()[0]), float(error[different].max())
+
+
+def within(case: Case, sizes: list[int], excess: Excess, what: str) -> None:
+    if not excess.share <= 1:
+        raise broken(
+            case,
+            f"{what}: log-probabilities off by {excess.error:.3g} nats at token {excess.position}, allowed "
+            f"{excess.allowed:.2g}.",
+            share=excess.share,
+            error=excess.error,
+            likely=likely_fault(sizes, excess),
+        )
