@@ -19,6 +19,7 @@ from pytest_lmeval.adapters import as_model  # noqa: E402
 
 pytestmark = [pytest.mark.benchmark, pytest.mark.slow]
 
+BUDGET = 4.0  # seconds
 EXACT = ("exact-any-chunk", "")
 KNOWN = {  # from which version on -> what is not exact there: (verdict, the laws that decide it)
     "5.23": {
@@ -68,7 +69,7 @@ def expected(name):
 
 
 def judge(lmeval, model, name):
-    result = lmeval.equivalence(as_model(model, spec=name))
+    result = lmeval.equivalence(as_model(model, spec=name), budget=BUDGET)
     verdict, laws = expected(name)
     assert result.verdict == verdict, result
     assert set(laws.split()) <= result.certificate.broken, result

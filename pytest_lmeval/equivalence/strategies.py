@@ -97,12 +97,12 @@ def cases(longest: int, borders: tuple[int, ...] = ()) -> st.SearchStrategy[Case
 
 
 def edge_cases(longest: int, borders: tuple[int, ...] = ()) -> list[Case]:
-    """The cases that faults have been found on, those first that must never be left out: two pieces, a long sequence in
+    """The cases that faults have been found on, those first that must never be left out: three pieces, a long sequence in
     small pieces of many sizes, then the first or last token alone, single tokens after a long piece, each border and its
     neighbours."""
     short, middle = min(longest, 8), min(longest, 72)
     found = [
-        Case(short, (short // 2,), rows=2, padding=3, before=short),
+        Case(short, pieces(short, 3, 1, 4), rows=2, padding=3, before=short),
         Case(longest, pieces(longest, 1, 2, 7, 3, 13, 1, longest // 3 + 1, 4, 6, 1, longest), rows=3, row=1, before=3),
         Case(middle, pieces(middle, middle - min(8, middle // 2), 1), rows=2, row=1, before=middle),
         Case(short, (1,), 2, rows=2, row=1, before=1),
