@@ -68,7 +68,7 @@ def test_what_16_bits_can_see(capsys):
 
 
 @pytest.mark.parametrize("name", ["Attention", "Selective"])
-def test_calls_do_not_grow_with_the_length(name, capsys):
+def test_calls_grow_more_slowly_than_the_length(name, capsys):
     calls = {}
     for longest in (40, 80, 160, 320, 640):
         result = equivalence(as_model(CLEAN[name]()), longest=longest, examples=20, budget=600.0)

@@ -150,8 +150,14 @@ class Model:
 
     @property
     def dtype(self) -> torch.dtype:
-        floating = (tensor.dtype for tensor in weights(self.module) if tensor.is_floating_point())
-        return next(floating, torch.float32)
+        """The coarsest precision of its weights; of those that a matrix is multiplied in, since packed ones say little."""
+        found = {tensor.dtype for tensor in weights(self.module)} & {
+            torch.float64,
+            torch.float32,
+            torch.bfloat16,
+            torch.float16,
+        }
+        return max(found, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
 
 
 def weights(module: nn.Module | None) -> Iterator[Tensor]:

@@ -245,13 +245,13 @@ def exact_chunk_size(lm: Model, certificate: Any, asked: int | None, window: int
     """
     broken = certificate.broken - ONLY_ASIDE
     verdict = certificate.verdict
-    if certificate.limit_tokens and certificate.limit_is_step:
-        asked = min(asked or default_chunk_size(lm.vocab_size), certificate.limit_tokens)
+    most = certificate.limit_tokens if certificate.limit_is_step else None  # tokens that the model takes at once
+    default = min(most or 1 << 30, default_chunk_size(lm.vocab_size))
     if not broken:
-        return asked
+        return asked if most is None else min(asked or default, most)
     if (k := 1 if broken == {"splits"} and verdict in (STEP_ONLY, INEXACT) else multiple_of(verdict)) is not None:
         if asked is None:
-            return 1 if k == 1 else max(k, default_chunk_size(lm.vocab_size) // k * k)
+            return 1 if k == 1 else max(k, default // k * k)
         if asked == k or (k > 1 and asked % k == 0):
             return asked
         how = "one token at a time" if k == 1 else f"in chunks of multiples of {k}"

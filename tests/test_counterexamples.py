@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import Aligned, Dropped, Functional
+from toys import Aligned, Dropped, Functional, Learning
 
 import pytest_lmeval
 from pytest_lmeval.adapters import as_model
@@ -54,6 +54,9 @@ def test_a_counterexample_says_how_to_try_it_again():
         ("splits", {"length": 0}, "cannot be cut"),
         ("rows", {"length": 8, "rows": 2, "row": 2}, "row 2 of 2"),
         ("splits", {"length": "8"}, "made of numbers"),
+        ("splits", {"length": 8, "cut": 3}, "a case has length, cuts"),
+        ("splits", {"cuts": 3}, "a case has length, cuts"),
+        ("sums", {"length": 1}, "needs two tokens"),
     ],
 )
 def test_a_case_that_is_none_is_refused_by_name(law, case, said):
@@ -201,3 +204,52 @@ def test_a_small_error_is_said_to_be_small():
 def test_pieces_repeat_their_last_size():
     assert pieces(10, 4, 1, 2) == (4, 5, 7, 9)
     assert Case(10, pieces(10, 3)).sizes == [3, 3, 3, 1]
+
+
+@pytest.mark.parametrize("law", ["causality", "prefix", "fork", "resume", "splits"])
+def test_a_replay_without_cuts_cuts_in_the_middle(law):
+    replay(Functional(), law, length=8)
+    replay(Functional(), law, length=8, cuts=3)
+
+
+def test_a_fault_of_the_weights_is_replayed_and_put_back():
+    lm = as_model(Learning())
+    before = {name: tensor.clone() for name, tensor in lm.module.state_dict().items()}
+    line = equivalence(lm).laws["isolation"].counterexamples[-1].replay
+    with pytest.raises(LawBroken, match="parameters or buffers"):
+        eval(line, {"pytest_lmeval": pytest_lmeval, "lm": lm})
+    assert all(torch.equal(before[name], tensor) for name, tensor in lm.module.state_dict().items())
+
+
+def test_a_fault_of_the_copy_in_float32_is_replayed_on_one():
+    lm = as_model(StepTwoOff().bfloat16())
+    result = equivalence(lm)
+    (example, *_) = result.laws["splits"].counterexamples
+    assert "float32=True" in example.replay
+    with pytest.raises(LawBroken):
+        eval(example.replay, {"pytest_lmeval": pytest_lmeval, "lm": lm})
+
+
+class StepTwoOff(Functional):
+    """Wrong by a quarter of its state in chunks of more than one token; its own bfloat16 is so noisy that this drowns."""
+
+    def forward(self, input_ids, state=None):
+        if state is not None and input_ids.shape[1] > 1:
+            state = torch.cat([torch.zeros_like(state[..., :4]), state[..., 4:]], dim=-1)
+        logits, state = super().forward(input_ids, state)
+        if logits.dtype == torch.bfloat16:
+            logits = logits + 0.05 * torch.sin(1000 * logits.float()).to(logits.dtype)
+        return logits, state
+
+
+def test_a_known_case_that_is_longer_than_usual_is_tried_at_its_length(tmp_path):
+    class Late(Functional):
+        def forward(self, input_ids, state=None):
+            hidden, seen = state or (None, 0)
+            logits, hidden = super().forward(input_ids, hidden if seen < 300 else None)
+            return logits, (hidden, seen + input_ids.shape[1])
+
+    lm, file = as_model(Late()), tmp_path / "counterexamples.jsonl"
+    assert equivalence(lm, known=file).verdict == "exact-any-chunk"
+    assert not equivalence(lm, known=file, longest=400).laws["splits"].kept
+    assert not equivalence(lm, known=file).laws["splits"].kept

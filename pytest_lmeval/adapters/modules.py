@@ -107,8 +107,11 @@ def step(source: Any) -> Advance:
 
 
 def get_set_state(module: Any) -> Advance:
-    # A module without reset_state is brought back to the state that it had before its first token.
-    fresh = None if hasattr(module, "reset_state") else fork(module.get_state())
+    # A module without reset_state is brought back to the state that it had before its first token; so is a copy of it, which is
+    # made when it has read some.
+    if not hasattr(module, "reset_state") and not hasattr(module, "_lmeval_fresh"):
+        module._lmeval_fresh = (fork(module.get_state()),)
+    fresh = None if hasattr(module, "reset_state") else module._lmeval_fresh[0]
 
     def advance(input_ids: Tensor, state: State | None, keep: int | None) -> tuple[Tensor, State]:
         if state is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -37,6 +38,9 @@ def _add_up(
     trial: Trial, case: Case, ids: Tensor, scored: Iterator[Chunk], how: str, spans: list[tuple[int, int, int]], piece: int
 ) -> None:
     """Hold what was `scored` to the losses of `spans`: (first token, last but one, targets that were scored before)."""
+    want = sum(float(_losses(trial, ids[:, begin:end], piece)[known:].sum()) for begin, end, known in spans)
+    if not math.isfinite(want):
+        return  # a token that the model rules out cannot be scored, in one way or the other
     reading = Reading()
     targets: list[int] = []
     try:
@@ -48,7 +52,6 @@ def _add_up(
     if targets != list(range(1, case.length)):
         due = f"each of 1 to {case.length - 1} was due once"
         raise broken(case, f"{case.length} tokens in {how}: the targets {targets} were scored, {due}.")
-    want = sum(float(_losses(trial, ids[:, begin:end], piece)[known:].sum()) for begin, end, known in spans)
     allowed = 1e-5 * max(1.0, abs(want)) * (2**13 if trial.lm.dtype in (torch.float16, torch.bfloat16) else 1)
     for name, total in (("", reading.total), (", merged from blocks", np.sum(reading.units, axis=0))):
         off = abs(total[NATS] - want)

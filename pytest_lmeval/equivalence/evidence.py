@@ -79,10 +79,16 @@ def near(trial: Trial, case: Case, one: Tensor, other: Tensor, what: str, why: s
         )
 
 
+def largest_difference(one: Tensor, other: Tensor) -> float:
+    """The largest difference of two runs' logits; infinite where one of them alone is no finite number."""
+    equal = (one == other) | (one.isnan() & other.isnan())
+    error = (one.double() - other.double()).abs().masked_fill(equal, 0.0)
+    return float(error.nan_to_num(nan=math.inf).max())
+
+
 def first_difference(one: Tensor, other: Tensor) -> tuple[int, float]:
     different = (one != other) & ~(one.isnan() & other.isnan())
-    error = (one.double() - other.double()).abs().nan_to_num(nan=math.inf)
-    return int(different.any(dim=-1).nonzero()[0]), float(error[different].max())
+    return int(different.any(dim=-1).nonzero()[0]), largest_difference(one, other)
 
 
 def within(case: Case, sizes: list[int], excess: Excess, what: str) -> None:

@@ -35,7 +35,7 @@ class Known:
                     found[entry["law"], case_of(entry["case"])] = None
             except (ValueError, KeyError, TypeError):
                 continue
-        laws = {law for law, _ in found}
+        laws = dict.fromkeys(law for law, _ in found)
         return [entry for law in laws for entry in [known for known in found if known[0] == law][:MOST]]
 
     def add(self, spec: str, law: str, case: dict[str, Any]) -> None:
@@ -53,7 +53,11 @@ class Known:
 
 def case_of(choices: dict[str, Any]) -> Case:
     """The case of `Case.choices`. Raises ValueError where it is none."""
-    case = Case(**{**choices, "cuts": tuple(choices.get("cuts", ()))})
+    unknown = set(choices) - set(Case.__dataclass_fields__)
+    if unknown or "length" not in choices:
+        raise ValueError(f"a case has {', '.join(Case.__dataclass_fields__)}; got {', '.join(choices)}.")
+    cuts = choices.get("cuts", ())
+    case = Case(**{**choices, "cuts": (cuts,) if isinstance(cuts, int) else tuple(cuts)})
     numbers = (case.length, case.seed, case.rows, case.row, case.padding, case.before, *case.cuts)
     if not all(isinstance(number, int) and number >= 0 for number in numbers):
         raise ValueError(f"a case is made of numbers of tokens; got {choices}.")

@@ -3,8 +3,7 @@
 result = equivalence(as_model(my_module))
 assert result.verdict == "exact-any-chunk", result
 
-Every case goes to every law: those that broke one before, then edge cases, then random ones that hypothesis draws. What breaks
-a law is made small, explained, and printed with a line that tries it again (`replay`).
+What breaks a law is made small, explained, and printed with a line that tries it again (`replay`).
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hypothesis import HealthCheck, Phase, Verbosity, given, settings, target
 
 from pytest_lmeval.equivalence.certificate import (
     CONSISTENT,
@@ -26,27 +24,22 @@ from pytest_lmeval.equivalence.certificate import (
     LawResult,
     verdict_of,
 )
-from pytest_lmeval.equivalence.evidence import LawBroken, NotPossible
-from pytest_lmeval.equivalence.known import Known
-from pytest_lmeval.equivalence.laws import LAWS, check
+from pytest_lmeval.equivalence.evidence import broken
+from pytest_lmeval.equivalence.hearing import hear
+from pytest_lmeval.equivalence.known import Known, case_of
+from pytest_lmeval.equivalence.laws import check
 from pytest_lmeval.equivalence.profiles import PROFILES, Profile
-from pytest_lmeval.equivalence.search import Search, counterexample
-from pytest_lmeval.equivalence.states import state_sizes
-from pytest_lmeval.equivalence.strategies import ESSENTIAL, Case, aligned_cases, cases, edge_cases
-from pytest_lmeval.equivalence.trial import LONGEST, Raised, Trial
+from pytest_lmeval.equivalence.search import counterexample
+from pytest_lmeval.equivalence.strategies import Case
+from pytest_lmeval.equivalence.trial import LONGEST, Trial
 from pytest_lmeval.equivalence.twin import twin
 from pytest_lmeval.equivalence.untouched import weights_kept
 from pytest_lmeval.identity import facts
-from pytest_lmeval.lm import Model, ModelError, state_dtypes
+from pytest_lmeval.lm import Model, ModelError
 from pytest_lmeval.results.metric import Metric
 from pytest_lmeval.results.record import Record
 
-STEPS_LONGEST = 48
 LARGEST_BORDER = 512  # of a window that is read past of its own accord; for a larger one, set `longest`
-CORE = frozenset({"causality", "prefix", "splits", "steps"})  # what streaming rests on: never tried on a short case only
-QUICK = 4000  # calls that the budget has room for: then no edge case is left out, however busy the machine is
-AFFORDABLE = 200  # likewise: then no essential one is
-SEARCH = 0.75  # of the budget; the rest is for making counterexamples small
 
 
 @dataclass(frozen=True, repr=False)
@@ -69,6 +62,8 @@ class EquivalenceResult:
     def __repr__(self) -> str:
         also = f" (a copy in float32: {self.certificate.float32})" if self.certificate.float32 else ""
         limit = f"\n  {self.certificate.limit}" if self.certificate.limit else ""
+        if missing := self.certificate.not_reached:
+            limit += f"\n  not reached: {', '.join(map(str, missing))} tokens, where its way of working changes; set longest="
         return f"{self.record.lm['spec']}: {self.verdict}{also}{limit}\n{self.certificate.why_not()}".rstrip()
 
 
@@ -90,27 +85,33 @@ def equivalence(
     longest   tokens of the longest sequence; by default 160, or three times the model's window if that is more
     known     a file of counterexamples, which are tried first, and to which new ones are added
 
-    The model's weights and buffers are left as they were. Raises ModelError for a model that cannot be tried: it is in train
-    mode, gives no numbers, or reads less than two tokens.
+    Weights, buffers and torch's random numbers are left as they were (`as_model` has put a module into eval mode). Raises
+    ModelError for a model that cannot be tried: a part is in train mode, it gives no numbers, or reads less than two tokens.
     """
     from pytest_lmeval.adapters import as_model
 
-    lm, chosen = as_model(lm), PROFILES[profile]
-    chosen = replace(chosen, budget=budget if budget is not None else chosen.budget, examples=examples or chosen.examples)
-    began = time.perf_counter()
+    if profile not in PROFILES:
+        raise ValueError(f"unknown profile {profile!r}; profiles are {', '.join(PROFILES)}.")
+    lm, began = as_model(lm), time.perf_counter()
+    chosen = PROFILES[profile]
+    chosen = replace(
+        chosen,
+        budget=chosen.budget if budget is None else budget,
+        examples=chosen.examples if examples is None else max(1, examples),
+    )
     _refuse_train_mode(lm)
     length = min(longest or _longest(lm), lm.context_length or 1 << 30)
     if length < 2:
         raise ModelError(f"{lm.spec} reads at most {length} token(s); the laws need two.")
     low = str(lm.dtype).removeprefix("torch.") in LOW_PRECISION
     in_float32 = twin(lm, torch.float32) if low else None
-    with weights_kept(lm) as changed:
+    with weights_kept(lm) as changed, torch.random.fork_rng([lm.device] if lm.device.type == "cuda" else []):
         trial, stop = Trial(lm), began + chosen.budget * (0.5 if in_float32 else 1.0)
-        certificate = _certificate(trial, length, chosen, Known(known), stop)
+        certificate = hear(trial, length, chosen, Known(known).cases(lm.spec), stop)
         if changed_by := changed():
             certificate = _with(certificate, lm, "isolation", counterexample("isolation", Case(2), changed_by))
-    if in_float32 is not None and certificate.verdict == CONSISTENT:
-        certificate = _refuted_in_float32(certificate, trial, in_float32, length, chosen, began + chosen.budget)
+        if in_float32 is not None and certificate.verdict == CONSISTENT:
+            certificate = _refuted_in_float32(certificate, trial, in_float32, length, chosen, began + chosen.budget)
     for name, law in certificate.laws.items():
         for example in law.counterexamples:
             Known(known).add(lm.spec, name, example.case)
@@ -131,102 +132,22 @@ def restore(record: Record) -> EquivalenceResult:
     return EquivalenceResult(record, Certificate.from_json(record.certificate or {}))
 
 
-def replay(lm: Any, law: str, *, longest: int = LONGEST, **case: Any) -> None:
+def replay(lm: Any, law: str, *, longest: int = LONGEST, float32: bool = False, **case: Any) -> None:
     """Try one law on one case, as a counterexample prints it. Raises LawBroken where it is still broken.
+
+    float32  try it on a copy in that precision
 
     replay(my_model, "splits", length=8, cuts=(4,))
     """
     from pytest_lmeval.adapters import as_model
-    from pytest_lmeval.equivalence.known import case_of
 
     model, tried = as_model(lm), case_of(case)
-    check(law, Trial(model, min(max(longest, tried.length), model.context_length or 1 << 30)), tried)
-
-
-def _certificate(trial: Trial, longest: int, profile: Profile, known: Known, stop: float) -> Certificate:
-    """Try all laws on one model in one precision."""
-    lm, began = trial.lm, time.perf_counter()
-    limit = trial.reach(longest)
-    longest, pause = trial.longest, trial.seconds_a_call()
-    steps_longest = max(STEPS_LONGEST, int(0.04 * profile.budget / max(pause, 1e-9)))
-    searches = {
-        name: Search(name, trial, min(longest, steps_longest) if name == "steps" else longest)
-        for name, law in LAWS.items()
-        if lm.stateful or not law.needs_state
-    }
-    for law, case in known.cases(lm.spec):
-        if law in searches:
-            searches[law].attempt(case)
-    quick, affordable = pause * QUICK < profile.budget, pause * AFFORDABLE < profile.budget
-    search_until = began + SEARCH * (stop - began)
-    borders = tuple(border for border in lm.borders if border < longest)
-    for place, case in enumerate(edge_cases(longest, borders)):
-        for name, search in searches.items():
-            must = quick or place < (ESSENTIAL if affordable and name in CORE else 1)
-            search.attempt_in_time(case, math.inf if must else search_until)
-
-    def on_every_law(case: Case) -> None:
-        for search in searches.values():
-            search.attempt_in_time(case, search_until)
-        shares = [worst.share for worst, _ in trial.worst.values() if 0 < worst.share < math.inf]
-        target(math.log10(max(shares, default=1.0)))
-
-    settings(
-        max_examples=profile.examples,
-        deadline=None,
-        database=None,
-        derandomize=profile.derandomize,
-        phases=(Phase.generate, Phase.target),
-        suppress_health_check=list(HealthCheck),
-        verbosity=Verbosity.quiet,
-    )(given(case=cases(longest, borders))(on_every_law))()
-    splits = searches.get("splits")
-    multiple = _multiple(splits, longest) if splits is not None and splits.failures else None
-    results = {name: search.result(stop) for name, search in searches.items()}
-    dtype = str(lm.dtype).removeprefix("torch.")
-    broken = frozenset(name for name, law in results.items() if not law.kept)
-    return Certificate(
-        verdict_of(broken, stateful=lm.stateful, dtype=dtype, multiple=multiple),
-        dtype,
-        trial.reference_kind,
-        results,
-        longest=longest,
-        not_reached=tuple(border for border in lm.borders if border >= longest),
-        limit=limit,
-        limit_tokens=longest if limit else None,
-        limit_is_step=bool(limit) and trial.goes_on_past_its_reach(),
-        state=_state(trial) if lm.stateful else None,
-        flips=trial.flips,
-    )
-
-
-def _multiple(splits: Search, longest: int) -> int | None:
-    """The smallest chunk length, of those that occur, in whose multiples the model is exact; None if there is none."""
-    for k in sorted({2, 4, 8, 16, 32, 64, *splits.trial.lm.borders}):
-        if (tried := aligned_cases(k, longest)) and not any(_breaks(splits, case) for case in tried):
-            return k
-    return None
-
-
-def _breaks(splits: Search, case: Case) -> bool:
-    try:
-        check(splits.law, splits.trial, LAWS[splits.law].of(case))
-    except LawBroken:
-        return True
-    return False
-
-
-def _state(trial: Trial) -> dict[str, Any] | None:
-    """What the state weighs, how it grows, and in what precision it is."""
-    try:
-        held = state_sizes(trial, Case(trial.longest))
-        with torch.no_grad():
-            _, state = trial.lm.step(trial.tokens(2, 0))
-    except (NotPossible, Raised, ModelError, RuntimeError, ValueError, IndexError, TypeError):
-        return None  # a model that cannot go on in chunks: the law says so
-    (seen, before), (end, after) = held[2 * len(held) // 3], held[-1]
-    growth = (after - before) / max(1, end - seen)
-    return {"bytes": after, "tokens": end, "bytes_per_token": growth, "dtypes": state_dtypes(state)}
+    if float32 and (copy := twin(model, torch.float32)) is not None:
+        model = copy
+    with weights_kept(model) as changed:
+        check(law, Trial(model, min(max(longest, tried.length), model.context_length or 1 << 30)), tried)
+        if law == "isolation" and (changed_by := changed()):
+            raise broken(tried, changed_by)
 
 
 def _refuted_in_float32(
@@ -236,15 +157,20 @@ def _refuted_in_float32(
     against the model; a smaller one is no larger than what its precision costs anyway."""
     noise = max(float(yardstick.full_error.max()) for yardstick in trial.yardsticks.values())
     try:
-        found = _certificate(Trial(copy), longest, profile, Known(None), stop)
+        exact = Trial(copy)
+        found = hear(exact, longest, profile, [], stop)
     except ModelError:
         return certificate
     certificate = replace(certificate, float32=found.verdict)
     for name, law in found.laws.items():
-        errors = [example.error for example in law.counterexamples]
-        if errors and (errors[0] is None or errors[0] > noise):
-            said = f"a copy of it in float32: {law.counterexamples[0].message}"
-            certificate = _with(certificate, trial.lm, name, replace(law.counterexamples[0], message=said), found.verdict)
+        if not law.counterexamples:
+            continue
+        largest = exact.worst[name][0].error if name in exact.worst else law.counterexamples[0].error
+        if largest is None or largest > noise:
+            example = law.counterexamples[0]
+            message = f"a copy of it in float32: {example.message}"
+            example = replace(example, message=message, replay=f"{example.replay[:-1]}, float32=True)")
+            certificate = _with(certificate, trial.lm, name, example, found.verdict)
     return certificate
 
 
@@ -252,8 +178,8 @@ def _with(certificate: Certificate, lm: Model, law: str, example: Counterexample
     """The certificate with one more counterexample, and the verdict that follows."""
     result = certificate.laws[law]
     laws = {**certificate.laws, law: replace(result, counterexamples=(*result.counterexamples, example))}
-    broken = frozenset(name for name, found in laws.items() if not found.kept)
-    verdict = verdict or verdict_of(broken, stateful=lm.stateful, dtype=certificate.dtype)
+    found = frozenset(name for name, law_result in laws.items() if not law_result.kept)
+    verdict = verdict or verdict_of(found, stateful=lm.stateful, dtype=certificate.dtype)
     return replace(certificate, laws=laws, verdict=verdict)
 
 

@@ -12,7 +12,7 @@ from pytest_lmeval.equivalence.shrink import smallest
 from pytest_lmeval.equivalence.strategies import Case
 from pytest_lmeval.equivalence.trial import LONGEST, Trial
 
-FEWEST_SHRINKS = 8
+MOST_SHRINKS = 200
 ENOUGH = 4  # cases that broke a law, after which it is not tried further
 APART = 2  # decades between a gross failure and a subtle one that is shown beside it
 AFTERMATH = 64  # tokens after a border by which a fault is judged
@@ -54,7 +54,7 @@ class Search:
 
     def _impossible(self, case: Case, impossible: NotPossible) -> None:
         """A law that cannot be tried at all is unavailable; one that could be, on other cases, is broken by this one."""
-        if self.seen:
+        if any(broke is None for broke in self.seen.values()):
             said = f"{case}: {impossible}, though it went well in {len(self.seen)} other case(s)."
             self.seen[case] = broken(case, said)
         else:
@@ -70,9 +70,13 @@ class Search:
         planned = cases + len(self.left_out - self.seen.keys())
         worst, worst_at = self.trial.worst.get(self.law, (None, None))
         decades = {failure.decade: failure for failure in self.failures}
-        small = [self._made_small(decades[max(decades)], range(max(decades), 10), stop)] if decades else []
-        if decades and max(decades) - min(decades) >= APART:
-            small.append(self._made_small(decades[min(decades)], range(min(decades) + 1), stop))
+        small = []
+        if decades:
+            low, high = min(decades), max(decades)
+            two_faults = high - low >= APART  # else all of it is taken for one
+            small.append(self._made_small(decades[high], range(high if two_faults else 0, 10), stop))
+            if two_faults:
+                small.append(self._made_small(decades[low], range(high), stop))
         return LawResult(
             self.law,
             cases,
@@ -81,7 +85,7 @@ class Search:
             None if worst is None else worst.ratio,
             None if worst is None else f"token {worst.position} of {worst_at}",
             tuple(small),
-            self.unavailable,
+            self.unavailable or (None if cases else "not tried: the budget was used up"),
         )
 
     def _made_small(self, found: LawBroken, decades: range, stop: float) -> Counterexample:
@@ -93,9 +97,9 @@ class Search:
             failure = self.attempt(case)
             return failure is not None and failure.decade in decades
 
-        case = smallest(found.case, fails, lambda: tried < FEWEST_SHRINKS or time.perf_counter() < stop)
+        case = smallest(found.case, fails, lambda: tried < MOST_SHRINKS and time.perf_counter() < stop)
         small = self.seen[self.fit(case)] or found
-        if small.likely:  # how an error runs on can only be seen where something comes after it
+        if small.likely and time.perf_counter() < stop:  # how an error runs on can only be seen where something comes after it
             cuts = (*small.case.cuts, small.case.length) if small.case.cuts else ()
             longer = self.attempt(replace(small.case, length=small.case.length + AFTERMATH, cuts=cuts))
             small.likely = longer.likely if longer is not None and longer.decade in decades else small.likely

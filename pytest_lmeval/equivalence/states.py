@@ -26,7 +26,7 @@ def fork_(trial: Trial, case: Case) -> None:
     except MEMORY:
         raise
     except Exception as error:
-        raise NotPossible(f"its state cannot be forked ({_in_a_line(error)})") from error
+        raise NotPossible(f"its state cannot be forked ({in_a_line(error)})") from error
     trial.calls += 1 + 3 * len(after)
     said = f"two continuations of one state after {cut} of its tokens saw each other"
     bit_equal(trial, case, straight, after, said, "A copy of the state shares something with it.", after=cut)
@@ -43,7 +43,7 @@ def resume(trial: Trial, case: Case) -> None:
     except MEMORY:
         raise
     except Exception as error:
-        raise NotPossible(f"its state cannot be saved ({_in_a_line(error)})") from error
+        raise NotPossible(f"its state cannot be saved ({in_a_line(error)})") from error
     trial.calls += 1 + 2 * len(resumed)
     said = f"saved after {cut} tokens and continued by a fresh copy of the model, came out otherwise than without the stop"
     why = "A part of its state is not in the state."
@@ -91,7 +91,7 @@ def state_sizes(trial: Trial, case: Case) -> list[tuple[int, int]]:
     held: list[tuple[int, int]] = []
     for piece in torch.split(ids, 1 if trial.goes_on is not None else max(1, case.length // 12), dim=-1):
         with torch.no_grad():
-            _, state = trial.lm.step(piece, state)
+            _, state = trial.lm.step(piece.clone(), state)  # a state that keeps its input keeps no view of all of it
         trial.calls += 1
         held.append(((held[-1][0] if held else 0) + piece.shape[-1], state_bytes(state)))
     if not held[-1][1]:
@@ -103,5 +103,5 @@ def _kinds(state: State) -> str:
     return ", ".join(sorted(kind.__name__ for kind in state_types(state)))
 
 
-def _in_a_line(error: Exception) -> str:
+def in_a_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else 'no message'}"

@@ -106,7 +106,7 @@ def edge_cases(longest: int, borders: tuple[int, ...] = ()) -> list[Case]:
         Case(longest, pieces(longest, 1, 2, 7, 3, 13, 1, longest // 3 + 1, 4, 6, 1, longest), rows=3, row=1, before=3),
         Case(middle, pieces(middle, middle - min(8, middle // 2), 1), rows=2, row=1, before=middle),
         Case(short, (1,), 2, rows=2, row=1, before=1),
-        Case(longest, (longest - 1,), 1, rows=4, row=3, padding=1, before=longest),
+        Case(longest, (longest - 1,), 1, rows=9, row=8, padding=1, before=longest),
         Case(longest, pieces(longest, 5), rows=3, row=2, padding=6, before=2),
         Case(middle, pieces(middle, 3, 2), 2, rows=3, before=5),
     ]
@@ -121,15 +121,24 @@ def edge_cases(longest: int, borders: tuple[int, ...] = ()) -> list[Case]:
 ESSENTIAL = 3  # so many of the first edge cases are tried whatever they cost
 
 
-def aligned_cases(multiple: int, longest: int) -> list[Case]:
+def shortest_case(longest: int) -> Case:
+    """What a model is tried on for which a call is dear."""
+    length = min(longest, 4)
+    return Case(length, pieces(length, length // 2, 1), rows=2, padding=1, before=2)
+
+
+def aligned_cases(multiple: int, longest: int, borders: tuple[int, ...] = ()) -> list[Case]:
     """Sequences cut at multiples of a length only, with a rest of any length at the end, many of one token."""
-    k, long = multiple, min(longest, 12 * multiple + 100)
+    k, long = multiple, longest
     rests = [2 * k, 3 * k - 1, 4 * k + k // 2, long]
     singles = [times * k + 1 for times in range(1, 13) if times * k < longest]
     seeds = range(max(SEEDS, 24 // max(1, len(singles))))
     everywhere = [Case(length, pieces(length, k), seed) for length in rests if k < length <= longest for seed in range(SEEDS)]
     everywhere += [Case(length, pieces(length, k), seed) for length in singles for seed in seeds]
-    once = [Case(long, (place,)) for place in sorted({long * part // 8 // k * k for part in range(1, 8)}) if 0 < place < long]
+    places = {long * part // 8 // k * k for part in range(1, 8)} | {
+        border // k * k + off for border in borders for off in (0, k)
+    }
+    once = [Case(long, (place,)) for place in sorted(places | {(long - 1) // k * k}) if 0 < place < long]
     return everywhere + once
 
 

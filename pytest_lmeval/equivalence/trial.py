@@ -1,7 +1,7 @@
 """A model on trial: it is read from in pieces, and what is worth computing once is kept (its twin, a yardstick a sequence).
 
 trial = Trial(as_model(my_model))
-excess = trial.compare(case, trial.tokens(40, seed=0), [20, 20])
+excess = trial.compare("splits", 0, trial.tokens(40, seed=0), sizes=[20, 20])
 """
 
 from __future__ import annotations
@@ -123,6 +123,21 @@ class Trial:
         return bool(recorded(lambda: self.logits(self.tokens(4, 0), [4]), rows=1, row=0, pieces=[4]))
 
     @functools.cached_property
+    def reads_rows(self) -> bool:
+        """Whether it reads two rows at once, in one piece."""
+        try:
+            self.logits(self.tokens(4, 0).expand(2, -1), [4])
+        except Raised:
+            return False
+        return True
+
+    @functools.cached_property
+    def dtype(self) -> torch.dtype:
+        """The coarsest precision: that of its weights, or of its logits."""
+        logits = self.logits(self.tokens(self.longest, 0), [self.longest])
+        return max(self.lm.dtype, logits.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+
+    @functools.cached_property
     def goes_on(self) -> int | None:
         """The most tokens that it takes at once after the first piece, right or wrong: None for any number, 1, or 0 for a model
         that raises whenever it is to go on."""
@@ -153,7 +168,7 @@ class Trial:
             if reference is not None:
                 self.yardsticks[seed] = self._trusted(ids, full, reference)
             else:
-                self.yardsticks[seed] = Yardstick(full, token_errors(self._in_other_shape(ids, full), full), self.lm.dtype)
+                self.yardsticks[seed] = Yardstick(full, token_errors(self._in_other_shape(ids, full), full), self.dtype)
         return self.yardsticks[seed]
 
     def _trusted(self, ids: Tensor, full: Tensor, reference: Tensor) -> Yardstick:
@@ -164,23 +179,23 @@ class Trial:
         what a change of the weights by one rounding makes of the float64 run.
         """
         error = token_errors(full, reference)
-        if float(error.max()) <= NO_ROUNDING * torch.finfo(self.lm.dtype).eps:
-            return Yardstick(reference, error, self.lm.dtype)
+        if float(error.max()) <= NO_ROUNDING * torch.finfo(self.dtype).eps:
+            return Yardstick(reference, error, self.dtype)
         length = [ids.shape[-1]]
         one = recorded(lambda: self.logits(ids, length), rows=1, row=0, pieces=length)
         other = recorded(lambda: self.logits(ids, length, lm=self.reference), rows=1, row=0, pieces=length)
-        if (tie := until_first_tie(one, other, self.lm.dtype)) is not None:
+        if (tie := until_first_tie(one, other, self.dtype)) is not None:
             self.flips += 1
             reference = torch.cat([reference[:tie], full[tie:]])
-            return Yardstick(reference, token_errors(full, reference), self.lm.dtype)
+            return Yardstick(reference, token_errors(full, reference), self.dtype)
         rounded = twin(self.reference) if self.reference is not None else None
         if rounded is None or rounded.module is None:
-            return Yardstick(reference, error, self.lm.dtype)
-        round_weights(rounded.module, self.lm.dtype)
+            return Yardstick(reference, error, self.dtype)
+        round_weights(rounded.module, self.dtype)
         rounding = token_errors(self.run(ids, length, lm=rounded), reference)
         if float(error.max()) <= NOT_EXPLAINED * float(rounding.max()):
-            return Yardstick(reference, error, self.lm.dtype)
-        return Yardstick(full, rounding, self.lm.dtype)
+            return Yardstick(reference, error, self.dtype)
+        return Yardstick(full, rounding, self.dtype)
 
     def _finite(self, run: Tensor, ids: Tensor) -> Tensor:
         wrong = run.isnan() | run.isposinf()  # minus infinity is a token ruled out
@@ -246,10 +261,13 @@ class Trial:
         if not one:
             return None
         other = recorded(lambda: self.logits(ids, sizes), rows=ids.shape[0], row=row, pieces=sizes)
-        return until_first_tie(one, other, self.lm.dtype)
+        return until_first_tie(one, other, self.dtype)
 
     def seconds_a_call(self) -> float:
         """What a short call costs."""
         began = time.perf_counter()
-        self.run(self.tokens(2, 0), [2])
+        try:
+            self.run(self.tokens(2, 0), [2])
+        except Raised:  # it reads some lengths only, this one not
+            self.run(self.tokens(self.longest, 0), [self.longest])
         return time.perf_counter() - began
