@@ -116,8 +116,8 @@ def _conclude(searches: dict[str, Search], stop: float, extra: float) -> dict[st
 def _multiple(splits: Search, latest: int, until: float) -> int | None:
     """The smallest chunk length, of those that occur, in whose multiples the model is exact; None if none was found in time.
 
-    What is known to be wrong decides first: as it is, and with its cuts moved to the nearest multiples. A multiple of which none
-    lies as late as the `latest` cut that was found wrong was never where it would matter.
+    What is known to be wrong decides first: as it is, and with its cuts moved to the nearest multiples. A length of which no
+    multiple lies as late as the `latest` cut that was found wrong was never where it would matter.
     """
     borders, longest = splits.trial.lm.borders, splits.longest
     failed = [failure.case for failure in splits.failures]

@@ -123,8 +123,8 @@ ESSENTIAL = 3  # so many of the first edge cases are tried whatever they cost
 
 def shortest_case(longest: int) -> Case:
     """What a model is tried on for which a call is dear."""
-    length = min(longest, 4)
-    return Case(length, pieces(length, length // 2, 1), rows=2, padding=1, before=2)
+    length = min(longest, 5)
+    return Case(length, pieces(length, 2, 2, 1) or (1,), rows=2, padding=1, before=2)
 
 
 def aligned_cases(multiple: int, longest: int, borders: tuple[int, ...] = ()) -> list[Case]:
