@@ -9,6 +9,7 @@ from typing import Any
 EXACT, STEP_ONLY, INEXACT = "exact-any-chunk", "exact-step-only", "inexact"
 MULTIPLE = "exact-multiple-of-"  # and the number
 NON_CAUSAL, LENGTH_DEPENDENT = "non-causal", "length-dependent"
+OUT_OF_TIME = "not tried: the budget was used up"
 STATELESS, CONSISTENT = "stateless", "consistent"
 LOW_PRECISION = ("float16", "bfloat16")
 
@@ -121,6 +122,11 @@ class Certificate:
     @property
     def broken(self) -> frozenset[str]:
         return frozenset(name for name, law in self.laws.items() if not law.kept)
+
+    @property
+    def untried(self) -> list[str]:
+        """The laws for which there was no time."""
+        return [name for name, law in self.laws.items() if not law.cases and law.unavailable == OUT_OF_TIME]
 
     @property
     def decisive(self) -> list[str]:

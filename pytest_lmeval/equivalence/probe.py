@@ -61,10 +61,12 @@ class EquivalenceResult:
 
     def __repr__(self) -> str:
         also = f" (a copy in float32: {self.certificate.float32})" if self.certificate.float32 else ""
-        limit = f"\n  {self.certificate.limit}" if self.certificate.limit else ""
+        notes = f"\n  {self.certificate.limit}" if self.certificate.limit else ""
         if missing := self.certificate.not_reached:
-            limit += f"\n  not reached: {', '.join(map(str, missing))} tokens, where its way of working changes; set longest="
-        return f"{self.record.lm['spec']}: {self.verdict}{also}{limit}\n{self.certificate.why_not()}".rstrip()
+            notes += f"\n  not reached: {', '.join(map(str, missing))} tokens, where its way of working changes; set longest="
+        if untried := self.certificate.untried:
+            notes += f"\n  not tried, since the budget was used up: {', '.join(untried)}"
+        return f"{self.record.lm['spec']}: {self.verdict}{also}{notes}\n{self.certificate.why_not()}".rstrip()
 
 
 def equivalence(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
-from pytest_lmeval.equivalence.certificate import Counterexample, LawResult, finite
+from pytest_lmeval.equivalence.certificate import OUT_OF_TIME, Counterexample, LawResult, finite
 from pytest_lmeval.equivalence.evidence import LawBroken, NotPossible, broken
 from pytest_lmeval.equivalence.laws import LAWS, check
 from pytest_lmeval.equivalence.shrink import smallest
@@ -85,7 +85,7 @@ class Search:
             None if worst is None else worst.ratio,
             None if worst is None else f"token {worst.position} of {worst_at}",
             tuple(small),
-            self.unavailable or (None if cases else "not tried: the budget was used up"),
+            self.unavailable or (None if cases else OUT_OF_TIME),
         )
 
     def _made_small(self, found: LawBroken, decades: range, stop: float) -> Counterexample:
