@@ -205,3 +205,15 @@ class Shared(Functional):
         number = len(self.kept) if state is None else state[0]
         logits, self.kept[number] = super().forward(input_ids, self.kept.get(number))
         return logits, [number]
+
+
+class Drowned(Functional):
+    """Wrong by a quarter of its state in chunks of more than one token; in bfloat16 it is so noisy that this drowns."""
+
+    def forward(self, input_ids, state=None):
+        if state is not None and input_ids.shape[1] > 1:
+            state = torch.cat([torch.zeros_like(state[..., :4]), state[..., 4:]], dim=-1)
+        logits, state = super().forward(input_ids, state)
+        if logits.dtype == torch.bfloat16:
+            logits = logits + 0.05 * torch.sin(1000 * logits.float()).to(logits.dtype)
+        return logits, state

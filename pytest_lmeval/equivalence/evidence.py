@@ -70,13 +70,7 @@ def bit_equal(trial: Trial, case: Case, one: Tensor, other: Tensor, what: str, w
 def near(trial: Trial, case: Case, one: Tensor, other: Tensor, what: str, why: str, *, after: int = 0) -> None:
     """As near as rounding brings two runs of the same shape, the one perhaps with weights that lie elsewhere in memory."""
     excess = trial.yardstick(case.seed, case.length).against(log_probabilities(one)).measure(log_probabilities(other))
-    if not excess.share <= 1:
-        raise broken(
-            case,
-            f"{case}, {what}: off by {excess.error:.3g} nats at token {after + excess.position}. {why}",
-            share=excess.share,
-            error=excess.error,
-        )
+    within(case, excess, f"{case}, {what}: off by {excess.error:.3g} nats at token {after + excess.position}. {why}")
 
 
 def largest_difference(one: Tensor, other: Tensor) -> float:
@@ -91,13 +85,9 @@ def first_difference(one: Tensor, other: Tensor) -> tuple[int, float]:
     return int(different.any(dim=-1).nonzero()[0]), largest_difference(one, other)
 
 
-def within(case: Case, sizes: list[int], excess: Excess, what: str) -> None:
+def within(case: Case, excess: Excess, message: str, *, sizes: list[int] | None = None) -> None:
+    """Raise LawBroken with this message where more than the allowance was taken; with `sizes`, the pieces that were read, say
+    what it looks like too."""
     if not excess.share <= 1:
-        raise broken(
-            case,
-            f"{what}: log-probabilities off by {excess.error:.3g} nats at token {excess.position}, allowed "
-            f"{excess.allowed:.2g}.",
-            share=excess.share,
-            error=excess.error,
-            likely=likely_fault(sizes, excess),
-        )
+        likely = likely_fault(sizes, excess) if sizes else ""
+        raise broken(case, message, share=excess.share, error=excess.error, likely=likely)

@@ -13,13 +13,13 @@ import torch
 from hypothesis import HealthCheck, Phase, Verbosity, given, settings, target
 
 from pytest_lmeval.equivalence.certificate import Certificate, LawResult, verdict_of
-from pytest_lmeval.equivalence.evidence import LawBroken, NotPossible
+from pytest_lmeval.equivalence.evidence import LawBroken
 from pytest_lmeval.equivalence.laws import LAWS, check
 from pytest_lmeval.equivalence.profiles import Profile
 from pytest_lmeval.equivalence.search import Search
 from pytest_lmeval.equivalence.states import state_sizes
 from pytest_lmeval.equivalence.strategies import ESSENTIAL, Case, aligned_cases, cases, edge_cases, shortest_case
-from pytest_lmeval.equivalence.trial import Trial
+from pytest_lmeval.equivalence.trial import MEMORY, Trial
 from pytest_lmeval.lm import state_dtypes
 
 STEPS_LONGEST = 48
@@ -153,9 +153,9 @@ def _state(trial: Trial) -> dict[str, Any] | None:
         held = state_sizes(trial, Case(trial.longest))
         with torch.no_grad():
             _, state = trial.lm.step(trial.tokens(2, 0))
-    except NotPossible:
-        return None
-    except Exception:  # noqa: BLE001 - a model that cannot go on in pieces: the laws say so
+    except MEMORY:
+        raise
+    except Exception:  # noqa: BLE001 - nothing to weigh, or a model that cannot go on in pieces: the laws say so
         return None
     (seen, before), (end, after) = held[2 * len(held) // 3], held[-1]
     growth = (after - before) / max(1, end - seen)

@@ -54,8 +54,8 @@ class Search:
 
     def _impossible(self, case: Case, impossible: NotPossible) -> None:
         """A law that cannot be tried at all is unavailable; one that could be, on other cases, is broken by this one."""
-        if any(broke is None for broke in self.seen.values()):
-            said = f"{case}: {impossible}, though it went well in {len(self.seen)} other case(s)."
+        if self.seen:
+            said = f"{case}: {impossible}, though it could be tried in {len(self.seen)} other case(s)."
             self.seen[case] = broken(case, said)
         else:
             self.unavailable = str(impossible)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -19,14 +21,10 @@ def fork_(trial: Trial, case: Case) -> None:
     ids, cut = trial.tokens(case.length, case.seed), case.cuts[0]
     other = (ids[:, cut:] + 1) % trial.lm.vocab_size
     state = _read(trial.lm, ids[:, :cut])
-    try:
+    with _possibly("its state cannot be forked"):
         branch, first = fork(state), fork(state)
         (straight,) = _take_turns(trial.lm, (ids[:, cut:], first))
         after, _ = _take_turns(trial.lm, (ids[:, cut:], branch), (other, state))
-    except MEMORY:
-        raise
-    except Exception as error:
-        raise NotPossible(f"its state cannot be forked ({in_a_line(error)})") from error
     trial.calls += 1 + 3 * len(after)
     said = f"two continuations of one state after {cut} of its tokens saw each other"
     bit_equal(trial, case, straight, after, said, "A copy of the state shares something with it.", after=cut)
@@ -35,19 +33,26 @@ def fork_(trial: Trial, case: Case) -> None:
 def resume(trial: Trial, case: Case) -> None:
     ids, cut = trial.tokens(case.length, case.seed), case.cuts[0]
     state, file = _read(trial.lm, ids[:, :cut]), io.BytesIO()
-    try:
+    with _possibly("its state cannot be saved"):
         torch.save({"state": state}, file)
         (straight,) = _take_turns(trial.lm, (ids[:, cut:], state))
         saved = safe_load(file.getvalue(), trial.lm)["state"]
         (resumed,) = _take_turns(trial.fresh() or trial.lm, (ids[:, cut:], saved))
-    except MEMORY:
-        raise
-    except Exception as error:
-        raise NotPossible(f"its state cannot be saved ({in_a_line(error)})") from error
     trial.calls += 1 + 2 * len(resumed)
     said = f"saved after {cut} tokens and continued by a fresh copy of the model, came out otherwise than without the stop"
     why = "A part of its state is not in the state."
     near(trial, case, straight, resumed, said, why, after=cut)
+
+
+@contextmanager
+def _possibly(otherwise: str) -> Iterator[None]:
+    """What is done here may not be possible with this model, and says nothing about it then."""
+    try:
+        yield
+    except MEMORY:
+        raise
+    except Exception as error:
+        raise NotPossible(f"{otherwise} ({in_a_line(error)})") from error
 
 
 def _read(lm: Model, ids: Tensor) -> State:

@@ -48,6 +48,7 @@ class Trial:
     def __post_init__(self) -> None:
         self.reference = twin(self.lm) if self.lm.dtype != torch.float64 else None
         self._untouched = twin(self.lm, None)
+        self._logits_dtype = self.lm.dtype
 
     @property
     def reference_kind(self) -> str:
@@ -88,6 +89,8 @@ class Trial:
                     f"raised {type(error).__name__} when it read {piece.shape[-1]} token(s) after {seen}{batch}"
                     f"{': ' + what[0][:300] if what else ''}"
                 ) from error
+            if lm is None:
+                self._logits_dtype = logits.dtype
             seen += piece.shape[-1]
             parts.append(logits[row])
         return torch.cat(parts)
@@ -131,11 +134,10 @@ class Trial:
             return False
         return True
 
-    @functools.cached_property
+    @property
     def dtype(self) -> torch.dtype:
-        """The coarsest precision: that of its weights, or of its logits."""
-        logits = self.logits(self.tokens(self.longest, 0), [self.longest])
-        return max(self.lm.dtype, logits.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+        """The coarsest precision: that of its weights, or of the logits that it gave."""
+        return max(self.lm.dtype, self._logits_dtype, key=lambda dtype: torch.finfo(dtype).eps)
 
     @functools.cached_property
     def goes_on(self) -> int | None:
