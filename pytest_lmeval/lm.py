@@ -86,6 +86,23 @@ def tokenizer_for(given: Any, vocab_size: int) -> Tokenizer | None:
     return tokenizer
 
 
+@dataclass(frozen=True)
+class Codebooks:
+    """How a model reads frames of several codes, as Moshi does: input_ids are [b, k, t].
+
+    Its logits [b, s, t, v] are about the frames that were read themselves, given all frames before them: a depth model reads
+    the codes of one frame in their turn, so that a code is predicted from those before it in the same frame too.
+
+    sizes   entries of each codebook, [k]
+    scored  the codebooks that logits are about, [s]
+    delays  frames by which each of them lags, [s]: its logits at place t are about its code of frame t - delay
+    """
+
+    sizes: tuple[int, ...]
+    scored: tuple[int, ...]
+    delays: tuple[int, ...]
+
+
 @dataclass(frozen=True, repr=False)
 class Model:
     """A language model ready to be stepped, and what is known about it.
@@ -100,6 +117,8 @@ class Model:
     borders         lengths at which its inner workings change (window, kernel, block): where faults sit
     constant_state  whether its state is declared not to grow with the text (the law `size` holds it to that)
     volatile        names of buffers and attributes that reading changes, since they hold the state or count something
+    codebooks       how it reads frames of several codes; None: it reads one token after the other
+    fast_weights    (state) -> name -> tensor: the weights that it changes as it reads; of None, those before the first token
     source          the user's own object, where it is no module
     """
 
@@ -115,6 +134,8 @@ class Model:
     borders: tuple[int, ...] = ()
     constant_state: bool = False
     volatile: frozenset[str] = frozenset()
+    codebooks: Codebooks | None = None
+    fast_weights: Callable[[State | None], dict[str, Tensor]] | None = None
     source: Any = None
     remembered: dict[str, Any] = field(default_factory=dict, compare=False)  # see `identity.fingerprint`
 

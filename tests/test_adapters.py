@@ -9,7 +9,7 @@ import pytest
 import torch
 from toys import CARRYING, Functional, GetSetState, PortableStreaming, Stateless, Stepper, Streaming
 
-from pytest_lmeval.adapters import as_model, load, resolve_device, zoo
+from pytest_lmeval.adapters import ZOO, as_model, load, resolve_device
 from pytest_lmeval.lm import ModelError, SpecError
 from pytest_lmeval.stream import stream
 
@@ -166,7 +166,7 @@ def test_the_demo_loads_in_each_precision():
 
 
 def test_the_zoo_is_found_by_name():
-    assert "demo" in zoo()
+    assert "demo" in ZOO
     assert load("zoo:demo").vocab_size == 256
 
 

@@ -12,7 +12,6 @@ drives an object is found out by looking at it, once, here.
 from __future__ import annotations
 
 import importlib
-import pkgutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,18 @@ from pytest_lmeval.lm import Model, SpecError
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BITS = {32: "fp32", 16: "bf16", 8: "int8", 4: "int4"}
+ZOO = {  # a file of zoo/, and the function in it that makes the model
+    "demo": "demo:load",
+    "transformer": "transformer:load",
+    "windowed": "transformer:load_windowed",
+    "lstm": "lstm:load",
+    "mamba": "mamba:load",
+    "mamba2": "mamba2:load",
+    "ttt": "ttt:load",
+    "moshi": "moshi:load",
+    "bk": "bk:load",
+    "causal-bk": "bk:load_causal",
+}
 FORMS = ("transformers", "streaming", "step", "get_set_state", "functional", "stateless")
 
 
@@ -108,12 +119,11 @@ def _dtype(precision: str, spec: str) -> torch.dtype | None:
 def _named(name: str) -> Any:
     """The object behind `demo`, `zoo:NAME` or `package.module:callable`."""
     if name == "demo":
-        name = "pytest_lmeval.zoo.demo:load"
-    elif name.startswith("zoo:"):
-        known = zoo()
-        if (model := name.removeprefix("zoo:").replace("-", "_")) not in known:
-            raise SpecError(f"{name} is not in the zoo; it holds {', '.join(known) or 'nothing yet'}.")
-        name = f"pytest_lmeval.zoo.{model}:load"
+        name = "zoo:demo"
+    if name.startswith("zoo:"):
+        if (model := name.removeprefix("zoo:")) not in ZOO:
+            raise SpecError(f"{name} is not in the zoo; it holds {', '.join(ZOO)}.")
+        name = f"pytest_lmeval.zoo.{ZOO[model]}"
     module_path, colon, attribute = name.partition(":")
     if not colon or not attribute or not all(part.isidentifier() for part in module_path.split(".")):
         raise SpecError(
@@ -128,8 +138,3 @@ def _named(name: str) -> Any:
     except (ImportError, AttributeError) as error:
         raise SpecError(f"{name}: cannot be imported ({error}). A spec is module.path:callable.") from error
     return build()
-
-
-def zoo() -> list[str]:
-    """The names that `zoo:NAME` takes."""
-    return [module.name for module in pkgutil.iter_modules([str(Path(__file__).parents[1] / "zoo")])]

@@ -76,6 +76,7 @@ def adapt(source: Any, *, spec: str, form: str, tokenizer: Any = None) -> Model:
         borders=_borders(module),
         constant_state=bool(getattr(source, "constant_state", False)),
         volatile=_changed(before, _snapshot(module), buffers=form in HOLD_STATE),
+        fast_weights=getattr(source, "fast_weights", None),
         source=source,
     )
 
