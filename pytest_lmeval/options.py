@@ -12,7 +12,8 @@ OPTIONS: dict[str, tuple[Any, str]] = {  # name -> (default, help); every one is
     "lm": (["demo"], "model to evaluate: demo, zoo:NAME, hf:ID_OR_FOLDER or module.path:callable (repeatable)"),
     "lmeval-device": ("auto", "auto, cpu, cuda, cuda:N or mps"),
     "lmeval-bits": ("", "precision of the weights where the spec names none: 32, 16, 8 or 4"),
-    "lmeval-seq-len": ([], "sequence length of speed tests (repeatable)"),
+    "lmeval-seq-len": ([], "sequence length of training and of speed tests (repeatable)"),
+    "lmeval-corpus": ([], "text to train and compare on: stdlib, wikitext-2, text:PATH, ... (repeatable)"),
     "lmeval-limit": ("", "examples of a task, documents of a corpus that is read by document"),
     "lmeval-tokens": ("", "tokens of a stream; 200k and 1M read too"),
     "lmeval-profile": ("", "how hard to look for broken laws: dev, ci (the default where CI is set) or nightly"),
@@ -22,6 +23,7 @@ OPTIONS: dict[str, tuple[Any, str]] = {  # name -> (default, help); every one is
     "lmeval-trust-remote-code": ([], "hub id of a model that may run code of its own (repeatable)"),
 }
 SEQ_LENS = ["128", "512"]
+CORPORA = ["stdlib", "automaton"]
 
 
 def add(parser: pytest.Parser) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_lmeval import options
-from pytest_lmeval.options import SEQ_LENS, budget, count, is_worker, option, output_folder
+from pytest_lmeval.options import CORPORA, SEQ_LENS, budget, count, is_worker, option, output_folder
 from pytest_lmeval.report.gather import Reports
 
 if TYPE_CHECKING:
@@ -86,26 +86,18 @@ def device(pytestconfig: pytest.Config) -> Any:
 
 
 @pytest.fixture(scope="session")
-def load_lm(pytestconfig: pytest.Config, device: Any) -> Callable[[str], Model]:
+def load_lm(pytestconfig: pytest.Config) -> Callable[[str], Model]:
     """A function from a model spec to the model, loaded once a session.
 
     def test_two_models_agree(load_lm):
         small, large = load_lm("demo"), load_lm("hf:./checkpoint@bf16")
     """
-    from pytest_lmeval.adapters import load
-
-    loaded: dict[str, Model] = {}
-    bits = option(pytestconfig, "lmeval-bits")
-    trusted = option(pytestconfig, "lmeval-trust-remote-code")
+    session = shared_session(pytestconfig)
 
     def load_once(spec: str) -> Model:
         __tracebackhide__ = True
-        if spec not in loaded:
-            trust = spec.removeprefix("hf:").partition("@")[0] in trusted
-            loaded[spec] = expected_errors(
-                lambda: load(spec, device=device, bits=int(bits) if bits else None, trust_remote_code=trust)
-            )
-        return loaded[spec]
+        found: Model = expected_errors(lambda: session.load(spec))
+        return found
 
     return load_once
 
@@ -117,13 +109,11 @@ def corpus(pytestconfig: pytest.Config) -> Callable[..., Corpus]:
     def test_reads(lmeval, lm, corpus):
         lmeval.perplexity(lm, corpus("wikitext-2", "test"))
     """
-    from pytest_lmeval import data
-
-    mirror = option(pytestconfig, "lmeval-data") or None
+    session = shared_session(pytestconfig)
 
     def named(name: str = "stdlib", split: str = "test") -> Corpus:
         __tracebackhide__ = True
-        found: Corpus = expected_errors(lambda: data.corpus(name, split, data_dir=mirror))
+        found: Corpus = expected_errors(lambda: session.corpus(name, split))
         return found
 
     return named
@@ -159,8 +149,13 @@ def _fixtures_with_parameters(config: pytest.Config) -> ModuleType:
         """The sequence lengths of `--lmeval-seq-len`, one after the other; 128 and 512 by default."""
         return int(_parameter(request, option(request.config, "lmeval-seq-len") or SEQ_LENS))
 
+    @pytest.fixture(scope="session", params=_parameters(option(config, "lmeval-corpus") or CORPORA))
+    def corpus_name(request: pytest.FixtureRequest) -> str:
+        """The names of `--lmeval-corpus`, one after the other; by default the two texts that need no download."""
+        return str(_parameter(request, option(request.config, "lmeval-corpus") or CORPORA))
+
     module = ModuleType("lmeval_parameters")
-    module.lm, module.seq_len = lm, seq_len  # type: ignore[attr-defined]
+    module.lm, module.seq_len, module.corpus_name = lm, seq_len, corpus_name  # type: ignore[attr-defined]
     return module
 
 
@@ -235,6 +230,10 @@ def shared_session(config: pytest.Config) -> Session:
             budget=budget(config),
             seq_lens=tuple(map(int, option(config, "lmeval-seq-len"))),
             parallel=is_worker(config),
+            device=str(option(config, "lmeval-device")),
+            bits=int(option(config, "lmeval-bits")) if option(config, "lmeval-bits") else None,
+            trusted=tuple(option(config, "lmeval-trust-remote-code")),
+            mirror=option(config, "lmeval-data") or None,
             progress=_progress(config),
         )
     return config.stash[SESSION]

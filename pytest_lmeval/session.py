@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pytest_lmeval.data.corpus import Corpus
 from pytest_lmeval.identity import fingerprint
 from pytest_lmeval.lm import Model
 from pytest_lmeval.results.journal import Journal
@@ -29,6 +30,8 @@ class Session:
     tokens, limit, seq_lens   defaults of the verbs, from the command line
     profile, budget   how hard the probe of a model's laws looks, and for how many seconds
     parallel  other tests run at the same time: speed is not measured
+    device, bits, trusted   where and in which precision models are loaded, and which of them may run code of their own
+    mirror    a folder that is used instead of the hub
     """
 
     folder: Path
@@ -38,12 +41,32 @@ class Session:
     profile: str = ""
     budget: float | None = None
     parallel: bool = False
+    device: str = "auto"
+    bits: int | None = None
+    trusted: tuple[str, ...] = ()
+    mirror: str | None = None
     progress: ProgressBars = lambda title: nullcontext(None)
+    loaded: dict[str, Model] = field(default_factory=dict)
     verdicts: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
     @functools.cached_property
     def journal(self) -> Journal:
         return Journal(self.folder)
+
+    def load(self, spec: str) -> Model:
+        """The model that a spec names, loaded once a session."""
+        from pytest_lmeval.adapters import load, resolve_device
+
+        if spec not in self.loaded:
+            trust = spec.removeprefix("hf:").partition("@")[0] in self.trusted
+            self.loaded[spec] = load(spec, device=resolve_device(self.device), bits=self.bits, trust_remote_code=trust)
+        return self.loaded[spec]
+
+    def corpus(self, name: str = "stdlib", split: str = "test") -> Corpus:
+        """The corpus of that name, from the mirror if there is one."""
+        from pytest_lmeval.data import corpus
+
+        return corpus(name, split, data_dir=self.mirror)
 
     @property
     def probe(self) -> dict[str, Any]:

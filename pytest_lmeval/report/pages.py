@@ -34,7 +34,7 @@ def cell(text: str) -> str:
 
 def render(name: str, document: dict[str, Any]) -> str:
     records = document["records"]
-    shown = {name: getattr(tables, name)(records) for name in ("groups", "verdicts", "model_lines")}
+    shown = {name: getattr(tables, name)(records) for name in ("groups", "verdicts", "comparisons", "model_lines")}
     return environment().get_template(name).render(**{"skipped": [], **document}, **shown)
 
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
-HEADLINES = {  # kind -> the metrics that a summary shows; a report shows all of them
+HEADLINES = {  # kind -> patterns of the metrics that a summary shows; a report shows all of them
     "perplexity": (
         "perplexity",
+        "excess_nats",
         "bits_per_byte",
-        "token_accuracy_top1",
-        "token_accuracy_top5",
+        "token_accuracy_*",
+        "loss_at_*",
         "loss_slope",
+        "fast_weight_change",
         "tokens_per_second",
     ),
+    "train": ("perplexity", "seconds", "tokens_per_second", "flops_total", "parameters", "model_bytes", "peak_memory"),
     "latency": ("prefill", "ttft", "itl", "e2e"),
     "throughput": ("tokens_per_second",),
 }
@@ -42,6 +46,17 @@ class Group:
     how: str  # where a text was not read in one go: the windows
     outcome: str
     rows: list[Row]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several models on one subject: for each metric that they have, a row of each model, in their order."""
+
+    kind: str
+    subject: str
+    models: list[str]
+    outcomes: list[str]
+    metrics: dict[str, list[Row]]
 
 
 @dataclass(frozen=True)
@@ -87,6 +102,23 @@ def model_lines(records: list[dict[str, Any]]) -> list[str]:
     return list(models.values()) if len(models) <= MANY else [f"{len(models)} models"]
 
 
+def comparisons(records: list[dict[str, Any]]) -> list[Comparison]:
+    """What several models have in common: the same verb on the same subject. The first record of each model counts."""
+    same: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for record in records:
+        if record["kind"] != "equivalence" and record["metrics"]:
+            same.setdefault((record["kind"], record["subject"]), {}).setdefault(record["lm"]["spec"], record)
+    found = []
+    for (kind, subject), by_model in same.items():
+        if len(by_model) > 1:
+            rows = [{row.metric: row for row in _rows(record)} for record in by_model.values()]
+            names = dict.fromkeys(name for row in rows for name in row)
+            metrics = {name: [row.get(name, Row(name, "", "", "")) for row in rows] for name in names}
+            outcomes = [record.get("outcome", "") for record in by_model.values()]
+            found.append(Comparison(kind, subject, list(by_model), outcomes, metrics))
+    return found
+
+
 def groups(records: list[dict[str, Any]]) -> list[Group]:
     """The records with the numbers that a summary shows; verdicts have a table of their own."""
     return [
@@ -112,7 +144,8 @@ def _windows(settings: dict[str, Any]) -> str:
 
 def _rows(record: dict[str, Any]) -> list[Row]:
     metrics = record["metrics"]
-    shown = [name for name in HEADLINES.get(record["kind"], metrics) if name in metrics]
+    patterns = HEADLINES.get(record["kind"], ("*",))
+    shown = list(dict.fromkeys(name for pattern in patterns for name in metrics if fnmatchcase(name, pattern)))
     if not shown:
         return [Row(record["kind"], "not measured", record["settings"].get("not_measured") or "", "")]
     return [

@@ -1,19 +1,25 @@
-"""The summary at the end of a run: a heading for each record, and under it a line for each number."""
+"""The summary at the end of a run: models side by side, then a heading for each record, and under it a line for each number."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from pytest_lmeval.report.tables import Group, Verdict, groups, model_lines, verdicts
+from pytest_lmeval.report.tables import Comparison, Group, Verdict, comparisons, groups, model_lines, verdicts
 
 INDENT, GAP = "    ", "  "
 
 
 def lines(records: list[dict[str, Any]], *, width: int) -> list[str]:
-    """The models, their verdicts, then the other records; metrics are aligned over the whole table, values within a record."""
+    """The models, their verdicts, what several of them were measured on, then the other records.
+
+    Metrics are aligned over the whole table, values within a record.
+    """
     several = len({record["lm"]["fingerprint"] for record in records}) > 1
     table = [*model_lines(records), "", *_verdict_lines(verdicts(records))]
-    shown = groups(records)
+    side_by_side = comparisons(records)
+    table += [line for comparison in side_by_side for line in _comparison_lines(comparison)]
+    told = {(comparison.kind, comparison.subject) for comparison in side_by_side}
+    shown = groups([record for record in records if (record["kind"], record["subject"]) not in told])
     first = max((len(row.metric) for group in shown for row in group.rows), default=0)
     for group in shown:
         table += [_short(group.test) or group.subject, INDENT + _about(group, several=several)]
@@ -43,6 +49,19 @@ def _verdict_lines(shown: list[Verdict]) -> list[str]:
         ),
         "",
     ]
+
+
+def _comparison_lines(comparison: Comparison) -> list[str]:
+    rows = [
+        (name if place == 0 else "", model, row.value, row.interval)
+        for name, several in comparison.metrics.items()
+        for place, (model, row) in enumerate(zip(comparison.models, several, strict=True))
+    ]
+    first, second, third = (max(len(row[column]) for row in rows) for column in range(3))
+    cells = ((name.ljust(first), model.ljust(second), value.rjust(third), interval) for name, model, value, interval in rows)
+    failed = [model for model, outcome in zip(comparison.models, comparison.outcomes, strict=True) if outcome == "failed"]
+    heading = f"{comparison.kind}, {comparison.subject}" + (f" (failed: {', '.join(failed)})" if failed else "")
+    return [heading, *(INDENT + GAP.join(cell).rstrip() for cell in cells), ""]
 
 
 def _about(group: Group, *, several: bool) -> str:
