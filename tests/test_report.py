@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_lmeval.report import pages, terminal, write
-from pytest_lmeval.report.tables import groups, interval, number, size_of
+from pytest_lmeval.report.tables import comparisons, groups, interval, number, size_of
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "metrics-1.json").read_text())
 HOSTILE = "<script>alert('x')</script> | `code` **bold** [link](javascript:x) {{ 7 * 7 }}\n# heading\x07"
@@ -104,3 +104,35 @@ def test_verdicts_have_a_table_of_their_own():
     assert "it reads at most 37 tokens" in html
     lines = terminal.lines(many, width=100)
     assert sum("breaks splits" in line for line in lines) == 20
+
+
+def beside(spec, **changes):
+    """The golden reading, by another model."""
+    (reading,) = [record for record in GOLDEN["records"] if record["kind"] == "perplexity"][:1]
+    return {**reading, "lm": {**reading["lm"], "spec": spec, "fingerprint": spec}, **changes}
+
+
+def test_models_that_read_the_same_stand_side_by_side():
+    records = [beside("zoo:mamba"), beside("zoo:bk", outcome="failed")]
+    (comparison,) = comparisons(records)
+    assert comparison.models == ["zoo:mamba", "zoo:bk"]
+    assert {len(rows) for rows in comparison.metrics.values()} == {2}
+    text = "\n".join(terminal.lines(records, width=100))
+    assert text.count(records[0]["subject"]) == 1
+    assert "(failed: zoo:bk)" in text
+    for name in ("summary.md", "report.html"):
+        page = pages.render(name, {**GOLDEN, "records": records})
+        assert page.count("zoo:mamba") > 1, name
+        assert comparison.metrics["perplexity"][0].interval in page, name
+
+
+def test_a_metric_that_one_model_lacks_is_empty_for_it_alone():
+    lacking = beside("b", metrics={"perplexity": beside("b")["metrics"]["perplexity"]})
+    (comparison,) = comparisons([beside("a"), lacking])
+    a, b = comparison.metrics["bits per byte"]
+    assert a.value
+    assert not b.value
+
+
+def test_one_model_on_two_texts_is_no_comparison():
+    assert comparisons([beside("a"), beside("a", subject="another")]) == []
