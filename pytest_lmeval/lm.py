@@ -9,7 +9,8 @@ checked, with the facts that a record needs beside it.
 
 Axes, here and in every docstring of the package:
 
-    b  rows of a batch        t  tokens (time)        v  vocabulary        k  codebooks
+    b  rows of a batch        t  tokens, or frames (time)        v  vocabulary
+    k  codebooks              s  those of them that are scored
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ class LanguageModel(Protocol):
                     state up: to continue one state twice, `fork` it first.
         keep        return the logits of the last `keep` positions only (all of them by default)
 
-        Returns logits [b, t, v] (or [b, k, t, v]), logits[:, i] being about the token after input_ids[:, i], and the state to
-        go on from.
+        Returns logits [b, t, v], logits[:, i] being about the token after input_ids[:, i], and the state to go on from. Those
+        of a model of several codebooks are [b, s, t, v], about the frames that were read themselves (see `Codebooks`).
         """
 
 
@@ -93,14 +94,51 @@ class Codebooks:
     Its logits [b, s, t, v] are about the frames that were read themselves, given all frames before them: a depth model reads
     the codes of one frame in their turn, so that a code is predicted from those before it in the same frame too.
 
+    It is given the codes as they were spoken, and delays them itself: what it says at place t about a codebook of delay d is
+    about the code of frame t - d. Where t < d that is no frame, and what it says there is never looked at.
+
     sizes   entries of each codebook, [k]
-    scored  the codebooks that logits are about, [s]
-    delays  frames by which each of them lags, [s]: its logits at place t are about its code of frame t - delay
+    scored  the codebooks that logits are about, [s], in the order in which the depth model reads them
+    delays  frames by which each of them lags, [s]
+    gaps    whether a code may be -1: there is none, it says nothing to the model, and it is no target
+    recent  (state) -> the frames [b, k, d] read last, d at least the longest delay: some of their codes are scored only later
     """
 
     sizes: tuple[int, ...]
     scored: tuple[int, ...]
     delays: tuple[int, ...]
+    gaps: bool = False
+    recent: Callable[[State], Tensor] | None = None
+
+    def targets(self, codes: np.ndarray, state: State | None) -> np.ndarray:
+        """The codes [n, s] that logits are about when frames [n, k] are read after `state`; -1 where they are about none."""
+        longest = max(self.delays)
+        before = np.full((longest, len(self.sizes)), -1)
+        if longest and state is not None and self.recent is not None:
+            before = self.recent(state)[0, :, -longest:].T.cpu().numpy()
+        known = np.concatenate([before, codes])
+        known = np.where(known < self.sizes, known, -1)  # initial codes, from before the first frame, are none
+        columns = zip(self.scored, self.delays, strict=True)
+        return np.stack([known[longest - delay : len(known) - delay, book] for book, delay in columns], axis=1)
+
+
+def codebooks_of(source: Any) -> Codebooks | None:
+    """What a model's attribute `codebooks` says, if it has one like `Codebooks`; `recent` is a method of the model itself.
+
+    Raises ModelError where it cannot be so.
+    """
+    own: Any = getattr(source, "codebooks", None)
+    if not all(hasattr(own, name) for name in ("sizes", "scored", "delays")):
+        return None
+    sizes, scored, delays = (tuple(part) for part in (own.sizes, own.scored, own.delays))
+    found = Codebooks(sizes, scored, delays, bool(getattr(own, "gaps", False)), getattr(source, "recent", None))
+    if len(scored) != len(delays) or not set(scored) <= set(range(len(sizes))) or (max(delays) and found.recent is None):
+        raise ModelError(
+            f"{type(source).__name__} reads frames of {len(sizes)} codes, and says that codebooks {list(scored)} are scored, "
+            f"delayed by {list(delays)}. There is one delay for each of them, and a model that delays codes needs a method "
+            "recent(state) -> the frames [b, k, longest delay] read last, whose delayed codes are scored after them."
+        )
+    return found
 
 
 @dataclass(frozen=True, repr=False)
@@ -142,7 +180,8 @@ class Model:
     def step(self, input_ids: Tensor, state: State | None = None, *, keep: int | None = None) -> tuple[Tensor, State]:
         """See `LanguageModel.step`. Raises ModelError where logits or state are not what they must be."""
         positions = input_ids.shape[-1]
-        expected = (*input_ids.shape[:-1], positions if keep is None else keep)
+        scored = () if self.codebooks is None else (len(self.codebooks.scored),)
+        expected = (input_ids.shape[0], *scored, positions if keep is None else keep)
         logits, new_state = self.advance(input_ids, state, keep)
         if not isinstance(logits, Tensor):
             raise ModelError(f"{self.spec} returned {type(logits).__name__} where logits (a tensor) were expected.")
@@ -161,6 +200,13 @@ class Model:
                 "model has none, load it with form='stateless' so that it is scored in windows."
             )
         return logits, new_state
+
+    def random_ids(self, rows: int, length: int, *, seed: int = 0) -> Tensor:
+        """Ids [b, t], or codes [b, k, t], each drawn evenly from its vocabulary, where the model can read them."""
+        generator = torch.Generator().manual_seed(seed)
+        sizes = (self.vocab_size,) if self.codebooks is None else self.codebooks.sizes
+        drawn = torch.stack([torch.randint(0, size, (rows, length), generator=generator) for size in sizes], dim=1)
+        return (drawn[:, 0] if self.codebooks is None else drawn).to(self.device)
 
     def __repr__(self) -> str:
         return f"<{self.spec}: {self.form}, {self.dtype} on {self.device}>"

@@ -8,7 +8,8 @@ memory is the model, its state and one chunk, however long the stream. Everythin
 reads text (perplexity, accuracy, loss by position) is a fold over these chunks.
 
 The stream of T tokens has T - 1 targets: the first token has nothing before it to be predicted from. Put a
-beginning-of-sequence token in front to score it too.
+beginning-of-sequence token in front to score it too. A model of several codebooks predicts the first frame from its initial
+codes: frame t is target t + 1, and has a loss for each scored codebook (see `lm.Codebooks`).
 """
 
 from __future__ import annotations
@@ -16,18 +17,21 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pytest_lmeval.lm import Model, ModelError, State, state_bytes
+from pytest_lmeval.lm import Codebooks, Model, ModelError, State, state_bytes
 
 LOGITS_BUDGET = 256 << 20  # bytes that a chunk's logits and what is computed from them may take
 LARGEST_CHUNK, SMALLEST_CHUNK = 1024, 16
 ROWS = 1 << 19  # logits that are scored in one go: few enough to stay in the processor's caches
+
+Scores: TypeAlias = "tuple[np.ndarray, np.ndarray, np.ndarray | None, State]"
+"""What a chunk is scored with: (nll, rank, valid, state), see `Chunk`."""
 
 
 class StreamError(ValueError):
@@ -42,12 +46,13 @@ class NotFiniteError(ModelError):
 class Chunk:
     """The scores of the targets `start` to `end` of a stream (counted from 1: token 0 is no target).
 
-    nll          [n] float64 on the CPU, nats: negative log-likelihood of each target given all before it
+    nll          [n] float64 on the CPU, nats: negative log-likelihood of each target given all before it; [n, s] of frames
     rank         [n] int64 on the CPU: how many tokens were likelier (0: the model's first choice; ties in the order of ids)
     seconds      wall time of the step and the scoring
     state_bytes  memory that the state holds after this chunk
     state        to go on from: after the token before `end`; a further step uses it up
     window       where the window that the chunk belongs to begins; 0 where the state is carried
+    valid        [n, s] of frames: whether there was a code to predict; where not, nll is no number and rank -1
     """
 
     start: int
@@ -58,6 +63,12 @@ class Chunk:
     state_bytes: int
     state: State
     window: int = 0
+    valid: np.ndarray | None = None
+
+    @property
+    def losses(self) -> np.ndarray:
+        """The losses of all that was scored, in a row: of frames, those of the first one before those of the next."""
+        return self.nll if self.valid is None else self.nll[self.valid]
 
 
 def stream(
@@ -70,21 +81,23 @@ def stream(
 ) -> Iterator[Chunk]:
     """Score a stream chunk by chunk, the state carried, each target token exactly once.
 
-    tokens      ids [T]: a tensor, an array (memory-mapped ones are read as needed), or an iterator of arrays
-    chunk_size  tokens a step; by default what fits the memory budget (see `default_chunk_size`)
+    tokens      ids [T], or frames of codes [T, k]: a tensor, an array (memory-mapped ones are read as needed), or an
+                iterator of arrays
+    chunk_size  tokens (frames) a step; by default what fits the memory budget (see `default_chunk_size`)
     state       go on from this state, with `tokens` starting at the first token that it has not seen
     position    the place of that token in the stream, so that chunks are numbered from there
 
-    Raises StreamError for a stream of fewer than two tokens or a token outside the vocabulary, NotFiniteError for a
+    Raises StreamError for a stream without a target or a token outside the vocabulary, NotFiniteError for a
     loss that is not finite, with the position.
     """
-    size = default_chunk_size(lm.vocab_size) if chunk_size is None else chunk_size
-    start = position
-    for ids in overlapping(tokens, size):
+    books, start = lm.codebooks, position
+    size = default_chunk_size(lm.vocab_size * (len(books.scored) if books else 1)) if chunk_size is None else chunk_size
+    for ids in cut(pieces(tokens, size, books), size, 0, 0) if books else overlapping(tokens, size):
         began = time.perf_counter()
-        nll, rank, state = _read(lm, ids, state, start, fresh=len(ids) - 1)
-        end = start + len(ids)
-        yield Chunk(start + 1, end, nll, rank, time.perf_counter() - began, state_bytes(state), state)
+        read = _read_frames(lm, books, ids, state, start) if books else _read(lm, ids, state, start, len(ids) - 1)
+        nll, rank, valid, state = read
+        end = start + 1 + len(nll)
+        yield Chunk(start + 1, end, nll, rank, time.perf_counter() - began, state_bytes(state), state, valid=valid)
         start = end - 1
     _refuse_empty(start == position == 0)
 
@@ -109,6 +122,8 @@ def stream_in_windows(
     position  where `tokens` begin in the stream: the beginning of a window (`Chunk.window`)
     read_to   go on inside that window, with `state`, which has seen everything before this token
     """
+    if lm.codebooks is not None:
+        raise StreamError(f"{lm.spec} reads frames of codes, which are only read with the state carried, not in windows.")
     if not 0 <= overlap < window:
         raise StreamError(f"windows of {window} tokens cannot overlap by {overlap}: a window has to score something new.")
     begin = position
@@ -123,7 +138,7 @@ def stream_in_windows(
             began = time.perf_counter()
             last = place + len(step_ids) - 1
             fresh = max(0, min(last - place, last - known))
-            nll, rank, state = _read(lm, step_ids, state, place, fresh)
+            nll, rank, _, state = _read(lm, step_ids, state, place, fresh)
             if fresh:
                 seconds = time.perf_counter() - began
                 yield Chunk(last - fresh + 1, last + 1, nll, rank, seconds, state_bytes(state), state, begin)
@@ -132,7 +147,7 @@ def stream_in_windows(
     _refuse_empty(position == 0 and begin == 0)
 
 
-def _read(lm: Model, ids: np.ndarray, state: State | None, start: int, fresh: int) -> tuple[np.ndarray, np.ndarray, State]:
+def _read(lm: Model, ids: np.ndarray, state: State | None, start: int, fresh: int) -> Scores:
     """Step over all but the last of `ids` and score the last `fresh` targets; `start` is the place of ids[0]."""
     check_vocabulary(ids, start, lm)
     inputs = torch.from_numpy(ids).to(lm.device)[None]
@@ -140,14 +155,30 @@ def _read(lm: Model, ids: np.ndarray, state: State | None, start: int, fresh: in
         logits, state = lm.step(inputs[:, :-1], state, keep=fresh)
         nll, rank = score(logits[0], inputs[0, len(ids) - fresh :])
     check_finite(nll, ids, start + len(ids) - fresh, lm)
-    return nll, rank, state
+    return nll, rank, None, state
+
+
+def _read_frames(lm: Model, books: Codebooks, codes: np.ndarray, state: State | None, start: int) -> Scores:
+    """Step over frames [n, k] and score the codes that they bring to light; `start` is the place of codes[0]."""
+    check_vocabulary(codes, start, lm)
+    targets = books.targets(codes, state)
+    valid = targets >= 0
+    nll, rank = np.full(valid.shape, np.nan), np.full(valid.shape, -1)
+    with torch.no_grad():
+        logits, state = lm.step(torch.from_numpy(codes.T[None]).to(lm.device), state)
+        said = logits[0].transpose(0, 1)[torch.from_numpy(valid)]  # of the valid targets alone
+        nll[valid], rank[valid] = score(said, torch.from_numpy(targets[valid]).to(lm.device))
+    for place, column in np.argwhere(valid & ~np.isfinite(nll)):
+        frame, book = start + place - books.delays[column], books.scored[column]
+        raise _not_finite(nll[place, column], f"code {targets[place, column]} of codebook {book} in frame {frame}", lm)
+    return nll, rank, valid, state
 
 
 def _refuse_empty(empty: bool) -> None:
     if empty:
         raise StreamError(
-            "a stream of fewer than two tokens has nothing to score: the first token is only read. "
-            "Give it more text, or a tokenizer with a beginning-of-sequence token."
+            "a stream of fewer than two tokens has nothing to score: the first token is only read (a first frame of codes is "
+            "scored). Give it more text, or a tokenizer with a beginning-of-sequence token."
         )
 
 
@@ -160,36 +191,44 @@ def overlapping(tokens: Iterable[Any] | np.ndarray | Tensor, size: int, overlap:
     >>> [list(map(int, ids)) for ids in overlapping(np.arange(6), 3, overlap=1)]
     [[0, 1, 2, 3], [2, 3, 4, 5]]
     """
-    if size < 1:
-        raise StreamError(f"chunk_size is {size}; a chunk has at least one token.")
+    return cut(pieces(tokens, size), size + 1, overlap + 1, 1)
+
+
+def cut(parts: Iterable[np.ndarray], length: int, shared: int, known: int) -> Iterator[np.ndarray]:
+    """Arrays of `length` that share `shared`, the last one as long as it comes; of the first, `known` are nothing to read."""
     waiting: list[np.ndarray] = []
-    held, shared = 0, 1
-    for piece in pieces(tokens, size):
-        waiting.append(piece)
-        held += len(piece)
-        if held <= size:
+    held = 0
+    for part in parts:
+        waiting.append(part)
+        held += len(part)
+        if held < length:
             continue
         joined = np.concatenate(waiting)
-        while len(joined) > size:
-            yield joined[: size + 1]
-            joined, shared = joined[size - overlap :], overlap + 1
+        while len(joined) >= length:
+            yield joined[:length]
+            joined, known = joined[length - shared :], shared
         waiting, held = [joined], len(joined)
-    if held > shared:
+    if held > known:
         yield np.concatenate(waiting)
 
 
-def pieces(tokens: Iterable[Any] | np.ndarray | Tensor, size: int) -> Iterator[np.ndarray]:
-    """The ids as int64 arrays, a large array a slice at a time so that a memory-mapped file is never read whole."""
+def pieces(tokens: Iterable[Any] | np.ndarray | Tensor, size: int, books: Codebooks | None = None) -> Iterator[np.ndarray]:
+    """The ids [n], or frames [n, k], as int64 arrays, a large one a slice at a time so that a memory-mapped file is never
+    read whole."""
+    if size < 1:
+        raise StreamError(f"chunk_size is {size}; a chunk has at least one token.")
     if isinstance(tokens, Tensor):
         tokens = tokens.detach().cpu().numpy()
     if isinstance(tokens, list | tuple | range):
         tokens = np.asarray(tokens)
     if not isinstance(tokens, np.ndarray):
         for piece in tokens:
-            yield from pieces(np.atleast_1d(np.asarray(piece)), size)
+            yield from pieces((np.atleast_2d if books else np.atleast_1d)(np.asarray(piece)), size, books)
         return
-    if tokens.ndim != 1 or (tokens.size and not np.issubdtype(tokens.dtype, np.integer)):
-        raise StreamError(f"a stream is a row of integer token ids; got shape {list(tokens.shape)} of {tokens.dtype}.")
+    k = (len(books.sizes),) if books else ()
+    if tokens.ndim == 0 or tokens.shape[1:] != k or (tokens.size and not np.issubdtype(tokens.dtype, np.integer)):
+        wanted = f"frames of {k[0]} integer codes, [T, {k[0]}]" if k else "a row of integer token ids"
+        raise StreamError(f"a stream is {wanted}; got shape {list(tokens.shape)} of {tokens.dtype}.")
     step = max(size, 1 << 16)
     for begin in range(0, len(tokens), step):
         yield tokens[begin : begin + step].astype(np.int64)
@@ -231,13 +270,23 @@ def default_chunk_size(vocab_size: int) -> int:
 
 
 def check_vocabulary(ids: np.ndarray, start: int, lm: Model) -> None:
-    low, high = ids.min(), ids.max()
-    if low < 0 or high >= lm.vocab_size:
-        wrong = int(np.flatnonzero((ids < 0) | (ids >= lm.vocab_size))[0])
+    """Of ids [n], or codes [n, k], that begin at token (frame) `start` of the stream."""
+    books = lm.codebooks
+    lowest, sizes = (-1 if books.gaps else 0, np.array(books.sizes)) if books else (0, np.array(lm.vocab_size))
+    wrong = np.argwhere((ids < lowest) | (ids >= sizes))
+    if not len(wrong):
+        return
+    place, *book = wrong[0]
+    if books:
         raise StreamError(
-            f"token {start + wrong} of the stream has id {ids[wrong]}, but the vocabulary of {lm.spec} is 0 to "
-            f"{lm.vocab_size - 1}. The text was probably tokenized for another model."
+            f"frame {start + place} of the stream has code {ids[place, book[0]]} in codebook {book[0]}, but those of {lm.spec} "
+            f"are {lowest} to {sizes[book[0]] - 1} there. The codes were probably made for another model, or stand in another "
+            "order."
         )
+    raise StreamError(
+        f"token {start + place} of the stream has id {ids[place]}, but the vocabulary of {lm.spec} is 0 to "
+        f"{lm.vocab_size - 1}. The text was probably tokenized for another model."
+    )
 
 
 def check_finite(nll: np.ndarray, ids: np.ndarray, first: int, lm: Model) -> None:
@@ -246,8 +295,12 @@ def check_finite(nll: np.ndarray, ids: np.ndarray, first: int, lm: Model) -> Non
         return
     wrong = int(np.flatnonzero(~np.isfinite(nll))[0])
     target = len(ids) - len(nll) + wrong
-    raise NotFiniteError(
-        f"{lm.spec} gave a loss of {nll[wrong]} for token {first + wrong} of the stream (id {ids[target]}, after id "
-        f"{ids[target - 1]}), in {lm.dtype} on {lm.device}. A number that is not finite cannot be averaged, so the run "
-        "stops here; what was finished before is kept. Look for an overflow in low precision, or a masked-out logit."
+    raise _not_finite(nll[wrong], f"token {first + wrong} of the stream (id {ids[target]}, after id {ids[target - 1]})", lm)
+
+
+def _not_finite(loss: float, place: str, lm: Model) -> NotFiniteError:
+    return NotFiniteError(
+        f"{lm.spec} gave a loss of {loss} for {place}, in {lm.dtype} on {lm.device}. A number that is not finite cannot be "
+        "averaged, so the run stops here; what was finished before is kept. Look for an overflow in low precision, or a "
+        "masked-out logit."
     )

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pytest_lmeval.profiling.latency import LatencyResult
     from pytest_lmeval.profiling.throughput import ThroughputResult
     from pytest_lmeval.scoring.result import PerplexityResult
+    from pytest_lmeval.training import TrainResult
 
 EXPECTED = (CorpusError, ModelError, SpecError, StreamError)
 R = TypeVar("R")
@@ -134,6 +135,35 @@ class Lmeval:
             return restore(finished)
         probed = equivalence(model, **{**self._session.probe, **options}) if options else self._session.verdict(model)
         return self._recorded(key, probed)
+
+    @verb
+    def train(self, lm: Any, corpus: Corpus, *, held_out: Corpus | None = None, **protocol: Any) -> TrainResult:
+        """Train a copy of the model by the one protocol for all models (see `training.train`); `.lm` of the result is it.
+
+        lm        a spec, or a model, which stays as it is
+        held_out  the text that decides which weights are best; the validation split of the same corpus by default
+        protocol  fields of `training.Protocol`: steps, batch_size, seq_len, lr, seed, ...
+
+        A model that was trained by the same protocol before is taken from the output folder.
+        """
+        from pytest_lmeval.training import Protocol, train
+
+        model = self._session.load(lm) if isinstance(lm, str) else self._model(lm)
+        protocol = {"seq_len": self._seq_len(None, Protocol.seq_len), **protocol}
+        if self._session.tokens:
+            protocol = {"tokens": self._session.tokens, **protocol}
+        chosen = Protocol(**protocol)
+        held_out = held_out or self._session.corpus(corpus.name, "validation")
+        with self._session.progress(f"{model.spec} learns {corpus}") as progress:
+            result = train(
+                model, corpus, held_out=held_out, protocol=chosen, folder=self._session.folder, progress=progress, fresh=self._session.fresh
+            )
+        if result.cached:
+            self._log.notes.append(f"{model.spec} on {corpus}: trained before by the same protocol")
+        elif result.resumed_at:
+            self._log.notes.append(f"{model.spec} on {corpus}: went on from step {result.resumed_at:,} of an interrupted run")
+        data = [corpus.fingerprint, held_out.fingerprint]
+        return self._recorded(self._key("train", model, chosen.to_json(), data), result)
 
     @verb
     def latency(self, lm: Any, batch_size: int = 1, seq_len: int | None = None, **options: Any) -> LatencyResult:

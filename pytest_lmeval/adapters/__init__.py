@@ -35,7 +35,7 @@ ZOO = {  # a file of zoo/, and the function in it that makes the model
     "bk": "bk:load",
     "causal-bk": "bk:load_causal",
 }
-FORMS = ("transformers", "streaming", "step", "get_set_state", "functional", "stateless")
+FORMS = ("transformers", "moshi", "streaming", "step", "get_set_state", "functional", "stateless")
 
 
 def load(spec: str, *, device: str | torch.device = "cpu", bits: int | None = None, trust_remote_code: bool = False) -> Model:
@@ -75,16 +75,20 @@ def as_model(source: Any, *, spec: str | None = None, form: str | None = None, t
     """
     if isinstance(source, Model):
         return source
-    from pytest_lmeval.adapters import huggingface, modules
+    from pytest_lmeval.adapters import huggingface, modules, moshi
 
     spec = spec or f"{type(source).__module__}:{type(source).__qualname__}"
-    form = form or ("transformers" if huggingface.is_transformers(source) else modules.form_of(source))
+    if form is None:
+        form = "transformers" if huggingface.is_transformers(source) else "moshi" if moshi.is_moshi(source) else None
+    form = form or modules.form_of(source)
     if form not in FORMS:
         raise SpecError(f"{spec}: unknown form {form!r}; forms are {', '.join(FORMS)}.")
     if isinstance(source, nn.Module):
         source.eval()
     if form == "transformers":
         return huggingface.adapt(source, spec=spec, tokenizer=tokenizer)
+    if form == "moshi":
+        return moshi.adapt(source, spec=spec)
     return modules.adapt(source, spec=spec, form=form, tokenizer=tokenizer)
 
 

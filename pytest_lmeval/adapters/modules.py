@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from pytest_lmeval.identity import settings_of
-from pytest_lmeval.lm import Advance, Model, ModelError, State, fork, places, tokenizer_for, weights
+from pytest_lmeval.lm import Advance, Model, ModelError, State, codebooks_of, fork, places, tokenizer_for, weights
 
 # A second argument of one of these names is something else than a state.
 NOT_A_STATE = frozenset({"targets", "target", "labels", "label", "attention_mask", "mask", "padding_mask", "key_padding_mask"})
@@ -61,7 +61,7 @@ def adapt(source: Any, *, spec: str, form: str, tokenizer: Any = None) -> Model:
     if not isinstance(logits, Tensor) or logits.ndim < 2:
         raise ModelError(f"{spec} ({form}) returned {type(logits).__name__} for one token; expected logits [b, t, v].")
     getattr(advance, "close", lambda: None)()  # a stream that was opened to ask is closed again
-    vocab_size = logits.shape[-1]
+    vocab_size, codebooks = logits.shape[-1], codebooks_of(source)
     given = tokenizer if tokenizer is not None else getattr(source, "tokenizer", None)
     return Model(
         advance,
@@ -71,11 +71,12 @@ def adapt(source: Any, *, spec: str, form: str, tokenizer: Any = None) -> Model:
         vocab_size=vocab_size,
         module=module,
         rebuild=ADVANCES[form] if module is not None else None,
-        tokenizer=tokenizer_for(given, vocab_size),
+        tokenizer=tokenizer_for(given, vocab_size) if codebooks is None else None,
         context_length=getattr(source, "context_length", None),
         borders=_borders(module),
         constant_state=bool(getattr(source, "constant_state", False)),
         volatile=_changed(before, _snapshot(module), buffers=form in HOLD_STATE),
+        codebooks=codebooks,
         fast_weights=getattr(source, "fast_weights", None),
         source=source,
     )
@@ -194,8 +195,11 @@ def _logits(output: Any) -> Tensor:
 
 
 def _one_token(source: Any) -> Tensor:
+    """[1, 1] id 0, or [1, k, 1] of a model that reads frames."""
     device = next((tensor.device for tensor in weights(source)), None) if isinstance(source, nn.Module) else None
-    return torch.zeros(1, 1, dtype=torch.long, device=device)
+    codebooks = codebooks_of(source)
+    shape = (1, 1) if codebooks is None else (1, len(codebooks.sizes), 1)
+    return torch.zeros(shape, dtype=torch.long, device=device)
 
 
 def _takes_state(source: Any) -> bool:
@@ -210,8 +214,8 @@ def _ask(spec: str, form: str, question: Callable[[], Any], source: Any) -> Any:
             return question()
     except Exception as error:
         raise ModelError(
-            f"{spec} was asked for the logits of one token (id 0, shape [1, 1]) and raised {type(error).__name__}: {error}. "
-            f"It was driven as {form!r}; forms are {', '.join(ADVANCES)}."
+            f"{spec} was asked for the logits of one token (id 0, shape {list(_one_token(source).shape)}) and raised "
+            f"{type(error).__name__}: {error}. It was driven as {form!r}; forms are {', '.join(ADVANCES)}."
             f"{places(source if isinstance(source, nn.Module) else None)}"
         ) from error
 

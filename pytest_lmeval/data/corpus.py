@@ -43,6 +43,7 @@ class Corpus:
     fingerprint  changes when the content does: an interrupted reading is only taken up on the same data, and never if empty
     tokenized    whether documents carry ids (`tokens:PATH`) rather than text
     size         bytes of text, or number of ids, if it is known before reading: for the time that is left
+    entropy      nats a byte that the best model pays for the whole, on average over such texts; known of synthetic ones
     """
 
     name: str
@@ -52,6 +53,7 @@ class Corpus:
     as_stream: bool = True
     tokenized: bool = False
     size: int | None = None
+    entropy: float | None = None
 
     def __repr__(self) -> str:
         return f"{self.name}[{self.split}]"

@@ -48,7 +48,7 @@ def jsonl(path: str, split: str) -> Corpus:
 
 
 def tokens(path: str, split: str) -> Corpus:
-    """Ids from a .npy file, memory-mapped: a slice is read when it is scored."""
+    """Ids [T], or frames of codes [T, k], from a .npy file, memory-mapped: a slice is read when it is scored."""
     import numpy as np
 
     file = Path(path).expanduser()
@@ -57,8 +57,11 @@ def tokens(path: str, split: str) -> Corpus:
         ids = np.load(file, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
         raise CorpusError(f"{file} is no .npy file of token ids ({error}). Write one with numpy.save(path, ids).") from error
-    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
-        raise CorpusError(f"{file} holds {ids.dtype} of shape {list(ids.shape)}; token ids are one row of integers.")
+    if ids.ndim not in (1, 2) or not np.issubdtype(ids.dtype, np.integer):
+        raise CorpusError(
+            f"{file} holds {ids.dtype} of shape {list(ids.shape)}; token ids are one row of integers, and frames of codes are "
+            "integers [frames, codebooks]."
+        )
 
     def documents() -> Iterator[Document]:
         # mapped anew for each reading, so that pages read before do not stay with the process

@@ -21,8 +21,10 @@ class TokenReader:
     ids = TokenReader(lm, documents)       yields arrays of ids, the beginning-of-sequence token first if there is one
     ids.take_bytes(n)                      bytes of text [n] of the next n targets; zeros for a corpus of bare ids
 
+    A model of several codebooks is given frames [n, k]; such a frame is one token here.
+
     skip     begin with this token of the stream
-    scored   the last token whose bytes were taken before (token 0 is no target: its bytes are never counted)
+    scored   targets whose bytes were taken before (token 0 is no target: its bytes are never counted; the first frame is one)
     limit    end before this token
     """
 
@@ -34,11 +36,11 @@ class TokenReader:
         self._widths: deque[np.ndarray] = deque()
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        at = 0
+        at, first = 0, self._scored + (self._lm.codebooks is None)
         for ids, widths in self._encoded():
             end = at + len(ids) if self._limit is None else min(at + len(ids), self._limit)
             if (begin := max(at, self._skip)) < end:
-                self._widths.append(widths[max(at, self._scored + 1) - at : end - at])
+                self._widths.append(widths[max(at, first) - at : end - at])
                 yield ids[begin - at : end - at]
             at += len(ids)
             if end == self._limit:
@@ -62,11 +64,16 @@ class TokenReader:
             if number == 0 and bos is not None and document.ids is None:
                 yield np.array([bos]), np.zeros(1, dtype=np.int64)
             if document.ids is not None:
-                if not np.issubdtype(document.ids.dtype, np.integer) and len(document.ids):
-                    raise CorpusError(f"{document.name}: token ids are integers; these are {document.ids.dtype}.")
+                _check_kind(document.ids, self._lm, document.name)
                 for begin in range(0, len(document.ids), 1 << 16):
                     ids = np.asarray(document.ids[begin : begin + (1 << 16)], dtype=np.int64)
                     yield ids, np.broadcast_to(np.int64(0), len(ids))
+            elif self._lm.codebooks is not None:
+                k = len(self._lm.codebooks.sizes)
+                raise CorpusError(
+                    f"{document.name} is text, and {self._lm.spec} reads frames of {k} codes: it has no tokenizer. Give it "
+                    f"tokens:PATH, a .npy file of codes [frames, {k}]."
+                )
             elif tokenizer is None:
                 raise CorpusError(
                     f"{self._lm.spec} has no tokenizer, so text cannot be read with it (its vocabulary has "
@@ -76,3 +83,14 @@ class TokenReader:
             elif document.text:
                 ids, ends = (np.asarray(part, dtype=np.int64) for part in tokenizer.encode(document.text))
                 yield ids, np.diff(ends, prepend=0)
+
+
+def _check_kind(ids: np.ndarray, lm: Model, name: str) -> None:
+    """Raise CorpusError unless these are integers of the shape that the model reads: [n], or [n, k] for k codebooks."""
+    if not np.issubdtype(ids.dtype, np.integer) and len(ids):
+        raise CorpusError(f"{name}: token ids are integers; these are {ids.dtype}.")
+    codes = None if lm.codebooks is None else len(lm.codebooks.sizes)
+    if ids.shape[1:] != (() if codes is None else (codes,)):
+        has = "one id after the other" if ids.ndim == 1 else f"frames of {ids.shape[-1]} codes"
+        reads = "one token after the other" if codes is None else f"frames of {codes} codes"
+        raise CorpusError(f"{name} has {has}, shape {list(ids.shape)}; {lm.spec} reads {reads}.")

@@ -82,7 +82,7 @@ def largest_difference(one: Tensor, other: Tensor) -> float:
 
 def first_difference(one: Tensor, other: Tensor) -> tuple[int, float]:
     different = (one != other) & ~(one.isnan() & other.isnan())
-    return int(different.any(dim=-1).nonzero()[0]), largest_difference(one, other)
+    return int(different.nonzero()[0, 0]), largest_difference(one, other)
 
 
 def within(case: Case, excess: Excess, message: str, *, sizes: list[int] | None = None) -> None:

@@ -34,6 +34,7 @@ from pytest_lmeval.equivalence.evidence import (
     same,
     within,
 )
+from pytest_lmeval.equivalence.sequences import beside, named, other_future
 from pytest_lmeval.equivalence.states import fork_, in_a_line, resume, size
 from pytest_lmeval.equivalence.strategies import Case
 from pytest_lmeval.equivalence.tolerance import ROUNDINGS
@@ -55,7 +56,7 @@ def isolation(trial: Trial, case: Case) -> None:
     others = trial.tokens(max(1, case.before), case.seed + 1000)
     first = trial.logits(ids, sizes)
     try:
-        trial.logits(others.expand(case.rows, -1), [others.shape[-1]])
+        trial.logits(beside(others, case.rows), [others.shape[-1]])
     except Raised:
         trial.logits(others, [others.shape[-1]])  # a model of single rows
     again = trial.logits(ids, sizes)
@@ -75,31 +76,29 @@ def causality(trial: Trial, case: Case) -> None:
 
 def _blind_to_the_future(trial: Trial, case: Case, sizes: list[int], change: int) -> None:
     ids = trial.tokens(case.length, case.seed)
-    other = ids.clone()
-    other[:, change:] = (ids[:, change:] + 1) % trial.lm.vocab_size
-    before, after = (trial.logits(x, sizes)[:change] for x in (ids, other))
+    other, kept, said = other_future(trial.lm, ids, change)
+    before, after = (trial.logits(x, sizes).flatten(0, -2)[:kept] for x in (ids, other))
     if same(before, after):
         return
     first, error = first_difference(before, after)
-    if _is_rounding(trial, error, ids, other, sizes, change):
+    if _is_rounding(trial, error, ids, other, sizes, kept):
         return
     raise broken(
         case,
-        f"changing the tokens from position {change} on (of {case.length}, seed {case.seed}, in pieces of {sizes}) changed "
-        f"the logits of position {first} before it, by up to {error:.3g}. The model sees its future; its perplexity "
-        "says nothing.",
+        f"changing {said} on (of {case.length}, seed {case.seed}, in pieces of {sizes}) changed the logits of "
+        f"{named(trial.lm, first)} before it, by up to {error:.3g}. The model sees its future; its perplexity says nothing.",
         error=error,
     )
 
 
-def _is_rounding(trial: Trial, error: float, ids: Tensor, other: Tensor, sizes: list[int], change: int) -> bool:
+def _is_rounding(trial: Trial, error: float, ids: Tensor, other: Tensor, sizes: list[int], kept: int) -> bool:
     """The tokens of an expert are multiplied together, so how a token is rounded hangs on how many others there are.
 
     Rounding is smaller in float64. What is seen of the future is not.
     """
     if trial.reference is None:
         return trial.routes and error <= ROUNDINGS * torch.finfo(trial.lm.dtype).eps
-    before, after = (trial.logits(x, sizes, lm=trial.reference)[:change] for x in (ids, other))
+    before, after = (trial.logits(x, sizes, lm=trial.reference).flatten(0, -2)[:kept] for x in (ids, other))
     return largest_difference(before, after) <= error / FINER
 
 
@@ -132,7 +131,7 @@ def rows(trial: Trial, case: Case) -> None:
     sizes += [last] + [1] * padding if last == 1 else [last + padding]
     own = trial.tokens(case.length + padding, case.seed)
     batch = [trial.tokens(own.shape[-1], case.seed + 1000 + other) for other in range(max(2, case.rows))]
-    batch[case.row] = torch.nn.functional.pad(own[:, : case.length], (0, padding))
+    batch[case.row] = torch.nn.functional.pad(own[..., : case.length], (0, padding))
     alone = trial.run(own, sizes)[: case.length]  # in the same pieces, but with real tokens in place of the padding
     try:
         excess = trial.compare("rows", case.seed, torch.cat(batch), sizes, row=case.row, other=(own, alone))

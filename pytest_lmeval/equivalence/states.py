@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pytest_lmeval.equivalence.evidence import NotPossible, bit_equal, broken, near
+from pytest_lmeval.equivalence.sequences import others
 from pytest_lmeval.equivalence.strategies import Case
 from pytest_lmeval.equivalence.trial import FEW, MEMORY, Trial
 from pytest_lmeval.lm import Model, State, fork, state_bytes, state_types
@@ -19,12 +20,12 @@ from pytest_lmeval.scoring.resume import safe_load
 
 def fork_(trial: Trial, case: Case) -> None:
     ids, cut = trial.tokens(case.length, case.seed), case.cuts[0]
-    other = (ids[:, cut:] + 1) % trial.lm.vocab_size
-    state = _read(trial.lm, ids[:, :cut])
+    known, rest = ids[..., :cut], ids[..., cut:]
+    state = _read(trial.lm, known)
     with _possibly("its state cannot be forked"):
         branch, first = fork(state), fork(state)
-        (straight,) = _take_turns(trial.lm, (ids[:, cut:], first))
-        after, _ = _take_turns(trial.lm, (ids[:, cut:], branch), (other, state))
+        (straight,) = _take_turns(trial.lm, (rest, first))
+        after, _ = _take_turns(trial.lm, (rest, branch), (others(trial.lm, rest), state))
     trial.calls += 1 + 3 * len(after)
     said = f"two continuations of one state after {cut} of its tokens saw each other"
     bit_equal(trial, case, straight, after, said, "A copy of the state shares something with it.", after=cut)
@@ -32,12 +33,13 @@ def fork_(trial: Trial, case: Case) -> None:
 
 def resume(trial: Trial, case: Case) -> None:
     ids, cut = trial.tokens(case.length, case.seed), case.cuts[0]
-    state, file = _read(trial.lm, ids[:, :cut]), io.BytesIO()
+    known, rest = ids[..., :cut], ids[..., cut:]
+    state, file = _read(trial.lm, known), io.BytesIO()
     with _possibly("its state cannot be saved"):
         torch.save({"state": state}, file)
-        (straight,) = _take_turns(trial.lm, (ids[:, cut:], state))
+        (straight,) = _take_turns(trial.lm, (rest, state))
         saved = safe_load(file.getvalue(), trial.lm)["state"]
-        (resumed,) = _take_turns(trial.fresh() or trial.lm, (ids[:, cut:], saved))
+        (resumed,) = _take_turns(trial.fresh() or trial.lm, (rest, saved))
     trial.calls += 1 + 2 * len(resumed)
     said = f"saved after {cut} tokens and continued by a fresh copy of the model, came out otherwise than without the stop"
     why = "A part of its state is not in the state."
@@ -61,15 +63,15 @@ def _read(lm: Model, ids: Tensor) -> State:
 
 
 def _take_turns(lm: Model, *continuations: tuple[Tensor, State]) -> list[Tensor]:
-    """[t, v] logits of each continuation (ids, state): at most eight more tokens, one at a time, which every model that carries
-    a state can do, and in turns."""
+    """[t, v] or [t, s, v] logits of each continuation (ids, state): at most eight more tokens, one at a time, which every model
+    that carries a state can do, and in turns."""
     states = [state for _, state in continuations]
     found: list[list[Tensor]] = [[] for _ in continuations]
     for place in range(min(8, continuations[0][0].shape[-1])):
         for number, (ids, _) in enumerate(continuations):
             with torch.no_grad():
-                logits, states[number] = lm.step(ids[:, place : place + 1], states[number])
-            found[number].append(logits[0, -1])
+                logits, states[number] = lm.step(ids[..., place : place + 1], states[number])
+            found[number].append(logits[0, ..., -1, :])
     return [torch.stack(logits) for logits in found]
 
 

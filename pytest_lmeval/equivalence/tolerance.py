@@ -75,7 +75,8 @@ def log_probabilities(logits: Tensor) -> Tensor:
 
 
 def token_errors(run: Tensor, reference: Tensor) -> Tensor:
-    """[t] the largest difference over the vocabulary at each token; infinite where one of the two is not finite alone."""
+    """[t] the largest difference over the vocabulary (and the codebooks) at each place; infinite where one of the two is not
+    finite alone."""
     difference = (run - reference).abs()
     same = (run == reference) | (run.isnan() & reference.isnan())
-    return difference.masked_fill(same, 0.0).nan_to_num(nan=float("inf"), posinf=float("inf")).amax(dim=-1)
+    return difference.masked_fill(same, 0.0).nan_to_num(nan=float("inf"), posinf=float("inf")).flatten(1).amax(dim=-1)

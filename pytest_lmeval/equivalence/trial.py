@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pytest_lmeval.equivalence.routers import recorded, until_first_tie
+from pytest_lmeval.equivalence.sequences import beside, drawn
 from pytest_lmeval.equivalence.tolerance import Excess, Yardstick, log_probabilities, token_errors
 from pytest_lmeval.equivalence.twin import round_weights, twin
 from pytest_lmeval.lm import Model, ModelError
@@ -57,23 +58,15 @@ class Trial:
         return "full run in float64" if self.lm.dtype == torch.float64 else "full run, alone and as one of two rows"
 
     def tokens(self, length: int, seed: int) -> Tensor:
-        """[1, length] ids; a longer sequence of the same seed begins with the shorter one.
-
-        Random ones; of every third seed, runs of one token repeated, many of them of id 0, as padding looks.
-        """
-        generator = torch.Generator().manual_seed(seed)
-        if seed % 3 != 2:
-            return torch.randint(0, self.lm.vocab_size, (1, length), generator=generator).to(self.lm.device)
-        ids = torch.randint(0, self.lm.vocab_size, (length,), generator=generator)
-        ids = torch.where(torch.arange(length) % 2 == 1, ids, 0).repeat_interleave(3)[:length]
-        return ids[None].to(self.lm.device)
+        """[1, t] ids, or [1, k, t] codes, of a seed (see `sequences.drawn`)."""
+        return drawn(self.lm, length, seed)
 
     def run(self, input_ids: Tensor, sizes: list[int], *, row: int = 0, lm: Model | None = None) -> Tensor:
-        """[t, v] log-probabilities of one row of [b, t], read in pieces of `sizes`. Raises Raised where the model does."""
+        """[t, v] log-probabilities of one row, read in pieces of `sizes`. Raises Raised where the model does."""
         return log_probabilities(self.logits(input_ids, sizes, row=row, lm=lm))
 
     def logits(self, input_ids: Tensor, sizes: list[int], *, row: int = 0, lm: Model | None = None) -> Tensor:
-        """[t, v] logits of one row, as the model gave them."""
+        """[t, v] logits of one row, as the model gave them; [t, s, v] of frames, zeros where they are about none."""
         state, parts, seen = None, [], 0
         for piece in torch.split(input_ids, sizes, dim=-1):
             self.calls += 1
@@ -91,9 +84,16 @@ class Trial:
                 ) from error
             if lm is None:
                 self._logits_dtype = logits.dtype
+            parts.append(self._place_first(logits[row], seen))
             seen += piece.shape[-1]
-            parts.append(logits[row])
         return torch.cat(parts)
+
+    def _place_first(self, logits: Tensor, seen: int) -> Tensor:
+        if self.lm.codebooks is None:
+            return logits
+        places = seen + torch.arange(logits.shape[1], device=logits.device)
+        delays = torch.tensor(self.lm.codebooks.delays, device=logits.device)
+        return logits.transpose(0, 1).masked_fill((places[:, None] < delays)[..., None], 0.0)
 
     def reach(self, longest: int) -> str | None:
         """Find the longest sequence that can be read in one piece, up to `longest`; where it is shorter, say why."""
@@ -129,7 +129,7 @@ class Trial:
     def reads_rows(self) -> bool:
         """Whether it reads two rows at once, in one piece."""
         try:
-            self.logits(self.tokens(4, 0).expand(2, -1), [4])
+            self.logits(beside(self.tokens(4, 0), 2), [4])
         except Raised:
             return False
         return True
@@ -202,11 +202,11 @@ class Trial:
     def _finite(self, run: Tensor, ids: Tensor) -> Tensor:
         wrong = run.isnan() | run.isposinf()  # minus infinity is a token ruled out
         if wrong.any():
-            place = int(wrong.any(-1).nonzero()[0])
+            place = int(wrong.nonzero()[0, 0])
             raise NotFiniteError(
                 f"{self.lm.spec} gave logits that are no numbers at token {place} of {len(run)} random ones (id "
-                f"{int(ids[0, place])}), read in one piece, in {self.lm.dtype} on {self.lm.device}. Nothing can be concluded "
-                "from such a model. Look for an overflow in low precision."
+                f"{ids[0, ..., place].tolist()}), read in one piece, in {self.lm.dtype} on {self.lm.device}. Nothing can be "
+                "concluded from such a model. Look for an overflow in low precision."
             )
         return run
 
@@ -225,7 +225,7 @@ class Trial:
 
     def _in_other_shape(self, ids: Tensor, full: Tensor) -> Tensor:
         try:
-            return self.run(ids.expand(2, -1), [ids.shape[-1]])
+            return self.run(beside(ids, 2), [ids.shape[-1]])
         except Raised:  # a model of single rows: its own rounding is not known, the floor alone counts
             return full
 

@@ -95,8 +95,7 @@ def latency(
 
     A model without a state cannot decode from one: only its prefill is timed.
     """
-    generator = torch.Generator().manual_seed(seed)
-    prompt = torch.randint(0, lm.vocab_size, (batch_size, seq_len), generator=generator).to(lm.device)
+    prompt, prompt_tokens = lm.random_ids(batch_size, seq_len, seed=seed), batch_size * seq_len
     new_tokens = new_tokens if lm.stateful else 1
     samples = Samples()
     not_measured = runner(lambda: generate_once(lm, prompt, new_tokens, samples), rounds=runs, warmup_rounds=warm_up)
@@ -114,8 +113,8 @@ def latency(
             "threads": torch.get_num_threads(),
             "not_measured": not_measured,
         },
-        metrics={} if not_measured else _metrics(samples, warm_up, prompt.numel()),
-        cost={"seconds": sum(samples.e2e), "tokens": len(samples.e2e) * prompt.numel(), "state_bytes": samples.state_bytes},
+        metrics={} if not_measured else _metrics(samples, warm_up, prompt_tokens),
+        cost={"seconds": sum(samples.e2e), "tokens": len(samples.e2e) * prompt_tokens, "state_bytes": samples.state_bytes},
         series={} if not_measured else _series(samples, warm_up),
     )
     return LatencyResult(record)
@@ -127,16 +126,21 @@ def generate_once(lm: Model, prompt: torch.Tensor, new_tokens: int, samples: Sam
         began = clock(lm.device)
         logits, state = lm.step(prompt, None, keep=1)
         samples.prefill.append(clock(lm.device) - began)
-        token = logits[:, -1].argmax(-1, keepdim=True)
+        token = _next(lm, logits, prompt)
         times = [clock(lm.device)]
         samples.ttft.append(times[0] - began)
         for _ in range(new_tokens - 1):
             logits, state = lm.step(token, state, keep=1)
-            token = logits[:, -1].argmax(-1, keepdim=True)
+            token = _next(lm, logits, prompt)
             times.append(clock(lm.device))
     samples.itl.append([after - before for before, after in pairwise(times)])
     samples.e2e.append(times[-1] - began)
     samples.state_bytes = state_bytes(state)
+
+
+def _next(lm: Model, logits: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+    """The likeliest token; of a model that reads frames, the prompt's last one: a step says nothing of the frame to come."""
+    return logits[:, -1].argmax(-1, keepdim=True) if lm.codebooks is None else prompt[..., -1:]
 
 
 def _metrics(samples: Samples, warm_up: int, prompt_tokens: int) -> dict[str, Metric]:

@@ -54,11 +54,10 @@ def throughput(
     runner: Runner = plain_runner,
 ) -> ThroughputResult:
     """Time `runs` steps over a batch of random prompts; with `scaling`, also one step of each smaller power of two."""
-    generator = torch.Generator().manual_seed(seed)
-    prompts = torch.randint(0, lm.vocab_size, (batch_size, seq_len), generator=generator).to(lm.device)
+    prompts, tokens = lm.random_ids(batch_size, seq_len, seed=seed), batch_size * seq_len
     seconds: list[float] = []
     not_measured = runner(lambda: seconds.append(step_once(lm, prompts)), rounds=runs, warmup_rounds=warm_up)
-    rates = [prompts.numel() / taken for taken in seconds[warm_up:]]
+    rates = [tokens / taken for taken in seconds[warm_up:]]
     series = {"batch_scaling": _scaling(lm, prompts)} if scaling and not not_measured else {}
     record = Record(
         kind="throughput",
@@ -74,7 +73,7 @@ def throughput(
             "not_measured": not_measured,
         },
         metrics=_metrics(rates, seconds[warm_up:]) if not not_measured else {},
-        cost={"seconds": sum(seconds), "tokens": len(seconds) * prompts.numel()},
+        cost={"seconds": sum(seconds), "tokens": len(seconds) * tokens},
         series=series,
     )
     return ThroughputResult(record)
@@ -95,5 +94,5 @@ def _metrics(rates: list[float], seconds: list[float]) -> dict[str, Metric]:
 
 def _scaling(lm: Model, prompts: torch.Tensor) -> Series:
     sizes = [1 << power for power in range(len(prompts).bit_length()) if 1 << power <= len(prompts)]
-    best = [max(rows * prompts.shape[1] / step_once(lm, prompts[:rows]) for _ in range(2)) for rows in sizes]
+    best = [max(rows * prompts.shape[-1] / step_once(lm, prompts[:rows]) for _ in range(2)) for rows in sizes]
     return Series([float(size) for size in sizes], best, "rows", "tokens/s")

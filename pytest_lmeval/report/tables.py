@@ -111,12 +111,17 @@ def comparisons(records: list[dict[str, Any]]) -> list[Comparison]:
     found = []
     for (kind, subject), by_model in same.items():
         if len(by_model) > 1:
-            rows = [{row.metric: row for row in _rows(record)} for record in by_model.values()]
+            rows = [{row.metric: row for row in (*_rows(record), *_verdict(record))} for record in by_model.values()]
             names = dict.fromkeys(name for row in rows for name in row)
             metrics = {name: [row.get(name, Row(name, "", "", "")) for row in rows] for name in names}
             outcomes = [record.get("outcome", "") for record in by_model.values()]
             found.append(Comparison(kind, subject, list(by_model), outcomes, metrics))
     return found
+
+
+def _verdict(record: dict[str, Any]) -> list[Row]:
+    certificate = record["certificate"]
+    return [Row("verdict", certificate["verdict"], "", "")] if certificate else []
 
 
 def groups(records: list[dict[str, Any]]) -> list[Group]:

@@ -5,7 +5,8 @@
     token_accuracy share of targets among the model's first k choices
 
 The reading carries the state through the whole text where the model allows it; where it has no state, or a
-limited context, the text is read in overlapping windows, and the record says so (`plan.py`).
+limited context, the text is read in overlapping windows, and the record says so (`plan.py`). Of a model with fast weights it
+also says how far they moved (`fast_weights.py`), and of chosen places what the loss is there (`positions.py`).
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ from pytest_lmeval.lm import Model
 from pytest_lmeval.results.journal import Checkpoints
 from pytest_lmeval.results.metric import Metric
 from pytest_lmeval.results.record import Record, Series
+from pytest_lmeval.scoring import fast_weights
 from pytest_lmeval.scoring.losses import LossFile
 from pytest_lmeval.scoring.plan import Point, Reader, plan_for
+from pytest_lmeval.scoring.positions import loss_metrics, name_of, not_reached
 from pytest_lmeval.scoring.reading import BYTES, HITS, NATS, SECONDS, TOKENS, Reading
 from pytest_lmeval.scoring.result import PerplexityResult
 from pytest_lmeval.scoring.resume import Saver
@@ -64,9 +67,12 @@ def perplexity(
     limit       read so many documents
     as_stream   one endless stream, or document by document with a new state each; by default as the corpus is meant
     window, overlap, chunk_size    see `plan_for`
-    positions   places at which the loss is wanted, for example (8000, 16000, 24000)
+    positions   places at which the loss is wanted, for example (8000, 16000, 24000): means of the thousand tokens up to each
     losses      write the loss of every target to this .npy file (float32, nats), as it is read
     checkpoints, key    save a point to go on from now and then, and start from the last one
+
+    How far the model's fast weights move is looked at after every chunk, if it has any (`Model.fast_weights`); where some stay
+    as they were, settings["warnings"] says so.
 
     Raises StreamError, NotFiniteError and CorpusError; see there.
     """
@@ -77,8 +83,9 @@ def perplexity(
     saver = Saver(checkpoints, key)
     point = saver.load(lm)
     if point is None or not LossFile.holds(losses, int(point.reading.total[TOKENS])):
-        point = Point(Reading(by_document, tuple(positions)))
+        point = Point(Reading(by_document, tuple(sorted(set(positions)))))
     resumed_at = int(point.reading.total[TOKENS])
+    watch = fast_weights.watch(lm, point)
 
     if lm.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(lm.device)
@@ -89,7 +96,10 @@ def perplexity(
             if progress is not None:
                 sums = point.reading.total
                 progress(int(sums[TOKENS]), float(sums[NATS]), expected_tokens(source, sums, tokens, by_document))
-            saver.save_now_and_then(replace(point, seconds=time.perf_counter() - began), file.sync)
+            if watch is None or watch.look(point):  # what is left to be measured could not be taken up from a saved point
+                saver.save_now_and_then(replace(point, seconds=time.perf_counter() - began), file.sync)
+        if watch is not None:
+            watch.look(point, last=True)
     if not point.reading.chunks_seen:
         raise StreamError(f"{source} holds no document: there is nothing to score.")
     record = record_of(reader, point.reading, seconds=time.perf_counter() - began, seed=seed)
@@ -104,6 +114,7 @@ def perplexity(
 def record_of(reader: Reader, reading: Reading, *, seconds: float, seed: int) -> Record:
     """Everything that a reading found, and how it was had."""
     lm, plan, corpus = reader.lm, reader.plan, reader.corpus
+    metrics = metrics_of(reading, seconds=seconds, seed=seed)
     return Record(
         kind="perplexity",
         subject=str(corpus),
@@ -123,15 +134,17 @@ def record_of(reader: Reader, reading: Reading, *, seconds: float, seed: int) ->
             "unit": "document" if reading.by_document else f"block of {reading.block} tokens",
             "data": corpus.fingerprint,
             "seed": seed,
+            **({"positions": list(reading.positions), "not_reached": not_reached(reading)} if reading.positions else {}),
+            **(fast_weights.settings_of(reading.moves, lm, int(reading.total[TOKENS])) if reading.moves else {}),
         },
-        metrics=metrics_of(reading, seconds=seconds, seed=seed),
+        metrics=metrics,
         cost={
             "seconds": seconds,
             "tokens": int(reading.total[TOKENS]),
             "peak_bytes": torch.cuda.max_memory_allocated(lm.device) if lm.device.type == "cuda" else None,
             "state_bytes": reading.peak_state_bytes,
         },
-        series=series_of(reading),
+        series=series_of(reading, metrics),
     )
 
 
@@ -159,13 +172,8 @@ def metrics_of(reading: Reading, *, seconds: float, seed: int) -> dict[str, Metr
         metrics[name] = Metric(value, unit, low=low, high=high, n=n, higher_is_better=above != NATS)
     metrics["perplexity"] = exponential(metrics["nll"])
     metrics["tokens_per_second"] = Metric(n / seconds, "tokens/s", n=n, higher_is_better=True)
-    reached = reading.at_positions[:, TOKENS] > 0
-    if reached.sum() > 1:
-        at = np.array(reading.positions)[reached] / 1000
-        losses = reading.at_positions[reached, NATS] / reading.at_positions[reached, TOKENS]
-        slope = float(np.polyfit(at, losses, 1)[0])
-        metrics["loss_slope"] = Metric(slope, "nats/1k tokens", n=int(reached.sum()), higher_is_better=False)
-    return metrics
+    moved = {} if reading.moves is None else fast_weights.metrics_of(reading.moves)
+    return {**metrics, **loss_metrics(reading, seed=seed), **moved}
 
 
 def exponential(nll: Metric) -> Metric:
@@ -179,7 +187,7 @@ def exponential(nll: Metric) -> Metric:
         ) from error
 
 
-def series_of(reading: Reading) -> dict[str, Series]:
+def series_of(reading: Reading, metrics: dict[str, Metric]) -> dict[str, Series]:
     chunks = np.array(reading.chunks)
     read = np.cumsum(chunks[:, TOKENS]).tolist()
     loss = chunks[:, NATS] / chunks[:, TOKENS]
@@ -194,11 +202,9 @@ def series_of(reading: Reading) -> dict[str, Series]:
             (2 ** ((filled + 0.5) / 2)).tolist(), (binned[:, NATS] / binned[:, TOKENS]).tolist(), "tokens before", "nats/token"
         ),
     }
-    reached = reading.at_positions[:, TOKENS] > 0
-    if reached.any():
-        at, sums = np.array(reading.positions)[reached], reading.at_positions[reached]
-        series["loss_at"] = Series(at.tolist(), (sums[:, NATS] / sums[:, TOKENS]).tolist(), "tokens before", "nats/token")
-    return series
+    if reached := {float(at): float(metrics[name]) for at in reading.positions if (name := name_of(at)) in metrics}:
+        series["loss_at"] = Series(list(reached), list(reached.values()), "tokens before", "nats/token")
+    return {**series, **({} if reading.moves is None else fast_weights.series_of(reading.moves))}
 
 
 def bare_ids(ids: Iterable[Any]) -> Corpus:

@@ -1,14 +1,16 @@
 """The fold over scored chunks: sums that merge, in constant memory.
 
 Every figure of a reading is a ratio of sums over target tokens, so all that is kept are rows of sums
-(tokens, nats, bytes, hits) in four arrangements:
+(tokens, nats, bytes, hits) in five arrangements:
 
-    total        one row
-    units        one row a document, or a block of one stream: what intervals are drawn from
-    chunks       one row a chunk: the course of the reading
-    by_position  one row a stretch of positions, each half an octave wide
+    total         one row
+    units         one row a document, or a block of one stream: what intervals are drawn from
+    chunks        one row a chunk: the course of the reading
+    by_position   one row a stretch of positions, each half an octave wide
+    at_positions  one row of each unit for each chosen position: tokens and nats just before it
 
-Units of a stream and chunks are merged in pairs when there are too many, so a stream of any length fits.
+Units of a stream and chunks are merged in pairs when there are too many, so a stream of any length fits. Beside them stands how
+far the model's fast weights moved (`Moves`), if it has any.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ COLUMNS = 4 + len(TOP)
 BLOCK, BLOCKS = 64, 256  # smallest block of a stream, and the number at which neighbours merge
 CHUNKS = 2048
 HALF_OCTAVES = 128
-SPAN = 1000  # tokens up to a chosen position over which its loss is averaged
+SPAN, SPAN_BLOCK = 1000, 50  # tokens up to a chosen position over which its loss is averaged, and of a unit among them
+EACH = 32  # fast weights up to which the course of each is kept, beside that of their mean
 
 
 def rows_of(nll: np.ndarray, rank: np.ndarray, widths: np.ndarray) -> np.ndarray:
@@ -44,6 +47,8 @@ class Reading:
 
     by_document  whether a unit is a document; otherwise it is a block of consecutive tokens
     positions    places in a sequence at which the loss is wanted (mean over the thousand tokens up to there)
+    at_positions [units, positions, 2] sums of tokens and nats: a unit is a document that came near one of the positions, or,
+                 in a stream, fifty tokens of the thousand before each
     """
 
     by_document: bool = False
@@ -52,15 +57,16 @@ class Reading:
     units: list[np.ndarray] = field(default_factory=list)
     chunks: list[np.ndarray] = field(default_factory=list)
     by_position: np.ndarray = field(default_factory=lambda: np.zeros((HALF_OCTAVES, COLUMNS)))
-    at_positions: np.ndarray = field(default_factory=lambda: np.zeros((0, COLUMNS)))
+    at_positions: list[np.ndarray] = field(default_factory=list)
     block: int = BLOCK  # tokens of a unit, in a stream
     chunks_a_row: int = 1
     chunks_seen: int = 0
     peak_state_bytes: int = 0
+    moves: Moves | None = None
 
     def __post_init__(self) -> None:
-        if not len(self.at_positions):
-            self.at_positions = np.zeros((len(self.positions), COLUMNS))
+        if not self.by_document and not self.at_positions:
+            self.at_positions = [np.zeros((len(self.positions), 2)) for _ in range(SPAN // SPAN_BLOCK)]
 
     def add(self, start: int, rows: np.ndarray, *, seconds: float, state_bytes: int) -> None:
         """Take the rows of targets `start`, `start` + 1, ... of the current sequence."""
@@ -76,11 +82,19 @@ class Reading:
             self.by_position[bin_] += rows[bins == bin_].sum(axis=0)
         for index, position in enumerate(self.positions):
             near = (places > position - SPAN) & (places <= position)
-            self.at_positions[index] += rows[near].sum(axis=0)
+            if near.any():
+                self._add_near(index, rows[near], places[near] - (position - SPAN + 1))
+
+    def _add_near(self, index: int, rows: np.ndarray, offsets: np.ndarray) -> None:
+        units = np.full(len(rows), -1) if self.by_document else offsets // SPAN_BLOCK
+        for unit in np.unique(units):
+            self.at_positions[unit][index] += rows[units == unit][:, [TOKENS, NATS]].sum(axis=0)
 
     def start_document(self) -> None:
         if self.by_document:
             self.units.append(np.zeros(COLUMNS))
+            if self.positions and (not self.at_positions or self.at_positions[-1].any()):  # else the last came near none
+                self.at_positions.append(np.zeros((len(self.positions), 2)))
 
     def _add_unit(self, start: int, rows: np.ndarray, rows_sum: np.ndarray) -> None:
         if self.by_document:
@@ -99,22 +113,12 @@ class Reading:
             rows, start = rows[fitting:], start + fitting
 
     def _add_chunk(self, rows_sum: np.ndarray) -> None:
-        if self.chunks_seen % self.chunks_a_row:
-            self.chunks[-1] += rows_sum
-        elif len(self.chunks) < CHUNKS:
-            self.chunks.append(rows_sum.copy())
-        else:
-            self.chunks = [left + right for left, right in zip(self.chunks[::2], self.chunks[1::2], strict=True)]
-            self.chunks.append(rows_sum.copy())
-            self.chunks_a_row *= 2
+        self.chunks_a_row = append(self.chunks, rows_sum, self.chunks_seen, self.chunks_a_row)
         self.chunks_seen += 1
 
     def to_json(self) -> dict[str, Any]:
         """Everything, exactly: Python writes and reads floats without losing a bit."""
-        return {
-            name: np.asarray(value).tolist() if isinstance(value, np.ndarray | list | tuple) else value
-            for name, value in vars(self).items()
-        }
+        return {**plain(self), "moves": None if self.moves is None else plain(self.moves)}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Reading:
@@ -122,6 +126,57 @@ class Reading:
         reading.positions = tuple(reading.positions)
         for name in ("total", "by_position"):
             setattr(reading, name, np.array(data[name]))
-        reading.at_positions = np.array(data["at_positions"]).reshape(-1, COLUMNS)
+        reading.at_positions = [np.array(unit).reshape(-1, 2) for unit in data["at_positions"]]
         reading.units, reading.chunks = list(np.array(data["units"])), list(np.array(data["chunks"]))
+        reading.moves = None if data["moves"] is None else Moves.from_json(data["moves"])
         return reading
+
+
+@dataclass
+class Moves:
+    """How far a model's fast weights moved while it read, stretch by stretch (see `fast_weights.Watch`), n of them.
+
+    names     of the fast weights
+    total     [n] sums of their relative changes over all stretches
+    distance  [n] relative to their initial values, at the end of the last stretch
+    course    rows of tokens, stretches, and the mean change; then the change of each, if they are not more than `EACH`
+    """
+
+    names: tuple[str, ...]
+    total: np.ndarray
+    distance: np.ndarray
+    course: list[np.ndarray] = field(default_factory=list)
+    stretches: int = 0
+    stretches_a_row: int = 1
+
+    def add(self, tokens: int, change: np.ndarray, distance: np.ndarray) -> None:
+        self.total, self.distance = self.total + change, distance
+        row = np.array([tokens, 1, change.mean(), *(change if len(change) <= EACH else ())])
+        self.stretches_a_row = append(self.course, row, self.stretches, self.stretches_a_row)
+        self.stretches += 1
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Moves:
+        arrays = {name: np.array(data[name]) for name in ("total", "distance")}
+        return cls(**{**data, **arrays, "names": tuple(data["names"]), "course": [np.array(row) for row in data["course"]]})
+
+
+def append(course: list[np.ndarray], row: np.ndarray, seen: int, each: int) -> int:
+    """Append the row after `seen` ones to a course of sums of `each` rows; merge pairs if it is too long. Returns `each`."""
+    if seen % each:
+        course[-1] += row
+    elif len(course) < CHUNKS:
+        course.append(row.copy())
+    else:
+        course[:] = [left + right for left, right in zip(course[::2], course[1::2], strict=True)]
+        course.append(row.copy())
+        each *= 2
+    return each
+
+
+def plain(sums: Reading | Moves) -> dict[str, Any]:
+    """The fields as JSON has them."""
+    return {
+        name: np.asarray(value).tolist() if isinstance(value, np.ndarray | list | tuple) else value
+        for name, value in vars(sums).items()
+    }

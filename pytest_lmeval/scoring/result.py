@@ -7,6 +7,8 @@ from typing import Any
 
 from pytest_lmeval.results.metric import Metric
 from pytest_lmeval.results.record import Record, Series
+from pytest_lmeval.scoring.fast_weights import FastWeights, found_in
+from pytest_lmeval.scoring.positions import name_of
 from pytest_lmeval.scoring.reading import HITS
 
 
@@ -80,15 +82,29 @@ class PerplexityResult:
         return self.record.series["loss_by_position"]
 
     @property
-    def loss_at(self) -> dict[int, float]:
-        """Mean loss of the thousand tokens up to each chosen position that was reached."""
+    def loss_at(self) -> dict[int, Metric]:
+        """Mean loss of the thousand tokens up to each chosen position that was reached, with its interval, nats a token."""
         series = self.record.series.get("loss_at")
-        return {} if series is None else dict(zip(map(int, series.x), series.y, strict=True))
+        return {} if series is None else {int(at): self.record.metrics[name_of(int(at))] for at in series.x}
 
     @property
     def loss_slope(self) -> Metric:
-        """Least-squares slope of `loss_at`, nats a token per 1000 positions: negative where context goes on helping."""
+        """Least-squares slope of `loss_at`, nats a token per 1000 positions: negative where context goes on helping.
+
+        Raises AttributeError where fewer than two of the chosen positions were reached.
+        """
+        if "loss_slope" not in self.record.metrics:
+            asked, missing = (self.record.settings.get(name, []) for name in ("positions", "not_reached"))
+            raise AttributeError(
+                f"a slope takes two positions at least. Asked for were {asked or 'none'}; of those, {self.record.subject} did "
+                f"not go on to {missing or 'none'}. Give positions that the text reaches: positions=(1000, 2000, 4000)."
+            )
         return self.record.metrics["loss_slope"]
+
+    @property
+    def fast_weights(self) -> FastWeights | None:
+        """What became of the model's fast weights while it read; None if it has none."""
+        return found_in(self.record)
 
     @property
     def certificate(self) -> dict[str, Any] | None:

@@ -1,0 +1,130 @@
+"""Floating-point operations, counted as they are called, not guessed from a formula of the architecture.
+
+torch's `FlopCounterMode` counts matrix products, convolutions and fused attention. Here it also learns what it does not know
+or gets wrong:
+
+    attention on the CPU     as on CUDA: 4 b h t s e forward; backward computes the scores again, which makes it 2.5 times that
+    nn.LSTM, nn.GRU, nn.RNN  fused layers of oneDNN and cuDNN: 2 x tokens x the entries of their matrices; backward twice that
+    grouped convolutions     their gradient by weight costs what forward costs; torch's formula is too large by the number of
+                             groups, which is the width of the model where a convolution is depthwise
+    vector products          mv, dot and their like
+
+A multiplication and an addition are two operations. Not counted: elementwise work (activations, norms, softmax, a scan that
+is written as products and sums), lookups, sorting, Fourier transforms, linear solvers and the optimizer. So two models
+compare by these counts as far as they spend their time on matrix products. A causal mask saves nothing here, and an operation
+on complex numbers counts as one on real numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import flop_counter
+
+aten = torch.ops.aten
+Shape = Sequence[int]
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations of a forward pass and of its backward pass."""
+
+    forward: int
+    backward: int
+
+    @property
+    def total(self) -> int:
+        return self.forward + self.backward
+
+    def __mul__(self, times: int) -> Flops:
+        return Flops(self.forward * times, self.backward * times)
+
+
+def count_flops(work: Callable[[], Any]) -> int:
+    """The operations that `work()` calls for, see the head of this file.
+
+    >>> count_flops(lambda: torch.ones(3, 5) @ torch.ones(5, 7))
+    210
+    """
+    with flop_counter.FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+        work()
+    return int(counter.get_total_flops())
+
+
+def training_flops(loss: Callable[[], Tensor]) -> Flops:
+    """The operations of computing a loss, and of the gradients that `loss().backward()` leaves in the parameters.
+
+    >>> layer = torch.nn.Linear(5, 7, bias=False)
+    >>> training_flops(lambda: layer(torch.ones(3, 5)).sum())
+    Flops(forward=210, backward=210)
+    """
+    found: list[Tensor] = []
+    forward = count_flops(lambda: found.append(loss()))
+    return Flops(forward, count_flops(found[0].backward))
+
+
+# Each formula takes what the operator takes, shapes in place of tensors, and `out_shape`, that of the result.
+
+
+def _attention(query: Shape, key: Shape, value: Shape, *rest: Any, **options: Any) -> int:
+    """Scores, and values weighted by them; query [b, h, t, e], key [b, g, s, e], value [b, g, s, f], h a multiple of g."""
+    return 2 * prod(query[:3]) * key[2] * (query[3] + value[3])
+
+
+def _attention_backward(grad: Shape, query: Shape, key: Shape, value: Shape, *rest: Any, **options: Any) -> int:
+    """Scores again; gradients of the weights and of the values; gradients of the queries and of the keys."""
+    return 2 * prod(query[:3]) * key[2] * (3 * query[3] + 2 * value[3])
+
+
+def _recurrent(inputs: Shape, *weights: Any, **options: Any) -> int:
+    """One layer of oneDNN: inputs [t, b, d], then the matrix for the inputs and the one for the state."""
+    matrices: int = prod(weights[0]) + prod(weights[1])
+    return 2 * prod(inputs[:-1]) * matrices
+
+
+def _recurrent_layers(inputs: Shape, weights: Sequence[Shape], *rest: Any, **options: Any) -> int:
+    """All layers of cuDNN at once: inputs [t, b, d] (or packed, [tokens, d]), then all matrices and biases."""
+    return 2 * prod(inputs[:-1]) * sum(prod(weight) for weight in weights if len(weight) == 2)
+
+
+def _convolution_backward(
+    grad: Shape,
+    inputs: Shape,
+    weight: Shape,
+    bias: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: int,
+    wanted: Sequence[bool],
+    **options: Any,
+) -> int:
+    """Every product of forward comes again once for the gradient by input and once for that by weight, if they are wanted."""
+    places = (inputs if transposed else grad)[2:]
+    return 2 * grad[0] * prod(places) * prod(weight) * (wanted[0] + wanted[1])
+
+
+def _twice(formula: Callable[..., int]) -> Callable[..., int]:
+    return lambda *shapes, **options: 2 * formula(*shapes, **options)
+
+
+FORMULAS: dict[Any, Callable[..., int]] = {
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    aten.mkldnn_rnn_layer: _recurrent,
+    aten.mkldnn_rnn_layer_backward: _twice(_recurrent),
+    aten._cudnn_rnn: _recurrent_layers,
+    aten._cudnn_rnn_backward: _twice(_recurrent_layers),
+    aten.convolution_backward: _convolution_backward,
+    aten.mv: lambda matrix, vector, **options: 2 * prod(matrix),
+    aten.addmv: lambda added, matrix, vector, **options: 2 * prod(matrix),
+    aten.dot: lambda left, right, **options: 2 * prod(left),
+    aten.vdot: lambda left, right, **options: 2 * prod(left),
+}

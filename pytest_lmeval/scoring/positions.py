@@ -1,0 +1,86 @@
+"""The loss at chosen places of a text, and its slope: does a longer context go on helping?
+
+The loss at a place is the mean over the thousand tokens up to there. In a stream its interval is drawn from blocks of fifty of
+them, in a reading by document from the documents that reach it (`statistics.bootstrap`).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pytest_lmeval.results.metric import Metric
+from pytest_lmeval.scoring.reading import NATS, SPAN, SPAN_BLOCK, TOKENS, Reading
+from pytest_lmeval.statistics.bootstrap import FEWEST_UNITS, ratio_intervals
+
+
+def name_of(position: int) -> str:
+    """The metric's name.
+
+    >>> name_of(8000), name_of(8192), name_of(1_000_000)
+    ('loss_at_8k', 'loss_at_8192', 'loss_at_1M')
+    """
+    for size, letter in ((1_000_000, "M"), (1000, "k")):
+        if position and not position % size:
+            return f"loss_at_{position // size}{letter}"
+    return f"loss_at_{position}"
+
+
+def sums_at(reading: Reading) -> np.ndarray:
+    """Tokens and nats [units, positions, 2] of what went on to the last fifty tokens before a position; the rest is zero."""
+    sums = np.array(reading.at_positions).reshape(len(reading.at_positions), len(reading.positions), 2)
+    read = sums[..., TOKENS] if reading.by_document else sums[..., TOKENS].sum(axis=0)
+    enough = np.maximum(0, np.minimum(SPAN, reading.positions) - SPAN_BLOCK)
+    return np.where((read > enough)[..., None], sums, 0.0)
+
+
+def not_reached(reading: Reading) -> list[int]:
+    """Positions that the text did not go on to."""
+    tokens = sums_at(reading)[..., TOKENS].sum(axis=0)
+    return [position for position, count in zip(reading.positions, tokens, strict=True) if not count]
+
+
+def loss_metrics(reading: Reading, *, seed: int) -> dict[str, Metric]:
+    """The loss at each position that was reached, and their slope if there are two at least, with 95 % intervals.
+
+    Intervals are None for fewer than eight blocks or documents. That of the slope takes each loss as linear in the sums of a
+    unit, which it is in a stream, where all blocks are of the same size.
+    """
+    sums = sums_at(reading)
+    reached = np.flatnonzero(sums[..., TOKENS].sum(axis=0))
+    if not len(reached):
+        return {}
+    sums, at = sums[:, reached], np.array(reading.positions)[reached]
+    total = sums.sum(axis=0)
+    losses = total[:, NATS] / total[:, TOKENS]
+    weights = slope_weights(at / 1000)
+    # The slope is a sum over units too: each brings what it adds to the losses, beside their means.
+    excess = (sums[..., NATS] - losses * sums[..., TOKENS]) * len(sums) / total[:, TOKENS]
+    columns = np.column_stack([sums.reshape(len(sums), -1), (losses + excess) @ weights, np.ones(len(sums))])
+    ratios = [(2 * index + NATS, 2 * index + TOKENS) for index in range(len(at))] + [(2 * len(at), 2 * len(at) + 1)]
+    intervals = ratio_intervals(columns, ratios, seed=seed)
+    units = (sums[..., TOKENS] > 0).sum(axis=0)
+    bounds = [interval if count >= FEWEST_UNITS else None for interval, count in zip(intervals, units, strict=False)]
+    found = {
+        name_of(int(at[index])): metric(losses[index], "nats/token", bounds[index], int(total[index, TOKENS]))
+        for index in range(len(at))
+    }
+    if len(at) > 1:
+        certain = None if None in bounds else intervals[-1]
+        found["loss_slope"] = metric(losses @ weights, "nats/1k tokens", certain, len(at))
+    return found
+
+
+def slope_weights(x: np.ndarray) -> np.ndarray:
+    """Weights of y in the least-squares slope of y over x; zeros for a single point.
+
+    >>> float(slope_weights(np.array([8.0, 16.0, 24.0])) @ np.array([3.0, 2.0, 1.0]))
+    -0.125
+    """
+    centered = x - x.mean()
+    spread = (centered**2).sum()
+    return centered / spread if spread else centered
+
+
+def metric(value: float, unit: str, interval: tuple[float, float] | None, n: int) -> Metric:
+    low, high = interval or (None, None)
+    return Metric(float(value), unit, low=low, high=high, n=n, higher_is_better=False)

@@ -1,0 +1,106 @@
+"""How a model is trained: everything that is chosen, in one value, so that models differ in nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from pytest_lmeval.lm import SpecError
+
+STEPS = 300  # where neither steps nor epochs are given
+FLOOR = 0.1  # the share of `lr` that the schedule ends at
+
+
+class ProtocolError(SpecError):
+    """A training protocol that cannot be followed: by anyone, or by this model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """Settings of a training with AdamW (Loshchilov and Hutter, 2019). Raises ProtocolError for those that make no sense.
+
+    steps, epochs   how long: a number of updates (300), or of passes over the training tokens
+    batch_size      crops in an update
+    seq_len         tokens that a crop's loss is taken over; it is read from an empty state
+    tokens          training tokens that are read from the corpus, at most; held-out tokens as well
+    lr              the highest learning rate; reached after `warmup`, the share of the steps in which it rises in a line
+    schedule        how it falls from there to a tenth at the last step
+    weight_decay    of matrices, not of vectors and scalars
+    betas           of AdamW
+    clip            the largest norm of all gradients together; None leaves them as they are
+    seed            of the order of crops and of dropout; the initial weights are those of the model that is given
+    eval_every      steps between evaluations on the held-out text; there is one before the first and one after the last step
+    eval_tokens     held-out tokens that are scored each time, in crops spread evenly over the held-out text
+    """
+
+    steps: int | None = None
+    epochs: int | None = None
+    batch_size: int = 16
+    seq_len: int = 128
+    tokens: int = 1_000_000
+    lr: float = 3e-3
+    warmup: float = 0.1
+    schedule: Literal["cosine", "linear"] = "cosine"
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float | None = 1.0
+    seed: int = 0
+    eval_every: int = 50
+    eval_tokens: int = 16_384
+
+    def __post_init__(self) -> None:
+        if self.steps is None and self.epochs is None:
+            object.__setattr__(self, "steps", STEPS)
+        if self.steps is not None and self.epochs is not None:
+            raise ProtocolError(f"steps={self.steps} and epochs={self.epochs}: a training has one end. Leave one of them None.")
+        for name, (what, holds) in RULES.items():
+            value = getattr(self, name)
+            if not holds(value):
+                raise ProtocolError(f"{name}={value!r} in a training protocol; {name} must be {what}.")
+
+    def to_json(self) -> dict[str, Any]:
+        """Every setting, by name."""
+        return {**asdict(self), "betas": list(self.betas)}
+
+
+def _whole(value: Any, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def _pair(value: Any) -> bool:
+    return isinstance(value, tuple | list) and len(value) == 2
+
+
+POSITIVE = ("a whole number from 1 up", _whole)
+RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "steps": ("a whole number from 1 up, or None where epochs are given", lambda value: value is None or _whole(value)),
+    "epochs": ("a whole number from 1 up, or None where steps are given", lambda value: value is None or _whole(value)),
+    **dict.fromkeys(("batch_size", "seq_len", "tokens", "eval_every", "eval_tokens"), POSITIVE),
+    "lr": ("a number above 0", lambda value: _number(value) and 0 < value < math.inf),
+    "warmup": ("a share of the steps, from 0 to below 1", lambda value: _number(value) and 0 <= value < 1),
+    "schedule": ("cosine or linear", lambda value: value in ("cosine", "linear")),
+    "weight_decay": ("a number from 0 up", lambda value: _number(value) and 0 <= value < math.inf),
+    "betas": ("two numbers from 0 to below 1", lambda value: _pair(value) and all(_number(x) and 0 <= x < 1 for x in value)),
+    "clip": ("a number above 0, or None", lambda value: value is None or (_number(value) and 0 < value < math.inf)),
+    "seed": ("a whole number from 0 up", lambda value: _whole(value, 0)),
+}
+
+
+def learning_rate(protocol: Protocol, step: int, steps: int) -> float:
+    """The learning rate of update `step` (counted from 0) of `steps`.
+
+    >>> [round(learning_rate(Protocol(lr=1.0, warmup=0.5, schedule="linear"), step, 4), 2) for step in range(4)]
+    [0.5, 1.0, 0.55, 0.1]
+    """
+    rising = math.ceil(protocol.warmup * steps)
+    if step < rising:
+        return protocol.lr * (step + 1) / rising
+    gone = (step + 1 - rising) / (steps - rising)
+    left = 1 - gone if protocol.schedule == "linear" else (1 + math.cos(math.pi * gone)) / 2
+    return protocol.lr * (FLOOR + (1 - FLOOR) * left)

@@ -1,0 +1,148 @@
+"""What a training brought: the trained model, and the record of how it learned and what that cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pytest_lmeval.identity import facts
+from pytest_lmeval.lm import Model
+from pytest_lmeval.profiling.flops import Flops
+from pytest_lmeval.profiling.memory import Peak
+from pytest_lmeval.results.metric import Metric
+from pytest_lmeval.results.record import Record, Series
+from pytest_lmeval.scoring.perplexity import exponential
+from pytest_lmeval.statistics.bootstrap import ratio_intervals
+from pytest_lmeval.training.plan import Plan
+from pytest_lmeval.training.protocol import Protocol
+from pytest_lmeval.training.run import Run
+
+POINTS = 1000  # of a curve in the record; neighbouring steps are averaged where there are more
+
+
+@dataclass(frozen=True, repr=False)
+class TrainResult:
+    """A trained model, ready to be used, and the record of its training.
+
+    lm          with the weights that the held-out text liked best; without one, the last
+    cached      it was trained before, with the same key
+    resumed_at  the step at which it went on from an interrupted training; 0 if it did not
+    """
+
+    lm: Model
+    record: Record
+    cached: bool = False
+    resumed_at: int = 0
+
+    def __repr__(self) -> str:
+        return repr(self.record)
+
+    @property
+    def nll(self) -> Metric:
+        """Mean held-out loss of `lm`, nats a token, with its 95 % interval (bootstrap over crops)."""
+        return self._held_out("nll")
+
+    @property
+    def perplexity(self) -> Metric:
+        """exp of `nll`."""
+        return self._held_out("perplexity")
+
+    @property
+    def train_loss(self) -> Metric:
+        """Mean training loss of the last `eval_every` steps, nats a token."""
+        return self.record.metrics["train_loss"]
+
+    @property
+    def curve(self) -> Series:
+        """Training loss by tokens seen."""
+        return self.record.series["learning_curve"]
+
+    @property
+    def best_step(self) -> int:
+        """Steps that `lm` was trained for: those until the best evaluation."""
+        return int(self.record.settings["best_step"])
+
+    def _held_out(self, name: str) -> Metric:
+        if name not in self.record.metrics:
+            raise AttributeError(f"{self.lm.spec} was trained without held_out, so its {name} on unseen text is not known.")
+        return self.record.metrics[name]
+
+
+def record_of(run: Run, trained: Model, plan: Plan, per_epoch: int, flops: Flops, peak: Peak) -> Record:
+    """Everything that the training found, and what it cost. `flops` are those of one step."""
+    protocol, about = plan.protocol, facts(trained)
+    tokens = run.step * protocol.batch_size * protocol.seq_len
+    spent = flops * run.step
+    costs = {
+        "seconds": (run.seconds, "s"),
+        "flops_forward": (spent.forward, "FLOP"),
+        "flops_backward": (spent.backward, "FLOP"),
+        "flops_total": (spent.total, "FLOP"),
+        "model_bytes": (about["bytes"], "bytes"),
+        "peak_memory": (peak.bytes, "bytes"),
+        "peak_memory_growth": (peak.growth, "bytes"),
+    }
+    measured = {name: value for name, value in costs.items() if value[0] is not None}
+    return Record(
+        kind="train",
+        subject=run.text,
+        lm=about,
+        settings={**plan.settings, "steps": run.step, "steps_an_epoch": per_epoch, "best_step": run.best_step},
+        metrics={
+            **held_out_metrics(run, protocol),
+            "train_loss": training_loss(run, protocol),
+            "parameters": Metric(about["parameters"]),
+            "tokens_per_second": Metric(tokens / run.seconds, "tokens/s", n=tokens, higher_is_better=True),
+            **{name: Metric(value, unit, higher_is_better=False) for name, (value, unit) in measured.items()},
+        },
+        cost={"seconds": run.seconds, "tokens": tokens, "flops": spent.total, "peak_bytes": peak.bytes},
+        series=series_of(run, protocol, per_epoch),
+    )
+
+
+def held_out_metrics(run: Run, protocol: Protocol) -> dict[str, Metric]:
+    """nll and perplexity of the best weights, and of the last."""
+    metrics: dict[str, Metric] = {}
+    for suffix, step in (("", run.best_step), ("_last", run.step)) if run.evaluations else ():
+        nats = run.evaluations[step].numpy()
+        sums = np.column_stack([nats, np.full(len(nats), protocol.seq_len)])
+        (interval,) = ratio_intervals(sums, [(0, 1)], seed=protocol.seed)
+        low, high = interval or (None, None)
+        n = len(nats) * protocol.seq_len
+        nll = Metric(nats.sum() / n, "nats/token", low=low, high=high, n=n, higher_is_better=False)
+        metrics |= {f"nll{suffix}": nll, f"perplexity{suffix}": exponential(nll)}
+    return metrics
+
+
+def training_loss(run: Run, protocol: Protocol) -> Metric:
+    last = run.losses[-protocol.eval_every :]
+    n = len(last) * protocol.batch_size * protocol.seq_len
+    return Metric(sum(last) / len(last), "nats/token", n=n, higher_is_better=False)
+
+
+def series_of(run: Run, protocol: Protocol, per_epoch: int) -> dict[str, Series]:
+    a_step = protocol.batch_size * protocol.seq_len
+    series = {}
+    for name, values, unit in (("learning_curve", run.losses, "nats/token"), ("gradient_norm", run.norms, "")):
+        ends, means = averaged(values, -(-len(values) // POINTS))
+        series[name] = Series([float(end * a_step) for end in ends], means, "tokens", unit)
+    ends, means = averaged(run.losses, per_epoch)
+    series["epoch_loss"] = Series([end / per_epoch for end in ends], means, "epochs", "nats/token")
+    if run.evaluations:
+        losses = torch.stack(list(run.evaluations.values())).mean(1) / protocol.seq_len
+        seen = [float(step * a_step) for step in run.evaluations]
+        series["held_out_loss"] = Series(seen, losses.tolist(), "tokens", "nats/token")
+    return series
+
+
+def averaged(values: list[float], group: int) -> tuple[list[int], list[float]]:
+    """Means of consecutive groups, the last of which may be shorter, and where each ends.
+
+    >>> averaged([1.0, 3.0, 5.0, 7.0, 8.0], 2)
+    ([2, 4, 5], [2.0, 6.0, 8.0])
+    """
+    parts = [values[begin : begin + group] for begin in range(0, len(values), group)]
+    ends = [min(begin + group, len(values)) for begin in range(0, len(values), group)]
+    return ends, [sum(part) / len(part) for part in parts]

@@ -1,0 +1,30 @@
+"""The copy of a model that is trained; the model itself is never changed."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+from pytest_lmeval.lm import Model, SpecError
+
+
+def copy_of(lm: Model) -> Model:
+    """The same model with a module of its own, in eval mode. Raises SpecError where there is none to copy."""
+    if lm.module is None or lm.rebuild is None:
+        raise SpecError(f"{lm.spec} is no torch module, so there are no weights to train or to load.")
+    try:
+        module = copy.deepcopy(lm.module).eval()
+    except Exception as error:  # a module may hold anything
+        raise SpecError(
+            f"{lm.spec} cannot be copied ({type(error).__name__}: {error}), and what is trained is a copy, so that the model "
+            "that was given stays as it is."
+        ) from error
+    own = lm.source is lm.module
+    return replace(
+        lm,
+        module=module,
+        advance=lm.rebuild(module),
+        source=module if own else lm.source,
+        fast_weights=getattr(module, "fast_weights", None) if own and lm.fast_weights else lm.fast_weights,
+        remembered={},
+    )

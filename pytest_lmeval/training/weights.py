@@ -1,0 +1,109 @@
+"""Weights of a module in a safetensors file: written whole or not at all, and loaded only where every tensor has its place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pytest_lmeval.adapters import load
+from pytest_lmeval.lm import Model, SpecError
+from pytest_lmeval.training.trainee import copy_of
+
+MENTIONED = 5  # names of tensors in an error, of those that are wrong in the same way
+
+
+class UnreadableError(SpecError):
+    """A file of weights that is not there, or is not whole."""
+
+
+def load_weights(lm: Model | str, path: str | Path) -> Model:
+    """A copy of a model (or the model that a spec names) with the weights that `train` left at `path`.
+
+    path  a file best.safetensors, or the folder that holds one
+
+    Raises SpecError where the file is not there or is broken, and where it does not fit: with the names of the tensors that are
+    missing, that the model does not have, or that have other shapes.
+    """
+    file = Path(path) / "best.safetensors" if Path(path).is_dir() else Path(path)
+    tensors, about = read_weights(file)
+    model = copy_of(load(lm) if isinstance(lm, str) else lm)
+    assert model.module is not None
+    fill(model.module, tensors, f"{file} (weights of {about['spec']})" if "spec" in about else str(file))
+    return replace(model, spec=about.get("spec", f"{model.spec}, weights of {file.name}"))
+
+
+def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file by name, and what was written about them."""
+    try:
+        with safe_open(file, framework="pt") as content:
+            return {name: content.get_tensor(name) for name in content.keys()}, content.metadata() or {}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise UnreadableError(f"there are no weights at {file}.") from error
+    except (SafetensorError, OSError) as error:
+        raise UnreadableError(f"{file} is no whole file of weights ({error}); it was probably cut off.") from error
+
+
+def write_weights(file: Path, tensors: dict[str, Tensor], **about: str) -> None:
+    with replacing(file) as new:
+        save_file(tensors, new, metadata=about)
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """A file to write, that takes the place of `file` in one move if the block ends well: a reader never sees half of one."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    new = file.with_name(f"{file.name}.{os.getpid()}.new")
+    try:
+        yield new
+        with open(new, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(new, file)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def snapshot(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of every tensor of a module, on the CPU; of tied ones, that is one under several names, under the first name."""
+    return {names[0]: tensor.detach().to("cpu", copy=True).contiguous() for names, tensor in _tensors(module)}
+
+
+def fill(module: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
+    """Put tensors into a module. Raises SpecError, the module being as before, where they are not exactly its own."""
+    own = _tensors(module)
+    shapes = {name: tensor.shape for names, tensor in own for name in names}
+    wrong = {
+        "missing": [names[0] for names, _ in own if not any(name in tensors for name in names)],
+        "not in the model": [name for name in tensors if name not in shapes],
+        "of another shape": [
+            f"{name} {list(tensor.shape)} for {list(shapes[name])}"
+            for name, tensor in tensors.items()
+            if name in shapes and tensor.shape != shapes[name]
+        ],
+    }
+    if any(wrong.values()):
+        listed = "; ".join(f"{what}: {_some(names)}" for what, names in wrong.items() if names)
+        raise SpecError(
+            f"{source} does not fit {type(module).__name__}. Tensors {listed}. These are weights of another model, or "
+            "of another size of it; protocol.json beside such a file says of which."
+        )
+    module.load_state_dict(tensors, strict=False)  # tied tensors stand in the file once
+
+
+def _tensors(module: nn.Module) -> list[tuple[list[str], Tensor]]:
+    """The tensors of a module's state dict, each with all of its names."""
+    found: dict[int, tuple[list[str], Tensor]] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor):
+            found.setdefault(id(tensor), ([], tensor))[0].append(name)
+    return list(found.values())
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:MENTIONED]) + (f" and {len(names) - MENTIONED} more" if len(names) > MENTIONED else "")

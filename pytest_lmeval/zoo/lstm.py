@@ -1,0 +1,74 @@
+"""`lstm`: long short-term memory, the recurrent network that carried language modelling before attention.
+
+Each layer is x + LSTM(norm(x)), where torch's `nn.LSTM` computes, for one token after the other,
+
+    i, f, o = sigmoid(W x_t + U h_{t-1} + b)         what is let in, kept, and shown
+    c_t = f * c_{t-1} + i * tanh(W' x_t + U' h_{t-1} + b')
+    h_t = o * tanh(c_t)
+
+Its state is h and c, two vectors a layer and row, whatever has been read. Nothing of it can be read side by side: the gates of
+a token need the h of the one before. A chunk is still faster than single tokens, since W x_t is one product for all of them.
+
+Shapes: b rows, t tokens, v vocabulary, d width.
+
+    logits, state = model(input_ids)                 # [b, t] -> [b, t, v]
+    logits, state = model(more_ids, state)           # goes on where the first call ended
+
+Hochreiter, Schmidhuber, "Long Short-Term Memory", Neural Computation 1997; the gate f: Gers et al., 2000.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class LayerState(NamedTuple):
+    """What a layer remembers, as `nn.LSTM` takes and returns it (in the precision of the weights)."""
+
+    hidden: Tensor  # [1, b, d]  h
+    cell: Tensor  # [1, b, d]    c
+
+
+class Layer(nn.Module):
+    """One `nn.LSTM` around which what was read goes by unchanged, so that several of them train."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(width, eps=1e-5)
+        self.lstm = nn.LSTM(width, width, batch_first=True)
+
+    def forward(self, x: Tensor, state: LayerState | None) -> tuple[Tensor, LayerState]:
+        y, (hidden, cell) = self.lstm(self.norm(x), state)
+        return x + y, LayerState(hidden.clone(), cell.clone())  # clone: they may be views of a whole chunk
+
+
+class LSTM(nn.Module):
+    """Tokens in, logits of the next token out; see the head of this file."""
+
+    constant_state = True
+
+    def __init__(self, vocab_size: int = 256, width: int = 160, layers: int = 4) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.embed = nn.Embedding(vocab_size, width)
+        self.layers = nn.ModuleList(Layer(width) for _ in range(layers))
+        self.norm = nn.RMSNorm(width, eps=1e-5)
+        nn.init.normal_(self.embed.weight, std=0.02)
+
+    def forward(self, input_ids: Tensor, state: list[LayerState] | None = None) -> tuple[Tensor, list[LayerState]]:
+        """Logits [b, t, v] of the token after each of `input_ids` [b, t], and the state to go on from."""
+        x, new_state = self.embed(input_ids), []
+        for index, layer in enumerate(self.layers):
+            x, layer_state = layer(x, state[index] if state else None)
+            new_state.append(layer_state)
+        return self.norm(x) @ self.embed.weight.T, new_state
+
+
+def load() -> LSTM:
+    """Exact for any chunking, with a constant state. Random weights, always the same."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LSTM().eval()

@@ -1,0 +1,143 @@
+"""`mamba`: a selective state space model, whose recurrence is diagonal and chooses by the token what to keep.
+
+A layer takes x to x + out_proj(y * silu(z)). Its input is projected to u and z, u goes through a causal convolution over the
+last `kernel` tokens and a SiLU, and then, for each of its channels with n numbers of state, through the recurrence
+
+    h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t         A = -exp(A_log), at first -1, -2, ..., -n (S4D-real)
+    y_t = C_t h_t + D u_t                            dt_t, B_t and C_t are projections of u_t
+
+so the state is h and the convolution's tail, the same size whatever has been read.
+
+A chunk is cut into about sqrt(t) blocks of about sqrt(t) tokens that are read side by side, twice: first each from a zero state,
+for what it leaves behind, then from the state that the blocks before it left, for the outputs. In between what they left is
+carried from block to block. No factor is larger than one, so nothing can overflow, and the second reading is the recurrence itself.
+
+Shapes: b rows, t tokens, v vocabulary, d = expand * width channels, n numbers of state each.
+
+    logits, state = model(input_ids)                 # [b, t] -> [b, t, v]
+    logits, state = model(more_ids, state)           # goes on where the first call ended
+
+Gu, Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class LayerState(NamedTuple):
+    """What a layer remembers."""
+
+    tail: Tensor  # [b, d, kernel - 1]  the convolution's last inputs
+    hidden: Tensor  # [b, n, d]         h, in float32 at least
+
+
+class Layer(nn.Module):
+    """A gated selective recurrence, and what goes around it."""
+
+    def __init__(self, width: int, d_state: int, expand: int, kernel: int) -> None:
+        super().__init__()
+        d, self.rank, self.kernel = expand * width, -(-width // 16), kernel
+        self.norm = nn.RMSNorm(width, eps=1e-5)
+        self.in_proj = nn.Linear(width, 2 * d, bias=False)
+        self.conv = nn.Conv1d(d, d, kernel, groups=d)
+        self.x_proj = nn.Linear(d, self.rank + 2 * d_state, bias=False)
+        self.dt_proj = nn.Linear(self.rank, d)
+        self.a_log = nn.Parameter(torch.arange(1.0, d_state + 1).log()[:, None].repeat(1, d))
+        self.skip = nn.Parameter(torch.ones(d))  # D
+        self.out_proj = nn.Linear(d, width, bias=False)
+        nn.init.uniform_(self.dt_proj.weight, -(self.rank**-0.5), self.rank**-0.5)
+        dt = torch.exp(torch.empty(d).uniform_(math.log(1e-3), math.log(1e-1)))  # at first between 0.001 and 0.1
+        self.dt_proj.bias.data = dt + torch.log(-torch.expm1(-dt))  # softplus of it is dt
+
+    def forward(self, x: Tensor, state: LayerState | None) -> tuple[Tensor, LayerState]:
+        u, z = self.in_proj(self.norm(x)).chunk(2, dim=-1)
+        tail, hidden = state or self.blank(u)
+        recent = torch.cat([tail, u.mT], dim=-1)  # [b, d, kernel - 1 + t]
+        u = F.silu(self.conv(recent)).mT
+        dt, b, c = self.x_proj(u).split([self.rank, *2 * [hidden.shape[1]]], dim=-1)
+        dt = F.softplus(self.dt_proj(dt).to(hidden.dtype))
+        y, hidden = selective_scan(u.to(dt), dt, -torch.exp(self.a_log.to(dt)), b.to(dt), c.to(dt), hidden)
+        y = (y.to(u) + self.skip * u) * F.silu(z)
+        tail = recent[..., -(self.kernel - 1) :].clone()  # a slice would keep the memory of the whole chunk alive
+        return x + self.out_proj(y), LayerState(tail, hidden)
+
+    def blank(self, u: Tensor) -> LayerState:
+        wide = torch.promote_types(u.dtype, torch.float32)  # what is added up over a whole text needs the digits
+        tail = u.new_zeros(len(u), u.shape[-1], self.kernel - 1)
+        return LayerState(tail, u.new_zeros(len(u), *self.a_log.shape, dtype=wide))
+
+
+class Mamba(nn.Module):
+    """Tokens in, logits of the next token out; see the head of this file."""
+
+    constant_state = True
+
+    def __init__(
+        self,
+        vocab_size: int = 256,
+        width: int = 160,
+        layers: int = 4,
+        d_state: int = 16,
+        expand: int = 2,
+        kernel: int = 4,
+    ) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.embed = nn.Embedding(vocab_size, width)
+        self.layers = nn.ModuleList(Layer(width, d_state, expand, kernel) for _ in range(layers))
+        self.norm = nn.RMSNorm(width, eps=1e-5)
+        nn.init.normal_(self.embed.weight, std=0.02)
+
+    def forward(self, input_ids: Tensor, state: list[LayerState] | None = None) -> tuple[Tensor, list[LayerState]]:
+        """Logits [b, t, v] of the token after each of `input_ids` [b, t], and the state to go on from."""
+        x, new_state = self.embed(input_ids), []
+        for index, layer in enumerate(self.layers):
+            x, layer_state = layer(x, state[index] if state else None)
+            new_state.append(layer_state)
+        return self.norm(x) @ self.embed.weight.T, new_state
+
+
+def selective_scan(u: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """y [b, t, d] of the recurrence (without D) and the h after it, from u, dt [b, t, d], a [n, d], b, c [b, t, n] and h [b, n, d].
+
+    Without autograd it takes the memory of a few sqrt(t) states, not t.
+    """
+    rows, t, _ = u.shape
+    blocks = max(1, math.isqrt(t // rows))  # rows are read side by side already
+    length = -(-t // blocks)
+    spare = blocks * length - t  # the last block is filled up by tokens with dt = 0, which change no state
+    parts = (F.pad(x, (0, 0, 0, spare)).unflatten(1, (blocks, length)).unbind(2) for x in (dt * u, dt, b, c))
+    places = list(zip(*parts, strict=True))  # a token of every block each: [b, blocks, d] or [b, blocks, n]
+
+    starts = [hidden]  # of each block
+    if blocks > 1:
+        left = hidden.new_zeros(rows, blocks - 1, *a.shape)  # behind by each block, if it began at zero
+        for du, dt, b, _ in places:
+            left = advance(left, du[:, :-1], dt[:, :-1], a, b[:, :-1])
+        kept = torch.exp(sum(dt for _, dt, _, _ in places)[:, :-1, None] * a)  # by each block of what came before it
+        for block in range(blocks - 1):
+            starts.append(torch.addcmul(left[:, block], kept[:, block], starts[-1]))
+
+    h, outputs = torch.stack(starts, dim=1), []
+    for du, dt, b, c in places:
+        h = advance(h, du, dt, a, b)
+        outputs.append((c[..., None, :] @ h)[..., 0, :])
+    return torch.stack(outputs, dim=2).flatten(1, 2)[:, :t], h[:, -1].clone()
+
+
+def advance(h: Tensor, du: Tensor, dt: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """h [..., n, d] one token later, from du = dt u [..., d], dt [..., d], a [n, d] and b [..., n]."""
+    return torch.addcmul(du[..., None, :] * b[..., None], torch.exp(dt[..., None, :] * a), h)
+
+
+def load() -> Mamba:
+    """Exact for any chunking, with a constant state. Random weights, always the same."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Mamba().eval()

@@ -1,0 +1,139 @@
+"""`mamba2`: the state space duality of Mamba-2, whose recurrence is a matrix product inside a block.
+
+As in Mamba, but all channels of a head fade alike: with p channels x_t a head, and B_t, C_t of n numbers shared by all heads,
+
+    h_t = exp(dt_t a) h_{t-1} + dt_t x_t B_t^T       h is [p, n], a = -exp(A_log) one number a head
+    y_t = h_t C_t + D x_t
+
+Written out, y_t = sum_{s <= t} L_ts (C_t . B_s) dt_s x_s with L_ts = exp(dt_{s+1} a + ... + dt_t a): attention without a softmax,
+whose mask fades. A chunk is read in blocks of `block` tokens: inside of one by that product, and the h of its beginning, faded
+as much as it is old, is added. The exponents are sums of what is not positive, so nothing can overflow.
+
+x, B and C go through a causal convolution over the last `kernel` tokens and a SiLU first. The output is norm(y * silu(z)).
+
+Shapes: b rows, t tokens, v vocabulary, h heads, p channels of a head, d = h * p = expand * width, n numbers of state a channel.
+
+    logits, state = model(input_ids)                 # [b, t] -> [b, t, v]
+    logits, state = model(more_ids, state)           # goes on where the first call ended
+
+Dao, Gu, "Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State Space Duality", 2024.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class LayerState(NamedTuple):
+    """What a layer remembers."""
+
+    tail: Tensor  # [b, d + 2 n, kernel - 1]  the convolution's last inputs
+    hidden: Tensor  # [b, h, p, n]            h, in float32 at least
+
+
+class Layer(nn.Module):
+    """A gated recurrence with one decay a head, and what goes around it."""
+
+    def __init__(self, width: int, d_state: int, headdim: int, expand: int, kernel: int, block: int) -> None:
+        super().__init__()
+        d = expand * width
+        self.d_state, self.headdim, self.heads, self.kernel, self.block = d_state, headdim, d // headdim, kernel, block
+        self.norm = nn.RMSNorm(width, eps=1e-5)
+        self.in_proj = nn.Linear(width, d + (d + 2 * d_state) + self.heads, bias=False)
+        self.conv = nn.Conv1d(d + 2 * d_state, d + 2 * d_state, kernel, groups=d + 2 * d_state)
+        self.a_log = nn.Parameter(torch.empty(self.heads).uniform_(1, 16).log())
+        dt = torch.exp(torch.empty(self.heads).uniform_(math.log(1e-3), math.log(1e-1)))  # at first between 0.001 and 0.1
+        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus of it is dt
+        self.skip = nn.Parameter(torch.ones(self.heads))  # D
+        self.norm_out = nn.RMSNorm(d, eps=1e-5)
+        self.out_proj = nn.Linear(d, width, bias=False)
+
+    def forward(self, x: Tensor, state: LayerState | None) -> tuple[Tensor, LayerState]:
+        d, n = self.heads * self.headdim, self.d_state
+        z, u, dt = self.in_proj(self.norm(x)).split([d, d + 2 * n, self.heads], dim=-1)
+        tail, hidden = state or self.blank(u)
+        recent = torch.cat([tail, u.mT], dim=-1)  # [b, d + 2 n, kernel - 1 + t]
+        u, b, c = F.silu(self.conv(recent)).mT.to(hidden.dtype).split([d, n, n], dim=-1)
+        u = u.unflatten(-1, (self.heads, -1))  # [b, t, h, p]
+        dt = F.softplus(dt.to(u) + self.dt_bias.to(u))  # [b, t, h]
+        drive, fade = dt[..., None] * u, dt * -torch.exp(self.a_log.to(u))
+        outputs = []
+        for part in zip(*(piece.split(self.block, dim=1) for piece in (drive, fade, b, c)), strict=True):
+            y, hidden = ssd_block(*part, hidden)
+            outputs.append(y)
+        y = (torch.cat(outputs, dim=1) + self.skip[:, None].to(u) * u).flatten(-2).to(x)
+        tail = recent[..., -(self.kernel - 1) :].clone()  # a slice would keep the memory of the whole chunk alive
+        return x + self.out_proj(self.norm_out(y * F.silu(z))), LayerState(tail, hidden)
+
+    def blank(self, u: Tensor) -> LayerState:
+        wide = torch.promote_types(u.dtype, torch.float32)  # what is added up over a whole text needs the digits
+        tail = u.new_zeros(len(u), u.shape[-1], self.kernel - 1)
+        return LayerState(tail, u.new_zeros(len(u), self.heads, self.headdim, self.d_state, dtype=wide))
+
+
+class Mamba2(nn.Module):
+    """Tokens in, logits of the next token out; see the head of this file."""
+
+    constant_state = True
+
+    def __init__(
+        self,
+        vocab_size: int = 256,
+        width: int = 160,
+        layers: int = 4,
+        d_state: int = 64,
+        headdim: int = 32,
+        expand: int = 2,
+        kernel: int = 4,
+        block: int = 64,
+    ) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.embed = nn.Embedding(vocab_size, width)
+        self.layers = nn.ModuleList(Layer(width, d_state, headdim, expand, kernel, block) for _ in range(layers))
+        self.norm = nn.RMSNorm(width, eps=1e-5)
+        nn.init.normal_(self.embed.weight, std=0.02)
+
+    def forward(self, input_ids: Tensor, state: list[LayerState] | None = None) -> tuple[Tensor, list[LayerState]]:
+        """Logits [b, t, v] of the token after each of `input_ids` [b, t], and the state to go on from."""
+        x, new_state = self.embed(input_ids), []
+        for index, layer in enumerate(self.layers):
+            x, layer_state = layer(x, state[index] if state else None)
+            new_state.append(layer_state)
+        return self.norm(x) @ self.embed.weight.T, new_state
+
+
+def ssd_block(drive: Tensor, fade: Tensor, b: Tensor, c: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """y [b, t, h, p] of one block (without D) and the h after it.
+
+    From drive = dt x [b, t, h, p], fade = dt a [b, t, h], b, c [b, t, n] and the h [b, h, p, n] before it.
+    """
+    fade, drive = fade.mT, drive.transpose(1, 2)  # [b, h, t], [b, h, t, p]
+    between = torch.exp(segment_sums(fade))  # L [b, h, t, t]
+    since = torch.exp(fade.cumsum(-1))[..., None]  # [b, h, t, 1] of what was there before the block
+    y = (between * (c @ b.mT)[:, None]) @ drive + since * (c[:, None] @ hidden.mT)
+    until = between[..., -1, :, None]  # [b, h, t, 1] of each token at the end of the block
+    return y.transpose(1, 2), since[..., -1:, :] * hidden + (until * drive).mT @ b[:, None]
+
+
+def segment_sums(x: Tensor) -> Tensor:
+    """[..., t, t] the sums x_{j+1} + ... + x_i where j <= i, and minus infinity above, from x [..., t].
+
+    Each is added up by itself: the difference of two sums from the beginning would lose the digits of a small one.
+    """
+    t = x.shape[-1]
+    lower = torch.ones(t, t, dtype=torch.bool, device=x.device).tril()
+    terms = x[..., None].expand(*x.shape, t).masked_fill(~lower.tril(-1), 0.0)
+    return terms.cumsum(-2).masked_fill(~lower, float("-inf"))
+
+
+def load() -> Mamba2:
+    """Exact for any chunking, with a constant state. Random weights, always the same."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Mamba2().eval()

@@ -1,0 +1,149 @@
+"""`transformer` and `windowed`: a causal transformer that remembers everything, or the last `window` tokens.
+
+A layer is x + attend(norm(x)), then x + down(silu(gate) * up) of norm(x). Query i attends to the keys j <= i,
+
+    y_i = sum_j softmax_j(R_i q_i . R_j k_j / sqrt(e)) v_j
+
+where R_i turns pairs of coordinates by angles that grow with the position i, so that R_i q_i . R_j k_j depends on i - j only.
+
+* Without a window the state is all keys, already turned, and values: it grows with the text, and its length is the position.
+* With a window a query sees i - window < j <= i, so the last window - 1 keys and values are all that is kept. Keys are kept as
+  they are, and turned by their place beside the queries that see them. No position is counted anywhere: angles stay small, and
+  token ten million is read with the precision of token one thousand. A chunk costs t * window, however long it is.
+
+Shapes: b rows, t tokens, v vocabulary, d width, h heads, e = d / h, s tokens kept.
+
+    logits, state = model(input_ids)                 # [b, t] -> [b, t, v]
+    logits, state = model(more_ids, state)           # goes on where the first call ended
+
+Attention: Vaswani et al., "Attention Is All You Need", 2017. RoPE: Su et al., "RoFormer", 2021. SwiGLU: Shazeer, "GLU Variants
+Improve Transformer", 2020. RMSNorm: Zhang, Sennrich, 2019. All of them together: Touvron et al., "LLaMA", 2023.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class LayerState(NamedTuple):
+    """What a layer remembers: s = all tokens so far, or the last window - 1 of them."""
+
+    keys: Tensor  # [b, h, s, e]
+    values: Tensor  # [b, h, s, e]
+
+
+class Layer(nn.Module):
+    """Attention, full or windowed, and a gated feed-forward."""
+
+    def __init__(self, width: int, heads: int, window: int | None, hidden: int) -> None:
+        super().__init__()
+        self.heads, self.window = heads, window
+        self.norm, self.norm_mlp = nn.RMSNorm(width, eps=1e-5), nn.RMSNorm(width, eps=1e-5)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor, state: LayerState | None) -> tuple[Tensor, LayerState]:
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [b, h, t, e] each
+        mixed, state = self.attend(q, k, v, state or LayerState(k[:, :, :0], v[:, :, :0]))
+        x = x + self.out(mixed.transpose(1, 2).flatten(-2))
+        gate, up = self.gate_up(self.norm_mlp(x)).chunk(2, dim=-1)
+        return x + self.down(F.silu(gate) * up), state
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
+        seen, t = state.keys.shape[2], q.shape[2]
+        if self.window is None:
+            places = torch.arange(seen, seen + t)
+            q, k = rotate(q, places), rotate(k, places)
+        keys, values = torch.cat([state.keys, k], dim=2), torch.cat([state.values, v], dim=2)
+        if self.window is None:
+            visible = q.new_ones(t, seen + t, dtype=torch.bool).tril(seen)
+            return F.scaled_dot_product_attention(q, keys, values, attn_mask=visible), LayerState(keys, values)
+        first = max(seen + t - (self.window - 1), 0)
+        # clone: a slice would keep the memory of the whole chunk alive
+        kept = LayerState(keys[:, :, first:].clone(), values[:, :, first:].clone())
+        return banded_attention(q, keys, values, self.window), kept
+
+
+class Transformer(nn.Module):
+    """Tokens in, logits of the next token out; see the head of this file."""
+
+    def __init__(
+        self,
+        vocab_size: int = 256,
+        width: int = 128,
+        layers: int = 4,
+        heads: int = 4,
+        window: int | None = None,
+        hidden: int = 344,
+    ) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.constant_state = window is not None
+        self.embed = nn.Embedding(vocab_size, width)
+        self.layers = nn.ModuleList(Layer(width, heads, window, hidden) for _ in range(layers))
+        self.norm = nn.RMSNorm(width, eps=1e-5)
+        nn.init.normal_(self.embed.weight, std=0.02)
+
+    def forward(self, input_ids: Tensor, state: list[LayerState] | None = None) -> tuple[Tensor, list[LayerState]]:
+        """Logits [b, t, v] of the token after each of `input_ids` [b, t], and the state to go on from."""
+        x, new_state = self.embed(input_ids), []
+        for index, layer in enumerate(self.layers):
+            x, layer_state = layer(x, state[index] if state else None)
+            new_state.append(layer_state)
+        return self.norm(x) @ self.embed.weight.T, new_state
+
+
+def rotate(x: Tensor, places: Tensor) -> Tensor:
+    """Turn the pairs (i, i + e/2) of x [..., t, e] by places [t] * 10000 ** (-2 i / e) radians."""
+    e = x.shape[-1]
+    # In float64: a float32 angle at place one million is off by 0.06 radians.
+    angles = places[:, None] * 10_000.0 ** (-torch.arange(0, e, 2, dtype=torch.float64) / e)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = angles.cos().to(wide).to(x.device), angles.sin().to(wide).to(x.device)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(x.dtype)
+
+
+def banded_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Attention [b, h, t, e] of each query to itself and the `window - 1` tokens before it.
+
+    q is [b, h, t, e]; k and v are [b, h, s + t, e] with s < window tokens from before. Queries are taken in blocks of `window`,
+    each with the stretch of keys that it can see, in which places are counted from its beginning.
+    """
+    b, h, t, e = q.shape
+    missing = window - 1 - (k.shape[2] - t)  # tokens that the text is too young to have
+    block = min(window, t)
+    blocks, span = -(-t // block), block + window - 1
+    spare = blocks * block - t  # the last block is filled up; what it computes there is dropped
+    q = F.pad(q, (0, 0, 0, spare)).unflatten(2, (blocks, block))
+    k, v = (F.pad(x, (0, 0, missing, spare)).unfold(2, span, block).mT for x in (k, v))  # [b, h, blocks, span, e]
+
+    places = torch.arange(span)
+    age = places[window - 1 :, None] - places
+    real = block * torch.arange(blocks)[:, None] + places >= missing
+    visible = ((age >= 0) & (age < window) & real[:, None]).to(q.device)  # [blocks, block, span]
+
+    # Blocks become rows: the fused kernels of torch take four axes.
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (rotate(q, places[window - 1 :]), rotate(k, places), v))
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=visible.repeat(b, 1, 1)[:, None])
+    return mixed.unflatten(0, (b, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :t]
+
+
+def load() -> Transformer:
+    """Full attention: exact for any chunking, and its state grows with the text. Random weights, always the same."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Transformer().eval()
+
+
+def load_windowed() -> Transformer:
+    """The same weights, each layer seeing the last 64 tokens: exact for any chunking, with a constant state."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Transformer(window=64).eval()
