@@ -1,10 +1,10 @@
-"""Which model learns best? Each is trained by the identical protocol (same tokens, order, optimizer, schedule, seed), then scored
-on text that it never saw.
+"""Which model learns best? Each is trained by one protocol (same tokens, order, optimizer, schedule, seed), then scored on text
+that it never saw.
 
     pytest benchmarks/test_learning.py --lm zoo:mamba --lm zoo:causal-bk --lmeval-seq-len 128
     pytest benchmarks/test_learning.py --lm zoo:mamba --lmeval-corpus wikitext-2 --lmeval-corpus c4 --lmeval-tokens 2M
 
-Texts are those of `--lmeval-corpus`; by default the two that need no download. A model that was trained before is not trained again.
+Texts are those of `--lmeval-corpus`; by default the two that need no download. What was trained before is not trained again.
 """
 
 import statistics
@@ -37,7 +37,7 @@ def test_learns(lmeval, lm, corpus, corpus_name, perplexities):
 
 
 def test_mean_over_texts(lmeval, lm, perplexities):
-    reached = perplexities.get(lm.spec, {})
+    reached = dict(sorted(perplexities.get(lm.spec, {}).items()))
     failed = [name for name, value in reached.items() if value is None]
     if len(reached) < 2:
         pytest.skip("a mean is over several texts")

@@ -234,6 +234,7 @@ def shared_session(config: pytest.Config) -> Session:
             bits=int(option(config, "lmeval-bits")) if option(config, "lmeval-bits") else None,
             trusted=tuple(option(config, "lmeval-trust-remote-code")),
             mirror=option(config, "lmeval-data") or None,
+            fresh=bool(option(config, "lmeval-fresh")),
             progress=_progress(config),
         )
     return config.stash[SESSION]

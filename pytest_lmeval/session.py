@@ -32,6 +32,7 @@ class Session:
     parallel  other tests run at the same time: speed is not measured
     device, bits, trusted   where and in which precision models are loaded, and which of them may run code of their own
     mirror    a folder that is used instead of the hub
+    fresh     nothing is taken from an earlier run
     """
 
     folder: Path
@@ -45,6 +46,7 @@ class Session:
     bits: int | None = None
     trusted: tuple[str, ...] = ()
     mirror: str | None = None
+    fresh: bool = False
     progress: ProgressBars = lambda title: nullcontext(None)
     loaded: dict[str, Model] = field(default_factory=dict)
     verdicts: dict[tuple[Any, ...], Any] = field(default_factory=dict)

@@ -156,7 +156,14 @@ class Lmeval:
         held_out = held_out or self._session.corpus(corpus.name, "validation")
         with self._session.progress(f"{model.spec} learns {corpus}") as progress:
             result = train(
-                model, corpus, held_out=held_out, protocol=chosen, folder=self._session.folder, progress=progress, fresh=self._session.fresh
+                model,
+                corpus,
+                held_out=held_out,
+                protocol=chosen,
+                folder=self._session.folder,
+                progress=progress,
+                spec=f"{model.spec} trained",
+                fresh=self._session.fresh,
             )
         if result.cached:
             self._log.notes.append(f"{model.spec} on {corpus}: trained before by the same protocol")

@@ -18,7 +18,10 @@ from pytest_lmeval.profiling.throughput import throughput
 from pytest_lmeval.results.journal import Checkpoints
 from pytest_lmeval.scoring.perplexity import perplexity
 from pytest_lmeval.scoring.resume import Saver
+from pytest_lmeval.session import Session
+from pytest_lmeval.session import TestLog as Log
 from pytest_lmeval.stream import NotFiniteError, StreamError, stream, stream_in_windows
+from pytest_lmeval.verbs import Lmeval
 from pytest_lmeval.zoo.moshi import Block, Moshi, Temporal
 
 SIZES, DELAYS, SCORED = (9, 7, 5, 6), (0, 0, 2, 1), (1, 2)
@@ -308,6 +311,28 @@ def test_a_reading_is_the_mean_over_all_codes_and_its_positions_count_frames(chu
         assert result.loss_at[position] == pytest.approx(np.mean(near), rel=1e-6)
 
 
+def test_a_position_is_reached_by_frames_however_many_codes_they_have():
+    for gaps in (0.0, 0.8):
+        assert set(perplexity(LM, frames_of(2000, gaps=gaps), positions=(1000, 2000)).loss_at) == {1000, 2000}
+        assert set(perplexity(LM, frames_of(1600, gaps=gaps), positions=(1000, 2000)).loss_at) == {1000}
+
+
+def test_a_limit_counts_frames():
+    frames = frames_of(300)
+    limited = perplexity(LM, frames, tokens=100, chunk_size=30)
+    assert float(limited.nll) == pytest.approx(np.mean(list(losses_of(frames[:100]).values())), rel=1e-6)
+
+
+def test_the_fixture_reads_frames_with_the_verdict_beside_them(tmp_path):
+    random, lm = np.random.default_rng(0), load("zoo:moshi")
+    np.save(tmp_path / "codes.npy", np.stack([random.integers(0, size, 300) for size in lm.codebooks.sizes], axis=1))
+    lmeval = Lmeval(Session(tmp_path / "reports"), Log("test_frames"))
+    result = lmeval.perplexity(lm, corpus(f"tokens:{tmp_path / 'codes.npy'}"), positions=(100, 200, 300))
+    assert result.certificate["verdict"] == "exact-any-chunk"
+    assert result.tokens == sum(300 - delay for delay in lm.codebooks.delays)
+    assert set(result.loss_at) == {100, 200, 300}
+
+
 def test_accuracy_counts_valid_codes_only():
     frames = frames_of(300, gaps=0.5)
     chunks = list(stream(LM, frames, chunk_size=50))
@@ -423,11 +448,10 @@ def small(kind=Moshi, *, temporal=None, depth=None, context=16):
 
 
 def test_the_moshi_of_the_zoo_is_exact_for_any_chunk():
-    result = equivalence(load("zoo:moshi"), budget=10.0)
+    result = equivalence(load("zoo:moshi"))
     assert result.verdict == "exact-any-chunk", result
     assert result.certificate.worst_ratio < 8
     assert result.certificate.longest > 3 * 32
-    assert not result.certificate.untried
     assert result.certificate.state["bytes_per_token"] == 0
 
 
@@ -445,7 +469,7 @@ def test_the_moshi_of_the_zoo_is_exact_for_any_chunk():
 )
 def test_a_fault_is_caught_by_the_law_it_breaks_and_its_counterexample_tries_it_again(module, verdict, broken, tmp_path):
     lm, known = as_model(module), tmp_path / "known.jsonl"
-    result = equivalence(lm, budget=10.0, known=known)
+    result = equivalence(lm, known=known)
     assert result.verdict == verdict, result
     assert broken <= result.certificate.broken
     law = sorted(broken)[0]

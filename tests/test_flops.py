@@ -1,5 +1,6 @@
 """Operations and memory are counted: held to modules whose numbers are known by hand."""
 
+import ctypes
 import os
 
 import pytest
@@ -154,6 +155,19 @@ def test_the_peak_of_a_known_allocation():
         hold(200)
     assert peak.growth == pytest.approx(200 * MIB, rel=0.03)
     assert peak.bytes > peak.growth
+
+
+@can_reset
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the allocator keeps what is freed")
+def test_memory_that_was_used_and_freed_before_is_counted_when_it_is_used_again():
+    def hold_many():
+        return [torch.ones(MIB // 16, dtype=torch.uint8) for _ in range(16 * 100)]
+
+    last = hold_many()[-1:]  # what lies behind the rest keeps the allocator from giving it back by itself
+    with peak_memory(CPU) as peak:
+        hold_many()
+    del last
+    assert peak.growth == pytest.approx(100 * MIB, rel=0.05)
 
 
 @can_reset

@@ -34,6 +34,7 @@ from pytest_lmeval.training import Protocol, ProtocolError, TrainingError, load_
 from pytest_lmeval.training.batches import batches, held_out_batches
 from pytest_lmeval.training.folder import Saver
 from pytest_lmeval.training.protocol import learning_rate
+from pytest_lmeval.training.weights import snapshot
 from pytest_lmeval.zoo.demo import Demo
 
 VOCAB = 32
@@ -67,6 +68,12 @@ def outcome(result):
     return json.dumps([metrics, series, digest, result.best_step])
 
 
+@pytest.fixture
+def save_each_step(monkeypatch):
+    monkeypatch.setattr(Saver, "PAUSE", 0.0)
+    monkeypatch.setattr(Saver, "SHARE", 0.0)
+
+
 # ------------------------------------------------------------------------------------------------- protocol
 
 
@@ -95,6 +102,7 @@ def test_a_training_has_one_end():
         ("betas", 0.9),
         ("clip", 0),
         ("seed", -1),
+        ("seed", 1 << 31),
         ("eval_every", 0),
     ],
 )
@@ -280,6 +288,36 @@ def test_what_comes_back_can_be_used_at_once():
     held_out = held_out_batches(UNSEEN, SMALL, "")
     assert float(loop.evaluate(result.lm, held_out).mean()) / SMALL.seq_len == pytest.approx(float(result.nll), rel=1e-12)
     assert train(as_model(Functional()), TEXT, protocol=SMALL, spec="mine").lm.spec == "mine"
+
+
+class Buffered(Functional):
+    """Its state is a buffer, of as many rows as were read."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("held", torch.zeros(1, 1, 16))
+
+    def forward(self, input_ids):
+        logits, self.held = super().forward(input_ids, self.held.expand(1, len(input_ids), 16).contiguous())
+        return logits
+
+    def get_state(self):
+        return self.held
+
+    def set_state(self, state):
+        self.held = state
+
+
+def test_a_state_that_is_held_in_the_module_is_no_part_of_what_was_trained(save_each_step, tmp_path):
+    result = train(as_model(Buffered()), TEXT, protocol=SMALL, folder=tmp_path)
+    assert result.curve.y == train(as_model(Functional()), TEXT, protocol=SMALL).curve.y
+    assert result.lm.module.held.shape == (1, 1, 16)
+    again = train(result.lm, TEXT, held_out=UNSEEN, protocol=SMALL)  # no graph is left in it, so it can be copied
+    assert again.nll < 3.5
+    cached = train(as_model(Buffered()), TEXT, protocol=SMALL, folder=tmp_path)
+    assert cached.cached
+    assert same(weights(cached), weights(result))
+    assert fingerprint(cached.lm) == fingerprint(result.lm)
 
 
 def test_the_model_that_was_given_is_not_changed_and_no_random_number_is_used_up():
@@ -484,7 +522,7 @@ def test_weights_of_another_model_are_refused_with_the_names_of_what_does_not_fi
     tensors["head.bias"] = torch.zeros(7)
     save_file(tensors, file)
     expected = (
-        r"does not fit Functional. Tensors missing: embed.weight; not in the model: new.weight; "
+        r"does not fit toys:Functional. Tensors missing: embed.weight; not in the model: new.weight; "
         r"of another shape: head.bias \[7\] for \[32\]"
     )
     with pytest.raises(SpecError, match=expected):
@@ -520,12 +558,6 @@ def stop_after(step):
     return progress
 
 
-@pytest.fixture
-def save_each_step(monkeypatch):
-    monkeypatch.setattr(Saver, "PAUSE", 0.0)
-    monkeypatch.setattr(Saver, "SHARE", 0.0)
-
-
 def interrupted(step, folder, **options):
     options = {"held_out": UNSEEN, "protocol": SMALL, "folder": folder, **options}
     with pytest.raises(Stopped):
@@ -549,7 +581,7 @@ def test_a_training_that_was_stopped_anywhere_goes_on_to_the_same_end(save_each_
 
 FORGOTTEN = {
     "the optimizer": lambda point: point["optimizer"].update(state={}),
-    "the weights": lambda point: point.update(module=Tied().state_dict()),
+    "the weights": lambda point: point.update(weights=snapshot(as_model(Tied()))),
     "a step": lambda point: point["losses"].pop(),
     "an evaluation": lambda point: point["evaluations"].pop(0),
 }
@@ -646,7 +678,7 @@ def foreign(content):
 
 def of_another_model(content):
     with tempfile.TemporaryFile() as file:
-        torch.save({"module": Functional(width=8).state_dict(), "optimizer": {}}, file)
+        torch.save({"weights": Functional(width=8).state_dict(), "optimizer": {}}, file)
         file.seek(0)
         return file.read()
 
@@ -759,6 +791,16 @@ class Unlearnable(Functional):
             return super().forward(input_ids, state)
 
 
+class InPlace(Functional):
+    """Its logits are changed in place while their gradient still needs what they were."""
+
+    def forward(self, input_ids, state=None):
+        logits, state = super().forward(input_ids, state)
+        logits = logits.exp()
+        logits += 1
+        return logits, state
+
+
 class Short(Functional):
     context_length = 15
 
@@ -774,9 +816,10 @@ def frozen():
         (frozen(), SpecError, "no parameter with requires_grad=True"),
         (Functional().bfloat16(), SpecError, r"7 parameters in torch.bfloat16, for example embed.weight.*Load it with @fp32"),
         (Short(), ProtocolError, "seq_len=16 is more than .*:Short reads: its context_length is 15 tokens"),
-        (Unlearnable(), ModelError, "logits that no gradient can be taken of"),
+        (Unlearnable(), ModelError, r"since its loss has no gradient: it reads under torch\.no_grad"),
+        (InPlace(), ModelError, "since its loss has no gradient: .* modified by an inplace operation"),
     ],
-    ids=["no module", "frozen", "16 bits", "short context", "no gradient"],
+    ids=["no module", "frozen", "16 bits", "short context", "no gradient", "in place"],
 )
 def test_a_model_that_cannot_be_trained_is_refused(source, error, message):
     with pytest.raises(error, match=message):

@@ -61,8 +61,8 @@ class Automaton:
             if not possible or total != 256 or len(letters) < len(branches):
                 raise ValueError(
                     f"state {number} of {len(self.states)} has the branches {branches}, weights {total} in all. Letters must "
-                    "be single ASCII characters and differ, weights be positive and add up to 256, and each branch must lead to "
-                    "a state: else the entropy of the text is not known."
+                    "be ASCII characters and differ, weights be positive and add up to 256, and each branch lead to a state: "
+                    "else the entropy of the text is not known."
                 )
 
 
@@ -113,8 +113,8 @@ def following(source: Automaton) -> np.ndarray:
 def entropy_rate(source: Automaton) -> float:
     """Entropy of a byte of an endless text given everything before it, nats: the states' entropies, by how often each is met.
 
-    >>> round(entropy_rate(automaton()) / np.log(2), 4)
-    1.2358
+    >>> print(f"{entropy_rate(automaton()) / np.log(2):.4f} bits a byte")
+    1.2358 bits a byte
     """
     return float(stationary(source) @ entropies(probabilities(source)))
 

@@ -5,8 +5,6 @@
     entropy_in_window(source, 65)    what the best model pays for a byte on average that sees 65 of them at a time
     load(), load_windowed()          two models that reach these floors
 
-    bA+cK&bA+9!cK&bA+...             (of keys of two bytes: `b` and `A` are digits of a key, `+` its value)
-
 Each document draws its own table from keys to values and keeps it to its end; then it draws keys, each independently of the
 others, and emits them with their values. A value can only be known from an earlier time that its key was met: it costs
 log(values) nats the first time and nothing ever after - or log(values) nats again, whenever the key was not met within the
@@ -114,7 +112,7 @@ def entropy_in_window(source: Recall, window: int) -> float:
     shows a part of one more, which tells a little; then the floor is that of a window that shows all of it: nobody is below it.
     """
     if window < source.digits:
-        raise ValueError(f"a window of {window} byte(s) does not show a key of {source.digits}; its floor is not known here.")
+        raise ValueError(f"a window of {window} byte(s) shows no key of {source.digits}; its floor is not known here.")
     pairs = -(-(window - source.digits) // source.pair)
     return (sum(_key_entropies(source)) + _value_entropy(source, pairs)) / source.pair
 
@@ -157,8 +155,7 @@ def write(source: Recall, name: str, size: int) -> Iterator[str]:
 def corpus(given: str, split: str) -> Corpus:
     """Documents of 4096 bytes, each with its own table, to train on and to validate; to test, one long document.
 
-    Options: `keys`, `values`, `skew` (see `Recall`), `size` in bytes of all documents, `seed` of keys and tables.
-    """
+    Options: `keys`, `values`, `skew` (see `Recall`), `size` in bytes of all documents, `seed` of keys and tables."""
     options = options_in("recall", given, {**vars(Recall()), "size": SIZES[split], "seed": 0})
     source = Recall(int(options["keys"]), int(options["values"]), options["skew"])
     size, seed = int(options["size"]), int(options["seed"])

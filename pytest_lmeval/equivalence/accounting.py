@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pytest_lmeval.equivalence.evidence import broken
 from pytest_lmeval.equivalence.strategies import Case
@@ -29,7 +30,10 @@ def sums(trial: Trial, case: Case) -> None:
     windows = [(begin, min(begin + window + 1, case.length), overlap if begin else 0) for begin in begins]
     if trial.lm.stateful:
         whole = [(0, case.length, 0)]
-        _add_up(trial, case, ids, stream(trial.lm, ids[0], chunk_size=chunk), f"chunks of {chunk}", whole, chunk)
+        read = ids[0].T if trial.lm.codebooks else ids[0]
+        _add_up(trial, case, ids, stream(trial.lm, read, chunk_size=chunk), f"chunks of {chunk}", whole, chunk)
+    if trial.lm.codebooks:
+        return  # frames are never read in windows
     scored = stream_in_windows(trial.lm, ids[0], window=window, overlap=overlap)
     _add_up(trial, case, ids, scored, f"windows of {window}, {overlap} of them read again", windows, window)
 
@@ -38,28 +42,30 @@ def _add_up(
     trial: Trial, case: Case, ids: Tensor, scored: Iterator[Chunk], how: str, spans: list[tuple[int, int, int]], piece: int
 ) -> None:
     """Hold what was `scored` to the losses of `spans`: (first token, last but one, targets that were scored before)."""
-    want = sum(float(_losses(trial, ids[:, begin:end], piece)[known:].sum()) for begin, end, known in spans)
+    due = torch.cat([_losses(trial, ids[..., begin:end], piece)[known:] for begin, end, known in spans])
+    want = float(due.sum())
     if not math.isfinite(want):
         return  # a token that the model rules out cannot be scored, in one way or the other
     reading = Reading()
     targets: list[int] = []
     try:
         for part in scored:
-            reading.add(part.start, rows_of(part.nll, part.rank, part.rank * 0), seconds=0, state_bytes=0)
+            reading.add(part.start, rows_of(part.nll, part.rank, np.zeros(len(part.nll)), part.valid), seconds=0, state_bytes=0)
             targets += range(part.start, part.end)
     except NotFiniteError as error:
         raise broken(case, f"{case.length} tokens in {how}: {error}") from error
-    if targets != list(range(1, case.length)):
-        due = f"each of 1 to {case.length - 1} was due once"
-        raise broken(case, f"{case.length} tokens in {how}: the targets {targets} were scored, {due}.")
+    last = case.length if trial.lm.codebooks else case.length - 1
+    if targets != list(range(1, last + 1)):
+        due_once = f"each of 1 to {last} was due once"
+        raise broken(case, f"{case.length} tokens in {how}: the targets {targets} were scored, {due_once}.")
     allowed = 1e-5 * max(1.0, abs(want)) * (2**13 if trial.lm.dtype in (torch.float16, torch.bfloat16) else 1)
     for name, total in (("", reading.total), (", merged from blocks", np.sum(reading.units, axis=0))):
         off = abs(total[NATS] - want)
-        if int(total[TOKENS]) != len(targets) or not off <= allowed:
+        if int(total[TOKENS]) != len(due) or not off <= allowed:
             raise broken(
                 case,
                 f"{case.length} tokens (seed {case.seed}), scored in {how}{name}: {total[NATS]:.6g} nats over "
-                f"{int(total[TOKENS])} targets; their logits, taken one by one, give {want:.6g} over {len(targets)}. A token "
+                f"{int(total[TOKENS])} targets; their logits, taken one by one, give {want:.6g} over {len(due)}. A token "
                 "is counted twice, left out, or scored with another's logits.",
                 share=off / allowed,
                 error=off,
@@ -67,6 +73,14 @@ def _add_up(
 
 
 def _losses(trial: Trial, ids: Tensor, piece: int) -> Tensor:
-    """[t - 1] losses of the tokens after the first, from logits of the same pieces as the harness reads."""
-    logits = trial.logits(ids[:, :-1], [len(part) for part in torch.split(ids[0, :-1], piece)])
-    return torch.nn.functional.cross_entropy(logits.double(), ids[0, 1:].to(logits.device), reduction="none").cpu()
+    """Losses of the tokens after the first, or of all codes that are predicted while frames are read, from logits of the same
+    pieces as the harness reads."""
+    books = trial.lm.codebooks
+    read = ids if books else ids[:, :-1]
+    logits = trial.logits(read, [part.shape[-1] for part in torch.split(read, piece, dim=-1)]).double()
+    ids = ids.to(logits.device)
+    if not books:
+        return F.cross_entropy(logits, ids[0, 1:], reduction="none").cpu()
+    spoken = enumerate(zip(books.scored, books.delays, strict=True))
+    said = [(logits[delay:, column], ids[0, book, : len(logits) - delay]) for column, (book, delay) in spoken]
+    return torch.cat([F.cross_entropy(x[codes >= 0], codes[codes >= 0], reduction="none") for x, codes in said]).cpu()

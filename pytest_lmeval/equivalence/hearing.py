@@ -18,7 +18,7 @@ from pytest_lmeval.equivalence.laws import LAWS, check
 from pytest_lmeval.equivalence.profiles import Profile
 from pytest_lmeval.equivalence.search import Search
 from pytest_lmeval.equivalence.states import state_sizes
-from pytest_lmeval.equivalence.strategies import ESSENTIAL, Case, aligned_cases, cases, edge_cases, shortest_case
+from pytest_lmeval.equivalence.strategies import ESSENTIAL, Case, aligned_cases, cases, edge_cases, pieces, shortest_case
 from pytest_lmeval.equivalence.trial import MEMORY, Trial
 from pytest_lmeval.lm import state_dtypes
 
@@ -58,7 +58,7 @@ def hear(trial: Trial, longest: int, profile: Profile, known: list[tuple[str, Ca
         trial.reference_kind,
         results,
         longest=max(law.longest for law in results.values()),
-        not_reached=tuple(border for border in lm.borders if border >= trial.longest),
+        not_reached=tuple(border for border in lm.borders if border >= results["splits" if lm.stateful else "prefix"].longest),
         limit=limit,
         limit_tokens=trial.longest if limit else None,
         limit_is_step=bool(limit) and trial.goes_on_past_its_reach(),
@@ -74,6 +74,8 @@ def _look(searches: dict[str, Search], profile: Profile, pause: float, longest: 
     if not affordable:
         for name in sorted(searches, key=lambda name: name not in CORE):
             searches[name].attempt_in_time(shortest_case(longest), math.inf if name in CORE else stop)
+        if borders and "splits" in searches:  # past all of them; what it is held to was read already
+            searches["splits"].attempt(Case(longest, pieces(longest, max(1, longest // 3))))
     for place, case in enumerate(edge_cases(longest, borders)):
         for name, search in searches.items():
             must = quick or (affordable and place < (ESSENTIAL if name in CORE else 1))

@@ -56,8 +56,8 @@ def count_flops(work: Callable[[], Any]) -> int:
     return int(counter.get_total_flops())
 
 
-def training_flops(loss: Callable[[], Tensor]) -> Flops:
-    """The operations of computing a loss, and of the gradients that `loss().backward()` leaves in the parameters.
+def training_flops(loss: Callable[[], Tensor], backward: Callable[[Tensor], Any] = Tensor.backward) -> Flops:
+    """The operations of computing a loss, and of the gradients that `backward(loss())` leaves in the parameters.
 
     >>> layer = torch.nn.Linear(5, 7, bias=False)
     >>> training_flops(lambda: layer(torch.ones(3, 5)).sum())
@@ -65,7 +65,7 @@ def training_flops(loss: Callable[[], Tensor]) -> Flops:
     """
     found: list[Tensor] = []
     forward = count_flops(lambda: found.append(loss()))
-    return Flops(forward, count_flops(found[0].backward))
+    return Flops(forward, count_flops(lambda: backward(found[0])))
 
 
 # Each formula takes what the operator takes, shapes in place of tensors, and `out_shape`, that of the result.

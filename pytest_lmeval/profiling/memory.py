@@ -10,6 +10,8 @@ and libraries included, so `growth` leaves out what was there before. Elsewhere 
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,4 +84,7 @@ def _reset(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
+        gc.collect()
+        # What was freed before goes back to the system (glibc); else the block would take it again without being seen to.
+        getattr(ctypes.CDLL(None), "malloc_trim", lambda spare: None)(0)
         CLEAR.write_text(CLEAR_MARK)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -22,6 +23,7 @@ HEADLINES = {  # kind -> patterns of the metrics that a summary shows; a report 
     "throughput": ("tokens_per_second",),
 }
 
+PREFIXES = "kMGTPE"
 MANY = 12  # models, beyond which they are not described one by one
 
 
@@ -169,7 +171,14 @@ def number(value: float, unit: str = "") -> str:
 
     >>> number(31244.7, "tokens/s"), number(0.66683), number(3.0, "of 4"), number(0.000123)
     ('31,245 tokens/s', '0.6668', '3 of 4', '0.000123')
+    >>> number(3912192, "bytes"), number(7.5712e12, "FLOP")
+    ('3.7 MiB', '7.571 TFLOP')
     """
+    if unit == "bytes":
+        return size_of(value)
+    if unit == "FLOP" and value >= 1000:
+        power = min(int(math.log10(value)) // 3, len(PREFIXES))
+        return f"{value / 1000**power:.4g} {PREFIXES[power - 1]}FLOP"
     if value == int(value) and abs(value) < 1e15:
         text = f"{int(value):,}"
     elif abs(value) >= 1000:

@@ -58,7 +58,7 @@ class Watch:
         self.lm, self.names = lm, list(initial)
         self.initial = self.before = copies(initial)
         self.sequence = (point.document, point.window)
-        self.seen = int(point.reading.total[TOKENS])
+        self.tokens, self.chunks = int(point.reading.total[TOKENS]), point.reading.chunks_seen
         if point.reading.moves is None:
             point.reading.moves = Moves(tuple(initial), np.zeros(len(initial)), np.zeros(len(initial)))
         if point.state is not None:
@@ -70,9 +70,10 @@ class Watch:
         Returns whether nothing is left to be measured. Raises NotFiniteError for a fast weight that is no number.
         """
         assert point.reading.moves is not None
-        tokens = int(point.reading.total[TOKENS]) - self.seen
-        if not tokens or (tokens < STRETCH and not last):
-            return not tokens
+        tokens = int(point.reading.total[TOKENS]) - self.tokens
+        pending = point.reading.chunks_seen > self.chunks
+        if not pending or (tokens < STRETCH and not last):
+            return not pending
         now = self._after(point.state)
         if (point.document, point.window) != self.sequence:
             self.before, self.sequence = self.initial, (point.document, point.window)
@@ -80,7 +81,7 @@ class Watch:
         change, distance = np.array(found, dtype=np.float64)
         self._check_finite(change + distance, point)
         point.reading.moves.add(tokens, change, distance)
-        self.before, self.seen = now, self.seen + tokens
+        self.before, self.tokens, self.chunks = now, self.tokens + tokens, point.reading.chunks_seen
         return True
 
     def _after(self, state: State) -> Weights:

@@ -102,9 +102,9 @@ class Reader:
             ids = TokenReader(self.lm, documents, skip=skip, scored=point.scored, limit=self.tokens)
             try:
                 for chunk in self._chunks(ids, point):
-                    rows = rows_of(chunk.nll, chunk.rank, ids.take_bytes(len(chunk.nll)))
+                    rows = rows_of(chunk.nll, chunk.rank, ids.take_bytes(len(chunk.nll)), chunk.valid)
                     point.reading.add(chunk.start, rows, seconds=chunk.seconds, state_bytes=chunk.state_bytes)
-                    after = {"scored": chunk.end - 1, "window": chunk.window, "state": chunk.state, "nll": chunk.nll}
+                    after = {"scored": chunk.end - 1, "window": chunk.window, "state": chunk.state, "nll": chunk.losses}
                     point = replace(point, opened=True, **after)
                     yield point
             except StreamError as error:

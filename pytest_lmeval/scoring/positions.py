@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from pytest_lmeval.results.metric import Metric
-from pytest_lmeval.scoring.reading import NATS, SPAN, SPAN_BLOCK, TOKENS, Reading
+from pytest_lmeval.scoring.reading import NATS, PLACES, SPAN, SPAN_BLOCK, TOKENS, Reading
 from pytest_lmeval.statistics.bootstrap import FEWEST_UNITS, ratio_intervals
 
 
@@ -26,11 +26,11 @@ def name_of(position: int) -> str:
 
 
 def sums_at(reading: Reading) -> np.ndarray:
-    """Tokens and nats [units, positions, 2] of what went on to the last fifty tokens before a position; the rest is zero."""
-    sums = np.array(reading.at_positions).reshape(len(reading.at_positions), len(reading.positions), 2)
-    read = sums[..., TOKENS] if reading.by_document else sums[..., TOKENS].sum(axis=0)
+    """Tokens and nats [units, positions, 2] of what went on to the last fifty places before a position; the rest is zero."""
+    sums = np.array(reading.at_positions).reshape(len(reading.at_positions), len(reading.positions), PLACES + 1)
+    read = sums[..., PLACES] if reading.by_document else sums[..., PLACES].sum(axis=0)
     enough = np.maximum(0, np.minimum(SPAN, reading.positions) - SPAN_BLOCK)
-    return np.where((read > enough)[..., None], sums, 0.0)
+    return np.where((read > enough)[..., None], sums[..., :PLACES], 0.0)
 
 
 def not_reached(reading: Reading) -> list[int]:
@@ -76,9 +76,8 @@ def slope_weights(x: np.ndarray) -> np.ndarray:
     >>> float(slope_weights(np.array([8.0, 16.0, 24.0])) @ np.array([3.0, 2.0, 1.0]))
     -0.125
     """
-    centered = x - x.mean()
-    spread = (centered**2).sum()
-    return centered / spread if spread else centered
+    centered: np.ndarray = x - x.mean()
+    return centered / max(float((centered**2).sum()), np.finfo(float).tiny)
 
 
 def metric(value: float, unit: str, interval: tuple[float, float] | None, n: int) -> Metric:

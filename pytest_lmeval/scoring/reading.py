@@ -28,16 +28,19 @@ COLUMNS = 4 + len(TOP)
 BLOCK, BLOCKS = 64, 256  # smallest block of a stream, and the number at which neighbours merge
 CHUNKS = 2048
 HALF_OCTAVES = 128
-SPAN, SPAN_BLOCK = 1000, 50  # tokens up to a chosen position over which its loss is averaged, and of a unit among them
+SPAN, SPAN_BLOCK = 1000, 50  # places up to a chosen position over which its loss is averaged, and of a unit among them
+PLACES = 2  # column of `Reading.at_positions`, after TOKENS and NATS
 EACH = 32  # fast weights up to which the course of each is kept, beside that of their mean
 
 
-def rows_of(nll: np.ndarray, rank: np.ndarray, widths: np.ndarray) -> np.ndarray:
-    """Rows [n, columns] of single targets."""
-    rows = np.zeros((len(nll), COLUMNS))
-    rows[:, TOKENS], rows[:, NATS], rows[:, BYTES] = 1, nll, widths
+def rows_of(nll: np.ndarray, rank: np.ndarray, widths: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray:
+    """Rows [n, columns] of single targets; of frames [n, s], the sums over the valid targets of each."""
+    rows, codes = np.zeros((len(nll), COLUMNS)), tuple(range(1, nll.ndim))
+    valid = np.ones(nll.shape, dtype=bool) if valid is None else valid
+    rows[:, TOKENS], rows[:, NATS] = valid.sum(axis=codes), np.where(valid, nll, 0.0).sum(axis=codes)
+    rows[:, BYTES] = widths
     for k, column in HITS.items():
-        rows[:, column] = rank < k
+        rows[:, column] = (valid & (rank < k)).sum(axis=codes)
     return rows
 
 
@@ -47,8 +50,8 @@ class Reading:
 
     by_document  whether a unit is a document; otherwise it is a block of consecutive tokens
     positions    places in a sequence at which the loss is wanted (mean over the thousand tokens up to there)
-    at_positions [units, positions, 2] sums of tokens and nats: a unit is a document that came near one of the positions, or,
-                 in a stream, fifty tokens of the thousand before each
+    at_positions [units, positions, 3] sums of tokens and nats, and how many places they are of: a unit is a document that came
+                 near one of the positions, or, in a stream, fifty places of the thousand before each
     """
 
     by_document: bool = False
@@ -66,7 +69,7 @@ class Reading:
 
     def __post_init__(self) -> None:
         if not self.by_document and not self.at_positions:
-            self.at_positions = [np.zeros((len(self.positions), 2)) for _ in range(SPAN // SPAN_BLOCK)]
+            self.at_positions = [np.zeros((len(self.positions), 3)) for _ in range(SPAN // SPAN_BLOCK)]
 
     def add(self, start: int, rows: np.ndarray, *, seconds: float, state_bytes: int) -> None:
         """Take the rows of targets `start`, `start` + 1, ... of the current sequence."""
@@ -87,14 +90,15 @@ class Reading:
 
     def _add_near(self, index: int, rows: np.ndarray, offsets: np.ndarray) -> None:
         units = np.full(len(rows), -1) if self.by_document else offsets // SPAN_BLOCK
+        sums = np.column_stack([rows[:, TOKENS], rows[:, NATS], np.ones(len(rows))])
         for unit in np.unique(units):
-            self.at_positions[unit][index] += rows[units == unit][:, [TOKENS, NATS]].sum(axis=0)
+            self.at_positions[unit][index] += sums[units == unit].sum(axis=0)
 
     def start_document(self) -> None:
         if self.by_document:
             self.units.append(np.zeros(COLUMNS))
             if self.positions and (not self.at_positions or self.at_positions[-1].any()):  # else the last came near none
-                self.at_positions.append(np.zeros((len(self.positions), 2)))
+                self.at_positions.append(np.zeros((len(self.positions), 3)))
 
     def _add_unit(self, start: int, rows: np.ndarray, rows_sum: np.ndarray) -> None:
         if self.by_document:
@@ -126,7 +130,7 @@ class Reading:
         reading.positions = tuple(reading.positions)
         for name in ("total", "by_position"):
             setattr(reading, name, np.array(data[name]))
-        reading.at_positions = [np.array(unit).reshape(-1, 2) for unit in data["at_positions"]]
+        reading.at_positions = [np.array(unit).reshape(-1, 3) for unit in data["at_positions"]]
         reading.units, reading.chunks = list(np.array(data["units"])), list(np.array(data["chunks"]))
         reading.moves = None if data["moves"] is None else Moves.from_json(data["moves"])
         return reading

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pytest_lmeval.lm import ModelError
+from pytest_lmeval.lm import Model, ModelError
 from pytest_lmeval.training.protocol import Protocol, learning_rate
 from pytest_lmeval.training.run import Run
 
@@ -17,6 +17,20 @@ PATIENCE, MARGIN = 3, 1.0  # evaluations in a row; nats a token
 
 class TrainingError(ModelError):
     """A training that cannot go on: a number that is not finite, or a loss that went away."""
+
+
+def differentiate(lm: Model, loss: Tensor) -> None:
+    """Add the gradients of the loss to those of the parameters. Raises ModelError for a model that has none."""
+    why = "it reads under torch.no_grad, or detaches what it computed"
+    try:
+        if loss.requires_grad:
+            loss.backward()  # type: ignore[no-untyped-call]
+            return
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        why = str(error)
+    raise ModelError(f"{lm.spec} can be scored, but not trained, since its loss has no gradient: {why}")
 
 
 def not_finite(run: Run, loss: float, norm: float, rate: float, again: Callable[[], Tensor]) -> TrainingError:
@@ -46,7 +60,7 @@ def broken_gradients(run: Run, loss: Callable[[], Tensor]) -> list[str]:
     named = [(name, parameter) for name, parameter in run.module.named_parameters() if parameter.requires_grad]
     handles = [parameter.register_post_accumulate_grad_hook(look(name)) for name, parameter in named]  # type: ignore[no-untyped-call]
     try:
-        loss().backward()  # type: ignore[no-untyped-call]
+        differentiate(run.lm, loss())
     finally:
         for handle in handles:
             handle.remove()

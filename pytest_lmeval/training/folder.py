@@ -1,9 +1,11 @@
-"""The files of one training, in a folder named by the key of everything that decides its outcome.
+"""The files of one training, in a folder named by the key of everything that decides its outcome:
 
-protocol.json      what decides it: protocol, model, texts, tokenizer, version of this package
-point.pt           what it can go on from, until it is finished
-best.safetensors   the best weights so far
-record.json        the record, once it is finished
+    protocol.json      what decides it: protocol, model, texts, tokenizer, version of this package
+    point.pt           what it can go on from, until it is finished
+    best.safetensors   the best weights so far
+    record.json        the record, once it is finished
+
+Each is replaced in one move, so that a process may be killed at any time.
 """
 
 from __future__ import annotations
@@ -50,8 +52,7 @@ class Folder:
         """A new run, brought to where it was last saved, if it was and that can be read."""
 
         def load(file: IO[bytes]) -> Run:
-            run = new()
-            return resume(run, torch.load(file, map_location=run.lm.device, weights_only=True))
+            return resume(new(), torch.load(file, map_location="cpu", weights_only=True))
 
         run: Run | None = Checkpoints(self.path).read(POINT, load)
         return run or new()

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pytest_lmeval.data.corpus import Corpus
-from pytest_lmeval.lm import Model, ModelError
+from pytest_lmeval.lm import Model
 from pytest_lmeval.profiling.flops import Flops, training_flops
 from pytest_lmeval.profiling.memory import peak_memory
 from pytest_lmeval.profiling.timer import clock
 from pytest_lmeval.scoring.perplexity import Progress
 from pytest_lmeval.training.batches import batches, held_out_batches, read, steps_an_epoch
-from pytest_lmeval.training.failure import TrainingError, not_finite, refuse_divergence, refuse_not_finite
+from pytest_lmeval.training.failure import TrainingError, differentiate, not_finite, refuse_divergence, refuse_not_finite
 from pytest_lmeval.training.folder import Folder, Saver
 from pytest_lmeval.training.plan import Plan, plan_for
 from pytest_lmeval.training.protocol import Protocol, learning_rate
@@ -112,8 +112,8 @@ def fit(plan: Plan, files: Folder | None, progress: Progress | None) -> TrainRes
                 raise TrainingError(f"{error}{keep(run, files)}") from None
     if not material.held_out:
         run.keep_as_best()
-    fill(run.module, run.best, "what was trained")
-    trained = replace(run.lm, spec=run.best_spec)
+    trained = replace(copy_of(lm), spec=run.best_spec)  # nothing that training left in the module comes with it
+    fill(trained, run.best, "what was trained")
     record = record_of(run, trained, plan, material.per_epoch, flops, peak)
     if files is not None:
         files.save_best(run)
@@ -139,7 +139,6 @@ def learn(run: Run, material: Material, protocol: Protocol, saver: Saver, progre
         if progress is not None:
             nats += a_step * loss
             progress(a_step * run.step, nats, expected)
-    run.module.eval()
 
 
 def examine(run: Run, material: Material) -> None:
@@ -160,7 +159,7 @@ def update(run: Run, crops: Tensor, protocol: Protocol, steps: int) -> tuple[flo
         group["lr"] = rate
     seed = (protocol.seed << 32) + run.step
     loss = loss_of(run.lm, crops, seed)
-    loss.backward()  # type: ignore[no-untyped-call]
+    differentiate(run.lm, loss)
     trained = [p for group in run.optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in trained])
     figures = loss.item(), norm.item()
@@ -175,15 +174,17 @@ def update(run: Run, crops: Tensor, protocol: Protocol, steps: int) -> tuple[flo
 
 def loss_of(lm: Model, crops: Tensor, seed: int) -> Tensor:
     """Mean loss of crops [b, t + 1], each read from an empty state, in nats a token; `seed` is that of dropout."""
-    torch.manual_seed(seed)
+    generator_of(lm.device).manual_seed(seed)
     crops = crops.to(lm.device)
     logits, _ = lm.step(crops[:, :-1])
-    if not logits.requires_grad:
-        raise ModelError(
-            f"{lm.spec} returned logits that no gradient can be taken of: it reads under torch.no_grad, or detaches what it "
-            "computed. It can be scored, but not trained."
-        )
     return F.cross_entropy(logits.flatten(0, 1), crops[:, 1:].flatten())
+
+
+def generator_of(device: torch.device) -> torch.Generator:
+    """That of dropout on a device. `torch.manual_seed` sets those of all devices, which takes milliseconds."""
+    if device.type == "cuda":
+        return torch.cuda.default_generators[device.index or 0]
+    return torch.mps._get_default_mps_generator() if device.type == "mps" else torch.default_generator
 
 
 @torch.no_grad()
@@ -197,7 +198,7 @@ def evaluate(lm: Model, held_out: list[Tensor]) -> Tensor:
         crops = crops.to(lm.device)
         logits, _ = lm.step(crops[:, :-1])
         nll = F.cross_entropy(logits.flatten(0, 1), crops[:, 1:].flatten(), reduction="none")
-        nats.append(nll.view(len(crops), -1).double().sum(1).cpu())
+        nats.append(nll.view(len(crops), -1).cpu().double().sum(1))
     lm.module.train(was_training)
     return torch.cat(nats)
 
@@ -208,7 +209,7 @@ def flops_of_a_step(plan: Plan, material: Material) -> Flops:
     assert lm.module is not None
     lm.module.train()
     crops = next(batches(material.tokens, plan.protocol))
-    return training_flops(partial(loss_of, lm, crops, plan.protocol.seed))
+    return training_flops(partial(loss_of, lm, crops, plan.protocol.seed), partial(differentiate, lm))
 
 
 def keep(run: Run, files: Folder | None) -> str:

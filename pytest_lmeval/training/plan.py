@@ -57,7 +57,13 @@ class Plan:
     def settings(self) -> dict[str, Any]:
         """Everything that was chosen, for the record."""
         identity = {name: value for name, value in self.identity.items() if name not in ("protocol", "lm", "version")}
-        return {**self.names, "trained_from_fingerprint": fingerprint(self.lm), **identity, **self.protocol.to_json()}
+        return {
+            **self.names,
+            "key": self.key,
+            "trained_from_fingerprint": fingerprint(self.lm),
+            **identity,
+            **self.protocol.to_json(),
+        }
 
 
 def plan_for(

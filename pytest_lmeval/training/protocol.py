@@ -88,7 +88,7 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "weight_decay": ("a number from 0 up", lambda value: _number(value) and 0 <= value < math.inf),
     "betas": ("two numbers from 0 to below 1", lambda value: _pair(value) and all(_number(x) and 0 <= x < 1 for x in value)),
     "clip": ("a number above 0, or None", lambda value: value is None or (_number(value) and 0 < value < math.inf)),
-    "seed": ("a whole number from 0 up", lambda value: _whole(value, 0)),
+    "seed": ("a whole number from 0 to 2**31 - 1", lambda value: _whole(value, 0) and value < 1 << 31),
 }
 
 

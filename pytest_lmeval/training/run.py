@@ -14,6 +14,8 @@ from pytest_lmeval.training.protocol import Protocol
 from pytest_lmeval.training.trainee import copy_of
 from pytest_lmeval.training.weights import fill, snapshot
 
+KEPT = ("losses", "norms", "evaluations", "best_step", "best", "seconds")
+
 
 @dataclass
 class Run:
@@ -61,7 +63,7 @@ class Run:
         self.seconds += seconds
 
     def keep_as_best(self) -> None:
-        self.best_step, self.best = self.step, snapshot(self.module)
+        self.best_step, self.best = self.step, snapshot(self.lm)
 
     def add_evaluation(self, nats: Tensor) -> None:
         """Note an evaluation, and the weights if no earlier one was as good."""
@@ -71,9 +73,8 @@ class Run:
 
     def to_point(self) -> dict[str, Any]:
         """Tensors and plain values, which `torch.load` reads without running anything."""
-        kept = ("losses", "norms", "evaluations", "best_step", "best", "seconds")
-        weights = {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
-        return {**weights, **{name: getattr(self, name) for name in kept}}
+        now = {"weights": snapshot(self.lm), "optimizer": self.optimizer.state_dict()}
+        return {**now, **{name: getattr(self, name) for name in KEPT}}
 
 
 def new_run(plan: Plan) -> Run:
@@ -85,9 +86,9 @@ def new_run(plan: Plan) -> Run:
 
 def resume(run: Run, point: dict[str, Any]) -> Run:
     """Bring a new run to where `to_point` was taken. Raises whatever a point of something else leads to."""
-    fill(run.module, point.pop("module"), "the saved point")
-    run.optimizer.load_state_dict(point.pop("optimizer"))
-    for name in ("losses", "norms", "evaluations", "best_step", "best", "seconds"):
+    fill(run.lm, point["weights"], "the saved point")
+    run.optimizer.load_state_dict(point["optimizer"])
+    for name in KEPT:
         setattr(run, name, point[name])
     run.resumed_at = run.step
     return run
@@ -100,4 +101,4 @@ def adamw(module: nn.Module, protocol: Protocol) -> torch.optim.AdamW:
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": protocol.weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=protocol.lr, betas=protocol.betas)
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=protocol.lr, betas=protocol.betas)

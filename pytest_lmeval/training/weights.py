@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from pytest_lmeval.adapters import load
 from pytest_lmeval.lm import Model, SpecError
@@ -34,8 +34,7 @@ def load_weights(lm: Model | str, path: str | Path) -> Model:
     file = Path(path) / "best.safetensors" if Path(path).is_dir() else Path(path)
     tensors, about = read_weights(file)
     model = copy_of(load(lm) if isinstance(lm, str) else lm)
-    assert model.module is not None
-    fill(model.module, tensors, f"{file} (weights of {about['spec']})" if "spec" in about else str(file))
+    fill(model, tensors, f"{file} (weights of {about['spec']})" if "spec" in about else str(file))
     return replace(model, spec=about.get("spec", f"{model.spec}, weights of {file.name}"))
 
 
@@ -62,21 +61,23 @@ def replacing(file: Path) -> Iterator[Path]:
     new = file.with_name(f"{file.name}.{os.getpid()}.new")
     try:
         yield new
-        with open(new, "rb") as written:
+        with open(new, "r+b") as written:
             os.fsync(written.fileno())
         os.replace(new, file)
     finally:
         new.unlink(missing_ok=True)
 
 
-def snapshot(module: nn.Module) -> dict[str, Tensor]:
-    """A copy of every tensor of a module, on the CPU; of tied ones, that is one under several names, under the first name."""
-    return {names[0]: tensor.detach().to("cpu", copy=True).contiguous() for names, tensor in _tensors(module)}
+def snapshot(lm: Model) -> dict[str, Tensor]:
+    """A copy of the model's tensors on the CPU, those that hold its state left out. One that has several names (tied weights)
+    stands under the first."""
+    return {names[0]: tensor.detach().to("cpu", copy=True).contiguous() for names, tensor in _tensors(lm)}
 
 
-def fill(module: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
-    """Put tensors into a module. Raises SpecError, the module being as before, where they are not exactly its own."""
-    own = _tensors(module)
+def fill(lm: Model, tensors: dict[str, Tensor], source: str) -> None:
+    """Put tensors into the model's module. Raises SpecError, the model being as before, where they are not exactly its own."""
+    assert lm.module is not None
+    own = _tensors(lm)
     shapes = {name: tensor.shape for names, tensor in own for name in names}
     wrong = {
         "missing": [names[0] for names, _ in own if not any(name in tensors for name in names)],
@@ -90,17 +91,18 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
     if any(wrong.values()):
         listed = "; ".join(f"{what}: {_some(names)}" for what, names in wrong.items() if names)
         raise SpecError(
-            f"{source} does not fit {type(module).__name__}. Tensors {listed}. These are weights of another model, or "
+            f"{source} does not fit {lm.spec}. Tensors {listed}. These are weights of another model, or "
             "of another size of it; protocol.json beside such a file says of which."
         )
-    module.load_state_dict(tensors, strict=False)  # tied tensors stand in the file once
+    lm.module.load_state_dict(tensors, strict=False)  # tied tensors stand in the file once
 
 
-def _tensors(module: nn.Module) -> list[tuple[list[str], Tensor]]:
-    """The tensors of a module's state dict, each with all of its names."""
+def _tensors(lm: Model) -> list[tuple[list[str], Tensor]]:
+    """The tensors of the module's state dict that reading does not change, each with all of its names."""
+    assert lm.module is not None
     found: dict[int, tuple[list[str], Tensor]] = {}
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        if isinstance(tensor, Tensor):
+    for name, tensor in lm.module.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor) and name not in lm.volatile:
             found.setdefault(id(tensor), ([], tensor))[0].append(name)
     return list(found.values())
 

@@ -8,9 +8,9 @@ last `kernel` tokens and a SiLU, and then, for each of its channels with n numbe
 
 so the state is h and the convolution's tail, the same size whatever has been read.
 
-A chunk is cut into about sqrt(t) blocks of about sqrt(t) tokens that are read side by side, twice: first each from a zero state,
-for what it leaves behind, then from the state that the blocks before it left, for the outputs. In between what they left is
-carried from block to block. No factor is larger than one, so nothing can overflow, and the second reading is the recurrence itself.
+A chunk is cut into about sqrt(t) blocks of about sqrt(t) tokens that are read side by side, twice: first each from a zero
+state, for what it leaves behind; that is carried from block to block; then each from the state that those before it left,
+for the outputs. No factor is larger than one, so nothing can overflow, and the second reading is the recurrence itself.
 
 Shapes: b rows, t tokens, v vocabulary, d = expand * width channels, n numbers of state each.
 
@@ -53,18 +53,19 @@ class Layer(nn.Module):
         self.out_proj = nn.Linear(d, width, bias=False)
         nn.init.uniform_(self.dt_proj.weight, -(self.rank**-0.5), self.rank**-0.5)
         dt = torch.exp(torch.empty(d).uniform_(math.log(1e-3), math.log(1e-1)))  # at first between 0.001 and 0.1
-        self.dt_proj.bias.data = dt + torch.log(-torch.expm1(-dt))  # softplus of it is dt
+        with torch.no_grad():
+            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the softplus of which is dt
 
     def forward(self, x: Tensor, state: LayerState | None) -> tuple[Tensor, LayerState]:
         u, z = self.in_proj(self.norm(x)).chunk(2, dim=-1)
         tail, hidden = state or self.blank(u)
         recent = torch.cat([tail, u.mT], dim=-1)  # [b, d, kernel - 1 + t]
         u = F.silu(self.conv(recent)).mT
-        dt, b, c = self.x_proj(u).split([self.rank, *2 * [hidden.shape[1]]], dim=-1)
+        dt, b_in, c_out = self.x_proj(u).split([self.rank, *2 * [hidden.shape[1]]], dim=-1)
         dt = F.softplus(self.dt_proj(dt).to(hidden.dtype))
-        y, hidden = selective_scan(u.to(dt), dt, -torch.exp(self.a_log.to(dt)), b.to(dt), c.to(dt), hidden)
+        y, hidden = selective_scan(u.to(dt), dt, -torch.exp(self.a_log.to(dt)), b_in.to(dt), c_out.to(dt), hidden)
         y = (y.to(u) + self.skip * u) * F.silu(z)
-        tail = recent[..., -(self.kernel - 1) :].clone()  # a slice would keep the memory of the whole chunk alive
+        tail = recent[..., x.shape[1] :].clone()  # a slice would keep the memory of the whole chunk alive
         return x + self.out_proj(y), LayerState(tail, hidden)
 
     def blank(self, u: Tensor) -> LayerState:
@@ -103,41 +104,41 @@ class Mamba(nn.Module):
         return self.norm(x) @ self.embed.weight.T, new_state
 
 
-def selective_scan(u: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """y [b, t, d] of the recurrence (without D) and the h after it, from u, dt [b, t, d], a [n, d], b, c [b, t, n] and h [b, n, d].
+def selective_scan(u: Tensor, dt: Tensor, a: Tensor, b_in: Tensor, c_out: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """y [b, t, d] without D u, and the h after it: from u, dt [b, t, d], A [n, d], B, C [b, t, n] and the h before, [b, n, d].
 
-    Without autograd it takes the memory of a few sqrt(t) states, not t.
+    Without autograd it takes the memory of a few sqrt(t) states, not of t.
     """
     rows, t, _ = u.shape
-    blocks = max(1, math.isqrt(t // rows))  # rows are read side by side already
+    blocks = max(1, math.isqrt(t // rows))  # rows are read side by side anyway
     length = -(-t // blocks)
     spare = blocks * length - t  # the last block is filled up by tokens with dt = 0, which change no state
-    parts = (F.pad(x, (0, 0, 0, spare)).unflatten(1, (blocks, length)).unbind(2) for x in (dt * u, dt, b, c))
-    places = list(zip(*parts, strict=True))  # a token of every block each: [b, blocks, d] or [b, blocks, n]
+    parts = (F.pad(x, (0, 0, 0, spare)).view(rows, blocks, length, -1) for x in (dt * u, dt, b_in, c_out))
+    places = list(zip(*(part.unbind(2) for part in parts), strict=True))  # a token of every block: [b, blocks, d] or [..., n]
 
     starts = [hidden]  # of each block
     if blocks > 1:
         left = hidden.new_zeros(rows, blocks - 1, *a.shape)  # behind by each block, if it began at zero
-        for du, dt, b, _ in places:
-            left = advance(left, du[:, :-1], dt[:, :-1], a, b[:, :-1])
-        kept = torch.exp(sum(dt for _, dt, _, _ in places)[:, :-1, None] * a)  # by each block of what came before it
+        for du, step, into, _ in places:
+            left = advance(left, du[:, :-1], step[:, :-1], a, into[:, :-1])
+        kept = torch.exp(torch.stack([step for _, step, _, _ in places]).sum(0)[:, :-1, None] * a)  # of what came before it
         for block in range(blocks - 1):
             starts.append(torch.addcmul(left[:, block], kept[:, block], starts[-1]))
 
     h, outputs = torch.stack(starts, dim=1), []
-    for du, dt, b, c in places:
-        h = advance(h, du, dt, a, b)
-        outputs.append((c[..., None, :] @ h)[..., 0, :])
+    for du, step, into, out in places:
+        h = advance(h, du, step, a, into)
+        outputs.append((out[..., None, :] @ h)[..., 0, :])
     return torch.stack(outputs, dim=2).flatten(1, 2)[:, :t], h[:, -1].clone()
 
 
-def advance(h: Tensor, du: Tensor, dt: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """h [..., n, d] one token later, from du = dt u [..., d], dt [..., d], a [n, d] and b [..., n]."""
-    return torch.addcmul(du[..., None, :] * b[..., None], torch.exp(dt[..., None, :] * a), h)
+def advance(h: Tensor, du: Tensor, dt: Tensor, a: Tensor, b_in: Tensor) -> Tensor:
+    """h [..., n, d] one token later, from du = dt u [..., d], dt [..., d], A [n, d] and B [..., n]."""
+    return torch.addcmul(du[..., None, :] * b_in[..., None], torch.exp(dt[..., None, :] * a), h)
 
 
 def load() -> Mamba:
     """Exact for any chunking, with a constant state. Random weights, always the same."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed those of accelerators too
         return Mamba().eval()

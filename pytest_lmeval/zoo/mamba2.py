@@ -5,9 +5,9 @@ As in Mamba, but all channels of a head fade alike: with p channels x_t a head, 
     h_t = exp(dt_t a) h_{t-1} + dt_t x_t B_t^T       h is [p, n], a = -exp(A_log) one number a head
     y_t = h_t C_t + D x_t
 
-Written out, y_t = sum_{s <= t} L_ts (C_t . B_s) dt_s x_s with L_ts = exp(dt_{s+1} a + ... + dt_t a): attention without a softmax,
-whose mask fades. A chunk is read in blocks of `block` tokens: inside of one by that product, and the h of its beginning, faded
-as much as it is old, is added. The exponents are sums of what is not positive, so nothing can overflow.
+Written out, y_t = sum_{s <= t} L_ts (C_t . B_s) dt_s x_s + D x_t with L_ts = exp(dt_{s+1} a + ... + dt_t a): attention without
+a softmax, whose mask fades. A chunk is read in blocks of `block` tokens, each by that product, to which the h of its beginning
+adds what is left of it. All exponents are sums of what is not positive, so nothing can overflow.
 
 x, B and C go through a causal convolution over the last `kernel` tokens and a SiLU first. The output is norm(y * silu(z)).
 
@@ -55,19 +55,19 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, state: LayerState | None) -> tuple[Tensor, LayerState]:
         d, n = self.heads * self.headdim, self.d_state
-        z, u, dt = self.in_proj(self.norm(x)).split([d, d + 2 * n, self.heads], dim=-1)
+        z, u, dt = torch.split(self.in_proj(self.norm(x)), [d, d + 2 * n, self.heads], dim=-1)
         tail, hidden = state or self.blank(u)
         recent = torch.cat([tail, u.mT], dim=-1)  # [b, d + 2 n, kernel - 1 + t]
-        u, b, c = F.silu(self.conv(recent)).mT.to(hidden.dtype).split([d, n, n], dim=-1)
-        u = u.unflatten(-1, (self.heads, -1))  # [b, t, h, p]
+        u, b_in, c_out = torch.split(F.silu(self.conv(recent)).mT.to(hidden.dtype), [d, n, n], dim=-1)
+        u = u.reshape(*u.shape[:2], self.heads, self.headdim)
         dt = F.softplus(dt.to(u) + self.dt_bias.to(u))  # [b, t, h]
-        drive, fade = dt[..., None] * u, dt * -torch.exp(self.a_log.to(u))
+        parts = (dt[..., None] * u, dt * -torch.exp(self.a_log.to(u)), b_in, c_out)
         outputs = []
-        for part in zip(*(piece.split(self.block, dim=1) for piece in (drive, fade, b, c)), strict=True):
-            y, hidden = ssd_block(*part, hidden)
+        for drive, fade, into, out in zip(*(torch.split(part, self.block, dim=1) for part in parts), strict=True):
+            y, hidden = ssd_block(drive, fade, into, out, hidden)
             outputs.append(y)
         y = (torch.cat(outputs, dim=1) + self.skip[:, None].to(u) * u).flatten(-2).to(x)
-        tail = recent[..., -(self.kernel - 1) :].clone()  # a slice would keep the memory of the whole chunk alive
+        tail = recent[..., x.shape[1] :].clone()  # a slice would keep the memory of the whole chunk alive
         return x + self.out_proj(self.norm_out(y * F.silu(z))), LayerState(tail, hidden)
 
     def blank(self, u: Tensor) -> LayerState:
@@ -108,17 +108,17 @@ class Mamba2(nn.Module):
         return self.norm(x) @ self.embed.weight.T, new_state
 
 
-def ssd_block(drive: Tensor, fade: Tensor, b: Tensor, c: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """y [b, t, h, p] of one block (without D) and the h after it.
+def ssd_block(drive: Tensor, fade: Tensor, b_in: Tensor, c_out: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """y [b, t, h, p] of one block without D x, and the h after it.
 
-    From drive = dt x [b, t, h, p], fade = dt a [b, t, h], b, c [b, t, n] and the h [b, h, p, n] before it.
+    From drive = dt x [b, t, h, p], fade = dt a [b, t, h], B, C [b, t, n] and the h [b, h, p, n] before it.
     """
     fade, drive = fade.mT, drive.transpose(1, 2)  # [b, h, t], [b, h, t, p]
     between = torch.exp(segment_sums(fade))  # L [b, h, t, t]
     since = torch.exp(fade.cumsum(-1))[..., None]  # [b, h, t, 1] of what was there before the block
-    y = (between * (c @ b.mT)[:, None]) @ drive + since * (c[:, None] @ hidden.mT)
+    y = (between * (c_out @ b_in.mT)[:, None]) @ drive + since * (c_out[:, None] @ hidden.mT)
     until = between[..., -1, :, None]  # [b, h, t, 1] of each token at the end of the block
-    return y.transpose(1, 2), since[..., -1:, :] * hidden + (until * drive).mT @ b[:, None]
+    return y.transpose(1, 2), since[..., -1:, :] * hidden + (until * drive).mT @ b_in[:, None]
 
 
 def segment_sums(x: Tensor) -> Tensor:
@@ -135,5 +135,5 @@ def segment_sums(x: Tensor) -> Tensor:
 def load() -> Mamba2:
     """Exact for any chunking, with a constant state. Random weights, always the same."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed those of accelerators too
         return Mamba2().eval()

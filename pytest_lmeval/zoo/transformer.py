@@ -58,8 +58,7 @@ class Layer(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
         seen, t = state.keys.shape[2], q.shape[2]
         if self.window is None:
-            places = torch.arange(seen, seen + t)
-            q, k = rotate(q, places), rotate(k, places)
+            q, k = rotate(torch.stack([q, k]), *angles(torch.arange(seen, seen + t), q))
         keys, values = torch.cat([state.keys, k], dim=2), torch.cat([state.values, v], dim=2)
         if self.window is None:
             visible = q.new_ones(t, seen + t, dtype=torch.bool).tril(seen)
@@ -93,19 +92,24 @@ class Transformer(nn.Module):
     def forward(self, input_ids: Tensor, state: list[LayerState] | None = None) -> tuple[Tensor, list[LayerState]]:
         """Logits [b, t, v] of the token after each of `input_ids` [b, t], and the state to go on from."""
         x, new_state = self.embed(input_ids), []
+        x = F.rms_norm(x, x.shape[-1:], eps=1e-6)  # rows that the head shares are small: the layers would drown them
         for index, layer in enumerate(self.layers):
             x, layer_state = layer(x, state[index] if state else None)
             new_state.append(layer_state)
         return self.norm(x) @ self.embed.weight.T, new_state
 
 
-def rotate(x: Tensor, places: Tensor) -> Tensor:
-    """Turn the pairs (i, i + e/2) of x [..., t, e] by places [t] * 10000 ** (-2 i / e) radians."""
-    e = x.shape[-1]
+def angles(places: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin [t, e / 2] of places [t] * 10000 ** (-2 i / e) radians, for the pairs i of something `like` [..., e]."""
+    e = like.shape[-1]
     # In float64: a float32 angle at place one million is off by 0.06 radians.
-    angles = places[:, None] * 10_000.0 ** (-torch.arange(0, e, 2, dtype=torch.float64) / e)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = angles.cos().to(wide).to(x.device), angles.sin().to(wide).to(x.device)
+    turned = places[:, None] * 10_000.0 ** (-torch.arange(0, e, 2, dtype=torch.float64) / e)
+    wide = torch.promote_types(like.dtype, torch.float32)
+    return turned.cos().to(wide).to(like.device), turned.sin().to(wide).to(like.device)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (i, i + e / 2) of x [..., t, e] by the angles of their places, cos and sin [t, e / 2]."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(x.dtype)
 
@@ -116,12 +120,12 @@ def banded_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     q is [b, h, t, e]; k and v are [b, h, s + t, e] with s < window tokens from before. Queries are taken in blocks of `window`,
     each with the stretch of keys that it can see, in which places are counted from its beginning.
     """
-    b, h, t, e = q.shape
+    b, t = q.shape[0], q.shape[2]
     missing = window - 1 - (k.shape[2] - t)  # tokens that the text is too young to have
     block = min(window, t)
     blocks, span = -(-t // block), block + window - 1
     spare = blocks * block - t  # the last block is filled up; what it computes there is dropped
-    q = F.pad(q, (0, 0, 0, spare)).unflatten(2, (blocks, block))
+    q = F.pad(q, (0, 0, 0, spare)).view(b, -1, blocks, block, q.shape[-1])
     k, v = (F.pad(x, (0, 0, missing, spare)).unfold(2, span, block).mT for x in (k, v))  # [b, h, blocks, span, e]
 
     places = torch.arange(span)
@@ -129,21 +133,22 @@ def banded_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     real = block * torch.arange(blocks)[:, None] + places >= missing
     visible = ((age >= 0) & (age < window) & real[:, None]).to(q.device)  # [blocks, block, span]
 
-    # Blocks become rows: the fused kernels of torch take four axes.
-    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (rotate(q, places[window - 1 :]), rotate(k, places), v))
+    cos, sin = angles(places, q)
+    q, k = rotate(q, cos[window - 1 :], sin[window - 1 :]), rotate(k, cos, sin)
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # blocks become rows: fused kernels take four axes
     mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=visible.repeat(b, 1, 1)[:, None])
-    return mixed.unflatten(0, (b, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :t]
+    return mixed.view(b, blocks, *mixed.shape[1:]).transpose(1, 2).flatten(2, 3)[:, :, :t]
 
 
 def load() -> Transformer:
     """Full attention: exact for any chunking, and its state grows with the text. Random weights, always the same."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed those of accelerators too
         return Transformer().eval()
 
 
 def load_windowed() -> Transformer:
     """The same weights, each layer seeing the last 64 tokens: exact for any chunking, with a constant state."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed those of accelerators too
         return Transformer(window=64).eval()

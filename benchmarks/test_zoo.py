@@ -1,0 +1,82 @@
+"""Are chunks worth it? Each reference model reads a text in chunks and one token at a time: the same logits, how much faster?
+
+A model that is exact for any chunk only because it loops over the tokens gains little here. One that reads a chunk side by
+side does, and the verdict says whether it is still the same model. Processor time, and the two ways by turns: this holds on a
+machine that does other things as well.
+"""
+
+import statistics
+import time
+
+import pytest
+import torch
+
+from pytest_lmeval import Metric
+
+pytestmark = pytest.mark.benchmark
+
+EXACT = ["transformer", "windowed", "lstm", "mamba", "mamba2", "ttt", "moshi", "causal-bk"]
+CHUNK, TOKENS, ROUNDS = 1024, 2048, 3
+STEPS = 512  # tokens that are read one at a time; in full attention these, the first ones, are the cheap ones
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """A second thread waits for work in a busy loop, and its waiting would count as processor time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def random_ids(lm, length):
+    """[1, t], or [1, k, t] for a model that reads frames of k codes."""
+    generator = torch.Generator().manual_seed(0)
+    if lm.codebooks is None:
+        return torch.randint(0, lm.vocab_size, (1, length), generator=generator)
+    return torch.stack([torch.randint(0, size, (1, length), generator=generator) for size in lm.codebooks.sizes], dim=1)
+
+
+def read(lm, ids, size):
+    """Tokens a processor second, and the logits of the first STEPS tokens."""
+    began, state, logits = time.process_time(), None, []
+    with torch.no_grad():
+        for piece in torch.split(ids, size, dim=-1):
+            found, state = lm.step(piece, state)
+            logits.append(found[..., :STEPS, :])
+    return ids.shape[-1] / (time.process_time() - began), torch.cat(logits, dim=-2)[..., :STEPS, :]
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_chunks_against_single_steps(lmeval, load_lm, name):
+    lm = load_lm(f"zoo:{name}")
+    ids = random_ids(lm, TOKENS)
+    read(lm, ids, CHUNK)  # warms up
+    chunks, steps = [], []
+    for _ in range(ROUNDS):
+        for size, length, speeds in ((CHUNK, TOKENS, chunks), (1, STEPS, steps)):
+            speed, logits = read(lm, ids[..., :length], size)
+            speeds.append(speed)
+            torch.testing.assert_close(logits, read(lm, ids[..., :STEPS], STEPS)[1], rtol=1e-4, atol=1e-4)
+
+    ratios = sorted(chunk / step for chunk, step in zip(chunks, steps, strict=True))
+    lmeval.record(
+        lm,
+        "chunks against single steps",
+        speedup=Metric(statistics.median(ratios), "x", low=ratios[0], high=ratios[-1], n=ROUNDS, higher_is_better=True),
+        chunks=Metric(max(chunks), "tokens/s", n=ROUNDS, higher_is_better=True),
+        single_steps=Metric(max(steps), "tokens/s", n=ROUNDS, higher_is_better=True),
+    )
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_streams_exactly(lmeval, load_lm, name):
+    result = lmeval.equivalence(load_lm(f"zoo:{name}"))
+
+    assert result.verdict == "exact-any-chunk", result
+
+
+def test_bk_as_published_sees_its_future(lmeval, load_lm):
+    result = lmeval.equivalence(load_lm("zoo:bk"))
+
+    assert result.verdict == "non-causal", result

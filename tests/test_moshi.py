@@ -1,0 +1,191 @@
+"""kyutai's `moshi`: streamed frame by frame as its own full pass reads a whole; what its ring forgets is found by the probe."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pytest_lmeval.adapters import as_model
+from pytest_lmeval.equivalence import LawBroken, equivalence, replay
+from pytest_lmeval.equivalence.twin import twin
+from pytest_lmeval.lm import SpecError, fork
+from pytest_lmeval.profiling.latency import latency
+from pytest_lmeval.scoring.perplexity import perplexity
+from pytest_lmeval.stream import stream
+
+moshi_lm = pytest.importorskip("moshi.models.lm", reason="pip install 'pytest-lmeval[moshi]' and pip install --no-deps moshi")
+no_compile = pytest.importorskip("moshi.utils.compile").no_compile
+
+DELAYS = [0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1]
+CONTEXT = 16
+
+
+def tiny(context=CONTEXT, **options):
+    """An LMModel as its loader configures it, but small, with random weights."""
+    settings = {
+        "delays": DELAYS,
+        "n_q": 16,
+        "dep_q": 8,
+        "card": 64,
+        "text_card": 128,
+        "dim": 64,
+        "num_heads": 4,
+        "num_layers": 2,
+        "hidden_scale": 2,
+        "norm": "rms_norm_f32",
+        "gating": "silu",
+        "positional_embedding": "rope",
+        "context": context,
+        "depformer_dim": 32,
+        "depformer_num_heads": 2,
+        "depformer_num_layers": 1,
+        "depformer_multi_linear": True,
+        "depformer_weights_per_step": True,
+        "depformer_pos_emb": "none",
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return moshi_lm.LMModel(**{**settings, **options}).eval()
+
+
+MODULE = tiny()
+LM = as_model(MODULE)
+
+
+def codes_of(length, seed=0, gaps=0.0):
+    random = np.random.default_rng(seed)
+    codes = np.stack([random.integers(0, size, length) for size in LM.codebooks.sizes], axis=1)
+    return np.where(random.random(codes.shape) < gaps, -1, codes)
+
+
+def full_losses(codes, module=MODULE):
+    """[t, 8] losses of the model's own forward pass, no number where it says that there is no valid code."""
+    whole = torch.from_numpy(codes.T[None])
+    with torch.no_grad(), no_compile():
+        output = module(whole)
+    targets = whole[0, 1:9].clamp(min=0)
+    logits = output.logits[0].double().flatten(0, 1)
+    losses = torch.nn.functional.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
+    return losses.masked_fill(~output.mask[0], float("nan")).T.numpy()
+
+
+def undelayed(chunks):
+    """[t, 8] losses of a stream, by the frame that they are about."""
+    nll = np.concatenate([chunk.nll for chunk in chunks])
+    lines = [np.append(nll[delay:, column], [np.nan] * delay) for column, delay in enumerate(LM.codebooks.delays)]
+    return np.stack(lines, axis=1)
+
+
+def test_it_is_recognised_by_looking():
+    assert LM.form == "moshi"
+    assert LM.borders == (CONTEXT,)
+    assert (LM.codebooks.sizes, LM.codebooks.scored) == ((128, *[64] * 16), tuple(range(1, 9)))
+    assert LM.codebooks.delays == (0, 1, 1, 1, 1, 1, 1, 1)
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.integers(1, 60), st.sampled_from([0.0, 0.3]))
+def test_one_frame_at_a_time_it_gives_the_losses_of_its_own_full_pass(length, gaps):
+    codes = codes_of(length, gaps=gaps)
+    np.testing.assert_allclose(undelayed(stream(LM, codes, chunk_size=1)), full_losses(codes), atol=1e-4)
+
+
+@pytest.mark.parametrize("length", [1, CONTEXT, CONTEXT + 1, 100])
+def test_the_first_piece_may_be_longer_than_the_ring_and_leaves_it_as_single_frames_would(length):
+    codes = codes_of(length + 20)
+    chunks = list(stream(LM, codes[:length], chunk_size=length))
+    state = fork(chunks[-1].state)
+    chunks += stream(LM, codes[length:], chunk_size=1, state=state, position=length)
+    np.testing.assert_allclose(undelayed(chunks), full_losses(codes), atol=1e-4)
+
+
+def test_forward_called_for_chunks_would_have_given_other_losses():
+    codes = codes_of(20)
+    parts = np.concatenate([full_losses(codes[:10]), full_losses(codes[10:])])
+    whole = full_losses(codes)
+    known = np.isfinite(parts) & np.isfinite(whole)
+    assert known.sum() < np.isfinite(whole).sum()
+    assert np.abs(parts - whole)[known].max() > 0.1
+
+
+@pytest.mark.parametrize("chunk_size", [2, 3, 8, CONTEXT])
+def test_chunks_of_several_frames_are_right_until_the_ring_is_full_and_wrong_from_there(chunk_size):
+    codes = codes_of(80)
+    chunks = list(stream(LM, codes, chunk_size=chunk_size))
+    off = np.nan_to_num(np.abs(undelayed(chunks) - full_losses(codes))).max(axis=1)
+    first = int(np.flatnonzero(off > 1e-3)[0])
+    overwritten = CONTEXT // chunk_size * chunk_size  # of the first piece that does not fit beside what it should see
+    assert overwritten - 1 <= first <= overwritten + 1
+
+
+@pytest.mark.parametrize("context", [CONTEXT, 24])
+def test_the_probe_finds_that_it_is_right_one_frame_at_a_time_only(context):
+    lm = as_model(tiny(context))
+    result = equivalence(lm)
+    assert result.verdict == "exact-step-only", result
+    assert result.certificate.broken == {"splits"}
+    assert result.laws["steps"].worst_ratio < 8
+    assert result.certificate.reference == "float64 run of the same weights"
+    assert result.certificate.not_reached == ()
+    case = result.laws["splits"].counterexamples[0].case
+    assert case["length"] > context
+    with pytest.raises(LawBroken):
+        replay(lm, "splits", **case)
+
+
+def test_within_a_context_that_is_not_reached_any_chunk_is_right_and_the_certificate_says_so():
+    result = equivalence(as_model(tiny(context=600)))
+    assert result.verdict == "exact-any-chunk", result
+    assert result.certificate.not_reached == (600,)
+
+
+def test_its_twin_in_float64_has_the_same_weights():
+    codes, double = codes_of(30), twin(LM)
+    assert double.dtype == torch.float64
+    low, high = (np.concatenate([chunk.losses for chunk in stream(lm, codes, chunk_size=1)]) for lm in (LM, double))
+    np.testing.assert_allclose(low, high, atol=1e-4)
+    assert (low != high).any()
+
+
+def test_two_forks_of_a_state_do_not_see_each_other_and_the_model_keeps_none():
+    ids = LM.random_ids(1, 30)
+    with torch.no_grad():
+        state = LM.step(ids[..., :20])[1]
+        branch = fork(state)
+        straight = LM.step(ids[..., 20:21], state)[0]
+        LM.step(ids[..., 25:26], fork(branch))
+        forked = LM.step(ids[..., 20:21], branch)[0]
+    assert torch.equal(straight, forked)
+    assert not MODULE.is_streaming
+
+
+def test_its_state_does_not_grow():
+    sizes = {chunk.state_bytes for chunk in stream(LM, codes_of(60), chunk_size=1)}
+    assert len(sizes) == 1
+
+
+@pytest.mark.parametrize("options", [{"context": None}, {"dep_q": 0, "depformer_weights_per_step": False}])
+def test_a_model_that_cannot_be_streamed_or_scored_is_refused(options):
+    with pytest.raises(SpecError, match="cannot be streamed: it has"):
+        as_model(tiny(**options))
+
+
+def test_its_perplexity_is_the_mean_over_valid_codes():
+    codes = codes_of(200, gaps=0.1)
+    result = perplexity(LM, codes, chunk_size=1, positions=(150,))
+    assert float(result.nll) == pytest.approx(np.nanmean(full_losses(codes)), rel=1e-5)
+    assert set(result.loss_at) == {150}
+
+
+def test_its_speed_is_measured():
+    assert latency(LM, seq_len=8, new_tokens=3, runs=2, warm_up=1).itl.n == 4
+
+
+def test_nothing_of_it_is_imported_for_other_models():
+    code = "import sys; from pytest_lmeval import load; load('zoo:moshi'); print('moshi' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -1,0 +1,354 @@
+"""The reference models: each reads in any pieces what it reads in one, and computes what its paper says token by token."""
+
+import importlib
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from pytest_lmeval.adapters import ZOO, load
+from pytest_lmeval.equivalence.probe import equivalence
+from pytest_lmeval.lm import fork, state_bytes, state_dtypes
+from pytest_lmeval.zoo.bk import LAPLACIAN, ResNetBK, both_ways, sweep
+from pytest_lmeval.zoo.lstm import LSTM
+from pytest_lmeval.zoo.mamba import Mamba
+from pytest_lmeval.zoo.mamba2 import Mamba2
+from pytest_lmeval.zoo.transformer import LayerState, Transformer
+
+SMALL = {
+    "transformer": lambda: Transformer(width=16, layers=2, heads=2, hidden=16),
+    "windowed": lambda: Transformer(width=16, layers=2, heads=2, hidden=16, window=5),
+    "lstm": lambda: LSTM(width=16, layers=2),
+    "mamba": lambda: Mamba(width=16, layers=2, d_state=4),
+    "mamba2": lambda: Mamba2(width=16, layers=2, d_state=4, headdim=8, block=6),
+    "causal-bk": lambda: ResNetBK(width=16, layers=2, hidden=16),
+}
+CONSTANT = [name for name in SMALL if name != "transformer"]
+EXACT = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+causal = pytest.mark.parametrize("name", SMALL)
+lengths = st.lists(st.just(1) | st.integers(1, 40), min_size=2, max_size=6)
+
+
+def seeded(build, seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return build()
+
+
+def small(name, dtype=torch.float64):
+    return seeded(SMALL[name]).to(dtype)
+
+
+def ids(rows, length, seed=0):
+    return torch.randint(0, 256, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def read(model, tokens, sizes, damage=lambda layer: layer):
+    """Logits [b, t, v] of tokens [b, t] read in pieces, each layer's state being damaged at every border."""
+    state, parts = None, []
+    for piece in torch.split(tokens, sizes, dim=1):
+        logits, state = model(piece, state)
+        parts.append(logits)
+        state = [damage(layer) for layer in state]
+    return torch.cat(parts, dim=1)
+
+
+def close(found, expected, within):
+    torch.testing.assert_close(found, expected, rtol=0, atol=within)
+
+
+def assert_any_pieces_read_as_one(model, sizes, within, **damage):
+    tokens = ids(2, sum(sizes))
+    with torch.no_grad():
+        close(read(model, tokens, sizes, **damage), model(tokens)[0], within)
+
+
+@causal
+@pytest.mark.parametrize("dtype", EXACT, ids=str)
+def test_any_pieces_read_as_one(name, dtype):
+    model = small(name, dtype)
+
+    @settings(max_examples=20, deadline=None)
+    @given(lengths)
+    @example([1] * 40)
+    @example([3] * 20)
+    @example([64, 65])
+    def holds(sizes):
+        assert_any_pieces_read_as_one(model, sizes, EXACT[dtype])
+
+    holds()
+
+
+def zeroed(*names):
+    return lambda layer: layer._replace(**{name: torch.zeros_like(getattr(layer, name)) for name in names})
+
+
+def one_key_short(layer):
+    return layer._replace(keys=layer.keys[:, :, 1:], values=layer.values[:, :, 1:])
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("transformer", one_key_short),
+        ("transformer", zeroed("keys")),
+        ("windowed", one_key_short),
+        ("windowed", zeroed("values")),
+        ("lstm", zeroed("cell")),
+        ("lstm", zeroed("hidden")),
+        ("mamba", zeroed("tail")),
+        ("mamba", zeroed("hidden")),
+        ("mamba2", zeroed("tail")),
+        ("mamba2", zeroed("hidden")),
+        ("causal-bk", torch.zeros_like),
+        ("causal-bk", torch.conj_physical),
+    ],
+)
+def test_a_state_of_which_something_is_lost_is_caught(name, damage):
+    for dtype, within in EXACT.items():
+        with pytest.raises(AssertionError, match="not close"):
+            assert_any_pieces_read_as_one(small(name, dtype), [9, 5], 10 * within, damage=damage)
+
+
+def gradient(model, sizes, **damage):
+    """[all parameters] of the loss of a text that is read in pieces."""
+    tokens = ids(2, sum(sizes) + 1)
+    logits = read(model, tokens[:, :-1], sizes, **damage)
+    loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    return torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(model.parameters()))])
+
+
+def detached(layer):
+    return layer.detach() if isinstance(layer, torch.Tensor) else type(layer)(*(part.detach() for part in layer))
+
+
+@causal
+def test_the_gradient_of_a_chunk_is_that_of_its_steps(name):
+    model = small(name)
+    whole = gradient(model, [29])
+    for sizes in ([1] * 29, [7, 22]):
+        close(gradient(model, sizes), whole, 1e-10)
+        with pytest.raises(AssertionError, match="not close"):
+            close(gradient(model, sizes, damage=detached), whole, 1e-8)
+
+
+@pytest.mark.parametrize("name", [*SMALL, "bk"])
+def test_it_learns_a_short_text(name):
+    model = seeded(SMALL.get(name, lambda: ResNetBK(width=16, layers=2, hidden=16, causal=False)))
+    text = torch.tensor(list(b"A state that is lost at a border is lost for good. " * 12)).view(12, -1)
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), []
+    for _ in range(50):
+        output = model(text[:, :-1])
+        logits = output if name == "bk" else output[0]
+        loss = F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("name", CONSTANT)
+def test_a_constant_state_neither_grows_nor_keeps_its_chunk_alive(name):
+    model, state, sizes = small(name), None, set()
+    with torch.no_grad():
+        for length in (5, 1, 300, 70):
+            _, state = model(ids(1, length), state)
+            sizes.add(state_bytes(state))
+    assert len(sizes) == 1
+    assert model.constant_state
+
+
+def test_the_state_of_full_attention_grows_and_is_not_called_constant():
+    model = small("transformer")
+    with torch.no_grad():
+        short, long = (state_bytes(model(ids(1, length))[1]) for length in (10, 30))
+    assert long == 3 * short
+    assert not model.constant_state
+
+
+@causal
+def test_a_step_leaves_the_state_that_it_was_given_as_it_was(name):
+    model = small(name)
+    with torch.no_grad():
+        _, state = model(ids(2, 9))
+        before = fork(state)
+        for length in (1, 8):
+            model(ids(2, length), state)
+    for old, new in zip(before, state, strict=True):
+        assert all(map(torch.equal, old, new))
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_what_is_added_up_over_a_text_is_kept_in_32_bits(name, dtype):
+    with torch.no_grad():
+        logits, state = small(name, dtype)(ids(1, 9))
+    assert logits.dtype == dtype
+    assert set(state_dtypes([layer.hidden for layer in state])) == {"float32"}
+
+
+def test_a_window_reads_a_text_the_same_wherever_it_stands():
+    model, text = small("windowed", torch.float32), ids(1, 60)
+    seen = 2 * (5 - 1)  # bytes that are out of sight after two layers
+    with torch.no_grad():
+        early = model(text)[0][:, seen:]
+        late = model(torch.cat([ids(1, 20_000, seed=1), text], dim=1))[0][:, -60 + seen :]
+    close(late, early, 1e-5)
+
+
+@pytest.mark.parametrize("name", sorted({*SMALL, "bk"}))
+def test_loading_is_repeatable_and_leaves_random_numbers_alone(name):
+    file, function = ZOO[name].split(":")
+    build = getattr(importlib.import_module(f"pytest_lmeval.zoo.{file}"), function)
+    before = torch.get_rng_state()
+    model, again = build(), build()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(map(torch.equal, model.parameters(), again.parameters()))
+    assert not model.training
+    assert 600_000 < sum(parameter.numel() for parameter in model.parameters()) < 1_200_000
+
+
+@pytest.mark.parametrize("suffix", ["", "@bf16"])
+@causal
+def test_its_verdict(name, suffix):
+    result = equivalence(load(f"zoo:{name}{suffix}"))
+    assert result.verdict == ("consistent" if suffix else "exact-any-chunk"), result
+    assert not result.certificate.broken
+
+
+@pytest.mark.parametrize("suffix", ["", "@bf16"])
+def test_bk_as_published_is_refused(suffix):
+    lm = load(f"zoo:bk{suffix}")
+    assert not lm.stateful
+    assert lm.context_length == 1024
+    assert equivalence(lm).verdict == "non-causal"
+
+
+def test_a_text_longer_than_bk_has_positions_is_refused():
+    model = ResNetBK(width=16, layers=1, hidden=16, causal=False, context_length=8)
+    assert model(ids(2, 8)).shape == (2, 8, 256)
+    with pytest.raises(ValueError, match="given 9 tokens and has learned 8 positions"):
+        model(ids(2, 9))
+
+
+# What the papers say, computed one token at a time, or with matrices of the size of the text.
+
+
+def turned(x, place):
+    """[..., e] x at one place, pairs being complex numbers."""
+    first, second = x.chunk(2, dim=-1)
+    angles = place / 10_000 ** (torch.arange(x.shape[-1] // 2) / (x.shape[-1] // 2)).double()
+    pairs = torch.complex(first, second) * torch.exp(1j * angles)
+    return torch.cat([pairs.real, pairs.imag], dim=-1)
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 100])
+@settings(max_examples=10, deadline=None)
+@given(sizes=lengths)
+def test_attention_is_that_of_a_dense_matrix(window, sizes):
+    layer = seeded(lambda: Transformer(width=16, layers=1, heads=2, window=window)).double().layers[0]
+    t = sum(sizes)
+    q, k, v = torch.randn(3, 2, 2, t, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(t)).unbind(0)
+    state, parts = LayerState(k[:, :, :0], v[:, :, :0]), []
+    for piece in zip(*(torch.split(x, sizes, dim=2) for x in (q, k, v)), strict=True):
+        mixed, state = layer.attend(*piece, state)
+        parts.append(mixed)
+    far_q, far_k = (torch.stack([turned(x[:, :, i], 1000 + i) for i in range(t)], dim=2) for x in (q, k))
+    age = torch.arange(t)[:, None] - torch.arange(t)
+    scores = (far_q @ far_k.mT / 8**0.5).masked_fill((age < 0) | (age >= (window or t)), float("-inf"))
+    close(torch.cat(parts, dim=2), scores.softmax(-1) @ v, 1e-10)
+
+
+def test_an_lstm_is_its_equations():
+    layer, x = small("lstm").layers[0], torch.randn(2, 11, 16, dtype=torch.float64)
+    cell, hidden, expected = torch.zeros(2, 16).double(), torch.zeros(2, 16).double(), []
+    (inward, recurrent, bias, bias_too), norm = layer.lstm.parameters(), layer.norm(x)
+    for i in range(11):
+        let_in, kept, new, shown = (norm[:, i] @ inward.T + hidden @ recurrent.T + bias + bias_too).chunk(4, dim=-1)
+        cell = kept.sigmoid() * cell + let_in.sigmoid() * new.tanh()
+        hidden = shown.sigmoid() * cell.tanh()
+        expected.append(x[:, i] + hidden)
+    close(layer(x, None)[0], torch.stack(expected, 1), 1e-10)
+
+
+def convolved(conv, u, i):
+    """[b, channels] the causal convolution's output at token i of u [b, t, channels], after a SiLU."""
+    kernel = conv.weight.shape[-1]
+    taps = [conv.weight[:, 0, kernel - 1 - lag] * u[:, i - lag] for lag in range(min(kernel, i + 1))]
+    return F.silu(conv.bias + sum(taps))
+
+
+def mamba_by_token(layer, x):
+    u, z = layer.in_proj(layer.norm(x)).chunk(2, dim=-1)
+    h, outputs = 0.0, []
+    for i in range(x.shape[1]):
+        ui = convolved(layer.conv, u, i)
+        dt, b, c = layer.x_proj(ui).split([layer.rank, 4, 4], dim=-1)
+        dt = F.softplus(layer.dt_proj(dt))
+        h = torch.exp(dt[:, None] * -layer.a_log.exp()) * h + torch.einsum("bd,bn,bd->bnd", dt, b, ui)
+        y = torch.einsum("bnd,bn->bd", h, c) + layer.skip * ui
+        outputs.append(x[:, i] + layer.out_proj(y * F.silu(z[:, i])))
+    return torch.stack(outputs, dim=1)
+
+
+def mamba2_by_token(layer, x):
+    z, u, dts = layer.in_proj(layer.norm(x)).split([32, 40, 4], dim=-1)
+    h, outputs = 0.0, []
+    for i in range(x.shape[1]):
+        ui, b, c = convolved(layer.conv, u, i).split([32, 4, 4], dim=-1)
+        ui, dt = ui.unflatten(-1, (4, 8)), F.softplus(dts[:, i] + layer.dt_bias)
+        h = torch.exp(-dt * layer.a_log.exp())[..., None, None] * h + torch.einsum("bh,bhp,bn->bhpn", dt, ui, b)
+        y = (torch.einsum("bhpn,bn->bhp", h, c) + layer.skip[:, None] * ui).flatten(-2)
+        outputs.append(x[:, i] + layer.out_proj(layer.norm_out(y * F.silu(z[:, i]))))
+    return torch.stack(outputs, dim=1)
+
+
+BY_TOKEN = {"mamba": mamba_by_token, "mamba2": mamba2_by_token}
+
+
+@pytest.mark.parametrize("name", BY_TOKEN)
+@settings(max_examples=15, deadline=None)
+@given(rows=st.integers(1, 4), t=st.integers(1, 70))
+def test_a_state_space_layer_is_its_recurrence(name, rows, t):
+    layer, x = small(name).layers[0], torch.randn(rows, t, 16, dtype=torch.float64)
+    with torch.no_grad():
+        close(layer(x, None)[0], BY_TOKEN[name](layer, x), 1e-10)
+
+
+@pytest.mark.parametrize("name", BY_TOKEN)
+def test_time_steps_begin_between_a_thousandth_and_a_tenth(name):
+    layer = load(f"zoo:{name}").module.layers[0]
+    steps = F.softplus(layer.dt_proj.bias if name == "mamba" else layer.dt_bias).detach()
+    assert 0.0009 < float(steps.min()) < float(steps.max()) < 0.11
+
+
+def random_diagonal(t, height):
+    """[1, t] of H - z I."""
+    potential = 5 * torch.tanh(torch.randn(1, t, dtype=torch.float64, generator=torch.Generator().manual_seed(t)))
+    return torch.complex(LAPLACIAN + potential, torch.full_like(potential, -height))
+
+
+@settings(max_examples=30, deadline=None)
+@given(t=st.integers(1, 90), height=st.floats(0.05, 2.0))
+def test_the_sweeps_give_the_diagonal_of_the_dense_inverse(t, height):
+    diagonal, beside = random_diagonal(t, height), torch.ones(t - 1, dtype=torch.complex128)
+    matrix = torch.diag(diagonal[0]) + torch.diag(beside, 1) + torch.diag(beside, -1)
+    left = sweep(diagonal, torch.zeros(1, dtype=torch.complex128))
+    close(both_ways(diagonal, left)[0], torch.linalg.inv(matrix).diagonal(), 1e-13)
+    corners = [torch.linalg.inv(matrix[:i, :i])[-1, -1] for i in range(1, t + 1)]  # seen from the left only
+    close(left[0], torch.stack(corners), 1e-13)
+
+
+def test_a_sweep_of_twenty_thousand_tokens_neither_overflows_nor_drifts():
+    diagonal = random_diagonal(20_000, 0.01)
+    swept = sweep(diagonal.to(torch.complex64), torch.zeros(1, dtype=torch.complex64))[0]
+    g, expected = torch.zeros((), dtype=torch.complex128), []
+    for d in diagonal[0]:
+        g = 1 / (d - g)
+        expected.append(g)
+    assert float((swept - torch.stack(expected)).abs().max()) < 1e-3
