@@ -52,7 +52,10 @@ def fingerprint(model: Model) -> str:
     unchanged = hash((tuple(versions), _settings(model)))
     if model.remembered.get("unchanged") != unchanged:
         code = {f"{type(part).__module__}.{type(part).__qualname__}": _file(type(part)) for part in model.module.modules()}
-        digest = hashlib.sha256(f"{model.form}|{model.vocab_size}|{model.context_length}|{_settings(model)}".encode())
+        about = [model.form, model.vocab_size, model.context_length]
+        if (codes := model.codebooks) is not None:
+            about += [codes.sizes, codes.scored, codes.delays]
+        digest = hashlib.sha256(f"{'|'.join(map(str, about))}|{_settings(model)}".encode())
         for name, file in sorted(code.items()):
             digest.update(_code(name, file))
         digest.update(weights_digest(model))

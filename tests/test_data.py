@@ -112,7 +112,12 @@ def test_token_files_are_mapped_not_loaded(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "says"), [(np.zeros((2, 2), int), r"int64 of shape \[2, 2\]"), (np.zeros(3), "float64"), (None, "no .npy file")]
+    ("content", "says"),
+    [
+        (np.zeros((2, 2, 2), int), r"int64 of shape \[2, 2, 2\]"),
+        (np.zeros(3), "float64"),
+        (None, "no .npy file"),
+    ],
 )
 def test_a_file_that_holds_no_ids_is_refused(tmp_path, content, says):
     path = tmp_path / "ids.npy"

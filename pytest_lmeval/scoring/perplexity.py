@@ -95,13 +95,13 @@ def perplexity(
             file.write(point.nll)
             if progress is not None:
                 sums = point.reading.total
-                progress(int(sums[TOKENS]), float(sums[NATS]), expected_tokens(source, sums, tokens, by_document))
+                progress(int(sums[TOKENS]), float(sums[NATS]), expected_tokens(lm, source, sums, tokens, by_document))
             if watch is None or watch.look(point):  # what is left to be measured could not be taken up from a saved point
                 saver.save_now_and_then(replace(point, seconds=time.perf_counter() - began), file.sync)
         if watch is not None:
             watch.look(point, last=True)
-    if not point.reading.chunks_seen:
-        raise StreamError(f"{source} holds no document: there is nothing to score.")
+    if not point.reading.total[TOKENS]:
+        raise StreamError(f"{source} holds no document, or no code that could be predicted: there is nothing to score.")
     record = record_of(reader, point.reading, seconds=time.perf_counter() - began, seed=seed)
     record = replace(
         record,
@@ -148,12 +148,17 @@ def record_of(reader: Reader, reading: Reading, *, seconds: float, seed: int) ->
     )
 
 
-def expected_tokens(corpus: Corpus, sums: np.ndarray, tokens: int | None, by_document: bool) -> int | None:
-    """How many targets the whole reading will have: known for ids, estimated from the bytes read so far for text."""
-    known = tokens - 1 if tokens and not by_document else None
+def expected_tokens(lm: Model, corpus: Corpus, sums: np.ndarray, tokens: int | None, by_document: bool) -> int | None:
+    """How many targets the whole reading will have: known for ids, estimated from the bytes read so far for text, and of frames
+    at most so many, since codes may be missing."""
+
+    def targets(length: int) -> int:
+        return length - 1 if lm.codebooks is None else length * len(lm.codebooks.scored)
+
+    known = targets(tokens) if tokens and not by_document else None
     if corpus.size is None or (by_document and tokens):
         return known
-    whole = corpus.size - 1 if corpus.tokenized else round(corpus.size * sums[TOKENS] / max(sums[BYTES], 1))
+    whole = targets(corpus.size) if corpus.tokenized else round(corpus.size * sums[TOKENS] / max(sums[BYTES], 1))
     return whole if known is None else min(known, whole)
 
 
@@ -176,6 +181,16 @@ def metrics_of(reading: Reading, *, seconds: float, seed: int) -> dict[str, Metr
     return {**metrics, **loss_metrics(reading, seed=seed), **moved}
 
 
+def above_floor(metrics: dict[str, Metric], entropy: float | None) -> dict[str, Metric]:
+    """The metrics, and for a text of known entropy: what the best model pays on average, and how much more was paid."""
+    if entropy is None or "bits_per_byte" not in metrics:
+        return metrics
+    paid, ln2 = metrics["bits_per_byte"], math.log(2)
+    low, high = (None if bound is None else bound * ln2 - entropy for bound in (paid.low, paid.high))
+    excess = Metric(float(paid) * ln2 - entropy, "nats/byte", low=low, high=high, n=paid.n, higher_is_better=False)
+    return {**metrics, "entropy_floor": Metric(entropy, "nats/byte"), "excess_nats": excess}
+
+
 def exponential(nll: Metric) -> Metric:
     """The perplexity of a mean loss. Never capped: a loss too large for a float is an error that says so."""
     try:
@@ -189,6 +204,7 @@ def exponential(nll: Metric) -> Metric:
 
 def series_of(reading: Reading, metrics: dict[str, Metric]) -> dict[str, Series]:
     chunks = np.array(reading.chunks)
+    chunks = chunks[chunks[:, TOKENS] > 0]  # of frames, one may hold no code to score
     read = np.cumsum(chunks[:, TOKENS]).tolist()
     loss = chunks[:, NATS] / chunks[:, TOKENS]
     running = np.cumsum(chunks[:, NATS]) / np.cumsum(chunks[:, TOKENS])

@@ -110,7 +110,8 @@ def selective_scan(u: Tensor, dt: Tensor, a: Tensor, b_in: Tensor, c_out: Tensor
     Without autograd it takes the memory of a few sqrt(t) states, not of t.
     """
     rows, t, _ = u.shape
-    blocks = max(1, math.isqrt(t // rows))  # rows are read side by side anyway
+    blocks = math.isqrt(t) // rows  # rows are read side by side anyway
+    blocks = blocks if blocks > 3 else 1  # to read twice in halves takes as many steps as to read once
     length = -(-t // blocks)
     spare = blocks * length - t  # the last block is filled up by tokens with dt = 0, which change no state
     parts = (F.pad(x, (0, 0, 0, spare)).view(rows, blocks, length, -1) for x in (dt * u, dt, b_in, c_out))

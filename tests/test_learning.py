@@ -1,0 +1,140 @@
+"""Training through the plugin: the verb, the page that compares models, and a text that fails among others."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+PAGE = Path(__file__).parents[1] / "benchmarks" / "test_learning.py"
+TEXT = "It was a dark and stormy night; the rain fell in torrents, except at occasional intervals.\n"
+TINY = """
+    import torch
+    from torch import nn
+
+    class Tiny(nn.Module):
+        def __init__(self):
+            super().__init__()
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                self.embed, self.cell, self.head = nn.Embedding(256, 8), nn.GRU(8, 8, batch_first=True), nn.Linear(8, 256)
+
+        def forward(self, input_ids, state=None):
+            hidden, state = self.cell(self.embed(input_ids), state)
+            return self.head(hidden), state
+
+    class Other(Tiny):
+        pass
+"""
+LEARNS = """
+    def test_learns(lmeval, lm, corpus):
+        before = lmeval.perplexity(lm, corpus("stdlib", "test"), tokens=2000)
+        trained = lmeval.train(lm, corpus("stdlib", "train"), steps=20, seq_len=16, batch_size=8, tokens=20_000)
+        after = lmeval.perplexity(trained.lm, corpus("stdlib", "test"), tokens=2000)
+        assert after.perplexity < before.perplexity
+        assert len(trained.curve.y) == 20
+        assert lmeval.perplexity(lm, corpus("stdlib", "test"), tokens=2000).perplexity == before.perplexity
+"""
+
+
+@pytest.fixture
+def project(pytester, monkeypatch):
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    pytester.makepyfile(tiny=TINY)
+    pytester.makefile(".ini", pytest="[pytest]\nfilterwarnings = error\nmarkers = slow: takes minutes\n")
+    return pytester
+
+
+@pytest.fixture
+def mirror(project):
+    """Two datasets of the hub, as files."""
+    for name, config, field in (
+        ("ptb-text-only/ptb_text_only", "penn_treebank", "sentence"),
+        ("monology/pile-uncopyrighted", "default", "text"),
+    ):
+        folder = project.path / "mirror" / name / config
+        folder.mkdir(parents=True)
+        for split, times in (("train", 60), ("validation", 20), ("test", 15)):
+            rows = (json.dumps({field: f"{split} {place} {TEXT}"}) for place in range(times))
+            (folder / f"{split}.jsonl").write_text("\n".join(rows))
+    return project.path / "mirror"
+
+
+def run(project, *options):
+    return project.runpytest_subprocess("-p", "no:cacheprovider", "--lmeval-budget", "1", *options)
+
+
+def records(project, kind):
+    document = json.loads((project.path / ".lmeval" / "metrics.json").read_text())
+    return [record for record in document["records"] if record["kind"] == kind]
+
+
+def test_a_model_is_trained_and_used_in_one_test_and_stays_as_it_was(project):
+    project.makepyfile(test_own=LEARNS)
+    run(project, "--lm", "tiny:Tiny").assert_outcomes(passed=1)
+    (record,) = records(project, "train")
+    assert record["lm"]["spec"] == "tiny:Tiny trained"
+    assert record["subject"] == "stdlib[train]"
+    assert record["settings"]["seed"] == 0
+    assert record["cost"]["flops"] == record["metrics"]["flops_total"]["value"] > 0
+    assert {"learning_curve", "held_out_loss", "epoch_loss"} <= set(record["series"])
+
+
+def test_what_was_trained_before_is_taken_from_the_folder_unless_it_shall_be_fresh(project):
+    project.makepyfile(test_own=LEARNS)
+    run(project, "--lm", "tiny:Tiny")
+    (first,) = records(project, "train")
+    again = run(project, "--lm", "tiny:Tiny")
+    again.stdout.fnmatch_lines(["*trained before by the same protocol*"])
+    (second,) = records(project, "train")
+    assert second["metrics"] == first["metrics"]
+    assert "trained before" not in run(project, "--lm", "tiny:Tiny", "--lmeval-fresh").stdout.str()
+
+
+def compare(project, mirror, *options):
+    page = PAGE.read_text().replace("STEPS = 300", "STEPS = 8")
+    project.makepyfile(test_learning=page.replace("lm.vocab_size / 4", "lm.vocab_size * 4"))
+    texts = ("--lmeval-corpus", "ptb", "--lmeval-corpus", "pile", "--lmeval-data", str(mirror))
+    return run(project, "--lm", "tiny:Tiny", "--lm", "tiny:Other", "--lmeval-seq-len", "16", *texts, *options)
+
+
+def test_models_are_compared_over_texts(project, mirror):
+    result = compare(project, mirror)
+    result.assert_outcomes(passed=6)
+    result.stdout.fnmatch_lines(["train, ptb?train?", "*perplexity*tiny:Tiny trained*", "*tiny:Other trained*"])
+    assert {(record["lm"]["spec"], record["subject"]) for record in records(project, "custom")} == {
+        ("tiny:Tiny", "perplexity over pile, ptb"),
+        ("tiny:Other", "perplexity over pile, ptb"),
+    }
+    by_text = [record["metrics"]["perplexity"]["value"] for record in records(project, "perplexity")[:2]]
+    mean = records(project, "custom")[0]["metrics"]["mean_perplexity"]
+    assert mean["n"] == 2
+    assert len(by_text) == 2
+    for page in ("summary.md", "report.html"):
+        assert "tiny:Other trained" in (project.path / ".lmeval" / page).read_text()
+
+
+def test_a_text_that_fails_is_reported_and_costs_only_itself_and_the_mean(project, mirror):
+    (mirror / "monology/pile-uncopyrighted/default/train.jsonl").write_text('{"text": "cut off')
+    result = compare(project, mirror)
+    result.assert_outcomes(passed=2, failed=4)
+    result.stdout.fnmatch_lines(["*no mean over pile, ptb: pile failed. The results of the others are kept.*"])
+    assert {record["subject"] for record in records(project, "train")} == {"ptb[train]"}
+    assert not records(project, "custom")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ('lmeval.train("zoo:nothing", corpus("stdlib", "train"))', "*zoo:nothing is not in the zoo*"),
+        ('lmeval.train("tiny:Tiny", corpus("text:short.txt"), held_out=corpus("stdlib", "test"))', "*needs 2,049*"),
+        ('lmeval.train("zoo:bk", corpus("stdlib", "train"), seq_len=2000)', "*2,000*1,024*"),
+        ('lmeval.train("tiny:Tiny", corpus("stdlib", "train"), steps=0)', "*steps*0*"),
+    ],
+)
+def test_what_cannot_be_trained_says_so_without_a_traceback(project, call, message):
+    project.makefile(".txt", short="too short")
+    project.makepyfile(test_own=f"def test_learns(lmeval, corpus):\n    {call}\n")
+    result = run(project, "--lm", "tiny:Tiny")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines([message])
+    assert "site-packages" not in result.stdout.str()
