@@ -159,6 +159,7 @@ def update(run: Run, crops: Tensor, protocol: Protocol, steps: int) -> tuple[flo
         group["lr"] = rate
     seed = (protocol.seed << 32) + run.step
     loss = loss_of(run.lm, crops, seed)
+    run.optimizer.zero_grad()
     differentiate(run.lm, loss)
     trained = [p for group in run.optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in trained])
@@ -168,7 +169,6 @@ def update(run: Run, crops: Tensor, protocol: Protocol, steps: int) -> tuple[flo
     if protocol.clip is not None:
         nn.utils.clip_grads_with_norm_(trained, protocol.clip, norm)
     run.optimizer.step()
-    run.optimizer.zero_grad()
     return figures
 
 

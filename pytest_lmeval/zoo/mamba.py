@@ -135,7 +135,8 @@ def selective_scan(u: Tensor, dt: Tensor, a: Tensor, b_in: Tensor, c_out: Tensor
 
 def advance(h: Tensor, du: Tensor, dt: Tensor, a: Tensor, b_in: Tensor) -> Tensor:
     """h [..., n, d] one token later, from du = dt u [..., d], dt [..., d], A [n, d] and B [..., n]."""
-    return torch.addcmul(du[..., None, :] * b_in[..., None], torch.exp(dt[..., None, :] * a), h)
+    kept = (dt[..., None, :] * a).exp_()  # in place, as the next: these are the largest tensors here, and nobody else's
+    return (du[..., None, :] * b_in[..., None]).addcmul_(kept, h)
 
 
 def load() -> Mamba:

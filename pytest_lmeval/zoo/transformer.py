@@ -80,10 +80,12 @@ class Transformer(nn.Module):
         heads: int = 4,
         window: int | None = None,
         hidden: int = 344,
+        context_length: int = 1024,
     ) -> None:
         super().__init__()
         self.vocab_size = vocab_size
         self.constant_state = window is not None
+        self.context_length = context_length if window is None else None  # further, angles come that no training has shown
         self.embed = nn.Embedding(vocab_size, width)
         self.layers = nn.ModuleList(Layer(width, heads, window, hidden) for _ in range(layers))
         self.norm = nn.RMSNorm(width, eps=1e-5)
