@@ -12,19 +12,23 @@ from typing import Any
 _HOMES = {
     "Corpus": "pytest_lmeval.data.corpus",
     "Document": "pytest_lmeval.data.corpus",
+    "Codebooks": "pytest_lmeval.lm",
     "LanguageModel": "pytest_lmeval.lm",
     "Metric": "pytest_lmeval.results.metric",
     "Model": "pytest_lmeval.lm",
+    "Protocol": "pytest_lmeval.training",
     "as_model": "pytest_lmeval.adapters",
     "corpus": "pytest_lmeval.data",
     "fork": "pytest_lmeval.lm",
     "latency": "pytest_lmeval.profiling.latency",
     "load": "pytest_lmeval.adapters",
+    "load_weights": "pytest_lmeval.training",
     "perplexity": "pytest_lmeval.scoring.perplexity",
     "replay": "pytest_lmeval.equivalence.probe",
     "score_rows": "pytest_lmeval.scoring.rows",
     "state_bytes": "pytest_lmeval.lm",
     "throughput": "pytest_lmeval.profiling.throughput",
+    "train": "pytest_lmeval.training",
 }
 
 __all__ = sorted(_HOMES)

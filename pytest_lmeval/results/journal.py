@@ -131,7 +131,7 @@ class Checkpoints:
         except Exception as error:  # noqa: BLE001 - whatever a half-written or foreign file makes of the reader
             warn(
                 f"the saved point {self._path(key)} cannot be read ({type(error).__name__}: {str(error)[:200]}); "
-                "this stream is read from its beginning."
+                "the work begins anew."
             )
             return None
 

@@ -32,7 +32,7 @@ class Record:
 
     test         node id of the test, empty outside pytest
     lm           facts about the model (`Model.facts`)
-    kind         the verb: perplexity, equivalence, latency, throughput
+    kind         the verb: perplexity, equivalence, latency, throughput, train
     subject      what it was applied to: a corpus, a shape
     settings     everything that was chosen, so that the number can be had again
     cost         seconds, tokens, flops, peak_bytes, state_bytes; None where it was not measured

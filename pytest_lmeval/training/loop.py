@@ -159,7 +159,7 @@ def update(run: Run, crops: Tensor, protocol: Protocol, steps: int) -> tuple[flo
         group["lr"] = rate
     seed = (protocol.seed << 32) + run.step
     loss = loss_of(run.lm, crops, seed)
-    run.optimizer.zero_grad()
+    run.optimizer.zero_grad()  # not before: gradients that go with each step are memory to be had anew with each step
     differentiate(run.lm, loss)
     trained = [p for group in run.optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in trained])

@@ -6,20 +6,23 @@ q + LN(q W + b). All gradients of a mini-batch are taken at the weights that it 
 
     g_k  = d/dz 1/2 |LN(z) - (v_k - k_k)|^2  at  z = k_k W + b        LN with a learned scale and shift for each head
     z_t  = q_t W + b - tau_t sum over k <= t of  lr_k (q_t . k_k + 1) g_k
-    W, b = W + share (W_0 - W) - tau_K sum of lr_k k_k^T g_k,  and b likewise, when the mini-batch is full
+    W, b = W - tau_K sum of lr_k k_k^T g_k,  b - tau_K sum of lr_k g_k        when the mini-batch is full
 
 lr_k = base_lr sigmoid(w . x_k + c) / f is learned, and so is tau_t = max(0, 1 / t + ...), for the t-th token of a mini-batch.
 Since tau_t stands before the sum, a chunk may end anywhere: the state is the weights that the mini-batch began with, the
 sums so far, the place in the mini-batch, and the convolution's tail. It does not grow.
 
-FORGET
+Keys and queries share a projection, each after a convolution of its own, as in the paper's Mamba backbone. At first a key is
+mostly of the token before, so that what is learned first is what followed a token. Two things are not in the paper: keys and
+queries are normalized, and each mini-batch every head also goes back to its initial weights by a learned share of the way.
+Without that, interference grows with the length of the text, and a model trained on 128 tokens is lost after some thousand.
 
-Shapes: b rows, t tokens, v vocabulary, d width, h heads, f = d / h, m tokens of one mini-batch (at most K).
+Shapes: b rows, t tokens, v vocabulary, d width, h heads, f = d / h (even), K tokens of a mini-batch.
 
     logits, state = model(input_ids)                 # [b, t] -> [b, t, v]
     logits, state = model(more_ids, state)           # goes on where the first call ended
 
-TTT-Linear with the convolution of its Mamba backbone: Sun et al., "Learning to (Learn at Test Time)", 2024.
+TTT-Linear: Sun et al., "Learning to (Learn at Test Time): RNNs with Expressive Hidden States", 2024.
 """
 
 from __future__ import annotations
@@ -31,7 +34,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 EPS = 1e-6
-FORGET = (3, 6)  # at first, heads go back by 1/8 to 1/64 of the way a mini-batch
 
 
 class LayerState(NamedTuple):
@@ -46,35 +48,34 @@ class LayerState(NamedTuple):
 class FastLinear(nn.Module):
     """The layer: test-time training of a linear model in each head."""
 
-    def __init__(self, width: int, heads: int, mini_batch_size: int, base_lr: float, kernel: int) -> None:
+    def __init__(self, width: int, heads: int, mini_batch_size: int, base_lr: float = 1.0, kernel: int = 4) -> None:
         super().__init__()
         size = width // heads
         self.heads, self.mini_batch_size, self.base_lr, self.kernel = heads, mini_batch_size, base_lr, kernel
-        self.mix = nn.Conv1d(width, width, kernel, groups=width)
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.mix = nn.Conv1d(width, 3 * width, kernel, groups=width)  # for queries, keys and values in turn
+        self.qk, self.v, self.gate, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
         self.rate = nn.Linear(width, heads)
         self.tau = nn.Parameter(torch.zeros(mini_batch_size))
-        self.forget = nn.Parameter(torch.logit(2.0 ** -torch.linspace(*FORGET, heads)))
-        self.weight = nn.Parameter(0.02 * torch.randn(heads, size, size))
-        self.bias = nn.Parameter(torch.zeros(heads, 1, size))
-        self.scale = nn.Parameter(torch.ones(heads, 1, size))
-        self.shift = nn.Parameter(torch.zeros(heads, 1, size))
+        self.forget = nn.Parameter(torch.logit(2.0 ** -torch.linspace(3, 6, heads)))  # at first 1/8 to 1/64
+        self.weight, self.bias = nn.Parameter(0.02 * torch.randn(heads, size, size)), nn.Parameter(torch.zeros(heads, 1, size))
+        self.scale, self.shift = nn.Parameter(torch.ones(heads, 1, size)), nn.Parameter(torch.zeros(heads, 1, size))
         self.norm = nn.LayerNorm(width, eps=EPS)
-        self.gate = nn.Linear(width, width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
+        for part, token in enumerate((-1, -2, -1)):  # a key is mostly of the token before
+            self.mix.weight.data[part::3, 0, token] += 1
 
     def forward(self, x: Tensor, state: LayerState | None) -> tuple[Tensor, LayerState]:
         b, t, d = x.shape
         state = state or self.blank(b)
         recent = torch.cat([state.tail, x.mT], dim=-1)  # [b, d, kernel - 1 + t]
-        x, tail = self.mix(recent).mT, recent[..., t:].clone()  # a slice would keep the memory of the whole chunk alive
-        fine = state.weights.dtype
-        q, k, v = self.qkv(x).to(fine).view(b, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # [b, h, t, f] each
+        for_q, for_k, x = self.mix(recent).view(b, d, 3, t).permute(2, 0, 3, 1)
+        parts = torch.stack([self.qk(for_q), self.qk(for_k), self.v(x)]).to(state.weights.dtype)
+        q, k, v = parts.view(3, b, t, self.heads, -1).transpose(2, 3)  # [b, h, t, f] each
         q, k = rotate(norm(torch.stack([q, k])), state.place, self.mini_batch_size)
-        rate = self.rate(x).to(fine).sigmoid().mT[..., None] * (self.base_lr / q.shape[-1])  # [b, h, t, 1]
+        rate = self.rate(x).to(q).sigmoid().mT[..., None] * (self.base_lr / q.shape[-1])  # [b, h, t, 1]
         z, state = self.learn(q, k, v - k, rate, state)
         y = q + F.layer_norm(z, z.shape[-1:], eps=EPS) * self.scale + self.shift
         y = self.norm(y.transpose(1, 2).reshape(b, t, d).to(x.dtype))
+        tail = recent[..., t:].clone()  # a slice would keep the memory of the whole chunk alive
         return self.out(F.gelu(self.gate(x)) * y), state._replace(tail=tail)
 
     def learn(self, q: Tensor, k: Tensor, target: Tensor, rate: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
@@ -96,8 +97,7 @@ class FastLinear(nn.Module):
 
     def blank(self, b: int) -> LayerState:
         weights = self.initial().repeat(b, 1, 1, 1)
-        tail = self.mix.weight.new_zeros(b, len(self.mix.weight), self.kernel - 1)
-        return LayerState(tail, weights, torch.zeros_like(weights), 0)
+        return LayerState(self.mix.weight.new_zeros(b, self.out.in_features, self.kernel - 1), weights, 0 * weights, 0)
 
     def initial(self) -> Tensor:
         """The fast weights [h, f + 1, f] before the first token."""
@@ -109,7 +109,7 @@ class FastLinear(nn.Module):
         return (1 / torch.arange(1, len(tau) + 1).to(tau) + tau).clamp(min=0)[:, None]
 
     def learned(self, state: LayerState) -> Tensor:
-        """The fast weights [b, h, f + 1, f] after the last token."""
+        """The fast weights [b, h, f + 1, f] after the last token, also where the mini-batch is not full."""
         return state.weights - self.taus()[state.place - 1] * state.sums
 
 
@@ -141,29 +141,23 @@ class TTT(nn.Module):
         layers: int = 4,
         heads: int = 4,
         mini_batch_size: int = 16,
-        base_lr: float = 1.0,
-        kernel: int = 4,
         hidden: int = 320,
     ) -> None:
         super().__init__()
-        self.vocab_size = vocab_size
         self.embed = nn.Embedding(vocab_size, width)
-        self.layers = nn.ModuleList(
-            Block(width, hidden, FastLinear(width, heads, mini_batch_size, base_lr, kernel)) for _ in range(layers)
-        )
+        self.layers = nn.ModuleList(Block(width, hidden, FastLinear(width, heads, mini_batch_size)) for _ in range(layers))
         nn.init.normal_(self.embed.weight, std=0.02)
 
     def forward(self, input_ids: Tensor, state: list[LayerState] | None = None) -> tuple[Tensor, list[LayerState]]:
         """Logits [b, t, v] of the token after each of `input_ids` [b, t], and the state to go on from."""
-        x = norm(self.embed(input_ids))
-        new_state = []
+        x, new_state = norm(self.embed(input_ids)), []
         for index, layer in enumerate(self.layers):
             x, layer_state = layer(x, state[index] if state else None)
             new_state.append(layer_state)
         return norm(x) @ self.embed.weight.T, new_state
 
     def fast_weights(self, state: list[LayerState] | None) -> dict[str, Tensor]:
-        """W [b, h, f, f] and b [b, h, 1, f] of each layer, as the last token was read; of None, before the first."""
+        """W [b, h, f, f] and b [b, h, 1, f] of each layer after the last token; of None, before the first."""
         found = {}
         for index, fast in enumerate(part for part in self.modules() if isinstance(part, FastLinear)):
             learned = fast.learned(state[index] if state else fast.blank(1))
