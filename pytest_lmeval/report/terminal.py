@@ -52,16 +52,23 @@ def _verdict_lines(shown: list[Verdict]) -> list[str]:
 
 
 def _comparison_lines(comparison: Comparison) -> list[str]:
-    rows = [
-        (name if place == 0 else "", model, row.value, row.interval)
-        for name, several in comparison.metrics.items()
-        for place, (model, row) in enumerate(zip(comparison.models, several, strict=True))
-    ]
-    first, second, third = (max(len(row[column]) for row in rows) for column in range(3))
-    cells = ((name.ljust(first), model.ljust(second), value.rjust(third), interval) for name, model, value, interval in rows)
+    """A line for each metric and model. The unit comes last, so that a narrow terminal cuts it off first."""
+    rows = []
+    for name, several in comparison.metrics.items():
+        for place, (model, row) in enumerate(zip(comparison.models, several, strict=True)):
+            figure, _, unit = row.value.partition(" ")
+            rows.append((name if place == 0 else "", model, figure, row.interval, unit))
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
     failed = [model for model, outcome in zip(comparison.models, comparison.outcomes, strict=True) if outcome == "failed"]
     heading = f"{comparison.kind}, {comparison.subject}" + (f" (failed: {', '.join(failed)})" if failed else "")
-    return [heading, *(INDENT + GAP.join(cell).rstrip() for cell in cells), ""]
+    justified = (
+        (
+            cell.rjust(width) if column == 2 else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+    return [heading, *(INDENT + GAP.join(cells).rstrip() for cells in justified), ""]
 
 
 def _about(group: Group, *, several: bool) -> str:

@@ -86,7 +86,8 @@ class Watch:
 
     def _after(self, state: State) -> Weights:
         assert self.lm.fast_weights is not None
-        found = self.lm.fast_weights(state)
+        with torch.no_grad():
+            found = self.lm.fast_weights(state)
         if list(found) != self.names:
             raise ModelError(
                 f"{self.lm.spec} named the fast weights {', '.join(self.names)} before it read, and afterwards "
@@ -114,7 +115,8 @@ class Weights:
 
 def watch(lm: Model, point: Point) -> Watch | None:
     """A watch over the fast weights of `lm`, from `point` on; None if it has none."""
-    initial = {} if lm.fast_weights is None else lm.fast_weights(None)
+    with torch.no_grad():
+        initial = {} if lm.fast_weights is None else lm.fast_weights(None)
     return Watch(lm, point, initial) if initial else None
 
 

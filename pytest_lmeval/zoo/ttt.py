@@ -97,7 +97,7 @@ class FastLinear(nn.Module):
 
     def blank(self, b: int) -> LayerState:
         weights = self.initial().repeat(b, 1, 1, 1)
-        return LayerState(self.mix.weight.new_zeros(b, self.out.in_features, self.kernel - 1), weights, 0 * weights, 0)
+        return LayerState(self.mix.weight.new_zeros(b, self.out.in_features, self.kernel - 1), weights, 0.0 * weights, 0)
 
     def initial(self) -> Tensor:
         """The fast weights [h, f + 1, f] before the first token."""
@@ -188,8 +188,7 @@ def rotate(x: Tensor, place: int, period: int, base: float = 10_000.0) -> Tensor
     t, half = x.shape[-2], x.shape[-1] // 2
     places = (torch.arange(place, place + t, device=x.device, dtype=x.dtype) % period)[:, None]
     angles = places * base ** (-torch.arange(half, device=x.device, dtype=x.dtype) / half)  # [t, f / 2]
-    cos, sin = angles.cos(), angles.sin()
-    left, right = x.chunk(2, dim=-1)
+    left, right, cos, sin = *x.chunk(2, dim=-1), angles.cos(), angles.sin()
     return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
 
 
