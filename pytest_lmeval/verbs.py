@@ -122,6 +122,7 @@ class Lmeval:
             )
         if result.resumed_at:
             self._log.notes.append(f"{model.spec} on {corpus}: went on from token {result.resumed_at:,} of an interrupted run")
+        self._log.notes += result.record.settings.get("warnings", [])
         return self._recorded(key, replace(result, record=replace(result.record, examples=examples)))
 
     @verb
@@ -229,6 +230,7 @@ class Lmeval:
         self._log.keys.append(key)
         self._log.records.append(record)
         self._log.notes.append(f"{record.lm['spec']} on {record.subject}: result taken from an interrupted run")
+        self._log.notes += record.settings.get("warnings", [])
         return record
 
     def _recorded(self, key: str, result: R) -> R:

@@ -27,6 +27,11 @@ from pytest_lmeval.stream import NotFiniteError
 NAMES = ("a.W", "a.b", "c.W")
 
 
+@pytest.fixture(autouse=True)
+def look_often(monkeypatch):
+    monkeypatch.setattr(fast_weights, "STRETCH", 64)
+
+
 class Learns(Functional):
     """A GRU beside which fast weights move by a known step at every token, those named; they are given as views, as a
     state's own tensors would be, and written to in place by the next step, which uses the state up."""
@@ -178,6 +183,14 @@ def test_single_tokens_are_taken_together_and_the_rest_is_not_lost(length, looks
     assert result.fast_weights.change.x[-1] == length - 1
     assert result.fast_weights.moved == NAMES
     assert float(result.fast_weights.distance) > 0.8
+
+
+def test_chunks_of_fewer_than_512_tokens_are_taken_together_so_that_looking_stays_cheap(monkeypatch):
+    monkeypatch.undo()
+    result = perplexity(learns(*NAMES), ids_of(2101), chunk_size=200)
+    assert result.fast_weights.change.x == [600, 1200, 1800, 2100]
+    result = perplexity(learns(*NAMES), ids_of(2101), chunk_size=1024)
+    assert result.fast_weights.change.x == [1024, 2048, 2100]
 
 
 def test_short_documents_are_looked_at_too():

@@ -138,3 +138,27 @@ def test_what_cannot_be_trained_says_so_without_a_traceback(project, call, messa
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines([message])
     assert "site-packages" not in result.stdout.str()
+
+
+def test_fast_weights_that_do_not_move_are_told_at_the_end_of_the_run(project):
+    project.makepyfile(
+        test_own="""
+        import pytest
+        from tiny import Tiny
+
+        class Idle(Tiny):
+            def fast_weights(self, state):
+                return {"head": self.head.weight[None]}
+
+        @pytest.fixture
+        def lm():
+            return Idle()
+
+        def test_reads(lmeval, lm, corpus):
+            result = lmeval.perplexity(lm, corpus("stdlib", "test"), tokens=2000)
+            assert result.fast_weights.unmoved == ("head",)
+        """
+    )
+    result = run(project)
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines(["*1 fast weights and none of them moved*"])

@@ -16,6 +16,7 @@ HEADLINES = {  # kind -> patterns of the metrics that a summary shows; a report 
         "loss_at_*",
         "loss_slope",
         "fast_weight_change",
+        "fast_weights_moving",
         "tokens_per_second",
     ),
     "train": ("perplexity", "seconds", "tokens_per_second", "flops_total", "parameters", "model_bytes", "peak_memory"),

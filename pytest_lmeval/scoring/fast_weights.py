@@ -1,8 +1,8 @@
 """Fast weights while a text is read: whether a model that is meant to learn as it reads does so, and how much.
 
 A model with fast weights (test-time training, and other rules that change weights as they read) names them in a method
-`fast_weights(state) -> {name: tensor}`; of the state None, those before the first token. After every chunk it is measured how
-far each has moved since the chunk before, and how far it is from its beginning:
+`fast_weights(state) -> {name: tensor}`; of the state None, those before the first token. After every chunk (of 512 tokens at
+least) it is measured how far each has moved since the chunk before, and how far it is from its beginning:
 
     change = |after - before| / max(|after|, |before|)        0: not at all; 1: from nothing; at most 2
 
@@ -27,7 +27,7 @@ from pytest_lmeval.scoring.plan import Point
 from pytest_lmeval.scoring.reading import EACH, TOKENS, Moves
 from pytest_lmeval.stream import NotFiniteError
 
-STRETCH = 64  # tokens: chunks that are smaller are taken together, since looking costs as much as reading a few tokens
+STRETCH = 512  # tokens: smaller chunks are taken together, so that looking costs less than two percent of reading
 NAMED = 8  # weights that a warning names
 
 
@@ -37,7 +37,7 @@ class FastWeights:
 
     count     how many tensors they are
     moved, unmoved   their names
-    change    mean relative change a chunk (of 64 tokens at least), by tokens read
+    change    mean relative change a chunk (of 512 tokens at least), by tokens read
     distance  mean relative distance from their initial values at the end
     """
 

@@ -215,5 +215,5 @@ def rotate(x: Tensor, seen: int) -> Tensor:
 def load() -> Moshi:
     """A model with random weights, the same ones each time."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         return Moshi().eval()
