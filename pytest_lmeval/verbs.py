@@ -147,14 +147,22 @@ class Lmeval:
 
         A model that was trained by the same protocol before is taken from the output folder.
         """
+        from pytest_lmeval.scoring.perplexity import bare_ids
         from pytest_lmeval.training import Protocol, train
 
-        model = self._session.load(lm) if isinstance(lm, str) else self._model(lm)
-        protocol = {"seq_len": self._seq_len(None, Protocol.seq_len), **protocol}
+        model = self._model(lm)
+        certificate = self._session.verdict(model).certificate
+        if "causality" in certificate.broken:
+            raise Refused(
+                f"{model.spec} is {certificate.verdict}:\n{certificate.why_not()}\nTrained, it would learn to look at the "
+                "token that it is to predict, and its perplexity would look good and mean nothing."
+            )
+        corpus = corpus if isinstance(corpus, Corpus) else bare_ids(corpus)
+        defaults: dict[str, Any] = {"seq_len": self._seq_len(None, Protocol.seq_len)}
         if self._session.tokens:
-            protocol = {"tokens": self._session.tokens, **protocol}
-        chosen = Protocol(**protocol)
-        held_out = held_out or self._session.corpus(corpus.name, "validation")
+            defaults["tokens"] = self._session.tokens
+        chosen = Protocol.of(**{**defaults, **protocol})
+        held_out = self._validation(corpus) if held_out is None else held_out
         with self._session.progress(f"{model.spec} learns {corpus}") as progress:
             result = train(
                 model,
@@ -170,8 +178,23 @@ class Lmeval:
             self._log.notes.append(f"{model.spec} on {corpus}: trained before by the same protocol")
         elif result.resumed_at:
             self._log.notes.append(f"{model.spec} on {corpus}: went on from step {result.resumed_at:,} of an interrupted run")
-        data = [corpus.fingerprint, held_out.fingerprint]
-        return self._recorded(self._key("train", model, chosen.to_json(), data), result)
+        record = replace(
+            result.record, certificate={**certificate.to_json(), "chunking_used": "crops, each from an empty state"}
+        )
+        data = [corpus.fingerprint, getattr(held_out, "fingerprint", "")]
+        return self._recorded(self._key("train", model, chosen.to_json(), data), replace(result, record=record))
+
+    def _validation(self, corpus: Corpus) -> Corpus:
+        """The text to hold out where none was given."""
+        try:
+            found = self._session.corpus(corpus.name, "validation")
+        except CorpusError as error:
+            raise CorpusError(
+                f"{corpus} has no validation split to hold out ({error}) Give another text: held_out=..."
+            ) from None
+        if found.fingerprint == corpus.fingerprint:
+            raise CorpusError(f"{corpus.name} has one text for all splits. Give another one to hold out: held_out=corpus(...).")
+        return found
 
     @verb
     def latency(self, lm: Any, batch_size: int = 1, seq_len: int | None = None, **options: Any) -> LatencyResult:
@@ -205,7 +228,9 @@ class Lmeval:
         return record
 
     def _model(self, lm: Any) -> Model:
-        """What the test handed over, adapted once a test, and let go with it."""
+        """What the test handed over (a spec, too), adapted once a test, and let go with it."""
+        if isinstance(lm, str):
+            return self._session.load(lm)
         if id(lm) not in self._models:
             self._models[id(lm)] = (lm, as_model(lm))
         return self._models[id(lm)][1]

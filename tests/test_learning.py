@@ -127,7 +127,11 @@ def test_a_text_that_fails_is_reported_and_costs_only_itself_and_the_mean(projec
     [
         ('lmeval.train("zoo:nothing", corpus("stdlib", "train"))', "*zoo:nothing is not in the zoo*"),
         ('lmeval.train("tiny:Tiny", corpus("text:short.txt"), held_out=corpus("stdlib", "test"))', "*needs 2,049*"),
-        ('lmeval.train("zoo:bk", corpus("stdlib", "train"), seq_len=2000)', "*2,000*1,024*"),
+        ('lmeval.train("zoo:transformer", corpus("stdlib", "train"), seq_len=2000)', "*2,000*1,024*"),
+        ('lmeval.train("zoo:bk", corpus("stdlib", "train"))', "*non-causal*"),
+        ('lmeval.train("tiny:Tiny", corpus("stdlib", "train"), step=2)', "*no setting*step*steps*"),
+        ('lmeval.train("tiny:Tiny", corpus("text:short.txt"))', "*held_out=*"),
+        ('lmeval.train("tiny:Tiny", [1, 2, 3] * 1000)', "*held_out=*"),
         ('lmeval.train("tiny:Tiny", corpus("stdlib", "train"), steps=0)', "*steps*0*"),
     ],
 )

@@ -19,7 +19,7 @@ HEADLINES = {  # kind -> patterns of the metrics that a summary shows; a report 
         "fast_weights_moving",
         "tokens_per_second",
     ),
-    "train": ("perplexity", "seconds", "tokens_per_second", "flops_total", "parameters", "model_bytes", "peak_memory"),
+    "train": ("perplexity", "seconds", "tokens_per_second", "flops_total", "parameters", "model_bytes", "peak_memory_growth"),
     "latency": ("prefill", "ttft", "itl", "e2e"),
     "throughput": ("tokens_per_second",),
 }
@@ -53,13 +53,17 @@ class Group:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Several models on one subject: for each metric that they have, a row of each model, in their order."""
+    """Several models on one subject: for each metric that they have, a row of each model, in their order.
+
+    records  places of the records that it shows
+    """
 
     kind: str
     subject: str
     models: list[str]
     outcomes: list[str]
     metrics: dict[str, list[Row]]
+    records: list[int]
 
 
 @dataclass(frozen=True)
@@ -107,19 +111,31 @@ def model_lines(records: list[dict[str, Any]]) -> list[str]:
 
 def comparisons(records: list[dict[str, Any]]) -> list[Comparison]:
     """What several models have in common: the same verb on the same subject. The first record of each model counts."""
-    same: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
-    for record in records:
+    same: dict[tuple[str, str], dict[tuple[str, str], int]] = {}
+    for place, record in enumerate(records):
         if record["kind"] != "equivalence" and record["metrics"]:
-            same.setdefault((record["kind"], record["subject"]), {}).setdefault(record["lm"]["spec"], record)
+            model = (record["lm"]["spec"], record["lm"]["fingerprint"])
+            same.setdefault((record["kind"], record["subject"]), {}).setdefault(model, place)
     found = []
     for (kind, subject), by_model in same.items():
         if len(by_model) > 1:
-            rows = [{row.metric: row for row in (*_rows(record), *_verdict(record))} for record in by_model.values()]
+            shown = [records[place] for place in by_model.values()]
+            rows = [{row.metric: row for row in (*_rows(record), *_verdict(record))} for record in shown]
             names = dict.fromkeys(name for row in rows for name in row)
             metrics = {name: [row.get(name, Row(name, "", "", "")) for row in rows] for name in names}
-            outcomes = [record.get("outcome", "") for record in by_model.values()]
-            found.append(Comparison(kind, subject, list(by_model), outcomes, metrics))
+            outcomes = [record.get("outcome", "") for record in shown]
+            found.append(Comparison(kind, subject, _told_apart(list(by_model)), outcomes, metrics, list(by_model.values())))
     return found
+
+
+def _told_apart(models: list[tuple[str, str]]) -> list[str]:
+    """Names of models (spec, fingerprint): the spec, and the fingerprint where several go by one.
+
+    >>> _told_apart([("a", "01"), ("b", "02"), ("b", "03")])
+    ['a', 'b (02)', 'b (03)']
+    """
+    specs = [spec for spec, _ in models]
+    return [spec if specs.count(spec) == 1 else f"{spec} ({fingerprint[:8]})" for spec, fingerprint in models]
 
 
 def _verdict(record: dict[str, Any]) -> list[Row]:

@@ -18,8 +18,8 @@ def lines(records: list[dict[str, Any]], *, width: int) -> list[str]:
     table = [*model_lines(records), "", *_verdict_lines(verdicts(records))]
     side_by_side = comparisons(records)
     table += [line for comparison in side_by_side for line in _comparison_lines(comparison)]
-    told = {(comparison.kind, comparison.subject) for comparison in side_by_side}
-    shown = groups([record for record in records if (record["kind"], record["subject"]) not in told])
+    told = {place for comparison in side_by_side for place in comparison.records}
+    shown = groups([record for place, record in enumerate(records) if place not in told])
     first = max((len(row.metric) for group in shown for row in group.rows), default=0)
     for group in shown:
         table += [_short(group.test) or group.subject, INDENT + _about(group, several=several)]

@@ -114,7 +114,7 @@ def perplexity(
 def record_of(reader: Reader, reading: Reading, *, seconds: float, seed: int) -> Record:
     """Everything that a reading found, and how it was had."""
     lm, plan, corpus = reader.lm, reader.plan, reader.corpus
-    metrics = metrics_of(reading, seconds=seconds, seed=seed)
+    metrics = above_floor(metrics_of(reading, seconds=seconds, seed=seed), corpus.entropy)
     return Record(
         kind="perplexity",
         subject=str(corpus),

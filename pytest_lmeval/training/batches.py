@@ -47,7 +47,7 @@ def read(lm: Model, corpus: Corpus, limit: int) -> np.ndarray:
 def steps_an_epoch(tokens: np.ndarray, protocol: Protocol, name: str) -> int:
     """Updates in one pass over the tokens. Raises CorpusError where they do not fill one batch."""
     steps = (len(tokens) - 1) // protocol.seq_len // protocol.batch_size
-    if not steps:
+    if steps < 1:
         needed = protocol.batch_size * protocol.seq_len + 1
         cut = f" (the protocol reads no more than tokens={protocol.tokens:,})" if len(tokens) == protocol.tokens else ""
         raise CorpusError(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pytest_lmeval.adapters import load
 from pytest_lmeval.data.corpus import Corpus
 from pytest_lmeval.lm import Model
 from pytest_lmeval.profiling.flops import Flops, training_flops
@@ -38,7 +39,7 @@ DEFAULT = Protocol()
 
 
 def train(
-    lm: Model,
+    lm: Model | str,
     corpus: Corpus | Iterable[Any],
     *,
     held_out: Corpus | Iterable[Any] | None = None,
@@ -64,13 +65,13 @@ def train(
     Raises SpecError for a model that cannot be trained like this, CorpusError for a text that is too short or held out from
     itself, StreamError for a token outside the vocabulary, TrainingError for a loss that is not finite or that diverges.
     """
-    plan = plan_for(lm, corpus, held_out, protocol, spec)
+    plan = plan_for(load(lm) if isinstance(lm, str) else lm, corpus, held_out, protocol, spec)
     if folder is None:
         return fit(plan, None, progress)
     files = Folder(Path(folder) / "models" / plan.key)
     if fresh:
         files.clear()
-    if (finished := files.finished(lm)) is not None:
+    if (finished := files.finished(plan.lm)) is not None:
         trained, record = finished
         called = spec or trained.spec
         return TrainResult(replace(trained, spec=called), replace(record, lm={**record.lm, "spec": called}), cached=True)

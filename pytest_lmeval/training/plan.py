@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from pytest_lmeval.data.corpus import Corpus, CorpusError
 from pytest_lmeval.identity import fingerprint, tokenizer_fingerprint
@@ -36,6 +37,7 @@ class Plan:
         return {
             "protocol": self.protocol.to_json(),
             "lm": [fingerprint(self.lm), str(self.lm.dtype), str(self.lm.device)],
+            "frozen": [] if self.lm.module is None else _frozen(self.lm.module),
             "data": self.text.fingerprint,
             "held_out_data": None if self.held_out is None else self.held_out.fingerprint,
             "tokenizer": tokenizer_fingerprint(self.lm),
@@ -64,6 +66,11 @@ class Plan:
             **identity,
             **self.protocol.to_json(),
         }
+
+
+def _frozen(module: nn.Module) -> list[str]:
+    """Names of the parameters that are not trained."""
+    return [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
 
 
 def plan_for(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from pytest_lmeval.lm import SpecError
@@ -59,6 +59,14 @@ class Protocol:
             value = getattr(self, name)
             if not holds(value):
                 raise ProtocolError(f"{name}={value!r} in a training protocol; {name} must be {what}.")
+
+    @classmethod
+    def of(cls, **settings: Any) -> Protocol:
+        """The protocol with these settings. Raises ProtocolError for a name that none has."""
+        known = [field.name for field in fields(cls)]
+        if wrong := [name for name in settings if name not in known]:
+            raise ProtocolError(f"a training has no setting {', '.join(wrong)}; its settings are {', '.join(known)}.")
+        return cls(**settings)
 
     def to_json(self) -> dict[str, Any]:
         """Every setting, by name."""
