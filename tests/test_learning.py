@@ -166,3 +166,16 @@ def test_fast_weights_that_do_not_move_are_told_at_the_end_of_the_run(project):
     result = run(project)
     result.assert_outcomes(passed=1)
     result.stdout.fnmatch_lines(["*1 fast weights and none of them moved*"])
+
+
+def test_a_reading_of_known_entropy_says_how_far_above_the_floor_it_is(project):
+    project.makepyfile(
+        test_own="""
+        def test_reads(lmeval, load_lm, corpus):
+            source = load_lm("pytest_lmeval.data.automaton:load")
+            metrics = lmeval.perplexity(source, corpus("automaton", "test"), tokens=20_000).record.metrics
+            assert metrics["excess_nats"].low < 0 < metrics["excess_nats"].high
+            assert 0.8 < metrics["entropy_floor"] < 0.9
+        """
+    )
+    run(project).assert_outcomes(passed=1)

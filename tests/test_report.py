@@ -136,3 +136,11 @@ def test_a_metric_that_one_model_lacks_is_empty_for_it_alone():
 
 def test_one_model_on_two_texts_is_no_comparison():
     assert comparisons([beside("a"), beside("a", subject="another")]) == []
+
+
+def test_two_trainings_of_one_model_are_told_apart_and_nothing_is_hidden():
+    twice = [beside("a"), beside("a", lm={**beside("a")["lm"], "fingerprint": "0123456789"}), beside("a", test="again")]
+    (comparison,) = comparisons(twice)
+    assert comparison.models == ["a (a)", "a (01234567)"]
+    assert comparison.records == [0, 1]
+    assert "again" in "\n".join(terminal.lines(twice, width=120))

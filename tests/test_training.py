@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from toys import Functional, GetSetState, PortableStreaming, Stateless, Stepper, Streaming
 
 import pytest_lmeval.training.loop as loop
-from pytest_lmeval.adapters import as_model
+from pytest_lmeval.adapters import as_model, load
 from pytest_lmeval.data.corpus import Corpus, CorpusError, Document
 from pytest_lmeval.identity import fingerprint
 from pytest_lmeval.lm import Codebooks, ModelError, SpecError
@@ -859,3 +859,19 @@ def test_a_protocol_that_reads_too_little_says_so():
     with pytest.raises(CorpusError, match=r"gave 64 tokens \(the protocol reads no more than tokens=64\)"):
         train(as_model(Functional()), TEXT, protocol=replace(SMALL, tokens=64))
     assert train(as_model(Functional()), TEXT[:65], protocol=replace(SMALL, steps=3)).best_step == 3
+
+
+def test_a_text_without_a_token_is_refused():
+    with pytest.raises(CorpusError, match="gave 0 tokens"):
+        train(load("zoo:lstm"), np.empty(0, dtype=np.int64), protocol=Protocol(steps=2))
+
+
+def test_frozen_parameters_make_another_training(tmp_path):
+    module, ids = load("zoo:lstm").module, np.arange(3000) % 100
+    protocol = Protocol(steps=1, seq_len=8, batch_size=2)
+    free = train(as_model(module), ids, protocol=protocol, folder=tmp_path)
+    module.embed.requires_grad_(False)
+    assert not train(as_model(module), ids, protocol=protocol, folder=tmp_path).cached
+    module.embed.requires_grad_(True)
+    assert train(as_model(module), ids, protocol=protocol, folder=tmp_path).cached
+    assert not free.cached
