@@ -24,6 +24,10 @@ TINY = """
 
     class Other(Tiny):
         pass
+
+    class Odd(Tiny):
+        def fast_weights(self, state):
+            return [self.head.weight]
 """
 LEARNS = """
     def test_learns(lmeval, lm, corpus):
@@ -132,6 +136,8 @@ def test_a_text_that_fails_is_reported_and_costs_only_itself_and_the_mean(projec
         ('lmeval.train("tiny:Tiny", corpus("stdlib", "train"), step=2)', "*no setting*step*steps*"),
         ('lmeval.train("tiny:Tiny", corpus("text:short.txt"))', "*held_out=*"),
         ('lmeval.train("tiny:Tiny", [1, 2, 3] * 1000)', "*held_out=*"),
+        ('lmeval.perplexity("tiny:Tiny", corpus("stdlib"), positions=(0, 1.5))', "*0, 1.5*a position is*"),
+        ('lmeval.perplexity("tiny:Odd", corpus("stdlib"), tokens=500)', "*expected a dict from names to tensors*"),
         ('lmeval.train("tiny:Tiny", corpus("stdlib", "train"), steps=0)', "*steps*0*"),
     ],
 )

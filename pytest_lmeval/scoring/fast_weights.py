@@ -114,9 +114,17 @@ class Weights:
 
 
 def watch(lm: Model, point: Point) -> Watch | None:
-    """A watch over the fast weights of `lm`, from `point` on; None if it has none."""
+    """A watch over the fast weights of `lm`, from `point` on; None if it has none. Raises ModelError for what is no dict of
+    tensors."""
+    if lm.fast_weights is None:
+        return None
     with torch.no_grad():
-        initial = {} if lm.fast_weights is None else lm.fast_weights(None)
+        initial: Any = lm.fast_weights(None)
+    if not isinstance(initial, dict) or not all(isinstance(x, Tensor) for x in initial.values()):
+        raise ModelError(
+            f"{lm.spec}: fast_weights(None) returned {type(initial).__name__}; expected a dict from names to tensors, the fast "
+            "weights as they are before the first token. Without those, how far they move cannot be said."
+        )
     return Watch(lm, point, initial) if initial else None
 
 

@@ -77,6 +77,8 @@ def perplexity(
     Raises StreamError, NotFiniteError and CorpusError; see there.
     """
     source = corpus if isinstance(corpus, Corpus) else bare_ids(corpus)
+    if wrong := [place for place in positions if not isinstance(place, int) or place < 1]:
+        raise StreamError(f"positions holds {wrong}; a position is the number of tokens before a target, 1 or more.")
     by_document = not (source.as_stream if as_stream is None else as_stream)
     plan = plan_for(lm, chunk_size=chunk_size, window=window, overlap=overlap)
     reader = Reader(lm, source, plan, tokens, limit, by_document)
