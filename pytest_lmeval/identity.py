@@ -74,6 +74,14 @@ def weights_digest(model: Model) -> bytes:
     return digest.digest()
 
 
+def architecture_of(model: Model) -> dict[str, str]:
+    """The class of every module in it and their plain attributes, by name, but those that reading or training changes."""
+    assert model.module is not None
+    changing = {*model.volatile, *(f"{name}.training" for name, _ in model.module.named_modules())}
+    kinds = {f"{name}.class": type(part).__qualname__ for name, part in model.module.named_modules()}
+    return kinds | {name: value for name, value in settings_of(model.module).items() if name not in changing}
+
+
 def settings_of(module: nn.Module) -> dict[str, str]:
     """The plain attributes of every part, by name."""
     return {

@@ -98,7 +98,7 @@ def test_fingerprints_tell_texts_apart():
         ("automaton:size=1", r"a text of 1 byte\(s\) has nothing to predict"),
         ("recall:size=0", r"a text of 0 byte\(s\) has nothing to predict"),
         ("recall:window=3", "'window=3' is no option of recall"),
-        ("recall:keys=5000", r"Recall\(keys=5000, values=16, skew=0.0\): there can be 2 to 4096 keys"),
+        ("recall:keys=5000", r"recall:keys=5000,values=16,skew=0: there can be 2 to 4096 keys"),
         ("recall:values=3", "2, 4, 8 or 16 values"),
         ("automata", "unknown corpus 'automata'. Corpora are stdlib, automaton, recall,"),
     ],

@@ -24,6 +24,7 @@ from toys import Functional, GetSetState, PortableStreaming, Stateless, Stepper,
 
 import pytest_lmeval.training.loop as loop
 from pytest_lmeval.adapters import as_model, load
+from pytest_lmeval.data import corpus
 from pytest_lmeval.data.corpus import Corpus, CorpusError, Document
 from pytest_lmeval.identity import fingerprint
 from pytest_lmeval.lm import Codebooks, ModelError, SpecError
@@ -512,6 +513,14 @@ def test_a_broken_file_is_reported_and_the_model_is_trained_anew(tmp_path, name,
         again = train(as_model(Functional()), TEXT, protocol=SMALL, folder=tmp_path)
     assert (again.cached, outcome(again)) == (False, outcome(first))
     assert train(as_model(Functional()), TEXT, protocol=SMALL, folder=tmp_path).cached
+
+
+def test_weights_that_fit_a_model_of_other_settings_are_refused(tmp_path):
+    train("zoo:windowed", corpus("automaton:size=20k", "train"), protocol=SMALL, folder=tmp_path)
+    (file,) = tmp_path.glob("models/*/best.safetensors")
+    with pytest.raises(SpecError, match=r"does not fit zoo:transformer: .*layers.0.window 64 there, not set here"):
+        load_weights("zoo:transformer", file)
+    assert load_weights("zoo:windowed", file).spec.startswith("zoo:windowed, trained")
 
 
 def test_weights_of_another_model_are_refused_with_the_names_of_what_does_not_fit(tmp_path):

@@ -59,8 +59,8 @@ class Recall:
     def __post_init__(self) -> None:
         if not 2 <= self.keys <= 4096 or self.values not in (2, 4, 8, 16) or not 0 <= self.skew <= 4:
             raise CorpusError(
-                f"{self}: there can be 2 to 4096 keys (numbers of two digits, base 64), 2, 4, 8 or 16 values (so that "
-                "random bits draw them exactly), and a skew from 0 to 4."
+                f"recall:keys={self.keys},values={self.values},skew={self.skew:g}: there can be 2 to 4096 keys (numbers of two "
+                "digits, base 64), 2, 4, 8 or 16 values (so that random bits draw them exactly), and a skew from 0 to 4."
             )
 
     @property
@@ -155,7 +155,8 @@ def write(source: Recall, name: str, size: int) -> Iterator[str]:
 def corpus(given: str, split: str) -> Corpus:
     """Documents of 4096 bytes, each with its own table, to train on and to validate; to test, one long document.
 
-    Options: `keys`, `values`, `skew` (see `Recall`), `size` in bytes of all documents, `seed` of keys and tables."""
+    Options: `keys`, `values`, `skew` (see `Recall`), `size` in bytes of all documents (to train
+    and to validate, as many whole ones as fit), `seed` of keys and tables."""
     options = options_in("recall", given, {**vars(Recall()), "size": SIZES[split], "seed": 0})
     source = Recall(int(options["keys"]), int(options["values"]), options["skew"])
     size, seed = int(options["size"]), int(options["seed"])

@@ -21,6 +21,7 @@ from typing import IO, Any
 
 import torch
 
+from pytest_lmeval.identity import architecture_of
 from pytest_lmeval.lm import Model
 from pytest_lmeval.results.journal import Checkpoints, warn
 from pytest_lmeval.results.record import Record
@@ -65,7 +66,9 @@ class Folder:
 
     def save_best(self, run: Run) -> None:
         if run.best:
-            write_weights(self.best, run.best, spec=run.best_spec, step=str(run.best_step), key=self.path.name)
+            architecture = json.dumps(architecture_of(run.lm))
+            about = {"spec": run.best_spec, "step": str(run.best_step), "key": self.path.name, "architecture": architecture}
+            write_weights(self.best, run.best, **about)
 
     def finish(self, record: Record) -> None:
         """The record is written last: where it is, everything is."""

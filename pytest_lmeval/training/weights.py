@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pytest_lmeval.adapters import load
+from pytest_lmeval.identity import architecture_of
 from pytest_lmeval.lm import Model, SpecError
 from pytest_lmeval.training.trainee import copy_of
 
@@ -29,12 +31,15 @@ def load_weights(lm: Model | str, path: str | Path) -> Model:
     path  a file best.safetensors, or the folder that holds one
 
     Raises SpecError where the file is not there or is broken, and where it does not fit: with the names of the tensors that are
-    missing, that the model does not have, or that have other shapes.
+    missing, that the model does not have, or that have other shapes, and with the settings that are other ones.
     """
     file = Path(path) / "best.safetensors" if Path(path).is_dir() else Path(path)
     tensors, about = read_weights(file)
     model = copy_of(load(lm) if isinstance(lm, str) else lm)
-    fill(model, tensors, f"{file} (weights of {about['spec']})" if "spec" in about else str(file))
+    source = f"{file} (weights of {about['spec']})" if "spec" in about else str(file)
+    fill(model, tensors, source)
+    if "architecture" in about:
+        same_architecture(model, json.loads(about["architecture"]), source)
     return replace(model, spec=about.get("spec", f"{model.spec}, weights of {file.name}"))
 
 
@@ -95,6 +100,17 @@ def fill(lm: Model, tensors: dict[str, Tensor], source: str) -> None:
             "of another size of it; protocol.json beside such a file says of which."
         )
     lm.module.load_state_dict(tensors, strict=False)  # tied tensors stand in the file once
+
+
+def same_architecture(lm: Model, trained: dict[str, str], source: str) -> None:
+    """Raises SpecError where weights that fit are those of another model: of one with a window, say, or with other heads."""
+    own = architecture_of(lm)
+    if other := [name for name in sorted({*own, *trained}) if own.get(name) != trained.get(name)]:
+        listed = [f"{name} {trained.get(name, 'not set')} there, {own.get(name, 'not set')} here" for name in other]
+        raise SpecError(
+            f"{source} does not fit {lm.spec}: its tensors do, but it was trained with other settings ({_some(listed)}). Read "
+            "by this model, its weights would say something else than what they learnt. Load them into the model they are of."
+        )
 
 
 def _tensors(lm: Model) -> list[tuple[list[str], Tensor]]:
