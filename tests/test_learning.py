@@ -126,27 +126,28 @@ def test_a_text_that_fails_is_reported_and_costs_only_itself_and_the_mean(projec
     assert not records(project, "custom")
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        ('lmeval.train("zoo:nothing", corpus("stdlib", "train"))', "*zoo:nothing is not in the zoo*"),
-        ('lmeval.train("tiny:Tiny", corpus("text:short.txt"), held_out=corpus("stdlib", "test"))', "*needs 2,049*"),
-        ('lmeval.train("zoo:transformer", corpus("stdlib", "train"), seq_len=2000)', "*2,000*1,024*"),
-        ('lmeval.train("zoo:bk", corpus("stdlib", "train"))', "*non-causal*"),
-        ('lmeval.train("tiny:Tiny", corpus("stdlib", "train"), step=2)', "*no setting*step*steps*"),
-        ('lmeval.train("tiny:Tiny", corpus("text:short.txt"))', "*held_out=*"),
-        ('lmeval.train("tiny:Tiny", [1, 2, 3] * 1000)', "*held_out=*"),
-        ('lmeval.perplexity("tiny:Tiny", corpus("stdlib"), positions=(0, 1.5))', "*0, 1.5*a position is*"),
-        ('lmeval.perplexity("tiny:Odd", corpus("stdlib"), tokens=500)', "*expected a dict from names to tensors*"),
-        ('lmeval.train("tiny:Tiny", corpus("stdlib", "train"), steps=0)', "*steps*0*"),
-    ],
-)
-def test_what_cannot_be_trained_says_so_without_a_traceback(project, call, message):
+REFUSED = [
+    ('lmeval.train("zoo:nothing", corpus("stdlib", "train"))', "*zoo:nothing is not in the zoo*"),
+    ('lmeval.train("tiny:Tiny", corpus("text:short.txt"), held_out=corpus("stdlib", "test"))', "*needs 2,049*"),
+    ('lmeval.train("zoo:transformer", corpus("stdlib", "train"), seq_len=2000)', "*2,000*1,024*"),
+    ('lmeval.train("zoo:bk", corpus("stdlib", "train"))', "*non-causal*"),
+    ('lmeval.train("tiny:Tiny", corpus("stdlib", "train"), step=2)', "*no setting*step*steps*"),
+    ('lmeval.train("tiny:Tiny", corpus("text:short.txt"))', "*held_out=*"),
+    ('lmeval.train("tiny:Tiny", [1, 2, 3] * 1000)', "*held_out=*"),
+    ('lmeval.perplexity("tiny:Tiny", corpus("stdlib"), positions=(0, 1.5))', "*0, 1.5*a position is*"),
+    ('lmeval.perplexity("tiny:Odd", corpus("stdlib"), tokens=500)', "*expected a dict from names to tensors*"),
+    ('lmeval.train("tiny:Tiny", corpus("stdlib", "train"), steps=0)', "*steps*0*"),
+]
+
+
+def test_what_cannot_be_trained_says_so_without_a_traceback(project):
     project.makefile(".txt", short="too short")
-    project.makepyfile(test_own=f"def test_learns(lmeval, corpus):\n    {call}\n")
+    tests = [f"def test_{number}(lmeval, corpus):\n    {call}\n" for number, (call, _) in enumerate(REFUSED)]
+    project.makepyfile(test_own="\n".join(tests))
     result = run(project, "--lm", "tiny:Tiny")
-    result.assert_outcomes(failed=1)
-    result.stdout.fnmatch_lines([message])
+    result.assert_outcomes(failed=len(REFUSED))
+    for number, (_, message) in enumerate(REFUSED):
+        result.stdout.fnmatch_lines([f"*_ test_{number} _*", message])
     assert "site-packages" not in result.stdout.str()
 
 
