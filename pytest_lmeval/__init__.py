@@ -10,13 +10,18 @@ import importlib
 from typing import Any
 
 _HOMES = {
+    "Choices": "pytest_lmeval.task",
     "Corpus": "pytest_lmeval.data.corpus",
     "Document": "pytest_lmeval.data.corpus",
     "Codebooks": "pytest_lmeval.lm",
+    "Generate": "pytest_lmeval.task",
     "LanguageModel": "pytest_lmeval.lm",
     "Metric": "pytest_lmeval.results.metric",
     "Model": "pytest_lmeval.lm",
     "Protocol": "pytest_lmeval.training",
+    "Rows": "pytest_lmeval.data.rows",
+    "Suite": "pytest_lmeval.task",
+    "Task": "pytest_lmeval.task",
     "as_model": "pytest_lmeval.adapters",
     "corpus": "pytest_lmeval.data",
     "fork": "pytest_lmeval.lm",

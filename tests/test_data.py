@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from toys import Functional
 
 from pytest_lmeval.adapters import as_model
-from pytest_lmeval.data import CorpusError, Document, corpus, files, hub
+from pytest_lmeval.data import CorpusError, Document, corpus, files
+from pytest_lmeval.data.rows import resilient
 from pytest_lmeval.data.tokens import TokenReader
 
 BYTES = as_model(Functional(vocab=256))
@@ -188,7 +189,7 @@ def test_a_mirror_that_lacks_a_dataset_says_where_it_looked(mirror):
 def test_a_corrupt_parquet_file_is_named(mirror):
     path = mirror / "Salesforce/wikitext/wikitext-2-raw-v1/test.parquet"
     path.write_bytes(b"PAR1 this is not parquet PAR1")
-    with pytest.raises(CorpusError, match=r"wikitext-2\[test\] could not be read .*test\.parquet"):
+    with pytest.raises(CorpusError, match=r"wikitext-2-raw-v1\[test\] could not be read .*test\.parquet"):
         texts(corpus("wikitext-2", "test", data_dir=mirror))
 
 
@@ -212,7 +213,7 @@ def test_a_broken_connection_is_taken_up_at_the_row_where_it_broke(length, break
     places = sorted(place for place in breaks if place < length)
     rows_from, opened = flaky(list(range(length)), [(place, ConnectionError("reset")) for place in places])
     waits = []
-    assert list(hub.resilient(rows_from, sleep=waits.append)) == list(range(length))
+    assert list(resilient(rows_from, sleep=waits.append)) == list(range(length))
     assert opened == [0, *places]
     assert waits == [1.0] * len(places)
 
@@ -221,14 +222,14 @@ def test_waiting_gets_longer_and_ends():
     rows_from, _ = flaky([1, 2], [(1, TimeoutError()) for _ in range(20)])
     waits, had = [], []
     with pytest.raises(TimeoutError):
-        had.extend(hub.resilient(rows_from, sleep=waits.append))
+        had.extend(resilient(rows_from, sleep=waits.append))
     assert waits == [1, 2, 4, 8, 16]
 
 
 def test_a_connection_that_never_was_is_not_tried_again():
     rows_from, opened = flaky([1, 2], [(0, ConnectionError("no network"))])
     with pytest.raises(ConnectionError):
-        list(hub.resilient(rows_from, sleep=lambda _: None))
+        list(resilient(rows_from, sleep=lambda _: None))
     assert opened == [0]
 
 
@@ -236,7 +237,7 @@ def test_a_connection_that_never_was_is_not_tried_again():
 def test_what_will_not_get_better_is_not_tried_again(error):
     rows_from, opened = flaky([1, 2], [(1, error)])
     with pytest.raises(type(error)):
-        list(hub.resilient(rows_from, sleep=lambda _: None))
+        list(resilient(rows_from, sleep=lambda _: None))
     assert opened == [0]
 
 
