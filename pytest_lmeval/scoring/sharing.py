@@ -1,0 +1,202 @@
+"""How likely texts are after others, each distinct beginning read once: the state after it is forked for what follows.
+
+    scored = Sharing(lm).score(requests)     log-likelihood of each asked token, and what reading them took
+
+Sequences that part in many places are read breadth by breadth: runs that begin at the same length stand side by side in a
+batch, those that end earlier are filled up where nothing follows them, and cut to the shortest where something does. So every
+distinct token is read about once, in batches, by any model whose state goes on exactly. What the model's laws do not allow is
+not done: without exact continuation each sequence is read whole, without independent rows each is read alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from math import inf
+
+import numpy as np
+import torch
+
+from pytest_lmeval.lm import Model, State, fork, state_bytes
+from pytest_lmeval.scoring.batch import Select, selection
+from pytest_lmeval.scoring.tree import STEP, Node, Request, tree, worth_a_step
+from pytest_lmeval.stream import LOGITS_BUDGET, check_vocabulary, score
+
+FILLER = 0
+FILLED = 1 / 16  # of the tokens of a batch that may be filling
+STATES_BUDGET = 1 << 30  # bytes that the states of a batch may take
+
+
+@dataclass
+class Scored:
+    """What is known of one request.
+
+    loglikelihood  [n - given] float64, nats, of each token that was asked for
+    greedy         whether each of them is what the model would have said first
+    read           tokens that were read for it, and for no request before it
+    """
+
+    loglikelihood: np.ndarray
+    greedy: bool = True
+    read: int = 0
+
+
+@dataclass
+class Sharing:
+    """Reads requests of one model, block by block; what the last request of a block began with is remembered for the next.
+
+    batch_size  rows side by side at most; 1 for a model that breaks the law `rows`
+    share       whether a state may be forked and gone on from
+    multiple    that is exact only at multiples of so many tokens
+    tokens      read so far, and the filling beside them
+    """
+
+    lm: Model
+    batch_size: int = 8
+    share: bool = True
+    multiple: int = 1
+    tokens: int = 0
+    filling: int = 0
+    steps: int = 0
+    peak_state_bytes: int = 0
+    shelf: list[tuple[np.ndarray, State]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.share = self.share and self.lm.stateful
+        self._select: Select | None = selection(self.lm) if self.share else None
+        self._step = STEP if self.share else inf
+        self._scored: list[Scored] = []
+
+    def score(self, requests: Sequence[Request]) -> list[Scored]:
+        """What each request asks for, in their order. A value that is not finite is left to the caller, who knows its row."""
+        for request in requests:
+            check_vocabulary(request.ids, 0, self.lm)
+        self._scored = [Scored(np.full(len(request.ids) - request.given, np.nan)) for request in requests]
+        self._requests = requests
+        last = requests[-1] if requests else None
+        kept = [(prefix, state) for prefix, state in self.shelf if last is not None and _begins(last, prefix)]
+        for (prefix, state), members in self._by_shelf(requests):
+            nodes = tree(requests, members, start=len(prefix), step=self._step)
+            self._visit(state, [(node, 0) for node in nodes], kept)
+        self.shelf = kept
+        return self._scored
+
+    def _by_shelf(self, requests: Sequence[Request]) -> Iterator[tuple[tuple[np.ndarray, State], list[int]]]:
+        """The requests by the longest remembered beginning that they share."""
+        left = list(range(len(requests)))
+        for prefix, state in sorted(self.shelf, key=lambda entry: -len(entry[0])):
+            if members := [number for number in left if _begins(requests[number], prefix)]:
+                left = [number for number in left if number not in set(members)]
+                yield (prefix, state), members
+        if left:
+            yield (np.empty(0, dtype=np.int64), None), left
+
+    def _visit(self, state: State, branches: list[tuple[Node, int]], kept: list[tuple[np.ndarray, State]]) -> None:
+        """Read what follows `state`: each node follows one of its rows."""
+        leaves = [(node, row) for node, row in branches if not node.children]
+        for batch in self._batches(leaves, state, filled=True):
+            self._read_leaves(state, batch)
+        inner = [(node, row) for node, row in branches if node.children]
+        for batch in self._batches(inner, state, filled=False):
+            self._visit(*self._read_alike(state, batch, kept), kept)
+
+    def _batches(self, branches: list[tuple[Node, int]], state: State, *, filled: bool) -> Iterator[list[tuple[Node, int]]]:
+        """Longest first. Where rows are filled up, no batch is more than a sixteenth of filling."""
+        most = self._rows(state, branches, filled)
+        batch: list[tuple[Node, int]] = []
+        real = 0
+        for branch in sorted(branches, key=lambda branch: -len(branch[0].ids)):
+            size = len(branch[0].ids)
+            if batch:
+                width, rows = len(batch[0][0].ids), len(batch) + 1
+                logits = rows * (width - min(_first_wanted(node) for node, _ in (*batch, branch))) * self.lm.vocab_size * 12
+                too_full = filled and (rows * width - real - size > FILLED * rows * width or logits > LOGITS_BUDGET)
+                if len(batch) == most or too_full:
+                    yield batch
+                    batch, real = [], 0
+            batch.append(branch)
+            real += size
+        if batch:
+            yield batch
+
+    def _rows(self, state: State, branches: list[tuple[Node, int]], leaves: bool) -> int:
+        """How many may stand side by side."""
+        if state is None:
+            return self.batch_size if leaves or self._select is not None else 1
+        if self._select is None or not branches:
+            return 1
+        bytes_of_a_row = state_bytes(state) // (1 + max(row for _, row in branches))
+        return max(1, min(self.batch_size, STATES_BUDGET // max(1, bytes_of_a_row)))
+
+    def _read_leaves(self, state: State, batch: list[tuple[Node, int]]) -> None:
+        width = len(batch[0][0].ids)
+        ids = torch.full((len(batch), width), FILLER)
+        for row, (node, _) in enumerate(batch):
+            ids[row, : len(node.ids)] = torch.from_numpy(node.ids)
+        self._step_and_score(state, batch, ids, [node for node, _ in batch])
+
+    def _read_alike(
+        self, state: State, batch: list[tuple[Node, int]], kept: list[tuple[np.ndarray, State]]
+    ) -> tuple[State, list[tuple[Node, int]]]:
+        """Read the nodes as far as the shortest of them goes; returns the state after that, and what follows its rows."""
+        length = min(len(node.ids) for node, _ in batch)
+        length -= (batch[0][0].start + length) % self.multiple
+        if length <= 0:
+            return state, [(child, row) for node, row in batch for child in node.pushed()]
+        heads = [node.head(length) for node, _ in batch]
+        ids = torch.stack([torch.from_numpy(head.ids) for head in heads])
+        state = self._step_and_score(state, batch, ids, heads)
+        following = []
+        for row, (node, _) in enumerate(batch):
+            rest = node.after(length)
+            if not len(rest.ids):
+                following += [(child, row) for child in node.children]
+                if node.last:
+                    beginning = self._requests[node.owner].ids[: node.end]
+                    kept.append((beginning, self._taken(state, [row])))
+            elif worth_a_step(len(rest.ids), rest.leaves):
+                following.append((rest, row))
+            else:
+                following += [(child, row) for child in rest.pushed()]
+        return state, following
+
+    def _step_and_score(self, state: State, batch: list[tuple[Node, int]], ids: torch.Tensor, nodes: list[Node]) -> State:
+        """Read `ids` [b, t] after rows of a state, and note down the likelihoods that are wanted."""
+        width = ids.shape[1]
+        first = min((_first_wanted(node) for node in nodes), default=width)
+        skipped = min(first, width - 1)  # the last position always has logits: a model may take 0 of them for all
+        before = None if state is None else self._taken(state, [row for _, row in batch])
+        with torch.no_grad():
+            logits, state = self.lm.step(ids.to(self.lm.device), before, keep=width - skipped)
+            wanted = [(row, node, *want) for row, node in enumerate(nodes) for want in node.wanted]
+            if wanted:
+                rows = torch.tensor([want[0] for want in wanted], device=logits.device)
+                places = torch.tensor([want[2] - want[1].start - skipped for want in wanted], device=logits.device)
+                targets = torch.tensor([want[4] for want in wanted], device=logits.device)
+                nll, rank = score(logits[rows, places], targets)
+                self._note(wanted, nll, rank)
+        for node in nodes:
+            self._scored[node.owner].read += len(node.ids)
+        real = sum(len(node.ids) for node in nodes)
+        self.tokens, self.filling, self.steps = self.tokens + real, self.filling + ids.numel() - real, self.steps + 1
+        self.peak_state_bytes = max(self.peak_state_bytes, state_bytes(state))
+        return state
+
+    def _note(self, wanted: list[tuple[int, Node, int, int, int]], nll: np.ndarray, rank: np.ndarray) -> None:
+        for (_, _, position, number, _), loss, better in zip(wanted, nll, rank, strict=True):
+            scored = self._scored[number]
+            scored.loglikelihood[position + 1 - self._requests[number].given] = -loss
+            scored.greedy = scored.greedy and better == 0
+
+    def _taken(self, state: State, rows: list[int]) -> State:
+        return fork(state) if self._select is None else self._select(state, rows)
+
+
+def _first_wanted(node: Node) -> int:
+    """The place in the node of the first token whose logits are wanted; its length if none are."""
+    return min((want[0] - node.start for want in node.wanted), default=len(node.ids))
+
+
+def _begins(request: Request, prefix: np.ndarray) -> bool:
+    """Whether a request begins with what was read before, and asks for nothing in it."""
+    return request.given > len(prefix) and np.array_equal(request.ids[: len(prefix)], prefix)

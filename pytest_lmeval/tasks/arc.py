@@ -1,0 +1,25 @@
+"""ARC (Clark et al. 2018, arXiv:1803.05457): questions of science from examinations of schools. Prompts of lm_eval.
+
+The challenge holds those that neither retrieval nor co-occurrence of words answered. Choices are scored by their texts, without
+letters, and are not always four.
+"""
+
+from __future__ import annotations
+
+from pytest_lmeval.data.rows import Row, Rows
+from pytest_lmeval.task import Choices, Suite, Task
+
+
+def arc(row: Row) -> Choices:
+    """Choices are called A to E, or 1 to 4; the key is one of their names."""
+    answer = row["choices"]["label"].index(row["answerKey"])
+    return Choices(f"Question: {row['question']}\nAnswer:", tuple(f" {text}" for text in row["choices"]["text"]), answer)
+
+
+def task(name: str, config: str) -> Task:
+    rows = Rows("allenai/ai2_arc", config, "test")
+    return Task(name, rows, arc, ("accuracy", "accuracy_per_character"), shots=rows.of("train"), style="lm_eval")
+
+
+TASKS = (task("arc_easy", "ARC-Easy"), task("arc_challenge", "ARC-Challenge"))
+SUITE = Suite("arc", TASKS)

@@ -1,0 +1,21 @@
+"""LAMBADA (Paperno et al. 2016, arXiv:1606.06031): the last word of a passage. Prompts of lm_eval.
+
+People guess the word from the whole passage and not from the last sentence alone. There is one choice, the word: whether the
+model would say it (greedy_match), and how likely it found it (perplexity, of words). The rows are OpenAI's, which keep
+the case and the marks of the books. There are no examples to show: the dataset has only a test split.
+"""
+
+from __future__ import annotations
+
+from pytest_lmeval.data.rows import Row, Rows
+from pytest_lmeval.task import Choices, Task
+
+
+def lambada(row: Row) -> Choices:
+    """The last word is what stands after the last blank."""
+    passage, _, word = row["text"].rpartition(" ")
+    return Choices(passage, (f" {word}",), 0)
+
+
+ROWS = Rows("EleutherAI/lambada_openai", "default", "test")
+TASKS = (Task("lambada_openai", ROWS, lambada, ("greedy_match", "perplexity"), style="lm_eval"),)

@@ -1,0 +1,48 @@
+"""MMLU (Hendrycks et al. 2021, arXiv:2009.03300): examinations in 57 subjects, four choices each. Prompts of lm_eval.
+
+What is scored is the letter, not the text of the choice. Five examples a subject come with the data (split `dev`); all
+questions are shown the same ones, in the same order. The suite's average counts every question alike, as lm_eval's does.
+"""
+
+from __future__ import annotations
+
+from pytest_lmeval.data.rows import Row, Rows
+from pytest_lmeval.task import Choices, Suite, Task
+
+SUBJECTS = """
+    abstract_algebra anatomy astronomy business_ethics clinical_knowledge college_biology college_chemistry
+    college_computer_science college_mathematics college_medicine college_physics computer_security conceptual_physics
+    econometrics electrical_engineering elementary_mathematics formal_logic global_facts high_school_biology
+    high_school_chemistry high_school_computer_science high_school_european_history high_school_geography
+    high_school_government_and_politics high_school_macroeconomics high_school_mathematics high_school_microeconomics
+    high_school_physics high_school_psychology high_school_statistics high_school_us_history high_school_world_history
+    human_aging human_sexuality international_law jurisprudence logical_fallacies machine_learning management marketing
+    medical_genetics miscellaneous moral_disputes moral_scenarios nutrition philosophy prehistory professional_accounting
+    professional_law professional_medicine professional_psychology public_relations security_studies sociology
+    us_foreign_policy virology world_religions
+""".split()
+
+
+def mmlu(row: Row) -> Choices:
+    """A question, its four choices, and the letter of the right one."""
+    a, b, c, d = row["choices"]
+    prompt = f"{row['question'].strip()}\nA. {a}\nB. {b}\nC. {c}\nD. {d}\nAnswer:"
+    return Choices(prompt, (" A", " B", " C", " D"), row["answer"])
+
+
+def task(subject: str) -> Task:
+    rows = Rows("cais/mmlu", subject, "test")
+    about = subject.replace("_", " ")
+    return Task(
+        f"mmlu_{subject}",
+        rows,
+        mmlu,
+        shots=rows.of("dev"),
+        take="first",
+        description=f"The following are multiple choice questions (with answers) about {about}.\n\n",
+        style="lm_eval",
+    )
+
+
+TASKS = tuple(map(task, SUBJECTS))
+SUITE = Suite("mmlu", TASKS, weighted=True)

@@ -1,0 +1,43 @@
+"""SmallBench: four tasks that small models can do, with short prompts of their own.
+
+A choice counts by the mean of its tokens' log-probabilities, so accuracy_per_token stands first. SmallBench takes 500 + 277 +
+500 + 408 rows of the validation splits, after shuffling them with seed 42; here they come in their own order.
+"""
+
+from __future__ import annotations
+
+from pytest_lmeval.data.rows import Row, Rows
+from pytest_lmeval.task import Ask, Choices, Suite, Task, id_of
+
+
+def sst2(row: Row) -> Choices:
+    """Label 1 is positive."""
+    return Choices(f"Sentence: {row['sentence']}\nSentiment:", (" negative", " positive"), row["label"])
+
+
+def rte(row: Row) -> Choices:
+    """Label 0 is entailment."""
+    prompt = f"Premise: {row['sentence1']}\nHypothesis: {row['sentence2']}\nRelation:"
+    return Choices(prompt, (" entailment", " not entailment"), row["label"])
+
+
+def boolq(row: Row) -> Choices:
+    """Label 1 is yes."""
+    prompt = f"Passage: {row['passage']}\nQuestion: {row['question']}\nAnswer:"
+    return Choices(prompt, (" no", " yes"), row["label"], group=id_of({"passage": row["passage"]}))
+
+
+def mrpc(row: Row) -> Choices:
+    """Label 1 is yes."""
+    prompt = f"Sentence 1: {row['sentence1']}\nSentence 2: {row['sentence2']}\nParaphrase:"
+    return Choices(prompt, (" no", " yes"), row["label"])
+
+
+def task(name: str, ask: Ask, dataset: str) -> Task:
+    rows = Rows(dataset, name, "validation")
+    return Task(name, rows, ask, ("accuracy_per_token", "accuracy"), shots=rows.of("train"), style="smallbench")
+
+
+GLUE, SUPERGLUE = "nyu-mll/glue", "aps/super_glue"
+TASKS = (task("sst2", sst2, GLUE), task("rte", rte, GLUE), task("boolq", boolq, SUPERGLUE), task("mrpc", mrpc, GLUE))
+SUITE = Suite("smallbench", TASKS)

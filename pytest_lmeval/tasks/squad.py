@@ -1,0 +1,41 @@
+"""SQuAD 1.1 (Rajpurkar et al. 2016, arXiv:1606.05250) and 2.0 (2018, arXiv:1806.03822): an answer in the model's own words.
+
+A paragraph of Wikipedia, a question about it, and what several people marked as the answer: any of their texts is right.
+The prompt is that of lm_eval's squadv2; lm_eval 0.4.13 has no task for SQuAD 1.1, which is asked in the same way here.
+"""
+
+from __future__ import annotations
+
+from pytest_lmeval.data.rows import Row, Rows
+from pytest_lmeval.task import Generate, Task, id_of
+
+UNANSWERABLE = "unanswerable"  # what a model is to say, and is shown in examples, where the paragraph does not tell
+
+
+def prompt(row: Row) -> str:
+    return f"Title: {row['title']}\n\nBackground: {row['context']}\n\nQuestion: {row['question']}\n\nAnswer:"
+
+
+def squad(row: Row) -> Generate:
+    """Every question has an answer that stands in the paragraph."""
+    return Generate(prompt(row), tuple(row["answers"]["text"]), group=id_of({"context": row["context"]}))
+
+
+def squadv2(row: Row) -> Generate:
+    """Half of the questions have no answer in the paragraph: saying so, or nothing, is right then.
+
+    lm_eval 0.4.13 shows "unanswerable" in its examples and counts it as wrong: of such questions only an empty answer is right
+    there, since its threshold for the probability of "unanswerable" is 1 and is never crossed.
+    """
+    answers = tuple(row["answers"]["text"]) or (UNANSWERABLE, "")
+    return Generate(prompt(row), answers, group=id_of({"context": row["context"]}))
+
+
+SQUAD = Rows("rajpurkar/squad", split="validation")
+SQUADV2 = Rows("lighteval/squad_v2", split="validation")
+ANSWERED = ("has_answer_exact_match", "has_answer_f1", "no_answer_accuracy")
+
+TASKS = (
+    Task("squad", SQUAD, squad, ("squad_f1", "exact_match"), shots=SQUAD.of("train")),
+    Task("squadv2", SQUADV2, squadv2, ("squad_f1", "exact_match", *ANSWERED), shots=SQUADV2.of("train"), style="lm_eval"),
+)

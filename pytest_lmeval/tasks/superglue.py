@@ -1,0 +1,105 @@
+"""SuperGLUE (Wang et al. 2019, arXiv:1905.00537): what was still hard when GLUE was solved. Prompts of lm_eval.
+
+Where rows share a passage, their answers are not independent: `group` says so, and the intervals are as wide as that makes them.
+"""
+
+from __future__ import annotations
+
+from pytest_lmeval.data.rows import Row, Rows
+from pytest_lmeval.task import Ask, Choices, Suite, Task, TaskError, id_of
+
+
+def boolq(row: Row) -> Choices:
+    """A question that somebody asked a search engine, and a passage that answers it. (Clark et al. 2019)"""
+    prompt = f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:"
+    return Choices(prompt, (" no", " yes"), row["label"], group=id_of({"passage": row["passage"]}))
+
+
+def cb(row: Row) -> Choices:
+    """Is the writer committed to what an embedded clause says? (de Marneffe et al. 2019)"""
+    prompt = f"{row['premise']}\nQuestion: {row['hypothesis']}. True, False, or Neither?\nAnswer:"
+    return Choices(prompt, (" True", " False", " Neither"), row["label"])
+
+
+def copa(row: Row) -> Choices:
+    """Which of two sentences is the cause, or the effect, of a third? (Roemmele et al. 2011)
+
+    The premise ends in a stop, which is dropped so that the sentence goes on. Two blanks stand before a choice: lm_eval puts
+    one there, and its choices bring one along.
+    """
+    connector = {"cause": "because", "effect": "therefore"}[row["question"]]
+    choices = tuple(f"  {text[0].lower()}{text[1:]}" for text in (row["choice1"], row["choice2"]))
+    return Choices(f"{row['premise'].strip()[:-1]} {connector}", choices, row["label"])
+
+
+def multirc(row: Row) -> Choices:
+    """Is this an answer to that question about a paragraph? Several may be. (Khashabi et al. 2018)
+
+    Label 1 says that it is one. lm_eval 0.4.13 lists yes first and takes the label as the number of the choice, so that it
+    counts every answer the wrong way round (its accuracy is 1 - ours). The texts are its own, the labels are read rightly.
+    """
+    texts = tuple(f" {row['answer']}\nIs the answer correct? {word}" for word in ("yes", "no"))
+    answer = {0: 1, 1: 0}.get(row["label"], row["label"])
+    prompt = f"{row['paragraph']}\nQuestion: {row['question']}\nAnswer:"
+    return Choices(prompt, texts, answer, group=id_of({"paragraph": row["paragraph"]}))
+
+
+def record(row: Row) -> Choices:
+    """Which name of the article fills the gap in a sentence about it? Any of several may. (Zhang et al. 2018)"""
+    article, *highlights = row["passage"].strip().split("\n@highlight\n")
+    prompt = f"{article}\n\n" + "".join(f"  - {highlight}.\n" for highlight in highlights)
+    entities, right = sorted(set(row["entities"])), sorted(set(row["answers"]))
+    if not set(right) <= set(entities):
+        raise TaskError(f"the answers {right!r} are not all among the entities {entities!r}, so they could not be chosen.")
+    choices = tuple(f"   - {row['query']}".replace("@placeholder", entity) for entity in entities)
+    return Choices(prompt, choices, tuple(map(entities.index, right)), group=id_of({"passage": row["passage"]}))
+
+
+def rte(row: Row) -> Choices:
+    """The rows of GLUE's rte, under the names that SuperGLUE gave its fields."""
+    prompt = f"{row['premise']}\nQuestion: {row['hypothesis']} True or False?\nAnswer:"
+    return Choices(prompt, (" True", " False"), row["label"])
+
+
+def wic(row: Row) -> Choices:
+    """Has a word the same meaning in two sentences? (Pilehvar and Camacho-Collados 2019)"""
+    pair = f"Sentence 1: {row['sentence1']}\nSentence 2: {row['sentence2']}"
+    word = row["sentence1"][row["start1"] : row["end1"]]
+    question = f"Question: Is the word '{word}' used in the same way in the two sentences above?"
+    return Choices(f"{pair}\n{question}\nAnswer:", (" no", " yes"), row["label"])
+
+
+def wsc(row: Row) -> Choices:
+    """Does a pronoun stand for that noun? Only knowing the world tells. (Levesque et al. 2011)
+
+    The pronoun's place is counted in words. What follows it begins one character after it, the blank between them included,
+    as in lm_eval; where the text has two blanks in a row, or begins with the pronoun, a letter or a blank is misplaced.
+    """
+    text, pronoun = row["text"], row["span2_text"]
+    before = " ".join(text.split()[: row["span2_index"]])
+    passage = f"{before} *{pronoun}*{text[len(before) + len(pronoun) + 1 :]}"
+    for spaced, joined in ((" n't", "n't"), (" )", ")"), ("( ", "("), ('" ', '"'), (' "', '"')):
+        passage = passage.replace(spaced, joined)
+    for mark in "'.,":
+        passage = passage.replace(f" {mark}", mark)
+    question = f'In the passage above, does the pronoun "*{pronoun}*" refer to "*{row["span1_text"]}*"?'
+    prompt = f"Passage: {passage}\nQuestion: {question}\nAnswer:"
+    return Choices(prompt, (" no", " yes"), row["label"], group=id_of({"text": text}))
+
+
+def task(name: str, ask: Ask, *metrics: str, config: str = "") -> Task:
+    rows = Rows("aps/super_glue", config or name, "validation")
+    return Task(name, rows, ask, metrics or ("accuracy",), shots=rows.of("train"), style="lm_eval")
+
+
+TASKS = (
+    task("boolq", boolq),
+    task("cb", cb, "accuracy", "f1_macro"),
+    task("copa", copa),
+    task("multirc", multirc),
+    task("record", record, "squad_f1", "exact_match"),
+    task("sglue_rte", rte, config="rte"),
+    task("wic", wic),
+    task("wsc", wsc, config="wsc.fixed"),
+)
+SUITE = Suite("superglue", TASKS)
