@@ -59,7 +59,9 @@ class LanguageModel(Protocol):
 class Tokenizer(Protocol):
     """Text to ids, with the place in the text's UTF-8 bytes where each token ends.
 
-    It may also have a `name`, and `bos`: an id put before a text so that its first token is scored too.
+    It may also have a `name`, and `bos`: an id put before a text so that its first token is scored too. For tasks, `prefix`:
+    the ids that stand before every prompt ((bos,) if it has none); and to answer in its own words, `decode(ids) -> text`,
+    with `eos`, the id that ends an answer.
     """
 
     def encode(self, text: str) -> tuple[Any, Any]:
@@ -70,11 +72,15 @@ class Bytes:
     """The tokenizer of a byte-level model: every byte of the UTF-8 text is a token, its own value the id."""
 
     name = "bytes"
-    bos = None
+    bos = eos = None
 
     def encode(self, text: str) -> tuple[Any, Any]:
         ids = np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64)
         return ids, np.arange(1, len(ids) + 1)
+
+    def decode(self, ids: Any) -> str:
+        """The text; bytes that are none, for example a character that was cut in the middle, read as U+FFFD."""
+        return bytes(map(int, ids)).decode(errors="replace")
 
 
 def tokenizer_for(given: Any, vocab_size: int) -> Tokenizer | None:

@@ -8,6 +8,7 @@ since some models restart them with each chunk, and no attention mask is given, 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from dataclasses import dataclass
@@ -166,7 +167,19 @@ class Words:
     """A transformers tokenizer as a `lm.Tokenizer`: no special tokens, and where in the text's bytes each token ends."""
 
     def __init__(self, tokenizer: Any, name: str) -> None:
-        self.tokenizer, self.name, self.bos = tokenizer, name, tokenizer.bos_token_id
+        self.tokenizer, self.name, self.bos, self.eos = tokenizer, name, tokenizer.bos_token_id, tokenizer.eos_token_id
+
+    @functools.cached_property
+    def prefix(self) -> tuple[int, ...]:
+        """The ids that it puts before a text of its own accord."""
+        given, bare = (list(self.tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (True, False))
+        at = next((place for place in range(len(given)) if given[place : place + len(bare)] == bare), 0)
+        return tuple(given[:at])
+
+    def decode(self, ids: Any) -> str:
+        """The text, without special tokens."""
+        text: str = self.tokenizer.decode(list(map(int, ids)), skip_special_tokens=True)
+        return text
 
     def encode(self, text: str) -> tuple[Any, Any]:
         fast = bool(getattr(self.tokenizer, "is_fast", False))

@@ -78,7 +78,7 @@ class Example:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Example:
         """The example that `to_json` wrote."""
-        own = {name: value for name, value in data.items() if name not in ("prediction", "target")}
+        own: dict[str, Any] = {name: value for name, value in data.items() if name not in ("prediction", "target")}
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in own.items()})
 
     @property

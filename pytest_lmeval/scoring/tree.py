@@ -110,7 +110,7 @@ def _grow(requests: Sequence[Request], paths: list[list[int]], start: int, share
     for _, members in groupby(paths, key=lambda path: int(requests[path[-1]].read[shared]) if len(paths) > 1 else 0):
         group = list(members)
         first, last = (requests[path[-1]].read for path in (group[0], group[-1]))
-        end = len(first) if len(group) == 1 else shared + _alike(first[shared:], last[shared:])
+        end = len(first) if len(group) == 1 else shared + alike(first[shared:], last[shared:])
         if len(group) > 1 and not worth_a_step(end - start, len(group), step):
             nodes += _grow(requests, group, start, end, step)
             continue
@@ -132,7 +132,7 @@ def _wanted(request: Request, number: int, start: int, end: int) -> list[tuple[i
     return [(position, number, int(request.ids[position + 1])) for position in positions]
 
 
-def _alike(first: np.ndarray, second: np.ndarray) -> int:
+def alike(first: np.ndarray, second: np.ndarray) -> int:
     """How many tokens two sequences begin with alike."""
     length = min(len(first), len(second))
     different = np.flatnonzero(first[:length] != second[:length])

@@ -1,0 +1,127 @@
+"""From a question in words to token ids, by written rules:
+
+- Blanks at the end of a prompt belong to what follows it.
+- Prompt and choice are tokenized together, as they would be read. If a token spans the border between them, the border moves
+  to where all choices still begin as the prompt does alone, for all of them; such questions are counted.
+- The ids that the tokenizer puts before a text stand before the prompt. An empty prompt is the beginning-of-sequence token.
+- What does not fit the model's context is taken away on the left, and counted; or refused, if asked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from pytest_lmeval.lm import Model
+from pytest_lmeval.scoring.tree import Request, alike
+from pytest_lmeval.task import Choices, Question, Task, TaskError
+
+Truncate = Literal["left", "refuse"]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question as the model reads it.
+
+    prompt    hash of the whole prompt
+    requests  one a choice; for an answer in the model's own words one that holds the prompt alone
+    """
+
+    id: str
+    number: int
+    question: Question
+    prompt: str
+    requests: list[Request]
+    cut: int = 0
+    moved: bool = False
+
+    @property
+    def alone(self) -> int:
+        """Tokens that would be read if nothing were shared."""
+        return sum(len(request.read) for request in self.requests)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Encodes the questions of a task for a model. Raises TaskError, with the row, for what cannot be scored."""
+
+    lm: Model
+    task: Task
+    truncate: Truncate = "left"
+
+    def __post_init__(self) -> None:
+        if self.lm.codebooks is not None or self.lm.tokenizer is None:
+            what = "reads frames of codes" if self.lm.codebooks is not None else "has no tokenizer"
+            raise TaskError(f"{self.lm.spec} {what}, so it cannot be asked {self.task}. Give it an attribute `tokenizer`.")
+
+    def encode(self, question: Question, before: str, *, id: str, number: int) -> Asked:  # noqa: A002 - as it is called
+        """`before` is what stands before the prompt: description and examples."""
+        place = f"{self.task}, row {number} ({id})"
+        prompt = before + question.prompt
+        if isinstance(question, Choices):
+            requests, moved = self._choices(prompt, question.choices, place)
+        else:
+            requests, moved = [self._open(prompt, place)], False
+        room = 0 if isinstance(question, Choices) else question.max_tokens
+        fitting = [self._fitted(request, room, place) for request in requests]
+        cut = max(len(request.ids) - len(short.ids) for request, short in zip(requests, fitting, strict=True))
+        digest = hashlib.sha256(prompt.encode()).hexdigest()[:16]
+        return Asked(id, number, question, digest, fitting, cut, moved)
+
+    def _choices(self, prompt: str, choices: tuple[str, ...], place: str) -> tuple[list[Request], bool]:
+        bare = prompt.rstrip()
+        blanks, prefix = prompt[len(bare) :], self._prefix(empty=not prompt)
+        alone = self._ids(bare)
+        together = [self._ids(prompt + choice) if bare else self._ids(blanks + choice) for choice in choices]
+        border = min(alike(alone, ids) for ids in together)
+        if not border and not prefix:
+            raise TaskError(
+                f"{place}: nothing stands before the first token of its choices, so that token cannot be scored. The prompt is "
+                "empty (or merges with the choices), and the tokenizer has no beginning-of-sequence token."
+            )
+        for choice, ids in zip(choices, together, strict=True):
+            if len(ids) <= border:
+                raise TaskError(
+                    f"{place}: the choice {choice!r} is empty after tokenizing: {prompt[-20:] + choice!r} has no token more "
+                    f"than {prompt[-20:]!r}, so it would be as likely as nothing, and always win."
+                )
+        given = len(prefix) + border
+        return [Request(np.concatenate([prefix, ids]), given) for ids in together], border < len(alone)
+
+    def _open(self, prompt: str, place: str) -> Request:
+        ids = np.concatenate([self._prefix(empty=not prompt), self._ids(prompt)])
+        if not len(ids):
+            raise TaskError(
+                f"{place}: the prompt is empty, and the tokenizer has no beginning-of-sequence token to begin with."
+            )
+        return Request(ids, len(ids))
+
+    def _fitted(self, request: Request, room: int, place: str) -> Request:
+        """The request without what is too much for the model's context on its left; `room` tokens are left for an answer."""
+        limit = self.lm.context_length
+        most = None if limit is None else limit - room if room else limit + 1  # the last token of a choice is not read
+        if most is None or len(request.ids) <= most:
+            return request
+        cut, answer = len(request.ids) - most, len(request.ids) - request.given
+        if self.truncate == "refuse" or cut >= request.given:
+            raise TaskError(
+                f"{place} is {len(request.ids):,} tokens"
+                + (f", and {room:,} to be generated" if room else "")
+                + f"; {self.lm.spec} reads {limit:,}. "
+                + (f"Its choice alone takes {answer:,}." if cut >= request.given and answer else "Take fewer shots.")
+            )
+        return Request(request.ids[cut:], request.given - cut)
+
+    def _prefix(self, *, empty: bool) -> np.ndarray:
+        tokenizer: Any = self.lm.tokenizer
+        bos, eos = getattr(tokenizer, "bos", None), getattr(tokenizer, "eos", None)
+        prefix = tuple(getattr(tokenizer, "prefix", () if bos is None else (bos,)))
+        first = bos if bos is not None else eos
+        return np.array(prefix or ((first,) if empty and first is not None else ()), dtype=np.int64)
+
+    def _ids(self, text: str) -> np.ndarray:
+        assert self.lm.tokenizer is not None
+        return np.asarray(self.lm.tokenizer.encode(text)[0], dtype=np.int64)
