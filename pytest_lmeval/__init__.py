@@ -24,6 +24,7 @@ _HOMES = {
     "Task": "pytest_lmeval.task",
     "as_model": "pytest_lmeval.adapters",
     "corpus": "pytest_lmeval.data",
+    "evaluate": "pytest_lmeval.scoring.evaluate",
     "fork": "pytest_lmeval.lm",
     "latency": "pytest_lmeval.profiling.latency",
     "load": "pytest_lmeval.adapters",

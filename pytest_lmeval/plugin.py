@@ -252,7 +252,7 @@ def expected_errors(work: Callable[[], Any]) -> Any:
     pytest.fail(message, pytrace=False)
 
 
-def _progress(config: pytest.Config) -> Callable[[str], Any]:
+def _progress(config: pytest.Config) -> Callable[..., Any]:
     from contextlib import nullcontext
 
     terminal = config.pluginmanager.get_plugin("terminalreporter")
@@ -261,7 +261,7 @@ def _progress(config: pytest.Config) -> Callable[[str], Any]:
         return lambda title: nullcontext(None)
     from pytest_lmeval import progress
 
-    return lambda title: progress.bar(title, progress.Uncaptured(terminal, capture))
+    return lambda title, **options: progress.bar(title, progress.Uncaptured(terminal, capture), **options)
 
 
 def _test_id(nodeid: str) -> str:

@@ -36,20 +36,26 @@ class Uncaptured:
 
 
 @contextmanager
-def bar(title: str, file: Any) -> Iterator[Callable[[int, float, int | None], None] | None]:
-    """A progress bar while the work in the `with` block goes on: call it with tokens done, nats so far, tokens expected."""
+def bar(title: str, file: Any, unit: str = "tokens") -> Iterator[Callable[[int, float, int | None], None] | None]:
+    """A progress bar while the work in the `with` block goes on.
+
+    Call it with tokens done, nats so far, tokens expected; or with questions answered, those that were right, those expected.
+    """
     if not file.isatty():
         yield None
         return
+    known, unknown = (layout.replace("tokens", unit) for layout in (LAYOUT, UNKNOWN))
     # delay: the first picture needs a rate to show
-    with tqdm(desc=title, file=file, leave=False, dynamic_ncols=True, bar_format=UNKNOWN, mininterval=0.2, delay=0.2) as tokens:
+    with tqdm(desc=title, file=file, leave=False, dynamic_ncols=True, bar_format=unknown, mininterval=0.2, delay=0.2) as shown:
 
-        def update(done: int, nats: float, expected: int | None) -> None:
+        def update(done: int, total: float, expected: int | None) -> None:
             if expected is not None:  # an estimate may grow better
-                tokens.total, tokens.bar_format = max(expected, done), LAYOUT
-            if not tokens.n:  # the rate is that of this run, not of an interrupted one that it goes on from
-                tokens.initial = tokens.n = tokens.last_print_n = done
-            tokens.set_postfix_str(f"perplexity {math.exp(min(nats / done, 700)):.4g}", refresh=False)
-            tokens.update(done - tokens.n)
+                shown.total, shown.bar_format = max(expected, done), known
+            if not shown.n:  # the rate is that of this run, not of an interrupted one that it goes on from
+                shown.initial = shown.n = shown.last_print_n = done
+            mean = total / done
+            so_far = f"perplexity {math.exp(min(mean, 700)):.4g}" if unit == "tokens" else f"{mean:.1%} right"
+            shown.set_postfix_str(so_far, refresh=False)
+            shown.update(done - shown.n)
 
         yield update

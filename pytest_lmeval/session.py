@@ -20,13 +20,13 @@ from pytest_lmeval.lm import Model
 from pytest_lmeval.results.journal import Journal
 from pytest_lmeval.results.record import Record
 
-ProgressBars = Callable[[str], AbstractContextManager[Any]]
+ProgressBars = Callable[..., AbstractContextManager[Any]]
 
 
 @dataclass
 class Session:
     """folder    where everything is written
-    progress  makes the progress bar of a long piece of work, given its title: a context around a callback or None
+    progress  makes the progress bar of a long piece of work, given its title (and a unit): a context around a callback or None
     tokens, limit, seq_lens   defaults of the verbs, from the command line
     profile, budget   how hard the probe of a model's laws looks, and for how many seconds
     parallel  other tests run at the same time: speed is not measured
@@ -47,7 +47,7 @@ class Session:
     trusted: tuple[str, ...] = ()
     mirror: str | None = None
     fresh: bool = False
-    progress: ProgressBars = lambda title: nullcontext(None)
+    progress: ProgressBars = lambda title, **options: nullcontext(None)
     loaded: dict[str, Model] = field(default_factory=dict)
     verdicts: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 

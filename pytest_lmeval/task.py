@@ -66,17 +66,19 @@ class Choices:
 class Generate:
     """A question that the model answers in its own words.
 
-    prompt      what the model reads first
-    answers     texts that are right; () where there is nothing to compare with (see `Task.judge`)
-    stop        texts that end the answer and are no part of it
-    max_tokens  that are generated at most
-    group       see `Choices`
+    prompt       what the model reads first
+    answers      texts that are right; () where there is nothing to compare with (see `Task.judge`)
+    stop         texts that end the answer and are no part of it
+    max_tokens   that are generated at most
+    temperature  0 takes the likeliest token; above, tokens are drawn, by a seed of the row's own
+    group        see `Choices`
     """
 
     prompt: str
     answers: tuple[str, ...]
     stop: tuple[str, ...] = ("\n",)
     max_tokens: int = 256
+    temperature: float = 0.0
     group: str | None = None
 
     def __post_init__(self) -> None:
@@ -86,8 +88,11 @@ class Generate:
             raise TaskError(f"answers {self.answers!r}: each is a text.")
         if not all(isinstance(text, str) and text for text in self.stop):
             raise TaskError(f"stop {self.stop!r}: an empty text would end every answer before it began.")
-        if self.max_tokens < 1:
-            raise TaskError(f"max_tokens is {self.max_tokens}; an answer has at least one token.")
+        if self.max_tokens < 1 or self.temperature < 0:
+            raise TaskError(
+                f"max_tokens is {self.max_tokens} and temperature {self.temperature}: an answer has at least one token, and a "
+                "temperature is 0 or more."
+            )
 
     @property
     def solution(self) -> str:

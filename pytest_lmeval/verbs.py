@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pytest_lmeval.adapters import as_model
 from pytest_lmeval.data.corpus import Corpus, CorpusError
-from pytest_lmeval.equivalence.certificate import INEXACT, NON_CAUSAL, ONLY_ASIDE, STEP_ONLY, multiple_of
+from pytest_lmeval.equivalence.permits import Refused, exact_chunk_size, how_to_share
 from pytest_lmeval.identity import facts, fingerprint, tokenizer_fingerprint
 from pytest_lmeval.lm import Model, ModelError, SpecError
 from pytest_lmeval.profiling.timer import Run, plain_runner
@@ -23,22 +23,21 @@ from pytest_lmeval.results.journal import key_of
 from pytest_lmeval.results.metric import Metric
 from pytest_lmeval.results.record import Record
 from pytest_lmeval.session import Session, TestLog
-from pytest_lmeval.stream import StreamError, default_chunk_size
+from pytest_lmeval.stream import StreamError
+from pytest_lmeval.task import Suite, Task, TaskError
 
 if TYPE_CHECKING:
     from pytest_lmeval.equivalence.probe import EquivalenceResult
     from pytest_lmeval.profiling.latency import LatencyResult
     from pytest_lmeval.profiling.throughput import ThroughputResult
+    from pytest_lmeval.scoring.evaluate import TaskResult
     from pytest_lmeval.scoring.result import PerplexityResult
+    from pytest_lmeval.scoring.suite import SuiteResult
     from pytest_lmeval.training import TrainResult
 
-EXPECTED = (CorpusError, ModelError, SpecError, StreamError)
+EXPECTED = (CorpusError, ModelError, SpecError, StreamError, TaskError)
 R = TypeVar("R")
 V = TypeVar("V", bound=Callable[..., Any])
-
-
-class Refused(ModelError):
-    """A number was asked for that nothing could stand behind."""
 
 
 def verb(method: V) -> V:
@@ -124,6 +123,92 @@ class Lmeval:
             self._log.notes.append(f"{model.spec} on {corpus}: went on from token {result.resumed_at:,} of an interrupted run")
         self._log.notes += result.record.settings.get("warnings", [])
         return self._recorded(key, replace(result, record=replace(result.record, examples=examples)))
+
+    @verb
+    def task(
+        self,
+        lm: Any,
+        task: Task | str,
+        shots: int = 0,
+        *,
+        style: str = "lm_eval",
+        limit: int | None = None,
+        batch_size: int = 8,
+        fewshot: Literal["document", "lm_eval"] = "document",
+        truncate: Literal["left", "refuse"] = "left",
+        seed: int = 0,
+    ) -> TaskResult:
+        """Ask a task (see `scoring.evaluate.evaluate`): its metrics with intervals, and every answer in a file.
+
+        What questions have in common is read once, as far as the laws that the model was probed for allow it.
+        """
+        from pytest_lmeval.scoring.answers import AnswerFile
+        from pytest_lmeval.scoring.evaluate import TaskResult, evaluate
+        from pytest_lmeval.tasks import find
+
+        model = self._model(lm)
+        task = find(task, style) if isinstance(task, str) else task
+        certificate = self._session.verdict(model).certificate
+        if certificate.limit_tokens and not certificate.limit_is_step:
+            model = replace(model, context_length=certificate.limit_tokens)
+        settings: dict[str, Any] = {
+            "shots": shots,
+            "limit": limit or self._session.limit,
+            "batch_size": batch_size,
+            "fewshot": fewshot,
+            "truncate": truncate,
+            "seed": seed,
+        }
+        rows = [self._rows(task.rows), self._rows(task.shots) if shots else ""]
+        key = self._key("task", model, settings, [task.name, task.style, task.version, rows, tokenizer_fingerprint(model)])
+        written = self._file("examples.jsonl")
+        if "" not in rows[:1] and (finished := self._finished(key)) is not None:
+            answers = AnswerFile(self._session.folder / (finished.examples or written)).read()
+            return TaskResult(finished, tuple(answers.values()), len(answers))
+        with self._session.progress(f"{model.spec} answers {task.name}", unit="questions") as progress:
+            result = evaluate(
+                model,
+                task,
+                **{**settings, **how_to_share(model, certificate, batch_size)},
+                data_dir=self._session.mirror,
+                examples=self._session.folder / written,
+                partial=self._session.folder / "partial" / f"{key}.jsonl",
+                certificate=certificate.to_json(),
+                progress=progress,
+            )
+        if result.resumed:
+            self._log.notes.append(f"{model.spec} on {task.name}: {result.resumed:,} answers taken from an interrupted run")
+        return self._recorded(key, replace(result, record=replace(result.record, examples=written)))
+
+    @verb
+    def suite(self, lm: Any, suite: Suite | str, shots: int = 0, *, style: str = "lm_eval", **options: Any) -> SuiteResult:
+        """Ask every task of a suite (see `task`): the average of their first metrics, all of them named.
+
+        A task that fails does not cost the others: they are recorded, and then it is told, since without it there is no
+        average.
+        """
+        from pytest_lmeval.scoring.suite import SuiteResult, refuse_failed, suite_record
+        from pytest_lmeval.tasks import find_suite
+
+        suite = find_suite(suite, style) if isinstance(suite, str) else suite
+        results, failed = {}, {}
+        for task in suite.tasks:
+            try:
+                results[task.name] = self.task(lm, task, shots, **options)
+            except EXPECTED as error:
+                failed[task.name] = str(error)
+        record = replace(suite_record(suite, shots, results, failed), test=self._log.test)
+        self._log.records.append(record)
+        refuse_failed(suite, failed)
+        return SuiteResult(record, results)
+
+    def _rows(self, rows: Any) -> str:
+        """What the rows of a task are; empty where that cannot be known before they are read."""
+        from pytest_lmeval.data.rows import Rows
+
+        if isinstance(rows, Rows):
+            return rows.fingerprint(self._session.mirror)
+        return "" if callable(rows) else key_of(rows=list(rows))
 
     @verb
     def equivalence(self, lm: Any, **options: Any) -> EquivalenceResult:
@@ -300,39 +385,3 @@ class Lmeval:
         (self._session.folder / "examples").mkdir(parents=True, exist_ok=True)
         name = re.sub(r"[^\w.-]+", "-", self._log.test.rpartition("::")[2])[:80]
         return f"examples/{name}-{key_of(test=self._log.test)[:8]}-{len(self._log.records)}-{ending}"
-
-
-def exact_chunk_size(lm: Model, certificate: Any, asked: int | None, window: int | str | None) -> int | None:
-    """The chunk size to stream with under this certificate; None is any. Raises `Refused` where no way is exact.
-
-    A model whose state is wrong can still be read in windows, each in one step, so that nothing is carried.
-    """
-    broken = certificate.broken - ONLY_ASIDE
-    verdict = certificate.verdict
-    most = certificate.limit_tokens if certificate.limit_is_step else None  # tokens that the model takes at once
-    default = min(most or 1 << 30, default_chunk_size(lm.vocab_size))
-    if not broken:
-        return asked if most is None else min(asked or default, most)
-    if (k := 1 if broken == {"splits"} and verdict in (STEP_ONLY, INEXACT) else multiple_of(verdict)) is not None:
-        if asked is None:
-            return 1 if k == 1 else max(k, default // k * k)
-        if asked == k or (k > 1 and asked % k == 0):
-            return asked
-        how = "one token at a time" if k == 1 else f"in chunks of multiples of {k}"
-        raise Refused(
-            f"{lm.spec} is exact {how} only, and chunk_size={asked} was asked for:\n{certificate.why_not()}\n"
-            f"A perplexity streamed that way would be wrong, and may look good. Leave chunk_size out, or set it to {k}."
-        )
-    if isinstance(window, int) and not broken & {"repeat", "isolation", "causality", "sums"}:
-        return window
-    raise Refused(
-        f"{lm.spec} is {verdict}:\n{certificate.why_not()}\n"
-        "A perplexity streamed with it would be wrong, and may look good. "
-        + (
-            "It cannot be scored as a language model at all."
-            if verdict == NON_CAUSAL
-            else "Repair what makes the same text read differently the second time."
-            if broken & {"repeat", "isolation"}
-            else "Repair its state, or score it in windows that carry none: window=512."
-        )
-    )

@@ -78,8 +78,9 @@ class Example:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Example:
         """The example that `to_json` wrote."""
-        own: dict[str, Any] = {name: value for name, value in data.items() if name not in ("prediction", "target")}
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in own.items()})
+        own = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+        values: dict[str, Any] = {name: value for name, value in own.items() if name not in ("prediction", "target")}
+        return cls(**values)
 
     @property
     def _bare(self) -> list[str]:

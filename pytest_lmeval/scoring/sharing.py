@@ -10,9 +10,10 @@ not done: without exact continuation each sequence is read whole, without indepe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import inf
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from pytest_lmeval.lm import Model, State, fork, state_bytes
 from pytest_lmeval.scoring.batch import Select, selection
 from pytest_lmeval.scoring.tree import STEP, Node, Request, tree, worth_a_step
 from pytest_lmeval.stream import LOGITS_BUDGET, check_vocabulary, score
+
+End: TypeAlias = "Callable[[State, list[tuple[Node, int]]], None]"
 
 FILLER = 0
 FILLED = 1 / 16  # of the tokens of a batch that may be filling
@@ -46,7 +49,8 @@ class Sharing:
     """Reads requests of one model, block by block; what the last request of a block began with is remembered for the next.
 
     batch_size  rows side by side at most; 1 for a model that breaks the law `rows`
-    share       whether a state may be forked and gone on from
+    share       whether a state may be forked and gone on from with several tokens
+    carry       whether it may be gone on from token by token
     multiple    that is exact only at multiples of so many tokens
     tokens      read so far, and the filling beside them
     """
@@ -54,6 +58,7 @@ class Sharing:
     lm: Model
     batch_size: int = 8
     share: bool = True
+    carry: bool = True
     multiple: int = 1
     tokens: int = 0
     filling: int = 0
@@ -63,16 +68,23 @@ class Sharing:
 
     def __post_init__(self) -> None:
         self.share = self.share and self.lm.stateful
-        self._select: Select | None = selection(self.lm) if self.share else None
+        self.carry = self.carry and self.lm.stateful
+        self._select: Select | None = selection(self.lm) if self.share or self.carry else None
         self._step = STEP if self.share else inf
         self._scored: list[Scored] = []
+        self._requests: Sequence[Request] = ()
+        self._end: End | None = None
 
     def score(self, requests: Sequence[Request]) -> list[Scored]:
         """What each request asks for, in their order. A value that is not finite is left to the caller, who knows its row."""
         for request in requests:
             check_vocabulary(request.ids, 0, self.lm)
+        return self.walk(requests, None)
+
+    def walk(self, requests: Sequence[Request], end: End | None) -> list[Scored]:
+        """Read what requests share, and leave their ends to `end(state, [(node, row of the state)])`; None scores them."""
         self._scored = [Scored(np.full(len(request.ids) - request.given, np.nan)) for request in requests]
-        self._requests = requests
+        self._requests, self._end = requests, end
         last = requests[-1] if requests else None
         kept = [(prefix, state) for prefix, state in self.shelf if last is not None and _begins(last, prefix)]
         for (prefix, state), members in self._by_shelf(requests):
@@ -94,8 +106,8 @@ class Sharing:
     def _visit(self, state: State, branches: list[tuple[Node, int]], kept: list[tuple[np.ndarray, State]]) -> None:
         """Read what follows `state`: each node follows one of its rows."""
         leaves = [(node, row) for node, row in branches if not node.children]
-        for batch in self._batches(leaves, state, filled=True):
-            self._read_leaves(state, batch)
+        for batch in self._batches(leaves, state, filled=self._end is None):
+            (self._end or self._read_leaves)(state, batch)
         inner = [(node, row) for node, row in branches if node.children]
         for batch in self._batches(inner, state, filled=False):
             self._visit(*self._read_alike(state, batch, kept), kept)
@@ -122,7 +134,8 @@ class Sharing:
     def _rows(self, state: State, branches: list[tuple[Node, int]], leaves: bool) -> int:
         """How many may stand side by side."""
         if state is None:
-            return self.batch_size if leaves or self._select is not None else 1
+            alone = self._select is None and (not leaves or (self._end is not None and self.carry))
+            return 1 if alone else self.batch_size
         if self._select is None or not branches:
             return 1
         bytes_of_a_row = state_bytes(state) // (1 + max(row for _, row in branches))
@@ -153,7 +166,7 @@ class Sharing:
                 following += [(child, row) for child in node.children]
                 if node.last:
                     beginning = self._requests[node.owner].ids[: node.end]
-                    kept.append((beginning, self._taken(state, [row])))
+                    kept.append((beginning, self.taken(state, [row])))
             elif worth_a_step(len(rest.ids), rest.leaves):
                 following.append((rest, row))
             else:
@@ -165,9 +178,9 @@ class Sharing:
         width = ids.shape[1]
         first = min((_first_wanted(node) for node in nodes), default=width)
         skipped = min(first, width - 1)  # the last position always has logits: a model may take 0 of them for all
-        before = None if state is None else self._taken(state, [row for _, row in batch])
+        before = None if state is None else self.taken(state, [row for _, row in batch])
+        logits, state = self.step(ids, before, keep=width - skipped)
         with torch.no_grad():
-            logits, state = self.lm.step(ids.to(self.lm.device), before, keep=width - skipped)
             wanted = [(row, node, *want) for row, node in enumerate(nodes) for want in node.wanted]
             if wanted:
                 rows = torch.tensor([want[0] for want in wanted], device=logits.device)
@@ -177,10 +190,17 @@ class Sharing:
                 self._note(wanted, nll, rank)
         for node in nodes:
             self._scored[node.owner].read += len(node.ids)
-        real = sum(len(node.ids) for node in nodes)
-        self.tokens, self.filling, self.steps = self.tokens + real, self.filling + ids.numel() - real, self.steps + 1
-        self.peak_state_bytes = max(self.peak_state_bytes, state_bytes(state))
+        filling = ids.numel() - sum(len(node.ids) for node in nodes)
+        self.tokens, self.filling = self.tokens - filling, self.filling + filling
         return state
+
+    def step(self, ids: torch.Tensor, state: State, keep: int = 1) -> tuple[torch.Tensor, State]:
+        """A step of the model, counted. The state is used up."""
+        with torch.no_grad():
+            logits, state = self.lm.step(ids.to(self.lm.device), state, keep=keep)
+        self.tokens, self.steps = self.tokens + ids.numel(), self.steps + 1
+        self.peak_state_bytes = max(self.peak_state_bytes, state_bytes(state))
+        return logits, state
 
     def _note(self, wanted: list[tuple[int, Node, int, int, int]], nll: np.ndarray, rank: np.ndarray) -> None:
         for (_, _, position, number, _), loss, better in zip(wanted, nll, rank, strict=True):
@@ -188,7 +208,8 @@ class Sharing:
             scored.loglikelihood[position + 1 - self._requests[number].given] = -loss
             scored.greedy = scored.greedy and better == 0
 
-    def _taken(self, state: State, rows: list[int]) -> State:
+    def taken(self, state: State, rows: list[int]) -> State:
+        """A state of these rows, so that the one it is taken from can be taken from again."""
         return fork(state) if self._select is None else self._select(state, rows)
 
 

@@ -1,6 +1,6 @@
 """SuperGLUE (Wang et al. 2019, arXiv:1905.00537): what was still hard when GLUE was solved. Prompts of lm_eval.
 
-Where rows share a passage, their answers are not independent: `group` says so, and the intervals are as wide as that makes them.
+Where rows share a passage, their answers are not independent: `group` says so, and the intervals are wider for it.
 """
 
 from __future__ import annotations
@@ -35,13 +35,12 @@ def copa(row: Row) -> Choices:
 def multirc(row: Row) -> Choices:
     """Is this an answer to that question about a paragraph? Several may be. (Khashabi et al. 2018)
 
-    Label 1 says that it is one. lm_eval 0.4.13 lists yes first and takes the label as the number of the choice, so that it
-    counts every answer the wrong way round (its accuracy is 1 - ours). The texts are its own, the labels are read rightly.
+    Label 1 says that it is one. lm_eval 0.4.13 has the same two texts with "yes" first, takes the label for the place of the
+    right one, and so counts every answer the wrong way round: but for ties, its accuracy is 1 - ours.
     """
-    texts = tuple(f" {row['answer']}\nIs the answer correct? {word}" for word in ("yes", "no"))
-    answer = {0: 1, 1: 0}.get(row["label"], row["label"])
+    choices = tuple(f" {row['answer']}\nIs the answer correct? {word}" for word in ("no", "yes"))
     prompt = f"{row['paragraph']}\nQuestion: {row['question']}\nAnswer:"
-    return Choices(prompt, texts, answer, group=id_of({"paragraph": row["paragraph"]}))
+    return Choices(prompt, choices, row["label"], group=id_of({"paragraph": row["paragraph"]}))
 
 
 def record(row: Row) -> Choices:
@@ -73,7 +72,7 @@ def wsc(row: Row) -> Choices:
     """Does a pronoun stand for that noun? Only knowing the world tells. (Levesque et al. 2011)
 
     The pronoun's place is counted in words. What follows it begins one character after it, the blank between them included,
-    as in lm_eval; where the text has two blanks in a row, or begins with the pronoun, a letter or a blank is misplaced.
+    as in lm_eval; where the text has two blanks in a row, or begins with the pronoun, some letters come twice or are lost.
     """
     text, pronoun = row["text"], row["span2_text"]
     before = " ".join(text.split()[: row["span2_index"]])

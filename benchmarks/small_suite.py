@@ -1,0 +1,94 @@
+"""A small Llama with its own tokenizer, and files that read like four well-known datasets, all made from CPython's documentation.
+
+Written once into a folder, as a hub's mirror and a model's folder are: what lm-evaluation-harness and this package then read is
+the same bytes.
+"""
+
+import json
+import random
+
+import torch
+
+from pytest_lmeval import corpus
+
+VOCABULARY = 2000
+
+
+def passages(seed, words, count):
+    """So many pieces of so many words."""
+    text = " ".join(document.text for document in corpus("stdlib", "test").documents()).split()
+    chance = random.Random(seed)
+    starts = [chance.randrange(len(text) - words) for _ in range(count)]
+    return [" ".join(text[start : start + words]) for start in starts]
+
+
+def save_model(folder, *, hidden=256, layers=4):
+    import tokenizers
+    import transformers
+
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    texts = (document.text for document in corpus("stdlib", "validation").documents())
+    bpe.train_from_iterator(texts, vocab_size=VOCABULARY, special_tokens=["<|end|>"])
+    words = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, bos_token="<|end|>", eos_token="<|end|>", pad_token="<|end|>"
+    )
+    words.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        max_position_embeddings=2048,
+        bos_token_id=0,
+        eos_token_id=0,
+        initializer_range=0.1,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def write(folder, hub_id, config, split, rows):
+    file = folder / hub_id / config / f"{split}.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def save_data(folder):
+    """The mirror. Lengths are like those of the real datasets: BoolQ's passages some 130 words, MMLU's prompts some 900 tokens."""
+    sentences = passages(1, 15, 64)
+    write(
+        folder, "nyu-mll/glue", "sst2", "validation",
+        [{"sentence": text + " ", "label": place % 2, "idx": place} for place, text in enumerate(sentences)],
+    )  # fmt: skip
+    questions = passages(2, 8, 72)
+    write(
+        folder, "aps/super_glue", "boolq", "validation",
+        [
+            {"passage": passage, "question": questions[6 * place + number], "label": number % 2, "idx": 6 * place + number}
+            for place, passage in enumerate(passages(3, 130, 12))
+            for number in range(6)
+        ],
+    )  # fmt: skip
+    endings = passages(4, 12, 48 * 4)
+    write(
+        folder, "Rowan/hellaswag", "default", "validation",
+        [
+            {
+                "ind": place, "activity_label": "Reading the manual", "ctx_a": context, "ctx_b": "it", "ctx": context + " it",
+                "endings": endings[4 * place : 4 * place + 4], "source_id": f"x~{place}", "split": "val", "split_type": "indomain",
+                "label": str(place % 4),
+            }
+            for place, context in enumerate(passages(5, 45, 48))
+        ],
+    )  # fmt: skip
+    for split, count in (("dev", 5), ("test", 60)):
+        texts, choices = passages(split, 35, count), passages(split + "choices", 6, 4 * count)
+        write(
+            folder, "cais/mmlu", "abstract_algebra", split,
+            [
+                {"question": text, "subject": "abstract_algebra", "choices": choices[4 * place : 4 * place + 4], "answer": place % 4}
+                for place, text in enumerate(texts)
+            ],
+        )  # fmt: skip

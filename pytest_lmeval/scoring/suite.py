@@ -1,0 +1,80 @@
+"""Several tasks and their average, with all of them named: one that failed is never left out of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pytest_lmeval.results.metric import Metric
+from pytest_lmeval.results.record import Record
+from pytest_lmeval.scoring.evaluate import TaskResult
+from pytest_lmeval.task import Suite, TaskError
+
+
+@dataclass(frozen=True, repr=False)
+class SuiteResult:
+    """What the tasks of a suite came to, by name, and their average."""
+
+    record: Record
+    tasks: dict[str, TaskResult]
+
+    def __repr__(self) -> str:
+        return repr(self.record)
+
+    def __getitem__(self, name: str) -> TaskResult:
+        return self.tasks[name]
+
+    @property
+    def average(self) -> Metric:
+        """Mean of the first metric of each task."""
+        return self.record.metrics["average"]
+
+
+def suite_record(suite: Suite, shots: int, results: Mapping[str, TaskResult], failed: Mapping[str, str]) -> Record:
+    """The record of a suite: every member with its first metric, or with why it failed; an average only if none did."""
+    firsts = {task.name: results[task.name].record.metrics[task.metrics[0]] for task in suite.tasks if task.name in results}
+    if not firsts:
+        raise TaskError(f"no task of {suite.name} could be asked: {_listed(failed)}")
+    members: dict[str, Any] = {task.name: task.metrics[0] if task.name in firsts else "failed" for task in suite.tasks}
+    lm = next(iter(results.values())).record.lm
+    seconds = sum(result.record.cost["seconds"] for result in results.values())
+    return Record(
+        kind="suite",
+        subject=f"{suite.name}, {shots}-shot",
+        lm=lm,
+        settings={"members": members, "failed": dict(failed), "weighted": suite.weighted},
+        metrics={**({} if failed else {"average": average(list(firsts.values()), weighted=suite.weighted)}), **firsts},
+        cost={"seconds": seconds, "tokens": sum(result.record.cost["tokens"] for result in results.values())},
+    )
+
+
+def average(values: list[Metric], *, weighted: bool = False) -> Metric:
+    """The mean of independent numbers, each weighing the same, or by its n. Its interval is put together from theirs:
+    m -+ sqrt(sum of (weight x distance to the bound)^2) (MOVER; Zou and Donner, "Construction of confidence limits about effect
+    measures", 2008); None where one of them has none."""
+    counts = [float(value.n or 0) if weighted else 1.0 for value in values]
+    weights = [count / sum(counts) for count in counts]
+    mean = math.fsum(weight * value for weight, value in zip(weights, values, strict=True))
+    n = sum(value.n or 0 for value in values)
+    if any(value.low is None or value.high is None for value in values):
+        return Metric(mean, n=n, higher_is_better=True)
+    below, above = (
+        math.hypot(*(weight * (bound - value) for weight, value, bound in zip(weights, values, bounds, strict=True)))
+        for bounds in ([value.low or 0.0 for value in values], [value.high or 0.0 for value in values])
+    )
+    return Metric(mean, low=mean - below, high=mean + above, n=n, higher_is_better=True)
+
+
+def refuse_failed(suite: Suite, failed: Mapping[str, str]) -> None:
+    """Raises TaskError where a member failed: what it would have said is not known, and so the average is not."""
+    if failed:
+        raise TaskError(
+            f"{len(failed)} of the {len(suite.tasks)} tasks of {suite.name} failed, so there is no average: {_listed(failed)} The "
+            "results of the others are kept."
+        )
+
+
+def _listed(failed: Mapping[str, str]) -> str:
+    return " ".join(f"[{name}] {why}" for name, why in failed.items())

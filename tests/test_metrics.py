@@ -1,0 +1,362 @@
+"""Metrics are the libraries' own, their intervals contain them, and what cannot be computed is refused before it is asked."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pytest_lmeval.scoring import metrics
+from pytest_lmeval.scoring.examples import Example
+from pytest_lmeval.scoring.metrics import LM_EVAL_NAMES, METRICS, check, compute, tied
+from pytest_lmeval.task import TaskError
+from pytest_lmeval.tasks import find, names
+
+OF_CHOICES = ["accuracy", "greedy_match", "perplexity", "f1", "f1_macro", "matthews", "chance"]
+OF_TEXTS = ["exact_match", "squad_f1", "has_answer_exact_match", "has_answer_f1", "no_answer_accuracy"]
+OF_TARGETS = ["bleu", "rouge1", "rouge2", "rougeL"]
+
+
+def chosen(number, loglikelihoods, right, group=None, choices=(" no", " yes", " maybe")):
+    """An answered question with choices; those are greedy that are the likeliest."""
+    best = max(loglikelihoods)
+    return Example(
+        id=f"{number:016x}",
+        number=number,
+        prompt="",
+        group=group,
+        choices=choices[: len(loglikelihoods)],
+        right=right if isinstance(right, tuple) else (right,),
+        loglikelihoods=tuple(loglikelihoods),
+        tokens=(1,) * len(loglikelihoods),
+        greedy=tuple(value == best for value in loglikelihoods),
+    )
+
+
+def predicting(label, prediction, number, k=2, group=None):
+    return chosen(number, [-1.0 if place == prediction else -2.0 for place in range(k)], label, group)
+
+
+def said(output, *targets, number=0, group=None, judged=None):
+    return Example(f"{number:016x}", number, "", group, output=output, targets=targets, judged=judged)
+
+
+def many(pairs, k=2, groups=None):
+    """Examples of pairs of labels and predictions."""
+    return [predicting(*pair, number, k, groups and groups[number]) for number, pair in enumerate(pairs)]
+
+
+def drawn(n=60, k=2, seed=0):
+    return [tuple(pair) for pair in np.random.default_rng(seed).integers(0, k, (n, 2)).tolist()]
+
+
+def value_of(name, examples):
+    return float(compute([name], examples)[name])
+
+
+def test_a_choice_counts_by_what_its_likelihood_is_divided_by():
+    example = replace(chosen(0, [-3.0, -4.0], 1, choices=(" no", " Übung")), tokens=(1, 3))
+    shares = {norm: value_of(f"accuracy{norm}", [example]) for norm in ("", "_per_character", "_per_byte", "_per_token")}
+    assert shares == {"": 0, "_per_character": 1, "_per_byte": 1, "_per_token": 1}  # -3 < -4, but -3/2 < -4/5, -4/6, and -4/3
+    bytes_decide = replace(example, choices=(" abcde", " Übun"), loglikelihoods=(-5.0, -4.4), tokens=(1, 1))
+    assert value_of("accuracy_per_character", [bytes_decide]) == 0
+    assert value_of("accuracy_per_byte", [bytes_decide]) == 1
+
+
+def test_any_of_several_right_choices_is_right():
+    examples = [chosen(0, [-1.0, -2.0, -3.0], (0, 2)), chosen(1, [-2.0, -1.0, -3.0], (0, 2))]
+    assert value_of("accuracy", examples) == 0.5
+    assert value_of("chance", examples) == pytest.approx(2 / 3)
+
+
+def test_greedy_match_and_perplexity_are_of_the_right_choice():
+    examples = [replace(chosen(number, [loss], 0), greedy=(loss > -2,)) for number, loss in enumerate((-1.0, -3.0))]
+    assert value_of("greedy_match", examples) == 0.5
+    assert value_of("perplexity", examples) == pytest.approx(math.exp(2))
+
+
+def test_a_perplexity_that_no_float_holds_is_an_error_that_says_so():
+    with pytest.raises(TaskError, match="a mean loss of 1000 nats"):
+        compute(["perplexity"], [chosen(0, [-1000.0], 0)])
+
+
+def test_chance_has_no_interval():
+    chance = compute(["chance"], many(drawn()))["chance"]
+    assert (chance.low, chance.high, chance.higher_is_better) == (None, None, None)
+
+
+@pytest.mark.parametrize(("name", "k"), [("f1", 2), ("f1_macro", 2), ("f1_macro", 3), ("matthews", 2), ("matthews", 3)])
+def test_labels_are_judged_as_scikit_learn_judges_them(name, k):
+    from sklearn.metrics import f1_score, matthews_corrcoef
+
+    theirs = {
+        "f1": f1_score,
+        "f1_macro": lambda labels, predictions: f1_score(labels, predictions, average="macro"),
+        "matthews": matthews_corrcoef,
+    }[name]
+    pairs = drawn(k=k)
+    assert value_of(name, many(pairs, k)) == pytest.approx(theirs(*zip(*pairs, strict=True)), rel=1e-12)
+
+
+def test_the_interval_of_f1_is_as_wide_as_drawing_the_questions_themselves_makes_it():
+    from sklearn.metrics import f1_score
+
+    pairs = np.array(drawn(n=200))
+    f1 = compute(["f1"], many(pairs.tolist()))["f1"]
+    generator = np.random.default_rng(1)
+    draws = [f1_score(*pairs[generator.integers(0, 200, 200)].T) for _ in range(500)]
+    assert (f1.low, f1.high) == pytest.approx(tuple(np.quantile(draws, [0.025, 0.975])), abs=0.025)
+
+
+@pytest.mark.parametrize(
+    ("name", "pair"), [("matthews", (0, 1)), ("matthews", (1, 1)), ("f1", (0, 0)), ("f1_macro", (1, 0)), ("f1", (1, 0))]
+)
+def test_where_one_class_is_all_there_is_the_value_is_zero_without_a_warning(name, pair):
+    assert value_of(name, many([pair] * 20)) == 0
+
+
+def test_a_class_that_some_draws_leave_out_leaves_matthews_without_an_interval():
+    rare = [(1, 1)] + [(0, 0)] * 30
+    assert compute(["matthews"], many(rare))["matthews"].low is None
+    assert compute(["matthews"], many(drawn()))["matthews"].low is not None
+
+
+TEXTS = [
+    said("The cat!", "a cat", "dogs", number=0),
+    said("a big cat", "cat", number=1),
+    said("horses", "cat", number=2),
+    said("", "cat", number=3),
+]
+
+
+def test_texts_are_compared_as_torchmetrics_compares_them():
+    from torchmetrics.functional.text import squad
+
+    theirs = squad(
+        [{"id": example.id, "prediction_text": example.answer} for example in TEXTS],
+        [{"id": example.id, "answers": {"text": list(example.targets)}} for example in TEXTS],
+    )
+    assert value_of("exact_match", TEXTS) == pytest.approx(float(theirs["exact_match"]) / 100)
+    assert value_of("squad_f1", TEXTS) == pytest.approx(float(theirs["f1"]) / 100)
+    assert value_of("squad_f1", TEXTS) == pytest.approx((1 + 2 / 3) / 4)
+
+
+@pytest.mark.parametrize("targets", [(), ("unanswerable", ""), ("",)])
+@pytest.mark.parametrize(("output", "right"), [("", 1), (" Unanswerable.", 1), ("it is unanswerable", 0), ("cat", 0)])
+def test_that_there_is_no_answer_is_said_or_not(targets, output, right):
+    found = compute(OF_TEXTS, [said(output, *targets)])
+    assert found == {"exact_match": right, "squad_f1": right, "no_answer_accuracy": right}
+
+
+@pytest.mark.parametrize("output", ["", "unanswerable"])
+def test_to_say_that_there_is_no_answer_is_wrong_where_there_is_one(output):
+    assert value_of("has_answer_f1", [said(output, "cat")]) == value_of("exact_match", [said(output, "cat")]) == 0
+
+
+def test_parts_are_of_their_own_questions_and_left_out_where_there_are_none():
+    found = compute(OF_TEXTS, [*TEXTS, said("", number=9)])
+    assert [found[name].n for name in OF_TEXTS] == [5, 5, 4, 4, 1]
+    assert found["has_answer_f1"] == compute(["squad_f1"], TEXTS)["squad_f1"]
+    assert list(compute(OF_TEXTS, TEXTS)) == OF_TEXTS[:4]
+
+
+def test_the_text_of_a_choice_is_an_answer_too():
+    example = replace(chosen(0, [-2.0, -1.0], 1), targets=("yes",))
+    assert value_of("exact_match", [example]) == 1
+
+
+SENTENCES = [
+    said(output, *targets, number=number)
+    for number, (output, targets) in enumerate(
+        [
+            ("the cat sat on the mat today", ("the cat sat on a mat today",)),
+            ("it rains in the north", ("it is raining in the north", "it rains in the cold north of it")),
+            ("nobody knows, of course.", ("nobody knows that, of course.",)),
+            ("", ("something was expected here",)),
+        ]
+        * 3
+    )
+]
+
+
+def test_bleu_is_that_of_sacrebleu_for_the_whole_corpus():
+    from sacrebleu import BLEU
+
+    references = [[example.targets[0] for example in SENTENCES], [(*example.targets, None)[1] for example in SENTENCES]]
+    theirs = BLEU().corpus_score([example.answer for example in SENTENCES], references)
+    bleu = compute(["bleu"], SENTENCES)["bleu"]
+    assert bleu == pytest.approx(theirs.score, rel=1e-12)
+    assert (bleu.unit, bleu.n) == ("BLEU", 12)
+    assert 0 < bleu.low < bleu < bleu.high < 100
+
+
+def test_the_mean_of_the_sentences_would_be_another_number():
+    from sacrebleu import BLEU
+
+    single = [BLEU().corpus_score([example.answer], [[text] for text in example.targets]).score for example in SENTENCES]
+    assert abs(np.mean(single) - value_of("bleu", SENTENCES)) > 1
+
+
+@pytest.mark.parametrize("name", ["rouge1", "rouge2", "rougeL"])
+def test_rouge_is_the_best_f_measure_over_the_targets(name):
+    from rouge_score.rouge_scorer import RougeScorer
+
+    theirs = [
+        max(RougeScorer([name]).score(target, example.answer)[name].fmeasure for target in example.targets)
+        for example in SENTENCES
+    ]
+    assert value_of(name, SENTENCES) == pytest.approx(np.mean(theirs))
+
+
+def test_a_rate_is_the_share_that_was_judged_true():
+    examples = [said("", number=number, judged=judged) for number, judged in enumerate([True, True, False, None])]
+    rate = compute(["rate"], examples)["rate"]
+    assert (rate, rate.n, rate.higher_is_better) == (0.5, 4, None)
+
+
+def test_a_rate_that_was_asked_until_it_was_certain_has_an_interval_that_allows_for_it():
+    examples = [said("", number=number, judged=number != 3) for number in range(20)]
+    fixed, stopped = (compute(["rate"], examples, threshold=threshold)["rate"] for threshold in (None, 0.5))
+    assert fixed == stopped == 0.95
+    assert stopped.low < fixed.low < fixed.high < stopped.high
+
+
+def groups_of(size, name="passage"):
+    return [f"{name} {number // size}" for number in range(120)]
+
+
+def graded(number, group=None):
+    """Texts whose scores agree within tens of neighbours."""
+    words = "one two three four five".split()
+    right = 1 + (number // 10) % 5
+    return said(" ".join(words[:right]), "one two three four five", number=number, group=group)
+
+
+@pytest.mark.parametrize("name", ["accuracy", "perplexity", "f1", "f1_macro", "matthews"])
+def test_questions_that_share_a_passage_widen_the_interval(name):
+    pairs = [(number % 2, number % 2 if (number // 10) % 3 else 1 - number % 2) for number in range(120)]
+    alone, together = (compute([name], many(pairs, groups=groups))[name] for groups in (None, groups_of(10)))
+    assert alone == together
+    assert together.high - together.low > 1.5 * (alone.high - alone.low)
+
+
+@pytest.mark.parametrize("name", ["squad_f1", *OF_TARGETS])
+def test_texts_that_share_a_passage_widen_the_interval(name):
+    alone = compute([name], [graded(number) for number in range(120)])[name]
+    together = compute([name], [graded(number, group) for number, group in enumerate(groups_of(10))])[name]
+    assert alone == pytest.approx(together)
+    assert together.high - together.low > 1.5 * (alone.high - alone.low)
+
+
+def test_below_eight_units_only_independent_shares_have_an_interval():
+    pairs = drawn(n=7)
+    assert compute(["accuracy"], many(pairs))["accuracy"].low is not None
+    assert compute(["perplexity"], many(pairs))["perplexity"].low is None
+    assert compute(["f1"], many(pairs))["f1"].low is None
+    assert compute(["accuracy"], many(pairs * 2, groups=list("abcdefg") * 2))["accuracy"].low is None
+
+
+@st.composite
+def questions(draw):
+    """Up to thirty questions with two choices, some in groups."""
+    likelihoods = st.floats(-30, -0.01)
+    rows = draw(st.lists(st.tuples(likelihoods, likelihoods, st.integers(0, 1), st.integers(0, 20)), min_size=1, max_size=30))
+    return [
+        replace(
+            chosen(number, row[:2], row[2], f"passage {row[3]}" if row[3] else None),
+            output=None,
+            targets=("yes", "no")[: row[2] + 1],
+        )
+        for number, row in enumerate(rows)
+    ]
+
+
+@settings(max_examples=15, deadline=None)
+@given(questions(), st.randoms(use_true_random=False))
+def test_bounds_contain_the_value_and_the_order_of_questions_changes_nothing(examples, random):
+    asked = [*OF_CHOICES, *OF_TARGETS, "exact_match", "squad_f1"]
+    found = compute(asked, examples)
+    for name, metric in found.items():
+        assert metric.n == len(examples)
+        assert metric.low is None or metric.low <= metric <= metric.high, name
+    random.shuffle(examples)
+    assert [metric.to_json() for metric in compute(asked, examples).values()] == [metric.to_json() for metric in found.values()]
+
+
+def test_unsorted_questions_would_change_the_interval():
+    """The broken twin: the same computation without sorting its units by their ids."""
+    rows = np.random.default_rng(0).random(60)
+    examples = [replace(chosen(number, [-loss], 0)) for number, loss in enumerate(rows)]
+    once, again = (METRICS["perplexity"].compute(some, 0) for some in (examples, examples[::-1]))
+    assert once == again
+    assert once.low != again.low
+
+
+def test_ties_are_counted():
+    examples = [chosen(0, [-1.0, -1.0], 1), chosen(1, [-1.0, -2.0], 0), chosen(2, [-1.0], 0), said("")]
+    assert tied(examples) == 1
+    assert value_of("accuracy", examples[:2]) == 0.5  # of two equal ones the first is taken, and it is wrong
+
+
+def test_an_unknown_name_is_refused_and_told_what_there_is():
+    with pytest.raises(
+        TaskError, match=r"boolq asks for the metric 'acuracy', which there is not\. Metrics are accuracy, .*rate\."
+    ):
+        check(["accuracy", "acuracy"], "boolq")
+
+
+def test_a_name_of_lm_eval_is_told_what_it_is_here():
+    with pytest.raises(TaskError, match="What lm_eval calls so is matthews here"):
+        check(["mcc"], "cola")
+    assert set(LM_EVAL_NAMES.values()) <= set(METRICS)
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "pip"),
+    [("f1", "sklearn", "scikit-learn"), ("bleu", "sacrebleu", "sacrebleu"), ("rouge1", "rouge_score", "rouge-score"),
+     ("squad_f1", "torchmetrics", "torchmetrics")],
+)  # fmt: skip
+def test_a_missing_library_is_refused_before_anything_is_scored(monkeypatch, name, package, pip):
+    monkeypatch.setitem(sys.modules, package, None)
+    check(["accuracy"], "own")
+    with pytest.raises(TaskError, match=rf"computed by {pip}\. .*pip install 'pytest-lmeval\[tasks\]'"):
+        check(["accuracy", name], "own")
+
+
+@pytest.mark.parametrize(
+    ("name", "example", "message"),
+    [
+        ("accuracy", said("yes", "yes"), "accuracy is computed from choices, and question 0"),
+        ("f1", chosen(0, [-1.0, -2.0, -3.0], 0), "two choices, one of them right, .* has 3 choices"),
+        ("matthews", chosen(0, [-1.0, -2.0], (0, 1)), r"one right choice, .* right are \[0, 1\]"),
+        ("bleu", said("yes"), "bleu is computed from targets to compare with"),
+        ("rate", chosen(0, [-1.0, -2.0], 0), "rate is computed from an output to be judged"),
+    ],
+)
+def test_examples_without_what_a_metric_is_computed_from_are_refused(name, example, message):
+    with pytest.raises(TaskError, match=message):
+        compute([name], [example])
+
+
+def test_no_examples_are_refused():
+    with pytest.raises(TaskError, match="no question was answered"):
+        compute(["accuracy"], [])
+
+
+@pytest.mark.parametrize("style", ["lm_eval", "smallbench"])
+def test_all_tasks_ask_for_metrics_that_there_are(style):
+    assert {metric for name in names(style) for metric in find(name, style).metrics} <= set(METRICS)
+
+
+def test_importing_the_metrics_imports_none_of_their_libraries():
+    script = (
+        "import sys, json, pytest_lmeval.scoring.metrics;"
+        f"print(json.dumps(sorted({set(metrics.LIBRARIES)!r} & set(sys.modules))))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == []
