@@ -31,15 +31,20 @@ class Choices:
     choices  at least one; with the blank that divides it from the prompt. One alone is a cloze: is it what the model would say?
     answer   which of them is right; several where any of them is
     group    what this question shares with others (a passage): their answers depend on one another, and so does the interval
+    texts    what metrics of text compare in place of the choices, one for each: the name that a sentence was filled in with
     """
 
     prompt: str
     choices: tuple[str, ...]
     answer: int | tuple[int, ...]
     group: str | None = None
+    texts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "choices", tuple(self.choices))
+        for name in ("choices", "texts"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.texts and len(self.texts) != len(self.choices):
+            raise TaskError(f"{len(self.texts)} texts for {len(self.choices)} choices: there is one for each, or none.")
         if not self.choices or not all(isinstance(choice, str) and choice for choice in self.choices):
             raise TaskError(f"choices {list(self.choices)!r}: a question has at least one, and each has text to be scored.")
         for answer in self.answers:

@@ -1,4 +1,4 @@
-"""Shares and rates: an interval covers as often as it says, also of groups, and also when it is looked at after every answer."""
+"""Shares and rates: an interval covers as often as it says, of groups too, and when it is looked at after every answer."""
 
 import math
 
@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pytest_lmeval.statistics import proportion
 from pytest_lmeval.statistics.proportion import wilson
 from pytest_lmeval.statistics.sequential import confidence_sequence, verdict
 
@@ -52,13 +53,25 @@ def test_a_normal_interval_would_cover_less_near_one():
     assert np.mean(covered) < 0.85
 
 
-@pytest.mark.parametrize(("groups", "size"), [(8, 5), (20, 5), (50, 10)])
+@pytest.mark.parametrize(("groups", "size"), [(8, 20), (20, 5), (50, 10)])
 def test_the_interval_of_groups_covers_as_often_as_it_says(groups, size):
     assert 0.93 <= coverage(0.5, clustered(groups, size)) <= 0.98
 
 
 def test_treating_answers_of_groups_as_independent_would_cover_far_less():
     assert coverage(0.5, ((right, None) for right, _ in clustered(50, 10))) < 0.8
+
+
+def test_few_groups_would_cover_less_with_a_normal_quantile(monkeypatch):
+    monkeypatch.setattr(proportion, "_student", lambda level, degrees: proportion._normal(level))
+    assert coverage(0.5, clustered(8, 20)) < 0.93
+
+
+@pytest.mark.parametrize("n", range(1, 60))
+def test_rounding_leaves_no_share_outside(n):
+    (none, low_end), (high_end, all_) = wilson([0] * n), wilson([1] * n)
+    assert (none, all_) == (0, 1)
+    assert low_end == pytest.approx(1 - high_end)
 
 
 def test_groups_of_one_say_the_same_as_none():
@@ -163,6 +176,11 @@ def test_the_bet_is_fair(n, share, rate):
     successes = round(share * n)
     now, up, down = (_log_evidence(successes + s, n + m, rate) for s, m in ((0, 0), (1, 1), (0, 1)))
     assert rate * math.exp(up - now) + (1 - rate) * math.exp(down - now) == pytest.approx(1, rel=1e-9)
+
+
+def test_seven_of_seven_are_more_than_half_and_six_of_six_may_not_be():
+    assert verdict(6, 6, 0.5) is None  # E = 2^6 * 231 / 1024 = 14.4
+    assert verdict(7, 7, 0.5) == "above"  # E = 2^7 * 429 / 2048 = 26.8; 20 are needed
 
 
 def test_thresholds_of_zero_and_one_are_decided_by_a_single_answer():

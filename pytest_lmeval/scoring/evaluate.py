@@ -225,11 +225,12 @@ def _chosen(asked: Asked, scored: Sequence[Scored], lm: Model) -> Example:
     return _example(
         asked,
         choices=question.choices,
+        texts=question.texts,
         right=question.answers,
         loglikelihoods=tuple(float(score.loglikelihood.sum()) for score in scored),
         tokens=tuple(len(score.loglikelihood) for score in scored),
         greedy=tuple(bool(score.greedy) for score in scored),
-        targets=tuple(question.choices[place].strip() for place in question.answers),
+        targets=tuple((question.texts or question.choices)[place].strip() for place in question.answers),
         read=read,
         saved=asked.alone - read,
     )

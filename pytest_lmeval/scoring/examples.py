@@ -16,6 +16,7 @@ class Example:
     prompt          hash of the prompt as it was read, examples and all
     group           what it shares with others, if anything (see `task.Choices.group`)
     choices         as the task gave them, blanks and all; () where the answer was generated
+    texts           what stands for the choices where texts are compared; () where they do themselves
     right           places of the choices that are right
     loglikelihoods  of each choice after the prompt, nats, all its tokens together
     tokens          of each choice
@@ -34,6 +35,7 @@ class Example:
     prompt: str
     group: str | None = None
     choices: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
     right: tuple[int, ...] = ()
     loglikelihoods: tuple[float, ...] = ()
     tokens: tuple[int, ...] = ()
@@ -69,7 +71,7 @@ class Example:
     @property
     def answer(self) -> str:
         """The text that the model gave or chose, stripped."""
-        return (self.choices[self.predicted()] if self.output is None else self.output).strip()
+        return ((self.texts or self.choices)[self.predicted()] if self.output is None else self.output).strip()
 
     def to_json(self) -> dict[str, Any]:
         """With the prediction and its target in words, for people."""

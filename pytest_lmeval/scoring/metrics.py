@@ -267,7 +267,7 @@ def _units(examples: Sequence[Example]) -> np.ndarray:
 def _metric(
     value: float, interval: tuple[float, float] | None, n: int, higher_is_better: bool | None = True, unit: str = ""
 ) -> Metric:
-    """The interval is stretched to the value, where rounding or the percentiles of few units leave it out."""
+    """The interval is stretched to the value, where rounding, or the percentiles of a biased statistic, leave it out."""
     low, high = (None, None) if interval is None else (min(value, interval[0]), max(value, interval[1]))
     return Metric(value, unit, low=low, high=high, n=n, higher_is_better=higher_is_better)
 

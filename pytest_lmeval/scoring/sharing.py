@@ -26,7 +26,7 @@ from pytest_lmeval.stream import LOGITS_BUDGET, check_vocabulary, score
 End: TypeAlias = "Callable[[State, list[tuple[Node, int]]], None]"
 
 FILLER = 0
-FILLED = 1 / 16  # of the tokens of a batch that may be filling
+FILLED = 1 / 32  # of the tokens of a batch that may be filling
 STATES_BUDGET = 1 << 30  # bytes that the states of a batch may take
 
 
@@ -113,7 +113,7 @@ class Sharing:
             self._visit(*self._read_alike(state, batch, kept), kept)
 
     def _batches(self, branches: list[tuple[Node, int]], state: State, *, filled: bool) -> Iterator[list[tuple[Node, int]]]:
-        """Longest first. Where rows are filled up, no batch is more than a sixteenth of filling."""
+        """Longest first. Where rows are filled up, no batch is more filling than FILLED."""
         most = self._rows(state, branches, filled)
         batch: list[tuple[Node, int]] = []
         real = 0

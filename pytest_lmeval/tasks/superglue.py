@@ -51,7 +51,8 @@ def record(row: Row) -> Choices:
     if not set(right) <= set(entities):
         raise TaskError(f"the answers {right!r} are not all among the entities {entities!r}, so they could not be chosen.")
     choices = tuple(f"   - {row['query']}".replace("@placeholder", entity) for entity in entities)
-    return Choices(prompt, choices, tuple(map(entities.index, right)), group=id_of({"passage": row["passage"]}))
+    places = tuple(map(entities.index, right))
+    return Choices(prompt, choices, places, group=id_of({"passage": row["passage"]}), texts=tuple(entities))
 
 
 def rte(row: Row) -> Choices:
