@@ -1,4 +1,4 @@
-"""A small Llama with its own tokenizer, and files that read like four well-known datasets, all made from CPython's documentation.
+"""A small Llama with its own tokenizer, and files that read like four known datasets, all made from CPython's documentation.
 
 Written once into a folder, as a hub's mirror and a model's folder are: what lm-evaluation-harness and this package then read is
 the same bytes.
@@ -22,7 +22,7 @@ def passages(seed, words, count):
     return [" ".join(text[start : start + words]) for start in starts]
 
 
-def save_model(folder, *, hidden=256, layers=4):
+def save_model(folder, *, hidden=512, layers=6):
     import tokenizers
     import transformers
 
@@ -56,7 +56,7 @@ def write(folder, hub_id, config, split, rows):
 
 
 def save_data(folder):
-    """The mirror. Lengths are like those of the real datasets: BoolQ's passages some 130 words, MMLU's prompts some 900 tokens."""
+    """The mirror. Lengths are like those of the real datasets: BoolQ's passages 130 words, MMLU's prompts some 900 tokens."""
     sentences = passages(1, 15, 64)
     write(
         folder, "nyu-mll/glue", "sst2", "validation",
@@ -77,8 +77,7 @@ def save_data(folder):
         [
             {
                 "ind": place, "activity_label": "Reading the manual", "ctx_a": context, "ctx_b": "it", "ctx": context + " it",
-                "endings": endings[4 * place : 4 * place + 4], "source_id": f"x~{place}", "split": "val", "split_type": "indomain",
-                "label": str(place % 4),
+                "endings": endings[4 * place : 4 * place + 4], "label": str(place % 4),
             }
             for place, context in enumerate(passages(5, 45, 48))
         ],
@@ -88,7 +87,7 @@ def save_data(folder):
         write(
             folder, "cais/mmlu", "abstract_algebra", split,
             [
-                {"question": text, "subject": "abstract_algebra", "choices": choices[4 * place : 4 * place + 4], "answer": place % 4}
+                {"question": text, "subject": "abstract_algebra", "choices": choices[4 * place :][:4], "answer": place % 4}
                 for place, text in enumerate(texts)
             ],
         )  # fmt: skip

@@ -15,7 +15,8 @@ LAYERS = [
     "results", "options", "statistics", "lm", "identity", "stream", "adapters", "zoo", "data", "task", "tasks", "scoring",
     "profiling", "equivalence", "training", "report", "session", "verbs", "progress", "plugin",
 ]  # fmt: skip
-HEAVY = {"torch", "numpy", "datasets", "transformers", "hypothesis", "jinja2", "scipy", "pandas", "tqdm", "safetensors"}
+HEAVY = {"torch", "numpy", "datasets", "transformers", "hypothesis", "jinja2", "scipy", "pandas", "tqdm", "safetensors",
+         "sklearn", "torchmetrics", "sacrebleu", "rouge_score"}  # fmt: skip
 
 
 def layer_of(module):

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pytest_lmeval.scoring import metrics
+from pytest_lmeval.scoring import measures
 from pytest_lmeval.scoring.examples import Example
-from pytest_lmeval.scoring.metrics import LM_EVAL_NAMES, METRICS, check, compute, tied
+from pytest_lmeval.scoring.metrics import LIBRARIES, LM_EVAL_NAMES, METRICS, check, compute, tied
 from pytest_lmeval.task import TaskError
 from pytest_lmeval.tasks import find, names
 
@@ -290,7 +290,7 @@ def questions(draw):
 @given(questions(), st.randoms(use_true_random=False))
 def test_bounds_contain_the_value_and_the_order_of_questions_changes_nothing(examples, random):
     asked = [*OF_CHOICES, *OF_TARGETS, "exact_match", "squad_f1"]
-    with patch.object(metrics, "REPLICATES", 40):
+    with patch.object(measures, "REPLICATES", 40):
         found = compute(asked, examples)
         random.shuffle(examples)
         assert [metric.to_json() for metric in compute(asked, examples).values()] == [
@@ -375,7 +375,7 @@ def test_all_tasks_ask_for_metrics_that_there_are(style):
 def test_importing_the_metrics_imports_none_of_their_libraries():
     script = (
         "import sys, json, pytest_lmeval.scoring.metrics;"
-        f"print(json.dumps(sorted({set(metrics.LIBRARIES)!r} & set(sys.modules))))"
+        f"print(json.dumps(sorted({set(LIBRARIES)!r} & set(sys.modules))))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == []

@@ -116,7 +116,7 @@ def evaluate(
     for block in _blocks(questions, batch_size, grow=task.threshold is None):
         fresh = [asked for asked in block if not _same(known.get(asked.number), asked)]
         run.resumed += len(block) - len(fresh)
-        answered = {example.number: example for example in (*_answers(run, task, fresh, seed), *known.values())}
+        answered = {example.number: example for example in (*known.values(), *_answers(run, task, fresh, seed))}
         run.file.append([answered[asked.number] for asked in fresh])
         run.examples += [answered[asked.number] for asked in block]
         if progress is not None:
@@ -249,8 +249,8 @@ def _is_right(example: Example) -> bool:
 
 def _certain(threshold: float, examples: Sequence[Example]) -> str | None:
     """Whether the rate of answers that were judged True is above or below the threshold, if that is certain by now."""
-    judged = [example.judged for example in examples if example.judged is not None]
-    return sequential.verdict(sum(judged), len(judged), threshold)
+    judged = sum(example.judged is True for example in examples)
+    return sequential.verdict(judged, len(examples), threshold)
 
 
 def _expected(task: Task, limit: int | None) -> int | None:
@@ -278,7 +278,7 @@ def _counts(run: Run, expected: int | None) -> dict[str, Any]:
 
 
 def _metrics(task: Task, examples: Sequence[Example], seed: int) -> dict[str, Metric]:
-    found = metrics.compute(task.metrics, examples, seed=seed)
+    found = metrics.compute(task.metrics, examples, seed=seed, threshold=task.threshold)
     if any(len(example.choices) > 1 for example in examples):
         found |= metrics.compute(("chance",), [example for example in examples if len(example.choices) > 1], seed=seed)
     return found

@@ -77,7 +77,7 @@ class Encoder:
         alone = self._ids(bare)
         together = [self._ids(prompt + choice) if bare else self._ids(blanks + choice) for choice in choices]
         border = min(alike(alone, ids) for ids in together)
-        if not border and not prefix:
+        if not border + len(prefix):
             raise TaskError(
                 f"{place}: nothing stands before the first token of its choices, so that token cannot be scored. The prompt is "
                 "empty (or merges with the choices), and the tokenizer has no beginning-of-sequence token."

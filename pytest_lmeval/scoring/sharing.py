@@ -26,7 +26,7 @@ from pytest_lmeval.stream import LOGITS_BUDGET, check_vocabulary, score
 End: TypeAlias = "Callable[[State, list[tuple[Node, int]]], None]"
 
 FILLER = 0
-FILLED = 1 / 32  # of the tokens of a batch that may be filling
+FILLED = 1 / 32  # of what is read may be filling
 STATES_BUDGET = 1 << 30  # bytes that the states of a batch may take
 
 
@@ -113,23 +113,26 @@ class Sharing:
             self._visit(*self._read_alike(state, batch, kept), kept)
 
     def _batches(self, branches: list[tuple[Node, int]], state: State, *, filled: bool) -> Iterator[list[tuple[Node, int]]]:
-        """Longest first. Where rows are filled up, no batch is more filling than FILLED."""
+        """Longest first. Where rows are filled up, it is by no more tokens than FILLED of all that were read so far."""
         most = self._rows(state, branches, filled)
         batch: list[tuple[Node, int]] = []
-        real = 0
+        filling = 0
         for branch in sorted(branches, key=lambda branch: -len(branch[0].ids)):
-            size = len(branch[0].ids)
-            if batch:
-                width, rows = len(batch[0][0].ids), len(batch) + 1
-                logits = rows * (width - min(_first_wanted(node) for node, _ in (*batch, branch))) * self.lm.vocab_size * 12
-                too_full = filled and (rows * width - real - size > FILLED * rows * width or logits > LOGITS_BUDGET)
-                if len(batch) == most or too_full:
-                    yield batch
-                    batch, real = [], 0
+            more = len(batch[0][0].ids) - len(branch[0].ids) if batch else 0
+            if batch and (len(batch) == most or (filled and self._too_full([*batch, branch], filling, more))):
+                yield batch
+                batch, filling, more = [], 0, 0
             batch.append(branch)
-            real += size
+            filling += more
         if batch:
             yield batch
+
+    def _too_full(self, batch: list[tuple[Node, int]], filling: int, more: int) -> bool:
+        """Whether the last row of a batch, filled up by `more` tokens, had better stand in the next one."""
+        width = len(batch[0][0].ids)
+        allowed = FILLED * (self.tokens + sum(len(node.ids) for node, _ in batch)) - self.filling
+        logits = len(batch) * (width - min(_first_wanted(node) for node, _ in batch)) * self.lm.vocab_size
+        return more > 2 * STEP or filling + more > allowed or 12 * logits > LOGITS_BUDGET
 
     def _rows(self, state: State, branches: list[tuple[Node, int]], leaves: bool) -> int:
         """How many may stand side by side."""

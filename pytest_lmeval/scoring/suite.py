@@ -60,10 +60,9 @@ def average(values: list[Metric], *, weighted: bool = False) -> Metric:
     n = sum(value.n or 0 for value in values)
     if any(value.low is None or value.high is None for value in values):
         return Metric(mean, n=n, higher_is_better=True)
-    below, above = (
-        math.hypot(*(weight * (bound - value) for weight, value, bound in zip(weights, values, bounds, strict=True)))
-        for bounds in ([value.low or 0.0 for value in values], [value.high or 0.0 for value in values])
-    )
+    pairs = list(zip(weights, values, strict=True))
+    below = math.hypot(*(weight * (value - (value.low or 0.0)) for weight, value in pairs))
+    above = math.hypot(*(weight * ((value.high or 0.0) - value) for weight, value in pairs))
     return Metric(mean, low=mean - below, high=mean + above, n=n, higher_is_better=True)
 
 
@@ -71,8 +70,8 @@ def refuse_failed(suite: Suite, failed: Mapping[str, str]) -> None:
     """Raises TaskError where a member failed: what it would have said is not known, and so the average is not."""
     if failed:
         raise TaskError(
-            f"{len(failed)} of the {len(suite.tasks)} tasks of {suite.name} failed, so there is no average: {_listed(failed)} The "
-            "results of the others are kept."
+            f"{len(failed)} of the {len(suite.tasks)} tasks of {suite.name} failed, so there is no average: {_listed(failed)} "
+            "The results of the others are kept."
         )
 
 

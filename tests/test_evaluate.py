@@ -1,0 +1,406 @@
+"""Tasks, asked: what a score depends on, what it does not, how prompts become tokens, and what bad rows end in."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toys import Functional
+
+from pytest_lmeval import Choices, Generate, Rows, Task, as_model, evaluate, load
+from pytest_lmeval.data.corpus import CorpusError
+from pytest_lmeval.lm import Bytes
+from pytest_lmeval.results.journal import JournalWarning
+from pytest_lmeval.scoring.answers import AnswerFile
+from pytest_lmeval.scoring.fewshot import Shots
+from pytest_lmeval.scoring.requests import Encoder
+from pytest_lmeval.stream import NotFiniteError
+from pytest_lmeval.task import TaskError, id_of
+
+SUMS = [{"a": a, "b": b, "right": (a + b) % 2} for a in range(8) for b in range(4)]
+
+
+def ask(row):
+    return Choices(f"{row['a']} + {row['b']} is", (" even", " odd"), row["right"])
+
+
+TASK = Task("sums", SUMS, ask, metrics=("accuracy", "accuracy_per_token"), shots=SUMS, description="Sums of numbers.\n")
+
+
+def model(**options):
+    return as_model(Functional(vocab=256, **options))
+
+
+LM = model()
+
+
+def outcome(result):
+    """Everything about the answers that must not depend on how they were had."""
+    return {
+        example.id: (example.prompt, example.predicted(), np.round(example.loglikelihoods, 4).tolist())
+        for example in result.examples
+    }
+
+
+# ------------------------------------------------------------------------- what a score does not depend on
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.permutations(SUMS), st.integers(1, 9), st.integers(1, 32), st.sampled_from([0, 2]), st.booleans())
+def test_no_answer_depends_on_order_limit_batch_or_neighbours(rows, batch_size, limit, shots, share):
+    task = dataclasses.replace(TASK, rows=rows)
+    whole = outcome(evaluate(LM, TASK, shots=shots))
+    part = outcome(evaluate(LM, task, shots=shots, batch_size=batch_size, limit=limit, share=share))
+    assert len(part) == limit
+    for name, found in part.items():
+        assert found[:2] == whole[name][:2]
+        np.testing.assert_allclose(found[2], whole[name][2], atol=2e-4)
+
+
+def test_examples_drawn_one_after_the_other_depend_on_the_order():
+    """As lm_eval draws them: this shows that the test above can fail."""
+    turned = dataclasses.replace(TASK, rows=SUMS[::-1])
+    first, second = (outcome(evaluate(LM, task, shots=2, fewshot="lm_eval")) for task in (TASK, turned))
+    assert {name: found[0] for name, found in first.items()} != {name: found[0] for name, found in second.items()}
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 10), st.integers(0, 5))
+def test_a_question_is_never_shown_itself(count, seed):
+    shots = Shots(TASK, count, "document", seed=seed)
+    for row in SUMS:
+        own = ask(row)
+        text = shots.of(row, id_of(row)).removeprefix(TASK.description)
+        assert text.count(TASK.between) == count
+        assert f"{own.prompt}{own.solution}{TASK.between}" not in text
+
+
+def test_the_first_examples_are_the_same_for_all():
+    shots = Shots(dataclasses.replace(TASK, take="first"), 3, "document")
+    texts = {shots.of(row, id_of(row)) for row in SUMS[5:]}
+    assert len(texts) == 1
+    assert SUMS[0] not in shots._rows(SUMS[0], id_of(SUMS[0]))
+
+
+# -------------------------------------------------------------------------------------------- the numbers
+
+
+def test_a_likelihood_is_that_of_the_tokens_of_a_choice_after_its_prompt():
+    result = evaluate(LM, TASK, limit=1)
+    (example,) = result.examples
+    prompt = TASK.description + ask(SUMS[0]).prompt
+    for choice, found, tokens in zip(example.choices, example.loglikelihoods, example.tokens, strict=True):
+        ids = torch.tensor(list((prompt + choice).encode()))
+        with torch.no_grad():
+            said = LM.step(ids[None, :-1])[0][0].log_softmax(-1)
+        begin = len(prompt.encode())
+        expected = sum(said[place - 1, ids[place]].item() for place in range(begin, len(ids)))
+        assert found == pytest.approx(expected, abs=1e-4)
+        assert tokens == len(choice)
+
+
+def test_the_record_says_how_the_number_was_had():
+    result = evaluate(LM, TASK, shots=1, limit=10, batch_size=4)
+    settings_ = result.record.settings
+    assert result.record.subject == "sums, 1-shot"
+    assert (settings_["questions"], settings_["shots"], settings_["reading"]) == (10, 1, "each beginning once")
+    assert settings_["tokens_read"] < settings_["tokens_alone"]
+    assert settings_["tokens_alone"] == sum(example.read + example.saved for example in result.examples)
+    assert result.chance == 0.5
+    assert result.accuracy.n == 10
+    assert 0 <= result.accuracy.low <= result.accuracy <= result.accuracy.high <= 1
+    assert evaluate(LM, TASK, shots=1, limit=10).record.settings["prompts"] == settings_["prompts"]
+    assert evaluate(LM, TASK, shots=2, limit=10).record.settings["prompts"] != settings_["prompts"]
+    with pytest.raises(AttributeError, match="no metric 'f1'; it has accuracy"):
+        _ = result.f1
+
+
+def test_ties_are_counted_and_the_first_choice_is_taken():
+    task = Task("same", [{}], lambda row: Choices("Say", (" a", " a", " b"), 1))
+    result = evaluate(LM, task)
+    assert result.record.settings["ties"] == (result.examples[0].predicted() == 0)
+    assert result.examples[0].loglikelihoods[0] == result.examples[0].loglikelihoods[1]
+
+
+def test_rows_that_are_no_questions_are_counted():
+    task = dataclasses.replace(TASK, ask=lambda row: ask(row) if row["a"] else None)
+    assert evaluate(LM, task).record.settings["not_questions"] == 4
+
+
+def test_rows_are_read_as_they_are_needed_and_the_first_answers_are_there_after_one_batch():
+    read, after = [], []
+
+    def rows():
+        for row in SUMS:
+            read.append(row)
+            yield row
+
+    evaluate(LM, dataclasses.replace(TASK, rows=rows), batch_size=4, progress=lambda *_: after.append(len(read)))
+    assert after[0] == 4
+    del read[:]
+    evaluate(LM, dataclasses.replace(TASK, rows=rows), batch_size=4, limit=5)
+    assert len(read) <= 6
+
+
+# ------------------------------------------------------------------------------------- from text to tokens
+
+
+class Pairs:
+    """A tokenizer of pairs of characters, where they can be paired: what follows may change how a text ends."""
+
+    name, bos, eos = "pairs", None, None
+
+    def encode(self, text):
+        pieces = [text[place : place + 2] for place in range(0, len(text), 2)]
+        ids = [ord(piece[0]) * 2 + (ord(piece[1]) if len(piece) > 1 else 0) for piece in pieces]
+        return np.array(ids, dtype=np.int64), np.cumsum([len(piece.encode()) for piece in pieces])
+
+
+def encoded(tokenizer, question, lm=LM, **options):
+    lm = dataclasses.replace(lm, tokenizer=tokenizer, vocab_size=1000)
+    return Encoder(lm, TASK, **options).encode(question, "", id="x", number=7)
+
+
+def test_where_a_token_spans_the_border_the_border_moves_for_all_choices():
+    asked = encoded(Pairs(), Choices("abc", ("d", "de"), 0))
+    assert asked.moved
+    assert [request.given for request in asked.requests] == [1, 1]
+    assert [len(request.ids) for request in asked.requests] == [2, 3]
+    assert not encoded(Pairs(), Choices("abcd", ("e", "fg"), 0)).moved
+
+
+def test_blanks_at_the_end_of_a_prompt_belong_to_what_follows():
+    asked = encoded(Bytes(), Choices("ab  ", ("c",), 0))
+    assert [(request.given, len(request.ids)) for request in asked.requests] == [(2, 5)]
+
+
+def test_what_the_tokenizer_puts_before_a_text_stands_before_the_prompt():
+    class Begins(Bytes):
+        bos, prefix = 1, (1, 2)
+
+    class Ends(Bytes):
+        eos, prefix = 3, ()
+
+    assert encoded(Begins(), Choices("a", ("b",), 0)).requests[0].ids.tolist() == [1, 2, 97, 98]
+    assert encoded(Ends(), Choices("", ("b",), 0)).requests[0].ids.tolist() == [3, 98]
+    assert encoded(Ends(), Choices("a", ("b",), 0)).requests[0].ids.tolist() == [97, 98]
+
+
+def test_what_does_not_fit_is_cut_on_the_left_and_counted_or_refused():
+    lm = dataclasses.replace(LM, context_length=12)
+    task = Task("long", [{"length": length} for length in (5, 30)], lambda row: Choices("x" * row["length"], (" a", " bb"), 0))
+    result = evaluate(lm, task)
+    assert [example.cut for example in result.examples] == [0, 20]
+    assert result.record.settings["truncated"] == 1
+    with pytest.raises(TaskError, match=r"long, row 1 .* is 32 tokens; .* reads 12. Take fewer shots."):
+        evaluate(lm, task, truncate="refuse")
+    with pytest.raises(TaskError, match="choice alone takes 20"):
+        evaluate(lm, Task("long", [{}], lambda row: Choices("x", ("y" * 20,), 0)))
+
+
+# --------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [
+        (lambda row: Choices(row["nothing"], (" a",), 0), r"t, row 0 cannot be asked: it has no field 'nothing'. .* n='1'"),
+        (lambda row: Choices("x", (" a", " b"), 2), r"t, row 0: the label is 2, and there are choices 0 to 1"),
+        (lambda row: Choices("x", (" a", " b"), -1), r"row 0: the label is -1.*hidden ones are often -1"),
+        (lambda row: Choices("x", (" a", ""), 0), "each has text to be scored"),
+        (lambda row: Choices("x", (), 0), "has at least one"),
+        (lambda row: Choices("x", (" a",), ()), "none of the choices"),
+        (lambda row: Choices("", ("a", "b"), 0), "nothing stands before the first token"),
+        (lambda row: Choices("x", (" a",), 0, texts=("a", "b")), "2 texts for 1 choices"),
+        (lambda row: Generate("x", (), stop=("",)), "an empty text would end every answer"),
+        (lambda row: Generate("x", (), max_tokens=0), "at least one token"),
+        (lambda row: Generate("", ()), "the prompt is empty"),
+        (lambda row: row + 1, "TypeError"),
+    ],
+)
+def test_a_row_that_cannot_be_asked_is_named(question, message):
+    with pytest.raises(TaskError, match=message):
+        evaluate(LM, Task("t", [{"n": 1}], question))
+
+
+def test_a_choice_that_is_empty_after_tokenizing_is_refused():
+    class Swallows(Bytes):
+        def encode(self, text):
+            return super().encode(text.replace("~", ""))
+
+    with pytest.raises(TaskError, match=r"the choice '~' is empty after tokenizing"):
+        evaluate(dataclasses.replace(LM, tokenizer=Swallows()), Task("t", [{}], lambda row: Choices("x", ("y", "~"), 0)))
+
+
+def test_other_bad_calls():
+    with pytest.raises(TaskError, match="shown 40 example"):
+        evaluate(LM, TASK, shots=40)
+    with pytest.raises(TaskError, match="has no tokenizer"):
+        evaluate(as_model(Functional()), TASK)
+    with pytest.raises(TaskError, match="has no question"):
+        evaluate(LM, dataclasses.replace(TASK, rows=[]))
+    with pytest.raises(TaskError, match="limit 0"):
+        evaluate(LM, TASK, limit=0)
+    with pytest.raises(TaskError, match="metric 'acuracy'"):
+        evaluate(LM, dataclasses.replace(TASK, metrics=("acuracy",)))
+    with pytest.raises(TaskError, match="shots=-1"):
+        evaluate(LM, TASK, shots=-1)
+
+
+def test_a_corrupt_file_is_named_and_a_missing_one(tmp_path):
+    (tmp_path / "x.parquet").write_bytes(b"PAR1 this is none PAR1")
+    with pytest.raises(CorpusError, match=r"x.parquet\[test\] could not be read"):
+        evaluate(LM, dataclasses.replace(TASK, rows=Rows(f"parquet:{tmp_path}/x.parquet")))
+    with pytest.raises(CorpusError, match="there is no file"):
+        evaluate(LM, dataclasses.replace(TASK, rows=Rows(f"jsonl:{tmp_path}/x.jsonl")))
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in SUMS))
+    assert outcome(evaluate(LM, dataclasses.replace(TASK, rows=Rows(f"jsonl:{tmp_path}/x.jsonl")))) == outcome(
+        evaluate(LM, TASK)
+    )
+
+
+def test_a_likelihood_that_is_no_number_names_the_row():
+    class Breaks(Functional):
+        def forward(self, input_ids, state=None):
+            logits, state = super().forward(input_ids, state)
+            return torch.where((input_ids == ord("7"))[..., None], logits * math.nan, logits), state
+
+    task = Task("next", [{"n": n} for n in range(9)], lambda row: Choices("n is", (f" {row['n']}.", " x."), 0))
+    with pytest.raises(NotFiniteError, match=r"nan.* for the choice ' 7.' of row 7 \("):
+        evaluate(as_model(Breaks(vocab=256)), task, batch_size=2)
+
+
+# --------------------------------------------------------------------------------------- interrupted runs
+
+
+def test_answers_are_kept_and_not_asked_for_again(tmp_path):
+    class Interrupted(Exception):
+        pass
+
+    def stop(done, *_):
+        if done >= 12:
+            raise Interrupted
+
+    files = {"partial": tmp_path / "partial.jsonl", "examples": tmp_path / "examples.jsonl"}
+    with pytest.raises(Interrupted):
+        evaluate(LM, TASK, batch_size=4, progress=stop, **files)
+    kept = (tmp_path / "partial.jsonl").read_text()
+    assert len(kept.splitlines()) == 12
+    (tmp_path / "partial.jsonl").write_text(kept[:-30])
+    with pytest.warns(JournalWarning, match="line 12 is broken"):
+        result = evaluate(LM, TASK, batch_size=4, **files)
+    assert result.resumed == 11
+    whole = evaluate(LM, TASK, batch_size=4)
+    assert result.examples[:11] == whole.examples[:11]
+    assert [example.predicted() for example in result.examples] == [example.predicted() for example in whole.examples]
+    assert not (tmp_path / "partial.jsonl").exists()
+    assert AnswerFile(tmp_path / "examples.jsonl").read() == {example.number: example for example in result.examples}
+
+
+def test_answers_to_other_questions_are_not_taken(tmp_path):
+    AnswerFile(tmp_path / "p").append(evaluate(LM, TASK, limit=9).examples)
+    other = dataclasses.replace(TASK, description="Other words.\n")
+    result = evaluate(LM, other, partial=tmp_path / "p")
+    assert result.resumed == 0
+    assert outcome(result) == outcome(evaluate(LM, other))
+
+
+# ----------------------------------------------------------------------------------------- own words
+
+
+DEMO = load("demo")
+PROMPTS = ["The first argument is ", "Return a list of ", "Return the ", "This module defines ", "Return the ", "def "]
+
+
+def spoken(**options):
+    return Task(
+        "says", [{"text": text} for text in PROMPTS], lambda row: Generate(row["text"], ("x",), **options), ("exact_match",)
+    )
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_what_a_row_says_depends_on_no_neighbour_and_not_on_how_it_is_read(temperature):
+    task = spoken(max_tokens=20, temperature=temperature)
+    said = [
+        {example.number: example.output for example in evaluate(DEMO, task, **options).examples}
+        for options in (
+            {"batch_size": 1},
+            {"batch_size": 4},
+            {"share": False},
+            {"share": False, "carry": False, "batch_size": 3},
+        )
+    ]
+    assert said[1:] == said[:1] * 3
+    assert said[0][2] == said[0][4] or temperature
+    assert set(map(len, said[0].values())) <= set(range(1, 21))
+
+
+def test_greedy_answers_are_those_of_reading_everything_anew():
+    result = evaluate(DEMO, spoken(max_tokens=12, stop=()))
+    for example, text in zip(result.examples, PROMPTS, strict=True):
+        ids = list(text.encode())
+        for _ in range(12):
+            with torch.no_grad():
+                ids.append(int(DEMO.step(torch.tensor([ids]))[0][0, -1].argmax()))
+        assert example.output == bytes(ids[len(text) :]).decode(errors="replace")
+
+
+def test_a_stop_ends_an_answer_and_is_no_part_of_it():
+    whole, stopped = (evaluate(DEMO, spoken(max_tokens=30, stop=stop)).examples for stop in ((), ("e", " t")))
+    for one, other in zip(whole, stopped, strict=True):
+        ends = [place for stop in ("e", " t") if (place := one.output.find(stop)) >= 0]
+        assert other.output == (one.output[: min(ends)] if ends else one.output)
+    assert any(len(one.output) > len(other.output) for one, other in zip(whole, stopped, strict=True))
+
+
+def test_another_seed_says_something_else():
+    task = spoken(max_tokens=30, temperature=1.0)
+    assert [e.output for e in evaluate(DEMO, task, seed=1).examples] != [
+        e.output for e in evaluate(DEMO, task, seed=2).examples
+    ]
+
+
+def test_a_rate_that_is_certain_ends_the_asking():
+    """The judge is certain at the first letter, so one token an answer is enough, and a few answers for the rate."""
+    rows = [{"text": f"{place} Return the "} for place in range(400)]
+    task = Task(
+        "letters",
+        rows,
+        lambda row: Generate(row["text"], (), max_tokens=50),
+        metrics=("rate",),
+        judge=lambda text: text[0].isalpha() if text else None,
+        threshold=0.05,
+    )
+    result = evaluate(DEMO, task, batch_size=8)
+    counts = result.record.settings
+    assert counts["rate_is"] == "above"
+    assert counts["questions"] < 40
+    assert counts["not_asked"] == 400 - counts["questions"]
+    assert result.rate.low > 0.05
+    assert {len(example.output) for example in result.examples} == {1}
+    unsure = evaluate(DEMO, dataclasses.replace(task, rows=rows[:16], threshold=float(result.rate)), batch_size=8)
+    assert "rate_is" not in unsure.record.settings
+    assert unsure.record.settings["questions"] == 16
+
+
+def test_a_model_that_cannot_say_what_it_says_is_refused():
+    class Mute:
+        name, bos = "mute", None
+        encode = Bytes().encode
+
+    with pytest.raises(TaskError, match="has no decode"):
+        evaluate(dataclasses.replace(DEMO, tokenizer=Mute()), spoken())
+
+
+def test_logits_that_are_no_numbers_name_the_row():
+    class Breaks(Functional):
+        def forward(self, input_ids, state=None):
+            logits, state = super().forward(input_ids, state)
+            return logits * math.nan, state
+
+    with pytest.raises(NotFiniteError, match=f"of row {id_of({'text': PROMPTS[0]})}"):
+        evaluate(as_model(Breaks(vocab=256)), spoken(), batch_size=1)
