@@ -71,7 +71,7 @@ def save_data(folder):
             for number in range(6)
         ],
     )  # fmt: skip
-    endings = passages(4, 12, 48 * 4)
+    endings = passages(4, 12, 100 * 4)
     write(
         folder, "Rowan/hellaswag", "default", "validation",
         [
@@ -79,7 +79,7 @@ def save_data(folder):
                 "ind": place, "activity_label": "Reading the manual", "ctx_a": context, "ctx_b": "it", "ctx": context + " it",
                 "endings": endings[4 * place : 4 * place + 4], "label": str(place % 4),
             }
-            for place, context in enumerate(passages(5, 45, 48))
+            for place, context in enumerate(passages(5, 45, 100))
         ],
     )  # fmt: skip
     for split, count in (("dev", 5), ("test", 60)):

@@ -133,4 +133,5 @@ def tokenizer_fingerprint(lm: Model) -> str:
         encoded = [list(map(int, part)) for part in lm.tokenizer.encode(sample)]
     except SpecError:
         return "none"
-    return hashlib.sha256(f"{encoded} {getattr(lm.tokenizer, 'bos', None)}".encode()).hexdigest()[:16]
+    special = [getattr(lm.tokenizer, name, None) for name in ("bos", "eos", "prefix")]
+    return hashlib.sha256(f"{encoded} {special}".encode()).hexdigest()[:16]

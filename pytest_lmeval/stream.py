@@ -108,6 +108,7 @@ def stream_in_windows(
     *,
     window: int,
     overlap: int,
+    anchored: bool = False,
     chunk_size: int | None = None,
     state: State | None = None,
     position: int = 0,
@@ -119,6 +120,7 @@ def stream_in_windows(
     window before), so a token sees between `overlap` and `window` tokens before it, and window / (window - overlap)
     times the work of one pass is done. Within a window the state is carried from chunk to chunk, if `chunk_size` is given.
 
+    anchored  the last window begins early enough to read `window` tokens too, if there are so many, and scores those left
     position  where `tokens` begin in the stream: the beginning of a window (`Chunk.window`)
     read_to   go on inside that window, with `state`, which has seen everything before this token
     """
@@ -126,9 +128,8 @@ def stream_in_windows(
         raise StreamError(f"{lm.spec} reads frames of codes, which are only read with the state carried, not in windows.")
     if not 0 <= overlap < window:
         raise StreamError(f"windows of {window} tokens cannot overlap by {overlap}: a window has to score something new.")
-    begin = position
-    for ids in overlapping(tokens, window, overlap):
-        known = begin + overlap if begin else 0  # the last target that the window before has scored
+    known = position + overlap if position else 0  # the last target that the windows before have scored
+    for begin, ids in _windows(tokens, window, overlap, anchored, position):
         place = begin
         if read_to is not None:
             place, read_to = read_to, None
@@ -143,8 +144,22 @@ def stream_in_windows(
                 seconds = time.perf_counter() - began
                 yield Chunk(last - fresh + 1, last + 1, nll, rank, seconds, state_bytes(state), state, begin)
             place = last
-        begin += window - overlap
-    _refuse_empty(position == 0 and begin == 0)
+        known = begin + len(ids) - 1
+    _refuse_empty(not known)
+
+
+def _windows(
+    tokens: Iterable[Any] | np.ndarray | Tensor, window: int, overlap: int, anchored: bool, position: int
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Where each window begins in the stream, and its tokens with the last target."""
+    end, before = position, np.empty(0, dtype=np.int64)
+    for ids in overlapping(tokens, window, overlap):
+        new = ids[overlap + 1 :] if len(before) else ids
+        if anchored:  # changes the last window alone: the others are as long as this can make them
+            ids = np.concatenate([before, new])[-window - 1 :]
+        end += len(new)
+        yield end - len(ids), ids
+        before = ids
 
 
 def _read(lm: Model, ids: np.ndarray, state: State | None, start: int, fresh: int) -> Scores:

@@ -75,7 +75,7 @@ class Lmeval:
         *,
         limit: int | None = None,
         as_stream: bool | None = None,
-        window: int | Literal["unlimited"] | None = None,
+        window: int | Literal["unlimited", "lm_eval"] | None = None,
         overlap: int | None = None,
         positions: tuple[int, ...] = (),
         losses: bool = False,
@@ -83,6 +83,7 @@ class Lmeval:
         """Read a corpus: perplexity, bits per byte, accuracy, loss by position (see `scoring.perplexity.perplexity`).
 
         The model's laws are probed first. Its state is carried only in a way that was found exact; the record says which.
+        window="lm_eval" reads each document in the windows of lm-evaluation-harness, so that its numbers can be had again.
         losses=True writes the loss of every token to a file in the output folder.
         """
         from pytest_lmeval.scoring.perplexity import bare_ids, perplexity

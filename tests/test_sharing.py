@@ -13,7 +13,7 @@ from pytest_lmeval import as_model, load
 from pytest_lmeval.scoring import sharing as sharing_module
 from pytest_lmeval.scoring.batch import selection
 from pytest_lmeval.scoring.sharing import Sharing
-from pytest_lmeval.scoring.tree import Request, tree, worth_a_step
+from pytest_lmeval.scoring.tree import STEP, Request, tree, worth_a_step
 
 LM = as_model(Functional())
 ids = st.lists(st.integers(0, 2), min_size=1, max_size=12)  # few tokens, so that much is alike
@@ -79,8 +79,8 @@ def test_a_tree_holds_every_token_and_every_wish_once(asked, step):
 
 
 def test_short_runs_are_read_again_rather_than_in_steps_of_their_own():
-    assert not worth_a_step(8, 2)
-    assert worth_a_step(9, 2)
+    assert not worth_a_step(STEP, 2)
+    assert worth_a_step(STEP + 1, 2)
     shared = [Request(np.array([1, 2, 3, end, 9]), 3) for end in (4, 5)]
     assert [len(node.ids) for node in tree(shared)] == [4, 4]
     assert [len(node.ids) for node in tree(shared, step=0)] == [3]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -26,12 +27,20 @@ class TokenReader:
     skip     begin with this token of the stream
     scored   targets whose bytes were taken before (token 0 is no target: its bytes are never counted; the first frame is one)
     limit    end before this token
+    rolling  put before the text what lm-evaluation-harness does (see `beginning`)
     """
 
     def __init__(
-        self, lm: Model, documents: Iterable[Document], *, skip: int = 0, scored: int = 0, limit: int | None = None
+        self,
+        lm: Model,
+        documents: Iterable[Document],
+        *,
+        skip: int = 0,
+        scored: int = 0,
+        limit: int | None = None,
+        rolling: bool = False,
     ) -> None:
-        self._lm, self._documents = lm, documents
+        self._lm, self._documents, self._rolling = lm, documents, rolling
         self._skip, self._scored, self._limit = skip, scored, limit
         self._widths: deque[np.ndarray] = deque()
 
@@ -58,11 +67,8 @@ class TokenReader:
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
     def _encoded(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        tokenizer = self._lm.tokenizer
-        bos = getattr(tokenizer, "bos", None)
-        for number, document in enumerate(self._documents):
-            if number == 0 and bos is not None and document.ids is None:
-                yield np.array([bos]), np.zeros(1, dtype=np.int64)
+        tokenizer, begun = self._lm.tokenizer, False
+        for document in self._documents:
             if document.ids is not None:
                 _check_kind(document.ids, self._lm, document.name)
                 for begin in range(0, len(document.ids), 1 << 16):
@@ -82,7 +88,26 @@ class TokenReader:
                 )
             elif document.text:
                 ids, ends = (np.asarray(part, dtype=np.int64) for part in tokenizer.encode(document.text))
+                if not begun and len(first := beginning(tokenizer, ids, rolling=self._rolling)):
+                    yield first, np.zeros(len(first), dtype=np.int64)
+                begun = True
                 yield ids, np.diff(ends, prepend=0)
+
+
+def beginning(tokenizer: Any, ids: np.ndarray, *, rolling: bool) -> np.ndarray:
+    """The ids [n] to put before a text of these ids: the tokenizer's beginning-of-sequence token, if it has one.
+
+    rolling  what lm-evaluation-harness 0.4.13 puts there (`loglikelihood_rolling`): without a beginning-of-sequence token the
+             end-of-sequence token; after it the ids that the tokenizer adds of its own accord (`prefix`), which are scored, so
+             that a tokenizer that adds its beginning-of-sequence token has it there twice. It adds none to a text that begins
+             with that token itself.
+    """
+    bos, eos = (getattr(tokenizer, name, None) for name in ("bos", "eos"))
+    first = eos if rolling and bos is None else bos
+    if first is None:
+        return np.empty(0, dtype=np.int64)
+    own = getattr(tokenizer, "prefix", ()) if rolling and ids[0] != first else ()
+    return np.array([first, *own], dtype=np.int64)
 
 
 def _check_kind(ids: np.ndarray, lm: Model, name: str) -> None:

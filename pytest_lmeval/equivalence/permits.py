@@ -6,6 +6,7 @@ from typing import Any
 
 from pytest_lmeval.equivalence.certificate import INEXACT, NON_CAUSAL, ONLY_ASIDE, STEP_ONLY, multiple_of
 from pytest_lmeval.lm import Model, ModelError
+from pytest_lmeval.scoring.plan import ROLLING_WINDOW
 from pytest_lmeval.stream import default_chunk_size
 
 
@@ -53,8 +54,8 @@ def exact_chunk_size(lm: Model, certificate: Any, asked: int | None, window: int
             f"{lm.spec} is exact {how} only, and chunk_size={asked} was asked for:\n{certificate.why_not()}\n"
             f"A perplexity streamed that way would be wrong, and may look good. Leave chunk_size out, or set it to {k}."
         )
-    if isinstance(window, int) and not broken & {"repeat", "isolation", "causality", "sums"}:
-        return window
+    if (isinstance(window, int) or window == "lm_eval") and not broken & {"repeat", "isolation", "causality", "sums"}:
+        return window if isinstance(window, int) else lm.context_length or ROLLING_WINDOW
     raise Refused(
         f"{lm.spec} is {verdict}:\n{certificate.why_not()}\n"
         "A perplexity streamed with it would be wrong, and may look good. "

@@ -163,7 +163,8 @@ def groups(records: list[dict[str, Any]]) -> list[Group]:
 def _windows(settings: dict[str, Any]) -> str:
     if settings.get("reading") != "windows":
         return ""
-    return f"windows of {settings['window']:,} tokens, {settings['overlap']:,} of them read again"
+    how = "as lm_eval reads them" if settings.get("rolling") else f"{settings['overlap']:,} of them read again"
+    return f"windows of {settings['window']:,} tokens, {how}"
 
 
 def _rows(record: dict[str, Any]) -> list[Row]:

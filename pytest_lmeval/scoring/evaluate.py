@@ -176,11 +176,11 @@ def _asked(
 
 
 def _blocks(questions: Iterator[Asked], batch_size: int, *, grow: bool) -> Iterator[list[Asked]]:
-    """One batch first; then twice as much each time, up to 16 batches."""
+    """One batch first; then four times as much each time, up to 16 batches."""
     size = batch_size
     while block := list(islice(questions, size)):
         yield block
-        size = min(size * 2, LARGEST * batch_size) if grow else size
+        size = min(size * 4, LARGEST * batch_size) if grow else size
 
 
 def _same(known: Example | None, asked: Asked) -> bool:

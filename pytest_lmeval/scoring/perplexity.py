@@ -7,6 +7,10 @@
 The reading carries the state through the whole text where the model allows it; where it has no state, or a
 limited context, the text is read in overlapping windows, and the record says so (`plan.py`). Of a model with fast weights it
 also says how far they moved (`fast_weights.py`), and of chosen places what the loss is there (`positions.py`).
+
+With window="lm_eval" each document is read as lm-evaluation-harness reads it (`loglikelihood_rolling`), so that its numbers can
+be had again: its bits_per_byte is this one, and its byte_perplexity is 2 ** bits_per_byte. Of its task wikitext only the losses
+can be compared: there it reads a detokenized page, and counts the bytes of the original one.
 """
 
 from __future__ import annotations
@@ -50,7 +54,7 @@ def perplexity(
     tokens: int | None = None,
     limit: int | None = None,
     as_stream: bool | None = None,
-    window: int | Literal["unlimited"] | None = None,
+    window: int | Literal["unlimited", "lm_eval"] | None = None,
     overlap: int | None = None,
     positions: tuple[int, ...] = (),
     losses: str | Path | None = None,
@@ -65,7 +69,8 @@ def perplexity(
     corpus      a `Corpus`, or token ids (tensor, array, list, iterator of arrays)
     tokens      read so many tokens of the stream (of each document, when read by document)
     limit       read so many documents
-    as_stream   one endless stream, or document by document with a new state each; by default as the corpus is meant
+    as_stream   one endless stream, or document by document with a new state each; by default as the corpus is meant, and
+                with window="lm_eval" by document
     window, overlap, chunk_size    see `plan_for`
     positions   places at which the loss is wanted, for example (8000, 16000, 24000): means of the thousand tokens up to each
     losses      write the loss of every target to this .npy file (float32, nats), as it is read
@@ -79,8 +84,8 @@ def perplexity(
     source = corpus if isinstance(corpus, Corpus) else bare_ids(corpus)
     if wrong := [place for place in positions if not isinstance(place, int) or place < 1]:
         raise StreamError(f"positions holds {wrong}; a position is the number of tokens before a target, 1 or more.")
-    by_document = not (source.as_stream if as_stream is None else as_stream)
     plan = plan_for(lm, chunk_size=chunk_size, window=window, overlap=overlap)
+    by_document = not ((source.as_stream and not plan.rolling) if as_stream is None else as_stream)
     reader = Reader(lm, source, plan, tokens, limit, by_document)
     saver = Saver(checkpoints, key)
     point = saver.load(lm)
@@ -127,6 +132,7 @@ def record_of(reader: Reader, reading: Reading, *, seconds: float, seed: int) ->
             "window": plan.window,
             "overlap": plan.overlap,
             "why": plan.why,
+            **({"rolling": True} if plan.rolling else {}),
             "by_document": reading.by_document,
             "documents": len(reading.units) if reading.by_document else None,
             "tokens": reader.tokens,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import groupby, islice
+from operator import attrgetter
 from typing import Any, Literal
 
 import numpy as np
@@ -15,35 +17,49 @@ from pytest_lmeval.scoring.reading import Reading, rows_of
 from pytest_lmeval.stream import Chunk, StreamError, default_chunk_size, stream, stream_in_windows
 
 WINDOW = 1024  # tokens of a window where the model names no limit of its own
+ROLLING_WINDOW = 2048  # the same in lm-evaluation-harness
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a text is read: state carried in chunks (`window` None), or in windows that forget one another."""
+    """How a text is read: state carried in chunks (`window` None), or in windows that forget one another.
+
+    rolling  as lm-evaluation-harness' loglikelihood_rolling reads: the last window is a whole one that ends with the text, and
+             what stands before the text is chosen as there (see `data.tokens.beginning`)
+    """
 
     chunk_size: int
     window: int | None = None
     overlap: int = 0
     why: str = "the state is carried"
+    rolling: bool = False
 
     def __str__(self) -> str:
         if self.window is None:
             return f"carried in chunks of {self.chunk_size}"
-        return f"windows of {self.window}, {self.overlap} of them read again, in chunks of {self.chunk_size}"
+        how = "as lm_eval reads them" if self.rolling else f"{self.overlap} of them read again"
+        return f"windows of {self.window}, {how}, in chunks of {self.chunk_size}"
 
 
 def plan_for(
-    lm: Model, *, chunk_size: int | None = None, window: int | Literal["unlimited"] | None = None, overlap: int | None = None
+    lm: Model,
+    *,
+    chunk_size: int | None = None,
+    window: int | Literal["unlimited", "lm_eval"] | None = None,
+    overlap: int | None = None,
 ) -> Plan:
     """How to read with `lm`: carried where it has a state and no limit to its context, else in windows.
 
     window   tokens of a window; by default the model's context if it is limited, or 1024 if it has no state;
-             "unlimited" carries the state past the context that the model was made for
+             "unlimited" carries the state past the context that the model was made for;
+             "lm_eval" reads as lm-evaluation-harness does, see `rolling_plan`
     overlap  tokens of a window that are only read, not scored; half of it by default
     """
     chunk = default_chunk_size(lm.vocab_size) if chunk_size is None else chunk_size
     if chunk < 1:
         raise StreamError(f"chunk_size is {chunk}; a chunk has at least one token.")
+    if window == "lm_eval":
+        return rolling_plan(lm, chunk, overlap)
     if window == "unlimited" and not lm.stateful:
         raise StreamError(f"{lm.spec} has no state to carry: it can only be read in windows.")
     if window is None and not lm.stateful:
@@ -56,6 +72,30 @@ def plan_for(
         return Plan(chunk)
     overlap = window // 2 if overlap is None else overlap
     return Plan(min(chunk, window) if lm.stateful else window, window, overlap, why)
+
+
+def rolling_plan(lm: Model, chunk_size: int, overlap: int | None = None) -> Plan:
+    """To read as loglikelihood_rolling of lm-evaluation-harness 0.4.13 does, so that its numbers can be had again.
+
+    Its windows do not overlap: each predicts as many tokens as the model's context holds, after one token that is only read,
+    which is the prefix token at the beginning. The last one begins so early that it fills the context too, and scores what is
+    left. The context is `lm.context_length`, or 2048 tokens where the model names none: its HFLM takes, in that case, the
+    tokenizer's model_max_length first. For its `max_length=N`, give it `dataclasses.replace(lm, context_length=N)`.
+
+    One of its numbers cannot be had again: where a text repeats itself, so that two windows of a batch read the same tokens but
+    score different numbers of them, its HFLM takes the wrong rows of logits for one. With batch_size=1 it does not.
+
+    Raises StreamError for another overlap.
+    """
+    if overlap:
+        raise StreamError(
+            f"window='lm_eval' was asked for with overlap={overlap}. The windows of lm-evaluation-harness overlap by its own "
+            "rule, so the numbers would not be comparable. Leave overlap out, or say how long a window is: window=1024."
+        )
+    window = lm.context_length or ROLLING_WINDOW
+    context = "the model's context" if lm.context_length else "its default, as the model names no context"
+    why = f"asked for as lm-evaluation-harness reads (loglikelihood_rolling); {window} tokens are {context}"
+    return Plan(min(chunk_size, window) if lm.stateful else window, window, 0, why, rolling=True)
 
 
 @dataclass(frozen=True)
@@ -99,7 +139,7 @@ class Reader:
                 point.reading.start_document()
                 point = Point(point.reading, document=index)
             skip = point.scored if self.plan.window is None else point.window
-            ids = TokenReader(self.lm, documents, skip=skip, scored=point.scored, limit=self.tokens)
+            ids = TokenReader(self.lm, documents, skip=skip, scored=point.scored, limit=self.tokens, rolling=self.plan.rolling)
             try:
                 for chunk in self._chunks(ids, point):
                     rows = rows_of(chunk.nll, chunk.rank, ids.take_bytes(len(chunk.nll)), chunk.valid)
@@ -119,6 +159,7 @@ class Reader:
             ids,
             window=self.plan.window,
             overlap=self.plan.overlap,
+            anchored=self.plan.rolling,
             chunk_size=self.plan.chunk_size,
             state=point.state,
             position=point.window,
@@ -127,10 +168,11 @@ class Reader:
 
     def _sequences(self) -> Iterator[tuple[int, Iterable[Document]]]:
         documents = self.corpus.documents()
-        if self.limit is not None:
-            documents = (document for document, _ in zip(documents, range(self.limit), strict=False))
         if not self.by_document:
-            yield 0, documents
+            yield 0, islice(documents, self.limit)
             return
-        for index, document in enumerate(documents):
-            yield index, [document]
+        for index, (name, parts) in enumerate(islice(groupby(documents, key=attrgetter("name")), self.limit)):
+            if self.plan.rolling and not self.corpus.tokenized:  # there, a document is tokenized whole
+                yield index, [Document(name, "".join(part.text for part in parts))]
+            else:
+                yield index, parts

@@ -27,6 +27,7 @@ End: TypeAlias = "Callable[[State, list[tuple[Node, int]]], None]"
 
 FILLER = 0
 FILLED = 1 / 32  # of what is read may be filling
+SHORT = 4  # times as many rows as a batch has, of ends that are that much shorter than what is before them
 STATES_BUDGET = 1 << 30  # bytes that the states of a batch may take
 
 
@@ -48,7 +49,7 @@ class Scored:
 class Sharing:
     """Reads requests of one model, block by block; what the last request of a block began with is remembered for the next.
 
-    batch_size  rows side by side at most; 1 for a model that breaks the law `rows`
+    batch_size  whole prompts side by side at most; 1 for a model that breaks the law `rows`
     share       whether a state may be forked and gone on from with several tokens
     carry       whether it may be gone on from token by token
     multiple    that is exact only at multiples of so many tokens
@@ -135,14 +136,18 @@ class Sharing:
         return more > 2 * STEP or filling + more > allowed or 12 * logits > LOGITS_BUDGET
 
     def _rows(self, state: State, branches: list[tuple[Node, int]], leaves: bool) -> int:
-        """How many may stand side by side."""
+        """How many may stand side by side: of ends that are short, more, for they are no more tokens than whole prompts."""
         if state is None:
             alone = self._select is None and (not leaves or (self._end is not None and self.carry))
             return 1 if alone else self.batch_size
         if self._select is None or not branches:
             return 1
         bytes_of_a_row = state_bytes(state) // (1 + max(row for _, row in branches))
-        return max(1, min(self.batch_size, STATES_BUDGET // max(1, bytes_of_a_row)))
+        most = self.batch_size
+        if leaves and self._end is None and most > 1:
+            longest = max(len(node.ids) for node, _ in branches)
+            most *= min(SHORT, (branches[0][0].start + longest) // longest)
+        return max(1, min(most, STATES_BUDGET // max(1, bytes_of_a_row)))
 
     def _read_leaves(self, state: State, batch: list[tuple[Node, int]]) -> None:
         width = len(batch[0][0].ids)

@@ -17,7 +17,7 @@ from itertools import groupby
 
 import numpy as np
 
-STEP = 8  # what a step costs beside the reading itself, in tokens
+STEP = 16  # what a step costs beside the reading itself, in tokens
 
 
 @dataclass(frozen=True)
