@@ -43,7 +43,7 @@ def save_model(folder, *, hidden=512, layers=6):
         max_position_embeddings=2048,
         bos_token_id=0,
         eos_token_id=0,
-        initializer_range=0.1,
+        initializer_range=0.05,
     )
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
 
@@ -79,7 +79,7 @@ def save_data(folder):
                 "ind": place, "activity_label": "Reading the manual", "ctx_a": context, "ctx_b": "it", "ctx": context + " it",
                 "endings": endings[4 * place : 4 * place + 4], "label": str(place % 4),
             }
-            for place, context in enumerate(passages(5, 45, 100))
+            for place, context in enumerate(passages(5, 60, 100))
         ],
     )  # fmt: skip
     for split, count in (("dev", 5), ("test", 60)):

@@ -34,7 +34,7 @@ from pytest_lmeval.statistics import sequential
 from pytest_lmeval.stream import NotFiniteError
 from pytest_lmeval.task import Choices, Generate, Task, TaskError, id_of
 
-LARGEST = 16  # batches in a block
+LARGEST = 16  # batches in a block after the first
 
 Progress = Callable[[int, float, "int | None"], None]
 """Called after each block with the questions answered, those answered right, and the questions expected (None: unknown)."""
@@ -176,11 +176,11 @@ def _asked(
 
 
 def _blocks(questions: Iterator[Asked], batch_size: int, *, grow: bool) -> Iterator[list[Asked]]:
-    """One batch first; then four times as much each time, up to 16 batches."""
+    """One batch first, so that there are answers at once; then many, so that there are some of each length."""
     size = batch_size
     while block := list(islice(questions, size)):
         yield block
-        size = min(size * 4, LARGEST * batch_size) if grow else size
+        size = LARGEST * batch_size if grow else size
 
 
 def _same(known: Example | None, asked: Asked) -> bool:

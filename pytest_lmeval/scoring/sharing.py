@@ -26,7 +26,7 @@ from pytest_lmeval.stream import LOGITS_BUDGET, check_vocabulary, score
 End: TypeAlias = "Callable[[State, list[tuple[Node, int]]], None]"
 
 FILLER = 0
-FILLED = 1 / 32  # of what is read may be filling
+FILLED = 1 / 16  # of a batch may be filling
 SHORT = 4  # times as many rows as a batch has, of ends that are that much shorter than what is before them
 STATES_BUDGET = 1 << 30  # bytes that the states of a batch may take
 
@@ -114,7 +114,7 @@ class Sharing:
             self._visit(*self._read_alike(state, batch, kept), kept)
 
     def _batches(self, branches: list[tuple[Node, int]], state: State, *, filled: bool) -> Iterator[list[tuple[Node, int]]]:
-        """Longest first. Where rows are filled up, it is by no more tokens than FILLED of all that were read so far."""
+        """Longest first. Where rows are filled up, no batch is more filling than FILLED."""
         most = self._rows(state, branches, filled)
         batch: list[tuple[Node, int]] = []
         filling = 0
@@ -131,9 +131,8 @@ class Sharing:
     def _too_full(self, batch: list[tuple[Node, int]], filling: int, more: int) -> bool:
         """Whether the last row of a batch, filled up by `more` tokens, had better stand in the next one."""
         width = len(batch[0][0].ids)
-        allowed = FILLED * (self.tokens + sum(len(node.ids) for node, _ in batch)) - self.filling
         logits = len(batch) * (width - min(_first_wanted(node) for node, _ in batch)) * self.lm.vocab_size
-        return more > 2 * STEP or filling + more > allowed or 12 * logits > LOGITS_BUDGET
+        return filling + more > FILLED * len(batch) * width or 12 * logits > LOGITS_BUDGET
 
     def _rows(self, state: State, branches: list[tuple[Node, int]], leaves: bool) -> int:
         """How many may stand side by side: of ends that are short, more, for they are no more tokens than whole prompts."""
