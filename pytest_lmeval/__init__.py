@@ -14,6 +14,7 @@ _HOMES = {
     "Corpus": "pytest_lmeval.data.corpus",
     "Document": "pytest_lmeval.data.corpus",
     "Codebooks": "pytest_lmeval.lm",
+    "CorpusError": "pytest_lmeval.data.corpus",
     "Generate": "pytest_lmeval.task",
     "LanguageModel": "pytest_lmeval.lm",
     "Metric": "pytest_lmeval.results.metric",

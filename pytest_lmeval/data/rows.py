@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,15 @@ SCHEMES = {"jsonl": ".jsonl", "parquet": ".parquet"}
 TRANSIENT = ("httpx", "httpcore", "requests", "urllib3", "aiohttp", "fsspec", "huggingface_hub")
 ATTEMPTS = 6  # in a row without a single new row; the waits between them add up to about a minute
 
+AGAIN = 300.0  # seconds for which a hub that was not reached is taken to be so still: finding out takes half a minute
+
 Row = dict[str, Any]
+
+
+class _Hub:
+    """When the hub was last found to be out of reach."""
+
+    missed = -inf
 
 
 @dataclass(frozen=True)
@@ -51,12 +60,19 @@ class Rows:
         """The rows, in the dataset's order. Raises CorpusError where they are not there, and where one cannot be read."""
         file = self.file(data_dir)
         number = -1
+        if file is None and (seconds := time.monotonic() - _Hub.missed) < AGAIN:
+            raise CorpusError(
+                f"{self} could not be read: the hub could not be reached {seconds:.0f} seconds ago, and it is tried again after "
+                f"{AGAIN:.0f}. Without a network, point --lmeval-data at a local mirror."
+            )
         try:
             for number, row in enumerate(resilient(lambda done: self._from(file, done))):  # noqa: B007 - told in the error
                 yield row
         except CorpusError:
             raise
         except Exception as error:
+            if file is None and number < 0 and isinstance(error, ConnectionError):
+                _Hub.missed = time.monotonic()
             raise CorpusError(
                 f"{self} could not be read{f' after row {number}' if number >= 0 else ''} "
                 f"({type(error).__name__}: {(str(error) or 'no message').splitlines()[0][:300]}). It is streamed from "

@@ -151,7 +151,7 @@ def groups(records: list[dict[str, Any]]) -> list[Group]:
             lm=record["lm"]["spec"],
             subject=record["subject"],
             verdict=(record["certificate"] or {}).get("verdict", ""),
-            how=_windows(record["settings"]),
+            how=_task(record["settings"]) if record["kind"] == "task" else _windows(record["settings"]),
             outcome=record.get("outcome", ""),
             rows=_rows(record),
         )
@@ -165,6 +165,13 @@ def _windows(settings: dict[str, Any]) -> str:
         return ""
     how = "as lm_eval reads them" if settings.get("rolling") else f"{settings['overlap']:,} of them read again"
     return f"windows of {settings['window']:,} tokens, {how}"
+
+
+def _task(settings: dict[str, Any]) -> str:
+    """What is not as one would expect of a task's answers."""
+    counts = {name: settings.get(name) for name in ("truncated", "moved_borders", "ties", "not_questions", "not_asked")}
+    said = [f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items() if count]
+    return ", ".join([settings["reading"]] * (settings["reading"] != "each beginning once") + said)
 
 
 def _rows(record: dict[str, Any]) -> list[Row]:

@@ -13,7 +13,6 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from pytest_lmeval.stream import NotFiniteError
 from pytest_lmeval.task import Choices, Generate, Task, TaskError, id_of
 
 LARGEST = 16  # batches in a block after the first
+BLOCK = 1 << 16  # tokens of the prompts in a block
 
 Progress = Callable[[int, float, "int | None"], None]
 """Called after each block with the questions answered, those answered right, and the questions expected (None: unknown)."""
@@ -176,11 +176,19 @@ def _asked(
 
 
 def _blocks(questions: Iterator[Asked], batch_size: int, *, grow: bool) -> Iterator[list[Asked]]:
-    """One batch first, so that there are answers at once; then many, so that there are some of each length."""
-    size = batch_size
-    while block := list(islice(questions, size)):
+    """One batch first, so that there are answers at once; then many, so that there are some of each length - but no more than
+    one would care to lose where a run is killed, since a block is kept when it is answered."""
+    block: list[Asked] = []
+    size, tokens = batch_size, 0
+    for asked in questions:
+        block.append(asked)
+        tokens += max(len(request.ids) for request in asked.requests)
+        if len(block) == size or tokens >= BLOCK:
+            yield block
+            block, tokens = [], 0
+            size = LARGEST * batch_size if grow else size
+    if block:
         yield block
-        size = LARGEST * batch_size if grow else size
 
 
 def _same(known: Example | None, asked: Asked) -> bool:
