@@ -42,7 +42,8 @@ OWN = """
         return Choices(f"Is {{row['n']}} even? It is", (" even", " odd"), row["n"] % 2)
 
     PARITY = Task("parity", [{{"n": n}} for n in range(40)], ask)
-    SPEAKS = Task("speaks", [{{"n": n}} for n in range(3)], lambda row: Generate(f"{{row['n']}} is", ("x",), max_tokens=5), ("exact_match",))
+    NUMBERS = [{{"n": n}} for n in range(3)]
+    SPEAKS = Task("speaks", NUMBERS, lambda row: Generate(f"{{row['n']}} is", ("x",), max_tokens=5), ("exact_match",))
     BOTH = Suite("both", (Task("first", [{{"n": n}} for n in range(30)], ask), PARITY))
 """
 
@@ -88,19 +89,12 @@ def test_a_task_is_recorded_with_every_answer_and_shown(project):
     lines = [json.loads(line) for line in (project.path / ".lmeval" / record["examples"]).read_text().splitlines()]
     assert len(lines) == 12
     assert {"id", "prompt", "choices", "loglikelihoods", "prediction", "target", "read", "saved"} <= set(lines[0])
-    assert all(isinstance(json.loads(line)["output"], str) for line in open(project.path / ".lmeval" / spoken["examples"]))
+    lines = (project.path / ".lmeval" / spoken["examples"]).read_text().splitlines()
+    assert all(isinstance(json.loads(line)["output"], str) for line in lines)
     assert "parity" in (project.path / ".lmeval" / "summary.md").read_text()
 
 
-@pytest.mark.parametrize(
-    ("lm", "reading"),
-    [
-        ("tiny:Steps", "whole prompts: exact-step-only"),
-        ("tiny:Whole", "whole prompts: the model has no state to carry"),
-        ("tiny:Mixing", "each beginning once"),
-    ],
-)
-def test_what_is_not_exact_is_not_shared_and_the_answers_are_the_same(project, lm, reading):
+def test_what_is_not_exact_is_not_shared_and_the_answers_are_the_same(project):
     project.makepyfile(
         test_own="""
         from own import PARITY, SPEAKS
@@ -115,9 +109,13 @@ def test_what_is_not_exact_is_not_shared_and_the_answers_are_the_same(project, l
             ]
         """
     )
-    result = run(project, lm=lm)
-    result.assert_outcomes(passed=1)
-    assert {record["settings"]["reading"] for record in records(project)} == {reading}
+    result = run(project, "--lm", "tiny:Whole", "--lm", "tiny:Mixing", lm="tiny:Steps")
+    result.assert_outcomes(passed=3)
+    assert {record["lm"]["spec"]: record["settings"]["reading"] for record in records(project)} == {
+        "tiny:Steps": "whole prompts: exact-step-only",
+        "tiny:Whole": "whole prompts: the model has no state to carry",
+        "tiny:Mixing": "each beginning once",
+    }
 
 
 def test_a_suite_names_all_its_members(project):

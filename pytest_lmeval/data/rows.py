@@ -23,7 +23,7 @@ SCHEMES = {"jsonl": ".jsonl", "parquet": ".parquet"}
 TRANSIENT = ("httpx", "httpcore", "requests", "urllib3", "aiohttp", "fsspec", "huggingface_hub")
 ATTEMPTS = 6  # in a row without a single new row; the waits between them add up to about a minute
 
-AGAIN = 300.0  # seconds for which a hub that was not reached is taken to be so still: finding out takes half a minute
+AGAIN = 300.0  # seconds for which a hub that was not reached is taken to be so still; finding out takes long
 
 Row = dict[str, Any]
 
