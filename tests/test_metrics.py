@@ -373,9 +373,6 @@ def test_all_tasks_ask_for_metrics_that_there_are(style):
 
 
 def test_importing_the_metrics_imports_none_of_their_libraries():
-    script = (
-        "import sys, json, pytest_lmeval.scoring.metrics;"
-        f"print(json.dumps(sorted({set(LIBRARIES)!r} & set(sys.modules))))"
-    )
+    script = f"import sys, json, pytest_lmeval.scoring.metrics;print(json.dumps(sorted({set(LIBRARIES)!r} & set(sys.modules))))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == []

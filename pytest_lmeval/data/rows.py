@@ -23,7 +23,7 @@ SCHEMES = {"jsonl": ".jsonl", "parquet": ".parquet"}
 TRANSIENT = ("httpx", "httpcore", "requests", "urllib3", "aiohttp", "fsspec", "huggingface_hub")
 ATTEMPTS = 6  # in a row without a single new row; the waits between them add up to about a minute
 
-AGAIN = 300.0  # seconds for which a hub that was not reached is taken to be so still; finding out takes long
+AGAIN = 300.0  # seconds until a hub that was out of reach is tried again, since finding that out takes long
 
 Row = dict[str, Any]
 
@@ -62,8 +62,8 @@ class Rows:
         number = -1
         if file is None and (seconds := time.monotonic() - _Hub.missed) < AGAIN:
             raise CorpusError(
-                f"{self} could not be read: the hub could not be reached {seconds:.0f} seconds ago, and it is tried again after "
-                f"{AGAIN:.0f}. Without a network, point --lmeval-data at a local mirror."
+                f"{self} could not be read: the hub could not be reached {seconds:.0f} s ago, and it is tried again after "
+                f"{AGAIN:.0f} s. Without a network, point --lmeval-data at a local mirror."
             )
         try:
             for number, row in enumerate(resilient(lambda done: self._from(file, done))):  # noqa: B007 - told in the error
