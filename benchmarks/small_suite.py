@@ -22,7 +22,7 @@ def passages(seed, words, count):
     return [" ".join(text[start : start + words]) for start in starts]
 
 
-def save_model(folder, *, hidden=512, layers=6):
+def save_model(folder, *, hidden=512, layers=6, vocabulary=None):
     import tokenizers
     import transformers
 
@@ -35,7 +35,7 @@ def save_model(folder, *, hidden=512, layers=6):
     words.save_pretrained(folder)
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=len(words),
+        vocab_size=vocabulary or len(words),
         hidden_size=hidden,
         intermediate_size=3 * hidden,
         num_hidden_layers=layers,

@@ -4,13 +4,18 @@ One model folder, one set of files, float32 on the CPU, batches of 8. Forward op
 processor time is taken by turns, on one thread.
 """
 
+import dataclasses
+import functools
+import subprocess
+import sys
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 
-from pytest_lmeval import Metric, evaluate, load
+from pytest_lmeval import Corpus, Metric, corpus, evaluate, load, perplexity
 from pytest_lmeval.profiling.flops import count_flops
 from pytest_lmeval.scoring.fewshot import Shots
 from pytest_lmeval.scoring.metrics import LM_EVAL_NAMES
@@ -44,14 +49,22 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ours(folders):
-    return load(f"hf:{folders[0]}@fp32", device="cpu")
+    return load_ours(folders[0])
 
 
 @pytest.fixture(scope="module")
 def theirs(folders):
+    return load_theirs(folders[0])
+
+
+def load_ours(folder):
+    return load(f"hf:{folder}@fp32", device="cpu")
+
+
+def load_theirs(folder):
     from lm_eval.models.huggingface import HFLM
 
-    return HFLM(pretrained=str(folders[0]), device="cpu", dtype="float32", batch_size=BATCH)
+    return HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=BATCH)
 
 
 @pytest.fixture(autouse=True)
@@ -62,37 +75,39 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module")
-def harness():
-    """(name, shots, mirror) -> the task of lm_eval over the files of the mirror."""
-    lm_eval = pytest.importorskip("lm_eval")
-    from lm_eval.api.task import ConfigurableTask
+@functools.cache
+def manager():
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager()
+    return TaskManager()
 
-    def build(name, shots, data):
-        task = find(name)
-        asked = str(task.rows.file(data))
-        files = {"train": asked, task.rows.split: asked}  # it opens the training split even where nothing is shown
-        if shots:
-            files["dev"] = str(task.shots.file(data))
-        mirrored = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
-        built = ConfigurableTask(config=manager._factory._load_full_config(manager._index[name], mirrored))
-        built.set_config(key="num_fewshot", value=shots)
-        built.set_fewshot_seed(seed=1234)
-        return built
 
-    def ask(theirs, built):
-        """Log-likelihoods of the choices of each row, and the metrics."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            found = lm_eval.evaluate(theirs, {"asked": built}, bootstrap_iters=0, log_samples=True, verbosity="ERROR")
-        (samples,), (metrics,) = found["samples"].values(), found["results"].values()
-        samples = sorted(samples, key=lambda sample: sample["doc_id"])
-        return [[likelihood for likelihood, _ in sample["filtered_resps"]] for sample in samples], metrics
+def their_task(name, shots, data):
+    """The task of lm_eval over the files of a mirror."""
+    from lm_eval.api.task import ConfigurableTask
 
-    return build, ask
+    task = find(name)
+    asked = str(task.rows.file(data))
+    files = {"train": asked, task.rows.split: asked}  # it opens the training split even where nothing is shown
+    if shots:
+        files["dev"] = str(task.shots.file(data))
+    mirrored = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
+    built = ConfigurableTask(config=manager()._factory._load_full_config(manager()._index[name], mirrored))
+    built.set_config(key="num_fewshot", value=shots)
+    built.set_fewshot_seed(seed=1234)
+    return built
+
+
+def ask_theirs(theirs, built):
+    """Log-likelihoods of the choices of each row, and the metrics."""
+    import lm_eval
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = lm_eval.evaluate(theirs, {"asked": built}, bootstrap_iters=0, log_samples=True, verbosity="ERROR")
+    (samples,), (metrics,) = found["samples"].values(), found["results"].values()
+    samples = sorted(samples, key=lambda sample: sample["doc_id"])
+    return [[likelihood for likelihood, _ in sample["filtered_resps"]] for sample in samples], metrics
 
 
 def ask_ours(ours, name, shots, data):
@@ -137,15 +152,15 @@ def least_operations(ours, name, shots, data):
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_the_same_answers_for_less(lmeval, ours, theirs, harness, folders, name):
-    (shots, times_fewer), data, (build, ask) = TASKS[name], folders[1], harness
-    built = build(name, shots, data)
-    (expected, metrics), their_flops = counted(lambda: ask(theirs, built))
+def test_the_same_answers_for_less(lmeval, ours, theirs, folders, name):
+    (shots, times_fewer), data = TASKS[name], folders[1]
+    built = their_task(name, shots, data)
+    (expected, metrics), their_flops = counted(lambda: ask_theirs(theirs, built))
     found, our_flops = counted(lambda: ask_ours(ours, name, shots, data))
     pairs = list(zip(expected, (example.loglikelihoods for example in found.examples), strict=True))
     worst = max(abs(a - b) for one, other in pairs for a, b in zip(one, other, strict=True))
     alike = sum(max(range(len(a)), key=a.__getitem__) == max(range(len(b)), key=b.__getitem__) for a, b in pairs)
-    seconds = by_turns(lambda: ask(theirs, built), lambda: ask_ours(ours, name, shots, data))
+    seconds = by_turns(lambda: ask_theirs(theirs, built), lambda: ask_ours(ours, name, shots, data))
     least = least_operations(ours, name, shots, data)
     lmeval.record(
         ours,
@@ -163,3 +178,68 @@ def test_the_same_answers_for_less(lmeval, ours, theirs, harness, folders, name)
             assert found.record.metrics[ours_] == pytest.approx(known, abs=1e-12)
     assert their_flops / our_flops >= times_fewer
     assert our_flops / least <= LEAST
+
+
+MEMORY = """
+import resource, sys, torch
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import test_against_lm_eval as page
+torch.set_num_threads(1)
+model, data, name, shots = Path(sys.argv[3]), Path(sys.argv[4]), sys.argv[5], int(sys.argv[6])
+if sys.argv[2] == "ours":
+    lm = page.load_ours(model)
+    work = lambda: page.ask_ours(lm, name, shots, data)
+else:
+    lm, built = page.load_theirs(model), page.their_task(name, shots, data)
+    work = lambda: page.ask_theirs(lm, built)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+work()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.parametrize("name", ["boolq", "mmlu_abstract_algebra"])
+def test_no_more_memory(lmeval, tmp_path, folders, name):
+    """How far the peak of a process grows while it asks, each in a process of its own; 32,000 entries, as vocabularies have."""
+    import small_suite
+
+    small_suite.save_model(tmp_path, hidden=128, layers=4, vocabulary=32_000)
+    shots, grown = TASKS[name][0], {}
+    for who in ("theirs", "ours"):
+        arguments = [str(Path(__file__).parent), who, str(tmp_path), str(folders[1]), name, str(shots)]
+        done = subprocess.run([sys.executable, "-c", MEMORY, *arguments], capture_output=True, text=True, check=True)
+        grown[who] = 1024 * int(done.stdout.split()[-1])
+    lmeval.record(
+        load_ours(tmp_path),
+        f"memory, {name}, {shots}-shot",
+        ours=Metric(grown["ours"], "bytes", higher_is_better=False),
+        lm_eval=Metric(grown["theirs"], "bytes", higher_is_better=False),
+    )
+    assert grown["ours"] <= grown["theirs"]
+
+
+def test_the_first_answer_is_there_after_one_batch(lmeval, ours, folders):
+    """Rows that were read when the first answers came. lm_eval reads all of them, and answers at its end."""
+    after = []
+    rows = list(find("sst2").rows.read(folders[1]))
+    task = dataclasses.replace(find("sst2"), rows=lambda: (after.append("row") or row for row in rows))
+    firsts = []
+    evaluate(ours, task, batch_size=BATCH, progress=lambda *_: firsts.append(len(after)))
+    lmeval.record(ours, "first answers, sst2", rows_read=Metric(firsts[0], n=len(rows), higher_is_better=False))
+    assert firsts[0] == BATCH
+
+
+def test_rolling_perplexity(lmeval, ours, theirs):
+    """Long documents in the windows of lm_eval: the same sum of log-likelihoods for each."""
+    from types import SimpleNamespace
+
+    documents = [document for document, _ in zip(corpus("stdlib", "test").documents(), range(4), strict=False)]
+    expected = theirs.loglikelihood_rolling([SimpleNamespace(args=(document.text,)) for document in documents])
+    worst = 0.0
+    for document, their_sum in zip(documents, expected, strict=True):
+        alone = Corpus(document.name, "test", lambda document=document: iter([document]), as_stream=False)
+        found = perplexity(ours, alone, window="lm_eval")
+        worst = max(worst, abs(float(found.nll) + their_sum / found.tokens))
+    lmeval.record(ours, "rolling, against lm_eval", worst_difference=Metric(worst, "nats/token", higher_is_better=False))
+    assert worst < 1e-4
