@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pytest_lmeval.task import Choices, Generate
+from pytest_lmeval.data.rows import Rows
+from pytest_lmeval.scoring.fewshot import Shots
+from pytest_lmeval.task import Choices, Generate, Task
 from pytest_lmeval.tasks import find, names
 
 VERSION = "0.4.13"
@@ -305,3 +307,15 @@ GOLDEN = {
 def test_prompts_read_as_they_did(name, place):
     """Needs no lm_eval: the comparison above keeps these strings true where it is installed."""
     assert ["".join(parts) for parts in ours(find(name), rows_for(name)[place])] == GOLDEN[name, place]
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_examples_are_drawn_as_lm_eval_draws_them(harness, split):
+    """Question after question from one stream of random numbers; one to spare where the split is not called a test split."""
+    from lm_eval.api.samplers import ContextSampler
+
+    pool = [{"n": n % 17} for n in range(40)]
+    task = Task("drawn", Rows("x/y", split=split), lambda row: Choices("x", ("y",), 0), shots=pool)
+    ours, theirs = Shots(task, 3, "lm_eval"), ContextSampler(pool, rnd=1234)
+    for row in pool[:25]:
+        assert ours._rows(row, "") == list(theirs.sample(3, eval_doc=row if split == "validation" else None))
