@@ -61,7 +61,7 @@ class Tokenizer(Protocol):
 
     It may also have a `name`, and `bos`: an id put before a text so that its first token is scored too. For tasks, `prefix`:
     the ids that stand before every prompt ((bos,) if it has none); and to answer in its own words, `decode(ids) -> text`,
-    with `eos`, the id that ends an answer.
+    with `eos`, the id that ends an answer (`ends`, if there are several).
     """
 
     def encode(self, text: str) -> tuple[Any, Any]:

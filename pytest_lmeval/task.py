@@ -12,9 +12,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import operator
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from numbers import Integral, Real
+from typing import Any, TypeAlias
 
 from pytest_lmeval.data.rows import Row, Rows
 
@@ -41,11 +45,14 @@ class Choices:
     texts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        _refuse_prompt(self.prompt)
         for name in ("choices", "texts"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            object.__setattr__(self, name, _texts(name, getattr(self, name)))
+        several = isinstance(self.answer, tuple)
+        object.__setattr__(self, "answer", tuple(map(_whole, self.answers)) if several else _whole(self.answer))
         if self.texts and len(self.texts) != len(self.choices):
             raise TaskError(f"{len(self.texts)} texts for {len(self.choices)} choices: there is one for each, or none.")
-        if not self.choices or not all(isinstance(choice, str) and choice for choice in self.choices):
+        if not self.choices or not all(self.choices):
             raise TaskError(f"choices {list(self.choices)!r}: a question has at least one, and each has text to be scored.")
         for answer in self.answers:
             if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(self.choices):
@@ -87,17 +94,17 @@ class Generate:
     group: str | None = None
 
     def __post_init__(self) -> None:
+        _refuse_prompt(self.prompt)
         for name in ("answers", "stop"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        if not all(isinstance(text, str) for text in self.answers):
-            raise TaskError(f"answers {self.answers!r}: each is a text.")
-        if not all(isinstance(text, str) and text for text in self.stop):
+            object.__setattr__(self, name, _texts(name, getattr(self, name)))
+        if not all(self.stop):
             raise TaskError(f"stop {self.stop!r}: an empty text would end every answer before it began.")
-        if self.max_tokens < 1 or self.temperature < 0:
-            raise TaskError(
-                f"max_tokens is {self.max_tokens} and temperature {self.temperature}: an answer has at least one token, and a "
-                "temperature is 0 or more."
-            )
+        for name in ("max_tokens", "temperature"):
+            object.__setattr__(self, name, _whole(getattr(self, name)))
+        if not _is_number(self.max_tokens, Integral) or self.max_tokens < 1:
+            raise TaskError(f"max_tokens is {self.max_tokens!r}: an answer has at least one token, and a whole number of them.")
+        if not _is_number(self.temperature, Real) or not 0 <= self.temperature < math.inf:
+            raise TaskError(f"temperature is {self.temperature!r}: a temperature is a finite number, 0 or more.")
 
     @property
     def solution(self) -> str:
@@ -141,6 +148,23 @@ class Task:
     style: str = "own"
     version: int = 1
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "metrics", _texts("metrics", self.metrics))
+        if not self.metrics:
+            raise TaskError(f"{self} has no metrics, so that nothing could be told of its answers. Give it one: ('accuracy',).")
+        if self.take not in ("draw", "first"):
+            raise TaskError(f'{self}: take is {self.take!r}. Examples are drawn ("draw"), or the first ones shown ("first").')
+        if self.threshold is None:
+            return
+        if not _is_number(self.threshold, Real) or not 0 < self.threshold < 1:
+            raise TaskError(f"{self}: threshold is {self.threshold!r}, and a rate is compared with a number between 0 and 1.")
+        if self.judge is None or "rate" not in self.metrics:
+            raise TaskError(
+                f"{self}: a threshold is compared with the rate of answers that were judged True, and there is "
+                + ("no judge." if self.judge is None else f"no metric 'rate' among {', '.join(self.metrics)}.")
+                + " Give the task a judge and the metric 'rate', or no threshold."
+            )
+
     def __str__(self) -> str:
         return self.name
 
@@ -153,7 +177,63 @@ class Suite:
     tasks: tuple[Task, ...]
     weighted: bool = False
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tasks", _several("tasks", self.tasks))
+        if not self.tasks or not all(isinstance(task, Task) for task in self.tasks):
+            raise TaskError(
+                f"the suite {self.name} has tasks {list(map(str, self.tasks))}: it has at least one, and each is a Task (see "
+                "`tasks.find`)."
+            )
+        if twice := [name for name, times in Counter(map(str, self.tasks)).items() if times > 1]:
+            raise TaskError(
+                f"the suite {self.name} has several tasks called {' and '.join(twice)}. Its results are kept by name, so that "
+                "one would take the place of the other: give each a name of its own."
+            )
+        if "average" in map(str, self.tasks):
+            raise TaskError(f"a task of the suite {self.name} is called 'average', as its average is. Give it another name.")
+
 
 def id_of(row: Row) -> str:
     """Sixteen hex digits of a row's content: what it is called in files, and what its draws depend on."""
-    return hashlib.sha256(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode()).hexdigest()[:16]
+    content = json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(content.encode(errors="surrogatepass")).hexdigest()[:16]
+
+
+def _several(name: str, value: Any) -> tuple[Any, ...]:
+    """The values as a tuple. A single text is one of letters to Python, and never meant so."""
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        one = repr(value) if isinstance(value, str) else str(value)  # of a task its name, and not its rows
+        raise TaskError(f"{name} is {one}, where several may stand. Write a tuple, with a comma if it is one: ({one},)")
+    return tuple(value)
+
+
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    texts = _several(name, value)
+    for text in texts:
+        _refuse_text(f"{name} {texts!r}: each is a text, and one", text)
+    return texts
+
+
+def _refuse_prompt(prompt: Any) -> None:
+    _refuse_text("the prompt is a text, and this one", prompt)
+
+
+def _refuse_text(what: str, text: Any) -> None:
+    if not isinstance(text, str):
+        raise TaskError(f"{what} is {text!r}, of type {type(text).__name__}.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TaskError(
+            f"{what} has half a character, {text[error.start]!r} at {error.start}, which no tokenizer can read. Mend or leave "
+            "out its row: such halves are left where a text was cut, or decoded wrongly."
+        ) from None
+
+
+def _whole(value: Any) -> Any:
+    """Whole numbers of numpy as Python's own; whatever else there is, as it is."""
+    return operator.index(value) if _is_number(value, Integral) else value
+
+
+def _is_number(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)

@@ -97,7 +97,7 @@ class Lmeval:
         settings: dict[str, Any] = {
             "chunk_size": exact_chunk_size(model, certificate, chunk_size, window),
             "tokens": tokens or self._session.tokens,
-            "limit": limit or self._session.limit,
+            "limit": self._session.limit if limit is None else limit,
             "as_stream": as_stream,
             "window": window,
             "overlap": overlap,
@@ -143,8 +143,7 @@ class Lmeval:
 
         What questions have in common is read once, as far as the laws that the model was probed for allow it.
         """
-        from pytest_lmeval.scoring.answers import AnswerFile
-        from pytest_lmeval.scoring.evaluate import TaskResult, evaluate
+        from pytest_lmeval.scoring.evaluate import evaluate
         from pytest_lmeval.tasks import find
 
         model = self._model(lm)
@@ -154,18 +153,15 @@ class Lmeval:
             model = replace(model, context_length=certificate.limit_tokens)
         settings: dict[str, Any] = {
             "shots": shots,
-            "limit": limit or self._session.limit,
+            "limit": self._session.limit if limit is None else limit,
             "batch_size": batch_size,
             "fewshot": fewshot,
             "truncate": truncate,
             "seed": seed,
         }
-        rows = [self._rows(task.rows), self._rows(task.shots) if shots else ""]
-        key = self._key("task", model, settings, [task.name, task.style, task.version, rows, tokenizer_fingerprint(model)])
+        key = self._key("task", model, settings, [task.name, task.style, self._rows(task.rows), tokenizer_fingerprint(model)])
         written = self._file("examples.jsonl")
-        if "" not in rows[:1] and (finished := self._finished(key)) is not None:
-            answers = AnswerFile(self._session.folder / (finished.examples or written)).read()
-            return TaskResult(finished, tuple(answers.values()), len(answers))
+        finished = self._session.journal.get(key) or {}  # of an interrupted run: its answers, if the questions are the same
         with self._session.progress(f"{model.spec} answers {task.name}", unit="questions") as progress:
             result = evaluate(
                 model,
@@ -174,6 +170,7 @@ class Lmeval:
                 data_dir=self._session.mirror,
                 examples=self._session.folder / written,
                 partial=self._session.folder / "partial" / f"{key}.jsonl",
+                known=self._session.folder / finished["examples"] if finished.get("examples") else None,
                 certificate=certificate.to_json(),
                 progress=progress,
             )
@@ -198,7 +195,7 @@ class Lmeval:
                 results[task.name] = self.task(lm, task, shots, **options)
             except EXPECTED as error:
                 failed[task.name] = str(error)
-        record = replace(suite_record(suite, shots, results, failed), test=self._log.test)
+        record = replace(suite_record(suite, shots, facts(self._model(lm)), results, failed), test=self._log.test)
         self._log.records.append(record)
         refuse_failed(suite, failed)
         return SuiteResult(record, results)
@@ -209,7 +206,7 @@ class Lmeval:
 
         if isinstance(rows, Rows):
             return rows.fingerprint(self._session.mirror)
-        return "" if callable(rows) else key_of(rows=list(rows))
+        return key_of(rows=rows) if isinstance(rows, list | tuple) else ""
 
     @verb
     def equivalence(self, lm: Any, **options: Any) -> EquivalenceResult:

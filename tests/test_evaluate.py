@@ -301,12 +301,29 @@ def test_answers_are_kept_and_not_asked_for_again(tmp_path):
     assert AnswerFile(tmp_path / "examples.jsonl").read() == {example.number: example for example in result.examples}
 
 
-def test_answers_to_other_questions_are_not_taken(tmp_path):
+def other_label(row):
+    return Choices(ask(row).prompt, ask(row).choices, 1 - row["right"])
+
+
+@pytest.mark.parametrize(
+    ("lm", "changes"), [(model(seed=1), {}), (LM, {"ask": other_label}), (LM, {"description": "Other words.\n"})]
+)
+def test_answers_of_another_model_or_to_another_question_are_not_taken(tmp_path, lm, changes):
     AnswerFile(tmp_path / "p").append(evaluate(LM, TASK, limit=9).examples)
-    other = dataclasses.replace(TASK, description="Other words.\n")
-    result = evaluate(LM, other, partial=tmp_path / "p")
+    task = dataclasses.replace(TASK, **changes)
+    result = evaluate(lm, task, partial=tmp_path / "p")
     assert result.resumed == 0
-    assert outcome(result) == outcome(evaluate(LM, other))
+    assert outcome(result) == outcome(evaluate(lm, task))
+    assert [example.right for example in result.examples] == [(ask_.answer,) for ask_ in map(task.ask, SUMS)]
+
+
+def test_answers_given_at_another_length_are_not_taken(tmp_path):
+    short, long = spoken(max_tokens=3), spoken(max_tokens=9)
+    AnswerFile(tmp_path / "p").append(evaluate(DEMO, short).examples)
+    assert evaluate(DEMO, long, partial=tmp_path / "p").resumed == 0
+    assert evaluate(DEMO, short, known=tmp_path / "p").resumed == 0  # it was kept for the other one, and that is done
+    AnswerFile(tmp_path / "p").append(evaluate(DEMO, short).examples)
+    assert evaluate(DEMO, short, known=tmp_path / "p").resumed == len(PROMPTS)
 
 
 # ----------------------------------------------------------------------------------------- own words
@@ -332,9 +349,10 @@ def test_what_a_row_says_depends_on_no_neighbour_and_not_on_how_it_is_read(tempe
             {"batch_size": 4},
             {"share": False},
             {"share": False, "carry": False, "batch_size": 3},
+            {"carry": False, "batch_size": 3},
         )
     ]
-    assert said[1:] == said[:1] * 3
+    assert said[1:] == said[:1] * 4
     assert said[0][2] == said[0][4] or temperature
     assert set(map(len, said[0].values())) <= set(range(1, 21))
 
@@ -382,7 +400,7 @@ def test_a_rate_that_is_certain_ends_the_asking():
     assert counts["not_asked"] == 400 - counts["questions"]
     assert result.rate.low > 0.05
     assert {len(example.output) for example in result.examples} == {1}
-    unsure = evaluate(DEMO, dataclasses.replace(task, rows=rows[:16], threshold=float(result.rate)), batch_size=8)
+    unsure = evaluate(DEMO, dataclasses.replace(task, rows=rows[:16], threshold=0.95), batch_size=8)
     assert "rate_is" not in unsure.record.settings
     assert unsure.record.settings["questions"] == 16
 
@@ -404,3 +422,79 @@ def test_logits_that_are_no_numbers_name_the_row():
 
     with pytest.raises(NotFiniteError, match=f"of row {id_of({'text': PROMPTS[0]})}"):
         evaluate(as_model(Breaks(vocab=256)), spoken(), batch_size=1)
+
+
+@pytest.mark.parametrize(
+    ("judge", "message"),
+    [(lambda text: 1, "the judge said 1 of row"), (lambda text: 1 / 0, "the judge raised ZeroDivisionError: .* on row")],
+)
+def test_a_judge_that_is_none_names_the_row(judge, message):
+    task = dataclasses.replace(spoken(max_tokens=3), judge=judge, metrics=("rate",))
+    with pytest.raises(TaskError, match=message):
+        evaluate(DEMO, task)
+
+
+def test_what_answers_begin_with_is_read_once_in_all_batches():
+    rows = [{"text": f"{'Return the value of it. ' * 20}{number} is "} for number in range(40)]
+    task = Task("long", rows, lambda row: Generate(row["text"], ("x",), max_tokens=4), ("exact_match",))
+    result = evaluate(DEMO, task, batch_size=8)
+    assert result.record.settings["tokens_read"] < 480 + 40 * 16
+    assert result.record.settings["generation"] == ["at most 4 tokens, temperature 0, until ['\\n']"]
+
+
+def test_prompts_of_very_different_lengths_take_few_steps():
+    class Counted(Functional):
+        steps = 0
+
+        def forward(self, input_ids, state=None):
+            self.steps += 1
+            return super().forward(input_ids, state)
+
+    lm = as_model(Counted(vocab=256))
+    task = Task("odd", [{"n": 5}, {"n": 900}], lambda row: Generate("x" * row["n"], ("y",), max_tokens=6), ("exact_match",))
+    evaluate(lm, dataclasses.replace(task, rows=[{"n": 5}]))
+    lm.module.steps = 0
+    result = evaluate(lm, task)
+    assert lm.module.steps < 30
+    alone = [evaluate(lm, dataclasses.replace(task, rows=[row])).examples[0].output for row in task.rows]
+    assert [example.output for example in result.examples] == alone
+
+
+def test_a_metric_that_does_not_fit_is_refused_after_the_first_block():
+    asked = []
+
+    def once(row):
+        asked.append(row)
+        return ask(row)
+
+    with pytest.raises(TaskError, match="rate is computed from an output to be judged"):
+        evaluate(LM, dataclasses.replace(TASK, ask=once, metrics=("rate",)), batch_size=4)
+    assert len(asked) == 4
+
+
+def test_a_limit_reads_no_further_row():
+    def rows():
+        yield from SUMS[:3]
+        raise AssertionError("the fourth row was asked for")
+
+    assert len(evaluate(LM, dataclasses.replace(TASK, rows=rows), limit=3, batch_size=8).examples) == 3
+
+
+def test_questions_of_groups_have_no_rate_that_may_be_looked_at_at_any_time():
+    task = Task(
+        "grouped", [{"n": n} for n in range(9)], lambda row: Generate(f"{row['n']}", (), max_tokens=2, group="g"), ("rate",),
+        judge=lambda text: True, threshold=0.5,
+    )  # fmt: skip
+    with pytest.raises(TaskError, match="answers of one group"):
+        evaluate(DEMO, task)
+
+
+def test_a_step_that_is_too_long_is_read_in_parts():
+    class Short(Functional):
+        def forward(self, input_ids, state=None):
+            assert input_ids.shape[1] <= 8
+            return super().forward(input_ids, state)
+
+    found = evaluate(as_model(Short(vocab=256)), TASK, limit=6, longest=8)
+    for example, expected in zip(found.examples, evaluate(LM, TASK, limit=6).examples, strict=True):
+        np.testing.assert_allclose(example.loglikelihoods, expected.loglikelihoods, atol=1e-4)

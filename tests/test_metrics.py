@@ -30,6 +30,7 @@ def chosen(number, loglikelihoods, right, group=None, choices=(" no", " yes", " 
         id=f"{number:016x}",
         number=number,
         prompt="",
+        asked="",
         group=group,
         choices=choices[: len(loglikelihoods)],
         right=right if isinstance(right, tuple) else (right,),
@@ -44,7 +45,7 @@ def predicting(label, prediction, number, k=2, group=None):
 
 
 def said(output, *targets, number=0, group=None, judged=None):
-    return Example(f"{number:016x}", number, "", group, output=output, targets=targets, judged=judged)
+    return Example(f"{number:016x}", number, "", "", group, output=output, targets=targets, judged=judged)
 
 
 def many(pairs, k=2, groups=None):
@@ -147,7 +148,7 @@ def test_texts_are_compared_as_torchmetrics_compares_them():
     assert value_of("squad_f1", TEXTS) == pytest.approx((1 + 2 / 3) / 4)
 
 
-@pytest.mark.parametrize("targets", [(), ("unanswerable", ""), ("",)])
+@pytest.mark.parametrize("targets", [("unanswerable", ""), ("",)])
 @pytest.mark.parametrize(("output", "right"), [("", 1), (" Unanswerable.", 1), ("it is unanswerable", 0), ("cat", 0)])
 def test_that_there_is_no_answer_is_said_or_not(targets, output, right):
     found = compute(OF_TEXTS, [said(output, *targets)])
@@ -160,7 +161,7 @@ def test_to_say_that_there_is_no_answer_is_wrong_where_there_is_one(output):
 
 
 def test_parts_are_of_their_own_questions_and_left_out_where_there_are_none():
-    found = compute(OF_TEXTS, [*TEXTS, said("", number=9)])
+    found = compute(OF_TEXTS, [*TEXTS, said("", "unanswerable", "", number=9)])
     assert [found[name].n for name in OF_TEXTS] == [5, 5, 4, 4, 1]
     assert found["has_answer_f1"] == compute(["squad_f1"], TEXTS)["squad_f1"]
     assert list(compute(OF_TEXTS, TEXTS)) == OF_TEXTS[:4]
@@ -354,6 +355,8 @@ def test_a_missing_library_is_refused_before_anything_is_scored(monkeypatch, nam
         ("f1", chosen(0, [-1.0, -2.0, -3.0], 0), "two choices, one of them right, .* has 3 choices"),
         ("matthews", chosen(0, [-1.0, -2.0], (0, 1)), r"one right choice, .* right are \[0, 1\]"),
         ("bleu", said("yes"), "bleu is computed from targets to compare with"),
+        ("exact_match", said("yes"), "exact_match is computed from targets to compare with"),
+        ("squad_f1", said(""), "squad_f1 is computed from targets to compare with"),
         ("rate", chosen(0, [-1.0, -2.0], 0), "rate is computed from an output to be judged"),
     ],
 )

@@ -202,6 +202,26 @@ def test_whether_a_state_can_be_divided_is_tried_not_believed(kind, divisible):
     assert (selection(as_model(kind())) is not None) == divisible
 
 
+def test_a_state_that_has_other_tensors_later_is_not_divided():
+    class Levels(Functional):
+        """Keeps one tensor more for each call."""
+
+        def forward(self, input_ids, state=None):
+            logits, hidden = super().forward(input_ids, None if state is None else state[0])
+            return logits, (hidden, *(() if state is None else state[1:]), hidden.clone())
+
+    assert selection(as_model(Levels())) is None
+
+
+def test_low_precision_does_not_hide_that_one_row_is_taken_for_another(monkeypatch):
+    from pytest_lmeval.scoring import batch
+
+    assert selection(load("zoo:lstm@bf16")) is not None
+    real = batch._selected
+    monkeypatch.setattr(batch, "_selected", lambda state, rows, axes: real(state, [1] * len(rows), axes))
+    assert selection(load("zoo:lstm@bf16")) is None
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=6))
 def test_rows_taken_from_a_state_go_on_as_they_do_alone(rows):

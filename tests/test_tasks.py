@@ -179,6 +179,18 @@ def test_a_question_without_an_answer_is_answered_by_saying_so():
     assert question.prompt + question.solution == "Title: t\n\nBackground: c\n\nQuestion: q\n\nAnswer: unanswerable"
 
 
+def test_a_question_of_squad_without_an_answer_is_refused():
+    row = {"title": "t", "context": "c", "question": "q", "answers": {"text": [], "answer_start": []}}
+    with pytest.raises(TaskError, match=r"there is no answer, .* asked by the task squadv2"):
+        find("squad").ask(row)
+
+
+@pytest.mark.parametrize("label", [0, "0", 1, "1"])
+def test_a_label_of_hellaswag_may_be_a_text_or_a_number(label):
+    row = {"activity_label": "A", "ctx_a": "b", "ctx_b": "", "endings": ["c", "d"], "label": label}
+    assert find("hellaswag").ask(row).answers == (int(label),)
+
+
 def test_the_word_of_lambada_is_the_only_choice():
     question = find("lambada_openai").ask({"text": "It was only a dream"})
     assert (question.prompt, question.choices, question.answers) == ("It was only a", (" dream",), (0,))

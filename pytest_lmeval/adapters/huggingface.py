@@ -78,6 +78,8 @@ def adapt(module: nn.Module, *, spec: str, tokenizer: Any = None) -> Model:
     if hasattr(tokenizer, "bos_token_id"):
         tokenizer = Words(tokenizer, spec)
     first_token = torch.zeros(1, 1, dtype=torch.long, device=next(module.parameters()).device)
+    if isinstance(tokenizer, Words):
+        tokenizer.ends = _ends(module, tokenizer.eos)
     form, state = "transformers", None
     try:
         logits, state = _asked(advance_with_cache(module), first_token)
@@ -104,6 +106,13 @@ def adapt(module: nn.Module, *, spec: str, tokenizer: Any = None) -> Model:
         context_length=_context_length(text_config),
         borders=tuple(sorted({n for name in BORDERS if isinstance(n := getattr(text_config, name, None), int) and n > 1})),
     )
+
+
+def _ends(module: nn.Module, eos: int | None) -> tuple[int, ...]:
+    """The ids that end an answer: the tokenizer's own, and those that the model's settings for generation name."""
+    named = getattr(getattr(module, "generation_config", None), "eos_token_id", None)
+    listed = list(named) if isinstance(named, list | tuple) else [named]
+    return tuple(dict.fromkeys(end for end in (eos, *listed) if isinstance(end, int)))
 
 
 def _context_length(config: Any) -> int | None:
@@ -168,6 +177,7 @@ class Words:
 
     def __init__(self, tokenizer: Any, name: str) -> None:
         self.tokenizer, self.name, self.bos, self.eos = tokenizer, name, tokenizer.bos_token_id, tokenizer.eos_token_id
+        self.ends: tuple[int, ...] = () if self.eos is None else (self.eos,)
 
     @functools.cached_property
     def prefix(self) -> tuple[int, ...]:

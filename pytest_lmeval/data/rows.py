@@ -57,7 +57,14 @@ class Rows:
         return replace(self, split=split)
 
     def read(self, data_dir: str | Path | None = None) -> Iterator[Row]:
-        """The rows, in the dataset's order. Raises CorpusError where they are not there, and where one cannot be read."""
+        """The rows, in the dataset's order; a field that is null is left out of its row.
+
+        A file of JSON lines whose lines have not the same fields is read with null for those that a line lacks, so null and
+        missing cannot be told apart, and a text that is put together would hold the word "None". `row["field"]` raises
+        KeyError for either, `row.get("field")` is None.
+
+        Raises CorpusError where the rows are not there, and where one cannot be read.
+        """
         file = self.file(data_dir)
         number = -1
         if file is None and (seconds := time.monotonic() - _Hub.missed) < AGAIN:
@@ -67,7 +74,7 @@ class Rows:
             )
         try:
             for number, row in enumerate(resilient(lambda done: self._from(file, done))):  # noqa: B007 - told in the error
-                yield row
+                yield {name: value for name, value in row.items() if value is not None}
         except CorpusError:
             raise
         except Exception as error:

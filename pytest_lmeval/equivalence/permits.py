@@ -29,8 +29,14 @@ def how_to_share(lm: Model, certificate: Any, batch_size: int) -> dict[str, Any]
     multiple = multiple_of(verdict)
     share = lm.stateful and not broken & {"fork", "prefix"} and (not broken & {"splits", "steps"} or multiple is not None)
     carry = lm.stateful and not broken & {"fork", "prefix", "steps"} and multiple is None
+    longest = certificate.limit_tokens if certificate.limit_is_step else None
+    if longest is not None and not share:
+        raise Refused(
+            f"{lm.spec} reads at most {longest} tokens at once, and is {verdict}:\n{certificate.why_not()}\nA longer prompt "
+            "cannot be read in one step, and would be wrong in several."
+        )
     why = "" if share and multiple is None else verdict if lm.stateful else "the model has no state to carry"
-    return {"batch_size": rows, "share": share, "carry": carry, "multiple": multiple or 1, "why": why}
+    return {"batch_size": rows, "share": share, "carry": carry, "multiple": multiple or 1, "longest": longest, "why": why}
 
 
 def exact_chunk_size(lm: Model, certificate: Any, asked: int | None, window: int | str | None) -> int | None:

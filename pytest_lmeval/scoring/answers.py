@@ -26,7 +26,7 @@ class AnswerFile:
             try:
                 example = Example.from_json(json.loads(line))
                 found[example.number] = example
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, AttributeError) as error:
                 warn(f"{self.path}, line {number} is broken ({type(error).__name__}); that question is asked again.")
         return found
 

@@ -24,6 +24,7 @@ Path: TypeAlias = "tuple[str, ...]"
 
 TRIED = 5  # tokens read before a state is divided
 ROUNDING = 64  # units in the last place of the largest logit by which a row may differ that is read beside others
+ALIKE = 8  # times less than two rows differ: low precision must not hide that one is taken for the other
 
 
 def selection(lm: Model) -> Select | None:
@@ -43,6 +44,11 @@ def _found(lm: Model) -> Select | None:
             (_, two), (_, three) = (lm.step(ids[:rows, :TRIED]) for rows in (2, 3))
             if (axes := _axes(two, three)) is None:
                 return None
+            _, state = lm.step(ids[:, :1])  # in another number of steps, and to another length
+            for length in (1, 40):
+                _, state = lm.step(lm.random_ids(3, length, seed=length), state)
+                if {path for path, part in _leaves(state) if isinstance(part, Tensor)} != set(axes):
+                    return None  # it has other tensors by then, whose rows are not known
 
             def select(state: State, rows: Sequence[int]) -> State:
                 return _selected(state, rows, axes)
@@ -91,7 +97,8 @@ def _goes_on(lm: Model, ids: Tensor, select: Select) -> bool:
     alone = torch.cat([_steps(lm, ids[row : row + 1, TRIED:], lm.step(ids[row : row + 1, :TRIED])[1]) for row in order])
     allowed = ROUNDING * torch.finfo(alone.dtype).eps * float(alone.abs().max())
     untouched = all(torch.equal(tensor, was) for tensor, was in zip(_tensors(state), before, strict=True))
-    return untouched and bool(torch.isfinite(alone).all()) and float((there - alone).abs().max()) <= allowed
+    error, apart = float((there - alone).abs().max()), float((alone[0] - alone[1]).abs().max())  # rows 2 and 0
+    return untouched and bool(torch.isfinite(alone).all()) and error <= min(allowed, apart / ALIKE)
 
 
 def _steps(lm: Model, ids: Tensor, state: State) -> Tensor:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from pytest_lmeval.data.rows import Rows
 from pytest_lmeval.identity import facts
 from pytest_lmeval.lm import Model
 from pytest_lmeval.results.metric import Metric
@@ -68,6 +69,8 @@ class Run:
     file: AnswerFile
     examples: list[Example] = field(default_factory=list)
     resumed: int = 0
+    right: int = 0
+    generation: set[str] = field(default_factory=set)
     no_question: int = 0
     verdict: str | None = None
 
@@ -84,11 +87,13 @@ def evaluate(
     share: bool = True,
     carry: bool = True,
     multiple: int = 1,
+    longest: int | None = None,
     why: str = "",
     seed: int = 0,
     data_dir: str | Path | None = None,
     examples: str | Path | None = None,
     partial: str | Path | None = None,
+    known: str | Path | None = None,
     certificate: dict[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> TaskResult:
@@ -99,9 +104,10 @@ def evaluate(
     truncate  "left" takes away what does not fit the model's context, and counts it; "refuse" is an error
     share     read what questions have in common once, from a forked state; False where the model is not exact then
     carry     generate token by token with the state carried; False reads everything anew for each token
-    multiple  of tokens at which its state can be gone on from; `why` it is so, for the record
+    multiple  of tokens at which its state can be gone on from; `longest` step that it takes; `why` it is so, for the record
     examples  write each answer to this file of JSON lines
-    partial   keep answers here until all are there, and take them from here if they are the same questions
+    partial   keep answers here until all are there
+    known     take answers from this file, too, where model and question are the very same; and from `partial`
 
     Raises TaskError for a row that cannot be asked, CorpusError for one that cannot be read, NotFiniteError for a likelihood
     that is no number; all name the row, and keep what was answered before.
@@ -110,17 +116,22 @@ def evaluate(
         raise TaskError(f"batch_size is {batch_size} and limit {limit}: a batch, and a task, has at least one question.")
     metrics.check(task.metrics, task.name)
     began = time.perf_counter()
-    run = Run(Sharing(lm, batch_size, share, carry, multiple), AnswerFile(partial))
-    questions = _asked(lm, task, Shots(task, shots, fewshot, data_dir=data_dir, seed=seed), truncate, limit, run, data_dir)
-    known, expected = run.file.read(), _expected(task, limit)
+    run = Run(Sharing(lm, batch_size, share, carry, multiple, longest), AnswerFile(partial))
+    encoder = Encoder(lm, task, truncate, seed)
+    questions = _asked(encoder, Shots(task, shots, fewshot, data_dir=data_dir, seed=seed), limit, run, data_dir)
+    found, expected = {**AnswerFile(known).read(), **run.file.read()}, _expected(task, limit)
     for block in _blocks(questions, batch_size, grow=task.threshold is None):
-        fresh = [asked for asked in block if not _same(known.get(asked.number), asked)]
+        fresh = [asked for asked in block if (known_ := found.get(asked.number)) is None or known_.asked != asked.asked]
         run.resumed += len(block) - len(fresh)
-        answered = {example.number: example for example in (*known.values(), *_answers(run, task, fresh, seed))}
-        run.file.append([answered[asked.number] for asked in fresh])
-        run.examples += [answered[asked.number] for asked in block]
+        found |= {example.number: example for example in _answers(run, task, fresh, seed)}
+        run.file.append([found[asked.number] for asked in fresh])
+        answered = [found[asked.number] for asked in block]
+        if not run.examples:
+            metrics.check_examples(task.metrics, answered)  # now, not after the last question
+        run.examples += answered
+        run.right += sum(_is_right(example) for example in answered)
         if progress is not None:
-            progress(len(run.examples), float(sum(_is_right(example) for example in run.examples)), expected)
+            progress(len(run.examples), float(run.right), expected)
         if task.threshold is not None and (verdict := _certain(task.threshold, run.examples)):
             run.verdict = verdict
             break
@@ -129,7 +140,7 @@ def evaluate(
     settings = {
         "style": task.style,
         "version": task.version,
-        "rows": str(task.rows) if not isinstance(task.rows, list | tuple) else f"{len(task.rows)} rows",
+        "rows": _named(task.rows),
         "shots": shots,
         "fewshot": task.take if task.take == "first" else fewshot,
         "limit": limit,
@@ -137,14 +148,14 @@ def evaluate(
         "seed": seed,
         "truncate": truncate,
         "reading": ("each beginning once" if run.sharing.share else "whole prompts") + (f": {why}" if why else ""),
-        **_counts(run, expected),
+        **_counts(run, None if run.verdict is None else _all(task, limit, data_dir)),
     }
     record = Record(
         kind="task",
         subject=f"{task.name}, {shots}-shot" + ("" if task.style in ("lm_eval", "own") else f", {task.style}"),
         lm=facts(lm),
         settings=settings,
-        metrics=_metrics(task, run.examples, seed),
+        metrics=_metrics(task, run, seed),
         cost={
             "seconds": time.perf_counter() - began,
             "tokens": sum(example.read for example in run.examples),
@@ -157,22 +168,19 @@ def evaluate(
     return TaskResult(record, tuple(run.examples), run.resumed)
 
 
-def _asked(
-    lm: Model, task: Task, shots: Shots, truncate: Truncate, limit: int | None, run: Run, data_dir: str | Path | None
-) -> Iterator[Asked]:
+def _asked(encoder: Encoder, shots: Shots, limit: int | None, run: Run, data_dir: str | Path | None) -> Iterator[Asked]:
     """The questions as the model reads them, each made when it is needed."""
-    encoder = Encoder(lm, task, truncate)
     asked = 0
-    for number, row in enumerate(rows_of(task.rows, data_dir)):
-        if asked == limit:
-            return
-        question = question_of(task, row, f"row {number}")
+    for number, row in enumerate(rows_of(encoder.task.rows, data_dir)):
+        question = question_of(encoder.task, row, f"row {number}")
         if question is None:
             run.no_question += 1
             continue
         own = id_of(row)
         yield encoder.encode(question, shots.of(row, own), id=own, number=number)
         asked += 1
+        if asked == limit:
+            return
 
 
 def _blocks(questions: Iterator[Asked], batch_size: int, *, grow: bool) -> Iterator[list[Asked]]:
@@ -191,18 +199,10 @@ def _blocks(questions: Iterator[Asked], batch_size: int, *, grow: bool) -> Itera
         yield block
 
 
-def _same(known: Example | None, asked: Asked) -> bool:
-    """Whether an answer that was found is one to this very question."""
-    if known is None or (known.id, known.prompt) != (asked.id, asked.prompt):
-        return False
-    question = asked.question
-    return known.choices == (question.choices if isinstance(question, Choices) else ())
-
-
 def _answers(run: Run, task: Task, block: Sequence[Asked], seed: int) -> list[Example]:
     chosen = [asked for asked in block if isinstance(asked.question, Choices)]
     spoken = [asked for asked in block if isinstance(asked.question, Generate)]
-    scored = run.sharing.score([request for asked in chosen for request in asked.requests])
+    scored = run.sharing.score([request for asked in chosen for request in asked.requests]) if chosen else []
     found, at = [], 0
     for asked in chosen:
         found.append(_chosen(asked, scored[at : at + len(asked.requests)], run.sharing.lm))
@@ -212,6 +212,8 @@ def _answers(run: Run, task: Task, block: Sequence[Asked], seed: int) -> list[Ex
         names = [asked.id for asked in spoken]
         answers = generate(run.sharing, prompts, questions, names, judge=task.judge, seed=seed)
         for asked, answer in zip(spoken, answers, strict=True):
+            way = answer.question
+            run.generation.add(f"at most {way.max_tokens} tokens, temperature {way.temperature:g}, until {list(way.stop)!r}")
             alone = len(asked.requests[0].ids) + max(0, len(answer.ids) - 1)
             targets = tuple(text.strip() for text in answer.question.answers)
             said = {"output": answer.text, "targets": targets, "judged": answer.judged}
@@ -246,7 +248,7 @@ def _chosen(asked: Asked, scored: Sequence[Scored], lm: Model) -> Example:
 
 def _example(asked: Asked, **said: Any) -> Example:
     group = asked.question.group
-    return Example(asked.id, asked.number, asked.prompt, group, **said, cut=asked.cut, moved=asked.moved)
+    return Example(asked.id, asked.number, asked.prompt, asked.asked, group, **said, cut=asked.cut, moved=asked.moved)
 
 
 def _is_right(example: Example) -> bool:
@@ -257,6 +259,11 @@ def _is_right(example: Example) -> bool:
 
 def _certain(threshold: float, examples: Sequence[Example]) -> str | None:
     """Whether the rate of answers that were judged True is above or below the threshold, if that is certain by now."""
+    if groups := [example.group for example in examples if example.group is not None]:
+        raise TaskError(
+            f"answers of one group ({groups[0]}) depend on one another, and when a rate is certain is only known of "
+            "independent ones. Leave `group` out, or `threshold`."
+        )
     judged = sum(example.judged is True for example in examples)
     return sequential.verdict(judged, len(examples), threshold)
 
@@ -274,6 +281,7 @@ def _counts(run: Run, expected: int | None) -> dict[str, Any]:
     return {
         "prompts": hashlib.sha256("".join(prompts).encode()).hexdigest()[:16],
         "questions": len(run.examples),
+        **({"generation": sorted(run.generation)} if run.generation else {}),
         "not_questions": run.no_question,
         "truncated": sum(example.cut > 0 for example in run.examples),
         "moved_borders": sum(example.moved for example in run.examples),
@@ -285,8 +293,28 @@ def _counts(run: Run, expected: int | None) -> dict[str, Any]:
     }
 
 
-def _metrics(task: Task, examples: Sequence[Example], seed: int) -> dict[str, Metric]:
-    found = metrics.compute(task.metrics, examples, seed=seed, threshold=task.threshold)
-    if any(len(example.choices) > 1 for example in examples):
-        found |= metrics.compute(("chance",), [example for example in examples if len(example.choices) > 1], seed=seed)
+def _metrics(task: Task, run: Run, seed: int) -> dict[str, Metric]:
+    found = metrics.compute(task.metrics, run.examples, seed=seed, threshold=task.threshold)
+    if run.verdict is not None:  # when it ended depended on what was said: only the rate's interval allows for that
+        found |= {name: _bare(metric) for name, metric in found.items() if name != "rate"}
+    if several := [example for example in run.examples if len(example.choices) > 1]:
+        found |= metrics.compute(("chance",), several, seed=seed)
     return found
+
+
+def _bare(metric: Metric) -> Metric:
+    return Metric(metric, metric.unit, n=metric.n, higher_is_better=metric.higher_is_better)
+
+
+def _named(rows: Any) -> str:
+    """What a record calls the rows."""
+    if isinstance(rows, list | tuple):
+        return f"{len(rows)} rows"
+    return f"{rows.__module__}.{rows.__qualname__}" if callable(rows) else str(rows)
+
+
+def _all(task: Task, limit: int | None, data_dir: str | Path | None) -> int | None:
+    """How many rows there would have been; None where counting them would be a download."""
+    if isinstance(task.rows, Rows) and task.rows.file(data_dir) is not None and limit is None:
+        return sum(1 for _ in task.rows.read(data_dir))
+    return _expected(task, limit)

@@ -14,6 +14,7 @@ class Example:
     """id              hash of the row
     number          its place among the rows
     prompt          hash of the prompt as it was read, examples and all
+    asked           hash of everything that decides the answer: model, prompt, question, seed
     group           what it shares with others, if anything (see `task.Choices.group`)
     choices         as the task gave them, blanks and all; () where the answer was generated
     texts           what stands for the choices where texts are compared; () where they do themselves
@@ -33,6 +34,7 @@ class Example:
     id: str
     number: int
     prompt: str
+    asked: str
     group: str | None = None
     choices: tuple[str, ...] = ()
     texts: tuple[str, ...] = ()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pytest_lmeval.data.rows import Row, Rows
-from pytest_lmeval.task import Question, Task, TaskError, id_of
+from pytest_lmeval.task import Choices, Generate, Question, Task, TaskError, id_of
 
 Fewshot = Literal["document", "lm_eval"]
 POOL = 1000  # rows that examples are drawn from: the first of their split, so that a large one is not read whole
@@ -31,13 +31,25 @@ def rows_of(source: Any, data_dir: str | Path | None = None) -> Iterator[Row]:
 def question_of(task: Task, row: Row, place: str) -> Question | None:
     """How a row reads. Raises TaskError with the row for a field that is missing, and for whatever else it cannot say."""
     try:
-        return task.ask(row)
+        question = task.ask(row)
     except TaskError as error:
         raise TaskError(f"{task}, {place}: {error}") from None
     except Exception as error:
-        why = f"it has no field {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
+        why = _missing(task, error) if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
         there = ", ".join(f"{name}={str(value)[:40]!r}" for name, value in row.items()) if isinstance(row, dict) else repr(row)
         raise TaskError(f"{task}, {place} cannot be asked: {why}. The row is {there[:500]}.") from error
+    if question is not None and not isinstance(question, Choices | Generate):
+        raise TaskError(
+            f"{task}, {place}: `ask` returned {repr(question)[:80]}, of type {type(question).__name__}. It returns Choices or "
+            "Generate, or None for a row that is no question."
+        )
+    return question
+
+
+def _missing(task: Task, field: KeyError) -> str:
+    if isinstance(task.rows, Rows) or isinstance(task.shots, Rows):  # whose rows have no field for what is null
+        return f"the field {field} is missing or null"
+    return f"it has no field {field}"
 
 
 class Shots:
@@ -46,6 +58,9 @@ class Shots:
     how   "document": drawn by the row's own hash, from the first thousand. "lm_eval": drawn as lm-evaluation-harness draws
           them, one question after the other from the whole split, so that its numbers can be had again; they depend on the
           order and on where one begins. A task that takes the first ones (MMLU) takes those either way.
+
+    Rows that are no questions are no examples: wherever rows are counted here, they are not. Raises TaskError where there are
+    fewer than `count` examples, and for one that cannot be asked.
     """
 
     def __init__(self, task: Task, count: int, how: Fewshot, *, data_dir: str | Path | None = None, seed: int = 0) -> None:
@@ -53,19 +68,23 @@ class Shots:
             raise TaskError(f"shots={count}, fewshot={how!r}: shots are 0 or more, drawn by 'document' or as 'lm_eval' does.")
         self.task, self.count, self.seed = task, count, seed
         self.take = "first" if task.take == "first" else how
-        self.pool = self._pool(data_dir) if count else []
-        self.random = random.Random(LM_EVAL_SEED)
         # there, questions of a split that is not called a test split draw one more, in case they draw themselves
         self.spare = not isinstance(task.rows, Rows) or not task.rows.split.startswith("test")
+        self.pool = self._pool(data_dir) if count else []
+        self.ids = [] if self.take == "lm_eval" else [id_of(row) for row in self.pool]
+        self.random = random.Random(LM_EVAL_SEED)
 
     def _pool(self, data_dir: str | Path | None) -> list[Row]:
-        rows = rows_of(self.task.shots, data_dir)
-        most = {"first": self.count + 1, "document": POOL, "lm_eval": None}[self.take]
-        pool = list(islice(rows, most))
-        if len(pool) < self.count:
+        """The rows that examples are taken from: those that are questions."""
+        rows = enumerate(rows_of(self.task.shots, data_dir))
+        questions = (row for number, row in rows if question_of(self.task, row, f"example {number}") is not None)
+        pool = list(islice(questions, {"first": self.count + 1, "document": POOL, "lm_eval": None}[self.take]))
+        spare = self.take == "lm_eval" and self.spare
+        if len(pool) < self.count + spare:
             raise TaskError(
                 f"{self.task} is to be shown {self.count} example(s), and its rows for that are {len(pool)}"
-                + ("." if pool else ": none. Ask it with shots=0.")
+                + (", of which lm_eval draws one more, in case a question draws itself" if spare and pool else "")
+                + (". Ask it with fewer shots." if pool else ": none. Ask it with shots=0.")
             )
         return pool
 
@@ -75,30 +94,30 @@ class Shots:
 
     def _shown(self, shot: Row) -> str:
         question = question_of(self.task, shot, f"example {id_of(shot)}")
-        if question is None:
-            raise TaskError(
-                f"{self.task}: the example {id_of(shot)} that is to be shown is no question. Leave it out of its rows."
-            )
+        assert question is not None  # the pool has questions alone
         return question.prompt + question.solution + self.task.between
 
     def _rows(self, row: Row, own: str) -> list[Row]:
         if not self.count:
             return []
         if self.take == "lm_eval":
-            return self._as_lm_eval(row)
-        if self.take == "first":
-            drawn = self.pool
-        else:
-            chosen = random.Random(f"{self.seed}/{own}").sample(range(len(self.pool)), min(self.count + 1, len(self.pool)))
-            drawn = [self.pool[place] for place in chosen]
-        others = [shot for shot in drawn if id_of(shot) != own][: self.count]
+            return self._as_lm_eval(row, own)
+        places = list(range(len(self.pool)))
+        if self.take == "document":
+            random.Random(f"{self.seed}/{own}").shuffle(places)
+        return self._enough([self.pool[place] for place in places if self.ids[place] != own], own)
+
+    def _as_lm_eval(self, row: Row, own: str) -> list[Row]:
+        drawn = self.random.sample(self.pool, self.count + self.spare)
+        others = [shot for shot in drawn if not self.spare or shot != row][: self.count]
+        if len(others) == self.count:
+            return others
+        rest = [shot for shot in self.pool if shot != row]
+        return self.random.sample(rest, len(self._enough(rest, own)))
+
+    def _enough(self, others: list[Row], own: str) -> list[Row]:
         if len(others) < self.count:
             raise TaskError(
                 f"{self.task}: there are {len(others)} examples beside row {own} itself, and {self.count} were asked for."
             )
-        return others
-
-    def _as_lm_eval(self, row: Row) -> list[Row]:
-        drawn = self.random.sample(self.pool, self.count + self.spare)
-        others = [shot for shot in drawn if not self.spare or shot != row][: self.count]
-        return others if len(others) == self.count else self.random.sample([x for x in self.pool if x != row], self.count)
+        return others[: self.count]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -19,8 +19,10 @@ from torch import Tensor
 from pytest_lmeval.lm import Model, State
 from pytest_lmeval.scoring.sharing import Sharing
 from pytest_lmeval.scoring.tree import Node, Request
-from pytest_lmeval.stream import NotFiniteError
+from pytest_lmeval.stream import NotFiniteError, check_vocabulary
 from pytest_lmeval.task import Generate, Judge, TaskError
+
+Said: TypeAlias = "Iterator[tuple[Tensor, list[Answer]]]"
 
 
 @dataclass(eq=False)
@@ -68,16 +70,28 @@ def generate(
             f"the tokenizer of {lm.spec} has no decode(ids) -> text, so what the model says cannot be read. Give it that "
             "method."
         )
+    for prompt in prompts:
+        check_vocabulary(prompt.ids, 0, lm)
     answers = [Answer(name, question, _draws(seed, name)) for question, name in zip(questions, names, strict=True)]
-    go_on = _carried if sharing.carry else _read_again
+
+    def listen(said: Said) -> None:
+        for logits, rows in said:
+            for of_row, row in zip(logits, rows, strict=True):
+                _take(row, of_row, lm, judge)
+
+    if not sharing.carry:
+        for row, prompt in zip(answers, prompts, strict=True):
+            row.given = prompt.ids.tolist()
+        longest_first = sorted(answers, key=lambda row: -len(row.given))
+        for begin in range(0, len(answers), sharing.batch_size):
+            listen(_read_again(sharing, longest_first[begin : begin + sharing.batch_size]))
+        return answers
 
     def end(state: State, batch: list[tuple[Node, int]]) -> None:
         rows = [answers[node.owner] for node, _ in batch]
         for row, (node, _) in zip(rows, batch, strict=True):
             row.given = [*map(int, node.ids[:-1]), int(prompts[node.owner].ids[-1])]
-        for said, there in go_on(sharing, state, rows, [row for _, row in batch]):
-            for logits, row in zip(said, there, strict=True):
-                _take(row, logits, lm, judge)
+        listen(_carried(sharing, state, rows, [row for _, row in batch]))
 
     # the last token, put off, is what each answer begins with; in its place a mark, so that no two sequences are one
     marked = [
@@ -90,21 +104,19 @@ def generate(
     return answers
 
 
-Said = Iterator["tuple[Tensor, list[Answer]]"]
-
-
 def _carried(sharing: Sharing, state: State, rows: list[Answer], places: list[int]) -> Said:
     """Logits [b, v] after what each row has read, and these rows, step by step, the state carried."""
-    length = min(len(row.given) for row in rows)
     state = None if state is None else sharing.taken(state, places)
+    begun = False
     while rows:
+        length = 1 if begun and not sharing.share else min(len(row.given) for row in rows)
+        begun = True
         ids = torch.tensor([row.given[:length] for row in rows])
         logits, state = sharing.step(ids, state)
         for row in rows:
             row.given = row.given[length:]
             row.read += length
         yield _of_open(logits, rows)
-        length = 1
         for row in rows:
             if not row.given and not row.why:
                 row.given = [row.ids[-1]]
@@ -120,8 +132,8 @@ def _of_open(logits: Tensor, rows: list[Answer]) -> tuple[Tensor, list[Answer]]:
     return logits[open_, -1], [rows[place] for place in open_]
 
 
-def _read_again(sharing: Sharing, state: State, rows: list[Answer], places: list[int]) -> Said:
-    """The same for a model whose state cannot be gone on from: everything is read anew for each token."""
+def _read_again(sharing: Sharing, rows: list[Answer]) -> Said:
+    """The same for a model whose state cannot be gone on from token by token: everything is read anew for each."""
     while rows:
         texts = [row.given + row.ids for row in rows]
         width, shortest = max(map(len, texts)), min(map(len, texts))
@@ -138,14 +150,14 @@ def _read_again(sharing: Sharing, state: State, rows: list[Answer], places: list
 
 def _take(row: Answer, logits: Tensor, lm: Model, judge: Judge | None) -> None:
     """One more token for a row, and whether that ends it."""
-    if not bool(torch.isfinite(logits).any()) or bool(torch.isnan(logits).any()):
+    if bool((torch.isnan(logits) | (logits == torch.inf)).any()) or not bool(torch.isfinite(logits).any()):
         raise NotFiniteError(
             f"{lm.spec} gave logits that are not finite after {len(row.ids)} generated token(s) of row {row.name}, in "
             f"{lm.dtype} on {lm.device}. Nothing can be chosen from them; what was finished before is kept."
         )
     token = _chosen(logits, row)
     tokenizer: Any = lm.tokenizer
-    if token == getattr(tokenizer, "eos", None):
+    if token in getattr(tokenizer, "ends", (getattr(tokenizer, "eos", None),)):
         row.why = "end"
     else:
         row.ids.append(token)
@@ -155,8 +167,18 @@ def _take(row: Answer, logits: Tensor, lm: Model, judge: Judge | None) -> None:
             row.text, row.why = row.text[: min(stops)], "stop"
         elif len(row.ids) >= row.question.max_tokens:
             row.why = "length"
-    if judge is not None and (verdict := judge(row.text)) is not None:
+    if judge is not None and (verdict := _judged(judge, row)) is not None:
         row.judged, row.why = verdict, row.why or "judged"
+
+
+def _judged(judge: Judge, row: Answer) -> bool | None:
+    try:
+        verdict = judge(row.text)
+    except Exception as error:
+        raise TaskError(f"the judge raised {type(error).__name__}: {error}, on row {row.name}: {row.text[-200:]!r}.") from error
+    if verdict is not None and not isinstance(verdict, bool | np.bool_):
+        raise TaskError(f"the judge said {verdict!r} of row {row.name}: it says True, False, or None while it is not certain.")
+    return None if verdict is None else bool(verdict)
 
 
 def _chosen(logits: Tensor, row: Answer) -> int:

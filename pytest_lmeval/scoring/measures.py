@@ -209,8 +209,8 @@ METRICS: dict[str, Measure] = {
     "perplexity": _average(
         lambda example: -example.loglikelihoods[example.right[0]], "choices", scale=math.exp, higher_is_better=False
     ),
-    "exact_match": _of_squad(exact_match, share=True),
-    "squad_f1": _of_squad(squad_f1),
+    "exact_match": _of_squad(exact_match, "targets to compare with", share=True),
+    "squad_f1": _of_squad(squad_f1, "targets to compare with"),
     "has_answer_exact_match": _of_squad(exact_match, share=True, among=answerable),
     "has_answer_f1": _of_squad(squad_f1, among=answerable),
     "no_answer_accuracy": _of_squad(exact_match, share=True, among=lambda example: not answerable(example)),

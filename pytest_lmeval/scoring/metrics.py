@@ -60,18 +60,23 @@ def compute(
     if not examples:
         raise TaskError(f"no question was answered, so that nothing can be said of {', '.join(names)}.")
     ordered = sorted(examples, key=lambda example: (example.id, example.number))
+    check_examples(names, ordered)
+    found = {name: metric for name in names if (metric := METRICS[name].compute(ordered, seed)) is not None}
+    if threshold is not None and "rate" in found:
+        found["rate"] = _at_any_time(found["rate"])
+    return found
+
+
+def check_examples(names: Sequence[str], examples: Sequence[Example]) -> None:
+    """Raises TaskError where an example has not what a metric is computed from; to be asked as soon as there are some."""
     for name in names:
-        for example in ordered:
+        for example in examples:
             if not READS[METRICS[name].reads](example):
                 raise TaskError(
                     f"{name} is computed from {METRICS[name].reads}, and question {example.number} (id {example.id}) has "
                     f"{len(example.choices)} choices, right are {list(example.right)}, its output is {example.output!r}, its "
                     f"targets are {list(example.targets)!r}. Ask for another metric: {', '.join(METRICS)}."
                 )
-    found = {name: metric for name in names if (metric := METRICS[name].compute(ordered, seed)) is not None}
-    if threshold is not None and "rate" in found:
-        found["rate"] = _at_any_time(found["rate"])
-    return found
 
 
 def check(names: Sequence[str], task: str) -> None:

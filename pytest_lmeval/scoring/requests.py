@@ -4,7 +4,7 @@
 - Prompt and choice are tokenized together, as they would be read. If a token spans the border between them, the border moves
   to where all choices still begin as the prompt does alone, for all of them; such questions are counted.
 - The ids that the tokenizer puts before a text stand before the prompt. An empty prompt is the beginning-of-sequence token.
-- What does not fit the model's context is taken away on the left, and counted; or refused, if asked.
+- What does not fit the model's context is taken away on the left, also those first ids, and counted; or refused, if asked.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from pytest_lmeval.identity import fingerprint
 from pytest_lmeval.lm import Model
 from pytest_lmeval.scoring.tree import Request, alike
 from pytest_lmeval.task import Choices, Question, Task, TaskError
@@ -27,6 +28,7 @@ class Asked:
     """A question as the model reads it.
 
     prompt    hash of the whole prompt
+    asked     hash of everything that decides the answer
     requests  one a choice; for an answer in the model's own words one that holds the prompt alone
     """
 
@@ -34,6 +36,7 @@ class Asked:
     number: int
     question: Question
     prompt: str
+    asked: str
     requests: list[Request]
     cut: int = 0
     moved: bool = False
@@ -51,8 +54,11 @@ class Encoder:
     lm: Model
     task: Task
     truncate: Truncate = "left"
+    seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.truncate not in ("left", "refuse"):
+            raise TaskError(f"truncate={self.truncate!r}: what does not fit is cut on the 'left', or it is an error: 'refuse'.")
         if self.lm.codebooks is not None or self.lm.tokenizer is None:
             what = "reads frames of codes" if self.lm.codebooks is not None else "has no tokenizer"
             raise TaskError(f"{self.lm.spec} {what}, so it cannot be asked {self.task}. Give it an attribute `tokenizer`.")
@@ -68,12 +74,12 @@ class Encoder:
         room = 0 if isinstance(question, Choices) else question.max_tokens
         fitting = [self._fitted(request, room, place) for request in requests]
         cut = max(len(request.ids) - len(short.ids) for request, short in zip(requests, fitting, strict=True))
-        digest = hashlib.sha256(prompt.encode()).hexdigest()[:16]
-        return Asked(id, number, question, digest, fitting, cut, moved)
+        decides = [fingerprint(self.lm), self.lm.dtype, self.lm.context_length, self.seed, question, prompt]
+        return Asked(id, number, question, _hash(prompt), _hash("|".join(map(repr, decides))), fitting, cut, moved)
 
     def _choices(self, prompt: str, choices: tuple[str, ...], place: str) -> tuple[list[Request], bool]:
         bare = prompt.rstrip()
-        blanks, prefix = prompt[len(bare) :], self._prefix(empty=not prompt)
+        blanks, prefix = prompt[len(bare) :], self._prefix(empty=not bare)
         alone = self._ids(bare)
         together = [self._ids(prompt + choice) if bare else self._ids(blanks + choice) for choice in choices]
         border = min(alike(alone, ids) for ids in together)
@@ -107,11 +113,12 @@ class Encoder:
             return request
         cut, answer = len(request.ids) - most, len(request.ids) - request.given
         if self.truncate == "refuse" or cut >= request.given:
+            alone = cut >= request.given and answer
             raise TaskError(
                 f"{place} is {len(request.ids):,} tokens"
                 + (f", and {room:,} to be generated" if room else "")
                 + f"; {self.lm.spec} reads {limit:,}. "
-                + (f"Its choice alone takes {answer:,}." if cut >= request.given and answer else "Take fewer shots.")
+                + (f"Its choice alone takes {answer:,}." if alone else "Take fewer shots, or ask for less to be generated.")
             )
         return Request(request.ids[cut:], request.given - cut)
 
@@ -125,3 +132,7 @@ class Encoder:
     def _ids(self, text: str) -> np.ndarray:
         assert self.lm.tokenizer is not None
         return np.asarray(self.lm.tokenizer.encode(text)[0], dtype=np.int64)
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]

@@ -28,6 +28,7 @@ End: TypeAlias = "Callable[[State, list[tuple[Node, int]]], None]"
 FILLER = 0
 FILLED = 1 / 16  # of a batch may be filling
 SHORT = 4  # times as many rows as a batch has, of ends that are that much shorter than what is before them
+SHELF = 4  # beginnings that are remembered: examples, a passage, and what is between them
 STATES_BUDGET = 1 << 30  # bytes that the states of a batch may take
 
 
@@ -53,6 +54,7 @@ class Sharing:
     share       whether a state may be forked and gone on from with several tokens
     carry       whether it may be gone on from token by token
     multiple    that is exact only at multiples of so many tokens
+    longest     step that the model can take; None is any
     tokens      read so far, and the filling beside them
     """
 
@@ -61,6 +63,7 @@ class Sharing:
     share: bool = True
     carry: bool = True
     multiple: int = 1
+    longest: int | None = None
     tokens: int = 0
     filling: int = 0
     steps: int = 0
@@ -91,7 +94,7 @@ class Sharing:
         for (prefix, state), members in self._by_shelf(requests):
             nodes = tree(requests, members, start=len(prefix), step=self._step)
             self._visit(state, [(node, 0) for node in nodes], kept)
-        self.shelf = kept
+        self.shelf = sorted(kept, key=lambda entry: len(entry[0]))[:SHELF]  # the shorter ones are shared by more
         return self._scored
 
     def _by_shelf(self, requests: Sequence[Request]) -> Iterator[tuple[tuple[np.ndarray, State], list[int]]]:
@@ -203,11 +206,17 @@ class Sharing:
 
     def step(self, ids: torch.Tensor, state: State, keep: int = 1) -> tuple[torch.Tensor, State]:
         """A step of the model, counted. The state is used up."""
-        with torch.no_grad():
-            logits, state = self.lm.step(ids.to(self.lm.device), state, keep=keep)
-        self.tokens, self.steps = self.tokens + ids.numel(), self.steps + 1
+        left, logits = ids.shape[1], []
+        for part in torch.split(ids.to(self.lm.device), self.longest or left, dim=1):
+            left -= part.shape[1]
+            wanted = min(max(1, keep - left), part.shape[1])
+            with torch.no_grad():
+                said, state = self.lm.step(part, state, keep=wanted)
+            logits += [said] * (keep > left)
+            self.steps += 1
+        self.tokens += ids.numel()
         self.peak_state_bytes = max(self.peak_state_bytes, state_bytes(state))
-        return logits, state
+        return torch.cat(logits, dim=1), state
 
     def _note(self, wanted: list[tuple[int, Node, int, int, int]], nll: np.ndarray, rank: np.ndarray) -> None:
         for (_, _, position, number, _), loss, better in zip(wanted, nll, rank, strict=True):

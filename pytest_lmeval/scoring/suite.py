@@ -32,21 +32,23 @@ class SuiteResult:
         return self.record.metrics["average"]
 
 
-def suite_record(suite: Suite, shots: int, results: Mapping[str, TaskResult], failed: Mapping[str, str]) -> Record:
+def suite_record(
+    suite: Suite, shots: int, lm: dict[str, Any], results: Mapping[str, TaskResult], failed: Mapping[str, str]
+) -> Record:
     """The record of a suite: every member with its first metric, or with why it failed; an average only if none did."""
     firsts = {task.name: results[task.name].record.metrics[task.metrics[0]] for task in suite.tasks if task.name in results}
-    if not firsts:
-        raise TaskError(f"no task of {suite.name} could be asked: {_listed(failed)}")
-    members: dict[str, Any] = {task.name: task.metrics[0] if task.name in firsts else "failed" for task in suite.tasks}
-    lm = next(iter(results.values())).record.lm
-    seconds = sum(result.record.cost["seconds"] for result in results.values())
+    costs = [result.record.cost for result in results.values()]
     return Record(
         kind="suite",
         subject=f"{suite.name}, {shots}-shot",
         lm=lm,
-        settings={"members": members, "failed": dict(failed), "weighted": suite.weighted},
+        settings={
+            "members": {task.name: task.metrics[0] if task.name in firsts else "failed" for task in suite.tasks},
+            "failed": dict(failed),
+            "weighted": suite.weighted,
+        },
         metrics={**({} if failed else {"average": average(list(firsts.values()), weighted=suite.weighted)}), **firsts},
-        cost={"seconds": seconds, "tokens": sum(result.record.cost["tokens"] for result in results.values())},
+        cost={name: sum(cost[name] for cost in costs) for name in ("seconds", "tokens")},
     )
 
 

@@ -15,7 +15,8 @@ from pytest_lmeval.task import Choices, Task
 def hellaswag(row: Row) -> Choices:
     """The label is a text, and an empty one in the test split, where it is hidden."""
     scene = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-    return Choices(clean(scene), tuple(f" {clean(ending)}" for ending in row["endings"]), int(row["label"] or -1))
+    label = -1 if row["label"] == "" else int(row["label"])
+    return Choices(clean(scene), tuple(f" {clean(ending)}" for ending in row["endings"]), label)
 
 
 def clean(text: str) -> str:

@@ -7,7 +7,7 @@ The prompt is that of lm_eval's squadv2; lm_eval 0.4.13 has no task for SQuAD 1.
 from __future__ import annotations
 
 from pytest_lmeval.data.rows import Row, Rows
-from pytest_lmeval.task import Generate, Task, id_of
+from pytest_lmeval.task import Generate, Task, TaskError, id_of
 
 UNANSWERABLE = "unanswerable"  # what a model is to say, and is shown in examples, where the paragraph does not tell
 
@@ -18,6 +18,10 @@ def prompt(row: Row) -> str:
 
 def squad(row: Row) -> Generate:
     """Every question has an answer that stands in the paragraph."""
+    if not row["answers"]["text"]:
+        raise TaskError(
+            "there is no answer, and each question of SQuAD 1.1 has one. Those of 2.0 are asked by the task squadv2."
+        )
     return Generate(prompt(row), tuple(row["answers"]["text"]), group=id_of({"context": row["context"]}))
 
 

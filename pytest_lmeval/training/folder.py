@@ -21,7 +21,6 @@ from typing import IO, Any
 
 import torch
 
-from pytest_lmeval.identity import architecture_of
 from pytest_lmeval.lm import Model
 from pytest_lmeval.results.journal import Checkpoints, warn
 from pytest_lmeval.results.record import Record
@@ -66,9 +65,8 @@ class Folder:
 
     def save_best(self, run: Run) -> None:
         if run.best:
-            architecture = json.dumps(architecture_of(run.lm))
-            about = {"spec": run.best_spec, "step": str(run.best_step), "key": self.path.name, "architecture": architecture}
-            write_weights(self.best, run.best, **about)
+            about = {"spec": run.best_spec, "step": str(run.best_step), "architecture": run.architecture}
+            write_weights(self.best, run.best, key=self.path.name, **about)
 
     def finish(self, record: Record) -> None:
         """The record is written last: where it is, everything is."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pytest_lmeval.identity import architecture_of
 from pytest_lmeval.lm import Model
 from pytest_lmeval.training.plan import Plan
 from pytest_lmeval.training.protocol import Protocol
@@ -41,6 +43,9 @@ class Run:
     best: dict[str, Tensor] = field(default_factory=dict)
     seconds: float = 0.0
     resumed_at: int = 0
+
+    def __post_init__(self) -> None:
+        self.architecture = json.dumps(architecture_of(self.lm))  # before training, which may change a counter in the module
 
     @property
     def step(self) -> int:
