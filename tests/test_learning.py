@@ -31,12 +31,12 @@ TINY = """
 """
 LEARNS = """
     def test_learns(lmeval, lm, corpus):
-        before = lmeval.perplexity(lm, corpus("stdlib", "test"), tokens=2000)
-        trained = lmeval.train(lm, corpus("stdlib", "train"), steps=20, seq_len=16, batch_size=8, tokens=20_000)
-        after = lmeval.perplexity(trained.lm, corpus("stdlib", "test"), tokens=2000)
+        before = lmeval.perplexity(lm, corpus("automaton:size=50k", "test"), tokens=2000)
+        trained = lmeval.train(lm, corpus("automaton:size=50k", "train"), steps=20, seq_len=16, batch_size=8, tokens=20_000)
+        after = lmeval.perplexity(trained.lm, corpus("automaton:size=50k", "test"), tokens=2000)
         assert after.perplexity < before.perplexity
         assert len(trained.curve.y) == 20
-        assert lmeval.perplexity(lm, corpus("stdlib", "test"), tokens=2000).perplexity == before.perplexity
+        assert lmeval.perplexity(lm, corpus("automaton:size=50k", "test"), tokens=2000).perplexity == before.perplexity
 """
 
 
@@ -77,7 +77,7 @@ def test_a_model_is_trained_and_used_in_one_test_and_stays_as_it_was(project):
     run(project, "--lm", "tiny:Tiny").assert_outcomes(passed=1)
     (record,) = records(project, "train")
     assert record["lm"]["spec"] == "tiny:Tiny trained"
-    assert record["subject"] == "stdlib[train]"
+    assert record["subject"] == "automaton:size=50k[train]"
     assert record["settings"]["seed"] == 0
     assert record["cost"]["flops"] == record["metrics"]["flops_total"]["value"] > 0
     assert {"learning_curve", "held_out_loss", "epoch_loss"} <= set(record["series"])
@@ -127,16 +127,16 @@ def test_a_text_that_fails_is_reported_and_costs_only_itself_and_the_mean(projec
 
 
 REFUSED = [
-    ('lmeval.train("zoo:nothing", corpus("stdlib", "train"))', "*zoo:nothing is not in the zoo*"),
-    ('lmeval.train("tiny:Tiny", corpus("text:short.txt"), held_out=corpus("stdlib", "test"))', "*needs 2,049*"),
-    ('lmeval.train("zoo:transformer", corpus("stdlib", "train"), seq_len=2000)', "*2,000*1,024*"),
-    ('lmeval.train("zoo:bk", corpus("stdlib", "train"))', "*non-causal*"),
-    ('lmeval.train("tiny:Tiny", corpus("stdlib", "train"), step=2)', "*no setting*step*steps*"),
+    ('lmeval.train("zoo:nothing", corpus("automaton:size=50k", "train"))', "*zoo:nothing is not in the zoo*"),
+    ('lmeval.train("tiny:Tiny", corpus("text:short.txt"), held_out=corpus("automaton:size=50k", "test"))', "*needs 2,049*"),
+    ('lmeval.train("zoo:transformer", corpus("automaton:size=50k", "train"), seq_len=2000)', "*2,000*1,024*"),
+    ('lmeval.train("zoo:bk", corpus("automaton:size=50k", "train"))', "*non-causal*"),
+    ('lmeval.train("tiny:Tiny", corpus("automaton:size=50k", "train"), step=2)', "*no setting*step*steps*"),
     ('lmeval.train("tiny:Tiny", corpus("text:short.txt"))', "*held_out=*"),
     ('lmeval.train("tiny:Tiny", [1, 2, 3] * 1000)', "*held_out=*"),
-    ('lmeval.perplexity("tiny:Tiny", corpus("stdlib"), positions=(0, 1.5))', "*0, 1.5*a position is*"),
-    ('lmeval.perplexity("tiny:Odd", corpus("stdlib"), tokens=500)', "*expected a dict from names to tensors*"),
-    ('lmeval.train("tiny:Tiny", corpus("stdlib", "train"), steps=0)', "*steps*0*"),
+    ('lmeval.perplexity("tiny:Tiny", corpus("automaton:size=50k"), positions=(0, 1.5))', "*0, 1.5*a position is*"),
+    ('lmeval.perplexity("tiny:Odd", corpus("automaton:size=50k"), tokens=500)', "*expected a dict from names to tensors*"),
+    ('lmeval.train("tiny:Tiny", corpus("automaton:size=50k", "train"), steps=0)', "*steps*0*"),
 ]
 
 
@@ -166,7 +166,7 @@ def test_fast_weights_that_do_not_move_are_told_at_the_end_of_the_run(project):
             return Idle()
 
         def test_reads(lmeval, lm, corpus):
-            result = lmeval.perplexity(lm, corpus("stdlib", "test"), tokens=2000)
+            result = lmeval.perplexity(lm, corpus("automaton:size=50k", "test"), tokens=2000)
             assert result.fast_weights.unmoved == ("head",)
         """
     )
