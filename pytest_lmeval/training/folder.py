@@ -65,7 +65,7 @@ class Folder:
 
     def save_best(self, run: Run) -> None:
         if run.best:
-            about = {"spec": run.best_spec, "step": str(run.best_step), "architecture": run.architecture}
+            about = {"spec": run.best_spec, "step": str(run.best_step), "architecture": json.dumps(run.architecture)}
             write_weights(self.best, run.best, key=self.path.name, **about)
 
     def finish(self, record: Record) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,7 +44,12 @@ class Run:
     resumed_at: int = 0
 
     def __post_init__(self) -> None:
-        self.architecture = json.dumps(architecture_of(self.lm))  # before training, which may change a counter in the module
+        self._before = architecture_of(self.lm)
+
+    @property
+    def architecture(self) -> dict[str, str | None]:
+        """Classes and settings of the model's parts; None for what training changes, a counter for example."""
+        return {name: value if self._before.get(name) == value else None for name, value in architecture_of(self.lm).items()}
 
     @property
     def step(self) -> int:

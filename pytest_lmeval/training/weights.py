@@ -102,10 +102,11 @@ def fill(lm: Model, tensors: dict[str, Tensor], source: str) -> None:
     lm.module.load_state_dict(tensors, strict=False)  # tied tensors stand in the file once
 
 
-def same_architecture(lm: Model, trained: dict[str, str], source: str) -> None:
+def same_architecture(lm: Model, trained: dict[str, str | None], source: str) -> None:
     """Raises SpecError where weights that fit are those of another model: of one with a window, say, or with other heads."""
     own = architecture_of(lm)
-    if other := [name for name in sorted({*own, *trained}) if own.get(name) != trained.get(name)]:
+    fixed = {name for name in {*own, *trained} if trained.get(name, "") is not None}
+    if other := [name for name in sorted(fixed) if own.get(name) != trained.get(name)]:
         listed = [f"{name} {trained.get(name, 'not set')} there, {own.get(name, 'not set')} here" for name in other]
         raise SpecError(
             f"{source} does not fit {lm.spec}: its tensors do, but it was trained with other settings ({_some(listed)}). Read "
