@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import shlex
 import sys
 import time
@@ -15,6 +14,7 @@ from typing import Any
 from pytest_lmeval.report import pages
 from pytest_lmeval.results import environment
 from pytest_lmeval.results.record import SCHEMA
+from pytest_lmeval.results.replacing import replacing
 
 
 def reports(
@@ -56,10 +56,9 @@ def reports(
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file in one move: whoever reads it sees the old one or the new one, whole."""
-    new = path.with_name(path.name + ".new")
-    new.write_text(text, encoding="utf-8")
-    os.replace(new, path)
+    """Write a file in one move."""
+    with replacing(path) as new:
+        new.write_text(text, encoding="utf-8")
 
 
 def _readable(folder: Path) -> str:

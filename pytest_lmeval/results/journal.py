@@ -24,6 +24,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+from pytest_lmeval.results.replacing import replacing
+
 
 class JournalWarning(UserWarning):
     """A journal or a checkpoint that could not be read whole; what could be read is used."""
@@ -109,17 +111,8 @@ class Checkpoints:
         self.folder = folder
 
     def write(self, key: str, save: Callable[[IO[bytes]], None]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=self.folder, prefix=f"{key}.", suffix=".new")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                save(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(name, self._path(key))
-        finally:
-            with suppress(FileNotFoundError):
-                os.unlink(name)
+        with replacing(self._path(key)) as new, open(new, "wb") as file:
+            save(file)
 
     def read(self, key: str, load: Callable[[IO[bytes]], Any]) -> Any:
         """What was saved under this key, or None. A file that cannot be read is reported and not used."""

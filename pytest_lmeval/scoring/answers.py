@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pytest_lmeval.results.journal import warn
+from pytest_lmeval.results.replacing import replacing
 from pytest_lmeval.scoring.examples import Example
 
 
@@ -47,11 +48,8 @@ class AnswerFile:
     def finish(self, examples: Iterable[Example], final: str | Path | None) -> None:
         """All answers in the order of their questions at `final`, in one move."""
         if final is not None:
-            final = Path(final)
-            final.parent.mkdir(parents=True, exist_ok=True)
-            new = final.with_name(f"{final.name}.{os.getpid()}.new")
-            new.write_text("".join(_line(example) for example in examples), encoding="utf-8")
-            os.replace(new, final)
+            with replacing(Path(final)) as new:
+                new.write_text("".join(_line(example) for example in examples), encoding="utf-8")
         if self.path is not None:
             self.path.unlink(missing_ok=True)
 

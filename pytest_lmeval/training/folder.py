@@ -24,8 +24,9 @@ import torch
 from pytest_lmeval.lm import Model
 from pytest_lmeval.results.journal import Checkpoints, warn
 from pytest_lmeval.results.record import Record
+from pytest_lmeval.results.replacing import replacing
 from pytest_lmeval.training.run import Run, resume
-from pytest_lmeval.training.weights import UnreadableError, load_weights, replacing, write_weights
+from pytest_lmeval.training.weights import UnreadableError, load_weights, write_weights
 
 POINT = "point"
 

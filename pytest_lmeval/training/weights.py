@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +13,7 @@ from torch import Tensor
 from pytest_lmeval.adapters import load
 from pytest_lmeval.identity import architecture_of
 from pytest_lmeval.lm import Model, SpecError
+from pytest_lmeval.results.replacing import replacing
 from pytest_lmeval.training.trainee import copy_of
 
 MENTIONED = 5  # names of tensors in an error, of those that are wrong in the same way
@@ -57,20 +55,6 @@ def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def write_weights(file: Path, tensors: dict[str, Tensor], **about: str) -> None:
     with replacing(file) as new:
         save_file(tensors, new, metadata=about)
-
-
-@contextmanager
-def replacing(file: Path) -> Iterator[Path]:
-    """A file to write, that takes the place of `file` in one move if the block ends well: a reader never sees half of one."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    new = file.with_name(f"{file.name}.{os.getpid()}.new")
-    try:
-        yield new
-        with open(new, "r+b") as written:
-            os.fsync(written.fileno())
-        os.replace(new, file)
-    finally:
-        new.unlink(missing_ok=True)
 
 
 def snapshot(lm: Model) -> dict[str, Tensor]:
