@@ -3,12 +3,14 @@
 - Blanks at the end of a prompt belong to what follows it.
 - Prompt and choice are tokenized together, as they would be read. If a token spans the border between them, the border moves
   to where all choices still begin as the prompt does alone, for all of them; such questions are counted.
-- The ids that the tokenizer puts before a text stand before the prompt. An empty prompt is the beginning-of-sequence token.
+- The ids that the tokenizer puts before a text stand before the prompt, unless it begins with them in words. An empty prompt
+  is the beginning-of-sequence token.
 - What does not fit the model's context is taken away on the left, also those first ids, and counted; or refused, if asked.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -74,13 +76,20 @@ class Encoder:
         room = 0 if isinstance(question, Choices) else question.max_tokens
         fitting = [self._fitted(request, room, place) for request in requests]
         cut = max(len(request.ids) - len(short.ids) for request, short in zip(requests, fitting, strict=True))
-        decides = [fingerprint(self.lm), self.lm.dtype, self.lm.context_length, self.seed, question, prompt]
-        return Asked(id, number, question, _hash(prompt), _hash("|".join(map(repr, decides))), fitting, cut, moved)
+        asked = _hash("|".join(map(repr, [*self._decides, question, prompt])))
+        return Asked(id, number, question, _hash(prompt), asked, fitting, cut, moved)
+
+    @functools.cached_property
+    def _decides(self) -> list[Any]:
+        """What decides all answers, beside the question: looked at once, since looking at a model's weights takes long."""
+        code = getattr(self.task.judge, "__code__", None)
+        judge = None if code is None else (code.co_code, code.co_consts, code.co_names)
+        return [fingerprint(self.lm), self.lm.dtype, self.lm.context_length, self.seed, judge]
 
     def _choices(self, prompt: str, choices: tuple[str, ...], place: str) -> tuple[list[Request], bool]:
         bare = prompt.rstrip()
-        blanks, prefix = prompt[len(bare) :], self._prefix(empty=not bare)
-        alone = self._ids(bare)
+        blanks, alone = prompt[len(bare) :], self._ids(bare)
+        prefix = self._prefix(alone)
         together = [self._ids(prompt + choice) if bare else self._ids(blanks + choice) for choice in choices]
         border = min(alike(alone, ids) for ids in together)
         if not border + len(prefix):
@@ -98,7 +107,8 @@ class Encoder:
         return [Request(np.concatenate([prefix, ids]), given) for ids in together], border < len(alone)
 
     def _open(self, prompt: str, place: str) -> Request:
-        ids = np.concatenate([self._prefix(empty=not prompt), self._ids(prompt)])
+        alone = self._ids(prompt)
+        ids = np.concatenate([self._prefix(alone), alone])
         if not len(ids):
             raise TaskError(
                 f"{place}: the prompt is empty, and the tokenizer has no beginning-of-sequence token to begin with."
@@ -122,12 +132,15 @@ class Encoder:
             )
         return Request(request.ids[cut:], request.given - cut)
 
-    def _prefix(self, *, empty: bool) -> np.ndarray:
+    def _prefix(self, ids: np.ndarray) -> np.ndarray:
+        """What stands before a prompt of these ids; nothing more where the text itself begins so."""
         tokenizer: Any = self.lm.tokenizer
         bos, eos = getattr(tokenizer, "bos", None), getattr(tokenizer, "eos", None)
         prefix = tuple(getattr(tokenizer, "prefix", () if bos is None else (bos,)))
         first = bos if bos is not None else eos
-        return np.array(prefix or ((first,) if empty and first is not None else ()), dtype=np.int64)
+        if not len(ids) and first is not None:
+            prefix = prefix or (first,)
+        return np.array(() if prefix and tuple(ids[: len(prefix)]) == prefix else prefix, dtype=np.int64)
 
     def _ids(self, text: str) -> np.ndarray:
         assert self.lm.tokenizer is not None
