@@ -76,8 +76,9 @@ def generate(
 
     def listen(said: Said) -> None:
         for logits, rows in said:
-            for of_row, row in zip(logits, rows, strict=True):
-                _take(row, of_row, lm, judge)
+            _check_finite(logits, rows, lm)
+            for token, row in zip(_chosen(logits, rows), rows, strict=True):
+                _take(row, token, lm.tokenizer, judge)
 
     if not sharing.carry:
         for row, prompt in zip(answers, prompts, strict=True):
@@ -148,15 +149,19 @@ def _read_again(sharing: Sharing, rows: list[Answer]) -> Said:
         rows = [row for row in rows if not row.why]
 
 
-def _take(row: Answer, logits: Tensor, lm: Model, judge: Judge | None) -> None:
-    """One more token for a row, and whether that ends it."""
-    if bool((torch.isnan(logits) | (logits == torch.inf)).any()) or not bool(torch.isfinite(logits).any()):
+def _check_finite(logits: Tensor, rows: list[Answer], lm: Model) -> None:
+    """Masked-out logits may be minus infinity; all of them, or any other that is not finite, leave nothing to choose from."""
+    wrong = (torch.isnan(logits) | (logits == torch.inf)).any(1) | torch.isneginf(logits).all(1)
+    for place in wrong.nonzero().flatten().tolist():
         raise NotFiniteError(
-            f"{lm.spec} gave logits that are not finite after {len(row.ids)} generated token(s) of row {row.name}, in "
-            f"{lm.dtype} on {lm.device}. Nothing can be chosen from them; what was finished before is kept."
+            f"{lm.spec} gave logits that are not finite after {len(rows[place].ids)} generated token(s) of row "
+            f"{rows[place].name}, in {lm.dtype} on {lm.device}. Nothing can be chosen from them; what was finished before "
+            "is kept."
         )
-    token = _chosen(logits, row)
-    tokenizer: Any = lm.tokenizer
+
+
+def _take(row: Answer, token: int, tokenizer: Any, judge: Judge | None) -> None:
+    """One more token for a row, and whether that ends it."""
     if token in getattr(tokenizer, "ends", (getattr(tokenizer, "eos", None),)):
         row.why = "end"
     else:
@@ -181,9 +186,15 @@ def _judged(judge: Judge, row: Answer) -> bool | None:
     return None if verdict is None else bool(verdict)
 
 
-def _chosen(logits: Tensor, row: Answer) -> int:
-    if not row.question.temperature:
-        return int(logits.argmax())
+def _chosen(logits: Tensor, rows: list[Answer]) -> list[int]:
+    """A token for each row [b]: the likeliest, or one that is drawn by the row's own random numbers."""
+    likeliest: list[int] = logits.argmax(1).tolist()
+    return [
+        _drawn(said, row) if row.question.temperature else best for said, row, best in zip(logits, rows, likeliest, strict=True)
+    ]
+
+
+def _drawn(logits: Tensor, row: Answer) -> int:
     chances = torch.softmax(logits.double().cpu() / row.question.temperature, 0).cumsum(0).numpy()
     return int(np.searchsorted(chances, row.draws.random() * chances[-1], side="right").clip(max=len(chances) - 1))
 
