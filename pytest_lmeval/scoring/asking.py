@@ -56,9 +56,9 @@ class Run:
         """Ask the questions, block by block, but for those whose very answer is `known`. Ends early with a verdict."""
         for block in in_blocks(questions, self.sharing.batch_size, grow=self.task.threshold is None):
             fresh = [asked for asked in block if (old := known.get(asked.number)) is None or old.asked != asked.asked]
-            found = known | {example.number: example for example in self._answers(fresh)}
-            self.file.append([found[asked.number] for asked in fresh])
-            answered = [found[asked.number] for asked in block]
+            found = {example.number: example for example in self._answers(fresh)}
+            self.file.append(found[asked.number] for asked in fresh)
+            answered = [found.get(asked.number) or known[asked.number] for asked in block]
             if not self.examples:
                 metrics.check_examples(self.task.metrics, answered)  # now, not after the last question
             self.examples += answered

@@ -1,7 +1,9 @@
 """A task, asked, and what its answers come to.
 
-result = evaluate(lm, find("boolq"), shots=0)
-result.accuracy.low > result.chance
+    result = evaluate(lm, find("boolq"), shots=0)
+    result.accuracy.low > result.chance
+
+Rows and tokens, reading and metrics each have a file of their own beside this one; here is what a record says of them.
 """
 
 from __future__ import annotations

@@ -101,8 +101,9 @@ class Sharing:
         """The requests by the longest remembered beginning that they share."""
         left = list(range(len(requests)))
         for prefix, state in sorted(self.shelf, key=lambda entry: -len(entry[0])):
-            if members := [number for number in left if _begins(requests[number], prefix)]:
-                left = [number for number in left if number not in set(members)]
+            begins = {number: _begins(requests[number], prefix) for number in left}
+            left = [number for number in left if not begins[number]]
+            if members := [number for number, so in begins.items() if so]:
                 yield (prefix, state), members
         if left:
             yield (np.empty(0, dtype=np.int64), None), left
