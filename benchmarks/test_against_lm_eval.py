@@ -13,7 +13,6 @@ import warnings
 from pathlib import Path
 
 import pytest
-import torch
 
 from pytest_lmeval import Corpus, Metric, corpus, evaluate, load, perplexity
 from pytest_lmeval.profiling.flops import count_flops
@@ -23,7 +22,7 @@ from pytest_lmeval.scoring.requests import Encoder
 from pytest_lmeval.task import id_of
 from pytest_lmeval.tasks import find
 
-pytestmark = [pytest.mark.benchmark, pytest.mark.slow]
+pytestmark = [pytest.mark.benchmark, pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 BATCH = 8
 ROUNDS = 2
@@ -65,14 +64,6 @@ def load_theirs(folder):
     from lm_eval.models.huggingface import HFLM
 
     return HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=BATCH)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @functools.cache
@@ -173,9 +164,10 @@ def test_the_same_answers_for_less(lmeval, ours, theirs, folders, name):
     )
     assert worst < 1e-4
     assert alike == len(expected)
-    for theirs_, ours_ in LM_EVAL_NAMES.items():
-        if (known := metrics.get(f"{theirs_},none")) is not None and ours_ in found.record.metrics:
-            assert found.record.metrics[ours_] == pytest.approx(known, abs=1e-12)
+    both = {ours_: metrics[key] for theirs_, ours_ in LM_EVAL_NAMES.items() if (key := f"{theirs_},none") in metrics}
+    both = {name: known for name, known in both.items() if name in found.record.metrics}
+    assert both
+    assert {name: float(found.record.metrics[name]) for name in both} == pytest.approx(both, abs=1e-12)
     assert their_flops / our_flops >= times_fewer
     assert our_flops / least <= LEAST
 

@@ -14,20 +14,11 @@ import torch
 
 from pytest_lmeval import Metric, as_model, perplexity
 
-pytestmark = pytest.mark.benchmark
+pytestmark = [pytest.mark.benchmark, pytest.mark.usefixtures("one_thread")]
 
 CHUNK = 512
 ROUNDS = 5
 CHUNKS = {"demo": 200, "llama-30m": 12}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """A second thread waits for work in a busy loop, and its waiting would count as processor time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def llama_30m():

@@ -45,22 +45,26 @@ def ask(lmeval, lm):
     return ask
 
 
+# Small models guess at these; what no model may be is worse than guessing. Of yours, ask for more: `.low > result.chance`.
+
+
 @pytest.mark.parametrize("task", ["sst2", "rte", "boolq", "mrpc"])
 def test_smallbench(ask, task):
     result = ask(task, style="smallbench")
-    assert result.accuracy_per_token.low > 0  # whether a model beats guessing depends on the model: result.chance
+    assert result.accuracy_per_token.high > result.chance
 
 
 @pytest.mark.parametrize("task", ["hellaswag", "arc_easy", "arc_challenge", "piqa"])
 def test_understands(ask, task):
     result = ask(task)
-    assert result.accuracy_per_character.n == result.record.settings["questions"]
+    assert result.accuracy_per_character.high > result.chance
 
 
 @pytest.mark.parametrize("task", ["mmlu_abstract_algebra", "mmlu_college_computer_science"])
 def test_knows(ask, task):
-    assert ask(task, shots=5).accuracy.low >= 0
+    result = ask(task, shots=5)
+    assert result.accuracy.high > result.chance
 
 
 def test_finds_the_last_word(ask):
-    assert ask("lambada_openai").perplexity > 1
+    assert ask("lambada_openai").perplexity < 100_000  # a vocabulary's size or two: a model that has learned nothing

@@ -15,20 +15,11 @@ from torch.nn import functional as F
 from pytest_lmeval import Metric
 from pytest_lmeval.training import Protocol, train
 
-pytestmark = pytest.mark.benchmark
+pytestmark = [pytest.mark.benchmark, pytest.mark.usefixtures("one_thread")]
 
 STEPS = {"demo": 50, "zoo:lstm": 100}
 ROUNDS = 5
 BATCH_SIZE, SEQ_LEN = 4, 128
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """A second thread waits for work in a busy loop, and its waiting would count as processor time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def bare_loop(module, ids, steps, told):

@@ -13,20 +13,11 @@ import torch
 
 from pytest_lmeval import Metric
 
-pytestmark = pytest.mark.benchmark
+pytestmark = [pytest.mark.benchmark, pytest.mark.usefixtures("one_thread")]
 
 EXACT = ["transformer", "windowed", "lstm", "mamba", "mamba2", "ttt", "moshi", "causal-bk"]
 CHUNK, TOKENS, ROUNDS = 1024, 2048, 3
 STEPS = 512  # of those tokens, read one at a time; the first, which cost the least where the state grows
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """A second thread waits for work in a busy loop, and its waiting would count as processor time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def random_ids(lm, length):
