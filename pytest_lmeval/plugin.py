@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_lmeval import options
+from pytest_lmeval.benchmarking import BenchmarkHooks
 from pytest_lmeval.options import CORPORA, SEQ_LENS, budget, count, is_worker, option, output_folder
 from pytest_lmeval.report.gather import Reports
 
@@ -38,7 +39,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if not is_worker(config):
         config.pluginmanager.register(Reports(config), "lmeval-reports")
     config.pluginmanager.register(_fixtures_with_parameters(config), "lmeval-parameters")
-    if not any(config.pluginmanager.hasplugin(name) for name in ("benchmark", "codspeed")):
+    if config.pluginmanager.hasplugin("benchmark"):
+        config.pluginmanager.register(BenchmarkHooks(), "lmeval-benchmark")
+    elif not config.pluginmanager.hasplugin("codspeed"):
         config.addinivalue_line("markers", "benchmark: a benchmark (pytest-benchmark is not active)")
         config.pluginmanager.register(WithoutBenchmark(), "lmeval-without-benchmark")
 

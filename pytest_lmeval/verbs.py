@@ -14,11 +14,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pytest_lmeval.adapters import as_model
+from pytest_lmeval.benchmarking import Driver
 from pytest_lmeval.data.corpus import Corpus, CorpusError
 from pytest_lmeval.equivalence.permits import Refused, exact_chunk_size, how_to_share
 from pytest_lmeval.identity import facts, fingerprint, tokenizer_fingerprint
 from pytest_lmeval.lm import Model, ModelError, SpecError
-from pytest_lmeval.profiling.timer import Run, plain_runner
+from pytest_lmeval.profiling.runner import ProfilingError, Runner
 from pytest_lmeval.results.journal import key_of
 from pytest_lmeval.results.metric import Metric
 from pytest_lmeval.results.record import Record
@@ -28,14 +29,16 @@ from pytest_lmeval.task import Suite, Task, TaskError
 
 if TYPE_CHECKING:
     from pytest_lmeval.equivalence.probe import EquivalenceResult
+    from pytest_lmeval.profiling.grid import Grid
     from pytest_lmeval.profiling.latency import LatencyResult
+    from pytest_lmeval.profiling.streaming import StreamingResult
     from pytest_lmeval.profiling.throughput import ThroughputResult
     from pytest_lmeval.scoring.evaluate import TaskResult
     from pytest_lmeval.scoring.result import PerplexityResult
     from pytest_lmeval.scoring.suite import SuiteResult
     from pytest_lmeval.training import TrainResult
 
-EXPECTED = (CorpusError, ModelError, SpecError, StreamError, TaskError)
+EXPECTED = (CorpusError, ModelError, ProfilingError, SpecError, StreamError, TaskError)
 R = TypeVar("R")
 V = TypeVar("V", bound=Callable[..., Any])
 
@@ -58,8 +61,7 @@ class Lmeval:
     """What a test measures with. Every call returns a result and keeps its record for the reports."""
 
     def __init__(self, session: Session, log: TestLog, benchmark: Any = None) -> None:
-        self._session, self._log, self._benchmark = session, log, benchmark
-        self._unused = benchmark is not None  # pytest-benchmark's fixture serves one measurement a test
+        self._session, self._log, self._driver = session, log, Driver(benchmark)
         self._models: dict[int, tuple[Any, Model]] = {}
 
     def __repr__(self) -> str:
@@ -292,12 +294,42 @@ class Lmeval:
         return self._timed("latency", self._model(lm), {**shape, **options}, latency)
 
     @verb
+    def latency_grid(self, lm: Any, **options: Any) -> Grid:
+        """`latency` at every one of `batch_sizes` and `seq_lens` (see `profiling.grid.latency_grid`), a record each.
+
+        Where the model fails, for example for want of memory, that cell is marked with why, and the others are measured.
+        """
+        from pytest_lmeval.profiling.grid import SEQ_LENS, latency_grid
+        from pytest_lmeval.profiling.latency import latency
+
+        def measure(model: Model, **settings: Any) -> LatencyResult:
+            return latency(model, **settings, runner=self._runner())
+
+        model, options = self._model(lm), {"seq_lens": self._session.seq_lens or SEQ_LENS, **options}
+        grid = latency_grid(model, **options, measure=measure)
+        cells = {shape: self._kept("latency", model, {**options, "shape": shape}, cell) for shape, cell in grid.items()}
+        return replace(grid, cells=cells)
+
+    @verb
     def throughput(self, lm: Any, batch_size: int = 32, seq_len: int | None = None, **options: Any) -> ThroughputResult:
         """Tokens a second in batches, and by the size of the batch (see `profiling.throughput.throughput`)."""
         from pytest_lmeval.profiling.throughput import throughput
 
         shape = {"batch_size": batch_size, "seq_len": self._seq_len(seq_len, 512)}
         return self._timed("throughput", self._model(lm), {**shape, **options}, throughput)
+
+    @verb
+    def streaming(self, lm: Any, chunk_size: int | None = None, **options: Any) -> StreamingResult:
+        """The latency of each chunk of a stream and what the state weighs after it (see `profiling.streaming.streaming`).
+
+        The chunk size is one in which the model was found to be exact: how fast a wrong number comes is of no use.
+        """
+        from pytest_lmeval.profiling.streaming import CHUNK_SIZE, streaming
+
+        model = self._model(lm)
+        certificate = self._session.verdict(model).certificate
+        chunk_size = exact_chunk_size(model, certificate, chunk_size, None) or CHUNK_SIZE
+        return self._timed("streaming", model, {"chunk_size": chunk_size, **options}, streaming)
 
     @verb
     def record(self, lm: Any, subject: str, **metrics: float) -> Record:
@@ -349,25 +381,23 @@ class Lmeval:
         return replace(result, record=record)  # type: ignore[type-var]
 
     def _timed(self, kind: str, lm: Model, settings: dict[str, Any], measure: Callable[..., R]) -> R:
-        result = measure(lm, **settings, runner=self._runner)
-        result = self._recorded(self._key(kind, lm, settings), result)
-        if self._benchmark is not None:
-            record = result.record  # type: ignore[attr-defined]
-            figures = {name: float(metric) for name, metric in record.metrics.items()}
-            info = {"lm": record.lm["spec"], "kind": kind, "subject": record.subject, **figures}
-            self._benchmark.extra_info.setdefault("lmeval", []).append(info)
+        result = self._kept(kind, lm, settings, measure(lm, **settings, runner=self._runner()))
+        record: Record = result.record  # type: ignore[attr-defined]
+        if failure := record.settings.get("failure"):
+            self._driver.raise_error(ProfilingError(f"{lm.spec} failed at {record.subject}: {failure}"))
         return result
 
-    def _runner(self, run: Run, *, rounds: int, warmup_rounds: int) -> str | None:
-        """`benchmark.pedantic` where the test has it and it was not used up by an earlier verb, else a bare loop."""
+    def _kept(self, kind: str, lm: Model, settings: dict[str, Any], result: R) -> R:
+        """The result, recorded, and left with pytest-benchmark where the test asked for its fixture."""
+        result = self._recorded(self._key(kind, lm, settings), result)
+        self._driver.describe(result.record, result.samples)  # type: ignore[attr-defined]
+        return result
+
+    def _runner(self) -> Runner:
+        """Who calls what is timed next: pytest-benchmark once a test, if the test asks for it, else a bare loop."""
         if self._session.parallel:
-            run()
-            return "other tests run at the same time (xdist): the step ran once, untimed"
-        benchmark, self._unused = (self._benchmark, False) if self._unused else (None, False)
-        if benchmark is None:
-            return plain_runner(run, rounds=rounds, warmup_rounds=warmup_rounds)
-        benchmark.pedantic(run, rounds=rounds, warmup_rounds=warmup_rounds, iterations=1)
-        return "pytest-benchmark is disabled: the step ran once, untimed" if benchmark.disabled else None
+            return Runner(not_measured="other tests run at the same time (xdist): the step ran once, untimed")
+        return self._driver.runner()
 
     def _seq_len(self, given: int | None, default: int) -> int:
         lengths = self._session.seq_lens

@@ -13,7 +13,7 @@ import pytest_lmeval
 PACKAGE = Path(pytest_lmeval.__file__).parent
 LAYERS = [
     "results", "options", "statistics", "lm", "identity", "stream", "adapters", "zoo", "data", "task", "tasks", "scoring",
-    "profiling", "equivalence", "training", "report", "session", "verbs", "progress", "plugin",
+    "profiling", "equivalence", "training", "report", "session", "benchmarking", "verbs", "progress", "plugin",
 ]  # fmt: skip
 HEAVY = {"torch", "numpy", "datasets", "transformers", "hypothesis", "jinja2", "scipy", "pandas", "tqdm", "safetensors",
          "sklearn", "torchmetrics", "sacrebleu", "rouge_score"}  # fmt: skip

@@ -1,36 +1,46 @@
 """How long a model lets one wait: prefill, time to first token, the gaps between tokens, end to end.
 
-A run reads a prompt of `seq_len` tokens and then decodes greedily, one token a step from the carried state:
-
-    prefill   the step over the prompt                             reading, bound by arithmetic
-    ttft      prefill, and choosing the first token                what a user waits before anything appears
-    itl       inter-token latency: each gap between two tokens     decoding, bound by memory bandwidth
-    tpot      (e2e - ttft) / (new tokens - 1), a run               time per output token
-    e2e       from the request to the last token
+A run reads a prompt of `seq_len` tokens and then decodes greedily, one token a step from the carried state. FORMULAS says what
+is taken between which moments; other tools use the same names for other things, so the formulas stand in every record.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import pairwise
+from typing import Any
 
 import torch
 
 from pytest_lmeval.identity import facts
 from pytest_lmeval.lm import Model, state_bytes
-from pytest_lmeval.profiling.timer import Runner, clock, measured, median, plain_runner, spread
+from pytest_lmeval.profiling.clock import Stopwatch, kind_of_clock
+from pytest_lmeval.profiling.flops import count_flops
+from pytest_lmeval.profiling.runner import Runner, check_shape, measured, quiet, too_short
+from pytest_lmeval.profiling.samples import median, quantiles, runs_to_see, spread, stability
 from pytest_lmeval.results.metric import Metric
 from pytest_lmeval.results.record import Record, Series
 
 RUNS, WARM_UP, NEW_TOKENS = 100, 10, 8
 
+FORMULAS = {
+    "prefill": "t(prompt read) - t(request): one step over the whole prompt",
+    "ttft": "t(first token) - t(request): prefill, and choosing the token",
+    "itl": "t(token i + 1) - t(token i), of all tokens of all runs",
+    "tpot": "(e2e - ttft) / (new_tokens - 1), a run",
+    "e2e": "t(last token) - t(request)",
+    "cold": "e2e of the very first run, which is counted nowhere else if there is a warm-up",
+    "prefill_tokens_per_second": "batch_size x seq_len / prefill",
+    "decode_tokens_per_second": "batch_size x (new_tokens - 1) / (e2e - ttft)",
+}
+
 
 @dataclass(frozen=True, repr=False)
 class LatencyResult:
-    """Latencies in milliseconds, medians over the runs. Where the clock was not run, `not_measured` says why and the
-    numbers are absent."""
+    """Latencies in milliseconds, medians over the runs. Where nothing was timed, `not_measured` says why and the numbers are
+    absent. `samples` are the times themselves, in seconds, of the runs that count."""
 
     record: Record
+    samples: dict[str, list[float]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return repr(self.record)
@@ -42,16 +52,17 @@ class LatencyResult:
 
     @property
     def prefill(self) -> Metric:
+        """Reading the prompt; bound by arithmetic."""
         return measured(self.record, "prefill")
 
     @property
     def ttft(self) -> Metric:
-        """Time to first token."""
+        """Time to first token: what one waits before anything appears."""
         return measured(self.record, "ttft")
 
     @property
     def itl(self) -> Metric:
-        """Inter-token latency; only for models that carry a state."""
+        """Inter-token latency, bound by the bandwidth of memory; only for models that carry a state."""
         return measured(self.record, "itl")
 
     @property
@@ -64,20 +75,15 @@ class LatencyResult:
         """End to end."""
         return measured(self.record, "e2e")
 
+    @property
+    def stability(self) -> str | None:
+        """How far the machine let the times be: steady, fluctuating or disturbed (see `samples.stability`)."""
+        found: str | None = self.record.settings.get("stability")
+        return found
+
     def percentile(self, name: str, percent: int) -> Metric:
         """For example percentile("itl", 95). KeyError where the samples are too few to say."""
         return measured(self.record, f"{name}_p{percent}")
-
-
-@dataclass
-class Samples:
-    """Times of every run, in seconds, warm-up included."""
-
-    prefill: list[float] = field(default_factory=list)
-    ttft: list[float] = field(default_factory=list)
-    itl: list[list[float]] = field(default_factory=list)
-    e2e: list[float] = field(default_factory=list)
-    state_bytes: int = 0
 
 
 def latency(
@@ -89,16 +95,27 @@ def latency(
     runs: int = RUNS,
     warm_up: int = WARM_UP,
     seed: int = 0,
-    runner: Runner = plain_runner,
+    threads: int | None = None,
+    runner: Runner | None = None,
 ) -> LatencyResult:
     """Time `runs` prompts of random tokens, after `warm_up` that are not counted (the very first one is reported as cold).
 
-    A model without a state cannot decode from one: only its prefill is timed.
+    A model without a state cannot decode from one: only its prefill is timed. The present number of threads is held, or
+    `threads`. Raises ProfilingError where a shape cannot be timed.
     """
-    prompt, prompt_tokens = lm.random_ids(batch_size, seq_len, seed=seed), batch_size * seq_len
-    new_tokens = new_tokens if lm.stateful else 1
-    samples = Samples()
-    not_measured = runner(lambda: generate_once(lm, prompt, new_tokens, samples), rounds=runs, warmup_rounds=warm_up)
+    check_shape(lm, batch_size=batch_size, seq_len=seq_len, new_tokens=new_tokens, runs=runs, warm_up=warm_up)
+    runner = runner or Runner()
+    prompt, new_tokens = lm.random_ids(batch_size, seq_len, seed=seed), new_tokens if lm.stateful else 1
+    states, times = list[Any](), list[list[float]]()
+    with quiet(threads) as conditions:
+        if runner.not_measured is None:
+            for _ in range(warm_up):
+                times.append(generate_once(lm, prompt, new_tokens))
+            runner.repeat(lambda: times.append(generate_once(lm, prompt, new_tokens)), runs)
+        flops = count_flops(lambda: generate_once(lm, prompt, new_tokens, states))  # a run of its own: counting takes time
+    timed = times[warm_up:]
+    samples = _samples(timed) if timed else {}
+    not_measured = runner.not_measured or too_short(samples["prefill"], lm.device, "reading the prompt")
     record = Record(
         kind="latency",
         subject=f"batch {batch_size}, {seq_len} tokens",
@@ -110,32 +127,39 @@ def latency(
             "runs": runs,
             "warm_up": warm_up,
             "seed": seed,
-            "threads": torch.get_num_threads(),
+            **conditions,
+            "clock": kind_of_clock(lm.device),
             "not_measured": not_measured,
+            **({} if not_measured else _about(samples)),
+            "formulas": FORMULAS,
         },
-        metrics={} if not_measured else _metrics(samples, warm_up, prompt_tokens),
-        cost={"seconds": sum(samples.e2e), "tokens": len(samples.e2e) * prompt_tokens, "state_bytes": samples.state_bytes},
-        series={} if not_measured else _series(samples, warm_up),
+        metrics={} if not_measured else _metrics(samples, sum(times[0]), batch_size, seq_len),
+        cost={
+            "seconds": sum(map(sum, timed)),
+            "tokens": len(timed) * batch_size * (seq_len + new_tokens - 1),
+            "flops": flops * max(1, len(timed)),
+            "state_bytes": state_bytes(states[0]),
+        },
+        series={} if not_measured else _series(samples),
     )
-    return LatencyResult(record)
+    return LatencyResult(record, {} if not_measured else samples)
 
 
-def generate_once(lm: Model, prompt: torch.Tensor, new_tokens: int, samples: Samples) -> None:
-    """Read the prompt and decode greedily, noting when each token was there."""
-    with torch.no_grad():
-        began = clock(lm.device)
-        logits, state = lm.step(prompt, None, keep=1)
-        samples.prefill.append(clock(lm.device) - began)
+def generate_once(lm: Model, prompt: torch.Tensor, new_tokens: int, states: list[Any] | None = None) -> list[float]:
+    """Read the prompt and decode greedily. Returns the seconds of the step over the prompt, of choosing the first token, and
+    of each token after it. The last state is left in `states`."""
+    watch = Stopwatch(lm.device)
+    logits, state = lm.step(prompt, None, keep=1)
+    watch.mark()
+    token = _next(lm, logits, prompt)
+    watch.mark()
+    for _ in range(new_tokens - 1):
+        logits, state = lm.step(token, state, keep=1)
         token = _next(lm, logits, prompt)
-        times = [clock(lm.device)]
-        samples.ttft.append(times[0] - began)
-        for _ in range(new_tokens - 1):
-            logits, state = lm.step(token, state, keep=1)
-            token = _next(lm, logits, prompt)
-            times.append(clock(lm.device))
-    samples.itl.append([after - before for before, after in pairwise(times)])
-    samples.e2e.append(times[-1] - began)
-    samples.state_bytes = state_bytes(state)
+        watch.mark()
+    if states is not None:
+        states.append(state)
+    return watch.laps()
 
 
 def _next(lm: Model, logits: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
@@ -143,22 +167,43 @@ def _next(lm: Model, logits: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor
     return logits[:, -1].argmax(-1, keepdim=True) if lm.codebooks is None else prompt[..., -1:]
 
 
-def _metrics(samples: Samples, warm_up: int, prompt_tokens: int) -> dict[str, Metric]:
-    gaps = [gap for run in samples.itl[warm_up:] for gap in run]
-    timed = {"prefill": samples.prefill[warm_up:], "ttft": samples.ttft[warm_up:], "e2e": samples.e2e[warm_up:]}
-    if gaps:
-        timed["itl"] = gaps
-        timed["tpot"] = [sum(run) / len(run) for run in samples.itl[warm_up:]]
+def _samples(timed: list[list[float]]) -> dict[str, list[float]]:
+    """Seconds, by what was waited for; gaps of all runs together."""
+    found = {
+        "prefill": [run[0] for run in timed],
+        "ttft": [run[0] + run[1] for run in timed],
+        "e2e": [sum(run) for run in timed],
+    }
+    if len(timed[0]) > 2:
+        found["itl"] = [gap for run in timed for gap in run[2:]]
+        found["tpot"] = [sum(run[2:]) / len(run[2:]) for run in timed]
+    return found
+
+
+def _about(samples: dict[str, list[float]]) -> dict[str, Any]:
+    """How good the times are: their stability, and how many runs would tell two models apart that differ by 5 %."""
+    return {
+        "stability": stability(samples["e2e"]),
+        "runs_to_see_5_percent": {name: runs_to_see(samples[name]) for name in ("prefill", "tpot", "e2e") if name in samples},
+    }
+
+
+def _metrics(samples: dict[str, list[float]], cold: float, batch_size: int, seq_len: int) -> dict[str, Metric]:
     metrics = {}
-    for name, seconds in timed.items():
-        metrics[name] = median(seconds, "ms", scale=1e3)
-        metrics.update(spread(name, seconds, "ms", scale=1e3))
-    metrics["cold"] = Metric(1e3 * samples.e2e[0], "ms", n=1, higher_is_better=False)
-    rates = [prompt_tokens / seconds for seconds in timed["prefill"]]
-    metrics["prefill_tokens_per_second"] = median(rates, "tokens/s", higher_is_better=True)
+    for name, times in samples.items():
+        metrics[name] = median(times, "ms", scale=1e3)
+        metrics.update(spread(name, times, "ms", scale=1e3))
+    metrics["cold"] = Metric(1e3 * cold, "ms", n=1, higher_is_better=False)
+    rates = {"prefill": [batch_size * seq_len / time for time in samples["prefill"]]}
+    if "tpot" in samples:
+        rates["decode"] = [batch_size / time for time in samples["tpot"]]
+    for name, values in rates.items():
+        metrics[f"{name}_tokens_per_second"] = median(values, "tokens/s", higher_is_better=True)
     return metrics
 
 
-def _series(samples: Samples, warm_up: int) -> dict[str, Series]:
-    runs = samples.e2e[warm_up:]
-    return {"e2e_by_run": Series(list(range(len(runs))), [1e3 * seconds for seconds in runs], "run", "ms")}
+def _series(samples: dict[str, list[float]]) -> dict[str, Series]:
+    runs = samples["e2e"]
+    series = {"e2e_by_run": Series([float(run) for run in range(len(runs))], [1e3 * time for time in runs], "run", "ms")}
+    shown = {name: samples[name] for name in ("prefill", "itl") if name in samples}
+    return series | {f"{name}_quantiles": quantiles(times, "ms", scale=1e3) for name, times in shown.items()}

@@ -1,28 +1,44 @@
-"""How much a model reads in a second when it is kept busy: batches of prompts, one after the other.
+"""How much a model gets done when it is kept busy: batches of prompts read one after the other, and decoded side by side.
 
-The batch is then doubled from one row up, to see where more rows stop helping.
+The batch is also doubled from one row up, to see where more rows stop helping.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+import statistics
+from dataclasses import dataclass, field
 
-import torch
+from torch import Tensor
 
 from pytest_lmeval.identity import facts
 from pytest_lmeval.lm import Model
-from pytest_lmeval.profiling.timer import Runner, clock, measured, median, plain_runner, spread
+from pytest_lmeval.profiling.clock import Stopwatch, kind_of_clock
+from pytest_lmeval.profiling.failures import attempt
+from pytest_lmeval.profiling.flops import count_flops
+from pytest_lmeval.profiling.runner import ProfilingError, Runner, check_shape, measured, quiet, too_short
+from pytest_lmeval.profiling.samples import median, runs_to_see, spread, stability
 from pytest_lmeval.results.metric import Metric
 from pytest_lmeval.results.record import Record, Series
 
-RUNS, WARM_UP = 10, 2
+SECONDS, WARM_UP, NEW_TOKENS = 10.0, 2, 16
+FEWEST, SCALING_RUNS = 3, 3
+ENOUGH = 0.9  # of the best rate: fewer rows that reach it are as good
+
+FORMULAS = {
+    "tokens_per_second": "batch_size x seq_len / seconds of a batch, median over the batches",
+    "sustained_tokens_per_second": "tokens of all batches / seconds of all batches",
+    "decode_tokens_per_second": "batch_size / seconds of a step of one token a row, median over the steps",
+    "knee_rows": f"the fewest rows that reach {ENOUGH:.0%} of the best rate of any batch",
+}
 
 
 @dataclass(frozen=True, repr=False)
 class ThroughputResult:
-    """Tokens read a second, median over the runs. Where the clock was not run, `not_measured` says why."""
+    """Tokens a second. Where nothing was timed, `not_measured` says why. `samples` are the times of the batches, in seconds."""
 
     record: Record
+    samples: dict[str, list[float]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return repr(self.record)
@@ -34,12 +50,23 @@ class ThroughputResult:
 
     @property
     def tokens_per_second(self) -> Metric:
+        """Tokens read in a second, median over the batches."""
         return measured(self.record, "tokens_per_second")
 
     @property
+    def decode_tokens_per_second(self) -> Metric:
+        """Tokens written in a second by all rows together, median over the steps; only for models that carry a state."""
+        return measured(self.record, "decode_tokens_per_second")
+
+    @property
     def batch_scaling(self) -> Series:
-        """Tokens a second by rows in the batch."""
+        """Tokens read in a second, by rows in the batch. Sizes that failed are left out; `settings["failed"]` says why."""
         return self.record.series["batch_scaling"]
+
+    @property
+    def knee(self) -> Metric:
+        """The fewest rows that are nearly as good as any number of them."""
+        return measured(self.record, "knee_rows")
 
 
 def throughput(
@@ -47,18 +74,42 @@ def throughput(
     *,
     batch_size: int = 32,
     seq_len: int = 512,
-    runs: int = RUNS,
+    seconds: float = SECONDS,
+    runs: int | None = None,
     warm_up: int = WARM_UP,
+    new_tokens: int = NEW_TOKENS,
     scaling: bool = True,
     seed: int = 0,
-    runner: Runner = plain_runner,
+    threads: int | None = None,
+    runner: Runner | None = None,
 ) -> ThroughputResult:
-    """Time `runs` steps over a batch of random prompts; with `scaling`, also one step of each smaller power of two."""
-    prompts, tokens = lm.random_ids(batch_size, seq_len, seed=seed), batch_size * seq_len
-    seconds: list[float] = []
-    not_measured = runner(lambda: seconds.append(step_once(lm, prompts)), rounds=runs, warmup_rounds=warm_up)
-    rates = [tokens / taken for taken in seconds[warm_up:]]
-    series = {"batch_scaling": _scaling(lm, prompts)} if scaling and not not_measured else {}
+    """Read batches of random prompts for `seconds` (or `runs` of them), then decode `new_tokens` after one of them; with
+    `scaling`, also do both with each smaller power of two.
+
+    A batch size at which the model fails (it may not fit into memory) is recorded as that, and the others are measured: what
+    `runs` and `failed` of the settings say. Raises ProfilingError where a shape makes no sense.
+    """
+    check_shape(lm, batch_size=batch_size, seq_len=seq_len, runs=1 if runs is None else runs, warm_up=warm_up)
+    if runs is None and not 0 < seconds < math.inf:
+        raise ProfilingError(f"seconds is {seconds}: then nothing would be timed. It is more than 0.")
+    runner, prompts = runner or Runner(), lm.random_ids(batch_size, seq_len, seed=seed)
+    times, steps, flops, failed, series = list[float](), list[float](), list[int](), dict[str, str](), dict[str, Series]()
+
+    def read() -> None:
+        times.append(step_once(lm, prompts))
+
+    def measure() -> None:
+        if runner.not_measured is None:
+            tried = [step_once(lm, prompts) for _ in range(max(1, warm_up))]
+            runner.repeat(read, runs or max(FEWEST, math.ceil(seconds / min(tried))))
+            steps.extend(_decoding(lm, prompts, new_tokens))
+        flops.append(count_flops(lambda: step_once(lm, prompts)))  # a run of its own: counting takes time
+
+    with quiet(threads) as conditions:
+        failure = attempt(measure)
+        if scaling and runner.not_measured is None:
+            series = _scaling(lm, prompts, failed)
+    not_measured = failure or runner.not_measured or too_short(times, lm.device, "reading a batch")
     record = Record(
         kind="throughput",
         subject=f"batch {batch_size}, {seq_len} tokens",
@@ -66,33 +117,94 @@ def throughput(
         settings={
             "batch_size": batch_size,
             "seq_len": seq_len,
-            "runs": runs,
+            "seconds": None if runs else seconds,
+            "runs": len(times) or runs,
             "warm_up": warm_up,
+            "new_tokens": new_tokens,
             "seed": seed,
-            "threads": torch.get_num_threads(),
+            **conditions,
+            "clock": kind_of_clock(lm.device),
+            "failure": failure,
+            "failed": failed,
             "not_measured": not_measured,
+            **({} if not_measured else {"stability": stability(times), "runs_to_see_5_percent": {"batch": runs_to_see(times)}}),
+            "formulas": FORMULAS,
         },
-        metrics=_metrics(rates, seconds[warm_up:]) if not not_measured else {},
-        cost={"seconds": sum(seconds), "tokens": len(seconds) * tokens},
+        metrics=({} if not_measured else _metrics(times, steps, batch_size, seq_len)) | _knee(series),
+        cost={
+            "seconds": sum(times),
+            "tokens": len(times) * batch_size * seq_len,
+            "flops": flops[0] * max(1, len(times)) if flops else None,
+        },
         series=series,
     )
-    return ThroughputResult(record)
+    return ThroughputResult(record, {} if not_measured else {"batch": times, "decode": steps})
 
 
-def step_once(lm: Model, prompts: torch.Tensor) -> float:
-    with torch.no_grad():
-        began = clock(lm.device)
-        lm.step(prompts, None, keep=1)
-        return clock(lm.device) - began
+def step_once(lm: Model, prompts: Tensor) -> float:
+    """Seconds of one step over prompts [b, t]."""
+    watch = Stopwatch(lm.device)
+    lm.step(prompts, None, keep=1)
+    watch.mark()
+    return watch.laps()[0]
 
 
-def _metrics(rates: list[float], seconds: list[float]) -> dict[str, Metric]:
-    metrics = {"tokens_per_second": median(rates, "tokens/s", higher_is_better=True)}
-    metrics["batch_seconds"] = median(seconds, "s")
-    return metrics | spread("batch_seconds", seconds, "s")
+def _decoding(lm: Model, prompts: Tensor, new_tokens: int) -> list[float]:
+    """Seconds of each step of one token a row, after the prompts and a first one that is not counted."""
+    room = new_tokens if lm.context_length is None else min(new_tokens, lm.context_length - prompts.shape[-1] - 1)
+    if not lm.stateful or room < 1:
+        return []
+    token = prompts[..., -1:]
+    _, state = lm.step(prompts, None, keep=1)
+    _, state = lm.step(token, state, keep=1)
+    watch = Stopwatch(lm.device)
+    for _ in range(room):
+        _, state = lm.step(token, state, keep=1)
+        watch.mark()
+    return watch.laps()
 
 
-def _scaling(lm: Model, prompts: torch.Tensor) -> Series:
-    sizes = [1 << power for power in range(len(prompts).bit_length()) if 1 << power <= len(prompts)]
-    best = [max(rows * prompts.shape[-1] / step_once(lm, prompts[:rows]) for _ in range(2)) for rows in sizes]
-    return Series([float(size) for size in sizes], best, "rows", "tokens/s")
+def _metrics(times: list[float], steps: list[float], batch_size: int, seq_len: int) -> dict[str, Metric]:
+    tokens = batch_size * seq_len
+    metrics = {
+        "tokens_per_second": median([tokens / time for time in times], "tokens/s", higher_is_better=True),
+        "sustained_tokens_per_second": Metric(
+            tokens * len(times) / sum(times), "tokens/s", n=len(times), higher_is_better=True
+        ),
+        "batch_seconds": median(times, "s"),
+        **spread("batch_seconds", times, "s"),
+    }
+    if steps:
+        rates = [batch_size / step for step in steps]
+        metrics["decode_tokens_per_second"] = median(rates, "tokens/s", higher_is_better=True)
+    return metrics
+
+
+def _scaling(lm: Model, prompts: Tensor, failed: dict[str, str]) -> dict[str, Series]:
+    """Tokens a second by rows, read and decoded. A size that fails is named in `failed`, and the others are measured."""
+    sizes = [1 << power for power in range((len(prompts) - 1).bit_length())] + [len(prompts)]
+    read, decoded = dict[float, float](), dict[float, float]()
+    for rows in sizes:
+        some = prompts[:rows]
+
+        def measure(rows: int = rows, some: Tensor = some) -> None:
+            times = [step_once(lm, some) for _ in range(1 + SCALING_RUNS)][1:]
+            read[float(rows)] = rows * some.shape[-1] / statistics.median(times)
+            if steps := _decoding(lm, some, SCALING_RUNS):
+                decoded[float(rows)] = rows / statistics.median(steps)
+
+        if failure := attempt(measure):
+            failed[str(rows)] = failure
+    curves = {"batch_scaling": read, "decode_batch_scaling": decoded}
+    return {name: Series(list(curve), list(curve.values()), "rows", "tokens/s") for name, curve in curves.items() if curve}
+
+
+def _knee(series: dict[str, Series]) -> dict[str, Metric]:
+    """Where more rows stop helping, see FORMULAS; of reading and of decoding."""
+    found = {}
+    for name, metric in (("batch_scaling", "knee_rows"), ("decode_batch_scaling", "decode_knee_rows")):
+        if curve := series.get(name):
+            enough = ENOUGH * max(curve.y)
+            knee = next(rows for rows, rate in zip(curve.x, curve.y, strict=True) if rate >= enough)
+            found[metric] = Metric(knee, "rows", n=len(curve.x))
+    return found

@@ -21,9 +21,9 @@ from torch.nn import functional as F
 from pytest_lmeval.adapters import load
 from pytest_lmeval.data.corpus import Corpus
 from pytest_lmeval.lm import Model
+from pytest_lmeval.profiling.clock import seconds
 from pytest_lmeval.profiling.flops import Flops, training_flops
 from pytest_lmeval.profiling.memory import peak_memory
-from pytest_lmeval.profiling.timer import clock
 from pytest_lmeval.scoring.perplexity import Progress
 from pytest_lmeval.training.batches import batches, held_out_batches, read, steps_an_epoch
 from pytest_lmeval.training.failure import TrainingError, differentiate, not_finite, refuse_divergence, refuse_not_finite
@@ -130,9 +130,9 @@ def learn(run: Run, material: Material, protocol: Protocol, saver: Saver, progre
     expected, nats = a_step * material.steps, a_step * sum(run.losses)
     run.module.train()
     for crops in islice(batches(material.tokens, protocol, first=run.step), material.steps - run.step):
-        began = clock(run.lm.device)
+        began = seconds(run.lm.device)
         loss, norm = update(run, crops, protocol, material.steps)
-        run.add_step(loss, norm, clock(run.lm.device) - began)
+        run.add_step(loss, norm, seconds(run.lm.device) - began)
         if run.step % protocol.eval_every == 0 or run.step == material.steps:
             examine(run, material)
             refuse_divergence(run, protocol, material.steps)

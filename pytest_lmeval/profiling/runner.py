@@ -1,0 +1,109 @@
+"""Who calls what is timed, under which conditions, and what is refused before."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pytest_lmeval.lm import Model
+from pytest_lmeval.profiling.clock import tick
+from pytest_lmeval.results.metric import Metric
+from pytest_lmeval.results.record import Record
+
+Run = Callable[[], Any]
+TICKS = 100  # a time of so many ticks of the clock is known to one percent
+
+
+class ProfilingError(ValueError):
+    """A measurement that cannot be made as it was asked for."""
+
+
+class NotMeasuredError(Exception):
+    """A time was asked for that was not taken; under pytest, the test is skipped with the reason."""
+
+
+def bare_loop(run: Run, rounds: int) -> None:
+    """Call `run` so many times."""
+    for _ in range(rounds):
+        run()
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Who calls the timed function: a bare loop, or pytest-benchmark.
+
+    repeat        (run, rounds) calls `run` so many times
+    not_measured  why times would say nothing here, so that none are taken: the function is called once
+    """
+
+    repeat: Callable[[Run, int], None] = bare_loop
+    not_measured: str | None = None
+
+
+def measured(record: Record, name: str) -> Metric:
+    """The metric of that name. Raises NotMeasuredError where the clock was not run, ProfilingError where the model failed,
+    KeyError if there is no such metric."""
+    if failure := record.settings.get("failure"):
+        raise ProfilingError(f"{record.lm['spec']} failed at {record.subject}, so there is no {name}: {failure}")
+    if reason := record.settings["not_measured"]:
+        raise NotMeasuredError(f"{name} was not measured: {reason}")
+    return record.metrics[name]
+
+
+@contextmanager
+def quiet(threads: int | None = None) -> Iterator[dict[str, int]]:
+    """While times are taken: no gradients, no garbage collector, and the same number of threads from beginning to end.
+
+    Yields what a record says of it, filled in at the end. Raises ProfilingError if the number changed on the way: some times
+    were taken with one, some with another.
+    """
+    before, collecting = torch.get_num_threads(), gc.isenabled()
+    pinned = threads or before
+    conditions = {"threads": pinned}
+    torch.set_num_threads(pinned)
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.no_grad():
+            yield conditions
+        if (left := torch.get_num_threads()) != pinned:
+            raise ProfilingError(
+                f"the model set the number of threads from {pinned} to {left} while it was timed, so its times are not of one "
+                f"kind. Set it before: torch.set_num_threads({left}), or threads={left}."
+            )
+    finally:
+        torch.set_num_threads(before)
+        if collecting:
+            gc.enable()
+
+
+def too_short(samples: Sequence[float], device: torch.device, what: str) -> str | None:
+    """Why the clock is too coarse for these times, in seconds; None if it is not."""
+    typical, step = sorted(samples)[len(samples) // 2], tick(device.type)
+    if typical >= TICKS * step:
+        return None
+    return (
+        f"{what} takes {1e6 * typical:.3g} us and the clock ticks every {1e6 * step:.3g} us, so that is not known to one "
+        "percent. Give it more to do: a larger batch_size or seq_len."
+    )
+
+
+def check_shape(lm: Model, *, batch_size: int, seq_len: int, new_tokens: int = 1, runs: int = 1, warm_up: int = 0) -> None:
+    """Refuse what cannot be timed, before anything is. Raises ProfilingError."""
+    given = {"batch_size": batch_size, "seq_len": seq_len, "new_tokens": new_tokens, "runs": runs}
+    for name, value in given.items():
+        if value < 1:
+            raise ProfilingError(f"{name} is {value}: then nothing would be timed. It is at least 1.")
+    if warm_up < 0:
+        raise ProfilingError(f"warm_up is {warm_up}; it is 0 or more.")
+    length = seq_len + new_tokens - 1
+    if lm.context_length is not None and length > lm.context_length:
+        raise ProfilingError(
+            f"{lm.spec} reads at most {lm.context_length:,} tokens; {seq_len:,} of a prompt and {new_tokens - 1:,} that follow "
+            "are more. Ask for a shorter seq_len."
+        )

@@ -1,0 +1,76 @@
+"""Summaries of times, which claim no more than their samples carry."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from pytest_lmeval.results.metric import Metric
+from pytest_lmeval.results.record import Series
+from pytest_lmeval.statistics.bootstrap import FEWEST_UNITS
+
+STEADY, DISTURBED = 0.10, 0.25  # of the median; torch.utils.benchmark warns at the same two
+SURELY_SEEN = 1.96 + 0.84  # normal quantiles: 5 % false alarms, of two sides, and 80 % power
+
+
+def median(samples: Sequence[float], unit: str, *, scale: float = 1.0, higher_is_better: bool = False) -> Metric:
+    """The median with its distribution-free 95 % interval (order statistics; normal approximation of the binomial)."""
+    ordered = np.sort(np.asarray(samples)) * scale
+    n = len(ordered)
+    low = high = None
+    if n >= FEWEST_UNITS:
+        half = 1.96 * np.sqrt(n) / 2
+        low, high = ordered[max(0, int(np.floor(n / 2 - half)))], ordered[min(n - 1, int(np.ceil(n / 2 + half)))]
+    return Metric(float(np.median(ordered)), unit, low=low, high=high, n=n, higher_is_better=higher_is_better)
+
+
+def spread(name: str, samples: Sequence[float], unit: str, *, scale: float = 1.0) -> dict[str, Metric]:
+    """Mean, standard deviation, extremes and percentiles of samples, under names that begin with `name`.
+
+    A percentile p is given from 10 / (1 - p) samples on: with fewer, a p99 is little more than the largest value.
+    """
+    values = np.asarray(samples) * scale
+    figures = {"mean": values.mean(), "min": values.min(), "max": values.max()}
+    if len(values) > 1:
+        figures["std"] = values.std(ddof=1)
+    for percent in (90, 95, 99):
+        if len(values) >= round(1000 / (100 - percent)):
+            figures[f"p{percent}"] = np.quantile(values, percent / 100)
+    return {
+        f"{name}_{figure}": Metric(float(value), unit, n=len(values), higher_is_better=False)
+        for figure, value in figures.items()
+    }
+
+
+def stability(samples: Sequence[float]) -> str | None:
+    """How far the machine let the times be: steady, fluctuating, disturbed. None where there are too few to say.
+
+    By their interquartile range, as a share of the median: up to 10 %, up to 25 %, more.
+    """
+    if len(samples) < FEWEST_UNITS:
+        return None
+    low, middle, high = np.quantile(np.asarray(samples), (0.25, 0.5, 0.75))
+    share = (high - low) / middle
+    return "steady" if share <= STEADY else "fluctuating" if share <= DISTURBED else "disturbed"
+
+
+def runs_to_see(samples: Sequence[float], difference: float = 0.05) -> int | None:
+    """How many runs each of two models needs, so that a difference of their means of that share is seen.
+
+    At 5 % false alarms and 80 % power: n = 2 (1.96 + 0.84)^2 (standard deviation / (difference x mean))^2, the usual
+    approximation for two normal means. It is about what runs of one process differ in; processes differ by more.
+    """
+    if len(samples) < FEWEST_UNITS:
+        return None
+    values = np.asarray(samples)
+    needed = 2 * (SURELY_SEEN * float(values.std(ddof=1)) / (difference * float(values.mean()))) ** 2
+    return max(1, math.ceil(needed))
+
+
+def quantiles(samples: Sequence[float], unit: str, *, scale: float = 1.0) -> Series:
+    """The distribution as a curve: the time that this share of the samples stays below, for every second percent."""
+    shares = list(range(0, 101, 2))
+    values = np.quantile(np.asarray(samples) * scale, [share / 100 for share in shares])
+    return Series([float(share) for share in shares], [float(value) for value in values], "%", unit)

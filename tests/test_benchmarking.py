@@ -1,0 +1,159 @@
+"""pytest-benchmark as its users know it: its table, its storage and its comparisons show the parts of our runs."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch  # noqa: F401 - loaded before a run within this process, which would forget it afterwards, and torch loads only once
+
+PAGE = """
+    import pytest
+
+    @pytest.mark.parametrize("seq_len", [4, 8])
+    def test_latency(lmeval, lm, benchmark, seq_len):
+        lmeval.latency(lm, seq_len=seq_len, runs=5, warm_up=1)
+"""
+PARTS = ["", "[prefill]", "[ttft]", "[itl]"]
+
+
+@pytest.fixture
+def project(pytester, monkeypatch):
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # these runs are no workers, whatever runs them
+    pytester.makepyfile(test_speed=PAGE)
+    pytester.makefile(".ini", pytest="[pytest]\nfilterwarnings = error\n")
+    return pytester
+
+
+def saved(project, name="benchmark.json"):
+    return json.loads((project.path / name).read_text())
+
+
+def test_each_part_of_a_run_is_a_row_in_the_table_and_in_the_file(project):
+    result = project.runpytest_inprocess("--benchmark-json=benchmark.json", "--benchmark-group-by=param:seq_len")
+    result.assert_outcomes(passed=2)
+    result.stdout.fnmatch_lines(
+        ["*benchmark 'seq_len=4': 4 tests*", "test_latency?4??itl? *", "*benchmark 'seq_len=8': 4 tests*"]
+    )
+    rows = saved(project)["benchmarks"]
+    assert [row["name"] for row in rows] == [f"test_latency[{n}]{part}" for n in (4, 8) for part in PARTS]
+    assert {row["fullname"].partition("::")[0] for row in rows} == {"test_speed.py"}
+    itl, whole = rows[3], rows[0]
+    assert (itl["stats"]["rounds"], whole["stats"]["rounds"]) == (5 * 7, 5)
+    assert itl["stats"]["max"] < whole["stats"]["min"]
+
+
+def test_figures_that_it_has_no_column_for_stand_in_extra_info_and_the_file_stays_small(project):
+    project.runpytest_inprocess("--benchmark-json=benchmark.json")
+    rows = saved(project)["benchmarks"]
+    (info,) = rows[0]["extra_info"]["lmeval"]
+    assert info["decode_tokens_per_second"] > 0
+    assert info["lm"] == "demo"
+    assert rows[0]["options"]["timer"] == "device_clock"
+    assert not any("parts" in row["extra_info"]["lmeval"][0] for row in rows)
+    assert not any("data" in row["stats"] for row in rows[1:4])
+    assert saved(project)["machine_info"]["torch"]["threads"] >= 1
+
+
+def test_a_parameter_that_is_a_tensor_is_not_written_down(project):
+    project.makepyfile(
+        test_speed="""
+        import pytest, torch
+
+        @pytest.mark.parametrize("weights", [torch.zeros(1000)])
+        def test_latency(lmeval, lm, benchmark, weights):
+            lmeval.latency(lm, seq_len=4, runs=5, warm_up=1)
+        """
+    )
+    project.runpytest_inprocess("--benchmark-json=benchmark.json").assert_outcomes(passed=1)
+    assert saved(project)["benchmarks"][0]["params"] == {"weights": "Tensor"}
+
+
+def test_a_stored_run_is_compared_part_by_part(project):
+    project.runpytest_inprocess("--benchmark-save=base", "-k", "4")
+    result = project.runpytest_inprocess("--benchmark-compare", "-k", "4", "--benchmark-name=short")
+    result.stdout.fnmatch_lines(["*benchmark: 8 tests*"])
+    lines = [line.split(" ")[:2] for line in result.outlines if line.startswith("latency[4]")]
+    assert sorted(lines) == sorted([f"latency[4]{part}", source] for part in PARTS for source in ("(0001)", "(NOW)"))
+    listed = subprocess.run(
+        [sys.executable, "-m", "pytest_benchmark", "compare"], cwd=project.path, capture_output=True, text=True, check=True
+    )
+    assert "test_latency[4][ttft]" in listed.stdout
+
+
+def test_a_stored_run_of_before_has_no_parts_and_is_compared_as_far_as_it_goes(project):
+    project.runpytest_inprocess("--benchmark-save=base", "-k", "4")
+    (path,) = project.path.glob(".benchmarks/*/0001_base.json")
+    stored = json.loads(path.read_text())
+    stored["benchmarks"] = stored["benchmarks"][:1]
+    path.write_text(json.dumps(stored))
+    result = project.runpytest_inprocess("--benchmark-compare", "-k", "4")
+    result.stdout.fnmatch_lines(["*benchmark: 5 tests*"])
+
+
+def test_a_second_measurement_in_a_test_has_rows_that_say_which_it_is(project):
+    project.makepyfile(
+        test_speed="""
+        def test_grid(lmeval, lm, benchmark):
+            grid = lmeval.latency_grid(lm, seq_lens=(4, 8), runs=5, warm_up=1)
+            assert len(benchmark.stats.stats.data) == 5
+        """
+    )
+    project.runpytest_inprocess("--benchmark-json=benchmark.json").assert_outcomes(passed=1)
+    names = [row["name"] for row in saved(project)["benchmarks"]]
+    assert "test_grid[batch 1, 4 tokens, itl]" in names
+    assert "test_grid[batch 1, 8 tokens, itl]" in names
+
+
+def test_the_timer_of_a_test_or_of_the_command_line_is_kept(project):
+    project.makepyfile(
+        test_speed="""
+        import time, pytest
+
+        @pytest.mark.benchmark(timer=time.monotonic)
+        def test_latency(lmeval, lm, benchmark):
+            lmeval.latency(lm, seq_len=4, runs=5, warm_up=1)
+
+        @pytest.mark.benchmark(group="fast")
+        def test_grouped(lmeval, lm, benchmark):
+            lmeval.latency(lm, seq_len=4, runs=5, warm_up=1)
+
+        def test_not_of_ours(benchmark):
+            benchmark(int)
+        """
+    )
+    project.runpytest_inprocess("--benchmark-json=benchmark.json").assert_outcomes(passed=3)
+    rows = {row["name"]: row for row in saved(project)["benchmarks"]}
+    timers = {name: row["options"]["timer"] for name, row in rows.items() if "][" not in name and not name.endswith("]")}
+    assert timers == {"test_latency": "monotonic", "test_grouped": "device_clock", "test_not_of_ours": "perf_counter"}
+    assert rows["test_grouped"]["group"] == rows["test_grouped[itl]"]["group"] == "fast"
+    project.runpytest_inprocess("--benchmark-json=benchmark.json", "--benchmark-timer=time.process_time", "-k", "grouped")
+    assert saved(project)["benchmarks"][0]["options"]["timer"] == "process_time"
+
+
+def test_a_model_that_fails_at_a_shape_fails_the_test_and_keeps_what_was_measured(project):
+    project.makepyfile(
+        choosy="""
+        from torch import nn
+
+        class Choosy(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.embed = nn.Embedding(256, 8)
+
+            def forward(self, ids):
+                if ids.shape[0] == 4:
+                    raise RuntimeError("no kernel for four rows")
+                return self.embed(ids) @ self.embed.weight.T
+        """,
+        test_speed="""
+        def test_throughput(lmeval, lm, benchmark):
+            lmeval.throughput(lm, batch_size=4, seq_len=4, runs=2)
+        """,
+    )
+    result = project.runpytest_inprocess("--lm", "choosy:Choosy", "-p", "no:cacheprovider")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["E * choosy:Choosy failed at batch 4, 4 tokens: *no kernel for four rows*"])
+    (record,) = saved(project, ".lmeval/metrics.json")["records"]
+    assert record["series"]["batch_scaling"]["x"] == [1.0, 2.0]
+    assert "no kernel" in record["settings"]["failed"]["4"]
