@@ -1,7 +1,7 @@
 """How long does one wait, and how much gets done? pytest-benchmark keeps the times; the report shows them beside quality.
 
-    pytest benchmarks/test_speed.py --lm hf:FOLDER_OR_ID
-    pytest benchmarks/test_speed.py --benchmark-save=base      and later: --benchmark-compare
+pytest benchmarks/test_speed.py --lm hf:FOLDER_OR_ID
+pytest benchmarks/test_speed.py --benchmark-save=base      and later: --benchmark-compare
 """
 
 import pytest

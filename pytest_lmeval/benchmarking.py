@@ -8,7 +8,8 @@ percentiles, tokens a second and bytes stand in `extra_info["lmeval"]`.
 
 from __future__ import annotations
 
-import sys
+import contextlib
+import importlib.metadata
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +63,8 @@ class Driver:
         if self._benchmark is None:
             return
         figures = {name: float(metric) for name, metric in record.metrics.items() if not name.endswith(LEFT_OUT)}
-        info = {"lm": record.lm["spec"], "kind": record.kind, "subject": record.subject, **figures}
+        where = {"device": record.lm["device"], "threads": record.settings.get("threads")}
+        info = {"lm": record.lm["spec"], "kind": record.kind, "subject": record.subject, **where, **figures}
         if reason := record.settings.get("not_measured"):
             info["not_measured"] = reason
         if samples:
@@ -103,12 +105,9 @@ class BenchmarkHooks:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_benchmark_update_machine_info(self, machine_info: dict[str, Any]) -> None:
-        """What decides a model's speed, beside the processor."""
-        torch = sys.modules.get("torch")
-        if torch is not None:
-            machine_info["torch"] = {"version": torch.__version__, "threads": torch.get_num_threads()}
-            if torch.cuda.is_available():
-                machine_info["torch"] |= {"cuda": torch.version.cuda, "device": torch.cuda.get_device_name()}
+        """The version of torch, by its metadata: this is asked before a run is compared, when nothing has been loaded."""
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            machine_info["torch"] = importlib.metadata.version("torch")
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_benchmark_update_json(self, output_json: dict[str, Any]) -> None:

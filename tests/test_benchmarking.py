@@ -1,11 +1,11 @@
 """pytest-benchmark as its users know it: its table, its storage and its comparisons show the parts of our runs."""
 
+import importlib.metadata
 import json
 import subprocess
 import sys
 
 import pytest
-import torch  # noqa: F401 - loaded before a run within this process, which would forget it afterwards, and torch loads only once
 
 PAGE = """
     import pytest
@@ -30,7 +30,7 @@ def saved(project, name="benchmark.json"):
 
 
 def test_each_part_of_a_run_is_a_row_in_the_table_and_in_the_file(project):
-    result = project.runpytest_inprocess("--benchmark-json=benchmark.json", "--benchmark-group-by=param:seq_len")
+    result = project.runpytest_subprocess("--benchmark-json=benchmark.json", "--benchmark-group-by=param:seq_len")
     result.assert_outcomes(passed=2)
     result.stdout.fnmatch_lines(
         ["*benchmark 'seq_len=4': 4 tests*", "test_latency?4??itl? *", "*benchmark 'seq_len=8': 4 tests*"]
@@ -44,7 +44,7 @@ def test_each_part_of_a_run_is_a_row_in_the_table_and_in_the_file(project):
 
 
 def test_figures_that_it_has_no_column_for_stand_in_extra_info_and_the_file_stays_small(project):
-    project.runpytest_inprocess("--benchmark-json=benchmark.json")
+    project.runpytest_subprocess("--benchmark-json=benchmark.json")
     rows = saved(project)["benchmarks"]
     (info,) = rows[0]["extra_info"]["lmeval"]
     assert info["decode_tokens_per_second"] > 0
@@ -52,7 +52,8 @@ def test_figures_that_it_has_no_column_for_stand_in_extra_info_and_the_file_stay
     assert rows[0]["options"]["timer"] == "device_clock"
     assert not any("parts" in row["extra_info"]["lmeval"][0] for row in rows)
     assert not any("data" in row["stats"] for row in rows[1:4])
-    assert saved(project)["machine_info"]["torch"]["threads"] >= 1
+    assert (info["device"], info["threads"] >= 1) == ("cpu", True)
+    assert saved(project)["machine_info"]["torch"] == importlib.metadata.version("torch")
 
 
 def test_a_parameter_that_is_a_tensor_is_not_written_down(project):
@@ -65,13 +66,13 @@ def test_a_parameter_that_is_a_tensor_is_not_written_down(project):
             lmeval.latency(lm, seq_len=4, runs=5, warm_up=1)
         """
     )
-    project.runpytest_inprocess("--benchmark-json=benchmark.json").assert_outcomes(passed=1)
+    project.runpytest_subprocess("--benchmark-json=benchmark.json").assert_outcomes(passed=1)
     assert saved(project)["benchmarks"][0]["params"] == {"weights": "Tensor"}
 
 
 def test_a_stored_run_is_compared_part_by_part(project):
-    project.runpytest_inprocess("--benchmark-save=base", "-k", "4")
-    result = project.runpytest_inprocess("--benchmark-compare", "-k", "4", "--benchmark-name=short")
+    project.runpytest_subprocess("--benchmark-save=base", "-k", "4")
+    result = project.runpytest_subprocess("--benchmark-compare", "-k", "4", "--benchmark-name=short")
     result.stdout.fnmatch_lines(["*benchmark: 8 tests*"])
     lines = [line.split(" ")[:2] for line in result.outlines if line.startswith("latency[4]")]
     assert sorted(lines) == sorted([f"latency[4]{part}", source] for part in PARTS for source in ("(0001)", "(NOW)"))
@@ -82,12 +83,12 @@ def test_a_stored_run_is_compared_part_by_part(project):
 
 
 def test_a_stored_run_of_before_has_no_parts_and_is_compared_as_far_as_it_goes(project):
-    project.runpytest_inprocess("--benchmark-save=base", "-k", "4")
+    project.runpytest_subprocess("--benchmark-save=base", "-k", "4")
     (path,) = project.path.glob(".benchmarks/*/0001_base.json")
     stored = json.loads(path.read_text())
     stored["benchmarks"] = stored["benchmarks"][:1]
     path.write_text(json.dumps(stored))
-    result = project.runpytest_inprocess("--benchmark-compare", "-k", "4")
+    result = project.runpytest_subprocess("--benchmark-compare", "-k", "4")
     result.stdout.fnmatch_lines(["*benchmark: 5 tests*"])
 
 
@@ -99,7 +100,7 @@ def test_a_second_measurement_in_a_test_has_rows_that_say_which_it_is(project):
             assert len(benchmark.stats.stats.data) == 5
         """
     )
-    project.runpytest_inprocess("--benchmark-json=benchmark.json").assert_outcomes(passed=1)
+    project.runpytest_subprocess("--benchmark-json=benchmark.json").assert_outcomes(passed=1)
     names = [row["name"] for row in saved(project)["benchmarks"]]
     assert "test_grid[batch 1, 4 tokens, itl]" in names
     assert "test_grid[batch 1, 8 tokens, itl]" in names
@@ -122,12 +123,12 @@ def test_the_timer_of_a_test_or_of_the_command_line_is_kept(project):
             benchmark(int)
         """
     )
-    project.runpytest_inprocess("--benchmark-json=benchmark.json").assert_outcomes(passed=3)
+    project.runpytest_subprocess("--benchmark-json=benchmark.json").assert_outcomes(passed=3)
     rows = {row["name"]: row for row in saved(project)["benchmarks"]}
     timers = {name: row["options"]["timer"] for name, row in rows.items() if "][" not in name and not name.endswith("]")}
     assert timers == {"test_latency": "monotonic", "test_grouped": "device_clock", "test_not_of_ours": "perf_counter"}
     assert rows["test_grouped"]["group"] == rows["test_grouped[itl]"]["group"] == "fast"
-    project.runpytest_inprocess("--benchmark-json=benchmark.json", "--benchmark-timer=time.process_time", "-k", "grouped")
+    project.runpytest_subprocess("--benchmark-json=benchmark.json", "--benchmark-timer=time.process_time", "-k", "grouped")
     assert saved(project)["benchmarks"][0]["options"]["timer"] == "process_time"
 
 
@@ -151,7 +152,7 @@ def test_a_model_that_fails_at_a_shape_fails_the_test_and_keeps_what_was_measure
             lmeval.throughput(lm, batch_size=4, seq_len=4, runs=2)
         """,
     )
-    result = project.runpytest_inprocess("--lm", "choosy:Choosy", "-p", "no:cacheprovider")
+    result = project.runpytest_subprocess("--lm", "choosy:Choosy", "-p", "no:cacheprovider")
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(["E * choosy:Choosy failed at batch 4, 4 tokens: *no kernel for four rows*"])
     (record,) = saved(project, ".lmeval/metrics.json")["records"]

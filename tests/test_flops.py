@@ -195,3 +195,18 @@ def test_what_cannot_be_measured_is_not_zero(monkeypatch, tmp_path):
     with peak_memory(CPU) as peak:
         pass
     assert (peak.bytes, peak.growth) == (None, None)
+
+
+def test_a_state_that_holds_a_parameter_is_counted_like_any_other():
+    layer = nn.Linear(5, 7, bias=False)
+
+    class Holding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, inputs):
+            return self.layer(inputs), self.layer.weight
+
+    with torch.no_grad():
+        assert count_flops(lambda: Holding()(torch.ones(3, 5))) == 2 * 3 * 5 * 7

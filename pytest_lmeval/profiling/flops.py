@@ -18,6 +18,7 @@ on complex numbers counts as one on real numbers.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -51,9 +52,17 @@ def count_flops(work: Callable[[], Any]) -> int:
     >>> count_flops(lambda: torch.ones(3, 5) @ torch.ones(5, 7))
     210
     """
-    with flop_counter.FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+    counter = flop_counter.FlopCounterMode(display=False, custom_mapping=FORMULAS)
+    counter.mod_tracker = _WholeModel()  # type: ignore[assignment]
+    with counter:
         work()
     return int(counter.get_total_flops())
+
+
+class _WholeModel(nullcontext[None]):
+    """In place of the tracker of modules, by which torch counts them one by one: it fails where a state holds a parameter."""
+
+    parents = frozenset({"Global"})
 
 
 def training_flops(loss: Callable[[], Tensor], backward: Callable[[Tensor], Any] = Tensor.backward) -> Flops:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_lmeval.report import pages
-from pytest_lmeval.results import environment
+from pytest_lmeval.results import environment, history
 from pytest_lmeval.results.record import SCHEMA
 from pytest_lmeval.results.replacing import replacing
 
@@ -45,6 +45,7 @@ def reports(
         "skipped": skipped or [],
     }
     replace_text(folder / "metrics.json", json.dumps(document, indent=1, allow_nan=False) + "\n")
+    history.append(folder, document)
     written = ["metrics.json"]
     for name, render in pages.PAGES.items():
         try:

@@ -1,0 +1,185 @@
+"""Is what the clock says true? Models whose steps take a known time, what measuring adds to a step, and how far runs differ.
+
+The truth is what the model itself saw pass, on the same clock, within its step.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pytest_lmeval import Metric, as_model, latency
+from pytest_lmeval.profiling.samples import runs_to_see
+
+pytestmark = [pytest.mark.benchmark, pytest.mark.usefixtures("one_thread")]
+
+VOCAB = 32
+
+
+class Timed(nn.Module):
+    """Spends a time that it is told on every step, and notes how much it was."""
+
+    def __init__(self, spend):
+        super().__init__()
+        self.logits, self.spend, self.spent = nn.Parameter(torch.zeros(1, 8, VOCAB)), spend, []
+
+    def forward(self, input_ids, state=None):
+        began = time.perf_counter()
+        self.spend(len(self.spent))
+        logits = self.logits[:, : input_ids.shape[1]]
+        self.spent.append(time.perf_counter() - began)
+        return logits, self.logits
+
+
+def sleeping(seconds):
+    return lambda step: time.sleep(seconds)
+
+
+def counting(seconds):
+    """A busy loop that was calibrated here to take so long."""
+    rounds = 10_000
+    while True:
+        began = time.perf_counter()
+        sum(range(rounds))
+        took = time.perf_counter() - began
+        if took > 0.01:
+            break
+        rounds *= 2
+    return lambda step: sum(range(round(rounds * seconds / took)))
+
+
+def bare_loop(model, tokens):
+    """Seconds of each step of what one writes without a harness: the model, and the likeliest token."""
+    ids, times = torch.zeros(1, 8, dtype=torch.long), []
+    with torch.no_grad():
+        logits, state = model(ids)
+        for _ in range(tokens):
+            token = logits[:, -1].argmax(-1, keepdim=True)
+            times.append(time.perf_counter())
+            logits, state = model(token, state)
+    return [after - before for before, after in pairwise(times)]
+
+
+@pytest.mark.parametrize("way", [sleeping, counting])
+@pytest.mark.parametrize(("milliseconds", "runs"), [(2, 60), (20, 12), (200, 3)])
+def test_a_step_of_known_length_is_reported_within_one_percent(lmeval, way, milliseconds, runs):
+    """Of what the model spends in a step, and what a bare loop needs beside that to wake up and to choose a token."""
+    model = Timed(way(milliseconds / 1e3))
+    gaps = bare_loop(model, 4 * runs)
+    beside = [gap - spent for gap, spent in zip(gaps, model.spent[1:], strict=False)]
+    model.spent.clear()
+    result = lmeval.latency(model, seq_len=8, new_tokens=8, runs=runs, warm_up=1)
+    steps = [model.spent[8 * run + step] for run in range(-runs - 1, -1) for step in range(1, 8)]  # the last run is not timed
+    parts = {"spent": statistics.median(steps), "beside": statistics.median(beside)}
+    true = Metric(1e3 * sum(parts.values()), "ms", n=len(steps))
+    told = {name: Metric(1e3 * seconds, "ms") for name, seconds in parts.items()}
+    lmeval.record(model, f"{way.__name__} for {milliseconds} ms", reported=result.itl, true=true, **told)
+    assert float(result.itl) == pytest.approx(true, rel=0.01)
+
+
+def test_a_percentile_lies_where_so_many_steps_stay_below(lmeval):
+    lengths = np.random.default_rng(0).lognormal(np.log(2e-3), 0.5, 4000)
+    model = Timed(lambda step: time.sleep(lengths[step]))
+    result = lmeval.latency(model, seq_len=8, new_tokens=41, runs=20, warm_up=1)
+    steps = 1e3 * np.array([model.spent[run * 41 + step] for run in range(-21, -1) for step in range(1, 41)])
+    around = [float(np.quantile(steps, share)) for share in (0.94, 0.95, 0.96)]
+    p95 = result.percentile("itl", 95)
+    lmeval.record(
+        model, "steps of many lengths", reported_p95=p95, true_p95=Metric(around[1], "ms", low=around[0], high=around[2])
+    )
+    assert around[0] <= p95 <= around[2]
+
+
+def until(seconds):
+    """A busy loop that ends on time, so that what is around it can be seen."""
+
+    def spend(step):
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            pass
+
+    return spend
+
+
+def test_measuring_adds_less_than_two_percent_to_a_step_of_a_millisecond(lmeval):
+    model = Timed(until(1e-3))
+    lm, tokens = as_model(model), 64
+    bare, ours = [], []
+    for _ in range(12):  # side by side, since the machine is not the same from second to second
+        bare.append(statistics.mean(bare_loop(model, tokens)))
+        ours.append(latency(lm, seq_len=8, new_tokens=tokens + 1, runs=1, warm_up=0).tpot / 1e3)
+    added = statistics.median(o - b for o, b in zip(ours, bare, strict=True))
+    lmeval.record(
+        model,
+        "what measuring adds to a step of 1 ms",
+        bare_step=Metric(1e3 * statistics.median(bare), "ms"),
+        measured_step=Metric(1e3 * statistics.median(ours), "ms"),
+        added=Metric(1e6 * added, "us", n=12, higher_is_better=False),
+        share=Metric(100 * added / 1e-3, "%", n=12, higher_is_better=False),
+    )
+    assert added < 20e-6
+
+
+FRESH = """
+import json, torch
+torch.set_num_threads(1)
+from pytest_lmeval import latency, load
+result = latency(load("demo"), seq_len=128, runs=40)
+print(json.dumps([float(result.tpot), result.samples["tpot"]]))
+"""
+
+
+def test_how_far_runs_differ_within_a_process_and_between_processes(lmeval, lm):
+    """What a comparison of speeds has to reckon with: two processes differ by more than two runs of one."""
+    found = [
+        json.loads(subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True, check=True).stdout)
+        for _ in range(8)
+    ]
+    within = [np.std(runs, ddof=1) / np.mean(runs) for _, runs in found]
+    medians = [middle for middle, _ in found]
+    lmeval.record(
+        lm,
+        "time per output token, 8 processes of 40 runs",
+        tpot=Metric(statistics.median(medians), "ms", n=8),
+        spread_within=Metric(100 * statistics.median(within), "%", n=40),
+        spread_between=Metric(100 * np.std(medians, ddof=1) / np.mean(medians), "%", n=8),
+        runs_for_5_percent=Metric(statistics.median(runs_to_see(runs) for _, runs in found), n=40),
+        processes_for_5_percent=Metric(runs_to_see(medians), n=8),
+    )
+    assert statistics.median(medians) > 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: events are not stamped here")
+def test_what_stamping_every_token_costs_on_a_gpu(lmeval, load_lm):
+    """Events a token and one wait at the end, against a wait at every token, against no marks between."""
+    lm = load_lm("demo")
+    ids, device = lm.random_ids(1, 128), lm.device
+
+    def decode(waits):
+        with torch.no_grad():
+            _, state = lm.step(ids, None, keep=1)
+            torch.cuda.synchronize(device)
+            began = time.perf_counter()
+            for _ in range(64):
+                _, state = lm.step(ids[:, :1], state, keep=1)
+                if waits:
+                    torch.cuda.synchronize(device)
+            torch.cuda.synchronize(device)
+            return (time.perf_counter() - began) / 64
+
+    decode(False)
+    bare, waiting, stamped = [], [], []
+    for _ in range(20):
+        bare.append(decode(False))
+        waiting.append(decode(True))
+        stamped.append(latency(lm, seq_len=128, new_tokens=65, runs=1, warm_up=0).tpot / 1e3)
+    figures = {"bare": bare, "events": stamped, "waiting": waiting}
+    lmeval.record(lm, "a step", **{name: Metric(1e3 * statistics.median(times), "ms", n=20) for name, times in figures.items()})
+    assert statistics.median(stamped) < 1.2 * statistics.median(bare)
