@@ -12,24 +12,74 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pytest_lmeval.lm import Model, SpecError, weights
+from pytest_lmeval.lm import Model, SpecError, multiplied, weights
+from pytest_lmeval.tensors import FLOATS, nbytes, parts, precision_of, value_bits
 
 SMALL = 1 << 20  # elements of a tensor up to which all of them are hashed
+NEARLY_ALL = 0.9  # share of the weights in one precision from which on it is the model's
 SAMPLE = 64  # elements of each tensor by which a change is noticed, beside torch's own count of changes
 
 
 def facts(model: Model) -> dict[str, Any]:
     """What a record says about the model: spec, size, precision, place and fingerprint."""
-    tensors = list(weights(model.module))
+    found = None if model.module is None else precision(model.module, bytes_before=model.bytes_before)
+    packed = found is not None and found["name"] not in (*FLOATS.values(), "mixed")
     return {
         "spec": model.spec,
         "form": model.form,
         "parameters": sum(p.numel() for p in model.module.parameters()) if model.module is not None else None,
-        "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "bytes": sum(map(nbytes, weights(model.module))),
+        "dtype": found["name"] if found and packed else str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
         "fingerprint": fingerprint(model),
+        **({} if found is None else {"precision": found}),
     }
+
+
+def precision(module: nn.Module, *, bytes_before: int | None = None) -> dict[str, Any]:
+    """What the weights of a module are, found by looking at what its tensors hold, never by what was asked for.
+
+    name                    fp32, bf16, fp16, int8, int4, ...: the precision of nine tenths of the weights that are multiplied
+                            (see `lm.multiplied`); `mixed` if there is none, `packed` where integers have no known meaning
+    bits_per_weight         the mean over the weights that are multiplied of the bits of a value, without scales; None: unknown
+    stored_bits_per_weight  what they take in memory: more where four bits lie in a byte each, and with scales and zero points
+    bytes_before            of the whole model before this package converted it; None where it did not
+    bytes_after             of the whole model, as it lies in memory
+    converted               share of all parameters that are in the named precision
+    converted_multiplied    share of those that are multiplied
+    kept                    precision -> parameters: those that are in another one
+    """
+    chosen = [tensor for _, tensor in multiplied(module)] or list(module.parameters())
+    of_all, of_chosen = _counts(list(module.parameters())), _counts(chosen)
+    total, most = sum(of_chosen.values()), max(of_chosen, key=lambda name: of_chosen[name], default="mixed")
+    name = "packed" if _has_integers(module) else most if of_chosen.get(most, 0) >= NEARLY_ALL * total else "mixed"
+    known = [(bits, tensor.numel()) for tensor in chosen if (bits := value_bits(tensor)) is not None]
+    readable = name != "packed" and total > 0
+    return {
+        "name": name,
+        "bits_per_weight": sum(bits * count for bits, count in known) / total if readable else None,
+        "stored_bits_per_weight": 8 * sum(map(nbytes, chosen)) / total if readable else None,
+        "bytes_before": bytes_before,
+        "bytes_after": sum(map(nbytes, weights(module))),
+        "converted": of_all.get(name, 0) / max(1, sum(of_all.values())),
+        "converted_multiplied": of_chosen.get(name, 0) / max(1, total),
+        "kept": {other: count for other, count in of_all.items() if other != name},
+    }
+
+
+def _counts(tensors: list[Tensor]) -> dict[str, int]:
+    """Parameters of each precision."""
+    counts: dict[str, int] = {}
+    for tensor in tensors:
+        counts[precision_of(tensor)] = counts.get(precision_of(tensor), 0) + tensor.numel()
+    return counts
+
+
+def _has_integers(module: nn.Module) -> bool:
+    """Whether a tenth of its bytes are matrices of plain integers: weights that another library packed in its own way."""
+    tensors = list(weights(module))
+    integers = (t for t in tensors if t.ndim > 1 and min(t.shape) > 1 and t.dtype != torch.bool and value_bits(t) is None)
+    return sum(map(nbytes, integers)) > (1 - NEARLY_ALL) * sum(map(nbytes, tensors))
 
 
 def fingerprint(model: Model) -> str:
@@ -47,7 +97,8 @@ def fingerprint(model: Model) -> str:
         return str(model.remembered["fingerprint"])
     versions = [
         (id(tensor), 0 if tensor.is_inference() else tensor._version, _content(tensor.detach(), SAMPLE, total=False))
-        for tensor in weights(model.module)
+        for whole in weights(model.module)
+        for tensor in parts(whole).values()
     ]
     unchanged = hash((tuple(versions), _settings(model)))
     if model.remembered.get("unchanged") != unchanged:
@@ -69,8 +120,9 @@ def weights_digest(model: Model) -> bytes:
     if model.module is not None:
         for name, tensor in (*model.module.named_parameters(), *model.module.named_buffers()):
             if name not in model.volatile:
-                digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}".encode())
-                digest.update(_content(tensor.detach(), SMALL, total=True))
+                for own, part in parts(tensor, name).items():
+                    digest.update(f"{own}|{tuple(part.shape)}|{part.dtype}".encode())
+                    digest.update(_content(part.detach(), SMALL, total=True))
     return digest.digest()
 
 

@@ -23,6 +23,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 State: TypeAlias = Any
 """Whatever a model carries from step to step: caches, recurrent states, a convolution's tail. None: nothing yet."""
@@ -164,6 +165,7 @@ class Model:
     codebooks       how it reads frames of several codes; None: it reads one token after the other
     fast_weights    (state) -> name -> tensor: the weights that it changes as it reads; of None, those before the first token
     source          the user's own object, where it is no module
+    bytes_before    of the module's tensors before its precision was set; None: it was left as it came
     """
 
     advance: Advance
@@ -181,6 +183,7 @@ class Model:
     codebooks: Codebooks | None = None
     fast_weights: Callable[[State | None], dict[str, Tensor]] | None = None
     source: Any = None
+    bytes_before: int | None = None
     remembered: dict[str, Any] = field(default_factory=dict, compare=False)  # see `identity.fingerprint`
 
     def step(self, input_ids: Tensor, state: State | None = None, *, keep: int | None = None) -> tuple[Tensor, State]:
@@ -223,7 +226,7 @@ class Model:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The coarsest precision of its weights; of those that a matrix is multiplied in, since packed ones say little."""
+        """The coarsest precision that it computes in. Packed weights count as what they unpack to (`identity.precision`)."""
         found = {tensor.dtype for tensor in weights(self.module)} & {
             torch.float64,
             torch.float32,
@@ -238,6 +241,16 @@ def weights(module: nn.Module | None) -> Iterator[Tensor]:
     if module is not None:
         yield from module.parameters()
         yield from module.buffers()
+
+
+def multiplied(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of the weights that activations are multiplied by: every parameter of two dimensions or more, but those
+    of embeddings (a head that is tied to one, too), of convolutions along each channel alone, and vectors in disguise."""
+    tables = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding | nn.EmbeddingBag)}
+    filters = {id(part.weight) for part in module.modules() if isinstance(part, _ConvNd) and part.weight.shape[1] == 1}
+    for name, tensor in module.named_parameters():
+        if tensor.ndim > 1 and min(tensor.shape[-2:]) > 1 and id(tensor) not in tables | filters:
+            yield name, tensor
 
 
 def places(module: nn.Module | None) -> str:

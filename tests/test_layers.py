@@ -12,11 +12,11 @@ import pytest_lmeval
 
 PACKAGE = Path(pytest_lmeval.__file__).parent
 LAYERS = [
-    "results", "options", "statistics", "lm", "identity", "stream", "adapters", "zoo", "data", "task", "tasks", "scoring",
-    "profiling", "equivalence", "training", "report", "session", "benchmarking", "verbs", "progress", "plugin",
+    "results", "options", "statistics", "tensors", "lm", "identity", "stream", "adapters", "zoo", "data", "task", "tasks",
+    "scoring", "profiling", "equivalence", "training", "report", "session", "benchmarking", "verbs", "progress", "plugin",
 ]  # fmt: skip
 HEAVY = {"torch", "numpy", "datasets", "transformers", "hypothesis", "jinja2", "scipy", "pandas", "tqdm", "safetensors",
-         "sklearn", "torchmetrics", "sacrebleu", "rouge_score"}  # fmt: skip
+         "sklearn", "torchao", "torchmetrics", "sacrebleu", "rouge_score"}  # fmt: skip
 
 
 def layer_of(module):

@@ -5,24 +5,25 @@
     hf:ID_OR_FOLDER            a transformers causal LM
     package.module:callable    whatever the callable returns: a torch module, or an object with `step`
 
-A suffix sets the precision: @fp32 @bf16 @fp16. Each kind of model has its own file in this folder; which one
-drives an object is found out by looking at it, once, here.
+A suffix sets the precision: @fp32 @bf16 @fp16, and with torchao @int8 @int4 for the weights. One that cannot be had is refused
+(see `precision.py`). Each kind of model has its own file in this folder; which one drives an object is found out by looking at
+it, once, here.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from pytest_lmeval.lm import Model, SpecError
+from pytest_lmeval.lm import Model, ModelError, SpecError
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-BITS = {32: "fp32", 16: "bf16", 8: "int8", 4: "int4"}
 ZOO = {  # a file of zoo/, and the function in it that makes the model
     "demo": "demo:load",
     "transformer": "transformer:load",
@@ -35,6 +36,9 @@ ZOO = {  # a file of zoo/, and the function in it that makes the model
     "bk": "bk:load",
     "causal-bk": "bk:load_causal",
 }
+LOADED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Modules that specs have led to: a callable may return the same one whenever it is called."""
+
 FORMS = ("transformers", "moshi", "streaming", "step", "get_set_state", "functional", "stateless")
 
 
@@ -46,21 +50,34 @@ def load(spec: str, *, device: str | torch.device = "cpu", bits: int | None = No
 
     Raises SpecError if the spec names nothing, or the precision cannot be had.
     """
-    name, at, precision = spec.rpartition("@")
-    if not at or "/" in precision or ":" in precision:
-        name, precision = spec, BITS[bits] if bits else ""
-    dtype = _dtype(precision, spec)
-    scheme, _, rest = name.partition(":")
-    if scheme == "hf" and rest:
-        from pytest_lmeval.adapters import huggingface
+    from pytest_lmeval.adapters import huggingface, precision
 
-        return huggingface.load(rest, spec=spec, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    loaded = _named(name)
+    name, wanted = precision.split(spec, bits)
+    shown = f"{name}@{wanted}" if wanted else name
+    scheme, _, rest = name.partition(":")
+    tokenizer, before = None, None
+    if scheme == "hf" and rest:
+        dtype = precision.DTYPES.get(wanted)
+        loaded, tokenizer, before = huggingface.read(rest, spec=shown, dtype=dtype, trust_remote_code=trust_remote_code)
+    else:
+        loaded = _named(name)
     if isinstance(loaded, nn.Module):
-        loaded = loaded.to(device=device, dtype=dtype)
-    elif dtype is not None:
-        raise SpecError(f"{spec}: the precision of {type(loaded).__name__} cannot be set, since it is no torch module.")
-    return as_model(loaded, spec=spec)
+        if wanted and loaded in LOADED:  # what is converted in place belongs to the model that was loaded before
+            loaded = copy.deepcopy(loaded)
+        LOADED.add(loaded)
+        loaded.to(device)
+        if wanted:
+            converted = precision.convert(loaded, wanted, shown)
+            before = converted if before is None else before
+    elif wanted:
+        raise SpecError(f"{shown}: the precision of {type(loaded).__name__} cannot be set, since it is no torch module.")
+    try:
+        lm = as_model(loaded, spec=shown, tokenizer=tokenizer)
+    except ModelError as error:
+        if not wanted:
+            raise
+        raise SpecError(f"with its weights in {wanted}, {error}") from error
+    return precision.proven(lm, wanted, bytes_before=before) if wanted else lm
 
 
 def as_model(source: Any, *, spec: str | None = None, form: str | None = None, tokenizer: Any = None) -> Model:
@@ -108,16 +125,6 @@ def resolve_device(name: str) -> torch.device:
             "Use auto, or install a torch build for your accelerator."
         )
     return device
-
-
-def _dtype(precision: str, spec: str) -> torch.dtype | None:
-    if not precision:
-        return None
-    if precision in ("int8", "int4"):
-        raise SpecError(f"{spec}: {precision} weights are not built in yet, and no other precision is used in their place.")
-    if precision not in PRECISIONS:
-        raise SpecError(f"{spec}: unknown precision @{precision}; known are {', '.join('@' + p for p in PRECISIONS)}.")
-    return PRECISIONS[precision]
 
 
 def _named(name: str) -> Any:

@@ -47,8 +47,14 @@ def is_transformers(source: Any) -> bool:
     return transformers is not None and isinstance(source, transformers.PreTrainedModel)
 
 
-def load(name: str, *, spec: str, device: str | torch.device, dtype: torch.dtype | None, trust_remote_code: bool) -> Model:
-    """A causal LM from a folder or the hub, from safetensors or weights that hold nothing but tensors."""
+def read(
+    name: str, *, spec: str, dtype: torch.dtype | None, trust_remote_code: bool
+) -> tuple[nn.Module, Words | Missing, int | None]:
+    """A causal LM from a folder or the hub, from safetensors or weights that hold nothing but tensors; its tokenizer; and the
+    bytes of its parameters as they were saved, if a `dtype` is given and the checkpoint names its own.
+
+    dtype  the precision to read it in, but for what transformers itself keeps in float32; None: that of the checkpoint
+    """
     try:
         import transformers
     except ImportError as error:
@@ -57,6 +63,7 @@ def load(name: str, *, spec: str, device: str | torch.device, dtype: torch.dtype
     source = str(folder) if folder.is_dir() else name
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
+        config = transformers.AutoConfig.from_pretrained(source, **options)
         module = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto", **options)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise SpecError(
@@ -68,8 +75,9 @@ def load(name: str, *, spec: str, device: str | torch.device, dtype: torch.dtype
         tokenizer = Words(transformers.AutoTokenizer.from_pretrained(source, **options), name)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         tokenizer = Missing(spec, error)
-    module.to(device)  # type: ignore[arg-type]
-    return adapt(module.train(False), spec=spec, tokenizer=tokenizer)
+    saved = getattr(config, "dtype", None) if dtype and not getattr(config, "quantization_config", None) else None
+    count = sum(parameter.numel() for parameter in module.parameters())
+    return module.train(False), tokenizer, count * saved.itemsize if isinstance(saved, torch.dtype) else None
 
 
 def adapt(module: nn.Module, *, spec: str, tokenizer: Any = None) -> Model:

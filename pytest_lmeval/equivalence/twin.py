@@ -10,17 +10,24 @@ import torch
 from torch import nn
 
 from pytest_lmeval.lm import Model, weights
+from pytest_lmeval.tensors import unpack
 
 
 def twin(model: Model, dtype: torch.dtype | None = torch.float64) -> Model | None:
     """A copy of the model with the same (already rounded) weights in `dtype` (None: as they are); None where it cannot be
-    copied, or where the copy would take more than a quarter of the memory that is free."""
+    copied, or where the copy would take more than a quarter of the memory that is free.
+
+    Packed weights become the plain numbers that they stand for. So what is rounded once, when a model is packed, is part of the
+    model, and only what its arithmetic rounds at every step is error: weights of four bits can be proven exact."""
     if model.module is None or model.rebuild is None or not fits(model):
         return None
     try:
         module = copy.deepcopy(model.module)
-        advance = model.rebuild(module if dtype is None else module.to(dtype))
-    except Exception:  # noqa: BLE001 - quantized, fused, bound to its precision, or holding what cannot be copied
+        if dtype is not None:
+            unpack(module, dtype)
+            module.to(dtype)
+        advance = model.rebuild(module)
+    except Exception:  # noqa: BLE001 - fused, bound to its precision, or holding what cannot be copied
         return None
     return dataclasses.replace(model, module=module, advance=advance, remembered={})
 

@@ -6,12 +6,18 @@ import copy
 from dataclasses import replace
 
 from pytest_lmeval.lm import Model, SpecError
+from pytest_lmeval.tensors import is_packed, precision_of
 
 
 def copy_of(lm: Model) -> Model:
     """The same model with a module of its own, in eval mode. Raises SpecError where there is none to copy."""
     if lm.module is None or lm.rebuild is None:
         raise SpecError(f"{lm.spec} is no torch module, so there are no weights to train or to load.")
+    if packed := {precision_of(tensor) for tensor in lm.module.parameters() if is_packed(tensor)}:
+        raise SpecError(
+            f"{lm.spec} holds weights that are packed ({', '.join(sorted(packed))}). They have no gradient, and a step of "
+            "training is smaller than what they are rounded to. Train the model as it was before, and pack what comes out."
+        )
     try:
         module = copy.deepcopy(lm.module).eval()
     except Exception as error:  # a module may hold anything

@@ -1,0 +1,95 @@
+"""What a tensor really holds: one that is packed says that it is float32 and has integers inside.
+
+Quantized weights are tensor subclasses that look like the weights that they stand for. What they are made of is found by the
+protocol that torch has for such classes, `__tensor_flatten__`, and never by their names.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+FLOATS = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def is_packed(tensor: Tensor) -> bool:
+    """Whether it is made of other tensors."""
+    return hasattr(tensor, "__tensor_flatten__")
+
+
+def parts(tensor: Tensor, name: str = "") -> dict[str, Tensor]:
+    """The plain tensors that it is made of, by name; a plain one is its own only part.
+
+    >>> list(parts(torch.zeros(2), "bias"))
+    ['bias']
+    """
+    if not is_packed(tensor):
+        return {name: tensor}
+    inner: list[str] = tensor.__tensor_flatten__()[0]  # type: ignore[attr-defined]
+    return {key: part for own in inner for key, part in parts(getattr(tensor, own), f"{name}.{own}".lstrip(".")).items()}
+
+
+def nbytes(tensor: Tensor) -> int:
+    """Bytes in memory, scales and zero points included.
+
+    >>> nbytes(torch.zeros(2, 3))
+    24
+    """
+    return sum(part.numel() * part.element_size() for part in parts(tensor).values())
+
+
+def value_bits(tensor: Tensor) -> float | None:
+    """Bits of each value, without scales: of a packed tensor, those that its integers take, or fewer where it names a narrower
+    type and every one of them fits into that. None for plain integers: what they stand for cannot be known.
+
+    >>> value_bits(torch.zeros(2, dtype=torch.bfloat16))
+    16.0
+    """
+    values = _values(tensor)
+    if not is_packed(tensor):
+        return 8.0 * values.element_size() if values.is_floating_point() else None
+    stored = 8 * values.numel() * values.element_size() / max(1, tensor.numel())
+    named = _named_bits(tensor)
+    if named is None or named >= stored or values.is_floating_point() or values.numel() != tensor.numel():
+        return stored
+    low, high = (int(bound) for bound in torch.aminmax(values))
+    return float(named) if -(1 << named - 1) <= low and high < 1 << named - 1 else stored
+
+
+def precision_of(tensor: Tensor) -> str:
+    """The precision of its values: fp32, bf16, fp16, int8, int4; `packed` where that cannot be known.
+
+    >>> precision_of(torch.zeros(2)), precision_of(torch.zeros(2, dtype=torch.int32))
+    ('fp32', 'packed')
+    """
+    bits, values = value_bits(tensor), _values(tensor)
+    if bits is None:
+        return "packed"
+    return FLOATS.get(values.dtype, f"fp{bits:g}") if values.is_floating_point() else f"int{bits:g}"
+
+
+def unpack(module: nn.Module, dtype: torch.dtype) -> None:
+    """Put the numbers that packed weights stand for in their place, rounded as the model rounds them, then in `dtype`."""
+    known: dict[int, nn.Parameter] = {}  # of weights that several parts share
+    for part in module.modules():
+        for name, packed in part._parameters.items():
+            if packed is not None and is_packed(packed):
+                if id(packed) not in known:
+                    known[id(packed)] = nn.Parameter(packed.detach().dequantize().to(dtype), requires_grad=False)
+                part._parameters[name] = known[id(packed)]
+
+
+def _values(tensor: Tensor) -> Tensor:
+    """The part that takes the most memory: scales and zero points are one for many values."""
+    return max(parts(tensor).values(), key=lambda part: part.numel() * part.element_size())
+
+
+def _named_bits(tensor: Tensor) -> int | None:
+    """The width of the integer type that it says its values have, as torchao's class for two to eight bits does."""
+    context: Any = tensor.__tensor_flatten__()[1]  # type: ignore[attr-defined]
+    named = context.get("target_dtype") if isinstance(context, dict) else None
+    found = re.fullmatch(r"torch\.int(\d+)", str(named))
+    return int(found[1]) if found else None
