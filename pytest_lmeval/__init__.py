@@ -23,6 +23,7 @@ _HOMES = {
     "Rows": "pytest_lmeval.data.rows",
     "Suite": "pytest_lmeval.task",
     "Task": "pytest_lmeval.task",
+    "agreement": "pytest_lmeval.scoring.agreement",
     "as_model": "pytest_lmeval.adapters",
     "corpus": "pytest_lmeval.data",
     "evaluate": "pytest_lmeval.scoring.evaluate",

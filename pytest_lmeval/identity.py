@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pytest_lmeval.lm import Model, SpecError, multiplied, weights
-from pytest_lmeval.tensors import FLOATS, nbytes, parts, precision_of, value_bits
+from pytest_lmeval.tensors import is_packed, nbytes, parts, precision_of, value_bits
 
 SMALL = 1 << 20  # elements of a tensor up to which all of them are hashed
 NEARLY_ALL = 0.9  # share of the weights in one precision from which on it is the model's
@@ -23,7 +23,7 @@ SAMPLE = 64  # elements of each tensor by which a change is noticed, beside torc
 def facts(model: Model) -> dict[str, Any]:
     """What a record says about the model: spec, size, precision, place and fingerprint."""
     found = None if model.module is None else precision(model.module, bytes_before=model.bytes_before)
-    packed = found is not None and found["name"] not in (*FLOATS.values(), "mixed")
+    packed = model.module is not None and (any(map(is_packed, weights(model.module))) or _has_integers(model.module))
     return {
         "spec": model.spec,
         "form": model.form,

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from pytest_lmeval.profiling.latency import LatencyResult
     from pytest_lmeval.profiling.streaming import StreamingResult
     from pytest_lmeval.profiling.throughput import ThroughputResult
+    from pytest_lmeval.scoring.agreement import AgreementResult
     from pytest_lmeval.scoring.evaluate import TaskResult
     from pytest_lmeval.scoring.result import PerplexityResult
     from pytest_lmeval.scoring.suite import SuiteResult
@@ -126,6 +127,51 @@ class Lmeval:
             self._log.notes.append(f"{model.spec} on {corpus}: went on from token {result.resumed_at:,} of an interrupted run")
         self._log.notes += result.record.settings.get("warnings", [])
         return self._recorded(key, replace(result, record=replace(result.record, examples=examples)))
+
+    @verb
+    def agreement(
+        self,
+        lm: Any,
+        reference: Any,
+        corpus: Corpus | Iterable[Any],
+        *,
+        tokens: int | None = None,
+        limit: int | None = None,
+        as_stream: bool | None = None,
+    ) -> AgreementResult:
+        """How far the model predicts as `reference` (a model, or a spec) does (see `scoring.agreement.agreement`).
+
+        Both models' laws are probed first, and each is read in chunks that were found exact for it.
+        """
+        from pytest_lmeval.scoring.agreement import AgreementResult, agreement
+        from pytest_lmeval.scoring.perplexity import bare_ids
+
+        corpus = corpus if isinstance(corpus, Corpus) else bare_ids(corpus)
+        models = [self._model(lm), self._model(reference)]
+        certificates = [self._session.verdict(model).certificate for model in models]
+        sizes = [exact_chunk_size(model, found, None, None) for model, found in zip(models, certificates, strict=True)]
+        for place, found in enumerate(certificates):
+            if found.limit_tokens and not found.limit_is_step:
+                models[place] = replace(models[place], context_length=found.limit_tokens)
+        settings: dict[str, Any] = {
+            "chunk_size": sizes[0],
+            "reference_chunk_size": sizes[1],
+            "tokens": tokens or self._session.tokens,
+            "limit": self._session.limit if limit is None else limit,
+            "as_stream": as_stream,
+        }
+        about = [corpus.name, corpus.split, corpus.fingerprint, tokenizer_fingerprint(models[0]), fingerprint(models[1])]
+        key = self._key("agreement", models[0], settings, about)
+        if corpus.fingerprint and (finished := self._finished(key)) is not None:
+            return AgreementResult(finished)
+        title = f"{models[0].spec} beside {models[1].spec} on {corpus}"
+        with self._session.progress(title) as progress:
+            result = agreement(
+                models[0], models[1], corpus, **settings, certificate=certificates[0].to_json(), progress=progress
+            )
+        verdict = {"reference_verdict": certificates[1].verdict}
+        record = replace(result.record, settings={**result.record.settings, **verdict})
+        return self._recorded(key, replace(result, record=record))
 
     @verb
     def task(

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pytest_lmeval.lm import Advance, Model, ModelError, SpecError, State, places, tokenizer_for
+from pytest_lmeval.tensors import nbytes
 
 CACHE_NAMES = ("past_key_values", "cache_params", "state")
 BORDERS = (
@@ -51,7 +52,7 @@ def read(
     name: str, *, spec: str, dtype: torch.dtype | None, trust_remote_code: bool
 ) -> tuple[nn.Module, Words | Missing, int | None]:
     """A causal LM from a folder or the hub, from safetensors or weights that hold nothing but tensors; its tokenizer; and the
-    bytes of its parameters as they were saved, if a `dtype` is given and the checkpoint names its own.
+    bytes of its tensors as they were saved, if a `dtype` is given and the checkpoint names its own.
 
     dtype  the precision to read it in, but for what transformers itself keeps in float32; None: that of the checkpoint
     """
@@ -76,8 +77,10 @@ def read(
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         tokenizer = Missing(spec, error)
     saved = getattr(config, "dtype", None) if dtype and not getattr(config, "quantization_config", None) else None
-    count = sum(parameter.numel() for parameter in module.parameters())
-    return module.train(False), tokenizer, count * saved.itemsize if isinstance(saved, torch.dtype) else None
+    before = None
+    if isinstance(saved, torch.dtype):  # it says nothing of buffers: they are tables that the model fills for itself
+        before = sum(p.numel() * saved.itemsize for p in module.parameters()) + sum(map(nbytes, module.buffers()))
+    return module.train(False), tokenizer, before
 
 
 def adapt(module: nn.Module, *, spec: str, tokenizer: Any = None) -> Model:

@@ -104,17 +104,7 @@ class Reading:
         if self.by_document:
             self.units[-1] += rows_sum
             return
-        while len(rows):
-            unit = (start - 1) // self.block
-            if unit == BLOCKS:
-                self.units = [left + right for left, right in zip(self.units[::2], self.units[1::2], strict=True)]
-                self.block *= 2
-                continue
-            fitting = self.block - (start - 1) % self.block
-            if unit == len(self.units):
-                self.units.append(np.zeros(COLUMNS))
-            self.units[unit] += rows[:fitting].sum(axis=0)
-            rows, start = rows[fitting:], start + fitting
+        self.block = add_to_blocks(self.units, self.block, start, rows)
 
     def _add_chunk(self, rows_sum: np.ndarray) -> None:
         self.chunks_a_row = append(self.chunks, rows_sum, self.chunks_seen, self.chunks_a_row)
@@ -163,6 +153,23 @@ class Moves:
     def from_json(cls, data: dict[str, Any]) -> Moves:
         arrays = {name: np.array(data[name]) for name in ("total", "distance")}
         return cls(**{**data, **arrays, "names": tuple(data["names"]), "course": [np.array(row) for row in data["course"]]})
+
+
+def add_to_blocks(units: list[np.ndarray], block: int, start: int, rows: np.ndarray) -> int:
+    """Add the rows [n, columns] of targets `start`, `start` + 1, ... of one stream to sums of `block` targets each; merge pairs
+    of these if they are too many. Returns `block`."""
+    while len(rows):
+        unit = (start - 1) // block
+        if unit == BLOCKS:
+            units[:] = [left + right for left, right in zip(units[::2], units[1::2], strict=True)]
+            block *= 2
+            continue
+        fitting = block - (start - 1) % block
+        if unit == len(units):
+            units.append(np.zeros(rows.shape[1]))
+        units[unit] += rows[:fitting].sum(axis=0)
+        rows, start = rows[fitting:], start + fitting
+    return block
 
 
 def append(course: list[np.ndarray], row: np.ndarray, seen: int, each: int) -> int:

@@ -37,8 +37,14 @@ def wilson(
         raise ValueError(f"{answers[~np.isin(answers, (0, 1))][0]} is neither right (1) nor wrong (0): it has no share.")
     if not answers.size:
         return None
-    size = float(answers.size) if groups is None else _effective_size(answers, groups, level)
+    size = float(answers.size) if groups is None else _effective_size_of(answers, groups, level)
     return None if size is None else _score_interval(float(answers.mean()), size, _normal(level))
+
+
+def wilson_of_groups(sums: np.ndarray, sizes: np.ndarray, *, level: float = 0.95) -> tuple[float, float] | None:
+    """The same from the ones [g] and the answers [g] of each group alone, for answers too many to be held."""
+    size = _effective_size(np.asarray(sums, dtype=float), np.asarray(sizes, dtype=float), level)
+    return None if size is None else _score_interval(float(np.sum(sums) / np.sum(sizes)), size, _normal(level))
 
 
 def _score_interval(share: float, size: float, z: float) -> tuple[float, float]:
@@ -49,24 +55,27 @@ def _score_interval(share: float, size: float, z: float) -> tuple[float, float]:
     return max(0.0, min(share, low)), min(1.0, max(share, high))  # rounding would leave out shares of 0 and 1
 
 
-def _effective_size(right: np.ndarray, groups: Sequence[Hashable], level: float) -> float | None:
+def _effective_size_of(right: np.ndarray, groups: Sequence[Hashable], level: float) -> float | None:
     """How many independent answers would say as much; None where there are too few groups to tell."""
     if len(groups) != right.size:
         raise ValueError(f"{right.size} answers and {len(groups)} groups: each answer has one.")
     place = {group: index for index, group in enumerate(dict.fromkeys(groups))}
     if len(place) == right.size:
         return float(right.size)
-    if len(place) < FEWEST_UNITS:
-        return None
     of = np.array([place[group] for group in groups])
-    sums, sizes = np.bincount(of, weights=right), np.bincount(of)
-    share = right.mean()
+    return _effective_size(np.bincount(of, weights=right), np.bincount(of), level)
+
+
+def _effective_size(sums: np.ndarray, sizes: np.ndarray, level: float) -> float | None:
+    if len(sums) < FEWEST_UNITS:
+        return None
+    count, share = sizes.sum(), sums.sum() / sizes.sum()
     if share in (0, 1):  # the spread between groups is zero, and says nothing: the worst case
-        return float(len(place))
-    degrees = len(place) - 1
-    spread = len(place) / degrees * np.sum((sums - share * sizes) ** 2)  # n^2 times the variance of the share
-    effect = max(1.0, spread / (right.size * share * (1 - share)))
-    return float(right.size / effect * (_normal(level) / _student(level, degrees)) ** 2)
+        return float(len(sums))
+    degrees = len(sums) - 1
+    spread = len(sums) / degrees * np.sum((sums - share * sizes) ** 2)  # n^2 times the variance of the share
+    effect = max(1.0, spread / (count * share * (1 - share)))
+    return float(count / effect * (_normal(level) / _student(level, degrees)) ** 2)
 
 
 def _normal(level: float) -> float:
