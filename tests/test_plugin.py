@@ -193,7 +193,7 @@ def test_an_option_that_makes_no_sense_is_refused_at_once(project, options, says
         (["--lm=zoo:dodo"], "zoo:dodo is not in the zoo*"),
         (["--lm=tiny:Tiny", "--lmeval-device=cuda:7"], "device 'cuda:7' is not there*"),
         (["--lm=tiny:Tiny", "--lmeval-device=tpu"], "unknown device 'tpu'*"),
-        (["--lm=tiny:Tiny", "--lmeval-bits=4"], "*int4 weights are not built in yet*"),
+        (["--lm=tiny:Tiny", "--lmeval-bits=4"], "*tiny:Tiny@int4 cannot be had: 0.0% of the*"),
     ],
 )
 def test_a_model_that_cannot_be_had_is_told_in_a_line(project, options, says):

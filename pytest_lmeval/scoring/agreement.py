@@ -141,7 +141,7 @@ def _refuse_strangers(lm: Model, reference: Model, corpus: Corpus) -> None:
     if not corpus.tokenized and tokenizer_fingerprint(lm) != tokenizer_fingerprint(reference):
         raise SpecError(
             f"{lm.spec} and {reference.spec} have tokenizers that cut the same text into different tokens, so their "
-            "predictions are not about the same things. Compare their bits per byte (lmeval.perplexity), or give both the same ids."
+            "predictions are not about the same things. Compare their bits per byte (lmeval.perplexity), or give both ids."
         )
 
 
@@ -209,8 +209,8 @@ def _compare(ours: _Piece, theirs: _Piece, lm: Model, reference: Model) -> tuple
 def _refuse(piece: _Piece, row: int, token: int, found: tuple[float, float], lm: Model, reference: Model) -> None:
     raise NotFiniteError(
         f"KL is not finite at token {piece.start + row} of document {piece.document}: the log-probability of id {token} is "
-        f"{found[0]:.6g} in {reference.spec} and {found[1]:.6g} in {lm.spec}. One model rules out what the other holds possible, "
-        "or gives no number, so that no mean can be had. Look for an overflow in low precision, or a masked-out logit."
+        f"{found[0]:.6g} in {reference.spec} and {found[1]:.6g} in {lm.spec}. One rules out what the other holds possible, or "
+        "gives no number, so that no mean can be had. Look for an overflow in low precision, or a masked-out logit."
     )
 
 

@@ -1,0 +1,220 @@
+"""How far two models agree: as it would be computed by hand, however both are read, and never a number that means nothing."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toys import VOCAB, Functional, Stateless
+
+from pytest_lmeval.adapters import as_model, load
+from pytest_lmeval.data.corpus import Corpus, Document
+from pytest_lmeval.lm import SpecError
+from pytest_lmeval.scoring import agreement as agreeing
+from pytest_lmeval.scoring.agreement import agreement
+from pytest_lmeval.scoring.perplexity import perplexity
+from pytest_lmeval.session import Session
+from pytest_lmeval.session import TestLog as Log
+from pytest_lmeval.statistics.proportion import wilson, wilson_of_groups
+from pytest_lmeval.stream import NotFiniteError, StreamError
+from pytest_lmeval.verbs import Lmeval
+
+IDS = np.random.default_rng(0).integers(0, VOCAB, 700)
+NAMES = ("agreement", "kl", "nll_difference", "perplexity_ratio", "largest_difference")
+
+
+def model(seed=0, **options):
+    """Its weights are made large, so that what it says depends on what it read."""
+    module = Functional(seed=seed, **options)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(4)
+    return as_model(module, spec=f"toy-{seed}")
+
+
+LM, REFERENCE = model(0), model(1)
+
+
+def figures(result):
+    return np.array([float(result.record.metrics[name]) for name in NAMES])
+
+
+def by_hand(lm, reference, ids):
+    """Everything from one step over the whole text."""
+    inputs = torch.from_numpy(ids)[None]
+    with torch.no_grad():
+        q, p = (one.step(inputs[:, :-1])[0][0].double().log_softmax(-1) for one in (lm, reference))
+    targets = inputs[0, 1:, None]
+    loss = float((p.gather(1, targets) - q.gather(1, targets)).mean())
+    same = float((q.argmax(-1) == p.argmax(-1)).double().mean())
+    return np.array([same, float((p.exp() * (p - q)).sum(-1).mean()), loss, np.exp(loss), float((p - q).abs().max())])
+
+
+def test_a_model_agrees_with_itself_exactly():
+    result = agreement(LM, LM, IDS)
+    assert (result.agreement, result.kl, result.nll_difference, result.largest_difference) == (1, 0, 0, 0)
+    assert result.perplexity_ratio == 1
+    assert result.agreement.low < 1  # of a text that is not endless
+    assert result.record.kind == "agreement"
+
+
+@given(ours=st.integers(1, 300), theirs=st.integers(1, 300), length=st.integers(2, 400))
+@settings(max_examples=25, deadline=None)
+def test_however_both_are_cut_the_figures_are_those_of_the_whole_text(ours, theirs, length):
+    ids = IDS[:length]
+    result = agreement(LM, REFERENCE, ids, chunk_size=ours, reference_chunk_size=theirs)
+    np.testing.assert_allclose(figures(result), by_hand(LM, REFERENCE, ids), atol=1e-5)
+    assert result.record.cost["tokens"] == length - 1
+    assert result.kl > 0
+
+
+def test_that_law_can_fail(monkeypatch):
+    """Where pieces are paired as they come, predictions of different places are compared."""
+
+    def as_they_come(ours, theirs):
+        return ((one, other.first(len(one.nll))) for one, other in zip(ours, theirs, strict=False))
+
+    monkeypatch.setattr(agreeing, "_aligned", as_they_come)
+    result = agreement(LM, REFERENCE, IDS, chunk_size=10, reference_chunk_size=20)
+    assert abs(figures(result) - by_hand(LM, REFERENCE, IDS)).max() > 0.1
+
+
+def test_the_difference_of_losses_is_that_of_two_readings():
+    result = agreement(LM, REFERENCE, IDS)
+    alone = [float(perplexity(lm, IDS).nll) for lm in (LM, REFERENCE)]
+    assert float(result.nll_difference) == pytest.approx(alone[0] - alone[1], abs=1e-6)
+    swapped = agreement(REFERENCE, LM, IDS)
+    assert float(swapped.nll_difference) == pytest.approx(-float(result.nll_difference))
+    assert float(swapped.agreement) == float(result.agreement)
+    assert float(swapped.kl) != pytest.approx(float(result.kl), rel=1e-3)  # KL has a direction
+
+
+def test_intervals_are_those_of_blocks_of_the_text():
+    result = agreement(LM, REFERENCE, IDS)
+    for name in NAMES[:4]:
+        metric = result.record.metrics[name]
+        assert metric.low < metric < metric.high
+    assert agreement(LM, REFERENCE, IDS[:300]).kl.low is None  # fewer than eight blocks
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 12)), min_size=1, max_size=80))
+def test_the_interval_of_groups_is_that_of_their_answers(answers):
+    right, groups = [float(one) for one, _ in answers], [group for _, group in answers]
+    of = np.array([sorted(set(groups)).index(group) for group in groups])
+    expected = None if len(set(groups)) < 8 else wilson(right, groups)
+    if len(set(groups)) == len(groups) and expected is not None:
+        return  # answers that are each their own are counted as independent
+    assert wilson_of_groups(np.bincount(of, weights=right), np.bincount(of)) == pytest.approx(expected)
+
+
+def test_documents_are_read_each_from_its_beginning():
+    parts = [Document(str(number), ids=IDS[begin : begin + 50]) for number, begin in enumerate(range(0, 500, 50))]
+    corpus = Corpus("parts", "test", lambda: iter(parts), "x", as_stream=False, tokenized=True)
+    result = agreement(LM, REFERENCE, corpus, chunk_size=7, reference_chunk_size=30)
+    expected = np.mean([by_hand(LM, REFERENCE, part.ids)[1] for part in parts])
+    assert float(result.kl) == pytest.approx(expected, abs=1e-5)
+    assert result.kl.low is not None
+    assert result.record.cost["tokens"] == 490
+    assert agreement(LM, REFERENCE, corpus, limit=2, tokens=10).record.cost["tokens"] == 18
+
+
+def test_an_iterator_is_read_once_and_not_ahead():
+    handed_out, furthest = [0], []
+
+    def ids():
+        for begin in range(0, 700, 10):
+            handed_out[0] += 10
+            yield IDS[begin : begin + 10]
+
+    result = agreement(
+        LM,
+        REFERENCE,
+        ids(),
+        chunk_size=16,
+        reference_chunk_size=32,
+        progress=lambda tokens, nats, expected: furthest.append(handed_out[0] - tokens),
+    )
+    np.testing.assert_allclose(figures(result), by_hand(LM, REFERENCE, IDS), atol=1e-5)
+    assert max(furthest) < 60
+
+
+def test_a_model_without_a_state_is_compared_in_its_windows():
+    module = Stateless(seed=0)
+    module.context_length = 64
+    result = agreement(as_model(module), LM, IDS, chunk_size=64)
+    assert "windows of 64" in result.record.settings["read"]
+    assert "carried" in result.record.settings["reference_read"]
+    assert result.record.cost["tokens"] == 699
+
+
+def test_models_of_other_tokens_are_not_compared():
+    with pytest.raises(SpecError, match=r"toy-0 has 32 tokens and toy-2 has 40: they do not choose among the same ones"):
+        agreement(LM, model(2, vocab=40), IDS)
+    with pytest.raises(SpecError, match="reads frames of codes"):
+        agreement(load("zoo:moshi"), load("zoo:moshi"), IDS)
+
+    class Reversed:
+        name, bos = "reversed", None
+
+        def encode(self, text):
+            return np.frombuffer(text.encode(), np.uint8).astype(np.int64)[::-1], np.arange(1, len(text.encode()) + 1)
+
+    own = model(0, vocab=256)
+    other = dataclasses.replace(own, spec="other", tokenizer=Reversed())
+    text = Corpus("text", "test", lambda: iter([Document("a", "some text that is read")]), "x")
+    with pytest.raises(SpecError, match="toy-0 and other have tokenizers that cut the same text into different tokens"):
+        agreement(own, other, text)
+    assert agreement(own, own, text).kl == 0
+    assert agreement(own, other, IDS).kl == 0  # the same ids
+
+
+@pytest.mark.parametrize("who", ["lm", "reference", "both"])
+def test_a_token_that_one_model_rules_out_has_no_kl_and_the_place_is_named(who):
+    class RulesOut(Functional):
+        def forward(self, input_ids, state=None):
+            logits, state = super().forward(input_ids, state)
+            if input_ids.shape[-1] > 1:
+                logits[..., 20:, 5] = -torch.inf
+            return logits, state
+
+    ids = np.where(IDS == 5, 6, IDS)
+    never = as_model(RulesOut(seed=0), spec="never-5")
+    ours, theirs = (never if who in (name, "both") else as_model(Functional()) for name in ("lm", "reference"))
+    if who == "lm":
+        with pytest.raises(
+            NotFiniteError, match=r"not finite at token 21 of document 0: .* of id 5 is -3.* and -inf in never-5"
+        ):
+            agreement(ours, theirs, ids)
+    else:
+        assert agreement(ours, theirs, ids).kl >= 0  # what has no probability in the reference costs nothing
+
+
+def test_a_text_without_a_target_is_refused():
+    with pytest.raises(StreamError, match="fewer than two tokens"):
+        agreement(LM, REFERENCE, IDS[:1])
+
+
+def test_the_verb_records_both_models_and_how_each_was_read(tmp_path):
+    session = Session(tmp_path)
+    result = Lmeval(session, Log("test_it")).agreement(LM, REFERENCE, IDS, tokens=300)
+    assert result.record.cost["tokens"] == 299
+    assert result.record.certificate["verdict"] == result.record.settings["reference_verdict"] == "exact-any-chunk"
+    assert result.record.settings["reference"]["spec"] == "toy-1"
+    assert result.record.test == "test_it"
+    again = Lmeval(Session(tmp_path, verdicts=session.verdicts), Log("test_it"))  # of an interrupted run
+    assert float(again.agreement(LM, REFERENCE, IDS, tokens=300).kl) == float(result.kl)
+    assert "taken from an interrupted run" in again._log.notes[0]
+    assert Lmeval(session, Log("test_it")).agreement(REFERENCE, LM, IDS, tokens=300).kl != result.kl
+
+
+def test_a_reference_that_is_exact_in_single_steps_only_is_read_so(tmp_path):
+    class StepOnly(Functional):
+        def forward(self, input_ids, state=None):
+            return super().forward(input_ids, None if input_ids.shape[1] > 1 else state)
+
+    lmeval = Lmeval(Session(tmp_path), Log("test_it"))
+    result = lmeval.agreement(as_model(Functional()), as_model(StepOnly()), IDS[:200])
+    assert result.record.settings["reference_read"] == "carried in chunks of 1"
+    assert float(result.largest_difference) < 1e-5
