@@ -22,7 +22,11 @@ SAMPLE = 64  # elements of each tensor by which a change is noticed, beside torc
 
 def facts(model: Model) -> dict[str, Any]:
     """What a record says about the model: spec, size, precision, place and fingerprint."""
-    found = None if model.module is None else precision(model.module, bytes_before=model.bytes_before)
+    known, found = fingerprint(model), None
+    if model.module is not None:  # every packed value is looked at, so not again while the model is the same
+        if model.remembered.get("precision_of") != known:
+            model.remembered.update(precision_of=known, precision=precision(model.module, bytes_before=model.bytes_before))
+        found = model.remembered["precision"]
     packed = model.module is not None and (any(map(is_packed, weights(model.module))) or _has_integers(model.module))
     return {
         "spec": model.spec,
@@ -31,7 +35,7 @@ def facts(model: Model) -> dict[str, Any]:
         "bytes": sum(map(nbytes, weights(model.module))),
         "dtype": found["name"] if found and packed else str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
-        "fingerprint": fingerprint(model),
+        "fingerprint": known,
         **({} if found is None else {"precision": found}),
     }
 

@@ -186,7 +186,7 @@ def test_a_callable_beside_the_tests_is_found(tmp_path, monkeypatch):
         ("no.such.module:build", "cannot be imported"),
         ("toys:nothing", "cannot be imported"),
         ("demo@fp8", "unknown precision @fp8"),
-        ("demo@int4", "int4 weights are not built in yet, and no other precision"),
+        ("toys:Functional@int4", r"toys:Functional@int4 cannot be had: .* of GRU is no weight"),
         ("toys:Stepper@bf16", "precision of Stepper cannot be set"),
         ("hf:/no/such/folder", "could not be loaded"),
         ("", "unknown model spec"),

@@ -73,11 +73,15 @@ class Overflows(Tiny):
         return super().forward(input_ids)[0] * 60_000 * 60_000, self.embed(input_ids)
 
 
-THE_ONE = Tiny()
+THE_ONE, ANOTHER_ONE = Tiny(), Tiny()
 
 
 def the_one():
     return THE_ONE
+
+
+def another_one():
+    return ANOTHER_ONE
 
 
 def packed(wanted, module=None):
@@ -224,9 +228,10 @@ def test_a_model_that_is_only_called_int4_has_its_real_bits():
 def test_a_tensor_that_claims_four_bits_and_holds_eight_has_eight():
     lm = packed("int4")
     weight = lm.module.mix.weight
-    assert value_bits(weight) == 4
+    assert (value_bits(weight), facts(lm)["dtype"]) == (4, "int4")
     weight.qdata[0, 0] = 100
     assert (value_bits(weight), precision_of(weight)) == (8, "int8")
+    assert facts(lm)["precision"]["name"] == "mixed"
 
 
 def test_integers_of_an_unknown_meaning_are_not_given_bits():
@@ -270,6 +275,14 @@ def test_a_callable_that_returns_one_module_twice_gives_two_models():
     plain, small = load(spec), load(f"{spec}@int8")
     assert facts(plain)["dtype"] == "float32"
     assert facts(small)["dtype"] == "int8"
+
+
+def test_a_callable_that_returns_a_module_that_was_packed_is_told_off():
+    spec = f"{__name__}:another_one"
+    assert facts(load(f"{spec}@int8"))["dtype"] == facts(load(f"{spec}@int8"))["dtype"] == "int8"
+    for again in (spec, f"{spec}@fp32"):
+        with pytest.raises(SpecError, match="returned the one whose weights were made int8 before"):
+            load(again)
 
 
 def test_a_packed_checkpoint_says_so_without_a_suffix(tmp_path):

@@ -36,8 +36,8 @@ ZOO = {  # a file of zoo/, and the function in it that makes the model
     "bk": "bk:load",
     "causal-bk": "bk:load_causal",
 }
-LOADED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-"""Modules that specs have led to: a callable may return the same one whenever it is called."""
+LOADED: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+"""Modules that specs have led to, and the precision that was given to them."""
 
 FORMS = ("transformers", "moshi", "streaming", "step", "get_set_state", "functional", "stateless")
 
@@ -62,10 +62,7 @@ def load(spec: str, *, device: str | torch.device = "cpu", bits: int | None = No
     else:
         loaded = _named(name)
     if isinstance(loaded, nn.Module):
-        if wanted and loaded in LOADED:  # what is converted in place belongs to the model that was loaded before
-            loaded = copy.deepcopy(loaded)
-        LOADED.add(loaded)
-        loaded.to(device)
+        loaded = _own(loaded, wanted, shown).to(device)
         if wanted:
             converted = precision.convert(loaded, wanted, shown)
             before = converted if before is None else before
@@ -125,6 +122,20 @@ def resolve_device(name: str) -> torch.device:
             "Use auto, or install a torch build for your accelerator."
         )
     return device
+
+
+def _own(module: nn.Module, wanted: str, spec: str) -> nn.Module:
+    """The module, or a copy where it is to be converted and an earlier spec led to it: a callable may return one again."""
+    before = LOADED.get(module, "")
+    if before and before != wanted:
+        raise SpecError(
+            f"{spec}: it was asked for a model, and returned the one whose weights were made {before} before. They cannot be "
+            "made as they were. Let it build a new one whenever it is called."
+        )
+    if wanted and module in LOADED and not before:
+        module = copy.deepcopy(module)
+    LOADED[module] = wanted
+    return module
 
 
 def _named(name: str) -> Any:
