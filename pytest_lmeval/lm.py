@@ -25,6 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from pytest_lmeval.tensors import rounds_activations
+
 State: TypeAlias = Any
 """Whatever a model carries from step to step: caches, recurrent states, a convolution's tail. None: nothing yet."""
 
@@ -226,14 +228,11 @@ class Model:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The coarsest precision that it computes in. Packed weights count as what they unpack to (`identity.precision`)."""
-        found = {tensor.dtype for tensor in weights(self.module)} & {
-            torch.float64,
-            torch.float32,
-            torch.bfloat16,
-            torch.float16,
-        }
-        return max(found, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
+        """The coarsest precision that it computes in. Packed weights count as what they unpack to (`identity.precision`), but
+        where activations are rounded to eight bits too, that is as coarse as bfloat16: both keep eight digits of two."""
+        found = {torch.bfloat16 if rounds_activations(tensor) else tensor.dtype for tensor in weights(self.module)}
+        floats = found & {torch.float64, torch.float32, torch.bfloat16, torch.float16}
+        return max(floats, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
 
 
 def weights(module: nn.Module | None) -> Iterator[Tensor]:

@@ -71,6 +71,13 @@ def precision_of(tensor: Tensor) -> str:
     return FLOATS.get(values.dtype, f"fp{bits:g}") if values.is_floating_point() else f"int{bits:g}"
 
 
+def rounds_activations(tensor: Tensor) -> bool:
+    """Whether what is multiplied by it is rounded too, to eight bits as a rule, as its class says in its context."""
+    context: Any = tensor.__tensor_flatten__()[1] if is_packed(tensor) else None  # type: ignore[attr-defined]
+    names = ("act", "input_quant")
+    return isinstance(context, dict) and any(v is not None for key, v in context.items() if key.startswith(names))
+
+
 def unpack(module: nn.Module, dtype: torch.dtype) -> None:
     """Put the numbers that packed weights stand for in their place, rounded as the model rounds them, then in `dtype`."""
     known: dict[int, nn.Parameter] = {}  # of weights that several parts share

@@ -369,6 +369,17 @@ def test_packed_weights_in_bfloat16_arithmetic_are_consistent():
     assert (found.verdict, found.float32) == ("consistent", "exact-any-chunk")
 
 
+def test_a_model_whose_activations_are_rounded_too_is_not_proven_and_not_accused():
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    module = Tiny()
+    quantize_(module, Int8DynamicActivationInt8WeightConfig())
+    lm = as_model(module)
+    assert (lm.dtype, facts(lm)["dtype"]) == (torch.bfloat16, "int8")
+    found = equivalence(lm, examples=3).certificate
+    assert (found.verdict, found.float32) == ("consistent", "exact-any-chunk")
+
+
 def test_a_packed_model_that_drops_its_state_is_caught():
     class Forgets(Tiny):
         def forward(self, input_ids, state=None):
