@@ -63,9 +63,10 @@ def load(spec: str, *, device: str | torch.device = "cpu", bits: int | None = No
         loaded = _named(name)
     if isinstance(loaded, nn.Module):
         loaded = _own(loaded, wanted, shown).to(device)
-        if wanted:
-            converted = precision.convert(loaded, wanted, shown)
-            before = converted if before is None else before
+        if scheme == "hf" and wanted in precision.DTYPES:
+            precision.refuse_kept(loaded, wanted, shown)  # was read so, but for what transformers keeps in float32
+        elif wanted:
+            before = precision.convert(loaded, wanted, shown)
     elif wanted:
         raise SpecError(f"{shown}: the precision of {type(loaded).__name__} cannot be set, since it is no torch module.")
     try:

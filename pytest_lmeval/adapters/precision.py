@@ -70,8 +70,26 @@ def convert(module: nn.Module, wanted: str, spec: str) -> int:
         module.to(DTYPES[wanted])
     elif wanted in PACKED:
         _pack(module, wanted, spec)
-    _refuse_kept(module, wanted, spec)
+    refuse_kept(module, wanted, spec)
     return before
+
+
+def refuse_kept(module: nn.Module, wanted: str, spec: str) -> None:
+    """Raise SpecError, with the figures, unless nine tenths of the weights that are multiplied are in the precision."""
+    if precision(module)["name"] == wanted:
+        return
+    chosen = list(multiplied(module))
+    left = [(name, tensor) for name, tensor in chosen if precision_of(tensor) != wanted]
+    left.sort(key=lambda item: -item[1].numel())
+    listed = [f"{name} {list(tensor.shape)} {_why(module, name, tensor, wanted)}" for name, tensor in left[:NAMED]]
+    more = [f"and {len(left) - NAMED} more"] if len(left) > NAMED else []
+    total = sum(tensor.numel() for _, tensor in chosen)
+    share = sum(tensor.numel() for _, tensor in chosen if precision_of(tensor) == wanted) / max(1, total)
+    raise SpecError(
+        f"{spec} cannot be had: {share:.1%} of the {total:,} weights that the model multiplies by can be {wanted}, and "
+        f"{NEARLY_ALL:.0%} must be. Not so: {'; '.join(listed + more) or 'it has no such weights'}. What was measured with "
+        f"it would not be about {wanted}. Choose another precision, or none."
+    )
 
 
 def proven(lm: Model, wanted: str, *, bytes_before: int | None) -> Model:
@@ -144,23 +162,6 @@ def _is_linear(part: nn.Module) -> bool:
 
 def _no_group(weight: Tensor, wanted: str) -> bool:
     return wanted == "int4" and weight.shape[-1] % GROUP != 0
-
-
-def _refuse_kept(module: nn.Module, wanted: str, spec: str) -> None:
-    if precision(module)["name"] == wanted:
-        return
-    chosen = list(multiplied(module))
-    left = [(name, tensor) for name, tensor in chosen if precision_of(tensor) != wanted]
-    left.sort(key=lambda item: -item[1].numel())
-    listed = [f"{name} {list(tensor.shape)} {_why(module, name, tensor, wanted)}" for name, tensor in left[:NAMED]]
-    more = [f"and {len(left) - NAMED} more"] if len(left) > NAMED else []
-    total = sum(tensor.numel() for _, tensor in chosen)
-    share = sum(tensor.numel() for _, tensor in chosen if precision_of(tensor) == wanted) / max(1, total)
-    raise SpecError(
-        f"{spec} cannot be had: {share:.1%} of the {total:,} weights that the model multiplies by can be {wanted}, and "
-        f"{NEARLY_ALL:.0%} must be. Not so: {'; '.join(listed + more) or 'it has no such weights'}. What was measured with "
-        f"it would not be about {wanted}. Choose another precision, or none."
-    )
 
 
 def _why(module: nn.Module, name: str, tensor: Tensor, wanted: str) -> str:
