@@ -405,3 +405,13 @@ def test_gated_recurrences_of_torch_are_not_mistaken_for_linear_layers():
     with pytest.raises(SpecError, match="of GRU is no weight"):
         load_as(Functional(), "int8")
     assert isinstance(load_as(Functional(), "bf16"), Model)
+
+
+def test_a_model_that_cannot_be_watched_is_taken_at_its_weights():
+    class Shy(Tiny):
+        def forward(self, input_ids, state=None):
+            if torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
+                raise RuntimeError("not under a mode")
+            return super().forward(input_ids, state)
+
+    assert load_as(Shy(), "bf16").dtype == torch.bfloat16

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -95,14 +96,7 @@ def refuse_kept(module: nn.Module, wanted: str, spec: str) -> None:
 def proven(lm: Model, wanted: str, *, bytes_before: int | None) -> Model:
     """The model, after it was watched reading one token. Raises SpecError where that is not done in the precision."""
     watch = _Products()
-    ids = lm.random_ids(1, 1)
-    try:
-        with torch.no_grad(), watch:
-            logits, _ = lm.step(ids)
-    except Exception as error:
-        raise SpecError(f"{lm.spec}: with its weights in {wanted}, it raised {type(error).__name__}: {error}.") from error
-    finally:
-        getattr(lm.advance, "close", lambda: None)()
+    logits = _one_token(lm, wanted, watch)
     if not logits.isfinite().all():
         wrong = int((~logits.isfinite()).sum())
         raise SpecError(
@@ -118,6 +112,21 @@ def proven(lm: Model, wanted: str, *, bytes_before: int | None) -> Model:
             "or leave the suffix out."
         )
     return replace(lm, bytes_before=bytes_before)
+
+
+def _one_token(lm: Model, wanted: str, watch: _Products) -> Tensor:
+    """The logits of one token, read under the eyes of `watch`, or unwatched where that is what fails."""
+    ids, failed = lm.random_ids(1, 1), None
+    for watching in (watch, nullcontext()):
+        try:
+            with torch.no_grad(), watching:
+                return lm.step(ids)[0]
+        except Exception as error:  # noqa: BLE001 - a model may raise anything; it is told below
+            failed = error
+            watch.flops.clear()
+        finally:
+            getattr(lm.advance, "close", lambda: None)()
+    raise SpecError(f"{lm.spec}: with its weights in {wanted}, it raised {type(failed).__name__}: {failed}.") from failed
 
 
 def _pack(module: nn.Module, wanted: str, spec: str) -> None:

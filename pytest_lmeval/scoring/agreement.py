@@ -201,17 +201,13 @@ def _compare(ours: _Piece, theirs: _Piece, lm: Model, reference: Model) -> tuple
         rows[begin : begin + block, KL] = kl.sum(-1).cpu().numpy()
         if not kl.isfinite().all():
             row, token = (int(index) for index in (~kl.isfinite()).nonzero()[0])
-            _refuse(ours, begin + row, token, (float(log_p[row, token]), float(log_q[row, token])), lm, reference)
+            raise NotFiniteError(
+                f"KL is not finite at token {ours.start + begin + row} of document {ours.document}: the log-probability of id "
+                f"{token} is {log_p[row, token]:.6g} in {reference.spec} and {log_q[row, token]:.6g} in {lm.spec}. One rules out "
+                "what the other holds possible, or gives no number. Look for an overflow in low precision, or a masked-out logit."
+            )
         largest = max(largest, float(gap[(log_p > -torch.inf) & (log_q > -torch.inf)].abs().max()))
     return rows, largest
-
-
-def _refuse(piece: _Piece, row: int, token: int, found: tuple[float, float], lm: Model, reference: Model) -> None:
-    raise NotFiniteError(
-        f"KL is not finite at token {piece.start + row} of document {piece.document}: the log-probability of id {token} is "
-        f"{found[0]:.6g} in {reference.spec} and {found[1]:.6g} in {lm.spec}. One rules out what the other holds possible, or "
-        "gives no number, so that no mean can be had. Look for an overflow in low precision, or a masked-out logit."
-    )
 
 
 @dataclass
