@@ -115,7 +115,7 @@ def agreement(
         sums.add(ours, *_compare(ours, theirs, lm, reference))
         if progress is not None:
             progress(int(sums.total[TOKENS]), sums.nats, None)
-    if not sums.total[TOKENS]:
+    if not sums.units:
         raise StreamError(f"{source} holds no document: there is nothing to compare.")
     chosen = {"tokens": tokens, "limit": limit, "by_document": by_document, "data": source.fingerprint, "seed": seed}
     record = Record(
@@ -203,8 +203,8 @@ def _compare(ours: _Piece, theirs: _Piece, lm: Model, reference: Model) -> tuple
             row, token = (int(index) for index in (~kl.isfinite()).nonzero()[0])
             raise NotFiniteError(
                 f"KL is not finite at token {ours.start + begin + row} of document {ours.document}: the log-probability of id "
-                f"{token} is {log_p[row, token]:.6g} in {reference.spec} and {log_q[row, token]:.6g} in {lm.spec}. One rules out "
-                "what the other holds possible, or gives no number. Look for an overflow in low precision, or a masked-out logit."
+                f"{token} is {log_p[row, token]:.6g} in {reference.spec} and {log_q[row, token]:.6g} in {lm.spec}. One rules "
+                "out what the other holds possible, or gives no number. Look for an overflow, or a masked-out logit."
             )
         largest = max(largest, float(gap[(log_p > -torch.inf) & (log_q > -torch.inf)].abs().max()))
     return rows, largest
