@@ -284,10 +284,13 @@ def fork(state: State) -> State:
 
 def state_bytes(state: State) -> int:
     """Bytes of memory that the state keeps alive: whole storages, each counted once, whatever views into them it holds."""
-    storages = {
-        part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in _walk(state) if isinstance(part, Tensor)
-    }
-    return sum(storages.values())
+    return sum(state_storages(state).values())
+
+
+def state_storages(state: State) -> dict[int, int]:
+    """The address of each storage that the state keeps alive, and its bytes."""
+    tensors = [part for part in _walk(state) if isinstance(part, Tensor)]
+    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
 
 
 def state_dtypes(state: State) -> list[str]:

@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pytest_lmeval.profiling import memory
+from pytest_lmeval.profiling import peak as peaks
 from pytest_lmeval.profiling.flops import FORMULAS, Flops, count_flops, training_flops
-from pytest_lmeval.profiling.memory import peak_memory
+from pytest_lmeval.profiling.peak import peak_memory
 
 B, T = 2, 5
 
@@ -139,7 +139,7 @@ def test_counting_changes_no_gradient():
 
 CPU = torch.device("cpu")
 MIB = 1 << 20
-can_reset = pytest.mark.skipif(not os.access(memory.CLEAR, os.W_OK), reason="the peak of a process cannot be reset here")
+can_reset = pytest.mark.skipif(not os.access(peaks.CLEAR, os.W_OK), reason="the peak of a process cannot be reset here")
 
 
 def hold(mebibytes):
@@ -184,14 +184,14 @@ def test_a_block_inside_a_block_takes_nothing_from_it():
 def test_work_that_fails_leaves_nothing_open():
     with pytest.raises(ZeroDivisionError), peak_memory(CPU):
         raise ZeroDivisionError
-    assert memory._open == []
+    assert peaks._open == []
 
 
 def test_what_cannot_be_measured_is_not_zero(monkeypatch, tmp_path):
     with peak_memory(torch.device("meta")) as peak:
         pass
     assert (peak.bytes, peak.growth) == (None, None)
-    monkeypatch.setattr(memory, "CLEAR", tmp_path / "no" / "such" / "file")
+    monkeypatch.setattr(peaks, "CLEAR", tmp_path / "no" / "such" / "file")
     with peak_memory(CPU) as peak:
         pass
     assert (peak.bytes, peak.growth) == (None, None)

@@ -1,19 +1,115 @@
-"""Why a model failed at one shape, in a line."""
+"""What an error of torch says of the machine, where it says nothing of the model: no memory is left, or the device is gone.
+
+A grid of shapes goes on after the one and stops after the other: what ran out of memory once may fit with fewer rows, while
+after a lost device nothing more can be measured on it in this process.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from pytest_lmeval.lm import ModelError
+
+OUT_OF_MEMORY, DEVICE_LOST = "out of memory", "device lost"
+
+NO_MEMORY = re.compile(
+    r"out of memory"  # CUDA, ROCm, MPS
+    r"|DefaultCPUAllocator: (can't allocate|not enough) memory"
+    r"|(CUBLAS|CUDNN|HIPBLAS)_STATUS_ALLOC_FAILED"
+    r"|Storage size calculation overflowed"  # more than can be addressed
+)
+NO_DEVICE = re.compile(r"(CUDA|HIP|cuDNN|CUBLAS) error|device-side assert|No (CUDA|HIP) GPUs are available")
+WANTED = re.compile(r"[Tt]ried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)")
+UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
-def failure_of(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+class OutOfMemory(ModelError):
+    """A shape for which the memory of the device does not suffice; `wanted` is the size in bytes of the piece that could not
+    be had, None where that is not known."""
+
+    def __init__(self, message: str, wanted: int | None = None) -> None:
+        super().__init__(message)
+        self.wanted = wanted
 
 
-def attempt(work: Callable[[], Any]) -> str | None:
-    """Do the work. Returns why it failed, or None: what fails at one shape does not cost what is measured at others."""
+def failure_of(error: BaseException) -> str | None:
+    """OUT_OF_MEMORY, DEVICE_LOST, or None for an error that is about something else.
+
+    An error that was raised `from` another one is what that is.
+
+    >>> failure_of(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."))
+    'out of memory'
+    >>> failure_of(ValueError("out of memory"))  # an error of somebody else
+    """
+    causes = list(_causes(error))
+    if any(_is_out_of_memory(cause) for cause in causes):
+        return OUT_OF_MEMORY
+    return DEVICE_LOST if any(_is_device_lost(cause) for cause in causes) else None
+
+
+def bytes_wanted(error: BaseException) -> int | None:
+    """The size of the piece of memory that could not be had, where the error tells.
+
+    >>> bytes_wanted(RuntimeError("CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has ..."))
+    1610612736
+    """
+    for cause in _causes(error):
+        if isinstance(cause, OutOfMemory):
+            return cause.wanted
+        if found := WANTED.search(str(cause)):
+            return round(float(found[1]) * UNITS[found[2]])
+    return None
+
+
+@contextmanager
+def room_for(what: str) -> Iterator[None]:
+    """Raises OutOfMemory for what runs out of memory in the block, named by `what`; any other error stays what it is."""
+    try:
+        yield
+        return
+    except Exception as error:
+        if isinstance(error, OutOfMemory) or failure_of(error) != OUT_OF_MEMORY:
+            raise
+        wanted = bytes_wanted(error)
+    # Raised outside of the handler: an error that carried the other one would keep its frames, and the tensors in them, alive.
+    raise OutOfMemory(does_not_fit(what, wanted), wanted)
+
+
+def does_not_fit(what: str, wanted: int | None) -> str:
+    """The message of OutOfMemory."""
+    piece = "" if wanted is None else f": a piece of {wanted:,} bytes ({wanted / 2**30:.1f} GiB) could not be had"
+    return (
+        f"{what} does not fit into memory{piece}. Nothing was measured for this shape. Take fewer rows (batch_size) or tokens "
+        "(seq_len), or weights of fewer bits (@bf16)."
+    )
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, OutOfMemory | MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)) is not None
+
+
+def _is_device_lost(error: BaseException) -> bool:
+    accelerator: type[BaseException] | tuple[()] = getattr(torch, "AcceleratorError", ())  # torch 2.8 and later
+    return isinstance(error, accelerator) or (isinstance(error, RuntimeError) and NO_DEVICE.search(str(error)) is not None)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def attempt(work: Callable[[], object]) -> str | None:
+    """Do the work. Returns why it failed, in a line, or None: what fails at one shape does not cost what others give."""
     try:
         work()
     except Exception as error:  # noqa: BLE001 - a model may fail in any way
-        return failure_of(error)
+        kind, lines = failure_of(error), str(error).strip().splitlines()
+        return f"{kind or type(error).__name__}: {lines[0] if lines else 'no message'}"
     return None

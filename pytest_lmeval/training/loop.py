@@ -23,7 +23,7 @@ from pytest_lmeval.data.corpus import Corpus
 from pytest_lmeval.lm import Model
 from pytest_lmeval.profiling.clock import seconds
 from pytest_lmeval.profiling.flops import Flops, training_flops
-from pytest_lmeval.profiling.memory import peak_memory
+from pytest_lmeval.profiling.peak import peak_memory
 from pytest_lmeval.scoring.perplexity import Progress
 from pytest_lmeval.training.batches import batches, held_out_batches, read, steps_an_epoch
 from pytest_lmeval.training.failure import TrainingError, differentiate, not_finite, refuse_divergence, refuse_not_finite
