@@ -6,8 +6,12 @@ standard library only; a test holds it to that.
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import json
 import re
+import sys
+import traceback
 from collections.abc import Callable, Generator
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
 
 SESSION = pytest.StashKey["Session"]()
 LOG = pytest.StashKey[Any]()
+GENERATORS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -207,12 +212,39 @@ def pytest_runtest_call() -> Generator[None, Any, Any]:
         raise
 
 
-@pytest.hookimpl(wrapper=True)
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # the outermost: nobody asks for the frames after it
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
     report = yield
     if call.when == "call" and (log := item.stash.get(LOG, None)) is not None:
         report._lmeval = json.dumps(log.to_json())  # one string: it crosses from an xdist worker unharmed
+    if call.excinfo is not None and "lmeval" in getattr(item, "fixturenames", ()) and not _debugged(item.config):
+        release_frames(call.excinfo.value)
     return report
+
+
+def _debugged(config: pytest.Config) -> bool:
+    return bool(config.getoption("usepdb", False) or config.getoption("trace", False))
+
+
+def release_frames(error: BaseException) -> None:
+    """Clear the local variables of every frame that an error came through, and those of its causes.
+
+    pytest keeps the error of a failed test (`sys.last_exc`), and its frames would keep the model of that test in memory while
+    the next one loads its own. Before Python 3.13 to clear the frame of a generator closes it, and a fixture that waits behind
+    its `yield` would never be torn down: those frames are left.
+    """
+    errors, seen = [error], set()
+    while errors:
+        error = errors.pop()
+        if id(error) in seen:
+            continue
+        seen.add(id(error))
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            if sys.version_info >= (3, 13) or not frame.f_code.co_flags & GENERATORS:
+                with contextlib.suppress(RuntimeError):  # it still runs, or waits
+                    frame.clear()
+        linked = (error.__cause__, error.__context__, *getattr(error, "exceptions", ()))
+        errors += [other for other in linked if isinstance(other, BaseException)]
 
 
 def shared_session(config: pytest.Config) -> Session:

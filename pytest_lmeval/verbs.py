@@ -29,8 +29,10 @@ from pytest_lmeval.task import Suite, Task, TaskError
 
 if TYPE_CHECKING:
     from pytest_lmeval.equivalence.probe import EquivalenceResult
+    from pytest_lmeval.profiling.efficiency import EfficiencyResult
     from pytest_lmeval.profiling.grid import Grid
     from pytest_lmeval.profiling.latency import LatencyResult
+    from pytest_lmeval.profiling.memory import MemoryResult
     from pytest_lmeval.profiling.streaming import StreamingResult
     from pytest_lmeval.profiling.throughput import ThroughputResult
     from pytest_lmeval.scoring.agreement import AgreementResult
@@ -377,6 +379,28 @@ class Lmeval:
         chunk_size = exact_chunk_size(model, certificate, chunk_size, None) or CHUNK_SIZE
         return self._timed("streaming", model, {"chunk_size": chunk_size, **options}, streaming)
 
+    def memory(self, lm: Any, batch_size: int = 1, seq_len: int | None = None, **options: Any) -> MemoryResult:
+        """Weights, state and activations apart, and the peak of a process of its own (see `profiling.memory.memory`).
+
+        Nothing is timed, and other tests do not disturb it: it is measured under xdist too.
+        """
+        from pytest_lmeval.profiling.memory import memory
+
+        model = self._model(lm)
+        settings = {"batch_size": batch_size, "seq_len": self._seq_len(seq_len, 128), **options}
+        return self._kept("memory", model, settings, memory(model, **settings))
+
+    @verb
+    def efficiency(self, lm: Any, batch_size: int = 1, seq_len: int | None = None, **options: Any) -> EfficiencyResult:
+        """Operations and bytes of a step, and how near to this machine's roofline it runs (see `profiling.efficiency`).
+
+        Timed like `latency`. Where nothing was timed, what is counted is recorded.
+        """
+        from pytest_lmeval.profiling.efficiency import efficiency
+
+        shape = {"batch_size": batch_size, "seq_len": self._seq_len(seq_len, 128)}
+        return self._timed("efficiency", self._model(lm), {**shape, **options}, efficiency)
+
     @verb
     def record(self, lm: Any, subject: str, **metrics: float) -> Record:
         """Record numbers of your own beside ours: they stand in the summary and the reports like any other.
@@ -436,7 +460,7 @@ class Lmeval:
     def _kept(self, kind: str, lm: Model, settings: dict[str, Any], result: R) -> R:
         """The result, recorded, and left with pytest-benchmark where the test asked for its fixture."""
         result = self._recorded(self._key(kind, lm, settings), result)
-        self._driver.describe(result.record, result.samples)  # type: ignore[attr-defined]
+        self._driver.describe(result.record, getattr(result, "samples", {}))  # type: ignore[attr-defined]
         return result
 
     def _runner(self) -> Runner:

@@ -24,9 +24,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pytest_lmeval.identity import facts
-from pytest_lmeval.lm import Model, state_storages, weights
+from pytest_lmeval.lm import Model, State, state_storages, weights
 from pytest_lmeval.profiling.allocations import watched_allocations
 from pytest_lmeval.profiling.child import TIMEOUT, CannotMoveError, in_child
 from pytest_lmeval.profiling.failures import room_for
@@ -179,17 +180,22 @@ def measure(lm: Model, batch_size: int, seq_len: int, new_tokens: int, keep: int
         return found | (_on_cuda(lm.device, run, own) if lm.device.type == "cuda" else _by_process(lm.device, run))
 
 
-def read_and_decode(lm: Model, prompt: torch.Tensor, new_tokens: int, keep: int | None) -> dict[int, int]:
+def read_and_decode(lm: Model, prompt: Tensor, new_tokens: int, keep: int | None) -> dict[int, int]:
     """Read the prompt and decode greedily. Returns the addresses and sizes of the state's storages after the prompt."""
     with torch.no_grad():
-        logits, state = lm.step(prompt, None, keep=keep)
+        token, state = _step(lm, prompt, None, keep)
         after_prompt = state_storages(state)
         for _ in range(new_tokens - 1):
-            # a model that reads frames says nothing of the frame to come: it is given the last one again
-            token = logits[:, -1].argmax(-1, keepdim=True) if lm.codebooks is None else prompt[..., -1:]
-            del logits  # else they would be held beside those of the next step
-            logits, state = lm.step(token, state, keep=1)
+            token, state = _step(lm, token, state, 1)
     return after_prompt
+
+
+def _step(lm: Model, input_ids: Tensor, state: State | None, keep: int | None) -> tuple[Tensor, State]:
+    """The next token and the state; the logits are let go, so as not to be held beside those of the next step."""
+    logits, state = lm.step(input_ids, state, keep=keep)
+    if lm.codebooks is not None:  # a step says nothing of the frame to come: the last one is read again
+        return input_ids[..., -1:], state
+    return logits[:, -1].argmax(-1, keepdim=True), state
 
 
 def _by_process(device: torch.device, run: Callable[[], dict[int, int]]) -> dict[str, int | None]:

@@ -41,11 +41,11 @@ def bytes_read(tensors: Iterable[Tensor], work: Callable[[], Any]) -> int:
     return reads.total()
 
 
-class _Reads(TorchDispatchMode):
+class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows which parts of some storages enter an operator."""
 
     def __init__(self, watched: dict[int, int]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.watched = watched
         self.parts: dict[int, dict[Any, int]] = {}  # address -> the part of it -> its bytes
         self.looked_up: dict[int, int] = {}

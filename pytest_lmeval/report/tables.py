@@ -22,6 +22,8 @@ HEADLINES = {  # kind -> patterns of the metrics that a summary shows; a report 
     "train": ("perplexity", "seconds", "tokens_per_second", "flops_total", "parameters", "model_bytes", "peak_memory_growth"),
     "latency": ("prefill", "ttft", "itl", "e2e"),
     "throughput": ("tokens_per_second",),
+    "memory": ("weights_bytes", "state_bytes", "activations_bytes", "peak_bytes"),
+    "efficiency": ("*_flops_per_token", "*_intensity", "*_share_of_bound"),
 }
 
 PREFIXES = "kMGTPE"

@@ -10,7 +10,7 @@ import torch
 from pytest_lmeval.identity import facts
 from pytest_lmeval.lm import Model
 from pytest_lmeval.profiling.flops import Flops
-from pytest_lmeval.profiling.memory import Peak
+from pytest_lmeval.profiling.peak import Peak
 from pytest_lmeval.results.metric import Metric
 from pytest_lmeval.results.record import Record, Series
 from pytest_lmeval.scoring.perplexity import exponential
