@@ -230,8 +230,9 @@ def release_frames(error: BaseException) -> None:
     """Clear the local variables of every frame that an error came through, and those of its causes.
 
     pytest keeps the error of a failed test (`sys.last_exc`), and its frames would keep the model of that test in memory while
-    the next one loads its own. Before Python 3.13 to clear the frame of a generator closes it, and a fixture that waits behind
-    its `yield` would never be torn down: those frames are left.
+    the next one loads its own. `traceback.clear_frames` is not enough before Python 3.13: there a frame has a second copy of
+    its variables once they were asked for (pytest asks), and to clear the frame of a generator closes it, so that a fixture
+    that waits behind its `yield` would never be torn down. Those frames are left.
     """
     errors, seen = [error], set()
     while errors:
@@ -243,6 +244,7 @@ def release_frames(error: BaseException) -> None:
             if sys.version_info >= (3, 13) or not frame.f_code.co_flags & GENERATORS:
                 with contextlib.suppress(RuntimeError):  # it still runs, or waits
                     frame.clear()
+                    frame.f_locals  # noqa: B018 - to ask again brings the copy up to date: empty
         linked = (error.__cause__, error.__context__, *getattr(error, "exceptions", ()))
         errors += [other for other in linked if isinstance(other, BaseException)]
 

@@ -126,17 +126,14 @@ def efficiency(
 
     Raises OutOfMemory for a shape that does not fit.
     """
-    with room_for(f"{lm.spec} with batch {batch_size}, {seq_len} tokens on {lm.device}"):
-        prompt = lm.random_ids(batch_size, seq_len, seed=seed)
-        training, no_backward = training_work(lm, prompt)
-        phases = work_of(lm, prompt)
-        timed = latency(lm, batch_size=batch_size, seq_len=seq_len, runs=runs, warm_up=warm_up, seed=seed, **options)
+    shape = {"batch_size": batch_size, "seq_len": seq_len, "seed": seed, "runs": runs, "warm_up": warm_up}
+    prompt = lm.random_ids(batch_size, seq_len, seed=seed)
+    what = f"{lm.spec} with batch {batch_size}, {seq_len} tokens on {lm.device}"
+    training, no_backward = training_work(lm, prompt)
+    phases = room_for(what, lambda: work_of(lm, prompt))
+    timed = room_for(what, lambda: latency(lm, **shape, **options))
     settings: dict[str, Any] = {
-        "batch_size": batch_size,
-        "seq_len": seq_len,
-        "runs": runs,
-        "warm_up": warm_up,
-        "seed": seed,
+        **shape,
         "threads": torch.get_num_threads(),
         "formulas": FORMULAS,
         "no_backward": no_backward,

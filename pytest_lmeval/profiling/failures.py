@@ -7,8 +7,8 @@ after a lost device nothing more can be measured on it in this process.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 
@@ -24,6 +24,7 @@ NO_MEMORY = re.compile(
 )
 NO_DEVICE = re.compile(r"(CUDA|HIP|cuDNN|CUBLAS) error|device-side assert|No (CUDA|HIP) GPUs are available")
 WANTED = re.compile(r"[Tt]ried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)")
+T = TypeVar("T")
 UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
@@ -65,17 +66,15 @@ def bytes_wanted(error: BaseException) -> int | None:
     return None
 
 
-@contextmanager
-def room_for(what: str) -> Iterator[None]:
-    """Raises OutOfMemory for what runs out of memory in the block, named by `what`; any other error stays what it is."""
+def room_for(what: str, work: Callable[[], T]) -> T:
+    """What `work()` returns. Raises OutOfMemory, naming `what`, if memory runs out in it; any other error stays what it is."""
     try:
-        yield
-        return
+        return work()
     except Exception as error:
         if isinstance(error, OutOfMemory) or failure_of(error) != OUT_OF_MEMORY:
             raise
         wanted = bytes_wanted(error)
-    # Raised outside of the handler: an error that carried the other one would keep its frames, and the tensors in them, alive.
+    # Outside of the handler: an error that was raised in it would keep the other one, its frames, and the tensors in them.
     raise OutOfMemory(does_not_fit(what, wanted), wanted)
 
 

@@ -167,17 +167,19 @@ def _absent(lm: Model, found: dict[str, int | None]) -> dict[str, str]:
 
 def measure(lm: Model, batch_size: int, seq_len: int, new_tokens: int, keep: int | None, seed: int) -> dict[str, int | None]:
     """The metrics of `memory` in bytes, None for what cannot be measured; the run is made in this process."""
-    with room_for(f"{lm.spec} with batch {batch_size}, {seq_len} tokens on {lm.device}"):
-        prompt = lm.random_ids(batch_size, seq_len, seed=seed)
+    prompt = lm.random_ids(batch_size, seq_len, seed=seed)
 
-        def run() -> dict[int, int]:
-            return read_and_decode(lm, prompt, new_tokens, keep)
+    def run() -> dict[int, int]:
+        return read_and_decode(lm, prompt, new_tokens, keep)
 
+    def measured() -> dict[str, int | None]:
         run()
         own = storages(weights(lm.module))
         found: dict[str, int | None] = {"weights_bytes": sum(own.values()) if lm.module is not None else None}
         found["state_bytes"] = sum(run().values())
         return found | (_on_cuda(lm.device, run, own) if lm.device.type == "cuda" else _by_process(lm.device, run))
+
+    return room_for(f"{lm.spec} with batch {batch_size}, {seq_len} tokens on {lm.device}", measured)
 
 
 def read_and_decode(lm: Model, prompt: Tensor, new_tokens: int, keep: int | None) -> dict[int, int]:
