@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+from math import isqrt
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from pytest_lmeval.adapters import ZOO, as_model, load
 from pytest_lmeval.profiling import peak as peaks
 from pytest_lmeval.profiling.flops import FORMULAS, Flops, count_flops, training_flops
 from pytest_lmeval.profiling.peak import peak_memory
@@ -133,6 +135,109 @@ def test_counting_changes_no_gradient():
     linear.zero_grad()
     training_flops(lambda: linear(inputs).square().sum())
     assert torch.equal(linear.weight.grad, expected)
+
+
+# ------------------------------------------------------------------------------------------------------ the zoo
+
+
+def linear(model):
+    """Entries of the matrices that every token is multiplied with."""
+    return sum(part.weight.numel() for part in model.modules() if isinstance(part, nn.Linear | nn.Conv1d))
+
+
+def transformer(model, b, t):
+    d = model.embed.embedding_dim
+    return 2 * b * t * (linear(model) + model.embed.weight.numel()) + len(model.layers) * 4 * b * t * t * d
+
+
+def banded(model, b, t, window, block):
+    """Queries in blocks, each with the stretch of keys that it can see."""
+    block = min(block, t)
+    seen = -(-t // block) * block * (block + window - 1)
+    d = model.embed.embedding_dim
+    return 2 * b * t * (linear(model) + model.embed.weight.numel()) + len(model.layers) * 4 * b * seen * d
+
+
+def lstm(model, b, t):
+    d = model.embed.embedding_dim
+    return 2 * b * t * (len(model.layers) * 8 * d * d + model.embed.weight.numel())
+
+
+def mamba(model, b, t):
+    blocks = isqrt(t) // b
+    read = t if blocks <= 3 else blocks * -(-t // blocks)  # the last block is filled up
+    scan = sum(2 * b * read * layer.a_log.numel() for layer in model.layers)  # y = C h
+    return 2 * b * t * (linear(model) + model.embed.weight.numel()) + scan
+
+
+def mamba2(model, b, t):
+    layer = model.layers[0]
+    n, d = layer.d_state, layer.heads * layer.headdim
+    blocks = [min(layer.block, t - begin) for begin in range(0, t, layer.block)]
+    scan = sum(2 * b * (x * x * (n + d) + 2 * x * n * d) for x in blocks)  # C B, and it with x; h read, and written
+    return 2 * b * t * (linear(model) + model.embed.weight.numel()) + len(model.layers) * scan
+
+
+def ttt(model, b, t):
+    fast = model.layers[0].fast
+    f, heads, size = fast.weight.shape[-1], fast.heads, fast.mini_batch_size
+    again = sum(layer.fast.qk.weight.numel() for layer in model.layers)  # for queries and for keys
+    batches = [min(size, t - begin) for begin in range(0, t, size)]
+    learn = sum(2 * b * heads * (4 * x * (f + 1) * f + x * x * (2 * f + 1)) for x in batches)
+    return 2 * b * t * (linear(model) + again + model.embed.weight.numel()) + len(model.layers) * learn
+
+
+def moshi(model, b, t):
+    steps = sum(part.weight.numel() for part in model.modules() if type(part).__name__ == "PerStep")
+    (heads, context, e), depth = model.ring_shape, model.depth.embed.table.embedding_dim
+    attention = len(model.layers) * 4 * b * t * (context + t) * heads * e + len(model.depth.layers) * 4 * b * t * 8 * 8 * depth
+    return 2 * b * t * (linear(model) + steps) + attention
+
+
+def bk(model, b, t):
+    return 2 * b * t * linear(model)  # the sweeps are elementwise
+
+
+OF_THE_ZOO = {
+    "demo": lambda model, b, t: banded(model, b, t, window=256, block=128),
+    "zoo:transformer": transformer,
+    "zoo:windowed": lambda model, b, t: banded(model, b, t, window=64, block=64),
+    "zoo:lstm": lstm,
+    "zoo:mamba": mamba,
+    "zoo:mamba2": mamba2,
+    "zoo:ttt": ttt,
+    "zoo:moshi": moshi,
+    "zoo:bk": bk,
+    "zoo:causal-bk": bk,
+}
+
+
+@pytest.mark.parametrize("spec", OF_THE_ZOO)
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 1), (2, 40), (1, 130)])
+def test_a_model_of_the_zoo_costs_what_it_costs_by_hand(spec, rows, tokens):
+    lm = load(spec)
+    with torch.no_grad():
+        counted = count_flops(lambda: lm.step(lm.random_ids(rows, tokens)))
+    assert counted == OF_THE_ZOO[spec](lm.module, rows, tokens)
+
+
+def test_every_model_of_the_zoo_is_counted_by_hand():
+    assert {spec.removeprefix("zoo:") for spec in OF_THE_ZOO} == set(ZOO)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantized_weights_cost_what_they_stand_for(bits):
+    quantization = pytest.importorskip("torchao.quantization")
+    config = {
+        8: lambda: quantization.Int8WeightOnlyConfig(),
+        4: lambda: quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4),
+    }[bits]
+    plain = load("zoo:transformer")
+    quantized = load("zoo:transformer").module
+    quantization.quantize_(quantized, config())
+    with torch.no_grad():
+        found = [count_flops(lambda: lm.step(plain.random_ids(2, 8))) for lm in (plain, as_model(quantized))]  # noqa: B023
+    assert found[0] == found[1]
 
 
 # --------------------------------------------------------------------------------------------------- memory

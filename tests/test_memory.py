@@ -354,8 +354,8 @@ def test_a_failed_test_does_not_keep_its_model(pytester, monkeypatch, fixture, o
         quiet="import pdb\nclass Quiet(pdb.Pdb):\n    def interaction(self, *_):\n        pass\n",
         test_it=FAILS.format(fixture=fixture, gone=gone),
     )
-    if "--pdb" in options:  # a fixture of that name, without the seconds that it takes to import
-        pytester.makeconftest("import pytest\n@pytest.fixture\ndef lmeval():\n    pass\n")
+    # a fixture of that name, without the seconds that it takes to import torch
+    pytester.makeconftest("import pytest\n@pytest.fixture\ndef lmeval():\n    pass\n")
     result = pytester.runpytest_subprocess("-p", "no:cacheprovider", *options)
     result.assert_outcomes(failed=1, passed=1)
     result.stdout.fnmatch_lines(["*RuntimeError: as was feared*"])

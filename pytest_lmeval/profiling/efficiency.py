@@ -126,7 +126,7 @@ def efficiency(
 
     Raises OutOfMemory for a shape that does not fit.
     """
-    shape = {"batch_size": batch_size, "seq_len": seq_len, "seed": seed, "runs": runs, "warm_up": warm_up}
+    shape: dict[str, Any] = {"batch_size": batch_size, "seq_len": seq_len, "seed": seed, "runs": runs, "warm_up": warm_up}
     prompt = lm.random_ids(batch_size, seq_len, seed=seed)
     what = f"{lm.spec} with batch {batch_size}, {seq_len} tokens on {lm.device}"
     training, no_backward = training_work(lm, prompt)

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 
 SECONDS = 0.25  # for each size of matrix, and for each way of moving bytes
-SIZES = {"cpu": (256, 512, 1024, 2048), "": (1024, 2048, 4096, 8192)}
-BYTES = {"cpu": 1 << 28, "": 1 << 30}  # of the tensor that is read: many times a cache
+SIZES = {"cpu": (256, 512, 1024, 2048), "accelerator": (1024, 2048, 4096, 8192)}
+BYTES = {"cpu": 1 << 28, "accelerator": 1 << 30}  # of the tensor that is read: many times a cache
 FEWEST = 2
 
 
@@ -61,27 +61,34 @@ class Peaks:
 
 
 def measured_peaks(device: torch.device, dtype: torch.dtype) -> Peaks:
-    """The peaks for the present number of threads; measured once in a process, which takes about two seconds."""
+    """The peaks for the present number of threads; measured once in a process, in about two seconds."""
     return _measured(str(device), dtype, torch.get_num_threads())
 
 
 @functools.cache
 def _measured(device: str, dtype: torch.dtype, threads: int) -> Peaks:
     place = torch.device(device)
-    rates = {size: _matmul(size, place, dtype) for size in SIZES.get(place.type, SIZES[""])}
-    size = max(rates, key=lambda size: rates[size])
-    return Peaks(rates[size], _bandwidth(place), device, str(dtype).removeprefix("torch."), threads, size)
+    kind = "cpu" if place.type == "cpu" else "accelerator"
+    flops, size = _matmul_peak(SIZES[kind], place, dtype)
+    return Peaks(flops, _bandwidth(BYTES[kind], place), device, str(dtype).removeprefix("torch."), threads, size)
 
 
-def _matmul(size: int, device: torch.device, dtype: torch.dtype) -> float:
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    result = torch.empty_like(left)
-    return 2 * size**3 / _fastest(lambda: torch.mm(left, right, out=result), device, SECONDS)
+def _matmul_peak(sizes: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> tuple[float, int]:
+    """Operations a second, and the size that they were reached with."""
+    rates = {}
+    for size in sizes:
+        left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        result = torch.empty_like(left)
+        seconds = _fastest(functools.partial(torch.mm, left, right, out=result), device, SECONDS)
+        rates[size] = 2 * size**3 / seconds
+        if seconds > SECONDS:  # the next size would take eight times as long
+            break
+    best = max(rates, key=lambda size: rates[size])
+    return rates[best], best
 
 
-def _bandwidth(device: torch.device) -> float:
+def _bandwidth(size: int, device: torch.device) -> float:
     """In float32, whatever the model computes in: a byte is a byte, and sums of short numbers are slow for other reasons."""
-    size = BYTES.get(device.type, BYTES[""])
     source = torch.ones(size // 4, device=device)
     read = size / _fastest(source.sum, device, SECONDS)
     target = torch.empty_like(source)
