@@ -128,6 +128,45 @@ def test_the_formula_of_cudnn_agrees_with_that_of_onednn():
     assert fused_backward((T, B, 6), shapes, 4, None) == 2 * LSTM
 
 
+ENCODER = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+ATTENTION = nn.MultiheadAttention(16, 2, batch_first=True)
+FUSED = {
+    "encoder layer": (ENCODER, lambda x: ENCODER(x)),
+    "with a mask": (ENCODER, lambda x: ENCODER(x, src_mask=torch.ones(T, T).triu(1).bool())),
+    "self-attention": (ATTENTION, lambda x: ATTENTION(x, x, x, need_weights=False)),
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_a_layer_that_is_fused_for_reading_costs_what_it_costs_in_training(name):
+    module, work = FUSED[name]
+    x = torch.randn(B, T, 16)
+    in_training = count_flops(lambda: work(x))
+    module.eval()
+    with torch.no_grad():
+        assert count_flops(lambda: work(x)) == in_training > 0
+    module.train()
+
+
+needs_grouped = pytest.mark.skipif(not hasattr(torch, "_grouped_mm"), reason="this torch has no grouped products")
+
+
+@needs_grouped
+def test_each_token_costs_the_matrix_of_its_own_expert():
+    tokens, experts = torch.ones(10, 16).bfloat16(), torch.ones(3, 16, 8).bfloat16()
+    ends = torch.tensor([3, 6, 10], dtype=torch.int32)
+    assert count_flops(lambda: torch._grouped_mm(tokens, experts, offs=ends)) == 2 * 10 * 16 * 8
+    gradient = torch.ones(10, 8).bfloat16()
+    assert count_flops(lambda: torch._grouped_mm(tokens.mT, gradient, offs=ends)) == 2 * 10 * 16 * 8
+
+
+def test_products_of_quantized_weights_cost_what_they_stand_for():
+    x = torch.ones(10, 16).bfloat16()
+    packed, scales = torch.ones(8, 16, dtype=torch.int8), torch.ones(8).bfloat16()
+    assert count_flops(lambda: torch._weight_int8pack_mm(x, packed, scales)) == 2 * 10 * 16 * 8
+    assert count_flops(lambda: torch._int_mm(torch.ones(32, 16).char(), packed.mT)) == 2 * 32 * 16 * 8
+
+
 def test_counting_changes_no_gradient():
     linear, inputs = nn.Linear(6, 7), torch.randn(B, 6)
     linear(inputs).square().sum().backward()

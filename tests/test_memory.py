@@ -174,6 +174,8 @@ def test_a_shape_that_does_not_fit_is_named():
 
     with pytest.raises(OutOfMemory, match=r"batch 2, 64 tokens on cpu does not fit .*2,251,799,813,685,248 bytes.*fewer rows"):
         memory(as_model(Growing()), batch_size=2, seq_len=64, apart=False)
+    with pytest.raises(OutOfMemory, match=r"batch 1099511627776, 512 tokens on cpu does not fit"):  # not even the prompt
+        memory(as_model(Growing()), batch_size=1 << 40, seq_len=512, apart=False)
 
 
 # ----------------------------------------------------------------------------------------------- a process of its own
@@ -210,6 +212,8 @@ def asked(lm, how):
         return [os.getpid(), torch.get_num_threads(), sys.path, "conftest" in sys.modules, lm.spec, os.environ.get("ONLY_HERE")]
     if how == "full":
         raise OutOfMemory("demo does not fit", 8)
+    if how == "wrong":
+        raise ModelError("it returned no state")
     print("some words of the model")
     if how == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -264,6 +268,12 @@ def test_what_does_not_fit_there_is_told_here(monkeypatch):
     with pytest.raises(OutOfMemory, match=r"^demo does not fit$") as caught:
         child.in_child(load("demo"), asked, {"how": "full"})
     assert caught.value.wanted == 8
+
+
+def test_what_a_model_does_wrong_there_is_told_here(monkeypatch):
+    in_here(monkeypatch)
+    with pytest.raises(ModelError, match=r"^it returned no state$"):
+        child.in_child(load("demo"), asked, {"how": "wrong"})
 
 
 def test_a_child_that_is_killed_as_it_loads_says_nothing_of_the_step(monkeypatch):

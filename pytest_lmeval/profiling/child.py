@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from importlib.abc import MetaPathFinder
 from pathlib import Path
@@ -28,7 +29,7 @@ from pytest_lmeval.lm import Model, ModelError
 from pytest_lmeval.profiling.failures import OutOfMemory
 
 TIMEOUT = 600.0  # seconds
-LAST_LINES = 12
+LAST_LINES, FRAMES = 12, 2  # of what the child wrote, and of where it failed
 BEGIN = (
     "import json, sys\n"
     "with open(sys.argv[1] + '/request.json', encoding='utf-8') as file:\n"
@@ -103,7 +104,7 @@ def _ask(lm: Model, request: dict[str, Any], timeout: float) -> Any:
         except subprocess.TimeoutExpired as error:
             raise ChildFailed(
                 f"{lm.spec} was measured in a process of its own, which was not done after {timeout:g} s and was ended."
-                f"{_last(error.stdout)} Give it longer (timeout=...), or fewer rows or tokens."
+                f"{_last(error.stdout)}Give it longer (timeout=...), or fewer rows or tokens."
             ) from None
         except OSError as error:
             raise CannotMoveError(f"No process can be started here ({error}).") from None
@@ -118,23 +119,26 @@ def _answer(lm: Model, folder: Path, done: subprocess.CompletedProcess[bytes]) -
             raise CannotMoveError(answer["cannot_move"])
         if "out_of_memory" in answer:
             raise OutOfMemory(answer["out_of_memory"], answer["wanted"])
+        if "model_error" in answer:
+            raise ModelError(answer["model_error"])
         return answer["found"]
     if done.returncode == -signal.SIGKILL:
         if not (folder / "loaded").exists():
             raise CannotMoveError("A child process was killed as it loaded the model, as for want of memory.")
         raise OutOfMemory(
             f"{lm.spec} was measured in a process of its own, which was killed (signal 9). That is what the system does when "
-            f"memory runs out.{_last(done.stdout)} Take fewer rows (batch_size) or tokens (seq_len)."
+            f"memory runs out.{_last(done.stdout)}Take fewer rows (batch_size) or tokens (seq_len)."
         )
     raise ChildFailed(
         f"{lm.spec} was measured in a process of its own, which ended with exit status {done.returncode} and no answer."
-        f"{_last(done.stdout)} apart=False measures in this process, where it can be looked into."
+        f"{_last(done.stdout)}With apart=False it is measured in this process, where it can be looked into."
     )
 
 
 def _last(output: bytes | None) -> str:
+    """The end of what the child wrote, for the middle of a message."""
     lines = (output or b"").decode(errors="replace").strip().splitlines()
-    return "\nIts last lines:\n" + "".join(f"    {line}\n" for line in lines[-LAST_LINES:]) if lines else " It wrote nothing."
+    return "\nIts last lines:\n" + "".join(f"    {line}\n" for line in lines[-LAST_LINES:]) if lines else " It wrote nothing. "
 
 
 def _save(lm: Model, path: Path) -> None:
@@ -208,3 +212,8 @@ def _measure(lm: Model, request: dict[str, Any]) -> dict[str, Any]:
         return {"found": getattr(importlib.import_module(module), function)(lm, **request["settings"])}
     except OutOfMemory as error:
         return {"out_of_memory": str(error), "wanted": error.wanted}
+    except ModelError as error:
+        return {"model_error": str(error)}
+    except Exception:  # noqa: BLE001 - what is wrong with the user's model is told by the last of what is written here
+        traceback.print_exc(limit=-FRAMES)
+        raise SystemExit(1) from None

@@ -127,8 +127,8 @@ def efficiency(
     Raises OutOfMemory for a shape that does not fit.
     """
     shape: dict[str, Any] = {"batch_size": batch_size, "seq_len": seq_len, "seed": seed, "runs": runs, "warm_up": warm_up}
-    prompt = lm.random_ids(batch_size, seq_len, seed=seed)
     what = f"{lm.spec} with batch {batch_size}, {seq_len} tokens on {lm.device}"
+    prompt = room_for(what, lambda: lm.random_ids(batch_size, seq_len, seed=seed))
     training, no_backward = training_work(lm, prompt)
     phases = room_for(what, lambda: work_of(lm, prompt))
     timed = room_for(what, lambda: latency(lm, **shape, **options))

@@ -7,6 +7,9 @@ or gets wrong:
     nn.LSTM, nn.GRU, nn.RNN  fused layers of oneDNN and cuDNN: 2 x tokens x the entries of their matrices; backward twice that
     grouped convolutions     their gradient by weight costs what forward costs; torch's formula is too large by the number of
                              groups, which is the width of the model where a convolution is depthwise
+    nn.TransformerEncoder    in eval mode without gradients a layer is one operator, as is nn.MultiheadAttention
+    grouped products         of a mixture of experts: each token with the matrices of its own expert
+    quantized products       of int8 and int4 weights, by the size that they stand for
     vector products          mv, dot and their like
 
 A multiplication and an addition are two operations. Not counted: elementwise work (activations, norms, softmax, a scan that
@@ -120,20 +123,51 @@ def _convolution_backward(
     return 2 * grad[0] * prod(places) * prod(weight) * (wanted[0] + wanted[1])
 
 
+def _self_attention(query: Shape, key: Shape, value: Shape, width: int, *rest: Any, **options: Any) -> int:
+    """Projections of query [b, t, d], and of key and value [b, s, d]; attention; the projection of what was attended to."""
+    tokens, others = prod(query[:-1]), prod(key[:-1])
+    return 2 * width * width * (2 * tokens + 2 * others) + 4 * tokens * key[1] * width
+
+
+def _encoder_layer(source: Shape, width: int, heads: int, *rest: Any, **options: Any) -> int:
+    """Every token of source [b, t, d] with four matrices, of attention and of the feed-forward, and attention itself."""
+    matrices: int = sum(prod(rest[place]) for place in (0, 2, 11, 13))
+    return 2 * prod(source[:-1]) * matrices + 4 * prod(source[:-1]) * source[1] * width
+
+
+def _product(left: Shape, right: Shape, *rest: Any, out_shape: Shape, **options: Any) -> int:
+    """Of a matrix with a packed one, whose own shape says little."""
+    return 2 * prod(out_shape) * left[-1]
+
+
+def _grouped_product(left: Shape, right: Shape, *rest: Any, out_shape: Shape, **options: Any) -> int:
+    """Rows in groups with a matrix each; of two matrices [m, t] and [t, n], t is what is grouped."""
+    return 2 * prod(left) * right[1] if len(left) == len(right) == 2 else 2 * prod(out_shape) * left[-1]
+
+
 def _twice(formula: Callable[..., int]) -> Callable[..., int]:
     return lambda *shapes, **options: 2 * formula(*shapes, **options)
 
 
-FORMULAS: dict[Any, Callable[..., int]] = {
-    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-    aten.mkldnn_rnn_layer: _recurrent,
-    aten.mkldnn_rnn_layer_backward: _twice(_recurrent),
-    aten._cudnn_rnn: _recurrent_layers,
-    aten._cudnn_rnn_backward: _twice(_recurrent_layers),
-    aten.convolution_backward: _convolution_backward,
-    aten.mv: lambda matrix, vector, **options: 2 * prod(matrix),
-    aten.addmv: lambda added, matrix, vector, **options: 2 * prod(matrix),
-    aten.dot: lambda left, right, **options: 2 * prod(left),
-    aten.vdot: lambda left, right, **options: 2 * prod(left),
+BY_NAME: dict[str, Callable[..., int]] = {
+    "_scaled_dot_product_flash_attention_for_cpu": _attention,
+    "_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
+    "mkldnn_rnn_layer": _recurrent,
+    "mkldnn_rnn_layer_backward": _twice(_recurrent),
+    "_cudnn_rnn": _recurrent_layers,
+    "_cudnn_rnn_backward": _twice(_recurrent_layers),
+    "convolution_backward": _convolution_backward,
+    "_native_multi_head_attention": _self_attention,
+    "_transformer_encoder_layer_fwd": _encoder_layer,
+    "_grouped_mm": _grouped_product,
+    "_int_mm": _product,
+    "_weight_int8pack_mm": _product,
+    "_weight_int4pack_mm": _product,
+    "_weight_int4pack_mm_for_cpu": _product,
+    "_addmm_activation": lambda added, left, right, **options: _product(left, right, **options),
+    "mv": lambda matrix, vector, **options: 2 * prod(matrix),
+    "addmv": lambda added, matrix, vector, **options: 2 * prod(matrix),
+    "dot": lambda left, right, **options: 2 * prod(left),
+    "vdot": lambda left, right, **options: 2 * prod(left),
 }
+FORMULAS = {getattr(aten, name): formula for name, formula in BY_NAME.items() if hasattr(aten, name)}  # torch grows

@@ -167,12 +167,13 @@ def _absent(lm: Model, found: dict[str, int | None]) -> dict[str, str]:
 
 def measure(lm: Model, batch_size: int, seq_len: int, new_tokens: int, keep: int | None, seed: int) -> dict[str, int | None]:
     """The metrics of `memory` in bytes, None for what cannot be measured; the run is made in this process."""
-    prompt = lm.random_ids(batch_size, seq_len, seed=seed)
-
-    def run() -> dict[int, int]:
-        return read_and_decode(lm, prompt, new_tokens, keep)
 
     def measured() -> dict[str, int | None]:
+        prompt = lm.random_ids(batch_size, seq_len, seed=seed)
+
+        def run() -> dict[int, int]:
+            return read_and_decode(lm, prompt, new_tokens, keep)
+
         run()
         own = storages(weights(lm.module))
         found: dict[str, int | None] = {"weights_bytes": sum(own.values()) if lm.module is not None else None}
