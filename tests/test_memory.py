@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -244,6 +245,16 @@ def test_a_child_that_fails_is_told_in_place(how, error, message):
         child.in_child(load("demo"), asked, {"how": how})
     assert isinstance(caught.value, ModelError)  # shown as its message alone
     assert caught.value.__cause__ is None
+
+
+@pytest.mark.parametrize(
+    ("spec", "names"),
+    [("zoo:lstm", True), ("zoo:lstm@bf16", True), ("hf:folder/model", True), ("zoo:lstm trained", False), ("MADE_UP", False)],
+)
+def test_a_spec_names_weights_if_it_was_loaded_by_it(spec, names):
+    lm = load("zoo:lstm")
+    made_up = f"{type(lm.module).__module__}:{type(lm.module).__qualname__}"
+    assert child._names_weights(replace(lm, spec=spec.replace("MADE_UP", made_up), source=None)) is names
 
 
 def test_a_child_has_its_time():

@@ -1,4 +1,4 @@
-"""The most bytes that torch's own allocations held at once, exactly, and the same from run to run.
+"""The most bytes that torch's own allocations held at once: exact, and the same from run to run with as many threads.
 
     with watched_allocations() as seen:
         work()

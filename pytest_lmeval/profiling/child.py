@@ -81,9 +81,9 @@ def in_child(lm: Model, function: Callable[..., Any], settings: dict[str, Any], 
 
 def _names_weights(lm: Model) -> bool:
     """Whether its spec may be loaded again: not one that was made up from the class of an object."""
-    made_up = f"{type(lm.source).__module__}:{type(lm.source).__qualname__}"
+    made_up = {f"{type(own).__module__}:{type(own).__qualname__}" for own in (lm.source, lm.module)}
     name = lm.spec.partition("@")[0]
-    return lm.module is not None and (name == "demo" or ":" in name) and lm.spec != made_up and " " not in lm.spec
+    return lm.module is not None and (name == "demo" or ":" in name) and lm.spec not in made_up and " " not in lm.spec
 
 
 def _ask(lm: Model, request: dict[str, Any], timeout: float) -> Any:

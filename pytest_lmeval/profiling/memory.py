@@ -11,9 +11,9 @@ A run reads a prompt of `seq_len` tokens and decodes `new_tokens` greedily, one 
     growth       peak, less what there was before the run
 
 so that weights + state + activations is what the model itself needs. The tensors' peak comes from the events of torch's
-allocator, and on the CPU it is the same to the byte in every run (see `allocations` for what it does not see). On the CPU
-everything is measured in a process of its own. Each number is taken after one whole run that is not counted: libraries load
-their parts in it, and models make the tables that they keep.
+allocator, and on the CPU it is the same to the byte in every run with as many threads (see `allocations` for what it does not
+see). On the CPU everything is measured in a process of its own. Each number is taken after one whole run that is not counted:
+libraries load their parts in it, and models make the tables that they keep.
 """
 
 from __future__ import annotations
