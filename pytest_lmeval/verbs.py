@@ -379,6 +379,7 @@ class Lmeval:
         chunk_size = exact_chunk_size(model, certificate, chunk_size, None) or CHUNK_SIZE
         return self._timed("streaming", model, {"chunk_size": chunk_size, **options}, streaming)
 
+    @verb
     def memory(self, lm: Any, batch_size: int = 1, seq_len: int | None = None, **options: Any) -> MemoryResult:
         """Weights, state and activations apart, and the peak of a process of its own (see `profiling.memory.memory`).
 

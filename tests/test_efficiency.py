@@ -14,6 +14,7 @@ from pytest_lmeval.profiling import efficiency as module
 from pytest_lmeval.profiling import roofline
 from pytest_lmeval.profiling.efficiency import efficiency
 from pytest_lmeval.profiling.roofline import Peaks, measured_peaks
+from pytest_lmeval.profiling.runner import Runner
 from pytest_lmeval.profiling.storages import bytes_read
 from pytest_lmeval.profiling.work import Work, work_of
 from pytest_lmeval.verbs import Lmeval
@@ -149,14 +150,12 @@ def test_the_machine_decides_by_what_a_phase_is_bound(machine, flops, bandwidth,
         assert (result.position(phase), result.limited_by(phase)) == (position, limit)
 
 
-def once(run, *, rounds, warmup_rounds):
-    run()
-    return "other tests run at the same time"
+NOT_TIMED = Runner(not_measured="other tests run at the same time")
 
 
 def test_where_nothing_is_timed_what_is_counted_is_kept(monkeypatch):
     monkeypatch.setattr(module, "measured_peaks", None)  # and nothing is measured of the machine
-    result = efficiency(LM, seq_len=8, runner=once)
+    result = efficiency(LM, seq_len=8, runner=NOT_TIMED)
     assert result.not_measured == "other tests run at the same time"
     assert result.flops("decode") == work_of(LM, LM.random_ids(1, 8))["decode"].flops
     assert {metric.unit for metric in result.record.metrics.values()} == {"FLOP", "bytes", "FLOP/byte"}
@@ -186,7 +185,7 @@ def test_a_model_without_a_state_has_no_decode(machine):
 
 def test_backward_is_counted_and_leaves_no_gradient():
     lm = as_model(Functional())
-    result = efficiency(lm, batch_size=2, seq_len=5, runner=once)
+    result = efficiency(lm, batch_size=2, seq_len=5, runner=NOT_TIMED)
     products = 2 * 2 * 5 * (CELL + VOCAB * WIDTH)
     assert result.flops("forward") == products
     first = 2 * 2 * 3 * WIDTH * WIDTH  # the state before the first token is no variable
@@ -219,14 +218,14 @@ class Writing(Functional):
     ids=["object", "frozen", "without gradients", "failing"],
 )
 def test_without_backward_the_rest_is_counted_and_it_is_said_why(model, reason):
-    result = efficiency(as_model(model), seq_len=5, runner=once)
+    result = efficiency(as_model(model), seq_len=5, runner=NOT_TIMED)
     assert result.record.settings["no_backward"].startswith(reason)
     assert "backward_flops" not in result.record.metrics
     assert result.flops("prefill") == work_of(LM, LM.random_ids(1, 5))["prefill"].flops
 
 
 def test_a_model_that_keeps_its_state_inside_is_stepped_in_turn():
-    result = efficiency(as_model(Streaming()), seq_len=5, runner=once)
+    result = efficiency(as_model(Streaming()), seq_len=5, runner=NOT_TIMED)
     assert result.flops("decode") == work_of(LM, LM.random_ids(1, 5))["decode"].flops
 
 

@@ -303,10 +303,10 @@ def test_a_model_that_was_changed_after_it_was_loaded_is_moved_as_it_is(monkeypa
     assert how.endswith("It was moved there by pickle")
 
 
-def test_a_precision_that_the_spec_does_not_name_is_had_again(monkeypatch):
+def test_a_precision_that_an_option_gave_is_had_again(monkeypatch):
     in_here(monkeypatch)
     _, how = child.in_child(load("demo", bits=16), asked, {"how": "look"})
-    assert how == "a child, loaded by its spec demo"
+    assert how == "a child, loaded by its spec demo@bf16"
 
 
 def test_a_class_of_a_conftest_is_not_fetched_from_there(monkeypatch):

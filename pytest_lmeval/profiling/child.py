@@ -37,7 +37,6 @@ BEGIN = (
     "from pytest_lmeval.profiling.child import answer\n"
     "answer(sys.argv[1])\n"
 )
-PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 class ChildFailed(ModelError):
@@ -69,7 +68,7 @@ def in_child(lm: Model, function: Callable[..., Any], settings: dict[str, Any], 
     refused = ""
     if _names_weights(lm):
         try:
-            by_spec = {"spec": lm.spec, "precision": PRECISIONS.get(lm.dtype, ""), "fingerprint": fingerprint(lm)}
+            by_spec = {"spec": lm.spec, "fingerprint": fingerprint(lm)}
             return _ask(lm, {**request, **by_spec}, timeout), f"a child, loaded by its spec {lm.spec}"
         except CannotMoveError as error:
             refused = f"{error} "
@@ -197,13 +196,10 @@ def _load(request: dict[str, Any], folder: Path) -> Model:
         if (lm.form, lm.vocab_size) != (form, request["vocab_size"]):
             raise pickle.PickleError(f"moved by pickle, it is driven as {lm.form!r}, and not as {form!r}")
         return lm
-    for spec in (request["spec"], f"{request['spec']}@{request['precision']}"):
-        lm = load(spec)
-        if fingerprint(lm) == request["fingerprint"]:
-            return lm
-        if "@" in spec or not request["precision"]:
-            break
-    raise ValueError("its spec names other weights than it has")
+    lm = load(request["spec"])
+    if fingerprint(lm) != request["fingerprint"]:
+        raise ValueError("its spec names other weights than it has")
+    return lm
 
 
 def _measure(lm: Model, request: dict[str, Any]) -> dict[str, Any]:
