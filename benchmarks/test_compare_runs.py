@@ -1,0 +1,105 @@
+"""Does `compare-runs` find what is slower, and keep still where nothing is? By simulation, and on this machine.
+
+A slowdown of ten percent is planted in a project of one file: its second version does a tenth more work.
+"""
+
+import contextlib
+import io
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pytest_lmeval import Metric
+from pytest_lmeval.__main__ import main
+from pytest_lmeval.statistics.ratio import judge, ratio
+
+pytestmark = pytest.mark.benchmark
+
+MODEL = """
+import torch
+from torch import nn
+
+torch.set_num_threads(1)
+
+class Deep(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(256, 192)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for _ in range({layers}):
+            x = x @ self.embed.weight[:192]
+        return x @ self.embed.weight.T
+"""
+TEST = "def test_prefill(lmeval, lm):\n    lmeval.latency(lm, seq_len=256, runs=60, warm_up=10)\n"
+
+
+def git(*given):
+    subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@example.org", *given], check=True, capture_output=True)
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = {
+        "deep.py": MODEL.format(layers=100),
+        "test_speed.py": TEST,
+        "pytest.ini": "[pytest]\npythonpath = .\nlm = deep:Deep\n",
+    }
+    for name, text in files.items():
+        Path(name).write_text(text)
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "as it was")
+
+
+def compare():
+    """The exit status, and the table of the verdicts."""
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told), contextlib.redirect_stderr(io.StringIO()):
+        status = main(["compare-runs", "--base", "HEAD", "--threshold", "5%", "--", "test_speed.py"])
+    return status, told.getvalue()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("percent", [0, 10])
+def test_a_planted_slowdown_is_found_and_nothing_is_found_without_it(lmeval, lm, project, percent):
+    Path("deep.py").write_text(MODEL.format(layers=100 + percent))
+    status, table = compare()
+    verdict, shown, low, high = re.search(r"^(\w+) .* prefill .* (\S+)  (\S+) to (\S+)$", table, re.MULTILINE).groups()
+    found = Metric(float(shown), "x", low=float(low), high=float(high), higher_is_better=False)
+    lmeval.record(lm, f"prefill, {percent} % slower: {verdict}", ratio=found, cores_busy=Metric(os.getloadavg()[0]))
+    assert status == (1 if percent else 0)
+    assert (verdict == "worse") == bool(percent)
+
+
+WAYS = {
+    "six pairs": lambda base, new: judge(ratio(base, new), 0.05, higher_is_better=False) == "worse",
+    "last value + 5 %": lambda base, new: new[0] > 1.05 * base[0],
+    "last value + 50 %": lambda base, new: new[0] > 1.5 * base[0],
+}
+
+
+@pytest.mark.parametrize("noise", [0.03, 0.08])
+def test_how_often_it_cries_wolf_and_how_often_it_sleeps(lmeval, lm, noise):
+    """Of 2,000 simulated comparisons each: runs differ by `noise`, of which those of a pair share all but one percent."""
+    draws = np.random.default_rng(0)
+    alarms = {}
+    for percent in (0, 10):
+        machine = draws.normal(0, noise, (2000, 6))
+        base, new = (np.exp(machine + draws.normal(0, 0.01, machine.shape)) for _ in range(2))
+        stored = np.exp(draws.normal(0, noise, (2000, 1)))  # of another day
+        for way, alarm in WAYS.items():
+            before = base if way == "six pairs" else stored
+            alarms[way, percent] = np.mean([alarm(b, (1 + percent / 100) * n) for b, n in zip(before, new, strict=True)])
+    for way in WAYS:
+        false, found = (Metric(100 * alarms[way, percent], "%", n=2000) for percent in (0, 10))
+        lmeval.record(lm, f"{way}, noise {noise:.0%}", false_alarms=false, slower_by_10_percent_found=found)
+    assert alarms["six pairs", 0] <= 0.02
+    assert alarms["six pairs", 10] > 0.8
+    assert alarms["last value + 5 %", 0] > alarms["six pairs", 0]

@@ -1,0 +1,34 @@
+"""`python -m pytest_lmeval COMMAND`: what can be done with the files that runs leave behind.
+
+Each command is a module with `add_arguments(parser)` and `main(arguments) -> exit status`, imported when it is asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {  # name -> module, help
+    "baseline": ("pytest_lmeval.gates.accept", "accept the numbers of a run as those that later runs are compared with"),
+    "compare-runs": ("pytest_lmeval.gates.compare_runs", "is this version slower than another? Both are run, in turns"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status is 0, or 2 where it could not be done."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(prog="python -m pytest_lmeval", description="Files of pytest-lmeval runs.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        if name in given[:1]:
+            importlib.import_module(module).add_arguments(command)
+    parsed = parser.parse_args(given)
+    status: int = importlib.import_module(COMMANDS[parsed.command][0]).main(parsed)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""`python -m pytest_lmeval compare-runs --base main -- benchmarks/test_speed.py`: is the project slower than it was?
+
+Both versions run the same tests in turns, in fresh processes, until each number's verdict is clear or the budget is spent.
+Exit status 1 where one got worse; what is unclear fails nothing, and says how wide its interval still is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+
+from pytest_lmeval.gates.interleaved import Key, Number, Side, SideError, side
+from pytest_lmeval.statistics.ratio import Ratio, Verdict, judge, ratio
+
+PAIRS, MOST, BUDGET, THRESHOLD = 6, 12, 900.0, 0.05
+ORDER: tuple[Verdict, ...] = ("worse", "unclear", "better", "same")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number on both sides."""
+
+    key: Key
+    base: Number
+    new: Number
+    ratio: Ratio
+    verdict: Verdict
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", required=True, metavar="REVISION|ENVIRONMENT", help="git revision, Python, or virtualenv")
+    parser.add_argument("--pairs", type=int, default=PAIRS, metavar="N", help=f"pairs before the first verdict ({PAIRS})")
+    parser.add_argument("--most", type=int, default=MOST, metavar="N", help=f"pairs at most ({MOST})")
+    parser.add_argument("--budget", type=float, default=BUDGET, metavar="SECONDS", help=f"no new pair after that ({BUDGET:g})")
+    parser.add_argument(
+        "--threshold", type=_share, default=THRESHOLD, metavar="SHARE", help="differences up to it do not matter (5%%)"
+    )
+    parser.add_argument("--to", type=Path, metavar="FILE", help="write all numbers of all runs there, as JSON")
+    parser.add_argument("tests", nargs="*", metavar="-- PYTEST ARGUMENTS", help="what to run: paths, -k, --lm, ...")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Run both sides in turns and judge. Returns 0, 1 where a number got worse, 2 where a side cannot be run."""
+    if not 2 <= arguments.pairs <= arguments.most:
+        print(
+            f"--pairs {arguments.pairs} --most {arguments.most}: at least 2 pairs, and at most as many as --most.",
+            file=sys.stderr,
+        )
+        return 2
+    here = Side("this version", Path.cwd())
+    try:
+        with side(arguments.base, Path.cwd()) as base:
+            race(base, here, arguments)
+    except SideError as error:
+        print(error, file=sys.stderr)
+        return 2
+    rows = compared(base, here, arguments.threshold)
+    print("\n".join(lines(rows, base, here, arguments.threshold)))
+    if arguments.to:
+        arguments.to.write_text(json.dumps(document(rows, base, here), indent=1) + "\n", encoding="utf-8")
+    if not rows:
+        print(
+            "no number of speed is on both sides: choose tests that use lmeval.latency, throughput or streaming.",
+            file=sys.stderr,
+        )
+        return 2
+    return int(any(row.verdict == "worse" for row in rows))
+
+
+def race(base: Side, new: Side, arguments: argparse.Namespace) -> None:
+    """Pairs of runs, the order turned round from pair to pair, as long as something is unclear."""
+    began = time.monotonic()
+    for pair in range(arguments.most):
+        for runner in (base, new) if pair % 2 == 0 else (new, base):
+            runner.run(arguments.tests)
+        rows = compared(base, new, arguments.threshold)
+        print(f"pair {pair + 1}: {_counted(rows)}, {time.monotonic() - began:.0f} s", file=sys.stderr)
+        settled = not any(row.verdict == "unclear" for row in rows)
+        if time.monotonic() - began > arguments.budget or (pair + 1 >= arguments.pairs and settled):
+            return
+
+
+def compared(base: Side, new: Side, threshold: float) -> list[Row]:
+    """Every number that all runs of both sides have, the worst first."""
+    rows = []
+    for key in _everywhere(base, new):
+        before, after = ([run[key].value for run in one.runs] for one in (base, new))
+        found, first = ratio(before, after), base.runs[0][key]
+        middle_before, middle_after = (replace(first, value=median(values)) for values in (before, after))
+        verdict = judge(found, threshold, higher_is_better=first.higher_is_better)
+        rows.append(Row(key, middle_before, middle_after, found, verdict))
+    return sorted(rows, key=lambda row: ORDER.index(row.verdict))
+
+
+def lines(rows: list[Row], base: Side, new: Side, threshold: float) -> list[str]:
+    """A table, and what it rests on."""
+    table = [["verdict", "test", "metric", base.name, new.name, "ratio", "95 % interval"], *(_cells(row, rows) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    left_out = _only(base, new)
+    return [
+        *("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table),
+        "",
+        f"{len(new.runs)} pairs of runs in fresh processes, in turns; a difference counts from {100 * threshold:g} % on, if "
+        "the interval excludes 1.",
+        *([f"on one side only, or not in every run: {', '.join(left_out)}"] if left_out else []),
+    ]
+
+
+def _cells(row: Row, rows: list[Row]) -> list[str]:
+    several = len({other.key.subject for other in rows if other.key.test == row.key.test}) > 1
+    name = row.key.test.rpartition("/")[2] + (f", {row.key.subject}" if several else "")
+    figures = [f"{number.value:.4g} {number.unit}" for number in (row.base, row.new)]
+    interval = "" if row.ratio.low is None else f"{row.ratio.low:.3f} to {row.ratio.high:.3f}"
+    return [row.verdict, name, row.key.metric, *figures, f"{row.ratio.value:.3f}", interval]
+
+
+def document(rows: list[Row], base: Side, new: Side) -> dict[str, object]:
+    """All numbers of all runs, to be looked at again."""
+    sides = {
+        name: {
+            "name": one.name,
+            "runs": [[{**asdict(key), **asdict(number)} for key, number in run.items()] for run in one.runs],
+        }
+        for name, one in (("base", base), ("new", new))
+    }
+    return {**sides, "verdicts": [{**asdict(row.key), **asdict(row.ratio), "verdict": row.verdict} for row in rows]}
+
+
+def _everywhere(base: Side, new: Side) -> list[Key]:
+    """What every run of both sides has measured, in the order of the first."""
+    runs = [*base.runs, *new.runs]
+    return [key for key in runs[0] if all(key in run for run in runs)] if runs else []
+
+
+def _only(base: Side, new: Side) -> list[str]:
+    everywhere = set(_everywhere(base, new))
+    return sorted({f"{key.test} ({key.metric})" for run in (*base.runs, *new.runs) for key in run if key not in everywhere})
+
+
+def _counted(rows: list[Row]) -> str:
+    counts = [(name, sum(row.verdict == name for row in rows)) for name in ORDER]
+    return ", ".join(f"{count} {name}" for name, count in counts if count) or "no number on both sides"
+
+
+def _share(text: str) -> float:
+    """5% or 0.05."""
+    value = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"takes a share between 0 and 1, such as 5% or 0.05; got {text!r}.")
+    return value
