@@ -20,6 +20,8 @@ OPTIONS: dict[str, tuple[Any, str]] = {  # name -> (default, help); every one is
     "lmeval-budget": ("", "seconds that probing the laws of a model may take (default 2; nightly: 120)"),
     "lmeval-data": ("", "local mirror that is used instead of the hub: DIR/<hub id>/<config>/<split>.parquet or .jsonl"),
     "lmeval-dir": (".lmeval", "folder for all output"),
+    "lmeval-baseline": ("", "file of numbers that this run is compared with; a test whose numbers got worse fails"),
+    "lmeval-gate": ("fail", "what a number that got worse does: fail its test, warn (it is only shown), or off"),
     "lmeval-trust-remote-code": ([], "hub id of a model that may run code of its own (repeatable)"),
 }
 SEQ_LENS = ["128", "512"]
@@ -82,6 +84,8 @@ def check(config: pytest.Config) -> None:
     budget(config)
     if (profile := str(option(config, "lmeval-profile"))) not in ("", "dev", "ci", "nightly"):
         raise pytest.UsageError(f"--lmeval-profile takes dev, ci or nightly; got {profile!r}.")
+    if (gate := str(option(config, "lmeval-gate"))) not in ("fail", "warn", "off"):
+        raise pytest.UsageError(f"--lmeval-gate takes fail, warn or off; got {gate!r}.")
     if str(option(config, "lmeval-bits")) not in ("", "32", "16", "8", "4"):
         raise pytest.UsageError(f"--lmeval-bits takes 32, 16, 8 or 4; got {option(config, 'lmeval-bits')!r}.")
 
@@ -91,6 +95,11 @@ def output_folder(config: pytest.Config) -> Path:
     if given := config.getoption("lmeval_dir"):
         return config.invocation_params.dir / str(given)
     return config.rootpath / str(config.getini("lmeval_dir"))
+
+
+def test_id(nodeid: str) -> str:
+    """The name of a test without the `@group` that xdist appends."""
+    return nodeid.rpartition("@")[0] if re.search(r"@[\w-]+$", nodeid) and "[" not in nodeid.rpartition("@")[2] else nodeid
 
 
 def is_worker(config: pytest.Config) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
-import re
 import sys
 import traceback
 from collections.abc import Callable, Generator
@@ -20,7 +19,7 @@ import pytest
 
 from pytest_lmeval import options
 from pytest_lmeval.benchmarking import BenchmarkHooks
-from pytest_lmeval.options import CORPORA, SEQ_LENS, budget, count, is_worker, option, output_folder
+from pytest_lmeval.options import CORPORA, SEQ_LENS, budget, count, is_worker, option, output_folder, test_id
 from pytest_lmeval.report.gather import Reports
 
 if TYPE_CHECKING:
@@ -40,10 +39,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "lmeval: an evaluation (added to every test that uses the fixture lmeval)")
+    config.addinivalue_line(
+        "markers", 'lmeval_gate(METRIC=margin, ...): what may be lost against the baseline (0.01, "0.5%", "off"); or "off"'
+    )
     options.check(config)
     if not is_worker(config):
         config.pluginmanager.register(Reports(config), "lmeval-reports")
     config.pluginmanager.register(_fixtures_with_parameters(config), "lmeval-parameters")
+    _register_gate(config)
     if config.pluginmanager.hasplugin("benchmark"):
         config.pluginmanager.register(BenchmarkHooks(), "lmeval-benchmark")
     elif not config.pluginmanager.hasplugin("codspeed"):
@@ -55,6 +58,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "lmeval" in getattr(item, "fixturenames", ()):
             item.add_marker("lmeval")
+        if item.get_closest_marker("lmeval_gate"):
+            from pytest_lmeval.gates.gate import margins_of
+
+            margins_of(item)  # what is wrong with it is told before the first test
+
+
+def _register_gate(config: pytest.Config) -> None:
+    if (config.getoption("lmeval_baseline") or config.getini("lmeval_baseline")) and option(config, "lmeval-gate") != "off":
+        from pytest_lmeval.gates.gate import Gate, baseline_file
+
+        if (file := baseline_file(config)) is not None:
+            config.pluginmanager.register(Gate(config, file, LOG), "lmeval-gate")
 
 
 @pytest.hookimpl(trylast=True)
@@ -137,7 +152,7 @@ def lmeval(request: pytest.FixtureRequest) -> Lmeval:
     from pytest_lmeval.session import TestLog
     from pytest_lmeval.verbs import Lmeval
 
-    log = TestLog(_test_id(request.node.nodeid))
+    log = TestLog(test_id(request.node.nodeid))
     request.node.stash[LOG] = log
     benchmark = request.getfixturevalue("benchmark") if "benchmark" in request.fixturenames else None
     return Lmeval(shared_session(request.config), log, benchmark)
@@ -299,8 +314,3 @@ def _progress(config: pytest.Config) -> Callable[..., Any]:
     from pytest_lmeval import progress
 
     return lambda title, **options: progress.bar(title, progress.Uncaptured(terminal, capture), **options)
-
-
-def _test_id(nodeid: str) -> str:
-    """Without the `@group` that xdist appends: it is not part of the test's name."""
-    return nodeid.rpartition("@")[0] if re.search(r"@[\w-]+$", nodeid) and "[" not in nodeid.rpartition("@")[2] else nodeid

@@ -113,13 +113,14 @@ class Lmeval:
         known = bool(corpus.fingerprint)  # an iterator may bring something else the next time
         if known and (finished := self._finished(key)) is not None:
             return PerplexityResult(finished)
-        examples = self._file("losses.npy") if losses else None
+        examples, units = self._file("losses.npy") if losses else None, self._file("units.jsonl")
         with self._session.progress(f"{model.spec} reads {corpus}") as progress:
             result = perplexity(
                 model,
                 corpus,
                 **settings,
                 losses=self._session.folder / examples if examples else None,
+                units=self._session.folder / units,
                 certificate=certificate.to_json(),
                 progress=progress,
                 checkpoints=self._session.journal.checkpoints if known and "resume" not in certificate.broken else None,
@@ -128,7 +129,7 @@ class Lmeval:
         if result.resumed_at:
             self._log.notes.append(f"{model.spec} on {corpus}: went on from token {result.resumed_at:,} of an interrupted run")
         self._log.notes += result.record.settings.get("warnings", [])
-        return self._recorded(key, replace(result, record=replace(result.record, examples=examples)))
+        return self._recorded(key, replace(result, record=replace(result.record, examples=examples, units=units)))
 
     @verb
     def agreement(

@@ -38,6 +38,8 @@ class Record:
     cost         seconds, tokens, flops, peak_bytes, state_bytes; None where it was not measured
     certificate  the verdict of the equivalence probe that the number stands on
     examples     file of per-example or per-token values, relative to the output folder
+    units        file of the sums of each document, or block of a stream, relative to the output folder
+    gate         metric -> how it compares with the baseline (see `gates.compare`); None where there is none
     """
 
     kind: str
@@ -49,6 +51,8 @@ class Record:
     certificate: dict[str, Any] | None = None
     series: dict[str, Series] = field(default_factory=dict)
     examples: str | None = None
+    units: str | None = None
+    gate: dict[str, Any] | None = None
     test: str = ""
 
     def __repr__(self) -> str:
@@ -67,6 +71,8 @@ class Record:
             "certificate": self.certificate,
             "series": {name: series.to_json() for name, series in self.series.items()},
             "examples": self.examples,
+            **({"units": self.units} if self.units else {}),
+            **({"gate": self.gate} if self.gate else {}),
         }
 
     @classmethod

@@ -34,11 +34,15 @@ class Measure:
     """compute  (examples, seed) -> the metric; None where none of them is of the kind that it is about
     reads    what each example must have
     library  the package that must be there
+    score    where it is a mean: what each example counts; None for one that the mean is not about
+    scale    what is made of that mean
     """
 
     compute: Callable[[Sequence[Example], int], Metric | None]
     reads: str = "an answer"
     library: str | None = None
+    score: Callable[[Example], float | None] | None = None
+    scale: Callable[[float], float] = float
 
 
 def answerable(example: Example) -> bool:
@@ -97,7 +101,10 @@ def _average(
         except OverflowError as error:
             raise TaskError(f"a mean loss of {mean:.6g} nats is a perplexity that no float holds.") from error
 
-    return Measure(compute, reads, library)
+    def counted(example: Example) -> float | None:
+        return float(score(example)) if among(example) else None
+
+    return Measure(compute, reads, library, counted, scale)
 
 
 def _of_cells(statistic: Callable[[np.ndarray, np.ndarray, np.ndarray], float], reads: str = "one right choice") -> Measure:

@@ -39,6 +39,7 @@ from pytest_lmeval.scoring.positions import loss_metrics, name_of, not_reached
 from pytest_lmeval.scoring.reading import BYTES, HITS, NATS, SECONDS, TOKENS, Reading
 from pytest_lmeval.scoring.result import PerplexityResult
 from pytest_lmeval.scoring.resume import Saver
+from pytest_lmeval.scoring.units import write_units
 from pytest_lmeval.statistics.bootstrap import ratio_intervals
 from pytest_lmeval.stream import StreamError
 
@@ -58,6 +59,7 @@ def perplexity(
     overlap: int | None = None,
     positions: tuple[int, ...] = (),
     losses: str | Path | None = None,
+    units: str | Path | None = None,
     certificate: dict[str, Any] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -74,6 +76,7 @@ def perplexity(
     window, overlap, chunk_size    see `plan_for`
     positions   places at which the loss is wanted, for example (8000, 16000, 24000): means of the thousand tokens up to each
     losses      write the loss of every target to this .npy file (float32, nats), as it is read
+    units       write the sums of each document, or block of the stream, to this file of JSON lines (see `units.py`)
     checkpoints, key    save a point to go on from now and then, and start from the last one
 
     How far the model's fast weights move is looked at after every chunk, if it has any (`Model.fast_weights`); where some stay
@@ -114,7 +117,10 @@ def perplexity(
         record,
         certificate=None if certificate is None else {**certificate, "chunking_used": str(plan)},
         examples=None if losses is None else str(losses),
+        units=None if units is None else str(units),
     )
+    if units is not None:
+        write_units(units, point.reading, source.fingerprint)
     return PerplexityResult(record, resumed_at)
 
 

@@ -1,0 +1,107 @@
+"""`python -m pytest_lmeval baseline accept`: the numbers of a run become those that later runs are compared with."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from pytest_lmeval.gates.baseline import ENVIRONMENT, Baseline, BaselineError, examples_file, read, write
+from pytest_lmeval.gates.entry import entry_of, names_of
+from pytest_lmeval.gates.scores import Scores, scores_of
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=["accept"])
+    parser.add_argument(
+        "--from", dest="source", type=Path, default=Path(".lmeval"), metavar="FILE|DIR", help="metrics.json, or its folder"
+    )
+    parser.add_argument("--to", type=Path, default=Path("lmeval-baseline.json"), metavar="FILE", help="lmeval-baseline.json")
+    parser.add_argument("-k", dest="pattern", default="", metavar="PATTERN", help="only tests that contain or match this")
+    parser.add_argument("--prune", action="store_true", help="forget the tests that are not in this run")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Take the tests of a run into a baseline; those of others stay. Returns 0, or 2 where nothing could be accepted."""
+    source = arguments.source / "metrics.json" if arguments.source.is_dir() else arguments.source
+    try:
+        document = read_metrics(source)
+        chosen = [record for record in document["records"] if _matches(record["test"], arguments.pattern)]
+        accepted, refused = by_test(chosen)
+        if not accepted:
+            raise BaselineError(f"{source} has nothing to accept: {_why(document, chosen, refused, arguments.pattern)}")
+        old = Baseline() if arguments.prune else read(arguments.to) or Baseline()
+        write(arguments.to, merged(old, accepted, document["environment"], source.parent))
+    except BaselineError as error:
+        print(error, file=sys.stderr)
+        return 2
+    for test in sorted(accepted):
+        print(f"accepted: {test}")
+    for test in sorted(refused):
+        print(f"not accepted: {test} (it failed, and not for its baseline)")
+    print(f"written to {arguments.to} and {examples_file(arguments.to)}: commit both")
+    return 0
+
+
+def read_metrics(path: Path) -> dict[str, Any]:
+    """The metrics.json of a run. Raises BaselineError where there is none, or it is of another schema."""
+    from pytest_lmeval.results.record import SCHEMA
+
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        schema = document["schema"]
+    except FileNotFoundError:
+        raise BaselineError(f"there is no {path}. Run the tests first, or name their output folder: --from DIR.") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BaselineError(f"{path} is not the metrics.json of a run ({type(error).__name__}: {error}).") from error
+    if schema != SCHEMA:
+        raise BaselineError(f"{path} is of schema {schema}, and this version of pytest-lmeval reads schema {SCHEMA}.")
+    return dict(document)
+
+
+def by_test(records: list[dict[str, Any]]) -> tuple[dict[str, list[dict[str, Any]]], set[str]]:
+    """The records of each test that may be accepted, and the tests that may not: they failed by an assertion of their own."""
+    tests: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        tests.setdefault(record["test"], []).append(record)
+    refused = {test for test, found in tests.items() if any(map(_failed, found)) and not any(map(_got_worse, found))}
+    return {test: found for test, found in tests.items() if test not in refused}, refused
+
+
+def merged(old: Baseline, accepted: dict[str, list[dict[str, Any]]], environment: dict[str, Any], folder: Path) -> Baseline:
+    """The baseline with the records of these tests in place of those that it had of them."""
+    tests = {test: entries for test, entries in old.tests.items() if test not in accepted}
+    scores: dict[tuple[str, str], Scores] = {key: found for key, found in (old.scores or {}).items() if key[0] not in accepted}
+    for test, records in accepted.items():
+        tests[test] = {}
+        for name, record in zip(names_of(records), records, strict=True):
+            entry = entry_of(record)
+            if entry["metrics"] or entry["costs"] or entry["verdict"]:
+                tests[test][name] = entry
+            if (found := scores_of(record, folder)) is not None:
+                scores[test, name] = found
+    return Baseline({name: environment.get(name) for name in ENVIRONMENT}, tests, scores)
+
+
+def _matches(test: str, pattern: str) -> bool:
+    return pattern in test or fnmatchcase(test, pattern)
+
+
+def _failed(record: dict[str, Any]) -> bool:
+    return record.get("outcome") == "failed"
+
+
+def _got_worse(record: dict[str, Any]) -> bool:
+    return any(row["verdict"] == "worse" for row in (record.get("gate") or {}).values())
+
+
+def _why(document: dict[str, Any], chosen: list[Any], refused: set[str], pattern: str) -> str:
+    if refused:
+        return f"{', '.join(sorted(refused))} failed, and not for the baseline. Mend that first."
+    if document["records"] and not chosen:
+        tests = sorted({record["test"] for record in document["records"]})
+        return f"no test in it matches {pattern!r}; it has {', '.join(tests)}."
+    return "it holds no record. Run tests that use the fixture lmeval."

@@ -1,0 +1,55 @@
+"""The file of units: what a reading summed up over each document, or each block of a stream, one JSON object a line.
+
+Two readings are compared document by document, so each is named by what it holds and not by its place: a document by its text,
+a block by the data it is of, and by the tokens and bytes of it that it covers. What another tokenizer cuts elsewhere is another
+block. Nothing here depends on the chunk size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pytest_lmeval.results.replacing import replacing
+from pytest_lmeval.scoring.reading import BYTES, HITS, NATS, TOKENS, Reading
+
+COLUMNS = {"tokens": TOKENS, "nats": NATS, "bytes": BYTES, **{f"top{k}": column for k, column in HITS.items()}}
+
+
+def rows_of_units(reading: Reading, data: str) -> list[dict[str, Any]]:
+    """The units that hold a target, in order: id, tokens, nats, bytes, and targets among the first choices.
+
+    data  fingerprint of the corpus; "" where it is not known: the blocks of a stream then have ids of their own in every run
+    """
+    ids = reading.documents if reading.by_document else _blocks(reading, data)
+    return [
+        {"id": name, **{column: _plain(unit[place]) for column, place in COLUMNS.items()}}
+        for name, unit in zip(ids, reading.units, strict=True)
+        if unit[TOKENS]
+    ]
+
+
+def write_units(path: str | Path, reading: Reading, data: str) -> None:
+    """Write the rows to a file, in one move."""
+    lines = (json.dumps(row, allow_nan=False) + "\n" for row in rows_of_units(reading, data))
+    with replacing(Path(path)) as new:
+        new.write_text("".join(lines), encoding="utf-8")
+
+
+def _blocks(reading: Reading, data: str) -> list[str]:
+    sums = np.array(reading.units)[:, [TOKENS, BYTES]].astype(int)
+    begins = np.cumsum(sums, axis=0) - sums
+    data = data or f"of this run: {reading.total[NATS]!r}"
+    return [_id(f"{data} {begin.tolist()} {size.tolist()}") for begin, size in zip(begins, sums, strict=True)]
+
+
+def _plain(value: float) -> int | float:
+    return int(value) if value == int(value) else float(value)
+
+
+def _id(content: str) -> str:
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
