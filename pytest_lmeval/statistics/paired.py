@@ -21,8 +21,9 @@ from pytest_lmeval.statistics.bootstrap import ratio_intervals
 Alternative = Literal["lower", "higher", "different"]
 
 FLIPS = 100_000  # random assignments of signs at most
-ENOUGH = 50  # as extreme ones after which no more are drawn
+ENOUGH = 200  # as extreme ones after which no more are drawn
 EXACT = 13  # units up to which all assignments are counted
+MOST_EXAMPLES = 10**9
 MOST_UNITS = 512  # beyond it, units are added up in groups: nothing is lost, and time and memory are bounded
 
 
@@ -132,7 +133,7 @@ def sign_flip(
 ) -> float:
     """How often the sum of the differences [units] would be as extreme, had each unit's sign been a coin toss (Fisher 1935).
 
-    All assignments are counted for up to 13 units that differ. Beyond, they are drawn until 50 were as extreme or `flips`
+    All assignments are counted for up to 13 units that differ. Beyond, they are drawn until 200 were as extreme or `flips`
     are drawn; the share is a valid p-value either way (Besag and Clifford, "Sequential Monte Carlo p-values", 1991).
 
     >>> sign_flip([-1, -1, -1, -1, 0], "lower")
@@ -197,13 +198,18 @@ def detectable(error: float, *, level: float, power: float = 0.8) -> float:
     return error * (normal.inv_cdf(1 - level) + normal.inv_cdf(power))
 
 
-def examples_needed(examples: int, smallest: float, wanted: float) -> int:
+def examples_needed(examples: int, smallest: float, wanted: float) -> int | None:
     """How many examples of this kind would make a difference of `wanted` detectable, where `examples` show one of `smallest`.
 
-    >>> examples_needed(200, 0.06, 0.01)
-    7200
+    None where there are not so many in the world (a billion), and where nothing is wanted.
+
+    >>> examples_needed(200, 0.06, 0.01), examples_needed(200, 0.06, 0)
+    (7200, None)
     """
-    return math.ceil(round(examples * (smallest / wanted) ** 2, 6))
+    if not wanted or (times := smallest / wanted) > MOST_EXAMPLES:
+        return None
+    needed = math.ceil(round(examples * times**2, 6))
+    return needed if needed <= MOST_EXAMPLES else None
 
 
 def _units(sums: np.ndarray, groups: Sequence[Hashable] | None) -> np.ndarray:

@@ -65,7 +65,7 @@ def judge_all(
         name = _name(found, margins[place], up=better[place], p_loss=p_loss, p_gain=p_gain)
         level = LEVEL / (family - ranks[place])
         smallest = detectable(found.error, level=level, power=POWER) if found.error else None
-        needed = examples_needed(found.examples, smallest, margins[place]) if smallest and margins[place] else None
+        needed = examples_needed(found.examples, smallest, margins[place]) if smallest else None
         gained = (found.value > 0) == better[place]
         verdicts.append(Verdict(name, gains[place] if gained else losses[place], level, smallest, needed))
     return verdicts
