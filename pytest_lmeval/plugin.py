@@ -310,7 +310,7 @@ def _progress(config: pytest.Config) -> Callable[..., Any]:
     terminal = config.pluginmanager.get_plugin("terminalreporter")
     capture = config.pluginmanager.get_plugin("capturemanager")
     if is_worker(config) or terminal is None or capture is None:
-        return lambda title: nullcontext(None)
+        return lambda title, **options: nullcontext(None)
     from pytest_lmeval import progress
 
     return lambda title, **options: progress.bar(title, progress.Uncaptured(terminal, capture), **options)

@@ -6,6 +6,7 @@ only those of the tokens that were scored. So the width of every token is carrie
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -21,6 +22,7 @@ class TokenReader:
 
     ids = TokenReader(lm, documents)       yields arrays of ids, the beginning-of-sequence token first if there is one
     ids.take_bytes(n)                      bytes of text [n] of the next n targets; zeros for a corpus of bare ids
+    ids.content                            a hash of the text (or the ids) so far, also of what was skipped
 
     A model of several codebooks is given frames [n, k]; such a frame is one token here.
 
@@ -43,6 +45,7 @@ class TokenReader:
         self._lm, self._documents, self._rolling = lm, documents, rolling
         self._skip, self._scored, self._limit = skip, scored, limit
         self._widths: deque[np.ndarray] = deque()
+        self.content = hashlib.sha256()
 
     def __iter__(self) -> Iterator[np.ndarray]:
         at, first = 0, self._scored + (self._lm.codebooks is None)
@@ -73,6 +76,7 @@ class TokenReader:
                 _check_kind(document.ids, self._lm, document.name)
                 for begin in range(0, len(document.ids), 1 << 16):
                     ids = np.asarray(document.ids[begin : begin + (1 << 16)], dtype=np.int64)
+                    self.content.update(ids.tobytes())
                     yield ids, np.broadcast_to(np.int64(0), len(ids))
             elif self._lm.codebooks is not None:
                 k = len(self._lm.codebooks.sizes)
@@ -87,6 +91,7 @@ class TokenReader:
                     "with encode(text) -> (ids, byte_ends), or use tokens:PATH with ids of your own."
                 )
             elif document.text:
+                self.content.update(document.text.encode(errors="surrogatepass"))
                 ids, ends = (np.asarray(part, dtype=np.int64) for part in tokenizer.encode(document.text))
                 if not begun and len(first := beginning(tokenizer, ids, rolling=self._rolling)):
                     yield first, np.zeros(len(first), dtype=np.int64)

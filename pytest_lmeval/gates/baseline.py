@@ -19,7 +19,7 @@ from pytest_lmeval.results.replacing import replacing
 
 SCHEMA = 1
 AGAIN = "python -m pytest_lmeval baseline accept"
-ENVIRONMENT = ("python", "torch", "device", "cpu", "threads", "packages")
+ENVIRONMENT = ("python", "device", "cpu", "threads", "packages")
 NUMBER = (int, float)
 FIELDS: dict[str, tuple[type, ...]] = {
     "value": NUMBER,
@@ -150,8 +150,11 @@ def _problems_of_entry(entry: dict[str, Any]) -> Iterator[tuple[list[str], str]]
         if not isinstance(cost, NUMBER) or isinstance(cost, bool):
             yield ["costs", name], _expected(cost, "a number")
     for metric, values in entry["metrics"].items():
+        if not isinstance(values, dict):
+            yield ["metrics", metric], _expected(values, "an object")
+            continue
         for name, kinds in FIELDS.items():
-            value = values.get(name) if isinstance(values, dict) else values
+            value = values.get(name)
             if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
                 wanted = " or ".join(sorted({"null" if kind is type(None) else kind.__name__ for kind in kinds}))
                 yield ["metrics", metric, name], _expected(value, wanted)

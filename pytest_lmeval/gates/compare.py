@@ -119,7 +119,7 @@ def _candidates(base: Side, new: Side, margins: Margins) -> Iterator[Candidate]:
             yield Candidate(name, *values, found.difference, margin, up, found.row)
         elif not _as_it_is(margin, before, after):
             sides = [_interval(metric, logarithmic=name in LOGARITHMIC) for metric in (before, after)]
-            if other:
+            if other := other or _other_text(base, new):
                 sides = [(value, None, None) for value, _, _ in sides]
             difference = unpaired_difference(sides[0], sides[1], after["n"] or before["n"] or 0)
             yield Candidate(name, *values, difference, margin, up, {"note": other or _why_unpaired(name, base, new)})
@@ -218,9 +218,14 @@ def _why_unpaired(metric: str, base: Side, new: Side) -> str:
         return "this run kept no examples: only the intervals are compared"
     if base.scores.ratio(metric) is None or new.scores.ratio(metric) is None:
         return f"{metric} is no mean over examples: only the intervals are compared"
-    if not set(base.scores.ids) & set(new.scores.ids):
-        return "the two runs have no example in common: only the intervals are compared"
     return "the two runs cut the text into other tokens: only the intervals are compared"
+
+
+def _other_text(base: Side, new: Side) -> str | None:
+    """Why two numbers say nothing of the model, if they are of different examples."""
+    if base.scores is None or new.scores is None or set(base.scores.ids) & set(new.scores.ids):
+        return None
+    return "the two runs have no example in common, so nothing can be said"
 
 
 def _other_tokens(metric: str, base: dict[str, Any], new: dict[str, Any]) -> str | None:

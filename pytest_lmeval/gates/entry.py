@@ -11,7 +11,7 @@ from pytest_lmeval.gates.margins import READINGS, Margins, is_cost, is_speed
 from pytest_lmeval.gates.scores import rounded
 
 SETTINGS = (
-    *("reading", "window", "overlap", "rolling", "by_document", "tokens", "limit", "unit", "data", "tokenizer"),
+    *("reading", "window", "overlap", "rolling", "by_document", "tokens", "limit", "unit", "tokenizer"),
     *("style", "version", "shots", "fewshot", "truncate", "prompts", "rate_is"),
     *("steps", "batch_size", "seq_len", "lr", "seed"),
 )  # those that decide what was asked; how fast it went and in which chunks it was read does not
@@ -29,7 +29,7 @@ def entry_of(record: dict[str, Any]) -> dict[str, Any]:
     verdict = (record.get("certificate") or {}).get("verdict") if probed else None
     return {
         "lm": {name: portable(str(record["lm"].get(name))) for name in ("spec", "dtype", "device", "fingerprint")},
-        "settings": {name: record["settings"][name] for name in SETTINGS if record["settings"].get(name) is not None},
+        "settings": {name: _short(record["settings"][name]) for name in SETTINGS if record["settings"].get(name) is not None},
         "metrics": metrics,
         "costs": {name: rounded(cost) for name, cost in costs.items() if cost is not None},
         "headline": headline(record["kind"], list(metrics)),
@@ -84,6 +84,11 @@ def differs(entry: dict[str, Any], new: dict[str, Any]) -> list[str]:
     names = dict.fromkeys([*entry["settings"], *new["settings"]])
     pairs += [(name, entry["settings"].get(name), new["settings"].get(name)) for name in names]
     return [f"{name} was {old}, is {now}" for name, old, now in pairs if old != now]
+
+
+def _short(value: Any) -> Any:
+    """Of a hash, as much as tells it apart."""
+    return value[:16] if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{32,}", value) else value
 
 
 def _is_kept(name: str, unit: str) -> bool:

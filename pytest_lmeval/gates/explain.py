@@ -21,7 +21,8 @@ def failure(test: str, rows: list[tuple[dict[str, Any], str, dict[str, Any]]], *
     baseline  the file, as it was given
     accept    arguments of the command that accepts the new numbers
     """
-    lines = [f"worse than {baseline} allows: " + ", ".join(f"{metric} {_values(metric, row)}" for _, metric, row in rows)]
+    numbers = ", ".join(f"{metric} {_values(metric, row)}" for _, metric, row in rows)
+    lines = [f"{numbers}: worse than {baseline} allows"]
     for record, metric, row in rows:
         heading = f"{metric} of {record['lm']['spec']} on {record['subject']}"
         lines += ["", heading, *(f"  {line}" for line in _told(metric, row, _noun(record)))]
@@ -83,10 +84,8 @@ def remarks(row: dict[str, Any], noun: str) -> Iterator[str]:
     if note := row.get("note"):
         yield note
     if row.get("only_base") or row.get("only_new"):
-        yield (
-            f"compared on the {_several(row['n'], noun)} that both runs have; {row['only_base']:,} are only in the "
-            f"baseline, {row['only_new']:,} only in this run"
-        )
+        apart = f"{row['only_base']:,} only in the baseline, {row['only_new']:,} only here"
+        yield f"on {_several(row['n'], noun)} of both runs; {apart}"
     if row["verdict"] == "unclear" and row.get("detectable") is not None:
         yield f"a loss of {number(abs(row['detectable']))} would have been found (with a probability of 80 %)"
         if row["needed"]:

@@ -120,7 +120,7 @@ def perplexity(
         units=None if units is None else str(units),
     )
     if units is not None:
-        write_units(units, point.reading, source.fingerprint)
+        write_units(units, point.reading)
     return PerplexityResult(record, resumed_at)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
@@ -140,8 +139,6 @@ class Reader:
                 point.reading.start_document()
                 point = Point(point.reading, document=index)
             skip = point.scored if self.plan.window is None else point.window
-            held = hashlib.sha256()
-            documents = _hashed(documents, held) if self.by_document else documents
             ids = TokenReader(self.lm, documents, skip=skip, scored=point.scored, limit=self.tokens, rolling=self.plan.rolling)
             try:
                 for chunk in self._chunks(ids, point):
@@ -153,8 +150,7 @@ class Reader:
             except StreamError as error:
                 where = f"{self.corpus}" + (f", document {index}" if self.by_document else "")
                 raise StreamError(f"{where}: {error}") from error
-            if self.by_document:
-                point.reading.documents.append(held.hexdigest()[:16])
+            point.reading.documents.append(ids.content.hexdigest()[:16])
 
     def _chunks(self, ids: Iterable[Any], point: Point) -> Iterator[Chunk]:
         if self.plan.window is None:
@@ -181,11 +177,3 @@ class Reader:
                 yield index, [Document(name, "".join(part.text for part in parts))]
             else:
                 yield index, parts
-
-
-def _hashed(documents: Iterable[Document], held: Any) -> Iterator[Document]:
-    """The documents, their content hashed on the way: from their beginning also where reading goes on from the middle."""
-    for document in documents:
-        ids = document.ids
-        held.update(document.text.encode(errors="surrogatepass") if ids is None else np.ascontiguousarray(ids).tobytes())
-        yield document

@@ -50,7 +50,7 @@ class Reading:
 
     by_document  whether a unit is a document; otherwise it is a block of consecutive tokens
     positions    places in a sequence at which the loss is wanted (mean over the thousand tokens up to there)
-    documents    by document: a hash of what each held, appended when it was read
+    documents    a hash of each document (or of the stream), appended when it was read
     at_positions [units, positions, 3] sums of tokens and nats, and how many places they are of: a unit is a document that came
                  near one of the positions, or, in a stream, fifty places of the thousand before each
     """

@@ -1,7 +1,7 @@
 """The file of units: what a reading summed up over each document, or each block of a stream, one JSON object a line.
 
 Two readings are compared document by document, so each is named by what it holds and not by its place: a document by its text,
-a block by the data it is of, and by the tokens and bytes of it that it covers. What another tokenizer cuts elsewhere is another
+a block by the whole text, and by the tokens and bytes of it that it covers. What another tokenizer cuts elsewhere is another
 block. Nothing here depends on the chunk size.
 """
 
@@ -20,12 +20,9 @@ from pytest_lmeval.scoring.reading import BYTES, HITS, NATS, TOKENS, Reading
 COLUMNS = {"tokens": TOKENS, "nats": NATS, "bytes": BYTES, **{f"top{k}": column for k, column in HITS.items()}}
 
 
-def rows_of_units(reading: Reading, data: str) -> list[dict[str, Any]]:
-    """The units that hold a target, in order: id, tokens, nats, bytes, and targets among the first choices.
-
-    data  fingerprint of the corpus; "" where it is not known: the blocks of a stream then have ids of their own in every run
-    """
-    ids = reading.documents if reading.by_document else _blocks(reading, data)
+def rows_of_units(reading: Reading) -> list[dict[str, Any]]:
+    """The units that hold a target, in order: id, tokens, nats, bytes, and targets among the first choices."""
+    ids = reading.documents if reading.by_document else _blocks(reading)
     return [
         {"id": name, **{column: _plain(unit[place]) for column, place in COLUMNS.items()}}
         for name, unit in zip(ids, reading.units, strict=True)
@@ -33,18 +30,18 @@ def rows_of_units(reading: Reading, data: str) -> list[dict[str, Any]]:
     ]
 
 
-def write_units(path: str | Path, reading: Reading, data: str) -> None:
+def write_units(path: str | Path, reading: Reading) -> None:
     """Write the rows to a file, in one move."""
-    lines = (json.dumps(row, allow_nan=False) + "\n" for row in rows_of_units(reading, data))
+    lines = (json.dumps(row, allow_nan=False) + "\n" for row in rows_of_units(reading))
     with replacing(Path(path)) as new:
         new.write_text("".join(lines), encoding="utf-8")
 
 
-def _blocks(reading: Reading, data: str) -> list[str]:
+def _blocks(reading: Reading) -> list[str]:
     sums = np.array(reading.units)[:, [TOKENS, BYTES]].astype(int)
     begins = np.cumsum(sums, axis=0) - sums
-    data = data or f"of this run: {reading.total[NATS]!r}"
-    return [_id(f"{data} {begin.tolist()} {size.tolist()}") for begin, size in zip(begins, sums, strict=True)]
+    (text,) = reading.documents
+    return [_id(f"{text} {begin.tolist()} {size.tolist()}") for begin, size in zip(begins, sums, strict=True)]
 
 
 def _plain(value: float) -> int | float:

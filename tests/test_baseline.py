@@ -1,0 +1,268 @@
+"""The file that runs are compared with: the same bytes for the same numbers, and a plain word where it was damaged."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pytest_lmeval.__main__ import main
+from pytest_lmeval.gates.baseline import Baseline, BaselineError, examples_file, read, write
+from pytest_lmeval.gates.entry import differs, entry_of, gated, names_of
+from pytest_lmeval.gates.explain import table
+from pytest_lmeval.gates.margins import Margins, read_marker
+from pytest_lmeval.gates.pairing import pair
+from pytest_lmeval.gates.scores import Scores, rounded
+from pytest_lmeval.results.metric import Metric
+from pytest_lmeval.results.record import Record
+from pytest_lmeval.scoring.perplexity import bare_ids
+
+LM = {"spec": "demo", "parameters": 1, "bytes": 4, "dtype": "float32", "device": "cpu", "fingerprint": "f" * 16}
+FINITE = st.floats(-1e9, 1e9)
+
+
+def record(kind="task", subject="boolq, 0-shot", *, outcome="passed", test="test_a.py::test_a", **changes):
+    metrics = {"accuracy": Metric(0.75, low=0.7, high=0.8, n=400, higher_is_better=True)}
+    made = Record(
+        kind=kind, subject=subject, lm=LM, settings={"shots": 0}, metrics=changes.pop("metrics", metrics), test=test, **changes
+    )
+    return {**made.to_json(), "outcome": outcome}
+
+
+def baseline(*records):
+    tests = {"test_a.py::test_a": {name: entry_of(one) for name, one in zip(names_of(records), records, strict=True)}}
+    scores = {("test_a.py::test_a", names_of(records)[0]): Scores(["a", "b"], [None, "g"], {"accuracy": [1, 0]})}
+    return Baseline({"python": "3.11", "packages": {"torch": "2"}}, tests, scores)
+
+
+@pytest.fixture
+def run_folder(tmp_path, monkeypatch):
+    """Writes the metrics.json of a run."""
+    monkeypatch.chdir(tmp_path)
+
+    def wrote(*records, folder=".lmeval"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        environment = {
+            "python": "3.11",
+            "device": "cpu",
+            "cpu": "x",
+            "threads": 1,
+            "packages": {},
+            "commit": "c",
+            "dirty": True,
+        }
+        document = {"schema": 1, "run": {}, "environment": environment, "records": list(records)}
+        (tmp_path / folder / "metrics.json").write_text(json.dumps(document))
+
+    return wrote
+
+
+def accept(*options):
+    return main(["baseline", "accept", "--to", "b.json", *options])
+
+
+# ------------------------------------------------------------------------------------------- the file
+
+
+def test_what_is_written_reads_the_same_and_writes_the_same_bytes(tmp_path):
+    path, again = tmp_path / "b.json", tmp_path / "again.json"
+    write(path, baseline(record(), record("perplexity", "stdlib[test]", cost={"state_bytes": 12})))
+    found = read(path)
+    assert found == baseline(record(), record("perplexity", "stdlib[test]", cost={"state_bytes": 12}))
+    write(again, found)
+    assert again.read_bytes() == path.read_bytes()
+    assert examples_file(again).read_bytes() == examples_file(path).read_bytes()
+
+
+def test_a_metric_is_a_line_and_nothing_of_the_machine_or_the_clock_is_in_it(tmp_path):
+    path = tmp_path / "b.json"
+    timed = {
+        "accuracy": Metric(1 / 3, n=3, higher_is_better=True),
+        "ttft": Metric(1.5, "ms"),
+        "tokens_per_second": Metric(3e4, "tokens/s"),
+    }
+    cost = {"seconds": 1.5, "flops": 10, "peak_bytes": 5}
+    write(path, baseline(record("task", "text:/home/me/notes.txt[test]", metrics=timed, cost=cost)))
+    (line,) = [line for line in path.read_text().splitlines() if '"accuracy": {' in line]
+    assert json.loads("{" + line.strip().rstrip(",") + "}")["accuracy"]["value"] == 0.3333333
+    for word in ("ttft", "tokens_per_second", "seconds", "peak_bytes", "/home", str(tmp_path)):
+        assert word not in path.read_text()
+
+
+@given(FINITE)
+def test_rounding_twice_is_rounding_once(value):
+    assert rounded(rounded(value)) == rounded(value) == pytest.approx(value, rel=1e-6)
+    assert json.loads(json.dumps(rounded(value))) == rounded(value)
+
+
+def test_no_file_is_no_baseline(tmp_path):
+    assert read(tmp_path / "none.json") is None
+
+
+@settings(max_examples=40)
+@given(st.data())
+def test_a_file_that_was_cut_off_is_told_with_its_place(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("cut") / "b.json"
+    write(path, baseline(record()))
+    whole = path.read_text().rstrip()
+    path.write_text(whole[: data.draw(st.integers(0, len(whole) - 1))])
+    with pytest.raises(BaselineError, match=r"b\.json is no JSON: .* at line \d+, column \d+\. It was cut off"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("schema",), 2, r"is of schema 2, and this version of pytest-lmeval reads schema 1"),
+        (("tests",), [], r"tests is \[\], where an object stands"),
+        (("tests", "test_a.py::test_a", "task boolq, 0-shot", "headline"), 1, r"headline is 1, where a text or null stands"),
+        (
+            ("tests", "test_a.py::test_a", "task boolq, 0-shot", "metrics", "accuracy", "value"),
+            "0.9",
+            r"accuracy > value is \"0\.9\"",
+        ),
+        (
+            ("tests", "test_a.py::test_a", "task boolq, 0-shot", "metrics", "accuracy"),
+            0.9,
+            r"accuracy is 0\.9, where an object stands",
+        ),
+        (
+            ("tests", "test_a.py::test_a", "task boolq, 0-shot", "costs"),
+            {"flops": "many"},
+            r"costs > flops is \"many\", where a number",
+        ),
+    ],
+)
+def test_a_file_that_was_edited_by_hand_is_told_with_the_field(tmp_path, place, value, message):
+    path = tmp_path / "b.json"
+    write(path, baseline(record()))
+    document = json.loads(path.read_text())
+    inner = document
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    path.write_text(json.dumps(document))
+    with pytest.raises(BaselineError, match=message):
+        read(path)
+
+
+@pytest.mark.parametrize("text", ['["a",null,1]', '{"test": 1}', "NaN", '["a",null]', '["a",null,"x"]', "[1"])
+def test_examples_that_were_edited_are_told_with_the_line(tmp_path, text):
+    path = tmp_path / "b.json"
+    write(path, baseline(record()))
+    lines = examples_file(path).read_text().splitlines()
+    lines[0 if text == '["a",null,1]' else 1] = text
+    examples_file(path).write_text("\n".join(lines) + "\n")
+    with pytest.raises(BaselineError, match=r"b\.examples\.jsonl.*line [12]"):
+        read(path)
+
+
+# ------------------------------------------------------------------------------------------ accepting
+
+
+def test_accepting_some_tests_leaves_the_others_as_they_were(run_folder, capsys):
+    run_folder(record(), record(test="test_a.py::test_b"))
+    assert accept() == 0
+    better = {"accuracy": Metric(0.8, n=400, higher_is_better=True)}
+    run_folder(record(metrics=better), record(test="test_a.py::test_b", metrics=better))
+    assert accept("-k", "test_b") == 0
+    tests = json.loads(Path("b.json").read_text())["tests"]
+    values = [tests[f"test_a.py::test_{name}"]["task boolq, 0-shot"]["metrics"]["accuracy"]["value"] for name in "ab"]
+    assert values == [0.75, 0.8]
+    run_folder(record(test="test_a.py::test_c"))
+    assert accept("--prune") == 0
+    assert list(json.loads(Path("b.json").read_text())["tests"]) == ["test_a.py::test_c"]
+    assert "written to b.json and b.examples.jsonl: commit both" in capsys.readouterr().out
+
+
+def test_what_failed_for_its_baseline_is_accepted_and_what_failed_for_itself_is_not(run_folder, capsys):
+    worse = record(outcome="failed", gate={"accuracy": {"verdict": "worse", "base": 0.9, "new": 0.7}})
+    run_folder(worse, record(test="test_a.py::test_b", outcome="failed"))
+    assert accept() == 0
+    assert list(json.loads(Path("b.json").read_text())["tests"]) == ["test_a.py::test_a"]
+    assert "not accepted: test_a.py::test_b (it failed, and not for its baseline)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("records", "options", "message"),
+    [
+        (None, [], "there is no .lmeval. Run the tests first"),
+        ([], [], "holds no record"),
+        ([record()], ["-k", "other"], "no test in it matches 'other'; it has test_a.py::test_a."),
+        ([record(outcome="failed")], [], "test_a.py::test_a failed, and not for the baseline"),
+    ],
+)
+def test_where_nothing_can_be_accepted_it_is_said_why(run_folder, capsys, tmp_path, records, options, message):
+    if records is not None:
+        run_folder(*records)
+    assert accept(*options) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "b.json").exists()
+
+
+def test_a_command_that_there_is_not_is_refused(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["nonsense"])
+    assert ended.value.code == 2
+    assert "invalid choice: 'nonsense'" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------- what is compared
+
+
+def test_one_number_a_record_is_gated_and_the_marker_says_which_else():
+    reading = {name: Metric(2.0, n=9, higher_is_better=False) for name in ("nll", "bits_per_byte", "perplexity")}
+    entry = entry_of(record("perplexity", "stdlib[test]", metrics=reading))
+    assert gated(entry, Margins()) == ["bits_per_byte"]
+    assert gated(entry, read_marker((), {"perplexity": "1%"})) == ["perplexity"]  # the same losses in another unit
+    assert gated(entry, read_marker((), {"bits_per_byte": "off"})) == []
+    assert gated(entry, read_marker(("off",), {})) == []
+    assert gated(entry_of(record()), Margins()) == ["accuracy"]
+    assert gated(entry_of(record("custom", "passkey")), Margins()) == []
+
+
+def test_records_of_one_name_are_numbered_and_settings_that_differ_are_told():
+    assert names_of([record(), record()]) == ["task boolq, 0-shot", "task boolq, 0-shot #2"]
+    base, new = entry_of(record()), entry_of(record())
+    new["settings"]["shots"], new["lm"]["dtype"] = 5, "bfloat16"
+    assert differs(base, new) == ["dtype was float32, is bfloat16", "shots was 0, is 5"]
+
+
+def test_the_same_text_in_other_tokens_has_no_pairs_but_by_its_bytes():
+    old = Scores(["a", "b"], [None] * 2, {"tokens": [10, 20], "nats": [20, 40], "bytes": [30, 60], "top1": [5, 9]})
+    new = Scores(["a", "b"], [None] * 2, {"tokens": [5, 9], "nats": [21, 40], "bytes": [30, 60], "top1": [3, 4]})
+    assert pair("nll", old, new) is None
+    assert pair("token_accuracy_top1", old, new) is None
+    assert pair("bits_per_byte", old, new).difference.value > 0
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 64])
+def test_blocks_are_called_by_what_they_hold_however_they_were_read(tmp_path, chunk_size):
+    from toys import Functional
+
+    from pytest_lmeval.adapters import as_model
+    from pytest_lmeval.scoring.perplexity import perplexity
+
+    lm = as_model(Functional())
+    ids = [place % lm.vocab_size for place in range(200)]
+    for name, size in (("a", None), ("b", chunk_size)):
+        perplexity(lm, bare_ids(ids), chunk_size=size, units=tmp_path / name)
+    rows = {name: [json.loads(line) for line in (tmp_path / name).read_text().splitlines()] for name in "ab"}
+    assert [row["id"] for row in rows["a"]] == [row["id"] for row in rows["b"]]
+    assert [row["tokens"] for row in rows["a"]] == [64, 64, 64, 7]
+    assert [row["nats"] for row in rows["a"]] == pytest.approx([row["nats"] for row in rows["b"]])
+    perplexity(lm, bare_ids(ids[1:]), units=tmp_path / "c")
+    assert json.loads((tmp_path / "c").read_text().splitlines()[0])["id"] != rows["a"][0]["id"]
+
+
+def test_the_worst_stands_first():
+    rows = {
+        "good": {"verdict": "identical", "base": 1, "new": 1},
+        "bad": {"verdict": "worse", "base": 1, "new": 0, "difference": -1, "low": -1.5, "high": -0.5, "margin": 0, "n": 9},
+    }
+    lines = table([record(test="a.py::fine", gate={"good": rows["good"]}), record(test="b.py::bad", gate=rows)], width=100)
+    assert lines[0] == "b.py::bad"
+    assert lines[1].split() == ["worse", "bad", "1", "->", "0", "-1", "(-1.5", "to", "-0.5)"]
+    assert lines[2].split()[0] == "identical"
+    assert lines[3] == "a.py::fine"

@@ -1,0 +1,323 @@
+"""A run against a baseline, as users run it: which test fails, what it says, and what happens where the two do not fit."""
+
+import json
+import os
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import pytest_lmeval.equivalence.probe
+import pytest_lmeval.gates.compare
+import pytest_lmeval.scoring.evaluate
+import pytest_lmeval.scoring.perplexity
+import pytest_lmeval.verbs  # noqa: F401 - runs in this process would import it, and forget it, each for itself
+from pytest_lmeval.__main__ import main
+from pytest_lmeval.gates.margins import Margin, check_sign, parse, read_marker
+
+MODEL = """
+    import os, pytest, torch
+    from torch import nn
+
+    class Knows(nn.Module):
+        '''Answers numbers of three digits by "a", those in WRONG by "b". BLUR is how likely an "x" is, which never comes.'''
+
+        def __init__(self):
+            super().__init__()
+            self.wrong = nn.Buffer(torch.zeros(1000, dtype=torch.bool))
+            self.wrong[[int(number) for number in os.environ.get("WRONG", "").split()]] = True
+            self.blur = nn.Buffer(torch.tensor(float(os.environ.get("BLUR", "3"))))
+
+        def forward(self, input_ids, state=None):
+            before = input_ids.new_zeros(len(input_ids), 3) if state is None else state
+            seen = torch.cat([before, input_ids], 1)
+            last = seen.unfold(1, 3, 1)[:, 1:]
+            digits = ((last >= 48) & (last <= 57)).all(-1)
+            number = ((last - 48) * last.new_tensor([100, 10, 1])).sum(-1).clamp(0, 999)
+            logits = torch.zeros(*input_ids.shape, 256)
+            logits[..., 101] = 2 + 0.1 * torch.sin(last.sum(-1).float())
+            logits[..., 120] = self.blur
+            wrong = self.wrong[number]
+            logits[..., 97] += digits * (1.0 - 2.0 * wrong)
+            return logits, seen[:, -3:]
+
+    @pytest.fixture(scope="session")
+    def lm():
+        return Knows()
+"""
+TESTS = """
+    import os, pytest
+    from pytest_lmeval import Choices, Task
+
+    ROWS = [{"n": n} for n in range(int(os.environ.get("FIRST", "0")), int(os.environ.get("LAST", "150")))]
+    NUMBERS = Task("numbers", ROWS, lambda row: Choices(f"{row['n']:03d}", ("a", "b"), answer=0))
+
+    def test_numbers(lmeval, lm):
+        lmeval.task(lm, NUMBERS)
+
+    def test_reads(lmeval, lm, corpus):
+        lmeval.perplexity(lm, corpus("text:text.txt"))
+"""
+
+
+@pytest.fixture
+def project(pytester, monkeypatch):
+    """A project with a model whose mistakes are chosen, two tests, and a baseline of a run without mistakes (but some)."""
+    for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
+        monkeypatch.delenv(name)
+    pytester.makeconftest(MODEL)
+    pytester.makepyfile(test_quality=TESTS)
+    pytester.makefile(".txt", text="It was a dark and stormy night; the rain fell in torrents.\n" * 40)
+    pytester.makefile(".ini", pytest="[pytest]\nfilterwarnings = error\nlmeval_budget = 0.05\n")
+    monkeypatch.setenv("WRONG", "1 2 3 50 51 52")
+    return pytester
+
+
+def run(project, *options, subprocess=False):
+    start = project.runpytest_subprocess if subprocess else project.runpytest_inprocess
+    return start("-p", "no:cacheprovider", "--lmeval-baseline", "baseline.json", *options)
+
+
+def accept(*options):
+    return main(["baseline", "accept", "--to", "baseline.json", *options])
+
+
+def gates(project):
+    """test, metric -> row, of the last run."""
+    document = json.loads((project.path / ".lmeval/metrics.json").read_text())
+    return {
+        (record["test"].rpartition("::")[2], name): row
+        for record in document["records"]
+        for name, row in record.get("gate", {}).items()
+    }
+
+
+def verdicts(project):
+    return {key: row["verdict"] for key, row in gates(project).items()}
+
+
+def numbers(*ranges):
+    return " ".join(str(number) for begin, end in ranges for number in range(begin, end))
+
+
+FILES = ("baseline.json", "baseline.examples.jsonl")
+KEPT = {}  # a baseline holds nothing of the folder that it was made in: one is enough for all tests
+
+
+@pytest.fixture
+def accepted(project):
+    for name, content in KEPT.items():
+        (project.path / name).write_bytes(content)
+    if KEPT:
+        return project
+    result = run(project)
+    result.assert_outcomes(passed=2)
+    result.stdout.fnmatch_lines(["*lmeval: against baseline.json*", "*new*accuracy*0.96*", "there is no baseline.json yet*"])
+    assert accept() == 0
+    KEPT.update({name: (project.path / name).read_bytes() for name in FILES})
+    return project
+
+
+def test_a_run_that_changed_nothing_is_identical_and_leaves_the_files_as_they_are(accepted, capsys):
+    result = run(accepted)
+    result.assert_outcomes(passed=2)
+    assert set(verdicts(accepted).values()) == {"identical"}
+    assert accept() == 0
+    assert {name: (accepted.path / name).read_bytes() for name in FILES} == KEPT
+
+
+def test_a_regression_is_that_test_failing_with_an_explanation(accepted, monkeypatch):
+    monkeypatch.setenv("WRONG", numbers((1, 4), (50, 53), (100, 115)))
+    result = run(accepted, "--junitxml=junit.xml")
+    result.assert_outcomes(failed=1, passed=1)
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.stdout.fnmatch_lines(
+        [
+            "accuracy 0.96 -> 0.86: worse than baseline.json allows",
+            "accuracy of conftest:Knows on numbers, 0-shot",
+            "  was 0.96, is 0.86: 0.1 lower (-10 %), and with 95 % confidence between -0.*",
+            "  allowed are 0.01 lower (by default)",
+            "  Had nothing changed, chance would make so large a loss in about one of 33,000 comparisons*",
+            "*McNemar's exact test, 150 questions*",
+            "  15 questions lost, 0 won:",
+            "    *: right -> wrong, says 'b', right is 'a'",
+            "    ... and 10 more; *",
+            "*baseline accept --from .lmeval --to baseline.json -k test_quality.py::test_numbers",
+            "*@pytest.mark.lmeval_gate(accuracy=...)",
+            "*lmeval: against baseline.json*",
+            "test_quality.py::test_numbers",
+            "    worse *accuracy *0.96 -> 0.86 *-0.1 (-0.1* to -0.*)",
+            "test_quality.py::test_reads",
+            "    identical *bits per byte*",
+            "FAILED test_quality.py::test_numbers - Failed: accuracy 0.96 -> 0.86:*",
+        ]
+    )
+    row = gates(accepted)["test_numbers", "accuracy"]
+    assert (row["lower"], row["higher"], row["n"]) == (15, 0, 150)
+    assert {(one["before"], one["after"]) for one in row["flipped"]} == {(1, 0)}
+    (case,) = [
+        case for case in ElementTree.parse(accepted.path / "junit.xml").iter("testcase") if case.find("failure") is not None
+    ]
+    assert case.get("name") == "test_numbers"
+    assert "worse than baseline.json allows" in case.find("failure").get("message")
+    assert accept("-k", "test_numbers") == 0  # the command that it names
+    run(accepted).assert_outcomes(passed=2)
+
+
+def test_a_loss_on_text_fails_the_test_that_read_it(accepted, monkeypatch):
+    monkeypatch.setenv("BLUR", "4")
+    result = run(accepted)
+    result.assert_outcomes(failed=1, passed=1)
+    row = gates(accepted)["test_reads", "bits_per_byte"]
+    assert row["verdict"] == "worse"
+    assert row["low"] > row["margin"]
+
+
+def test_a_gain_is_better_and_a_few_flips_are_unclear(accepted, monkeypatch):
+    monkeypatch.setenv("WRONG", "1 2 3 50 51 52 100")
+    monkeypatch.setenv("BLUR", "0")
+    result = run(accepted)
+    result.assert_outcomes(passed=2)
+    assert verdicts(accepted)["test_reads", "bits_per_byte"] == "better"
+    row = gates(accepted)["test_numbers", "accuracy"]
+    assert row["verdict"] == "unclear"
+    assert row["needed"] > 150
+    result.stdout.fnmatch_lines(["*a loss of * would have been found (with a probability of 80 %)", "*with * questions"])
+
+
+def test_a_marker_allows_more_and_warn_fails_nothing(accepted, monkeypatch):
+    monkeypatch.setenv("WRONG", numbers((1, 4), (50, 53), (100, 115)))
+    result = run(accepted, "--lmeval-gate=warn")
+    result.assert_outcomes(passed=2)
+    result.stdout.fnmatch_lines(["    worse *accuracy*"])
+    assert verdicts(accepted)["test_numbers", "accuracy"] == "worse"
+    result = run(accepted, "--lmeval-gate=off")
+    result.assert_outcomes(passed=2)
+    result.stdout.no_fnmatch_line("*against baseline.json*")
+    marked = (
+        '@pytest.mark.lmeval_gate(accuracy="20%", f1=0.1, throughput="-10%", tokens_per_second="-10%")\n    def test_numbers'
+    )
+    accepted.makepyfile(test_quality=TESTS.replace("def test_numbers", marked))
+    result = run(accepted)
+    result.assert_outcomes(passed=2)
+    result.stdout.fnmatch_lines(
+        ["*names f1, which the test does not record; it records accuracy, chance*", "    same *accuracy*"]
+    )
+    accepted.makepyfile(test_quality=TESTS.replace("def test_numbers", '@pytest.mark.lmeval_gate("off")\n    def test_numbers'))
+    run(accepted).assert_outcomes(passed=2)
+    assert not [test for test, _ in verdicts(accepted) if test == "test_numbers"]
+
+
+def test_speed_is_shown_and_not_judged(accepted):
+    marked = '@pytest.mark.lmeval_gate(tokens_per_second="-10%")\n    def test_reads'
+    accepted.makepyfile(test_quality=TESTS.replace("def test_reads", marked))
+    result = run(accepted, "-k", "reads")
+    result.assert_outcomes(passed=1, deselected=1)
+    result.stdout.fnmatch_lines(["    not judged*tokens per second*", "*speed is judged by compare-runs"])
+
+
+def test_a_failing_test_keeps_its_own_failure_and_is_not_accepted(accepted, monkeypatch, capsys):
+    monkeypatch.setenv("BLUR", "0")
+    accepted.makepyfile(test_quality=TESTS + "\n        assert not 'mine'\n")
+    result = run(accepted)
+    result.assert_outcomes(failed=1, passed=1)
+    result.stdout.fnmatch_lines(["*assert not 'mine'*", "    better *bits per byte*"])
+    assert accept("-k", "reads") == 2
+    assert "test_reads failed, and not for the baseline" in capsys.readouterr().err
+
+
+def test_workers_of_xdist_decide_where_the_test_runs(accepted, monkeypatch):
+    pytest.importorskip("xdist")
+    monkeypatch.setenv("WRONG", numbers((1, 4), (50, 53), (100, 115)))
+    result = run(accepted, "-n", "1", "--dist", "loadgroup", subprocess=True)
+    result.assert_outcomes(failed=1, passed=1)
+    result.stdout.fnmatch_lines(["*    worse *accuracy*"])
+
+
+# ----------------------------------------------------------------------------- what does not fit together
+
+
+def test_other_examples_are_compared_on_those_that_both_have(accepted, monkeypatch):
+    monkeypatch.setenv("FIRST", "20")
+    monkeypatch.setenv("LAST", "160")
+    result = run(accepted, "-k", "numbers")
+    result.assert_outcomes(passed=1, deselected=1)
+    result.stdout.fnmatch_lines(["*on 130 questions of both runs; 20 only in the baseline, 10 only here"])
+    row = gates(accepted)["test_numbers", "accuracy"]
+    assert (row["verdict"], row["base"]) == (
+        "identical",
+        pytest.approx(127 / 130),
+    )  # three of the mistakes were among the others
+
+
+def test_other_text_and_missing_examples_leave_the_intervals(accepted):
+    (accepted.path / "text.txt").write_text("Once upon a midnight dreary, while I pondered, weak and weary,\n" * 40)
+    result = run(accepted, "-k", "reads")
+    result.stdout.fnmatch_lines(["    unclear *", "*no example in common, so nothing can be said"])
+    (accepted.path / "baseline.examples.jsonl").unlink()
+    result = run(accepted)
+    result.stdout.fnmatch_lines(["*baseline's file of examples is missing*", "its file of examples is missing*"])
+    assert gates(accepted)["test_numbers", "accuracy"]["test"] == "the intervals alone, not example by example"
+
+
+def test_what_only_one_side_has_is_said_and_fails_nothing(accepted):
+    document = json.loads((accepted.path / "baseline.json").read_text())
+    entry = document["tests"]["test_quality.py::test_numbers"]["task numbers, 0-shot"]
+    entry["metrics"]["exact_match"], entry["headline"] = entry["metrics"].pop("accuracy"), "exact_match"
+    document["environment"]["packages"]["torch"] = "1.0"
+    del document["tests"]["test_quality.py::test_reads"]
+    (accepted.path / "baseline.json").write_text(json.dumps(document))
+    result = run(accepted)
+    result.assert_outcomes(passed=2)
+    result.stdout.fnmatch_lines(
+        ["*missing *exact match *-> not measured", "*new *bits per byte*", "made elsewhere: torch was 1.0, is *"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("marker", "message"),
+    [
+        ("accuracy='much'", "*test_quality.py::test_numbers: @pytest.mark.lmeval_gate: accuracy='much' is no margin*"),
+        ("'on'", "*takes metrics by name, accuracy=0.01, or \"off\" alone; got 'on'*"),
+    ],
+)
+def test_a_marker_that_says_nothing_ends_the_run_before_it_begins(project, marker, message):
+    project.makepyfile(
+        test_quality=TESTS.replace("def test_numbers", f"@pytest.mark.lmeval_gate({marker})\n    def test_numbers")
+    )
+    result = run(project)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([message])
+
+
+def test_a_damaged_baseline_ends_the_run_before_it_begins(accepted):
+    path = accepted.path / "baseline.json"
+    path.write_text(path.read_text()[:300])
+    result = run(accepted)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*baseline.json is no JSON: * at line *, column *"])
+
+
+# ------------------------------------------------------------------------------------------- margins
+
+
+@given(st.floats(0, 1e6), st.floats(0, 1e6))
+def test_a_margin_reads_as_it_is_written(size, base):
+    assert parse(size).of(base) == parse(repr(size) if "e" not in repr(size) else size).of(base) == size
+    assert parse("1.5%").of(base) == pytest.approx(0.015 * base)
+    assert parse("-10%", "throughput") == Margin(0.1, relative=True, sign="-", given=True)
+
+
+@pytest.mark.parametrize("value", [None, True, "", "%", "5 percent", "1e-3", float("nan"), float("inf"), [0.1]])
+def test_what_is_no_margin_is_refused(value):
+    with pytest.raises(ValueError, match="is no margin"):
+        parse(value, "accuracy")
+
+
+def test_a_sign_against_the_direction_is_told():
+    margins = read_marker((), {"accuracy": "-1%", "perplexity": "-0.5%"}).given
+    assert check_sign("accuracy", margins["accuracy"], True) is None
+    assert "perplexity gets worse when it rises, so its margin is +0.5 %" in check_sign(
+        "perplexity", margins["perplexity"], False
+    )
