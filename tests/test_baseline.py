@@ -176,6 +176,14 @@ def test_accepting_some_tests_leaves_the_others_as_they_were(run_folder, capsys)
     assert "written to b.json and b.examples.jsonl: commit both" in capsys.readouterr().out
 
 
+def test_the_very_name_of_a_test_does_not_take_in_others_that_begin_so(run_folder):
+    run_folder(record(), record(test="test_a.py::test_a_and_more"))
+    assert accept("-k", "test_a.py::test_a") == 0
+    assert list(json.loads(Path("b.json").read_text())["tests"]) == ["test_a.py::test_a"]
+    assert accept("-k", "*more") == 0
+    assert len(json.loads(Path("b.json").read_text())["tests"]) == 2
+
+
 def test_what_failed_for_its_baseline_is_accepted_and_what_failed_for_itself_is_not(run_folder, capsys):
     worse = record(outcome="failed", gate={"accuracy": {"verdict": "worse", "base": 0.9, "new": 0.7}})
     run_folder(worse, record(test="test_a.py::test_b", outcome="failed"))

@@ -29,7 +29,7 @@ def main(arguments: argparse.Namespace) -> int:
     source = arguments.source / "metrics.json" if arguments.source.is_dir() else arguments.source
     try:
         document = read_metrics(source)
-        chosen = [record for record in document["records"] if _matches(record["test"], arguments.pattern)]
+        chosen = matching(document["records"], arguments.pattern)
         accepted, refused = by_test(chosen)
         if not accepted:
             raise BaselineError(f"{source} has nothing to accept: {_why(document, chosen, refused, arguments.pattern)}")
@@ -62,6 +62,12 @@ def read_metrics(path: Path) -> dict[str, Any]:
     return dict(document)
 
 
+def matching(records: list[dict[str, Any]], pattern: str) -> list[dict[str, Any]]:
+    """The records of the test of this very name; if there is none, of those whose name contains the pattern, or matches it."""
+    exact = [record for record in records if record["test"] == pattern]
+    return exact or [record for record in records if pattern in record["test"] or fnmatchcase(record["test"], pattern)]
+
+
 def by_test(records: list[dict[str, Any]]) -> tuple[dict[str, list[dict[str, Any]]], set[str]]:
     """The records of each test that may be accepted, and the tests that may not: they failed by an assertion of their own."""
     tests: dict[str, list[dict[str, Any]]] = {}
@@ -84,10 +90,6 @@ def merged(old: Baseline, accepted: dict[str, list[dict[str, Any]]], environment
             if (found := scores_of(record, folder)) is not None:
                 scores[test, name] = found
     return Baseline({name: environment.get(name) for name in ENVIRONMENT}, tests, scores)
-
-
-def _matches(test: str, pattern: str) -> bool:
-    return pattern in test or fnmatchcase(test, pattern)
 
 
 def _failed(record: dict[str, Any]) -> bool:

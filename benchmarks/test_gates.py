@@ -1,0 +1,165 @@
+"""How often a gate cries wolf, and how often it hears one: beside what others compare numbers by.
+
+    paired       this gate: McNemar's exact test or flipped signs, a loss beyond the margin, all at a level of 1 %
+    strict       the same, but the loss must be significantly beyond the margin
+    unpaired     both runs as if they had nothing to do with each other, one-sided, at the same level
+    threshold    the number fell by more than the margin
+
+Simulated pairs: of every question it is known whether the first run and the second answered it; of every document how many nats
+it cost both. What one number is worth depends on nothing else, so a model is not needed.
+"""
+
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+
+from pytest_lmeval import Metric
+from pytest_lmeval.statistics.paired import mcnemar, paired_difference, sign_flip
+from pytest_lmeval.statistics.verdict import LEVEL, judge_all
+
+pytestmark = [pytest.mark.benchmark, pytest.mark.slow]
+
+PAIRS = 200
+MARGIN = 0.01
+RULES = ("paired", "strict", "unpaired", "threshold")
+SAME = {  # nothing changed: as many are won as lost
+    "no answer changes": {"n": 200, "lost": 0.0, "won": 0.0},
+    "2 % of 200 change": {"n": 200, "lost": 0.01, "won": 0.01},
+    "10 % of 200 change": {"n": 200, "lost": 0.05, "won": 0.05},
+    "6 % of 1,000 change": {"n": 1000, "lost": 0.03, "won": 0.03},
+    "6 % of 1,000, in groups of 10": {"n": 1000, "lost": 0.03, "won": 0.03, "group": 10},
+}
+LOST = {
+    "200: 8 % lost, 2 % won": {"n": 200, "lost": 0.08, "won": 0.02},
+    "200: 5 % lost, none won": {"n": 200, "lost": 0.05, "won": 0.0},
+    "1,000: 3 % lost, 1 % won": {"n": 1000, "lost": 0.03, "won": 0.01},
+    "1,000: 6 % lost, 3 % won": {"n": 1000, "lost": 0.06, "won": 0.03},
+    "1,000: 6 % lost, 3 % won, in groups of 10": {"n": 1000, "lost": 0.06, "won": 0.03, "group": 10},
+}
+WITHIN = {  # a loss of half the margin, which is allowed
+    "1,000: 2 % lost, 1.5 % won": {"n": 1000, "lost": 0.02, "won": 0.015},
+    "5,000: 1 % lost, 0.5 % won": {"n": 5000, "lost": 0.01, "won": 0.005},
+}
+
+
+def answers(generator, *, n, lost, won, group=1, right=0.6):
+    """Right answers before and after; those of a group change together, and which way is the luck of the group."""
+    base = (
+        np.repeat(generator.random(n // group) < right, group).astype(float)
+        if group > 1
+        else (generator.random(n) < right) * 1.0
+    )
+    luck = np.repeat(generator.random(n // group), group)
+    after = np.where(base == 1, luck >= lost / right, luck < won / (1 - right)).astype(float)
+    return base, after, (np.arange(n) // group).tolist() if group > 1 else None
+
+
+def alarms(base, new, groups, *, margin=MARGIN, weights=None, up=True):
+    """Which rules call the second run worse."""
+    found = paired_difference(base, new, weights, groups)
+    (verdict,) = judge_all([found], [margin], [up])
+    shifted = (new - base) + margin * (1 if up else -1) * (1 if weights is None else np.asarray(weights))
+    sums = shifted if groups is None else np.bincount(groups, weights=shifted)
+    n = len(base)
+    scores = (base, new) if weights is None else (base / weights, new / weights)
+    spread = np.hypot(scores[0].std(), scores[1].std()) / np.sqrt(n)
+    loss = -found.value if up else found.value
+    return {
+        "paired": verdict.name == "worse",
+        "strict": sign_flip(sums, "lower" if up else "higher") <= LEVEL,
+        "unpaired": bool(spread) and loss / spread > NormalDist().inv_cdf(1 - LEVEL),
+        "threshold": loss > margin,
+    }
+
+
+def rates(draw, cases):
+    """rule -> share of pairs that it calls worse, for each case."""
+    found = {}
+    for place, (name, case) in enumerate(cases.items()):
+        generator = np.random.default_rng(place)
+        calls = [draw(generator, **case) for _ in range(PAIRS)]
+        found[name] = {rule: float(np.mean([call[rule] for call in calls])) for rule in RULES}
+    return found
+
+
+def told(lmeval, capsys, title, found):
+    with capsys.disabled():
+        print(f"\n{title + ', share called worse':52}" + "".join(rule.rjust(11) for rule in RULES))
+        for name, of_rule in found.items():
+            print(f"    {name:48}" + "".join(f"{of_rule[rule]:11.3f}" for rule in RULES))
+    for name, of_rule in found.items():
+        shares = {rule: Metric(share, n=PAIRS) for rule, share in of_rule.items()}
+        lmeval.record("demo", f"{title}: {name}", **shares)
+
+
+def of_answers(generator, **case):
+    return alarms(*answers(generator, **case))
+
+
+def of_text(generator, *, documents, change, noise):
+    """Nats of documents of 500 tokens that differ a lot among one another, and between two runs by little."""
+    tokens = generator.integers(100, 900, documents)
+    base = tokens * generator.normal(3.0, 0.4, documents)
+    new = base + tokens * generator.normal(change * 3.0, noise, documents)
+    return alarms(base, new, None, margin=0.005 * 3.0, weights=tokens, up=False)
+
+
+def test_where_nothing_changed_hardly_one_in_a_hundred_is_called_worse(lmeval, capsys):
+    found = rates(of_answers, SAME)
+    told(lmeval, capsys, "no change", found)
+    assert all(of_rule["paired"] <= 0.02 for of_rule in found.values())
+    assert max(of_rule["threshold"] for of_rule in found.values()) > 0.1
+
+
+def test_what_was_lost_is_found_where_the_unpaired_test_finds_nothing(lmeval, capsys):
+    found = rates(of_answers, LOST)
+    told(lmeval, capsys, "lost", found)
+    assert found["200: 8 % lost, 2 % won"]["paired"] > 0.5
+    assert found["200: 8 % lost, 2 % won"]["unpaired"] < 0.05
+    assert found["1,000: 3 % lost, 1 % won"]["paired"] > 0.7
+
+
+def test_a_loss_within_the_margin_is_mostly_let_pass(lmeval, capsys):
+    found = rates(of_answers, WITHIN)
+    told(lmeval, capsys, "half the margin lost", found)
+    assert all(of_rule["paired"] <= 0.1 for of_rule in found.values())
+
+
+def test_of_text_a_loss_of_one_percent_is_found(lmeval, capsys):
+    cases = {
+        f"{documents} documents, {100 * change:g} % more": {"documents": documents, "change": change, "noise": 0.05}
+        for change in (0.0, 0.0025, 0.01, 0.02)
+        for documents in (50, 200)
+    }
+    found = rates(of_text, cases)
+    told(lmeval, capsys, "text", found)
+    assert all(found[f"{documents} documents, 0 % more"]["paired"] <= 0.02 for documents in (50, 200))
+    assert found["50 documents, 1 % more"]["paired"] > 0.7
+    assert found["200 documents, 2 % more"]["unpaired"] < 0.5
+
+
+def test_a_run_of_many_metrics_has_no_more_alarms_than_one(lmeval, capsys):
+    """Twenty gated metrics in a run, of which nothing changed: the share of runs with any alarm."""
+    generator, runs = np.random.default_rng(0), {"Holm": 0, "each for itself": 0}
+    for _ in range(PAIRS):
+        changed = [answers(generator, n=300, lost=0.05, won=0.05)[:2] for _ in range(20)]
+        counts = [(int((new < base).sum()), int((new > base).sum())) for base, new in changed]
+        found = (
+            [paired_difference(*pair) for pair in changed] if min(mcnemar(*count, "lower") for count in counts) < LEVEL else []
+        )
+        runs["Holm"] += any(
+            verdict.name == "worse" for verdict in judge_all(found, [MARGIN] * len(found), [True] * len(found), family=20)
+        )
+        runs["each for itself"] += any(judge_all([one], [MARGIN], [True])[0].name == "worse" for one in found)
+    with capsys.disabled():
+        print(
+            "\n20 metrics that did not change, runs with any alarm: "
+            + ", ".join(f"{name} {count / PAIRS:.3f}" for name, count in runs.items())
+        )
+    lmeval.record(
+        "demo",
+        "20 metrics that did not change",
+        **{name.replace(" ", "_"): Metric(count / PAIRS, n=PAIRS) for name, count in runs.items()},
+    )
+    assert runs["Holm"] <= 0.02 * PAIRS
