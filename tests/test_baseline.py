@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from pytest_lmeval.__main__ import main
 from pytest_lmeval.gates.baseline import Baseline, BaselineError, examples_file, read, write
+from pytest_lmeval.gates.compare import Side, compare
 from pytest_lmeval.gates.entry import differs, entry_of, gated, names_of
 from pytest_lmeval.gates.explain import table
 from pytest_lmeval.gates.margins import Margins, read_marker
@@ -274,3 +275,59 @@ def test_the_worst_stands_first():
     assert lines[1].split() == ["worse", "bad", "1", "->", "0", "-1", "(-1.5", "to", "-0.5)"]
     assert lines[2].split()[0] == "identical"
     assert lines[3] == "a.py::fine"
+
+
+def compared(before, after, margins=None, *, kind="custom", **changes):
+    """The rows of one record of which there are no examples, before and after."""
+    sides = [Side(entry_of(record(kind, "s", metrics=metrics, **changes)), None) for metrics in (before, after)]
+    return compare([tuple(sides)], read_marker((), margins or {}), 1)[0]
+
+
+def test_a_number_without_an_interval_is_compared_as_it_is_where_its_margin_was_chosen():
+    before, after = {"found": Metric(0.9, higher_is_better=True)}, {"found": Metric(0.8, higher_is_better=True)}
+    assert compared(before, after) == {}
+    assert compared(before, after, {"found": 0.05})["found"]["verdict"] == "worse"
+    assert compared(before, after, {"found": "20%"})["found"]["verdict"] == "same"
+
+
+def test_with_intervals_alone_much_has_to_be_lost():
+    before, little, much = (
+        {"f1": Metric(value, low=value - 0.05, high=value + 0.05, n=400, higher_is_better=True)} for value in (0.8, 0.74, 0.6)
+    )
+    assert compared(before, little, kind="task")["f1"]["verdict"] == "unclear"
+    assert compared(before, much, kind="task")["f1"]["verdict"] == "worse"
+    assert "only the intervals are compared" in compared(before, much, kind="task")["f1"]["note"]
+
+
+def test_costs_are_compared_to_the_last_byte_where_both_runs_did_the_same():
+    def costs(base, new, margins=None, **changes):
+        old, now = (entry_of(record(cost={"state_bytes": count, "flops": 7})) for count in (base, new))
+        now["settings"].update(changes)
+        return compare([(Side(old, None), Side(now, None))], read_marker((), margins or {}), 1)[0].get("state_bytes")
+
+    assert costs(1000, 1001)["verdict"] == "worse"
+    assert costs(1000, 999)["verdict"] == "better"
+    assert costs(1000, 1009, {"state_bytes": "1%"})["verdict"] == "same"
+    assert costs(1000, 2000, shots=5) is None
+
+
+@pytest.mark.parametrize(("before", "after", "verdict"), [
+    ("exact-any-chunk", "exact-any-chunk", "identical"),
+    ("exact-any-chunk", "exact-step-only", "worse"),
+    ("non-causal", "stateless", "better"),
+    ("exact-multiple-of-4", "exact-multiple-of-8", "unclear"),
+])  # fmt: skip
+def test_a_verdict_on_the_laws_is_better_or_worse_too(before, after, verdict):
+    old, new = (entry_of(record("equivalence", "laws", metrics={}, certificate={"verdict": name})) for name in (before, after))
+    rows = compare([(Side(old, None), Side(new, None))], Margins(), 1)[0]
+    assert rows["verdict"]["verdict"] == verdict
+
+
+def test_a_number_per_token_is_not_compared_across_tokenizers():
+    before = {"perplexity": Metric(3.0, low=2.9, high=3.1, n=99, higher_is_better=False)}
+    after = {"perplexity": Metric(30.0, low=29, high=31, n=50, higher_is_better=False)}
+    old, new = (entry_of(record("perplexity", "s", metrics=metrics)) for metrics in (before, after))
+    old["settings"]["tokenizer"], new["settings"]["tokenizer"] = "bytes", "bpe"
+    (row,) = compare([(Side(old, None), Side(new, None))], Margins(), 1)[0].values()
+    assert row["verdict"] == "unclear"
+    assert "a number per token says nothing then" in row["note"]

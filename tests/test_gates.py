@@ -291,6 +291,12 @@ def test_a_marker_that_says_nothing_ends_the_run_before_it_begins(project, marke
     result.stderr.fnmatch_lines([message])
 
 
+def test_a_gate_that_there_is_not_is_refused(project):
+    result = run(project, "--lmeval-gate=maybe")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*--lmeval-gate takes fail, warn or off; got 'maybe'.*"])
+
+
 def test_a_damaged_baseline_ends_the_run_before_it_begins(accepted):
     path = accepted.path / "baseline.json"
     path.write_text(path.read_text()[:300])

@@ -65,7 +65,7 @@ class Gate:
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, Any, Any]:
         try:
             outcome = yield
-        except Exception:
+        except (Exception, pytest.fail.Exception, pytest.skip.Exception):
             self._judge(item)  # what it measured is shown beside its own failure
             raise
         if (worse := self._judge(item)) and option(self.config, "lmeval-gate") == "fail":
