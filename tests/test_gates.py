@@ -3,6 +3,7 @@
 import json
 import os
 import xml.etree.ElementTree as ElementTree
+from importlib import resources
 
 import pytest
 from hypothesis import given
@@ -161,6 +162,8 @@ def test_a_regression_is_that_test_failing_with_an_explanation(accepted, monkeyp
     ]
     assert case.get("name") == "test_numbers"
     assert "worse than baseline.json allows" in case.find("failure").get("message")
+    schema = json.loads(resources.files("pytest_lmeval.results").joinpath("schema.json").read_text())
+    pytest.importorskip("jsonschema").validate(json.loads((accepted.path / ".lmeval/metrics.json").read_text()), schema)
     assert accept("-k", "test_numbers") == 0  # the command that it names
     run(accepted).assert_outcomes(passed=2)
 
@@ -230,8 +233,9 @@ def test_a_failing_test_keeps_its_own_failure_and_is_not_accepted(accepted, monk
 def test_workers_of_xdist_decide_where_the_test_runs(accepted, monkeypatch):
     pytest.importorskip("xdist")
     monkeypatch.setenv("WRONG", numbers((1, 4), (50, 53), (100, 115)))
-    result = run(accepted, "-n", "1", "--dist", "loadgroup", subprocess=True)
-    result.assert_outcomes(failed=1, passed=1)
+    result = run(accepted, "-n", "1", "--dist", "loadgroup", "-k", "numbers", subprocess=True)
+    result.assert_outcomes(failed=1)
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.stdout.fnmatch_lines(["*    worse *accuracy*"])
 
 
@@ -265,13 +269,19 @@ def test_what_only_one_side_has_is_said_and_fails_nothing(accepted):
     document = json.loads((accepted.path / "baseline.json").read_text())
     entry = document["tests"]["test_quality.py::test_numbers"]["task numbers, 0-shot"]
     entry["metrics"]["exact_match"], entry["headline"] = entry["metrics"].pop("accuracy"), "exact_match"
+    document["tests"]["test_quality.py::test_numbers"]["task other, 0-shot"] = entry
     document["environment"]["packages"]["torch"] = "1.0"
     del document["tests"]["test_quality.py::test_reads"]
     (accepted.path / "baseline.json").write_text(json.dumps(document))
     result = run(accepted)
     result.assert_outcomes(passed=2)
     result.stdout.fnmatch_lines(
-        ["*missing *exact match *-> not measured", "*new *bits per byte*", "made elsewhere: torch was 1.0, is *"]
+        [
+            "*the baseline has 'task other, 0-shot' of it, which this run did not record",
+            "*missing *exact match *-> not measured",
+            "*new *bits per byte*",
+            "made elsewhere: torch was 1.0, is *",
+        ]
     )
 
 

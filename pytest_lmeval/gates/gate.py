@@ -43,7 +43,7 @@ class Gate:
 
     def __init__(self, config: pytest.Config, file: Path, log_key: pytest.StashKey[Any]) -> None:
         self.config, self.file, self.log_key = config, file, log_key
-        self.family = 1
+        self.family = 0
         if not is_worker(config):
             self.baseline  # noqa: B018 - what is wrong with it is told before the first test, and once
 
@@ -59,7 +59,15 @@ class Gate:
         """How many metrics are gated: those that the baseline has of the chosen tests."""
         tests = self.baseline.tests if self.baseline else {}
         chosen = [(entry, item) for item in session.items for entry in tests.get(test_id(item.nodeid), {}).values()]
-        self.family = max(1, sum(len(gated(entry, margins_of(item))) for entry, item in chosen))
+        self.family = sum(len(self._gated(entry, item)) for entry, item in chosen)
+
+    def _gated(self, entry: dict[str, Any], item: pytest.Item) -> list[str]:
+        try:
+            return gated(entry, margins_of(item))
+        except pytest.UsageError:
+            if not is_worker(self.config):
+                raise
+            return []  # a worker of xdist cannot end the run: the test will fail
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, Any, Any]:
@@ -75,7 +83,10 @@ class Gate:
     def _judge(self, item: pytest.Item) -> str | None:
         """Put the verdicts into the records of a test; why it fails, if it does."""
         log = item.stash.get(self.log_key, None)
-        margins = margins_of(item)
+        try:
+            margins = margins_of(item)
+        except pytest.UsageError as error:
+            return str(error)
         if log is None or not log.records or margins.off:
             return None
         from pytest_lmeval.gates.explain import failure
@@ -83,11 +94,18 @@ class Gate:
         records = [record.to_json() for record in log.records]
         gates = self._rows(log.test, records, margins)
         log.records[:] = [replace(record, gate=gate or None) for record, gate in zip(log.records, gates, strict=True)]
-        log.notes += [f"{log.test}: {remark}" for remark in unheard(records, margins)]
+        remarks = unheard(records, margins) + self._unmade(log.test, records)
+        log.notes += [f"{log.test}: {remark}" for remark in remarks]
         pairs = zip(records, gates, strict=True)
         worse = [(record, name, row) for record, gate in pairs for name, row in gate.items() if row["verdict"] == "worse"]
         accept = f"--from {_readable(output_folder(self.config))} --to {_readable(self.file)}"
         return failure(log.test, worse, baseline=_readable(self.file), accept=accept) if worse else None
+
+    def _unmade(self, test: str, records: list[dict[str, Any]]) -> list[str]:
+        known = self.baseline.tests.get(test, {}) if self.baseline else {}
+        return [
+            f"the baseline has {name!r} of it, which this run did not record" for name in set(known) - set(names_of(records))
+        ]
 
     def _rows(self, test: str, records: list[dict[str, Any]], margins: Margins) -> list[dict[str, dict[str, Any]]]:
         from pytest_lmeval.gates.compare import Side, compare, new_rows

@@ -33,9 +33,11 @@ class Reports:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if content := getattr(report, "_lmeval", None):
             log = json.loads(content)
+            self.keys.update(log["keys"])
+            if str(report.outcome) == "rerun":  # by pytest-rerunfailures: only the last attempt of a test counts
+                return
             self.records += [{**record, "outcome": report.outcome} for record in log["records"]]
             self.notes += log["notes"]
-            self.keys.update(log["keys"])
             if report.skipped and not log["records"] and isinstance(report.longrepr, tuple):
                 self.skipped.append({"test": report.nodeid, "reason": str(report.longrepr[2]).removeprefix("Skipped: ")})
 
