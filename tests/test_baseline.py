@@ -241,9 +241,19 @@ def test_records_of_one_name_are_numbered_and_settings_that_differ_are_told():
 def test_the_same_text_in_other_tokens_has_no_pairs_but_by_its_bytes():
     old = Scores(["a", "b"], [None] * 2, {"tokens": [10, 20], "nats": [20, 40], "bytes": [30, 60], "top1": [5, 9]})
     new = Scores(["a", "b"], [None] * 2, {"tokens": [5, 9], "nats": [21, 40], "bytes": [30, 60], "top1": [3, 4]})
-    assert pair("nll", old, new) is None
-    assert pair("token_accuracy_top1", old, new) is None
-    assert pair("bits_per_byte", old, new).difference.value > 0
+    assert pair("nll", old, new, up=False) is None
+    assert pair("token_accuracy_top1", old, new, up=True) is None
+    assert pair("bits_per_byte", old, new, up=False).difference.value > 0
+
+
+@pytest.mark.parametrize(("up", "first"), [(True, "e0"), (False, "e29")])
+def test_of_many_that_changed_those_that_lost_most_are_named(up, first):
+    ids = [f"e{place}" for place in range(30)]
+    old = Scores(ids, [None] * 30, {"grade": [0] * 30})
+    new = Scores(ids, [None] * 30, {"grade": [place - 14.5 for place in range(30)]})
+    row = pair("grade", old, new, up=up).row
+    assert (row["flipped"][0]["id"], len(row["flipped"])) == (first, 20)
+    assert (row["lost"], row["won"]) == (15, 15)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 64])

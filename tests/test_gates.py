@@ -155,7 +155,7 @@ def test_a_regression_is_that_test_failing_with_an_explanation(accepted, monkeyp
         ]
     )
     row = gates(accepted)["test_numbers", "accuracy"]
-    assert (row["lower"], row["higher"], row["n"]) == (15, 0, 150)
+    assert (row["lost"], row["won"], row["n"]) == (15, 0, 150)
     assert {(one["before"], one["after"]) for one in row["flipped"]} == {(1, 0)}
     (case,) = [
         case for case in ElementTree.parse(accepted.path / "junit.xml").iter("testcase") if case.find("failure") is not None
@@ -213,11 +213,13 @@ def test_a_marker_allows_more_and_warn_fails_nothing(accepted, monkeypatch):
 
 
 def test_speed_is_shown_and_not_judged(accepted):
-    marked = '@pytest.mark.lmeval_gate(tokens_per_second="-10%")\n    def test_reads'
+    marked = '@pytest.mark.lmeval_gate(throughput="-10%", latency="10%")\n    def test_reads'
     accepted.makepyfile(test_quality=TESTS.replace("def test_reads", marked))
     result = run(accepted, "-k", "reads")
     result.assert_outcomes(passed=1, deselected=1)
-    result.stdout.fnmatch_lines(["    not judged*tokens per second*", "*speed is judged by compare-runs"])
+    result.stdout.fnmatch_lines(
+        ["*names latency, which the test does not record*", "    not judged*throughput*", "*speed is judged by compare-runs"]
+    )
 
 
 def test_a_failing_test_keeps_its_own_failure_and_is_not_accepted(accepted, monkeypatch, capsys):

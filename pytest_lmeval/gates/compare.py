@@ -112,7 +112,7 @@ def _candidates(base: Side, new: Side, margins: Margins) -> Iterator[Candidate]:
         up = bool(before["higher_is_better"])
         values: tuple[float, float] = (before["value"], after["value"])
         other = _other_tokens(name, base.entry, new.entry)
-        found = None if other or base.scores is None or new.scores is None else pair(name, base.scores, new.scores)
+        found = None if other or base.scores is None or new.scores is None else pair(name, base.scores, new.scores, up=up)
         if found is not None:
             some = found.row["only_base"] or found.row["only_new"]  # else the numbers are those that both runs told
             values = (found.base, found.new) if some else values

@@ -67,8 +67,7 @@ def _told(metric: str, row: dict[str, Any], noun: str) -> Iterator[str]:
 
 
 def _flipped(row: dict[str, Any], noun: str) -> Iterator[str]:
-    lost, won = (row["lower"], row["higher"]) if row["higher_is_better"] else (row["higher"], row["lower"])
-    listed = row["flipped"] if row["higher_is_better"] else row["flipped"][::-1]
+    lost, won, listed = row["lost"], row["won"], row["flipped"]
     yield f"{_several(lost, noun)} lost, {won:,} won" + (":" if listed else "")
     for example in listed[:FIRST]:
         said = "" if example["answer"] is None else f", says {example['answer']!r}"

@@ -16,7 +16,7 @@ import pytest
 
 from pytest_lmeval.gates.baseline import ENVIRONMENT, Baseline, BaselineError, read
 from pytest_lmeval.gates.entry import entry_of, gated, names_of
-from pytest_lmeval.gates.margins import Margins, check_sign, is_speed, read_marker
+from pytest_lmeval.gates.margins import SPEED_NAMES, Margins, check_sign, is_speed, read_marker
 from pytest_lmeval.options import is_worker, option, output_folder, test_id
 
 MARKER = "lmeval_gate"
@@ -159,9 +159,10 @@ def unheard(records: list[dict[str, Any]], margins: Margins) -> list[str]:
     """What the marker says that nothing can be made of."""
     metrics = {name: metric for record in records for name, metric in record["metrics"].items()}
     costs = {name for record in records for name, cost in record["cost"].items() if cost is not None}
+    speeds = {name for record in records for name in speed_rows(record, margins)}
     found = []
     for name, margin in margins.given.items():
-        if name not in {*metrics, *costs, "verdict", *(record["kind"] for record in records)} and not is_speed(name):
+        if name not in {*metrics, *costs, *speeds, "verdict"}:
             has = ", ".join(metrics) or "no metric"
             found.append(f"the marker {MARKER} names {name}, which the test does not record; it records {has}")
         elif margin is not None and name in metrics and not is_speed(name, metrics[name]["unit"]):
@@ -175,10 +176,13 @@ def unheard(records: list[dict[str, Any]], margins: Margins) -> list[str]:
 def speed_rows(record: dict[str, Any], margins: Margins) -> dict[str, dict[str, Any]]:
     """The speeds that the marker names: kept for a comparison of runs side by side, and not judged here."""
     values = {name: metric["value"] for name, metric in record["metrics"].items() if is_speed(name, metric["unit"])}
-    if record["kind"] in margins.given and values:
-        values[record["kind"]] = next(iter(values.values()))
     row = {"verdict": "not judged", "base": None, "note": "speed is judged by compare-runs"}
-    return {name: {**row, "new": values[name], "margin": str(margins.given[name])} for name in values if name in margins.given}
+    rows = {}
+    for name, margin in margins.given.items():
+        found = next((values[other] for other in (name, *SPEED_NAMES.get(name, ())) if other in values), None)
+        if found is not None and margin is not None:
+            rows[name] = {**row, "new": found, "margin": str(margin)}
+    return rows
 
 
 def other_environment(base: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -36,8 +36,11 @@ class Paired:
     row: dict[str, Any]
 
 
-def pair(metric: str, base: Scores, new: Scores) -> Paired | None:
-    """A metric on the examples that both runs have; None where there are none, or what they are divided by is not the same."""
+def pair(metric: str, base: Scores, new: Scores, *, up: bool) -> Paired | None:
+    """A metric on the examples that both runs have; None where there are none, or what they are divided by is not the same.
+
+    up  whether higher is better
+    """
     common = _common(metric, base, new)
     if common is None:
         return None
@@ -53,7 +56,7 @@ def pair(metric: str, base: Scores, new: Scores) -> Paired | None:
     if metric in LOGARITHMIC:
         before, after = math.exp(before), math.exp(after)
     apart = {"only_base": len(base.ids) - len(common.ids), "only_new": len(new.ids) - len(common.ids)}
-    return Paired(before, after, scaled, {**apart, **(_flips(common, new) if metric in new.columns else {})})
+    return Paired(before, after, scaled, {**apart, **(_flips(common, new, up=up) if metric in new.columns else {})})
 
 
 def _common(metric: str, base: Scores, new: Scores) -> Common | None:
@@ -75,14 +78,16 @@ def _common(metric: str, base: Scores, new: Scores) -> Common | None:
     return found if math.fsum(found.weights) else None
 
 
-def _flips(common: Common, new: Scores) -> dict[str, Any]:
-    """Which examples changed, those that fell most first."""
+def _flips(common: Common, new: Scores, *, up: bool) -> dict[str, Any]:
+    """Which examples changed, those that lost most first."""
     changed = sorted(
-        (now - old, name, old, now) for name, old, now in zip(common.ids, common.base, common.new, strict=True) if now != old
+        ((now - old) * (1 if up else -1), name, old, now)
+        for name, old, now in zip(common.ids, common.base, common.new, strict=True)
+        if now != old
     )
     rows = []
     for _, name, old, now in changed[:LISTED]:
         answer, target = new.said.get(name, (None, None))
         rows.append({"id": name, "before": rounded(old), "after": rounded(now), "answer": answer, "target": target})
-    lower = sum(gain < 0 for gain, *_ in changed)
-    return {"lower": lower, "higher": len(changed) - lower, "flipped": rows}
+    lost = sum(gain < 0 for gain, *_ in changed)
+    return {"lost": lost, "won": len(changed) - lost, "flipped": rows}
