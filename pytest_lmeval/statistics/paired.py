@@ -79,7 +79,7 @@ def paired_difference(
         lost, won = int((change < 0).sum()), int((change > 0).sum())
         lower, higher, test = mcnemar(lost, won, "lower"), mcnemar(lost, won, "higher"), "McNemar's exact test"
     else:
-        # A ratio of 0 in every draw: under no change, the signs of the sums are what is random, and the weights are fixed.
+        # Where nothing changed, a unit's change is as likely with the other sign; what it is divided by is the same either way.
         few = _merged(units)[:, 0]
         lower, higher = sign_flip(few, "lower", seed=seed), sign_flip(few, "higher", seed=seed)
         test = "a sign-flip permutation test"
