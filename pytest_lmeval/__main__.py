@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
 COMMANDS = {  # name -> module, help
+    "render": ("pytest_lmeval.report.render", "render the pages of a run from its metrics.json, or what a service reads"),
+    "compare": ("pytest_lmeval.report.compare", "show several runs side by side"),
     "baseline": ("pytest_lmeval.gates.accept", "accept the numbers of a run as those that later runs are compared with"),
     "compare-runs": ("pytest_lmeval.gates.compare_runs", "is this version slower than another? Both are run, in turns"),
 }
@@ -31,4 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except BrokenPipeError:  # what reads on, `head` for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

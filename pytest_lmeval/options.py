@@ -18,6 +18,7 @@ OPTIONS: dict[str, tuple[Any, str]] = {  # name -> (default, help); every one is
     "lmeval-tokens": ("", "tokens of a stream; 200k and 1M read too"),
     "lmeval-profile": ("", "how hard to look for broken laws: dev, ci (the default where CI is set) or nightly"),
     "lmeval-budget": ("", "seconds that probing the laws of a model may take (default 2; nightly: 120)"),
+    "lmeval-templates": ("", "folder of templates that extend those of the reports block by block"),
     "lmeval-data": ("", "local mirror that is used instead of the hub: DIR/<hub id>/<config>/<split>.parquet or .jsonl"),
     "lmeval-dir": (".lmeval", "folder for all output"),
     "lmeval-baseline": ("", "file of numbers that this run is compared with; a test whose numbers got worse fails"),
@@ -88,6 +89,8 @@ def check(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--lmeval-gate takes fail, warn or off; got {gate!r}.")
     if str(option(config, "lmeval-bits")) not in ("", "32", "16", "8", "4"):
         raise pytest.UsageError(f"--lmeval-bits takes 32, 16, 8 or 4; got {option(config, 'lmeval-bits')!r}.")
+    if (folder := templates_folder(config)) and not folder.is_dir():
+        raise pytest.UsageError(f"--lmeval-templates names no folder: {folder}")
 
 
 def output_folder(config: pytest.Config) -> Path:
@@ -105,6 +108,13 @@ def test_id(nodeid: str) -> str:
 def is_worker(config: pytest.Config) -> bool:
     """Whether this process is one of xdist's workers."""
     return hasattr(config, "workerinput")
+
+
+def templates_folder(config: pytest.Config) -> Path | None:
+    """`--lmeval-templates`, from where pytest was started; an ini value, from the ini file's folder; None if not given."""
+    given = config.getoption("lmeval_templates")
+    named = given or config.getini("lmeval_templates")
+    return (config.invocation_params.dir if given else config.rootpath) / str(named) if named else None
 
 
 def _dest(name: str) -> str:

@@ -37,6 +37,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     options.add(parser)
 
 
+def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
+    from pytest_lmeval import hookspec
+
+    pluginmanager.add_hookspecs(hookspec)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "lmeval: an evaluation (added to every test that uses the fixture lmeval)")
     config.addinivalue_line(

@@ -1,14 +1,20 @@
 """Pages: what a model wrote stays text, every width is kept, and a page that fails costs only itself."""
 
+import hashlib
 import json
+import re
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_lmeval.report import pages, terminal, write
-from pytest_lmeval.report.tables import comparisons, groups, interval, number, size_of
+from pytest_lmeval.report import github, history, pages, terminal, write
+from pytest_lmeval.report.changes import changes
+from pytest_lmeval.report.figures import figures
+from pytest_lmeval.report.grids import grids
+from pytest_lmeval.report.tables import comparisons, groups
+from pytest_lmeval.report.words import interval, number, size_of, visible
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "metrics-1.json").read_text())
 HOSTILE = "<script>alert('x')</script> | `code` **bold** [link](javascript:x) {{ 7 * 7 }}\n# heading\x07"
@@ -27,10 +33,32 @@ def test_every_record_and_every_law_is_on_the_page():
             assert word in page
 
 
+def markup(html):
+    """The page without its scripts and styles: what is left must load nothing either."""
+    return re.sub(r"<(script|style)\b.*?</\1>", "", html, flags=re.DOTALL)
+
+
 def test_the_report_is_one_file_that_needs_nothing_else():
     html = pages.render("report.html", GOLDEN)
-    for word in ("http://", "https://", "<script", "<link", "<img", "@import", "url("):
-        assert word not in html
+    for word in ("http://", "https://", "<link", "<img", "<iframe", " src=", "@import", "url("):
+        assert word not in markup(html)
+    for word in ("<link", " src=", "@import", "url("):
+        assert word not in re.sub(r"<script.*?</script>", "", html, flags=re.DOTALL)
+    assert "default-src 'none'" in html
+
+
+def test_what_is_not_ours_is_as_it_was_published():
+    vendor = Path(pages.__file__).parent / "vendor"
+    listed = re.findall(r"^\| (\S+\.js) \|.*\| ([0-9a-f]{64}) \|$", (vendor / "README.md").read_text(), flags=re.MULTILINE)
+    assert {file.name for file in vendor.glob("*.js")} == {name for name, _ in listed}
+    for name, digest in listed:
+        assert hashlib.sha256((vendor / name).read_bytes()).hexdigest() == digest
+
+
+def test_a_page_without_plots_does_not_carry_the_library_that_draws_them():
+    records = [{**record, "series": {}} for record in GOLDEN["records"]]
+    assert len(pages.render("report.html", {**GOLDEN, "records": records})) < 100_000
+    assert len(pages.render("report.html", GOLDEN)) > 400_000
 
 
 @pytest.mark.parametrize("place", ["test", "subject"])
@@ -39,6 +67,7 @@ def test_what_a_model_wrote_stays_text(place):
     assert "<script>" not in html
     assert "&lt;script&gt;" in html
     assert "{{ 7 * 7 }}" in html
+    assert "\x07" not in html
     markdown = pages.render("summary.md", document(**{place: HOSTILE}))
     (line,) = [line for line in markdown.splitlines() if "alert" in line]
     assert line.startswith("|")
@@ -65,16 +94,43 @@ def test_what_was_not_measured_says_why():
     assert (group.rows[0].value, group.rows[0].interval) == ("not measured", "blocked")
 
 
-def test_a_page_that_fails_costs_only_itself(tmp_path, monkeypatch):
-    def fail(document):
-        raise ValueError("line 7 of the template")
+RUN = {"started": 0.0, "command": ["-m", "a b"], "exit_status": 0}
 
-    monkeypatch.setitem(pages.PAGES, "summary.md", fail)
-    run = {"started": 0.0, "command": ["-m", "a b"], "exit_status": 0}
-    (line,) = write.reports(tmp_path, GOLDEN["records"], run=run, root=tmp_path)
-    assert "summary.md was not rendered (ValueError: line 7 of the template)" in line
-    assert json.loads((tmp_path / "metrics.json").read_text())["run"]["command"] == "pytest -m 'a b'"
-    assert (tmp_path / "report.html").exists()
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ("one\n{{ runs", "unexpected end of template"),
+        ("one\n{{ no_such_name }}", "'no_such_name' is undefined"),
+        ("one\n{{ records[0].metrics.nll.worth }}", "has no attribute 'nll'"),
+        ("one\n{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("one\n{{ ''.__class__.__mro__ }}", "SecurityError"),
+    ],
+)
+def test_a_template_that_fails_is_named_with_its_line_and_costs_only_its_page(tmp_path, broken, said):
+    templates, out = tmp_path / "own", tmp_path / "out"
+    templates.mkdir()
+    out.mkdir()
+    (templates / "summary.md").write_text(broken)
+    (out / "summary.md").write_text("of an earlier run")
+    written, note = write.reports(out, GOLDEN["records"], run=RUN, root=tmp_path, templates=templates)
+    assert written.endswith("metrics.json, report.html")
+    assert f"{templates / 'summary.md'}, line 2: " in note
+    assert said in note
+    assert "python -m pytest_lmeval render" in note
+    assert not (out / "summary.md").exists()
+    assert json.loads((out / "metrics.json").read_text())["run"]["command"] == "pytest -m 'a b'"
+
+
+def test_templates_of_ones_own_extend_ours_block_by_block(tmp_path):
+    (tmp_path / "report.html").write_text(
+        "{% extends 'lmeval/report.html' %}{% block environment %}<p>{{ records[0].lm.spec }}</p>{% endblock %}"
+    )
+    html = pages.render("report.html", document(), templates=tmp_path)
+    assert "<p>demo</p>" in html
+    assert "platform" not in markup(html)
+    assert "978,048 parameters" in html
+    assert "&lt;script&gt;" in pages.render("report.html", document(subject=HOSTILE), templates=tmp_path)
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False))
@@ -86,6 +142,160 @@ def test_numbers_read_as_people_write_them():
     assert [number(x) for x in (0, 1234567, 1234.5, 0.00012346, -2.5)] == ["0", "1,234,567", "1,234", "0.0001235", "-2.5"]
     assert interval({"low": None, "high": None}) == ""
     assert [size_of(x) for x in (0, 1023, 1024, 5 * 2**40)] == ["0 B", "1023 B", "1.0 KiB", "5120.0 GiB"]
+
+
+GATE = {
+    "nll": {"verdict": "same", "base": 1.3, "difference": 0.001, "low": -0.01, "high": 0.01, "margin": 0.02, "p": 0.4},
+    "perplexity": {"verdict": "worse", "base": 3.5, "difference": 0.2, "low": 0.1, "high": 0.3, "margin": 0.02, "p": 0.001},
+    "bits_per_byte": {
+        "verdict": "unclear",
+        "base": 1.9,
+        "difference": 0.1,
+        "detectable": 0.2,
+        "needed": 1200,
+        "flipped": ["a", "b"],
+    },
+    "state_bytes": {"verdict": "new", "base": None, "new": 2048, "difference": -2048, "note": "a note"},
+}
+
+
+def test_verdicts_of_a_gate_come_first_and_the_worst_of_them_before_the_others():
+    judged = document(gate=GATE)
+    assert [change.verdict for change in changes(judged["records"])] == ["worse", "unclear", "new", "same"]
+    markdown, html = (pages.render(name, judged) for name in ("summary.md", "report.html"))
+    table = markdown.index("| test | metric | base | new | difference | verdict |")
+    assert table < markdown.index("<details><summary>All numbers") < markdown.index("| test | metric | value |")
+    assert "+0.2 (+0.1 to +0.3) | **worse**" in markdown
+    assert "a difference of 0.2 could have been seen; 1,200 examples would settle it; 2 flipped" in markdown
+    assert "| 2.0 KiB | -2.0 KiB | new<br>a note |" in markdown
+    for page in (markdown, html):
+        assert "1 worse, 1 unclear, 1 new, 1 same" in page
+    assert html.index('id="changes"') < html.index('id="results"')
+
+
+def test_examples_that_a_gate_saw_change_are_listed_as_text():
+    flip = {"id": "0123456789abcdef", "before": 1.0, "after": 0.0, "answer": "<b>no</b>", "target": None}
+    html = pages.render("report.html", document(gate={"accuracy": {**GATE["perplexity"], "flipped": [flip], "lower": 2}}))
+    assert "1 of 2 examples that changed" in html
+    assert "&lt;b&gt;no&lt;/b&gt;" in html
+    assert "1 &rarr; 0" in html
+
+
+def test_without_a_gate_there_is_no_word_of_a_baseline():
+    for page in (pages.render("summary.md", GOLDEN), markup(pages.render("report.html", GOLDEN))):
+        assert "baseline" not in page
+
+
+def test_what_failed_stands_at_the_top_with_what_it_said():
+    failure = {"test": GOLDEN["records"][1]["test"], "message": "assert <b>3</b> < 2 ```", "file": "t.py", "line": 3}
+    failed = {**document(outcome="failed"), "failures": [failure]}
+    markdown, html = (pages.render(name, failed) for name in ("summary.md", "report.html"))
+    assert re.search(r"1 of \d+ tests failed", markdown.splitlines()[0])
+    assert "````text\nassert <b>3</b> < 2 ```\n````" in markdown
+    assert "assert &lt;b&gt;3&lt;/b&gt; &lt; 2" in html
+    assert html.index("assert &lt;b&gt;") < html.index('id="results"')
+
+
+def test_a_hook_adds_metrics_and_sections_and_one_that_fails_costs_nothing(tmp_path):
+    def extend(data):
+        data["records"][0]["metrics"]["euros"] = {"value": 0.5, "unit": "EUR"}
+        data["sections"].append({"title": "Energy <b>", "columns": ["machine", "Wh"], "rows": [["ci-3", 12.5]]})
+
+    def spoil(data):
+        extend(data)
+        data["records"][1]["metrics"]["euros"] = float("nan")
+
+    write.reports(tmp_path, GOLDEN["records"], run=RUN, root=tmp_path, extend=extend)
+    assert "euros" in (tmp_path / "metrics.json").read_text()
+    assert "Energy &lt;b&gt;" in (tmp_path / "report.html").read_text()
+    assert "| ci-3 | 12.5 |" in (tmp_path / "summary.md").read_text()
+    _, note = write.reports(tmp_path, GOLDEN["records"], run=RUN, root=tmp_path, extend=spoil)
+    assert "pytest_lmeval_report failed, and its changes were left out (ValueError" in note
+    assert "euros" not in (tmp_path / "metrics.json").read_text()
+    assert "Energy" not in (tmp_path / "report.html").read_text()
+
+
+def test_github_gets_the_summary_and_a_mark_at_each_failed_test(tmp_path, monkeypatch):
+    failures = [{"test": "t.py::test_a", "message": "50 % lost\nof it", "file": "a,b.py", "line": 7}]
+    records = document(gate=GATE)["records"]
+    quiet = write.reports(tmp_path, records, run=RUN, root=tmp_path, failures=failures)
+    assert not [line for line in quiet if line.startswith("::")]
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "step.md"))
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    lines = write.reports(tmp_path, records, run=RUN, root=tmp_path, failures=failures)
+    assert "::error file=a%2Cb.py,line=7,title=t.py%3A%3Atest_a::50 %25 lost%0Aof it" in lines
+    (warning,) = [line for line in lines if line.startswith("::warning")]
+    assert "perplexity" in warning
+    assert (tmp_path / "step.md").read_text().strip() == (tmp_path / "summary.md").read_text().strip()
+
+
+def test_a_summary_that_github_would_refuse_is_cut_and_says_so(tmp_path):
+    environ = {"GITHUB_STEP_SUMMARY": str(tmp_path / "step.md")}
+    assert github.append_summary("a line of it\n" * 50_000, environ)
+    assert github.append_summary("another line\n" * 50_000, environ)
+    written = (tmp_path / "step.md").read_bytes()
+    assert 1_000_000 < len(written) < 2**20
+    assert written.rstrip().endswith(b"GitHub shows no more than 1 MiB of it.")
+    assert not github.append_summary("nothing", {})
+
+
+def test_curves_of_all_models_on_one_text_are_one_plot_with_words_and_data():
+    records = [beside("zoo:mamba"), beside("zoo:bk")]
+    drawn = {figure["title"]: figure for figure in figures(records)}
+    (choice,) = drawn["Loss by position"]["choices"]
+    assert [curve["name"] for curve in choice["curves"]] == ["zoo:mamba", "zoo:bk"]
+    assert choice["caption"].startswith("zoo:mamba ")
+    assert choice["curves"][0]["y"] == records[0]["series"]["loss_by_position"]["y"]
+    assert "Quality by bytes of the weights" not in drawn
+
+
+def test_quality_is_drawn_against_bytes_where_there_are_several_sizes():
+    records = [beside("a"), beside("a@bf16", lm={**beside("a")["lm"], "spec": "a@bf16", "bytes": 7})]
+    (figure,) = [figure for figure in figures(records) if figure["kind"] == "dots"]
+    assert [curve["x"] for curve in figure["choices"][0]["curves"]] == [[records[0]["lm"]["bytes"]], [7]]
+
+
+def test_two_curves_of_one_name_are_told_apart():
+    records = [beside("a", test="t.py::one"), beside("a", test="t.py::two"), beside("a", test="t.py::two")]
+    (choice,) = figures(records)[0]["choices"]
+    assert [curve["name"] for curve in choice["curves"]] == ["a (one)", "a (two) (2)", "a (two) (3)"]
+
+
+def test_history_is_drawn_as_far_as_it_can_be_read(tmp_path):
+    line = {"run": "1", "started": "2026-01-01T00:00:00+00:00", "commit": "c", "test": "t", "lm": "demo", "kind": "task"}
+    line |= {"subject": "brackets", "metric": "accuracy", "value": 0.5, "low": 0.4, "high": None}
+    later = {**line, "started": 1767312000, "value": 0.6, "lm": {"spec": "demo"}}
+    lines = [
+        json.dumps(later),
+        "{torn",
+        json.dumps({**line, "value": None}),
+        json.dumps({**line, "started": "soon"}),
+        "",
+        json.dumps(line),
+    ]
+    (tmp_path / "history.jsonl").write_text("\n".join(lines))
+    found, (note,) = history.read(tmp_path)
+    assert note.startswith("3 lines of history.jsonl cannot be read")
+    (figure,) = figures([], found)
+    (curve,) = figure["choices"][0]["curves"]
+    assert (curve["y"], curve["low"]) == ([0.5, 0.6], [0.4, 0.4])
+    assert curve["x"] == ["2026-01-01T00:00:00+00:00", "2026-01-02T00:00:00+00:00"]
+    assert history.read(tmp_path / "nowhere") == ([], [])
+
+
+def test_a_model_that_is_measured_by_two_tests_is_told_apart_by_their_names():
+    (grid,) = grids([beside("a", test="t.py::one[a]"), beside("a", test="t.py::two[a]"), beside("b", test="t.py::one[b]")])
+    assert [row.note.rpartition(", ")[2] for row in grid.rows] == ["one", "two", grid.rows[2].note.rpartition(", ")[2]]
+    assert grid.units[grid.columns.index("bits per byte")] == "bits/byte"
+    assert grid.better[grid.columns.index("perplexity")] == "lower"
+
+
+@given(st.text())
+def test_no_text_can_move_the_cursor_or_break_a_file(text):
+    shown = visible(text)
+    shown.encode()
+    assert not [character for character in shown if character < " " and character not in "\n\t"]
+    assert "\x1b" not in shown
 
 
 def test_verdicts_have_a_table_of_their_own():

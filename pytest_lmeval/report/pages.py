@@ -1,44 +1,170 @@
-"""summary.md and report.html, rendered by Jinja2 from a metrics document. What a model wrote is text, never markup."""
+"""summary.md and report.html, rendered by Jinja2 from a metrics document. What a model wrote is text, never markup.
+
+A folder of templates of one's own extends these block by block: its `report.html` begins with
+`{% extends "lmeval/report.html" %}` and replaces the blocks that it names. Templates run in a sandbox, and a name that does not
+exist is an error with its line.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import json
+import re
+import traceback
+from collections.abc import Sequence
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
-from jinja2 import PackageLoader, StrictUndefined, select_autoescape
+from jinja2 import (
+    BaseLoader,
+    ChoiceLoader,
+    FileSystemLoader,
+    PackageLoader,
+    PrefixLoader,
+    StrictUndefined,
+    TemplateError,
+    TemplateNotFound,
+    TemplateSyntaxError,
+    select_autoescape,
+)
 from jinja2.sandbox import SandboxedEnvironment
+from markupsafe import Markup
 
-from pytest_lmeval.report import tables
+from pytest_lmeval.report import changes, examples, figures, grids, history, overview, tables, words
+from pytest_lmeval.report.document import complete
+
+PAGES = ("summary.md", "report.html")
+OWN = Path(__file__).parent
 
 
-def environment() -> SandboxedEnvironment:
+def environment(templates: Path | None = None) -> SandboxedEnvironment:
+    """The sandbox that templates run in.
+
+    templates  a folder whose templates come before ours; ours are also there as `lmeval/NAME`
+    """
+    ours = PackageLoader("pytest_lmeval.report")
+    loaders: list[BaseLoader] = [PrefixLoader({"lmeval": ours}), ours]
     sandbox = SandboxedEnvironment(
-        loader=PackageLoader("pytest_lmeval.report"),
+        loader=ChoiceLoader([FileSystemLoader(templates), *loaders] if templates else loaders),
         autoescape=select_autoescape(["html"]),
         undefined=StrictUndefined,
+        finalize=lambda value: words.visible(value) if type(value) is str else value,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    sandbox.filters.update(number=tables.number, size=tables.size_of, cell=cell)
+    sandbox.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    sandbox.filters.update(number=words.number, size=words.size_of, interval=words.interval)
+    sandbox.filters.update(cell=cell, code=code, fenced=fenced)
+    sandbox.globals["asset"] = partial(asset, templates)
     return sandbox
 
 
-def cell(text: str) -> str:
+def cell(text: Any) -> str:
     """Text for a cell of a Markdown table: on one line, its special characters harmless."""
-    text = " ".join(str(text).split())
+    line = " ".join(words.visible(str(text)).split())
     for special in "\\`*_[]<>|":
-        text = text.replace(special, "\\" + special)
-    return text
+        line = line.replace(special, "\\" + special)
+    return line
 
 
-def render(name: str, document: dict[str, Any]) -> str:
+def code(text: Any) -> str:
+    """Text between the backticks of Markdown."""
+    return " ".join(words.visible(str(text)).replace("`", "'").split())
+
+
+def fenced(text: Any) -> str:
+    """A block of code in Markdown, its fence longer than any run of backticks in it."""
+    text = words.visible(str(text))
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def asset(templates: Path | None, name: str) -> Markup:
+    """A style or script as it is, from the folder of templates or from ours."""
+    folders = (*([templates] if templates else []), OWN / "templates", OWN / "vendor")
+    found = [file for folder in folders if (file := folder / name).is_file()]
+    if not found:
+        raise TemplateNotFound(name, f"there is no style or script {name!r}")
+    return Markup(_text(found[0]))
+
+
+@cache
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8")
+
+
+def render(
+    name: str,
+    document: dict[str, Any],
+    *,
+    folders: Sequence[Path] = (),
+    templates: Path | None = None,
+    sort: str | None = None,
+) -> str:
+    """A page of a metrics document.
+
+    folders    for each record the output folder that its examples lie in, or one for all; none: examples are not read
+    templates  a folder of templates that come before ours
+    sort       a metric that models side by side are sorted by
+
+    Raises what a template raises; `where` says where.
+    """
+    document = complete(document)
+    template = environment(templates).get_template(name)
+    context = _shown(document, sort)
+    if name.endswith(".html"):
+        context |= _shown_in_html(document, list(folders))
+    return template.render({**document, **context})
+
+
+def _shown(document: dict[str, Any], sort: str | None) -> dict[str, Any]:
     records = document["records"]
-    shown = {name: getattr(tables, name)(records) for name in ("groups", "verdicts", "comparisons", "model_lines")}
-    return environment().get_template(name).render(**{"skipped": [], **document}, **shown)
+    own = {name: getattr(tables, name)(records) for name in ("groups", "verdicts", "model_lines")}
+    certificates, certified = overview.certificates(records)
+    return own | {
+        "overview": overview.overview(document),
+        "comparisons": tables.comparisons(records, sort),
+        "changes": changes.changes(records),
+        "grids": grids.grids(records, sort),
+        "certificates": certificates,
+        "certified": certified,
+        "laws": overview.laws(certificates),
+        "runs": document.get("runs")
+        or [{"label": "", "headline": "", "run": document["run"], "environment": document["environment"]}],
+    }
 
 
-PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
-    "summary.md": lambda document: render("summary.md", document),
-    "report.html": lambda document: render("report.html", document),
-}
+def _shown_in_html(document: dict[str, Any], folders: list[Path]) -> dict[str, Any]:
+    records = document["records"]
+    folders = folders * len(records) if len(folders) == 1 else folders
+    boards, notes = examples.boards(records, folders) if folders else ([], [])
+    lines: list[dict[str, Any]] = []
+    for folder in dict.fromkeys(folders):
+        more, said = history.read(folder)
+        lines, notes = lines + more, notes + said
+    drawn = figures.figures(records, lines)
+    data = {"figures": drawn, "boards": boards}
+    runs = document.get("runs") or [document]
+    return {
+        "data": data,
+        "figures": drawn,
+        "boards": boards,
+        "notes": [*document["problems"], *notes],
+        "facts": overview.environment([run["environment"] for run in runs]),
+        # Known only once all that a model wrote is fixed, so that nothing it wrote can carry it.
+        "nonce": hashlib.sha256(json.dumps([data, records], default=str).encode()).hexdigest()[:32],
+    }
+
+
+def where(error: Exception) -> str:
+    """What went wrong in a template, with its name and line."""
+    kind = "" if type(error) is TemplateSyntaxError else f"{type(error).__name__}: "
+    if isinstance(error, TemplateSyntaxError):
+        return f"{error.filename or error.name}, line {error.lineno}: {kind}{error.message}"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.endswith(".py")]
+    frames = [frame for frame in frames if frame.filename.endswith((".html", ".md"))]
+    place = f"{frames[-1].filename}, line {frames[-1].lineno}: " if frames else ""
+    said = error.message if isinstance(error, TemplateError) and error.message else str(error)
+    return f"{place}{kind}{said}"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
+
+from pytest_lmeval.report.words import interval, model_line, number, told_apart
 
 HEADLINES = {  # kind -> patterns of the metrics that a summary shows; a report shows all of them
     "perplexity": (
@@ -26,7 +28,6 @@ HEADLINES = {  # kind -> patterns of the metrics that a summary shows; a report 
     "efficiency": ("*_flops_per_token", "*_intensity", "*_share_of_bound"),
 }
 
-PREFIXES = "kMGTPE"
 MANY = 12  # models, beyond which they are not described one by one
 
 
@@ -107,37 +108,47 @@ def verdicts(records: list[dict[str, Any]]) -> list[Verdict]:
 
 def model_lines(records: list[dict[str, Any]]) -> list[str]:
     """The models in a line each; of very many, only how many they are."""
-    models = {record["lm"]["fingerprint"]: model_line(record["lm"]) for record in records}
+    models = {(record["lm"]["spec"], record["lm"]["fingerprint"]): model_line(record["lm"]) for record in records}
     return list(models.values()) if len(models) <= MANY else [f"{len(models)} models"]
 
 
-def comparisons(records: list[dict[str, Any]]) -> list[Comparison]:
-    """What several models have in common: the same verb on the same subject. The first record of each model counts."""
-    same: dict[tuple[str, str], dict[tuple[str, str], int]] = {}
+def comparisons(records: list[dict[str, Any]], sort: str | None = None) -> list[Comparison]:
+    """What several models have in common: the same verb on the same subject. Where a model has several such records, the first
+    stands beside the first of the others, the second beside the second.
+
+    sort  a metric: the models with the best value of it come first, those without it last
+    """
+    same: dict[tuple[str, str, int], dict[tuple[str, str], int]] = {}
+    met: Counter[tuple[str, str, tuple[str, str]]] = Counter()
     for place, record in enumerate(records):
         if record["kind"] != "equivalence" and record["metrics"]:
-            model = (record["lm"]["spec"], record["lm"]["fingerprint"])
-            same.setdefault((record["kind"], record["subject"]), {}).setdefault(model, place)
-    found = []
-    for (kind, subject), by_model in same.items():
-        if len(by_model) > 1:
-            shown = [records[place] for place in by_model.values()]
-            rows = [{row.metric: row for row in (*_rows(record), *_verdict(record))} for record in shown]
-            names = dict.fromkeys(name for row in rows for name in row)
-            metrics = {name: [row.get(name, Row(name, "", "", "")) for row in rows] for name in names}
-            outcomes = [record.get("outcome", "") for record in shown]
-            found.append(Comparison(kind, subject, _told_apart(list(by_model)), outcomes, metrics, list(by_model.values())))
-    return found
+            kind, subject, model = record["kind"], record["subject"], (record["lm"]["spec"], record["lm"]["fingerprint"])
+            same.setdefault((kind, subject, met[kind, subject, model]), {})[model] = place
+            met[kind, subject, model] += 1
+    return [
+        _comparison(kind, subject, records, sorted(by_model.items(), key=lambda item: best_first(records[item[1]], sort)))
+        for (kind, subject, _), by_model in same.items()
+        if len(by_model) > 1
+    ]
 
 
-def _told_apart(models: list[tuple[str, str]]) -> list[str]:
-    """Names of models (spec, fingerprint): the spec, and the fingerprint where several go by one.
+def best_first(record: dict[str, Any], sort: str | None) -> tuple[bool, float]:
+    """What records are sorted by so that the best value of a metric comes first; without a direction, the lowest."""
+    metric = record["metrics"].get(sort)
+    if metric is None:
+        return True, 0.0
+    return False, -metric["value"] if metric["higher_is_better"] else metric["value"]
 
-    >>> _told_apart([("a", "01"), ("b", "02"), ("b", "03")])
-    ['a', 'b (02)', 'b (03)']
-    """
-    specs = [spec for spec, _ in models]
-    return [spec if specs.count(spec) == 1 else f"{spec} ({fingerprint[:8]})" for spec, fingerprint in models]
+
+def _comparison(
+    kind: str, subject: str, records: list[dict[str, Any]], by_model: list[tuple[tuple[str, str], int]]
+) -> Comparison:
+    models, places = [model for model, _ in by_model], [place for _, place in by_model]
+    shown = [records[place] for place in places]
+    rows = [{row.metric: row for row in (*_rows(record), *_verdict(record))} for record in shown]
+    names = dict.fromkeys(name for row in rows for name in row)
+    metrics = {name: [row.get(name, Row(name, "", "", "")) for row in rows] for name in names}
+    return Comparison(kind, subject, told_apart(models), [record.get("outcome", "") for record in shown], metrics, places)
 
 
 def _verdict(record: dict[str, Any]) -> list[Row]:
@@ -153,7 +164,7 @@ def groups(records: list[dict[str, Any]]) -> list[Group]:
             lm=record["lm"]["spec"],
             subject=record["subject"],
             verdict=(record["certificate"] or {}).get("verdict", ""),
-            how=_task(record["settings"]) if record["kind"] == "task" else _windows(record["settings"]),
+            how=how(record),
             outcome=record.get("outcome", ""),
             rows=_rows(record),
         )
@@ -162,24 +173,34 @@ def groups(records: list[dict[str, Any]]) -> list[Group]:
     ]
 
 
+def how(record: dict[str, Any]) -> str:
+    """What is not as one would expect of how it was measured."""
+    return _task(record["settings"]) if record["kind"] == "task" else _windows(record["settings"])
+
+
 def _windows(settings: dict[str, Any]) -> str:
     if settings.get("reading") != "windows":
         return ""
-    how = "as lm_eval reads them" if settings.get("rolling") else f"{settings['overlap']:,} of them read again"
-    return f"windows of {settings['window']:,} tokens, {how}"
+    again = "as lm_eval reads them" if settings.get("rolling") else f"{settings.get('overlap') or 0:,} of them read again"
+    return f"windows of {settings.get('window') or 0:,} tokens, {again}"
 
 
 def _task(settings: dict[str, Any]) -> str:
     """What is not as one would expect of a task's answers."""
     counts = {name: settings.get(name) for name in ("truncated", "moved_borders", "ties", "not_questions", "not_asked")}
     said = [f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items() if count]
-    return ", ".join([settings["reading"]] * (settings["reading"] != "each beginning once") + said)
+    reading = settings.get("reading", "each beginning once")
+    return ", ".join([reading] * (reading != "each beginning once") + said)
+
+
+def headlines(record: dict[str, Any]) -> list[str]:
+    """The metrics of a record that a summary shows."""
+    patterns = HEADLINES.get(record["kind"], ("*",))
+    return list(dict.fromkeys(name for pattern in patterns for name in record["metrics"] if fnmatchcase(name, pattern)))
 
 
 def _rows(record: dict[str, Any]) -> list[Row]:
-    metrics = record["metrics"]
-    patterns = HEADLINES.get(record["kind"], ("*",))
-    shown = list(dict.fromkeys(name for pattern in patterns for name in metrics if fnmatchcase(name, pattern)))
+    metrics, shown = record["metrics"], headlines(record)
     if not shown:
         return [Row(record["kind"], "not measured", record["settings"].get("not_measured") or "", "")]
     return [
@@ -191,48 +212,3 @@ def _rows(record: dict[str, Any]) -> list[Row]:
         )
         for name in shown
     ]
-
-
-def number(value: float, unit: str = "") -> str:
-    """Four digits that matter, and the unit.
-
-    >>> number(31244.7, "tokens/s"), number(0.66683), number(3.0, "of 4"), number(0.000123)
-    ('31,245 tokens/s', '0.6668', '3 of 4', '0.000123')
-    >>> number(3912192, "bytes"), number(7.5712e12, "FLOP")
-    ('3.7 MiB', '7.571 TFLOP')
-    """
-    if unit == "bytes":
-        return size_of(value)
-    if unit == "FLOP" and value >= 1000:
-        power = min(int(math.log10(value)) // 3, len(PREFIXES))
-        return f"{value / 1000**power:.4g} {PREFIXES[power - 1]}FLOP"
-    if value == int(value) and abs(value) < 1e15:
-        text = f"{int(value):,}"
-    elif abs(value) >= 1000:
-        text = f"{value:,.0f}"
-    else:
-        text = f"{value:.4g}"
-    return f"{text} {unit}".rstrip()
-
-
-def interval(metric: dict[str, Any]) -> str:
-    return "" if metric["low"] is None else f"{number(metric['low'])} to {number(metric['high'])}"
-
-
-def model_line(lm: dict[str, Any]) -> str:
-    """The model in a line: spec, size, precision, place, fingerprint."""
-    size = "" if lm.get("parameters") is None else f"{lm['parameters']:,} parameters, "
-    return f"{lm['spec']}: {size}{size_of(lm['bytes'])}, {lm['dtype']} on {lm['device']} ({lm['fingerprint']})"
-
-
-def size_of(count: float) -> str:
-    """Bytes as people say them.
-
-    >>> size_of(3912192)
-    '3.7 MiB'
-    """
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            break
-        count /= 1024
-    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

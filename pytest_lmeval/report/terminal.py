@@ -5,18 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 from pytest_lmeval.report.tables import Comparison, Group, Verdict, comparisons, groups, model_lines, verdicts
+from pytest_lmeval.report.words import visible
 
 INDENT, GAP = "    ", "  "
 
 
-def lines(records: list[dict[str, Any]], *, width: int) -> list[str]:
+def lines(records: list[dict[str, Any]], *, width: int, sort: str | None = None) -> list[str]:
     """The models, their verdicts, what several of them were measured on, then the other records.
+
+    sort  a metric: of models side by side, those with the best value of it come first
 
     Metrics are aligned over the whole table, values within a record.
     """
     several = len({record["lm"]["fingerprint"] for record in records}) > 1
     table = [*model_lines(records), "", *_verdict_lines(verdicts(records))]
-    side_by_side = comparisons(records)
+    side_by_side = comparisons(records, sort)
     table += [line for comparison in side_by_side for line in _comparison_lines(comparison)]
     told = {place for comparison in side_by_side for place in comparison.records}
     shown = groups([record for place, record in enumerate(records) if place not in told])
@@ -83,4 +86,5 @@ def _short(test: str) -> str:
 
 
 def _fit(text: str, width: int) -> str:
+    text = visible(text)
     return text if len(text) <= width else text[: width - 3] + "..."
