@@ -1,0 +1,203 @@
+"""The report in a real browser, as a reader uses it: what is clicked, typed and printed, in light and dark, wide and narrow."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pytest_lmeval.report import pages
+from pytest_lmeval.report.words import visible
+
+playwright = pytest.importorskip("playwright.sync_api", reason="drives the browser: pip install playwright")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on the PATH to open the report with")
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "metrics-1.json").read_text())
+HOSTILE = "</script><script>document.title = 'taken'</script><img src=x onerror=\"document.title = 'taken'\"> {{ 7 * 7 }}"
+ANSWERS = 10_000
+QUIET = ("--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync")
+
+
+def answers(spec, flipped):
+    """Questions with an answer in words, of which one model has every tenth wrong and the other every seventh."""
+    for number in range(ANSWERS):
+        right = number % flipped != 0
+        text = HOSTILE if number == 3 else f"answer {number} of {spec}"
+        own = {"id": f"id{number}", "number": number, "prediction": text, "target": f"target {number}"}
+        yield {**own, "targets": [text] if right else [f"target {number}"], "choices": []}
+
+
+def task(spec, value, file):
+    (reading,) = [record for record in GOLDEN["records"] if record["kind"] == "perplexity"][:1]
+    metric = {"value": value, "unit": "", "low": value - 0.1, "high": value + 0.1, "n": ANSWERS, "higher_is_better": True}
+    own = {"kind": "task", "subject": "words, 0-shot", "settings": {}, "series": {}, "metrics": {"accuracy": metric}}
+    return {**reading, **own, "lm": {**reading["lm"], "spec": spec, "fingerprint": spec}, "examples": file, "outcome": "passed"}
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    (folder / "examples").mkdir()
+    records = [*GOLDEN["records"], task(HOSTILE, 0.5, None)]
+    for spec, flipped, value in (("first", 10, 0.9), ("second", 7, 0.857)):
+        lines = "".join(json.dumps(answer) + "\n" for answer in answers(spec, flipped))
+        (folder / "examples" / f"{spec}.jsonl").write_text(lines)
+        records.append(task(spec, value, f"examples/{spec}.jsonl"))
+    sections = [{"title": HOSTILE, "columns": [HOSTILE], "rows": [[HOSTILE]]}]
+    document = {**GOLDEN, "records": records, "sections": sections}
+    (folder / "report.html").write_text(pages.render("report.html", document, folders=[folder]))
+    return (folder / "report.html").as_uri()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver, driver.chromium.launch(executable_path=CHROMIUM, args=QUIET) as browser:
+        yield browser
+
+
+@pytest.fixture
+def open_report(browser, address):
+    """A function that opens the report; whatever the browser complains of, and whatever the page asks for, fails the test."""
+    complaints, asked = [], []
+
+    def open_it(**options):
+        page = context.new_page() if not options else browser.new_context(**options).new_page()
+        page.set_default_timeout(10_000)
+        page.on("console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(address)
+        return page
+
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    yield open_it
+    for other in browser.contexts:
+        other.close()
+    assert complaints == []
+    assert set(asked) == {address}
+
+
+def column(page, grid, place):
+    return page.locator(f"#grids section:has(h3:text-is('{grid}')) tbody tr:visible td:nth-child({place})").all_inner_texts()
+
+
+def test_tables_sort_by_any_column_the_best_first_and_what_has_no_value_last(open_report):
+    page = open_report()
+    head = page.locator("#grids section:has(h3:text-is('Tasks')) th", has_text="accuracy")
+    head.get_by_role("button").click()
+    assert head.get_attribute("aria-sort") == "descending"
+    assert [text.split("\n")[0] for text in column(page, "Tasks", 3)] == ["0.9", "0.857", "0.5"]
+    head.get_by_role("button").click()
+    assert [text.split("\n")[0] for text in column(page, "Tasks", 3)] == ["0.5", "0.857", "0.9"]
+
+
+def test_the_filter_leaves_the_rows_with_all_its_words(open_report):
+    page = open_report()
+    page.get_by_label("Filter").fill("WORDS second")
+    assert [text.split("\n")[0] for text in column(page, "Tasks", 1)] == ["second"]
+    assert page.locator("#grids h3:visible").all_inner_texts() == ["Tasks"]
+    assert page.locator("#filtered").inner_text().startswith("1 of ")
+    page.get_by_label("Filter").fill("")
+    assert page.locator("#grids h3:visible").count() > 1
+
+
+def test_what_a_model_wrote_stays_text(open_report):
+    page = open_report()
+    page.get_by_label("Search").fill("taken")
+    question = page.locator("#questions details")
+    assert question.count() == 1
+    question.locator("summary").click()
+    assert visible(HOSTILE) in question.locator("td.text").all_inner_texts()
+    assert HOSTILE in page.locator("h2").all_inner_texts()
+    assert "taken" not in page.title()
+    assert page.locator("img").count() == 0
+
+
+def test_a_script_that_gets_into_the_page_all_the_same_is_not_run(browser, address):
+    """The broken twin: markup in the page, as if escaping had failed. The policy of the page is what is left."""
+    page = browser.new_page()
+    page.goto(address)
+    page.evaluate(
+        """document.body.insertAdjacentHTML('beforeend', "<img src='data:,' onerror='document.title = \\"taken\\"'>")"""
+    )
+    page.evaluate(
+        """document.body.append(document.createRange().createContextualFragment("<script>document.title = 'taken'</script>"))"""
+    )
+    page.wait_for_timeout(100)
+    assert "taken" not in page.title()
+    page.close()
+
+
+def test_questions_are_shown_a_page_at_a_time_and_flips_are_counted_over_all(open_report):
+    page = open_report()
+    assert page.locator("#questions details").count() == 50
+    assert page.evaluate("document.querySelectorAll('*').length") < 5_000
+    page.get_by_label("Show").select_option(label="flips: one is right, the other wrong")
+    lost = sum((number % 10 == 0) != (number % 7 == 0) for number in range(ANSWERS))
+    assert page.locator("#browser [role=status]").inner_text() == (
+        f"{lost:,} of {ANSWERS:,} questions; {lost:,} flips between first and second"
+    )
+    first = page.locator("#questions summary").first.inner_text()
+    page.get_by_role("button", name="Next").click()
+    assert page.locator("#questions summary").first.inner_text() != first
+    assert page.get_by_text("page 2 of").count() == 1
+
+
+def test_everything_can_be_reached_and_worked_with_the_keyboard(open_report):
+    page = open_report()
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "Skip to the results"
+    page.get_by_label("Filter").focus()
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    assert page.locator("th[aria-sort]").count() == 1
+    page.locator("summary").first.focus()
+    page.keyboard.press("Enter")
+    assert page.locator("details[open]").count() == 1
+    controls = "[...document.querySelectorAll('button, input, select, a')]"
+    assert page.evaluate(f"{controls}.filter((one) => !(one.textContent.trim() || one.labels?.length)).length") == 0
+
+
+def test_every_plot_says_in_words_what_it_shows_and_has_its_data_beside_it(open_report):
+    page = open_report()
+    figures = page.locator("figure")
+    assert figures.count() >= 3
+    for place in range(figures.count()):
+        figure = figures.nth(place)
+        figure.scroll_into_view_if_needed()
+        drawing = figure.locator("svg.plot")
+        drawing.wait_for()
+        drawing.hover()  # a tip comes up
+        assert drawing.get_attribute("role") == "img"
+        assert drawing.get_attribute("aria-label").startswith(figure.locator("h3").inner_text())
+        assert drawing.get_attribute("aria-description") == figure.locator("figcaption").inner_text()
+        figure.locator("summary").click()
+        figure.locator("tbody tr").first.wait_for()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_follows_the_reader_s_light_and_can_be_switched(open_report, scheme):
+    page = open_report(color_scheme=scheme)
+    lightness = "Number(getComputedStyle(document.body).backgroundColor.match(/\\d+/)[0])"
+    assert (page.evaluate(lightness) > 128) == (scheme == "light")
+    page.get_by_role("button", name="Switch between light and dark").click()
+    assert (page.evaluate(lightness) > 128) != (scheme == "light")
+
+
+def test_nothing_is_wider_than_a_phone(open_report):
+    page = open_report(viewport={"width": 390, "height": 844})
+    page.locator("figure").first.scroll_into_view_if_needed()
+    page.locator("figure svg.plot").first.wait_for()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_a_link_opens_what_it_points_to_and_the_printer_gets_everything(open_report):
+    page = open_report()
+    page.locator("#grids a").first.click()
+    assert page.locator("details.record[open]").count() == 1
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.locator("details.record:not([open])").count() == 0
+    assert page.locator("svg.plot").count() == page.locator("figure").count()
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.locator("details.record[open]").count() == 1
