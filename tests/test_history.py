@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_lmeval.results import history
-from pytest_lmeval.results.journal import JournalWarning
 
 KEY = ("test_a.py::test_reads", "demo", "stdlib[test]", "perplexity")
 
@@ -34,7 +33,7 @@ def test_statistics_are_those_of_all_runs(tmp_path_factory, values):
     folder = tmp_path_factory.mktemp("history")
     for number, value in enumerate(values):
         history.append(folder, document(value, f"r{number}"))
-    found = history.statistics(history.read(folder))[KEY]
+    found = history.statistics(history.read(folder)[0])[KEY]
     assert (found.count, found.min, found.max, found.last) == (len(values), min(values), max(values), values[-1])
     assert found.mean == pytest.approx(sum(values) / len(values))
 
@@ -44,20 +43,20 @@ def test_a_line_that_was_cut_short_is_left_out_and_told(tmp_path):
     with (tmp_path / history.NAME).open("a") as file:
         file.write(json.dumps({"run": "r2", "test": "t"})[:15] + "\n")
     history.append(tmp_path, document(3.0))
-    with pytest.warns(JournalWarning, match="1 line"):
-        lines = history.read(tmp_path)
+    lines, (note,) = history.read(tmp_path)
+    assert note == "1 lines of history.jsonl cannot be read, and are left out"
     assert history.statistics(lines)[KEY].mean == 2.0
 
 
 def test_where_no_run_was_there_is_no_history(tmp_path):
-    assert history.read(tmp_path) == []
+    assert history.read(tmp_path) == ([], [])
 
 
 def test_a_run_of_pytest_leaves_its_numbers(pytester):
     pytester.makepyfile("def test_own(lmeval, lm):\n    lmeval.record(lm, 'passkey', accuracy=0.5)\n")
     for _ in range(2):
         pytester.runpytest_subprocess().assert_outcomes(passed=1)
-    lines = history.read(pytester.path / ".lmeval")
+    lines, _ = history.read(pytester.path / ".lmeval")
     assert [(line["lm"], line["subject"], line["metric"], line["value"]) for line in lines] == 2 * [
         ("demo", "passkey", "accuracy", 0.5)
     ]

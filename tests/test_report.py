@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_lmeval.report import github, history, pages, terminal, write
+from pytest_lmeval.report import github, pages, terminal, write
 from pytest_lmeval.report.changes import changes
 from pytest_lmeval.report.figures import figures
 from pytest_lmeval.report.grids import grids
 from pytest_lmeval.report.tables import comparisons, groups
 from pytest_lmeval.report.words import interval, number, size_of, visible
+from pytest_lmeval.results import history
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "metrics-1.json").read_text())
 HOSTILE = "<script>alert('x')</script> | `code` **bold** [link](javascript:x) {{ 7 * 7 }}\n# heading\x07"

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
-from pytest_lmeval.report.tables import number
+from pytest_lmeval.report.words import number
 
 ORDER = ("worse", "missing", "unclear", "better", "new", "same", "identical", "not judged")
 FIRST = 5  # examples that the failure of a test names

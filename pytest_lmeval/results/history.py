@@ -7,15 +7,16 @@ A run adds its lines in one piece when it ends. A line that was cut short is lef
 
 from __future__ import annotations
 
+import datetime
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pytest_lmeval.results.journal import warn
-
 NAME = "history.jsonl"
+TEXTS = ("run", "started", "commit", "test", "lm", "kind", "subject", "metric")
 
 
 @dataclass(frozen=True)
@@ -50,20 +51,48 @@ def _lines(document: dict[str, Any], record: dict[str, Any]) -> Iterator[dict[st
         yield {**about, "metric": name, **{key: metric[key] for key in ("value", "low", "high", "unit")}}
 
 
-def read(folder: Path) -> list[dict[str, Any]]:
-    """The lines of all runs in this folder, in their order; none where there is no history."""
-    path = Path(folder) / NAME
-    if not path.exists():
-        return []
-    found, spoiled = [], 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            found.append(dict(json.loads(line)))
-        except (ValueError, TypeError):
-            spoiled += 1
-    if spoiled:
-        warn(f"{path}: {spoiled} line(s) cannot be read, and are left out of the history.")
-    return found
+def read(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The lines of all runs in this folder that hold a value and a time, and what is to be said of the others."""
+    try:
+        raw = (Path(folder) / NAME).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return [], []
+    lines, broken = [], 0
+    for text in filter(str.strip, raw.splitlines()):
+        line = _line(text)
+        if line is None:
+            broken += 1
+        else:
+            lines.append(line)
+    return lines, [f"{broken} lines of {NAME} cannot be read, and are left out"] if broken else []
+
+
+def _line(text: str) -> dict[str, Any] | None:
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    if not isinstance(line, dict) or not _finite(line.get("value")) or (started := _time(line.get("started"))) is None:
+        return None
+    line["started"] = started
+    if isinstance(line.get("lm"), dict):
+        line["lm"] = line["lm"].get("spec")
+    bounds = {bound: line.get(bound) if _finite(line.get(bound)) else None for bound in ("low", "high")}
+    return {**{name: str(line.get(name) or "") for name in TEXTS}, "value": line["value"], **bounds}
+
+
+def _time(started: Any) -> str | None:
+    """The time of a run, of ISO's form or in seconds since 1970, in ISO's form."""
+    try:
+        if isinstance(started, str):
+            return datetime.datetime.fromisoformat(started.replace("Z", "+00:00")).isoformat()
+        return datetime.datetime.fromtimestamp(started, datetime.timezone.utc).isoformat(timespec="seconds")
+    except (TypeError, ValueError, OverflowError, OSError):
+        return None
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def statistics(lines: Iterable[dict[str, Any]]) -> dict[tuple[str, str, str, str], Statistics]:
