@@ -129,6 +129,10 @@ def test_medians_of_speed_are_compared_and_nothing_else():
         "records": [{**record, "metrics": {"itl": metric, "itl_p95": metric}}, {**record, "kind": "task", "metrics": {}}]
     }
     assert numbers(document) == {KEY: Number(2.0, "ms", False)}
+    document["records"][0]["gate"] = {"latency": {"verdict": "not judged", "new": 2.0, "margin": "10 %"}}
+    assert numbers(document)[KEY].threshold == 0.1
+    document["records"][0]["gate"] = {"itl": {"verdict": "not judged", "new": 2.0, "margin": "0.5"}}
+    assert numbers(document)[KEY].threshold == 0.25
 
 
 PAGE = """
@@ -148,7 +152,13 @@ PAGE = """
                 x = x @ torch.eye(32)
             return x @ self.embed.weight.T
 """
-TEST = "def test_prefill(lmeval, lm):\n    lmeval.latency(lm, seq_len=64, runs=20, warm_up=2)\n"
+TEST = """
+    import pytest
+
+    @pytest.mark.lmeval_gate(latency="20%")
+    def test_prefill(lmeval, lm):
+        lmeval.latency(lm, seq_len=64, runs=20, warm_up=2)
+"""
 
 
 @pytest.fixture
@@ -177,7 +187,7 @@ def test_a_slower_version_is_found_and_its_checkout_is_taken_away(repository):
     result = compare(repository, "--base", "HEAD", "--pairs", "3", "--most", "3", "--to", "runs.json", "--", "test_speed.py")
     assert result.ret == 1
     result.stdout.fnmatch_lines(["verdict *HEAD *this version *", "worse *test_speed.py::test_prefill *prefill *"])
-    assert len((repository.path / "runs.json").read_text()) > 100
+    assert '"threshold": 0.2' in (repository.path / "runs.json").read_text()
     listed = subprocess.run(["git", "worktree", "list"], capture_output=True, text=True, check=True).stdout
     assert len(listed.splitlines()) == 1
 

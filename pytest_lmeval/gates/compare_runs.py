@@ -52,7 +52,7 @@ def main(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 2
-    here = Side("this version", Path.cwd())
+    here = Side("this version", Path.cwd(), markers=True)
     try:
         with side(arguments.base, Path.cwd()) as base:
             race(base, here, arguments)
@@ -92,7 +92,8 @@ def compared(base: Side, new: Side, threshold: float) -> list[Row]:
         before, after = ([run[key].value for run in one.runs] for one in (base, new))
         found, first = ratio(before, after), base.runs[0][key]
         middle_before, middle_after = (replace(first, value=median(values)) for values in (before, after))
-        verdict = judge(found, threshold, higher_is_better=first.higher_is_better)
+        allowed = new.runs[0][key].threshold or threshold
+        verdict = judge(found, allowed, higher_is_better=first.higher_is_better)
         rows.append(Row(key, middle_before, middle_after, found, verdict))
     return sorted(rows, key=lambda row: ORDER.index(row.verdict))
 
@@ -105,8 +106,8 @@ def lines(rows: list[Row], base: Side, new: Side, threshold: float) -> list[str]
     return [
         *("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table),
         "",
-        f"{len(new.runs)} pairs of runs in fresh processes, in turns; a difference counts from {100 * threshold:g} % on, if "
-        "the interval excludes 1.",
+        f"{len(new.runs)} pairs of runs in fresh processes, in turns; a difference counts from {100 * threshold:g} % on (or "
+        "what the marker lmeval_gate of a test says), if the interval excludes 1.",
         *([f"on one side only, or not in every run: {', '.join(left_out)}"] if left_out else []),
     ]
 

@@ -16,7 +16,7 @@ import pytest
 
 from pytest_lmeval.gates.baseline import ENVIRONMENT, Baseline, BaselineError, read
 from pytest_lmeval.gates.entry import entry_of, gated, names_of
-from pytest_lmeval.gates.margins import SPEED_NAMES, Margins, check_sign, is_speed, read_marker
+from pytest_lmeval.gates.margins import NOT_JUDGED, SPEED_NAMES, Margins, check_sign, is_speed, read_marker
 from pytest_lmeval.options import is_worker, option, output_folder, test_id
 
 MARKER = "lmeval_gate"
@@ -176,7 +176,7 @@ def unheard(records: list[dict[str, Any]], margins: Margins) -> list[str]:
 def speed_rows(record: dict[str, Any], margins: Margins) -> dict[str, dict[str, Any]]:
     """The speeds that the marker names: kept for a comparison of runs side by side, and not judged here."""
     values = {name: metric["value"] for name, metric in record["metrics"].items() if is_speed(name, metric["unit"])}
-    row = {"verdict": "not judged", "base": None, "note": "speed is judged by compare-runs"}
+    row = {"verdict": NOT_JUDGED, "base": None, "note": "speed is judged by compare-runs"}
     rows = {}
     for name, margin in margins.given.items():
         found = next((values[other] for other in (name, *SPEED_NAMES.get(name, ())) if other in values), None)

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pytest_lmeval.gates.margins import NOT_JUDGED, SPEED_NAMES
+
 SPEED = {  # kind of record -> metrics that are compared: medians, since a percentile of one run says little
     "latency": ("prefill", "ttft", "itl", "e2e"),
     "throughput": ("tokens_per_second", "decode_tokens_per_second"),
@@ -42,26 +44,32 @@ class Key:
 
 @dataclass(frozen=True)
 class Number:
-    """A metric of one run."""
+    """A metric of one run. `threshold` is the share that it may lose by the test's marker, None where that names none."""
 
     value: float
     unit: str
     higher_is_better: bool
+    threshold: float | None = None
 
 
 @dataclass
 class Side:
-    """Where a version lies and what it was measured to do: `runs`, one after the other."""
+    """Where a version lies, and what it was measured to do: `runs`, one after the other.
+
+    markers  whether the markers of its tests are read: by comparing with a baseline that is not there
+    """
 
     name: str
     folder: Path
     python: str = sys.executable
+    markers: bool = False
     runs: list[dict[Key, Number]] = field(default_factory=list)
 
     def run(self, arguments: list[str]) -> None:
         """Run pytest once. Raises SideError where it leaves no numbers."""
         with tempfile.TemporaryDirectory(prefix="lmeval-") as output:
-            command = [self.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--lmeval-dir={output}", *arguments]
+            own = [f"--lmeval-dir={output}", *([f"--lmeval-baseline={output}/none.json"] if self.markers else [])]
+            command = [self.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *own, *arguments]
             done = subprocess.run(
                 command, cwd=self.folder, env=self._environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
             )
@@ -88,7 +96,19 @@ def numbers(document: dict[str, Any]) -> dict[Key, Number]:
         for name in SPEED.get(record["kind"], ()):
             if (metric := record["metrics"].get(name)) is not None:
                 key = Key(record["test"], str(record["lm"]["spec"]), record["subject"], name)
-                found.setdefault(key, Number(metric["value"], metric["unit"], bool(metric["higher_is_better"])))
+                better, allowed = bool(metric["higher_is_better"]), thresholds(record)
+                found.setdefault(key, Number(metric["value"], metric["unit"], better, allowed.get(name)))
+    return found
+
+
+def thresholds(record: dict[str, Any]) -> dict[str, float]:
+    """What speeds may lose by the marker `lmeval_gate` of the test, as shares."""
+    found: dict[str, float] = {}
+    for named, row in (record.get("gate") or {}).items():
+        if row["verdict"] == NOT_JUDGED:
+            size = float(row["margin"].rstrip(" %"))
+            share = size / 100 if row["margin"].endswith("%") else size / row["new"]
+            found |= dict.fromkeys((named, *SPEED_NAMES.get(named, ())), share)
     return found
 
 

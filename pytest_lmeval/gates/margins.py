@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-OFF = "off"
+OFF, NOT_JUDGED = "off", "not judged"
 READINGS = ("bits_per_byte", "perplexity", "nll")  # the same losses in three units: one of them is gated
 SPEED = ("throughput", "latency", "*_per_second", "seconds", "ttft*", "itl*", "tpot*", "e2e*", "prefill*", "cold")
 SPEED_NAMES = {"throughput": ("tokens_per_second", "prefill_tokens_per_second"), "latency": ("e2e", "ttft", "itl")}

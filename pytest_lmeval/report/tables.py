@@ -22,8 +22,9 @@ HEADLINES = {  # kind -> patterns of the metrics that a summary shows; a report 
         "tokens_per_second",
     ),
     "train": ("perplexity", "seconds", "tokens_per_second", "flops_total", "parameters", "model_bytes", "peak_memory_growth"),
-    "latency": ("prefill", "ttft", "itl", "e2e"),
-    "throughput": ("tokens_per_second",),
+    "latency": ("ttft", "itl", "itl_p95", "e2e", "cold", "*_tokens_per_second"),
+    "throughput": ("tokens_per_second", "decode_tokens_per_second", "knee_rows", "decode_knee_rows"),
+    "streaming": ("chunk_latency", "chunk_latency_p95", "tokens_per_second", "slowing", "state_bytes"),
     "memory": ("weights_bytes", "state_bytes", "activations_bytes", "peak_bytes"),
     "efficiency": ("*_flops_per_token", "*_intensity", "*_share_of_bound"),
 }
@@ -175,7 +176,15 @@ def groups(records: list[dict[str, Any]]) -> list[Group]:
 
 def how(record: dict[str, Any]) -> str:
     """What is not as one would expect of how it was measured."""
-    return _task(record["settings"]) if record["kind"] == "task" else _windows(record["settings"])
+    settings = record["settings"]
+    return _task(settings) if record["kind"] == "task" else _windows(settings) or _machine(settings)
+
+
+def _machine(settings: dict[str, Any]) -> str:
+    """What is to be known of times: that they vary more than on a quiet machine, and what could not be timed."""
+    grade = settings.get("stability")
+    failed = ", ".join(f"{rows} rows" for rows in settings.get("failed") or ())
+    return ", ".join(filter(None, [grade if grade not in (None, "steady") else "", failed and f"failed with {failed}"]))
 
 
 def _windows(settings: dict[str, Any]) -> str:
