@@ -300,7 +300,7 @@ def shared_session(config: pytest.Config) -> Session:
 
 def expected_errors(work: Callable[[], Any]) -> Any:
     """Errors that were written for the user end the test with their message alone, not with a traceback."""
-    from pytest_lmeval.verbs import EXPECTED
+    from pytest_lmeval.verbs.desk import EXPECTED
 
     __tracebackhide__ = True
     try:

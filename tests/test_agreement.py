@@ -205,7 +205,7 @@ def test_the_verb_records_both_models_and_how_each_was_read(tmp_path):
     assert result.record.test == "test_it"
     again = Lmeval(Session(tmp_path, verdicts=session.verdicts), Log("test_it"))  # of an interrupted run
     assert float(again.agreement(LM, REFERENCE, IDS, tokens=300).kl) == float(result.kl)
-    assert "taken from an interrupted run" in again._log.notes[0]
+    assert "taken from an interrupted run" in again._desk.log.notes[0]
     assert Lmeval(session, Log("test_it")).agreement(REFERENCE, LM, IDS, tokens=300).kl != result.kl
 
 

@@ -158,3 +158,40 @@ def test_a_model_that_fails_at_a_shape_fails_the_test_and_keeps_what_was_measure
     (record,) = saved(project, ".lmeval/metrics.json")["records"]
     assert record["series"]["batch_scaling"]["x"] == [1.0, 2.0]
     assert "no kernel" in record["settings"]["failed"]["4"]
+
+
+GIVING_OUT = {
+    'torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")': "does not fit into memory*2.0 GiB*",
+    'RuntimeError("CUDA error: device-side assert triggered")': "cpu was lost during latency of *Failing* with batch_size=1*",
+}
+
+
+@pytest.mark.parametrize(("raised", "said"), GIVING_OUT.items(), ids=["memory", "device"])
+def test_a_machine_that_gives_out_fails_the_test_in_words_and_keeps_what_was_measured(project, raised, said):
+    project.makepyfile(
+        test_speed=f"""
+        import torch
+        from torch import nn
+
+        class Failing(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.embed, self.calls = nn.Embedding(256, 8), 0
+
+            def forward(self, ids):
+                self.calls += 1
+                if ids.shape[1] == 77:
+                    raise {raised}
+                return self.embed(ids) @ self.embed.weight.T
+
+        def test_latency(lmeval):
+            lm = Failing()
+            lmeval.latency(lm, seq_len=8, runs=2)
+            lmeval.latency(lm, seq_len=77, runs=2)
+        """
+    )
+    result = project.runpytest_subprocess()
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines([f"E *{said}"])
+    result.stdout.no_fnmatch_line("*profiling/latency.py*")
+    assert [record["subject"] for record in saved(project, ".lmeval/metrics.json")["records"]] == ["batch 1, 8 tokens"]

@@ -1,0 +1,91 @@
+"""How fast a model is, how large, and how well it uses the machine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from pytest_lmeval.equivalence.permits import exact_chunk_size
+from pytest_lmeval.lm import Model
+from pytest_lmeval.verbs.desk import Desk
+
+if TYPE_CHECKING:
+    from pytest_lmeval.profiling.efficiency import EfficiencyResult
+    from pytest_lmeval.profiling.grid import Grid
+    from pytest_lmeval.profiling.latency import LatencyResult
+    from pytest_lmeval.profiling.memory import MemoryResult
+    from pytest_lmeval.profiling.streaming import StreamingResult
+    from pytest_lmeval.profiling.throughput import ThroughputResult
+
+
+def latency(desk: Desk, /, lm: Any, batch_size: int = 1, seq_len: int | None = None, **options: Any) -> LatencyResult:
+    """Prefill, time to first token, inter-token latency (see `profiling.latency.latency`).
+
+    In a test that asks for the fixture `benchmark`, pytest-benchmark drives the runs and keeps their times. Where nothing
+    was timed (under xdist, or with --benchmark-disable), the record says so, and a test that looks at a time is skipped.
+    """
+    from pytest_lmeval.profiling.latency import latency
+
+    shape = {"batch_size": batch_size, "seq_len": desk.seq_len(seq_len, 128)}
+    return desk.timed("latency", desk.model(lm), {**shape, **options}, latency)
+
+
+def latency_grid(desk: Desk, /, lm: Any, **options: Any) -> Grid:
+    """`latency` at every one of `batch_sizes` and `seq_lens` (see `profiling.grid.latency_grid`), a record each.
+
+    Where the model fails, for example for want of memory, that cell is marked with why, and the others are measured.
+    """
+    from pytest_lmeval.profiling.grid import SEQ_LENS, latency_grid
+    from pytest_lmeval.profiling.latency import latency
+
+    def measure(model: Model, **settings: Any) -> LatencyResult:
+        return latency(model, **settings, runner=desk.runner())
+
+    model, options = desk.model(lm), {"seq_lens": desk.session.seq_lens or SEQ_LENS, **options}
+    grid = latency_grid(model, **options, measure=measure)
+    cells = {shape: desk.kept("latency", model, {**options, "shape": shape}, cell) for shape, cell in grid.items()}
+    return replace(grid, cells=cells)
+
+
+def throughput(desk: Desk, /, lm: Any, batch_size: int = 32, seq_len: int | None = None, **options: Any) -> ThroughputResult:
+    """Tokens a second in batches, and by the size of the batch (see `profiling.throughput.throughput`)."""
+    from pytest_lmeval.profiling.throughput import throughput
+
+    shape = {"batch_size": batch_size, "seq_len": desk.seq_len(seq_len, 512)}
+    return desk.timed("throughput", desk.model(lm), {**shape, **options}, throughput)
+
+
+def streaming(desk: Desk, /, lm: Any, chunk_size: int | None = None, **options: Any) -> StreamingResult:
+    """The latency of each chunk of a stream and what the state weighs after it (see `profiling.streaming.streaming`).
+
+    The chunk size is one in which the model was found to be exact: how fast a wrong number comes is of no use.
+    """
+    from pytest_lmeval.profiling.streaming import CHUNK_SIZE, streaming
+
+    model = desk.model(lm)
+    certificate = desk.session.verdict(model).certificate
+    chunk_size = exact_chunk_size(model, certificate, chunk_size, None) or CHUNK_SIZE
+    return desk.timed("streaming", model, {"chunk_size": chunk_size, **options}, streaming)
+
+
+def memory(desk: Desk, /, lm: Any, batch_size: int = 1, seq_len: int | None = None, **options: Any) -> MemoryResult:
+    """Weights, state and activations apart, and the peak of a process of its own (see `profiling.memory.memory`).
+
+    Nothing is timed, and other tests do not disturb it: it is measured under xdist too.
+    """
+    from pytest_lmeval.profiling.memory import memory
+
+    model = desk.model(lm)
+    settings = {"batch_size": batch_size, "seq_len": desk.seq_len(seq_len, 128), **options}
+    return desk.kept("memory", model, settings, memory(model, **settings))
+
+
+def efficiency(desk: Desk, /, lm: Any, batch_size: int = 1, seq_len: int | None = None, **options: Any) -> EfficiencyResult:
+    """Operations and bytes of a step, and how near to this machine's roofline it runs (see `profiling.efficiency`).
+
+    Timed like `latency`. Where nothing was timed, what is counted is recorded.
+    """
+    from pytest_lmeval.profiling.efficiency import efficiency
+
+    shape = {"batch_size": batch_size, "seq_len": desk.seq_len(seq_len, 128)}
+    return desk.timed("efficiency", desk.model(lm), {**shape, **options}, efficiency)
