@@ -521,7 +521,7 @@ def test_the_zoo_sees_no_further_than_its_context():
 def test_speed_is_measured_on_random_frames():
     result = latency(LM, batch_size=2, seq_len=10, new_tokens=3, runs=3, warm_up=1)
     assert (result.prefill.n, result.itl.n) == (3, 6)
-    assert result.record.cost["tokens"] == 4 * 2 * 10
+    assert result.record.cost["tokens"] == 3 * 2 * (10 + 2)
     result = throughput(LM, batch_size=4, seq_len=10, runs=3, warm_up=1)
-    assert result.record.cost["tokens"] == 4 * 4 * 10
+    assert result.record.cost["tokens"] == 3 * 4 * 10
     assert result.batch_scaling.x == [1, 2, 4]

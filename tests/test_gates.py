@@ -77,7 +77,8 @@ def project(pytester, monkeypatch):
 
 def run(project, *options, subprocess=False):
     start = project.runpytest_subprocess if subprocess else project.runpytest_inprocess
-    return start("-p", "no:cacheprovider", "--lmeval-baseline", "baseline.json", *options)
+    loaded = ("-W", "ignore::pytest.PytestAssertRewriteWarning")  # the package is, in this process, before pytest asks for it
+    return start("-p", "no:cacheprovider", *loaded, "--lmeval-baseline", "baseline.json", *options)
 
 
 def accept(*options):
