@@ -14,6 +14,7 @@ from collections.abc import Sequence
 COMMANDS = {  # name -> module, help
     "render": ("pytest_lmeval.report.render", "render the pages of a run from its metrics.json, or what a service reads"),
     "compare": ("pytest_lmeval.report.compare", "show several runs side by side"),
+    "history": ("pytest_lmeval.report.history", "how every number has moved over the runs in a folder"),
     "baseline": ("pytest_lmeval.gates.accept", "accept the numbers of a run as those that later runs are compared with"),
     "compare-runs": ("pytest_lmeval.gates.compare_runs", "is this version slower than another? Both are run, in turns"),
 }

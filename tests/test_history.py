@@ -1,6 +1,7 @@
 """What runs have measured is added up line by line, and a spoiled line costs only itself."""
 
 import json
+import sys
 
 import pytest
 from hypothesis import given
@@ -61,3 +62,7 @@ def test_a_run_of_pytest_leaves_its_numbers(pytester):
         ("demo", "passkey", "accuracy", 0.5)
     ]
     assert lines[0]["run"] != lines[1]["run"]
+    shown = pytester.run(sys.executable, "-m", "pytest_lmeval", "history", "--metric", "acc*")
+    shown.stdout.fnmatch_lines(["*::test_own, demo, passkey", "*metric *runs *last *mean *min *max", "*accuracy * 2 * 0.5 *"])
+    nothing = pytester.run(sys.executable, "-m", "pytest_lmeval", "history", "-k", "other")
+    assert (nothing.ret, nothing.stderr.str().strip()) == (2, ".lmeval/history.jsonl holds no such number: 2 lines were read.")

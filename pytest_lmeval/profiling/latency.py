@@ -13,14 +13,15 @@ import torch
 
 from pytest_lmeval.identity import facts
 from pytest_lmeval.lm import Model, state_bytes
-from pytest_lmeval.profiling.clock import Stopwatch, kind_of_clock
+from pytest_lmeval.profiling.clock import Stopwatch
 from pytest_lmeval.profiling.flops import count_flops
-from pytest_lmeval.profiling.runner import Runner, check_shape, measured, quiet, too_short
-from pytest_lmeval.profiling.samples import median, quantiles, runs_to_see, spread, stability
+from pytest_lmeval.profiling.runner import Runner, about_times, check_shape, measured, quiet, too_short
+from pytest_lmeval.profiling.samples import median, quantiles, spread
 from pytest_lmeval.results.metric import Metric
 from pytest_lmeval.results.record import Record, Series
 
 RUNS, WARM_UP, NEW_TOKENS = 100, 10, 8
+BY_RUN = ("prefill", "tpot", "e2e")
 
 FORMULAS = {
     "prefill": "t(prompt read) - t(request): one step over the whole prompt",
@@ -128,10 +129,7 @@ def latency(
             "warm_up": warm_up,
             "seed": seed,
             **conditions,
-            "clock": kind_of_clock(lm.device),
-            "not_measured": not_measured,
-            **({} if not_measured else _about(samples)),
-            "formulas": FORMULAS,
+            **about_times(lm, {name: samples[name] for name in BY_RUN if name in samples}, not_measured, FORMULAS),
         },
         metrics={} if not_measured else _metrics(samples, sum(times[0]), batch_size, seq_len),
         cost={
@@ -178,14 +176,6 @@ def _samples(timed: list[list[float]]) -> dict[str, list[float]]:
         found["itl"] = [gap for run in timed for gap in run[2:]]
         found["tpot"] = [sum(run[2:]) / len(run[2:]) for run in timed]
     return found
-
-
-def _about(samples: dict[str, list[float]]) -> dict[str, Any]:
-    """How good the times are: their stability, and how many runs would tell two models apart that differ by 5 %."""
-    return {
-        "stability": stability(samples["e2e"]),
-        "runs_to_see_5_percent": {name: runs_to_see(samples[name]) for name in ("prefill", "tpot", "e2e") if name in samples},
-    }
 
 
 def _metrics(samples: dict[str, list[float]], cold: float, batch_size: int, seq_len: int) -> dict[str, Metric]:

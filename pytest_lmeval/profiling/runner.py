@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from pytest_lmeval.lm import Model
-from pytest_lmeval.profiling.clock import tick
+from pytest_lmeval.profiling.clock import kind_of_clock, tick
+from pytest_lmeval.profiling.samples import runs_to_see, stability
 from pytest_lmeval.results.metric import Metric
 from pytest_lmeval.results.record import Record
 
@@ -80,6 +81,18 @@ def quiet(threads: int | None = None) -> Iterator[dict[str, int]]:
         torch.set_num_threads(before)
         if collecting:
             gc.enable()
+
+
+def about_times(
+    lm: Model, by_run: dict[str, list[float]], not_measured: str | None, formulas: dict[str, str]
+) -> dict[str, Any]:
+    """What the settings of a record say of its times: the clock, how steady the machine was in the runs, by the last of these
+    times, and how many runs would tell two models apart that differ by 5 %."""
+    settings: dict[str, Any] = {"clock": kind_of_clock(lm.device), "not_measured": not_measured}
+    if not_measured is None:
+        settings["stability"] = stability([*by_run.values()][-1])
+        settings["runs_to_see_5_percent"] = {name: runs_to_see(times) for name, times in by_run.items()}
+    return {**settings, "formulas": formulas}
 
 
 def too_short(samples: Sequence[float], device: torch.device, what: str) -> str | None:

@@ -7,17 +7,16 @@ it gets is what decides how long a text it can be used for.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 
 from pytest_lmeval.identity import facts
 from pytest_lmeval.lm import Model, state_bytes
-from pytest_lmeval.profiling.clock import Stopwatch, kind_of_clock
+from pytest_lmeval.profiling.clock import Stopwatch
 from pytest_lmeval.profiling.flops import count_flops
-from pytest_lmeval.profiling.runner import ProfilingError, Runner, check_shape, measured, quiet, too_short
-from pytest_lmeval.profiling.samples import median, runs_to_see, spread, stability
+from pytest_lmeval.profiling.runner import ProfilingError, Runner, about_times, check_shape, measured, quiet, too_short
+from pytest_lmeval.profiling.samples import median, spread
 from pytest_lmeval.results.metric import Metric
 from pytest_lmeval.results.record import Record, Series
 
@@ -113,10 +112,7 @@ def streaming(
             "warm_up": warm_up,
             "seed": seed,
             **conditions,
-            "clock": kind_of_clock(lm.device),
-            "not_measured": not_measured,
-            **({} if not_measured else _about(samples)),
-            "formulas": FORMULAS,
+            **about_times(lm, {"stream": samples.get("stream", [])}, not_measured, FORMULAS),
         },
         metrics=({} if not_measured else _metrics(passes, samples, tokens)) | _state(held),
         cost={
@@ -143,13 +139,6 @@ def read_once(lm: Model, pieces: list[torch.Tensor], held: list[int] | None = No
 
 def _samples(passes: list[list[float]]) -> dict[str, list[float]]:
     return {"chunk": [time for run in passes for time in run[1:]], "stream": [sum(run) for run in passes]}
-
-
-def _about(samples: dict[str, list[float]]) -> dict[str, Any]:
-    return {
-        "stability": stability(samples["chunk"]),
-        "runs_to_see_5_percent": {name: runs_to_see(times) for name, times in samples.items()},
-    }
 
 
 def _metrics(passes: list[list[float]], samples: dict[str, list[float]], tokens: int) -> dict[str, Metric]:

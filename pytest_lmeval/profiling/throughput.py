@@ -13,11 +13,11 @@ from torch import Tensor
 
 from pytest_lmeval.identity import facts
 from pytest_lmeval.lm import Model
-from pytest_lmeval.profiling.clock import Stopwatch, kind_of_clock
+from pytest_lmeval.profiling.clock import Stopwatch
 from pytest_lmeval.profiling.failures import attempt
 from pytest_lmeval.profiling.flops import count_flops
-from pytest_lmeval.profiling.runner import ProfilingError, Runner, check_shape, measured, quiet, too_short
-from pytest_lmeval.profiling.samples import median, runs_to_see, spread, stability
+from pytest_lmeval.profiling.runner import ProfilingError, Runner, about_times, check_shape, measured, quiet, too_short
+from pytest_lmeval.profiling.samples import median, spread
 from pytest_lmeval.results.metric import Metric
 from pytest_lmeval.results.record import Record, Series
 
@@ -123,12 +123,9 @@ def throughput(
             "new_tokens": new_tokens,
             "seed": seed,
             **conditions,
-            "clock": kind_of_clock(lm.device),
             "failure": failure,
             "failed": failed,
-            "not_measured": not_measured,
-            **({} if not_measured else {"stability": stability(times), "runs_to_see_5_percent": {"batch": runs_to_see(times)}}),
-            "formulas": FORMULAS,
+            **about_times(lm, {"batch": times}, not_measured, FORMULAS),
         },
         metrics=({} if not_measured else _metrics(times, steps, batch_size, seq_len)) | _knee(series),
         cost={

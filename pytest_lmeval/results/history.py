@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 NAME = "history.jsonl"
-TEXTS = ("run", "started", "commit", "test", "lm", "kind", "subject", "metric")
+TEXTS = ("run", "started", "commit", "test", "lm", "kind", "subject", "metric", "unit")
 
 
 @dataclass(frozen=True)
