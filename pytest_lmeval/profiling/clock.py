@@ -56,7 +56,7 @@ class Stopwatch:
             import torch
 
             event = torch.Event(self._device, enable_timing=True)
-            event.record()
+            event.record(torch.accelerator.current_stream(self._device))  # which is not the present one on another GPU
             self._marks.append(event)
 
     def laps(self) -> list[float]:
