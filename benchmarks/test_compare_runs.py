@@ -15,7 +15,8 @@ import pytest
 
 from pytest_lmeval import Metric
 from pytest_lmeval.__main__ import main
-from pytest_lmeval.statistics.ratio import judge, ratio
+from pytest_lmeval.gates.compare_runs import LEVEL, MOST, PAIRS, THRESHOLD
+from pytest_lmeval.statistics.ratio import judge_all, ratio
 
 pytestmark = pytest.mark.benchmark
 
@@ -78,28 +79,44 @@ def test_a_planted_slowdown_is_found_and_nothing_is_found_without_it(lmeval, lm,
     assert (verdict == "worse") == bool(percent)
 
 
+def looks(base, new):
+    """What `compare-runs` calls worse of races [numbers, 12 pairs]: it looks after six pairs, and after twelve."""
+    return any("worse" in verdicts([ratio(b[:n], a[:n]) for b, a in zip(base, new, strict=True)], LEVEL) for n in (PAIRS, MOST))
+
+
+def eager(base, new):
+    """The same by one who looks after every pair, at each number alone, and takes its 95 % interval at its word."""
+    every = [[ratio(b[:n], a[:n])] for b, a in zip(base, new, strict=True) for n in range(PAIRS, MOST + 1)]
+    return any("worse" in verdicts(one, 0.025) for one in every)
+
+
+def verdicts(found, level):
+    return judge_all(found, [THRESHOLD] * len(found), [False] * len(found), level=level)
+
+
 WAYS = {
-    "six pairs": lambda base, new: judge(ratio(base, new), 0.05, higher_is_better=False) == "worse",
-    "last value + 5 %": lambda base, new: new[0] > 1.05 * base[0],
-    "last value + 50 %": lambda base, new: new[0] > 1.5 * base[0],
+    "two looks": looks,
+    "a look after every pair": eager,
+    "last value + 5 %": lambda base, new: (new[:, 0] > 1.05 * np.exp(STORED.normal(0, np.log(base).std(), len(new)))).any(),
+    "last value + 50 %": lambda base, new: (new[:, 0] > 1.5 * np.exp(STORED.normal(0, np.log(base).std(), len(new)))).any(),
 }
+STORED = np.random.default_rng(1)  # runs of another day
 
 
-@pytest.mark.parametrize("noise", [0.03, 0.08])
-def test_how_often_it_cries_wolf_and_how_often_it_sleeps(lmeval, lm, noise):
-    """Of 2,000 simulated comparisons each: runs differ by `noise`, of which those of a pair share all but one percent."""
+@pytest.mark.parametrize("noise", [0.02, 0.05, 0.1, 0.2])
+@pytest.mark.parametrize("numbers", [1, 4, 8])
+def test_how_often_it_cries_wolf_and_how_often_it_sleeps(lmeval, lm, noise, numbers):
+    """Of 500 simulated races each; the two runs of a pair differ by `noise`, and nothing is shared between the numbers."""
     draws = np.random.default_rng(0)
     alarms = {}
     for percent in (0, 10):
-        machine = draws.normal(0, noise, (2000, 6))
-        base, new = (np.exp(machine + draws.normal(0, 0.01, machine.shape)) for _ in range(2))
-        stored = np.exp(draws.normal(0, noise, (2000, 1)))  # of another day
+        base, new = np.exp(draws.normal(0, noise / np.sqrt(2), (2, 500, numbers, MOST)))
+        new = (1 + percent / 100) * new
         for way, alarm in WAYS.items():
-            before = base if way == "six pairs" else stored
-            alarms[way, percent] = np.mean([alarm(b, (1 + percent / 100) * n) for b, n in zip(before, new, strict=True)])
+            alarms[way, percent] = np.mean([alarm(b, a) for b, a in zip(base, new, strict=True)])
     for way in WAYS:
-        false, found = (Metric(100 * alarms[way, percent], "%", n=2000) for percent in (0, 10))
-        lmeval.record(lm, f"{way}, noise {noise:.0%}", false_alarms=false, slower_by_10_percent_found=found)
-    assert alarms["six pairs", 0] <= 0.02
-    assert alarms["six pairs", 10] > 0.8
-    assert alarms["last value + 5 %", 0] > alarms["six pairs", 0]
+        false, found = (Metric(100 * alarms[way, percent], "%", n=500) for percent in (0, 10))
+        lmeval.record(lm, f"{way}, {numbers} numbers, noise {noise:.0%}", false_alarms=false, slower_by_10_percent_found=found)
+    assert alarms["two looks", 0] <= 0.03  # 2 % and what 500 races leave open
+    if noise <= 0.05:
+        assert alarms["two looks", 10] > 0.8

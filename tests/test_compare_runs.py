@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pytest_lmeval.gates import compare_runs
 from pytest_lmeval.gates.compare_runs import add_arguments, compared, race
 from pytest_lmeval.gates.interleaved import Key, Number, Side, SideError, numbers, side
-from pytest_lmeval.statistics.ratio import STUDENT, judge, quantile, ratio
+from pytest_lmeval.statistics.ratio import judge_all, quantile, ratio
 
 POSITIVE = st.floats(0.01, 100)
 KEY = Key("test_speed.py::test_latency", "demo", "batch 1, 128 tokens", "itl")
@@ -47,9 +47,13 @@ def test_the_interval_holds_the_truth_nineteen_times_in_twenty():
     assert held / 2000 == pytest.approx(0.95, abs=0.015)
 
 
-def test_the_quantiles_go_on_beyond_their_table():
-    assert quantile(len(STUDENT) + 1) == pytest.approx(2.120, abs=2e-3)
-    assert quantile(1000) == pytest.approx(1.962, abs=2e-3)
+def test_the_quantiles_are_those_of_the_tables():
+    assert [round(quantile(freedom), 3) for freedom in (1, 2, 5, 11, 120)] == [12.706, 4.303, 2.571, 2.201, 1.980]
+    assert [round(quantile(freedom, 0.001), 3) for freedom in (5, 10)] == [5.893, 4.144]
+
+
+def judge(found, threshold, up, level=0.05):
+    return judge_all([found], [threshold], [up], level=level)[0]
 
 
 @pytest.mark.parametrize(
@@ -58,18 +62,32 @@ def test_the_quantiles_go_on_beyond_their_table():
 )
 def test_a_difference_counts_that_is_certain_and_large_enough(low, high, verdict):
     middle, spread = np.log(low * high) / 2, np.log(high / low) / 2
-    logs = middle + spread * np.array([-1, 1, -1, 1]) * np.sqrt(3) * 1.0 / quantile(3)
+    logs = middle + spread * np.array([-1, 1, -1, 1]) * np.sqrt(3) / quantile(3)
     found = ratio([1.0] * 4, np.exp(logs))
     assert (found.low, found.high) == (pytest.approx(low), pytest.approx(high))
-    assert judge(found, 0.05, higher_is_better=False) == verdict
+    assert judge(found, 0.05, False) == verdict
     turned = {"worse": "better", "better": "worse"}
-    assert judge(found, 0.05, higher_is_better=True) == turned.get(verdict, verdict)
+    assert judge(found, 0.05, True) == turned.get(verdict, verdict)
 
 
 def test_one_pair_says_nothing():
-    assert judge(ratio([1.0], [2.0]), 0.05, higher_is_better=False) == "unclear"
+    assert judge(ratio([1.0], [2.0]), 0.05, False) == "unclear"
     with pytest.raises(ValueError, match="positive"):
         ratio([1.0, 0.0], [1.0, 1.0])
+
+
+@pytest.mark.parametrize("noise", [0.05, 0.2])
+@pytest.mark.parametrize("numbers", [1, 8])
+def test_two_looks_at_any_number_of_numbers_call_wolf_in_two_of_a_hundred_races(noise, numbers):
+    draws = np.random.default_rng(0)
+    alarms = eager = 0
+    for _ in range(400):
+        base, new = np.exp(draws.normal(0, noise, (2, numbers, 12)))
+        looks = [[ratio(b[:n], a[:n]) for b, a in zip(base, new, strict=True)] for n in range(6, 13)]
+        alarms += any("worse" in judge_all(looks[n], [0.05] * numbers, [False] * numbers, level=0.01) for n in (0, -1))
+        eager += any(judge(one, 0.05, False) == "worse" for look in looks for one in look)
+    assert alarms / 400 <= 0.03  # the broken twin looks after every pair, at each number alone:
+    assert eager / 400 > 0.03
 
 
 def arguments(*given):
@@ -100,7 +118,7 @@ def raced(base, new, *given):
 def test_the_versions_take_turns_and_the_order_is_turned_round(capsys):
     order, (row,) = raced([1.0, 1.01] * 6, [1.0, 1.01] * 6)
     assert (order, row.verdict) == ("ABBA" * 3, "same")
-    assert "pair 6: 1 same" in capsys.readouterr().err
+    assert "pair 6 of 6" in capsys.readouterr().err
 
 
 def test_what_is_unclear_is_run_again_up_to_a_limit():
@@ -195,10 +213,12 @@ def test_a_slower_version_is_found_and_its_checkout_is_taken_away(repository):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["--base", "no-such-branch"], "no-such-branch is no git revision of * and no Python environment"),
+        (["--base", "no-such-branch"], "no-such-branch is no Python environment and no git revision of *fatal: *"),
+        (["--base", "HEAD", "--to", "nowhere/runs.json"], "No such file or directory, so the numbers would be lost"),
         (["--base", sys.executable, "--", "test_missing.py"], "measured nothing: *ended with status 4"),
         (["--base", "HEAD", "--pairs", "1"], "at least 2 pairs"),
         (["--base", "HEAD", "--threshold", "2"], "takes a share between 0 and 1"),
+        (["--base", "HEAD", "--threshold", "abc"], "takes a share between 0 and 1"),
     ],
 )
 def test_what_cannot_be_compared_is_said(repository, given, said):

@@ -1,7 +1,10 @@
 """`python -m pytest_lmeval compare-runs --base main -- benchmarks/test_speed.py`: is the project slower than it was?
 
-Both versions run the same tests in turns, in fresh processes, until each number's verdict is clear or the budget is spent.
-Exit status 1 where one got worse; what is unclear fails nothing, and says how wide its interval still is.
+Both versions run the same tests in turns, in fresh processes. After `--pairs` of them one looks, and stops if every verdict is
+clear; else once more after `--most`, or when the budget is spent. Where nothing changed, a look calls anything worse in one of a
+hundred comparisons, however many numbers there are; one who looks after every pair would cry wolf far more often.
+
+Exit status 1 where a number got worse or a test of this version failed; what is unclear fails nothing.
 """
 
 from __future__ import annotations
@@ -15,9 +18,10 @@ from pathlib import Path
 from statistics import median
 
 from pytest_lmeval.gates.interleaved import Key, Number, Side, SideError, side
-from pytest_lmeval.statistics.ratio import Ratio, Verdict, judge, ratio
+from pytest_lmeval.statistics.ratio import Ratio, Verdict, judge_all, ratio
 
 PAIRS, MOST, BUDGET, THRESHOLD = 6, 12, 900.0, 0.05
+LEVEL = 0.01  # of each of the two looks
 ORDER: tuple[Verdict, ...] = ("worse", "unclear", "better", "same")
 
 
@@ -52,6 +56,9 @@ def main(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 2
+    if arguments.to and (problem := _unwritable(arguments.to)):
+        print(f"--to {arguments.to}: {problem}, so the numbers would be lost. Name another file.", file=sys.stderr)
+        return 2
     here = Side("this version", Path.cwd(), markers=True)
     try:
         with side(arguments.base, Path.cwd()) as base:
@@ -60,41 +67,54 @@ def main(arguments: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return 2
     rows = compared(base, here, arguments.threshold)
-    print("\n".join(lines(rows, base, here, arguments.threshold)))
     if arguments.to:
         arguments.to.write_text(json.dumps(document(rows, base, here), indent=1) + "\n", encoding="utf-8")
+    print("\n".join(lines(rows, base, here, arguments.threshold)))
     if not rows:
         print(
             "no number of speed is on both sides: choose tests that use lmeval.latency, throughput or streaming.",
             file=sys.stderr,
         )
         return 2
-    return int(any(row.verdict == "worse" for row in rows))
+    return int(bool(here.failed) or any(row.verdict == "worse" for row in rows))
+
+
+def _unwritable(path: Path) -> str | None:
+    try:
+        with path.open("a"):
+            return None
+    except OSError as error:
+        return error.strerror or str(error)
 
 
 def race(base: Side, new: Side, arguments: argparse.Namespace) -> None:
-    """Pairs of runs, the order turned round from pair to pair, as long as something is unclear."""
+    """Pairs of runs, the order turned round from pair to pair."""
     began = time.monotonic()
-    for pair in range(arguments.most):
-        for runner in (base, new) if pair % 2 == 0 else (new, base):
+    for pair in range(1, arguments.most + 1):
+        for runner in (base, new) if pair % 2 else (new, base):
             runner.run(arguments.tests)
-        rows = compared(base, new, arguments.threshold)
-        print(f"pair {pair + 1}: {_counted(rows)}, {time.monotonic() - began:.0f} s", file=sys.stderr)
-        settled = not any(row.verdict == "unclear" for row in rows)
-        if time.monotonic() - began > arguments.budget or (pair + 1 >= arguments.pairs and settled):
+        spent = time.monotonic() - began
+        print(
+            f"pair {pair} of {arguments.pairs if pair <= arguments.pairs else arguments.most}, {spent:.0f} s", file=sys.stderr
+        )
+        if spent > arguments.budget:
+            return
+        if pair == arguments.pairs and all(row.verdict != "unclear" for row in compared(base, new, arguments.threshold)):
             return
 
 
 def compared(base: Side, new: Side, threshold: float) -> list[Row]:
     """Every number that all runs of both sides have, the worst first."""
+    keys = _everywhere(base, new)
+    pairs = [[[run[key].value for run in one.runs] for one in (base, new)] for key in keys]
+    found = [ratio(*pair) for pair in pairs]
+    first = [new.runs[0][key] for key in keys]
+    better = [number.higher_is_better for number in first]
+    verdicts = judge_all(found, [number.threshold or threshold for number in first], better, level=LEVEL)
     rows = []
-    for key in _everywhere(base, new):
-        before, after = ([run[key].value for run in one.runs] for one in (base, new))
-        found, first = ratio(before, after), base.runs[0][key]
-        middle_before, middle_after = (replace(first, value=median(values)) for values in (before, after))
-        allowed = new.runs[0][key].threshold or threshold
-        verdict = judge(found, allowed, higher_is_better=first.higher_is_better)
-        rows.append(Row(key, middle_before, middle_after, found, verdict))
+    for key, number, (before, after), one, verdict in zip(keys, first, pairs, found, verdicts, strict=True):
+        old, new_ = (replace(number, value=median(values)) for values in (before, after))
+        rows.append(Row(key, old, new_, one, verdict))
     return sorted(rows, key=lambda row: ORDER.index(row.verdict))
 
 
@@ -103,11 +123,13 @@ def lines(rows: list[Row], base: Side, new: Side, threshold: float) -> list[str]
     table = [["verdict", "test", "metric", base.name, new.name, "ratio", "95 % interval"], *(_cells(row, rows) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     left_out = _only(base, new)
+    failed = [f"{one.name}: {', '.join(sorted(one.failed))}" for one in (base, new) if one.failed]
     return [
         *("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table),
         "",
         f"{len(new.runs)} pairs of runs in fresh processes, in turns; a difference counts from {100 * threshold:g} % on (or "
-        "what the marker lmeval_gate of a test says), if the interval excludes 1.",
+        "what the marker lmeval_gate of a test says), if chance would bring it about in one of 100 comparisons at most.",
+        *([f"tests that failed, {'; '.join(failed)}"] if failed else []),
         *([f"on one side only, or not in every run: {', '.join(left_out)}"] if left_out else []),
     ]
 
@@ -143,14 +165,12 @@ def _only(base: Side, new: Side) -> list[str]:
     return sorted({f"{key.test} ({key.metric})" for run in (*base.runs, *new.runs) for key in run if key not in everywhere})
 
 
-def _counted(rows: list[Row]) -> str:
-    counts = [(name, sum(row.verdict == name for row in rows)) for name in ORDER]
-    return ", ".join(f"{count} {name}" for name, count in counts if count) or "no number on both sides"
-
-
 def _share(text: str) -> float:
     """5% or 0.05."""
-    value = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
+    try:
+        value = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = -1.0
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"takes a share between 0 and 1, such as 5% or 0.05; got {text!r}.")
     return value

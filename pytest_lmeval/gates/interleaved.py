@@ -57,6 +57,7 @@ class Side:
     """Where a version lies, and what it was measured to do: `runs`, one after the other.
 
     markers  whether the markers of its tests are read: by comparing with a baseline that is not there
+    failed   its tests that failed in any run; what they measured until then counts
     """
 
     name: str
@@ -64,6 +65,7 @@ class Side:
     python: str = sys.executable
     markers: bool = False
     runs: list[dict[Key, Number]] = field(default_factory=list)
+    failed: set[str] = field(default_factory=set)
 
     def run(self, arguments: list[str]) -> None:
         """Run pytest once. Raises SideError where it leaves no numbers."""
@@ -80,7 +82,9 @@ class Side:
                     f"{self.name} measured nothing: `{' '.join(command[1:])}` in {self.folder} ended with status "
                     f"{done.returncode}.\n{last}"
                 )
-            self.runs.append(numbers(json.loads(written.read_text(encoding="utf-8"))))
+            document = json.loads(written.read_text(encoding="utf-8"))
+            self.runs.append(numbers(document))
+            self.failed |= {failure["test"] for failure in document.get("failures", [])}
 
     def _environment(self) -> dict[str, str]:
         """This process's, with the side's own code before all other."""
@@ -119,7 +123,7 @@ def side(named: str, folder: Path) -> Iterator[Side]:
     if python is not None:
         yield Side(named, folder, python)
         return
-    _git(folder, "rev-parse", "--verify", "--quiet", f"{named}^{{commit}}", named=named)
+    _git(folder, "rev-parse", "--verify", f"{named}^{{commit}}", named=named)
     root = Path(_git(folder, "rev-parse", "--show-toplevel", named=named))
     with tempfile.TemporaryDirectory(prefix="lmeval-base-") as place:
         checkout = Path(place) / root.name
@@ -141,9 +145,9 @@ def _git(folder: Path, *arguments: str, named: str) -> str:
     try:
         done = subprocess.run(["git", *arguments], cwd=folder, text=True, capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        said = getattr(error, "stderr", "") or str(error)
+        said = (getattr(error, "stderr", "") or "git cannot be run").strip().splitlines()[0]
         raise SideError(
-            f"{named} is no git revision of {folder} and no Python environment ({said.strip() or 'unknown to git'}). Give one "
-            "of them: --base main, --base HEAD~1, --base path/to/venv."
+            f"{named} is no Python environment and no git revision of {folder} ({said}). Give one of them: --base main, "
+            "--base HEAD~1, --base path/to/venv."
         ) from None
     return done.stdout.strip()

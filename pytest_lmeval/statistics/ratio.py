@@ -3,10 +3,10 @@
 What disturbs a machine disturbs both runs of a pair, so each pair gives one logarithm of a ratio, and the pairs, not the rounds
 within a run, are the sample: rounds of one process share its luck, and more of them only make a wrong answer surer.
 
-    worse     the 95 % interval of the ratio excludes 1, and the ratio is beyond the threshold
+    worse     beyond the threshold, and too far for chance: p, after Holm, is at most the level
     better    the same in the other direction
-    same      the interval lies within the threshold on both sides
-    unclear   neither, yet
+    same      the 95 % interval lies within the threshold on both sides
+    unclear   neither
 """
 
 from __future__ import annotations
@@ -17,19 +17,21 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Literal
 
-Verdict = Literal["worse", "better", "same", "unclear"]
+from pytest_lmeval.statistics.paired import holm
 
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-"""The 0.975 quantiles of Student's t for 1, 2, ... degrees of freedom."""
+Verdict = Literal["worse", "better", "same", "unclear"]
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """new / base, with its 95 % interval over n pairs (Student's t of the logarithms); no interval for a single pair."""
+    """new / base over n pairs, its 95 % interval, and how likely chance alone brings so large a ratio, or so small a one
+    (Student's t of the logarithms). A single pair has neither interval nor evidence."""
 
     value: float
     low: float | None
     high: float | None
+    p_larger: float
+    p_smaller: float
     n: int
 
 
@@ -44,27 +46,61 @@ def ratio(base: Sequence[float], new: Sequence[float]) -> Ratio:
     if len(base) != len(new) or not len(base) or min(*base, *new) <= 0:
         raise ValueError(f"a ratio takes pairs of positive numbers; got {list(base)} and {list(new)}.")
     logs = [math.log(after / before) for before, after in zip(base, new, strict=True)]
-    middle = fmean(logs)
-    if len(logs) == 1:
-        return Ratio(math.exp(middle), None, None, 1)
-    half = quantile(len(logs) - 1) * stdev(logs) / math.sqrt(len(logs))
-    return Ratio(math.exp(middle), math.exp(middle - half), math.exp(middle + half), len(logs))
+    middle, freedom = fmean(logs), len(logs) - 1
+    if not freedom:
+        return Ratio(math.exp(middle), None, None, 1.0, 1.0, 1)
+    error = stdev(logs) / math.sqrt(len(logs))
+    half, beyond = quantile(freedom) * error, tail(middle / error if error else math.copysign(math.inf, middle), freedom)
+    if not middle:
+        beyond = 0.5
+    return Ratio(math.exp(middle), math.exp(middle - half), math.exp(middle + half), beyond, 1 - beyond, len(logs))
 
 
-def quantile(freedom: int) -> float:
-    """The 0.975 quantile of Student's t; beyond the table by the first terms of its expansion (Cornish and Fisher 1937)."""
-    if freedom <= len(STUDENT):
-        return STUDENT[freedom - 1]
-    z = 1.959964
-    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+def tail(t: float, freedom: int) -> float:
+    """The probability that Student's t is larger (Abramowitz and Stegun, 26.7.3 and 26.7.4).
+
+    >>> round(tail(2.571, 5), 4), tail(0.0, 4), tail(math.inf, 4)
+    (0.025, 0.5, 0.0)
+    """
+    angle = math.atan(t / math.sqrt(freedom))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    if math.isinf(t):
+        sine, cosine = math.copysign(1.0, t), 0.0
+    term = total = cosine if freedom % 2 else 1.0
+    for step in range(2 + freedom % 2, freedom - 1, 2):
+        term *= cosine**2 * (step - 1) / step
+        total += term
+    within = sine * total if freedom % 2 == 0 else 2 / math.pi * (angle + (sine * total if freedom > 1 else 0.0))
+    return (1 - within) / 2
 
 
-def judge(found: Ratio, threshold: float, *, higher_is_better: bool) -> Verdict:
-    """What the ratio says of a metric; see the head of this file. The threshold is a share: 0.05 is 5 %."""
+def quantile(freedom: int, beyond: float = 0.025) -> float:
+    """What Student's t exceeds with that probability, by halving."""
+    low, high = 0.0, 1e6
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if tail(middle, freedom) > beyond else (low, middle)
+    return high
+
+
+def judge_all(
+    found: Sequence[Ratio], thresholds: Sequence[float], higher_is_better: Sequence[bool], *, level: float
+) -> list[Verdict]:
+    """The verdicts of numbers that are judged together; see the head of this file.
+
+    thresholds  shares: 0.05 is 5 %
+    level       the probability that any of them is called worse, or any better, where nothing changed
+    """
+    losses = holm([one.p_smaller if up else one.p_larger for one, up in zip(found, higher_is_better, strict=True)])
+    gains = holm([one.p_larger if up else one.p_smaller for one, up in zip(found, higher_is_better, strict=True)])
+    rows = zip(found, thresholds, higher_is_better, losses, gains, strict=True)
+    return [_judge(one, threshold, up, lost <= level, won <= level) for one, threshold, up, lost, won in rows]
+
+
+def _judge(found: Ratio, threshold: float, up: bool, lost: bool, won: bool) -> Verdict:
+    size = abs(math.log(found.value))
+    if (lost or won) and size > math.log1p(threshold):
+        return "worse" if lost else "better"
     if found.low is None or found.high is None:
         return "unclear"
-    if found.low > 1 and found.value > 1 + threshold:
-        return "better" if higher_is_better else "worse"
-    if found.high < 1 and found.value < 1 / (1 + threshold):
-        return "worse" if higher_is_better else "better"
     return "same" if found.low >= 1 / (1 + threshold) and found.high <= 1 + threshold else "unclear"
