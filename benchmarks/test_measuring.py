@@ -153,7 +153,7 @@ def test_how_far_runs_differ_within_a_process_and_between_processes(lmeval, lm):
         runs_for_5_percent=Metric(statistics.median(runs_to_see(runs) for _, runs in found), n=40),
         processes_for_5_percent=Metric(runs_to_see(medians), n=8),
     )
-    assert statistics.median(medians) > 0
+    assert max(medians) < 3 * min(medians)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: events are not stamped here")

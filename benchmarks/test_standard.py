@@ -42,7 +42,7 @@ def test_speed_latency(lmeval, lm, benchmark, seq_len):
 
 @pytest.mark.slow
 def test_speed_throughput(lmeval, lm, benchmark):
-    lmeval.throughput(lm)
+    lmeval.throughput(lm, seq_len=512)
 
 
 def test_speed_streaming(lmeval, lm, benchmark):
@@ -54,4 +54,4 @@ def test_memory(lmeval, lm):
 
 
 def test_efficiency(lmeval, lm, benchmark):
-    lmeval.efficiency(lm)
+    lmeval.efficiency(lm, seq_len=128)

@@ -3,7 +3,7 @@
 It calls the timed function, keeps the times, stores and compares them; in tests that measure a model, its clock is ours, which
 waits for the device. It knows one time a test, that of a whole run. So the parts of a run become rows of their own, in its
 table and in its JSON (`test_latency[ttft]`), where `--benchmark-compare`, `pytest-benchmark compare` and other tools find them;
-percentiles, tokens a second and bytes stand in `extra_info["lmeval"]`.
+percentiles, tokens a second and bytes stand in `extra_info["lmeval"]`. `--benchmark-compare-fail` looks at whole runs only.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from pytest_lmeval.results.record import Record
 
 OURS, PARTS = "lmeval", "parts"
-ROWS = ("prefill", "ttft", "itl", "decode", "chunk")  # parts that get a row; the whole run has one
+ROWS = ("prefill", "ttft", "itl", "decode", "chunk")  # parts that get a row
+WHOLE = ("e2e", "batch", "stream")  # has a row already, where the test measured one thing
 LEFT_OUT = ("_mean", "_min", "_max", "_std")  # pytest-benchmark has columns for them
 DEFAULT_TIMER = "time.perf_counter"
 LONGEST = 100  # characters of a parameter: pytest-benchmark would write down whole tensors
@@ -42,10 +43,13 @@ class Driver:
         if self._benchmark is not None and self._benchmark.disabled:
             self._times(lambda: None)  # else it warns that it was not used
             return Runner(not_measured="pytest-benchmark is disabled: the step ran once, untimed")
-        return Runner(self._times) if self._free else Runner()
+        return Runner(self._times, name="pytest-benchmark") if self._is_free() else Runner()
+
+    def _is_free(self) -> bool:
+        return self._free and getattr(self._benchmark, "stats", None) is None  # the test may have used it by itself
 
     def _times(self, run: Callable[[], Any], rounds: int = 1) -> None:
-        if self._free:
+        if self._is_free():
             self._free = False
             self._benchmark.pedantic(run, rounds=rounds, iterations=1)
 
@@ -68,7 +72,7 @@ class Driver:
         if reason := record.settings.get("not_measured"):
             info["not_measured"] = reason
         if samples:
-            info[PARTS] = {name: _stats(times) for name, times in samples.items() if name in ROWS and times}
+            info[PARTS] = {name: _stats(times) for name, times in samples.items() if name in ROWS + WHOLE and times}
         self._benchmark.extra_info.setdefault(OURS, []).append(info)
 
 
@@ -115,8 +119,8 @@ class BenchmarkHooks:
         rows = []
         for row in output_json["benchmarks"]:
             row["params"] = {name: _short(value) for name, value in (row["params"] or {}).items()} or None
-            parts = [{**row, **names, "stats": stats} for names, stats in _parts(row)]
-            rows += [_without_parts(row), *map(_without_parts, parts)]
+            rows.append(_without_parts(row, row["extra_info"].get(OURS)))
+            rows += [_without_parts({**row, **names, "stats": stats}, [info]) for names, stats, info in _parts(row)]
         output_json["benchmarks"] = rows
 
     @pytest.hookimpl(optionalhook=True, tryfirst=True)
@@ -124,7 +128,7 @@ class BenchmarkHooks:
         """The same rows in the table, beside those of the run that it is compared with."""
         for row in list(benchmarks):
             known = self._columns_beside(row) if row["path"] is not None else None
-            for names, stats in _parts(row):
+            for names, stats, _info in _parts(row):
                 columns = stats if known is None else known.get(names["fullname"])
                 if columns is not None:
                     benchmarks.append({**row, **names, **columns})
@@ -135,20 +139,22 @@ class BenchmarkHooks:
         return next((run for run in runs if run.get(row["fullname"], {}).get("total") == row["total"]), {})
 
 
-def _parts(row: dict[str, Any]) -> Iterator[tuple[dict[str, str], dict[str, Any]]]:
-    """Names and columns of a row's parts; with the subject, where one test measured several."""
+def _parts(row: dict[str, Any]) -> Iterator[tuple[dict[str, str], dict[str, Any], dict[str, Any]]]:
+    """Names and columns of a row's parts, and what is known of them; with the subject, where one test measured several."""
     infos = [info for info in row["extra_info"].get(OURS, []) if PARTS in info]
     for info in infos:
         before = "" if len(infos) == 1 else f"{info['subject']}, "
         for part, stats in info[PARTS].items():
-            yield {key: f"{row[key]}[{before}{part}]" for key in ("name", "fullname")}, stats
+            if before or part not in WHOLE:
+                yield {key: f"{row[key]}[{before}{part}]" for key in ("name", "fullname")}, stats, info
 
 
-def _without_parts(row: dict[str, Any]) -> dict[str, Any]:
-    if OURS not in row["extra_info"]:
+def _without_parts(row: dict[str, Any], infos: list[dict[str, Any]] | None) -> dict[str, Any]:
+    """The row with these infos, without their parts, which have rows of their own."""
+    if infos is None:
         return row
-    infos = [{name: value for name, value in info.items() if name != PARTS} for info in row["extra_info"][OURS]]
-    return {**row, "extra_info": {**row["extra_info"], OURS: infos}}
+    bare = [{name: value for name, value in info.items() if name != PARTS} for info in infos]
+    return {**row, "extra_info": {**row["extra_info"], OURS: bare}}
 
 
 def _short(value: Any) -> Any:

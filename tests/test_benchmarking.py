@@ -104,6 +104,9 @@ def test_a_second_measurement_in_a_test_has_rows_that_say_which_it_is(project):
     names = [row["name"] for row in saved(project)["benchmarks"]]
     assert "test_grid[batch 1, 4 tokens, itl]" in names
     assert "test_grid[batch 1, 8 tokens, itl]" in names
+    assert "test_grid[batch 1, 8 tokens, e2e]" in names
+    infos = [row["extra_info"]["lmeval"] for row in saved(project)["benchmarks"]]
+    assert [len(info) for info in infos] == [2] + [1] * 8  # a part says what is known of its own measurement alone
 
 
 def test_the_timer_of_a_test_or_of_the_command_line_is_kept(project):
@@ -195,3 +198,37 @@ def test_a_machine_that_gives_out_fails_the_test_in_words_and_keeps_what_was_mea
     result.stdout.fnmatch_lines([f"E *{said}"])
     result.stdout.no_fnmatch_line("*profiling/latency.py*")
     assert [record["subject"] for record in saved(project, ".lmeval/metrics.json")["records"]] == ["batch 1, 8 tokens"]
+
+
+def test_a_length_of_zero_is_refused_by_every_verb_and_so_is_a_model_in_other_bits(project):
+    project.makepyfile(
+        test_speed="""
+        import pytest
+        from torch import nn
+        from pytest_lmeval.lm import SpecError
+        from pytest_lmeval.profiling.runner import ProfilingError
+
+        class Own(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.embed = nn.Embedding(256, 8)
+
+            def forward(self, ids):
+                return self.embed(ids) @ self.embed.weight.T
+
+        @pytest.mark.parametrize("verb", ["latency", "throughput", "memory", "efficiency"])
+        def test_zero(lmeval, lm, verb):
+            with pytest.raises(ProfilingError, match="seq_len is 0"):
+                getattr(lmeval, verb)(lm, seq_len=0)
+
+        def test_bits(lmeval):
+            with pytest.raises(SpecError, match="--lmeval-bits 16 asks for bf16, and .*Own was handed over in fp32"):
+                lmeval.latency(Own())
+            assert lmeval.latency(Own().bfloat16(), seq_len=4, runs=1).prefill > 0
+
+        def test_a_verb_after_a_benchmark_of_ones_own(lmeval, lm, benchmark):
+            benchmark(int)
+            assert lmeval.latency(lm, seq_len=4, runs=1, warm_up=0).record.settings["timed_by"] == "bare loop"
+        """
+    )
+    project.runpytest_subprocess("--lmeval-bits", "16").assert_outcomes(passed=6)

@@ -4,13 +4,12 @@ Where times matter, they are those of a clock that only the model moves.
 """
 
 import gc
+import math
 import time
 from itertools import cycle
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from toys import Functional, Stateless
 
 from pytest_lmeval.adapters import as_model
@@ -98,15 +97,10 @@ def test_known_times_are_reported_as_they_are(still):
     assert result.record.cost["seconds"] == pytest.approx(20 * 0.025)
 
 
-@settings(deadline=None, max_examples=25)
-@given(st.integers(1, 99).filter(lambda percent: percent not in (5, 10)))  # there, a percentile lies between two times
-def test_a_percentile_is_the_time_that_so_many_steps_stay_below(slow_percent):
-    fake = Clock()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clock, "time", fake)
-        patch.setattr("pytest_lmeval.profiling.runner.tick", lambda device: 1e-9)
-        steps = [20e-3] * slow_percent + [1e-3] * (100 - slow_percent)
-        result = latency(as_model(Slow(fake, tokens=steps)), seq_len=2, new_tokens=101, runs=3, warm_up=0)
+@pytest.mark.parametrize("slow_percent", [1, 4, 7, 11, 50, 99])  # at 5 and 10, a percentile lies between two times
+def test_a_percentile_is_the_time_that_so_many_steps_stay_below(still, slow_percent):
+    steps = [20e-3] * slow_percent + [1e-3] * (100 - slow_percent)
+    result = latency(as_model(Slow(still, tokens=steps)), seq_len=2, new_tokens=101, runs=3, warm_up=0)
     for percent in (90, 95):
         assert float(result.percentile("itl", percent)) == pytest.approx(20 if slow_percent > 100 - percent else 1)
 
@@ -217,6 +211,68 @@ def test_a_cell_of_a_grid_that_fails_is_marked_and_the_others_are_measured():
         latency_grid(LM, batch_sizes=())
 
 
+def test_options_that_fit_no_cell_are_refused_before_the_first_one():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'run'"):
+        latency_grid(LM, run=3)
+    with pytest.raises(ProfilingError, match="runs is 0"):
+        latency_grid(LM, runs=0)
+
+
+class Vanishing(Functional):
+    """Its device is lost at a batch of two, and nothing can be read from it afterwards."""
+
+    lost, steps = False, 0
+
+    def forward(self, input_ids, state=None):
+        self.steps += 1
+        self.lost = self.lost or len(input_ids) == 2
+        if self.lost:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+        return super().forward(input_ids, state)
+
+
+def test_after_a_lost_device_the_other_cells_are_marked_and_what_was_measured_is_kept(monkeypatch):
+    lm, kept = as_model(Vanishing()), []
+    grid = latency_grid(
+        lm, batch_sizes=(1, 2, 4), seq_lens=(4,), runs=2, warm_up=0, keep=lambda cell: kept.append(cell) or cell
+    )
+    assert [cell.record.settings.get("failure") for cell in kept] == [
+        None,
+        *2 * ["device lost: CUDA error: device-side assert triggered"],
+    ]
+    assert grid[1, 4].ttft > 0
+    steps = lm.module.steps
+    latency_grid(lm, batch_sizes=(2, 4, 8), seq_lens=(4,), runs=2, warm_up=0)
+    assert lm.module.steps == steps + 1  # nothing is tried on a device that is gone
+
+
+class WithoutDecoding(Functional):
+    def forward(self, input_ids, state=None):
+        if state is not None and len(input_ids) == 4:
+            raise RuntimeError("no kernel for one token of four rows")
+        return super().forward(input_ids, state)
+
+
+def test_a_batch_that_can_be_read_and_not_decoded_keeps_how_fast_it_is_read():
+    result = throughput(as_model(WithoutDecoding()), batch_size=4, seq_len=8, runs=2, scaling=False)
+    assert result.tokens_per_second > 0
+    assert "no kernel for one token" in result.record.settings["failed"]["decode"]
+
+
+def test_it_is_told_whether_a_model_was_timed_before_and_by_whom():
+    lm = as_model(Functional())
+    first, second = (latency(lm, seq_len=4, runs=2, warm_up=0).record.settings for _ in range(2))
+    assert [(said["timed_before"], said["timed_by"]) for said in (first, second)] == [(False, "bare loop"), (True, "bare loop")]
+
+
+@pytest.mark.parametrize("n", [8, 9, 20, 21, 26, 31, 75, 84, 100])
+def test_the_interval_of_a_median_misses_it_in_five_of_a_hundred_at_most(n):
+    metric = median(range(n), "s")
+    below = int(metric.low)  # samples that lie below it
+    missed = 2 * sum(math.comb(n, k) for k in range(below + 1)) / 2**n
+    assert missed <= 0.05 < missed + 2 * math.comb(n, below + 1) / 2**n
+
+
 def test_a_stream_is_timed_chunk_by_chunk(still):
     result = streaming(as_model(Slow(still, prompt=1e-3)), chunk_size=5, chunks=8, runs=2, warm_up=0)
     assert float(result.chunk_latency) == pytest.approx(5)
@@ -263,6 +319,15 @@ def test_a_clock_that_is_too_coarse_is_not_believed(monkeypatch):
     assert result.record.metrics == {}
 
 
+def test_what_the_clock_is_too_coarse_for_is_left_out_and_the_rest_is_kept(still, monkeypatch):
+    monkeypatch.setattr("pytest_lmeval.profiling.runner.tick", lambda device: 1e-5)
+    result = latency(as_model(Slow(still, prompt=1e-2, tokens=(5e-4,))), seq_len=10, new_tokens=4, runs=3, warm_up=0)
+    assert float(result.prefill) == pytest.approx(100)
+    with pytest.raises(NotMeasuredError, match="itl takes 500 us and the clock ticks every 10 us"):
+        result.itl  # noqa: B018
+    assert not {"itl", "tpot", "decode_tokens_per_second"} & set(result.record.metrics)
+
+
 def test_the_clock_tells_apart_less_than_a_microsecond():
     clock.tick.cache_clear()
     assert 0 < clock.tick("cpu") < 1e-6
@@ -277,6 +342,7 @@ def test_the_clock_tells_apart_less_than_a_microsecond():
         ({"seq_len": -1}, "seq_len is -1"),
         ({"new_tokens": 0}, "new_tokens is 0"),
         ({"warm_up": -1}, "warm_up is -1"),
+        ({"threads": 0}, "threads is 0"),
     ],
 )
 def test_what_cannot_be_timed_is_refused(options, said):

@@ -1,8 +1,8 @@
 """`python -m pytest_lmeval compare-runs --base main -- benchmarks/test_speed.py`: is the project slower than it was?
 
 Both versions run the same tests in turns, in fresh processes. After `--pairs` of them one looks, and stops if every verdict is
-clear; else once more after `--most`, or when the budget is spent. Where nothing changed, a look calls anything worse in one of a
-hundred comparisons, however many numbers there are; one who looks after every pair would cry wolf far more often.
+clear; else once more after `--most`, or when the budget is spent. Where nothing changed, a look calls anything worse in one of
+100 comparisons, however many numbers there are; one who looks after every pair would cry wolf far more often.
 
 Exit status 1 where a number got worse or a test of this version failed; what is unclear fails nothing.
 """

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pytest_lmeval.identity import facts
 from pytest_lmeval.lm import Model
-from pytest_lmeval.profiling.failures import attempt
+from pytest_lmeval.profiling.failures import DEVICE_LOST, attempt
 from pytest_lmeval.profiling.latency import LatencyResult, latency
-from pytest_lmeval.profiling.runner import ProfilingError
+from pytest_lmeval.profiling.runner import ProfilingError, check_shape
 from pytest_lmeval.results.record import Record
 
 BATCH_SIZES, SEQ_LENS = (1,), (128, 512)
@@ -47,31 +48,39 @@ def latency_grid(
     batch_sizes: Sequence[int] = BATCH_SIZES,
     seq_lens: Sequence[int] = SEQ_LENS,
     measure: Callable[..., LatencyResult] = latency,
+    keep: Callable[[LatencyResult], LatencyResult] = lambda cell: cell,
     **options: Any,
 ) -> Grid:
     """`latency` at every batch size and sequence length, with the same options; the smallest first.
 
-    Raises ProfilingError if there is no cell at all.
+    keep  is given each cell as soon as it is done, to write it down; what it returns stands in the grid
+
+    After a lost device, the cells that are left are marked so too. Raises ProfilingError if there is no cell at all, TypeError
+    and ProfilingError for options that no cell could be measured with.
     """
     shapes = sorted({(rows, tokens) for rows in batch_sizes for tokens in seq_lens}, key=lambda shape: shape[0] * shape[1])
     if not shapes:
         raise ProfilingError("the grid has no cells: give at least one batch size and one sequence length.")
-    return Grid({shape: _cell(lm, *shape, measure, options) for shape in shapes})
+    chosen = inspect.signature(latency).bind(lm, **options).arguments
+    common = {name: chosen[name] for name in ("runs", "warm_up") if name in chosen}
+    check_shape(replace(lm, context_length=None), batch_size=1, seq_len=1, new_tokens=chosen.get("new_tokens", 1), **common)
+    about, lost, cells = facts(lm), None, {}
+    for shape in shapes:
+        cell = _failed(shape, about, lost) if lost else _cell(lm, shape, about, measure, options)
+        cells[shape] = keep(cell)
+        failure = cell.record.settings.get("failure")
+        lost = failure if failure and failure.startswith(DEVICE_LOST) else lost
+    return Grid(cells)
 
 
 def _cell(
-    lm: Model, batch_size: int, seq_len: int, measure: Callable[..., LatencyResult], options: dict[str, Any]
+    lm: Model, shape: tuple[int, int], about: dict[str, Any], measure: Callable[..., LatencyResult], options: dict[str, Any]
 ) -> LatencyResult:
     found: list[LatencyResult] = []
-    why = attempt(lambda: found.append(measure(lm, batch_size=batch_size, seq_len=seq_len, **options)))
-    if why is None:
-        return found[0]
-    shape = {"batch_size": batch_size, "seq_len": seq_len}
-    return LatencyResult(
-        Record(
-            kind="latency",
-            subject=f"batch {batch_size}, {seq_len} tokens",
-            lm=facts(lm),
-            settings={**shape, "failure": why, "not_measured": why},
-        )
-    )
+    why = attempt(lambda: found.append(measure(lm, batch_size=shape[0], seq_len=shape[1], **options)))
+    return found[0] if why is None else _failed(shape, about, why)
+
+
+def _failed(shape: tuple[int, int], about: dict[str, Any], why: str) -> LatencyResult:
+    settings = {"batch_size": shape[0], "seq_len": shape[1], "failure": why, "not_measured": why}
+    return LatencyResult(Record("latency", f"batch {shape[0]}, {shape[1]} tokens", about, settings))

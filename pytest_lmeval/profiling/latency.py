@@ -29,7 +29,8 @@ FORMULAS = {
     "itl": "t(token i + 1) - t(token i), of all tokens of all runs",
     "tpot": "(e2e - ttft) / (new_tokens - 1), a run",
     "e2e": "t(last token) - t(request)",
-    "cold": "e2e of the very first run, which is counted nowhere else if there is a warm-up",
+    "cold": "e2e of the first run of this measurement, counted nowhere else if there is a warm-up; timed_before says whether "
+    "this process had timed the model before",
     "prefill_tokens_per_second": "batch_size x seq_len / prefill",
     "decode_tokens_per_second": "batch_size x (new_tokens - 1) / (e2e - ttft)",
 }
@@ -107,7 +108,7 @@ def latency(
     check_shape(lm, batch_size=batch_size, seq_len=seq_len, new_tokens=new_tokens, runs=runs, warm_up=warm_up)
     runner = runner or Runner()
     prompt, new_tokens = lm.random_ids(batch_size, seq_len, seed=seed), new_tokens if lm.stateful else 1
-    states, times = list[Any](), list[list[float]]()
+    about, states, times = facts(lm), list[Any](), list[list[float]]()
     with quiet(threads) as conditions:
         if runner.not_measured is None:
             for _ in range(warm_up):
@@ -115,12 +116,14 @@ def latency(
             runner.repeat(lambda: times.append(generate_once(lm, prompt, new_tokens)), runs)
         flops = count_flops(lambda: generate_once(lm, prompt, new_tokens, states))  # a run of its own: counting takes time
     timed = times[warm_up:]
-    samples = _samples(timed) if timed else {}
-    not_measured = runner.not_measured or too_short(samples["prefill"], lm.device, "reading the prompt")
+    taken = _samples(timed) if timed else {}
+    short = {name: why for name, times in taken.items() if (why := too_short(times, lm.device, name))}
+    samples = {name: times for name, times in taken.items() if name not in short}
+    not_measured = runner.not_measured or (None if "e2e" in samples else short["e2e"])
     record = Record(
         kind="latency",
         subject=f"batch {batch_size}, {seq_len} tokens",
-        lm=facts(lm),
+        lm=about,
         settings={
             "batch_size": batch_size,
             "seq_len": seq_len,
@@ -129,7 +132,8 @@ def latency(
             "warm_up": warm_up,
             "seed": seed,
             **conditions,
-            **about_times(lm, {name: samples[name] for name in BY_RUN if name in samples}, not_measured, FORMULAS),
+            "too_short": short,
+            **about_times(lm, runner, {name: samples[name] for name in BY_RUN if name in samples}, not_measured, FORMULAS),
         },
         metrics={} if not_measured else _metrics(samples, sum(times[0]), batch_size, seq_len),
         cost={
@@ -184,10 +188,11 @@ def _metrics(samples: dict[str, list[float]], cold: float, batch_size: int, seq_
         metrics[name] = median(times, "ms", scale=1e3)
         metrics.update(spread(name, times, "ms", scale=1e3))
     metrics["cold"] = Metric(1e3 * cold, "ms", n=1, higher_is_better=False)
-    rates = {"prefill": [batch_size * seq_len / time for time in samples["prefill"]]}
-    if "tpot" in samples:
-        rates["decode"] = [batch_size / time for time in samples["tpot"]]
-    for name, values in rates.items():
+    rates = {
+        "prefill": [batch_size * seq_len / time for time in samples.get("prefill", ())],
+        "decode": [batch_size / time for time in samples.get("tpot", ())],
+    }
+    for name, values in filter(lambda rate: rate[1], rates.items()):
         metrics[f"{name}_tokens_per_second"] = median(values, "tokens/s", higher_is_better=True)
     return metrics
 

@@ -39,11 +39,13 @@ class Runner:
     """Who calls the timed function: a bare loop, or pytest-benchmark.
 
     repeat        (run, rounds) calls `run` so many times
+    name          who that is, for the record
     not_measured  why times would say nothing here, so that none are taken: the function is called once
     """
 
     repeat: Callable[[Run, int], None] = bare_loop
     not_measured: str | None = None
+    name: str = "bare loop"
 
 
 def measured(record: Record, name: str) -> Metric:
@@ -51,7 +53,7 @@ def measured(record: Record, name: str) -> Metric:
     KeyError if there is no such metric."""
     if failure := record.settings.get("failure"):
         raise ProfilingError(f"{record.lm['spec']} failed at {record.subject}, so there is no {name}: {failure}")
-    if reason := record.settings["not_measured"]:
+    if reason := record.settings["not_measured"] or record.settings.get("too_short", {}).get(name.partition("_")[0]):
         raise NotMeasuredError(f"{name} was not measured: {reason}")
     return record.metrics[name]
 
@@ -63,8 +65,10 @@ def quiet(threads: int | None = None) -> Iterator[dict[str, int]]:
     Yields what a record says of it, filled in at the end. Raises ProfilingError if the number changed on the way: some times
     were taken with one, some with another.
     """
+    if threads is not None and threads < 1:
+        raise ProfilingError(f"threads is {threads}; it is at least 1, or None for those that torch has.")
     before, collecting = torch.get_num_threads(), gc.isenabled()
-    pinned = threads or before
+    pinned = before if threads is None else threads
     conditions = {"threads": pinned}
     torch.set_num_threads(pinned)
     gc.collect()
@@ -84,12 +88,15 @@ def quiet(threads: int | None = None) -> Iterator[dict[str, int]]:
 
 
 def about_times(
-    lm: Model, by_run: dict[str, list[float]], not_measured: str | None, formulas: dict[str, str]
+    lm: Model, runner: Runner, by_run: dict[str, list[float]], not_measured: str | None, formulas: dict[str, str]
 ) -> dict[str, Any]:
-    """What the settings of a record say of its times: the clock, how steady the machine was in the runs, by the last of these
-    times, and how many runs would tell two models apart that differ by 5 %."""
+    """What the settings of a record say of its times: the clock, who called, whether this model had been timed before, how
+    steady the machine was, by the last of these times of runs, and how many runs would show a difference of 5 %."""
+    timed_before = bool(lm.remembered.get("timed"))
     settings: dict[str, Any] = {"clock": kind_of_clock(lm.device), "not_measured": not_measured}
     if not_measured is None:
+        lm.remembered["timed"] = True
+        settings |= {"timed_by": runner.name, "timed_before": timed_before}
         settings["stability"] = stability([*by_run.values()][-1])
         settings["runs_to_see_5_percent"] = {name: runs_to_see(times) for name, times in by_run.items()}
     return {**settings, "formulas": formulas}

@@ -11,19 +11,32 @@ from pytest_lmeval.results.metric import Metric
 from pytest_lmeval.results.record import Series
 from pytest_lmeval.statistics.bootstrap import FEWEST_UNITS
 
+EXACT = 1000  # samples
 STEADY, DISTURBED = 0.10, 0.25  # of the median; torch.utils.benchmark warns at the same two
 SURELY_SEEN = 1.96 + 0.84  # normal quantiles: 5 % false alarms, of two sides, and 80 % power
 
 
 def median(samples: Sequence[float], unit: str, *, scale: float = 1.0, higher_is_better: bool = False) -> Metric:
-    """The median with its distribution-free 95 % interval (order statistics; normal approximation of the binomial)."""
+    """The median with its distribution-free 95 % interval: the order statistics that it lies between with that probability, by
+    the binomial distribution (its normal approximation, one place wider, beyond a thousand samples)."""
     ordered = np.sort(np.asarray(samples)) * scale
     n = len(ordered)
     low = high = None
     if n >= FEWEST_UNITS:
-        half = 1.96 * np.sqrt(n) / 2
-        low, high = ordered[max(0, int(np.floor(n / 2 - half)))], ordered[min(n - 1, int(np.ceil(n / 2 + half)))]
+        place = _place(n)
+        low, high = ordered[place], ordered[n - 1 - place]
     return Metric(float(np.median(ordered)), unit, low=low, high=high, n=n, higher_is_better=higher_is_better)
+
+
+def _place(n: int) -> int:
+    """How many of n samples may lie below the interval of the median: the most for which it is missed in 2.5 % at most."""
+    if n > EXACT:
+        return max(0, math.floor(n / 2 - 1.96 * math.sqrt(n) / 2) - 1)
+    place, beyond, chances = 0, 1, 2**n
+    while 40 * (beyond + math.comb(n, place + 1)) <= chances:
+        place += 1
+        beyond += math.comb(n, place)
+    return place
 
 
 def spread(name: str, samples: Sequence[float], unit: str, *, scale: float = 1.0) -> dict[str, Metric]:

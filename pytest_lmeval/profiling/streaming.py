@@ -26,7 +26,8 @@ ENDS = 4  # the first quarter of the chunks is compared with the last
 FORMULAS = {
     "chunk_latency": "t(chunk read) - t(chunk given), of all chunks but the first, which has no state to read",
     "tokens_per_second": "batch_size x tokens of the stream / seconds of the stream, median over the runs",
-    "slowing": "median latency in the last quarter of the stream / median latency in the first",
+    "slowing": "median latency in the last quarter of the stream / median latency in the first, its first chunk left out",
+    "cold": "the first pass, of the warm-up",
     "state_bytes": "bytes of memory that the state keeps alive after the last chunk",
 }
 
@@ -90,11 +91,11 @@ def streaming(
         )
     runner, ids = runner or Runner(), lm.random_ids(batch_size, chunk_size * chunks, seed=seed)
     pieces = list(torch.split(ids, chunk_size, dim=-1))
-    passes, held = list[list[float]](), list[int]()
+    about, passes, held = facts(lm), list[list[float]](), list[int]()
+    cold: list[float] = []
     with quiet(threads) as conditions:
         if runner.not_measured is None:
-            for _ in range(warm_up):
-                read_once(lm, pieces)
+            cold = [sum(read_once(lm, pieces)) for _ in range(warm_up)][:1]
             runner.repeat(lambda: passes.append(read_once(lm, pieces)), runs)
         flops = count_flops(lambda: read_once(lm, pieces, held))
     samples = _samples(passes) if passes else {}
@@ -103,7 +104,7 @@ def streaming(
     record = Record(
         kind="streaming",
         subject=f"{chunks} chunks of {chunk_size} tokens" + (f", batch {batch_size}" if batch_size > 1 else ""),
-        lm=facts(lm),
+        lm=about,
         settings={
             "chunk_size": chunk_size,
             "chunks": chunks,
@@ -112,9 +113,9 @@ def streaming(
             "warm_up": warm_up,
             "seed": seed,
             **conditions,
-            **about_times(lm, {"stream": samples.get("stream", [])}, not_measured, FORMULAS),
+            **about_times(lm, runner, {"stream": samples.get("stream", [])}, not_measured, FORMULAS),
         },
-        metrics=({} if not_measured else _metrics(passes, samples, tokens)) | _state(held),
+        metrics=({} if not_measured else _metrics(passes, samples, tokens, cold)) | _state(held),
         cost={
             "seconds": sum(map(sum, passes)),
             "tokens": tokens * max(1, len(passes)),
@@ -141,7 +142,7 @@ def _samples(passes: list[list[float]]) -> dict[str, list[float]]:
     return {"chunk": [time for run in passes for time in run[1:]], "stream": [sum(run) for run in passes]}
 
 
-def _metrics(passes: list[list[float]], samples: dict[str, list[float]], tokens: int) -> dict[str, Metric]:
+def _metrics(passes: list[list[float]], samples: dict[str, list[float]], tokens: int, cold: list[float]) -> dict[str, Metric]:
     quarter = max(1, len(passes[0]) // ENDS)
     early = np.median([run[1 : 1 + quarter] for run in passes])
     late = np.median([run[-quarter:] for run in passes])
@@ -150,6 +151,7 @@ def _metrics(passes: list[list[float]], samples: dict[str, list[float]], tokens:
         **spread("chunk_latency", samples["chunk"], "ms", scale=1e3),
         "tokens_per_second": median([tokens / time for time in samples["stream"]], "tokens/s", higher_is_better=True),
         "slowing": Metric(float(late / early), "x", n=len(passes), higher_is_better=False),
+        **({"cold": Metric(1e3 * cold[0], "ms", n=1, higher_is_better=False)} if cold else {}),
     }
 
 

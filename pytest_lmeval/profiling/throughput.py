@@ -29,6 +29,7 @@ FORMULAS = {
     "tokens_per_second": "batch_size x seq_len / seconds of a batch, median over the batches",
     "sustained_tokens_per_second": "tokens of all batches / seconds of all batches",
     "decode_tokens_per_second": "batch_size / seconds of a step of one token a row, median over the steps",
+    "cold": "seconds of the first batch, of the warm-up",
     "knee_rows": f"the fewest rows that reach {ENOUGH:.0%} of the best rate of any batch",
 }
 
@@ -90,9 +91,12 @@ def throughput(
     `runs` and `failed` of the settings say. Raises ProfilingError where a shape makes no sense.
     """
     check_shape(lm, batch_size=batch_size, seq_len=seq_len, runs=1 if runs is None else runs, warm_up=warm_up)
+    if new_tokens < 1:
+        raise ProfilingError(f"new_tokens is {new_tokens}: then nothing would be timed. It is at least 1.")
     if runs is None and not 0 < seconds < math.inf:
         raise ProfilingError(f"seconds is {seconds}: then nothing would be timed. It is more than 0.")
     runner, prompts = runner or Runner(), lm.random_ids(batch_size, seq_len, seed=seed)
+    about, tried = facts(lm), list[float]()
     times, steps, flops, failed, series = list[float](), list[float](), list[int](), dict[str, str](), dict[str, Series]()
 
     def read() -> None:
@@ -100,20 +104,21 @@ def throughput(
 
     def measure() -> None:
         if runner.not_measured is None:
-            tried = [step_once(lm, prompts) for _ in range(max(1, warm_up))]
+            tried.extend(step_once(lm, prompts) for _ in range(max(1, warm_up)))
             runner.repeat(read, runs or max(FEWEST, math.ceil(seconds / min(tried))))
-            steps.extend(_decoding(lm, prompts, new_tokens))
         flops.append(count_flops(lambda: step_once(lm, prompts)))  # a run of its own: counting takes time
 
     with quiet(threads) as conditions:
         failure = attempt(measure)
+        if times and (why := attempt(lambda: steps.extend(_decoding(lm, prompts, new_tokens)))):
+            failed["decode"] = why
         if scaling and runner.not_measured is None:
             series = _scaling(lm, prompts, failed)
     not_measured = failure or runner.not_measured or too_short(times, lm.device, "reading a batch")
     record = Record(
         kind="throughput",
         subject=f"batch {batch_size}, {seq_len} tokens",
-        lm=facts(lm),
+        lm=about,
         settings={
             "batch_size": batch_size,
             "seq_len": seq_len,
@@ -125,9 +130,9 @@ def throughput(
             **conditions,
             "failure": failure,
             "failed": failed,
-            **about_times(lm, {"batch": times}, not_measured, FORMULAS),
+            **about_times(lm, runner, {"batch": times}, not_measured, FORMULAS),
         },
-        metrics=({} if not_measured else _metrics(times, steps, batch_size, seq_len)) | _knee(series),
+        metrics=({} if not_measured else _metrics(times, steps, tried[0], batch_size, seq_len)) | _knee(series),
         cost={
             "seconds": sum(times),
             "tokens": len(times) * batch_size * seq_len,
@@ -161,13 +166,14 @@ def _decoding(lm: Model, prompts: Tensor, new_tokens: int) -> list[float]:
     return watch.laps()
 
 
-def _metrics(times: list[float], steps: list[float], batch_size: int, seq_len: int) -> dict[str, Metric]:
+def _metrics(times: list[float], steps: list[float], cold: float, batch_size: int, seq_len: int) -> dict[str, Metric]:
     tokens = batch_size * seq_len
     metrics = {
         "tokens_per_second": median([tokens / time for time in times], "tokens/s", higher_is_better=True),
         "sustained_tokens_per_second": Metric(
             tokens * len(times) / sum(times), "tokens/s", n=len(times), higher_is_better=True
         ),
+        "cold": Metric(cold, "s", n=1, higher_is_better=False),
         "batch_seconds": median(times, "s"),
         **spread("batch_seconds", times, "s"),
     }

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from pytest_lmeval.adapters import as_model
+from pytest_lmeval.adapters.precision import BITS
 from pytest_lmeval.benchmarking import Driver
 from pytest_lmeval.data.corpus import CorpusError
-from pytest_lmeval.identity import fingerprint
+from pytest_lmeval.identity import facts, fingerprint
 from pytest_lmeval.lm import Model, ModelError, SpecError
 from pytest_lmeval.profiling.failures import DEVICE_LOST, failure_of, room_for
 from pytest_lmeval.profiling.runner import ProfilingError, Runner
@@ -45,8 +46,19 @@ class Desk:
         if isinstance(lm, str):
             return self.session.load(lm)
         if id(lm) not in self.models:
-            self.models[id(lm)] = (lm, as_model(lm))
+            self.models[id(lm)] = (lm, self._adapted(lm))
         return self.models[id(lm)][1]
+
+    def _adapted(self, lm: Any) -> Model:
+        """An object of the test's own is measured as it is. Raises SpecError where the command line asks for other bits."""
+        model, bits = as_model(lm), self.session.bits
+        own = model is lm or model.module is None
+        if bits and not own and (found := facts(model)["precision"]["name"]) != BITS[bits]:
+            raise SpecError(
+                f"--lmeval-bits {bits} asks for {BITS[bits]}, and {model.spec} was handed over in {found}. What is measured "
+                "would be taken for that of another precision. Hand it over in that one, or name it by a spec (module.path:callable)."
+            )
+        return model
 
     def certified(self, lm: Any) -> tuple[Model, Any]:
         """The model and the certificate of its laws, which may have found a limit of tokens that it does not declare."""
@@ -113,7 +125,7 @@ class Desk:
     def runner(self) -> Runner:
         """Who calls what is timed next: pytest-benchmark once a test, if the test asks for it, else a bare loop."""
         if self.session.parallel:
-            return Runner(not_measured="other tests run at the same time (xdist): the step ran once, untimed")
+            return Runner(not_measured="other tests may run at the same time (xdist): the step ran once, untimed")
         return self.driver.runner()
 
     def seq_len(self, given: int | None, default: int) -> int:
@@ -123,7 +135,7 @@ class Desk:
                 f"several --lmeval-seq-len were given ({', '.join(map(str, lengths))}) and the test does not say which it "
                 "means: take the fixture `seq_len` and pass it on."
             )
-        return given or (lengths[0] if lengths else default)
+        return given if given is not None else lengths[0] if lengths else default
 
     def file(self, ending: str) -> str:
         """A file for per-example values of this call, relative to the output folder."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pytest_lmeval.equivalence.permits import exact_chunk_size
 from pytest_lmeval.lm import Model
+from pytest_lmeval.profiling.runner import ProfilingError
 from pytest_lmeval.verbs.desk import Desk
 
 if TYPE_CHECKING:
@@ -42,9 +43,10 @@ def latency_grid(desk: Desk, /, lm: Any, **options: Any) -> Grid:
         return latency(model, **settings, runner=desk.runner())
 
     model, options = desk.model(lm), {"seq_lens": desk.session.seq_lens or SEQ_LENS, **options}
-    grid = latency_grid(model, **options, measure=measure)
-    cells = {shape: desk.kept("latency", model, {**options, "shape": shape}, cell) for shape, cell in grid.items()}
-    return replace(grid, cells=cells)
+    grid = latency_grid(model, **options, measure=measure, keep=partial(desk.kept, "latency", model, options))
+    if len(grid.failed) == len(grid):
+        raise ProfilingError(f"{model.spec} failed in every cell of the grid, first with: {next(iter(grid.failed.values()))}")
+    return grid
 
 
 def throughput(desk: Desk, /, lm: Any, batch_size: int = 32, seq_len: int | None = None, **options: Any) -> ThroughputResult:
