@@ -22,13 +22,19 @@ def test_quality_reading(lmeval, lm, corpus, split):
     assert result.bits_per_byte < 8  # what knowing nothing costs
 
 
-@pytest.mark.parametrize("task", ["stdlib_next", "sst2", "rte", "boolq", "mrpc"])
-def test_quality_task(lmeval, lm, task):
+def test_quality_task(lmeval, lm):
+    """Which of four passages of Python's documentation goes on like this? No download is needed."""
+    result = lmeval.task(lm, "stdlib_next")
+    assert result.accuracy.high > result.chance  # what no model may be is certainly worse than guessing
+
+
+@pytest.mark.parametrize("task", ["sst2", "rte", "boolq", "mrpc"])
+def test_quality_smallbench(lmeval, lm, task):
     try:
-        result = lmeval.task(lm, task, limit=500)
+        result = lmeval.task(lm, task, style="smallbench", limit=500)
     except CorpusError as error:
         pytest.skip(str(error))
-    assert result.accuracy.high > result.chance  # what no model may be is certainly worse than guessing
+    assert result.accuracy_per_token.high > result.chance
 
 
 def test_laws(lmeval, lm):
