@@ -146,10 +146,15 @@ def _save(lm: Model, path: Path) -> None:
     try:
         torch.save(source, path)
     except Exception as error:  # noqa: BLE001 - __reduce__ and __getstate__ are the user's
-        raise CannotMoveError(f"It cannot be pickled ({type(error).__name__}: {_line(error)}).") from None
+        raise CannotMoveError(f"It cannot be pickled ({type(error).__name__}: {first_line(error)}).") from None
 
 
-def _line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, without what it adds below.
+
+    >>> first_line(ValueError("no state\\nand more"))
+    'no state'
+    """
     return str(error).strip().partition("\n")[0]
 
 
@@ -174,7 +179,7 @@ def answer(name: str) -> None:
     try:
         lm = _load(request, folder)
     except Exception as error:  # noqa: BLE001 - the user's code may raise anything when it is loaded
-        found = {"cannot_move": f"It cannot be loaded again ({type(error).__name__}: {_line(error)})."}
+        found = {"cannot_move": f"It cannot be loaded again ({type(error).__name__}: {first_line(error)})."}
     else:
         (folder / "loaded").touch()
         found = _measure(lm, request)

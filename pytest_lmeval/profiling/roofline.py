@@ -17,12 +17,13 @@ Each is the best of the repetitions within a time budget: what disturbs a measur
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from pytest_lmeval.profiling.clock import seconds
 
 SECONDS = 0.25  # for each size of matrix, and for each way of moving bytes
 SIZES = {"cpu": (256, 512, 1024, 2048), "accelerator": (1024, 2048, 4096, 8192)}
@@ -79,9 +80,9 @@ def _matmul_peak(sizes: tuple[int, ...], device: torch.device, dtype: torch.dtyp
     for size in sizes:
         left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         result = torch.empty_like(left)
-        seconds = _fastest(functools.partial(torch.mm, left, right, out=result), device, SECONDS)
-        rates[size] = 2 * size**3 / seconds
-        if seconds > SECONDS:  # the next size would take eight times as long
+        fastest = _fastest(functools.partial(torch.mm, left, right, out=result), device, SECONDS)
+        rates[size] = 2 * size**3 / fastest
+        if fastest > SECONDS:  # the next size would take eight times as long
             break
     best = max(rates, key=lambda size: rates[size])
     return rates[best], best
@@ -101,15 +102,7 @@ def _fastest(work: Callable[[], Any], device: torch.device, budget: float) -> fl
     times: list[float] = []
     with torch.no_grad():
         while len(times) < FEWEST or sum(times) < budget:
-            wait(device)
-            began = time.perf_counter()
+            began = seconds(device)
             work()
-            wait(device)
-            times.append(time.perf_counter() - began)
+            times.append(seconds(device) - began)
     return min(times)
-
-
-def wait(device: torch.device) -> None:
-    """Until everything that was sent to the device is done."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

@@ -10,23 +10,16 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pytest_lmeval.tensors import parts
+
 aten = torch.ops.aten
 LOOKUPS = {aten.embedding.default, aten.index_select.default, aten.index.Tensor, aten.gather.default}
 
 
-def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensors that hold the memory of one: itself, or the parts of a quantized tensor (a wrapper that holds none)."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from plain_tensors(getattr(tensor, name))
-    else:
-        yield tensor
-
-
 def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     """The address of each storage behind the tensors, and its bytes: what is shared or looked at twice counts once."""
-    parts = (part.untyped_storage() for tensor in tensors for part in plain_tensors(tensor))
-    return {part.data_ptr(): part.nbytes() for part in parts}
+    held = (part.untyped_storage() for tensor in tensors for part in parts(tensor).values())
+    return {storage.data_ptr(): storage.nbytes() for storage in held}
 
 
 def bytes_read(tensors: Iterable[Tensor], work: Callable[[], Any]) -> int:
@@ -80,7 +73,7 @@ def _extent(tensor: Tensor) -> int:
 
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
-        yield from plain_tensors(value)
+        yield from parts(value).values()
     elif isinstance(value, dict):
         yield from _tensors(tuple(value.values()))
     elif isinstance(value, list | tuple):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pytest_lmeval.lm import Model, State, state_bytes, weights
+from pytest_lmeval.profiling.child import first_line
 from pytest_lmeval.profiling.failures import failure_of
 from pytest_lmeval.profiling.flops import Flops, count_flops, training_flops
 from pytest_lmeval.profiling.roofline import Peaks
@@ -85,4 +86,4 @@ def training_work(lm: Model, prompt: Tensor) -> tuple[Flops | None, str | None]:
     try:
         return training_flops(loss, backward), None
     except Exception as error:  # noqa: BLE001 - a model that was made for reading may fail in any way
-        return None, failure_of(error) or f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        return None, failure_of(error) or f"{type(error).__name__}: {first_line(error)}"
