@@ -12,15 +12,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from toys import Functional, GetSetState, Stepper
+from toys import Functional, GetSetState, Stateless, Stepper
 
 from pytest_lmeval.adapters import as_model, load
 from pytest_lmeval.lm import ModelError
 from pytest_lmeval.plugin import release_frames
 from pytest_lmeval.profiling import child
+from pytest_lmeval.profiling import memory as measurement
 from pytest_lmeval.profiling.allocations import watched_allocations
 from pytest_lmeval.profiling.failures import OutOfMemory
 from pytest_lmeval.profiling.memory import memory
+from pytest_lmeval.profiling.runner import ProfilingError
 from pytest_lmeval.profiling.storages import storages
 
 MIB = 1 << 20
@@ -177,6 +179,32 @@ def test_a_shape_that_does_not_fit_is_named():
         memory(as_model(Growing()), batch_size=2, seq_len=64, apart=False)
     with pytest.raises(OutOfMemory, match=r"batch 1099511627776, 512 tokens on cpu does not fit"):  # not even the prompt
         memory(as_model(Growing()), batch_size=1 << 40, seq_len=512, apart=False)
+
+
+@pytest.mark.parametrize(
+    ("toy", "shape", "message"),
+    [
+        (Functional, {"new_tokens": 0}, "new_tokens is 0"),
+        (Stateless, {"new_tokens": -3}, "new_tokens is -3"),
+        (Functional, {"batch_size": 0}, "batch_size is 0"),
+        (Functional, {"seq_len": -1}, "seq_len is -1"),
+        (Functional, {"keep": 0}, "keep is 0"),
+        (Functional, {"seq_len": 9, "new_tokens": 1}, "at most 8 tokens"),
+        (Functional, {"seq_len": 8, "new_tokens": 2}, "at most 8 tokens"),
+        (Stateless, {"seq_len": 9}, "at most 8 tokens"),
+    ],
+)
+def test_a_shape_that_cannot_be_run_is_refused_before_anything_is(monkeypatch, toy, shape, message):
+    monkeypatch.setattr(measurement, "_measured", None)
+    with pytest.raises(ProfilingError, match=message):
+        memory(replace(as_model(toy()), context_length=8), **{"seq_len": 4, "new_tokens": 2, **shape})
+
+
+@pytest.mark.parametrize(("toy", "seq_len"), [(Functional, 6), (Stateless, 8)])
+def test_a_context_that_is_just_long_enough_is_measured(toy, seq_len):
+    lm = replace(as_model(toy()), context_length=8)
+    result = memory(lm, seq_len=seq_len, new_tokens=3, apart=False)  # without a state nothing is decoded after the prompt
+    assert result.activations_bytes > 0
 
 
 # ----------------------------------------------------------------------------------------------- a process of its own
