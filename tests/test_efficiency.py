@@ -1,5 +1,7 @@
 """What a step needs is counted, and its times are set against the machine's roofline; how fast a machine is, no test says."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -14,9 +16,9 @@ from pytest_lmeval.profiling import efficiency as module
 from pytest_lmeval.profiling import roofline
 from pytest_lmeval.profiling.efficiency import efficiency
 from pytest_lmeval.profiling.roofline import Peaks, measured_peaks
-from pytest_lmeval.profiling.runner import Runner
+from pytest_lmeval.profiling.runner import ProfilingError, Runner
 from pytest_lmeval.profiling.storages import bytes_read
-from pytest_lmeval.profiling.work import Work, work_of
+from pytest_lmeval.profiling.work import Work, training_work, work_of
 from pytest_lmeval.verbs import Lmeval
 
 LM = as_model(Functional())
@@ -106,6 +108,12 @@ def test_a_state_that_grows_is_read_whole_and_written_where_it_grows():
     assert work["decode"].bytes == weight + 2 * 10 * a_token + 2 * a_token
 
 
+def test_of_a_model_that_reads_frames_the_tokens_are_frames():
+    lm = load("zoo:moshi")
+    assert {phase: work.tokens for phase, work in work_of(lm, lm.random_ids(2, 3)).items()} == {"prefill": 6, "decode": 2}
+    assert "a frame" in module.FORMULAS["flops_per_token"]
+
+
 @given(st.integers(0, 10**15), st.integers(1, 10**12), positive, positive)
 def test_the_roofline_is_one_law_in_two_forms(flops, moved, peak, bandwidth):
     work, peaks = Work(flops, moved, 1), peaks_of(peak, bandwidth)
@@ -150,6 +158,32 @@ def test_the_machine_decides_by_what_a_phase_is_bound(machine, flops, bandwidth,
         assert (result.position(phase), result.limited_by(phase)) == (position, limit)
 
 
+def test_times_and_peaks_are_of_the_same_number_of_threads(monkeypatch):
+    keys = []
+    monkeypatch.setattr(roofline, "_measured", lambda *key: keys.append(key) or peaks_of(1e9, 1e9))
+    before = torch.get_num_threads()
+    result = efficiency(LM, seq_len=8, threads=before + 1, **FAST)
+    assert keys == [("cpu", torch.float32, before + 1)]
+    assert result.record.settings["threads"] == result.latency.record.settings["threads"] == before + 1
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"new_tokens": -1}, "new_tokens is -1"),
+        ({"runs": 0}, "runs is 0"),
+        ({"warm_up": -1}, "warm_up is -1"),
+        ({"seq_len": 9}, "at most 8 tokens"),
+    ],
+)
+def test_what_cannot_be_timed_is_refused_before_anything_is_counted(monkeypatch, shape, message):
+    monkeypatch.setattr(module, "training_work", None)
+    with pytest.raises(ProfilingError, match=message):
+        efficiency(replace(LM, context_length=8), **{"seq_len": 4, "new_tokens": 2, **shape})
+
+
 NOT_TIMED = Runner(not_measured="other tests run at the same time")
 
 
@@ -191,6 +225,38 @@ def test_backward_is_counted_and_leaves_no_gradient():
     first = 2 * 2 * 3 * WIDTH * WIDTH  # the state before the first token is no variable
     assert result.flops("backward") == 2 * products - first  # what goes back into the table is added up, not multiplied
     assert all(parameter.grad is None for parameter in lm.module.parameters())
+
+
+@pytest.mark.parametrize("frozen", [1, 2])
+def test_backward_that_leaves_weights_out_is_not_given(frozen):
+    lm = as_model(Functional())
+    multiplied = [lm.module.head.weight, lm.module.cell.weight_hh_l0]
+    for weight in multiplied[:frozen]:
+        weight.requires_grad_(False)
+    first = ["head.weight", "cell.weight_hh_l0"][frozen - 1]
+    assert training_work(lm, lm.random_ids(1, 5)) == (
+        None,
+        f"{frozen} of the 3 weights that are multiplied ask for no gradient, the first of them {first}",
+    )
+
+
+def test_a_table_that_is_frozen_leaves_no_product_out():
+    plain, lm = as_model(Functional()), as_model(Functional())
+    lm.module.embed.weight.requires_grad_(False)
+    prompt = lm.random_ids(1, 5)
+    work, reason = training_work(lm, prompt)
+    assert reason is None
+    assert work.forward == training_work(plain, prompt)[0].forward
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantized_weights_have_no_backward_and_it_is_said_why(bits):
+    pytest.importorskip("torchao")
+    lm = load(f"demo@int{bits}")
+    assert training_work(lm, lm.random_ids(1, 5)) == (
+        None,
+        "20 of the 20 weights that are multiplied ask for no gradient, the first of them layers.0.qkv.weight",
+    )
 
 
 class Reading(Functional):

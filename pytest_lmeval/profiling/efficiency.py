@@ -21,14 +21,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from pytest_lmeval.identity import facts
 from pytest_lmeval.lm import Model
 from pytest_lmeval.profiling.failures import room_for
 from pytest_lmeval.profiling.flops import Flops
-from pytest_lmeval.profiling.latency import LatencyResult, latency
-from pytest_lmeval.profiling.roofline import Peaks, measured_peaks
+from pytest_lmeval.profiling.latency import NEW_TOKENS, LatencyResult, latency
+from pytest_lmeval.profiling.roofline import measured_peaks
+from pytest_lmeval.profiling.runner import Runner, check_shape, quiet
 from pytest_lmeval.profiling.work import Work, training_work, work_of
 from pytest_lmeval.results.metric import Metric
 from pytest_lmeval.results.record import Record
@@ -36,7 +35,7 @@ from pytest_lmeval.results.record import Record
 RUNS, WARM_UP = 10, 2
 OVERHEAD = 0.1  # share of the bound under which overhead is what one waits for
 FORMULAS = {
-    "flops_per_token": "flops / (rows x tokens)",
+    "flops_per_token": "flops / (rows x tokens): of a token, or of a frame of a model that reads frames",
     "bytes": "weights read, each once + state read + state written",
     "intensity": "flops / bytes",
     "flops_per_second": "flops / seconds",
@@ -72,6 +71,7 @@ class EfficiencyResult:
         return self.record.metrics[f"{phase}_flops"]
 
     def flops_per_token(self, phase: str) -> Metric:
+        """Operations of a token, or of a frame of k codebooks of a model that reads frames; all rows are alike."""
         return self.record.metrics[f"{phase}_flops_per_token"]
 
     def bytes(self, phase: str) -> Metric:
@@ -114,43 +114,43 @@ def efficiency(
     *,
     batch_size: int = 1,
     seq_len: int = 128,
+    new_tokens: int = NEW_TOKENS,
     runs: int = RUNS,
     warm_up: int = WARM_UP,
     seed: int = 0,
-    **options: Any,
+    threads: int | None = None,
+    runner: Runner | None = None,
 ) -> EfficiencyResult:
     """Count and time a prompt of random tokens [b, t] and the decoding after it.
 
-    options  of `latency`, which takes the times: new_tokens, runner. Where the runner does not time, what is counted is
-             still recorded, and nothing is measured of the machine.
+    The model is timed and the machine measured with one number of threads: the present one, or `threads`. Where the runner
+    does not time, what is counted is still recorded, and nothing is measured of the machine.
 
-    Raises OutOfMemory for a shape that does not fit.
+    Raises ProfilingError for a shape that cannot be timed, and OutOfMemory for one that does not fit.
     """
-    shape: dict[str, Any] = {"batch_size": batch_size, "seq_len": seq_len, "seed": seed, "runs": runs, "warm_up": warm_up}
+    shape = {"batch_size": batch_size, "seq_len": seq_len, "new_tokens": new_tokens, "runs": runs, "warm_up": warm_up}
+    check_shape(lm, **shape)
     what = f"{lm.spec} with batch {batch_size}, {seq_len} tokens on {lm.device}"
-    prompt = room_for(what, lambda: lm.random_ids(batch_size, seq_len, seed=seed))
-    training, no_backward = training_work(lm, prompt)
-    phases = room_for(what, lambda: work_of(lm, prompt))
-    timed = room_for(what, lambda: latency(lm, **shape, **options))
-    settings: dict[str, Any] = {
-        **shape,
-        "threads": torch.get_num_threads(),
-        "formulas": FORMULAS,
-        "no_backward": no_backward,
-        "not_measured": timed.not_measured,
-    }
-    metrics = _counted(training, phases)
-    if not timed.not_measured:
-        peaks = measured_peaks(lm.device, lm.dtype)
-        against, words = _against(peaks, phases, timed)
-        metrics |= against
-        settings |= words | {"matmul_dtype": peaks.dtype, "matmul_size": peaks.size}
+    with quiet(threads) as conditions:
+        prompt = room_for(what, lambda: lm.random_ids(batch_size, seq_len, seed=seed))
+        training, no_backward = training_work(lm, prompt)
+        phases = room_for(what, lambda: work_of(lm, prompt))
+        timed = room_for(what, lambda: latency(lm, **shape, seed=seed, runner=runner))
+        against, words = _against_machine(lm, phases, timed)
     record = Record(
         kind="efficiency",
         subject=f"batch {batch_size}, {seq_len} tokens",
         lm=facts(lm),
-        settings=settings,
-        metrics=metrics,
+        settings={
+            **shape,
+            "seed": seed,
+            **conditions,
+            "formulas": FORMULAS,
+            "no_backward": no_backward,
+            "not_measured": timed.not_measured,
+            **words,
+        },
+        metrics=_counted(training, phases) | against,
         cost={**timed.record.cost, "flops": phases["prefill"].flops},
     )
     return EfficiencyResult(record, timed)
@@ -167,8 +167,12 @@ def _counted(training: Flops | None, phases: dict[str, Work]) -> dict[str, Metri
     return metrics
 
 
-def _against(peaks: Peaks, phases: dict[str, Work], timed: LatencyResult) -> tuple[dict[str, Metric], dict[str, Any]]:
-    """Metrics that set the times against the peaks, and the words for them: position, and what one waits for."""
+def _against_machine(lm: Model, phases: dict[str, Work], timed: LatencyResult) -> tuple[dict[str, Metric], dict[str, Any]]:
+    """Metrics that set the times against what the machine does with as many threads, and the words for them: position, what one
+    waits for, and the product that the peak is of. Nothing where there are no times."""
+    if timed.not_measured:
+        return {}, {}
+    peaks = measured_peaks(lm.device, lm.dtype)
     metrics = {"matmul_peak": Metric(peaks.flops, "FLOP/s"), "bandwidth": Metric(peaks.bandwidth, "bytes/s")}
     position, limits = {}, {}
     for phase, work in phases.items():
@@ -183,7 +187,7 @@ def _against(peaks: Peaks, phases: dict[str, Work], timed: LatencyResult) -> tup
         metrics[f"{phase}_share_of_bandwidth"] = _rate(work.bytes / peaks.bandwidth, taken)
         share = metrics[f"{phase}_share_of_bound"] = _rate(work.least_seconds(peaks), taken)
         limits[phase] = limit(share, position[phase])
-    return metrics, {"position": position, "limited_by": limits}
+    return metrics, {"position": position, "limited_by": limits, "matmul_dtype": peaks.dtype, "matmul_size": peaks.size}
 
 
 def limit(share: float, position: str) -> str:

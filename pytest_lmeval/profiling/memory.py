@@ -70,8 +70,8 @@ class MemoryResult:
 
     @property
     def peak_bytes(self) -> Metric:
-        """Of the process on the CPU, of the device on CUDA. That of a process varies from run to run: by 0.2 to 1 % (0.6 to 3 MB
-        of 260 MB in eight runs each of two small models), and with it `growth_bytes`, which there varies by up to a half."""
+        """Of the process on the CPU, of the device on CUDA. That of a process varies from run to run: by 0.2 to 1 % (0.6 to
+        3 MB of 260 MB, eight runs each of two small models), and with it `growth_bytes`, of these models by up to a half."""
         return self.record.metrics["peak_bytes"]
 
     @property

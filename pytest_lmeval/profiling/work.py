@@ -11,9 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pytest_lmeval.lm import Model, State, state_bytes, weights
+from pytest_lmeval.lm import Model, State, multiplied, state_bytes, weights
 from pytest_lmeval.profiling.child import first_line
 from pytest_lmeval.profiling.failures import failure_of
 from pytest_lmeval.profiling.flops import Flops, count_flops, training_flops
@@ -71,9 +71,9 @@ def _counted_step(lm: Model, input_ids: Tensor, state: State | None) -> tuple[in
 
 def training_work(lm: Model, prompt: Tensor) -> tuple[Flops | None, str | None]:
     """Operations of a pass over the prompt with all its logits, forward and backward; or None, and why there is no backward."""
-    parameters = [p for p in (lm.module.parameters() if lm.module is not None else ()) if p.requires_grad]
-    if not parameters:
-        return None, "no torch module" if lm.module is None else "no parameter asks for a gradient"
+    if reason := _not_trained(lm.module):
+        return None, reason
+    parameters = [p for p in weights(lm.module) if p.requires_grad]
 
     def loss() -> Tensor:
         """Its gradient costs the products that any loss of the logits does: what a loss does to them is elementwise."""
@@ -87,3 +87,17 @@ def training_work(lm: Model, prompt: Tensor) -> tuple[Flops | None, str | None]:
         return training_flops(loss, backward), None
     except Exception as error:  # noqa: BLE001 - a model that was made for reading may fail in any way
         return None, failure_of(error) or f"{type(error).__name__}: {first_line(error)}"
+
+
+def _not_trained(module: nn.Module | None) -> str | None:
+    """Why the backward pass is not that of a training step; None if it is. Where a weight asks for no gradient, as a packed
+    one of int8 or int4, half of its backward products are not called for, and what is left compares with no other model."""
+    if module is None:
+        return "no torch module"
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        return "no parameter asks for a gradient"
+    asking = {name: weight.requires_grad for name, weight in multiplied(module)}
+    if all(asking.values()):
+        return None
+    frozen = [name for name, asks in asking.items() if not asks]
+    return f"{len(frozen)} of the {len(asking)} weights that are multiplied ask for no gradient, the first of them {frozen[0]}"
