@@ -337,7 +337,7 @@ def test_the_clock_tells_apart_less_than_a_microsecond():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"runs": 0}, "runs is 0: then nothing would be timed"),
+        ({"runs": 0}, "runs is 0: then there is nothing to measure"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"seq_len": -1}, "seq_len is -1"),
         ({"new_tokens": 0}, "new_tokens is 0"),
@@ -360,7 +360,7 @@ def test_a_prompt_that_the_model_cannot_hold_is_refused():
 
 @pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf")])
 def test_no_time_at_all_is_refused(seconds):
-    with pytest.raises(ProfilingError, match="then nothing would be timed"):
+    with pytest.raises(ProfilingError, match="then there is nothing to measure"):
         throughput(LM, seconds=seconds)
 
 

@@ -118,7 +118,7 @@ def check_shape(lm: Model, *, batch_size: int, seq_len: int, new_tokens: int = 1
     given = {"batch_size": batch_size, "seq_len": seq_len, "new_tokens": new_tokens, "runs": runs}
     for name, value in given.items():
         if value < 1:
-            raise ProfilingError(f"{name} is {value}: then nothing would be timed. It is at least 1.")
+            raise ProfilingError(f"{name} is {value}: then there is nothing to measure. It is at least 1.")
     if warm_up < 0:
         raise ProfilingError(f"warm_up is {warm_up}; it is 0 or more.")
     length = seq_len + new_tokens - 1

@@ -92,9 +92,9 @@ def throughput(
     """
     check_shape(lm, batch_size=batch_size, seq_len=seq_len, runs=1 if runs is None else runs, warm_up=warm_up)
     if new_tokens < 1:
-        raise ProfilingError(f"new_tokens is {new_tokens}: then nothing would be timed. It is at least 1.")
+        raise ProfilingError(f"new_tokens is {new_tokens}: then there is nothing to measure. It is at least 1.")
     if runs is None and not 0 < seconds < math.inf:
-        raise ProfilingError(f"seconds is {seconds}: then nothing would be timed. It is more than 0.")
+        raise ProfilingError(f"seconds is {seconds}: then there is nothing to measure. It is more than 0.")
     runner, prompts = runner or Runner(), lm.random_ids(batch_size, seq_len, seed=seed)
     about, tried = facts(lm), list[float]()
     times, steps, flops, failed, series = list[float](), list[float](), list[int](), dict[str, str](), dict[str, Series]()

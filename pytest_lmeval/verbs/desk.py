@@ -56,7 +56,7 @@ class Desk:
         if bits and not own and (found := facts(model)["precision"]["name"]) != BITS[bits]:
             raise SpecError(
                 f"--lmeval-bits {bits} asks for {BITS[bits]}, and {model.spec} was handed over in {found}. What is measured "
-                "would pass for that of another precision. Hand it over in that one, or name it by a spec: module.path:callable."
+                "would pass for that of another precision. Hand it over in that one, or give a spec: module.path:callable."
             )
         return model
 
