@@ -1,6 +1,7 @@
 """The file that runs are compared with: the same bytes for the same numbers, and a plain word where it was damaged."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,13 @@ from pytest_lmeval.results.record import Record
 from pytest_lmeval.scoring.perplexity import bare_ids
 
 LM = {"spec": "demo", "parameters": 1, "bytes": 4, "dtype": "float32", "device": "cpu", "fingerprint": "f" * 16}
+ENTRY = ("tests", "test_a.py::test_a", "task boolq, 0-shot")
+LEFT_OUT = object()
 FINITE = st.floats(-1e9, 1e9)
 
 
 def record(kind="task", subject="boolq, 0-shot", *, outcome="passed", test="test_a.py::test_a", **changes):
-    metrics = {"accuracy": Metric(0.75, low=0.7, high=0.8, n=400, higher_is_better=True)}
+    metrics = {"accuracy": Metric(0.5, low=0.4, high=0.6, n=2, higher_is_better=True)}
     made = Record(
         kind=kind, subject=subject, lm=LM, settings={"shots": 0}, metrics=changes.pop("metrics", metrics), test=test, **changes
     )
@@ -116,7 +119,7 @@ def test_a_file_that_was_cut_off_is_told_with_its_place(tmp_path_factory, data):
     ("place", "value", "message"),
     [
         (("schema",), 2, r"is of schema 2, and this version of pytest-lmeval reads schema 1"),
-        (("tests",), [], r"tests is \[\], where an object stands"),
+        (("tests",), [], r"tests is a list, where an object stands"),
         (("tests", "test_a.py::test_a", "task boolq, 0-shot", "headline"), 1, r"headline is 1, where a text or null stands"),
         (
             ("tests", "test_a.py::test_a", "task boolq, 0-shot", "metrics", "accuracy", "value"),
@@ -133,6 +136,16 @@ def test_a_file_that_was_cut_off_is_told_with_its_place(tmp_path_factory, data):
             {"flops": "many"},
             r"costs > flops is \"many\", where a number",
         ),
+        (("environment", "packages"), [1], r"environment > packages is a list, where an object or null stands"),
+        ((*ENTRY, "verdict"), LEFT_OUT, r"boolq, 0-shot > verdict is missing, where a text or null stands"),
+        ((*ENTRY, "lm"), {}, r"lm > spec is missing, where a text stands"),
+        ((*ENTRY, "headline"), "f1", r"headline is \"f1\", which is none of its metrics"),
+        ((*ENTRY, "metrics", "accuracy", "value"), float("inf"), r"accuracy > value is Infinity, where a number stands"),
+        ((*ENTRY, "metrics", "accuracy", "value"), 10**400, r"accuracy > value is 1000.*, where a number stands"),
+        ((*ENTRY, "metrics", "accuracy", "n"), 2.5, r"accuracy > n is 2\.5, where a whole number or null stands"),
+        ((*ENTRY, "metrics", "perplexity"), {"value": 0}, r"perplexity > value is 0, where a number above 0 stands"),
+        ((*ENTRY, "metrics", "accuracy", "value"), 0.98, r"accuracy is 0\.98 of 2, and its examples make 0\.5 of 2"),
+        ((*ENTRY, "metrics", "accuracy", "n"), 3, r"accuracy is 0\.5 of 3, and its examples make 0\.5 of 2"),
     ],
 )
 def test_a_file_that_was_edited_by_hand_is_told_with_the_field(tmp_path, place, value, message):
@@ -143,7 +156,9 @@ def test_a_file_that_was_edited_by_hand_is_told_with_the_field(tmp_path, place, 
     for key in place[:-1]:
         inner = inner[key]
     inner[place[-1]] = value
-    path.write_text(json.dumps(document))
+    if value is LEFT_OUT:
+        del inner[place[-1]]
+    path.write_text(json.dumps(document).replace("Infinity", "1e999"))
     with pytest.raises(BaselineError, match=message):
         read(path)
 
@@ -159,6 +174,68 @@ def test_examples_that_were_edited_are_told_with_the_line(tmp_path, text):
         read(path)
 
 
+@pytest.mark.parametrize("columns", [5, ["id", "group", ["x"]], ["id"], ["id", "group", "x", "x"], None])
+def test_a_head_of_examples_that_was_edited_is_told_with_the_line(tmp_path, columns):
+    path = tmp_path / "b.json"
+    write(path, baseline(record()))
+    head, *rest = examples_file(path).read_text().splitlines()
+    examples_file(path).write_text("\n".join([json.dumps({**json.loads(head), "columns": columns}), *rest]))
+    with pytest.raises(BaselineError, match=r"b\.examples\.jsonl, line 1 is .*neither the head of a record"):
+        read(path)
+
+
+@pytest.mark.parametrize("which", [Path, examples_file])
+def test_a_file_that_is_nested_without_end_is_told(tmp_path, which):
+    path = tmp_path / "b.json"
+    write(path, baseline(record()))
+    which(path).write_text("[" * 100_000)
+    with pytest.raises(BaselineError, match="is nested more deeply than any baseline"):
+        read(path)
+
+
+def reading(n=40):
+    """A baseline of a reading of n blocks, whose metrics are what its columns make of them."""
+    tokens, nats = [10 + place for place in range(n)], [1.5 * (10 + place) + place % 7 for place in range(n)]
+    columns = {
+        "tokens": tokens,
+        "nats": nats,
+        "bytes": [2 * count for count in tokens],
+        "top1": [count // 2 for count in tokens],
+    }
+    nll = sum(nats) / sum(tokens)
+    values = {"nll": nll, "perplexity": math.exp(nll), "bits_per_byte": nll / 2 / math.log(2)}
+    values["token_accuracy_top1"] = sum(columns["top1"]) / sum(tokens)
+    metrics = {name: Metric(value, n=sum(tokens), higher_is_better=False) for name, value in values.items()}
+    entry = entry_of(record("perplexity", "s", metrics=metrics))
+    scores = Scores([f"b{place}" for place in range(n)], [None] * n, columns)
+    return Baseline({}, {"t": {"perplexity s": entry}}, {("t", "perplexity s"): scores})
+
+
+def test_the_summary_of_a_reading_is_what_its_examples_make(tmp_path):
+    write(tmp_path / "b.json", reading())
+    assert read(tmp_path / "b.json") == reading()
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 40), st.sampled_from([("task", baseline), ("reading", reading)]))
+def test_of_examples_that_were_cut_off_no_line_may_be_missing(tmp_path_factory, kept, kind):
+    """The head alone, or some of the lines: what is left agrees with the run, so the gate would pass."""
+    path, make = tmp_path_factory.mktemp("cut") / "b.json", kind[1]
+    write(path, make() if kind[0] == "reading" else make(record()))
+    lines = examples_file(path).read_text().splitlines()
+    examples_file(path).write_text("\n".join(lines[: min(kept, len(lines) - 1)]))
+    with pytest.raises(BaselineError, match=r"do not fit together: .* and its examples make .* of .*Restore both"):
+        read(path)
+
+
+def test_answers_that_were_emptied_are_told(tmp_path):
+    path = tmp_path / "b.json"
+    write(path, baseline(record()))
+    examples_file(path).write_text(examples_file(path).read_text().replace(",1]", ",null]"))
+    with pytest.raises(BaselineError, match=r"accuracy is 0\.5 of 2, and its examples make 0 of 1"):
+        read(path)
+
+
 # ------------------------------------------------------------------------------------------ accepting
 
 
@@ -170,7 +247,7 @@ def test_accepting_some_tests_leaves_the_others_as_they_were(run_folder, capsys)
     assert accept("-k", "test_b") == 0
     tests = json.loads(Path("b.json").read_text())["tests"]
     values = [tests[f"test_a.py::test_{name}"]["task boolq, 0-shot"]["metrics"]["accuracy"]["value"] for name in "ab"]
-    assert values == [0.75, 0.8]
+    assert values == [0.5, 0.8]
     run_folder(record(test="test_a.py::test_c"))
     assert accept("--prune") == 0
     assert list(json.loads(Path("b.json").read_text())["tests"]) == ["test_a.py::test_c"]

@@ -14,21 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pytest_lmeval.gates.damage import contradictions, is_number, problems
 from pytest_lmeval.gates.scores import Scores
 from pytest_lmeval.results.replacing import replacing
 
 SCHEMA = 1
 AGAIN = "python -m pytest_lmeval baseline accept"
 ENVIRONMENT = ("python", "device", "cpu", "threads", "packages")
-NUMBER = (int, float)
-FIELDS: dict[str, tuple[type, ...]] = {
-    "value": NUMBER,
-    "low": (*NUMBER, type(None)),
-    "high": (*NUMBER, type(None)),
-    "n": (int, type(None)),
-    "higher_is_better": (bool, type(None)),
-    "unit": (str,),
-}
 
 
 class BaselineError(ValueError):
@@ -70,10 +62,16 @@ def read(path: Path) -> Baseline | None:
             f"the baseline {path} is of schema {found!r}, and this version of pytest-lmeval reads schema {SCHEMA}. Its numbers "
             f"may mean something else. Install the version that wrote it, or write it anew: delete it, run the tests, {AGAIN}."
         )
-    for place, problem in _problems(document):
+    for place, problem in problems(document):
         where = f"the baseline {path} was damaged: {' > '.join(place)} {problem}"
         raise BaselineError(f"{where}. Restore it, or write it anew: {AGAIN}.")
-    return Baseline(document["environment"], document["tests"], _read_scores(examples_file(path)))
+    scores = _read_scores(examples_file(path))
+    for test, record, problem in contradictions(document["tests"], scores or {}):
+        raise BaselineError(
+            f"the baseline {path} and {examples_file(path)} do not fit together: of {test}, {record}, {problem}. One "
+            f"of them was cut off, edited, or restored without the other. Restore both, or write them anew: {AGAIN}."
+        )
+    return Baseline(document["environment"], document["tests"], scores)
 
 
 def write(path: Path, baseline: Baseline) -> None:
@@ -108,6 +106,8 @@ def _lines(value: dict[str, Any], indent: str = " ") -> Iterator[str]:
 def _parsed(path: Path, text: str, line: int) -> Any:
     try:
         return json.loads(text, parse_constant=_no_number)
+    except RecursionError:
+        raise BaselineError(f"{path} is nested more deeply than any baseline. Restore it, or write it anew: {AGAIN}.") from None
     except ValueError as error:
         at = f"line {getattr(error, 'lineno', 1) + line - 1}, column {getattr(error, 'colno', 1)}"
         raise BaselineError(
@@ -118,50 +118,6 @@ def _parsed(path: Path, text: str, line: int) -> Any:
 
 def _no_number(name: str) -> Any:
     raise ValueError(f"{name} is no number")
-
-
-def _problems(document: dict[str, Any]) -> Iterator[tuple[list[str], str]]:
-    """What is not as `write` would have written it: where, and what."""
-    for name in ("environment", "tests"):
-        if not isinstance(document.get(name), dict):
-            yield [name], _expected(document.get(name), "an object")
-            return
-    for test, records in document["tests"].items():
-        if not isinstance(records, dict):
-            yield ["tests", test], _expected(records, "an object")
-            continue
-        for record, entry in records.items():
-            place = ["tests", test, record]
-            if not isinstance(entry, dict):
-                yield place, _expected(entry, "an object")
-                continue
-            yield from ((place + where, what) for where, what in _problems_of_entry(entry))
-
-
-def _problems_of_entry(entry: dict[str, Any]) -> Iterator[tuple[list[str], str]]:
-    for name in ("lm", "settings", "metrics", "costs"):
-        if not isinstance(entry.get(name), dict):
-            yield [name], _expected(entry.get(name), "an object")
-            return
-    for name in ("headline", "verdict"):
-        if not isinstance(entry.get(name), str | None):
-            yield [name], _expected(entry[name], "a text or null")
-    for name, cost in entry["costs"].items():
-        if not isinstance(cost, NUMBER) or isinstance(cost, bool):
-            yield ["costs", name], _expected(cost, "a number")
-    for metric, values in entry["metrics"].items():
-        if not isinstance(values, dict):
-            yield ["metrics", metric], _expected(values, "an object")
-            continue
-        for name, kinds in FIELDS.items():
-            value = values.get(name)
-            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-                wanted = " or ".join(sorted({"null" if kind is type(None) else kind.__name__ for kind in kinds}))
-                yield ["metrics", metric, name], _expected(value, wanted)
-
-
-def _expected(value: Any, wanted: str) -> str:
-    return f"is {json.dumps(value)[:60]}, where {wanted} stands"
 
 
 def _read_scores(path: Path) -> dict[tuple[str, str], Scores] | None:
@@ -175,7 +131,7 @@ def _read_scores(path: Path) -> dict[tuple[str, str], Scores] | None:
     columns: list[list[Any]] | None = None
     for number, line in enumerate(lines, start=1):
         row = _parsed(path, line, number)
-        if isinstance(row, dict) and {"test", "record", "columns"} <= set(row) and row["columns"][:2] == ["id", "group"]:
+        if _is_head(row):
             columns = [[] for _ in row["columns"]]
             ids, groups, *rest = columns
             found[row["test"], row["record"]] = Scores(ids, groups, dict(zip(row["columns"][2:], rest, strict=True)))
@@ -190,6 +146,13 @@ def _read_scores(path: Path) -> dict[tuple[str, str], Scores] | None:
     return found
 
 
+def _is_head(row: Any) -> bool:
+    if not isinstance(row, dict) or not isinstance(columns := row.get("columns"), list):
+        return False
+    texts = all(isinstance(text, str) for text in (row.get("test"), row.get("record"), *columns))
+    return texts and columns[:2] == ["id", "group"] and len(set(columns)) == len(columns)
+
+
 def _is_example(row: list[Any]) -> bool:
-    numbers = all(value is None or (isinstance(value, NUMBER) and not isinstance(value, bool)) for value in row[2:])
+    numbers = all(value is None or is_number(value) for value in row[2:])
     return isinstance(row[0], str) and isinstance(row[1], str | None) and numbers

@@ -48,6 +48,18 @@ class Scores:
         pairs = zip(self.columns[above], self.columns[below], strict=True)
         return [None if over is None or under is None else (over, under) for over, under in pairs]
 
+    def made(self, metric: str) -> tuple[float | None, int] | None:
+        """What all examples make of a metric (of a perplexity its logarithm), and its `n`: answers, or tokens of a reading.
+
+        None if it is no such ratio; its first part is None if that is divided by 0.
+        """
+        if (ratio := self.ratio(metric)) is None:
+            return None
+        counted = [pair for pair in ratio if pair is not None]
+        above, below = (math.fsum(side) for side in zip(*counted, strict=True)) if counted else (0.0, 0.0)
+        n = round(math.fsum(value or 0 for value in self.columns["tokens"])) if "tokens" in self.columns else len(counted)
+        return (self.factor(metric) * above / below if below else None), n
+
     def factor(self, metric: str) -> float:
         """What that ratio is multiplied by."""
         return RATIOS[metric][2] if "tokens" in self.columns and metric in RATIOS else 1.0
