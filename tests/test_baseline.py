@@ -12,7 +12,7 @@ from pytest_lmeval.__main__ import main
 from pytest_lmeval.gates.baseline import Baseline, BaselineError, examples_file, read, write
 from pytest_lmeval.gates.compare import Side, compare
 from pytest_lmeval.gates.entry import differs, entry_of, gated, names_of
-from pytest_lmeval.gates.explain import table
+from pytest_lmeval.gates.explain import remarks, table
 from pytest_lmeval.gates.margins import Margins, read_marker
 from pytest_lmeval.gates.pairing import pair
 from pytest_lmeval.gates.scores import Scores, rounded
@@ -418,3 +418,18 @@ def test_a_number_per_token_is_not_compared_across_tokenizers():
     (row,) = compare([(Side(old, None), Side(new, None))], Margins(), 1)[0].values()
     assert row["verdict"] == "unclear"
     assert "a number per token says nothing then" in row["note"]
+
+
+def test_of_a_collapse_in_too_few_passages_it_is_said_why_it_is_not_called_worse():
+    ids, groups = [f"e{place}" for place in range(300)], [f"g{place % 6}" for place in range(300)]
+    sides = [
+        Side(entry_of(record(metrics={"accuracy": Metric(value, n=300, higher_is_better=True)})), Scores(ids, groups, columns))
+        for value, columns in ((1.0, {"accuracy": [1] * 300}), (0.0, {"accuracy": [0] * 300}))
+    ]
+    row = compare([tuple(sides)], Margins(), 1)[0]["accuracy"]
+    assert (row["verdict"], row["detectable"], row["needed"]) == ("unclear", None, None)
+    assert row["note"] == (
+        "no loss in 6 independent groups is called worse: even of all, it comes about by chance in one of 64 comparisons, and "
+        "one of 100 is asked for; it takes 7 at least"
+    )
+    assert row["note"] in remarks(row, "question")

@@ -1,6 +1,7 @@
 """Paired tests keep their level, find what unpaired ones miss, and the verdicts of a gate follow from them."""
 
 import math
+from dataclasses import replace
 from statistics import NormalDist
 
 import numpy as np
@@ -204,15 +205,51 @@ def test_too_few_examples_are_unclear_and_it_is_said_how_many_would_do():
     found = paired_difference([1] * 60 + [0] * 40, [0] * 4 + [1] * 56 + [1] * 2 + [0] * 38)
     verdict = judge(found, 0.01)
     assert verdict.name == "unclear"
-    assert verdict.detectable == pytest.approx(detectable(found.error, level=LEVEL))
-    assert verdict.needed == examples_needed(100, verdict.detectable, 0.01)
+    assert verdict.detectable == detectable(found.error, level=LEVEL, margin=0.01)
+    assert verdict.needed == examples_needed(100, found.error, 0.01)
 
 
-def test_what_is_called_detectable_is_found_four_times_in_five():
-    generator, n, error = np.random.default_rng(5), 400, 1 / 20
-    smallest = detectable(error, level=LEVEL)
-    found = [paired_difference(np.zeros(n), generator.normal(-smallest, 1.0, n)) for _ in range(40)]
-    assert 0.6 <= np.mean([judge(one, 0.0).name == "worse" for one in found]) <= 0.95
+def share(name, loss, *, n, margin=0.0, trials=60, family=1):
+    """How often n examples, each of which changes by its own luck (standard deviation 1), are given this verdict."""
+    generator = np.random.default_rng(5)
+    pairs = [paired_difference(np.zeros(n), generator.normal(-loss, 1.0, n)) for _ in range(trials)]
+    return np.mean([judge(found, margin, family=family).name == name for found in pairs])
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.1, 0.4])
+def test_what_is_called_detectable_is_found_four_times_in_five(margin):
+    n = 200
+    smallest = detectable(n**-0.5, level=LEVEL, margin=margin)
+    assert 0.65 <= share("worse", smallest, n=n, margin=margin) <= 0.95
+
+
+def test_without_its_margin_what_is_called_detectable_would_hardly_be_found():
+    assert share("worse", detectable(200**-0.5, level=LEVEL), n=200, margin=0.4) < 0.1
+
+
+def test_as_many_examples_as_are_called_needed_show_four_times_in_five_that_nothing_was_lost():
+    needed = judge(paired_difference(np.zeros(100), np.random.default_rng(6).normal(-0.2, 1.0, 100)), 0.2).needed
+    assert 100 < needed < 400
+    assert 0.65 <= share("same", 0.0, n=needed, margin=0.2) <= 0.95
+    assert share("same", 0.0, n=needed // 4, margin=0.2) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("groups", "family", "fewest"), [(6, 1, 7), (7, 1, None), (10, 12, 11), (11, 12, None), (20, 1100, None)]
+)
+def test_where_not_even_a_loss_of_everything_would_be_worse_it_is_said_how_many_groups_it_takes(groups, family, fewest):
+    n = 50 * groups
+    found = paired_difference(np.ones(n), np.zeros(n), groups=(np.arange(n) % groups).tolist(), level=LEVEL / family)
+    verdict = judge(found, family=family)
+    assert (verdict.name, verdict.fewest) == ("worse" if fewest is None else "unclear", fewest)
+    swaying = replace(found, error=0.1)
+    assert (judge(swaying, family=family).detectable is None) == (fewest is not None)
+
+
+def test_with_the_usual_number_of_signs_a_run_of_many_metrics_would_find_nothing():
+    found = paired_difference(np.ones(60), np.zeros(60), groups=list(range(30)) * 2)
+    assert found.least == found.p_lower > LEVEL / 1100
+    assert judge(found, family=1100).name == "unclear"
 
 
 @given(st.floats(-1, 1), st.floats(0, 0.5), st.floats(1e-6, 1), st.floats(0, 0.3), st.floats(0, 0.3))

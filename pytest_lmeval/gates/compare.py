@@ -16,7 +16,7 @@ from pytest_lmeval.gates.margins import Margin, Margins, is_cost
 from pytest_lmeval.gates.pairing import pair
 from pytest_lmeval.gates.scores import LOGARITHMIC, Scores, rounded
 from pytest_lmeval.statistics.paired import Difference, unpaired_difference
-from pytest_lmeval.statistics.verdict import judge_all, judge_exact
+from pytest_lmeval.statistics.verdict import LEVEL, Verdict, judge_all, judge_exact
 
 RANKS = (  # verdicts on a model's laws, the best first
     *("exact-any-chunk", "consistent", "exact-multiple-of", "exact-step-only", "stateless"),
@@ -71,7 +71,8 @@ def compare(pairs: list[tuple[Side, Side]], margins: Margins, family: int) -> li
     family  metrics that are gated in the whole run. A test is judged when it ends, when those of later tests are not known, so
             Holm's procedure takes them for 1: what fails here would fail with all of them known, too.
     """
-    candidates = [list(_candidates(base, new, margins)) for base, new in pairs]
+    level = LEVEL / max(family, 1)
+    candidates = [list(_candidates(base, new, margins, level)) for base, new in pairs]
     flat = [candidate for of_record in candidates for candidate in of_record]
     verdicts = iter(
         judge_all(
@@ -104,7 +105,7 @@ def new_rows(new: dict[str, Any], margins: Margins) -> dict[str, dict[str, Any]]
     return {name: {"verdict": "new", "base": None, "new": value} for name, value in values.items()}
 
 
-def _candidates(base: Side, new: Side, margins: Margins) -> Iterator[Candidate]:
+def _candidates(base: Side, new: Side, margins: Margins, level: float) -> Iterator[Candidate]:
     for name in gated(base.entry, margins):
         margin, before, after = margins.of(name), base.entry["metrics"][name], new.entry["metrics"].get(name)
         if after is None or margin is None or before["higher_is_better"] is None:
@@ -112,7 +113,9 @@ def _candidates(base: Side, new: Side, margins: Margins) -> Iterator[Candidate]:
         up = bool(before["higher_is_better"])
         values: tuple[float, float] = (before["value"], after["value"])
         other = _other_tokens(name, base.entry, new.entry)
-        found = None if other or base.scores is None or new.scores is None else pair(name, base.scores, new.scores, up=up)
+        found = None
+        if not other and base.scores is not None and new.scores is not None:
+            found = pair(name, base.scores, new.scores, up=up, level=level)
         if found is not None:
             some = found.row["only_base"] or found.row["only_new"]  # else the numbers are those that both runs told
             values = (found.base, found.new) if some else values
@@ -130,7 +133,7 @@ def _as_it_is(margin: Margin, before: dict[str, Any], after: dict[str, Any]) -> 
     return margin.given and None in (before["low"], after["low"])
 
 
-def _row(candidate: Candidate, verdict: Any) -> dict[str, Any]:
+def _row(candidate: Candidate, verdict: Verdict) -> dict[str, Any]:
     found, allowed = candidate.difference, candidate.allowed
     return {
         "verdict": verdict.name,
@@ -150,7 +153,17 @@ def _row(candidate: Candidate, verdict: Any) -> dict[str, Any]:
         "units": found.units,
         "test": found.test,
         **candidate.row,
+        **({"note": _too_few(found, verdict)} if verdict.name == "unclear" and verdict.fewest else {}),
     }
+
+
+def _too_few(found: Difference, verdict: Verdict) -> str:
+    """Why not even the loss of everything is called worse."""
+    units = f"{found.units:,} {'examples' if found.units == found.examples else 'independent groups'}"
+    return (
+        f"no loss in {units} is called worse: even of all, it comes about by chance in one of {1 / found.least:,.0f} comparisons, "
+        f"and one of {1 / verdict.level:,.0f} is asked for; it takes {verdict.fewest} at least"
+    )
 
 
 def _exact(

@@ -57,8 +57,8 @@ def _told(metric: str, row: dict[str, Any], noun: str) -> Iterator[str]:
         yield "It is the same in every run of the same code, so this is a change of the code or of its libraries."
     else:
         of = _several(row["n"], noun) + (f" in {row['units']:,} groups" if row["units"] != row["n"] else "")
-        yield f"Had nothing changed, chance would make so large a loss in {_odds(row['p'])}; what is rarer than one of"
-        yield f"{1 / row['level']:,.0f} is called worse ({row['test']}, {of})"
+        yield f"Had nothing changed, chance would make so large a loss in {_odds(row['p'])}; a loss that is larger"
+        yield f"than allowed, and rarer than one of {1 / row['level']:,.0f}, is called worse ({row['test']}, {of})"
     if "flipped" in row:
         yield from _flipped(row, noun)
     yield from remarks(row, noun)
@@ -87,8 +87,8 @@ def remarks(row: dict[str, Any], noun: str) -> Iterator[str]:
         yield f"on {_several(row['n'], noun)} of both runs; {apart}"
     if row["verdict"] == "unclear" and row.get("detectable") is not None:
         yield f"a loss of {number(abs(row['detectable']))} would have been found (with a probability of 80 %)"
-        if row["needed"]:
-            yield f"one as large as allowed, {number(row['margin'])}, would be with {_several(row['needed'], noun)}"
+    if row["verdict"] == "unclear" and row.get("needed"):
+        yield f"if nothing was lost, {_several(row['needed'], noun)} would show it ({number(row['margin'])} is allowed)"
 
 
 def table(records: list[dict[str, Any]], *, width: int) -> list[str]:

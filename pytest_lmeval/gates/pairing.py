@@ -36,15 +36,17 @@ class Paired:
     row: dict[str, Any]
 
 
-def pair(metric: str, base: Scores, new: Scores, *, up: bool) -> Paired | None:
+def pair(metric: str, base: Scores, new: Scores, *, up: bool, level: float = 0.01) -> Paired | None:
     """A metric on the examples that both runs have; None where there are none, or what they are divided by is not the same.
 
-    up  whether higher is better
+    up     whether higher is better
+    level  see `paired_difference`
     """
     common = _common(metric, base, new)
     if common is None:
         return None
-    found, factor = paired_difference(common.base, common.new, common.weights, common.groups), base.factor(metric)
+    found = paired_difference(common.base, common.new, common.weights, common.groups, level=level)
+    factor = base.factor(metric)
     scaled = replace(
         found,
         value=factor * found.value,

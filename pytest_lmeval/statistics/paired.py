@@ -20,7 +20,7 @@ from pytest_lmeval.statistics.bootstrap import ratio_intervals
 
 Alternative = Literal["lower", "higher", "different"]
 
-FLIPS = 100_000  # random assignments of signs at most
+FLIPS = 100_000  # random assignments of signs at most, unless a smaller p-value is asked for
 ENOUGH = 200  # as extreme ones after which no more are drawn
 EXACT = 13  # units up to which all assignments are counted
 MOST_EXAMPLES = 10**9
@@ -36,6 +36,7 @@ class Difference:
     error       standard error; None where it is not known
     units       independent units that it rests on; `examples` in them, of which `changed` are not what they were
     test        what the probabilities come from
+    least       the smallest probability that the test gives for so many units, whatever became of them
     """
 
     value: float
@@ -48,6 +49,7 @@ class Difference:
     examples: int
     changed: int
     test: str
+    least: float = 0.0
 
 
 def paired_difference(
@@ -56,6 +58,7 @@ def paired_difference(
     weights: Sequence[float] | None = None,
     groups: Sequence[Hashable] | None = None,
     *,
+    level: float = 0.01,
     seed: int = 0,
 ) -> Difference:
     """The difference of two means (or of ratios sum / sum of weights) of the same examples.
@@ -63,6 +66,7 @@ def paired_difference(
     base, new   what each example counts, in both runs: 0 or 1, a grade, the nats of a document
     weights     what the sums are divided by, the same in both runs: the tokens of a document; None: 1 each
     groups      what each example shares with others; None: all are independent
+    level       what the probabilities will be compared with: signs are drawn often enough to tell one that is smaller
 
     Right or wrong is tested by McNemar's exact test, anything else, and whatever is grouped, by flipping signs. The interval
     is that of the bootstrap over units. Raises ValueError for lists of different lengths, and for no examples.
@@ -75,17 +79,20 @@ def paired_difference(
     units = _units(np.column_stack([change, divisors]), groups)
     alone = len(units) == len(change)
     value, error = _ratio(units)
+    least = 0.5 ** len(units)
     if alone and np.isin(change, (-1, 0, 1)).all() and (divisors == 1).all():
         lost, won = int((change < 0).sum()), int((change > 0).sum())
         lower, higher, test = mcnemar(lost, won, "lower"), mcnemar(lost, won, "higher"), "McNemar's exact test"
     else:
         # Where nothing changed, a unit's change is as likely with the other sign; what it is divided by is the same either way.
-        few = _merged(units)[:, 0]
-        lower, higher = sign_flip(few, "lower", seed=seed), sign_flip(few, "higher", seed=seed)
+        few, flips = _merged(units)[:, 0], max(FLIPS, math.ceil(10 / level))
+        lower, higher = (sign_flip(few, way, seed=seed, flips=flips) for way in ("lower", "higher"))
+        least = max(least, 1 / (flips + 1)) if len(few) > EXACT else least
         test = "a sign-flip permutation test"
     (interval,) = ratio_intervals(_merged(units), [(0, 1)], seed=seed)
     low, high = interval or (None, None)
-    return Difference(value, low, high, lower, higher, error, len(units), len(change), int((change != 0).sum()), test)
+    changed = int((change != 0).sum())
+    return Difference(value, low, high, lower, higher, error, len(units), len(change), changed, test, least)
 
 
 def unpaired_difference(
@@ -186,27 +193,34 @@ def holm(p_values: Sequence[float], family: int | None = None) -> list[float]:
     return adjusted
 
 
-def detectable(error: float, *, level: float, power: float = 0.8) -> float:
-    """The smallest true difference that a one-sided test of this level finds with this probability, given its standard error.
+def detectable(error: float, *, level: float, margin: float = 0.0, power: float = 0.8) -> float:
+    """The smallest true loss that is found with this probability: significant at this level, one-sided, and beyond the margin.
 
-    (z of 1 - level + z of power) x error, the minimum detectable effect (Bloom, "Minimum detectable effects", 1995).
+    z of power standard errors above what has to be observed, the larger of z of 1 - level standard errors and the margin: the
+    minimum detectable effect (Bloom, "Minimum detectable effects", 1995).
 
-    >>> round(detectable(0.01, level=0.05), 4)
-    0.0249
+    >>> round(detectable(0.01, level=0.05), 4), round(detectable(0.01, level=0.05, margin=0.1), 4)
+    (0.0249, 0.1084)
     """
     normal = NormalDist()
-    return error * (normal.inv_cdf(1 - level) + normal.inv_cdf(power))
+    return max(error * normal.inv_cdf(1 - level), margin) + error * normal.inv_cdf(power)
 
 
-def examples_needed(examples: int, smallest: float, wanted: float) -> int | None:
-    """How many examples of this kind would make a difference of `wanted` detectable, where `examples` show one of `smallest`.
+def examples_needed(examples: int, error: float, margin: float, *, power: float = 0.8) -> int | None:
+    """How many examples of this kind would show with this probability that no more than the margin was lost, if nothing was.
 
-    None where there are not so many in the world (a billion), and where nothing is wanted.
+    error   standard error of the difference on so many `examples`
 
-    >>> examples_needed(200, 0.06, 0.01), examples_needed(200, 0.06, 0)
-    (7200, None)
+    Shown is it where the 95 % interval ends before the margin: z of 0.975 and z of power standard errors have to fit into it
+    (Julious, "Sample sizes for clinical trials with normal data", 2004, on non-inferiority). None where that takes more than
+    there are in the world (a billion), and for a margin of 0.
+
+    >>> examples_needed(200, 0.02, 0.01), examples_needed(200, 0.02, 0)
+    (6280, None)
     """
-    if not wanted or (times := smallest / wanted) > MOST_EXAMPLES:
+    normal = NormalDist()
+    reach = error * (normal.inv_cdf(0.975) + normal.inv_cdf(power))
+    if not margin or (times := reach / margin) > MOST_EXAMPLES:
         return None
     needed = math.ceil(round(examples * times**2, 6))
     return needed if needed <= MOST_EXAMPLES else None

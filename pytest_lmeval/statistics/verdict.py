@@ -4,7 +4,7 @@
     worse       the loss is larger than the margin, and too large for chance: p, after Holm, is at most 1 %
     better      the same in the other direction
     same        a loss beyond the margin is excluded: the 95 % interval ends before it (non-inferiority)
-    unclear     neither: there are too few examples to tell, and it is said how many there would have to be
+    unclear     neither: there are too few examples to tell, and it is said how many would show that nothing was lost
 
 Only `worse` fails a test. It takes both: a difference that is significant but within the margin is allowed (the last digits
 of a loss differ between two processors, and over a million tokens that is significant), and one beyond the margin that chance
@@ -15,6 +15,7 @@ many losses of a few times the margin: `benchmarks/test_gates.py` measures both,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -31,8 +32,9 @@ Name = Literal["worse", "unclear", "better", "same", "identical"]
 class Verdict:
     """p           probability of so large a difference in its direction, had nothing changed, before Holm
     level       what p had to be at most to count: `LEVEL` over those that are left in Holm's order
-    detectable  the loss that would have been found with a probability of 80 %
-    needed      examples with which one of the size of the margin would be; None where that is not known
+    detectable  the true loss that would have been called worse with a probability of 80 %; None where none would have been
+    needed      examples with which no loss would be called the same with that probability; None where that is not known
+    fewest      independent units without which no loss is called worse, however large; None where there are as many
     """
 
     name: Name
@@ -40,6 +42,7 @@ class Verdict:
     level: float
     detectable: float | None
     needed: int | None
+    fewest: int | None = None
 
 
 def judge_all(
@@ -63,12 +66,19 @@ def judge_all(
     verdicts = []
     for place, (found, (p_loss, p_gain)) in enumerate(zip(differences, adjusted, strict=True)):
         name = _name(found, margins[place], up=better[place], p_loss=p_loss, p_gain=p_gain)
-        level = LEVEL / (family - ranks[place])
-        smallest = detectable(found.error, level=level, power=POWER) if found.error else None
-        needed = examples_needed(found.examples, smallest, margins[place]) if smallest else None
         gained = (found.value > 0) == better[place]
-        verdicts.append(Verdict(name, gains[place] if gained else losses[place], level, smallest, needed))
+        p, level = gains[place] if gained else losses[place], LEVEL / (family - ranks[place])
+        verdicts.append(Verdict(name, p, level, *_power(found, margins[place], level)))
     return verdicts
+
+
+def _power(found: Difference, margin: float, level: float) -> tuple[float | None, int | None, int | None]:
+    """`detectable`, `needed` and `fewest` of a verdict."""
+    fewest = math.ceil(-math.log2(level)) if found.least > level else None
+    if not found.error:
+        return None, None, fewest
+    smallest = None if fewest else detectable(found.error, level=level, margin=margin, power=POWER)
+    return smallest, examples_needed(found.examples, found.error, margin, power=POWER), fewest
 
 
 def _name(found: Difference, margin: float, *, up: bool, p_loss: float, p_gain: float) -> Name:
