@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,14 @@ from pytest_lmeval.gates.baseline import Baseline, BaselineError, examples_file,
 from pytest_lmeval.gates.compare import Side, compare
 from pytest_lmeval.gates.entry import differs, entry_of, gated, names_of
 from pytest_lmeval.gates.explain import remarks, table
-from pytest_lmeval.gates.margins import Margins, read_marker
+from pytest_lmeval.gates.gate import unheard
+from pytest_lmeval.gates.margins import COSTS, Margins, read_marker
 from pytest_lmeval.gates.pairing import pair
 from pytest_lmeval.gates.scores import Scores, rounded
 from pytest_lmeval.results.metric import Metric
 from pytest_lmeval.results.record import Record
 from pytest_lmeval.scoring.perplexity import bare_ids
+from pytest_lmeval.training import result
 
 LM = {"spec": "demo", "parameters": 1, "bytes": 4, "dtype": "float32", "device": "cpu", "fingerprint": "f" * 16}
 ENTRY = ("tests", "test_a.py::test_a", "task boolq, 0-shot")
@@ -396,6 +399,33 @@ def test_costs_are_compared_to_the_last_byte_where_both_runs_did_the_same():
     assert costs(1000, 999)["verdict"] == "better"
     assert costs(1000, 1009, {"state_bytes": "1%"})["verdict"] == "same"
     assert costs(1000, 2000, shots=5) is None
+
+
+def test_costs_are_the_names_that_verbs_record_and_no_others():
+    """A name that is written another way gates nothing, and nobody sees it."""
+    from pytest_lmeval.adapters import load
+    from pytest_lmeval.profiling.efficiency import efficiency
+    from pytest_lmeval.profiling.memory import memory
+
+    small = {"batch_size": 1, "seq_len": 8, "new_tokens": 2}
+    found = [efficiency(load("zoo:lstm"), **small, runs=2).record, memory(load("zoo:lstm"), **small, apart=False).record]
+    entries = {one.kind: entry_of({**one.to_json(), "lm": {**one.lm, "device": "cuda:0"}}) for one in found}
+    recorded = {name for entry in entries.values() for part in ("metrics", "costs") for name in entry[part]}
+    trained = {"flops_forward", "flops_backward", "flops_total", "model_bytes", "parameters"}
+    assert trained <= set(re.findall(r'"(\w+)": ', Path(result.__file__).read_text()))
+    assert set(COSTS) == {name for name in recorded if name in COSTS} | trained | {"verdict"}
+    on_cpu = entry_of({**found[1].to_json(), "test": "t"})
+    assert set(on_cpu["metrics"]) == {"weights_bytes", "state_bytes", "activations_bytes", "tensors_peak_bytes"}
+    assert set(on_cpu["costs"]) == {"state_bytes"}
+
+
+def test_the_memory_of_a_process_is_never_gated_and_the_flops_of_timed_runs_are_not_either():
+    process = {"peak_bytes": Metric(252.5, "bytes", n=1, higher_is_better=False), "growth_bytes": Metric(3, "bytes")}
+    entry = entry_of(record("memory", "s", metrics=process, cost={"peak_bytes": 252}))
+    assert (entry["metrics"], entry["costs"]) == ({}, {})
+    assert entry_of(record("latency", "s", metrics={}, cost={"flops": 30}))["costs"] == {}
+    (told,) = unheard([record("memory", "s", metrics=process)], read_marker((), {"peak_bytes": "5%"}))
+    assert "names peak_bytes, which is another one in every run" in told
 
 
 @pytest.mark.parametrize(("before", "after", "verdict"), [

@@ -161,8 +161,8 @@ def _too_few(found: Difference, verdict: Verdict) -> str:
     """Why not even the loss of everything is called worse."""
     units = f"{found.units:,} {'examples' if found.units == found.examples else 'independent groups'}"
     return (
-        f"no loss in {units} is called worse: even of all, it comes about by chance in one of {1 / found.least:,.0f} comparisons, "
-        f"and one of {1 / verdict.level:,.0f} is asked for; it takes {verdict.fewest} at least"
+        f"no loss in {units} is called worse: even of all, it comes about by chance in one of {1 / found.least:,.0f} "
+        f"comparisons, and one of {1 / verdict.level:,.0f} is asked for; it takes {verdict.fewest} at least"
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from fnmatch import fnmatchcase
 from typing import Any
 
 from pytest_lmeval.gates.margins import READINGS, Margins, is_cost, is_speed
@@ -16,7 +15,10 @@ SETTINGS = (
     *("steps", "batch_size", "seq_len", "lr", "seed"),
 )  # those that decide what was asked; how fast it went and in which chunks it was read does not
 COSTS = ("flops", "state_bytes", "peak_bytes")
-UNTOLD = ("peak_memory*",)  # of the whole process, and other in every run
+UNTOLD = (  # of a whole process, or of a device that others use too: other in every run
+    *("peak_memory", "peak_memory_growth", "peak_bytes", "growth_bytes", "allocated_bytes", "reserved_bytes"),
+)
+TIMED = ("latency", "throughput", "streaming")  # their FLOPs are those of all runs, as many as the clock wanted
 
 
 def entry_of(record: dict[str, Any]) -> dict[str, Any]:
@@ -25,7 +27,8 @@ def entry_of(record: dict[str, Any]) -> dict[str, Any]:
     kept = {name: metric for name, metric in record["metrics"].items() if not probed and _is_kept(name, metric["unit"])}
     metrics = {name: _metric(metric) for name, metric in kept.items()}
     on_gpu = str(record["lm"].get("device", "")).startswith("cuda")  # elsewhere, peak_bytes are those of the whole process
-    costs = {name: record["cost"].get(name) for name in COSTS if not probed and (name != "peak_bytes" or on_gpu)}
+    left = {"flops": record["kind"] not in TIMED, "peak_bytes": on_gpu}
+    costs = {name: record["cost"].get(name) for name in COSTS if not probed and left.get(name, True)}
     verdict = (record.get("certificate") or {}).get("verdict") if probed else None
     return {
         "lm": {name: portable(str(record["lm"].get(name))) for name in ("spec", "dtype", "device", "fingerprint")},
@@ -92,7 +95,7 @@ def _short(value: Any) -> Any:
 
 
 def _is_kept(name: str, unit: str) -> bool:
-    return not is_speed(name, unit) and not any(fnmatchcase(name, pattern) for pattern in UNTOLD)
+    return not is_speed(name, unit) and name not in UNTOLD
 
 
 def _metric(metric: dict[str, Any]) -> dict[str, Any]:

@@ -160,11 +160,16 @@ def unheard(records: list[dict[str, Any]], margins: Margins) -> list[str]:
     metrics = {name: metric for record in records for name, metric in record["metrics"].items()}
     costs = {name for record in records for name, cost in record["cost"].items() if cost is not None}
     speeds = {name for record in records for name in speed_rows(record, margins)}
+    kept = {name for record in records for part in ("metrics", "costs") for name in entry_of(record)[part]} | {"verdict"}
     found = []
     for name, margin in margins.given.items():
         if name not in {*metrics, *costs, *speeds, "verdict"}:
             has = ", ".join(metrics) or "no metric"
             found.append(f"the marker {MARKER} names {name}, which the test does not record; it records {has}")
+        elif margin is not None and name not in kept | speeds:
+            found.append(
+                f"the marker {MARKER} names {name}, which is another one in every run of the same code: it is not gated"
+            )
         elif margin is not None and name in metrics and not is_speed(name, metrics[name]["unit"]):
             if (better := metrics[name]["higher_is_better"]) is None:
                 found.append(f"the marker {MARKER} names {name}, and neither direction of it is better: it is not gated")

@@ -20,13 +20,18 @@ SPEED = ("throughput", "latency", "*_per_second", "seconds", "ttft*", "itl*", "t
 SPEED_NAMES = {"throughput": ("tokens_per_second", "prefill_tokens_per_second"), "latency": ("e2e", "ttft", "itl")}
 SPEED_UNITS = ("s", "ms", "us", "ns", "tokens/s")
 COSTS = {  # what a computer does to the last operation, so that chance has no part in it -> what it may grow by
-    "flops*": "0%",
+    "flops": "0%",
+    "flops_forward": "0%",
+    "flops_backward": "0%",
+    "flops_total": "0%",
+    "prefill_flops": "0%",
+    "decode_flops": "0%",
     "state_bytes": "0%",
+    "weights_bytes": "0%",
     "model_bytes": "0%",
     "parameters": "0%",
-    "forward_calls*": "0%",
-    "tensor_peak_bytes*": "1%",
-    "peak_bytes": "1%",
+    "tensors_peak_bytes": "1%",
+    "peak_bytes": "1%",  # of a CUDA device; elsewhere it is that of a process, and no baseline keeps it
     "verdict": "0%",
 }
 DEFAULTS = {"perplexity*": "0.5%", "nll*": "0.5%", "bits_per_byte": "0.5%", "loss_at_*": "0.5%", "bleu": "0.5"}
@@ -108,9 +113,9 @@ def check_sign(name: str, margin: Margin, higher_is_better: bool) -> str | None:
 
 def is_speed(name: str, unit: str = "") -> bool:
     """Whether a metric is a time or a rate: two runs of the same code differ in it, and it is never gated here."""
-    return unit in SPEED_UNITS or any(fnmatchcase(name, pattern) for pattern in SPEED)
+    return unit in SPEED_UNITS or (not is_cost(name) and any(fnmatchcase(name, pattern) for pattern in SPEED))
 
 
 def is_cost(name: str) -> bool:
     """Whether a metric is the same in every run of the same code, so that it can be compared as it is."""
-    return any(fnmatchcase(name, pattern) for pattern in COSTS)
+    return name in COSTS
