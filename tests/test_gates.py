@@ -245,6 +245,7 @@ def test_workers_of_xdist_decide_where_the_test_runs(accepted, monkeypatch):
     result.assert_outcomes(failed=1)
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.stdout.fnmatch_lines(["*    worse *accuracy*"])
+    result.stdout.no_fnmatch_line("not measured:*")
 
 
 # ----------------------------------------------------------------------------- what does not fit together
@@ -289,6 +290,44 @@ def test_what_only_one_side_has_is_said_and_fails_nothing(accepted):
             "*missing *exact match *-> not measured",
             "*new *bits per byte*",
             "made elsewhere: torch was 1.0, is *",
+        ]
+    )
+
+
+def skipping(tests):
+    return tests.replace("def test_numbers", "@pytest.mark.skip(reason='no time')\n    def test_numbers")
+
+
+def test_a_gated_test_that_is_skipped_or_renamed_is_said_and_so_is_a_run_of_nothing_else(accepted):
+    accepted.makepyfile(test_quality=skipping(TESTS).replace("test_reads", "test_reads_well"))
+    result = run(accepted)
+    result.assert_outcomes(passed=1, skipped=1)
+    lines = [
+        "not measured: test_quality.py::test_numbers (skipped: no time)",
+        "not measured: test_quality.py::test_reads (no test*",
+    ]
+    result.stdout.fnmatch_lines(lines)
+    told = json.loads((accepted.path / ".lmeval/metrics.json").read_text())["skipped"]
+    assert {one["test"].rpartition("::")[2]: one["reason"].partition(":")[0] for one in told} == dict.fromkeys(
+        ["test_numbers", "test_reads"], "in the baseline, and not measured"
+    )
+    result = run(accepted, "-k", "numbers")
+    result.stdout.fnmatch_lines(["*lmeval: against baseline.json*", lines[0]])
+
+
+@pytest.mark.parametrize("options", [["-k", "reads"], ["test_quality.py::test_reads"], ["-x", "test_other.py"]])
+def test_what_was_left_out_on_purpose_is_not_spoken_of(accepted, options):
+    accepted.makepyfile(test_quality=skipping(TESTS), test_other="def test_other(): pass")
+    run(accepted, *options).stdout.no_fnmatch_line("not measured:*")
+
+
+def test_a_test_that_ran_and_recorded_nothing_or_did_not_run_any_more_is_said(accepted):
+    quiet = TESTS.replace("lmeval.task(lm, NUMBERS)", "assert lm is None")
+    accepted.makepyfile(test_quality=quiet)
+    run(accepted, "-x").stdout.fnmatch_lines(
+        [
+            "not measured: test_quality.py::test_numbers (it ran, and recorded nothing)",
+            "not measured: test_quality.py::test_reads (it did not run)",
         ]
     )
 

@@ -17,6 +17,7 @@ import pytest
 from pytest_lmeval.gates.baseline import ENVIRONMENT, Baseline, BaselineError, read
 from pytest_lmeval.gates.entry import entry_of, gated, names_of
 from pytest_lmeval.gates.margins import NOT_JUDGED, SPEED_NAMES, Margins, check_sign, is_speed, read_marker
+from pytest_lmeval.gates.unmeasured import Unmeasured
 from pytest_lmeval.options import is_worker, option, output_folder, test_id
 
 MARKER = "lmeval_gate"
@@ -45,7 +46,9 @@ class Gate:
         self.config, self.file, self.log_key = config, file, log_key
         self.family = 0
         if not is_worker(config):
-            self.baseline  # noqa: B018 - what is wrong with it is told before the first test, and once
+            known = self.baseline  # what is wrong with it is told before the first test, and once
+            self.unmeasured = Unmeasured(config, known.tests if known else {})
+            config.pluginmanager.register(self.unmeasured, "lmeval-unmeasured")
 
     @cached_property
     def baseline(self) -> Baseline | None:
@@ -133,12 +136,14 @@ class Gate:
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         reports = self.config.pluginmanager.get_plugin("lmeval-reports")
         records = [record for record in getattr(reports, "records", ()) if record.get("gate")]
-        if not records or self.config.get_verbosity() < -1:
+        missed = [f"not measured: {test} ({reason})" for test, reason in self.unmeasured.found().items()]
+        if not (records or missed) or self.config.option.collectonly or self.config.get_verbosity() < -1:
             return
         from pytest_lmeval.gates.explain import table
 
         terminalreporter.section(f"lmeval: against {_readable(self.file)}")
-        for line in (*table(records, width=terminalreporter._tw.fullwidth), *self._remarks(records)):
+        gated = table(records, width=terminalreporter._tw.fullwidth) if records else []
+        for line in (*gated, *missed, *(self._remarks(records) if records else ())):
             terminalreporter.write_line(line)
 
     def _remarks(self, records: list[dict[str, Any]]) -> list[str]:
