@@ -25,6 +25,7 @@ from pytest_lmeval.training import result
 
 LM = {"spec": "demo", "parameters": 1, "bytes": 4, "dtype": "float32", "device": "cpu", "fingerprint": "f" * 16}
 ENTRY = ("tests", "test_a.py::test_a", "task boolq, 0-shot")
+WORSE = {"verdict": "worse", "base": 0.9, "new": 0.7}
 LEFT_OUT = object()
 FINITE = st.floats(-1e9, 1e9)
 
@@ -266,8 +267,9 @@ def test_the_very_name_of_a_test_does_not_take_in_others_that_begin_so(run_folde
 
 
 def test_what_failed_for_its_baseline_is_accepted_and_what_failed_for_itself_is_not(run_folder, capsys):
-    worse = record(outcome="failed", gate={"accuracy": {"verdict": "worse", "base": 0.9, "new": 0.7}})
-    run_folder(worse, record(test="test_a.py::test_b", outcome="failed"))
+    worse = record(outcome="failed", gate={"accuracy": {**WORSE, "failed": True}})
+    for_itself = [record(test="test_a.py::test_b", outcome="failed", gate=gate) for gate in (None, {"accuracy": WORSE})]
+    run_folder(worse, *for_itself)
     assert accept() == 0
     assert list(json.loads(Path("b.json").read_text())["tests"]) == ["test_a.py::test_a"]
     assert "not accepted: test_a.py::test_b (it failed, and not for its baseline)" in capsys.readouterr().out
@@ -276,7 +278,7 @@ def test_what_failed_for_its_baseline_is_accepted_and_what_failed_for_itself_is_
 @pytest.mark.parametrize(
     ("records", "options", "message"),
     [
-        (None, [], "there is no .lmeval. Run the tests first"),
+        (None, [], ".lmeval cannot be read (No such file or directory). A run writes metrics.json"),
         ([], [], "holds no record"),
         ([record()], ["-k", "other"], "no test in it matches 'other'; it has test_a.py::test_a."),
         ([record(outcome="failed")], [], "test_a.py::test_a failed, and not for the baseline"),
@@ -288,6 +290,40 @@ def test_where_nothing_can_be_accepted_it_is_said_why(run_folder, capsys, tmp_pa
     assert accept(*options) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "b.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("records",), 3, "holds no list of records"),
+        (("records", 0), 3, "record 1 is int, no object"),
+        (("records", 0, "test"), 3, "record 1 > test is 3, where a text stands"),
+        (("records", 0, "gate"), 3, "record 1 > gate is 3, where an object or null stands"),
+        (("records", 0, "metrics", "accuracy"), 0.5, "accuracy has no value, and was left out"),
+        (("records", 0, "metrics", "accuracy", "n"), "x", 'accuracy > n is "x", where a whole number or null stands'),
+        (("records", 0, "cost", "flops"), "x", 'costs > flops is "x", where a number stands'),
+        (("records", 0, "examples"), 3, "the examples of test_a.py::test_a in .lmeval cannot be read (TypeError"),
+        (("environment", "packages"), [1], "environment > packages is a list"),
+    ],
+)
+def test_a_run_that_was_edited_is_not_accepted_and_the_field_is_told(run_folder, capsys, tmp_path, place, value, message):
+    run_folder(record())
+    document = json.loads(Path(".lmeval/metrics.json").read_text())
+    inner = document
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    Path(".lmeval/metrics.json").write_text(json.dumps(document))
+    assert accept() == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "b.json").exists()
+
+
+def test_a_file_that_cannot_be_written_is_told(run_folder, capsys):
+    run_folder(record())
+    Path("taken").write_text("a file where a folder should be")
+    assert accept("--to", "taken/b.json", "--prune") == 2
+    assert "taken/b.json cannot be written (" in capsys.readouterr().err
 
 
 def test_a_command_that_there_is_not_is_refused(capsys):

@@ -238,6 +238,15 @@ def test_a_failing_test_keeps_its_own_failure_and_is_not_accepted(accepted, monk
     assert "test_reads failed, and not for the baseline" in capsys.readouterr().err
 
 
+def test_a_test_that_fails_by_itself_is_not_accepted_because_a_number_got_worse_too(accepted, monkeypatch, capsys):
+    monkeypatch.setenv("WRONG", numbers((1, 4), (50, 53), (100, 115)))
+    accepted.makepyfile(test_quality=TESTS.replace("(lm, NUMBERS)", "(lm, NUMBERS)\n        assert not 'mine'"))
+    run(accepted, "-k", "numbers").assert_outcomes(failed=1, deselected=1)
+    assert verdicts(accepted)["test_numbers", "accuracy"] == "worse"
+    assert accept() == 2
+    assert "test_numbers failed, and not for the baseline" in capsys.readouterr().err
+
+
 def test_workers_of_xdist_decide_where_the_test_runs(accepted, monkeypatch):
     pytest.importorskip("xdist")
     monkeypatch.setenv("WRONG", numbers((1, 4), (50, 53), (100, 115)))

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from pytest_lmeval.gates.baseline import ENVIRONMENT, Baseline, BaselineError, examples_file, read, write
+from pytest_lmeval.gates.damage import RECORD, contradictions, problems, unlike
 from pytest_lmeval.gates.entry import entry_of, names_of
 from pytest_lmeval.gates.scores import Scores, scores_of
+from pytest_lmeval.report.document import DocumentError, load
+
+AGAIN = "Run the tests again, and accept that run."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,15 +32,21 @@ def main(arguments: argparse.Namespace) -> int:
     """Take the tests of a run into a baseline; those of others stay. Returns 0, or 2 where nothing could be accepted."""
     source = arguments.source / "metrics.json" if arguments.source.is_dir() else arguments.source
     try:
-        document = read_metrics(source)
+        document = read_metrics(arguments.source)
         chosen = matching(document["records"], arguments.pattern)
         accepted, refused = by_test(chosen)
         if not accepted:
             raise BaselineError(f"{source} has nothing to accept: {_why(document, chosen, refused, arguments.pattern)}")
         old = Baseline() if arguments.prune else read(arguments.to) or Baseline()
-        write(arguments.to, merged(old, accepted, document["environment"], source.parent))
+        new = merged(old, accepted, document["environment"], source.parent)
+        for problem in _unfit(new):
+            raise BaselineError(f"{source} cannot be accepted: {problem}. It was edited, or is of several runs: {AGAIN}")
+        write(arguments.to, new)
     except BaselineError as error:
         print(error, file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"{arguments.to} cannot be written ({error.strerror or error}). Name another file: --to FILE.", file=sys.stderr)
         return 2
     for test in sorted(accepted):
         print(f"accepted: {test}")
@@ -47,19 +57,29 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
-    """The metrics.json of a run. Raises BaselineError where there is none, or it is of another schema."""
-    from pytest_lmeval.results.record import SCHEMA
-
+    """The metrics.json of a run, or of its folder. Raises BaselineError where there is none, or not all of it can be read."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        schema = document["schema"]
-    except FileNotFoundError:
-        raise BaselineError(f"there is no {path}. Run the tests first, or name their output folder: --from DIR.") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BaselineError(f"{path} is not the metrics.json of a run ({type(error).__name__}: {error}).") from error
-    if schema != SCHEMA:
-        raise BaselineError(f"{path} is of schema {schema}, and this version of pytest-lmeval reads schema {SCHEMA}.")
-    return dict(document)
+        document = load(path)
+    except DocumentError as error:
+        raise BaselineError(str(error)) from error
+    except RecursionError:
+        raise BaselineError(f"{path} is nested more deeply than any metrics.json. {AGAIN}") from None
+    damaged = list(document["problems"])
+    for number, record in enumerate(document["records"], start=1):
+        damaged += [
+            f"{' > '.join(place)} {what}" for place, what in unlike({"gate": None, **record}, RECORD, [f"record {number}"])
+        ]
+    if damaged:
+        raise BaselineError(f"{path} was damaged, so nothing of it is accepted: {damaged[0]}. {AGAIN}")
+    return document
+
+
+def _unfit(baseline: Baseline) -> Iterator[str]:
+    """What a later run could not be compared with."""
+    for place, what in problems({"environment": baseline.environment, "tests": baseline.tests}):
+        yield f"{' > '.join(place)} {what}"
+    for test, record, what in contradictions(baseline.tests, baseline.scores or {}):
+        yield f"of {test}, {record}, {what}"
 
 
 def matching(records: list[dict[str, Any]], pattern: str) -> list[dict[str, Any]]:
@@ -73,7 +93,7 @@ def by_test(records: list[dict[str, Any]]) -> tuple[dict[str, list[dict[str, Any
     tests: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         tests.setdefault(record["test"], []).append(record)
-    refused = {test for test, found in tests.items() if any(map(_failed, found)) and not any(map(_got_worse, found))}
+    refused = {test for test, found in tests.items() if any(map(_failed, found)) and not any(map(_failed_for_baseline, found))}
     return {test: found for test, found in tests.items() if test not in refused}, refused
 
 
@@ -87,17 +107,25 @@ def merged(old: Baseline, accepted: dict[str, list[dict[str, Any]]], environment
             entry = entry_of(record)
             if entry["metrics"] or entry["costs"] or entry["verdict"]:
                 tests[test][name] = entry
-            if (found := scores_of(record, folder)) is not None:
+            if (found := _scores(record, folder)) is not None:
                 scores[test, name] = found
     return Baseline({name: environment.get(name) for name in ENVIRONMENT}, tests, scores)
+
+
+def _scores(record: dict[str, Any], folder: Path) -> Scores | None:
+    try:
+        return scores_of(record, folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise BaselineError(f"the examples of {record['test']} in {folder} cannot be read ({what}). {AGAIN}") from error
 
 
 def _failed(record: dict[str, Any]) -> bool:
     return record.get("outcome") == "failed"
 
 
-def _got_worse(record: dict[str, Any]) -> bool:
-    return any(row["verdict"] == "worse" for row in (record.get("gate") or {}).values())
+def _failed_for_baseline(record: dict[str, Any]) -> bool:
+    return any(isinstance(row, dict) and row.get("failed") is True for row in (record.get("gate") or {}).values())
 
 
 def _why(document: dict[str, Any], chosen: list[Any], refused: set[str], pattern: str) -> str:

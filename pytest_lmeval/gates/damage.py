@@ -39,6 +39,7 @@ COUNT: Field = ("a whole number", lambda value: isinstance(value, int) and not i
 YES_OR_NO: Field = ("true or false", lambda value: isinstance(value, bool))
 POSITIVE: Field = ("a number above 0", lambda value: is_number(value) and value > 0)
 
+RECORD = {**dict.fromkeys(("test", "kind", "subject"), TEXT), "settings": OBJECT, "gate": _or_null(OBJECT)}  # of a run
 DOCUMENT = {"environment": OBJECT, "tests": OBJECT}
 ENTRY = {
     **dict.fromkeys(("lm", "settings", "metrics", "costs"), OBJECT),
@@ -58,26 +59,26 @@ POSITIVES = {"value": POSITIVE, "low": _or_null(POSITIVE), "high": _or_null(POSI
 
 def problems(document: dict[str, Any]) -> Iterator[Problem]:
     """What is not as it would have been written: where, and what."""
-    if found := list(_unlike(document, DOCUMENT, [])):
+    if found := list(unlike(document, DOCUMENT, [])):
         yield from found
         return
-    yield from _unlike({"packages": None, **document["environment"]}, {"packages": _or_null(OBJECT)}, ["environment"])
-    yield from _unlike(document["tests"], dict.fromkeys(document["tests"], OBJECT), ["tests"])
+    yield from unlike({"packages": None, **document["environment"]}, {"packages": _or_null(OBJECT)}, ["environment"])
+    yield from unlike(document["tests"], dict.fromkeys(document["tests"], OBJECT), ["tests"])
     for test, records in _objects(document["tests"]):
-        yield from _unlike(records, dict.fromkeys(records, OBJECT), ["tests", test])
+        yield from unlike(records, dict.fromkeys(records, OBJECT), ["tests", test])
         for record, entry in _objects(records):
             yield from _of_entry(entry, ["tests", test, record])
 
 
 def _of_entry(entry: dict[str, Any], place: Place) -> Iterator[Problem]:
-    if found := list(_unlike(entry, ENTRY, place)):
+    if found := list(unlike(entry, ENTRY, place)):
         yield from found
         return
-    yield from _unlike(entry["lm"], LM, [*place, "lm"])
-    yield from _unlike(entry["costs"], dict.fromkeys(entry["costs"], NUMBER), [*place, "costs"])
-    yield from _unlike(entry["metrics"], dict.fromkeys(entry["metrics"], OBJECT), [*place, "metrics"])
+    yield from unlike(entry["lm"], LM, [*place, "lm"])
+    yield from unlike(entry["costs"], dict.fromkeys(entry["costs"], NUMBER), [*place, "costs"])
+    yield from unlike(entry["metrics"], dict.fromkeys(entry["metrics"], OBJECT), [*place, "metrics"])
     for name, metric in _objects(entry["metrics"]):
-        yield from _unlike(metric, {**METRIC, **(POSITIVES if name in LOGARITHMIC else {})}, [*place, "metrics", name])
+        yield from unlike(metric, {**METRIC, **(POSITIVES if name in LOGARITHMIC else {})}, [*place, "metrics", name])
     if (first := entry["headline"]) is not None and first not in entry["metrics"]:
         yield [*place, "headline"], f"is {json.dumps(first)}, which is none of its metrics"
 
@@ -86,7 +87,7 @@ def _objects(value: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     return ((name, inner) for name, inner in value.items() if isinstance(inner, dict))
 
 
-def _unlike(value: dict[str, Any], fields: dict[str, Field], place: Place) -> Iterator[Problem]:
+def unlike(value: dict[str, Any], fields: dict[str, Field], place: Place) -> Iterator[Problem]:
     """The fields that are missing, or not what they should be."""
     for name, (wanted, is_that) in fields.items():
         if name not in value:

@@ -77,14 +77,14 @@ class Gate:
         try:
             outcome = yield
         except (Exception, pytest.fail.Exception, pytest.skip.Exception):
-            self._judge(item)  # what it measured is shown beside its own failure
+            self._judge(item, fails=False)  # what it measured is shown beside its own failure
             raise
-        if (worse := self._judge(item)) and option(self.config, "lmeval-gate") == "fail":
+        if worse := self._judge(item, fails=option(self.config, "lmeval-gate") == "fail"):
             pytest.fail(worse, pytrace=False)
         return outcome
 
-    def _judge(self, item: pytest.Item) -> str | None:
-        """Put the verdicts into the records of a test; why it fails, if it does."""
+    def _judge(self, item: pytest.Item, *, fails: bool) -> str | None:
+        """Put the verdicts into the records of a test. Why it fails, if it `fails` for what got worse, and something did."""
         log = item.stash.get(self.log_key, None)
         try:
             margins = margins_of(item)
@@ -96,13 +96,19 @@ class Gate:
 
         records = [record.to_json() for record in log.records]
         gates = self._rows(log.test, records, margins)
+        worse = [
+            (record, name, row)
+            for record, gate in zip(records, gates, strict=True)
+            for name, row in gate.items()
+            if row["verdict"] == "worse"
+        ]
+        for *_, row in worse if fails else ():
+            row["failed"] = True
         log.records[:] = [replace(record, gate=gate or None) for record, gate in zip(log.records, gates, strict=True)]
         remarks = unheard(records, margins) + self._unmade(log.test, records)
         log.notes += [f"{log.test}: {remark}" for remark in remarks]
-        pairs = zip(records, gates, strict=True)
-        worse = [(record, name, row) for record, gate in pairs for name, row in gate.items() if row["verdict"] == "worse"]
         accept = f"--from {_readable(output_folder(self.config))} --to {_readable(self.file)}"
-        return failure(log.test, worse, baseline=_readable(self.file), accept=accept) if worse else None
+        return failure(log.test, worse, baseline=_readable(self.file), accept=accept) if worse and fails else None
 
     def _unmade(self, test: str, records: list[dict[str, Any]]) -> list[str]:
         known = self.baseline.tests.get(test, {}) if self.baseline else {}

@@ -75,13 +75,15 @@ def scores_of(record: dict[str, Any], folder: Path) -> Scores | None:
 
 
 def rounded(value: float | None) -> float | None:
-    """Seven digits that matter, and no point after a whole number.
+    """Seven digits that matter, and no point after a whole number. What is no finite number stays as it is.
 
     >>> rounded(0.123456789), rounded(3.0), rounded(None)
     (0.1234568, 3, None)
     """
-    if value is None or (value == int(value) and abs(value) < 1e15):
-        return None if value is None else int(value)
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return value
+    if value == int(value) and abs(value) < 1e15:
+        return int(value)
     return float(f"{value:.7g}")
 
 
