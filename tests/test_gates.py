@@ -197,8 +197,11 @@ def test_a_gain_is_better_and_a_few_flips_are_unclear(accepted, monkeypatch):
 
 def test_a_marker_allows_more_and_warn_fails_nothing(accepted, monkeypatch):
     monkeypatch.setenv("WRONG", numbers((1, 4), (50, 53), (100, 115)))
-    result = run(accepted, "--lmeval-gate=warn")
+    result = run(accepted, "--lmeval-gate=warn", "--junitxml=junit.xml")
     result.assert_outcomes(passed=2)
+    told = {one.get("name"): one.get("value") for one in ElementTree.parse(accepted.path / "junit.xml").iter("property")}
+    of = "lmeval conftest:Knows, numbers, 0-shot, accuracy"
+    assert [told[of + key] for key in (", verdict", ", base", "", ", margin")] == ["worse", "0.96", "0.86", "0.01"]
     result.stdout.fnmatch_lines(["    worse *accuracy*"])
     assert verdicts(accepted)["test_numbers", "accuracy"] == "worse"
     result = run(accepted, "--lmeval-gate=off")

@@ -105,6 +105,7 @@ class Gate:
         for *_, row in worse if fails else ():
             row["failed"] = True
         log.records[:] = [replace(record, gate=gate or None) for record, gate in zip(log.records, gates, strict=True)]
+        item.user_properties += properties(records, gates)
         remarks = unheard(records, margins) + self._unmade(log.test, records)
         log.notes += [f"{log.test}: {remark}" for remark in remarks]
         accept = f"--from {_readable(output_folder(self.config))} --to {_readable(self.file)}"
@@ -164,6 +165,19 @@ class Gate:
         if unlike := list(other_environment(self.baseline.environment, now)):
             lines.append(f"made elsewhere: {', '.join(unlike)}")
         return lines
+
+
+def properties(records: list[dict[str, Any]], gates: list[dict[str, dict[str, Any]]]) -> list[tuple[str, object]]:
+    """The verdicts as JUnit's properties of the test, where they are seen though nothing failed, beside the numbers."""
+    from pytest_lmeval.report.words import visible
+
+    return [
+        (visible(f"lmeval {record['lm']['spec']}, {record['subject']}, {name}, {key}"), row[key])
+        for record, gate in zip(records, gates, strict=True)
+        for name, row in gate.items()
+        for key in ("verdict", "base", "margin")
+        if row.get(key) is not None
+    ]
 
 
 def unheard(records: list[dict[str, Any]], margins: Margins) -> list[str]:

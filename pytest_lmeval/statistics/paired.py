@@ -211,15 +211,13 @@ def examples_needed(examples: int, error: float, margin: float, *, power: float 
 
     error   standard error of the difference on so many `examples`
 
-    Shown is it where the 95 % interval ends before the margin: z of 0.975 and z of power standard errors have to fit into it
-    (Julious, "Sample sizes for clinical trials with normal data", 2004, on non-inferiority). None where that takes more than
-    there are in the world (a billion), and for a margin of 0.
+    For the 95 % interval to end before the margin, z of 0.975 and z of power standard errors have to fit into it (Julious,
+    "Sample sizes for clinical trials with normal data", 2004). None for a margin of 0, and where it takes over a billion.
 
     >>> examples_needed(200, 0.02, 0.01), examples_needed(200, 0.02, 0)
     (6280, None)
     """
-    normal = NormalDist()
-    reach = error * (normal.inv_cdf(0.975) + normal.inv_cdf(power))
+    reach = error * (NormalDist().inv_cdf(0.975) + NormalDist().inv_cdf(power))
     if not margin or (times := reach / margin) > MOST_EXAMPLES:
         return None
     needed = math.ceil(round(examples * times**2, 6))
