@@ -9,6 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pytest_lmeval.gates.compare import Side, compare
+from pytest_lmeval.gates.entry import entry_of
+from pytest_lmeval.gates.margins import Margins
+from pytest_lmeval.gates.scores import Scores
 from pytest_lmeval.report import github, pages, terminal, write
 from pytest_lmeval.report.changes import changes
 from pytest_lmeval.report.figures import figures
@@ -154,7 +158,6 @@ GATE = {
         "difference": 0.1,
         "detectable": 0.2,
         "needed": 1200,
-        "flipped": ["a", "b"],
     },
     "state_bytes": {"verdict": "new", "base": None, "new": 2048, "difference": -2048, "note": "a note"},
 }
@@ -167,17 +170,37 @@ def test_verdicts_of_a_gate_come_first_and_the_worst_of_them_before_the_others()
     table = markdown.index("| test | metric | base | new | difference | verdict |")
     assert table < markdown.index("<details><summary>All numbers") < markdown.index("| test | metric | value |")
     assert "+0.2 (+0.1 to +0.3) | **worse**" in markdown
-    assert "a difference of 0.2 could have been seen; 1,200 examples would settle it; 2 flipped" in markdown
+    assert "a difference of 0.2 could have been seen; 1,200 examples would settle it" in markdown
     assert "| 2.0 KiB | -2.0 KiB | new<br>a note |" in markdown
     for page in (markdown, html):
         assert "1 worse, 1 unclear, 1 new, 1 same" in page
     assert html.index('id="changes"') < html.index('id="results"')
 
 
-def test_examples_that_a_gate_saw_change_are_listed_as_text():
-    flip = {"id": "0123456789abcdef", "before": 1.0, "after": 0.0, "answer": "<b>no</b>", "target": None}
-    html = pages.render("report.html", document(gate={"accuracy": {**GATE["perplexity"], "flipped": [flip], "lower": 2}}))
-    assert "1 of 2 examples that changed" in html
+def gated(lost, *, first=0, asked=300):
+    """A record of a task whose gate is that of the package: so many of its answers were right and are wrong.
+
+    first  the first question of the new run; the baseline's is 0
+    """
+    (reading,) = [record for record in GOLDEN["records"] if record["kind"] == "perplexity"][:1]
+    sides = []
+    for begin, wrong in ((0, 0), (first, lost)):
+        ids = [f"{number:016x}" for number in range(begin, begin + asked)]
+        answers = [0.0] * wrong + [1.0] * (asked - wrong)
+        metric = {"value": 1 - wrong / asked, "unit": "", "low": 0.0, "high": 1.0, "n": asked, "higher_is_better": True}
+        record = {**reading, "kind": "task", "subject": "boolq", "metrics": {"accuracy": metric}, "settings": {}, "series": {}}
+        said = {name: ("<b>no</b>", None) for name in ids[:wrong]}
+        sides.append(Side(entry_of(record), Scores(ids, [None] * asked, {"accuracy": answers}, said)))
+    (gate,) = compare([(sides[0], sides[1])], Margins(), family=1)
+    return {**record, "gate": gate}
+
+
+def test_as_many_examples_are_told_to_have_changed_as_the_gate_found():
+    judged = {**GOLDEN, "records": [gated(57)]}
+    markdown, html = (pages.render(name, judged) for name in ("summary.md", "report.html"))
+    for page in (markdown, html):
+        assert "57 lost, 0 won" in page
+    assert "20 of 57 examples that changed" in html
     assert "&lt;b&gt;no&lt;/b&gt;" in html
     assert "1 &rarr; 0" in html
 

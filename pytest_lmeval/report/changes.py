@@ -75,7 +75,7 @@ def _change(record: dict[str, Any], name: str, verdict: dict[str, Any]) -> Chang
         interval="" if low is None or high is None else f"{_signed(low, unit)} to {_signed(high, unit)}",
         meaning="; ".join(_meaning(verdict)),
         flips=flips,
-        changed=max(len(flips), (verdict.get("lower") or 0) + (verdict.get("higher") or 0)),
+        changed=max(len(flips), (verdict.get("lost") or 0) + (verdict.get("won") or 0)),
     )
 
 
@@ -93,10 +93,8 @@ def _meaning(verdict: dict[str, Any]) -> Iterable[str]:
             yield f"a difference of {_text(verdict['detectable'])} could have been seen"
         if verdict.get("needed") is not None:
             yield f"{_text(verdict['needed'])} examples would settle it"
-    if verdict.get("lower") or verdict.get("higher"):
-        yield f"{_text(verdict.get('lower') or 0)} examples lower, {_text(verdict.get('higher') or 0)} higher"
-    elif flipped := verdict.get("flipped"):
-        yield f"{flipped if isinstance(flipped, int) else len(flipped):,} flipped"
+    if verdict.get("lost") or verdict.get("won"):
+        yield f"{_text(verdict.get('lost') or 0)} lost, {_text(verdict.get('won') or 0)} won"
     if note := verdict.get("note"):
         yield str(note)
     if unlike := verdict.get("unlike"):
