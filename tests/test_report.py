@@ -81,6 +81,15 @@ def test_what_a_model_wrote_stays_text(place):
     assert line.replace("\\|", "").count("|") == 7
 
 
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [("run", "started"), *(("environment", name) for name in ("python", "torch", "cpu", "commit"))],
+)
+def test_what_a_file_says_of_the_run_and_its_machine_stays_text(part, name):
+    hostile = {**GOLDEN, part: {**GOLDEN[part], name: "<img src=x> **bold**"}}
+    assert "\\<img src=x\\> \\*\\*bold" in pages.render("summary.md", hostile)
+
+
 @given(st.integers(20, 300))
 def test_no_line_of_the_summary_is_wider_than_the_terminal(width):
     assert max(map(len, terminal.lines(GOLDEN["records"], width=width))) <= width
