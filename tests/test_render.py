@@ -7,7 +7,7 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pytest_lmeval.__main__ import main
@@ -142,6 +142,48 @@ def test_a_document_that_lacks_any_one_field_is_rendered(path, remove):
         assert pages.render(name, spoiled(path, remove=remove))
 
 
+ODD = [3, "x", True, [1], ["x"], {"a": 1}]
+
+
+def edited(path, value):
+    """The golden document with a gate and a section, and one of its fields as somebody edited it."""
+    document = json.loads(json.dumps(GATED))
+    functools.reduce(lambda part, name: part[name], path[:-1], document)[path[-1]] = value
+    return document
+
+
+FLIP = {"id": "a", "before": 1, "after": 0, "answer": "b", "target": None}
+ROW = {"verdict": "unclear", "base": 0.5, "new": 0.4, "difference": -0.1, "low": -0.3, "high": 0.1, "margin": 0.01, "p": 0.1}
+ROW |= {"detectable": 0.2, "needed": 900, "only_base": 1, "only_new": 2, "n": 10, "units": 10, "test": "mcnemar"}
+ROW |= {"lost": 1, "won": 0, "flipped": [FLIP], "note": "a note", "unlike": ["shots was 0, is 1"]}
+GATED = {**GOLDEN, "sections": [{"title": "a", "text": "b", "columns": ["c"], "rows": [[1]]}]}
+GATED["records"] = [{**record, "gate": {"nll": ROW}} for record in GOLDEN["records"]]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from([path for path in places(GATED) if path != ("records",)]), st.sampled_from(ODD))
+@example(("run", "seconds"), "x")
+@example(("records", 0, "metrics"), "x")
+@example(("records", 0, "series"), [1])
+@example(("records", 0, "certificate", "laws"), [1])
+@example(("records", 0, "cost"), "q")
+@example(("records", 0, "gate", "nll"), "x")
+@example(("sections", 0, "rows"), 3)
+def test_a_document_that_was_edited_at_any_one_place_is_rendered(path, value):
+    for name in pages.PAGES:
+        assert pages.render(name, edited(path, value))
+
+
+def test_what_is_of_another_kind_is_said_with_its_place():
+    assert complete(edited(("run", "seconds"), "x"))["problems"] == ['run: seconds is "x", no number, and was left out']
+    (said,) = complete(edited(("records", 0, "cost"), "q"))["problems"]
+    assert said.startswith("record 1 (")
+    assert said.endswith('): cost is "q", no object, and was left out')
+    assert (
+        complete(complete(edited(("run", "seconds"), "x")))["problems"] == complete(edited(("run", "seconds"), "x"))["problems"]
+    )
+
+
 def test_this_test_can_fail(monkeypatch):
     monkeypatch.setattr(pages, "complete", lambda document: document)
     with pytest.raises(KeyError):
@@ -157,9 +199,9 @@ def test_what_has_to_be_left_out_of_a_document_is_said():
     document = complete({"records": [half, "no record"]})
     assert list(document["records"][0]["metrics"]) == ["nll"]
     assert document["problems"] == [
+        'record 2 is "no record", no object, and was left out',
         "record 1 (nameless): accuracy has no value, and was left out",
         "record 1 (nameless): the series curve is no curve, and was left out",
-        "record 2 is str, no object, and was left out",
     ]
     assert "accuracy has no value" in pages.render("report.html", document)
     assert complete(document) == document

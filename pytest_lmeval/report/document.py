@@ -9,26 +9,65 @@ from typing import Any
 
 from pytest_lmeval.results.record import SCHEMA
 
-LM = {"spec": "unknown model", "parameters": None, "bytes": None, "dtype": "", "device": "", "fingerprint": ""}
-RUN = {"id": "", "started": "", "seconds": None, "command": "", "exit_status": None}
-ENVIRONMENT: dict[str, Any] = {
+Fields = dict[str, Any]  # name -> its default, or a kind (`float` is any number): null where it is missing
+
+LM: Fields = {"spec": "unknown model", "parameters": float, "bytes": float, "dtype": "", "device": "", "fingerprint": ""}
+RUN: Fields = {"id": "", "started": "", "seconds": float, "command": "", "exit_status": float}
+ENVIRONMENT: Fields = {
     "python": "",
     "torch": "",
     "device": "",
     "cpu": "",
-    "threads": None,
-    "commit": None,
-    "dirty": None,
+    "threads": float,
+    "commit": str,
+    "dirty": bool,
+    "packages": {},
 }
-RECORD = {"test": "", "kind": "custom", "subject": "", "certificate": None, "examples": None, "outcome": ""}
-COST = ("seconds", "tokens", "flops", "peak_bytes", "state_bytes")
-LAW = {"kept": True, "cases": 0, "planned": 0, "worst_ratio": None, "counterexample": None, "unavailable": None}
-ITEMS: dict[str, dict[str, Any]] = {
+RECORD: Fields = {
+    "test": "",
+    "kind": "custom",
+    "subject": "",
+    "outcome": "",
+    "certificate": dict,
+    "examples": str,
+}
+PARTS: Fields = {name: {} for name in ("lm", "settings", "metrics", "cost", "series")}
+COST: Fields = dict.fromkeys(("seconds", "tokens", "flops", "peak_bytes", "state_bytes"), float)
+METRIC: Fields = {"value": float, "unit": "", "low": float, "high": float, "n": float, "higher_is_better": bool}
+CURVE: Fields = {"x_unit": "", "y_unit": ""}
+SETTINGS: Fields = {
+    **dict.fromkeys(("window", "overlap", "truncated", "moved_borders", "ties", "not_questions", "not_asked"), float),
+    **dict.fromkeys(("reading", "stability", "not_measured", "failure"), str),
+    "failed": list,
+}
+GATE: Fields = {
+    **dict.fromkeys(("difference", "low", "high", "p", "level", "detectable"), float),
+    **dict.fromkeys(("needed", "n", "units", "only_base", "only_new", "lost", "won"), float),
+    **dict.fromkeys(("verdict", "note", "test"), str),
+    **dict.fromkeys(("flipped", "unlike"), list),
+}
+CERTIFICATE: Fields = {
+    "verdict": "unknown",
+    "dtype": "",
+    "reference": "",
+    "worst_ratio": float,
+    "chunking_used": str,
+    "laws": {},
+}
+LAW: Fields = {"kept": True, "cases": 0, "planned": 0, "worst_ratio": float, "counterexample": str, "unavailable": str}
+STATE: Fields = {"bytes": 0, "tokens": 0, "bytes_per_token": 0.0, "dtypes": []}
+ITEMS: dict[str, Fields] = {
     "skipped": {"test": "", "reason": ""},
-    "failures": {"test": "", "message": "", "file": None, "line": None},
+    "failures": {"test": "", "message": "", "file": str, "line": float},
     "sections": {"title": "", "text": "", "columns": [], "rows": []},
 }
-STATE = {"bytes": 0, "tokens": 0, "bytes_per_token": 0.0, "dtypes": []}
+OPTIONAL: Fields = {  # what the schema leaves to the record
+    **dict.fromkeys(("gate", "state"), dict),
+    **dict.fromkeys(("limit", "float32"), str),
+    "longest": float,
+    "not_reached": list,
+    "counterexamples": list,
+}
 LISTS = (*ITEMS, "problems")
 
 
@@ -61,76 +100,136 @@ def load(path: Path) -> dict[str, Any]:
             f"{file} is of schema version {document.get('schema')!r}, and this pytest-lmeval reads version {SCHEMA}: what its "
             "fields mean is not known here. Use the version of pytest-lmeval that wrote it, or run the tests again."
         )
-    return complete(document)
+    return complete({name: value for name, value in document.items() if name != "runs"})  # a file is of one run
 
 
 def complete(document: dict[str, Any]) -> dict[str, Any]:
-    """A copy in which every field of the schema is there. What had to be left out stands in its `problems`."""
-    problems: list[str] = list(document.get("problems") or [])
+    """A copy in which every field of the schema is there, of its kind. What had to be left out stands in its `problems`."""
+    given = document.get("problems")
+    problems = [str(problem) for problem in given] if isinstance(given, list) else []
+    lists = {name: _objects(document.get(name), name, problems) for name in (*ITEMS, "records")}
     return {
         **document,
-        **{
-            name: [_filled(fields, item) for item in document.get(name) or [] if isinstance(item, dict)]
-            for name, fields in ITEMS.items()
-        },
+        **{name: [_filled(ITEMS[name], item, place, problems) for place, item in lists[name]] for name in ITEMS},
+        "sections": [_section(item, place, problems) for place, item in lists["sections"]],
         "schema": SCHEMA,
-        "run": _filled(RUN, document.get("run")),
-        "environment": _filled({**ENVIRONMENT, "packages": {}}, document.get("environment")),
-        "records": [
-            _record(record, f"record {number}", problems)
-            for number, record in enumerate(document["records"], start=1)
-            if _is_object(record, f"record {number}", problems)
-        ],
+        "run": _filled(RUN, document.get("run"), "run", problems),
+        "environment": _filled(ENVIRONMENT, document.get("environment"), "environment", problems),
+        "records": [_record(record, place, problems) for place, record in lists["records"]],
         "problems": problems,
     }
 
 
-def _filled(defaults: dict[str, Any], given: Any) -> dict[str, Any]:
-    """What is given, and the defaults for what is missing or null."""
-    kept = given.items() if isinstance(given, dict) else ()
-    return {**defaults, **{name: value for name, value in kept if value is not None or defaults.get(name) is None}}
+def _filled(fields: Fields, given: Any, what: str, problems: list[str]) -> dict[str, Any]:
+    """What is given and is of its kind, and the defaults for what is not, or is missing or null."""
+    defaults = {name: None if isinstance(field, type) else field for name, field in fields.items()}
+    return {**defaults, **_fitting({**OPTIONAL, **fields}, given, what, problems)}
 
 
-def _is_object(record: Any, what: str, problems: list[str]) -> bool:
-    if not isinstance(record, dict):
-        problems.append(f"{what} is {type(record).__name__}, no object, and was left out")
-    return isinstance(record, dict)
+def _fitting(fields: Fields, given: Any, what: str, problems: list[str]) -> dict[str, Any]:
+    """What is given but for nulls and for what is not of its kind, which is said."""
+    kept = {}
+    for name, value in _object(given, what, problems).items():
+        field = fields.get(name, object)
+        kind = field if isinstance(field, type) else type(field)
+        if value is not None and _is(value, kind):
+            kept[name] = value
+        elif value is not None:
+            problems.append(f"{what}: {name} is {_shown(value)}, no {KINDS[kind]}, and was left out")
+    return kept
+
+
+KINDS = {str: "text", bool: "true or false", int: "number", float: "number", dict: "object", list: "list"}
+
+
+def _is(value: Any, kind: type) -> bool:
+    return _finite(value) if kind in (int, float) else isinstance(value, kind)
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 40 else f"{text[:40]}..."
+
+
+def _object(given: Any, what: str, problems: list[str]) -> dict[str, Any]:
+    """A nested object; an empty one for what is none, which is said."""
+    if given is not None and not isinstance(given, dict):
+        problems.append(f"{what} is {_shown(given)}, no object, and was left out")
+    return given if isinstance(given, dict) else {}
+
+
+def _objects(given: Any, what: str, problems: list[str]) -> list[tuple[str, dict[str, Any]]]:
+    """The objects of a list, each with its place in words."""
+    if given is not None and not isinstance(given, list):
+        problems.append(f"{what} is {_shown(given)}, no list, and was left out")
+    items = enumerate(given if isinstance(given, list) else (), start=1)
+    named = [(f"{what.removesuffix('s')} {number}", item) for number, item in items]
+    for place, item in named:
+        if not isinstance(item, dict):
+            problems.append(f"{place} is {_shown(item)}, no object, and was left out")
+    return [(place, item) for place, item in named if isinstance(item, dict)]
+
+
+def _section(section: dict[str, Any], what: str, problems: list[str]) -> dict[str, Any]:
+    found = _filled(ITEMS["sections"], section, what, problems)
+    if not all(isinstance(row, list) for row in found["rows"]):
+        problems.append(f"{what}: rows that are no list were left out")
+    return {**found, "rows": [row for row in found["rows"] if isinstance(row, list)]}
 
 
 def _record(record: dict[str, Any], what: str, problems: list[str]) -> dict[str, Any]:
-    kept = {}
     which = f"{what} ({record.get('test') or record.get('subject') or 'nameless'})"
-    for name, metric in (record.get("metrics") or {}).items():
-        if isinstance(metric, dict) and _finite(metric.get("value")):
-            bounds = {bound: metric.get(bound) if _finite(metric.get(bound)) else None for bound in ("low", "high")}
-            if None in bounds.values():
-                bounds = dict.fromkeys(bounds)
-            kept[name] = _filled({"unit": "", "n": None, "higher_is_better": None}, metric) | bounds
-        else:
-            problems.append(f"{which}: {name} has no value, and was left out")
-    series = {}
-    for name, curve in (record.get("series") or {}).items():
-        if _is_curve(curve):
-            series[name] = _filled({"x_unit": "", "y_unit": ""}, curve)
-        else:
-            problems.append(f"{which}: the series {name} is no curve, and was left out")
-    certificate = record.get("certificate")
+    found = _filled({**RECORD, **PARTS}, record, which, problems)
+    if gate := found.get("gate"):
+        rows = {name: _fitting(GATE, row, f"{which}: gate of {name}", problems) for name, row in gate.items()}
+        found["gate"] = {name: row for name, row in rows.items() if row}
+    certificate = found["certificate"]
     return {
-        **_filled(RECORD, record),
-        "lm": _filled(LM, record.get("lm")),
-        "settings": record.get("settings") or {},
-        "metrics": kept,
-        "cost": _filled(dict.fromkeys(COST), record.get("cost")),
-        "series": series,
-        "certificate": _certificate(certificate) if isinstance(certificate, dict) else None,
+        **found,
+        "lm": _filled(LM, found["lm"], f"{which}: lm", problems),
+        "settings": _fitting(SETTINGS, found["settings"], f"{which}: settings", problems),
+        "metrics": _metrics(found["metrics"], which, problems),
+        "cost": _filled(COST, found["cost"], f"{which}: cost", problems),
+        "series": _series(found["series"], which, problems),
+        "certificate": None if certificate is None else _certificate(certificate, f"{which}: certificate", problems),
     }
 
 
-def _certificate(certificate: dict[str, Any]) -> dict[str, Any]:
-    laws = {name: _filled(LAW, law) for name, law in (certificate.get("laws") or {}).items()}
-    own = {"verdict": "unknown", "dtype": "", "reference": "", "worst_ratio": None, "chunking_used": None}
-    state = {"state": _filled(STATE, certificate["state"])} if certificate.get("state") else {}
-    return {**_filled(own, certificate), "laws": laws, **state}
+def _metrics(given: dict[str, Any], which: str, problems: list[str]) -> dict[str, Any]:
+    kept = {}
+    for name, metric in given.items():
+        if not isinstance(metric, dict) or not _finite(metric.get("value")):
+            problems.append(f"{which}: {name} has no value, and was left out")
+            continue
+        kept[name] = _filled(METRIC, metric, f"{which}: {name}", problems)
+        if None in (kept[name]["low"], kept[name]["high"]):
+            kept[name] |= {"low": None, "high": None}
+    return kept
+
+
+def _series(given: dict[str, Any], which: str, problems: list[str]) -> dict[str, Any]:
+    kept = {}
+    for name, curve in given.items():
+        if _is_curve(curve):
+            kept[name] = _filled(CURVE, curve, f"{which}: the series {name}", problems)
+        else:
+            problems.append(f"{which}: the series {name} is no curve, and was left out")
+    return kept
+
+
+def _certificate(certificate: dict[str, Any], what: str, problems: list[str]) -> dict[str, Any]:
+    found = _filled(CERTIFICATE, certificate, what, problems)
+    found["laws"] = {name: _law(law, f"{what}: {name}", problems) for name, law in found["laws"].items()}
+    if state := found.get("state"):
+        found["state"] = _filled(STATE, state, f"{what}: state", problems)
+    return found
+
+
+def _law(law: Any, what: str, problems: list[str]) -> dict[str, Any]:
+    found = _filled(LAW, law, what, problems)
+    if cases := found.get("counterexamples"):
+        found["counterexamples"] = [case for case in cases if isinstance(case, dict) and isinstance(case.get("replay"), str)]
+    return found
 
 
 def _finite(value: Any) -> bool:
