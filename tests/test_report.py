@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from pytest_lmeval.gates.compare import Side, compare
 from pytest_lmeval.gates.entry import entry_of
+from pytest_lmeval.gates.explain import table
 from pytest_lmeval.gates.margins import Margins
 from pytest_lmeval.gates.scores import Scores
 from pytest_lmeval.report import github, pages, terminal, write
@@ -176,10 +177,10 @@ def test_verdicts_of_a_gate_come_first_and_the_worst_of_them_before_the_others()
     judged = document(gate=GATE)
     assert [change.verdict for change in changes(judged["records"])] == ["worse", "unclear", "new", "same"]
     markdown, html = (pages.render(name, judged) for name in ("summary.md", "report.html"))
-    table = markdown.index("| test | metric | base | new | difference | verdict |")
-    assert table < markdown.index("<details><summary>All numbers") < markdown.index("| test | metric | value |")
+    first = markdown.index("| test | metric | base | new | difference | verdict |")
+    assert first < markdown.index("<details><summary>All numbers") < markdown.index("| test | metric | value |")
     assert "+0.2 (+0.1 to +0.3) | **worse**" in markdown
-    assert "a difference of 0.2 could have been seen; 1,200 examples would settle it" in markdown
+    assert "a loss of 0.2 would have been found (with a probability of 80 %)" in markdown
     assert "| 2.0 KiB | -2.0 KiB | new<br>a note |" in markdown
     for page in (markdown, html):
         assert "1 worse, 1 unclear, 1 new, 1 same" in page
@@ -198,7 +199,7 @@ def gated(lost, *, first=0, asked=300):
         answers = [0.0] * wrong + [1.0] * (asked - wrong)
         metric = {"value": 1 - wrong / asked, "unit": "", "low": 0.0, "high": 1.0, "n": asked, "higher_is_better": True}
         record = {**reading, "kind": "task", "subject": "boolq", "metrics": {"accuracy": metric}, "settings": {}, "series": {}}
-        said = {name: ("<b>no</b>", None) for name in ids[:wrong]}
+        said = dict.fromkeys(ids[:wrong], ("<b>no</b>", None))
         sides.append(Side(entry_of(record), Scores(ids, [None] * asked, {"accuracy": answers}, said)))
     (gate,) = compare([(sides[0], sides[1])], Margins(), family=1)
     return {**record, "gate": gate}
@@ -212,6 +213,30 @@ def test_as_many_examples_are_told_to_have_changed_as_the_gate_found():
     assert "20 of 57 examples that changed" in html
     assert "&lt;b&gt;no&lt;/b&gt;" in html
     assert "1 &rarr; 0" in html
+
+
+def test_the_pages_say_the_same_as_the_terminal_of_examples_that_one_run_lacks():
+    record = gated(0, first=200)
+    markdown, html = (pages.render(name, {**GOLDEN, "records": [record]}) for name in ("summary.md", "report.html"))
+    said = "on 100 questions of both runs; 200 only in the baseline, 200 only here"
+    assert said in "\n".join(table([record], width=200))
+    assert said in markdown.partition("<details>")[0]
+    assert said in html
+
+
+def test_what_verdicts_rest_on_is_folded_and_said_once_a_test():
+    record = gated(57)
+    rows = {name: {**record["gate"]["accuracy"], "unlike": ["shots was 0, is 1"]} for name in ("accuracy", "f1")}
+    rows["nll"] = {"verdict": "identical", "base": 1.25, "new": 1.25}
+    judged = {**GOLDEN, "records": [{**record, "gate": rows}], "baseline": {"file": "b.json", "unlike": ["torch was 1, is 2"]}}
+    markdown, html = (pages.render(name, judged) for name in ("summary.md", "report.html"))
+    shown, _, folded = markdown.partition("<details><summary>What the verdicts rest on")
+    for word in ("margin", "shots was 0", "1.25"):
+        assert word not in shown
+        assert word in folded
+    for page in (markdown, html):
+        assert page.count("shots was 0, is 1") == 1
+        assert "torch was 1, is 2" in page
 
 
 def test_without_a_gate_there_is_no_word_of_a_baseline():

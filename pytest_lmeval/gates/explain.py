@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
+from pytest_lmeval.report.remarks import noun, remarks, several
 from pytest_lmeval.report.words import number
 
 ORDER = ("worse", "missing", "unclear", "better", "new", "same", "identical", "not judged")
@@ -25,7 +26,7 @@ def failure(test: str, rows: list[tuple[dict[str, Any], str, dict[str, Any]]], *
     lines = [f"{numbers}: worse than {baseline} allows"]
     for record, metric, row in rows:
         heading = f"{metric} of {record['lm']['spec']} on {record['subject']}"
-        lines += ["", heading, *(f"  {line}" for line in _told(metric, row, _noun(record)))]
+        lines += ["", heading, *(f"  {line}" for line in _told(metric, row, noun(record)))]
     command = f"python -m pytest_lmeval baseline accept {accept} -k {shlex.quote(test)}"
     return "\n".join(
         [
@@ -38,14 +39,7 @@ def failure(test: str, rows: list[tuple[dict[str, Any], str, dict[str, Any]]], *
     )
 
 
-def _noun(record: dict[str, Any]) -> str:
-    """What an example of a record is."""
-    if record["kind"] == "perplexity":
-        return "document" if record["settings"].get("by_document") else "block"
-    return "question" if record["kind"] == "task" else "example"
-
-
-def _told(metric: str, row: dict[str, Any], noun: str) -> Iterator[str]:
+def _told(metric: str, row: dict[str, Any], example: str) -> Iterator[str]:
     if row["test"] == "exact" and "margin" not in row:
         yield f"was {row['base']}, is {row['new']}: the model keeps fewer laws of streaming than it did."
         return
@@ -56,39 +50,26 @@ def _told(metric: str, row: dict[str, Any], noun: str) -> Iterator[str]:
     if row["test"] == "exact":
         yield "It is the same in every run of the same code, so this is a change of the code or of its libraries."
     else:
-        of = _several(row["n"], noun) + (f" in {row['units']:,} groups" if row["units"] != row["n"] else "")
+        of = several(row["n"], example) + (f" in {row['units']:,} groups" if row["units"] != row["n"] else "")
         yield f"Had nothing changed, chance would make so large a loss in {_odds(row['p'])}; a loss that is larger"
         yield f"than allowed, and rarer than one of {1 / row['level']:,.0f}, is called worse ({row['test']}, {of})"
     if "flipped" in row:
-        yield from _flipped(row, noun)
-    yield from remarks(row, noun)
+        yield from _flipped(row, example)
+    yield from remarks(row, example)
     if unlike := row.get("unlike"):
         yield f"not had alike: {', '.join(unlike)}"
 
 
-def _flipped(row: dict[str, Any], noun: str) -> Iterator[str]:
+def _flipped(row: dict[str, Any], example: str) -> Iterator[str]:
     lost, won, listed = row["lost"], row["won"], row["flipped"]
-    yield f"{_several(lost, noun)} lost, {won:,} won" + (":" if listed else "")
-    for example in listed[:FIRST]:
-        said = "" if example["answer"] is None else f", says {example['answer']!r}"
-        said += "" if example["target"] is None else f", right is {example['target']!r}"
-        before, after = (NAMES.get(example[name], example[name]) for name in ("before", "after"))
-        yield f"  {example['id']}: {before} -> {after}{said}"
+    yield f"{several(lost, example)} lost, {won:,} won" + (":" if listed else "")
+    for flip in listed[:FIRST]:
+        said = "" if flip["answer"] is None else f", says {flip['answer']!r}"
+        said += "" if flip["target"] is None else f", right is {flip['target']!r}"
+        before, after = (NAMES.get(flip[name], flip[name]) for name in ("before", "after"))
+        yield f"  {flip['id']}: {before} -> {after}{said}"
     if lost + won > FIRST:
         yield f"  ... and {lost + won - FIRST:,} more; the first {len(listed)} are in metrics.json"
-
-
-def remarks(row: dict[str, Any], noun: str) -> Iterator[str]:
-    """What the reader should know of how the two numbers were compared."""
-    if note := row.get("note"):
-        yield note
-    if row.get("only_base") or row.get("only_new"):
-        apart = f"{row['only_base']:,} only in the baseline, {row['only_new']:,} only here"
-        yield f"on {_several(row['n'], noun)} of both runs; {apart}"
-    if row["verdict"] == "unclear" and row.get("detectable") is not None:
-        yield f"a loss of {number(abs(row['detectable']))} would have been found (with a probability of 80 %)"
-    if row["verdict"] == "unclear" and row.get("needed"):
-        yield f"if nothing was lost, {_several(row['needed'], noun)} would show it ({number(row['margin'])} is allowed)"
 
 
 def table(records: list[dict[str, Any]], *, width: int) -> list[str]:
@@ -96,7 +77,7 @@ def table(records: list[dict[str, Any]], *, width: int) -> list[str]:
     tests: dict[str, list[tuple[str, dict[str, Any], str]]] = {}
     for record in records:
         gate = record.get("gate") or {}
-        tests.setdefault(record["test"], []).extend((name, row, _noun(record)) for name, row in gate.items())
+        tests.setdefault(record["test"], []).extend((name, row, noun(record)) for name, row in gate.items())
     for rows in tests.values():
         rows.sort(key=lambda found: _place(found[1]))
     shown = sorted(tests.items(), key=lambda found: min(_place(row) for _, row, _ in found[1]))
@@ -107,9 +88,9 @@ def table(records: list[dict[str, Any]], *, width: int) -> list[str]:
         lines.append(test.rpartition("/")[2])
         if unlike := list(dict.fromkeys(what for _, row, _ in rows for what in row.get("unlike", ()))):
             lines.append(f"    not had alike: {', '.join(unlike)}")
-        for line, (_, row, noun) in zip(cells[test], rows, strict=True):
+        for line, (_, row, example) in zip(cells[test], rows, strict=True):
             lines.append("    " + "  ".join(cell.ljust(size) for cell, size in zip(line, widths, strict=True)).rstrip())
-            lines += [f"        {remark}" for remark in remarks(row, noun)] if _is_to_be_told(row) else []
+            lines += [f"        {remark}" for remark in remarks(row, example)] if _is_to_be_told(row) else []
     return [line if len(line) <= width else line[: width - 3] + "..." for line in lines]
 
 
@@ -162,10 +143,6 @@ def _odds(p: float) -> str:
     """
     once = 1 / p if p else float("inf")
     return f"about one of {number(float(f'{once:.2g}'))} comparisons" if once < 1e12 else "next to no comparison"
-
-
-def _several(count: int, name: str) -> str:
-    return f"{count:,} {name}{'' if count == 1 else 's'}"
 
 
 def _marker(metric: str) -> str:

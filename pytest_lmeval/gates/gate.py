@@ -158,13 +158,23 @@ class Gate:
         if self.baseline is None:
             return [f"there is no {_readable(self.file)} yet, so all is new: python -m pytest_lmeval baseline accept writes it"]
         lines = [] if self.baseline.scores is not None else ["its file of examples is missing: only intervals were compared"]
+        if unlike := self._made_elsewhere(records):
+            lines.append(f"made elsewhere: {', '.join(unlike)}")
+        return lines
+
+    def _made_elsewhere(self, records: list[dict[str, Any]]) -> list[str]:
+        if self.baseline is None:
+            return []
         from pytest_lmeval.results.environment import describe
 
         device = ", ".join(sorted({record["lm"]["device"] for record in records}))
         now = describe(root=self.config.rootpath, device=device, threads=_threads(), seed=0)
-        if unlike := list(other_environment(self.baseline.environment, now)):
-            lines.append(f"made elsewhere: {', '.join(unlike)}")
-        return lines
+        return list(other_environment(self.baseline.environment, now))
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_lmeval_report(self, data: dict[str, Any]) -> None:
+        """The pages say it too."""
+        data["baseline"] = {"file": _readable(self.file), "unlike": self._made_elsewhere(data["records"])}
 
 
 def properties(records: list[dict[str, Any]], gates: list[dict[str, dict[str, Any]]]) -> list[tuple[str, object]]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from pytest_lmeval.report.remarks import noun, remarks
 from pytest_lmeval.report.words import number
 
 ORDER = ("worse", "missing", "unclear", "better", "new", "same", "identical", "not judged")
@@ -16,7 +17,8 @@ ORDER = ("worse", "missing", "unclear", "better", "new", "same", "identical", "n
 class Change:
     """A metric against its baseline, as text.
 
-    meaning  what the verdict rests on, in words
+    remarks  what the reader should know of it
+    basis    what the verdict rests on: margin, probability, test
     flips    examples that changed: id, before, after, answer, target
     changed  how many there are of them in all
     """
@@ -30,9 +32,15 @@ class Change:
     new: str
     difference: str
     interval: str
-    meaning: str
+    remarks: str
+    basis: str
     flips: list[tuple[str, ...]]
     changed: int
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether there is nothing to say of it."""
+        return self.verdict == "identical" and not self.remarks
 
 
 def changes(records: list[dict[str, Any]]) -> list[Change]:
@@ -73,7 +81,8 @@ def _change(record: dict[str, Any], name: str, verdict: dict[str, Any]) -> Chang
         new=_text(new, unit),
         difference=_signed(verdict.get("difference"), unit),
         interval="" if low is None or high is None else f"{_signed(low, unit)} to {_signed(high, unit)}",
-        meaning="; ".join(_meaning(verdict)),
+        remarks="; ".join(_remarks(verdict, noun(record))),
+        basis=", ".join(_basis(verdict)),
         flips=flips,
         changed=max(len(flips), (verdict.get("lost") or 0) + (verdict.get("won") or 0)),
     )
@@ -83,22 +92,28 @@ def _flip(flip: dict[str, Any]) -> tuple[str, ...]:
     return tuple(_text(flip.get(name)) for name in ("id", "before", "after", "answer", "target"))
 
 
-def _meaning(verdict: dict[str, Any]) -> Iterable[str]:
+def _basis(verdict: dict[str, Any]) -> Iterable[str]:
     if verdict.get("margin") is not None:
         yield f"margin {_text(verdict['margin'])}"
     if verdict.get("p") is not None:
         yield f"p {_text(verdict['p'])}"
-    if verdict.get("verdict") == "unclear":
-        if verdict.get("detectable") is not None:
-            yield f"a difference of {_text(verdict['detectable'])} could have been seen"
-        if verdict.get("needed") is not None:
-            yield f"{_text(verdict['needed'])} examples would settle it"
+    if verdict.get("test"):
+        yield str(verdict["test"])
+
+
+def _remarks(verdict: dict[str, Any], example: str) -> Iterable[str]:
+    yield from remarks(verdict, example)
     if verdict.get("lost") or verdict.get("won"):
         yield f"{_text(verdict.get('lost') or 0)} lost, {_text(verdict.get('won') or 0)} won"
-    if note := verdict.get("note"):
-        yield str(note)
-    if unlike := verdict.get("unlike"):
-        yield f"not had alike: {', '.join(map(str, unlike))}"
+
+
+def unlike(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """For each test what it was not had alike with in the two runs, said once for all of its metrics."""
+    found: dict[str, dict[str, None]] = {}
+    for record in records:
+        for verdict in (record.get("gate") or {}).values():
+            found.setdefault(record["test"], {}).update(dict.fromkeys(map(str, verdict.get("unlike") or ())))
+    return [(test, ", ".join(said)) for test, said in found.items() if said]
 
 
 def _text(value: Any, unit: str = "") -> str:

@@ -11,6 +11,7 @@ from pytest_lmeval.results.record import SCHEMA
 
 Fields = dict[str, Any]  # name -> its default, or a kind (`float` is any number): null where it is missing
 
+BASELINE: Fields = {"file": "", "unlike": []}
 LM: Fields = {"spec": "unknown model", "parameters": float, "bytes": float, "dtype": "", "device": "", "fingerprint": ""}
 RUN: Fields = {"id": "", "started": "", "seconds": float, "command": "", "exit_status": float}
 ENVIRONMENT: Fields = {
@@ -115,6 +116,7 @@ def complete(document: dict[str, Any]) -> dict[str, Any]:
         "schema": SCHEMA,
         "run": _filled(RUN, document.get("run"), "run", problems),
         "environment": _filled(ENVIRONMENT, document.get("environment"), "environment", problems),
+        "baseline": _filled(BASELINE, document.get("baseline"), "baseline", problems),
         "records": [_record(record, place, problems) for place, record in lists["records"]],
         "problems": problems,
     }
@@ -127,12 +129,12 @@ def _filled(fields: Fields, given: Any, what: str, problems: list[str]) -> dict[
 
 
 def _fitting(fields: Fields, given: Any, what: str, problems: list[str]) -> dict[str, Any]:
-    """What is given but for nulls and for what is not of its kind, which is said."""
+    """What is given but for nulls where there is a default, and for what is not of its kind, which is said."""
     kept = {}
     for name, value in _object(given, what, problems).items():
         field = fields.get(name, object)
         kind = field if isinstance(field, type) else type(field)
-        if value is not None and _is(value, kind):
+        if (value is None and field is kind) or _is(value, kind):
             kept[name] = value
         elif value is not None:
             problems.append(f"{what}: {name} is {_shown(value)}, no {KINDS[kind]}, and was left out")

@@ -128,6 +128,8 @@ def _shown(document: dict[str, Any], sort: str | None) -> dict[str, Any]:
         "overview": overview.overview(document),
         "comparisons": tables.comparisons(records, sort),
         "changes": changes.changes(records),
+        "unlike": changes.unlike(records),
+        "made_elsewhere": document["baseline"]["unlike"],
         "grids": grids.grids(records, sort),
         "certificates": certificates,
         "certified": certified,
