@@ -307,6 +307,30 @@ def test_curves_of_all_models_on_one_text_are_one_plot_with_words_and_data():
     assert "Quality by bytes of the weights" not in drawn
 
 
+def caption_of(name, x, y, x_unit, y_unit):
+    series = {name: {"x": x, "y": y, "x_unit": x_unit, "y_unit": y_unit}}
+    (figure,) = figures([beside("demo", series=series)])
+    return figure["title"], figure["choices"][0]["caption"]
+
+
+def test_a_caption_gives_both_ends_in_one_unit_and_no_middle_of_a_bin_as_a_position():
+    state = ("state_bytes", [256, 2048])
+    assert caption_of(*state, [1313280, 1313280], "tokens", "bytes")[1] == (
+        "demo is 1.3 MiB at both ends of 256 to 2,048 tokens."
+    )
+    assert caption_of(*state, [1024, 2097152], "tokens", "bytes")[1] == (
+        "demo rises from 1.0 KiB to 2.0 MiB, over 256 to 2,048 tokens."
+    )
+    loss = caption_of("loss_by_position", [1.189, 90.51], [7.781, 2.0], "tokens before", "nats/token")[1]
+    assert loss == "demo falls from 7.781 nats/token to 2 nats/token, over about 1 to about 91 tokens before."
+
+
+def test_distributions_of_latency_are_called_what_they_are():
+    title, caption = caption_of("itl_quantiles", [1, 99.9], [2.3, 7.5], "%", "ms")
+    assert title == "Time between tokens (ITL), by quantile"
+    assert caption == "demo rises from 2.3 ms to 7.5 ms, over 1 % to 99.9 %."
+
+
 def test_quality_is_drawn_against_bytes_where_there_are_several_sizes():
     records = [beside("a"), beside("a@bf16", lm={**beside("a")["lm"], "spec": "a@bf16", "bytes": 7})]
     (figure,) = [figure for figure in figures(records) if figure["kind"] == "dots"]

@@ -29,7 +29,13 @@ SERIES = {  # name of a series -> title, and which axis is logarithmic
     "loss_by_position": ("Loss by position", "x"),
     "running_perplexity": ("Running perplexity", ""),
     "state_bytes": ("State over the stream", ""),
+    "prefill_quantiles": ("Time of prefill, by quantile", ""),
+    "ttft_quantiles": ("Time to the first token (TTFT), by quantile", ""),
+    "itl_quantiles": ("Time between tokens (ITL), by quantile", ""),
+    "e2e_by_run": ("Time of a whole request, run by run", ""),
+    "chunk_latency": ("Latency of a chunk over the stream", ""),
     "batch_scaling": ("Throughput by batch size", "x"),
+    "decode_batch_scaling": ("Throughput of decoding by batch size", "x"),
     "learning_curve": ("Learning curves", ""),
     "held_out_loss": ("Held-out loss", ""),
 }
@@ -73,11 +79,8 @@ def _add_series(drawn: dict[str, dict[str, Any]], record: dict[str, Any], name: 
     y, unit = series["y"], series["y_unit"]
     if name == "running_loss" and max(y) < OVERFLOW:
         name, y, unit = "running_perplexity", [math.exp(nats) for nats in y], "perplexity"
-    if name.endswith(BY_RUN):
-        title, kind, log = f"Distribution: {_words(name.removesuffix(BY_RUN))}", "spread", ""
-    else:
-        title, log = SERIES.get(name, (_words(name).capitalize(), ""))
-        kind = "line"
+    title, log = SERIES.get(name, (_words(name).capitalize(), ""))
+    kind = "spread" if name.endswith(BY_RUN) else "line"
     figure = drawn.setdefault(title, {"title": title, "kind": kind, "choices": {}})
     choice = _choice(figure["choices"], record["subject"], series["x_unit"], unit, log)
     choice["curves"].append({"name": record["lm"]["spec"], "note": _short(record["test"]), "x": series["x"], "y": y})
@@ -139,14 +142,23 @@ def _seen(choice: dict[str, Any], curve: dict[str, Any], kind: str) -> str:
         return f"takes {number(middle, choice['y'])} in the median of {len(y)} runs, {around}"
     if len(y) == 1:
         return f"{number(y[0], choice['y'])} at {_at(x[0], choice['x'])}"
-    word = "falls" if y[-1] < y[0] else "rises" if y[-1] > y[0] else "stays"
-    return f"{word} from {number(y[0])} at {_at(x[0], '')} to {number(y[-1], choice['y'])} at {_at(x[-1], choice['x'])}"
+    ends = f"{_at(x[0], '%' if choice['x'] == '%' else '')} to {_at(x[-1], choice['x'])}"
+    first, last = number(y[0], choice["y"]), number(y[-1], choice["y"])
+    if first == last:
+        return f"is {last} at both ends of {ends}"
+    return (
+        f"{'falls' if y[-1] < y[0] else 'rises'} from {first} to {last}, {'from' if choice['x'] == 'time' else 'over'} {ends}"
+    )
 
 
 def _at(x: Any, unit: str) -> str:
     if isinstance(x, str):  # a time
         return x[:16].replace("T", " ")
-    return number(x, "bytes") if unit.startswith("bytes") else number(x if x < 10 else round(x), unit)
+    if unit.startswith("bytes"):
+        return number(x, "bytes")
+    if unit == "%":
+        return number(x, unit)
+    return number(x, unit) if x == int(x) else f"about {number(max(1, round(x)), unit)}"  # the middle of several positions
 
 
 def _name_apart(curves: Iterable[dict[str, Any]]) -> None:
