@@ -18,6 +18,7 @@ from pytest_lmeval.report import github, pages, terminal, write
 from pytest_lmeval.report.changes import changes
 from pytest_lmeval.report.figures import figures
 from pytest_lmeval.report.grids import grids
+from pytest_lmeval.report.remarks import remarks
 from pytest_lmeval.report.tables import comparisons, groups
 from pytest_lmeval.report.words import interval, number, size_of, visible
 from pytest_lmeval.results import history
@@ -222,6 +223,17 @@ def test_the_pages_say_the_same_as_the_terminal_of_examples_that_one_run_lacks()
     assert said in "\n".join(table([record], width=200))
     assert said in markdown.partition("<details>")[0]
     assert said in html
+
+
+@given(st.integers(40, 160))
+def test_a_narrow_terminal_breaks_what_is_said_of_a_verdict_and_cuts_nothing_off(width):
+    row = {**gated(57)["gate"]["accuracy"], "verdict": "unclear", "detectable": 0.03633, "needed": 1977, "unlike": ["a " * 60]}
+    lines = table([{**gated(57), "gate": {"accuracy": row}}], width=width)
+    text = " ".join(" ".join(lines[1:]).split())
+    assert max(map(len, lines)) <= width
+    assert "..." not in text
+    assert " ".join(" ".join(remarks(row, "question")).split()) in text
+    assert "1 -> 0.81 -0.19" in text
 
 
 def test_what_verdicts_rest_on_is_folded_and_said_once_a_test():

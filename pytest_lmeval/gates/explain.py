@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
@@ -87,11 +88,26 @@ def table(records: list[dict[str, Any]], *, width: int) -> list[str]:
     for test, rows in shown:
         lines.append(test.rpartition("/")[2])
         if unlike := list(dict.fromkeys(what for _, row, _ in rows for what in row.get("unlike", ()))):
-            lines.append(f"    not had alike: {', '.join(unlike)}")
+            lines += wrapped(f"not had alike: {', '.join(unlike)}", width, indent=4)
         for line, (_, row, example) in zip(cells[test], rows, strict=True):
-            lines.append("    " + "  ".join(cell.ljust(size) for cell, size in zip(line, widths, strict=True)).rstrip())
-            lines += [f"        {remark}" for remark in remarks(row, example)] if _is_to_be_told(row) else []
+            lines.append(_fitted(line, widths, width))
+            told = remarks(row, example) if _is_to_be_told(row) else ()
+            lines += [piece for remark in told for piece in wrapped(remark, width, indent=8)]
     return [line if len(line) <= width else line[: width - 3] + "..." for line in lines]
+
+
+def wrapped(text: str, width: int, *, indent: int = 0) -> list[str]:
+    """A remark as lines of the terminal; what follows the first stands two columns further in."""
+    first, further = " " * indent, " " * (indent + 2)
+    return textwrap.wrap(text, max(width, indent + 12), initial_indent=first, subsequent_indent=further, break_on_hyphens=False)
+
+
+def _fitted(cells: tuple[str, ...], widths: list[int], width: int) -> str:
+    """A line of the table: where it is too narrow the interval is left out, and then the columns are no longer aligned."""
+    bare = (*cells[:-1], cells[-1].partition(" (")[0])
+    padded = [[cell.ljust(size) for cell, size in zip(some, widths, strict=True)] for some in (cells, bare)]
+    lines = ["    " + "  ".join(some).rstrip() for some in (*padded, bare)]
+    return next((line for line in lines if len(line) <= width), lines[-1])
 
 
 def _cells(metric: str, row: dict[str, Any]) -> tuple[str, ...]:

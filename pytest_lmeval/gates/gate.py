@@ -146,11 +146,13 @@ class Gate:
         missed = [f"not measured: {test} ({reason})" for test, reason in self.unmeasured.found().items()]
         if not (records or missed) or self.config.option.collectonly or self.config.get_verbosity() < -1:
             return
-        from pytest_lmeval.gates.explain import table
+        from pytest_lmeval.gates.explain import table, wrapped
 
+        width = terminalreporter._tw.fullwidth
         terminalreporter.section(f"lmeval: against {_readable(self.file)}")
-        gated = table(records, width=terminalreporter._tw.fullwidth) if records else []
-        for line in (*gated, *missed, *(self._remarks(records) if records else ())):
+        said = [*missed, *(self._remarks(records) if records else ())]
+        pieces = (piece for remark in said for piece in wrapped(remark, width))
+        for line in (*(table(records, width=width) if records else ()), *pieces):
             terminalreporter.write_line(line)
 
     def _remarks(self, records: list[dict[str, Any]]) -> list[str]:
