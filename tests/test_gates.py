@@ -67,6 +67,7 @@ def project(pytester, monkeypatch):
     """A project with a model whose mistakes are chosen, two tests, and a baseline of a run without mistakes (but some)."""
     for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
         monkeypatch.delenv(name)
+    monkeypatch.setenv("COLUMNS", "200")  # so that no remark is broken
     pytester.makeconftest(MODEL)
     pytester.makepyfile(test_quality=TESTS)
     pytester.makefile(".txt", text="It was a dark and stormy night; the rain fell in torrents.\n" * 40)

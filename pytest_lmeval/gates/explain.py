@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import shlex
-import textwrap
 from collections.abc import Iterator
 from typing import Any
 
 from pytest_lmeval.report.remarks import noun, remarks, several
-from pytest_lmeval.report.words import number
+from pytest_lmeval.report.words import number, wrapped
 
 ORDER = ("worse", "missing", "unclear", "better", "new", "same", "identical", "not judged")
 FIRST = 5  # examples that the failure of a test names
@@ -94,12 +93,6 @@ def table(records: list[dict[str, Any]], *, width: int) -> list[str]:
             told = remarks(row, example) if _is_to_be_told(row) else ()
             lines += [piece for remark in told for piece in wrapped(remark, width, indent=8)]
     return [line if len(line) <= width else line[: width - 3] + "..." for line in lines]
-
-
-def wrapped(text: str, width: int, *, indent: int = 0) -> list[str]:
-    """A remark as lines of the terminal; what follows the first stands two columns further in."""
-    first, further = " " * indent, " " * (indent + 2)
-    return textwrap.wrap(text, max(width, indent + 12), initial_indent=first, subsequent_indent=further, break_on_hyphens=False)
 
 
 def _fitted(cells: tuple[str, ...], widths: list[int], width: int) -> str:

@@ -146,7 +146,8 @@ class Gate:
         missed = [f"not measured: {test} ({reason})" for test, reason in self.unmeasured.found().items()]
         if not (records or missed) or self.config.option.collectonly or self.config.get_verbosity() < -1:
             return
-        from pytest_lmeval.gates.explain import table, wrapped
+        from pytest_lmeval.gates.explain import table
+        from pytest_lmeval.report.words import wrapped
 
         width = terminalreporter._tw.fullwidth
         terminalreporter.section(f"lmeval: against {_readable(self.file)}")

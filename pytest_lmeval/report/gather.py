@@ -79,11 +79,12 @@ class Reports:
         if not self.records or self.config.get_verbosity() < -1:
             return
         from pytest_lmeval.report import terminal
+        from pytest_lmeval.report.words import wrapped
 
+        width = terminalreporter._tw.fullwidth
         terminalreporter.section("lmeval")
-        for line in terminal.lines(self.records, width=terminalreporter._tw.fullwidth):
-            terminalreporter.write_line(line)
-        for line in (*self.notes, *self.written):
+        notes = [piece for note in self.notes for piece in wrapped(note, width)]
+        for line in (*terminal.lines(self.records, width=width), *notes, *self.written):
             terminalreporter.write_line(line)
 
     @pytest.hookimpl(optionalhook=True)

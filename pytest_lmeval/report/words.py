@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from typing import Any
 
 PREFIXES = "kMGTPE"
@@ -78,3 +79,9 @@ def told_apart(models: list[tuple[str, str]]) -> list[str]:
     """
     specs = [spec for spec, _ in models]
     return [spec if specs.count(spec) == 1 else f"{spec} ({fingerprint[:8]})" for spec, fingerprint in models]
+
+
+def wrapped(text: str, width: int, *, indent: int = 0) -> list[str]:
+    """A remark as lines of the terminal; what follows the first stands two columns further in."""
+    first, further = " " * indent, " " * (indent + 2)
+    return textwrap.wrap(text, max(width, indent + 12), initial_indent=first, subsequent_indent=further, break_on_hyphens=False)

@@ -70,22 +70,25 @@
     ...(figure.time ? {} : { tickFormat: short }),
   });
 
-  // Bytes are marked at whole numbers of their unit, from zero on.
+  // Bytes are marked in one unit, that of the largest, from zero on.
   const binary = (choice) => {
     const high = d3.max(choice.curves.flatMap((curve) => curve.y)) || 1;
-    const unit = 1024 ** Math.min(4, Math.floor(Math.log2(high) / 10));
-    return d3.ticks(0, high / unit, 5).map((value) => value * unit);
+    const power = Math.min(4, Math.max(0, Math.floor(Math.log2(high) / 10)));
+    return {
+      ticks: d3.ticks(0, high / 1024 ** power, 5).map((value) => value * 1024 ** power),
+      tickFormat: (value) => `${digits(value / 1024 ** power)} ${["B", "KiB", "MiB", "GiB", "TiB"][power]}`,
+    };
   };
 
   const yScale = (choice) => ({
     ...scale(choice, "y", 5),
-    ...(choice.y === "bytes" && !choice.log.includes("y") ? { ticks: binary(choice) } : {}),
     label: choice.y,
     labelArrow: "none",
     grid: true,
     nice: true,
     zero: choice.y === "bytes" && !choice.log.includes("y"),
     tickFormat: choice.y === "bytes" ? bytes : short,
+    ...(choice.y === "bytes" && !choice.log.includes("y") ? binary(choice) : {}),
   });
 
   const tip = (all, choice) => Plot.tip(all, Plot.pointer({
