@@ -44,6 +44,8 @@ def address(tmp_path_factory):
         lines = "".join(json.dumps(answer) + "\n" for answer in answers(spec, flipped))
         (folder / "examples" / f"{spec}.jsonl").write_text(lines)
         records.append(task(spec, value, f"examples/{spec}.jsonl"))
+    held = {"x": [256.0, 2048.0], "y": [204_800.0, 1_313_280.0], "x_unit": "tokens", "y_unit": "bytes"}
+    records[-1]["series"] = {"state_bytes": held}
     sections = [{"title": HOSTILE, "columns": [HOSTILE], "rows": [[HOSTILE]]}]
     document = {**GOLDEN, "records": records, "sections": sections}
     (folder / "report.html").write_text(pages.render("report.html", document, folders=[folder]))
@@ -201,3 +203,13 @@ def test_a_link_opens_what_it_points_to_and_the_printer_gets_everything(open_rep
     assert page.locator("svg.plot").count() == page.locator("figure").count()
     page.evaluate("dispatchEvent(new Event('afterprint'))")
     assert page.locator("details.record[open]").count() == 1
+
+
+def test_bytes_are_marked_in_one_unit(open_report):
+    figure = open_report().locator("figure").filter(has_text="State over the stream")
+    figure.scroll_into_view_if_needed()
+    ticks = figure.locator("svg.plot g[aria-label='y-axis tick label'] text")
+    ticks.first.wait_for(state="attached")
+    marks = ticks.all_text_contents()
+    assert len(marks) > 2
+    assert {mark.replace("\u00a0", " ").split()[-1] for mark in marks} == {"MiB"}
