@@ -296,14 +296,14 @@ def test_where_nothing_can_be_accepted_it_is_said_why(run_folder, capsys, tmp_pa
     ("place", "value", "message"),
     [
         (("records",), 3, "holds no list of records"),
-        (("records", 0), 3, "record 1 is int, no object"),
-        (("records", 0, "test"), 3, "record 1 > test is 3, where a text stands"),
-        (("records", 0, "gate"), 3, "record 1 > gate is 3, where an object or null stands"),
+        (("records", 0), 3, "record 1 is 3, no object"),
+        (("records", 0, "test"), 3, "record 1 (3): test is 3, no text"),
+        (("records", 0, "gate"), 3, "gate is 3, no object"),
         (("records", 0, "metrics", "accuracy"), 0.5, "accuracy has no value, and was left out"),
-        (("records", 0, "metrics", "accuracy", "n"), "x", 'accuracy > n is "x", where a whole number or null stands'),
-        (("records", 0, "cost", "flops"), "x", 'costs > flops is "x", where a number stands'),
-        (("records", 0, "examples"), 3, "the examples of test_a.py::test_a in .lmeval cannot be read (TypeError"),
-        (("environment", "packages"), [1], "environment > packages is a list"),
+        (("records", 0, "metrics", "accuracy", "n"), "x", 'accuracy: n is "x", no number'),
+        (("records", 0, "cost", "flops"), "x", 'cost: flops is "x", no number'),
+        (("records", 0, "examples"), 3, "examples is 3, no text"),
+        (("environment", "packages"), [1], "environment: packages is [1], no object"),
     ],
 )
 def test_a_run_that_was_edited_is_not_accepted_and_the_field_is_told(run_folder, capsys, tmp_path, place, value, message):
