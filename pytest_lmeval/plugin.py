@@ -6,11 +6,7 @@ standard library only; a test holds it to that.
 
 from __future__ import annotations
 
-import contextlib
-import inspect
 import json
-import sys
-import traceback
 from collections.abc import Callable, Generator
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -18,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_lmeval import options
-from pytest_lmeval.benchmarking import BenchmarkHooks
+from pytest_lmeval.benchmarking import BenchmarkHooks, WithoutBenchmark
+from pytest_lmeval.frames import release_frames
 from pytest_lmeval.options import CORPORA, SEQ_LENS, budget, count, is_worker, option, output_folder, test_id
 from pytest_lmeval.report.gather import Reports
 
@@ -30,7 +27,6 @@ if TYPE_CHECKING:
 
 SESSION = pytest.StashKey["Session"]()
 LOG = pytest.StashKey[Any]()
-GENERATORS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -196,29 +192,6 @@ def _parameter(request: pytest.FixtureRequest, values: list[str]) -> Any:
     return getattr(request, "param", values[0] if values else None)
 
 
-class WithoutBenchmark:
-    """Stands in for pytest-benchmark where it is blocked, so that tests that ask for `benchmark` still run."""
-
-    disabled = False
-
-    def __init__(self) -> None:
-        self.extra_info: dict[str, Any] = {}
-
-    @pytest.fixture(name="benchmark")
-    def benchmark_fixture(self) -> WithoutBenchmark:
-        return WithoutBenchmark()
-
-    def __call__(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return target(*args, **kwargs)
-
-    def pedantic(
-        self, target: Callable[..., Any], args: Any = (), kwargs: Any = None, rounds: int = 1, warmup_rounds: int = 0, **_: Any
-    ) -> Any:
-        for _round in range(warmup_rounds + rounds - 1):
-            target(*args, **(kwargs or {}))
-        return target(*args, **(kwargs or {}))
-
-
 # ----------------------------------------------------------------------------------------------- reports
 
 
@@ -245,29 +218,6 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 def _debugged(config: pytest.Config) -> bool:
     return bool(config.getoption("usepdb", False) or config.getoption("trace", False))
-
-
-def release_frames(error: BaseException) -> None:
-    """Clear the local variables of every frame that an error came through, and those of its causes.
-
-    pytest keeps the error of a failed test (`sys.last_exc`), and its frames would keep the model of that test in memory while
-    the next one loads its own. `traceback.clear_frames` is not enough before Python 3.13: there a frame has a second copy of
-    its variables once they were asked for (pytest asks), and to clear the frame of a generator closes it, so that a fixture
-    that waits behind its `yield` would never be torn down. Those frames are left.
-    """
-    errors, seen = [error], set()
-    while errors:
-        error = errors.pop()
-        if id(error) in seen:
-            continue
-        seen.add(id(error))
-        for frame, _ in traceback.walk_tb(error.__traceback__):
-            if sys.version_info >= (3, 13) or not frame.f_code.co_flags & GENERATORS:
-                with contextlib.suppress(RuntimeError):  # it still runs, or waits
-                    frame.clear()
-                    frame.f_locals  # noqa: B018 - to ask again brings the copy up to date: empty
-        linked = (error.__cause__, error.__context__, *getattr(error, "exceptions", ()))
-        errors += [other for other in linked if isinstance(other, BaseException)]
 
 
 def shared_session(config: pytest.Config) -> Session:

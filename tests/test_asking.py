@@ -53,7 +53,7 @@ def project(pytester, monkeypatch):
     for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
         monkeypatch.delenv(name)
     pytester.makepyfile(tiny=TINY, own=OWN.format(broken=-1))
-    pytester.makefile(".ini", pytest="[pytest]\nfilterwarnings = error\npythonpath = .\n")
+    pytester.makefile(".ini", pytest="[pytest]\nfilterwarnings = error\npythonpath = .\nlmeval_budget = 0.2\n")
     return pytester
 
 

@@ -29,7 +29,7 @@ def saved(project, name="benchmark.json"):
     return json.loads((project.path / name).read_text())
 
 
-def test_each_part_of_a_run_is_a_row_in_the_table_and_in_the_file(project):
+def test_each_part_of_a_run_is_a_row_in_the_table_and_in_the_file_and_brings_its_figures(project):
     result = project.runpytest_subprocess("--benchmark-json=benchmark.json", "--benchmark-group-by=param:seq_len")
     result.assert_outcomes(passed=2)
     result.stdout.fnmatch_lines(
@@ -42,18 +42,13 @@ def test_each_part_of_a_run_is_a_row_in_the_table_and_in_the_file(project):
     assert (itl["stats"]["rounds"], whole["stats"]["rounds"]) == (5 * 7, 5)
     assert itl["stats"]["max"] < whole["stats"]["min"]
 
-
-def test_figures_that_it_has_no_column_for_stand_in_extra_info_and_the_file_stays_small(project):
-    project.runpytest_subprocess("--benchmark-json=benchmark.json")
-    rows = saved(project)["benchmarks"]
-    (info,) = rows[0]["extra_info"]["lmeval"]
+    (info,) = whole["extra_info"]["lmeval"]  # what it has no column for
     assert info["decode_tokens_per_second"] > 0
-    assert info["lm"] == "demo"
-    assert rows[0]["options"]["timer"] == "device_clock"
-    assert not any("parts" in row["extra_info"]["lmeval"][0] for row in rows)
-    assert not any("data" in row["stats"] for row in rows[1:4])
-    assert (info["device"], info["threads"] >= 1) == ("cpu", True)
+    assert (info["lm"], info["device"], info["threads"] >= 1) == ("demo", "cpu", True)
+    assert whole["options"]["timer"] == "device_clock"
     assert saved(project)["machine_info"]["torch"] == importlib.metadata.version("torch")
+    assert not any("parts" in row["extra_info"]["lmeval"][0] for row in rows)  # and the file stays small
+    assert not any("data" in row["stats"] for row in rows[1:4])
 
 
 def test_a_parameter_that_is_a_tensor_is_not_written_down(project):
@@ -81,15 +76,11 @@ def test_a_stored_run_is_compared_part_by_part(project):
     )
     assert "test_latency[4][ttft]" in listed.stdout
 
-
-def test_a_stored_run_of_before_has_no_parts_and_is_compared_as_far_as_it_goes(project):
-    project.runpytest_subprocess("--benchmark-save=base", "-k", "4")
-    (path,) = project.path.glob(".benchmarks/*/0001_base.json")
+    (path,) = project.path.glob(".benchmarks/*/0001_base.json")  # one of before, without parts, is compared as far as it goes
     stored = json.loads(path.read_text())
     stored["benchmarks"] = stored["benchmarks"][:1]
     path.write_text(json.dumps(stored))
-    result = project.runpytest_subprocess("--benchmark-compare", "-k", "4")
-    result.stdout.fnmatch_lines(["*benchmark: 5 tests*"])
+    project.runpytest_subprocess("--benchmark-compare", "-k", "4").stdout.fnmatch_lines(["*benchmark: 5 tests*"])
 
 
 def test_a_second_measurement_in_a_test_has_rows_that_say_which_it_is(project):

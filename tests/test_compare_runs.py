@@ -181,19 +181,19 @@ TEST = """
 
 @pytest.fixture
 def repository(pytester, monkeypatch):
-    """A project with a revision before the present one, that does a third of the work."""
+    """A project with a revision before the present one, that does a tenth of the work."""
     for name in ("PYTEST_XDIST_WORKER", "PYTEST_ADDOPTS"):
         monkeypatch.delenv(name, raising=False)
 
     def git(*given):
         subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *given], check=True, capture_output=True)
 
-    pytester.makepyfile(deep=PAGE.format(layers=100), test_speed=TEST)
+    pytester.makepyfile(deep=PAGE.format(layers=40), test_speed=TEST)
     pytester.makefile(".ini", pytest="[pytest]\npythonpath = .\nlm = deep:Deep\n")
     git("init", "-q")
     git("add", "deep.py", "test_speed.py", "pytest.ini")
     git("commit", "-q", "-m", "as it was")
-    pytester.makepyfile(deep=PAGE.format(layers=300))
+    pytester.makepyfile(deep=PAGE.format(layers=400))
     return pytester
 
 
@@ -202,7 +202,7 @@ def compare(repository, *given):
 
 
 def test_a_slower_version_is_found_and_its_checkout_is_taken_away(repository):
-    result = compare(repository, "--base", "HEAD", "--pairs", "2", "--most", "3", "--to", "runs.json", "--", "test_speed.py")
+    result = compare(repository, "--base", "HEAD", "--pairs", "3", "--most", "3", "--to", "runs.json", "--", "test_speed.py")
     assert result.ret == 1
     result.stdout.fnmatch_lines(["verdict *HEAD *this version *", "worse *test_speed.py::test_prefill *prefill *"])
     assert '"threshold": 0.2' in (repository.path / "runs.json").read_text()

@@ -64,7 +64,7 @@ def mirror(project):
 
 
 def run(project, *options):
-    return project.runpytest_subprocess("-p", "no:cacheprovider", "--lmeval-budget", "1", *options)
+    return project.runpytest_subprocess("-p", "no:cacheprovider", "--lmeval-budget", "0.3", *options)
 
 
 def records(project, kind):

@@ -35,7 +35,7 @@ def project(pytester, monkeypatch):
         monkeypatch.delenv(name)  # this test may run in a worker itself
     pytester.makepyfile(tiny=TINY)
     pytester.makefile(".txt", text="It was a dark and stormy night; the rain fell in torrents.\n" * 60)
-    pytester.makefile(".ini", pytest="[pytest]\nfilterwarnings = error\n")
+    pytester.makefile(".ini", pytest="[pytest]\nfilterwarnings = error\nlmeval_budget = 0.3\n")
     return pytester
 
 
@@ -454,7 +454,7 @@ def test_pytest_benchmark_keeps_the_times(project):
 
 
 def test_where_pytest_benchmark_is_blocked_speed_is_measured_without_it(project):
-    project.makefile(".ini", pytest="[pytest]\naddopts = --strict-markers\n")
+    project.makefile(".ini", pytest="[pytest]\naddopts = --strict-markers\nlmeval_budget = 0.3\n")
     project.makepyfile(
         """
         import pytest
@@ -484,7 +484,7 @@ def test_a_test_that_looks_at_a_time_that_was_not_taken_is_skipped_with_the_reas
 def test_without_pytest_benchmark_speed_is_not_measured_and_quality_is(project, options):
     if "-n" in options:
         pytest.importorskip("xdist")
-    project.makefile(".ini", pytest="[pytest]\naddopts = --strict-markers\n")
+    project.makefile(".ini", pytest="[pytest]\naddopts = --strict-markers\nlmeval_budget = 0.3\n")
     project.makepyfile(test_speed=SPEED, test_reading=READS)
     result = run(project, *options)
     result.assert_outcomes(passed=2)
