@@ -66,3 +66,11 @@ def test_a_run_of_pytest_leaves_its_numbers(pytester):
     shown.stdout.fnmatch_lines(["*::test_own, demo, passkey", "*metric *runs *last *mean *min *max", "*accuracy * 2 * 0.5 *"])
     nothing = pytester.run(sys.executable, "-m", "pytest_lmeval", "history", "-k", "other")
     assert (nothing.ret, nothing.stderr.str().strip()) == (2, ".lmeval/history.jsonl holds no such number: 2 lines were read.")
+
+
+def test_a_history_that_cannot_be_written_costs_only_itself(pytester):
+    pytester.makepyfile("def test_own(lmeval, lm):\n    lmeval.record(lm, 'passkey', accuracy=0.5)\n")
+    (pytester.path / ".lmeval" / history.NAME).mkdir(parents=True)
+    result = pytester.runpytest_subprocess()
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines(["*report.html", "nothing could be added to history.jsonl (*"])

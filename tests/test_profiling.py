@@ -259,6 +259,15 @@ def test_a_batch_that_can_be_read_and_not_decoded_keeps_how_fast_it_is_read():
     assert "no kernel for one token" in result.record.settings["failed"]["decode"]
 
 
+def test_steps_that_the_clock_is_too_coarse_for_are_left_out_of_a_throughput(still, monkeypatch):
+    monkeypatch.setattr("pytest_lmeval.profiling.runner.tick", lambda device: 1e-5)
+    lm = as_model(Slow(still, prompt=1e-2, tokens=(5e-4,)))
+    result = throughput(lm, batch_size=2, seq_len=10, runs=3, scaling=False)
+    assert result.tokens_per_second > 0
+    assert "decode_tokens_per_second" not in result.record.metrics
+    assert "the clock ticks every 10 us" in result.record.settings["failed"]["decode"]
+
+
 def test_it_is_told_whether_a_model_was_timed_before_and_by_whom():
     lm = as_model(Functional())
     first, second = (latency(lm, seq_len=4, runs=2, warm_up=0).record.settings for _ in range(2))

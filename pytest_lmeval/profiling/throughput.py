@@ -112,6 +112,9 @@ def throughput(
         failure = attempt(measure)
         if times and (why := attempt(lambda: steps.extend(_decoding(lm, prompts, new_tokens)))):
             failed["decode"] = why
+        if steps and (why := too_short(steps, lm.device, "decoding a token of each row")):
+            failed["decode"] = why
+            steps.clear()
         if scaling and runner.not_measured is None:
             series = _scaling(lm, prompts, failed)
     not_measured = failure or runner.not_measured or too_short(times, lm.device, "reading a batch")

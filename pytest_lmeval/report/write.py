@@ -48,7 +48,10 @@ def reports(
     notes: list[str] = []
     if extend is not None:
         document = _extended(document, extend, folder, notes)
-    history.append(folder, document)
+    try:
+        history.append(folder, document)
+    except OSError as error:
+        notes.append(f"nothing could be added to {history.NAME} ({error})")
     written = ["metrics.json", *_pages(folder, document, templates, notes)]
     return [f"written to {_readable(folder)}: {', '.join(written)}", *notes, *github.marks(document, os.environ)]
 
