@@ -23,7 +23,7 @@ from pytest_lmeval.equivalence.trial import MEMORY, Trial
 from pytest_lmeval.lm import state_dtypes
 
 STEPS_LONGEST = 48
-CORE = frozenset({"causality", "prefix", "splits", "steps"})  # what streaming rests on: tried whatever it costs
+CORE = frozenset({"repeat", "causality", "prefix", "splits", "steps"})  # what streaming rests on: tried whatever it costs
 QUICK = 4000  # calls that the budget has room for: then no edge case is left out, however busy the machine is
 AFFORDABLE = 200  # likewise: then no essential one is
 SEARCH = 0.75  # of the time; the rest is for making counterexamples small
