@@ -1,38 +1,9 @@
 """`lmeval.task` and `lmeval.suite` as users call them: what is recorded and shown, and what a model's laws allow."""
 
 import json
-import os
 
 import pytest
 
-TINY = """
-    import torch
-    from torch import nn
-
-    class Tiny(nn.Module):
-        def __init__(self):
-            super().__init__()
-            with torch.random.fork_rng():
-                torch.manual_seed(0)
-                self.embed, self.cell, self.head = nn.Embedding(256, 8), nn.GRU(8, 8, batch_first=True), nn.Linear(8, 256)
-
-        def forward(self, input_ids, state=None):
-            hidden, state = self.cell(self.embed(input_ids), state)
-            return self.head(hidden), state
-
-    class Steps(Tiny):
-        def forward(self, input_ids, state=None):
-            return super().forward(input_ids, state if input_ids.shape[1] == 1 else None)
-
-    class Whole(Tiny):
-        def forward(self, input_ids):
-            return super().forward(input_ids)[0]
-
-    class Mixing(Tiny):
-        def forward(self, input_ids, state=None):
-            logits, state = super().forward(input_ids, state)
-            return logits + 0.1 * logits.mean(dim=0, keepdim=True), state
-"""
 OWN = """
     from pytest_lmeval import Choices, Generate, Suite, Task
 
@@ -49,12 +20,10 @@ OWN = """
 
 
 @pytest.fixture
-def project(pytester, monkeypatch):
-    for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
-        monkeypatch.delenv(name)
-    pytester.makepyfile(tiny=TINY, own=OWN.format(broken=-1))
-    pytester.makefile(".ini", pytest="[pytest]\nfilterwarnings = error\npythonpath = .\nlmeval_budget = 0.2\n")
-    return pytester
+def project(project):
+    project.makepyfile(own=OWN.format(broken=-1))
+    project.makefile(".ini", pytest="[pytest]\nfilterwarnings = error\npythonpath = .\nlmeval_budget = 0.2\n")
+    return project
 
 
 def run(project, *options, lm="tiny:Tiny"):

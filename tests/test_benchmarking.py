@@ -18,8 +18,7 @@ PARTS = ["", "[prefill]", "[ttft]", "[itl]"]
 
 
 @pytest.fixture
-def project(pytester, monkeypatch):
-    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # these runs are no workers, whatever runs them
+def project(pytester):
     pytester.makepyfile(test_speed=PAGE)
     pytester.makefile(".ini", pytest="[pytest]\nfilterwarnings = error\n")
     return pytester

@@ -182,8 +182,7 @@ TEST = """
 @pytest.fixture
 def repository(pytester, monkeypatch):
     """A project with a revision before the present one, that does a tenth of the work."""
-    for name in ("PYTEST_XDIST_WORKER", "PYTEST_ADDOPTS"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
 
     def git(*given):
         subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *given], check=True, capture_output=True)

@@ -1,7 +1,6 @@
 """A run against a baseline, as users run it: which test fails, what it says, and what happens where the two do not fit."""
 
 import json
-import os
 import xml.etree.ElementTree as ElementTree
 from importlib import resources
 
@@ -65,8 +64,6 @@ TESTS = """
 @pytest.fixture
 def project(pytester, monkeypatch):
     """A project with a model whose mistakes are chosen, two tests, and a baseline of a run without mistakes (but some)."""
-    for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
-        monkeypatch.delenv(name)
     monkeypatch.setenv("COLUMNS", "200")  # so that no remark is broken
     pytester.makeconftest(MODEL)
     pytester.makepyfile(test_quality=TESTS)

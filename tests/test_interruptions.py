@@ -11,7 +11,7 @@ import sys
 import time
 
 import pytest
-from test_plugin import metrics, project, run  # noqa: F401 - project is a fixture
+from test_plugin import metrics, run
 
 SLOW = """
     import time
@@ -45,7 +45,7 @@ TESTS = """
 
 
 @pytest.fixture
-def slow(project, monkeypatch):  # noqa: F811
+def slow(project, monkeypatch):
     monkeypatch.setenv("PYTEST_ADDOPTS", "--lmeval-budget=0")  # the probe's steps are the same in every run
     project.makepyfile(slow=SLOW, test_slow=TESTS)
     return project

@@ -7,28 +7,6 @@ import pytest
 
 PAGE = Path(__file__).parents[1] / "benchmarks" / "test_learning.py"
 TEXT = "It was a dark and stormy night; the rain fell in torrents, except at occasional intervals.\n"
-TINY = """
-    import torch
-    from torch import nn
-
-    class Tiny(nn.Module):
-        def __init__(self):
-            super().__init__()
-            with torch.random.fork_rng():
-                torch.manual_seed(0)
-                self.embed, self.cell, self.head = nn.Embedding(256, 8), nn.GRU(8, 8, batch_first=True), nn.Linear(8, 256)
-
-        def forward(self, input_ids, state=None):
-            hidden, state = self.cell(self.embed(input_ids), state)
-            return self.head(hidden), state
-
-    class Other(Tiny):
-        pass
-
-    class Odd(Tiny):
-        def fast_weights(self, state):
-            return [self.head.weight]
-"""
 LEARNS = """
     def test_learns(lmeval, lm, corpus):
         before = lmeval.perplexity(lm, corpus("automaton:size=50k", "test"), tokens=2000)
@@ -41,11 +19,10 @@ LEARNS = """
 
 
 @pytest.fixture
-def project(pytester, monkeypatch):
-    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
-    pytester.makepyfile(tiny=TINY)
-    pytester.makefile(".ini", pytest="[pytest]\nfilterwarnings = error\nmarkers = slow: takes minutes\n")
-    return pytester
+def project(project):
+    ini = "[pytest]\nfilterwarnings = error\nmarkers = slow: takes minutes\nlmeval_budget = 0.3\n"
+    project.makefile(".ini", pytest=ini)
+    return project
 
 
 @pytest.fixture
@@ -64,7 +41,7 @@ def mirror(project):
 
 
 def run(project, *options):
-    return project.runpytest_subprocess("-p", "no:cacheprovider", "--lmeval-budget", "0.3", *options)
+    return project.runpytest_subprocess("-p", "no:cacheprovider", *options)
 
 
 def records(project, kind):

@@ -399,8 +399,6 @@ FAILS = """
     ids=["ours", "debugged", "not ours"],
 )
 def test_a_failed_test_does_not_keep_its_model(pytester, monkeypatch, fixture, options, gone):
-    for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
-        monkeypatch.delenv(name)
     pytester.makepyfile(
         quiet="import pdb\nclass Quiet(pdb.Pdb):\n    def interaction(self, *_):\n        pass\n",
         test_it=FAILS.format(fixture=fixture, gone=gone),

@@ -1,7 +1,7 @@
 """The plugin as users run it: options, fixtures, records, reports, and what happens where something is missing."""
 
 import json
-import os
+import sys
 
 import pytest
 
@@ -11,32 +11,6 @@ READS = """
         assert result.perplexity < 500
         assert result.perplexity.low < result.perplexity < result.perplexity.high
 """
-TINY = """
-    import torch, pytest
-    from torch import nn
-
-    class Tiny(nn.Module):
-        def __init__(self, vocab=256):
-            super().__init__()
-            with torch.random.fork_rng():
-                torch.manual_seed(0)
-                self.embed, self.cell, self.head = nn.Embedding(vocab, 8), nn.GRU(8, 8, batch_first=True), nn.Linear(8, vocab)
-
-        def forward(self, input_ids, state=None):
-            hidden, state = self.cell(self.embed(input_ids), state)
-            return self.head(hidden), state
-"""
-
-
-@pytest.fixture
-def project(pytester, monkeypatch):
-    """A user's project: a model of their own, a text, and no configuration."""
-    for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
-        monkeypatch.delenv(name)  # this test may run in a worker itself
-    pytester.makepyfile(tiny=TINY)
-    pytester.makefile(".txt", text="It was a dark and stormy night; the rain fell in torrents.\n" * 60)
-    pytester.makefile(".ini", pytest="[pytest]\nfilterwarnings = error\nlmeval_budget = 0.3\n")
-    return pytester
 
 
 def metrics(pytester, folder=".lmeval"):
@@ -353,7 +327,8 @@ def test_a_project_with_a_corpus_of_its_own_pays_nothing(project):
             assert "torch" not in sys.modules
         """
     )
-    run(project).assert_outcomes(passed=1)
+    bare = project.run(sys.executable, "-m", "pytest", "--lm", "tiny:Tiny")  # in no process that has imported it before
+    bare.assert_outcomes(passed=1)
     assert not (project.path / ".lmeval").exists()
 
 

@@ -1,0 +1,42 @@
+"""For the tests: a project of a user's, and runs of pytest in it that start in half the time."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from nursery import Nursery
+
+TINY = Path(__file__).with_name("tiny.py")
+
+
+@pytest.fixture(scope="session")
+def nursery():
+    found = Nursery()
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def pytester(pytester, nursery, monkeypatch):
+    """As pytest gives it; but its runs are no workers of xdist, whatever runs the test, and are forked where they can be."""
+    for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
+        monkeypatch.delenv(name)
+    popen, pytest_command = pytester.popen, (sys.executable, "-mpytest")
+
+    def forked(command, stdin, **files):
+        if hasattr(os, "fork") and command[:2] == pytest_command:
+            return nursery.popen(command[2:], **files)
+        return popen(command, stdin=stdin, **files)
+
+    monkeypatch.setattr(pytester, "popen", forked)
+    return pytester
+
+
+@pytest.fixture
+def project(pytester):
+    """A user's project: models of their own, a text, no warning that is not an error, and little time for the probe."""
+    pytester.makepyfile(tiny=TINY.read_text())
+    pytester.makefile(".txt", text="It was a dark and stormy night; the rain fell in torrents.\n" * 60)
+    pytester.makefile(".ini", pytest="[pytest]\nfilterwarnings = error\nlmeval_budget = 0.3\n")
+    return pytester
