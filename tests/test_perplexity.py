@@ -7,6 +7,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
+from clean_models import Attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import VOCAB, Functional, Stateless, Stepper
@@ -15,7 +16,20 @@ from pytest_lmeval.adapters import as_model
 from pytest_lmeval.data.corpus import Corpus, CorpusError, Document
 from pytest_lmeval.results.journal import Checkpoints, JournalWarning
 from pytest_lmeval.scoring.perplexity import exponential, perplexity
-from pytest_lmeval.scoring.reading import BLOCK, BLOCKS, BYTES, CHUNKS, HITS, NATS, TOKENS, Reading, rows_of
+from pytest_lmeval.scoring.reading import (
+    BLOCK,
+    BLOCKS,
+    BYTES,
+    CHUNKS,
+    COLUMNS,
+    HITS,
+    NATS,
+    SECONDS,
+    STATE,
+    TOKENS,
+    Reading,
+    rows_of,
+)
 from pytest_lmeval.scoring.resume import Saver
 from pytest_lmeval.stream import StreamError
 
@@ -186,6 +200,27 @@ def test_a_stream_of_any_length_takes_the_same_memory():
     long = fold(np.ones(CHUNKS * 3), [1] * CHUNKS * 3)
     assert len(long.chunks) <= CHUNKS
     assert sum(chunk[TOKENS] for chunk in long.chunks) == CHUNKS * 3
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 3 * CHUNKS))
+def test_the_course_of_any_number_of_chunks_is_a_mean_of_each_group_also_of_the_last(number):
+    reading = Reading()
+    for start in range(1, number + 1):
+        reading.add(start, np.ones((1, COLUMNS)), seconds=0.25, state_bytes=1024)
+    rows, each = reading.course
+    assert each.sum() == number
+    assert (rows[:, SECONDS] == 0.25 * each).all()
+    assert (rows[:, STATE] == 1024 * each).all()
+
+
+def test_the_state_is_weighed_after_every_chunk():
+    held = perplexity(LM, ids_of(500), chunk_size=64).record.series["state_bytes"]
+    assert (held.y, held.x[0], held.x[-1], held.y_unit) == ([64.0] * 8, 64, 499, "bytes")
+    cache = perplexity(as_model(Attention()), ids_of(500) % 7, chunk_size=64).record.series["state_bytes"].y
+    assert cache[0] > 0
+    np.testing.assert_allclose(np.diff(cache[:-1]), cache[0], rtol=1e-6)  # a cache grows by as much with each chunk
+    assert "state_bytes" not in perplexity(LM, ids_of(500), window=50).record.series  # none is carried there
 
 
 def test_a_reading_survives_json_to_the_last_bit():

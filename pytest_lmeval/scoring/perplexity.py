@@ -36,7 +36,7 @@ from pytest_lmeval.scoring import fast_weights
 from pytest_lmeval.scoring.losses import LossFile
 from pytest_lmeval.scoring.plan import Point, Reader, plan_for
 from pytest_lmeval.scoring.positions import loss_metrics, name_of, not_reached
-from pytest_lmeval.scoring.reading import BYTES, HITS, NATS, SECONDS, TOKENS, Reading
+from pytest_lmeval.scoring.reading import BYTES, HITS, NATS, SECONDS, STATE, TOKENS, Reading
 from pytest_lmeval.scoring.result import PerplexityResult
 from pytest_lmeval.scoring.resume import Saver
 from pytest_lmeval.scoring.units import write_units
@@ -158,7 +158,7 @@ def record_of(reader: Reader, reading: Reading, *, seconds: float, seed: int) ->
             "peak_bytes": torch.cuda.max_memory_allocated(lm.device) if lm.device.type == "cuda" else None,
             "state_bytes": reading.peak_state_bytes,
         },
-        series=series_of(reading, metrics),
+        series=series_of(reading, metrics, carried=plan.window is None),
     )
 
 
@@ -216,9 +216,11 @@ def exponential(nll: Metric) -> Metric:
         ) from error
 
 
-def series_of(reading: Reading, metrics: dict[str, Metric]) -> dict[str, Series]:
-    chunks = np.array(reading.chunks)
-    chunks = chunks[chunks[:, TOKENS] > 0]  # of frames, one may hold no code to score
+def series_of(reading: Reading, metrics: dict[str, Metric], *, carried: bool) -> dict[str, Series]:
+    """The course of a reading, by tokens read; of the state too, where one was carried through a stream."""
+    chunks, each = reading.course
+    some = chunks[:, TOKENS] > 0  # of frames, one may hold no code to score
+    chunks, each = chunks[some], each[some]
     read = np.cumsum(chunks[:, TOKENS]).tolist()
     loss = chunks[:, NATS] / chunks[:, TOKENS]
     running = np.cumsum(chunks[:, NATS]) / np.cumsum(chunks[:, TOKENS])
@@ -227,11 +229,13 @@ def series_of(reading: Reading, metrics: dict[str, Metric]) -> dict[str, Series]
     series = {
         "chunk_loss": Series(read, loss.tolist(), "tokens", "nats/token"),
         "running_loss": Series(read, running.tolist(), "tokens", "nats/token"),
-        "chunk_seconds": Series(read, (chunks[:, SECONDS] / reading.chunks_a_row).tolist(), "tokens", "s"),
+        "chunk_seconds": Series(read, (chunks[:, SECONDS] / each).tolist(), "tokens", "s"),
         "loss_by_position": Series(
             (2 ** ((filled + 0.5) / 2)).tolist(), (binned[:, NATS] / binned[:, TOKENS]).tolist(), "tokens before", "nats/token"
         ),
     }
+    if carried and not reading.by_document and reading.peak_state_bytes:
+        series["state_bytes"] = Series(read, (chunks[:, STATE] / each).tolist(), "tokens", "bytes")
     if reached := {float(at): float(metrics[name]) for at in reading.positions if (name := name_of(at)) in metrics}:
         series["loss_at"] = Series(list(reached), list(reached.values()), "tokens before", "nats/token")
     return {**series, **({} if reading.moves is None else fast_weights.series_of(reading.moves))}

@@ -5,7 +5,7 @@ Every figure of a reading is a ratio of sums over target tokens, so all that is 
 
     total         one row
     units         one row a document, or a block of one stream: what intervals are drawn from
-    chunks        one row a chunk: the course of the reading
+    chunks        one row a chunk, and what the state took after it: the course of the reading
     by_position   one row a stretch of positions, each half an octave wide
     at_positions  one row of each unit for each chosen position: tokens and nats just before it
 
@@ -24,6 +24,7 @@ TOP = (1, 5)  # a target counts as hit among the model's first k choices
 TOKENS, NATS, BYTES, SECONDS = 0, 1, 2, 3
 HITS = {k: 4 + place for place, k in enumerate(TOP)}
 COLUMNS = 4 + len(TOP)
+STATE = COLUMNS  # column of `Reading.chunks`: bytes
 
 BLOCK, BLOCKS = 64, 256  # smallest block of a stream, and the number at which neighbours merge
 CHUNKS = 2048
@@ -79,7 +80,7 @@ class Reading:
         rows_sum[SECONDS] = seconds
         self.total += rows_sum
         self.peak_state_bytes = max(self.peak_state_bytes, state_bytes)
-        self._add_chunk(rows_sum)
+        self._add_chunk(np.append(rows_sum, state_bytes))
         self._add_unit(start, rows, rows_sum)
         places = np.arange(start, start + len(rows))
         bins = np.floor(2 * np.log2(places)).astype(int)
@@ -108,9 +109,16 @@ class Reading:
             return
         self.block = add_to_blocks(self.units, self.block, start, rows)
 
-    def _add_chunk(self, rows_sum: np.ndarray) -> None:
-        self.chunks_a_row = append(self.chunks, rows_sum, self.chunks_seen, self.chunks_a_row)
+    def _add_chunk(self, row: np.ndarray) -> None:
+        self.chunks_a_row = append(self.chunks, row, self.chunks_seen, self.chunks_a_row)
         self.chunks_seen += 1
+
+    @property
+    def course(self) -> tuple[np.ndarray, np.ndarray]:
+        """The rows of `chunks`, as an array, and how many chunks each is the sum of: the last one may be of fewer."""
+        each = np.full(len(self.chunks), self.chunks_a_row)
+        each[-1:] = self.chunks_seen - self.chunks_a_row * (len(self.chunks) - 1)
+        return np.array(self.chunks), each
 
     def to_json(self) -> dict[str, Any]:
         """Everything, exactly: Python writes and reads floats without losing a bit."""
