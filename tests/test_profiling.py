@@ -12,7 +12,7 @@ import pytest
 import torch
 from toys import Functional, Stateless
 
-from pytest_lmeval.adapters import as_model
+from pytest_lmeval.adapters import as_model, load
 from pytest_lmeval.profiling import clock
 from pytest_lmeval.profiling.grid import latency_grid
 from pytest_lmeval.profiling.latency import latency
@@ -257,6 +257,15 @@ def test_a_batch_that_can_be_read_and_not_decoded_keeps_how_fast_it_is_read():
     result = throughput(as_model(WithoutDecoding()), batch_size=4, seq_len=8, runs=2, scaling=False)
     assert result.tokens_per_second > 0
     assert "no kernel for one token" in result.record.settings["failed"]["decode"]
+
+
+def test_of_a_model_that_reads_frames_the_rates_are_of_frames():
+    frames = load("zoo:moshi")
+    assert latency(frames, seq_len=2, new_tokens=2, runs=1, warm_up=0).record.metrics["decode_tokens_per_second"].unit == "frames/s"
+    result = throughput(frames, batch_size=2, seq_len=2, runs=1, new_tokens=2)
+    assert (result.tokens_per_second.unit, result.batch_scaling.y_unit) == ("frames/s", "frames/s")
+    assert streaming(frames, chunk_size=2, chunks=4, runs=1).tokens_per_second.unit == "frames/s"
+    assert throughput(LM, batch_size=2, seq_len=2, runs=1).tokens_per_second.unit == "tokens/s"
 
 
 def test_steps_that_the_clock_is_too_coarse_for_are_left_out_of_a_throughput(still, monkeypatch):

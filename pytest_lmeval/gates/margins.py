@@ -18,7 +18,7 @@ OFF, NOT_JUDGED = "off", "not judged"
 READINGS = ("bits_per_byte", "perplexity", "nll")  # the same losses in three units: one of them is gated
 SPEED = ("throughput", "latency", "*_per_second", "seconds", "ttft*", "itl*", "tpot*", "e2e*", "prefill*", "cold")
 SPEED_NAMES = {"throughput": ("tokens_per_second", "prefill_tokens_per_second"), "latency": ("e2e", "ttft", "itl")}
-SPEED_UNITS = ("s", "ms", "us", "ns", "tokens/s")
+SPEED_UNITS = ("s", "ms", "us", "ns", "tokens/s", "frames/s")
 COSTS = {  # what a computer does to the last operation, so that chance has no part in it -> what it may grow by
     "flops": "0%",
     "flops_forward": "0%",

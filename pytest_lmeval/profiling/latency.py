@@ -15,7 +15,7 @@ from pytest_lmeval.identity import facts
 from pytest_lmeval.lm import Model, state_bytes
 from pytest_lmeval.profiling.clock import Stopwatch
 from pytest_lmeval.profiling.flops import count_flops
-from pytest_lmeval.profiling.runner import Runner, about_times, check_shape, measured, quiet, too_short
+from pytest_lmeval.profiling.runner import Runner, about_times, check_shape, measured, quiet, too_short, unit_of_rates
 from pytest_lmeval.profiling.samples import median, quantiles, spread
 from pytest_lmeval.results.metric import Metric
 from pytest_lmeval.results.record import Record, Series
@@ -135,7 +135,7 @@ def latency(
             "too_short": short,
             **about_times(lm, runner, {name: samples[name] for name in BY_RUN if name in samples}, not_measured, FORMULAS),
         },
-        metrics={} if not_measured else _metrics(samples, sum(times[0]), batch_size, seq_len),
+        metrics={} if not_measured else _metrics(samples, sum(times[0]), batch_size, seq_len, unit_of_rates(lm)),
         cost={
             "seconds": sum(map(sum, timed)),
             "tokens": len(timed) * batch_size * (seq_len + new_tokens - 1),
@@ -182,7 +182,7 @@ def _samples(timed: list[list[float]]) -> dict[str, list[float]]:
     return found
 
 
-def _metrics(samples: dict[str, list[float]], cold: float, batch_size: int, seq_len: int) -> dict[str, Metric]:
+def _metrics(samples: dict[str, list[float]], cold: float, batch_size: int, seq_len: int, rate: str) -> dict[str, Metric]:
     metrics = {}
     for name, times in samples.items():
         metrics[name] = median(times, "ms", scale=1e3)
@@ -193,7 +193,7 @@ def _metrics(samples: dict[str, list[float]], cold: float, batch_size: int, seq_
         "decode": [batch_size / time for time in samples.get("tpot", ())],
     }
     for name, values in filter(lambda rate: rate[1], rates.items()):
-        metrics[f"{name}_tokens_per_second"] = median(values, "tokens/s", higher_is_better=True)
+        metrics[f"{name}_tokens_per_second"] = median(values, rate, higher_is_better=True)
     return metrics
 
 

@@ -102,6 +102,11 @@ def about_times(
     return {**settings, "formulas": formulas}
 
 
+def unit_of_rates(lm: Model) -> str:
+    """What a model reads and writes so many of in a second: tokens, or frames of all its codebooks."""
+    return "tokens/s" if lm.codebooks is None else "frames/s"
+
+
 def too_short(samples: Sequence[float], device: torch.device, what: str) -> str | None:
     """Why the clock is too coarse for these times, in seconds; None if it is not."""
     typical, step = sorted(samples)[len(samples) // 2], tick(device.type)

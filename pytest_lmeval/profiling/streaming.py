@@ -15,7 +15,16 @@ from pytest_lmeval.identity import facts
 from pytest_lmeval.lm import Model, state_bytes
 from pytest_lmeval.profiling.clock import Stopwatch
 from pytest_lmeval.profiling.flops import count_flops
-from pytest_lmeval.profiling.runner import ProfilingError, Runner, about_times, check_shape, measured, quiet, too_short
+from pytest_lmeval.profiling.runner import (
+    ProfilingError,
+    Runner,
+    about_times,
+    check_shape,
+    measured,
+    quiet,
+    too_short,
+    unit_of_rates,
+)
 from pytest_lmeval.profiling.samples import median, spread
 from pytest_lmeval.results.metric import Metric
 from pytest_lmeval.results.record import Record, Series
@@ -115,7 +124,7 @@ def streaming(
             **conditions,
             **about_times(lm, runner, {"stream": samples.get("stream", [])}, not_measured, FORMULAS),
         },
-        metrics=({} if not_measured else _metrics(passes, samples, tokens, cold)) | _state(held),
+        metrics=({} if not_measured else _metrics(passes, samples, tokens, cold, unit_of_rates(lm))) | _state(held),
         cost={
             "seconds": sum(map(sum, passes)),
             "tokens": tokens * max(1, len(passes)),
@@ -142,14 +151,16 @@ def _samples(passes: list[list[float]]) -> dict[str, list[float]]:
     return {"chunk": [time for run in passes for time in run[1:]], "stream": [sum(run) for run in passes]}
 
 
-def _metrics(passes: list[list[float]], samples: dict[str, list[float]], tokens: int, cold: list[float]) -> dict[str, Metric]:
+def _metrics(
+    passes: list[list[float]], samples: dict[str, list[float]], tokens: int, cold: list[float], rate: str
+) -> dict[str, Metric]:
     quarter = max(1, len(passes[0]) // ENDS)
     early = np.median([run[1 : 1 + quarter] for run in passes])
     late = np.median([run[-quarter:] for run in passes])
     return {
         "chunk_latency": median(samples["chunk"], "ms", scale=1e3),
         **spread("chunk_latency", samples["chunk"], "ms", scale=1e3),
-        "tokens_per_second": median([tokens / time for time in samples["stream"]], "tokens/s", higher_is_better=True),
+        "tokens_per_second": median([tokens / time for time in samples["stream"]], rate, higher_is_better=True),
         "slowing": Metric(float(late / early), "x", n=len(passes), higher_is_better=False),
         **({"cold": Metric(1e3 * cold[0], "ms", n=1, higher_is_better=False)} if cold else {}),
     }

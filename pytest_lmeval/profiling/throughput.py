@@ -16,7 +16,16 @@ from pytest_lmeval.lm import Model
 from pytest_lmeval.profiling.clock import Stopwatch
 from pytest_lmeval.profiling.failures import attempt
 from pytest_lmeval.profiling.flops import count_flops
-from pytest_lmeval.profiling.runner import ProfilingError, Runner, about_times, check_shape, measured, quiet, too_short
+from pytest_lmeval.profiling.runner import (
+    ProfilingError,
+    Runner,
+    about_times,
+    check_shape,
+    measured,
+    quiet,
+    too_short,
+    unit_of_rates,
+)
 from pytest_lmeval.profiling.samples import median, spread
 from pytest_lmeval.results.metric import Metric
 from pytest_lmeval.results.record import Record, Series
@@ -135,7 +144,8 @@ def throughput(
             "failed": failed,
             **about_times(lm, runner, {"batch": times}, not_measured, FORMULAS),
         },
-        metrics=({} if not_measured else _metrics(times, steps, tried[0], batch_size, seq_len)) | _knee(series),
+        metrics=({} if not_measured else _metrics(times, steps, tried[0], batch_size, seq_len, unit_of_rates(lm)))
+        | _knee(series),
         cost={
             "seconds": sum(times),
             "tokens": len(times) * batch_size * seq_len,
@@ -169,20 +179,20 @@ def _decoding(lm: Model, prompts: Tensor, new_tokens: int) -> list[float]:
     return watch.laps()
 
 
-def _metrics(times: list[float], steps: list[float], cold: float, batch_size: int, seq_len: int) -> dict[str, Metric]:
+def _metrics(
+    times: list[float], steps: list[float], cold: float, batch_size: int, seq_len: int, rate: str
+) -> dict[str, Metric]:
     tokens = batch_size * seq_len
     metrics = {
-        "tokens_per_second": median([tokens / time for time in times], "tokens/s", higher_is_better=True),
-        "sustained_tokens_per_second": Metric(
-            tokens * len(times) / sum(times), "tokens/s", n=len(times), higher_is_better=True
-        ),
+        "tokens_per_second": median([tokens / time for time in times], rate, higher_is_better=True),
+        "sustained_tokens_per_second": Metric(tokens * len(times) / sum(times), rate, n=len(times), higher_is_better=True),
         "cold": Metric(cold, "s", n=1, higher_is_better=False),
         "batch_seconds": median(times, "s"),
         **spread("batch_seconds", times, "s"),
     }
     if steps:
         rates = [batch_size / step for step in steps]
-        metrics["decode_tokens_per_second"] = median(rates, "tokens/s", higher_is_better=True)
+        metrics["decode_tokens_per_second"] = median(rates, rate, higher_is_better=True)
     return metrics
 
 
@@ -202,7 +212,9 @@ def _scaling(lm: Model, prompts: Tensor, failed: dict[str, str]) -> dict[str, Se
         if failure := attempt(measure):
             failed[str(rows)] = failure
     curves = {"batch_scaling": read, "decode_batch_scaling": decoded}
-    return {name: Series(list(curve), list(curve.values()), "rows", "tokens/s") for name, curve in curves.items() if curve}
+    return {
+        name: Series(list(curve), list(curve.values()), "rows", unit_of_rates(lm)) for name, curve in curves.items() if curve
+    }
 
 
 def _knee(series: dict[str, Series]) -> dict[str, Metric]:
