@@ -1,4 +1,4 @@
-"""What a failed test keeps in memory: the frames of its error, and the model in their variables."""
+"""The frames of a test's error: which of them is the test's own, and what they all keep in memory."""
 
 from __future__ import annotations
 
@@ -6,8 +6,19 @@ import contextlib
 import inspect
 import sys
 import traceback
+from types import TracebackType
 
 GENERATORS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+
+
+def up_to_the_test(error: BaseException, path: str) -> TracebackType | None:
+    """The traceback of an error from the last line of the file `path` that it came through, without what that line called."""
+    found, entry = None, error.__traceback__
+    while entry is not None:
+        if entry.tb_frame.f_code.co_filename == path:
+            found = entry
+        entry = entry.tb_next
+    return found and TracebackType(None, found.tb_frame, found.tb_lasti, found.tb_lineno)
 
 
 def release_frames(error: BaseException) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from pytest_lmeval import options
 from pytest_lmeval.benchmarking import BenchmarkHooks, WithoutBenchmark
-from pytest_lmeval.frames import release_frames
+from pytest_lmeval.frames import release_frames, up_to_the_test
 from pytest_lmeval.options import CORPORA, SEQ_LENS, budget, count, is_worker, option, output_folder, test_id
 from pytest_lmeval.report.gather import Reports
 
@@ -196,13 +196,13 @@ def _parameter(request: pytest.FixtureRequest, values: list[str]) -> Any:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_call() -> Generator[None, Any, Any]:
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     """A test that looks at a time that could not be taken says nothing about the model: it is skipped, with the reason."""
     try:
         return (yield)
     except Exception as error:
         if type(error).__name__ == "NotMeasuredError":
-            pytest.skip(str(error))
+            raise pytest.skip.Exception(str(error)).with_traceback(up_to_the_test(error, str(item.path))) from None
         raise
 
 

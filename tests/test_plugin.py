@@ -453,7 +453,7 @@ def test_a_test_that_looks_at_a_time_that_was_not_taken_is_skipped_with_the_reas
     )
     result = run(project, *options, "-rs")
     result.assert_outcomes(skipped=1)
-    result.stdout.fnmatch_lines(["*SKIPPED*ttft was not measured: *untimed*"])
+    result.stdout.fnmatch_lines(["SKIPPED * test_a_test_that_looks_*.py:2: ttft was not measured: *untimed*"])
 
 
 @pytest.mark.parametrize("options", [["--benchmark-disable"], ["-n", "2"]], ids=["disabled", "xdist"])
