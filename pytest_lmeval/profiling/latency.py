@@ -15,7 +15,16 @@ from pytest_lmeval.identity import facts
 from pytest_lmeval.lm import Model, state_bytes
 from pytest_lmeval.profiling.clock import Stopwatch
 from pytest_lmeval.profiling.flops import count_flops
-from pytest_lmeval.profiling.runner import Runner, about_times, check_shape, measured, quiet, too_short, unit_of_rates
+from pytest_lmeval.profiling.runner import (
+    Runner,
+    about_times,
+    check_shape,
+    measured,
+    next_ids,
+    quiet,
+    too_short,
+    unit_of_rates,
+)
 from pytest_lmeval.profiling.samples import median, quantiles, spread
 from pytest_lmeval.results.metric import Metric
 from pytest_lmeval.results.record import Record, Series
@@ -153,20 +162,15 @@ def generate_once(lm: Model, prompt: torch.Tensor, new_tokens: int, states: list
     watch = Stopwatch(lm.device)
     logits, state = lm.step(prompt, None, keep=1)
     watch.mark()
-    token = _next(lm, logits, prompt)
+    token = next_ids(lm, logits, prompt)
     watch.mark()
     for _ in range(new_tokens - 1):
         logits, state = lm.step(token, state, keep=1)
-        token = _next(lm, logits, prompt)
+        token = next_ids(lm, logits, prompt)
         watch.mark()
     if states is not None:
         states.append(state)
     return watch.laps()
-
-
-def _next(lm: Model, logits: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
-    """The likeliest token; of a model that reads frames, the prompt's last one: a step says nothing of the frame to come."""
-    return logits[:, -1].argmax(-1, keepdim=True) if lm.codebooks is None else prompt[..., -1:]
 
 
 def _samples(timed: list[list[float]]) -> dict[str, list[float]]:

@@ -32,7 +32,7 @@ from pytest_lmeval.profiling.allocations import watched_allocations
 from pytest_lmeval.profiling.child import TIMEOUT, CannotMoveError, in_child
 from pytest_lmeval.profiling.failures import room_for
 from pytest_lmeval.profiling.peak import peak_memory
-from pytest_lmeval.profiling.runner import ProfilingError, check_shape
+from pytest_lmeval.profiling.runner import ProfilingError, check_shape, next_ids
 from pytest_lmeval.profiling.storages import storages
 from pytest_lmeval.results.metric import Metric
 from pytest_lmeval.results.record import Record
@@ -208,9 +208,7 @@ def read_and_decode(lm: Model, prompt: Tensor, new_tokens: int, keep: int | None
 def _step(lm: Model, input_ids: Tensor, state: State | None, keep: int | None) -> tuple[Tensor, State]:
     """The next token and the state; the logits are let go, so as not to be held beside those of the next step."""
     logits, state = lm.step(input_ids, state, keep=keep)
-    if lm.codebooks is not None:  # a step says nothing of the frame to come: the last one is read again
-        return input_ids[..., -1:], state
-    return logits[:, -1].argmax(-1, keepdim=True), state
+    return next_ids(lm, logits, input_ids), state
 
 
 def _by_process(device: torch.device, run: Callable[[], dict[int, int]]) -> dict[str, int | None]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pytest_lmeval.lm import Model
 from pytest_lmeval.profiling.clock import kind_of_clock, tick
@@ -100,6 +101,12 @@ def about_times(
         settings["stability"] = stability([*by_run.values()][-1])
         settings["runs_to_see_5_percent"] = {name: runs_to_see(times) for name, times in by_run.items()}
     return {**settings, "formulas": formulas}
+
+
+def next_ids(lm: Model, logits: Tensor, input_ids: Tensor) -> Tensor:
+    """The likeliest token of each row, to be read next; of a model that reads frames, the last one of `input_ids` again, since
+    a step says nothing of the frame to come."""
+    return logits[:, -1].argmax(-1, keepdim=True) if lm.codebooks is None else input_ids[..., -1:]
 
 
 def unit_of_rates(lm: Model) -> str:
