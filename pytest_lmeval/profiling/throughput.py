@@ -99,33 +99,21 @@ def throughput(
     A batch size at which the model fails (it may not fit into memory) is recorded as that, and the others are measured: what
     `runs` and `failed` of the settings say. Raises ProfilingError where a shape makes no sense.
     """
-    check_shape(lm, batch_size=batch_size, seq_len=seq_len, runs=1 if runs is None else runs, warm_up=warm_up)
-    if new_tokens < 1:
-        raise ProfilingError(f"new_tokens is {new_tokens}: then there is nothing to measure. It is at least 1.")
-    if runs is None and not 0 < seconds < math.inf:
-        raise ProfilingError(f"seconds is {seconds}: then there is nothing to measure. It is more than 0.")
-    runner, prompts = runner or Runner(), lm.random_ids(batch_size, seq_len, seed=seed)
-    about, tried = facts(lm), list[float]()
-    times, steps, flops, failed, series = list[float](), list[float](), list[int](), dict[str, str](), dict[str, Series]()
-
-    def read() -> None:
-        times.append(step_once(lm, prompts))
+    _check(lm, batch_size, seq_len, seconds, runs, warm_up, new_tokens)
+    runner, prompts, about = runner or Runner(), lm.random_ids(batch_size, seq_len, seed=seed), facts(lm)
+    tried, times, flops, failed = list[float](), list[float](), list[int](), dict[str, str]()
 
     def measure() -> None:
         if runner.not_measured is None:
             tried.extend(step_once(lm, prompts) for _ in range(max(1, warm_up)))
-            runner.repeat(read, runs or max(FEWEST, math.ceil(seconds / min(tried))))
+            rounds = runs or max(FEWEST, math.ceil(seconds / min(tried)))
+            runner.repeat(lambda: times.append(step_once(lm, prompts)), rounds)
         flops.append(count_flops(lambda: step_once(lm, prompts)))  # a run of its own: counting takes time
 
     with quiet(threads) as conditions:
         failure = attempt(measure)
-        if times and (why := attempt(lambda: steps.extend(_decoding(lm, prompts, new_tokens)))):
-            failed["decode"] = why
-        if steps and (why := too_short(steps, lm.device, "decoding a token of each row")):
-            failed["decode"] = why
-            steps.clear()
-        if scaling and runner.not_measured is None:
-            series = _scaling(lm, prompts, failed)
+        steps = _decode(lm, prompts, new_tokens, failed) if times else []
+        series = _scaling(lm, prompts, failed) if scaling and runner.not_measured is None else {}
     not_measured = failure or runner.not_measured or too_short(times, lm.device, "reading a batch")
     record = Record(
         kind="throughput",
@@ -156,12 +144,30 @@ def throughput(
     return ThroughputResult(record, {} if not_measured else {"batch": times, "decode": steps})
 
 
+def _check(lm: Model, batch_size: int, seq_len: int, seconds: float, runs: int | None, warm_up: int, new_tokens: int) -> None:
+    check_shape(lm, batch_size=batch_size, seq_len=seq_len, runs=1 if runs is None else runs, warm_up=warm_up)
+    if new_tokens < 1:
+        raise ProfilingError(f"new_tokens is {new_tokens}: then there is nothing to measure. It is at least 1.")
+    if runs is None and not 0 < seconds < math.inf:
+        raise ProfilingError(f"seconds is {seconds}: then there is nothing to measure. It is more than 0.")
+
+
 def step_once(lm: Model, prompts: Tensor) -> float:
     """Seconds of one step over prompts [b, t]."""
     watch = Stopwatch(lm.device)
     lm.step(prompts, None, keep=1)
     watch.mark()
     return watch.laps()[0]
+
+
+def _decode(lm: Model, prompts: Tensor, new_tokens: int, failed: dict[str, str]) -> list[float]:
+    """The times of `_decoding` that can be believed; where there are none, `failed` says why."""
+    steps = list[float]()
+    why = attempt(lambda: steps.extend(_decoding(lm, prompts, new_tokens)))
+    if why or (steps and (why := too_short(steps, lm.device, "decoding a token of each row"))):
+        failed["decode"] = why
+        return []
+    return steps
 
 
 def _decoding(lm: Model, prompts: Tensor, new_tokens: int) -> list[float]:
