@@ -202,6 +202,8 @@ def test_a_marker_allows_more_and_warn_fails_nothing(accepted, monkeypatch):
     assert [told[of + key] for key in (", verdict", ", base", "", ", margin")] == ["worse", "0.96", "0.86", "0.01"]
     result.stdout.fnmatch_lines(["    worse *accuracy*"])
     assert verdicts(accepted)["test_numbers", "accuracy"] == "worse"
+    summary = (accepted.path / ".lmeval/summary.md").read_text()
+    assert summary.startswith("# lmeval: All 2 tests passed; 1 is worse than the baseline\n")
     result = run(accepted, "--lmeval-gate=off")
     result.assert_outcomes(passed=2)
     result.stdout.no_fnmatch_line("*against baseline.json*")

@@ -50,16 +50,22 @@ def overview(document: dict[str, Any]) -> Overview:
     first = {record["test"]: place for place, record in reversed(list(enumerate(records)))}
     messages = {failure.get("test", ""): failure.get("message", "") for failure in document["failures"]}
     messages = {record["test"]: "" for record in records if record["outcome"] == "failed"} | messages
-    tests = {*first, *messages}
-    if not tests:
-        headline = "Nothing was measured"
-    elif messages:
-        headline = f"{len(messages):,} of {len(tests):,} tests failed"
-    else:
-        headline = "The test passed" if len(tests) == 1 else f"All {len(tests):,} tests passed"
+    judged = changes(records)
+    worse = {change.test for change in judged if change.verdict == "worse"} - messages.keys()
+    headline = _headline(len({*first, *messages}), len(messages), len(worse))
     failed = [(test, message, first.get(test)) for test, message in messages.items()]
-    judged = counted(change.verdict for change in changes(records))
-    return Overview(headline, judged, "failed" if messages else "passed", failed)
+    return Overview(headline, counted(change.verdict for change in judged), "failed" if messages else "passed", failed)
+
+
+def _headline(tests: int, failed: int, worse: int) -> str:
+    """`worse`: how many of the others have a number that is worse than the baseline, of which a gate only warned."""
+    if not tests:
+        return "Nothing was measured"
+    if failed:
+        told, more = f"{failed:,} of {tests:,} tests failed", " more"
+    else:
+        told, more = "The test passed" if tests == 1 else f"All {tests:,} tests passed", ""
+    return told + (f"; {worse:,}{more} {'is' if worse == 1 else 'are'} worse than the baseline" if worse else "")
 
 
 def certificates(records: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[int | None]]:
