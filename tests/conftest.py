@@ -1,13 +1,17 @@
-"""For the tests: a project of a user's, and runs of pytest in it that start in half the time."""
+"""For all tests: a project of a user's, runs of pytest in it that start in half the time, and no deadline for a property."""
 
 import os
 import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from nursery import Nursery
 
 TINY = Path(__file__).with_name("tiny.py")
+
+settings.register_profile("untimed", deadline=None)  # a busy machine is no bug
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

@@ -61,7 +61,7 @@ def test_a_model_agrees_with_itself_exactly():
 
 
 @given(ours=st.integers(1, 300), theirs=st.integers(1, 300), length=st.integers(2, 400))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_however_both_are_cut_the_figures_are_those_of_the_whole_text(ours, theirs, length):
     ids = IDS[:length]
     result = agreement(LM, REFERENCE, ids, chunk_size=ours, reference_chunk_size=theirs)

@@ -25,7 +25,7 @@ from pytest_lmeval.verbs import Lmeval
 from pytest_lmeval.zoo.moshi import Block, Moshi, Temporal
 
 SIZES, DELAYS, SCORED = (9, 7, 5, 6), (0, 0, 2, 1), (1, 2)
-SEVERAL = settings(max_examples=40, deadline=None)
+SEVERAL = settings(max_examples=40)
 
 
 class Frames(nn.Module):
@@ -496,7 +496,7 @@ def test_every_law_holds_for_a_model_of_codes(law, case):
 
 
 @pytest.mark.parametrize("law", ["splits", "causality", "rows", "resume", "sums"])
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(case=cases(60, (16,)))
 def test_every_law_holds_for_a_small_moshi(law, case):
     check(law, ZOO_TRIAL, case)

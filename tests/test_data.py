@@ -57,7 +57,7 @@ def test_a_corpus_can_be_read_again_and_says_when_it_changed(tmp_path):
     assert corpus(f"text:{path}").fingerprint != first.fingerprint
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=300), st.integers(1, 50))
 def test_a_text_file_comes_in_parts_that_lose_nothing(tmp_path_factory, text, part):
     path = tmp_path_factory.mktemp("text") / "a.txt"
@@ -207,7 +207,7 @@ def flaky(rows, failures):
     return rows_from, opened
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 30), st.lists(st.integers(1, 29), max_size=6, unique=True))
 def test_a_broken_connection_is_taken_up_at_the_row_where_it_broke(length, breaks):
     places = sorted(place for place in breaks if place < length)
@@ -244,7 +244,7 @@ def test_what_will_not_get_better_is_not_tried_again(error):
 # ------------------------------------------------------------------------------------------- tokens
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.text(max_size=20), min_size=1, max_size=6), st.integers(0, 30), st.data())
 def test_the_bytes_of_the_targets_are_counted_once(parts, limit, data):
     documents = [Document(str(i), text) for i, text in enumerate(parts)]

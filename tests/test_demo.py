@@ -20,7 +20,7 @@ def test_it_has_learned_english():
     assert bits < 2.5
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=8))
 def test_any_cut_gives_the_logits_of_one_pass(sizes):
     torch.manual_seed(0)
@@ -35,7 +35,7 @@ def test_any_cut_gives_the_logits_of_one_pass(sizes):
     torch.testing.assert_close(torch.cat(parts, 1), full, rtol=0, atol=1e-10)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 16), st.integers(0, 11))
 def test_attention_in_blocks_is_attention_in_a_band(t, window, block, seen):
     seen = min(seen, window - 1)

@@ -49,7 +49,7 @@ def outcome(result):
 # ------------------------------------------------------------------------- what a score does not depend on
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.permutations(SUMS), st.integers(1, 9), st.integers(1, 32), st.sampled_from([0, 2]), st.booleans())
 def test_no_answer_depends_on_order_limit_batch_or_neighbours(rows, batch_size, limit, shots, share):
     task = dataclasses.replace(TASK, rows=rows)
@@ -68,7 +68,7 @@ def test_examples_drawn_one_after_the_other_depend_on_the_order():
     assert {name: found[0] for name, found in first.items()} != {name: found[0] for name, found in second.items()}
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 10), st.integers(0, 5))
 def test_a_question_is_never_shown_itself(count, seed):
     shots = Shots(TASK, count, "document", seed=seed)

@@ -202,7 +202,7 @@ def test_short_documents_are_looked_at_too():
 # --------------------------------------------------------------------------- without end, and interrupted
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(1, 3 * CHUNKS), st.sampled_from([1, EACH, EACH + 1]))
 def test_a_million_chunks_take_the_memory_of_two_thousand(count, weights):
     moves = Moves(tuple(map(str, range(weights))), np.zeros(weights), np.zeros(weights))
@@ -304,7 +304,7 @@ def test_a_slope_of_one_position_is_none_and_says_why():
         result.loss_slope  # noqa: B018
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 99), st.lists(st.integers(1, 400), min_size=1, max_size=8))
 def test_the_figures_are_those_of_a_plain_computation_whatever_the_chunks(seed, sizes):
     nll = np.random.default_rng(seed).exponential(size=3500)

@@ -8,23 +8,34 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from test_plugin import metrics, run
 
 SLOW = """
-    import time
+    import os, pathlib, signal, time
     from tiny import Tiny
 
+    FOLDER, ORDER = pathlib.Path(".lmeval"), pathlib.Path("signal")
+
+    def halfway():
+        finished = any(b'"result"' in file.read_bytes() for file in FOLDER.glob("journal.jsonl"))
+        return finished and any(FOLDER.glob("partial/*.pt"))
+
     class Slow(Tiny):
-        '''As right as Tiny, and slow enough to be interrupted; says how often it was asked.'''
+        '''As right as Tiny, and slow enough to be interrupted; says how often it was asked. Ends itself with the signal that is
+        ordered, once the first test is done and a point of the second is saved.'''
 
         def forward(self, input_ids, state=None):
             if input_ids.shape[1] == 16:
                 with open("steps", "a") as file:
                     file.write("x")
                 time.sleep(0.01)
+                if ORDER.exists() and halfway():
+                    number = int(ORDER.read_text())
+                    ORDER.unlink()
+                    signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background ignores it
+                    os.kill(os.getpid(), number)
             return super().forward(input_ids, state)
 """
 TESTS = """
@@ -69,21 +80,11 @@ def steps(pytester):
 
 
 def interrupt(pytester, number, *options):
-    """Start a run, wait until the second test has saved a point, and send the signal."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--lm", "slow:Slow", *options]
-    process = subprocess.Popen(
-        command, cwd=pytester.path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    partial, journal = pytester.path / ".lmeval/partial", pytester.path / ".lmeval/journal.jsonl"
-    deadline = time.monotonic() + 60
-    while not (journal.exists() and b'"result"' in journal.read_bytes() and list(partial.glob("*.pt"))):
-        assert time.monotonic() < deadline, process.stdout.read()
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.02)
-    time.sleep(0.3)
-    os.kill(process.pid, number)
-    output, _ = process.communicate(timeout=60)
-    return process.returncode, output
+    """A run that is ended by this signal in its second test, after a point of it was saved."""
+    (pytester.path / "signal").write_text(str(int(number)))
+    result = run(pytester, *options, lm="slow:Slow")
+    assert not (pytester.path / "signal").exists()
+    return result
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill", "ctrl-c"])
@@ -92,10 +93,10 @@ def test_a_stopped_run_is_taken_up_with_the_same_final_numbers(slow, number):
     undisturbed, all_steps = numbers(slow), steps(slow)
     shutil.rmtree(slow.path / ".lmeval")
 
-    code, output = interrupt(slow, number)
-    assert code in (-signal.SIGKILL, pytest.ExitCode.INTERRUPTED)
+    stopped = interrupt(slow, number)
+    assert stopped.ret in (-signal.SIGKILL, pytest.ExitCode.INTERRUPTED)
     if number == signal.SIGINT:
-        assert "KeyboardInterrupt" in output
+        assert "KeyboardInterrupt" in stopped.stdout.str()
         assert [record["test"] for record in metrics(slow)["records"]] == ["test_slow.py::test_first"]
     before = steps(slow)
 

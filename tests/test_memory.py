@@ -58,7 +58,7 @@ class Known(nn.Module):
 # ------------------------------------------------------------------------------------------------- allocations
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.lists(st.tuples(st.integers(1, 1000), st.booleans()), min_size=1, max_size=12))
 def test_the_peak_is_that_of_the_tensors_that_live_at_once(plan):
     """Each step makes a tensor of so many floats, and lets all go before it or none."""

@@ -287,7 +287,7 @@ def questions(draw):
     ]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(questions(), st.randoms(use_true_random=False))
 def test_bounds_contain_the_value_and_the_order_of_questions_changes_nothing(examples, random):
     asked = [*OF_CHOICES, *OF_TARGETS, "exact_match", "squad_f1"]

@@ -87,7 +87,7 @@ def test_it_is_recognised_by_looking():
     assert LM.codebooks.delays == (0, 1, 1, 1, 1, 1, 1, 1)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.integers(1, 60), st.sampled_from([0.0, 0.3]))
 def test_one_frame_at_a_time_it_gives_the_losses_of_its_own_full_pass(length, gaps):
     codes = codes_of(length, gaps=gaps)

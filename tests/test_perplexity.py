@@ -180,7 +180,7 @@ def fold(nll, sizes, **options):
     return reading
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 400), st.lists(st.integers(1, 90), min_size=1, max_size=30))
 def test_the_sums_do_not_depend_on_the_chunks(length, sizes):
     nll = np.random.default_rng(length).exponential(size=length)
@@ -202,7 +202,7 @@ def test_a_stream_of_any_length_takes_the_same_memory():
     assert sum(chunk[TOKENS] for chunk in long.chunks) == CHUNKS * 3
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 3 * CHUNKS))
 def test_the_course_of_any_number_of_chunks_is_a_mean_of_each_group_also_of_the_last(number):
     reading = Reading()

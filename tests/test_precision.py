@@ -145,7 +145,7 @@ def test_the_schema_knows_it(tmp_path):
     scale=st.floats(1e-3, 1e3),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_packing_rounds_each_weight_by_half_a_step_and_unpacking_gives_what_is_multiplied(wanted, rows, groups, scale, seed):
     generator = torch.Generator().manual_seed(seed)
     module = nn.Sequential(nn.Linear(32 * groups, rows, bias=False))

@@ -204,7 +204,7 @@ shapes = {
 
 
 @pytest.mark.parametrize("name", shapes)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(data=st.data())
 def test_any_text_is_cleaned_as_lm_eval_cleans_it(harness, name, data):
     drawn = st.fixed_dictionaries(shapes[name])

@@ -135,7 +135,7 @@ def spoiled(path, *, remove):
     return document
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.sampled_from([path for path in places(GOLDEN) if path != ("records",)]), st.booleans())
 def test_a_document_that_lacks_any_one_field_is_rendered(path, remove):
     for name in pages.PAGES:
@@ -160,7 +160,7 @@ GATED = {**GOLDEN, "sections": [{"title": "a", "text": "b", "columns": ["c"], "r
 GATED["records"] = [{**record, "gate": {"nll": ROW}} for record in GOLDEN["records"]]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.sampled_from([path for path in places(GATED) if path != ("records",)]), st.sampled_from(ODD))
 @example(("run", "seconds"), "x")
 @example(("records", 0, "metrics"), "x")

@@ -1,5 +1,6 @@
 """Metrics are numbers, records survive JSON, the journal survives being killed, and version 1 stays readable."""
 
+import io
 import json
 import math
 import pickle
@@ -9,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -115,7 +117,7 @@ def test_fresh_forgets_the_interrupted_run(tmp_path):
     assert Checkpoints(tmp_path / "partial").read("key", lambda file: file.read()) is None
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 400))
 def test_a_journal_cut_anywhere_loses_at_most_its_last_line(tmp_path_factory, cut):
     folder = tmp_path_factory.mktemp("journal")
@@ -163,6 +165,22 @@ def test_a_saved_point_is_replaced_as_a_whole(tmp_path):
         checkpoints.write("key", fail)
     assert checkpoints.read("key", lambda file: file.read()) == b"first"
     assert [path.name for path in tmp_path.iterdir()] == ["key.pt"]
+
+
+@pytest.mark.parametrize("place", range(1, 9))
+def test_a_run_that_is_stopped_anywhere_while_it_saves_a_point_stops(tmp_path, place):
+    """torch.save, interrupted, closes its file and raises a RuntimeError about what is missing in it."""
+
+    class Interrupted(io.BytesIO):
+        def write(self, content):
+            self.written = getattr(self, "written", 0) + 1
+            if self.written == place:
+                raise KeyboardInterrupt
+            return super().write(content)
+
+    with pytest.raises(KeyboardInterrupt):
+        Checkpoints(tmp_path).write("key", lambda file: torch.save({"state": torch.zeros(9)}, Interrupted()))
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_key_changes_with_everything_that_could_change_the_result():

@@ -21,7 +21,7 @@ from pytest_lmeval.stream import StreamError, stream_in_windows
 
 VOCAB = 256
 LONGEST = 120
-SEVERAL = settings(max_examples=60, deadline=None)
+SEVERAL = settings(max_examples=60)
 LENGTHS, CONTEXTS = st.integers(1, LONGEST), st.integers(1, 40)
 
 

@@ -25,7 +25,7 @@ def off(model, sequences, batch_size, order):
 
 
 @pytest.mark.parametrize("model", RIGHT)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(sequences=rows, batch_size=st.integers(1, 9), data=st.data())
 def test_a_row_costs_the_same_in_any_company(model, sequences, batch_size, data):
     order = data.draw(st.permutations(range(len(sequences))))

@@ -50,7 +50,6 @@ def distinct(asked):
 # ---------------------------------------------------------------------------------------------- the tree
 
 
-@settings(deadline=None)
 @given(requests(), st.sampled_from([0, 3, 8, inf]))
 def test_a_tree_holds_every_token_and_every_wish_once(asked, step):
     wishes, tokens = [], 0
@@ -89,7 +88,6 @@ def test_short_runs_are_read_again_rather_than_in_steps_of_their_own():
 # -------------------------------------------------------------------------------------------- the reading
 
 
-@settings(deadline=None)
 @given(requests(), st.integers(1, 4), st.booleans(), st.integers(1, 3))
 def test_shared_beginnings_change_no_likelihood(asked, batch_size, share, blocks):
     reader = Sharing(LM, batch_size, share)
@@ -222,7 +220,7 @@ def test_low_precision_does_not_hide_that_one_row_is_taken_for_another(monkeypat
     assert selection(load("zoo:lstm@bf16")) is None
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=6))
 def test_rows_taken_from_a_state_go_on_as_they_do_alone(rows):
     select = selection(LM)

@@ -56,7 +56,7 @@ def test_the_texts_are_the_same_for_ever():
     assert text_of("recall:keys=1024")[:24] == "h5?nz$ll%jO=or.mr:aD?g@,"
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.sampled_from(["automaton:", "recall:", "recall:keys=100,skew=1,"]), st.tuples(*[st.integers(2, 150_000)] * 2))
 def test_a_shorter_text_begins_a_longer_one(name, sizes):
     shorter, longer = sorted(sizes)
@@ -108,7 +108,7 @@ def test_an_option_that_is_none_is_named(name, says):
         corpus(name, "test")
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.decimals(0, 9000, places=2, allow_nan=False))
 def test_numbers_in_a_name_are_taken_exactly(number):
     assert options_in("x", f"size={number}k,skew={number}", {"size": 0, "skew": 0.0}) == {
@@ -132,7 +132,7 @@ def all_texts(source, size):
     return found
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(automata, st.integers(1, 6))
 def test_the_entropy_of_a_beginning_is_that_of_all_texts_counted(source, size):
     texts = all_texts(source, size)
@@ -142,7 +142,7 @@ def test_the_entropy_of_a_beginning_is_that_of_all_texts_counted(source, size):
         assert surprisal(source, text.encode()).sum() == pytest.approx(-math.log(chance))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(automata)
 def test_the_entropy_of_one_more_byte_comes_to_the_rate(source):
     last = entropy_of(source, 20_001) - entropy_of(source, 20_000)
@@ -151,7 +151,7 @@ def test_the_entropy_of_one_more_byte_comes_to_the_rate(source):
     assert (stationary(source) > 0).all()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(automata)
 def test_who_sees_more_pays_less_and_nobody_less_than_the_rate(source):
     floors = [entropy_in_window(source, window) for window in range(6)]
@@ -224,7 +224,7 @@ def divergence(twin):
 TEXT = text_of("automaton:size=100k").encode()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(twins())
 def test_a_twin_pays_its_divergence_more(twin):
     excess = surprisal(twin, TEXT) - surprisal(SOURCE, TEXT)
@@ -243,7 +243,7 @@ def test_a_slightly_wrong_model_is_measured_to_be_as_wrong_as_it_is():
     assert wrong - right == pytest.approx(divergence(twin), rel=0.1)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(automata, st.lists(st.integers(1, 40), min_size=1, max_size=8), st.integers(0, 9))
 def test_the_model_knows_its_source_however_the_text_is_cut(source, sizes, seed):
     text = next(write(source, [tape(seed, size=sum(sizes))])).encode()
@@ -293,7 +293,7 @@ def given_before(texts, end, window):
 small = st.builds(Recall, st.integers(2, 3), st.sampled_from([2, 4]), st.sampled_from([0.0, 0.5, 2.0]))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(small)
 def test_the_entropies_are_those_of_all_tables_and_keys_counted(source):
     texts = all_pairs(source, 4)
@@ -306,7 +306,7 @@ def test_the_entropies_are_those_of_all_tables_and_keys_counted(source):
         assert recall.entropy_of(source, end + 1) == pytest.approx(entropy(cut))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(small, st.integers(1, 6))
 def test_no_window_does_better_than_its_floor_and_one_of_whole_pairs_reaches_it(source, window):
     texts = all_pairs(source, 4)
@@ -320,7 +320,7 @@ def test_no_window_does_better_than_its_floor_and_one_of_whole_pairs_reaches_it(
 sources = st.builds(Recall, st.integers(2, 4096), st.sampled_from([2, 16]), st.floats(0, 4))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(sources, st.integers(1, 3000))
 def test_entropies_add_up_and_fall(source, size):
     assert frequencies(source).sum() == 1
@@ -395,7 +395,7 @@ def test_the_harness_sees_that_memory_goes_on_helping_and_a_window_does_not():
     assert list(found[95].loss_at.values()) == pytest.approx([recall.entropy_in_window(source, 95)] * 3, abs=0.02)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 40), st.integers(0, 40), st.integers(0, 9))
 def test_a_windowed_model_is_not_told_what_lies_before_its_window(one, other, seed):
     def last(before):

@@ -22,7 +22,7 @@ from pytest_lmeval.stream import (
 )
 
 LM = as_model(Functional())
-SEVERAL = settings(max_examples=60, deadline=None)
+SEVERAL = settings(max_examples=60)
 
 
 def ids_of(length, seed=0):

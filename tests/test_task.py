@@ -168,7 +168,7 @@ def test_a_null_would_pass_unseen_without_that():
 # ----------------------------------------------------------------------------------------------- examples
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=12), st.integers(1, 6), st.integers(0, 3))
 def test_a_question_is_shown_others_as_long_as_there_are_enough(values, count, seed):
     shots, own = pool_of(values, min(count, len(values)), seed), {"n": values[0]}

@@ -577,7 +577,7 @@ def interrupted(step, folder, **options):
 def test_a_training_that_was_stopped_anywhere_goes_on_to_the_same_end(save_each_step):
     whole = outcome(train(as_model(Tied(0.2)), TEXT, held_out=UNSEEN, protocol=SMALL))
 
-    @settings(max_examples=8, deadline=None)
+    @settings(max_examples=8)
     @given(st.integers(1, 11))
     def check(step):
         with tempfile.TemporaryDirectory() as folder:

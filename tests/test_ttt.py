@@ -133,7 +133,7 @@ def test_the_gradient_of_the_inner_loss_is_that_of_autograd():
 # --------------------------------------------------------------------------- any cut
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(PIECES)
 def test_any_cut_gives_the_logits_and_the_state_of_one_pass(sizes):
     ids = ids_of(sum(sizes))
@@ -155,7 +155,7 @@ def test_a_chunk_that_ends_inside_a_mini_batch_changes_nothing():
             torch.testing.assert_close(read(model, ids, [cut, 2 * K - cut])[0], whole, rtol=0, atol=1e-10)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(PIECES)
 def test_any_cut_gives_the_gradients_of_one_pass(sizes):
     ids, found = ids_of(sum(sizes) + 1), []

@@ -71,7 +71,7 @@ def assert_any_pieces_read_as_one(model, sizes, within, **damage):
 def test_any_pieces_read_as_one(name, dtype):
     model = small(name, dtype)
 
-    @settings(max_examples=20, deadline=None)
+    @settings(max_examples=20)
     @given(lengths)
     @example([1] * 40)
     @example([3] * 20)
@@ -248,7 +248,7 @@ def turned(x, place):
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 100])
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(sizes=lengths)
 def test_attention_is_that_of_a_dense_matrix(window, sizes):
     layer = seeded(lambda: Transformer(width=16, layers=1, heads=2, window=window)).double().layers[0]
@@ -312,7 +312,7 @@ BY_TOKEN = {"mamba": mamba_by_token, "mamba2": mamba2_by_token}
 
 
 @pytest.mark.parametrize("name", BY_TOKEN)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(rows=st.integers(1, 4), t=st.integers(1, 70))
 def test_a_state_space_layer_is_its_recurrence(name, rows, t):
     layer, x = small(name).layers[0], torch.randn(rows, t, 16, dtype=torch.float64)
@@ -333,7 +333,7 @@ def random_diagonal(t, height):
     return torch.complex(LAPLACIAN + potential, torch.full_like(potential, -height))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(t=st.integers(1, 90), height=st.floats(0.05, 2.0))
 def test_the_sweeps_give_the_diagonal_of_the_dense_inverse(t, height):
     diagonal, beside = random_diagonal(t, height), torch.ones(t - 1, dtype=torch.complex128)

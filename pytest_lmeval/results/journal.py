@@ -111,8 +111,13 @@ class Checkpoints:
         self.folder = folder
 
     def write(self, key: str, save: Callable[[IO[bytes]], None]) -> None:
-        with replacing(self._path(key)) as new, open(new, "wb") as file:
-            save(file)
+        try:
+            with replacing(self._path(key)) as new, open(new, "wb") as file:
+                save(file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, KeyboardInterrupt):  # torch.save trips over its half-written file, and says that
+                raise error.__context__ from None
+            raise
 
     def read(self, key: str, load: Callable[[IO[bytes]], Any]) -> Any:
         """What was saved under this key, or None. A file that cannot be read is reported and not used."""
