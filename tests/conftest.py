@@ -42,5 +42,5 @@ def project(pytester):
     """A user's project: models of their own, a text, no warning that is not an error, and little time for the probe."""
     pytester.makepyfile(tiny=TINY.read_text())
     pytester.makefile(".txt", text="It was a dark and stormy night; the rain fell in torrents.\n" * 60)
-    pytester.makefile(".ini", pytest="[pytest]\nfilterwarnings = error\nlmeval_budget = 0.3\n")
+    pytester.makefile(".ini", pytest="[pytest]\nfilterwarnings = error\nlmeval_budget = 0.1\n")
     return pytester

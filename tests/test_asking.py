@@ -22,7 +22,7 @@ OWN = """
 @pytest.fixture
 def project(project):
     project.makepyfile(own=OWN.format(broken=-1))
-    project.makefile(".ini", pytest="[pytest]\nfilterwarnings = error\npythonpath = .\nlmeval_budget = 0.2\n")
+    project.makefile(".ini", pytest="[pytest]\nfilterwarnings = error\npythonpath = .\nlmeval_budget = 0.1\n")
     return project
 
 

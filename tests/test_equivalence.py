@@ -27,9 +27,11 @@ from toys import (
 )
 
 from pytest_lmeval.adapters import as_model, load
+from pytest_lmeval.equivalence.laws import check
 from pytest_lmeval.equivalence.probe import equivalence, restore
-from pytest_lmeval.equivalence.strategies import cases, edge_cases
+from pytest_lmeval.equivalence.strategies import Case, cases, edge_cases
 from pytest_lmeval.equivalence.tolerance import Yardstick, token_errors
+from pytest_lmeval.equivalence.trial import Trial
 from pytest_lmeval.lm import ModelError
 from pytest_lmeval.results.record import Record
 from pytest_lmeval.stream import NotFiniteError
@@ -412,6 +414,20 @@ def test_the_budget_is_kept_and_the_record_says_what_was_covered():
     assert all(law.planned > 10 for law in few.laws.values())
     more = equivalence(as_model(Functional()), budget=60.0, examples=5)
     assert all(law.cases == law.planned > 5 for law in more.laws.values())
+
+
+def test_a_model_draws_the_same_numbers_whenever_a_case_is_tried():
+    class Dropping(Functional):
+        def forward(self, input_ids, state=None):
+            drawn.append(torch.rand(()).item())
+            return super().forward(input_ids, state)
+
+    drawn, tries = [], []
+    for trial in (Trial(as_model(Dropping())), Trial(as_model(Dropping()))):
+        drawn.clear()
+        check("repeat", trial, Case(9, seed=3))
+        tries.append(drawn[:])
+    assert tries[0] == tries[1] != []
 
 
 def test_a_noisy_model_is_not_accused_of_seeing_its_future_however_little_time_there_is():

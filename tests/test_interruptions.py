@@ -44,7 +44,7 @@ TESTS = """
 
     @pytest.fixture(autouse=True)
     def save_often(monkeypatch):
-        monkeypatch.setattr(Saver, "PAUSE", 0.1)
+        monkeypatch.setattr(Saver, "PAUSE", 0.05)
         monkeypatch.setattr(Saver, "SHARE", 1.0)
 
     def test_first(lmeval, lm, corpus):
@@ -57,6 +57,7 @@ TESTS = """
 
 @pytest.fixture
 def slow(project, monkeypatch):
+    project.makefile(".txt", text="It was a dark and stormy night; the rain fell in torrents.\n" * 25)
     monkeypatch.setenv("PYTEST_ADDOPTS", "--lmeval-budget=0")  # the probe's steps are the same in every run
     project.makepyfile(slow=SLOW, test_slow=TESTS)
     return project

@@ -12,9 +12,9 @@ import pytest_lmeval
 
 PACKAGE = Path(pytest_lmeval.__file__).parent
 LAYERS = [
-    "results", "options", "statistics", "tensors", "lm", "identity", "stream", "adapters", "zoo", "data", "task", "tasks",
-    "scoring", "profiling", "equivalence", "training", "report", "gates", "session", "benchmarking", "verbs", "progress",
-    "hookspec", "frames", "plugin", "__main__",
+    "results", "options", "statistics", "tensors", "seeds", "lm", "identity", "stream", "adapters", "zoo", "data", "task",
+    "tasks", "scoring", "profiling", "equivalence", "training", "report", "gates", "session", "benchmarking", "verbs",
+    "progress", "hookspec", "frames", "plugin", "__main__",
 ]  # fmt: skip
 HEAVY = {"torch", "numpy", "datasets", "transformers", "hypothesis", "jinja2", "scipy", "pandas", "tqdm", "safetensors",
          "sklearn", "torchao", "torchmetrics", "sacrebleu", "rouge_score"}  # fmt: skip

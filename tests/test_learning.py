@@ -20,7 +20,7 @@ LEARNS = """
 
 @pytest.fixture
 def project(project):
-    ini = "[pytest]\nfilterwarnings = error\nmarkers = slow: takes minutes\nlmeval_budget = 0.3\n"
+    ini = "[pytest]\nfilterwarnings = error\nmarkers = slow: takes minutes\nlmeval_budget = 0.1\n"
     project.makefile(".ini", pytest=ini)
     return project
 

@@ -290,7 +290,7 @@ def test_a_counterexample_is_kept_and_tried_first_in_the_next_run(project):
     first.stdout.fnmatch_lines(["*looked nightly 0.0*"])
     file = project.path / ".lmeval/counterexamples.jsonl"
     assert '"law": "splits"' in file.read_text()
-    again = run(project, "-s", "--lmeval-budget=0", "--lmeval-profile=nightly")
+    again = run(project, "-s", "--lmeval-budget=0")
     assert "passed" in again.stdout.str()
     assert len(file.read_text().splitlines()) <= 2
 
@@ -430,7 +430,7 @@ def test_pytest_benchmark_keeps_the_times(project):
 
 
 def test_where_pytest_benchmark_is_blocked_speed_is_measured_without_it(project):
-    project.makefile(".ini", pytest="[pytest]\naddopts = --strict-markers\nlmeval_budget = 0.3\n")
+    project.makefile(".ini", pytest="[pytest]\naddopts = --strict-markers\nlmeval_budget = 0.1\n")
     project.makepyfile(
         """
         import pytest
@@ -460,7 +460,7 @@ def test_a_test_that_looks_at_a_time_that_was_not_taken_is_skipped_with_the_reas
 def test_without_pytest_benchmark_speed_is_not_measured_and_quality_is(project, options):
     if "-n" in options:
         pytest.importorskip("xdist")
-    project.makefile(".ini", pytest="[pytest]\naddopts = --strict-markers\nlmeval_budget = 0.3\n")
+    project.makefile(".ini", pytest="[pytest]\naddopts = --strict-markers\nlmeval_budget = 0.1\n")
     project.makepyfile(test_speed=SPEED, test_reading=READS)
     result = run(project, *options)
     result.assert_outcomes(passed=2)

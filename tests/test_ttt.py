@@ -210,7 +210,7 @@ class KeepsPlace(ttt.TTT):
 
 
 def test_its_verdict_is_exact_for_any_chunk():
-    result = equivalence(load("zoo:ttt"), budget=20)
+    result = equivalence(load("zoo:ttt"), budget=8.0)
     assert result.verdict == "exact-any-chunk", result
 
 
@@ -219,7 +219,7 @@ def test_a_broken_twin_is_caught_by_the_laws(wrong):
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         model = wrong(32, width=16, layers=1, heads=2, mini_batch_size=K).eval()
-    result = equivalence(as_model(model), budget=10)
+    result = equivalence(as_model(model), examples=2, budget=60.0)
     assert result.verdict not in ("exact-any-chunk", "consistent")
     assert not result.laws["splits"].kept
 

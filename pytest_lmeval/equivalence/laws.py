@@ -40,6 +40,7 @@ from pytest_lmeval.equivalence.strategies import Case
 from pytest_lmeval.equivalence.tolerance import ROUNDINGS
 from pytest_lmeval.equivalence.trial import MEMORY, Raised, Trial
 from pytest_lmeval.lm import Model
+from pytest_lmeval.seeds import reseed
 from pytest_lmeval.stream import NotFiniteError
 
 FINER = 30  # times smaller in float64, and a difference is rounding
@@ -207,7 +208,7 @@ def check(law: str, trial: Trial, case: Case) -> None:
         case = replace(case, cuts=(case.length // 2,))
     device = trial.lm.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(case.seed)  # a model that draws random numbers does so alike whenever a case is tried again
+        reseed(device, case.seed)  # a model that draws random numbers does so alike whenever a case is tried again
         try:
             LAWS[law].check(trial, case)
         except Raised as raised:

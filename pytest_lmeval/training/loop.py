@@ -25,6 +25,7 @@ from pytest_lmeval.profiling.clock import seconds
 from pytest_lmeval.profiling.flops import Flops, training_flops
 from pytest_lmeval.profiling.peak import peak_memory
 from pytest_lmeval.scoring.perplexity import Progress
+from pytest_lmeval.seeds import generator_of
 from pytest_lmeval.training.batches import batches, held_out_batches, read, steps_an_epoch
 from pytest_lmeval.training.failure import TrainingError, differentiate, not_finite, refuse_divergence, refuse_not_finite
 from pytest_lmeval.training.folder import Folder, Saver
@@ -179,13 +180,6 @@ def loss_of(lm: Model, crops: Tensor, seed: int) -> Tensor:
     crops = crops.to(lm.device)
     logits, _ = lm.step(crops[:, :-1])
     return F.cross_entropy(logits.flatten(0, 1), crops[:, 1:].flatten())
-
-
-def generator_of(device: torch.device) -> torch.Generator:
-    """That of dropout on a device. `torch.manual_seed` sets those of all devices, which takes milliseconds."""
-    if device.type == "cuda":
-        return torch.cuda.default_generators[device.index or 0]
-    return torch.mps._get_default_mps_generator() if device.type == "mps" else torch.default_generator
 
 
 @torch.no_grad()
