@@ -1,7 +1,7 @@
 """The random numbers that a model draws, set for one device.
 
 `torch.manual_seed` sets those of every kind of device there could be, and where one is not there it writes down who asked, with
-the whole stack: a millisecond, for each of the thousands of cases of a probe.
+the whole stack. That takes thirty times as long and more, in each of the thousands of cases of a probe.
 """
 
 from __future__ import annotations
