@@ -41,9 +41,15 @@ class Driver:
         from pytest_lmeval.profiling.runner import Runner
 
         if self._benchmark is not None and self._benchmark.disabled:
-            self._times(lambda: None)  # else it warns that it was not used
-            return Runner(not_measured="pytest-benchmark is disabled: the step ran once, untimed")
+            return self.idle("pytest-benchmark is disabled: the step ran once, untimed")
         return Runner(self._times, name="pytest-benchmark") if self._is_free() else Runner()
+
+    def idle(self, why: str) -> Runner:
+        """Nobody: nothing is timed."""
+        from pytest_lmeval.profiling.runner import Runner
+
+        self._times(lambda: None)  # else pytest-benchmark warns that it was not used
+        return Runner(not_measured=why)
 
     def _is_free(self) -> bool:
         return self._free and getattr(self._benchmark, "stats", None) is None  # the test may have used it by itself

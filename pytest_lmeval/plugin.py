@@ -196,7 +196,16 @@ def _parameter(request: pytest.FixtureRequest, values: list[str]) -> Any:
 
 
 @pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None, Any, Any]:
+    return (yield from _skipped_where_no_time_was_taken(item))
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    return (yield from _skipped_where_no_time_was_taken(item))
+
+
+def _skipped_where_no_time_was_taken(item: pytest.Item) -> Generator[None, Any, Any]:
     """A test that looks at a time that could not be taken says nothing about the model: it is skipped, with the reason."""
     try:
         return (yield)

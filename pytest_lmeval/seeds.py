@@ -10,7 +10,8 @@ import torch
 
 
 def reseed(device: torch.device, seed: int) -> None:
-    """What a model on this device draws from now on, there or on the CPU, is what it drew after this seed before."""
+    """What a model on this device draws from now on, there or on the CPU, is what it drew after this seed before. Other
+    devices, over which the parts of a model may be spread, are left as they are."""
     torch.default_generator.manual_seed(seed)
     generator_of(device).manual_seed(seed)
 

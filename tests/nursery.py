@@ -1,6 +1,8 @@
 """Where the pytest runs of the tests are born: forked from a process that has imported torch, and has done nothing else.
 
-Most tests of the plugin start a pytest of their own, and half of its time would go into importing torch.
+Most tests of the plugin start a pytest of their own, and half of its time would go into importing torch. What a Python looks at
+when it starts (PYTHONHASHSEED, PYTHONWARNINGS) does nothing here, and no warning of that import is seen: what is about those
+starts a Python of its own.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from typing import IO, Any, NoReturn
 
-IMPORTED = ("torch", "torch.utils.flop_counter")
+IMPORTED = ("torch", "torch._dynamo", "torch.utils.flop_counter")
 
 
 class Nursery:
@@ -23,21 +25,31 @@ class Nursery:
     stdin = None  # as pytester asks a Popen
 
     def __init__(self) -> None:
+        self._unanswered = False
         self._mother = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def popen(self, arguments: Sequence[str], stdout: IO[str], stderr: IO[str], **_: Any) -> Nursery:
         """A run with these arguments of pytest, its output in the two files."""
+        if self._unanswered:
+            self.wait()  # of a run that nobody waited for
         cwd, output = os.getcwd(), [str(stdout.name), str(stderr.name)]
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [cwd, os.environ.get("PYTHONPATH")]))}
         order = {"arguments": arguments, "cwd": cwd, "env": env, "output": output}
         assert self._mother.stdin is not None
         print(json.dumps(order), file=self._mother.stdin, flush=True)
+        self._unanswered = True
         return self
 
     def wait(self) -> int:
         """The exit status of the run."""
         assert self._mother.stdout is not None
-        return int(self._mother.stdout.readline())
+        answer = self._mother.stdout.readline()
+        if not answer:
+            raise RuntimeError(
+                f"{__file__} ended with status {self._mother.wait()} and forks no more runs; its words are in stderr."
+            )
+        self._unanswered = False
+        return int(answer)
 
     def close(self) -> None:
         self._mother.communicate()

@@ -3,6 +3,7 @@
 import json
 import math
 import subprocess
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from clean_models import Attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import VOCAB, Functional, Stateless, Stepper
+from toys import VOCAB, Failing, Functional, Stateless, Stepper
 
 from pytest_lmeval.adapters import as_model
 from pytest_lmeval.data.corpus import Corpus, CorpusError, Document
@@ -221,6 +222,7 @@ def test_the_state_is_weighed_after_every_chunk():
     assert cache[0] > 0
     np.testing.assert_allclose(np.diff(cache[:-1]), cache[0], rtol=1e-6)  # a cache grows by as much with each chunk
     assert "state_bytes" not in perplexity(LM, ids_of(500), window=50).record.series  # none is carried there
+    assert "state_bytes" not in perplexity(LM, ids_of(500), as_stream=False).record.series  # nor from text to text
 
 
 def test_a_reading_survives_json_to_the_last_bit():
@@ -267,6 +269,34 @@ def test_a_killed_reading_goes_on_with_the_same_numbers_to_the_last_bit(tmp_path
     for name in ("chunk_loss", "running_loss", "loss_by_position", "loss_at"):
         assert resumed.record.series[name] == whole.record.series[name]
     assert np.array_equal(np.load(tmp_path / "killed.npy"), np.load(tmp_path / "whole.npy"))
+
+
+def test_a_saved_point_of_another_version_is_reported_and_the_text_read_from_its_beginning(tmp_path, monkeypatch):
+    monkeypatch.setattr(Saver, "PAUSE", 0.0)
+    saved = {"checkpoints": Checkpoints(tmp_path), "key": "k", "chunk_size": 16}
+    dies, extra = read_killed_at(50, **saved)
+    with dies:
+        perplexity(LM, ids_of(100), **extra)
+    point = torch.load(tmp_path / "k.pt")
+    meta = json.loads(point["meta"])
+    meta["reading"]["chunks"] = [row[:-1] for row in meta["reading"]["chunks"]]
+    torch.save({**point, "meta": json.dumps(meta)}, tmp_path / "k.pt")
+    with pytest.warns(JournalWarning, match=r"cannot be read .*of another version"):
+        assert perplexity(LM, ids_of(100), **saved).resumed_at == 0
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_reading_goes_on_where_the_disk_is_full_and_stops_where_it_is_stopped(tmp_path, monkeypatch, error):
+    monkeypatch.setattr(Saver, "PAUSE", 0.0)
+    saving = torch.save
+    monkeypatch.setattr(torch, "save", lambda point, file: saving(point, Failing(20, error)))
+    read = partial(perplexity, LM, ids_of(100), chunk_size=16, checkpoints=Checkpoints(tmp_path), key="k")
+    if error is OSError:
+        with pytest.warns(JournalWarning, match="the reading itself goes on"):
+            assert read().tokens == 99
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            read()
 
 
 def test_a_broken_saved_point_is_reported_and_the_text_read_from_its_beginning(tmp_path):

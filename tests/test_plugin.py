@@ -101,6 +101,7 @@ def test_every_option_has_an_ini_twin(project):
             lm = tiny:Tiny
             lmeval_dir = out/put
             lmeval_tokens = 1.1k
+            lmeval_budget = 0.1
             lmeval_device = cpu
             lmeval_bits = 16
         """,
@@ -274,25 +275,28 @@ def test_a_model_that_cannot_be_streamed_is_refused_with_the_counterexample(proj
 def test_a_counterexample_is_kept_and_tried_first_in_the_next_run(project):
     project.makepyfile(
         test_wrong="""
-        from tiny import Tiny
+        from tiny import Steps, Tiny
 
-        class StepOnly(Tiny):
+        class Rare(Tiny):
             def forward(self, input_ids, state=None):
-                return super().forward(input_ids, state if input_ids.shape[1] == 1 else None)
+                hidden, seen = state or (None, 0)
+                wrong = seen == 70 and input_ids.shape[1] == 3
+                logits, hidden = super().forward(input_ids, None if wrong else hidden)
+                return logits, (hidden, seen + input_ids.shape[1])
 
-        def test_verdict(lmeval):
-            result = lmeval.equivalence(StepOnly())
+        def test_verdicts(lmeval):
+            result, rare = lmeval.equivalence(Steps()), lmeval.equivalence(Rare())
             assert result.verdict == "exact-step-only"
-            print("looked", result.record.settings["profile"], result.record.settings["budget"])
+            print("looked", result.record.settings["profile"], result.record.settings["budget"], rare.laws["splits"].kept)
         """
     )
     first = run(project, "-s", "--lmeval-budget=0", "--lmeval-profile=nightly")
-    first.stdout.fnmatch_lines(["*looked nightly 0.0*"])
+    first.stdout.fnmatch_lines(["*looked nightly 0.0 True*"])
     file = project.path / ".lmeval/counterexamples.jsonl"
-    assert '"law": "splits"' in file.read_text()
-    again = run(project, "-s", "--lmeval-budget=0")
-    assert "passed" in again.stdout.str()
-    assert len(file.read_text().splitlines()) <= 2
+    (kept,) = [json.loads(line) for line in file.read_text().splitlines() if '"law": "splits"' in line]
+    with file.open("a") as lines:
+        lines.write(json.dumps({**kept, "lm": "test_wrong:Rare", "case": {"length": 90, "cuts": [70, 73]}}) + "\n")
+    run(project, "-s", "--lmeval-budget=0").stdout.fnmatch_lines(["*looked * False*"])
 
 
 def test_an_output_folder_that_cannot_be_written_is_told_before_the_work(project):
@@ -447,13 +451,22 @@ def test_where_pytest_benchmark_is_blocked_speed_is_measured_without_it(project)
 def test_a_test_that_looks_at_a_time_that_was_not_taken_is_skipped_with_the_reason(project, options):
     project.makepyfile(
         """
+        import pytest
+
         def test_answers_at_once(lmeval, lm, benchmark):
             assert lmeval.latency(lm).ttft < 1e9
+
+        @pytest.fixture
+        def ttft(lmeval, lm, benchmark):
+            return lmeval.latency(lm).ttft
+
+        def test_by_a_fixture(ttft):
+            assert ttft < 1e9
         """
     )
     result = run(project, *options, "-rs")
-    result.assert_outcomes(skipped=1)
-    result.stdout.fnmatch_lines(["SKIPPED * test_a_test_that_looks_*.py:2: ttft was not measured: *untimed*"])
+    result.assert_outcomes(skipped=2)
+    result.stdout.fnmatch_lines(["SKIPPED * test_a_test_that_looks_*.py:4: ttft was not measured: *untimed*"])
 
 
 @pytest.mark.parametrize("options", [["--benchmark-disable"], ["-n", "2"]], ids=["disabled", "xdist"])

@@ -18,6 +18,7 @@ from pytest_lmeval.report import github, pages, terminal, write
 from pytest_lmeval.report.changes import changes
 from pytest_lmeval.report.figures import figures
 from pytest_lmeval.report.grids import grids
+from pytest_lmeval.report.overview import overview
 from pytest_lmeval.report.remarks import remarks
 from pytest_lmeval.report.tables import comparisons, groups
 from pytest_lmeval.report.words import interval, number, size_of, visible
@@ -264,6 +265,26 @@ def test_what_failed_stands_at_the_top_with_what_it_said():
     assert "````text\nassert <b>3</b> < 2 ```\n````" in markdown
     assert "assert &lt;b&gt;3&lt;/b&gt; &lt; 2" in html
     assert html.index("assert &lt;b&gt;") < html.index('id="results"')
+
+
+def test_the_headline_counts_the_tests_that_failed_and_of_the_others_those_that_a_gate_warned_of():
+    said = {**document(gate={"prefill": {"verdict": "worse", "base": 1.0}}), "failures": []}
+    passed = overview(said).headline
+    assert re.fullmatch(r"All \d+ tests passed; 1 is worse than the baseline", passed)
+    said["records"][0]["outcome"] = "failed"
+    assert re.fullmatch(r"1 of \d+ tests failed; of the others, 1 is worse than the baseline", overview(said).headline)
+    said["records"][1]["outcome"] = "failed"
+    assert "worse" not in overview(said).headline
+
+
+def test_what_is_in_another_unit_is_drawn_on_axes_of_its_own():
+    def scaling(unit):
+        series = {"batch_scaling": {"x": [1.0, 2.0], "y": [10.0, 15.0], "x_unit": "rows", "y_unit": unit}}
+        return {**GOLDEN["records"][1], "kind": "throughput", "subject": "batch 2, 8 tokens", "series": series}
+
+    (figure,) = figures([scaling("tokens/s"), scaling("frames/s"), scaling("tokens/s"), scaling("frames/s")])
+    assert [(choice["y"], len(choice["curves"])) for choice in figure["choices"]] == [("tokens/s", 2), ("frames/s", 2)]
+    assert len({choice["label"] for choice in figure["choices"]}) == 2
 
 
 def test_a_hook_adds_metrics_and_sections_and_one_that_fails_costs_nothing(tmp_path):

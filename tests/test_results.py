@@ -1,6 +1,5 @@
 """Metrics are numbers, records survive JSON, the journal survives being killed, and version 1 stays readable."""
 
-import io
 import json
 import math
 import pickle
@@ -13,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toys import Failing
 
 from pytest_lmeval.results.journal import Checkpoints, Journal, key_of
 from pytest_lmeval.results.metric import Metric
@@ -167,19 +167,15 @@ def test_a_saved_point_is_replaced_as_a_whole(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["key.pt"]
 
 
-@pytest.mark.parametrize("place", range(1, 9))
-def test_a_run_that_is_stopped_anywhere_while_it_saves_a_point_stops(tmp_path, place):
-    """torch.save, interrupted, closes its file and raises a RuntimeError about what is missing in it."""
-
-    class Interrupted(io.BytesIO):
-        def write(self, content):
-            self.written = getattr(self, "written", 0) + 1
-            if self.written == place:
-                raise KeyboardInterrupt
-            return super().write(content)
-
-    with pytest.raises(KeyboardInterrupt):
-        Checkpoints(tmp_path).write("key", lambda file: torch.save({"state": torch.zeros(9)}, Interrupted()))
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, OSError, pytest.exit.Exception])
+def test_what_stops_the_saving_of_a_point_comes_through_wherever_it_happens(tmp_path, error):
+    """torch.save closes its half-written file then, and raises a RuntimeError about what is missing in it."""
+    point, whole = {"state": torch.zeros(9)}, Failing(0, error)
+    torch.save(point, whole)
+    assert whole.writes > 10
+    for place in range(1, whole.writes + 1):
+        with pytest.raises(error, match="in the middle of it"):
+            Checkpoints(tmp_path).write("key", lambda file, place=place: torch.save(point, Failing(place, error)))
     assert not any(tmp_path.iterdir())
 
 

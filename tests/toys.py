@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from contextlib import contextmanager
 
 import torch
@@ -217,3 +218,17 @@ class Drowned(Functional):
         if logits.dtype == torch.bfloat16:
             logits = logits + 0.05 * torch.sin(1000 * logits.float()).to(logits.dtype)
         return logits, state
+
+
+class Failing(io.BytesIO):
+    """A file in which one write, counted from 1, ends with an error."""
+
+    def __init__(self, place, error):
+        super().__init__()
+        self.place, self.error, self.writes = place, error, 0
+
+    def write(self, content):
+        self.writes += 1
+        if self.writes == self.place:
+            raise self.error("in the middle of it")
+        return super().write(content)

@@ -35,7 +35,7 @@ FEWEST, SCALING_RUNS = 3, 3
 ENOUGH = 0.9  # of the best rate: fewer rows that reach it are as good
 
 FORMULAS = {
-    "tokens_per_second": "batch_size x seq_len / seconds of a batch, median over the batches",
+    "tokens_per_second": "batch_size x seq_len / seconds of a batch, median over the batches (of frames, where those are read)",
     "sustained_tokens_per_second": "tokens of all batches / seconds of all batches",
     "decode_tokens_per_second": "batch_size / seconds of a step of one token a row, median over the steps",
     "cold": "seconds of the first batch, of the warm-up",
@@ -161,7 +161,7 @@ def step_once(lm: Model, prompts: Tensor) -> float:
 
 
 def _decode(lm: Model, prompts: Tensor, new_tokens: int, failed: dict[str, str]) -> list[float]:
-    """The times of `_decoding` that can be believed; where there are none, `failed` says why."""
+    """The times of `_decoding`. Where it fails, or they are too short for the clock, `failed` says so and there are none."""
     steps = list[float]()
     why = attempt(lambda: steps.extend(_decoding(lm, prompts, new_tokens)))
     if why or (steps and (why := too_short(steps, lm.device, "decoding a token of each row"))):

@@ -87,6 +87,9 @@ def _add_series(drawn: dict[str, dict[str, Any]], record: dict[str, Any], name: 
 
 
 def _choice(choices: Choices, label: str, x: str, y: str, log: str) -> dict[str, Any]:
+    """That of this label; what is in another unit is another choice."""
+    if choices.get(label, {"y": y})["y"] != y:
+        label = f"{label}, {y}"
     return choices.setdefault(label, {"label": label, "x": x, "y": y, "log": log, "curves": []})
 
 

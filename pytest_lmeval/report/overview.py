@@ -62,10 +62,10 @@ def _headline(tests: int, failed: int, worse: int) -> str:
     if not tests:
         return "Nothing was measured"
     if failed:
-        told, more = f"{failed:,} of {tests:,} tests failed", " more"
+        told, of = f"{failed:,} of {tests:,} tests failed", "of the others, "
     else:
-        told, more = "The test passed" if tests == 1 else f"All {tests:,} tests passed", ""
-    return told + (f"; {worse:,}{more} {'is' if worse == 1 else 'are'} worse than the baseline" if worse else "")
+        told, of = "The test passed" if tests == 1 else f"All {tests:,} tests passed", ""
+    return told + (f"; {of}{worse:,} {'is' if worse == 1 else 'are'} worse than the baseline" if worse else "")
 
 
 def certificates(records: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[int | None]]:

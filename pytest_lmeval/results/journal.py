@@ -111,12 +111,13 @@ class Checkpoints:
         self.folder = folder
 
     def write(self, key: str, save: Callable[[IO[bytes]], None]) -> None:
+        """Save a point. Raises OSError where that fails."""
         try:
             with replacing(self._path(key)) as new, open(new, "wb") as file:
                 save(file)
         except RuntimeError as error:
-            if isinstance(error.__context__, KeyboardInterrupt):  # torch.save trips over its half-written file, and says that
-                raise error.__context__ from None
+            if error.__context__ is not None and error.__cause__ is None:
+                raise error.__context__ from None  # torch.save trips over its half-written file, and speaks of that
             raise
 
     def read(self, key: str, load: Callable[[IO[bytes]], Any]) -> Any:

@@ -5,7 +5,7 @@ Every figure of a reading is a ratio of sums over target tokens, so all that is 
 
     total         one row
     units         one row a document, or a block of one stream: what intervals are drawn from
-    chunks        one row a chunk, and what the state took after it: the course of the reading
+    chunks        one row a chunk, and the bytes of the state after it: the course of the reading
     by_position   one row a stretch of positions, each half an octave wide
     at_positions  one row of each unit for each chosen position: tokens and nats just before it
 
@@ -115,7 +115,8 @@ class Reading:
 
     @property
     def course(self) -> tuple[np.ndarray, np.ndarray]:
-        """The rows of `chunks`, as an array, and how many chunks each is the sum of: the last one may be of fewer."""
+        """The rows of `chunks`, as an array, and how many chunks each is the sum of: the last one may be of fewer. What they
+        are divided by that is a mean over those chunks, of the state's bytes too."""
         each = np.full(len(self.chunks), self.chunks_a_row)
         each[-1:] = self.chunks_seen - self.chunks_a_row * (len(self.chunks) - 1)
         return np.array(self.chunks), each
@@ -132,6 +133,8 @@ class Reading:
             setattr(reading, name, np.array(data[name]))
         reading.at_positions = [np.array(unit).reshape(-1, 3) for unit in data["at_positions"]]
         reading.units, reading.chunks = list(np.array(data["units"])), list(np.array(data["chunks"]))
+        if any(row.shape != (COLUMNS + 1,) for row in reading.chunks):
+            raise ValueError(f"rows of chunks have {COLUMNS + 1} columns, and these are of another version")
         reading.moves = None if data["moves"] is None else Moves.from_json(data["moves"])
         return reading
 

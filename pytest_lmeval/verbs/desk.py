@@ -125,7 +125,7 @@ class Desk:
     def runner(self) -> Runner:
         """Who calls what is timed next: pytest-benchmark once a test, if the test asks for it, else a bare loop."""
         if self.session.parallel:
-            return Runner(not_measured="other tests may run at the same time (xdist): the step ran once, untimed")
+            return self.driver.idle("other tests may run at the same time (xdist): the step ran once, untimed")
         return self.driver.runner()
 
     def seq_len(self, given: int | None, default: int) -> int:
