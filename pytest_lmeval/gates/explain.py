@@ -6,10 +6,10 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
+from pytest_lmeval.report.changes import ORDER
 from pytest_lmeval.report.remarks import noun, remarks, several
 from pytest_lmeval.report.words import number, wrapped
 
-ORDER = ("worse", "missing", "unclear", "better", "new", "same", "identical", "not judged")
 FIRST = 5  # examples that the failure of a test names
 QUIET = ("same", "identical", "new", "better")  # said of these is only what was not compared as one would expect
 NAMES = {1: "right", 0: "wrong"}
