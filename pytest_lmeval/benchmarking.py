@@ -48,7 +48,8 @@ class Driver:
         """Nobody: nothing is timed."""
         from pytest_lmeval.profiling.runner import Runner
 
-        self._times(lambda: None)  # else pytest-benchmark warns that it was not used
+        if self._benchmark is not None and self._benchmark.disabled:  # else it would keep the time of nothing
+            self._times(lambda: None)  # and without a call, it warns that it was not used
         return Runner(not_measured=why)
 
     def _is_free(self) -> bool:
