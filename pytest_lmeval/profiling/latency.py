@@ -196,9 +196,10 @@ def _metrics(samples: dict[str, list[float]], cold: float, batch_size: int, seq_
         "prefill": [batch_size * seq_len / time for time in samples.get("prefill", ())],
         "decode": [batch_size / time for time in samples.get("tpot", ())],
     }
-    for name, values in filter(lambda rate: rate[1], rates.items()):
-        metrics[f"{name}_tokens_per_second"] = median(values, rate, higher_is_better=True)
-    return metrics
+    told = {
+        f"{name}_tokens_per_second": median(values, rate, higher_is_better=True) for name, values in rates.items() if values
+    }
+    return metrics | told
 
 
 def _series(samples: dict[str, list[float]]) -> dict[str, Series]:
