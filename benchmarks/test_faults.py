@@ -8,8 +8,8 @@ import torch
 from clean_models import CLEAN
 from faults import FAULTS
 
-from pytest_lmeval.adapters import as_model
-from pytest_lmeval.equivalence import LAWS, equivalence
+from pytest_lmeval.laws import LAWS, probe
+from pytest_lmeval.models.sources import as_model
 
 pytestmark = [pytest.mark.benchmark, pytest.mark.slow]
 
@@ -19,7 +19,7 @@ PRECISIONS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 def test_every_fault_is_caught(capsys):
     rows, missed, seconds, calls = [], [], [], []
     for fault in FAULTS:
-        result = equivalence(as_model(fault.model()))
+        result = probe(as_model(fault.model()))
         broken = result.certificate.broken
         rows.append(
             f"{fault.number:>4} {fault.name:32}" + " ".join(("x" if law in broken else "").center(len(law)) for law in LAWS)
@@ -39,7 +39,7 @@ def test_no_correct_model_is_accused(capsys):
     accused = []
     for name, model in CLEAN.items():
         for dtype in PRECISIONS:
-            certificate = equivalence(as_model(model().to(dtype))).certificate
+            certificate = probe(as_model(model().to(dtype))).certificate
             accused += [(name, dtype, certificate.broken)] if certificate.broken else []
             with capsys.disabled():
                 print(f"\n{name:16} {dtype!s:16} {certificate.verdict:16} worst ratio {certificate.worst_ratio:.2f}", end="")
@@ -52,7 +52,7 @@ def test_what_16_bits_can_see(capsys):
     """The same faults in bfloat16: seen there, seen only in the copy in float32, or smaller than the rounding of 16 bits."""
     alone, by_copy, hidden = [], [], []
     for fault in FAULTS:
-        certificate = equivalence(as_model(fault.model().bfloat16())).certificate
+        certificate = probe(as_model(fault.model().bfloat16())).certificate
         messages = [law.counterexample for law in certificate.laws.values() if not law.kept]
         if not messages:
             hidden.append(fault.name)
@@ -71,7 +71,7 @@ def test_what_16_bits_can_see(capsys):
 def test_calls_grow_more_slowly_than_the_length(name, capsys):
     calls = {}
     for longest in (40, 80, 160, 320, 640):
-        result = equivalence(as_model(CLEAN[name]()), longest=longest, examples=20, budget=600.0)
+        result = probe(as_model(CLEAN[name]()), longest=longest, examples=20, budget=600.0)
         tokens = sum(law.cases for law in result.laws.values())
         calls[longest] = result.record.settings["calls"]
         with capsys.disabled():

@@ -9,8 +9,8 @@ multiplied as floats: look at them for what the rounding costs, not for speed.
 import pytest
 
 from pytest_lmeval import Metric, load
-from pytest_lmeval.identity import facts
-from pytest_lmeval.lm import SpecError
+from pytest_lmeval.errors import SpecError
+from pytest_lmeval.models.identity import facts
 
 pytestmark = pytest.mark.benchmark
 

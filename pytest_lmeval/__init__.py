@@ -1,6 +1,6 @@
 """Evaluations of language models as pytest tests: exact streaming, certified numbers, speed beside quality.
 
-The names below are the public face, beside `pytest_lmeval.stream.stream` and `pytest_lmeval.equivalence.equivalence`;
+The names below are the public face, beside `pytest_lmeval.stream.stream` and `pytest_lmeval.laws.equivalence`;
 each is imported when it is first used, so that an installed but unused plugin costs nothing.
 """
 
@@ -10,34 +10,34 @@ import importlib
 from typing import Any
 
 _HOMES = {
-    "Choices": "pytest_lmeval.task",
+    "Choices": "pytest_lmeval.tasks.questions",
     "Corpus": "pytest_lmeval.data.corpus",
     "Document": "pytest_lmeval.data.corpus",
-    "Codebooks": "pytest_lmeval.lm",
+    "Codebooks": "pytest_lmeval.models.model",
     "CorpusError": "pytest_lmeval.data.corpus",
-    "Generate": "pytest_lmeval.task",
-    "LanguageModel": "pytest_lmeval.lm",
-    "Metric": "pytest_lmeval.results.metric",
-    "Model": "pytest_lmeval.lm",
+    "Generate": "pytest_lmeval.tasks.questions",
+    "LanguageModel": "pytest_lmeval.models.model",
+    "Metric": "pytest_lmeval.records.value",
+    "Model": "pytest_lmeval.models.model",
     "Protocol": "pytest_lmeval.training",
     "Rows": "pytest_lmeval.data.rows",
-    "Suite": "pytest_lmeval.task",
-    "Task": "pytest_lmeval.task",
-    "agreement": "pytest_lmeval.scoring.agreement",
-    "as_model": "pytest_lmeval.adapters",
+    "Suite": "pytest_lmeval.tasks.questions",
+    "Task": "pytest_lmeval.tasks.questions",
+    "agreement": "pytest_lmeval.measures._agreement",
+    "as_model": "pytest_lmeval.models.sources",
     "corpus": "pytest_lmeval.data",
-    "efficiency": "pytest_lmeval.profiling.efficiency",
-    "evaluate": "pytest_lmeval.scoring.evaluate",
-    "fork": "pytest_lmeval.lm",
-    "latency": "pytest_lmeval.profiling.latency",
-    "load": "pytest_lmeval.adapters",
+    "efficiency": "pytest_lmeval.measures._efficiency",
+    "evaluate": "pytest_lmeval.measures._task",
+    "fork": "pytest_lmeval.models.model",
+    "latency": "pytest_lmeval.measures._latency",
+    "load": "pytest_lmeval.models.sources",
     "load_weights": "pytest_lmeval.training",
-    "memory": "pytest_lmeval.profiling.memory",
-    "perplexity": "pytest_lmeval.scoring.perplexity",
-    "replay": "pytest_lmeval.equivalence.probe",
+    "memory": "pytest_lmeval.measures._memory",
+    "perplexity": "pytest_lmeval.measures._perplexity",
+    "replay": "pytest_lmeval.laws.probe",
     "score_rows": "pytest_lmeval.scoring.rows",
-    "state_bytes": "pytest_lmeval.lm",
-    "throughput": "pytest_lmeval.profiling.throughput",
+    "state_bytes": "pytest_lmeval.models.model",
+    "throughput": "pytest_lmeval.measures._throughput",
     "train": "pytest_lmeval.training",
 }
 

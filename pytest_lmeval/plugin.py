@@ -21,9 +21,9 @@ from pytest_lmeval.report.gather import Reports
 
 if TYPE_CHECKING:
     from pytest_lmeval.data.corpus import Corpus
-    from pytest_lmeval.lm import Model
+    from pytest_lmeval.measures import Lmeval
+    from pytest_lmeval.models.model import Model
     from pytest_lmeval.session import Session
-    from pytest_lmeval.verbs import Lmeval
 
 SESSION = pytest.StashKey["Session"]()
 LOG = pytest.StashKey[Any]()
@@ -87,7 +87,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 def _check_output_folder(config: pytest.Config) -> None:
-    from pytest_lmeval.results.journal import check_writable
+    from pytest_lmeval.records.journal import check_writable
 
     folder = output_folder(config)
     try:
@@ -105,7 +105,7 @@ def _check_output_folder(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def device(pytestconfig: pytest.Config) -> Any:
     """The torch device of `--lmeval-device`."""
-    from pytest_lmeval.adapters import resolve_device
+    from pytest_lmeval.models.sources import resolve_device
 
     return expected_errors(lambda: resolve_device(str(option(pytestconfig, "lmeval-device"))))
 
@@ -151,8 +151,8 @@ def lmeval(request: pytest.FixtureRequest) -> Lmeval:
     def test_reads_easily(lmeval, lm, corpus):
         assert lmeval.perplexity(lm, corpus("stdlib", "test")).perplexity < 6
     """
+    from pytest_lmeval.measures import Lmeval
     from pytest_lmeval.session import TestLog
-    from pytest_lmeval.verbs import Lmeval
 
     log = TestLog(test_id(request.node.nodeid))
     request.node.stash[LOG] = log
@@ -259,7 +259,7 @@ def shared_session(config: pytest.Config) -> Session:
 
 def expected_errors(work: Callable[[], Any]) -> Any:
     """Errors that were written for the user end the test with their message alone, not with a traceback."""
-    from pytest_lmeval.verbs.desk import EXPECTED
+    from pytest_lmeval.measures.context import EXPECTED
 
     __tracebackhide__ = True
     try:

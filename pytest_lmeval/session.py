@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from pytest_lmeval.data.corpus import Corpus
-from pytest_lmeval.identity import fingerprint
-from pytest_lmeval.lm import Model
-from pytest_lmeval.results.journal import Journal
-from pytest_lmeval.results.record import Record
+from pytest_lmeval.models.identity import fingerprint
+from pytest_lmeval.models.model import Model
+from pytest_lmeval.records.journal import Journal
+from pytest_lmeval.records.record import Record
 
 ProgressBars = Callable[..., AbstractContextManager[Any]]
 
@@ -57,7 +57,7 @@ class Session:
 
     def load(self, spec: str) -> Model:
         """The model that a spec names, loaded once a session."""
-        from pytest_lmeval.adapters import load, resolve_device
+        from pytest_lmeval.models.sources import load, resolve_device
 
         if spec not in self.loaded:
             trust = spec.removeprefix("hf:").partition("@")[0] in self.trusted
@@ -73,20 +73,20 @@ class Session:
     @property
     def probe(self) -> dict[str, Any]:
         """The options of every probe of this run."""
-        from pytest_lmeval.equivalence.profiles import default_profile
+        from pytest_lmeval.laws.profiles import default_profile
 
         known = self.folder / "counterexamples.jsonl"
         return {"profile": self.profile or default_profile(), "budget": self.budget, "known": known}
 
     def verdict(self, lm: Model) -> Any:
         """The equivalence result of a model: probed once in a session, and not kept alive by that."""
-        from pytest_lmeval.equivalence.probe import equivalence
+        from pytest_lmeval.laws.probe import probe
 
         owner = lm if lm.module is None else lm.module
         key = (id(owner), fingerprint(lm), str(lm.dtype), str(lm.device))
         known, probed = self.verdicts.get(key, (None, None))
         if known is None or known() is not owner:  # another object may have come to the same address
-            known, probed = weakref.ref(owner), equivalence(lm, **self.probe)
+            known, probed = weakref.ref(owner), probe(lm, **self.probe)
             self.verdicts[key] = (known, probed)
         return probed
 

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pytest_lmeval.lm import Codebooks, Model, ModelError, State, state_bytes
+from pytest_lmeval.errors import NotFiniteError, StreamError
+from pytest_lmeval.models.model import Codebooks, Model, State, state_bytes
 
 LOGITS_BUDGET = 256 << 20  # bytes that a chunk's logits and what is computed from them may take
 LARGEST_CHUNK, SMALLEST_CHUNK = 1024, 16
@@ -32,14 +33,6 @@ ROWS = 1 << 19  # logits that are scored in one go: few enough to stay in the pr
 
 Scores: TypeAlias = "tuple[np.ndarray, np.ndarray, np.ndarray | None, State]"
 """What a chunk is scored with: (nll, rank, valid, state), see `Chunk`."""
-
-
-class StreamError(ValueError):
-    """A stream that cannot be scored: too short, or with a token that the model does not have."""
-
-
-class NotFiniteError(ModelError):
-    """A model gave a loss that is not a finite number."""
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from toys import CARRYING, Functional, GetSetState, PortableStreaming, Stateless, Stepper, Streaming
 
-from pytest_lmeval.adapters import ZOO, as_model, load, resolve_device
-from pytest_lmeval.lm import ModelError, SpecError
+from pytest_lmeval.errors import ModelError, SpecError
+from pytest_lmeval.models.sources import ZOO, as_model, load, resolve_device
 from pytest_lmeval.stream import stream
 
 IDS = np.random.default_rng(0).integers(0, 32, 70)
@@ -125,10 +125,10 @@ def test_a_tokenizer_needs_no_more_than_encode():
             return [ord(letter) % 32 for letter in text], range(1, len(text) + 1)
 
     from pytest_lmeval.data import Corpus, Document
-    from pytest_lmeval.scoring.perplexity import perplexity
+    from pytest_lmeval.measures._perplexity import measure_perplexity
 
     corpus = Corpus("letters", "test", documents=lambda: iter([Document("a", "to be or not to be")]))
-    result = perplexity(as_model(Functional(), tokenizer=Letters()), corpus)
+    result = measure_perplexity(as_model(Functional(), tokenizer=Letters()), corpus)
     assert result.record.settings["tokenizer"] == "Letters"
     assert float(result.bits_per_byte) == pytest.approx(float(result.nll) / np.log(2))
     with pytest.raises(SpecError, match="int is no tokenizer"):

@@ -9,17 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import VOCAB, Functional, Stateless
 
-from pytest_lmeval.adapters import as_model, load
 from pytest_lmeval.data.corpus import Corpus, Document
-from pytest_lmeval.lm import SpecError
-from pytest_lmeval.scoring import agreement as agreeing
-from pytest_lmeval.scoring.agreement import agreement
-from pytest_lmeval.scoring.perplexity import perplexity
+from pytest_lmeval.errors import NotFiniteError, SpecError, StreamError
+from pytest_lmeval.measures import Lmeval
+from pytest_lmeval.measures import _agreement as agreeing
+from pytest_lmeval.measures._agreement import measure_agreement
+from pytest_lmeval.measures._perplexity import measure_perplexity
+from pytest_lmeval.models.sources import as_model, load
 from pytest_lmeval.session import Session
 from pytest_lmeval.session import TestLog as Log
 from pytest_lmeval.statistics.proportion import wilson, wilson_of_groups
-from pytest_lmeval.stream import NotFiniteError, StreamError
-from pytest_lmeval.verbs import Lmeval
 
 IDS = np.random.default_rng(0).integers(0, VOCAB, 700)
 NAMES = ("agreement", "kl", "nll_difference", "perplexity_ratio", "largest_difference")
@@ -53,7 +52,7 @@ def by_hand(lm, reference, ids):
 
 
 def test_a_model_agrees_with_itself_exactly():
-    result = agreement(LM, LM, IDS)
+    result = measure_agreement(LM, LM, IDS)
     assert (result.agreement, result.kl, result.nll_difference, result.largest_difference) == (1, 0, 0, 0)
     assert result.perplexity_ratio == 1
     assert result.agreement.low < 1  # of a text that is not endless
@@ -64,7 +63,7 @@ def test_a_model_agrees_with_itself_exactly():
 @settings(max_examples=25)
 def test_however_both_are_cut_the_figures_are_those_of_the_whole_text(ours, theirs, length):
     ids = IDS[:length]
-    result = agreement(LM, REFERENCE, ids, chunk_size=ours, reference_chunk_size=theirs)
+    result = measure_agreement(LM, REFERENCE, ids, chunk_size=ours, reference_chunk_size=theirs)
     np.testing.assert_allclose(figures(result), by_hand(LM, REFERENCE, ids), atol=1e-5)
     assert result.record.cost["tokens"] == length - 1
     assert result.kl > 0
@@ -77,26 +76,26 @@ def test_that_law_can_fail(monkeypatch):
         return ((one, other.first(len(one.nll))) for one, other in zip(ours, theirs, strict=False))
 
     monkeypatch.setattr(agreeing, "_aligned", as_they_come)
-    result = agreement(LM, REFERENCE, IDS, chunk_size=10, reference_chunk_size=20)
+    result = measure_agreement(LM, REFERENCE, IDS, chunk_size=10, reference_chunk_size=20)
     assert abs(figures(result) - by_hand(LM, REFERENCE, IDS)).max() > 0.1
 
 
 def test_the_difference_of_losses_is_that_of_two_readings():
-    result = agreement(LM, REFERENCE, IDS)
-    alone = [float(perplexity(lm, IDS).nll) for lm in (LM, REFERENCE)]
+    result = measure_agreement(LM, REFERENCE, IDS)
+    alone = [float(measure_perplexity(lm, IDS).nll) for lm in (LM, REFERENCE)]
     assert float(result.nll_difference) == pytest.approx(alone[0] - alone[1], abs=1e-6)
-    swapped = agreement(REFERENCE, LM, IDS)
+    swapped = measure_agreement(REFERENCE, LM, IDS)
     assert float(swapped.nll_difference) == pytest.approx(-float(result.nll_difference))
     assert float(swapped.agreement) == float(result.agreement)
     assert float(swapped.kl) != pytest.approx(float(result.kl), rel=1e-3)  # KL has a direction
 
 
 def test_intervals_are_those_of_blocks_of_the_text():
-    result = agreement(LM, REFERENCE, IDS)
+    result = measure_agreement(LM, REFERENCE, IDS)
     for name in NAMES[:4]:
         metric = result.record.metrics[name]
         assert metric.low < metric < metric.high
-    assert agreement(LM, REFERENCE, IDS[:300]).kl.low is None  # fewer than eight blocks
+    assert measure_agreement(LM, REFERENCE, IDS[:300]).kl.low is None  # fewer than eight blocks
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 12)), min_size=1, max_size=80))
@@ -112,12 +111,12 @@ def test_the_interval_of_groups_is_that_of_their_answers(answers):
 def test_documents_are_read_each_from_its_beginning():
     parts = [Document(str(number), ids=IDS[begin : begin + 50]) for number, begin in enumerate(range(0, 500, 50))]
     corpus = Corpus("parts", "test", lambda: iter(parts), "x", as_stream=False, tokenized=True)
-    result = agreement(LM, REFERENCE, corpus, chunk_size=7, reference_chunk_size=30)
+    result = measure_agreement(LM, REFERENCE, corpus, chunk_size=7, reference_chunk_size=30)
     expected = np.mean([by_hand(LM, REFERENCE, part.ids)[1] for part in parts])
     assert float(result.kl) == pytest.approx(expected, abs=1e-5)
     assert result.kl.low is not None
     assert result.record.cost["tokens"] == 490
-    assert agreement(LM, REFERENCE, corpus, limit=2, tokens=10).record.cost["tokens"] == 18
+    assert measure_agreement(LM, REFERENCE, corpus, limit=2, tokens=10).record.cost["tokens"] == 18
 
 
 def test_an_iterator_is_read_once_and_not_ahead():
@@ -128,7 +127,7 @@ def test_an_iterator_is_read_once_and_not_ahead():
             handed_out[0] += 10
             yield IDS[begin : begin + 10]
 
-    result = agreement(
+    result = measure_agreement(
         LM,
         REFERENCE,
         ids(),
@@ -143,7 +142,7 @@ def test_an_iterator_is_read_once_and_not_ahead():
 def test_a_model_without_a_state_is_compared_in_its_windows():
     module = Stateless(seed=0)
     module.context_length = 64
-    result = agreement(as_model(module), LM, IDS, chunk_size=64)
+    result = measure_agreement(as_model(module), LM, IDS, chunk_size=64)
     assert "windows of 64" in result.record.settings["read"]
     assert "carried" in result.record.settings["reference_read"]
     assert result.record.cost["tokens"] == 699
@@ -151,9 +150,9 @@ def test_a_model_without_a_state_is_compared_in_its_windows():
 
 def test_models_of_other_tokens_are_not_compared():
     with pytest.raises(SpecError, match=r"toy-0 has 32 tokens and toy-2 has 40: they do not choose among the same ones"):
-        agreement(LM, model(2, vocab=40), IDS)
+        measure_agreement(LM, model(2, vocab=40), IDS)
     with pytest.raises(SpecError, match="reads frames of codes"):
-        agreement(load("zoo:moshi"), load("zoo:moshi"), IDS)
+        measure_agreement(load("zoo:moshi"), load("zoo:moshi"), IDS)
 
     class Reversed:
         name, bos = "reversed", None
@@ -165,9 +164,9 @@ def test_models_of_other_tokens_are_not_compared():
     other = dataclasses.replace(own, spec="other", tokenizer=Reversed())
     text = Corpus("text", "test", lambda: iter([Document("a", "some text that is read")]), "x")
     with pytest.raises(SpecError, match="toy-0 and other have tokenizers that cut the same text into different tokens"):
-        agreement(own, other, text)
-    assert agreement(own, own, text).kl == 0
-    assert agreement(own, other, IDS).kl == 0  # the same ids
+        measure_agreement(own, other, text)
+    assert measure_agreement(own, own, text).kl == 0
+    assert measure_agreement(own, other, IDS).kl == 0  # the same ids
 
 
 @pytest.mark.parametrize("who", ["lm", "reference", "both"])
@@ -186,14 +185,14 @@ def test_a_token_that_one_model_rules_out_has_no_kl_and_the_place_is_named(who):
         with pytest.raises(
             NotFiniteError, match=r"not finite at token 21 of document 0: .* of id 5 is -3.* and -inf in never-5"
         ):
-            agreement(ours, theirs, ids)
+            measure_agreement(ours, theirs, ids)
     else:
-        assert agreement(ours, theirs, ids).kl >= 0  # what has no probability in the reference costs nothing
+        assert measure_agreement(ours, theirs, ids).kl >= 0  # what has no probability in the reference costs nothing
 
 
 def test_a_text_without_a_target_is_refused():
     with pytest.raises(StreamError, match="fewer than two tokens"):
-        agreement(LM, REFERENCE, IDS[:1])
+        measure_agreement(LM, REFERENCE, IDS[:1])
 
 
 def test_the_verb_records_both_models_and_how_each_was_read(tmp_path):

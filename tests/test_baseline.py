@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pytest_lmeval.__main__ import main
-from pytest_lmeval.gates.baseline import Baseline, BaselineError, examples_file, read, write
+from pytest_lmeval.errors import BaselineError
+from pytest_lmeval.gates.baseline import Baseline, examples_file, read, write
 from pytest_lmeval.gates.compare import Side, compare
 from pytest_lmeval.gates.entry import differs, entry_of, gated, names_of
 from pytest_lmeval.gates.explain import remarks, table
@@ -18,9 +19,9 @@ from pytest_lmeval.gates.gate import unheard
 from pytest_lmeval.gates.margins import COSTS, Margins, read_marker
 from pytest_lmeval.gates.pairing import pair
 from pytest_lmeval.gates.scores import Scores, rounded
-from pytest_lmeval.results.metric import Metric
-from pytest_lmeval.results.record import Record
-from pytest_lmeval.scoring.perplexity import bare_ids
+from pytest_lmeval.measures._perplexity import bare_ids
+from pytest_lmeval.records.record import Record
+from pytest_lmeval.records.value import Metric
 from pytest_lmeval.training import result
 
 LM = {"spec": "demo", "parameters": 1, "bytes": 4, "dtype": "float32", "device": "cpu", "fingerprint": "f" * 16}
@@ -376,18 +377,18 @@ def test_of_many_that_changed_those_that_lost_most_are_named(up, first):
 def test_blocks_are_called_by_what_they_hold_however_they_were_read(tmp_path, chunk_size):
     from toys import Functional
 
-    from pytest_lmeval.adapters import as_model
-    from pytest_lmeval.scoring.perplexity import perplexity
+    from pytest_lmeval.measures._perplexity import measure_perplexity
+    from pytest_lmeval.models.sources import as_model
 
     lm = as_model(Functional())
     ids = [place % lm.vocab_size for place in range(200)]
     for name, size in (("a", None), ("b", chunk_size)):
-        perplexity(lm, bare_ids(ids), chunk_size=size, units=tmp_path / name)
+        measure_perplexity(lm, bare_ids(ids), chunk_size=size, units=tmp_path / name)
     rows = {name: [json.loads(line) for line in (tmp_path / name).read_text().splitlines()] for name in "ab"}
     assert [row["id"] for row in rows["a"]] == [row["id"] for row in rows["b"]]
     assert [row["tokens"] for row in rows["a"]] == [64, 64, 64, 7]
     assert [row["nats"] for row in rows["a"]] == pytest.approx([row["nats"] for row in rows["b"]])
-    perplexity(lm, bare_ids(ids[1:]), units=tmp_path / "c")
+    measure_perplexity(lm, bare_ids(ids[1:]), units=tmp_path / "c")
     assert json.loads((tmp_path / "c").read_text().splitlines()[0])["id"] != rows["a"][0]["id"]
 
 
@@ -439,12 +440,15 @@ def test_costs_are_compared_to_the_last_byte_where_both_runs_did_the_same():
 
 def test_costs_are_the_names_that_verbs_record_and_no_others():
     """A name that is written another way gates nothing, and nobody sees it."""
-    from pytest_lmeval.adapters import load
-    from pytest_lmeval.profiling.efficiency import efficiency
-    from pytest_lmeval.profiling.memory import memory
+    from pytest_lmeval.measures._efficiency import measure_efficiency
+    from pytest_lmeval.measures._memory import measure_memory
+    from pytest_lmeval.models.sources import load
 
     small = {"batch_size": 1, "seq_len": 8, "new_tokens": 2}
-    found = [efficiency(load("zoo:lstm"), **small, runs=2).record, memory(load("zoo:lstm"), **small, apart=False).record]
+    found = [
+        measure_efficiency(load("zoo:lstm"), **small, runs=2).record,
+        measure_memory(load("zoo:lstm"), **small, apart=False).record,
+    ]
     entries = {one.kind: entry_of({**one.to_json(), "lm": {**one.lm, "device": "cuda:0"}}) for one in found}
     recorded = {name for entry in entries.values() for part in ("metrics", "costs") for name in entry[part]}
     trained = {"flops_forward", "flops_backward", "flops_total", "model_bytes", "parameters"}

@@ -9,19 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from pytest_lmeval.adapters import as_model, load
-from pytest_lmeval.data import CorpusError, corpus
-from pytest_lmeval.equivalence import Case, LawBroken, Trial, cases, check, equivalence, replay
-from pytest_lmeval.lm import Codebooks, ModelError, fork
-from pytest_lmeval.profiling.latency import latency
-from pytest_lmeval.profiling.throughput import throughput
-from pytest_lmeval.results.journal import Checkpoints
-from pytest_lmeval.scoring.perplexity import perplexity
+from pytest_lmeval.data import corpus
+from pytest_lmeval.errors import CorpusError, LawBroken, ModelError, NotFiniteError, StreamError
+from pytest_lmeval.laws import Case, Trial, cases, check, probe, replay
+from pytest_lmeval.measures import Lmeval
+from pytest_lmeval.measures._latency import measure_latency
+from pytest_lmeval.measures._perplexity import measure_perplexity
+from pytest_lmeval.measures._throughput import measure_throughput
+from pytest_lmeval.models.model import Codebooks, fork
+from pytest_lmeval.models.sources import as_model, load
+from pytest_lmeval.records.journal import Checkpoints
 from pytest_lmeval.scoring.resume import Saver
 from pytest_lmeval.session import Session
 from pytest_lmeval.session import TestLog as Log
-from pytest_lmeval.stream import NotFiniteError, StreamError, stream, stream_in_windows
-from pytest_lmeval.verbs import Lmeval
+from pytest_lmeval.stream import stream, stream_in_windows
 from pytest_lmeval.zoo.moshi import Block, Moshi, Temporal
 
 SIZES, DELAYS, SCORED = (9, 7, 5, 6), (0, 0, 2, 1), (1, 2)
@@ -114,7 +115,7 @@ def test_a_model_that_drops_the_codes_it_delays_is_seen():
     found, expected = by_code(stream(as_model(Dropping()), frames, chunk_size=7)), losses_of(frames)
     assert set(expected) - set(found)
     assert max(abs(found[code] - expected[code]) for code in found) > 0.01
-    result = equivalence(as_model(Dropping()))
+    result = probe(as_model(Dropping()))
     assert {"splits", "steps", "sums"} <= result.certificate.broken
 
 
@@ -281,17 +282,17 @@ def test_a_file_of_other_frames_is_refused_and_says_how_many_codes_they_have(tmp
     np.save(tmp_path / "codes.npy", np.zeros((20, 8), int))
     source = corpus(f"tokens:{tmp_path / 'codes.npy'}")
     with pytest.raises(CorpusError, match=r"codes.npy has frames of 8 codes, .*Frames reads frames of 4 codes"):
-        perplexity(LM, source)
+        measure_perplexity(LM, source)
     with pytest.raises(CorpusError, match=r"has frames of 8 codes, .*demo reads one token after the other"):
-        perplexity(load("demo"), source)
+        measure_perplexity(load("demo"), source)
     np.save(tmp_path / "ids.npy", np.zeros(20, int))
     with pytest.raises(CorpusError, match=r"has one id after the other, .*reads frames of 4 codes"):
-        perplexity(LM, corpus(f"tokens:{tmp_path / 'ids.npy'}"))
+        measure_perplexity(LM, corpus(f"tokens:{tmp_path / 'ids.npy'}"))
 
 
 def test_text_is_refused_by_a_model_of_codes():
     with pytest.raises(CorpusError, match=r"is text, and .*Frames reads frames of 4 codes: it has no tokenizer.*\[frames, 4\]"):
-        perplexity(LM, corpus("stdlib"))
+        measure_perplexity(LM, corpus("stdlib"))
 
 
 # Perplexity
@@ -301,7 +302,7 @@ def test_text_is_refused_by_a_model_of_codes():
 def test_a_reading_is_the_mean_over_all_codes_and_its_positions_count_frames(chunk_size):
     frames = frames_of(2500, gaps=0.2)
     losses = losses_of(frames)
-    result = perplexity(LM, frames, chunk_size=chunk_size, positions=(1000, 2000))
+    result = measure_perplexity(LM, frames, chunk_size=chunk_size, positions=(1000, 2000))
     assert float(result.nll) == pytest.approx(np.mean(list(losses.values())), rel=1e-6)
     assert result.tokens == len(losses)
     for position in (1000, 2000):  # a code is scored at the place where it is predicted, and frame n is target n + 1
@@ -313,13 +314,13 @@ def test_a_reading_is_the_mean_over_all_codes_and_its_positions_count_frames(chu
 
 def test_a_position_is_reached_by_frames_however_many_codes_they_have():
     for gaps in (0.0, 0.8):
-        assert set(perplexity(LM, frames_of(2000, gaps=gaps), positions=(1000, 2000)).loss_at) == {1000, 2000}
-        assert set(perplexity(LM, frames_of(1600, gaps=gaps), positions=(1000, 2000)).loss_at) == {1000}
+        assert set(measure_perplexity(LM, frames_of(2000, gaps=gaps), positions=(1000, 2000)).loss_at) == {1000, 2000}
+        assert set(measure_perplexity(LM, frames_of(1600, gaps=gaps), positions=(1000, 2000)).loss_at) == {1000}
 
 
 def test_a_limit_counts_frames():
     frames = frames_of(300)
-    limited = perplexity(LM, frames, tokens=100, chunk_size=30)
+    limited = measure_perplexity(LM, frames, tokens=100, chunk_size=30)
     assert float(limited.nll) == pytest.approx(np.mean(list(losses_of(frames[:100]).values())), rel=1e-6)
 
 
@@ -337,7 +338,7 @@ def test_accuracy_counts_valid_codes_only():
     frames = frames_of(300, gaps=0.5)
     chunks = list(stream(LM, frames, chunk_size=50))
     ranks = np.concatenate([chunk.rank[chunk.valid] for chunk in chunks])
-    result = perplexity(LM, frames, chunk_size=50)
+    result = measure_perplexity(LM, frames, chunk_size=50)
     assert float(result.token_accuracy[1]) == pytest.approx((ranks == 0).mean())
     assert float(result.token_accuracy[5]) == pytest.approx((ranks < 5).mean())
 
@@ -345,11 +346,11 @@ def test_accuracy_counts_valid_codes_only():
 def test_a_stretch_without_codes_leaves_the_numbers_as_they_are():
     frames = frames_of(600)
     frames[:300] = -1
-    result = perplexity(LM, frames, chunk_size=50)
+    result = measure_perplexity(LM, frames, chunk_size=50)
     assert float(result.nll) == pytest.approx(np.mean(list(losses_of(frames).values())), rel=1e-6)
     assert np.isfinite(result.chunk_loss.y).all()
     with pytest.raises(StreamError, match="nothing to score"):
-        perplexity(LM, np.full((50, 4), -1))
+        measure_perplexity(LM, np.full((50, 4), -1))
 
 
 @pytest.mark.parametrize("model", ["toy", "zoo:moshi"])
@@ -361,7 +362,7 @@ def test_an_interrupted_reading_goes_on_with_the_same_numbers_to_the_last_bit(mo
     np.save(tmp_path / "codes.npy", np.stack([random.integers(-1, size, 200) for size in lm.codebooks.sizes], axis=1))
     source = corpus(f"tokens:{tmp_path / 'codes.npy'}")
     options = {"chunk_size": 13, "positions": (100,), "losses": tmp_path / "whole.npy"}
-    whole = perplexity(lm, source, **options)
+    whole = measure_perplexity(lm, source, **options)
 
     def kill(done, nats, expected):
         if done > whole.tokens / 2:
@@ -369,8 +370,8 @@ def test_an_interrupted_reading_goes_on_with_the_same_numbers_to_the_last_bit(mo
 
     options |= {"losses": tmp_path / "parts.npy", "checkpoints": Checkpoints(tmp_path / "partial"), "key": "k"}
     with pytest.raises(KeyboardInterrupt):
-        perplexity(lm, source, progress=kill, **options)
-    resumed = perplexity(lm, source, **options)
+        measure_perplexity(lm, source, progress=kill, **options)
+    resumed = measure_perplexity(lm, source, **options)
     assert 0 < resumed.resumed_at < resumed.tokens == whole.tokens
     assert (float(resumed.nll), resumed.loss_at) == (float(whole.nll), whole.loss_at)
     assert resumed.chunk_loss == whole.chunk_loss
@@ -448,7 +449,7 @@ def small(kind=Moshi, *, temporal=None, depth=None, context=16):
 
 
 def test_the_moshi_of_the_zoo_is_exact_for_any_chunk():
-    result = equivalence(load("zoo:moshi"))
+    result = probe(load("zoo:moshi"))
     assert result.verdict == "exact-any-chunk", result
     assert result.certificate.worst_ratio < 8
     assert result.certificate.longest > 3 * 32
@@ -469,14 +470,14 @@ def test_the_moshi_of_the_zoo_is_exact_for_any_chunk():
 )
 def test_a_fault_is_caught_by_the_law_it_breaks_and_its_counterexample_tries_it_again(module, verdict, broken, tmp_path):
     lm, known = as_model(module), tmp_path / "known.jsonl"
-    result = equivalence(lm, known=known)
+    result = probe(lm, known=known)
     assert result.verdict == verdict, result
     assert broken <= result.certificate.broken
     law = sorted(broken)[0]
     case = result.laws[law].counterexamples[0].case
     with pytest.raises(LawBroken):
         replay(lm, law, **case)
-    assert not equivalence(lm, budget=0.0, known=known).laws[law].kept
+    assert not probe(lm, budget=0.0, known=known).laws[law].kept
 
 
 def test_a_look_inside_the_frame_names_the_codebooks():
@@ -519,9 +520,9 @@ def test_the_zoo_sees_no_further_than_its_context():
 
 
 def test_speed_is_measured_on_random_frames():
-    result = latency(LM, batch_size=2, seq_len=10, new_tokens=3, runs=3, warm_up=1)
+    result = measure_latency(LM, batch_size=2, seq_len=10, new_tokens=3, runs=3, warm_up=1)
     assert (result.prefill.n, result.itl.n) == (3, 6)
     assert result.record.cost["tokens"] == 3 * 2 * (10 + 2)
-    result = throughput(LM, batch_size=4, seq_len=10, runs=3, warm_up=1)
+    result = measure_throughput(LM, batch_size=4, seq_len=10, runs=3, warm_up=1)
     assert result.record.cost["tokens"] == 3 * 4 * 10
     assert result.batch_scaling.x == [1, 2, 4]

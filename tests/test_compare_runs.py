@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pytest_lmeval.errors import SideError
 from pytest_lmeval.gates import compare_runs
 from pytest_lmeval.gates.compare_runs import add_arguments, compared, race
-from pytest_lmeval.gates.interleaved import Key, Number, Side, SideError, numbers, side
+from pytest_lmeval.gates.interleaved import Key, Number, Side, numbers, side
 from pytest_lmeval.statistics.ratio import judge_all, quantile, ratio
 
 POSITIVE = st.floats(0.01, 100)

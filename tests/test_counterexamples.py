@@ -9,14 +9,15 @@ from hypothesis import strategies as st
 from toys import Aligned, Dropped, Drowned, Functional, Learning
 
 import pytest_lmeval
-from pytest_lmeval.adapters import as_model
-from pytest_lmeval.equivalence import Case, LawBroken, Trial, cases, check, compositions, equivalence, replay
-from pytest_lmeval.equivalence.diagnosis import likely_fault
-from pytest_lmeval.equivalence.known import Known, case_of
-from pytest_lmeval.equivalence.shrink import smallest
-from pytest_lmeval.equivalence.strategies import pieces
-from pytest_lmeval.equivalence.tolerance import Excess
-from pytest_lmeval.results.journal import JournalWarning
+from pytest_lmeval.errors import LawBroken
+from pytest_lmeval.laws import Case, Trial, cases, check, compositions, probe, replay
+from pytest_lmeval.laws.diagnosis import likely_fault
+from pytest_lmeval.laws.known import Known, case_of
+from pytest_lmeval.laws.shrink import smallest
+from pytest_lmeval.laws.strategies import pieces
+from pytest_lmeval.laws.tolerance import Excess
+from pytest_lmeval.models.sources import as_model
+from pytest_lmeval.records.journal import JournalWarning
 
 
 class TwoFaults(Functional):
@@ -29,14 +30,14 @@ class TwoFaults(Functional):
 
 
 def test_the_gross_fault_and_the_subtle_one_both_come_back():
-    gross, subtle = equivalence(as_model(TwoFaults()), budget=20.0).laws["splits"].counterexamples
+    gross, subtle = probe(as_model(TwoFaults()), budget=20.0).laws["splits"].counterexamples
     assert gross.error > 100 * subtle.error
     assert gross.case["length"] >= 41
     assert subtle.case["length"] < 20
 
 
 def test_a_counterexample_says_how_to_try_it_again():
-    result = equivalence(as_model(Dropped()))
+    result = probe(as_model(Dropped()))
     line = result.laws["splits"].counterexamples[0].replay
     assert line in str(result)
     assert line.startswith('pytest_lmeval.replay(lm, "splits", length=')
@@ -76,15 +77,15 @@ def test_known_counterexamples_run_first_and_are_found_without_any_budget(tmp_pa
 
     file = tmp_path / "counterexamples.jsonl"
     lm = as_model(Rare())
-    assert equivalence(lm, budget=0.0, known=file).laws["splits"].kept
+    assert probe(lm, budget=0.0, known=file).laws["splits"].kept
     Known(file).add(lm.spec, "splits", Case(90, (70, 73)).choices())
-    assert not equivalence(lm, budget=0.0, known=file).laws["splits"].kept
+    assert not probe(lm, budget=0.0, known=file).laws["splits"].kept
 
 
 def test_counterexamples_are_kept_once_for_the_model_of_that_name(tmp_path):
     file = tmp_path / "deep" / "counterexamples.jsonl"
     for _ in range(2):
-        equivalence(as_model(Dropped()), known=file)
+        probe(as_model(Dropped()), known=file)
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert {(line["lm"], line["law"]) for line in lines} == {("toys:Dropped", "splits")}
     assert len(lines) == len({json.dumps(line) for line in lines})
@@ -103,7 +104,7 @@ def test_a_damaged_file_of_counterexamples_costs_only_its_damaged_lines(tmp_path
 def test_a_folder_that_cannot_be_written_costs_no_verdict(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.warns(JournalWarning, match="the counterexample is not kept"):
-        result = equivalence(as_model(Dropped()), known=tmp_path / "file" / "counterexamples.jsonl")
+        result = probe(as_model(Dropped()), known=tmp_path / "file" / "counterexamples.jsonl")
     assert result.verdict == "exact-step-only"
 
 
@@ -215,7 +216,7 @@ def test_a_replay_without_cuts_cuts_in_the_middle(law):
 def test_a_fault_of_the_weights_is_replayed_and_put_back():
     lm = as_model(Learning())
     before = {name: tensor.clone() for name, tensor in lm.module.state_dict().items()}
-    line = equivalence(lm).laws["isolation"].counterexamples[-1].replay
+    line = probe(lm).laws["isolation"].counterexamples[-1].replay
     with pytest.raises(LawBroken, match="parameters or buffers"):
         eval(line, {"pytest_lmeval": pytest_lmeval, "lm": lm})
     assert all(torch.equal(before[name], tensor) for name, tensor in lm.module.state_dict().items())
@@ -223,7 +224,7 @@ def test_a_fault_of_the_weights_is_replayed_and_put_back():
 
 def test_a_fault_of_the_copy_in_float32_is_replayed_on_one():
     lm = as_model(Drowned().bfloat16())
-    result = equivalence(lm)
+    result = probe(lm)
     (example, *_) = result.laws["splits"].counterexamples
     assert "float32=True" in example.replay
     with pytest.raises(LawBroken):
@@ -238,6 +239,6 @@ def test_a_known_case_that_is_longer_than_usual_is_tried_at_its_length(tmp_path)
             return logits, (hidden, seen + input_ids.shape[1])
 
     lm, file = as_model(Late()), tmp_path / "counterexamples.jsonl"
-    assert equivalence(lm, known=file).verdict == "exact-any-chunk"
-    assert not equivalence(lm, known=file, longest=400, budget=60.0).laws["splits"].kept
-    assert not equivalence(lm, known=file).laws["splits"].kept
+    assert probe(lm, known=file).verdict == "exact-any-chunk"
+    assert not probe(lm, known=file, longest=400, budget=60.0).laws["splits"].kept
+    assert not probe(lm, known=file).laws["splits"].kept

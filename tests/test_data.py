@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import Functional
 
-from pytest_lmeval.adapters import as_model
-from pytest_lmeval.data import CorpusError, Document, corpus, files
+from pytest_lmeval.data import Document, corpus, files
 from pytest_lmeval.data.rows import resilient
 from pytest_lmeval.data.tokens import TokenReader
+from pytest_lmeval.errors import CorpusError
+from pytest_lmeval.models.sources import as_model
 
 BYTES = as_model(Functional(vocab=256))
 

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pytest_lmeval.lm import state_bytes
+from pytest_lmeval.models.model import state_bytes
 from pytest_lmeval.zoo.demo import WEIGHTS, Demo, banded_attention, load
 
 

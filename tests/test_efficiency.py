@@ -10,16 +10,17 @@ from torch import nn
 from toys import Functional, Stateless, Stepper, Streaming
 
 from pytest_lmeval import session
-from pytest_lmeval.adapters import as_model, load
-from pytest_lmeval.lm import weights
-from pytest_lmeval.profiling import efficiency as module
+from pytest_lmeval.errors import ProfilingError
+from pytest_lmeval.measures import Lmeval
+from pytest_lmeval.measures import _efficiency as module
+from pytest_lmeval.measures._efficiency import measure_efficiency
+from pytest_lmeval.models.model import weights
+from pytest_lmeval.models.sources import as_model, load
 from pytest_lmeval.profiling import roofline
-from pytest_lmeval.profiling.efficiency import efficiency
 from pytest_lmeval.profiling.roofline import Peaks, measured_peaks
-from pytest_lmeval.profiling.runner import ProfilingError, Runner
+from pytest_lmeval.profiling.runner import Runner
 from pytest_lmeval.profiling.storages import bytes_read
 from pytest_lmeval.profiling.work import Work, training_work, work_of
-from pytest_lmeval.verbs import Lmeval
 
 LM = as_model(Functional())
 FAST = {"runs": 3, "warm_up": 0}
@@ -127,7 +128,7 @@ def test_the_roofline_is_one_law_in_two_forms(flops, moved, peak, bandwidth):
 
 def test_shares_are_of_the_measured_peaks(machine):
     machine(flops=1e9, bandwidth=1e6)
-    result = efficiency(LM, batch_size=2, seq_len=8, **FAST)
+    result = measure_efficiency(LM, batch_size=2, seq_len=8, **FAST)
     seconds = {
         phase: float(result.latency.record.metrics[name]) / 1e3 for phase, name in [("prefill", "prefill"), ("decode", "itl")]
     }
@@ -153,7 +154,7 @@ def test_shares_are_of_the_measured_peaks(machine):
 )
 def test_the_machine_decides_by_what_a_phase_is_bound(machine, flops, bandwidth, position, limit):
     machine(flops, bandwidth)
-    result = efficiency(LM, seq_len=8, **FAST)
+    result = measure_efficiency(LM, seq_len=8, **FAST)
     for phase in ("prefill", "decode"):
         assert (result.position(phase), result.limited_by(phase)) == (position, limit)
 
@@ -162,7 +163,7 @@ def test_times_and_peaks_are_of_the_same_number_of_threads(monkeypatch):
     keys = []
     monkeypatch.setattr(roofline, "_measured", lambda *key: keys.append(key) or peaks_of(1e9, 1e9))
     before = torch.get_num_threads()
-    result = efficiency(LM, seq_len=8, threads=before + 1, **FAST)
+    result = measure_efficiency(LM, seq_len=8, threads=before + 1, **FAST)
     assert keys == [("cpu", torch.float32, before + 1)]
     assert result.record.settings["threads"] == result.latency.record.settings["threads"] == before + 1
     assert torch.get_num_threads() == before
@@ -181,7 +182,7 @@ def test_times_and_peaks_are_of_the_same_number_of_threads(monkeypatch):
 def test_what_cannot_be_timed_is_refused_before_anything_is_counted(monkeypatch, shape, message):
     monkeypatch.setattr(module, "training_work", None)
     with pytest.raises(ProfilingError, match=message):
-        efficiency(replace(LM, context_length=8), **{"seq_len": 4, "new_tokens": 2, **shape})
+        measure_efficiency(replace(LM, context_length=8), **{"seq_len": 4, "new_tokens": 2, **shape})
 
 
 NOT_TIMED = Runner(not_measured="other tests run at the same time")
@@ -189,7 +190,7 @@ NOT_TIMED = Runner(not_measured="other tests run at the same time")
 
 def test_where_nothing_is_timed_what_is_counted_is_kept(monkeypatch):
     monkeypatch.setattr(module, "measured_peaks", None)  # and nothing is measured of the machine
-    result = efficiency(LM, seq_len=8, runner=NOT_TIMED)
+    result = measure_efficiency(LM, seq_len=8, runner=NOT_TIMED)
     assert result.not_measured == "other tests run at the same time"
     assert result.flops("decode") == work_of(LM, LM.random_ids(1, 8))["decode"].flops
     assert {metric.unit for metric in result.record.metrics.values()} == {"FLOP", "bytes", "FLOP/byte"}
@@ -208,7 +209,7 @@ def test_the_verbs_under_xdist(tmp_path):
 
 def test_a_model_without_a_state_has_no_decode(machine):
     machine(1e9, 1e9)
-    result = efficiency(as_model(Stateless()), seq_len=8, **FAST)
+    result = measure_efficiency(as_model(Stateless()), seq_len=8, **FAST)
     assert result.record.settings["position"].keys() == {"prefill"}
     with pytest.raises(KeyError, match="decode"):
         result.flops("decode")
@@ -219,7 +220,7 @@ def test_a_model_without_a_state_has_no_decode(machine):
 
 def test_backward_is_counted_and_leaves_no_gradient():
     lm = as_model(Functional())
-    result = efficiency(lm, batch_size=2, seq_len=5, runner=NOT_TIMED)
+    result = measure_efficiency(lm, batch_size=2, seq_len=5, runner=NOT_TIMED)
     products = 2 * 2 * 5 * (CELL + VOCAB * WIDTH)
     assert result.flops("forward") == products
     first = 2 * 2 * 3 * WIDTH * WIDTH  # the state before the first token is no variable
@@ -284,14 +285,14 @@ class Writing(Functional):
     ids=["object", "frozen", "without gradients", "failing"],
 )
 def test_without_backward_the_rest_is_counted_and_it_is_said_why(model, reason):
-    result = efficiency(as_model(model), seq_len=5, runner=NOT_TIMED)
+    result = measure_efficiency(as_model(model), seq_len=5, runner=NOT_TIMED)
     assert result.record.settings["no_backward"].startswith(reason)
     assert "backward_flops" not in result.record.metrics
     assert result.flops("prefill") == work_of(LM, LM.random_ids(1, 5))["prefill"].flops
 
 
 def test_a_model_that_keeps_its_state_inside_is_stepped_in_turn():
-    result = efficiency(as_model(Streaming()), seq_len=5, runner=NOT_TIMED)
+    result = measure_efficiency(as_model(Streaming()), seq_len=5, runner=NOT_TIMED)
     assert result.flops("decode") == work_of(LM, LM.random_ids(1, 5))["decode"].flops
 
 

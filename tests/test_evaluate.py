@@ -12,14 +12,13 @@ from hypothesis import strategies as st
 from toys import Functional
 
 from pytest_lmeval import Choices, Generate, Rows, Task, as_model, evaluate, load
-from pytest_lmeval.data.corpus import CorpusError
-from pytest_lmeval.lm import Bytes
-from pytest_lmeval.results.journal import JournalWarning
+from pytest_lmeval.errors import CorpusError, NotFiniteError, TaskError
+from pytest_lmeval.models.model import Bytes
+from pytest_lmeval.records.journal import JournalWarning
 from pytest_lmeval.scoring.answers import AnswerFile
 from pytest_lmeval.scoring.fewshot import Shots
 from pytest_lmeval.scoring.requests import Encoder
-from pytest_lmeval.stream import NotFiniteError
-from pytest_lmeval.task import TaskError, id_of
+from pytest_lmeval.tasks.questions import id_of
 
 SUMS = [{"a": a, "b": b, "right": (a + b) % 2} for a in range(8) for b in range(4)]
 

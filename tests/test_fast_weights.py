@@ -11,18 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import VOCAB, Functional
 
-from pytest_lmeval.adapters import as_model
 from pytest_lmeval.data.corpus import Corpus, Document
-from pytest_lmeval.lm import ModelError
-from pytest_lmeval.results.journal import Checkpoints
-from pytest_lmeval.results.record import Record
+from pytest_lmeval.errors import ModelError, NotFiniteError
+from pytest_lmeval.measures._perplexity import measure_perplexity
+from pytest_lmeval.models.sources import as_model
+from pytest_lmeval.records.journal import Checkpoints
+from pytest_lmeval.records.record import Record
 from pytest_lmeval.scoring import fast_weights, positions
-from pytest_lmeval.scoring.perplexity import perplexity
 from pytest_lmeval.scoring.reading import CHUNKS, EACH, Moves, Reading, rows_of
 from pytest_lmeval.scoring.result import PerplexityResult
 from pytest_lmeval.scoring.resume import Saver
 from pytest_lmeval.statistics.bootstrap import ratio_intervals
-from pytest_lmeval.stream import NotFiniteError
 
 NAMES = ("a.W", "a.b", "c.W")
 
@@ -71,7 +70,7 @@ def texts(*documents):
 
 
 def test_the_change_of_each_chunk_is_that_of_the_formula():
-    result = perplexity(learns(*NAMES), ids_of(401), chunk_size=100)
+    result = measure_perplexity(learns(*NAMES), ids_of(401), chunk_size=100)
     series = result.record.series
     after = [1 + 25 * n for n in range(1, 5)]  # a.W: 1, 26, 51, ...
     np.testing.assert_allclose(series["fast_weight_change/a.W"].y, [25 / x for x in after], rtol=1e-6)
@@ -87,7 +86,7 @@ def test_the_change_of_each_chunk_is_that_of_the_formula():
 
 def test_a_state_that_is_written_to_in_place_is_still_seen_to_move():
     """The copies: the tensors of the last chunk are those of the next."""
-    result = perplexity(learns(*NAMES), ids_of(401), chunk_size=100)
+    result = measure_perplexity(learns(*NAMES), ids_of(401), chunk_size=100)
     assert result.fast_weights.moved == NAMES
     assert min(result.fast_weights.change.y) > 0
 
@@ -96,12 +95,12 @@ def test_without_copies_it_would_not_be_seen(monkeypatch):
     monkeypatch.setattr(
         fast_weights, "copies", lambda found: fast_weights.Weights(list(found.values()), torch.ones(len(found)))
     )
-    result = perplexity(learns(*NAMES), ids_of(401), chunk_size=100)
+    result = measure_perplexity(learns(*NAMES), ids_of(401), chunk_size=100)
     assert result.fast_weights.change.y[1:] == [0, 0, 0]
 
 
 def test_weights_that_are_named_and_move_need_no_warning():
-    result = perplexity(learns(*NAMES), ids_of(300))
+    result = measure_perplexity(learns(*NAMES), ids_of(300))
     assert "warnings" not in result.record.settings
     assert result.record.settings["fast_weights"] == result.fast_weights.count == 3
 
@@ -109,7 +108,7 @@ def test_weights_that_are_named_and_move_need_no_warning():
 def test_a_model_that_does_not_learn_as_it_reads_is_reported():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        result = perplexity(learns(), ids_of(2049), chunk_size=100)
+        result = measure_perplexity(learns(), ids_of(2049), chunk_size=100)
     (said,) = result.record.settings["warnings"]
     assert "has 3 fast weights and none of them moved in 2,048 tokens: it does not learn as it reads." in said
     assert "(a.W, a.b, c.W)" in said
@@ -119,7 +118,7 @@ def test_a_model_that_does_not_learn_as_it_reads_is_reported():
 
 
 def test_those_that_stay_are_named_where_others_move():
-    result = perplexity(learns("a.W", "c.W"), ids_of(300), chunk_size=64)
+    result = measure_perplexity(learns("a.W", "c.W"), ids_of(300), chunk_size=64)
     (said,) = result.record.settings["warnings"]
     assert "test_fast_weights:Learns did not move in 299 tokens: a.b." in said
     assert said.startswith("1 of the 3 fast weights of")
@@ -134,7 +133,7 @@ def test_of_very_many_that_stay_only_some_are_named():
 
 def test_a_model_without_fast_weights_says_nothing_of_them():
     for lm in (as_model(Functional()), as_model(type("Empty", (Learns,), {"fast_weights": lambda self, state: {}})())):
-        result = perplexity(lm, ids_of(300))
+        result = measure_perplexity(lm, ids_of(300))
         assert result.fast_weights is None
         assert not [name for name in (*result.record.metrics, *result.record.series) if "fast" in name]
         assert not [name for name in result.record.settings if "fast" in name or name == "warnings"]
@@ -142,13 +141,13 @@ def test_a_model_without_fast_weights_says_nothing_of_them():
 
 def test_a_learning_that_explodes_is_an_error_with_its_place():
     with pytest.raises(NotFiniteError, match=r"the fast weight a\.W of .* is not finite after token 200"):
-        perplexity(learns("a.W", step=1e36), ids_of(401), chunk_size=200)
+        measure_perplexity(learns("a.W", step=1e36), ids_of(401), chunk_size=200)
 
 
 def test_weights_that_change_their_names_cannot_be_followed():
     lm = as_model(type("Renames", (Learns,), {"fast_weights": lambda self, s: {"W" if s is None else "V": torch.ones(1)}})())
     with pytest.raises(ModelError, match="named the fast weights W before it read, and afterwards V"):
-        perplexity(lm, ids_of(300))
+        measure_perplexity(lm, ids_of(300))
 
 
 def test_half_precision_weights_are_compared_in_full():
@@ -165,12 +164,12 @@ def test_half_precision_weights_are_compared_in_full():
 
 def test_each_document_begins_with_the_initial_weights():
     lm = as_model(Learns(NAMES, vocab=256))
-    result = perplexity(lm, texts("x" * 101, "y" * 101), chunk_size=100)
+    result = measure_perplexity(lm, texts("x" * 101, "y" * 101), chunk_size=100)
     assert result.record.series["fast_weight_change/a.W"].y == pytest.approx([25 / 26] * 2)
 
 
 def test_each_window_begins_with_the_initial_weights():
-    result = perplexity(learns(*NAMES), ids_of(401), window=100, overlap=0, chunk_size=100)
+    result = measure_perplexity(learns(*NAMES), ids_of(401), window=100, overlap=0, chunk_size=100)
     assert result.record.series["fast_weight_change/a.W"].y == pytest.approx([25 / 26] * 4)
 
 
@@ -178,7 +177,7 @@ def test_each_window_begins_with_the_initial_weights():
 def test_single_tokens_are_taken_together_and_the_rest_is_not_lost(length, looks):
     lm = learns(*NAMES)
     lm.source.asked = 0
-    result = perplexity(lm, ids_of(length), chunk_size=1)
+    result = measure_perplexity(lm, ids_of(length), chunk_size=1)
     assert lm.source.asked == looks
     assert result.fast_weights.change.x[-1] == length - 1
     assert result.fast_weights.moved == NAMES
@@ -187,14 +186,14 @@ def test_single_tokens_are_taken_together_and_the_rest_is_not_lost(length, looks
 
 def test_chunks_of_fewer_than_512_tokens_are_taken_together_so_that_looking_stays_cheap(monkeypatch):
     monkeypatch.undo()
-    result = perplexity(learns(*NAMES), ids_of(2101), chunk_size=200)
+    result = measure_perplexity(learns(*NAMES), ids_of(2101), chunk_size=200)
     assert result.fast_weights.change.x == [600, 1200, 1800, 2100]
-    result = perplexity(learns(*NAMES), ids_of(2101), chunk_size=1024)
+    result = measure_perplexity(learns(*NAMES), ids_of(2101), chunk_size=1024)
     assert result.fast_weights.change.x == [1024, 2048, 2100]
 
 
 def test_short_documents_are_looked_at_too():
-    result = perplexity(as_model(Learns(NAMES, vocab=256)), texts(*["short text"] * 20))
+    result = measure_perplexity(as_model(Learns(NAMES, vocab=256)), texts(*["short text"] * 20))
     assert result.fast_weights.moved == NAMES
     assert result.record.series["fast_weight_change/a.W"].y == pytest.approx([2.25 / 3.25] * len(result.fast_weights.change.y))
 
@@ -241,12 +240,12 @@ def test_a_killed_reading_goes_on_with_the_same_moves_to_the_last_bit(tmp_path, 
     def model():
         return as_model(Learns(("a.W", "a.b"), step=0.01, vocab=256))
 
-    whole = perplexity(model(), corpus, **options)
+    whole = measure_perplexity(model(), corpus, **options)
     saved = {"checkpoints": Checkpoints(tmp_path), "key": "k"}
     for tokens in (90, 333, 700):
         with pytest.raises(Killed):
-            perplexity(model(), corpus, progress=killing(tokens), **options, **saved)
-    resumed = perplexity(model(), corpus, **options, **saved)
+            measure_perplexity(model(), corpus, progress=killing(tokens), **options, **saved)
+    resumed = measure_perplexity(model(), corpus, **options, **saved)
     assert resumed.resumed_at > 500
     assert resumed.fast_weights == whole.fast_weights
     for name in ("fast_weight_change", "fast_weight_distance", "fast_weights_moving", "loss_at_100"):
@@ -256,7 +255,7 @@ def test_a_killed_reading_goes_on_with_the_same_moves_to_the_last_bit(tmp_path, 
 
 
 def test_the_record_survives_json_and_says_the_same_again():
-    result = perplexity(learns("a.W"), ids_of(2500), chunk_size=100, positions=(1000, 2000, 9000))
+    result = measure_perplexity(learns("a.W"), ids_of(2500), chunk_size=100, positions=(1000, 2000, 9000))
     again = PerplexityResult(Record.from_json(json.loads(json.dumps(result.record.to_json()))))
     assert again.fast_weights == result.fast_weights
     assert again.loss_at == result.loss_at
@@ -280,7 +279,7 @@ def fold(nll, sizes, wanted, documents=None):
 
 
 def test_each_loss_and_the_slope_have_an_interval_that_holds_them():
-    result = perplexity(as_model(Functional()), ids_of(5000), positions=(2000, 3000, 4000))
+    result = measure_perplexity(as_model(Functional()), ids_of(5000), positions=(2000, 3000, 4000))
     for metric in (*result.loss_at.values(), result.loss_slope):
         assert metric.low < metric < metric.high
     assert list(result.loss_at) == [2000, 3000, 4000]
@@ -291,14 +290,14 @@ def test_each_loss_and_the_slope_have_an_interval_that_holds_them():
 
 
 def test_a_position_that_was_not_reached_is_said_to_be_so():
-    result = perplexity(as_model(Functional()), ids_of(2001), positions=(9000, 2000, 2040, 2100, 2000))
+    result = measure_perplexity(as_model(Functional()), ids_of(2001), positions=(9000, 2000, 2040, 2100, 2000))
     assert result.record.settings["positions"] == [2000, 2040, 2100, 9000]
     assert result.record.settings["not_reached"] == [2100, 9000]
     assert list(result.loss_at) == [2000, 2040]  # all but the last fifty tokens are near enough
 
 
 def test_a_slope_of_one_position_is_none_and_says_why():
-    result = perplexity(as_model(Functional()), ids_of(1500), positions=(1000, 8000))
+    result = measure_perplexity(as_model(Functional()), ids_of(1500), positions=(1000, 8000))
     assert "loss_slope" not in result.record.metrics
     with pytest.raises(AttributeError, match=r"Asked for were \[1000, 8000\]; of those, ids\[test\] did not go on to \[8000\]"):
         result.loss_slope  # noqa: B018

@@ -9,13 +9,13 @@ import torch
 from clean_models import CLEAN
 from faults import FAULTS
 
-from pytest_lmeval.adapters import as_model
-from pytest_lmeval.equivalence import equivalence
+from pytest_lmeval.laws import probe
+from pytest_lmeval.models.sources import as_model
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_a_planted_fault_is_caught(fault):
-    result = equivalence(as_model(fault.model()), examples=1, budget=6.0)
+    result = probe(as_model(fault.model()), examples=1, budget=6.0)
     assert result.verdict not in ("exact-any-chunk", "consistent", "stateless")
     assert result.certificate.broken & fault.breaks, result
 
@@ -24,7 +24,7 @@ def test_a_planted_fault_is_caught(fault):
 @pytest.mark.parametrize("name", CLEAN)
 def test_a_correct_model_is_not_accused(name, dtype):
     model = CLEAN[name]().to(dtype)
-    result = equivalence(as_model(model))
+    result = probe(as_model(model))
     assert result.certificate.broken == frozenset(), result
     assert result.verdict == ("exact-any-chunk" if dtype == torch.float32 else "consistent")
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pytest_lmeval.adapters import ZOO, as_model, load
+from pytest_lmeval.models.sources import ZOO, as_model, load
 from pytest_lmeval.profiling import peak as peaks
 from pytest_lmeval.profiling.flops import FORMULAS, Flops, count_flops, training_flops
 from pytest_lmeval.profiling.peak import peak_memory

@@ -8,11 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import pytest_lmeval.equivalence.probe
-import pytest_lmeval.gates.compare
-import pytest_lmeval.scoring.evaluate
-import pytest_lmeval.scoring.perplexity
-import pytest_lmeval.verbs  # noqa: F401 - runs in this process would import it, and forget it, each for itself
 from pytest_lmeval.__main__ import main
 from pytest_lmeval.gates.margins import Margin, check_sign, parse, read_marker
 
@@ -161,7 +156,7 @@ def test_a_regression_is_that_test_failing_with_an_explanation(accepted, monkeyp
     ]
     assert case.get("name") == "test_numbers"
     assert "worse than baseline.json allows" in case.find("failure").get("message")
-    schema = json.loads(resources.files("pytest_lmeval.results").joinpath("schema.json").read_text())
+    schema = json.loads(resources.files("pytest_lmeval.records").joinpath("schema.json").read_text())
     pytest.importorskip("jsonschema").validate(json.loads((accepted.path / ".lmeval/metrics.json").read_text()), schema)
     assert accept("-k", "test_numbers") == 0  # the command that it names
     run(accepted).assert_outcomes(passed=2)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_lmeval.results import history
+from pytest_lmeval.records import history
 
 KEY = ("test_a.py::test_reads", "demo", "stdlib[test]", "perplexity")
 

@@ -6,9 +6,10 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from pytest_lmeval.adapters import as_model, load  # noqa: E402
-from pytest_lmeval.lm import ModelError, SpecError, fork  # noqa: E402
-from pytest_lmeval.scoring.perplexity import perplexity  # noqa: E402
+from pytest_lmeval.errors import ModelError, SpecError  # noqa: E402
+from pytest_lmeval.measures._perplexity import measure_perplexity  # noqa: E402
+from pytest_lmeval.models.model import fork  # noqa: E402
+from pytest_lmeval.models.sources import as_model, load  # noqa: E402
 from pytest_lmeval.stream import stream  # noqa: E402
 
 SIZE = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -96,7 +97,7 @@ def test_a_folder_is_loaded_and_reads_text(folder, tmp_path):
     from pytest_lmeval.data import corpus
 
     (tmp_path / "text.txt").write_text("the lazy café, 你好 fox\n" * 50, encoding="utf-8")
-    result = perplexity(load(f"hf:{folder}"), corpus(f"text:{tmp_path / 'text.txt'}"))
+    result = measure_perplexity(load(f"hf:{folder}"), corpus(f"text:{tmp_path / 'text.txt'}"))
     nats = float(result.nll) * result.tokens
     total_bytes = len((tmp_path / "text.txt").read_bytes())
     assert float(result.bits_per_byte) == pytest.approx(nats / np.log(2) / total_bytes)  # every byte: there is a <s>
@@ -116,7 +117,7 @@ def test_the_precision_of_a_folder_can_be_chosen(folder):
 
 def test_a_text_longer_than_the_context_is_read_in_windows(folder):
     module = build("GPT2", vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=2)
-    result = perplexity(as_model(module), IDS)
+    result = measure_perplexity(as_model(module), IDS)
     assert result.tokens == 89
     assert result.record.settings["window"] == 32
     assert result.record.settings["why"] == "the model's context is 32 tokens"
@@ -141,9 +142,9 @@ def test_a_folder_without_a_tokenizer_scores_ids_and_refuses_text(tmp_path):
 
     build("Llama", **SIZE, **HEADS).save_pretrained(tmp_path)
     lm = load(f"hf:{tmp_path}")
-    assert perplexity(lm, IDS, tokens=50).tokens == 49
+    assert measure_perplexity(lm, IDS, tokens=50).tokens == 49
     with pytest.raises(SpecError, match="has no tokenizer that can be loaded"):
-        perplexity(lm, corpus("stdlib", "test"), tokens=50)
+        measure_perplexity(lm, corpus("stdlib", "test"), tokens=50)
 
 
 def test_a_model_whose_cache_crashes_is_read_without_it_and_says_so():

@@ -54,9 +54,9 @@ def test_a_module_imports_only_what_stands_above_it():
 
 def test_this_test_can_fail(tmp_path):
     path = tmp_path / "lm.py"
-    path.write_text("def late():\n    from pytest_lmeval.verbs import Lmeval\n")
-    assert list(misplaced(path, "pytest_lmeval.lm")) == [
-        "pytest_lmeval.lm imports pytest_lmeval.verbs.Lmeval, which stands below it"
+    path.write_text("def late():\n    from pytest_lmeval.measures import Lmeval\n")
+    assert list(misplaced(path, "pytest_lmeval.models.model")) == [
+        "pytest_lmeval.models.model imports pytest_lmeval.measures.Lmeval, which stands below it"
     ]
 
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 from toys import CARRYING, VOCAB, Functional, GetSetState, Stepper, Streaming
 
-from pytest_lmeval.adapters import as_model
-from pytest_lmeval.equivalence.twin import twin
-from pytest_lmeval.identity import _code, fingerprint
-from pytest_lmeval.lm import ModelError, fork, state_bytes
+from pytest_lmeval.errors import ModelError
+from pytest_lmeval.laws.twin import twin
+from pytest_lmeval.models.identity import _code, fingerprint
+from pytest_lmeval.models.model import fork, state_bytes
+from pytest_lmeval.models.sources import as_model
 
 
 @dataclass
@@ -102,7 +103,7 @@ def test_the_fingerprint_changes_with_one_weight():
 
 
 def test_the_fingerprint_of_a_large_tensor_sees_every_element(monkeypatch):
-    monkeypatch.setattr("pytest_lmeval.identity.SMALL", 16)
+    monkeypatch.setattr("pytest_lmeval.models.identity.SMALL", 16)
     module = Functional()
     before = fingerprint(as_model(module))
     with torch.no_grad():
@@ -138,7 +139,7 @@ def test_the_fingerprint_changes_with_what_is_no_weight(change, tmp_path, monkey
         module.mode = "remember"
     else:
         (tmp_path / "inner.py").write_text("from torch import nn\nclass Scale(nn.Identity):\n    by = 2\n")
-        monkeypatch.setattr("pytest_lmeval.identity._code", _code.__wrapped__)
+        monkeypatch.setattr("pytest_lmeval.models.identity._code", _code.__wrapped__)
         module = Functional()
         module.scale, module.mode = inner.Scale(), "forget"
     assert fingerprint(as_model(module)) != before

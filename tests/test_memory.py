@@ -15,15 +15,13 @@ from hypothesis import strategies as st
 from torch import nn
 from toys import Functional, GetSetState, Stateless, Stepper
 
-from pytest_lmeval.adapters import as_model, load
+from pytest_lmeval.errors import ModelError, OutOfMemory, ProfilingError
 from pytest_lmeval.frames import release_frames
-from pytest_lmeval.lm import ModelError
+from pytest_lmeval.measures import _memory as measurement
+from pytest_lmeval.measures._memory import measure_memory
+from pytest_lmeval.models.sources import as_model, load
 from pytest_lmeval.profiling import child
-from pytest_lmeval.profiling import memory as measurement
 from pytest_lmeval.profiling.allocations import watched_allocations
-from pytest_lmeval.profiling.failures import OutOfMemory
-from pytest_lmeval.profiling.memory import memory
-from pytest_lmeval.profiling.runner import ProfilingError
 from pytest_lmeval.profiling.storages import storages
 
 MIB = 1 << 20
@@ -116,7 +114,7 @@ def test_garbage_is_collected_before_and_not_meanwhile():
 
 @pytest.mark.parametrize(("rows", "tokens"), [(1, 16), (2, 16), (1, 64)])
 def test_a_known_pattern_is_told_apart_to_the_byte(rows, tokens):
-    result = memory(as_model(Known()), batch_size=rows, seq_len=tokens, apart=False)
+    result = measure_memory(as_model(Known()), batch_size=rows, seq_len=tokens, apart=False)
     assert result.weights_bytes == 4 << 16
     assert result.state_bytes == 4 * rows << 16
     assert result.tensors_peak_bytes == 4 * rows * (tokens << 18) + result.state_bytes
@@ -124,8 +122,8 @@ def test_a_known_pattern_is_told_apart_to_the_byte(rows, tokens):
 
 
 def test_this_test_can_fail():
-    one = memory(as_model(Known()), seq_len=16, apart=False).tensors_peak_bytes
-    more = memory(as_model(Known(steps=(1 << 18) + 1)), seq_len=16, apart=False).tensors_peak_bytes
+    one = measure_memory(as_model(Known()), seq_len=16, apart=False).tensors_peak_bytes
+    more = measure_memory(as_model(Known(steps=(1 << 18) + 1)), seq_len=16, apart=False).tensors_peak_bytes
     assert more == one + 4 * 16
 
 
@@ -136,7 +134,7 @@ def test_all_logits_take_more_than_the_last():
             return self.head(hidden[:, -keep:] if keep else hidden), state
 
     lm = as_model(Sparing(vocab=5000))
-    last, all_of_them = (memory(lm, seq_len=64, keep=keep, apart=False) for keep in (1, None))
+    last, all_of_them = (measure_memory(lm, seq_len=64, keep=keep, apart=False) for keep in (1, None))
     assert all_of_them.activations_bytes - last.activations_bytes == pytest.approx(63 * 5000 * 4, rel=0.02)
     assert all_of_them.state_bytes == last.state_bytes == 16 * 4
 
@@ -150,7 +148,7 @@ def test_a_state_that_lies_in_the_weights_is_not_taken_from_the_activations():
         def forward(self, input_ids, state=None):
             return torch.ones(*input_ids.shape, 4), self.ring
 
-    result = memory(as_model(Ring()), seq_len=8, apart=False)
+    result = measure_memory(as_model(Ring()), seq_len=8, apart=False)
     assert result.state_bytes == 4 << 16
     assert result.activations_bytes == result.tensors_peak_bytes > 0
 
@@ -164,7 +162,7 @@ def test_a_weight_that_is_shared_counts_once():
 
 @pytest.mark.parametrize("toy", [GetSetState, Stepper])
 def test_any_form_of_model_is_measured(toy):
-    result = memory(as_model(toy()), seq_len=8, new_tokens=3, apart=False)
+    result = measure_memory(as_model(toy()), seq_len=8, new_tokens=3, apart=False)
     assert result.state_bytes == 16 * 4
     assert ("weights_bytes" in result.record.metrics) == (toy is GetSetState)
     assert list(result.record.settings["absent"]) == ([] if toy is GetSetState else ["weights_bytes"])
@@ -177,9 +175,9 @@ def test_a_shape_that_does_not_fit_is_named():
             return super().forward(input_ids, state)
 
     with pytest.raises(OutOfMemory, match=r"batch 2, 64 tokens on cpu does not fit .*2,251,799,813,685,248 bytes.*fewer rows"):
-        memory(as_model(Growing()), batch_size=2, seq_len=64, apart=False)
+        measure_memory(as_model(Growing()), batch_size=2, seq_len=64, apart=False)
     with pytest.raises(OutOfMemory, match=r"batch 1099511627776, 512 tokens on cpu does not fit"):  # not even the prompt
-        memory(as_model(Growing()), batch_size=1 << 40, seq_len=512, apart=False)
+        measure_memory(as_model(Growing()), batch_size=1 << 40, seq_len=512, apart=False)
 
 
 @pytest.mark.parametrize(
@@ -198,13 +196,15 @@ def test_a_shape_that_does_not_fit_is_named():
 def test_a_shape_that_cannot_be_run_is_refused_before_anything_is(monkeypatch, toy, shape, message):
     monkeypatch.setattr(measurement, "_measured", None)
     with pytest.raises(ProfilingError, match=message):
-        memory(replace(as_model(toy()), context_length=8), **{"seq_len": 4, "new_tokens": 2, **shape})
+        measure_memory(replace(as_model(toy()), context_length=8), **{"seq_len": 4, "new_tokens": 2, **shape})
 
 
 @pytest.mark.parametrize(("toy", "seq_len"), [(Functional, 6), (Stateless, 8)])
 def test_a_context_that_is_just_long_enough_is_measured(toy, seq_len):
     lm = replace(as_model(toy()), context_length=8)
-    result = memory(lm, seq_len=seq_len, new_tokens=3, apart=False)  # without a state nothing is decoded after the prompt
+    result = measure_memory(
+        lm, seq_len=seq_len, new_tokens=3, apart=False
+    )  # without a state nothing is decoded after the prompt
     assert result.activations_bytes > 0
 
 
@@ -219,7 +219,7 @@ def test_what_this_process_holds_does_not_count_there(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[1])  # where the class is found again
     held = torch.ones(300 * MIB, dtype=torch.uint8)
     lm = as_model(Known())
-    apart, here = memory(lm, seq_len=32), memory(lm, seq_len=32, apart=False)
+    apart, here = measure_memory(lm, seq_len=32), measure_memory(lm, seq_len=32, apart=False)
     assert apart.record.settings["process"] == "a child, moved there by pickle"
     assert exactly(apart) == exactly(here)
     if "peak_bytes" in here.record.metrics:
@@ -232,7 +232,7 @@ def test_a_model_that_cannot_be_moved_is_measured_here(monkeypatch):
         pass
 
     monkeypatch.setattr(child.subprocess, "run", None)  # no process is started in vain
-    result = memory(as_model(Local()), seq_len=4)
+    result = measure_memory(as_model(Local()), seq_len=4)
     assert "this one: what it did before counts in the peak. It cannot be pickled" in result.record.settings["process"]
     assert result.weights_bytes == 4 << 16
 
@@ -319,7 +319,7 @@ def test_what_a_model_does_wrong_there_is_told_here(monkeypatch):
 
 def test_a_child_that_is_killed_as_it_loads_says_nothing_of_the_step(monkeypatch):
     monkeypatch.setattr(child.subprocess, "run", lambda command, **_: child.subprocess.CompletedProcess(command, -9, b""))
-    result = memory(load("zoo:lstm"), seq_len=4)
+    result = measure_memory(load("zoo:lstm"), seq_len=4)
     assert "this one: what it did before counts in the peak. A child" in result.record.settings["process"]
 
 

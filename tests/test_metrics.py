@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pytest_lmeval.errors import TaskError
 from pytest_lmeval.scoring import measures
 from pytest_lmeval.scoring.examples import Example
 from pytest_lmeval.scoring.metrics import LIBRARIES, LM_EVAL_NAMES, METRICS, check, compute, tied
-from pytest_lmeval.task import TaskError
 from pytest_lmeval.tasks import find, names
 
 OF_CHOICES = ["accuracy", "greedy_match", "perplexity", "f1", "f1_macro", "matthews", "chance"]

@@ -9,12 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pytest_lmeval.adapters import as_model
-from pytest_lmeval.equivalence import LawBroken, equivalence, replay
-from pytest_lmeval.equivalence.twin import twin
-from pytest_lmeval.lm import SpecError, fork
-from pytest_lmeval.profiling.latency import latency
-from pytest_lmeval.scoring.perplexity import perplexity
+from pytest_lmeval.errors import LawBroken, SpecError
+from pytest_lmeval.laws import probe, replay
+from pytest_lmeval.laws.twin import twin
+from pytest_lmeval.measures._latency import measure_latency
+from pytest_lmeval.measures._perplexity import measure_perplexity
+from pytest_lmeval.models.model import fork
+from pytest_lmeval.models.sources import as_model
 from pytest_lmeval.stream import stream
 
 moshi_lm = pytest.importorskip("moshi.models.lm", reason="pip install 'pytest-lmeval[moshi]' and pip install --no-deps moshi")
@@ -125,7 +126,7 @@ def test_chunks_of_several_frames_are_right_until_the_ring_is_full_and_wrong_fro
 @pytest.mark.parametrize("context", [CONTEXT, 24])
 def test_the_probe_finds_that_it_is_right_one_frame_at_a_time_only(context):
     lm = as_model(tiny(context))
-    result = equivalence(lm)
+    result = probe(lm)
     assert result.verdict == "exact-step-only", result
     assert result.certificate.broken == {"splits"}
     assert result.laws["steps"].worst_ratio < 8
@@ -138,7 +139,7 @@ def test_the_probe_finds_that_it_is_right_one_frame_at_a_time_only(context):
 
 
 def test_within_a_context_that_is_not_reached_any_chunk_is_right_and_the_certificate_says_so():
-    result = equivalence(as_model(tiny(context=600)))
+    result = probe(as_model(tiny(context=600)))
     assert result.verdict == "exact-any-chunk", result
     assert result.certificate.not_reached == (600,)
 
@@ -176,13 +177,13 @@ def test_a_model_that_cannot_be_streamed_or_scored_is_refused(options):
 
 def test_its_perplexity_is_the_mean_over_valid_codes():
     codes = codes_of(200, gaps=0.1)
-    result = perplexity(LM, codes, chunk_size=1, positions=(150,))
+    result = measure_perplexity(LM, codes, chunk_size=1, positions=(150,))
     assert float(result.nll) == pytest.approx(np.nanmean(full_losses(codes)), rel=1e-5)
     assert set(result.loss_at) == {150}
 
 
 def test_its_speed_is_measured():
-    assert latency(LM, seq_len=8, new_tokens=3, runs=2, warm_up=1).itl.n == 4
+    assert measure_latency(LM, seq_len=8, new_tokens=3, runs=2, warm_up=1).itl.n == 4
 
 
 def test_nothing_of_it_is_imported_for_other_models():

@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import VOCAB, Failing, Functional, Stateless, Stepper
 
-from pytest_lmeval.adapters import as_model
-from pytest_lmeval.data.corpus import Corpus, CorpusError, Document
-from pytest_lmeval.results.journal import Checkpoints, JournalWarning
-from pytest_lmeval.scoring.perplexity import exponential, perplexity
+from pytest_lmeval.data.corpus import Corpus, Document
+from pytest_lmeval.errors import CorpusError, StreamError
+from pytest_lmeval.measures._perplexity import exponential, measure_perplexity
+from pytest_lmeval.models.sources import as_model
+from pytest_lmeval.records.journal import Checkpoints, JournalWarning
 from pytest_lmeval.scoring.reading import (
     BLOCK,
     BLOCKS,
@@ -32,7 +33,6 @@ from pytest_lmeval.scoring.reading import (
     rows_of,
 )
 from pytest_lmeval.scoring.resume import Saver
-from pytest_lmeval.stream import StreamError
 
 LM = as_model(Functional())
 BYTE_LM = as_model(Functional(vocab=256))
@@ -59,7 +59,7 @@ def losses_of(ids, model=LM):
 
 def test_the_figures_are_those_of_a_plain_computation():
     ids = ids_of(500)
-    result = perplexity(LM, ids, chunk_size=64)
+    result = measure_perplexity(LM, ids, chunk_size=64)
     losses = losses_of(ids)
     with torch.no_grad():
         logits, _ = LM.step(torch.from_numpy(ids)[None, :-1])
@@ -73,48 +73,48 @@ def test_the_figures_are_those_of_a_plain_computation():
 
 def test_bits_per_byte_are_those_of_the_text():
     text = "naïve café " * 30
-    result = perplexity(BYTE_LM, texts(text))
+    result = measure_perplexity(BYTE_LM, texts(text))
     losses = losses_of(np.frombuffer(text.encode(), np.uint8).astype(np.int64), BYTE_LM)
     assert float(result.bits_per_byte) == pytest.approx(losses.sum() / math.log(2) / (len(text.encode()) - 1), rel=1e-6)
 
 
 def test_ids_have_no_bytes():
     with pytest.raises(AttributeError, match="token ids, no text"):
-        perplexity(LM, ids_of(50)).bits_per_byte  # noqa: B018
+        measure_perplexity(LM, ids_of(50)).bits_per_byte  # noqa: B018
 
 
 def test_documents_begin_with_a_new_state_each():
-    result = perplexity(BYTE_LM, texts("first document", "second one", as_stream=False))
+    result = measure_perplexity(BYTE_LM, texts("first document", "second one", as_stream=False))
     losses = [losses_of(list(text.encode()), BYTE_LM) for text in ("first document", "second one")]
     assert float(result.nll) == pytest.approx(np.concatenate(losses).mean(), rel=1e-6)
     assert result.record.settings["documents"] == 2
 
 
 def test_one_stream_carries_its_state_over_documents():
-    result = perplexity(BYTE_LM, texts("first document", "second one"))
+    result = measure_perplexity(BYTE_LM, texts("first document", "second one"))
     assert float(result.nll) == pytest.approx(losses_of(list(b"first documentsecond one"), BYTE_LM).mean(), rel=1e-6)
 
 
 def test_limits_are_kept():
     corpus = texts(*["some text"] * 10, as_stream=False)
-    assert perplexity(BYTE_LM, corpus, limit=3).tokens == 3 * 8
-    assert perplexity(BYTE_LM, corpus, limit=3, tokens=4).tokens == 3 * 3
-    assert perplexity(BYTE_LM, corpus, as_stream=True, tokens=20).tokens == 19
+    assert measure_perplexity(BYTE_LM, corpus, limit=3).tokens == 3 * 8
+    assert measure_perplexity(BYTE_LM, corpus, limit=3, tokens=4).tokens == 3 * 3
+    assert measure_perplexity(BYTE_LM, corpus, as_stream=True, tokens=20).tokens == 19
 
 
 def test_a_model_without_a_state_is_read_in_windows_and_the_record_says_so():
-    result = perplexity(as_model(Stateless()), ids_of(300), window=100, overlap=50)
+    result = measure_perplexity(as_model(Stateless()), ids_of(300), window=100, overlap=50)
     assert result.tokens == 299
     assert result.record.settings["reading"] == "windows"
-    default = perplexity(as_model(Stateless()), ids_of(300))
+    default = measure_perplexity(as_model(Stateless()), ids_of(300))
     assert default.record.settings["why"] == "the model has no state to carry"
     with pytest.raises(StreamError, match="can only be read in windows"):
-        perplexity(as_model(Stateless()), ids_of(300), window="unlimited")
+        measure_perplexity(as_model(Stateless()), ids_of(300), window="unlimited")
 
 
 def test_loss_by_position_covers_every_target():
     ids = ids_of(3000)
-    result = perplexity(LM, ids, positions=(1000, 2000, 9000))
+    result = measure_perplexity(LM, ids, positions=(1000, 2000, 9000))
     losses = losses_of(ids)
     first = result.loss_by_position
     assert first.y[0] == pytest.approx(losses[0], rel=1e-5)  # the target with one token before it
@@ -124,7 +124,7 @@ def test_loss_by_position_covers_every_target():
 
 def test_losses_are_written_as_they_are_read(tmp_path):
     ids = ids_of(300)
-    perplexity(LM, ids, chunk_size=32, losses=tmp_path / "losses.npy")
+    measure_perplexity(LM, ids, chunk_size=32, losses=tmp_path / "losses.npy")
     written = np.load(tmp_path / "losses.npy")
     assert written.dtype == np.float32
     np.testing.assert_allclose(written, losses_of(ids), atol=1e-5)
@@ -132,34 +132,34 @@ def test_losses_are_written_as_they_are_read(tmp_path):
 
 def test_progress_is_told_after_every_chunk():
     seen = []
-    perplexity(LM, ids_of(100), chunk_size=30, tokens=80, progress=lambda *told: seen.append(told))
+    measure_perplexity(LM, ids_of(100), chunk_size=30, tokens=80, progress=lambda *told: seen.append(told))
     assert [(done, expected) for done, _, expected in seen] == [(30, 79), (60, 79), (79, 79)]
 
 
 def test_an_iterator_is_read_once_and_never_held():
     ids = ids_of(1000)
-    result = perplexity(LM, iter(np.split(ids, 10)))
+    result = measure_perplexity(LM, iter(np.split(ids, 10)))
     assert float(result.nll) == pytest.approx(losses_of(ids).mean(), rel=1e-6)
 
 
 @pytest.mark.parametrize("corpus", [texts(), texts(""), texts("a")])
 def test_an_empty_stream_is_refused(corpus):
     with pytest.raises(StreamError, match=r"texts\[test\]: a stream of fewer than two tokens"):
-        perplexity(BYTE_LM, corpus)
+        measure_perplexity(BYTE_LM, corpus)
 
 
 def test_an_empty_document_is_named():
     with pytest.raises(StreamError, match="document 1: a stream of fewer than two tokens"):
-        perplexity(BYTE_LM, texts("fine", "", "fine", as_stream=False))
+        measure_perplexity(BYTE_LM, texts("fine", "", "fine", as_stream=False))
 
 
 def test_no_documents_at_all_are_refused():
     with pytest.raises(StreamError, match="holds no document"):
-        perplexity(BYTE_LM, texts(as_stream=False))
+        measure_perplexity(BYTE_LM, texts(as_stream=False))
 
 
 def test_a_perplexity_is_never_capped():
-    from pytest_lmeval.results.metric import Metric
+    from pytest_lmeval.records.value import Metric
 
     assert float(exponential(Metric(25.0))) == pytest.approx(math.exp(25))
     with pytest.raises(StreamError, match="no number a float can hold"):
@@ -216,13 +216,13 @@ def test_the_course_of_any_number_of_chunks_is_a_mean_of_each_group_also_of_the_
 
 
 def test_the_state_is_weighed_after_every_chunk():
-    held = perplexity(LM, ids_of(500), chunk_size=64).record.series["state_bytes"]
+    held = measure_perplexity(LM, ids_of(500), chunk_size=64).record.series["state_bytes"]
     assert (held.y, held.x[0], held.x[-1], held.y_unit) == ([64.0] * 8, 64, 499, "bytes")
-    cache = perplexity(as_model(Attention()), ids_of(500) % 7, chunk_size=64).record.series["state_bytes"].y
+    cache = measure_perplexity(as_model(Attention()), ids_of(500) % 7, chunk_size=64).record.series["state_bytes"].y
     assert cache[0] > 0
     np.testing.assert_allclose(np.diff(cache[:-1]), cache[0], rtol=1e-6)  # a cache grows by as much with each chunk
-    assert "state_bytes" not in perplexity(LM, ids_of(500), window=50).record.series  # none is carried there
-    assert "state_bytes" not in perplexity(LM, ids_of(500), as_stream=False).record.series  # nor from text to text
+    assert "state_bytes" not in measure_perplexity(LM, ids_of(500), window=50).record.series  # none is carried there
+    assert "state_bytes" not in measure_perplexity(LM, ids_of(500), as_stream=False).record.series  # nor from text to text
 
 
 def test_a_reading_survives_json_to_the_last_bit():
@@ -256,13 +256,13 @@ def test_a_killed_reading_goes_on_with_the_same_numbers_to_the_last_bit(tmp_path
     monkeypatch.setattr(Saver, "SHARE", 0.0)
     options = {"chunk_size": 16, "positions": (50, 100), **plan}
     corpus = texts(*(f"document number {n} with some text in it, " * 3 for n in range(6)), as_stream=as_stream)
-    whole = perplexity(BYTE_LM, corpus, losses=tmp_path / "whole.npy", **options)
+    whole = measure_perplexity(BYTE_LM, corpus, losses=tmp_path / "whole.npy", **options)
     saved = {"checkpoints": Checkpoints(tmp_path / "partial"), "key": "k", "losses": tmp_path / "killed.npy"}
     for tokens in (100, 250, 430):
         dies, extra = read_killed_at(tokens, **options, **saved)
         with dies:
-            perplexity(BYTE_LM, corpus, **extra)
-    resumed = perplexity(BYTE_LM, corpus, **options, **saved)
+            measure_perplexity(BYTE_LM, corpus, **extra)
+    resumed = measure_perplexity(BYTE_LM, corpus, **options, **saved)
     assert 300 < resumed.resumed_at < resumed.tokens
     for name in ("perplexity", "nll", "bits_per_byte", "token_accuracy_top1", "token_accuracy_top5"):
         assert resumed.record.metrics[name].to_json() == whole.record.metrics[name].to_json()
@@ -276,13 +276,13 @@ def test_a_saved_point_of_another_version_is_reported_and_the_text_read_from_its
     saved = {"checkpoints": Checkpoints(tmp_path), "key": "k", "chunk_size": 16}
     dies, extra = read_killed_at(50, **saved)
     with dies:
-        perplexity(LM, ids_of(100), **extra)
+        measure_perplexity(LM, ids_of(100), **extra)
     point = torch.load(tmp_path / "k.pt")
     meta = json.loads(point["meta"])
     meta["reading"]["chunks"] = [row[:-1] for row in meta["reading"]["chunks"]]
     torch.save({**point, "meta": json.dumps(meta)}, tmp_path / "k.pt")
     with pytest.warns(JournalWarning, match=r"cannot be read .*of another version"):
-        assert perplexity(LM, ids_of(100), **saved).resumed_at == 0
+        assert measure_perplexity(LM, ids_of(100), **saved).resumed_at == 0
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
@@ -290,7 +290,7 @@ def test_a_reading_goes_on_where_the_disk_is_full_and_stops_where_it_is_stopped(
     monkeypatch.setattr(Saver, "PAUSE", 0.0)
     saving = torch.save
     monkeypatch.setattr(torch, "save", lambda point, file: saving(point, Failing(20, error)))
-    read = partial(perplexity, LM, ids_of(100), chunk_size=16, checkpoints=Checkpoints(tmp_path), key="k")
+    read = partial(measure_perplexity, LM, ids_of(100), chunk_size=16, checkpoints=Checkpoints(tmp_path), key="k")
     if error is OSError:
         with pytest.warns(JournalWarning, match="the reading itself goes on"):
             assert read().tokens == 99
@@ -303,7 +303,7 @@ def test_a_broken_saved_point_is_reported_and_the_text_read_from_its_beginning(t
     checkpoints = Checkpoints(tmp_path)
     (tmp_path / "k.pt").write_bytes(b"half a file")
     with pytest.warns(JournalWarning, match="cannot be read"):
-        result = perplexity(LM, ids_of(100), checkpoints=checkpoints, key="k")
+        result = measure_perplexity(LM, ids_of(100), checkpoints=checkpoints, key="k")
     assert result.tokens == 99
 
 
@@ -322,7 +322,7 @@ def test_a_saved_point_cannot_run_code(tmp_path, model, function):
 
     torch.save({"meta": "{}", "state": Evil()}, tmp_path / "k.pt")
     with pytest.warns(JournalWarning, match="cannot be read"):
-        perplexity(model, ids_of(100), checkpoints=Checkpoints(tmp_path), key="k")
+        measure_perplexity(model, ids_of(100), checkpoints=Checkpoints(tmp_path), key="k")
     assert not (tmp_path / "ran").exists()
 
 
@@ -330,12 +330,12 @@ def test_short_documents_in_windows_are_not_counted_twice_after_a_kill(tmp_path,
     often(monkeypatch)
     model = as_model(Stateless(vocab=256))
     corpus = texts(*(f"document {n}" + " and more" * (n % 3) for n in range(12)), as_stream=False)
-    whole = perplexity(model, corpus)
+    whole = measure_perplexity(model, corpus)
     saved = {"checkpoints": Checkpoints(tmp_path), "key": "k"}
     dies, extra = read_killed_at(100, **saved)
     with dies:
-        perplexity(model, corpus, **extra)
-    resumed = perplexity(model, corpus, **saved)
+        measure_perplexity(model, corpus, **extra)
+    resumed = measure_perplexity(model, corpus, **saved)
     assert resumed.resumed_at > 0
     assert (resumed.tokens, resumed.nll.to_json()) == (whole.tokens, whole.nll.to_json())
     assert resumed.record.settings["documents"] == 12
@@ -348,12 +348,12 @@ def test_losses_that_never_reached_the_disk_are_read_again(tmp_path, monkeypatch
     saved = {"checkpoints": Checkpoints(tmp_path / "partial"), "key": "k", "losses": path, "chunk_size": 16}
     dies, extra = read_killed_at(200, **saved)
     with dies:
-        perplexity(LM, ids, **extra)
+        measure_perplexity(LM, ids, **extra)
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:300])
     else:
         path.unlink()
-    perplexity(LM, ids, **saved)
+    measure_perplexity(LM, ids, **saved)
     np.testing.assert_allclose(np.load(path), losses_of(ids), atol=1e-5)
 
 
@@ -366,13 +366,15 @@ def test_a_state_that_cannot_be_saved_costs_only_the_saved_point(tmp_path, monke
             return logits, (state, lambda: None)
 
     with pytest.warns(JournalWarning, match="no point to go on from can be saved"):
-        result = perplexity(as_model(WithFunction()), ids_of(200), chunk_size=16, checkpoints=Checkpoints(tmp_path), key="k")
+        result = measure_perplexity(
+            as_model(WithFunction()), ids_of(200), chunk_size=16, checkpoints=Checkpoints(tmp_path), key="k"
+        )
     assert result.tokens == 199
 
 
 def test_a_window_is_scored_and_told_chunk_by_chunk():
     told = []
-    result = perplexity(LM, ids_of(300), window=200, chunk_size=32, progress=lambda done, *_: told.append(done))
+    result = measure_perplexity(LM, ids_of(300), window=200, chunk_size=32, progress=lambda done, *_: told.append(done))
     assert told[:7] == [32, 64, 96, 128, 160, 192, 200]
     assert result.chunks > 9
 
@@ -380,7 +382,7 @@ def test_a_window_is_scored_and_told_chunk_by_chunk():
 def test_the_window_of_a_stateless_model_does_not_depend_on_the_chunk_or_the_vocabulary():
     for vocab in (16, 5000):
         for chunk_size in (None, 16):
-            result = perplexity(as_model(Stateless(vocab=vocab)), np.arange(16), chunk_size=chunk_size)
+            result = measure_perplexity(as_model(Stateless(vocab=vocab)), np.arange(16), chunk_size=chunk_size)
             assert result.record.settings["window"] == 1024
 
 
@@ -392,9 +394,9 @@ def test_no_token_is_put_before_ids():
             raise AssertionError
 
     model = as_model(Functional(), tokenizer=WithBos())
-    assert perplexity(model, ids_of(50)).tokens == 49
+    assert measure_perplexity(model, ids_of(50)).tokens == 49
 
 
 def test_ids_that_are_no_integers_are_refused():
     with pytest.raises(CorpusError, match="token ids are integers; these are float64"):
-        perplexity(LM, np.array([1.2, 3.9, 4.1]))
+        measure_perplexity(LM, np.array([1.2, 3.9, 4.1]))

@@ -69,7 +69,7 @@ def test_what_is_written_fits_the_published_schema(project):
 """
     )
     run(project).assert_outcomes(passed=4)
-    schema = json.loads(resources.files("pytest_lmeval.results").joinpath("schema.json").read_text())
+    schema = json.loads(resources.files("pytest_lmeval.records").joinpath("schema.json").read_text())
     jsonschema.validate(metrics(project), schema)
     assert [record["kind"] for record in metrics(project)["records"]] == [
         "perplexity", "equivalence", "latency", "throughput", "custom",

@@ -12,15 +12,17 @@ from hypothesis import strategies as st
 from torch import nn
 from toys import Functional, Stepper
 
-from pytest_lmeval.adapters import as_model, load, precision
-from pytest_lmeval.equivalence.probe import equivalence
-from pytest_lmeval.equivalence.twin import twin
-from pytest_lmeval.equivalence.untouched import weights_kept
-from pytest_lmeval.identity import facts, fingerprint
-from pytest_lmeval.identity import precision as precision_facts
-from pytest_lmeval.lm import Model, SpecError, multiplied
-from pytest_lmeval.scoring.perplexity import perplexity
-from pytest_lmeval.tensors import is_packed, nbytes, precision_of, unpack, value_bits
+from pytest_lmeval.errors import SpecError
+from pytest_lmeval.laws.probe import probe
+from pytest_lmeval.laws.twin import twin
+from pytest_lmeval.laws.untouched import weights_kept
+from pytest_lmeval.measures._perplexity import measure_perplexity
+from pytest_lmeval.models import precision
+from pytest_lmeval.models.identity import facts, fingerprint
+from pytest_lmeval.models.identity import precision as precision_facts
+from pytest_lmeval.models.model import Model, multiplied
+from pytest_lmeval.models.sources import as_model, load
+from pytest_lmeval.models.tensors import is_packed, nbytes, precision_of, unpack, value_bits
 
 pytest.importorskip("torchao")
 
@@ -124,14 +126,14 @@ def test_the_schema_knows_it(tmp_path):
     import json
     from pathlib import Path
 
-    import pytest_lmeval.results.record as record
+    import pytest_lmeval.records.record as record
 
     jsonschema = pytest.importorskip("jsonschema")
     schema = json.loads((Path(record.__file__).parent / "schema.json").read_text())
     schema = {**schema, "$ref": "#/$defs/record"}
     for key in ("type", "required", "properties"):
         schema.pop(key)
-    kept = json.loads(json.dumps(perplexity(packed("int4"), IDS[0]).record.to_json()))
+    kept = json.loads(json.dumps(measure_perplexity(packed("int4"), IDS[0]).record.to_json()))
     jsonschema.validate(kept, schema)
     kept["lm"]["precision"]["bits_per_weight"] = "four"
     with pytest.raises(jsonschema.ValidationError, match="four"):
@@ -357,7 +359,7 @@ def test_the_twin_has_the_same_rounded_weights_as_plain_numbers(wanted, dtype):
 
 @pytest.mark.parametrize("wanted", ["int8", "int4"])
 def test_rounded_weights_in_float32_arithmetic_are_proven_exact(wanted):
-    found = equivalence(packed(wanted), examples=2, longest=24).certificate
+    found = probe(packed(wanted), examples=2, longest=24).certificate
     assert (found.verdict, found.reference) == ("exact-any-chunk", "float64 run of the same weights")
 
 
@@ -365,7 +367,7 @@ def test_packed_weights_in_bfloat16_arithmetic_are_consistent():
     module = Tiny().bfloat16()
     lm = load_as(module, "int8")
     assert (facts(lm)["dtype"], lm.dtype) == ("int8", torch.bfloat16)
-    found = equivalence(lm, examples=2, longest=24).certificate
+    found = probe(lm, examples=2, longest=24).certificate
     assert (found.verdict, found.float32) == ("consistent", "exact-any-chunk")
 
 
@@ -376,7 +378,7 @@ def test_a_model_whose_activations_are_rounded_too_is_not_proven_and_not_accused
     quantize_(module, Int8DynamicActivationInt8WeightConfig())
     lm = as_model(module)
     assert (lm.dtype, facts(lm)["dtype"]) == (torch.bfloat16, "int8")
-    found = equivalence(lm, examples=2, longest=24).certificate
+    found = probe(lm, examples=2, longest=24).certificate
     assert (found.verdict, found.float32) == ("consistent", "exact-any-chunk")
 
 
@@ -385,7 +387,7 @@ def test_a_packed_model_that_drops_its_state_is_caught():
         def forward(self, input_ids, state=None):
             return super().forward(input_ids, None if input_ids.shape[1] > 1 else state)
 
-    assert equivalence(packed("int4", Forgets()), examples=2, longest=24).verdict == "exact-step-only"
+    assert probe(packed("int4", Forgets()), examples=2, longest=24).verdict == "exact-step-only"
 
 
 def test_packed_weights_are_not_trained():

@@ -12,14 +12,15 @@ import pytest
 import torch
 from toys import Functional, Stateless
 
-from pytest_lmeval.adapters import as_model, load
+from pytest_lmeval.errors import NotMeasuredError, ProfilingError
+from pytest_lmeval.measures._latency import measure_latency
+from pytest_lmeval.measures._latency_grid import measure_latency_grid
+from pytest_lmeval.measures._streaming import measure_streaming
+from pytest_lmeval.measures._throughput import measure_throughput
+from pytest_lmeval.models.sources import as_model, load
 from pytest_lmeval.profiling import clock
-from pytest_lmeval.profiling.grid import latency_grid
-from pytest_lmeval.profiling.latency import latency
-from pytest_lmeval.profiling.runner import NotMeasuredError, ProfilingError, Runner
+from pytest_lmeval.profiling.runner import Runner
 from pytest_lmeval.profiling.samples import median, runs_to_see, spread, stability
-from pytest_lmeval.profiling.streaming import streaming
-from pytest_lmeval.profiling.throughput import throughput
 
 LM = as_model(Functional())
 NOT_TIMED = Runner(not_measured="disabled")
@@ -80,7 +81,7 @@ def test_a_run_reads_the_prompt_once_and_decodes_token_by_token():
     module = Counting()
     lm = as_model(module)
     module.shapes.clear()
-    result = latency(lm, batch_size=3, seq_len=20, new_tokens=4, runs=5, warm_up=2)
+    result = measure_latency(lm, batch_size=3, seq_len=20, new_tokens=4, runs=5, warm_up=2)
     assert module.shapes == [(3, 20), (3, 1), (3, 1), (3, 1)] * (7 + 1)  # the last run is counted in operations
     assert (result.prefill.n, result.ttft.n, result.itl.n, result.tpot.n, result.e2e.n) == (5, 5, 15, 5, 5)
     assert result.record.cost["state_bytes"] == 3 * 16 * 4
@@ -88,7 +89,7 @@ def test_a_run_reads_the_prompt_once_and_decodes_token_by_token():
 
 def test_known_times_are_reported_as_they_are(still):
     lm = as_model(Slow(still, prompt=1e-3, tokens=(2e-3, 4e-3, 9e-3)))
-    result = latency(lm, seq_len=10, new_tokens=4, runs=20, warm_up=0)
+    result = measure_latency(lm, seq_len=10, new_tokens=4, runs=20, warm_up=0)
     assert [float(found) for found in (result.prefill, result.ttft, result.itl, result.tpot, result.e2e)] == pytest.approx(
         [10, 10, 4, 5, 25]
     )
@@ -100,7 +101,7 @@ def test_known_times_are_reported_as_they_are(still):
 @pytest.mark.parametrize("slow_percent", [1, 4, 7, 11, 50, 99])  # at 5 and 10, a percentile lies between two times
 def test_a_percentile_is_the_time_that_so_many_steps_stay_below(still, slow_percent):
     steps = [20e-3] * slow_percent + [1e-3] * (100 - slow_percent)
-    result = latency(as_model(Slow(still, tokens=steps)), seq_len=2, new_tokens=101, runs=3, warm_up=0)
+    result = measure_latency(as_model(Slow(still, tokens=steps)), seq_len=2, new_tokens=101, runs=3, warm_up=0)
     for percent in (90, 95):
         assert float(result.percentile("itl", percent)) == pytest.approx(20 if slow_percent > 100 - percent else 1)
 
@@ -109,20 +110,20 @@ def test_the_first_call_is_reported_apart(still):
     lm = as_model(Slow(still, tokens=(0.5, *[1e-3] * 99)))
     still.now = 0.0
     lm.module.tokens = cycle((0.5, *[1e-3] * 999))
-    result = latency(lm, seq_len=2, new_tokens=2, runs=10, warm_up=3)
+    result = measure_latency(lm, seq_len=2, new_tokens=2, runs=10, warm_up=3)
     assert float(result.record.metrics["cold"]) == pytest.approx(500.2)
     assert float(result.record.metrics["e2e_max"]) == pytest.approx(1.2)
 
 
 def test_the_parts_of_a_run_add_up():
-    result = latency(LM, seq_len=16, new_tokens=5, runs=1, warm_up=0)
+    result = measure_latency(LM, seq_len=16, new_tokens=5, runs=1, warm_up=0)
     assert float(result.prefill) <= float(result.ttft) <= float(result.e2e)
     assert float(result.e2e) == pytest.approx(float(result.ttft) + 4 * float(result.tpot), rel=1e-6)
     assert float(result.record.metrics["cold"]) == float(result.e2e)
 
 
 def test_a_model_without_a_state_is_only_timed_reading():
-    result = latency(as_model(Stateless()), seq_len=16, runs=3, warm_up=0)
+    result = measure_latency(as_model(Stateless()), seq_len=16, runs=3, warm_up=0)
     assert result.prefill > 0
     assert "itl" not in result.record.metrics
 
@@ -134,7 +135,7 @@ def test_percentiles_are_given_only_where_the_samples_carry_them():
     assert "x_p95" not in spread("x", values[:199], "s")
     assert float(spread("x", values, "s")["x_p99"]) == pytest.approx(990, abs=1)
     with pytest.raises(KeyError):
-        latency(LM, seq_len=4, runs=5, warm_up=0).percentile("prefill", 99)
+        measure_latency(LM, seq_len=4, runs=5, warm_up=0).percentile("prefill", 99)
 
 
 def test_the_median_has_an_interval_from_eight_samples_on():
@@ -161,7 +162,7 @@ def test_the_runs_that_a_difference_needs_see_it_four_times_in_five():
 
 
 def test_throughput_counts_the_tokens_of_the_batch(still):
-    result = throughput(as_model(Slow(still, prompt=1e-3)), batch_size=6, seq_len=10, runs=4, warm_up=1)
+    result = measure_throughput(as_model(Slow(still, prompt=1e-3)), batch_size=6, seq_len=10, runs=4, warm_up=1)
     assert float(result.tokens_per_second) == pytest.approx(1000)
     assert float(result.record.metrics["sustained_tokens_per_second"]) == pytest.approx(1000)
     assert float(result.decode_tokens_per_second) == pytest.approx(6 / 2e-3)
@@ -170,7 +171,7 @@ def test_throughput_counts_the_tokens_of_the_batch(still):
 
 
 def test_throughput_is_taken_for_so_many_seconds(still):
-    result = throughput(as_model(Slow(still, prompt=1e-2)), batch_size=2, seq_len=10, seconds=5.0, scaling=False)
+    result = measure_throughput(as_model(Slow(still, prompt=1e-2)), batch_size=2, seq_len=10, seconds=5.0, scaling=False)
     assert result.record.cost["seconds"] == pytest.approx(5.0)
     assert result.tokens_per_second.n == 25
 
@@ -184,38 +185,38 @@ class Saturating(Slow):
 
 
 def test_the_knee_is_where_more_rows_stop_helping(still):
-    result = throughput(as_model(Saturating(still)), batch_size=32, seq_len=4, runs=3)
+    result = measure_throughput(as_model(Saturating(still)), batch_size=32, seq_len=4, runs=3)
     assert result.batch_scaling.y == pytest.approx([400, 800, 1600, 3200, 3200, 3200])
     assert float(result.knee) == 8
     assert float(result.record.metrics["decode_knee_rows"]) == 8
 
 
 def test_a_batch_size_at_which_a_model_fails_does_not_cost_the_others():
-    result = throughput(as_model(Choosy()), batch_size=8, seq_len=4, runs=2)
+    result = measure_throughput(as_model(Choosy()), batch_size=8, seq_len=4, runs=2)
     assert result.batch_scaling.x == [1.0, 2.0, 8.0]
     assert "no kernel for four rows" in result.record.settings["failed"]["4"]
-    failing = throughput(as_model(Choosy()), batch_size=4, seq_len=4, runs=2)
+    failing = measure_throughput(as_model(Choosy()), batch_size=4, seq_len=4, runs=2)
     assert failing.batch_scaling.x == [1.0, 2.0]
     with pytest.raises(ProfilingError, match=r"failed at batch 4, 4 tokens, .*no kernel for four rows"):
         failing.tokens_per_second  # noqa: B018
 
 
 def test_a_cell_of_a_grid_that_fails_is_marked_and_the_others_are_measured():
-    grid = latency_grid(as_model(Choosy()), batch_sizes=(1, 4, 8), seq_lens=(4, 8), runs=2, warm_up=0)
+    grid = measure_latency_grid(as_model(Choosy()), batch_sizes=(1, 4, 8), seq_lens=(4, 8), runs=2, warm_up=0)
     assert set(grid) == {(rows, tokens) for rows in (1, 4, 8) for tokens in (4, 8)}
     assert set(grid.failed) == {(4, 4), (4, 8)}
     assert grid[8, 8].ttft > 0
     with pytest.raises(ProfilingError, match="no kernel"):
         grid[4, 8].ttft  # noqa: B018
     with pytest.raises(ProfilingError, match="no cells"):
-        latency_grid(LM, batch_sizes=())
+        measure_latency_grid(LM, batch_sizes=())
 
 
 def test_options_that_fit_no_cell_are_refused_before_the_first_one():
     with pytest.raises(TypeError, match="unexpected keyword argument 'run'"):
-        latency_grid(LM, run=3)
+        measure_latency_grid(LM, run=3)
     with pytest.raises(ProfilingError, match="runs is 0"):
-        latency_grid(LM, runs=0)
+        measure_latency_grid(LM, runs=0)
 
 
 class Vanishing(Functional):
@@ -233,7 +234,7 @@ class Vanishing(Functional):
 
 def test_after_a_lost_device_the_other_cells_are_marked_and_what_was_measured_is_kept(monkeypatch):
     lm, kept = as_model(Vanishing()), []
-    grid = latency_grid(
+    grid = measure_latency_grid(
         lm, batch_sizes=(1, 2, 4), seq_lens=(4,), runs=2, warm_up=0, keep=lambda cell: kept.append(cell) or cell
     )
     assert [cell.record.settings.get("failure") for cell in kept] == [
@@ -242,7 +243,7 @@ def test_after_a_lost_device_the_other_cells_are_marked_and_what_was_measured_is
     ]
     assert grid[1, 4].ttft > 0
     steps = lm.module.steps
-    latency_grid(lm, batch_sizes=(2, 4, 8), seq_lens=(4,), runs=2, warm_up=0)
+    measure_latency_grid(lm, batch_sizes=(2, 4, 8), seq_lens=(4,), runs=2, warm_up=0)
     assert lm.module.steps == steps + 1  # nothing is tried on a device that is gone
 
 
@@ -254,25 +255,25 @@ class WithoutDecoding(Functional):
 
 
 def test_a_batch_that_can_be_read_and_not_decoded_keeps_how_fast_it_is_read():
-    result = throughput(as_model(WithoutDecoding()), batch_size=4, seq_len=8, runs=2, scaling=False)
+    result = measure_throughput(as_model(WithoutDecoding()), batch_size=4, seq_len=8, runs=2, scaling=False)
     assert result.tokens_per_second > 0
     assert "no kernel for one token" in result.record.settings["failed"]["decode"]
 
 
 def test_of_a_model_that_reads_frames_the_rates_are_of_frames():
     frames = load("zoo:moshi")
-    waits = latency(frames, seq_len=2, new_tokens=2, runs=1, warm_up=0).record.metrics
+    waits = measure_latency(frames, seq_len=2, new_tokens=2, runs=1, warm_up=0).record.metrics
     assert waits["decode_tokens_per_second"].unit == "frames/s"
-    result = throughput(frames, batch_size=2, seq_len=2, runs=1, new_tokens=2)
+    result = measure_throughput(frames, batch_size=2, seq_len=2, runs=1, new_tokens=2)
     assert (result.tokens_per_second.unit, result.batch_scaling.y_unit) == ("frames/s", "frames/s")
-    assert streaming(frames, chunk_size=2, chunks=4, runs=1).tokens_per_second.unit == "frames/s"
-    assert throughput(LM, batch_size=2, seq_len=2, runs=1).tokens_per_second.unit == "tokens/s"
+    assert measure_streaming(frames, chunk_size=2, chunks=4, runs=1).tokens_per_second.unit == "frames/s"
+    assert measure_throughput(LM, batch_size=2, seq_len=2, runs=1).tokens_per_second.unit == "tokens/s"
 
 
 def test_steps_that_the_clock_is_too_coarse_for_are_left_out_of_a_throughput(still, monkeypatch):
     monkeypatch.setattr("pytest_lmeval.profiling.runner.tick", lambda device: 1e-5)
     lm = as_model(Slow(still, prompt=1e-2, tokens=(5e-4,)))
-    result = throughput(lm, batch_size=2, seq_len=10, runs=3, scaling=False)
+    result = measure_throughput(lm, batch_size=2, seq_len=10, runs=3, scaling=False)
     assert result.tokens_per_second > 0
     assert "decode_tokens_per_second" not in result.record.metrics
     assert "the clock ticks every 10 us" in result.record.settings["failed"]["decode"]
@@ -280,7 +281,7 @@ def test_steps_that_the_clock_is_too_coarse_for_are_left_out_of_a_throughput(sti
 
 def test_it_is_told_whether_a_model_was_timed_before_and_by_whom():
     lm = as_model(Functional())
-    first, second = (latency(lm, seq_len=4, runs=2, warm_up=0).record.settings for _ in range(2))
+    first, second = (measure_latency(lm, seq_len=4, runs=2, warm_up=0).record.settings for _ in range(2))
     assert [(said["timed_before"], said["timed_by"]) for said in (first, second)] == [(False, "bare loop"), (True, "bare loop")]
 
 
@@ -293,7 +294,7 @@ def test_the_interval_of_a_median_misses_it_in_five_of_a_hundred_at_most(n):
 
 
 def test_a_stream_is_timed_chunk_by_chunk(still):
-    result = streaming(as_model(Slow(still, prompt=1e-3)), chunk_size=5, chunks=8, runs=2, warm_up=0)
+    result = measure_streaming(as_model(Slow(still, prompt=1e-3)), chunk_size=5, chunks=8, runs=2, warm_up=0)
     assert float(result.chunk_latency) == pytest.approx(5)
     assert result.chunk_latency.n == 14  # the first chunk has no state to read
     assert float(result.tokens_per_second) == pytest.approx(1000)
@@ -312,35 +313,41 @@ class Tiring(Slow):
 
 
 def test_a_stream_that_gets_slower_is_seen(still):
-    result = streaming(as_model(Tiring(still)), chunk_size=5, chunks=17, runs=2, warm_up=0)
+    result = measure_streaming(as_model(Tiring(still)), chunk_size=5, chunks=17, runs=2, warm_up=0)
     assert float(result.slowing) == pytest.approx((13 + 14 + 15 + 16) / (1 + 2 + 3 + 4))
 
 
 def test_only_a_model_with_a_state_reads_a_stream():
     with pytest.raises(ProfilingError, match="no state to carry"):
-        streaming(as_model(Stateless()))
+        measure_streaming(as_model(Stateless()))
 
 
-@pytest.mark.parametrize("measure", [latency, throughput, streaming])
+@pytest.mark.parametrize("measure", [measure_latency, measure_throughput, measure_streaming])
 def test_where_nothing_is_timed_there_are_no_times(measure):
     result = measure(LM, batch_size=2, runner=NOT_TIMED)
     assert result.not_measured == "disabled"
     assert {metric.unit for metric in result.record.metrics.values()} <= {"bytes"}
     assert result.record.cost["flops"] > 0
     with pytest.raises(NotMeasuredError, match="disabled"):
-        _ = result.chunk_latency if measure is streaming else result.tokens_per_second if measure is throughput else result.e2e
+        _ = (
+            result.chunk_latency
+            if measure is measure_streaming
+            else result.tokens_per_second
+            if measure is measure_throughput
+            else result.e2e
+        )
 
 
 def test_a_clock_that_is_too_coarse_is_not_believed(monkeypatch):
     monkeypatch.setattr("pytest_lmeval.profiling.runner.tick", lambda device: 0.5)
-    result = latency(LM, seq_len=4, runs=3, warm_up=0)
+    result = measure_latency(LM, seq_len=4, runs=3, warm_up=0)
     assert "the clock ticks every 5e+05 us" in result.not_measured
     assert result.record.metrics == {}
 
 
 def test_what_the_clock_is_too_coarse_for_is_left_out_and_the_rest_is_kept(still, monkeypatch):
     monkeypatch.setattr("pytest_lmeval.profiling.runner.tick", lambda device: 1e-5)
-    result = latency(as_model(Slow(still, prompt=1e-2, tokens=(5e-4,))), seq_len=10, new_tokens=4, runs=3, warm_up=0)
+    result = measure_latency(as_model(Slow(still, prompt=1e-2, tokens=(5e-4,))), seq_len=10, new_tokens=4, runs=3, warm_up=0)
     assert float(result.prefill) == pytest.approx(100)
     with pytest.raises(NotMeasuredError, match="itl takes 500 us and the clock ticks every 10 us"):
         result.itl  # noqa: B018
@@ -366,21 +373,21 @@ def test_the_clock_tells_apart_less_than_a_microsecond():
 )
 def test_what_cannot_be_timed_is_refused(options, said):
     with pytest.raises(ProfilingError, match=said):
-        latency(LM, **options)
+        measure_latency(LM, **options)
 
 
 def test_a_prompt_that_the_model_cannot_hold_is_refused():
     lm = as_model(Functional())
     object.__setattr__(lm, "context_length", 16)
-    assert latency(lm, seq_len=9, new_tokens=8, runs=1, warm_up=0).e2e > 0
+    assert measure_latency(lm, seq_len=9, new_tokens=8, runs=1, warm_up=0).e2e > 0
     with pytest.raises(ProfilingError, match="reads at most 16 tokens; 10 of a prompt and 7 that follow are more"):
-        latency(lm, seq_len=10, new_tokens=8, runs=1, warm_up=0)
+        measure_latency(lm, seq_len=10, new_tokens=8, runs=1, warm_up=0)
 
 
 @pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf")])
 def test_no_time_at_all_is_refused(seconds):
     with pytest.raises(ProfilingError, match="then there is nothing to measure"):
-        throughput(LM, seconds=seconds)
+        measure_throughput(LM, seconds=seconds)
 
 
 def test_nothing_is_kept_for_a_backward_pass_and_nothing_is_collected():
@@ -394,7 +401,7 @@ def test_nothing_is_kept_for_a_backward_pass_and_nothing_is_collected():
 
     lm = as_model(Watching())
     seen.clear()
-    latency(lm, seq_len=4, runs=1, warm_up=0)
+    measure_latency(lm, seq_len=4, runs=1, warm_up=0)
     assert set(seen) == {(False, False)}
     assert (torch.is_grad_enabled(), gc.isenabled()) == (True, True)
 
@@ -415,9 +422,9 @@ def test_the_number_of_threads_is_held_and_recorded():
     module = Threaded()
     lm = as_model(module)
     seen.clear()
-    assert latency(lm, seq_len=4, runs=2, warm_up=0, threads=3).record.settings["threads"] == 3
+    assert measure_latency(lm, seq_len=4, runs=2, warm_up=0, threads=3).record.settings["threads"] == 3
     assert (set(seen), torch.get_num_threads()) == ({3}, before)
     module.wanted = before + 1
     with pytest.raises(ProfilingError, match=f"set the number of threads from {before} to {before + 1}"):
-        latency(lm, seq_len=4, runs=2, warm_up=0)
+        measure_latency(lm, seq_len=4, runs=2, warm_up=0)
     assert torch.get_num_threads() == before

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from pytest_lmeval.data.rows import Rows
 from pytest_lmeval.scoring.fewshot import Shots
-from pytest_lmeval.task import Choices, Generate, Task
 from pytest_lmeval.tasks import find, names
+from pytest_lmeval.tasks.questions import Choices, Generate, Task
 
 VERSION = "0.4.13"
 PLAIN = "The cat sat on the mat."

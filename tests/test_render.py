@@ -11,8 +11,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pytest_lmeval.__main__ import main
+from pytest_lmeval.errors import DocumentError
 from pytest_lmeval.report import examples, pages
-from pytest_lmeval.report.document import DocumentError, complete, load
+from pytest_lmeval.report.document import complete, load
 from pytest_lmeval.report.formats import bencher, github_action_benchmark
 from pytest_lmeval.report.words import visible
 
@@ -389,7 +390,7 @@ def test_a_project_adds_numbers_sections_and_templates_and_ci_is_told_what_faile
     assert "| ci-3 | 12.5 |" in summary
     assert (project.path / "step.md").read_text().strip() == summary.strip()
     document = json.loads((project.path / ".lmeval" / "metrics.json").read_text())
-    jsonschema.validate(document, json.loads(resources.files("pytest_lmeval.results").joinpath("schema.json").read_text()))
+    jsonschema.validate(document, json.loads(resources.files("pytest_lmeval.records").joinpath("schema.json").read_text()))
     assert [record["metrics"]["doubled"]["value"] for record in document["records"]] == [1.0, 0.5]
     assert [failure["test"].rpartition("::")[2] for failure in document["failures"]] == ["test_bad"]
     cases = ElementTree.parse(project.path / "junit.xml").getroot().iter("testcase")

@@ -14,6 +14,7 @@ from pytest_lmeval.gates.entry import entry_of
 from pytest_lmeval.gates.explain import table
 from pytest_lmeval.gates.margins import Margins
 from pytest_lmeval.gates.scores import Scores
+from pytest_lmeval.records import history
 from pytest_lmeval.report import github, pages, terminal, write
 from pytest_lmeval.report.changes import changes
 from pytest_lmeval.report.figures import figures
@@ -22,7 +23,6 @@ from pytest_lmeval.report.overview import overview
 from pytest_lmeval.report.remarks import remarks
 from pytest_lmeval.report.tables import comparisons, groups
 from pytest_lmeval.report.words import interval, number, size_of, visible
-from pytest_lmeval.results import history
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "metrics-1.json").read_text())
 HOSTILE = "<script>alert('x')</script> | `code` **bold** [link](javascript:x) {{ 7 * 7 }}\n# heading\x07"

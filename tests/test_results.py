@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import Failing
 
-from pytest_lmeval.results.journal import Checkpoints, Journal, key_of
-from pytest_lmeval.results.metric import Metric
-from pytest_lmeval.results.record import Record, Series
+from pytest_lmeval.records.journal import Checkpoints, Journal, key_of
+from pytest_lmeval.records.record import Record, Series
+from pytest_lmeval.records.value import Metric
 
 GOLDEN = Path(__file__).parent / "golden" / "metrics-1.json"
-SCHEMA = json.loads(resources.files("pytest_lmeval.results").joinpath("schema.json").read_text())
+SCHEMA = json.loads(resources.files("pytest_lmeval.records").joinpath("schema.json").read_text())
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
 
 

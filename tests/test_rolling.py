@@ -10,14 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import Functional, Stateless
 
-from pytest_lmeval.adapters import as_model
 from pytest_lmeval.data.corpus import Corpus, Document
 from pytest_lmeval.data.tokens import TokenReader, beginning
-from pytest_lmeval.results.journal import Checkpoints
-from pytest_lmeval.scoring.perplexity import perplexity
+from pytest_lmeval.errors import StreamError
+from pytest_lmeval.measures._perplexity import measure_perplexity
+from pytest_lmeval.models.sources import as_model
+from pytest_lmeval.records.journal import Checkpoints
 from pytest_lmeval.scoring.plan import Plan, plan_for
 from pytest_lmeval.scoring.resume import Saver
-from pytest_lmeval.stream import StreamError, stream_in_windows
+from pytest_lmeval.stream import stream_in_windows
 
 VOCAB = 256
 LONGEST = 120
@@ -174,12 +175,12 @@ SOME = [(str(n), f"document number {n}, and words of it" * (n % 4 + 1)) for n in
 
 def test_documents_are_read_one_by_one_unless_told_otherwise():
     lm = reads(Functional(vocab=VOCAB), context_length=16)
-    result = perplexity(lm, texts(*SOME), window="lm_eval")
+    result = measure_perplexity(lm, texts(*SOME), window="lm_eval")
     assert result.record.settings["documents"] == 6
     assert result.tokens == sum(len(text) for _, text in SOME)
-    assert perplexity(lm, texts(*SOME), window="lm_eval", limit=2).tokens == sum(len(text) for _, text in SOME[:2])
-    assert perplexity(lm, texts(*SOME), window="lm_eval", as_stream=True).record.settings["documents"] is None
-    assert perplexity(lm, texts(*SOME), window=16).record.settings["documents"] is None
+    assert measure_perplexity(lm, texts(*SOME), window="lm_eval", limit=2).tokens == sum(len(text) for _, text in SOME[:2])
+    assert measure_perplexity(lm, texts(*SOME), window="lm_eval", as_stream=True).record.settings["documents"] is None
+    assert measure_perplexity(lm, texts(*SOME), window=16).record.settings["documents"] is None
 
 
 def test_parts_of_a_document_are_tokenized_together():
@@ -190,7 +191,7 @@ def test_parts_of_a_document_are_tokenized_together():
 
     lm = replace(as_model(Functional(vocab=VOCAB), tokenizer=Pairs(bos=1)), context_length=4)
     found = [
-        perplexity(lm, texts(*parts), window="lm_eval")
+        measure_perplexity(lm, texts(*parts), window="lm_eval")
         for parts in ([("a", "one and two"), ("b", "three")], [("a", "one "), ("a", "a"), ("a", "nd two"), ("b", "three")])
     ]
     assert [result.record.settings["documents"] for result in found] == [2, 2]
@@ -199,7 +200,7 @@ def test_parts_of_a_document_are_tokenized_together():
 
 def test_token_ids_are_read_as_they_stand_in_however_many_parts():
     lm, ids = reads(Functional(vocab=VOCAB), context_length=16), np.arange(100)
-    whole, parts = (perplexity(lm, given, window="lm_eval") for given in (ids, iter(np.split(ids, [3, 50]))))
+    whole, parts = (measure_perplexity(lm, given, window="lm_eval") for given in (ids, iter(np.split(ids, [3, 50]))))
     assert whole.tokens == parts.tokens == 99
     assert whole.nll == parts.nll
 
@@ -208,13 +209,13 @@ def test_token_ids_are_read_as_they_stand_in_however_many_parts():
 @pytest.mark.parametrize("toy", [Functional, Stateless])
 def test_the_record_says_how_it_was_read(toy, context, window, why):
     lm = reads(toy(vocab=VOCAB), context_length=context)
-    result = perplexity(lm, texts(*SOME), window="lm_eval", certificate={})
+    result = measure_perplexity(lm, texts(*SOME), window="lm_eval", certificate={})
     told = result.record.settings
     assert (told["reading"], told["window"], told["overlap"], told["rolling"]) == ("windows", window, 0, True)
     assert "lm-evaluation-harness" in told["why"]
     assert why in told["why"]
     assert "as lm_eval reads them" in result.record.certificate["chunking_used"]
-    assert "rolling" not in perplexity(lm, texts(*SOME), window=24).record.settings
+    assert "rolling" not in measure_perplexity(lm, texts(*SOME), window=24).record.settings
 
 
 def test_a_window_of_a_stateless_model_is_read_in_one_step():
@@ -224,7 +225,7 @@ def test_a_window_of_a_stateless_model_is_read_in_one_step():
 
 def test_an_overlap_is_refused_where_the_windows_are_those_of_lm_eval():
     with pytest.raises(StreamError, match=r"overlap=8.*would not be comparable"):
-        perplexity(reads(Functional(vocab=VOCAB)), texts(*SOME), window="lm_eval", overlap=8)
+        measure_perplexity(reads(Functional(vocab=VOCAB)), texts(*SOME), window="lm_eval", overlap=8)
 
 
 class Killed(Exception):
@@ -239,7 +240,7 @@ def reading(lm, folder, name, *, die_at=None):
             raise Killed
 
     saved = {"checkpoints": Checkpoints(folder / name), "key": "k", "losses": folder / f"{name}.npy"}
-    return perplexity(lm, texts(*SOME), window="lm_eval", chunk_size=7, progress=progress, **saved)
+    return measure_perplexity(lm, texts(*SOME), window="lm_eval", chunk_size=7, progress=progress, **saved)
 
 
 def killed_and_resumed(lm, folder, die_at):
@@ -338,7 +339,7 @@ def their_sums(theirs):
 
 
 def our_sums(ours, **options):
-    results = [perplexity(ours, texts(("d", text)), **options) for text in TEXTS]
+    results = [measure_perplexity(ours, texts(("d", text)), **options) for text in TEXTS]
     return results, [-float(result.nll) * result.tokens for result in results]
 
 

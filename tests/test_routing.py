@@ -4,9 +4,9 @@ import pytest
 import torch
 from toys import VOCAB, Functional
 
-from pytest_lmeval.adapters import as_model
-from pytest_lmeval.equivalence import equivalence
-from pytest_lmeval.equivalence.routers import recorded, until_first_tie
+from pytest_lmeval.laws import probe
+from pytest_lmeval.laws.routers import recorded, until_first_tie
+from pytest_lmeval.models.sources import as_model
 
 
 class Experts(Functional):
@@ -35,7 +35,7 @@ class Experts(Functional):
 def test_a_flip_on_a_tie_is_recognised_and_counted(tilt):
     model = Experts()
     model.tilt = tilt
-    result = equivalence(as_model(model))
+    result = probe(as_model(model))
     assert result.certificate.worst_ratio < 8
     assert result.verdict == "exact-any-chunk", result
     assert result.certificate.flips > 0
@@ -45,7 +45,7 @@ def test_a_router_that_goes_another_way_without_a_tie_is_caught():
     class Tilted(Experts):
         tilt = 1.0
 
-    result = equivalence(as_model(Tilted()))
+    result = probe(as_model(Tilted()))
     assert "splits" in result.certificate.broken
     assert result.certificate.flips == 0
 
@@ -68,8 +68,8 @@ def test_rounding_that_goes_with_the_other_tokens_of_an_expert_is_no_view_of_the
         def leak(self, dtype):
             return 2e-7
 
-    assert equivalence(as_model(Grouped())).laws["causality"].kept
-    assert equivalence(as_model(Leaking())).verdict == "non-causal"
+    assert probe(as_model(Grouped())).laws["causality"].kept
+    assert probe(as_model(Leaking())).verdict == "non-causal"
 
 
 @pytest.mark.parametrize("small", [1e-7, 1e-8])
@@ -80,7 +80,7 @@ def test_a_dropped_state_is_not_excused_by_ties(small):
         def forward(self, input_ids, state=None):
             return super().forward(input_ids, state if input_ids.shape[1] == 1 else None)
 
-    assert "splits" in equivalence(as_model(Forgetting())).certificate.broken
+    assert "splits" in probe(as_model(Forgetting())).certificate.broken
 
 
 def scores(*rows):

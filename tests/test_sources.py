@@ -10,8 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pytest_lmeval.adapters import as_model
-from pytest_lmeval.data import CorpusError, corpus, recall
+from pytest_lmeval.data import corpus, recall
 from pytest_lmeval.data.automaton import (
     Automaton,
     AutomatonLM,
@@ -30,8 +29,10 @@ from pytest_lmeval.data.automaton import (
 from pytest_lmeval.data.corpus import SPLITS
 from pytest_lmeval.data.recall import DIGITS, VALUES, Recall, RecallLM, frequencies
 from pytest_lmeval.data.synthetic import options_in, tape
-from pytest_lmeval.equivalence.probe import equivalence
-from pytest_lmeval.scoring.perplexity import perplexity
+from pytest_lmeval.errors import CorpusError
+from pytest_lmeval.laws.probe import probe
+from pytest_lmeval.measures._perplexity import measure_perplexity
+from pytest_lmeval.models.sources import as_model
 
 SOURCE = automaton()
 LN2 = math.log(2)
@@ -196,7 +197,7 @@ def test_a_source_whose_entropy_were_unknown_is_refused():
 
 def test_the_model_that_is_the_source_has_the_perplexity_of_its_entropy():
     text = corpus("automaton:size=1M", "test")
-    result = perplexity(as_model(load()), text)
+    result = measure_perplexity(as_model(load()), text)
     assert text.entropy == pytest.approx(entropy_rate(SOURCE), abs=1e-6)
     assert float(result.perplexity) == pytest.approx(math.exp(text.entropy), rel=1e-3)
     assert result.nll.low < text.entropy < result.nll.high
@@ -238,7 +239,7 @@ def test_a_slightly_wrong_model_is_measured_to_be_as_wrong_as_it_is():
     moved = (likely._replace(weight=likely.weight - 50), medium, rare._replace(weight=rare.weight + 50))
     twin = Automaton((*SOURCE.states[:2], moved, *rest))
     text = corpus("automaton:size=100k", "test")
-    right, wrong = (perplexity(as_model(AutomatonLM(source)), text).nll for source in (SOURCE, twin))
+    right, wrong = (measure_perplexity(as_model(AutomatonLM(source)), text).nll for source in (SOURCE, twin))
     assert 0 < divergence(twin) < 0.01
     assert wrong - right == pytest.approx(divergence(twin), rel=0.1)
 
@@ -257,14 +258,14 @@ def test_the_model_knows_its_source_however_the_text_is_cut(source, sizes, seed)
 
 @pytest.mark.parametrize("model", [load(), recall.load(), recall.load_windowed(), RecallLM(Recall(100, 4, 1.0), window=40)])
 def test_the_models_are_exact_on_any_bytes(model):
-    result = equivalence(as_model(model.eval()))
+    result = probe(as_model(model.eval()))
     assert result.verdict == "exact-any-chunk", result
 
 
 def test_a_text_of_another_source_is_dear_and_never_infinite():
     with pytest.raises(CorpusError, match=r"byte 3 of the text is b'X', after b' da': that cannot come from this automaton"):
         surprisal(SOURCE, b" daXmo")
-    result = perplexity(as_model(load()), list(b"The quick brown fox"))
+    result = measure_perplexity(as_model(load()), list(b"The quick brown fox"))
     assert 10 < float(result.nll) < 30
 
 
@@ -378,7 +379,7 @@ def test_memory_reaches_one_floor_and_a_window_another(name):
     options = options_in("recall", name.partition(":")[2], vars(Recall()))
     source = Recall(**options)
     window = 31 * source.pair + source.digits
-    kept, forgot = (perplexity(as_model(RecallLM(source, w)), text) for w in (None, window))
+    kept, forgot = (measure_perplexity(as_model(RecallLM(source, w)), text) for w in (None, window))
     assert float(kept.nll) == pytest.approx(text.entropy, rel=2e-3)
     assert float(forgot.nll) == pytest.approx(recall.entropy_in_window(source, window), rel=2e-3)
     assert forgot.nll > 1.1 * kept.nll
@@ -387,7 +388,9 @@ def test_memory_reaches_one_floor_and_a_window_another(name):
 def test_the_harness_sees_that_memory_goes_on_helping_and_a_window_does_not():
     source, places = Recall(1024), (2000, 8000, 16000)
     found = {
-        window: perplexity(as_model(RecallLM(source, window)), corpus("recall:keys=1024"), tokens=16_500, positions=places)
+        window: measure_perplexity(
+            as_model(RecallLM(source, window)), corpus("recall:keys=1024"), tokens=16_500, positions=places
+        )
         for window in (None, 95)
     }
     exact = [np.mean([recall.entropy_at(source, place) for place in range(at - 999, at + 1)]) for at in places]

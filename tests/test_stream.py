@@ -9,17 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import VOCAB, Broken, Forgetful, Functional, LastOnly, Promising, Stateless
 
-from pytest_lmeval.adapters import as_model
-from pytest_lmeval.lm import ModelError
-from pytest_lmeval.stream import (
-    NotFiniteError,
-    StreamError,
-    default_chunk_size,
-    overlapping,
-    score,
-    stream,
-    stream_in_windows,
-)
+from pytest_lmeval.errors import ModelError, NotFiniteError, StreamError
+from pytest_lmeval.models.sources import as_model
+from pytest_lmeval.stream import default_chunk_size, overlapping, score, stream, stream_in_windows
 
 LM = as_model(Functional())
 SEVERAL = settings(max_examples=60)

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from toys import Functional
 
 from pytest_lmeval import Choices, Generate, Rows, Suite, Task, as_model, evaluate
+from pytest_lmeval.errors import TaskError
 from pytest_lmeval.scoring import fewshot
 from pytest_lmeval.scoring.fewshot import Shots, question_of
-from pytest_lmeval.task import TaskError, id_of
+from pytest_lmeval.tasks.questions import id_of
 
 LM = as_model(Functional(vocab=256))
 

@@ -10,8 +10,9 @@ import sys
 import pytest
 
 from pytest_lmeval.data.rows import Rows
-from pytest_lmeval.task import Choices, Generate, TaskError
+from pytest_lmeval.errors import TaskError
 from pytest_lmeval.tasks import FILES, SUITES, find, find_suite, names
+from pytest_lmeval.tasks.questions import Choices, Generate
 from pytest_lmeval.tasks.stdlib import PASSAGE
 
 ALL = [(name, style) for style in FILES for name in names(style)]

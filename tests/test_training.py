@@ -23,15 +23,15 @@ from torch.nn import functional as F
 from toys import Functional, GetSetState, PortableStreaming, Stateless, Stepper, Streaming
 
 import pytest_lmeval.training.loop as loop
-from pytest_lmeval.adapters import as_model, load
 from pytest_lmeval.data import corpus
-from pytest_lmeval.data.corpus import Corpus, CorpusError, Document
-from pytest_lmeval.identity import fingerprint
-from pytest_lmeval.lm import Codebooks, ModelError, SpecError
-from pytest_lmeval.results.journal import JournalWarning
-from pytest_lmeval.results.record import Record
-from pytest_lmeval.stream import StreamError
-from pytest_lmeval.training import Protocol, ProtocolError, TrainingError, load_weights, train
+from pytest_lmeval.data.corpus import Corpus, Document
+from pytest_lmeval.errors import CorpusError, ModelError, ProtocolError, SpecError, StreamError, TrainingError
+from pytest_lmeval.models.identity import fingerprint
+from pytest_lmeval.models.model import Codebooks
+from pytest_lmeval.models.sources import as_model, load
+from pytest_lmeval.records.journal import JournalWarning
+from pytest_lmeval.records.record import Record
+from pytest_lmeval.training import Protocol, load_weights, train
 from pytest_lmeval.training.batches import batches, held_out_batches
 from pytest_lmeval.training.folder import Saver
 from pytest_lmeval.training.protocol import learning_rate

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from pytest_lmeval.adapters import as_model, load
-from pytest_lmeval.equivalence.probe import equivalence
-from pytest_lmeval.lm import state_bytes, state_dtypes
+from pytest_lmeval.laws.probe import probe
+from pytest_lmeval.models.model import state_bytes, state_dtypes
+from pytest_lmeval.models.sources import as_model, load
 from pytest_lmeval.zoo import ttt
 
 K = 4
@@ -210,7 +210,7 @@ class KeepsPlace(ttt.TTT):
 
 
 def test_its_verdict_is_exact_for_any_chunk():
-    result = equivalence(load("zoo:ttt"), budget=8.0)
+    result = probe(load("zoo:ttt"), budget=8.0)
     assert result.verdict == "exact-any-chunk", result
 
 
@@ -219,7 +219,7 @@ def test_a_broken_twin_is_caught_by_the_laws(wrong):
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         model = wrong(32, width=16, layers=1, heads=2, mini_batch_size=K).eval()
-    result = equivalence(as_model(model), examples=2, budget=60.0)
+    result = probe(as_model(model), examples=2, budget=60.0)
     assert result.verdict not in ("exact-any-chunk", "consistent")
     assert not result.laws["splits"].kept
 

@@ -8,9 +8,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from pytest_lmeval.adapters import ZOO, load
-from pytest_lmeval.equivalence.probe import equivalence
-from pytest_lmeval.lm import fork, state_bytes, state_dtypes
+from pytest_lmeval.laws.probe import probe
+from pytest_lmeval.models.model import fork, state_bytes, state_dtypes
+from pytest_lmeval.models.sources import ZOO, load
 from pytest_lmeval.zoo.bk import LAPLACIAN, ResNetBK, both_ways, sweep
 from pytest_lmeval.zoo.lstm import LSTM
 from pytest_lmeval.zoo.mamba import Mamba
@@ -216,7 +216,7 @@ def test_loading_is_repeatable_and_leaves_random_numbers_alone(name):
 @pytest.mark.parametrize("suffix", ["", "@bf16"])
 @causal
 def test_its_verdict(name, suffix):
-    result = equivalence(load(f"zoo:{name}{suffix}"))
+    result = probe(load(f"zoo:{name}{suffix}"))
     assert result.verdict == ("consistent" if suffix else "exact-any-chunk"), result
     assert not result.certificate.broken
 
@@ -226,7 +226,7 @@ def test_bk_as_published_is_refused(suffix):
     lm = load(f"zoo:bk{suffix}")
     assert not lm.stateful
     assert lm.context_length == 1024
-    assert equivalence(lm).verdict == "non-causal"
+    assert probe(lm).verdict == "non-causal"
 
 
 def test_a_text_longer_than_bk_has_positions_is_refused():

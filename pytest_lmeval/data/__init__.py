@@ -17,7 +17,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pytest_lmeval.data.corpus import SPLITS, Corpus, CorpusError, Document
+from pytest_lmeval.data.corpus import SPLITS, Corpus, Document
+from pytest_lmeval.errors import CorpusError
 
 __all__ = ["Corpus", "CorpusError", "Document", "corpus"]
 

@@ -26,8 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pytest_lmeval.data.corpus import Corpus, CorpusError, Document
+from pytest_lmeval.data.corpus import Corpus, Document
 from pytest_lmeval.data.synthetic import options_in, tape
+from pytest_lmeval.errors import CorpusError
 
 STATES, CONSONANTS, VOWELS = 48, "dlmnrst", "aeio"
 WEIGHTS = ((160, 64, 32), (128, 96, 32), (192, 48, 16))  # of a state's branches; 1.30, 1.41 and 1.01 bits

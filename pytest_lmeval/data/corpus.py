@@ -18,10 +18,6 @@ if TYPE_CHECKING:
 SPLITS = ("train", "validation", "test")
 
 
-class CorpusError(ValueError):
-    """A corpus that is unknown, unreadable, or holds something that cannot be scored."""
-
-
 @dataclass(frozen=True)
 class Document:
     """One document: its name (stable between runs) and either its text or its token ids.

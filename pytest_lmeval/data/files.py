@@ -7,7 +7,8 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from pytest_lmeval.data.corpus import Corpus, CorpusError, Document
+from pytest_lmeval.data.corpus import Corpus, Document
+from pytest_lmeval.errors import CorpusError
 
 PART = 1 << 16  # characters of a text file that are tokenized together; cut at ends of lines
 EDGE = 1 << 20  # bytes at either end of a file that its fingerprint reads

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pytest_lmeval.data.corpus import SPLITS, Corpus, CorpusError, Document
+from pytest_lmeval.data.corpus import SPLITS, Corpus, Document
 from pytest_lmeval.data.rows import PARQUET, Rows
+from pytest_lmeval.errors import CorpusError
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pytest_lmeval.data.corpus import Corpus, CorpusError, Document
+from pytest_lmeval.data.corpus import Corpus, Document
 from pytest_lmeval.data.synthetic import options_in, tape
+from pytest_lmeval.errors import CorpusError
 
 DIGITS = string.ascii_letters + string.digits + "/@"  # keys are numbers of base 64
 VALUES = "+-*=<>!?.,:;#%&$"

@@ -16,7 +16,7 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from pytest_lmeval.data.corpus import CorpusError
+from pytest_lmeval.errors import CorpusError
 
 PARQUET = "refs/convert/parquet"  # the hub's own conversion, for datasets that are published as a script
 SCHEMES = {"jsonl": ".jsonl", "parquet": ".parquet"}

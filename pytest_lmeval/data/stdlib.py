@@ -22,7 +22,8 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from pytest_lmeval.data.corpus import SPLITS, Corpus, CorpusError, Document
+from pytest_lmeval.data.corpus import SPLITS, Corpus, Document
+from pytest_lmeval.errors import CorpusError
 
 # Not the library itself: its tests, other people's packages, and the program `idle`.
 NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "idlelib"}

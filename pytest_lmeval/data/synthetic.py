@@ -9,7 +9,7 @@ import hashlib
 import re
 from fractions import Fraction
 
-from pytest_lmeval.data.corpus import CorpusError
+from pytest_lmeval.errors import CorpusError
 
 UNITS = {"": 1, "k": 1000, "M": 1_000_000}
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from pytest_lmeval.data.corpus import CorpusError, Document
-from pytest_lmeval.lm import Model
+from pytest_lmeval.data.corpus import Document
+from pytest_lmeval.errors import CorpusError
+from pytest_lmeval.models.model import Model
 
 
 class TokenReader:

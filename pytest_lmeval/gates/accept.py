@@ -9,11 +9,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from pytest_lmeval.gates.baseline import ENVIRONMENT, Baseline, BaselineError, examples_file, read, write
+from pytest_lmeval.errors import BaselineError, DocumentError
+from pytest_lmeval.gates.baseline import ENVIRONMENT, Baseline, examples_file, read, write
 from pytest_lmeval.gates.damage import RECORD, contradictions, problems, unlike
 from pytest_lmeval.gates.entry import entry_of, names_of
 from pytest_lmeval.gates.scores import Scores, scores_of
-from pytest_lmeval.report.document import DocumentError, load
+from pytest_lmeval.report.document import load
 
 AGAIN = "Run the tests again, and accept that run."
 

@@ -14,17 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pytest_lmeval.errors import BaselineError
 from pytest_lmeval.gates.damage import contradictions, is_number, problems
 from pytest_lmeval.gates.scores import Scores
-from pytest_lmeval.results.replacing import replacing
+from pytest_lmeval.records.replacing import replacing
 
 SCHEMA = 1
 AGAIN = "python -m pytest_lmeval baseline accept"
 ENVIRONMENT = ("python", "device", "cpu", "threads", "packages")
-
-
-class BaselineError(ValueError):
-    """A baseline that cannot be read: the message names the file, the place in it, and what to do."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 
-from pytest_lmeval.gates.interleaved import Key, Number, Side, SideError, side
+from pytest_lmeval.errors import SideError
+from pytest_lmeval.gates.interleaved import Key, Number, Side, side
 from pytest_lmeval.statistics.ratio import Ratio, Verdict, judge_all, ratio
 
 PAIRS, MOST, BUDGET, THRESHOLD = 6, 12, 900.0, 0.05

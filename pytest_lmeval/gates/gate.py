@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from pytest_lmeval.gates.baseline import ENVIRONMENT, Baseline, BaselineError, read
+from pytest_lmeval.errors import BaselineError
+from pytest_lmeval.gates.baseline import ENVIRONMENT, Baseline, read
 from pytest_lmeval.gates.entry import entry_of, gated, names_of
 from pytest_lmeval.gates.margins import NOT_JUDGED, SPEED_NAMES, Margins, check_sign, is_speed, read_marker
 from pytest_lmeval.gates.unmeasured import Unmeasured
@@ -168,7 +169,7 @@ class Gate:
     def _made_elsewhere(self, records: list[dict[str, Any]]) -> list[str]:
         if self.baseline is None:
             return []
-        from pytest_lmeval.results.environment import describe
+        from pytest_lmeval.records.environment import describe
 
         device = ", ".join(sorted({record["lm"]["device"] for record in records}))
         now = describe(root=self.config.rootpath, device=device, threads=_threads(), seed=0)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pytest_lmeval.errors import SideError
 from pytest_lmeval.gates.margins import NOT_JUDGED, SPEED_NAMES
 
 SPEED = {  # kind of record -> metrics that are compared: medians, since a percentile of one run says little
@@ -26,10 +27,6 @@ SPEED = {  # kind of record -> metrics that are compared: medians, since a perce
 }
 OF_PYTEST = ("PYTEST_CURRENT_TEST", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_VERSION")
 LAST_LINES = 15
-
-
-class SideError(Exception):
-    """A side that cannot be run; the message says why, and what it wrote last."""
 
 
 @dataclass(frozen=True)

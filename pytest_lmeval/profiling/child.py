@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 
-from pytest_lmeval.adapters import FORMS, as_model, load
-from pytest_lmeval.identity import fingerprint
-from pytest_lmeval.lm import Model, ModelError
-from pytest_lmeval.profiling.failures import OutOfMemory
+from pytest_lmeval.errors import ChildFailed, ModelError, OutOfMemory
+from pytest_lmeval.models.identity import fingerprint
+from pytest_lmeval.models.model import Model
+from pytest_lmeval.models.sources import FORMS, as_model, load
 
 TIMEOUT = 600.0  # seconds
 LAST_LINES, FRAMES = 12, 2  # of what the child wrote, and of where it failed
@@ -37,10 +37,6 @@ BEGIN = (
     "from pytest_lmeval.profiling.child import answer\n"
     "answer(sys.argv[1])\n"
 )
-
-
-class ChildFailed(ModelError):
-    """The process in which something was to be measured ended without an answer; the message has its status and last lines."""
 
 
 class CannotMoveError(Exception):

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch
 
-from pytest_lmeval.lm import ModelError
+from pytest_lmeval.errors import OutOfMemory
 
 OUT_OF_MEMORY, DEVICE_LOST = "out of memory", "device lost"
 
@@ -26,15 +26,6 @@ NO_DEVICE = re.compile(r"(CUDA|HIP|cuDNN|CUBLAS) error|device-side assert|No (CU
 WANTED = re.compile(r"[Tt]ried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)")
 T = TypeVar("T")
 UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
-
-
-class OutOfMemory(ModelError):
-    """A shape for which the memory of the device does not suffice; `wanted` is the size in bytes of the piece that could not
-    be had, None where that is not known."""
-
-    def __init__(self, message: str, wanted: int | None = None) -> None:
-        super().__init__(message)
-        self.wanted = wanted
 
 
 def failure_of(error: BaseException) -> str | None:

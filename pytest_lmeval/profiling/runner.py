@@ -11,22 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_lmeval.lm import Model
+from pytest_lmeval.errors import NotMeasuredError, ProfilingError
+from pytest_lmeval.models.model import Model
 from pytest_lmeval.profiling.clock import kind_of_clock, tick
 from pytest_lmeval.profiling.samples import runs_to_see, stability
-from pytest_lmeval.results.metric import Metric
-from pytest_lmeval.results.record import Record
+from pytest_lmeval.records.record import Record
+from pytest_lmeval.records.value import Metric
 
 Run = Callable[[], Any]
 TICKS = 100  # a time of so many ticks of the clock is known to one percent
-
-
-class ProfilingError(ValueError):
-    """A measurement that cannot be made as it was asked for."""
-
-
-class NotMeasuredError(Exception):
-    """A time was asked for that was not taken; under pytest, the test is skipped with the reason."""
 
 
 def bare_loop(run: Run, rounds: int) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pytest_lmeval.results.metric import Metric
-from pytest_lmeval.results.record import Series
+from pytest_lmeval.records.record import Series
+from pytest_lmeval.records.value import Metric
 from pytest_lmeval.statistics.bootstrap import FEWEST_UNITS
 
 EXACT = 1000  # samples

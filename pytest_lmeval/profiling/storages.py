@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pytest_lmeval.tensors import parts
+from pytest_lmeval.models.tensors import parts
 
 aten = torch.ops.aten
 LOOKUPS = {aten.embedding.default, aten.index_select.default, aten.index.Tensor, aten.gather.default}

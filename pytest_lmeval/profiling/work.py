@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pytest_lmeval.lm import Model, State, multiplied, state_bytes, weights
+from pytest_lmeval.models.model import Model, State, multiplied, state_bytes, weights
 from pytest_lmeval.profiling.child import first_line
 from pytest_lmeval.profiling.failures import failure_of
 from pytest_lmeval.profiling.flops import Flops, count_flops, training_flops

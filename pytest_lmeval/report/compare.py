@@ -7,8 +7,9 @@ import shutil
 import sys
 from pathlib import Path
 
+from pytest_lmeval.errors import DocumentError
 from pytest_lmeval.report import merge, terminal
-from pytest_lmeval.report.document import DocumentError, load
+from pytest_lmeval.report.document import load
 from pytest_lmeval.report.render import page, say, write
 
 PAGES = {"comparison.md": "summary.md", "comparison.html": "report.html"}  # what is written -> the template it is made of

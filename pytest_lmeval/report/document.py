@@ -7,7 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from pytest_lmeval.results.record import SCHEMA
+from pytest_lmeval.errors import DocumentError
+from pytest_lmeval.records.record import SCHEMA
 
 Fields = dict[str, Any]  # name -> its default, or a kind (`float` is any number): null where it is missing
 
@@ -70,10 +71,6 @@ OPTIONAL: Fields = {  # what the schema leaves to the record
     "counterexamples": list,
 }
 LISTS = (*ITEMS, "problems")
-
-
-class DocumentError(ValueError):
-    """A file that is no metrics document of this schema; the message says what it is and what to do."""
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -31,7 +31,7 @@ class Reports:
     def pytest_sessionstart(self) -> None:
         folder = output_folder(self.config)
         if option(self.config, "lmeval-fresh") and not self.config.option.collectonly and (folder / "journal.jsonl").exists():
-            from pytest_lmeval.results.journal import Journal
+            from pytest_lmeval.records.journal import Journal
 
             Journal(folder, fresh=True)
 
@@ -71,7 +71,7 @@ class Reports:
             extend=lambda document: self.config.hook.pytest_lmeval_report(config=self.config, data=document),
         )
         if exitstatus not in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR):
-            from pytest_lmeval.results.journal import Journal
+            from pytest_lmeval.records.journal import Journal
 
             Journal(folder).end(self.keys)  # this run came to its end: the next one measures anew
 

@@ -7,9 +7,9 @@ import sys
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from pytest_lmeval.records import history
 from pytest_lmeval.report.render import say
 from pytest_lmeval.report.words import number
-from pytest_lmeval.results import history
 
 COLUMNS = ["metric", "runs", "last", "mean", "min", "max"]
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pytest_lmeval.report.document import LISTS, DocumentError
+from pytest_lmeval.errors import DocumentError
+from pytest_lmeval.report.document import LISTS
 from pytest_lmeval.report.overview import overview
 
 

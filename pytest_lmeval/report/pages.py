@@ -31,9 +31,9 @@ from jinja2 import (
 from jinja2.sandbox import SandboxedEnvironment
 from markupsafe import Markup
 
+from pytest_lmeval.records import history
 from pytest_lmeval.report import changes, examples, figures, grids, overview, tables, words
 from pytest_lmeval.report.document import complete
-from pytest_lmeval.results import history
 
 PAGES = ("summary.md", "report.html")
 OWN = Path(__file__).parent

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pytest_lmeval.errors import DocumentError
 from pytest_lmeval.report import pages
-from pytest_lmeval.report.document import DocumentError, load
+from pytest_lmeval.report.document import load
 from pytest_lmeval.report.formats import FORMATS
 from pytest_lmeval.report.write import replace_text
 

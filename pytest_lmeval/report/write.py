@@ -14,11 +14,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pytest_lmeval.records import environment, history
+from pytest_lmeval.records.record import SCHEMA
+from pytest_lmeval.records.replacing import replacing
 from pytest_lmeval.report import github, pages
 from pytest_lmeval.report.document import complete
-from pytest_lmeval.results import environment, history
-from pytest_lmeval.results.record import SCHEMA
-from pytest_lmeval.results.replacing import replacing
 
 Document = dict[str, Any]
 

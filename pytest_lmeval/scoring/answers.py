@@ -7,8 +7,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from pytest_lmeval.results.journal import warn
-from pytest_lmeval.results.replacing import replacing
+from pytest_lmeval.records.journal import warn
+from pytest_lmeval.records.replacing import replacing
 from pytest_lmeval.scoring.examples import Example
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from pytest_lmeval.lm import Model
+from pytest_lmeval.errors import NotFiniteError, TaskError
+from pytest_lmeval.models.model import Model
 from pytest_lmeval.scoring import metrics
 from pytest_lmeval.scoring.answers import AnswerFile
 from pytest_lmeval.scoring.examples import Example
@@ -22,8 +23,7 @@ from pytest_lmeval.scoring.generation import generate
 from pytest_lmeval.scoring.requests import Asked, Encoder
 from pytest_lmeval.scoring.sharing import Scored, Sharing
 from pytest_lmeval.statistics import sequential
-from pytest_lmeval.stream import NotFiniteError
-from pytest_lmeval.task import Choices, Generate, Task, TaskError, id_of
+from pytest_lmeval.tasks.questions import Choices, Generate, Task, id_of
 
 LARGEST = 16  # batches in a block after the first
 BLOCK = 1 << 16  # tokens of the prompts in a block

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from pytest_lmeval.lm import Model, State
+from pytest_lmeval.models.model import Model, State
 
 Select: TypeAlias = "Callable[[State, Sequence[int]], State]"
 Path: TypeAlias = "tuple[str, ...]"

@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pytest_lmeval.lm import Model, ModelError, State
-from pytest_lmeval.results.metric import Metric
-from pytest_lmeval.results.record import Record, Series
+from pytest_lmeval.errors import ModelError, NotFiniteError
+from pytest_lmeval.models.model import Model, State
+from pytest_lmeval.records.record import Record, Series
+from pytest_lmeval.records.value import Metric
 from pytest_lmeval.scoring.plan import Point
 from pytest_lmeval.scoring.reading import EACH, TOKENS, Moves
-from pytest_lmeval.stream import NotFiniteError
 
 STRETCH = 512  # tokens: smaller chunks are taken together, so that looking costs less than two percent of reading
 NAMED = 8  # weights that a warning names

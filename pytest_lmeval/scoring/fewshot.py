@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pytest_lmeval.data.rows import Row, Rows
-from pytest_lmeval.task import Choices, Generate, Question, Task, TaskError, id_of
+from pytest_lmeval.errors import TaskError
+from pytest_lmeval.tasks.questions import Choices, Generate, Question, Task, id_of
 
 Fewshot = Literal["document", "lm_eval"]
 POOL = 1000  # rows that examples are drawn from: the first of their split, so that a large one is not read whole

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pytest_lmeval.lm import Model, State
+from pytest_lmeval.errors import NotFiniteError, TaskError
+from pytest_lmeval.models.model import Model, State
 from pytest_lmeval.scoring.sharing import Sharing
 from pytest_lmeval.scoring.tree import Node, Request
-from pytest_lmeval.stream import NotFiniteError, check_vocabulary
-from pytest_lmeval.task import Generate, Judge, TaskError
+from pytest_lmeval.stream import check_vocabulary
+from pytest_lmeval.tasks.questions import Generate, Judge
 
 Said: TypeAlias = "Iterator[tuple[Tensor, list[Answer]]]"
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from pytest_lmeval.results.metric import Metric
+from pytest_lmeval.errors import TaskError
+from pytest_lmeval.records.value import Metric
 from pytest_lmeval.scoring.examples import Example, Norm
 from pytest_lmeval.statistics.bootstrap import FEWEST_UNITS, ratio_intervals
 from pytest_lmeval.statistics.proportion import wilson
-from pytest_lmeval.task import TaskError
 
 NO_ANSWER = ("unanswerable", "")  # what says that the text does not tell
 REPLICATES = 500

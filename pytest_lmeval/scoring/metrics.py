@@ -19,11 +19,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import import_module
 
-from pytest_lmeval.results.metric import Metric
+from pytest_lmeval.errors import TaskError
+from pytest_lmeval.records.value import Metric
 from pytest_lmeval.scoring.examples import Example
 from pytest_lmeval.scoring.measures import METRICS, READS, measured
 from pytest_lmeval.statistics.sequential import confidence_sequence
-from pytest_lmeval.task import TaskError
 
 LIBRARIES = {"sklearn": "scikit-learn", "sacrebleu": "sacrebleu", "rouge_score": "rouge-score", "torchmetrics": "torchmetrics"}
 

@@ -12,9 +12,10 @@ import numpy as np
 
 from pytest_lmeval.data.corpus import Corpus, Document
 from pytest_lmeval.data.tokens import TokenReader
-from pytest_lmeval.lm import Model, State
+from pytest_lmeval.errors import StreamError
+from pytest_lmeval.models.model import Model, State
 from pytest_lmeval.scoring.reading import Reading, rows_of
-from pytest_lmeval.stream import Chunk, StreamError, default_chunk_size, stream, stream_in_windows
+from pytest_lmeval.stream import Chunk, default_chunk_size, stream, stream_in_windows
 
 WINDOW = 1024  # tokens of a window where the model names no limit of its own
 ROLLING_WINDOW = 2048  # the same in lm-evaluation-harness

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pytest_lmeval.results.metric import Metric
+from pytest_lmeval.records.value import Metric
 from pytest_lmeval.scoring.reading import NATS, PLACES, SPAN, SPAN_BLOCK, TOKENS, Reading
 from pytest_lmeval.statistics.bootstrap import FEWEST_UNITS, ratio_intervals
 

@@ -17,10 +17,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pytest_lmeval.identity import fingerprint
-from pytest_lmeval.lm import Model
+from pytest_lmeval.errors import TaskError
+from pytest_lmeval.models.identity import fingerprint
+from pytest_lmeval.models.model import Model
 from pytest_lmeval.scoring.tree import Request, alike
-from pytest_lmeval.task import Choices, Question, Task, TaskError
+from pytest_lmeval.tasks.questions import Choices, Question, Task
 
 Truncate = Literal["left", "refuse"]
 

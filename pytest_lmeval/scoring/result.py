@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pytest_lmeval.results.metric import Metric
-from pytest_lmeval.results.record import Record, Series
+from pytest_lmeval.records.record import Record, Series
+from pytest_lmeval.records.value import Metric
 from pytest_lmeval.scoring.fast_weights import FastWeights, found_in
 from pytest_lmeval.scoring.positions import name_of
 from pytest_lmeval.scoring.reading import HITS

@@ -12,8 +12,8 @@ from typing import IO, Any
 
 import torch
 
-from pytest_lmeval.lm import Model, state_types
-from pytest_lmeval.results.journal import Checkpoints, warn
+from pytest_lmeval.models.model import Model, state_types
+from pytest_lmeval.records.journal import Checkpoints, warn
 from pytest_lmeval.scoring.plan import Point
 from pytest_lmeval.scoring.reading import Reading
 

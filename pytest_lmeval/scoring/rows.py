@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from pytest_lmeval.lm import Model
-from pytest_lmeval.stream import NotFiniteError, StreamError, check_finite, check_vocabulary, score
+from pytest_lmeval.errors import NotFiniteError, StreamError
+from pytest_lmeval.models.model import Model
+from pytest_lmeval.stream import check_finite, check_vocabulary, score
 
 FILLER = 0
 

@@ -18,7 +18,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
-from pytest_lmeval.lm import Model, State, fork, state_bytes
+from pytest_lmeval.models.model import Model, State, fork, state_bytes
 from pytest_lmeval.scoring.batch import Select, selection
 from pytest_lmeval.scoring.tree import STEP, Node, Request, tree, worth_a_step
 from pytest_lmeval.stream import LOGITS_BUDGET, check_vocabulary, score

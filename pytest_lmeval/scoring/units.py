@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pytest_lmeval.results.replacing import replacing
+from pytest_lmeval.records.replacing import replacing
 from pytest_lmeval.scoring.reading import BYTES, HITS, NATS, TOKENS, Reading
 
 COLUMNS = {"tokens": TOKENS, "nats": NATS, "bytes": BYTES, **{f"top{k}": column for k, column in HITS.items()}}

@@ -11,7 +11,8 @@ import difflib
 import importlib
 from fnmatch import fnmatchcase
 
-from pytest_lmeval.task import Suite, Task, TaskError
+from pytest_lmeval.errors import TaskError
+from pytest_lmeval.tasks.questions import Suite, Task
 
 __all__ = ["find", "find_suite", "names"]
 

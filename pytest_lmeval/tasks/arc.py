@@ -7,7 +7,7 @@ letters, and are not always four.
 from __future__ import annotations
 
 from pytest_lmeval.data.rows import Row, Rows
-from pytest_lmeval.task import Choices, Suite, Task
+from pytest_lmeval.tasks.questions import Choices, Suite, Task
 
 
 def arc(row: Row) -> Choices:

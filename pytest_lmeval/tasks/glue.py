@@ -7,7 +7,7 @@ are hidden (-1), so questions are taken from the validation split, and examples 
 from __future__ import annotations
 
 from pytest_lmeval.data.rows import Row, Rows
-from pytest_lmeval.task import Ask, Choices, Suite, Task, id_of
+from pytest_lmeval.tasks.questions import Ask, Choices, Suite, Task, id_of
 
 
 def cola(row: Row) -> Choices:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from pytest_lmeval.data.rows import Row, Rows
-from pytest_lmeval.task import Choices, Task
+from pytest_lmeval.tasks.questions import Choices, Task
 
 
 def hellaswag(row: Row) -> Choices:

@@ -8,7 +8,7 @@ the case and the marks of the books. There are no examples to show: the dataset 
 from __future__ import annotations
 
 from pytest_lmeval.data.rows import Row, Rows
-from pytest_lmeval.task import Choices, Task
+from pytest_lmeval.tasks.questions import Choices, Task
 
 
 def lambada(row: Row) -> Choices:

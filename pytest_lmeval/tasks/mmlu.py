@@ -7,7 +7,7 @@ questions are shown the same ones, in the same order. The suite's average counts
 from __future__ import annotations
 
 from pytest_lmeval.data.rows import Row, Rows
-from pytest_lmeval.task import Choices, Suite, Task
+from pytest_lmeval.tasks.questions import Choices, Suite, Task
 
 SUBJECTS = [
     "abstract_algebra", "anatomy", "astronomy", "business_ethics", "clinical_knowledge", "college_biology",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pytest_lmeval.data.rows import Row, Rows
-from pytest_lmeval.task import Choices, Task
+from pytest_lmeval.tasks.questions import Choices, Task
 
 
 def piqa(row: Row) -> Choices:

@@ -7,7 +7,7 @@ A choice counts by the mean of its tokens' log-probabilities, so accuracy_per_to
 from __future__ import annotations
 
 from pytest_lmeval.data.rows import Row, Rows
-from pytest_lmeval.task import Ask, Choices, Suite, Task, id_of
+from pytest_lmeval.tasks.questions import Ask, Choices, Suite, Task, id_of
 
 
 def sst2(row: Row) -> Choices:

@@ -7,7 +7,8 @@ The prompt is that of lm_eval's squadv2; lm_eval 0.4.13 has no task for SQuAD 1.
 from __future__ import annotations
 
 from pytest_lmeval.data.rows import Row, Rows
-from pytest_lmeval.task import Generate, Task, TaskError, id_of
+from pytest_lmeval.errors import TaskError
+from pytest_lmeval.tasks.questions import Generate, Task, id_of
 
 UNANSWERABLE = "unanswerable"  # what a model is to say, and is shown in examples, where the paragraph does not tell
 

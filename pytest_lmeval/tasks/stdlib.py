@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 from pytest_lmeval.data import Document, corpus
 from pytest_lmeval.data.rows import Row
-from pytest_lmeval.task import Choices, Task, id_of
+from pytest_lmeval.tasks.questions import Choices, Task, id_of
 
 QUESTIONS = 200
 PASSAGE = re.compile(r"(?<!\S)(\S.{198,}?\S)( \S.{58})", re.DOTALL)  # from a word's beginning to a word's end, and 60 more

@@ -6,7 +6,8 @@ Where rows share a passage, their answers are not independent: `group` says so, 
 from __future__ import annotations
 
 from pytest_lmeval.data.rows import Row, Rows
-from pytest_lmeval.task import Ask, Choices, Suite, Task, TaskError, id_of
+from pytest_lmeval.errors import TaskError
+from pytest_lmeval.tasks.questions import Ask, Choices, Suite, Task, id_of
 
 
 def boolq(row: Row) -> Choices:

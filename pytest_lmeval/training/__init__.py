@@ -4,9 +4,9 @@ result = train(load("zoo:mamba"), corpus("stdlib", "train"), held_out=corpus("st
 result.lm, result.perplexity, result.curve
 """
 
-from pytest_lmeval.training.failure import TrainingError
+from pytest_lmeval.errors import ProtocolError, TrainingError
 from pytest_lmeval.training.loop import train
-from pytest_lmeval.training.protocol import Protocol, ProtocolError
+from pytest_lmeval.training.protocol import Protocol
 from pytest_lmeval.training.result import TrainResult
 from pytest_lmeval.training.weights import load_weights
 

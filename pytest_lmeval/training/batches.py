@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pytest_lmeval.data.corpus import Corpus, CorpusError
+from pytest_lmeval.data.corpus import Corpus
 from pytest_lmeval.data.tokens import TokenReader
-from pytest_lmeval.lm import Model
-from pytest_lmeval.scoring.perplexity import bare_ids
-from pytest_lmeval.stream import StreamError, check_vocabulary
+from pytest_lmeval.errors import CorpusError, StreamError
+from pytest_lmeval.measures._perplexity import bare_ids
+from pytest_lmeval.models.model import Model
+from pytest_lmeval.stream import check_vocabulary
 from pytest_lmeval.training.protocol import Protocol
 
 

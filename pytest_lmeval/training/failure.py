@@ -8,15 +8,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pytest_lmeval.lm import Model, ModelError
+from pytest_lmeval.errors import ModelError, TrainingError
+from pytest_lmeval.models.model import Model
 from pytest_lmeval.training.protocol import Protocol, learning_rate
 from pytest_lmeval.training.run import Run
 
 PATIENCE, MARGIN = 3, 1.0  # evaluations in a row; nats a token
-
-
-class TrainingError(ModelError):
-    """A training that cannot go on: a number that is not finite, or a loss that went away."""
 
 
 def differentiate(lm: Model, loss: Tensor) -> None:

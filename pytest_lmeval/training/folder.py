@@ -21,12 +21,13 @@ from typing import IO, Any
 
 import torch
 
-from pytest_lmeval.lm import Model
-from pytest_lmeval.results.journal import Checkpoints, warn
-from pytest_lmeval.results.record import Record
-from pytest_lmeval.results.replacing import replacing
+from pytest_lmeval.errors import UnreadableError
+from pytest_lmeval.models.model import Model
+from pytest_lmeval.records.journal import Checkpoints, warn
+from pytest_lmeval.records.record import Record
+from pytest_lmeval.records.replacing import replacing
 from pytest_lmeval.training.run import Run, resume
-from pytest_lmeval.training.weights import UnreadableError, load_weights, write_weights
+from pytest_lmeval.training.weights import load_weights, write_weights
 
 POINT = "point"
 

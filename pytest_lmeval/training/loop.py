@@ -18,16 +18,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pytest_lmeval.adapters import load
 from pytest_lmeval.data.corpus import Corpus
-from pytest_lmeval.lm import Model
+from pytest_lmeval.errors import TrainingError
+from pytest_lmeval.measures._perplexity import Progress
+from pytest_lmeval.models.model import Model
+from pytest_lmeval.models.seeds import generator_of
+from pytest_lmeval.models.sources import load
 from pytest_lmeval.profiling.clock import seconds
 from pytest_lmeval.profiling.flops import Flops, training_flops
 from pytest_lmeval.profiling.peak import peak_memory
-from pytest_lmeval.scoring.perplexity import Progress
-from pytest_lmeval.seeds import generator_of
 from pytest_lmeval.training.batches import batches, held_out_batches, read, steps_an_epoch
-from pytest_lmeval.training.failure import TrainingError, differentiate, not_finite, refuse_divergence, refuse_not_finite
+from pytest_lmeval.training.failure import differentiate, not_finite, refuse_divergence, refuse_not_finite
 from pytest_lmeval.training.folder import Folder, Saver
 from pytest_lmeval.training.plan import Plan, plan_for
 from pytest_lmeval.training.protocol import Protocol, learning_rate

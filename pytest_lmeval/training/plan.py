@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from pytest_lmeval.data.corpus import Corpus, CorpusError
-from pytest_lmeval.identity import fingerprint, tokenizer_fingerprint
-from pytest_lmeval.lm import Model, SpecError
-from pytest_lmeval.results.journal import key_of
+from pytest_lmeval.data.corpus import Corpus
+from pytest_lmeval.errors import CorpusError, ProtocolError, SpecError
+from pytest_lmeval.models.identity import fingerprint, tokenizer_fingerprint
+from pytest_lmeval.models.model import Model
+from pytest_lmeval.records.journal import key_of
 from pytest_lmeval.training.batches import as_corpus
-from pytest_lmeval.training.protocol import Protocol, ProtocolError
+from pytest_lmeval.training.protocol import Protocol
 
 COARSE = (torch.bfloat16, torch.float16)
 

@@ -7,14 +7,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from pytest_lmeval.lm import SpecError
+from pytest_lmeval.errors import ProtocolError
 
 STEPS = 300  # where neither steps nor epochs are given
 FLOOR = 0.1  # the share of `lr` that the schedule ends at
-
-
-class ProtocolError(SpecError):
-    """A training protocol that cannot be followed: by anyone, or by this model."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pytest_lmeval.identity import facts
-from pytest_lmeval.lm import Model
+from pytest_lmeval.measures._perplexity import exponential
+from pytest_lmeval.models.identity import facts
+from pytest_lmeval.models.model import Model
 from pytest_lmeval.profiling.flops import Flops
 from pytest_lmeval.profiling.peak import Peak
-from pytest_lmeval.results.metric import Metric
-from pytest_lmeval.results.record import Record, Series
-from pytest_lmeval.scoring.perplexity import exponential
+from pytest_lmeval.records.record import Record, Series
+from pytest_lmeval.records.value import Metric
 from pytest_lmeval.statistics.bootstrap import ratio_intervals
 from pytest_lmeval.training.plan import Plan
 from pytest_lmeval.training.protocol import Protocol

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pytest_lmeval.identity import architecture_of
-from pytest_lmeval.lm import Model
+from pytest_lmeval.models.identity import architecture_of
+from pytest_lmeval.models.model import Model
 from pytest_lmeval.training.plan import Plan
 from pytest_lmeval.training.protocol import Protocol
 from pytest_lmeval.training.trainee import copy_of

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 
-from pytest_lmeval.lm import Model, SpecError
-from pytest_lmeval.tensors import is_packed, precision_of
+from pytest_lmeval.errors import SpecError
+from pytest_lmeval.models.model import Model
+from pytest_lmeval.models.tensors import is_packed, precision_of
 
 
 def copy_of(lm: Model) -> Model:

@@ -10,17 +10,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pytest_lmeval.adapters import load
-from pytest_lmeval.identity import architecture_of
-from pytest_lmeval.lm import Model, SpecError
-from pytest_lmeval.results.replacing import replacing
+from pytest_lmeval.errors import SpecError, UnreadableError
+from pytest_lmeval.models.identity import architecture_of
+from pytest_lmeval.models.model import Model
+from pytest_lmeval.models.sources import load
+from pytest_lmeval.records.replacing import replacing
 from pytest_lmeval.training.trainee import copy_of
 
 MENTIONED = 5  # names of tensors in an error, of those that are wrong in the same way
-
-
-class UnreadableError(SpecError):
-    """A file of weights that is not there, or is not whole."""
 
 
 def load_weights(lm: Model | str, path: str | Path) -> Model:

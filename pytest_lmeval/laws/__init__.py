@@ -1,0 +1,33 @@
+"""The laws of a language model that streams, and the probe that finds out which of them a model keeps.
+
+    probe(lm)              every law, a verdict and a certificate
+    replay(lm, "splits", ...)    one counterexample again
+
+and for hypothesis tests of your own:
+
+    trial = Trial(as_model(my_model))
+
+    @given(case=cases(longest=100, borders=(16,)))
+    def test_my_cache_is_exact(case):
+        check("splits", trial, case)
+"""
+
+from pytest_lmeval.errors import LawBroken, NotPossible
+from pytest_lmeval.laws.checks import LAWS, check
+from pytest_lmeval.laws.probe import probe, replay
+from pytest_lmeval.laws.strategies import Case, cases, compositions, edge_cases
+from pytest_lmeval.laws.trial import Trial
+
+__all__ = [
+    "LAWS",
+    "Case",
+    "LawBroken",
+    "NotPossible",
+    "Trial",
+    "cases",
+    "check",
+    "compositions",
+    "edge_cases",
+    "probe",
+    "replay",
+]

@@ -1,0 +1,254 @@
+"""How far does a model predict as another one does, on the same text? What a lower precision, pruning or distillation changes.
+
+    agreement           share of places where both have the same likeliest token
+    kl                  mean of KL(reference || lm) over all places, nats a token (Kullback and Leibler 1951)
+    nll_difference      mean loss of the lm less that of the reference, token by token; its exp is the ratio of perplexities
+    largest_difference  of any token's log-probability at any place, where both hold it possible, nats
+
+The loss alone says less: what is lost at some tokens is gained by chance at others, and so the mean hardly moves while the
+model is another one. KL is never negative, and adds up.
+
+Both models read the text at the same time, each in its own chunks, its state carried: memory is both models, both states and a
+chunk of logits of each, however long the text.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import tee
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pytest_lmeval.data.corpus import Corpus
+from pytest_lmeval.errors import NotFiniteError, SpecError, StreamError
+from pytest_lmeval.measures._perplexity import Progress, bare_ids, exponential
+from pytest_lmeval.models.identity import facts, tokenizer_fingerprint
+from pytest_lmeval.models.model import Model, State
+from pytest_lmeval.records.record import Record
+from pytest_lmeval.records.value import Metric
+from pytest_lmeval.scoring.plan import Plan, Point, Reader, plan_for
+from pytest_lmeval.scoring.reading import BLOCK, Reading, add_to_blocks
+from pytest_lmeval.statistics.bootstrap import ratio_intervals
+from pytest_lmeval.statistics.proportion import wilson_of_groups
+from pytest_lmeval.stream import ROWS
+
+TOKENS, SAME, KL, DIFFERENCE = range(4)  # columns of a row of sums
+
+
+@dataclass(frozen=True, repr=False)
+class AgreementResult:
+    """How far the two agree. Numbers carry `.low` and `.high`, their 95 % interval over blocks of the text, or documents: by
+    Wilson's score with the design effect for the share, by the bootstrap for the means; None where the text is too short."""
+
+    record: Record
+
+    def __repr__(self) -> str:
+        return repr(self.record)
+
+    @property
+    def agreement(self) -> Metric:
+        """Share of places where both have the same likeliest token; of equally likely ones, the first counts."""
+        return self.record.metrics["agreement"]
+
+    @property
+    def kl(self) -> Metric:
+        """Mean KL(reference || lm), nats a token."""
+        return self.record.metrics["kl"]
+
+    @property
+    def nll_difference(self) -> Metric:
+        """Mean loss of the lm less that of the reference, nats a token: above zero where the lm is worse."""
+        return self.record.metrics["nll_difference"]
+
+    @property
+    def perplexity_ratio(self) -> Metric:
+        """Perplexity of the lm over that of the reference."""
+        return self.record.metrics["perplexity_ratio"]
+
+    @property
+    def largest_difference(self) -> Metric:
+        """Of a log-probability, over all places and all tokens that both hold possible, nats."""
+        return self.record.metrics["largest_difference"]
+
+
+def measure_agreement(
+    lm: Model,
+    reference: Model,
+    corpus: Corpus | Iterable[Any],
+    *,
+    chunk_size: int | None = None,
+    reference_chunk_size: int | None = None,
+    tokens: int | None = None,
+    limit: int | None = None,
+    as_stream: bool | None = None,
+    certificate: dict[str, Any] | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> AgreementResult:
+    """Read a corpus with both models and compare what they predict at each place.
+
+    corpus       a `Corpus`, or token ids (tensor, array, list, iterator of arrays)
+    tokens       read so many tokens of the stream (of each document, when read by document)
+    limit        read so many documents
+    as_stream    one endless stream, or document by document; by default as the corpus is meant
+    certificate  of the lm, for the record
+
+    Raises SpecError for models whose predictions cannot be compared (other vocabularies, other tokenizers on text, frames of
+    codes), NotFiniteError for a KL that is no finite number, with its place, and what `perplexity` raises.
+    """
+    source = corpus if isinstance(corpus, Corpus) else bare_ids(corpus)
+    _refuse_strangers(lm, reference, source)
+    by_document = not (source.as_stream if as_stream is None else as_stream)
+    plans = plan_for(lm, chunk_size=chunk_size), plan_for(reference, chunk_size=reference_chunk_size)
+    texts = tee(source.documents())  # an iterator can be read once, and is held no longer than one model is ahead
+    read = [
+        _read(model, replace(source, documents=partial(iter, text)), plan, tokens, limit, by_document)
+        for model, plan, text in zip((lm, reference), plans, texts, strict=True)
+    ]
+    began, sums = time.perf_counter(), _Sums(by_document)
+    for ours, theirs in _aligned(*read):
+        sums.add(ours, *_compare(ours, theirs, lm, reference))
+        if progress is not None:
+            progress(int(sums.total[TOKENS]), sums.nats, None)
+    if not sums.units:
+        raise StreamError(f"{source} holds no document: there is nothing to compare.")
+    chosen = {"tokens": tokens, "limit": limit, "by_document": by_document, "data": source.fingerprint, "seed": seed}
+    record = Record(
+        kind="agreement",
+        subject=f"{source} with {reference.spec}",
+        lm=facts(lm),
+        settings={"reference": facts(reference), "read": str(plans[0]), "reference_read": str(plans[1]), **chosen},
+        metrics=_metrics(sums, seed),
+        cost={"seconds": time.perf_counter() - began, "tokens": int(sums.total[TOKENS])},
+        certificate=None if certificate is None else {**certificate, "chunking_used": str(plans[0])},
+    )
+    return AgreementResult(record)
+
+
+def _refuse_strangers(lm: Model, reference: Model, corpus: Corpus) -> None:
+    if lm.codebooks or reference.codebooks:
+        raise SpecError(f"{(lm if lm.codebooks else reference).spec} reads frames of codes; agreement is about tokens.")
+    if lm.vocab_size != reference.vocab_size:
+        raise SpecError(
+            f"{lm.spec} has {lm.vocab_size:,} tokens and {reference.spec} has {reference.vocab_size:,}: they do not choose "
+            "among the same ones, so their predictions cannot be compared. Their bits per byte can be: lmeval.perplexity."
+        )
+    if not corpus.tokenized and tokenizer_fingerprint(lm) != tokenizer_fingerprint(reference):
+        raise SpecError(
+            f"{lm.spec} and {reference.spec} have tokenizers that cut the same text into different tokens, so their "
+            "predictions are not about the same things. Compare their bits per byte (lmeval.perplexity), or give both ids."
+        )
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What a model said of targets `start`, `start` + 1, ... of a sequence: logits [n, v], and their losses [n]."""
+
+    document: int
+    start: int
+    logits: Tensor
+    nll: np.ndarray
+
+    def first(self, count: int) -> _Piece:
+        return replace(self, logits=self.logits[:count], nll=self.nll[:count])
+
+    def after(self, count: int) -> _Piece:
+        return replace(self, start=self.start + count, logits=self.logits[count:], nll=self.nll[count:])
+
+
+def _read(lm: Model, corpus: Corpus, plan: Plan, tokens: int | None, limit: int | None, by_document: bool) -> Iterator[_Piece]:
+    """The pieces of one reading. The stream scores each step and lets its logits go; here they are caught as it takes it."""
+    last: list[Tensor] = []
+
+    def advance(input_ids: Tensor, state: State | None, keep: int | None) -> tuple[Tensor, State]:
+        logits, new_state = lm.advance(input_ids, state, keep)
+        last[:] = [logits]
+        return logits, new_state
+
+    reader = Reader(replace(lm, advance=advance), corpus, plan, tokens, limit, by_document)
+    for point in reader.read(Point(Reading(by_document))):
+        if point.nll is not None and (count := len(point.nll)):
+            yield _Piece(point.document, point.scored - count + 1, last[0][0, -count:], point.nll)
+
+
+def _aligned(ours: Iterator[_Piece], theirs: Iterator[_Piece]) -> Iterator[tuple[_Piece, _Piece]]:
+    """The same targets from both, wherever each of them has cut."""
+    one, other = next(ours, None), next(theirs, None)
+    while one is not None and other is not None:
+        count = min(len(one.nll), len(other.nll))
+        yield one.first(count), other.first(count)
+        one = one.after(count) if count < len(one.nll) else next(ours, None)
+        other = other.after(count) if count < len(other.nll) else next(theirs, None)
+
+
+def _compare(ours: _Piece, theirs: _Piece, lm: Model, reference: Model) -> tuple[np.ndarray, float]:
+    """Rows [n, 4] of single targets, and the largest difference of a log-probability. A block of places at a time."""
+    block = max(1, ROWS // lm.vocab_size)
+    place = ours.logits.device if ours.logits.device.type == "cuda" else torch.device("cpu")  # not all others have float64
+    rows, largest = np.ones((len(ours.nll), 4)), 0.0
+    rows[:, DIFFERENCE] = ours.nll - theirs.nll
+    for begin in range(0, len(rows), block):
+        q, p = (piece.logits[begin : begin + block].to(place) for piece in (ours, theirs))
+        rows[begin : begin + block, SAME] = (q.argmax(-1) == p.argmax(-1)).cpu().numpy()
+        log_q, log_p = q.double().log_softmax(-1), p.double().log_softmax(-1)
+        gap = log_p - log_q
+        kl = torch.where(log_p == -torch.inf, 0.0, log_p.exp() * gap)
+        rows[begin : begin + block, KL] = kl.sum(-1).cpu().numpy()
+        if not kl.isfinite().all():
+            row, token = (int(index) for index in (~kl.isfinite()).nonzero()[0])
+            raise NotFiniteError(
+                f"KL is not finite at token {ours.start + begin + row} of document {ours.document}: the log-probability of id "
+                f"{token} is {log_p[row, token]:.6g} in {reference.spec} and {log_q[row, token]:.6g} in {lm.spec}. One rules "
+                "out what the other holds possible, or gives no number. Look for an overflow, or a masked-out logit."
+            )
+        largest = max(largest, float(gap[(log_p > -torch.inf) & (log_q > -torch.inf)].abs().max()))
+    return rows, largest
+
+
+@dataclass
+class _Sums:
+    """Sums over all targets, and over blocks of the stream, or documents."""
+
+    by_document: bool
+    units: list[np.ndarray] = field(default_factory=list)
+    total: np.ndarray = field(default_factory=lambda: np.zeros(4))
+    largest: float = 0.0
+    nats: float = 0.0
+    block: int = BLOCK
+    document: int = -1
+
+    def add(self, piece: _Piece, rows: np.ndarray, largest: float) -> None:
+        self.total += rows.sum(axis=0)
+        self.nats += float(piece.nll.sum())
+        self.largest = max(self.largest, largest)
+        if not self.by_document:
+            self.block = add_to_blocks(self.units, self.block, piece.start, rows)
+            return
+        if piece.document != self.document:
+            self.units.append(np.zeros(4))
+            self.document = piece.document
+        self.units[-1] += rows.sum(axis=0)
+
+
+def _metrics(sums: _Sums, seed: int) -> dict[str, Metric]:
+    units, n = np.array(sums.units), int(sums.total[TOKENS])
+    share = wilson_of_groups(units[:, SAME], units[:, TOKENS])
+    means = ratio_intervals(units, [(KL, TOKENS), (DIFFERENCE, TOKENS)], seed=seed)
+    kl, difference = (
+        Metric(sums.total[column] / n, "nats/token", low=low, high=high, n=n, higher_is_better=False)
+        for column, (low, high) in zip((KL, DIFFERENCE), (interval or (None, None) for interval in means), strict=True)
+    )
+    low, high = share or (None, None)
+    return {
+        "agreement": Metric(sums.total[SAME] / n, low=low, high=high, n=n, higher_is_better=True),
+        "kl": kl,
+        "nll_difference": difference,
+        "perplexity_ratio": exponential(difference),
+        "largest_difference": Metric(sums.largest, "nats", n=n, higher_is_better=False),
+    }

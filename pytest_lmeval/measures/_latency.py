@@ -1,0 +1,209 @@
+"""How long a model lets one wait: prefill, time to first token, the gaps between tokens, end to end.
+
+A run reads a prompt of `seq_len` tokens and then decodes greedily, one token a step from the carried state. FORMULAS says what
+is taken between which moments; other tools use the same names for other things, so the formulas stand in every record.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from pytest_lmeval.models.identity import facts
+from pytest_lmeval.models.model import Model, state_bytes
+from pytest_lmeval.profiling.clock import Stopwatch
+from pytest_lmeval.profiling.flops import count_flops
+from pytest_lmeval.profiling.runner import (
+    Runner,
+    about_times,
+    check_shape,
+    measured,
+    next_ids,
+    quiet,
+    too_short,
+    unit_of_rates,
+)
+from pytest_lmeval.profiling.samples import median, quantiles, spread
+from pytest_lmeval.records.record import Record, Series
+from pytest_lmeval.records.value import Metric
+
+RUNS, WARM_UP, NEW_TOKENS = 100, 10, 8
+BY_RUN = ("prefill", "tpot", "e2e")
+
+FORMULAS = {
+    "prefill": "t(prompt read) - t(request): one step over the whole prompt",
+    "ttft": "t(first token) - t(request): prefill, and choosing the token",
+    "itl": "t(token i + 1) - t(token i), of all tokens of all runs",
+    "tpot": "(e2e - ttft) / (new_tokens - 1), a run",
+    "e2e": "t(last token) - t(request)",
+    "cold": "e2e of the first run of this measurement, counted nowhere else if there is a warm-up; timed_before says whether "
+    "this process had timed the model before",
+    "prefill_tokens_per_second": "batch_size x seq_len / prefill",
+    "decode_tokens_per_second": "batch_size x (new_tokens - 1) / (e2e - ttft)",
+}
+
+
+@dataclass(frozen=True, repr=False)
+class LatencyResult:
+    """Latencies in milliseconds, medians over the runs. Where nothing was timed, `not_measured` says why and the numbers are
+    absent. `samples` are the times themselves, in seconds, of the runs that count."""
+
+    record: Record
+    samples: dict[str, list[float]] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return repr(self.record)
+
+    @property
+    def not_measured(self) -> str | None:
+        reason: str | None = self.record.settings["not_measured"]
+        return reason
+
+    @property
+    def prefill(self) -> Metric:
+        """Reading the prompt; bound by arithmetic."""
+        return measured(self.record, "prefill")
+
+    @property
+    def ttft(self) -> Metric:
+        """Time to first token: what one waits before anything appears."""
+        return measured(self.record, "ttft")
+
+    @property
+    def itl(self) -> Metric:
+        """Inter-token latency, bound by the bandwidth of memory; only for models that carry a state."""
+        return measured(self.record, "itl")
+
+    @property
+    def tpot(self) -> Metric:
+        """Time per output token."""
+        return measured(self.record, "tpot")
+
+    @property
+    def e2e(self) -> Metric:
+        """End to end."""
+        return measured(self.record, "e2e")
+
+    @property
+    def stability(self) -> str | None:
+        """How far the machine let the times be: steady, fluctuating or disturbed (see `samples.stability`)."""
+        found: str | None = self.record.settings.get("stability")
+        return found
+
+    def percentile(self, name: str, percent: int) -> Metric:
+        """For example percentile("itl", 95). KeyError where the samples are too few to say."""
+        return measured(self.record, f"{name}_p{percent}")
+
+
+def measure_latency(
+    lm: Model,
+    *,
+    batch_size: int = 1,
+    seq_len: int = 128,
+    new_tokens: int = NEW_TOKENS,
+    runs: int = RUNS,
+    warm_up: int = WARM_UP,
+    seed: int = 0,
+    threads: int | None = None,
+    runner: Runner | None = None,
+) -> LatencyResult:
+    """Time `runs` prompts of random tokens, after `warm_up` that are not counted (the very first one is reported as cold).
+
+    A model without a state cannot decode from one: only its prefill is timed. The present number of threads is held, or
+    `threads`. Raises ProfilingError where a shape cannot be timed.
+    """
+    check_shape(lm, batch_size=batch_size, seq_len=seq_len, new_tokens=new_tokens, runs=runs, warm_up=warm_up)
+    runner = runner or Runner()
+    prompt, new_tokens = lm.random_ids(batch_size, seq_len, seed=seed), new_tokens if lm.stateful else 1
+    about, states, times = facts(lm), list[Any](), list[list[float]]()
+    with quiet(threads) as conditions:
+        if runner.not_measured is None:
+            for _ in range(warm_up):
+                times.append(generate_once(lm, prompt, new_tokens))
+            runner.repeat(lambda: times.append(generate_once(lm, prompt, new_tokens)), runs)
+        flops = count_flops(lambda: generate_once(lm, prompt, new_tokens, states))  # a run of its own: counting takes time
+    timed = times[warm_up:]
+    taken = _samples(timed) if timed else {}
+    short = {name: why for name, times in taken.items() if (why := too_short(times, lm.device, name))}
+    samples = {name: times for name, times in taken.items() if name not in short}
+    not_measured = runner.not_measured or (None if "e2e" in samples else short["e2e"])
+    record = Record(
+        kind="latency",
+        subject=f"batch {batch_size}, {seq_len} tokens",
+        lm=about,
+        settings={
+            "batch_size": batch_size,
+            "seq_len": seq_len,
+            "new_tokens": new_tokens,
+            "runs": runs,
+            "warm_up": warm_up,
+            "seed": seed,
+            **conditions,
+            "too_short": short,
+            **about_times(lm, runner, {name: samples[name] for name in BY_RUN if name in samples}, not_measured, FORMULAS),
+        },
+        metrics={} if not_measured else _metrics(samples, sum(times[0]), batch_size, seq_len, unit_of_rates(lm)),
+        cost={
+            "seconds": sum(map(sum, timed)),
+            "tokens": len(timed) * batch_size * (seq_len + new_tokens - 1),
+            "flops": flops * max(1, len(timed)),
+            "state_bytes": state_bytes(states[0]),
+        },
+        series={} if not_measured else _series(samples),
+    )
+    return LatencyResult(record, {} if not_measured else samples)
+
+
+def generate_once(lm: Model, prompt: torch.Tensor, new_tokens: int, states: list[Any] | None = None) -> list[float]:
+    """Read the prompt and decode greedily. Returns the seconds of the step over the prompt, of choosing the first token, and
+    of each token after it. The last state is left in `states`."""
+    watch = Stopwatch(lm.device)
+    logits, state = lm.step(prompt, None, keep=1)
+    watch.mark()
+    token = next_ids(lm, logits, prompt)
+    watch.mark()
+    for _ in range(new_tokens - 1):
+        logits, state = lm.step(token, state, keep=1)
+        token = next_ids(lm, logits, prompt)
+        watch.mark()
+    if states is not None:
+        states.append(state)
+    return watch.laps()
+
+
+def _samples(timed: list[list[float]]) -> dict[str, list[float]]:
+    """Seconds, by what was waited for; gaps of all runs together."""
+    found = {
+        "prefill": [run[0] for run in timed],
+        "ttft": [run[0] + run[1] for run in timed],
+        "e2e": [sum(run) for run in timed],
+    }
+    if len(timed[0]) > 2:
+        found["itl"] = [gap for run in timed for gap in run[2:]]
+        found["tpot"] = [sum(run[2:]) / len(run[2:]) for run in timed]
+    return found
+
+
+def _metrics(samples: dict[str, list[float]], cold: float, batch_size: int, seq_len: int, rate: str) -> dict[str, Metric]:
+    metrics = {}
+    for name, times in samples.items():
+        metrics[name] = median(times, "ms", scale=1e3)
+        metrics.update(spread(name, times, "ms", scale=1e3))
+    metrics["cold"] = Metric(1e3 * cold, "ms", n=1, higher_is_better=False)
+    rates = {
+        "prefill": [batch_size * seq_len / time for time in samples.get("prefill", ())],
+        "decode": [batch_size / time for time in samples.get("tpot", ())],
+    }
+    told = {
+        f"{name}_tokens_per_second": median(values, rate, higher_is_better=True) for name, values in rates.items() if values
+    }
+    return metrics | told
+
+
+def _series(samples: dict[str, list[float]]) -> dict[str, Series]:
+    runs = samples["e2e"]
+    series = {"e2e_by_run": Series([float(run) for run in range(len(runs))], [1e3 * time for time in runs], "run", "ms")}
+    shown = {name: samples[name] for name in ("prefill", "itl") if name in samples}
+    return series | {f"{name}_quantiles": quantiles(times, "ms", scale=1e3) for name, times in shown.items()}

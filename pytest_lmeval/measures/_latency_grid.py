@@ -1,0 +1,87 @@
+"""Latency over a grid of batch sizes and sequence lengths. A cell that fails says why, and the others are measured."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pytest_lmeval.errors import ProfilingError
+from pytest_lmeval.measures._latency import LatencyResult, measure_latency
+from pytest_lmeval.models.identity import facts
+from pytest_lmeval.models.model import Model
+from pytest_lmeval.profiling.failures import DEVICE_LOST, attempt
+from pytest_lmeval.profiling.runner import check_shape
+from pytest_lmeval.records.record import Record
+
+BATCH_SIZES, SEQ_LENS = (1,), (128, 512)
+
+
+@dataclass(frozen=True)
+class Grid(Mapping[tuple[int, int], LatencyResult]):
+    """Results by (batch size, sequence length).
+
+    grid[1, 512].ttft    raises ProfilingError where that cell failed
+    grid.failed          why, by cell
+    """
+
+    cells: dict[tuple[int, int], LatencyResult]
+
+    def __getitem__(self, shape: tuple[int, int]) -> LatencyResult:
+        return self.cells[shape]
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter(self.cells)
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+    @property
+    def failed(self) -> dict[tuple[int, int], str]:
+        """What could not be measured, and why."""
+        return {shape: why for shape, cell in self.cells.items() if (why := cell.record.settings.get("failure"))}
+
+
+def measure_latency_grid(
+    lm: Model,
+    *,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+    seq_lens: Sequence[int] = SEQ_LENS,
+    measure: Callable[..., LatencyResult] = measure_latency,
+    keep: Callable[[LatencyResult], LatencyResult] = lambda cell: cell,
+    **options: Any,
+) -> Grid:
+    """`latency` at every batch size and sequence length, with the same options; the smallest first.
+
+    keep  is given each cell as soon as it is done, to write it down; what it returns stands in the grid
+
+    After a lost device, the cells that are left are marked so too. Raises ProfilingError if there is no cell at all, TypeError
+    and ProfilingError for options that no cell could be measured with.
+    """
+    shapes = sorted({(rows, tokens) for rows in batch_sizes for tokens in seq_lens}, key=lambda shape: shape[0] * shape[1])
+    if not shapes:
+        raise ProfilingError("the grid has no cells: give at least one batch size and one sequence length.")
+    chosen = inspect.signature(measure_latency).bind(lm, **options).arguments
+    common = {name: chosen[name] for name in ("runs", "warm_up") if name in chosen}
+    check_shape(replace(lm, context_length=None), batch_size=1, seq_len=1, new_tokens=chosen.get("new_tokens", 1), **common)
+    about, lost, cells = facts(lm), None, {}
+    for shape in shapes:
+        cell = _failed(shape, about, lost) if lost else _cell(lm, shape, about, measure, options)
+        cells[shape] = keep(cell)
+        failure = cell.record.settings.get("failure")
+        lost = failure if failure and failure.startswith(DEVICE_LOST) else lost
+    return Grid(cells)
+
+
+def _cell(
+    lm: Model, shape: tuple[int, int], about: dict[str, Any], measure: Callable[..., LatencyResult], options: dict[str, Any]
+) -> LatencyResult:
+    found: list[LatencyResult] = []
+    why = attempt(lambda: found.append(measure(lm, batch_size=shape[0], seq_len=shape[1], **options)))
+    return found[0] if why is None else _failed(shape, about, why)
+
+
+def _failed(shape: tuple[int, int], about: dict[str, Any], why: str) -> LatencyResult:
+    settings = {"batch_size": shape[0], "seq_len": shape[1], "failure": why, "not_measured": why}
+    return LatencyResult(Record("latency", f"batch {shape[0]}, {shape[1]} tokens", about, settings))

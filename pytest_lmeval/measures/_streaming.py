@@ -1,0 +1,171 @@
+"""How long a stream takes: the latency of each chunk that is read, and what the state weighs after it.
+
+A model with a constant state reads its last chunk as fast as its first. One with a growing cache does not, and how much slower
+it gets is what decides how long a text it can be used for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from pytest_lmeval.errors import ProfilingError
+from pytest_lmeval.models.identity import facts
+from pytest_lmeval.models.model import Model, state_bytes
+from pytest_lmeval.profiling.clock import Stopwatch
+from pytest_lmeval.profiling.flops import count_flops
+from pytest_lmeval.profiling.runner import Runner, about_times, check_shape, measured, quiet, too_short, unit_of_rates
+from pytest_lmeval.profiling.samples import median, spread
+from pytest_lmeval.records.record import Record, Series
+from pytest_lmeval.records.value import Metric
+
+CHUNK_SIZE, CHUNKS, RUNS, WARM_UP = 256, 32, 3, 1
+ENDS = 4  # the first quarter of the chunks is compared with the last
+
+FORMULAS = {
+    "chunk_latency": "t(chunk read) - t(chunk given), of all chunks but the first, which has no state to read",
+    "tokens_per_second": "batch_size x tokens of the stream / seconds of the stream, median over the runs",
+    "slowing": "median latency in the last quarter of the stream / median latency in the first, its first chunk left out",
+    "cold": "the first pass, of the warm-up",
+    "state_bytes": "bytes of memory that the state keeps alive after the last chunk",
+}
+
+
+@dataclass(frozen=True, repr=False)
+class StreamingResult:
+    """The latency of chunks in milliseconds. Where nothing was timed, `not_measured` says why. `samples` are in seconds."""
+
+    record: Record
+    samples: dict[str, list[float]] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return repr(self.record)
+
+    @property
+    def not_measured(self) -> str | None:
+        reason: str | None = self.record.settings["not_measured"]
+        return reason
+
+    @property
+    def chunk_latency(self) -> Metric:
+        return measured(self.record, "chunk_latency")
+
+    @property
+    def tokens_per_second(self) -> Metric:
+        return measured(self.record, "tokens_per_second")
+
+    @property
+    def slowing(self) -> Metric:
+        """How many times longer a chunk takes late in the stream than early in it: 1 for a constant state."""
+        return measured(self.record, "slowing")
+
+    @property
+    def state_bytes(self) -> Series:
+        """Bytes of the state by tokens read; counted, so it is there where nothing was timed."""
+        return self.record.series["state_bytes"]
+
+
+def measure_streaming(
+    lm: Model,
+    *,
+    chunk_size: int = CHUNK_SIZE,
+    chunks: int = CHUNKS,
+    batch_size: int = 1,
+    runs: int = RUNS,
+    warm_up: int = WARM_UP,
+    seed: int = 0,
+    threads: int | None = None,
+    runner: Runner | None = None,
+) -> StreamingResult:
+    """Read a stream of chunks * chunk_size random tokens `runs` times, the state carried from chunk to chunk.
+
+    Raises ProfilingError for a model without a state, and for a stream that it cannot read.
+    """
+    check_shape(lm, batch_size=batch_size, seq_len=chunk_size * chunks, runs=runs, warm_up=warm_up)
+    if not lm.stateful:
+        raise ProfilingError(f"{lm.spec} has no state to carry, so it cannot read a stream. Measure lmeval.latency instead.")
+    if chunks < ENDS:
+        raise ProfilingError(
+            f"chunks is {chunks}: a stream has at least {ENDS}, so that its end can be told from its beginning."
+        )
+    runner, ids = runner or Runner(), lm.random_ids(batch_size, chunk_size * chunks, seed=seed)
+    pieces = list(torch.split(ids, chunk_size, dim=-1))
+    about, passes, held = facts(lm), list[list[float]](), list[int]()
+    cold: list[float] = []
+    with quiet(threads) as conditions:
+        if runner.not_measured is None:
+            cold = [sum(read_once(lm, pieces)) for _ in range(warm_up)][:1]
+            runner.repeat(lambda: passes.append(read_once(lm, pieces)), runs)
+        flops = count_flops(lambda: read_once(lm, pieces, held))
+    samples = _samples(passes) if passes else {}
+    not_measured = runner.not_measured or too_short(samples["chunk"], lm.device, "reading a chunk")
+    tokens = batch_size * chunk_size * chunks
+    record = Record(
+        kind="streaming",
+        subject=f"{chunks} chunks of {chunk_size} tokens" + (f", batch {batch_size}" if batch_size > 1 else ""),
+        lm=about,
+        settings={
+            "chunk_size": chunk_size,
+            "chunks": chunks,
+            "batch_size": batch_size,
+            "runs": runs,
+            "warm_up": warm_up,
+            "seed": seed,
+            **conditions,
+            **about_times(lm, runner, {"stream": samples.get("stream", [])}, not_measured, FORMULAS),
+        },
+        metrics=({} if not_measured else _metrics(passes, samples, tokens, cold, unit_of_rates(lm))) | _state(held),
+        cost={
+            "seconds": sum(map(sum, passes)),
+            "tokens": tokens * max(1, len(passes)),
+            "flops": flops * max(1, len(passes)),
+            "state_bytes": held[-1],
+        },
+        series=_series([] if not_measured else passes, held, chunk_size),
+    )
+    return StreamingResult(record, {} if not_measured else samples)
+
+
+def read_once(lm: Model, pieces: list[torch.Tensor], held: list[int] | None = None) -> list[float]:
+    """Read the chunks [b, t], one after the other. Returns the seconds of each; the bytes of the states go to `held`."""
+    watch, state = Stopwatch(lm.device), None
+    for piece in pieces:
+        _, state = lm.step(piece, state, keep=1)
+        watch.mark()
+        if held is not None:
+            held.append(state_bytes(state))
+    return watch.laps()
+
+
+def _samples(passes: list[list[float]]) -> dict[str, list[float]]:
+    return {"chunk": [time for run in passes for time in run[1:]], "stream": [sum(run) for run in passes]}
+
+
+def _metrics(
+    passes: list[list[float]], samples: dict[str, list[float]], tokens: int, cold: list[float], rate: str
+) -> dict[str, Metric]:
+    quarter = max(1, len(passes[0]) // ENDS)
+    early = np.median([run[1 : 1 + quarter] for run in passes])
+    late = np.median([run[-quarter:] for run in passes])
+    return {
+        "chunk_latency": median(samples["chunk"], "ms", scale=1e3),
+        **spread("chunk_latency", samples["chunk"], "ms", scale=1e3),
+        "tokens_per_second": median([tokens / time for time in samples["stream"]], rate, higher_is_better=True),
+        "slowing": Metric(float(late / early), "x", n=len(passes), higher_is_better=False),
+        **({"cold": Metric(1e3 * cold[0], "ms", n=1, higher_is_better=False)} if cold else {}),
+    }
+
+
+def _state(held: list[int]) -> dict[str, Metric]:
+    return {"state_bytes": Metric(held[-1], "bytes", n=len(held), higher_is_better=False)}
+
+
+def _series(passes: list[list[float]], held: list[int], chunk_size: int) -> dict[str, Series]:
+    read = [float(chunk_size * (place + 1)) for place in range(len(held))]
+    series = {"state_bytes": Series(read, [float(size) for size in held], "tokens", "bytes")}
+    if passes:
+        times = [1e3 * float(time) for time in np.median(passes, axis=0)]
+        series["chunk_latency"] = Series(read, times, "tokens", "ms")
+    return series

@@ -1,0 +1,226 @@
+"""How much a model gets done when it is kept busy: batches of prompts read one after the other, and decoded side by side.
+
+The batch is also doubled from one row up, to see where more rows stop helping.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from pytest_lmeval.errors import ProfilingError
+from pytest_lmeval.models.identity import facts
+from pytest_lmeval.models.model import Model
+from pytest_lmeval.profiling.clock import Stopwatch
+from pytest_lmeval.profiling.failures import attempt
+from pytest_lmeval.profiling.flops import count_flops
+from pytest_lmeval.profiling.runner import Runner, about_times, check_shape, measured, quiet, too_short, unit_of_rates
+from pytest_lmeval.profiling.samples import median, spread
+from pytest_lmeval.records.record import Record, Series
+from pytest_lmeval.records.value import Metric
+
+SECONDS, WARM_UP, NEW_TOKENS = 10.0, 2, 16
+FEWEST, SCALING_RUNS = 3, 3
+ENOUGH = 0.9  # of the best rate: fewer rows that reach it are as good
+
+FORMULAS = {
+    "tokens_per_second": "batch_size x seq_len / seconds of a batch, median over the batches (of frames, where those are read)",
+    "sustained_tokens_per_second": "tokens of all batches / seconds of all batches",
+    "decode_tokens_per_second": "batch_size / seconds of a step of one token a row, median over the steps",
+    "cold": "seconds of the first batch, of the warm-up",
+    "knee_rows": f"the fewest rows that reach {ENOUGH:.0%} of the best rate of any batch",
+}
+
+
+@dataclass(frozen=True, repr=False)
+class ThroughputResult:
+    """Tokens a second. Where nothing was timed, `not_measured` says why. `samples` are the times of the batches, in seconds."""
+
+    record: Record
+    samples: dict[str, list[float]] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return repr(self.record)
+
+    @property
+    def not_measured(self) -> str | None:
+        reason: str | None = self.record.settings["not_measured"]
+        return reason
+
+    @property
+    def tokens_per_second(self) -> Metric:
+        """Tokens read in a second, median over the batches."""
+        return measured(self.record, "tokens_per_second")
+
+    @property
+    def decode_tokens_per_second(self) -> Metric:
+        """Tokens written in a second by all rows together, median over the steps; only for models that carry a state."""
+        return measured(self.record, "decode_tokens_per_second")
+
+    @property
+    def batch_scaling(self) -> Series:
+        """Tokens read in a second, by rows in the batch. Sizes that failed are left out; `settings["failed"]` says why."""
+        return self.record.series["batch_scaling"]
+
+    @property
+    def knee(self) -> Metric:
+        """The fewest rows that are nearly as good as any number of them."""
+        return measured(self.record, "knee_rows")
+
+
+def measure_throughput(
+    lm: Model,
+    *,
+    batch_size: int = 32,
+    seq_len: int = 512,
+    seconds: float = SECONDS,
+    runs: int | None = None,
+    warm_up: int = WARM_UP,
+    new_tokens: int = NEW_TOKENS,
+    scaling: bool = True,
+    seed: int = 0,
+    threads: int | None = None,
+    runner: Runner | None = None,
+) -> ThroughputResult:
+    """Read batches of random prompts for `seconds` (or `runs` of them), then decode `new_tokens` after one of them; with
+    `scaling`, also do both with each smaller power of two.
+
+    A batch size at which the model fails (it may not fit into memory) is recorded as that, and the others are measured: what
+    `runs` and `failed` of the settings say. Raises ProfilingError where a shape makes no sense.
+    """
+    _check(lm, batch_size, seq_len, seconds, runs, warm_up, new_tokens)
+    runner, prompts, about = runner or Runner(), lm.random_ids(batch_size, seq_len, seed=seed), facts(lm)
+    tried, times, flops, failed = list[float](), list[float](), list[int](), dict[str, str]()
+
+    def measure() -> None:
+        if runner.not_measured is None:
+            tried.extend(step_once(lm, prompts) for _ in range(max(1, warm_up)))
+            rounds = runs or max(FEWEST, math.ceil(seconds / min(tried)))
+            runner.repeat(lambda: times.append(step_once(lm, prompts)), rounds)
+        flops.append(count_flops(lambda: step_once(lm, prompts)))  # a run of its own: counting takes time
+
+    with quiet(threads) as conditions:
+        failure = attempt(measure)
+        steps = _decode(lm, prompts, new_tokens, failed) if times else []
+        series = _scaling(lm, prompts, failed) if scaling and runner.not_measured is None else {}
+    not_measured = failure or runner.not_measured or too_short(times, lm.device, "reading a batch")
+    record = Record(
+        kind="throughput",
+        subject=f"batch {batch_size}, {seq_len} tokens",
+        lm=about,
+        settings={
+            "batch_size": batch_size,
+            "seq_len": seq_len,
+            "seconds": None if runs else seconds,
+            "runs": len(times) or runs,
+            "warm_up": warm_up,
+            "new_tokens": new_tokens,
+            "seed": seed,
+            **conditions,
+            "failure": failure,
+            "failed": failed,
+            **about_times(lm, runner, {"batch": times}, not_measured, FORMULAS),
+        },
+        metrics=({} if not_measured else _metrics(times, steps, tried[0], batch_size, seq_len, unit_of_rates(lm)))
+        | _knee(series),
+        cost={
+            "seconds": sum(times),
+            "tokens": len(times) * batch_size * seq_len,
+            "flops": flops[0] * max(1, len(times)) if flops else None,
+        },
+        series=series,
+    )
+    return ThroughputResult(record, {} if not_measured else {"batch": times, "decode": steps})
+
+
+def _check(lm: Model, batch_size: int, seq_len: int, seconds: float, runs: int | None, warm_up: int, new_tokens: int) -> None:
+    check_shape(lm, batch_size=batch_size, seq_len=seq_len, runs=1 if runs is None else runs, warm_up=warm_up)
+    if new_tokens < 1:
+        raise ProfilingError(f"new_tokens is {new_tokens}: then there is nothing to measure. It is at least 1.")
+    if runs is None and not 0 < seconds < math.inf:
+        raise ProfilingError(f"seconds is {seconds}: then there is nothing to measure. It is more than 0.")
+
+
+def step_once(lm: Model, prompts: Tensor) -> float:
+    """Seconds of one step over prompts [b, t]."""
+    watch = Stopwatch(lm.device)
+    lm.step(prompts, None, keep=1)
+    watch.mark()
+    return watch.laps()[0]
+
+
+def _decode(lm: Model, prompts: Tensor, new_tokens: int, failed: dict[str, str]) -> list[float]:
+    """The times of `_decoding`. Where it fails, or they are too short for the clock, `failed` says so and there are none."""
+    steps = list[float]()
+    why = attempt(lambda: steps.extend(_decoding(lm, prompts, new_tokens)))
+    if why or (steps and (why := too_short(steps, lm.device, "decoding a token of each row"))):
+        failed["decode"] = why
+        return []
+    return steps
+
+
+def _decoding(lm: Model, prompts: Tensor, new_tokens: int) -> list[float]:
+    """Seconds of each step of one token a row, after the prompts and a first one that is not counted."""
+    room = new_tokens if lm.context_length is None else min(new_tokens, lm.context_length - prompts.shape[-1] - 1)
+    if not lm.stateful or room < 1:
+        return []
+    token = prompts[..., -1:]
+    _, state = lm.step(prompts, None, keep=1)
+    _, state = lm.step(token, state, keep=1)
+    watch = Stopwatch(lm.device)
+    for _ in range(room):
+        _, state = lm.step(token, state, keep=1)
+        watch.mark()
+    return watch.laps()
+
+
+def _metrics(
+    times: list[float], steps: list[float], cold: float, batch_size: int, seq_len: int, rate: str
+) -> dict[str, Metric]:
+    tokens = batch_size * seq_len
+    metrics = {
+        "tokens_per_second": median([tokens / time for time in times], rate, higher_is_better=True),
+        "sustained_tokens_per_second": Metric(tokens * len(times) / sum(times), rate, n=len(times), higher_is_better=True),
+        "cold": Metric(cold, "s", n=1, higher_is_better=False),
+        "batch_seconds": median(times, "s"),
+        **spread("batch_seconds", times, "s"),
+    }
+    if steps:
+        rates = [batch_size / step for step in steps]
+        metrics["decode_tokens_per_second"] = median(rates, rate, higher_is_better=True)
+    return metrics
+
+
+def _scaling(lm: Model, prompts: Tensor, failed: dict[str, str]) -> dict[str, Series]:
+    """Tokens a second by rows, read and decoded. A size that fails is named in `failed`, and the others are measured."""
+    sizes = [1 << power for power in range((len(prompts) - 1).bit_length())] + [len(prompts)]
+    read, decoded = dict[float, float](), dict[float, float]()
+    for rows in sizes:
+        some = prompts[:rows]
+
+        def measure(rows: int = rows, some: Tensor = some) -> None:
+            times = [step_once(lm, some) for _ in range(1 + SCALING_RUNS)][1:]
+            read[float(rows)] = rows * some.shape[-1] / statistics.median(times)
+            if steps := _decoding(lm, some, SCALING_RUNS):
+                decoded[float(rows)] = rows / statistics.median(steps)
+
+        if failure := attempt(measure):
+            failed[str(rows)] = failure
+    curves = {"batch_scaling": read, "decode_batch_scaling": decoded}
+    return {
+        name: Series(list(curve), list(curve.values()), "rows", unit_of_rates(lm)) for name, curve in curves.items() if curve
+    }
+
+
+def _knee(series: dict[str, Series]) -> dict[str, Metric]:
+    """Where more rows stop helping, see FORMULAS; of reading and of decoding."""
+    found = {}
+    for name, metric in (("batch_scaling", "knee_rows"), ("decode_batch_scaling", "decode_knee_rows")):
+        if curve := series.get(name):
+            enough = ENOUGH * max(curve.y)
+            knee = next(rows for rows, rate in zip(curve.x, curve.y, strict=True) if rate >= enough)
+            found[metric] = Metric(knee, "rows", n=len(curve.x))
+    return found

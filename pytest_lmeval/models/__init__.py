@@ -1,0 +1,1 @@
+"""Language models: what is asked of one, where it comes from, who it is, what its tensors hold."""
