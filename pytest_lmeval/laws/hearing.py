@@ -13,7 +13,8 @@ import torch
 from hypothesis import HealthCheck, Phase, Verbosity, given, settings, target
 
 from pytest_lmeval.errors import LawBroken
-from pytest_lmeval.laws.certificate import Certificate, LawResult, verdict_of
+from pytest_lmeval.laws.verdict import verdict_of
+from pytest_lmeval.records.certificate import Certificate, LawResult, State
 from pytest_lmeval.laws.checks import LAWS, check
 from pytest_lmeval.laws.profiles import Profile
 from pytest_lmeval.laws.search import Search
@@ -53,10 +54,10 @@ def hear(trial: Trial, longest: int, profile: Profile, known: list[tuple[str, Ca
         multiple = _multiple(searches["splits"], latest, time.perf_counter() + profile.budget)
     dtype = str(trial.dtype).removeprefix("torch.")
     return Certificate(
-        verdict_of(broken, stateful=lm.stateful, dtype=dtype, multiple=multiple),
-        dtype,
-        trial.reference_kind,
-        results,
+        verdict=verdict_of(broken, stateful=lm.stateful, dtype=dtype, multiple=multiple),
+        dtype=dtype,
+        reference=trial.reference_kind,
+        laws=results,
         longest=max(law.longest for law in results.values()),
         not_reached=tuple(border for border in lm.borders if border >= results["splits" if lm.stateful else "prefix"].longest),
         limit=limit,
@@ -149,7 +150,7 @@ def _breaks(splits: Search, case: Case, until: float) -> bool:
     return False
 
 
-def _state(trial: Trial) -> dict[str, Any] | None:
+def _state(trial: Trial) -> State | None:
     """What the state weighs, how it grows, and in what precision it is."""
     try:
         held = state_sizes(trial, Case(trial.longest))
@@ -161,4 +162,4 @@ def _state(trial: Trial) -> dict[str, Any] | None:
         return None
     (seen, before), (end, after) = held[2 * len(held) // 3], held[-1]
     growth = (after - before) / max(1, end - seen)
-    return {"bytes": after, "tokens": end, "bytes_per_token": growth, "dtypes": state_dtypes(state)}
+    return State(after, end, growth, tuple(state_dtypes(state)))

@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 
 from pytest_lmeval.errors import LawBroken, NotPossible
-from pytest_lmeval.laws.certificate import OUT_OF_TIME, Counterexample, LawResult, finite
+from pytest_lmeval.records.certificate import OUT_OF_TIME, Counterexample, LawResult, finite
 from pytest_lmeval.laws.checks import LAWS, check
 from pytest_lmeval.laws.evidence import broken
 from pytest_lmeval.laws.shrink import smallest
@@ -79,14 +79,13 @@ class Search:
             if two_faults:
                 small.append(self._made_small(decades[low], range(high), stop))
         return LawResult(
-            self.law,
-            cases,
-            planned,
-            longest,
-            None if worst is None else worst.ratio,
-            None if worst is None else f"token {worst.position} of {worst_at}",
-            tuple(small),
-            self.unavailable or (None if cases else OUT_OF_TIME),
+            cases=cases,
+            planned=planned,
+            longest=longest,
+            worst_ratio=None if worst is None else finite(worst.ratio),
+            worst_at=None if worst is None else f"token {worst.position} of {worst_at}",
+            counterexamples=tuple(small),
+            unavailable=self.unavailable or (None if cases else OUT_OF_TIME),
         )
 
     def _made_small(self, found: LawBroken, decades: range, stop: float) -> Counterexample:

@@ -1,6 +1,6 @@
 """A number that knows how certain it is.
 
->>> accuracy = Metric(0.812, unit="", low=0.79, high=0.83, n=1200, higher_is_better=True)
+>>> accuracy = Value(0.812, low=0.79, high=0.83, n=1200, higher_is_better=True)
 >>> accuracy > 0.8, accuracy.low > 0.8
 (True, False)
 """
@@ -11,21 +11,23 @@ import math
 from typing import Any
 
 
-class Metric(float):
+class Value(float):
     """A float with its unit, 95 % interval, sample size and direction. A value or bound that is not finite is refused.
 
     low, high         95 % interval, or None where the sample is too small for one
     n                 what was counted or averaged over (tokens, examples, runs)
     higher_is_better  None where neither direction is better
+    more              fields of a later version of `metrics.json`, kept as they are
     """
 
-    __slots__ = ("high", "higher_is_better", "low", "n", "unit")
+    __slots__ = ("high", "higher_is_better", "low", "more", "n", "unit")
 
     unit: str
     low: float | None
     high: float | None
     n: int | None
     higher_is_better: bool | None
+    more: dict[str, Any]
 
     def __new__(
         cls,
@@ -36,12 +38,15 @@ class Metric(float):
         high: float | None = None,
         n: int | None = None,
         higher_is_better: bool | None = None,
-    ) -> Metric:
+        more: dict[str, Any] | None = None,
+    ) -> Value:
         for number in (value, low, high):
             if number is not None and not math.isfinite(number):
-                raise ValueError(f"a metric cannot be {number} (value {value}, interval {low} to {high}, n {n}).")
+                raise ValueError(f"a value cannot be {number} (value {value}, interval {low} to {high}, n {n})")
+        if (low is None) != (high is None):
+            raise ValueError(f"an interval has two ends, and this one goes from {low} to {high}")
         self = super().__new__(cls, value)
-        self.unit, self.n, self.higher_is_better = unit, n, higher_is_better
+        self.unit, self.n, self.higher_is_better, self.more = unit, n, higher_is_better, more or {}
         self.low = None if low is None else float(low)
         self.high = None if high is None else float(high)
         return self
@@ -51,9 +56,11 @@ class Metric(float):
         return f"{float(self):.6g}{interval}{' ' + self.unit if self.unit else ''}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (float(self), self.to_json())
+        fields = self.to_json()
+        return _restore, (fields.pop("value"), fields)
 
     def to_json(self) -> dict[str, Any]:
+        """The fields of `records.schema.ValueFields`."""
         return {
             "value": float(self),
             "unit": self.unit,
@@ -61,14 +68,9 @@ class Metric(float):
             "high": self.high,
             "n": self.n,
             "higher_is_better": self.higher_is_better,
+            **({"more": self.more} if self.more else {}),
         }
 
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Metric:
-        """The metric that `to_json` wrote."""
-        options = {name: data.get(name) for name in ("low", "high", "n", "higher_is_better")}
-        return cls(data["value"], data.get("unit", ""), **options)
 
-
-def _restore(value: float, data: dict[str, Any]) -> Metric:
-    return Metric.from_json({**data, "value": value})
+def _restore(value: float, fields: dict[str, Any]) -> Value:
+    return Value(value, **fields)

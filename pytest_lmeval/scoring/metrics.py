@@ -1,31 +1,38 @@
 """The metrics of a task, by the names that it asks for: each is computed from all its answered questions.
 
-Those that a library defines are computed by it (extra `tasks`), which is imported when one of them is asked for:
-
-    scikit-learn   f1, f1_macro, matthews                       torchmetrics   exact_match, squad_f1, and the parts of squadv2
-    rouge-score    rouge1, rouge2, rougeL (no stemming)         sacrebleu      bleu (of the corpus, 13a)
-
-All lie between 0 and 1, but for matthews (-1 to 1), perplexity (from 1), and bleu, which keeps the 0 to 100 of all published
-numbers. What is undefined is 0, as in scikit-learn: matthews where all labels or all predictions are the same, f1 where neither
-a label nor a prediction is positive. n is the number of questions.
-
-Intervals are of 95 %; questions of one group are one unit. Shares have Wilson's; means and perplexity that of the bootstrap
-over units; f1, f1_macro, matthews and bleu are computed anew for 500 draws of units, and have none if a draw leaves them
-undefined. Below eight units only shares of independent questions have one.
+n is the number of questions. Intervals are of 95 %; questions of one group are one unit. Shares have Wilson's; means and
+perplexity that of the bootstrap over units; a statistic that is no mean is computed anew for 500 draws of units, and has none if
+a draw leaves it undefined. Below eight units only shares of independent questions have one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from pytest_lmeval.errors import TaskError
-from pytest_lmeval.records.value import Metric
-from pytest_lmeval.scoring.examples import Example
-from pytest_lmeval.scoring.measures import METRICS, READS, measured
+import numpy as np
+
+from pytest_lmeval import registry
+from pytest_lmeval.errors import RegistryError, TaskError
+from pytest_lmeval.records.example import Example
+from pytest_lmeval.records.metric import Estimate, Metric
+from pytest_lmeval.records.value import Value
+from pytest_lmeval.scoring.answer_metrics import units_of
+from pytest_lmeval.statistics.bootstrap import ratio_intervals
+from pytest_lmeval.statistics.proportion import wilson
 from pytest_lmeval.statistics.sequential import confidence_sequence
 
 LIBRARIES = {"sklearn": "scikit-learn", "sacrebleu": "sacrebleu", "rouge_score": "rouge-score", "torchmetrics": "torchmetrics"}
+
+NEEDS: dict[str, Callable[[Example], bool]] = {
+    "an answer": lambda example: True,
+    "choices": lambda example: bool(example.choices),
+    "one right choice": lambda example: len(example.right) == 1,
+    "two choices, one of them right": lambda example: len(example.choices) == 2 and len(example.right) == 1,
+    "targets to compare with": lambda example: bool(example.targets),
+    "an output to be judged": lambda example: not example.choices,
+}
 
 LM_EVAL_NAMES = {
     "acc": "accuracy",  # of lambada: greedy_match
@@ -45,67 +52,103 @@ LM_EVAL_NAMES = {
 """Names of lm-evaluation-harness, and ours. It calls several things by one name; which is meant, its task tells."""
 
 
-def compute(
-    names: Sequence[str], examples: Sequence[Example], seed: int = 0, threshold: float | None = None
-) -> dict[str, Metric]:
-    """The metrics by their names. One about questions with an answer, or about those without, is left out if there are none.
+def metrics_of(names: Sequence[str], task: str) -> list[Metric]:
+    """The metrics that a task asks for, to be found before anything is scored. Imports their libraries.
 
-    examples   in any order: it changes nothing
-    threshold  `Task.threshold`, where asking ended as soon as the rate was certain to be above or below: its interval is
-               then one that may be looked at after every answer (see `statistics.sequential`)
-
-    Raises TaskError as `check` does, for no examples, and for examples that have not what a metric is computed from.
+    Raises TaskError for a name that is no metric of answers, telling the nearest, and for a library that is missing, telling
+    how to get it.
     """
-    check(names, "this call")
-    if not examples:
-        raise TaskError(f"no question was answered, so that nothing can be said of {', '.join(names)}.")
-    ordered = sorted(examples, key=lambda example: (example.id, example.number))
-    check_examples(names, ordered)
-    found = {name: metric for name in names if (metric := METRICS[name].compute(ordered, seed)) is not None}
-    if threshold is not None and "rate" in found:
-        found["rate"] = _at_any_time(found["rate"])
+    found = [_metric(name, task) for name in names]
+    for metric in found:
+        if metric.library is None:
+            continue
+        try:
+            import_module(metric.library)
+        except ImportError as error:
+            package = LIBRARIES.get(metric.library, metric.library)
+            own = "pip install 'pytest-lmeval[tasks]'" if metric.library in LIBRARIES else f"pip install {package}"
+            raise TaskError(
+                f"{task} asks for the metric {metric.name!r}, which is computed by {package}. That cannot be imported "
+                f"({error}), so that no answer could be judged. Install it: {own}"
+            ) from error
     return found
 
 
-def check_examples(names: Sequence[str], examples: Sequence[Example]) -> None:
-    """Raises TaskError where an example has not what a metric is computed from; to be asked as soon as there are some."""
-    for name in names:
-        for example in examples:
-            if not READS[METRICS[name].reads](example):
-                raise TaskError(
-                    f"{name} is computed from {METRICS[name].reads}, and question {example.number} (id {example.id}) has "
-                    f"{len(example.choices)} choices, right are {list(example.right)}, its output is {example.output!r}, its "
-                    f"targets are {list(example.targets)!r}. Ask for another metric: {', '.join(METRICS)}."
-                )
-
-
-def check(names: Sequence[str], task: str) -> None:
-    """Whether all of these can be computed here, to be asked before anything is scored. Imports their libraries.
-
-    Raises TaskError for an unknown name, telling which there are, and for a library that is missing, telling how to get it.
-    """
-    for name in names:
-        if name not in METRICS:
-            ours = f" What lm_eval calls so is {LM_EVAL_NAMES[name]} here." if name in LM_EVAL_NAMES else ""
-            raise TaskError(f"{task} asks for the metric {name!r}, which there is not.{ours} Metrics are {', '.join(METRICS)}.")
-    for name in names:
-        library = METRICS[name].library
-        if library is None:
-            continue
-        try:
-            import_module(library)
-        except ImportError as error:
+def scored(example: Example, metrics: Sequence[Metric]) -> dict[str, float | None]:
+    """What an example counts in each metric that counts examples. Raises TaskError where it has not what a metric needs."""
+    for metric in metrics:
+        if not NEEDS[metric.needs](example):
             raise TaskError(
-                f"{task} asks for the metric {name!r}, which is computed by {LIBRARIES[library]}. That cannot be imported "
-                f"({error}), so that no answer could be judged. Install it: pip install 'pytest-lmeval[tasks]'"
-            ) from error
+                f"{metric.name} is computed from {metric.needs}, and question {example.number} (id {example.id}) has "
+                f"{len(example.choices)} choices, right are {list(example.right)}, its output is {example.output!r}, its "
+                f"targets are {list(example.targets)!r}. Ask for another metric (`lmeval list metrics`)."
+            )
+    counted = ((metric, metric.score(example)) for metric in metrics if metric.score is not None)
+    return {metric.name: None if score is None else float(score) for metric, score in counted}
 
 
-def tied(examples: Sequence[Example]) -> int:
-    """Questions where another choice is exactly as likely: the first was taken, so that accuracy depends on their order."""
-    return sum(example.tied for example in examples)
+def judging(metrics: Sequence[Metric]) -> Metric | None:
+    """The metric by which one answer is called right or wrong: the first of them that says so."""
+    return next((metric for metric in metrics if metric.judges), None)
 
 
-def _at_any_time(rate: Metric) -> Metric:
-    n = rate.n or 0
-    return measured(float(rate), confidence_sequence(round(rate * n), n), n, rate.higher_is_better)
+def compute(
+    metrics: Sequence[Metric], examples: Sequence[Example], seed: int = 0, threshold: float | None = None
+) -> dict[str, Value]:
+    """The values of metrics. One about questions with an answer, or about those without, is left out if there are none.
+
+    examples   scored, in any order: it changes nothing
+    threshold  `Task.threshold`, where asking ended as soon as the rate was certain to be above or below: its interval is
+               then one that may be looked at after every answer (see `statistics.sequential`)
+
+    Raises TaskError for no examples.
+    """
+    if not examples:
+        raise TaskError(f"no question was answered, so that nothing can be said of {', '.join(map(str, metrics))}.")
+    ordered = sorted(examples, key=lambda example: (example.id, example.number))
+    found = {metric.name: value for metric in metrics if (value := _value(metric, ordered, seed)) is not None}
+    if threshold is not None and "rate" in found:
+        rate, n = found["rate"], found["rate"].n or 0
+        metric = next(metric for metric in metrics if metric.name == "rate")
+        found["rate"] = metric.value(float(rate), confidence_sequence(round(rate * n), n), n=n)
+    return found
+
+
+def _metric(name: str, task: str) -> Metric:
+    try:
+        found: Metric = registry.find("metrics", name)
+    except RegistryError as error:
+        ours = f" What lm_eval calls so is {LM_EVAL_NAMES[name]} here." if name in LM_EVAL_NAMES else ""
+        raise TaskError(f"{task} asks for the metric {name!r}:{ours} {error}") from None
+    if found.score is None and found.statistic is None:
+        raise TaskError(f"{task} asks for the metric {name!r}, which is none of answers: it has no score of an example.")
+    return found
+
+
+def _value(metric: Metric, examples: Sequence[Example], seed: int) -> Value | None:
+    if metric.statistic is not None:
+        estimate = metric.statistic(examples, seed)
+        return None if estimate is None else metric.value(*estimate, n=len(examples))
+    counted = [example for example in examples if example.scores[metric.name] is not None]
+    if not counted:
+        return None
+    try:
+        return metric.value(*_mean(metric, counted, seed), n=len(counted))
+    except OverflowError as error:
+        raise TaskError(
+            f"the mean of {metric.name} is too large for a number: its exponential is none that a float holds."
+        ) from error
+
+
+def _mean(metric: Metric, examples: Sequence[Example], seed: int) -> Estimate:
+    """The mean of the scores, on the scale of the metric, with its interval."""
+    scores = [example.scores[metric.name] or 0.0 for example in examples]
+    units = units_of(examples)
+    interval = None
+    if metric.interval == "share":
+        interval = wilson(scores, units.tolist())
+    elif metric.interval == "mean":
+        sums = np.column_stack([np.bincount(units, weights=scores), np.bincount(units)])
+        interval = ratio_intervals(sums, [(0, 1)], seed=seed)[0]
+    number, *bounds = (metric.scaled(mean) for mean in (math.fsum(scores) / len(scores), *(interval or ())))
+    return number, (bounds[0], bounds[1]) if bounds else None

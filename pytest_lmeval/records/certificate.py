@@ -1,24 +1,17 @@
-"""What the probe found: law by law, and the verdict that follows."""
+"""What the probe of a model's laws found: law by law, and the verdict that follows."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
-EXACT, STEP_ONLY, INEXACT = "exact-any-chunk", "exact-step-only", "inexact"
-MULTIPLE = "exact-multiple-of-"  # and the number
-NON_CAUSAL, LENGTH_DEPENDENT = "non-causal", "length-dependent"
+from msgspec import Struct
+from msgspec.structs import force_setattr
+
 OUT_OF_TIME = "not tried: the budget was used up"
-STATELESS, CONSISTENT = "stateless", "consistent"
-LOW_PRECISION = ("float16", "bfloat16")
-
-ONLY_ASIDE = frozenset({"rows", "fork", "resume", "size"})
-"""Laws that one row, streamed once without a stop, does not rest on."""
 
 
-@dataclass(frozen=True)
-class Counterexample:
+class Counterexample(Struct, frozen=True):
     """The smallest case found that breaks a law.
 
     case      what differs from the simplest case (`strategies.Case`)
@@ -31,12 +24,13 @@ class Counterexample:
     error: float | None
     message: str
     replay: str
+    more: dict[str, Any] = {}
 
 
-@dataclass(frozen=True)
-class LawResult:
+class LawResult(Struct, frozen=True, kw_only=True):
     """One law on one model.
 
+    kept             whether no case broke it
     cases            how many cases it was tried on, of how many that were planned: the rest did not fit the budget
     longest          tokens of the longest of them
     worst_ratio      error of the chunked run over the error of the full run, both against the reference (about 1 where
@@ -46,46 +40,30 @@ class LawResult:
     unavailable      why the law could not be tried at all: a model of single rows, or whose state cannot be forked
     """
 
-    law: str
     cases: int
     planned: int
+    kept: bool | None = None
     longest: int = 0
     worst_ratio: float | None = None
     worst_at: str | None = None
     counterexamples: tuple[Counterexample, ...] = ()
     unavailable: str | None = None
+    more: dict[str, Any] = {}
 
-    @property
-    def kept(self) -> bool:
-        return not self.counterexamples
+    def __post_init__(self) -> None:
+        found = not self.counterexamples
+        if self.kept is None:
+            force_setattr(self, "kept", found)
+        elif self.kept is not found:
+            raise ValueError(f"kept is {self.kept}, and there are {len(self.counterexamples)} counterexamples")
 
     @property
     def counterexample(self) -> str | None:
         """The first counterexample in words."""
         return self.counterexamples[0].message if self.counterexamples else None
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "kept": self.kept,
-            "cases": self.cases,
-            "planned": self.planned,
-            "longest": self.longest,
-            "worst_ratio": finite(self.worst_ratio),
-            "worst_at": self.worst_at,
-            "counterexample": self.counterexample,
-            "counterexamples": [asdict(example) for example in self.counterexamples],
-            "unavailable": self.unavailable,
-        }
 
-    @classmethod
-    def from_json(cls, law: str, data: dict[str, Any]) -> LawResult:
-        own = {name: data.get(name) for name in ("cases", "planned", "worst_ratio", "worst_at", "unavailable")}
-        found = tuple(Counterexample(**example) for example in data.get("counterexamples", ()))
-        return cls(law, longest=data.get("longest", 0), counterexamples=found, **own)  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class Certificate:
+class Certificate(Struct, frozen=True, kw_only=True):
     """The verdict on a model and what it rests on.
 
     dtype          the precision that was tried
@@ -103,17 +81,18 @@ class Certificate:
 
     verdict: str
     dtype: str
-    reference: str
-    laws: dict[str, LawResult] = field(default_factory=dict)
+    reference: str = ""
+    laws: dict[str, LawResult] = {}
     longest: int = 0
     not_reached: tuple[int, ...] = ()
     limit: str | None = None
     limit_tokens: int | None = None
     limit_is_step: bool = False
-    state: dict[str, Any] | None = None
+    state: State | None = None
     flips: int = 0
     float32: str | None = None
     chunking_used: str | None = None
+    more: dict[str, Any] = {}
 
     @property
     def worst_ratio(self) -> float | None:
@@ -146,57 +125,20 @@ class Certificate:
             lines.append(f"  broken too, maybe for the same reason: {', '.join(others)}")
         return "\n".join(lines)
 
-    def to_json(self) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in ("verdict", "dtype", "reference", "longest", "limit")}
-        return own | {
-            "limit_tokens": self.limit_tokens,
-            "limit_is_step": self.limit_is_step,
-            "not_reached": list(self.not_reached),
-            "state": self.state,
-            "flips": self.flips,
-            "float32": self.float32,
-            "worst_ratio": finite(self.worst_ratio),
-            "laws": {name: law.to_json() for name, law in self.laws.items()},
-            "chunking_used": self.chunking_used,
-        }
 
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Certificate:
-        """The certificate that `to_json` wrote."""
-        laws = {name: LawResult.from_json(name, law) for name, law in data["laws"].items()}
-        own = {name: data[name] for name in cls.__dataclass_fields__ if name in data and name not in ("laws", "not_reached")}
-        return cls(**own, laws=laws, not_reached=tuple(data.get("not_reached", ())))
+class State(Struct, frozen=True):
+    """bytes           of the state after the longest sequence, of `tokens` tokens
+    bytes_per_token   how many more a token
+    dtypes            its precisions
+    """
+
+    bytes: int
+    tokens: int
+    bytes_per_token: float
+    dtypes: tuple[str, ...]
+    more: dict[str, Any] = {}
 
 
 def finite(value: float | None) -> float | None:
     """A number that JSON has, or None."""
     return None if value is None or not math.isfinite(value) else value
-
-
-def multiple_of(verdict: str) -> int | None:
-    """The K of `exact-multiple-of-K`; None for any other verdict."""
-    return int(verdict.removeprefix(MULTIPLE)) if verdict.startswith(MULTIPLE) else None
-
-
-def verdict_of(broken: frozenset[str], *, stateful: bool, dtype: str, multiple: int | None = None) -> str:
-    """The verdict that the broken laws add up to; `multiple` is the chunk length found exact where not all are.
-
-    16-bit arithmetic is too coarse to tell a small fault from rounding, so there a model that breaks nothing is
-    `consistent`: not refuted, not proven. Where the same call gives two results, or something is left over from one
-    sequence to the next, the other laws may look broken for that reason alone, so those are asked first.
-    """
-    if broken & {"repeat", "isolation"}:
-        return INEXACT
-    if "causality" in broken:
-        return NON_CAUSAL
-    if "prefix" in broken:
-        return LENGTH_DEPENDENT
-    if broken - {"splits", "steps"}:
-        return INEXACT
-    if not stateful:
-        return STATELESS
-    if "splits" in broken:
-        return f"{MULTIPLE}{multiple}" if multiple else INEXACT if "steps" in broken else STEP_ONLY
-    if "steps" in broken:
-        return INEXACT
-    return CONSISTENT if dtype in LOW_PRECISION else EXACT
