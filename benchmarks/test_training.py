@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from pytest_lmeval import Metric
-from pytest_lmeval.training import Protocol, train
+from pytest_lmeval.training import Protocol, run_training
 
 pytestmark = [pytest.mark.benchmark, pytest.mark.usefixtures("one_thread")]
 
@@ -59,7 +59,7 @@ def test_processor_time_of_training_over_a_bare_loop(lmeval, load_lm, tmp_path, 
 
     def ours(told, seed):
         protocol = Protocol(steps=steps, batch_size=BATCH_SIZE, seq_len=SEQ_LEN, seed=seed)
-        train(lm, ids, protocol=protocol, folder=tmp_path, progress=told)
+        run_training(lm, ids, protocol=protocol, folder=tmp_path, progress=told)
 
     def bare(told, seed):
         bare_loop(lm.module, ids, steps, told)

@@ -1,7 +1,8 @@
 """Evaluations of language models as pytest tests: exact streaming, certified numbers, speed beside quality.
 
-The names below are the public face, beside `pytest_lmeval.stream.stream` and `pytest_lmeval.laws.equivalence`;
-each is imported when it is first used, so that an installed but unused plugin costs nothing.
+The names below are the public face, beside `pytest_lmeval.laws` and `pytest_lmeval.tasks`, `pytest_lmeval.errors` and
+`pytest_lmeval.registry`; each is imported when it is first used, so that an installed but unused plugin costs nothing. What
+they do not name is private.
 """
 
 from __future__ import annotations
@@ -10,44 +11,57 @@ import importlib
 from typing import Any
 
 _HOMES = {
-    "Choices": "pytest_lmeval.tasks.questions",
-    "Corpus": "pytest_lmeval.data.corpus",
-    "Document": "pytest_lmeval.data.corpus",
-    "Codebooks": "pytest_lmeval.models.model",
-    "CorpusError": "pytest_lmeval.data.corpus",
-    "Generate": "pytest_lmeval.tasks.questions",
-    "LanguageModel": "pytest_lmeval.models.model",
-    "Metric": "pytest_lmeval.records.value",
-    "Model": "pytest_lmeval.models.model",
-    "Protocol": "pytest_lmeval.training",
-    "Rows": "pytest_lmeval.data.rows",
-    "Suite": "pytest_lmeval.tasks.questions",
-    "Task": "pytest_lmeval.tasks.questions",
-    "agreement": "pytest_lmeval.measures._agreement",
-    "as_model": "pytest_lmeval.models.sources",
-    "corpus": "pytest_lmeval.data",
-    "efficiency": "pytest_lmeval.measures._efficiency",
-    "evaluate": "pytest_lmeval.measures._task",
-    "fork": "pytest_lmeval.models.model",
-    "latency": "pytest_lmeval.measures._latency",
-    "load": "pytest_lmeval.models.sources",
-    "load_weights": "pytest_lmeval.training",
-    "memory": "pytest_lmeval.measures._memory",
-    "perplexity": "pytest_lmeval.measures._perplexity",
-    "replay": "pytest_lmeval.laws.probe",
-    "score_rows": "pytest_lmeval.scoring.rows",
-    "state_bytes": "pytest_lmeval.models.model",
-    "throughput": "pytest_lmeval.measures._throughput",
-    "train": "pytest_lmeval.training",
+    "Choices": "tasks.questions",
+    "Codebooks": "models.model",
+    "Corpus": "data.corpus",
+    "Document": "data.corpus",
+    "Example": "records.example",
+    "Generate": "tasks.questions",
+    "LanguageModel": "models.model",
+    "Metric": "records.metric",
+    "Model": "models.model",
+    "Protocol": "training",
+    "Record": "records.record",
+    "Rows": "data.rows",
+    "Section": "records.document",
+    "Series": "records.record",
+    "Suite": "tasks.questions",
+    "Task": "tasks.questions",
+    "Tokenizer": "models.model",
+    "Value": "records.value",
+    "agreement": "measures._agreement",
+    "as_model": "models.sources",
+    "corpus": "data",
+    "efficiency": "measures._efficiency",
+    "equivalence": "measures._equivalence",
+    "fork": "models.model",
+    "latency": "measures._latency",
+    "latency_grid": "measures._latency_grid",
+    "load": "models.sources",
+    "load_weights": "training",
+    "memory": "measures._memory",
+    "perplexity": "measures._perplexity",
+    "record": "measures._record",
+    "replay": "laws",
+    "score_rows": "scoring.rows",
+    "state_bytes": "models.model",
+    "streaming": "measures._streaming",
+    "suite": "measures._suite",
+    "task": "measures._task",
+    "throughput": "measures._throughput",
+    "train": "training.verb",
 }
+_ERRORS = "errors"  # every error of which is public too
 
-__all__ = sorted(_HOMES)
+__all__ = sorted([*_HOMES, *importlib.import_module("pytest_lmeval.errors").__all__])
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    if name not in __all__:
+        from pytest_lmeval.errors import nearest
+
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}.{nearest(name, __all__)}")
+    return getattr(importlib.import_module(f"pytest_lmeval.{_HOMES.get(name, _ERRORS)}"), name)
 
 
 def __dir__() -> list[str]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 OURS, PARTS = "lmeval", "parts"
 ROWS = ("prefill", "ttft", "itl", "decode", "chunk")  # parts that get a row
 WHOLE = ("e2e", "batch", "stream")  # has a row already, where the test measured one thing
-LEFT_OUT = ("_mean", "_min", "_max", "_std")  # pytest-benchmark has columns for them
+LEFT_OUT = ("_mean", "_min", "_max", "_std")  # statistics that pytest-benchmark has columns for
 DEFAULT_TIMER = "time.perf_counter"
 LONGEST = 100  # characters of a parameter: pytest-benchmark would write down whole tensors
 
@@ -33,7 +33,7 @@ class Driver:
     """The fixture `benchmark` of a test, or None where it did not ask for it: times one thing a test, what comes after that is
     called in a bare loop."""
 
-    def __init__(self, benchmark: Any) -> None:
+    def __init__(self, benchmark: Any = None) -> None:
         self._benchmark, self._free = benchmark, benchmark is not None
 
     def runner(self) -> Runner:
@@ -74,10 +74,10 @@ class Driver:
         if self._benchmark is None:
             return
         figures = {name: float(metric) for name, metric in record.metrics.items() if not name.endswith(LEFT_OUT)}
-        where = {"device": record.lm["device"], "threads": record.settings.get("threads")}
-        info = {"lm": record.lm["spec"], "kind": record.kind, "subject": record.subject, **where, **figures}
-        if reason := record.settings.get("not_measured"):
-            info["not_measured"] = reason
+        where = {"device": record.lm.device, "threads": record.settings.get("threads")}
+        info = {"lm": record.lm.spec, "kind": record.kind, "subject": record.subject, **where, **figures}
+        if record.not_measured:
+            info["not_measured"] = record.not_measured
         if samples:
             info[PARTS] = {name: _stats(times) for name, times in samples.items() if name in ROWS + WHOLE and times}
         self._benchmark.extra_info.setdefault(OURS, []).append(info)

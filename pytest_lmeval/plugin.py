@@ -15,6 +15,7 @@ import pytest
 
 from pytest_lmeval import options
 from pytest_lmeval.benchmarking import BenchmarkHooks, WithoutBenchmark
+from pytest_lmeval.errors import LmevalError, NotMeasuredError
 from pytest_lmeval.frames import release_frames, up_to_the_test
 from pytest_lmeval.options import CORPORA, SEQ_LENS, budget, count, is_worker, option, output_folder, test_id
 from pytest_lmeval.report.gather import Reports
@@ -151,13 +152,15 @@ def lmeval(request: pytest.FixtureRequest) -> Lmeval:
     def test_reads_easily(lmeval, lm, corpus):
         assert lmeval.perplexity(lm, corpus("stdlib", "test")).perplexity < 6
     """
+    from pytest_lmeval.benchmarking import Driver
     from pytest_lmeval.measures import Lmeval
+    from pytest_lmeval.measures.context import VerbContext
     from pytest_lmeval.session import TestLog
 
     log = TestLog(test_id(request.node.nodeid))
     request.node.stash[LOG] = log
     benchmark = request.getfixturevalue("benchmark") if "benchmark" in request.fixturenames else None
-    return Lmeval(shared_session(request.config), log, benchmark)
+    return Lmeval(VerbContext(shared_session(request.config), log, Driver(benchmark)))
 
 
 def _fixtures_with_parameters(config: pytest.Config) -> ModuleType:
@@ -209,17 +212,15 @@ def _skipped_where_no_time_was_taken(item: pytest.Item) -> Generator[None, Any, 
     """A test that looks at a time that could not be taken says nothing about the model: it is skipped, with the reason."""
     try:
         return (yield)
-    except Exception as error:
-        if type(error).__name__ == "NotMeasuredError":
-            raise pytest.skip.Exception(str(error)).with_traceback(up_to_the_test(error, str(item.path))) from None
-        raise
+    except NotMeasuredError as error:
+        raise pytest.skip.Exception(str(error)).with_traceback(up_to_the_test(error, str(item.path))) from None
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # the outermost: nobody asks for the frames after it
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
     report = yield
     if call.when == "call" and (log := item.stash.get(LOG, None)) is not None:
-        report._lmeval = json.dumps(log.to_json())  # one string: it crosses from an xdist worker unharmed
+        report._lmeval = json.dumps(log.to_plain(), allow_nan=False)  # one string: it crosses from an xdist worker unharmed
     if call.excinfo is not None and "lmeval" in getattr(item, "fixturenames", ()) and not _debugged(item.config):
         release_frames(call.excinfo.value)
     return report
@@ -259,12 +260,10 @@ def shared_session(config: pytest.Config) -> Session:
 
 def expected_errors(work: Callable[[], Any]) -> Any:
     """Errors that were written for the user end the test with their message alone, not with a traceback."""
-    from pytest_lmeval.measures.context import EXPECTED
-
     __tracebackhide__ = True
     try:
         return work()
-    except EXPECTED as error:
+    except LmevalError as error:
         message = str(error)
     pytest.fail(message, pytrace=False)
 

@@ -12,20 +12,24 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pytest_lmeval.data.corpus import Corpus
 from pytest_lmeval.models.identity import fingerprint
 from pytest_lmeval.models.model import Model
+from pytest_lmeval.records import schema
 from pytest_lmeval.records.journal import Journal
 from pytest_lmeval.records.record import Record
+
+if TYPE_CHECKING:
+    from pytest_lmeval.laws.probe import EquivalenceResult
 
 ProgressBars = Callable[..., AbstractContextManager[Any]]
 
 
 @dataclass
 class Session:
-    """folder    where everything is written
+    """folder    where everything is written; None: nothing is
     progress  makes the progress bar of a long piece of work, given its title (and a unit): a context around a callback or None
     tokens, limit, seq_lens   defaults of the verbs, from the command line
     profile, budget   how hard the probe of a model's laws looks, and for how many seconds
@@ -35,7 +39,7 @@ class Session:
     fresh     nothing is taken from an earlier run
     """
 
-    folder: Path
+    folder: Path | None = None
     tokens: int | None = None
     limit: int | None = None
     seq_lens: tuple[int, ...] = ()
@@ -52,17 +56,20 @@ class Session:
     verdicts: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
     @functools.cached_property
-    def journal(self) -> Journal:
-        return Journal(self.folder)
+    def journal(self) -> Journal | None:
+        return None if self.folder is None else Journal(self.folder)
 
     def load(self, spec: str) -> Model:
-        """The model that a spec names, loaded once a session."""
+        """The model that a spec names, loaded once a run; outside of runs anew, since nobody would let it go."""
         from pytest_lmeval.models.sources import load, resolve_device
 
-        if spec not in self.loaded:
-            trust = spec.removeprefix("hf:").partition("@")[0] in self.trusted
-            self.loaded[spec] = load(spec, device=resolve_device(self.device), bits=self.bits, trust_remote_code=trust)
-        return self.loaded[spec]
+        if spec in self.loaded:
+            return self.loaded[spec]
+        trust = spec.removeprefix("hf:").partition("@")[0] in self.trusted
+        model = load(spec, device=resolve_device(self.device), bits=self.bits, trust_remote_code=trust)
+        if self.folder is not None:
+            self.loaded[spec] = model
+        return model
 
     def corpus(self, name: str = "stdlib", split: str = "test") -> Corpus:
         """The corpus of that name, from the mirror if there is one."""
@@ -75,10 +82,10 @@ class Session:
         """The options of every probe of this run."""
         from pytest_lmeval.laws.profiles import default_profile
 
-        known = self.folder / "counterexamples.jsonl"
+        known = None if self.folder is None else self.folder / "counterexamples.jsonl"
         return {"profile": self.profile or default_profile(), "budget": self.budget, "known": known}
 
-    def verdict(self, lm: Model) -> Any:
+    def verdict(self, lm: Model) -> EquivalenceResult:
         """The equivalence result of a model: probed once in a session, and not kept alive by that."""
         from pytest_lmeval.laws.probe import probe
 
@@ -88,17 +95,17 @@ class Session:
         if known is None or known() is not owner:  # another object may have come to the same address
             known, probed = weakref.ref(owner), probe(lm, **self.probe)
             self.verdicts[key] = (known, probed)
-        return probed
+        return probed  # type: ignore[no-any-return]
 
 
 @dataclass
 class TestLog:
     """What one test has recorded so far, and what the reader should be told beside it."""
 
-    test: str
+    test: str = ""
     records: list[Record] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)  # of the journal's lines that this test wrote or was served from
 
-    def to_json(self) -> dict[str, Any]:
-        return {"records": [record.to_json() for record in self.records], "notes": self.notes, "keys": self.keys}
+    def to_plain(self) -> dict[str, Any]:
+        return {"records": [schema.to_plain(record) for record in self.records], "notes": self.notes, "keys": self.keys}

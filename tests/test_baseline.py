@@ -19,7 +19,7 @@ from pytest_lmeval.gates.gate import unheard
 from pytest_lmeval.gates.margins import COSTS, Margins, read_marker
 from pytest_lmeval.gates.pairing import pair
 from pytest_lmeval.gates.scores import Scores, rounded
-from pytest_lmeval.measures._perplexity import bare_ids
+from pytest_lmeval.data.ids import as_corpus
 from pytest_lmeval.records.record import Record
 from pytest_lmeval.records.value import Metric
 from pytest_lmeval.training import result
@@ -383,12 +383,12 @@ def test_blocks_are_called_by_what_they_hold_however_they_were_read(tmp_path, ch
     lm = as_model(Functional())
     ids = [place % lm.vocab_size for place in range(200)]
     for name, size in (("a", None), ("b", chunk_size)):
-        measure_perplexity(lm, bare_ids(ids), chunk_size=size, units=tmp_path / name)
+        measure_perplexity(lm, as_corpus(ids), chunk_size=size, units=tmp_path / name)
     rows = {name: [json.loads(line) for line in (tmp_path / name).read_text().splitlines()] for name in "ab"}
     assert [row["id"] for row in rows["a"]] == [row["id"] for row in rows["b"]]
     assert [row["tokens"] for row in rows["a"]] == [64, 64, 64, 7]
     assert [row["nats"] for row in rows["a"]] == pytest.approx([row["nats"] for row in rows["b"]])
-    measure_perplexity(lm, bare_ids(ids[1:]), units=tmp_path / "c")
+    measure_perplexity(lm, as_corpus(ids[1:]), units=tmp_path / "c")
     assert json.loads((tmp_path / "c").read_text().splitlines()[0])["id"] != rows["a"][0]["id"]
 
 

@@ -391,10 +391,10 @@ def test_a_packed_model_that_drops_its_state_is_caught():
 
 
 def test_packed_weights_are_not_trained():
-    from pytest_lmeval.training import Protocol, train
+    from pytest_lmeval.training import Protocol, run_training
 
     with pytest.raises(SpecError, match=r"toy@int4 holds weights that are packed \(int4\).*no gradient"):
-        train(packed("int4"), IDS[0].repeat(20), protocol=Protocol(steps=1, seq_len=16))
+        run_training(packed("int4"), IDS[0].repeat(20), protocol=Protocol(steps=1, seq_len=16))
 
 
 def test_the_bytes_of_a_packed_tensor_are_those_of_its_parts():

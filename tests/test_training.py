@@ -31,7 +31,7 @@ from pytest_lmeval.models.model import Codebooks
 from pytest_lmeval.models.sources import as_model, load
 from pytest_lmeval.records.journal import JournalWarning
 from pytest_lmeval.records.record import Record
-from pytest_lmeval.training import Protocol, load_weights, train
+from pytest_lmeval.training import Protocol, load_weights, run_training
 from pytest_lmeval.training.batches import batches, held_out_batches
 from pytest_lmeval.training.folder import Saver
 from pytest_lmeval.training.protocol import learning_rate
@@ -206,7 +206,7 @@ def test_all_models_read_the_same_tokens_in_the_same_order():
     for module in (small, large):
         lm = as_model(module)
         module.read.clear()
-        train(lm, TEXT, held_out=UNSEEN, protocol=SMALL)
+        run_training(lm, TEXT, held_out=UNSEEN, protocol=SMALL)
     assert len(small.read) == 12 + 1  # the operations of a step are counted in one that changes nothing
     assert torch.equal(torch.stack(small.read), torch.stack(large.read))
 
@@ -218,7 +218,7 @@ def test_a_corpus_without_end_is_read_as_far_as_the_protocol_says():
             yield Document("part", ids=text(number, 100))
 
     endless = Corpus("endless", "train", documents, "fingerprint", tokenized=True)
-    result = train(as_model(Functional()), endless, protocol=replace(SMALL, tokens=2000, steps=2))
+    result = run_training(as_model(Functional()), endless, protocol=replace(SMALL, tokens=2000, steps=2))
     assert result.record.settings["steps_an_epoch"] == 1999 // 16 // 4
 
 
@@ -252,7 +252,7 @@ def bare_loop(module, ids, held_out, protocol):
 
 
 def test_it_does_what_a_bare_loop_does():
-    result = train(as_model(Functional()), TEXT, held_out=UNSEEN, protocol=SMALL)
+    result = run_training(as_model(Functional()), TEXT, held_out=UNSEEN, protocol=SMALL)
     module = Functional()
     losses, nll = bare_loop(module, TEXT, UNSEEN, SMALL)
     assert result.curve.y == losses
@@ -263,7 +263,7 @@ def test_it_does_what_a_bare_loop_does():
 
 def test_it_learns():
     protocol = replace(SMALL, steps=150, eval_every=50)
-    result = train(as_model(Functional()), text(0, 20_000), held_out=text(1, 20_000), protocol=protocol)
+    result = run_training(as_model(Functional()), text(0, 20_000), held_out=text(1, 20_000), protocol=protocol)
     best = -0.9 * math.log(0.9) + 0.1 * math.log(VOCAB / 0.1)  # nats of the source, about
     assert best - 0.1 < result.nll < best + 0.3
     assert result.nll.low < float(result.nll) < result.nll.high
@@ -272,15 +272,15 @@ def test_it_learns():
 
 @pytest.mark.parametrize("form", [Stateless, GetSetState, Streaming, PortableStreaming])
 def test_a_model_of_any_form_learns_as_one_that_is_passed_its_state(form):
-    reference = train(as_model(Functional()), TEXT, held_out=UNSEEN, protocol=SMALL)
-    result = train(as_model(form()), TEXT, held_out=UNSEEN, protocol=SMALL)
+    reference = run_training(as_model(Functional()), TEXT, held_out=UNSEEN, protocol=SMALL)
+    result = run_training(as_model(form()), TEXT, held_out=UNSEEN, protocol=SMALL)
     assert result.lm.form == as_model(form()).form
     assert result.curve.y == reference.curve.y
     assert same(weights(result), weights(reference))
 
 
 def test_what_comes_back_can_be_used_at_once():
-    result = train(as_model(Functional()), TEXT, held_out=UNSEEN, protocol=SMALL)
+    result = run_training(as_model(Functional()), TEXT, held_out=UNSEEN, protocol=SMALL)
     assert result.lm.spec == "toys:Functional, trained 12 steps on ids[test]"
     assert not result.lm.module.training
     assert all(parameter.grad is None for parameter in result.lm.module.parameters())
@@ -288,7 +288,7 @@ def test_what_comes_back_can_be_used_at_once():
     assert result.lm.step(torch.tensor([[3]]), state)[0].shape == (1, 1, VOCAB)
     held_out = held_out_batches(UNSEEN, SMALL, "")
     assert float(loop.evaluate(result.lm, held_out).mean()) / SMALL.seq_len == pytest.approx(float(result.nll), rel=1e-12)
-    assert train(as_model(Functional()), TEXT, protocol=SMALL, spec="mine").lm.spec == "mine"
+    assert run_training(as_model(Functional()), TEXT, protocol=SMALL, spec="mine").lm.spec == "mine"
 
 
 class Buffered(Functional):
@@ -310,12 +310,12 @@ class Buffered(Functional):
 
 
 def test_a_state_that_is_held_in_the_module_is_no_part_of_what_was_trained(save_each_step, tmp_path):
-    result = train(as_model(Buffered()), TEXT, protocol=SMALL, folder=tmp_path)
-    assert result.curve.y == train(as_model(Functional()), TEXT, protocol=SMALL).curve.y
+    result = run_training(as_model(Buffered()), TEXT, protocol=SMALL, folder=tmp_path)
+    assert result.curve.y == run_training(as_model(Functional()), TEXT, protocol=SMALL).curve.y
     assert result.lm.module.held.shape == (1, 1, 16)
-    again = train(result.lm, TEXT, held_out=UNSEEN, protocol=SMALL)  # no graph is left in it, so it can be copied
+    again = run_training(result.lm, TEXT, held_out=UNSEEN, protocol=SMALL)  # no graph is left in it, so it can be copied
     assert again.nll < 3.5
-    cached = train(as_model(Buffered()), TEXT, protocol=SMALL, folder=tmp_path)
+    cached = run_training(as_model(Buffered()), TEXT, protocol=SMALL, folder=tmp_path)
     assert cached.cached
     assert same(weights(cached), weights(result))
     assert fingerprint(cached.lm) == fingerprint(result.lm)
@@ -326,7 +326,7 @@ def test_the_model_that_was_given_is_not_changed_and_no_random_number_is_used_up
     lm = as_model(module)
     before, random = (fingerprint(lm), weights_of := module.state_dict()), torch.get_rng_state()
     kept = {name: tensor.clone() for name, tensor in weights_of.items()}
-    result = train(lm, TEXT, held_out=UNSEEN, protocol=SMALL)
+    result = run_training(lm, TEXT, held_out=UNSEEN, protocol=SMALL)
     assert same(kept, module.state_dict())
     assert fingerprint(lm) == before[0] != fingerprint(result.lm)
     assert torch.equal(torch.get_rng_state(), random)
@@ -335,7 +335,7 @@ def test_the_model_that_was_given_is_not_changed_and_no_random_number_is_used_up
 
 def test_the_weights_that_the_held_out_text_likes_best_are_kept():
     backwards = UNSEEN[::-1].copy()  # the more is learned of the text, the worse this goes
-    result = train(as_model(Functional()), TEXT, held_out=backwards, protocol=replace(SMALL, steps=24))
+    result = run_training(as_model(Functional()), TEXT, held_out=backwards, protocol=replace(SMALL, steps=24))
     assert result.best_step < 24
     assert result.nll < result.record.metrics["nll_last"]
     assert float(result.nll) == min(result.record.series["held_out_loss"].y)
@@ -343,7 +343,7 @@ def test_the_weights_that_the_held_out_text_likes_best_are_kept():
 
 
 def test_without_a_held_out_text_the_last_weights_are_kept():
-    result = train(as_model(Functional()), TEXT, protocol=SMALL)
+    result = run_training(as_model(Functional()), TEXT, protocol=SMALL)
     assert result.best_step == 12
     assert "held_out_loss" not in result.record.series
     with pytest.raises(AttributeError, match="trained without held_out, so its perplexity on unseen text is not known"):
@@ -353,7 +353,7 @@ def test_without_a_held_out_text_the_last_weights_are_kept():
 def test_frozen_parameters_stay_as_they_are():
     module = Functional()
     module.embed.weight.requires_grad_(False)
-    result = train(as_model(module), TEXT, protocol=SMALL)
+    result = run_training(as_model(module), TEXT, protocol=SMALL)
     assert torch.equal(result.lm.module.embed.weight, module.embed.weight)
     assert not torch.equal(result.lm.module.head.weight, module.head.weight)
 
@@ -376,7 +376,7 @@ class Tied(nn.Module):
 
 
 def test_tied_weights_are_saved_once_and_stay_tied(tmp_path):
-    result = train(as_model(Tied()), TEXT, protocol=SMALL, folder=tmp_path)
+    result = run_training(as_model(Tied()), TEXT, protocol=SMALL, folder=tmp_path)
     (file,) = tmp_path.glob("models/*/best.safetensors")
     assert "head.weight" not in load_file(file)
     loaded = load_weights(as_model(Tied()), file)
@@ -387,16 +387,16 @@ def test_tied_weights_are_saved_once_and_stay_tied(tmp_path):
 
 
 def test_dropout_is_on_in_training_only_and_its_seed_is_the_protocols():
-    first, again = (train(as_model(Tied(0.3)), TEXT, held_out=UNSEEN, protocol=SMALL) for _ in range(2))
+    first, again = (run_training(as_model(Tied(0.3)), TEXT, held_out=UNSEEN, protocol=SMALL) for _ in range(2))
     assert outcome(first) == outcome(again)
-    other = train(as_model(Tied(0.0)), TEXT, held_out=UNSEEN, protocol=SMALL)
+    other = run_training(as_model(Tied(0.0)), TEXT, held_out=UNSEEN, protocol=SMALL)
     assert first.curve.y[0] != other.curve.y[0]
     assert first.record.series["held_out_loss"].y[0] == other.record.series["held_out_loss"].y[0]
 
 
 def test_progress_is_told_after_each_step():
     told = []
-    result = train(as_model(Functional()), TEXT, protocol=SMALL, progress=lambda *arguments: told.append(arguments))
+    result = run_training(as_model(Functional()), TEXT, protocol=SMALL, progress=lambda *arguments: told.append(arguments))
     assert [(done, expected) for done, _, expected in told] == [(64 * step, 64 * 12) for step in range(1, 13)]
     assert told[-1][1] == pytest.approx(64 * sum(result.curve.y))
 
@@ -408,7 +408,7 @@ def test_the_record_says_how_it_was_trained_what_came_of_it_and_what_it_cost():
     module = as_model(Demo(width=16, layers=1, heads=2, window=9, kernel=3, hidden=16))
     ids = torch.randint(0, 256, (2000,), generator=torch.Generator().manual_seed(0))
     protocol = replace(SMALL, steps=None, epochs=2)
-    record = train(module, ids, held_out=ids.flip(0), protocol=protocol).record
+    record = run_training(module, ids, held_out=ids.flip(0), protocol=protocol).record
     per_epoch = 1999 // 16 // 4
     steps = 2 * per_epoch
     assert (record.kind, record.subject) == ("train", "ids[test]")
@@ -433,16 +433,16 @@ def test_the_record_says_how_it_was_trained_what_came_of_it_and_what_it_cost():
 def test_the_record_is_one_of_the_schema():
     jsonschema = pytest.importorskip("jsonschema")
     schema = json.loads(Path(loop.__file__).parents[1].joinpath("results/schema.json").read_text())
-    record = train(as_model(Functional()), TEXT, held_out=UNSEEN, protocol=SMALL).record
+    record = run_training(as_model(Functional()), TEXT, held_out=UNSEEN, protocol=SMALL).record
     written = json.loads(json.dumps(record.to_json(), allow_nan=False))
     jsonschema.validate(written, {**schema["$defs"]["record"], "$defs": schema["$defs"]})
     assert Record.from_json(written).to_json() == record.to_json()
 
 
 def test_a_long_curve_is_thinned_by_averaging(monkeypatch):
-    whole = train(as_model(Functional()), TEXT, protocol=SMALL).curve
+    whole = run_training(as_model(Functional()), TEXT, protocol=SMALL).curve
     monkeypatch.setattr("pytest_lmeval.training.result.POINTS", 5)
-    thinned = train(as_model(Functional()), TEXT, protocol=SMALL).curve
+    thinned = run_training(as_model(Functional()), TEXT, protocol=SMALL).curve
     assert thinned.x == [64.0 * 3, 64.0 * 6, 64.0 * 9, 64.0 * 12]
     assert thinned.y == pytest.approx([np.mean(whole.y[begin : begin + 3]) for begin in range(0, 12, 3)])
 
@@ -452,21 +452,21 @@ def test_a_long_curve_is_thinned_by_averaging(monkeypatch):
 
 def test_a_model_that_was_trained_before_is_not_trained_again(tmp_path):
     module = Reading()
-    first = train(as_model(module), TEXT, held_out=UNSEEN, protocol=SMALL, folder=tmp_path)
+    first = run_training(as_model(module), TEXT, held_out=UNSEEN, protocol=SMALL, folder=tmp_path)
     read = len(module.read)
-    again = train(as_model(module), TEXT, held_out=UNSEEN, protocol=SMALL, folder=tmp_path)
+    again = run_training(as_model(module), TEXT, held_out=UNSEEN, protocol=SMALL, folder=tmp_path)
     assert (first.cached, again.cached, len(module.read)) == (False, True, read)
     assert again.record.to_json() == first.record.to_json()
     assert same(weights(first), weights(again))
     assert fingerprint(again.lm) == fingerprint(first.lm)
     assert again.lm.spec == first.lm.spec
-    fresh = train(as_model(module), TEXT, held_out=UNSEEN, protocol=SMALL, folder=tmp_path, fresh=True)
+    fresh = run_training(as_model(module), TEXT, held_out=UNSEEN, protocol=SMALL, folder=tmp_path, fresh=True)
     assert (fresh.cached, outcome(fresh)) == (False, outcome(first))
 
 
 def test_nothing_that_decides_the_outcome_may_differ(tmp_path):
     def cached(lm, ids=TEXT, held_out=UNSEEN, **changed):
-        return train(lm, ids, held_out=held_out, protocol=replace(SMALL, steps=1, **changed), folder=tmp_path).cached
+        return run_training(lm, ids, held_out=held_out, protocol=replace(SMALL, steps=1, **changed), folder=tmp_path).cached
 
     lm = as_model(Functional())
     assert not cached(lm)
@@ -481,18 +481,20 @@ def test_nothing_that_decides_the_outcome_may_differ(tmp_path):
 
 
 def test_an_iterator_is_known_again_by_what_it_brings(tmp_path):
-    first, again = (train(as_model(Functional()), iter(np.split(TEXT, 4)), protocol=SMALL, folder=tmp_path) for _ in range(2))
+    first, again = (
+        run_training(as_model(Functional()), iter(np.split(TEXT, 4)), protocol=SMALL, folder=tmp_path) for _ in range(2)
+    )
     assert (first.cached, again.cached) == (False, True)
 
 
 def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    train(as_model(Functional()), TEXT, held_out=UNSEEN, protocol=SMALL)
+    run_training(as_model(Functional()), TEXT, held_out=UNSEEN, protocol=SMALL)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_folder_says_what_was_trained_in_it(tmp_path):
-    result = train(as_model(Functional()), TEXT, held_out=UNSEEN, protocol=SMALL, folder=tmp_path)
+    result = run_training(as_model(Functional()), TEXT, held_out=UNSEEN, protocol=SMALL, folder=tmp_path)
     (folder,) = (tmp_path / "models").iterdir()
     assert sorted(path.name for path in folder.iterdir()) == ["best.safetensors", "protocol.json", "record.json"]
     written = json.loads((folder / "protocol.json").read_text())
@@ -504,19 +506,19 @@ def test_the_folder_says_what_was_trained_in_it(tmp_path):
 @pytest.mark.parametrize("name", ["best.safetensors", "record.json"])
 @pytest.mark.parametrize("how", ["truncated", "empty", "another"])
 def test_a_broken_file_is_reported_and_the_model_is_trained_anew(tmp_path, name, how):
-    first = train(as_model(Functional()), TEXT, protocol=SMALL, folder=tmp_path)
+    first = run_training(as_model(Functional()), TEXT, protocol=SMALL, folder=tmp_path)
     (file,) = tmp_path.glob(f"models/*/{name}")
     content = file.read_bytes()
     another = content[:-3] + bytes(byte ^ 1 for byte in content[-3:])
     file.write_bytes({"truncated": content[:-30], "empty": b"", "another": another}[how])
     with pytest.warns(JournalWarning, match=f"{name}.*trained anew"):
-        again = train(as_model(Functional()), TEXT, protocol=SMALL, folder=tmp_path)
+        again = run_training(as_model(Functional()), TEXT, protocol=SMALL, folder=tmp_path)
     assert (again.cached, outcome(again)) == (False, outcome(first))
-    assert train(as_model(Functional()), TEXT, protocol=SMALL, folder=tmp_path).cached
+    assert run_training(as_model(Functional()), TEXT, protocol=SMALL, folder=tmp_path).cached
 
 
 def test_weights_that_fit_a_model_of_other_settings_are_refused(tmp_path):
-    train("zoo:windowed", corpus("automaton:size=20k", "train"), protocol=SMALL, folder=tmp_path)
+    run_training("zoo:windowed", corpus("automaton:size=20k", "train"), protocol=SMALL, folder=tmp_path)
     (file,) = tmp_path.glob("models/*/best.safetensors")
     with pytest.raises(SpecError, match=r"does not fit zoo:transformer: .*layers.0.window 64 there, not set here"):
         load_weights("zoo:transformer", file)
@@ -524,7 +526,7 @@ def test_weights_that_fit_a_model_of_other_settings_are_refused(tmp_path):
 
 
 def test_weights_of_another_model_are_refused_with_the_names_of_what_does_not_fit(tmp_path):
-    train(as_model(Functional()), TEXT, protocol=SMALL, folder=tmp_path)
+    run_training(as_model(Functional()), TEXT, protocol=SMALL, folder=tmp_path)
     (file,) = tmp_path.glob("models/*/best.safetensors")
     tensors = load_file(file)
     tensors["new.weight"] = tensors.pop("embed.weight")
@@ -535,7 +537,7 @@ def test_weights_of_another_model_are_refused_with_the_names_of_what_does_not_fi
         r"of another shape: head.bias \[7\] for \[32\]"
     )
     with pytest.raises(SpecError, match=expected):
-        train(as_model(Functional()), TEXT, protocol=SMALL, folder=tmp_path)
+        run_training(as_model(Functional()), TEXT, protocol=SMALL, folder=tmp_path)
     lm = as_model(Functional(seed=1))
     with pytest.raises(SpecError, match=expected):
         load_weights(lm, file)
@@ -570,12 +572,12 @@ def stop_after(step):
 def interrupted(step, folder, **options):
     options = {"held_out": UNSEEN, "protocol": SMALL, "folder": folder, **options}
     with pytest.raises(Stopped):
-        train(as_model(Tied(0.2)), TEXT, progress=stop_after(step), **options)
-    return train(as_model(Tied(0.2)), TEXT, **options)
+        run_training(as_model(Tied(0.2)), TEXT, progress=stop_after(step), **options)
+    return run_training(as_model(Tied(0.2)), TEXT, **options)
 
 
 def test_a_training_that_was_stopped_anywhere_goes_on_to_the_same_end(save_each_step):
-    whole = outcome(train(as_model(Tied(0.2)), TEXT, held_out=UNSEEN, protocol=SMALL))
+    whole = outcome(run_training(as_model(Tied(0.2)), TEXT, held_out=UNSEEN, protocol=SMALL))
 
     @settings(max_examples=8)
     @given(st.integers(1, 11))
@@ -600,18 +602,18 @@ FORGOTTEN = {
 def test_a_point_that_forgets_something_leads_elsewhere(save_each_step, tmp_path, forgotten):
     """The test above can fail: all parts of a point are needed."""
     with pytest.raises(Stopped):
-        train(as_model(Tied(0.2)), TEXT, held_out=UNSEEN, protocol=SMALL, folder=tmp_path, progress=stop_after(6))
+        run_training(as_model(Tied(0.2)), TEXT, held_out=UNSEEN, protocol=SMALL, folder=tmp_path, progress=stop_after(6))
     (file,) = tmp_path.glob("models/*/point.pt")
     point = torch.load(file)
     FORGOTTEN[forgotten](point)
     torch.save(point, file)
-    result = train(as_model(Tied(0.2)), TEXT, held_out=UNSEEN, protocol=SMALL, folder=tmp_path)
+    result = run_training(as_model(Tied(0.2)), TEXT, held_out=UNSEEN, protocol=SMALL, folder=tmp_path)
     assert result.resumed_at > 0
-    assert outcome(result) != outcome(train(as_model(Tied(0.2)), TEXT, held_out=UNSEEN, protocol=SMALL))
+    assert outcome(result) != outcome(run_training(as_model(Tied(0.2)), TEXT, held_out=UNSEEN, protocol=SMALL))
 
 
 def test_without_a_held_out_text_it_goes_on_too(save_each_step, tmp_path):
-    whole = outcome(train(as_model(Tied(0.2)), TEXT, protocol=SMALL))
+    whole = outcome(run_training(as_model(Tied(0.2)), TEXT, protocol=SMALL))
     assert outcome(interrupted(5, tmp_path, held_out=None)) == whole
 
 
@@ -620,7 +622,7 @@ import sys, time
 import torch
 from torch import nn
 from pytest_lmeval import as_model
-from pytest_lmeval.training import Protocol, train
+from pytest_lmeval.training import Protocol, run_training
 from pytest_lmeval.training.folder import Saver
 
 class Dropping(nn.Module):
@@ -635,7 +637,7 @@ class Dropping(nn.Module):
 def work(folder, progress=None):
     text, held_out = torch.randint(0, 32, (2, 3000), generator=torch.Generator().manual_seed(0))
     protocol = Protocol(steps=150, batch_size=4, seq_len=16, eval_every=10, eval_tokens=256)
-    return train(as_model(Dropping()), text, held_out=held_out, protocol=protocol, folder=folder, progress=progress)
+    return run_training(as_model(Dropping()), text, held_out=held_out, protocol=protocol, folder=folder, progress=progress)
 
 if __name__ == "__main__":
     import killed  # the class has the same name for whoever imports it
@@ -669,7 +671,7 @@ def test_a_training_that_was_killed_goes_on_to_the_same_end(tmp_path, monkeypatc
 
 def broken_point(folder, content):
     with pytest.raises(Stopped):
-        train(as_model(Functional()), TEXT, protocol=SMALL, folder=folder, progress=stop_after(6))
+        run_training(as_model(Functional()), TEXT, protocol=SMALL, folder=folder, progress=stop_after(6))
     (point,) = folder.glob("models/*/point.pt")
     point.write_bytes(content(point.read_bytes()))
 
@@ -697,15 +699,15 @@ def test_a_point_that_cannot_be_used_is_reported_and_never_run(save_each_step, m
     monkeypatch.chdir(tmp_path)
     broken_point(tmp_path, content)
     with pytest.warns(JournalWarning, match=r"point\.pt cannot be read"):
-        result = train(as_model(Functional()), TEXT, protocol=SMALL, folder=tmp_path)
+        result = run_training(as_model(Functional()), TEXT, protocol=SMALL, folder=tmp_path)
     assert result.resumed_at == 0
-    assert outcome(result) == outcome(train(as_model(Functional()), TEXT, protocol=SMALL))
+    assert outcome(result) == outcome(run_training(as_model(Functional()), TEXT, protocol=SMALL))
     assert not Path("ran").exists()
 
 
 def test_fresh_does_not_go_on(save_each_step, tmp_path):
     broken_point(tmp_path, lambda content: content)
-    assert train(as_model(Functional()), TEXT, protocol=SMALL, folder=tmp_path, fresh=True).resumed_at == 0
+    assert run_training(as_model(Functional()), TEXT, protocol=SMALL, folder=tmp_path, fresh=True).resumed_at == 0
 
 
 def test_a_disk_that_is_full_is_reported_and_the_training_goes_on(save_each_step, monkeypatch, tmp_path):
@@ -714,7 +716,7 @@ def test_a_disk_that_is_full_is_reported_and_the_training_goes_on(save_each_step
 
     monkeypatch.setattr("pytest_lmeval.training.folder.Folder.save", full)
     with pytest.warns(JournalWarning, match=r"no point to go on from can be saved \(no space left\)"):
-        assert train(as_model(Functional()), TEXT, protocol=SMALL, folder=tmp_path).best_step == 12
+        assert run_training(as_model(Functional()), TEXT, protocol=SMALL, folder=tmp_path).best_step == 12
 
 
 # --------------------------------------------------------------------------------------------------- failure
@@ -738,7 +740,7 @@ def test_a_gradient_that_is_not_finite_stops_the_training_and_is_named(tmp_path)
     module = Root()
     lm, module.steps = as_model(module), 0
     with pytest.raises(TrainingError) as caught:
-        train(lm, TEXT, held_out=UNSEEN, protocol=SMALL, folder=tmp_path)
+        run_training(lm, TEXT, held_out=UNSEEN, protocol=SMALL, folder=tmp_path)
     message = str(caught.value)
     (file,) = tmp_path.glob("models/*/best.safetensors")
     assert ":Root on ids[test], step 7: the loss is " in message
@@ -766,27 +768,27 @@ def test_a_loss_that_is_not_finite_is_named_with_the_first_gradient_that_backwar
     with pytest.raises(
         TrainingError, match=r"step 1: the loss is nan, the gradient norm nan, .*came first to that of head\.bias"
     ):
-        train(as_model(module), TEXT, protocol=SMALL)
+        run_training(as_model(module), TEXT, protocol=SMALL)
     with pytest.raises(TrainingError, match=r"after 0 steps the loss of held-out crop 0 of 16 is nan"):
-        train(as_model(module), TEXT, held_out=UNSEEN, protocol=SMALL)
+        run_training(as_model(module), TEXT, held_out=UNSEEN, protocol=SMALL)
     with pytest.raises(
         TrainingError, match=r"after 8 steps the loss of held-out crop 0 of 16 is nan\. The last training loss was"
     ):
-        train(as_model(Overflowing()), TEXT, held_out=UNSEEN, protocol=SMALL)
+        run_training(as_model(Overflowing()), TEXT, held_out=UNSEEN, protocol=SMALL)
 
 
 @pytest.mark.parametrize("held_out", [UNSEEN, None])
 def test_a_loss_that_goes_away_stops_the_training(held_out, tmp_path):
     wild = replace(SMALL, lr=30.0, warmup=0.0, clip=None, steps=100)
     with pytest.raises(TrainingError, match=r"diverged: after 4, 8, 12 steps its .* where an even guess costs 3.466") as caught:
-        train(as_model(Functional()), TEXT, held_out=held_out, protocol=wild, folder=tmp_path)
+        run_training(as_model(Functional()), TEXT, held_out=held_out, protocol=wild, folder=tmp_path)
     assert ("those after 0 steps" in str(caught.value)) == (held_out is not None)
 
 
 def test_a_model_that_begins_badly_may_learn():
     module = Functional()
     module.head.weight.data *= 100
-    result = train(as_model(module), TEXT, held_out=UNSEEN, protocol=replace(SMALL, steps=30))
+    result = run_training(as_model(module), TEXT, held_out=UNSEEN, protocol=replace(SMALL, steps=30))
     assert result.record.series["held_out_loss"].y[0] > 10
     assert result.nll < result.record.series["held_out_loss"].y[0]
 
@@ -832,20 +834,20 @@ def frozen():
 )
 def test_a_model_that_cannot_be_trained_is_refused(source, error, message):
     with pytest.raises(error, match=message):
-        train(as_model(source), TEXT, protocol=SMALL)
+        run_training(as_model(source), TEXT, protocol=SMALL)
 
 
 def test_a_model_of_several_codebooks_is_refused():
     lm = replace(as_model(Functional()), codebooks=Codebooks((8, 8), (0, 1), (0, 0)))
     with pytest.raises(SpecError, match="reads frames of 2 codes"):
-        train(lm, TEXT, protocol=SMALL)
+        run_training(lm, TEXT, protocol=SMALL)
 
 
 def test_a_module_that_cannot_be_copied_is_refused():
     module = Functional()
     module.kept = module.head.weight * 2
     with pytest.raises(SpecError, match="cannot be copied"):
-        train(as_model(module), TEXT, protocol=SMALL)
+        run_training(as_model(module), TEXT, protocol=SMALL)
 
 
 @pytest.mark.parametrize(
@@ -861,26 +863,26 @@ def test_a_module_that_cannot_be_copied_is_refused():
 )
 def test_a_text_that_cannot_be_learned_is_refused(ids, held_out, error, message):
     with pytest.raises(error, match=message):
-        train(as_model(Functional()), ids, held_out=held_out, protocol=SMALL)
+        run_training(as_model(Functional()), ids, held_out=held_out, protocol=SMALL)
 
 
 def test_a_protocol_that_reads_too_little_says_so():
     with pytest.raises(CorpusError, match=r"gave 64 tokens \(the protocol reads no more than tokens=64\)"):
-        train(as_model(Functional()), TEXT, protocol=replace(SMALL, tokens=64))
-    assert train(as_model(Functional()), TEXT[:65], protocol=replace(SMALL, steps=3)).best_step == 3
+        run_training(as_model(Functional()), TEXT, protocol=replace(SMALL, tokens=64))
+    assert run_training(as_model(Functional()), TEXT[:65], protocol=replace(SMALL, steps=3)).best_step == 3
 
 
 def test_a_text_without_a_token_is_refused():
     with pytest.raises(CorpusError, match="gave 0 tokens"):
-        train(load("zoo:lstm"), np.empty(0, dtype=np.int64), protocol=Protocol(steps=2))
+        run_training(load("zoo:lstm"), np.empty(0, dtype=np.int64), protocol=Protocol(steps=2))
 
 
 def test_frozen_parameters_make_another_training(tmp_path):
     module, ids = load("zoo:lstm").module, np.arange(3000) % 100
     protocol = Protocol(steps=1, seq_len=8, batch_size=2)
-    free = train(as_model(module), ids, protocol=protocol, folder=tmp_path)
+    free = run_training(as_model(module), ids, protocol=protocol, folder=tmp_path)
     module.embed.requires_grad_(False)
-    assert not train(as_model(module), ids, protocol=protocol, folder=tmp_path).cached
+    assert not run_training(as_model(module), ids, protocol=protocol, folder=tmp_path).cached
     module.embed.requires_grad_(True)
-    assert train(as_model(module), ids, protocol=protocol, folder=tmp_path).cached
+    assert run_training(as_model(module), ids, protocol=protocol, folder=tmp_path).cached
     assert not free.cached

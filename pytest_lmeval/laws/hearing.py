@@ -7,21 +7,20 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Any
 
 import torch
 from hypothesis import HealthCheck, Phase, Verbosity, given, settings, target
 
 from pytest_lmeval.errors import LawBroken
-from pytest_lmeval.laws.verdict import verdict_of
-from pytest_lmeval.records.certificate import Certificate, LawResult, State
 from pytest_lmeval.laws.checks import LAWS, check
 from pytest_lmeval.laws.profiles import Profile
 from pytest_lmeval.laws.search import Search
 from pytest_lmeval.laws.states import state_sizes
 from pytest_lmeval.laws.strategies import ESSENTIAL, Case, aligned_cases, cases, edge_cases, pieces, shortest_case
 from pytest_lmeval.laws.trial import MEMORY, Trial
+from pytest_lmeval.laws.verdict import verdict_of
 from pytest_lmeval.models.model import state_dtypes
+from pytest_lmeval.records.certificate import Certificate, LawResult, State
 
 STEPS_LONGEST = 48
 CORE = frozenset({"repeat", "causality", "prefix", "splits", "steps"})  # what streaming rests on: tried whatever it costs

@@ -8,23 +8,15 @@ What breaks a law is made small, explained, and printed with a line that tries i
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec import structs
 
 from pytest_lmeval.errors import ModelError
-from pytest_lmeval.laws.certificate import (
-    CONSISTENT,
-    LOW_PRECISION,
-    Certificate,
-    Counterexample,
-    LawResult,
-    verdict_of,
-)
 from pytest_lmeval.laws.checks import check
 from pytest_lmeval.laws.evidence import broken
 from pytest_lmeval.laws.hearing import hear
@@ -35,10 +27,13 @@ from pytest_lmeval.laws.strategies import Case
 from pytest_lmeval.laws.trial import LONGEST, Trial
 from pytest_lmeval.laws.twin import twin
 from pytest_lmeval.laws.untouched import weights_kept
+from pytest_lmeval.laws.verdict import CONSISTENT, LOW_PRECISION, verdict_of
 from pytest_lmeval.models.identity import facts
 from pytest_lmeval.models.model import Model
-from pytest_lmeval.records.record import Record
-from pytest_lmeval.records.value import Metric
+from pytest_lmeval.records.certificate import Certificate, Counterexample, LawResult
+from pytest_lmeval.records.metric import value_of
+from pytest_lmeval.records.record import Cost, Record
+from pytest_lmeval.records.value import Value
 
 LARGEST_BORDER = 512  # of a window that is read past of its own accord; for a larger one, set `longest`
 
@@ -67,7 +62,7 @@ class EquivalenceResult:
             notes += f"\n  not reached: {', '.join(map(str, missing))} tokens, where its way of working changes; set longest="
         if untried := self.certificate.untried:
             notes += f"\n  not tried, since the budget was used up: {', '.join(untried)}"
-        return f"{self.record.lm['spec']}: {self.verdict}{also}{notes}\n{self.certificate.why_not()}".rstrip()
+        return f"{self.record.lm.spec}: {self.verdict}{also}{notes}\n{self.certificate.why_not()}".rstrip()
 
 
 def probe(
@@ -122,17 +117,22 @@ def probe(
         kind="equivalence",
         subject="laws of streaming",
         lm=facts(lm),
-        settings={"profile": profile, "examples": chosen.examples, "budget": chosen.budget, "calls": trial.calls},
+        settings={"profile": profile, "examples": chosen.examples, "budget": chosen.budget},
+        details={"calls": trial.calls},
         metrics=_metrics(certificate),
-        cost={"seconds": time.perf_counter() - began, "state_bytes": (certificate.state or {}).get("bytes")},
-        certificate=certificate.to_json(),
+        cost=Cost(
+            seconds=time.perf_counter() - began,
+            state_bytes=None if certificate.state is None else certificate.state.bytes,
+        ),
+        certificate=certificate,
     )
     return EquivalenceResult(record, certificate)
 
 
 def restore(record: Record) -> EquivalenceResult:
     """The result that a record was made from."""
-    return EquivalenceResult(record, Certificate.from_json(record.certificate or {}))
+    assert record.certificate is not None
+    return EquivalenceResult(record, record.certificate)
 
 
 def replay(lm: Any, law: str, *, longest: int = LONGEST, float32: bool = False, **case: Any) -> None:
@@ -164,7 +164,7 @@ def _refuted_in_float32(
         found = hear(exact, longest, profile, [], stop)
     except ModelError:
         return certificate
-    certificate = replace(certificate, float32=found.verdict)
+    certificate = structs.replace(certificate, float32=found.verdict)
     for name, law in found.laws.items():
         if not law.counterexamples:
             continue
@@ -172,7 +172,7 @@ def _refuted_in_float32(
         if largest is None or largest > noise:
             example = law.counterexamples[0]
             message = f"a copy of it in float32: {example.message}"
-            example = replace(example, message=message, replay=f"{example.replay[:-1]}, float32=True)")
+            example = structs.replace(example, message=message, replay=f"{example.replay[:-1]}, float32=True)")
             certificate = _with(certificate, trial.lm, name, example, found.verdict)
     return certificate
 
@@ -180,10 +180,10 @@ def _refuted_in_float32(
 def _with(certificate: Certificate, lm: Model, law: str, example: Counterexample, verdict: str | None = None) -> Certificate:
     """The certificate with one more counterexample, and the verdict that follows."""
     result = certificate.laws[law]
-    laws = {**certificate.laws, law: replace(result, counterexamples=(*result.counterexamples, example))}
+    laws = {**certificate.laws, law: structs.replace(result, kept=None, counterexamples=(*result.counterexamples, example))}
     found = frozenset(name for name, law_result in laws.items() if not law_result.kept)
     verdict = verdict or verdict_of(found, stateful=lm.stateful, dtype=certificate.dtype)
-    return replace(certificate, laws=laws, verdict=verdict)
+    return structs.replace(certificate, laws=laws, verdict=verdict)
 
 
 def _refuse_train_mode(lm: Model) -> None:
@@ -201,12 +201,12 @@ def _longest(lm: Model) -> int:
     return max(LONGEST, 3 * window + 7)
 
 
-def _metrics(certificate: Certificate) -> dict[str, Metric]:
+def _metrics(certificate: Certificate) -> dict[str, Value]:
     laws = certificate.laws.values()
     metrics = {
-        "laws_kept": Metric(sum(law.kept for law in laws), f"of {len(laws)}", higher_is_better=True),
-        "cases": Metric(sum(law.cases for law in laws), f"of {sum(law.planned for law in laws)} planned"),
+        "laws_kept": value_of("laws_kept", sum(bool(law.kept) for law in laws), unit=f"of {len(laws)}"),
+        "cases": value_of("cases", sum(law.cases for law in laws), unit=f"of {sum(law.planned for law in laws)} planned"),
     }
-    if certificate.worst_ratio is not None and math.isfinite(certificate.worst_ratio):
-        metrics["worst_ratio"] = Metric(certificate.worst_ratio, "", higher_is_better=False)
+    if certificate.worst_ratio is not None:
+        metrics["worst_ratio"] = value_of("worst_ratio", certificate.worst_ratio)
     return metrics

@@ -6,12 +6,12 @@ import time
 from dataclasses import replace
 
 from pytest_lmeval.errors import LawBroken, NotPossible
-from pytest_lmeval.records.certificate import OUT_OF_TIME, Counterexample, LawResult, finite
 from pytest_lmeval.laws.checks import LAWS, check
 from pytest_lmeval.laws.evidence import broken
 from pytest_lmeval.laws.shrink import smallest
 from pytest_lmeval.laws.strategies import Case
 from pytest_lmeval.laws.trial import LONGEST, Trial
+from pytest_lmeval.records.certificate import OUT_OF_TIME, Counterexample, LawResult, finite
 
 MOST_SHRINKS = 200
 ENOUGH = 4  # cases that broke a law, after which it is not tried further

@@ -1,77 +1,79 @@
-"""The verbs of the `lmeval` fixture: measure, record under the test's name, and go on where a killed run stopped.
+"""What is measured of a model: one file a verb, and the fixture whose methods the verbs are.
 
-Each verb is the plain function of the same name (usable without pytest) with four things around it: the defaults of
-the command line, the journal, the verdict that a streamed number stands on, and a progress bar.
+Each verb is one plain function, found by name in the registry (`pytest_lmeval.verbs`); its file holds what it measures, the
+result that it returns, and the record that it makes.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from pytest_lmeval.benchmarking import Driver
-from pytest_lmeval.measures import _old_laws as laws
-from pytest_lmeval.measures import _old_learning as learning
-from pytest_lmeval.measures import _old_quality as quality
-from pytest_lmeval.measures import _old_speed as speed
-from pytest_lmeval.measures.context import EXPECTED, Desk
-from pytest_lmeval.models.identity import facts
-from pytest_lmeval.records.record import Record
-from pytest_lmeval.records.value import Metric
-from pytest_lmeval.session import Session, TestLog
+from pytest_lmeval import registry
+from pytest_lmeval.errors import LmevalError, RegistryError
+from pytest_lmeval.measures.context import VerbContext, running_in
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def verb(function: Callable[Concatenate[Desk, P], R]) -> Callable[Concatenate[Lmeval, P], R]:
-    """The function as a method. An error that was meant for the user arrives as its message, at their own line."""
-
-    @functools.wraps(function)
-    def shown_at_the_call(self: Lmeval, *args: P.args, **kwargs: P.kwargs) -> R:
-        __tracebackhide__ = True
-        try:
-            return function(self._desk, *args, **kwargs)
-        except EXPECTED as error:
-            raise error.with_traceback(None) from None
-
-    return shown_at_the_call  # type: ignore[return-value]  # whose first parameter may be named
-
-
-def record(desk: Desk, /, lm: Any, subject: str, **metrics: float) -> Record:
-    """Record numbers of your own beside ours: they stand in the summary and the reports like any other.
-
-    lmeval.record(lm, "passkey at 8k", accuracy=Metric(0.97, n=100, higher_is_better=True))
-    """
-    kept = {name: value if isinstance(value, Metric) else Metric(value) for name, value in metrics.items()}
-    record = Record(kind="custom", subject=subject, lm=facts(desk.model(lm)), metrics=kept, test=desk.log.test)
-    desk.log.records.append(record)
-    return record
+if TYPE_CHECKING:
+    from pytest_lmeval.measures._agreement import agreement
+    from pytest_lmeval.measures._efficiency import efficiency
+    from pytest_lmeval.measures._equivalence import equivalence
+    from pytest_lmeval.measures._latency import latency
+    from pytest_lmeval.measures._latency_grid import latency_grid
+    from pytest_lmeval.measures._memory import memory
+    from pytest_lmeval.measures._perplexity import perplexity
+    from pytest_lmeval.measures._record import record
+    from pytest_lmeval.measures._streaming import streaming
+    from pytest_lmeval.measures._suite import suite
+    from pytest_lmeval.measures._task import task
+    from pytest_lmeval.measures._throughput import throughput
+    from pytest_lmeval.training.verb import train
 
 
 class Lmeval:
-    """What a test measures with. Every call returns a result and keeps its record for the reports."""
+    """What a test measures with: every verb as a method. Each call returns a result and keeps its record for the reports."""
 
-    def __init__(self, session: Session, log: TestLog, benchmark: Any = None) -> None:
-        self._desk = Desk(session, log, Driver(benchmark))
+    def __init__(self, context: VerbContext) -> None:
+        self._context = context
 
     def __repr__(self) -> str:
-        return f"<lmeval of {self._desk.log.test}>"
+        return f"<lmeval of {self._context.log.test}>"
 
-    perplexity = verb(quality.perplexity)
-    agreement = verb(quality.agreement)
-    task = verb(quality.task)
-    suite = verb(quality.suite)
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        """The verb of that name, in this test's context. An error that was meant for the user arrives as its message, at their
+        own line."""
+        if name.startswith("_"):
+            raise AttributeError(name)
+        try:
+            function = registry.find("verbs", name)
+        except RegistryError as error:
+            raise AttributeError(f"lmeval has no such verb: {error}") from None
 
-    equivalence = verb(laws.equivalence)
-    train = verb(learning.train)
+        @functools.wraps(function)
+        def shown_at_the_call(*args: Any, **kwargs: Any) -> Any:
+            __tracebackhide__ = True
+            with running_in(self._context):
+                try:
+                    return function(*args, **kwargs)
+                except LmevalError as error:
+                    raise error.with_traceback(None) from None
 
-    latency = verb(speed.latency)
-    latency_grid = verb(speed.latency_grid)
-    throughput = verb(speed.throughput)
-    streaming = verb(speed.streaming)
-    memory = verb(speed.memory)
-    efficiency = verb(speed.efficiency)
+        return shown_at_the_call
 
-    record = verb(record)
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *registry.names("verbs")]
+
+    if TYPE_CHECKING:  # what editors complete
+        agreement = staticmethod(agreement)
+        efficiency = staticmethod(efficiency)
+        equivalence = staticmethod(equivalence)
+        latency = staticmethod(latency)
+        latency_grid = staticmethod(latency_grid)
+        memory = staticmethod(memory)
+        perplexity = staticmethod(perplexity)
+        record = staticmethod(record)
+        streaming = staticmethod(streaming)
+        suite = staticmethod(suite)
+        task = staticmethod(task)
+        throughput = staticmethod(throughput)
+        train = staticmethod(train)

@@ -23,15 +23,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from msgspec import structs
 from torch import Tensor
 
 from pytest_lmeval.data.corpus import Corpus
+from pytest_lmeval.data.ids import as_corpus
 from pytest_lmeval.errors import NotFiniteError, SpecError, StreamError
-from pytest_lmeval.measures._perplexity import Progress, bare_ids, exponential
-from pytest_lmeval.models.identity import facts, tokenizer_fingerprint
+from pytest_lmeval.laws.permits import exact_chunk_size
+from pytest_lmeval.measures._perplexity import Progress, exponential
+from pytest_lmeval.measures.context import current, verb
+from pytest_lmeval.models.identity import facts, fingerprint, tokenizer_fingerprint
 from pytest_lmeval.models.model import Model, State
-from pytest_lmeval.records.record import Record
-from pytest_lmeval.records.value import Metric
+from pytest_lmeval.records import schema
+from pytest_lmeval.records.certificate import Certificate
+from pytest_lmeval.records.metric import value_of
+from pytest_lmeval.records.record import Cost, Record
+from pytest_lmeval.records.value import Value
 from pytest_lmeval.scoring.plan import Plan, Point, Reader, plan_for
 from pytest_lmeval.scoring.reading import BLOCK, Reading, add_to_blocks
 from pytest_lmeval.statistics.bootstrap import ratio_intervals
@@ -39,6 +46,39 @@ from pytest_lmeval.statistics.proportion import wilson_of_groups
 from pytest_lmeval.stream import ROWS
 
 TOKENS, SAME, KL, DIFFERENCE = range(4)  # columns of a row of sums
+
+
+@verb
+def agreement(
+    lm: Any,
+    reference: Any,
+    corpus: Corpus | Iterable[Any],
+    *,
+    tokens: int | None = None,
+    limit: int | None = None,
+    as_stream: bool | None = None,
+) -> AgreementResult:
+    """How far the model predicts as `reference` (a model, or a spec) does (see `measure_agreement` for the parameters).
+
+    Both models' laws are probed first, and each is read in chunks that were found exact for it.
+    """
+    context, corpus = current(), as_corpus(corpus)
+    (model, certificate), (other, theirs) = context.certified(lm), context.certified(reference)
+    settings: dict[str, Any] = {
+        "chunk_size": exact_chunk_size(model, certificate, None, None),
+        "reference_chunk_size": exact_chunk_size(other, theirs, None, None),
+        "tokens": tokens or context.session.tokens,
+        "limit": context.session.limit if limit is None else limit,
+        "as_stream": as_stream,
+    }
+    about = [corpus.name, corpus.split, corpus.fingerprint, tokenizer_fingerprint(model), fingerprint(other)]
+    key = context.key("agreement", model, settings, about)
+    if corpus.fingerprint and (finished := context.finished(key)) is not None:
+        return AgreementResult(finished)
+    with context.session.progress(f"{model.spec} beside {other.spec} on {corpus}") as progress:
+        result = measure_agreement(model, other, corpus, **settings, certificate=certificate, progress=progress)
+    details = {**result.record.details, "reference_verdict": theirs.verdict}
+    return context.recorded(key, replace(result, record=structs.replace(result.record, details=details)))
 
 
 @dataclass(frozen=True, repr=False)
@@ -52,27 +92,27 @@ class AgreementResult:
         return repr(self.record)
 
     @property
-    def agreement(self) -> Metric:
+    def agreement(self) -> Value:
         """Share of places where both have the same likeliest token; of equally likely ones, the first counts."""
         return self.record.metrics["agreement"]
 
     @property
-    def kl(self) -> Metric:
+    def kl(self) -> Value:
         """Mean KL(reference || lm), nats a token."""
         return self.record.metrics["kl"]
 
     @property
-    def nll_difference(self) -> Metric:
+    def nll_difference(self) -> Value:
         """Mean loss of the lm less that of the reference, nats a token: above zero where the lm is worse."""
         return self.record.metrics["nll_difference"]
 
     @property
-    def perplexity_ratio(self) -> Metric:
+    def perplexity_ratio(self) -> Value:
         """Perplexity of the lm over that of the reference."""
         return self.record.metrics["perplexity_ratio"]
 
     @property
-    def largest_difference(self) -> Metric:
+    def largest_difference(self) -> Value:
         """Of a log-probability, over all places and all tokens that both hold possible, nats."""
         return self.record.metrics["largest_difference"]
 
@@ -87,7 +127,7 @@ def measure_agreement(
     tokens: int | None = None,
     limit: int | None = None,
     as_stream: bool | None = None,
-    certificate: dict[str, Any] | None = None,
+    certificate: Certificate | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> AgreementResult:
@@ -102,7 +142,7 @@ def measure_agreement(
     Raises SpecError for models whose predictions cannot be compared (other vocabularies, other tokenizers on text, frames of
     codes), NotFiniteError for a KL that is no finite number, with its place, and what `perplexity` raises.
     """
-    source = corpus if isinstance(corpus, Corpus) else bare_ids(corpus)
+    source = as_corpus(corpus)
     _refuse_strangers(lm, reference, source)
     by_document = not (source.as_stream if as_stream is None else as_stream)
     plans = plan_for(lm, chunk_size=chunk_size), plan_for(reference, chunk_size=reference_chunk_size)
@@ -123,10 +163,12 @@ def measure_agreement(
         kind="agreement",
         subject=f"{source} with {reference.spec}",
         lm=facts(lm),
-        settings={"reference": facts(reference), "read": str(plans[0]), "reference_read": str(plans[1]), **chosen},
+        settings={"reference": schema.to_plain(facts(reference)), **chosen},
+        details={"read": str(plans[0]), "reference_read": str(plans[1])},
+        example="document" if by_document else "block",
         metrics=_metrics(sums, seed),
-        cost={"seconds": time.perf_counter() - began, "tokens": int(sums.total[TOKENS])},
-        certificate=None if certificate is None else {**certificate, "chunking_used": str(plans[0])},
+        cost=Cost(seconds=time.perf_counter() - began, tokens=int(sums.total[TOKENS])),
+        certificate=None if certificate is None else structs.replace(certificate, chunking_used=str(plans[0])),
     )
     return AgreementResult(record)
 
@@ -236,19 +278,18 @@ class _Sums:
         self.units[-1] += rows.sum(axis=0)
 
 
-def _metrics(sums: _Sums, seed: int) -> dict[str, Metric]:
+def _metrics(sums: _Sums, seed: int) -> dict[str, Value]:
     units, n = np.array(sums.units), int(sums.total[TOKENS])
     share = wilson_of_groups(units[:, SAME], units[:, TOKENS])
     means = ratio_intervals(units, [(KL, TOKENS), (DIFFERENCE, TOKENS)], seed=seed)
     kl, difference = (
-        Metric(sums.total[column] / n, "nats/token", low=low, high=high, n=n, higher_is_better=False)
-        for column, (low, high) in zip((KL, DIFFERENCE), (interval or (None, None) for interval in means), strict=True)
+        value_of(name, sums.total[column] / n, interval, n=n)
+        for name, column, interval in zip(("kl", "nll_difference"), (KL, DIFFERENCE), means, strict=True)
     )
-    low, high = share or (None, None)
     return {
-        "agreement": Metric(sums.total[SAME] / n, low=low, high=high, n=n, higher_is_better=True),
+        "agreement": value_of("agreement", sums.total[SAME] / n, share, n=n),
         "kl": kl,
         "nll_difference": difference,
-        "perplexity_ratio": exponential(difference),
-        "largest_difference": Metric(sums.largest, "nats", n=n, higher_is_better=False),
+        "perplexity_ratio": exponential(difference, "perplexity_ratio"),
+        "largest_difference": value_of("largest_difference", sums.largest, n=n),
     }

@@ -21,7 +21,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from msgspec import structs
+
 from pytest_lmeval.measures._latency import NEW_TOKENS, LatencyResult, measure_latency
+from pytest_lmeval.measures.context import current, verb
 from pytest_lmeval.models.identity import facts
 from pytest_lmeval.models.model import Model
 from pytest_lmeval.profiling.failures import room_for
@@ -29,23 +32,41 @@ from pytest_lmeval.profiling.flops import Flops
 from pytest_lmeval.profiling.roofline import measured_peaks
 from pytest_lmeval.profiling.runner import Runner, check_shape, quiet
 from pytest_lmeval.profiling.work import Work, training_work, work_of
+from pytest_lmeval.records.metric import metric, value_of
 from pytest_lmeval.records.record import Record
-from pytest_lmeval.records.value import Metric
+from pytest_lmeval.records.value import Value
 
 RUNS, WARM_UP = 10, 2
 OVERHEAD = 0.1  # share of the bound under which overhead is what one waits for
-FORMULAS = {
-    "flops_per_token": "flops / (rows x tokens): of a token, or of a frame of a model that reads frames",
-    "bytes": "weights read, each once + state read + state written",
-    "intensity": "flops / bytes",
-    "flops_per_second": "flops / seconds",
-    "share_of_peak": "flops_per_second / matmul_peak",
-    "bytes_per_second": "bytes / seconds",
-    "share_of_bandwidth": "bytes_per_second / bandwidth",
-    "bound": "min(matmul_peak, intensity x bandwidth)",
-    "share_of_bound": "max(flops / matmul_peak, bytes / bandwidth) / seconds",
-    "seconds": "medians of measure_latency(): prefill, and itl for decode",
-}
+
+
+@verb
+def efficiency(
+    lm: Any,
+    batch_size: int = 1,
+    seq_len: int | None = None,
+    *,
+    new_tokens: int = NEW_TOKENS,
+    runs: int = RUNS,
+    warm_up: int = WARM_UP,
+    seed: int = 0,
+    threads: int | None = None,
+) -> EfficiencyResult:
+    """Operations and bytes of a step, and how near to this machine's roofline it runs (see `measure_efficiency`).
+
+    Timed like `latency`. Where nothing was timed, what is counted is recorded.
+    """
+    context = current()
+    settings = {
+        "batch_size": batch_size,
+        "seq_len": context.seq_len(seq_len, 128),
+        "new_tokens": new_tokens,
+        "runs": runs,
+        "warm_up": warm_up,
+        "seed": seed,
+        "threads": threads,
+    }
+    return context.timed("efficiency", context.model(lm), settings, measure_efficiency)
 
 
 @dataclass(frozen=True, repr=False)
@@ -66,42 +87,42 @@ class EfficiencyResult:
     def not_measured(self) -> str | None:
         return self.latency.not_measured
 
-    def flops(self, phase: str) -> Metric:
+    def flops(self, phase: str) -> Value:
         """Operations of one step; phases also "forward" and "backward", over the prompt with all its logits."""
         return self.record.metrics[f"{phase}_flops"]
 
-    def flops_per_token(self, phase: str) -> Metric:
+    def flops_per_token(self, phase: str) -> Value:
         """Operations of a token, or of a frame of k codebooks of a model that reads frames; all rows are alike."""
         return self.record.metrics[f"{phase}_flops_per_token"]
 
-    def bytes(self, phase: str) -> Metric:
+    def bytes(self, phase: str) -> Value:
         """Bytes that one step must at least move."""
         return self.record.metrics[f"{phase}_bytes"]
 
-    def intensity(self, phase: str) -> Metric:
+    def intensity(self, phase: str) -> Value:
         """Operations for each byte."""
         return self.record.metrics[f"{phase}_intensity"]
 
-    def share_of_bound(self, phase: str) -> Metric:
+    def share_of_bound(self, phase: str) -> Value:
         return self._timed().metrics[f"{phase}_share_of_bound"]
 
     @property
-    def share_of_peak(self) -> Metric:
+    def share_of_peak(self) -> Value:
         """What prefill reaches of the measured peak of matrix products."""
         return self._timed().metrics["prefill_share_of_peak"]
 
     @property
-    def share_of_bandwidth(self) -> Metric:
+    def share_of_bandwidth(self) -> Value:
         """What decoding reaches of the measured bandwidth."""
         return self._timed().metrics["decode_share_of_bandwidth"]
 
     def position(self, phase: str) -> str:
         """compute-bound, or bandwidth-bound."""
-        return str(self._timed().settings["position"][phase])
+        return str(self._timed().details["position"][phase])
 
     def limited_by(self, phase: str) -> str:
         """compute, bandwidth, caches or overhead; see the head of this file."""
-        return str(self._timed().settings["limited_by"][phase])
+        return str(self._timed().details["limited_by"][phase])
 
     def _timed(self) -> Record:
         """The record. Raises where nothing was timed, and says why."""
@@ -137,6 +158,7 @@ def measure_efficiency(
         phases = room_for(what, lambda: work_of(lm, prompt))
         timed = room_for(what, lambda: measure_latency(lm, **shape, seed=seed, runner=runner))
         against, words = _against_machine(lm, phases, timed)
+    values = _counted(training, phases) | against
     record = Record(
         kind="efficiency",
         subject=f"batch {batch_size}, {seq_len} tokens",
@@ -145,48 +167,54 @@ def measure_efficiency(
             **shape,
             "seed": seed,
             **conditions,
-            "formulas": FORMULAS,
-            "no_backward": no_backward,
-            "not_measured": timed.not_measured,
-            **words,
         },
-        metrics=_counted(training, phases) | against,
-        cost={**timed.record.cost, "flops": phases["prefill"].flops},
+        details={
+            "no_backward": no_backward,
+            **words,
+            "formulas": {name: metric(name).about for name in values},
+        },
+        notes=timed.record.notes,
+        not_measured=timed.not_measured,
+        metrics=values,
+        cost=structs.replace(timed.record.cost, flops=phases["prefill"].flops),
     )
     return EfficiencyResult(record, timed)
 
 
-def _counted(training: Flops | None, phases: dict[str, Work]) -> dict[str, Metric]:
+def _counted(training: Flops | None, phases: dict[str, Work]) -> dict[str, Value]:
     passes = {} if training is None else {"forward": training.forward, "backward": training.backward}
-    metrics = {f"{name}_flops": _flops(count) for name, count in passes.items()}
+    metrics = {f"{name}_flops": value_of(f"{name}_flops", count, n=1) for name, count in passes.items()}
     for phase, work in phases.items():
-        metrics[f"{phase}_flops"] = _flops(work.flops)
-        metrics[f"{phase}_flops_per_token"] = _flops(work.flops / work.tokens)
-        metrics[f"{phase}_bytes"] = Metric(work.bytes, "bytes", n=1, higher_is_better=False)
-        metrics[f"{phase}_intensity"] = Metric(work.intensity, "FLOP/byte", n=1)
+        counts = {"flops": work.flops, "flops_per_token": work.flops / work.tokens, "bytes": work.bytes}
+        for name, count in {**counts, "intensity": work.intensity}.items():
+            metrics[f"{phase}_{name}"] = value_of(f"{phase}_{name}", count, n=1)
     return metrics
 
 
-def _against_machine(lm: Model, phases: dict[str, Work], timed: LatencyResult) -> tuple[dict[str, Metric], dict[str, Any]]:
-    """Metrics that set the times against what the machine does with as many threads, and the words for them: position, what one
+def _against_machine(lm: Model, phases: dict[str, Work], timed: LatencyResult) -> tuple[dict[str, Value], dict[str, Any]]:
+    """Values that set the times against what the machine does with as many threads, and the words for them: position, what one
     waits for, and the product that the peak is of. Nothing where there are no times."""
     if timed.not_measured:
         return {}, {}
     peaks = measured_peaks(lm.device, lm.dtype)
-    metrics = {"matmul_peak": Metric(peaks.flops, "FLOP/s"), "bandwidth": Metric(peaks.bandwidth, "bytes/s")}
+    machine = {"matmul_peak": peaks.flops, "bandwidth": peaks.bandwidth}
+    metrics = {name: value_of(name, number) for name, number in machine.items()}
     position, limits = {}, {}
     for phase, work in phases.items():
         taken = timed.record.metrics.get({"prefill": "prefill", "decode": "itl"}[phase])
         position[phase] = "compute-bound" if work.intensity >= peaks.ridge else "bandwidth-bound"
-        metrics[f"{phase}_bound"] = Metric(peaks.bound(work.intensity), "FLOP/s")
+        metrics[f"{phase}_bound"] = value_of(f"{phase}_bound", peaks.bound(work.intensity))
         if taken is None:  # one token a run: no gap between tokens was timed
             continue
-        metrics[f"{phase}_flops_per_second"] = _rate(work.flops, taken, "FLOP/s")
-        metrics[f"{phase}_share_of_peak"] = _rate(work.flops / peaks.flops, taken)
-        metrics[f"{phase}_bytes_per_second"] = _rate(work.bytes, taken, "bytes/s")
-        metrics[f"{phase}_share_of_bandwidth"] = _rate(work.bytes / peaks.bandwidth, taken)
-        share = metrics[f"{phase}_share_of_bound"] = _rate(work.least_seconds(peaks), taken)
-        limits[phase] = limit(share, position[phase])
+        amounts = {
+            "flops_per_second": work.flops,
+            "share_of_peak": work.flops / peaks.flops,
+            "bytes_per_second": work.bytes,
+            "share_of_bandwidth": work.bytes / peaks.bandwidth,
+            "share_of_bound": work.least_seconds(peaks),
+        }
+        metrics |= {f"{phase}_{name}": _rate(f"{phase}_{name}", amount, taken) for name, amount in amounts.items()}
+        limits[phase] = limit(metrics[f"{phase}_share_of_bound"], position[phase])
     return metrics, {"position": position, "limited_by": limits, "matmul_dtype": peaks.dtype, "matmul_size": peaks.size}
 
 
@@ -201,11 +229,8 @@ def limit(share: float, position: str) -> str:
     return "caches" if share > 1 and position == "bandwidth-bound" else position.removesuffix("-bound")
 
 
-def _flops(count: float) -> Metric:
-    return Metric(count, "FLOP", n=1, higher_is_better=False)
-
-
-def _rate(amount: float, milliseconds: Metric, unit: str = "") -> Metric:
+def _rate(name: str, amount: float, milliseconds: Value) -> Value:
     """`amount` a second; the slow end of the time's interval is the low end of the rate's."""
-    low, high = (None if time is None else 1e3 * amount / time for time in (milliseconds.high, milliseconds.low))
-    return Metric(1e3 * amount / milliseconds, unit, low=low, high=high, n=milliseconds.n, higher_is_better=True)
+    low, high = milliseconds.low, milliseconds.high
+    interval = None if low is None or high is None else (1e3 * amount / high, 1e3 * amount / low)
+    return value_of(name, 1e3 * amount / milliseconds, interval, n=milliseconds.n)

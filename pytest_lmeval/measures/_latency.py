@@ -1,7 +1,8 @@
 """How long a model lets one wait: prefill, time to first token, the gaps between tokens, end to end.
 
-A run reads a prompt of `seq_len` tokens and then decodes greedily, one token a step from the carried state. FORMULAS says what
-is taken between which moments; other tools use the same names for other things, so the formulas stand in every record.
+A run reads a prompt of `seq_len` tokens and then decodes greedily, one token a step from the carried state. What is taken
+between which moments, `profiling.cost_metrics` declares; other tools use the same names for other things, so the formulas stand
+in every record.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from pytest_lmeval.measures.context import current, verb
 from pytest_lmeval.models.identity import facts
 from pytest_lmeval.models.model import Model, state_bytes
 from pytest_lmeval.profiling.clock import Stopwatch
@@ -21,28 +23,48 @@ from pytest_lmeval.profiling.runner import (
     check_shape,
     measured,
     next_ids,
+    notes_of,
     quiet,
     too_short,
     unit_of_rates,
 )
-from pytest_lmeval.profiling.samples import median, quantiles, spread
-from pytest_lmeval.records.record import Record, Series
-from pytest_lmeval.records.value import Metric
+from pytest_lmeval.profiling.samples import MILLISECONDS, median, quantiles, spread
+from pytest_lmeval.records.metric import value_of
+from pytest_lmeval.records.record import Cost, Record, Series
+from pytest_lmeval.records.value import Value
 
 RUNS, WARM_UP, NEW_TOKENS = 100, 10, 8
 BY_RUN = ("prefill", "tpot", "e2e")
 
-FORMULAS = {
-    "prefill": "t(prompt read) - t(request): one step over the whole prompt",
-    "ttft": "t(first token) - t(request): prefill, and choosing the token",
-    "itl": "t(token i + 1) - t(token i), of all tokens of all runs",
-    "tpot": "(e2e - ttft) / (new_tokens - 1), a run",
-    "e2e": "t(last token) - t(request)",
-    "cold": "e2e of the first run of this measurement, counted nowhere else if there is a warm-up; timed_before says whether "
-    "this process had timed the model before",
-    "prefill_tokens_per_second": "batch_size x seq_len / prefill",
-    "decode_tokens_per_second": "batch_size x (new_tokens - 1) / (e2e - ttft)",
-}
+
+@verb
+def latency(
+    lm: Any,
+    batch_size: int = 1,
+    seq_len: int | None = None,
+    *,
+    new_tokens: int = NEW_TOKENS,
+    runs: int = RUNS,
+    warm_up: int = WARM_UP,
+    seed: int = 0,
+    threads: int | None = None,
+) -> LatencyResult:
+    """Prefill, time to first token, inter-token latency (see `measure_latency` for the parameters).
+
+    In a test that asks for the fixture `benchmark`, pytest-benchmark drives the runs and keeps their times. Where nothing
+    was timed (under xdist, or with --benchmark-disable), the record says so, and a test that looks at a time is skipped.
+    """
+    context = current()
+    settings = {
+        "batch_size": batch_size,
+        "seq_len": context.seq_len(seq_len, 128),
+        "new_tokens": new_tokens,
+        "runs": runs,
+        "warm_up": warm_up,
+        "seed": seed,
+        "threads": threads,
+    }
+    return context.timed("latency", context.model(lm), settings, measure_latency)
 
 
 @dataclass(frozen=True, repr=False)
@@ -58,41 +80,40 @@ class LatencyResult:
 
     @property
     def not_measured(self) -> str | None:
-        reason: str | None = self.record.settings["not_measured"]
-        return reason
+        return self.record.not_measured
 
     @property
-    def prefill(self) -> Metric:
+    def prefill(self) -> Value:
         """Reading the prompt; bound by arithmetic."""
         return measured(self.record, "prefill")
 
     @property
-    def ttft(self) -> Metric:
+    def ttft(self) -> Value:
         """Time to first token: what one waits before anything appears."""
         return measured(self.record, "ttft")
 
     @property
-    def itl(self) -> Metric:
+    def itl(self) -> Value:
         """Inter-token latency, bound by the bandwidth of memory; only for models that carry a state."""
         return measured(self.record, "itl")
 
     @property
-    def tpot(self) -> Metric:
+    def tpot(self) -> Value:
         """Time per output token."""
         return measured(self.record, "tpot")
 
     @property
-    def e2e(self) -> Metric:
+    def e2e(self) -> Value:
         """End to end."""
         return measured(self.record, "e2e")
 
     @property
     def stability(self) -> str | None:
         """How far the machine let the times be: steady, fluctuating or disturbed (see `samples.stability`)."""
-        found: str | None = self.record.settings.get("stability")
+        found: str | None = self.record.details.get("stability")
         return found
 
-    def percentile(self, name: str, percent: int) -> Metric:
+    def percentile(self, name: str, percent: int) -> Value:
         """For example percentile("itl", 95). KeyError where the samples are too few to say."""
         return measured(self.record, f"{name}_p{percent}")
 
@@ -129,6 +150,9 @@ def measure_latency(
     short = {name: why for name, times in taken.items() if (why := too_short(times, lm.device, name))}
     samples = {name: times for name, times in taken.items() if name not in short}
     not_measured = runner.not_measured or (None if "e2e" in samples else short["e2e"])
+    values = {} if not_measured else _values(samples, sum(times[0]), batch_size, seq_len, unit_of_rates(lm))
+    by_run = {name: samples[name] for name in BY_RUN if name in samples}
+    details = {"too_short": short, **about_times(lm, runner, by_run, values)}
     record = Record(
         kind="latency",
         subject=f"batch {batch_size}, {seq_len} tokens",
@@ -141,16 +165,17 @@ def measure_latency(
             "warm_up": warm_up,
             "seed": seed,
             **conditions,
-            "too_short": short,
-            **about_times(lm, runner, {name: samples[name] for name in BY_RUN if name in samples}, not_measured, FORMULAS),
         },
-        metrics={} if not_measured else _metrics(samples, sum(times[0]), batch_size, seq_len, unit_of_rates(lm)),
-        cost={
-            "seconds": sum(map(sum, timed)),
-            "tokens": len(timed) * batch_size * (seq_len + new_tokens - 1),
-            "flops": flops * max(1, len(timed)),
-            "state_bytes": state_bytes(states[0]),
-        },
+        details=details,
+        notes=notes_of(details),
+        not_measured=not_measured,
+        metrics=values,
+        cost=Cost(
+            seconds=sum(map(sum, timed)),
+            tokens=len(timed) * batch_size * (seq_len + new_tokens - 1),
+            flops=flops * max(1, len(timed)),
+            state_bytes=state_bytes(states[0]),
+        ),
         series={} if not_measured else _series(samples),
     )
     return LatencyResult(record, {} if not_measured else samples)
@@ -186,24 +211,23 @@ def _samples(timed: list[list[float]]) -> dict[str, list[float]]:
     return found
 
 
-def _metrics(samples: dict[str, list[float]], cold: float, batch_size: int, seq_len: int, rate: str) -> dict[str, Metric]:
-    metrics = {}
-    for name, times in samples.items():
-        metrics[name] = median(times, "ms", scale=1e3)
-        metrics.update(spread(name, times, "ms", scale=1e3))
-    metrics["cold"] = Metric(1e3 * cold, "ms", n=1, higher_is_better=False)
+def _values(samples: dict[str, list[float]], cold: float, batch_size: int, seq_len: int, rate: str) -> dict[str, Value]:
     rates = {
-        "prefill": [batch_size * seq_len / time for time in samples.get("prefill", ())],
-        "decode": [batch_size / time for time in samples.get("tpot", ())],
+        "prefill_tokens_per_second": [batch_size * seq_len / time for time in samples.get("prefill", ())],
+        "decode_tokens_per_second": [batch_size / time for time in samples.get("tpot", ())],
     }
-    told = {
-        f"{name}_tokens_per_second": median(values, rate, higher_is_better=True) for name, values in rates.items() if values
+    return {
+        **{name: median(name, times) for name, times in samples.items()},
+        "cold": value_of("cold", MILLISECONDS * cold, n=1),
+        **{name: median(name, values, unit=rate) for name, values in rates.items() if values},
+        **{name: value for of, times in samples.items() for name, value in spread(of, times).items()},
     }
-    return metrics | told
 
 
 def _series(samples: dict[str, list[float]]) -> dict[str, Series]:
-    runs = samples["e2e"]
-    series = {"e2e_by_run": Series([float(run) for run in range(len(runs))], [1e3 * time for time in runs], "run", "ms")}
-    shown = {name: samples[name] for name in ("prefill", "itl") if name in samples}
-    return series | {f"{name}_quantiles": quantiles(times, "ms", scale=1e3) for name, times in shown.items()}
+    runs = [MILLISECONDS * time for time in samples["e2e"]]
+    title = "Time of a whole request, run by run"
+    series = {"e2e_by_run": Series([float(run) for run in range(len(runs))], runs, "run", "ms", title)}
+    shown = {"prefill": "Time of prefill, by quantile", "itl": "Time between tokens (ITL), by quantile"}
+    curves = {f"{name}_quantiles": quantiles(name, samples[name], said) for name, said in shown.items() if name in samples}
+    return series | curves

@@ -5,17 +5,50 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from pytest_lmeval.errors import ProfilingError
-from pytest_lmeval.measures._latency import LatencyResult, measure_latency
+from pytest_lmeval.measures._latency import NEW_TOKENS, RUNS, WARM_UP, LatencyResult, measure_latency
+from pytest_lmeval.measures.context import current, verb
 from pytest_lmeval.models.identity import facts
 from pytest_lmeval.models.model import Model
 from pytest_lmeval.profiling.failures import DEVICE_LOST, attempt
 from pytest_lmeval.profiling.runner import check_shape
-from pytest_lmeval.records.record import Record
+from pytest_lmeval.records.record import ModelFacts, Record
 
 BATCH_SIZES, SEQ_LENS = (1,), (128, 512)
+
+
+@verb
+def latency_grid(
+    lm: Any,
+    *,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+    seq_lens: Sequence[int] | None = None,
+    new_tokens: int = NEW_TOKENS,
+    runs: int = RUNS,
+    warm_up: int = WARM_UP,
+    seed: int = 0,
+    threads: int | None = None,
+) -> Grid:
+    """`latency` at every one of `batch_sizes` and `seq_lens`, a record each.
+
+    Where the model fails, for example for want of memory, that cell is marked with why, and the others are measured.
+    """
+    context = current()
+    options = {"new_tokens": new_tokens, "runs": runs, "warm_up": warm_up, "seed": seed, "threads": threads}
+    shapes = {"batch_sizes": batch_sizes, "seq_lens": context.session.seq_lens or SEQ_LENS if seq_lens is None else seq_lens}
+    model = context.model(lm)
+
+    def measure(model: Model, **settings: Any) -> LatencyResult:
+        return measure_latency(model, **settings, runner=context.runner())
+
+    keep = partial(context.kept, "latency", model, {**shapes, **options})
+    grid = measure_latency_grid(model, **shapes, **options, measure=measure, keep=keep)
+    if len(grid.failed) == len(grid):
+        raise ProfilingError(f"{model.spec} failed in every cell of the grid, first with: {next(iter(grid.failed.values()))}")
+    return grid
 
 
 @dataclass(frozen=True)
@@ -40,7 +73,7 @@ class Grid(Mapping[tuple[int, int], LatencyResult]):
     @property
     def failed(self) -> dict[tuple[int, int], str]:
         """What could not be measured, and why."""
-        return {shape: why for shape, cell in self.cells.items() if (why := cell.record.settings.get("failure"))}
+        return {shape: why for shape, cell in self.cells.items() if (why := cell.record.details.get("failure"))}
 
 
 def measure_latency_grid(
@@ -69,19 +102,26 @@ def measure_latency_grid(
     for shape in shapes:
         cell = _failed(shape, about, lost) if lost else _cell(lm, shape, about, measure, options)
         cells[shape] = keep(cell)
-        failure = cell.record.settings.get("failure")
+        failure = cell.record.details.get("failure")
         lost = failure if failure and failure.startswith(DEVICE_LOST) else lost
     return Grid(cells)
 
 
 def _cell(
-    lm: Model, shape: tuple[int, int], about: dict[str, Any], measure: Callable[..., LatencyResult], options: dict[str, Any]
+    lm: Model, shape: tuple[int, int], about: ModelFacts, measure: Callable[..., LatencyResult], options: dict[str, Any]
 ) -> LatencyResult:
     found: list[LatencyResult] = []
     why = attempt(lambda: found.append(measure(lm, batch_size=shape[0], seq_len=shape[1], **options)))
     return found[0] if why is None else _failed(shape, about, why)
 
 
-def _failed(shape: tuple[int, int], about: dict[str, Any], why: str) -> LatencyResult:
-    settings = {"batch_size": shape[0], "seq_len": shape[1], "failure": why, "not_measured": why}
-    return LatencyResult(Record("latency", f"batch {shape[0]}, {shape[1]} tokens", about, settings))
+def _failed(shape: tuple[int, int], about: ModelFacts, why: str) -> LatencyResult:
+    record = Record(
+        kind="latency",
+        subject=f"batch {shape[0]}, {shape[1]} tokens",
+        lm=about,
+        settings={"batch_size": shape[0], "seq_len": shape[1]},
+        details={"failure": why},
+        not_measured=why,
+    )
+    return LatencyResult(record)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from pytest_lmeval.errors import ProfilingError
+from pytest_lmeval.measures.context import current, verb
 from pytest_lmeval.models.identity import facts
 from pytest_lmeval.models.model import Model, State, state_storages, weights
 from pytest_lmeval.profiling.allocations import watched_allocations
@@ -35,15 +36,50 @@ from pytest_lmeval.profiling.failures import room_for
 from pytest_lmeval.profiling.peak import peak_memory
 from pytest_lmeval.profiling.runner import check_shape, next_ids
 from pytest_lmeval.profiling.storages import storages
-from pytest_lmeval.records.record import Record
-from pytest_lmeval.records.value import Metric
+from pytest_lmeval.records.metric import value_of
+from pytest_lmeval.records.record import Cost, Record
+from pytest_lmeval.records.value import Value
 
 NEW_TOKENS = 8
+SHOWN = (
+    *("weights_bytes", "state_bytes", "activations_bytes", "peak_bytes", "growth_bytes", "tensors_peak_bytes"),
+    *("allocated_bytes", "reserved_bytes"),
+)
+
+
+@verb
+def memory(
+    lm: Any,
+    batch_size: int = 1,
+    seq_len: int | None = None,
+    *,
+    new_tokens: int = NEW_TOKENS,
+    keep: int | None = 1,
+    seed: int = 0,
+    apart: bool = True,
+    timeout: float = TIMEOUT,
+) -> MemoryResult:
+    """Weights, state and activations apart, and the peak of a process of its own (see `measure_memory` for the parameters).
+
+    Nothing is timed, and other tests do not disturb it: it is measured under xdist too.
+    """
+    context = current()
+    model = context.model(lm)
+    settings: dict[str, Any] = {
+        "batch_size": batch_size,
+        "seq_len": context.seq_len(seq_len, 128),
+        "new_tokens": new_tokens,
+        "keep": keep,
+        "seed": seed,
+        "apart": apart,
+        "timeout": timeout,
+    }
+    return context.kept("memory", model, settings, measure_memory(model, **settings))
 
 
 @dataclass(frozen=True, repr=False)
 class MemoryResult:
-    """Memory in bytes; see the head of this file. KeyError for what cannot be measured here: `record.settings["absent"]`
+    """Memory in bytes; see the head of this file. KeyError for what cannot be measured here: `record.details["absent"]`
     names it, and why."""
 
     record: Record
@@ -52,40 +88,40 @@ class MemoryResult:
         return repr(self.record)
 
     @property
-    def weights_bytes(self) -> Metric:
+    def weights_bytes(self) -> Value:
         return self.record.metrics["weights_bytes"]
 
     @property
-    def state_bytes(self) -> Metric:
+    def state_bytes(self) -> Value:
         """After the prompt."""
         return self.record.metrics["state_bytes"]
 
     @property
-    def activations_bytes(self) -> Metric:
+    def activations_bytes(self) -> Value:
         return self.record.metrics["activations_bytes"]
 
     @property
-    def tensors_peak_bytes(self) -> Metric:
+    def tensors_peak_bytes(self) -> Value:
         """Most that torch's allocations of the run held at once, weights not included; on the CPU only, and exact."""
         return self.record.metrics["tensors_peak_bytes"]
 
     @property
-    def peak_bytes(self) -> Metric:
+    def peak_bytes(self) -> Value:
         """Of the process on the CPU, of the device on CUDA. That of a process varies from run to run: by 0.2 to 1 % (0.6 to
         3 MB of 260 MB, eight runs each of two small models), and with it `growth_bytes`, of these models by up to a half."""
         return self.record.metrics["peak_bytes"]
 
     @property
-    def growth_bytes(self) -> Metric:
+    def growth_bytes(self) -> Value:
         return self.record.metrics["growth_bytes"]
 
     @property
-    def allocated_bytes(self) -> Metric:
+    def allocated_bytes(self) -> Value:
         """Held by torch on the device before the run, by other models too; on CUDA only."""
         return self.record.metrics["allocated_bytes"]
 
     @property
-    def reserved_bytes(self) -> Metric:
+    def reserved_bytes(self) -> Value:
         """Most that torch's allocator had taken of the device during the run; on CUDA only."""
         return self.record.metrics["reserved_bytes"]
 
@@ -137,16 +173,15 @@ def measure_memory(
         settings={
             **asdict(shape),
             "threads": torch.get_num_threads(),
-            "process": process,
-            "absent": _absent(lm, found),
         },
-        metrics={name: Metric(size, "bytes", n=1, higher_is_better=False) for name, size in sizes.items()},
-        cost={
-            "seconds": time.perf_counter() - began,
-            "tokens": batch_size * (seq_len + shape.new_tokens - 1),
-            "peak_bytes": found["peak_bytes"],
-            "state_bytes": found["state_bytes"],
-        },
+        details={"process": process, "absent": _absent(lm, found)},
+        metrics={name: value_of(name, sizes[name], n=1) for name in SHOWN if name in sizes},
+        cost=Cost(
+            seconds=time.perf_counter() - began,
+            tokens=batch_size * (seq_len + shape.new_tokens - 1),
+            peak_bytes=found["peak_bytes"],
+            state_bytes=found["state_bytes"],
+        ),
     )
     return MemoryResult(record)
 

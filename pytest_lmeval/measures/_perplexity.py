@@ -15,36 +15,207 @@ can be compared: there it reads a detokenized page, and counts the bytes of the 
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from msgspec import structs
 
-from pytest_lmeval.data.corpus import Corpus, Document
+from pytest_lmeval.data.corpus import Corpus
+from pytest_lmeval.data.ids import as_corpus
 from pytest_lmeval.errors import StreamError
-from pytest_lmeval.models.identity import facts
+from pytest_lmeval.laws.permits import exact_chunk_size
+from pytest_lmeval.measures.context import VerbContext, current, verb
+from pytest_lmeval.models.identity import facts, tokenizer_fingerprint
 from pytest_lmeval.models.model import Model
+from pytest_lmeval.records.certificate import Certificate
 from pytest_lmeval.records.journal import Checkpoints
-from pytest_lmeval.records.record import Record, Series
-from pytest_lmeval.records.value import Metric
+from pytest_lmeval.records.metric import metric, value_of
+from pytest_lmeval.records.record import Cost, Record, Series
+from pytest_lmeval.records.value import Value
 from pytest_lmeval.scoring import fast_weights
 from pytest_lmeval.scoring.losses import LossFile
 from pytest_lmeval.scoring.plan import Point, Reader, plan_for
 from pytest_lmeval.scoring.positions import loss_metrics, name_of, not_reached
 from pytest_lmeval.scoring.reading import BYTES, HITS, NATS, SECONDS, STATE, TOKENS, Reading
-from pytest_lmeval.scoring.result import PerplexityResult
 from pytest_lmeval.scoring.resume import Saver
 from pytest_lmeval.scoring.units import write_units
 from pytest_lmeval.statistics.bootstrap import ratio_intervals
 
 Progress = Callable[[int, float, int | None], None]
 """Called after each chunk with the tokens scored, the nats so far, and the tokens expected (None: unknown)."""
+
+
+@verb
+def perplexity(
+    lm: Any,
+    corpus: Corpus | Iterable[Any],
+    chunk_size: int | None = None,
+    tokens: int | None = None,
+    *,
+    limit: int | None = None,
+    as_stream: bool | None = None,
+    window: int | Literal["unlimited", "lm_eval"] | None = None,
+    overlap: int | None = None,
+    positions: tuple[int, ...] = (),
+    losses: bool | str | Path = False,
+) -> PerplexityResult:
+    """Read a corpus: perplexity, bits per byte, accuracy, loss by position (see `measure_perplexity` for the parameters).
+
+    The model's laws are probed first. Its state is carried only in a way that was found exact; the record says which.
+    window="lm_eval" reads each document in the windows of lm-evaluation-harness, so that its numbers can be had again.
+    losses=True writes the loss of every token to a file in the output folder; a path names the file.
+    """
+    context = current()
+    corpus = as_corpus(corpus)
+    model, certificate = context.certified(lm)
+    settings: dict[str, Any] = {
+        "chunk_size": exact_chunk_size(model, certificate, chunk_size, window),
+        "tokens": tokens or context.session.tokens,
+        "limit": context.session.limit if limit is None else limit,
+        "as_stream": as_stream,
+        "window": window,
+        "overlap": overlap,
+        "positions": positions,
+    }
+    data = [corpus.name, corpus.split, corpus.fingerprint, tokenizer_fingerprint(model), str(losses)]
+    key = context.key("perplexity", model, settings, data)
+    known = bool(corpus.fingerprint)  # an iterator may bring something else the next time
+    if known and (finished := context.finished(key)) is not None:
+        return PerplexityResult(finished)
+    journal, units = context.session.journal, context.file("units.jsonl")
+    examples = context.file("losses.npy") if losses is True else None
+    with context.session.progress(f"{model.spec} reads {corpus}") as progress:
+        result = measure_perplexity(
+            model,
+            corpus,
+            **settings,
+            losses=_losses_file(context, examples, losses),
+            units=context.path(units),
+            certificate=certificate,
+            progress=progress,
+            checkpoints=journal.checkpoints if journal and known and "resume" not in certificate.broken else None,
+            key=key,
+        )
+    if result.resumed_at:
+        context.log.notes.append(f"{model.spec} on {corpus}: went on from token {result.resumed_at:,} of an interrupted run")
+    context.log.notes += result.record.details.get("warnings", [])
+    files = {"examples": examples or result.record.examples, "units": units}
+    return context.recorded(key, replace(result, record=structs.replace(result.record, **files)))
+
+
+def _losses_file(context: VerbContext, named: str | None, losses: bool | str | Path) -> str | Path | None:
+    """Where the loss of every token is written. Raises StreamError where that is nowhere."""
+    if losses is True and named is None:
+        raise StreamError(
+            "losses=True writes into the output folder of a run, and outside of tests there is none. Name a file: losses=PATH."
+        )
+    return context.path(named) if losses is True else losses or None  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, repr=False)
+class PerplexityResult:
+    """What a reading found. Numbers carry `.low` and `.high`, their 95 % interval (bootstrap over documents, or over
+    blocks of one stream; None where the text is too short for one)."""
+
+    record: Record
+    resumed_at: int = 0  # tokens that an interrupted run had already scored
+
+    def __repr__(self) -> str:
+        return repr(self.record)
+
+    @property
+    def perplexity(self) -> Value:
+        """exp of the mean loss a token."""
+        return self.record.metrics["perplexity"]
+
+    @property
+    def nll(self) -> Value:
+        """Mean negative log-likelihood, nats a token."""
+        return self.record.metrics["nll"]
+
+    @property
+    def bits_per_byte(self) -> Value:
+        """Bits a byte of the original text; only for corpora of text."""
+        if "bits_per_byte" not in self.record.metrics:
+            raise AttributeError(f"{self.record.subject} holds token ids, no text: there are no bytes to divide by.")
+        return self.record.metrics["bits_per_byte"]
+
+    @property
+    def token_accuracy(self) -> dict[int, Value]:
+        """Share of targets among the model's first k choices, by k."""
+        return {k: self.record.metrics[f"token_accuracy_top{k}"] for k in HITS}
+
+    @property
+    def tokens(self) -> int:
+        """Target tokens scored, each exactly once."""
+        return self.record.cost.tokens or 0
+
+    @property
+    def tokens_per_second(self) -> Value:
+        return self.record.metrics["tokens_per_second"]
+
+    @property
+    def seconds(self) -> float:
+        return self.record.cost.seconds or 0.0
+
+    @property
+    def state_bytes(self) -> int:
+        """The most memory that the carried state took."""
+        return self.record.cost.state_bytes or 0
+
+    @property
+    def chunks(self) -> int:
+        return int(self.record.details["chunks"])
+
+    @property
+    def chunk_loss(self) -> Series:
+        """Mean loss of each chunk (of groups of chunks, in a very long reading), nats a token, by tokens read."""
+        return self.record.series["chunk_loss"]
+
+    @property
+    def chunk_seconds(self) -> Series:
+        return self.record.series["chunk_seconds"]
+
+    @property
+    def loss_by_position(self) -> Series:
+        """Mean loss by the number of tokens before the target, in half octaves."""
+        return self.record.series["loss_by_position"]
+
+    @property
+    def loss_at(self) -> dict[int, Value]:
+        """Mean loss of the thousand tokens up to each chosen position that was reached, with its interval, nats a token."""
+        series = self.record.series.get("loss_at")
+        return {} if series is None else {int(at): self.record.metrics[name_of(int(at))] for at in series.x}
+
+    @property
+    def loss_slope(self) -> Value:
+        """Least-squares slope of `loss_at`, nats a token per 1000 positions: negative where context goes on helping.
+
+        Raises AttributeError where fewer than two of the chosen positions were reached.
+        """
+        if "loss_slope" not in self.record.metrics:
+            asked, missing = self.record.settings.get("positions", []), self.record.details.get("not_reached", [])
+            raise AttributeError(
+                f"a slope takes two positions at least. Asked for were {asked or 'none'}; of those, {self.record.subject} did "
+                f"not go on to {missing or 'none'}. Give positions that the text reaches: positions=(1000, 2000, 4000)."
+            )
+        return self.record.metrics["loss_slope"]
+
+    @property
+    def fast_weights(self) -> fast_weights.FastWeights | None:
+        """What became of the model's fast weights while it read; None if it has none."""
+        return fast_weights.found_in(self.record)
+
+    @property
+    def certificate(self) -> Certificate | None:
+        """The verdict that the reading stands on."""
+        return self.record.certificate
 
 
 def measure_perplexity(
@@ -60,7 +231,7 @@ def measure_perplexity(
     positions: tuple[int, ...] = (),
     losses: str | Path | None = None,
     units: str | Path | None = None,
-    certificate: dict[str, Any] | None = None,
+    certificate: Certificate | None = None,
     seed: int = 0,
     progress: Progress | None = None,
     checkpoints: Checkpoints | None = None,
@@ -84,7 +255,7 @@ def measure_perplexity(
 
     Raises StreamError, NotFiniteError and CorpusError; see there.
     """
-    source = corpus if isinstance(corpus, Corpus) else bare_ids(corpus)
+    source = as_corpus(corpus)
     if wrong := [place for place in positions if not isinstance(place, int) or place < 1]:
         raise StreamError(f"positions holds {wrong}; a position is the number of tokens before a target, 1 or more.")
     plan = plan_for(lm, chunk_size=chunk_size, window=window, overlap=overlap)
@@ -113,9 +284,9 @@ def measure_perplexity(
     if not point.reading.total[TOKENS]:
         raise StreamError(f"{source} holds no document, or no code that could be predicted: there is nothing to score.")
     record = record_of(reader, point.reading, seconds=time.perf_counter() - began, seed=seed)
-    record = replace(
+    record = structs.replace(
         record,
-        certificate=None if certificate is None else {**certificate, "chunking_used": str(plan)},
+        certificate=None if certificate is None else structs.replace(certificate, chunking_used=str(plan)),
         examples=None if losses is None else str(losses),
         units=None if units is None else str(units),
     )
@@ -137,27 +308,32 @@ def record_of(reader: Reader, reading: Reading, *, seconds: float, seed: int) ->
             "reading": "carried" if plan.window is None else "windows",
             "window": plan.window,
             "overlap": plan.overlap,
-            "why": plan.why,
             **({"rolling": True} if plan.rolling else {}),
             "by_document": reading.by_document,
-            "documents": len(reading.units) if reading.by_document else None,
             "tokens": reader.tokens,
             "limit": reader.limit,
-            "chunks": reading.chunks_seen,
             "tokenizer": None if corpus.tokenized else getattr(lm.tokenizer, "name", type(lm.tokenizer).__name__),
             "unit": "document" if reading.by_document else f"block of {reading.block} tokens",
             "data": corpus.fingerprint,
             "seed": seed,
-            **({"positions": list(reading.positions), "not_reached": not_reached(reading)} if reading.positions else {}),
-            **(fast_weights.settings_of(reading.moves, lm, int(reading.total[TOKENS])) if reading.moves else {}),
+            **({"positions": list(reading.positions)} if reading.positions else {}),
         },
+        details={
+            "why": plan.why,
+            "chunks": reading.chunks_seen,
+            "documents": len(reading.units) if reading.by_document else None,
+            **({"not_reached": not_reached(reading)} if reading.positions else {}),
+            **(fast_weights.details_of(reading.moves, lm, int(reading.total[TOKENS])) if reading.moves else {}),
+        },
+        notes=[] if plan.window is None else [f"windows of {plan.window:,} tokens, {plan.how}"],
+        example="document" if reading.by_document else "block",
         metrics=metrics,
-        cost={
-            "seconds": seconds,
-            "tokens": int(reading.total[TOKENS]),
-            "peak_bytes": torch.cuda.max_memory_allocated(lm.device) if lm.device.type == "cuda" else None,
-            "state_bytes": reading.peak_state_bytes,
-        },
+        cost=Cost(
+            seconds=seconds,
+            tokens=int(reading.total[TOKENS]),
+            peak_bytes=torch.cuda.max_memory_allocated(lm.device) if lm.device.type == "cuda" else None,
+            state_bytes=reading.peak_state_bytes,
+        ),
         series=series_of(reading, metrics, carried=plan.window is None),
     )
 
@@ -176,47 +352,50 @@ def expected_tokens(lm: Model, corpus: Corpus, sums: np.ndarray, tokens: int | N
     return whole if known is None else min(known, whole)
 
 
-def metrics_of(reading: Reading, *, seconds: float, seed: int) -> dict[str, Metric]:
-    """The ratios that the sums of a reading stand for, with their intervals."""
+def metrics_of(reading: Reading, *, seconds: float, seed: int) -> dict[str, Value]:
+    """The ratios that the sums of a reading stand for, with their intervals; first those that a summary shows first."""
+    columns = {"tokens": TOKENS, "nats": NATS, "bytes": BYTES, **{f"top{k}": column for k, column in HITS.items()}}
     total, n = reading.total, int(reading.total[TOKENS])
-    ratios = {"nll": (NATS, TOKENS), **{f"token_accuracy_top{k}": (column, TOKENS) for k, column in HITS.items()}}
-    if total[BYTES]:
-        ratios["bits_per_byte"] = (NATS, BYTES)
-    intervals = ratio_intervals(np.array(reading.units), list(ratios.values()), seed=seed)
-    metrics = {}
-    for (name, (above, below)), interval in zip(ratios.items(), intervals, strict=True):
-        unit, scale = {"nll": ("nats/token", 1.0), "bits_per_byte": ("bits/byte", 1 / math.log(2))}.get(name, ("", 1.0))
-        low, high = (scale * bound for bound in interval) if interval else (None, None)
-        value = scale * total[above] / total[below]
-        metrics[name] = Metric(value, unit, low=low, high=high, n=n, higher_is_better=above != NATS)
-    metrics["perplexity"] = exponential(metrics["nll"])
-    metrics["tokens_per_second"] = Metric(n / seconds, "tokens/s", n=n, higher_is_better=True)
+    names = ["nll", *(["bits_per_byte"] if total[BYTES] else []), *(f"token_accuracy_top{k}" for k in HITS)]
+    ratios = [tuple(columns[side] for side in metric(name).sums or ()) for name in names]
+    intervals = ratio_intervals(np.array(reading.units), [(above, below) for above, below in ratios], seed=seed)
+    found = {}
+    for name, (above, below), interval in zip(names, ratios, intervals, strict=True):
+        scale = metric(name).scale
+        scaled = interval and (scale * interval[0], scale * interval[1])
+        found[name] = value_of(name, scale * total[above] / total[below], scaled, n=n)
     moved = {} if reading.moves is None else fast_weights.metrics_of(reading.moves)
-    return {**metrics, **loss_metrics(reading, seed=seed), **moved}
+    return {
+        "perplexity": exponential(found["nll"]),
+        **found,
+        **loss_metrics(reading, seed=seed),
+        **moved,
+        "tokens_per_second": value_of("tokens_per_second", n / seconds, n=n),
+    }
 
 
-def above_floor(metrics: dict[str, Metric], entropy: float | None) -> dict[str, Metric]:
+def above_floor(metrics: dict[str, Value], entropy: float | None) -> dict[str, Value]:
     """The metrics, and for a text of known entropy: what the best model pays on average, and how much more was paid."""
     if entropy is None or "bits_per_byte" not in metrics:
         return metrics
     paid, ln2 = metrics["bits_per_byte"], math.log(2)
-    low, high = (None if bound is None else bound * ln2 - entropy for bound in (paid.low, paid.high))
-    excess = Metric(float(paid) * ln2 - entropy, "nats/byte", low=low, high=high, n=paid.n, higher_is_better=False)
-    return {**metrics, "entropy_floor": Metric(entropy, "nats/byte"), "excess_nats": excess}
+    interval = None if paid.low is None or paid.high is None else (paid.low * ln2 - entropy, paid.high * ln2 - entropy)
+    excess = value_of("excess_nats", float(paid) * ln2 - entropy, interval, n=paid.n)
+    return {**metrics, "entropy_floor": value_of("entropy_floor", entropy), "excess_nats": excess}
 
 
-def exponential(nll: Metric) -> Metric:
+def exponential(nll: Value, name: str = "perplexity") -> Value:
     """The perplexity of a mean loss. Never capped: a loss too large for a float is an error that says so."""
     try:
-        low, high = (None if bound is None else math.exp(bound) for bound in (nll.low, nll.high))
-        return Metric(math.exp(nll), "", low=low, high=high, n=nll.n, higher_is_better=False)
+        interval = None if nll.low is None or nll.high is None else (math.exp(nll.low), math.exp(nll.high))
+        return value_of(name, math.exp(nll), interval, n=nll.n)
     except OverflowError as error:
         raise StreamError(
             f"the mean loss is {float(nll):.6g} nats a token; its perplexity is no number a float can hold."
         ) from error
 
 
-def series_of(reading: Reading, metrics: dict[str, Metric], *, carried: bool) -> dict[str, Series]:
+def series_of(reading: Reading, metrics: dict[str, Value], *, carried: bool) -> dict[str, Series]:
     """The course of a reading, by tokens read; of the state too, where one was carried through a stream."""
     chunks, each = reading.course
     some = chunks[:, TOKENS] > 0  # of frames, one may hold no code to score
@@ -231,23 +410,16 @@ def series_of(reading: Reading, metrics: dict[str, Metric], *, carried: bool) ->
         "running_loss": Series(read, running.tolist(), "tokens", "nats/token"),
         "chunk_seconds": Series(read, (chunks[:, SECONDS] / each).tolist(), "tokens", "s"),
         "loss_by_position": Series(
-            (2 ** ((filled + 0.5) / 2)).tolist(), (binned[:, NATS] / binned[:, TOKENS]).tolist(), "tokens before", "nats/token"
+            (2 ** ((filled + 0.5) / 2)).tolist(),
+            (binned[:, NATS] / binned[:, TOKENS]).tolist(),
+            "tokens before",
+            "nats/token",
+            "Loss by position",
+            "x",
         ),
     }
     if carried and not reading.by_document and reading.peak_state_bytes:
-        series["state_bytes"] = Series(read, (chunks[:, STATE] / each).tolist(), "tokens", "bytes")
+        series["state_bytes"] = Series(read, (chunks[:, STATE] / each).tolist(), "tokens", "bytes", "State over the stream")
     if reached := {float(at): float(metrics[name]) for at in reading.positions if (name := name_of(at)) in metrics}:
         series["loss_at"] = Series(list(reached), list(reached.values()), "tokens before", "nats/token")
     return {**series, **({} if reading.moves is None else fast_weights.series_of(reading.moves))}
-
-
-def bare_ids(ids: Iterable[Any]) -> Corpus:
-    """Token ids that stand in no file, as a corpus of one document. An iterator can be read once, and is never held."""
-    if isinstance(ids, torch.Tensor):
-        ids = ids.detach().cpu().numpy()
-    if isinstance(ids, list | tuple | range | np.ndarray):
-        held = np.asarray(ids)
-        digest = hashlib.sha256(np.ascontiguousarray(held).tobytes()).hexdigest()
-        return Corpus("ids", "test", lambda: iter([Document("ids", ids=held)]), digest, tokenized=True, size=len(held))
-    parts = (Document("ids", ids=np.atleast_1d(np.asarray(part))) for part in ids)
-    return Corpus("ids", "test", lambda: parts, "", tokenized=True)

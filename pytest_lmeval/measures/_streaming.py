@@ -7,30 +7,57 @@ it gets is what decides how long a text it can be used for.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
 from pytest_lmeval.errors import ProfilingError
+from pytest_lmeval.laws.permits import exact_chunk_size
+from pytest_lmeval.measures.context import current, verb
 from pytest_lmeval.models.identity import facts
 from pytest_lmeval.models.model import Model, state_bytes
 from pytest_lmeval.profiling.clock import Stopwatch
 from pytest_lmeval.profiling.flops import count_flops
-from pytest_lmeval.profiling.runner import Runner, about_times, check_shape, measured, quiet, too_short, unit_of_rates
-from pytest_lmeval.profiling.samples import median, spread
-from pytest_lmeval.records.record import Record, Series
-from pytest_lmeval.records.value import Metric
+from pytest_lmeval.profiling.runner import Runner, about_times, check_shape, measured, notes_of, quiet, too_short, unit_of_rates
+from pytest_lmeval.profiling.samples import MILLISECONDS, median, spread
+from pytest_lmeval.records.metric import value_of
+from pytest_lmeval.records.record import Cost, Record, Series
+from pytest_lmeval.records.value import Value
 
 CHUNK_SIZE, CHUNKS, RUNS, WARM_UP = 256, 32, 3, 1
 ENDS = 4  # the first quarter of the chunks is compared with the last
 
-FORMULAS = {
-    "chunk_latency": "t(chunk read) - t(chunk given), of all chunks but the first, which has no state to read",
-    "tokens_per_second": "batch_size x tokens of the stream / seconds of the stream, median over the runs",
-    "slowing": "median latency in the last quarter of the stream / median latency in the first, its first chunk left out",
-    "cold": "the first pass, of the warm-up",
-    "state_bytes": "bytes of memory that the state keeps alive after the last chunk",
-}
+
+@verb
+def streaming(
+    lm: Any,
+    chunk_size: int | None = None,
+    *,
+    chunks: int = CHUNKS,
+    batch_size: int = 1,
+    runs: int = RUNS,
+    warm_up: int = WARM_UP,
+    seed: int = 0,
+    threads: int | None = None,
+) -> StreamingResult:
+    """The latency of each chunk of a stream, and the size of the state after it (see `measure_streaming` for the parameters).
+
+    The chunk size is one in which the model was found to be exact: how fast a wrong number comes is of no use.
+    """
+    context = current()
+    model = context.model(lm)
+    certificate = context.session.verdict(model).certificate
+    settings = {
+        "chunk_size": exact_chunk_size(model, certificate, chunk_size, None) or CHUNK_SIZE,
+        "chunks": chunks,
+        "batch_size": batch_size,
+        "runs": runs,
+        "warm_up": warm_up,
+        "seed": seed,
+        "threads": threads,
+    }
+    return context.timed("streaming", model, settings, measure_streaming)
 
 
 @dataclass(frozen=True, repr=False)
@@ -45,19 +72,18 @@ class StreamingResult:
 
     @property
     def not_measured(self) -> str | None:
-        reason: str | None = self.record.settings["not_measured"]
-        return reason
+        return self.record.not_measured
 
     @property
-    def chunk_latency(self) -> Metric:
+    def chunk_latency(self) -> Value:
         return measured(self.record, "chunk_latency")
 
     @property
-    def tokens_per_second(self) -> Metric:
+    def tokens_per_second(self) -> Value:
         return measured(self.record, "tokens_per_second")
 
     @property
-    def slowing(self) -> Metric:
+    def slowing(self) -> Value:
         """How many times longer a chunk takes late in the stream than early in it: 1 for a constant state."""
         return measured(self.record, "slowing")
 
@@ -102,6 +128,8 @@ def measure_streaming(
     samples = _samples(passes) if passes else {}
     not_measured = runner.not_measured or too_short(samples["chunk"], lm.device, "reading a chunk")
     tokens = batch_size * chunk_size * chunks
+    times = {} if not_measured else _values(passes, samples, tokens, cold, unit_of_rates(lm))
+    details = about_times(lm, runner, {"stream": samples.get("stream", [])}, times)
     record = Record(
         kind="streaming",
         subject=f"{chunks} chunks of {chunk_size} tokens" + (f", batch {batch_size}" if batch_size > 1 else ""),
@@ -114,15 +142,17 @@ def measure_streaming(
             "warm_up": warm_up,
             "seed": seed,
             **conditions,
-            **about_times(lm, runner, {"stream": samples.get("stream", [])}, not_measured, FORMULAS),
         },
-        metrics=({} if not_measured else _metrics(passes, samples, tokens, cold, unit_of_rates(lm))) | _state(held),
-        cost={
-            "seconds": sum(map(sum, passes)),
-            "tokens": tokens * max(1, len(passes)),
-            "flops": flops * max(1, len(passes)),
-            "state_bytes": held[-1],
-        },
+        details=details,
+        notes=notes_of(details),
+        not_measured=not_measured,
+        metrics={**times, "state_bytes": value_of("state_bytes", held[-1], n=len(held))},
+        cost=Cost(
+            seconds=sum(map(sum, passes)),
+            tokens=tokens * max(1, len(passes)),
+            flops=flops * max(1, len(passes)),
+            state_bytes=held[-1],
+        ),
         series=_series([] if not_measured else passes, held, chunk_size),
     )
     return StreamingResult(record, {} if not_measured else samples)
@@ -143,29 +173,25 @@ def _samples(passes: list[list[float]]) -> dict[str, list[float]]:
     return {"chunk": [time for run in passes for time in run[1:]], "stream": [sum(run) for run in passes]}
 
 
-def _metrics(
+def _values(
     passes: list[list[float]], samples: dict[str, list[float]], tokens: int, cold: list[float], rate: str
-) -> dict[str, Metric]:
+) -> dict[str, Value]:
     quarter = max(1, len(passes[0]) // ENDS)
     early = np.median([run[1 : 1 + quarter] for run in passes])
     late = np.median([run[-quarter:] for run in passes])
     return {
-        "chunk_latency": median(samples["chunk"], "ms", scale=1e3),
-        **spread("chunk_latency", samples["chunk"], "ms", scale=1e3),
-        "tokens_per_second": median([tokens / time for time in samples["stream"]], rate, higher_is_better=True),
-        "slowing": Metric(float(late / early), "x", n=len(passes), higher_is_better=False),
-        **({"cold": Metric(1e3 * cold[0], "ms", n=1, higher_is_better=False)} if cold else {}),
+        "chunk_latency": median("chunk_latency", samples["chunk"]),
+        **spread("chunk_latency", samples["chunk"]),
+        "tokens_per_second": median("tokens_per_second", [tokens / time for time in samples["stream"]], unit=rate),
+        "slowing": value_of("slowing", float(late / early), n=len(passes)),
+        **({"cold": value_of("cold", MILLISECONDS * cold[0], n=1)} if cold else {}),
     }
-
-
-def _state(held: list[int]) -> dict[str, Metric]:
-    return {"state_bytes": Metric(held[-1], "bytes", n=len(held), higher_is_better=False)}
 
 
 def _series(passes: list[list[float]], held: list[int], chunk_size: int) -> dict[str, Series]:
     read = [float(chunk_size * (place + 1)) for place in range(len(held))]
-    series = {"state_bytes": Series(read, [float(size) for size in held], "tokens", "bytes")}
+    series = {"state_bytes": Series(read, [float(size) for size in held], "tokens", "bytes", "State over the stream")}
     if passes:
-        times = [1e3 * float(time) for time in np.median(passes, axis=0)]
-        series["chunk_latency"] = Series(read, times, "tokens", "ms")
+        times = [MILLISECONDS * float(time) for time in np.median(passes, axis=0)]
+        series["chunk_latency"] = Series(read, times, "tokens", "ms", "Latency of a chunk over the stream")
     return series

@@ -7,11 +7,43 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pytest_lmeval.errors import TaskError
-from pytest_lmeval.measures._task import TaskResult
-from pytest_lmeval.records.record import Record
-from pytest_lmeval.records.value import Metric
+from msgspec import structs
+
+from pytest_lmeval.errors import LmevalError, TaskError, UsageError
+from pytest_lmeval.measures._task import TaskResult, task
+from pytest_lmeval.measures.context import current, verb
+from pytest_lmeval.models.identity import facts
+from pytest_lmeval.records.metric import value_of
+from pytest_lmeval.records.record import Cost, ModelFacts, Record
+from pytest_lmeval.records.value import Value
+from pytest_lmeval.tasks import find_suite
 from pytest_lmeval.tasks.questions import Suite
+
+
+@verb
+def suite(lm: Any, suite: Suite | str, shots: int = 0, **options: Any) -> SuiteResult:
+    """Ask every task of a suite, or of that of this name: the average of their first metrics, all of them named.
+
+    options  keywords of `task`, for every task
+
+    A task that fails does not cost the others: they are recorded, and then it is told, since without it there is no
+    average.
+    """
+    context = current()
+    asked = find_suite(suite) if isinstance(suite, str) else suite
+    results, failed = {}, {}
+    for member in asked.tasks:
+        try:
+            results[member.name] = task(lm, member, shots, **options)
+        except UsageError:
+            raise
+        except LmevalError as error:
+            failed[member.name] = str(error)
+    record = suite_record(asked, shots, facts(context.model(lm)), results, failed)
+    record = structs.replace(record, test=context.log.test)
+    context.log.records.append(record)
+    refuse_failed(asked, failed)
+    return SuiteResult(record, results)
 
 
 @dataclass(frozen=True, repr=False)
@@ -28,32 +60,31 @@ class SuiteResult:
         return self.tasks[name]
 
     @property
-    def average(self) -> Metric:
+    def average(self) -> Value:
         """Mean of the first metric of each task."""
         return self.record.metrics["average"]
 
 
 def suite_record(
-    suite: Suite, shots: int, lm: dict[str, Any], results: Mapping[str, TaskResult], failed: Mapping[str, str]
+    suite: Suite, shots: int, lm: ModelFacts, results: Mapping[str, TaskResult], failed: Mapping[str, str]
 ) -> Record:
     """The record of a suite: every member with its first metric, or with why it failed; an average only if none did."""
-    firsts = {task.name: results[task.name].record.metrics[task.metrics[0]] for task in suite.tasks if task.name in results}
+    members = [member for member in suite.tasks if member.name in results]
+    firsts = {member.name: results[member.name].record.metrics[member.metrics[0]] for member in members}
     costs = [result.record.cost for result in results.values()]
     return Record(
         kind="suite",
         subject=f"{suite.name}, {shots}-shot",
         lm=lm,
-        settings={
-            "members": {task.name: task.metrics[0] if task.name in firsts else "failed" for task in suite.tasks},
-            "failed": dict(failed),
-            "weighted": suite.weighted,
-        },
+        settings={"members": {member.name: member.metrics[0] for member in suite.tasks}, "weighted": suite.weighted},
+        details={"failed": dict(failed)},
+        notes=[f"failed: {', '.join(failed)}"] if failed else [],
         metrics={**({} if failed else {"average": average(list(firsts.values()), weighted=suite.weighted)}), **firsts},
-        cost={name: sum(cost[name] for cost in costs) for name in ("seconds", "tokens")},
+        cost=Cost(seconds=sum(cost.seconds or 0.0 for cost in costs), tokens=sum(cost.tokens or 0 for cost in costs)),
     )
 
 
-def average(values: list[Metric], *, weighted: bool = False) -> Metric:
+def average(values: list[Value], *, weighted: bool = False) -> Value:
     """The mean of independent numbers, each weighing the same, or by its n. Its interval is put together from theirs:
     m -+ sqrt(sum of (weight x distance to the bound)^2) (MOVER; Zou and Donner, "Construction of confidence limits about effect
     measures", 2008); None where one of them has none."""
@@ -62,11 +93,11 @@ def average(values: list[Metric], *, weighted: bool = False) -> Metric:
     mean = math.fsum(weight * value for weight, value in zip(weights, values, strict=True))
     n = sum(value.n or 0 for value in values)
     if any(value.low is None or value.high is None for value in values):
-        return Metric(mean, n=n, higher_is_better=True)
+        return value_of("average", mean, n=n)
     pairs = list(zip(weights, values, strict=True))
     below = math.hypot(*(weight * (value - (value.low or 0.0)) for weight, value in pairs))
     above = math.hypot(*(weight * ((value.high or 0.0) - value) for weight, value in pairs))
-    return Metric(mean, low=mean - below, high=mean + above, n=n, higher_is_better=True)
+    return value_of("average", mean, (mean - below, mean + above), n=n)
 
 
 def refuse_failed(suite: Suite, failed: Mapping[str, str]) -> None:

@@ -13,25 +13,88 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from msgspec import structs
 
 from pytest_lmeval.data.rows import Rows
-from pytest_lmeval.errors import TaskError
-from pytest_lmeval.models.identity import facts
+from pytest_lmeval.errors import TaskError, nearest
+from pytest_lmeval.laws.permits import how_to_share
+from pytest_lmeval.measures.context import VerbContext, current, verb
+from pytest_lmeval.models.identity import facts, tokenizer_fingerprint
 from pytest_lmeval.models.model import Model
-from pytest_lmeval.records.record import Record
-from pytest_lmeval.records.value import Metric
-from pytest_lmeval.scoring import metrics
+from pytest_lmeval.records.certificate import Certificate
+from pytest_lmeval.records.example import Example
+from pytest_lmeval.records.journal import key_of
+from pytest_lmeval.records.metric import metric
+from pytest_lmeval.records.record import Cost, Record
+from pytest_lmeval.records.value import Value
 from pytest_lmeval.scoring.answers import AnswerFile
 from pytest_lmeval.scoring.asking import Run, asked_of
-from pytest_lmeval.scoring.examples import Example
 from pytest_lmeval.scoring.fewshot import Fewshot, Shots
+from pytest_lmeval.scoring.metrics import compute, metrics_of
 from pytest_lmeval.scoring.requests import Encoder, Truncate
 from pytest_lmeval.scoring.sharing import Sharing
+from pytest_lmeval.tasks import find
 from pytest_lmeval.tasks.questions import Task
 
 Progress = Callable[[int, float, "int | None"], None]
 """Called after each block with the questions answered, those answered right, and the questions expected (None: unknown)."""
+
+
+@verb
+def task(
+    lm: Any,
+    task: Task | str,
+    shots: int = 0,
+    *,
+    limit: int | None = None,
+    batch_size: int = 8,
+    fewshot: Literal["document", "lm_eval"] = "document",
+    truncate: Literal["left", "refuse"] = "left",
+    seed: int = 0,
+) -> TaskResult:
+    """Ask a task, or the one of that name: its metrics with intervals, and every answer in a file (see `measure_task`).
+
+    What questions have in common is read once, as far as the laws that the model was probed for allow it.
+    """
+    context = current()
+    asked = find(task) if isinstance(task, str) else task
+    model, certificate = context.certified(lm)
+    settings: dict[str, Any] = {
+        "shots": shots,
+        "limit": context.session.limit if limit is None else limit,
+        "batch_size": batch_size,
+        "fewshot": fewshot,
+        "truncate": truncate,
+        "seed": seed,
+    }
+    rows = [asked.name, asked.style, _identity_of(context, asked.rows), tokenizer_fingerprint(model)]
+    key = context.key("task", model, settings, rows)
+    written = context.file("examples.jsonl")
+    finished = context.journaled(key)  # of an interrupted run: its answers, if the questions are the same
+    with context.session.progress(f"{model.spec} answers {asked.name}", unit="questions") as progress:
+        result = measure_task(
+            model,
+            asked,
+            **{**settings, **how_to_share(model, certificate, batch_size)},
+            data_dir=context.session.mirror,
+            examples=context.path(written),
+            partial=context.path(f"partial/{key}.jsonl"),
+            known=context.path(finished.examples if finished else None),
+            certificate=certificate,
+            progress=progress,
+        )
+    if result.resumed:
+        context.log.notes.append(f"{model.spec} on {asked.name}: {result.resumed:,} answers taken from an interrupted run")
+    return context.recorded(key, replace(result, record=structs.replace(result.record, examples=written)))
+
+
+def _identity_of(context: VerbContext, rows: Any) -> str:
+    """What the rows of a task are; empty where that cannot be known before they are read."""
+    if isinstance(rows, Rows):
+        return rows.fingerprint(context.session.mirror)
+    return key_of(rows=rows) if isinstance(rows, list | tuple) else ""
 
 
 @dataclass(frozen=True, repr=False)
@@ -48,9 +111,12 @@ class TaskResult:
     def __repr__(self) -> str:
         return repr(self.record)
 
-    def __getattr__(self, name: str) -> Metric:
+    def __getattr__(self, name: str) -> Value:
         if name.startswith("_") or name not in self.record.metrics:
-            raise AttributeError(f"{self.record.subject} has no metric {name!r}; it has {', '.join(self.record.metrics)}.")
+            known = ", ".join(self.record.metrics)
+            raise AttributeError(
+                f"{self.record.subject} has no metric {name!r}.{nearest(name, self.record.metrics)} It has {known}."
+            )
         return self.record.metrics[name]
 
 
@@ -73,7 +139,7 @@ def measure_task(
     examples: str | Path | None = None,
     partial: str | Path | None = None,
     known: str | Path | None = None,
-    certificate: dict[str, Any] | None = None,
+    certificate: Certificate | None = None,
     progress: Progress | None = None,
 ) -> TaskResult:
     """Ask a model a task.
@@ -93,9 +159,9 @@ def measure_task(
     """
     if batch_size < 1 or (limit is not None and limit < 1):
         raise TaskError(f"batch_size is {batch_size} and limit {limit}: a batch, and a task, has at least one question.")
-    metrics.check(task.metrics, task.name)
+    metrics = metrics_of([*task.metrics, *({"chance"} - set(task.metrics))], task.name)
     began = time.perf_counter()
-    run = Run(task, Sharing(lm, batch_size, share, carry, multiple, longest), AnswerFile(partial), seed)
+    run = Run(task, metrics, Sharing(lm, batch_size, share, carry, multiple, longest), AnswerFile(partial), seed)
     drawn = Shots(task, shots, fewshot, data_dir=data_dir, seed=seed)
     questions = asked_of(run, Encoder(lm, task, truncate, seed), drawn, limit, data_dir)
     for _ in run.blocks(questions, {**AnswerFile(known).read(), **run.file.read()}):
@@ -103,39 +169,47 @@ def measure_task(
             progress(len(run.examples), float(run.right), _expected(task, limit))
     if not run.examples:
         raise TaskError(f"{task} has no question: {run.no_question} row(s) were read, and none was one.")
-    chosen = {
+    settings = {
+        "style": task.style,
+        "version": task.version,
+        "rows": _named(task.rows),
         "shots": shots,
         "fewshot": task.take if task.take == "first" else fewshot,
         "limit": limit,
         "batch_size": batch_size,
         "seed": seed,
         "truncate": truncate,
-        "reading": ("each beginning once" if run.sharing.share else "whole prompts") + (f": {why}" if why else ""),
-        **({} if run.verdict is None else _saved(run, limit, data_dir)),
+        "prompts": _prompts(run.examples),
+        **({"generation": sorted(run.generation)} if run.generation else {}),
     }
-    record = replace(
-        record_of(run, chosen, seconds=time.perf_counter() - began),
-        certificate=None if certificate is None else {**certificate, "chunking_used": chosen["reading"]},
+    sharing = f"prefix sharing: {'on' if run.sharing.share else 'off'}" + (f" ({why})" if why else "")
+    saved = {} if run.verdict is None else _saved(run, limit, data_dir)
+    record = structs.replace(
+        record_of(run, settings, {"prefix_sharing": sharing, **saved}, seconds=time.perf_counter() - began),
+        certificate=None if certificate is None else structs.replace(certificate, chunking_used=sharing),
         examples=None if examples is None else str(examples),
     )
     run.file.finish(run.examples, examples)
     return TaskResult(record, tuple(run.examples), run.resumed)
 
 
-def record_of(run: Run, chosen: dict[str, Any], *, seconds: float) -> Record:
-    """What the answers of a task come to, and how they were had; `chosen` are the settings."""
-    task = run.task
+def record_of(run: Run, settings: dict[str, Any], details: dict[str, Any], *, seconds: float) -> Record:
+    """What the answers of a task come to, and how they were had."""
+    task, details = run.task, {**details, **_counts(run)}
     return Record(
         kind="task",
-        subject=f"{task.name}, {chosen['shots']}-shot" + ("" if task.style in ("lm_eval", "own") else f", {task.style}"),
+        subject=f"{task.name}, {settings['shots']}-shot",
         lm=facts(run.sharing.lm),
-        settings={"style": task.style, "version": task.version, "rows": _named(task.rows), **chosen, **_counts(run)},
-        metrics=_metrics(run),
-        cost={
-            "seconds": seconds,
-            "tokens": sum(example.read for example in run.examples),
-            "state_bytes": run.sharing.peak_state_bytes,
-        },
+        settings=settings,
+        details=details,
+        notes=_notes(run, details),
+        metrics=_values(run),
+        cost=Cost(
+            seconds=seconds,
+            tokens=sum(example.read for example in run.examples),
+            state_bytes=run.sharing.peak_state_bytes,
+        ),
+        example="question",
     )
 
 
@@ -145,34 +219,38 @@ def _expected(task: Task, limit: int | None) -> int | None:
     return limit if length is None else length if limit is None else min(limit, length)
 
 
+def _prompts(examples: list[Example]) -> str:
+    """A hash of all that was asked, in any order."""
+    asked = sorted(f"{example.id}{example.prompt}{example.choices}" for example in examples)
+    return hashlib.sha256("".join(asked).encode(errors="surrogatepass")).hexdigest()[:16]
+
+
 def _counts(run: Run) -> dict[str, Any]:
     """What a reader of the number should know of how it was had."""
-    prompts = sorted(f"{example.id}{example.prompt}{example.choices}" for example in run.examples)
     return {
-        "prompts": hashlib.sha256("".join(prompts).encode()).hexdigest()[:16],
         "questions": len(run.examples),
-        **({"generation": sorted(run.generation)} if run.generation else {}),
         "not_questions": run.no_question,
-        "truncated": sum(example.cut > 0 for example in run.examples),
-        "moved_borders": sum(example.moved for example in run.examples),
+        "truncated": sum(example.truncated > 0 for example in run.examples),
+        "retokenized": sum(example.retokenized for example in run.examples),
         "ties": sum(example.tied for example in run.examples),
         "tokens_read": sum(example.read for example in run.examples),
         "tokens_alone": sum(example.read + example.saved for example in run.examples),
-        "filling": run.sharing.filling,
+        "padding": run.sharing.filling,
     }
 
 
-def _metrics(run: Run) -> dict[str, Metric]:
-    found = metrics.compute(run.task.metrics, run.examples, seed=run.seed, threshold=run.task.threshold)
+def _notes(run: Run, details: dict[str, Any]) -> list[str]:
+    """The same in words, where something is not as one would expect."""
+    names = ("truncated", "retokenized", "ties", "not_questions", "not_asked")
+    said = [f"{details[name]:,} {name.replace('_', ' ')}" for name in names if details.get(name)]
+    return [*([] if details["prefix_sharing"] == "prefix sharing: on" else [details["prefix_sharing"]]), *said]
+
+
+def _values(run: Run) -> dict[str, Value]:
+    found = compute(run.metrics, run.examples, seed=run.seed, threshold=run.task.threshold)
     if run.verdict is not None:  # when it ended depended on what was said: only the rate's interval allows for that
-        found |= {name: _bare(metric) for name, metric in found.items() if name != "rate"}
-    if several := [example for example in run.examples if len(example.choices) > 1]:
-        found |= metrics.compute(("chance",), several)
+        found |= {name: metric(name).value(float(value), n=value.n) for name, value in found.items() if name != "rate"}
     return found
-
-
-def _bare(metric: Metric) -> Metric:
-    return Metric(metric, metric.unit, n=metric.n, higher_is_better=metric.higher_is_better)
 
 
 def _named(rows: Any) -> str:

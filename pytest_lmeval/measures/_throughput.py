@@ -8,31 +8,57 @@ from __future__ import annotations
 import math
 import statistics
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
 from pytest_lmeval.errors import ProfilingError
+from pytest_lmeval.measures.context import current, verb
 from pytest_lmeval.models.identity import facts
 from pytest_lmeval.models.model import Model
 from pytest_lmeval.profiling.clock import Stopwatch
+from pytest_lmeval.profiling.cost_metrics import ENOUGH
 from pytest_lmeval.profiling.failures import attempt
 from pytest_lmeval.profiling.flops import count_flops
-from pytest_lmeval.profiling.runner import Runner, about_times, check_shape, measured, quiet, too_short, unit_of_rates
-from pytest_lmeval.profiling.samples import median, spread
-from pytest_lmeval.records.record import Record, Series
-from pytest_lmeval.records.value import Metric
+from pytest_lmeval.profiling.runner import Runner, about_times, check_shape, measured, notes_of, quiet, too_short, unit_of_rates
+from pytest_lmeval.profiling.samples import MILLISECONDS, median, spread
+from pytest_lmeval.records.metric import value_of
+from pytest_lmeval.records.record import Cost, Record, Series
+from pytest_lmeval.records.value import Value
 
 SECONDS, WARM_UP, NEW_TOKENS = 10.0, 2, 16
 FEWEST, SCALING_RUNS = 3, 3
-ENOUGH = 0.9  # of the best rate: fewer rows that reach it are as good
+TITLES = ("Throughput by batch size", "Throughput of decoding by batch size")
 
-FORMULAS = {
-    "tokens_per_second": "batch_size x seq_len / seconds of a batch, median over the batches (of frames, where those are read)",
-    "sustained_tokens_per_second": "tokens of all batches / seconds of all batches",
-    "decode_tokens_per_second": "batch_size / seconds of a step of one token a row, median over the steps",
-    "cold": "seconds of the first batch, of the warm-up",
-    "knee_rows": f"the fewest rows that reach {ENOUGH:.0%} of the best rate of any batch",
-}
+
+@verb
+def throughput(
+    lm: Any,
+    batch_size: int = 32,
+    seq_len: int | None = None,
+    *,
+    seconds: float = SECONDS,
+    runs: int | None = None,
+    warm_up: int = WARM_UP,
+    new_tokens: int = NEW_TOKENS,
+    scaling: bool = True,
+    seed: int = 0,
+    threads: int | None = None,
+) -> ThroughputResult:
+    """Tokens a second in batches, and by the size of the batch (see `measure_throughput` for the parameters)."""
+    context = current()
+    settings = {
+        "batch_size": batch_size,
+        "seq_len": context.seq_len(seq_len, 512),
+        "seconds": seconds,
+        "runs": runs,
+        "warm_up": warm_up,
+        "new_tokens": new_tokens,
+        "scaling": scaling,
+        "seed": seed,
+        "threads": threads,
+    }
+    return context.timed("throughput", context.model(lm), settings, measure_throughput)
 
 
 @dataclass(frozen=True, repr=False)
@@ -47,26 +73,25 @@ class ThroughputResult:
 
     @property
     def not_measured(self) -> str | None:
-        reason: str | None = self.record.settings["not_measured"]
-        return reason
+        return self.record.not_measured
 
     @property
-    def tokens_per_second(self) -> Metric:
+    def tokens_per_second(self) -> Value:
         """Tokens read in a second, median over the batches."""
         return measured(self.record, "tokens_per_second")
 
     @property
-    def decode_tokens_per_second(self) -> Metric:
+    def decode_tokens_per_second(self) -> Value:
         """Tokens written in a second by all rows together, median over the steps; only for models that carry a state."""
         return measured(self.record, "decode_tokens_per_second")
 
     @property
     def batch_scaling(self) -> Series:
-        """Tokens read in a second, by rows in the batch. Sizes that failed are left out; `settings["failed"]` says why."""
+        """Tokens read in a second, by rows in the batch. Sizes that failed are left out; `details["failed"]` says why."""
         return self.record.series["batch_scaling"]
 
     @property
-    def knee(self) -> Metric:
+    def knee(self) -> Value:
         """The fewest rows that are nearly as good as any number of them."""
         return measured(self.record, "knee_rows")
 
@@ -107,6 +132,9 @@ def measure_throughput(
         steps = _decode(lm, prompts, new_tokens, failed) if times else []
         series = _scaling(lm, prompts, failed) if scaling and runner.not_measured is None else {}
     not_measured = failure or runner.not_measured or too_short(times, lm.device, "reading a batch")
+    values = {} if not_measured else _values(times, steps, tried[0], batch_size, seq_len, unit_of_rates(lm))
+    about_failures = {"failed": failed, **({"failure": failure} if failure else {})}
+    details = {**about_failures, **about_times(lm, runner, {"batch": times}, values)}
     record = Record(
         kind="throughput",
         subject=f"batch {batch_size}, {seq_len} tokens",
@@ -120,17 +148,16 @@ def measure_throughput(
             "new_tokens": new_tokens,
             "seed": seed,
             **conditions,
-            "failure": failure,
-            "failed": failed,
-            **about_times(lm, runner, {"batch": times}, not_measured, FORMULAS),
         },
-        metrics=({} if not_measured else _metrics(times, steps, tried[0], batch_size, seq_len, unit_of_rates(lm)))
-        | _knee(series),
-        cost={
-            "seconds": sum(times),
-            "tokens": len(times) * batch_size * seq_len,
-            "flops": flops[0] * max(1, len(times)) if flops else None,
-        },
+        details=details,
+        notes=notes_of(details),
+        not_measured=not_measured,
+        metrics=values | _knee(series),
+        cost=Cost(
+            seconds=sum(times),
+            tokens=len(times) * batch_size * seq_len,
+            flops=flops[0] * max(1, len(times)) if flops else None,
+        ),
         series=series,
     )
     return ThroughputResult(record, {} if not_measured else {"batch": times, "decode": steps})
@@ -177,21 +204,17 @@ def _decoding(lm: Model, prompts: Tensor, new_tokens: int) -> list[float]:
     return watch.laps()
 
 
-def _metrics(
-    times: list[float], steps: list[float], cold: float, batch_size: int, seq_len: int, rate: str
-) -> dict[str, Metric]:
-    tokens = batch_size * seq_len
-    metrics = {
-        "tokens_per_second": median([tokens / time for time in times], rate, higher_is_better=True),
-        "sustained_tokens_per_second": Metric(tokens * len(times) / sum(times), rate, n=len(times), higher_is_better=True),
-        "cold": Metric(cold, "s", n=1, higher_is_better=False),
-        "batch_seconds": median(times, "s"),
-        **spread("batch_seconds", times, "s"),
+def _values(times: list[float], steps: list[float], cold: float, batch_size: int, seq_len: int, rate: str) -> dict[str, Value]:
+    tokens, decoded = batch_size * seq_len, [batch_size / step for step in steps]
+    sustained = tokens * len(times) / sum(times)
+    return {
+        "tokens_per_second": median("tokens_per_second", [tokens / time for time in times], unit=rate),
+        **({"decode_tokens_per_second": median("decode_tokens_per_second", decoded, unit=rate)} if steps else {}),
+        "sustained_tokens_per_second": value_of("sustained_tokens_per_second", sustained, n=len(times), unit=rate),
+        "cold": value_of("cold", MILLISECONDS * cold, n=1),
+        "batch_seconds": median("batch_seconds", times),
+        **spread("batch_seconds", times),
     }
-    if steps:
-        rates = [batch_size / step for step in steps]
-        metrics["decode_tokens_per_second"] = median(rates, rate, higher_is_better=True)
-    return metrics
 
 
 def _scaling(lm: Model, prompts: Tensor, failed: dict[str, str]) -> dict[str, Series]:
@@ -211,16 +234,18 @@ def _scaling(lm: Model, prompts: Tensor, failed: dict[str, str]) -> dict[str, Se
             failed[str(rows)] = failure
     curves = {"batch_scaling": read, "decode_batch_scaling": decoded}
     return {
-        name: Series(list(curve), list(curve.values()), "rows", unit_of_rates(lm)) for name, curve in curves.items() if curve
+        name: Series(list(curve), list(curve.values()), "rows", unit_of_rates(lm), title, "x")
+        for (name, curve), title in zip(curves.items(), TITLES, strict=True)
+        if curve
     }
 
 
-def _knee(series: dict[str, Series]) -> dict[str, Metric]:
-    """Where more rows stop helping, see FORMULAS; of reading and of decoding."""
+def _knee(series: dict[str, Series]) -> dict[str, Value]:
+    """The fewest rows that are nearly as good as any number of them; of reading and of decoding."""
     found = {}
     for name, metric in (("batch_scaling", "knee_rows"), ("decode_batch_scaling", "decode_knee_rows")):
         if curve := series.get(name):
             enough = ENOUGH * max(curve.y)
             knee = next(rows for rows, rate in zip(curve.x, curve.y, strict=True) if rate >= enough)
-            found[metric] = Metric(knee, "rows", n=len(curve.x))
+            found[metric] = value_of(metric, knee, n=len(curve.x))
     return found

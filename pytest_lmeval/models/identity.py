@@ -7,7 +7,6 @@ import hashlib
 import inspect
 import uuid
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +14,14 @@ from torch import Tensor, nn
 from pytest_lmeval.errors import SpecError
 from pytest_lmeval.models.model import Model, multiplied, weights
 from pytest_lmeval.models.tensors import is_packed, nbytes, parts, precision_of, value_bits
+from pytest_lmeval.records.record import ModelFacts, Precision
 
 SMALL = 1 << 20  # elements of a tensor up to which all of them are hashed
 NEARLY_ALL = 0.9  # share of the weights in one precision from which on it is the model's
 SAMPLE = 64  # elements of each tensor by which a change is noticed, beside torch's own count of changes
 
 
-def facts(model: Model) -> dict[str, Any]:
+def facts(model: Model) -> ModelFacts:
     """What a record says about the model: spec, size, precision, place and fingerprint."""
     known, found = fingerprint(model), None
     if model.module is not None:  # every packed value is looked at, so not again while the model is the same
@@ -29,30 +29,23 @@ def facts(model: Model) -> dict[str, Any]:
             model.remembered.update(precision_of=known, precision=precision(model.module, bytes_before=model.bytes_before))
         found = model.remembered["precision"]
     packed = model.module is not None and (any(map(is_packed, weights(model.module))) or _has_integers(model.module))
-    return {
-        "spec": model.spec,
-        "form": model.form,
-        "parameters": sum(p.numel() for p in model.module.parameters()) if model.module is not None else None,
-        "bytes": sum(map(nbytes, weights(model.module))),
-        "dtype": found["name"] if found and packed else str(model.dtype).removeprefix("torch."),
-        "device": str(model.device),
-        "fingerprint": known,
-        **({} if found is None else {"precision": found}),
-    }
+    return ModelFacts(
+        spec=model.spec,
+        form=model.form,
+        parameters=sum(p.numel() for p in model.module.parameters()) if model.module is not None else None,
+        bytes=sum(map(nbytes, weights(model.module))),
+        dtype=found.name if found and packed else str(model.dtype).removeprefix("torch."),
+        device=str(model.device),
+        fingerprint=known,
+        precision=found,
+    )
 
 
-def precision(module: nn.Module, *, bytes_before: int | None = None) -> dict[str, Any]:
+def precision(module: nn.Module, *, bytes_before: int | None = None) -> Precision:
     """What the weights of a module are, found by looking at what its tensors hold, never by what was asked for.
 
-    name                    fp32, bf16, fp16, int8, int4, ...: the precision of nine tenths of the weights that are multiplied
-                            (see `lm.multiplied`); `mixed` if there is none, `packed` where integers have no known meaning
-    bits_per_weight         the mean over the weights that are multiplied of the bits of a value, without scales; None: unknown
-    stored_bits_per_weight  what they take in memory: more where four bits lie in a byte each, and with scales and zero points
-    bytes_before            of the whole model before this package converted it; None where it did not
-    bytes_after             of the whole model, as it lies in memory
-    converted               share of all parameters that are in the named precision
-    converted_multiplied    share of those that are multiplied
-    kept                    precision -> parameters: those that are in another one
+    The weights that are multiplied are those of `model.multiplied`; a precision is that of the model if nine tenths of them are
+    in it.
     """
     chosen = [tensor for _, tensor in multiplied(module)] or list(module.parameters())
     of_all, of_chosen = _counts(list(module.parameters())), _counts(chosen)
@@ -60,16 +53,16 @@ def precision(module: nn.Module, *, bytes_before: int | None = None) -> dict[str
     name = "packed" if _has_integers(module) else most if of_chosen.get(most, 0) >= NEARLY_ALL * total else "mixed"
     known = [(bits, tensor.numel()) for tensor in chosen if (bits := value_bits(tensor)) is not None]
     readable = name != "packed" and total > 0
-    return {
-        "name": name,
-        "bits_per_weight": sum(bits * count for bits, count in known) / total if readable else None,
-        "stored_bits_per_weight": 8 * sum(map(nbytes, chosen)) / total if readable else None,
-        "bytes_before": bytes_before,
-        "bytes_after": sum(map(nbytes, weights(module))),
-        "converted": of_all.get(name, 0) / max(1, sum(of_all.values())),
-        "converted_multiplied": of_chosen.get(name, 0) / max(1, total),
-        "kept": {other: count for other, count in of_all.items() if other != name},
-    }
+    return Precision(
+        name=name,
+        bits_per_weight=sum(bits * count for bits, count in known) / total if readable else None,
+        stored_bits_per_weight=8 * sum(map(nbytes, chosen)) / total if readable else None,
+        bytes_before=bytes_before,
+        bytes_after=sum(map(nbytes, weights(module))),
+        converted=of_all.get(name, 0) / max(1, sum(of_all.values())),
+        converted_multiplied=of_chosen.get(name, 0) / max(1, total),
+        kept={other: count for other, count in of_all.items() if other != name},
+    )
 
 
 def _counts(tensors: list[Tensor]) -> dict[str, int]:

@@ -78,7 +78,7 @@ def convert(module: nn.Module, wanted: str, spec: str) -> int:
 
 def refuse_kept(module: nn.Module, wanted: str, spec: str) -> None:
     """Raise SpecError, with the figures, unless nine tenths of the weights that are multiplied are in the precision."""
-    if precision(module)["name"] == wanted:
+    if precision(module).name == wanted:
         return
     chosen = list(multiplied(module))
     left = [(name, tensor) for name, tensor in chosen if precision_of(tensor) != wanted]

@@ -29,8 +29,8 @@ TIMES = (
     _time("e2e", "t(last token) - t(request)", aliases=("latency",), compared=True),
     _time(
         "cold",
-        "the first run of a measurement, counted nowhere else if there is a warm-up; timed_before says whether this process had "
-        "timed the model before",
+        "the first run of a measurement, counted nowhere else if there is a warm-up; timed_before says whether this process "
+        "had timed the model before",
     ),
     _time("prefill", "t(prompt read) - t(request): one step over the whole prompt", headline=False, compared=True),
     _time("tpot", "(e2e - ttft) / (new_tokens - 1), a run", headline=False),

@@ -15,8 +15,9 @@ from pytest_lmeval.errors import NotMeasuredError, ProfilingError
 from pytest_lmeval.models.model import Model
 from pytest_lmeval.profiling.clock import kind_of_clock, tick
 from pytest_lmeval.profiling.samples import runs_to_see, stability
+from pytest_lmeval.records.metric import STATISTICS, metric
 from pytest_lmeval.records.record import Record
-from pytest_lmeval.records.value import Metric
+from pytest_lmeval.records.value import Value
 
 Run = Callable[[], Any]
 TICKS = 100  # a time of so many ticks of the clock is known to one percent
@@ -42,12 +43,12 @@ class Runner:
     name: str = "bare loop"
 
 
-def measured(record: Record, name: str) -> Metric:
+def measured(record: Record, name: str) -> Value:
     """The metric of that name. Raises NotMeasuredError where the clock was not run, ProfilingError where the model failed,
     KeyError if there is no such metric."""
-    if failure := record.settings.get("failure"):
-        raise ProfilingError(f"{record.lm['spec']} failed at {record.subject}, so there is no {name}: {failure}")
-    if reason := record.settings["not_measured"] or record.settings.get("too_short", {}).get(name.partition("_")[0]):
+    if failure := record.details.get("failure"):
+        raise ProfilingError(f"{record.lm.spec} failed at {record.subject}, so there is no {name}: {failure}")
+    if reason := record.not_measured or record.details.get("too_short", {}).get(name.partition("_")[0]):
         raise NotMeasuredError(f"{name} was not measured: {reason}")
     return record.metrics[name]
 
@@ -81,19 +82,28 @@ def quiet(threads: int | None = None) -> Iterator[dict[str, int]]:
             gc.enable()
 
 
-def about_times(
-    lm: Model, runner: Runner, by_run: dict[str, list[float]], not_measured: str | None, formulas: dict[str, str]
-) -> dict[str, Any]:
-    """What the settings of a record say of its times: the clock, who called, whether this model had been timed before, how
-    steady the machine was, by the last of these times of runs, and how many runs would show a difference of 5 %."""
-    timed_before = bool(lm.remembered.get("timed"))
-    settings: dict[str, Any] = {"clock": kind_of_clock(lm.device), "not_measured": not_measured}
-    if not_measured is None:
+def about_times(lm: Model, runner: Runner, by_run: dict[str, list[float]], values: dict[str, Value]) -> dict[str, Any]:
+    """What the details of a record say of its times: the clock, who called, whether this model had been timed before, how
+    steady the machine was, by the last of these times of runs, how many runs would show a difference of 5 %, and what each of
+    the values is."""
+    about: dict[str, Any] = {"clock": kind_of_clock(lm.device)}
+    if values:
+        about |= {"timed_by": runner.name, "timed_before": bool(lm.remembered.get("timed"))}
         lm.remembered["timed"] = True
-        settings |= {"timed_by": runner.name, "timed_before": timed_before}
-        settings["stability"] = stability([*by_run.values()][-1])
-        settings["runs_to_see_5_percent"] = {name: runs_to_see(times) for name, times in by_run.items()}
-    return {**settings, "formulas": formulas}
+        about["stability"] = stability([*by_run.values()][-1])
+        about["runs_to_see_5_percent"] = {name: runs_to_see(times) for name, times in by_run.items()}
+    return {**about, "formulas": {name: said for name in values if (said := metric(name).about) and not _is_statistic(name)}}
+
+
+def _is_statistic(name: str) -> bool:
+    return name.endswith(STATISTICS)
+
+
+def notes_of(details: dict[str, Any]) -> list[str]:
+    """What a reader is to know of times: that they vary more than on a quiet machine, and what could not be timed."""
+    grade, failed = details.get("stability"), details.get("failed")
+    unsteady = [f"the machine was {grade}"] if grade not in (None, "steady") else []
+    return unsteady + ([f"failed: {', '.join(failed)}"] if failed else [])
 
 
 def next_ids(lm: Model, logits: Tensor, input_ids: Tensor) -> Tensor:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pytest_lmeval.records.metric import metric, value_of
 from pytest_lmeval.records.record import Series
-from pytest_lmeval.records.value import Metric
+from pytest_lmeval.records.value import Value
 from pytest_lmeval.statistics.bootstrap import FEWEST_UNITS
 
 EXACT = 1000  # samples
@@ -16,19 +17,26 @@ STEADY, DISTURBED = 0.10, 0.25  # of the median; torch.utils.benchmark warns at 
 SURELY_SEEN = 1.96 + 0.84  # normal quantiles: 5 % false alarms, of two sides, and 80 % power
 
 
-def median(samples: Sequence[float], unit: str, *, scale: float = 1.0, higher_is_better: bool = False) -> Metric:
-    """The median with its distribution-free 95 % interval: the order statistics that it lies between with that probability, by
-    the binomial distribution (its normal approximation, one place wider, beyond a thousand samples)."""
-    ordered = np.sort(np.asarray(samples)) * scale
-    n = len(ordered)
-    low = high = None
+MILLISECONDS = 1e3  # a second
+
+
+def median(name: str, samples: Sequence[float], *, unit: str | None = None) -> Value:
+    """The median of a metric's samples, in its unit (times are given in seconds, whatever it is), with its distribution-free
+    95 % interval: the order statistics that it lies between with that probability, by the binomial distribution (its normal
+    approximation, one place wider, beyond a thousand samples)."""
+    ordered = np.sort(_in_unit(name, samples))
+    n, interval = len(ordered), None
     if n >= FEWEST_UNITS:
-        place = _place(n)
-        low, high = ordered[place], ordered[n - 1 - place]
-    return Metric(float(np.median(ordered)), unit, low=low, high=high, n=n, higher_is_better=higher_is_better)
+        index = _index(n)
+        interval = float(ordered[index]), float(ordered[n - 1 - index])
+    return value_of(name, float(np.median(ordered)), interval, n=n, unit=unit)
 
 
-def _place(n: int) -> int:
+def _in_unit(name: str, samples: Sequence[float]) -> np.ndarray:
+    return np.asarray(samples) * (MILLISECONDS if metric(name).unit == "ms" else 1.0)
+
+
+def _index(n: int) -> int:
     """How many of n samples may lie below the interval of the median: the most for which it is missed in 2.5 % at most."""
     if n > EXACT:
         return max(0, math.floor(n / 2 - 1.96 * math.sqrt(n) / 2) - 1)
@@ -39,22 +47,19 @@ def _place(n: int) -> int:
     return place
 
 
-def spread(name: str, samples: Sequence[float], unit: str, *, scale: float = 1.0) -> dict[str, Metric]:
-    """Mean, standard deviation, extremes and percentiles of samples, under names that begin with `name`.
+def spread(name: str, samples: Sequence[float]) -> dict[str, Value]:
+    """Mean, standard deviation, extremes and percentiles of a metric's samples, under names that begin with its.
 
     A percentile p is given from 10 / (1 - p) samples on: with fewer, a p99 is little more than the largest value.
     """
-    values = np.asarray(samples) * scale
+    values = _in_unit(name, samples)
     figures = {"mean": values.mean(), "min": values.min(), "max": values.max()}
     if len(values) > 1:
         figures["std"] = values.std(ddof=1)
     for percent in (90, 95, 99):
         if len(values) >= round(1000 / (100 - percent)):
             figures[f"p{percent}"] = np.quantile(values, percent / 100)
-    return {
-        f"{name}_{figure}": Metric(float(value), unit, n=len(values), higher_is_better=False)
-        for figure, value in figures.items()
-    }
+    return {f"{name}_{figure}": value_of(f"{name}_{figure}", float(value), n=len(values)) for figure, value in figures.items()}
 
 
 def stability(samples: Sequence[float]) -> str | None:
@@ -82,8 +87,8 @@ def runs_to_see(samples: Sequence[float], difference: float = 0.05) -> int | Non
     return max(1, math.ceil(needed))
 
 
-def quantiles(samples: Sequence[float], unit: str, *, scale: float = 1.0) -> Series:
-    """The distribution as a curve: the time that this share of the samples stays below, for every second percent."""
+def quantiles(name: str, samples: Sequence[float], title: str) -> Series:
+    """The distribution as a curve: the value that this share of the samples stays below, for every second percent."""
     shares = list(range(0, 101, 2))
-    values = np.quantile(np.asarray(samples) * scale, [share / 100 for share in shares])
-    return Series([float(share) for share in shares], [float(value) for value in values], "%", unit)
+    values = np.quantile(_in_unit(name, samples), [share / 100 for share in shares])
+    return Series([float(share) for share in shares], [float(value) for value in values], "%", metric(name).unit, title)

@@ -231,8 +231,7 @@ METRICS = {
         _rouge("rougeL"),
         _mean(
             "chance",
-            lambda example: len(example.right) / len(example.choices),
-            "choices",
+            _among(lambda example: len(example.choices) > 1, lambda example: len(example.right) / len(example.choices)),
             higher_is_better=None,
             interval=None,
             about="share that guessing would be right in: a property of the questions",

@@ -7,9 +7,10 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from pytest_lmeval.records import schema
+from pytest_lmeval.records.example import Example
 from pytest_lmeval.records.journal import warn
 from pytest_lmeval.records.replacing import replacing
-from pytest_lmeval.scoring.examples import Example
 
 
 class AnswerFile:
@@ -25,14 +26,14 @@ class AnswerFile:
             return found
         for number, line in enumerate(self.path.read_bytes().splitlines(), start=1):
             try:
-                example = Example.from_json(json.loads(line))
+                example = schema.convert(json.loads(line), Example)
                 found[example.number] = example
-            except (ValueError, TypeError, AttributeError) as error:
+            except ValueError as error:
                 warn(f"{self.path}, line {number} is broken ({type(error).__name__}); that question is asked again.")
         return found
 
     def append(self, examples: Iterable[Example]) -> None:
-        lines = "".join(_line(example) for example in examples)
+        lines = "".join(schema.line_of(example) for example in examples)
         if self.path is None or not lines:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,10 +50,6 @@ class AnswerFile:
         """All answers in the order of their questions at `final`, in one move."""
         if final is not None:
             with replacing(Path(final)) as new:
-                new.write_text("".join(_line(example) for example in examples), encoding="utf-8")
+                new.write_text("".join(schema.line_of(example) for example in examples), encoding="utf-8")
         if self.path is not None:
             self.path.unlink(missing_ok=True)
-
-
-def _line(example: Example) -> str:
-    return json.dumps(example.to_json(), ensure_ascii=False, allow_nan=False) + "\n"

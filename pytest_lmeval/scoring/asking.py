@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
 from pytest_lmeval.errors import NotFiniteError, TaskError
 from pytest_lmeval.models.model import Model
-from pytest_lmeval.scoring import metrics
+from pytest_lmeval.records.example import Example, Norm
+from pytest_lmeval.records.metric import Metric
 from pytest_lmeval.scoring.answers import AnswerFile
-from pytest_lmeval.scoring.examples import Example
 from pytest_lmeval.scoring.fewshot import Shots, question_of, rows_of
 from pytest_lmeval.scoring.generation import generate
+from pytest_lmeval.scoring.metrics import judging, scored
 from pytest_lmeval.scoring.requests import Asked, Encoder
 from pytest_lmeval.scoring.sharing import Scored, Sharing
 from pytest_lmeval.statistics import sequential
@@ -33,15 +35,17 @@ BLOCK = 1 << 16  # tokens of the prompts in a block
 class Run:
     """A task on the way, and what is counted of it.
 
-    examples     the answers so far, in the order of their questions
+    metrics      that its answers are counted in
+    examples     the answers so far, scored, in the order of their questions
     resumed      how many of them an interrupted run had given
-    right        how many are right
+    right        how many are right, by the first metric that says so of an answer
     generation   the ways in which answers were generated
     no_question  rows that were none
     verdict      above or below the threshold, as soon as that is certain
     """
 
     task: Task
+    metrics: list[Metric]
     sharing: Sharing
     file: AnswerFile
     seed: int = 0
@@ -54,28 +58,39 @@ class Run:
 
     def blocks(self, questions: Iterator[Asked], known: dict[int, Example]) -> Iterator[None]:
         """Ask the questions, block by block, but for those whose very answer is `known`. Ends early with a verdict."""
+        judge = judging(self.metrics)
         for block in in_blocks(questions, self.sharing.batch_size, grow=self.task.threshold is None):
-            fresh = [asked for asked in block if (old := known.get(asked.number)) is None or old.asked != asked.asked]
+            fresh = [asked for asked in block if (old := known.get(asked.number)) is None or old.key != asked.key]
             found = {example.number: example for example in self._answers(fresh)}
             self.file.append(found[asked.number] for asked in fresh)
-            answered = [found.get(asked.number) or known[asked.number] for asked in block]
-            if not self.examples:
-                metrics.check_examples(self.task.metrics, answered)  # now, not after the last question
+            answered = [found.get(asked.number) or self._scored(known[asked.number]) for asked in block]
             self.examples += answered
             self.resumed += len(block) - len(fresh)
-            self.right += sum(_is_right(example) for example in answered)
+            self.right += sum((judge is not None and example.scores[judge.name]) or 0.0 for example in answered)
             yield
             if self.task.threshold is not None and (verdict := _certain(self.task.threshold, self.examples)):
                 self.verdict = verdict
                 return
 
+    @property
+    def norm(self) -> Norm:
+        """What choices are compared by: as the first metric that compares them does."""
+        return next((metric.norm for metric in self.metrics if metric.norm is not None), "sum")
+
+    def _scored(self, example: Example) -> Example:
+        """The example with what it counts in each metric, and for choices the one that was chosen."""
+        if example.choices:
+            chosen = (example.texts or example.choices)[example.predicted(self.norm)]
+            example = replace(example, output=chosen.strip())
+        return replace(example, scores=scored(example, self.metrics))
+
     def _answers(self, block: Sequence[Asked]) -> Iterator[Example]:
         chosen = [asked for asked in block if isinstance(asked.question, Choices)]
-        scored = iter(self.sharing.score([request for asked in chosen for request in asked.requests]) if chosen else [])
+        likelihoods = iter(self.sharing.score([request for asked in chosen for request in asked.requests]) if chosen else [])
         for asked in chosen:
-            yield _chosen(asked, [next(scored) for _ in asked.requests], self.sharing.lm)
+            yield self._scored(_chosen(asked, [next(likelihoods) for _ in asked.requests], self.sharing.lm))
         if spoken := [asked for asked in block if isinstance(asked.question, Generate)]:
-            yield from self._spoken(spoken)
+            yield from map(self._scored, self._spoken(spoken))
 
     def _spoken(self, block: Sequence[Asked]) -> Iterator[Example]:
         prompts, questions = zip(*((asked.requests[0], asked.question) for asked in block), strict=True)
@@ -86,8 +101,8 @@ class Run:
             self.generation.add(f"at most {way.max_tokens} tokens, temperature {way.temperature:g}, until {list(way.stop)!r}")
             yield _example(
                 asked,
-                output=answer.text,
-                targets=tuple(text.strip() for text in way.answers),
+                tuple(text.strip() for text in way.answers),
+                output=answer.text.strip(),
                 judged=answer.judged,
                 read=answer.read,
                 saved=len(asked.requests[0].ids) + max(0, len(answer.ids) - 1) - answer.read,
@@ -125,40 +140,44 @@ def in_blocks(questions: Iterator[Asked], batch_size: int, *, grow: bool) -> Ite
         yield block
 
 
-def _chosen(asked: Asked, scored: Sequence[Scored], lm: Model) -> Example:
+def _chosen(asked: Asked, found: Sequence[Scored], lm: Model) -> Example:
     question = asked.question
     assert isinstance(question, Choices)
-    for choice, score in zip(question.choices, scored, strict=True):
+    for choice, score in zip(question.choices, found, strict=True):
         if not np.isfinite(score.loglikelihood).all():
             raise NotFiniteError(
                 f"{lm.spec} gave a log-likelihood of {score.loglikelihood.tolist()} for the choice {choice!r} of row "
                 f"{asked.number} ({asked.id}), in {lm.dtype} on {lm.device}. Such a number cannot be compared, so the run "
                 "stops here; what was finished before is kept."
             )
-    read = sum(score.read for score in scored)
+    read = sum(score.read for score in found)
     return _example(
         asked,
+        tuple((question.texts or question.choices)[index].strip() for index in question.answers),
         choices=question.choices,
         texts=question.texts,
         right=question.answers,
-        loglikelihoods=tuple(float(score.loglikelihood.sum()) for score in scored),
-        tokens=tuple(len(score.loglikelihood) for score in scored),
-        greedy=tuple(bool(score.greedy) for score in scored),
-        targets=tuple((question.texts or question.choices)[place].strip() for place in question.answers),
+        loglikelihoods=tuple(float(score.loglikelihood.sum()) for score in found),
+        tokens=tuple(len(score.loglikelihood) for score in found),
+        greedy=tuple(bool(score.greedy) for score in found),
         read=read,
         saved=asked.alone - read,
     )
 
 
-def _example(asked: Asked, **said: Any) -> Example:
-    group = asked.question.group
-    return Example(asked.id, asked.number, asked.prompt, asked.asked, group, **said, cut=asked.cut, moved=asked.moved)
-
-
-def _is_right(example: Example) -> bool:
-    if example.judged is not None:
-        return example.judged
-    return example.predicted() in example.right if example.choices else example.answer in example.targets
+def _example(asked: Asked, targets: tuple[str, ...], **answer: Any) -> Example:
+    return Example(
+        id=asked.id,
+        number=asked.number,
+        prompt=asked.prompt,
+        key=asked.key,
+        group=asked.question.group,
+        targets=targets,
+        target=targets[0] if targets else None,
+        truncated=asked.truncated,
+        retokenized=asked.retokenized,
+        **answer,
+    )
 
 
 def _certain(threshold: float, examples: Sequence[Example]) -> str | None:

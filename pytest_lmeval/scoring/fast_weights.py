@@ -22,8 +22,9 @@ from torch import Tensor
 
 from pytest_lmeval.errors import ModelError, NotFiniteError
 from pytest_lmeval.models.model import Model, State
+from pytest_lmeval.records.metric import value_of
 from pytest_lmeval.records.record import Record, Series
-from pytest_lmeval.records.value import Metric
+from pytest_lmeval.records.value import Value
 from pytest_lmeval.scoring.plan import Point
 from pytest_lmeval.scoring.reading import EACH, TOKENS, Moves
 
@@ -45,7 +46,7 @@ class FastWeights:
     moved: tuple[str, ...]
     unmoved: tuple[str, ...]
     change: Series
-    distance: Metric
+    distance: Value
 
 
 class Watch:
@@ -143,7 +144,7 @@ def relative(now: Weights, before: Weights) -> Tensor:
     return moved / torch.maximum(now.norms, before.norms).clamp(min=torch.finfo(moved.dtype).tiny)
 
 
-def settings_of(moves: Moves, lm: Model, tokens: int) -> dict[str, Any]:
+def details_of(moves: Moves, lm: Model, tokens: int) -> dict[str, Any]:
     """What a record says of the fast weights beside the figures."""
     still = [name for name, total in zip(moves.names, moves.total, strict=True) if not total]
     moved = [name for name in moves.names if name not in set(still)]
@@ -166,12 +167,12 @@ def warning(spec: str, count: int, still: Sequence[str], tokens: int) -> str:
     )
 
 
-def metrics_of(moves: Moves) -> dict[str, Metric]:
+def metrics_of(moves: Moves) -> dict[str, Value]:
     moving = int((moves.total > 0).sum())
     return {
-        "fast_weight_change": Metric(float(moves.total.mean()) / moves.stretches, n=moves.stretches),
-        "fast_weight_distance": Metric(float(moves.distance.mean()), n=len(moves.names)),
-        "fast_weights_moving": Metric(moving, f"of {len(moves.names)}", higher_is_better=True),
+        "fast_weight_change": value_of("fast_weight_change", float(moves.total.mean()) / moves.stretches, n=moves.stretches),
+        "fast_weight_distance": value_of("fast_weight_distance", float(moves.distance.mean()), n=len(moves.names)),
+        "fast_weights_moving": value_of("fast_weights_moving", moving, unit=f"of {len(moves.names)}"),
     }
 
 
@@ -186,11 +187,11 @@ def series_of(moves: Moves) -> dict[str, Series]:
 
 def found_in(record: Record) -> FastWeights | None:
     """What a record of a reading says of the model's fast weights; None if it has none."""
-    if "fast_weights" not in record.settings:
+    if "fast_weights" not in record.details:
         return None
-    moved, unmoved = (tuple(record.settings[f"fast_weights_{name}"]) for name in ("moved", "unmoved"))
+    moved, unmoved = (tuple(record.details[f"fast_weights_{name}"]) for name in ("moved", "unmoved"))
     return FastWeights(
-        record.settings["fast_weights"],
+        record.details["fast_weights"],
         moved,
         unmoved,
         record.series["fast_weight_change"],

@@ -1,8 +1,8 @@
 """The metrics of a task, by the names that it asks for: each is computed from all its answered questions.
 
 n is the number of questions. Intervals are of 95 %; questions of one group are one unit. Shares have Wilson's; means and
-perplexity that of the bootstrap over units; a statistic that is no mean is computed anew for 500 draws of units, and has none if
-a draw leaves it undefined. Below eight units only shares of independent questions have one.
+perplexity that of the bootstrap over units; a statistic that is no mean is computed anew for 500 draws of units, and has none
+if a draw leaves it undefined. Below eight units only shares of independent questions have one.
 """
 
 from __future__ import annotations

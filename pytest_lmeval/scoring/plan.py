@@ -38,8 +38,12 @@ class Plan:
     def __str__(self) -> str:
         if self.window is None:
             return f"carried in chunks of {self.chunk_size}"
-        how = "as lm_eval reads them" if self.rolling else f"{self.overlap} of them read again"
-        return f"windows of {self.window}, {how}, in chunks of {self.chunk_size}"
+        return f"windows of {self.window}, {self.how}, in chunks of {self.chunk_size}"
+
+    @property
+    def how(self) -> str:
+        """How windows overlap, in words."""
+        return "as lm_eval reads them" if self.rolling else f"{self.overlap:,} of them read again"
 
 
 def plan_for(

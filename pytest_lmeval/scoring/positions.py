@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from pytest_lmeval.records.value import Metric
+from pytest_lmeval.records.metric import value_of
+from pytest_lmeval.records.value import Value
 from pytest_lmeval.scoring.reading import NATS, PLACES, SPAN, SPAN_BLOCK, TOKENS, Reading
 from pytest_lmeval.statistics.bootstrap import FEWEST_UNITS, ratio_intervals
 
@@ -39,7 +40,7 @@ def not_reached(reading: Reading) -> list[int]:
     return [position for position, count in zip(reading.positions, tokens, strict=True) if not count]
 
 
-def loss_metrics(reading: Reading, *, seed: int) -> dict[str, Metric]:
+def loss_metrics(reading: Reading, *, seed: int) -> dict[str, Value]:
     """The loss at each position that was reached, and their slope if there are two at least, with 95 % intervals.
 
     Intervals are None for fewer than eight blocks or documents. That of the slope takes each loss as linear in the sums of a
@@ -60,13 +61,14 @@ def loss_metrics(reading: Reading, *, seed: int) -> dict[str, Metric]:
     intervals = ratio_intervals(columns, ratios, seed=seed)
     units = (sums[..., TOKENS] > 0).sum(axis=0)
     bounds = [interval if count >= FEWEST_UNITS else None for interval, count in zip(intervals, units, strict=False)]
+    names = [name_of(int(position)) for position in at]
     found = {
-        name_of(int(at[index])): metric(losses[index], "nats/token", bounds[index], int(total[index, TOKENS]))
-        for index in range(len(at))
+        name: value_of(name, float(losses[index]), bounds[index], n=int(total[index, TOKENS]))
+        for index, name in enumerate(names)
     }
     if len(at) > 1:
         certain = None if None in bounds else intervals[-1]
-        found["loss_slope"] = metric(losses @ weights, "nats/1k tokens", certain, len(at))
+        found["loss_slope"] = value_of("loss_slope", float(losses @ weights), certain, n=len(at))
     return found
 
 
@@ -78,8 +80,3 @@ def slope_weights(x: np.ndarray) -> np.ndarray:
     """
     centered: np.ndarray = x - x.mean()
     return centered / max(float((centered**2).sum()), np.finfo(float).tiny)
-
-
-def metric(value: float, unit: str, interval: tuple[float, float] | None, n: int) -> Metric:
-    low, high = interval or (None, None)
-    return Metric(float(value), unit, low=low, high=high, n=n, higher_is_better=False)

@@ -30,8 +30,8 @@ Truncate = Literal["left", "refuse"]
 class Asked:
     """A question as the model reads it.
 
-    prompt    hash of the whole prompt
-    asked     hash of everything that decides the answer
+    prompt    the whole text that is read before the answer
+    key       hash of everything that decides the answer
     requests  one a choice; for an answer in the model's own words one that holds the prompt alone
     """
 
@@ -39,10 +39,10 @@ class Asked:
     number: int
     question: Question
     prompt: str
-    asked: str
+    key: str
     requests: list[Request]
-    cut: int = 0
-    moved: bool = False
+    truncated: int = 0
+    retokenized: bool = False
 
     @property
     def alone(self) -> int:
@@ -77,8 +77,8 @@ class Encoder:
         room = 0 if isinstance(question, Choices) else question.max_tokens
         fitting = [self._fitted(request, room, place) for request in requests]
         cut = max(len(request.ids) - len(short.ids) for request, short in zip(requests, fitting, strict=True))
-        asked = _hash("|".join(map(repr, [*self._decides, question, prompt])))
-        return Asked(id, number, question, _hash(prompt), asked, fitting, cut, moved)
+        key = _hash("|".join(map(repr, [*self._decides, question, prompt])))
+        return Asked(id, number, question, prompt, key, fitting, cut, moved)
 
     @functools.cached_property
     def _decides(self) -> list[Any]:

@@ -8,33 +8,32 @@ block. Nothing here depends on the chunk size.
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from pytest_lmeval.records import schema
+from pytest_lmeval.records.example import Unit
 from pytest_lmeval.records.replacing import replacing
 from pytest_lmeval.scoring.reading import BYTES, HITS, NATS, TOKENS, Reading
 
 COLUMNS = {"tokens": TOKENS, "nats": NATS, "bytes": BYTES, **{f"top{k}": column for k, column in HITS.items()}}
 
 
-def rows_of_units(reading: Reading) -> list[dict[str, Any]]:
-    """The units that hold a target, in order: id, tokens, nats, bytes, and targets among the first choices."""
+def units_of(reading: Reading) -> list[Unit]:
+    """The units that hold a target, in order: sums of tokens, nats, bytes, and targets among the first choices."""
     ids = reading.documents if reading.by_document else _blocks(reading)
     return [
-        {"id": name, **{column: _plain(unit[place]) for column, place in COLUMNS.items()}}
+        Unit(name, {column: _plain(unit[index]) for column, index in COLUMNS.items()})
         for name, unit in zip(ids, reading.units, strict=True)
         if unit[TOKENS]
     ]
 
 
 def write_units(path: str | Path, reading: Reading) -> None:
-    """Write the rows to a file, in one move."""
-    lines = (json.dumps(row, allow_nan=False) + "\n" for row in rows_of_units(reading))
+    """Write the units to a file, in one move."""
     with replacing(Path(path)) as new:
-        new.write_text("".join(lines), encoding="utf-8")
+        new.write_text("".join(map(schema.line_of, units_of(reading))), encoding="utf-8")
 
 
 def _blocks(reading: Reading) -> list[str]:

@@ -1,13 +1,13 @@
 """One training protocol for all models: the same tokens in the same order, the same optimizer, the same seed.
 
-result = train(load("zoo:mamba"), corpus("stdlib", "train"), held_out=corpus("stdlib", "validation"))
+result = run_training(load("zoo:mamba"), corpus("stdlib", "train"), held_out=corpus("stdlib", "validation"))
 result.lm, result.perplexity, result.curve
 """
 
 from pytest_lmeval.errors import ProtocolError, TrainingError
-from pytest_lmeval.training.loop import train
+from pytest_lmeval.training.loop import run_training
 from pytest_lmeval.training.protocol import Protocol
 from pytest_lmeval.training.result import TrainResult
 from pytest_lmeval.training.weights import load_weights
 
-__all__ = ["Protocol", "ProtocolError", "TrainResult", "TrainingError", "load_weights", "train"]
+__all__ = ["Protocol", "ProtocolError", "TrainResult", "TrainingError", "load_weights", "run_training"]

@@ -12,20 +12,20 @@ import torch
 from torch import Tensor
 
 from pytest_lmeval.data.corpus import Corpus
+from pytest_lmeval.data.ids import as_corpus
 from pytest_lmeval.data.tokens import TokenReader
 from pytest_lmeval.errors import CorpusError, StreamError
-from pytest_lmeval.measures._perplexity import bare_ids
 from pytest_lmeval.models.model import Model
 from pytest_lmeval.stream import check_vocabulary
 from pytest_lmeval.training.protocol import Protocol
 
 
-def as_corpus(lm: Model, source: Corpus | Iterable[Any], limit: int) -> Corpus:
+def readable_again(lm: Model, source: Corpus | Iterable[Any], limit: int) -> Corpus:
     """A corpus that is known again by its fingerprint. What has none, as an iterator, is read now: it may change later."""
-    corpus = source if isinstance(source, Corpus) else bare_ids(source)
+    corpus = as_corpus(source)
     if corpus.fingerprint:
         return corpus
-    return replace(bare_ids(read(lm, corpus, limit)), name=corpus.name, split=corpus.split)
+    return replace(as_corpus(read(lm, corpus, limit)), name=corpus.name, split=corpus.split)
 
 
 def read(lm: Model, corpus: Corpus, limit: int) -> np.ndarray:

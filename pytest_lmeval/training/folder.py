@@ -23,6 +23,7 @@ import torch
 
 from pytest_lmeval.errors import UnreadableError
 from pytest_lmeval.models.model import Model
+from pytest_lmeval.records import schema
 from pytest_lmeval.records.journal import Checkpoints, warn
 from pytest_lmeval.records.record import Record
 from pytest_lmeval.records.replacing import replacing
@@ -73,7 +74,7 @@ class Folder:
     def finish(self, record: Record) -> None:
         """The record is written last: where it is, everything is."""
         with replacing(self.path / "record.json") as new:
-            new.write_text(json.dumps({"sha256": _digest(self.best), "record": record.to_json()}, allow_nan=False))
+            new.write_text(json.dumps({"sha256": _digest(self.best), "record": schema.to_plain(record)}, allow_nan=False))
         Checkpoints(self.path).drop(POINT)
 
     def finished(self, lm: Model) -> tuple[Model, Record] | None:
@@ -121,7 +122,7 @@ def _read(file: Path) -> tuple[Record, str] | None:
     """A finished record and the digest of its weights."""
     try:
         written = json.loads(file.read_text())
-        return Record.from_json(written["record"]), written["sha256"]
+        return schema.convert(written["record"], Record), written["sha256"]
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from msgspec import structs
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -40,7 +41,7 @@ from pytest_lmeval.training.weights import fill
 DEFAULT = Protocol()
 
 
-def train(
+def run_training(
     lm: Model | str,
     corpus: Corpus | Iterable[Any],
     *,
@@ -76,7 +77,8 @@ def train(
     if (finished := files.finished(plan.lm)) is not None:
         trained, record = finished
         called = spec or trained.spec
-        return TrainResult(replace(trained, spec=called), replace(record, lm={**record.lm, "spec": called}), cached=True)
+        record = structs.replace(record, lm=structs.replace(record.lm, spec=called))
+        return TrainResult(replace(trained, spec=called), record, cached=True)
     files.begin({**plan.names, "decided by": plan.identity})
     return fit(plan, files, progress)
 

@@ -16,7 +16,7 @@ from pytest_lmeval.errors import CorpusError, ProtocolError, SpecError
 from pytest_lmeval.models.identity import fingerprint, tokenizer_fingerprint
 from pytest_lmeval.models.model import Model
 from pytest_lmeval.records.journal import key_of
-from pytest_lmeval.training.batches import as_corpus
+from pytest_lmeval.training.batches import readable_again
 from pytest_lmeval.training.protocol import Protocol
 
 COARSE = (torch.bfloat16, torch.float16)
@@ -83,8 +83,8 @@ def plan_for(
 ) -> Plan:
     """Raises SpecError for a model that this protocol cannot train, CorpusError for a text that is held out from itself."""
     refuse_untrainable(lm, protocol)
-    text = as_corpus(lm, corpus, protocol.tokens)
-    unseen = None if held_out is None else as_corpus(lm, held_out, protocol.tokens)
+    text = readable_again(lm, corpus, protocol.tokens)
+    unseen = None if held_out is None else readable_again(lm, held_out, protocol.tokens)
     if unseen is not None and unseen.fingerprint == text.fingerprint:
         raise CorpusError(
             f"{text} is trained on and {unseen} is held out, and they are the same text: a model that knows it by heart would "

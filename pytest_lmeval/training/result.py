@@ -12,8 +12,9 @@ from pytest_lmeval.models.identity import facts
 from pytest_lmeval.models.model import Model
 from pytest_lmeval.profiling.flops import Flops
 from pytest_lmeval.profiling.peak import Peak
-from pytest_lmeval.records.record import Record, Series
-from pytest_lmeval.records.value import Metric
+from pytest_lmeval.records.metric import value_of
+from pytest_lmeval.records.record import Cost, Record, Series
+from pytest_lmeval.records.value import Value
 from pytest_lmeval.statistics.bootstrap import ratio_intervals
 from pytest_lmeval.training.plan import Plan
 from pytest_lmeval.training.protocol import Protocol
@@ -40,17 +41,17 @@ class TrainResult:
         return repr(self.record)
 
     @property
-    def nll(self) -> Metric:
+    def nll(self) -> Value:
         """Mean held-out loss of `lm`, nats a token, with its 95 % interval (bootstrap over crops)."""
         return self._held_out("nll")
 
     @property
-    def perplexity(self) -> Metric:
+    def perplexity(self) -> Value:
         """exp of `nll`."""
         return self._held_out("perplexity")
 
     @property
-    def train_loss(self) -> Metric:
+    def train_loss(self) -> Value:
         """Mean training loss of the last `eval_every` steps, nats a token."""
         return self.record.metrics["train_loss"]
 
@@ -62,9 +63,9 @@ class TrainResult:
     @property
     def best_step(self) -> int:
         """Steps that `lm` was trained for: those until the best evaluation."""
-        return int(self.record.settings["best_step"])
+        return int(self.record.details["best_step"])
 
-    def _held_out(self, name: str) -> Metric:
+    def _held_out(self, name: str) -> Value:
         if name not in self.record.metrics:
             raise AttributeError(f"{self.lm.spec} was trained without held_out, so its {name} on unseen text is not known.")
         return self.record.metrics[name]
@@ -76,64 +77,64 @@ def record_of(run: Run, trained: Model, plan: Plan, per_epoch: int, flops: Flops
     tokens = run.step * protocol.batch_size * protocol.seq_len
     spent = flops * run.step
     costs = {
-        "seconds": (run.seconds, "s"),
-        "flops_forward": (spent.forward, "FLOP"),
-        "flops_backward": (spent.backward, "FLOP"),
-        "flops_total": (spent.total, "FLOP"),
-        "model_bytes": (about["bytes"], "bytes"),
-        "peak_memory": (peak.bytes, "bytes"),
-        "peak_memory_growth": (peak.growth, "bytes"),
+        "seconds": run.seconds,
+        "flops_forward": spent.forward,
+        "flops_backward": spent.backward,
+        "flops_total": spent.total,
+        "model_bytes": about.bytes,
+        "peak_memory": peak.bytes,
+        "peak_memory_growth": peak.growth,
     }
-    measured = {name: value for name, value in costs.items() if value[0] is not None}
     return Record(
         kind="train",
         subject=run.text,
         lm=about,
-        settings={**plan.settings, "steps": run.step, "steps_an_epoch": per_epoch, "best_step": run.best_step},
+        settings=plan.settings,
+        details={"steps": run.step, "steps_an_epoch": per_epoch, "best_step": run.best_step},
         metrics={
-            **held_out_metrics(run, protocol),
+            **held_out_values(run, protocol),
             "train_loss": training_loss(run, protocol),
-            "parameters": Metric(about["parameters"]),
-            "tokens_per_second": Metric(tokens / run.seconds, "tokens/s", n=tokens, higher_is_better=True),
-            **{name: Metric(value, unit, higher_is_better=False) for name, (value, unit) in measured.items()},
+            **{name: value_of(name, cost) for name, cost in costs.items() if cost is not None},
+            **({} if about.parameters is None else {"parameters": value_of("parameters", about.parameters)}),
+            "tokens_per_second": value_of("tokens_per_second", tokens / run.seconds, n=tokens),
         },
-        cost={"seconds": run.seconds, "tokens": tokens, "flops": spent.total, "peak_bytes": peak.bytes},
+        cost=Cost(seconds=run.seconds, tokens=tokens, flops=spent.total, peak_bytes=peak.bytes),
         series=series_of(run, protocol, per_epoch),
     )
 
 
-def held_out_metrics(run: Run, protocol: Protocol) -> dict[str, Metric]:
+def held_out_values(run: Run, protocol: Protocol) -> dict[str, Value]:
     """nll and perplexity of the best weights, and of the last."""
-    metrics: dict[str, Metric] = {}
+    values: dict[str, Value] = {}
     for suffix, step in (("", run.best_step), ("_last", run.step)) if run.evaluations else ():
         nats = run.evaluations[step].numpy()
         sums = np.column_stack([nats, np.full(len(nats), protocol.seq_len)])
         (interval,) = ratio_intervals(sums, [(0, 1)], seed=protocol.seed)
-        low, high = interval or (None, None)
         n = len(nats) * protocol.seq_len
-        nll = Metric(nats.sum() / n, "nats/token", low=low, high=high, n=n, higher_is_better=False)
-        metrics |= {f"nll{suffix}": nll, f"perplexity{suffix}": exponential(nll)}
-    return metrics
+        nll = value_of(f"nll{suffix}", nats.sum() / n, interval, n=n)
+        values |= {f"perplexity{suffix}": exponential(nll, f"perplexity{suffix}"), f"nll{suffix}": nll}
+    return values
 
 
-def training_loss(run: Run, protocol: Protocol) -> Metric:
+def training_loss(run: Run, protocol: Protocol) -> Value:
     last = run.losses[-protocol.eval_every :]
     n = len(last) * protocol.batch_size * protocol.seq_len
-    return Metric(sum(last) / len(last), "nats/token", n=n, higher_is_better=False)
+    return value_of("train_loss", sum(last) / len(last), n=n)
 
 
 def series_of(run: Run, protocol: Protocol, per_epoch: int) -> dict[str, Series]:
     a_step = protocol.batch_size * protocol.seq_len
     series = {}
-    for name, values, unit in (("learning_curve", run.losses, "nats/token"), ("gradient_norm", run.norms, "")):
+    curves = (("learning_curve", run.losses, "nats/token", "Learning curves"), ("gradient_norm", run.norms, "", ""))
+    for name, values, unit, title in curves:
         ends, means = averaged(values, -(-len(values) // POINTS))
-        series[name] = Series([float(end * a_step) for end in ends], means, "tokens", unit)
+        series[name] = Series([float(end * a_step) for end in ends], means, "tokens", unit, title)
     ends, means = averaged(run.losses, per_epoch)
     series["epoch_loss"] = Series([end / per_epoch for end in ends], means, "epochs", "nats/token")
     if run.evaluations:
         losses = torch.stack(list(run.evaluations.values())).mean(1) / protocol.seq_len
         seen = [float(step * a_step) for step in run.evaluations]
-        series["held_out_loss"] = Series(seen, losses.tolist(), "tokens", "nats/token")
+        series["held_out_loss"] = Series(seen, losses.tolist(), "tokens", "nats/token", "Held-out loss")
     return series
 
 

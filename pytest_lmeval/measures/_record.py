@@ -1,0 +1,25 @@
+"""Numbers of the user's own, beside ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pytest_lmeval.measures.context import current
+from pytest_lmeval.models.identity import facts
+from pytest_lmeval.records.metric import value_of
+from pytest_lmeval.records.record import Record
+from pytest_lmeval.records.value import Value
+
+
+def record(lm: Any, subject: str, **metrics: float) -> Record:
+    """Record numbers of your own beside ours: they stand in the summary and the reports like any other.
+
+    metrics  by name; a plain number gets the unit and direction of the registered metric of that name, if there is one
+
+        lmeval.record(lm, "passkey at 8k", accuracy=Value(0.97, n=100, higher_is_better=True))
+    """
+    context = current()
+    values = {name: value if isinstance(value, Value) else value_of(name, value) for name, value in metrics.items()}
+    made = Record(kind="custom", subject=subject, lm=facts(context.model(lm)), metrics=values, test=context.log.test)
+    context.log.records.append(made)
+    return made
