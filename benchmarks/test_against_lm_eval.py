@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from pytest_lmeval import Corpus, Metric, corpus, evaluate, load, perplexity
+from pytest_lmeval import Corpus, Value, corpus, load
+from pytest_lmeval.measures._task import measure_task
+from pytest_lmeval.measures._perplexity import measure_perplexity
 from pytest_lmeval.profiling.flops import count_flops
 from pytest_lmeval.scoring.fewshot import Shots
 from pytest_lmeval.scoring.metrics import LM_EVAL_NAMES
@@ -102,7 +104,7 @@ def ask_theirs(theirs, built):
 
 
 def ask_ours(ours, name, shots, data):
-    return evaluate(ours, find(name), shots=shots, batch_size=BATCH, data_dir=data)
+    return measure_task(ours, find(name), shots=shots, batch_size=BATCH, data_dir=data)
 
 
 def counted(work):
@@ -156,11 +158,11 @@ def test_the_same_answers_for_less(lmeval, ours, theirs, folders, name):
     lmeval.record(
         ours,
         f"{name}, {shots}-shot, against lm_eval",
-        worst_difference=Metric(worst, "nats", n=len(expected), higher_is_better=False),
-        same_predictions=Metric(alike / len(expected), n=len(expected), higher_is_better=True),
-        flops_ratio=Metric(their_flops / our_flops, "x", higher_is_better=True),
-        flops_over_least=Metric(our_flops / least, "x", higher_is_better=False),
-        processor_ratio=Metric(seconds[0] / seconds[1], "x", higher_is_better=True),
+        worst_difference=Value(worst, "nats", n=len(expected), higher_is_better=False),
+        same_predictions=Value(alike / len(expected), n=len(expected), higher_is_better=True),
+        flops_ratio=Value(their_flops / our_flops, "x", higher_is_better=True),
+        flops_over_least=Value(our_flops / least, "x", higher_is_better=False),
+        processor_ratio=Value(seconds[0] / seconds[1], "x", higher_is_better=True),
     )
     assert worst < 1e-4
     assert alike == len(expected)
@@ -205,8 +207,8 @@ def test_no_more_memory(lmeval, tmp_path, folders, name):
     lmeval.record(
         load_ours(tmp_path),
         f"memory, {name}, {shots}-shot",
-        ours=Metric(grown["ours"], "bytes", higher_is_better=False),
-        lm_eval=Metric(grown["theirs"], "bytes", higher_is_better=False),
+        ours=Value(grown["ours"], "bytes", higher_is_better=False),
+        lm_eval=Value(grown["theirs"], "bytes", higher_is_better=False),
     )
     assert grown["ours"] <= grown["theirs"]
 
@@ -217,8 +219,8 @@ def test_the_first_answer_is_there_after_one_batch(lmeval, ours, folders):
     rows = list(find("sst2").rows.read(folders[1]))
     task = dataclasses.replace(find("sst2"), rows=lambda: (after.append("row") or row for row in rows))
     firsts = []
-    evaluate(ours, task, batch_size=BATCH, progress=lambda *_: firsts.append(len(after)))
-    lmeval.record(ours, "first answers, sst2", rows_read=Metric(firsts[0], n=len(rows), higher_is_better=False))
+    measure_task(ours, task, batch_size=BATCH, progress=lambda *_: firsts.append(len(after)))
+    lmeval.record(ours, "first answers, sst2", rows_read=Value(firsts[0], n=len(rows), higher_is_better=False))
     assert firsts[0] == BATCH
 
 
@@ -231,7 +233,7 @@ def test_rolling_perplexity(lmeval, ours, theirs):
     worst = 0.0
     for document, their_sum in zip(documents, expected, strict=True):
         alone = Corpus(document.name, "test", lambda document=document: iter([document]), as_stream=False)
-        found = perplexity(ours, alone, window="lm_eval")
+        found = measure_perplexity(ours, alone, window="lm_eval")
         worst = max(worst, abs(float(found.nll) + their_sum / found.tokens))
-    lmeval.record(ours, "rolling, against lm_eval", worst_difference=Metric(worst, "nats/token", higher_is_better=False))
+    lmeval.record(ours, "rolling, against lm_eval", worst_difference=Value(worst, "nats/token", higher_is_better=False))
     assert worst < 1e-4

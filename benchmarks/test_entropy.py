@@ -8,7 +8,7 @@ import math
 
 import pytest
 
-from pytest_lmeval import Metric
+from pytest_lmeval import Value
 from pytest_lmeval.data.recall import Recall, entropy_in_window
 
 pytestmark = pytest.mark.benchmark
@@ -21,7 +21,7 @@ def test_the_source_pays_the_entropy(lmeval, load_lm, corpus, name):
     source, text = load_lm(f"pytest_lmeval.data.{name}:load"), corpus(name, "test")
     result = lmeval.perplexity(source, text)
     ratio = result.perplexity / math.exp(text.entropy)
-    lmeval.record(source, f"perplexity of {text} over that of its entropy", ratio=Metric(ratio, n=result.tokens))
+    lmeval.record(source, f"perplexity of {text} over that of its entropy", ratio=Value(ratio, n=result.tokens))
 
     assert ratio == pytest.approx(1, abs=0.005)
 

@@ -25,8 +25,8 @@ def test_every_fault_is_caught(capsys):
             f"{fault.number:>4} {fault.name:32}" + " ".join(("x" if law in broken else "").center(len(law)) for law in LAWS)
         )
         missed += [] if broken & fault.breaks else [fault.name]
-        seconds.append(result.record.cost["seconds"])
-        calls.append(result.record.settings["calls"])
+        seconds.append(result.record.cost.seconds)
+        calls.append(result.record.details["calls"])
     with capsys.disabled():
         print("\n", " " * 36, " ".join(LAWS))
         print("\n".join(rows))
@@ -73,7 +73,7 @@ def test_calls_grow_more_slowly_than_the_length(name, capsys):
     for longest in (40, 80, 160, 320, 640):
         result = probe(as_model(CLEAN[name]()), longest=longest, examples=20, budget=600.0)
         tokens = sum(law.cases for law in result.laws.values())
-        calls[longest] = result.record.settings["calls"]
+        calls[longest] = result.record.details["calls"]
         with capsys.disabled():
             print(f"\n{name}, up to {longest} tokens: {calls[longest]} calls for {tokens} cases", end="")
     with capsys.disabled():

@@ -11,7 +11,7 @@ import statistics
 
 import pytest
 
-from pytest_lmeval import Metric
+from pytest_lmeval import Value
 
 pytestmark = [pytest.mark.benchmark, pytest.mark.slow]
 
@@ -44,5 +44,5 @@ def test_mean_over_texts(lmeval, lm, perplexities):
     assert not failed, f"no mean over {', '.join(reached)}: {', '.join(failed)} failed. The results of the others are kept."
 
     spread = statistics.stdev(reached.values())
-    mean = Metric(statistics.fmean(reached.values()), n=len(reached), higher_is_better=False)
+    mean = Value(statistics.fmean(reached.values()), n=len(reached), higher_is_better=False)
     lmeval.record(lm, f"perplexity over {', '.join(reached)}", mean_perplexity=mean, standard_deviation=spread)

@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import nn
 
-from pytest_lmeval import Metric, as_model, latency
+from pytest_lmeval import Value, as_model
+from pytest_lmeval.measures._latency import measure_latency
 from pytest_lmeval.profiling.samples import runs_to_see
 
 pytestmark = [pytest.mark.benchmark, pytest.mark.usefixtures("one_thread")]
@@ -84,8 +85,8 @@ def test_a_step_of_known_length_is_reported_within_one_percent(lmeval, way, mill
     result = lmeval.latency(model, seq_len=8, new_tokens=8, runs=runs, warm_up=1)
     steps = [model.spent[8 * run + step] for run in range(-runs - 1, -1) for step in range(1, 8)]  # the last run is not timed
     parts = {"spent": statistics.median(steps), "before": before, "after": beside()}
-    told = {name: Metric(1e3 * seconds, "ms") for name, seconds in parts.items()}
-    true = Metric(told["spent"] + (told["before"] + told["after"]) / 2, "ms", n=len(steps))
+    told = {name: Value(1e3 * seconds, "ms") for name, seconds in parts.items()}
+    true = Value(told["spent"] + (told["before"] + told["after"]) / 2, "ms", n=len(steps))
     lmeval.record(model, f"{way.__name__} for {milliseconds} ms", reported=result.itl, true=true, **told)
     assert float(result.itl) == pytest.approx(true, rel=0.01, abs=abs(told["before"] - told["after"]))
 
@@ -98,7 +99,7 @@ def test_a_percentile_lies_where_so_many_steps_stay_below(lmeval):
     around = [float(np.quantile(steps, share)) for share in (0.94, 0.95, 0.96)]
     p95 = result.percentile("itl", 95)
     lmeval.record(
-        model, "steps of many lengths", reported_p95=p95, true_p95=Metric(around[1], "ms", low=around[0], high=around[2])
+        model, "steps of many lengths", reported_p95=p95, true_p95=Value(around[1], "ms", low=around[0], high=around[2])
     )
     assert around[0] <= p95 <= around[2]
 
@@ -120,15 +121,15 @@ def test_measuring_adds_less_than_two_percent_to_a_step_of_a_millisecond(lmeval)
     bare, ours = [], []
     for _ in range(12):  # side by side, since the machine is not the same from second to second
         bare.append(statistics.mean(bare_loop(model, tokens)))
-        ours.append(latency(lm, seq_len=8, new_tokens=tokens + 1, runs=1, warm_up=0).tpot / 1e3)
+        ours.append(measure_latency(lm, seq_len=8, new_tokens=tokens + 1, runs=1, warm_up=0).tpot / 1e3)
     added = statistics.median(o - b for o, b in zip(ours, bare, strict=True))
     lmeval.record(
         model,
         "what measuring adds to a step of 1 ms",
-        bare_step=Metric(1e3 * statistics.median(bare), "ms"),
-        measured_step=Metric(1e3 * statistics.median(ours), "ms"),
-        added=Metric(1e6 * added, "us", n=12, higher_is_better=False),
-        share=Metric(100 * added / 1e-3, "%", n=12, higher_is_better=False),
+        bare_step=Value(1e3 * statistics.median(bare), "ms"),
+        measured_step=Value(1e3 * statistics.median(ours), "ms"),
+        added=Value(1e6 * added, "us", n=12, higher_is_better=False),
+        share=Value(100 * added / 1e-3, "%", n=12, higher_is_better=False),
     )
     assert added < 20e-6
 
@@ -137,7 +138,7 @@ FRESH = """
 import json, torch
 torch.set_num_threads(1)
 from pytest_lmeval import latency, load
-result = latency(load("demo"), seq_len=128, runs=40)
+result = measure_latency(load("demo"), seq_len=128, runs=40)
 print(json.dumps([float(result.tpot), result.samples["tpot"]]))
 """
 
@@ -153,11 +154,11 @@ def test_how_far_runs_differ_within_a_process_and_between_processes(lmeval, lm):
     lmeval.record(
         lm,
         "time per output token, 8 processes of 40 runs",
-        tpot=Metric(statistics.median(medians), "ms", n=8),
-        spread_within=Metric(100 * statistics.median(within), "%", n=40),
-        spread_between=Metric(100 * np.std(medians, ddof=1) / np.mean(medians), "%", n=8),
-        runs_for_5_percent=Metric(statistics.median(runs_to_see(runs) for _, runs in found), n=40),
-        processes_for_5_percent=Metric(runs_to_see(medians), n=8),
+        tpot=Value(statistics.median(medians), "ms", n=8),
+        spread_within=Value(100 * statistics.median(within), "%", n=40),
+        spread_between=Value(100 * np.std(medians, ddof=1) / np.mean(medians), "%", n=8),
+        runs_for_5_percent=Value(statistics.median(runs_to_see(runs) for _, runs in found), n=40),
+        processes_for_5_percent=Value(runs_to_see(medians), n=8),
     )
     assert max(medians) < 3 * min(medians)
 
@@ -185,7 +186,7 @@ def test_what_stamping_every_token_costs_on_a_gpu(lmeval, load_lm):
     for _ in range(20):
         bare.append(decode(False))
         waiting.append(decode(True))
-        stamped.append(latency(lm, seq_len=128, new_tokens=65, runs=1, warm_up=0).tpot / 1e3)
+        stamped.append(measure_latency(lm, seq_len=128, new_tokens=65, runs=1, warm_up=0).tpot / 1e3)
     figures = {"bare": bare, "events": stamped, "waiting": waiting}
-    lmeval.record(lm, "a step", **{name: Metric(1e3 * statistics.median(times), "ms", n=20) for name, times in figures.items()})
+    lmeval.record(lm, "a step", **{name: Value(1e3 * statistics.median(times), "ms", n=20) for name, times in figures.items()})
     assert statistics.median(stamped) < 1.2 * statistics.median(bare)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from pytest_lmeval import Metric
+from pytest_lmeval import Value
 from pytest_lmeval.models.sources import as_model
 
 pytestmark = pytest.mark.benchmark
@@ -59,7 +59,7 @@ def test_a_known_pattern_of_allocations_is_reported_within_two_percent(lmeval):
     lmeval.record(
         lm,
         "known allocations",
-        growth_over_known=Metric(result.growth_bytes / peak, "x"),
-        growth_between_runs=Metric(again.growth_bytes / result.growth_bytes, "x"),
-        tensors_peak_over_known=Metric(result.tensors_peak_bytes / peak, "x"),
+        growth_over_known=Value(result.growth_bytes / peak, "x"),
+        growth_between_runs=Value(again.growth_bytes / result.growth_bytes, "x"),
+        tensors_peak_over_known=Value(result.tensors_peak_bytes / peak, "x"),
     )

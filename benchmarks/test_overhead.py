@@ -12,7 +12,8 @@ import time
 import pytest
 import torch
 
-from pytest_lmeval import Metric, as_model, perplexity
+from pytest_lmeval import Value, as_model
+from pytest_lmeval.measures._perplexity import measure_perplexity
 
 pytestmark = [pytest.mark.benchmark, pytest.mark.usefixtures("one_thread")]
 
@@ -59,7 +60,7 @@ def test_processor_time_over_a_bare_loop(lmeval, load_lm, model):
     ours, bare, ratios = [], [], []
     for round_ in range(ROUNDS + 1):
         sides = [
-            lambda: ours.append(processor_seconds(lambda: perplexity(lm, ids, chunk_size=CHUNK, window="unlimited"))),
+            lambda: ours.append(processor_seconds(lambda: measure_perplexity(lm, ids, chunk_size=CHUNK, window="unlimited"))),
             lambda: bare.append(processor_seconds(lambda: bare_loop(lm, ids))),
         ]
         for side in sides if round_ % 2 else reversed(sides):
@@ -68,7 +69,7 @@ def test_processor_time_over_a_bare_loop(lmeval, load_lm, model):
     assert ours[0][1].nll == pytest.approx(bare[0][1], rel=1e-5)
 
     ratios = sorted(ratios[1:])  # of neighbours in time, in turns first and second; the first round warms up
-    ratio = Metric(statistics.median(ratios), "x", low=ratios[0], high=ratios[-1], n=ROUNDS, higher_is_better=False)
+    ratio = Value(statistics.median(ratios), "x", low=ratios[0], high=ratios[-1], n=ROUNDS, higher_is_better=False)
     lmeval.record(lm, "processor time of perplexity over a bare loop", processor_time_ratio=ratio)
 
 
@@ -80,7 +81,7 @@ from pytest_lmeval import corpus, load, perplexity
 
 def read(tokens):
     began = time.process_time()
-    result = perplexity(lm, text, tokens=tokens)
+    result = measure_perplexity(lm, text, tokens=tokens)
     peak = re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())  # the process's own, so far
     seconds = time.process_time() - began
     return {"tokens": result.tokens, "seconds": seconds, "peak": 1024 * int(peak[1]), "state": result.state_bytes}
@@ -103,11 +104,11 @@ def test_a_million_tokens_take_the_memory_of_fifty_thousand(lmeval, load_lm, cor
     lmeval.record(
         load_lm("demo"),
         "a million tokens, text on disk",
-        peak_memory_over_50k=Metric(million["peak"] / short["peak"], "x", higher_is_better=False),
-        peak_memory=Metric(million["peak"] / 2**20, "MiB", higher_is_better=False),
-        state_over_50k=Metric(million["state"] / short["state"], "x", higher_is_better=False),
-        processor_time_over_10_x_100k=Metric(million["seconds"] / (10 * tenth), "x", higher_is_better=False),
-        tokens_per_processor_second=Metric(million["tokens"] / million["seconds"], "tokens/s", higher_is_better=True),
+        peak_memory_over_50k=Value(million["peak"] / short["peak"], "x", higher_is_better=False),
+        peak_memory=Value(million["peak"] / 2**20, "MiB", higher_is_better=False),
+        state_over_50k=Value(million["state"] / short["state"], "x", higher_is_better=False),
+        processor_time_over_10_x_100k=Value(million["seconds"] / (10 * tenth), "x", higher_is_better=False),
+        tokens_per_processor_second=Value(million["tokens"] / million["seconds"], "tokens/s", higher_is_better=True),
     )
 
 
@@ -117,11 +118,11 @@ def test_speed_by_chunk_size(lmeval, load_lm, corpus):
     speeds = {size: [] for size in sizes}
     for _ in range(3):
         for size in sizes:
-            result = perplexity(lm, text, chunk_size=size, tokens=33_000)
+            result = measure_perplexity(lm, text, chunk_size=size, tokens=33_000)
             speeds[size].append(float(result.tokens_per_second))
     lmeval.record(
         lm,
         "tokens a second by chunk size",
-        **{f"chunk_{size}": Metric(max(found), "tokens/s", n=3, higher_is_better=True) for size, found in speeds.items()},
-        fastest_over_256=Metric(max(map(max, speeds.values())) / max(speeds[256]), "x"),
+        **{f"chunk_{size}": Value(max(found), "tokens/s", n=3, higher_is_better=True) for size, found in speeds.items()},
+        fastest_over_256=Value(max(map(max, speeds.values())) / max(speeds[256]), "x"),
     )

@@ -8,7 +8,7 @@ multiplied as floats: look at them for what the rounding costs, not for speed.
 
 import pytest
 
-from pytest_lmeval import Metric, load
+from pytest_lmeval import Value, load
 from pytest_lmeval.errors import SpecError
 from pytest_lmeval.models.identity import facts
 
@@ -46,9 +46,9 @@ def precision(request):
 
 def test_the_weights_are_what_was_asked_for(lmeval, in_precision, precision):
     model = in_precision(precision)
-    found = facts(model)["precision"]
-    bits = {name: Metric(found[name], "bits") for name in ("bits_per_weight", "stored_bits_per_weight")}
-    lmeval.record(model, "weights", **bits, bytes=Metric(found["bytes_after"], "bytes"))
+    found = facts(model).precision
+    bits = {name: Value(found[name], "bits") for name in ("bits_per_weight", "stored_bits_per_weight")}
+    lmeval.record(model, "weights", **bits, bytes=Value(found["bytes_after"], "bytes"))
 
     assert found["name"] == precision
     assert found["bits_per_weight"] <= 0.9 * BITS[precision] + 0.1 * 32  # a tenth of them may be left as they were

@@ -8,7 +8,7 @@ stay below the second price where the window cannot; whether it does, and whethe
 import pytest
 import torch
 
-from pytest_lmeval import Metric, as_model
+from pytest_lmeval import Value, as_model
 from pytest_lmeval.data.recall import Recall, entropy_at, entropy_in_window
 from pytest_lmeval.zoo.transformer import Transformer
 from pytest_lmeval.zoo.ttt import TTT
@@ -45,7 +45,7 @@ def test_loss_by_position(lmeval, corpus, build):
         "memory_of_1": entropy_in_window(source, 1),
     }
     lmeval.record(
-        trained.lm, f"least possible on {TEXT}", **{name: Metric(nats, "nats/token") for name, nats in possible.items()}
+        trained.lm, f"least possible on {TEXT}", **{name: Value(nats, "nats/token") for name, nats in possible.items()}
     )
 
     assert set(result.loss_at) == set(POSITIONS)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pytest_lmeval import Metric
+from pytest_lmeval import Value
 from pytest_lmeval.training import Protocol, run_training
 
 pytestmark = [pytest.mark.benchmark, pytest.mark.usefixtures("one_thread")]
@@ -73,6 +73,6 @@ def test_processor_time_of_training_over_a_bare_loop(lmeval, load_lm, tmp_path, 
         once.append(taken[ours][0] - taken[ours][1] * steps / (steps - 1))
 
     ratios = sorted(ratios[1:])  # of neighbours in time, in turns first and second; the first round warms up
-    ratio = Metric(statistics.median(ratios), "x", low=ratios[0], high=ratios[-1], n=ROUNDS, higher_is_better=True)
-    around = Metric(statistics.median(once[1:]), "s", n=ROUNDS, higher_is_better=False)
+    ratio = Value(statistics.median(ratios), "x", low=ratios[0], high=ratios[-1], n=ROUNDS, higher_is_better=True)
+    around = Value(statistics.median(once[1:]), "s", n=ROUNDS, higher_is_better=False)
     lmeval.record(lm, "training over a bare loop", tokens_per_processor_second_ratio=ratio, processor_time_done_once=around)

@@ -15,6 +15,7 @@ from pytest_lmeval.measures import Lmeval
 from pytest_lmeval.measures import _agreement as agreeing
 from pytest_lmeval.measures._agreement import measure_agreement
 from pytest_lmeval.measures._perplexity import measure_perplexity
+from pytest_lmeval.measures.context import VerbContext
 from pytest_lmeval.models.sources import as_model, load
 from pytest_lmeval.session import Session
 from pytest_lmeval.session import TestLog as Log
@@ -65,7 +66,7 @@ def test_however_both_are_cut_the_figures_are_those_of_the_whole_text(ours, thei
     ids = IDS[:length]
     result = measure_agreement(LM, REFERENCE, ids, chunk_size=ours, reference_chunk_size=theirs)
     np.testing.assert_allclose(figures(result), by_hand(LM, REFERENCE, ids), atol=1e-5)
-    assert result.record.cost["tokens"] == length - 1
+    assert result.record.cost.tokens == length - 1
     assert result.kl > 0
 
 
@@ -115,8 +116,8 @@ def test_documents_are_read_each_from_its_beginning():
     expected = np.mean([by_hand(LM, REFERENCE, part.ids)[1] for part in parts])
     assert float(result.kl) == pytest.approx(expected, abs=1e-5)
     assert result.kl.low is not None
-    assert result.record.cost["tokens"] == 490
-    assert measure_agreement(LM, REFERENCE, corpus, limit=2, tokens=10).record.cost["tokens"] == 18
+    assert result.record.cost.tokens == 490
+    assert measure_agreement(LM, REFERENCE, corpus, limit=2, tokens=10).record.cost.tokens == 18
 
 
 def test_an_iterator_is_read_once_and_not_ahead():
@@ -143,9 +144,9 @@ def test_a_model_without_a_state_is_compared_in_its_windows():
     module = Stateless(seed=0)
     module.context_length = 64
     result = measure_agreement(as_model(module), LM, IDS, chunk_size=64)
-    assert "windows of 64" in result.record.settings["read"]
-    assert "carried" in result.record.settings["reference_read"]
-    assert result.record.cost["tokens"] == 699
+    assert "windows of 64" in result.record.details["read"]
+    assert "carried" in result.record.details["reference_read"]
+    assert result.record.cost.tokens == 699
 
 
 def test_models_of_other_tokens_are_not_compared():
@@ -197,15 +198,15 @@ def test_a_text_without_a_target_is_refused():
 
 def test_the_verb_records_both_models_and_how_each_was_read(tmp_path):
     session = Session(tmp_path)
-    result = Lmeval(session, Log("test_it")).agreement(LM, REFERENCE, IDS, tokens=300)
-    assert result.record.cost["tokens"] == 299
-    assert result.record.certificate["verdict"] == result.record.settings["reference_verdict"] == "exact-any-chunk"
+    result = Lmeval(VerbContext(session, Log("test_it"))).agreement(LM, REFERENCE, IDS, tokens=300)
+    assert result.record.cost.tokens == 299
+    assert result.record.certificate.verdict == result.record.details["reference_verdict"] == "exact-any-chunk"
     assert result.record.settings["reference"]["spec"] == "toy-1"
     assert result.record.test == "test_it"
-    again = Lmeval(Session(tmp_path, verdicts=session.verdicts), Log("test_it"))  # of an interrupted run
+    again = Lmeval(VerbContext(Session(tmp_path, verdicts=session.verdicts), Log("test_it")))  # of an interrupted run
     assert float(again.agreement(LM, REFERENCE, IDS, tokens=300).kl) == float(result.kl)
-    assert "taken from an interrupted run" in again._desk.log.notes[0]
-    assert Lmeval(session, Log("test_it")).agreement(REFERENCE, LM, IDS, tokens=300).kl != result.kl
+    assert "taken from an interrupted run" in again._context.log.notes[0]
+    assert Lmeval(VerbContext(session, Log("test_it"))).agreement(REFERENCE, LM, IDS, tokens=300).kl != result.kl
 
 
 def test_a_reference_that_is_exact_in_single_steps_only_is_read_so(tmp_path):
@@ -213,7 +214,7 @@ def test_a_reference_that_is_exact_in_single_steps_only_is_read_so(tmp_path):
         def forward(self, input_ids, state=None):
             return super().forward(input_ids, None if input_ids.shape[1] > 1 else state)
 
-    lmeval = Lmeval(Session(tmp_path), Log("test_it"))
+    lmeval = Lmeval(VerbContext(Session(tmp_path), Log("test_it")))
     result = lmeval.agreement(as_model(Functional()), as_model(StepOnly()), IDS[:200])
-    assert result.record.settings["reference_read"] == "carried in chunks of 1"
+    assert result.record.details["reference_read"] == "carried in chunks of 1"
     assert float(result.largest_difference) < 1e-5

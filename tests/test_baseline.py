@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pytest_lmeval.__main__ import main
+from pytest_lmeval.data.ids import as_corpus
 from pytest_lmeval.errors import BaselineError
 from pytest_lmeval.gates.baseline import Baseline, examples_file, read, write
 from pytest_lmeval.gates.compare import Side, compare
@@ -19,7 +20,6 @@ from pytest_lmeval.gates.gate import unheard
 from pytest_lmeval.gates.margins import COSTS, Margins, read_marker
 from pytest_lmeval.gates.pairing import pair
 from pytest_lmeval.gates.scores import Scores, rounded
-from pytest_lmeval.data.ids import as_corpus
 from pytest_lmeval.records.record import Record
 from pytest_lmeval.records.value import Metric
 from pytest_lmeval.training import result

@@ -218,7 +218,7 @@ def test_a_length_of_zero_is_refused_by_every_verb_and_so_is_a_model_in_other_bi
 
         def test_a_verb_after_a_benchmark_of_ones_own(lmeval, lm, benchmark):
             benchmark(int)
-            assert lmeval.latency(lm, seq_len=4, runs=1, warm_up=0).record.settings["timed_by"] == "bare loop"
+            assert lmeval.latency(lm, seq_len=4, runs=1, warm_up=0).record.details["timed_by"] == "bare loop"
         """
     )
     project.runpytest_subprocess("--lmeval-bits", "16").assert_outcomes(passed=6)

@@ -16,6 +16,7 @@ from pytest_lmeval.measures import Lmeval
 from pytest_lmeval.measures._latency import measure_latency
 from pytest_lmeval.measures._perplexity import measure_perplexity
 from pytest_lmeval.measures._throughput import measure_throughput
+from pytest_lmeval.measures.context import VerbContext
 from pytest_lmeval.models.model import Codebooks, fork
 from pytest_lmeval.models.sources import as_model, load
 from pytest_lmeval.records.journal import Checkpoints
@@ -327,9 +328,9 @@ def test_a_limit_counts_frames():
 def test_the_fixture_reads_frames_with_the_verdict_beside_them(tmp_path):
     random, lm = np.random.default_rng(0), load("zoo:moshi")
     np.save(tmp_path / "codes.npy", np.stack([random.integers(0, size, 300) for size in lm.codebooks.sizes], axis=1))
-    lmeval = Lmeval(Session(tmp_path / "reports"), Log("test_frames"))
+    lmeval = Lmeval(VerbContext(Session(tmp_path / "reports"), Log("test_frames")))
     result = lmeval.perplexity(lm, corpus(f"tokens:{tmp_path / 'codes.npy'}"), positions=(100, 200, 300))
-    assert result.certificate["verdict"] == "exact-any-chunk"
+    assert result.certificate.verdict == "exact-any-chunk"
     assert result.tokens == sum(300 - delay for delay in lm.codebooks.delays)
     assert set(result.loss_at) == {100, 200, 300}
 
@@ -522,7 +523,7 @@ def test_the_zoo_sees_no_further_than_its_context():
 def test_speed_is_measured_on_random_frames():
     result = measure_latency(LM, batch_size=2, seq_len=10, new_tokens=3, runs=3, warm_up=1)
     assert (result.prefill.n, result.itl.n) == (3, 6)
-    assert result.record.cost["tokens"] == 3 * 2 * (10 + 2)
+    assert result.record.cost.tokens == 3 * 2 * (10 + 2)
     result = measure_throughput(LM, batch_size=4, seq_len=10, runs=3, warm_up=1)
-    assert result.record.cost["tokens"] == 3 * 4 * 10
+    assert result.record.cost.tokens == 3 * 4 * 10
     assert result.batch_scaling.x == [1, 2, 4]

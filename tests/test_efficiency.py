@@ -14,6 +14,7 @@ from pytest_lmeval.errors import ProfilingError
 from pytest_lmeval.measures import Lmeval
 from pytest_lmeval.measures import _efficiency as module
 from pytest_lmeval.measures._efficiency import measure_efficiency
+from pytest_lmeval.measures.context import VerbContext
 from pytest_lmeval.models.model import weights
 from pytest_lmeval.models.sources import as_model, load
 from pytest_lmeval.profiling import roofline
@@ -140,7 +141,7 @@ def test_shares_are_of_the_measured_peaks(machine):
         assert result.share_of_bound(phase) == pytest.approx(least / seconds[phase])
     assert result.share_of_peak == pytest.approx(float(result.flops("prefill")) / seconds["prefill"] / 1e9)
     assert result.share_of_bandwidth == pytest.approx(float(result.bytes("decode")) / seconds["decode"] / 1e6)
-    assert set(result.record.settings["formulas"]) >= {"bound", "intensity", "share_of_bound"}
+    assert set(result.record.details["formulas"]) >= {"bound", "intensity", "share_of_bound"}
 
 
 @pytest.mark.parametrize(
@@ -201,7 +202,7 @@ def test_where_nothing_is_timed_what_is_counted_is_kept(monkeypatch):
 
 
 def test_the_verbs_under_xdist(tmp_path):
-    lmeval = Lmeval(session.Session(tmp_path, parallel=True), log := session.TestLog("test"))
+    lmeval = Lmeval(VerbContext(session.Session(tmp_path, parallel=True), log := session.TestLog("test")))
     assert "xdist" in lmeval.efficiency(LM, seq_len=8).not_measured
     assert lmeval.memory(LM, seq_len=8, apart=False).state_bytes == WIDTH * 4
     assert [(record.kind, record.test) for record in log.records] == [("efficiency", "test"), ("memory", "test")]
@@ -210,7 +211,7 @@ def test_the_verbs_under_xdist(tmp_path):
 def test_a_model_without_a_state_has_no_decode(machine):
     machine(1e9, 1e9)
     result = measure_efficiency(as_model(Stateless()), seq_len=8, **FAST)
-    assert result.record.settings["position"].keys() == {"prefill"}
+    assert result.record.details["position"].keys() == {"prefill"}
     with pytest.raises(KeyError, match="decode"):
         result.flops("decode")
 
@@ -286,7 +287,7 @@ class Writing(Functional):
 )
 def test_without_backward_the_rest_is_counted_and_it_is_said_why(model, reason):
     result = measure_efficiency(as_model(model), seq_len=5, runner=NOT_TIMED)
-    assert result.record.settings["no_backward"].startswith(reason)
+    assert result.record.details["no_backward"].startswith(reason)
     assert "backward_flops" not in result.record.metrics
     assert result.flops("prefill") == work_of(LM, LM.random_ids(1, 5))["prefill"].flops
 

@@ -33,6 +33,7 @@ from pytest_lmeval.laws.strategies import Case, cases, edge_cases
 from pytest_lmeval.laws.tolerance import Yardstick, token_errors
 from pytest_lmeval.laws.trial import Trial
 from pytest_lmeval.models.sources import as_model, load
+from pytest_lmeval.records import schema
 from pytest_lmeval.records.record import Record
 
 
@@ -443,7 +444,7 @@ def test_a_noisy_model_is_not_accused_of_seeing_its_future_however_little_time_t
 
 def test_a_result_comes_back_from_its_record():
     result = probe(as_model(Dropped()))
-    again = restore(Record.from_json(result.record.to_json()))
+    again = restore(schema.convert(schema.to_plain(result.record), Record))
     assert (again.verdict, again.laws, str(again)) == (result.verdict, result.laws, str(result))
 
 

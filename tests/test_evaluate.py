@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import Functional
 
-from pytest_lmeval import Choices, Generate, Rows, Task, as_model, evaluate, load
+from pytest_lmeval import Choices, Generate, Rows, Task, as_model, load
 from pytest_lmeval.errors import CorpusError, NotFiniteError, TaskError
+from pytest_lmeval.measures._task import measure_task
 from pytest_lmeval.models.model import Bytes
 from pytest_lmeval.records.journal import JournalWarning
 from pytest_lmeval.scoring.answers import AnswerFile
@@ -52,8 +53,8 @@ def outcome(result):
 @given(st.permutations(SUMS), st.integers(1, 9), st.integers(1, 32), st.sampled_from([0, 2]), st.booleans())
 def test_no_answer_depends_on_order_limit_batch_or_neighbours(rows, batch_size, limit, shots, share):
     task = dataclasses.replace(TASK, rows=rows)
-    whole = outcome(evaluate(LM, TASK, shots=shots))
-    part = outcome(evaluate(LM, task, shots=shots, batch_size=batch_size, limit=limit, share=share))
+    whole = outcome(measure_task(LM, TASK, shots=shots))
+    part = outcome(measure_task(LM, task, shots=shots, batch_size=batch_size, limit=limit, share=share))
     assert len(part) == limit
     for name, found in part.items():
         assert found[:2] == whole[name][:2]
@@ -63,7 +64,7 @@ def test_no_answer_depends_on_order_limit_batch_or_neighbours(rows, batch_size, 
 def test_examples_drawn_one_after_the_other_depend_on_the_order():
     """As lm_eval draws them: this shows that the test above can fail."""
     turned = dataclasses.replace(TASK, rows=SUMS[::-1])
-    first, second = (outcome(evaluate(LM, task, shots=2, fewshot="lm_eval")) for task in (TASK, turned))
+    first, second = (outcome(measure_task(LM, task, shots=2, fewshot="lm_eval")) for task in (TASK, turned))
     assert {name: found[0] for name, found in first.items()} != {name: found[0] for name, found in second.items()}
 
 
@@ -89,7 +90,7 @@ def test_the_first_examples_are_the_same_for_all():
 
 
 def test_a_likelihood_is_that_of_the_tokens_of_a_choice_after_its_prompt():
-    result = evaluate(LM, TASK, limit=1)
+    result = measure_task(LM, TASK, limit=1)
     (example,) = result.examples
     prompt = TASK.description + ask(SUMS[0]).prompt
     for choice, found, tokens in zip(example.choices, example.loglikelihoods, example.tokens, strict=True):
@@ -103,31 +104,31 @@ def test_a_likelihood_is_that_of_the_tokens_of_a_choice_after_its_prompt():
 
 
 def test_the_record_says_how_the_number_was_had():
-    result = evaluate(LM, TASK, shots=1, limit=10, batch_size=4)
-    settings_ = result.record.settings
+    result = measure_task(LM, TASK, shots=1, limit=10, batch_size=4)
+    settings_, details = result.record.settings, result.record.details
     assert result.record.subject == "sums, 1-shot"
-    assert (settings_["questions"], settings_["shots"], settings_["reading"]) == (10, 1, "each beginning once")
-    assert settings_["tokens_read"] < settings_["tokens_alone"]
-    assert settings_["tokens_alone"] == sum(example.read + example.saved for example in result.examples)
+    assert (details["questions"], settings_["shots"], details["prefix_sharing"]) == (10, 1, "prefix sharing: on")
+    assert details["tokens_read"] < details["tokens_alone"]
+    assert details["tokens_alone"] == sum(example.read + example.saved for example in result.examples)
     assert result.chance == 0.5
     assert result.accuracy.n == 10
     assert 0 <= result.accuracy.low <= result.accuracy <= result.accuracy.high <= 1
-    assert evaluate(LM, TASK, shots=1, limit=10).record.settings["prompts"] == settings_["prompts"]
-    assert evaluate(LM, TASK, shots=2, limit=10).record.settings["prompts"] != settings_["prompts"]
-    with pytest.raises(AttributeError, match="no metric 'f1'; it has accuracy"):
+    assert measure_task(LM, TASK, shots=1, limit=10).record.settings["prompts"] == settings_["prompts"]
+    assert measure_task(LM, TASK, shots=2, limit=10).record.settings["prompts"] != settings_["prompts"]
+    with pytest.raises(AttributeError, match="no metric 'f1'. It has accuracy"):
         _ = result.f1
 
 
 def test_ties_are_counted_and_the_first_choice_is_taken():
     task = Task("same", [{}], lambda row: Choices("Say", (" a", " a", " b"), 1))
-    result = evaluate(LM, task)
-    assert result.record.settings["ties"] == (result.examples[0].predicted() == 0)
+    result = measure_task(LM, task)
+    assert result.record.details["ties"] == (result.examples[0].predicted() == 0)
     assert result.examples[0].loglikelihoods[0] == result.examples[0].loglikelihoods[1]
 
 
 def test_rows_that_are_no_questions_are_counted():
     task = dataclasses.replace(TASK, ask=lambda row: ask(row) if row["a"] else None)
-    assert evaluate(LM, task).record.settings["not_questions"] == 4
+    assert measure_task(LM, task).record.details["not_questions"] == 4
 
 
 def test_rows_are_read_as_they_are_needed_and_the_first_answers_are_there_after_one_batch():
@@ -138,10 +139,10 @@ def test_rows_are_read_as_they_are_needed_and_the_first_answers_are_there_after_
             read.append(row)
             yield row
 
-    evaluate(LM, dataclasses.replace(TASK, rows=rows), batch_size=4, progress=lambda *_: after.append(len(read)))
+    measure_task(LM, dataclasses.replace(TASK, rows=rows), batch_size=4, progress=lambda *_: after.append(len(read)))
     assert after[0] == 4
     del read[:]
-    evaluate(LM, dataclasses.replace(TASK, rows=rows), batch_size=4, limit=5)
+    measure_task(LM, dataclasses.replace(TASK, rows=rows), batch_size=4, limit=5)
     assert len(read) <= 6
 
 
@@ -166,10 +167,10 @@ def encoded(tokenizer, question, lm=LM, **options):
 
 def test_where_a_token_spans_the_border_the_border_moves_for_all_choices():
     asked = encoded(Pairs(), Choices("abc", ("d", "de"), 0))
-    assert asked.moved
+    assert asked.retokenized
     assert [request.given for request in asked.requests] == [1, 1]
     assert [len(request.ids) for request in asked.requests] == [2, 3]
-    assert not encoded(Pairs(), Choices("abcd", ("e", "fg"), 0)).moved
+    assert not encoded(Pairs(), Choices("abcd", ("e", "fg"), 0)).retokenized
 
 
 def test_blanks_at_the_end_of_a_prompt_belong_to_what_follows():
@@ -192,13 +193,13 @@ def test_what_the_tokenizer_puts_before_a_text_stands_before_the_prompt():
 def test_what_does_not_fit_is_cut_on_the_left_and_counted_or_refused():
     lm = dataclasses.replace(LM, context_length=12)
     task = Task("long", [{"length": length} for length in (5, 30)], lambda row: Choices("x" * row["length"], (" a", " bb"), 0))
-    result = evaluate(lm, task)
-    assert [example.cut for example in result.examples] == [0, 20]
-    assert result.record.settings["truncated"] == 1
+    result = measure_task(lm, task)
+    assert [example.truncated for example in result.examples] == [0, 20]
+    assert result.record.details["truncated"] == 1
     with pytest.raises(TaskError, match=r"long, row 1 .* is 32 tokens; .* reads 12. Take fewer shots."):
-        evaluate(lm, task, truncate="refuse")
+        measure_task(lm, task, truncate="refuse")
     with pytest.raises(TaskError, match="choice alone takes 20"):
-        evaluate(lm, Task("long", [{}], lambda row: Choices("x", ("y" * 20,), 0)))
+        measure_task(lm, Task("long", [{}], lambda row: Choices("x", ("y" * 20,), 0)))
 
 
 # --------------------------------------------------------------------------------------------- bad input
@@ -223,7 +224,7 @@ def test_what_does_not_fit_is_cut_on_the_left_and_counted_or_refused():
 )
 def test_a_row_that_cannot_be_asked_is_named(question, message):
     with pytest.raises(TaskError, match=message):
-        evaluate(LM, Task("t", [{"n": 1}], question))
+        measure_task(LM, Task("t", [{"n": 1}], question))
 
 
 def test_a_choice_that_is_empty_after_tokenizing_is_refused():
@@ -232,33 +233,33 @@ def test_a_choice_that_is_empty_after_tokenizing_is_refused():
             return super().encode(text.replace("~", ""))
 
     with pytest.raises(TaskError, match=r"the choice '~' is empty after tokenizing"):
-        evaluate(dataclasses.replace(LM, tokenizer=Swallows()), Task("t", [{}], lambda row: Choices("x", ("y", "~"), 0)))
+        measure_task(dataclasses.replace(LM, tokenizer=Swallows()), Task("t", [{}], lambda row: Choices("x", ("y", "~"), 0)))
 
 
 def test_other_bad_calls():
     with pytest.raises(TaskError, match="shown 40 example"):
-        evaluate(LM, TASK, shots=40)
+        measure_task(LM, TASK, shots=40)
     with pytest.raises(TaskError, match="has no tokenizer"):
-        evaluate(as_model(Functional()), TASK)
+        measure_task(as_model(Functional()), TASK)
     with pytest.raises(TaskError, match="has no question"):
-        evaluate(LM, dataclasses.replace(TASK, rows=[]))
+        measure_task(LM, dataclasses.replace(TASK, rows=[]))
     with pytest.raises(TaskError, match="limit 0"):
-        evaluate(LM, TASK, limit=0)
+        measure_task(LM, TASK, limit=0)
     with pytest.raises(TaskError, match="metric 'acuracy'"):
-        evaluate(LM, dataclasses.replace(TASK, metrics=("acuracy",)))
+        measure_task(LM, dataclasses.replace(TASK, metrics=("acuracy",)))
     with pytest.raises(TaskError, match="shots=-1"):
-        evaluate(LM, TASK, shots=-1)
+        measure_task(LM, TASK, shots=-1)
 
 
 def test_a_corrupt_file_is_named_and_a_missing_one(tmp_path):
     (tmp_path / "x.parquet").write_bytes(b"PAR1 this is none PAR1")
     with pytest.raises(CorpusError, match=r"x.parquet\[test\] could not be read"):
-        evaluate(LM, dataclasses.replace(TASK, rows=Rows(f"parquet:{tmp_path}/x.parquet")))
+        measure_task(LM, dataclasses.replace(TASK, rows=Rows(f"parquet:{tmp_path}/x.parquet")))
     with pytest.raises(CorpusError, match="there is no file"):
-        evaluate(LM, dataclasses.replace(TASK, rows=Rows(f"jsonl:{tmp_path}/x.jsonl")))
+        measure_task(LM, dataclasses.replace(TASK, rows=Rows(f"jsonl:{tmp_path}/x.jsonl")))
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in SUMS))
-    assert outcome(evaluate(LM, dataclasses.replace(TASK, rows=Rows(f"jsonl:{tmp_path}/x.jsonl")))) == outcome(
-        evaluate(LM, TASK)
+    assert outcome(measure_task(LM, dataclasses.replace(TASK, rows=Rows(f"jsonl:{tmp_path}/x.jsonl")))) == outcome(
+        measure_task(LM, TASK)
     )
 
 
@@ -270,7 +271,7 @@ def test_a_likelihood_that_is_no_number_names_the_row():
 
     task = Task("next", [{"n": n} for n in range(9)], lambda row: Choices("n is", (f" {row['n']}.", " x."), 0))
     with pytest.raises(NotFiniteError, match=r"nan.* for the choice ' 7.' of row 7 \("):
-        evaluate(as_model(Breaks(vocab=256)), task, batch_size=2)
+        measure_task(as_model(Breaks(vocab=256)), task, batch_size=2)
 
 
 # --------------------------------------------------------------------------------------- interrupted runs
@@ -286,14 +287,14 @@ def test_answers_are_kept_and_not_asked_for_again(tmp_path):
 
     files = {"partial": tmp_path / "partial.jsonl", "examples": tmp_path / "examples.jsonl"}
     with pytest.raises(Interrupted):
-        evaluate(LM, TASK, batch_size=4, progress=stop, **files)
+        measure_task(LM, TASK, batch_size=4, progress=stop, **files)
     kept = (tmp_path / "partial.jsonl").read_text()
     assert len(kept.splitlines()) == 4
     (tmp_path / "partial.jsonl").write_text(kept[:-30])
     with pytest.warns(JournalWarning, match="line 4 is broken"):
-        result = evaluate(LM, TASK, batch_size=4, **files)
+        result = measure_task(LM, TASK, batch_size=4, **files)
     assert result.resumed == 3
-    whole = evaluate(LM, TASK, batch_size=4)
+    whole = measure_task(LM, TASK, batch_size=4)
     assert result.examples[:3] == whole.examples[:3]
     assert [example.predicted() for example in result.examples] == [example.predicted() for example in whole.examples]
     assert not (tmp_path / "partial.jsonl").exists()
@@ -308,21 +309,21 @@ def other_label(row):
     ("lm", "changes"), [(model(seed=1), {}), (LM, {"ask": other_label}), (LM, {"description": "Other words.\n"})]
 )
 def test_answers_of_another_model_or_to_another_question_are_not_taken(tmp_path, lm, changes):
-    AnswerFile(tmp_path / "p").append(evaluate(LM, TASK, limit=9).examples)
+    AnswerFile(tmp_path / "p").append(measure_task(LM, TASK, limit=9).examples)
     task = dataclasses.replace(TASK, **changes)
-    result = evaluate(lm, task, partial=tmp_path / "p")
+    result = measure_task(lm, task, partial=tmp_path / "p")
     assert result.resumed == 0
-    assert outcome(result) == outcome(evaluate(lm, task))
+    assert outcome(result) == outcome(measure_task(lm, task))
     assert [example.right for example in result.examples] == [(ask_.answer,) for ask_ in map(task.ask, SUMS)]
 
 
 def test_answers_given_at_another_length_are_not_taken(tmp_path):
     short, long = spoken(max_tokens=3), spoken(max_tokens=9)
-    AnswerFile(tmp_path / "p").append(evaluate(DEMO, short).examples)
-    assert evaluate(DEMO, long, partial=tmp_path / "p").resumed == 0
-    assert evaluate(DEMO, short, known=tmp_path / "p").resumed == 0  # it was kept for the other one, and that is done
-    AnswerFile(tmp_path / "p").append(evaluate(DEMO, short).examples)
-    assert evaluate(DEMO, short, known=tmp_path / "p").resumed == len(PROMPTS)
+    AnswerFile(tmp_path / "p").append(measure_task(DEMO, short).examples)
+    assert measure_task(DEMO, long, partial=tmp_path / "p").resumed == 0
+    assert measure_task(DEMO, short, known=tmp_path / "p").resumed == 0  # it was kept for the other one, and that is done
+    AnswerFile(tmp_path / "p").append(measure_task(DEMO, short).examples)
+    assert measure_task(DEMO, short, known=tmp_path / "p").resumed == len(PROMPTS)
 
 
 # ----------------------------------------------------------------------------------------- own words
@@ -342,7 +343,7 @@ def spoken(**options):
 def test_what_a_row_says_depends_on_no_neighbour_and_not_on_how_it_is_read(temperature):
     task = spoken(max_tokens=20, temperature=temperature)
     said = [
-        {example.number: example.output for example in evaluate(DEMO, task, **options).examples}
+        {example.number: example.output for example in measure_task(DEMO, task, **options).examples}
         for options in (
             {"batch_size": 1},
             {"batch_size": 4},
@@ -357,7 +358,7 @@ def test_what_a_row_says_depends_on_no_neighbour_and_not_on_how_it_is_read(tempe
 
 
 def test_greedy_answers_are_those_of_reading_everything_anew():
-    result = evaluate(DEMO, spoken(max_tokens=12, stop=()))
+    result = measure_task(DEMO, spoken(max_tokens=12, stop=()))
     for example, text in zip(result.examples, PROMPTS, strict=True):
         ids = list(text.encode())
         for _ in range(12):
@@ -367,7 +368,7 @@ def test_greedy_answers_are_those_of_reading_everything_anew():
 
 
 def test_a_stop_ends_an_answer_and_is_no_part_of_it():
-    whole, stopped = (evaluate(DEMO, spoken(max_tokens=30, stop=stop)).examples for stop in ((), ("e", " t")))
+    whole, stopped = (measure_task(DEMO, spoken(max_tokens=30, stop=stop)).examples for stop in ((), ("e", " t")))
     for one, other in zip(whole, stopped, strict=True):
         ends = [place for stop in ("e", " t") if (place := one.output.find(stop)) >= 0]
         assert other.output == (one.output[: min(ends)] if ends else one.output)
@@ -376,8 +377,8 @@ def test_a_stop_ends_an_answer_and_is_no_part_of_it():
 
 def test_another_seed_says_something_else():
     task = spoken(max_tokens=30, temperature=1.0)
-    assert [e.output for e in evaluate(DEMO, task, seed=1).examples] != [
-        e.output for e in evaluate(DEMO, task, seed=2).examples
+    assert [e.output for e in measure_task(DEMO, task, seed=1).examples] != [
+        e.output for e in measure_task(DEMO, task, seed=2).examples
     ]
 
 
@@ -392,16 +393,16 @@ def test_a_rate_that_is_certain_ends_the_asking():
         judge=lambda text: text[0].isalpha() if text else None,
         threshold=0.05,
     )
-    result = evaluate(DEMO, task, batch_size=8)
-    counts = result.record.settings
+    result = measure_task(DEMO, task, batch_size=8)
+    counts = result.record.details
     assert counts["rate_is"] == "above"
     assert counts["questions"] < 40
     assert counts["not_asked"] == 400 - counts["questions"]
     assert result.rate.low > 0.05
     assert {len(example.output) for example in result.examples} == {1}
-    unsure = evaluate(DEMO, dataclasses.replace(task, rows=rows[:16], threshold=0.95), batch_size=8)
+    unsure = measure_task(DEMO, dataclasses.replace(task, rows=rows[:16], threshold=0.95), batch_size=8)
     assert "rate_is" not in unsure.record.settings
-    assert unsure.record.settings["questions"] == 16
+    assert unsure.record.details["questions"] == 16
 
 
 def test_a_model_that_cannot_say_what_it_says_is_refused():
@@ -410,7 +411,7 @@ def test_a_model_that_cannot_say_what_it_says_is_refused():
         encode = Bytes().encode
 
     with pytest.raises(TaskError, match="has no decode"):
-        evaluate(dataclasses.replace(DEMO, tokenizer=Mute()), spoken())
+        measure_task(dataclasses.replace(DEMO, tokenizer=Mute()), spoken())
 
 
 def test_logits_that_are_no_numbers_name_the_row():
@@ -420,7 +421,7 @@ def test_logits_that_are_no_numbers_name_the_row():
             return logits * math.nan, state
 
     with pytest.raises(NotFiniteError, match=f"of row {id_of({'text': PROMPTS[0]})}"):
-        evaluate(as_model(Breaks(vocab=256)), spoken(), batch_size=1)
+        measure_task(as_model(Breaks(vocab=256)), spoken(), batch_size=1)
 
 
 @pytest.mark.parametrize(
@@ -430,14 +431,14 @@ def test_logits_that_are_no_numbers_name_the_row():
 def test_a_judge_that_is_none_names_the_row(judge, message):
     task = dataclasses.replace(spoken(max_tokens=3), judge=judge, metrics=("rate",))
     with pytest.raises(TaskError, match=message):
-        evaluate(DEMO, task)
+        measure_task(DEMO, task)
 
 
 def test_what_answers_begin_with_is_read_once_in_all_batches():
     rows = [{"text": f"{'Return the value of it. ' * 20}{number} is "} for number in range(40)]
     task = Task("long", rows, lambda row: Generate(row["text"], ("x",), max_tokens=4), ("exact_match",))
-    result = evaluate(DEMO, task, batch_size=8)
-    assert result.record.settings["tokens_read"] < 480 + 40 * 16
+    result = measure_task(DEMO, task, batch_size=8)
+    assert result.record.details["tokens_read"] < 480 + 40 * 16
     assert result.record.settings["generation"] == ["at most 4 tokens, temperature 0, until ['\\n']"]
 
 
@@ -451,11 +452,11 @@ def test_prompts_of_very_different_lengths_take_few_steps():
 
     lm = as_model(Counted(vocab=256))
     task = Task("odd", [{"n": 5}, {"n": 900}], lambda row: Generate("x" * row["n"], ("y",), max_tokens=6), ("exact_match",))
-    evaluate(lm, dataclasses.replace(task, rows=[{"n": 5}]))
+    measure_task(lm, dataclasses.replace(task, rows=[{"n": 5}]))
     lm.module.steps = 0
-    result = evaluate(lm, task)
+    result = measure_task(lm, task)
     assert lm.module.steps < 30
-    alone = [evaluate(lm, dataclasses.replace(task, rows=[row])).examples[0].output for row in task.rows]
+    alone = [measure_task(lm, dataclasses.replace(task, rows=[row])).examples[0].output for row in task.rows]
     assert [example.output for example in result.examples] == alone
 
 
@@ -467,7 +468,7 @@ def test_a_metric_that_does_not_fit_is_refused_after_the_first_block():
         return ask(row)
 
     with pytest.raises(TaskError, match="rate is computed from an output to be judged"):
-        evaluate(LM, dataclasses.replace(TASK, ask=once, metrics=("rate",)), batch_size=4)
+        measure_task(LM, dataclasses.replace(TASK, ask=once, metrics=("rate",)), batch_size=4)
     assert len(asked) == 4
 
 
@@ -476,7 +477,7 @@ def test_a_limit_reads_no_further_row():
         yield from SUMS[:3]
         raise AssertionError("the fourth row was asked for")
 
-    assert len(evaluate(LM, dataclasses.replace(TASK, rows=rows), limit=3, batch_size=8).examples) == 3
+    assert len(measure_task(LM, dataclasses.replace(TASK, rows=rows), limit=3, batch_size=8).examples) == 3
 
 
 def test_questions_of_groups_have_no_rate_that_may_be_looked_at_at_any_time():
@@ -485,7 +486,7 @@ def test_questions_of_groups_have_no_rate_that_may_be_looked_at_at_any_time():
         judge=lambda text: True, threshold=0.5,
     )  # fmt: skip
     with pytest.raises(TaskError, match="answers of one group"):
-        evaluate(DEMO, task)
+        measure_task(DEMO, task)
 
 
 def test_a_step_that_is_too_long_is_read_in_parts():
@@ -494,6 +495,6 @@ def test_a_step_that_is_too_long_is_read_in_parts():
             assert input_ids.shape[1] <= 8
             return super().forward(input_ids, state)
 
-    found = evaluate(as_model(Short(vocab=256)), TASK, limit=6, longest=8)
-    for example, expected in zip(found.examples, evaluate(LM, TASK, limit=6).examples, strict=True):
+    found = measure_task(as_model(Short(vocab=256)), TASK, limit=6, longest=8)
+    for example, expected in zip(found.examples, measure_task(LM, TASK, limit=6).examples, strict=True):
         np.testing.assert_allclose(example.loglikelihoods, expected.loglikelihoods, atol=1e-4)

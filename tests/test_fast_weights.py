@@ -13,13 +13,13 @@ from toys import VOCAB, Functional
 
 from pytest_lmeval.data.corpus import Corpus, Document
 from pytest_lmeval.errors import ModelError, NotFiniteError
-from pytest_lmeval.measures._perplexity import measure_perplexity
+from pytest_lmeval.measures._perplexity import PerplexityResult, measure_perplexity
 from pytest_lmeval.models.sources import as_model
+from pytest_lmeval.records import schema
 from pytest_lmeval.records.journal import Checkpoints
 from pytest_lmeval.records.record import Record
 from pytest_lmeval.scoring import fast_weights, positions
 from pytest_lmeval.scoring.reading import CHUNKS, EACH, Moves, Reading, rows_of
-from pytest_lmeval.scoring.result import PerplexityResult
 from pytest_lmeval.scoring.resume import Saver
 from pytest_lmeval.statistics.bootstrap import ratio_intervals
 
@@ -102,14 +102,14 @@ def test_without_copies_it_would_not_be_seen(monkeypatch):
 def test_weights_that_are_named_and_move_need_no_warning():
     result = measure_perplexity(learns(*NAMES), ids_of(300))
     assert "warnings" not in result.record.settings
-    assert result.record.settings["fast_weights"] == result.fast_weights.count == 3
+    assert result.record.details["fast_weights"] == result.fast_weights.count == 3
 
 
 def test_a_model_that_does_not_learn_as_it_reads_is_reported():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         result = measure_perplexity(learns(), ids_of(2049), chunk_size=100)
-    (said,) = result.record.settings["warnings"]
+    (said,) = result.record.details["warnings"]
     assert "has 3 fast weights and none of them moved in 2,048 tokens: it does not learn as it reads." in said
     assert "(a.W, a.b, c.W)" in said
     assert (result.fast_weights.moved, result.fast_weights.unmoved) == ((), NAMES)
@@ -119,7 +119,7 @@ def test_a_model_that_does_not_learn_as_it_reads_is_reported():
 
 def test_those_that_stay_are_named_where_others_move():
     result = measure_perplexity(learns("a.W", "c.W"), ids_of(300), chunk_size=64)
-    (said,) = result.record.settings["warnings"]
+    (said,) = result.record.details["warnings"]
     assert "test_fast_weights:Learns did not move in 299 tokens: a.b." in said
     assert said.startswith("1 of the 3 fast weights of")
     assert (result.fast_weights.moved, result.fast_weights.unmoved) == (("a.W", "c.W"), ("a.b",))
@@ -256,7 +256,7 @@ def test_a_killed_reading_goes_on_with_the_same_moves_to_the_last_bit(tmp_path, 
 
 def test_the_record_survives_json_and_says_the_same_again():
     result = measure_perplexity(learns("a.W"), ids_of(2500), chunk_size=100, positions=(1000, 2000, 9000))
-    again = PerplexityResult(Record.from_json(json.loads(json.dumps(result.record.to_json()))))
+    again = PerplexityResult(schema.convert(json.loads(json.dumps(schema.to_plain(result.record))), Record))
     assert again.fast_weights == result.fast_weights
     assert again.loss_at == result.loss_at
     assert again.loss_at[1000].low == result.loss_at[1000].low
@@ -286,13 +286,13 @@ def test_each_loss_and_the_slope_have_an_interval_that_holds_them():
     assert result.loss_at[2000] == result.record.metrics["loss_at_2k"]
     assert result.loss_at[2000].n == 1000
     assert result.loss_slope.n == 3
-    assert result.record.settings["not_reached"] == []
+    assert result.record.details["not_reached"] == []
 
 
 def test_a_position_that_was_not_reached_is_said_to_be_so():
     result = measure_perplexity(as_model(Functional()), ids_of(2001), positions=(9000, 2000, 2040, 2100, 2000))
     assert result.record.settings["positions"] == [2000, 2040, 2100, 9000]
-    assert result.record.settings["not_reached"] == [2100, 9000]
+    assert result.record.details["not_reached"] == [2100, 9000]
     assert list(result.loss_at) == [2000, 2040]  # all but the last fifty tokens are near enough
 
 

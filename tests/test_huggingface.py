@@ -120,7 +120,7 @@ def test_a_text_longer_than_the_context_is_read_in_windows(folder):
     result = measure_perplexity(as_model(module), IDS)
     assert result.tokens == 89
     assert result.record.settings["window"] == 32
-    assert result.record.settings["why"] == "the model's context is 32 tokens"
+    assert result.record.details["why"] == "the model's context is 32 tokens"
 
 
 def test_code_from_a_model_folder_is_not_run_unless_it_is_asked_for(folder, tmp_path):

@@ -165,7 +165,7 @@ def test_any_form_of_model_is_measured(toy):
     result = measure_memory(as_model(toy()), seq_len=8, new_tokens=3, apart=False)
     assert result.state_bytes == 16 * 4
     assert ("weights_bytes" in result.record.metrics) == (toy is GetSetState)
-    assert list(result.record.settings["absent"]) == ([] if toy is GetSetState else ["weights_bytes"])
+    assert list(result.record.details["absent"]) == ([] if toy is GetSetState else ["weights_bytes"])
 
 
 def test_a_shape_that_does_not_fit_is_named():
@@ -220,7 +220,7 @@ def test_what_this_process_holds_does_not_count_there(monkeypatch):
     held = torch.ones(300 * MIB, dtype=torch.uint8)
     lm = as_model(Known())
     apart, here = measure_memory(lm, seq_len=32), measure_memory(lm, seq_len=32, apart=False)
-    assert apart.record.settings["process"] == "a child, moved there by pickle"
+    assert apart.record.details["process"] == "a child, moved there by pickle"
     assert exactly(apart) == exactly(here)
     if "peak_bytes" in here.record.metrics:
         assert here.peak_bytes - apart.peak_bytes > 0.9 * held.nbytes
@@ -233,7 +233,7 @@ def test_a_model_that_cannot_be_moved_is_measured_here(monkeypatch):
 
     monkeypatch.setattr(child.subprocess, "run", None)  # no process is started in vain
     result = measure_memory(as_model(Local()), seq_len=4)
-    assert "this one: what it did before counts in the peak. It cannot be pickled" in result.record.settings["process"]
+    assert "this one: what it did before counts in the peak. It cannot be pickled" in result.record.details["process"]
     assert result.weights_bytes == 4 << 16
 
 
@@ -320,7 +320,7 @@ def test_what_a_model_does_wrong_there_is_told_here(monkeypatch):
 def test_a_child_that_is_killed_as_it_loads_says_nothing_of_the_step(monkeypatch):
     monkeypatch.setattr(child.subprocess, "run", lambda command, **_: child.subprocess.CompletedProcess(command, -9, b""))
     result = measure_memory(load("zoo:lstm"), seq_len=4)
-    assert "this one: what it did before counts in the peak. A child" in result.record.settings["process"]
+    assert "this one: what it did before counts in the peak. A child" in result.record.details["process"]
 
 
 def test_a_model_that_was_changed_after_it_was_loaded_is_moved_as_it_is(monkeypatch):

@@ -4,18 +4,19 @@ import json
 import math
 import subprocess
 import sys
-from dataclasses import replace
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from pytest_lmeval.errors import TaskError
-from pytest_lmeval.scoring import measures
-from pytest_lmeval.scoring.examples import Example
-from pytest_lmeval.scoring.metrics import LIBRARIES, LM_EVAL_NAMES, METRICS, check, compute, tied
+from pytest_lmeval.records.example import Example
+from pytest_lmeval.scoring import answer_metrics, metrics
+from pytest_lmeval.scoring.answer_metrics import METRICS
+from pytest_lmeval.scoring.metrics import LIBRARIES, LM_EVAL_NAMES, metrics_of
 from pytest_lmeval.tasks import find, names
 
 OF_CHOICES = ["accuracy", "greedy_match", "perplexity", "f1", "f1_macro", "matthews", "chance"]
@@ -26,13 +27,14 @@ OF_TARGETS = ["bleu", "rouge1", "rouge2", "rougeL"]
 def chosen(number, loglikelihoods, right, group=None, choices=(" no", " yes", " maybe")):
     """An answered question with choices; those are greedy that are the likeliest."""
     best = max(loglikelihoods)
+    choices = choices[: len(loglikelihoods)]
     return Example(
         id=f"{number:016x}",
         number=number,
         prompt="",
-        asked="",
+        output=choices[list(loglikelihoods).index(best)].strip(),
         group=group,
-        choices=choices[: len(loglikelihoods)],
+        choices=choices,
         right=right if isinstance(right, tuple) else (right,),
         loglikelihoods=tuple(loglikelihoods),
         tokens=(1,) * len(loglikelihoods),
@@ -45,7 +47,15 @@ def predicting(label, prediction, number, k=2, group=None):
 
 
 def said(output, *targets, number=0, group=None, judged=None):
-    return Example(f"{number:016x}", number, "", "", group, output=output, targets=targets, judged=judged)
+    texts = {"output": output.strip(), "targets": targets, "target": targets[0] if targets else None}
+    return Example(id=f"{number:016x}", number=number, prompt="", group=group, judged=judged, **texts)
+
+
+def compute(names, examples, **options):
+    """Metrics by their names, of examples that were not scored yet."""
+    asked = metrics_of(names, "this call")
+    scored = [replace(example, scores=metrics.scored(example, asked)) for example in examples]
+    return metrics.compute(asked, scored, **options)
 
 
 def many(pairs, k=2, groups=None):
@@ -83,7 +93,7 @@ def test_greedy_match_and_perplexity_are_of_the_right_choice():
 
 
 def test_a_perplexity_that_no_float_holds_is_an_error_that_says_so():
-    with pytest.raises(TaskError, match="a mean loss of 1000 nats"):
+    with pytest.raises(TaskError, match="the mean of perplexity is 1000: its exponential is no number that a float holds"):
         compute(["perplexity"], [chosen(0, [-1000.0], 0)])
 
 
@@ -140,7 +150,7 @@ def test_texts_are_compared_as_torchmetrics_compares_them():
     from torchmetrics.functional.text import squad
 
     theirs = squad(
-        [{"id": example.id, "prediction_text": example.answer} for example in TEXTS],
+        [{"id": example.id, "prediction_text": example.output} for example in TEXTS],
         [{"id": example.id, "answers": {"text": list(example.targets)}} for example in TEXTS],
     )
     assert value_of("exact_match", TEXTS) == pytest.approx(float(theirs["exact_match"]) / 100)
@@ -190,7 +200,7 @@ def test_bleu_is_that_of_sacrebleu_for_the_whole_corpus():
     from sacrebleu import BLEU
 
     references = [[example.targets[0] for example in SENTENCES], [(*example.targets, None)[1] for example in SENTENCES]]
-    theirs = BLEU().corpus_score([example.answer for example in SENTENCES], references)
+    theirs = BLEU().corpus_score([example.output for example in SENTENCES], references)
     bleu = compute(["bleu"], SENTENCES)["bleu"]
     assert bleu == pytest.approx(theirs.score, rel=1e-12)
     assert (bleu.unit, bleu.n) == ("BLEU", 12)
@@ -200,7 +210,7 @@ def test_bleu_is_that_of_sacrebleu_for_the_whole_corpus():
 def test_the_mean_of_the_sentences_would_be_another_number():
     from sacrebleu import BLEU
 
-    single = [BLEU().corpus_score([example.answer], [[text] for text in example.targets]).score for example in SENTENCES]
+    single = [BLEU().corpus_score([example.output], [[text] for text in example.targets]).score for example in SENTENCES]
     assert abs(np.mean(single) - value_of("bleu", SENTENCES)) > 1
 
 
@@ -218,7 +228,7 @@ def test_rouge_is_the_best_f_measure_over_the_targets(name):
     from rouge_score.rouge_scorer import RougeScorer
 
     theirs = [
-        max(RougeScorer([name]).score(target, example.answer)[name].fmeasure for target in example.targets)
+        max(RougeScorer([name]).score(target, example.output)[name].fmeasure for target in example.targets)
         for example in SENTENCES
     ]
     assert value_of(name, SENTENCES) == pytest.approx(np.mean(theirs))
@@ -280,7 +290,6 @@ def questions(draw):
     return [
         replace(
             chosen(number, row[:2], row[2], f"passage {row[3]}" if row[3] else None),
-            output=None,
             targets=("yes", "no")[: row[2] + 1],
         )
         for number, row in enumerate(rows)
@@ -291,7 +300,7 @@ def questions(draw):
 @given(questions(), st.randoms(use_true_random=False))
 def test_bounds_contain_the_value_and_the_order_of_questions_changes_nothing(examples, random):
     asked = [*OF_CHOICES, *OF_TARGETS, "exact_match", "squad_f1"]
-    with patch.object(measures, "REPLICATES", 40):
+    with patch.object(answer_metrics, "REPLICATES", 40):
         found = compute(asked, examples)
         random.shuffle(examples)
         assert [metric.to_json() for metric in compute(asked, examples).values()] == [
@@ -312,27 +321,47 @@ def test_unsorted_questions_would_change_the_interval():
     """The broken twin: the same computation without sorting its units by their ids."""
     rows = np.random.default_rng(0).random(60)
     examples = [replace(chosen(number, [-loss], 0)) for number, loss in enumerate(rows)]
-    once, again = (METRICS["perplexity"].compute(some, 0) for some in (examples, examples[::-1]))
+    perplexity = METRICS["perplexity"]
+    scored = [replace(example, scores=metrics.scored(example, [perplexity])) for example in examples]
+    once, again = (metrics._value(perplexity, some, 0) for some in (scored, scored[::-1]))
     assert once == again
     assert once.low != again.low
 
 
-def test_ties_are_counted():
+def test_a_tie_is_seen_and_the_first_of_equal_choices_is_taken():
     examples = [chosen(0, [-1.0, -1.0], 1), chosen(1, [-1.0, -2.0], 0), chosen(2, [-1.0], 0), said("")]
-    assert tied(examples) == 1
+    assert [example.tied for example in examples] == [True, False, False, False]
     assert value_of("accuracy", examples[:2]) == 0.5  # of two equal ones the first is taken, and it is wrong
 
 
-def test_an_unknown_name_is_refused_and_told_what_there_is():
-    with pytest.raises(
-        TaskError, match=r"boolq asks for the metric 'acuracy', which there is not\. Metrics are accuracy, .*rate\."
-    ):
-        check(["accuracy", "acuracy"], "boolq")
+def test_an_unknown_name_is_refused_and_the_nearest_named():
+    with pytest.raises(TaskError, match=r"boolq asks for the metric 'acuracy': .*Did you mean accuracy\?"):
+        metrics_of(["accuracy", "acuracy"], "boolq")
+
+
+def test_a_metric_of_speed_is_none_of_answers():
+    with pytest.raises(TaskError, match="asks for the metric 'ttft', which is none of answers"):
+        metrics_of(["ttft"], "boolq")
+
+
+def test_scores_that_judge_say_of_one_answer_whether_it_is_right():
+    asked = metrics_of(["perplexity", "bleu", "chance", "matthews", "accuracy"], "own")
+    assert [metric.name for metric in asked if metric.judges] == ["matthews", "accuracy"]
+    assert metrics.judging(asked).name == "matthews"
+
+
+def test_the_mean_of_what_each_example_counts_is_the_metric():
+    """But for those that are a statistic of all of them, whose scores say of each whether it is right."""
+    examples = [replace(example, targets=("yes",)) for example in many(drawn())]
+    asked = metrics_of(["accuracy", "accuracy_per_byte", "greedy_match", "exact_match", "squad_f1", "chance"], "own")
+    scored = [metrics.scored(example, asked) for example in examples]
+    for name, value in compute([metric.name for metric in asked], examples).items():
+        assert np.mean([scores[name] for scores in scored]) == pytest.approx(float(value))
 
 
 def test_a_name_of_lm_eval_is_told_what_it_is_here():
     with pytest.raises(TaskError, match="What lm_eval calls so is matthews here"):
-        check(["mcc"], "cola")
+        metrics_of(["mcc"], "cola")
     assert set(LM_EVAL_NAMES.values()) <= set(METRICS)
 
 
@@ -343,9 +372,9 @@ def test_a_name_of_lm_eval_is_told_what_it_is_here():
 )  # fmt: skip
 def test_a_missing_library_is_refused_before_anything_is_scored(monkeypatch, name, package, pip):
     monkeypatch.setitem(sys.modules, package, None)
-    check(["accuracy"], "own")
+    metrics_of(["accuracy"], "own")
     with pytest.raises(TaskError, match=rf"computed by {pip}\. .*pip install 'pytest-lmeval\[tasks\]'"):
-        check(["accuracy", name], "own")
+        metrics_of(["accuracy", name], "own")
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def test_documents_begin_with_a_new_state_each():
     result = measure_perplexity(BYTE_LM, texts("first document", "second one", as_stream=False))
     losses = [losses_of(list(text.encode()), BYTE_LM) for text in ("first document", "second one")]
     assert float(result.nll) == pytest.approx(np.concatenate(losses).mean(), rel=1e-6)
-    assert result.record.settings["documents"] == 2
+    assert result.record.details["documents"] == 2
 
 
 def test_one_stream_carries_its_state_over_documents():
@@ -107,7 +107,7 @@ def test_a_model_without_a_state_is_read_in_windows_and_the_record_says_so():
     assert result.tokens == 299
     assert result.record.settings["reading"] == "windows"
     default = measure_perplexity(as_model(Stateless()), ids_of(300))
-    assert default.record.settings["why"] == "the model has no state to carry"
+    assert default.record.details["why"] == "the model has no state to carry"
     with pytest.raises(StreamError, match="can only be read in windows"):
         measure_perplexity(as_model(Stateless()), ids_of(300), window="unlimited")
 
@@ -159,11 +159,11 @@ def test_no_documents_at_all_are_refused():
 
 
 def test_a_perplexity_is_never_capped():
-    from pytest_lmeval.records.value import Metric
+    from pytest_lmeval.records.value import Value
 
-    assert float(exponential(Metric(25.0))) == pytest.approx(math.exp(25))
+    assert float(exponential(Value(25.0))) == pytest.approx(math.exp(25))
     with pytest.raises(StreamError, match="no number a float can hold"):
-        exponential(Metric(1000.0))
+        exponential(Value(1000.0))
 
 
 # ------------------------------------------------------------------------------------------- sums
@@ -338,7 +338,7 @@ def test_short_documents_in_windows_are_not_counted_twice_after_a_kill(tmp_path,
     resumed = measure_perplexity(model, corpus, **saved)
     assert resumed.resumed_at > 0
     assert (resumed.tokens, resumed.nll.to_json()) == (whole.tokens, whole.nll.to_json())
-    assert resumed.record.settings["documents"] == 12
+    assert resumed.record.details["documents"] == 12
 
 
 @pytest.mark.parametrize("damage", ["truncated", "deleted"])

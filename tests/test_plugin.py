@@ -223,11 +223,11 @@ def test_a_model_that_cannot_be_streamed_is_refused_with_the_counterexample(proj
 
         def test_windows(lmeval, corpus):
             result = lmeval.perplexity(Forgetful(), corpus("text:text.txt"), tokens=200, window=50)
-            assert result.certificate["verdict"] == "inexact"
+            assert result.certificate.verdict == "inexact"
 
         def test_steps(lmeval, corpus):
             result = lmeval.perplexity(StepOnly(), corpus("text:text.txt"), tokens=100)
-            assert (result.chunks, result.certificate["chunking_used"]) == (99, "carried in chunks of 1")
+            assert (result.chunks, result.certificate.chunking_used) == (99, "carried in chunks of 1")
             exact = lmeval.perplexity(Tiny(), corpus("text:text.txt"), tokens=100)
             assert float(result.nll) == pytest.approx(float(exact.nll))
 
@@ -245,7 +245,7 @@ def test_a_model_that_cannot_be_streamed_is_refused_with_the_counterexample(proj
             exact = lmeval.perplexity(Tiny(), corpus("text:text.txt"), tokens=201)
             model = InFours()
             result = lmeval.perplexity(model, corpus("text:text.txt"), tokens=201, chunk_size=8)
-            assert result.certificate["verdict"] == "exact-multiple-of-4"
+            assert result.certificate.verdict == "exact-multiple-of-4"
             assert float(result.nll) == pytest.approx(float(exact.nll))
             assert lmeval.perplexity(model, corpus("text:text.txt"), tokens=201).record.settings["chunk_size"] == 1024
             with pytest.raises(Exception, match="in chunks of multiples of 4 only, and chunk_size=6"):
@@ -253,7 +253,7 @@ def test_a_model_that_cannot_be_streamed_is_refused_with_the_counterexample(proj
 
         def test_one_row_does_not_mind_its_neighbours(lmeval, corpus):
             result = lmeval.perplexity(Rows(), corpus("text:text.txt"), tokens=201)
-            assert result.certificate["verdict"] == "inexact"
+            assert result.certificate.verdict == "inexact"
 
         def test_chunks_of_a_step_only_model(lmeval, corpus):
             lmeval.perplexity(StepOnly(), corpus("text:text.txt"), chunk_size=16)

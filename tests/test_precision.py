@@ -133,7 +133,7 @@ def test_the_schema_knows_it(tmp_path):
     schema = {**schema, "$ref": "#/$defs/record"}
     for key in ("type", "required", "properties"):
         schema.pop(key)
-    kept = json.loads(json.dumps(measure_perplexity(packed("int4"), IDS[0]).record.to_json()))
+    kept = json.loads(json.dumps(schema.to_plain(measure_perplexity(packed("int4"), IDS[0]).record)))
     jsonschema.validate(kept, schema)
     kept["lm"]["precision"]["bits_per_weight"] = "four"
     with pytest.raises(jsonschema.ValidationError, match="four"):
@@ -230,10 +230,10 @@ def test_a_model_that_is_only_called_int4_has_its_real_bits():
 def test_a_tensor_that_claims_four_bits_and_holds_eight_has_eight():
     lm = packed("int4")
     weight = lm.module.mix.weight
-    assert (value_bits(weight), facts(lm)["dtype"]) == (4, "int4")
+    assert (value_bits(weight), facts(lm).dtype) == (4, "int4")
     weight.qdata[0, 0] = 100
     assert (value_bits(weight), precision_of(weight)) == (8, "int8")
-    assert facts(lm)["precision"]["name"] == "mixed"
+    assert facts(lm).precision.name == "mixed"
 
 
 def test_integers_of_an_unknown_meaning_are_not_given_bits():
@@ -250,8 +250,8 @@ def test_integers_of_an_unknown_meaning_are_not_given_bits():
 def test_the_suffix_wins_over_the_bits_of_the_command_line():
     assert [load("demo", bits=bits).spec for bits in (32, 16, 8, 4)] == ["demo@fp32", "demo@bf16", "demo@int8", "demo@int4"]
     lm = load("demo@fp32", bits=4)
-    assert (lm.spec, facts(lm)["precision"]["name"]) == ("demo@fp32", "fp32")
-    assert facts(load("demo"))["precision"]["bytes_before"] is None
+    assert (lm.spec, facts(lm).precision.name) == ("demo@fp32", "fp32")
+    assert facts(load("demo")).precision.bytes_before is None
 
 
 def test_a_head_that_is_tied_to_the_embedding_stays_one_tensor_with_it():
@@ -275,13 +275,13 @@ def test_two_layers_that_share_a_weight_share_the_packed_one():
 def test_a_callable_that_returns_one_module_twice_gives_two_models():
     spec = f"{__name__}:the_one"
     plain, small = load(spec), load(f"{spec}@int8")
-    assert facts(plain)["dtype"] == "float32"
-    assert facts(small)["dtype"] == "int8"
+    assert facts(plain).dtype == "float32"
+    assert facts(small).dtype == "int8"
 
 
 def test_a_callable_that_returns_a_module_that_was_packed_is_told_off():
     spec = f"{__name__}:another_one"
-    assert facts(load(f"{spec}@int8"))["dtype"] == facts(load(f"{spec}@int8"))["dtype"] == "int8"
+    assert facts(load(f"{spec}@int8")).dtype == facts(load(f"{spec}@int8")).dtype == "int8"
     for again in (spec, f"{spec}@fp32"):
         with pytest.raises(SpecError, match="returned the one whose weights were made int8 before"):
             load(again)
@@ -312,10 +312,10 @@ def test_a_packed_checkpoint_says_so_without_a_suffix(tmp_path):
     assert found["precision"]["bytes_before"] is None
     with pytest.raises(SpecError, match="can be fp32, and 90% must be"):
         load(f"hf:{tmp_path / 'packed'}@fp32")
-    before = facts(load(f"hf:{tmp_path / 'plain'}"))["bytes"]
+    before = facts(load(f"hf:{tmp_path / 'plain'}")).bytes
     for wanted in ("int8", "int4", "bf16"):
         lm = load(f"hf:{tmp_path / 'plain'}@{wanted}")
-        found = facts(lm)["precision"]
+        found = facts(lm).precision
         assert (found["name"], found["bytes_before"]) == (wanted, before)
         assert found["bytes_after"] < 0.6 * before
         assert lm.module.lm_head.weight is lm.module.model.embed_tokens.weight
@@ -366,7 +366,7 @@ def test_rounded_weights_in_float32_arithmetic_are_proven_exact(wanted):
 def test_packed_weights_in_bfloat16_arithmetic_are_consistent():
     module = Tiny().bfloat16()
     lm = load_as(module, "int8")
-    assert (facts(lm)["dtype"], lm.dtype) == ("int8", torch.bfloat16)
+    assert (facts(lm).dtype, lm.dtype) == ("int8", torch.bfloat16)
     found = probe(lm, examples=2, longest=24).certificate
     assert (found.verdict, found.float32) == ("consistent", "exact-any-chunk")
 
@@ -377,7 +377,7 @@ def test_a_model_whose_activations_are_rounded_too_is_not_proven_and_not_accused
     module = Tiny()
     quantize_(module, Int8DynamicActivationInt8WeightConfig())
     lm = as_model(module)
-    assert (lm.dtype, facts(lm)["dtype"]) == (torch.bfloat16, "int8")
+    assert (lm.dtype, facts(lm).dtype) == (torch.bfloat16, "int8")
     found = probe(lm, examples=2, longest=24).certificate
     assert (found.verdict, found.float32) == ("consistent", "exact-any-chunk")
 

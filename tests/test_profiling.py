@@ -84,7 +84,7 @@ def test_a_run_reads_the_prompt_once_and_decodes_token_by_token():
     result = measure_latency(lm, batch_size=3, seq_len=20, new_tokens=4, runs=5, warm_up=2)
     assert module.shapes == [(3, 20), (3, 1), (3, 1), (3, 1)] * (7 + 1)  # the last run is counted in operations
     assert (result.prefill.n, result.ttft.n, result.itl.n, result.tpot.n, result.e2e.n) == (5, 5, 15, 5, 5)
-    assert result.record.cost["state_bytes"] == 3 * 16 * 4
+    assert result.record.cost.state_bytes == 3 * 16 * 4
 
 
 def test_known_times_are_reported_as_they_are(still):
@@ -95,7 +95,7 @@ def test_known_times_are_reported_as_they_are(still):
     )
     assert float(result.record.metrics["prefill_tokens_per_second"]) == pytest.approx(1000)
     assert float(result.record.metrics["decode_tokens_per_second"]) == pytest.approx(200)
-    assert result.record.cost["seconds"] == pytest.approx(20 * 0.025)
+    assert result.record.cost.seconds == pytest.approx(20 * 0.025)
 
 
 @pytest.mark.parametrize("slow_percent", [1, 4, 7, 11, 50, 99])  # at 5 and 10, a percentile lies between two times
@@ -167,12 +167,12 @@ def test_throughput_counts_the_tokens_of_the_batch(still):
     assert float(result.record.metrics["sustained_tokens_per_second"]) == pytest.approx(1000)
     assert float(result.decode_tokens_per_second) == pytest.approx(6 / 2e-3)
     assert result.batch_scaling.x == [1.0, 2.0, 4.0, 6.0]
-    assert result.record.cost["tokens"] == 4 * 60
+    assert result.record.cost.tokens == 4 * 60
 
 
 def test_throughput_is_taken_for_so_many_seconds(still):
     result = measure_throughput(as_model(Slow(still, prompt=1e-2)), batch_size=2, seq_len=10, seconds=5.0, scaling=False)
-    assert result.record.cost["seconds"] == pytest.approx(5.0)
+    assert result.record.cost.seconds == pytest.approx(5.0)
     assert result.tokens_per_second.n == 25
 
 
@@ -194,7 +194,7 @@ def test_the_knee_is_where_more_rows_stop_helping(still):
 def test_a_batch_size_at_which_a_model_fails_does_not_cost_the_others():
     result = measure_throughput(as_model(Choosy()), batch_size=8, seq_len=4, runs=2)
     assert result.batch_scaling.x == [1.0, 2.0, 8.0]
-    assert "no kernel for four rows" in result.record.settings["failed"]["4"]
+    assert "no kernel for four rows" in result.record.details["failed"]["4"]
     failing = measure_throughput(as_model(Choosy()), batch_size=4, seq_len=4, runs=2)
     assert failing.batch_scaling.x == [1.0, 2.0]
     with pytest.raises(ProfilingError, match=r"failed at batch 4, 4 tokens, .*no kernel for four rows"):
@@ -237,7 +237,7 @@ def test_after_a_lost_device_the_other_cells_are_marked_and_what_was_measured_is
     grid = measure_latency_grid(
         lm, batch_sizes=(1, 2, 4), seq_lens=(4,), runs=2, warm_up=0, keep=lambda cell: kept.append(cell) or cell
     )
-    assert [cell.record.settings.get("failure") for cell in kept] == [
+    assert [cell.record.details.get("failure") for cell in kept] == [
         None,
         *2 * ["device lost: CUDA error: device-side assert triggered"],
     ]
@@ -257,7 +257,7 @@ class WithoutDecoding(Functional):
 def test_a_batch_that_can_be_read_and_not_decoded_keeps_how_fast_it_is_read():
     result = measure_throughput(as_model(WithoutDecoding()), batch_size=4, seq_len=8, runs=2, scaling=False)
     assert result.tokens_per_second > 0
-    assert "no kernel for one token" in result.record.settings["failed"]["decode"]
+    assert "no kernel for one token" in result.record.details["failed"]["decode"]
 
 
 def test_of_a_model_that_reads_frames_the_rates_are_of_frames():
@@ -276,7 +276,7 @@ def test_steps_that_the_clock_is_too_coarse_for_are_left_out_of_a_throughput(sti
     result = measure_throughput(lm, batch_size=2, seq_len=10, runs=3, scaling=False)
     assert result.tokens_per_second > 0
     assert "decode_tokens_per_second" not in result.record.metrics
-    assert "the clock ticks every 10 us" in result.record.settings["failed"]["decode"]
+    assert "the clock ticks every 10 us" in result.record.details["failed"]["decode"]
 
 
 def test_it_is_told_whether_a_model_was_timed_before_and_by_whom():
@@ -327,7 +327,7 @@ def test_where_nothing_is_timed_there_are_no_times(measure):
     result = measure(LM, batch_size=2, runner=NOT_TIMED)
     assert result.not_measured == "disabled"
     assert {metric.unit for metric in result.record.metrics.values()} <= {"bytes"}
-    assert result.record.cost["flops"] > 0
+    assert result.record.cost.flops > 0
     with pytest.raises(NotMeasuredError, match="disabled"):
         _ = (
             result.chunk_latency

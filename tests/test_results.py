@@ -16,7 +16,7 @@ from toys import Failing
 
 from pytest_lmeval.records.journal import Checkpoints, Journal, key_of
 from pytest_lmeval.records.record import Record, Series
-from pytest_lmeval.records.value import Metric
+from pytest_lmeval.records.value import Value
 
 GOLDEN = Path(__file__).parent / "golden" / "metrics-1.json"
 SCHEMA = json.loads(resources.files("pytest_lmeval.records").joinpath("schema.json").read_text())
@@ -28,7 +28,7 @@ FINITE = st.floats(allow_nan=False, allow_infinity=False)
 
 @given(FINITE, FINITE)
 def test_a_metric_computes_and_compares_like_its_value(value, other):
-    metric = Metric(value, "ms", low=value, high=value, n=3)
+    metric = Value(value, "ms", low=value, high=value, n=3)
     assert metric == value
     assert (metric < other) == (value < other)
     assert metric + other == value + other or math.isnan(value + other)
@@ -37,20 +37,20 @@ def test_a_metric_computes_and_compares_like_its_value(value, other):
 
 @given(FINITE, st.none() | FINITE, st.none() | st.integers(0), st.sampled_from([None, True, False]))
 def test_a_metric_survives_json_and_pickle(value, low, n, better):
-    metric = Metric(value, "s", low=low, high=low, n=n, higher_is_better=better)
-    for again in (Metric.from_json(json.loads(json.dumps(metric.to_json()))), pickle.loads(pickle.dumps(metric))):
+    metric = Value(value, "s", low=low, high=low, n=n, higher_is_better=better)
+    for again in (Value.from_json(json.loads(json.dumps(metric.to_json()))), pickle.loads(pickle.dumps(metric))):
         assert again.to_json() == metric.to_json()
 
 
 @pytest.mark.parametrize("numbers", [{"value": math.nan}, {"value": math.inf}, {"value": 1.0, "low": math.nan}])
 def test_a_number_that_is_not_finite_is_no_metric(numbers):
     with pytest.raises(ValueError, match="a metric cannot be"):
-        Metric(**numbers)
+        Value(**numbers)
 
 
 def test_a_metric_reads_with_its_interval_and_unit():
-    assert repr(Metric(3.14159265, "ms", low=3, high=3.5)) == "3.14159 [3, 3.5] ms"
-    assert repr(Metric(2)) == "2"
+    assert repr(Value(3.14159265, "ms", low=3, high=3.5)) == "3.14159 [3, 3.5] ms"
+    assert repr(Value(2)) == "2"
 
 
 # ------------------------------------------------------------------------------------------- records
@@ -62,7 +62,7 @@ def a_record():
         subject="stdlib[test]",
         lm={"spec": "demo", "parameters": 1, "bytes": 4, "dtype": "float32", "device": "cpu", "fingerprint": "ab"},
         settings={"chunk_size": 64},
-        metrics={"perplexity": Metric(3.5, low=3.0, high=4.0, n=10, higher_is_better=False)},
+        metrics={"perplexity": Value(3.5, low=3.0, high=4.0, n=10, higher_is_better=False)},
         cost={"seconds": 1.5, "tokens": 10},
         series={"chunk_loss": Series([1.0], [2.0], "tokens", "nats/token")},
         test="test_a.py::test_b",

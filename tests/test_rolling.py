@@ -15,6 +15,7 @@ from pytest_lmeval.data.tokens import TokenReader, beginning
 from pytest_lmeval.errors import StreamError
 from pytest_lmeval.measures._perplexity import measure_perplexity
 from pytest_lmeval.models.sources import as_model
+from pytest_lmeval.records.certificate import Certificate
 from pytest_lmeval.records.journal import Checkpoints
 from pytest_lmeval.scoring.plan import Plan, plan_for
 from pytest_lmeval.scoring.resume import Saver
@@ -176,11 +177,11 @@ SOME = [(str(n), f"document number {n}, and words of it" * (n % 4 + 1)) for n in
 def test_documents_are_read_one_by_one_unless_told_otherwise():
     lm = reads(Functional(vocab=VOCAB), context_length=16)
     result = measure_perplexity(lm, texts(*SOME), window="lm_eval")
-    assert result.record.settings["documents"] == 6
+    assert result.record.details["documents"] == 6
     assert result.tokens == sum(len(text) for _, text in SOME)
     assert measure_perplexity(lm, texts(*SOME), window="lm_eval", limit=2).tokens == sum(len(text) for _, text in SOME[:2])
-    assert measure_perplexity(lm, texts(*SOME), window="lm_eval", as_stream=True).record.settings["documents"] is None
-    assert measure_perplexity(lm, texts(*SOME), window=16).record.settings["documents"] is None
+    assert measure_perplexity(lm, texts(*SOME), window="lm_eval", as_stream=True).record.details["documents"] is None
+    assert measure_perplexity(lm, texts(*SOME), window=16).record.details["documents"] is None
 
 
 def test_parts_of_a_document_are_tokenized_together():
@@ -194,7 +195,7 @@ def test_parts_of_a_document_are_tokenized_together():
         measure_perplexity(lm, texts(*parts), window="lm_eval")
         for parts in ([("a", "one and two"), ("b", "three")], [("a", "one "), ("a", "a"), ("a", "nd two"), ("b", "three")])
     ]
-    assert [result.record.settings["documents"] for result in found] == [2, 2]
+    assert [result.record.details["documents"] for result in found] == [2, 2]
     assert found[0].nll == found[1].nll
 
 
@@ -209,12 +210,14 @@ def test_token_ids_are_read_as_they_stand_in_however_many_parts():
 @pytest.mark.parametrize("toy", [Functional, Stateless])
 def test_the_record_says_how_it_was_read(toy, context, window, why):
     lm = reads(toy(vocab=VOCAB), context_length=context)
-    result = measure_perplexity(lm, texts(*SOME), window="lm_eval", certificate={})
+    result = measure_perplexity(
+        lm, texts(*SOME), window="lm_eval", certificate=Certificate(verdict="exact-any-chunk", dtype="float32")
+    )
     told = result.record.settings
     assert (told["reading"], told["window"], told["overlap"], told["rolling"]) == ("windows", window, 0, True)
-    assert "lm-evaluation-harness" in told["why"]
-    assert why in told["why"]
-    assert "as lm_eval reads them" in result.record.certificate["chunking_used"]
+    assert "lm-evaluation-harness" in result.record.details["why"]
+    assert why in result.record.details["why"]
+    assert "as lm_eval reads them" in result.record.certificate.chunking_used
     assert "rolling" not in measure_perplexity(lm, texts(*SOME), window=24).record.settings
 
 

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import Functional
 
-from pytest_lmeval import Choices, Generate, Rows, Suite, Task, as_model, evaluate
+from pytest_lmeval import Choices, Generate, Rows, Suite, Task, as_model
 from pytest_lmeval.errors import TaskError
+from pytest_lmeval.measures._task import measure_task
 from pytest_lmeval.scoring import fewshot
 from pytest_lmeval.scoring.fewshot import Shots, question_of
 from pytest_lmeval.tasks.questions import id_of
@@ -106,22 +107,22 @@ def test_whole_numbers_of_numpy_are_stored_as_those_of_python(kind):
 )
 def test_what_is_no_question_is_refused_with_its_row(returned, message):
     with pytest.raises(TaskError, match=f"t, row 0: .*{message}. It returns Choices or Generate, or None"):
-        evaluate(LM, Task("t", numbers(1), lambda row: returned))
+        measure_task(LM, Task("t", numbers(1), lambda row: returned))
 
 
 def test_a_row_with_half_a_character_has_an_id_and_is_refused_by_name_only_where_it_is_read():
     rows = [{"n": 1, "note": "\ud83d"}, {"n": 2, "note": "\ud83d\ude00"}]
     assert len({id_of(row) for row in (*rows, {"n": 2, "note": "😀"})}) == 3
-    assert len(evaluate(LM, Task("t", rows, ask)).examples) == 2
+    assert len(measure_task(LM, Task("t", rows, ask)).examples) == 2
     with pytest.raises(TaskError, match=r"t, row 0: the prompt .* has half a character"):
-        evaluate(LM, Task("t", rows, lambda row: Choices(row["note"], (" a",), 0)))
+        measure_task(LM, Task("t", rows, lambda row: Choices(row["note"], (" a",), 0)))
 
 
 def test_targets_that_a_metric_needs_are_missed():
     task = Task("t", numbers(1), lambda row: Generate("x", row.get("right", ()), max_tokens=2), ("exact_match",))
     with pytest.raises(TaskError, match="exact_match is computed from targets to compare with"):
-        evaluate(LM, task)
-    assert evaluate(LM, dataclasses.replace(task, rows=[{"right": [""]}])).exact_match.n == 1
+        measure_task(LM, task)
+    assert measure_task(LM, dataclasses.replace(task, rows=[{"right": [""]}])).exact_match.n == 1
 
 
 # ------------------------------------------------------------------------------------- rows of a dataset
@@ -144,19 +145,19 @@ def passage(row):
 def test_a_field_that_one_line_lacks_is_not_read_as_the_word_none(written, second):
     task = Task("t", written({"passage": "It is", "label": 0}, second), passage)
     with pytest.raises(TaskError, match=r"t, row 1 cannot be asked: the field 'passage' is missing or null\. The row is label"):
-        evaluate(LM, task)
+        measure_task(LM, task)
 
 
 def test_a_field_that_a_line_of_examples_lacks_is_refused_too(written):
     task = Task("t", [{"passage": "p", "label": 0}], passage, shots=written({"label": 1, "passage": "q"}, {"label": 1}))
     with pytest.raises(TaskError, match=r"t, example 1 cannot be asked: the field 'passage' is missing or null"):
-        evaluate(LM, task, shots=1)
+        measure_task(LM, task, shots=1)
 
 
 def test_a_field_that_is_not_read_or_asked_for_by_get_may_be_null(written):
     rows = [{"passage": "p", "label": 0, "hint": "h", "more": 1}, {"passage": "q", "label": 1, "more": None}]
-    found = evaluate(LM, Task("t", written(*rows), passage)).examples
-    listed = evaluate(LM, Task("t", [rows[0], {"passage": "q", "label": 1}], passage)).examples
+    found = measure_task(LM, Task("t", written(*rows), passage)).examples
+    listed = measure_task(LM, Task("t", [rows[0], {"passage": "q", "label": 1}], passage)).examples
     assert [(one.id, one.prompt) for one in found] == [(one.id, one.prompt) for one in listed]
 
 
@@ -222,8 +223,8 @@ def even(row):
 def test_rows_that_are_no_questions_are_no_examples(how, take, pool):
     task = dataclasses.replace(TASK, ask=even, shots=numbers(*range(40)), take=take)
     assert Shots(task, 3, how).pool == numbers(*pool)
-    result = evaluate(LM, task, shots=3, fewshot=how)
-    assert result.record.settings["not_questions"] == 4  # of the eight that are asked, none of the forty
+    result = measure_task(LM, task, shots=3, fewshot=how)
+    assert result.record.details["not_questions"] == 4  # of the eight that are asked, none of the forty
 
 
 def test_a_pool_is_read_no_further_than_it_is_needed():
@@ -247,4 +248,4 @@ def test_a_pool_that_is_too_small_for_the_one_to_spare_of_lm_eval_is_refused(row
 def test_a_row_that_fills_the_pool_of_lm_eval_is_told():
     task = dataclasses.replace(TASK, shots=numbers(0, 0, 0, 1))
     with pytest.raises(TaskError, match="there are 1 examples beside row"):
-        evaluate(LM, task, shots=2, fewshot="lm_eval", limit=1)
+        measure_task(LM, task, shots=2, fewshot="lm_eval", limit=1)

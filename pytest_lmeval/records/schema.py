@@ -65,7 +65,7 @@ def build(plain: Any, kind: type[T], what: str, again: str) -> T:
     """A record, or any other type of this package, from plain values. Raises DocumentError with the place of what is amiss."""
     try:
         return convert(plain, kind)
-    except (msgspec.ValidationError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         place, reason = _locate(plain, kind, str(error))
         where = " > ".join(place)
         raise DocumentError(
@@ -74,8 +74,11 @@ def build(plain: Any, kind: type[T], what: str, again: str) -> T:
 
 
 def convert(plain: Any, kind: type[T]) -> T:
-    """The same; raises msgspec.ValidationError."""
-    return msgspec.convert(_sorted(plain, kind), kind, dec_hook=_decode)
+    """The same; raises ValueError."""
+    try:
+        return msgspec.convert(_sorted(plain, kind), kind, dec_hook=_decode)
+    except msgspec.ValidationError as error:
+        raise ValueError(str(error)) from None
 
 
 def to_plain(value: Any) -> Any:
@@ -169,7 +172,7 @@ def _misfits(plain: Any, kind: Any) -> Iterator[tuple[str, Any, Any, str]]:
     for name, value, inner in _parts(plain, _without_null(kind)):
         try:
             convert(value, inner)
-        except msgspec.ValidationError as error:
+        except ValueError as error:
             yield name, value, inner, str(error)
 
 

@@ -132,12 +132,7 @@ def _value(metric: Metric, examples: Sequence[Example], seed: int) -> Value | No
     counted = [example for example in examples if example.scores[metric.name] is not None]
     if not counted:
         return None
-    try:
-        return metric.value(*_mean(metric, counted, seed), n=len(counted))
-    except OverflowError as error:
-        raise TaskError(
-            f"the mean of {metric.name} is too large for a number: its exponential is none that a float holds."
-        ) from error
+    return metric.value(*_mean(metric, counted, seed), n=len(counted))
 
 
 def _mean(metric: Metric, examples: Sequence[Example], seed: int) -> Estimate:
@@ -150,5 +145,9 @@ def _mean(metric: Metric, examples: Sequence[Example], seed: int) -> Estimate:
     elif metric.interval == "mean":
         sums = np.column_stack([np.bincount(units, weights=scores), np.bincount(units)])
         interval = ratio_intervals(sums, [(0, 1)], seed=seed)[0]
-    number, *bounds = (metric.scaled(mean) for mean in (math.fsum(scores) / len(scores), *(interval or ())))
-    return number, (bounds[0], bounds[1]) if bounds else None
+    mean = math.fsum(scores) / len(scores)
+    try:
+        bounds = interval and (metric.scaled(interval[0]), metric.scaled(interval[1]))
+        return metric.scaled(mean), bounds
+    except OverflowError as error:
+        raise TaskError(f"the mean of {metric.name} is {mean:.6g}: its exponential is no number that a float holds.") from error
