@@ -1,7 +1,6 @@
 """Speed is judged by pairs of runs in fresh processes, and only a difference that is certain and large enough counts."""
 
 import argparse
-import json
 import subprocess
 import sys
 
@@ -156,22 +155,11 @@ def test_medians_of_speed_are_compared_and_nothing_else():
         assert numbers(Document(records=[replace(record, gate=gate)]))[KEY].threshold == share
 
 
-@pytest.mark.parametrize(
-    ("document", "said"),
-    [
-        (
-            {"schema": 1, "records": []},
-            "main measured something, and wrote it so that this version cannot read it. .* version 1",
-        ),
-        (None, r"main measured nothing: .* ended with status 3\.\n    no such option"),
-    ],
-)
-def test_a_side_that_writes_another_schema_or_nothing_is_told(tmp_path, document, said):
+def test_a_side_that_writes_another_schema_is_told(tmp_path):
     python = tmp_path / "python"
-    writes = f"echo '{json.dumps(document)}' > ${{6#--lmeval-dir=}}/metrics.json" if document else ""
-    python.write_text(f"#!/bin/bash\n{writes}\necho no such option\nexit 3\n")
+    python.write_text('#!/bin/bash\necho \'{"schema": 1, "records": []}\' > ${6#--lmeval-dir=}/metrics.json\n')
     python.chmod(0o755)
-    with pytest.raises(SideError, match=said):
+    with pytest.raises(SideError, match="main measured something, and wrote it so that this version cannot read it"):
         Side("main", tmp_path, str(python)).run([])
 
 

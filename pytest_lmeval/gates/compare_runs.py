@@ -19,11 +19,11 @@ from statistics import median
 
 from pytest_lmeval.errors import SideError
 from pytest_lmeval.gates.interleaved import Key, Number, Side, side
+from pytest_lmeval.records.comparison import ORDER
 from pytest_lmeval.statistics.ratio import Ratio, Verdict, judge_all, ratio
 
 PAIRS, MOST, BUDGET, THRESHOLD = 6, 12, 900.0, 0.05
 LEVEL = 0.01  # of each of the two looks
-ORDER: tuple[Verdict, ...] = ("worse", "unclear", "better", "same")
 
 
 @dataclass(frozen=True)
