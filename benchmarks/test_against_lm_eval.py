@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from pytest_lmeval import Corpus, Value, corpus, load
-from pytest_lmeval.measures._task import measure_task
 from pytest_lmeval.measures._perplexity import measure_perplexity
+from pytest_lmeval.measures._task import measure_task
 from pytest_lmeval.profiling.flops import count_flops
 from pytest_lmeval.scoring.fewshot import Shots
 from pytest_lmeval.scoring.metrics import LM_EVAL_NAMES

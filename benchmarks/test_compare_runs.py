@@ -1,4 +1,4 @@
-"""Does `compare-runs` find what is slower, and keep still where nothing is? By simulation, and on this machine.
+"""Does `lmeval compare-runs` find what is slower, without false alarms? By simulation, and on this machine.
 
 A slowdown of ten percent is planted in a project of one file: its second version does a tenth more work.
 """
@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pytest_lmeval import Metric
 from pytest_lmeval.__main__ import main
 from pytest_lmeval.gates.compare_runs import LEVEL, MOST, PAIRS, THRESHOLD
+from pytest_lmeval.records.value import Value
 from pytest_lmeval.statistics.ratio import judge_all, ratio
 
 pytestmark = pytest.mark.benchmark
@@ -73,8 +73,8 @@ def test_a_planted_slowdown_is_found_and_nothing_is_found_without_it(lmeval, lm,
     Path("deep.py").write_text(MODEL.format(layers=100 + percent))
     status, table = compare()
     verdict, shown, low, high = re.search(r"^(\w+) .* prefill .* (\S+)  (\S+) to (\S+)$", table, re.MULTILINE).groups()
-    found = Metric(float(shown), "x", low=float(low), high=float(high), higher_is_better=False)
-    lmeval.record(lm, f"prefill, {percent} % slower: {verdict}", ratio=found, cores_busy=Metric(os.getloadavg()[0]))
+    found = Value(float(shown), "x", low=float(low), high=float(high), higher_is_better=False)
+    lmeval.record(lm, f"prefill, {percent} % slower: {verdict}", ratio=found, cores_busy=Value(os.getloadavg()[0]))
     assert status == (1 if percent else 0)
     assert (verdict == "worse") == bool(percent)
 
@@ -105,7 +105,7 @@ STORED = np.random.default_rng(1)  # runs of another day
 
 @pytest.mark.parametrize("noise", [0.02, 0.05, 0.1, 0.2])
 @pytest.mark.parametrize("numbers", [1, 4, 8])
-def test_how_often_it_cries_wolf_and_how_often_it_sleeps(lmeval, lm, noise, numbers):
+def test_how_often_it_raises_a_false_alarm_and_how_often_it_finds_a_slowdown(lmeval, lm, noise, numbers):
     """Of 500 simulated races each; the two runs of a pair differ by `noise`, and nothing is shared between the numbers."""
     draws = np.random.default_rng(0)
     alarms = {}
@@ -115,7 +115,7 @@ def test_how_often_it_cries_wolf_and_how_often_it_sleeps(lmeval, lm, noise, numb
         for way, alarm in WAYS.items():
             alarms[way, percent] = np.mean([alarm(b, a) for b, a in zip(base, new, strict=True)])
     for way in WAYS:
-        false, found = (Metric(100 * alarms[way, percent], "%", n=500) for percent in (0, 10))
+        false, found = (Value(100 * alarms[way, percent], "%", n=500) for percent in (0, 10))
         lmeval.record(lm, f"{way}, {numbers} numbers, noise {noise:.0%}", false_alarms=false, slower_by_10_percent_found=found)
     assert alarms["two looks", 0] <= 0.03  # 2 % and what 500 races leave open
     if noise <= 0.05:

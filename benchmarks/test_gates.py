@@ -1,4 +1,4 @@
-"""How often a gate cries wolf, and how often it hears one: beside what others compare numbers by.
+"""How often a gate raises a false alarm, and how often it finds a loss: beside what others compare numbers by.
 
     paired       this gate: McNemar's exact test or flipped signs, a loss beyond the margin, all at a level of 1 %
     strict       the same, but the loss must be significantly beyond the margin
@@ -14,7 +14,7 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from pytest_lmeval import Metric
+from pytest_lmeval.records.value import Value
 from pytest_lmeval.statistics.paired import mcnemar, paired_difference, sign_flip
 from pytest_lmeval.statistics.verdict import LEVEL, judge_all
 
@@ -89,7 +89,7 @@ def told(lmeval, capsys, title, found):
         for name, of_rule in found.items():
             print(f"    {name:48}" + "".join(f"{of_rule[rule]:11.3f}" for rule in RULES))
     for name, of_rule in found.items():
-        shares = {rule: Metric(share, n=PAIRS) for rule, share in of_rule.items()}
+        shares = {rule: Value(share, n=PAIRS) for rule, share in of_rule.items()}
         lmeval.record("demo", f"{title}: {name}", **shares)
 
 
@@ -160,6 +160,6 @@ def test_a_run_of_many_metrics_has_no_more_alarms_than_one(lmeval, capsys):
     lmeval.record(
         "demo",
         "20 metrics that did not change",
-        **{name.replace(" ", "_"): Metric(count / PAIRS, n=PAIRS) for name, count in runs.items()},
+        **{name.replace(" ", "_"): Value(count / PAIRS, n=PAIRS) for name, count in runs.items()},
     )
     assert runs["Holm"] <= 0.02 * PAIRS

@@ -8,11 +8,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from pytest_lmeval.errors import SideError
 from pytest_lmeval.gates import compare_runs
 from pytest_lmeval.gates.compare_runs import add_arguments, compared, race
 from pytest_lmeval.gates.interleaved import Key, Number, Side, numbers, side
+from pytest_lmeval.records.comparison import Comparison
+from pytest_lmeval.records.document import Document
+from pytest_lmeval.records.metric import value_of
+from pytest_lmeval.records.record import ModelFacts, Record
 from pytest_lmeval.statistics.ratio import judge_all, quantile, ratio
 
 POSITIVE = st.floats(0.01, 100)
@@ -79,7 +84,7 @@ def test_one_pair_says_nothing():
 
 @pytest.mark.parametrize("noise", [0.05, 0.2])
 @pytest.mark.parametrize("numbers", [1, 8])
-def test_two_looks_at_any_number_of_numbers_call_wolf_in_two_of_a_hundred_races(noise, numbers):
+def test_two_looks_at_any_number_of_numbers_raise_two_false_alarms_in_a_hundred_races(noise, numbers):
     draws = np.random.default_rng(0)
     alarms = eager = 0
     for _ in range(400):
@@ -142,16 +147,20 @@ def test_only_what_every_run_has_is_compared_and_the_rest_is_said():
 
 
 def test_medians_of_speed_are_compared_and_nothing_else():
-    metric = {"value": 2.0, "unit": "ms", "higher_is_better": False}
-    record = {"test": KEY.test, "lm": {"spec": "demo"}, "kind": "latency", "subject": KEY.subject}
-    document = {
-        "records": [{**record, "metrics": {"itl": metric, "itl_p95": metric}}, {**record, "kind": "task", "metrics": {}}]
-    }
-    assert numbers(document) == {KEY: Number(2.0, "ms", False)}
-    document["records"][0]["gate"] = {"latency": {"verdict": "not judged", "new": 2.0, "margin": "10 %"}}
-    assert numbers(document)[KEY].threshold == 0.1
-    document["records"][0]["gate"] = {"itl": {"verdict": "not judged", "new": 2.0, "margin": "0.5"}}
-    assert numbers(document)[KEY].threshold == 0.25
+    lm, metrics = ModelFacts(spec="demo"), {name: value_of(name, 2.0) for name in ("itl", "itl_p95", "accuracy")}
+    record = Record(test=KEY.test, lm=lm, kind="latency", subject=KEY.subject, metrics=metrics)
+    assert numbers(Document(records=[record])) == {KEY: Number(2.0, "ms", False)}
+    for margin, share in (("10 %", 0.1), ("0.5", 0.25)):
+        gate = {"itl": Comparison(verdict="not judged", new=2.0, margin=margin)}
+        assert numbers(Document(records=[replace(record, gate=gate)]))[KEY].threshold == share
+
+
+def test_a_side_that_writes_another_schema_is_told(tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/bash\necho \'{"schema": 1, "records": []}\' > ${6#--lmeval-dir=}/metrics.json\n')
+    python.chmod(0o755)
+    with pytest.raises(SideError, match="main measured something, and wrote it so that this version cannot read it"):
+        Side("main", tmp_path, str(python)).run([])
 
 
 PAGE = """

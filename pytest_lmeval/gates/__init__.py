@@ -1,1 +1,1 @@
-"""Is it still as good, and still as fast? Baselines, margins, and versions that are run side by side."""
+"""Compare a run with a baseline, and the speed of two versions with each other."""

@@ -7,28 +7,30 @@ baseline's examples are missing, the text is another one, the metric is no mean 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
-from pytest_lmeval.gates.entry import differs, gated
-from pytest_lmeval.gates.margins import Margin, Margins, is_cost
-from pytest_lmeval.gates.pairing import pair
-from pytest_lmeval.gates.scores import LOGARITHMIC, Scores, rounded
+from msgspec import structs
+
+from pytest_lmeval.gates.entry import Entry, differs, gated, same_work
+from pytest_lmeval.gates.margins import Margin, Margins
+from pytest_lmeval.gates.pairing import Paired, pair
+from pytest_lmeval.gates.scores import Scores, rounded
+from pytest_lmeval.records.certificate import rank
+from pytest_lmeval.records.comparison import Comparison, GateVerdict
+from pytest_lmeval.records.metric import Metric, metric
+from pytest_lmeval.records.value import Value
 from pytest_lmeval.statistics.paired import Difference, unpaired_difference
 from pytest_lmeval.statistics.verdict import LEVEL, Verdict, judge_all, judge_exact
 
-RANKS = (  # verdicts on a model's laws, the best first
-    *("exact-any-chunk", "consistent", "exact-multiple-of", "exact-step-only", "stateless"),
-    *("length-dependent", "inexact", "non-causal"),
-)
+Rows = dict[str, Comparison]
 
 
 @dataclass(frozen=True)
 class Side:
     """One of the two: entry and scores of a record."""
 
-    entry: dict[str, Any]
+    entry: Entry
     scores: Scores | None
 
 
@@ -36,37 +38,30 @@ class Side:
 class Candidate:
     """A metric that is to be judged: how it differs, in the numbers that are compared.
 
-    base, new    as they are shown
-    difference   in the unit of the metric; of a perplexity, of its logarithm
+    found  before, after, and the difference: in the unit of the metric, but of a perplexity in that of its logarithm
     """
 
-    metric: str
-    base: float
-    new: float
-    difference: Difference
+    metric: Metric
     margin: Margin
-    better: bool
-    row: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def logarithmic(self) -> bool:
-        return self.metric in LOGARITHMIC
+    up: bool
+    found: Paired
+    note: str = ""
 
     @property
     def allowed(self) -> float:
         """The margin in the numbers that are compared."""
-        size = self.margin.of(self.base)
-        return math.log1p(size / self.base) if self.logarithmic else size
+        size = self.margin.of(self.found.base)
+        return math.log1p(size / self.found.base) if self.metric.exponential else size
 
     def shown(self, compared: float | None) -> float | None:
         """A difference as the reader sees it."""
         if compared is None:
             return None
-        return float(f"{self.base * math.expm1(compared) if self.logarithmic else compared:.6g}")
+        return float(f"{self.found.base * math.expm1(compared) if self.metric.exponential else compared:.6g}")
 
 
-def compare(pairs: list[tuple[Side, Side]], margins: Margins, family: int) -> list[dict[str, dict[str, Any]]]:
-    """For each record of a test, base and new: metric -> the row that its gate is told by (see results/schema.json).
+def compare(pairs: Sequence[tuple[Side, Side]], margins: Margins, family: int) -> list[Rows]:
+    """For each record of a test, base and new: metric -> how it compares.
 
     family  metrics that are gated in the whole run. A test is judged when it ends, when those of later tests are not known, so
             Holm's procedure takes them for 1: what fails here would fail with all of them known, too.
@@ -76,85 +71,86 @@ def compare(pairs: list[tuple[Side, Side]], margins: Margins, family: int) -> li
     flat = [candidate for of_record in candidates for candidate in of_record]
     verdicts = iter(
         judge_all(
-            [candidate.difference for candidate in flat],
+            [candidate.found.difference for candidate in flat],
             [candidate.allowed for candidate in flat],
-            [candidate.better for candidate in flat],
+            [candidate.up for candidate in flat],
             family=family,
         )
     )
     found = []
     for (base, new), of_record in zip(pairs, candidates, strict=True):
-        rows = {candidate.metric: _row(candidate, next(verdicts)) for candidate in of_record}
+        rows = {candidate.metric.name: _row(candidate, next(verdicts)) for candidate in of_record}
         rows |= dict(_exact(base.entry, new.entry, margins, set(rows)))
-        if missing := [name for name in gated(base.entry, margins) if name not in new.entry["metrics"]]:
-            old = base.entry["metrics"]
-            rows |= {name: {"verdict": "missing", "base": old[name]["value"], "new": None} for name in missing}
-        if unlike := differs(base.entry, new.entry):
-            rows = {name: {**row, "unlike": unlike} for name, row in rows.items()}
-        found.append(rows)
+        for name in gated(base.entry, margins):
+            if name not in new.entry.metrics:
+                rows[name] = Comparison(verdict="missing", base=rounded(base.entry.metrics[name]))
+        differences = differs(base.entry, new.entry)
+        found.append({name: structs.replace(row, differences=differences) for name, row in rows.items()})
     return found
 
 
-def new_rows(new: dict[str, Any], margins: Margins) -> dict[str, dict[str, Any]]:
+def new_rows(new: Entry, margins: Margins) -> Rows:
     """The rows of a record that the baseline does not have."""
     if margins.off:
         return {}
-    values = {name: new["metrics"][name]["value"] for name in gated(new, margins)}
-    if new["verdict"] is not None:
-        values["verdict"] = new["verdict"]
-    return {name: {"verdict": "new", "base": None, "new": value} for name, value in values.items()}
+    values: dict[str, float | str] = {name: rounded(new.metrics[name]) for name in gated(new, margins)}
+    if new.verdict is not None:
+        values["verdict"] = new.verdict
+    return {name: Comparison(verdict="new", new=value) for name, value in values.items()}
 
 
 def _candidates(base: Side, new: Side, margins: Margins, level: float) -> Iterator[Candidate]:
     for name in gated(base.entry, margins):
-        margin, before, after = margins.of(name), base.entry["metrics"][name], new.entry["metrics"].get(name)
-        if after is None or margin is None or before["higher_is_better"] is None:
+        margin, before, after = margins.of(name), base.entry.metrics[name], new.entry.metrics.get(name)
+        if after is None or margin is None or before.higher_is_better is None:
             continue
-        up = bool(before["higher_is_better"])
-        values: tuple[float, float] = (before["value"], after["value"])
-        other = _other_tokens(name, base.entry, new.entry)
-        found = None
+        declared, up, found = metric(name, before), before.higher_is_better, None
+        other = _other_tokens(declared, base.entry, new.entry)
         if not other and base.scores is not None and new.scores is not None:
             found = pair(name, base.scores, new.scores, up=up, level=level)
         if found is not None:
-            some = found.row["only_base"] or found.row["only_new"]  # else the numbers are those that both runs told
-            values = (found.base, found.new) if some else values
-            yield Candidate(name, *values, found.difference, margin, up, found.row)
+            if not (found.only_base or found.only_new):  # then the numbers are those that both runs told
+                found = replace(found, base=rounded(before), new=rounded(after))
+            yield Candidate(declared, margin, up, found)
         elif not _as_it_is(margin, before, after):
-            sides = [_interval(metric, logarithmic=name in LOGARITHMIC) for metric in (before, after)]
-            if other := other or _other_text(base, new):
-                sides = [(value, None, None) for value, _, _ in sides]
-            difference = unpaired_difference(sides[0], sides[1], after["n"] or before["n"] or 0)
-            yield Candidate(name, *values, difference, margin, up, {"note": other or _why_unpaired(name, base, new)})
+            other = other or _other_text(base, new)
+            unpaired = _unpaired(declared, before, after, with_intervals=other is None)
+            note = other or _why_unpaired(name, base, new)
+            yield Candidate(declared, margin, up, Paired(rounded(before), rounded(after), unpaired), note)
 
 
-def _as_it_is(margin: Margin, before: dict[str, Any], after: dict[str, Any]) -> bool:
+def _as_it_is(margin: Margin, before: Value, after: Value) -> bool:
     """Whether a number is compared as it is: its margin was chosen by hand, and nobody knows what chance does to it."""
-    return margin.given and None in (before["low"], after["low"])
+    return margin.given and None in (before.low, after.low)
 
 
-def _row(candidate: Candidate, verdict: Verdict) -> dict[str, Any]:
-    found, allowed = candidate.difference, candidate.allowed
-    return {
-        "verdict": verdict.name,
-        "base": rounded(candidate.base),
-        "new": rounded(candidate.new),
-        "difference": candidate.shown(found.value),
-        "low": candidate.shown(found.low),
-        "high": candidate.shown(found.high),
-        "margin": candidate.shown(allowed),
-        "margin_given": candidate.margin.given,
-        "higher_is_better": candidate.better,
-        "p": float(f"{verdict.p:.4g}"),
-        "level": float(f"{verdict.level:.4g}"),
-        "detectable": candidate.shown(verdict.detectable),
-        "needed": verdict.needed if verdict.name == "unclear" else None,
-        "n": found.examples,
-        "units": found.units,
-        "test": found.test,
-        **candidate.row,
-        **({"note": _too_few(found, verdict)} if verdict.name == "unclear" and verdict.fewest else {}),
-    }
+def _row(candidate: Candidate, verdict: Verdict) -> Comparison:
+    found, difference = candidate.found, candidate.found.difference
+    too_few = _too_few(difference, verdict) if verdict.name == "unclear" and verdict.fewest else ""
+    return Comparison(
+        verdict=verdict.name,
+        base=rounded(found.base),
+        new=rounded(found.new),
+        difference=candidate.shown(difference.value),
+        low=candidate.shown(difference.low),
+        high=candidate.shown(difference.high),
+        margin=candidate.shown(candidate.allowed),
+        margin_given=candidate.margin.given,
+        higher_is_better=candidate.up,
+        p=float(f"{verdict.p:.4g}"),
+        level=float(f"{verdict.level:.4g}"),
+        detectable=candidate.shown(verdict.detectable),
+        needed=verdict.needed if verdict.name == "unclear" else None,
+        n=difference.examples,
+        units=difference.units,
+        test=difference.test,
+        only_base=found.only_base,
+        only_new=found.only_new,
+        lost=found.lost,
+        won=found.won,
+        flipped=list(found.flipped),
+        note=too_few or candidate.note,
+    )
 
 
 def _too_few(found: Difference, verdict: Verdict) -> str:
@@ -166,71 +162,72 @@ def _too_few(found: Difference, verdict: Verdict) -> str:
     )
 
 
-def _exact(
-    base: dict[str, Any], new: dict[str, Any], margins: Margins, judged: set[str]
-) -> Iterator[tuple[str, dict[str, Any]]]:
+def _exact(base: Entry, new: Entry, margins: Margins, judged: set[str]) -> Iterator[tuple[str, Comparison]]:
     """What chance has no part in: compared as it is. Costs only where both runs did the same on the same kind of device."""
     if margins.off:
         return
-    if base["verdict"] is not None and new["verdict"] is not None and margins.of("verdict") is not None:
-        name = judge_exact(_rank(base["verdict"]), _rank(new["verdict"]), 0, higher_is_better=False)
-        name = "unclear" if name == "identical" and base["verdict"] != new["verdict"] else name
-        yield "verdict", {"verdict": name, "base": base["verdict"], "new": new["verdict"], "test": "exact"}
-    for metric in gated(base, margins):
-        margin, before, after = margins.of(metric), base["metrics"][metric], new["metrics"].get(metric)
-        if after is not None and margin is not None and _as_it_is(margin, before, after) and metric not in judged:
-            yield metric, _exact_row(before["value"], after["value"], margin, bool(before["higher_is_better"]))
-    alike = base["settings"] == new["settings"] and all(base["lm"][key] == new["lm"].get(key) for key in ("device", "dtype"))
-    for cost, old, now in _both(base, new):
-        margin = margins.of(cost)
-        if margin is None or not (alike or margin.given):
+    if base.verdict is not None and new.verdict is not None and margins.of("verdict") is not None:
+        verdict = _of_verdicts(base.verdict, new.verdict)
+        yield "verdict", Comparison(verdict=verdict, base=base.verdict, new=new.verdict, test="exact")
+    for name in gated(base, margins):
+        margin, before, after = margins.of(name), base.metrics[name], new.metrics.get(name)
+        if name in judged or after is None or margin is None or before.higher_is_better is None:
             continue
-        yield cost, _exact_row(old, now, margin, False)
+        if _as_it_is(margin, before, after):
+            yield name, _exact_row(before, after, margin, before.higher_is_better)
+    same = same_work(base, new)
+    for name, old, now in _costs(base, new):
+        margin = margins.of(name)
+        if margin is not None and (same or margin.given):
+            yield name, _exact_row(old, now, margin, up=False)
 
 
-def _exact_row(base: float, new: float, margin: Margin, up: bool) -> dict[str, Any]:
-    return {
-        "verdict": judge_exact(base, new, margin.of(base), higher_is_better=up),
-        "base": base,
-        "new": new,
-        "difference": rounded(new - base),
-        "margin": rounded(margin.of(base)),
-        "margin_given": margin.given,
-        "higher_is_better": up,
-        "test": "exact",
-    }
+def _of_verdicts(base: str, new: str) -> GateVerdict:
+    """How two verdicts on a model's laws compare: unclear where they are other ones, and neither is the better."""
+    before, after = rank(base), rank(new)
+    if base == new:
+        return "identical"
+    if before is None or after is None or before == after:
+        return "unclear"
+    return judge_exact(before, after, 0, higher_is_better=False)
 
 
-def _both(base: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str, float, float]]:
-    """The costs that both have, whether they stand among the costs of a record or among its metrics."""
-    for name in base["costs"]:
-        if name in new["costs"]:
-            yield name, base["costs"][name], new["costs"][name]
-    for name in base["metrics"]:
-        if is_cost(name) and name in new["metrics"] and name not in base["costs"]:
-            yield name, base["metrics"][name]["value"], new["metrics"][name]["value"]
-
-
-def _rank(verdict: str) -> int:
-    return next((place for place, name in enumerate(RANKS) if verdict.startswith(name)), len(RANKS))
-
-
-def _interval(metric: dict[str, Any], *, logarithmic: bool) -> tuple[float, float | None, float | None]:
-    value, low, high = (
-        None if metric[name] is None else math.log(metric[name]) if logarithmic else float(metric[name])
-        for name in ("value", "low", "high")
+def _exact_row(base: float, new: float, margin: Margin, up: bool) -> Comparison:
+    return Comparison(
+        verdict=judge_exact(base, new, margin.of(base), higher_is_better=up),
+        base=rounded(base),
+        new=rounded(new),
+        difference=rounded(new - base),
+        margin=rounded(margin.of(base)),
+        margin_given=margin.given,
+        higher_is_better=up,
+        test="exact",
     )
-    assert value is not None
-    return value, low, high
 
 
-def _why_unpaired(metric: str, base: Side, new: Side) -> str:
+def _costs(base: Entry, new: Entry) -> Iterator[tuple[str, float, float]]:
+    """The costs that both have, whether they stand among the costs of a record or among its metrics."""
+    old, now = ({**side.metrics, **side.costs} for side in (base, new))
+    return ((name, old[name], now[name]) for name in old if name in now and metric(name).aspect == "cost")
+
+
+def _unpaired(declared: Metric, before: Value, after: Value, *, with_intervals: bool) -> Difference:
+    sides = []
+    for value in (before, after):
+        bounds = (float(value), value.low, value.high) if with_intervals else (float(value), None, None)
+        number, low, high = (None if one is None else math.log(one) if declared.exponential else one for one in bounds)
+        assert number is not None
+        sides.append((number, low, high))
+    return unpaired_difference(sides[0], sides[1], after.n or before.n or 0)
+
+
+def _why_unpaired(name: str, base: Side, new: Side) -> str:
     if base.scores is None:
         return "the baseline's file of examples is missing, or says nothing of this record: only the intervals are compared"
     if new.scores is None:
         return "this run kept no examples: only the intervals are compared"
-    if base.scores.ratio(metric) is None or new.scores.ratio(metric) is None:
-        return f"{metric} is no mean over examples: only the intervals are compared"
+    if base.scores.ratio(name) is None or new.scores.ratio(name) is None:
+        return f"{name} is no mean over examples: only the intervals are compared"
     return "the two runs cut the text into other tokens: only the intervals are compared"
 
 
@@ -241,9 +238,10 @@ def _other_text(base: Side, new: Side) -> str | None:
     return "the two runs have no example in common, so nothing can be said"
 
 
-def _other_tokens(metric: str, base: dict[str, Any], new: dict[str, Any]) -> str | None:
+def _other_tokens(declared: Metric, base: Entry, new: Entry) -> str | None:
     """Why a number per token cannot be compared, if the tokens are others."""
-    old, now = (entry["settings"].get("tokenizer") for entry in (base, new))
-    if metric == "bits_per_byte" or old == now:
+    old, now = (entry.settings.get("tokenizer") for entry in (base, new))
+    per_token = "tokens" in (declared.sums or ()) or declared.unit.endswith("/token")
+    if not per_token or old == now:
         return None
     return f"the tokenizer was {old} and is {now}: a number per token says nothing then; gate bits_per_byte"

@@ -1,8 +1,8 @@
-"""`python -m pytest_lmeval compare-runs --base main -- benchmarks/test_speed.py`: is the project slower than it was?
+"""`lmeval compare-runs --base main -- benchmarks/test_speed.py`: is the project slower than it was?
 
 Both versions run the same tests in turns, in fresh processes. After `--pairs` of them one looks, and stops if every verdict is
 clear; else once more after `--most`, or when the budget is spent. Where nothing changed, a look calls anything worse in one of
-100 comparisons, however many numbers there are; one who looks after every pair would cry wolf far more often.
+100 comparisons, however many numbers there are; one who looks after every pair would raise many more false alarms.
 
 Exit status 1 where a number got worse or a test of this version failed; what is unclear fails nothing.
 """
@@ -19,11 +19,11 @@ from statistics import median
 
 from pytest_lmeval.errors import SideError
 from pytest_lmeval.gates.interleaved import Key, Number, Side, side
+from pytest_lmeval.records.comparison import ORDER
 from pytest_lmeval.statistics.ratio import Ratio, Verdict, judge_all, ratio
 
 PAIRS, MOST, BUDGET, THRESHOLD = 6, 12, 900.0, 0.05
 LEVEL = 0.01  # of each of the two looks
-ORDER: tuple[Verdict, ...] = ("worse", "unclear", "better", "same")
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def main(arguments: argparse.Namespace) -> int:
     print("\n".join(lines(rows, base, here, arguments.threshold)))
     if not rows:
         print(
-            "no number of speed is on both sides: choose tests that use lmeval.latency, throughput or streaming.",
+            "no speed was measured on both sides: choose tests that use lmeval.latency, throughput or streaming.",
             file=sys.stderr,
         )
         return 2

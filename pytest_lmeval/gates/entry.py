@@ -1,75 +1,113 @@
-"""What a baseline says of a record: the numbers that mean the same on another machine, and what they were had with."""
+"""What a baseline keeps of a record: the numbers that mean the same on another machine, and the settings that produced them."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
-from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
-from pytest_lmeval.gates.margins import READINGS, Margins, is_cost, is_speed
-from pytest_lmeval.gates.scores import rounded
+from msgspec import Struct
+from msgspec.structs import replace
 
-SETTINGS = (
-    *("reading", "window", "overlap", "rolling", "by_document", "tokens", "limit", "unit", "tokenizer"),
-    *("style", "version", "shots", "fewshot", "truncate", "prompts", "rate_is"),
-    *("steps", "batch_size", "seq_len", "lr", "seed"),
-)  # those that decide what was asked; how fast it went and in which chunks it was read does not
+from pytest_lmeval.gates.margins import Margins
+from pytest_lmeval.gates.scores import keeps_examples, numbered, rounded
+from pytest_lmeval.records.metric import headline_of, metric
+from pytest_lmeval.records.record import ModelFacts, Record
+from pytest_lmeval.records.schema import to_plain
+from pytest_lmeval.records.value import Value
+
+LAWS = "equivalence"  # the kind of record whose verdict is compared
+IRRELEVANT = {  # settings that two runs may differ in, and why
+    "chunk_size": "the certificate proves that the numbers do not depend on it",
+    "key": "it follows from the other settings and from the version of this package",
+    "runs": "how often something is timed changes the times alone, which no baseline keeps",
+    "seconds": "how long something is timed, as runs",
+    "threads": "they belong to the machine, and the environment of the baseline names them",
+    "warm_up": "how often something is run before it is timed, as runs",
+    "why": "it says in words why the text was read so; how it was read is compared",
+}
+OF_COSTS = ("chunk_size",)  # of these, what a cost does depend on
 COSTS = ("flops", "state_bytes", "peak_bytes")
-UNTOLD = (  # of a whole process, or of a device that others use too: other in every run
-    *("peak_memory", "peak_memory_growth", "peak_bytes", "growth_bytes", "allocated_bytes", "reserved_bytes"),
-)
-TIMED = ("latency", "throughput", "streaming")  # their FLOPs are those of all runs, as many as the clock wanted
 
 
-def entry_of(record: dict[str, Any]) -> dict[str, Any]:
-    """The entry of a record: its metrics but for times, its costs but for the seconds, its verdict, its model, its settings."""
-    probed = record["kind"] == "equivalence"  # how many cases it tried is a question of time: only the verdict is kept
-    kept = {name: metric for name, metric in record["metrics"].items() if not probed and _is_kept(name, metric["unit"])}
-    metrics = {name: _metric(metric) for name, metric in kept.items()}
-    on_gpu = str(record["lm"].get("device", "")).startswith("cuda")  # elsewhere, peak_bytes are those of the whole process
-    left = {"flops": record["kind"] not in TIMED, "peak_bytes": on_gpu}
-    costs = {name: record["cost"].get(name) for name in COSTS if not probed and left.get(name, True)}
-    verdict = (record.get("certificate") or {}).get("verdict") if probed else None
-    return {
-        "lm": {name: portable(str(record["lm"].get(name))) for name in ("spec", "dtype", "device", "fingerprint")},
-        "settings": {name: _short(record["settings"][name]) for name in SETTINGS if record["settings"].get(name) is not None},
-        "metrics": metrics,
-        "costs": {name: rounded(cost) for name, cost in costs.items() if cost is not None},
-        "headline": headline(record["kind"], list(metrics)),
-        "verdict": verdict,
-    }
+class Model(Struct, frozen=True, kw_only=True):
+    """Of `ModelFacts`, what two runs should have alike."""
+
+    spec: str
+    dtype: str
+    device: str
+    fingerprint: str
+    more: dict[str, Any] = {}
 
 
-def headline(kind: str, metrics: list[str]) -> str | None:
-    """The metric that is gated where the marker names none: one a record, since each more makes the others less certain."""
-    if kind == "perplexity":
-        return next((name for name in READINGS if name in metrics), None)
-    return metrics[0] if kind == "task" and metrics else None
+class Entry(Struct, frozen=True, kw_only=True):
+    """One record in a baseline.
+
+    settings  of the record, but for those that are None, without folders of this machine, long hashes cut
+    metrics   those that are the same in every run of the same code
+    costs     of its `Cost`, those that are the same in every run
+    headline  the metric that is gated where the marker names none: one a record, since each more makes the others less certain
+    verdict   on the model's laws, where the record is about them
+    examples  checksum of its examples; empty where none are kept
+    checksum  of all the above, and of where it stands
+    """
+
+    lm: Model
+    settings: dict[str, Any]
+    metrics: dict[str, Value]
+    costs: dict[str, int | float]
+    headline: str | None
+    verdict: str | None
+    examples: str = ""
+    checksum: str = ""
+    more: dict[str, Any] = {}
 
 
-def gated(entry: dict[str, Any], margins: Margins) -> list[str]:
-    """The metrics of an entry that are judged with chance in mind: its headline, and what the marker names."""
+def entry_of(record: Record) -> Entry:
+    """The entry of a record, not sealed yet."""
+    probed = record.kind == LAWS  # how many cases it tried is a question of time: only the verdict is kept
+    kept = {name: value for name, value in record.metrics.items() if not probed and metric(name, value).is_kept}
+    metrics = {name: _rounded(value) for name, value in kept.items()}
+    costs = {name: None if probed else getattr(record.cost, name) for name in COSTS}
+    if "timed_by" in record.details:
+        costs["flops"] = None  # of as many runs as the clock wanted
+    if not record.lm.device.startswith("cuda"):
+        costs["peak_bytes"] = None  # of the whole process
+    return Entry(
+        lm=_model(record.lm),
+        settings=_portable({name: value for name, value in to_plain(record.settings).items() if value is not None}),
+        metrics=metrics,
+        costs={name: rounded(count) for name, count in costs.items() if count is not None},
+        headline=headline_of(metrics) if keeps_examples(record) else None,
+        verdict=record.certificate.verdict if probed and record.certificate else None,
+    )
+
+
+def sealed(entry: Entry, place: Sequence[str], examples: str) -> Entry:
+    """The entry with its checksum, for where it stands (test, name of the record), and with that of its examples."""
+    entry = replace(entry, examples=examples, checksum="")
+    text = json.dumps([*place, to_plain(entry)], sort_keys=True)
+    return replace(entry, checksum=hashlib.sha256(text.encode()).hexdigest()[:16])
+
+
+def gated(entry: Entry, margins: Margins) -> list[str]:
+    """The metrics of an entry that are judged with chance in mind: its headline, and what the marker names.
+
+    The headline is not where the marker names the same quantity in another unit.
+    """
     if margins.off:
         return []
-    named = [name for name in margins.given if name in entry["metrics"] and not is_cost(name)]
-    first = entry["headline"]
-    told = first is None or first in named or (first in READINGS and any(name in READINGS for name in named))
-    return [name for name in (named if told else [first, *named]) if margins.of(name) is not None]
+    named = [name for name in margins.given if name in entry.metrics and metric(name).aspect != "cost"]
+    first = entry.headline
+    told = first is None or any(_quantity(name) == _quantity(first) for name in named)
+    return [name for name in (named if told or first is None else [first, *named]) if margins.of(name) is not None]
 
 
-def names_of(records: list[dict[str, Any]]) -> list[str]:
-    """What each record of a test is called in a baseline: its kind and subject, numbered where several have the same.
-
-    >>> names_of([{"kind": "task", "subject": "boolq, 0-shot"}] * 2)
-    ['task boolq, 0-shot', 'task boolq, 0-shot #2']
-    """
-    seen: Counter[str] = Counter()
-    names = []
-    for record in records:
-        name = f"{record['kind']} {portable(record['subject'])}"
-        seen[name] += 1
-        names.append(name if seen[name] == 1 else f"{name} #{seen[name]}")
-    return names
+def names_of(records: Sequence[Record]) -> list[str]:
+    """What each record of a test is called in a baseline: its kind and subject, numbered where several have the same."""
+    return numbered([f"{record.kind} {portable(record.subject)}" for record in records], " #")
 
 
 def portable(text: str) -> str:
@@ -81,23 +119,45 @@ def portable(text: str) -> str:
     return re.sub(r"(^|[:\s])(?:[A-Za-z]:)?[/\\](?:[^/\\\[\]#]+[/\\])*", r"\1", text)
 
 
-def differs(entry: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What the two entries were not had alike with, in words: model, precision, place, settings."""
-    pairs = [(f"model's {key}" if key == "fingerprint" else key, entry["lm"].get(key), new["lm"].get(key)) for key in new["lm"]]
-    names = dict.fromkeys([*entry["settings"], *new["settings"]])
-    pairs += [(name, entry["settings"].get(name), new["settings"].get(name)) for name in names]
-    return [f"{name} was {old}, is {now}" for name, old, now in pairs if old != now]
+def differs(old: Entry, new: Entry) -> list[str]:
+    """Where the two runs differ, in words: model, precision, device, settings."""
+    names = [name for name in dict.fromkeys([*old.settings, *new.settings]) if name not in IRRELEVANT]
+    pairs = [
+        ("model", old.lm.spec, new.lm.spec),
+        ("dtype", old.lm.dtype, new.lm.dtype),
+        ("device", old.lm.device, new.lm.device),
+        ("model's fingerprint", old.lm.fingerprint, new.lm.fingerprint),
+        *((name, old.settings.get(name, "not set"), new.settings.get(name, "not set")) for name in names),
+    ]
+    return [f"{name} was {before}, is {now}" for name, before, now in pairs if before != now]
 
 
-def _short(value: Any) -> Any:
-    """Of a hash, as much as tells it apart."""
-    return value[:16] if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{32,}", value) else value
+def same_work(old: Entry, new: Entry) -> bool:
+    """Whether both runs did the same on the same kind of device, so that costs can be compared."""
+    names = [name for name in (*old.settings, *new.settings) if name not in IRRELEVANT or name in OF_COSTS]
+    alike = all(old.settings.get(name) == new.settings.get(name) for name in names)
+    return alike and (old.lm.device, old.lm.dtype) == (new.lm.device, new.lm.dtype)
 
 
-def _is_kept(name: str, unit: str) -> bool:
-    return not is_speed(name, unit) and name not in UNTOLD
+def _quantity(name: str) -> str:
+    return metric(name).stands_for or name
 
 
-def _metric(metric: dict[str, Any]) -> dict[str, Any]:
-    numbers = {name: rounded(metric[name]) for name in ("value", "low", "high", "n")}
-    return {**numbers, "unit": metric["unit"], "higher_is_better": metric["higher_is_better"]}
+def _model(lm: ModelFacts) -> Model:
+    return Model(spec=portable(lm.spec), dtype=lm.dtype, device=lm.device, fingerprint=lm.fingerprint)
+
+
+def _portable(plain: Any) -> Any:
+    """Plain values without folders of this machine; of a long hash, as much as tells it apart."""
+    if isinstance(plain, dict):
+        return {str(name): _portable(value) for name, value in plain.items()}
+    if isinstance(plain, list):
+        return [_portable(value) for value in plain]
+    if isinstance(plain, str):
+        return plain[:16] if re.fullmatch(r"[0-9a-f]{32,}", plain) else portable(plain)
+    return plain
+
+
+def _rounded(value: Value) -> Value:
+    low, high = (None if bound is None else rounded(bound) for bound in (value.low, value.high))
+    return Value(rounded(value), value.unit, low=low, high=high, n=value.n, higher_is_better=value.higher_is_better)

@@ -6,20 +6,25 @@ A test is judged where it ran, when it ends: a regression is that test failing. 
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
-from dataclasses import replace
+from collections.abc import Generator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import asdict, replace
 
-from pytest_lmeval.errors import BaselineError
-from pytest_lmeval.gates.baseline import ENVIRONMENT, Baseline, read
-from pytest_lmeval.gates.entry import entry_of, gated, names_of
-from pytest_lmeval.gates.margins import NOT_JUDGED, SPEED_NAMES, Margins, check_sign, is_speed, read_marker
-from pytest_lmeval.gates.unmeasured import Unmeasured
+from pytest_lmeval.errors import BaselineError, DocumentError
+from pytest_lmeval.gates.baseline import Baseline, differences, place_of, read
+from pytest_lmeval.gates.entry import Entry, entry_of, gated, names_of
+from pytest_lmeval.gates.margins import Margins, check_sign, read_marker
+from pytest_lmeval.gates.missing_tests import MissingTests
 from pytest_lmeval.options import is_worker, option, output_folder, test_id
+from pytest_lmeval.records.comparison import Comparison
+from pytest_lmeval.records.document import BaselineUse, Document
+from pytest_lmeval.records.metric import metric
+from pytest_lmeval.records.record import Record
+from pytest_lmeval.records.value import Value
 
 MARKER = "lmeval_gate"
 
@@ -41,15 +46,19 @@ def baseline_file(config: pytest.Config) -> Path | None:
 
 
 class Gate:
-    """log_key  where the fixture `lmeval` keeps what a test recorded"""
+    """log_key    where the fixture `lmeval` keeps what a test recorded
+    family     metrics that are gated in the whole run
+    elsewhere  how the place of the run differs from that of the baseline
+    """
 
     def __init__(self, config: pytest.Config, file: Path, log_key: pytest.StashKey[Any]) -> None:
         self.config, self.file, self.log_key = config, file, log_key
         self.family = 0
+        self.elsewhere: list[str] = []
         if not is_worker(config):
             known = self.baseline  # what is wrong with it is told before the first test, and once
-            self.unmeasured = Unmeasured(config, known.tests if known else {})
-            config.pluginmanager.register(self.unmeasured, "lmeval-unmeasured")
+            self.missing_tests = MissingTests(config, known.tests if known else {})
+            config.pluginmanager.register(self.missing_tests, "lmeval-missing-tests")
 
     @cached_property
     def baseline(self) -> Baseline | None:
@@ -58,14 +67,17 @@ class Gate:
         except BaselineError as error:
             raise pytest.UsageError(str(error)) from None
 
+    def known(self, test: str) -> dict[str, Entry]:
+        """What the baseline has of a test: name of a record -> entry."""
+        return self.baseline.tests.get(test, {}) if self.baseline else {}
+
     @pytest.hookimpl
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        """How many metrics are gated: those that the baseline has of the chosen tests."""
-        tests = self.baseline.tests if self.baseline else {}
-        chosen = [(entry, item) for item in session.items for entry in tests.get(test_id(item.nodeid), {}).values()]
+        """Count the metrics that are gated: those that the baseline has of the chosen tests."""
+        chosen = [(entry, item) for item in session.items for entry in self.known(test_id(item.nodeid)).values()]
         self.family = sum(len(self._gated(entry, item)) for entry, item in chosen)
 
-    def _gated(self, entry: dict[str, Any], item: pytest.Item) -> list[str]:
+    def _gated(self, entry: Entry, item: pytest.Item) -> list[str]:
         try:
             return gated(entry, margins_of(item))
         except pytest.UsageError:
@@ -89,159 +101,130 @@ class Gate:
         log = item.stash.get(self.log_key, None)
         try:
             margins = margins_of(item)
-        except pytest.UsageError as error:
+            if log is None or not log.records or margins.off:
+                return None
+            gates = self._rows(log.test, log.records, margins)
+        except (pytest.UsageError, DocumentError) as error:
             return str(error)
-        if log is None or not log.records or margins.off:
+        if fails:
+            gates = [{name: replace(row, failed=row.verdict == "worse") for name, row in gate.items()} for gate in gates]
+        log.records[:] = [replace(record, gate=gate or None) for record, gate in zip(log.records, gates, strict=True)]
+        item.user_properties += properties(log.records)
+        unmade = [name for name in self.known(log.test) if name not in names_of(log.records)]
+        notes = [f"the baseline has {name!r} of it, which this run did not record" for name in unmade]
+        log.notes += [f"{log.test}: {note}" for note in (*unused_margins(log.records, margins), *notes)]
+        worse = [
+            (record, name, row) for record in log.records for name, row in (record.gate or {}).items() if row.verdict == "worse"
+        ]
+        if not worse or not fails:
             return None
         from pytest_lmeval.gates.explain import failure
 
-        records = [record.to_json() for record in log.records]
-        gates = self._rows(log.test, records, margins)
-        worse = [
-            (record, name, row)
-            for record, gate in zip(records, gates, strict=True)
-            for name, row in gate.items()
-            if row["verdict"] == "worse"
-        ]
-        for *_, row in worse if fails else ():
-            row["failed"] = True
-        log.records[:] = [replace(record, gate=gate or None) for record, gate in zip(log.records, gates, strict=True)]
-        item.user_properties += properties(records, gates)
-        remarks = unheard(records, margins) + self._unmade(log.test, records)
-        log.notes += [f"{log.test}: {remark}" for remark in remarks]
         accept = f"--from {_readable(output_folder(self.config))} --to {_readable(self.file)}"
-        return failure(log.test, worse, baseline=_readable(self.file), accept=accept) if worse and fails else None
+        return failure(log.test, worse, baseline=_readable(self.file), accept=accept)
 
-    def _unmade(self, test: str, records: list[dict[str, Any]]) -> list[str]:
-        known = self.baseline.tests.get(test, {}) if self.baseline else {}
-        return [
-            f"the baseline has {name!r} of it, which this run did not record" for name in set(known) - set(names_of(records))
-        ]
-
-    def _rows(self, test: str, records: list[dict[str, Any]], margins: Margins) -> list[dict[str, dict[str, Any]]]:
+    def _rows(self, test: str, records: Sequence[Record], margins: Margins) -> list[dict[str, Comparison]]:
         from pytest_lmeval.gates.compare import Side, compare, new_rows
         from pytest_lmeval.gates.scores import scores_of
 
-        known = self.baseline.tests.get(test, {}) if self.baseline else {}
+        known, names, folder = self.known(test), names_of(records), output_folder(self.config)
         scores = (self.baseline.scores or {}) if self.baseline else {}
-        names, entries = names_of(records), [entry_of(record) for record in records]
-        rows = [{} if name in known else new_rows(entry, margins) for name, entry in zip(names, entries, strict=True)]
-        old = [place for place, name in enumerate(names) if name in known]
+        named = list(zip(names, records, strict=True))
         pairs = [
-            (
-                Side(known[names[place]], scores.get((test, names[place]))),
-                Side(entries[place], scores_of(records[place], output_folder(self.config))),
-            )
-            for place in old
+            (Side(known[name], scores.get((test, name))), Side(entry_of(record), scores_of(record, folder)))
+            for name, record in named
+            if name in known
         ]
-        for place, found in zip(old, compare(pairs, margins, self.family), strict=True):
-            rows[place] = found
-        for record, found in zip(records, rows, strict=True):
-            found |= speed_rows(record, margins)
-        return rows
+        compared = iter(compare(pairs, margins, self.family))
+        rows = [next(compared) if name in known else new_rows(entry_of(record), margins) for name, record in named]
+        return [found | speed_rows(record, margins) for record, found in zip(records, rows, strict=True)]
 
     @pytest.hookimpl(trylast=True)
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         reports = self.config.pluginmanager.get_plugin("lmeval-reports")
-        records = [record for record in getattr(reports, "records", ()) if record.get("gate")]
-        missed = [f"not measured: {test} ({reason})" for test, reason in self.unmeasured.found().items()]
-        if not (records or missed) or self.config.option.collectonly or self.config.get_verbosity() < -1:
+        records: list[Record] = [record for record in getattr(reports, "records", ()) if record.gate]
+        said = [f"not measured: {test} ({reason})" for test, reason in self.missing_tests.found().items()]
+        if not (records or said) or self.config.option.collectonly or self.config.get_verbosity() < -1:
             return
         from pytest_lmeval.gates.explain import table
         from pytest_lmeval.report.words import wrapped
 
         width = terminalreporter._tw.fullwidth
         terminalreporter.section(f"lmeval: against {_readable(self.file)}")
-        said = [*missed, *(self._remarks(records) if records else ())]
-        pieces = (piece for remark in said for piece in wrapped(remark, width))
-        for line in (*(table(records, width=width) if records else ()), *pieces):
+        said += self._notes() if records else []
+        lines = table(records, width=width) if records else []
+        for line in (*lines, *(piece for note in said for piece in wrapped(note, width))):
             terminalreporter.write_line(line)
 
-    def _remarks(self, records: list[dict[str, Any]]) -> list[str]:
+    def _notes(self) -> list[str]:
         """What is to be said of the baseline as a whole."""
         if self.baseline is None:
-            return [f"there is no {_readable(self.file)} yet, so all is new: python -m pytest_lmeval baseline accept writes it"]
-        lines = [] if self.baseline.scores is not None else ["its file of examples is missing: only intervals were compared"]
-        if unlike := self._made_elsewhere(records):
-            lines.append(f"made elsewhere: {', '.join(unlike)}")
-        return lines
-
-    def _made_elsewhere(self, records: list[dict[str, Any]]) -> list[str]:
-        if self.baseline is None:
-            return []
-        from pytest_lmeval.records.environment import describe
-
-        device = ", ".join(sorted({record["lm"]["device"] for record in records}))
-        now = describe(root=self.config.rootpath, device=device, threads=_threads(), seed=0)
-        return list(other_environment(self.baseline.environment, now))
+            return [f"there is no {_readable(self.file)} yet, so all is new: lmeval baseline accept writes it"]
+        missing = [] if self.baseline.scores is not None else ["its file of examples is missing: only intervals were compared"]
+        return missing + ([f"made elsewhere: {', '.join(self.elsewhere)}"] if self.elsewhere else [])
 
     @pytest.hookimpl(tryfirst=True)
-    def pytest_lmeval_report(self, data: dict[str, Any]) -> None:
+    def pytest_lmeval_report(self, data: Document) -> None:
         """The pages say it too."""
-        data["baseline"] = {"file": _readable(self.file), "unlike": self._made_elsewhere(data["records"])}
+        if self.baseline is not None:
+            self.elsewhere = differences(self.baseline.file.environment, place_of(data.environment))
+        data.baseline = BaselineUse(_readable(self.file), self.elsewhere)
 
 
-def properties(records: list[dict[str, Any]], gates: list[dict[str, dict[str, Any]]]) -> list[tuple[str, object]]:
+def properties(records: Sequence[Record]) -> list[tuple[str, object]]:
     """The verdicts as JUnit's properties of the test, where they are seen though nothing failed, beside the numbers."""
     from pytest_lmeval.report.words import visible
 
     return [
-        (visible(f"lmeval {record['lm']['spec']}, {record['subject']}, {name}, {key}"), row[key])
-        for record, gate in zip(records, gates, strict=True)
-        for name, row in gate.items()
-        for key in ("verdict", "base", "margin")
-        if row.get(key) is not None
+        (visible(f"lmeval {record.lm.spec}, {record.subject}, {name}, {key}"), value)
+        for record in records
+        for name, row in (record.gate or {}).items()
+        for key, value in (("verdict", row.verdict), ("base", row.base), ("margin", row.margin))
+        if value is not None
     ]
 
 
-def unheard(records: list[dict[str, Any]], margins: Margins) -> list[str]:
-    """What the marker says that nothing can be made of."""
-    metrics = {name: metric for record in records for name, metric in record["metrics"].items()}
-    costs = {name for record in records for name, cost in record["cost"].items() if cost is not None}
-    speeds = {name for record in records for name in speed_rows(record, margins)}
-    kept = {name for record in records for part in ("metrics", "costs") for name in entry_of(record)[part]} | {"verdict"}
+def unused_margins(records: Sequence[Record], margins: Margins) -> list[str]:
+    """Margins of the marker that match no gated metric, and why, in words."""
+    metrics = {name: value for record in records for name, value in record.metrics.items()}
+    costs = {name for record in records for name, cost in asdict(record.cost).items() if cost is not None}
+    speeds = {word for name, value in metrics.items() for word in _speed_words(name, value)}
+    entries = [entry_of(record) for record in records]
+    kept = {name for entry in entries for name in (*entry.metrics, *entry.costs)} | {"verdict"}
     found = []
     for name, margin in margins.given.items():
         if name not in {*metrics, *costs, *speeds, "verdict"}:
             has = ", ".join(metrics) or "no metric"
             found.append(f"the marker {MARKER} names {name}, which the test does not record; it records {has}")
-        elif margin is not None and name not in kept | speeds:
+        elif margin is None or name in speeds:
+            continue
+        elif name not in kept:
             found.append(
                 f"the marker {MARKER} names {name}, which is another one in every run of the same code: it is not gated"
             )
-        elif margin is not None and name in metrics and not is_speed(name, metrics[name]["unit"]):
-            if (better := metrics[name]["higher_is_better"]) is None:
+        elif name in metrics:
+            if (better := metrics[name].higher_is_better) is None:
                 found.append(f"the marker {MARKER} names {name}, and neither direction of it is better: it is not gated")
             elif wrong := check_sign(name, margin, better):
                 found.append(f"the marker {MARKER}: {wrong}; it was taken for the latter")
     return found
 
 
-def speed_rows(record: dict[str, Any], margins: Margins) -> dict[str, dict[str, Any]]:
+def speed_rows(record: Record, margins: Margins) -> dict[str, Comparison]:
     """The speeds that the marker names: kept for a comparison of runs side by side, and not judged here."""
-    values = {name: metric["value"] for name, metric in record["metrics"].items() if is_speed(name, metric["unit"])}
-    row = {"verdict": NOT_JUDGED, "base": None, "note": "speed is judged by compare-runs"}
     rows = {}
-    for name, margin in margins.given.items():
-        found = next((values[other] for other in (name, *SPEED_NAMES.get(name, ())) if other in values), None)
-        if found is not None and margin is not None:
-            rows[name] = {**row, "new": found, "margin": str(margin)}
+    for name, value in record.metrics.items():
+        margin = next((margins.given[word] for word in _speed_words(name, value) if word in margins.given), None)
+        if margin is not None:
+            note = "speed is judged by lmeval compare-runs"
+            rows[name] = Comparison(verdict="not judged", new=float(value), margin=str(margin), note=note)
     return rows
 
 
-def other_environment(base: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """How the place differs, in words."""
-    old, new = ({key: place.get(key) for key in ENVIRONMENT if key != "packages"} for place in (base, now))
-    for place, flat in ((base, old), (now, new)):
-        flat.update(place.get("packages") or {})
-    unlike = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
-    return [f"{key} was {old.get(key)}, is {new.get(key)}" for key in unlike]
-
-
-def _threads() -> int | None:
-    import sys
-
-    return sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None
+def _speed_words(name: str, value: Value) -> tuple[str, ...]:
+    """The words by which a marker may mean a metric, if that is a speed."""
+    declared = metric(name, value)
+    return (name, *declared.aliases) if declared.aspect == "speed" else ()
 
 
 def _readable(path: Path) -> str:

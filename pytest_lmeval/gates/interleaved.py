@@ -7,7 +7,6 @@ Python (an executable, or the folder of a virtual environment), or the project a
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import subprocess
 import sys
@@ -15,16 +14,13 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from pytest_lmeval.errors import SideError
-from pytest_lmeval.gates.margins import NOT_JUDGED, SPEED_NAMES
+from pytest_lmeval.errors import DocumentError, SideError
+from pytest_lmeval.gates.margins import parse
+from pytest_lmeval.records.document import NAME, Document, load
+from pytest_lmeval.records.metric import metric
+from pytest_lmeval.records.record import Record
 
-SPEED = {  # kind of record -> metrics that are compared: medians, since a percentile of one run says little
-    "latency": ("prefill", "ttft", "itl", "e2e"),
-    "throughput": ("tokens_per_second", "decode_tokens_per_second"),
-    "streaming": ("chunk_latency", "tokens_per_second"),
-}
 OF_PYTEST = ("PYTEST_CURRENT_TEST", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_VERSION")
 LAST_LINES = 15
 
@@ -72,16 +68,22 @@ class Side:
             done = subprocess.run(
                 command, cwd=self.folder, env=self._environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
             )
-            written = Path(output) / "metrics.json"
+            written = Path(output) / NAME
             if not written.exists():
                 last = "\n".join(f"    {line}" for line in done.stdout.strip().splitlines()[-LAST_LINES:])
                 raise SideError(
                     f"{self.name} measured nothing: `{' '.join(command[1:])}` in {self.folder} ended with status "
                     f"{done.returncode}.\n{last}"
                 )
-            document = json.loads(written.read_text(encoding="utf-8"))
+            try:
+                document = load(written)
+            except DocumentError as error:
+                raise SideError(
+                    f"{self.name} measured something, and wrote it so that this version cannot read it. {error} Compare with a "
+                    f"revision or an environment whose pytest-lmeval writes the same {NAME} as this one."
+                ) from error
             self.runs.append(numbers(document))
-            self.failed |= {failure["test"] for failure in document.get("failures", [])}
+            self.failed |= {failure.test for failure in document.failures}
 
     def _environment(self) -> dict[str, str]:
         """This process's, with the side's own code before all other."""
@@ -90,27 +92,24 @@ class Side:
         return {**inherited, "PYTHONPATH": os.pathsep.join([*own, *filter(None, [inherited.get("PYTHONPATH")])])}
 
 
-def numbers(document: dict[str, Any]) -> dict[Key, Number]:
-    """The speeds in a metrics.json. Of a test that measured the same thing twice, the first."""
+def numbers(document: Document) -> dict[Key, Number]:
+    """The speeds of a run. Of a test that measured the same thing twice, the first."""
     found: dict[Key, Number] = {}
-    for record in document["records"]:
-        for name in SPEED.get(record["kind"], ()):
-            if (metric := record["metrics"].get(name)) is not None:
-                key = Key(record["test"], str(record["lm"]["spec"]), record["subject"], name)
-                better, allowed = bool(metric["higher_is_better"]), thresholds(record)
-                found.setdefault(key, Number(metric["value"], metric["unit"], better, allowed.get(name)))
+    for record in document.records:
+        for name, value in record.metrics.items():
+            if metric(name, value).compared:
+                key = Key(record.test, record.lm.spec, record.subject, name)
+                found.setdefault(key, Number(float(value), value.unit, bool(value.higher_is_better), threshold(record, name)))
     return found
 
 
-def thresholds(record: dict[str, Any]) -> dict[str, float]:
-    """What speeds may lose by the marker `lmeval_gate` of the test, as shares."""
-    found: dict[str, float] = {}
-    for named, row in (record.get("gate") or {}).items():
-        if row["verdict"] == NOT_JUDGED:
-            size = float(row["margin"].rstrip(" %"))
-            share = size / 100 if row["margin"].endswith("%") else size / row["new"]
-            found |= dict.fromkeys((named, *SPEED_NAMES.get(named, ())), share)
-    return found
+def threshold(record: Record, name: str) -> float | None:
+    """What a speed may lose by the marker `lmeval_gate` of the test, as a share; None if that does not name it."""
+    row = (record.gate or {}).get(name)
+    if row is None or row.verdict != "not judged":
+        return None
+    value = record.metrics[name]
+    return parse(row.margin).of(value) / value
 
 
 @contextlib.contextmanager

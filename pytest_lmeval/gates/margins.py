@@ -1,4 +1,4 @@
-"""How much a metric may lose: what the marker says, and else what its kind allows. Standard library only.
+"""How much a metric may lose: what the marker says, and else what its declaration allows.
 
 @pytest.mark.lmeval_gate(accuracy=0.01, perplexity="0.5%", throughput="-10%")      0.01 less; half a percent more
 @pytest.mark.lmeval_gate(accuracy="off")                                           not compared
@@ -11,30 +11,11 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
-OFF, NOT_JUDGED = "off", "not judged"
-READINGS = ("bits_per_byte", "perplexity", "nll")  # the same losses in three units: one of them is gated
-SPEED = ("throughput", "latency", "*_per_second", "seconds", "ttft*", "itl*", "tpot*", "e2e*", "prefill*", "cold")
-SPEED_NAMES = {"throughput": ("tokens_per_second", "prefill_tokens_per_second"), "latency": ("e2e", "ttft", "itl")}
-SPEED_UNITS = ("s", "ms", "us", "ns", "tokens/s", "frames/s")
-COSTS = {  # what a computer does to the last operation, so that chance has no part in it -> what it may grow by
-    "flops": "0%",
-    "flops_forward": "0%",
-    "flops_backward": "0%",
-    "flops_total": "0%",
-    "prefill_flops": "0%",
-    "decode_flops": "0%",
-    "state_bytes": "0%",
-    "weights_bytes": "0%",
-    "model_bytes": "0%",
-    "parameters": "0%",
-    "tensors_peak_bytes": "1%",
-    "peak_bytes": "1%",  # of a CUDA device; elsewhere it is that of a process, and no baseline keeps it
-    "verdict": "0%",
-}
-DEFAULTS = {"perplexity*": "0.5%", "nll*": "0.5%", "bits_per_byte": "0.5%", "loss_at_*": "0.5%", "bleu": "0.5"}
+from pytest_lmeval.records.metric import metric
+
+OFF = "off"
 
 
 @dataclass(frozen=True)
@@ -71,10 +52,7 @@ class Margins:
 
     def of(self, name: str) -> Margin | None:
         """The margin of a metric; None where the marker turned it off."""
-        if name in self.given:
-            return self.given[name]
-        known = {**DEFAULTS, **COSTS}
-        return parse(next((margin for pattern, margin in known.items() if fnmatchcase(name, pattern)), 0.01))
+        return self.given[name] if name in self.given else parse(metric(name).margin)
 
 
 def read_marker(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Margins:
@@ -109,13 +87,3 @@ def check_sign(name: str, margin: Margin, higher_is_better: bool) -> str | None:
         return None
     falls = "falls" if higher_is_better else "rises"
     return f"{name} gets worse when it {falls}, so its margin is {worse}{margin} or {margin}, and not {margin.sign}{margin}"
-
-
-def is_speed(name: str, unit: str = "") -> bool:
-    """Whether a metric is a time or a rate: two runs of the same code differ in it, and it is never gated here."""
-    return unit in SPEED_UNITS or (not is_cost(name) and any(fnmatchcase(name, pattern) for pattern in SPEED))
-
-
-def is_cost(name: str) -> bool:
-    """Whether a metric is the same in every run of the same code, so that it can be compared as it is."""
-    return name in COSTS

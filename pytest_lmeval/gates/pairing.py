@@ -4,92 +4,84 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
 
-from pytest_lmeval.gates.scores import LOGARITHMIC, Scores, rounded
+from pytest_lmeval.gates.scores import Scores, rounded
+from pytest_lmeval.records.comparison import Flip
+from pytest_lmeval.records.metric import metric
 from pytest_lmeval.statistics.paired import Difference, paired_difference
 
 LISTED = 20  # examples that changed, of which a record names so many
 
 
 @dataclass(frozen=True)
-class Common:
-    """What the examples that both runs have count in each, what the sums are divided by, and what they share with others."""
+class Both:
+    """An example that both runs have: what it counts in each, what the sums are divided by, and what it shares with others."""
 
-    ids: list[str]
-    base: list[float]
-    new: list[float]
-    weights: list[float]
-    groups: list[Any]
+    id: str
+    base: float
+    new: float
+    weight: float
+    group: object
 
 
 @dataclass(frozen=True)
 class Paired:
     """base, new    the metric on the examples that both runs have
     difference   of a perplexity, that of its logarithm
-    row          what the reader is told of the examples
+    only_base, only_new   examples of one run alone
+    lost, won, flipped    examples that changed (see `Comparison`); None where documents are compared, which all change
     """
 
     base: float
     new: float
     difference: Difference
-    row: dict[str, Any]
+    only_base: int = 0
+    only_new: int = 0
+    lost: int | None = None
+    won: int | None = None
+    flipped: tuple[Flip, ...] = ()
 
 
-def pair(metric: str, base: Scores, new: Scores, *, up: bool, level: float = 0.01) -> Paired | None:
+def pair(name: str, base: Scores, new: Scores, *, up: bool, level: float = 0.01) -> Paired | None:
     """A metric on the examples that both runs have; None where there are none, or what they are divided by is not the same.
 
     up     whether higher is better
     level  see `paired_difference`
     """
-    common = _common(metric, base, new)
-    if common is None:
+    common = _common(name, base, new)
+    if not common or not (weight := math.fsum(one.weight for one in common)):
         return None
-    found = paired_difference(common.base, common.new, common.weights, common.groups, level=level)
-    factor = base.factor(metric)
-    scaled = replace(
-        found,
-        value=factor * found.value,
-        low=None if found.low is None else factor * found.low,
-        high=None if found.high is None else factor * found.high,
-        error=None if found.error is None else factor * found.error,
-    )
-    before, after = (factor * math.fsum(side) / math.fsum(common.weights) for side in (common.base, common.new))
-    if metric in LOGARITHMIC:
-        before, after = math.exp(before), math.exp(after)
-    apart = {"only_base": len(base.ids) - len(common.ids), "only_new": len(new.ids) - len(common.ids)}
-    return Paired(before, after, scaled, {**apart, **(_flips(common, new, up=up) if metric in new.columns else {})})
+    declared, sides = metric(name), ([one.base for one in common], [one.new for one in common])
+    weights, groups = [one.weight for one in common], [one.group for one in common]
+    found = paired_difference(*sides, weights, groups, level=level)
+    low, high, error = (None if one is None else declared.scale * one for one in (found.low, found.high, found.error))
+    scaled = replace(found, value=declared.scale * found.value, low=low, high=high, error=error)
+    before, after = (declared.scaled(math.fsum(side) / weight) for side in sides)
+    paired = Paired(before, after, scaled, len(base.ids) - len(common), len(new.ids) - len(common))
+    return _with_flips(paired, common, new, up=up) if name in new.columns else paired
 
 
-def _common(metric: str, base: Scores, new: Scores) -> Common | None:
-    if (old := base.ratio(metric)) is None or (now := new.ratio(metric)) is None:
+def _common(name: str, base: Scores, new: Scores) -> list[Both] | None:
+    """None where the same text was cut into other tokens, or the metric is no ratio."""
+    if (old := base.ratio(name)) is None or (now := new.ratio(name)) is None:
         return None
-    places = {name: place for place, name in enumerate(base.ids)}
-    found = Common([], [], [], [], [])
-    for after, name in enumerate(new.ids):
-        before = places.get(name)
-        if before is None or (was := old[before]) is None or (is_now := now[after]) is None:
+    before, found = dict(zip(base.ids, old, strict=True)), []
+    for example, is_now, group in zip(new.ids, now, new.groups, strict=True):
+        if (was := before.get(example)) is None or is_now is None:
             continue
-        if was[1] != is_now[1]:  # the same text, cut into other tokens
+        if was[1] != is_now[1]:
             return None
-        found.ids.append(name)
-        found.base.append(was[0])
-        found.new.append(is_now[0])
-        found.weights.append(was[1])
-        found.groups.append((name,) if new.groups[after] is None else new.groups[after])
-    return found if math.fsum(found.weights) else None
+        found.append(Both(example, was[0], is_now[0], was[1], (example,) if group is None else group))
+    return found
 
 
-def _flips(common: Common, new: Scores, *, up: bool) -> dict[str, Any]:
-    """Which examples changed, those that lost most first."""
-    changed = sorted(
-        ((now - old) * (1 if up else -1), name, old, now)
-        for name, old, now in zip(common.ids, common.base, common.new, strict=True)
-        if now != old
-    )
-    rows = []
-    for _, name, old, now in changed[:LISTED]:
-        answer, target = new.said.get(name, (None, None))
-        rows.append({"id": name, "before": rounded(old), "after": rounded(now), "answer": answer, "target": target})
+def _with_flips(paired: Paired, common: list[Both], new: Scores, *, up: bool) -> Paired:
+    """With the examples that changed, those that lost most first."""
+    changed = [((one.new - one.base) * (1 if up else -1), one.id, one) for one in common if one.new != one.base]
+    changed.sort(key=lambda found: found[:2])
+    flips = []
+    for _, name, one in changed[:LISTED]:
+        output, target = new.said.get(name, (None, None))
+        flips.append(Flip(id=name, before=rounded(one.base), after=rounded(one.new), output=output, target=target))
     lost = sum(gain < 0 for gain, *_ in changed)
-    return {"lost": lost, "won": len(changed) - lost, "flipped": rows}
+    return replace(paired, lost=lost, won=len(changed) - lost, flipped=tuple(flips))

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from pytest_lmeval.errors import Refused
-from pytest_lmeval.laws.verdict import INEXACT, NON_CAUSAL, ONLY_ASIDE, STEP_ONLY, multiple_of
+from pytest_lmeval.laws.verdict import ONLY_ASIDE, multiple_of
 from pytest_lmeval.models.model import Model
+from pytest_lmeval.records.certificate import INEXACT, NON_CAUSAL, STEP_ONLY
 from pytest_lmeval.scoring.plan import ROLLING_WINDOW
 from pytest_lmeval.stream import default_chunk_size
 

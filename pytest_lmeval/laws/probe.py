@@ -27,10 +27,10 @@ from pytest_lmeval.laws.strategies import Case
 from pytest_lmeval.laws.trial import LONGEST, Trial
 from pytest_lmeval.laws.twin import twin
 from pytest_lmeval.laws.untouched import weights_kept
-from pytest_lmeval.laws.verdict import CONSISTENT, LOW_PRECISION, verdict_of
+from pytest_lmeval.laws.verdict import LOW_PRECISION, verdict_of
 from pytest_lmeval.models.identity import facts
 from pytest_lmeval.models.model import Model
-from pytest_lmeval.records.certificate import Certificate, Counterexample, LawResult
+from pytest_lmeval.records.certificate import CONSISTENT, Certificate, Counterexample, LawResult
 from pytest_lmeval.records.metric import value_of
 from pytest_lmeval.records.record import Cost, Record
 from pytest_lmeval.records.value import Value

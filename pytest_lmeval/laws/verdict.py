@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-EXACT, STEP_ONLY, INEXACT = "exact-any-chunk", "exact-step-only", "inexact"
-MULTIPLE = "exact-multiple-of-"  # and the number
-NON_CAUSAL, LENGTH_DEPENDENT = "non-causal", "length-dependent"
-STATELESS, CONSISTENT = "stateless", "consistent"
+from pytest_lmeval.records.certificate import (
+    CONSISTENT,
+    EXACT,
+    INEXACT,
+    LENGTH_DEPENDENT,
+    MULTIPLE,
+    NON_CAUSAL,
+    STATELESS,
+    STEP_ONLY,
+)
+
 LOW_PRECISION = ("float16", "bfloat16")
 
 ONLY_ASIDE = frozenset({"rows", "fork", "resume", "size"})

@@ -9,6 +9,12 @@ from msgspec import Struct
 from msgspec.structs import force_setattr
 
 OUT_OF_TIME = "not tried: the budget was used up"
+EXACT, STEP_ONLY, INEXACT = "exact-any-chunk", "exact-step-only", "inexact"
+MULTIPLE = "exact-multiple-of-"  # and the number
+NON_CAUSAL, LENGTH_DEPENDENT = "non-causal", "length-dependent"
+STATELESS, CONSISTENT = "stateless", "consistent"
+RANKS = (EXACT, CONSISTENT, MULTIPLE, STEP_ONLY, STATELESS, LENGTH_DEPENDENT, INEXACT, NON_CAUSAL)
+"""Verdicts on a model's laws, the best first."""
 
 
 class Counterexample(Struct, frozen=True):
@@ -137,6 +143,15 @@ class State(Struct, frozen=True):
     bytes_per_token: float
     dtypes: tuple[str, ...]
     more: dict[str, Any] = {}
+
+
+def rank(verdict: str) -> int | None:
+    """The place of a verdict among `RANKS`, 0 for the best; None for one that says neither good nor bad.
+
+    >>> rank("exact-any-chunk"), rank("exact-multiple-of-4"), rank("unproven")
+    (0, 2, None)
+    """
+    return next((place for place, name in enumerate(RANKS) if verdict.startswith(name)), None)
 
 
 def finite(value: float | None) -> float | None:

@@ -142,6 +142,16 @@ def metric(name: str, value: Value | None = None) -> Metric:
     return Metric(name, value.unit, higher_is_better=value.higher_is_better, aspect=aspect)
 
 
+def headline_of(metrics: dict[str, Value]) -> str | None:
+    """The metric that stands for a record where only one can: the first one of quality that has a direction, or that which it
+    stands for."""
+    for name, value in metrics.items():
+        declared = metric(name, value)
+        if declared.aspect == "quality" and value.higher_is_better is not None:
+            return declared.stands_for if declared.stands_for in metrics else name
+    return None
+
+
 def value_of(name: str, number: float, interval: tuple[float, float] | None = None, **options: Any) -> Value:
     """A value of a declared metric (see `Metric.value`)."""
     return metric(name).value(number, interval, **options)

@@ -1,23 +1,23 @@
 """Tests of the baseline of which a run measured nothing: skipped, renamed, ended early. Unsaid, they would pass for gated.
 
-What was left out on purpose - by -k, -m, the name of a test, or as a whole file - is not spoken of.
+Tests that were left out on purpose (by -k, -m, the name of a test, or with their whole file) are not mentioned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
 import pytest
 
 from pytest_lmeval.options import test_id
+from pytest_lmeval.records.document import Document, Skipped
 
 GONE = "no test of this run is called so: it was renamed or removed, or has other parameters"
 ENDED = "it did not run"
 NOTHING = "it ran, and recorded nothing"
 
 
-class Unmeasured:
+class MissingTests:
     """Part of the plugin in the process that has the terminal. `tests`: those of the baseline."""
 
     def __init__(self, config: pytest.Config, tests: Collection[str]) -> None:
@@ -36,7 +36,7 @@ class Unmeasured:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
-        """What the workers deselected is not told here, so only what they chose is known."""
+        """Take what the workers chose; what they deselected is not known here."""
         self.chosen = set(map(test_id, ids))
         option = self.config.option
         self.collected = set() if option.keyword or option.markexpr or option.deselect else self.chosen
@@ -53,7 +53,7 @@ class Unmeasured:
     def found(self) -> dict[str, str]:
         """Test -> why nothing was measured, in the order of the baseline."""
         reports = self.config.pluginmanager.get_plugin("lmeval-reports")
-        recorded = {record["test"] for record in getattr(reports, "records", ())}
+        recorded = {record.test for record in getattr(reports, "records", ())}
         named = any("::" in str(argument) for argument in self.config.args)  # such a run has only a part of a file
         files = set() if named else {test.partition("::")[0] for test in self.collected}
         missed = {}
@@ -64,10 +64,7 @@ class Unmeasured:
                 missed[test] = GONE
         return missed
 
-    def pytest_lmeval_report(self, data: dict[str, Any]) -> None:
-        told = {skipped["test"] for skipped in data["skipped"]}
-        data["skipped"] += [
-            {"test": test, "reason": f"in the baseline, and not measured: {reason}"}
-            for test, reason in self.found().items()
-            if test not in told
-        ]
+    def pytest_lmeval_report(self, data: Document) -> None:
+        told = {skipped.test for skipped in data.skipped}
+        reasons = {test: f"in the baseline, and not measured: {reason}" for test, reason in self.found().items()}
+        data.skipped += [Skipped(test, reason) for test, reason in reasons.items() if test not in told]
