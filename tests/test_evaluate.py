@@ -115,7 +115,7 @@ def test_the_record_says_how_the_number_was_had():
     assert 0 <= result.accuracy.low <= result.accuracy <= result.accuracy.high <= 1
     assert measure_task(LM, TASK, shots=1, limit=10).record.settings["prompts"] == settings_["prompts"]
     assert measure_task(LM, TASK, shots=2, limit=10).record.settings["prompts"] != settings_["prompts"]
-    with pytest.raises(AttributeError, match="no metric 'f1'. It has accuracy"):
+    with pytest.raises(AttributeError, match=r"no metric 'f1'\. It has accuracy"):
         _ = result.f1
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
-from msgspec import Struct, structs
+from msgspec import structs
 
 from pytest_lmeval.errors import BaselineError, DocumentError
 from pytest_lmeval.gates.entry import Entry, sealed
@@ -27,6 +27,7 @@ from pytest_lmeval.records import schema
 from pytest_lmeval.records.document import Environment
 from pytest_lmeval.records.metric import metric
 from pytest_lmeval.records.replacing import replacing
+from pytest_lmeval.records.schema import Kept
 
 SCHEMA: Literal[2] = 2
 AGAIN = "Restore it, or write it anew: run all tests with --lmeval-gate=off, then lmeval baseline accept --prune"
@@ -34,7 +35,7 @@ Tests = dict[str, dict[str, Entry]]
 Examples = dict[tuple[str, str], Scores]
 
 
-class Place(Struct, frozen=True, kw_only=True):
+class Place(Kept, frozen=True, kw_only=True):
     """Of `Environment`, what can make a number another one."""
 
     python: str = ""
@@ -42,25 +43,22 @@ class Place(Struct, frozen=True, kw_only=True):
     cpu: str = ""
     threads: int | None = None
     packages: dict[str, str] = {}
-    more: dict[str, Any] = {}
 
 
-class BaselineFile(Struct, frozen=True, kw_only=True):
+class BaselineFile(Kept, frozen=True, kw_only=True):
     """The content of baseline.json. tests: test -> name of a record -> entry."""
 
     schema: Literal[2] = SCHEMA
     environment: Place = Place()
     tests: Tests = {}
-    more: dict[str, Any] = {}
 
 
-class Head(Struct, frozen=True, kw_only=True):
+class Head(Kept, frozen=True, kw_only=True):
     """A line of the file of examples that those of a record follow."""
 
     test: str
     record: str
     columns: list[str]
-    more: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)

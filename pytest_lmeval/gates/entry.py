@@ -8,14 +8,13 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from msgspec import Struct
 from msgspec.structs import replace
 
 from pytest_lmeval.gates.margins import Margins
 from pytest_lmeval.gates.scores import keeps_examples, numbered, rounded
 from pytest_lmeval.records.metric import headline_of, metric
 from pytest_lmeval.records.record import ModelFacts, Record
-from pytest_lmeval.records.schema import to_plain
+from pytest_lmeval.records.schema import Kept, to_plain
 from pytest_lmeval.records.value import Value
 
 LAWS = "equivalence"  # the kind of record whose verdict is compared
@@ -32,17 +31,16 @@ OF_COSTS = ("chunk_size",)  # of these, what a cost does depend on
 COSTS = ("flops", "state_bytes", "peak_bytes")
 
 
-class Model(Struct, frozen=True, kw_only=True):
+class Model(Kept, frozen=True, kw_only=True):
     """Of `ModelFacts`, what two runs should have alike."""
 
     spec: str
     dtype: str
     device: str
     fingerprint: str
-    more: dict[str, Any] = {}
 
 
-class Entry(Struct, frozen=True, kw_only=True):
+class Entry(Kept, frozen=True, kw_only=True):
     """One record in a baseline.
 
     settings  of the record, but for those that are None, without folders of this machine, long hashes cut
@@ -62,7 +60,6 @@ class Entry(Struct, frozen=True, kw_only=True):
     verdict: str | None
     examples: str = ""
     checksum: str = ""
-    more: dict[str, Any] = {}
 
 
 def entry_of(record: Record) -> Entry:

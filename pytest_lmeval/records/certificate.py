@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from msgspec import Struct
 from msgspec.structs import force_setattr
+
+from pytest_lmeval.records.schema import Kept
 
 OUT_OF_TIME = "not tried: the budget was used up"
 EXACT, STEP_ONLY, INEXACT = "exact-any-chunk", "exact-step-only", "inexact"
@@ -17,7 +18,7 @@ RANKS = (EXACT, CONSISTENT, MULTIPLE, STEP_ONLY, STATELESS, LENGTH_DEPENDENT, IN
 """Verdicts on a model's laws, the best first."""
 
 
-class Counterexample(Struct, frozen=True):
+class Counterexample(Kept, frozen=True):
     """The smallest case found that breaks a law.
 
     case      what differs from the simplest case (`strategies.Case`)
@@ -30,10 +31,9 @@ class Counterexample(Struct, frozen=True):
     error: float | None
     message: str
     replay: str
-    more: dict[str, Any] = {}
 
 
-class LawResult(Struct, frozen=True, kw_only=True):
+class LawResult(Kept, frozen=True, kw_only=True):
     """One law on one model.
 
     kept             whether no case broke it
@@ -54,7 +54,6 @@ class LawResult(Struct, frozen=True, kw_only=True):
     worst_at: str | None = None
     counterexamples: tuple[Counterexample, ...] = ()
     unavailable: str | None = None
-    more: dict[str, Any] = {}
 
     def __post_init__(self) -> None:
         found = not self.counterexamples
@@ -69,7 +68,7 @@ class LawResult(Struct, frozen=True, kw_only=True):
         return self.counterexamples[0].message if self.counterexamples else None
 
 
-class Certificate(Struct, frozen=True, kw_only=True):
+class Certificate(Kept, frozen=True, kw_only=True):
     """The verdict on a model and what it rests on.
 
     dtype          the precision that was tried
@@ -98,7 +97,6 @@ class Certificate(Struct, frozen=True, kw_only=True):
     flips: int = 0
     float32: str | None = None
     chunking_used: str | None = None
-    more: dict[str, Any] = {}
 
     @property
     def worst_ratio(self) -> float | None:
@@ -132,7 +130,7 @@ class Certificate(Struct, frozen=True, kw_only=True):
         return "\n".join(lines)
 
 
-class State(Struct, frozen=True):
+class State(Kept, frozen=True):
     """bytes           of the state after the longest sequence, of `tokens` tokens
     bytes_per_token   how many more a token
     dtypes            its precisions
@@ -142,7 +140,6 @@ class State(Struct, frozen=True):
     tokens: int
     bytes_per_token: float
     dtypes: tuple[str, ...]
-    more: dict[str, Any] = {}
 
 
 def rank(verdict: str) -> int | None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
-from msgspec import Struct
+from pytest_lmeval.records.schema import Kept
 
 GateVerdict = Literal["worse", "missing", "unclear", "better", "new", "same", "identical", "not judged"]
 ORDER: tuple[GateVerdict, ...] = ("worse", "missing", "unclear", "better", "new", "same", "identical", "not judged")
 """From what most readers look for first."""
 
 
-class Flip(Struct, frozen=True, kw_only=True):
+class Flip(Kept, frozen=True, kw_only=True):
     """An example that counts another number than before."""
 
     id: str
@@ -19,10 +19,9 @@ class Flip(Struct, frozen=True, kw_only=True):
     after: float
     output: str | None = None
     target: str | None = None
-    more: dict[str, Any] = {}
 
 
-class Comparison(Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Comparison(Kept, frozen=True, kw_only=True, omit_defaults=True):
     """One metric (or cost, or the verdict on a model's laws) against the baseline. What does not apply is left out.
 
     base, new         on the examples that both runs have
@@ -66,4 +65,3 @@ class Comparison(Struct, frozen=True, kw_only=True, omit_defaults=True):
     differences: list[str] = []
     failed: bool = False
     note: str = ""
-    more: dict[str, Any] = {}

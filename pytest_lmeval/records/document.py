@@ -8,18 +8,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from msgspec import Struct, field
+from msgspec import field
 
 from pytest_lmeval.errors import DocumentError
 from pytest_lmeval.records import schema
 from pytest_lmeval.records.record import Record
+from pytest_lmeval.records.schema import Kept
 
 SCHEMA: Literal[2] = 2
 NAME = "metrics.json"
 AGAIN = "Run the tests again: that writes the file anew"
 
 
-class Run(Struct, frozen=True, kw_only=True):
+class Run(Kept, frozen=True, kw_only=True):
     """started      ISO 8601, UTC
     command      as it was typed
     exit_status  of pytest
@@ -30,10 +31,9 @@ class Run(Struct, frozen=True, kw_only=True):
     seconds: float | None = None
     command: str = ""
     exit_status: int | None = None
-    more: dict[str, Any] = {}
 
 
-class Environment(Struct, frozen=True, kw_only=True):
+class Environment(Kept, frozen=True, kw_only=True):
     """Where a run happened: enough to know whether two numbers may be compared.
 
     packages  name -> version
@@ -51,48 +51,43 @@ class Environment(Struct, frozen=True, kw_only=True):
     commit: str | None = None
     dirty: bool | None = None
     seed: int | None = None
-    more: dict[str, Any] = {}
 
 
-class Skipped(Struct, frozen=True):
+class Skipped(Kept, frozen=True):
     """A test that measured nothing, and why."""
 
     test: str
     reason: str
-    more: dict[str, Any] = {}
 
 
-class Failure(Struct, frozen=True):
+class Failure(Kept, frozen=True):
     """A test that failed, what it said, and where it stands."""
 
     test: str
     message: str
     file: str | None = None
     line: int | None = None
-    more: dict[str, Any] = {}
 
 
-class Section(Struct, frozen=True):
+class Section(Kept, frozen=True):
     """A part of the report that a project or a package adds: a title, a text, a table."""
 
     title: str
     text: str = ""
     columns: list[str] = []
     rows: list[list[Any]] = []
-    more: dict[str, Any] = {}
 
 
-class BaselineUse(Struct, frozen=True):
+class BaselineUse(Kept, frozen=True):
     """file         what the run was compared with
     differences  how the place of the run differs from that of the baseline
     """
 
     file: str = ""
     differences: list[str] = []
-    more: dict[str, Any] = {}
 
 
-class NamedRun(Struct, frozen=True, kw_only=True):
+class NamedRun(Kept, frozen=True, kw_only=True):
     """One of several runs that are shown side by side."""
 
     label: str
@@ -101,7 +96,7 @@ class NamedRun(Struct, frozen=True, kw_only=True):
     environment: Environment = Environment()
 
 
-class Document(Struct, kw_only=True):
+class Document(Kept, frozen=False, kw_only=True):
     """A run. The hook `pytest_lmeval_report` may change it in place before the pages are rendered.
 
     sections  what a project or a package adds to the pages
@@ -119,7 +114,6 @@ class Document(Struct, kw_only=True):
     baseline: BaselineUse | None = None
     problems: list[str] = field(default_factory=list)
     runs: list[NamedRun] = field(default_factory=list)
-    more: dict[str, Any] = field(default_factory=dict)
 
 
 def load(path: Path) -> Document:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
-from msgspec import Struct
+from pytest_lmeval.records.schema import Kept
 
 Norm = Literal["sum", "token", "byte", "character"]
 """What the log-likelihood of a choice is divided by before choices are compared; "sum": by nothing."""
 
 
-class Example(Struct, frozen=True, kw_only=True):
+class Example(Kept, frozen=True, kw_only=True):
     """One answered question: a line of `examples/*.jsonl`.
 
     id              hash of the row
@@ -54,7 +54,6 @@ class Example(Struct, frozen=True, kw_only=True):
     saved: int = 0
     truncated: int = 0
     retokenized: bool = False
-    more: dict[str, Any] = {}
 
     def compared(self, norm: Norm = "sum") -> list[float]:
         """What the choices are compared by: log-likelihoods, each divided as `norm` says."""
@@ -84,7 +83,7 @@ def compared(loglikelihoods: tuple[float, ...], choices: tuple[str, ...], tokens
     return [total / max(1, length) for total, length in zip(loglikelihoods, lengths, strict=True)]
 
 
-class Unit(Struct, frozen=True):
+class Unit(Kept, frozen=True):
     """What a reading summed up over a document, or over a block of a stream: a line of `examples/*-units.jsonl`.
 
     id    hash of what it holds, not of where it stands
@@ -93,4 +92,3 @@ class Unit(Struct, frozen=True):
 
     id: str
     sums: dict[str, float]
-    more: dict[str, Any] = {}

@@ -9,16 +9,15 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-from msgspec import Struct
-
 from pytest_lmeval.records.certificate import Certificate
 from pytest_lmeval.records.comparison import Comparison
+from pytest_lmeval.records.schema import Kept
 from pytest_lmeval.records.value import Value
 
 Outcome = Literal["", "passed", "failed", "skipped"]
 
 
-class Precision(Struct, frozen=True, kw_only=True):
+class Precision(Kept, frozen=True, kw_only=True):
     """What the weights of a module are, found in its tensors and not in what was asked for (see `models.identity.precision`).
 
     name                    fp32, bf16, fp16, int8, int4, ...: of nine tenths of the weights that are multiplied; `mixed`, or
@@ -40,10 +39,9 @@ class Precision(Struct, frozen=True, kw_only=True):
     converted: float
     converted_multiplied: float
     kept: dict[str, int]
-    more: dict[str, Any] = {}
 
 
-class ModelFacts(Struct, frozen=True, kw_only=True):
+class ModelFacts(Kept, frozen=True, kw_only=True):
     """What a record says about the model.
 
     form         which adapter drives it
@@ -61,10 +59,9 @@ class ModelFacts(Struct, frozen=True, kw_only=True):
     device: str = ""
     fingerprint: str = ""
     precision: Precision | None = None
-    more: dict[str, Any] = {}
 
 
-class Cost(Struct, frozen=True, kw_only=True):
+class Cost(Kept, frozen=True, kw_only=True):
     """What a measurement cost; None where that was not measured."""
 
     seconds: float | None = None
@@ -72,10 +69,9 @@ class Cost(Struct, frozen=True, kw_only=True):
     flops: float | None = None
     peak_bytes: int | None = None
     state_bytes: int | None = None
-    more: dict[str, Any] = {}
 
 
-class Series(Struct, frozen=True):
+class Series(Kept, frozen=True):
     """A curve: y against x, both with their units.
 
     title  what its plot is called; empty: the name of the series
@@ -88,7 +84,6 @@ class Series(Struct, frozen=True):
     y_unit: str = ""
     title: str = ""
     log: Literal["", "x", "y", "xy"] = ""
-    more: dict[str, Any] = {}
 
     def __post_init__(self) -> None:
         if len(self.x) != len(self.y):
@@ -97,7 +92,7 @@ class Series(Struct, frozen=True):
             raise ValueError("a curve holds a number that is not finite")
 
 
-class Record(Struct, frozen=True, kw_only=True):
+class Record(Kept, frozen=True, kw_only=True):
     """What one verb found out.
 
     test          node id of the test, empty outside pytest
@@ -114,7 +109,6 @@ class Record(Struct, frozen=True, kw_only=True):
     units         file of the sums of each document, or block of a stream, relative to the output folder
     gate          metric -> how it compares with the baseline; None where there is none
     outcome       of the test
-    more          fields of a later version, kept as they are
     """
 
     kind: str
@@ -134,7 +128,6 @@ class Record(Struct, frozen=True, kw_only=True):
     units: str | None = None
     gate: dict[str, Comparison] | None = None
     outcome: Outcome = ""
-    more: dict[str, Any] = {}
 
     def __repr__(self) -> str:
         figures = ", ".join(f"{name}={value!r}" for name, value in self.metrics.items())

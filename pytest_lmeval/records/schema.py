@@ -13,17 +13,23 @@ from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgspec
-from msgspec import Struct
+from msgspec import Struct, field
 
 from pytest_lmeval.errors import DocumentError
 from pytest_lmeval.records.value import Value
 
 T = TypeVar("T")
-MORE = "more"
+MORE = "__more__"  # how `Kept.more` is called among plain values: a name that no setting has
 SHOWN = 60  # characters of a value that an error shows
 
 
-class ValueFields(Struct, frozen=True, kw_only=True):
+class Kept(Struct, frozen=True, kw_only=True):
+    """What every type of a file is made from. `more`: fields of a later version, kept as they are."""
+
+    more: dict[str, Any] = field(default_factory=dict, name=MORE)
+
+
+class ValueFields(Kept, frozen=True, kw_only=True):
     """A `Value` as it is written."""
 
     value: float
@@ -32,7 +38,6 @@ class ValueFields(Struct, frozen=True, kw_only=True):
     high: float | None = None
     n: int | None = None
     higher_is_better: bool | None = None
-    more: dict[str, Any] = {}
 
 
 def parse(raw: bytes, what: str, again: str) -> Any:
@@ -116,7 +121,7 @@ def json_schema() -> dict[str, Any]:
 
 def _encode(value: Any) -> Any:
     if isinstance(value, Value):
-        return value.to_json()
+        return {**value.to_json(), **({MORE: value.more} if value.more else {})}
     if hasattr(value, "item"):  # a number of numpy or torch, among settings
         return value.item()
     return str(value)
@@ -181,7 +186,7 @@ def _parts(plain: Any, kind: Any) -> list[tuple[str, Any, Any]]:
     kind = ValueFields if kind is Value else kind
     if isinstance(plain, dict) and _is_struct(kind):
         types = _types(kind)
-        return [(name, value, types[name]) for name, value in plain.items() if name in types and name != MORE]
+        return [(name, value, types[name]) for name, value in plain.items() if name in types and name != "more"]
     if isinstance(plain, dict) and get_origin(kind) is dict:
         return [(str(name), value, get_args(kind)[1]) for name, value in plain.items()]
     if isinstance(plain, list) and get_origin(kind) in (list, tuple):

@@ -56,7 +56,7 @@ class Value(float):
         return f"{float(self):.6g}{interval}{' ' + self.unit if self.unit else ''}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        fields = self.to_json()
+        fields = {**self.to_json(), "more": self.more}
         return _restore, (fields.pop("value"), fields)
 
     def to_json(self) -> dict[str, Any]:
@@ -68,7 +68,6 @@ class Value(float):
             "high": self.high,
             "n": self.n,
             "higher_is_better": self.higher_is_better,
-            **({"more": self.more} if self.more else {}),
         }
 
 
