@@ -454,7 +454,7 @@ def test_the_moshi_of_the_zoo_is_exact_for_any_chunk():
     assert result.verdict == "exact-any-chunk", result
     assert result.certificate.worst_ratio < 8
     assert result.certificate.longest > 3 * 32
-    assert result.certificate.state["bytes_per_token"] == 0
+    assert result.certificate.state.bytes_per_token == 0
 
 
 @pytest.mark.parametrize(

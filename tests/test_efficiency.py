@@ -22,6 +22,7 @@ from pytest_lmeval.profiling.roofline import Peaks, measured_peaks
 from pytest_lmeval.profiling.runner import Runner
 from pytest_lmeval.profiling.storages import bytes_read
 from pytest_lmeval.profiling.work import Work, training_work, work_of
+from pytest_lmeval.records.metric import metric
 
 LM = as_model(Functional())
 FAST = {"runs": 3, "warm_up": 0}
@@ -113,7 +114,7 @@ def test_a_state_that_grows_is_read_whole_and_written_where_it_grows():
 def test_of_a_model_that_reads_frames_the_tokens_are_frames():
     lm = load("zoo:moshi")
     assert {phase: work.tokens for phase, work in work_of(lm, lm.random_ids(2, 3)).items()} == {"prefill": 6, "decode": 2}
-    assert "a frame" in module.FORMULAS["flops_per_token"]
+    assert "a frame" in metric("prefill_flops_per_token").about
 
 
 @given(st.integers(0, 10**15), st.integers(1, 10**12), positive, positive)
@@ -141,7 +142,7 @@ def test_shares_are_of_the_measured_peaks(machine):
         assert result.share_of_bound(phase) == pytest.approx(least / seconds[phase])
     assert result.share_of_peak == pytest.approx(float(result.flops("prefill")) / seconds["prefill"] / 1e9)
     assert result.share_of_bandwidth == pytest.approx(float(result.bytes("decode")) / seconds["decode"] / 1e6)
-    assert set(result.record.details["formulas"]) >= {"bound", "intensity", "share_of_bound"}
+    assert set(result.record.details["formulas"]) >= {"prefill_bound", "prefill_intensity", "decode_share_of_bound"}
 
 
 @pytest.mark.parametrize(

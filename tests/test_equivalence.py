@@ -301,8 +301,8 @@ def test_a_state_that_grows_breaks_a_law_only_if_it_was_declared_constant(declar
 
     result = probe(as_model(Hoarding()))
     assert result.laws["size"].kept is kept
-    assert result.certificate.state["bytes_per_token"] == 8
-    assert result.certificate.state["dtypes"] == ["float32", "int64"]
+    assert result.certificate.state.bytes_per_token == 8
+    assert result.certificate.state.dtypes == ("float32", "int64")
 
 
 def test_a_state_that_is_partly_kept_in_the_model_cannot_be_resumed():
@@ -445,7 +445,7 @@ def test_a_noisy_model_is_not_accused_of_seeing_its_future_however_little_time_t
 def test_a_result_comes_back_from_its_record():
     result = probe(as_model(Dropped()))
     again = restore(schema.convert(schema.to_plain(result.record), Record))
-    assert (again.verdict, again.laws, str(again)) == (result.verdict, result.laws, str(result))
+    assert (schema.to_plain(again.record), str(again)) == (schema.to_plain(result.record), str(result))
 
 
 def test_the_probe_leaves_the_model_as_it_was():

@@ -1,6 +1,7 @@
 """A precision is had and proven, or refused; what the record says of the weights is what the weights are."""
 
 import copy
+import json
 import math
 import sys
 import warnings
@@ -23,6 +24,7 @@ from pytest_lmeval.models.identity import precision as precision_facts
 from pytest_lmeval.models.model import Model, multiplied
 from pytest_lmeval.models.sources import as_model, load
 from pytest_lmeval.models.tensors import is_packed, nbytes, precision_of, unpack, value_bits
+from pytest_lmeval.records import schema
 
 pytest.importorskip("torchao")
 
@@ -112,32 +114,25 @@ def spec_of(kind):
 def test_the_record_says_what_the_weights_are(wanted, dtype, bits, stored):
     lm = load(f"demo@{wanted}")
     said = facts(lm)
-    found = said["precision"]
-    assert (lm.spec, said["dtype"], found["name"]) == (f"demo@{wanted}", dtype, wanted)
-    assert found["bits_per_weight"] == bits
-    assert found["stored_bits_per_weight"] == pytest.approx(stored, abs=0.02)
-    assert found["bytes_before"] == 4 * said["parameters"]
-    assert found["bytes_after"] == said["bytes"]
-    assert found["converted"] + sum(found["kept"].values()) / said["parameters"] == pytest.approx(1)
-    assert sum(found["kept"].values()) == (35_968 if wanted.startswith("int") else 0)  # embedding and head; convolutions
+    found = said.precision
+    assert (lm.spec, said.dtype, found.name) == (f"demo@{wanted}", dtype, wanted)
+    assert found.bits_per_weight == bits
+    assert found.stored_bits_per_weight == pytest.approx(stored, abs=0.02)
+    assert found.bytes_before == 4 * said.parameters
+    assert found.bytes_after == said.bytes
+    assert found.converted + sum(found.kept.values()) / said.parameters == pytest.approx(1)
+    assert sum(found.kept.values()) == (35_968 if wanted.startswith("int") else 0)  # embedding and head; convolutions
 
 
-def test_the_schema_knows_it(tmp_path):
-    import json
-    from pathlib import Path
-
-    import pytest_lmeval.records.record as record
-
+def test_the_schema_knows_it():
     jsonschema = pytest.importorskip("jsonschema")
-    schema = json.loads((Path(record.__file__).parent / "schema.json").read_text())
-    schema = {**schema, "$ref": "#/$defs/record"}
-    for key in ("type", "required", "properties"):
-        schema.pop(key)
+    whole = schema.json_schema()
+    of_a_record = {"$defs": whole["$defs"], "$ref": "#/$defs/Record"}
     kept = json.loads(json.dumps(schema.to_plain(measure_perplexity(packed("int4"), IDS[0]).record)))
-    jsonschema.validate(kept, schema)
+    jsonschema.validate(kept, of_a_record)
     kept["lm"]["precision"]["bits_per_weight"] = "four"
     with pytest.raises(jsonschema.ValidationError, match="four"):
-        jsonschema.validate(kept, schema)
+        jsonschema.validate(kept, of_a_record)
 
 
 @given(
@@ -224,7 +219,7 @@ def test_a_quantizer_of_another_width_is_caught(monkeypatch):
 def test_a_model_that_is_only_called_int4_has_its_real_bits():
     lm = as_model(Tiny().half(), spec="my-model@int4")
     found = facts(lm)
-    assert (found["dtype"], found["precision"]["name"], found["precision"]["bits_per_weight"]) == ("float16", "fp16", 16)
+    assert (found.dtype, found.precision.name, found.precision.bits_per_weight) == ("float16", "fp16", 16)
 
 
 def test_a_tensor_that_claims_four_bits_and_holds_eight_has_eight():
@@ -241,7 +236,7 @@ def test_integers_of_an_unknown_meaning_are_not_given_bits():
     del module.mix.weight
     module.mix.register_buffer("qweight", torch.zeros(64, 32, dtype=torch.int32))
     found = precision_facts(module)
-    assert (found["name"], found["bits_per_weight"], found["stored_bits_per_weight"]) == ("packed", None, None)
+    assert (found.name, found.bits_per_weight, found.stored_bits_per_weight) == ("packed", None, None)
 
 
 # ---------------------------------------------------------------------------------------------- loading
@@ -308,16 +303,16 @@ def test_a_packed_checkpoint_says_so_without_a_suffix(tmp_path):
         quantized.save_pretrained(tmp_path / "packed")
 
     found = facts(load(f"hf:{tmp_path / 'packed'}"))
-    assert (found["dtype"], found["precision"]["name"], found["precision"]["bits_per_weight"]) == ("int8", "int8", 8)
-    assert found["precision"]["bytes_before"] is None
+    assert (found.dtype, found.precision.name, found.precision.bits_per_weight) == ("int8", "int8", 8)
+    assert found.precision.bytes_before is None
     with pytest.raises(SpecError, match="can be fp32, and 90% must be"):
         load(f"hf:{tmp_path / 'packed'}@fp32")
     before = facts(load(f"hf:{tmp_path / 'plain'}")).bytes
     for wanted in ("int8", "int4", "bf16"):
         lm = load(f"hf:{tmp_path / 'plain'}@{wanted}")
         found = facts(lm).precision
-        assert (found["name"], found["bytes_before"]) == (wanted, before)
-        assert found["bytes_after"] < 0.6 * before
+        assert (found.name, found.bytes_before) == (wanted, before)
+        assert found.bytes_after < 0.6 * before
         assert lm.module.lm_head.weight is lm.module.model.embed_tokens.weight
 
 

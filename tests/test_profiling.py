@@ -130,18 +130,18 @@ def test_a_model_without_a_state_is_only_timed_reading():
 
 def test_percentiles_are_given_only_where_the_samples_carry_them():
     values = list(range(1, 1001))
-    assert "x_p90" in spread("x", values[:100], "s")
-    assert "x_p90" not in spread("x", values[:99], "s")
-    assert "x_p95" not in spread("x", values[:199], "s")
-    assert float(spread("x", values, "s")["x_p99"]) == pytest.approx(990, abs=1)
+    assert "x_p90" in spread("x", values[:100])
+    assert "x_p90" not in spread("x", values[:99])
+    assert "x_p95" not in spread("x", values[:199])
+    assert float(spread("x", values)["x_p99"]) == pytest.approx(990, abs=1)
     with pytest.raises(KeyError):
         measure_latency(LM, seq_len=4, runs=5, warm_up=0).percentile("prefill", 99)
 
 
 def test_the_median_has_an_interval_from_eight_samples_on():
-    assert median([1.0] * 7, "s").low is None
-    metric = median([5, 1, 4, 2, 3, 9, 8, 7, 6], "s", scale=10)
-    assert (float(metric), metric.low <= 50 <= metric.high, metric.n) == (50.0, True, 9)
+    assert median("seconds", [1.0] * 7).low is None
+    value = median("ttft", [5, 1, 4, 2, 3, 9, 8, 7, 6])  # seconds, of a metric in milliseconds
+    assert (float(value), value.unit, value.low <= 5000 <= value.high, value.n) == (5000.0, "ms", True, 9)
 
 
 def test_the_machine_is_graded_by_the_spread_of_the_times():
@@ -281,13 +281,13 @@ def test_steps_that_the_clock_is_too_coarse_for_are_left_out_of_a_throughput(sti
 
 def test_it_is_told_whether_a_model_was_timed_before_and_by_whom():
     lm = as_model(Functional())
-    first, second = (measure_latency(lm, seq_len=4, runs=2, warm_up=0).record.settings for _ in range(2))
+    first, second = (measure_latency(lm, seq_len=4, runs=2, warm_up=0).record.details for _ in range(2))
     assert [(said["timed_before"], said["timed_by"]) for said in (first, second)] == [(False, "bare loop"), (True, "bare loop")]
 
 
 @pytest.mark.parametrize("n", [8, 9, 20, 21, 26, 31, 75, 84, 100])
 def test_the_interval_of_a_median_misses_it_in_five_of_a_hundred_at_most(n):
-    metric = median(range(n), "s")
+    metric = median("seconds", range(n))
     below = int(metric.low)  # samples that lie below it
     missed = 2 * sum(math.comb(n, k) for k in range(below + 1)) / 2**n
     assert missed <= 0.05 < missed + 2 * math.comb(n, below + 1) / 2**n
