@@ -37,7 +37,7 @@ def latency_grid(
     Where the model fails, for example for want of memory, that cell is marked with why, and the others are measured.
     """
     context = current()
-    options = {"new_tokens": new_tokens, "runs": runs, "warm_up": warm_up, "seed": seed, "threads": threads}
+    options: dict[str, Any] = {"new_tokens": new_tokens, "runs": runs, "warm_up": warm_up, "seed": seed, "threads": threads}
     shapes = {"batch_sizes": batch_sizes, "seq_lens": context.session.seq_lens or SEQ_LENS if seq_lens is None else seq_lens}
     model = context.model(lm)
 

@@ -115,7 +115,7 @@ def _losses_file(context: VerbContext, named: str | None, losses: bool | str | P
         raise StreamError(
             "losses=True writes into the output folder of a run, and outside of tests there is none. Name a file: losses=PATH."
         )
-    return context.path(named) if losses is True else losses or None  # type: ignore[return-value]
+    return context.path(named) if losses is True else losses or None
 
 
 @dataclass(frozen=True, repr=False)

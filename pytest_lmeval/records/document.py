@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from msgspec import field
+from msgspec import Struct, field
 
 from pytest_lmeval.errors import DocumentError
 from pytest_lmeval.records import schema
@@ -96,7 +96,7 @@ class NamedRun(Kept, frozen=True, kw_only=True):
     environment: Environment = Environment()
 
 
-class Document(Kept, frozen=False, kw_only=True):
+class Document(Struct, kw_only=True):
     """A run. The hook `pytest_lmeval_report` may change it in place before the pages are rendered.
 
     sections  what a project or a package adds to the pages
@@ -114,6 +114,7 @@ class Document(Kept, frozen=False, kw_only=True):
     baseline: BaselineUse | None = None
     problems: list[str] = field(default_factory=list)
     runs: list[NamedRun] = field(default_factory=list)
+    more: dict[str, Any] = field(default_factory=dict, name=schema.MORE)  # as in `Kept`, which is frozen
 
 
 def load(path: Path) -> Document:

@@ -141,11 +141,11 @@ def _resampled(sums: np.ndarray, statistic: Callable[[np.ndarray], float], seed:
     return value, (float(low), float(high))
 
 
-def _mean(name: str, score: Callable[[Example], float], needs: str = "an answer", **options: Any) -> Metric:
+def _mean(name: str, score: Callable[[Example], float | None], needs: str = "an answer", **options: Any) -> Metric:
     return Metric(name, score=score, needs=needs, **{"interval": "mean", **options})
 
 
-def _share(name: str, score: Callable[[Example], float], needs: str = "an answer", **options: Any) -> Metric:
+def _share(name: str, score: Callable[[Example], float | None], needs: str = "an answer", **options: Any) -> Metric:
     return _mean(name, score, needs, interval="share", **options)
 
 

@@ -51,7 +51,7 @@ class Run:
     seed: int = 0
     examples: list[Example] = field(default_factory=list)
     resumed: int = 0
-    right: int = 0
+    right: float = 0.0
     generation: set[str] = field(default_factory=set)
     no_question: int = 0
     verdict: str | None = None
