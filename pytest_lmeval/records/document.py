@@ -13,7 +13,7 @@ from msgspec import Struct, field
 from pytest_lmeval.errors import DocumentError
 from pytest_lmeval.records import schema
 from pytest_lmeval.records.record import Record
-from pytest_lmeval.records.schema import Kept
+from pytest_lmeval.records.schema import MORE, Kept
 
 SCHEMA: Literal[2] = 2
 NAME = "metrics.json"
@@ -114,7 +114,7 @@ class Document(Struct, kw_only=True):
     baseline: BaselineUse | None = None
     problems: list[str] = field(default_factory=list)
     runs: list[NamedRun] = field(default_factory=list)
-    more: dict[str, Any] = field(default_factory=dict, name=schema.MORE)  # as in `Kept`, which is frozen
+    more: dict[str, Any] = field(default_factory=dict, name=MORE)  # as in `Kept`, which is frozen
 
 
 def load(path: Path) -> Document:
