@@ -12,12 +12,12 @@ import pytest_lmeval
 
 PACKAGE = Path(pytest_lmeval.__file__).parent
 LAYERS = [
-    "results", "options", "statistics", "tensors", "seeds", "lm", "identity", "stream", "adapters", "zoo", "data", "task",
-    "tasks", "scoring", "profiling", "equivalence", "training", "report", "gates", "session", "benchmarking", "verbs",
-    "progress", "hookspec", "frames", "plugin", "__main__",
+    "errors", "registry", "options", "records", "statistics", "models", "stream", "data", "tasks", "scoring", "profiling",
+    "laws", "session", "benchmarking", "measures", "training", "zoo", "report", "gates", "listing", "progress", "hookspec",
+    "frames", "plugin", "__main__",
 ]  # fmt: skip
 HEAVY = {"torch", "numpy", "datasets", "transformers", "hypothesis", "jinja2", "scipy", "pandas", "tqdm", "safetensors",
-         "sklearn", "torchao", "torchmetrics", "sacrebleu", "rouge_score"}  # fmt: skip
+         "sklearn", "torchao", "torchmetrics", "sacrebleu", "rouge_score", "msgspec"}  # fmt: skip
 
 
 def layer_of(module):
@@ -60,12 +60,14 @@ def test_this_test_can_fail(tmp_path):
     ]
 
 
-def test_adapters_and_models_of_the_zoo_do_not_know_their_neighbours():
+def test_models_of_the_zoo_and_families_of_tasks_do_not_know_their_neighbours():
     for path, name in modules():
         folder, _, own = name.rpartition(".")
-        if folder.rpartition(".")[2] in ("adapters", "zoo", "tasks"):
+        if folder.rpartition(".")[2] in ("zoo", "tasks") and own != "__init__":
             neighbours = [
-                other for other in imports(path) if other.startswith(folder) and not other.startswith(f"{folder}.{own}")
+                other
+                for other in imports(path)
+                if other.startswith(folder) and not other.startswith((f"{folder}.{own}", f"{folder}.questions"))
             ]
             assert neighbours == [], name
 
@@ -117,5 +119,47 @@ def test_public_names_are_there_and_sorted():
     assert list(pytest_lmeval.__all__) == sorted(pytest_lmeval.__all__)
     for name in pytest_lmeval.__all__:
         assert getattr(pytest_lmeval, name).__name__ == name
-    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
-        pytest_lmeval.nonsense  # noqa: B018
+    with pytest.raises(AttributeError, match=r"has no attribute 'perplexty'\. Did you mean perplexity\?"):
+        pytest_lmeval.perplexty  # noqa: B018
+
+
+def test_every_verb_is_public_and_the_method_of_the_fixture_is_that_function():
+    from pytest_lmeval import registry
+    from pytest_lmeval.measures import Lmeval
+    from pytest_lmeval.measures.context import VerbContext
+
+    lmeval = Lmeval(VerbContext())
+    for name, function, _ in registry.things("verbs"):
+        assert getattr(pytest_lmeval, name) is function
+        assert getattr(lmeval, name).__wrapped__ is function
+
+
+def test_no_module_has_the_name_of_a_verb():
+    from pytest_lmeval import registry
+
+    verbs = {entry.name for entry in registry.entries("verbs")}
+    assert {name for path, name in modules() if name.rpartition(".")[2] in verbs} == set()
+
+
+def test_every_error_that_is_raised_on_purpose_has_one_base():
+    from pytest_lmeval import errors
+
+    for name in errors.__all__:
+        assert issubclass(getattr(errors, name), errors.LmevalError)
+        assert name in (errors.__doc__ or "")
+    defined = {
+        f"{name}.{node.name}"
+        for path, name in modules()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+        and any(getattr(base, "id", "").endswith(("Error", "Exception")) for base in node.bases)
+        and name != "pytest_lmeval.errors"
+    }
+    assert defined <= {"pytest_lmeval.laws.trial.Raised", "pytest_lmeval.profiling.child.CannotMoveError"}  # never leave it
+
+
+def test_values_are_really_frozen():
+    """No dict or list that a method of a frozen value changes: what a value says must not depend on who asked first."""
+    from pytest_lmeval.models.model import Model
+
+    assert "remembered" not in Model.__dataclass_fields__

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from pytest_lmeval.measures._suite import suite
     from pytest_lmeval.measures._task import task
     from pytest_lmeval.measures._throughput import throughput
-    from pytest_lmeval.training.verb import train
 
 
 class Lmeval:
@@ -76,4 +75,3 @@ class Lmeval:
         suite = staticmethod(suite)
         task = staticmethod(task)
         throughput = staticmethod(throughput)
-        train = staticmethod(train)
