@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Iterator
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -38,7 +39,7 @@ class ValueFields(Struct, frozen=True, kw_only=True):
 def parse(raw: bytes, what: str, again: str) -> Any:
     """The plain values of a JSON text. Raises DocumentError with the line and column where it is none."""
     try:
-        return json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
+        return json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_float, parse_int=_int)
     except RecursionError:
         raise DocumentError(f"{what} is nested more deeply than anything that is written here. {again}.") from None
     except ValueError as error:
@@ -61,21 +62,33 @@ def check_version(found: Any, known: int, what: str, again: str) -> None:
     )
 
 
-def build(plain: Any, kind: type[T], what: str, again: str) -> T:
-    """A record, or any other type of this package, from plain values. Raises DocumentError with the place of what is amiss."""
+def build(plain: Any, kind: type[T], what: str, again: str, *, fault: str = "was damaged or edited by hand") -> T:
+    """A record, or any other type of this package, from plain values. Raises DocumentError with the place of what is wrong.
+
+    fault  what happened to `what` for it not to fit
+    """
     try:
         return convert(plain, kind)
     except (msgspec.ValidationError, RecursionError) as error:
         place, reason = _locate(plain, kind, str(error))
         where = " > ".join(place)
         raise DocumentError(
-            f"{what} was damaged or edited by hand: {f'{where}: ' if where else ''}{reason}. Nothing of it is used. {again}."
+            f"{what} {fault}: {f'{where}: ' if where else ''}{reason}. Nothing of it is used. {again}."
         ) from None
 
 
 def convert(plain: Any, kind: type[T]) -> T:
     """The same; raises msgspec.ValidationError."""
     return msgspec.convert(_sorted(plain, kind), kind, dec_hook=_decode)
+
+
+def checked(value: T, what: str, again: str) -> T:
+    """What somebody's code has made, as it would come back from its file: a copy. Raises DocumentError where it would not."""
+    try:
+        plain = json.loads(text_of(to_plain(value)))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise DocumentError(f"{what} cannot be written ({error}). Nothing of it is used. {again}.") from error
+    return build(plain, type(value), what, again, fault="does not fit its type")
 
 
 def to_plain(value: Any) -> Any:
@@ -134,6 +147,18 @@ def _schema_of(kind: type) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is no number")
+
+
+def _float(text: str) -> float:
+    if math.isinf(number := float(text)):
+        raise ValueError(f"{text} is larger than any number that is written here")
+    return number
+
+
+def _int(text: str) -> int:
+    if abs(_float(text)) >= 2**64:
+        raise ValueError(f"{text[:SHOWN]} is larger than any number that is written here")
+    return int(text)
 
 
 def _sorted(plain: Any, kind: Any) -> Any:
