@@ -145,7 +145,7 @@ def write_run(folder, found, **files):
     (folder / "examples").mkdir(parents=True)
     (folder / "metrics.json").write_text(dump(found))
     for name, lines in files.items():
-        (folder / "examples" / f"{name}.jsonl").write_text("".join(map(line_of, lines)))
+        (folder / "examples" / f"{name}.jsonl").write_text("".join(map(line_of, lines)), errors="backslashreplace")
     return folder
 
 
