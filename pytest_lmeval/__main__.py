@@ -14,6 +14,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from pytest_lmeval import registry
 from pytest_lmeval.errors import LmevalError, RegistryError, nearest
@@ -37,29 +38,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(given: Sequence[str]) -> int:
     found = registry.entries("commands")
     entries = {entry.name: entry for entry in found}
-    name = given[0] if given else "--help"
+    name = next((word for word in given if not word.startswith("-")), "")
     if [entry.name for entry in found].count(name) > 1:
         registry.find("commands", name)  # raises: which is meant cannot be known
-    if not name.startswith("-") and name not in entries:
+    if name and name not in entries:
         raise RegistryError(f"there is no command {name!r}.{nearest(name, entries)} There are: {', '.join(sorted(entries))}.")
     parser = argparse.ArgumentParser(prog="lmeval", description="What can be done with the files that runs leave behind.")
     parser.add_argument("--version", action="version", version=importlib.metadata.version("pytest-lmeval"))
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for entry in entries.values():
-        text = (_help(entry) if name.startswith("-") or entry.name == name else "").replace("%", "%%")
+        text = _help(entry).replace("%", "%%")
         command = commands.add_parser(entry.name, help=text, description=text)
         if entry.name == name:
-            module = entry.load()
-            module.add_arguments(command)
+            entry.load().add_arguments(command)
     parsed = parser.parse_args(given or ["--help"])
-    return int(module.main(parsed))
+    return int(entries[parsed.command].load().main(parsed))
 
 
 def _help(entry: registry.Entry) -> str:
-    """The first line of the docstring, read from the source: importing every command would take a second."""
+    """The first line of the docstring, read from the file: importing every command would take a second."""
     try:
         spec = importlib.util.find_spec(entry.target)
-        source = spec.loader.get_source(entry.target)  # type: ignore[union-attr]
+        source = Path(spec.origin).read_text(encoding="utf-8")  # type: ignore[union-attr, arg-type]
         text = (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
     except Exception:  # noqa: BLE001 - a package that is not whole: it says so itself when its command is used
         text = ""

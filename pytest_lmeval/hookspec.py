@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def pytest_lmeval_report(config: pytest.Config, data: Document) -> None:
     """Called once, when a run has ended and its numbers are saved, before the pages are rendered.
 
-    data  what `metrics.json` holds (`pytest_lmeval.records.document.Document`), to be changed in place: metrics of a record, and
+    data  what `metrics.json` holds (a `records.document.Document`), to be changed in place: the metrics of a record, and
           `data.sections`, tables and texts that stand in `summary.md` and `report.html` under a title of their own
 
         # conftest.py
@@ -27,6 +27,6 @@ def pytest_lmeval_report(config: pytest.Config, data: Document) -> None:
                     record.metrics["euros"] = Value(record.cost.seconds * 0.0008, "EUR", higher_is_better=False)
             data.sections.append(Section(title="Energy", columns=["machine", "Wh"], rows=[["ci-3", 12.5]]))
 
-    Where a hook raises, or leaves something that cannot be written or read back, the run says so at its end, and nothing of what
-    the hooks changed is used.
+    Where a hook raises, or leaves something that cannot be written or read back, the run says so at its end, and uses nothing
+    of what the hooks changed.
     """

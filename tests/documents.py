@@ -4,6 +4,7 @@ import json
 
 from msgspec.structs import replace
 
+from pytest_lmeval import registry
 from pytest_lmeval.records.certificate import Certificate, Counterexample, LawResult, State
 from pytest_lmeval.records.comparison import Comparison, Flip
 from pytest_lmeval.records.document import BaselineUse, Document, Environment, Failure, Run, Section, Skipped
@@ -152,3 +153,20 @@ def write_run(folder, found, **files):
 def data_of(html):
     """What the page's script reads."""
     return json.loads(html.partition('id="data">')[2].partition("</script>")[0])
+
+
+def register(monkeypatch, **groups):
+    """Have packages register things: group -> package -> name -> thing. Other groups stay as they are."""
+    things = {
+        registry.Entry(group, name, f"{package}:{name}", package): thing
+        for group, packages in groups.items()
+        for package, found in packages.items()
+        for name, thing in found.items()
+    }
+    entries, loaded = registry.entries, registry._loaded
+
+    def registered(group):
+        return tuple(entry for entry in things if entry.group == group) if group in groups else entries(group)
+
+    monkeypatch.setattr(registry, "entries", registered)
+    monkeypatch.setattr(registry, "_loaded", lambda entry: things[entry] if entry in things else loaded(entry))

@@ -131,6 +131,14 @@ def test_fields_of_a_later_version_are_kept(tmp_path):
     assert found.records[0].more == {"later": {"more": 1}}
 
 
+def test_a_setting_may_have_any_name(tmp_path):
+    settings = {"more": {"a": 1}, "n": {"more": 3}, "layers": (1, 2)}
+    found = read(tmp_path, dump(document(reading(settings=settings, details={"more": "said"}))))
+    assert found.records[0].settings == {**settings, "layers": [1, 2]}
+    assert found.records[0].details == {"more": "said"}
+    assert found.records[0].more == {}
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

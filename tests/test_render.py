@@ -4,14 +4,13 @@ import json
 import xml.etree.ElementTree as ElementTree
 
 import pytest
-from documents import HOSTILE, answered, asked, data_of, document, everything, generated, reading, write_run
+from documents import HOSTILE, answered, asked, data_of, document, everything, generated, reading, register, write_run
 
-from pytest_lmeval import registry
 from pytest_lmeval.__main__ import main
 from pytest_lmeval.records.document import Section, load
 from pytest_lmeval.records.schema import json_schema
 from pytest_lmeval.records.value import Value
-from pytest_lmeval.report import examples, pages
+from pytest_lmeval.report import examples, pages, write
 from pytest_lmeval.report.formats import bencher, github_action_benchmark
 from pytest_lmeval.report.words import visible
 
@@ -181,13 +180,6 @@ def test_files_of_examples_that_are_gone_damaged_or_elsewhere_are_said(tmp_path)
 # ---------------------------------------------------------------------------------------- what packages add
 
 
-def registered(monkeypatch, group, **things):
-    """Have another package register these things, and nothing else be registered in the group."""
-    found = [registry.Entry(group, name, f"other:{name}", "other") for name in things]
-    monkeypatch.setattr(registry, "entries", lambda name: tuple(found) if name == group else ())
-    monkeypatch.setattr(registry, "_loaded", lambda entry: things[entry.name])
-
-
 def test_registered_sections_stand_on_the_pages_and_one_that_fails_costs_only_itself(tmp_path, monkeypatch):
     def counted(found, folder):
         return Section("Energy", f"of {folder.name}", ["records"], [[len(found.records)]])
@@ -197,10 +189,10 @@ def test_registered_sections_stand_on_the_pages_and_one_that_fails_costs_only_it
 
     sections = {"good": counted, "quiet": lambda *_: None, "broken": broken, "text": lambda *_: "Energy: 3"}
     sections |= {"torn": lambda *_: Section("Torn", rows=[3]), "odd": lambda *_: Section("Odd", rows=[[float("nan")]])}
-    registered(monkeypatch, "reports", **sections)
+    register(monkeypatch, reports={"other": sections})
     folder = write_run(tmp_path / "run", document())
     before = (folder / "metrics.json").read_text()
-    assert main_render(folder) == 0
+    assert main(["render", str(folder)]) == 0
     summary, html = ((folder / name).read_text() for name in pages.PAGES)
     for page in (summary, html):
         assert "Energy" in page
@@ -210,23 +202,15 @@ def test_registered_sections_stand_on_the_pages_and_one_that_fails_costs_only_it
         assert "Torn" not in page
     assert "| 3 |" in summary
     assert (folder / "metrics.json").read_text() == before
-
-
-def main_render(folder, *arguments):
-    """`lmeval render`, also where nothing but the things of a test is registered."""
-    import argparse
-
-    from pytest_lmeval.report import render
-
-    parser = argparse.ArgumentParser()
-    render.add_arguments(parser)
-    return render.main(parser.parse_args([str(folder), *arguments]))
+    told = write.reports(tmp_path / "again", document().records, run=document().run, root=tmp_path)
+    assert "the section 'broken' of other failed and is left out (KeyError: 'no meter')" in told
 
 
 def test_a_registered_exporter_writes_its_files(tmp_path, monkeypatch, capsys):
-    registered(monkeypatch, "exporters", csv=lambda found: {"a.csv": "metric,value\n", "a.json": [len(found.records)]})
+    files = {"a.csv": "metric,value\n", "a.json": [3]}
+    register(monkeypatch, exporters={"other": {"csv": lambda found: files}})
     folder = write_run(tmp_path / "run", document())
-    assert main_render(folder, "--format", "csv") == 0
+    assert main(["render", str(folder), "--format", "csv"]) == 0
     assert (folder / "a.csv").read_text() == "metric,value\n"
     assert json.loads((folder / "a.json").read_text()) == [3]
     assert not (folder / "report.html").exists()

@@ -63,7 +63,7 @@ def check_version(found: Any, known: int, what: str, again: str) -> None:
 
 
 def build(plain: Any, kind: type[T], what: str, again: str, *, fault: str = "was damaged or edited by hand") -> T:
-    """A record, or any other type of this package, from plain values. Raises DocumentError with the place of what is wrong.
+    """A record, or any other type of this package, from plain values. Raises DocumentError with the place of a fault.
 
     fault  what happened to `what` for it not to fit
     """
@@ -92,8 +92,12 @@ def checked(value: T, what: str, again: str) -> T:
 
 
 def to_plain(value: Any) -> Any:
-    """Plain values (dict, list, str, int, float, bool, None) of a record, a document, an example."""
-    return _unsorted(msgspec.to_builtins(value, enc_hook=_encode))
+    """Plain values (dict, list, str, int, float, bool, None) of a record, a document, or of a list or dict of such things."""
+    if isinstance(value, dict):
+        return {name: to_plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(part) for part in value]
+    return _unsorted(msgspec.to_builtins(value, enc_hook=_encode), type(value))
 
 
 def text_of(plain: Any) -> str:
@@ -163,6 +167,8 @@ def _int(text: str) -> int:
 
 def _sorted(plain: Any, kind: Any) -> Any:
     """The same values, in which what a type does not know stands in its `more`."""
+    if not _may_hold_more(kind):
+        return plain
     kind = _without_null(kind)
     if not isinstance(plain, dict) or not (_is_struct(kind) or kind is Value):
         return _rebuilt(plain, [_sorted(value, inner) for _, value, inner in _parts(plain, kind)])
@@ -171,12 +177,15 @@ def _sorted(plain: Any, kind: Any) -> Any:
     return {**known, **({MORE: more} if more else {})}
 
 
-def _unsorted(plain: Any) -> Any:
+def _unsorted(plain: Any, kind: Any) -> Any:
     """The other way round: what stands in a `more` beside the fields that are known."""
-    if isinstance(plain, dict):
-        own = {name: _unsorted(value) for name, value in plain.items() if name != MORE}
-        return {**own, **plain.get(MORE, {})}
-    return [_unsorted(value) for value in plain] if isinstance(plain, list | tuple) else plain
+    if not _may_hold_more(kind):
+        return plain
+    kind = _without_null(kind)
+    parts = {name: _unsorted(value, inner) for name, value, inner in _parts(plain, kind)}
+    if isinstance(plain, dict) and (_is_struct(kind) or kind is Value):
+        return {**parts, **plain.get(MORE, {})}
+    return _rebuilt(plain, [*parts.values()])
 
 
 def _locate(plain: Any, kind: Any, message: str) -> tuple[list[str], str]:
@@ -206,7 +215,7 @@ def _parts(plain: Any, kind: Any) -> list[tuple[str, Any, Any]]:
         return [(name, value, types[name]) for name, value in plain.items() if name in types and name != MORE]
     if isinstance(plain, dict) and get_origin(kind) is dict:
         return [(str(name), value, get_args(kind)[1]) for name, value in plain.items()]
-    if isinstance(plain, list) and get_origin(kind) in (list, tuple):
+    if isinstance(plain, list | tuple) and get_origin(kind) in (list, tuple):
         return [(str(number), value, get_args(kind)[0]) for number, value in enumerate(plain, start=1)]
     return []
 
@@ -221,6 +230,12 @@ def _rebuilt(plain: Any, parts: list[Any]) -> Any:
     if not parts:
         return plain
     return dict(zip(plain, parts, strict=True)) if isinstance(plain, dict) else parts
+
+
+@functools.cache
+def _may_hold_more(kind: Any) -> bool:
+    """Whether a value of this type has a field `more` somewhere; long lists of numbers need not be looked through."""
+    return kind is Value or _is_struct(kind) or any(_may_hold_more(part) for part in get_args(kind))
 
 
 def _without_null(kind: Any) -> Any:

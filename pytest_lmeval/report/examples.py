@@ -152,8 +152,8 @@ def _embedded(tables: list[Table], notes: list[str]) -> list[dict[str, Any]]:
         if kept[number] < len(table.rows):
             files = ", ".join(column.file for column in table.columns)
             notes.append(
-                f"{table.subject}: the texts of {kept[number]:,} of {several(len(table.rows), table.example)} are in this page, "
-                f"flips and wrong answers first; all are in {files}"
+                f"{table.subject}: the texts of {kept[number]:,} of {several(len(table.rows), table.example)} are in this "
+                f"page, flips and wrong answers first; all are in {files}"
             )
     return [
         {

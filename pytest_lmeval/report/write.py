@@ -75,6 +75,7 @@ def _extended(document: Document, extend: Callable[[Document], object], folder: 
 def _pages(folder: Path, document: Document, templates: Path | None, notes: list[str]) -> list[str]:
     """Render and write the pages; returns the names of those that went well."""
     shown, written = with_sections(document, folder), []
+    notes += shown.problems[len(document.problems) :]
     for name in pages.PAGES:
         try:
             page = pages.render(name, shown, folders=[folder], templates=templates)
