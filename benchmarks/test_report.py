@@ -34,7 +34,7 @@ WORDS = [
     "it",
     "was",
     "not",
-    "shown",
+    "seen",
 ]
 PER_EXAMPLE = 2_000  # bytes, beyond which a page would not be kept or sent
 

@@ -128,7 +128,12 @@ def everything():
     limited = {"state": state, "limit": "it reads at most 37 tokens", "not_reached": (256,), "verdict": "exact-step-only"}
     return document(
         laws(broken=("splits",), certificate=limited),
-        reading(lm=model(precision=precision), details={"why": "the state is carried"}, notes=["windows of 64 tokens"]),
+        reading(
+            lm=model(precision=precision),
+            certificate=None,
+            details={"why": "the state is carried"},
+            notes=["windows of 64 tokens"],
+        ),
         asked(examples="examples/a.jsonl", gate=gate, outcome="failed"),
         asked("slow", metrics={}, not_measured="other tests ran at the same time", kind="latency", outcome="skipped"),
         skipped=[Skipped("t.py::test_skipped", "needs | a kernel")],

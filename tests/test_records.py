@@ -89,8 +89,8 @@ def test_choices_that_do_not_fit_each_other_are_no_example(changes):
 # ------------------------------------------------------------------------------------------- documents
 
 
-def test_the_golden_file_of_version_2_is_read_and_written_again_to_the_same_text():
-    assert dump(load(GOLDEN)) == GOLDEN.read_text()
+def test_the_golden_file_of_version_2_is_read_and_written_again_as_it_stands():
+    assert json.loads(dump(load(GOLDEN))) == json.loads(GOLDEN.read_text())
 
 
 def test_a_document_comes_back_as_it_was_written(tmp_path):

@@ -45,8 +45,8 @@ def parse(raw: bytes, what: str, again: str) -> Any:
     except ValueError as error:
         at = f" at line {error.lineno}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
         raise DocumentError(
-            f"{what} is not whole JSON: {getattr(error, 'msg', error)}{at}. It was cut off, edited by hand, or a merge left its "
-            f"marks, so none of its numbers can be trusted. {again}."
+            f"{what} is not whole JSON: {getattr(error, 'msg', error)}{at}. It was cut off, edited by hand, or a merge left "
+            f"its marks, so none of its numbers can be trusted. {again}."
         ) from error
 
 
