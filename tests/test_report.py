@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from pytest_lmeval.records import history
 from pytest_lmeval.records.comparison import Comparison, Flip
-from pytest_lmeval.records.document import BaselineUse, Failure, Run, Section, Skipped, load
+from pytest_lmeval.records.document import BaselineUse, Failure, Section, Skipped, load
 from pytest_lmeval.records.record import Series
 from pytest_lmeval.records.value import Value
 from pytest_lmeval.report import github, pages, terminal, write
@@ -23,7 +23,7 @@ from pytest_lmeval.report.overview import overview
 from pytest_lmeval.report.tables import groups, headlines, side_by_side
 from pytest_lmeval.report.words import interval, number, size_of, visible
 
-RUN = Run(id="r1", started="2026-11-20T23:25:51+00:00", command="pytest -m 'a b'", exit_status=0)
+RUN = write.run(0.0, ["-m", "a b"], 0)
 
 
 def rendered(found):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,13 @@ EMBEDDED = 4_000_000
 RIGHT, WRONG, PARTLY, UNJUDGED, ABSENT = "1", "0", "~", "-", "."
 
 
-@dataclass
+@dataclass(frozen=True)
 class Column:
-    """A record of the table. `judges`: its metrics that judge answers; `marks`: a character for each question."""
+    """A record of the table. `judges`: its metrics that judge answers, in its order."""
 
     label: str
     file: str
     judges: list[Metric]
-    marks: str = ""
 
     def judge(self, example: Example) -> Metric | None:
         """The first of its metrics that judge answers, and that this one has a score of."""
@@ -44,14 +43,20 @@ class Column:
         return None if (judge := self.judge(example)) is None else example.scores[judge.name]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Table:
-    """The questions of one subject: for each the examples of the columns that asked it, by their index."""
+    """The questions of one subject.
+
+    example  what one of them is called
+    rows     for each question the examples of the columns that asked it, by their index
+    marks    for each column a character for each question
+    """
 
     subject: str
     example: str
-    columns: list[Column] = field(default_factory=list)
-    rows: list[dict[int, Example]] = field(default_factory=list)
+    columns: list[Column]
+    rows: list[dict[int, Example]]
+    marks: list[str]
 
 
 def example_tables(records: Sequence[Record], folders: Sequence[Path]) -> tuple[list[dict[str, Any]], list[str]]:
@@ -101,19 +106,21 @@ def shortened(text: str, *, end: bool = False) -> str:
 
 def _table(subject: str, asked: list[tuple[Record, Path]], notes: list[str]) -> Table:
     labels = disambiguate([(record.lm.spec, record.test.rpartition("::")[2]) for record, _ in asked])
-    table = Table(subject, asked[0][0].example)
+    columns: list[Column] = []
     questions: dict[tuple[str, int], dict[int, Example]] = {}
     for index, (label, (record, folder)) in enumerate(zip(labels, asked, strict=True)):
         judges = [found for name, value in record.metrics.items() if (found := metric(name, value)).judges]
-        table.columns.append(Column(label, record.examples or "", judges))
+        columns.append(Column(label, record.examples or "", judges))
         seen: Counter[str] = Counter()
         for example in _read_inside(folder, record.examples or "", notes):
             questions.setdefault((example.id, seen[example.id]), {})[index] = example
             seen[example.id] += 1
-    table.rows = list(questions.values())
-    for index, column in enumerate(table.columns):
-        column.marks = "".join(mark(column.score(row[index])) if index in row else ABSENT for row in table.rows)
-    return table
+    rows = [*questions.values()]
+    marks = [
+        "".join(mark(column.score(row[index])) if index in row else ABSENT for row in rows)
+        for index, column in enumerate(columns)
+    ]
+    return Table(subject, asked[0][0].example, columns, rows, marks)
 
 
 def _read_inside(folder: Path, name: str, notes: list[str]) -> list[Example]:
@@ -160,7 +167,10 @@ def _embedded(tables: list[Table], notes: list[str]) -> list[dict[str, Any]]:
             "subject": table.subject,
             "example": table.example,
             "metrics": [metric(name).label for name in names],
-            "columns": [{"label": column.label, "file": column.file, "marks": column.marks} for column in table.columns],
+            "columns": [
+                {"label": column.label, "file": column.file, "marks": marks}
+                for column, marks in zip(table.columns, table.marks, strict=True)
+            ],
             "rows": shown,
         }
         for table, names, shown in zip(tables, metrics, rows, strict=True)
@@ -168,8 +178,8 @@ def _embedded(tables: list[Table], notes: list[str]) -> list[dict[str, Any]]:
 
 
 def _rank(table: Table, index: int) -> int:
-    """0 for a question that some answered rightly and others wrongly, 1 for one that all answered wrongly, 2 for the rest."""
-    marks = {column.marks[index] for column in table.columns}
+    """0 for a question that some answered rightly and others wrongly, 1 for others with a wrong answer, 2 for the rest."""
+    marks = {own[index] for own in table.marks}
     return 0 if {RIGHT, WRONG} <= marks else 1 if marks & {WRONG, PARTLY} else 2
 
 
@@ -181,8 +191,8 @@ def _row(table: Table, index: int, metrics: list[str]) -> list[Any]:
     first = next(iter(row.values()))
     choices = [shortened(choice) for choice in first.choices]
     target = "" if choices else shortened(first.target or "")
-    answers = [_answer(column, row.get(number), choices) for number, column in enumerate(table.columns)]
     examples = [row.get(number) for number in range(len(table.columns))]
+    asked = [*zip(table.columns, examples, strict=True)]
     prompts = [None if one is None or (one is not first and one.prompt == first.prompt) else one.prompt for one in examples]
     return [
         first.number,
@@ -192,10 +202,10 @@ def _row(table: Table, index: int, metrics: list[str]) -> list[Any]:
         list(first.right),
         target,
         [None if prompt is None else shortened(prompt, end=True) for prompt in prompts],
-        answers,
+        [_answer(column, one, choices) for column, one in asked],
         [None if one is None or not choices else [round(value, 3) for value in one.loglikelihoods] for one in examples],
         [None if one is None else [_digits(one.scores.get(name)) for name in metrics] for one in examples],
-        [None if one is None else _digits(column.score(one)) for column, one in zip(table.columns, examples, strict=True)],
+        [None if one is None else _digits(column.score(one)) for column, one in asked],
     ]
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import datetime
 import json
-import shlex
 import time
-import uuid
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +12,7 @@ import pytest
 from pytest_lmeval.options import option, output_folder, templates_folder
 
 if TYPE_CHECKING:
-    from pytest_lmeval.records.document import Failure, Run, Skipped
+    from pytest_lmeval.records.document import Failure, Skipped
     from pytest_lmeval.records.record import Record
 
 MESSAGE = 4_000  # characters of a failure's message that the reports take
@@ -85,7 +82,7 @@ class Reports:
         self.written = write.reports(
             folder,
             self.records,
-            run=self._run(int(exitstatus)),
+            run=write.run(self.started, self.config.invocation_params.args, int(exitstatus)),
             root=self.config.rootpath,
             skipped=self.skipped,
             failures=self.failures,
@@ -96,17 +93,6 @@ class Reports:
             from pytest_lmeval.records.journal import Journal
 
             Journal(folder).end(self.keys)  # this run came to its end: the next one measures anew
-
-    def _run(self, exit_status: int) -> Run:
-        from pytest_lmeval.records.document import Run
-
-        return Run(
-            id=uuid.uuid4().hex[:12],
-            started=datetime.datetime.fromtimestamp(self.started, datetime.timezone.utc).isoformat(timespec="seconds"),
-            seconds=round(time.time() - self.started, 3),
-            command=shlex.join(["pytest", *map(str, self.config.invocation_params.args)]),
-            exit_status=exit_status,
-        )
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if not self.records or self.config.get_verbosity() < -1:

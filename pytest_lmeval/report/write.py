@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 import os
+import shlex
 import sys
-from collections.abc import Callable
+import time
+import uuid
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,6 +20,17 @@ from pytest_lmeval.report import github, pages
 from pytest_lmeval.report.sections import with_sections
 
 HOOK = "pytest_lmeval_report"
+
+
+def run(started: float, arguments: Sequence[object], exit_status: int) -> Run:
+    """The run that ends now. `started` is in seconds since 1970, `arguments` are those of pytest."""
+    return Run(
+        id=uuid.uuid4().hex[:12],
+        started=datetime.datetime.fromtimestamp(started, datetime.timezone.utc).isoformat(timespec="seconds"),
+        seconds=round(time.time() - started, 3),
+        command=shlex.join(["pytest", *map(str, arguments)]),
+        exit_status=exit_status,
+    )
 
 
 def reports(
