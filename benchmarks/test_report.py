@@ -9,12 +9,16 @@ import time
 
 import pytest
 
-from pytest_lmeval import Metric
+from pytest_lmeval.records.document import Document
+from pytest_lmeval.records.example import Example
+from pytest_lmeval.records.record import ModelFacts, Record, Series
+from pytest_lmeval.records.schema import line_of
+from pytest_lmeval.records.value import Value
 from pytest_lmeval.report import pages
 
 pytestmark = pytest.mark.benchmark
 
-WORDS = (
+WORDS = [
     "the",
     "quick",
     "brown",
@@ -30,8 +34,8 @@ WORDS = (
     "it",
     "was",
     "not",
-    "shown",
-)
+    "seen",
+]
 PER_EXAMPLE = 2_000  # bytes, beyond which a page would not be kept or sent
 
 
@@ -46,9 +50,17 @@ def examples(count, model):
         choices = [" " + sentence(chance) for _ in range(4)]
         right, answer = chance.randrange(4), luck.randrange(4)
         answer = right if luck.random() > 0.2 else answer
-        scores = [luck.uniform(-90.0, -60.0) if place != answer else -50.0 for place in range(4)]
-        own = {"id": f"{number:016x}", "number": number, "group": None, "choices": choices, "right": [right]}
-        yield {**own, "loglikelihoods": scores, "prediction": choices[answer].strip(), "target": choices[right].strip()}
+        yield Example(
+            id=f"{number:016x}",
+            number=number,
+            prompt=sentence(chance, 40),
+            output=choices[answer].strip(),
+            target=choices[right].strip(),
+            scores={"accuracy": float(answer == right)},
+            choices=tuple(choices),
+            right=(right,),
+            loglikelihoods=tuple(luck.uniform(-90.0, -60.0) if index != answer else -50.0 for index in range(4)),
+        )
 
 
 def run(folder, count):
@@ -57,39 +69,36 @@ def run(folder, count):
     records = []
     for model in ("first", "second"):
         file = f"examples/{model}.jsonl"
-        (folder / file).write_text("".join(json.dumps(example) + "\n" for example in examples(count, model)))
-        lm = {"spec": model, "parameters": 1, "bytes": 4, "dtype": "float32", "device": "cpu", "fingerprint": model}
-        accuracy = Metric(0.8, low=0.79, high=0.81, n=count, higher_is_better=True).to_json()
-        series = {"loss_by_position": {"x": [1.0, 2.0], "y": [3.0, 2.0], "x_unit": "tokens before", "y_unit": "nats/token"}}
+        (folder / file).write_text("".join(map(line_of, examples(count, model))))
         records.append(
-            {
-                "kind": "task",
-                "subject": "endings",
-                "lm": lm,
-                "metrics": {"accuracy": accuracy},
-                "examples": file,
-                "series": series,
-            }
+            Record(
+                kind="task",
+                subject="endings",
+                lm=ModelFacts(spec=model, fingerprint=model),
+                metrics={"accuracy": Value(0.8, low=0.79, high=0.81, n=count, higher_is_better=True)},
+                examples=file,
+                series={"loss_by_position": Series([1.0, 2.0], [3.0, 2.0], "tokens before", "nats/token")},
+            )
         )
-    return {"records": records}
+    return Document(records=records)
 
 
 @pytest.mark.parametrize("count", [100, 1_000, 10_000])
 def test_rendering_a_report(lmeval, tmp_path, count):
     document = run(tmp_path, count)
-    pages.render("report.html", {"records": []})  # templates and scripts are read once
+    pages.render("report.html", Document())  # templates and scripts are read once
     began = time.process_time()
     html = pages.render("report.html", document, folders=[tmp_path])
     seconds = time.process_time() - began
     data = json.loads(html.partition('id="data">')[2].partition("</script>")[0])
-    embedded = sum(row is not None for row in data["boards"][0]["rows"])
+    embedded = sum(row is not None for row in data["examples"][0]["rows"])
     lmeval.record(
         "demo",
         f"report of {count:,} examples",
-        render_seconds=Metric(seconds, "s", n=1, higher_is_better=False),
-        page_bytes=Metric(len(html.encode()), "bytes", n=1, higher_is_better=False),
-        examples_bytes=Metric(sum(file.stat().st_size for file in (tmp_path / "examples").iterdir()), "bytes", n=1),
-        texts_embedded=Metric(embedded, f"of {count:,}", n=1),
+        render_seconds=Value(seconds, "s", n=1, higher_is_better=False),
+        page_bytes=Value(len(html.encode()), "bytes", n=1, higher_is_better=False),
+        examples_bytes=Value(sum(file.stat().st_size for file in (tmp_path / "examples").iterdir()), "bytes", n=1),
+        texts_embedded=Value(embedded, f"of {count:,}", n=1),
     )
     assert seconds < 2
     assert len(html) < 1_000_000 + PER_EXAMPLE * count

@@ -1,41 +1,70 @@
-"""`python -m pytest_lmeval COMMAND`: what can be done with the files that runs leave behind.
+"""The command line: `lmeval COMMAND`, or `python -m pytest_lmeval COMMAND`.
 
-Each command is a module with `add_arguments(parser)` and `main(arguments) -> exit status`, imported when it is asked for.
+A command is a module that is registered in the group `commands`: its docstring begins with a line of help, and it has
+`add_arguments(parser)` and `main(arguments) -> exit status`. It is imported when it is asked for.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
+import ast
+import importlib.metadata
+import importlib.util
 import os
+import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-COMMANDS = {  # name -> module, help
-    "render": ("pytest_lmeval.report.render", "render the pages of a run from its metrics.json, or what a service reads"),
-    "compare": ("pytest_lmeval.report.compare", "show several runs side by side"),
-    "history": ("pytest_lmeval.report.history", "how every number has moved over the runs in a folder"),
-    "baseline": ("pytest_lmeval.gates.accept", "accept the numbers of a run as those that later runs are compared with"),
-    "compare-runs": ("pytest_lmeval.gates.compare_runs", "is this version slower than another? Both are run, in turns"),
-}
+from pytest_lmeval import registry
+from pytest_lmeval.errors import LmevalError, RegistryError, nearest
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status is 0, or 2 where it could not be done."""
+    """Run a command; the exit status is 2 where it could not be done, for a reason that is printed."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(prog="python -m pytest_lmeval", description="Files of pytest-lmeval runs.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (module, text) in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text)
-        if name in given[:1]:
-            importlib.import_module(module).add_arguments(command)
-    parsed = parser.parse_args(given)
-    status: int = importlib.import_module(COMMANDS[parsed.command][0]).main(parsed)
+    try:
+        status = _run(given)
+        sys.stdout.flush()
+    except LmevalError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # whoever reads on, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     return status
 
 
-if __name__ == "__main__":
+def _run(given: Sequence[str]) -> int:
+    found = registry.entries("commands")
+    entries = {entry.name: entry for entry in found}
+    name = next((word for word in given if not word.startswith("-")), "")
+    if [entry.name for entry in found].count(name) > 1:
+        registry.find("commands", name)  # raises: which is meant cannot be known
+    if name and name not in entries:
+        raise RegistryError(f"there is no command {name!r}.{nearest(name, entries)} There are: {', '.join(sorted(entries))}.")
+    parser = argparse.ArgumentParser(prog="lmeval", description="What can be done with the files that runs leave behind.")
+    parser.add_argument("--version", action="version", version=importlib.metadata.version("pytest-lmeval"))
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for entry in entries.values():
+        text = _help(entry).replace("%", "%%")
+        command = commands.add_parser(entry.name, help=text, description=text)
+        if entry.name == name:
+            entry.load().add_arguments(command)
+    parsed = parser.parse_args(given or ["--help"])
+    return int(entries[parsed.command].load().main(parsed))
+
+
+def _help(entry: registry.Entry) -> str:
+    """The first line of the docstring, read from the file: importing every command would take a second."""
     try:
-        sys.exit(main())
-    except BrokenPipeError:  # what reads on, `head` for one, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        spec = importlib.util.find_spec(entry.target)
+        source = Path(spec.origin).read_text(encoding="utf-8")  # type: ignore[union-attr, arg-type]
+        text = (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
+    except Exception:  # noqa: BLE001 - a package that is not whole: it says so itself when its command is used
+        text = ""
+    return re.sub("^`lmeval [^`]*`: ", "", text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pytest
 
+if TYPE_CHECKING:
+    from pytest_lmeval.records.document import Document
+
 
 @pytest.hookspec
-def pytest_lmeval_report(config: pytest.Config, data: dict[str, Any]) -> None:
+def pytest_lmeval_report(config: pytest.Config, data: Document) -> None:
     """Called once, when a run has ended and its numbers are saved, before the pages are rendered.
 
-    data  what `metrics.json` holds, to be changed in place: metrics of a record, and `data["sections"]`, tables and texts
-          that stand in `summary.md` and `report.html` under a title of their own
+    data  what `metrics.json` holds (a `records.document.Document`), to be changed in place: the metrics of a record, and
+          `data.sections`, tables and texts that stand in `summary.md` and `report.html` under a title of their own
 
         # conftest.py
-        def pytest_lmeval_report(config, data):
-            for record in data["records"]:
-                if seconds := record["cost"]["seconds"]:
-                    record["metrics"]["euros"] = {"value": seconds * 0.0008, "unit": "EUR", "higher_is_better": False}
-            data["sections"].append(
-                {"title": "Energy", "text": "Read at the meter.", "columns": ["machine", "Wh"], "rows": [["ci-3", 12.5]]}
-            )
+        from pytest_lmeval.records.document import Section
+        from pytest_lmeval.records.value import Value
 
-    What one raises, and what is no JSON, is told at the end of the run and costs only what the hook would have added.
+        def pytest_lmeval_report(config, data):
+            for record in data.records:
+                if record.cost.seconds:
+                    record.metrics["euros"] = Value(record.cost.seconds * 0.0008, "EUR", higher_is_better=False)
+            data.sections.append(Section(title="Energy", columns=["machine", "Wh"], rows=[["ci-3", 12.5]]))
+
+    Where a hook raises, or leaves something that cannot be written or read back, the run says so at its end, and uses nothing
+    of what the hooks changed.
     """

@@ -1,62 +1,24 @@
-"""Pages of runs that are over, several runs side by side, what a project adds, and files that are not as they should be."""
+"""Pages of runs that are over, several runs side by side, answered questions, and what projects and packages add."""
 
-import functools
 import json
 import xml.etree.ElementTree as ElementTree
-from importlib import resources
-from pathlib import Path
 
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from documents import HOSTILE, answered, asked, data_of, document, everything, generated, reading, register, write_run
 
 from pytest_lmeval.__main__ import main
-from pytest_lmeval.errors import DocumentError
-from pytest_lmeval.report import examples, pages
-from pytest_lmeval.report.document import complete, load
+from pytest_lmeval.records.document import Section, load
+from pytest_lmeval.records.schema import json_schema
+from pytest_lmeval.records.value import Value
+from pytest_lmeval.report import examples, pages, write
 from pytest_lmeval.report.formats import bencher, github_action_benchmark
 from pytest_lmeval.report.words import visible
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "metrics-1.json").read_text())
-HOSTILE = "<script>alert('x')</script><img src=x onerror=alert(1)> </script> \x1b[31m \x00 \ud800 {{ 7 * 7 }}"
+# ---------------------------------------------------------------------------------------- runs that are over
 
 
-def question(number, *, right=True, **more):
-    """A line of the file of examples, as a task with two choices writes it."""
-    scores = [-1.0, -2.0] if right else [-2.0, -1.0]
-    own = {"id": f"id{number}", "number": number, "choices": [" yes", " no"], "right": [0], "loglikelihoods": scores}
-    return {**own, "targets": ["yes"], "prediction": "yes" if right else "no", "target": "yes", **more}
-
-
-def record(spec, file=None, **more):
-    (reading,) = [record for record in GOLDEN["records"] if record["kind"] == "perplexity"][:1]
-    own = {"kind": "task", "subject": "brackets, 0-shot", "settings": {}, "series": {}, "examples": file, "certificate": None}
-    own["metrics"] = {"accuracy": {"value": 0.5, "unit": "", "low": 0.4, "high": 0.6, "n": 10, "higher_is_better": True}}
-    return {**reading, "lm": {**reading["lm"], "spec": spec, "fingerprint": spec}, **own, **more}
-
-
-@pytest.fixture
-def run(tmp_path):
-    """A function that writes a run: its folder, its records, and files of examples."""
-
-    def write(name, records, **files):
-        folder = tmp_path / name
-        (folder / "examples").mkdir(parents=True)
-        (folder / "metrics.json").write_text(json.dumps({**GOLDEN, "records": records}))
-        for file, lines in files.items():
-            (folder / "examples" / f"{file}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        return folder
-
-    return write
-
-
-def data_of(html):
-    """What the page's script reads."""
-    return json.loads(html.partition('id="data">')[2].partition("</script>")[0])
-
-
-def test_a_run_that_is_over_is_rendered_anew_to_the_same_bytes(run, capsys):
-    folder = run("a", GOLDEN["records"])
+def test_a_run_that_is_over_is_rendered_again_to_the_same_bytes(tmp_path, capsys):
+    folder = write_run(tmp_path / "a", everything())
     assert main(["render", str(folder)]) == 0
     first = (folder / "report.html").read_bytes()
     assert main(["render", str(folder / "metrics.json"), "--to", str(folder / "again")]) == 0
@@ -65,234 +27,36 @@ def test_a_run_that_is_over_is_rendered_anew_to_the_same_bytes(run, capsys):
     assert "written to" in capsys.readouterr().out
 
 
-def test_runs_stand_side_by_side_and_the_best_of_a_metric_first(run, capsys):
-    def at(value):
-        return [record("demo", metrics={"accuracy": {**record("demo")["metrics"]["accuracy"], "value": value}})]
-
-    folders = [run(name, at(value)) for name, value in (("old", 0.3), ("new", 0.7), ("other", 0.5))]
-    assert main(["compare", *map(str, folders), "--sort", "accuracy", "--to", str(folders[0].parent / "out")]) == 0
+def test_runs_stand_side_by_side_and_the_best_of_a_metric_first(tmp_path, capsys):
+    runs = {"old": 0.3, "new": 0.7, "other": 0.5}
+    folders = [write_run(tmp_path / name, document(asked(accuracy=value))) for name, value in runs.items()]
+    assert main(["compare", *map(str, folders), "--sort", "accuracy", "--to", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
     assert (
         shown.index("demo \u00b7 new ", shown.index("accuracy")) < shown.index("0.7") < shown.index("0.5") < shown.index("0.3")
     )
-    markdown = (folders[0].parent / "out" / "comparison.md").read_text()
-    html = (folders[0].parent / "out" / "comparison.html").read_text()
+    markdown, html = ((tmp_path / "out" / f"comparison.{kind}").read_text() for kind in ("md", "html"))
     for page in (markdown, html):
         assert page.index("0.7") < page.index("0.5") < page.index("0.3")
     assert "3 runs side by side" in html
     assert "new: The test passed" in markdown
 
 
-def test_flips_between_two_runs_are_found_by_the_identity_of_the_question(run):
-    a = run("a", [record("demo", "examples/x.jsonl")], x=[question(1), question(2, right=False), question(3)])
-    b = run("b", [record("demo", "examples/x.jsonl")], x=[question(3), question(2), question(1, right=False), question(4)])
-    assert main(["compare", str(a), str(b), "--to", str(a.parent)]) == 0
-    (board,) = data_of((a.parent / "comparison.html").read_text())["boards"]
-    marks = {row[1]: tuple(column["marks"][place] for column in board["columns"]) for place, row in enumerate(board["rows"])}
-    assert marks == {"id1": ("1", "0"), "id2": ("0", "1"), "id3": ("1", "1"), "id4": (".", "1")}
-
-
-def test_a_metric_that_no_run_has_is_refused_with_those_there_are(run, capsys):
-    assert main(["compare", str(run("a", [record("demo")])), "--sort", "elegance"]) == 2
+def test_a_metric_that_no_run_has_is_refused_with_those_there_are(tmp_path, capsys):
+    assert main(["compare", str(write_run(tmp_path / "a", document(asked()))), "--sort", "elegance"]) == 2
     assert "no run has a metric 'elegance' to sort by. There are: accuracy." in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ('{"schema": 1, "records": [{"te', "is not whole JSON"),
-        ('{"schema": 7, "records": []}', "is of schema version 7, and this pytest-lmeval reads version 1"),
-        ("[1, 2]", "holds no list of records"),
-        (None, "cannot be read"),
-    ],
-)
-def test_a_file_that_is_no_metrics_document_is_refused_in_words(tmp_path, capsys, text, said):
-    file = tmp_path / "metrics.json"
-    if text is not None:
-        file.write_text(text)
+def test_a_file_that_is_no_document_is_refused_in_words(tmp_path, capsys):
+    (tmp_path / "metrics.json").write_text('{"schema": 1, "records": []}')
     for command in ("render", "compare"):
-        assert main([command, str(file)]) == 2
-        assert f"{file} {said}" in capsys.readouterr().err
+        assert main([command, str(tmp_path)]) == 2
+        assert "is of schema version 1" in capsys.readouterr().err
     assert not (tmp_path / "report.html").exists()
 
 
-def places(value, path=()):
-    """The paths of all fields in a document, but for the points of curves."""
-    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for name, part in parts:
-        yield (*path, name)
-        if name not in ("x", "y"):
-            yield from places(part, (*path, name))
-
-
-def spoiled(path, *, remove):
-    """The golden document without one of its fields, or with null in its place."""
-    document = json.loads(json.dumps(GOLDEN))
-    parent = functools.reduce(lambda value, name: value[name], path[:-1], document)
-    if remove:
-        del parent[path[-1]]
-    else:
-        parent[path[-1]] = None
-    return document
-
-
-@settings(max_examples=25)
-@given(st.sampled_from([path for path in places(GOLDEN) if path != ("records",)]), st.booleans())
-def test_a_document_that_lacks_any_one_field_is_rendered(path, remove):
-    for name in pages.PAGES:
-        assert pages.render(name, spoiled(path, remove=remove))
-
-
-ODD = [3, "x", True, [1], ["x"], {"a": 1}]
-
-
-def edited(path, value):
-    """The golden document with a gate and a section, and one of its fields as somebody edited it."""
-    document = json.loads(json.dumps(GATED))
-    functools.reduce(lambda part, name: part[name], path[:-1], document)[path[-1]] = value
-    return document
-
-
-FLIP = {"id": "a", "before": 1, "after": 0, "answer": "b", "target": None}
-ROW = {"verdict": "unclear", "base": 0.5, "new": 0.4, "difference": -0.1, "low": -0.3, "high": 0.1, "margin": 0.01, "p": 0.1}
-ROW |= {"detectable": 0.2, "needed": 900, "only_base": 1, "only_new": 2, "n": 10, "units": 10, "test": "mcnemar"}
-ROW |= {"lost": 1, "won": 0, "flipped": [FLIP], "note": "a note", "unlike": ["shots was 0, is 1"]}
-GATED = {**GOLDEN, "sections": [{"title": "a", "text": "b", "columns": ["c"], "rows": [[1]]}]}
-GATED["records"] = [{**record, "gate": {"nll": ROW}} for record in GOLDEN["records"]]
-
-
-@settings(max_examples=30)
-@given(st.sampled_from([path for path in places(GATED) if path != ("records",)]), st.sampled_from(ODD))
-@example(("run", "seconds"), "x")
-@example(("records", 0, "metrics"), "x")
-@example(("records", 0, "series"), [1])
-@example(("records", 0, "certificate", "laws"), [1])
-@example(("records", 0, "cost"), "q")
-@example(("records", 0, "gate", "nll"), "x")
-@example(("sections", 0, "rows"), 3)
-def test_a_document_that_was_edited_at_any_one_place_is_rendered(path, value):
-    for name in pages.PAGES:
-        assert pages.render(name, edited(path, value))
-
-
-def test_what_is_of_another_kind_is_said_with_its_place():
-    assert complete(edited(("run", "seconds"), "x"))["problems"] == ['run: seconds is "x", no number, and was left out']
-    (said,) = complete(edited(("records", 0, "cost"), "q"))["problems"]
-    assert said.startswith("record 1 (")
-    assert said.endswith('): cost is "q", no object, and was left out')
-    assert (
-        complete(complete(edited(("run", "seconds"), "x")))["problems"] == complete(edited(("run", "seconds"), "x"))["problems"]
-    )
-
-
-def test_this_test_can_fail(monkeypatch):
-    monkeypatch.setattr(pages, "complete", lambda document: document)
-    with pytest.raises(KeyError):
-        pages.render("summary.md", spoiled(("records", 0, "metrics"), remove=True))
-
-
-def test_what_has_to_be_left_out_of_a_document_is_said():
-    half = {
-        "metrics": {"accuracy": {"unit": "%"}, "nll": {"value": 1.5}},
-        "series": {"curve": {"x": [1], "y": []}},
-        "lm": None,
-    }
-    document = complete({"records": [half, "no record"]})
-    assert list(document["records"][0]["metrics"]) == ["nll"]
-    assert document["problems"] == [
-        'record 2 is "no record", no object, and was left out',
-        "record 1 (nameless): accuracy has no value, and was left out",
-        "record 1 (nameless): the series curve is no curve, and was left out",
-    ]
-    assert "accuracy has no value" in pages.render("report.html", document)
-    assert complete(document) == document
-
-
-def test_a_golden_document_lacks_nothing(tmp_path):
-    (tmp_path / "metrics.json").write_text(json.dumps(GOLDEN))
-    document = load(tmp_path)
-    assert document["problems"] == []
-    assert document["records"] == GOLDEN["records"]
-    with pytest.raises(DocumentError):
-        load(tmp_path / "elsewhere")
-
-
-def test_an_answer_of_any_text_stays_text_and_does_not_end_the_script(run):
-    asked = question(1, choices=[], prediction=HOSTILE, target=HOSTILE, targets=[HOSTILE])
-    folder = run("a", [record("demo", "examples/x.jsonl")], x=[asked])
-    html = pages.render("report.html", load(folder), folders=[folder])
-    html.encode()
-    assert "alert('x')" not in html.replace("\\u0027", "'").partition("<body>")[0]
-    assert "<img" not in html
-    (row,) = data_of(html)["boards"][0]["rows"]
-    assert row[5] == visible(HOSTILE)
-    assert "\x1b" not in row[5]
-
-
-@pytest.mark.parametrize(
-    ("more", "mark"),
-    [
-        ({}, "1"),
-        ({"right": False}, "0"),
-        ({"loglikelihoods": [-1.0, float("nan")]}, "-"),
-        ({"loglikelihoods": None}, "-"),
-        ({"choices": [], "prediction": "yes"}, "1"),
-        ({"choices": [], "prediction": "Yes"}, "0"),
-        ({"choices": [], "prediction": "x", "judged": True}, "1"),
-        ({"choices": [], "targets": [], "target": None}, "-"),
-        ({"choices": [], "targets": ["no", "maybe"], "prediction": "maybe"}, "1"),
-    ],
-)
-def test_an_answer_is_marked_as_accuracy_has_it_and_what_cannot_be_judged_is_not(run, more, mark):
-    folder = run("a", [record("demo", "examples/x.jsonl")], x=[question(1, **more)])
-    (board,) = data_of(pages.render("report.html", load(folder), folders=[folder]))["boards"]
-    assert board["columns"][0]["marks"] == mark
-
-
-def test_a_text_of_ten_megabytes_is_shortened_in_the_page_and_whole_in_the_file(run):
-    long = "word " * 2_000_000
-    folder = run("a", [record("demo", "examples/x.jsonl")], x=[question(1, choices=[], prediction=long, target="word")])
-    html = pages.render("report.html", load(folder), folders=[folder])
-    assert "the first 1,000 of 10,000,000 characters" in html
-    assert len(html) < 100_000
-    assert long in (folder / "examples" / "x.jsonl").read_text()
-
-
-def test_what_does_not_fit_the_page_is_said_and_flips_come_first(run, monkeypatch):
-    monkeypatch.setattr(examples, "EMBEDDED", 2_000)
-    same, other = ([question(n, right=n != 77 or flip) for n in range(100)] for flip in (False, True))
-    folder = run("a", [record("a", "examples/x.jsonl"), record("b", "examples/y.jsonl")], x=same, y=other)
-    html = pages.render("report.html", load(folder), folders=[folder])
-    (board,) = data_of(html)["boards"]
-    kept = [place for place, row in enumerate(board["rows"]) if row]
-    assert 77 in kept
-    assert kept[:3] == [0, 1, 2]
-    assert len(board["rows"]) == len(board["columns"][0]["marks"]) == 100
-    assert f"the texts of {len(kept)} of 100 questions are in this page" in html
-    assert "all are in examples/x.jsonl, examples/y.jsonl" in html
-
-
-def test_files_of_examples_that_are_gone_torn_or_elsewhere_are_said(run):
-    folder = run(
-        "a",
-        [
-            record("a", "examples/gone.jsonl", subject="1"),
-            record("b", "examples/x.jsonl"),
-            record("c", "../b/examples/x.jsonl"),
-        ],
-        x=[question(1), question(2)],
-    )
-    run("b", [], x=[question(1)])
-    torn = folder / "examples" / "x.jsonl"
-    torn.write_bytes(torn.read_bytes()[:-20])
-    html = pages.render("report.html", load(folder), folders=[folder])
-    assert "the examples of examples/gone.jsonl are not shown: No such file or directory" in html
-    assert "1 of 2 lines of examples/x.jsonl cannot be read" in html
-    assert "../b/examples/x.jsonl lies outside of the output folder and was not read" in html
-
-
-def test_a_template_at_fault_is_named_with_its_line(run, capsys):
-    folder = run("a", [record("demo")])
+def test_a_template_at_fault_is_named_with_its_line(tmp_path, capsys):
+    folder = write_run(tmp_path / "a", document(asked()))
     own = folder / "own"
     own.mkdir()
     (own / "report.html").write_text("{% extends 'lmeval/report.html' %}\n{% block footer %}\n{{ nothing }}\n{% endblock %}")
@@ -301,42 +65,193 @@ def test_a_template_at_fault_is_named_with_its_line(run, capsys):
     assert not (folder / "report.html").exists()
 
 
-def test_services_that_keep_numbers_are_given_them_in_their_formats(run):
-    folder = run("a", GOLDEN["records"])
+# ---------------------------------------------------------------------------------------- answered questions
+
+
+def tables_of(folder):
+    return data_of(pages.render("report.html", load(folder), folders=[folder]))["examples"]
+
+
+def test_flips_between_two_runs_are_found_by_the_identity_of_the_question(tmp_path):
+    a, b = [answered(1), answered(2, is_right=False), answered(3)], [answered(n, is_right=n != 1) for n in (3, 2, 1, 4)]
+    for name, lines in (("a", a), ("b", b)):
+        write_run(tmp_path / name, document(asked("demo", "examples/x.jsonl")), x=lines)
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--to", str(tmp_path)]) == 0
+    (table,) = data_of((tmp_path / "comparison.html").read_text())["examples"]
+    marks = {row[1]: tuple(column["marks"][index] for column in table["columns"]) for index, row in enumerate(table["rows"])}
+    assert marks == {"id1": ("1", "0"), "id2": ("0", "1"), "id3": ("1", "1"), "id4": (".", "1")}
+
+
+def test_a_question_has_its_prompt_target_outputs_and_scores(tmp_path):
+    lines = [generated(7, "yes"), generated(7, "no", score=0.0, prompt="Really?")]
+    records = [asked(name, f"examples/{name}.jsonl", metrics={"exact_match": Value(1.0)}) for name in ("a", "b", "c")]
+    folder = write_run(tmp_path / "run", document(*records), a=lines[:1], b=lines[1:], c=lines[:1])
+    (table,) = tables_of(folder)
+    assert (table["metrics"], table["example"]) == (["exact match"], "question")
+    number, identity, group, choices, right, target, prompts, answers, _, scores, marked = table["rows"][0]
+    assert (number, identity, group, choices, right, target) == (7, "id7", None, [], [], "yes")
+    assert prompts == ["Question 7?", "Really?", None]  # the third read what the first did
+    assert (answers, scores, marked) == (["yes", "no", "yes"], [[1.0], [0.0], [1.0]], [1.0, 0.0, 1.0])
+
+
+TWO = {"squad_f1": Value(0.5, higher_is_better=True), "exact_match": Value(0.5, higher_is_better=True)}
+
+
+@pytest.mark.parametrize(
+    ("line", "metrics", "mark"),
+    [
+        (answered(1), ["accuracy"], "1"),
+        (answered(1, is_right=False), ["accuracy"], "0"),
+        (generated(1, "x", scores={"squad_f1": 0.25, "exact_match": 0.0}), ["squad_f1", "exact_match"], "~"),
+        (generated(1, "x", scores={"squad_f1": 0.25, "exact_match": 0.0}), ["exact_match", "squad_f1"], "0"),
+        (generated(1, "x", scores={"exact_match": 1.0}), ["squad_f1", "exact_match"], "1"),
+        (generated(1, "x", scores={"squad_f1": None, "exact_match": 1.0}), ["squad_f1", "exact_match"], "-"),
+        (generated(1, "x", scores={}), ["exact_match"], "-"),
+        (generated(1, "yes", scores={"perplexity": 1.0, "bleu": 1.0}), ["perplexity", "bleu"], "-"),  # neither judges an answer
+    ],
+)
+def test_an_answer_is_marked_by_its_score_in_the_first_metric_that_judges_it(tmp_path, line, metrics, mark):
+    record = asked("demo", "examples/x.jsonl", metrics={name: Value(0.5, higher_is_better=True) for name in metrics})
+    (table,) = tables_of(write_run(tmp_path / "run", document(record), x=[line]))
+    assert table["columns"][0]["marks"] == mark
+
+
+def test_the_chosen_answer_is_the_one_that_the_judging_metric_has_chosen(tmp_path):
+    line = answered(1, choices=(" yes", " certainly not"), loglikelihoods=(-2.0, -3.0), scores={"accuracy_per_byte": 0.0})
+    records = [asked("sum", "examples/x.jsonl"), asked("byte", "examples/x.jsonl", metrics={"accuracy_per_byte": Value(0.0)})]
+    (table,) = tables_of(write_run(tmp_path / "run", document(*records), x=[line]))
+    assert table["rows"][0][7] == [0, 1]
+
+
+def test_an_answer_of_any_text_stays_text_and_does_not_end_the_script(tmp_path):
+    hostile = f"</script>{HOSTILE} \x1b[31m \x00 \ud800"
+    line = generated(1, hostile, target=hostile, prompt=hostile, group=hostile)
+    folder = write_run(tmp_path / "run", document(asked("demo", "examples/x.jsonl")), x=[line])
+    html = pages.render("report.html", load(folder), folders=[folder])
+    html.encode()
+    assert "alert('x')" not in html.replace("\\u0027", "'").partition("<body>")[0]
+    assert "<img" not in html
+    (row,) = data_of(html)["examples"][0]["rows"]
+    assert row[5] == row[7][0] == row[6][0] == visible(hostile)
+    assert "\x1b" not in row[5]
+
+
+def test_a_text_of_ten_megabytes_is_shortened_in_the_page_and_whole_in_the_file(tmp_path):
+    long = "word " * 2_000_000
+    line = generated(1, long, prompt=long + "?")
+    folder = write_run(tmp_path / "run", document(asked("demo", "examples/x.jsonl")), x=[line])
+    html = pages.render("report.html", load(folder), folders=[folder])
+    assert "the first 1,000 of 10,000,000 characters" in html
+    assert "(the last 1,000 of 10,000,001 characters)" in html
+    assert len(html) < 100_000
+    assert long in (folder / "examples" / "x.jsonl").read_text()
+
+
+def test_what_does_not_fit_the_page_is_said_and_flips_come_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(examples, "EMBEDDED", 2_000)
+    same, other = ([answered(n, is_right=n != 77 or flip) for n in range(100)] for flip in (False, True))
+    records = [asked("a", "examples/x.jsonl"), asked("b", "examples/y.jsonl")]
+    folder = write_run(tmp_path / "run", document(*records), x=same, y=other)
+    html = pages.render("report.html", load(folder), folders=[folder])
+    (table,) = data_of(html)["examples"]
+    kept = [index for index, row in enumerate(table["rows"]) if row]
+    assert 77 in kept
+    assert kept[:3] == [0, 1, 2]
+    assert len(table["rows"]) == len(table["columns"][0]["marks"]) == 100
+    assert f"the texts of {len(kept)} of 100 questions are in this page" in html
+    assert "all are in examples/x.jsonl, examples/y.jsonl" in html
+
+
+def test_files_of_examples_that_are_gone_damaged_or_elsewhere_are_said(tmp_path):
+    gone, damaged, elsewhere = (f"{name}/examples/x.jsonl".removeprefix("./") for name in ("gone", ".", "../b"))
+    records = [asked("a", gone, subject="1"), asked("b", damaged), asked("c", elsewhere)]
+    folder = write_run(tmp_path / "a", document(*records), x=[answered(1)])
+    write_run(tmp_path / "b", document(asked()), x=[answered(1)])
+    file = folder / "examples" / "x.jsonl"
+    whole = file.read_text()
+    file.write_text(whole + whole.replace("-1.0", "NaN") + whole.replace("[-1.0,", "[") + "[1]\n" + whole[:-20])
+    html = pages.render("report.html", load(folder), folders=[folder])
+    assert "the examples of gone/examples/x.jsonl are not shown: No such file or directory" in html
+    assert "4 of 5 lines of examples/x.jsonl cannot be read and are not shown" in html
+    assert "../b/examples/x.jsonl lies outside of the output folder and was not read" in html
+    assert [len(table["rows"]) for table in data_of(html)["examples"]] == [1]
+
+
+# ---------------------------------------------------------------------------------------- what packages add
+
+
+def test_registered_sections_stand_on_the_pages_and_one_that_fails_costs_only_itself(tmp_path, monkeypatch):
+    def counted(found, folder):
+        return Section("Energy", f"of {folder.name}", ["records"], [[len(found.records)]])
+
+    def broken(found, folder):
+        raise KeyError("no meter")
+
+    sections = {"good": counted, "quiet": lambda *_: None, "broken": broken, "text": lambda *_: "Energy: 3"}
+    sections |= {"torn": lambda *_: Section("Torn", rows=[3]), "odd": lambda *_: Section("Odd", rows=[[float("nan")]])}
+    register(monkeypatch, reports={"other": sections})
+    folder = write_run(tmp_path / "run", document())
+    before = (folder / "metrics.json").read_text()
+    assert main(["render", str(folder)]) == 0
+    summary, html = ((folder / name).read_text() for name in pages.PAGES)
+    for page in (summary, html):
+        assert "Energy" in page
+        assert "of run" in page
+        for name, said in (("broken", "KeyError"), ("text", "a str and no Section"), ("torn", "rows"), ("odd", "not JSON")):
+            assert any(name in line and said in line for line in page.splitlines()), (name, said)
+        assert "Torn" not in page
+    assert "| 3 |" in summary
+    assert (folder / "metrics.json").read_text() == before
+    told = write.reports(tmp_path / "again", document().records, run=document().run, root=tmp_path)
+    assert "the section 'broken' of other failed and is left out (KeyError: 'no meter')" in told
+
+
+def test_a_registered_exporter_writes_its_files(tmp_path, monkeypatch, capsys):
+    files = {"a.csv": "metric,value\n", "a.json": [3]}
+    register(monkeypatch, exporters={"other": {"csv": lambda found: files}})
+    folder = write_run(tmp_path / "run", document())
+    assert main(["render", str(folder), "--format", "csv"]) == 0
+    assert (folder / "a.csv").read_text() == "metric,value\n"
+    assert json.loads((folder / "a.json").read_text()) == [3]
+    assert not (folder / "report.html").exists()
+
+
+def test_services_that_keep_numbers_are_given_them_in_their_formats(tmp_path, capsys):
+    folder = write_run(tmp_path / "run", document())
     for name in ("bencher", "github-action-benchmark"):
         assert main(["render", str(folder), "--format", name]) == 0
     kept = json.loads((folder / "bencher.json").read_text())
-    reading = next(measures for name, measures in kept.items() if "perplexity" in measures)
-    golden = next(record for record in GOLDEN["records"] if record["kind"] == "perplexity")["metrics"]["perplexity"]
-    assert reading["perplexity"] == {"value": golden["value"], "lower_value": golden["low"], "upper_value": golden["high"]}
-    bigger, smaller = (
+    assert kept["t.py::test_reads (demo, stdlib[test])"]["perplexity"] == {
+        "value": 3.5,
+        "lower_value": 3.25,
+        "upper_value": 3.75,
+    }
+    names = [
         [entry["name"].rpartition(" ")[2] for entry in json.loads((folder / f"custom{name}IsBetter.json").read_text())]
         for name in ("Bigger", "Smaller")
-    )
-    assert "perplexity" in smaller
-    assert "tokens_per_second" in bigger
-    assert not set(bigger) & set(smaller)
-
-
-@pytest.mark.parametrize("higher", [True, False])
-def test_each_number_of_a_direction_goes_into_the_file_of_that_direction_once(higher):
-    document = complete(GOLDEN)
-    wanted = [
-        metric["value"]
-        for record in document["records"]
-        for metric in record["metrics"].values()
-        if metric["higher_is_better"] is higher
     ]
-    assert [entry["value"] for entry in github_action_benchmark(document, higher_is_better=higher)] == wanted
-    assert sum(map(len, bencher(document).values())) == sum(len(record["metrics"]) for record in document["records"])
+    assert names == [["tokens_per_second", "accuracy"], ["perplexity", "nll", "bits_per_byte"]]
+    assert main(["render", str(folder), "--format", "benchr"]) == 2
+    assert "there is no export format 'benchr'. Did you mean bencher?" in capsys.readouterr().err
 
+
+def test_each_number_of_a_direction_goes_into_the_file_of_that_direction_once():
+    found = document(reading(), asked(), asked("b"))
+    values = [value for record in found.records for value in record.metrics.values()]
+    for file, higher in (("customBiggerIsBetter.json", True), ("customSmallerIsBetter.json", False)):
+        wanted = [float(value) for value in values if value.higher_is_better is higher]
+        assert [entry["value"] for entry in github_action_benchmark(found)[file]] == wanted
+    assert sum(map(len, bencher(found)["bencher.json"].values())) == len(values)
+
+
+# ---------------------------------------------------------------------------------------- what projects add
 
 TESTS = """
     import pytest
-    from pytest_lmeval import Metric
+    from pytest_lmeval.records.value import Value
 
     def test_good(lmeval, lm):
-        lmeval.record(lm, "passkey", accuracy=Metric(0.5, n=10, higher_is_better=True))
+        lmeval.record(lm, "passkey", accuracy=Value(0.5, n=10, higher_is_better=True))
 
     def test_bad(lmeval, lm):
         lmeval.record(lm, "passkey", accuracy=0.25)
@@ -346,10 +261,13 @@ TESTS = """
         assert False
 """
 HOOK = """
+    from pytest_lmeval.records.document import Section
+    from pytest_lmeval.records.value import Value
+
     def pytest_lmeval_report(config, data):
-        for record in data["records"]:
-            record["metrics"]["doubled"] = {"value": 2 * record["metrics"]["accuracy"]["value"], "unit": "", "n": 10}
-        data["sections"].append({"title": "Energy", "columns": ["machine", "Wh"], "rows": [["ci-3", 12.5]]})
+        for record in data.records:
+            record.metrics["doubled"] = Value(2 * record.metrics["accuracy"], n=10)
+        data.sections.append(Section("Energy", columns=["machine", "Wh"], rows=[["ci-3", 12.5]]))
 """
 
 
@@ -389,10 +307,10 @@ def test_a_project_adds_numbers_sections_and_templates_and_ci_is_told_what_faile
     assert summary.startswith("# Ours\n")
     assert "| ci-3 | 12.5 |" in summary
     assert (project.path / "step.md").read_text().strip() == summary.strip()
-    document = json.loads((project.path / ".lmeval" / "metrics.json").read_text())
-    jsonschema.validate(document, json.loads(resources.files("pytest_lmeval.records").joinpath("schema.json").read_text()))
-    assert [record["metrics"]["doubled"]["value"] for record in document["records"]] == [1.0, 0.5]
-    assert [failure["test"].rpartition("::")[2] for failure in document["failures"]] == ["test_bad"]
+    found = load(project.path / ".lmeval")
+    jsonschema.validate(json.loads((project.path / ".lmeval" / "metrics.json").read_text()), json_schema())
+    assert [record.metrics["doubled"] for record in found.records] == [1.0, 0.5]
+    assert [failure.test.rpartition("::")[2] for failure in found.failures] == ["test_bad"]
     cases = ElementTree.parse(project.path / "junit.xml").getroot().iter("testcase")
     properties = {case.get("name"): [(p.get("name"), p.get("value")) for p in case.iter("property")] for case in cases}
     assert properties == {

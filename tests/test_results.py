@@ -1,12 +1,7 @@
-"""Metrics are numbers, records survive JSON, the journal survives being killed, and version 1 stays readable."""
+"""The journal survives being killed, and a saved point is there whole or not at all."""
 
-import json
-import math
-import pickle
 import threading
 import warnings
-from importlib import resources
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,83 +10,6 @@ from hypothesis import strategies as st
 from toys import Failing
 
 from pytest_lmeval.records.journal import Checkpoints, Journal, key_of
-from pytest_lmeval.records.record import Record, Series
-from pytest_lmeval.records.value import Value
-
-GOLDEN = Path(__file__).parent / "golden" / "metrics-1.json"
-SCHEMA = json.loads(resources.files("pytest_lmeval.records").joinpath("schema.json").read_text())
-FINITE = st.floats(allow_nan=False, allow_infinity=False)
-
-
-# ------------------------------------------------------------------------------------------- metrics
-
-
-@given(FINITE, FINITE)
-def test_a_metric_computes_and_compares_like_its_value(value, other):
-    metric = Value(value, "ms", low=value, high=value, n=3)
-    assert metric == value
-    assert (metric < other) == (value < other)
-    assert metric + other == value + other or math.isnan(value + other)
-    assert hash(metric) == hash(value)
-
-
-@given(FINITE, st.none() | FINITE, st.none() | st.integers(0), st.sampled_from([None, True, False]))
-def test_a_metric_survives_json_and_pickle(value, low, n, better):
-    metric = Value(value, "s", low=low, high=low, n=n, higher_is_better=better)
-    for again in (Value.from_json(json.loads(json.dumps(metric.to_json()))), pickle.loads(pickle.dumps(metric))):
-        assert again.to_json() == metric.to_json()
-
-
-@pytest.mark.parametrize("numbers", [{"value": math.nan}, {"value": math.inf}, {"value": 1.0, "low": math.nan}])
-def test_a_number_that_is_not_finite_is_no_metric(numbers):
-    with pytest.raises(ValueError, match="a metric cannot be"):
-        Value(**numbers)
-
-
-def test_a_metric_reads_with_its_interval_and_unit():
-    assert repr(Value(3.14159265, "ms", low=3, high=3.5)) == "3.14159 [3, 3.5] ms"
-    assert repr(Value(2)) == "2"
-
-
-# ------------------------------------------------------------------------------------------- records
-
-
-def a_record():
-    return Record(
-        kind="perplexity",
-        subject="stdlib[test]",
-        lm={"spec": "demo", "parameters": 1, "bytes": 4, "dtype": "float32", "device": "cpu", "fingerprint": "ab"},
-        settings={"chunk_size": 64},
-        metrics={"perplexity": Value(3.5, low=3.0, high=4.0, n=10, higher_is_better=False)},
-        cost={"seconds": 1.5, "tokens": 10},
-        series={"chunk_loss": Series([1.0], [2.0], "tokens", "nats/token")},
-        test="test_a.py::test_b",
-    )
-
-
-def test_a_record_survives_json():
-    assert Record.from_json(json.loads(json.dumps(a_record().to_json()))) == Record(
-        **{**vars(a_record()), "cost": {"seconds": 1.5, "tokens": 10, "flops": None, "peak_bytes": None, "state_bytes": None}}
-    )
-
-
-def test_the_golden_file_of_version_1_can_still_be_read():
-    document = json.loads(GOLDEN.read_text())
-    records = [Record.from_json({k: v for k, v in data.items() if k != "outcome"}) for data in document["records"]]
-    assert [record.kind for record in records] == ["equivalence", "perplexity", "latency", "throughput"]
-    assert records[1].metrics["bits_per_byte"].low < records[1].metrics["bits_per_byte"]
-
-
-def test_the_golden_file_fits_the_published_schema_and_a_damaged_one_does_not():
-    jsonschema = pytest.importorskip("jsonschema")
-    document = json.loads(GOLDEN.read_text())
-    jsonschema.validate(document, SCHEMA)
-    del document["records"][0]["metrics"]["laws_kept"]["unit"]
-    with pytest.raises(jsonschema.ValidationError, match="'unit' is a required property"):
-        jsonschema.validate(document, SCHEMA)
-
-
-# ------------------------------------------------------------------------------------------- journal
 
 
 def test_a_new_journal_finds_what_an_interrupted_run_finished(tmp_path):

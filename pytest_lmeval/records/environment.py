@@ -1,4 +1,4 @@
-"""Where a run happened: enough to know whether two numbers may be compared."""
+"""Describe where a run happens: enough to know whether two numbers may be compared."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+
+from pytest_lmeval.records.document import Environment
 
 PACKAGES = (
     "pytest-lmeval",
@@ -24,23 +25,23 @@ PACKAGES = (
 )
 
 
-def describe(*, root: Path, device: str, threads: int | None, seed: int) -> dict[str, Any]:
-    """The `environment` of `metrics.json`. Runs git once, if the folder is a repository; never touches the network."""
+def describe(*, root: Path, device: str, threads: int | None, seed: int) -> Environment:
+    """The environment of this process. Runs git once, if the folder is a repository; never touches the network."""
     versions = {name: version for name in PACKAGES if (version := _version(name))}
     commit = _git(root, "rev-parse", "HEAD")
-    return {
-        "python": platform.python_version(),
-        "torch": versions.get("torch"),
-        "device": device,
-        "cpu": _processor(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "platform": platform.platform(terse=True),
-        "packages": versions,
-        "commit": commit,
-        "dirty": bool(_git(root, "status", "--porcelain", "--untracked-files=no")) if commit else None,
-        "seed": seed,
-    }
+    return Environment(
+        python=platform.python_version(),
+        torch=versions.get("torch"),
+        device=device,
+        cpu=_processor(),
+        cores=os.cpu_count(),
+        threads=threads,
+        platform=platform.platform(terse=True),
+        packages=versions,
+        commit=commit,
+        dirty=bool(_git(root, "status", "--porcelain", "--untracked-files=no")) if commit else None,
+        seed=seed,
+    )
 
 
 def _version(name: str) -> str | None:

@@ -55,6 +55,13 @@ class Example(Kept, frozen=True, kw_only=True):
     truncated: int = 0
     retokenized: bool = False
 
+    def __post_init__(self) -> None:
+        count = len(self.choices)
+        if len(self.loglikelihoods) != count or {len(self.tokens), len(self.greedy)} - {0, count}:
+            raise ValueError(f"there are {count} choices, and log-likelihoods, tokens or greedy of another number")
+        if not all(0 <= index < count for index in self.right):
+            raise ValueError(f"right is {list(self.right)}, and there are {count} choices")
+
     def compared(self, norm: Norm = "sum") -> list[float]:
         """What the choices are compared by: log-likelihoods, each divided as `norm` says."""
         return compared(self.loglikelihoods, self.choices, self.tokens, norm)

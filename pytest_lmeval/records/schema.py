@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Iterator
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -43,7 +44,7 @@ class ValueFields(Kept, frozen=True, kw_only=True):
 def parse(raw: bytes, what: str, again: str) -> Any:
     """The plain values of a JSON text. Raises DocumentError with the line and column where it is none."""
     try:
-        return json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
+        return json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_float, parse_int=_int)
     except RecursionError:
         raise DocumentError(f"{what} is nested more deeply than anything that is written here. {again}.") from None
     except ValueError as error:
@@ -66,15 +67,18 @@ def check_version(found: Any, known: int, what: str, again: str) -> None:
     )
 
 
-def build(plain: Any, kind: type[T], what: str, again: str) -> T:
-    """A record, or any other type of this package, from plain values. Raises DocumentError with the place of what is amiss."""
+def build(plain: Any, kind: type[T], what: str, again: str, *, fault: str = "was damaged or edited by hand") -> T:
+    """A record, or any other type of this package, from plain values. Raises DocumentError with the place of a fault.
+
+    fault  what happened to `what` for it not to fit
+    """
     try:
         return convert(plain, kind)
     except (ValueError, RecursionError) as error:
         place, reason = _locate(plain, kind, str(error))
         where = " > ".join(place)
         raise DocumentError(
-            f"{what} was damaged or edited by hand: {f'{where}: ' if where else ''}{reason}. Nothing of it is used. {again}."
+            f"{what} {fault}: {f'{where}: ' if where else ''}{reason}. Nothing of it is used. {again}."
         ) from None
 
 
@@ -86,9 +90,22 @@ def convert(plain: Any, kind: type[T]) -> T:
         raise ValueError(str(error)) from None
 
 
+def checked(value: T, what: str, again: str) -> T:
+    """What somebody's code has made, as it would come back from its file: a copy. Raises DocumentError where it would not."""
+    try:
+        plain = json.loads(text_of(to_plain(value)))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise DocumentError(f"{what} cannot be written ({error}). Nothing of it is used. {again}.") from error
+    return build(plain, type(value), what, again, fault="does not fit its type")
+
+
 def to_plain(value: Any) -> Any:
-    """Plain values (dict, list, str, int, float, bool, None) of a record, a document, an example."""
-    return _unsorted(msgspec.to_builtins(value, enc_hook=_encode))
+    """Plain values (dict, list, str, int, float, bool, None) of a record, a document, or of a list or dict of such things."""
+    if isinstance(value, dict):
+        return {name: to_plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(part) for part in value]
+    return _unsorted(msgspec.to_builtins(value, enc_hook=_encode), type(value))
 
 
 def text_of(plain: Any) -> str:
@@ -144,8 +161,22 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is no number")
 
 
+def _float(text: str) -> float:
+    if math.isinf(number := float(text)):
+        raise ValueError(f"{text} is larger than any number that is written here")
+    return number
+
+
+def _int(text: str) -> int:
+    if abs(_float(text)) >= 2**64:
+        raise ValueError(f"{text[:SHOWN]} is larger than any number that is written here")
+    return int(text)
+
+
 def _sorted(plain: Any, kind: Any) -> Any:
     """The same values, in which what a type does not know stands in its `more`."""
+    if not _may_hold_more(kind):
+        return plain
     kind = _without_null(kind)
     if not isinstance(plain, dict) or not (_is_struct(kind) or kind is Value):
         return _rebuilt(plain, [_sorted(value, inner) for _, value, inner in _parts(plain, kind)])
@@ -154,12 +185,15 @@ def _sorted(plain: Any, kind: Any) -> Any:
     return {**known, **({MORE: more} if more else {})}
 
 
-def _unsorted(plain: Any) -> Any:
+def _unsorted(plain: Any, kind: Any) -> Any:
     """The other way round: what stands in a `more` beside the fields that are known."""
-    if isinstance(plain, dict):
-        own = {name: _unsorted(value) for name, value in plain.items() if name != MORE}
-        return {**own, **plain.get(MORE, {})}
-    return [_unsorted(value) for value in plain] if isinstance(plain, list | tuple) else plain
+    if not _may_hold_more(kind):
+        return plain
+    kind = _without_null(kind)
+    parts = {name: _unsorted(value, inner) for name, value, inner in _parts(plain, kind)}
+    if isinstance(plain, dict) and (_is_struct(kind) or kind is Value):
+        return {**parts, **plain.get(MORE, {})}
+    return _rebuilt(plain, [*parts.values()])
 
 
 def _locate(plain: Any, kind: Any, message: str) -> tuple[list[str], str]:
@@ -189,7 +223,7 @@ def _parts(plain: Any, kind: Any) -> list[tuple[str, Any, Any]]:
         return [(name, value, types[name]) for name, value in plain.items() if name in types and name != "more"]
     if isinstance(plain, dict) and get_origin(kind) is dict:
         return [(str(name), value, get_args(kind)[1]) for name, value in plain.items()]
-    if isinstance(plain, list) and get_origin(kind) in (list, tuple):
+    if isinstance(plain, list | tuple) and get_origin(kind) in (list, tuple):
         return [(str(number), value, get_args(kind)[0]) for number, value in enumerate(plain, start=1)]
     return []
 
@@ -204,6 +238,12 @@ def _rebuilt(plain: Any, parts: list[Any]) -> Any:
     if not parts:
         return plain
     return dict(zip(plain, parts, strict=True)) if isinstance(plain, dict) else parts
+
+
+@functools.cache
+def _may_hold_more(kind: Any) -> bool:
+    """Whether a value of this type has a field `more` somewhere; long lists of numbers need not be looked through."""
+    return kind is Value or _is_struct(kind) or any(_may_hold_more(part) for part in get_args(kind))
 
 
 def _without_null(kind: Any) -> Any:

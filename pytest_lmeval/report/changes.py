@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from pytest_lmeval.report.remarks import noun, remarks
+from pytest_lmeval.records.comparison import ORDER, Comparison, Flip, GateVerdict
+from pytest_lmeval.records.metric import metric
+from pytest_lmeval.records.record import Record
+from pytest_lmeval.report.remarks import remarks
 from pytest_lmeval.report.words import number
-
-ORDER = ("worse", "missing", "unclear", "better", "new", "same", "identical", "not judged")
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Change:
 
     remarks  what the reader should know of it
     basis    what the verdict rests on: margin, probability, test
-    flips    examples that changed: id, before, after, answer, target
+    flips    examples that changed: id, before, after, output, target
     changed  how many there are of them in all
     """
 
@@ -27,7 +27,7 @@ class Change:
     lm: str
     subject: str
     metric: str
-    verdict: str
+    verdict: GateVerdict
     base: str
     new: str
     difference: str
@@ -43,85 +43,77 @@ class Change:
         return self.verdict == "identical" and not self.remarks
 
 
-def changes(records: list[dict[str, Any]]) -> list[Change]:
-    """The gate's verdicts of all records. A field that a verdict lacks is empty."""
-    found = [
-        _change(record, name, verdict)
-        for record in records
-        for name, verdict in (record.get("gate") or {}).items()
-        if isinstance(verdict, dict)
-    ]
-    return sorted(found, key=lambda change: ORDER.index(change.verdict) if change.verdict in ORDER else len(ORDER))
+def changes(records: Sequence[Record]) -> list[Change]:
+    """What the gates found of all records."""
+    found = [_change(record, name, row) for record in records for name, row in (record.gate or {}).items()]
+    return sorted(found, key=lambda change: ORDER.index(change.verdict))
 
 
-def counted(verdicts: Iterable[str]) -> str:
+def counted(verdicts: Iterable[GateVerdict]) -> str:
     """How many there are of each, in words.
 
     >>> counted(["same", "worse", "same"])
     '1 worse, 2 same'
     """
     counts = Counter(verdicts)
-    known = [verdict for verdict in ORDER if verdict in counts]
-    return ", ".join(f"{counts[verdict]:,} {verdict}" for verdict in (*known, *sorted(set(counts) - set(ORDER))))
+    return ", ".join(f"{counts[verdict]:,} {verdict}" for verdict in ORDER if verdict in counts)
 
 
-def _change(record: dict[str, Any], name: str, verdict: dict[str, Any]) -> Change:
-    metric = record["metrics"].get(name)
-    unit = metric["unit"] if metric else "bytes" if name.endswith("bytes") else ""
-    new = verdict.get("new", metric and metric["value"])
-    low, high, flipped = verdict.get("low"), verdict.get("high"), verdict.get("flipped")
-    flips = [_flip(flip) for flip in flipped if isinstance(flip, dict)] if isinstance(flipped, list) else []
-    return Change(
-        test=record["test"],
-        lm=record["lm"]["spec"],
-        subject=record["subject"],
-        metric=name.replace("_", " "),
-        verdict=str(verdict.get("verdict") or "unknown"),
-        base=_text(verdict.get("base"), unit),
-        new=_text(new, unit),
-        difference=_signed(verdict.get("difference"), unit),
-        interval="" if low is None or high is None else f"{_signed(low, unit)} to {_signed(high, unit)}",
-        remarks="; ".join(_remarks(verdict, noun(record))),
-        basis=", ".join(_basis(verdict)),
-        flips=flips,
-        changed=max(len(flips), (verdict.get("lost") or 0) + (verdict.get("won") or 0)),
-    )
-
-
-def _flip(flip: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(_text(flip.get(name)) for name in ("id", "before", "after", "answer", "target"))
-
-
-def _basis(verdict: dict[str, Any]) -> Iterable[str]:
-    if verdict.get("margin") is not None:
-        yield f"margin {_text(verdict['margin'])}"
-    if verdict.get("p") is not None:
-        yield f"p {_text(verdict['p'])}"
-    if verdict.get("test"):
-        yield str(verdict["test"])
-
-
-def _remarks(verdict: dict[str, Any], example: str) -> Iterable[str]:
-    yield from remarks(verdict, example)
-    if verdict.get("lost") or verdict.get("won"):
-        yield f"{_text(verdict.get('lost') or 0)} lost, {_text(verdict.get('won') or 0)} won"
-
-
-def unlike(records: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """For each test what it was not had alike with in the two runs, said once for all of its metrics."""
+def differences(records: Sequence[Record]) -> list[tuple[str, str]]:
+    """For each test the settings that differ between the two runs, said once for all of its metrics."""
     found: dict[str, dict[str, None]] = {}
     for record in records:
-        for verdict in (record.get("gate") or {}).values():
-            found.setdefault(record["test"], {}).update(dict.fromkeys(map(str, verdict.get("unlike") or ())))
+        for row in (record.gate or {}).values():
+            found.setdefault(record.test, {}).update(dict.fromkeys(row.differences))
     return [(test, ", ".join(said)) for test, said in found.items() if said]
 
 
-def _text(value: Any, unit: str = "") -> str:
-    return "" if value is None else number(value, unit) if isinstance(value, int | float) else str(value)
+def _change(record: Record, name: str, row: Comparison) -> Change:
+    value = record.metrics.get(name)
+    declared = metric(name, value)
+    unit = declared.unit if value is None else value.unit
+    return Change(
+        test=record.test,
+        lm=record.lm.spec,
+        subject=record.subject,
+        metric=declared.label,
+        verdict=row.verdict,
+        base=_text(row.base, unit),
+        new=_text(value if row.new is None else row.new, unit),
+        difference=_signed(row.difference, unit),
+        interval="" if row.low is None or row.high is None else f"{_signed(row.low, unit)} to {_signed(row.high, unit)}",
+        remarks="; ".join(_remarks(row, record.example)),
+        basis=", ".join(_basis(row)),
+        flips=[_flip(flip) for flip in row.flipped],
+        changed=max(len(row.flipped), (row.lost or 0) + (row.won or 0)),
+    )
 
 
-def _signed(value: Any, unit: str) -> str:
+def _flip(flip: Flip) -> tuple[str, ...]:
+    return flip.id, number(flip.before), number(flip.after), flip.output or "", flip.target or ""
+
+
+def _basis(row: Comparison) -> Iterator[str]:
+    if row.margin is not None:
+        yield f"margin {_text(row.margin)}"
+    if row.p is not None:
+        yield f"p {number(row.p)}"
+    if row.test:
+        yield row.test
+
+
+def _remarks(row: Comparison, example: str) -> Iterator[str]:
+    yield from remarks(row, example)
+    if row.lost or row.won:
+        yield f"{row.lost or 0:,} lost, {row.won or 0:,} won"
+
+
+def _text(value: float | str | None, unit: str = "") -> str:
+    return "" if value is None else value if isinstance(value, str) else number(value, unit)
+
+
+def _signed(value: float | None, unit: str) -> str:
     """A difference; its unit is that of the value beside it, but bytes need theirs."""
-    if not isinstance(value, int | float) or not value:
+    if not value:
         return _text(value)
     return ("+" if value > 0 else "-") + number(abs(value), unit if unit == "bytes" else "")

@@ -1,101 +1,130 @@
-"""The answered questions of a run, as the page shows them: question by question, the models side by side.
+"""The answered questions of a run as the page shows them: question by question, the models side by side.
 
-What a page embeds is bounded, and what is left out is said: a text is shortened to `SHORT` characters, and of very many
-questions those with flips come first, then the wrong ones, until `EMBEDDED` characters are used. Whether each answer is right
-is there for every question. Everything in full stands in the files of examples.
+Nothing is judged here: the mark of an answer is its score by the metric of its record that judges answers. What a page embeds
+is bounded, and what is left out is said: a text is shortened to `SHORT` characters, and of very many questions those with flips
+come first, then the wrong ones, until `EMBEDDED` characters are used. The marks of all of them are there. Everything in full
+stands in the files of examples.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pytest_lmeval.report.words import told_apart, visible
+from pytest_lmeval.records import schema
+from pytest_lmeval.records.example import Example
+from pytest_lmeval.records.metric import Metric, metric
+from pytest_lmeval.records.record import Record
+from pytest_lmeval.report.words import disambiguate, several, visible
 
 SHORT = 1_000
 EMBEDDED = 4_000_000
-RIGHT, WRONG, UNJUDGED, ABSENT = "1", "0", "-", "."
-
-Question = dict[str, Any]
+RIGHT, WRONG, PARTLY, UNJUDGED, ABSENT = "1", "0", "~", "-", "."
 
 
-def boards(records: Sequence[dict[str, Any]], folders: Sequence[Path]) -> tuple[list[dict[str, Any]], list[str]]:
-    """A board for each subject with files of examples, and lines on what could not be read or is not embedded.
+@dataclass(frozen=True)
+class Column:
+    """A record of the table. `judges`: its metrics that judge answers, in its order."""
+
+    label: str
+    file: str
+    judges: list[Metric]
+
+    def judge(self, example: Example) -> Metric | None:
+        """The first of its metrics that judge answers, and that this one has a score of."""
+        return next((judge for judge in self.judges if judge.name in example.scores), None)
+
+    def score(self, example: Example) -> float | None:
+        """1 if the answer is right, 0 if it is wrong; None if nothing says so."""
+        return None if (judge := self.judge(example)) is None else example.scores[judge.name]
+
+
+@dataclass(frozen=True)
+class Table:
+    """The questions of one subject.
+
+    example  what one of them is called
+    rows     for each question the examples of the columns that asked it, by their index
+    marks    for each column a character for each question
+    """
+
+    subject: str
+    example: str
+    columns: list[Column]
+    rows: list[dict[int, Example]]
+    marks: list[str]
+
+
+def example_tables(records: Sequence[Record], folders: Sequence[Path]) -> tuple[list[dict[str, Any]], list[str]]:
+    """A table for each subject with files of examples, as the page's script reads it, and notes on what is not shown.
 
     folders  for each record, the output folder that its file is relative to
 
-    A board has a column for each record, whose `marks` has a character for each question (right, wrong, unjudged, not asked),
-    and `rows`: for each question [number, id, group, choices, right places, target, answers, log-likelihoods], or None where it
-    is not embedded. Where there are choices, an answer is a place among them.
+    A table has the names of its `metrics`; a column for each record, whose `marks` has a character for each question; and
+    `rows`: for each question what `_row` makes of it, or None where it is not embedded.
     """
-    by_subject: dict[str, list[tuple[dict[str, Any], Path]]] = {}
+    by_subject: dict[str, list[tuple[Record, Path]]] = {}
     for record, folder in zip(records, folders, strict=True):
-        if str(record["examples"] or "").endswith(".jsonl"):
-            by_subject.setdefault(record["subject"], []).append((record, folder))
+        if (record.examples or "").endswith(".jsonl"):
+            by_subject.setdefault(record.subject, []).append((record, folder))
     notes: list[str] = []
-    found = [_board(subject, several, notes) for subject, several in by_subject.items()]
-    found = [board for board in found if board["rows"]]
-    _embed(found, notes)
-    return found, notes
+    found = [_table(subject, asked, notes) for subject, asked in by_subject.items()]
+    return _embedded([table for table in found if table.rows], notes), notes
 
 
-def read(file: Path) -> Iterator[Question | None]:
-    """The questions of a file of examples; None for a line that is no JSON object. Raises OSError."""
-    with open(file, encoding="utf-8", errors="replace") as lines:
-        for line in lines:
+def read(file: Path) -> Iterator[Example | None]:
+    """The examples of a file; None for a line that is none. Raises OSError."""
+    with open(file, "rb") as lines:
+        for line in filter(bytes.strip, lines):
             try:
-                question = json.loads(line)
-            except ValueError:
-                question = None
-            yield question if isinstance(question, dict) else None
+                yield schema.convert(schema.parse(line, "", ""), Example)
+            except (ValueError, RecursionError):
+                yield None
 
 
-def mark(question: Question) -> str:
-    """Whether it was answered rightly, as the metric accuracy has it: the likeliest choice, or the text as it is."""
-    if question.get("choices"):
-        place = _predicted(question)
-        return UNJUDGED if place is None else RIGHT if place in (question.get("right") or ()) else WRONG
-    if isinstance(question.get("judged"), bool):
-        return RIGHT if question["judged"] else WRONG
-    targets = question.get("targets") or [question.get("target")]
-    if targets == [None] or question.get("prediction") is None:
-        return UNJUDGED
-    return RIGHT if question["prediction"] in targets else WRONG
+def mark(score: float | None) -> str:
+    """How an answer with this score is marked."""
+    return UNJUDGED if score is None else RIGHT if score >= 1 else WRONG if score <= 0 else PARTLY
 
 
-def shortened(text: Any) -> str:
-    """At most `SHORT` characters of it, and how many there were; control characters written out.
+def shortened(text: str, *, end: bool = False) -> str:
+    """At most `SHORT` characters of it, the last ones if `end`, and how many there were; control characters written out.
 
-    >>> shortened("a" * 5_000)[-40:], shortened("ring\\x07")
-    ('.. (the first 1,000 of 5,000 characters)', 'ring\\\\x07')
+    >>> shortened("a" * 5_000)[-40:], shortened("ring\\x07"), shortened("b" * 5_000, end=True)[:40]
+    ('.. (the first 1,000 of 5,000 characters)', 'ring\\\\x07', '(the last 1,000 of 5,000 characters) ...')
     """
-    text = text if isinstance(text, str) else "" if text is None else str(text)
-    length = len(text)
-    return visible(text) if length <= SHORT else f"{visible(text[:SHORT])}... (the first {SHORT:,} of {length:,} characters)"
+    if len(text) <= SHORT:
+        return visible(text)
+    if end:
+        return f"(the last {SHORT:,} of {len(text):,} characters) ...{visible(text[-SHORT:])}"
+    return f"{visible(text[:SHORT])}... (the first {SHORT:,} of {len(text):,} characters)"
 
 
-def _board(subject: str, several: list[tuple[dict[str, Any], Path]], notes: list[str]) -> dict[str, Any]:
-    names = told_apart([(record["lm"]["spec"], record["test"].rpartition("::")[2]) for record, _ in several])
-    columns, questions = [], dict[tuple[str, int], dict[int, Question]]()
-    for place, (name, (record, folder)) in enumerate(zip(names, several, strict=True)):
-        columns.append({"label": name, "file": record["examples"]})
+def _table(subject: str, asked: list[tuple[Record, Path]], notes: list[str]) -> Table:
+    labels = disambiguate([(record.lm.spec, record.test.rpartition("::")[2]) for record, _ in asked])
+    columns: list[Column] = []
+    questions: dict[tuple[str, int], dict[int, Example]] = {}
+    for index, (label, (record, folder)) in enumerate(zip(labels, asked, strict=True)):
+        judges = [found for name, value in record.metrics.items() if (found := metric(name, value)).judges]
+        columns.append(Column(label, record.examples or "", judges))
         seen: Counter[str] = Counter()
-        for question in _read_inside(folder, record["examples"], notes):
-            identity = str(question.get("id", ""))
-            questions.setdefault((identity, seen[identity]), {})[place] = question
-            seen[identity] += 1
-    rows = list(questions.values())
-    for place, column in enumerate(columns):
-        column["marks"] = "".join(mark(row[place]) if place in row else ABSENT for row in rows)
-    return {"subject": subject, "columns": columns, "rows": rows}
+        for example in _read_inside(folder, record.examples or "", notes):
+            questions.setdefault((example.id, seen[example.id]), {})[index] = example
+            seen[example.id] += 1
+    rows = [*questions.values()]
+    marks = [
+        "".join(mark(column.score(row[index])) if index in row else ABSENT for row in rows)
+        for index, column in enumerate(columns)
+    ]
+    return Table(subject, asked[0][0].example, columns, rows, marks)
 
 
-def _read_inside(folder: Path, name: str, notes: list[str]) -> list[Question]:
-    """The questions of a file in the output folder; a document that points out of it is not followed."""
+def _read_inside(folder: Path, name: str, notes: list[str]) -> list[Example]:
+    """The examples of a file in the output folder; a document that points out of it is not followed."""
     file = folder / name
     if not file.resolve().is_relative_to(folder.resolve()):
         notes.append(f"{name} lies outside of the output folder and was not read")
@@ -107,66 +136,87 @@ def _read_inside(folder: Path, name: str, notes: list[str]) -> list[Question]:
         return []
     if broken := lines.count(None):
         notes.append(f"{broken} of {len(lines)} lines of {name} cannot be read and are not shown")
-    return [question for question in lines if question is not None]
+    return [example for example in lines if example is not None]
 
 
-def _embed(found: list[dict[str, Any]], notes: list[str]) -> None:
-    """Replace the questions of the boards by what the page shows of them, as far as `EMBEDDED` goes."""
-    places = ((number, board, place) for number, board in enumerate(found) for place in range(len(board["rows"])))
-    order = sorted((_rank(board, place), place, number) for number, board, place in places)
+def _embedded(tables: list[Table], notes: list[str]) -> list[dict[str, Any]]:
+    """The tables as plain data, with as many of their rows as `EMBEDDED` allows."""
+    indices = ((number, table, index) for number, table in enumerate(tables) for index in range(len(table.rows)))
+    order = sorted((_rank(table, index), index, number) for number, table, index in indices)
+    metrics = [
+        list(dict.fromkeys(name for row in table.rows for one in row.values() for name in one.scores)) for table in tables
+    ]
+    rows: list[list[Any]] = [[None] * len(table.rows) for table in tables]
     left, kept = EMBEDDED, Counter[int]()
-    rows: list[list[Any]] = [[None] * len(board["rows"]) for board in found]
-    for _, place, number in order:
-        row = _row(found[number]["rows"][place], len(found[number]["columns"]))
-        left -= _size(row)
+    for _, index, number in order:
+        row = _row(tables[number], index, metrics[number])
+        left -= len(json.dumps(row, separators=(",", ":")))
         if left < 0:
             break
-        rows[number][place] = row
+        rows[number][index] = row
         kept[number] += 1
-    for number, (board, shown) in enumerate(zip(found, rows, strict=True)):
-        board["rows"] = shown
-        if kept[number] < len(shown):
-            files = ", ".join(column["file"] for column in board["columns"])
+    for number, table in enumerate(tables):
+        if kept[number] < len(table.rows):
+            files = ", ".join(column.file for column in table.columns)
             notes.append(
-                f"{board['subject']}: the texts of {kept[number]:,} of {len(shown):,} questions are in this page, flips and "
-                f"wrong answers first; all are in {files}"
+                f"{table.subject}: the texts of {kept[number]:,} of {several(len(table.rows), table.example)} are in this "
+                f"page, flips and wrong answers first; all are in {files}"
             )
+    return [
+        {
+            "subject": table.subject,
+            "example": table.example,
+            "metrics": [metric(name).label for name in names],
+            "columns": [
+                {"label": column.label, "file": column.file, "marks": marks}
+                for column, marks in zip(table.columns, table.marks, strict=True)
+            ],
+            "rows": shown,
+        }
+        for table, names, shown in zip(tables, metrics, rows, strict=True)
+    ]
 
 
-def _rank(board: dict[str, Any], place: int) -> int:
-    """0 for a question that some answered rightly and others wrongly, 1 for one that all answered wrongly, 2 for the rest."""
-    marks = {column["marks"][place] for column in board["columns"]}
-    return 0 if {RIGHT, WRONG} <= marks else 1 if WRONG in marks else 2
+def _rank(table: Table, index: int) -> int:
+    """0 for a question that some answered rightly and others wrongly, 1 for others with a wrong answer, 2 for the rest."""
+    marks = {own[index] for own in table.marks}
+    return 0 if {RIGHT, WRONG} <= marks else 1 if marks & {WRONG, PARTLY} else 2
 
 
-def _row(row: dict[int, Question], columns: int) -> list[Any]:
+def _row(table: Table, index: int, metrics: list[str]) -> list[Any]:
+    """A question: number, id, group, choices, right choices, target, and for each column its prompt (None where it is that of
+    the first), answer (an index where there are choices), log-likelihoods, scores, and the score that it is marked by.
+    """
+    row = table.rows[index]
     first = next(iter(row.values()))
-    choices = [shortened(choice) for choice in first.get("choices") or ()]
-    answers: list[Any] = []
-    for place in range(columns):
-        question = row.get(place)
-        chosen = choices and question is not None and question.get("choices")
-        answers.append(None if question is None else _predicted(question) if chosen else shortened(question.get("prediction")))
-    target = "" if choices else shortened(first.get("target"))
-    asked = (row.get(place) for place in range(columns)) if choices else ()
-    scores = [None if question is None else [round(score, 3) for score in _scores(question)] for question in asked]
-    number, group = first.get("number"), first.get("group")
-    own = [number if isinstance(number, int) else None, str(first.get("id", "")), None if group is None else str(group)]
-    return [*own, choices, list(first.get("right") or ()), target, answers, scores]
+    choices = [shortened(choice) for choice in first.choices]
+    target = "" if choices else shortened(first.target or "")
+    examples = [row.get(number) for number in range(len(table.columns))]
+    asked = [*zip(table.columns, examples, strict=True)]
+    prompts = [None if one is None or (one is not first and one.prompt == first.prompt) else one.prompt for one in examples]
+    return [
+        first.number,
+        first.id,
+        first.group,
+        choices,
+        list(first.right),
+        target,
+        [None if prompt is None else shortened(prompt, end=True) for prompt in prompts],
+        [_answer(column, one, choices) for column, one in asked],
+        [None if one is None or not choices else [round(value, 3) for value in one.loglikelihoods] for one in examples],
+        [None if one is None else [_digits(one.scores.get(name)) for name in metrics] for one in examples],
+        [None if one is None else _digits(column.score(one)) for column, one in asked],
+    ]
 
 
-def _predicted(question: Question) -> int | None:
-    """The place of the likeliest choice; None where the log-likelihoods are not all there."""
-    scores = _scores(question)
-    return scores.index(max(scores)) if scores else None
+def _answer(column: Column, example: Example | None, choices: list[str]) -> int | str | None:
+    if example is None:
+        return None
+    if not choices or not example.choices:
+        return shortened(example.output)
+    judge = column.judge(example)
+    return example.predicted((judge and judge.norm) or "sum")
 
 
-def _scores(question: Question) -> list[float]:
-    scores = question.get("loglikelihoods") or []
-    return list(scores) if all(isinstance(score, int | float) and math.isfinite(score) for score in scores) else []
-
-
-def _size(row: list[Any]) -> int:
-    """About how many characters it takes in the page."""
-    texts = [*row[3], row[5], *(answer for answer in row[6] if isinstance(answer, str))]
-    return 60 + sum(map(len, texts)) + 9 * sum(len(scores or ()) for scores in row[7])
+def _digits(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.4g}")

@@ -1,4 +1,4 @@
-"""What is drawn: the curves of all records, by what they show, with the words that say what is seen.
+"""The plots: the curves of all records by what they show, each with a caption that says in words what is seen.
 
 A figure is plain data, as the page's script reads it (`templates/figures.js`):
 
@@ -17,113 +17,96 @@ ask every user for Matplotlib.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
+from pytest_lmeval.records.history import Line
+from pytest_lmeval.records.metric import headline_of, metric
+from pytest_lmeval.records.record import Record, Series
+from pytest_lmeval.report.tables import is_verdict
 from pytest_lmeval.report.words import number
 
 Choices = dict[str, dict[str, Any]]
 
-SERIES = {  # name of a series -> title, and which axis is logarithmic
-    "loss_by_position": ("Loss by position", "x"),
-    "running_perplexity": ("Running perplexity", ""),
-    "state_bytes": ("State over the stream", ""),
-    "prefill_quantiles": ("Time of prefill, by quantile", ""),
-    "ttft_quantiles": ("Time to the first token (TTFT), by quantile", ""),
-    "itl_quantiles": ("Time between tokens (ITL), by quantile", ""),
-    "e2e_by_run": ("Time of a whole request, run by run", ""),
-    "chunk_latency": ("Latency of a chunk over the stream", ""),
-    "batch_scaling": ("Throughput by batch size", "x"),
-    "decode_batch_scaling": ("Throughput of decoding by batch size", "x"),
-    "learning_curve": ("Learning curves", ""),
-    "held_out_loss": ("Held-out loss", ""),
-}
-BY_RUN = "_by_run"
-QUALITY = ("bits_per_byte", "perplexity", "accuracy", "exact_match", "f1", "rate")
 DECADES = 30  # largest over smallest value, from which on an axis is logarithmic
-OVERFLOW = 700.0  # nats, whose exponential is no float any more: such a loss is drawn as it is
 SAID = 6  # curves that a caption describes one by one
 
 
-def figures(records: list[dict[str, Any]], history: list[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
-    """The figures of a document, those that most readers look for first."""
+def figures(records: Sequence[Record], history: Sequence[Line] = ()) -> list[dict[str, Any]]:
+    """The figures of a document, in the order of its records."""
     drawn: dict[str, dict[str, Any]] = {}
-    for record in sorted(records, key=lambda record: record["kind"] == "train"):
-        for name, series in record["series"].items():
-            _add_series(drawn, record, name, series)
-    found = [drawn[title] for title in (*(title for title, _ in SERIES.values()), *sorted(drawn)) if title in drawn]
-    found = list({figure["title"]: figure for figure in found}.values())
-    found += [figure for figure in (quality_by_bytes(records), over_runs(history or [])) if figure]
+    for record in records:
+        for name, series in record.series.items():
+            if series.x:
+                _add_series(drawn, record, name, series)
+    found = [*drawn.values(), *(figure for figure in (quality_by_bytes(records), over_runs(history)) if figure)]
     for figure in found:
         figure["choices"] = list(figure["choices"].values())
         for choice in figure["choices"]:
-            _name_apart(choice["curves"])
+            _disambiguate(choice["curves"])
             if figure["kind"] == "dots" and _spans_decades(choice["curves"], "x"):
                 choice["log"] = "x"
-            choice["log"] += "y" if figure["kind"] != "spread" and _spans_decades(choice["curves"]) else ""
+            if "y" not in choice["log"] and figure["kind"] != "spread" and _spans_decades(choice["curves"], "y"):
+                choice["log"] += "y"
             choice["caption"] = caption(choice, figure["kind"])
     return found
 
 
-def _spans_decades(curves: list[dict[str, Any]], axis: str = "y") -> bool:
+def _spans_decades(curves: list[dict[str, Any]], axis: str) -> bool:
     """Whether a linear axis would press what is small to a flat line."""
     bounds = [value for curve in curves for value in curve.get("low", ()) if value is not None] if axis == "y" else []
     values = [*bounds, *(value for curve in curves for value in curve[axis])]
     return bool(min(values) > 0 and max(values) > DECADES * min(values))
 
 
-def _add_series(drawn: dict[str, dict[str, Any]], record: dict[str, Any], name: str, series: dict[str, Any]) -> None:
-    if not series["x"]:
-        return
-    y, unit = series["y"], series["y_unit"]
-    if name == "running_loss" and max(y) < OVERFLOW:
-        name, y, unit = "running_perplexity", [math.exp(nats) for nats in y], "perplexity"
-    title, log = SERIES.get(name, (_words(name).capitalize(), ""))
-    kind = "spread" if name.endswith(BY_RUN) else "line"
+def _add_series(drawn: dict[str, dict[str, Any]], record: Record, name: str, series: Series) -> None:
+    title = series.title or name.replace("_", " ").capitalize()
+    kind = "spread" if series.x_unit == "run" else "line"  # runs have no order that matters
     figure = drawn.setdefault(title, {"title": title, "kind": kind, "choices": {}})
-    choice = _choice(figure["choices"], record["subject"], series["x_unit"], unit, log)
-    choice["curves"].append({"name": record["lm"]["spec"], "note": _short(record["test"]), "x": series["x"], "y": y})
+    choice = _choice(figure["choices"], record.subject, series.x_unit, series.y_unit, series.log)
+    choice["curves"].append(_curve(record, series.x, series.y))
 
 
-def _choice(choices: Choices, label: str, x: str, y: str, log: str) -> dict[str, Any]:
+def _choice(choices: Choices, label: str, x: str, y: str, log: str = "") -> dict[str, Any]:
     """That of this label; what is in another unit is another choice."""
     if choices.get(label, {"y": y})["y"] != y:
         label = f"{label}, {y}"
     return choices.setdefault(label, {"label": label, "x": x, "y": y, "log": log, "curves": []})
 
 
-def quality_by_bytes(records: list[dict[str, Any]]) -> dict[str, Any] | None:
+def _curve(record: Record, x: list[float], y: list[float]) -> dict[str, Any]:
+    return {"name": record.lm.spec, "note": _short(record.test), "x": x, "y": y}
+
+
+def quality_by_bytes(records: Sequence[Record]) -> dict[str, Any] | None:
     """Quality against the bytes of the weights, where a subject was asked of models of several sizes or precisions."""
     choices: Choices = {}
     for record in records:
-        name = next((name for name in QUALITY if name in record["metrics"]), None)
-        if name is None or record["kind"] not in ("perplexity", "task") or not record["lm"]["bytes"]:
+        name = headline_of(record.metrics)
+        if name is None or not record.lm.bytes or is_verdict(record):
             continue
-        metric, lm = record["metrics"][name], record["lm"]
-        choice = _choice(choices, record["subject"], "bytes of the weights", metric["unit"] or _words(name), "")
-        point = {bound: [metric[bound]] for bound in ("low", "high") if metric[bound] is not None}
-        curve = {"name": lm["spec"], "note": _short(record["test"]), "x": [lm["bytes"]], "y": [metric["value"]]}
-        choice["curves"].append(curve | point)
+        value, label = record.metrics[name], metric(name, record.metrics[name]).label
+        choice = _choice(choices, f"{record.subject}: {label}", "bytes of the weights", value.unit or label)
+        bounds = {end: [bound] for end, bound in (("low", value.low), ("high", value.high)) if bound is not None}
+        choice["curves"].append(_curve(record, [record.lm.bytes], [float(value)]) | bounds)
     several = {label: choice for label, choice in choices.items() if len({curve["x"][0] for curve in choice["curves"]}) > 1}
     return {"title": "Quality by bytes of the weights", "kind": "dots", "choices": several} if several else None
 
 
-def over_runs(history: list[dict[str, Any]]) -> dict[str, Any] | None:
+def over_runs(history: Sequence[Line]) -> dict[str, Any] | None:
     """The lines of `history.jsonl` as curves over time: a choice for each metric of each subject that two runs measured."""
     choices: Choices = {}
-    for line in sorted(history, key=lambda line: line["started"]):
-        label = f"{line['subject']}: {_words(line['metric'])}" if line["subject"] else _words(line["metric"])
-        choice = _choice(choices, label, "time", "", "")
-        curves = {(curve["name"], curve["note"]): curve for curve in choice["curves"]}
-        identity = (line["lm"], _short(line["test"]))
-        if identity not in curves:
-            curves[identity] = {"name": identity[0], "note": identity[1], "x": [], "y": [], "low": [], "high": [], "runs": []}
-            choice["curves"].append(curves[identity])
-        for field, value in (("x", line["started"]), ("y", line["value"]), ("runs", line["commit"] or line["run"])):
-            curves[identity][field].append(value)
-        for bound in ("low", "high"):
-            curves[identity][bound].append(line[bound])
+    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    for line in sorted(history, key=lambda line: line.started):
+        label = ": ".join(filter(None, (line.subject, metric(line.metric).label)))
+        identity = (label, line.unit, line.lm, _short(line.test))
+        if identity not in found:
+            lists: dict[str, list[Any]] = {field: [] for field in ("x", "y", "low", "high", "runs")}
+            found[identity] = {"name": line.lm, "note": _short(line.test), **lists}
+            _choice(choices, label, "time", line.unit)["curves"].append(found[identity])
+        point = {"x": line.started.isoformat(), "y": line.value, "low": line.low, "high": line.high}
+        for field, value in {**point, "runs": line.commit or line.run}.items():
+            found[identity][field].append(value)
     several = {label: choice for label, choice in choices.items() if any(len(curve["x"]) > 1 for curve in choice["curves"])}
     return {"title": "History over runs", "kind": "line", "time": True, "choices": several} if several else None
 
@@ -164,23 +147,18 @@ def _at(x: Any, unit: str) -> str:
     return number(x, unit) if x == int(x) else f"about {number(max(1, round(x)), unit)}"  # the middle of several positions
 
 
-def _name_apart(curves: Iterable[dict[str, Any]]) -> None:
-    """Curves of one name take the test's into theirs, or a number where that is the same too."""
-    curves = list(curves)
-    for field in ("note", "place"):
+def _disambiguate(curves: list[dict[str, Any]]) -> None:
+    """Add the name of its test to a curve whose name others have too, or a number where that is the same too."""
+    for _ in ("by test", "by number"):
         names = [curve["name"] for curve in curves]
-        for place, curve in enumerate(curves, start=1):
-            if names.count(curve["name"]) > 1 and (more := str(place) if field == "place" else curve["note"]):
-                curve["name_new"] = f"{curve['name']} ({more})"
+        for index, curve in enumerate(curves, start=1):
+            if names.count(curve["name"]) > 1 and (more := curve.pop("note", str(index))):
+                curve["new_name"] = f"{curve['name']} ({more})"
         for curve in curves:
-            curve["name"] = curve.pop("name_new", curve["name"])
+            curve["name"] = curve.pop("new_name", curve["name"])
     for curve in curves:
         curve.pop("note", None)
 
 
 def _short(test: str) -> str:
     return test.rpartition("::")[2]
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ")

@@ -1,4 +1,4 @@
-"""The numbers in the formats of services that keep them: Bencher, and the action github-action-benchmark.
+"""Exporters: the numbers of a run in the formats of services that keep them, Bencher and github-action-benchmark.
 
 bencher run --adapter json --file bencher.json            https://bencher.dev/docs/reference/bencher-metric-format
 tool: customBiggerIsBetter / customSmallerIsBetter        https://github.com/benchmark-action/github-action-benchmark
@@ -6,46 +6,47 @@ tool: customBiggerIsBetter / customSmallerIsBetter        https://github.com/ben
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-
-def named_metrics(document: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """For each metric the benchmark that it belongs to, its name, and itself."""
-    for record in document["records"]:
-        benchmark = " ".join(filter(None, (record["test"], f"({record['lm']['spec']}, {record['subject']})")))
-        for name, metric in record["metrics"].items():
-            yield benchmark, name, metric
+from pytest_lmeval.records.document import Document
+from pytest_lmeval.records.value import Value
 
 
-def bencher(document: dict[str, Any]) -> dict[str, Any]:
+def bencher(document: Document) -> dict[str, Any]:
     """Bencher Metric Format: {benchmark: {measure: {value, lower_value, upper_value}}}."""
     found: dict[str, Any] = {}
-    for benchmark, name, metric in named_metrics(document):
-        bounds = {} if metric["low"] is None else {"lower_value": metric["low"], "upper_value": metric["high"]}
-        found.setdefault(benchmark, {})[name] = {"value": metric["value"], **bounds}
-    return found
+    for benchmark, name, value in _named_values(document):
+        bounds = {} if value.low is None else {"lower_value": value.low, "upper_value": value.high}
+        found.setdefault(benchmark, {})[name] = {"value": float(value), **bounds}
+    return {"bencher.json": found}
 
 
-def github_action_benchmark(document: dict[str, Any], *, higher_is_better: bool) -> list[dict[str, Any]]:
-    """The metrics of one direction: [{name, unit, value, range, extra}]. That action has no place for those of none."""
+def github_action_benchmark(document: Document) -> dict[str, Any]:
+    """A file for each direction: [{name, unit, value, range, extra}]. That action has no place for metrics of none."""
+    return {
+        "customBiggerIsBetter.json": _of_direction(document, higher_is_better=True),
+        "customSmallerIsBetter.json": _of_direction(document, higher_is_better=False),
+    }
+
+
+def _of_direction(document: Document, *, higher_is_better: bool) -> list[dict[str, Any]]:
     return [
         {
             "name": f"{benchmark} {name}",
-            "unit": metric["unit"],
-            "value": metric["value"],
-            **({} if metric["low"] is None else {"range": f"{metric['low']:.6g} to {metric['high']:.6g}"}),
-            "extra": f"n = {metric['n']}",
+            "unit": value.unit,
+            "value": float(value),
+            **({} if value.low is None else {"range": f"{value.low:.6g} to {value.high:.6g}"}),
+            "extra": f"n = {value.n}",
         }
-        for benchmark, name, metric in named_metrics(document)
-        if metric["higher_is_better"] is higher_is_better
+        for benchmark, name, value in _named_values(document)
+        if value.higher_is_better is higher_is_better
     ]
 
 
-FORMATS: dict[str, dict[str, Callable[[dict[str, Any]], Any]]] = {
-    "bencher": {"bencher.json": bencher},
-    "github-action-benchmark": {
-        "customBiggerIsBetter.json": lambda document: github_action_benchmark(document, higher_is_better=True),
-        "customSmallerIsBetter.json": lambda document: github_action_benchmark(document, higher_is_better=False),
-    },
-}
+def _named_values(document: Document) -> Iterator[tuple[str, str, Value]]:
+    """For each value the benchmark that it belongs to, its name, and itself."""
+    for record in document.records:
+        benchmark = " ".join(filter(None, (record.test, f"({record.lm.spec}, {record.subject})")))
+        for name, value in record.metrics.items():
+            yield benchmark, name, value

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pytest_lmeval.records.document import Document
 from pytest_lmeval.report.changes import changes
 
 LIMIT = 1024 * 1024 - 1024  # bytes that GitHub takes of a step's summary; more, and it shows none of it
@@ -26,20 +27,19 @@ def append_summary(markdown: str, environ: Mapping[str, str]) -> bool:
     return True
 
 
-def marks(document: dict[str, Any], environ: Mapping[str, str]) -> list[str]:
+def marks(document: Document, environ: Mapping[str, str]) -> list[str]:
     """Workflow commands: an error for each test that failed, a warning for each metric that got worse without failing one."""
     if environ.get("GITHUB_ACTIONS") != "true":
         return []
-    failed = {failure["test"] for failure in document["failures"]}
+    failed = {failure.test for failure in document.failures}
     lines = [
-        _command("error", failure["message"] or "failed", file=failure["file"], line=failure["line"], title=failure["test"])
-        for failure in document["failures"]
+        _command("error", failure.message or "failed", file=failure.file, line=failure.line, title=failure.test)
+        for failure in document.failures
     ]
-    places = {record["test"]: record["test"].partition("::")[0] for record in document["records"]}
-    for change in changes(document["records"]):
+    for change in changes(document.records):
         if change.verdict == "worse" and change.test not in failed:
             said = f"{change.metric} on {change.subject} got worse: {change.base} -> {change.new}, {change.difference}"
-            lines.append(_command("warning", said, file=places[change.test], title=change.test))
+            lines.append(_command("warning", said, file=change.test.partition("::")[0], title=change.test))
     return lines
 
 

@@ -5,19 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from pytest_lmeval.report.tables import best_first, headlines, how
+from pytest_lmeval.records.metric import metric
+from pytest_lmeval.records.record import Record
+from pytest_lmeval.records.value import Value
+from pytest_lmeval.report.tables import best_first, headlines, is_verdict
 from pytest_lmeval.report.words import interval, number
-
-TITLES = {
-    "perplexity": "Reading",
-    "task": "Tasks",
-    "train": "Training",
-    "latency": "Latency",
-    "throughput": "Throughput",
-    "custom": "Own measurements",
-}
 
 SCALED = {"bytes", "FLOP"}  # written with a prefix that depends on the value
 
@@ -33,9 +26,9 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """place  the record's place in the document, which its details are linked by"""
+    """index  the record's in the document, by which its details are linked"""
 
-    place: int
+    index: int
     model: str
     subject: str
     test: str
@@ -46,7 +39,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Grid:
-    """columns  names of the metrics
+    """columns  what the metrics are called
     better   for each, "higher", "lower" or ""
     units    for each, the unit of all its values; "" where they have none, or where each value is written with its own
     """
@@ -58,61 +51,61 @@ class Grid:
     rows: list[Row]
 
 
-def grids(records: Sequence[dict[str, Any]], sort: str | None = None) -> list[Grid]:
-    """The records by kind, in the order of `TITLES`; verdicts on laws have a table of their own."""
-    by_kind: dict[str, list[tuple[int, dict[str, Any]]]] = {}
-    for place, record in enumerate(records):
-        if record["kind"] != "equivalence":
-            by_kind.setdefault(record["kind"], []).append((place, record))
-    kinds = [*(kind for kind in TITLES if kind in by_kind), *(kind for kind in by_kind if kind not in TITLES)]
-    return [_grid(kind, sorted(by_kind[kind], key=lambda item: best_first(item[1], sort))) for kind in kinds]
+def grids(records: Sequence[Record], sort: str | None = None) -> list[Grid]:
+    """The records by kind; verdicts on laws have a table of their own."""
+    by_kind: dict[str, list[tuple[int, Record]]] = {}
+    for index, record in enumerate(records):
+        if not is_verdict(record):
+            by_kind.setdefault(record.kind, []).append((index, record))
+    return [_grid(kind, sorted(several, key=lambda item: best_first(item[1], sort))) for kind, several in by_kind.items()]
 
 
-def _grid(kind: str, several: list[tuple[int, dict[str, Any]]]) -> Grid:
-    names = list(dict.fromkeys(name for _, record in several for name in headlines(record)))
-    names.sort(key=lambda name: -sum(name in record["metrics"] for _, record in several))  # what most of them have comes first
-    units = [_unit(name, several) for name in names]
-    asked = Counter((record["lm"]["spec"], record["subject"]) for _, record in several)
-    again = {what for what, count in asked.items() if count > 1}  # only their tests tell these apart
+def _grid(kind: str, several: list[tuple[int, Record]]) -> Grid:
+    columns: dict[str, list[Value]] = {}
+    for name in dict.fromkeys(name for _, record in several for name in headlines(record)):
+        columns[name] = [record.metrics[name] for _, record in several if name in record.metrics]
+    columns = dict(sorted(columns.items(), key=lambda column: -len(column[1])))  # what most of them have comes first
+    units = {name: _unit(values) for name, values in columns.items()}
+    asked = Counter((record.lm.spec, record.subject) for _, record in several)
+    repeated = {what for what, count in asked.items() if count > 1}  # only their tests tell these apart
     return Grid(
-        title=TITLES.get(kind, kind.capitalize()),
-        columns=[name.replace("_", " ") for name in names],
-        better=[_better(name, several) for name in names],
-        units=units,
-        rows=[_row(place, record, dict(zip(names, units, strict=True)), again) for place, record in several],
+        title=kind.replace("_", " ").capitalize(),
+        columns=[metric(name, values[0]).label for name, values in columns.items()],
+        better=[_better(values) for values in columns.values()],
+        units=list(units.values()),
+        rows=[_row(index, record, units, repeated) for index, record in several],
     )
 
 
-def _row(place: int, record: dict[str, Any], units: dict[str, str], again: set[tuple[str, str]]) -> Row:
-    not_measured = record["settings"].get("not_measured")
-    said = [(record["certificate"] or {}).get("verdict", ""), how(record)]
-    if (record["lm"]["spec"], record["subject"]) in again:
-        said.append(record["test"].rpartition("::")[2].partition("[")[0])
-    if not record["metrics"]:
-        said.append(f"not measured: {not_measured}" if not_measured else "not measured")
+def _row(index: int, record: Record, units: dict[str, str], repeated: set[tuple[str, str]]) -> Row:
+    said = [record.certificate.verdict if record.certificate else "", *record.notes]
+    if (record.lm.spec, record.subject) in repeated:
+        said.append(record.test.rpartition("::")[2].partition("[")[0])
+    if not record.metrics:
+        said.append(f"not measured: {record.not_measured}" if record.not_measured else "not measured")
     return Row(
-        place=place,
-        model=record["lm"]["spec"],
-        subject=record["subject"],
-        test=record["test"],
-        outcome=record["outcome"],
+        index=index,
+        model=record.lm.spec,
+        subject=record.subject,
+        test=record.test,
+        outcome=record.outcome,
         note=", ".join(filter(None, said)),
-        cells=[_cell(record["metrics"].get(name), unit) for name, unit in units.items()],
+        cells=[_cell(record.metrics.get(name), unit) for name, unit in units.items()],
     )
 
 
-def _cell(metric: dict[str, Any] | None, unit: str) -> Cell:
+def _cell(value: Value | None, unit: str) -> Cell:
     """unit  what the head of the column says already"""
-    if metric is None:
+    if value is None:
         return Cell("", "", None)
-    return Cell(number(metric["value"], "" if metric["unit"] == unit else metric["unit"]), interval(metric), metric["value"])
+    return Cell(number(value, "" if value.unit == unit else value.unit), interval(value), float(value))
 
 
-def _unit(name: str, several: list[tuple[int, dict[str, Any]]]) -> str:
-    units = {record["metrics"][name]["unit"] for _, record in several if name in record["metrics"]}
+def _unit(values: list[Value]) -> str:
+    units = {value.unit for value in values}
     return units.pop() if len(units) == 1 and not units & SCALED else ""
 
 
-def _better(name: str, several: list[tuple[int, dict[str, Any]]]) -> str:
-    directions = {record["metrics"][name]["higher_is_better"] for _, record in several if name in record["metrics"]}
-    return {True: "higher", False: "lower"}.get(directions.pop(), "") if len(directions) == 1 else ""
+def _better(values: list[Value]) -> str:
+    directions = {value.higher_is_better for value in values}
+    return "higher" if directions == {True} else "lower" if directions == {False} else ""

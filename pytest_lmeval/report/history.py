@@ -1,4 +1,4 @@
-"""`python -m pytest_lmeval history`: how every number has moved over the runs in a folder."""
+"""`lmeval history`: how every number has moved over the runs in a folder."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ import sys
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from pytest_lmeval.errors import DocumentError
 from pytest_lmeval.records import history
-from pytest_lmeval.report.render import say
+from pytest_lmeval.records.document import Document, Section
+from pytest_lmeval.records.metric import metric
+from pytest_lmeval.report.tables import headlines
+from pytest_lmeval.report.terminal import say
 from pytest_lmeval.report.words import number
 
-COLUMNS = ["metric", "runs", "last", "mean", "min", "max"]
+COLUMNS = ["runs", "last", "mean", "min", "max"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,25 +25,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Print a table for each test. Returns the exit status: 2 where there is nothing to show."""
+    """Print a table for each test. Raises DocumentError where there is nothing to show."""
     read, notes = history.read(options.folder)
-    chosen = [line for line in read if options.test in line["test"] and fnmatchcase(line["metric"], options.metric)]
     for note in notes:
         print(note, file=sys.stderr)
+    chosen = [line for line in read if options.test in line.test and fnmatchcase(line.metric, options.metric)]
     if not chosen:
-        print(f"{options.folder / history.NAME} holds no such number: {len(read)} lines were read.", file=sys.stderr)
-        return 2
-    units = {(line["test"], line["lm"], line["subject"], line["metric"]): line.get("unit", "") for line in chosen}
+        raise DocumentError(f"{options.folder / history.NAME} holds no such number: {len(read)} lines were read.")
+    units = {line.key: line.unit for line in chosen}
     heading = None
-    for (test, lm, subject, metric), found in history.statistics(chosen).items():
-        if heading != (heading := (test, lm, subject)):
-            say("\n".join(["", f"{test}, {lm}, {subject}", _row(COLUMNS)]))
-        unit = units[test, lm, subject, metric]
-        say(
-            _row([metric, str(found.count), *(number(value, unit) for value in (found.last, found.mean, found.min, found.max))])
-        )
+    for key, found in history.statistics(chosen).items():
+        if heading != (heading := key[:3]):
+            say("\n".join(["", ", ".join(heading), _row(["metric", *COLUMNS])]))
+        values = (number(value, units[key]) for value in (found.last, found.mean, found.min, found.max))
+        say(_row([key[3], str(found.runs), *values]))
     return 0
 
 
 def _row(cells: list[str]) -> str:
     return ("    " + cells[0].ljust(32) + cells[1].rjust(5) + "".join(cell.rjust(20) for cell in cells[2:])).rstrip()
+
+
+def section(document: Document, folder: Path | None) -> Section | None:
+    """How the numbers of this run lie among those of the runs in the folder; None where no other run has measured one."""
+    lines = history.read(folder)[0] if folder else []
+    found = history.statistics(lines)
+    rows = []
+    for record in document.records:
+        for name in headlines(record):
+            over = found.get((record.test, record.lm.spec, record.subject, name))
+            if over and over.runs > 1:
+                value = record.metrics[name]
+                label = metric(name, value).label + (f" ({value.unit})" if value.unit else "")
+                rows.append([record.test, f"{record.lm.spec}, {record.subject}", label, *_numbers(over)])
+    return Section("Over the runs in this folder", columns=["test", "on", "metric", *COLUMNS], rows=rows) if rows else None
+
+
+def _numbers(over: history.Statistics) -> list[float]:
+    return [over.runs, over.last, over.mean, over.min, over.max]

@@ -1,43 +1,46 @@
-"""Any number of runs as one document: the models of each carry its name, so that everything stands side by side."""
+"""Merge any number of runs into one document; the models of each take the run's label, so that they stand side by side."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any
+
+from msgspec.structs import replace
 
 from pytest_lmeval.errors import DocumentError
-from pytest_lmeval.report.document import LISTS
+from pytest_lmeval.records.document import Document, NamedRun
+from pytest_lmeval.records.record import Record
 from pytest_lmeval.report.overview import overview
 
 
-def merge(documents: Sequence[dict[str, Any]], labels: Sequence[str]) -> dict[str, Any]:
+def merge(documents: Sequence[Document], labels: Sequence[str]) -> Document:
     """One document with the records of all, in the order of the runs; `runs` says how each came about.
 
     What each run's gate found is left out: it is about another baseline than the runs beside it.
     """
-    return {
-        **documents[0],
-        "records": [
-            {**record, "gate": None, "lm": {**record["lm"], "spec": f"{record['lm']['spec']} \u00b7 {label}"}}
-            for document, label in zip(documents, labels, strict=True)
-            for record in document["records"]
+    labelled = list(zip(labels, documents, strict=True))
+    return Document(
+        run=documents[0].run,
+        environment=documents[0].environment,
+        records=[_labelled(record, label) for label, document in labelled for record in document.records],
+        skipped=list(chain.from_iterable(document.skipped for document in documents)),
+        failures=list(chain.from_iterable(document.failures for document in documents)),
+        sections=list(chain.from_iterable(document.sections for document in documents)),
+        problems=list(chain.from_iterable(document.problems for document in documents)),
+        runs=[
+            NamedRun(label=label, headline=overview(document).headline, run=document.run, environment=document.environment)
+            for label, document in labelled
         ],
-        **{name: [item for document in documents for item in document[name]] for name in LISTS},
-        "runs": [
-            {
-                "label": label,
-                "headline": overview(document).headline,
-                "run": document["run"],
-                "environment": document["environment"],
-            }
-            for document, label in zip(documents, labels, strict=True)
-        ],
-    }
+    )
+
+
+def _labelled(record: Record, label: str) -> Record:
+    return replace(record, gate=None, lm=replace(record.lm, spec=f"{record.lm.spec} \u00b7 {label}"))
 
 
 def labels_of(files: Sequence[Path]) -> list[str]:
-    """A short name for each file: what its path has alone.
+    """A short name for each file: the end of its path that tells it from the others.
 
     >>> labels_of([Path("base/metrics.json"), Path("new/metrics.json")]), labels_of([Path("a.json"), Path("x/b.json")])
     (['base', 'new'], ['a', 'b'])
@@ -53,9 +56,9 @@ def labels_of(files: Sequence[Path]) -> list[str]:
     return [str(number) for number in range(1, len(files) + 1)]
 
 
-def check_metric(name: str, records: Sequence[dict[str, Any]]) -> str:
+def check_metric(name: str, records: Sequence[Record]) -> str:
     """The name of a metric that the records hold, spaces for underscores allowed. Raises DocumentError where none does."""
-    known = dict.fromkeys(metric for record in records for metric in record["metrics"])
+    known = {metric for record in records for metric in record.metrics}
     found = name.replace(" ", "_")
     if found not in known:
         raise DocumentError(f"no run has a metric {name!r} to sort by. There are: {', '.join(sorted(known)) or 'none'}.")

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from msgspec.structs import replace
+
+from pytest_lmeval.records import schema
+from pytest_lmeval.records.certificate import Certificate, LawResult
+from pytest_lmeval.records.document import Document, Environment
+from pytest_lmeval.records.record import Record
 from pytest_lmeval.report.changes import changes, counted
-from pytest_lmeval.report.words import told_apart
+from pytest_lmeval.report.words import disambiguate
 
 
 @dataclass(frozen=True)
@@ -15,7 +20,7 @@ class Overview:
     """headline  how many tests passed, in words
     judged    what gates found, in words; "" without a baseline
     outcome   "passed", "failed", or "" where several runs are compared, each of which has its own
-    failed    tests that failed, each with its message ("" where none is known) and the place of its first record (or None)
+    failed    tests that failed, each with its message ("" where none is known) and the index of its first record (or None)
     """
 
     headline: str
@@ -26,7 +31,7 @@ class Overview:
 
 @dataclass(frozen=True)
 class Laws:
-    """Verdicts by law: `kept` holds for each model and law "kept", "broken", "not tried", or "" where it was not asked."""
+    """Verdicts by law: `kept` holds for each model and law "kept", "broken", "not tried", or "" where it was not tested."""
 
     names: list[str]
     models: list[str]
@@ -42,14 +47,14 @@ class Fact:
     same: bool
 
 
-def overview(document: dict[str, Any]) -> Overview:
+def overview(document: Document) -> Overview:
     """Of a run, or of several that are compared (`merge.merge`)."""
-    if runs := document.get("runs"):
+    if runs := document.runs:
         return Overview("1 run" if len(runs) == 1 else f"{len(runs)} runs side by side", "", "", [])
-    records = document["records"]
-    first = {record["test"]: place for place, record in reversed(list(enumerate(records)))}
-    messages = {failure.get("test", ""): failure.get("message", "") for failure in document["failures"]}
-    messages = {record["test"]: "" for record in records if record["outcome"] == "failed"} | messages
+    records = document.records
+    first = {record.test: index for index, record in reversed(list(enumerate(records)))}
+    messages = {record.test: "" for record in records if record.outcome == "failed"}
+    messages |= {failure.test: failure.message for failure in document.failures}
     judged = changes(records)
     worse = {change.test for change in judged if change.verdict == "worse"} - messages.keys()
     headline = _headline(len({*first, *messages}), len(messages), len(worse))
@@ -68,45 +73,45 @@ def _headline(tests: int, failed: int, worse: int) -> str:
     return told + (f"; {of}{worse:,} {'is' if worse == 1 else 'are'} worse than the baseline" if worse else "")
 
 
-def certificates(records: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[int | None]]:
-    """Each certificate once, with its model, and for each record which of them is its own."""
+def certificates(records: Sequence[Record]) -> tuple[list[tuple[str, Certificate]], list[int | None]]:
+    """Each certificate once, with the spec of its model, and for each record the index of its own."""
     found: dict[str, int] = {}
-    shown: list[dict[str, Any]] = []
+    shown: list[tuple[str, Certificate]] = []
     own: list[int | None] = []
     for record in records:
-        if record["certificate"] is None:
+        if record.certificate is None:
             own.append(None)
             continue
-        certificate = {**record["certificate"], "chunking_used": None, "spec": record["lm"]["spec"]}
-        identity = json.dumps(certificate, sort_keys=True, default=str)
+        certificate = replace(record.certificate, chunking_used=None)  # the one thing that differs from record to record
+        identity = f"{record.lm.spec} {schema.to_plain(certificate)}"
         if identity not in found:
             found[identity] = len(shown)
-            shown.append(certificate)
+            shown.append((record.lm.spec, certificate))
         own.append(found[identity])
     return shown, own
 
 
-def laws(shown: list[dict[str, Any]]) -> Laws:
+def laws(shown: Sequence[tuple[str, Certificate]]) -> Laws:
     """Which law each certified model keeps."""
-    names = list(dict.fromkeys(name for certificate in shown for name in certificate["laws"]))
-    models = told_apart([(certificate["spec"], certificate["dtype"]) for certificate in shown])
-    return Laws(names, models, [[_kept(certificate["laws"].get(name)) for name in names] for certificate in shown])
+    names = list(dict.fromkeys(name for _, certificate in shown for name in certificate.laws))
+    models = disambiguate([(spec, certificate.dtype) for spec, certificate in shown])
+    return Laws(names, models, [[_kept(certificate.laws.get(name)) for name in names] for _, certificate in shown])
 
 
-def _kept(law: dict[str, Any] | None) -> str:
+def _kept(law: LawResult | None) -> str:
     if law is None:
         return ""
-    if law["unavailable"]:
+    if law.unavailable:
         return "not tried"
-    return "kept" if law["kept"] else "broken"
+    return "kept" if law.kept else "broken"
 
 
-def environment(environments: list[dict[str, Any]]) -> list[Fact]:
+def facts(environments: Sequence[Environment]) -> list[Fact]:
     """The environments of the runs, side by side."""
-    flat = [{**own, **(own.get("packages") or {})} for own in environments]
-    names = dict.fromkeys(name for own in flat for name in own if name != "packages")
-    facts = []
-    for name in names:
+    flat = [schema.to_plain(own) for own in environments]
+    flat = [{**{name: value for name, value in own.items() if name != "packages"}, **own["packages"]} for own in flat]
+    found = []
+    for name in dict.fromkeys(name for own in flat for name in own):
         values = ["unknown" if own.get(name) is None else str(own[name]) for own in flat]
-        facts.append(Fact(name, values, len(set(values)) == 1))
-    return facts
+        found.append(Fact(name, values, len(set(values)) == 1))
+    return found

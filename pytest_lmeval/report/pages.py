@@ -1,8 +1,9 @@
-"""summary.md and report.html, rendered by Jinja2 from a metrics document. What a model wrote is text, never markup.
+"""Render summary.md and report.html by Jinja2 from a document. What a model wrote is text, never markup.
 
 A folder of templates of one's own extends these block by block: its `report.html` begins with
-`{% extends "lmeval/report.html" %}` and replaces the blocks that it names. Templates run in a sandbox, and a name that does not
-exist is an error with its line.
+`{% extends "lmeval/report.html" %}` and replaces the blocks that it names. A template sees the fields of the document
+(`records`, `run`, `sections`, ...) and what `_shown` makes of them. Templates run in a sandbox, and a name that does not exist
+is an error with its line.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from jinja2 import (
     BaseLoader,
     ChoiceLoader,
@@ -31,14 +33,16 @@ from jinja2 import (
 from jinja2.sandbox import SandboxedEnvironment
 from markupsafe import Markup
 
-from pytest_lmeval.records import history
+from pytest_lmeval.records import history, schema
+from pytest_lmeval.records.document import Document, NamedRun
+from pytest_lmeval.records.history import Line
 from pytest_lmeval.report import changes, examples, figures, grids, overview, tables, words
-from pytest_lmeval.report.document import complete
 
 PAGES = ("summary.md", "report.html")
 OWN = Path(__file__).parent
 
 
+@cache
 def environment(templates: Path | None = None) -> SandboxedEnvironment:
     """The sandbox that templates run in.
 
@@ -57,7 +61,7 @@ def environment(templates: Path | None = None) -> SandboxedEnvironment:
     )
     sandbox.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     sandbox.filters.update(number=words.number, size=words.size_of, interval=words.interval)
-    sandbox.filters.update(cell=cell, code=code, fenced=fenced)
+    sandbox.filters.update(cell=cell, code=code, fenced=fenced, fields=fields)
     sandbox.globals["asset"] = partial(asset, templates)
     return sandbox
 
@@ -82,6 +86,11 @@ def fenced(text: Any) -> str:
     return f"{fence}text\n{text}\n{fence}"
 
 
+def fields(value: Any) -> dict[str, Any]:
+    """The fields of a record's part that are known."""
+    return {name: found for name, found in schema.to_plain(value).items() if found is not None}
+
+
 def asset(templates: Path | None, name: str) -> Markup:
     """A style or script as it is, from the folder of templates or from ours."""
     folders = (*([templates] if templates else []), OWN / "templates", OWN / "vendor")
@@ -98,13 +107,13 @@ def _text(file: Path) -> str:
 
 def render(
     name: str,
-    document: dict[str, Any],
+    document: Document,
     *,
     folders: Sequence[Path] = (),
     templates: Path | None = None,
     sort: str | None = None,
 ) -> str:
-    """A page of a metrics document.
+    """A page of a document.
 
     folders    for each record the output folder that its examples lie in, or one for all; none: examples are not read
     templates  a folder of templates that come before ours
@@ -112,52 +121,51 @@ def render(
 
     Raises what a template raises; `where` says where.
     """
-    document = complete(document)
     template = environment(templates).get_template(name)
-    context = _shown(document, sort)
+    context = msgspec.structs.asdict(document) | _shown(document, sort)
     if name.endswith(".html"):
         context |= _shown_in_html(document, list(folders))
-    return template.render({**document, **context})
+    return template.render(context)
 
 
-def _shown(document: dict[str, Any], sort: str | None) -> dict[str, Any]:
-    records = document["records"]
-    own = {name: getattr(tables, name)(records) for name in ("groups", "verdicts", "model_lines")}
+def _shown(document: Document, sort: str | None) -> dict[str, Any]:
+    records = document.records
     certificates, certified = overview.certificates(records)
-    return own | {
+    return {
         "overview": overview.overview(document),
-        "comparisons": tables.comparisons(records, sort),
+        "groups": tables.groups(records),
+        "verdicts": tables.verdicts(records),
+        "model_lines": tables.model_lines(records),
+        "side_by_side": tables.side_by_side(records, sort),
         "changes": changes.changes(records),
-        "unlike": changes.unlike(records),
-        "made_elsewhere": document["baseline"]["unlike"],
+        "differences": changes.differences(records),
+        "machine_differences": document.baseline.differences if document.baseline else [],
         "grids": grids.grids(records, sort),
         "certificates": certificates,
         "certified": certified,
         "laws": overview.laws(certificates),
-        "runs": document.get("runs")
-        or [{"label": "", "headline": "", "run": document["run"], "environment": document["environment"]}],
+        "runs": document.runs or [NamedRun(label="", run=document.run, environment=document.environment)],
     }
 
 
-def _shown_in_html(document: dict[str, Any], folders: list[Path]) -> dict[str, Any]:
-    records = document["records"]
+def _shown_in_html(document: Document, folders: list[Path]) -> dict[str, Any]:
+    records = document.records
     folders = folders * len(records) if len(folders) == 1 else folders
-    boards, notes = examples.boards(records, folders) if folders else ([], [])
-    lines: list[dict[str, Any]] = []
+    answered, notes = examples.example_tables(records, folders) if folders else ([], [])
+    lines: list[Line] = []
     for folder in dict.fromkeys(folders):
         more, said = history.read(folder)
         lines, notes = lines + more, notes + said
     drawn = figures.figures(records, lines)
-    data = {"figures": drawn, "boards": boards}
-    runs = document.get("runs") or [document]
+    data = {"figures": drawn, "examples": answered}
     return {
         "data": data,
         "figures": drawn,
-        "boards": boards,
-        "notes": [*document["problems"], *notes],
-        "facts": overview.environment([run["environment"] for run in runs]),
+        "examples": answered,
+        "notes": [*document.problems, *notes],
+        "facts": overview.facts([run.environment for run in document.runs] or [document.environment]),
         # Known only once all that a model wrote is fixed, so that nothing it wrote can carry it.
-        "nonce": hashlib.sha256(json.dumps([data, records], default=str).encode()).hexdigest()[:32],
+        "nonce": hashlib.sha256(json.dumps([data, schema.to_plain(document)]).encode()).hexdigest()[:32],
     }
 
 

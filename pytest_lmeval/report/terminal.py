@@ -1,28 +1,30 @@
-"""The summary at the end of a run: models side by side, then a heading for each record, and under it a line for each number."""
+"""The summary in the terminal: models side by side, then a heading for each other record, and a line for each number of it."""
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from collections.abc import Sequence
 
-from pytest_lmeval.report.tables import Comparison, Group, Verdict, comparisons, groups, model_lines, verdicts
+from pytest_lmeval.records.record import Record
+from pytest_lmeval.report.tables import Group, SideBySide, VerdictRow, groups, model_lines, side_by_side, verdicts
 from pytest_lmeval.report.words import visible
 
 INDENT, GAP = "    ", "  "
 
 
-def lines(records: list[dict[str, Any]], *, width: int, sort: str | None = None) -> list[str]:
+def lines(records: Sequence[Record], *, width: int, sort: str | None = None) -> list[str]:
     """The models, their verdicts, what several of them were measured on, then the other records.
 
     sort  a metric: of models side by side, those with the best value of it come first
 
     Metrics are aligned over the whole table, values within a record.
     """
-    several = len({record["lm"]["fingerprint"] for record in records}) > 1
+    several = len({record.lm.fingerprint for record in records}) > 1
     table = [*model_lines(records), "", *_verdict_lines(verdicts(records))]
-    side_by_side = comparisons(records, sort)
-    table += [line for comparison in side_by_side for line in _comparison_lines(comparison)]
-    told = {place for comparison in side_by_side for place in comparison.records}
-    shown = groups([record for place, record in enumerate(records) if place not in told])
+    compared = side_by_side(records, sort)
+    table += [line for own in compared for line in _side_by_side_lines(own)]
+    told = {index for own in compared for index in own.records}
+    shown = groups([record for index, record in enumerate(records) if index not in told])
     first = max((len(row.metric) for group in shown for row in group.rows), default=0)
     for group in shown:
         table += [_short(group.test) or group.subject, INDENT + _about(group, several=several)]
@@ -32,7 +34,7 @@ def lines(records: list[dict[str, Any]], *, width: int, sort: str | None = None)
     return [_fit(line, width) for line in [*table, ""]]
 
 
-def _verdict_lines(shown: list[Verdict]) -> list[str]:
+def _verdict_lines(shown: list[VerdictRow]) -> list[str]:
     if not shown:
         return []
     first, second = max(len(row.lm) for row in shown), max(len(row.verdict) for row in shown)
@@ -54,16 +56,16 @@ def _verdict_lines(shown: list[Verdict]) -> list[str]:
     ]
 
 
-def _comparison_lines(comparison: Comparison) -> list[str]:
+def _side_by_side_lines(shown: SideBySide) -> list[str]:
     """A line for each metric and model. The unit comes last, so that a narrow terminal cuts it off first."""
     rows = []
-    for name, several in comparison.metrics.items():
-        for place, (model, row) in enumerate(zip(comparison.models, several, strict=True)):
+    for several in shown.metrics.values():
+        for index, (model, row) in enumerate(zip(shown.models, several, strict=True)):
             figure, _, unit = row.value.partition(" ")
-            rows.append((name if place == 0 else "", model, figure, row.interval, unit))
+            rows.append((row.metric if index == 0 else "", model, figure, row.interval, unit))
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    failed = [model for model, outcome in zip(comparison.models, comparison.outcomes, strict=True) if outcome == "failed"]
-    heading = f"{comparison.kind}, {comparison.subject}" + (f" (failed: {', '.join(failed)})" if failed else "")
+    failed = [model for model, outcome in zip(shown.models, shown.outcomes, strict=True) if outcome == "failed"]
+    heading = f"{shown.kind}, {shown.subject}" + (f" (failed: {', '.join(failed)})" if failed else "")
     justified = (
         (
             cell.rjust(width) if column == 2 else cell.ljust(width)
@@ -75,7 +77,7 @@ def _comparison_lines(comparison: Comparison) -> list[str]:
 
 
 def _about(group: Group, *, several: bool) -> str:
-    parts = [group.lm if several else "", group.subject, group.verdict, group.how]
+    parts = [group.lm if several else "", group.subject, group.verdict, group.notes]
     return ", ".join(part for part in parts if part)
 
 
@@ -83,6 +85,12 @@ def _short(test: str) -> str:
     """The test without the folders of its file."""
     file, colons, name = test.partition("::")
     return file.rpartition("/")[2] + colons + name
+
+
+def say(line: str) -> None:
+    """Print, whatever the terminal's encoding."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(line.encode(encoding, errors="backslashreplace").decode(encoding))
 
 
 def _fit(text: str, width: int) -> str:

@@ -1,16 +1,18 @@
-"""How numbers, sizes, models and texts read."""
+"""Write numbers, sizes, models and texts as people read them."""
 
 from __future__ import annotations
 
 import math
 import textwrap
-from typing import Any
+
+from pytest_lmeval.records.record import ModelFacts
+from pytest_lmeval.records.value import Value
 
 PREFIXES = "kMGTPE"
 
 
 def number(value: float, unit: str = "") -> str:
-    """Four digits that matter, and the unit.
+    """Four significant digits, and the unit.
 
     >>> number(31244.7, "tokens/s"), number(0.66683), number(3.0, "of 4"), number(0.000123)
     ('31,245 tokens/s', '0.6668', '3 of 4', '0.000123')
@@ -31,15 +33,23 @@ def number(value: float, unit: str = "") -> str:
     return f"{text} {unit}".rstrip()
 
 
-def interval(metric: dict[str, Any]) -> str:
-    return "" if metric["low"] is None else f"{number(metric['low'])} to {number(metric['high'])}"
+def interval(value: Value) -> str:
+    """The 95 % interval; empty where there is none."""
+    return "" if value.low is None or value.high is None else f"{number(value.low)} to {number(value.high)}"
 
 
-def model_line(lm: dict[str, Any]) -> str:
-    """The model in a line: spec, size, precision, place, fingerprint."""
-    size = "" if lm.get("parameters") is None else f"{lm['parameters']:,} parameters, "
-    weight = "" if lm.get("bytes") is None else f"{size_of(lm['bytes'])}, "
-    return f"{lm['spec']}: {size}{weight}{lm['dtype']} on {lm['device']} ({lm['fingerprint']})"
+def model_line(lm: ModelFacts) -> str:
+    """The model in a line: spec, size, precision, device, fingerprint."""
+    parameters = "" if lm.parameters is None else f"{lm.parameters:,} parameters, "
+    return f"{lm.spec}: {parameters}{size_of(lm.bytes)}, {lm.dtype} on {lm.device} ({lm.fingerprint})"
+
+
+def several(count: int, name: str) -> str:
+    """
+    >>> several(1, "question"), several(1200, "block")
+    ('1 question', '1,200 blocks')
+    """
+    return f"{count:,} {name}{'' if count == 1 else 's'}"
 
 
 def visible(text: str) -> str:
@@ -59,7 +69,7 @@ def visible(text: str) -> str:
 
 
 def size_of(count: float) -> str:
-    """Bytes as people say them.
+    """Bytes in a unit of their size.
 
     >>> size_of(3912192)
     '3.7 MiB'
@@ -71,17 +81,17 @@ def size_of(count: float) -> str:
     return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
 
 
-def told_apart(models: list[tuple[str, str]]) -> list[str]:
-    """Names of models (spec, fingerprint): the spec, and the fingerprint where several go by one.
+def disambiguate(names: list[tuple[str, str]]) -> list[str]:
+    """Names of models (spec, fingerprint): the spec, and the fingerprint where several have the same one.
 
-    >>> told_apart([("a", "01"), ("b", "02"), ("b", "03")])
+    >>> disambiguate([("a", "01"), ("b", "02"), ("b", "03")])
     ['a', 'b (02)', 'b (03)']
     """
-    specs = [spec for spec, _ in models]
-    return [spec if specs.count(spec) == 1 else f"{spec} ({fingerprint[:8]})" for spec, fingerprint in models]
+    specs = [spec for spec, _ in names]
+    return [spec if specs.count(spec) == 1 else f"{spec} ({fingerprint[:8]})" for spec, fingerprint in names]
 
 
 def wrapped(text: str, width: int, *, indent: int = 0) -> list[str]:
-    """A remark as lines of the terminal; what follows the first stands two columns further in."""
+    """A note as lines of the terminal; what follows the first is indented by two columns more."""
     first, further = " " * indent, " " * (indent + 2)
     return textwrap.wrap(text, max(width, indent + 12), initial_indent=first, subsequent_indent=further, break_on_hyphens=False)

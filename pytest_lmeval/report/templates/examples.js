@@ -3,107 +3,136 @@
 
 {
   const PAGE = 50;
-  const SIGNS = { 1: ["\u2713", "passed", "right"], 0: ["\u2717", "failed", "wrong"], "-": ["\u2013", "dim", "not judged"], ".": [" ", "dim", "not asked"] };
+  const SIGNS = {
+    1: ["\u2713", "passed", "right"], 0: ["\u2717", "failed", "wrong"], "~": ["~", "unclear", "partly right"],
+    "-": ["\u2013", "dim", "not judged"], ".": [" ", "dim", "not asked"],
+  };
   const { element, select } = lmeval;
-  const boards = lmeval.data.boards;
+  const FIELDS = ["number", "id", "group", "choices", "right", "target", "prompts", "answers", "loglikelihoods", "scores", "marked"];
+  const tables = lmeval.data.examples.map((table) => ({
+    ...table,
+    rows: table.rows.map((row) => row && Object.fromEntries(FIELDS.map((name, index) => [name, row[index]]))),
+  }));
   const browser = document.getElementById("browser");
-  const state = { board: 0, a: 0, b: 1, which: 0, text: "", page: 0 };
+  const state = { table: 0, a: 0, b: 1, which: 0, text: "", page: 0 };
   const controls = element("div", { class: "controls" });
   const found = element("p", { class: "dim small", role: "status" });
   const list = element("div", { id: "questions" });
   const pages = element("div", { class: "controls" });
 
-  const board = () => boards[state.board];
-  const marksOf = (column) => board().columns[column]?.marks ?? "";
-  const isFlip = (place) => {
-    const pair = marksOf(state.a)[place] + marksOf(state.b)[place];
-    return pair === "10" || pair === "01";
-  };
+  const table = () => tables[state.table];
+  const columns = () => table().columns;
+  const markOf = (column, index) => columns()[column]?.marks[index] ?? "";
+  const isFlip = (index) => ["10", "01"].includes(markOf(state.a, index) + markOf(state.b, index));
   const kinds = () => {
-    const name = (column) => board().columns[column]?.label;
+    const name = (column) => columns()[column]?.label;
+    const partly = columns().some((column) => column.marks.includes("~"));
     const always = [
       ["all", () => true],
-      [`${name(state.a)} is wrong`, (place) => marksOf(state.a)[place] === "0"],
-      [`${name(state.a)} is right`, (place) => marksOf(state.a)[place] === "1"],
+      [`${name(state.a)} is wrong`, (index) => markOf(state.a, index) === "0"],
+      [`${name(state.a)} is right`, (index) => markOf(state.a, index) === "1"],
+      ...(partly ? [[`${name(state.a)} is partly right`, (index) => markOf(state.a, index) === "~"]] : []),
     ];
-    return board().columns.length < 2 ? always : [
+    return columns().length < 2 ? always : [
       ...always,
       ["flips: one is right, the other wrong", isFlip],
-      [`lost: only ${name(state.a)} is right`, (place) => isFlip(place) && marksOf(state.a)[place] === "1"],
-      [`won: only ${name(state.b)} is right`, (place) => isFlip(place) && marksOf(state.b)[place] === "1"],
-      ["both are wrong", (place) => marksOf(state.a)[place] === "0" && marksOf(state.b)[place] === "0"],
+      [`lost: only ${name(state.a)} is right`, (index) => isFlip(index) && markOf(state.a, index) === "1"],
+      [`won: only ${name(state.b)} is right`, (index) => isFlip(index) && markOf(state.b, index) === "1"],
+      ["both are wrong", (index) => markOf(state.a, index) === "0" && markOf(state.b, index) === "0"],
     ];
   };
 
-  const answerOf = (row, column) => {
-    const answer = row[6][column];
-    return (typeof answer === "number" ? row[3][answer] : answer) ?? "";
+  const outputOf = (row, column) => {
+    const answer = row.answers[column];
+    return (typeof answer === "number" ? row.choices[answer] : answer) ?? "";
   };
-  const targetOf = (row) => (row[3].length ? row[4].map((place) => row[3][place]).join(" | ") : row[5]);
-  const wordsOf = (row) => [row[1], row[2] ?? "", ...row[3], row[5], ...row[6].filter((answer) => typeof answer === "string")].join("\n").toLowerCase();
+  const targetOf = (row) => (row.choices.length ? row.right.map((index) => row.choices[index]).join(" | ") : row.target);
+  const wordsOf = (row) => [row.id, row.group, ...row.choices, row.target, ...row.prompts, ...row.answers]
+    .filter((text) => typeof text === "string").join("\n").toLowerCase();
 
   const matching = () => {
     const [, fits] = kinds()[state.which] ?? kinds()[0];
     const words = state.text.toLowerCase();
-    const places = [];
-    board().rows.forEach((row, place) => {
-      if (fits(place) && (!words || (row && wordsOf(row).includes(words)))) places.push(place);
+    const indices = [];
+    table().rows.forEach((row, index) => {
+      if (fits(index) && (!words || (row && wordsOf(row).includes(words)))) indices.push(index);
     });
-    return places;
+    return indices;
   };
 
-  const signs = (place) => element("span", { class: "marks" }, ...board().columns.map((column) => {
-    const [sign, look, word] = SIGNS[column.marks[place]];
-    return element("span", { class: look, title: `${column.label}: ${word}` }, sign, element("span", { class: "said" }, `${column.label}: ${word}. `));
+  const signs = (index) => element("span", { class: "marks" }, ...columns().map((column, number) => {
+    const [sign, look, word] = SIGNS[column.marks[index]];
+    const score = column.marks[index] === "~" ? table().rows[index]?.marked[number] ?? null : null;
+    const said = `${column.label}: ${word}${score === null ? "" : `, ${score}`}`;
+    return element("span", { class: look, title: said }, score === null ? sign : score.toFixed(2), element("span", { class: "said" }, `${said}. `));
   }));
 
-  const choices = (row) => {
-    const heads = ["choice", ...board().columns.map((column) => column.label)];
-    const body = row[3].map((choice, place) => element("tr", {},
-      element("td", { class: "text" + (row[4].includes(place) ? " passed" : "") }, (row[4].includes(place) ? "\u2713 " : "") + choice),
-      ...board().columns.map((_, column) => element("td", { class: "number" }, row[6][column] === place ? element("strong", {}, `${row[7][column]?.[place] ?? ""}`) : `${row[7][column]?.[place] ?? ""}`))));
-    return element("div", { class: "wide" }, element("table", {},
-      element("caption", {}, "Log-likelihood of each choice in nats; the likeliest is bold, what is right is ticked."),
-      element("thead", {}, element("tr", {}, ...heads.map((head, column) => element("th", { class: column ? "number" : null }, head)))),
-      element("tbody", {}, ...body)));
+  const text = (value) => element("td", { class: "text" }, value);
+  const cell = (value) => element("td", { class: "number" }, `${value ?? ""}`);
+  const labelled = (name, ...cells) => element("tr", {}, element("td", { class: "dim" }, name), ...cells);
+  const tableOf = (caption, heads, body) => element("div", { class: "wide" }, element("table", {},
+    caption && element("caption", {}, caption),
+    element("thead", {}, element("tr", {}, ...heads.map(([head, look]) => element("th", { class: look }, head)))),
+    element("tbody", {}, ...body)));
+  const asNumbers = (names) => names.map((name) => [name, "number"]);
+
+  // Choices: a row for each, and below them one for each metric.
+  const chosen = (row) => tableOf("Log-likelihood of each choice in nats; the likeliest is bold, what is right is ticked.",
+    [["choice", null], ...asNumbers(columns().map((column) => column.label))], [
+      ...row.choices.map((choice, index) => element("tr", {},
+        element("td", { class: "text" + (row.right.includes(index) ? " passed" : "") }, (row.right.includes(index) ? "\u2713 " : "") + choice),
+        ...columns().map((_, column) => {
+          const value = `${row.loglikelihoods[column]?.[index] ?? ""}`;
+          return element("td", { class: "number" }, row.answers[column] === index ? element("strong", {}, value) : value);
+        }))),
+      ...table().metrics.map((name, index) => labelled(name, ...columns().map((_, column) => cell(row.scores[column]?.[index])))),
+    ]);
+
+  // Generated answers: the target, and below it a row for each model.
+  const generated = (row) => tableOf(null, [["", null], ["output", null], ...asNumbers(table().metrics)], [
+    labelled("target", text(row.target), ...table().metrics.map(() => cell(""))),
+    ...columns().map((column, index) => labelled(column.label, text(outputOf(row, index)),
+      ...table().metrics.map((_, number) => cell(row.scores[index]?.[number])))),
+  ]);
+
+  const prompts = (row) => {
+    const own = row.prompts.map((prompt, index) => [prompt, columns()[index].label]).filter(([prompt]) => prompt !== null);
+    return own.map(([prompt, label]) => element("details", {},
+      element("summary", { class: "small dim" }, own.length > 1 ? `Prompt of ${label}` : "Prompt"), element("pre", {}, prompt)));
   };
 
-  const generated = (row) => element("div", { class: "wide" }, element("table", {}, element("tbody", {},
-    element("tr", {}, element("td", { class: "dim" }, "expected"), element("td", { class: "text" }, row[5])),
-    ...board().columns.map((column, place) => element("tr", {}, element("td", { class: "dim" }, column.label), element("td", { class: "text" }, answerOf(row, place)))))));
-
-  const question = (place) => {
-    const row = board().rows[place];
-    const files = board().columns.map((column) => column.file).join(", ");
-    const oneLine = row ? `${targetOf(row)} \u2190 ${board().columns.map((_, column) => answerOf(row, column) || "\u2205").join(" \u00b7 ")}` : `not in this page; see ${files}`;
+  const question = (index) => {
+    const row = table().rows[index];
+    const files = columns().map((column) => column.file).join(", ");
+    const oneLine = row ? `${targetOf(row)} \u2190 ${columns().map((_, column) => outputOf(row, column) || "\u2205").join(" \u00b7 ")}` : `not in this page; see ${files}`;
     const details = element("details", { class: "question", ontoggle: () => {
       if (!details.open || details.children.length > 1) return;
-      details.append(element("div", { class: "inside" },
-        row ? (row[3].length ? choices(row) : generated(row)) : element("p", { class: "dim" }, `This question is not in this page; it stands in ${files}.`),
-        row ? element("p", { class: "dim small" }, `id ${row[1]}${row[2] ? `, ${row[2]}` : ""}`) : null));
-    } }, element("summary", {}, element("span", { class: "dim" }, `${row?.[0] ?? place}`), signs(place), element("span", { class: "texts" }, oneLine.replace(/\s+/g, " ").slice(0, 400))));
+      details.append(element("div", { class: "inside" }, ...(row
+        ? [row.choices.length ? chosen(row) : generated(row), ...prompts(row), element("p", { class: "dim small" }, `id ${row.id}${row.group ? `, ${row.group}` : ""}`)]
+        : [element("p", { class: "dim" }, `Its texts are not in this page; they stand in ${files}.`)])));
+    } }, element("summary", {}, element("span", { class: "dim" }, `${row?.number ?? index}`), signs(index), element("span", { class: "texts" }, oneLine.replace(/\s+/g, " ").slice(0, 400))));
     return details;
   };
 
   const show = () => {
-    const places = matching();
-    const last = Math.max(0, Math.ceil(places.length / PAGE) - 1);
+    const indices = matching();
+    const last = Math.max(0, Math.ceil(indices.length / PAGE) - 1);
     state.page = Math.min(state.page, last);
     const from = state.page * PAGE;
-    list.replaceChildren(...places.slice(from, from + PAGE).map(question));
-    const flips = board().columns.length > 1 ? board().rows.reduce((count, _, place) => count + isFlip(place), 0) : null;
-    found.textContent = `${places.length.toLocaleString("en")} of ${board().rows.length.toLocaleString("en")} questions` +
-      (flips === null ? "" : `; ${flips.toLocaleString("en")} flips between ${board().columns[state.a].label} and ${board().columns[state.b].label}`);
+    list.replaceChildren(...indices.slice(from, from + PAGE).map(question));
+    const flips = columns().length > 1 ? table().rows.reduce((count, _, index) => count + isFlip(index), 0) : null;
+    found.textContent = `${indices.length.toLocaleString("en")} of ${table().rows.length.toLocaleString("en")} ${table().example}s` +
+      (flips === null ? "" : `; ${flips.toLocaleString("en")} flips between ${columns()[state.a].label} and ${columns()[state.b].label}`);
     const turn = (name, by, off) => element("button", { type: "button", disabled: off, onclick: () => { state.page += by; show(); browser.scrollIntoView(); } }, name);
     pages.replaceChildren(...(last ? [turn("Previous", -1, state.page === 0), element("span", { class: "dim" }, `page ${state.page + 1} of ${last + 1}`), turn("Next", 1, state.page === last)] : []));
   };
 
   const change = (field) => (value) => { state[field] = value; state.page = 0; rebuild(); };
   const rebuild = () => {
-    const names = board().columns.map((column) => column.label);
-    const search = element("input", { type: "search", placeholder: "in answers and choices", value: state.text, oninput: () => { state.text = search.value; state.page = 0; show(); } });
+    const names = columns().map((column) => column.label);
+    const search = element("input", { type: "search", placeholder: "in prompts, answers, choices", value: state.text, oninput: () => { state.text = search.value; state.page = 0; show(); } });
     controls.replaceChildren(
-      ...(boards.length > 1 ? [select("Task", boards.map((own) => own.subject), state.board, (value) => { Object.assign(state, { board: value, a: 0, b: 1, which: 0, page: 0 }); rebuild(); })] : [element("strong", {}, board().subject)]),
+      ...(tables.length > 1 ? [select("Task", tables.map((own) => own.subject), state.table, (value) => { Object.assign(state, { table: value, a: 0, b: 1, which: 0, page: 0 }); rebuild(); })] : [element("strong", {}, table().subject)]),
       ...(names.length > 1 ? [select("A", names, state.a, change("a")), select("B", names, state.b, change("b"))] : []),
       select("Show", kinds().map(([name]) => name), state.which, change("which")),
       element("label", { class: "grow" }, "Search", search),

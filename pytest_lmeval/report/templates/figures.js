@@ -19,13 +19,13 @@
   const said = (value, unit) => (value instanceof Date ? value.toISOString().slice(0, 16).replace("T", " ")
     : unit.startsWith("bytes") ? bytes(value) : `${digits(value)} ${unit}`.trim());
 
-  const points = (curve, figure) => curve.x.map((x, place) => ({
+  const points = (curve, figure) => curve.x.map((x, index) => ({
     name: curve.name,
     x: figure.time ? new Date(x) : x,
-    y: curve.y[place],
-    low: curve.low?.[place] ?? null,
-    high: curve.high?.[place] ?? null,
-    run: curve.runs?.[place] ?? null,
+    y: curve.y[index],
+    low: curve.low?.[index] ?? null,
+    high: curve.high?.[index] ?? null,
+    run: curve.runs?.[index] ?? null,
   }));
 
   const legend = (figure, choice) => {
@@ -164,8 +164,8 @@
   const table = (figure, choice) => {
     const bounds = choice.curves.some((curve) => curve.low);
     const heads = ["", choice.x, choice.y, ...(bounds ? ["low", "high"] : [])];
-    const body = choice.curves.flatMap((curve) => curve.x.map((x, place) => lmeval.element("tr", {},
-      ...[curve.name, x, curve.y[place], ...(bounds ? [curve.low?.[place] ?? "", curve.high?.[place] ?? ""] : [])]
+    const body = choice.curves.flatMap((curve) => curve.x.map((x, index) => lmeval.element("tr", {},
+      ...[curve.name, x, curve.y[index], ...(bounds ? [curve.low?.[index] ?? "", curve.high?.[index] ?? ""] : [])]
         .map((value, column) => lmeval.element("td", { class: column ? "number" : null }, String(value))))));
     return lmeval.element("div", { class: "wide" }, lmeval.element("table", {},
       lmeval.element("thead", {}, lmeval.element("tr", {}, ...heads.map((name, column) => lmeval.element("th", { class: column ? "number" : null }, name)))),

@@ -16,7 +16,7 @@ lmeval.element = (name, attributes = {}, ...children) => {
 
 lmeval.select = (label, names, chosen, changed) => {
   const select = lmeval.element("select", { onchange: () => changed(Number(select.value)) });
-  names.forEach((name, place) => select.append(lmeval.element("option", { value: place, selected: place === chosen }, name)));
+  names.forEach((name, index) => select.append(lmeval.element("option", { value: index, selected: index === chosen }, name)));
   return lmeval.element("label", {}, label, select);
 };
 
@@ -45,13 +45,13 @@ lmeval.select = (label, names, chosen, changed) => {
 for (const table of document.querySelectorAll("table.sortable")) {
   const body = table.tBodies[0];
   const rows = [...body.rows];
-  const value = (row, place) => {
-    const cell = row.cells[place];
+  const value = (row, index) => {
+    const cell = row.cells[index];
     if (!cell) return null;
     if (cell.dataset.sort !== undefined) return Number(cell.dataset.sort);
     return cell.textContent.trim() || null;
   };
-  [...table.tHead.rows[0].cells].forEach((head, place) => {
+  [...table.tHead.rows[0].cells].forEach((head, index) => {
     const button = lmeval.element("button", { type: "button" });
     button.append(...head.childNodes);
     head.append(button);
@@ -62,7 +62,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
       for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
       head.setAttribute("aria-sort", direction);
       const sign = direction === "ascending" ? 1 : -1;
-      const order = rows.map((row) => [value(row, place), row]);
+      const order = rows.map((row) => [value(row, index), row]);
       order.sort(([a], [b]) => {
         if (a === null || b === null) return (a === null) - (b === null); // what has no value stays below
         return sign * (typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b), "en", { numeric: true }));

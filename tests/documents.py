@@ -1,0 +1,177 @@
+"""Documents for the tests of whoever reads them: small, typed, with everything that a page can show."""
+
+import json
+
+from msgspec.structs import replace
+
+from pytest_lmeval import registry
+from pytest_lmeval.records.certificate import Certificate, Counterexample, LawResult, State
+from pytest_lmeval.records.comparison import Comparison, Flip
+from pytest_lmeval.records.document import BaselineUse, Document, Environment, Failure, Run, Section, Skipped
+from pytest_lmeval.records.example import Example
+from pytest_lmeval.records.record import Cost, ModelFacts, Precision, Record, Series
+from pytest_lmeval.records.schema import line_of
+from pytest_lmeval.records.value import Value
+
+HOSTILE = (
+    "<script>alert('x')</script><img src=x onerror=alert(1)> | `code` **bold** [link](javascript:x) {{ 7 * 7 }}\n# heading\x07"
+)
+
+
+def model(spec="demo", **changes):
+    own = {"form": "functional", "parameters": 978_048, "bytes": 3_912_192, "dtype": "float32", "device": "cpu"}
+    return ModelFacts(spec=spec, fingerprint=spec, **{**own, **changes})
+
+
+def laws(spec="demo", **changes):
+    """The verdict on a model that keeps all its laws but those that `broken` names."""
+    broken = changes.pop("broken", ())
+    case = Counterexample({"chunks": [3]}, 0.5, "off at token <3>", "pytest_lmeval.replay(lm, <3>)")
+    found = {
+        name: LawResult(cases=4, planned=20, worst_ratio=0.75, counterexamples=(case,) if name in broken else ())
+        for name in ("splits", "causality")
+    }
+    found["fork"] = LawResult(cases=0, planned=4, unavailable="its state cannot be copied")
+    own = {"verdict": "exact-any-chunk", "dtype": "float32", "reference": "a float64 run", "laws": found, "longest": 160}
+    certificate = Certificate(**{**own, **changes.pop("certificate", {})})
+    record = Record(kind="equivalence", subject="laws of streaming", lm=model(spec), test=f"t.py::test_laws[{spec}]")
+    return replace(record, metrics={"laws_kept": Value(2, "of 3")}, certificate=certificate, outcome="passed", **changes)
+
+
+def reading(spec="demo", **changes):
+    """The reading of a text."""
+    metrics = {
+        "perplexity": Value(3.5, low=3.25, high=3.75, n=5000, higher_is_better=False),
+        "nll": Value(1.25, "nats/token", n=5000, higher_is_better=False),
+        "bits_per_byte": Value(1.8, "bits/byte", low=1.7, high=1.9, n=5000, higher_is_better=False),
+        "tokens_per_second": Value(31_244.7, "tokens/s", n=5, higher_is_better=True),
+    }
+    losses = Series([1.0, 64.0], [4.0, 1.25], "tokens before", "nats/token", title="Loss by position", log="x")
+    return Record(
+        **{
+            "kind": "perplexity",
+            "subject": "stdlib[test]",
+            "lm": model(spec),
+            "test": "t.py::test_reads",
+            "settings": {"chunk_size": 1024, "reading": "carried"},
+            "metrics": metrics,
+            "cost": Cost(seconds=1.5, tokens=5000, state_bytes=2048),
+            "certificate": replace(laws(spec).certificate, chunking_used="chunks of 1024"),
+            "series": {"loss_by_position": losses},
+            "example": "block",
+            "outcome": "passed",
+            **changes,
+        }
+    )
+
+
+def asked(spec="demo", examples=None, *, accuracy=0.5, **changes):
+    """The answers to a task."""
+    metrics = {"accuracy": Value(accuracy, low=accuracy - 0.1, high=accuracy + 0.1, n=10, higher_is_better=True)}
+    own = {"kind": "task", "subject": "brackets", "test": "t.py::test_task", "metrics": metrics, "examples": examples}
+    return Record(**{**own, "lm": model(spec), "example": "question", "outcome": "passed", **changes})
+
+
+def answered(number, *, is_right=True, **changes):
+    """A question with two choices, of which the first is right."""
+    own = {"id": f"id{number}", "number": number, "prompt": f"Question {number}?", "output": "yes" if is_right else "no"}
+    own |= {
+        "target": "yes",
+        "targets": ("yes",),
+        "scores": {"accuracy": float(is_right)},
+        "choices": (" yes", " no"),
+        "right": (0,),
+    }
+    return Example(**{**own, "loglikelihoods": (-1.0, -2.0) if is_right else (-2.0, -1.0), **changes})
+
+
+def generated(number, output, *, score=1.0, **changes):
+    """A question whose answer was generated, and scored by exact match."""
+    own = {"id": f"id{number}", "number": number, "prompt": f"Question {number}?", "output": output, "target": "yes"}
+    return Example(**{**own, "scores": {"exact_match": score}, **changes})
+
+
+GATE = {
+    "nll": Comparison(verdict="same", base=1.3, new=1.25, difference=0.001, low=-0.01, high=0.01, margin=0.02, p=0.4),
+    "perplexity": Comparison(verdict="worse", base=3.3, new=3.5, difference=0.2, low=0.1, high=0.3, margin=0.02, p=0.001),
+    "bits_per_byte": Comparison(
+        verdict="unclear", base=1.7, new=1.8, difference=0.1, margin=0.01, detectable=0.2, needed=1200, test="paired"
+    ),
+    "state_bytes": Comparison(verdict="new", new=2048.0, difference=-2048.0, note="a note"),
+}
+
+
+def document(*records, **changes):
+    own = {
+        "run": Run(id="3c66593ec342", started="2026-11-20T23:25:51+00:00", seconds=22.8, command="pytest tests", exit_status=0),
+        "environment": Environment(
+            python="3.11.7", torch="2.13.0", device="cpu", cpu="a processor", cores=2, threads=2, platform="Linux",
+            packages={"torch": "2.13.0"}, commit="abb1eb9d06a26fdd885db059604ab19450b4ecb8", dirty=True, seed=0,
+        ),
+        "records": list(records) or [laws(), reading(), asked()],
+    }  # fmt: skip
+    return Document(**{**own, **changes})
+
+
+def everything():
+    """A document in which every part of the schema is used."""
+    precision = Precision(
+        name="bf16", bits_per_weight=16.0, stored_bits_per_weight=16.0, bytes_before=8, bytes_after=4, converted=0.9,
+        converted_multiplied=1.0, kept={"fp32": 3},
+    )  # fmt: skip
+    flip = Flip(id="ab", before=1.0, after=0.0, output="<b>no</b>", target="yes")
+    gate = {
+        **GATE,
+        "accuracy": Comparison(verdict="worse", base=0.6, new=0.5, flipped=[flip], differences=["shots was 0, is 1"]),
+    }
+    state = State(1024, 160, 0.0, ("float32",))
+    limited = {"state": state, "limit": "it reads at most 37 tokens", "not_reached": (256,), "verdict": "exact-step-only"}
+    return document(
+        laws(broken=("splits",), certificate=limited),
+        reading(
+            lm=model(precision=precision),
+            certificate=None,
+            details={"why": "the state is carried"},
+            notes=["windows of 64 tokens"],
+        ),
+        asked(examples="examples/a.jsonl", gate=gate, outcome="failed"),
+        asked("slow", metrics={}, not_measured="other tests ran at the same time", kind="latency", outcome="skipped"),
+        skipped=[Skipped("t.py::test_skipped", "needs | a kernel")],
+        failures=[Failure("t.py::test_task", "assert 0.5 > 0.6", "t.py", 3)],
+        sections=[Section("Energy", "Read at the meter.", ["machine", "Wh"], [["ci-3", 12.5]])],
+        baseline=BaselineUse("baseline.json", ["torch was 1, is 2"]),
+        problems=["a part was left out"],
+    )
+
+
+def write_run(folder, found, **files):
+    """The output folder of a run: its document, and files of examples."""
+    from pytest_lmeval.records.document import dump
+
+    (folder / "examples").mkdir(parents=True)
+    (folder / "metrics.json").write_text(dump(found))
+    for name, lines in files.items():
+        (folder / "examples" / f"{name}.jsonl").write_text("".join(map(line_of, lines)), errors="backslashreplace")
+    return folder
+
+
+def data_of(html):
+    """What the page's script reads."""
+    return json.loads(html.partition('id="data">')[2].partition("</script>")[0])
+
+
+def register(monkeypatch, **groups):
+    """Have packages register things: group -> package -> name -> thing. Other groups stay as they are."""
+    things = {
+        registry.Entry(group, name, f"{package}:{name}", package): thing
+        for group, packages in groups.items()
+        for package, found in packages.items()
+        for name, thing in found.items()
+    }
+    entries, loaded = registry.entries, registry._loaded
+
+    def registered(group):
+        return tuple(entry for entry in things if entry.group == group) if group in groups else entries(group)
+
+    monkeypatch.setattr(registry, "entries", registered)
+    monkeypatch.setattr(registry, "_loaded", lambda entry: things[entry] if entry in things else loaded(entry))

@@ -1,0 +1,108 @@
+"""The command line: what it lists, how it refuses, and that asking for help costs nothing."""
+
+import subprocess
+import sys
+from argparse import Namespace
+from importlib.metadata import version
+
+import pytest
+from documents import register
+
+from pytest_lmeval import listing, registry
+from pytest_lmeval.__main__ import main
+from pytest_lmeval.records.metric import Metric
+
+
+def quits(*arguments):
+    with pytest.raises(SystemExit) as quit_:
+        main(arguments)
+    return quit_.value.code
+
+
+def test_help_names_every_command_with_what_it_does(capsys):
+    assert quits("--help") == 0
+    shown = capsys.readouterr().out
+    words = " ".join(shown.split())
+    for entry in registry.entries("commands"):
+        assert f" {entry.name} " in words
+    assert "history how every number has moved over the runs in a folder" in words
+    assert quits() == 0
+    assert capsys.readouterr().out == shown
+    assert quits("render", "--help") == 0
+    assert "bencher, github-action-benchmark" in " ".join(capsys.readouterr().out.split())
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from pytest_lmeval.__main__ import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: print(sorted({'torch', 'numpy', 'jinja2', 'msgspec'} & set(sys.modules)))"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.splitlines()[-1] == "[]"
+
+
+def test_the_version_is_told(capsys):
+    assert quits("--version") == 0
+    assert capsys.readouterr().out.strip() == version("pytest-lmeval")
+
+
+def test_a_misspelt_command_is_answered_with_the_near_one(capsys):
+    assert main(["rendr"]) == 2
+    assert capsys.readouterr().err.startswith("there is no command 'rendr'. Did you mean render? There are: baseline, compare,")
+
+
+def test_what_is_wrong_with_what_was_asked_is_said_without_a_traceback(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest_lmeval", "render", tmp_path], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"{tmp_path}/metrics.json cannot be read (No such file or directory).")
+    assert "Traceback" not in done.stderr
+
+
+def test_metrics_are_listed_with_unit_direction_aspect_and_definition(capsys):
+    assert main(["list", "metrics", "bits*"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.split("  ")[0] == "bits_per_byte"
+    for word in ("bits/byte", "lower is better", "quality", "nats / ln 2"):
+        assert word in line
+
+
+class Described:
+    """What all of them are."""
+
+    about = "what this one is"
+
+
+def test_other_things_are_listed_with_what_they_say_of_themselves_and_whose_they_are(monkeypatch, capsys):
+    family = {"ours": main, "described": Described()}
+    register(monkeypatch, tasks={"pytest-lmeval": {"family": family}, "other-package": {"theirs": 3}})
+    assert main(["list", "tasks"]) == 0
+    assert [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()] == [
+        "ours Run a command; the exit status is 2 where it could not be done, for a reason that is printed.",
+        "described what this one is",
+        "theirs int other-package",
+    ]
+    assert main(["list", "tasks", "o*"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    assert main(["list", "tasks", "x*"]) == 1
+    assert capsys.readouterr().err == "no task is called 'x*'.\n"
+
+
+def test_without_a_group_the_groups_are_counted_and_one_that_is_not_there_is_refused(monkeypatch, capsys):
+    two = {"pytest-lmeval": {"several": {"one": Metric("one"), "two": Metric("two")}}}
+    register(monkeypatch, **{group: two if group == "metrics" else {} for group in registry.GROUPS})
+    assert listing.main(Namespace(group=None, pattern="*")) == 0
+    assert capsys.readouterr().out.split()[:4] == ["metrics", "2", "tasks", "0"]
+    monkeypatch.undo()
+    assert main(["list", "metrcs"]) == 2
+    assert capsys.readouterr().err.startswith("there is no group 'metrcs'. Did you mean metrics? There are: metrics, tasks,")
+
+
+def test_two_packages_with_a_command_of_one_name_are_named(monkeypatch, capsys):
+    register(monkeypatch, commands={"pytest-lmeval": {"list": listing}, "other-package": {"list": main}})
+    assert main(["list"]) == 2
+    assert (
+        "the command 'list' is registered by pytest-lmeval (pytest-lmeval:list) and by other-package" in capsys.readouterr().err
+    )
