@@ -11,7 +11,7 @@ import pytest
 
 from pytest_lmeval.records.document import Document
 from pytest_lmeval.records.example import Example
-from pytest_lmeval.records.record import ModelFacts, Record, Series
+from pytest_lmeval.records.measured import ModelFacts, Record, Series
 from pytest_lmeval.records.schema import line_of
 from pytest_lmeval.records.value import Value
 from pytest_lmeval.report import pages

@@ -19,7 +19,7 @@ from pytest_lmeval.profiling.clock import device_clock
 
 if TYPE_CHECKING:
     from pytest_lmeval.profiling.runner import Runner
-    from pytest_lmeval.records.record import Record
+    from pytest_lmeval.records.measured import Record
 
 OURS, PARTS = "lmeval", "parts"
 ROWS = ("prefill", "ttft", "itl", "decode", "chunk")  # parts that get a row

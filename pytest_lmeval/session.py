@@ -19,7 +19,7 @@ from pytest_lmeval.models.identity import fingerprint
 from pytest_lmeval.models.model import Model
 from pytest_lmeval.records import schema
 from pytest_lmeval.records.journal import Journal
-from pytest_lmeval.records.record import Record
+from pytest_lmeval.records.measured import Record
 
 if TYPE_CHECKING:
     from pytest_lmeval.laws.probe import EquivalenceResult

@@ -9,7 +9,7 @@ from pytest_lmeval.records.certificate import Certificate, Counterexample, LawRe
 from pytest_lmeval.records.comparison import Comparison, Flip
 from pytest_lmeval.records.document import BaselineUse, Document, Environment, Failure, Run, Section, Skipped
 from pytest_lmeval.records.example import Example
-from pytest_lmeval.records.record import Cost, ModelFacts, Precision, Record, Series
+from pytest_lmeval.records.measured import Cost, ModelFacts, Precision, Record, Series
 from pytest_lmeval.records.schema import line_of
 from pytest_lmeval.records.value import Value
 

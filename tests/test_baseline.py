@@ -25,8 +25,8 @@ from pytest_lmeval.records.certificate import Certificate
 from pytest_lmeval.records.comparison import Comparison
 from pytest_lmeval.records.document import Document, Environment, dump
 from pytest_lmeval.records.example import Example, Unit
+from pytest_lmeval.records.measured import Cost, ModelFacts, Record
 from pytest_lmeval.records.metric import headline_of, value_of
-from pytest_lmeval.records.record import Cost, ModelFacts, Record
 from pytest_lmeval.records.schema import line_of
 from pytest_lmeval.records.value import Value
 

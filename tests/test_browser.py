@@ -7,7 +7,7 @@ from documents import asked, document, generated, laws, model, reading, write_ru
 from msgspec.structs import replace
 
 from pytest_lmeval.records.document import Section
-from pytest_lmeval.records.record import Series
+from pytest_lmeval.records.measured import Series
 from pytest_lmeval.records.value import Value
 from pytest_lmeval.report import pages
 from pytest_lmeval.report.words import visible

@@ -16,8 +16,8 @@ from pytest_lmeval.gates.compare_runs import add_arguments, compared, race
 from pytest_lmeval.gates.interleaved import Key, Number, Side, numbers, side
 from pytest_lmeval.records.comparison import Comparison
 from pytest_lmeval.records.document import Document
+from pytest_lmeval.records.measured import ModelFacts, Record
 from pytest_lmeval.records.metric import value_of
-from pytest_lmeval.records.record import ModelFacts, Record
 from pytest_lmeval.statistics.ratio import judge_all, quantile, ratio
 
 POSITIVE = st.floats(0.01, 100)

@@ -34,7 +34,7 @@ from pytest_lmeval.laws.tolerance import Yardstick, token_errors
 from pytest_lmeval.laws.trial import Trial
 from pytest_lmeval.models.sources import as_model, load
 from pytest_lmeval.records import schema
-from pytest_lmeval.records.record import Record
+from pytest_lmeval.records.measured import Record
 
 
 @pytest.mark.parametrize("toy", CARRYING)

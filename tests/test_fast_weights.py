@@ -17,7 +17,7 @@ from pytest_lmeval.measures._perplexity import PerplexityResult, measure_perplex
 from pytest_lmeval.models.sources import as_model
 from pytest_lmeval.records import schema
 from pytest_lmeval.records.journal import Checkpoints
-from pytest_lmeval.records.record import Record
+from pytest_lmeval.records.measured import Record
 from pytest_lmeval.scoring import fast_weights, positions
 from pytest_lmeval.scoring.reading import CHUNKS, EACH, Moves, Reading, rows_of
 from pytest_lmeval.scoring.resume import Saver

@@ -266,7 +266,7 @@ def test_a_killed_reading_goes_on_with_the_same_numbers_to_the_last_bit(tmp_path
     assert 300 < resumed.resumed_at < resumed.tokens
     for name in ("perplexity", "nll", "bits_per_byte", "token_accuracy_top1", "token_accuracy_top5"):
         assert resumed.record.metrics[name].to_json() == whole.record.metrics[name].to_json()
-    for name in ("chunk_loss", "running_loss", "loss_by_position", "loss_at"):
+    for name in ("chunk_loss", "running_perplexity", "loss_by_position", "loss_at"):
         assert resumed.record.series[name] == whole.record.series[name]
     assert np.array_equal(np.load(tmp_path / "killed.npy"), np.load(tmp_path / "whole.npy"))
 

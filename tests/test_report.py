@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from pytest_lmeval.records import history
 from pytest_lmeval.records.comparison import Comparison, Flip
 from pytest_lmeval.records.document import BaselineUse, Failure, Section, Skipped, load
-from pytest_lmeval.records.record import Series
+from pytest_lmeval.records.measured import Series
 from pytest_lmeval.records.value import Value
 from pytest_lmeval.report import github, pages, terminal, write
 from pytest_lmeval.report.changes import changes

@@ -269,7 +269,7 @@ def test_a_killed_reading_goes_on_inside_a_document_with_the_same_numbers_to_the
         assert 0 < resumed.resumed_at < die_at
         for name in ("nll", "bits_per_byte", "token_accuracy_top5"):
             assert resumed.record.metrics[name].to_json() == whole.record.metrics[name].to_json()
-        for name in ("chunk_loss", "running_loss", "loss_by_position"):
+        for name in ("chunk_loss", "running_perplexity", "loss_by_position"):
             assert resumed.record.series[name] == whole.record.series[name]
         assert np.array_equal(own_losses, losses)
 

@@ -31,7 +31,7 @@ from pytest_lmeval.models.model import Codebooks
 from pytest_lmeval.models.sources import as_model, load
 from pytest_lmeval.records import schema
 from pytest_lmeval.records.journal import JournalWarning
-from pytest_lmeval.records.record import Record
+from pytest_lmeval.records.measured import Record
 from pytest_lmeval.training import Protocol, load_weights, run_training
 from pytest_lmeval.training.batches import batches, held_out_batches
 from pytest_lmeval.training.folder import Saver

@@ -15,7 +15,7 @@ from pytest_lmeval.gates.baseline import Baseline, contradictions, examples_file
 from pytest_lmeval.gates.entry import entry_of, names_of
 from pytest_lmeval.gates.scores import AGAIN, scores_of
 from pytest_lmeval.records.document import NAME, Document, Environment, load
-from pytest_lmeval.records.record import Record
+from pytest_lmeval.records.measured import Record
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

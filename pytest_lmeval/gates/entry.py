@@ -12,8 +12,8 @@ from msgspec.structs import replace
 
 from pytest_lmeval.gates.margins import Margins
 from pytest_lmeval.gates.scores import keeps_examples, numbered, rounded
+from pytest_lmeval.records.measured import ModelFacts, Record
 from pytest_lmeval.records.metric import headline_of, metric
-from pytest_lmeval.records.record import ModelFacts, Record
 from pytest_lmeval.records.schema import Kept, to_plain
 from pytest_lmeval.records.value import Value
 

@@ -6,8 +6,8 @@ import shlex
 from collections.abc import Iterator, Sequence
 
 from pytest_lmeval.records.comparison import ORDER, Comparison
+from pytest_lmeval.records.measured import Record
 from pytest_lmeval.records.metric import metric
-from pytest_lmeval.records.record import Record
 from pytest_lmeval.report.remarks import remarks, several
 from pytest_lmeval.report.words import number, wrapped
 

@@ -22,8 +22,8 @@ from pytest_lmeval.gates.missing_tests import MissingTests
 from pytest_lmeval.options import is_worker, option, output_folder, test_id
 from pytest_lmeval.records.comparison import Comparison
 from pytest_lmeval.records.document import BaselineUse, Document
+from pytest_lmeval.records.measured import Record
 from pytest_lmeval.records.metric import metric
-from pytest_lmeval.records.record import Record
 from pytest_lmeval.records.value import Value
 
 MARKER = "lmeval_gate"

@@ -18,8 +18,8 @@ from pathlib import Path
 from pytest_lmeval.errors import DocumentError, SideError
 from pytest_lmeval.gates.margins import parse
 from pytest_lmeval.records.document import NAME, Document, load
+from pytest_lmeval.records.measured import Record
 from pytest_lmeval.records.metric import metric
-from pytest_lmeval.records.record import Record
 
 OF_PYTEST = ("PYTEST_CURRENT_TEST", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_VERSION")
 LAST_LINES = 15

@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 from pytest_lmeval.errors import DocumentError
 from pytest_lmeval.records import schema
 from pytest_lmeval.records.example import Example, Unit
+from pytest_lmeval.records.measured import Record
 from pytest_lmeval.records.metric import metric
-from pytest_lmeval.records.record import Record
 
 T = TypeVar("T")
 SHOWN = 60  # characters of an output

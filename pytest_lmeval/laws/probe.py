@@ -31,8 +31,8 @@ from pytest_lmeval.laws.verdict import LOW_PRECISION, verdict_of
 from pytest_lmeval.models.identity import facts
 from pytest_lmeval.models.model import Model
 from pytest_lmeval.records.certificate import CONSISTENT, Certificate, Counterexample, LawResult
+from pytest_lmeval.records.measured import Cost, Record
 from pytest_lmeval.records.metric import value_of
-from pytest_lmeval.records.record import Cost, Record
 from pytest_lmeval.records.value import Value
 
 LARGEST_BORDER = 512  # of a window that is read past of its own accord; for a larger one, set `longest`

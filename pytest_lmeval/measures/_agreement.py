@@ -36,8 +36,8 @@ from pytest_lmeval.models.identity import facts, fingerprint, tokenizer_fingerpr
 from pytest_lmeval.models.model import Model, State
 from pytest_lmeval.records import schema
 from pytest_lmeval.records.certificate import Certificate
+from pytest_lmeval.records.measured import Cost, Record
 from pytest_lmeval.records.metric import value_of
-from pytest_lmeval.records.record import Cost, Record
 from pytest_lmeval.records.value import Value
 from pytest_lmeval.scoring.plan import Plan, Point, Reader, plan_for
 from pytest_lmeval.scoring.reading import BLOCK, Reading, add_to_blocks

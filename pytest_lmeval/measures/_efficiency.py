@@ -32,8 +32,8 @@ from pytest_lmeval.profiling.flops import Flops
 from pytest_lmeval.profiling.roofline import measured_peaks
 from pytest_lmeval.profiling.runner import Runner, check_shape, quiet
 from pytest_lmeval.profiling.work import Work, training_work, work_of
+from pytest_lmeval.records.measured import Record
 from pytest_lmeval.records.metric import metric, value_of
-from pytest_lmeval.records.record import Record
 from pytest_lmeval.records.value import Value
 
 RUNS, WARM_UP = 10, 2

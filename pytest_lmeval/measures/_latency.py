@@ -29,8 +29,8 @@ from pytest_lmeval.profiling.runner import (
     unit_of_rates,
 )
 from pytest_lmeval.profiling.samples import MILLISECONDS, median, quantiles, spread
+from pytest_lmeval.records.measured import Cost, Record, Series
 from pytest_lmeval.records.metric import value_of
-from pytest_lmeval.records.record import Cost, Record, Series
 from pytest_lmeval.records.value import Value
 
 RUNS, WARM_UP, NEW_TOKENS = 100, 10, 8

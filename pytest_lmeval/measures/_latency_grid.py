@@ -15,7 +15,7 @@ from pytest_lmeval.models.identity import facts
 from pytest_lmeval.models.model import Model
 from pytest_lmeval.profiling.failures import DEVICE_LOST, attempt
 from pytest_lmeval.profiling.runner import check_shape
-from pytest_lmeval.records.record import ModelFacts, Record
+from pytest_lmeval.records.measured import ModelFacts, Record
 
 BATCH_SIZES, SEQ_LENS = (1,), (128, 512)
 

@@ -36,8 +36,8 @@ from pytest_lmeval.profiling.failures import room_for
 from pytest_lmeval.profiling.peak import peak_memory
 from pytest_lmeval.profiling.runner import check_shape, next_ids
 from pytest_lmeval.profiling.storages import storages
+from pytest_lmeval.records.measured import Cost, Record
 from pytest_lmeval.records.metric import value_of
-from pytest_lmeval.records.record import Cost, Record
 from pytest_lmeval.records.value import Value
 
 NEW_TOKENS = 8

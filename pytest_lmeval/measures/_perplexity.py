@@ -35,8 +35,8 @@ from pytest_lmeval.models.identity import facts, tokenizer_fingerprint
 from pytest_lmeval.models.model import Model
 from pytest_lmeval.records.certificate import Certificate
 from pytest_lmeval.records.journal import Checkpoints
+from pytest_lmeval.records.measured import Cost, Record, Series
 from pytest_lmeval.records.metric import metric, value_of
-from pytest_lmeval.records.record import Cost, Record, Series
 from pytest_lmeval.records.value import Value
 from pytest_lmeval.scoring import fast_weights
 from pytest_lmeval.scoring.losses import LossFile
@@ -46,6 +46,8 @@ from pytest_lmeval.scoring.reading import BYTES, HITS, NATS, SECONDS, STATE, TOK
 from pytest_lmeval.scoring.resume import Saver
 from pytest_lmeval.scoring.units import write_units
 from pytest_lmeval.statistics.bootstrap import ratio_intervals
+
+OVERFLOW = 700.0  # nats, whose exponential is no number that a float holds
 
 Progress = Callable[[int, float, int | None], None]
 """Called after each chunk with the tokens scored, the nats so far, and the tokens expected (None: unknown)."""
@@ -407,7 +409,6 @@ def series_of(reading: Reading, metrics: dict[str, Value], *, carried: bool) -> 
     binned = reading.by_position[filled]
     series = {
         "chunk_loss": Series(read, loss.tolist(), "tokens", "nats/token"),
-        "running_loss": Series(read, running.tolist(), "tokens", "nats/token"),
         "chunk_seconds": Series(read, (chunks[:, SECONDS] / each).tolist(), "tokens", "s"),
         "loss_by_position": Series(
             (2 ** ((filled + 0.5) / 2)).tolist(),
@@ -418,6 +419,9 @@ def series_of(reading: Reading, metrics: dict[str, Value], *, carried: bool) -> 
             "x",
         ),
     }
+    if running.max() < OVERFLOW:
+        curve = np.exp(running).tolist()
+        series["running_perplexity"] = Series(read, curve, "tokens", "perplexity", "Running perplexity")
     if carried and not reading.by_document and reading.peak_state_bytes:
         series["state_bytes"] = Series(read, (chunks[:, STATE] / each).tolist(), "tokens", "bytes", "State over the stream")
     if reached := {float(at): float(metrics[name]) for at in reading.positions if (name := name_of(at)) in metrics}:

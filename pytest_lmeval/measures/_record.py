@@ -6,8 +6,8 @@ from typing import Any
 
 from pytest_lmeval.measures.context import current
 from pytest_lmeval.models.identity import facts
+from pytest_lmeval.records.measured import Record
 from pytest_lmeval.records.metric import value_of
-from pytest_lmeval.records.record import Record
 from pytest_lmeval.records.value import Value
 
 

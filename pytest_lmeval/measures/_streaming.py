@@ -21,8 +21,8 @@ from pytest_lmeval.profiling.clock import Stopwatch
 from pytest_lmeval.profiling.flops import count_flops
 from pytest_lmeval.profiling.runner import Runner, about_times, check_shape, measured, notes_of, quiet, too_short, unit_of_rates
 from pytest_lmeval.profiling.samples import MILLISECONDS, median, spread
+from pytest_lmeval.records.measured import Cost, Record, Series
 from pytest_lmeval.records.metric import value_of
-from pytest_lmeval.records.record import Cost, Record, Series
 from pytest_lmeval.records.value import Value
 
 CHUNK_SIZE, CHUNKS, RUNS, WARM_UP = 256, 32, 3, 1

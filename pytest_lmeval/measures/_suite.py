@@ -13,8 +13,8 @@ from pytest_lmeval.errors import LmevalError, TaskError, UsageError
 from pytest_lmeval.measures._task import TaskResult, task
 from pytest_lmeval.measures.context import current, verb
 from pytest_lmeval.models.identity import facts
+from pytest_lmeval.records.measured import Cost, ModelFacts, Record
 from pytest_lmeval.records.metric import value_of
-from pytest_lmeval.records.record import Cost, ModelFacts, Record
 from pytest_lmeval.records.value import Value
 from pytest_lmeval.tasks import find_suite
 from pytest_lmeval.tasks.questions import Suite

@@ -26,8 +26,8 @@ from pytest_lmeval.models.model import Model
 from pytest_lmeval.records.certificate import Certificate
 from pytest_lmeval.records.example import Example
 from pytest_lmeval.records.journal import key_of
+from pytest_lmeval.records.measured import Cost, Record
 from pytest_lmeval.records.metric import metric
-from pytest_lmeval.records.record import Cost, Record
 from pytest_lmeval.records.value import Value
 from pytest_lmeval.scoring.answers import AnswerFile
 from pytest_lmeval.scoring.asking import Run, asked_of

@@ -22,8 +22,8 @@ from pytest_lmeval.profiling.failures import attempt
 from pytest_lmeval.profiling.flops import count_flops
 from pytest_lmeval.profiling.runner import Runner, about_times, check_shape, measured, notes_of, quiet, too_short, unit_of_rates
 from pytest_lmeval.profiling.samples import MILLISECONDS, median, spread
+from pytest_lmeval.records.measured import Cost, Record, Series
 from pytest_lmeval.records.metric import value_of
-from pytest_lmeval.records.record import Cost, Record, Series
 from pytest_lmeval.records.value import Value
 
 SECONDS, WARM_UP, NEW_TOKENS = 10.0, 2, 16

@@ -31,7 +31,7 @@ from pytest_lmeval.profiling.runner import Runner
 from pytest_lmeval.records import schema
 from pytest_lmeval.records.certificate import Certificate
 from pytest_lmeval.records.journal import key_of, warn
-from pytest_lmeval.records.record import Record
+from pytest_lmeval.records.measured import Record
 from pytest_lmeval.session import Session, TestLog
 
 F = TypeVar("F", bound=Callable[..., Any])

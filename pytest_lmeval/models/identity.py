@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pytest_lmeval.errors import SpecError
 from pytest_lmeval.models.model import Model, multiplied, weights
 from pytest_lmeval.models.tensors import is_packed, nbytes, parts, precision_of, value_bits
-from pytest_lmeval.records.record import ModelFacts, Precision
+from pytest_lmeval.records.measured import ModelFacts, Precision
 
 SMALL = 1 << 20  # elements of a tensor up to which all of them are hashed
 NEARLY_ALL = 0.9  # share of the weights in one precision from which on it is the model's

@@ -15,8 +15,8 @@ from pytest_lmeval.errors import NotMeasuredError, ProfilingError
 from pytest_lmeval.models.model import Model
 from pytest_lmeval.profiling.clock import kind_of_clock, tick
 from pytest_lmeval.profiling.samples import runs_to_see, stability
+from pytest_lmeval.records.measured import Record
 from pytest_lmeval.records.metric import STATISTICS, metric
-from pytest_lmeval.records.record import Record
 from pytest_lmeval.records.value import Value
 
 Run = Callable[[], Any]

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pytest_lmeval.records.measured import Series
 from pytest_lmeval.records.metric import metric, value_of
-from pytest_lmeval.records.record import Series
 from pytest_lmeval.records.value import Value
 from pytest_lmeval.statistics.bootstrap import FEWEST_UNITS
 

@@ -1,1 +1,1 @@
-"""What a run leaves behind, in words: metrics, records, the journal, the environment. Standard library only."""
+"""What a run leaves behind: metrics and their values, typed records and examples, the journal, the history. No torch."""

@@ -12,7 +12,7 @@ from msgspec import Struct, field
 
 from pytest_lmeval.errors import DocumentError
 from pytest_lmeval.records import schema
-from pytest_lmeval.records.record import Record
+from pytest_lmeval.records.measured import Record
 from pytest_lmeval.records.schema import MORE, Kept
 
 SCHEMA: Literal[2] = 2

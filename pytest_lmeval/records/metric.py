@@ -157,15 +157,6 @@ def value_of(name: str, number: float, interval: tuple[float, float] | None = No
     return metric(name).value(number, interval, **options)
 
 
-def headline_of(metrics: dict[str, Value]) -> str | None:
-    """The metric that stands for a record: its first one of quality that has a direction, or what that one stands for."""
-    for name, value in metrics.items():
-        declared = metric(name, value)
-        if declared.aspect == "quality" and value.higher_is_better is not None:
-            return declared.stands_for if declared.stands_for in metrics else name
-    return None
-
-
 @functools.cache
 def _declared() -> tuple[dict[str, Metric], list[Metric]]:
     """All that are registered: by name, and those that declare a family."""

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from pytest_lmeval.records.comparison import ORDER, Comparison, Flip, GateVerdict
+from pytest_lmeval.records.measured import Record
 from pytest_lmeval.records.metric import metric
-from pytest_lmeval.records.record import Record
 from pytest_lmeval.report.remarks import remarks
 from pytest_lmeval.report.words import number
 

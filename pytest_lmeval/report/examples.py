@@ -17,8 +17,8 @@ from typing import Any
 
 from pytest_lmeval.records import schema
 from pytest_lmeval.records.example import Example
+from pytest_lmeval.records.measured import Record
 from pytest_lmeval.records.metric import Metric, metric
-from pytest_lmeval.records.record import Record
 from pytest_lmeval.report.words import disambiguate, several, visible
 
 SHORT = 1_000

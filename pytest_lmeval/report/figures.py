@@ -21,8 +21,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from pytest_lmeval.records.history import Line
+from pytest_lmeval.records.measured import Record, Series
 from pytest_lmeval.records.metric import headline_of, metric
-from pytest_lmeval.records.record import Record, Series
 from pytest_lmeval.report.tables import is_verdict
 from pytest_lmeval.report.words import number
 

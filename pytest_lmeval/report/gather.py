@@ -13,7 +13,7 @@ from pytest_lmeval.options import option, output_folder, templates_folder
 
 if TYPE_CHECKING:
     from pytest_lmeval.records.document import Failure, Skipped
-    from pytest_lmeval.records.record import Record
+    from pytest_lmeval.records.measured import Record
 
 MESSAGE = 4_000  # characters of a failure's message that the reports take
 
@@ -62,7 +62,7 @@ class Reports:
         from msgspec.structs import replace
 
         from pytest_lmeval.records.document import Skipped
-        from pytest_lmeval.records.record import Record
+        from pytest_lmeval.records.measured import Record
         from pytest_lmeval.records.schema import convert
 
         records = [replace(record, outcome=report.outcome) for record in convert(log["records"], list[Record])]

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pytest_lmeval.records.measured import Record
 from pytest_lmeval.records.metric import metric
-from pytest_lmeval.records.record import Record
 from pytest_lmeval.records.value import Value
 from pytest_lmeval.report.tables import best_first, headlines, is_verdict
 from pytest_lmeval.report.words import interval, number

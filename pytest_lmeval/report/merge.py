@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from pytest_lmeval.errors import DocumentError
 from pytest_lmeval.records.document import Document, NamedRun
-from pytest_lmeval.records.record import Record
+from pytest_lmeval.records.measured import Record
 from pytest_lmeval.report.overview import overview
 
 

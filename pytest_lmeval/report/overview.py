@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from pytest_lmeval.records import schema
 from pytest_lmeval.records.certificate import Certificate, LawResult
 from pytest_lmeval.records.document import Document, Environment
-from pytest_lmeval.records.record import Record
+from pytest_lmeval.records.measured import Record
 from pytest_lmeval.report.changes import changes, counted
 from pytest_lmeval.report.words import disambiguate
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from pytest_lmeval.records.record import Record
+from pytest_lmeval.records.measured import Record
 from pytest_lmeval.report.tables import Group, SideBySide, VerdictRow, groups, model_lines, side_by_side, verdicts
 from pytest_lmeval.report.words import visible
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 
-from pytest_lmeval.records.record import ModelFacts
+from pytest_lmeval.records.measured import ModelFacts
 from pytest_lmeval.records.value import Value
 
 PREFIXES = "kMGTPE"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pytest_lmeval.records import environment, history, schema
 from pytest_lmeval.records.document import NAME, Document, Failure, Run, Skipped, dump
-from pytest_lmeval.records.record import Record
+from pytest_lmeval.records.measured import Record
 from pytest_lmeval.records.replacing import replacing
 from pytest_lmeval.report import github, pages
 from pytest_lmeval.report.sections import with_sections

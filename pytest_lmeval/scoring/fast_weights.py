@@ -22,8 +22,8 @@ from torch import Tensor
 
 from pytest_lmeval.errors import ModelError, NotFiniteError
 from pytest_lmeval.models.model import Model, State
+from pytest_lmeval.records.measured import Record, Series
 from pytest_lmeval.records.metric import value_of
-from pytest_lmeval.records.record import Record, Series
 from pytest_lmeval.records.value import Value
 from pytest_lmeval.scoring.plan import Point
 from pytest_lmeval.scoring.reading import EACH, TOKENS, Moves

@@ -25,7 +25,7 @@ from pytest_lmeval.errors import UnreadableError
 from pytest_lmeval.models.model import Model
 from pytest_lmeval.records import schema
 from pytest_lmeval.records.journal import Checkpoints, warn
-from pytest_lmeval.records.record import Record
+from pytest_lmeval.records.measured import Record
 from pytest_lmeval.records.replacing import replacing
 from pytest_lmeval.training.run import Run, resume
 from pytest_lmeval.training.weights import load_weights, write_weights

@@ -12,8 +12,8 @@ from pytest_lmeval.models.identity import facts
 from pytest_lmeval.models.model import Model
 from pytest_lmeval.profiling.flops import Flops
 from pytest_lmeval.profiling.peak import Peak
+from pytest_lmeval.records.measured import Cost, Record, Series
 from pytest_lmeval.records.metric import value_of
-from pytest_lmeval.records.record import Cost, Record, Series
 from pytest_lmeval.records.value import Value
 from pytest_lmeval.statistics.bootstrap import ratio_intervals
 from pytest_lmeval.training.plan import Plan
