@@ -53,11 +53,11 @@ def test_a_task_is_recorded_with_every_answer_and_shown(project):
     result.stdout.fnmatch_lines(["*parity, 0-shot, exact-any-chunk*", "*accuracy * to *", "*chance *0.5*", "*exact match *0*"])
     record, spoken = records(project)
     assert (record["subject"], record["metrics"]["accuracy"]["n"]) == ("parity, 0-shot", 12)
-    assert record["settings"]["reading"] == "each beginning once"
+    assert record["details"]["prefix_sharing"] == "prefix sharing: on"
     assert record["certificate"]["verdict"] == "exact-any-chunk"
     lines = [json.loads(line) for line in (project.path / ".lmeval" / record["examples"]).read_text().splitlines()]
     assert len(lines) == 12
-    assert {"id", "prompt", "choices", "loglikelihoods", "prediction", "target", "read", "saved"} <= set(lines[0])
+    assert {"id", "prompt", "choices", "loglikelihoods", "output", "target", "scores", "read", "saved"} <= set(lines[0])
     lines = (project.path / ".lmeval" / spoken["examples"]).read_text().splitlines()
     assert all(isinstance(json.loads(line)["output"], str) for line in lines)
     assert "parity" in (project.path / ".lmeval" / "summary.md").read_text()
@@ -80,10 +80,10 @@ def test_what_is_not_exact_is_not_shared_and_the_answers_are_the_same(project):
     )
     result = run(project, "--lm", "tiny:Whole", "--lm", "tiny:Mixing", lm="tiny:Steps")
     result.assert_outcomes(passed=3)
-    assert {record["lm"]["spec"]: record["settings"]["reading"] for record in records(project)} == {
-        "tiny:Steps": "whole prompts: exact-step-only",
-        "tiny:Whole": "whole prompts: the model has no state to carry",
-        "tiny:Mixing": "each beginning once",
+    assert {record["lm"]["spec"]: record["details"]["prefix_sharing"] for record in records(project)} == {
+        "tiny:Steps": "prefix sharing: off (exact-step-only)",
+        "tiny:Whole": "prefix sharing: off (the model has no state to carry)",
+        "tiny:Mixing": "prefix sharing: on",
     }
 
 
@@ -116,7 +116,7 @@ def test_a_task_that_fails_is_shown_as_failed_and_there_is_no_average_without_it
     )
     assert "site-packages" not in result.stdout.str()
     (suite,) = records(project, "suite")
-    assert suite["settings"]["members"] == {"first": "accuracy", "parity": "failed"}
+    assert list(suite["details"]["failed"]) == ["parity"]
     assert set(suite["metrics"]) == {"first"}
 
 
@@ -142,9 +142,9 @@ def test_datasets_come_from_a_mirror(project):
         test_own="""
         import pytest
 
-        @pytest.mark.parametrize("style", ["lm_eval", "smallbench"])
-        def test_sst2(lmeval, lm, style):
-            assert lmeval.task(lm, "sst2", style=style).chance == 0.5
+        @pytest.mark.parametrize("name", ["sst2", "smallbench:sst2"])
+        def test_sst2(lmeval, lm, name):
+            assert lmeval.task(lm, name).chance == 0.5
 
         def test_rte(lmeval, lm):
             lmeval.task(lm, "rte")
@@ -153,7 +153,7 @@ def test_datasets_come_from_a_mirror(project):
     result = run(project, "--lmeval-data", "mirror")
     result.assert_outcomes(passed=2, failed=1)
     result.stdout.fnmatch_lines(["*mirror does not hold nyu-mll/glue: looked for *rte/validation.parquet and .jsonl*"])
-    assert [record["subject"] for record in records(project)] == ["sst2, 0-shot", "sst2, 0-shot, smallbench"]
+    assert [record["subject"] for record in records(project)] == ["sst2, 0-shot", "smallbench:sst2, 0-shot"]
 
 
 REFUSED = [

@@ -150,7 +150,7 @@ def test_a_model_that_fails_at_a_shape_fails_the_test_and_keeps_what_was_measure
     result.stdout.fnmatch_lines(["E * choosy:Choosy failed at batch 4, 4 tokens: *no kernel for four rows*"])
     (record,) = saved(project, ".lmeval/metrics.json")["records"]
     assert record["series"]["batch_scaling"]["x"] == [1.0, 2.0]
-    assert "no kernel" in record["settings"]["failed"]["4"]
+    assert "no kernel" in record["details"]["failed"]["4"]
 
 
 GIVING_OUT = {

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from pytest_lmeval.records.schema import json_schema
+
 READS = """
     def test_reads(lmeval, lm, corpus):
         result = lmeval.perplexity(lm, corpus("text:text.txt"))
@@ -38,7 +40,7 @@ def test_a_test_records_what_it_measures(project):
     )
     document = metrics(project)
     (record,) = document["records"]
-    assert document["schema"] == 1
+    assert document["schema"] == 2
     assert document["run"]["exit_status"] == 0
     assert (record["test"], record["kind"], record["outcome"]) == ("test_reading.py::test_reads", "perplexity", "passed")
     assert record["certificate"]["verdict"] == "exact-any-chunk"
@@ -52,7 +54,6 @@ def test_a_test_records_what_it_measures(project):
 
 def test_what_is_written_fits_the_published_schema(project):
     jsonschema = pytest.importorskip("jsonschema")
-    from importlib import resources
 
     project.makepyfile(
         test_all=READS
@@ -69,7 +70,7 @@ def test_what_is_written_fits_the_published_schema(project):
 """
     )
     run(project).assert_outcomes(passed=4)
-    schema = json.loads(resources.files("pytest_lmeval.records").joinpath("schema.json").read_text())
+    schema = json_schema()
     jsonschema.validate(metrics(project), schema)
     assert [record["kind"] for record in metrics(project)["records"]] == [
         "perplexity", "equivalence", "latency", "throughput", "custom",
@@ -480,7 +481,7 @@ def test_without_pytest_benchmark_speed_is_not_measured_and_quality_is(project, 
     records = {record["kind"]: record for record in metrics(project)["records"]}
     assert "perplexity" in records["perplexity"]["metrics"]
     assert records["latency"]["metrics"] == {}
-    assert "untimed" in records["latency"]["settings"]["not_measured"]
+    assert "untimed" in records["latency"]["not_measured"]
     result.stdout.fnmatch_lines(["*not measured*"])
 
 
