@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pytest_lmeval.errors import NotMeasuredError, ProfilingError
 from pytest_lmeval.models.model import Model
+from pytest_lmeval.models.weak_cache import WeakCache
 from pytest_lmeval.profiling.clock import kind_of_clock, tick
 from pytest_lmeval.profiling.samples import runs_to_see, stability
 from pytest_lmeval.records.record import Record
@@ -20,6 +21,7 @@ from pytest_lmeval.records.value import Metric
 
 Run = Callable[[], Any]
 TICKS = 100  # a time of so many ticks of the clock is known to one percent
+TIMED = WeakCache[bool]()  # the loaded models that were timed in this process, by `advance`
 
 
 def bare_loop(run: Run, rounds: int) -> None:
@@ -86,10 +88,10 @@ def about_times(
 ) -> dict[str, Any]:
     """What the settings of a record say of its times: the clock, who called, whether this model had been timed before, how
     steady the machine was, by the last of these times of runs, and how many runs would show a difference of 5 %."""
-    timed_before = bool(lm.remembered.get("timed"))
+    timed_before = lm.advance in TIMED
     settings: dict[str, Any] = {"clock": kind_of_clock(lm.device), "not_measured": not_measured}
     if not_measured is None:
-        lm.remembered["timed"] = True
+        TIMED.value(lm.advance, lambda: True)
         settings |= {"timed_by": runner.name, "timed_before": timed_before}
         settings["stability"] = stability([*by_run.values()][-1])
         settings["runs_to_see_5_percent"] = {name: runs_to_see(times) for name, times in by_run.items()}
