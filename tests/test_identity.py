@@ -12,14 +12,29 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from toys import VOCAB, Functional, GetSetState, Stepper
+from toys import VOCAB, Forgetful, Functional, GetSetState, Stepper
 
+from pytest_lmeval.benchmarking import Driver
+from pytest_lmeval.laws.permits import exact_chunk_size
+from pytest_lmeval.laws.probe import replay
+from pytest_lmeval.measures._latency import measure_latency
+from pytest_lmeval.measures._latency_grid import measure_latency_grid
+from pytest_lmeval.measures._perplexity import measure_perplexity
+from pytest_lmeval.measures._throughput import measure_throughput
+from pytest_lmeval.measures.context import Desk
 from pytest_lmeval.models import identity
 from pytest_lmeval.models.identity import facts, fingerprint, weights_digest
-from pytest_lmeval.models.model import Codebooks, Model
+from pytest_lmeval.models.model import Bytes, Codebooks, Model
 from pytest_lmeval.models.sources import as_model
 from pytest_lmeval.models.weak_cache import WeakCache
 from pytest_lmeval.scoring.batch import SELECTIONS, selection
+from pytest_lmeval.scoring.plan import plan_for
+from pytest_lmeval.scoring.requests import Encoder
+from pytest_lmeval.session import Session
+from pytest_lmeval.session import TestLog as Log
+from pytest_lmeval.tasks.questions import Choices, Task
+from pytest_lmeval.training.plan import refuse_untrainable
+from pytest_lmeval.training.protocol import Protocol
 
 CONTEXTS = (None, 64, 256)
 
@@ -30,6 +45,17 @@ class Wide(Functional):
     def __init__(self) -> None:
         super().__init__(vocab=500)
         self.register_buffer("table", torch.arange(5000.0))
+
+
+class Limited(Functional):
+    """Reads 37 tokens and does not say so."""
+
+    def forward(self, input_ids, state=None):
+        hidden, seen = state or (None, 0)
+        if seen + input_ids.shape[1] > 37:
+            raise IndexError("no more positions")
+        logits, hidden = super().forward(input_ids, hidden)
+        return logits, (hidden, seen + input_ids.shape[1])
 
 
 @dataclass(frozen=True, repr=False)
@@ -102,6 +128,11 @@ def test_every_declared_fact_is_part_of_it(source, declared):
 def test_frames_with_gaps_are_another_fact_than_frames_without():
     lms = [replace(as_model(Functional()), codebooks=Codebooks((8, 8), (0, 1), (0, 0), gaps=gaps)) for gaps in (False, True)]
     assert fingerprint(lms[0]) != fingerprint(lms[1])
+
+
+def test_what_the_probe_found_and_what_a_model_is_called_are_not():
+    lm = as_model(Functional())
+    assert fingerprint(replace(lm, found_limit=37, spec="other")) == fingerprint(lm)
 
 
 def test_a_model_holds_nothing_that_changes():
@@ -363,7 +394,7 @@ def test_rows_are_tried_once_for_a_loaded_model():
     lm = as_model(Counted())
     found = selection(lm)
     calls = lm.module._calls
-    assert selection(replace(lm, spec="the same")) is found is not None
+    assert selection(replace(lm, spec="the same", found_limit=9)) is found is not None
     assert lm.module._calls == calls
     numbered = replace(lm, advance=lambda ids, state, keep: (lm.advance(ids, None, keep)[0], [len(ids)]))
     assert selection(numbered) is None
@@ -421,3 +452,63 @@ def test_a_cache_knows_objects_by_themselves():
     del owners[0]
     gc.collect()
     assert len(cache) == 2
+
+
+# ------------------------------------------------------------------------------------------- a limit that was found
+
+
+@pytest.fixture
+def desk(tmp_path):
+    return Desk(Session(tmp_path, budget=0.1), Log("test_it"), Driver(None))
+
+
+def test_a_limit_that_the_probe_found_is_not_part_of_who_a_model_is(desk):
+    module = Limited()
+    plain = desk.model(module)
+    certified, _ = desk.certified(module)
+    assert (certified.limit, certified.context_length, plain.limit) == (37, None, None)
+    probed = desk.session.verdict(plain).record
+    read = measure_perplexity(certified, torch.arange(100) % VOCAB).record
+    assert probed.lm["fingerprint"] == read.lm["fingerprint"] == fingerprint(plain)
+    assert desk.session.verdict(certified).record is probed
+    replay(certified, "splits", length=8, cuts=(4,))  # not on a sequence that it cannot read
+
+
+def test_another_value_of_a_model_is_not_probed_again(desk):
+    lm = as_model(Stepper())
+    assert desk.session.verdict(lm) is desk.session.verdict(replace(lm, spec="other"))
+
+
+def test_a_limit_decides_what_is_measured_so_it_is_in_every_key(desk):
+    lm = as_model(Functional())
+    limits = [lm, replace(lm, found_limit=37), replace(lm, found_limit=38), replace(lm, context_length=37)]
+    assert len({desk.key("perplexity", one, {}) for one in limits}) == 4
+    task = Task("t", [{}], lambda row: Choices("a", ("b", "c"), 0))
+    spoken = [replace(one, tokenizer=Bytes()) for one in limits]
+    asked = [Encoder(one, task).encode(task.ask({}), "", id="0", number=0).asked for one in spoken]
+    assert len(set(asked)) == 4
+
+
+def test_a_found_limit_is_kept_to_as_a_declared_one_is(desk):
+    task = Task("t", [{}], lambda row: Choices("a" * 40, ("b", "c"), 0))
+    inexact = desk.session.verdict(as_model(Forgetful())).certificate
+    lms = [replace(as_model(Functional()), **limit) for limit in ({"context_length": 24}, {"found_limit": 24})]
+    plans = [[plan_for(lm), plan_for(lm, window="lm_eval"), plan_for(replace(lm, stateful=False))] for lm in lms]
+    assert plans[0] == plans[1]
+    assert [plan.window for plan in plans[0]] == [24, 24, 24]
+    for lm in lms:
+        with pytest.raises(ValueError, match="reads at most 24 tokens"):
+            measure_latency(lm, seq_len=25, runs=1)
+        with pytest.raises(ValueError, match=r"seq_len=25 is more than .* reads: at most 24 tokens"):
+            refuse_untrainable(lm, Protocol(seq_len=25))
+        speed = measure_throughput(lm, batch_size=1, seq_len=20, runs=1, warm_up=0, new_tokens=9, scaling=False)
+        assert len(speed.samples["decode"]) in (0, 3)  # none where the clock is too coarse
+        assert exact_chunk_size(lm, inexact, None, "lm_eval") == 24
+        assert Encoder(replace(lm, tokenizer=Bytes()), task).encode(task.ask({}), "", id="0", number=0).cut == 41 - 25
+        grid = measure_latency_grid(lm, seq_lens=(4, 30), runs=1, warm_up=0, new_tokens=25)
+        assert [*grid.failed] == [(1, 4), (1, 30)]  # each says why, and the whole grid is not refused
+
+
+def test_a_declared_limit_goes_before_a_found_one():
+    lm = replace(as_model(Functional()), found_limit=24)
+    assert (lm.limit, replace(lm, context_length=48).limit, replace(lm, found_limit=None).limit) == (24, 48, None)

@@ -106,7 +106,7 @@ def agreement(
         "limit": desk.session.limit if limit is None else limit,
         "as_stream": as_stream,
     }
-    about = [corpus.name, corpus.split, corpus.fingerprint, tokenizer_fingerprint(model), fingerprint(other)]
+    about = [corpus.name, corpus.split, corpus.fingerprint, tokenizer_fingerprint(model), fingerprint(other), other.limit]
     key = desk.key("agreement", model, settings, about)
     if corpus.fingerprint and (finished := desk.finished(key)) is not None:
         return AgreementResult(finished)

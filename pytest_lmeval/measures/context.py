@@ -63,14 +63,14 @@ class Desk:
         model = self.model(lm)
         certificate = self.session.verdict(model).certificate
         if certificate.limit_tokens and not certificate.limit_is_step:
-            model = replace(model, context_length=certificate.limit_tokens)
+            model = replace(model, found_limit=certificate.limit_tokens)
         return model, certificate
 
     def key(self, kind: str, lm: Model, settings: dict[str, Any], data: Any = None) -> str:
         return key_of(
             test=self.log.test,
             kind=kind,
-            lm=[fingerprint(lm), str(lm.dtype), str(lm.device)],
+            lm=[fingerprint(lm), str(lm.dtype), str(lm.device), lm.limit],
             settings=settings,
             data=data,
             version=importlib.metadata.version("pytest-lmeval"),

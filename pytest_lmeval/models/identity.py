@@ -98,8 +98,8 @@ def _has_integers(module: nn.Module) -> bool:
 def fingerprint(model: Model) -> str:
     """Sixteen hex digits that change when the model does: its declared facts, its code, its settings, its weights.
 
-    The declared facts are the form, the sizes of vocabulary and context, and the codebooks.
-    The code is that of the class of every module in it (but torch's own), as it is in its file now. The settings are the
+    The declared facts are the form, the sizes of vocabulary and context, and the codebooks, but not a limit that the probe
+    found. The code is that of the class of every module in it (but torch's own), as it is in its file now. The settings are the
     plain attributes of every module. Tensors of more than a million elements enter by an even sample of about that many and the
     sum of all, so that a model of many gigabytes is known in seconds.
 

@@ -129,8 +129,8 @@ def check_shape(lm: Model, *, batch_size: int, seq_len: int, new_tokens: int = 1
     if warm_up < 0:
         raise ProfilingError(f"warm_up is {warm_up}; it is 0 or more.")
     length = seq_len + new_tokens - 1
-    if lm.context_length is not None and length > lm.context_length:
+    if lm.limit is not None and length > lm.limit:
         raise ProfilingError(
-            f"{lm.spec} reads at most {lm.context_length:,} tokens; {seq_len:,} of a prompt and {new_tokens - 1:,} that follow "
+            f"{lm.spec} reads at most {lm.limit:,} tokens; {seq_len:,} of a prompt and {new_tokens - 1:,} that follow "
             "are more. Ask for a shorter seq_len."
         )
