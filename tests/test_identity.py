@@ -306,6 +306,50 @@ def test_an_edited_and_reloaded_module_has_another_fingerprint(tmp_path, monkeyp
     assert found[0] == found[2] != found[1]
 
 
+class Warms(Functional):
+    """Notes that it was called, and how much it has read at once."""
+
+    warm, longest = False, 0
+
+    def forward(self, input_ids, state=None):
+        self.warm, self.longest = True, max(self.longest, input_ids.shape[1])
+        return super().forward(input_ids, state)
+
+
+class WarmsInside(GetSetState):
+    longest = 0
+
+    def forward(self, input_ids):
+        self.longest = max(self.longest, input_ids.shape[1])
+        return super().forward(input_ids)
+
+
+@pytest.mark.parametrize("source", [Warms, WarmsInside])
+@pytest.mark.parametrize("form", ["found", "given"])
+def test_a_module_that_was_adapted_and_read_before_is_the_same_model(source, form):
+    module = source()
+    lm = as_model(module)
+    before = fingerprint(lm)
+    lm.step(torch.arange(9)[None])
+    again = as_model(module, form=lm.form if form == "given" else None)
+    assert fingerprint(again) == before == fingerprint(as_model(source(), form=again.form))
+
+
+def test_looking_for_the_form_of_a_module_in_train_mode_does_not_change_it():
+    class Normed(Functional):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(VOCAB)
+
+        def forward(self, input_ids, state=None):
+            logits, state = super().forward(input_ids, state)
+            return self.norm(logits.transpose(1, 2)).transpose(1, 2), state
+
+    lm = as_model(Normed())
+    assert lm.module.norm.num_batches_tracked == 0
+    assert fingerprint(lm) == fingerprint(as_model(Normed().eval()))
+
+
 # ------------------------------------------------------------------------------------------ and it is asked often
 
 
