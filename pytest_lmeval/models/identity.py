@@ -23,6 +23,7 @@ SMALL = 1 << 20  # elements of a tensor up to which all of them are hashed
 NEARLY_ALL = 0.9  # share of the weights in one precision from which on it is the model's
 SAMPLE = 64  # elements of each tensor by which a change is noticed, beside torch's own count of changes
 PLAIN = (str, int, float)  # bool is an int; a tuple, since isinstance takes several times as long with a union
+LOADED_FROM = "name_or_path"  # the attribute in which transformers keeps a folder; a copy of it holds the same model
 AS_CHEAP = 4096  # elements of a tensor up to which hashing it takes no longer than looking whether it has changed
 
 DIGESTS = WeakCache[bytes]()  # of tensors
@@ -173,12 +174,12 @@ def architecture_of(model: Model) -> dict[str, str]:
 
 
 def settings_of(module: nn.Module) -> dict[str, str]:
-    """The plain attributes of every part, by name."""
+    """The plain attributes of every part, by name, but where transformers loaded it from."""
     return {
         f"{name}.{key}": repr(value)
         for name, part in module.named_modules()
         for key, value in vars(part).items()
-        if key[:1] != "_" and isinstance(value, PLAIN)
+        if key[:1] != "_" and isinstance(value, PLAIN) and key != LOADED_FROM
     }
 
 
