@@ -155,6 +155,13 @@ def test_a_copy_of_a_folder_holds_the_same_model(folder, tmp_path):
     assert fingerprint(load(f"hf:{folder}")) == fingerprint(load(f"hf:{tmp_path / 'copy'}"))
 
 
+def test_models_that_are_given_one_tokenizer_end_their_answers_each_in_its_own_way(folder):
+    tokenizer, modules = load(f"hf:{folder}").tokenizer, [MODELS["llama"](), MODELS["llama"]()]
+    modules[1].generation_config.eos_token_id = [2, 7]
+    lms = [as_model(module, tokenizer=tokenizer) for module in modules]
+    assert [lm.tokenizer.ends[-1] for lm in lms] == [2, 7]
+
+
 def test_a_model_whose_cache_crashes_is_read_without_it_and_says_so():
     module = MODELS["llama"]()
     forward = module.forward

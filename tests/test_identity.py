@@ -533,6 +533,16 @@ def test_a_limit_decides_what_is_measured_so_it_is_in_every_key(desk):
     assert len(set(asked)) == 4
 
 
+def test_what_ends_an_answer_is_part_of_what_was_asked():
+    class Ends(Bytes):
+        def __init__(self, *ends):
+            self.ends = ends
+
+    task = Task("t", [{}], lambda row: Choices("a", ("b", "c"), 0))
+    lms = [replace(as_model(Functional()), tokenizer=Ends(*ends)) for ends in ((), (1,), (1, 2))]
+    assert len({Encoder(lm, task).encode(task.ask({}), "", id="0", number=0).asked for lm in lms}) == 3
+
+
 def test_a_found_limit_is_kept_to_as_a_declared_one_is(desk):
     task = Task("t", [{}], lambda row: Choices("a" * 40, ("b", "c"), 0))
     inexact = desk.session.verdict(as_model(Forgetful())).certificate

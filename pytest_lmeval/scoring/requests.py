@@ -85,7 +85,8 @@ class Encoder:
         """What decides all answers, beside the question: looked at once, since looking at a model's weights takes long."""
         code = getattr(self.task.judge, "__code__", None)
         judge = None if code is None else (code.co_code, code.co_consts, code.co_names)
-        return [fingerprint(self.lm), self.lm.dtype, self.lm.limit, self.seed, judge]
+        ends = getattr(self.lm.tokenizer, "ends", None)  # of a transformers model: from its settings for generation
+        return [fingerprint(self.lm), self.lm.dtype, self.lm.limit, ends, self.seed, judge]
 
     def _choices(self, prompt: str, choices: tuple[str, ...], place: str) -> tuple[list[Request], bool]:
         bare = prompt.rstrip()
