@@ -7,7 +7,6 @@ reports on the test reports, as JSON, like everything that pytest sends between 
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_lmeval.data.corpus import Corpus
 from pytest_lmeval.models.identity import fingerprint
 from pytest_lmeval.models.model import Model
+from pytest_lmeval.models.weak_cache import WeakCache
 from pytest_lmeval.records import schema
 from pytest_lmeval.records.journal import Journal
 from pytest_lmeval.records.measured import Record
@@ -53,7 +53,7 @@ class Session:
     fresh: bool = False
     progress: ProgressBars = lambda title, **options: nullcontext(None)
     loaded: dict[str, Model] = field(default_factory=dict)
-    verdicts: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    verdicts: WeakCache[dict[tuple[str, ...], EquivalenceResult]] = field(default_factory=WeakCache)
 
     @functools.cached_property
     def journal(self) -> Journal | None:
@@ -89,13 +89,11 @@ class Session:
         """The equivalence result of a model: probed once in a session, and not kept alive by that."""
         from pytest_lmeval.laws.probe import probe
 
-        owner = lm if lm.module is None else lm.module
-        key = (id(owner), fingerprint(lm), str(lm.dtype), str(lm.device))
-        known, probed = self.verdicts.get(key, (None, None))
-        if known is None or known() is not owner:  # another object may have come to the same address
-            known, probed = weakref.ref(owner), probe(lm, **self.probe)
-            self.verdicts[key] = (known, probed)
-        return probed  # type: ignore[no-any-return]
+        known = self.verdicts.value(lm.advance if lm.module is None else lm.module, dict)
+        key = (fingerprint(lm), str(lm.dtype), str(lm.device))
+        if key not in known:
+            known[key] = probe(lm, **self.probe)
+        return known[key]
 
 
 @dataclass

@@ -8,6 +8,7 @@ transformers = pytest.importorskip("transformers")
 
 from pytest_lmeval.errors import ModelError, SpecError  # noqa: E402
 from pytest_lmeval.measures._perplexity import measure_perplexity  # noqa: E402
+from pytest_lmeval.models.identity import fingerprint  # noqa: E402
 from pytest_lmeval.models.model import fork  # noqa: E402
 from pytest_lmeval.models.sources import as_model, load  # noqa: E402
 from pytest_lmeval.stream import stream  # noqa: E402
@@ -145,6 +146,20 @@ def test_a_folder_without_a_tokenizer_scores_ids_and_refuses_text(tmp_path):
     assert measure_perplexity(lm, IDS, tokens=50).tokens == 49
     with pytest.raises(SpecError, match="has no tokenizer that can be loaded"):
         measure_perplexity(lm, corpus("stdlib", "test"), tokens=50)
+
+
+def test_a_copy_of_a_folder_holds_the_same_model(folder, tmp_path):
+    import shutil
+
+    shutil.copytree(folder, tmp_path / "copy")
+    assert fingerprint(load(f"hf:{folder}")) == fingerprint(load(f"hf:{tmp_path / 'copy'}"))
+
+
+def test_models_that_are_given_one_tokenizer_end_their_answers_each_in_its_own_way(folder):
+    tokenizer, modules = load(f"hf:{folder}").tokenizer, [MODELS["llama"](), MODELS["llama"]()]
+    modules[1].generation_config.eos_token_id = [2, 7]
+    lms = [as_model(module, tokenizer=tokenizer) for module in modules]
+    assert [lm.tokenizer.ends[-1] for lm in lms] == [2, 7]
 
 
 def test_a_model_whose_cache_crashes_is_read_without_it_and_says_so():

@@ -1,15 +1,13 @@
-"""States can be forked and weighed, models told apart."""
+"""States can be forked and weighed."""
 
-import sys
 from dataclasses import dataclass
 
 import pytest
 import torch
-from toys import CARRYING, VOCAB, Functional, GetSetState, Stepper, Streaming
+from toys import CARRYING, Functional, Streaming
 
 from pytest_lmeval.errors import ModelError
 from pytest_lmeval.laws.twin import twin
-from pytest_lmeval.models.identity import _code, fingerprint
 from pytest_lmeval.models.model import fork, state_bytes
 from pytest_lmeval.models.sources import as_model
 
@@ -91,71 +89,6 @@ def test_keep_returns_the_last_positions(toy, keep):
         everything, _ = lm.step(ids)
         kept, _ = lm.step(ids, keep=keep)
     assert torch.equal(kept, everything[:, 6 - keep :])
-
-
-def test_the_fingerprint_changes_with_one_weight():
-    module = Functional()
-    before = fingerprint(as_model(module))
-    assert before == fingerprint(as_model(Functional()))
-    with torch.no_grad():
-        module.head.bias[3] += 1e-6
-    assert before != fingerprint(as_model(module))
-
-
-def test_the_fingerprint_of_a_large_tensor_sees_every_element(monkeypatch):
-    monkeypatch.setattr("pytest_lmeval.models.identity.SMALL", 16)
-    module = Functional()
-    before = fingerprint(as_model(module))
-    with torch.no_grad():
-        module.embed.weight[VOCAB - 1, 15] += 0.5
-    assert before != fingerprint(as_model(module))
-
-
-def test_a_change_behind_torchs_back_is_noticed():
-    module = Functional()
-    lm = as_model(module)
-    before = fingerprint(lm)
-    assert fingerprint(lm) == before
-    for parameter in module.parameters():
-        parameter.data.mul_(2)
-    assert fingerprint(lm) != before
-
-
-def test_the_fingerprint_changes_with_the_form():
-    assert fingerprint(as_model(Functional())) != fingerprint(as_model(GetSetState()))
-
-
-@pytest.mark.parametrize("change", ["a setting", "an inner class"])
-def test_the_fingerprint_changes_with_what_is_no_weight(change, tmp_path, monkeypatch):
-    (tmp_path / "inner.py").write_text("from torch import nn\nclass Scale(nn.Identity):\n    by = 1\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "inner", raising=False)
-    import inner
-
-    module = Functional()
-    module.scale, module.mode = inner.Scale(), "forget"
-    before = fingerprint(as_model(module))
-    if change == "a setting":
-        module.mode = "remember"
-    else:
-        (tmp_path / "inner.py").write_text("from torch import nn\nclass Scale(nn.Identity):\n    by = 2\n")
-        monkeypatch.setattr("pytest_lmeval.models.identity._code", _code.__wrapped__)
-        module = Functional()
-        module.scale, module.mode = inner.Scale(), "forget"
-    assert fingerprint(as_model(module)) != before
-
-
-def test_an_object_without_a_module_is_known_by_its_own_fingerprint_or_not_at_all():
-    assert fingerprint(as_model(Stepper())) != fingerprint(as_model(Stepper()))
-    first, second = Stepper(), Stepper()
-    first.fingerprint = second.fingerprint = "v1"
-    assert fingerprint(as_model(first)) == fingerprint(as_model(second))
-
-
-def test_weights_made_in_inference_mode_have_a_fingerprint():
-    with torch.inference_mode():
-        module = Functional()
-    assert len(fingerprint(as_model(module))) == 16
 
 
 def test_no_twin_is_made_where_it_would_not_fit(monkeypatch):

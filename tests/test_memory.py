@@ -241,6 +241,8 @@ def asked(lm, how):
     """What a child is asked to do in these tests."""
     if how == "look":
         return [os.getpid(), torch.get_num_threads(), sys.path, "conftest" in sys.modules, lm.spec, os.environ.get("ONLY_HERE")]
+    if how == "context":
+        return lm.context_length
     if how == "full":
         raise OutOfMemory("demo does not fit", 8)
     if how == "wrong":
@@ -331,6 +333,13 @@ def test_a_model_that_was_changed_after_it_was_loaded_is_moved_as_it_is(monkeypa
     _, how = child.in_child(lm, asked, {"how": "look"})
     assert "its spec names other weights than it has" in how
     assert how.endswith("It was moved there by pickle")
+
+
+def test_a_context_that_was_declared_after_it_was_loaded_is_declared_there_too(monkeypatch):
+    in_here(monkeypatch)
+    for lm in (load("zoo:lstm"), replace(as_model(load("zoo:lstm").module), spec="no spec")):
+        assert child.in_child(replace(lm, context_length=64), asked, {"how": "context"})[0] == 64
+    assert child.in_child(replace(load("zoo:lstm"), context_length=64), asked, {"how": "look"})[1].endswith("spec zoo:lstm")
 
 
 def test_a_precision_that_an_option_gave_is_had_again(monkeypatch):

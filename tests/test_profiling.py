@@ -6,6 +6,7 @@ Where times matter, they are those of a clock that only the model moves.
 import gc
 import math
 import time
+from dataclasses import replace
 from itertools import cycle
 
 import pytest
@@ -285,6 +286,17 @@ def test_it_is_told_whether_a_model_was_timed_before_and_by_whom():
     assert [(said["timed_before"], said["timed_by"]) for said in (first, second)] == [(False, "bare loop"), (True, "bare loop")]
 
 
+def test_another_value_of_a_model_is_the_one_that_was_timed_and_another_step_is_not():
+    def timed_before(lm):
+        return measure_latency(lm, seq_len=4, runs=2, warm_up=0).record.settings["timed_before"]
+
+    lm = as_model(Functional())
+    assert not timed_before(replace(lm, context_length=64))
+    assert timed_before(lm)
+    assert not timed_before(replace(lm, advance=lambda *given: lm.advance(*given)))
+    assert not timed_before(as_model(Functional()))
+
+
 @pytest.mark.parametrize("n", [8, 9, 20, 21, 26, 31, 75, 84, 100])
 def test_the_interval_of_a_median_misses_it_in_five_of_a_hundred_at_most(n):
     metric = median("seconds", range(n))
@@ -377,8 +389,7 @@ def test_what_cannot_be_timed_is_refused(options, said):
 
 
 def test_a_prompt_that_the_model_cannot_hold_is_refused():
-    lm = as_model(Functional())
-    object.__setattr__(lm, "context_length", 16)
+    lm = replace(as_model(Functional()), context_length=16)
     assert measure_latency(lm, seq_len=9, new_tokens=8, runs=1, warm_up=0).e2e > 0
     with pytest.raises(ProfilingError, match="reads at most 16 tokens; 10 of a prompt and 7 that follow are more"):
         measure_latency(lm, seq_len=10, new_tokens=8, runs=1, warm_up=0)

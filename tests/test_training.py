@@ -827,7 +827,7 @@ def frozen():
         (Stepper(), SpecError, "is no torch module"),
         (frozen(), SpecError, "no parameter with requires_grad=True"),
         (Functional().bfloat16(), SpecError, r"7 parameters in torch.bfloat16, for example embed.weight.*Load it with @fp32"),
-        (Short(), ProtocolError, "seq_len=16 is more than .*:Short reads: its context_length is 15 tokens"),
+        (Short(), ProtocolError, "seq_len=16 is more than .*:Short reads: at most 15 tokens"),
         (Unlearnable(), ModelError, r"since its loss has no gradient: it reads under torch\.no_grad"),
         (InPlace(), ModelError, "since its loss has no gradient: .* modified by an inplace operation"),
     ],

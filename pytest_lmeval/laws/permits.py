@@ -59,7 +59,7 @@ def exact_chunk_size(lm: Model, certificate: Any, asked: int | None, window: int
             f"A perplexity streamed that way would be wrong, and may look good. Leave chunk_size out, or set it to {k}."
         )
     if (isinstance(window, int) or window == "lm_eval") and not broken & {"repeat", "isolation", "causality", "sums"}:
-        return window if isinstance(window, int) else lm.context_length or ROLLING_WINDOW
+        return window if isinstance(window, int) else lm.limit or ROLLING_WINDOW
     raise Refused(
         f"{lm.spec} is {verdict}:\n{certificate.why_not()}\n"
         "A perplexity streamed with it would be wrong, and may look good. "

@@ -148,7 +148,7 @@ def replay(lm: Any, law: str, *, longest: int = LONGEST, float32: bool = False, 
     if float32 and (copy := twin(model, torch.float32)) is not None:
         model = copy
     with weights_kept(model) as changed:
-        check(law, Trial(model, min(max(longest, tried.length), model.context_length or 1 << 30)), tried)
+        check(law, Trial(model, min(max(longest, tried.length), model.limit or 1 << 30)), tried)
         if law == "isolation" and (changed_by := changed()):
             raise broken(tried, changed_by)
 

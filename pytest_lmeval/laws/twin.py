@@ -29,7 +29,7 @@ def twin(model: Model, dtype: torch.dtype | None = torch.float64) -> Model | Non
         advance = model.rebuild(module)
     except Exception:  # noqa: BLE001 - fused, bound to its precision, or holding what cannot be copied
         return None
-    return dataclasses.replace(model, module=module, advance=advance, remembered={})
+    return dataclasses.replace(model, module=module, advance=advance)
 
 
 def fits(model: Model) -> bool:

@@ -71,7 +71,7 @@ def agreement(
         "limit": context.session.limit if limit is None else limit,
         "as_stream": as_stream,
     }
-    about = [corpus.name, corpus.split, corpus.fingerprint, tokenizer_fingerprint(model), fingerprint(other)]
+    about = [corpus.name, corpus.split, corpus.fingerprint, tokenizer_fingerprint(model), fingerprint(other), other.limit]
     key = context.key("agreement", model, settings, about)
     if corpus.fingerprint and (finished := context.finished(key)) is not None:
         return AgreementResult(finished)

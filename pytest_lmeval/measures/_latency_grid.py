@@ -97,7 +97,8 @@ def measure_latency_grid(
         raise ProfilingError("the grid has no cells: give at least one batch size and one sequence length.")
     chosen = inspect.signature(measure_latency).bind(lm, **options).arguments
     common = {name: chosen[name] for name in ("runs", "warm_up") if name in chosen}
-    check_shape(replace(lm, context_length=None), batch_size=1, seq_len=1, new_tokens=chosen.get("new_tokens", 1), **common)
+    unlimited = replace(lm, context_length=None, found_limit=None)
+    check_shape(unlimited, batch_size=1, seq_len=1, new_tokens=chosen.get("new_tokens", 1), **common)
     about, lost, cells = facts(lm), None, {}
     for shape in shapes:
         cell = _failed(shape, about, lost) if lost else _cell(lm, shape, about, measure, options)

@@ -191,7 +191,7 @@ def _decode(lm: Model, prompts: Tensor, new_tokens: int, failed: dict[str, str])
 
 def _decoding(lm: Model, prompts: Tensor, new_tokens: int) -> list[float]:
     """Seconds of each step of one token a row, after the prompts and a first one that is not counted."""
-    room = new_tokens if lm.context_length is None else min(new_tokens, lm.context_length - prompts.shape[-1] - 1)
+    room = new_tokens if lm.limit is None else min(new_tokens, lm.limit - prompts.shape[-1] - 1)
     if not lm.stateful or room < 1:
         return []
     token = prompts[..., -1:]

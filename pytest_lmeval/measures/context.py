@@ -77,7 +77,7 @@ class VerbContext:
         model = self.model(lm)
         certificate = self.session.verdict(model).certificate
         if certificate.limit_tokens and not certificate.limit_is_step:
-            model = replace(model, context_length=certificate.limit_tokens)
+            model = replace(model, found_limit=certificate.limit_tokens)
         return model, certificate
 
     def key(self, kind: str, lm: Model, settings: Mapping[str, Any], data: Any = None) -> str:
@@ -85,7 +85,7 @@ class VerbContext:
         return key_of(
             test=self.log.test,
             kind=kind,
-            lm=[fingerprint(lm), str(lm.dtype), str(lm.device)],
+            lm=[fingerprint(lm), str(lm.dtype), str(lm.device), lm.limit],
             settings=settings,
             data=data,
             version=importlib.metadata.version("pytest-lmeval"),

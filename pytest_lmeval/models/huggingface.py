@@ -8,6 +8,7 @@ since some models restart them with each chunk, and no attention mask is given, 
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import sys
@@ -91,6 +92,7 @@ def adapt(module: nn.Module, *, spec: str, tokenizer: Any = None) -> Model:
         tokenizer = Words(tokenizer, spec)
     first_token = torch.zeros(1, 1, dtype=torch.long, device=next(module.parameters()).device)
     if isinstance(tokenizer, Words):
+        tokenizer = copy.copy(tokenizer)  # the ends are of this model, and another one may have been given the same tokenizer
         tokenizer.ends = _ends(module, tokenizer.eos)
     form, state = "transformers", None
     try:

@@ -1,33 +1,41 @@
-"""Which model is this? What a record says of it, and a fingerprint by which a later run knows it again."""
+"""Describe a model for a record, and give it a fingerprint by which a later run knows it again."""
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import inspect
 import uuid
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from pytest_lmeval.errors import SpecError
 from pytest_lmeval.models.model import Model, multiplied, weights
 from pytest_lmeval.models.tensors import is_packed, nbytes, parts, precision_of, value_bits
+from pytest_lmeval.models.weak_cache import WeakCache
 from pytest_lmeval.records.measured import ModelFacts, Precision
 
 SMALL = 1 << 20  # elements of a tensor up to which all of them are hashed
 NEARLY_ALL = 0.9  # share of the weights in one precision from which on it is the model's
 SAMPLE = 64  # elements of each tensor by which a change is noticed, beside torch's own count of changes
+PLAIN = (str, int, float)  # bool is an int; a tuple, since isinstance takes several times as long with a union
+LOADED_FROM = "name_or_path"  # the attribute in which transformers keeps a folder; a copy of it holds the same model
+AS_CHEAP = 4096  # elements of a tensor up to which hashing it takes no longer than looking whether it has changed
+
+DIGESTS = WeakCache[bytes]()  # of tensors
+PRECISIONS = WeakCache[Precision]()  # of modules
+IDENTITIES = WeakCache[str]()  # of objects that are no modules and have no fingerprint of their own
 
 
 def facts(model: Model) -> ModelFacts:
     """What a record says about the model: spec, size, precision, place and fingerprint."""
-    known, found = fingerprint(model), None
-    if model.module is not None:  # every packed value is looked at, so not again while the model is the same
-        if model.remembered.get("precision_of") != known:
-            model.remembered.update(precision_of=known, precision=precision(model.module, bytes_before=model.bytes_before))
-        found = model.remembered["precision"]
+    known, module, before, found = fingerprint(model), model.module, model.bytes_before, None
+    if module is not None:  # `precision` reads every packed value, so it is kept while the model is the same
+        found = PRECISIONS.value(module, lambda: precision(module, bytes_before=before), stamp=(known, before))
     packed = model.module is not None and (any(map(is_packed, weights(model.module))) or _has_integers(model.module))
     return ModelFacts(
         spec=model.spec,
@@ -81,47 +89,72 @@ def _has_integers(module: nn.Module) -> bool:
 
 
 def fingerprint(model: Model) -> str:
-    """Sixteen hex digits that change when the model does: its form, its code, its settings, its weights.
+    """Sixteen hex digits that change when the model does: its declared facts, its code, its settings, its weights.
 
-    The code is that of every class of module in it (but torch's own), the settings are the plain attributes of every module.
-    Tensors of more than a million elements enter by an even sample of about that many and the sum of all, so that a model
-    of many gigabytes is told apart in seconds. An object that is no module is known by its attribute `fingerprint`; without
-    one, it is taken for a new model in every run.
+    The declared facts are the form, the sizes of vocabulary and context, and the codebooks, but not a limit that the probe
+    found. The code is that of the class of every module in it (but torch's own), as it is in its file now. The settings are the
+    plain attributes of every module. Tensors of more than a million elements enter by an even sample of about that many and the
+    sum of all, so that a model of many gigabytes is known in seconds.
+
+    An object that is no torch module enters by its attribute `fingerprint`; without one, every object is a new model in every
+    run.
+
+    Only the present content decides, not who asked before. A tensor is hashed again when torch's count of its changes, its
+    storage or a sample of its elements differs; that misses a change of a few elements of a large tensor which torch does not
+    count (through `.data`, or by a kernel that torch does not know).
     """
+    declared: list[Any] = [model.form, model.vocab_size, model.context_length]
+    if (books := model.codebooks) is not None:
+        declared += [books.sizes, books.scored, books.delays, books.gaps]
+    digest = hashlib.sha256("|".join(map(str, declared)).encode())
     if model.module is None:
-        own = getattr(model.source, "fingerprint", None)
-        if "fingerprint" not in model.remembered:
-            model.remembered["fingerprint"] = hashlib.sha256(f"{own or uuid.uuid4()}".encode()).hexdigest()[:16]
-        return str(model.remembered["fingerprint"])
-    versions = [
-        (id(tensor), 0 if tensor.is_inference() else tensor._version, _content(tensor.detach(), SAMPLE, total=False))
-        for whole in weights(model.module)
-        for tensor in parts(whole).values()
-    ]
-    unchanged = hash((tuple(versions), _settings(model)))
-    if model.remembered.get("unchanged") != unchanged:
-        code = {f"{type(part).__module__}.{type(part).__qualname__}": _file(type(part)) for part in model.module.modules()}
-        about = [model.form, model.vocab_size, model.context_length]
-        if (codes := model.codebooks) is not None:
-            about += [codes.sizes, codes.scored, codes.delays]
-        digest = hashlib.sha256(f"{'|'.join(map(str, about))}|{_settings(model)}".encode())
-        for name, file in sorted(code.items()):
-            digest.update(_code(name, file))
-        digest.update(weights_digest(model))
-        model.remembered.update(unchanged=unchanged, fingerprint=digest.hexdigest()[:16])
-    return str(model.remembered["fingerprint"])
+        digest.update(_identity_of(model).encode())
+    else:
+        digest.update(hashlib.sha256(_settings(model).encode()).digest())
+        digest.update(_code_digest(model.module))
+        digest.update(_weights_digest(model, _kept_digest))
+    return digest.hexdigest()[:16]
+
+
+def _identity_of(model: Model) -> str:
+    """The fingerprint that the object behind the model gives itself, or a random one that this object keeps."""
+    if own := getattr(model.source, "fingerprint", None):
+        return f"its own: {own}"
+    return IDENTITIES.value(model.advance if model.source is None else model.source, lambda: uuid.uuid4().hex)
 
 
 def weights_digest(model: Model) -> bytes:
-    """A hash of the parameters, and of the buffers that hold no state."""
+    """Hash the parameters, and the buffers that hold no state, every tensor anew."""
+    return _weights_digest(model, _digest)
+
+
+def _weights_digest(model: Model, digest_of: Callable[[Tensor], bytes]) -> bytes:
     digest = hashlib.sha256()
     if model.module is not None:
         for name, tensor in (*model.module.named_parameters(), *model.module.named_buffers()):
             if name not in model.volatile:
                 for own, part in parts(tensor, name).items():
-                    digest.update(f"{own}|{tuple(part.shape)}|{part.dtype}".encode())
-                    digest.update(_content(part.detach(), SMALL, total=True))
+                    digest.update(f"{own}|{tuple(part.shape)}|{part.dtype}|".encode())
+                    digest.update(digest_of(part))
     return digest.digest()
+
+
+def _digest(tensor: Tensor) -> bytes:
+    return hashlib.sha256(_content(tensor.detach(), SMALL, total=True)).digest()
+
+
+def _kept_digest(tensor: Tensor) -> bytes:
+    """Return what `_digest` does, without hashing a tensor again that has not changed.
+
+    Torch does not count the changes of inference tensors, so they are always hashed. A weak reference tells a new storage from
+    an old one at the same address.
+    """
+    if tensor.is_inference() or tensor.numel() <= AS_CHEAP:
+        return _digest(tensor)
+    storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+    view = (storage, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+    stamp = (tensor._version, view, _content(tensor.detach(), SAMPLE, total=False))
+    return DIGESTS.value(tensor, lambda: _digest(tensor), stamp)
 
 
 def architecture_of(model: Model) -> dict[str, str]:
@@ -133,12 +166,12 @@ def architecture_of(model: Model) -> dict[str, str]:
 
 
 def settings_of(module: nn.Module) -> dict[str, str]:
-    """The plain attributes of every part, by name."""
+    """The plain attributes of every part, by name, but where transformers loaded it from."""
     return {
         f"{name}.{key}": repr(value)
         for name, part in module.named_modules()
         for key, value in vars(part).items()
-        if isinstance(value, str | int | float | bool) and not key.startswith("_")
+        if key[:1] != "_" and isinstance(value, PLAIN) and key != LOADED_FROM
     }
 
 
@@ -149,6 +182,17 @@ def _settings(model: Model) -> str:
     return f"{plain}{to_json() if callable(to_json) else ''}"
 
 
+def _code_digest(module: nn.Module) -> bytes:
+    """Hash the names and the source files of the classes of all modules in it; of torch's own, the names."""
+    kinds = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in {type(part) for part in module.modules()}}
+    files = {name: _file(kind) for name, kind in kinds.items()}
+    contents = {file: hashlib.sha256(_read(file)).digest() for file in set(files.values())}
+    digest = hashlib.sha256()
+    for name, file in sorted(files.items()):
+        digest.update(f"{name}|".encode() + contents[file])
+    return digest.digest()
+
+
 def _file(kind: type) -> str:
     try:
         return "" if kind.__module__.startswith("torch.") else inspect.getsourcefile(kind) or ""
@@ -156,9 +200,11 @@ def _file(kind: type) -> str:
         return ""
 
 
-@functools.cache
-def _code(name: str, file: str) -> bytes:
-    return name.encode() + (Path(file).read_bytes() if file and Path(file).is_file() else b"")
+def _read(file: str) -> bytes:
+    try:
+        return Path(file).read_bytes() if file else b""
+    except OSError:  # it lies in an archive, or was removed
+        return b""
 
 
 def _content(tensor: Tensor, limit: int, *, total: bool) -> bytes:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -161,6 +161,9 @@ class Model:
     fast_weights    (state) -> name -> tensor: the weights that it changes as it reads; of None, those before the first token
     source          the user's own object, where it is no module
     bytes_before    of the module's tensors before its precision was set; None: it was left as it came
+    found_limit     the most tokens of a sequence, found by the probe where the model declares none; not part of its identity
+
+    The fields do not change. `dataclasses.replace` makes another value of the same loaded model, which is known by `advance`.
     """
 
     advance: Advance
@@ -179,7 +182,7 @@ class Model:
     fast_weights: Callable[[State | None], dict[str, Tensor]] | None = None
     source: Any = None
     bytes_before: int | None = None
-    remembered: dict[str, Any] = field(default_factory=dict, compare=False)  # see `identity.fingerprint`
+    found_limit: int | None = None
 
     def step(self, input_ids: Tensor, state: State | None = None, *, keep: int | None = None) -> tuple[Tensor, State]:
         """See `LanguageModel.step`. Raises ModelError where logits or state are not what they must be."""
@@ -214,6 +217,11 @@ class Model:
 
     def __repr__(self) -> str:
         return f"<{self.spec}: {self.form}, {self.dtype} on {self.device}>"
+
+    @property
+    def limit(self) -> int | None:
+        """The most tokens of a sequence that it may be given: as declared, or else as found; None: no limit known."""
+        return self.found_limit if self.context_length is None else self.context_length
 
     @property
     def device(self) -> torch.device:

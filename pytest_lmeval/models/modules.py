@@ -24,10 +24,12 @@ from torch import Tensor, nn
 from pytest_lmeval.errors import ModelError
 from pytest_lmeval.models.identity import settings_of
 from pytest_lmeval.models.model import Advance, Model, State, codebooks_of, fork, places, tokenizer_for, weights
+from pytest_lmeval.models.weak_cache import WeakCache
 
 # A second argument of one of these names is something else than a state.
 NOT_A_STATE = frozenset({"targets", "target", "labels", "label", "attention_mask", "mask", "padding_mask", "key_padding_mask"})
 HOLD_STATE = ("get_set_state", "streaming")  # forms whose state lies in the module, possibly in a buffer
+VOLATILE = WeakCache[dict[str, set[str]]]()  # of modules, by form: `Model.volatile`
 BORDERS = ("window", "window_size", "sliding_window", "kernel", "chunk_size", "mini_batch_size", "context", "block")
 
 
@@ -54,16 +56,22 @@ def _has(source: Any, name: str) -> bool:
     return callable(found) and not isinstance(found, nn.Module)
 
 
-def adapt(source: Any, *, spec: str, form: str, tokenizer: Any = None) -> Model:
+def adapt(source: Any, *, spec: str, form: str | None = None, tokenizer: Any = None) -> Model:
     module = source if isinstance(source, nn.Module) else None
+    before = _snapshot(module)  # before the first question, since an attribute may change with the first token only
+    form = form or form_of(source)
     advance = ADVANCES[form](source)
-    before = _snapshot(module)
     logits = _ask(spec, form, lambda: advance(_one_token(source), None, None)[0], source)
     if not isinstance(logits, Tensor) or logits.ndim < 2:
         raise ModelError(f"{spec} ({form}) returned {type(logits).__name__} for one token; expected logits [b, t, v].")
     getattr(advance, "close", lambda: None)()  # a stream that was opened to ask is closed again
     vocab_size, codebooks = logits.shape[-1], codebooks_of(source)
     given = tokenizer if tokenizer is not None else getattr(source, "tokenizer", None)
+    volatile = _changed(before, _snapshot(module), buffers=form in HOLD_STATE)
+    if module is not None:  # what changed when it was adapted before need not change again
+        known = VOLATILE.value(module, dict).setdefault(form, set())
+        known |= volatile
+        volatile = frozenset(known)
     return Model(
         advance,
         spec,
@@ -76,7 +84,7 @@ def adapt(source: Any, *, spec: str, form: str, tokenizer: Any = None) -> Model:
         context_length=getattr(source, "context_length", None),
         borders=_borders(module),
         constant_state=bool(getattr(source, "constant_state", False)),
-        volatile=_changed(before, _snapshot(module), buffers=form in HOLD_STATE),
+        volatile=volatile,
         codebooks=codebooks,
         fast_weights=getattr(source, "fast_weights", None),
         source=source,

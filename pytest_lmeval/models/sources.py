@@ -96,8 +96,7 @@ def as_model(source: Any, *, spec: str | None = None, form: str | None = None, t
     spec = spec or f"{type(source).__module__}:{type(source).__qualname__}"
     if form is None:
         form = "transformers" if huggingface.is_transformers(source) else "moshi" if moshi.is_moshi(source) else None
-    form = form or modules.form_of(source)
-    if form not in FORMS:
+    if form is not None and form not in FORMS:
         raise SpecError(f"{spec}: unknown form {form!r}; forms are {', '.join(FORMS)}.")
     if isinstance(source, nn.Module):
         source.eval()

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ def in_child(lm: Model, function: Callable[..., Any], settings: dict[str, Any], 
         "name": lm.spec,
         "form": lm.form,
         "vocab_size": lm.vocab_size,
+        "context_length": None if lm.context_length is None else int(lm.context_length),
     }
     refused = ""
     if _names_weights(lm):
@@ -196,8 +198,8 @@ def _load(request: dict[str, Any], folder: Path) -> Model:
         lm = as_model(source, spec=request["name"], form=form if form in FORMS else None)
         if (lm.form, lm.vocab_size) != (form, request["vocab_size"]):
             raise pickle.PickleError(f"moved by pickle, it is driven as {lm.form!r}, and not as {form!r}")
-        return lm
-    lm = load(request["spec"])
+        return replace(lm, context_length=request["context_length"])
+    lm = replace(load(request["spec"]), context_length=request["context_length"])
     if fingerprint(lm) != request["fingerprint"]:
         raise ValueError("its spec names other weights than it has")
     return lm

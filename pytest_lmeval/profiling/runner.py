@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pytest_lmeval.errors import NotMeasuredError, ProfilingError
 from pytest_lmeval.models.model import Model
+from pytest_lmeval.models.weak_cache import WeakCache
 from pytest_lmeval.profiling.clock import kind_of_clock, tick
 from pytest_lmeval.profiling.samples import runs_to_see, stability
 from pytest_lmeval.records.measured import Record
@@ -21,6 +22,7 @@ from pytest_lmeval.records.value import Value
 
 Run = Callable[[], Any]
 TICKS = 100  # a time of so many ticks of the clock is known to one percent
+TIMED = WeakCache[bool]()  # the loaded models that were timed in this process, by `advance`
 
 
 def bare_loop(run: Run, rounds: int) -> None:
@@ -88,8 +90,8 @@ def about_times(lm: Model, runner: Runner, by_run: dict[str, list[float]], value
     the values is."""
     about: dict[str, Any] = {"clock": kind_of_clock(lm.device)}
     if values:
-        about |= {"timed_by": runner.name, "timed_before": bool(lm.remembered.get("timed"))}
-        lm.remembered["timed"] = True
+        about |= {"timed_by": runner.name, "timed_before": lm.advance in TIMED}
+        TIMED.value(lm.advance, lambda: True)
         about["stability"] = stability([*by_run.values()][-1])
         about["runs_to_see_5_percent"] = {name: runs_to_see(times) for name, times in by_run.items()}
     return {**about, "formulas": {name: said for name in values if (said := metric(name).about) and not _is_statistic(name)}}
@@ -137,8 +139,8 @@ def check_shape(lm: Model, *, batch_size: int, seq_len: int, new_tokens: int = 1
     if warm_up < 0:
         raise ProfilingError(f"warm_up is {warm_up}; it is 0 or more.")
     length = seq_len + new_tokens - 1
-    if lm.context_length is not None and length > lm.context_length:
+    if lm.limit is not None and length > lm.limit:
         raise ProfilingError(
-            f"{lm.spec} reads at most {lm.context_length:,} tokens; {seq_len:,} of a prompt and {new_tokens - 1:,} that follow "
+            f"{lm.spec} reads at most {lm.limit:,} tokens; {seq_len:,} of a prompt and {new_tokens - 1:,} that follow "
             "are more. Ask for a shorter seq_len."
         )

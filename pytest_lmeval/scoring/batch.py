@@ -17,7 +17,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from pytest_lmeval.models.identity import fingerprint
 from pytest_lmeval.models.model import Model, State
+from pytest_lmeval.models.weak_cache import WeakCache
 
 Select: TypeAlias = "Callable[[State, Sequence[int]], State]"
 Path: TypeAlias = "tuple[str, ...]"
@@ -26,18 +28,17 @@ TRIED = 5  # tokens read before a state is divided
 ROUNDING = 64  # units in the last place of the largest logit by which a row may differ that is read beside others
 ALIKE = 8  # times less than two rows differ: low precision must not hide that one is taken for the other
 
+SELECTIONS = WeakCache["Select | None"]()  # of loaded models, by `advance`: finding one takes 20 steps or so
+
 
 def selection(lm: Model) -> Select | None:
     """How rows of the model's states are selected; None where they cannot be."""
-    if "select" not in lm.remembered:
-        lm.remembered["select"] = _found(lm)
-    found: Select | None = lm.remembered["select"]
-    return found
+    if not lm.stateful or lm.codebooks is not None:
+        return None
+    return SELECTIONS.value(lm.advance, lambda: _found(lm), stamp=fingerprint(lm))
 
 
 def _found(lm: Model) -> Select | None:
-    if not lm.stateful or lm.codebooks is not None:
-        return None
     ids = lm.random_ids(3, TRIED + 2, seed=7)
     try:
         with torch.no_grad():

@@ -68,9 +68,9 @@ def plan_for(
     if window == "unlimited" and not lm.stateful:
         raise StreamError(f"{lm.spec} has no state to carry: it can only be read in windows.")
     if window is None and not lm.stateful:
-        window, why = lm.context_length or WINDOW, "the model has no state to carry"
-    elif window is None and lm.context_length is not None:
-        window, why = lm.context_length, f"the model's context is {lm.context_length} tokens"
+        window, why = lm.limit or WINDOW, "the model has no state to carry"
+    elif window is None and lm.limit is not None:
+        window, why = lm.limit, f"the model's context is {lm.limit} tokens"
     else:
         why = "windows were asked for"
     if window is None or window == "unlimited":
@@ -84,7 +84,7 @@ def rolling_plan(lm: Model, chunk_size: int, overlap: int | None = None) -> Plan
 
     Its windows do not overlap: each predicts as many tokens as the model's context holds, after one token that is only read,
     which is the prefix token at the beginning. The last one begins so early that it fills the context too, and scores what is
-    left. The context is `lm.context_length`, or 2048 tokens where the model names none: its HFLM takes, in that case, the
+    left. The context is `lm.limit`, or 2048 tokens where the model names none: its HFLM takes, in that case, the
     tokenizer's model_max_length first. For its `max_length=N`, give it `dataclasses.replace(lm, context_length=N)`.
 
     One of its numbers cannot be had again: where a text repeats itself, so that two windows of a batch read the same tokens but
@@ -97,8 +97,8 @@ def rolling_plan(lm: Model, chunk_size: int, overlap: int | None = None) -> Plan
             f"window='lm_eval' was asked for with overlap={overlap}. The windows of lm-evaluation-harness overlap by its own "
             "rule, so the numbers would not be comparable. Leave overlap out, or say how long a window is: window=1024."
         )
-    window = lm.context_length or ROLLING_WINDOW
-    context = "the model's context" if lm.context_length else "its default, as the model names no context"
+    window = lm.limit or ROLLING_WINDOW
+    context = "the model's context" if lm.limit else "its default, as the model names no context"
     why = f"asked for as lm-evaluation-harness reads (loglikelihood_rolling); {window} tokens are {context}"
     return Plan(min(chunk_size, window) if lm.stateful else window, window, 0, why, rolling=True)
 

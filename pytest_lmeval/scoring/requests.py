@@ -85,7 +85,8 @@ class Encoder:
         """What decides all answers, beside the question: looked at once, since looking at a model's weights takes long."""
         code = getattr(self.task.judge, "__code__", None)
         judge = None if code is None else (code.co_code, code.co_consts, code.co_names)
-        return [fingerprint(self.lm), self.lm.dtype, self.lm.context_length, self.seed, judge]
+        ends = getattr(self.lm.tokenizer, "ends", None)  # of a transformers model: from its settings for generation
+        return [fingerprint(self.lm), self.lm.dtype, self.lm.limit, ends, self.seed, judge]
 
     def _choices(self, prompt: str, choices: tuple[str, ...], place: str) -> tuple[list[Request], bool]:
         bare = prompt.rstrip()
@@ -118,7 +119,7 @@ class Encoder:
 
     def _fitted(self, request: Request, room: int, place: str) -> Request:
         """The request without what is too much for the model's context on its left; `room` tokens are left for an answer."""
-        limit = self.lm.context_length
+        limit = self.lm.limit
         most = None if limit is None else limit - room if room else limit + 1  # the last token of a choice is not read
         if most is None or len(request.ids) <= most:
             return request

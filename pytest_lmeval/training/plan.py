@@ -108,8 +108,8 @@ def refuse_untrainable(lm: Model, protocol: Protocol) -> None:
             "training are smaller than one rounding of such weights, and would be lost. Load it with @fp32, train, and convert "
             "the trained model."
         )
-    if lm.context_length is not None and protocol.seq_len > lm.context_length:
+    if lm.limit is not None and protocol.seq_len > lm.limit:
         raise ProtocolError(
-            f"seq_len={protocol.seq_len:,} is more than {lm.spec} reads: its context_length is {lm.context_length:,} tokens. "
+            f"seq_len={protocol.seq_len:,} is more than {lm.spec} reads: at most {lm.limit:,} tokens. "
             "Take a smaller seq_len, for all models that are to be compared."
         )

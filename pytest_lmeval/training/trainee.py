@@ -33,5 +33,4 @@ def copy_of(lm: Model) -> Model:
         advance=lm.rebuild(module),
         source=module if own else lm.source,
         fast_weights=getattr(module, "fast_weights", None) if own and lm.fast_weights else lm.fast_weights,
-        remembered={},
     )

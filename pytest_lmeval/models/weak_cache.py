@@ -1,0 +1,53 @@
+"""Keep values that belong to objects outside of these objects, and no longer than they live."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class WeakCache(Generic[T]):
+    """One value for each object, found by the object itself (`is`), never by equality.
+
+    An entry ends with its object. An object that cannot be weakly referenced is kept alive by its entry.
+
+    >>> cache = WeakCache[int]()
+    >>> owner = WeakCache[int]()
+    >>> cache.value(owner, lambda: 1), cache.value(owner, lambda: 2), cache.value(owner, lambda: 3, stamp="changed")
+    (1, 1, 3)
+    """
+
+    def __init__(self) -> None:
+        self._entries: dict[int, tuple[Callable[[], object], Hashable, T]] = {}
+
+    def __contains__(self, owner: object) -> bool:
+        entry = self._entries.get(id(owner))
+        return entry is not None and entry[0]() is owner
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def value(self, owner: object, find: Callable[[], T], stamp: Hashable = None) -> T:
+        """The value kept for `owner` if its stamp is `stamp`; otherwise what `find` returns, which takes its place."""
+        entry = self._entries.get(id(owner))
+        if entry is not None and entry[0]() is owner and entry[1] == stamp:
+            return entry[2]
+        found = find()
+        self._entries[id(owner)] = (self._reference(owner), stamp, found)
+        return found
+
+    def _reference(self, owner: object) -> Callable[[], object]:
+        key = id(owner)
+
+        def forget(gone: weakref.ref[object]) -> None:
+            entry = self._entries.get(key)
+            if entry is not None and entry[0] is gone:  # another object may have come to the same address
+                del self._entries[key]
+
+        try:
+            return weakref.ref(owner, forget)
+        except TypeError:
+            return lambda: owner
