@@ -21,7 +21,7 @@ from pytest_lmeval.measures._latency import measure_latency
 from pytest_lmeval.measures._latency_grid import measure_latency_grid
 from pytest_lmeval.measures._perplexity import measure_perplexity
 from pytest_lmeval.measures._throughput import measure_throughput
-from pytest_lmeval.measures.context import Desk
+from pytest_lmeval.measures.context import VerbContext
 from pytest_lmeval.models import identity
 from pytest_lmeval.models.identity import facts, fingerprint, weights_digest
 from pytest_lmeval.models.model import Bytes, Codebooks, Model
@@ -411,18 +411,18 @@ def test_what_is_known_of_a_model_goes_with_it():
 
 def test_what_a_record_says_of_a_model_is_its_own():
     lm = as_model(Functional())
-    facts(lm)["precision"]["kept"]["fp64"] = 1
-    assert facts(lm)["precision"]["kept"] == {}
+    facts(lm).precision.kept["fp64"] = 1
+    assert facts(lm).precision.kept == {}
 
 
 def test_the_precision_is_that_of_the_module_and_of_its_weights_now():
     lm = as_model(Functional())
-    assert facts(lm)["precision"]["name"] == "fp32"
-    assert facts(replace(lm, module=Functional().bfloat16()))["precision"]["name"] == "bf16"
-    assert facts(replace(lm, bytes_before=8))["precision"]["bytes_before"] == 8
-    assert facts(lm)["precision"]["bytes_before"] is None
+    assert facts(lm).precision.name == "fp32"
+    assert facts(replace(lm, module=Functional().bfloat16())).precision.name == "bf16"
+    assert facts(replace(lm, bytes_before=8)).precision.bytes_before == 8
+    assert facts(lm).precision.bytes_before is None
     lm.module.double()
-    assert facts(lm)["precision"]["name"] == "fp64"
+    assert facts(lm).precision.name == "fp64"
 
 
 def test_rows_are_tried_once_for_a_loaded_model():
@@ -503,7 +503,7 @@ def test_a_cache_knows_objects_by_themselves():
 
 @pytest.fixture
 def desk(tmp_path):
-    return Desk(Session(tmp_path, budget=0.1), Log("test_it"), Driver(None))
+    return VerbContext(Session(tmp_path, budget=0.1), Log("test_it"), Driver(None))
 
 
 def test_a_limit_that_the_probe_found_is_not_part_of_who_a_model_is(desk):
@@ -513,7 +513,7 @@ def test_a_limit_that_the_probe_found_is_not_part_of_who_a_model_is(desk):
     assert (certified.limit, certified.context_length, plain.limit) == (37, None, None)
     probed = desk.session.verdict(plain).record
     read = measure_perplexity(certified, torch.arange(100) % VOCAB).record
-    assert probed.lm["fingerprint"] == read.lm["fingerprint"] == fingerprint(plain)
+    assert probed.lm.fingerprint == read.lm.fingerprint == fingerprint(plain)
     assert desk.session.verdict(certified).record is probed
     replay(certified, "splits", length=8, cuts=(4,))  # not on a sequence that it cannot read
 
@@ -529,7 +529,7 @@ def test_a_limit_decides_what_is_measured_so_it_is_in_every_key(desk):
     assert len({desk.key("perplexity", one, {}) for one in limits}) == 4
     task = Task("t", [{}], lambda row: Choices("a", ("b", "c"), 0))
     spoken = [replace(one, tokenizer=Bytes()) for one in limits]
-    asked = [Encoder(one, task).encode(task.ask({}), "", id="0", number=0).asked for one in spoken]
+    asked = [Encoder(one, task).encode(task.ask({}), "", id="0", number=0).key for one in spoken]
     assert len(set(asked)) == 4
 
 
@@ -540,7 +540,7 @@ def test_what_ends_an_answer_is_part_of_what_was_asked():
 
     task = Task("t", [{}], lambda row: Choices("a", ("b", "c"), 0))
     lms = [replace(as_model(Functional()), tokenizer=Ends(*ends)) for ends in ((), (1,), (1, 2))]
-    assert len({Encoder(lm, task).encode(task.ask({}), "", id="0", number=0).asked for lm in lms}) == 3
+    assert len({Encoder(lm, task).encode(task.ask({}), "", id="0", number=0).key for lm in lms}) == 3
 
 
 def test_a_found_limit_is_kept_to_as_a_declared_one_is(desk):
@@ -558,7 +558,7 @@ def test_a_found_limit_is_kept_to_as_a_declared_one_is(desk):
         speed = measure_throughput(lm, batch_size=1, seq_len=20, runs=1, warm_up=0, new_tokens=9, scaling=False)
         assert len(speed.samples["decode"]) in (0, 3)  # none where the clock is too coarse
         assert exact_chunk_size(lm, inexact, None, "lm_eval") == 24
-        assert Encoder(replace(lm, tokenizer=Bytes()), task).encode(task.ask({}), "", id="0", number=0).cut == 41 - 25
+        assert Encoder(replace(lm, tokenizer=Bytes()), task).encode(task.ask({}), "", id="0", number=0).truncated == 41 - 25
         grid = measure_latency_grid(lm, seq_lens=(4, 30), runs=1, warm_up=0, new_tokens=25)
         assert [*grid.failed] == [(1, 4), (1, 30)]  # each says why, and the whole grid is not refused
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -35,7 +36,8 @@ def facts(model: Model) -> ModelFacts:
     """What a record says about the model: spec, size, precision, place and fingerprint."""
     known, module, before, found = fingerprint(model), model.module, model.bytes_before, None
     if module is not None:  # `precision` reads every packed value, so it is kept while the model is the same
-        found = PRECISIONS.value(module, lambda: precision(module, bytes_before=before), stamp=(known, before))
+        kept = PRECISIONS.value(module, lambda: precision(module, bytes_before=before), stamp=(known, before))
+        found = replace(kept, kept=dict(kept.kept))
     packed = model.module is not None and (any(map(is_packed, weights(model.module))) or _has_integers(model.module))
     return ModelFacts(
         spec=model.spec,
