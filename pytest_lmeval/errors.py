@@ -12,7 +12,7 @@
     |  |- OutOfMemory       the device has no room for a shape
     |  |- ChildFailed       the process that it was measured in ended without an answer
     |  `- TrainingError     its training cannot go on
-    |- CorpusError          a text that is unknown or unreadable                        (a ValueError too)
+    |- CorpusError          a text that cannot be read                                  (a ValueError too)
     |- StreamError          a stream that cannot be scored                              (a ValueError too)
     |- TaskError            a task that cannot be asked                                 (a ValueError too)
     |- ProfilingError       a measurement that cannot be made as it was asked for       (a ValueError too)
@@ -113,7 +113,7 @@ class TrainingError(ModelError):
 
 
 class CorpusError(LmevalError, ValueError):
-    """A corpus that is unknown, unreadable, or holds something that cannot be scored."""
+    """A corpus that cannot be read, or holds something that cannot be scored. For an unknown name, see RegistryError."""
 
 
 class StreamError(LmevalError, ValueError):
@@ -121,7 +121,7 @@ class StreamError(LmevalError, ValueError):
 
 
 class TaskError(LmevalError, ValueError):
-    """A task that cannot be asked: a row without a field, a label outside the choices, an unknown name."""
+    """A task that cannot be asked: a row without a field, a label outside the choices, a suite where a task is meant."""
 
 
 class ProfilingError(LmevalError, ValueError):

@@ -1,27 +1,45 @@
-"""Find by name: metrics, tasks, corpora, model sources, verbs, report sections, exporters and commands.
+"""Find metrics, tasks, corpora, model sources, verbs, report sections, exporters and commands by name.
 
 Each kind of thing is a group of entry points. This package registers its own there, as any other may:
 
     [project.entry-points."pytest_lmeval.metrics"]
     brevity = "my_package:BREVITY"
 
-What an entry point leads to is imported when it is asked for. It is the thing of that name, or a mapping from names to things
-(a family: the tasks of a benchmark, the models of a zoo). Standard library only.
+    [project.entry-points."pytest_lmeval.tasks"]
+    greetings = "my_package:TASKS"
+
+An entry point leads to the thing of its name, or to a family: a mapping from names to things, under a name in capitals. A
+family may give a thing as text, "module:attribute". Nothing is imported before it is needed; a family is, when its names are.
+
+A name may go on behind a colon: `text:notes.txt` is found as `text`, which is given the rest. Standard library only.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.metadata
+import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 from pytest_lmeval.errors import RegistryError, nearest
 
-__all__ = ["GROUPS", "Entry", "PluginWarning", "entries", "find", "names", "scheme"]
+__all__ = [
+    "GROUPS",
+    "Entry",
+    "PluginWarning",
+    "accepted",
+    "entries",
+    "find",
+    "mapping",
+    "names",
+    "resolve",
+    "things",
+    "unknown",
+]
 
 OWN = "pytest-lmeval"
 GROUPS = {  # group -> what one of its things is called in messages
@@ -34,15 +52,16 @@ GROUPS = {  # group -> what one of its things is called in messages
     "exporters": "export format",
     "commands": "command",
 }
+LISTED = 30  # names of one family that a message lists
 
 
 class PluginWarning(UserWarning):
-    """A package that registers something here, and cannot be imported: the run goes on without it."""
+    """Another package registers something that cannot be imported or is not allowed; the run goes on without it."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What a package has registered.
+    """What a package registers.
 
     name     by which it is found; of a family, the family's
     target   "module:attribute"
@@ -61,94 +80,168 @@ class Entry:
     def is_own(self) -> bool:
         return self.package == OWN
 
+    @property
+    def may_be_family(self) -> bool:
+        """Whether its target is in capitals. What is not is imported by its own name only, since it holds no others."""
+        return self.target.rpartition(":")[2].isupper()
+
     def load(self) -> Any:
-        """The thing, or the family. Raises whatever importing it raises."""
-        return importlib.metadata.EntryPoint(self.name, self.target, self.group).load()
+        """The thing, or the family. Raises whatever importing it raises, and TypeError for a family that is not in capitals."""
+        thing = importlib.metadata.EntryPoint(self.name, self.target, self.group).load()
+        if isinstance(thing, Mapping) and not self.may_be_family:
+            raise TypeError(f"{self.target} is a mapping, and only one in capitals is looked into")
+        return thing
 
 
 @functools.cache
 def entries(group: str) -> tuple[Entry, ...]:
-    """All that is registered in a group: this package's first, then by package and name. Nothing is imported for that."""
+    """All that is registered in a group: this package's first, then by package and name. Imports nothing."""
     found = {
         Entry(group, point.name, point.value, point.dist.name if point.dist else "unknown")
-        for point in importlib.metadata.entry_points(group=f"pytest_lmeval.{group}")
+        for point in _installed().select(group=f"pytest_lmeval.{group}")
     }
     return tuple(sorted(found, key=lambda entry: (not entry.is_own, entry.package, entry.name)))
 
 
 def find(group: str, name: str) -> Any:
-    """What is registered by this name. Raises RegistryError where nothing is, or more than one thing; it names the nearest.
+    """What is registered by this name. Raises RegistryError if nothing is, with the nearest name, or if several packages do.
 
-    Only what may hold the name is imported: entries of that very name, families of this package, and only where these do not
-    have it, families of others.
+    Imports the entries of this very name and the families of this package; families of others only if these do not have it.
     """
-    exact = [entry for entry in entries(group) if entry.name == name]
-    others = [entry for entry in entries(group) if entry.name != name]
-    families = (entry for entry in others if entry.is_own)
-    found = [*_holding(exact, name), *_holding(families, name)] or [*_holding((e for e in others if not e.is_own), name)]
-    if len(found) > 1:
-        both = " and by ".join(str(entry) for entry, _ in found)
-        raise RegistryError(
-            f"the {GROUPS[group]} {name!r} is registered by {both}. Which is meant cannot be known: remove one of the packages, "
-            "or give one of the two another name."
-        )
-    if not found:
-        known = names(group)
-        listed = ", ".join(known if len(known) <= 30 else [*known[:30], f"and {len(known) - 30} more (lmeval list {group})"])
-        raise RegistryError(f"there is no {GROUPS[group]} {name!r}.{nearest(name, known)} There are: {listed}.")
-    return found[0][1]
+    for elsewhere in (False, True):
+        if (found := _found(group, name, elsewhere)) is not None:
+            return found
+    raise unknown(group, name)
+
+
+def resolve(group: str, name: str) -> tuple[Any, str | None] | None:
+    """What is registered by the whole name, and None; or by what stands before its first colon, and the rest; or None.
+
+    Raises RegistryError if several packages register it. Imports no more than `find`.
+    """
+    head, colon, rest = name.partition(":")
+    for elsewhere in (False, True):
+        for key, given in ((name, None), (head, rest)) if colon else ((name, None),):
+            if (found := _found(group, key, elsewhere)) is not None:
+                return found, given
+    return None
 
 
 def names(group: str, pattern: str = "*") -> list[str]:
-    """The names of all things of a group that match the pattern, families taken apart. Imports all of them."""
-    return [name for name, _, _ in things(group) if fnmatchcase(name, pattern)]
+    """The names of a group that match the pattern, those of families among them. Imports families only."""
+    return [name for entry in entries(group) for name in _members(entry) if fnmatchcase(name, pattern)]
 
 
 def things(group: str) -> Iterator[tuple[str, Any, Entry]]:
-    """Name, thing and origin of all that is registered in a group, and can be imported."""
+    """Name, thing and origin of all that is registered in a group and can be imported. Two may have the same name."""
     for entry in entries(group):
-        thing = _loaded(entry)
-        if isinstance(thing, Mapping):
-            yield from ((name, member, entry) for name, member in thing.items())
-        elif thing is not None:
-            yield entry.name, thing, entry
+        for name in _members(entry):
+            if (thing := _member(entry, name)) is not None:
+                yield name, thing, entry
 
 
-def scheme(name: str) -> tuple[str, str]:
-    """What a name begins with, and what follows the colon: `text:notes.txt` is the file notes.txt, as the source `text` has it.
+def mapping(group: str) -> dict[str, Any]:
+    """Everything in a group by its name. Raises RegistryError for a name that several packages register."""
+    found: dict[str, tuple[Entry, Any]] = {}
+    for name, thing, entry in things(group):
+        if name in found:
+            raise _ambiguous(group, name, [found[name][0], entry])
+        found[name] = entry, thing
+    return {name: thing for name, (_, thing) in found.items()}
 
-    >>> scheme("text:notes.txt"), scheme("stdlib")
-    (('text', 'notes.txt'), ('stdlib', ''))
+
+def unknown(group: str, name: str, also: str = "") -> RegistryError:
+    """The error for a name that nothing is registered by: it tells the nearest name, and all that there are.
+
+    also  what else may be named, for the end of that list
     """
-    head, _, rest = name.partition(":")
-    return head, rest
+    head = name.partition(":")[0]
+    others = [entry for entry in entries(group) if entry.name in (name, head) and not entry.is_own]
+    if broken := [entry for entry in others if _load(entry) is None]:
+        return RegistryError(
+            f"the {GROUPS[group]} {name!r} is registered by {broken[0]}, which cannot be imported: see the warning above. "
+            "Repair or remove that package."
+        )
+    known = names(group)
+    families = [(entry.name, list(_members(entry))) for entry in entries(group)]
+    listed = [
+        f"{members[0]} and {len(members) - 1} more of {family}" if len(members) > LISTED else ", ".join(members)
+        for family, members in families
+        if members
+    ]
+    near = nearest(name, known) or nearest(head, known)
+    return RegistryError(f"there is no {GROUPS[group]} {name!r}.{near} There are: {', '.join(listed)}{also}.")
 
 
-def _holding(candidates: Any, name: str) -> Iterator[tuple[Entry, Any]]:
-    """The entries that have a thing of this name, each with it."""
-    for entry in candidates:
-        thing = _loaded(entry)
-        if isinstance(thing, Mapping):
-            if name in thing:
-                yield entry, thing[name]
-        elif thing is not None and entry.name == name:
-            yield entry, thing
+def accepted(function: Callable[..., Any], **options: Any) -> dict[str, Any]:
+    """Those of the options that the function has a parameter for, by name."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:  # some functions that are written in C
+        return {}
+    kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    taken = {parameter.name for parameter in parameters if parameter.kind in kinds}
+    return {name: value for name, value in options.items() if name in taken}
 
 
 @functools.cache
-def _loaded(entry: Entry) -> Any:
-    """What the entry leads to; None where another package cannot be imported, which is said once."""
+def _installed() -> Any:
+    """The entry points of all installed packages: reading them takes milliseconds."""
+    return importlib.metadata.entry_points()
+
+
+def _found(group: str, key: str, elsewhere: bool) -> Any:
+    """The thing of this name, None if there is none: in entries of that name and families of this package, or `elsewhere`."""
+    found = []
+    for entry in entries(group):
+        first = entry.name == key or (entry.is_own and entry.may_be_family)
+        asked = first != elsewhere and (first or entry.may_be_family) and key in _members(entry)
+        if asked and (thing := _member(entry, key)) is not None:
+            found.append((entry, thing))
+    if len(found) > 1:
+        raise _ambiguous(group, key, [entry for entry, _ in found])
+    return found[0][1] if found else None
+
+
+def _ambiguous(group: str, name: str, registered: list[Entry]) -> RegistryError:
+    return RegistryError(
+        f"the {GROUPS[group]} {name!r} is registered by {' and by '.join(map(str, registered))}. Which one is meant cannot be "
+        "known: remove one of the packages, or rename one of the two."
+    )
+
+
+def _members(entry: Entry) -> Mapping[str, Any]:
+    """The names that an entry holds, with their things; a thing that is no family is not imported for its name."""
+    if not entry.may_be_family:
+        return {entry.name: None}
+    thing = _load(entry)
+    if isinstance(thing, Mapping):
+        return thing
+    return {} if thing is None else {entry.name: thing}
+
+
+def _member(entry: Entry, name: str) -> Any:
+    """The thing of this name in an entry that holds it; None if it cannot be imported."""
+    if not entry.may_be_family:
+        return _load(entry)
+    thing = _members(entry)[name]
+    return _load(Entry(entry.group, name, thing, entry.package)) if isinstance(thing, str) else thing
+
+
+@functools.cache
+def _load(entry: Entry) -> Any:
+    """What the entry leads to; None, and one warning, if another package's cannot be imported."""
     try:
         return entry.load()
     except Exception as error:
         if entry.is_own:
             raise
         with warnings.catch_warnings():
-            warnings.simplefilter("always", PluginWarning)  # also where warnings are errors: the run goes on without it
+            warnings.simplefilter("always", PluginWarning)  # where warnings are errors, too: the run goes on without it
             warnings.warn(
-                f"{entry.package} registers the {GROUPS[entry.group]} {entry.name!r}, and cannot be imported "
-                f"({type(error).__name__}: {error}). This run goes on without it; repair or remove that package.",
+                f"{entry.package} registers the {GROUPS[entry.group]} {entry.name!r} as {entry.target}, which cannot be "
+                f"imported ({type(error).__name__}: {error}). The run goes on without it; repair or remove that package.",
                 PluginWarning,
-                stacklevel=4,
+                stacklevel=2,
             )
         return None

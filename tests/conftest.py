@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 from nursery import Nursery
+from packages import packages  # noqa: F401 - a fixture
 
 TINY = Path(__file__).with_name("tiny.py")
 

@@ -160,5 +160,5 @@ def value_of(name: str, number: float, interval: tuple[float, float] | None = No
 @functools.cache
 def _declared() -> tuple[dict[str, Metric], list[Metric]]:
     """All that are registered: by name, and those that declare a family."""
-    found = {name: thing for name, thing, _ in registry.things("metrics")}
+    found: dict[str, Metric] = registry.mapping("metrics")
     return found, [thing for name, thing in found.items() if "*" in name]

@@ -1,0 +1,220 @@
+"""Things are found by name, whoever registers them; nothing is imported for it that need not be."""
+
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from packages import install
+
+from pytest_lmeval import registry
+from pytest_lmeval.errors import RegistryError
+from pytest_lmeval.records.metric import Metric, metric
+from pytest_lmeval.registry import GROUPS, Entry, PluginWarning, accepted, entries, find, mapping, names, resolve, things
+from pytest_lmeval.tasks import find as find_task
+
+METRIC = "from pytest_lmeval.records.metric import Metric\nBREVITY = Metric('brevity', interval='share')\n"
+BROKEN = "raise ImportError('no such thing')\n"
+
+
+# ------------------------------------------------------------------------------------------- what is our own
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_all_that_is_registered_here_can_be_imported(group):
+    found = [(name, entry) for name, _, entry in things(group) if entry.is_own]
+    assert {entry.name for _, entry in found} == {entry.name for entry in entries(group) if entry.is_own}
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_no_two_of_our_own_have_the_same_name(group):
+    found = names(group)
+    assert len(found) == len(set(found)) > 0
+
+
+def test_ours_come_first_and_say_who_they_are():
+    first = entries("metrics")[0]
+    assert first.is_own
+    assert str(first) == "pytest-lmeval (pytest_lmeval.scoring.answer_metrics:METRICS)"
+
+
+def test_what_of_ours_cannot_be_imported_is_an_error():
+    with pytest.raises(ModuleNotFoundError):
+        registry._load(Entry("metrics", "x", "pytest_lmeval.nowhere:X", registry.OWN))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [("accuracy_per_b*", ["accuracy_per_byte"]), ("rouge?", ["rouge1", "rouge2", "rougeL"]), ("no*such", [])],
+)
+def test_names_are_chosen_by_a_pattern(pattern, found):
+    assert names("metrics", pattern) == found
+
+
+# --------------------------------------------------------------------------------------- of other packages
+
+
+def test_a_thing_of_another_package_is_found_by_its_name(packages):
+    packages("one", METRIC, metrics={"brevity": "one:BREVITY"})
+    assert find("metrics", "brevity").interval == "share"
+    assert metric("brevity") is find("metrics", "brevity")
+    assert [entry.package for name, _, entry in things("metrics") if name == "brevity"] == ["one"]
+    assert "brevity" in names("metrics")
+
+
+def test_a_family_is_taken_apart_and_its_texts_are_imported(packages):
+    code = "FAMILY = {'square': 'math:sqrt', 'half': 0.5, 'gone': 'math:nowhere'}\n"
+    packages("one", code, exporters={"numbers": "one:FAMILY"})
+    assert find("exporters", "square")(9) == 3
+    assert find("exporters", "half") == 0.5
+    with pytest.raises(RegistryError, match="no export format 'numbers'"):
+        find("exporters", "numbers")
+    with pytest.warns(PluginWarning, match="one registers the export format 'gone' as math:nowhere"):
+        assert [name for name, _, entry in things("exporters") if entry.package == "one"] == ["square", "half"]
+
+
+def test_a_name_goes_on_behind_its_first_colon(packages):
+    packages("one", "def read(): ...\nFAMILY = {'x:y': 1}\n", corpora={"lines": "one:read", "x": "one:FAMILY"})
+    assert resolve("corpora", "lines")[1] is None
+    assert resolve("corpora", "lines:")[1] == ""
+    assert resolve("corpora", "lines:a:b")[1] == "a:b"
+    assert resolve("corpora", "x:y") == (1, None)
+    assert resolve("corpora", "x:z") is None
+    assert find("corpora", "x:y") == 1
+    with pytest.raises(RegistryError):
+        find("corpora", "lines:a")
+
+
+# ------------------------------------------------------------------------- a name that is registered twice
+
+
+def ambiguous(call, *who):
+    with pytest.raises(RegistryError, match="is registered by") as error:
+        call()
+    for name in who:
+        assert name in str(error.value)
+
+
+def test_a_name_of_two_packages_is_refused_with_both(packages):
+    packages("one", METRIC, metrics={"brevity": "one:BREVITY"})
+    packages("two", "FAMILY = {'brevity': 2, 'other': 3}", metrics={"brevity": "two:FAMILY"})
+    for call in (lambda: find("metrics", "brevity"), lambda: mapping("metrics"), lambda: metric("brevity")):
+        ambiguous(call, "one (one:BREVITY)", "two (two:FAMILY)", "remove one of the packages")
+    assert find("metrics", "accuracy").name == "accuracy"
+    assert find("metrics", "other") == 3
+
+
+def test_a_name_of_ours_is_refused_to_others(packages):
+    packages("one", "TASKS = {'boolq': 1}\nboolq = 2", tasks={"boolq": "one:boolq"}, corpora={"stdlib": "one:boolq"})
+    ambiguous(lambda: find_task("boolq"), "pytest-lmeval (pytest_lmeval.tasks.superglue:REGISTERED)", "one (one:boolq)")
+    ambiguous(lambda: find("corpora", "stdlib"), "pytest-lmeval", "one (one:boolq)")
+    ambiguous(lambda: resolve("corpora", "stdlib:x"), "pytest-lmeval", "one (one:boolq)")
+
+
+def test_a_name_in_two_families_of_others_is_refused(packages):
+    for name in ("one", "two"):
+        packages(name, "FAMILY = {'same': 1}", tasks={f"of_{name}": f"{name}:FAMILY"})
+    ambiguous(lambda: find("tasks", "same"), "one (one:FAMILY)", "two (two:FAMILY)")
+
+
+# ------------------------------------------------------------------------------ what cannot be imported
+
+
+def test_a_package_that_cannot_be_imported_is_told_once_and_left_out(packages):
+    packages("one", METRIC, metrics={"brevity": "one:BREVITY"})
+    packages("broken", BROKEN, metrics={"length": "broken:LENGTH"})
+    with pytest.warns(PluginWarning, match="broken registers the metric 'length' as broken:LENGTH.*ImportError: no such thing"):
+        assert "brevity" in mapping("metrics")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "length" not in names("metrics")
+        with pytest.raises(
+            RegistryError, match=r"'length' is registered by broken \(broken:LENGTH\), which cannot be imported"
+        ):
+            find("metrics", "length")
+        assert metric("length", None) == Metric("length", higher_is_better=None)
+
+
+def test_where_warnings_are_errors_the_run_goes_on_too(tmp_path):
+    install(tmp_path, "broken", BROKEN, metrics={"length": "broken:LENGTH"}, corpora={"lines": "broken:read"})
+    install(tmp_path, "lower", "family = {'a': 1}", tasks={"lower": "lower:family"})
+    code = "from pytest_lmeval.registry import *; print(len(mapping('metrics')), *[e.name for _, _, e in things('tasks')][-1:])"
+    done = python(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[0]) > 50
+    assert done.stdout.split()[1] != "lower"
+    assert done.stderr.count("PluginWarning: broken registers the metric") == 1
+    assert "lower:family is a mapping, and only one in capitals is looked into" in done.stderr
+
+
+def python(code, folder):
+    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+
+
+# ----------------------------------------------------------------------------------- nothing is imported
+
+
+def test_finding_a_name_imports_no_package_that_need_not_have_it(packages):
+    for name in ("one", "two", "three"):
+        packages(name, METRIC, metrics={f"of_{name}": f"{name}:BREVITY"}, corpora={f"text_{name}": f"{name}:read"})
+    assert find("metrics", "accuracy").name == "accuracy"
+    assert resolve("corpora", "text:notes.txt")[1] == "notes.txt"
+    assert {"text_one", "text_two", "text_three"} <= set(names("corpora"))
+    assert not {"one", "two", "three"} & set(sys.modules)
+    assert find("metrics", "of_two").name == "brevity"
+    assert {"one", "two", "three"} & set(sys.modules) == {"two"}
+    with pytest.raises(RegistryError):
+        find("metrics", "brevity")  # a family may have it
+    assert {"one", "two", "three"} <= set(sys.modules)
+
+
+def test_looking_for_names_imports_no_torch(tmp_path):
+    code = "import sys; from pytest_lmeval import registry as r; [r.names(g) for g in ('tasks', 'corpora', 'models', 'verbs')]"
+    code += "; r.resolve('corpora', 'wikitext-2'); r.resolve('tasks', 'mmlu'); assert 'torch' not in sys.modules"
+    done = python(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+# ------------------------------------------------------------------------------------ what is not there
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "says"),
+    [
+        ("metrics", "acuracy", r"no metric 'acuracy'\. Did you mean accuracy\? There are: accuracy, .* more of costs"),
+        ("exporters", "benchr", r"Did you mean bencher\? There are: bencher, github-action-benchmark\.$"),
+        ("corpora", "wikitext-2:a:b:c", r"Did you mean wikitext-2\?"),
+        ("models", "zoo:mambo", r"no model source 'zoo:mambo'\. Did you mean zoo:mamba\?"),
+        ("verbs", "perplexty", r"no verb 'perplexty'\. Did you mean perplexity\?"),
+    ],
+)
+def test_an_unknown_name_is_told_with_the_nearest(group, name, says):
+    assert issubclass(RegistryError, LookupError)
+    with pytest.raises(RegistryError, match=says):
+        raise registry.unknown(group, name)
+
+
+@settings(max_examples=30)
+@given(st.text(max_size=20))
+def test_any_text_is_a_name_that_may_be_unknown(name):
+    if name not in names("exporters"):
+        with pytest.raises(RegistryError, match="There are: bencher"):
+            find("exporters", name)
+
+
+# --------------------------------------------------------------------------- what a function is called with
+
+
+def test_a_function_is_given_the_options_that_it_names():
+    options = {"dtype": 1, "spec": 2}
+    assert accepted(lambda rest, dtype: 0, **options) == {"dtype": 1}
+    assert accepted(lambda rest, *, spec=3, dtype=4: 0, **options) == options
+    assert accepted(lambda rest, **more: 0, **options) == {}
+    assert accepted(lambda dtype, /: 0, **options) == {}
+    assert accepted(dict.fromkeys, **options) == accepted(print, **options) == {}
