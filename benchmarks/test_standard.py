@@ -31,7 +31,7 @@ def test_quality_task(lmeval, lm):
 @pytest.mark.parametrize("task", ["sst2", "rte", "boolq", "mrpc"])
 def test_quality_smallbench(lmeval, lm, task):
     try:
-        result = lmeval.task(lm, task, style="smallbench", limit=500)
+        result = lmeval.task(lm, f"smallbench:{task}", limit=500)
     except CorpusError as error:
         pytest.skip(str(error))
     assert result.accuracy_per_token.high > result.chance

@@ -50,7 +50,7 @@ def ask(lmeval, lm):
 
 @pytest.mark.parametrize("task", ["sst2", "rte", "boolq", "mrpc"])
 def test_smallbench(ask, task):
-    result = ask(task, style="smallbench")
+    result = ask(f"smallbench:{task}")
     assert result.accuracy_per_token.high > result.chance
 
 

@@ -1,4 +1,4 @@
-"""Prompts of the style lm_eval are those of lm_eval 0.4.13, character for character; rendered by its own machinery."""
+"""Prompts of tasks of style lm_eval are those of lm_eval 0.4.13, character for character; rendered by its own machinery."""
 
 import dataclasses
 import sys
@@ -10,10 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pytest_lmeval.data.rows import Rows
+from pytest_lmeval.data import Rows
 from pytest_lmeval.scoring.fewshot import Shots
-from pytest_lmeval.tasks import find, names
-from pytest_lmeval.tasks.questions import Choices, Generate, Task
+from pytest_lmeval.tasks import Choices, Generate, Task, find, names
 
 VERSION = "0.4.13"
 PLAIN = "The cat sat on the mat."

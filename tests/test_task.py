@@ -17,7 +17,7 @@ from pytest_lmeval.errors import TaskError
 from pytest_lmeval.measures._task import measure_task
 from pytest_lmeval.scoring import fewshot
 from pytest_lmeval.scoring.fewshot import Shots, question_of
-from pytest_lmeval.tasks.questions import id_of
+from pytest_lmeval.tasks import id_of
 
 LM = as_model(Functional(vocab=256))
 

@@ -9,13 +9,14 @@ import sys
 
 import pytest
 
-from pytest_lmeval.data.rows import Rows
-from pytest_lmeval.errors import TaskError
-from pytest_lmeval.tasks import FILES, SUITES, find, find_suite, names
-from pytest_lmeval.tasks.questions import Choices, Generate
+from pytest_lmeval import registry, tasks
+from pytest_lmeval.data import Rows, corpus
+from pytest_lmeval.errors import RegistryError, TaskError
+from pytest_lmeval.tasks import Choices, Generate, Suite, find, find_suite, names
 from pytest_lmeval.tasks.stdlib import PASSAGE
 
-ALL = [(name, style) for style in FILES for name in names(style)]
+ALL = names()
+SUITES = [name for name, thing, _ in registry.things("tasks") if isinstance(thing, Suite)]
 # See `Task.metrics`; here so that a name that is misspelt in a task is found without running it.
 METRICS = {
     "accuracy", "accuracy_per_character", "accuracy_per_byte", "accuracy_per_token", "f1", "f1_macro", "matthews",
@@ -31,24 +32,24 @@ FIRST = {
 }
 
 
-@pytest.mark.parametrize(("name", "style"), ALL)
-def test_a_task_is_found_by_its_name(name, style):
-    task = find(name, style)
+@pytest.mark.parametrize("name", ALL)
+def test_a_task_is_found_by_its_name(name):
+    task = find(name)
     assert task.name == name
-    assert task.style in (style, "own")
+    assert task.style in ("lm_eval", "own") or name.startswith(f"{task.style}:")
     assert set(task.metrics) <= METRICS
     assert (inspect.getdoc(task.ask) or "").strip(), "a page that teaches says what is asked"
 
 
-@pytest.mark.parametrize(("name", "style"), ALL)
-def test_suites_average_the_metric_that_stands_first(name, style):
-    usual = "accuracy_per_token" if style == "smallbench" else FIRST.get(name, "accuracy")
-    assert find(name, style).metrics[0] == usual
+@pytest.mark.parametrize("name", ALL)
+def test_suites_average_the_metric_that_stands_first(name):
+    usual = "accuracy_per_token" if name.startswith("smallbench:") else FIRST.get(name, "accuracy")
+    assert find(name).metrics[0] == usual
 
 
-@pytest.mark.parametrize(("name", "style"), ALL)
-def test_examples_are_never_taken_from_the_split_that_is_asked(name, style):
-    task = find(name, style)
+@pytest.mark.parametrize("name", ALL)
+def test_examples_are_never_taken_from_the_split_that_is_asked(name):
+    task = find(name)
     if isinstance(task.shots, Rows):
         assert task.shots.split != task.rows.split
         assert task.shots == task.rows.of(task.shots.split)
@@ -63,16 +64,22 @@ def test_examples_are_never_taken_from_the_split_that_is_asked(name, style):
 def test_a_suite_has_all_its_members(suite, size, weighted):
     found = find_suite(suite)
     assert (len({task.name for task in found.tasks}), found.weighted) == (size, weighted)
-    assert all(find(task.name, SUITES[suite]) is task for task in found.tasks)
+    assert all(find(task.name) is task for task in found.tasks)
 
 
 def test_every_suite_is_counted_above():
     assert set(SUITES) == {"glue", "superglue", "smallbench", "mmlu", "arc"}
 
 
-def test_the_same_name_is_another_question_in_another_style():
+def test_a_name_is_one_task_and_a_pattern_several():
+    assert len(names()) == len(set(names())) == len(set(map(find, names())))
+    assert len(names("mmlu_*")) == 57
+    assert names("*sst2") == ["sst2", "smallbench:sst2"]
+
+
+def test_smallbench_asks_otherwise_than_glue():
     row = {"sentence": "Fine .", "label": 1}
-    (ours, theirs) = (find("sst2", style).ask(row) for style in ("smallbench", "lm_eval"))
+    (ours, theirs) = (find(name).ask(row) for name in ("smallbench:sst2", "sst2"))
     assert ours.prompt == "Sentence: Fine .\nSentiment:"
     assert theirs.prompt == "Fine .\nQuestion: Is this sentence positive or negative?\nAnswer:"
     assert ours.solution == theirs.solution == " positive"
@@ -89,7 +96,7 @@ def test_the_same_name_is_another_question_in_another_style():
     ],
 )
 def test_smallbench_reads_as_it_was_given(name, row, read):
-    question = find(name, "smallbench").ask(row)
+    question = find(f"smallbench:{name}").ask(row)
     assert question.prompt + question.solution == read
 
 
@@ -97,27 +104,37 @@ def test_smallbench_reads_as_it_was_given(name, row, read):
     ("call", "message"),
     [
         (lambda: find("mmlu"), r'mmlu is a suite of 57 tasks.*`lmeval.suite\(lm, "mmlu"\)`.*such as "mmlu_abstract_algebra"'),
-        (
-            lambda: find("bolq"),
-            r"no task 'bolq' of style 'lm_eval'. Did you mean boolq\? Tasks of this style are cola, .*mmlu_\*",
-        ),
+        (lambda: find_suite("boolq"), r'boolq is a task, not a suite. Ask it by `lmeval.task\(lm, "boolq"\)`'),
+    ],
+)
+def test_a_suite_is_no_task_and_a_task_no_suite(call, message):
+    with pytest.raises(TaskError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: find("bolq"), r"no task 'bolq'. Did you mean boolq\? There are: arc, .*mmlu and 57 more of mmlu, piqa,"),
         (lambda: find("mmlu_astronomie"), r"Did you mean mmlu_astronomy"),
-        (
-            lambda: find("cola", "smallbench"),
-            r"Tasks of this style are sst2, rte, boolq, mrpc.* It is a task of style 'lm_eval'",
-        ),
-        (lambda: find("boolq", "smalbench"), r"no style 'smalbench' of prompts; styles are lm_eval, smallbench"),
-        (
-            lambda: find_suite("boolq"),
-            r'no suite \'boolq\'. "boolq" is a task: `lmeval.task\(lm, "boolq"\)`. Suites are arc, glue',
-        ),
+        (lambda: find("smallbench:cola"), r"Did you mean smallbench:boolq"),
+        (lambda: find("boolq:1"), r"no task 'boolq:1'. Did you mean boolq\?"),
         (lambda: find_suite("super_glue"), r"Did you mean superglue"),
-        (lambda: find_suite("glue", "smallbench"), r"the suite glue has the prompts of style 'lm_eval' only"),
     ],
 )
 def test_an_unknown_name_is_told_with_those_there_are(call, message):
-    with pytest.raises(TaskError, match=message):
+    with pytest.raises(RegistryError, match=message):
         call()
+
+
+def test_the_public_names_of_tasks_are_there():
+    assert sorted(tasks.__all__) == tasks.__all__
+    assert all(hasattr(tasks, name) for name in tasks.__all__)
+
+
+def test_two_of_a_family_cannot_have_the_same_name():
+    with pytest.raises(TaskError, match="two of boolq, boolq have the same name"):
+        tasks.by_name(find("boolq"), find("boolq"))
 
 
 @pytest.mark.parametrize(
@@ -212,8 +229,6 @@ def test_stdlib_next_asks_what_it_says(questions):
 
 
 def test_the_right_continuation_stands_where_the_passage_ends(questions):
-    from pytest_lmeval.data import corpus
-
     texts = {document.name: document.text for document in corpus("stdlib", "test").documents()}
     for row in questions:
         text = texts[row["document"]]
@@ -255,10 +270,10 @@ def loaded_by(code):
     return in_a_new_process(f"{code}; import json, sys; print(json.dumps(sorted(sys.modules)))")
 
 
-def test_finding_a_task_loads_nothing_heavy_and_no_other_family():
+def test_finding_a_task_loads_nothing_heavy():
     modules = loaded_by("from pytest_lmeval.tasks import find; find('boolq')")
+    assert "pytest_lmeval.tasks.superglue" in modules
     assert not {"torch", "numpy", "datasets", "transformers"} & set(modules)
-    assert [name for name in modules if name.startswith("pytest_lmeval.tasks.")] == ["pytest_lmeval.tasks.superglue"]
 
 
 def test_this_test_can_fail():

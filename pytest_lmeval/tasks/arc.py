@@ -6,8 +6,8 @@ letters, and are not always four.
 
 from __future__ import annotations
 
-from pytest_lmeval.data.rows import Row, Rows
-from pytest_lmeval.tasks.questions import Choices, Suite, Task
+from pytest_lmeval.data import Row, Rows
+from pytest_lmeval.tasks import Choices, Suite, Task, by_name
 
 
 def arc(row: Row) -> Choices:
@@ -16,10 +16,10 @@ def arc(row: Row) -> Choices:
     return Choices(f"Question: {row['question']}\nAnswer:", tuple(f" {text}" for text in row["choices"]["text"]), answer)
 
 
-def task(name: str, config: str) -> Task:
+def _task(name: str, config: str) -> Task:
     rows = Rows("allenai/ai2_arc", config, "test")
     return Task(name, rows, arc, ("accuracy", "accuracy_per_character"), shots=rows.of("train"), style="lm_eval")
 
 
-TASKS = (task("arc_easy", "ARC-Easy"), task("arc_challenge", "ARC-Challenge"))
-SUITE = Suite("arc", TASKS)
+SUITE = Suite("arc", (_task("arc_easy", "ARC-Easy"), _task("arc_challenge", "ARC-Challenge")))
+REGISTERED = by_name(SUITE, *SUITE.tasks)

@@ -1,13 +1,14 @@
 """GLUE (Wang et al. 2018, arXiv:1804.07461): sentences and pairs of sentences, each with a label. Prompts of lm_eval.
 
-A page like this is all there is to a family: how a row of each task reads, and where its rows lie. The test split's labels
+A page like this and a line in pyproject.toml are all there is to a family: how a row of each task reads, and where its rows
+lie. The test split's labels
 are hidden (-1), so questions are taken from the validation split, and examples to show from the training split.
 """
 
 from __future__ import annotations
 
-from pytest_lmeval.data.rows import Row, Rows
-from pytest_lmeval.tasks.questions import Ask, Choices, Suite, Task, id_of
+from pytest_lmeval.data import Row, Rows
+from pytest_lmeval.tasks import Ask, Choices, Suite, Task, by_name, id_of
 
 
 def cola(row: Row) -> Choices:
@@ -59,7 +60,7 @@ def wnli(row: Row) -> Choices:
     return Choices(prompt, (" False", " True"), row["label"])
 
 
-def task(name: str, ask: Ask, *metrics: str, config: str = "", split: str = "validation") -> Task:
+def _task(name: str, ask: Ask, *metrics: str, config: str = "", split: str = "validation") -> Task:
     rows = Rows("nyu-mll/glue", config or name, split)
     return Task(name, rows, ask, metrics or ("accuracy",), shots=rows.of("train"), style="lm_eval")
 
@@ -67,15 +68,16 @@ def task(name: str, ask: Ask, *metrics: str, config: str = "", split: str = "val
 SUITE = Suite(
     "glue",
     (
-        task("cola", cola, "matthews"),
-        task("sst2", sst2),
-        task("mrpc", mrpc, "accuracy", "f1"),
-        task("qqp", qqp, "accuracy", "f1"),
-        task("mnli", mnli, split="validation_matched"),
-        task("qnli", qnli),
-        task("rte", rte),
-        task("wnli", wnli),
+        _task("cola", cola, "matthews"),
+        _task("sst2", sst2),
+        _task("mrpc", mrpc, "accuracy", "f1"),
+        _task("qqp", qqp, "accuracy", "f1"),
+        _task("mnli", mnli, split="validation_matched"),
+        _task("qnli", qnli),
+        _task("rte", rte),
+        _task("wnli", wnli),
     ),
 )
 # The same questions about kinds of text that are not in the training split: reported beside mnli, no part of the average.
-TASKS = (*SUITE.tasks, task("mnli_mismatch", mnli, config="mnli", split="validation_mismatched"))
+MISMATCHED = _task("mnli_mismatch", mnli, config="mnli", split="validation_mismatched")
+REGISTERED = by_name(SUITE, *SUITE.tasks, MISMATCHED)

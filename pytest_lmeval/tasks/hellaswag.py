@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import re
 
-from pytest_lmeval.data.rows import Row, Rows
-from pytest_lmeval.tasks.questions import Choices, Task
+from pytest_lmeval.data import Row, Rows
+from pytest_lmeval.tasks import Choices, Task, by_name
 
 
 def hellaswag(row: Row) -> Choices:
     """The label is a text, and an empty one in the test split, where it is hidden."""
     scene = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
     label = -1 if row["label"] == "" else int(row["label"])
-    return Choices(clean(scene), tuple(f" {clean(ending)}" for ending in row["endings"]), label)
+    return Choices(_clean(scene), tuple(f" {_clean(ending)}" for ending in row["endings"]), label)
 
 
-def clean(text: str) -> str:
+def _clean(text: str) -> str:
     """Without the marks that WikiHow's headings left in brackets."""
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return text.replace("  ", " ")
@@ -27,4 +27,5 @@ def clean(text: str) -> str:
 
 ROWS = Rows("Rowan/hellaswag", split="validation")
 METRICS = ("accuracy", "accuracy_per_character")
-TASKS = (Task("hellaswag", ROWS, hellaswag, METRICS, shots=ROWS.of("train"), style="lm_eval"),)
+TASK = Task("hellaswag", ROWS, hellaswag, METRICS, shots=ROWS.of("train"), style="lm_eval")
+REGISTERED = by_name(TASK)

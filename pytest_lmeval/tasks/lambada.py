@@ -7,8 +7,8 @@ the case and the marks of the books. There are no examples to show: the dataset 
 
 from __future__ import annotations
 
-from pytest_lmeval.data.rows import Row, Rows
-from pytest_lmeval.tasks.questions import Choices, Task
+from pytest_lmeval.data import Row, Rows
+from pytest_lmeval.tasks import Choices, Task, by_name
 
 
 def lambada(row: Row) -> Choices:
@@ -18,4 +18,5 @@ def lambada(row: Row) -> Choices:
 
 
 ROWS = Rows("EleutherAI/lambada_openai", "default", "test")
-TASKS = (Task("lambada_openai", ROWS, lambada, ("greedy_match", "perplexity"), style="lm_eval"),)
+TASK = Task("lambada_openai", ROWS, lambada, ("greedy_match", "perplexity"), style="lm_eval")
+REGISTERED = by_name(TASK)

@@ -6,8 +6,8 @@ questions are shown the same ones, in the same order. The suite's average counts
 
 from __future__ import annotations
 
-from pytest_lmeval.data.rows import Row, Rows
-from pytest_lmeval.tasks.questions import Choices, Suite, Task
+from pytest_lmeval.data import Row, Rows
+from pytest_lmeval.tasks import Choices, Suite, Task, by_name
 
 SUBJECTS = [
     "abstract_algebra", "anatomy", "astronomy", "business_ethics", "clinical_knowledge", "college_biology",
@@ -32,7 +32,7 @@ def mmlu(row: Row) -> Choices:
     return Choices(prompt, (" A", " B", " C", " D"), row["answer"])
 
 
-def task(subject: str) -> Task:
+def _task(subject: str) -> Task:
     rows = Rows("cais/mmlu", subject, "test")
     about = subject.replace("_", " ")
     return Task(
@@ -46,5 +46,5 @@ def task(subject: str) -> Task:
     )
 
 
-TASKS = tuple(map(task, SUBJECTS))
-SUITE = Suite("mmlu", TASKS, weighted=True)
+SUITE = Suite("mmlu", tuple(map(_task, SUBJECTS)), weighted=True)
+REGISTERED = by_name(SUITE, *SUITE.tasks)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pytest_lmeval.data.rows import Row, Rows
-from pytest_lmeval.tasks.questions import Choices, Task
+from pytest_lmeval.data import Row, Rows
+from pytest_lmeval.tasks import Choices, Task, by_name
 
 
 def piqa(row: Row) -> Choices:
@@ -13,4 +13,5 @@ def piqa(row: Row) -> Choices:
 
 ROWS = Rows("baber/piqa", split="validation")
 METRICS = ("accuracy", "accuracy_per_character")
-TASKS = (Task("piqa", ROWS, piqa, METRICS, shots=ROWS.of("train"), style="lm_eval"),)
+TASK = Task("piqa", ROWS, piqa, METRICS, shots=ROWS.of("train"), style="lm_eval")
+REGISTERED = by_name(TASK)

@@ -128,7 +128,7 @@ class Task:
     between      what stands between an example and what follows it
     judge        of an answer in the making: True or False as soon as it is certain, else None; see `metrics` "rate"
     threshold    of the rate of answers that were judged True: is it above or below? Asked no longer than until that is certain
-    style        whose prompts these are; part of the record
+    style        whose prompts these are: "lm_eval" are those of that harness; kept in the record
     version      raised when the prompts or the rules change
     """
 
@@ -174,6 +174,9 @@ class Suite:
     tasks: tuple[Task, ...]
     weighted: bool = False
 
+    def __str__(self) -> str:
+        return self.name
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "tasks", _several("tasks", self.tasks))
         if not self.tasks or not all(isinstance(task, Task) for task in self.tasks):
@@ -194,6 +197,14 @@ def id_of(row: Row) -> str:
     """Sixteen hex digits of a row's content: what it is called in files, and what its draws depend on."""
     content = json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(content.encode(errors="surrogatepass")).hexdigest()[:16]
+
+
+def by_name(*items: Task | Suite) -> dict[str, Task | Suite]:
+    """Tasks and suites by their names: what an entry point of a family leads to (see `pytest_lmeval.registry`)."""
+    found = {item.name: item for item in items}
+    if len(found) < len(items):
+        raise TaskError(f"two of {', '.join(map(str, items))} have the same name, so that one could not be found by it.")
+    return found
 
 
 def _several(name: str, value: Any) -> tuple[Any, ...]:

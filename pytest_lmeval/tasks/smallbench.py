@@ -1,4 +1,4 @@
-"""SmallBench: four tasks that small models can do, with short prompts of their own.
+"""SmallBench: four tasks that small models can do, with short prompts of their own: `smallbench:sst2` and so on.
 
 A choice counts by the mean of its tokens' log-probabilities, so accuracy_per_token stands first. SmallBench takes 500 + 277 +
 500 + 408 rows of the validation splits, after shuffling them with seed 42; here they come in their own order.
@@ -6,8 +6,8 @@ A choice counts by the mean of its tokens' log-probabilities, so accuracy_per_to
 
 from __future__ import annotations
 
-from pytest_lmeval.data.rows import Row, Rows
-from pytest_lmeval.tasks.questions import Ask, Choices, Suite, Task, id_of
+from pytest_lmeval.data import Row, Rows
+from pytest_lmeval.tasks import Ask, Choices, Suite, Task, by_name, id_of
 
 
 def sst2(row: Row) -> Choices:
@@ -33,11 +33,14 @@ def mrpc(row: Row) -> Choices:
     return Choices(prompt, (" no", " yes"), row["label"])
 
 
-def task(name: str, ask: Ask, dataset: str) -> Task:
+def _task(name: str, ask: Ask, dataset: str) -> Task:
     rows = Rows(dataset, name, "validation")
-    return Task(name, rows, ask, ("accuracy_per_token", "accuracy"), shots=rows.of("train"), style="smallbench")
+    return Task(f"smallbench:{name}", rows, ask, ("accuracy_per_token", "accuracy"), shots=rows.of("train"), style="smallbench")
 
 
 GLUE, SUPERGLUE = "nyu-mll/glue", "aps/super_glue"
-TASKS = (task("sst2", sst2, GLUE), task("rte", rte, GLUE), task("boolq", boolq, SUPERGLUE), task("mrpc", mrpc, GLUE))
-SUITE = Suite("smallbench", TASKS)
+SUITE = Suite(
+    "smallbench",
+    (_task("sst2", sst2, GLUE), _task("rte", rte, GLUE), _task("boolq", boolq, SUPERGLUE), _task("mrpc", mrpc, GLUE)),
+)
+REGISTERED = by_name(SUITE, *SUITE.tasks)

@@ -6,14 +6,14 @@ The prompt is that of lm_eval's squadv2; lm_eval 0.4.13 has no task for SQuAD 1.
 
 from __future__ import annotations
 
-from pytest_lmeval.data.rows import Row, Rows
+from pytest_lmeval.data import Row, Rows
 from pytest_lmeval.errors import TaskError
-from pytest_lmeval.tasks.questions import Generate, Task, id_of
+from pytest_lmeval.tasks import Generate, Task, by_name, id_of
 
 UNANSWERABLE = "unanswerable"  # what a model is to say, and is shown in examples, where the paragraph does not tell
 
 
-def prompt(row: Row) -> str:
+def _prompt(row: Row) -> str:
     return f"Title: {row['title']}\n\nBackground: {row['context']}\n\nQuestion: {row['question']}\n\nAnswer:"
 
 
@@ -23,7 +23,7 @@ def squad(row: Row) -> Generate:
         raise TaskError(
             "there is no answer, and each question of SQuAD 1.1 has one. Those of 2.0 are asked by the task squadv2."
         )
-    return Generate(prompt(row), tuple(row["answers"]["text"]), group=id_of({"context": row["context"]}))
+    return Generate(_prompt(row), tuple(row["answers"]["text"]), group=id_of({"context": row["context"]}))
 
 
 def squadv2(row: Row) -> Generate:
@@ -33,7 +33,7 @@ def squadv2(row: Row) -> Generate:
     there, since its threshold for the probability of "unanswerable" is 1 and is never crossed.
     """
     answers = tuple(row["answers"]["text"]) or (UNANSWERABLE, "")
-    return Generate(prompt(row), answers, group=id_of({"context": row["context"]}))
+    return Generate(_prompt(row), answers, group=id_of({"context": row["context"]}))
 
 
 SQUAD = Rows("rajpurkar/squad", split="validation")
@@ -44,3 +44,4 @@ TASKS = (
     Task("squad", SQUAD, squad, ("squad_f1", "exact_match"), shots=SQUAD.of("train")),
     Task("squadv2", SQUADV2, squadv2, ("squad_f1", "exact_match", *ANSWERED), shots=SQUADV2.of("train"), style="lm_eval"),
 )
+REGISTERED = by_name(*TASKS)

@@ -13,9 +13,8 @@ import random
 import re
 from collections.abc import Iterator
 
-from pytest_lmeval.data import Document, corpus
-from pytest_lmeval.data.rows import Row
-from pytest_lmeval.tasks.questions import Choices, Task, id_of
+from pytest_lmeval.data import Document, Row, corpus
+from pytest_lmeval.tasks import Choices, Task, by_name, id_of
 
 QUESTIONS = 200
 PASSAGE = re.compile(r"(?<!\S)(\S.{198,}?\S)( \S.{58})", re.DOTALL)  # from a word's beginning to a word's end, and 60 more
@@ -33,11 +32,11 @@ def rows() -> Iterator[Row]:
     >>> len(row["continuations"]), {len(text) for text in row["continuations"]}
     (4, {60})
     """
-    questions = [row for document in corpus("stdlib", "test").documents() for row in of_document(document)]
+    questions = [row for document in corpus("stdlib", "test").documents() for row in _of_document(document)]
     yield from sorted(questions, key=id_of)[:QUESTIONS]
 
 
-def of_document(document: Document) -> Iterator[Row]:
+def _of_document(document: Document) -> Iterator[Row]:
     found = [match.groups() for match in PASSAGE.finditer(document.text) if match.group().isascii()]
     for passage, right in found:
         others = sorted({text for _, text in found} - {right})
@@ -50,4 +49,5 @@ def of_document(document: Document) -> Iterator[Row]:
         yield {"document": document.name, "passage": passage, "continuations": continuations, "answer": answer}
 
 
-TASKS = (Task("stdlib_next", rows, stdlib_next),)
+TASK = Task("stdlib_next", rows, stdlib_next)
+REGISTERED = by_name(TASK)

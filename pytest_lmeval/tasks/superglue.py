@@ -5,9 +5,9 @@ Where rows share a passage, their answers are not independent: `group` says so, 
 
 from __future__ import annotations
 
-from pytest_lmeval.data.rows import Row, Rows
+from pytest_lmeval.data import Row, Rows
 from pytest_lmeval.errors import TaskError
-from pytest_lmeval.tasks.questions import Ask, Choices, Suite, Task, id_of
+from pytest_lmeval.tasks import Ask, Choices, Suite, Task, by_name, id_of
 
 
 def boolq(row: Row) -> Choices:
@@ -88,19 +88,22 @@ def wsc(row: Row) -> Choices:
     return Choices(prompt, (" no", " yes"), row["label"], group=id_of({"text": text}))
 
 
-def task(name: str, ask: Ask, *metrics: str, config: str = "") -> Task:
+def _task(name: str, ask: Ask, *metrics: str, config: str = "") -> Task:
     rows = Rows("aps/super_glue", config or name, "validation")
     return Task(name, rows, ask, metrics or ("accuracy",), shots=rows.of("train"), style="lm_eval")
 
 
-TASKS = (
-    task("boolq", boolq),
-    task("cb", cb, "accuracy", "f1_macro"),
-    task("copa", copa),
-    task("multirc", multirc),
-    task("record", record, "squad_f1", "exact_match"),
-    task("sglue_rte", rte, config="rte"),
-    task("wic", wic),
-    task("wsc", wsc, config="wsc.fixed"),
+SUITE = Suite(
+    "superglue",
+    (
+        _task("boolq", boolq),
+        _task("cb", cb, "accuracy", "f1_macro"),
+        _task("copa", copa),
+        _task("multirc", multirc),
+        _task("record", record, "squad_f1", "exact_match"),
+        _task("sglue_rte", rte, config="rte"),
+        _task("wic", wic),
+        _task("wsc", wsc, config="wsc.fixed"),
+    ),
 )
-SUITE = Suite("superglue", TASKS)
+REGISTERED = by_name(SUITE, *SUITE.tasks)
