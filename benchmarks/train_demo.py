@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from pytest_lmeval.data import stdlib
+from pytest_lmeval.data import corpus
 from pytest_lmeval.zoo.demo import WEIGHTS, Demo
 
 ROWS, LENGTH = 16, 512
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def read(split: str) -> Tensor:
-    text = "".join(document.text for document in stdlib.load(split).documents())
+    text = "".join(document.text for document in corpus("stdlib", split).documents())
     return torch.tensor(list(text.encode()))
 
 

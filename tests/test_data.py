@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import Functional
 
-from pytest_lmeval.data import Document, corpus, files
+from pytest_lmeval.data import Document, check, corpus, files
 from pytest_lmeval.data.rows import resilient
 from pytest_lmeval.data.tokens import TokenReader
-from pytest_lmeval.errors import CorpusError
+from pytest_lmeval.errors import CorpusError, RegistryError
 from pytest_lmeval.models.sources import as_model
 
 BYTES = as_model(Functional(vocab=256))
@@ -134,15 +134,41 @@ def test_a_file_that_holds_no_ids_is_refused(tmp_path, content, says):
 @pytest.mark.parametrize(
     ("name", "split", "says"),
     [
-        ("wikitext", "test", "unknown corpus 'wikitext'"),
         ("stdlib", "dev", "unknown split 'dev'"),
         ("c4", "test", "c4 has no split 'test'; it has train, validation"),
         ("text:nowhere.txt", "test", "there is no file nowhere.txt"),
+        ("text", "test", "text names no file: write text:PATH"),
+        ("jsonl:", "test", "jsonl names no file: write jsonl:PATH"),
+        ("stdlib:all", "test", "stdlib:all: stdlib has no options"),
+        ("ptb:all", "test", "ptb:all: ptb has no options"),
     ],
 )
 def test_what_is_unknown_is_named(name, split, says):
     with pytest.raises(CorpusError, match=says):
         corpus(name, split)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("wikitext", r"no corpus 'wikitext'. Did you mean wikitext-2\? There are: automaton, .*, and OWNER/NAME of the .* hub"),
+        ("txt:notes", r"Did you mean text\?"),
+        ("a.txt", r"A file is named as text:a\.txt"),
+        ("./a.txt", r"A file is named as text:\./a\.txt"),
+        ("/a.txt", r"no corpus '/a\.txt'"),
+    ],
+)
+def test_an_unknown_name_is_told_with_the_nearest(tmp_path, monkeypatch, name, says):
+    (tmp_path / "a.txt").touch()
+    monkeypatch.chdir(tmp_path)
+    for ask in (corpus, check):
+        with pytest.raises(RegistryError, match=says):
+            ask(name)
+
+
+@pytest.mark.parametrize("name", ["stdlib", "wikitext-2", "text:nowhere.txt", "recall:keys=9", "openai/gsm8k:main#question"])
+def test_a_name_can_be_checked_without_reading_anything(name):
+    check(name)
 
 
 # ------------------------------------------------------------------------------------------- the hub

@@ -101,7 +101,6 @@ def test_fingerprints_tell_texts_apart():
         ("recall:window=3", "'window=3' is no option of recall"),
         ("recall:keys=5000", r"recall:keys=5000,values=16,skew=0: there can be 2 to 4096 keys"),
         ("recall:values=3", "2, 4, 8 or 16 values"),
-        ("automata", "unknown corpus 'automata'. Corpora are stdlib, automaton, recall,"),
     ],
 )
 def test_an_option_that_is_none_is_named(name, says):

@@ -11,36 +11,62 @@
 
 The synthetic texts take options in their names: `automaton:size=1M,seed=3`, `recall:keys=1024`.
 Datasets of the hub are streamed, never downloaded whole; `data_dir` replaces the hub by a local mirror.
+
+Another package registers a corpus as a function `(rest, split) -> Corpus`, with a keyword `data_dir` if it reads the mirror;
+`rest` is the text behind the first colon of the name (see `pytest_lmeval.registry`).
 """
 
 from __future__ import annotations
 
+import os.path
 from pathlib import Path
+from typing import Any
 
+from pytest_lmeval import registry
 from pytest_lmeval.data.corpus import SPLITS, Corpus, Document
-from pytest_lmeval.errors import CorpusError
+from pytest_lmeval.data.rows import Row, Rows
+from pytest_lmeval.errors import CorpusError, RegistryError
 
-__all__ = ["Corpus", "CorpusError", "Document", "corpus"]
+__all__ = ["Corpus", "Document", "Row", "Rows", "check", "corpus"]
 
 
 def corpus(name: str, split: str = "test", *, data_dir: str | Path | None = None) -> Corpus:
-    """The corpus called `name`. Raises CorpusError for an unknown name or split, and for a file that is not there."""
+    """The corpus of this name.
+
+    Raises RegistryError for an unknown name, with the nearest, and CorpusError for an unknown split and a file that is not
+    there.
+    """
     if split not in SPLITS:
         raise CorpusError(f"unknown split {split!r}; splits are {', '.join(SPLITS)}.")
-    from pytest_lmeval.data import automaton, files, hub, recall, stdlib
+    factory, rest = _factory(name)
+    found = factory(rest, split, **registry.accepted(factory, data_dir=data_dir))
+    if not isinstance(found, Corpus):
+        raise CorpusError(f"what is registered as the corpus {name!r} returned a {type(found).__name__}: it must be a Corpus.")
+    return found
 
-    scheme, colon, rest = name.partition(":")
-    if name == "stdlib":
-        return stdlib.load(split)
-    if scheme == "automaton":
-        return automaton.corpus(rest, split)
-    if scheme == "recall":
-        return recall.corpus(rest, split)
-    if colon and scheme in files.SCHEMES:
-        return files.SCHEMES[scheme](rest, split)
-    if name in hub.KNOWN or "/" in scheme:
-        return hub.load(name, split, data_dir=data_dir)
-    raise CorpusError(
-        f"unknown corpus {name!r}. Corpora are stdlib, automaton, recall, text:PATH, jsonl:PATH#FIELD, tokens:PATH, "
-        f"{', '.join(hub.KNOWN)}, and OWNER/NAME of the Hugging Face hub."
-    )
+
+def check(name: str) -> None:
+    """Raises RegistryError for an unknown name; reads nothing, and imports nothing that this does not need."""
+    known = registry.names("corpora")
+    if name not in known and name.partition(":")[0] not in known and not _is_of_the_hub(name):
+        raise _unknown(name)
+
+
+def _factory(name: str) -> tuple[Any, str]:
+    """What makes the corpus, and the text that it is given. A name that is not registered may be one of the hub."""
+    if found := registry.resolve("corpora", name):
+        return found[0], found[1] or ""
+    if not _is_of_the_hub(name):
+        raise _unknown(name)
+    from pytest_lmeval.data import hub
+
+    return hub.load, name
+
+
+def _is_of_the_hub(name: str) -> bool:
+    return "/" in name.partition(":")[0] and not name.startswith((".", "/", "~")) and not os.path.isfile(name)
+
+
+def _unknown(name: str) -> RegistryError:
+    also = ", and OWNER/NAME of the Hugging Face hub"
+    return registry.unknown("corpora", name, f"{also}. A file is named as text:{name}" if os.path.isfile(name) else also)

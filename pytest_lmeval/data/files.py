@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from pytest_lmeval.data.corpus import Corpus, Document
@@ -16,8 +16,7 @@ EDGE = 1 << 20  # bytes at either end of a file that its fingerprint reads
 
 def text(path: str, split: str) -> Corpus:
     """One text, in parts that end with a line. In a folder: the file of the split, SPLIT.txt."""
-    file = Path(path).expanduser()
-    file = _existing(file / f"{split}.txt" if file.is_dir() else file, f"text:{path}")
+    file = _file("text", path, f"{split}.txt")
 
     def documents() -> Iterator[Document]:
         with open(file, encoding="utf-8", newline="") as lines:
@@ -37,8 +36,7 @@ def jsonl(path: str, split: str) -> Corpus:
     """One document a line, in the named field."""
     path, _, field = path.partition("#")
     field = field or "text"
-    file = Path(path).expanduser()
-    file = _existing(file / f"{split}.jsonl" if file.is_dir() else file, f"jsonl:{path}")
+    file = _file("jsonl", path, f"{split}.jsonl")
 
     def documents() -> Iterator[Document]:
         with open(file, "rb") as lines:
@@ -52,8 +50,7 @@ def tokens(path: str, split: str) -> Corpus:
     """Ids [T], or frames of codes [T, k], from a .npy file, memory-mapped: a slice is read when it is scored."""
     import numpy as np
 
-    file = Path(path).expanduser()
-    file = _existing(file / f"{split}.npy" if file.is_dir() else file, f"tokens:{path}")
+    file = _file("tokens", path, f"{split}.npy")
     try:
         ids = np.load(file, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
@@ -71,9 +68,6 @@ def tokens(path: str, split: str) -> Corpus:
     return Corpus(f"tokens:{path}", split, documents, fingerprint(file), tokenized=True, size=len(ids))
 
 
-SCHEMES: dict[str, Callable[[str, str], Corpus]] = {"text": text, "jsonl": jsonl, "tokens": tokens}
-
-
 def fingerprint(file: Path) -> str:
     """A hash of the file's size, of when it was last written, and of its first and last megabyte."""
     size = file.stat().st_size
@@ -85,10 +79,15 @@ def fingerprint(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _existing(file: Path, name: str) -> Path:
+def _file(scheme: str, path: str, own: str) -> Path:
+    """The file that the path names; in a folder, the split's `own`."""
+    if not path:
+        raise CorpusError(f"{scheme} names no file: write {scheme}:PATH.")
+    file = Path(path).expanduser()
+    file = file / own if file.is_dir() else file
     if not file.is_file():
         raise CorpusError(
-            f"{name}: there is no file {file}" + (f" (looked from {Path.cwd()})." if not file.is_absolute() else ".")
+            f"{scheme}:{path}: there is no file {file}" + (f" (looked from {Path.cwd()})." if not file.is_absolute() else ".")
         )
     return file.resolve()
 

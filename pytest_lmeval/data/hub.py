@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,20 @@ KNOWN = {
 
 
 def load(name: str, split: str, *, data_dir: str | Path | None = None) -> Corpus:
-    source = KNOWN.get(name) or _parse(name)
+    """OWNER/NAME[:CONFIG][#FIELD]"""
+    return _read(name, _parse(name), split, data_dir)
+
+
+def _known(name: str, rest: str, split: str, *, data_dir: str | Path | None = None) -> Corpus:
+    if rest:
+        raise CorpusError(f"{name}:{rest}: {name} has no options. Any dataset is OWNER/NAME[:CONFIG][#FIELD].")
+    return _read(name, KNOWN[name], split, data_dir)
+
+
+CORPORA = {name: functools.partial(_known, name) for name in KNOWN}
+
+
+def _read(name: str, source: Source, split: str, data_dir: str | Path | None) -> Corpus:
     if split not in source.splits:
         raise CorpusError(f"{name} has no split {split!r}; it has {', '.join(source.splits)}.")
     rows = source.rows.of(split)

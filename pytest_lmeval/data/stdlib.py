@@ -33,8 +33,10 @@ NOT_LIBRARY |= {"lib2to3", "turtledemo", "ensurepip", "pydoc_data"}
 LONG = 80  # characters from which on a paragraph is no phrase that anybody would write again
 
 
-def load(split: str) -> Corpus:
-    """The stdlib corpus of a split, read as one stream."""
+def load(given: str, split: str) -> Corpus:
+    """The corpus `stdlib`, read as one stream. It has no options: nothing is `given`."""
+    if given:
+        raise CorpusError(f"stdlib:{given}: stdlib has no options.")
     documents = _documents()[split]
     content = "".join(document.text for document in documents).encode()
     digest = hashlib.sha256(content).hexdigest()
