@@ -1,6 +1,7 @@
 """Every form of model is recognised by looking at it and stepped alike; a spec that names nothing says so."""
 
 import gc
+import importlib
 import weakref
 from contextlib import contextmanager
 
@@ -9,8 +10,11 @@ import pytest
 import torch
 from toys import CARRYING, Functional, GetSetState, PortableStreaming, Stateless, Stepper, Streaming
 
+from pytest_lmeval import registry
 from pytest_lmeval.errors import ModelError, SpecError
-from pytest_lmeval.models.sources import ZOO, as_model, load, resolve_device
+from pytest_lmeval.models import precision, specs
+from pytest_lmeval.models.sources import as_model, load, resolve_device
+from pytest_lmeval.models.specs import split
 from pytest_lmeval.stream import stream
 
 IDS = np.random.default_rng(0).integers(0, 32, 70)
@@ -165,9 +169,113 @@ def test_the_demo_loads_in_each_precision():
     assert load("demo@fp16", bits=32).dtype == torch.float16
 
 
+def test_a_folder_that_exists_is_no_precision(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert split("hf:./model@int8", None) == ("hf:./model", "int8")
+    (tmp_path / "model@int8").mkdir()
+    assert split("hf:./model@int8", None) == ("hf:./model@int8", "")
+    assert split("hf:model@int8", 16) == ("hf:model@int8", "bf16")
+    assert split("hf:model@int8@fp16", None) == ("hf:model@int8", "fp16")
+    assert split("model@int8", None) == ("model", "int8"), "no folder is meant where no source reads one"
+    with pytest.raises(SpecError, match=r"^hf:\./model@int8 could not be loaded: .* is a folder here"):
+        load("hf:./model@int8")
+    with pytest.raises(
+        SpecError, match=r"^hf:\./model: there is no folder \./model \(looked from .*\). Did you mean hf:model@int8\?"
+    ):
+        load("hf:./model")
+
+
+def test_the_precisions_that_are_read_are_those_that_can_be_given():
+    assert tuple(precision.DTYPES) == specs.FLOATS
+    assert set(specs.BITS.values()) == {*specs.FLOATS, *specs.PACKED} - {"fp16"}
+
+
+# ------------------------------------------------------------------------------------ sources by their names
+
+
 def test_the_zoo_is_found_by_name():
-    assert "demo" in ZOO
+    assert {"zoo:demo", "zoo:mamba", "demo", "hf"} <= set(registry.names("models"))
     assert load("zoo:demo").vocab_size == 256
+
+
+SOURCES = """
+import torch
+from toys import Functional, Stepper
+from pytest_lmeval.models.sources import Loaded, as_model
+
+seen = []
+
+def plain():
+    return Functional()
+
+def of(rest):
+    return Functional(vocab=int(rest))
+
+def reading(rest, *, dtype=torch.float64, spec, trust_remote_code):
+    seen.append((rest, dtype, spec, trust_remote_code))
+    return Loaded(Functional().to(dtype), "bytes", 12)
+
+def whole():
+    return as_model(Functional(), spec="something else")
+
+def stepping(rest, **options):
+    assert not options
+    return Stepper()
+
+def keeps(rest, dtype=None):
+    return Functional()
+
+MODELS = {"family:one": plain, "family:two": "more_models:whole"}
+"""
+
+
+@pytest.fixture
+def sources(packages):
+    names = ("plain", "of", "reading", "whole", "stepping", "keeps")
+    packages("more-models", SOURCES, models={**{name: f"more_models:{name}" for name in names}, "family": "more_models:MODELS"})
+    return importlib.import_module("more_models")
+
+
+def test_a_source_of_another_package_is_called_with_what_it_takes(sources):
+    assert load("plain").vocab_size == load("family:one").vocab_size == 32
+    assert load("of:7").vocab_size == 7
+    assert load("stepping:x").form == "step"
+    assert load("plain@bf16").dtype == torch.bfloat16
+
+
+def test_a_source_reads_in_the_precision_and_says_how_it_was_saved(sources):
+    lm = load("reading:x:y@bf16", trust_remote_code=True)
+    assert (lm.dtype, lm.bytes_before, lm.spec) == (torch.bfloat16, 12, "reading:x:y@bf16")
+    assert lm.tokenizer.name == "bytes"
+    assert load("reading:z").dtype == torch.float64  # its own default
+    assert sources.seen == [
+        ("x:y", torch.bfloat16, "reading:x:y@bf16", True),
+        ("z", torch.float64, "reading:z", False),
+    ]
+    with pytest.raises(SpecError, match=r"keeps:x@bf16 cannot be had: 0.0% of the"):
+        load("keeps:x@bf16")
+
+
+def test_a_model_that_a_source_has_made_is_known_by_its_spec(sources):
+    assert load("whole").spec == "whole"
+    assert load("family:two").spec == "family:two"
+    with pytest.raises(SpecError, match="precision of Model cannot be set"):
+        load("whole@bf16")
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("of", r"of: its model source cannot be called with nothing behind a colon: missing a required argument: 'rest'"),
+        ("plain:x", "plain:x: its model source cannot be called with the text 'x' behind the colon: too many"),
+        ("demo:x", "demo:x: its model source cannot be called with the text 'x'"),
+        ("family:onne", r"unknown model spec 'family:onne'.* Did you mean family:one\?"),
+        ("plian", r"Did you mean plain\?"),
+    ],
+)
+def test_a_source_that_cannot_be_called_so_is_refused(sources, spec, says):
+    with pytest.raises(SpecError, match=says):
+        load(spec)
 
 
 def test_a_callable_beside_the_tests_is_found(tmp_path, monkeypatch):
@@ -181,14 +289,21 @@ def test_a_callable_beside_the_tests_is_found(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
-        ("gpt2", "did you mean hf:gpt2"),
-        ("zoo:nothing", "not in the zoo; it holds demo"),
-        ("no.such.module:build", "cannot be imported"),
+        ("gpt2", "Did you mean hf:gpt2"),
+        ("mamba", r"Did you mean zoo:mamba\?"),
+        ("zoo:mambo", r"unknown model spec 'zoo:mambo'.* Did you mean zoo:mamba\?"),
+        ("zooo:mamba", r"unknown model spec .* Did you mean zoo:mamba\?"),
+        ("no.such.module:build", "unknown model spec 'no.such.module:build'.*No module named 'no'"),
+        ("importlib.nothing:build", "cannot be imported"),
         ("toys:nothing", "cannot be imported"),
-        ("demo@fp8", "unknown precision @fp8"),
+        ("demo@fp8", "unknown precision @fp8. Known are @fp32"),
+        ("demo@bf6", r"unknown precision @bf6. Did you mean bf16\?"),
         ("toys:Functional@int4", r"toys:Functional@int4 cannot be had: .* of GRU is no weight"),
         ("toys:Stepper@bf16", "precision of Stepper cannot be set"),
-        ("hf:/no/such/folder", "could not be loaded"),
+        ("hf:/no/such/folder", "there is no folder /no/such/folder"),
+        ("hf:no/such", "hf:no/such could not be loaded"),
+        ("hf", "hf: its model source cannot be called with nothing behind a colon"),
+        ("hf:", "hf: names no model: write hf:ID_OR_FOLDER"),
         ("", "unknown model spec"),
     ],
 )

@@ -12,10 +12,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pytest_lmeval.models.sources import ZOO, as_model, load
+from pytest_lmeval.models.sources import as_model, load
 from pytest_lmeval.profiling import peak as peaks
 from pytest_lmeval.profiling.flops import FORMULAS, Flops, count_flops, training_flops
 from pytest_lmeval.profiling.peak import peak_memory
+from pytest_lmeval.zoo import ZOO
 
 B, T = 2, 5
 
@@ -261,7 +262,7 @@ def test_a_model_of_the_zoo_costs_what_it_costs_by_hand(spec, rows, tokens):
 
 
 def test_every_model_of_the_zoo_is_counted_by_hand():
-    assert {spec.removeprefix("zoo:") for spec in OF_THE_ZOO} == set(ZOO)
+    assert set(OF_THE_ZOO) == set(ZOO)
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -1,16 +1,15 @@
 """The reference models: each reads in any pieces what it reads in one, and computes what its paper says token by token."""
 
-import importlib
-
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from pytest_lmeval import registry
 from pytest_lmeval.laws.probe import probe
 from pytest_lmeval.models.model import fork, state_bytes, state_dtypes
-from pytest_lmeval.models.sources import ZOO, load
+from pytest_lmeval.models.sources import load
 from pytest_lmeval.zoo.bk import LAPLACIAN, ResNetBK, both_ways, sweep
 from pytest_lmeval.zoo.lstm import LSTM
 from pytest_lmeval.zoo.mamba import Mamba
@@ -203,8 +202,7 @@ def test_a_window_reads_a_text_the_same_wherever_it_stands():
 
 @pytest.mark.parametrize("name", sorted({*SMALL, "bk"}))
 def test_loading_is_repeatable_and_leaves_random_numbers_alone(name):
-    file, function = ZOO[name].split(":")
-    build = getattr(importlib.import_module(f"pytest_lmeval.zoo.{file}"), function)
+    build = registry.find("models", f"zoo:{name}")
     before = torch.get_rng_state()
     model, again = build(), build()
     assert torch.equal(torch.get_rng_state(), before)

@@ -21,7 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from pytest_lmeval.errors import ModelError, SpecError
+from pytest_lmeval.models import specs
 from pytest_lmeval.models.model import Advance, Model, State, places, tokenizer_for
+from pytest_lmeval.models.sources import Loaded
 from pytest_lmeval.models.tensors import nbytes
 
 CACHE_NAMES = ("past_key_values", "cache_params", "state")
@@ -50,14 +52,14 @@ def is_transformers(source: Any) -> bool:
     return transformers is not None and isinstance(source, transformers.PreTrainedModel)
 
 
-def read(
-    name: str, *, spec: str, dtype: torch.dtype | None, trust_remote_code: bool
-) -> tuple[nn.Module, Words | Missing, int | None]:
-    """A causal LM from a folder or the hub, from safetensors or weights that hold nothing but tensors; its tokenizer; and the
-    bytes of its tensors as they were saved, if a `dtype` is given and the checkpoint names its own.
+def load(name: str, *, spec: str, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> Loaded:
+    """A causal LM from a folder or the hub, from safetensors or weights that hold nothing but tensors, and its tokenizer.
 
     dtype  the precision to read it in, but for what transformers itself keeps in float32; None: that of the checkpoint
+
+    `bytes_before` is that of the checkpoint, if a `dtype` is given and the checkpoint names its own.
     """
+    specs.check_path(spec, name)
     try:
         import transformers
     except ImportError as error:
@@ -69,9 +71,10 @@ def read(
         config = transformers.AutoConfig.from_pretrained(source, **options)
         module = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto", **options)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
+        where = "is a folder here" if folder.is_dir() else "is no folder here, so it was looked up on the hub"
         raise SpecError(
-            f"{spec} could not be loaded: {str(error).strip().splitlines()[0]} "
-            f"({name!r} is {'a' if folder.is_dir() else 'no'} folder here; otherwise it is looked up on the hub.)"
+            f"{spec} could not be loaded: {str(error).strip().splitlines()[0]} ({name!r} {where}.)"
+            + ("" if folder.is_dir() else specs.nearest_folder(name))
         ) from error
     tokenizer: Words | Missing
     try:
@@ -82,7 +85,7 @@ def read(
     before = None
     if isinstance(saved, torch.dtype):  # it says nothing of buffers: they are tables that the model fills for itself
         before = sum(p.numel() * saved.itemsize for p in module.parameters()) + sum(map(nbytes, module.buffers()))
-    return module.train(False), tokenizer, before
+    return Loaded(module.train(False), tokenizer, before)
 
 
 def adapt(module: nn.Module, *, spec: str, tokenizer: Any = None) -> Model:

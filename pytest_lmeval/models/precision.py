@@ -33,33 +33,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from pytest_lmeval.errors import SpecError
+from pytest_lmeval.models import specs
 from pytest_lmeval.models.identity import NEARLY_ALL, precision
 from pytest_lmeval.models.model import Model, multiplied, weights
+from pytest_lmeval.models.specs import BITS as BITS
+from pytest_lmeval.models.specs import PACKED
 from pytest_lmeval.models.tensors import FLOATS, is_packed, nbytes, precision_of
 
-DTYPES = {name: dtype for dtype, name in FLOATS.items() if name != "fp64"}
-PACKED = ("int8", "int4")
-BITS = {32: "fp32", 16: "bf16", 8: "int8", 4: "int4"}
+DTYPES = {name: dtype for dtype, name in FLOATS.items() if name in specs.FLOATS}
 GROUP = 32  # numbers of a row that share a scale, in int4
 COMPUTED = 0.5  # share of the multiply-adds that must be done in a float precision
 NAMED = 3  # tensors that a refusal names
-
-
-def split(spec: str, bits: int | None) -> tuple[str, str]:
-    """The spec without its suffix, and the precision that is asked for, empty if none is: the suffix, or that of `bits`.
-
-    >>> split("demo@int8", None), split("demo", 4), split("demo@fp32", 4), split("hf:./a@b/c", None)
-    (('demo', 'int8'), ('demo', 'int4'), ('demo', 'fp32'), ('hf:./a@b/c', ''))
-
-    Raises SpecError for a precision that is none of the known ones.
-    """
-    name, at, wanted = spec.rpartition("@")
-    if not at or "/" in wanted or ":" in wanted:
-        return spec, BITS[bits] if bits else ""
-    if wanted not in (*DTYPES, *PACKED):
-        known = ", ".join("@" + known for known in (*DTYPES, *PACKED))
-        raise SpecError(f"{spec}: unknown precision @{wanted}; known are {known}.")
-    return name, wanted
 
 
 def convert(module: nn.Module, wanted: str, spec: str) -> int:

@@ -1,4 +1,4 @@
-"""From what a user has to a `Model` that steps: by a spec (`load`) or by the object itself (`as_model`).
+"""Make a `Model` that steps from what a user has: from a spec (`load`), or from the object itself (`as_model`).
 
     demo                       the shipped byte-level model
     zoo:NAME                   a reference model of this package
@@ -6,41 +6,54 @@
     package.module:callable    whatever the callable returns: a torch module, or an object with `step`
 
 A suffix sets the precision: @fp32 @bf16 @fp16, and with torchao @int8 @int4 for the weights. One that cannot be had is refused
-(see `precision.py`). Each kind of model has its own file in this folder; which one drives an object is found out by looking at
-it, once, here.
+(see `precision.py`).
+
+All but the last are found in the registry (group `models`). What is registered is a function: `demo` is called without
+arguments, `hf` with the text behind the colon. It is given those of the keywords `spec`, `dtype` (only if the spec asks for a
+precision; it then reads the weights in it) and `trust_remote_code` that it has parameters for. It returns a torch module, an
+object with `step`, a `Model`, or `Loaded`.
 """
 
 from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import sys
 import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from pytest_lmeval import registry
 from pytest_lmeval.errors import ModelError, SpecError
+from pytest_lmeval.models import specs
 from pytest_lmeval.models.model import Model
 
-ZOO = {  # a file of zoo/, and the function in it that makes the model
-    "demo": "demo:load",
-    "transformer": "transformer:load",
-    "windowed": "transformer:load_windowed",
-    "lstm": "lstm:load",
-    "mamba": "mamba:load",
-    "mamba2": "mamba2:load",
-    "ttt": "ttt:load",
-    "moshi": "moshi:load",
-    "bk": "bk:load",
-    "causal-bk": "bk:load_causal",
-}
-LOADED: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
-"""Modules that specs have led to, and the precision that was given to them."""
+__all__ = ["FORMS", "Loaded", "as_model", "load", "resolve_device"]
 
 FORMS = ("transformers", "moshi", "streaming", "step", "get_set_state", "functional", "stateless")
+
+_converted: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+"""Modules that specs have led to, and the precision that was given to them."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a model source may return where the model alone does not say enough.
+
+    module        a torch module, or an object with `step`
+    tokenizer     see `as_model`
+    bytes_before  of the module's tensors as they were saved, if it was read in another precision than that
+    """
+
+    module: Any
+    tokenizer: Any = None
+    bytes_before: int | None = None
 
 
 def load(spec: str, *, device: str | torch.device = "cpu", bits: int | None = None, trust_remote_code: bool = False) -> Model:
@@ -49,29 +62,29 @@ def load(spec: str, *, device: str | torch.device = "cpu", bits: int | None = No
     bits               sets the precision where the spec has no suffix: 32, 16 (bfloat16), 8 or 4
     trust_remote_code  lets a model from the hub run its own code; never set it for a model that you do not know
 
-    Raises SpecError if the spec names nothing, or the precision cannot be had.
+    Raises SpecError if the spec names nothing, or the precision cannot be had, and RegistryError if two packages register it.
     """
-    from pytest_lmeval.models import huggingface, precision
+    from pytest_lmeval.models import precision
 
-    name, wanted = precision.split(spec, bits)
+    name, wanted = specs.split(spec, bits)
     shown = f"{name}@{wanted}" if wanted else name
-    scheme, _, rest = name.partition(":")
-    tokenizer, before = None, None
-    if scheme == "hf" and rest:
-        dtype = precision.DTYPES.get(wanted)
-        loaded, tokenizer, before = huggingface.read(rest, spec=shown, dtype=dtype, trust_remote_code=trust_remote_code)
-    else:
-        loaded = _named(name)
-    if isinstance(loaded, nn.Module):
-        loaded = _own(loaded, wanted, shown).to(device)
-        if scheme == "hf" and wanted in precision.DTYPES:
-            precision.refuse_kept(loaded, wanted, shown)  # was read so, but for what transformers keeps in float32
+    dtype = precision.DTYPES.get(wanted)
+    source, arguments, options = _source(name, spec=shown, dtype=dtype, trust_remote_code=trust_remote_code)
+    found = _called(source, arguments, options, shown)
+    loaded = found if isinstance(found, Loaded) else Loaded(found)
+    module, before = loaded.module, loaded.bytes_before
+    if isinstance(module, nn.Module):
+        module = _own(module, wanted, shown).to(device)
+        if dtype is not None and "dtype" in options:
+            precision.refuse_kept(module, wanted, shown)  # was read so, but for what the source keeps in float32
         elif wanted:
-            before = precision.convert(loaded, wanted, shown)
+            before = precision.convert(module, wanted, shown)
     elif wanted:
-        raise SpecError(f"{shown}: the precision of {type(loaded).__name__} cannot be set, since it is no torch module.")
+        raise SpecError(f"{shown}: the precision of {type(module).__name__} cannot be set, since it is no torch module.")
+    if isinstance(module, Model):
+        return replace(module, spec=shown)
     try:
-        lm = as_model(loaded, spec=shown, tokenizer=tokenizer)
+        lm = as_model(module, spec=shown, tokenizer=loaded.tokenizer)
     except ModelError as error:
         if not wanted:
             raise
@@ -127,37 +140,50 @@ def resolve_device(name: str) -> torch.device:
 
 def _own(module: nn.Module, wanted: str, spec: str) -> nn.Module:
     """The module, or a copy where it is to be converted and an earlier spec led to it: a callable may return one again."""
-    before = LOADED.get(module, "")
+    before = _converted.get(module, "")
     if before and before != wanted:
         raise SpecError(
             f"{spec}: it was asked for a model, and returned the one whose weights were made {before} before. They cannot be "
             "made as they were. Let it build a new one whenever it is called."
         )
-    if wanted and module in LOADED and not before:
+    if wanted and module in _converted and not before:
         module = copy.deepcopy(module)
-    LOADED[module] = wanted
+    _converted[module] = wanted
     return module
 
 
-def _named(name: str) -> Any:
-    """The object behind `demo`, `zoo:NAME` or `package.module:callable`."""
-    if name == "demo":
-        name = "zoo:demo"
-    if name.startswith("zoo:"):
-        if (model := name.removeprefix("zoo:")) not in ZOO:
-            raise SpecError(f"{name} is not in the zoo; it holds {', '.join(ZOO)}.")
-        name = f"pytest_lmeval.zoo.{ZOO[model]}"
-    module_path, colon, attribute = name.partition(":")
-    if not colon or not attribute or not all(part.isidentifier() for part in module_path.split(".")):
-        raise SpecError(
-            f"unknown model spec {name!r}. A spec is demo, zoo:NAME, hf:ID_OR_FOLDER or module.path:callable"
-            + (f"; did you mean hf:{name}?" if Path(name).is_dir() or not colon else ".")
-        )
+def _source(name: str, **options: Any) -> tuple[Callable[..., Any], tuple[str, ...], dict[str, Any]]:
+    """The function that makes the model, and what it is called with."""
+    if found := registry.resolve("models", name):
+        source, rest = found
+        given = {option: value for option, value in options.items() if value is not None}
+        return source, () if rest is None else (rest,), registry.accepted(source, **given)
+    return _imported(name), (), {}
+
+
+def _called(source: Callable[..., Any], arguments: tuple[str, ...], options: dict[str, Any], spec: str) -> Any:
+    try:
+        inspect.signature(source).bind(*arguments, **options)
+    except TypeError as error:
+        given = f"the text {arguments[0]!r} behind the colon" if arguments else "nothing behind a colon"
+        raise SpecError(f"{spec}: its model source cannot be called with {given}: {error}.") from error
+    except ValueError:  # some functions that are written in C do not tell
+        pass
+    return source(*arguments, **options)
+
+
+def _imported(name: str) -> Any:
+    """The object that `package.module:callable` names."""
+    if not specs.is_module_path(name):
+        raise specs.unknown(name)
+    module, _, attribute = name.partition(":")
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)  # as `python -m` does: a user's model usually lies beside their tests
     try:
-        module = importlib.import_module(module_path)
-        build = getattr(module, attribute)
+        return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        if error.name != module.partition(".")[0]:
+            raise SpecError(f"{name}: cannot be imported ({error}). A spec is module.path:callable.") from error
+        raise specs.unknown(name, f", and it cannot be imported ({error})") from error
     except (ImportError, AttributeError) as error:
         raise SpecError(f"{name}: cannot be imported ({error}). A spec is module.path:callable.") from error
-    return build()

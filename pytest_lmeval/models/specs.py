@@ -1,0 +1,117 @@
+"""Read a model spec without importing torch: split off its precision, and check whether it can name anything here.
+
+A spec is `NAME[:REST][@PRECISION]`. The name is found in the registry (group `models`), or is a module: `module.path:callable`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.machinery
+import importlib.util
+import itertools
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from pytest_lmeval import registry
+from pytest_lmeval.errors import SpecError, nearest
+
+FLOATS = ("fp32", "bf16", "fp16")
+PACKED = ("int8", "int4")
+BITS = {32: "fp32", 16: "bf16", 8: "int8", 4: "int4"}
+
+
+def split(spec: str, bits: int | None) -> tuple[str, str]:
+    """The spec without its suffix, and the precision that is asked for, empty if none is: the suffix, or that of `bits`.
+
+    >>> split("demo@int8", None), split("demo", 4), split("demo@fp32", 4), split("hf:./a@b/c", None)
+    (('demo', 'int8'), ('demo', 'int4'), ('demo', 'fp32'), ('hf:./a@b/c', ''))
+
+    A file or folder that exists is never cut: of `hf:./model@int8`, where `./model@int8` is there, all is its path.
+
+    Raises SpecError for a precision that is none of the known ones.
+    """
+    name, at, wanted = spec.rpartition("@")
+    if not at or "/" in wanted or ":" in wanted or _exists(spec.partition(":")[2]):
+        return spec, BITS[bits] if bits else ""
+    if wanted not in (known := (*FLOATS, *PACKED)):
+        raise SpecError(
+            f"{spec}: unknown precision @{wanted}.{nearest(wanted, known)} Known are {', '.join('@' + one for one in known)}."
+        )
+    return name, wanted
+
+
+def check(spec: str, folders: Iterable[Path] = ()) -> None:
+    """Raises SpecError for a spec that names nothing here, and for a folder that is not there; loads nothing.
+
+    What it lets pass may still fail: a model of the hub is not looked up, and a module is not imported.
+
+    folders  whose modules, in whatever folder of theirs, may be on `sys.path` by the time the spec is loaded
+    """
+    name = split(spec, None)[0]
+    head, _, rest = name.partition(":")
+    known = registry.names("models")
+    if head == "hf":
+        check_path(name, rest)
+    elif name not in known and head not in known:
+        module = head.partition(".")[0]
+        if not is_module_path(name):
+            raise unknown(name)
+        if not _is_importable(module, folders):
+            raise unknown(name, f", and there is no module {module!r}")
+
+
+def is_module_path(name: str) -> bool:
+    """Whether it reads as `module.path:callable`."""
+    module, _, attribute = name.partition(":")
+    return attribute.isidentifier() and all(part.isidentifier() for part in module.split("."))
+
+
+def unknown(name: str, also: str = "") -> SpecError:
+    """The error for a spec that names nothing: it tells the nearest name."""
+    known = registry.names("models")
+    near = nearest(name, known) or nearest(name.partition(":")[0], known)
+    if not near and (os.path.isdir(name) or ":" not in name) and name:
+        near = f" Did you mean hf:{name}?"
+    return SpecError(
+        f"unknown model spec {name!r}: no model source of this name is registered{also}.{near} A spec is demo, zoo:NAME, "
+        "hf:ID_OR_FOLDER or module.path:callable (`lmeval list models` shows all sources)."
+    )
+
+
+def check_path(spec: str, path: str) -> None:
+    """Raises SpecError for what is meant as a path and is not there. OWNER/NAME may be of the hub, and is let pass."""
+    if not path:
+        raise SpecError(f"{spec} names no model: write hf:ID_OR_FOLDER.")
+    if not _exists(path) and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        looked = "" if path.startswith(("/", "~")) else f" (looked from {Path.cwd()})"
+        raise SpecError(f"{spec}: there is no folder {path}{looked}.{nearest_folder(path)}")
+
+
+def nearest_folder(path: str) -> str:
+    """A question to end a message with: did you mean the file or folder beside this path whose name is most like its own?"""
+    folder = Path(path).expanduser()
+    found = difflib.get_close_matches(folder.name, _listed(folder.parent), n=1) if "/" in path else []
+    return f" Did you mean hf:{folder.parent / found[0]}?" if found else ""
+
+
+def _exists(path: str) -> bool:
+    return bool(path) and os.path.exists(os.path.expanduser(path))
+
+
+def _listed(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
+
+
+def _is_importable(module: str, folders: Iterable[Path]) -> bool:
+    """Whether a top-level module can be found as when the spec is loaded: with the current folder on `sys.path`."""
+    if module in sys.modules or importlib.util.find_spec(module) is not None:
+        return True
+    if importlib.machinery.PathFinder.find_spec(module, [str(Path.cwd())]) is not None:
+        return True
+    found = (folder.rglob(pattern) for folder in folders for pattern in (f"{module}.py", f"{module}/__init__.py"))
+    return next(itertools.chain.from_iterable(found), None) is not None
