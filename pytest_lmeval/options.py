@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+
+from pytest_lmeval.errors import LmevalError, nearest
 
 OPTIONS: dict[str, tuple[Any, str]] = {  # name -> (default, help); every one is an ini option of the same name too
     "lm": (["demo"], "model to evaluate: demo, zoo:NAME, hf:ID_OR_FOLDER or module.path:callable (repeatable)"),
@@ -76,7 +79,7 @@ def budget(config: pytest.Config) -> float | None:
 
 
 def check(config: pytest.Config) -> None:
-    """Refuse what makes no sense before anything else is done."""
+    """Raises UsageError, before tests are collected, for an option that makes no sense or names something that is not there."""
     for name in ("lmeval-limit", "lmeval-tokens"):
         count(config, name)
     for text in option(config, "lmeval-seq-len"):
@@ -91,6 +94,37 @@ def check(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--lmeval-bits takes 32, 16, 8 or 4; got {option(config, 'lmeval-bits')!r}.")
     if (folder := templates_folder(config)) and not folder.is_dir():
         raise pytest.UsageError(f"--lmeval-templates names no folder: {folder}")
+    if not is_worker(config):  # the process that started it has checked the same
+        _check_names(config)
+
+
+def _check_names(config: pytest.Config) -> None:
+    """Refuse models, corpora and devices that are not there. Only what was given is looked up."""
+    if (specs := option(config, "lm")) != OPTIONS["lm"][0]:
+        from pytest_lmeval.models.specs import check as check_spec
+
+        folders = [config.invocation_params.dir / argument.partition("::")[0] for argument in config.args]
+        folders = [folder if folder.is_dir() else folder.parent for folder in folders]
+        _refuse("lm", specs, lambda spec: check_spec(spec, folders))
+    if corpora := option(config, "lmeval-corpus"):
+        from pytest_lmeval.data import check as check_corpus
+
+        _refuse("lmeval-corpus", corpora, check_corpus)
+    if (device := str(option(config, "lmeval-device"))) not in ("auto", "cpu"):
+        if not re.fullmatch(r"cuda(:\d+)?|mps", device):
+            near = nearest(device, ("auto", "cpu", "cuda", "mps"))
+            raise pytest.UsageError(f"--lmeval-device takes auto, cpu, cuda, cuda:N or mps; got {device!r}.{near}")
+        from pytest_lmeval.models.sources import resolve_device
+
+        _refuse("lmeval-device", [device], resolve_device)
+
+
+def _refuse(name: str, values: list[str], check_one: Callable[[str], object]) -> None:
+    for value in values:
+        try:
+            check_one(value)
+        except LmevalError as error:
+            raise pytest.UsageError(f"--{name}: {error}") from None
 
 
 def output_folder(config: pytest.Config) -> Path:

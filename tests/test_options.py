@@ -1,0 +1,98 @@
+"""What the command line names is looked up before tests are collected, and only if it is given."""
+
+import sys
+
+import pytest
+
+from pytest_lmeval.errors import SpecError
+from pytest_lmeval.models import specs
+
+COLLECTED = """
+import sys
+
+def pytest_collection_finish(session):
+    heavy = {"torch", "numpy", "datasets", "transformers", "hypothesis", "pytest_lmeval.registry"} & set(sys.modules)
+    print("looked up with", sorted(heavy), flush=True)
+"""
+
+
+@pytest.fixture
+def collect(project):
+    """Run pytest in a process that has imported nothing before."""
+    project.makepyfile(test_nothing="def test_nothing(): pass")
+    project.makeconftest(COLLECTED)
+    command = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:hypothesispytest", "-s")
+    return lambda *options: project.run(*command, *options)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--lm=demo", "--lm=zoo:mambo@bf16"], "--lm: unknown model spec 'zoo:mambo'* Did you mean zoo:mamba?*"),
+        (["--lmeval-device=cpu:0"], "--lmeval-device takes auto, cpu, cuda, cuda:N or mps; got 'cpu:0'. Did you mean cpu?"),
+        (["--lmeval-device=cuda:99"], "--lmeval-device: device 'cuda:99' is not there*"),
+        (["--lmeval-corpus=stdlib", "--lmeval-corpus=wikitext"], "no corpus 'wikitext'. Did you mean wikitext-2?*"),
+    ],
+)
+def test_what_is_not_there_is_refused_before_collection(project, options, says):
+    project.makepyfile(test_nothing="def test_nothing(): pass")
+    result = project.runpytest_subprocess("-p", "no:cacheprovider", *options)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([f"ERROR: *{says}"])
+    assert "collected" not in result.stdout.str()
+    assert "Traceback" not in result.stderr.str()
+
+
+def test_an_ini_value_is_looked_up_too(project):
+    project.makefile(".ini", pytest="[pytest]\nlm = zoo:mambo\n")
+    result = project.runpytest_subprocess("-p", "no:cacheprovider")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*Did you mean zoo:mamba?*"])
+
+
+def test_what_may_be_there_passes_without_torch(project, collect):
+    project.mkpydir("below")
+    project.mkdir("a@int8")
+    project.mkdir("parts").joinpath("beside.py").touch()  # pytest puts the folders of test files on sys.path
+    specs = ("demo", "zoo:mamba@int8", "tiny:Tiny", "below.models:build", "beside:build", "hf:gpt2", "hf:OWNER/NAME@bf16")
+    given = [f"--lm={spec}" for spec in (*specs, "hf:./a@int8")]
+    result = collect(*given, "--lmeval-corpus=wikitext-2", "--lmeval-corpus=text:notes.txt", "--lmeval-corpus=OWNER/NAME")
+    assert result.ret == 0
+    result.stdout.fnmatch_lines(["looked up with [[]'pytest_lmeval.registry'[]]"])
+
+
+def test_nothing_is_looked_up_that_is_not_given(collect):
+    result = collect()
+    assert result.ret == 0
+    result.stdout.fnmatch_lines(["looked up with [[][]]"])
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("demmo", r"unknown model spec 'demmo'.* Did you mean demo\?"),
+        ("gpt2", r"Did you mean hf:gpt2\?"),
+        ("demo@bf6", r"demo@bf6: unknown precision @bf6. Did you mean bf16\?"),
+        ("hf:./checkpiont", r"there is no folder \./checkpiont \(looked from .*\). Did you mean hf:checkpoint\?"),
+        ("hf:checkpoint/one/last", "there is no folder checkpoint/one/last"),
+        ("hf:~/no_such", "there is no folder ~/no_such"),
+        ("hf:", "hf: names no model"),
+        ("no_such_module.models:build", "and there is no module 'no_such_module'"),
+        ("zooo:mamba", r"Did you mean zoo:mamba\?"),
+        ("pytest:", "unknown model spec 'pytest:'"),
+    ],
+)
+def test_a_spec_that_names_nothing_is_refused(tmp_path, monkeypatch, spec, says):
+    (tmp_path / "checkpoint").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SpecError, match=says):
+        specs.check(spec)
+
+
+def test_a_spec_is_checked_from_the_folder_where_it_is_loaded(tmp_path, monkeypatch):
+    with pytest.raises(SpecError, match="no module 'my_models'"):
+        specs.check("my_models:build")
+    (tmp_path / "my_models.py").touch()
+    specs.check("my_models:build", [tmp_path])
+    monkeypatch.chdir(tmp_path)
+    specs.check("my_models:build")
