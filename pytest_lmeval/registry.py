@@ -157,7 +157,7 @@ def unknown(group: str, name: str, also: str = "") -> RegistryError:
     """
     head = name.partition(":")[0]
     others = [entry for entry in entries(group) if entry.name in (name, head) and not entry.is_own]
-    if broken := [entry for entry in others if _load(entry) is None]:
+    if broken := [entry for entry in others if _loaded(entry) is None]:
         return RegistryError(
             f"the {GROUPS[group]} {name!r} is registered by {broken[0]}, which cannot be imported: see the warning above. "
             "Repair or remove that package."
@@ -214,7 +214,7 @@ def _members(entry: Entry) -> Mapping[str, Any]:
     """The names that an entry holds, with their things; a thing that is no family is not imported for its name."""
     if not entry.may_be_family:
         return {entry.name: None}
-    thing = _load(entry)
+    thing = _loaded(entry)
     if isinstance(thing, Mapping):
         return thing
     return {} if thing is None else {entry.name: thing}
@@ -223,13 +223,13 @@ def _members(entry: Entry) -> Mapping[str, Any]:
 def _member(entry: Entry, name: str) -> Any:
     """The thing of this name in an entry that holds it; None if it cannot be imported."""
     if not entry.may_be_family:
-        return _load(entry)
+        return _loaded(entry)
     thing = _members(entry)[name]
-    return _load(Entry(entry.group, name, thing, entry.package)) if isinstance(thing, str) else thing
+    return _loaded(Entry(entry.group, name, thing, entry.package)) if isinstance(thing, str) else thing
 
 
 @functools.cache
-def _load(entry: Entry) -> Any:
+def _loaded(entry: Entry) -> Any:
     """What the entry leads to; None, and one warning, if another package's cannot be imported."""
     try:
         return entry.load()

@@ -24,7 +24,7 @@ def forget():
     """Read anew what is installed."""
     registry._installed.cache_clear()
     registry.entries.cache_clear()
-    registry._load.cache_clear()
+    registry._loaded.cache_clear()
     metric._declared.cache_clear()
 
 

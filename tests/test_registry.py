@@ -43,7 +43,7 @@ def test_ours_come_first_and_say_who_they_are():
 
 def test_what_of_ours_cannot_be_imported_is_an_error():
     with pytest.raises(ModuleNotFoundError):
-        registry._load(Entry("metrics", "x", "pytest_lmeval.nowhere:X", registry.OWN))
+        registry._loaded(Entry("metrics", "x", "pytest_lmeval.nowhere:X", registry.OWN))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,115 @@
+"""The example package (docs/examples/lmeval-extras), installed as a user would: all that it adds is found and works."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packages import forget
+
+from pytest_lmeval import corpus, load, registry, tasks
+from pytest_lmeval.errors import CorpusError, SpecError
+from pytest_lmeval.records.example import Example
+from pytest_lmeval.records.metric import metric
+
+EXTRAS = Path(__file__).parents[1] / "docs/examples/lmeval-extras"
+ADDED = {
+    "metrics": ["brevity", "words_per_second"],
+    "tasks": ["greetings"],
+    "corpora": ["counting"],
+    "models": ["uniform"],
+    "verbs": ["words_per_second"],
+    "reports": ["brevity"],
+    "exporters": ["csv"],
+    "commands": ["slowest"],
+}
+TESTS = """
+def test_is_brief(lmeval, lm):
+    result = lmeval.task(lm, "greetings")
+    assert 0 <= result.brevity <= 1 and result.brevity.n == 10
+
+def test_knows_nothing(lmeval, corpus):
+    assert abs(lmeval.perplexity("uniform", corpus("counting:200")).perplexity - 256) < 1e-3
+
+def test_reads(lmeval, lm):
+    lmeval.words_per_second(lm)
+"""
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """The folder that it is installed in, without a network."""
+    source, folder = tmp_path_factory.mktemp("source") / "lmeval-extras", tmp_path_factory.mktemp("site")
+    shutil.copytree(EXTRAS, source)  # pip builds in the folder
+    options = ("--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check")
+    command = (sys.executable, "-m", "pip", "install", *options, "--target", str(folder), str(source))
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def environment(installed, monkeypatch):
+    """Processes find it, and this one."""
+    path = os.pathsep.join(filter(None, [str(installed), os.environ.get("PYTHONPATH")]))
+    monkeypatch.setenv("PYTHONPATH", path)
+    monkeypatch.syspath_prepend(str(installed))
+    forget()
+    yield
+    monkeypatch.undo()
+    forget()
+
+
+def lmeval(*arguments):
+    done = subprocess.run([sys.executable, "-m", "pytest_lmeval", *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize("group", registry.GROUPS)
+def test_the_example_adds_one_of_each(group):
+    assert [name for name, _, entry in registry.things(group) if entry.package == "lmeval-extras"] == ADDED[group]
+
+
+@pytest.mark.usefixtures("environment")
+def test_what_it_adds_is_what_its_guide_says():
+    said = Example(id="1", number=0, prompt="Hello", output="Hello to you, too, Ada!")
+    assert metric("brevity").score(said) == 1
+    assert metric("words_per_second").aspect == "speed"
+    assert tasks.find("greetings").metrics == ("brevity",)
+    assert next(corpus("counting:3").documents()).text == "2000000 2000001 2000002 "
+    with pytest.raises(CorpusError, match="counting:many: 'many' is no number"):
+        corpus("counting:many")
+    assert (load("uniform").vocab_size, load("uniform:50@bf16").vocab_size) == (256, 50)
+    with pytest.raises(SpecError, match="uniform:x: 'x' is no size"):
+        load("uniform:x")
+
+
+@pytest.mark.usefixtures("environment")
+def test_a_run_uses_all_of_it(project):
+    project.makepyfile(test_extras=TESTS)
+    # in a process of its own: one that is forked has another sys.path
+    result = project.run(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--lm", "tiny:Tiny")
+    result.assert_outcomes(passed=3)
+    output = project.path / ".lmeval"
+    summary = (output / "summary.md").read_text()
+    assert "Brevity" in summary
+    assert "The share of outputs of at most five words." in summary
+    assert "words/s" in summary
+    lmeval("render", output, "--format", "csv")
+    lines = (output / "metrics.csv").read_text().splitlines()
+    assert lines[0] == "test,model,metric,value"
+    assert any("brevity" in line for line in lines)
+    assert "task of greetings" in lmeval("slowest", output)
+
+
+@pytest.mark.usefixtures("environment")
+def test_it_is_listed_with_ours():
+    assert "slowest" in lmeval("--help")
+    for group, names in ADDED.items():
+        listed = lmeval("list", group)
+        for name in names:
+            assert any(line.startswith(name) and line.endswith("lmeval-extras") for line in listed.splitlines()), listed
