@@ -21,8 +21,7 @@ from pytest_lmeval.profiling.flops import count_flops
 from pytest_lmeval.scoring.fewshot import Shots
 from pytest_lmeval.scoring.metrics import LM_EVAL_NAMES
 from pytest_lmeval.scoring.requests import Encoder
-from pytest_lmeval.tasks import find
-from pytest_lmeval.tasks.questions import id_of
+from pytest_lmeval.tasks import find, id_of
 
 pytestmark = [pytest.mark.benchmark, pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
