@@ -399,9 +399,8 @@ def test_no_examples_are_refused():
         compute(["accuracy"], [])
 
 
-@pytest.mark.parametrize("style", ["lm_eval", "smallbench"])
-def test_all_tasks_ask_for_metrics_that_there_are(style):
-    assert {metric for name in names(style) for metric in find(name, style).metrics} <= set(METRICS)
+def test_all_tasks_ask_for_metrics_that_there_are():
+    assert {metric for name in names() for metric in find(name).metrics} <= set(METRICS)
 
 
 def test_importing_the_metrics_imports_none_of_their_libraries():

@@ -72,7 +72,7 @@ def test_nothing_is_looked_up_that_is_not_given(collect):
     [
         ("demmo", r"unknown model spec 'demmo'.* Did you mean demo\?"),
         ("gpt2", r"Did you mean hf:gpt2\?"),
-        ("demo@bf6", r"demo@bf6: unknown precision @bf6. Did you mean bf16\?"),
+        ("demo@bf6", r"demo@bf6: unknown precision @bf6; .* Did you mean bf16\?"),
         ("hf:./checkpiont", r"there is no folder \./checkpiont \(looked from .*\). Did you mean hf:checkpoint\?"),
         ("hf:checkpoint/one/last", "there is no folder checkpoint/one/last"),
         ("hf:~/no_such", "there is no folder ~/no_such"),

@@ -37,7 +37,7 @@ def split(spec: str, bits: int | None) -> tuple[str, str]:
         return spec, BITS[bits] if bits else ""
     if wanted not in (known := (*FLOATS, *PACKED)):
         raise SpecError(
-            f"{spec}: unknown precision @{wanted}.{nearest(wanted, known)} Known are {', '.join('@' + one for one in known)}."
+            f"{spec}: unknown precision @{wanted}; known are {', '.join('@' + one for one in known)}.{nearest(wanted, known)}"
         )
     return name, wanted
 
