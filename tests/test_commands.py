@@ -77,7 +77,7 @@ class Described:
 
 def test_other_things_are_listed_with_what_they_say_of_themselves_and_whose_they_are(monkeypatch, capsys):
     family = {"ours": main, "described": Described()}
-    register(monkeypatch, tasks={"pytest-lmeval": {"family": family}, "other-package": {"theirs": 3}})
+    register(monkeypatch, tasks={"pytest-lmeval": {"FAMILY": family}, "other-package": {"theirs": 3}})
     assert main(["list", "tasks"]) == 0
     assert [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()] == [
         "ours Run a command; the exit status is 2 where it could not be done, for a reason that is printed.",
@@ -91,7 +91,7 @@ def test_other_things_are_listed_with_what_they_say_of_themselves_and_whose_they
 
 
 def test_without_a_group_the_groups_are_counted_and_one_that_is_not_there_is_refused(monkeypatch, capsys):
-    two = {"pytest-lmeval": {"several": {"one": Metric("one"), "two": Metric("two")}}}
+    two = {"pytest-lmeval": {"SEVERAL": {"one": Metric("one"), "two": Metric("two")}}}
     register(monkeypatch, **{group: two if group == "metrics" else {} for group in registry.GROUPS})
     assert listing.main(Namespace(group=None, pattern="*")) == 0
     assert capsys.readouterr().out.split()[:4] == ["metrics", "2", "tasks", "0"]

@@ -19,7 +19,7 @@ class Uniform(nn.Module):
 
     def forward(self, input_ids: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits [b, t, v] of the token after each of `input_ids` [b, t], and a state [b] that holds nothing."""
-        return self.logits.expand(*input_ids.shape, -1), self.logits.new_zeros(len(input_ids))
+        return self.logits.repeat(*input_ids.shape, 1), self.logits.new_zeros(len(input_ids))
 
 
 def uniform(rest: str = "256") -> Uniform:
