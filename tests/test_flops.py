@@ -239,7 +239,7 @@ def bk(model, b, t):
 
 
 OF_THE_ZOO = {
-    "demo": lambda model, b, t: banded(model, b, t, window=256, block=128),
+    "zoo:demo": lambda model, b, t: banded(model, b, t, window=256, block=128),
     "zoo:transformer": transformer,
     "zoo:windowed": lambda model, b, t: banded(model, b, t, window=64, block=64),
     "zoo:lstm": lstm,

@@ -9,7 +9,7 @@ from msgspec import structs
 
 from pytest_lmeval.data.corpus import Corpus
 from pytest_lmeval.data.ids import as_corpus
-from pytest_lmeval.errors import CorpusError, Refused
+from pytest_lmeval.errors import CorpusError, Refused, RegistryError
 from pytest_lmeval.measures.context import VerbContext, current, verb
 from pytest_lmeval.training.loop import run_training
 from pytest_lmeval.training.protocol import Protocol
@@ -66,7 +66,7 @@ def _validation(context: VerbContext, corpus: Corpus) -> Corpus:
     """The text to hold out where none was given."""
     try:
         found = context.session.corpus(corpus.name, "validation")
-    except CorpusError as error:
+    except (CorpusError, RegistryError) as error:  # bare ids have a name that no corpus has
         raise CorpusError(f"{corpus} has no validation split to hold out ({error}) Give another text: held_out=...") from None
     if found.fingerprint == corpus.fingerprint:
         raise CorpusError(f"{corpus.name} has one text for all splits. Give another one to hold out: held_out=corpus(...).")
