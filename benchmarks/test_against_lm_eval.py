@@ -17,10 +17,10 @@ import pytest
 from pytest_lmeval import Corpus, Value, corpus, load
 from pytest_lmeval.measures._perplexity import measure_perplexity
 from pytest_lmeval.measures._task import measure_task
-from pytest_lmeval.profiling.flops import count_flops
-from pytest_lmeval.scoring.fewshot import Shots
-from pytest_lmeval.scoring.metrics import LM_EVAL_NAMES
-from pytest_lmeval.scoring.requests import Encoder
+from pytest_lmeval.profiling._flops import count_flops
+from pytest_lmeval.scoring._fewshot import Shots
+from pytest_lmeval.scoring._metrics import LM_EVAL_NAMES
+from pytest_lmeval.scoring._requests import Encoder
 from pytest_lmeval.tasks import find, id_of
 
 pytestmark = [pytest.mark.benchmark, pytest.mark.slow, pytest.mark.usefixtures("one_thread")]

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from pytest_lmeval.__main__ import main
-from pytest_lmeval.gates.compare_runs import LEVEL, MOST, PAIRS, THRESHOLD
-from pytest_lmeval.records.value import Value
-from pytest_lmeval.statistics.ratio import judge_all, ratio
+from pytest_lmeval.gates._compare_runs import LEVEL, MOST, PAIRS, THRESHOLD
+from pytest_lmeval.records._value import Value
+from pytest_lmeval.statistics._ratio import judge_all, ratio
 
 pytestmark = pytest.mark.benchmark
 

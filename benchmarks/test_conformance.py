@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers")
 
 from tiny_transformers import CannotBuild, build, causal_lm_types  # noqa: E402
 
-from pytest_lmeval.models.sources import as_model  # noqa: E402
+from pytest_lmeval.models._sources import as_model  # noqa: E402
 
 pytestmark = [pytest.mark.benchmark, pytest.mark.slow]
 

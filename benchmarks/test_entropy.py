@@ -9,7 +9,7 @@ import math
 import pytest
 
 from pytest_lmeval import Value
-from pytest_lmeval.data.recall import Recall, entropy_in_window
+from pytest_lmeval.data._recall import Recall, entropy_in_window
 
 pytestmark = pytest.mark.benchmark
 
@@ -28,13 +28,13 @@ def test_the_source_pays_the_entropy(lmeval, load_lm, corpus, name):
 
 def test_the_interval_contains_the_entropy(lmeval, load_lm, corpus):
     text = corpus("automaton", "test")
-    result = lmeval.perplexity(load_lm("pytest_lmeval.data.automaton:load"), text)
+    result = lmeval.perplexity(load_lm("pytest_lmeval.data._automaton:load"), text)
 
     assert result.perplexity.low < math.exp(text.entropy) < result.perplexity.high
 
 
 def test_a_window_pays_what_it_forgets(lmeval, load_lm, corpus):
-    result = lmeval.perplexity(load_lm("pytest_lmeval.data.recall:load_windowed"), corpus("recall", "test"))
+    result = lmeval.perplexity(load_lm("pytest_lmeval.data._recall:load_windowed"), corpus("recall", "test"))
 
     assert float(result.nll) == pytest.approx(entropy_in_window(Recall(), WINDOW), rel=0.002)
 

@@ -9,7 +9,7 @@ from clean_models import CLEAN
 from faults import FAULTS
 
 from pytest_lmeval.laws import LAWS, probe
-from pytest_lmeval.models.sources import as_model
+from pytest_lmeval.models._sources import as_model
 
 pytestmark = [pytest.mark.benchmark, pytest.mark.slow]
 

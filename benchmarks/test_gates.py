@@ -14,9 +14,9 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from pytest_lmeval.records.value import Value
-from pytest_lmeval.statistics.paired import mcnemar, paired_difference, sign_flip
-from pytest_lmeval.statistics.verdict import LEVEL, judge_all
+from pytest_lmeval.records._value import Value
+from pytest_lmeval.statistics._paired import mcnemar, paired_difference, sign_flip
+from pytest_lmeval.statistics._verdict import LEVEL, judge_all
 
 pytestmark = [pytest.mark.benchmark, pytest.mark.slow]
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from pytest_lmeval import Value, as_model
 from pytest_lmeval.measures._latency import measure_latency
-from pytest_lmeval.profiling.samples import runs_to_see
+from pytest_lmeval.profiling._samples import runs_to_see
 
 pytestmark = [pytest.mark.benchmark, pytest.mark.usefixtures("one_thread")]
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pytest_lmeval import Value
-from pytest_lmeval.models.sources import as_model
+from pytest_lmeval.models._sources import as_model
 
 pytestmark = pytest.mark.benchmark
 MIB = 1 << 20

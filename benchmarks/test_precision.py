@@ -10,7 +10,7 @@ import pytest
 
 from pytest_lmeval import Value, load
 from pytest_lmeval.errors import SpecError
-from pytest_lmeval.models.identity import facts
+from pytest_lmeval.models._identity import facts
 
 pytestmark = pytest.mark.benchmark
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from pytest_lmeval import Value, as_model
-from pytest_lmeval.data.recall import Recall, entropy_at, entropy_in_window
-from pytest_lmeval.zoo.transformer import Transformer
-from pytest_lmeval.zoo.ttt import TTT
+from pytest_lmeval.data._recall import Recall, entropy_at, entropy_in_window
+from pytest_lmeval.zoo._transformer import Transformer
+from pytest_lmeval.zoo._ttt import TTT
 
 pytestmark = [pytest.mark.benchmark, pytest.mark.slow]
 

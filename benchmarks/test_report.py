@@ -9,12 +9,12 @@ import time
 
 import pytest
 
-from pytest_lmeval.records.document import Document
-from pytest_lmeval.records.example import Example
-from pytest_lmeval.records.measured import ModelFacts, Record, Series
-from pytest_lmeval.records.schema import line_of
-from pytest_lmeval.records.value import Value
-from pytest_lmeval.report import pages
+from pytest_lmeval.records._document import Document
+from pytest_lmeval.records._example import Example
+from pytest_lmeval.records._measured import ModelFacts, Record, Series
+from pytest_lmeval.records._schema import line_of
+from pytest_lmeval.records._value import Value
+from pytest_lmeval.report import _pages as pages
 
 pytestmark = pytest.mark.benchmark
 

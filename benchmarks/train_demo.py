@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pytest_lmeval.data import corpus
-from pytest_lmeval.zoo.demo import WEIGHTS, Demo
+from pytest_lmeval.zoo._demo import WEIGHTS, Demo
 
 ROWS, LENGTH = 16, 512
 

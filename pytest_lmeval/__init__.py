@@ -1,8 +1,8 @@
 """Evaluations of language models as pytest tests: exact streaming, certified numbers, speed beside quality.
 
-The names below are the public face, beside `pytest_lmeval.laws` and `pytest_lmeval.tasks`, `pytest_lmeval.errors` and
-`pytest_lmeval.registry`; each is imported when it is first used, so that an installed but unused plugin costs nothing. What
-they do not name is private.
+The names below are the public face, beside those of `pytest_lmeval.laws`, `.tasks`, `.records`, `.errors` and
+`.registry`; each is imported when it is first used, so that an installed but unused plugin costs nothing. A module whose name
+begins with an underscore is private.
 """
 
 from __future__ import annotations
@@ -11,45 +11,46 @@ import importlib
 from typing import Any
 
 _HOMES = {
-    "Choices": "tasks.questions",
-    "Codebooks": "models.model",
-    "Corpus": "data.corpus",
-    "Document": "data.corpus",
-    "Example": "records.example",
-    "Generate": "tasks.questions",
-    "LanguageModel": "models.model",
-    "Metric": "records.metric",
-    "Model": "models.model",
+    "Choices": "tasks",
+    "Codebooks": "models._model",
+    "Corpus": "data._corpus",
+    "Document": "data._corpus",
+    "Example": "records._example",
+    "Generate": "tasks",
+    "LanguageModel": "models._model",
+    "Loaded": "models._sources",
+    "Metric": "records._metric",
+    "Model": "models._model",
     "Protocol": "training",
-    "Record": "records.measured",
-    "Rows": "data.rows",
-    "Section": "records.document",
-    "Series": "records.measured",
-    "Suite": "tasks.questions",
-    "Task": "tasks.questions",
-    "Tokenizer": "models.model",
-    "Value": "records.value",
+    "Record": "records._measured",
+    "Rows": "data._rows",
+    "Section": "records._document",
+    "Series": "records._measured",
+    "Suite": "tasks",
+    "Task": "tasks",
+    "Tokenizer": "models._model",
+    "Value": "records._value",
     "agreement": "measures._agreement",
-    "as_model": "models.sources",
+    "as_model": "models._sources",
     "corpus": "data",
     "efficiency": "measures._efficiency",
     "equivalence": "measures._equivalence",
-    "fork": "models.model",
+    "fork": "models._model",
     "latency": "measures._latency",
     "latency_grid": "measures._latency_grid",
-    "load": "models.sources",
+    "load": "models._sources",
     "load_weights": "training",
     "memory": "measures._memory",
     "perplexity": "measures._perplexity",
     "record": "measures._record",
     "replay": "laws",
-    "score_rows": "scoring.rows",
-    "state_bytes": "models.model",
+    "score_rows": "scoring._rows",
+    "state_bytes": "models._model",
     "streaming": "measures._streaming",
     "suite": "measures._suite",
     "task": "measures._task",
     "throughput": "measures._throughput",
-    "train": "training.verb",
+    "train": "training._verb",
 }
 _ERRORS = "errors"  # every error of which is public too
 

@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_lmeval import options
-from pytest_lmeval.benchmarking import BenchmarkHooks, WithoutBenchmark
+from pytest_lmeval import _options as options
+from pytest_lmeval._benchmarking import BenchmarkHooks, WithoutBenchmark
+from pytest_lmeval._frames import release_frames, up_to_the_test
+from pytest_lmeval._options import CORPORA, SEQ_LENS, budget, count, is_worker, option, output_folder, test_id
 from pytest_lmeval.errors import LmevalError, NotMeasuredError
-from pytest_lmeval.frames import release_frames, up_to_the_test
-from pytest_lmeval.options import CORPORA, SEQ_LENS, budget, count, is_worker, option, output_folder, test_id
-from pytest_lmeval.report.gather import Reports
+from pytest_lmeval.report._gather import Reports
 
 if TYPE_CHECKING:
-    from pytest_lmeval.data.corpus import Corpus
+    from pytest_lmeval._session import Session
+    from pytest_lmeval.data._corpus import Corpus
     from pytest_lmeval.measures import Lmeval
-    from pytest_lmeval.models.model import Model
-    from pytest_lmeval.session import Session
+    from pytest_lmeval.models._model import Model
 
 SESSION = pytest.StashKey["Session"]()
 LOG = pytest.StashKey[Any]()
@@ -35,7 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
-    from pytest_lmeval import hookspec
+    from pytest_lmeval import _hookspec as hookspec
 
     pluginmanager.add_hookspecs(hookspec)
 
@@ -62,14 +62,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if "lmeval" in getattr(item, "fixturenames", ()):
             item.add_marker("lmeval")
         if item.get_closest_marker("lmeval_gate") and not is_worker(config):  # a worker can only fail the test
-            from pytest_lmeval.gates.gate import margins_of
+            from pytest_lmeval.gates._gate import margins_of
 
             margins_of(item)  # what is wrong with it is told before the first test
 
 
 def _register_gate(config: pytest.Config) -> None:
     if (config.getoption("lmeval_baseline") or config.getini("lmeval_baseline")) and option(config, "lmeval-gate") != "off":
-        from pytest_lmeval.gates.gate import Gate, baseline_file
+        from pytest_lmeval.gates._gate import Gate, baseline_file
 
         if (file := baseline_file(config)) is not None:
             config.pluginmanager.register(Gate(config, file, LOG), "lmeval-gate")
@@ -88,7 +88,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 def _check_output_folder(config: pytest.Config) -> None:
-    from pytest_lmeval.records.journal import check_writable
+    from pytest_lmeval.records._journal import check_writable
 
     folder = output_folder(config)
     try:
@@ -106,7 +106,7 @@ def _check_output_folder(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def device(pytestconfig: pytest.Config) -> Any:
     """The torch device of `--lmeval-device`."""
-    from pytest_lmeval.models.sources import resolve_device
+    from pytest_lmeval.models._sources import resolve_device
 
     return expected_errors(lambda: resolve_device(str(option(pytestconfig, "lmeval-device"))))
 
@@ -152,10 +152,10 @@ def lmeval(request: pytest.FixtureRequest) -> Lmeval:
     def test_reads_easily(lmeval, lm, corpus):
         assert lmeval.perplexity(lm, corpus("stdlib", "test")).perplexity < 6
     """
-    from pytest_lmeval.benchmarking import Driver
+    from pytest_lmeval._benchmarking import Driver
+    from pytest_lmeval._session import TestLog
     from pytest_lmeval.measures import Lmeval
-    from pytest_lmeval.measures.context import VerbContext
-    from pytest_lmeval.session import TestLog
+    from pytest_lmeval.measures._context import VerbContext
 
     log = TestLog(test_id(request.node.nodeid))
     request.node.stash[LOG] = log
@@ -233,7 +233,7 @@ def _debugged(config: pytest.Config) -> bool:
 def shared_session(config: pytest.Config) -> Session:
     """The session object of this process, made when the first test needs it."""
     if SESSION not in config.stash:
-        from pytest_lmeval.session import Session
+        from pytest_lmeval._session import Session
 
         if is_worker(config):  # the process with the terminal has no tests of its own, and could not know before
             try:
@@ -275,6 +275,6 @@ def _progress(config: pytest.Config) -> Callable[..., Any]:
     capture = config.pluginmanager.get_plugin("capturemanager")
     if is_worker(config) or terminal is None or capture is None:
         return lambda title, **options: nullcontext(None)
-    from pytest_lmeval import progress
+    from pytest_lmeval import _progress as progress
 
     return lambda title, **options: progress.bar(title, progress.Uncaptured(terminal, capture), **options)

@@ -5,13 +5,13 @@ import json
 from msgspec.structs import replace
 
 from pytest_lmeval import registry
-from pytest_lmeval.records.certificate import Certificate, Counterexample, LawResult, State
-from pytest_lmeval.records.comparison import Comparison, Flip
-from pytest_lmeval.records.document import BaselineUse, Document, Environment, Failure, Run, Section, Skipped
-from pytest_lmeval.records.example import Example
-from pytest_lmeval.records.measured import Cost, ModelFacts, Precision, Record, Series
-from pytest_lmeval.records.schema import line_of
-from pytest_lmeval.records.value import Value
+from pytest_lmeval.records._certificate import Certificate, Counterexample, LawResult, State
+from pytest_lmeval.records._comparison import Comparison, Flip
+from pytest_lmeval.records._document import BaselineUse, Document, Environment, Failure, Run, Section, Skipped
+from pytest_lmeval.records._example import Example
+from pytest_lmeval.records._measured import Cost, ModelFacts, Precision, Record, Series
+from pytest_lmeval.records._schema import line_of
+from pytest_lmeval.records._value import Value
 
 HOSTILE = (
     "<script>alert('x')</script><img src=x onerror=alert(1)> | `code` **bold** [link](javascript:x) {{ 7 * 7 }}\n# heading\x07"
@@ -146,7 +146,7 @@ def everything():
 
 def write_run(folder, found, **files):
     """The output folder of a run: its document, and files of examples."""
-    from pytest_lmeval.records.document import dump
+    from pytest_lmeval.records._document import dump
 
     (folder / "examples").mkdir(parents=True)
     (folder / "metrics.json").write_text(dump(found))

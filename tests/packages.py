@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from pytest_lmeval import registry
-from pytest_lmeval.records import metric
+from pytest_lmeval.records import _metric as metric
 
 
 def install(folder, name, code, /, **groups):

@@ -11,11 +11,12 @@ import torch
 from toys import CARRYING, Functional, GetSetState, PortableStreaming, Stateless, Stepper, Streaming
 
 from pytest_lmeval import registry
+from pytest_lmeval._stream import stream
 from pytest_lmeval.errors import ModelError, SpecError
-from pytest_lmeval.models import precision, specs
-from pytest_lmeval.models.sources import as_model, load, resolve_device
-from pytest_lmeval.models.specs import split
-from pytest_lmeval.stream import stream
+from pytest_lmeval.models import _precision as precision
+from pytest_lmeval.models import _specs as specs
+from pytest_lmeval.models._sources import as_model, load, resolve_device
+from pytest_lmeval.models._specs import split
 
 IDS = np.random.default_rng(0).integers(0, 32, 70)
 
@@ -201,7 +202,7 @@ def test_the_zoo_is_found_by_name():
 SOURCES = """
 import torch
 from toys import Functional, Stepper
-from pytest_lmeval.models.sources import Loaded, as_model
+from pytest_lmeval.models._sources import Loaded, as_model
 
 seen = []
 

@@ -9,17 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import VOCAB, Functional, Stateless
 
-from pytest_lmeval.data.corpus import Corpus, Document
+from pytest_lmeval._session import Session
+from pytest_lmeval._session import TestLog as Log
+from pytest_lmeval.data._corpus import Corpus, Document
 from pytest_lmeval.errors import NotFiniteError, SpecError, StreamError
 from pytest_lmeval.measures import Lmeval
 from pytest_lmeval.measures import _agreement as agreeing
 from pytest_lmeval.measures._agreement import measure_agreement
+from pytest_lmeval.measures._context import VerbContext
 from pytest_lmeval.measures._perplexity import measure_perplexity
-from pytest_lmeval.measures.context import VerbContext
-from pytest_lmeval.models.sources import as_model, load
-from pytest_lmeval.session import Session
-from pytest_lmeval.session import TestLog as Log
-from pytest_lmeval.statistics.proportion import wilson, wilson_of_groups
+from pytest_lmeval.models._sources import as_model, load
+from pytest_lmeval.statistics._proportion import wilson, wilson_of_groups
 
 IDS = np.random.default_rng(0).integers(0, VOCAB, 700)
 NAMES = ("agreement", "kl", "nll_difference", "perplexity_ratio", "largest_difference")

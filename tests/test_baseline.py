@@ -11,24 +11,24 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from pytest_lmeval.__main__ import main
-from pytest_lmeval.data.ids import as_corpus
+from pytest_lmeval.data._ids import as_corpus
 from pytest_lmeval.errors import BaselineError
-from pytest_lmeval.gates.baseline import Baseline, BaselineFile, examples_file, read, write
-from pytest_lmeval.gates.compare import Side, compare
-from pytest_lmeval.gates.entry import IRRELEVANT, differs, entry_of, gated, names_of
-from pytest_lmeval.gates.explain import failure, table
-from pytest_lmeval.gates.gate import speed_rows, unused_margins
-from pytest_lmeval.gates.margins import Margins, read_marker
-from pytest_lmeval.gates.pairing import pair
-from pytest_lmeval.gates.scores import Scores, rounded, scores_of
-from pytest_lmeval.records.certificate import Certificate
-from pytest_lmeval.records.comparison import Comparison
-from pytest_lmeval.records.document import Document, Environment, dump
-from pytest_lmeval.records.example import Example, Unit
-from pytest_lmeval.records.measured import Cost, ModelFacts, Record
-from pytest_lmeval.records.metric import headline_of, value_of
-from pytest_lmeval.records.schema import line_of
-from pytest_lmeval.records.value import Value
+from pytest_lmeval.gates._baseline import Baseline, BaselineFile, examples_file, read, write
+from pytest_lmeval.gates._compare import Side, compare
+from pytest_lmeval.gates._entry import IRRELEVANT, differs, entry_of, gated, names_of
+from pytest_lmeval.gates._explain import failure, table
+from pytest_lmeval.gates._gate import speed_rows, unused_margins
+from pytest_lmeval.gates._margins import Margins, read_marker
+from pytest_lmeval.gates._pairing import pair
+from pytest_lmeval.gates._scores import Scores, rounded, scores_of
+from pytest_lmeval.records._certificate import Certificate
+from pytest_lmeval.records._comparison import Comparison
+from pytest_lmeval.records._document import Document, Environment, dump
+from pytest_lmeval.records._example import Example, Unit
+from pytest_lmeval.records._measured import Cost, ModelFacts, Record
+from pytest_lmeval.records._metric import headline_of, value_of
+from pytest_lmeval.records._schema import line_of
+from pytest_lmeval.records._value import Value
 
 LM = ModelFacts(spec="demo", parameters=1, bytes=4, dtype="float32", device="cpu", fingerprint="f" * 16)
 TEST, TASK = "test_a.py::test_a", "task boolq, 0-shot"
@@ -404,7 +404,7 @@ def test_blocks_are_called_by_what_they_hold_however_they_were_read(tmp_path, ch
     from toys import Functional
 
     from pytest_lmeval.measures._perplexity import measure_perplexity
-    from pytest_lmeval.models.sources import as_model
+    from pytest_lmeval.models._sources import as_model
 
     lm = as_model(Functional())
     ids = [place % lm.vocab_size for place in range(200)]

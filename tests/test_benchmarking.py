@@ -195,8 +195,8 @@ def test_a_length_of_zero_is_refused_by_every_verb_and_so_is_a_model_in_other_bi
         test_speed="""
         import pytest
         from torch import nn
-        from pytest_lmeval.models.model import SpecError
-        from pytest_lmeval.profiling.runner import ProfilingError
+        from pytest_lmeval.models._model import SpecError
+        from pytest_lmeval.profiling._runner import ProfilingError
 
         class Own(nn.Module):
             def __init__(self):

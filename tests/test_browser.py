@@ -6,11 +6,11 @@ import pytest
 from documents import asked, document, generated, laws, model, reading, write_run
 from msgspec.structs import replace
 
-from pytest_lmeval.records.document import Section
-from pytest_lmeval.records.measured import Series
-from pytest_lmeval.records.value import Value
-from pytest_lmeval.report import pages
-from pytest_lmeval.report.words import visible
+from pytest_lmeval.records._document import Section
+from pytest_lmeval.records._measured import Series
+from pytest_lmeval.records._value import Value
+from pytest_lmeval.report import _pages as pages
+from pytest_lmeval.report._words import visible
 
 playwright = pytest.importorskip("playwright.sync_api", reason="drives the browser: pip install playwright")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

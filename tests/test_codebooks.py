@@ -9,22 +9,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from pytest_lmeval._session import Session
+from pytest_lmeval._session import TestLog as Log
+from pytest_lmeval._stream import stream, stream_in_windows
 from pytest_lmeval.data import corpus
 from pytest_lmeval.errors import CorpusError, LawBroken, ModelError, NotFiniteError, StreamError
 from pytest_lmeval.laws import Case, Trial, cases, check, probe, replay
 from pytest_lmeval.measures import Lmeval
+from pytest_lmeval.measures._context import VerbContext
 from pytest_lmeval.measures._latency import measure_latency
 from pytest_lmeval.measures._perplexity import measure_perplexity
 from pytest_lmeval.measures._throughput import measure_throughput
-from pytest_lmeval.measures.context import VerbContext
-from pytest_lmeval.models.model import Codebooks, fork
-from pytest_lmeval.models.sources import as_model, load
-from pytest_lmeval.records.journal import Checkpoints
-from pytest_lmeval.scoring.resume import Saver
-from pytest_lmeval.session import Session
-from pytest_lmeval.session import TestLog as Log
-from pytest_lmeval.stream import stream, stream_in_windows
-from pytest_lmeval.zoo.moshi import Block, Moshi, Temporal
+from pytest_lmeval.models._model import Codebooks, fork
+from pytest_lmeval.models._sources import as_model, load
+from pytest_lmeval.records._journal import Checkpoints
+from pytest_lmeval.scoring._resume import Saver
+from pytest_lmeval.zoo._moshi import Block, Moshi, Temporal
 
 SIZES, DELAYS, SCORED = (9, 7, 5, 6), (0, 0, 2, 1), (1, 2)
 SEVERAL = settings(max_examples=40)

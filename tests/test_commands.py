@@ -8,9 +8,10 @@ from importlib.metadata import version
 import pytest
 from documents import register
 
-from pytest_lmeval import listing, registry
+from pytest_lmeval import _listing as listing
+from pytest_lmeval import registry
 from pytest_lmeval.__main__ import main
-from pytest_lmeval.records.metric import Metric
+from pytest_lmeval.records._metric import Metric
 
 
 def quits(*arguments):

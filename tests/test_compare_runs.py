@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from pytest_lmeval.errors import SideError
-from pytest_lmeval.gates import compare_runs
-from pytest_lmeval.gates.compare_runs import add_arguments, compared, race
-from pytest_lmeval.gates.interleaved import Key, Number, Side, numbers, side
-from pytest_lmeval.records.comparison import Comparison
-from pytest_lmeval.records.document import Document
-from pytest_lmeval.records.measured import ModelFacts, Record
-from pytest_lmeval.records.metric import value_of
-from pytest_lmeval.statistics.ratio import judge_all, quantile, ratio
+from pytest_lmeval.gates import _compare_runs as compare_runs
+from pytest_lmeval.gates._compare_runs import add_arguments, compared, race
+from pytest_lmeval.gates._interleaved import Key, Number, Side, numbers, side
+from pytest_lmeval.records._comparison import Comparison
+from pytest_lmeval.records._document import Document
+from pytest_lmeval.records._measured import ModelFacts, Record
+from pytest_lmeval.records._metric import value_of
+from pytest_lmeval.statistics._ratio import judge_all, quantile, ratio
 
 POSITIVE = st.floats(0.01, 100)
 KEY = Key("test_speed.py::test_latency", "demo", "batch 1, 128 tokens", "itl")

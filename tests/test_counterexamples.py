@@ -11,13 +11,13 @@ from toys import Aligned, Dropped, Drowned, Functional, Learning
 import pytest_lmeval
 from pytest_lmeval.errors import LawBroken
 from pytest_lmeval.laws import Case, Trial, cases, check, compositions, probe, replay
-from pytest_lmeval.laws.diagnosis import likely_fault
-from pytest_lmeval.laws.known import Known, case_of
-from pytest_lmeval.laws.shrink import smallest
-from pytest_lmeval.laws.strategies import pieces
-from pytest_lmeval.laws.tolerance import Excess
-from pytest_lmeval.models.sources import as_model
-from pytest_lmeval.records.journal import JournalWarning
+from pytest_lmeval.laws._diagnosis import likely_fault
+from pytest_lmeval.laws._known import Known, case_of
+from pytest_lmeval.laws._shrink import smallest
+from pytest_lmeval.laws._strategies import pieces
+from pytest_lmeval.laws._tolerance import Excess
+from pytest_lmeval.models._sources import as_model
+from pytest_lmeval.records._journal import JournalWarning
 
 
 class TwoFaults(Functional):

@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import Functional
 
-from pytest_lmeval.data import Document, check, corpus, files
-from pytest_lmeval.data.rows import resilient
-from pytest_lmeval.data.tokens import TokenReader
+from pytest_lmeval.data import Document, check, corpus
+from pytest_lmeval.data import _files as files
+from pytest_lmeval.data._rows import resilient
+from pytest_lmeval.data._tokens import TokenReader
 from pytest_lmeval.errors import CorpusError, RegistryError
-from pytest_lmeval.models.sources import as_model
+from pytest_lmeval.models._sources import as_model
 
 BYTES = as_model(Functional(vocab=256))
 
@@ -42,7 +43,7 @@ def test_no_long_paragraph_of_stdlib_stands_in_two_splits():
 
 
 def test_a_split_depends_on_the_name_alone():
-    from pytest_lmeval.data.stdlib import split_of
+    from pytest_lmeval.data._stdlib import split_of
 
     assert [split_of(name) for name in ("typing", "json", "topic:while")] == ["train", "test", "train"]
     share = sum(split_of(f"module{i}") == "train" for i in range(2000)) / 2000

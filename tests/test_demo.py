@@ -4,8 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pytest_lmeval.models.model import state_bytes
-from pytest_lmeval.zoo.demo import WEIGHTS, Demo, banded_attention, load
+from pytest_lmeval.models._model import state_bytes
+from pytest_lmeval.zoo._demo import WEIGHTS, Demo, banded_attention, load
 
 
 def test_the_weights_are_at_most_two_megabytes():

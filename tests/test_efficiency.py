@@ -9,20 +9,20 @@ from hypothesis import strategies as st
 from torch import nn
 from toys import Functional, Stateless, Stepper, Streaming
 
-from pytest_lmeval import session
+from pytest_lmeval import _session as session
 from pytest_lmeval.errors import ProfilingError
 from pytest_lmeval.measures import Lmeval
 from pytest_lmeval.measures import _efficiency as module
+from pytest_lmeval.measures._context import VerbContext
 from pytest_lmeval.measures._efficiency import measure_efficiency
-from pytest_lmeval.measures.context import VerbContext
-from pytest_lmeval.models.model import weights
-from pytest_lmeval.models.sources import as_model, load
-from pytest_lmeval.profiling import roofline
-from pytest_lmeval.profiling.roofline import Peaks, measured_peaks
-from pytest_lmeval.profiling.runner import Runner
-from pytest_lmeval.profiling.storages import bytes_read
-from pytest_lmeval.profiling.work import Work, training_work, work_of
-from pytest_lmeval.records.metric import metric
+from pytest_lmeval.models._model import weights
+from pytest_lmeval.models._sources import as_model, load
+from pytest_lmeval.profiling import _roofline as roofline
+from pytest_lmeval.profiling._roofline import Peaks, measured_peaks
+from pytest_lmeval.profiling._runner import Runner
+from pytest_lmeval.profiling._storages import bytes_read
+from pytest_lmeval.profiling._work import Work, training_work, work_of
+from pytest_lmeval.records._metric import metric
 
 LM = as_model(Functional())
 FAST = {"runs": 3, "warm_up": 0}

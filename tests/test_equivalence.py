@@ -27,14 +27,14 @@ from toys import (
 )
 
 from pytest_lmeval.errors import ModelError, NotFiniteError
-from pytest_lmeval.laws.checks import check
-from pytest_lmeval.laws.probe import probe, restore
-from pytest_lmeval.laws.strategies import Case, cases, edge_cases
-from pytest_lmeval.laws.tolerance import Yardstick, token_errors
-from pytest_lmeval.laws.trial import Trial
-from pytest_lmeval.models.sources import as_model, load
-from pytest_lmeval.records import schema
-from pytest_lmeval.records.measured import Record
+from pytest_lmeval.laws._checks import check
+from pytest_lmeval.laws._probe import probe, restore
+from pytest_lmeval.laws._strategies import Case, cases, edge_cases
+from pytest_lmeval.laws._tolerance import Yardstick, token_errors
+from pytest_lmeval.laws._trial import Trial
+from pytest_lmeval.models._sources import as_model, load
+from pytest_lmeval.records import _schema as schema
+from pytest_lmeval.records._measured import Record
 
 
 @pytest.mark.parametrize("toy", CARRYING)

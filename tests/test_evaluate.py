@@ -14,12 +14,12 @@ from toys import Functional
 from pytest_lmeval import Choices, Generate, Rows, Task, as_model, load
 from pytest_lmeval.errors import CorpusError, NotFiniteError, TaskError
 from pytest_lmeval.measures._task import measure_task
-from pytest_lmeval.models.model import Bytes
-from pytest_lmeval.records.journal import JournalWarning
-from pytest_lmeval.scoring.answers import AnswerFile
-from pytest_lmeval.scoring.fewshot import Shots
-from pytest_lmeval.scoring.requests import Encoder
-from pytest_lmeval.tasks.questions import id_of
+from pytest_lmeval.models._model import Bytes
+from pytest_lmeval.records._journal import JournalWarning
+from pytest_lmeval.scoring._answers import AnswerFile
+from pytest_lmeval.scoring._fewshot import Shots
+from pytest_lmeval.scoring._requests import Encoder
+from pytest_lmeval.tasks._questions import id_of
 
 SUMS = [{"a": a, "b": b, "right": (a + b) % 2} for a in range(8) for b in range(4)]
 

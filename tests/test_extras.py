@@ -11,8 +11,8 @@ from packages import forget
 
 from pytest_lmeval import corpus, load, registry, tasks
 from pytest_lmeval.errors import CorpusError, SpecError
-from pytest_lmeval.records.example import Example
-from pytest_lmeval.records.metric import metric
+from pytest_lmeval.records._example import Example
+from pytest_lmeval.records._metric import metric
 
 EXTRAS = Path(__file__).parents[1] / "docs/examples/lmeval-extras"
 ADDED = {

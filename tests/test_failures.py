@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pytest_lmeval.errors import ModelError, OutOfMemory
-from pytest_lmeval.profiling.failures import DEVICE_LOST, OUT_OF_MEMORY, bytes_wanted, failure_of, room_for
+from pytest_lmeval.profiling._failures import DEVICE_LOST, OUT_OF_MEMORY, bytes_wanted, failure_of, room_for
 
 TOO_MUCH = 1 << 48  # bytes: more than a process can address
 CUDA_OOM = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.1 GiB of which 1.2 GiB is free."

@@ -11,17 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import VOCAB, Functional
 
-from pytest_lmeval.data.corpus import Corpus, Document
+from pytest_lmeval.data._corpus import Corpus, Document
 from pytest_lmeval.errors import ModelError, NotFiniteError
 from pytest_lmeval.measures._perplexity import PerplexityResult, measure_perplexity
-from pytest_lmeval.models.sources import as_model
-from pytest_lmeval.records import schema
-from pytest_lmeval.records.journal import Checkpoints
-from pytest_lmeval.records.measured import Record
-from pytest_lmeval.scoring import fast_weights, positions
-from pytest_lmeval.scoring.reading import CHUNKS, EACH, Moves, Reading, rows_of
-from pytest_lmeval.scoring.resume import Saver
-from pytest_lmeval.statistics.bootstrap import ratio_intervals
+from pytest_lmeval.models._sources import as_model
+from pytest_lmeval.records import _schema as schema
+from pytest_lmeval.records._journal import Checkpoints
+from pytest_lmeval.records._measured import Record
+from pytest_lmeval.scoring import _fast_weights as fast_weights
+from pytest_lmeval.scoring import _positions as positions
+from pytest_lmeval.scoring._reading import CHUNKS, EACH, Moves, Reading, rows_of
+from pytest_lmeval.scoring._resume import Saver
+from pytest_lmeval.statistics._bootstrap import ratio_intervals
 
 NAMES = ("a.W", "a.b", "c.W")
 

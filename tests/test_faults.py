@@ -10,7 +10,7 @@ from clean_models import CLEAN
 from faults import FAULTS
 
 from pytest_lmeval.laws import probe
-from pytest_lmeval.models.sources import as_model
+from pytest_lmeval.models._sources import as_model
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)

@@ -12,10 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pytest_lmeval.models.sources import as_model, load
-from pytest_lmeval.profiling import peak as peaks
-from pytest_lmeval.profiling.flops import FORMULAS, Flops, count_flops, training_flops
-from pytest_lmeval.profiling.peak import peak_memory
+from pytest_lmeval.models._sources import as_model, load
+from pytest_lmeval.profiling import _peak as peaks
+from pytest_lmeval.profiling._flops import FORMULAS, Flops, count_flops, training_flops
+from pytest_lmeval.profiling._peak import peak_memory
 from pytest_lmeval.zoo import ZOO
 
 B, T = 2, 5

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 from pytest_lmeval.__main__ import main
-from pytest_lmeval.gates.baseline import Baseline, read, write
-from pytest_lmeval.gates.margins import Margin, check_sign, parse, read_marker
-from pytest_lmeval.records.schema import json_schema
+from pytest_lmeval.gates._baseline import Baseline, read, write
+from pytest_lmeval.gates._margins import Margin, check_sign, parse, read_marker
+from pytest_lmeval.records._schema import json_schema
 
 MODEL = """
     import os, pytest, torch

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from pytest_lmeval.records import history
-from pytest_lmeval.records.value import Value
-from pytest_lmeval.report.history import section
+from pytest_lmeval.records import _history as history
+from pytest_lmeval.records._value import Value
+from pytest_lmeval.report._history import section
 
 KEY = ("t.py::test_task", "demo", "brackets", "accuracy")
 

@@ -6,12 +6,12 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+from pytest_lmeval._stream import stream  # noqa: E402
 from pytest_lmeval.errors import ModelError, SpecError  # noqa: E402
 from pytest_lmeval.measures._perplexity import measure_perplexity  # noqa: E402
-from pytest_lmeval.models.identity import fingerprint  # noqa: E402
-from pytest_lmeval.models.model import fork  # noqa: E402
-from pytest_lmeval.models.sources import as_model, load  # noqa: E402
-from pytest_lmeval.stream import stream  # noqa: E402
+from pytest_lmeval.models._identity import fingerprint  # noqa: E402
+from pytest_lmeval.models._model import fork  # noqa: E402
+from pytest_lmeval.models._sources import as_model, load  # noqa: E402
 
 SIZE = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 48}

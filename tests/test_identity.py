@@ -14,27 +14,27 @@ from hypothesis import strategies as st
 from torch import nn
 from toys import VOCAB, Forgetful, Functional, GetSetState, Stepper
 
-from pytest_lmeval.benchmarking import Driver
-from pytest_lmeval.laws.permits import exact_chunk_size
-from pytest_lmeval.laws.probe import replay
+from pytest_lmeval._benchmarking import Driver
+from pytest_lmeval._session import Session
+from pytest_lmeval._session import TestLog as Log
+from pytest_lmeval.laws._permits import exact_chunk_size
+from pytest_lmeval.laws._probe import replay
+from pytest_lmeval.measures._context import VerbContext
 from pytest_lmeval.measures._latency import measure_latency
 from pytest_lmeval.measures._latency_grid import measure_latency_grid
 from pytest_lmeval.measures._perplexity import measure_perplexity
 from pytest_lmeval.measures._throughput import measure_throughput
-from pytest_lmeval.measures.context import VerbContext
-from pytest_lmeval.models import identity
-from pytest_lmeval.models.identity import facts, fingerprint, weights_digest
-from pytest_lmeval.models.model import Bytes, Codebooks, Model
-from pytest_lmeval.models.sources import as_model
-from pytest_lmeval.models.weak_cache import WeakCache
-from pytest_lmeval.scoring.batch import SELECTIONS, selection
-from pytest_lmeval.scoring.plan import plan_for
-from pytest_lmeval.scoring.requests import Encoder
-from pytest_lmeval.session import Session
-from pytest_lmeval.session import TestLog as Log
-from pytest_lmeval.tasks.questions import Choices, Task
-from pytest_lmeval.training.plan import refuse_untrainable
-from pytest_lmeval.training.protocol import Protocol
+from pytest_lmeval.models import _identity as identity
+from pytest_lmeval.models._identity import facts, fingerprint, weights_digest
+from pytest_lmeval.models._model import Bytes, Codebooks, Model
+from pytest_lmeval.models._sources import as_model
+from pytest_lmeval.models._weak_cache import WeakCache
+from pytest_lmeval.scoring._batch import SELECTIONS, selection
+from pytest_lmeval.scoring._plan import plan_for
+from pytest_lmeval.scoring._requests import Encoder
+from pytest_lmeval.tasks._questions import Choices, Task
+from pytest_lmeval.training._plan import refuse_untrainable
+from pytest_lmeval.training._protocol import Protocol
 
 CONTEXTS = (None, 64, 256)
 
@@ -238,7 +238,7 @@ def test_the_fingerprint_changes_with_one_weight():
 
 
 def test_the_fingerprint_of_a_large_tensor_sees_every_element(monkeypatch):
-    monkeypatch.setattr("pytest_lmeval.models.identity.SMALL", 16)
+    monkeypatch.setattr("pytest_lmeval.models._identity.SMALL", 16)
     module = Functional()
     before = fingerprint(as_model(module))
     with torch.no_grad():

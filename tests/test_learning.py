@@ -156,7 +156,7 @@ def test_a_reading_of_known_entropy_says_how_far_above_the_floor_it_is(project):
     project.makepyfile(
         test_own="""
         def test_reads(lmeval, load_lm, corpus):
-            source = load_lm("pytest_lmeval.data.automaton:load")
+            source = load_lm("pytest_lmeval.data._automaton:load")
             metrics = lmeval.perplexity(source, corpus("automaton", "test"), tokens=20_000).record.metrics
             assert metrics["excess_nats"].low < 0 < metrics["excess_nats"].high
             assert 0.8 < metrics["entropy_floor"] < 0.9

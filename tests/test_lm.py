@@ -7,9 +7,9 @@ import torch
 from toys import CARRYING, Functional, Streaming
 
 from pytest_lmeval.errors import ModelError
-from pytest_lmeval.laws.twin import twin
-from pytest_lmeval.models.model import fork, state_bytes
-from pytest_lmeval.models.sources import as_model
+from pytest_lmeval.laws._twin import twin
+from pytest_lmeval.models._model import fork, state_bytes
+from pytest_lmeval.models._sources import as_model
 
 
 @dataclass

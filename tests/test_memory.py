@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from torch import nn
 from toys import Functional, GetSetState, Stateless, Stepper
 
+from pytest_lmeval._frames import release_frames
 from pytest_lmeval.errors import ModelError, OutOfMemory, ProfilingError
-from pytest_lmeval.frames import release_frames
 from pytest_lmeval.measures import _memory as measurement
 from pytest_lmeval.measures._memory import measure_memory
-from pytest_lmeval.models.sources import as_model, load
-from pytest_lmeval.profiling import child
-from pytest_lmeval.profiling.allocations import watched_allocations
-from pytest_lmeval.profiling.storages import storages
+from pytest_lmeval.models._sources import as_model, load
+from pytest_lmeval.profiling import _child as child
+from pytest_lmeval.profiling._allocations import watched_allocations
+from pytest_lmeval.profiling._storages import storages
 
 MIB = 1 << 20
 

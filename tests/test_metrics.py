@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from pytest_lmeval.errors import TaskError
-from pytest_lmeval.records.example import Example
-from pytest_lmeval.scoring import answer_metrics, metrics
-from pytest_lmeval.scoring.answer_metrics import METRICS
-from pytest_lmeval.scoring.metrics import LIBRARIES, LM_EVAL_NAMES, metrics_of
+from pytest_lmeval.records._example import Example
+from pytest_lmeval.scoring import _answer_metrics as answer_metrics
+from pytest_lmeval.scoring import _metrics as metrics
+from pytest_lmeval.scoring._answer_metrics import METRICS
+from pytest_lmeval.scoring._metrics import LIBRARIES, LM_EVAL_NAMES, metrics_of
 from pytest_lmeval.tasks import find, names
 
 OF_CHOICES = ["accuracy", "greedy_match", "perplexity", "f1", "f1_macro", "matthews", "chance"]
@@ -404,6 +405,8 @@ def test_all_tasks_ask_for_metrics_that_there_are():
 
 
 def test_importing_the_metrics_imports_none_of_their_libraries():
-    script = f"import sys, json, pytest_lmeval.scoring.metrics;print(json.dumps(sorted({set(LIBRARIES)!r} & set(sys.modules))))"
+    script = (
+        f"import sys, json, pytest_lmeval.scoring._metrics;print(json.dumps(sorted({set(LIBRARIES)!r} & set(sys.modules))))"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == []

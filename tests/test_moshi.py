@@ -9,14 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pytest_lmeval._stream import stream
 from pytest_lmeval.errors import LawBroken, SpecError
 from pytest_lmeval.laws import probe, replay
-from pytest_lmeval.laws.twin import twin
+from pytest_lmeval.laws._twin import twin
 from pytest_lmeval.measures._latency import measure_latency
 from pytest_lmeval.measures._perplexity import measure_perplexity
-from pytest_lmeval.models.model import fork
-from pytest_lmeval.models.sources import as_model
-from pytest_lmeval.stream import stream
+from pytest_lmeval.models._model import fork
+from pytest_lmeval.models._sources import as_model
 
 moshi_lm = pytest.importorskip("moshi.models.lm", reason="pip install 'pytest-lmeval[moshi]' and pip install --no-deps moshi")
 no_compile = pytest.importorskip("moshi.utils.compile").no_compile

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from pytest_lmeval.errors import SpecError
-from pytest_lmeval.models import specs
+from pytest_lmeval.models import _specs as specs
 
 COLLECTED = """
 import sys

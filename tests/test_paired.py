@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from pytest_lmeval.statistics.paired import (
+from pytest_lmeval.statistics._paired import (
     Difference,
     detectable,
     examples_needed,
@@ -19,7 +19,7 @@ from pytest_lmeval.statistics.paired import (
     sign_flip,
     unpaired_difference,
 )
-from pytest_lmeval.statistics.verdict import LEVEL, judge_all, judge_exact
+from pytest_lmeval.statistics._verdict import LEVEL, judge_all, judge_exact
 
 SMALL = st.integers(0, 6)
 P_VALUES = st.lists(st.floats(0, 1), min_size=1, max_size=8)

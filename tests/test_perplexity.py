@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import VOCAB, Failing, Functional, Stateless, Stepper
 
-from pytest_lmeval.data.corpus import Corpus, Document
+from pytest_lmeval.data._corpus import Corpus, Document
 from pytest_lmeval.errors import CorpusError, StreamError
 from pytest_lmeval.measures._perplexity import exponential, measure_perplexity
-from pytest_lmeval.models.sources import as_model
-from pytest_lmeval.records.journal import Checkpoints, JournalWarning
-from pytest_lmeval.scoring.reading import (
+from pytest_lmeval.models._sources import as_model
+from pytest_lmeval.records._journal import Checkpoints, JournalWarning
+from pytest_lmeval.scoring._reading import (
     BLOCK,
     BLOCKS,
     BYTES,
@@ -32,7 +32,7 @@ from pytest_lmeval.scoring.reading import (
     Reading,
     rows_of,
 )
-from pytest_lmeval.scoring.resume import Saver
+from pytest_lmeval.scoring._resume import Saver
 
 LM = as_model(Functional())
 BYTE_LM = as_model(Functional(vocab=256))
@@ -159,7 +159,7 @@ def test_no_documents_at_all_are_refused():
 
 
 def test_a_perplexity_is_never_capped():
-    from pytest_lmeval.records.value import Value
+    from pytest_lmeval.records._value import Value
 
     assert float(exponential(Value(25.0))) == pytest.approx(math.exp(25))
     with pytest.raises(StreamError, match="no number a float can hold"):

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from pytest_lmeval.records.schema import json_schema
+from pytest_lmeval.records._schema import json_schema
 
 READS = """
     def test_reads(lmeval, lm, corpus):

@@ -14,17 +14,17 @@ from torch import nn
 from toys import Functional, Stepper
 
 from pytest_lmeval.errors import SpecError
-from pytest_lmeval.laws.probe import probe
-from pytest_lmeval.laws.twin import twin
-from pytest_lmeval.laws.untouched import weights_kept
+from pytest_lmeval.laws._probe import probe
+from pytest_lmeval.laws._twin import twin
+from pytest_lmeval.laws._untouched import weights_kept
 from pytest_lmeval.measures._perplexity import measure_perplexity
-from pytest_lmeval.models import precision
-from pytest_lmeval.models.identity import facts, fingerprint
-from pytest_lmeval.models.identity import precision as precision_facts
-from pytest_lmeval.models.model import Model, multiplied
-from pytest_lmeval.models.sources import as_model, load
-from pytest_lmeval.models.tensors import is_packed, nbytes, precision_of, unpack, value_bits
-from pytest_lmeval.records import schema
+from pytest_lmeval.models import _precision as precision
+from pytest_lmeval.models._identity import facts, fingerprint
+from pytest_lmeval.models._identity import precision as precision_facts
+from pytest_lmeval.models._model import Model, multiplied
+from pytest_lmeval.models._sources import as_model, load
+from pytest_lmeval.models._tensors import is_packed, nbytes, precision_of, unpack, value_bits
+from pytest_lmeval.records import _schema as schema
 
 pytest.importorskip("torchao")
 

@@ -18,10 +18,10 @@ from pytest_lmeval.measures._latency import measure_latency
 from pytest_lmeval.measures._latency_grid import measure_latency_grid
 from pytest_lmeval.measures._streaming import measure_streaming
 from pytest_lmeval.measures._throughput import measure_throughput
-from pytest_lmeval.models.sources import as_model, load
-from pytest_lmeval.profiling import clock
-from pytest_lmeval.profiling.runner import Runner
-from pytest_lmeval.profiling.samples import median, runs_to_see, spread, stability
+from pytest_lmeval.models._sources import as_model, load
+from pytest_lmeval.profiling import _clock as clock
+from pytest_lmeval.profiling._runner import Runner
+from pytest_lmeval.profiling._samples import median, runs_to_see, spread, stability
 
 LM = as_model(Functional())
 NOT_TIMED = Runner(not_measured="disabled")
@@ -40,7 +40,7 @@ class Clock:
 def still(monkeypatch):
     clock.tick.cache_clear()
     monkeypatch.setattr(clock, "time", fake := Clock())
-    monkeypatch.setattr("pytest_lmeval.profiling.runner.tick", lambda device: 1e-9)
+    monkeypatch.setattr("pytest_lmeval.profiling._runner.tick", lambda device: 1e-9)
     return fake
 
 
@@ -272,7 +272,7 @@ def test_of_a_model_that_reads_frames_the_rates_are_of_frames():
 
 
 def test_steps_that_the_clock_is_too_coarse_for_are_left_out_of_a_throughput(still, monkeypatch):
-    monkeypatch.setattr("pytest_lmeval.profiling.runner.tick", lambda device: 1e-5)
+    monkeypatch.setattr("pytest_lmeval.profiling._runner.tick", lambda device: 1e-5)
     lm = as_model(Slow(still, prompt=1e-2, tokens=(5e-4,)))
     result = measure_throughput(lm, batch_size=2, seq_len=10, runs=3, scaling=False)
     assert result.tokens_per_second > 0
@@ -351,14 +351,14 @@ def test_where_nothing_is_timed_there_are_no_times(measure):
 
 
 def test_a_clock_that_is_too_coarse_is_not_believed(monkeypatch):
-    monkeypatch.setattr("pytest_lmeval.profiling.runner.tick", lambda device: 0.5)
+    monkeypatch.setattr("pytest_lmeval.profiling._runner.tick", lambda device: 0.5)
     result = measure_latency(LM, seq_len=4, runs=3, warm_up=0)
     assert "the clock ticks every 5e+05 us" in result.not_measured
     assert result.record.metrics == {}
 
 
 def test_what_the_clock_is_too_coarse_for_is_left_out_and_the_rest_is_kept(still, monkeypatch):
-    monkeypatch.setattr("pytest_lmeval.profiling.runner.tick", lambda device: 1e-5)
+    monkeypatch.setattr("pytest_lmeval.profiling._runner.tick", lambda device: 1e-5)
     result = measure_latency(as_model(Slow(still, prompt=1e-2, tokens=(5e-4,))), seq_len=10, new_tokens=4, runs=3, warm_up=0)
     assert float(result.prefill) == pytest.approx(100)
     with pytest.raises(NotMeasuredError, match="itl takes 500 us and the clock ticks every 10 us"):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pytest_lmeval.data import Rows
-from pytest_lmeval.scoring.fewshot import Shots
+from pytest_lmeval.scoring._fewshot import Shots
 from pytest_lmeval.tasks import Choices, Generate, Task, find, names
 
 VERSION = "0.4.13"

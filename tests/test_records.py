@@ -12,13 +12,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pytest_lmeval.errors import DocumentError
-from pytest_lmeval.records import schema
-from pytest_lmeval.records.document import dump, load
-from pytest_lmeval.records.environment import describe
-from pytest_lmeval.records.example import Example
-from pytest_lmeval.records.metric import headline_of
-from pytest_lmeval.records.value import Value
-from pytest_lmeval.report import pages
+from pytest_lmeval.records import _schema as schema
+from pytest_lmeval.records._document import dump, load
+from pytest_lmeval.records._environment import describe
+from pytest_lmeval.records._example import Example
+from pytest_lmeval.records._metric import headline_of
+from pytest_lmeval.records._value import Value
+from pytest_lmeval.report import _pages as pages
 
 GOLDEN = Path(__file__).parent / "golden" / "metrics-2.json"
 FINITE = st.floats(allow_nan=False, allow_infinity=False)

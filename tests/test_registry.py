@@ -12,11 +12,11 @@ from packages import install
 
 from pytest_lmeval import registry
 from pytest_lmeval.errors import RegistryError
-from pytest_lmeval.records.metric import Metric, metric
+from pytest_lmeval.records._metric import Metric, metric
 from pytest_lmeval.registry import GROUPS, Entry, PluginWarning, accepted, entries, find, mapping, names, resolve, things
 from pytest_lmeval.tasks import find as find_task
 
-METRIC = "from pytest_lmeval.records.metric import Metric\nBREVITY = Metric('brevity', interval='share')\n"
+METRIC = "from pytest_lmeval.records._metric import Metric\nBREVITY = Metric('brevity', interval='share')\n"
 BROKEN = "raise ImportError('no such thing')\n"
 
 
@@ -38,7 +38,7 @@ def test_no_two_of_our_own_have_the_same_name(group):
 def test_ours_come_first_and_say_who_they_are():
     first = entries("metrics")[0]
     assert first.is_own
-    assert str(first) == "pytest-lmeval (pytest_lmeval.scoring.answer_metrics:METRICS)"
+    assert str(first) == "pytest-lmeval (pytest_lmeval.scoring._answer_metrics:METRICS)"
 
 
 def test_what_of_ours_cannot_be_imported_is_an_error():
@@ -109,7 +109,7 @@ def test_a_name_of_two_packages_is_refused_with_both(packages):
 
 def test_a_name_of_ours_is_refused_to_others(packages):
     packages("one", "TASKS = {'boolq': 1}\nboolq = 2", tasks={"boolq": "one:boolq"}, corpora={"stdlib": "one:boolq"})
-    ambiguous(lambda: find_task("boolq"), "pytest-lmeval (pytest_lmeval.tasks.superglue:REGISTERED)", "one (one:boolq)")
+    ambiguous(lambda: find_task("boolq"), "pytest-lmeval (pytest_lmeval.tasks._superglue:REGISTERED)", "one (one:boolq)")
     ambiguous(lambda: find("corpora", "stdlib"), "pytest-lmeval", "one (one:boolq)")
     ambiguous(lambda: resolve("corpora", "stdlib:x"), "pytest-lmeval", "one (one:boolq)")
 

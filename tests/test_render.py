@@ -7,12 +7,14 @@ import pytest
 from documents import HOSTILE, answered, asked, data_of, document, everything, generated, reading, register, write_run
 
 from pytest_lmeval.__main__ import main
-from pytest_lmeval.records.document import Section, load
-from pytest_lmeval.records.schema import json_schema
-from pytest_lmeval.records.value import Value
-from pytest_lmeval.report import examples, pages, write
-from pytest_lmeval.report.formats import bencher, github_action_benchmark
-from pytest_lmeval.report.words import visible
+from pytest_lmeval.records._document import Section, load
+from pytest_lmeval.records._schema import json_schema
+from pytest_lmeval.records._value import Value
+from pytest_lmeval.report import _examples as examples
+from pytest_lmeval.report import _pages as pages
+from pytest_lmeval.report import _write as write
+from pytest_lmeval.report._formats import bencher, github_action_benchmark
+from pytest_lmeval.report._words import visible
 
 # ---------------------------------------------------------------------------------------- runs that are over
 
@@ -248,7 +250,7 @@ def test_each_number_of_a_direction_goes_into_the_file_of_that_direction_once():
 
 TESTS = """
     import pytest
-    from pytest_lmeval.records.value import Value
+    from pytest_lmeval.records._value import Value
 
     def test_good(lmeval, lm):
         lmeval.record(lm, "passkey", accuracy=Value(0.5, n=10, higher_is_better=True))
@@ -261,8 +263,8 @@ TESTS = """
         assert False
 """
 HOOK = """
-    from pytest_lmeval.records.document import Section
-    from pytest_lmeval.records.value import Value
+    from pytest_lmeval.records._document import Section
+    from pytest_lmeval.records._value import Value
 
     def pytest_lmeval_report(config, data):
         for record in data.records:

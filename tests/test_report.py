@@ -10,18 +10,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from pytest_lmeval.records import history
-from pytest_lmeval.records.comparison import Comparison, Flip
-from pytest_lmeval.records.document import BaselineUse, Failure, Section, Skipped, load
-from pytest_lmeval.records.measured import Series
-from pytest_lmeval.records.value import Value
-from pytest_lmeval.report import github, pages, terminal, write
-from pytest_lmeval.report.changes import changes
-from pytest_lmeval.report.figures import figures
-from pytest_lmeval.report.grids import grids
-from pytest_lmeval.report.overview import overview
-from pytest_lmeval.report.tables import groups, headlines, side_by_side
-from pytest_lmeval.report.words import interval, number, size_of, visible
+from pytest_lmeval.records import _history as history
+from pytest_lmeval.records._comparison import Comparison, Flip
+from pytest_lmeval.records._document import BaselineUse, Failure, Section, Skipped, load
+from pytest_lmeval.records._measured import Series
+from pytest_lmeval.records._value import Value
+from pytest_lmeval.report import _github as github
+from pytest_lmeval.report import _pages as pages
+from pytest_lmeval.report import _terminal as terminal
+from pytest_lmeval.report import _write as write
+from pytest_lmeval.report._changes import changes
+from pytest_lmeval.report._figures import figures
+from pytest_lmeval.report._grids import grids
+from pytest_lmeval.report._overview import overview
+from pytest_lmeval.report._tables import groups, headlines, side_by_side
+from pytest_lmeval.report._words import interval, number, size_of, visible
 
 RUN = write.run(0.0, ["-m", "a b"], 0)
 

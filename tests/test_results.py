@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import Failing
 
-from pytest_lmeval.records.journal import Checkpoints, Journal, key_of
+from pytest_lmeval.records._journal import Checkpoints, Journal, key_of
 
 
 def test_a_new_journal_finds_what_an_interrupted_run_finished(tmp_path):

@@ -10,16 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import Functional, Stateless
 
-from pytest_lmeval.data.corpus import Corpus, Document
-from pytest_lmeval.data.tokens import TokenReader, beginning
+from pytest_lmeval._stream import stream_in_windows
+from pytest_lmeval.data._corpus import Corpus, Document
+from pytest_lmeval.data._tokens import TokenReader, beginning
 from pytest_lmeval.errors import StreamError
 from pytest_lmeval.measures._perplexity import measure_perplexity
-from pytest_lmeval.models.sources import as_model
-from pytest_lmeval.records.certificate import Certificate
-from pytest_lmeval.records.journal import Checkpoints
-from pytest_lmeval.scoring.plan import Plan, plan_for
-from pytest_lmeval.scoring.resume import Saver
-from pytest_lmeval.stream import stream_in_windows
+from pytest_lmeval.models._sources import as_model
+from pytest_lmeval.records._certificate import Certificate
+from pytest_lmeval.records._journal import Checkpoints
+from pytest_lmeval.scoring._plan import Plan, plan_for
+from pytest_lmeval.scoring._resume import Saver
 
 VOCAB = 256
 LONGEST = 120
@@ -358,7 +358,7 @@ def test_documents_have_the_loglikelihoods_that_lm_eval_gives_them(both):
 
 def test_windows_without_the_anchor_have_not(both, monkeypatch):
     theirs, ours = both
-    monkeypatch.setattr("pytest_lmeval.scoring.plan.stream_in_windows", without_the_anchor)
+    monkeypatch.setattr("pytest_lmeval.scoring._plan.stream_in_windows", without_the_anchor)
     _, found = our_sums(ours, window="lm_eval")
     assert np.abs(np.subtract(found, their_sums(theirs))).max() > 0.1
 

@@ -5,8 +5,8 @@ import torch
 from toys import VOCAB, Functional
 
 from pytest_lmeval.laws import probe
-from pytest_lmeval.laws.routers import recorded, until_first_tie
-from pytest_lmeval.models.sources import as_model
+from pytest_lmeval.laws._routers import recorded, until_first_tie
+from pytest_lmeval.models._sources import as_model
 
 
 class Experts(Functional):

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from toys import VOCAB, Broken, Functional, Neighbourly, Seeing, Stateless
 
 from pytest_lmeval import as_model, score_rows
+from pytest_lmeval._stream import stream
 from pytest_lmeval.errors import NotFiniteError, StreamError
-from pytest_lmeval.stream import stream
 
 RIGHT = [Functional, Stateless, CLEAN["Windowed"], CLEAN["Selective"], CLEAN["Experts"]]
 

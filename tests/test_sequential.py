@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_lmeval.statistics import proportion
-from pytest_lmeval.statistics.proportion import wilson
-from pytest_lmeval.statistics.sequential import confidence_sequence, verdict
+from pytest_lmeval.statistics import _proportion as proportion
+from pytest_lmeval.statistics._proportion import wilson
+from pytest_lmeval.statistics._sequential import confidence_sequence, verdict
 
 
 def coverage(truth, samples):
@@ -171,7 +171,7 @@ def test_yes_and_no_are_treated_alike(n, share):
 @given(st.integers(1, 300), st.floats(0, 1), st.floats(0.01, 0.99))
 def test_the_bet_is_fair(n, share, rate):
     """A martingale: what is expected of the next E, if the rate is true, is the present one."""
-    from pytest_lmeval.statistics.sequential import _log_evidence
+    from pytest_lmeval.statistics._sequential import _log_evidence
 
     successes = round(share * n)
     now, up, down = (_log_evidence(successes + s, n + m, rate) for s, m in ((0, 0), (1, 1), (0, 1)))

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from toys import VOCAB, Dropped, Forgetful, Functional, GetSetState, Neighbourly, Shared, Stateless, Stepper
 
 from pytest_lmeval import as_model, load
-from pytest_lmeval.scoring import sharing as sharing_module
-from pytest_lmeval.scoring.batch import selection
-from pytest_lmeval.scoring.sharing import Sharing
-from pytest_lmeval.scoring.tree import STEP, Request, tree, worth_a_step
+from pytest_lmeval.scoring import _sharing as sharing_module
+from pytest_lmeval.scoring._batch import selection
+from pytest_lmeval.scoring._sharing import Sharing
+from pytest_lmeval.scoring._tree import STEP, Request, tree, worth_a_step
 
 LM = as_model(Functional())
 ids = st.lists(st.integers(0, 2), min_size=1, max_size=12)  # few tokens, so that much is alike
@@ -212,7 +212,7 @@ def test_a_state_that_has_other_tensors_later_is_not_divided():
 
 
 def test_low_precision_does_not_hide_that_one_row_is_taken_for_another(monkeypatch):
-    from pytest_lmeval.scoring import batch
+    from pytest_lmeval.scoring import _batch as batch
 
     assert selection(load("zoo:lstm@bf16")) is not None
     real = batch._selected

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pytest_lmeval.data import corpus, recall
-from pytest_lmeval.data.automaton import (
+from pytest_lmeval.data import _recall as recall
+from pytest_lmeval.data import corpus
+from pytest_lmeval.data._automaton import (
     Automaton,
     AutomatonLM,
     Branch,
@@ -26,13 +27,13 @@ from pytest_lmeval.data.automaton import (
     surprisal,
     write,
 )
-from pytest_lmeval.data.corpus import SPLITS
-from pytest_lmeval.data.recall import DIGITS, VALUES, Recall, RecallLM, frequencies
-from pytest_lmeval.data.synthetic import options_in, tape
+from pytest_lmeval.data._corpus import SPLITS
+from pytest_lmeval.data._recall import DIGITS, VALUES, Recall, RecallLM, frequencies
+from pytest_lmeval.data._synthetic import options_in, tape
 from pytest_lmeval.errors import CorpusError
-from pytest_lmeval.laws.probe import probe
+from pytest_lmeval.laws._probe import probe
 from pytest_lmeval.measures._perplexity import measure_perplexity
-from pytest_lmeval.models.sources import as_model
+from pytest_lmeval.models._sources import as_model
 
 SOURCE = automaton()
 LN2 = math.log(2)

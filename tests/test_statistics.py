@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pytest_lmeval.statistics.bootstrap import ratio_intervals
+from pytest_lmeval.statistics._bootstrap import ratio_intervals
 
 
 def ratio_interval(numerators, denominators, **options):

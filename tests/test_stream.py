@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import VOCAB, Broken, Forgetful, Functional, LastOnly, Promising, Stateless
 
+from pytest_lmeval._stream import default_chunk_size, overlapping, score, stream, stream_in_windows
 from pytest_lmeval.errors import ModelError, NotFiniteError, StreamError
-from pytest_lmeval.models.sources import as_model
-from pytest_lmeval.stream import default_chunk_size, overlapping, score, stream, stream_in_windows
+from pytest_lmeval.models._sources import as_model
 
 LM = as_model(Functional())
 SEVERAL = settings(max_examples=60)
@@ -134,7 +134,7 @@ def test_rank_is_the_place_in_a_stable_sort(rows, data):
 def test_scoring_in_blocks_of_rows_changes_nothing(monkeypatch):
     logits, targets = torch.randn(100, 64), torch.randint(0, 64, (100,))
     whole = score(logits, targets)
-    monkeypatch.setattr("pytest_lmeval.stream.ROWS", 64 * 7)
+    monkeypatch.setattr("pytest_lmeval._stream.ROWS", 64 * 7)
     blocks = score(logits, targets)
     np.testing.assert_allclose(whole[0], blocks[0], atol=1e-6)
     assert np.array_equal(whole[1], blocks[1])

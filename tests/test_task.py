@@ -15,8 +15,8 @@ from toys import Functional
 from pytest_lmeval import Choices, Generate, Rows, Suite, Task, as_model
 from pytest_lmeval.errors import TaskError
 from pytest_lmeval.measures._task import measure_task
-from pytest_lmeval.scoring import fewshot
-from pytest_lmeval.scoring.fewshot import Shots, question_of
+from pytest_lmeval.scoring import _fewshot as fewshot
+from pytest_lmeval.scoring._fewshot import Shots, question_of
 from pytest_lmeval.tasks import id_of
 
 LM = as_model(Functional(vocab=256))

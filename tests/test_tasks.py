@@ -13,7 +13,7 @@ from pytest_lmeval import registry, tasks
 from pytest_lmeval.data import Rows, corpus
 from pytest_lmeval.errors import RegistryError, TaskError
 from pytest_lmeval.tasks import Choices, Generate, Suite, find, find_suite, names
-from pytest_lmeval.tasks.stdlib import PASSAGE
+from pytest_lmeval.tasks._stdlib import PASSAGE
 
 ALL = names()
 SUITES = [name for name, thing, _ in registry.things("tasks") if isinstance(thing, Suite)]
@@ -272,10 +272,10 @@ def loaded_by(code):
 
 def test_finding_a_task_loads_nothing_heavy():
     modules = loaded_by("from pytest_lmeval.tasks import find; find('boolq')")
-    assert "pytest_lmeval.tasks.superglue" in modules
+    assert "pytest_lmeval.tasks._superglue" in modules
     assert not {"torch", "numpy", "datasets", "transformers"} & set(modules)
 
 
 def test_this_test_can_fail():
-    modules = loaded_by("import numpy, pytest_lmeval.tasks.glue")
-    assert {"numpy", "pytest_lmeval.tasks.glue"} <= set(modules)
+    modules = loaded_by("import numpy, pytest_lmeval.tasks._glue")
+    assert {"numpy", "pytest_lmeval.tasks._glue"} <= set(modules)

@@ -22,22 +22,22 @@ from torch import nn
 from torch.nn import functional as F
 from toys import Functional, GetSetState, PortableStreaming, Stateless, Stepper, Streaming
 
-import pytest_lmeval.training.loop as loop
+import pytest_lmeval.training._loop as loop
 from pytest_lmeval.data import corpus
-from pytest_lmeval.data.corpus import Corpus, Document
+from pytest_lmeval.data._corpus import Corpus, Document
 from pytest_lmeval.errors import CorpusError, ModelError, ProtocolError, SpecError, StreamError, TrainingError
-from pytest_lmeval.models.identity import fingerprint
-from pytest_lmeval.models.model import Codebooks
-from pytest_lmeval.models.sources import as_model, load
-from pytest_lmeval.records import schema
-from pytest_lmeval.records.journal import JournalWarning
-from pytest_lmeval.records.measured import Record
+from pytest_lmeval.models._identity import fingerprint
+from pytest_lmeval.models._model import Codebooks
+from pytest_lmeval.models._sources import as_model, load
+from pytest_lmeval.records import _schema as schema
+from pytest_lmeval.records._journal import JournalWarning
+from pytest_lmeval.records._measured import Record
 from pytest_lmeval.training import Protocol, load_weights, run_training
-from pytest_lmeval.training.batches import batches, held_out_batches
-from pytest_lmeval.training.folder import Saver
-from pytest_lmeval.training.protocol import learning_rate
-from pytest_lmeval.training.weights import snapshot
-from pytest_lmeval.zoo.demo import Demo
+from pytest_lmeval.training._batches import batches, held_out_batches
+from pytest_lmeval.training._folder import Saver
+from pytest_lmeval.training._protocol import learning_rate
+from pytest_lmeval.training._weights import snapshot
+from pytest_lmeval.zoo._demo import Demo
 
 VOCAB = 32
 SMALL = Protocol(steps=12, batch_size=4, seq_len=16, eval_every=4, eval_tokens=256, lr=1e-2)
@@ -442,7 +442,7 @@ def test_the_record_is_one_of_the_schema():
 
 def test_a_long_curve_is_thinned_by_averaging(monkeypatch):
     whole = run_training(as_model(Functional()), TEXT, protocol=SMALL).curve
-    monkeypatch.setattr("pytest_lmeval.training.result.POINTS", 5)
+    monkeypatch.setattr("pytest_lmeval.training._result.POINTS", 5)
     thinned = run_training(as_model(Functional()), TEXT, protocol=SMALL).curve
     assert thinned.x == [64.0 * 3, 64.0 * 6, 64.0 * 9, 64.0 * 12]
     assert thinned.y == pytest.approx([np.mean(whole.y[begin : begin + 3]) for begin in range(0, 12, 3)])
@@ -624,7 +624,7 @@ import torch
 from torch import nn
 from pytest_lmeval import as_model
 from pytest_lmeval.training import Protocol, run_training
-from pytest_lmeval.training.folder import Saver
+from pytest_lmeval.training._folder import Saver
 
 class Dropping(nn.Module):
     def __init__(self):
@@ -715,7 +715,7 @@ def test_a_disk_that_is_full_is_reported_and_the_training_goes_on(save_each_step
     def full(*arguments):
         raise OSError("no space left")
 
-    monkeypatch.setattr("pytest_lmeval.training.folder.Folder.save", full)
+    monkeypatch.setattr("pytest_lmeval.training._folder.Folder.save", full)
     with pytest.warns(JournalWarning, match=r"no point to go on from can be saved \(no space left\)"):
         assert run_training(as_model(Functional()), TEXT, protocol=SMALL, folder=tmp_path).best_step == 12
 

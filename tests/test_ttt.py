@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from pytest_lmeval.laws.probe import probe
-from pytest_lmeval.models.model import state_bytes, state_dtypes
-from pytest_lmeval.models.sources import as_model, load
-from pytest_lmeval.zoo import ttt
+from pytest_lmeval.laws._probe import probe
+from pytest_lmeval.models._model import state_bytes, state_dtypes
+from pytest_lmeval.models._sources import as_model, load
+from pytest_lmeval.zoo import _ttt as ttt
 
 K = 4
 PIECES = st.lists(st.integers(1, 11), min_size=1, max_size=7)

@@ -7,14 +7,14 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from pytest_lmeval import registry
-from pytest_lmeval.laws.probe import probe
-from pytest_lmeval.models.model import fork, state_bytes, state_dtypes
-from pytest_lmeval.models.sources import load
-from pytest_lmeval.zoo.bk import LAPLACIAN, ResNetBK, both_ways, sweep
-from pytest_lmeval.zoo.lstm import LSTM
-from pytest_lmeval.zoo.mamba import Mamba
-from pytest_lmeval.zoo.mamba2 import Mamba2
-from pytest_lmeval.zoo.transformer import LayerState, Transformer
+from pytest_lmeval.laws._probe import probe
+from pytest_lmeval.models._model import fork, state_bytes, state_dtypes
+from pytest_lmeval.models._sources import load
+from pytest_lmeval.zoo._bk import LAPLACIAN, ResNetBK, both_ways, sweep
+from pytest_lmeval.zoo._lstm import LSTM
+from pytest_lmeval.zoo._mamba import Mamba
+from pytest_lmeval.zoo._mamba2 import Mamba2
+from pytest_lmeval.zoo._transformer import LayerState, Transformer
 
 SMALL = {
     "transformer": lambda: Transformer(width=16, layers=2, heads=2, hidden=16),

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from pytest_lmeval import registry
-from pytest_lmeval.data.corpus import SPLITS, Corpus, Document
-from pytest_lmeval.data.rows import Row, Rows
+from pytest_lmeval.data._corpus import SPLITS, Corpus, Document
+from pytest_lmeval.data._rows import Row, Rows
 from pytest_lmeval.errors import CorpusError, RegistryError
 
 __all__ = ["Corpus", "Document", "Row", "Rows", "check", "corpus"]
@@ -58,7 +58,7 @@ def _factory(name: str) -> tuple[Any, str]:
         return found[0], found[1] or ""
     if not _is_of_the_hub(name):
         raise _unknown(name)
-    from pytest_lmeval.data import hub
+    from pytest_lmeval.data import _hub as hub
 
     return hub.load, name
 

@@ -13,10 +13,10 @@ and for hypothesis tests of your own:
 """
 
 from pytest_lmeval.errors import LawBroken, NotPossible
-from pytest_lmeval.laws.checks import LAWS, check
-from pytest_lmeval.laws.probe import probe, replay
-from pytest_lmeval.laws.strategies import Case, cases, compositions, edge_cases
-from pytest_lmeval.laws.trial import Trial
+from pytest_lmeval.laws._checks import LAWS, check
+from pytest_lmeval.laws._probe import probe, replay
+from pytest_lmeval.laws._strategies import Case, cases, compositions, edge_cases
+from pytest_lmeval.laws._trial import Trial
 
 __all__ = [
     "LAWS",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_lmeval import registry
 from pytest_lmeval.errors import LmevalError, RegistryError
-from pytest_lmeval.measures.context import VerbContext, running_in
+from pytest_lmeval.measures._context import VerbContext, running_in
 
 if TYPE_CHECKING:
     from pytest_lmeval.measures._agreement import agreement

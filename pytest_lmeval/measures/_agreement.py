@@ -26,24 +26,24 @@ import torch
 from msgspec import structs
 from torch import Tensor
 
-from pytest_lmeval.data.corpus import Corpus
-from pytest_lmeval.data.ids import as_corpus
+from pytest_lmeval._stream import ROWS
+from pytest_lmeval.data._corpus import Corpus
+from pytest_lmeval.data._ids import as_corpus
 from pytest_lmeval.errors import NotFiniteError, SpecError, StreamError
-from pytest_lmeval.laws.permits import exact_chunk_size
+from pytest_lmeval.laws._permits import exact_chunk_size
+from pytest_lmeval.measures._context import current, verb
 from pytest_lmeval.measures._perplexity import Progress, exponential
-from pytest_lmeval.measures.context import current, verb
-from pytest_lmeval.models.identity import facts, fingerprint, tokenizer_fingerprint
-from pytest_lmeval.models.model import Model, State
-from pytest_lmeval.records import schema
-from pytest_lmeval.records.certificate import Certificate
-from pytest_lmeval.records.measured import Cost, Record
-from pytest_lmeval.records.metric import value_of
-from pytest_lmeval.records.value import Value
-from pytest_lmeval.scoring.plan import Plan, Point, Reader, plan_for
-from pytest_lmeval.scoring.reading import BLOCK, Reading, add_to_blocks
-from pytest_lmeval.statistics.bootstrap import ratio_intervals
-from pytest_lmeval.statistics.proportion import wilson_of_groups
-from pytest_lmeval.stream import ROWS
+from pytest_lmeval.models._identity import facts, fingerprint, tokenizer_fingerprint
+from pytest_lmeval.models._model import Model, State
+from pytest_lmeval.records import _schema as schema
+from pytest_lmeval.records._certificate import Certificate
+from pytest_lmeval.records._measured import Cost, Record
+from pytest_lmeval.records._metric import value_of
+from pytest_lmeval.records._value import Value
+from pytest_lmeval.scoring._plan import Plan, Point, Reader, plan_for
+from pytest_lmeval.scoring._reading import BLOCK, Reading, add_to_blocks
+from pytest_lmeval.statistics._bootstrap import ratio_intervals
+from pytest_lmeval.statistics._proportion import wilson_of_groups
 
 TOKENS, SAME, KL, DIFFERENCE = range(4)  # columns of a row of sums
 

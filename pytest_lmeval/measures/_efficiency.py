@@ -23,18 +23,18 @@ from typing import Any
 
 from msgspec import structs
 
+from pytest_lmeval.measures._context import current, verb
 from pytest_lmeval.measures._latency import NEW_TOKENS, LatencyResult, measure_latency
-from pytest_lmeval.measures.context import current, verb
-from pytest_lmeval.models.identity import facts
-from pytest_lmeval.models.model import Model
-from pytest_lmeval.profiling.failures import room_for
-from pytest_lmeval.profiling.flops import Flops
-from pytest_lmeval.profiling.roofline import measured_peaks
-from pytest_lmeval.profiling.runner import Runner, check_shape, quiet
-from pytest_lmeval.profiling.work import Work, training_work, work_of
-from pytest_lmeval.records.measured import Record
-from pytest_lmeval.records.metric import metric, value_of
-from pytest_lmeval.records.value import Value
+from pytest_lmeval.models._identity import facts
+from pytest_lmeval.models._model import Model
+from pytest_lmeval.profiling._failures import room_for
+from pytest_lmeval.profiling._flops import Flops
+from pytest_lmeval.profiling._roofline import measured_peaks
+from pytest_lmeval.profiling._runner import Runner, check_shape, quiet
+from pytest_lmeval.profiling._work import Work, training_work, work_of
+from pytest_lmeval.records._measured import Record
+from pytest_lmeval.records._metric import metric, value_of
+from pytest_lmeval.records._value import Value
 
 RUNS, WARM_UP = 10, 2
 OVERHEAD = 0.1  # share of the bound under which overhead is what one waits for

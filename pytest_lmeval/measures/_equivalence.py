@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pytest_lmeval.laws.probe import EquivalenceResult, probe, restore
-from pytest_lmeval.measures.context import current, verb
+from pytest_lmeval.laws._probe import EquivalenceResult, probe, restore
+from pytest_lmeval.measures._context import current, verb
 
 
 @verb
@@ -19,7 +19,7 @@ def equivalence(
     longest: int | None = None,
     known: Path | None = None,
 ) -> EquivalenceResult:
-    """Which laws of streaming the model keeps (see `laws.probe` for the parameters); probed once in a run.
+    """Which laws of streaming the model keeps (see `laws._probe` for the parameters); probed once in a run.
 
     Parameters that are not given are those of the command line. With any of them the model is probed for itself.
     """

@@ -1,8 +1,8 @@
 """How long a model lets one wait: prefill, time to first token, the gaps between tokens, end to end.
 
 A run reads a prompt of `seq_len` tokens and then decodes greedily, one token a step from the carried state. What is taken
-between which moments, `profiling.cost_metrics` declares; other tools use the same names for other things, so the formulas stand
-in every record.
+between which moments, `profiling._cost_metrics` declares; other tools use the same names for other things, so the formulas
+stand in every record.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from pytest_lmeval.measures.context import current, verb
-from pytest_lmeval.models.identity import facts
-from pytest_lmeval.models.model import Model, state_bytes
-from pytest_lmeval.profiling.clock import Stopwatch
-from pytest_lmeval.profiling.flops import count_flops
-from pytest_lmeval.profiling.runner import (
+from pytest_lmeval.measures._context import current, verb
+from pytest_lmeval.models._identity import facts
+from pytest_lmeval.models._model import Model, state_bytes
+from pytest_lmeval.profiling._clock import Stopwatch
+from pytest_lmeval.profiling._flops import count_flops
+from pytest_lmeval.profiling._runner import (
     Runner,
     about_times,
     check_shape,
@@ -28,10 +28,10 @@ from pytest_lmeval.profiling.runner import (
     too_short,
     unit_of_rates,
 )
-from pytest_lmeval.profiling.samples import MILLISECONDS, median, quantiles, spread
-from pytest_lmeval.records.measured import Cost, Record, Series
-from pytest_lmeval.records.metric import value_of
-from pytest_lmeval.records.value import Value
+from pytest_lmeval.profiling._samples import MILLISECONDS, median, quantiles, spread
+from pytest_lmeval.records._measured import Cost, Record, Series
+from pytest_lmeval.records._metric import value_of
+from pytest_lmeval.records._value import Value
 
 RUNS, WARM_UP, NEW_TOKENS = 100, 10, 8
 BY_RUN = ("prefill", "tpot", "e2e")

@@ -9,13 +9,13 @@ from functools import partial
 from typing import Any
 
 from pytest_lmeval.errors import ProfilingError
+from pytest_lmeval.measures._context import current, verb
 from pytest_lmeval.measures._latency import NEW_TOKENS, RUNS, WARM_UP, LatencyResult, measure_latency
-from pytest_lmeval.measures.context import current, verb
-from pytest_lmeval.models.identity import facts
-from pytest_lmeval.models.model import Model
-from pytest_lmeval.profiling.failures import DEVICE_LOST, attempt
-from pytest_lmeval.profiling.runner import check_shape
-from pytest_lmeval.records.measured import ModelFacts, Record
+from pytest_lmeval.models._identity import facts
+from pytest_lmeval.models._model import Model
+from pytest_lmeval.profiling._failures import DEVICE_LOST, attempt
+from pytest_lmeval.profiling._runner import check_shape
+from pytest_lmeval.records._measured import ModelFacts, Record
 
 BATCH_SIZES, SEQ_LENS = (1,), (128, 512)
 

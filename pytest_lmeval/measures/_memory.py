@@ -27,18 +27,18 @@ import torch
 from torch import Tensor
 
 from pytest_lmeval.errors import ProfilingError
-from pytest_lmeval.measures.context import current, verb
-from pytest_lmeval.models.identity import facts
-from pytest_lmeval.models.model import Model, State, state_storages, weights
-from pytest_lmeval.profiling.allocations import watched_allocations
-from pytest_lmeval.profiling.child import TIMEOUT, CannotMoveError, in_child
-from pytest_lmeval.profiling.failures import room_for
-from pytest_lmeval.profiling.peak import peak_memory
-from pytest_lmeval.profiling.runner import check_shape, next_ids
-from pytest_lmeval.profiling.storages import storages
-from pytest_lmeval.records.measured import Cost, Record
-from pytest_lmeval.records.metric import value_of
-from pytest_lmeval.records.value import Value
+from pytest_lmeval.measures._context import current, verb
+from pytest_lmeval.models._identity import facts
+from pytest_lmeval.models._model import Model, State, state_storages, weights
+from pytest_lmeval.profiling._allocations import watched_allocations
+from pytest_lmeval.profiling._child import TIMEOUT, CannotMoveError, in_child
+from pytest_lmeval.profiling._failures import room_for
+from pytest_lmeval.profiling._peak import peak_memory
+from pytest_lmeval.profiling._runner import check_shape, next_ids
+from pytest_lmeval.profiling._storages import storages
+from pytest_lmeval.records._measured import Cost, Record
+from pytest_lmeval.records._metric import value_of
+from pytest_lmeval.records._value import Value
 
 NEW_TOKENS = 8
 SHOWN = (

@@ -26,26 +26,26 @@ import numpy as np
 import torch
 from msgspec import structs
 
-from pytest_lmeval.data.corpus import Corpus
-from pytest_lmeval.data.ids import as_corpus
+from pytest_lmeval.data._corpus import Corpus
+from pytest_lmeval.data._ids import as_corpus
 from pytest_lmeval.errors import StreamError
-from pytest_lmeval.laws.permits import exact_chunk_size
-from pytest_lmeval.measures.context import VerbContext, current, verb
-from pytest_lmeval.models.identity import facts, tokenizer_fingerprint
-from pytest_lmeval.models.model import Model
-from pytest_lmeval.records.certificate import Certificate
-from pytest_lmeval.records.journal import Checkpoints
-from pytest_lmeval.records.measured import Cost, Record, Series
-from pytest_lmeval.records.metric import metric, value_of
-from pytest_lmeval.records.value import Value
-from pytest_lmeval.scoring import fast_weights
-from pytest_lmeval.scoring.losses import LossFile
-from pytest_lmeval.scoring.plan import Point, Reader, plan_for
-from pytest_lmeval.scoring.positions import loss_metrics, name_of, not_reached
-from pytest_lmeval.scoring.reading import BYTES, HITS, NATS, SECONDS, STATE, TOKENS, Reading
-from pytest_lmeval.scoring.resume import Saver
-from pytest_lmeval.scoring.units import write_units
-from pytest_lmeval.statistics.bootstrap import ratio_intervals
+from pytest_lmeval.laws._permits import exact_chunk_size
+from pytest_lmeval.measures._context import VerbContext, current, verb
+from pytest_lmeval.models._identity import facts, tokenizer_fingerprint
+from pytest_lmeval.models._model import Model
+from pytest_lmeval.records._certificate import Certificate
+from pytest_lmeval.records._journal import Checkpoints
+from pytest_lmeval.records._measured import Cost, Record, Series
+from pytest_lmeval.records._metric import metric, value_of
+from pytest_lmeval.records._value import Value
+from pytest_lmeval.scoring import _fast_weights as fast_weights
+from pytest_lmeval.scoring._losses import LossFile
+from pytest_lmeval.scoring._plan import Point, Reader, plan_for
+from pytest_lmeval.scoring._positions import loss_metrics, name_of, not_reached
+from pytest_lmeval.scoring._reading import BYTES, HITS, NATS, SECONDS, STATE, TOKENS, Reading
+from pytest_lmeval.scoring._resume import Saver
+from pytest_lmeval.scoring._units import write_units
+from pytest_lmeval.statistics._bootstrap import ratio_intervals
 
 OVERFLOW = 700.0  # nats, whose exponential is no number that a float holds
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from pytest_lmeval.measures.context import current
-from pytest_lmeval.models.identity import facts
-from pytest_lmeval.records.measured import Record
-from pytest_lmeval.records.metric import value_of
-from pytest_lmeval.records.value import Value
+from pytest_lmeval.measures._context import current
+from pytest_lmeval.models._identity import facts
+from pytest_lmeval.records._measured import Record
+from pytest_lmeval.records._metric import value_of
+from pytest_lmeval.records._value import Value
 
 
 def record(lm: Any, subject: str, **metrics: float) -> Record:

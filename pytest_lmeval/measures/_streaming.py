@@ -13,17 +13,26 @@ import numpy as np
 import torch
 
 from pytest_lmeval.errors import ProfilingError
-from pytest_lmeval.laws.permits import exact_chunk_size
-from pytest_lmeval.measures.context import current, verb
-from pytest_lmeval.models.identity import facts
-from pytest_lmeval.models.model import Model, state_bytes
-from pytest_lmeval.profiling.clock import Stopwatch
-from pytest_lmeval.profiling.flops import count_flops
-from pytest_lmeval.profiling.runner import Runner, about_times, check_shape, measured, notes_of, quiet, too_short, unit_of_rates
-from pytest_lmeval.profiling.samples import MILLISECONDS, median, spread
-from pytest_lmeval.records.measured import Cost, Record, Series
-from pytest_lmeval.records.metric import value_of
-from pytest_lmeval.records.value import Value
+from pytest_lmeval.laws._permits import exact_chunk_size
+from pytest_lmeval.measures._context import current, verb
+from pytest_lmeval.models._identity import facts
+from pytest_lmeval.models._model import Model, state_bytes
+from pytest_lmeval.profiling._clock import Stopwatch
+from pytest_lmeval.profiling._flops import count_flops
+from pytest_lmeval.profiling._runner import (
+    Runner,
+    about_times,
+    check_shape,
+    measured,
+    notes_of,
+    quiet,
+    too_short,
+    unit_of_rates,
+)
+from pytest_lmeval.profiling._samples import MILLISECONDS, median, spread
+from pytest_lmeval.records._measured import Cost, Record, Series
+from pytest_lmeval.records._metric import value_of
+from pytest_lmeval.records._value import Value
 
 CHUNK_SIZE, CHUNKS, RUNS, WARM_UP = 256, 32, 3, 1
 ENDS = 4  # the first quarter of the chunks is compared with the last

@@ -10,14 +10,14 @@ from typing import Any
 from msgspec import structs
 
 from pytest_lmeval.errors import LmevalError, TaskError, UsageError
+from pytest_lmeval.measures._context import current, verb
 from pytest_lmeval.measures._task import TaskResult, task
-from pytest_lmeval.measures.context import current, verb
-from pytest_lmeval.models.identity import facts
-from pytest_lmeval.records.measured import Cost, ModelFacts, Record
-from pytest_lmeval.records.metric import value_of
-from pytest_lmeval.records.value import Value
+from pytest_lmeval.models._identity import facts
+from pytest_lmeval.records._measured import Cost, ModelFacts, Record
+from pytest_lmeval.records._metric import value_of
+from pytest_lmeval.records._value import Value
 from pytest_lmeval.tasks import find_suite
-from pytest_lmeval.tasks.questions import Suite
+from pytest_lmeval.tasks._questions import Suite
 
 
 @verb

@@ -17,26 +17,26 @@ from typing import Any, Literal
 
 from msgspec import structs
 
-from pytest_lmeval.data.rows import Rows
+from pytest_lmeval.data._rows import Rows
 from pytest_lmeval.errors import TaskError, nearest
-from pytest_lmeval.laws.permits import how_to_share
-from pytest_lmeval.measures.context import VerbContext, current, verb
-from pytest_lmeval.models.identity import facts, tokenizer_fingerprint
-from pytest_lmeval.models.model import Model
-from pytest_lmeval.records.certificate import Certificate
-from pytest_lmeval.records.example import Example
-from pytest_lmeval.records.journal import key_of
-from pytest_lmeval.records.measured import Cost, Record
-from pytest_lmeval.records.metric import metric
-from pytest_lmeval.records.value import Value
-from pytest_lmeval.scoring.answers import AnswerFile
-from pytest_lmeval.scoring.asking import Run, asked_of
-from pytest_lmeval.scoring.fewshot import Fewshot, Shots
-from pytest_lmeval.scoring.metrics import compute, metrics_of
-from pytest_lmeval.scoring.requests import Encoder, Truncate
-from pytest_lmeval.scoring.sharing import Sharing
+from pytest_lmeval.laws._permits import how_to_share
+from pytest_lmeval.measures._context import VerbContext, current, verb
+from pytest_lmeval.models._identity import facts, tokenizer_fingerprint
+from pytest_lmeval.models._model import Model
+from pytest_lmeval.records._certificate import Certificate
+from pytest_lmeval.records._example import Example
+from pytest_lmeval.records._journal import key_of
+from pytest_lmeval.records._measured import Cost, Record
+from pytest_lmeval.records._metric import metric
+from pytest_lmeval.records._value import Value
+from pytest_lmeval.scoring._answers import AnswerFile
+from pytest_lmeval.scoring._asking import Run, asked_of
+from pytest_lmeval.scoring._fewshot import Fewshot, Shots
+from pytest_lmeval.scoring._metrics import compute, metrics_of
+from pytest_lmeval.scoring._requests import Encoder, Truncate
+from pytest_lmeval.scoring._sharing import Sharing
 from pytest_lmeval.tasks import find
-from pytest_lmeval.tasks.questions import Task
+from pytest_lmeval.tasks._questions import Task
 
 Progress = Callable[[int, float, "int | None"], None]
 """Called after each block with the questions answered, those answered right, and the questions expected (None: unknown)."""
@@ -144,7 +144,7 @@ def measure_task(
 ) -> TaskResult:
     """Ask a model a task.
 
-    shots     examples shown before each question, drawn as `fewshot` says (see `scoring.fewshot`)
+    shots     examples shown before each question, drawn as `fewshot` says (see `scoring._fewshot`)
     limit     ask so many questions, the first ones
     truncate  "left" takes away what does not fit the model's context, and counts it; "refuse" is an error
     share     read what questions have in common once, from a forked state; False where the model is not exact then

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 
 from pytest_lmeval import registry
 from pytest_lmeval.errors import TaskError
-from pytest_lmeval.tasks.questions import Ask, Choices, Generate, Judge, Question, Suite, Task, by_name, id_of
+from pytest_lmeval.tasks._questions import Ask, Choices, Generate, Judge, Question, Suite, Task, by_name, id_of
 
 __all__ = [
     "Ask",

@@ -5,9 +5,9 @@ result.lm, result.perplexity, result.curve
 """
 
 from pytest_lmeval.errors import ProtocolError, TrainingError
-from pytest_lmeval.training.loop import run_training
-from pytest_lmeval.training.protocol import Protocol
-from pytest_lmeval.training.result import TrainResult
-from pytest_lmeval.training.weights import load_weights
+from pytest_lmeval.training._loop import run_training
+from pytest_lmeval.training._protocol import Protocol
+from pytest_lmeval.training._result import TrainResult
+from pytest_lmeval.training._weights import load_weights
 
 __all__ = ["Protocol", "ProtocolError", "TrainResult", "TrainingError", "load_weights", "run_training"]

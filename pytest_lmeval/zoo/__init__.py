@@ -5,14 +5,14 @@ from a seed until it is trained (but `demo`). Nothing here knows the rest of the
 """
 
 ZOO = {
-    "zoo:demo": "pytest_lmeval.zoo.demo:load",
-    "zoo:transformer": "pytest_lmeval.zoo.transformer:load",
-    "zoo:windowed": "pytest_lmeval.zoo.transformer:load_windowed",
-    "zoo:lstm": "pytest_lmeval.zoo.lstm:load",
-    "zoo:mamba": "pytest_lmeval.zoo.mamba:load",
-    "zoo:mamba2": "pytest_lmeval.zoo.mamba2:load",
-    "zoo:ttt": "pytest_lmeval.zoo.ttt:load",
-    "zoo:moshi": "pytest_lmeval.zoo.moshi:load",
-    "zoo:bk": "pytest_lmeval.zoo.bk:load",
-    "zoo:causal-bk": "pytest_lmeval.zoo.bk:load_causal",
+    "zoo:demo": "pytest_lmeval.zoo._demo:load",
+    "zoo:transformer": "pytest_lmeval.zoo._transformer:load",
+    "zoo:windowed": "pytest_lmeval.zoo._transformer:load_windowed",
+    "zoo:lstm": "pytest_lmeval.zoo._lstm:load",
+    "zoo:mamba": "pytest_lmeval.zoo._mamba:load",
+    "zoo:mamba2": "pytest_lmeval.zoo._mamba2:load",
+    "zoo:ttt": "pytest_lmeval.zoo._ttt:load",
+    "zoo:moshi": "pytest_lmeval.zoo._moshi:load",
+    "zoo:bk": "pytest_lmeval.zoo._bk:load",
+    "zoo:causal-bk": "pytest_lmeval.zoo._bk:load_causal",
 }

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pytest_lmeval import Section
 
 if TYPE_CHECKING:
-    from pytest_lmeval.records.document import Document
+    from pytest_lmeval.records import Document
 
 
 def brevity(document: Document, folder: Path | None) -> Section | None:

@@ -1,0 +1,59 @@
+"""`lmeval list`: what is registered, here and by other packages: metrics, tasks, corpora, models, verbs, ..."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+from fnmatch import fnmatchcase
+from typing import Any
+
+from pytest_lmeval import registry
+from pytest_lmeval.errors import RegistryError, nearest
+from pytest_lmeval.records._metric import Metric
+from pytest_lmeval.report._terminal import say
+
+DIRECTIONS = {True: "higher is better", False: "lower is better", None: ""}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("group", nargs="?", help=f"{', '.join(registry.GROUPS)}; without one, how many each has")
+    parser.add_argument("pattern", nargs="?", default="*", help="only names that match it, e.g. 'acc*'")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Print the groups, or a line for each thing in one. Returns 1 where no name matches; raises RegistryError."""
+    if options.group is None:
+        rows = [[group, str(len(registry.names(group)))] for group in registry.GROUPS]
+    elif options.group in registry.GROUPS:
+        rows = listed(options.group, options.pattern)
+    else:
+        groups = ", ".join(registry.GROUPS)
+        raise RegistryError(
+            f"there is no group {options.group!r}.{nearest(options.group, registry.GROUPS)} There are: {groups}."
+        )
+    if not rows:
+        print(f"no {registry.GROUPS[options.group]} is called {options.pattern!r}.", file=sys.stderr)
+        return 1
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return 0
+
+
+def listed(group: str, pattern: str = "*") -> list[list[str]]:
+    """A row for each thing whose name matches: name, what it is, and the package where it is not this one."""
+    return [
+        [name, *described(thing), "" if entry.is_own else entry.package]
+        for name, thing, entry in registry.things(group)
+        if fnmatchcase(name, pattern)
+    ]
+
+
+def described(thing: Any) -> list[str]:
+    """What a thing is: of a metric its unit, direction, aspect and definition; else what it says about itself, or its class."""
+    if isinstance(thing, Metric):
+        return [thing.unit, DIRECTIONS[thing.higher_is_better], thing.aspect, thing.about]
+    documented = inspect.ismodule(thing) or inspect.isclass(thing) or inspect.isroutine(thing)
+    text = getattr(thing, "about", "") or (inspect.getdoc(thing) if documented else "") or type(thing).__name__
+    return [str(text).partition("\n")[0]]

@@ -1,0 +1,109 @@
+"""What the tests of one run share: the output folder, the journal, the verdicts that were already reached.
+
+One of these lives in each process (under xdist, in each worker). Records travel to the process that writes the
+reports on the test reports, as JSON, like everything that pytest sends between processes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytest_lmeval.data._corpus import Corpus
+from pytest_lmeval.models._identity import fingerprint
+from pytest_lmeval.models._model import Model
+from pytest_lmeval.models._weak_cache import WeakCache
+from pytest_lmeval.records import _schema as schema
+from pytest_lmeval.records._journal import Journal
+from pytest_lmeval.records._measured import Record
+
+if TYPE_CHECKING:
+    from pytest_lmeval.laws._probe import EquivalenceResult
+
+ProgressBars = Callable[..., AbstractContextManager[Any]]
+
+
+@dataclass
+class Session:
+    """folder    where everything is written; None: nothing is
+    progress  makes the progress bar of a long piece of work, given its title (and a unit): a context around a callback or None
+    tokens, limit, seq_lens   defaults of the verbs, from the command line
+    profile, budget   how hard the probe of a model's laws looks, and for how many seconds
+    parallel  other tests run at the same time: speed is not measured
+    device, bits, trusted   where and in which precision models are loaded, and which of them may run code of their own
+    mirror    a folder that is used instead of the hub
+    fresh     nothing is taken from an earlier run
+    """
+
+    folder: Path | None = None
+    tokens: int | None = None
+    limit: int | None = None
+    seq_lens: tuple[int, ...] = ()
+    profile: str = ""
+    budget: float | None = None
+    parallel: bool = False
+    device: str = "auto"
+    bits: int | None = None
+    trusted: tuple[str, ...] = ()
+    mirror: str | None = None
+    fresh: bool = False
+    progress: ProgressBars = lambda title, **options: nullcontext(None)
+    loaded: dict[str, Model] = field(default_factory=dict)
+    verdicts: WeakCache[dict[tuple[str, ...], EquivalenceResult]] = field(default_factory=WeakCache)
+
+    @functools.cached_property
+    def journal(self) -> Journal | None:
+        return None if self.folder is None else Journal(self.folder)
+
+    def load(self, spec: str) -> Model:
+        """The model that a spec names, loaded once a run; outside of runs anew, since nobody would let it go."""
+        from pytest_lmeval.models._sources import load, resolve_device
+
+        if spec in self.loaded:
+            return self.loaded[spec]
+        trust = spec.removeprefix("hf:").partition("@")[0] in self.trusted
+        model = load(spec, device=resolve_device(self.device), bits=self.bits, trust_remote_code=trust)
+        if self.folder is not None:
+            self.loaded[spec] = model
+        return model
+
+    def corpus(self, name: str = "stdlib", split: str = "test") -> Corpus:
+        """The corpus of that name, from the mirror if there is one."""
+        from pytest_lmeval.data import corpus
+
+        return corpus(name, split, data_dir=self.mirror)
+
+    @property
+    def probe(self) -> dict[str, Any]:
+        """The options of every probe of this run."""
+        from pytest_lmeval.laws._profiles import default_profile
+
+        known = None if self.folder is None else self.folder / "counterexamples.jsonl"
+        return {"profile": self.profile or default_profile(), "budget": self.budget, "known": known}
+
+    def verdict(self, lm: Model) -> EquivalenceResult:
+        """The equivalence result of a model: probed once in a session, and not kept alive by that."""
+        from pytest_lmeval.laws._probe import probe
+
+        known = self.verdicts.value(lm.advance if lm.module is None else lm.module, dict)
+        key = (fingerprint(lm), str(lm.dtype), str(lm.device))
+        if key not in known:
+            known[key] = probe(lm, **self.probe)
+        return known[key]
+
+
+@dataclass
+class TestLog:
+    """What one test has recorded so far, and what the reader should be told beside it."""
+
+    test: str = ""
+    records: list[Record] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)  # of the journal's lines that this test wrote or was served from
+
+    def to_plain(self) -> dict[str, Any]:
+        return {"records": [schema.to_plain(record) for record in self.records], "notes": self.notes, "keys": self.keys}

@@ -1,0 +1,81 @@
+"""Corpora of the Hugging Face hub: rows whose texts are read (see `data._rows` for how they are fetched)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pytest_lmeval.data._corpus import SPLITS, Corpus, Document
+from pytest_lmeval.data._rows import PARQUET, Rows
+from pytest_lmeval.errors import CorpusError
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which rows a corpus is made of, and how they read."""
+
+    rows: Rows
+    field: str = "text"
+    as_stream: bool = False
+    end: str = ""  # what ends a row where rows are the lines of one text
+    splits: tuple[str, ...] = SPLITS
+
+
+KNOWN = {
+    "wikitext-2": Source(Rows("Salesforce/wikitext", "wikitext-2-raw-v1"), as_stream=True),
+    "wikitext-103": Source(Rows("Salesforce/wikitext", "wikitext-103-raw-v1"), as_stream=True),
+    "ptb": Source(Rows("ptb-text-only/ptb_text_only", "penn_treebank", revision=PARQUET), "sentence", as_stream=True, end="\n"),
+    "c4": Source(Rows("allenai/c4", "en"), splits=("train", "validation")),
+    "pile": Source(Rows("monology/pile-uncopyrighted")),
+    "pg19": Source(Rows("emozilla/pg19")),
+}
+
+
+def load(name: str, split: str, *, data_dir: str | Path | None = None) -> Corpus:
+    """OWNER/NAME[:CONFIG][#FIELD]"""
+    return _read(name, _parse(name), split, data_dir)
+
+
+def _known(name: str, rest: str, split: str, *, data_dir: str | Path | None = None) -> Corpus:
+    if rest:
+        raise CorpusError(f"{name}:{rest}: {name} has no options. Any dataset is OWNER/NAME[:CONFIG][#FIELD].")
+    return _read(name, KNOWN[name], split, data_dir)
+
+
+CORPORA = {name: functools.partial(_known, name) for name in KNOWN}
+
+
+def _read(name: str, source: Source, split: str, data_dir: str | Path | None) -> Corpus:
+    if split not in source.splits:
+        raise CorpusError(f"{name} has no split {split!r}; it has {', '.join(source.splits)}.")
+    rows = source.rows.of(split)
+    return Corpus(
+        name,
+        split,
+        lambda: _documents(source, name, rows, data_dir),
+        fingerprint=f"{rows.fingerprint(data_dir)}#{source.field}",
+        as_stream=source.as_stream,
+    )
+
+
+def _documents(source: Source, name: str, rows: Rows, data_dir: str | Path | None) -> Iterator[Document]:
+    for number, row in enumerate(rows.read(data_dir)):
+        text = row.get(source.field)
+        if not isinstance(text, str):
+            raise CorpusError(
+                f"{name}[{rows.split}], row {number}: no text in field {source.field!r} (there is {', '.join(row)})."
+            )
+        yield Document(f"{rows.split}/{number}", text + source.end)
+
+
+def _parse(name: str) -> Source:
+    """OWNER/NAME[:CONFIG][#FIELD]
+
+    >>> _parse("allenai/c4:de#text").rows.config
+    'de'
+    """
+    name, _, field = name.partition("#")
+    hub_id, _, config = name.partition(":")
+    return Source(Rows(hub_id, config or None), field or "text")

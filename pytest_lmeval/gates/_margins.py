@@ -1,0 +1,89 @@
+"""How much a metric may lose: what the marker says, and else what its declaration allows.
+
+@pytest.mark.lmeval_gate(accuracy=0.01, perplexity="0.5%", throughput="-10%")      0.01 less; half a percent more
+@pytest.mark.lmeval_gate(accuracy="off")                                           not compared
+@pytest.mark.lmeval_gate("off")                                                    nothing of this test is
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pytest_lmeval.records._metric import metric
+
+OFF = "off"
+
+
+@dataclass(frozen=True)
+class Margin:
+    """What may be lost: `size` in the metric's unit, or as a share of the baseline if `relative`.
+
+    sign   "-" or "+" where the marker had one: it must be the direction in which the metric gets worse
+    given  whether the marker named it
+    """
+
+    size: float
+    relative: bool = False
+    sign: str = ""
+    given: bool = False
+
+    def of(self, base: float) -> float:
+        """In the metric's unit.
+
+        >>> Margin(0.005, relative=True).of(3.0)
+        0.015
+        """
+        return self.size * abs(base) if self.relative else self.size
+
+    def __str__(self) -> str:
+        return f"{100 * self.size:g} %" if self.relative else f"{self.size:g}"
+
+
+@dataclass(frozen=True)
+class Margins:
+    """What the marker of a test says: `given` metric -> margin, None where it is off. `off`: nothing is compared."""
+
+    given: dict[str, Margin | None] = field(default_factory=dict)
+    off: bool = False
+
+    def of(self, name: str) -> Margin | None:
+        """The margin of a metric; None where the marker turned it off."""
+        return self.given[name] if name in self.given else parse(metric(name).margin)
+
+
+def read_marker(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Margins:
+    """What the marker `lmeval_gate` says. Raises ValueError for what is no margin.
+
+    >>> read_marker((), {"accuracy": 0.01, "perplexity": "0.5%"}).given["perplexity"]
+    Margin(size=0.005, relative=True, sign='', given=True)
+    """
+    if args and (args != (OFF,) or kwargs):
+        raise ValueError(f'takes metrics by name, accuracy=0.01, or "off" alone; got {", ".join(map(repr, args))}.')
+    return Margins({name: None if value == OFF else parse(value, name) for name, value in kwargs.items()}, off=bool(args))
+
+
+def parse(value: Any, name: str = "") -> Margin:
+    """A margin as it is written: 0.01 in the unit of the metric, "0.5%" of the baseline. Raises ValueError for all else."""
+    match = re.fullmatch(r"([+-]?)(\d+\.?\d*|\.\d+)(\s*%)?", value.strip()) if isinstance(value, str) else None
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return Margin(abs(float(value)), sign="-" if value < 0 else "", given=bool(name))
+    if match is None:
+        raise ValueError(
+            f"{name}={value!r} is no margin. Write what may be lost: a number in the unit of the metric ({name}=0.01), a share "
+            f'of the baseline ({name}="0.5%"), or "off".'
+        )
+    size = float(match[2]) / (100 if match[3] else 1)
+    return Margin(size, relative=bool(match[3]), sign=match[1], given=bool(name))
+
+
+def check_sign(name: str, margin: Margin, higher_is_better: bool) -> str | None:
+    """What is wrong with the sign of a margin, in words; None if nothing is."""
+    worse = "-" if higher_is_better else "+"
+    if not margin.sign or margin.sign == worse:
+        return None
+    falls = "falls" if higher_is_better else "rises"
+    return f"{name} gets worse when it {falls}, so its margin is {worse}{margin} or {margin}, and not {margin.sign}{margin}"

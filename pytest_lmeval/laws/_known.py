@@ -1,0 +1,66 @@
+"""Cases that broke a law once, kept in a file and tried first the next time: whoever mends a fault sees at once whether it is.
+
+A line each, as JSON, appended: {"lm": spec, "law": ..., "case": {...}}. A model is known by its spec here, since its
+fingerprint changes when it is mended.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pytest_lmeval.laws._strategies import Case
+from pytest_lmeval.records._journal import warn
+
+MOST = 20  # of a model and law; the newest
+
+
+class Known:
+    """The file of known counterexamples; without a path, there is none and nothing is kept."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+
+    def cases(self, spec: str) -> list[tuple[str, Case]]:
+        """(law, case) of each that is known for this model, newest first, once each. A line that cannot be read is left out:
+        the file may be shortened and edited by hand."""
+        if self.path is None or not self.path.is_file():
+            return []
+        found: dict[tuple[str, Case], None] = {}
+        for line in reversed(self.path.read_text(encoding="utf-8", errors="replace").splitlines()):
+            try:
+                entry = json.loads(line)
+                if entry["lm"] == spec:
+                    found[entry["law"], case_of(entry["case"])] = None
+            except (ValueError, KeyError, TypeError):
+                continue
+        laws = dict.fromkeys(law for law, _ in found)
+        return [entry for law in laws for entry in [known for known in found if known[0] == law][:MOST]]
+
+    def add(self, spec: str, law: str, case: dict[str, Any]) -> None:
+        """Keep a case, unless it is known already. Appended in one write, so that parallel workers can share the file."""
+        if self.path is None or (law, case_of(case)) in self.cases(spec):
+            return
+        line = json.dumps({"lm": spec, "law": law, "case": case}) + "\n"
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab", buffering=0) as file:
+                file.write(line.encode())
+        except OSError as error:
+            warn(f"the counterexample is not kept for the next run: {self.path} cannot be written ({error}).")
+
+
+def case_of(choices: dict[str, Any]) -> Case:
+    """The case of `Case.choices`. Raises ValueError where it is none."""
+    unknown = set(choices) - set(Case.__dataclass_fields__)
+    if unknown or "length" not in choices:
+        raise ValueError(f"a case has {', '.join(Case.__dataclass_fields__)}; got {', '.join(choices)}.")
+    cuts = choices.get("cuts", ())
+    case = Case(**{**choices, "cuts": (cuts,) if isinstance(cuts, int) else tuple(cuts)})
+    numbers = (case.length, case.seed, case.rows, case.row, case.padding, case.before, *case.cuts)
+    if not all(isinstance(number, int) and number >= 0 for number in numbers):
+        raise ValueError(f"a case is made of numbers of tokens; got {choices}.")
+    if case.length < 1 or any(size < 1 for size in case.sizes) or case.row >= max(1, case.rows):
+        raise ValueError(f"a sequence of {case.length} tokens cannot be cut at {case.cuts}, row {case.row} of {case.rows}.")
+    return case

@@ -1,0 +1,212 @@
+"""The probe: try every law on a model, within a budget, and pronounce a verdict.
+
+result = probe(as_model(my_module))
+assert result.verdict == "exact-any-chunk", result
+
+What breaks a law is made small, explained, and printed with a line that tries it again (`replay`).
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from msgspec import structs
+
+from pytest_lmeval.errors import ModelError
+from pytest_lmeval.laws._checks import check
+from pytest_lmeval.laws._evidence import broken
+from pytest_lmeval.laws._hearing import hear
+from pytest_lmeval.laws._known import Known, case_of
+from pytest_lmeval.laws._profiles import PROFILES, Profile
+from pytest_lmeval.laws._search import counterexample
+from pytest_lmeval.laws._strategies import Case
+from pytest_lmeval.laws._trial import LONGEST, Trial
+from pytest_lmeval.laws._twin import twin
+from pytest_lmeval.laws._untouched import weights_kept
+from pytest_lmeval.laws._verdict import LOW_PRECISION, verdict_of
+from pytest_lmeval.models._identity import facts
+from pytest_lmeval.models._model import Model
+from pytest_lmeval.records._certificate import CONSISTENT, Certificate, Counterexample, LawResult
+from pytest_lmeval.records._measured import Cost, Record
+from pytest_lmeval.records._metric import value_of
+from pytest_lmeval.records._value import Value
+
+LARGEST_BORDER = 512  # of a window that is read past of its own accord; for a larger one, set `longest`
+
+
+@dataclass(frozen=True, repr=False)
+class EquivalenceResult:
+    """The verdict on a model, and the certificate behind it."""
+
+    record: Record
+    certificate: Certificate
+
+    @property
+    def verdict(self) -> str:
+        """exact-any-chunk, exact-step-only, exact-multiple-of-K, stateless, consistent, or what is wrong: length-dependent,
+        non-causal, inexact."""
+        return self.certificate.verdict
+
+    @property
+    def laws(self) -> dict[str, LawResult]:
+        return self.certificate.laws
+
+    def __repr__(self) -> str:
+        also = f" (a copy in float32: {self.certificate.float32})" if self.certificate.float32 else ""
+        notes = f"\n  {self.certificate.limit}" if self.certificate.limit else ""
+        if missing := self.certificate.not_reached:
+            notes += f"\n  not reached: {', '.join(map(str, missing))} tokens, where its way of working changes; set longest="
+        if untried := self.certificate.untried:
+            notes += f"\n  not tried, since the budget was used up: {', '.join(untried)}"
+        return f"{self.record.lm.spec}: {self.verdict}{also}{notes}\n{self.certificate.why_not()}".rstrip()
+
+
+def probe(
+    lm: Any,
+    *,
+    profile: str = "ci",
+    budget: float | None = None,
+    examples: int | None = None,
+    longest: int | None = None,
+    known: Path | None = None,
+) -> EquivalenceResult:
+    """Which laws of streaming does `lm` keep? Found by trying, never by asking the model what it supports.
+
+    lm        a `Model`, or anything that `as_model` makes one of
+    profile   "ci" (the same cases every time), "dev" (other random ones in each run), "nightly" (thousands, two minutes)
+    budget    seconds after which no further case is tried, in place of the profile's; the certificate says what was covered
+    examples  random cases, in place of the profile's
+    longest   tokens of the longest sequence; by default 160, or three times the model's window if that is more
+    known     a file of counterexamples, which are tried first, and to which new ones are added
+
+    Weights, buffers and torch's random numbers are left as they were (`as_model` has put a module into eval mode). Raises
+    ModelError for a model that cannot be tried: a part is in train mode, it gives no numbers, or reads less than two tokens.
+    """
+    from pytest_lmeval.models._sources import as_model
+
+    if profile not in PROFILES:
+        raise ValueError(f"unknown profile {profile!r}; profiles are {', '.join(PROFILES)}.")
+    lm, began = as_model(lm), time.perf_counter()
+    chosen = PROFILES[profile]
+    chosen = replace(
+        chosen,
+        budget=chosen.budget if budget is None else budget,
+        examples=chosen.examples if examples is None else max(1, examples),
+    )
+    _refuse_train_mode(lm)
+    length = min(longest or _longest(lm), lm.context_length or 1 << 30)
+    if length < 2:
+        raise ModelError(f"{lm.spec} reads at most {length} token(s); the laws need two.")
+    low = str(lm.dtype).removeprefix("torch.") in LOW_PRECISION
+    in_float32 = twin(lm, torch.float32) if low else None
+    with weights_kept(lm) as changed, torch.random.fork_rng([lm.device] if lm.device.type == "cuda" else []):
+        trial, stop = Trial(lm), began + chosen.budget * (0.5 if in_float32 else 1.0)
+        certificate = hear(trial, length, chosen, Known(known).cases(lm.spec), stop)
+        if changed_by := changed():
+            certificate = _with(certificate, lm, "isolation", counterexample("isolation", Case(2), changed_by))
+        if in_float32 is not None and certificate.verdict == CONSISTENT:
+            certificate = _refuted_in_float32(certificate, trial, in_float32, length, chosen, began + chosen.budget)
+    for name, law in certificate.laws.items():
+        for example in law.counterexamples:
+            Known(known).add(lm.spec, name, example.case)
+    record = Record(
+        kind="equivalence",
+        subject="laws of streaming",
+        lm=facts(lm),
+        settings={"profile": profile, "examples": chosen.examples, "budget": chosen.budget},
+        details={"calls": trial.calls},
+        metrics=_metrics(certificate),
+        cost=Cost(
+            seconds=time.perf_counter() - began,
+            state_bytes=None if certificate.state is None else certificate.state.bytes,
+        ),
+        certificate=certificate,
+    )
+    return EquivalenceResult(record, certificate)
+
+
+def restore(record: Record) -> EquivalenceResult:
+    """The result that a record was made from."""
+    assert record.certificate is not None
+    return EquivalenceResult(record, record.certificate)
+
+
+def replay(lm: Any, law: str, *, longest: int = LONGEST, float32: bool = False, **case: Any) -> None:
+    """Try one law on one case, as a counterexample prints it. Raises LawBroken where it is still broken.
+
+    float32  try it on a copy in that precision
+
+    replay(my_model, "splits", length=8, cuts=(4,))
+    """
+    from pytest_lmeval.models._sources import as_model
+
+    model, tried = as_model(lm), case_of(case)
+    if float32 and (copy := twin(model, torch.float32)) is not None:
+        model = copy
+    with weights_kept(model) as changed:
+        check(law, Trial(model, min(max(longest, tried.length), model.limit or 1 << 30)), tried)
+        if law == "isolation" and (changed_by := changed()):
+            raise broken(tried, changed_by)
+
+
+def _refuted_in_float32(
+    certificate: Certificate, trial: Trial, copy: Model, longest: int, profile: Profile, stop: float
+) -> Certificate:
+    """What 16 bits cannot see, a copy in float32 does. A fault that is larger there than the rounding of the 16 bits counts
+    against the model; a smaller one is no larger than what its precision costs anyway."""
+    noise = max(float(yardstick.full_error.max()) for yardstick in trial.yardsticks.values())
+    try:
+        exact = Trial(copy)
+        found = hear(exact, longest, profile, [], stop)
+    except ModelError:
+        return certificate
+    certificate = structs.replace(certificate, float32=found.verdict)
+    for name, law in found.laws.items():
+        if not law.counterexamples:
+            continue
+        largest = exact.worst[name][0].error if name in exact.worst else law.counterexamples[0].error
+        if largest is None or largest > noise:
+            example = law.counterexamples[0]
+            message = f"a copy of it in float32: {example.message}"
+            example = structs.replace(example, message=message, replay=f"{example.replay[:-1]}, float32=True)")
+            certificate = _with(certificate, trial.lm, name, example, found.verdict)
+    return certificate
+
+
+def _with(certificate: Certificate, lm: Model, law: str, example: Counterexample, verdict: str | None = None) -> Certificate:
+    """The certificate with one more counterexample, and the verdict that follows."""
+    result = certificate.laws[law]
+    laws = {**certificate.laws, law: structs.replace(result, kept=None, counterexamples=(*result.counterexamples, example))}
+    found = frozenset(name for name, law_result in laws.items() if not law_result.kept)
+    verdict = verdict or verdict_of(found, stateful=lm.stateful, dtype=certificate.dtype)
+    return structs.replace(certificate, laws=laws, verdict=verdict)
+
+
+def _refuse_train_mode(lm: Model) -> None:
+    training = [name or "the model itself" for name, part in lm.module.named_modules() if part.training] if lm.module else []
+    if training:
+        raise ModelError(
+            f"{lm.spec} is in train mode ({len(training)} of its parts: {', '.join(training[:4])}"
+            f"{', ...' if len(training) > 4 else ''}). Dropout and batch statistics would make every call another model. Call "
+            "its eval() first."
+        )
+
+
+def _longest(lm: Model) -> int:
+    window = max((border for border in lm.borders if border <= LARGEST_BORDER), default=0)
+    return max(LONGEST, 3 * window + 7)
+
+
+def _metrics(certificate: Certificate) -> dict[str, Value]:
+    laws = certificate.laws.values()
+    metrics = {
+        "laws_kept": value_of("laws_kept", sum(bool(law.kept) for law in laws), unit=f"of {len(laws)}"),
+        "cases": value_of("cases", sum(law.cases for law in laws), unit=f"of {sum(law.planned for law in laws)} planned"),
+    }
+    if certificate.worst_ratio is not None:
+        metrics["worst_ratio"] = value_of("worst_ratio", certificate.worst_ratio)
+    return metrics

@@ -1,0 +1,327 @@
+"""What this package asks of a language model, and what it does with the state of one.
+
+A model steps:
+
+    logits, state = lm.step(input_ids, state)        # state is None before the first token
+
+`LanguageModel` is that one method. `Model` is what the adapters make of a user's model: the same method,
+checked, with the facts that a record needs beside it.
+
+Axes, here and in every docstring of the package:
+
+    b  rows of a batch        t  tokens, or frames (time)        v  vocabulary
+    k  codebooks              s  those of them that are scored
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from pytest_lmeval.errors import ModelError, SpecError
+from pytest_lmeval.models._tensors import rounds_activations
+
+State: TypeAlias = Any
+"""Whatever a model carries from step to step: caches, recurrent states, a convolution's tail. None: nothing yet."""
+
+Advance: TypeAlias = Callable[[Tensor, "State | None", "int | None"], tuple[Tensor, State]]
+"""An adapter's work: (input_ids, state, keep) -> (logits, new state). May ignore `keep` and return all logits."""
+
+
+@runtime_checkable
+class LanguageModel(Protocol):
+    """Anything with this one method is a language model here."""
+
+    def step(self, input_ids: Tensor, state: State | None = None, *, keep: int | None = None) -> tuple[Tensor, State]:
+        """Read `input_ids` after everything that `state` has seen.
+
+        input_ids   [b, t] int64, or [b, k, t] for models of several codebooks; t >= 1
+        state       what an earlier step returned, or None at the beginning of a sequence. A step may use its
+                    state up: to continue one state twice, `fork` it first.
+        keep        return the logits of the last `keep` positions only (all of them by default)
+
+        Returns logits [b, t, v], logits[:, i] being about the token after input_ids[:, i], and the state to go on from. Those
+        of a model of several codebooks are [b, s, t, v], about the frames that were read themselves (see `Codebooks`).
+        """
+
+
+class Tokenizer(Protocol):
+    """Text to ids, with the place in the text's UTF-8 bytes where each token ends.
+
+    It may also have a `name`, and `bos`: an id put before a text so that its first token is scored too. For tasks, `prefix`:
+    the ids that stand before every prompt ((bos,) if it has none); and to answer in its own words, `decode(ids) -> text`,
+    with `eos`, the id that ends an answer (`ends`, if there are several).
+    """
+
+    def encode(self, text: str) -> tuple[Any, Any]:
+        """Ids [t] and byte offsets [t] (integers): token i ends before byte offsets[i]; offsets[-1] is the text's length."""
+
+
+class Bytes:
+    """The tokenizer of a byte-level model: every byte of the UTF-8 text is a token, its own value the id."""
+
+    name = "bytes"
+    bos = eos = None
+
+    def encode(self, text: str) -> tuple[Any, Any]:
+        ids = np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64)
+        return ids, np.arange(1, len(ids) + 1)
+
+    def decode(self, ids: Any) -> str:
+        """The text; bytes that are none, for example a character that was cut in the middle, read as U+FFFD."""
+        return bytes(map(int, ids)).decode(errors="replace")
+
+
+def tokenizer_for(given: Any, vocab_size: int) -> Tokenizer | None:
+    """The tokenizer that was given, where `"bytes"` is one, and bytes for a vocabulary of exactly 256 entries if none was."""
+    if given is None and vocab_size == 256:
+        given = "bytes"
+    if given is not None and given != "bytes" and not hasattr(given, "encode"):
+        raise SpecError(f"{type(given).__name__} is no tokenizer: it has no encode(text) -> (ids, byte_ends).")
+    tokenizer: Tokenizer | None = Bytes() if given == "bytes" else given
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class Codebooks:
+    """How a model reads frames of several codes, as Moshi does: input_ids are [b, k, t].
+
+    Its logits [b, s, t, v] are about the frames that were read themselves, given all frames before them: a depth model reads
+    the codes of one frame in their turn, so that a code is predicted from those before it in the same frame too.
+
+    It is given the codes as they were spoken, and delays them itself: what it says at place t about a codebook of delay d is
+    about the code of frame t - d. Where t < d that is no frame, and what it says there is never looked at.
+
+    sizes   entries of each codebook, [k]
+    scored  the codebooks that logits are about, [s], in the order in which the depth model reads them
+    delays  frames by which each of them lags, [s]
+    gaps    whether a code may be -1: there is none, it says nothing to the model, and it is no target
+    recent  (state) -> the frames [b, k, d] read last, d at least the longest delay: some of their codes are scored only later
+    """
+
+    sizes: tuple[int, ...]
+    scored: tuple[int, ...]
+    delays: tuple[int, ...]
+    gaps: bool = False
+    recent: Callable[[State], Tensor] | None = None
+
+    def targets(self, codes: np.ndarray, state: State | None) -> np.ndarray:
+        """The codes [n, s] that logits are about when frames [n, k] are read after `state`; -1 where they are about none."""
+        longest = max(self.delays)
+        before = np.full((longest, len(self.sizes)), -1)
+        if longest and state is not None and self.recent is not None:
+            before = self.recent(state)[0, :, -longest:].T.cpu().numpy()
+        known = np.concatenate([before, codes])
+        known = np.where(known < self.sizes, known, -1)  # initial codes, from before the first frame, are none
+        columns = zip(self.scored, self.delays, strict=True)
+        return np.stack([known[longest - delay : len(known) - delay, book] for book, delay in columns], axis=1)
+
+
+def codebooks_of(source: Any) -> Codebooks | None:
+    """What a model's attribute `codebooks` says, if it has one like `Codebooks`; `recent` is a method of the model itself.
+
+    Raises ModelError where it cannot be so.
+    """
+    own: Any = getattr(source, "codebooks", None)
+    if not all(hasattr(own, name) for name in ("sizes", "scored", "delays")):
+        return None
+    sizes, scored, delays = (tuple(part) for part in (own.sizes, own.scored, own.delays))
+    found = Codebooks(sizes, scored, delays, bool(getattr(own, "gaps", False)), getattr(source, "recent", None))
+    if len(scored) != len(delays) or not set(scored) <= set(range(len(sizes))) or (max(delays) and found.recent is None):
+        raise ModelError(
+            f"{type(source).__name__} reads frames of {len(sizes)} codes, and says that codebooks {list(scored)} are scored, "
+            f"delayed by {list(delays)}. There is one delay for each of them, and a model that delays codes needs a method "
+            "recent(state) -> the frames [b, k, longest delay] read last, whose delayed codes are scored after them."
+        )
+    return found
+
+
+@dataclass(frozen=True, repr=False)
+class Model:
+    """A language model ready to be stepped, and what is known about it.
+
+    advance         the adapter's step
+    spec            how the user named it
+    form            which adapter drives it
+    stateful        whether it carries anything from step to step; if not, it is scored in windows
+    module          the torch module behind it, if there is one
+    rebuild         makes `advance` for another copy of the module (the float64 twin that references come from)
+    context_length  the most tokens a sequence may have (learned or trained positions); None: no limit known
+    borders         lengths at which its inner workings change (window, kernel, block): where faults sit
+    constant_state  whether its state is declared not to grow with the text (the law `size` holds it to that)
+    volatile        names of buffers and attributes that reading changes, since they hold the state or count something
+    codebooks       how it reads frames of several codes; None: it reads one token after the other
+    fast_weights    (state) -> name -> tensor: the weights that it changes as it reads; of None, those before the first token
+    source          the user's own object, where it is no module
+    bytes_before    of the module's tensors before its precision was set; None: it was left as it came
+    found_limit     the most tokens of a sequence, found by the probe where the model declares none; not part of its identity
+
+    The fields do not change. `dataclasses.replace` makes another value of the same loaded model, which is known by `advance`.
+    """
+
+    advance: Advance
+    spec: str
+    form: str
+    stateful: bool
+    vocab_size: int
+    module: nn.Module | None = None
+    rebuild: Callable[[nn.Module], Advance] | None = None
+    tokenizer: Tokenizer | None = None
+    context_length: int | None = None
+    borders: tuple[int, ...] = ()
+    constant_state: bool = False
+    volatile: frozenset[str] = frozenset()
+    codebooks: Codebooks | None = None
+    fast_weights: Callable[[State | None], dict[str, Tensor]] | None = None
+    source: Any = None
+    bytes_before: int | None = None
+    found_limit: int | None = None
+
+    def step(self, input_ids: Tensor, state: State | None = None, *, keep: int | None = None) -> tuple[Tensor, State]:
+        """See `LanguageModel.step`. Raises ModelError where logits or state are not what they must be."""
+        positions = input_ids.shape[-1]
+        scored = () if self.codebooks is None else (len(self.codebooks.scored),)
+        expected = (input_ids.shape[0], *scored, positions if keep is None else keep)
+        logits, new_state = self.advance(input_ids, state, keep)
+        if not isinstance(logits, Tensor):
+            raise ModelError(f"{self.spec} returned {type(logits).__name__} where logits (a tensor) were expected.")
+        if keep is not None and logits.ndim > 1 and logits.shape[-2] == positions:
+            logits = logits[..., positions - keep :, :]
+        if tuple(logits.shape[:-1]) != expected:
+            raise ModelError(
+                f"{self.spec} was given input_ids of shape {list(input_ids.shape)} and returned logits of shape "
+                f"{list(logits.shape)}; expected {[*expected, self.vocab_size]}: one row of logits for each position. "
+                "A model that returns only its last position, or several sequences as one, cannot be scored."
+            )
+        if self.stateful and new_state is None:
+            raise ModelError(
+                f"{self.spec} ({self.form}) returned no state after {positions} token(s), though it carries one. Without it "
+                "the next chunk would be read as if nothing came before. Return the new state, or, if the "
+                "model has none, load it with form='stateless' so that it is scored in windows."
+            )
+        return logits, new_state
+
+    def random_ids(self, rows: int, length: int, *, seed: int = 0) -> Tensor:
+        """Ids [b, t], or codes [b, k, t], each drawn evenly from its vocabulary, where the model can read them."""
+        generator = torch.Generator().manual_seed(seed)
+        sizes = (self.vocab_size,) if self.codebooks is None else self.codebooks.sizes
+        drawn = torch.stack([torch.randint(0, size, (rows, length), generator=generator) for size in sizes], dim=1)
+        return (drawn[:, 0] if self.codebooks is None else drawn).to(self.device)
+
+    def __repr__(self) -> str:
+        return f"<{self.spec}: {self.form}, {self.dtype} on {self.device}>"
+
+    @property
+    def limit(self) -> int | None:
+        """The most tokens of a sequence that it may be given: as declared, or else as found; None: no limit known."""
+        return self.found_limit if self.context_length is None else self.context_length
+
+    @property
+    def device(self) -> torch.device:
+        return next((tensor.device for tensor in weights(self.module)), torch.device("cpu"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The coarsest precision that it computes in. Packed weights count as what they unpack to (`identity.precision`), but
+        where activations are rounded to eight bits too, that is as coarse as bfloat16: both keep eight digits of two."""
+        found = {torch.bfloat16 if rounds_activations(tensor) else tensor.dtype for tensor in weights(self.module)}
+        floats = found & {torch.float64, torch.float32, torch.bfloat16, torch.float16}
+        return max(floats, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
+
+
+def weights(module: nn.Module | None) -> Iterator[Tensor]:
+    """Parameters, then buffers."""
+    if module is not None:
+        yield from module.parameters()
+        yield from module.buffers()
+
+
+def multiplied(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of the weights that activations are multiplied by: every parameter of two dimensions or more, but those
+    of embeddings (a head that is tied to one, too), of convolutions along each channel alone, and vectors in disguise."""
+    tables = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding | nn.EmbeddingBag)}
+    filters = {id(part.weight) for part in module.modules() if isinstance(part, _ConvNd) and part.weight.shape[1] == 1}
+    for name, tensor in module.named_parameters():
+        if tensor.ndim > 1 and min(tensor.shape[-2:]) > 1 and id(tensor) not in tables | filters:
+            yield name, tensor
+
+
+def places(module: nn.Module | None) -> str:
+    """Where a module's tensors lie, if that is not one place: a model cannot be fed whose parts are apart.
+
+    >>> places(nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1, device="meta")]))
+    ' Its weights lie on several devices: 2 tensors on cpu, 2 tensors on meta.'
+    """
+    counts: dict[str, int] = {}
+    for tensor in weights(module):
+        counts[str(tensor.device)] = counts.get(str(tensor.device), 0) + 1
+    if len(counts) < 2 and "meta" not in counts:
+        return ""
+    listed = ", ".join(f"{n} tensors on {device}" for device, n in counts.items())
+    return f" Its weights lie on {'several devices' if len(counts) > 1 else 'a device without memory'}: {listed}."
+
+
+# The helpers below walk a state's tensors through containers and plain objects (a transformers cache is
+# an object with a list of layer objects). They stop at modules: a state may point at its model, but does not own it.
+
+
+def fork(state: State) -> State:
+    """A copy that shares no storage with `state`, so that both can be continued without seeing each other."""
+    memo: dict[int, Any] = {}
+    for part in _walk(state):
+        if isinstance(part, Tensor):
+            memo[id(part)] = part.detach().clone()
+        elif isinstance(part, nn.Module):
+            memo[id(part)] = part
+    return copy.deepcopy(state, memo)
+
+
+def state_bytes(state: State) -> int:
+    """Bytes of memory that the state keeps alive: whole storages, each counted once, whatever views into them it holds."""
+    return sum(state_storages(state).values())
+
+
+def state_storages(state: State) -> dict[int, int]:
+    """The address of each storage that the state keeps alive, and its bytes."""
+    tensors = [part for part in _walk(state) if isinstance(part, Tensor)]
+    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+
+
+def state_dtypes(state: State) -> list[str]:
+    """The precisions of its tensors.
+
+    >>> state_dtypes([torch.zeros(1), {"seen": torch.tensor(3)}])
+    ['float32', 'int64']
+    """
+    return sorted({str(part.dtype).removeprefix("torch.") for part in _walk(state) if isinstance(part, Tensor)})
+
+
+def state_types(state: State) -> set[type]:
+    """The classes that a state is made of."""
+    return {part if isinstance(part, type) else type(part) for part in _walk(state)}
+
+
+def _walk(value: Any) -> Iterator[Any]:
+    seen: set[int] = set()
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if item is None or isinstance(item, str | bytes | int | float | complex) or id(item) in seen:
+            continue
+        seen.add(id(item))
+        yield item
+        if isinstance(item, Tensor | nn.Module | type):
+            continue
+        if isinstance(item, dict):
+            stack.extend(item.values())
+        elif isinstance(item, list | tuple | set | frozenset):
+            stack.extend(item)
+        if hasattr(item, "__dict__") and not callable(item):
+            stack.extend(vars(item).values())

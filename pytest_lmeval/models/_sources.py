@@ -1,0 +1,191 @@
+"""Make a `Model` that steps from what a user has: from a spec (`load`), or from the object itself (`as_model`).
+
+    demo                       the shipped byte-level model
+    zoo:NAME                   a reference model of this package
+    hf:ID_OR_FOLDER            a transformers causal LM
+    package.module:callable    whatever the callable returns: a torch module, or an object with `step`
+
+A suffix sets the precision: @fp32 @bf16 @fp16, and with torchao @int8 @int4 for the weights. One that cannot be had is refused
+(see `precision.py`).
+
+All but the last are found in the registry (group `models`). What is registered is a function: `demo` is called without
+arguments, `hf` with the text behind the colon. It is given those of the keywords `spec`, `dtype` (only if the spec asks for a
+precision; it then reads the weights in it) and `trust_remote_code` that it has parameters for. It returns a torch module, an
+object with `step`, a `Model`, or `Loaded`.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+import sys
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pytest_lmeval import registry
+from pytest_lmeval.errors import ModelError, SpecError
+from pytest_lmeval.models import _specs as specs
+from pytest_lmeval.models._model import Model
+
+__all__ = ["FORMS", "Loaded", "as_model", "load", "resolve_device"]
+
+FORMS = ("transformers", "moshi", "streaming", "step", "get_set_state", "functional", "stateless")
+
+_converted: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+"""Modules that specs have led to, and the precision that was given to them."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a model source may return where the model alone does not say enough.
+
+    module        a torch module, or an object with `step`
+    tokenizer     see `as_model`
+    bytes_before  of the module's tensors as they were saved, if it was read in another precision than that
+    """
+
+    module: Any
+    tokenizer: Any = None
+    bytes_before: int | None = None
+
+
+def load(spec: str, *, device: str | torch.device = "cpu", bits: int | None = None, trust_remote_code: bool = False) -> Model:
+    """The model that `spec` names, in eval mode on `device`.
+
+    bits               sets the precision where the spec has no suffix: 32, 16 (bfloat16), 8 or 4
+    trust_remote_code  lets a model from the hub run its own code; never set it for a model that you do not know
+
+    Raises SpecError if the spec names nothing, or the precision cannot be had, and RegistryError if two packages register it.
+    """
+    from pytest_lmeval.models import _precision as precision
+
+    name, wanted = specs.split(spec, bits)
+    shown = f"{name}@{wanted}" if wanted else name
+    dtype = precision.DTYPES.get(wanted)
+    source, arguments, options = _source(name, spec=shown, dtype=dtype, trust_remote_code=trust_remote_code)
+    found = _called(source, arguments, options, shown)
+    loaded = found if isinstance(found, Loaded) else Loaded(found)
+    module, before = loaded.module, loaded.bytes_before
+    if isinstance(module, nn.Module):
+        module = _own(module, wanted, shown).to(device)
+        if dtype is not None and "dtype" in options:
+            precision.refuse_kept(module, wanted, shown)  # was read so, but for what the source keeps in float32
+        elif wanted:
+            before = precision.convert(module, wanted, shown)
+    elif wanted:
+        raise SpecError(f"{shown}: the precision of {type(module).__name__} cannot be set, since it is no torch module.")
+    if isinstance(module, Model):
+        return replace(module, spec=shown)
+    try:
+        lm = as_model(module, spec=shown, tokenizer=loaded.tokenizer)
+    except ModelError as error:
+        if not wanted:
+            raise
+        raise SpecError(f"with its weights in {wanted}, {error}") from error
+    return precision.proven(lm, wanted, bytes_before=before) if wanted else lm
+
+
+def as_model(source: Any, *, spec: str | None = None, form: str | None = None, tokenizer: Any = None) -> Model:
+    """What `source` is as a `Model`; a `Model` comes back as it is.
+
+    source     a torch module, or any object with `step(input_ids, state) -> (logits, state)`
+    form       one of FORMS, where looking at the object is not enough
+    tokenizer  an object with `encode` (see `lm.Tokenizer`), `"bytes"`, or None: the object's own attribute `tokenizer`
+               if it has one, and bytes if its vocabulary has exactly 256 entries
+
+    Raises SpecError if it can be none of them, and ModelError if it returns something else than logits.
+    """
+    if isinstance(source, Model):
+        return source
+    from pytest_lmeval.models import _huggingface as huggingface
+    from pytest_lmeval.models import _modules as modules
+    from pytest_lmeval.models import _moshi as moshi
+
+    spec = spec or f"{type(source).__module__}:{type(source).__qualname__}"
+    if form is None:
+        form = "transformers" if huggingface.is_transformers(source) else "moshi" if moshi.is_moshi(source) else None
+    if form is not None and form not in FORMS:
+        raise SpecError(f"{spec}: unknown form {form!r}; forms are {', '.join(FORMS)}.")
+    if isinstance(source, nn.Module):
+        source.eval()
+    if form == "transformers":
+        return huggingface.adapt(source, spec=spec, tokenizer=tokenizer)
+    if form == "moshi":
+        return moshi.adapt(source, spec=spec)
+    return modules.adapt(source, spec=spec, form=form, tokenizer=tokenizer)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device that `auto|cpu|cuda[:N]|mps` means on this machine. Raises SpecError where there is none."""
+    mps = torch.backends.mps.is_available()
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise SpecError(f"unknown device {name!r}; devices are auto, cpu, cuda, cuda:N and mps.") from error
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(mps)}.get(device.type, 0)
+    if (device.index or 0) >= there:
+        raise SpecError(
+            f"device {name!r} is not there: torch {torch.__version__} sees {there} device(s) of type {device.type!r}. "
+            "Use auto, or install a torch build for your accelerator."
+        )
+    return device
+
+
+def _own(module: nn.Module, wanted: str, spec: str) -> nn.Module:
+    """The module, or a copy where it is to be converted and an earlier spec led to it: a callable may return one again."""
+    before = _converted.get(module, "")
+    if before and before != wanted:
+        raise SpecError(
+            f"{spec}: it was asked for a model, and returned the one whose weights were made {before} before. They cannot be "
+            "made as they were. Let it build a new one whenever it is called."
+        )
+    if wanted and module in _converted and not before:
+        module = copy.deepcopy(module)
+    _converted[module] = wanted
+    return module
+
+
+def _source(name: str, **options: Any) -> tuple[Callable[..., Any], tuple[str, ...], dict[str, Any]]:
+    """The function that makes the model, and what it is called with."""
+    if found := registry.resolve("models", name):
+        source, rest = found
+        given = {option: value for option, value in options.items() if value is not None}
+        return source, () if rest is None else (rest,), registry.accepted(source, **given)
+    return _imported(name), (), {}
+
+
+def _called(source: Callable[..., Any], arguments: tuple[str, ...], options: dict[str, Any], spec: str) -> Any:
+    try:
+        inspect.signature(source).bind(*arguments, **options)
+    except TypeError as error:
+        given = f"the text {arguments[0]!r} behind the colon" if arguments else "nothing behind a colon"
+        raise SpecError(f"{spec}: its model source cannot be called with {given}: {error}.") from error
+    except ValueError:  # some functions that are written in C do not tell
+        pass
+    return source(*arguments, **options)
+
+
+def _imported(name: str) -> Any:
+    """The object that `package.module:callable` names."""
+    if not specs.is_module_path(name):
+        raise specs.unknown(name)
+    module, _, attribute = name.partition(":")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)  # as `python -m` does: a user's model usually lies beside their tests
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        if error.name != module.partition(".")[0]:
+            raise SpecError(f"{name}: cannot be imported ({error}). A spec is module.path:callable.") from error
+        raise specs.unknown(name, f", and it cannot be imported ({error})") from error
+    except (ImportError, AttributeError) as error:
+        raise SpecError(f"{name}: cannot be imported ({error}). A spec is module.path:callable.") from error

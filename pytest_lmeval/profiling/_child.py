@@ -1,0 +1,218 @@
+"""A measurement in a process of its own: a fresh interpreter that loads the model again, so that nothing counts but the model.
+
+What this process did before (other models, data, a plugin) is in its memory, and its allocator keeps what was freed. The child
+has the module search path, the number of threads, the environment and the folder of this process, and imports no `conftest.py`.
+It gets the model by its spec where that names the same weights again, or else by pickle. Questions and answers are files in a
+temporary folder: what the model prints disturbs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.abc import MetaPathFinder
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pytest_lmeval.errors import ChildFailed, ModelError, OutOfMemory
+from pytest_lmeval.models._identity import fingerprint
+from pytest_lmeval.models._model import Model
+from pytest_lmeval.models._sources import FORMS, as_model, load
+
+TIMEOUT = 600.0  # seconds
+LAST_LINES, FRAMES = 12, 2  # of what the child wrote, and of where it failed
+BEGIN = (
+    "import json, sys\n"
+    "with open(sys.argv[1] + '/request.json', encoding='utf-8') as file:\n"
+    "    sys.path[:] = json.load(file)['path']\n"
+    "from pytest_lmeval.profiling._child import answer\n"
+    "answer(sys.argv[1])\n"
+)
+
+
+class CannotMoveError(Exception):
+    """The model cannot be had in another process, and why."""
+
+
+def in_child(lm: Model, function: Callable[..., Any], settings: dict[str, Any], *, timeout: float = TIMEOUT) -> tuple[Any, str]:
+    """`function(lm, **settings)` in a process of its own, and how the model came there.
+
+    function  at the top level of a module of this package; what it returns must be JSON
+    timeout   seconds, after which the child is ended
+
+    Raises CannotMoveError where the model cannot be had there, OutOfMemory for what does not fit into memory there, and
+    ChildFailed where the child fails in another way, is killed, or takes longer than `timeout`.
+    """
+    request = {
+        "path": [entry for entry in sys.path if isinstance(entry, str)],
+        "threads": torch.get_num_threads(),
+        "function": [function.__module__, function.__qualname__],
+        "settings": settings,
+        "name": lm.spec,
+        "form": lm.form,
+        "vocab_size": lm.vocab_size,
+        "context_length": None if lm.context_length is None else int(lm.context_length),
+    }
+    refused = ""
+    if _names_weights(lm):
+        try:
+            by_spec = {"spec": lm.spec, "fingerprint": fingerprint(lm)}
+            return _ask(lm, {**request, **by_spec}, timeout), f"a child, loaded by its spec {lm.spec}"
+        except CannotMoveError as error:
+            refused = f"{error} "
+    try:
+        return _ask(lm, request, timeout), f"a child, {refused and refused + 'It was '}moved there by pickle"
+    except CannotMoveError as error:
+        raise CannotMoveError(f"{refused}{error}") from None
+
+
+def _names_weights(lm: Model) -> bool:
+    """Whether its spec may be loaded again: not one that was made up from the class of an object."""
+    made_up = {f"{type(own).__module__}:{type(own).__qualname__}" for own in (lm.source, lm.module)}
+    name = lm.spec.partition("@")[0]
+    return lm.module is not None and (name == "demo" or ":" in name) and lm.spec not in made_up and " " not in lm.spec
+
+
+def _ask(lm: Model, request: dict[str, Any], timeout: float) -> Any:
+    with tempfile.TemporaryDirectory(prefix="lmeval-") as name:
+        folder = Path(name)
+        if "spec" not in request:
+            _save(lm, folder / "model.pt")
+        (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
+        try:
+            done = subprocess.run(
+                [sys.executable, "-c", BEGIN, name],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                timeout=timeout,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise ChildFailed(
+                f"{lm.spec} was measured in a process of its own, which was not done after {timeout:g} s and was ended."
+                f"{_last(error.stdout)}Give it longer (timeout=...), or fewer rows or tokens."
+            ) from None
+        except OSError as error:
+            raise CannotMoveError(f"No process can be started here ({error}).") from None
+        return _answer(lm, folder, done)
+
+
+def _answer(lm: Model, folder: Path, done: subprocess.CompletedProcess[bytes]) -> Any:
+    answered = folder / "answer.json"
+    if done.returncode == 0 and answered.exists():
+        answer = json.loads(answered.read_text(encoding="utf-8"))
+        if "cannot_move" in answer:
+            raise CannotMoveError(answer["cannot_move"])
+        if "out_of_memory" in answer:
+            raise OutOfMemory(answer["out_of_memory"], answer["wanted"])
+        if "model_error" in answer:
+            raise ModelError(answer["model_error"])
+        return answer["found"]
+    if done.returncode == -signal.SIGKILL:
+        if not (folder / "loaded").exists():
+            raise CannotMoveError("A child process was killed as it loaded the model, as for want of memory.")
+        raise OutOfMemory(
+            f"{lm.spec} was measured in a process of its own, which was killed (signal 9). That is what the system does when "
+            f"memory runs out.{_last(done.stdout)}Take fewer rows (batch_size) or tokens (seq_len)."
+        )
+    raise ChildFailed(
+        f"{lm.spec} was measured in a process of its own, which ended with exit status {done.returncode} and no answer."
+        f"{_last(done.stdout)}With apart=False it is measured in this process, where it can be looked into."
+    )
+
+
+def _last(output: bytes | None) -> str:
+    """The end of what the child wrote, for the middle of a message."""
+    lines = (output or b"").decode(errors="replace").strip().splitlines()
+    return "\nIts last lines:\n" + "".join(f"    {line}\n" for line in lines[-LAST_LINES:]) if lines else " It wrote nothing. "
+
+
+def _save(lm: Model, path: Path) -> None:
+    """Raises CannotMoveError for what cannot be pickled: a class that was defined in a function, an open file."""
+    source = lm.module if lm.module is not None else lm.source
+    try:
+        torch.save(source, path)
+    except Exception as error:  # noqa: BLE001 - __reduce__ and __getstate__ are the user's
+        raise CannotMoveError(f"It cannot be pickled ({type(error).__name__}: {first_line(error)}).") from None
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without what it adds below.
+
+    >>> first_line(ValueError("no state\\nand more"))
+    'no state'
+    """
+    return str(error).strip().partition("\n")[0]
+
+
+# ------------------------------------------------------------------------------------------- inside of the child
+
+
+class WithoutConftest(MetaPathFinder):
+    """A conftest.py is imported by pytest, in the process of the tests."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
+        if fullname.rpartition(".")[2] == "conftest":
+            raise ImportError("its class comes from a conftest.py, which is for the process of the tests alone")
+
+
+def answer(name: str) -> None:
+    """Do what the request in the folder `name` asks for, and write the answer beside it."""
+    sys.meta_path.insert(0, WithoutConftest())
+    _be_killed_first()
+    folder = Path(name)
+    request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
+    torch.set_num_threads(request["threads"])
+    try:
+        lm = _load(request, folder)
+    except Exception as error:  # noqa: BLE001 - the user's code may raise anything when it is loaded
+        found = {"cannot_move": f"It cannot be loaded again ({type(error).__name__}: {first_line(error)})."}
+    else:
+        (folder / "loaded").touch()
+        found = _measure(lm, request)
+    (folder / "answer.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+def _be_killed_first() -> None:
+    """Where memory runs out, the system (Linux) should end this process, and not that of the tests."""
+    score = Path("/proc/self/oom_score_adj")
+    if score.exists():
+        score.write_text("1000")
+
+
+def _load(request: dict[str, Any], folder: Path) -> Model:
+    if "spec" not in request:
+        source = torch.load(folder / "model.pt", map_location="cpu", weights_only=False)  # written by the parent a moment ago
+        form = request["form"]
+        lm = as_model(source, spec=request["name"], form=form if form in FORMS else None)
+        if (lm.form, lm.vocab_size) != (form, request["vocab_size"]):
+            raise pickle.PickleError(f"moved by pickle, it is driven as {lm.form!r}, and not as {form!r}")
+        return replace(lm, context_length=request["context_length"])
+    lm = replace(load(request["spec"]), context_length=request["context_length"])
+    if fingerprint(lm) != request["fingerprint"]:
+        raise ValueError("its spec names other weights than it has")
+    return lm
+
+
+def _measure(lm: Model, request: dict[str, Any]) -> dict[str, Any]:
+    module, function = request["function"]
+    try:
+        return {"found": getattr(importlib.import_module(module), function)(lm, **request["settings"])}
+    except OutOfMemory as error:
+        return {"out_of_memory": str(error), "wanted": error.wanted}
+    except ModelError as error:
+        return {"model_error": str(error)}
+    except Exception:  # noqa: BLE001 - what is wrong with the user's model is told by the last of what is written here
+        traceback.print_exc(limit=-FRAMES)
+        raise SystemExit(1) from None

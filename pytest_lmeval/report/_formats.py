@@ -1,0 +1,52 @@
+"""Exporters: the numbers of a run in the formats of services that keep them, Bencher and github-action-benchmark.
+
+bencher run --adapter json --file bencher.json            https://bencher.dev/docs/reference/bencher-metric-format
+tool: customBiggerIsBetter / customSmallerIsBetter        https://github.com/benchmark-action/github-action-benchmark
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from pytest_lmeval.records._document import Document
+from pytest_lmeval.records._value import Value
+
+
+def bencher(document: Document) -> dict[str, Any]:
+    """Bencher Metric Format: {benchmark: {measure: {value, lower_value, upper_value}}}."""
+    found: dict[str, Any] = {}
+    for benchmark, name, value in _named_values(document):
+        bounds = {} if value.low is None else {"lower_value": value.low, "upper_value": value.high}
+        found.setdefault(benchmark, {})[name] = {"value": float(value), **bounds}
+    return {"bencher.json": found}
+
+
+def github_action_benchmark(document: Document) -> dict[str, Any]:
+    """A file for each direction: [{name, unit, value, range, extra}]. That action has no place for metrics of none."""
+    return {
+        "customBiggerIsBetter.json": _of_direction(document, higher_is_better=True),
+        "customSmallerIsBetter.json": _of_direction(document, higher_is_better=False),
+    }
+
+
+def _of_direction(document: Document, *, higher_is_better: bool) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": f"{benchmark} {name}",
+            "unit": value.unit,
+            "value": float(value),
+            **({} if value.low is None else {"range": f"{value.low:.6g} to {value.high:.6g}"}),
+            "extra": f"n = {value.n}",
+        }
+        for benchmark, name, value in _named_values(document)
+        if value.higher_is_better is higher_is_better
+    ]
+
+
+def _named_values(document: Document) -> Iterator[tuple[str, str, Value]]:
+    """For each value the benchmark that it belongs to, its name, and itself."""
+    for record in document.records:
+        benchmark = " ".join(filter(None, (record.test, f"({record.lm.spec}, {record.subject})")))
+        for name, value in record.metrics.items():
+            yield benchmark, name, value

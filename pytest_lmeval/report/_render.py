@@ -1,0 +1,65 @@
+"""`lmeval render`: the pages of a run that is over, anew, or its numbers in the format of a service."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from pytest_lmeval import registry
+from pytest_lmeval.errors import DocumentError
+from pytest_lmeval.records._document import Document, load
+from pytest_lmeval.report import _pages as pages
+from pytest_lmeval.report._sections import with_sections
+from pytest_lmeval.report._terminal import say
+from pytest_lmeval.report._write import replace_text
+
+OWN = "pages"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("metrics", type=Path, help="a metrics.json, or the folder it lies in")
+    parser.add_argument("--to", type=Path, help="folder to write to (default: where metrics.json lies)")
+    parser.add_argument("--templates", type=Path, help="folder of templates that extend ours block by block")
+    formats = ", ".join(entry.name for entry in registry.entries("exporters"))
+    parser.add_argument("--format", default=OWN, metavar="NAME", help=f"{OWN} (default), or what a service reads: {formats}")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Raises DocumentError where a file or a template is at fault, and RegistryError for a format that is not registered."""
+    export = None if options.format == OWN else registry.find("exporters", options.format)
+    document = load(options.metrics)
+    folder = options.metrics if options.metrics.is_dir() else options.metrics.parent
+    if export is not None:
+        files = {name: _text(content) for name, content in export(document).items()}
+    else:
+        document = with_sections(document, folder)
+        files = {name: page(name, document, folders=[folder], templates=options.templates) for name in pages.PAGES}
+    write(options.to or folder, files, document.problems)
+    return 0
+
+
+def _text(content: Any) -> str:
+    return content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
+
+
+def page(name: str, document: Document, **options: Any) -> str:
+    """A page, or a DocumentError that names the line of the template at fault."""
+    try:
+        return pages.render(name, document, **options)
+    except Exception as error:  # a template may raise anything
+        raise DocumentError(f"{name} cannot be rendered: {pages.where(error)}") from error
+
+
+def write(to: Path, files: dict[str, str], problems: list[str]) -> None:
+    """Write files, and say what and where. Raises DocumentError where that is not possible."""
+    for problem in problems:
+        say(problem)
+    for name, text in files.items():
+        try:
+            replace_text(to / name, text)
+        except OSError as error:
+            raise DocumentError(f"{name} cannot be written to {to} ({error.strerror or error}).") from error
+    if files:
+        say(f"written to {to}: {', '.join(files)}")

@@ -1,0 +1,97 @@
+"""Write numbers, sizes, models and texts as people read them."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+
+from pytest_lmeval.records._measured import ModelFacts
+from pytest_lmeval.records._value import Value
+
+PREFIXES = "kMGTPE"
+
+
+def number(value: float, unit: str = "") -> str:
+    """Four significant digits, and the unit.
+
+    >>> number(31244.7, "tokens/s"), number(0.66683), number(3.0, "of 4"), number(0.000123)
+    ('31,245 tokens/s', '0.6668', '3 of 4', '0.000123')
+    >>> number(3912192, "bytes"), number(7.5712e12, "FLOP")
+    ('3.7 MiB', '7.571 TFLOP')
+    """
+    if unit == "bytes":
+        return size_of(value)
+    if unit == "FLOP" and value >= 1000:
+        power = min(int(math.log10(value)) // 3, len(PREFIXES))
+        return f"{value / 1000**power:.4g} {PREFIXES[power - 1]}FLOP"
+    if value == int(value) and abs(value) < 1e15:
+        text = f"{int(value):,}"
+    elif abs(value) >= 1000:
+        text = f"{value:,.0f}"
+    else:
+        text = f"{value:.4g}"
+    return f"{text} {unit}".rstrip()
+
+
+def interval(value: Value) -> str:
+    """The 95 % interval; empty where there is none."""
+    return "" if value.low is None or value.high is None else f"{number(value.low)} to {number(value.high)}"
+
+
+def model_line(lm: ModelFacts) -> str:
+    """The model in a line: spec, size, precision, device, fingerprint."""
+    parameters = "" if lm.parameters is None else f"{lm.parameters:,} parameters, "
+    return f"{lm.spec}: {parameters}{size_of(lm.bytes)}, {lm.dtype} on {lm.device} ({lm.fingerprint})"
+
+
+def several(count: int, name: str) -> str:
+    """
+    >>> several(1, "question"), several(1200, "block")
+    ('1 question', '1,200 blocks')
+    """
+    return f"{count:,} {name}{'' if count == 1 else 's'}"
+
+
+def visible(text: str) -> str:
+    """Text whose control characters are written out, so that they do nothing where it is shown.
+
+    >>> visible("two\\nlines, bell \\x07, red \\x1b[31m")
+    'two\\nlines, bell \\\\x07, red \\\\x1b[31m'
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        character
+        if character in "\n\t" or character.isprintable() or (character.isspace() and character > "\x9f")
+        else character.encode("unicode_escape").decode()
+        for character in text
+    )
+
+
+def size_of(count: float) -> str:
+    """Bytes in a unit of their size.
+
+    >>> size_of(3912192)
+    '3.7 MiB'
+    """
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            break
+        count /= 1024
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+
+
+def disambiguate(names: list[tuple[str, str]]) -> list[str]:
+    """Names of models (spec, fingerprint): the spec, and the fingerprint where several have the same one.
+
+    >>> disambiguate([("a", "01"), ("b", "02"), ("b", "03")])
+    ['a', 'b (02)', 'b (03)']
+    """
+    specs = [spec for spec, _ in names]
+    return [spec if specs.count(spec) == 1 else f"{spec} ({fingerprint[:8]})" for spec, fingerprint in names]
+
+
+def wrapped(text: str, width: int, *, indent: int = 0) -> list[str]:
+    """A note as lines of the terminal; what follows the first is indented by two columns more."""
+    first, further = " " * indent, " " * (indent + 2)
+    return textwrap.wrap(text, max(width, indent + 12), initial_indent=first, subsequent_indent=further, break_on_hyphens=False)

@@ -1,0 +1,248 @@
+"""The metrics of answers: what one example counts in each, and how examples add up (see `records._metric.Metric`).
+
+A metric that a library defines is computed by it (extra `tasks`), which is imported when the metric is asked for:
+
+    scikit-learn   f1, f1_macro, matthews                       torchmetrics   exact_match, squad_f1, and the parts of squadv2
+    rouge-score    rouge1, rouge2, rougeL (no stemming)         sacrebleu      bleu (of the corpus, 13a)
+
+All lie between 0 and 1, but for matthews (-1 to 1), perplexity (from 1), and bleu, which keeps the 0 to 100 of all published
+numbers. What is undefined is 0, as in scikit-learn: matthews where all labels or all predictions are the same, f1 where neither
+a label nor a prediction is positive.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+
+from pytest_lmeval.records._example import Example, Norm
+from pytest_lmeval.records._metric import Estimate, Metric
+from pytest_lmeval.statistics._bootstrap import FEWEST_UNITS
+
+NO_ANSWER = ("unanswerable", "")  # what says that the text does not tell
+REPLICATES = 500
+
+
+def answerable(example: Example) -> bool:
+    """Whether the text tells the answer (SQuAD 2.0): there are targets, and none of them is empty."""
+    return bool(example.targets) and "" not in example.targets
+
+
+def exact_match(example: Example) -> float:
+    """1 if the output is one of the targets, but for case, punctuation and articles (Rajpurkar et al. 2016)."""
+    return _squad(example.output, example.targets if answerable(example) else NO_ANSWER)[0]
+
+
+def squad_f1(example: Example) -> float:
+    """F1 over words, the best over the targets. To say that there is no answer is right or wrong, and nothing between."""
+    return _squad(example.output, example.targets)[1] if answerable(example) else exact_match(example)
+
+
+def is_right(example: Example, norm: Norm = "sum") -> float:
+    """1 if the likeliest choice is a right one."""
+    return float(example.predicted(norm) in example.right)
+
+
+def units_of(examples: Sequence[Example]) -> np.ndarray:
+    """The number of each example's unit [n]: those of one group are one, an example without a group is its own."""
+    keys = [(example.group,) if example.group is not None else (example.id, example.number) for example in examples]
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    return np.array([numbers[key] for key in keys])
+
+
+@lru_cache(maxsize=2**15)  # several metrics ask for the same
+def _squad(answer: str, targets: tuple[str, ...]) -> tuple[float, float]:
+    from torchmetrics.functional.text.squad import squad
+
+    found = squad({"id": "", "prediction_text": answer}, {"id": "", "answers": {"text": list(targets)}})
+    return float(found["exact_match"]) / 100, float(found["f1"]) / 100
+
+
+@lru_cache
+def _rouge_scorer(kind: str) -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer([kind])
+
+
+def _of_cells(statistic: Callable[[np.ndarray, np.ndarray, np.ndarray], float]) -> Callable[[Sequence[Example], int], Estimate]:
+    """Of how often each label was predicted as each: a statistic of labels, predictions and weights [cells]; NaN: undefined."""
+
+    def estimate(examples: Sequence[Example], seed: int) -> Estimate:
+        k = max(len(example.choices) for example in examples)
+        cells = np.array([example.right[0] * k + example.predicted() for example in examples])
+        units = units_of(examples)
+        counts = np.bincount(units * k * k + cells, minlength=(units.max() + 1) * k * k).reshape(-1, k * k)
+
+        def of(weights: np.ndarray) -> float:
+            seen = np.flatnonzero(weights)
+            return statistic(seen // k, seen % k, weights[seen])
+
+        return _resampled(counts, of, seed)
+
+    return estimate
+
+
+def _f1(labels: np.ndarray, predictions: np.ndarray, weights: np.ndarray, average: str = "binary") -> float:
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(labels, predictions, sample_weight=weights, average=average, zero_division=np.nan))
+
+
+def _matthews(labels: np.ndarray, predictions: np.ndarray, weights: np.ndarray) -> float:
+    from sklearn.metrics import matthews_corrcoef
+
+    if min(len(set(labels)), len(set(predictions))) < 2:
+        return math.nan
+    return float(matthews_corrcoef(labels, predictions, sample_weight=weights))
+
+
+def _bleu(examples: Sequence[Example], seed: int) -> Estimate:
+    """From the counts that sacrebleu finds in each answer: they add up to those of the corpus, or of a draw from it."""
+    from sacrebleu.metrics.bleu import BLEU
+
+    bleu = BLEU()
+    found = [bleu.corpus_score([example.output], [[target] for target in example.targets]) for example in examples]
+    units = units_of(examples)
+    sums = np.zeros((units.max() + 1, 2 + 2 * bleu.max_ngram_order), dtype=int)
+    np.add.at(sums, units, [[score.sys_len, score.ref_len, *score.counts, *score.totals] for score in found])
+
+    def of(counts: np.ndarray) -> float:
+        answer, target, *grams = counts.tolist()
+        matched, all_grams = grams[: bleu.max_ngram_order], grams[bleu.max_ngram_order :]
+        return float(bleu.compute_bleu(matched, all_grams, answer, target, smooth_method=bleu.smooth_method).score)
+
+    return _resampled(sums, of, seed)
+
+
+def _sentence_bleu(example: Example) -> float:
+    """BLEU of one answer, by the n-grams that it is long enough for; that of a corpus is no mean of these."""
+    from sacrebleu.metrics.bleu import BLEU
+
+    return float(BLEU(effective_order=True).sentence_score(example.output, list(example.targets)).score)
+
+
+def _resampled(sums: np.ndarray, statistic: Callable[[np.ndarray], float], seed: int) -> Estimate:
+    """A statistic of the total of `sums` [units, columns], and its percentile interval; undefined is 0, without one."""
+    value = statistic(sums.sum(axis=0))
+    if math.isnan(value) or len(sums) < FEWEST_UNITS:
+        return (0.0 if math.isnan(value) else value), None
+    kinds, counts = np.unique(sums, axis=0, return_counts=True)  # equal units are drawn together: there are few kinds of them
+    generator = np.random.default_rng(seed)
+    draws = (generator.multinomial(len(sums), counts / len(sums)) @ kinds for _ in range(REPLICATES))
+    values = [statistic(drawn) for drawn in draws]
+    if any(map(math.isnan, values)):
+        return value, None
+    low, high = np.quantile(values, [0.025, 0.975])
+    return value, (float(low), float(high))
+
+
+def _mean(name: str, score: Callable[[Example], float | None], needs: str = "an answer", **options: Any) -> Metric:
+    return Metric(name, score=score, needs=needs, **{"interval": "mean", **options})
+
+
+def _share(name: str, score: Callable[[Example], float | None], needs: str = "an answer", **options: Any) -> Metric:
+    return _mean(name, score, needs, interval="share", **options)
+
+
+def _among(belongs: Callable[[Example], bool], score: Callable[[Example], float]) -> Callable[[Example], float | None]:
+    """The score of those examples that belong to it."""
+    return lambda example: score(example) if belongs(example) else None
+
+
+def _accuracy(name: str, norm: Norm, about: str) -> Metric:
+    return _share(name, partial(is_right, norm=norm), "choices", norm=norm, about=about)
+
+
+def _label(name: str, statistic: Callable[..., float], needs: str, about: str) -> Metric:
+    """A statistic of labels and predictions; one example is right or wrong."""
+    return Metric(name, score=is_right, statistic=_of_cells(statistic), needs=needs, library="sklearn", norm="sum", about=about)
+
+
+def _rouge(kind: str) -> Metric:
+    def score(example: Example) -> float:
+        return float(_rouge_scorer(kind).score_multi(example.targets, example.output)[kind].fmeasure)
+
+    about = "F-measure, the best over the targets (Lin 2004)"
+    return _mean(kind, score, "targets to compare with", library="rouge_score", about=about)
+
+
+TARGETS, ONE = "targets to compare with", "one right choice"
+of_squad = {"library": "torchmetrics"}
+
+METRICS = {
+    metric.name: metric
+    for metric in (
+        _accuracy("accuracy", "sum", "share of questions whose likeliest choice is right; of equal ones the first is taken"),
+        _accuracy("accuracy_per_character", "character", "of choices compared by their log-likelihood a character"),
+        _accuracy("accuracy_per_byte", "byte", "of choices compared by their log-likelihood a byte"),
+        _accuracy("accuracy_per_token", "token", "of choices compared by their log-likelihood a token"),
+        _share(
+            "greedy_match",
+            lambda example: float(example.greedy[example.right[0]]),
+            "choices",
+            about="share of right choices (the first, of several) that the model would generate",
+        ),
+        _mean(
+            "perplexity",
+            lambda example: -example.loglikelihoods[example.right[0]],
+            "choices",
+            higher_is_better=False,
+            exponential=True,
+            sums=("nats", "tokens"),
+            stands_for="bits_per_byte",
+            margin="0.5%",
+            about="exp of the mean loss: a token of a text, or of a right choice with all its tokens together, as LAMBADA's",
+        ),
+        _share("exact_match", exact_match, TARGETS, **of_squad, about="share of outputs that are one of the targets"),
+        _mean("squad_f1", squad_f1, TARGETS, **of_squad, about="F1 over words, the best over the targets"),
+        _share(
+            "has_answer_exact_match",
+            _among(answerable, exact_match),
+            **of_squad,
+            about="exact_match where the text tells the answer (SQuAD 2.0)",
+        ),
+        _mean("has_answer_f1", _among(answerable, squad_f1), **of_squad, about="squad_f1 where the text tells the answer"),
+        _share(
+            "no_answer_accuracy",
+            _among(lambda example: not answerable(example), exact_match),
+            **of_squad,
+            about='share of empty outputs, or "unanswerable", where the text does not tell the answer',
+        ),
+        _label("f1", _f1, "two choices, one of them right", "F1 of choice 1 against choice 0"),
+        _label("f1_macro", partial(_f1, average="macro"), ONE, "mean over the labels of the F1 of each"),
+        _label("matthews", _matthews, ONE, "correlation of labels and predictions (Matthews 1975; Gorodkin 2004)"),
+        Metric(
+            "bleu",
+            "BLEU",
+            score=_sentence_bleu,
+            statistic=_bleu,
+            needs=TARGETS,
+            library="sacrebleu",
+            margin=0.5,
+            about="of the corpus (Papineni et al. 2002)",
+        ),
+        _rouge("rouge1"),
+        _rouge("rouge2"),
+        _rouge("rougeL"),
+        _mean(
+            "chance",
+            _among(lambda example: len(example.choices) > 1, lambda example: len(example.right) / len(example.choices)),
+            higher_is_better=None,
+            interval=None,
+            about="share that guessing would be right in: a property of the questions",
+        ),
+        _share(
+            "rate",
+            lambda example: float(example.judged is True),
+            "an output to be judged",
+            higher_is_better=None,
+            about="share of outputs judged True; one whose judge was never certain is not",
+        ),
+        Metric("average", about="mean of the first metrics of the tasks of a suite"),
+    )
+}

@@ -1,0 +1,153 @@
+"""The metrics of a task, by the names that it asks for: each is computed from all its answered questions.
+
+n is the number of questions. Intervals are of 95 %; questions of one group are one unit. Shares have Wilson's; means and
+perplexity that of the bootstrap over units; a statistic that is no mean is computed anew for 500 draws of units, and has none
+if a draw leaves it undefined. Below eight units only shares of independent questions have one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+import numpy as np
+
+from pytest_lmeval import registry
+from pytest_lmeval.errors import RegistryError, TaskError
+from pytest_lmeval.records._example import Example
+from pytest_lmeval.records._metric import Estimate, Metric
+from pytest_lmeval.records._value import Value
+from pytest_lmeval.scoring._answer_metrics import units_of
+from pytest_lmeval.statistics._bootstrap import ratio_intervals
+from pytest_lmeval.statistics._proportion import wilson
+from pytest_lmeval.statistics._sequential import confidence_sequence
+
+LIBRARIES = {"sklearn": "scikit-learn", "sacrebleu": "sacrebleu", "rouge_score": "rouge-score", "torchmetrics": "torchmetrics"}
+
+NEEDS: dict[str, Callable[[Example], bool]] = {
+    "an answer": lambda example: True,
+    "choices": lambda example: bool(example.choices),
+    "one right choice": lambda example: len(example.right) == 1,
+    "two choices, one of them right": lambda example: len(example.choices) == 2 and len(example.right) == 1,
+    "targets to compare with": lambda example: bool(example.targets),
+    "an output to be judged": lambda example: not example.choices,
+}
+
+LM_EVAL_NAMES = {
+    "acc": "accuracy",  # of lambada: greedy_match
+    "acc_norm": "accuracy_per_character",
+    "acc_bytes": "accuracy_per_byte",
+    "bleu": "bleu",
+    "em": "exact_match",
+    "exact": "exact_match",
+    "exact_match": "exact_match",  # of choices: greedy_match
+    "f1": "f1",  # of cb: f1_macro; of record and squadv2: squad_f1
+    "mcc": "matthews",
+    "perplexity": "perplexity",
+    "HasAns_exact": "has_answer_exact_match",
+    "HasAns_f1": "has_answer_f1",
+    "NoAns_exact": "no_answer_accuracy",
+}
+"""Names of lm-evaluation-harness, and ours. It calls several things by one name; which is meant, its task tells."""
+
+
+def metrics_of(names: Sequence[str], task: str) -> list[Metric]:
+    """The metrics that a task asks for, to be found before anything is scored. Imports their libraries.
+
+    Raises TaskError for a name that is no metric of answers, telling the nearest, and for a library that is missing, telling
+    how to get it.
+    """
+    found = [_metric(name, task) for name in names]
+    for metric in found:
+        if metric.library is None:
+            continue
+        try:
+            import_module(metric.library)
+        except ImportError as error:
+            package = LIBRARIES.get(metric.library, metric.library)
+            own = "pip install 'pytest-lmeval[tasks]'" if metric.library in LIBRARIES else f"pip install {package}"
+            raise TaskError(
+                f"{task} asks for the metric {metric.name!r}, which is computed by {package}. That cannot be imported "
+                f"({error}), so that no answer could be judged. Install it: {own}"
+            ) from error
+    return found
+
+
+def scored(example: Example, metrics: Sequence[Metric]) -> dict[str, float | None]:
+    """What an example counts in each metric that counts examples. Raises TaskError where it has not what a metric needs."""
+    for metric in metrics:
+        if not NEEDS[metric.needs](example):
+            raise TaskError(
+                f"{metric.name} is computed from {metric.needs}, and question {example.number} (id {example.id}) has "
+                f"{len(example.choices)} choices, right are {list(example.right)}, its output is {example.output!r}, its "
+                f"targets are {list(example.targets)!r}. Ask for another metric (`lmeval list metrics`)."
+            )
+    counted = ((metric, metric.score(example)) for metric in metrics if metric.score is not None)
+    return {metric.name: None if score is None else float(score) for metric, score in counted}
+
+
+def judging(metrics: Sequence[Metric]) -> Metric | None:
+    """The metric by which one answer is called right or wrong: the first of them that says so."""
+    return next((metric for metric in metrics if metric.judges), None)
+
+
+def compute(
+    metrics: Sequence[Metric], examples: Sequence[Example], seed: int = 0, threshold: float | None = None
+) -> dict[str, Value]:
+    """The values of metrics. One about questions with an answer, or about those without, is left out if there are none.
+
+    examples   scored, in any order: it changes nothing
+    threshold  `Task.threshold`, where asking ended as soon as the rate was certain to be above or below: its interval is
+               then one that may be looked at after every answer (see `statistics._sequential`)
+
+    Raises TaskError for no examples.
+    """
+    if not examples:
+        raise TaskError(f"no question was answered, so that nothing can be said of {', '.join(map(str, metrics))}.")
+    ordered = sorted(examples, key=lambda example: (example.id, example.number))
+    found = {metric.name: value for metric in metrics if (value := _value(metric, ordered, seed)) is not None}
+    if threshold is not None and "rate" in found:
+        rate, n = found["rate"], found["rate"].n or 0
+        metric = next(metric for metric in metrics if metric.name == "rate")
+        found["rate"] = metric.value(float(rate), confidence_sequence(round(rate * n), n), n=n)
+    return found
+
+
+def _metric(name: str, task: str) -> Metric:
+    try:
+        found: Metric = registry.find("metrics", name)
+    except RegistryError as error:
+        ours = f" What lm_eval calls so is {LM_EVAL_NAMES[name]} here." if name in LM_EVAL_NAMES else ""
+        raise TaskError(f"{task} asks for the metric {name!r}:{ours} {error}") from None
+    if found.score is None and found.statistic is None:
+        raise TaskError(f"{task} asks for the metric {name!r}, which is none of answers: it has no score of an example.")
+    return found
+
+
+def _value(metric: Metric, examples: Sequence[Example], seed: int) -> Value | None:
+    if metric.statistic is not None:
+        estimate = metric.statistic(examples, seed)
+        return None if estimate is None else metric.value(*estimate, n=len(examples))
+    counted = [example for example in examples if example.scores[metric.name] is not None]
+    if not counted:
+        return None
+    return metric.value(*_mean(metric, counted, seed), n=len(counted))
+
+
+def _mean(metric: Metric, examples: Sequence[Example], seed: int) -> Estimate:
+    """The mean of the scores, on the scale of the metric, with its interval."""
+    scores = [example.scores[metric.name] or 0.0 for example in examples]
+    units = units_of(examples)
+    interval = None
+    if metric.interval == "share":
+        interval = wilson(scores, units.tolist())
+    elif metric.interval == "mean":
+        sums = np.column_stack([np.bincount(units, weights=scores), np.bincount(units)])
+        interval = ratio_intervals(sums, [(0, 1)], seed=seed)[0]
+    mean = math.fsum(scores) / len(scores)
+    try:
+        bounds = interval and (metric.scaled(interval[0]), metric.scaled(interval[1]))
+        return metric.scaled(mean), bounds
+    except OverflowError as error:
+        raise TaskError(f"the mean of {metric.name} is {mean:.6g}: its exponential is no number that a float holds.") from error

@@ -1,0 +1,149 @@
+"""What a training brought: the trained model, and the record of how it learned and what that cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pytest_lmeval.measures._perplexity import exponential
+from pytest_lmeval.models._identity import facts
+from pytest_lmeval.models._model import Model
+from pytest_lmeval.profiling._flops import Flops
+from pytest_lmeval.profiling._peak import Peak
+from pytest_lmeval.records._measured import Cost, Record, Series
+from pytest_lmeval.records._metric import value_of
+from pytest_lmeval.records._value import Value
+from pytest_lmeval.statistics._bootstrap import ratio_intervals
+from pytest_lmeval.training._plan import Plan
+from pytest_lmeval.training._protocol import Protocol
+from pytest_lmeval.training._run import Run
+
+POINTS = 1000  # of a curve in the record; neighbouring steps are averaged where there are more
+
+
+@dataclass(frozen=True, repr=False)
+class TrainResult:
+    """A trained model, ready to be used, and the record of its training.
+
+    lm          with the weights that the held-out text liked best; without one, the last
+    cached      it was trained before, with the same key
+    resumed_at  the step at which it went on from an interrupted training; 0 if it did not
+    """
+
+    lm: Model
+    record: Record
+    cached: bool = False
+    resumed_at: int = 0
+
+    def __repr__(self) -> str:
+        return repr(self.record)
+
+    @property
+    def nll(self) -> Value:
+        """Mean held-out loss of `lm`, nats a token, with its 95 % interval (bootstrap over crops)."""
+        return self._held_out("nll")
+
+    @property
+    def perplexity(self) -> Value:
+        """exp of `nll`."""
+        return self._held_out("perplexity")
+
+    @property
+    def train_loss(self) -> Value:
+        """Mean training loss of the last `eval_every` steps, nats a token."""
+        return self.record.metrics["train_loss"]
+
+    @property
+    def curve(self) -> Series:
+        """Training loss by tokens seen."""
+        return self.record.series["learning_curve"]
+
+    @property
+    def best_step(self) -> int:
+        """Steps that `lm` was trained for: those until the best evaluation."""
+        return int(self.record.details["best_step"])
+
+    def _held_out(self, name: str) -> Value:
+        if name not in self.record.metrics:
+            raise AttributeError(f"{self.lm.spec} was trained without held_out, so its {name} on unseen text is not known.")
+        return self.record.metrics[name]
+
+
+def record_of(run: Run, trained: Model, plan: Plan, per_epoch: int, flops: Flops, peak: Peak) -> Record:
+    """Everything that the training found, and what it cost. `flops` are those of one step."""
+    protocol, about = plan.protocol, facts(trained)
+    tokens = run.step * protocol.batch_size * protocol.seq_len
+    spent = flops * run.step
+    costs = {
+        "seconds": run.seconds,
+        "flops_forward": spent.forward,
+        "flops_backward": spent.backward,
+        "flops_total": spent.total,
+        "model_bytes": about.bytes,
+        "peak_memory": peak.bytes,
+        "peak_memory_growth": peak.growth,
+    }
+    return Record(
+        kind="train",
+        subject=run.text,
+        lm=about,
+        settings=plan.settings,
+        details={"steps": run.step, "steps_an_epoch": per_epoch, "best_step": run.best_step},
+        metrics={
+            **held_out_values(run, protocol),
+            "train_loss": training_loss(run, protocol),
+            **{name: value_of(name, cost) for name, cost in costs.items() if cost is not None},
+            **({} if about.parameters is None else {"parameters": value_of("parameters", about.parameters)}),
+            "tokens_per_second": value_of("tokens_per_second", tokens / run.seconds, n=tokens),
+        },
+        cost=Cost(seconds=run.seconds, tokens=tokens, flops=spent.total, peak_bytes=peak.bytes),
+        series=series_of(run, protocol, per_epoch),
+    )
+
+
+def held_out_values(run: Run, protocol: Protocol) -> dict[str, Value]:
+    """nll and perplexity of the best weights, and of the last."""
+    values: dict[str, Value] = {}
+    for suffix, step in (("", run.best_step), ("_last", run.step)) if run.evaluations else ():
+        nats = run.evaluations[step].numpy()
+        sums = np.column_stack([nats, np.full(len(nats), protocol.seq_len)])
+        (interval,) = ratio_intervals(sums, [(0, 1)], seed=protocol.seed)
+        n = len(nats) * protocol.seq_len
+        nll = value_of(f"nll{suffix}", nats.sum() / n, interval, n=n)
+        values |= {f"perplexity{suffix}": exponential(nll, f"perplexity{suffix}"), f"nll{suffix}": nll}
+    return values
+
+
+def training_loss(run: Run, protocol: Protocol) -> Value:
+    last = run.losses[-protocol.eval_every :]
+    n = len(last) * protocol.batch_size * protocol.seq_len
+    return value_of("train_loss", sum(last) / len(last), n=n)
+
+
+def series_of(run: Run, protocol: Protocol, per_epoch: int) -> dict[str, Series]:
+    a_step = protocol.batch_size * protocol.seq_len
+    series = {}
+    curves = (("learning_curve", run.losses, "nats/token", "Learning curves"), ("gradient_norm", run.norms, "", ""))
+    for name, values, unit, title in curves:
+        ends, means = averaged(values, -(-len(values) // POINTS))
+        series[name] = Series([float(end * a_step) for end in ends], means, "tokens", unit, title)
+    ends, means = averaged(run.losses, per_epoch)
+    series["epoch_loss"] = Series([end / per_epoch for end in ends], means, "epochs", "nats/token")
+    if run.evaluations:
+        losses = torch.stack(list(run.evaluations.values())).mean(1) / protocol.seq_len
+        seen = [float(step * a_step) for step in run.evaluations]
+        series["held_out_loss"] = Series(seen, losses.tolist(), "tokens", "nats/token", "Held-out loss")
+    return series
+
+
+def averaged(values: list[float], group: int) -> tuple[list[int], list[float]]:
+    """Means of consecutive groups, the last of which may be shorter, and where each ends.
+
+    >>> averaged([1.0, 3.0, 5.0, 7.0, 8.0], 2)
+    ([2, 4, 5], [2.0, 6.0, 8.0])
+    """
+    parts = [values[begin : begin + group] for begin in range(0, len(values), group)]
+    ends = [min(begin + group, len(values)) for begin in range(0, len(values), group)]
+    return ends, [sum(part) / len(part) for part in parts]

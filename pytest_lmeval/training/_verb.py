@@ -1,0 +1,73 @@
+"""The verb `train`: training by the one protocol for all models."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from msgspec import structs
+
+from pytest_lmeval.data._corpus import Corpus
+from pytest_lmeval.data._ids import as_corpus
+from pytest_lmeval.errors import CorpusError, Refused, RegistryError
+from pytest_lmeval.measures._context import VerbContext, current, verb
+from pytest_lmeval.training._loop import run_training
+from pytest_lmeval.training._protocol import Protocol
+from pytest_lmeval.training._result import TrainResult
+
+
+@verb
+def train(lm: Any, corpus: Any, *, held_out: Any = None, spec: str | None = None, **protocol: Any) -> TrainResult:
+    """Train a copy of the model by the one protocol for all models (see `training.run_training`); `.lm` of the result is it.
+
+    lm        a spec, or a model, which stays as it is
+    corpus    a `Corpus`, or token ids
+    held_out  the text that decides which weights are best; the validation split of the same corpus by default
+    spec      how the trained model is called
+    protocol  fields of `training.Protocol`: steps, batch_size, seq_len, lr, seed, ...
+
+    A model that was trained by the same protocol before is taken from the output folder.
+    """
+    context = current()
+    model = context.model(lm)
+    certificate = context.session.verdict(model).certificate
+    if "causality" in certificate.broken:
+        raise Refused(
+            f"{model.spec} is {certificate.verdict}:\n{certificate.why_not()}\nTrained, it would learn to look at the "
+            "token that it is to predict, and its perplexity would look good and mean nothing."
+        )
+    text = as_corpus(corpus)
+    defaults: dict[str, Any] = {"seq_len": context.seq_len(None, Protocol.seq_len)}
+    if context.session.tokens:
+        defaults["tokens"] = context.session.tokens
+    chosen = Protocol.of(**{**defaults, **protocol})
+    unseen = _validation(context, text) if held_out is None else as_corpus(held_out)
+    with context.session.progress(f"{model.spec} learns {text}") as progress:
+        result = run_training(
+            model,
+            text,
+            held_out=unseen,
+            protocol=chosen,
+            folder=context.session.folder,
+            progress=progress,
+            spec=spec or f"{model.spec} trained",
+            fresh=context.session.fresh,
+        )
+    if result.cached:
+        context.log.notes.append(f"{model.spec} on {text}: trained before by the same protocol")
+    elif result.resumed_at:
+        context.log.notes.append(f"{model.spec} on {text}: went on from step {result.resumed_at:,} of an interrupted run")
+    read = structs.replace(certificate, chunking_used="crops, each from an empty state")
+    key = context.key("train", model, chosen.to_json(), [text.fingerprint, unseen.fingerprint])
+    return context.recorded(key, replace(result, record=structs.replace(result.record, certificate=read)))
+
+
+def _validation(context: VerbContext, corpus: Corpus) -> Corpus:
+    """The text to hold out where none was given."""
+    try:
+        found = context.session.corpus(corpus.name, "validation")
+    except (CorpusError, RegistryError) as error:  # bare ids have a name that no corpus has
+        raise CorpusError(f"{corpus} has no validation split to hold out ({error}) Give another text: held_out=...") from None
+    if found.fingerprint == corpus.fingerprint:
+        raise CorpusError(f"{corpus.name} has one text for all splits. Give another one to hold out: held_out=corpus(...).")
+    return found
