@@ -12,7 +12,7 @@ import pytest_lmeval
 
 PACKAGE = Path(pytest_lmeval.__file__).parent
 LAYERS = [
-    "errors", "registry", "_options", "records", "statistics", "models", "_stream", "data", "tasks", "scoring", "profiling",
+    "errors", "registry", "records", "statistics", "models", "_stream", "data", "_options", "tasks", "scoring", "profiling",
     "laws", "_session", "_benchmarking", "measures", "training", "zoo", "report", "gates", "_listing", "_progress", "_hookspec",
     "_frames", "plugin", "__main__",
 ]  # fmt: skip

@@ -19,13 +19,15 @@ from pytest_lmeval.records._value import Value
 
 LAWS = "equivalence"  # the kind of record whose verdict is compared
 IRRELEVANT = {  # settings that two runs may differ in, and why
+    "budget": "how long the laws of a model are tried says nothing of the model",
     "chunk_size": "the certificate proves that the numbers do not depend on it",
+    "examples": "how many cases the laws are tried on, as budget",
     "key": "it follows from the other settings and from the version of this package",
+    "profile": "how hard the probe looks, as budget",
     "runs": "how often something is timed changes the times alone, which no baseline keeps",
     "seconds": "how long something is timed, as runs",
     "threads": "they belong to the machine, and the environment of the baseline names them",
     "warm_up": "how often something is run before it is timed, as runs",
-    "why": "it says in words why the text was read so; how it was read is compared",
 }
 OF_COSTS = ("chunk_size",)  # of these, what a cost does depend on
 COSTS = ("flops", "state_bytes", "peak_bytes")

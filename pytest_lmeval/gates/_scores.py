@@ -132,9 +132,14 @@ def _of_units(units: list[Unit]) -> Scores:
     return Scores(numbered([unit.id for unit in units]), [None] * len(units), columns)
 
 
+def _is_compared(name: str) -> bool:
+    """Whether the scores of examples make the metric, and one of its directions is better: else nothing is gained or lost."""
+    return metric(name).statistic is None and metric(name).higher_is_better is not None
+
+
 def _of_answers(examples: list[Example], metrics: list[str]) -> Scores:
     examples = sorted(examples, key=lambda example: example.number)
-    means = [name for name in metrics if metric(name).statistic is None and any(name in one.scores for one in examples)]
+    means = [name for name in metrics if _is_compared(name) and any(name in one.scores for one in examples)]
     columns = {name: [_or_none(example.scores.get(name)) for example in examples] for name in means}
     ids = numbered([example.id for example in examples])
     groups = [None if example.group is None else hashlib.sha256(example.group.encode()).hexdigest()[:8] for example in examples]
