@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from msgspec import structs
 
@@ -34,7 +34,7 @@ from pytest_lmeval.records._certificate import Certificate
 from pytest_lmeval.records._journal import key_of, warn
 from pytest_lmeval.records._measured import Record
 
-F = TypeVar("F", bound=Callable[..., Any])
+P = ParamSpec("P")
 R = TypeVar("R")
 
 
@@ -122,12 +122,15 @@ class VerbContext:
         self.log.records.append(record)
         return replace(result, record=record)  # type: ignore[type-var]
 
-    def timed(self, kind: str, lm: Model, settings: dict[str, Any], measure: Callable[..., R]) -> R:
+    def measured(
+        self, kind: str, lm: Model, settings: dict[str, Any], measure: Callable[..., R], runner: Runner | None = None
+    ) -> R:
         """What `measure` finds, called as the test and its neighbours allow. Raises OutOfMemory, and ProfilingError where the
         model failed, or its device is gone; what was measured until then is kept."""
+        timed = {"runner": runner or self.runner()} if "runner" in inspect.signature(measure).parameters else {}
         what = f"{kind} of {lm.spec} with {', '.join(f'{name}={value}' for name, value in settings.items())}"
         try:
-            result = room_for(what, lambda: measure(lm, **settings, runner=self.runner()))
+            result = room_for(what, lambda: measure(lm, **settings, **timed))
         except Exception as error:
             if failure_of(error) != DEVICE_LOST:
                 raise
@@ -194,14 +197,14 @@ def running_in(context: VerbContext) -> Iterator[None]:
         _CURRENT.reset(token)
 
 
-def verb(function: F) -> F:
+def verb(function: Callable[P, R]) -> Callable[P, R]:
     """A public verb: a keyword that it does not have is refused before anything is done, and the nearest named."""
     signature = inspect.signature(function)
     known = [name for name, parameter in signature.parameters.items() if parameter.kind is not parameter.VAR_KEYWORD]
     takes_any = len(known) < len(signature.parameters)
 
     @functools.wraps(function)
-    def checked(*args: Any, **kwargs: Any) -> Any:
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
         __tracebackhide__ = True
         for name in kwargs if not takes_any else ():
             if name not in known:
@@ -210,4 +213,34 @@ def verb(function: F) -> F:
                 )
         return function(*args, **kwargs)
 
-    return checked  # type: ignore[return-value]
+    return checked
+
+
+def verb_of(
+    name: str,
+    measure: Callable[Concatenate[Model, P], R],
+    prepare: Callable[[VerbContext, Model, dict[str, Any]], dict[str, Any]] = lambda context, model, settings: settings,
+) -> Callable[Concatenate[Any, P], R]:
+    """The verb of a function that measures a `Model`: it takes a model or a spec, the command line's sequence length where none
+    is given, and the runner of its context if it has a parameter `runner`; its result is recorded.
+
+    prepare  (context, model, settings) -> the settings that it is measured with
+    """
+    signature = inspect.signature(measure)
+
+    def function(lm: Any, *args: P.args, **kwargs: P.kwargs) -> R:
+        __tracebackhide__ = True
+        context = current()
+        model = context.model(lm)
+        given = signature.bind(model, *args, **kwargs)
+        length = given.arguments.get("seq_len")
+        given.apply_defaults()
+        settings = {key: value for key, value in given.arguments.items() if key not in ("lm", "runner")}
+        if "seq_len" in settings:
+            settings["seq_len"] = context.seq_len(length, settings["seq_len"])
+        return context.measured(name, model, prepare(context, model, settings), measure, given.arguments.get("runner"))
+
+    function.__doc__, function.__module__, function.__name__ = measure.__doc__, measure.__module__, name
+    function.__qualname__, function.__annotations__ = name, dict(measure.__annotations__)
+    function.__signature__ = signature  # type: ignore[attr-defined]
+    return verb(function)  # type: ignore[return-value]  # whose first parameter may be named

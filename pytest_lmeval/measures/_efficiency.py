@@ -23,7 +23,7 @@ from typing import Any
 
 from msgspec import structs
 
-from pytest_lmeval.measures._context import current, verb
+from pytest_lmeval.measures._context import verb_of
 from pytest_lmeval.measures._latency import NEW_TOKENS, LatencyResult, measure_latency
 from pytest_lmeval.models._identity import facts
 from pytest_lmeval.models._model import Model
@@ -38,35 +38,6 @@ from pytest_lmeval.records._value import Value
 
 RUNS, WARM_UP = 10, 2
 OVERHEAD = 0.1  # share of the bound under which overhead is what one waits for
-
-
-@verb
-def efficiency(
-    lm: Any,
-    batch_size: int = 1,
-    seq_len: int | None = None,
-    *,
-    new_tokens: int = NEW_TOKENS,
-    runs: int = RUNS,
-    warm_up: int = WARM_UP,
-    seed: int = 0,
-    threads: int | None = None,
-) -> EfficiencyResult:
-    """Operations and bytes of a step, and how near to this machine's roofline it runs (see `measure_efficiency`).
-
-    Timed like `latency`. Where nothing was timed, what is counted is recorded.
-    """
-    context = current()
-    settings = {
-        "batch_size": batch_size,
-        "seq_len": context.seq_len(seq_len, 128),
-        "new_tokens": new_tokens,
-        "runs": runs,
-        "warm_up": warm_up,
-        "seed": seed,
-        "threads": threads,
-    }
-    return context.timed("efficiency", context.model(lm), settings, measure_efficiency)
 
 
 @dataclass(frozen=True, repr=False)
@@ -132,9 +103,9 @@ class EfficiencyResult:
 
 def measure_efficiency(
     lm: Model,
-    *,
     batch_size: int = 1,
     seq_len: int = 128,
+    *,
     new_tokens: int = NEW_TOKENS,
     runs: int = RUNS,
     warm_up: int = WARM_UP,
@@ -142,7 +113,9 @@ def measure_efficiency(
     threads: int | None = None,
     runner: Runner | None = None,
 ) -> EfficiencyResult:
-    """Count and time a prompt of random tokens [b, t] and the decoding after it.
+    """Operations and bytes of a step, and how near to this machine's roofline it runs.
+
+    Counts and times a prompt of random tokens [b, t] and the decoding after it, as `latency` does.
 
     The model is timed and the machine measured with one number of threads: the present one, or `threads`. Where the runner
     does not time, what is counted is still recorded, and nothing is measured of the machine.
@@ -179,6 +152,9 @@ def measure_efficiency(
         cost=structs.replace(timed.record.cost, flops=phases["prefill"].flops),
     )
     return EfficiencyResult(record, timed)
+
+
+efficiency = verb_of("efficiency", measure_efficiency)
 
 
 def _counted(training: Flops | None, phases: dict[str, Work]) -> dict[str, Value]:

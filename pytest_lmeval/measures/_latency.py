@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pytest_lmeval.measures._context import current, verb
+from pytest_lmeval.measures._context import verb_of
 from pytest_lmeval.models._identity import facts
 from pytest_lmeval.models._model import Model, state_bytes
 from pytest_lmeval.profiling._clock import Stopwatch
@@ -35,36 +35,6 @@ from pytest_lmeval.records._value import Value
 
 RUNS, WARM_UP, NEW_TOKENS = 100, 10, 8
 BY_RUN = ("prefill", "tpot", "e2e")
-
-
-@verb
-def latency(
-    lm: Any,
-    batch_size: int = 1,
-    seq_len: int | None = None,
-    *,
-    new_tokens: int = NEW_TOKENS,
-    runs: int = RUNS,
-    warm_up: int = WARM_UP,
-    seed: int = 0,
-    threads: int | None = None,
-) -> LatencyResult:
-    """Prefill, time to first token, inter-token latency (see `measure_latency` for the parameters).
-
-    In a test that asks for the fixture `benchmark`, pytest-benchmark drives the runs and keeps their times. Where nothing
-    was timed (under xdist, or with --benchmark-disable), the record says so, and a test that looks at a time is skipped.
-    """
-    context = current()
-    settings = {
-        "batch_size": batch_size,
-        "seq_len": context.seq_len(seq_len, 128),
-        "new_tokens": new_tokens,
-        "runs": runs,
-        "warm_up": warm_up,
-        "seed": seed,
-        "threads": threads,
-    }
-    return context.timed("latency", context.model(lm), settings, measure_latency)
 
 
 @dataclass(frozen=True, repr=False)
@@ -120,9 +90,9 @@ class LatencyResult:
 
 def measure_latency(
     lm: Model,
-    *,
     batch_size: int = 1,
     seq_len: int = 128,
+    *,
     new_tokens: int = NEW_TOKENS,
     runs: int = RUNS,
     warm_up: int = WARM_UP,
@@ -130,7 +100,10 @@ def measure_latency(
     threads: int | None = None,
     runner: Runner | None = None,
 ) -> LatencyResult:
-    """Time `runs` prompts of random tokens, after `warm_up` that are not counted (the very first one is reported as cold).
+    """Prefill, time to first token, inter-token latency: `runs` prompts of random tokens, after `warm_up` that do not count.
+
+    In a test that asks for the fixture `benchmark`, pytest-benchmark drives the runs and keeps their times. Where nothing
+    was timed (under xdist, or with --benchmark-disable), the record says so, and a test that looks at a time is skipped.
 
     A model without a state cannot decode from one: only its prefill is timed. The present number of threads is held, or
     `threads`. Raises ProfilingError where a shape cannot be timed.
@@ -179,6 +152,9 @@ def measure_latency(
         series={} if not_measured else _series(samples),
     )
     return LatencyResult(record, {} if not_measured else samples)
+
+
+latency = verb_of("latency", measure_latency)
 
 
 def generate_once(lm: Model, prompt: torch.Tensor, new_tokens: int, states: list[Any] | None = None) -> list[float]:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from pytest_lmeval.errors import ProfilingError
-from pytest_lmeval.measures._context import current, verb
+from pytest_lmeval.measures._context import verb_of
 from pytest_lmeval.models._identity import facts
 from pytest_lmeval.models._model import Model, State, state_storages, weights
 from pytest_lmeval.profiling._allocations import watched_allocations
@@ -45,36 +45,6 @@ SHOWN = (
     *("weights_bytes", "state_bytes", "activations_bytes", "peak_bytes", "growth_bytes", "tensors_peak_bytes"),
     *("allocated_bytes", "reserved_bytes"),
 )
-
-
-@verb
-def memory(
-    lm: Any,
-    batch_size: int = 1,
-    seq_len: int | None = None,
-    *,
-    new_tokens: int = NEW_TOKENS,
-    keep: int | None = 1,
-    seed: int = 0,
-    apart: bool = True,
-    timeout: float = TIMEOUT,
-) -> MemoryResult:
-    """Weights, state and activations apart, and the peak of a process of its own (see `measure_memory` for the parameters).
-
-    Nothing is timed, and other tests do not disturb it: it is measured under xdist too.
-    """
-    context = current()
-    model = context.model(lm)
-    settings: dict[str, Any] = {
-        "batch_size": batch_size,
-        "seq_len": context.seq_len(seq_len, 128),
-        "new_tokens": new_tokens,
-        "keep": keep,
-        "seed": seed,
-        "apart": apart,
-        "timeout": timeout,
-    }
-    return context.kept("memory", model, settings, measure_memory(model, **settings))
 
 
 @dataclass(frozen=True, repr=False)
@@ -142,16 +112,17 @@ class Shape:
 
 def measure_memory(
     lm: Model,
-    *,
     batch_size: int = 1,
     seq_len: int = 128,
+    *,
     new_tokens: int = NEW_TOKENS,
     keep: int | None = 1,
     seed: int = 0,
     apart: bool = True,
     timeout: float = TIMEOUT,
 ) -> MemoryResult:
-    """Measure a prompt of random tokens and `new_tokens` that are decoded after it.
+    """Weights, state and activations apart, and the peak of a process of its own, over a prompt of random tokens and
+    `new_tokens` that are decoded after it. Nothing is timed, and other tests do not disturb it.
 
     keep     logits that are wanted of the prompt: 1 as for generation, None (all) as for scoring a text
     apart    False measures on the CPU in this process too. What cannot be pickled or loaded again is measured here anyway;
@@ -184,6 +155,9 @@ def measure_memory(
         ),
     )
     return MemoryResult(record)
+
+
+memory = verb_of("memory", measure_memory)
 
 
 def _check(lm: Model, shape: Shape) -> None:

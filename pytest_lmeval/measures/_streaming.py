@@ -14,7 +14,7 @@ import torch
 
 from pytest_lmeval.errors import ProfilingError
 from pytest_lmeval.laws._permits import exact_chunk_size
-from pytest_lmeval.measures._context import current, verb
+from pytest_lmeval.measures._context import VerbContext, verb_of
 from pytest_lmeval.models._identity import facts
 from pytest_lmeval.models._model import Model, state_bytes
 from pytest_lmeval.profiling._clock import Stopwatch
@@ -36,37 +36,6 @@ from pytest_lmeval.records._value import Value
 
 CHUNK_SIZE, CHUNKS, RUNS, WARM_UP = 256, 32, 3, 1
 ENDS = 4  # the first quarter of the chunks is compared with the last
-
-
-@verb
-def streaming(
-    lm: Any,
-    chunk_size: int | None = None,
-    *,
-    chunks: int = CHUNKS,
-    batch_size: int = 1,
-    runs: int = RUNS,
-    warm_up: int = WARM_UP,
-    seed: int = 0,
-    threads: int | None = None,
-) -> StreamingResult:
-    """The latency of each chunk of a stream, and the size of the state after it (see `measure_streaming` for the parameters).
-
-    The chunk size is one in which the model was found to be exact: how fast a wrong number comes is of no use.
-    """
-    context = current()
-    model = context.model(lm)
-    certificate = context.session.verdict(model).certificate
-    settings = {
-        "chunk_size": exact_chunk_size(model, certificate, chunk_size, None) or CHUNK_SIZE,
-        "chunks": chunks,
-        "batch_size": batch_size,
-        "runs": runs,
-        "warm_up": warm_up,
-        "seed": seed,
-        "threads": threads,
-    }
-    return context.timed("streaming", model, settings, measure_streaming)
 
 
 @dataclass(frozen=True, repr=False)
@@ -104,8 +73,8 @@ class StreamingResult:
 
 def measure_streaming(
     lm: Model,
+    chunk_size: int | None = None,
     *,
-    chunk_size: int = CHUNK_SIZE,
     chunks: int = CHUNKS,
     batch_size: int = 1,
     runs: int = RUNS,
@@ -114,10 +83,14 @@ def measure_streaming(
     threads: int | None = None,
     runner: Runner | None = None,
 ) -> StreamingResult:
-    """Read a stream of chunks * chunk_size random tokens `runs` times, the state carried from chunk to chunk.
+    """The latency of each chunk of a stream, and the size of the state after it: chunks * chunk_size random tokens are read
+    `runs` times, the state carried from chunk to chunk.
+
+    chunk_size  256 by default, or one in which the model was found to be exact: how fast a wrong number comes is of no use
 
     Raises ProfilingError for a model without a state, and for a stream that it cannot read.
     """
+    chunk_size = CHUNK_SIZE if chunk_size is None else chunk_size
     check_shape(lm, batch_size=batch_size, seq_len=chunk_size * chunks, runs=runs, warm_up=warm_up)
     if not lm.stateful:
         raise ProfilingError(f"{lm.spec} has no state to carry, so it cannot read a stream. Measure lmeval.latency instead.")
@@ -165,6 +138,14 @@ def measure_streaming(
         series=_series([] if not_measured else passes, held, chunk_size),
     )
     return StreamingResult(record, {} if not_measured else samples)
+
+
+def _in_exact_chunks(context: VerbContext, model: Model, settings: dict[str, Any]) -> dict[str, Any]:
+    certificate = context.session.verdict(model).certificate
+    return {**settings, "chunk_size": exact_chunk_size(model, certificate, settings["chunk_size"], None)}
+
+
+streaming = verb_of("streaming", measure_streaming, prepare=_in_exact_chunks)
 
 
 def read_once(lm: Model, pieces: list[torch.Tensor], held: list[int] | None = None) -> list[float]:

@@ -8,12 +8,11 @@ from __future__ import annotations
 import math
 import statistics
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor
 
 from pytest_lmeval.errors import ProfilingError
-from pytest_lmeval.measures._context import current, verb
+from pytest_lmeval.measures._context import verb_of
 from pytest_lmeval.models._identity import facts
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.profiling._clock import Stopwatch
@@ -38,36 +37,6 @@ from pytest_lmeval.records._value import Value
 SECONDS, WARM_UP, NEW_TOKENS = 10.0, 2, 16
 FEWEST, SCALING_RUNS = 3, 3
 TITLES = ("Throughput by batch size", "Throughput of decoding by batch size")
-
-
-@verb
-def throughput(
-    lm: Any,
-    batch_size: int = 32,
-    seq_len: int | None = None,
-    *,
-    seconds: float = SECONDS,
-    runs: int | None = None,
-    warm_up: int = WARM_UP,
-    new_tokens: int = NEW_TOKENS,
-    scaling: bool = True,
-    seed: int = 0,
-    threads: int | None = None,
-) -> ThroughputResult:
-    """Tokens a second in batches, and by the size of the batch (see `measure_throughput` for the parameters)."""
-    context = current()
-    settings = {
-        "batch_size": batch_size,
-        "seq_len": context.seq_len(seq_len, 512),
-        "seconds": seconds,
-        "runs": runs,
-        "warm_up": warm_up,
-        "new_tokens": new_tokens,
-        "scaling": scaling,
-        "seed": seed,
-        "threads": threads,
-    }
-    return context.timed("throughput", context.model(lm), settings, measure_throughput)
 
 
 @dataclass(frozen=True, repr=False)
@@ -107,9 +76,9 @@ class ThroughputResult:
 
 def measure_throughput(
     lm: Model,
-    *,
     batch_size: int = 32,
     seq_len: int = 512,
+    *,
     seconds: float = SECONDS,
     runs: int | None = None,
     warm_up: int = WARM_UP,
@@ -119,11 +88,13 @@ def measure_throughput(
     threads: int | None = None,
     runner: Runner | None = None,
 ) -> ThroughputResult:
-    """Read batches of random prompts for `seconds` (or `runs` of them), then decode `new_tokens` after one of them; with
-    `scaling`, also do both with each smaller power of two.
+    """Tokens a second in batches, and by the size of the batch.
+
+    Reads batches of random prompts for `seconds` (or `runs` of them), then decodes `new_tokens` after one of them; with
+    `scaling`, also does both with each smaller power of two.
 
     A batch size at which the model fails (it may not fit into memory) is recorded as that, and the others are measured: what
-    `runs` and `failed` of the settings say. Raises ProfilingError where a shape makes no sense.
+    `failed` of the details says. Raises ProfilingError where a shape makes no sense.
     """
     _check(lm, batch_size, seq_len, seconds, runs, warm_up, new_tokens)
     runner, prompts, about = runner or Runner(), lm.random_ids(batch_size, seq_len, seed=seed), facts(lm)
@@ -170,6 +141,9 @@ def measure_throughput(
         series=series,
     )
     return ThroughputResult(record, {} if not_measured else {"batch": times, "decode": steps})
+
+
+throughput = verb_of("throughput", measure_throughput)
 
 
 def _check(lm: Model, batch_size: int, seq_len: int, seconds: float, runs: int | None, warm_up: int, new_tokens: int) -> None:
