@@ -15,7 +15,7 @@ def pytest_lmeval_report(config: pytest.Config, data: Document) -> None:
     """Called once, when a run has ended and its numbers are saved, before the pages are rendered.
 
     data  what `metrics.json` holds (a `records._document.Document`), to be changed in place: the metrics of a record, and
-          `data.sections`, tables and texts that stand in `summary.md` and `report.html` under a title of their own
+          its `sections`, tables and texts that stand in `summary.md` and `report.html` under a title of their own
 
         # conftest.py
         from pytest_lmeval.records._document import Section

@@ -9,7 +9,7 @@ reads text (perplexity, accuracy, loss by position) is a fold over these chunks.
 
 The stream of T tokens has T - 1 targets: the first token has nothing before it to be predicted from. Put a
 beginning-of-sequence token in front to score it too. A model of several codebooks predicts the first frame from its initial
-codes: frame t is target t + 1, and has a loss for each scored codebook (see `lm.Codebooks`).
+codes: frame t is target t + 1, and has a loss for each scored codebook (see `models._model.Codebooks`).
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ SEEDS = 3  # kinds of token sequences, see `Trial.tokens`
 @dataclass(frozen=True)
 class Case:
     """A sequence of `length` random tokens (from `seed`), the places where it is cut, and its company. A law looks at
-    what concerns it (`laws.Law.uses`).
+    what concerns it (`laws._checks.Law.uses`).
 
     rows     sequences in the batch; this one is number `row` of them
     padding  how many tokens longer its neighbours are: so many are appended to it, and their logits are not looked at

@@ -58,7 +58,7 @@ class Trial:
         return "full run in float64" if self.lm.dtype == torch.float64 else "full run, alone and as one of two rows"
 
     def tokens(self, length: int, seed: int) -> Tensor:
-        """[1, t] ids, or [1, k, t] codes, of a seed (see `sequences.drawn`)."""
+        """[1, t] ids, or [1, k, t] codes, of a seed (see `laws._sequences.drawn`)."""
         return drawn(self.lm, length, seed)
 
     def run(self, input_ids: Tensor, sizes: list[int], *, row: int = 0, lm: Model | None = None) -> Tensor:

@@ -18,7 +18,7 @@ from pytest_lmeval.models._tensors import parts
 def weights_kept(lm: Model) -> Iterator[Callable[[], str | None]]:
     """Put parameters and buffers back as they were. The value, called, says which of them are not as they were.
 
-    Where there is no room for a copy of them, a change is noticed only, by their hash (see `identity`).
+    Where there is no room for a copy of them, a change is noticed only, by their hash (see `models._identity.weights_digest`).
     """
     module = lm.module
     if module is None:

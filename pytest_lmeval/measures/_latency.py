@@ -79,7 +79,7 @@ class LatencyResult:
 
     @property
     def stability(self) -> str | None:
-        """How far the machine let the times be: steady, fluctuating or disturbed (see `samples.stability`)."""
+        """How far the machine let the times be: steady, fluctuating or disturbed (see `profiling._samples.stability`)."""
         found: str | None = self.record.details.get("stability")
         return found
 

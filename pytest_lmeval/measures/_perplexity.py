@@ -5,8 +5,9 @@
     token_accuracy share of targets among the model's first k choices
 
 The reading carries the state through the whole text where the model allows it; where it has no state, or a
-limited context, the text is read in overlapping windows, and the record says so (`plan.py`). Of a model with fast weights it
-also says how far they moved (`fast_weights.py`), and of chosen places what the loss is there (`positions.py`).
+limited context, the text is read in overlapping windows, and the record says so (`scoring._plan`). Of a model with fast
+weights it also says how far they moved (`scoring._fast_weights`), and of chosen places what the loss is there
+(`scoring._positions`).
 
 With window="lm_eval" each document is read as lm-evaluation-harness reads it (`loglikelihood_rolling`), so that its numbers can
 be had again: its bits_per_byte is this one, and its byte_perplexity is 2 ** bits_per_byte. Of its task wikitext only the losses
@@ -249,7 +250,7 @@ def measure_perplexity(
     window, overlap, chunk_size    see `plan_for`
     positions   places at which the loss is wanted, for example (8000, 16000, 24000): means of the thousand tokens up to each
     losses      write the loss of every target to this .npy file (float32, nats), as it is read
-    units       write the sums of each document, or block of the stream, to this file of JSON lines (see `units.py`)
+    units       write the sums of each document, or block of the stream, to this file of JSON lines (see `scoring._units`)
     checkpoints, key    save a point to go on from now and then, and start from the last one
 
     How far the model's fast weights move is looked at after every chunk, if it has any (`Model.fast_weights`); where some stay

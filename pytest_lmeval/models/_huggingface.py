@@ -190,7 +190,7 @@ class Missing:
 
 
 class Words:
-    """A transformers tokenizer as a `lm.Tokenizer`: no special tokens, and where in the text's bytes each token ends."""
+    """A transformers tokenizer as a `_model.Tokenizer`: no special tokens, and where in the text's bytes each token ends."""
 
     def __init__(self, tokenizer: Any, name: str) -> None:
         self.tokenizer, self.name, self.bos, self.eos = tokenizer, name, tokenizer.bos_token_id, tokenizer.eos_token_id

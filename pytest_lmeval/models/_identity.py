@@ -54,8 +54,8 @@ def facts(model: Model) -> ModelFacts:
 def precision(module: nn.Module, *, bytes_before: int | None = None) -> Precision:
     """What the weights of a module are, found by looking at what its tensors hold, never by what was asked for.
 
-    The weights that are multiplied are those of `model.multiplied`; a precision is that of the model if nine tenths of them are
-    in it.
+    The weights that are multiplied are those of `_model.multiplied`; a precision is that of the model if nine tenths of them
+    are in it.
     """
     chosen = [tensor for _, tensor in multiplied(module)] or list(module.parameters())
     of_all, of_chosen = _counts(list(module.parameters())), _counts(chosen)

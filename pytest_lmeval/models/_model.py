@@ -229,7 +229,7 @@ class Model:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The coarsest precision that it computes in. Packed weights count as what they unpack to (`identity.precision`), but
+        """The coarsest precision that it computes in. Packed weights count as what they unpack to (`_identity.precision`), but
         where activations are rounded to eight bits too, that is as coarse as bfloat16: both keep eight digits of two."""
         found = {torch.bfloat16 if rounds_activations(tensor) else tensor.dtype for tensor in weights(self.module)}
         floats = found & {torch.float64, torch.float32, torch.bfloat16, torch.float16}

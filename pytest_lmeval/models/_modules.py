@@ -6,7 +6,7 @@
     streaming       with module.streaming(batch_size): logits = module.step(input_ids)
     step            logits, state = source.step(input_ids, state)             the protocol itself
 
-Each function below returns the `advance` of a `Model` (see `lm.py`).
+Each function below returns the `advance` of a `Model` (see `_model.py`).
 """
 
 from __future__ import annotations

@@ -4,14 +4,14 @@ fp32, bf16 and fp16 change the type of all parameters and buffers. int8 and int4
 weights of `nn.Linear` become integers with a scale for each row (int8) or for 32 numbers of a row (int4), and everything else,
 the activations too, stays as it was. Four bits lie in a byte each here, and are multiplied as floats: this form says what the
 rounding costs in quality, and neither saves as much memory as packed files do nor any time; the record says how many bits are
-stored (see `identity.precision`). Weights that were rounded once are part of the model, so that in float32 arithmetic its laws
-can be proven, and in bfloat16 it can be consistent (see `equivalence.twin`).
+stored (see `_identity.precision`). Weights that were rounded once are part of the model, so that in float32 arithmetic its
+laws can be proven, and in bfloat16 it can be consistent (see `laws._twin.twin`).
 
 A precision that cannot be had is refused. It is had where, found out by looking and by reading one token:
 
-* nine tenths of the weights that are multiplied (`lm.multiplied`) are in it. An embedding stays as it was, and so does a head
-  that is tied to it, so that they are one tensor still. Most models of the zoo have 97 to 100 % of their weights in int8, but
-  moshi 29 % (the matrices of all its codebooks are one tensor) and lstm none; in int4, mamba has 95 % (a projection from 10
+* nine tenths of the weights that are multiplied (`_model.multiplied`) are in it. An embedding stays as it was, and so does a
+  head that is tied to it, so that they are one tensor still. Most models of the zoo have 97 to 100 % of their weights in int8,
+  but moshi 29 % (the matrices of all its codebooks are one tensor) and lstm none; in int4, mamba has 95 % (a projection from 10
   numbers holds no group of 32), and transformer and windowed have 78 % (344 are no groups either). Below 90 % are refused.
 * for fp32, bf16 and fp16, half of the multiply-adds are done in it: of the models in the zoo, 75 to 100 % are. The rest are
   recurrences and attention over a state that is deliberately held in float32. A module that converts its weights back before it

@@ -6,7 +6,7 @@
     package.module:callable    whatever the callable returns: a torch module, or an object with `step`
 
 A suffix sets the precision: @fp32 @bf16 @fp16, and with torchao @int8 @int4 for the weights. One that cannot be had is refused
-(see `precision.py`).
+(see `_precision.py`).
 
 All but the last are found in the registry (group `models`). What is registered is a function: `demo` is called without
 arguments, `hf` with the text behind the colon. It is given those of the keywords `spec`, `dtype` (only if the spec asks for a
@@ -97,7 +97,7 @@ def as_model(source: Any, *, spec: str | None = None, form: str | None = None, t
 
     source     a torch module, or any object with `step(input_ids, state) -> (logits, state)`
     form       one of FORMS, where looking at the object is not enough
-    tokenizer  an object with `encode` (see `lm.Tokenizer`), `"bytes"`, or None: the object's own attribute `tokenizer`
+    tokenizer  an object with `encode` (see `_model.Tokenizer`), `"bytes"`, or None: the object's own attribute `tokenizer`
                if it has one, and bytes if its vocabulary has exactly 256 entries
 
     Raises SpecError if it can be none of them, and ModelError if it returns something else than logits.

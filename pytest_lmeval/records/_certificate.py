@@ -21,7 +21,7 @@ RANKS = (EXACT, CONSISTENT, MULTIPLE, STEP_ONLY, STATELESS, LENGTH_DEPENDENT, IN
 class Counterexample(Kept, frozen=True):
     """The smallest case found that breaks a law.
 
-    case      what differs from the simplest case (`strategies.Case`)
+    case      what differs from the simplest case (`laws.Case`)
     error     the largest error, in nats (logits, for a law that is bit-equal); None where it is no number
     message   what happened, where, and what is likely the matter
     replay    a line of Python that tries it again

@@ -21,8 +21,8 @@ MESSAGE = 4_000  # characters of a failure's message that the reports take
 class Reports:
     """Part of the plugin in the process that has the terminal.
 
-    A test's records reach it as `report._lmeval`, a string of JSON that crosses from an xdist worker unchanged: {"records",
-    "notes", "keys"}, the keys being those of the journal's lines that the test wrote or was served from.
+    A test's records reach it as the attribute `_lmeval` of its report, a string of JSON that crosses from an xdist worker
+    unchanged: {"records", "notes", "keys"}, the keys being those of the journal's lines that the test wrote or was served from.
     """
 
     def __init__(self, config: pytest.Config) -> None:

@@ -48,7 +48,7 @@ class Fact:
 
 
 def overview(document: Document) -> Overview:
-    """Of a run, or of several that are compared (`merge.merge`)."""
+    """Of a run, or of several that are compared (`report._merge.merge`)."""
     if runs := document.runs:
         return Overview("1 run" if len(runs) == 1 else f"{len(runs)} runs side by side", "", "", [])
     records = document.records

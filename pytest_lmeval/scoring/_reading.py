@@ -141,7 +141,7 @@ class Reading:
 
 @dataclass
 class Moves:
-    """How far a model's fast weights moved while it read, stretch by stretch (see `fast_weights.Watch`), n of them.
+    """How far a model's fast weights moved while it read, stretch by stretch (see `scoring._fast_weights.Watch`), n of them.
 
     names     of the fast weights
     total     [n] sums of their relative changes over all stretches

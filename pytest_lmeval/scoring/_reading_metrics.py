@@ -11,7 +11,7 @@ LOSS = "0.5%"  # of the baseline: what may be lost of a mean loss
 METRICS = {
     metric.name: metric
     for metric in (
-        # perplexity, which tasks have too, stands in `answer_metrics`
+        # perplexity, which tasks have too, stands in `scoring._answer_metrics`
         Metric(
             "bits_per_byte",
             "bits/byte",

@@ -52,7 +52,7 @@ def judge_all(
 
     margins  what each may lose, 0 or more, in its own unit
     better   whether higher is better
-    family   how many metrics are gated in the whole run, where these are some of them (see `paired.holm`)
+    family   how many metrics are gated in the whole run, where these are some of them (see `statistics._paired.holm`)
 
     Raises ValueError for a margin below 0.
     """

@@ -121,7 +121,7 @@ class Task:
     name         by which it is asked for and reported
     rows         where the questions lie
     ask          how a row reads; None for a row that is no question (it is counted)
-    metrics      see `scoring._metrics.METRICS`; the first is the one that suites average
+    metrics      see `scoring._answer_metrics.METRICS`; the first is the one that suites average
     shots        where examples to show are taken from; () for none
     take         "draw": each question draws its own, by its own hash; "first": all are shown the first ones
     description  what stands before everything, once

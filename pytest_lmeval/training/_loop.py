@@ -1,6 +1,6 @@
 """Training: crops of a text, a step for each batch of them, an evaluation now and then, and the best weights kept.
 
-The loop is `learn`. What is trained is decided before (`plan.py`), how it stands is in `run.py`, its files in `folder.py`.
+The loop is `learn`. What is trained is decided before (`_plan.py`), how it stands is in `_run.py`, its files in `_folder.py`.
 """
 
 from __future__ import annotations
