@@ -1,4 +1,4 @@
-"""The doors of the plugin: options, fixtures, hooks. What they open lies elsewhere, and is imported when it is used.
+"""Pytest options, fixtures and hooks; implementations are imported lazily.
 
 This module is loaded in every pytest run where the package is installed, so it imports pytest and the
 standard library only; a test holds it to that.

@@ -20,8 +20,8 @@ from pytest_lmeval.scoring._reading import NATS, TOKENS, Reading, rows_of
 
 
 def sums(trial: Trial, case: Case) -> None:
-    """The harness's reading against losses taken by hand from logits of the same pieces, so that it is about the harness (and
-    what a model makes of `keep`) alone."""
+    """Compare the losses that the harness sums with losses recomputed from raw logits of the same pieces, which isolates bugs
+    of the harness, and of a model's `keep`."""
     chunk = max(case.sizes[0], -(-case.length // 12))
     if trial.goes_on is not None:
         case, chunk = replace(case, length=min(case.length, FEW)), 1

@@ -280,7 +280,7 @@ def measure_perplexity(
             if progress is not None:
                 sums = point.reading.total
                 progress(int(sums[TOKENS]), float(sums[NATS]), expected_tokens(lm, source, sums, tokens, by_document))
-            if watch is None or watch.look(point):  # what is left to be measured could not be taken up from a saved point
+            if watch is None or watch.look(point):  # don't checkpoint while a measurement is pending
                 saver.save_now_and_then(replace(point, seconds=time.perf_counter() - began), file.sync)
         if watch is not None:
             watch.look(point, last=True)

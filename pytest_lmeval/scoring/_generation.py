@@ -95,7 +95,8 @@ def generate(
             row.given = [*map(int, node.ids[:-1]), int(prompts[node.owner].ids[-1])]
         listen(_carried(sharing, state, rows, [row for _, row in batch]))
 
-    # the last token, put off, is what each answer begins with; in its place a mark, so that no two sequences are one
+    # hold back the last prompt token, the first that generation reads; append a unique sentinel, so that equal prompts stay
+    # separate
     marked = [
         Request(np.concatenate([prompt.ids[:-1], [-1 - number, 0]]), len(prompt.ids) + 1)
         for number, prompt in enumerate(prompts)

@@ -2,10 +2,9 @@
 
     scored = Sharing(lm).score(requests)     log-likelihood of each asked token, and what reading them took
 
-Sequences that part in many places are read breadth by breadth: runs that begin at the same length stand side by side in a
-batch, those that end earlier are filled up where nothing follows them, and cut to the shortest where something does. So every
-distinct token is read about once, in batches, by any model whose state goes on exactly. What the model's laws do not allow is
-not done: without exact continuation each sequence is read whole, without independent rows each is read alone.
+The prefix tree is processed level by level: nodes that begin at the same length form a batch; leaves are padded, inner nodes
+truncated to the shortest. So a model that continues exactly from a state reads every distinct token about once, in batches. A
+model that does not continue exactly reads each sequence whole, and one whose rows are not independent reads each alone.
 """
 
 from __future__ import annotations
@@ -86,7 +85,8 @@ class Sharing:
         return self.walk(requests, None)
 
     def walk(self, requests: Sequence[Request], end: End | None) -> list[Scored]:
-        """Read what requests share, and leave their ends to `end(state, [(node, row of the state)])`; None scores them."""
+        """Process the prefix tree of the requests. Call `end(state, [(node, row of the state)])` for the leaves of a batch; if it
+        is None, score the leaves."""
         self._scored = [Scored(np.full(len(request.ids) - request.given, np.nan)) for request in requests]
         self._requests, self._end = requests, end
         last = requests[-1] if requests else None

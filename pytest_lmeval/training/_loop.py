@@ -59,7 +59,7 @@ def run_training(
     was finished is not done again: the same model, texts and protocol give the same record and weights at once.
 
     corpus, held_out   each a `Corpus`, or token ids (tensor, array, list, iterator of arrays); the model is evaluated on
-                       `held_out` as it goes, and the weights that this text likes best are those of the result
+                       `held_out` during training, and the result has the weights with the lowest held-out loss
     folder             keep weights, record and points to go on from in folder/models/KEY; without, nothing is written
     progress           called after each step with the tokens so far, the nats so far, and the tokens expected
     spec               how the trained model is called; by default "SPEC, trained N steps on CORPUS"
