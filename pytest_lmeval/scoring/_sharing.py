@@ -85,8 +85,8 @@ class Sharing:
         return self.walk(requests, None)
 
     def walk(self, requests: Sequence[Request], end: End | None) -> list[Scored]:
-        """Process the prefix tree of the requests. Call `end(state, [(node, row of the state)])` for the leaves of a batch; if it
-        is None, score the leaves."""
+        """Process the prefix tree of the requests. Call `end(state, [(node, row of the state)])` for the leaves of each batch;
+        if it is None, score the leaves."""
         self._scored = [Scored(np.full(len(request.ids) - request.given, np.nan)) for request in requests]
         self._requests, self._end = requests, end
         last = requests[-1] if requests else None
