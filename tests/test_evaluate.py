@@ -75,12 +75,12 @@ def test_a_question_is_never_shown_itself(count, seed):
     for row in SUMS:
         own = ask(row)
         text = shots.of(row, id_of(row)).removeprefix(TASK.description)
-        assert text.count(TASK.between) == count
-        assert f"{own.prompt}{own.solution}{TASK.between}" not in text
+        assert text.count(TASK.fewshot_delimiter) == count
+        assert f"{own.prompt}{own.solution}{TASK.fewshot_delimiter}" not in text
 
 
 def test_the_first_examples_are_the_same_for_all():
-    shots = Shots(dataclasses.replace(TASK, take="first"), 3, "document")
+    shots = Shots(dataclasses.replace(TASK, fewshot_strategy="first"), 3, "document")
     texts = {shots.of(row, id_of(row)) for row in SUMS[5:]}
     assert len(texts) == 1
     assert SUMS[0] not in shots._rows(SUMS[0], id_of(SUMS[0]))

@@ -112,7 +112,7 @@ def rows_for(name):
 def ours(task, row, shown=()):
     """What a model reads: the prompt and each of its choices, or nothing after it where the answer is generated."""
     *examples, question = (task.ask(row) for row in (*shown, row))
-    prompt = task.description + "".join(f"{example.prompt}{example.solution}{task.between}" for example in examples)
+    prompt = task.description + "".join(f"{example.prompt}{example.solution}{task.fewshot_delimiter}" for example in examples)
     continuations = question.choices if isinstance(question, Choices) else ("",)
     return [(prompt + question.prompt, continuation) for continuation in continuations]
 
@@ -251,7 +251,7 @@ def test_rows_lie_where_lm_eval_has_them(harness, name):
     config = other.config
     split = config.test_split or config.validation_split or "validation"
     assert (task.rows.name, task.rows.config, task.rows.split) == (other.DATASET_PATH, other.DATASET_NAME, split)
-    assert (task.take == "first") == (config.fewshot_config.sampler == "first_n")
+    assert (task.fewshot_strategy == "first") == (config.fewshot_config.sampler == "first_n")
     if task.shots:
         assert task.shots == task.rows.of(config.fewshot_split or config.training_split or "train")
 

@@ -63,7 +63,7 @@ TASK = Task("numbers", numbers(*range(8)), ask)
         (lambda: Generate("x", (), temperature=True), "temperature is True"),
         (lambda: Task("t", [], ask, metrics="accuracy"), r"metrics is 'accuracy', .*\('accuracy',\)"),
         (lambda: Task("t", [], ask, metrics=()), "t has no metrics"),
-        (lambda: Task("t", [], ask, take="frist"), "t: take is 'frist'"),
+        (lambda: Task("t", [], ask, fewshot_strategy="frist"), "t: fewshot_strategy is 'frist'"),
         (lambda: speaking(threshold=0.0), r"threshold is 0\.0, and a rate is compared with a number between 0 and 1"),
         (lambda: speaking(threshold=1), "threshold is 1, "),
         (lambda: speaking(threshold=math.nan), "threshold is nan"),
@@ -217,11 +217,11 @@ def even(row):
 
 
 @pytest.mark.parametrize(
-    ("how", "take", "pool"), [("document", "draw", range(0, 40, 2)), ("document", "first", [0, 2, 4, 6]),
+    ("how", "strategy", "pool"), [("document", "draw", range(0, 40, 2)), ("document", "first", [0, 2, 4, 6]),
                               ("lm_eval", "draw", range(0, 40, 2)), ("lm_eval", "first", [0, 2, 4, 6])],
 )  # fmt: skip
-def test_rows_that_are_no_questions_are_no_examples(how, take, pool):
-    task = dataclasses.replace(TASK, ask=even, shots=numbers(*range(40)), take=take)
+def test_rows_that_are_no_questions_are_no_examples(how, strategy, pool):
+    task = dataclasses.replace(TASK, ask=even, shots=numbers(*range(40)), fewshot_strategy=strategy)
     assert Shots(task, 3, how).pool == numbers(*pool)
     result = measure_task(LM, task, shots=3, fewshot=how)
     assert result.record.details["not_questions"] == 4  # of the eight that are asked, none of the forty
@@ -230,7 +230,7 @@ def test_rows_that_are_no_questions_are_no_examples(how, take, pool):
 def test_a_pool_is_read_no_further_than_it_is_needed():
     task = dataclasses.replace(TASK, ask=even, shots=lambda: ({"n": n} for n in itertools.count()))
     assert len(Shots(task, 3, "document").pool) == fewshot.POOL
-    assert len(Shots(dataclasses.replace(task, take="first"), 3, "document").pool) == 4
+    assert len(Shots(dataclasses.replace(task, fewshot_strategy="first"), 3, "document").pool) == 4
 
 
 @pytest.mark.parametrize(

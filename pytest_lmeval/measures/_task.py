@@ -174,7 +174,7 @@ def measure_task(
         "version": task.version,
         "rows": _named(task.rows),
         "shots": shots,
-        "fewshot": task.take if task.take == "first" else fewshot,
+        "fewshot": task.fewshot_strategy if task.fewshot_strategy == "first" else fewshot,
         "limit": limit,
         "batch_size": batch_size,
         "seed": seed,

@@ -68,19 +68,19 @@ class Shots:
         if count < 0 or how not in ("document", "lm_eval"):
             raise TaskError(f"shots={count}, fewshot={how!r}: shots are 0 or more, drawn by 'document' or as 'lm_eval' does.")
         self.task, self.count, self.seed = task, count, seed
-        self.take = "first" if task.take == "first" else how
+        self.strategy = "first" if task.fewshot_strategy == "first" else how
         # there, questions of a split that is not called a test split draw one more, in case they draw themselves
         self.spare = not isinstance(task.rows, Rows) or not task.rows.split.startswith("test")
         self.pool = self._pool(data_dir) if count else []
-        self.ids = [] if self.take == "lm_eval" else [id_of(row) for row in self.pool]
+        self.ids = [] if self.strategy == "lm_eval" else [id_of(row) for row in self.pool]
         self.random = random.Random(LM_EVAL_SEED)
 
     def _pool(self, data_dir: str | Path | None) -> list[Row]:
         """The rows that examples are taken from: those that are questions."""
         rows = enumerate(rows_of(self.task.shots, data_dir))
         questions = (row for number, row in rows if question_of(self.task, row, f"example {number}") is not None)
-        pool = list(islice(questions, {"first": self.count + 1, "document": POOL, "lm_eval": None}[self.take]))
-        spare = self.take == "lm_eval" and self.spare
+        pool = list(islice(questions, {"first": self.count + 1, "document": POOL, "lm_eval": None}[self.strategy]))
+        spare = self.strategy == "lm_eval" and self.spare
         if len(pool) < self.count + spare:
             raise TaskError(
                 f"{self.task} is to be shown {self.count} example(s), and its rows for that are {len(pool)}"
@@ -96,15 +96,15 @@ class Shots:
     def _shown(self, shot: Row) -> str:
         question = question_of(self.task, shot, f"example {id_of(shot)}")
         assert question is not None  # the pool has questions alone
-        return question.prompt + question.solution + self.task.between
+        return question.prompt + question.solution + self.task.fewshot_delimiter
 
     def _rows(self, row: Row, own: str) -> list[Row]:
         if not self.count:
             return []
-        if self.take == "lm_eval":
+        if self.strategy == "lm_eval":
             return self._as_lm_eval(row, own)
         places = list(range(len(self.pool)))
-        if self.take == "document":
+        if self.strategy == "document":
             random.Random(f"{self.seed}/{own}").shuffle(places)
         return self._enough([self.pool[place] for place in places if self.ids[place] != own], own)
 

@@ -40,7 +40,7 @@ def _task(subject: str) -> Task:
         rows,
         mmlu,
         shots=rows.of("dev"),
-        take="first",
+        fewshot_strategy="first",
         description=f"The following are multiple choice questions (with answers) about {about}.\n\n",
         style="lm_eval",
     )

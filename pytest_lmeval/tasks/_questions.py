@@ -118,18 +118,19 @@ Judge: TypeAlias = "Callable[[str], bool | None]"
 class Task:
     """`rows` and `shots` may be a dataset of the hub or a file (`Rows`), a list, or a function that returns an iterator.
 
-    name         by which it is asked for and reported
-    rows         where the questions lie
-    ask          how a row reads; None for a row that is no question (it is counted)
-    metrics      see `scoring._answer_metrics.METRICS`; the first is the one that suites average
-    shots        where examples to show are taken from; () for none
-    take         "draw": each question draws its own, by its own hash; "first": all are shown the first ones
-    description  what stands before everything, once
-    between      what stands between an example and what follows it
-    judge        of an answer in the making: True or False as soon as it is certain, else None; see `metrics` "rate"
-    threshold    of the rate of answers that were judged True: is it above or below? Asked no longer than until that is certain
-    style        whose prompts these are: "lm_eval" are those of that harness; kept in the record
-    version      raised when the prompts or the rules change
+    name               by which it is asked for and reported
+    rows               where the questions lie
+    ask                how a row reads; None for a row that is no question (it is counted)
+    metrics            see `scoring._answer_metrics.METRICS`; the first is the one that suites average
+    shots              where examples to show are taken from; () for none
+    fewshot_strategy   "draw": each question draws its own, by its own hash; "first": all are shown the first ones
+    description        what stands before everything, once
+    fewshot_delimiter  what stands between an example and what follows it
+    judge              of an answer in the making: True or False as soon as it is certain, else None; see `metrics` "rate"
+    threshold          of the rate of answers that were judged True: is it above or below? Asked no longer than until that is
+                       certain
+    style              whose prompts these are: "lm_eval" are those of that harness; kept in the record
+    version            raised when the prompts or the rules change
     """
 
     name: str
@@ -137,9 +138,9 @@ class Task:
     ask: Ask
     metrics: tuple[str, ...] = ("accuracy",)
     shots: Rows | Sequence[Row] | Callable[[], Iterable[Row]] = ()
-    take: str = "draw"
+    fewshot_strategy: str = "draw"
     description: str = ""
-    between: str = "\n\n"
+    fewshot_delimiter: str = "\n\n"
     judge: Judge | None = None
     threshold: float | None = None
     style: str = "own"
@@ -149,8 +150,11 @@ class Task:
         object.__setattr__(self, "metrics", _texts("metrics", self.metrics))
         if not self.metrics:
             raise TaskError(f"{self} has no metrics, so that nothing could be told of its answers. Give it one: ('accuracy',).")
-        if self.take not in ("draw", "first"):
-            raise TaskError(f'{self}: take is {self.take!r}. Examples are drawn ("draw"), or the first ones shown ("first").')
+        if self.fewshot_strategy not in ("draw", "first"):
+            raise TaskError(
+                f'{self}: fewshot_strategy is {self.fewshot_strategy!r}. Examples are drawn ("draw"), or the first ones shown '
+                '("first").'
+            )
         if self.threshold is None:
             return
         if not _is_number(self.threshold, Real) or not 0 < self.threshold < 1:
