@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import importlib.machinery
 import importlib.util
-import itertools
 import os
 import sys
 from collections.abc import Iterable
@@ -19,6 +18,7 @@ from pytest_lmeval.errors import SpecError, nearest
 
 FLOATS = ("fp32", "bf16", "fp16")
 PACKED = ("int8", "int4")
+INSTALLED = ("node_modules", "site-packages")  # folders that hold nothing of the project's own
 BITS = {32: "fp32", 16: "bf16", 8: "int8", 4: "int4"}
 
 
@@ -113,5 +113,16 @@ def _is_importable(module: str, folders: Iterable[Path]) -> bool:
         return True
     if importlib.machinery.PathFinder.find_spec(module, [str(Path.cwd())]) is not None:
         return True
-    found = (folder.rglob(pattern) for folder in folders for pattern in (f"{module}.py", f"{module}/__init__.py"))
-    return next(itertools.chain.from_iterable(found), None) is not None
+    return any(_lies_in(folder, module) for folder in folders)
+
+
+def _lies_in(folder: Path, module: str) -> bool:
+    """Whether a module of that name lies in the folder or below, but not among what is hidden or installed."""
+    for path, below, files in os.walk(folder):
+        if "pyvenv.cfg" in files and Path(path) != folder:
+            below.clear()
+            continue
+        if f"{module}.py" in files or ("__init__.py" in files and os.path.basename(path) == module):
+            return True
+        below[:] = [name for name in below if not name.startswith(".") and name not in INSTALLED]
+    return False
