@@ -2,6 +2,8 @@
 
     LmevalError
     |- UsageError           a verb was called in a way that it does not know            (a TypeError too)
+    |  |- ArgumentError     with a value that it cannot take                            (a ValueError too)
+    |  `- UnknownVerb       by a name that no verb has                                  (an AttributeError too)
     |- RegistryError        a name that nothing, or more than one thing, is registered by (a LookupError too)
     |- SpecError            a spec, device or precision that cannot be had              (a ValueError too)
     |  |- ProtocolError     a training protocol that cannot be followed
@@ -34,6 +36,7 @@ from collections.abc import Iterable
 from typing import Any
 
 __all__ = [
+    "ArgumentError",
     "BaselineError",
     "ChildFailed",
     "CorpusError",
@@ -54,6 +57,7 @@ __all__ = [
     "StreamError",
     "TaskError",
     "TrainingError",
+    "UnknownVerb",
     "UnreadableError",
     "UsageError",
 ]
@@ -64,7 +68,15 @@ class LmevalError(Exception):
 
 
 class UsageError(LmevalError, TypeError):
-    """A verb that does not exist, or a keyword that a verb does not have."""
+    """A verb was called in a way that it does not know: by a wrong name, with too much or too little, or with a wrong value."""
+
+
+class ArgumentError(UsageError, ValueError):
+    """A value that a verb cannot take: an unknown profile or law, a case that is none, a number that is not finite."""
+
+
+class UnknownVerb(UsageError, AttributeError):
+    """A verb that does not exist; the message tells the nearest name."""
 
 
 class RegistryError(LmevalError, LookupError):
@@ -181,3 +193,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """
     found = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean {found[0]}?" if found else ""
+
+
+def no_such(kind: str, name: str, known: Iterable[str]) -> str:
+    """The message for a name that is none of the known ones.
+
+    >>> no_such("law", "splitz", ["splits", "steps"])
+    "there is no law 'splitz'. Did you mean splits? There are: splits, steps."
+    """
+    known = list(known)
+    return f"there is no {kind} {name!r}.{nearest(str(name), known)} There are: {', '.join(known)}."

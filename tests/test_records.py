@@ -11,11 +11,12 @@ from documents import answered, document, everything, generated, reading
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pytest_lmeval.errors import DocumentError
+from pytest_lmeval.errors import ArgumentError, DocumentError
 from pytest_lmeval.records import _schema as schema
 from pytest_lmeval.records._document import dump, load
 from pytest_lmeval.records._environment import describe
 from pytest_lmeval.records._example import Example
+from pytest_lmeval.records._measured import Series
 from pytest_lmeval.records._metric import headline_of
 from pytest_lmeval.records._value import Value
 from pytest_lmeval.report import _pages as pages
@@ -55,6 +56,17 @@ def test_a_value_survives_json_and_pickle(number, low, n, better):
 def test_a_number_that_is_not_finite_is_no_value(numbers):
     with pytest.raises(ValueError, match="a value cannot be"):
         Value(**numbers)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "said"),
+    [([1.0], [1.0, 2.0], "has 1 and 2"), ([1.0], [math.nan], "not finite"), ([math.inf], [1.0], "not finite")],
+)
+def test_what_is_no_curve_is_refused(x, y, said):
+    with pytest.raises(ArgumentError, match=said):
+        Series(x, y)
+    with pytest.raises(ValueError, match=said):
+        schema.convert({"x": x, "y": y}, Series)
 
 
 def test_a_value_reads_with_its_interval_and_unit():
@@ -109,6 +121,13 @@ def test_a_document_fits_the_schema_that_is_made_from_the_types_and_a_damaged_on
         jsonschema.validate(damaged, published)
 
 
+def test_the_schema_names_nothing_that_is_private():
+    published = json.dumps(schema.json_schema())
+    assert schema.MORE not in published
+    assert "ValueFields" not in published
+    assert '"title": "Value"' in published
+
+
 def with_unknown_fields(value):
     """Plain values with a field more in each object that a type describes."""
     if isinstance(value, list):
@@ -148,6 +167,9 @@ def test_a_setting_may_have_any_name(tmp_path):
         ('{"schema": 2, "records": [], "run": {"exit_status": 1' + "0" * 999 + "}}", "is larger than any number"),
         ("[" * 100_000, "is nested more deeply"),
         ('{"schema": 1, "records": []}', "It is of an older pytest-lmeval. Run the tests again"),
+        ('{"schema": "3", "records": []}', 'names no schema version that is a number (its schema is "3"), so what'),
+        ('{"schema": true, "records": []}', "(its schema is true)"),
+        ('{"records": []}', "names no schema version that is a number (it has no schema)"),
         ('{"schema": 7, "records": []}', "Install the version of pytest-lmeval that wrote it, or: run the tests again"),
         ("[1, 2]", "holds no list of records"),
         ("\xff", "is not whole JSON"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
+from pytest_lmeval.errors import ArgumentError
 from pytest_lmeval.records._certificate import Certificate
 from pytest_lmeval.records._comparison import Comparison
 from pytest_lmeval.records._schema import Kept
@@ -87,9 +88,9 @@ class Series(Kept, frozen=True):
 
     def __post_init__(self) -> None:
         if len(self.x) != len(self.y):
-            raise ValueError(f"a curve has as many x as y, and this one has {len(self.x)} and {len(self.y)}")
+            raise ArgumentError(f"a curve has as many x as y, and this one has {len(self.x)} and {len(self.y)}")
         if not all(map(math.isfinite, (*self.x, *self.y))):
-            raise ValueError("a curve holds a number that is not finite")
+            raise ArgumentError("a curve holds a number that is not finite")
 
 
 class Record(Kept, frozen=True, kw_only=True):

@@ -59,7 +59,12 @@ def check_version(found: Any, known: int, what: str, again: str) -> None:
     """Raise DocumentError for another schema version than the known one."""
     if found == known and not isinstance(found, bool):
         return
-    later = isinstance(found, int) and not isinstance(found, bool) and found > known
+    if not isinstance(found, int) or isinstance(found, bool):
+        said = f"its schema is {json.dumps(found)[:SHOWN]}" if found is not None else "it has no schema"
+        raise DocumentError(
+            f"{what} names no schema version that is a number ({said}), so what its fields mean is not known here. {again}."
+        )
+    later = found > known
     how = "Install the version of pytest-lmeval that wrote it" if later else f"It is of an older pytest-lmeval. {again}"
     raise DocumentError(
         f"{what} is of schema version {found!r}, and this pytest-lmeval reads version {known}: what its fields mean is not "
@@ -122,10 +127,8 @@ def json_schema() -> dict[str, Any]:
     """The JSON Schema of `metrics.json`, generated from the types."""
     from pytest_lmeval.records._document import SCHEMA, Document
 
-    found = msgspec.json.schema(Document, schema_hook=_schema_of)
-    parts = found.get("$defs", {})
-    for part in parts.values():
-        part.get("properties", {}).pop(MORE, None)
+    found: dict[str, Any] = _published(msgspec.json.schema(Document, schema_hook=_schema_of))
+    parts = found["$defs"]
     parts["Document"]["properties"].pop("runs")
     parts["Document"]["required"] = ["schema", "run", "environment", "records"]
     return {
@@ -153,8 +156,15 @@ def _decode(kind: type, plain: Any) -> Any:
 
 def _schema_of(kind: type) -> dict[str, Any]:
     if kind is Value:
-        return dict(msgspec.json.schema(ValueFields)["$defs"]["ValueFields"])
+        return {**msgspec.json.schema(ValueFields)["$defs"]["ValueFields"], "title": "Value"}
     raise NotImplementedError(f"{kind} is no type of a record")
+
+
+def _published(schema: Any) -> Any:
+    """The schema without `Kept.more`, among properties and defaults: no file has a field of that name."""
+    if isinstance(schema, dict):
+        return {name: _published(part) for name, part in schema.items() if name != MORE}
+    return [_published(part) for part in schema] if isinstance(schema, list) else schema
 
 
 def _refuse_constant(name: str) -> Any:
