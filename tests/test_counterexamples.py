@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from toys import Aligned, Dropped, Drowned, Functional, Learning
 
 import pytest_lmeval
-from pytest_lmeval.errors import LawBroken
+from pytest_lmeval.errors import LawBroken, LmevalError
 from pytest_lmeval.laws import Case, Trial, cases, check, compositions, probe, replay
 from pytest_lmeval.laws._diagnosis import likely_fault
 from pytest_lmeval.laws._known import Known, case_of
@@ -49,19 +49,33 @@ def test_a_counterexample_says_how_to_try_it_again():
 @pytest.mark.parametrize(
     ("law", "case", "said"),
     [
-        ("nonsense", {"length": 8}, "unknown law"),
+        ("nonsense", {"length": 8}, "there is no law 'nonsense'"),
         ("splits", {"length": 8, "cuts": (9,)}, "cannot be cut at"),
         ("splits", {"length": 8, "cuts": (4, 4)}, "cannot be cut at"),
         ("splits", {"length": 0}, "cannot be cut"),
         ("rows", {"length": 8, "rows": 2, "row": 2}, "row 2 of 2"),
         ("splits", {"length": "8"}, "made of numbers"),
-        ("splits", {"length": 8, "cut": 3}, "a case has length, cuts"),
-        ("splits", {"cuts": 3}, "a case has length, cuts"),
+        ("splits", {"length": 8, "cut": 3}, "a case has no 'cut'. Did you mean cuts?"),
+        ("splits", {"cuts": 3}, "a case needs its length"),
         ("sums", {"length": 1}, "needs two tokens"),
     ],
 )
 def test_a_case_that_is_none_is_refused_by_name(law, case, said):
     with pytest.raises(ValueError, match=said):
+        replay(Functional(), law, **case)
+
+
+@pytest.mark.parametrize(
+    ("law", "case", "said"),
+    [
+        ("splitz", {"length": 8}, r"no law 'splitz'\. Did you mean splits\?"),
+        ("splits", {"lenght": 6}, r"no 'lenght'\. Did you mean length\?"),
+        ("splits", {"length": 0}, "cannot be cut"),
+        ("sums", {"length": 1}, "needs two tokens"),
+    ],
+)
+def test_what_is_refused_is_caught_with_every_error_of_this_package(law, case, said):
+    with pytest.raises(LmevalError, match=said):
         replay(Functional(), law, **case)
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +120,35 @@ def test_public_names_are_there_and_sorted():
         assert getattr(pytest_lmeval, name).__name__ == name
     with pytest.raises(AttributeError, match=r"has no attribute 'perplexty'\. Did you mean perplexity\?"):
         pytest_lmeval.perplexty  # noqa: B018
+
+
+def test_a_verb_that_does_not_exist_is_an_error_of_this_package_with_the_near_name():
+    from pytest_lmeval.measures import Lmeval
+    from pytest_lmeval.measures._context import VerbContext
+
+    with pytest.raises(pytest_lmeval.UnknownVerb, match=r"no verb 'perplexty'\. Did you mean perplexity\?"):
+        Lmeval(VerbContext()).perplexty  # noqa: B018
+    assert not hasattr(Lmeval(VerbContext()), "perplexty")
+    assert issubclass(pytest_lmeval.UnknownVerb, pytest_lmeval.UsageError)
+
+
+@pytest.mark.parametrize(
+    ("call", "builtin", "said"),
+    [
+        ("perplexity()", TypeError, "perplexity cannot be called so: missing a required argument: 'lm'. It has lm, "),
+        ("record()", TypeError, "record cannot be called so: missing a required argument: 'lm'. It has lm, subject."),
+        ("latency('demo', *range(12))", TypeError, "latency cannot be called so: too many positional arguments. It has lm, b"),
+        ("latency('demo', seq_length=3)", TypeError, "latency has no keyword 'seq_length'. Did you mean seq_len?"),
+        ("equivalence('demo', profile='nightley')", ValueError, "no profile 'nightley'. Did you mean nightly? There are"),
+        ("record('demo', 's', a=float('nan'))", ValueError, "a=nan cannot be recorded: "),
+        ("record('demo', 's', a='x')", ValueError, "a='x' cannot be recorded: must be real number, not str. Give a finite"),
+        ("Series([1], [1, 2])", ValueError, "has 1 and 2"),
+    ],
+)
+def test_a_call_that_is_none_is_an_error_of_this_package_and_the_builtin_one(call, builtin, said):
+    with pytest.raises(pytest_lmeval.UsageError, match=re.escape(said)) as refused:
+        eval(f"pytest_lmeval.{call}", {"pytest_lmeval": pytest_lmeval})
+    assert isinstance(refused.value, builtin)
 
 
 def test_every_verb_is_public_and_the_method_of_the_fixture_is_that_function():

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from pytest_lmeval.errors import LawBroken, NotFiniteError, NotPossible
+from pytest_lmeval.errors import ArgumentError, LawBroken, NotFiniteError, NotPossible, no_such
 from pytest_lmeval.laws._accounting import sums
 from pytest_lmeval.laws._evidence import bit_equal, broken, first_difference, largest_difference, near, same, within
 from pytest_lmeval.laws._sequences import beside, named, other_future
@@ -188,12 +188,12 @@ LAWS: dict[str, Law] = {
 
 def check(law: str, trial: Trial, case: Case) -> None:
     """Try a law on a case. Raises LawBroken where it is broken, also where the model raises although it read the sequence
-    in one piece, and NotPossible where the law cannot be tried."""
+    in one piece, NotPossible where the law cannot be tried, and ArgumentError for a law or a case that there is not."""
     if law not in LAWS:
-        raise ValueError(f"unknown law {law!r}; the laws are {', '.join(LAWS)}.")
+        raise ArgumentError(no_such("law", law, LAWS))
     case = LAWS[law].of(case)
     if case.length < 2:
-        raise ValueError(f"a law needs two tokens at least; got a sequence of {case.length}.")
+        raise ArgumentError(f"a law needs two tokens at least; got a sequence of {case.length}.")
     if "cuts" in LAWS[law].uses and not case.cuts:
         case = replace(case, cuts=(case.length // 2,))
     device = trial.lm.device

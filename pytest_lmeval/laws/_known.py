@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pytest_lmeval.errors import ArgumentError, nearest
 from pytest_lmeval.laws._strategies import Case
 from pytest_lmeval.records._journal import warn
 
@@ -52,15 +53,18 @@ class Known:
 
 
 def case_of(choices: dict[str, Any]) -> Case:
-    """The case of `Case.choices`. Raises ValueError where it is none."""
-    unknown = set(choices) - set(Case.__dataclass_fields__)
-    if unknown or "length" not in choices:
-        raise ValueError(f"a case has {', '.join(Case.__dataclass_fields__)}; got {', '.join(choices)}.")
+    """The case of `Case.choices`. Raises ArgumentError where it is none."""
+    fields = Case.__dataclass_fields__
+    for name in choices:
+        if name not in fields:
+            raise ArgumentError(f"a case has no {name!r}.{nearest(name, fields)} It has {', '.join(fields)}.")
+    if "length" not in choices:
+        raise ArgumentError(f"a case needs its length, in tokens; got {', '.join(choices) or 'nothing'}.")
     cuts = choices.get("cuts", ())
     case = Case(**{**choices, "cuts": (cuts,) if isinstance(cuts, int) else tuple(cuts)})
     numbers = (case.length, case.seed, case.rows, case.row, case.padding, case.before, *case.cuts)
     if not all(isinstance(number, int) and number >= 0 for number in numbers):
-        raise ValueError(f"a case is made of numbers of tokens; got {choices}.")
+        raise ArgumentError(f"a case is made of numbers of tokens; got {choices}.")
     if case.length < 1 or any(size < 1 for size in case.sizes) or case.row >= max(1, case.rows):
-        raise ValueError(f"a sequence of {case.length} tokens cannot be cut at {case.cuts}, row {case.row} of {case.rows}.")
+        raise ArgumentError(f"a sequence of {case.length} tokens cannot be cut at {case.cuts}, row {case.row} of {case.rows}.")
     return case

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from msgspec import structs
 
-from pytest_lmeval.errors import ModelError
+from pytest_lmeval.errors import ArgumentError, ModelError, no_such
 from pytest_lmeval.laws._checks import check
 from pytest_lmeval.laws._evidence import broken
 from pytest_lmeval.laws._hearing import hear
@@ -89,7 +89,7 @@ def probe(
     from pytest_lmeval.models._sources import as_model
 
     if profile not in PROFILES:
-        raise ValueError(f"unknown profile {profile!r}; profiles are {', '.join(PROFILES)}.")
+        raise ArgumentError(no_such("profile", profile, PROFILES))
     lm, began = as_model(lm), time.perf_counter()
     chosen = PROFILES[profile]
     chosen = replace(
@@ -136,7 +136,8 @@ def restore(record: Record) -> EquivalenceResult:
 
 
 def replay(lm: Any, law: str, *, longest: int = LONGEST, float32: bool = False, **case: Any) -> None:
-    """Try one law on one case, as a counterexample prints it. Raises LawBroken where it is still broken.
+    """Try one law on one case, as a counterexample prints it. Raises LawBroken where it is still broken, and ArgumentError for
+    a law or a case that there is not.
 
     float32  try it on a copy in that precision
 

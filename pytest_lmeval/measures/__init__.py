@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from pytest_lmeval import registry
-from pytest_lmeval.errors import LmevalError, RegistryError
+from pytest_lmeval.errors import LmevalError, RegistryError, UnknownVerb
 from pytest_lmeval.measures._context import VerbContext, running_in
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Lmeval:
         try:
             function = registry.find("verbs", name)
         except RegistryError as error:
-            raise AttributeError(f"lmeval has no such verb: {error}") from None
+            raise UnknownVerb(f"lmeval has no such verb: {error}") from None
 
         @functools.wraps(function)
         def shown_at_the_call(*args: Any, **kwargs: Any) -> Any:

@@ -198,7 +198,7 @@ def running_in(context: VerbContext) -> Iterator[None]:
 
 
 def verb(function: Callable[P, R]) -> Callable[P, R]:
-    """A public verb: a keyword that it does not have is refused before anything is done, and the nearest named."""
+    """A public verb: a call that it does not know is refused before anything is done, and of a keyword the nearest named."""
     signature = inspect.signature(function)
     known = [name for name, parameter in signature.parameters.items() if parameter.kind is not parameter.VAR_KEYWORD]
     takes_any = len(known) < len(signature.parameters)
@@ -211,6 +211,10 @@ def verb(function: Callable[P, R]) -> Callable[P, R]:
                 raise UsageError(
                     f"{function.__name__} has no keyword {name!r}.{nearest(name, known)} It has {', '.join(known)}."
                 )
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise UsageError(f"{function.__name__} cannot be called so: {error}. It has {', '.join(known)}.") from None
         return function(*args, **kwargs)
 
     return checked

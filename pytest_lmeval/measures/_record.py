@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from pytest_lmeval.measures._context import current
+from pytest_lmeval.errors import ArgumentError
+from pytest_lmeval.measures._context import current, verb
 from pytest_lmeval.models._identity import facts
 from pytest_lmeval.records._measured import Record
 from pytest_lmeval.records._metric import value_of
 from pytest_lmeval.records._value import Value
 
 
+@verb
 def record(lm: Any, subject: str, **metrics: float) -> Record:
     """Record numbers of your own beside ours: they stand in the summary and the reports like any other.
 
@@ -19,7 +21,14 @@ def record(lm: Any, subject: str, **metrics: float) -> Record:
         lmeval.record(lm, "passkey at 8k", accuracy=Value(0.97, n=100, higher_is_better=True))
     """
     context = current()
-    values = {name: value if isinstance(value, Value) else value_of(name, value) for name, value in metrics.items()}
+    values = {name: value if isinstance(value, Value) else _value(name, value) for name, value in metrics.items()}
     made = Record(kind="custom", subject=subject, lm=facts(context.model(lm)), metrics=values, test=context.log.test)
     context.log.records.append(made)
     return made
+
+
+def _value(name: str, number: float) -> Value:
+    try:
+        return value_of(name, number)
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"{name}={number!r} cannot be recorded: {error}. Give a finite number, or a Value.") from None
