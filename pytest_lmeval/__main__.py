@@ -15,9 +15,10 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pytest_lmeval import registry
-from pytest_lmeval.errors import LmevalError, RegistryError, nearest
+from pytest_lmeval.errors import LmevalError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,23 +37,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(given: Sequence[str]) -> int:
-    found = registry.entries("commands")
-    entries = {entry.name: entry for entry in found}
     name = next((word for word in given if not word.startswith("-")), "")
-    if [entry.name for entry in found].count(name) > 1:
-        registry.find("commands", name)  # raises: which is meant cannot be known
-    if name and name not in entries:
-        raise RegistryError(f"there is no command {name!r}.{nearest(name, entries)} There are: {', '.join(sorted(entries))}.")
+    module: Any = registry.find("commands", name) if name else None
     parser = argparse.ArgumentParser(prog="lmeval", description="What can be done with the files that runs leave behind.")
     parser.add_argument("--version", action="version", version=importlib.metadata.version("pytest-lmeval"))
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for entry in entries.values():
+    for entry in {entry.name: entry for entry in registry.entries("commands")}.values():
         text = _help(entry).replace("%", "%%")
         command = commands.add_parser(entry.name, help=text, description=text)
         if entry.name == name:
-            entry.load().add_arguments(command)
+            module.add_arguments(command)
     parsed = parser.parse_args(given or ["--help"])
-    return int(entries[parsed.command].load().main(parsed))
+    return int(module.main(parsed))
 
 
 def _help(entry: registry.Entry) -> str:

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from pytest_lmeval import registry
-from pytest_lmeval.errors import RegistryError, nearest
+from pytest_lmeval.errors import RegistryError, no_such
 from pytest_lmeval.records._metric import Metric
 from pytest_lmeval.report._terminal import say
 
@@ -28,10 +28,7 @@ def main(options: argparse.Namespace) -> int:
     elif options.group in registry.GROUPS:
         rows = listed(options.group, options.pattern)
     else:
-        groups = ", ".join(registry.GROUPS)
-        raise RegistryError(
-            f"there is no group {options.group!r}.{nearest(options.group, registry.GROUPS)} There are: {groups}."
-        )
+        raise RegistryError(no_such("group", options.group, registry.GROUPS))
     if not rows:
         print(f"no {registry.GROUPS[options.group]} is called {options.pattern!r}.", file=sys.stderr)
         return 1

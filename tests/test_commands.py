@@ -101,6 +101,28 @@ def test_without_a_group_the_groups_are_counted_and_one_that_is_not_there_is_ref
     assert capsys.readouterr().err.startswith("there is no group 'metrcs'. Did you mean metrics? There are: metrics, tasks,")
 
 
+def test_a_command_that_cannot_be_imported_is_told_without_a_traceback(packages, capsys):
+    packages("broken", "raise ImportError('no such thing')", commands={"slow": "broken"})
+    with pytest.warns(registry.PluginWarning, match="no such thing"):
+        assert main(["slow"]) == 2
+    assert capsys.readouterr().err.startswith("the command 'slow' is registered by broken (broken), which cannot be imported")
+    assert quits("--help") == 0
+    assert " slow" in capsys.readouterr().out
+
+
+FAILS = """
+from pytest_lmeval.errors import LmevalError
+def add_arguments(parser): pass
+def main(arguments): raise LmevalError("there is nothing to do")
+"""
+
+
+def test_what_a_command_of_another_package_refuses_is_printed(packages, capsys):
+    packages("fails", FAILS, commands={"fails": "fails"})
+    assert main(["fails"]) == 2
+    assert capsys.readouterr().err == "there is nothing to do\n"
+
+
 def test_two_packages_with_a_command_of_one_name_are_named(monkeypatch, capsys):
     register(monkeypatch, commands={"pytest-lmeval": {"list": listing}, "other-package": {"list": main}})
     assert main(["list"]) == 2
