@@ -14,12 +14,11 @@ if TYPE_CHECKING:
 def pytest_lmeval_report(config: pytest.Config, data: Document) -> None:
     """Called once, when a run has ended and its numbers are saved, before the pages are rendered.
 
-    data  what `metrics.json` holds (a `records._document.Document`), to be changed in place: the metrics of a record, and
-          its `sections`, tables and texts that stand in `summary.md` and `report.html` under a title of their own
+    data  what `metrics.json` holds (a `pytest_lmeval.records.Document`), to be changed in place: the metrics of a record, and
+          `data.sections`, tables and texts that stand in `summary.md` and `report.html` under a title of their own
 
         # conftest.py
-        from pytest_lmeval.records._document import Section
-        from pytest_lmeval.records._value import Value
+        from pytest_lmeval import Section, Value
 
         def pytest_lmeval_report(config, data):
             for record in data.records:

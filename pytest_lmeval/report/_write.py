@@ -76,7 +76,7 @@ def reports(
 
 def _extended(document: Document, extend: Callable[[Document], object], folder: Path, notes: list[str]) -> Document:
     """The document as a project's hooks changed it, saved; or as it was, if one of them fails or makes something else of it."""
-    again = "Make it of the types in pytest_lmeval.records"
+    again = "Make it of the types in pytest_lmeval: Record, Section, Series, Value"
     changed = schema.checked(document, "the document", again)
     try:
         extend(changed)
