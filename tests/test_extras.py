@@ -104,6 +104,10 @@ def test_a_run_uses_all_of_it(project):
     assert lines[0] == "test,model,metric,value"
     assert any("brevity" in line for line in lines)
     assert "task of greetings" in lmeval("slowest", output)
+    nowhere = project.run(sys.executable, "-m", "pytest_lmeval", "slowest", "nowhere")
+    assert nowhere.ret == 2
+    nowhere.stderr.fnmatch_lines(["nowhere* cannot be read (No such file or directory)*"])
+    nowhere.stderr.no_fnmatch_line("Traceback*")
 
 
 @pytest.mark.usefixtures("environment")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
+
+from pytest_lmeval.records import load
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,9 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Print them, and return the exit status."""
-    records = json.loads((arguments.folder / "metrics.json").read_text(encoding="utf-8"))["records"]
-    timed = [record for record in records if record["cost"]["seconds"] is not None]
-    for record in sorted(timed, key=lambda record: -record["cost"]["seconds"])[: arguments.n]:
-        print(f"{record['cost']['seconds']:10.2f} s  {record['test']}: {record['kind']} of {record['subject']}")
+    """Print them, and return the exit status. A folder without a run is a DocumentError, whose message `lmeval` prints."""
+    timed = [(record.cost.seconds, record) for record in load(arguments.folder).records if record.cost.seconds is not None]
+    for seconds, record in sorted(timed, key=lambda pair: -pair[0])[: arguments.n]:
+        print(f"{seconds:10.2f} s  {record.test}: {record.kind} of {record.subject}")
     return 0

@@ -14,4 +14,4 @@ def greet(row: dict[str, Any]) -> Generate:
     return Generate(f"A greeting for {row['name']}:", answers=(), max_tokens=24)
 
 
-GREETINGS = Task("greetings", ROWS, greet, ("brevity",))
+greetings = Task("greetings", ROWS, greet, ("brevity",))
