@@ -34,16 +34,17 @@ IDENTITIES = WeakCache[str]()  # of objects that are no modules and have no fing
 
 def facts(model: Model) -> ModelFacts:
     """What a record says about the model: spec, size, precision, place and fingerprint."""
-    known, module, before, found = fingerprint(model), model.module, model.bytes_before, None
+    known, module, before = fingerprint(model), model.module, model.bytes_before
+    found, packed = None, False
     if module is not None:  # `precision` reads every packed value, so it is kept while the model is the same
         kept = PRECISIONS.value(module, lambda: precision(module, bytes_before=before), stamp=(known, before))
         found = replace(kept, kept=dict(kept.kept))
-    packed = model.module is not None and (any(map(is_packed, weights(model.module))) or _has_integers(model.module))
+        packed = any(map(is_packed, weights(module))) or _has_integers(module)
     return ModelFacts(
         spec=model.spec,
         form=model.form,
-        parameters=sum(p.numel() for p in model.module.parameters()) if model.module is not None else None,
-        bytes=sum(map(nbytes, weights(model.module))),
+        parameters=None if module is None else sum(p.numel() for p in module.parameters()),
+        bytes=sum(map(nbytes, weights(module))),
         dtype=found.name if found and packed else str(model.dtype).removeprefix("torch."),
         device=str(model.device),
         fingerprint=known,

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from pytest_lmeval.records._comparison import Comparison
 from pytest_lmeval.report._words import number, several
 
-__all__ = ["remarks", "several"]
-
 
 def remarks(found: Comparison, example: str) -> Iterator[str]:
     """Why it was not paired, that some examples are of one run alone, what would have been found.

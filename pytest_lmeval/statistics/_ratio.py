@@ -93,11 +93,11 @@ def judge_all(
     """
     losses = holm([one.p_smaller if up else one.p_larger for one, up in zip(found, higher_is_better, strict=True)])
     gains = holm([one.p_larger if up else one.p_smaller for one, up in zip(found, higher_is_better, strict=True)])
-    rows = zip(found, thresholds, higher_is_better, losses, gains, strict=True)
-    return [_judge(one, threshold, up, lost <= level, won <= level) for one, threshold, up, lost, won in rows]
+    rows = zip(found, thresholds, losses, gains, strict=True)
+    return [_judge(one, threshold, lost <= level, won <= level) for one, threshold, lost, won in rows]
 
 
-def _judge(found: Ratio, threshold: float, up: bool, lost: bool, won: bool) -> Verdict:
+def _judge(found: Ratio, threshold: float, lost: bool, won: bool) -> Verdict:
     size = abs(math.log(found.value))
     if (lost or won) and size > math.log1p(threshold):
         return "worse" if lost else "better"
