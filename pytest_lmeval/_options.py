@@ -30,6 +30,8 @@ OPTIONS: dict[str, tuple[Any, str]] = {  # name -> (default, help); every one is
 }
 SEQ_LENS = ["128", "512"]
 CORPORA = ["stdlib", "automaton"]
+PROFILES = ("dev", "ci", "nightly")  # those of `laws._profiles`, which would import torch
+DEVICES = ("auto", "cpu", "cuda", "mps")  # what `models._sources` resolves, which would too
 
 
 def add(parser: pytest.Parser) -> None:
@@ -86,12 +88,15 @@ def check(config: pytest.Config) -> None:
         if not (str(text).isdigit() and int(text) > 0):
             raise pytest.UsageError(f"--lmeval-seq-len takes a positive number; got {text!r}.")
     budget(config)
-    if (profile := str(option(config, "lmeval-profile"))) not in ("", "dev", "ci", "nightly"):
-        raise pytest.UsageError(f"--lmeval-profile takes dev, ci or nightly; got {profile!r}.")
+    if (profile := str(option(config, "lmeval-profile"))) not in ("", *PROFILES):
+        raise pytest.UsageError(f"--lmeval-profile takes dev, ci or nightly; got {profile!r}.{nearest(profile, PROFILES)}")
     if (gate := str(option(config, "lmeval-gate"))) not in ("fail", "warn", "off"):
         raise pytest.UsageError(f"--lmeval-gate takes fail, warn or off; got {gate!r}.")
-    if str(option(config, "lmeval-bits")) not in ("", "32", "16", "8", "4"):
-        raise pytest.UsageError(f"--lmeval-bits takes 32, 16, 8 or 4; got {option(config, 'lmeval-bits')!r}.")
+    if bits := str(option(config, "lmeval-bits")):
+        from pytest_lmeval.models._specs import BITS
+
+        if bits not in map(str, BITS):
+            raise pytest.UsageError(f"--lmeval-bits takes {', '.join(map(str, BITS))}; got {bits!r}.")
     if (folder := templates_folder(config)) and not folder.is_dir():
         raise pytest.UsageError(f"--lmeval-templates names no folder: {folder}")
     if not is_worker(config):  # the process that started it has checked the same
@@ -112,7 +117,7 @@ def _check_names(config: pytest.Config) -> None:
         _refuse("lmeval-corpus", corpora, check_corpus)
     if (device := str(option(config, "lmeval-device"))) not in ("auto", "cpu"):
         if not re.fullmatch(r"cuda(:\d+)?|mps", device):
-            near = nearest(device, ("auto", "cpu", "cuda", "mps"))
+            near = nearest(device, DEVICES)
             raise pytest.UsageError(f"--lmeval-device takes auto, cpu, cuda, cuda:N or mps; got {device!r}.{near}")
         from pytest_lmeval.models._sources import resolve_device
 

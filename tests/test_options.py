@@ -1,9 +1,12 @@
 """What the command line names is looked up before tests are collected, and only if it is given."""
 
+import contextlib
+import re
 import sys
 
 import pytest
 
+from pytest_lmeval import _options
 from pytest_lmeval.errors import SpecError
 from pytest_lmeval.models import _specs as specs
 
@@ -87,6 +90,34 @@ def test_a_spec_that_names_nothing_is_refused(tmp_path, monkeypatch, spec, says)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SpecError, match=says):
         specs.check(spec)
+
+
+def test_the_choices_of_an_option_are_those_of_what_takes_them():
+    from pytest_lmeval.laws._profiles import PROFILES
+    from pytest_lmeval.models._sources import resolve_device
+
+    assert set(_options.PROFILES) == set(PROFILES)
+    for name in _options.DEVICES:
+        with contextlib.suppress(SpecError):  # this machine need not have it
+            assert name in ("auto", resolve_device(name).type)
+    with pytest.raises(SpecError, match="unknown device") as refused:
+        resolve_device("gpu")
+    assert re.findall(r"\w+(?=,| and|\.$)", str(refused.value).partition("are ")[2]) == ["auto", "cpu", "cuda", "N", "mps"]
+
+
+@pytest.mark.parametrize("place", [".hidden", "env/lib", "node_modules/one", "lib/site-packages"])
+@pytest.mark.parametrize("name", ["no_such_utils.py", "no_such_utils/__init__.py"])
+def test_a_module_among_what_is_installed_is_not_the_projects(tmp_path, place, name):
+    (tmp_path / "env").mkdir()
+    (tmp_path / "env/pyvenv.cfg").touch()
+    file = tmp_path / place / name
+    file.parent.mkdir(parents=True)
+    file.touch()
+    with pytest.raises(SpecError, match="no module 'no_such_utils'"):
+        specs.check("no_such_utils:load", [tmp_path])
+    (tmp_path / "src/no_such_utils").mkdir(parents=True)
+    (tmp_path / "src/no_such_utils/__init__.py").touch()
+    specs.check("no_such_utils:load", [tmp_path])
 
 
 def test_a_spec_is_checked_from_the_folder_where_it_is_loaded(tmp_path, monkeypatch):

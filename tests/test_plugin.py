@@ -151,7 +151,7 @@ def test_a_local_mirror_replaces_the_hub(project):
         (["--lmeval-profile=hard"], "--lmeval-profile takes dev, ci or nightly"),
         (["--lmeval-limit=0"], "--lmeval-limit takes a positive number"),
         (["--lmeval-seq-len=abc"], "--lmeval-seq-len takes a positive number; got 'abc'."),
-        (["--lmeval-bits=3"], "--lmeval-bits takes 32, 16, 8 or 4; got '3'."),
+        (["--lmeval-bits=3"], "--lmeval-bits takes 32, 16, 8, 4; got '3'."),
     ],
 )
 def test_an_option_that_makes_no_sense_is_refused_at_once(project, options, says):
