@@ -5,8 +5,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from packages import forget
 
 from pytest_lmeval import corpus, load, registry, tasks
@@ -86,6 +88,30 @@ def test_what_it_adds_is_what_its_guide_says():
     assert (load("uniform").vocab_size, load("uniform:50@bf16").vocab_size) == (256, 50)
     with pytest.raises(SpecError, match="uniform:x: 'x' is no size"):
         load("uniform:x")
+
+
+@pytest.mark.usefixtures("environment")
+def test_only_a_family_is_in_capitals():
+    added = [entry for group in registry.GROUPS for entry in registry.entries(group) if entry.package == "lmeval-extras"]
+    assert [entry.name for entry in added if entry.may_be_family] == ["extras"]
+
+
+@pytest.mark.usefixtures("environment")
+def test_its_verb_times_the_second_reading_and_waits_for_the_gpu(monkeypatch):
+    from lmeval_extras import verbs
+
+    done = []
+    model = SimpleNamespace(
+        device=torch.device("cuda"),
+        tokenizer=SimpleNamespace(encode=lambda text: ([1], [0])),
+        step=lambda ids: done.append("read"),
+    )
+    monkeypatch.setattr(verbs, "as_model", lambda lm: lm)
+    monkeypatch.setattr(verbs, "record", lambda lm, subject, **metrics: metrics)
+    monkeypatch.setattr(verbs.torch, "tensor", lambda ids, device: ids)
+    monkeypatch.setattr(verbs.torch.cuda, "synchronize", lambda device: done.append("waited"))
+    assert verbs.words_per_second(model)["words_per_second"] > 0
+    assert done == ["read", "waited", "read", "waited"]
 
 
 @pytest.mark.usefixtures("environment")

@@ -122,6 +122,13 @@ def test_public_names_are_there_and_sorted():
         pytest_lmeval.perplexty  # noqa: B018
 
 
+def test_what_a_hook_is_told_to_import_is_public():
+    from pytest_lmeval._hookspec import pytest_lmeval_report
+
+    assert "from pytest_lmeval import Section, Value" in pytest_lmeval_report.__doc__
+    assert "._" not in pytest_lmeval_report.__doc__
+
+
 def test_a_verb_that_does_not_exist_is_an_error_of_this_package_with_the_near_name():
     from pytest_lmeval.measures import Lmeval
     from pytest_lmeval.measures._context import VerbContext
