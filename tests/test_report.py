@@ -267,6 +267,10 @@ def raised(data):
             "records > 1 > metrics > euros: Expected `object`, got `float`",
         ),
         (lambda data: data.records[0].settings.update(noise=float("nan")), "what it made cannot be written"),
+        (
+            lambda data: data.records[0].settings.update(noise=float("inf")),
+            "Make it of the types in pytest_lmeval: Record, Section",
+        ),
         (lambda data: data.sections.append({"title": 3}), "sections > 2 > title: Expected `str`, got `int`; it is 3"),
         (lambda data: setattr(data, "records", None), "records: Expected `array`"),
     ],
