@@ -13,8 +13,7 @@ from toys import CARRYING, Functional, GetSetState, PortableStreaming, Stateless
 from pytest_lmeval import registry
 from pytest_lmeval._stream import stream
 from pytest_lmeval.errors import ModelError, SpecError
-from pytest_lmeval.models import _precision as precision
-from pytest_lmeval.models import _specs as specs
+from pytest_lmeval.models import _precision as precision, _specs as specs
 from pytest_lmeval.models._sources import as_model, load, resolve_device
 from pytest_lmeval.models._specs import split
 

@@ -5,16 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from toys import VOCAB, Functional, Stateless
 
-from pytest_lmeval._session import Session
-from pytest_lmeval._session import TestLog as Log
+from pytest_lmeval._session import Session, TestLog as Log
 from pytest_lmeval.data._corpus import Corpus, Document
 from pytest_lmeval.errors import NotFiniteError, SpecError, StreamError
-from pytest_lmeval.measures import Lmeval
-from pytest_lmeval.measures import _agreement as agreeing
+from pytest_lmeval.measures import Lmeval, _agreement as agreeing
 from pytest_lmeval.measures._agreement import measure_agreement
 from pytest_lmeval.measures._context import VerbContext
 from pytest_lmeval.measures._perplexity import measure_perplexity

@@ -5,12 +5,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from pytest_lmeval._session import Session
-from pytest_lmeval._session import TestLog as Log
+from pytest_lmeval._session import Session, TestLog as Log
 from pytest_lmeval._stream import stream, stream_in_windows
 from pytest_lmeval.data import corpus
 from pytest_lmeval.errors import CorpusError, LawBroken, ModelError, NotFiniteError, StreamError

@@ -8,8 +8,7 @@ from importlib.metadata import version
 import pytest
 from documents import register
 
-from pytest_lmeval import _listing as listing
-from pytest_lmeval import registry
+from pytest_lmeval import _listing as listing, registry
 from pytest_lmeval.__main__ import main
 from pytest_lmeval.records._metric import Metric
 

@@ -4,12 +4,10 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from toys import Functional
 
-from pytest_lmeval.data import Document, check, corpus
-from pytest_lmeval.data import _files as files
+from pytest_lmeval.data import Document, _files as files, check, corpus
 from pytest_lmeval.data._rows import resilient
 from pytest_lmeval.data._tokens import TokenReader
 from pytest_lmeval.errors import CorpusError, RegistryError

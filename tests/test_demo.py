@@ -1,8 +1,7 @@
 """The shipped model: small, exact however it is cut, and its memory is bounded."""
 
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from pytest_lmeval.models._model import state_bytes
 from pytest_lmeval.zoo._demo import WEIGHTS, Demo, banded_attention, load

@@ -4,15 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from torch import nn
 from toys import Functional, Stateless, Stepper, Streaming
 
 from pytest_lmeval import _session as session
 from pytest_lmeval.errors import ProfilingError
-from pytest_lmeval.measures import Lmeval
-from pytest_lmeval.measures import _efficiency as module
+from pytest_lmeval.measures import Lmeval, _efficiency as module
 from pytest_lmeval.measures._context import VerbContext
 from pytest_lmeval.measures._efficiency import measure_efficiency
 from pytest_lmeval.models._model import weights

@@ -7,8 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from toys import VOCAB, Functional
 
 from pytest_lmeval.data._corpus import Corpus, Document
@@ -18,8 +17,7 @@ from pytest_lmeval.models._sources import as_model
 from pytest_lmeval.records import _schema as schema
 from pytest_lmeval.records._journal import Checkpoints
 from pytest_lmeval.records._measured import Record
-from pytest_lmeval.scoring import _fast_weights as fast_weights
-from pytest_lmeval.scoring import _positions as positions
+from pytest_lmeval.scoring import _fast_weights as fast_weights, _positions as positions
 from pytest_lmeval.scoring._reading import CHUNKS, EACH, Moves, Reading, rows_of
 from pytest_lmeval.scoring._resume import Saver
 from pytest_lmeval.statistics._bootstrap import ratio_intervals

@@ -4,8 +4,7 @@ import sys
 
 import pytest
 from documents import asked, document, reading
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from msgspec.structs import replace
 
 from pytest_lmeval.records import _history as history

@@ -9,14 +9,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from torch import nn
 from toys import VOCAB, Forgetful, Functional, GetSetState, Stepper
 
 from pytest_lmeval._benchmarking import Driver
-from pytest_lmeval._session import Session
-from pytest_lmeval._session import TestLog as Log
+from pytest_lmeval._session import Session, TestLog as Log
 from pytest_lmeval.laws._permits import exact_chunk_size
 from pytest_lmeval.laws._probe import replay
 from pytest_lmeval.measures._context import VerbContext

@@ -8,14 +8,12 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from msgspec.structs import replace
 
 from pytest_lmeval.errors import TaskError
 from pytest_lmeval.records._example import Example
-from pytest_lmeval.scoring import _answer_metrics as answer_metrics
-from pytest_lmeval.scoring import _metrics as metrics
+from pytest_lmeval.scoring import _answer_metrics as answer_metrics, _metrics as metrics
 from pytest_lmeval.scoring._answer_metrics import METRICS
 from pytest_lmeval.scoring._metrics import LIBRARIES, LM_EVAL_NAMES, metrics_of
 from pytest_lmeval.tasks import find, names

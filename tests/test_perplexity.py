@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 from clean_models import Attention
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from toys import VOCAB, Failing, Functional, Stateless, Stepper
 
 from pytest_lmeval.data._corpus import Corpus, Document

@@ -8,8 +8,7 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import nn
 from toys import Functional, Stepper
 
@@ -19,8 +18,7 @@ from pytest_lmeval.laws._twin import twin
 from pytest_lmeval.laws._untouched import weights_kept
 from pytest_lmeval.measures._perplexity import measure_perplexity
 from pytest_lmeval.models import _precision as precision
-from pytest_lmeval.models._identity import facts, fingerprint
-from pytest_lmeval.models._identity import precision as precision_facts
+from pytest_lmeval.models._identity import facts, fingerprint, precision as precision_facts
 from pytest_lmeval.models._model import Model, multiplied
 from pytest_lmeval.models._sources import as_model, load
 from pytest_lmeval.models._tensors import is_packed, nbytes, precision_of, unpack, value_bits

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 from documents import answered, document, everything, generated, reading
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from pytest_lmeval.errors import ArgumentError, DocumentError
 from pytest_lmeval.records import _schema as schema

@@ -6,8 +6,7 @@ import sys
 import warnings
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from packages import install
 
 from pytest_lmeval import registry

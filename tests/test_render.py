@@ -10,9 +10,7 @@ from pytest_lmeval.__main__ import main
 from pytest_lmeval.records._document import Section, load
 from pytest_lmeval.records._schema import json_schema
 from pytest_lmeval.records._value import Value
-from pytest_lmeval.report import _examples as examples
-from pytest_lmeval.report import _pages as pages
-from pytest_lmeval.report import _write as write
+from pytest_lmeval.report import _examples as examples, _pages as pages, _write as write
 from pytest_lmeval.report._formats import bencher, github_action_benchmark
 from pytest_lmeval.report._words import visible
 

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 from documents import GATE, HOSTILE, asked, document, everything, laws, model, reading
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from msgspec.structs import replace
 
 from pytest_lmeval.records import _history as history
@@ -15,10 +14,7 @@ from pytest_lmeval.records._comparison import Comparison, Flip
 from pytest_lmeval.records._document import BaselineUse, Failure, Section, Skipped, load
 from pytest_lmeval.records._measured import Series
 from pytest_lmeval.records._value import Value
-from pytest_lmeval.report import _github as github
-from pytest_lmeval.report import _pages as pages
-from pytest_lmeval.report import _terminal as terminal
-from pytest_lmeval.report import _write as write
+from pytest_lmeval.report import _github as github, _pages as pages, _terminal as terminal, _write as write
 from pytest_lmeval.report._changes import changes
 from pytest_lmeval.report._figures import figures
 from pytest_lmeval.report._grids import grids

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 from clean_models import CLEAN
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from toys import VOCAB, Broken, Functional, Neighbourly, Seeing, Stateless
 
 from pytest_lmeval import as_model, score_rows

@@ -4,8 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from pytest_lmeval.statistics import _proportion as proportion
 from pytest_lmeval.statistics._proportion import wilson

@@ -7,11 +7,9 @@ from collections import defaultdict
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
-from pytest_lmeval.data import _recall as recall
-from pytest_lmeval.data import corpus
+from pytest_lmeval.data import _recall as recall, corpus
 from pytest_lmeval.data._automaton import (
     Automaton,
     AutomatonLM,

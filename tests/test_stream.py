@@ -5,8 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from toys import VOCAB, Broken, Forgetful, Functional, LastOnly, Promising, Stateless
 
 from pytest_lmeval._stream import default_chunk_size, overlapping, score, stream, stream_in_windows

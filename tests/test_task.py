@@ -8,8 +8,7 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from toys import Functional
 
 from pytest_lmeval import Choices, Generate, Rows, Suite, Task, as_model

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 from torch.nn import functional as F
 
 from pytest_lmeval import registry

@@ -36,8 +36,7 @@ from pytest_lmeval.errors import SpecError
 from pytest_lmeval.models import _specs as specs
 from pytest_lmeval.models._identity import NEARLY_ALL, precision
 from pytest_lmeval.models._model import Model, multiplied, weights
-from pytest_lmeval.models._specs import BITS as BITS
-from pytest_lmeval.models._specs import PACKED
+from pytest_lmeval.models._specs import BITS as BITS, PACKED
 from pytest_lmeval.models._tensors import FLOATS, is_packed, nbytes, precision_of
 
 DTYPES = {name: dtype for dtype, name in FLOATS.items() if name in specs.FLOATS}

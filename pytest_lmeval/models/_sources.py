@@ -104,9 +104,7 @@ def as_model(source: Any, *, spec: str | None = None, form: str | None = None, t
     """
     if isinstance(source, Model):
         return source
-    from pytest_lmeval.models import _huggingface as huggingface
-    from pytest_lmeval.models import _modules as modules
-    from pytest_lmeval.models import _moshi as moshi
+    from pytest_lmeval.models import _huggingface as huggingface, _modules as modules, _moshi as moshi
 
     spec = spec or f"{type(source).__module__}:{type(source).__qualname__}"
     if form is None:

@@ -7,8 +7,7 @@ import shutil
 from pathlib import Path
 
 from pytest_lmeval.records._document import NAME, load
-from pytest_lmeval.report import _merge as merge
-from pytest_lmeval.report import _terminal as terminal
+from pytest_lmeval.report import _merge as merge, _terminal as terminal
 from pytest_lmeval.report._render import page, write
 from pytest_lmeval.report._sections import with_sections
 

@@ -33,17 +33,18 @@ from jinja2 import (
 from jinja2.sandbox import SandboxedEnvironment
 from markupsafe import Markup
 
-from pytest_lmeval.records import _history as history
-from pytest_lmeval.records import _schema as schema
+from pytest_lmeval.records import _history as history, _schema as schema
 from pytest_lmeval.records._document import Document, NamedRun
 from pytest_lmeval.records._history import Line
-from pytest_lmeval.report import _changes as changes
-from pytest_lmeval.report import _examples as examples
-from pytest_lmeval.report import _figures as figures
-from pytest_lmeval.report import _grids as grids
-from pytest_lmeval.report import _overview as overview
-from pytest_lmeval.report import _tables as tables
-from pytest_lmeval.report import _words as words
+from pytest_lmeval.report import (
+    _changes as changes,
+    _examples as examples,
+    _figures as figures,
+    _grids as grids,
+    _overview as overview,
+    _tables as tables,
+    _words as words,
+)
 
 PAGES = ("summary.md", "report.html")
 OWN = Path(__file__).parent

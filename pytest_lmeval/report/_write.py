@@ -12,14 +12,11 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from pytest_lmeval.records import _environment as environment
-from pytest_lmeval.records import _history as history
-from pytest_lmeval.records import _schema as schema
+from pytest_lmeval.records import _environment as environment, _history as history, _schema as schema
 from pytest_lmeval.records._document import NAME, Document, Failure, Run, Skipped, dump
 from pytest_lmeval.records._measured import Record
 from pytest_lmeval.records._replacing import replacing
-from pytest_lmeval.report import _github as github
-from pytest_lmeval.report import _pages as pages
+from pytest_lmeval.report import _github as github, _pages as pages
 from pytest_lmeval.report._sections import with_sections
 
 HOOK = "pytest_lmeval_report"
