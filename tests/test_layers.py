@@ -148,7 +148,11 @@ def test_a_verb_that_does_not_exist_is_an_error_of_this_package_with_the_near_na
         ("latency('demo', seq_length=3)", TypeError, "latency has no keyword 'seq_length'. Did you mean seq_len?"),
         ("equivalence('demo', profile='nightley')", ValueError, "no profile 'nightley'. Did you mean nightly? There are"),
         ("record('demo', 's', a=float('nan'))", ValueError, "a=nan cannot be recorded: "),
-        ("record('demo', 's', a='x')", ValueError, "a='x' cannot be recorded: must be real number, not str. Give a finite"),
+        ("record('demo', 's', a='x')", ValueError, "a='x' cannot be recorded: a value and the ends of its interval are"),
+        ("record('demo', 5, a=1)", ValueError, "the subject of a record is a text that says what was measured; got 5"),
+        ("Value(0.5, unit=3)", ValueError, "the unit of a value is a text"),
+        ("task('demo', 5)", ValueError, "a task is a Task, or the name of one; got 5"),
+        ("suite('demo', 5)", ValueError, "a suite is a Suite, or the name of one; got 5"),
         ("Series([1], [1, 2])", ValueError, "has 1 and 2"),
     ],
 )
@@ -167,6 +171,27 @@ def test_every_verb_is_public_and_the_method_of_the_fixture_is_that_function():
     for name, function, _ in registry.things("verbs"):
         assert getattr(pytest_lmeval, name) is function
         assert getattr(lmeval, name).__wrapped__ is function
+    typed = re.findall(
+        r"^        (\w+) = staticmethod\(public\.\1\)$", (PACKAGE / "measures" / "__init__.py").read_text(), re.M
+    )
+    assert typed == sorted(registry.names("verbs"))
+
+
+def test_every_error_of_the_tree_is_public():
+    from pytest_lmeval import errors
+
+    assert set(errors.__all__) <= set(pytest_lmeval.__all__)
+
+
+def test_public_names_have_their_types(tmp_path):
+    """For whoever checks types: a name that is imported late would be Any, and a wrong call of it would pass."""
+    file = tmp_path / "wrong.py"
+    file.write_text("from pytest_lmeval import Metric, records\nMetric('x', nonsense=3)\nrecords.load(3)\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path), str(file)], capture_output=True, text=True
+    )
+    assert 'Unexpected keyword argument "nonsense" for "Metric"' in done.stdout
+    assert 'Argument 1 to "load" has incompatible type "int"' in done.stdout
 
 
 def test_what_is_private_looks_private():

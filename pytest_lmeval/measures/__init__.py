@@ -12,21 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_lmeval import registry
 from pytest_lmeval.errors import LmevalError, RegistryError, UnknownVerb
-from pytest_lmeval.measures._context import VerbContext, running_in
+from pytest_lmeval.measures._context import VerbContext, check_call, running_in
 
 if TYPE_CHECKING:
-    from pytest_lmeval.measures._agreement import agreement
-    from pytest_lmeval.measures._efficiency import efficiency
-    from pytest_lmeval.measures._equivalence import equivalence
-    from pytest_lmeval.measures._latency import latency
-    from pytest_lmeval.measures._latency_grid import latency_grid
-    from pytest_lmeval.measures._memory import memory
-    from pytest_lmeval.measures._perplexity import perplexity
-    from pytest_lmeval.measures._record import record
-    from pytest_lmeval.measures._streaming import streaming
-    from pytest_lmeval.measures._suite import suite
-    from pytest_lmeval.measures._task import task
-    from pytest_lmeval.measures._throughput import throughput
+    import pytest_lmeval as public
 
 
 class Lmeval:
@@ -53,6 +42,7 @@ class Lmeval:
             __tracebackhide__ = True
             with running_in(self._context):
                 try:
+                    check_call(function, args, kwargs)  # another package's verb, too
                     return function(*args, **kwargs)
                 except LmevalError as error:
                     raise error.with_traceback(None) from None
@@ -63,15 +53,16 @@ class Lmeval:
         return [*super().__dir__(), *registry.names("verbs")]
 
     if TYPE_CHECKING:  # what editors complete
-        agreement = staticmethod(agreement)
-        efficiency = staticmethod(efficiency)
-        equivalence = staticmethod(equivalence)
-        latency = staticmethod(latency)
-        latency_grid = staticmethod(latency_grid)
-        memory = staticmethod(memory)
-        perplexity = staticmethod(perplexity)
-        record = staticmethod(record)
-        streaming = staticmethod(streaming)
-        suite = staticmethod(suite)
-        task = staticmethod(task)
-        throughput = staticmethod(throughput)
+        agreement = staticmethod(public.agreement)
+        efficiency = staticmethod(public.efficiency)
+        equivalence = staticmethod(public.equivalence)
+        latency = staticmethod(public.latency)
+        latency_grid = staticmethod(public.latency_grid)
+        memory = staticmethod(public.memory)
+        perplexity = staticmethod(public.perplexity)
+        record = staticmethod(public.record)
+        streaming = staticmethod(public.streaming)
+        suite = staticmethod(public.suite)
+        task = staticmethod(public.task)
+        throughput = staticmethod(public.throughput)
+        train = staticmethod(public.train)
