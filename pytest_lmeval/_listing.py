@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import inspect
 import sys
-from fnmatch import fnmatchcase
 from typing import Any
 
 from pytest_lmeval import registry
@@ -42,8 +41,7 @@ def listed(group: str, pattern: str = "*") -> list[list[str]]:
     """A row for each thing whose name matches: name, what it is, and the package where it is not this one."""
     return [
         [name, *described(thing), "" if entry.is_own else entry.package]
-        for name, thing, entry in registry.things(group)
-        if fnmatchcase(name, pattern)
+        for name, thing, entry in registry.things(group, pattern)
     ]
 
 

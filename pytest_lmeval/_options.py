@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -111,6 +112,8 @@ def _check_names(config: pytest.Config) -> None:
         folders = [config.invocation_params.dir / argument.partition("::")[0] for argument in config.args]
         folders = [folder if folder.is_dir() else folder.parent for folder in folders]
         _refuse("lm", specs, lambda spec: check_spec(spec, folders))
+    if (mirror := str(option(config, "lmeval-data") or "")) and not os.path.isdir(os.path.expanduser(mirror)):
+        raise pytest.UsageError(f"--lmeval-data names no folder: {mirror}")
     if corpora := option(config, "lmeval-corpus"):
         from pytest_lmeval.data import check as check_corpus
 

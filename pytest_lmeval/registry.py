@@ -25,20 +25,15 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from pytest_lmeval.errors import RegistryError, nearest
+from pytest_lmeval.errors import RegistryError, nearest, no_such
 
 __all__ = [
     "GROUPS",
     "Entry",
     "PluginWarning",
-    "accepted",
     "entries",
     "find",
-    "mapping",
     "names",
-    "resolve",
-    "things",
-    "unknown",
 ]
 
 OWN = "pytest-lmeval"
@@ -86,16 +81,24 @@ class Entry:
         return self.target.rpartition(":")[2].isupper()
 
     def load(self) -> Any:
-        """The thing, or the family. Raises whatever importing it raises, and TypeError for a family that is not in capitals."""
+        """The thing, or the family. Raises whatever importing it raises, and TypeError for a family that is not in capitals, or
+        whose names are no texts."""
         thing = importlib.metadata.EntryPoint(self.name, self.target, self.group).load()
         if isinstance(thing, Mapping) and not self.may_be_family:
             raise TypeError(f"{self.target} is a mapping, and only one in capitals is looked into")
+        if isinstance(thing, Mapping) and (wrong := [name for name in thing if not isinstance(name, str)]):
+            raise TypeError(f"{self.target} is a family, whose names are texts, and holds {wrong[0]!r}")
         return thing
 
 
 @functools.cache
 def entries(group: str) -> tuple[Entry, ...]:
-    """All that is registered in a group: this package's first, then by package and name. Imports nothing."""
+    """All that is registered in a group: this package's first, then by package and name. Imports nothing.
+
+    Raises RegistryError for a group that is none.
+    """
+    if group not in GROUPS:
+        raise RegistryError(no_such("group", group, GROUPS))
     found = {
         Entry(group, point.name, point.value, point.dist.name if point.dist else "unknown")
         for point in _installed().select(group=f"pytest_lmeval.{group}")
@@ -106,12 +109,11 @@ def entries(group: str) -> tuple[Entry, ...]:
 def find(group: str, name: str) -> Any:
     """What is registered by this name. Raises RegistryError if nothing is, with the nearest name, or if several packages do.
 
-    Imports the entries of this very name and the families of this package; families of others only if these do not have it.
+    Imports the entries of this very name, and families.
     """
-    for elsewhere in (False, True):
-        if (found := _found(group, name, elsewhere)) is not None:
-            return found
-    raise unknown(group, name)
+    if (found := _found(group, name)) is None:
+        raise unknown(group, name)
+    return found
 
 
 def resolve(group: str, name: str) -> tuple[Any, str | None] | None:
@@ -120,10 +122,9 @@ def resolve(group: str, name: str) -> tuple[Any, str | None] | None:
     Raises RegistryError if several packages register it. Imports no more than `find`.
     """
     head, colon, rest = name.partition(":")
-    for elsewhere in (False, True):
-        for key, given in ((name, None), (head, rest)) if colon else ((name, None),):
-            if (found := _found(group, key, elsewhere)) is not None:
-                return found, given
+    for key, given in ((name, None), (head, rest)) if colon else ((name, None),):
+        if (found := _found(group, key)) is not None:
+            return found, given
     return None
 
 
@@ -132,22 +133,21 @@ def names(group: str, pattern: str = "*") -> list[str]:
     return [name for entry in entries(group) for name in _members(entry) if fnmatchcase(name, pattern)]
 
 
-def things(group: str) -> Iterator[tuple[str, Any, Entry]]:
-    """Name, thing and origin of all that is registered in a group and can be imported. Two may have the same name."""
+def things(group: str, pattern: str = "*") -> Iterator[tuple[str, Any, Entry]]:
+    """Name, thing and origin of all in a group whose name matches and that can be imported. Two may have the same name."""
     for entry in entries(group):
         for name in _members(entry):
-            if (thing := _member(entry, name)) is not None:
+            if fnmatchcase(name, pattern) and (thing := _member(entry, name)) is not None:
                 yield name, thing, entry
 
 
-def mapping(group: str) -> dict[str, Any]:
-    """Everything in a group by its name. Raises RegistryError for a name that several packages register."""
-    found: dict[str, tuple[Entry, Any]] = {}
-    for name, thing, entry in things(group):
-        if name in found:
-            raise _ambiguous(group, name, [found[name][0], entry])
-        found[name] = entry, thing
-    return {name: thing for name, (_, thing) in found.items()}
+def ambiguous(group: str, name: str) -> RegistryError:
+    """The error for a name that several packages register."""
+    registered = " and by ".join(str(entry) for entry, _ in _registered(group, name))
+    return RegistryError(
+        f"the {GROUPS[group]} {name!r} is registered by {registered}. Which one is meant cannot be known: remove one of the "
+        "packages, or rename one of the two."
+    )
 
 
 def unknown(group: str, name: str, also: str = "") -> RegistryError:
@@ -190,24 +190,18 @@ def _installed() -> Any:
     return importlib.metadata.entry_points()
 
 
-def _found(group: str, key: str, elsewhere: bool) -> Any:
-    """The thing of this name, None if there is none: in entries of that name and families of this package, or `elsewhere`."""
-    found = []
-    for entry in entries(group):
-        first = entry.name == key or (entry.is_own and entry.may_be_family)
-        asked = first != elsewhere and (first or entry.may_be_family) and key in _members(entry)
-        if asked and (thing := _member(entry, key)) is not None:
-            found.append((entry, thing))
+def _found(group: str, name: str) -> Any:
+    """The thing of this name, None if there is none. Raises RegistryError if there are several."""
+    found = _registered(group, name)
     if len(found) > 1:
-        raise _ambiguous(group, key, [entry for entry, _ in found])
+        raise ambiguous(group, name)
     return found[0][1] if found else None
 
 
-def _ambiguous(group: str, name: str, registered: list[Entry]) -> RegistryError:
-    return RegistryError(
-        f"the {GROUPS[group]} {name!r} is registered by {' and by '.join(map(str, registered))}. Which one is meant cannot be "
-        "known: remove one of the packages, or rename one of the two."
-    )
+def _registered(group: str, name: str) -> list[tuple[Entry, Any]]:
+    """All that is registered by this name and can be imported."""
+    holding = [entry for entry in entries(group) if (entry.name == name or entry.may_be_family) and name in _members(entry)]
+    return [(entry, thing) for entry in holding if (thing := _member(entry, name)) is not None]
 
 
 def _members(entry: Entry) -> Mapping[str, Any]:

@@ -256,6 +256,19 @@ def test_a_source_reads_in_the_precision_and_says_how_it_was_saved(sources):
         load("keeps:x@bf16")
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"spec": 5}, "a spec is a text such as demo, .*; got 5"),
+        ({"spec": "demo", "bits": 5}, "bits is 5; it is one of 32, 16, 8, 4"),
+        ({"spec": "demo", "device": "cdua"}, r"unknown device 'cdua'; .* Did you mean cuda\?"),
+    ],
+)
+def test_what_cannot_be_loaded_is_refused_outside_of_pytest_too(given, says):
+    with pytest.raises(SpecError, match=says):
+        load(**given)
+
+
 def test_a_model_that_a_source_has_made_is_known_by_its_spec(sources):
     assert load("whole").spec == "whole"
     assert load("family:two").spec == "family:two"

@@ -165,9 +165,17 @@ def test_an_unknown_name_is_told_with_the_nearest(tmp_path, monkeypatch, name, s
             ask(name)
 
 
-@pytest.mark.parametrize("name", ["stdlib", "wikitext-2", "text:nowhere.txt", "recall:keys=9", "openai/gsm8k:main#question"])
-def test_a_name_can_be_checked_without_reading_anything(name):
+@pytest.mark.parametrize("name", ["stdlib", "wikitext-2", "text:a.txt", "recall:keys=9", "openai/gsm8k:main#question"])
+def test_a_name_can_be_checked_without_reading_anything(tmp_path, monkeypatch, name):
+    (tmp_path / "a.txt").write_bytes(b"\xff")
+    monkeypatch.chdir(tmp_path)
     check(name)
+
+
+@pytest.mark.parametrize("name", ["text:nowhere.txt", "jsonl:nowhere.jsonl#text", "tokens:nowhere.npy"])
+def test_a_file_that_is_not_there_is_noticed_when_its_name_is_checked(name):
+    with pytest.raises(CorpusError, match=r"there is no file or folder 'nowhere"):
+        check(name)
 
 
 # ------------------------------------------------------------------------------------------- the hub

@@ -34,6 +34,8 @@ def collect(project):
         (["--lm=demo", "--lm=zoo:mambo@bf16"], "--lm: unknown model spec 'zoo:mambo'* Did you mean zoo:mamba?*"),
         (["--lmeval-device=cpu:0"], "--lmeval-device takes auto, cpu, cuda, cuda:N or mps; got 'cpu:0'. Did you mean cpu?"),
         (["--lmeval-device=cuda:99"], "--lmeval-device: device 'cuda:99' is not there*"),
+        (["--lmeval-data=nowhere/at/all"], "--lmeval-data names no folder: nowhere/at/all"),
+        (["--lmeval-corpus=text:nowhere.txt"], "text:nowhere.txt: there is no file or folder 'nowhere.txt' (looked from *"),
         (["--lmeval-corpus=stdlib", "--lmeval-corpus=wikitext"], "no corpus 'wikitext'. Did you mean wikitext-2?*"),
     ],
 )
@@ -56,6 +58,7 @@ def test_an_ini_value_is_looked_up_too(project):
 def test_what_may_be_there_passes_without_torch(project, collect):
     project.mkpydir("below")
     project.mkdir("a@int8")
+    project.path.joinpath("notes.txt").touch()
     project.mkdir("parts").joinpath("beside.py").touch()  # pytest puts the folders of test files on sys.path
     specs = ("demo", "zoo:mamba@int8", "tiny:Tiny", "below.models:build", "beside:build", "hf:gpt2", "hf:OWNER/NAME@bf16")
     given = [f"--lm={spec}" for spec in (*specs, "hf:./a@int8")]
@@ -102,7 +105,7 @@ def test_the_choices_of_an_option_are_those_of_what_takes_them():
             assert name in ("auto", resolve_device(name).type)
     with pytest.raises(SpecError, match="unknown device") as refused:
         resolve_device("gpu")
-    assert re.findall(r"\w+(?=,| and|\.$)", str(refused.value).partition("are ")[2]) == ["auto", "cpu", "cuda", "N", "mps"]
+    assert re.findall(r"\w+(?=,| and|\.)", str(refused.value).partition("are ")[2]) == ["auto", "cpu", "cuda", "N", "mps"]
 
 
 @pytest.mark.parametrize("place", [".hidden", "env/lib", "node_modules/one", "lib/site-packages"])
@@ -121,9 +124,9 @@ def test_a_module_among_what_is_installed_is_not_the_projects(tmp_path, place, n
 
 
 def test_a_spec_is_checked_from_the_folder_where_it_is_loaded(tmp_path, monkeypatch):
-    with pytest.raises(SpecError, match="no module 'my_models'"):
-        specs.check("my_models:build")
-    (tmp_path / "my_models.py").touch()
-    specs.check("my_models:build", [tmp_path])
+    with pytest.raises(SpecError, match="no module 'own_models'"):
+        specs.check("own_models:build")
+    (tmp_path / "own_models.py").touch()
+    specs.check("own_models:build", [tmp_path])
     monkeypatch.chdir(tmp_path)
-    specs.check("my_models:build")
+    specs.check("own_models:build")

@@ -1,6 +1,7 @@
 """Things are found by name, whoever registers them; nothing is imported for it that need not be."""
 
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -10,9 +11,13 @@ from hypothesis import given, settings, strategies as st
 from packages import install
 
 from pytest_lmeval import registry
-from pytest_lmeval.errors import RegistryError
+from pytest_lmeval.data import check as check_corpus
+from pytest_lmeval.errors import RegistryError, TaskError, UsageError
+from pytest_lmeval.measures import Lmeval
+from pytest_lmeval.measures._context import VerbContext
 from pytest_lmeval.records._metric import Metric, metric
-from pytest_lmeval.registry import GROUPS, Entry, PluginWarning, accepted, entries, find, mapping, names, resolve, things
+from pytest_lmeval.registry import GROUPS, Entry, PluginWarning, accepted, entries, find, names, resolve, things
+from pytest_lmeval.scoring._metrics import metrics_of
 from pytest_lmeval.tasks import find as find_task
 
 METRIC = "from pytest_lmeval.records._metric import Metric\nBREVITY = Metric('brevity', interval='share')\n"
@@ -100,10 +105,26 @@ def ambiguous(call, *who):
 def test_a_name_of_two_packages_is_refused_with_both(packages):
     packages("one", METRIC, metrics={"brevity": "one:BREVITY"})
     packages("two", "FAMILY = {'brevity': 2, 'other': 3}", metrics={"brevity": "two:FAMILY"})
-    for call in (lambda: find("metrics", "brevity"), lambda: mapping("metrics"), lambda: metric("brevity")):
+    for call in (lambda: find("metrics", "brevity"), lambda: metric("brevity")):
         ambiguous(call, "one (one:BREVITY)", "two (two:FAMILY)", "remove one of the packages")
-    assert find("metrics", "accuracy").name == "accuracy"
     assert find("metrics", "other") == 3
+    assert metric("accuracy") is find("metrics", "accuracy")
+
+
+def test_a_name_of_ours_inside_the_family_of_another_package_is_refused_and_all_others_are_found(packages):
+    packages("one", f"{METRIC}FAMILY = {{'accuracy': BREVITY, 'brevity': BREVITY}}", metrics={"one": "one:FAMILY"})
+    for call in (lambda: find("metrics", "accuracy"), lambda: metric("accuracy")):
+        ambiguous(call, "pytest-lmeval (pytest_lmeval.scoring._answer_metrics:METRICS)", "one (one:FAMILY)")
+    assert metric("brevity").name == "brevity"
+    assert metric("perplexity").margin == "0.5%"
+
+
+@pytest.mark.parametrize(("made", "said"), [("len", "of the type builtin"), ("Metric('verbosity')", "the metric 'verbosity'")])
+def test_what_is_registered_as_a_metric_and_is_not_that_metric_is_refused_by_its_name_only(packages, made, said):
+    packages("one", f"{METRIC}OTHER = {{'brevity': {made}}}", metrics={"one": "one:OTHER"})
+    with pytest.raises(RegistryError, match=f"one .one:OTHER. registers the metric 'brevity', and that is {said}"):
+        metric("brevity")
+    assert metric("accuracy").name == "accuracy"
 
 
 def test_a_name_of_ours_is_refused_to_others(packages):
@@ -119,14 +140,46 @@ def test_a_name_in_two_families_of_others_is_refused(packages):
     ambiguous(lambda: find("tasks", "same"), "one (one:FAMILY)", "two (two:FAMILY)")
 
 
+def test_a_group_that_is_none_is_refused_with_the_nearest():
+    for call in (lambda: find("metrisc", "accuracy"), lambda: names("metrisc")):
+        with pytest.raises(RegistryError, match=r"no group 'metrisc'\. Did you mean metrics\?"):
+            call()
+
+
+def test_a_metric_of_a_family_is_asked_for_by_its_own_name(packages):
+    packages("one", f"{METRIC}FAMILY = {{'brevity_*': Metric('brevity_*', score=len)}}", metrics={"one": "one:FAMILY"})
+    assert [found.name for found in metrics_of(["brevity_7"], "own")] == ["brevity_7"]
+    with pytest.raises(TaskError, match=re.escape("there is no metric 'brevity_*'")):
+        metrics_of(["brevity_*"], "own")
+
+
+def test_a_verb_of_another_package_is_called_with_its_own_keywords(packages):
+    packages("one", "def loud(lm, volume=3):\n    return volume\n", verbs={"loud": "one:loud"})
+    lmeval = Lmeval(VerbContext())
+    assert lmeval.loud("demo", volume=4) == 4
+    with pytest.raises(UsageError, match=r"loud has no keyword 'volum'\. Did you mean volume\? It has lm, volume"):
+        lmeval.loud("demo", volum=4)
+
+
+def test_a_corpus_that_is_registered_twice_is_refused_before_anything_is_read(packages):
+    packages("one", "def read(rest, split): ...", corpora={"stdlib": "one:read"})
+    ambiguous(lambda: check_corpus("stdlib"), "pytest-lmeval", "one (one:read)")
+
+
 # ------------------------------------------------------------------------------ what cannot be imported
+
+
+def test_a_family_whose_names_are_no_texts_is_left_out_and_said(packages):
+    packages("one", "JUNK = {1: 2}", metrics={"junk": "one:JUNK"})
+    with pytest.warns(PluginWarning, match="one:JUNK is a family, whose names are texts, and holds 1"):
+        assert "accuracy" in names("metrics")
 
 
 def test_a_package_that_cannot_be_imported_is_told_once_and_left_out(packages):
     packages("one", METRIC, metrics={"brevity": "one:BREVITY"})
     packages("broken", BROKEN, metrics={"length": "broken:LENGTH"})
     with pytest.warns(PluginWarning, match="broken registers the metric 'length' as broken:LENGTH.*ImportError: no such thing"):
-        assert "brevity" in mapping("metrics")
+        assert metric("brevity").interval == "share"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert "length" not in names("metrics")
@@ -140,7 +193,8 @@ def test_a_package_that_cannot_be_imported_is_told_once_and_left_out(packages):
 def test_where_warnings_are_errors_the_run_goes_on_too(tmp_path):
     install(tmp_path, "broken", BROKEN, metrics={"length": "broken:LENGTH"}, corpora={"lines": "broken:read"})
     install(tmp_path, "lower", "family = {'a': 1}", tasks={"lower": "lower:family"})
-    code = "from pytest_lmeval.registry import *; print(len(mapping('metrics')), *[e.name for _, _, e in things('tasks')][-1:])"
+    code = "from pytest_lmeval.registry import names, things; "
+    code += "print(len(names('metrics')), *[e.name for _, _, e in things('tasks')][-1:])"
     done = python(code, tmp_path)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[0]) > 50
@@ -161,16 +215,21 @@ def python(code, folder):
 
 def test_finding_a_name_imports_no_package_that_need_not_have_it(packages):
     for name in ("one", "two", "three"):
-        packages(name, METRIC, metrics={f"of_{name}": f"{name}:BREVITY"}, corpora={f"text_{name}": f"{name}:read"})
+        packages(
+            name,
+            f"{METRIC}brevity = BREVITY",
+            metrics={f"of_{name}": f"{name}:brevity"},
+            corpora={f"text_{name}": f"{name}:read"},
+        )
     assert find("metrics", "accuracy").name == "accuracy"
     assert resolve("corpora", "text:notes.txt")[1] == "notes.txt"
     assert {"text_one", "text_two", "text_three"} <= set(names("corpora"))
     assert not {"one", "two", "three"} & set(sys.modules)
     assert find("metrics", "of_two").name == "brevity"
     assert {"one", "two", "three"} & set(sys.modules) == {"two"}
-    with pytest.raises(RegistryError):
-        find("metrics", "brevity")  # a family may have it
-    assert {"one", "two", "three"} <= set(sys.modules)
+    packages("four", METRIC, metrics={"brevity": "four:BREVITY"})
+    find("metrics", "accuracy")
+    assert {"one", "two", "three", "four"} & set(sys.modules) == {"two", "four"}  # what is in capitals may be a family
 
 
 def test_looking_for_names_imports_no_torch(tmp_path):

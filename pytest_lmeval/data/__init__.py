@@ -36,6 +36,8 @@ def corpus(name: str, split: str = "test", *, data_dir: str | Path | None = None
     Raises RegistryError for an unknown name, with the nearest, and CorpusError for an unknown split and a file that is not
     there.
     """
+    if not isinstance(name, str):
+        raise CorpusError(f"a corpus is named by a text such as stdlib or text:FILE; got {name!r}.")
     if split not in SPLITS:
         raise CorpusError(f"unknown split {split!r}; splits are {', '.join(SPLITS)}.")
     factory, rest = _factory(name)
@@ -46,10 +48,17 @@ def corpus(name: str, split: str = "test", *, data_dir: str | Path | None = None
 
 
 def check(name: str) -> None:
-    """Raises RegistryError for an unknown name; reads nothing, and imports nothing that this does not need."""
+    """Raises RegistryError for an unknown name, and CorpusError for a file that is not there; reads nothing, and imports
+    nothing that this does not need."""
     known = registry.names("corpora")
-    if name not in known and name.partition(":")[0] not in known and not _is_of_the_hub(name):
+    head, _, rest = name.partition(":")
+    if name not in known and head not in known and not _is_of_the_hub(name):
         raise _unknown(name)
+    if known.count(name if name in known else head) > 1:
+        raise registry.ambiguous("corpora", name if name in known else head)
+    path = rest.partition("#")[0]
+    if head in ("text", "jsonl", "tokens") and path and not os.path.exists(os.path.expanduser(path)):
+        raise CorpusError(f"{name}: there is no file or folder {path!r} (looked from {os.getcwd()}).")
 
 
 def _factory(name: str) -> tuple[Any, str]:

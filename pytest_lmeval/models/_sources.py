@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from pytest_lmeval import registry
-from pytest_lmeval.errors import ModelError, SpecError
+from pytest_lmeval.errors import ModelError, SpecError, nearest
 from pytest_lmeval.models import _specs as specs
 from pytest_lmeval.models._model import Model
 
@@ -59,6 +59,7 @@ class Loaded:
 def load(spec: str, *, device: str | torch.device = "cpu", bits: int | None = None, trust_remote_code: bool = False) -> Model:
     """The model that `spec` names, in eval mode on `device`.
 
+    device             auto, cpu, cuda, cuda:N or mps
     bits               sets the precision where the spec has no suffix: 32, 16 (bfloat16), 8 or 4
     trust_remote_code  lets a model from the hub run its own code; never set it for a model that you do not know
 
@@ -67,6 +68,7 @@ def load(spec: str, *, device: str | torch.device = "cpu", bits: int | None = No
     from pytest_lmeval.models import _precision as precision
 
     name, wanted = specs.split(spec, bits)
+    device = resolve_device(device) if isinstance(device, str) else device
     shown = f"{name}@{wanted}" if wanted else name
     dtype = precision.DTYPES.get(wanted)
     source, arguments, options = _source(name, spec=shown, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -128,7 +130,8 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise SpecError(f"unknown device {name!r}; devices are auto, cpu, cuda, cuda:N and mps.") from error
+        near = nearest(name, ("auto", "cpu", "cuda", "mps"))
+        raise SpecError(f"unknown device {name!r}; devices are auto, cpu, cuda, cuda:N and mps.{near}") from error
     there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(mps)}.get(device.type, 0)
     if (device.index or 0) >= there:
         raise SpecError(

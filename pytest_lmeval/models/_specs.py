@@ -32,6 +32,10 @@ def split(spec: str, bits: int | None) -> tuple[str, str]:
 
     Raises SpecError for a precision that is none of the known ones.
     """
+    if not isinstance(spec, str):
+        raise SpecError(f"a spec is a text such as demo, zoo:mamba or hf:FOLDER; got {spec!r}.")
+    if bits and bits not in BITS:
+        raise SpecError(f"bits is {bits!r}; it is one of {', '.join(map(str, BITS))}.")
     name, at, wanted = spec.rpartition("@")
     if not at or "/" in wanted or ":" in wanted or _exists(spec.partition(":")[2]):
         return spec, BITS[bits] if bits else ""
