@@ -7,7 +7,7 @@ from msgspec.structs import replace
 from pytest_lmeval import registry
 from pytest_lmeval.records._certificate import Certificate, Counterexample, LawResult, State
 from pytest_lmeval.records._comparison import Comparison, Flip
-from pytest_lmeval.records._document import BaselineUse, Document, Environment, Failure, Run, Section, Skipped
+from pytest_lmeval.records._document import BaselineUse, Environment, Failure, Run, RunDocument, Section, Skipped
 from pytest_lmeval.records._example import Example
 from pytest_lmeval.records._measured import Cost, ModelFacts, Precision, Record, Series
 from pytest_lmeval.records._schema import line_of
@@ -81,6 +81,7 @@ def answered(number, *, is_right=True, **changes):
         "scores": {"accuracy": float(is_right)},
         "choices": (" yes", " no"),
         "right": (0,),
+        "chosen": 0 if is_right else 1,
     }
     return Example(**{**own, "loglikelihoods": (-1.0, -2.0) if is_right else (-2.0, -1.0), **changes})
 
@@ -110,7 +111,7 @@ def document(*records, **changes):
         ),
         "records": list(records) or [laws(), reading(), asked()],
     }  # fmt: skip
-    return Document(**{**own, **changes})
+    return RunDocument(**{**own, **changes})
 
 
 def everything():

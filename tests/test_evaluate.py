@@ -102,6 +102,19 @@ def test_a_likelihood_is_that_of_the_tokens_of_a_choice_after_its_prompt():
         assert tokens == len(choice)
 
 
+@pytest.mark.parametrize("other", ["accuracy", "accuracy_per_token", "greedy_match"])
+def test_no_metric_depends_on_which_others_are_asked_for(other):
+    """Choices of very different lengths: the likeliest is another one where log-likelihoods are divided by tokens."""
+    rows = [{"n": n} for n in range(6)]
+    task = Task("own", rows, lambda row: Choices(f"{row['n']} is", (" a number of some length", " x"), 0), ("exact_match",))
+    alone = measure_task(LM, task)
+    beside = measure_task(LM, dataclasses.replace(task, metrics=("exact_match", other)))
+    assert beside.exact_match == alone.exact_match == 0
+    chosen = {example.chosen for example in beside.examples}
+    assert chosen == ({0} if other == "accuracy_per_token" else {1})
+    assert all(example.answer == ("x" if example.chosen else "a number of some length") for example in beside.examples)
+
+
 def test_the_record_says_how_the_number_was_had():
     result = measure_task(LM, TASK, shots=1, limit=10, batch_size=4)
     settings_, details = result.record.settings, result.record.details
@@ -114,6 +127,9 @@ def test_the_record_says_how_the_number_was_had():
     assert 0 <= result.accuracy.low <= result.accuracy <= result.accuracy.high <= 1
     assert measure_task(LM, TASK, shots=1, limit=10).record.settings["prompts"] == settings_["prompts"]
     assert measure_task(LM, TASK, shots=2, limit=10).record.settings["prompts"] != settings_["prompts"]
+    swapped = dataclasses.replace(TASK, ask=lambda row: dataclasses.replace(ask(row), answer=1 - ask(row).answers[0]))
+    same, other = (measure_task(LM, task, shots=0, limit=10).record.settings["prompts"] for task in (TASK, swapped))
+    assert same != other
     with pytest.raises(AttributeError, match=r"no metric 'f1'\. It has accuracy"):
         _ = result.f1
 

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from msgspec.structs import replace
 
-from pytest_lmeval.errors import TaskError
+from pytest_lmeval.errors import ArgumentError, TaskError
 from pytest_lmeval.records._example import Example
+from pytest_lmeval.records._metric import Metric, judge_of
 from pytest_lmeval.scoring import _answer_metrics as answer_metrics, _metrics as metrics
 from pytest_lmeval.scoring._answer_metrics import METRICS
 from pytest_lmeval.scoring._metrics import LIBRARIES, LM_EVAL_NAMES, metrics_of
@@ -346,7 +347,50 @@ def test_a_metric_of_speed_is_none_of_answers():
 def test_scores_that_judge_say_of_one_answer_whether_it_is_right():
     asked = metrics_of(["perplexity", "bleu", "chance", "matthews", "accuracy"], "own")
     assert [metric.name for metric in asked if metric.judges] == ["matthews", "accuracy"]
-    assert metrics.judging(asked).name == "matthews"
+    assert judge_of(asked).name == "matthews"
+
+
+def test_a_metric_says_itself_whether_it_judges():
+    """Neither a count nor a share of which less is better calls an answer right."""
+    length = Metric("words", score=lambda example: len(example.output.split()), interval="mean")
+    toxic = Metric("toxic", score=lambda example: 1.0, interval="share", higher_is_better=False)
+    assert judge_of([length, toxic, METRICS["squad_f1"]]) is METRICS["squad_f1"]
+    assert judge_of([length, toxic]) is None
+    with pytest.raises(ArgumentError, match="is to judge answers, and has a score of which less is better"):
+        Metric("toxic", score=lambda example: 1.0, judges=True, higher_is_better=False)
+    with pytest.raises(ArgumentError, match="is to judge answers, and has no score of one"):
+        Metric("toxic", judges=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"score": lambda example: math.nan}, "the score of own of question 3 .id 0+3. is nan; it is to be a finite number"),
+        ({"score": lambda example: 2.0, "interval": "share"}, "is 2.0; it is to be 1 or 0, since the metric is a share"),
+        ({"score": lambda example: example.right[7]}, "question 3 .id 0+3. failed with IndexError"),
+        ({"score": lambda example: "good"}, "failed with ValueError: could not convert string to float: 'good'"),
+    ],
+)
+def test_a_score_that_is_none_is_refused_with_its_metric_and_question(options, said):
+    with pytest.raises(TaskError, match=said):
+        metrics.scored(predicting(1, 1, 3), [Metric("own", **options)])
+
+
+@pytest.mark.parametrize("estimate", [lambda: 1 / 0, lambda: 3.0, lambda: (math.nan, None)])
+def test_a_statistic_that_fails_is_told_with_its_name(estimate):
+    with pytest.raises(TaskError, match="the statistic of own failed on 4 answers with"):
+        metrics.compute([Metric("own", statistic=lambda examples, seed: estimate())], many([(0, 1)] * 4))
+
+
+def test_what_a_metric_needs_is_one_of_few_things():
+    with pytest.raises(ArgumentError, match="the metric 'own' has needs='choises'; it is one of 'an answer', "):
+        Metric("own", needs="choises")
+
+
+@pytest.mark.parametrize("name", ["greedy_match", "perplexity"])
+def test_a_metric_of_the_right_choice_is_refused_where_none_is_right(name):
+    with pytest.raises(TaskError, match=f"{name} is computed from a right choice, and question 0"):
+        compute([name], [replace(chosen(0, [-1.0, -2.0], 0), right=())])
 
 
 def test_the_mean_of_what_each_example_counts_is_the_metric():
@@ -408,3 +452,12 @@ def test_importing_the_metrics_imports_none_of_their_libraries():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == []
+
+
+WRONG = {"aspect": "qualty", "interval": "shre", "norm": "word", "higher_is_better": "yes", "margin": "x"}
+
+
+@pytest.mark.parametrize(("field", "given"), [*WRONG.items(), ("margin", math.nan)])
+def test_a_metric_that_is_declared_wrongly_is_refused_with_the_field(field, given):
+    with pytest.raises(ArgumentError, match=f"the metric 'own' has {field}={given!r}"):
+        Metric("own", **{field: given})

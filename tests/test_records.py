@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,8 @@ def test_a_value_computes_and_compares_like_its_number(number, other):
 
 @given(FINITE, st.none() | FINITE, st.none() | st.integers(0), st.sampled_from([None, True, False]))
 def test_a_value_survives_json_and_pickle(number, low, n, better):
-    value = Value(number, "s", low=low, high=low, n=n, higher_is_better=better)
+    ends = {} if low is None else {"low": min(low, number), "high": max(low, number)}
+    value = Value(number, "s", **ends, n=n, higher_is_better=better)
     for again in (schema.convert(json.loads(json.dumps(value.to_json())), Value), pickle.loads(pickle.dumps(value))):
         assert again.to_json() == value.to_json()
 
@@ -55,6 +57,29 @@ def test_a_value_survives_json_and_pickle(number, low, n, better):
 def test_a_number_that_is_not_finite_is_no_value(numbers):
     with pytest.raises(ValueError, match="a value cannot be"):
         Value(**numbers)
+
+
+def test_a_value_lies_in_its_interval():
+    with pytest.raises(ValueError, match=r"0.5 does not lie between 0.9 and 0.95"):
+        Value(0.5, low=0.9, high=0.95)
+
+
+WRONG = [{"unit": 3}, {"n": 2.5}, {"n": -1}, {"n": "a"}, {"higher_is_better": "yes"}, {"low": "a", "high": 1}]
+
+
+@pytest.mark.parametrize("field", WRONG)
+def test_what_a_value_cannot_hold_is_refused_where_it_is_made(field):
+    """Not where the run is written, which would lose what all other tests have measured."""
+    with pytest.raises(ArgumentError, match=re.escape(repr(next(iter(field.values()))))):
+        Value(0.5, **field)
+
+
+@pytest.mark.parametrize("name", ["unit", "low", "n", "anything"])
+def test_a_value_does_not_change(name):
+    value = Value(0.5, "s", low=0.4, high=0.6)
+    with pytest.raises(AttributeError, match="a value does not change"):
+        setattr(value, name, 1)
+    assert value.to_json() == Value(0.5, "s", low=0.4, high=0.6).to_json()
 
 
 @pytest.mark.parametrize(
@@ -170,7 +195,9 @@ def test_a_setting_may_have_any_name(tmp_path):
         ('{"schema": true, "records": []}', "(its schema is true)"),
         ('{"records": []}', "names no schema version that is a number (it has no schema)"),
         ('{"schema": 7, "records": []}', "Install the version of pytest-lmeval that wrote it, or: run the tests again"),
+        ('{"schema": 7, "records": {}}', "Install the version of pytest-lmeval that wrote it, or: run the tests again"),
         ("[1, 2]", "holds no list of records"),
+        ("{}", "holds no list of records"),
         ("\xff", "is not whole JSON"),
     ],
 )

@@ -104,7 +104,7 @@ TWO = {"squad_f1": Value(0.5, higher_is_better=True), "exact_match": Value(0.5, 
         (answered(1, is_right=False), ["accuracy"], "0"),
         (generated(1, "x", scores={"squad_f1": 0.25, "exact_match": 0.0}), ["squad_f1", "exact_match"], "~"),
         (generated(1, "x", scores={"squad_f1": 0.25, "exact_match": 0.0}), ["exact_match", "squad_f1"], "0"),
-        (generated(1, "x", scores={"exact_match": 1.0}), ["squad_f1", "exact_match"], "1"),
+        (generated(1, "x", scores={"exact_match": 1.0}), ["squad_f1", "exact_match"], "-"),
         (generated(1, "x", scores={"squad_f1": None, "exact_match": 1.0}), ["squad_f1", "exact_match"], "-"),
         (generated(1, "x", scores={}), ["exact_match"], "-"),
         (generated(1, "yes", scores={"perplexity": 1.0, "bleu": 1.0}), ["perplexity", "bleu"], "-"),  # neither judges an answer
@@ -116,11 +116,12 @@ def test_an_answer_is_marked_by_its_score_in_the_first_metric_that_judges_it(tmp
     assert table["columns"][0]["marks"] == mark
 
 
-def test_the_chosen_answer_is_the_one_that_the_judging_metric_has_chosen(tmp_path):
-    line = answered(1, choices=(" yes", " certainly not"), loglikelihoods=(-2.0, -3.0), scores={"accuracy_per_byte": 0.0})
-    records = [asked("sum", "examples/x.jsonl"), asked("byte", "examples/x.jsonl", metrics={"accuracy_per_byte": Value(0.0)})]
-    (table,) = tables_of(write_run(tmp_path / "run", document(*records), x=[line]))
-    assert table["rows"][0][7] == [0, 1]
+def test_the_answer_shown_is_the_choice_that_the_example_says_was_chosen(tmp_path):
+    """Not one that the page finds by a rule of its own: here the first choice is the likeliest."""
+    choices = {"choices": (" yes", " certainly not"), "loglikelihoods": (-2.0, -3.0)}
+    lines = [answered(1, **choices, chosen=1, scores={"greedy_match": 0.0}), answered(2, **choices, chosen=0)]
+    (table,) = tables_of(write_run(tmp_path / "run", document(asked("demo", "examples/x.jsonl")), x=lines))
+    assert [row[7] for row in table["rows"]] == [[1], [0]]
 
 
 def test_an_answer_of_any_text_stays_text_and_does_not_end_the_script(tmp_path):
@@ -214,6 +215,13 @@ def test_a_registered_exporter_writes_its_files(tmp_path, monkeypatch, capsys):
     assert (folder / "a.csv").read_text() == "metric,value\n"
     assert json.loads((folder / "a.json").read_text()) == [3]
     assert not (folder / "report.html").exists()
+
+
+@pytest.mark.parametrize("export", [lambda found: 1 / 0, lambda found: 3, 7])
+def test_an_exporter_that_fails_is_told_with_its_name(tmp_path, monkeypatch, capsys, export):
+    register(monkeypatch, exporters={"other": {"csv": export}})
+    assert main(["render", str(write_run(tmp_path / "run", document())), "--format", "csv"]) == 2
+    assert "the export format 'csv' failed with" in capsys.readouterr().err
 
 
 def test_services_that_keep_numbers_are_given_them_in_their_formats(tmp_path, capsys):

@@ -13,7 +13,7 @@ from pytest_lmeval.report._words import number, several, wrapped
 
 FIRST = 5  # examples that the failure of a test names
 QUIET = ("same", "identical", "new", "better")  # said of these is only what was not compared as one would expect
-NAMES: dict[float, float | str] = {1: "right", 0: "wrong"}
+JUDGED: dict[float, str] = {1: "right", 0: "wrong"}
 
 
 def failure(test: str, rows: Sequence[tuple[Record, str, Comparison]], *, baseline: str, accept: str) -> str:
@@ -49,7 +49,7 @@ def _told(name: str, row: Comparison, example: str) -> Iterator[str]:
         yield f"Had nothing changed, chance would make so large a loss in {_odds(row.p)}; a loss that is larger"
         yield f"than allowed, and rarer than one of {1 / row.level:,.0f}, is called worse ({row.test}, {of})"
     if row.lost is not None and row.won is not None:
-        yield from _flipped(row, row.lost, row.won, example)
+        yield from _flipped(name, row, row.lost, row.won, example)
     yield from remarks(row, example)
     if row.differences:
         yield _differing(row.differences)
@@ -69,15 +69,20 @@ def _changed(name: str, row: Comparison, base: float, new: float) -> Iterator[st
         yield "It is the same in every run of the same code, so this is a change of the code or of its libraries."
 
 
-def _flipped(row: Comparison, lost: int, won: int, example: str) -> Iterator[str]:
+def _flipped(name: str, row: Comparison, lost: int, won: int, example: str) -> Iterator[str]:
     yield f"{several(lost, example)} lost, {won:,} won" + (":" if row.flipped else "")
     for flip in row.flipped[:FIRST]:
         said = "" if flip.output is None else f", says {flip.output!r}"
         said += "" if flip.target is None else f", right is {flip.target!r}"
-        before, after = (NAMES.get(side, side) for side in (flip.before, flip.after))
+        before, after = (_side(name, side) for side in (flip.before, flip.after))
         yield f"  {flip.id}: {before} -> {after}{said}"
     if lost + won > FIRST:
         yield f"  ... and {lost + won - FIRST:,} more; the first {len(row.flipped)} are in metrics.json"
+
+
+def _side(name: str, score: float) -> str:
+    """A score of one example in words, where the metric judges answers."""
+    return JUDGED.get(score, number(score)) if metric(name).judges else number(score)
 
 
 def _differing(differences: Sequence[str]) -> str:

@@ -57,8 +57,14 @@ def pair(name: str, base: Scores, new: Scores, *, up: bool, level: float = 0.01)
     low, high, error = (None if one is None else declared.scale * one for one in (found.low, found.high, found.error))
     scaled = replace(found, value=declared.scale * found.value, low=low, high=high, error=error)
     before, after = (declared.scaled(math.fsum(side) / weight) for side in sides)
-    paired = Paired(before, after, scaled, len(base.ids) - len(common), len(new.ids) - len(common))
+    only_base, only_new = (_counted(name, side) - len(common) for side in (base, new))
+    paired = Paired(before, after, scaled, only_base, only_new)
     return _with_flips(paired, common, new, up=up) if name in new.columns else paired
+
+
+def _counted(name: str, side: Scores) -> int:
+    """How many examples the metric is about."""
+    return sum(part is not None for part in side.ratio(name) or ())
 
 
 def _common(name: str, base: Scores, new: Scores) -> list[Both] | None:

@@ -18,7 +18,7 @@ from pytest_lmeval.errors import DocumentError
 from pytest_lmeval.records import _schema as schema
 from pytest_lmeval.records._example import Example, Unit
 from pytest_lmeval.records._measured import Record
-from pytest_lmeval.records._metric import metric
+from pytest_lmeval.records._metric import is_declared, metric
 
 T = TypeVar("T")
 SHOWN = 60  # characters of an output
@@ -139,12 +139,17 @@ def _is_compared(name: str) -> bool:
 
 def _of_answers(examples: list[Example], metrics: list[str]) -> Scores:
     examples = sorted(examples, key=lambda example: example.number)
+    if strange := [name for name in metrics if not is_declared(name) and any(name in one.scores for one in examples)]:
+        raise DocumentError(
+            f"nobody registers the metric {', '.join(strange)} here, so that it is not known how examples add up to it. "
+            "Install the package that does."
+        )
     means = [name for name in metrics if _is_compared(name) and any(name in one.scores for one in examples)]
     columns = {name: [_or_none(example.scores.get(name)) for example in examples] for name in means}
     ids = numbered([example.id for example in examples])
     groups = [None if example.group is None else hashlib.sha256(example.group.encode()).hexdigest()[:8] for example in examples]
     said = {
-        name: (_short(example.output), None if example.target is None else _short(example.target))
+        name: (_short(example.answer), None if example.target is None else _short(example.target))
         for name, example in zip(ids, examples, strict=True)
     }
     return Scores(ids, groups, columns, said)

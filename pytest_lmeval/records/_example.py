@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
+from pytest_lmeval.records._metric import Norm
 from pytest_lmeval.records._schema import Kept
-
-Norm = Literal["sum", "token", "byte", "character"]
-"""What the log-likelihood of a choice is divided by before choices are compared; "sum": by nothing."""
 
 
 class Example(Kept, frozen=True, kw_only=True):
@@ -16,7 +12,7 @@ class Example(Kept, frozen=True, kw_only=True):
     id              hash of the row
     number          index of the row
     prompt          the text that was read, shown examples and all
-    output          the text that the model gave, or that of the choice it found likeliest, stripped
+    output          the text that the model gave, or that of the choice with the largest log-likelihood, stripped
     target          a text that is right, stripped; None where there is nothing to compare with
     scores          metric -> what this example counts in it; None where the metric is not about it
     key             hash of everything that decides the answer: model, prompt, question, seed
@@ -27,6 +23,8 @@ class Example(Kept, frozen=True, kw_only=True):
     loglikelihoods  of each choice after the prompt, nats, all its tokens together
     tokens          number of tokens of each choice
     greedy          of each choice, whether the model would have generated it
+    chosen          index of the choice that it is judged by: the likeliest as the first metric that compares choices compares
+                    them; None where the answer was generated
     targets         all texts that are right, stripped
     judged          what the task's judge found of the output
     read, saved     tokens read for it (a prefix shared with earlier ones is counted there), and those that were not read again
@@ -48,6 +46,7 @@ class Example(Kept, frozen=True, kw_only=True):
     loglikelihoods: tuple[float, ...] = ()
     tokens: tuple[int, ...] = ()
     greedy: tuple[bool, ...] = ()
+    chosen: int | None = None
     targets: tuple[str, ...] = ()
     judged: bool | None = None
     read: int = 0
@@ -61,6 +60,8 @@ class Example(Kept, frozen=True, kw_only=True):
             raise ValueError(f"there are {count} choices, and log-likelihoods, tokens or greedy of another number")
         if not all(0 <= index < count for index in self.right):
             raise ValueError(f"right is {list(self.right)}, and there are {count} choices")
+        if self.chosen is not None and not 0 <= self.chosen < count:
+            raise ValueError(f"chosen is {self.chosen}, and there are {count} choices")
 
     def compared(self, norm: Norm = "sum") -> list[float]:
         """What the choices are compared by: log-likelihoods, each divided as `norm` says."""
@@ -70,6 +71,11 @@ class Example(Kept, frozen=True, kw_only=True):
         """Index of the likeliest choice; of equal ones the first."""
         scores = self.compared(norm)
         return scores.index(max(scores))
+
+    @property
+    def answer(self) -> str:
+        """The text that it is judged by: of the choice that was chosen, or the output."""
+        return self.output if self.chosen is None else (self.texts or self.choices)[self.chosen].strip()
 
     @property
     def tied(self) -> bool:

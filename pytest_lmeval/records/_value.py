@@ -8,7 +8,10 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral, Real
 from typing import Any
+
+from pytest_lmeval.errors import ArgumentError
 
 
 class Value(float):
@@ -40,16 +43,30 @@ class Value(float):
         higher_is_better: bool | None = None,
         more: dict[str, Any] | None = None,
     ) -> Value:
+        if not isinstance(unit, str) or not isinstance(higher_is_better, bool | None):
+            raise ArgumentError(
+                f"the unit of a value is a text, its direction True, False or None; got {unit!r}, {higher_is_better!r}"
+            )
+        if n is not None and (not isinstance(n, Integral) or isinstance(n, bool) or n < 0):
+            raise ArgumentError(f"n is {n!r}: it is how many things were counted, or None")
         for number in (value, low, high):
+            if number is not None and not isinstance(number, Real):
+                raise ArgumentError(f"a value and the ends of its interval are numbers; got {number!r}")
             if number is not None and not math.isfinite(number):
-                raise ValueError(f"a value cannot be {number} (value {value}, interval {low} to {high}, n {n})")
+                raise ArgumentError(f"a value cannot be {number} (value {value}, interval {low} to {high}, n {n})")
         if (low is None) != (high is None):
-            raise ValueError(f"an interval has two ends, and this one goes from {low} to {high}")
+            raise ArgumentError(f"an interval has two ends, and this one goes from {low} to {high}")
+        if low is not None and high is not None and not low <= value <= high:
+            raise ArgumentError(f"a value lies in its interval, and {value} does not lie between {low} and {high}")
         self = super().__new__(cls, value)
-        self.unit, self.n, self.higher_is_better, self.more = unit, n, higher_is_better, more or {}
-        self.low = None if low is None else float(low)
-        self.high = None if high is None else float(high)
+        ends = {"low": None if low is None else float(low), "high": None if high is None else float(high)}
+        fields = {"unit": unit, **ends, "n": n, "higher_is_better": higher_is_better, "more": more or {}}
+        for name, field in fields.items():
+            object.__setattr__(self, name, field)
         return self
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"a value does not change: make another one, instead of setting its {name} to {value!r}")
 
     def __repr__(self) -> str:
         interval = "" if self.low is None else f" [{self.low:.6g}, {self.high:.6g}]"

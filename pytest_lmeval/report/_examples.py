@@ -18,7 +18,7 @@ from typing import Any
 from pytest_lmeval.records import _schema as schema
 from pytest_lmeval.records._example import Example
 from pytest_lmeval.records._measured import Record
-from pytest_lmeval.records._metric import Metric, metric
+from pytest_lmeval.records._metric import Metric, judge_of, metric
 from pytest_lmeval.report._words import disambiguate, several, visible
 
 SHORT = 1_000
@@ -28,19 +28,15 @@ RIGHT, WRONG, PARTLY, UNJUDGED, ABSENT = "1", "0", "~", "-", "."
 
 @dataclass(frozen=True)
 class Column:
-    """A record of the table. `judges`: its metrics that judge answers, in its order."""
+    """A record of the table. `judge`: the metric of it that judges answers, if one does."""
 
     label: str
     file: str
-    judges: list[Metric]
-
-    def judge(self, example: Example) -> Metric | None:
-        """The first of its metrics that judge answers, and that this one has a score of."""
-        return next((judge for judge in self.judges if judge.name in example.scores), None)
+    judge: Metric | None
 
     def score(self, example: Example) -> float | None:
         """1 if the answer is right, 0 if it is wrong; None if nothing says so."""
-        return None if (judge := self.judge(example)) is None else example.scores[judge.name]
+        return None if self.judge is None else example.scores.get(self.judge.name)
 
 
 @dataclass(frozen=True)
@@ -109,8 +105,8 @@ def _table(subject: str, asked: list[tuple[Record, Path]], notes: list[str]) -> 
     columns: list[Column] = []
     questions: dict[tuple[str, int], dict[int, Example]] = {}
     for index, (label, (record, folder)) in enumerate(zip(labels, asked, strict=True)):
-        judges = [found for name, value in record.metrics.items() if (found := metric(name, value)).judges]
-        columns.append(Column(label, record.examples or "", judges))
+        judge = judge_of(metric(name, value) for name, value in record.metrics.items())
+        columns.append(Column(label, record.examples or "", judge))
         seen: Counter[str] = Counter()
         for example in _read_inside(folder, record.examples or "", notes):
             questions.setdefault((example.id, seen[example.id]), {})[index] = example
@@ -202,20 +198,17 @@ def _row(table: Table, index: int, metrics: list[str]) -> list[Any]:
         list(first.right),
         target,
         [None if prompt is None else shortened(prompt, end=True) for prompt in prompts],
-        [_answer(column, one, choices) for column, one in asked],
+        [_answer(one, choices) for one in examples],
         [None if one is None or not choices else [round(value, 3) for value in one.loglikelihoods] for one in examples],
         [None if one is None else [_digits(one.scores.get(name)) for name in metrics] for one in examples],
         [None if one is None else _digits(column.score(one)) for column, one in asked],
     ]
 
 
-def _answer(column: Column, example: Example | None, choices: list[str]) -> int | str | None:
+def _answer(example: Example | None, choices: list[str]) -> int | str | None:
     if example is None:
         return None
-    if not choices or not example.choices:
-        return shortened(example.output)
-    judge = column.judge(example)
-    return example.predicted((judge and judge.norm) or "sum")
+    return example.chosen if choices and example.chosen is not None else shortened(example.output)
 
 
 def _digits(value: float | None) -> float | None:

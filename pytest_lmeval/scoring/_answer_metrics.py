@@ -19,10 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from pytest_lmeval.records._example import Example, Norm
-from pytest_lmeval.records._metric import Estimate, Metric
+from pytest_lmeval.records._example import Example
+from pytest_lmeval.records._metric import Estimate, Metric, Needs, Norm
+from pytest_lmeval.scoring._reading_metrics import LOSS
 from pytest_lmeval.statistics._bootstrap import FEWEST_UNITS
 
+TARGETS: Needs = "targets to compare with"
+ONE: Needs = "one right choice"
+SQUAD: dict[str, Any] = {"library": "torchmetrics"}
 NO_ANSWER = ("unanswerable", "")  # what says that the text does not tell
 REPLICATES = 500
 
@@ -141,11 +145,11 @@ def _resampled(sums: np.ndarray, statistic: Callable[[np.ndarray], float], seed:
     return value, (float(low), float(high))
 
 
-def _mean(name: str, score: Callable[[Example], float | None], needs: str = "an answer", **options: Any) -> Metric:
-    return Metric(name, score=score, needs=needs, **{"interval": "mean", **options})
+def _mean(name: str, score: Callable[[Example], float | None], needs: Needs = "an answer", **options: Any) -> Metric:
+    return Metric(name, score=score, needs=needs, **{"interval": "mean", "judges": True, **options})
 
 
-def _share(name: str, score: Callable[[Example], float | None], needs: str = "an answer", **options: Any) -> Metric:
+def _share(name: str, score: Callable[[Example], float | None], needs: Needs = "an answer", **options: Any) -> Metric:
     return _mean(name, score, needs, interval="share", **options)
 
 
@@ -158,9 +162,10 @@ def _accuracy(name: str, norm: Norm, about: str) -> Metric:
     return _share(name, partial(is_right, norm=norm), "choices", norm=norm, about=about)
 
 
-def _label(name: str, statistic: Callable[..., float], needs: str, about: str) -> Metric:
+def _label(name: str, statistic: Callable[..., float], needs: Needs, about: str) -> Metric:
     """A statistic of labels and predictions; one example is right or wrong."""
-    return Metric(name, score=is_right, statistic=_of_cells(statistic), needs=needs, library="sklearn", norm="sum", about=about)
+    of_all, library = _of_cells(statistic), "sklearn"
+    return _mean(name, is_right, needs, interval=None, statistic=of_all, library=library, norm="sum", about=about)
 
 
 def _rouge(kind: str) -> Metric:
@@ -168,11 +173,8 @@ def _rouge(kind: str) -> Metric:
         return float(_rouge_scorer(kind).score_multi(example.targets, example.output)[kind].fmeasure)
 
     about = "F-measure, the best over the targets (Lin 2004)"
-    return _mean(kind, score, "targets to compare with", library="rouge_score", about=about)
+    return _mean(kind, score, TARGETS, library="rouge_score", about=about)
 
-
-TARGETS, ONE = "targets to compare with", "one right choice"
-of_squad = {"library": "torchmetrics"}
 
 METRICS = {
     metric.name: metric
@@ -184,33 +186,34 @@ METRICS = {
         _share(
             "greedy_match",
             lambda example: float(example.greedy[example.right[0]]),
-            "choices",
+            "a right choice",
             about="share of right choices (the first, of several) that the model would generate",
         ),
         _mean(
             "perplexity",
             lambda example: -example.loglikelihoods[example.right[0]],
-            "choices",
+            "a right choice",
+            judges=False,
             higher_is_better=False,
             exponential=True,
             sums=("nats", "tokens"),
             stands_for="bits_per_byte",
-            margin="0.5%",
+            margin=LOSS,
             about="exp of the mean loss: a token of a text, or of a right choice with all its tokens together, as LAMBADA's",
         ),
-        _share("exact_match", exact_match, TARGETS, **of_squad, about="share of outputs that are one of the targets"),
-        _mean("squad_f1", squad_f1, TARGETS, **of_squad, about="F1 over words, the best over the targets"),
+        _share("exact_match", exact_match, TARGETS, **SQUAD, about="share of outputs that are one of the targets"),
+        _mean("squad_f1", squad_f1, TARGETS, **SQUAD, about="F1 over words, the best over the targets"),
         _share(
             "has_answer_exact_match",
             _among(answerable, exact_match),
-            **of_squad,
+            **SQUAD,
             about="exact_match where the text tells the answer (SQuAD 2.0)",
         ),
-        _mean("has_answer_f1", _among(answerable, squad_f1), **of_squad, about="squad_f1 where the text tells the answer"),
+        _mean("has_answer_f1", _among(answerable, squad_f1), **SQUAD, about="squad_f1 where the text tells the answer"),
         _share(
             "no_answer_accuracy",
             _among(lambda example: not answerable(example), exact_match),
-            **of_squad,
+            **SQUAD,
             about='share of empty outputs, or "unanswerable", where the text does not tell the answer',
         ),
         _label("f1", _f1, "two choices, one of them right", "F1 of choice 1 against choice 0"),
@@ -232,6 +235,7 @@ METRICS = {
         _mean(
             "chance",
             _among(lambda example: len(example.choices) > 1, lambda example: len(example.right) / len(example.choices)),
+            judges=False,
             higher_is_better=None,
             interval=None,
             about="share that guessing would be right in: a property of the questions",

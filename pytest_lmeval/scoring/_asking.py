@@ -16,12 +16,12 @@ from msgspec.structs import replace
 
 from pytest_lmeval.errors import NotFiniteError, TaskError
 from pytest_lmeval.models._model import Model
-from pytest_lmeval.records._example import Example, Norm
-from pytest_lmeval.records._metric import Metric
+from pytest_lmeval.records._example import Example
+from pytest_lmeval.records._metric import Metric, Norm, judge_of
 from pytest_lmeval.scoring._answers import AnswerFile
 from pytest_lmeval.scoring._fewshot import Shots, question_of, rows_of
 from pytest_lmeval.scoring._generation import generate
-from pytest_lmeval.scoring._metrics import judging, scored
+from pytest_lmeval.scoring._metrics import scored
 from pytest_lmeval.scoring._requests import Asked, Encoder
 from pytest_lmeval.scoring._sharing import Scored, Sharing
 from pytest_lmeval.statistics import _sequential as sequential
@@ -58,7 +58,7 @@ class Run:
 
     def blocks(self, questions: Iterator[Asked], known: dict[int, Example]) -> Iterator[None]:
         """Ask the questions, block by block, but for those whose very answer is `known`. Ends early with a verdict."""
-        judge = judging(self.metrics)
+        judge = judge_of(self.metrics)
         for block in in_blocks(questions, self.sharing.batch_size, grow=self.task.threshold is None):
             fresh = [asked for asked in block if (old := known.get(asked.number)) is None or old.key != asked.key]
             found = {example.number: example for example in self._answers(fresh)}
@@ -78,10 +78,13 @@ class Run:
         return next((metric.norm for metric in self.metrics if metric.norm is not None), "sum")
 
     def _scored(self, example: Example) -> Example:
-        """The example with what it counts in each metric, and for choices the one that was chosen."""
+        """The example with what it counts in each metric, and for choices the one that was chosen.
+
+        Its output, which metrics of texts compare, depends on no metric; what was chosen does.
+        """
         if example.choices:
-            chosen = (example.texts or example.choices)[example.predicted(self.norm)]
-            example = replace(example, output=chosen.strip())
+            output = (example.texts or example.choices)[example.predicted()].strip()
+            example = replace(example, chosen=example.predicted(self.norm), output=output)
         return replace(example, scores=scored(example, self.metrics))
 
     def _answers(self, block: Sequence[Asked]) -> Iterator[Example]:

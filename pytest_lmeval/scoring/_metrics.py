@@ -16,7 +16,7 @@ import numpy as np
 from pytest_lmeval import registry
 from pytest_lmeval.errors import RegistryError, TaskError
 from pytest_lmeval.records._example import Example
-from pytest_lmeval.records._metric import Estimate, Metric
+from pytest_lmeval.records._metric import Estimate, Metric, Needs, is_declared, metric as declared
 from pytest_lmeval.records._value import Value
 from pytest_lmeval.scoring._answer_metrics import units_of
 from pytest_lmeval.statistics._bootstrap import ratio_intervals
@@ -25,9 +25,10 @@ from pytest_lmeval.statistics._sequential import confidence_sequence
 
 LIBRARIES = {"sklearn": "scikit-learn", "sacrebleu": "sacrebleu", "rouge_score": "rouge-score", "torchmetrics": "torchmetrics"}
 
-NEEDS: dict[str, Callable[[Example], bool]] = {
+NEEDS: dict[Needs, Callable[[Example], bool]] = {
     "an answer": lambda example: True,
     "choices": lambda example: bool(example.choices),
+    "a right choice": lambda example: bool(example.right),
     "one right choice": lambda example: len(example.right) == 1,
     "two choices, one of them right": lambda example: len(example.choices) == 2 and len(example.right) == 1,
     "targets to compare with": lambda example: bool(example.targets),
@@ -75,7 +76,10 @@ def metrics_of(names: Sequence[str], task: str) -> list[Metric]:
 
 
 def scored(example: Example, metrics: Sequence[Metric]) -> dict[str, float | None]:
-    """What an example counts in each metric that counts examples. Raises TaskError where it has not what a metric needs."""
+    """What an example counts in each metric that counts examples.
+
+    Raises TaskError where it has not what a metric needs, and where a metric fails or gives no number that it may give.
+    """
     for metric in metrics:
         if not NEEDS[metric.needs](example):
             raise TaskError(
@@ -83,13 +87,7 @@ def scored(example: Example, metrics: Sequence[Metric]) -> dict[str, float | Non
                 f"{len(example.choices)} choices, right are {list(example.right)}, its output is {example.output!r}, its "
                 f"targets are {list(example.targets)!r}. Ask for another metric (`lmeval list metrics`)."
             )
-    counted = ((metric, metric.score(example)) for metric in metrics if metric.score is not None)
-    return {metric.name: None if score is None else float(score) for metric, score in counted}
-
-
-def judging(metrics: Sequence[Metric]) -> Metric | None:
-    """The metric by which one answer is called right or wrong: the first of them that says so."""
-    return next((metric for metric in metrics if metric.judges), None)
+    return {metric.name: _score(metric, example) for metric in metrics if metric.score is not None}
 
 
 def compute(
@@ -116,7 +114,9 @@ def compute(
 
 def _metric(name: str, task: str) -> Metric:
     try:
-        found: Metric = registry.find("metrics", name)
+        if not is_declared(name) or "*" in name:
+            raise registry.unknown("metrics", name)
+        found = declared(name)
     except RegistryError as error:
         ours = f" What lm_eval calls so is {LM_EVAL_NAMES[name]} here." if name in LM_EVAL_NAMES else ""
         raise TaskError(f"{task} asks for the metric {name!r}:{ours} {error}") from None
@@ -125,10 +125,32 @@ def _metric(name: str, task: str) -> Metric:
     return found
 
 
+def _score(metric: Metric, example: Example) -> float | None:
+    assert metric.score is not None
+    of = f"the score of {metric.name} of question {example.number} (id {example.id})"
+    try:
+        score = metric.score(example)
+        number = None if score is None else float(score)
+    except Exception as error:
+        raise TaskError(
+            f"{of} failed with {type(error).__name__}: {error}. The metric cannot be computed without it."
+        ) from error
+    if number is not None and not (number in (0, 1) if metric.interval == "share" else math.isfinite(number)):
+        wanted = "1 or 0, since the metric is a share" if metric.interval == "share" else "a finite number"
+        raise TaskError(f"{of} is {number}; it is to be {wanted}, or None where the metric is not about that question.")
+    return number
+
+
 def _value(metric: Metric, examples: Sequence[Example], seed: int) -> Value | None:
     if metric.statistic is not None:
-        estimate = metric.statistic(examples, seed)
-        return None if estimate is None else metric.value(*estimate, n=len(examples))
+        try:
+            estimate = metric.statistic(examples, seed)
+            return None if estimate is None else metric.value(*estimate, n=len(examples))
+        except Exception as error:
+            raise TaskError(
+                f"the statistic of {metric.name} failed on {len(examples)} answers with {type(error).__name__}: {error}. It is "
+                "to give a finite number and its interval or None, or None for nothing."
+            ) from error
     counted = [example for example in examples if example.scores[metric.name] is not None]
     if not counted:
         return None
