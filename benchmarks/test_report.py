@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from pytest_lmeval.records._document import Document
+from pytest_lmeval.records._document import RunDocument
 from pytest_lmeval.records._example import Example
 from pytest_lmeval.records._measured import ModelFacts, Record, Series
 from pytest_lmeval.records._schema import line_of
@@ -80,13 +80,13 @@ def run(folder, count):
                 series={"loss_by_position": Series([1.0, 2.0], [3.0, 2.0], "tokens before", "nats/token")},
             )
         )
-    return Document(records=records)
+    return RunDocument(records=records)
 
 
 @pytest.mark.parametrize("count", [100, 1_000, 10_000])
 def test_rendering_a_report(lmeval, tmp_path, count):
     document = run(tmp_path, count)
-    pages.render("report.html", Document())  # templates and scripts are read once
+    pages.render("report.html", RunDocument())  # templates and scripts are read once
     began = time.process_time()
     html = pages.render("report.html", document, folders=[tmp_path])
     seconds = time.process_time() - began

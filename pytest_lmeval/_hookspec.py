@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from pytest_lmeval.records._document import Document
+    from pytest_lmeval.records._document import RunDocument
 
 
 @pytest.hookspec
-def pytest_lmeval_report(config: pytest.Config, data: Document) -> None:
+def pytest_lmeval_report(config: pytest.Config, data: RunDocument) -> None:
     """Called once, when a run has ended and its numbers are saved, before the pages are rendered.
 
-    data  what `metrics.json` holds (a `pytest_lmeval.records.Document`), to be changed in place: the metrics of a record, and
-          `data.sections`, tables and texts that stand in `summary.md` and `report.html` under a title of their own
+    data  what `metrics.json` holds (a `pytest_lmeval.records.RunDocument`), to be changed in place: the metrics of a record,
+          and its `sections`, tables and texts that stand in `summary.md` and `report.html` under a title of their own. A
+          record itself is replaced: `data.records[0] = msgspec.structs.replace(data.records[0], subject="...")`
 
         # conftest.py
         from pytest_lmeval import Section, Value

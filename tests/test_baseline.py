@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from pytest_lmeval.__main__ import main
 from pytest_lmeval.data._ids import as_corpus
-from pytest_lmeval.errors import BaselineError
+from pytest_lmeval.errors import BaselineError, DocumentError
 from pytest_lmeval.gates._baseline import Baseline, BaselineFile, examples_file, read, write
 from pytest_lmeval.gates._compare import Side, compare
 from pytest_lmeval.gates._entry import IRRELEVANT, differs, entry_of, gated, names_of
@@ -21,8 +21,8 @@ from pytest_lmeval.gates._margins import Margins, read_marker
 from pytest_lmeval.gates._pairing import pair
 from pytest_lmeval.gates._scores import Scores, rounded, scores_of
 from pytest_lmeval.records._certificate import Certificate
-from pytest_lmeval.records._comparison import Comparison
-from pytest_lmeval.records._document import Document, Environment, dump
+from pytest_lmeval.records._comparison import Comparison, Flip
+from pytest_lmeval.records._document import Environment, RunDocument, dump
 from pytest_lmeval.records._example import Example, Unit
 from pytest_lmeval.records._measured import Cost, ModelFacts, Record
 from pytest_lmeval.records._metric import headline_of, value_of
@@ -72,7 +72,7 @@ def write_run(folder, *found):
             (folder / (made.units or made.examples)).write_text("".join(map(line_of, lines)))
         records.append(made)
     environment = Environment(python="3.11", device="cpu", cpu="x", threads=1, packages={"torch": "2"}, commit="c", dirty=True)
-    (folder / "metrics.json").write_text(dump(Document(environment=environment, records=records)))
+    (folder / "metrics.json").write_text(dump(RunDocument(environment=environment, records=records)))
     return records
 
 
@@ -367,6 +367,29 @@ def test_answers_that_were_sampled_at_another_temperature_are_said_to_be(place):
     worse = replace(row, verdict="worse")
     assert f"  {said}" in failure(TEST, [(sampled, "accuracy", worse)], baseline="b.json", accept="").splitlines()
     assert (row.flipped[0].output, row.flipped[0].target, row.flipped[0].after) == ("b", "a", 0)
+
+
+def test_examples_that_a_metric_is_about_in_neither_run_are_in_neither_alone():
+    """Both runs asked all three; the metric is about one of them in neither run, and about another in the new one only."""
+    sides = [Scores(["a", "b", "c"], [None] * 3, {"accuracy": column}) for column in ([1, None, None], [0, None, 1])]
+    found = pair("accuracy", *sides, up=True)
+    assert (found.only_base, found.only_new) == (0, 1)
+
+
+def test_scores_of_a_metric_that_nobody_registers_here_are_not_dropped_in_silence(place):
+    made, lines = answers([1, 0])
+    lines = [replace(line, scores={"brevity": 1.0}) for line in lines]
+    (found,) = write_run(place, (replace(made, metrics={"brevity": Value(1.0, n=2, higher_is_better=True)}), lines))
+    with pytest.raises(DocumentError, match=r"nobody registers the metric brevity here.* Install the package that does"):
+        scores_of(found, place)
+
+
+def test_only_a_score_that_judges_is_told_as_right_or_wrong():
+    """The nats of one answer, too, may be exactly 0 and 1, and then less is better."""
+    flip = Flip(id="q", before=0.0, after=1.0)
+    row = Comparison(verdict="worse", base=0.5, new=0.4, margin=0.01, lost=0, won=1, flipped=[flip])
+    for name, said in {"accuracy": "q: wrong -> right", "perplexity": "q: 0 -> 1"}.items():
+        assert f"  {said}" in failure(TEST, [(record(), name, row)], baseline="b.json", accept="")
 
 
 def test_what_an_example_counted_is_read_and_never_computed_again(place):

@@ -14,7 +14,7 @@ from pytest_lmeval.gates import _compare_runs as compare_runs
 from pytest_lmeval.gates._compare_runs import add_arguments, compared, race
 from pytest_lmeval.gates._interleaved import Key, Number, Side, numbers, side
 from pytest_lmeval.records._comparison import Comparison
-from pytest_lmeval.records._document import Document
+from pytest_lmeval.records._document import RunDocument
 from pytest_lmeval.records._measured import ModelFacts, Record
 from pytest_lmeval.records._metric import value_of
 from pytest_lmeval.statistics._ratio import judge_all, quantile, ratio
@@ -148,10 +148,10 @@ def test_only_what_every_run_has_is_compared_and_the_rest_is_said():
 def test_medians_of_speed_are_compared_and_nothing_else():
     lm, metrics = ModelFacts(spec="demo"), {name: value_of(name, 2.0) for name in ("itl", "itl_p95", "accuracy")}
     record = Record(test=KEY.test, lm=lm, kind="latency", subject=KEY.subject, metrics=metrics)
-    assert numbers(Document(records=[record])) == {KEY: Number(2.0, "ms", False)}
+    assert numbers(RunDocument(records=[record])) == {KEY: Number(2.0, "ms", False)}
     for margin, share in (("10 %", 0.1), ("0.5", 0.25)):
         gate = {"itl": Comparison(verdict="not judged", new=2.0, margin=margin)}
-        assert numbers(Document(records=[replace(record, gate=gate)]))[KEY].threshold == share
+        assert numbers(RunDocument(records=[replace(record, gate=gate)]))[KEY].threshold == share
 
 
 def test_a_side_that_writes_another_schema_is_told(tmp_path):

@@ -12,6 +12,7 @@ from clean_models import Attention
 from hypothesis import given, settings, strategies as st
 from toys import VOCAB, Failing, Functional, Stateless, Stepper
 
+from pytest_lmeval import corpus, perplexity
 from pytest_lmeval.data._corpus import Corpus, Document
 from pytest_lmeval.errors import CorpusError, StreamError
 from pytest_lmeval.measures._perplexity import exponential, measure_perplexity
@@ -399,3 +400,9 @@ def test_no_token_is_put_before_ids():
 def test_ids_that_are_no_integers_are_refused():
     with pytest.raises(CorpusError, match="token ids are integers; these are float64"):
         measure_perplexity(LM, np.array([1.2, 3.9, 4.1]))
+
+
+def test_a_corpus_may_be_named():
+    by_name, itself = (perplexity("demo", text, tokens=40) for text in ("stdlib", corpus("stdlib")))
+    assert by_name.nll == itself.nll
+    assert by_name.record.subject == "stdlib[test]"

@@ -288,7 +288,7 @@ def test_it_is_told_whether_a_model_was_timed_before_and_by_whom():
 
 def test_another_value_of_a_model_is_the_one_that_was_timed_and_another_step_is_not():
     def timed_before(lm):
-        return measure_latency(lm, seq_len=4, runs=2, warm_up=0).record.settings["timed_before"]
+        return measure_latency(lm, seq_len=4, runs=2, warm_up=0).record.details["timed_before"]
 
     lm = as_model(Functional())
     assert not timed_before(replace(lm, context_length=64))

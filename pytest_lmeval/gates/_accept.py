@@ -14,7 +14,7 @@ from pytest_lmeval.errors import BaselineError, DocumentError
 from pytest_lmeval.gates._baseline import Baseline, contradictions, examples_file, place_of, read, write
 from pytest_lmeval.gates._entry import entry_of, names_of
 from pytest_lmeval.gates._scores import AGAIN, scores_of
-from pytest_lmeval.records._document import NAME, Document, Environment, load
+from pytest_lmeval.records._document import NAME, Environment, RunDocument, load
 from pytest_lmeval.records._measured import Record
 
 
@@ -89,7 +89,7 @@ def merged(old: Baseline, accepted: dict[str, list[Record]], environment: Enviro
     return Baseline(structs.replace(old.file, environment=place_of(environment), tests=tests), scores)
 
 
-def _why(document: Document, chosen: Sequence[Record], refused: set[str], pattern: str) -> str:
+def _why(document: RunDocument, chosen: Sequence[Record], refused: set[str], pattern: str) -> str:
     if refused:
         return f"{', '.join(sorted(refused))} failed, and not for the baseline. Fix that first."
     if document.records and not chosen:

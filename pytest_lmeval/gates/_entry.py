@@ -17,7 +17,6 @@ from pytest_lmeval.records._metric import headline_of, metric
 from pytest_lmeval.records._schema import Kept, to_plain
 from pytest_lmeval.records._value import Value
 
-LAWS = "equivalence"  # the kind of record whose verdict is compared
 IRRELEVANT = {  # settings that two runs may differ in, and why
     "budget": "how long the laws of a model are tried says nothing of the model",
     "chunk_size": "the certificate proves that the numbers do not depend on it",
@@ -66,7 +65,7 @@ class Entry(Kept, frozen=True, kw_only=True):
 
 def entry_of(record: Record) -> Entry:
     """The entry of a record, not sealed yet."""
-    probed = record.kind == LAWS  # how many cases it tried is a question of time: only the verdict is kept
+    probed = record.is_verdict  # how many cases it tried is a question of time: only the verdict is kept
     kept = {name: value for name, value in record.metrics.items() if not probed and metric(name, value).is_kept}
     metrics = {name: _rounded(value) for name, value in kept.items()}
     costs = {name: None if probed else getattr(record.cost, name) for name in COSTS}

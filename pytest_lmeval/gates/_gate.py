@@ -15,13 +15,13 @@ import pytest
 from msgspec.structs import asdict, replace
 
 from pytest_lmeval._options import is_worker, option, output_folder, test_id
-from pytest_lmeval.errors import BaselineError, DocumentError
+from pytest_lmeval.errors import BaselineError, DocumentError, nearest
 from pytest_lmeval.gates._baseline import Baseline, differences, place_of, read
 from pytest_lmeval.gates._entry import Entry, entry_of, gated, names_of
 from pytest_lmeval.gates._margins import Margins, check_sign, read_marker
 from pytest_lmeval.gates._missing_tests import MissingTests
 from pytest_lmeval.records._comparison import Comparison
-from pytest_lmeval.records._document import BaselineUse, Document
+from pytest_lmeval.records._document import BaselineUse, RunDocument
 from pytest_lmeval.records._measured import Record
 from pytest_lmeval.records._metric import metric
 from pytest_lmeval.records._value import Value
@@ -164,7 +164,7 @@ class Gate:
         return missing + ([f"made elsewhere: {', '.join(self.elsewhere)}"] if self.elsewhere else [])
 
     @pytest.hookimpl(tryfirst=True)
-    def pytest_lmeval_report(self, data: Document) -> None:
+    def pytest_lmeval_report(self, data: RunDocument) -> None:
         """The pages say it too."""
         if self.baseline is not None:
             self.elsewhere = differences(self.baseline.file.environment, place_of(data.environment))
@@ -194,7 +194,8 @@ def unused_margins(records: Sequence[Record], margins: Margins) -> list[str]:
     found = []
     for name, margin in margins.given.items():
         if name not in {*metrics, *costs, *speeds, "verdict"}:
-            has = ", ".join(metrics) or "no metric"
+            near = nearest(name, [*metrics, *costs, *speeds])
+            has = (", ".join(metrics) or "no metric") + (near and f".{near}")
             found.append(f"the marker {MARKER} names {name}, which the test does not record; it records {has}")
         elif margin is None or name in speeds:
             continue

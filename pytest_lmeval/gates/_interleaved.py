@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pytest_lmeval.errors import DocumentError, SideError
 from pytest_lmeval.gates._margins import parse
-from pytest_lmeval.records._document import NAME, Document, load
+from pytest_lmeval.records._document import NAME, RunDocument, load
 from pytest_lmeval.records._measured import Record
 from pytest_lmeval.records._metric import metric
 
@@ -92,7 +92,7 @@ class Side:
         return {**inherited, "PYTHONPATH": os.pathsep.join([*own, *filter(None, [inherited.get("PYTHONPATH")])])}
 
 
-def numbers(document: Document) -> dict[Key, Number]:
+def numbers(document: RunDocument) -> dict[Key, Number]:
     """The speeds of a run. Of a test that measured the same thing twice, the first."""
     found: dict[Key, Number] = {}
     for record in document.records:

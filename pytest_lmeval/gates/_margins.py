@@ -8,12 +8,11 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pytest_lmeval.records._metric import metric
+from pytest_lmeval.records._metric import MARGIN, metric
 
 OFF = "off"
 
@@ -68,7 +67,7 @@ def read_marker(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Margins:
 
 def parse(value: Any, name: str = "") -> Margin:
     """A margin as it is written: 0.01 in the unit of the metric, "0.5%" of the baseline. Raises ValueError for all else."""
-    match = re.fullmatch(r"([+-]?)(\d+\.?\d*|\.\d+)(\s*%)?", value.strip()) if isinstance(value, str) else None
+    match = MARGIN.fullmatch(value.strip()) if isinstance(value, str) else None
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return Margin(abs(float(value)), sign="-" if value < 0 else "", given=bool(name))
     if match is None:

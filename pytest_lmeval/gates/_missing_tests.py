@@ -10,7 +10,7 @@ from collections.abc import Collection
 import pytest
 
 from pytest_lmeval._options import test_id
-from pytest_lmeval.records._document import Document, Skipped
+from pytest_lmeval.records._document import RunDocument, Skipped
 
 GONE = "no test of this run is called so: it was renamed or removed, or has other parameters"
 ENDED = "it did not run"
@@ -64,7 +64,7 @@ class MissingTests:
                 missed[test] = GONE
         return missed
 
-    def pytest_lmeval_report(self, data: Document) -> None:
+    def pytest_lmeval_report(self, data: RunDocument) -> None:
         told = {skipped.test for skipped in data.skipped}
         reasons = {test: f"in the baseline, and not measured: {reason}" for test, reason in self.found().items()}
         data.skipped += [Skipped(test, reason) for test, reason in reasons.items() if test not in told]

@@ -62,7 +62,8 @@ def agreement(
 
     Both models' laws are probed first, and each is read in chunks that were found exact for it.
     """
-    context, corpus = current(), as_corpus(corpus)
+    context = current()
+    corpus = context.corpus(corpus)
     (model, certificate), (other, theirs) = context.certified(lm), context.certified(reference)
     settings: dict[str, Any] = {
         "chunk_size": exact_chunk_size(model, certificate, None, None),

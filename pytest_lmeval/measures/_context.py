@@ -22,6 +22,8 @@ from msgspec import structs
 
 from pytest_lmeval._benchmarking import Driver
 from pytest_lmeval._session import Session, TestLog
+from pytest_lmeval.data._corpus import Corpus
+from pytest_lmeval.data._ids import as_corpus
 from pytest_lmeval.errors import ProfilingError, SpecError, UsageError, nearest
 from pytest_lmeval.models._identity import facts, fingerprint
 from pytest_lmeval.models._model import Model
@@ -71,6 +73,10 @@ class VerbContext:
                 "module.path:callable."
             )
         return model
+
+    def corpus(self, text: Any) -> Corpus:
+        """The corpus of that name; a corpus as it is; token ids as one."""
+        return self.session.corpus(text) if isinstance(text, str) else as_corpus(text)
 
     def certified(self, lm: Any) -> tuple[Model, Certificate]:
         """The model and the certificate of its laws, which may have found a limit of tokens that it does not declare."""
@@ -199,25 +205,30 @@ def running_in(context: VerbContext) -> Iterator[None]:
 
 def verb(function: Callable[P, R]) -> Callable[P, R]:
     """A public verb: a call that it does not know is refused before anything is done, and of a keyword the nearest named."""
-    signature = inspect.signature(function)
-    known = [name for name, parameter in signature.parameters.items() if parameter.kind is not parameter.VAR_KEYWORD]
-    takes_any = len(known) < len(signature.parameters)
 
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
         __tracebackhide__ = True
-        for name in kwargs if not takes_any else ():
-            if name not in known:
-                raise UsageError(
-                    f"{function.__name__} has no keyword {name!r}.{nearest(name, known)} It has {', '.join(known)}."
-                )
-        try:
-            signature.bind(*args, **kwargs)
-        except TypeError as error:
-            raise UsageError(f"{function.__name__} cannot be called so: {error}. It has {', '.join(known)}.") from None
+        check_call(function, args, kwargs)
         return function(*args, **kwargs)
 
     return checked
+
+
+def check_call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Raises UsageError for a call that the function does not take, with the nearest of its keywords."""
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some functions that are written in C do not tell
+        return
+    known = [name for name, parameter in signature.parameters.items() if parameter.kind is not parameter.VAR_KEYWORD]
+    called = getattr(function, "__name__", "the verb")
+    if len(known) == len(signature.parameters) and (wrong := [name for name in kwargs if name not in known]):
+        raise UsageError(f"{called} has no keyword {wrong[0]!r}.{nearest(wrong[0], known)} It has {', '.join(known)}.")
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise UsageError(f"{called} cannot be called so: {error}. It has {', '.join(known)}.") from None
 
 
 def verb_of(

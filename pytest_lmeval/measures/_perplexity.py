@@ -75,7 +75,7 @@ def perplexity(
     losses=True writes the loss of every token to a file in the output folder; a path names the file.
     """
     context = current()
-    corpus = as_corpus(corpus)
+    corpus = context.corpus(corpus)
     model, certificate = context.certified(lm)
     settings: dict[str, Any] = {
         "chunk_size": exact_chunk_size(model, certificate, chunk_size, window),

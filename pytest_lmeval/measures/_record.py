@@ -21,6 +21,8 @@ def record(lm: Any, subject: str, **metrics: float) -> Record:
         lmeval.record(lm, "passkey at 8k", accuracy=Value(0.97, n=100, higher_is_better=True))
     """
     context = current()
+    if not isinstance(subject, str):
+        raise ArgumentError(f"the subject of a record is a text that says what was measured; got {subject!r}.")
     values = {name: value if isinstance(value, Value) else _value(name, value) for name, value in metrics.items()}
     made = Record(kind="custom", subject=subject, lm=facts(context.model(lm)), metrics=values, test=context.log.test)
     context.log.records.append(made)

@@ -9,7 +9,7 @@ from typing import Any
 
 from msgspec import structs
 
-from pytest_lmeval.errors import LmevalError, TaskError, UsageError
+from pytest_lmeval.errors import ArgumentError, LmevalError, TaskError, UsageError
 from pytest_lmeval.measures._context import current, verb
 from pytest_lmeval.measures._task import TaskResult, task
 from pytest_lmeval.models._identity import facts
@@ -31,6 +31,8 @@ def suite(lm: Any, suite: Suite | str, shots: int = 0, **options: Any) -> SuiteR
     """
     context = current()
     asked = find_suite(suite) if isinstance(suite, str) else suite
+    if not isinstance(asked, Suite):
+        raise ArgumentError(f"a suite is a Suite, or the name of one; got {asked!r}.")
     results, failed = {}, {}
     for member in asked.tasks:
         try:

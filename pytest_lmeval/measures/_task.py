@@ -18,7 +18,7 @@ from typing import Any, Literal
 from msgspec import structs
 
 from pytest_lmeval.data._rows import Rows
-from pytest_lmeval.errors import TaskError, nearest
+from pytest_lmeval.errors import ArgumentError, TaskError, nearest
 from pytest_lmeval.laws._permits import how_to_share
 from pytest_lmeval.measures._context import VerbContext, current, verb
 from pytest_lmeval.models._identity import facts, tokenizer_fingerprint
@@ -60,6 +60,8 @@ def task(
     """
     context = current()
     asked = find(task) if isinstance(task, str) else task
+    if not isinstance(asked, Task):
+        raise ArgumentError(f"a task is a Task, or the name of one; got {asked!r}.")
     model, certificate = context.certified(lm)
     settings: dict[str, Any] = {
         "shots": shots,
@@ -179,6 +181,7 @@ def measure_task(
         "batch_size": batch_size,
         "seed": seed,
         "truncate": truncate,
+        **({} if task.threshold is None else {"threshold": task.threshold}),
         "prompts": _prompts(run.examples),
         **({"generation": sorted(run.generation)} if run.generation else {}),
     }
@@ -202,7 +205,7 @@ def record_of(run: Run, settings: dict[str, Any], details: dict[str, Any], *, se
         lm=facts(run.sharing.lm),
         settings=settings,
         details=details,
-        notes=_notes(run, details),
+        notes=_notes(details),
         metrics=_values(run),
         cost=Cost(
             seconds=seconds,
@@ -220,8 +223,8 @@ def _expected(task: Task, limit: int | None) -> int | None:
 
 
 def _prompts(examples: list[Example]) -> str:
-    """A hash of all that was asked, in any order."""
-    asked = sorted(f"{example.id}{example.prompt}{example.choices}" for example in examples)
+    """A hash of all that was asked, and of what is right, in any order."""
+    asked = sorted(f"{one.id}{one.prompt}{one.choices}{one.texts}{one.right}{one.targets}" for one in examples)
     return hashlib.sha256("".join(asked).encode(errors="surrogatepass")).hexdigest()[:16]
 
 
@@ -239,7 +242,7 @@ def _counts(run: Run) -> dict[str, Any]:
     }
 
 
-def _notes(run: Run, details: dict[str, Any]) -> list[str]:
+def _notes(details: dict[str, Any]) -> list[str]:
     """The same in words, where something is not as one would expect."""
     names = ("truncated", "retokenized", "ties", "not_questions", "not_asked")
     said = [f"{details[name]:,} {name.replace('_', ' ')}" for name in names if details.get(name)]

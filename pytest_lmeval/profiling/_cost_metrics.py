@@ -108,7 +108,7 @@ USE = tuple(
     metric
     for phase in PHASES
     for metric in (
-        Metric(f"{phase}_intensity", "FLOP/byte", higher_is_better=None, about="flops / bytes"),
+        Metric(f"{phase}_intensity", "FLOP/byte", aspect="cost", higher_is_better=None, about="flops / bytes"),
         _rate(f"{phase}_share_of_bound", "max(flops / matmul_peak, bytes / bandwidth) / seconds", ""),
         _rate(f"{phase}_bound", "min(matmul_peak, intensity x bandwidth)", "FLOP/s", headline=False),
         _rate(f"{phase}_flops_per_second", "flops / seconds", "FLOP/s", headline=False),

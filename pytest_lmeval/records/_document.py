@@ -96,7 +96,7 @@ class NamedRun(Kept, frozen=True, kw_only=True):
     environment: Environment = Environment()
 
 
-class Document(Struct, kw_only=True):
+class RunDocument(Struct, kw_only=True):
     """A run. The hook `pytest_lmeval_report` may change it in place before the pages are rendered.
 
     sections  what a project or a package adds to the pages
@@ -117,7 +117,7 @@ class Document(Struct, kw_only=True):
     more: dict[str, Any] = field(default_factory=dict, name=MORE)  # as in `Kept`, which is frozen
 
 
-def load(path: Path) -> Document:
+def load(path: Path) -> RunDocument:
     """The document of a file, or of the `metrics.json` in a folder.
 
     Raises DocumentError where the file is missing, cut off, of another schema version, or holds something that is not as it
@@ -132,15 +132,15 @@ def load(path: Path) -> Document:
             "default .lmeval."
         ) from error
     plain = schema.parse(raw, str(file), AGAIN)
-    if not isinstance(plain, dict) or not isinstance(plain.get("records"), list):
+    if not isinstance(plain, dict) or not {"schema", "records"} & set(plain):
         raise DocumentError(f"{file} holds no list of records, so it is no {NAME} of pytest-lmeval.")
     schema.check_version(plain.get("schema"), SCHEMA, str(file), AGAIN)
-    document = schema.build(plain, Document, str(file), AGAIN)
+    document = schema.build(plain, RunDocument, str(file), AGAIN)
     document.runs = []
     return document
 
 
-def dump(document: Document) -> str:
+def dump(document: RunDocument) -> str:
     """The text of `metrics.json`. Raises ValueError for a number that is not finite."""
     plain = schema.to_plain(document)
     plain.pop("runs", None)

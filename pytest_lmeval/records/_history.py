@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from pytest_lmeval.records import _schema as schema
-from pytest_lmeval.records._document import Document
+from pytest_lmeval.records._document import RunDocument
 
 NAME = "history.jsonl"
 Key: TypeAlias = "tuple[str, str, str, str]"
@@ -54,7 +54,7 @@ class Statistics:
     max: float
 
 
-def append(folder: Path, document: Document) -> None:
+def append(folder: Path, document: RunDocument) -> None:
     """Add a run. Raises OSError, and ValueError where it does not say when it began."""
     started = datetime.datetime.fromisoformat(document.run.started)
     text = "".join(schema.line_of(line) for line in _lines(document, started))
@@ -62,7 +62,7 @@ def append(folder: Path, document: Document) -> None:
         file.write(text)
 
 
-def _lines(document: Document, started: datetime.datetime) -> Iterator[Line]:
+def _lines(document: RunDocument, started: datetime.datetime) -> Iterator[Line]:
     for record in document.records:
         for name, value in record.metrics.items():
             yield Line(

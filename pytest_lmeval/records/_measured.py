@@ -130,6 +130,11 @@ class Record(Kept, frozen=True, kw_only=True):
     gate: dict[str, Comparison] | None = None
     outcome: Outcome = ""
 
+    @property
+    def is_verdict(self) -> bool:
+        """Whether it is about the laws of a model, which have tables of their own, and of which a gate compares the verdict."""
+        return self.kind == "equivalence" and self.certificate is not None
+
     def __repr__(self) -> str:
         figures = ", ".join(f"{name}={value!r}" for name, value in self.metrics.items())
         return f"{self.kind} of {self.lm.spec} on {self.subject}: {figures}"

@@ -125,12 +125,12 @@ def line_of(value: Any) -> str:
 
 def json_schema() -> dict[str, Any]:
     """The JSON Schema of `metrics.json`, generated from the types."""
-    from pytest_lmeval.records._document import SCHEMA, Document
+    from pytest_lmeval.records._document import SCHEMA, RunDocument
 
-    found: dict[str, Any] = _published(msgspec.json.schema(Document, schema_hook=_schema_of))
+    found: dict[str, Any] = _published(msgspec.json.schema(RunDocument, schema_hook=_schema_of))
     parts = found["$defs"]
-    parts["Document"]["properties"].pop("runs")
-    parts["Document"]["required"] = ["schema", "run", "environment", "records"]
+    parts["RunDocument"]["properties"].pop("runs")
+    parts["RunDocument"]["required"] = ["schema", "run", "environment", "records"]
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "$id": f"urn:pytest-lmeval:metrics:{SCHEMA}",

@@ -23,7 +23,6 @@ from typing import Any
 from pytest_lmeval.records._history import Line
 from pytest_lmeval.records._measured import Record, Series
 from pytest_lmeval.records._metric import headline_of, metric
-from pytest_lmeval.report._tables import is_verdict
 from pytest_lmeval.report._words import number
 
 Choices = dict[str, dict[str, Any]]
@@ -83,7 +82,7 @@ def quality_by_bytes(records: Sequence[Record]) -> dict[str, Any] | None:
     choices: Choices = {}
     for record in records:
         name = headline_of(record.metrics)
-        if name is None or not record.lm.bytes or is_verdict(record):
+        if name is None or not record.lm.bytes or record.is_verdict:
             continue
         value, label = record.metrics[name], metric(name, record.metrics[name]).label
         choice = _choice(choices, f"{record.subject}: {label}", "bytes of the weights", value.unit or label)

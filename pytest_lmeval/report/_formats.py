@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from pytest_lmeval.records._document import Document
+from pytest_lmeval.records._document import RunDocument
 from pytest_lmeval.records._value import Value
 
 
-def bencher(document: Document) -> dict[str, Any]:
+def bencher(document: RunDocument) -> dict[str, Any]:
     """Bencher Metric Format: {benchmark: {measure: {value, lower_value, upper_value}}}."""
     found: dict[str, Any] = {}
     for benchmark, name, value in _named_values(document):
@@ -22,7 +22,7 @@ def bencher(document: Document) -> dict[str, Any]:
     return {"bencher.json": found}
 
 
-def github_action_benchmark(document: Document) -> dict[str, Any]:
+def github_action_benchmark(document: RunDocument) -> dict[str, Any]:
     """A file for each direction: [{name, unit, value, range, extra}]. That action has no place for metrics of none."""
     return {
         "customBiggerIsBetter.json": _of_direction(document, higher_is_better=True),
@@ -30,7 +30,7 @@ def github_action_benchmark(document: Document) -> dict[str, Any]:
     }
 
 
-def _of_direction(document: Document, *, higher_is_better: bool) -> list[dict[str, Any]]:
+def _of_direction(document: RunDocument, *, higher_is_better: bool) -> list[dict[str, Any]]:
     return [
         {
             "name": f"{benchmark} {name}",
@@ -44,7 +44,7 @@ def _of_direction(document: Document, *, higher_is_better: bool) -> list[dict[st
     ]
 
 
-def _named_values(document: Document) -> Iterator[tuple[str, str, Value]]:
+def _named_values(document: RunDocument) -> Iterator[tuple[str, str, Value]]:
     """For each value the benchmark that it belongs to, its name, and itself."""
     for record in document.records:
         benchmark = " ".join(filter(None, (record.test, f"({record.lm.spec}, {record.subject})")))

@@ -65,9 +65,13 @@ class Reports:
         from pytest_lmeval.records._measured import Record
         from pytest_lmeval.records._schema import convert
 
-        records = [replace(record, outcome=report.outcome) for record in convert(log["records"], list[Record])]
-        self.records += records
         self.notes += log["notes"]
+        try:
+            records = [replace(record, outcome=report.outcome) for record in convert(log["records"], list[Record])]
+        except ValueError as error:
+            self.notes.append(f"what {report.nodeid} recorded is left out, since no record is so: {error}")
+            records = []
+        self.records += records
         if report.skipped and not records and isinstance(report.longrepr, tuple):
             self.skipped.append(Skipped(report.nodeid, str(report.longrepr[2]).removeprefix("Skipped: ")))
         self.properties[report.nodeid] = _properties(records)

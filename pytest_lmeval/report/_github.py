@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pytest_lmeval.records._document import Document
+from pytest_lmeval.records._document import RunDocument
 from pytest_lmeval.report._changes import changes
 
 LIMIT = 1024 * 1024 - 1024  # bytes that GitHub takes of a step's summary; more, and it shows none of it
@@ -27,7 +27,7 @@ def append_summary(markdown: str, environ: Mapping[str, str]) -> bool:
     return True
 
 
-def marks(document: Document, environ: Mapping[str, str]) -> list[str]:
+def marks(document: RunDocument, environ: Mapping[str, str]) -> list[str]:
     """Workflow commands: an error for each test that failed, a warning for each metric that got worse without failing one."""
     if environ.get("GITHUB_ACTIONS") != "true":
         return []

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pytest_lmeval.records._measured import Record
 from pytest_lmeval.records._metric import metric
 from pytest_lmeval.records._value import Value
-from pytest_lmeval.report._tables import best_first, headlines, is_verdict
+from pytest_lmeval.report._tables import best_first, headlines
 from pytest_lmeval.report._words import interval, number
 
 SCALED = {"bytes", "FLOP"}  # written with a prefix that depends on the value
@@ -55,7 +55,7 @@ def grids(records: Sequence[Record], sort: str | None = None) -> list[Grid]:
     """The records by kind; verdicts on laws have a table of their own."""
     by_kind: dict[str, list[tuple[int, Record]]] = {}
     for index, record in enumerate(records):
-        if not is_verdict(record):
+        if not record.is_verdict:
             by_kind.setdefault(record.kind, []).append((index, record))
     return [_grid(kind, sorted(several, key=lambda item: best_first(item[1], sort))) for kind, several in by_kind.items()]
 

@@ -7,9 +7,9 @@ import sys
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from pytest_lmeval.errors import DocumentError
+from pytest_lmeval.errors import DocumentError, nearest
 from pytest_lmeval.records import _history as history
-from pytest_lmeval.records._document import Document, Section
+from pytest_lmeval.records._document import RunDocument, Section
 from pytest_lmeval.records._metric import metric
 from pytest_lmeval.report._tables import headlines
 from pytest_lmeval.report._terminal import say
@@ -31,7 +31,8 @@ def main(options: argparse.Namespace) -> int:
         print(note, file=sys.stderr)
     chosen = [line for line in read if options.test in line.test and fnmatchcase(line.metric, options.metric)]
     if not chosen:
-        raise DocumentError(f"{options.folder / history.NAME} holds no such number: {len(read)} lines were read.")
+        near = nearest(options.metric, {line.metric for line in read})
+        raise DocumentError(f"{options.folder / history.NAME} holds no such number: {len(read)} lines were read.{near}")
     units = {line.key: line.unit for line in chosen}
     heading = None
     for key, found in history.statistics(chosen).items():
@@ -46,7 +47,7 @@ def _row(cells: list[str]) -> str:
     return ("    " + cells[0].ljust(32) + cells[1].rjust(5) + "".join(cell.rjust(20) for cell in cells[2:])).rstrip()
 
 
-def section(document: Document, folder: Path | None) -> Section | None:
+def section(document: RunDocument, folder: Path | None) -> Section | None:
     """How the numbers of this run lie among those of the runs in the folder; None where no other run has measured one."""
     lines = history.read(folder)[0] if folder else []
     found = history.statistics(lines)

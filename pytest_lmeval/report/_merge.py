@@ -8,19 +8,19 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from pytest_lmeval.errors import DocumentError
-from pytest_lmeval.records._document import Document, NamedRun
+from pytest_lmeval.errors import DocumentError, nearest
+from pytest_lmeval.records._document import NamedRun, RunDocument
 from pytest_lmeval.records._measured import Record
 from pytest_lmeval.report._overview import overview
 
 
-def merge(documents: Sequence[Document], labels: Sequence[str]) -> Document:
+def merge(documents: Sequence[RunDocument], labels: Sequence[str]) -> RunDocument:
     """One document with the records of all, in the order of the runs; `runs` says how each came about.
 
     What each run's gate found is left out: it is about another baseline than the runs beside it.
     """
     labelled = list(zip(labels, documents, strict=True))
-    return Document(
+    return RunDocument(
         run=documents[0].run,
         environment=documents[0].environment,
         records=[_labelled(record, label) for label, document in labelled for record in document.records],
@@ -61,5 +61,6 @@ def check_metric(name: str, records: Sequence[Record]) -> str:
     known = {metric for record in records for metric in record.metrics}
     found = name.replace(" ", "_")
     if found not in known:
-        raise DocumentError(f"no run has a metric {name!r} to sort by. There are: {', '.join(sorted(known)) or 'none'}.")
+        listed = ", ".join(sorted(known)) or "none"
+        raise DocumentError(f"no run has a metric {name!r} to sort by.{nearest(found, known)} There are: {listed}.")
     return found

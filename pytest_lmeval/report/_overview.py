@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from pytest_lmeval.records import _schema as schema
 from pytest_lmeval.records._certificate import Certificate, LawResult
-from pytest_lmeval.records._document import Document, Environment
+from pytest_lmeval.records._document import Environment, RunDocument
 from pytest_lmeval.records._measured import Record
 from pytest_lmeval.report._changes import changes, counted
 from pytest_lmeval.report._words import disambiguate
@@ -47,7 +47,7 @@ class Fact:
     same: bool
 
 
-def overview(document: Document) -> Overview:
+def overview(document: RunDocument) -> Overview:
     """Of a run, or of several that are compared (`report._merge.merge`)."""
     if runs := document.runs:
         return Overview("1 run" if len(runs) == 1 else f"{len(runs)} runs side by side", "", "", [])

@@ -34,7 +34,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from markupsafe import Markup
 
 from pytest_lmeval.records import _history as history, _schema as schema
-from pytest_lmeval.records._document import Document, NamedRun
+from pytest_lmeval.records._document import NamedRun, RunDocument
 from pytest_lmeval.records._history import Line
 from pytest_lmeval.report import (
     _changes as changes,
@@ -115,7 +115,7 @@ def _text(file: Path) -> str:
 
 def render(
     name: str,
-    document: Document,
+    document: RunDocument,
     *,
     folders: Sequence[Path] = (),
     templates: Path | None = None,
@@ -136,7 +136,7 @@ def render(
     return template.render(context)
 
 
-def _shown(document: Document, sort: str | None) -> dict[str, Any]:
+def _shown(document: RunDocument, sort: str | None) -> dict[str, Any]:
     records = document.records
     certificates, certified = overview.certificates(records)
     return {
@@ -156,7 +156,7 @@ def _shown(document: Document, sort: str | None) -> dict[str, Any]:
     }
 
 
-def _shown_in_html(document: Document, folders: list[Path]) -> dict[str, Any]:
+def _shown_in_html(document: RunDocument, folders: list[Path]) -> dict[str, Any]:
     records = document.records
     folders = folders * len(records) if len(folders) == 1 else folders
     answered, notes = examples.example_tables(records, folders) if folders else ([], [])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pytest_lmeval import registry
 from pytest_lmeval.errors import DocumentError
-from pytest_lmeval.records._document import Document, load
+from pytest_lmeval.records._document import RunDocument, load
 from pytest_lmeval.report import _pages as pages
 from pytest_lmeval.report._sections import with_sections
 from pytest_lmeval.report._terminal import say
@@ -32,7 +33,7 @@ def main(options: argparse.Namespace) -> int:
     document = load(options.metrics)
     folder = options.metrics if options.metrics.is_dir() else options.metrics.parent
     if export is not None:
-        files = {name: _text(content) for name, content in export(document).items()}
+        files = _exported(export, document, options.format)
     else:
         document = with_sections(document, folder)
         files = {name: page(name, document, folders=[folder], templates=options.templates) for name in pages.PAGES}
@@ -40,11 +41,22 @@ def main(options: argparse.Namespace) -> int:
     return 0
 
 
+def _exported(export: Callable[[RunDocument], Any], document: RunDocument, name: str) -> dict[str, str]:
+    """The files that an exporter makes. Raises DocumentError where it fails."""
+    try:
+        return {file: _text(content) for file, content in export(document).items()}
+    except Exception as error:  # another package's may raise anything
+        raise DocumentError(
+            f"the export format {name!r} failed with {type(error).__name__}: {error}. It is to be a function of a document "
+            "that returns the content of each file by its name."
+        ) from error
+
+
 def _text(content: Any) -> str:
     return content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
 
 
-def page(name: str, document: Document, **options: Any) -> str:
+def page(name: str, document: RunDocument, **options: Any) -> str:
     """A page, or a DocumentError that names the line of the template at fault."""
     try:
         return pages.render(name, document, **options)

@@ -12,10 +12,10 @@ from msgspec.structs import replace
 
 from pytest_lmeval import registry
 from pytest_lmeval.records import _schema as schema
-from pytest_lmeval.records._document import Document, Section
+from pytest_lmeval.records._document import RunDocument, Section
 
 
-def with_sections(document: Document, folder: Path | None) -> Document:
+def with_sections(document: RunDocument, folder: Path | None) -> RunDocument:
     """The document as its pages show it: the registered sections come after its own. One that fails is told in `problems`."""
     sections, problems = [*document.sections], [*document.problems]
     for name, make, entry in registry.things("reports"):

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pytest_lmeval.records._certificate import EXACT
 from pytest_lmeval.records._measured import Record
 from pytest_lmeval.records._metric import metric
 from pytest_lmeval.records._value import Value
@@ -65,16 +66,11 @@ class VerdictRow:
     outcome: str
 
 
-def is_verdict(record: Record) -> bool:
-    """Whether the record is about the laws of a model, which have tables of their own."""
-    return record.kind == "equivalence" and record.certificate is not None
-
-
 def verdicts(records: Sequence[Record]) -> list[VerdictRow]:
     """A row for each model whose laws were tested; of very many, those that are not exact come first."""
     found = []
     for record in records:
-        if (certificate := record.certificate) is None or not is_verdict(record):
+        if (certificate := record.certificate) is None or not record.is_verdict:
             continue
         laws = certificate.laws
         cases = sum(law.cases for law in laws.values())
@@ -89,7 +85,7 @@ def verdicts(records: Sequence[Record]) -> list[VerdictRow]:
             )
         )
     if len(found) > MANY:
-        found.sort(key=lambda row: (row.verdict == "exact-any-chunk", row.lm))
+        found.sort(key=lambda row: (row.verdict == EXACT, row.lm))
     return found
 
 
@@ -108,7 +104,7 @@ def side_by_side(records: Sequence[Record], sort: str | None = None) -> list[Sid
     same: dict[tuple[str, str, int], dict[tuple[str, str], int]] = {}
     seen: Counter[tuple[str, str, tuple[str, str]]] = Counter()
     for index, record in enumerate(records):
-        if record.metrics and not is_verdict(record):
+        if record.metrics and not record.is_verdict:
             kind, subject, model = record.kind, record.subject, (record.lm.spec, record.lm.fingerprint)
             same.setdefault((kind, subject, seen[kind, subject, model]), {})[model] = index
             seen[kind, subject, model] += 1
@@ -155,7 +151,7 @@ def groups(records: Sequence[Record]) -> list[Group]:
             rows=list(_rows(record).values()),
         )
         for record in records
-        if not is_verdict(record)
+        if not record.is_verdict
     ]
 
 

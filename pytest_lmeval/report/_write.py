@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from pytest_lmeval.records import _environment as environment, _history as history, _schema as schema
-from pytest_lmeval.records._document import NAME, Document, Failure, Run, Skipped, dump
+from pytest_lmeval.records._document import NAME, Failure, Run, RunDocument, Skipped, dump
 from pytest_lmeval.records._measured import Record
 from pytest_lmeval.records._replacing import replacing
 from pytest_lmeval.report import _github as github, _pages as pages
@@ -42,7 +42,7 @@ def reports(
     skipped: list[Skipped] | None = None,
     failures: list[Failure] | None = None,
     templates: Path | None = None,
-    extend: Callable[[Document], object] | None = None,
+    extend: Callable[[RunDocument], object] | None = None,
 ) -> list[str]:
     """Write the reports of a run; returns lines that say where they are, or what went wrong with one.
 
@@ -58,7 +58,7 @@ def reports(
         threads=sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None,
         seed=0,
     )
-    document = Document(run=run, environment=described, records=records, skipped=skipped or [], failures=failures or [])
+    document = RunDocument(run=run, environment=described, records=records, skipped=skipped or [], failures=failures or [])
     replace_text(folder / NAME, dump(document))
     notes: list[str] = []
     if extend is not None:
@@ -71,7 +71,7 @@ def reports(
     return [f"written to {_readable(folder)}: {', '.join(written)}", *notes, *github.marks(document, os.environ)]
 
 
-def _extended(document: Document, extend: Callable[[Document], object], folder: Path, notes: list[str]) -> Document:
+def _extended(document: RunDocument, extend: Callable[[RunDocument], object], folder: Path, notes: list[str]) -> RunDocument:
     """The document as a project's hooks changed it, saved; or as it was, if one of them fails or makes something else of it."""
     again = "Make it of the types in pytest_lmeval: Record, Section, Series, Value"
     changed = schema.checked(document, "the document", again)
@@ -87,7 +87,7 @@ def _extended(document: Document, extend: Callable[[Document], object], folder: 
     return changed
 
 
-def _pages(folder: Path, document: Document, templates: Path | None, notes: list[str]) -> list[str]:
+def _pages(folder: Path, document: RunDocument, templates: Path | None, notes: list[str]) -> list[str]:
     """Render and write the pages; returns the names of those that went well."""
     shown, written = with_sections(document, folder), []
     notes += shown.problems[len(document.problems) :]

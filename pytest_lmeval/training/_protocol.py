@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from pytest_lmeval.errors import ProtocolError
+from pytest_lmeval.errors import ProtocolError, nearest
 
 STEPS = 300  # where neither steps nor epochs are given
 FLOOR = 0.1  # the share of `lr` that the schedule ends at
@@ -61,7 +61,8 @@ class Protocol:
         """The protocol with these settings. Raises ProtocolError for a name that none has."""
         known = [field.name for field in fields(cls)]
         if wrong := [name for name in settings if name not in known]:
-            raise ProtocolError(f"a training has no setting {', '.join(wrong)}; its settings are {', '.join(known)}.")
+            near = nearest(wrong[0], known)
+            raise ProtocolError(f"a training has no setting {', '.join(wrong)}.{near} Its settings are {', '.join(known)}.")
         return cls(**settings)
 
     def to_json(self) -> dict[str, Any]:

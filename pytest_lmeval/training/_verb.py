@@ -8,7 +8,6 @@ from typing import Any
 from msgspec import structs
 
 from pytest_lmeval.data._corpus import Corpus
-from pytest_lmeval.data._ids import as_corpus
 from pytest_lmeval.errors import CorpusError, Refused, RegistryError
 from pytest_lmeval.measures._context import VerbContext, current, verb
 from pytest_lmeval.training._loop import run_training
@@ -21,7 +20,7 @@ def train(lm: Any, corpus: Any, *, held_out: Any = None, spec: str | None = None
     """Train a copy of the model by the one protocol for all models (see `training.run_training`); `.lm` of the result is it.
 
     lm        a spec, or a model, which stays as it is
-    corpus    a `Corpus`, or token ids
+    corpus    a name, a `Corpus`, or token ids
     held_out  the text that decides which weights are best; the validation split of the same corpus by default
     spec      how the trained model is called
     protocol  fields of `training.Protocol`: steps, batch_size, seq_len, lr, seed, ...
@@ -36,12 +35,12 @@ def train(lm: Any, corpus: Any, *, held_out: Any = None, spec: str | None = None
             f"{model.spec} is {certificate.verdict}:\n{certificate.why_not()}\nTrained, it would learn to look at the "
             "token that it is to predict, and its perplexity would look good and mean nothing."
         )
-    text = as_corpus(corpus)
+    text = context.corpus(corpus)
     defaults: dict[str, Any] = {"seq_len": context.seq_len(None, Protocol.seq_len)}
     if context.session.tokens:
         defaults["tokens"] = context.session.tokens
     chosen = Protocol.of(**{**defaults, **protocol})
-    unseen = _validation(context, text) if held_out is None else as_corpus(held_out)
+    unseen = _validation(context, text) if held_out is None else context.corpus(held_out)
     with context.session.progress(f"{model.spec} learns {text}") as progress:
         result = run_training(
             model,
