@@ -210,7 +210,7 @@ def compare(repository, *given):
 
 
 def test_a_slower_version_is_found_and_its_checkout_is_taken_away(repository):
-    result = compare(repository, "--base", "HEAD", "--pairs", "3", "--most", "3", "--to", "runs.json", "--", "test_speed.py")
+    result = compare(repository, "--base", "HEAD", "--pairs", "3", "--most", "9", "--to", "runs.json", "--", "test_speed.py")
     assert result.ret == 1
     result.stdout.fnmatch_lines(["verdict *HEAD *this version *", "worse *test_speed.py::test_prefill *prefill *"])
     assert '"threshold": 0.2' in (repository.path / "runs.json").read_text()
