@@ -37,6 +37,12 @@ def little_garbage():
     gc.unfreeze()
 
 
+@pytest.fixture(autouse=True)
+def found_by_a_child(monkeypatch):
+    """A child finds this module by its name, `tests.test_memory`, whatever ran before in this process."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+
+
 class Known(nn.Module):
     """A step holds `steps` floats a token at once, beside the state that it was given, the new one, and the logits."""
 
@@ -214,8 +220,7 @@ def exactly(result):
     return {name: float(result.record.metrics[f"{name}_bytes"]) for name in ("weights", "state", "activations", "tensors_peak")}
 
 
-def test_what_this_process_holds_does_not_count_there(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1])  # where the class is found again
+def test_what_this_process_holds_does_not_count_there():
     held = torch.ones(300 * MIB, dtype=torch.uint8)
     lm = as_model(Known())
     apart, here = measure_memory(lm, seq_len=32), measure_memory(lm, seq_len=32, apart=False)
