@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, strategies as st
 from msgspec import structs
 
+from pytest_lmeval import perplexity, task  # noqa: F401 - with torch, which a run in this process forgets and cannot load twice
 from pytest_lmeval.__main__ import main
 from pytest_lmeval.gates._baseline import Baseline, read, write
 from pytest_lmeval.gates._margins import Margin, check_sign, parse, read_marker
