@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_lmeval import Corpus, Value, corpus, load
+from pytest_lmeval import Corpus, Value, corpus, load, policy_for
 from pytest_lmeval.measures._perplexity import measure_perplexity
 from pytest_lmeval.measures._task import measure_task
 from pytest_lmeval.profiling._flops import count_flops
@@ -103,7 +103,7 @@ def ask_theirs(theirs, built):
 
 
 def ask_ours(ours, name, shots, data):
-    return measure_task(ours, find(name), shots=shots, batch_size=BATCH, data_dir=data)
+    return measure_task(ours, find(name), policy=policy_for(ours, batch_size=BATCH), shots=shots, data_dir=data)
 
 
 def counted(work):
@@ -218,7 +218,7 @@ def test_the_first_answer_is_there_after_one_batch(lmeval, ours, folders):
     rows = list(find("sst2").rows.read(folders[1]))
     task = dataclasses.replace(find("sst2"), rows=lambda: (after.append("row") or row for row in rows))
     firsts = []
-    measure_task(ours, task, batch_size=BATCH, progress=lambda *_: firsts.append(len(after)))
+    measure_task(ours, task, policy=policy_for(ours, batch_size=BATCH), progress=lambda *_: firsts.append(len(after)))
     lmeval.record(ours, "first answers, sst2", rows_read=Value(firsts[0], n=len(rows), higher_is_better=False))
     assert firsts[0] == BATCH
 
@@ -232,7 +232,7 @@ def test_rolling_perplexity(lmeval, ours, theirs):
     worst = 0.0
     for document, their_sum in zip(documents, expected, strict=True):
         alone = Corpus(document.name, "test", lambda document=document: iter([document]), as_stream=False)
-        found = measure_perplexity(ours, alone, window="lm_eval")
+        found = measure_perplexity(ours, alone, policy=policy_for(ours, window="lm_eval"))
         worst = max(worst, abs(float(found.nll) + their_sum / found.tokens))
     lmeval.record(ours, "rolling, against lm_eval", worst_difference=Value(worst, "nats/token", higher_is_better=False))
     assert worst < 1e-4

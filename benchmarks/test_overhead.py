@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 
-from pytest_lmeval import Value, as_model
+from pytest_lmeval import Value, as_model, policy_for
 from pytest_lmeval.measures._perplexity import measure_perplexity
 
 pytestmark = [pytest.mark.benchmark, pytest.mark.usefixtures("one_thread")]
@@ -57,10 +57,11 @@ def processor_seconds(work):
 def test_processor_time_over_a_bare_loop(lmeval, load_lm, model):
     lm = load_lm("demo") if model == "demo" else llama_30m()
     ids = torch.randint(0, lm.vocab_size, (CHUNKS[model] * CHUNK,))
+    policy = policy_for(lm, chunk_size=CHUNK, window="unlimited")
     ours, bare, ratios = [], [], []
     for round_ in range(ROUNDS + 1):
         sides = [
-            lambda: ours.append(processor_seconds(lambda: measure_perplexity(lm, ids, chunk_size=CHUNK, window="unlimited"))),
+            lambda: ours.append(processor_seconds(lambda: measure_perplexity(lm, ids, policy=policy))),
             lambda: bare.append(processor_seconds(lambda: bare_loop(lm, ids))),
         ]
         for side in sides if round_ % 2 else reversed(sides):
@@ -77,7 +78,8 @@ CHILD = """
 import json, re, sys, time
 from pathlib import Path
 import torch
-from pytest_lmeval import corpus, load, perplexity
+from pytest_lmeval import corpus, load
+from pytest_lmeval.measures._perplexity import measure_perplexity
 
 def read(tokens):
     began = time.process_time()
@@ -118,7 +120,7 @@ def test_speed_by_chunk_size(lmeval, load_lm, corpus):
     speeds = {size: [] for size in sizes}
     for _ in range(3):
         for size in sizes:
-            result = measure_perplexity(lm, text, chunk_size=size, tokens=33_000)
+            result = measure_perplexity(lm, text, policy=policy_for(lm, chunk_size=size), tokens=33_000)
             speeds[size].append(float(result.tokens_per_second))
     lmeval.record(
         lm,

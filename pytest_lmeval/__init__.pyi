@@ -6,6 +6,12 @@ from .data._corpus import (
     Document as Document,
 )
 from .data._rows import Rows as Rows
+from .engine import (
+    Engine as Engine,
+    Policy as Policy,
+    policy_for as policy_for,
+)
+from .engine._rows import score_rows as score_rows
 from .errors import (
     ArgumentError as ArgumentError,
     BaselineError as BaselineError,
@@ -66,7 +72,6 @@ from .records._measured import (
 )
 from .records._metric import Metric as Metric
 from .records._value import Value as Value
-from .scoring._rows import score_rows as score_rows
 from .tasks import (
     Choices as Choices,
     Generate as Generate,

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+from reading import stream
 from toys import CARRYING, Functional, GetSetState, PortableStreaming, Stateless, Stepper, Streaming
 
 from pytest_lmeval import registry
-from pytest_lmeval._stream import stream
 from pytest_lmeval.errors import ModelError, SpecError
 from pytest_lmeval.models import _precision as precision, _specs as specs
 from pytest_lmeval.models._sources import as_model, load, resolve_device
@@ -128,8 +128,9 @@ def test_a_tokenizer_needs_no_more_than_encode():
         def encode(self, text):
             return [ord(letter) % 32 for letter in text], range(1, len(text) + 1)
 
+    from reading import measure_perplexity
+
     from pytest_lmeval.data import Corpus, Document
-    from pytest_lmeval.measures._perplexity import measure_perplexity
 
     corpus = Corpus("letters", "test", documents=lambda: iter([Document("a", "to be or not to be")]))
     result = measure_perplexity(as_model(Functional(), tokenizer=Letters()), corpus)

@@ -6,15 +6,14 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from reading import measure_agreement, measure_perplexity
 from toys import VOCAB, Functional, Stateless
 
 from pytest_lmeval._session import Session, TestLog as Log
 from pytest_lmeval.data._corpus import Corpus, Document
 from pytest_lmeval.errors import NotFiniteError, SpecError, StreamError
 from pytest_lmeval.measures import Lmeval, _agreement as agreeing
-from pytest_lmeval.measures._agreement import measure_agreement
 from pytest_lmeval.measures._context import VerbContext
-from pytest_lmeval.measures._perplexity import measure_perplexity
 from pytest_lmeval.models._sources import as_model, load
 from pytest_lmeval.statistics._proportion import wilson, wilson_of_groups
 

@@ -6,22 +6,20 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from reading import measure_perplexity, stream, stream_in_windows
 from torch import nn
 
 from pytest_lmeval._session import Session, TestLog as Log
-from pytest_lmeval._stream import stream, stream_in_windows
 from pytest_lmeval.data import corpus
 from pytest_lmeval.errors import CorpusError, LawBroken, ModelError, NotFiniteError, StreamError
 from pytest_lmeval.laws import Case, Trial, cases, check, probe, replay
 from pytest_lmeval.measures import Lmeval
 from pytest_lmeval.measures._context import VerbContext
 from pytest_lmeval.measures._latency import measure_latency
-from pytest_lmeval.measures._perplexity import measure_perplexity
 from pytest_lmeval.measures._throughput import measure_throughput
 from pytest_lmeval.models._model import Codebooks, fork
 from pytest_lmeval.models._sources import as_model, load
-from pytest_lmeval.records._journal import Checkpoints
-from pytest_lmeval.scoring._resume import Saver
+from pytest_lmeval.records._journal import Checkpoints, Saver
 from pytest_lmeval.zoo._moshi import Block, Moshi, Temporal
 
 SIZES, DELAYS, SCORED = (9, 7, 5, 6), (0, 0, 2, 1), (1, 2)
@@ -280,12 +278,14 @@ def test_frames_in_a_file_are_memory_mapped_and_scored(tmp_path):
 def test_a_file_of_other_frames_is_refused_and_says_how_many_codes_they_have(tmp_path):
     np.save(tmp_path / "codes.npy", np.zeros((20, 8), int))
     source = corpus(f"tokens:{tmp_path / 'codes.npy'}")
-    with pytest.raises(CorpusError, match=r"codes.npy has frames of 8 codes, .*Frames reads frames of 4 codes"):
+    with pytest.raises(
+        CorpusError, match=r"codes.npy cannot be read by .*Frames: .*frames of 4 .* codes.*; got shape \[20, 8\]"
+    ):
         measure_perplexity(LM, source)
-    with pytest.raises(CorpusError, match=r"has frames of 8 codes, .*demo reads one token after the other"):
+    with pytest.raises(CorpusError, match=r"cannot be read by demo: .*a row of .* ids; got shape \[20, 8\]"):
         measure_perplexity(load("demo"), source)
     np.save(tmp_path / "ids.npy", np.zeros(20, int))
-    with pytest.raises(CorpusError, match=r"has one id after the other, .*reads frames of 4 codes"):
+    with pytest.raises(CorpusError, match=r"cannot be read by .* frames of 4 integer codes"):
         measure_perplexity(LM, corpus(f"tokens:{tmp_path / 'ids.npy'}"))
 
 

@@ -5,11 +5,13 @@ import json
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
+from reading import stream
 from toys import Functional
 
 from pytest_lmeval.data import Document, _files as files, check, corpus
 from pytest_lmeval.data._rows import resilient
 from pytest_lmeval.data._tokens import TokenReader
+from pytest_lmeval.engine._tokens import Tokens
 from pytest_lmeval.errors import CorpusError, RegistryError
 from pytest_lmeval.models._sources import as_model
 
@@ -279,25 +281,24 @@ def test_what_will_not_get_better_is_not_tried_again(error):
 
 
 @settings(max_examples=50)
-@given(st.lists(st.text(max_size=20), min_size=1, max_size=6), st.integers(0, 30), st.data())
-def test_the_bytes_of_the_targets_are_counted_once(parts, limit, data):
+@given(st.lists(st.text(max_size=20), min_size=1, max_size=6), st.integers(0, 30), st.integers(1, 9))
+def test_each_target_comes_with_the_bytes_that_it_stands_for(parts, limit, chunk_size):
     documents = [Document(str(i), text) for i, text in enumerate(parts)]
     whole = "".join(parts).encode("utf-8", "surrogatepass")
     if any("\ud800" <= c <= "\udfff" for c in "".join(parts)):
         return
     reader = TokenReader(BYTES, documents, limit=limit or None)
-    ids = [int(token) for piece in reader for token in piece]
-    assert ids == list(whole[: limit or None])
-    targets = max(len(ids) - 1, 0)
-    first = data.draw(st.integers(0, targets))
-    assert reader.take_bytes(first).tolist() + reader.take_bytes(targets - first).tolist() == [1] * targets
+    assert [int(token) for piece in reader for token in piece.ids] == list(whole[: limit or None])
+    if len(whole[: limit or None]) > 1:
+        widths = np.concatenate([chunk.widths for chunk in stream(BYTES, reader, chunk_size=chunk_size)])
+        assert widths.tolist() == [1] * (len(whole[: limit or None]) - 1)
 
 
 def test_skipping_begins_in_the_middle():
     documents = [Document("a", "hello "), Document("b", "world")]
-    reader = TokenReader(BYTES, documents, skip=8, scored=8)
-    assert bytes(int(token) for piece in reader for token in piece) == b"rld"
-    assert reader.take_bytes(2).tolist() == [1, 1]
+    reader = TokenReader(BYTES, documents)
+    reader.skip = 8
+    assert bytes(int(token) for piece in reader for token in piece.ids) == b"rld"
 
 
 def test_a_beginning_of_sequence_token_stands_for_no_bytes():
@@ -310,5 +311,5 @@ def test_a_beginning_of_sequence_token_stands_for_no_bytes():
     from dataclasses import replace
 
     reader = TokenReader(replace(BYTES, tokenizer=WithBos()), [Document("a", "hello")])
-    assert [int(token) for piece in reader for token in piece] == [99, 1, 2]
-    assert reader.take_bytes(2).tolist() == [2, 3]
+    read = Tokens.joined(list(reader))
+    assert (read.ids.tolist(), read.widths.tolist()) == ([99, 1, 2], [0, 2, 3])

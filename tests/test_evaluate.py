@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from reading import measure_task
 from toys import Functional
 
 from pytest_lmeval import Choices, Generate, Rows, Task, as_model, load
 from pytest_lmeval.errors import CorpusError, NotFiniteError, TaskError
-from pytest_lmeval.measures._task import measure_task
 from pytest_lmeval.models._model import Bytes
 from pytest_lmeval.records._journal import JournalWarning
 from pytest_lmeval.scoring._answers import AnswerFile
@@ -258,7 +258,7 @@ def test_other_bad_calls():
         measure_task(as_model(Functional()), TASK)
     with pytest.raises(TaskError, match="has no question"):
         measure_task(LM, dataclasses.replace(TASK, rows=[]))
-    with pytest.raises(TaskError, match="limit 0"):
+    with pytest.raises(TaskError, match="limit is 0"):
         measure_task(LM, TASK, limit=0)
     with pytest.raises(TaskError, match="metric 'acuracy'"):
         measure_task(LM, dataclasses.replace(TASK, metrics=("acuracy",)))
@@ -363,8 +363,8 @@ def test_what_a_row_says_depends_on_no_neighbour_and_not_on_how_it_is_read(tempe
             {"batch_size": 1},
             {"batch_size": 4},
             {"share": False},
-            {"share": False, "carry": False, "batch_size": 3},
             {"carry": False, "batch_size": 3},
+            {"multiple": 4, "batch_size": 3},
         )
     ]
     assert said[1:] == said[:1] * 4

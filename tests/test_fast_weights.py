@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from reading import measure_perplexity
 from toys import VOCAB, Functional
 
 from pytest_lmeval.data._corpus import Corpus, Document
 from pytest_lmeval.errors import ModelError, NotFiniteError
-from pytest_lmeval.measures._perplexity import PerplexityResult, measure_perplexity
+from pytest_lmeval.measures._perplexity import PerplexityResult
 from pytest_lmeval.models._sources import as_model
 from pytest_lmeval.records import _schema as schema
-from pytest_lmeval.records._journal import Checkpoints
+from pytest_lmeval.records._journal import Checkpoints, Saver
 from pytest_lmeval.records._measured import Record
 from pytest_lmeval.scoring import _fast_weights as fast_weights, _positions as positions
 from pytest_lmeval.scoring._reading import CHUNKS, EACH, Moves, Reading, rows_of
-from pytest_lmeval.scoring._resume import Saver
 from pytest_lmeval.statistics._bootstrap import ratio_intervals
 
 NAMES = ("a.W", "a.b", "c.W")

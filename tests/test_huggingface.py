@@ -6,9 +6,9 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from pytest_lmeval._stream import stream  # noqa: E402
+from reading import measure_perplexity, stream  # noqa: E402
+
 from pytest_lmeval.errors import ModelError, SpecError  # noqa: E402
-from pytest_lmeval.measures._perplexity import measure_perplexity  # noqa: E402
 from pytest_lmeval.models._identity import fingerprint  # noqa: E402
 from pytest_lmeval.models._model import fork  # noqa: E402
 from pytest_lmeval.models._sources import as_model, load  # noqa: E402

@@ -10,25 +10,24 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, strategies as st
+from reading import measure_perplexity
 from torch import nn
 from toys import VOCAB, Forgetful, Functional, GetSetState, Stepper
 
 from pytest_lmeval._benchmarking import Driver
 from pytest_lmeval._session import Session, TestLog as Log
-from pytest_lmeval.laws._permits import exact_chunk_size
+from pytest_lmeval.engine import policy_for
+from pytest_lmeval.engine._state_rows import SELECTIONS, selection
 from pytest_lmeval.laws._probe import replay
 from pytest_lmeval.measures._context import VerbContext
 from pytest_lmeval.measures._latency import measure_latency
 from pytest_lmeval.measures._latency_grid import measure_latency_grid
-from pytest_lmeval.measures._perplexity import measure_perplexity
 from pytest_lmeval.measures._throughput import measure_throughput
 from pytest_lmeval.models import _identity as identity
 from pytest_lmeval.models._identity import facts, fingerprint, weights_digest
 from pytest_lmeval.models._model import Bytes, Codebooks, Model
 from pytest_lmeval.models._sources import as_model
 from pytest_lmeval.models._weak_cache import WeakCache
-from pytest_lmeval.scoring._batch import SELECTIONS, selection
-from pytest_lmeval.scoring._plan import plan_for
 from pytest_lmeval.scoring._requests import Encoder
 from pytest_lmeval.tasks._questions import Choices, Task
 from pytest_lmeval.training._plan import refuse_untrainable
@@ -545,9 +544,9 @@ def test_a_found_limit_is_kept_to_as_a_declared_one_is(desk):
     task = Task("t", [{}], lambda row: Choices("a" * 40, ("b", "c"), 0))
     inexact = desk.session.verdict(as_model(Forgetful())).certificate
     lms = [replace(as_model(Functional()), **limit) for limit in ({"context_length": 24}, {"found_limit": 24})]
-    plans = [[plan_for(lm), plan_for(lm, window="lm_eval"), plan_for(replace(lm, stateful=False))] for lm in lms]
+    plans = [[policy_for(lm), policy_for(lm, window="lm_eval"), policy_for(replace(lm, stateful=False))] for lm in lms]
     assert plans[0] == plans[1]
-    assert [plan.window for plan in plans[0]] == [24, 24, 24]
+    assert [plan.windows.size for plan in plans[0]] == [24, 24, 24]
     for lm in lms:
         with pytest.raises(ValueError, match="reads at most 24 tokens"):
             measure_latency(lm, seq_len=25, runs=1)
@@ -555,7 +554,7 @@ def test_a_found_limit_is_kept_to_as_a_declared_one_is(desk):
             refuse_untrainable(lm, Protocol(seq_len=25))
         speed = measure_throughput(lm, batch_size=1, seq_len=20, runs=1, warm_up=0, new_tokens=9, scaling=False)
         assert len(speed.samples["decode"]) in (0, 3)  # none where the clock is too coarse
-        assert exact_chunk_size(lm, inexact, None, "lm_eval") == 24
+        assert policy_for(lm, inexact, window="lm_eval").chunk_size == 24
         assert Encoder(replace(lm, tokenizer=Bytes()), task).encode(task.ask({}), "", id="0", number=0).truncated == 41 - 25
         grid = measure_latency_grid(lm, seq_lens=(4, 30), runs=1, warm_up=0, new_tokens=25)
         assert [*grid.failed] == [(1, 4), (1, 30)]  # each says why, and the whole grid is not refused

@@ -40,7 +40,7 @@ SLOW = """
 """
 TESTS = """
     import pytest
-    from pytest_lmeval.scoring._resume import Saver
+    from pytest_lmeval.records._journal import Saver
 
     @pytest.fixture(autouse=True)
     def save_often(monkeypatch):

@@ -13,7 +13,7 @@ import pytest_lmeval
 
 PACKAGE = Path(pytest_lmeval.__file__).parent
 LAYERS = [
-    "errors", "registry", "records", "statistics", "models", "_stream", "data", "_options", "tasks", "scoring", "profiling",
+    "errors", "registry", "records", "statistics", "models", "engine", "data", "_options", "tasks", "scoring", "profiling",
     "laws", "_session", "_benchmarking", "measures", "training", "zoo", "report", "gates", "_listing", "_progress", "_hookspec",
     "_frames", "plugin", "__main__",
 ]  # fmt: skip
@@ -222,3 +222,32 @@ def test_values_are_really_frozen():
     from pytest_lmeval.models._model import Model
 
     assert "remembered" not in Model.__dataclass_fields__
+
+
+MAY_STEP = {
+    "models": "what a step is",
+    "engine": "reads",
+    "training._loop": "with gradients: the loss of a batch",
+    "profiling._work": "with gradients: what a training step costs",
+}
+
+
+def steppers(paths):
+    """Modules in which something steps a model."""
+    for path, name in paths:
+        called = (node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+        methods = (function for function in called if isinstance(function, ast.Attribute))
+        if any(method.attr in ("step", "advance") and ast.unparse(method.value).endswith("lm") for method in methods):
+            yield name.removeprefix("pytest_lmeval.")
+
+
+def test_nothing_but_the_engine_steps_a_model():
+    found = list(steppers(modules()))
+    assert [name for name in found if not {name, name.partition(".")[0]} & set(MAY_STEP)] == []
+    assert {"engine._engine", "training._loop"} <= set(found)
+
+
+def test_a_loop_over_steps_elsewhere_would_be_found(tmp_path):
+    path = tmp_path / "loop.py"
+    path.write_text("def read(lm, pieces, state=None):\n    for piece in pieces:\n        _, state = lm.step(piece, state)\n")
+    assert list(steppers([(path, "pytest_lmeval.measures._loop")])) == ["measures._loop"]

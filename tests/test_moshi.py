@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from reading import measure_perplexity, stream
 
-from pytest_lmeval._stream import stream
 from pytest_lmeval.errors import LawBroken, SpecError
 from pytest_lmeval.laws import probe, replay
 from pytest_lmeval.laws._twin import twin
 from pytest_lmeval.measures._latency import measure_latency
-from pytest_lmeval.measures._perplexity import measure_perplexity
 from pytest_lmeval.models._model import fork
 from pytest_lmeval.models._sources import as_model
 

@@ -10,14 +10,15 @@ import pytest
 import torch
 from clean_models import Attention
 from hypothesis import given, settings, strategies as st
+from reading import measure_perplexity
 from toys import VOCAB, Failing, Functional, Stateless, Stepper
 
 from pytest_lmeval import corpus, perplexity
 from pytest_lmeval.data._corpus import Corpus, Document
 from pytest_lmeval.errors import CorpusError, StreamError
-from pytest_lmeval.measures._perplexity import exponential, measure_perplexity
+from pytest_lmeval.measures._perplexity import exponential
 from pytest_lmeval.models._sources import as_model
-from pytest_lmeval.records._journal import Checkpoints, JournalWarning
+from pytest_lmeval.records._journal import Checkpoints, JournalWarning, Saver
 from pytest_lmeval.scoring._reading import (
     BLOCK,
     BLOCKS,
@@ -32,7 +33,6 @@ from pytest_lmeval.scoring._reading import (
     Reading,
     rows_of,
 )
-from pytest_lmeval.scoring._resume import Saver
 
 LM = as_model(Functional())
 BYTE_LM = as_model(Functional(vocab=256))
@@ -398,7 +398,7 @@ def test_no_token_is_put_before_ids():
 
 
 def test_ids_that_are_no_integers_are_refused():
-    with pytest.raises(CorpusError, match="token ids are integers; these are float64"):
+    with pytest.raises(CorpusError, match=r"a row of integer token ids; got shape .* of float64"):
         measure_perplexity(LM, np.array([1.2, 3.9, 4.1]))
 
 

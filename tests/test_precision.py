@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from reading import measure_perplexity
 from torch import nn
 from toys import Functional, Stepper
 
@@ -16,7 +17,6 @@ from pytest_lmeval.errors import SpecError
 from pytest_lmeval.laws._probe import probe
 from pytest_lmeval.laws._twin import twin
 from pytest_lmeval.laws._untouched import weights_kept
-from pytest_lmeval.measures._perplexity import measure_perplexity
 from pytest_lmeval.models import _precision as precision
 from pytest_lmeval.models._identity import facts, fingerprint, precision as precision_facts
 from pytest_lmeval.models._model import Model, multiplied

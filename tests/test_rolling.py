@@ -7,18 +7,19 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from reading import measure_perplexity, stream_in_windows
 from toys import Functional, Stateless
 
-from pytest_lmeval._stream import stream_in_windows
 from pytest_lmeval.data._corpus import Corpus, Document
 from pytest_lmeval.data._tokens import TokenReader, beginning
+from pytest_lmeval.engine import Policy, Windows, policy_for
+from pytest_lmeval.engine._policy import rolling_windows
+from pytest_lmeval.engine._tokens import Tokens
 from pytest_lmeval.errors import StreamError
-from pytest_lmeval.measures._perplexity import measure_perplexity
 from pytest_lmeval.models._sources import as_model
 from pytest_lmeval.records._certificate import Certificate
-from pytest_lmeval.records._journal import Checkpoints
-from pytest_lmeval.scoring._plan import Plan, plan_for
-from pytest_lmeval.scoring._resume import Saver
+from pytest_lmeval.records._journal import Checkpoints, Saver
+from pytest_lmeval.scoring._resume import read_point
 
 VOCAB = 256
 LONGEST = 120
@@ -147,15 +148,15 @@ def test_the_prefix_token_is_bos_or_else_eos_and_what_the_tokenizer_adds_follows
         ids = np.asarray(tokenizer.encode(text)[0])
         assert beginning(tokenizer, ids, **options).tolist() == expected
         reader = TokenReader(as_model(Functional(vocab=VOCAB), tokenizer=tokenizer), [Document("d", text)], **options)
-        read = np.concatenate(list(reader)).tolist()
-        assert read == [*expected, *ids]
-        assert reader.take_bytes(len(read) - 1).sum() == (len(text) if expected else len(text) - 1)
+        read = Tokens.joined(list(reader))
+        assert read.ids.tolist() == [*expected, *ids]
+        assert read.widths.tolist() == [*(0 for _ in expected), *(1 for _ in ids)]
 
 
 def test_the_first_token_stands_before_the_first_text_alone():
     lm = as_model(Functional(vocab=VOCAB), tokenizer=Letters(bos=1))
     read = TokenReader(lm, [Document("d", ""), Document("d", "a"), Document("d", "b")])
-    assert np.concatenate(list(read)).tolist() == [1, ord("a"), ord("b")]
+    assert Tokens.joined(list(read)).ids.tolist() == [1, ord("a"), ord("b")]
 
 
 # ------------------------------------------------------------------------------------------- the reading
@@ -221,8 +222,8 @@ def test_the_record_says_how_it_was_read(toy, context, window, why):
 
 
 def test_a_window_of_a_stateless_model_is_read_in_one_step():
-    plan = plan_for(reads(Stateless(vocab=VOCAB), context_length=24), window="lm_eval", chunk_size=7)
-    assert (plan.chunk_size, plan.window) == (24, 24)
+    plan = policy_for(reads(Stateless(vocab=VOCAB), context_length=24), window="lm_eval", chunk_size=7)
+    assert (plan.chunk_size, plan.windows.size) == (24, 24)
 
 
 def test_an_overlap_is_refused_where_the_windows_are_those_of_lm_eval():
@@ -276,8 +277,12 @@ def test_a_killed_reading_goes_on_inside_a_document_with_the_same_numbers_to_the
 def test_a_point_that_forgot_where_its_window_begins_gives_other_numbers(tmp_path, often, monkeypatch):
     lm = reads(Functional(vocab=VOCAB), context_length=24)
     whole = reading(lm, tmp_path, "whole")
-    load = Saver.load
-    monkeypatch.setattr(Saver, "load", lambda saver, lm: (point := load(saver, lm)) and replace(point, window=point.scored))
+
+    def misplaced(*where):
+        point = read_point(*where)
+        return point and replace(point, window=point.scored)
+
+    monkeypatch.setattr("pytest_lmeval.measures._perplexity.read_point", misplaced)
     resumed, _ = killed_and_resumed(lm, tmp_path, 50)
     assert abs(resumed.nll - whole.nll) > 1e-6
 
@@ -357,14 +362,15 @@ def test_documents_have_the_loglikelihoods_that_lm_eval_gives_them(both):
 
 def test_windows_without_the_anchor_have_not(both, monkeypatch):
     theirs, ours = both
-    monkeypatch.setattr("pytest_lmeval.scoring._plan.stream_in_windows", without_the_anchor)
+    monkeypatch.setattr("pytest_lmeval.engine._policy.rolling_windows", without_the_anchor)
     _, found = our_sums(ours, window="lm_eval")
     assert np.abs(np.subtract(found, their_sums(theirs))).max() > 0.1
 
 
-def without_the_anchor(*arguments, anchored, **options):
-    return stream_in_windows(*arguments, **options)
+def without_the_anchor(*arguments):
+    return replace(rolling_windows(*arguments), anchored=False)
 
 
-def test_a_plan_says_that_its_windows_are_those_of_lm_eval():
-    assert str(Plan(7, 24, rolling=True)) == "windows of 24, as lm_eval reads them, in chunks of 7"
+def test_a_policy_says_that_its_windows_are_those_of_lm_eval():
+    policy = Policy(chunk_size=7, windows=Windows(24, anchored=True))
+    assert policy.reading == "windows of 24 tokens, as lm_eval reads them, in chunks of 7"

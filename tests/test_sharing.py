@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from reading import reader as engine_of
 from toys import VOCAB, Dropped, Forgetful, Functional, GetSetState, Neighbourly, Shared, Stateless, Stepper
 
 from pytest_lmeval import as_model, load
-from pytest_lmeval.scoring import _sharing as sharing_module
-from pytest_lmeval.scoring._batch import selection
-from pytest_lmeval.scoring._sharing import Sharing
-from pytest_lmeval.scoring._tree import STEP, Request, tree, worth_a_step
+from pytest_lmeval.engine._executor import PADDED
+from pytest_lmeval.engine._state_rows import selection
+from pytest_lmeval.engine._tree import STEP, Request, tree, worth_a_step
 
 LM = as_model(Functional())
 ids = st.lists(st.integers(0, 2), min_size=1, max_size=12)  # few tokens, so that much is alike
@@ -58,11 +58,10 @@ def test_a_tree_holds_every_token_and_every_wish_once(asked, step):
         assert len(node.ids) or not node.children
         tokens += len(node.ids)
         text = [*before, *node.ids]
-        for position, number, target in node.wanted:
-            assert node.start <= position < node.end
-            assert list(asked[number].read[: position + 1]) == text[: position + 1]
-            assert asked[number].ids[position + 1] == target
-            wishes.append((number, position))
+        for number, begin, end in node.wanted:
+            assert node.start <= begin < end <= node.end
+            assert list(asked[number].read[:end]) == text[:end]
+            wishes.extend((number, position) for position in range(begin, end))
         for child in node.children:
             assert child.start == node.end
             visit(child, text)
@@ -89,7 +88,7 @@ def test_short_runs_are_read_again_rather_than_in_steps_of_their_own():
 
 @given(requests(), st.integers(1, 4), st.booleans(), st.integers(1, 3))
 def test_shared_beginnings_change_no_likelihood(asked, batch_size, share, blocks):
-    reader = Sharing(LM, batch_size, share)
+    reader = engine_of(LM, batch_size, share)
     for block in np.array_split(np.arange(len(asked)), blocks):
         if len(block):
             assert worst(LM, reader, [asked[number] for number in block]) < 1e-5
@@ -103,38 +102,38 @@ def test_every_model_of_the_zoo_may_be_shared(name):
     for passage in (chance.integers(256, size=length) for length in (31, 33, 70)):
         for question in (chance.integers(256, size=length) for length in (5, 9)):
             asked += [Request(np.concatenate([shots, passage, question, chance.integers(256, size=n)]), 125) for n in (2, 4)]
-    reader = Sharing(lm, batch_size=4)
+    reader = engine_of(lm, batch_size=4)
     assert worst(lm, reader, asked[:6]) < 2e-4
     assert worst(lm, reader, asked[6:]) < 2e-4
-    assert reader.tokens < 1.1 * distinct(asked) + 40
+    assert reader.counts.tokens < 1.1 * distinct(asked) + 40
 
 
 def test_each_distinct_token_is_read_about_once_and_the_shots_once_in_all_blocks():
     chance = np.random.default_rng(1)
     shots = chance.integers(VOCAB, size=300)
     asked = [Request(np.concatenate([shots, chance.integers(VOCAB, size=40)]), 335) for _ in range(60)]
-    reader = Sharing(LM, batch_size=8)
+    reader = engine_of(LM, batch_size=8)
     for begin in range(0, 60, 12):
         reader.score(asked[begin : begin + 12])
-    assert reader.tokens == pytest.approx(distinct(asked), rel=0.02)
-    whole = Sharing(LM, batch_size=8, share=False)
+    assert reader.counts.tokens == pytest.approx(distinct(asked), rel=0.02)
+    whole = engine_of(LM, batch_size=8, share=False)
     whole.score(asked)
-    assert whole.tokens == 60 * 339
+    assert whole.counts.tokens == 60 * 339
 
 
 def test_tokens_are_counted_to_the_first_request_that_reads_them():
     asked = [Request(np.array([1] * 20 + [2, 3, end]), 22) for end in (4, 5)] + [Request(np.array([1] * 20 + [5, 6]), 21)]
-    reader = Sharing(LM)
+    reader = engine_of(LM)
     assert [scored.read for scored in reader.score(asked)] == [22, 0, 1]
-    assert reader.tokens == 23
+    assert reader.counts.tokens == 23
 
 
 def test_filling_stays_a_small_share():
     chance = np.random.default_rng(2)
     asked = [Request(chance.integers(VOCAB, size=length), 2) for length in chance.integers(3, 80, size=50)]
-    reader = Sharing(LM, batch_size=8)
+    reader = engine_of(LM, batch_size=8)
     reader.score(asked)
-    assert reader.filling <= sharing_module.FILLED * reader.tokens
+    assert reader.counts.padding <= PADDED * reader.counts.tokens
 
 
 @pytest.mark.parametrize("kind", [GetSetState, Stateless, Stepper])
@@ -143,7 +142,7 @@ def test_other_forms_of_models_give_the_same(kind):
     chance = np.random.default_rng(3)
     beginning = chance.integers(VOCAB, size=30)
     asked = [Request(np.concatenate([beginning, chance.integers(VOCAB, size=4)]), 31) for _ in range(5)]
-    scored = Sharing(lm, batch_size=2).score(asked)
+    scored = engine_of(lm, batch_size=2).score(asked)
     for found, request in zip(scored, asked, strict=True):
         np.testing.assert_allclose(found.loglikelihood, alone(LM, request), atol=1e-5)
 
@@ -152,8 +151,8 @@ def test_other_forms_of_models_give_the_same(kind):
 def test_a_state_that_is_wrong_would_be_found_by_this(kind):
     lm = as_model(kind())
     asked = [Request(np.array([1, 2, 3] * 8 + [end, 5, 6]), 24) for end in (1, 2, 4)]
-    assert worst(lm, Sharing(lm, share=False), asked) < 1e-5
-    assert worst(lm, Sharing(lm), asked) > 1e-3
+    assert worst(lm, engine_of(lm, share=False), asked) < 1e-5
+    assert worst(lm, engine_of(lm), asked) > 1e-3
 
 
 def test_multiples_are_kept_to():
@@ -169,7 +168,8 @@ def test_multiples_are_kept_to():
     chance = np.random.default_rng(4)
     beginning = chance.integers(VOCAB, size=50)
     asked = [Request(np.concatenate([beginning, chance.integers(VOCAB, size=9)]), 55) for _ in range(4)]
-    reader = Sharing(lm, multiple=16)
+    reader = engine_of(lm, multiple=16)
+    assert selection(lm) is not None  # tried before
     del lengths[:]
     scored = reader.score(asked)
     assert {begin % 16 for begin, _ in lengths} == {0}
@@ -191,7 +191,7 @@ def test_a_state_that_cannot_be_divided_is_forked_for_each_row():
     chance = np.random.default_rng(5)
     beginning = chance.integers(VOCAB, size=30)
     asked = [Request(np.concatenate([beginning, chance.integers(VOCAB, size=4)]), 31) for _ in range(5)]
-    assert worst(lm, Sharing(lm, batch_size=4), asked) < 1e-5
+    assert worst(lm, engine_of(lm, batch_size=4), asked) < 1e-5
 
 
 @pytest.mark.parametrize(("kind", "divisible"), [(Functional, True), (Stateless, False), (Neighbourly, False), (Shared, False)])
@@ -211,7 +211,7 @@ def test_a_state_that_has_other_tensors_later_is_not_divided():
 
 
 def test_low_precision_does_not_hide_that_one_row_is_taken_for_another(monkeypatch):
-    from pytest_lmeval.scoring import _batch as batch
+    from pytest_lmeval.engine import _state_rows as batch
 
     assert selection(load("zoo:lstm@bf16")) is not None
     real = batch._selected

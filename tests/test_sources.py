@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from reading import measure_perplexity
 
 from pytest_lmeval.data import _recall as recall, corpus
 from pytest_lmeval.data._automaton import (
@@ -30,7 +31,6 @@ from pytest_lmeval.data._recall import DIGITS, VALUES, Recall, RecallLM, frequen
 from pytest_lmeval.data._synthetic import options_in, tape
 from pytest_lmeval.errors import CorpusError
 from pytest_lmeval.laws._probe import probe
-from pytest_lmeval.measures._perplexity import measure_perplexity
 from pytest_lmeval.models._sources import as_model
 
 SOURCE = automaton()

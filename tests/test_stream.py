@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from reading import stream, stream_in_windows
 from toys import VOCAB, Broken, Forgetful, Functional, LastOnly, Promising, Stateless
 
-from pytest_lmeval._stream import default_chunk_size, overlapping, score, stream, stream_in_windows
+from pytest_lmeval.engine._losses import score
+from pytest_lmeval.engine._policy import chunk_size_of
+from pytest_lmeval.engine._tokens import overlapping, tokens_of
 from pytest_lmeval.errors import ModelError, NotFiniteError, StreamError
 from pytest_lmeval.models._sources import as_model
 
@@ -113,7 +116,7 @@ def test_a_memory_mapped_file_is_read_in_slices(tmp_path):
 @given(st.integers(1, 30), st.integers(1, 12), st.integers(0, 11))
 def test_overlapping_pieces_share_exactly_what_they_should(length, size, overlap):
     overlap = min(overlap, size - 1)
-    found = list(overlapping(np.arange(length), size, overlap))
+    found = [piece.ids for piece in overlapping(tokens_of(np.arange(length)), size, overlap)]
     for before, after in pairwise(found):
         assert list(after[: overlap + 1]) == list(before[-overlap - 1 :])
     assert sorted({int(token) for piece in found for token in piece}) == (list(range(length)) if length > 1 else [])
@@ -133,7 +136,7 @@ def test_rank_is_the_place_in_a_stable_sort(rows, data):
 def test_scoring_in_blocks_of_rows_changes_nothing(monkeypatch):
     logits, targets = torch.randn(100, 64), torch.randint(0, 64, (100,))
     whole = score(logits, targets)
-    monkeypatch.setattr("pytest_lmeval._stream.ROWS", 64 * 7)
+    monkeypatch.setattr("pytest_lmeval.engine._losses.BLOCK", 64 * 7)
     blocks = score(logits, targets)
     np.testing.assert_allclose(whole[0], blocks[0], atol=1e-6)
     assert np.array_equal(whole[1], blocks[1])
@@ -146,7 +149,7 @@ def test_bfloat16_logits_are_scored_in_float32():
 
 
 def test_the_chunk_size_follows_from_the_memory_budget():
-    sizes = [default_chunk_size(vocab) for vocab in (256, 32_000, 128_256, 10_000_000)]
+    sizes = [chunk_size_of(vocab) for vocab in (256, 32_000, 128_256, 10_000_000)]
     assert sizes == [1024, 512, 128, 16]
 
 

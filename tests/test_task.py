@@ -9,11 +9,11 @@ import random
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
+from reading import measure_task
 from toys import Functional
 
 from pytest_lmeval import Choices, Generate, Rows, Suite, Task, as_model
 from pytest_lmeval.errors import TaskError
-from pytest_lmeval.measures._task import measure_task
 from pytest_lmeval.scoring import _fewshot as fewshot
 from pytest_lmeval.scoring._fewshot import Shots, question_of
 from pytest_lmeval.tasks import id_of

@@ -29,11 +29,10 @@ from pytest_lmeval.models._identity import fingerprint
 from pytest_lmeval.models._model import Codebooks
 from pytest_lmeval.models._sources import as_model, load
 from pytest_lmeval.records import _schema as schema
-from pytest_lmeval.records._journal import JournalWarning
+from pytest_lmeval.records._journal import JournalWarning, Saver
 from pytest_lmeval.records._measured import Record
 from pytest_lmeval.training import Protocol, load_weights, run_training
 from pytest_lmeval.training._batches import batches, held_out_batches
-from pytest_lmeval.training._folder import Saver
 from pytest_lmeval.training._protocol import learning_rate
 from pytest_lmeval.training._weights import snapshot
 from pytest_lmeval.zoo._demo import Demo
@@ -623,7 +622,7 @@ import torch
 from torch import nn
 from pytest_lmeval import as_model
 from pytest_lmeval.training import Protocol, run_training
-from pytest_lmeval.training._folder import Saver
+from pytest_lmeval.records._journal import Saver
 
 class Dropping(nn.Module):
     def __init__(self):
@@ -715,7 +714,7 @@ def test_a_disk_that_is_full_is_reported_and_the_training_goes_on(save_each_step
         raise OSError("no space left")
 
     monkeypatch.setattr("pytest_lmeval.training._folder.Folder.save", full)
-    with pytest.warns(JournalWarning, match=r"no point to go on from can be saved \(no space left\)"):
+    with pytest.warns(JournalWarning, match=r"no point to go on from can be saved \(OSError: no space left\)"):
         assert run_training(as_model(Functional()), TEXT, protocol=SMALL, folder=tmp_path).best_step == 12
 
 

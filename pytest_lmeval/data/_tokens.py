@@ -1,84 +1,82 @@
-"""From documents to token ids, remembering how many bytes of text each token stands for.
+"""From documents to token ids, and the bytes of text that each token stands for.
 
-Bits per byte compares models of different vocabularies only if the bytes are those of the original text, and
-only those of the tokens that were scored. So the width of every token is carried beside its id, until it is scored.
+Bits per byte compares models of different vocabularies only if the bytes are those of the original text, and only those of the
+tokens that were scored. So the width of every token stands beside its id until it is scored.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections import deque
 from collections.abc import Iterable, Iterator
+from itertools import groupby, islice
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 
-from pytest_lmeval.data._corpus import Document
-from pytest_lmeval.errors import CorpusError
+from pytest_lmeval.data._corpus import Corpus, Document
+from pytest_lmeval.engine._tokens import Tokens, tokens_of
+from pytest_lmeval.errors import CorpusError, StreamError
 from pytest_lmeval.models._model import Model
 
 
-class TokenReader:
-    """The ids of consecutive documents as one stream, and the widths of the tokens handed out so far.
+def sequences(
+    lm: Model, corpus: Corpus, *, by_document: bool, limit: int | None = None, tokens: int | None = None, rolling: bool = False
+) -> Iterator[TokenReader]:
+    """What is read from an empty state each: the documents of a corpus, or all of them as one stream.
 
-    ids = TokenReader(lm, documents)       yields arrays of ids, the beginning-of-sequence token first if there is one
-    ids.take_bytes(n)                      bytes of text [n] of the next n targets; zeros for a corpus of bare ids
+    limit    so many documents
+    tokens   so many tokens of each sequence
+    rolling  put before a text what lm-evaluation-harness does (see `beginning`), and tokenize a document whole, as it does
+    """
+    documents = corpus.documents()
+    if not by_document:
+        yield TokenReader(lm, islice(documents, limit), limit=tokens, rolling=rolling)
+        return
+    for name, parts in islice(groupby(documents, key=attrgetter("name")), limit):
+        whole = rolling and not corpus.tokenized
+        document = [Document(name, "".join(part.text for part in parts))] if whole else parts
+        yield TokenReader(lm, document, limit=tokens, rolling=rolling)
+
+
+class TokenReader:
+    """The tokens of consecutive documents as one stream, the beginning-of-sequence token first if there is one.
+
+    ids = TokenReader(lm, documents)       an iterator of `Tokens`
+    ids.skip = 1000                        begin with this token of the stream
     ids.content                            a hash of the text (or the ids) so far, also of what was skipped
 
     A model of several codebooks is given frames [n, k]; such a frame is one token here.
 
-    skip     begin with this token of the stream
-    scored   targets whose bytes were taken before (token 0 is no target: its bytes are never counted; the first frame is one)
     limit    end before this token
     rolling  put before the text what lm-evaluation-harness does (see `beginning`)
     """
 
-    def __init__(
-        self,
-        lm: Model,
-        documents: Iterable[Document],
-        *,
-        skip: int = 0,
-        scored: int = 0,
-        limit: int | None = None,
-        rolling: bool = False,
-    ) -> None:
-        self._lm, self._documents, self._rolling = lm, documents, rolling
-        self._skip, self._scored, self._limit = skip, scored, limit
-        self._widths: deque[np.ndarray] = deque()
+    def __init__(self, lm: Model, documents: Iterable[Document], *, limit: int | None = None, rolling: bool = False) -> None:
+        self._lm, self._documents, self._limit, self._rolling = lm, documents, limit, rolling
+        self.skip = 0
         self.content = hashlib.sha256()
 
-    def __iter__(self) -> Iterator[np.ndarray]:
-        at, first = 0, self._scored + (self._lm.codebooks is None)
-        for ids, widths in self._encoded():
-            end = at + len(ids) if self._limit is None else min(at + len(ids), self._limit)
-            if (begin := max(at, self._skip)) < end:
-                self._widths.append(widths[max(at, first) - at : end - at])
-                yield ids[begin - at : end - at]
-            at += len(ids)
+    def __iter__(self) -> Iterator[Tokens]:
+        at = 0
+        for part in self._encoded():
+            end = at + len(part) if self._limit is None else min(at + len(part), self._limit)
+            if (begin := max(at, self.skip)) < end:
+                yield part[begin - at : end - at]
+            at += len(part)
             if end == self._limit:
                 return
 
-    def take_bytes(self, count: int) -> np.ndarray:
-        parts = []
-        while count:
-            widths = self._widths.popleft()
-            if len(widths) > count:
-                self._widths.appendleft(widths[count:])
-                widths = widths[:count]
-            parts.append(widths)
-            count -= len(widths)
-        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
-
-    def _encoded(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _encoded(self) -> Iterator[Tokens]:
         tokenizer, begun = self._lm.tokenizer, False
         for document in self._documents:
             if document.ids is not None:
-                _check_kind(document.ids, self._lm, document.name)
-                for begin in range(0, len(document.ids), 1 << 16):
-                    ids = np.asarray(document.ids[begin : begin + (1 << 16)], dtype=np.int64)
-                    self.content.update(ids.tobytes())
-                    yield ids, np.broadcast_to(np.int64(0), len(ids))
+                try:
+                    for part in tokens_of(document.ids, self._lm.codebooks):
+                        self.content.update(part.ids.tobytes())
+                        yield part
+                except StreamError as error:
+                    raise CorpusError(f"{document.name} cannot be read by {self._lm.spec}: {error}") from None
             elif self._lm.codebooks is not None:
                 k = len(self._lm.codebooks.sizes)
                 raise CorpusError(
@@ -95,9 +93,9 @@ class TokenReader:
                 self.content.update(document.text.encode(errors="surrogatepass"))
                 ids, ends = (np.asarray(part, dtype=np.int64) for part in tokenizer.encode(document.text))
                 if not begun and len(first := beginning(tokenizer, ids, rolling=self._rolling)):
-                    yield first, np.zeros(len(first), dtype=np.int64)
+                    yield Tokens(first, np.zeros(len(first), dtype=np.int64))
                 begun = True
-                yield ids, np.diff(ends, prepend=0)
+                yield Tokens(ids, np.diff(ends, prepend=0))
 
 
 def beginning(tokenizer: Any, ids: np.ndarray, *, rolling: bool) -> np.ndarray:
@@ -114,14 +112,3 @@ def beginning(tokenizer: Any, ids: np.ndarray, *, rolling: bool) -> np.ndarray:
         return np.empty(0, dtype=np.int64)
     own = getattr(tokenizer, "prefix", ()) if rolling and ids[0] != first else ()
     return np.array([first, *own], dtype=np.int64)
-
-
-def _check_kind(ids: np.ndarray, lm: Model, name: str) -> None:
-    """Raise CorpusError unless these are integers of the shape that the model reads: [n], or [n, k] for k codebooks."""
-    if not np.issubdtype(ids.dtype, np.integer) and len(ids):
-        raise CorpusError(f"{name}: token ids are integers; these are {ids.dtype}.")
-    codes = None if lm.codebooks is None else len(lm.codebooks.sizes)
-    if ids.shape[1:] != (() if codes is None else (codes,)):
-        has = "one id after the other" if ids.ndim == 1 else f"frames of {ids.shape[-1]} codes"
-        reads = "one token after the other" if codes is None else f"frames of {codes} codes"
-        raise CorpusError(f"{name} has {has}, shape {list(ids.shape)}; {lm.spec} reads {reads}.")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pytest_lmeval._stream import Chunk, stream, stream_in_windows
+from pytest_lmeval.engine import Chunk, Engine, Policy, Windows
 from pytest_lmeval.errors import NotFiniteError
 from pytest_lmeval.laws._evidence import broken
 from pytest_lmeval.laws._strategies import Case
@@ -32,10 +32,10 @@ def sums(trial: Trial, case: Case) -> None:
     if trial.lm.stateful:
         whole = [(0, case.length, 0)]
         read = ids[0].T if trial.lm.codebooks else ids[0]
-        _add_up(trial, case, ids, stream(trial.lm, read, chunk_size=chunk), f"chunks of {chunk}", whole, chunk)
+        _add_up(trial, case, ids, Engine(trial.lm, Policy(chunk_size=chunk)).stream(read), f"chunks of {chunk}", whole, chunk)
     if trial.lm.codebooks:
         return  # frames are never read in windows
-    scored = stream_in_windows(trial.lm, ids[0], window=window, overlap=overlap)
+    scored = Engine(trial.lm, Policy(windows=Windows(window, overlap), chunk_size=window)).stream(ids[0])
     _add_up(trial, case, ids, scored, f"windows of {window}, {overlap} of them read again", windows, window)
 
 

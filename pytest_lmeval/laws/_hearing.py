@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 import time
 
-import torch
 from hypothesis import HealthCheck, Phase, Verbosity, given, settings, target
 
+from pytest_lmeval.engine import Engine
 from pytest_lmeval.errors import LawBroken
 from pytest_lmeval.laws._checks import LAWS, check
 from pytest_lmeval.laws._profiles import Profile
@@ -153,8 +153,7 @@ def _state(trial: Trial) -> State | None:
     """What the state weighs, how it grows, and in what precision it is."""
     try:
         held = state_sizes(trial, Case(trial.longest))
-        with torch.no_grad():
-            _, state = trial.lm.step(trial.tokens(2, 0))
+        _, state = Engine(trial.lm).step(trial.tokens(2, 0))
     except MEMORY:
         raise
     except Exception:  # noqa: BLE001 - nothing to weigh, or a model that cannot go on in pieces: the laws say so

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from pytest_lmeval.engine import Engine
 from pytest_lmeval.errors import NotPossible
 from pytest_lmeval.laws._evidence import bit_equal, broken, near
 from pytest_lmeval.laws._sequences import others
@@ -59,21 +60,16 @@ def _possibly(otherwise: str) -> Iterator[None]:
 
 
 def _read(lm: Model, ids: Tensor) -> State:
-    with torch.no_grad():
-        return lm.step(ids)[1]
+    return Engine(lm).step(ids)[1]
 
 
 def _take_turns(lm: Model, *continuations: tuple[Tensor, State]) -> list[Tensor]:
     """[t, v] or [t, s, v] logits of each continuation (ids, state): at most eight more tokens, one at a time, which every model
     that carries a state can do, and in turns."""
-    states = [state for _, state in continuations]
-    found: list[list[Tensor]] = [[] for _ in continuations]
-    for place in range(min(8, continuations[0][0].shape[-1])):
-        for number, (ids, _) in enumerate(continuations):
-            with torch.no_grad():
-                logits, states[number] = lm.step(ids[..., place : place + 1], states[number])
-            found[number].append(logits[0, ..., -1, :])
-    return [torch.stack(logits) for logits in found]
+    count, engine = min(8, continuations[0][0].shape[-1]), Engine(lm)
+    turns = zip(*(engine.steps(torch.split(ids[..., :count], 1, dim=-1), state) for ids, state in continuations), strict=True)
+    found = [[logits[0, ..., -1, :] for logits, _ in turn] for turn in turns]
+    return [torch.stack(logits) for logits in zip(*found, strict=True)]
 
 
 def size(trial: Trial, case: Case) -> None:
@@ -95,11 +91,11 @@ def size(trial: Trial, case: Case) -> None:
 def state_sizes(trial: Trial, case: Case) -> list[tuple[int, int]]:
     """(tokens read, bytes of the state) while a sequence is read in even pieces."""
     length = min(case.length, FEW) if trial.goes_on is not None else case.length
-    ids, state = trial.tokens(length, case.seed), None
+    ids = trial.tokens(length, case.seed)
+    pieces = torch.split(ids, 1 if trial.goes_on is not None else max(1, case.length // 12), dim=-1)
     held: list[tuple[int, int]] = []
-    for piece in torch.split(ids, 1 if trial.goes_on is not None else max(1, case.length // 12), dim=-1):
-        with torch.no_grad():
-            _, state = trial.lm.step(piece.clone(), state)  # a state that keeps its input keeps no view of all of it
+    # a state that keeps its input keeps no view of all of it
+    for piece, (_, state) in zip(pieces, Engine(trial.lm).steps(piece.clone() for piece in pieces), strict=True):
         trial.calls += 1
         held.append(((held[-1][0] if held else 0) + piece.shape[-1], state_bytes(state)))
     if not held[-1][1]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from pytest_lmeval.engine import Engine
 from pytest_lmeval.errors import ModelError, NotFiniteError
 from pytest_lmeval.laws._routers import recorded, until_first_tie
 from pytest_lmeval.laws._sequences import beside, drawn
@@ -67,25 +68,24 @@ class Trial:
 
     def logits(self, input_ids: Tensor, sizes: list[int], *, row: int = 0, lm: Model | None = None) -> Tensor:
         """[t, v] logits of one row, as the model gave them; [t, s, v] of frames, zeros where they are about none."""
-        state, parts, seen = None, [], 0
-        for piece in torch.split(input_ids, sizes, dim=-1):
-            self.calls += 1
-            try:
-                with torch.no_grad():
-                    logits, state = (lm or self.lm).step(piece, state)
-            except MEMORY:
-                raise
-            except Exception as error:
-                batch = "" if input_ids.shape[0] == 1 else f" in each of {input_ids.shape[0]} rows"
-                what = str(error).strip().splitlines()
-                raise Raised(
-                    f"raised {type(error).__name__} when it read {piece.shape[-1]} token(s) after {seen}{batch}"
-                    f"{': ' + what[0][:300] if what else ''}"
-                ) from error
-            if lm is None:
-                self._logits_dtype = logits.dtype
-            parts.append(self._place_first(logits[row], seen))
-            seen += piece.shape[-1]
+        pieces, parts, seen = torch.split(input_ids, sizes, dim=-1), list[Tensor](), 0
+        try:
+            for logits, _ in Engine(lm or self.lm).steps(pieces):
+                if lm is None:
+                    self._logits_dtype = logits.dtype
+                parts.append(self._place_first(logits[row], seen))
+                seen += logits.shape[-2]
+        except MEMORY:
+            raise
+        except Exception as error:
+            batch = "" if input_ids.shape[0] == 1 else f" in each of {input_ids.shape[0]} rows"
+            what = str(error).strip().splitlines()
+            raise Raised(
+                f"raised {type(error).__name__} when it read {pieces[len(parts)].shape[-1]} token(s) after {seen}{batch}"
+                f"{': ' + what[0][:300] if what else ''}"
+            ) from error
+        finally:
+            self.calls += min(len(parts) + 1, len(pieces))
         return torch.cat(parts)
 
     def _place_first(self, logits: Tensor, seen: int) -> Tensor:

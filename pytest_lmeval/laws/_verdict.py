@@ -15,14 +15,6 @@ from pytest_lmeval.records._certificate import (
 
 LOW_PRECISION = ("float16", "bfloat16")
 
-ONLY_ASIDE = frozenset({"rows", "fork", "resume", "size"})
-"""Laws that one row, streamed once without a stop, does not rest on."""
-
-
-def multiple_of(verdict: str) -> int | None:
-    """The K of `exact-multiple-of-K`; None for any other verdict."""
-    return int(verdict.removeprefix(MULTIPLE)) if verdict.startswith(MULTIPLE) else None
-
 
 def verdict_of(broken: frozenset[str], *, stateful: bool, dtype: str, multiple: int | None = None) -> str:
     """The verdict that the broken laws add up to; `multiple` is the chunk length found exact where not all are.

@@ -26,22 +26,21 @@ import torch
 from msgspec import structs
 from torch import Tensor
 
-from pytest_lmeval._stream import ROWS
 from pytest_lmeval.data._corpus import Corpus
 from pytest_lmeval.data._ids import as_corpus
+from pytest_lmeval.data._tokens import sequences
+from pytest_lmeval.engine import Engine, Policy, policy_for
+from pytest_lmeval.engine._losses import BLOCK as SCORED
 from pytest_lmeval.errors import NotFiniteError, SpecError, StreamError
-from pytest_lmeval.laws._permits import exact_chunk_size
 from pytest_lmeval.measures._context import current, verb
-from pytest_lmeval.measures._perplexity import Progress, exponential
+from pytest_lmeval.measures._perplexity import Progress, exponential, named
 from pytest_lmeval.models._identity import facts, fingerprint, tokenizer_fingerprint
-from pytest_lmeval.models._model import Model, State
+from pytest_lmeval.models._model import Model
 from pytest_lmeval.records import _schema as schema
-from pytest_lmeval.records._certificate import Certificate
 from pytest_lmeval.records._measured import Cost, Record
 from pytest_lmeval.records._metric import value_of
 from pytest_lmeval.records._value import Value
-from pytest_lmeval.scoring._plan import Plan, Point, Reader, plan_for
-from pytest_lmeval.scoring._reading import BLOCK, Reading, add_to_blocks
+from pytest_lmeval.scoring._reading import BLOCK, add_to_blocks
 from pytest_lmeval.statistics._bootstrap import ratio_intervals
 from pytest_lmeval.statistics._proportion import wilson_of_groups
 
@@ -65,19 +64,20 @@ def agreement(
     context = current()
     corpus = context.corpus(corpus)
     (model, certificate), (other, theirs) = context.certified(lm), context.certified(reference)
+    policy, their_policy = policy_for(model, certificate), policy_for(other, theirs)
     settings: dict[str, Any] = {
-        "chunk_size": exact_chunk_size(model, certificate, None, None),
-        "reference_chunk_size": exact_chunk_size(other, theirs, None, None),
         "tokens": tokens or context.session.tokens,
         "limit": context.session.limit if limit is None else limit,
         "as_stream": as_stream,
     }
     about = [corpus.name, corpus.split, corpus.fingerprint, tokenizer_fingerprint(model), fingerprint(other), other.limit]
-    key = context.key("agreement", model, settings, about)
+    key = context.key("agreement", model, settings, [*about, policy.reading, their_policy.reading])
     if corpus.fingerprint and (finished := context.finished(key)) is not None:
         return AgreementResult(finished)
     with context.session.progress(f"{model.spec} beside {other.spec} on {corpus}") as progress:
-        result = measure_agreement(model, other, corpus, **settings, certificate=certificate, progress=progress)
+        result = measure_agreement(
+            model, other, corpus, policy=policy, reference_policy=their_policy, **settings, progress=progress
+        )
     details = {**result.record.details, "reference_verdict": theirs.verdict}
     return context.recorded(key, replace(result, record=structs.replace(result.record, details=details)))
 
@@ -123,22 +123,21 @@ def measure_agreement(
     reference: Model,
     corpus: Corpus | Iterable[Any],
     *,
-    chunk_size: int | None = None,
-    reference_chunk_size: int | None = None,
+    policy: Policy | None = None,
+    reference_policy: Policy | None = None,
     tokens: int | None = None,
     limit: int | None = None,
     as_stream: bool | None = None,
-    certificate: Certificate | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> AgreementResult:
     """Read a corpus with both models and compare what they predict at each place.
 
-    corpus       a `Corpus`, or token ids (tensor, array, list, iterator of arrays)
-    tokens       read so many tokens of the stream (of each document, when read by document)
-    limit        read so many documents
-    as_stream    one endless stream, or document by document; by default as the corpus is meant
-    certificate  of the lm, for the record
+    corpus     a `Corpus`, or token ids (tensor, array, list, iterator of arrays)
+    policy     how the lm reads it, and `reference_policy` how the reference does (see `engine.policy_for`)
+    tokens     read so many tokens of the stream (of each document, when read by document)
+    limit      read so many documents
+    as_stream  one endless stream, or document by document; by default as the corpus is meant
 
     Raises SpecError for models whose predictions cannot be compared (other vocabularies, other tokenizers on text, frames of
     codes), NotFiniteError for a KL that is no finite number, with its place, and what `perplexity` raises.
@@ -146,11 +145,11 @@ def measure_agreement(
     source = as_corpus(corpus)
     _refuse_strangers(lm, reference, source)
     by_document = not (source.as_stream if as_stream is None else as_stream)
-    plans = plan_for(lm, chunk_size=chunk_size), plan_for(reference, chunk_size=reference_chunk_size)
+    engines = [Engine(model, chosen) for model, chosen in ((lm, policy), (reference, reference_policy))]
     texts = tee(source.documents())  # an iterator can be read once, and is held no longer than one model is ahead
     read = [
-        _read(model, replace(source, documents=partial(iter, text)), plan, tokens, limit, by_document)
-        for model, plan, text in zip((lm, reference), plans, texts, strict=True)
+        _read(engine, replace(source, documents=partial(iter, text)), tokens, limit, by_document)
+        for engine, text in zip(engines, texts, strict=True)
     ]
     began, sums = time.perf_counter(), _Sums(by_document)
     for ours, theirs in _aligned(*read):
@@ -160,16 +159,17 @@ def measure_agreement(
     if not sums.units:
         raise StreamError(f"{source} holds no document: there is nothing to compare.")
     chosen = {"tokens": tokens, "limit": limit, "by_document": by_document, "data": source.fingerprint, "seed": seed}
+    certificate = engines[0].policy.certificate
     record = Record(
         kind="agreement",
         subject=f"{source} with {reference.spec}",
         lm=facts(lm),
         settings={"reference": schema.to_plain(facts(reference)), **chosen},
-        details={"read": str(plans[0]), "reference_read": str(plans[1])},
+        details={"read": engines[0].policy.reading, "reference_read": engines[1].policy.reading},
         example="document" if by_document else "block",
         metrics=_metrics(sums, seed),
         cost=Cost(seconds=time.perf_counter() - began, tokens=int(sums.total[TOKENS])),
-        certificate=None if certificate is None else structs.replace(certificate, chunking_used=str(plans[0])),
+        certificate=None if certificate is None else structs.replace(certificate, chunking_used=engines[0].policy.reading),
     )
     return AgreementResult(record)
 
@@ -205,19 +205,18 @@ class _Piece:
         return replace(self, start=self.start + count, logits=self.logits[count:], nll=self.nll[count:])
 
 
-def _read(lm: Model, corpus: Corpus, plan: Plan, tokens: int | None, limit: int | None, by_document: bool) -> Iterator[_Piece]:
-    """The pieces of one reading. The stream scores each step and lets its logits go; here they are caught as it takes it."""
+def _read(engine: Engine, corpus: Corpus, tokens: int | None, limit: int | None, by_document: bool) -> Iterator[_Piece]:
+    """The pieces of one reading: each chunk, with the logits that it was scored from."""
     last: list[Tensor] = []
 
-    def advance(input_ids: Tensor, state: State | None, keep: int | None) -> tuple[Tensor, State]:
-        logits, new_state = lm.advance(input_ids, state, keep)
+    def catch(logits: Tensor) -> None:
         last[:] = [logits]
-        return logits, new_state
 
-    reader = Reader(replace(lm, advance=advance), corpus, plan, tokens, limit, by_document)
-    for point in reader.read(Point(Reading(by_document))):
-        if point.nll is not None and (count := len(point.nll)):
-            yield _Piece(point.document, point.scored - count + 1, last[0][0, -count:], point.nll)
+    engine.on_logits = catch
+    for document, ids in enumerate(sequences(engine.lm, corpus, by_document=by_document, limit=limit, tokens=tokens)):
+        with named(str(corpus), document if by_document else None):
+            for chunk in engine.stream(ids):
+                yield _Piece(document, chunk.start, last[0][0, -len(chunk.nll) :], chunk.nll)
 
 
 def _aligned(ours: Iterator[_Piece], theirs: Iterator[_Piece]) -> Iterator[tuple[_Piece, _Piece]]:
@@ -232,7 +231,7 @@ def _aligned(ours: Iterator[_Piece], theirs: Iterator[_Piece]) -> Iterator[tuple
 
 def _compare(ours: _Piece, theirs: _Piece, lm: Model, reference: Model) -> tuple[np.ndarray, float]:
     """Rows [n, 4] of single targets, and the largest difference of a log-probability. A block of places at a time."""
-    block = max(1, ROWS // lm.vocab_size)
+    block = max(1, SCORED // lm.vocab_size)
     place = ours.logits.device if ours.logits.device.type == "cuda" else torch.device("cpu")  # not all others have float64
     rows, largest = np.ones((len(ours.nll), 4)), 0.0
     rows[:, DIFFERENCE] = ours.nll - theirs.nll

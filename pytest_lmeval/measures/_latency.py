@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from pytest_lmeval.engine import Engine
+from pytest_lmeval.engine._engine import likeliest
 from pytest_lmeval.measures._context import verb_of
 from pytest_lmeval.models._identity import facts
 from pytest_lmeval.models._model import Model, state_bytes
@@ -22,7 +24,6 @@ from pytest_lmeval.profiling._runner import (
     about_times,
     check_shape,
     measured,
-    next_ids,
     notes_of,
     quiet,
     too_short,
@@ -160,14 +161,13 @@ latency = verb_of("latency", measure_latency)
 def generate_once(lm: Model, prompt: torch.Tensor, new_tokens: int, states: list[Any] | None = None) -> list[float]:
     """Read the prompt and decode greedily. Returns the seconds of the step over the prompt, of choosing the first token, and
     of each token after it. The last state is left in `states`."""
-    watch = Stopwatch(lm.device)
-    logits, state = lm.step(prompt, None, keep=1)
+    engine, watch = Engine(lm), Stopwatch(lm.device)
+    logits, state = engine.prefill(prompt)
     watch.mark()
-    token = next_ids(lm, logits, prompt)
+    token = likeliest(logits, prompt)
     watch.mark()
-    for _ in range(new_tokens - 1):
-        logits, state = lm.step(token, state, keep=1)
-        token = next_ids(lm, logits, prompt)
+    decoding = engine.decode(token, state, new_tokens - 1)
+    for _, state in decoding:  # noqa: B007 - the last one is what is left
         watch.mark()
     if states is not None:
         states.append(state)

@@ -26,15 +26,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pytest_lmeval.engine import Engine
+from pytest_lmeval.engine._engine import likeliest
 from pytest_lmeval.errors import ProfilingError
 from pytest_lmeval.measures._context import verb_of
 from pytest_lmeval.models._identity import facts
-from pytest_lmeval.models._model import Model, State, state_storages, weights
+from pytest_lmeval.models._model import Model, state_storages, weights
 from pytest_lmeval.profiling._allocations import watched_allocations
 from pytest_lmeval.profiling._child import TIMEOUT, CannotMoveError, in_child
 from pytest_lmeval.profiling._failures import room_for
 from pytest_lmeval.profiling._peak import peak_memory
-from pytest_lmeval.profiling._runner import check_shape, next_ids
+from pytest_lmeval.profiling._runner import check_shape
 from pytest_lmeval.profiling._storages import storages
 from pytest_lmeval.records._measured import Cost, Record
 from pytest_lmeval.records._metric import value_of
@@ -207,18 +209,14 @@ def measure(lm: Model, batch_size: int, seq_len: int, new_tokens: int, keep: int
 
 def read_and_decode(lm: Model, prompt: Tensor, new_tokens: int, keep: int | None) -> dict[int, int]:
     """Read the prompt and decode greedily. Returns the addresses and sizes of the state's storages after the prompt."""
-    with torch.no_grad():
-        token, state = _step(lm, prompt, None, keep)
-        after_prompt = state_storages(state)
-        for _ in range(new_tokens - 1):
-            token, state = _step(lm, token, state, 1)
+    engine = Engine(lm)
+    logits, state = engine.prefill(prompt, keep=keep)
+    after_prompt = state_storages(state)
+    decoding = engine.decode(likeliest(logits, prompt), state, new_tokens - 1)
+    del logits, state  # nothing is held beside what the next step needs
+    for _ in decoding:
+        pass
     return after_prompt
-
-
-def _step(lm: Model, input_ids: Tensor, state: State | None, keep: int | None) -> tuple[Tensor, State]:
-    """The next token and the state; the logits are let go, so as not to be held beside those of the next step."""
-    logits, state = lm.step(input_ids, state, keep=keep)
-    return next_ids(lm, logits, input_ids), state
 
 
 def _by_process(device: torch.device, run: Callable[[], dict[int, int]]) -> dict[str, int | None]:

@@ -5,7 +5,7 @@
     token_accuracy share of targets among the model's first k choices
 
 The reading carries the state through the whole text where the model allows it; where it has no state, or a
-limited context, the text is read in overlapping windows, and the record says so (`scoring._plan`). Of a model with fast
+limited context, the text is read in overlapping windows, and the record says so (`engine._policy`). Of a model with fast
 weights it also says how far they moved (`scoring._fast_weights`), and of chosen places what the loss is there
 (`scoring._positions`).
 
@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,22 +30,22 @@ from msgspec import structs
 
 from pytest_lmeval.data._corpus import Corpus
 from pytest_lmeval.data._ids import as_corpus
+from pytest_lmeval.data._tokens import TokenReader, sequences
+from pytest_lmeval.engine import Chunk, Engine, Policy, policy_for
 from pytest_lmeval.errors import StreamError
-from pytest_lmeval.laws._permits import exact_chunk_size
 from pytest_lmeval.measures._context import VerbContext, current, verb
 from pytest_lmeval.models._identity import facts, tokenizer_fingerprint
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.records._certificate import Certificate
-from pytest_lmeval.records._journal import Checkpoints
+from pytest_lmeval.records._journal import Checkpoints, Saver
 from pytest_lmeval.records._measured import Cost, Record, Series
 from pytest_lmeval.records._metric import metric, value_of
 from pytest_lmeval.records._value import Value
 from pytest_lmeval.scoring import _fast_weights as fast_weights
 from pytest_lmeval.scoring._losses import LossFile
-from pytest_lmeval.scoring._plan import Point, Reader, plan_for
 from pytest_lmeval.scoring._positions import loss_metrics, name_of, not_reached
-from pytest_lmeval.scoring._reading import BYTES, HITS, NATS, SECONDS, STATE, TOKENS, Reading
-from pytest_lmeval.scoring._resume import Saver
+from pytest_lmeval.scoring._reading import BYTES, HITS, NATS, SECONDS, STATE, TOKENS, Reading, rows_of
+from pytest_lmeval.scoring._resume import Point, read_point, write_point
 from pytest_lmeval.scoring._units import write_units
 from pytest_lmeval.statistics._bootstrap import ratio_intervals
 
@@ -77,16 +78,14 @@ def perplexity(
     context = current()
     corpus = context.corpus(corpus)
     model, certificate = context.certified(lm)
+    policy = policy_for(model, certificate, chunk_size=chunk_size, window=window, overlap=overlap)
     settings: dict[str, Any] = {
-        "chunk_size": exact_chunk_size(model, certificate, chunk_size, window),
         "tokens": tokens or context.session.tokens,
         "limit": context.session.limit if limit is None else limit,
         "as_stream": as_stream,
-        "window": window,
-        "overlap": overlap,
         "positions": positions,
     }
-    data = [corpus.name, corpus.split, corpus.fingerprint, tokenizer_fingerprint(model), str(losses)]
+    data = [corpus.name, corpus.split, corpus.fingerprint, tokenizer_fingerprint(model), policy.reading, str(losses)]
     key = context.key("perplexity", model, settings, data)
     known = bool(corpus.fingerprint)  # an iterator may bring something else the next time
     if known and (finished := context.finished(key)) is not None:
@@ -97,10 +96,10 @@ def perplexity(
         result = measure_perplexity(
             model,
             corpus,
+            policy=policy,
             **settings,
             losses=_losses_file(context, examples, losses),
             units=context.path(units),
-            certificate=certificate,
             progress=progress,
             checkpoints=journal.checkpoints if journal and known and "resume" not in certificate.broken else None,
             key=key,
@@ -225,16 +224,13 @@ def measure_perplexity(
     lm: Model,
     corpus: Corpus | Iterable[Any],
     *,
-    chunk_size: int | None = None,
+    policy: Policy | None = None,
     tokens: int | None = None,
     limit: int | None = None,
     as_stream: bool | None = None,
-    window: int | Literal["unlimited", "lm_eval"] | None = None,
-    overlap: int | None = None,
     positions: tuple[int, ...] = (),
     losses: str | Path | None = None,
     units: str | Path | None = None,
-    certificate: Certificate | None = None,
     seed: int = 0,
     progress: Progress | None = None,
     checkpoints: Checkpoints | None = None,
@@ -243,11 +239,11 @@ def measure_perplexity(
     """Read a corpus and score every token of it once.
 
     corpus      a `Corpus`, or token ids (tensor, array, list, iterator of arrays)
+    policy      how it is read (see `engine.policy_for`); by default as the model declares that it can be
     tokens      read so many tokens of the stream (of each document, when read by document)
     limit       read so many documents
     as_stream   one endless stream, or document by document with a new state each; by default as the corpus is meant, and
-                with window="lm_eval" by document
-    window, overlap, chunk_size    see `plan_for`
+                by document in the windows of lm_eval
     positions   places at which the loss is wanted, for example (8000, 16000, 24000): means of the thousand tokens up to each
     losses      write the loss of every target to this .npy file (float32, nats), as it is read
     units       write the sums of each document, or block of the stream, to this file of JSON lines (see `scoring._units`)
@@ -258,63 +254,100 @@ def measure_perplexity(
 
     Raises StreamError, NotFiniteError and CorpusError; see there.
     """
-    source = as_corpus(corpus)
+    source, engine = as_corpus(corpus), Engine(lm, policy)
     if wrong := [place for place in positions if not isinstance(place, int) or place < 1]:
         raise StreamError(f"positions holds {wrong}; a position is the number of tokens before a target, 1 or more.")
-    plan = plan_for(lm, chunk_size=chunk_size, window=window, overlap=overlap)
-    by_document = not ((source.as_stream and not plan.rolling) if as_stream is None else as_stream)
-    reader = Reader(lm, source, plan, tokens, limit, by_document)
-    saver = Saver(checkpoints, key)
-    point = saver.load(lm)
+    rolling = engine.policy.windows is not None and engine.policy.windows.anchored
+    by_document = not ((source.as_stream and not rolling) if as_stream is None else as_stream)
+    texts = sequences(lm, source, by_document=by_document, limit=limit, tokens=tokens, rolling=rolling)
+    point = read_point(checkpoints, key, lm)
     if point is None or not LossFile.holds(losses, int(point.reading.total[TOKENS])):
         point = Point(Reading(by_document, tuple(sorted(set(positions)))))
-    resumed_at = int(point.reading.total[TOKENS])
+    reading = point.reading
+    resumed_at = int(reading.total[TOKENS])
     watch = fast_weights.watch(lm, point)
 
     if lm.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(lm.device)
     began = time.perf_counter() - point.seconds
     with LossFile(losses, already=resumed_at) as file:
-        for point in reader.read(point):  # noqa: B020 - each point follows from the one before
-            file.write(point.nll)
+
+        def save(point: Point) -> None:
+            assert checkpoints is not None
+            file.sync()
+            write_point(checkpoints, key, replace(point, seconds=time.perf_counter() - began))
+
+        saver = Saver(save if checkpoints else None, "reading")
+        for point, chunk in read(engine, texts, point, str(source)):  # noqa: B020 - each point follows from the one before
+            file.write(chunk.losses)
             if progress is not None:
-                sums = point.reading.total
-                progress(int(sums[TOKENS]), float(sums[NATS]), expected_tokens(lm, source, sums, tokens, by_document))
+                expected = expected_tokens(lm, source, reading.total, tokens, by_document)
+                progress(int(reading.total[TOKENS]), float(reading.total[NATS]), expected)
             if watch is None or watch.look(point):  # don't checkpoint while a measurement is pending
-                saver.save_now_and_then(replace(point, seconds=time.perf_counter() - began), file.sync)
+                saver.save_now_and_then(point)
         if watch is not None:
             watch.look(point, last=True)
-    if not point.reading.total[TOKENS]:
+    if not reading.total[TOKENS]:
         raise StreamError(f"{source} holds no document, or no code that could be predicted: there is nothing to score.")
-    record = record_of(reader, point.reading, seconds=time.perf_counter() - began, seed=seed)
+    chosen = {"tokens": tokens, "limit": limit}
+    record = record_of(engine, source, reading, chosen, seconds=time.perf_counter() - began, seed=seed)
     record = structs.replace(
         record,
-        certificate=None if certificate is None else structs.replace(certificate, chunking_used=str(plan)),
         examples=None if losses is None else str(losses),
         units=None if units is None else str(units),
     )
     if units is not None:
-        write_units(units, point.reading)
+        write_units(units, reading)
     return PerplexityResult(record, resumed_at)
 
 
-def record_of(reader: Reader, reading: Reading, *, seconds: float, seed: int) -> Record:
+def read(engine: Engine, texts: Iterable[TokenReader], point: Point, name: str) -> Iterator[tuple[Point, Chunk]]:
+    """Read all texts from `point` on: each chunk, added to the sums of the reading, and the point after it."""
+    reading = point.reading
+    for index, ids in enumerate(texts):
+        if index < point.document:
+            continue
+        if index > point.document or not point.scored:
+            reading.start_document()
+            point = Point(reading, index)
+        ids.skip = point.scored if engine.policy.windows is None else point.window
+        with named(name, index if reading.by_document else None):
+            for chunk in engine.stream(ids, state=point.state, position=point.scored, window=point.window):
+                rows = rows_of(chunk.nll, chunk.rank, chunk.widths, chunk.valid)
+                reading.add(chunk.start, rows, seconds=chunk.seconds, state_bytes=chunk.state_bytes)
+                point = replace(point, scored=chunk.end - 1, window=chunk.window, state=chunk.state)
+                yield point, chunk
+        reading.documents.append(ids.content.hexdigest()[:16])
+
+
+@contextmanager
+def named(corpus: str, document: int | None) -> Iterator[None]:
+    """Say of which text an error is."""
+    try:
+        yield
+    except StreamError as error:
+        raise StreamError(f"{corpus}" + ("" if document is None else f", document {document}") + f": {error}") from error
+
+
+def record_of(
+    engine: Engine, corpus: Corpus, reading: Reading, chosen: dict[str, int | None], *, seconds: float, seed: int
+) -> Record:
     """Everything that a reading found, and how it was had."""
-    lm, plan, corpus = reader.lm, reader.plan, reader.corpus
+    lm, policy = engine.lm, engine.policy
+    windows, certificate = policy.windows, policy.certificate
     metrics = above_floor(metrics_of(reading, seconds=seconds, seed=seed), corpus.entropy)
     return Record(
         kind="perplexity",
         subject=str(corpus),
         lm=facts(lm),
         settings={
-            "chunk_size": plan.chunk_size,
-            "reading": "carried" if plan.window is None else "windows",
-            "window": plan.window,
-            "overlap": plan.overlap,
-            **({"rolling": True} if plan.rolling else {}),
+            "chunk_size": engine.chunk_size,
+            "reading": "carried" if windows is None else "windows",
+            "window": None if windows is None else windows.size,
+            "overlap": 0 if windows is None else windows.overlap,
+            **({"rolling": True} if windows is not None and windows.anchored else {}),
             "by_document": reading.by_document,
-            "tokens": reader.tokens,
-            "limit": reader.limit,
+            **chosen,
             "tokenizer": None if corpus.tokenized else getattr(lm.tokenizer, "name", type(lm.tokenizer).__name__),
             "unit": "document" if reading.by_document else f"block of {reading.block} tokens",
             "data": corpus.fingerprint,
@@ -322,13 +355,13 @@ def record_of(reader: Reader, reading: Reading, *, seconds: float, seed: int) ->
             **({"positions": list(reading.positions)} if reading.positions else {}),
         },
         details={
-            "why": plan.why,
+            "why": "the state is carried" if windows is None else windows.why,
             "chunks": reading.chunks_seen,
             "documents": len(reading.units) if reading.by_document else None,
             **({"not_reached": not_reached(reading)} if reading.positions else {}),
             **(fast_weights.details_of(reading.moves, lm, int(reading.total[TOKENS])) if reading.moves else {}),
         },
-        notes=[] if plan.window is None else [f"windows of {plan.window:,} tokens, {plan.how}"],
+        notes=[] if windows is None else [str(windows)],
         example="document" if reading.by_document else "block",
         metrics=metrics,
         cost=Cost(
@@ -337,7 +370,8 @@ def record_of(reader: Reader, reading: Reading, *, seconds: float, seed: int) ->
             peak_bytes=torch.cuda.max_memory_allocated(lm.device) if lm.device.type == "cuda" else None,
             state_bytes=reading.peak_state_bytes,
         ),
-        series=series_of(reading, metrics, carried=plan.window is None),
+        series=series_of(reading, metrics, carried=windows is None),
+        certificate=None if certificate is None else structs.replace(certificate, chunking_used=policy.reading),
     )
 
 

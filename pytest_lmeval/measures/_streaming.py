@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from pytest_lmeval.engine import Engine, policy_for
+from pytest_lmeval.engine._policy import streaming_refused
 from pytest_lmeval.errors import ProfilingError
-from pytest_lmeval.laws._permits import exact_chunk_size
 from pytest_lmeval.measures._context import VerbContext, verb_of
 from pytest_lmeval.models._identity import facts
 from pytest_lmeval.models._model import Model, state_bytes
@@ -142,7 +143,10 @@ def measure_streaming(
 
 def _in_exact_chunks(context: VerbContext, model: Model, settings: dict[str, Any]) -> dict[str, Any]:
     certificate = context.session.verdict(model).certificate
-    return {**settings, "chunk_size": exact_chunk_size(model, certificate, settings["chunk_size"], None)}
+    policy = policy_for(model, certificate, chunk_size=settings["chunk_size"], window="unlimited", default_chunk=CHUNK_SIZE)
+    if not policy.carry:
+        raise streaming_refused(model, policy)
+    return {**settings, "chunk_size": policy.chunk_size}
 
 
 streaming = verb_of("streaming", measure_streaming, prepare=_in_exact_chunks)
@@ -150,9 +154,8 @@ streaming = verb_of("streaming", measure_streaming, prepare=_in_exact_chunks)
 
 def read_once(lm: Model, pieces: list[torch.Tensor], held: list[int] | None = None) -> list[float]:
     """Read the chunks [b, t], one after the other. Returns the seconds of each; the bytes of the states go to `held`."""
-    watch, state = Stopwatch(lm.device), None
-    for piece in pieces:
-        _, state = lm.step(piece, state, keep=1)
+    engine, watch = Engine(lm), Stopwatch(lm.device)
+    for _, state in engine.steps(pieces, keep=1):
         watch.mark()
         if held is not None:
             held.append(state_bytes(state))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from pytest_lmeval.engine import Engine
 from pytest_lmeval.errors import ProfilingError
 from pytest_lmeval.measures._context import verb_of
 from pytest_lmeval.models._identity import facts
@@ -156,8 +157,8 @@ def _check(lm: Model, batch_size: int, seq_len: int, seconds: float, runs: int |
 
 def step_once(lm: Model, prompts: Tensor) -> float:
     """Seconds of one step over prompts [b, t]."""
-    watch = Stopwatch(lm.device)
-    lm.step(prompts, None, keep=1)
+    engine, watch = Engine(lm), Stopwatch(lm.device)
+    engine.prefill(prompts)
     watch.mark()
     return watch.laps()[0]
 
@@ -177,12 +178,11 @@ def _decoding(lm: Model, prompts: Tensor, new_tokens: int) -> list[float]:
     room = new_tokens if lm.limit is None else min(new_tokens, lm.limit - prompts.shape[-1] - 1)
     if not lm.stateful or room < 1:
         return []
-    token = prompts[..., -1:]
-    _, state = lm.step(prompts, None, keep=1)
-    _, state = lm.step(token, state, keep=1)
+    engine, token = Engine(lm), prompts[..., -1:]
+    _, state = engine.prefill(prompts)
+    _, state = engine.step(token, state, keep=1)
     watch = Stopwatch(lm.device)
-    for _ in range(room):
-        _, state = lm.step(token, state, keep=1)
+    for _ in engine.decode(token, state, room, choose=lambda logits, input_ids: input_ids):
         watch.mark()
     return watch.laps()
 

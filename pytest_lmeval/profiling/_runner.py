@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pytest_lmeval.errors import NotMeasuredError, ProfilingError
 from pytest_lmeval.models._model import Model
@@ -106,12 +105,6 @@ def notes_of(details: dict[str, Any]) -> list[str]:
     grade, failed = details.get("stability"), details.get("failed")
     unsteady = [f"the machine was {grade}"] if grade not in (None, "steady") else []
     return unsteady + ([f"failed: {', '.join(failed)}"] if failed else [])
-
-
-def next_ids(lm: Model, logits: Tensor, input_ids: Tensor) -> Tensor:
-    """The likeliest token of each row, to be read next; of a model that reads frames, the last one of `input_ids` again, since
-    a step says nothing of the frame to come."""
-    return logits[:, -1].argmax(-1, keepdim=True) if lm.codebooks is None else input_ids[..., -1:]
 
 
 def unit_of_rates(lm: Model) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pytest_lmeval.engine import Engine
 from pytest_lmeval.models._model import Model, State, multiplied, state_bytes, weights
 from pytest_lmeval.profiling._child import first_line
 from pytest_lmeval.profiling._failures import failure_of
@@ -46,14 +47,13 @@ class Work:
 
 def work_of(lm: Model, prompt: Tensor) -> dict[str, Work]:
     """Of "prefill", the step over the prompt [b, t]; and "decode", that over one token a row after it, if there is a state."""
-    with torch.no_grad():
-        flops, read, state = _counted_step(lm, prompt, None)
-        held = state_bytes(state)
-        phases = {"prefill": Work(flops, read + held, prompt.shape[0] * prompt.shape[-1])}
-        if lm.stateful:
-            flops, read, state = _counted_step(lm, prompt[..., -1:], state)
-            grown = state_bytes(state) - held
-            phases["decode"] = Work(flops, read + held + (grown if grown > 0 else held), prompt.shape[0])
+    flops, read, state = _counted_step(lm, prompt, None)
+    held = state_bytes(state)
+    phases = {"prefill": Work(flops, read + held, prompt.shape[0] * prompt.shape[-1])}
+    if lm.stateful:
+        flops, read, state = _counted_step(lm, prompt[..., -1:], state)
+        grown = state_bytes(state) - held
+        phases["decode"] = Work(flops, read + held + (grown if grown > 0 else held), prompt.shape[0])
     return phases
 
 
@@ -63,7 +63,7 @@ def _counted_step(lm: Model, input_ids: Tensor, state: State | None) -> tuple[in
     flops: list[int] = []
 
     def step() -> None:
-        states.append(lm.step(input_ids, state, keep=1)[1])
+        states.append(Engine(lm).step(input_ids, state, keep=1)[1])
 
     read = bytes_read(weights(lm.module), lambda: flops.append(count_flops(step)))
     return flops[0], read, states[0]

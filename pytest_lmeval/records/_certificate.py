@@ -99,6 +99,11 @@ class Certificate(Kept, frozen=True, kw_only=True):
     chunking_used: str | None = None
 
     @property
+    def multiple(self) -> int | None:
+        """The K of `exact-multiple-of-K`; None for any other verdict."""
+        return int(self.verdict.removeprefix(MULTIPLE)) if self.verdict.startswith(MULTIPLE) else None
+
+    @property
     def worst_ratio(self) -> float | None:
         return max((law.worst_ratio for law in self.laws.values() if law.worst_ratio is not None), default=None)
 

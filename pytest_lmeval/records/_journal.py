@@ -16,8 +16,10 @@ import functools
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -143,6 +145,35 @@ class Checkpoints:
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.pt"
+
+
+class Saver:
+    """Saves a point to go on from every two seconds, or less often where that would take more than one percent of the time.
+
+    save  (point) writes it; None: nothing is saved
+    what  the work is called
+    """
+
+    PAUSE, SHARE = 2.0, 100.0
+
+    def __init__(self, save: Callable[[Any], None] | None, what: str) -> None:
+        self.save, self.what = save, what
+        self.next = time.perf_counter() + self.PAUSE
+
+    def save_now_and_then(self, point: Any) -> None:
+        """Save `point` if it is time. What cannot be saved is reported, and not tried again: the work goes on."""
+        if self.save is None or time.perf_counter() < self.next:
+            return
+        began = time.perf_counter()
+        try:
+            self.save(point)
+        except (OSError, pickle.PicklingError, AttributeError, TypeError, NotImplementedError) as error:
+            self.save = None
+            warn(
+                f"no point to go on from can be saved ({type(error).__name__}: {error}); the {self.what} itself goes on. "
+                "If it is interrupted, it begins anew."
+            )
+        self.next = time.perf_counter() + max(self.PAUSE, self.SHARE * (time.perf_counter() - began))
 
 
 def _ends_with_newline(path: Path) -> bool:

@@ -25,8 +25,8 @@ from pytest_lmeval.models._model import Model, State
 from pytest_lmeval.records._measured import Record, Series
 from pytest_lmeval.records._metric import value_of
 from pytest_lmeval.records._value import Value
-from pytest_lmeval.scoring._plan import Point
 from pytest_lmeval.scoring._reading import EACH, TOKENS, Moves
+from pytest_lmeval.scoring._resume import Point
 
 STRETCH = 512  # tokens: smaller chunks are taken together, so that looking costs less than two percent of reading
 NAMED = 8  # weights that a warning names

@@ -17,10 +17,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from pytest_lmeval.engine._tree import Request, alike
 from pytest_lmeval.errors import TaskError
 from pytest_lmeval.models._identity import fingerprint
 from pytest_lmeval.models._model import Model
-from pytest_lmeval.scoring._tree import Request, alike
 from pytest_lmeval.tasks._questions import Choices, Question, Task
 
 Truncate = Literal["left", "refuse"]

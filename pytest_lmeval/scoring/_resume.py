@@ -4,62 +4,50 @@ from __future__ import annotations
 
 import io
 import json
-import pickle
 import pkgutil
-import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import IO, Any
 
 import torch
 
-from pytest_lmeval.models._model import Model, state_types
-from pytest_lmeval.records._journal import Checkpoints, warn
-from pytest_lmeval.scoring._plan import Point
+from pytest_lmeval.engine._engine import Engine
+from pytest_lmeval.models._model import Model, State, state_types
+from pytest_lmeval.records._journal import Checkpoints
 from pytest_lmeval.scoring._reading import Reading
 
 
-class Saver:
-    """Saves a point every two seconds, or less often where that would take more than one percent of the time."""
+@dataclass(frozen=True)
+class Point:
+    """A place in a corpus between two chunks: enough to go on from there with the same final numbers.
 
-    PAUSE, SHARE = 2.0, 100.0
+    document  documents before the current one
+    scored    the last target of the current sequence that was scored: also the last token but one that was read
+    window    where the current window begins
+    """
 
-    def __init__(self, checkpoints: Checkpoints | None, key: str) -> None:
-        self.checkpoints, self.key = checkpoints, key
-        self.next = time.perf_counter() + self.PAUSE
+    reading: Reading
+    document: int = 0
+    scored: int = 0
+    window: int = 0
+    state: State = None
+    seconds: float = 0.0
 
-    def save_now_and_then(self, point: Point, sync: Callable[[], None]) -> None:
-        """Save `point` if it is time; `sync` first brings to the disk what the point relies on."""
-        if self.checkpoints is None or time.perf_counter() < self.next:
-            return
-        began = time.perf_counter()
-        place = {name: getattr(point, name) for name in ("document", "opened", "scored", "window", "seconds")}
-        meta = json.dumps({**place, "reading": point.reading.to_json()})
 
-        def save(file: IO[bytes]) -> None:
-            torch.save({"meta": meta, "state": point.state}, file)
+def write_point(checkpoints: Checkpoints, key: str, point: Point) -> None:
+    """Save a point. Raises OSError, and what a state raises that cannot be saved."""
+    place = {name: getattr(point, name) for name in ("document", "scored", "window", "seconds")}
+    meta = json.dumps({**place, "reading": point.reading.to_json()})
+    checkpoints.write(key, lambda file: torch.save({"meta": meta, "state": point.state}, file))
 
-        try:
-            sync()
-            self.checkpoints.write(self.key, save)
-        except (OSError, pickle.PicklingError, AttributeError, TypeError, NotImplementedError) as error:
-            self.checkpoints = None
-            warn(
-                f"no point to go on from can be saved ({type(error).__name__}: {error}); the reading itself goes on. If it is "
-                "interrupted, it begins anew."
-            )
-        took = time.perf_counter() - began
-        self.next = time.perf_counter() + max(self.PAUSE, self.SHARE * took)
 
-    def load(self, lm: Model) -> Point | None:
-        """The saved point, or None if there is none that can be used."""
-        if self.checkpoints is None:
-            return None
-        found: Point | None = self.checkpoints.read(self.key, lambda file: load_point(file, lm))
-        return found
+def read_point(checkpoints: Checkpoints | None, key: str, lm: Model) -> Point | None:
+    """The saved point, or None if there is none that can be used."""
+    found: Point | None = None if checkpoints is None else checkpoints.read(key, lambda file: load_point(file, lm))
+    return found
 
 
 def load_point(file: IO[bytes], lm: Model) -> Point:
-    """The point in a file that `Saver` wrote."""
+    """The point in a file that `write_point` wrote."""
     saved = safe_load(file.read(), lm)
     meta = json.loads(saved["meta"])
     return Point(Reading.from_json(meta.pop("reading")), state=saved["state"], **meta)
@@ -73,8 +61,7 @@ def safe_load(content: bytes, lm: Model) -> Any:
     names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content))
     allowed: list[Any] = []
     if names:
-        with torch.no_grad():
-            _, state = lm.step(lm.random_ids(1, 1))
+        _, state = Engine(lm).step(lm.random_ids(1, 1))
         own = state_types(state)
         allowed = [found for name in names if (found := _class(name)) in own]
     with torch.serialization.safe_globals(allowed):

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pytest_lmeval._stream import check_vocabulary
 from pytest_lmeval.data._corpus import Corpus
 from pytest_lmeval.data._ids import as_corpus
 from pytest_lmeval.data._tokens import TokenReader
+from pytest_lmeval.engine._tokens import check_vocabulary
 from pytest_lmeval.errors import CorpusError, StreamError
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.training._protocol import Protocol
@@ -35,13 +35,13 @@ def read(lm: Model, corpus: Corpus, limit: int) -> np.ndarray:
     """
     parts: list[np.ndarray] = [np.empty(0, dtype=np.int32)]
     start = 0
-    for ids in TokenReader(lm, corpus.documents(), limit=limit):
+    for part in TokenReader(lm, corpus.documents(), limit=limit):
         try:
-            check_vocabulary(ids, start, lm)
+            check_vocabulary(part.ids, start, lm)
         except StreamError as error:
             raise StreamError(f"{corpus}: {error}") from None
-        parts.append(ids.astype(np.int32))
-        start += len(ids)
+        parts.append(part.ids.astype(np.int32))
+        start += len(part)
     return np.concatenate(parts)
 
 

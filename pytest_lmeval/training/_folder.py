@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,29 +92,6 @@ class Folder:
             warn(f"{error} The model is trained anew.")
             return None
         return trained, record
-
-
-class Saver:
-    """Saves a run every two seconds, or less often where that would take more than one percent of the time."""
-
-    PAUSE, SHARE = 2.0, 100.0
-
-    def __init__(self, folder: Folder | None) -> None:
-        self.folder, self.next = folder, time.perf_counter() + self.PAUSE
-
-    def save_now_and_then(self, run: Run) -> None:
-        if self.folder is None or time.perf_counter() < self.next:
-            return
-        began = time.perf_counter()
-        try:
-            self.folder.save(run)
-        except OSError as error:
-            self.folder = None
-            warn(
-                f"no point to go on from can be saved ({error}); the training itself goes on. If it is interrupted, it begins "
-                "anew."
-            )
-        self.next = time.perf_counter() + max(self.PAUSE, self.SHARE * (time.perf_counter() - began))
 
 
 def _read(file: Path) -> tuple[Record, str] | None:

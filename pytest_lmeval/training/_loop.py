@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pytest_lmeval.data._corpus import Corpus
+from pytest_lmeval.engine import Engine, Policy, Request
 from pytest_lmeval.errors import TrainingError
 from pytest_lmeval.measures._perplexity import Progress
 from pytest_lmeval.models._model import Model
@@ -28,9 +29,10 @@ from pytest_lmeval.models._sources import load
 from pytest_lmeval.profiling._clock import seconds
 from pytest_lmeval.profiling._flops import Flops, training_flops
 from pytest_lmeval.profiling._peak import peak_memory
+from pytest_lmeval.records._journal import Saver
 from pytest_lmeval.training._batches import batches, held_out_batches, read, steps_an_epoch
 from pytest_lmeval.training._failure import differentiate, not_finite, refuse_divergence, refuse_not_finite
-from pytest_lmeval.training._folder import Folder, Saver
+from pytest_lmeval.training._folder import Folder
 from pytest_lmeval.training._plan import Plan, plan_for
 from pytest_lmeval.training._protocol import Protocol, learning_rate
 from pytest_lmeval.training._result import TrainResult, record_of
@@ -112,7 +114,7 @@ def fit(plan: Plan, files: Folder | None, progress: Progress | None) -> TrainRes
             begin = partial(new_run, plan)
             run = begin() if files is None else files.resume(begin)
             try:
-                learn(run, material, plan.protocol, Saver(files), progress)
+                learn(run, material, plan.protocol, Saver(None if files is None else files.save, "training"), progress)
             except TrainingError as error:
                 raise TrainingError(f"{error}{keep(run, files)}") from None
     if not material.held_out:
@@ -185,20 +187,15 @@ def loss_of(lm: Model, crops: Tensor, seed: int) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), crops[:, 1:].flatten())
 
 
-@torch.no_grad()
 def evaluate(lm: Model, held_out: list[Tensor]) -> Tensor:
     """Nats of each held-out crop, each read from an empty state, [crops] float64 on the CPU."""
     assert lm.module is not None
     was_training = lm.module.training
     lm.module.eval()
-    nats = []
-    for crops in held_out:
-        crops = crops.to(lm.device)
-        logits, _ = lm.step(crops[:, :-1])
-        nll = F.cross_entropy(logits.flatten(0, 1), crops[:, 1:].flatten(), reduction="none")
-        nats.append(nll.view(len(crops), -1).cpu().double().sum(1))
+    engine = Engine(lm, Policy(carry=False, batch_size=len(held_out[0])))
+    scored = engine.score([Request(crop, 1) for crops in held_out for crop in crops.numpy()])
     lm.module.train(was_training)
-    return torch.cat(nats)
+    return torch.tensor([-one.loglikelihood.sum() for one in scored], dtype=torch.float64)
 
 
 def flops_of_a_step(plan: Plan, material: Material) -> Flops:

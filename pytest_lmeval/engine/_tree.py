@@ -11,7 +11,7 @@ again costs less than a step of their own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -25,16 +25,26 @@ class Request:
     """Tokens whose likelihood is asked for, and what stands before them.
 
     ids    [n] all of them; the last one is only predicted, never read
-    given  how many of them are given; at least one
+    given  how many of them are given, at least one; all of them for a prompt that is to be continued, which is read whole
     """
 
     ids: np.ndarray
     given: int
 
     @property
+    def asked(self) -> int:
+        """How many likelihoods are asked for."""
+        return len(self.ids) - self.given
+
+    @property
     def read(self) -> np.ndarray:
-        """[n - 1] what has to be read."""
-        return self.ids[:-1]
+        """What has to be read."""
+        return self.ids[:-1] if self.asked else self.ids
+
+    @property
+    def shared(self) -> int:
+        """How many of the tokens that are read others may share: the last one of a prompt begins an answer of its own."""
+        return len(self.ids) - 1
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,7 @@ class Node:
     ids       [n] the tokens
     start     how many stand before them
     children  what follows; none at the end of a sequence
-    wanted    (position, request, target): the likelihood of `target` after the token at `position` of the sequence
+    wanted    (request, begin, end): what its tokens after the positions `begin` to `end` are like, positions of the sequence
     owner     the first of the requests that go through here: its reading is what the tokens are counted to
     last      whether the last of the requests goes through here
     """
@@ -66,13 +76,15 @@ class Node:
 
     def head(self, count: int) -> Node:
         """Its first `count` tokens."""
-        end = self.start + count
-        return replace(self, ids=self.ids[:count], wanted=tuple(want for want in self.wanted if want[0] < end))
+        split = self.start + count
+        wanted = ((number, begin, min(end, split)) for number, begin, end in self.wanted if begin < split)
+        return replace(self, ids=self.ids[:count], wanted=tuple(wanted))
 
     def after(self, count: int) -> Node:
         """What is left of it when its first `count` tokens are read."""
-        start = self.start + count
-        return replace(self, ids=self.ids[count:], start=start, wanted=tuple(want for want in self.wanted if want[0] >= start))
+        split = self.start + count
+        wanted = ((number, max(begin, split), end) for number, begin, end in self.wanted if end > split)
+        return replace(self, ids=self.ids[count:], start=split, wanted=tuple(wanted))
 
     def pushed(self) -> list[Node]:
         """Its children, each beginning with its tokens: they are read once for each of them."""
@@ -90,10 +102,11 @@ def tree(
 ) -> list[Node]:
     """The nodes that follow the first `start` tokens, which all `members` (all requests) share.
 
-    A request that reads only what another reads too has no path of its own. With an infinite `step`, nothing else is shared.
+    A request that reads only what another reads too has no path of its own, unless it is a prompt: each of these ends in a leaf
+    of its own, also where two are equal. With an infinite `step`, nothing else is shared.
     """
     members = range(len(requests)) if members is None else members
-    keys = {number: requests[number].read.astype(">i8").tobytes() for number in members}
+    keys = {number: _key(requests[number], number) for number in members}
     order = sorted(members, key=lambda number: keys[number])
     paths: list[list[int]] = []  # requests along each longest sequence, the longest last
     for number in order:
@@ -104,32 +117,47 @@ def tree(
     return _grow(requests, paths, start, start, step)
 
 
+def _key(request: Request, number: int) -> bytes:
+    """What sequences are sorted by: their tokens. A prompt ends in a key of its own, behind all that goes on."""
+    tokens = request.ids[: request.shared].astype(">i8").tobytes()
+    return tokens if request.asked else tokens + (~number).to_bytes(8, "big", signed=True)
+
+
 def _grow(requests: Sequence[Request], paths: list[list[int]], start: int, shared: int, step: float) -> list[Node]:
     """The nodes of sorted paths that are alike up to `shared`, the tokens from `start` on not yet standing in a node."""
     nodes = []
-    for _, members in groupby(paths, key=lambda path: int(requests[path[-1]].read[shared]) if len(paths) > 1 else 0):
+    for _, members in groupby(paths, key=_branch(requests, shared) if len(paths) > 1 else None):
         group = list(members)
-        first, last = (requests[path[-1]].read for path in (group[0], group[-1]))
-        end = len(first) if len(group) == 1 else shared + alike(first[shared:], last[shared:])
+        first, last = (requests[path[-1]] for path in (group[0], group[-1]))
+        end = len(first.read) if len(group) == 1 else shared + alike(*(one.ids[shared : one.shared] for one in (first, last)))
         if len(group) > 1 and not worth_a_step(end - start, len(group), step):
             nodes += _grow(requests, group, start, end, step)
             continue
+        numbers = [number for path in group for number in path]
+        wanted = (
+            (number, max(requests[number].given - 1, start), min(len(requests[number].ids) - 1, end)) for number in numbers
+        )
         nodes.append(
             Node(
-                first[start:end],
+                first.read[start:end],
                 start,
                 tuple(_grow(requests, group, end, end, step)) if len(group) > 1 else (),
-                tuple(want for path in group for number in path for want in _wanted(requests[number], number, start, end)),
-                min(number for path in group for number in path),
-                any(len(requests) - 1 in path for path in group),
+                tuple(span for span in wanted if span[1] < span[2]),
+                min(numbers),
+                len(requests) - 1 in numbers,
             )
         )
     return nodes
 
 
-def _wanted(request: Request, number: int, start: int, end: int) -> list[tuple[int, int, int]]:
-    positions = range(max(request.given - 1, start), min(len(request.ids) - 1, end))
-    return [(position, number, int(request.ids[position + 1])) for position in positions]
+def _branch(requests: Sequence[Request], at: int) -> Callable[[list[int]], int]:
+    """By which paths part at a place: the token there, or a path's own number where it ends."""
+
+    def branch(path: list[int]) -> int:
+        request = requests[path[-1]]
+        return int(request.ids[at]) if at < request.shared else ~path[-1]
+
+    return branch
 
 
 def alike(first: np.ndarray, second: np.ndarray) -> int:

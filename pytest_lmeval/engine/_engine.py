@@ -1,0 +1,180 @@
+"""The engine: the only place that steps a model, as its policy allows.
+
+    engine = Engine(lm, policy_for(lm, certificate))
+    engine.stream(tokens)          chunks of a text, every token scored once, its state carried or in windows
+    engine.score(requests)         log-likelihoods of texts after others, what they begin with alike read once
+    engine.generate(prompts)       answers in the model's own words
+    engine.prefill(ids)            one prompt, and engine.decode(ids, state, n): n tokens after it, one a step
+    engine.steps(pieces)           raw steps, for what tries the laws
+
+Sequences are read by an executor: `Forked` continues states, `Whole` reads each sequence from its beginning. What only answers
+requests, as a server does, is another one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from pytest_lmeval.engine._executor import Counts, Executor, Scored
+from pytest_lmeval.engine._forked import Forked
+from pytest_lmeval.engine._generation import Answer, Listener, Prompt, begin_answers
+from pytest_lmeval.engine._policy import Policy, check, default_chunk_size, policy_for, refused, streaming_refused
+from pytest_lmeval.engine._stream import Chunk, carried, in_windows
+from pytest_lmeval.engine._tokens import Source, check_vocabulary, tokens_of
+from pytest_lmeval.engine._tree import Request
+from pytest_lmeval.engine._whole import Whole
+from pytest_lmeval.errors import StreamError
+from pytest_lmeval.models._model import Model, State
+
+
+def likeliest(logits: Tensor, input_ids: Tensor) -> Tensor:
+    """The next ids [b, 1]: of each row the likeliest. Of frames of codes the ones before again, since a step says nothing of
+    the frame to come."""
+    return logits[:, -1].argmax(-1, keepdim=True) if logits.ndim == 3 else input_ids[..., -1:]
+
+
+class Engine:
+    """Reads with one model.
+
+    policy     what is allowed, and how it is done; by default all that the model declares, with nothing proven
+    on_logits  is called with the logits of each step, as the model gave them: [b, n, v] of its last n positions
+    executor   reads and continues sequences; by default here, as the policy allows
+    counts     what reading sequences took so far
+
+    Raises Refused for a policy that asks for more than its certificate proves.
+    """
+
+    def __init__(
+        self,
+        lm: Model,
+        policy: Policy | None = None,
+        *,
+        on_logits: Callable[[Tensor], None] | None = None,
+        executor: Executor | None = None,
+    ) -> None:
+        self.lm, self.policy = lm, policy_for(lm) if policy is None else policy
+        self.on_logits, self.executor, self.counts = on_logits, executor, Counts()
+        check(lm, self.policy)
+
+    @property
+    def chunk_size(self) -> int:
+        """Tokens a step of a text."""
+        whole = self.policy.windows.size if self.policy.windows else None
+        return self.policy.chunk_size or whole or default_chunk_size(self.lm)
+
+    # ------------------------------------------------------------------------------------------------ steps
+
+    def step(self, input_ids: Tensor, state: State | None = None, *, keep: int | None = None) -> tuple[Tensor, State]:
+        """One step of the model, without gradients (see `LanguageModel.step`). It may use `state` up."""
+        with torch.no_grad():
+            logits, state = self.lm.step(input_ids, state, keep=keep)
+        if self.on_logits is not None:
+            self.on_logits(logits)
+        return logits, state
+
+    def steps(
+        self, pieces: Iterable[Tensor], state: State | None = None, *, keep: int | None = None
+    ) -> Iterator[tuple[Tensor, State]]:
+        """Read pieces [b, t] of one sequence, each after the state of the one before; logits and state of each, whatever the
+        policy says."""
+        for piece in pieces:
+            logits, state = self.step(piece, state, keep=keep)
+            yield logits, state
+            del logits  # not to be held beside those of the next step
+
+    def prefill(self, input_ids: Tensor, state: State | None = None, *, keep: int | None = 1) -> tuple[Tensor, State]:
+        """Read [b, t] in as few steps as the policy allows; logits of the last `keep` positions, and the state."""
+        longest, left = self.policy.longest, input_ids.shape[-1]
+        if longest is None or left <= longest:
+            return self.step(input_ids, state, keep=keep)
+        found, wanted = [], left if keep is None else keep
+        for part in torch.split(input_ids, longest, dim=-1):
+            left -= part.shape[-1]
+            logits, state = self.step(part, state, keep=min(max(1, wanted - left), part.shape[-1]))
+            found += [logits] * (wanted > left)
+        return torch.cat(found, dim=-2), state
+
+    def decode(
+        self, input_ids: Tensor, state: State, count: int, choose: Callable[[Tensor, Tensor], Tensor] = likeliest
+    ) -> Iterator[tuple[Tensor, State]]:
+        """Read `count` tokens a row, one a step, the first being `input_ids` [b, 1]. After each step: the ids that
+        `choose(logits, input_ids)` says come next, and the state."""
+        for _ in range(count):
+            logits, state = self.step(input_ids, state, keep=1)
+            input_ids = choose(logits, input_ids)
+            del logits  # not to be held beside those of the next step
+            yield input_ids, state
+
+    # ------------------------------------------------------------------------------------------------- texts
+
+    def stream(self, tokens: Source, *, state: State | None = None, position: int = 0, window: int = 0) -> Iterator[Chunk]:
+        """Score a stream chunk by chunk, each target token exactly once, the state carried or in windows as the policy says.
+
+        tokens    ids [T], or frames of codes [T, k]
+        state     go on from this state, which has seen what comes before `position`
+        position  the place in the stream of the token to go on from; `tokens` begin there
+        window    read in windows: where the current one begins; `tokens` begin there
+
+        Raises StreamError for a stream without a target or a token outside the vocabulary, NotFiniteError for a loss that is
+        not finite, with its place, and Refused where neither carrying the state nor windows are allowed.
+        """
+        pieces, windows = tokens_of(tokens, self.lm.codebooks), self.policy.windows
+        if windows is not None:
+            return in_windows(self, pieces, windows, state, position, window)
+        if not self.policy.carry or not self.lm.stateful:
+            raise streaming_refused(self.lm, self.policy)
+        return carried(self, pieces, state, position)
+
+    # --------------------------------------------------------------------------------------------- sequences
+
+    def score(self, requests: Sequence[Request]) -> list[Scored]:
+        """The log-likelihood of each token that is asked for, in the order of the requests.
+
+        A value that is not finite is left to the caller, who knows what it is of. Raises StreamError for a token outside the
+        vocabulary, and Refused for a model that reads a prompt neither in one step nor in several.
+        """
+        self._refuse_frames()
+        for request in requests:
+            check_vocabulary(request.ids, 0, self.lm)
+        return (self.executor or self._executor(self.policy.share)).score(requests)
+
+    def generate(self, prompts: Sequence[Prompt], listen: Listener | None = None) -> list[Answer]:
+        """The answer to each prompt, in their order, token by token until it ends; what a row says depends on no other.
+
+        listen  (number of the prompt, text so far) -> None to go on, or what was heard, a truth value that ends the answer
+
+        Raises TaskError for a tokenizer that cannot turn ids into text, NotFiniteError for logits that leave no choice, and
+        as `score` does.
+        """
+        self._refuse_frames()
+        for prompt in prompts:
+            check_vocabulary(prompt.ids, 0, self.lm)
+        answers, hear = begin_answers(self.lm, prompts, listen)
+        (self.executor or self._executor(self.policy.decode)).generate(answers, hear)
+        return answers
+
+    def _refuse_frames(self) -> None:
+        if self.lm.codebooks is not None:
+            raise StreamError(f"{self.lm.spec} reads frames of codes: it has no prompts and no answers in words.")
+
+    def _executor(self, forked: bool) -> Executor:
+        if forked and self.lm.stateful:
+            return self._forked
+        if self.policy.longest is not None:
+            why = f"It reads at most {self.policy.longest} tokens at once."
+            raise refused(
+                self.lm, self.policy, why, "A longer prompt cannot be read in one step, and would be wrong in several."
+            )
+        return self._whole
+
+    @functools.cached_property
+    def _forked(self) -> Forked:
+        return Forked(self)
+
+    @functools.cached_property
+    def _whole(self) -> Whole:
+        return Whole(self)

@@ -1,0 +1,177 @@
+"""Reads each distinct beginning once: the state after it is forked for what follows.
+
+The prefix tree is processed level by level: nodes that begin at the same length form a batch; leaves are padded, inner nodes
+truncated to the shortest. So a model that continues exactly from a state reads every distinct token about once, in batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from math import inf
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+import torch
+
+from pytest_lmeval.engine._executor import Block, Hear, Scored, batches
+from pytest_lmeval.engine._generation import Answer
+from pytest_lmeval.engine._state_rows import selection
+from pytest_lmeval.engine._tree import STEP, Node, Request, tree, worth_a_step
+from pytest_lmeval.models._model import State, fork, state_bytes
+
+if TYPE_CHECKING:
+    from pytest_lmeval.engine._engine import Engine
+
+Branches: TypeAlias = "list[tuple[Node, int]]"
+"""Nodes, each with the row of a state that it follows."""
+Cache: TypeAlias = "list[tuple[np.ndarray, State]]"
+"""Beginnings, and the state after each."""
+
+SHORT = 4  # times as many rows as a batch has, of ends that are that much shorter than what is before them
+CACHED = 4  # beginnings that are kept: examples, a passage, and what is between them
+STATES_BUDGET = 1 << 30  # bytes that the states of a batch may take
+
+
+class Forked:
+    """Reads blocks of requests; what the last request of a block began with is kept for the next (`prefix_cache`)."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.policy = engine, engine.policy
+        self.prefix_cache: Cache = []
+        self._select = selection(engine.lm)
+        self._step = STEP if self.policy.share else inf
+
+    def score(self, requests: Sequence[Request]) -> list[Scored]:
+        block = Block(self.engine, requests)
+
+        def score_leaves(state: State, batch: Branches) -> None:
+            block.read_padded([node for node, _ in batch], self._rows_of(state, batch))
+
+        self._walk(block, lambda state, leaves: self._each(state, leaves, score_leaves, padded=True))
+        return block.scored
+
+    def generate(self, answers: Sequence[Answer], hear: Hear) -> None:
+        block = Block(self.engine, [Request(answer.prompt.ids, len(answer.prompt.ids)) for answer in answers])
+
+        def answer_leaves(state: State, batch: Branches) -> None:
+            rows = [answers[node.owner] for node, _ in batch]
+            for row, (node, _) in zip(rows, batch, strict=True):
+                row.given = node.ids.tolist()
+            self._answer(self._rows_of(state, batch), rows, hear)
+
+        self._walk(block, lambda state, leaves: self._each(state, leaves, answer_leaves, padded=False))
+        for answer, shared in zip(answers, block.scored, strict=True):
+            answer.read += shared.read
+
+    # ------------------------------------------------------------------------------------------------ the tree
+
+    def _walk(self, block: Block, on_leaves: Callable[[State, Branches], None]) -> None:
+        """Process the prefix tree of a block; `on_leaves(state, leaves)` takes those that follow one state."""
+        requests = block.requests
+        kept = [(prefix, state) for prefix, state in self.prefix_cache if requests and _begins(requests[-1], prefix)]
+        for (prefix, state), members in self._by_prefix(requests):
+            nodes = tree(requests, members, start=len(prefix), step=self._step)
+            self._visit(block, state, [(node, 0) for node in nodes], kept, on_leaves)
+        self.prefix_cache = sorted(kept, key=lambda entry: len(entry[0]))[:CACHED]  # the shorter ones are shared by more
+
+    def _by_prefix(self, requests: Sequence[Request]) -> Iterator[tuple[tuple[np.ndarray, State], list[int]]]:
+        """The requests by the longest cached beginning that they share."""
+        left = list(range(len(requests)))
+        for prefix, state in sorted(self.prefix_cache, key=lambda entry: -len(entry[0])):
+            begins = {number: _begins(requests[number], prefix) for number in left}
+            left = [number for number in left if not begins[number]]
+            if members := [number for number, so in begins.items() if so]:
+                yield (prefix, state), members
+        if left:
+            yield (np.empty(0, dtype=np.int64), None), left
+
+    def _visit(
+        self, block: Block, state: State, branches: Branches, kept: Cache, on_leaves: Callable[[State, Branches], None]
+    ) -> None:
+        """Read what follows `state`: each node follows one of its rows."""
+        on_leaves(state, [(node, row) for node, row in branches if not node.children])
+        inner = [(node, row) for node, row in branches if node.children]
+        for batch in batches(inner, self._side_by_side(state, inner)):
+            self._visit(block, *self._read_inner(block, state, batch, kept), kept, on_leaves)
+
+    def _each(self, state: State, leaves: Branches, read: Callable[[State, Branches], None], *, padded: bool) -> None:
+        """Read leaves in batches. Where they are padded, more short ones stand side by side: no more tokens than prompts."""
+        most = self._side_by_side(state, leaves)
+        if state is None:
+            most = self.policy.batch_size if padded else most
+        elif padded and leaves and self._select is not None and self.policy.batch_size > 1:
+            longest = max(len(node.ids) for node, _ in leaves)
+            times = min(SHORT, (leaves[0][0].start + longest) // longest)
+            most = self._fitting(state, leaves, self.policy.batch_size * times)
+        for batch in batches(leaves, most, self.engine.lm.vocab_size if padded else None):
+            read(state, batch)
+
+    def _side_by_side(self, state: State, branches: Branches) -> int:
+        """How many may stand side by side and be continued."""
+        if self._select is None or not branches:
+            return 1
+        return self.policy.batch_size if state is None else self._fitting(state, branches, self.policy.batch_size)
+
+    @staticmethod
+    def _fitting(state: State, branches: Branches, most: int) -> int:
+        bytes_of_a_row = state_bytes(state) // (1 + max(row for _, row in branches))
+        return max(1, min(most, STATES_BUDGET // max(1, bytes_of_a_row)))
+
+    def _read_inner(self, block: Block, state: State, batch: Branches, kept: Cache) -> tuple[State, Branches]:
+        """Read the nodes as far as the shortest of them goes; returns the state after that, and what follows its rows."""
+        length = min(len(node.ids) for node, _ in batch)
+        length -= (batch[0][0].start + length) % self.policy.multiple
+        if length <= 0:
+            return state, [(child, row) for node, row in batch for child in node.pushed()]
+        heads = [node.head(length) for node, _ in batch]
+        ids = torch.stack([torch.from_numpy(head.ids) for head in heads])
+        state = block.read(heads, ids, self._rows_of(state, batch))
+        following: Branches = []
+        for row, (node, _) in enumerate(batch):
+            rest = node.after(length)
+            if not len(rest.ids):
+                following += [(child, row) for child in node.children]
+                if node.last:
+                    kept.append((block.requests[node.owner].ids[: node.end], self._rows(state, [row])))
+            elif worth_a_step(len(rest.ids), rest.leaves):
+                following.append((rest, row))
+            else:
+                following += [(child, row) for child in rest.pushed()]
+        return state, following
+
+    def _rows_of(self, state: State, batch: Branches) -> State:
+        """The rows of a state that the nodes of a batch follow, to be used up."""
+        return None if state is None else self._rows(state, [row for _, row in batch])
+
+    def _rows(self, state: State, rows: list[int]) -> State:
+        """A state of these rows, so that the one it is taken from can be taken from again."""
+        return fork(state) if self._select is None else self._select(state, rows)
+
+    # --------------------------------------------------------------------------------------------- the answers
+
+    def _answer(self, state: State, rows: list[Answer], hear: Hear) -> None:
+        """Continue rows token by token until all have ended. They stand at the same length, since that is all that a state
+        knows: while one is answering, another may still be given its prompt. A row that has ended leaves the batch."""
+        begun = False
+        while rows:
+            length = 1 if begun and self.policy.single else min(len(row.given) for row in rows)
+            begun = True
+            ids = torch.tensor([row.given[:length] for row in rows])
+            logits, state = self.engine.prefill(ids.to(self.engine.lm.device), state)
+            self.engine.counts.add(ids.numel(), 0, state)
+            for row in rows:
+                row.given, row.read = row.given[length:], row.read + length
+            speaking = [place for place, row in enumerate(rows) if not row.given]
+            hear(logits[speaking, -1], [rows[place] for place in speaking])
+            for row in rows:
+                if not row.given and not row.why:
+                    row.given = [row.ids[-1]]
+            staying = [place for place, row in enumerate(rows) if not row.why]
+            if len(staying) < len(rows):
+                rows = [rows[place] for place in staying]
+                state = self._rows(state, staying) if rows else None
+
+
+def _begins(request: Request, prefix: np.ndarray) -> bool:
+    """Whether a request begins with what was read before, and asks for nothing in it."""
+    return request.given > len(prefix) and np.array_equal(request.ids[: len(prefix)], prefix)

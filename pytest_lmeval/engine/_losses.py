@@ -1,0 +1,56 @@
+"""From logits to losses: how likely each target was, and how many tokens were likelier."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pytest_lmeval.errors import NotFiniteError
+from pytest_lmeval.models._model import Model
+
+BLOCK = 1 << 19  # logits that are scored in one go: few enough to stay in the processor's caches
+
+
+def score(logits: Tensor, targets: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Negative log-likelihood [n] (float64, nats) and rank [n] of `targets` [n] under `logits` [n, v].
+
+    Ties rank in the order of their ids, as argmax has it. Computed in float32 at least, a block of rows at a time.
+    """
+    if not len(targets):
+        return np.empty(0), np.empty(0, dtype=np.int64)
+    rows = max(1, BLOCK // logits.shape[-1])
+    scores = [_score_rows(x, y) for x, y in zip(torch.split(logits, rows), torch.split(targets, rows), strict=True)]
+    nll, rank = (torch.cat(parts).cpu().numpy() for parts in zip(*scores, strict=True))
+    return nll.astype(np.float64), rank
+
+
+def _score_rows(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    picked = logits.gather(1, targets[:, None])
+    rank = (logits > picked).sum(1)
+    tied = (logits == picked).sum(1) > 1
+    if tied.any():
+        ids = torch.arange(logits.shape[1], device=logits.device)
+        rank[tied] += ((logits[tied] == picked[tied]) & (ids < targets[tied, None])).sum(1)
+    return F.cross_entropy(logits, targets, reduction="none"), rank
+
+
+def check_finite(nll: np.ndarray, ids: np.ndarray, first: int, lm: Model) -> None:
+    """`nll` are the losses of the last of `ids`, the first of them being that of the stream's token `first`. Raises
+    NotFiniteError with the place of the first that is no number."""
+    if np.isfinite(nll).all():
+        return
+    wrong = int(np.flatnonzero(~np.isfinite(nll))[0])
+    target = len(ids) - len(nll) + wrong
+    raise not_finite(nll[wrong], f"token {first + wrong} of the stream (id {ids[target]}, after id {ids[target - 1]})", lm)
+
+
+def not_finite(loss: float, place: str, lm: Model) -> NotFiniteError:
+    return NotFiniteError(
+        f"{lm.spec} gave a loss of {loss} for {place}, in {lm.dtype} on {lm.device}. A number that is not finite cannot be "
+        "averaged, so the run stops here; what was finished before is kept. Look for an overflow in low precision, or a "
+        "masked-out logit."
+    )

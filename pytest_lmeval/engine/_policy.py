@@ -1,0 +1,280 @@
+"""What the engine may do with a model: one object, made from the certificate of its laws.
+
+policy = policy_for(lm, certificate)               all that is proven, and nothing else
+policy = policy_for(lm, certificate, window=512)   Refused where no way to read so is exact
+policy = policy_for(lm)                            nothing was probed: all that the model declares, on the caller's word
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
+
+from pytest_lmeval.errors import Refused, StreamError
+from pytest_lmeval.models._model import Model
+from pytest_lmeval.records._certificate import NON_CAUSAL, Certificate
+
+Window: TypeAlias = 'int | Literal["unlimited", "lm_eval"] | None'
+
+WINDOW = 1024  # tokens of a window where the model names no limit of its own
+ROLLING_WINDOW = 2048  # the same in lm-evaluation-harness
+LOGITS_BUDGET = 256 << 20  # bytes that the logits of a step and what is computed from them may take
+LARGEST_CHUNK, SMALLEST_CHUNK = 1024, 16
+
+ONLY_ASIDE = frozenset({"rows", "fork", "resume", "size"})
+"""Laws that one row, streamed once without a stop, does not rest on."""
+NOTHING_HOLDS = frozenset({"causality", "repeat", "isolation", "sums"})
+"""Laws without which no number says anything, however the text is read."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How a text is read in windows that know nothing of one another.
+
+    size      tokens that each reads
+    overlap   how many of them only as context: they were scored by the window before
+    anchored  the last window begins early enough to read `size` tokens too, and scores those left
+    why       a text is read so
+    """
+
+    size: int
+    overlap: int = 0
+    anchored: bool = False
+    why: str = "windows were asked for"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.overlap < self.size:
+            raise StreamError(
+                f"windows of {self.size} tokens cannot overlap by {self.overlap}: a window has to score something new."
+            )
+
+    def __str__(self) -> str:
+        how = "as lm_eval reads them" if self.anchored else f"{self.overlap:,} of them read again"
+        return f"windows of {self.size:,} tokens, {how}"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What may be done with a model, and how it is done.
+
+    carry        continue a sequence from its state; otherwise a sequence is read from its beginning, in one step
+    multiple     only after multiples of so many tokens; 1 is any number
+    single       only by one token a step
+    longest      tokens of any step at most; None is any number
+    fork         continue one state several times
+    rows         read several rows side by side
+    batch_size   of these, at most so many
+    chunk_size   tokens a step of a text; None: as many as fit the memory (`default_chunk_size`)
+    windows      read a text in these; None: with the state carried through it
+    why          less is allowed than could be; empty where all is
+    certificate  that proves it; None: nothing was probed
+    """
+
+    carry: bool = True
+    multiple: int = 1
+    single: bool = False
+    longest: int | None = None
+    fork: bool = True
+    rows: bool = True
+    batch_size: int = 8
+    chunk_size: int | None = None
+    windows: Windows | None = None
+    why: str = ""
+    certificate: Certificate | None = None
+
+    def __post_init__(self) -> None:
+        if self.chunk_size is not None and self.chunk_size < 1:
+            raise StreamError(f"chunk_size is {self.chunk_size}; a chunk has at least one token.")
+        if self.batch_size < 1:
+            raise StreamError(f"batch_size is {self.batch_size}; a batch has at least one row.")
+
+    @property
+    def share(self) -> bool:
+        """Whether what several sequences begin with alike may be read once."""
+        return self.carry and self.fork and not self.single
+
+    @property
+    def decode(self) -> bool:
+        """Whether an answer may be generated token by token from the state."""
+        return self.carry and self.fork and self.multiple == 1
+
+    @property
+    def reading(self) -> str:
+        """How a text is read, in words."""
+        if self.windows is None:
+            return f"carried in chunks of {self.chunk_size}"
+        return f"{self.windows}, in chunks of {self.chunk_size}"
+
+    @property
+    def sharing(self) -> str:
+        """Whether questions share what they begin with, in words."""
+        return f"prefix sharing: {'on' if self.share else 'off'}" + (f" ({self.why})" if self.why else "")
+
+
+def policy_for(
+    lm: Model,
+    certificate: Certificate | None = None,
+    *,
+    chunk_size: int | None = None,
+    window: Window = None,
+    overlap: int | None = None,
+    batch_size: int = 8,
+    default_chunk: int | None = None,
+) -> Policy:
+    """All that the certificate proves, used as asked.
+
+    chunk_size     tokens a step of a text; by default the largest exact number up to `default_chunk`, or to what fits memory
+    window         read texts in windows of so many tokens; by default with the state carried, or in windows of the model's
+                   context if it is limited, or of 1024 tokens if it has no state; "unlimited" carries the state past the
+                   context that the model was made for; "lm_eval" reads as lm-evaluation-harness does (`rolling_windows`)
+    overlap        tokens of a window that are only read, not scored; half of it by default
+    batch_size     rows side by side at most
+
+    Raises Refused for more than is proven, and StreamError for what cannot be read so in any case.
+    """
+    proven = replace(proven_for(lm, certificate), chunk_size=chunk_size)
+    windows = _windows(lm, window, overlap)
+    if windows is not None and not proven.carry:
+        size = windows.size
+    else:
+        size = chunk_size or _exact_chunk(proven, default_chunk or default_chunk_size(lm))
+        size = min(size, proven.longest or size, windows.size if windows else size)
+    policy = replace(proven, chunk_size=size, windows=windows, batch_size=batch_size if proven.rows else 1)
+    check(lm, policy)
+    return policy
+
+
+def proven_for(lm: Model, certificate: Certificate | None) -> Policy:
+    """All that may be done with a model of this certificate; without one, all that the model declares.
+
+    Raises Refused where no number says anything.
+    """
+    stateless = "" if lm.stateful else "the model has no state to carry"
+    if certificate is None:
+        return Policy(carry=lm.stateful, why=stateless)
+    broken, verdict = certificate.broken, certificate.verdict
+    if broken & NOTHING_HOLDS:
+        advice = "Repair what makes the same text read differently the second time."
+        if verdict == NON_CAUSAL:
+            advice = "It cannot be scored as a language model at all."
+        why = "A number that is made with it would be wrong, and may look good."
+        raise refused(lm, Policy(certificate=certificate), why, advice)
+    core, multiple = broken - ONLY_ASIDE, certificate.multiple
+    single = core == {"splits"} and multiple is None
+    exact = not core or single or multiple is not None
+    policy = Policy(
+        carry=lm.stateful and exact,
+        multiple=multiple or 1,
+        single=single,
+        longest=certificate.limit_tokens if certificate.limit_is_step else None,
+        fork=not broken & {"fork", "prefix"},
+        rows=not broken & {"rows", "prefix"},  # padding makes a text longer
+        certificate=certificate,
+    )
+    return replace(policy, why=stateless or ("" if policy.share and multiple is None else verdict))
+
+
+def check(lm: Model, policy: Policy) -> None:
+    """Raises Refused for a policy that asks for more than its certificate proves, with what broke, and what to ask for."""
+    if policy.certificate is None:
+        return
+    proven, size, windows = proven_for(lm, policy.certificate), policy.chunk_size, policy.windows
+    carried = policy.carry and proven.carry and (windows is None or (size is not None and size < windows.size))
+    exact_by = 1 if proven.single else proven.multiple
+    if carried and size is not None and (size % exact_by or (proven.single and size != 1)):
+        how = "one token at a time" if exact_by == 1 else f"in chunks of multiples of {exact_by}"
+        raise Refused(
+            f"{lm.spec} is exact {how} only, and chunk_size={size} was asked for:\n{policy.certificate.why_not()}\n"
+            f"A perplexity streamed that way would be wrong, and may look good. Leave chunk_size out, or set it to {exact_by}."
+        )
+    longest = math.inf if proven.longest is None else proven.longest
+    beyond = {
+        "to carry its state": policy.carry and not proven.carry,
+        f"to continue its state after multiples of {policy.multiple}": policy.multiple % proven.multiple,
+        "to continue its state by several tokens": policy.carry and proven.single and not policy.single,
+        "to fork its state": policy.fork and not proven.fork,
+        "to read rows side by side": policy.batch_size > 1 and not proven.rows,
+        f"for steps of more than {longest} tokens": (policy.longest or math.inf) > longest or (size or 0) > longest,
+    }
+    if asked := [what for what, more in beyond.items() if more]:
+        why = f"The policy asks {', '.join(asked)}, which its certificate does not prove."
+        raise refused(lm, policy, why, "Take what policy_for(lm, certificate) allows.")
+
+
+def refused(lm: Model, policy: Policy, why: str, advice: str) -> Refused:
+    """The error that says what the model is, with its counterexamples, why that forbids what was asked for, and what to do."""
+    certificate = policy.certificate
+    found = "not certified." if certificate is None else f"{certificate.verdict}:\n{certificate.why_not()}\n"
+    return Refused(f"{lm.spec} is {found} {why} {advice}".replace("\n ", "\n"))
+
+
+def streaming_refused(lm: Model, policy: Policy) -> Refused:
+    """The error for a text that is to be read with a state that may not be carried."""
+    why = "A perplexity streamed with it would be wrong, and may look good."
+    return refused(lm, policy, why, "Repair its state, or score it in windows that carry none: window=512.")
+
+
+def default_chunk_size(lm: Model) -> int:
+    """The power of two, 16 to 1024, whose logits (float32, and as much again twice to score them) fit the budget."""
+    scored = 1 if lm.codebooks is None else len(lm.codebooks.scored)
+    return chunk_size_of(lm.vocab_size * scored)
+
+
+def chunk_size_of(logits: int) -> int:
+    """The chunk size for so many logits a token.
+
+    >>> chunk_size_of(256), chunk_size_of(152_000)
+    (1024, 128)
+    """
+    fitting = LOGITS_BUDGET // (logits * 4 * 3)
+    return max(SMALLEST_CHUNK, min(LARGEST_CHUNK, 1 << max(fitting, 1).bit_length() - 1))
+
+
+def _exact_chunk(proven: Policy, default: int) -> int:
+    """The largest exact chunk size that is no larger than the default, or the smallest that there is."""
+    if proven.single:
+        return 1
+    return max(proven.multiple, default // proven.multiple * proven.multiple)
+
+
+def _windows(lm: Model, window: Window, overlap: int | None) -> Windows | None:
+    """The windows that a text is read in; None where the state is carried."""
+    if window == "lm_eval":
+        return rolling_windows(lm, overlap)
+    if window == "unlimited" and not lm.stateful:
+        raise StreamError(f"{lm.spec} has no state to carry: it can only be read in windows.")
+    why = "windows were asked for"
+    if window is None:
+        if not lm.stateful:
+            window, why = lm.limit or WINDOW, "the model has no state to carry"
+        elif lm.limit is not None:
+            window, why = lm.limit, f"the model's context is {lm.limit} tokens"
+    if window is None or window == "unlimited":
+        return None
+    return Windows(window, window // 2 if overlap is None else overlap, why=why)
+
+
+def rolling_windows(lm: Model, overlap: int | None = None) -> Windows:
+    """The windows of loglikelihood_rolling of lm-evaluation-harness 0.4.13, so that its numbers can be had again.
+
+    They do not overlap: each predicts as many tokens as the model's context holds, after one token that is only read, which is
+    the prefix token at the beginning. The last one begins so early that it fills the context too, and scores what is left. The
+    context is `lm.limit`, or 2048 tokens where the model names none: its HFLM takes, in that case, the tokenizer's
+    model_max_length first. For its `max_length=N`, give it `dataclasses.replace(lm, context_length=N)`. What stands before the
+    text is chosen as there, too (see `data._tokens.beginning`).
+
+    One of its numbers cannot be had again: where a text repeats itself, so that two windows of a batch read the same tokens but
+    score different numbers of them, its HFLM takes the wrong rows of logits for one. With batch_size=1 it does not.
+
+    Raises StreamError for another overlap.
+    """
+    if overlap:
+        raise StreamError(
+            f"window='lm_eval' was asked for with overlap={overlap}. The windows of lm-evaluation-harness overlap by its own "
+            "rule, so the numbers would not be comparable. Leave overlap out, or say how long a window is: window=1024."
+        )
+    size = lm.limit or ROLLING_WINDOW
+    context = "the model's context" if lm.limit else "its default, as the model names no context"
+    why = f"asked for as lm-evaluation-harness reads (loglikelihood_rolling); {size} tokens are {context}"
+    return Windows(size, anchored=True, why=why)

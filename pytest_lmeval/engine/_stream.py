@@ -1,0 +1,155 @@
+"""A model reads a stream of tokens in chunks, its state carried, and every token is scored once.
+
+    for chunk in engine.stream(tokens):
+        total += chunk.nll.sum()
+
+A chunk of logits is turned into one loss and one rank a token and is gone before the next chunk is read, so memory is the
+model, its state and one chunk, however long the stream. Everything else in this package that reads text (perplexity, accuracy,
+loss by position) is a fold over these chunks.
+
+The stream of T tokens has T - 1 targets: the first token has nothing before it to be predicted from. Put a
+beginning-of-sequence token in front to score it too. A model of several codebooks predicts the first frame from its initial
+codes: frame t is target t + 1, and has a loss for each scored codebook (see `models._model.Codebooks`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from pytest_lmeval.engine._losses import check_finite, not_finite, score
+from pytest_lmeval.engine._policy import Windows
+from pytest_lmeval.engine._tokens import Tokens, check_vocabulary, cut, overlapping
+from pytest_lmeval.errors import StreamError
+from pytest_lmeval.models._model import Codebooks, State, state_bytes
+
+if TYPE_CHECKING:
+    from pytest_lmeval.engine._engine import Engine
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The scores of the targets `start` to `end` of a stream (counted from 1: token 0 is no target).
+
+    nll          [n] float64 on the CPU, nats: negative log-likelihood of each target given all before it; [n, s] of frames
+    rank         [n] int64 on the CPU: how many tokens were likelier (0: the model's first choice; ties in the order of ids)
+    widths       [n] bytes of text that each target stands for; zeros for bare ids
+    seconds      wall time of the step and the scoring
+    state_bytes  memory that the state holds after this chunk
+    state        to go on from: after the token before `end`; a further step uses it up
+    window       where the window that the chunk belongs to begins; 0 where the state is carried
+    valid        [n, s] of frames: whether there was a code to predict; where not, nll is no number and rank -1
+    """
+
+    start: int
+    end: int
+    nll: np.ndarray
+    rank: np.ndarray
+    widths: np.ndarray
+    seconds: float
+    state_bytes: int
+    state: State
+    window: int = 0
+    valid: np.ndarray | None = None
+
+    @property
+    def losses(self) -> np.ndarray:
+        """The losses of all that was scored, in a row: of frames, those of the first one before those of the next."""
+        return self.nll if self.valid is None else self.nll[self.valid]
+
+
+def carried(engine: Engine, tokens: Iterable[Tokens], state: State, position: int) -> Iterator[Chunk]:
+    """The chunks of a stream through which the state is carried; `tokens` begin at `position`, which `state` has not seen."""
+    books, size, start = engine.lm.codebooks, engine.chunk_size, position
+    for piece in cut(tokens, size, 0, 0) if books else overlapping(tokens, size):
+        chunk = _frames(engine, books, piece, state, start) if books else _tokens(engine, piece, state, start, len(piece) - 1)
+        yield chunk
+        state, start = chunk.state, chunk.end - 1
+    _refuse_empty(start == position == 0)
+
+
+def in_windows(
+    engine: Engine, tokens: Iterable[Tokens], windows: Windows, state: State, position: int, window: int
+) -> Iterator[Chunk]:
+    """The chunks of a stream in windows that know nothing of one another: for models without a state, or of a limited context.
+
+    Each window reads its tokens from scratch, the first `overlap` of them only as context (they were scored by the window
+    before), so size / (size - overlap) times the work of one pass is done. Within a window the state is carried from chunk to
+    chunk.
+
+    window    where `tokens` begin in the stream: the beginning of a window
+    position  go on inside that window from here, with `state`, which has seen everything before
+    """
+    if engine.lm.codebooks is not None:
+        raise StreamError(
+            f"{engine.lm.spec} reads frames of codes, which are only read with the state carried, not in windows."
+        )
+    known = window + windows.overlap if window else 0  # the last target that the windows before have scored
+    inside = position > window
+    for begin, piece in _windows(tokens, windows, window):
+        place, state, inside = (position, state, False) if inside else (begin, None, False)
+        for part in overlapping([piece[place - begin :]], engine.chunk_size):
+            last = place + len(part) - 1
+            fresh = max(0, min(last - place, last - known))
+            chunk = _tokens(engine, part, state, place, fresh, begin)
+            if fresh:
+                yield chunk
+            state, place = chunk.state, last
+        known = begin + len(piece) - 1
+    _refuse_empty(not known)
+
+
+def _windows(tokens: Iterable[Tokens], windows: Windows, start: int) -> Iterator[tuple[int, Tokens]]:
+    """Where each window begins in the stream, and its tokens with the last target."""
+    end, before = start, None
+    for piece in overlapping(tokens, windows.size, windows.overlap):
+        new = piece if before is None else piece[windows.overlap + 1 :]
+        if windows.anchored:  # changes the last window alone: the others are as long as this can make them
+            piece = new if before is None else Tokens.joined([before, new])
+            piece = piece[-windows.size - 1 :]
+        end += len(new)
+        yield end - len(piece), piece
+        before = piece
+
+
+def _tokens(engine: Engine, piece: Tokens, state: State, start: int, fresh: int, window: int = 0) -> Chunk:
+    """Step over all but the last token of a piece and score the last `fresh` targets; `start` is the place of its first."""
+    ids, lm, began = piece.ids, engine.lm, time.perf_counter()
+    check_vocabulary(ids, start, lm)
+    inputs = torch.from_numpy(ids).to(lm.device)[None]
+    logits, state = engine.step(inputs[:, :-1], state, keep=fresh)
+    first = len(ids) - fresh
+    nll, rank = score(logits[0], inputs[0, first:])
+    check_finite(nll, ids, start + first, lm)
+    end, seconds = start + len(ids), time.perf_counter() - began
+    return Chunk(end - fresh, end, nll, rank, piece.widths[first:], seconds, state_bytes(state), state, window)
+
+
+def _frames(engine: Engine, books: Codebooks, piece: Tokens, state: State, start: int) -> Chunk:
+    """Step over frames [n, k] and score the codes that they bring to light; `start` is the place of the first frame."""
+    codes, lm, began = piece.ids, engine.lm, time.perf_counter()
+    check_vocabulary(codes, start, lm)
+    targets = books.targets(codes, state)
+    valid = targets >= 0
+    nll, rank = np.full(valid.shape, np.nan), np.full(valid.shape, -1)
+    logits, state = engine.step(torch.from_numpy(codes.T[None]).to(lm.device), state)
+    said = logits[0].transpose(0, 1)[torch.from_numpy(valid)]  # of the valid targets alone
+    nll[valid], rank[valid] = score(said, torch.from_numpy(targets[valid]).to(lm.device))
+    for place, column in np.argwhere(valid & ~np.isfinite(nll)):
+        frame, book = start + place - books.delays[column], books.scored[column]
+        raise not_finite(nll[place, column], f"code {targets[place, column]} of codebook {book} in frame {frame}", lm)
+    end, seconds = start + 1 + len(nll), time.perf_counter() - began
+    return Chunk(start + 1, end, nll, rank, piece.widths, seconds, state_bytes(state), state, valid=valid)
+
+
+def _refuse_empty(empty: bool) -> None:
+    if empty:
+        raise StreamError(
+            "a stream of fewer than two tokens has nothing to score: the first token is only read (a first frame of codes is "
+            "scored). Give it more text, or a tokenizer with a beginning-of-sequence token."
+        )

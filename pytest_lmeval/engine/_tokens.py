@@ -1,0 +1,124 @@
+"""Token ids from whatever holds them, as the pieces that are read: the one place where bare ids are looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from torch import Tensor
+
+from pytest_lmeval.errors import StreamError
+from pytest_lmeval.models._model import Codebooks, Model
+
+SLICE = 1 << 16  # tokens of a large array that are looked at in one go
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Ids [n], or frames of codes [n, k], and how many bytes of text each stands for, [n] (zeros for bare ids)."""
+
+    ids: np.ndarray
+    widths: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, part: slice) -> Tokens:
+        return Tokens(self.ids[part], self.widths[part])
+
+    @staticmethod
+    def joined(parts: Sequence[Tokens]) -> Tokens:
+        """One after the other; at least one."""
+        if len(parts) == 1:
+            return parts[0]
+        return Tokens(np.concatenate([part.ids for part in parts]), np.concatenate([part.widths for part in parts]))
+
+
+Source: TypeAlias = "Iterable[Any] | np.ndarray | Tensor"
+"""A tensor, an array (memory-mapped ones are read as needed), a list, or an iterator of these or of `Tokens`."""
+
+
+def tokens_of(source: Source | Tokens, books: Codebooks | None = None) -> Iterator[Tokens]:
+    """The ids [n], or frames [n, k] of codebooks, as int64, a large array a slice at a time, so that a memory-mapped file is
+    never read whole. Raises StreamError for what holds no ids."""
+    if isinstance(source, Tokens):
+        yield source
+        return
+    ids = array_of(source)
+    if ids is None:
+        for piece in source:
+            yield from tokens_of(piece if isinstance(piece, Tokens) else _whole(piece, books), books)
+        return
+    k = (len(books.sizes),) if books else ()
+    if ids.ndim == 0 or ids.shape[1:] != k or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+        wanted = f"frames of {k[0]} integer codes, [T, {k[0]}]" if k else "a row of integer token ids"
+        raise StreamError(f"a stream is {wanted}; got shape {list(ids.shape)} of {ids.dtype}.")
+    for begin in range(0, len(ids), SLICE):
+        part = ids[begin : begin + SLICE].astype(np.int64)
+        yield Tokens(part, np.broadcast_to(np.int64(0), len(part)))
+
+
+def array_of(source: Any) -> np.ndarray | None:
+    """The array that holds the ids; None where they come one after the other, from an iterator."""
+    if isinstance(source, Tensor):
+        source = source.detach().cpu().numpy()
+    return np.asarray(source) if isinstance(source, np.ndarray | list | tuple | range) else None
+
+
+def _whole(piece: Any, books: Codebooks | None) -> np.ndarray:
+    held = array_of(piece)
+    array = np.asarray(piece) if held is None else held
+    return np.atleast_2d(array) if books else np.atleast_1d(array)
+
+
+def overlapping(tokens: Iterable[Tokens], size: int, overlap: int = 0) -> Iterator[Tokens]:
+    """Cut a stream into pieces of size + 1 tokens that share a border token (input of one, target of the other) and the
+    `overlap` tokens before it.
+
+    >>> [piece.ids.tolist() for piece in overlapping(tokens_of(range(6)), 2)]
+    [[0, 1, 2], [2, 3, 4], [4, 5]]
+    >>> [piece.ids.tolist() for piece in overlapping(tokens_of(range(6)), 3, overlap=1)]
+    [[0, 1, 2, 3], [2, 3, 4, 5]]
+    """
+    return cut(tokens, size + 1, overlap + 1, 1)
+
+
+def cut(tokens: Iterable[Tokens], length: int, shared: int, known: int) -> Iterator[Tokens]:
+    """Yield overlapping windows of `length` that share `shared` tokens; the last may be shorter. Skip a remainder of only
+    `known` tokens, at the beginning, or `shared`, later on."""
+    waiting: list[Tokens] = []
+    held = 0
+    for part in tokens:
+        waiting.append(part)
+        held += len(part)
+        if held < length:
+            continue
+        joined = Tokens.joined(waiting)
+        while len(joined) >= length:
+            yield joined[:length]
+            joined, known = joined[length - shared :], shared
+        waiting, held = [joined], len(joined)
+    if held > known:
+        yield Tokens.joined(waiting)
+
+
+def check_vocabulary(ids: np.ndarray, start: int, lm: Model) -> None:
+    """Raise StreamError unless ids [n], or codes [n, k], that begin at token (frame) `start` of the stream are the model's."""
+    books = lm.codebooks
+    lowest, sizes = (-1 if books.gaps else 0, np.array(books.sizes)) if books else (0, np.array(lm.vocab_size))
+    wrong = np.argwhere((ids < lowest) | (ids >= sizes))
+    if not len(wrong):
+        return
+    place, *book = wrong[0]
+    if books:
+        raise StreamError(
+            f"frame {start + place} of the stream has code {ids[place, book[0]]} in codebook {book[0]}, but those of {lm.spec} "
+            f"are {lowest} to {sizes[book[0]] - 1} there. The codes were probably made for another model, or stand in another "
+            "order."
+        )
+    raise StreamError(
+        f"token {start + place} of the stream has id {ids[place]}, but the vocabulary of {lm.spec} is 0 to "
+        f"{lm.vocab_size - 1}. The text was probably tokenized for another model."
+    )

@@ -1,0 +1,37 @@
+"""Short ways to read in tests: with nothing proven, and the choices of a policy as keywords."""
+
+from pytest_lmeval.engine import Engine, Policy, Windows, policy_for
+from pytest_lmeval.measures import _agreement, _perplexity, _task
+
+
+def stream(lm, tokens, *, chunk_size=None, **place):
+    """The state carried, whatever the model's context."""
+    return Engine(lm, Policy(chunk_size=chunk_size)).stream(tokens, **place)
+
+
+def stream_in_windows(lm, tokens, *, window, overlap, anchored=False, chunk_size=None, **place):
+    return Engine(lm, Policy(windows=Windows(window, overlap, anchored), chunk_size=chunk_size)).stream(tokens, **place)
+
+
+def reader(lm, batch_size=8, share=True, multiple=1):
+    """An engine for requests. Without `share`, each is read whole."""
+    return Engine(lm, Policy(batch_size=batch_size, single=not share, multiple=multiple))
+
+
+def measure_perplexity(lm, corpus, *, certificate=None, chunk_size=None, window=None, overlap=None, **options):
+    policy = policy_for(lm, certificate, chunk_size=chunk_size, window=window, overlap=overlap)
+    return _perplexity.measure_perplexity(lm, corpus, policy=policy, **options)
+
+
+def measure_agreement(lm, reference, corpus, *, chunk_size=None, reference_chunk_size=None, **options):
+    policies = {
+        "policy": policy_for(lm, chunk_size=chunk_size),
+        "reference_policy": policy_for(reference, chunk_size=reference_chunk_size),
+    }
+    return _agreement.measure_agreement(lm, reference, corpus, **policies, **options)
+
+
+def measure_task(lm, task, *, batch_size=8, share=True, carry=True, multiple=1, longest=None, **options):
+    carry = carry and lm.stateful
+    policy = Policy(batch_size=batch_size, single=not share, carry=carry, multiple=multiple, longest=longest)
+    return _task.measure_task(lm, task, policy=policy, **options)
