@@ -5,8 +5,9 @@ the file that it is read from to the page that shows its number.
                                           verb's call alone, and of the whole run with its report
 
 Each is a run of pytest with one test on the demo model, whose verdict is known from a run before it. Every call is logged by
-`sys.setprofile`. A function counts once, where it is first entered; the files of these first entries, in their order, are what
-a reader opens who follows the call: a switch is a step to another file, a return one to a file that was left before.
+`sys.setprofile`; the verb is called twice, and the second call counted, so that nothing that an import runs is in it. A
+function counts once, where it is first entered; the files of these first entries, in their order, are what a reader opens who
+follows the call: a switch is a step to another file, a return one to a file that was left before.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def test_it(lm, lmeval):
     import __main__
 
     text = find("text:text.txt")
+    {call}
     __main__.seen.clear()
     begin = len(__main__.log)
     {call}
@@ -48,7 +50,7 @@ def enter(frame, event, argument):
     code = frame.f_code
     if event == "call" and code not in seen:
         seen.add(code)
-        if "pytest_lmeval" in code.co_filename and not code.co_name.startswith("<"):
+        if code.co_flags & 1 and "pytest_lmeval" in code.co_filename and not code.co_name.startswith("<"):
             log.append((code.co_filename.rpartition("pytest_lmeval/")[2], code.co_qualname))
 
 sys.setprofile(enter)

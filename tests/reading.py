@@ -1,6 +1,8 @@
 """Short ways to read in tests: with nothing proven, and the choices of a policy as keywords."""
 
-from pytest_lmeval.engine import Engine, Policy, Windows, policy_for
+import numpy as np
+
+from pytest_lmeval.engine import Chunk, Engine, Policy, Windows, policy_for
 from pytest_lmeval.measures import _agreement, _perplexity, _task
 
 
@@ -11,6 +13,12 @@ def stream(lm, tokens, *, chunk_size=None, **place):
 
 def stream_in_windows(lm, tokens, *, window, overlap, anchored=False, chunk_size=None, **place):
     return Engine(lm, Policy(windows=Windows(window, overlap, anchored), chunk_size=chunk_size)).stream(tokens, **place)
+
+
+def chunk_of(start, nll, rank=0, *, seconds=0.0, state_bytes=0):
+    """A chunk of these losses [n], of a byte each."""
+    n = len(nll)
+    return Chunk(start, start + n, nll, np.broadcast_to(rank, n), np.ones(n), seconds, state_bytes, None)
 
 
 def reader(lm, batch_size=8, share=True, multiple=1):

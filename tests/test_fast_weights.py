@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from reading import measure_perplexity
+from reading import chunk_of, measure_perplexity
 from toys import VOCAB, Functional
 
 from pytest_lmeval.data._corpus import Corpus, Document
@@ -19,7 +19,7 @@ from pytest_lmeval.records import _schema as schema
 from pytest_lmeval.records._journal import Checkpoints, Saver
 from pytest_lmeval.records._measured import Record
 from pytest_lmeval.scoring import _fast_weights as fast_weights, _positions as positions
-from pytest_lmeval.scoring._reading import CHUNKS, EACH, Moves, Reading, rows_of
+from pytest_lmeval.scoring._reading import CHUNKS, EACH, Moves, Reading
 from pytest_lmeval.statistics._bootstrap import ratio_intervals
 
 NAMES = ("a.W", "a.b", "c.W")
@@ -272,7 +272,7 @@ def fold(nll, sizes, wanted, documents=None):
         start = 1
         for size in (*sizes, len(part)):
             if len(rows := part[start - 1 : start - 1 + size]):
-                reading.add(start, rows_of(rows, np.zeros(len(rows)), np.ones(len(rows))), seconds=0.0, state_bytes=0)
+                reading.add(chunk_of(start, rows))
                 start += len(rows)
     return reading
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from clean_models import Attention
 from hypothesis import given, settings, strategies as st
-from reading import measure_perplexity
+from reading import chunk_of, measure_perplexity
 from toys import VOCAB, Failing, Functional, Stateless, Stepper
 
 from pytest_lmeval import corpus, perplexity
@@ -24,14 +24,12 @@ from pytest_lmeval.scoring._reading import (
     BLOCKS,
     BYTES,
     CHUNKS,
-    COLUMNS,
     HITS,
     NATS,
     SECONDS,
     STATE,
     TOKENS,
     Reading,
-    rows_of,
 )
 
 LM = as_model(Functional())
@@ -176,7 +174,7 @@ def fold(nll, sizes, **options):
         part = nll[start - 1 : start - 1 + size]
         if len(part):
             rank = (part * 7).astype(int) % 9
-            reading.add(start, rows_of(part, rank, np.ones(len(part))), seconds=0.0, state_bytes=0)
+            reading.add(chunk_of(start, part, rank))
             start += len(part)
     return reading
 
@@ -208,7 +206,7 @@ def test_a_stream_of_any_length_takes_the_same_memory():
 def test_the_course_of_any_number_of_chunks_is_a_mean_of_each_group_also_of_the_last(number):
     reading = Reading()
     for start in range(1, number + 1):
-        reading.add(start, np.ones((1, COLUMNS)), seconds=0.25, state_bytes=1024)
+        reading.add(chunk_of(start, np.ones(1), seconds=0.25, state_bytes=1024))
     rows, each = reading.course
     assert each.sum() == number
     assert (rows[:, SECONDS] == 0.25 * each).all()
@@ -278,9 +276,9 @@ def test_a_saved_point_of_another_version_is_reported_and_the_text_read_from_its
     with dies:
         measure_perplexity(LM, ids_of(100), **extra)
     point = torch.load(tmp_path / "k.pt")
-    meta = json.loads(point["meta"])
-    meta["reading"]["chunks"] = [row[:-1] for row in meta["reading"]["chunks"]]
-    torch.save({**point, "meta": json.dumps(meta)}, tmp_path / "k.pt")
+    reading = json.loads(point["reading"])
+    reading["chunks"] = [row[:-1] for row in reading["chunks"]]
+    torch.save({**point, "reading": json.dumps(reading)}, tmp_path / "k.pt")
     with pytest.warns(JournalWarning, match=r"cannot be read .*of another version"):
         assert measure_perplexity(LM, ids_of(100), **saved).resumed_at == 0
 

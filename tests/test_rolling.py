@@ -279,8 +279,8 @@ def test_a_point_that_forgot_where_its_window_begins_gives_other_numbers(tmp_pat
     whole = reading(lm, tmp_path, "whole")
 
     def misplaced(*where):
-        point = read_point(*where)
-        return point and replace(point, window=point.scored)
+        reading = read_point(*where)
+        return reading and replace(reading, window=reading.scored)
 
     monkeypatch.setattr("pytest_lmeval.measures._perplexity.read_point", misplaced)
     resumed, _ = killed_and_resumed(lm, tmp_path, 50)

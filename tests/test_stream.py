@@ -1,5 +1,6 @@
 """The heart: every target is scored exactly once, whatever the chunks, and what cannot be scored is refused."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -10,7 +11,7 @@ from reading import stream, stream_in_windows
 from toys import VOCAB, Broken, Forgetful, Functional, LastOnly, Promising, Stateless
 
 from pytest_lmeval.engine._losses import score
-from pytest_lmeval.engine._policy import chunk_size_of
+from pytest_lmeval.engine._policy import default_chunk_size
 from pytest_lmeval.engine._tokens import overlapping, tokens_of
 from pytest_lmeval.errors import ModelError, NotFiniteError, StreamError
 from pytest_lmeval.models._sources import as_model
@@ -149,7 +150,7 @@ def test_bfloat16_logits_are_scored_in_float32():
 
 
 def test_the_chunk_size_follows_from_the_memory_budget():
-    sizes = [chunk_size_of(vocab) for vocab in (256, 32_000, 128_256, 10_000_000)]
+    sizes = [default_chunk_size(replace(LM, vocab_size=vocab)) for vocab in (256, 32_000, 128_256, 10_000_000)]
     assert sizes == [1024, 512, 128, 16]
 
 

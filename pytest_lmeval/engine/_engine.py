@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -40,10 +41,11 @@ def likeliest(logits: Tensor, input_ids: Tensor) -> Tensor:
 class Engine:
     """Reads with one model.
 
-    policy     what is allowed, and how it is done; by default all that the model declares, with nothing proven
-    on_logits  is called with the logits of each step, as the model gave them: [b, n, v] of its last n positions
-    executor   reads and continues sequences; by default here, as the policy allows
-    counts     what reading sequences took so far
+    policy      what is allowed, and how it is done; by default all that the model declares, with nothing proven
+    on_logits   is called with the logits of each step, as the model gave them: [b, n, v] of its last n positions
+    executor    reads and continues sequences; by default here, as the policy allows
+    chunk_size  tokens a step of a text
+    counts      what reading sequences took so far
 
     Raises Refused for a policy that asks for more than its certificate proves.
     """
@@ -56,15 +58,12 @@ class Engine:
         on_logits: Callable[[Tensor], None] | None = None,
         executor: Executor | None = None,
     ) -> None:
-        self.lm, self.policy = lm, policy_for(lm) if policy is None else policy
+        policy = policy_for(lm) if policy is None else policy
+        whole = default_chunk_size(lm) if policy.windows is None else policy.windows.size
+        self.lm, self.chunk_size = lm, policy.chunk_size or whole
+        self.policy = replace(policy, chunk_size=self.chunk_size)
         self.on_logits, self.executor, self.counts = on_logits, executor, Counts()
         check(lm, self.policy)
-
-    @property
-    def chunk_size(self) -> int:
-        """Tokens a step of a text."""
-        whole = self.policy.windows.size if self.policy.windows else None
-        return self.policy.chunk_size or whole or default_chunk_size(self.lm)
 
     # ------------------------------------------------------------------------------------------------ steps
 

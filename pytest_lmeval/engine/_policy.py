@@ -133,13 +133,13 @@ def policy_for(
 
     Raises Refused for more than is proven, and StreamError for what cannot be read so in any case.
     """
-    proven = replace(proven_for(lm, certificate), chunk_size=chunk_size)
-    windows = _windows(lm, window, overlap)
-    if windows is not None and not proven.carry:
-        size = windows.size
-    else:
-        size = chunk_size or _exact_chunk(proven, default_chunk or default_chunk_size(lm))
-        size = min(size, proven.longest or size, windows.size if windows else size)
+    proven, windows = replace(proven_for(lm, certificate), chunk_size=chunk_size), _windows(lm, window, overlap)
+    longest = proven.longest or math.inf
+    usual = min(default_chunk or default_chunk_size(lm), longest)
+    exact = 1 if proven.single else int(max(proven.multiple, usual // proven.multiple * proven.multiple))
+    size = int(min(chunk_size or exact, longest))
+    if windows is not None:
+        size = min(size, windows.size) if proven.carry else windows.size
     policy = replace(proven, chunk_size=size, windows=windows, batch_size=batch_size if proven.rows else 1)
     check(lm, policy)
     return policy
@@ -217,25 +217,9 @@ def streaming_refused(lm: Model, policy: Policy) -> Refused:
 
 def default_chunk_size(lm: Model) -> int:
     """The power of two, 16 to 1024, whose logits (float32, and as much again twice to score them) fit the budget."""
-    scored = 1 if lm.codebooks is None else len(lm.codebooks.scored)
-    return chunk_size_of(lm.vocab_size * scored)
-
-
-def chunk_size_of(logits: int) -> int:
-    """The chunk size for so many logits a token.
-
-    >>> chunk_size_of(256), chunk_size_of(152_000)
-    (1024, 128)
-    """
+    logits = lm.vocab_size * (1 if lm.codebooks is None else len(lm.codebooks.scored))
     fitting = LOGITS_BUDGET // (logits * 4 * 3)
     return max(SMALLEST_CHUNK, min(LARGEST_CHUNK, 1 << max(fitting, 1).bit_length() - 1))
-
-
-def _exact_chunk(proven: Policy, default: int) -> int:
-    """The largest exact chunk size that is no larger than the default, or the smallest that there is."""
-    if proven.single:
-        return 1
-    return max(proven.multiple, default // proven.multiple * proven.multiple)
 
 
 def _windows(lm: Model, window: Window, overlap: int | None) -> Windows | None:

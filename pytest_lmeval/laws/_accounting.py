@@ -16,7 +16,7 @@ from pytest_lmeval.errors import NotFiniteError
 from pytest_lmeval.laws._evidence import broken
 from pytest_lmeval.laws._strategies import Case
 from pytest_lmeval.laws._trial import FEW, Trial
-from pytest_lmeval.scoring._reading import NATS, TOKENS, Reading, rows_of
+from pytest_lmeval.scoring._reading import NATS, TOKENS, Reading
 
 
 def sums(trial: Trial, case: Case) -> None:
@@ -51,7 +51,7 @@ def _add_up(
     targets: list[int] = []
     try:
         for part in scored:
-            reading.add(part.start, rows_of(part.nll, part.rank, np.zeros(len(part.nll)), part.valid), seconds=0, state_bytes=0)
+            reading.add(part)
             targets += range(part.start, part.end)
     except NotFiniteError as error:
         raise broken(case, f"{case.length} tokens in {how}: {error}") from error

@@ -37,7 +37,7 @@ from pytest_lmeval.measures._perplexity import Progress, exponential, named
 from pytest_lmeval.models._identity import facts, fingerprint, tokenizer_fingerprint
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.records import _schema as schema
-from pytest_lmeval.records._measured import Cost, Record
+from pytest_lmeval.records._measured import Cost, Record, Result
 from pytest_lmeval.records._metric import value_of
 from pytest_lmeval.records._value import Value
 from pytest_lmeval.scoring._reading import BLOCK, add_to_blocks
@@ -83,14 +83,9 @@ def agreement(
 
 
 @dataclass(frozen=True, repr=False)
-class AgreementResult:
+class AgreementResult(Result):
     """How far the two agree. Numbers carry `.low` and `.high`, their 95 % interval over blocks of the text, or documents: by
     Wilson's score with the design effect for the share, by the bootstrap for the means; None where the text is too short."""
-
-    record: Record
-
-    def __repr__(self) -> str:
-        return repr(self.record)
 
     @property
     def agreement(self) -> Value:

@@ -32,7 +32,7 @@ from pytest_lmeval.profiling._flops import Flops
 from pytest_lmeval.profiling._roofline import measured_peaks
 from pytest_lmeval.profiling._runner import Runner, check_shape, quiet
 from pytest_lmeval.profiling._work import Work, training_work, work_of
-from pytest_lmeval.records._measured import Record
+from pytest_lmeval.records._measured import Record, Result
 from pytest_lmeval.records._metric import metric, value_of
 from pytest_lmeval.records._value import Value
 
@@ -41,18 +41,14 @@ OVERHEAD = 0.1  # share of the bound under which overhead is what one waits for
 
 
 @dataclass(frozen=True, repr=False)
-class EfficiencyResult:
+class EfficiencyResult(Result):
     """Operations (FLOP), bytes, and shares of what the machine can do; by phase: "prefill" and "decode".
 
     What depends on a time raises NotMeasuredError where none was taken. A model without a state has no phase "decode"
     (KeyError).
     """
 
-    record: Record
     latency: LatencyResult
-
-    def __repr__(self) -> str:
-        return repr(self.record)
 
     @property
     def not_measured(self) -> str | None:

@@ -7,7 +7,7 @@ stand in every record.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from pytest_lmeval.profiling._clock import Stopwatch
 from pytest_lmeval.profiling._flops import count_flops
 from pytest_lmeval.profiling._runner import (
     Runner,
+    Timed,
     about_times,
     check_shape,
     measured,
@@ -39,19 +40,8 @@ BY_RUN = ("prefill", "tpot", "e2e")
 
 
 @dataclass(frozen=True, repr=False)
-class LatencyResult:
-    """Latencies in milliseconds, medians over the runs. Where nothing was timed, `not_measured` says why and the numbers are
-    absent. `samples` are the times themselves, in seconds, of the runs that count."""
-
-    record: Record
-    samples: dict[str, list[float]] = field(default_factory=dict)
-
-    def __repr__(self) -> str:
-        return repr(self.record)
-
-    @property
-    def not_measured(self) -> str | None:
-        return self.record.not_measured
+class LatencyResult(Timed):
+    """Latencies in milliseconds, medians over the runs."""
 
     @property
     def prefill(self) -> Value:

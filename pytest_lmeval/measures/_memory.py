@@ -38,7 +38,7 @@ from pytest_lmeval.profiling._failures import room_for
 from pytest_lmeval.profiling._peak import peak_memory
 from pytest_lmeval.profiling._runner import check_shape
 from pytest_lmeval.profiling._storages import storages
-from pytest_lmeval.records._measured import Cost, Record
+from pytest_lmeval.records._measured import Cost, Record, Result
 from pytest_lmeval.records._metric import value_of
 from pytest_lmeval.records._value import Value
 
@@ -50,14 +50,9 @@ SHOWN = (
 
 
 @dataclass(frozen=True, repr=False)
-class MemoryResult:
+class MemoryResult(Result):
     """Memory in bytes; see the head of this file. KeyError for what cannot be measured here: `record.details["absent"]`
     names it, and why."""
-
-    record: Record
-
-    def __repr__(self) -> str:
-        return repr(self.record)
 
     @property
     def weights_bytes(self) -> Value:

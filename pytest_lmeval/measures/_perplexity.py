@@ -38,14 +38,14 @@ from pytest_lmeval.models._identity import facts, tokenizer_fingerprint
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.records._certificate import Certificate
 from pytest_lmeval.records._journal import Checkpoints, Saver
-from pytest_lmeval.records._measured import Cost, Record, Series
+from pytest_lmeval.records._measured import Cost, Record, Result, Series
 from pytest_lmeval.records._metric import metric, value_of
 from pytest_lmeval.records._value import Value
 from pytest_lmeval.scoring import _fast_weights as fast_weights
 from pytest_lmeval.scoring._losses import LossFile
 from pytest_lmeval.scoring._positions import loss_metrics, name_of, not_reached
-from pytest_lmeval.scoring._reading import BYTES, HITS, NATS, SECONDS, STATE, TOKENS, Reading, rows_of
-from pytest_lmeval.scoring._resume import Point, read_point, write_point
+from pytest_lmeval.scoring._reading import BYTES, HITS, NATS, SECONDS, STATE, TOKENS, Reading
+from pytest_lmeval.scoring._resume import read_point, write_point
 from pytest_lmeval.scoring._units import write_units
 from pytest_lmeval.statistics._bootstrap import ratio_intervals
 
@@ -121,15 +121,11 @@ def _losses_file(context: VerbContext, named: str | None, losses: bool | str | P
 
 
 @dataclass(frozen=True, repr=False)
-class PerplexityResult:
+class PerplexityResult(Result):
     """What a reading found. Numbers carry `.low` and `.high`, their 95 % interval (bootstrap over documents, or over
     blocks of one stream; None where the text is too short for one)."""
 
-    record: Record
     resumed_at: int = 0  # tokens that an interrupted run had already scored
-
-    def __repr__(self) -> str:
-        return repr(self.record)
 
     @property
     def perplexity(self) -> Value:
@@ -260,34 +256,33 @@ def measure_perplexity(
     rolling = engine.policy.windows is not None and engine.policy.windows.anchored
     by_document = not ((source.as_stream and not rolling) if as_stream is None else as_stream)
     texts = sequences(lm, source, by_document=by_document, limit=limit, tokens=tokens, rolling=rolling)
-    point = read_point(checkpoints, key, lm)
-    if point is None or not LossFile.holds(losses, int(point.reading.total[TOKENS])):
-        point = Point(Reading(by_document, tuple(sorted(set(positions)))))
-    reading = point.reading
-    resumed_at = int(reading.total[TOKENS])
-    watch = fast_weights.watch(lm, point)
+    reading = read_point(checkpoints, key, lm)
+    if reading is None or not LossFile.holds(losses, reading.tokens):
+        reading = Reading(by_document, tuple(sorted(set(positions))))
+    resumed_at, watch = reading.tokens, fast_weights.watch(lm, reading)
 
     if lm.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(lm.device)
-    began = time.perf_counter() - point.seconds
+    began = time.perf_counter() - reading.seconds
     with LossFile(losses, already=resumed_at) as file:
 
-        def save(point: Point) -> None:
+        def save(reading: Reading) -> None:
             assert checkpoints is not None
             file.sync()
-            write_point(checkpoints, key, replace(point, seconds=time.perf_counter() - began))
+            reading.seconds = time.perf_counter() - began
+            write_point(checkpoints, key, reading)
 
         saver = Saver(save if checkpoints else None, "reading")
-        for point, chunk in read(engine, texts, point, str(source)):  # noqa: B020 - each point follows from the one before
+        for chunk in read(engine, texts, reading, str(source)):
             file.write(chunk.losses)
             if progress is not None:
                 expected = expected_tokens(lm, source, reading.total, tokens, by_document)
-                progress(int(reading.total[TOKENS]), float(reading.total[NATS]), expected)
-            if watch is None or watch.look(point):  # don't checkpoint while a measurement is pending
-                saver.save_now_and_then(point)
+                progress(reading.tokens, float(reading.total[NATS]), expected)
+            if watch is None or watch.look(reading):  # don't checkpoint while a measurement is pending
+                saver.save_now_and_then(reading)
         if watch is not None:
-            watch.look(point, last=True)
-    if not reading.total[TOKENS]:
+            watch.look(reading, last=True)
+    if not reading.tokens:
         raise StreamError(f"{source} holds no document, or no code that could be predicted: there is nothing to score.")
     chosen = {"tokens": tokens, "limit": limit}
     record = record_of(engine, source, reading, chosen, seconds=time.perf_counter() - began, seed=seed)
@@ -301,23 +296,21 @@ def measure_perplexity(
     return PerplexityResult(record, resumed_at)
 
 
-def read(engine: Engine, texts: Iterable[TokenReader], point: Point, name: str) -> Iterator[tuple[Point, Chunk]]:
-    """Read all texts from `point` on: each chunk, added to the sums of the reading, and the point after it."""
-    reading = point.reading
+def read(engine: Engine, texts: Iterable[TokenReader], reading: Reading, name: str) -> Iterator[Chunk]:
+    """Read the texts from where the reading stands: each chunk, added to its sums."""
+    begun = bool(reading.scored)
     for index, ids in enumerate(texts):
-        if index < point.document:
+        if index < len(reading.documents):
             continue
-        if index > point.document or not point.scored:
+        if not begun:
             reading.start_document()
-            point = Point(reading, index)
-        ids.skip = point.scored if engine.policy.windows is None else point.window
+        ids.skip = reading.scored if engine.policy.windows is None else reading.window
         with named(name, index if reading.by_document else None):
-            for chunk in engine.stream(ids, state=point.state, position=point.scored, window=point.window):
-                rows = rows_of(chunk.nll, chunk.rank, chunk.widths, chunk.valid)
-                reading.add(chunk.start, rows, seconds=chunk.seconds, state_bytes=chunk.state_bytes)
-                point = replace(point, scored=chunk.end - 1, window=chunk.window, state=chunk.state)
-                yield point, chunk
+            for chunk in engine.stream(ids, state=reading.state, position=reading.scored, window=reading.window):
+                reading.add(chunk)
+                yield chunk
         reading.documents.append(ids.content.hexdigest()[:16])
+        begun = False
 
 
 @contextmanager
@@ -359,14 +352,14 @@ def record_of(
             "chunks": reading.chunks_seen,
             "documents": len(reading.units) if reading.by_document else None,
             **({"not_reached": not_reached(reading)} if reading.positions else {}),
-            **(fast_weights.details_of(reading.moves, lm, int(reading.total[TOKENS])) if reading.moves else {}),
+            **(fast_weights.details_of(reading.moves, lm, reading.tokens) if reading.moves else {}),
         },
         notes=[] if windows is None else [str(windows)],
         example="document" if reading.by_document else "block",
         metrics=metrics,
         cost=Cost(
             seconds=seconds,
-            tokens=int(reading.total[TOKENS]),
+            tokens=reading.tokens,
             peak_bytes=torch.cuda.max_memory_allocated(lm.device) if lm.device.type == "cuda" else None,
             state_bytes=reading.peak_state_bytes,
         ),
@@ -392,7 +385,7 @@ def expected_tokens(lm: Model, corpus: Corpus, sums: np.ndarray, tokens: int | N
 def metrics_of(reading: Reading, *, seconds: float, seed: int) -> dict[str, Value]:
     """The ratios that the sums of a reading stand for, with their intervals; first those that a summary shows first."""
     columns = {"tokens": TOKENS, "nats": NATS, "bytes": BYTES, **{f"top{k}": column for k, column in HITS.items()}}
-    total, n = reading.total, int(reading.total[TOKENS])
+    total, n = reading.total, reading.tokens
     names = ["nll", *(["bits_per_byte"] if total[BYTES] else []), *(f"token_accuracy_top{k}" for k in HITS)]
     ratios = [tuple(columns[side] for side in metric(name).sums or ()) for name in names]
     intervals = ratio_intervals(np.array(reading.units), [(above, below) for above, below in ratios], seed=seed)

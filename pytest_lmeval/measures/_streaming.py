@@ -6,7 +6,7 @@ it gets is what decides how long a text it can be used for.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from pytest_lmeval.profiling._clock import Stopwatch
 from pytest_lmeval.profiling._flops import count_flops
 from pytest_lmeval.profiling._runner import (
     Runner,
+    Timed,
     about_times,
     check_shape,
     measured,
@@ -40,18 +41,8 @@ ENDS = 4  # the first quarter of the chunks is compared with the last
 
 
 @dataclass(frozen=True, repr=False)
-class StreamingResult:
-    """The latency of chunks in milliseconds. Where nothing was timed, `not_measured` says why. `samples` are in seconds."""
-
-    record: Record
-    samples: dict[str, list[float]] = field(default_factory=dict)
-
-    def __repr__(self) -> str:
-        return repr(self.record)
-
-    @property
-    def not_measured(self) -> str | None:
-        return self.record.not_measured
+class StreamingResult(Timed):
+    """The latency of chunks in milliseconds."""
 
     @property
     def chunk_latency(self) -> Value:

@@ -13,7 +13,7 @@ from pytest_lmeval.errors import ArgumentError, LmevalError, TaskError, UsageErr
 from pytest_lmeval.measures._context import current, verb
 from pytest_lmeval.measures._task import TaskResult, task
 from pytest_lmeval.models._identity import facts
-from pytest_lmeval.records._measured import Cost, ModelFacts, Record
+from pytest_lmeval.records._measured import Cost, ModelFacts, Record, Result
 from pytest_lmeval.records._metric import value_of
 from pytest_lmeval.records._value import Value
 from pytest_lmeval.tasks import find_suite
@@ -49,14 +49,10 @@ def suite(lm: Any, suite: Suite | str, shots: int = 0, **options: Any) -> SuiteR
 
 
 @dataclass(frozen=True, repr=False)
-class SuiteResult:
+class SuiteResult(Result):
     """What the tasks of a suite came to, by name, and their average."""
 
-    record: Record
     tasks: dict[str, TaskResult]
-
-    def __repr__(self) -> str:
-        return repr(self.record)
 
     def __getitem__(self, name: str) -> TaskResult:
         return self.tasks[name]

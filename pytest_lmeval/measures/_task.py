@@ -30,7 +30,7 @@ from pytest_lmeval.models._identity import facts, tokenizer_fingerprint
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.records._example import Example
 from pytest_lmeval.records._journal import key_of
-from pytest_lmeval.records._measured import Cost, Record
+from pytest_lmeval.records._measured import Cost, Record, Result
 from pytest_lmeval.records._metric import Metric, Norm, judge_of, metric
 from pytest_lmeval.records._value import Value
 from pytest_lmeval.scoring._answers import AnswerFile
@@ -106,18 +106,14 @@ def _identity_of(context: VerbContext, rows: Any) -> str:
 
 
 @dataclass(frozen=True, repr=False)
-class TaskResult:
+class TaskResult(Result):
     """What a task came to. Every metric of the task is an attribute; numbers carry `.low` and `.high`, their 95 % interval.
 
     resumed  questions that an interrupted run had already asked
     """
 
-    record: Record
     examples: tuple[Example, ...] = ()
     resumed: int = 0
-
-    def __repr__(self) -> str:
-        return repr(self.record)
 
     def __getattr__(self, name: str) -> Value:
         if name.startswith("_") or name not in self.record.metrics:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -22,6 +22,7 @@ from pytest_lmeval.profiling._failures import attempt
 from pytest_lmeval.profiling._flops import count_flops
 from pytest_lmeval.profiling._runner import (
     Runner,
+    Timed,
     about_times,
     check_shape,
     measured,
@@ -41,18 +42,8 @@ TITLES = ("Throughput by batch size", "Throughput of decoding by batch size")
 
 
 @dataclass(frozen=True, repr=False)
-class ThroughputResult:
-    """Tokens a second. Where nothing was timed, `not_measured` says why. `samples` are the times of the batches, in seconds."""
-
-    record: Record
-    samples: dict[str, list[float]] = field(default_factory=dict)
-
-    def __repr__(self) -> str:
-        return repr(self.record)
-
-    @property
-    def not_measured(self) -> str | None:
-        return self.record.not_measured
+class ThroughputResult(Timed):
+    """Tokens a second. The samples are the times of the batches, and of steps that decode."""
 
     @property
     def tokens_per_second(self) -> Value:

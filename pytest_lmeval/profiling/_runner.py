@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from pytest_lmeval.models._model import Model
 from pytest_lmeval.models._weak_cache import WeakCache
 from pytest_lmeval.profiling._clock import kind_of_clock, tick
 from pytest_lmeval.profiling._samples import runs_to_see, stability
-from pytest_lmeval.records._measured import Record
+from pytest_lmeval.records._measured import Record, Result
 from pytest_lmeval.records._metric import STATISTICS, metric
 from pytest_lmeval.records._value import Value
 
@@ -42,6 +42,20 @@ class Runner:
     repeat: Callable[[Run, int], None] = bare_loop
     not_measured: str | None = None
     name: str = "bare loop"
+
+
+@dataclass(frozen=True, repr=False)
+class Timed(Result):
+    """What a verb returns that takes times. Where nothing was timed, `not_measured` says why and the numbers are absent.
+
+    samples  the times themselves, in seconds, of the runs that count
+    """
+
+    samples: dict[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def not_measured(self) -> str | None:
+        return self.record.not_measured
 
 
 def measured(record: Record, name: str) -> Value:

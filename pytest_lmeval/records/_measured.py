@@ -7,6 +7,7 @@ shows it; `records._schema` reads and writes it.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from pytest_lmeval.errors import ArgumentError
@@ -138,3 +139,13 @@ class Record(Kept, frozen=True, kw_only=True):
     def __repr__(self) -> str:
         figures = ", ".join(f"{name}={value!r}" for name, value in self.metrics.items())
         return f"{self.kind} of {self.lm.spec} on {self.subject}: {figures}"
+
+
+@dataclass(frozen=True, repr=False)
+class Result:
+    """What a verb returns: the record, and what a test asks of it as attributes."""
+
+    record: Record
+
+    def __repr__(self) -> str:
+        return repr(self.record)

@@ -25,8 +25,7 @@ from pytest_lmeval.models._model import Model, State
 from pytest_lmeval.records._measured import Record, Series
 from pytest_lmeval.records._metric import value_of
 from pytest_lmeval.records._value import Value
-from pytest_lmeval.scoring._reading import EACH, TOKENS, Moves
-from pytest_lmeval.scoring._resume import Point
+from pytest_lmeval.scoring._reading import EACH, Moves, Reading
 
 STRETCH = 512  # tokens: smaller chunks are taken together, so that looking costs less than two percent of reading
 NAMED = 8  # weights that a warning names
@@ -52,37 +51,37 @@ class FastWeights:
 class Watch:
     """Compares the fast weights after each chunk with those before it, on the model's device.
 
-    A step may use its state up, so what is kept to compare with are copies. What it finds goes to `point.reading.moves`.
+    A step may use its state up, so what is kept to compare with are copies. What it finds goes to `reading.moves`.
     """
 
-    def __init__(self, lm: Model, point: Point, initial: dict[str, Tensor]) -> None:
+    def __init__(self, lm: Model, reading: Reading, initial: dict[str, Tensor]) -> None:
         self.lm, self.names = lm, list(initial)
         self.initial = self.before = copies(initial)
-        self.sequence = (point.document, point.window)
-        self.tokens, self.chunks = int(point.reading.total[TOKENS]), point.reading.chunks_seen
-        if point.reading.moves is None:
-            point.reading.moves = Moves(tuple(initial), np.zeros(len(initial)), np.zeros(len(initial)))
-        if point.state is not None:
-            self.before = self._after(point.state)
+        self.sequence = (len(reading.documents), reading.window)
+        self.tokens, self.chunks = reading.tokens, reading.chunks_seen
+        if reading.moves is None:
+            reading.moves = Moves(tuple(initial), np.zeros(len(initial)), np.zeros(len(initial)))
+        if reading.state is not None:
+            self.before = self._after(reading.state)
 
-    def look(self, point: Point, *, last: bool = False) -> bool:
-        """Measure what moved up to `point`, unless that was less than `STRETCH` tokens and is not the `last` of the text.
+    def look(self, reading: Reading, *, last: bool = False) -> bool:
+        """Measure what moved until now, unless that was less than `STRETCH` tokens and is not the `last` of the text.
 
         Returns whether nothing is left to be measured. Raises NotFiniteError for a fast weight that is no number.
         """
-        assert point.reading.moves is not None
-        tokens = int(point.reading.total[TOKENS]) - self.tokens
-        pending = point.reading.chunks_seen > self.chunks
+        assert reading.moves is not None
+        tokens = reading.tokens - self.tokens
+        pending = reading.chunks_seen > self.chunks
         if not pending or (tokens < STRETCH and not last):
             return not pending
-        now = self._after(point.state)
-        if (point.document, point.window) != self.sequence:
-            self.before, self.sequence = self.initial, (point.document, point.window)
+        now = self._after(reading.state)
+        if (sequence := (len(reading.documents), reading.window)) != self.sequence:
+            self.before, self.sequence = self.initial, sequence
         found = torch.stack([relative(now, self.before), relative(now, self.initial)]).tolist()
         change, distance = np.array(found, dtype=np.float64)
-        self._check_finite(change + distance, point)
-        point.reading.moves.add(tokens, change, distance)
-        self.before, self.tokens, self.chunks = now, self.tokens + tokens, point.reading.chunks_seen
+        self._check_finite(change + distance, reading)
+        reading.moves.add(tokens, change, distance)
+        self.before, self.tokens, self.chunks = now, reading.tokens, reading.chunks_seen
         return True
 
     def _after(self, state: State) -> Weights:
@@ -97,11 +96,11 @@ class Watch:
             )
         return copies(found)
 
-    def _check_finite(self, moved: np.ndarray, point: Point) -> None:
+    def _check_finite(self, moved: np.ndarray, reading: Reading) -> None:
         if not np.isfinite(moved).all():
             name = self.names[int(np.flatnonzero(~np.isfinite(moved))[0])]
             raise NotFiniteError(
-                f"the fast weight {name} of {self.lm.spec} is not finite after token {point.scored} of the stream. It learns "
+                f"the fast weight {name} of {self.lm.spec} is not finite after token {reading.scored} of the stream. It learns "
                 "too fast to be stable on this text; what it says from here on means nothing. Lower its inner learning rate."
             )
 
@@ -114,8 +113,8 @@ class Weights:
     norms: Tensor
 
 
-def watch(lm: Model, point: Point) -> Watch | None:
-    """A watch over the fast weights of `lm`, from `point` on; None if it has none. Raises ModelError for what is no dict of
+def watch(lm: Model, reading: Reading) -> Watch | None:
+    """A watch over the fast weights of `lm`, from here on; None if it has none. Raises ModelError for what is no dict of
     tensors."""
     if lm.fast_weights is None:
         return None
@@ -126,7 +125,7 @@ def watch(lm: Model, point: Point) -> Watch | None:
             f"{lm.spec}: fast_weights(None) returned {type(initial).__name__}; expected a dict from names to tensors, the fast "
             "weights as they are before the first token. Without those, how far they move cannot be said."
         )
-    return Watch(lm, point, initial) if initial else None
+    return Watch(lm, reading, initial) if initial else None
 
 
 def copies(weights: dict[str, Tensor]) -> Weights:

@@ -1,4 +1,4 @@
-"""The fold over scored chunks: sums that merge, in constant memory.
+"""The fold over scored chunks: sums that merge, in constant memory, and the place that the reading has come to.
 
 Every figure of a reading is a ratio of sums over target tokens, so all that is kept are rows of sums
 (tokens, nats, bytes, hits) in five arrangements:
@@ -10,15 +10,19 @@ Every figure of a reading is a ratio of sums over target tokens, so all that is 
     at_positions  one row of each unit for each chosen position: tokens and nats just before it
 
 Units of a stream and chunks are merged in pairs when there are too many, so a stream of any length fits. Beside them stands how
-far the model's fast weights moved (`Moves`), if it has any.
+far the model's fast weights moved (`Moves`), if it has any. With the state and the place after the last chunk, a reading that
+was saved (`scoring._resume`) goes on to the same final numbers.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+
+from pytest_lmeval.engine import Chunk
+from pytest_lmeval.models._model import State
 
 TOP = (1, 5)  # a target counts as hit among the model's first k choices
 TOKENS, NATS, BYTES, SECONDS = 0, 1, 2, 3
@@ -47,11 +51,15 @@ def rows_of(nll: np.ndarray, rank: np.ndarray, widths: np.ndarray, valid: np.nda
 
 @dataclass
 class Reading:
-    """Sums over everything read so far. `add` takes chunks in order; `end_document` closes a document.
+    """Sums over everything read so far. `start_document` begins a sequence, `add` takes its chunks in order.
 
     by_document  whether a unit is a document; otherwise it is a block of consecutive tokens
     positions    places in a sequence at which the loss is wanted (mean over the thousand tokens up to there)
     documents    a hash of each document (or of the stream), appended when it was read
+    scored       the last target of the current sequence that was scored: also the last token but one that was read
+    window       where the current window begins
+    state        after that token, to go on from
+    seconds      that the reading took until it was saved
     at_positions [units, positions, 3] sums of tokens and nats, and how many places they are of: a unit is a document that came
                  near one of the positions, or, in a stream, fifty places of the thousand before each
     """
@@ -69,20 +77,35 @@ class Reading:
     chunks_seen: int = 0
     peak_state_bytes: int = 0
     moves: Moves | None = None
+    scored: int = 0
+    window: int = 0
+    state: State = None
+    seconds: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.by_document and not self.at_positions:
             self.at_positions = [np.zeros((len(self.positions), 3)) for _ in range(SPAN // SPAN_BLOCK)]
 
-    def add(self, start: int, rows: np.ndarray, *, seconds: float, state_bytes: int) -> None:
-        """Take the rows of targets `start`, `start` + 1, ... of the current sequence."""
+    @property
+    def tokens(self) -> int:
+        """Targets scored so far."""
+        return int(self.total[TOKENS])
+
+    def add(self, chunk: Chunk) -> None:
+        """Take the next chunk of the current sequence."""
+        rows = rows_of(chunk.nll, chunk.rank, chunk.widths, chunk.valid)
         rows_sum = rows.sum(axis=0)
-        rows_sum[SECONDS] = seconds
+        rows_sum[SECONDS] = chunk.seconds
         self.total += rows_sum
-        self.peak_state_bytes = max(self.peak_state_bytes, state_bytes)
-        self._add_chunk(np.append(rows_sum, state_bytes))
-        self._add_unit(start, rows, rows_sum)
-        places = np.arange(start, start + len(rows))
+        self.peak_state_bytes = max(self.peak_state_bytes, chunk.state_bytes)
+        self.chunks_a_row = append(self.chunks, np.append(rows_sum, chunk.state_bytes), self.chunks_seen, self.chunks_a_row)
+        self.chunks_seen += 1
+        if self.by_document:
+            self.units[-1] += rows_sum
+        else:
+            self.block = add_to_blocks(self.units, self.block, chunk.start, rows)
+        self.scored, self.window, self.state = chunk.end - 1, chunk.window, chunk.state
+        places = np.arange(chunk.start, chunk.end)
         bins = np.floor(2 * np.log2(places)).astype(int)
         for bin_ in np.unique(bins):
             self.by_position[bin_] += rows[bins == bin_].sum(axis=0)
@@ -98,20 +121,12 @@ class Reading:
             self.at_positions[unit][index] += sums[units == unit].sum(axis=0)
 
     def start_document(self) -> None:
+        """Begin a sequence, from an empty state."""
+        self.scored, self.window, self.state = 0, 0, None
         if self.by_document:
             self.units.append(np.zeros(COLUMNS))
             if self.positions and (not self.at_positions or self.at_positions[-1].any()):  # else the last came near none
                 self.at_positions.append(np.zeros((len(self.positions), 3)))
-
-    def _add_unit(self, start: int, rows: np.ndarray, rows_sum: np.ndarray) -> None:
-        if self.by_document:
-            self.units[-1] += rows_sum
-            return
-        self.block = add_to_blocks(self.units, self.block, start, rows)
-
-    def _add_chunk(self, row: np.ndarray) -> None:
-        self.chunks_a_row = append(self.chunks, row, self.chunks_seen, self.chunks_a_row)
-        self.chunks_seen += 1
 
     @property
     def course(self) -> tuple[np.ndarray, np.ndarray]:
@@ -122,8 +137,8 @@ class Reading:
         return np.array(self.chunks), each
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, exactly: Python writes and reads floats without losing a bit."""
-        return {**plain(self), "moves": None if self.moves is None else plain(self.moves)}
+        """Everything but the state, exactly: Python writes and reads floats without losing a bit."""
+        return {**plain(replace(self, state=None)), "moves": None if self.moves is None else plain(self.moves)}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Reading:

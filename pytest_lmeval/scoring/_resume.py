@@ -5,52 +5,32 @@ from __future__ import annotations
 import io
 import json
 import pkgutil
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import IO, Any
 
 import torch
 
 from pytest_lmeval.engine._engine import Engine
-from pytest_lmeval.models._model import Model, State, state_types
+from pytest_lmeval.models._model import Model, state_types
 from pytest_lmeval.records._journal import Checkpoints
 from pytest_lmeval.scoring._reading import Reading
 
 
-@dataclass(frozen=True)
-class Point:
-    """A place in a corpus between two chunks: enough to go on from there with the same final numbers.
-
-    document  documents before the current one
-    scored    the last target of the current sequence that was scored: also the last token but one that was read
-    window    where the current window begins
-    """
-
-    reading: Reading
-    document: int = 0
-    scored: int = 0
-    window: int = 0
-    state: State = None
-    seconds: float = 0.0
+def write_point(checkpoints: Checkpoints, key: str, reading: Reading) -> None:
+    """Save a reading between two chunks. Raises OSError, and what a state raises that cannot be saved."""
+    saved = {"reading": json.dumps(reading.to_json()), "state": reading.state}
+    checkpoints.write(key, lambda file: torch.save(saved, file))
 
 
-def write_point(checkpoints: Checkpoints, key: str, point: Point) -> None:
-    """Save a point. Raises OSError, and what a state raises that cannot be saved."""
-    place = {name: getattr(point, name) for name in ("document", "scored", "window", "seconds")}
-    meta = json.dumps({**place, "reading": point.reading.to_json()})
-    checkpoints.write(key, lambda file: torch.save({"meta": meta, "state": point.state}, file))
+def read_point(checkpoints: Checkpoints | None, key: str, lm: Model) -> Reading | None:
+    """The reading that was saved, or None if there is none that can be used."""
 
+    def load(file: IO[bytes]) -> Reading:
+        saved = safe_load(file.read(), lm)
+        return replace(Reading.from_json(json.loads(saved["reading"])), state=saved["state"])
 
-def read_point(checkpoints: Checkpoints | None, key: str, lm: Model) -> Point | None:
-    """The saved point, or None if there is none that can be used."""
-    found: Point | None = None if checkpoints is None else checkpoints.read(key, lambda file: load_point(file, lm))
+    found: Reading | None = None if checkpoints is None else checkpoints.read(key, load)
     return found
-
-
-def load_point(file: IO[bytes], lm: Model) -> Point:
-    """The point in a file that `write_point` wrote."""
-    saved = safe_load(file.read(), lm)
-    meta = json.loads(saved["meta"])
-    return Point(Reading.from_json(meta.pop("reading")), state=saved["state"], **meta)
 
 
 def safe_load(content: bytes, lm: Model) -> Any:
