@@ -51,7 +51,7 @@ class FastWeights:
 class Watch:
     """Compares the fast weights after each chunk with those before it, on the model's device.
 
-    A step may use its state up, so what is kept to compare with are copies. What it finds goes to `reading.moves`.
+    A step may use its state up, so what is kept to compare with are copies. What it finds goes to `Reading.moves`.
     """
 
     def __init__(self, lm: Model, reading: Reading, initial: dict[str, Tensor]) -> None:
