@@ -30,9 +30,7 @@ class Tokens:
 
     @staticmethod
     def joined(parts: Sequence[Tokens]) -> Tokens:
-        """One after the other; at least one."""
-        if len(parts) == 1:
-            return parts[0]
+        """One after the other."""
         return Tokens(np.concatenate([part.ids for part in parts]), np.concatenate([part.widths for part in parts]))
 
 
@@ -88,20 +86,16 @@ def overlapping(tokens: Iterable[Tokens], size: int, overlap: int = 0) -> Iterat
 def cut(tokens: Iterable[Tokens], length: int, shared: int, known: int) -> Iterator[Tokens]:
     """Yield overlapping windows of `length` that share `shared` tokens; the last may be shorter. Skip a remainder of only
     `known` tokens, at the beginning, or `shared`, later on."""
-    waiting: list[Tokens] = []
-    held = 0
+    held: Tokens | None = None
     for part in tokens:
-        waiting.append(part)
-        held += len(part)
-        if held < length:
-            continue
-        joined = Tokens.joined(waiting)
-        while len(joined) >= length:
-            yield joined[:length]
-            joined, known = joined[length - shared :], shared
-        waiting, held = [joined], len(joined)
-    if held > known:
-        yield Tokens.joined(waiting)
+        while len(part):
+            missing = length - len(held or ())
+            held, part = part[:missing] if held is None else Tokens.joined([held, part[:missing]]), part[missing:]
+            if len(held) == length:
+                yield held
+                held, known = held[length - shared :], shared
+    if held is not None and len(held) > known:
+        yield held
 
 
 def check_vocabulary(ids: np.ndarray, start: int, lm: Model) -> None:
