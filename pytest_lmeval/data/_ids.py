@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from pytest_lmeval.data._corpus import Corpus, Document
+from pytest_lmeval.engine._tokens import array_of, whole_of
 
 
 def as_corpus(source: Corpus | Iterable[Any]) -> Corpus:
@@ -16,10 +17,8 @@ def as_corpus(source: Corpus | Iterable[Any]) -> Corpus:
     can be read once, and is never held."""
     if isinstance(source, Corpus):
         return source
-    ids: Any = source.detach().cpu().numpy() if hasattr(source, "detach") else source
-    if isinstance(ids, list | tuple | range | np.ndarray):
-        held = np.asarray(ids)
+    if (held := array_of(source)) is not None:
         digest = hashlib.sha256(np.ascontiguousarray(held).tobytes()).hexdigest()
         return Corpus("ids", "test", lambda: iter([Document("ids", ids=held)]), digest, tokenized=True, size=len(held))
-    parts = (Document("ids", ids=np.atleast_1d(np.asarray(part))) for part in ids)
+    parts = (Document("ids", ids=whole_of(part)) for part in source)
     return Corpus("ids", "test", lambda: parts, "", tokenized=True)

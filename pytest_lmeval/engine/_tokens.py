@@ -47,7 +47,7 @@ def tokens_of(source: Source | Tokens, books: Codebooks | None = None) -> Iterat
     ids = array_of(source)
     if ids is None:
         for piece in source:
-            yield from tokens_of(piece if isinstance(piece, Tokens) else _whole(piece, books), books)
+            yield from tokens_of(piece if isinstance(piece, Tokens) else whole_of(piece, 2 if books else 1), books)
         return
     k = (len(books.sizes),) if books else ()
     if ids.ndim == 0 or ids.shape[1:] != k or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
@@ -65,10 +65,11 @@ def array_of(source: Any) -> np.ndarray | None:
     return np.asarray(source) if isinstance(source, np.ndarray | list | tuple | range) else None
 
 
-def _whole(piece: Any, books: Codebooks | None) -> np.ndarray:
+def whole_of(piece: Any, axes: int = 1) -> np.ndarray:
+    """What an iterator gave, as an array of so many axes at least: a single id, or a frame, is one of one."""
     held = array_of(piece)
     array = np.asarray(piece) if held is None else held
-    return np.atleast_2d(array) if books else np.atleast_1d(array)
+    return array[None] if array.ndim < axes else array
 
 
 def overlapping(tokens: Iterable[Tokens], size: int, overlap: int = 0) -> Iterator[Tokens]:

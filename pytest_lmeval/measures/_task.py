@@ -72,20 +72,19 @@ def task(
     settings: dict[str, Any] = {
         "shots": shots,
         "limit": context.session.limit if limit is None else limit,
-        "batch_size": batch_size,
         "fewshot": fewshot,
         "truncate": truncate,
         "seed": seed,
     }
     rows = [asked.name, asked.style, _identity_of(context, asked.rows), tokenizer_fingerprint(model)]
-    key = context.key("task", model, settings, rows)
+    key = context.key("task", model, {**settings, "batch_size": batch_size}, rows)
     written = context.file("examples.jsonl")
     finished = context.journaled(key)  # of an interrupted run: its answers, if the questions are the same
     with context.session.progress(f"{model.spec} answers {asked.name}", unit="questions") as progress:
         result = measure_task(
             model,
             asked,
-            **{name: value for name, value in settings.items() if name != "batch_size"},
+            **settings,
             policy=policy_for(model, certificate, batch_size=batch_size),
             data_dir=context.session.mirror,
             examples=context.path(written),
