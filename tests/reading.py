@@ -23,7 +23,7 @@ def chunk_of(start, nll, rank=0, *, seconds=0.0, state_bytes=0):
 
 def reader(lm, batch_size=8, share=True, multiple=1):
     """An engine for requests. Without `share`, each is read whole."""
-    return Engine(lm, Policy(batch_size=batch_size, single=not share, multiple=multiple))
+    return Engine(lm, Policy(batch_size=batch_size, fork=share, multiple=multiple))
 
 
 def measure_perplexity(lm, corpus, *, certificate=None, chunk_size=None, window=None, overlap=None, **options):
@@ -39,7 +39,7 @@ def measure_agreement(lm, reference, corpus, *, chunk_size=None, reference_chunk
     return _agreement.measure_agreement(lm, reference, corpus, **policies, **options)
 
 
-def measure_task(lm, task, *, batch_size=8, share=True, carry=True, multiple=1, longest=None, **options):
-    carry = carry and lm.stateful
-    policy = Policy(batch_size=batch_size, single=not share, carry=carry, multiple=multiple, longest=longest)
+def measure_task(lm, task, *, batch_size=8, carry=True, fork=True, single=False, multiple=1, longest=None, **options):
+    how = {"carry": carry and lm.stateful, "fork": fork, "single": single, "multiple": multiple, "longest": longest}
+    policy = Policy(batch_size=batch_size, **how)
     return _task.measure_task(lm, task, policy=policy, **options)

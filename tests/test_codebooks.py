@@ -1,4 +1,4 @@
-"""Frames of several codes go through the heart: every code that can be predicted is scored once, and no other."""
+"""Frames of several codes go through the engine's stream: every code that can be predicted is scored once, and no other."""
 
 from itertools import pairwise
 

@@ -1,5 +1,6 @@
 """One engine reads: what its policy allows follows from the certificate, and more than that is refused."""
 
+import gc
 import weakref
 from dataclasses import replace
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from msgspec import structs
 from toys import VOCAB, Forgetful, Functional, Stateless, Stepper
 
 from pytest_lmeval import as_model, load
@@ -14,7 +16,7 @@ from pytest_lmeval.engine import Engine, Policy, Prompt, Request, Scored, Window
 from pytest_lmeval.engine._tree import tree
 from pytest_lmeval.errors import Refused, StreamError, TaskError
 from pytest_lmeval.laws._verdict import verdict_of
-from pytest_lmeval.records._certificate import Certificate, Counterexample, LawResult
+from pytest_lmeval.records._certificate import OUT_OF_TIME, Certificate, Counterexample, LawResult
 
 LM, DEMO = as_model(Functional()), load("demo")
 LAWS = ["repeat", "isolation", "causality", "prefix", "splits", "steps", "fork", "resume", "rows", "size", "sums"]
@@ -61,30 +63,103 @@ def test_without_the_laws_that_every_number_stands_on_nothing_is_read(law):
         policy_for(LM, certificate(law), window=16)
 
 
-@settings(max_examples=60)
-@given(
-    broken_laws, st.sampled_from([None, 16]), st.sampled_from([None, 24]), st.sampled_from([None, "unlimited", 32, "lm_eval"])
-)
-def test_what_a_certificate_allows_the_engine_takes(broken, multiple, longest, window):
+class Spy(Functional):
+    """Notes of each step: rows, tokens before it, and tokens."""
+
+    def __init__(self):
+        super().__init__(vocab=256)
+        self.steps = []
+
+    def forward(self, input_ids, state=None):
+        hidden, seen = (None, 0) if state is None else (state[0], int(state[1]))
+        self.steps.append((input_ids.shape[0], seen, input_ids.shape[1]))
+        logits, hidden = super().forward(input_ids, hidden)
+        return logits, (hidden, torch.tensor(seen + input_ids.shape[1]))
+
+
+SPY = replace(as_model(Spy()), tokenizer=DEMO.tokenizer)
+TEXT = np.frombuffer(b"what several prompts begin with alike, at length: ", np.uint8).astype(np.int64)
+PROMPTS = [np.concatenate([TEXT, np.arange(n, n + 9)]) for n in (1, 2, 3)]
+
+
+@settings(max_examples=80)
+@given(broken_laws, st.sampled_from([None, 6]), st.sampled_from([None, 4, 8, 70]), st.sampled_from([None, "unlimited", 32]))
+def test_no_step_goes_beyond_the_certificate_whatever_is_read(broken, multiple, longest, window):
     found = certificate(*broken, multiple=multiple, limit_tokens=longest, limit_is_step=bool(longest))
+    hopeless = set(broken) & {"causality", "repeat", "isolation", "sums"}
+    inexact = set(broken) & {"prefix", "splits", "steps"}
     try:
-        policy = policy_for(LM, found, window=window)
+        engine = Engine(SPY, policy_for(SPY, found, window=window))
     except Refused:
+        assert hopeless or (window == 32 and longest in (4, 8) and inexact)  # a window is read in one step then
         return
-    assert Engine(LM, policy).policy == policy
+    assert not hopeless
+    Engine(SPY)._forked  # noqa: B018 - finds the rows of states, by steps that are not of a reading
+    for reading in (
+        lambda: list(engine.stream(np.concatenate([TEXT] * 3))),
+        lambda: engine.score([Request(prompt, 52) for prompt in PROMPTS]),
+        lambda: engine.generate([Prompt(prompt, str(number), max_tokens=4) for number, prompt in enumerate(PROMPTS)]),
+    ):
+        SPY.module.steps.clear()
+        try:
+            reading()
+        except Refused:
+            assert inexact
+        for rows, before, length in SPY.module.steps:
+            assert length <= (longest or length)
+            assert rows == 1 or not set(broken) & {"rows", "prefix"}
+            if before and found.multiple:
+                assert before % found.multiple == 0
+            elif before:
+                assert inexact <= {"splits"}
+                assert length == 1 or not inexact
+
+
+def test_a_law_that_cannot_be_tried_on_a_model_forbids_and_one_without_time_does_not():
+    laws = {"fork": "its state cannot be forked (no copies)", "rows": "it reads single rows"}
+    untestable = {law: LawResult(cases=0, planned=9, unavailable=why) for law, why in laws.items()}
+    found = certificate()
+    policy = policy_for(LM, structs.replace(found, laws={**found.laws, **untestable}))
+    assert (policy.fork, policy.share, policy.batch_size, policy.carry) == (False, False, 1, True)
+    late = {law: LawResult(cases=0, planned=9, unavailable=OUT_OF_TIME) for law in laws}
+    assert policy_for(LM, structs.replace(found, laws={**found.laws, **late})).share
+
+
+def test_a_state_that_is_wrong_is_not_passed_over_by_windows_that_nobody_asked_for():
+    lm = replace(LM, context_length=24)
+    assert policy_for(lm, certificate()).windows == Windows(24, 12, why="the model's context is 24 tokens")
+    policy = policy_for(lm, certificate("prefix"))
+    with pytest.raises(Refused, match="score it in windows"):
+        Engine(lm, policy).stream(np.arange(9))
+
+
+def test_an_exact_multiple_that_no_step_may_read_carries_nothing():
+    found = certificate("splits", multiple=64, limit_tokens=40, limit_is_step=True)
+    policy = policy_for(LM, found)
+    assert (policy.carry, policy.share, policy.decode) == (False, False, False)
+    with pytest.raises(Refused, match=r"exact-multiple-of-64(?s:.*)would be wrong, and may look good"):
+        Engine(LM, policy).stream(np.arange(9))
+    policy = policy_for(LM, certificate("splits", multiple=16, limit_tokens=40, limit_is_step=True), chunk_size=100)
+    assert policy.chunk_size == 32
 
 
 MORE = [
     ({"broken": ("prefix",)}, {"carry": True}, "to carry its state"),
     ({"broken": ("prefix",)}, {"fork": True}, "to fork its state"),
     ({"broken": ("fork",)}, {"fork": True}, "to fork its state"),
+    ({"broken": ("resume",)}, {"resume": True}, "to go on from a saved state"),
     ({"broken": ("rows",)}, {"batch_size": 2}, "to read rows side by side"),
     ({"broken": ("splits",)}, {"single": False}, "to continue its state by several tokens"),
     ({"broken": ("splits",)}, {"chunk_size": 2}, "exact one token at a time only, and chunk_size=2 was asked for"),
+    ({"broken": ("steps",)}, {"windows": Windows(99), "chunk_size": 9}, "Chunks of 9 carry its state through windows of 99"),
     ({"broken": ("splits",), "multiple": 16}, {"multiple": 8}, "to continue its state after multiples of 8"),
-    ({"broken": ("splits",), "multiple": 16}, {"chunk_size": 40}, "in chunks of multiples of 16 only, and chunk_size=40"),
+    ({"broken": ("splits",), "multiple": 16}, {"chunk_size": 40}, "in multiples of 16 only, and chunk_size=40"),
     ({"broken": (), "limit_tokens": 24, "limit_is_step": True}, {"longest": None}, "for steps of more than 24 tokens"),
-    ({"broken": (), "limit_tokens": 24, "limit_is_step": True}, {"chunk_size": 25}, "for steps of more than 24 tokens"),
+    (
+        {"broken": (), "limit_tokens": 24, "limit_is_step": True},
+        {"chunk_size": 25},
+        "reads at most 24 tokens in a step, and chunk_size=25",
+    ),
 ]
 
 
@@ -95,7 +170,8 @@ def test_more_than_is_proven_is_refused_by_the_engine_itself(found, more, said):
     Engine(LM, policy)
     with pytest.raises(Refused, match=said):
         Engine(LM, replace(policy, **more))
-    Engine(LM, replace(policy, certificate=None, **more))  # on the caller's word
+    if set(more) <= {"carry", "fork", "resume", "batch_size", "multiple", "longest"}:
+        Engine(LM, replace(policy, certificate=None, **more))  # on the caller's word
 
 
 def test_a_text_whose_state_may_not_be_carried_is_read_in_windows_or_not_at_all():
@@ -217,11 +293,103 @@ def test_a_model_without_a_tokenizer_scores_and_does_not_speak():
 
 
 def test_prompts_that_fit_no_step_are_refused_where_they_cannot_be_read_in_several():
-    engine = Engine(LM, Policy(single=True, longest=8))
-    with pytest.raises(
-        Refused, match=r"reads at most 8 tokens at once.*cannot be read in one step, and would be wrong in several"
-    ):
-        engine.score([Request(np.arange(20), 2)])
+    said = r"reads at most 8 tokens at once, and \d+ are to be read.*in one step, and would be wrong in several"
+    for policy in (Policy(single=True, longest=8), Policy(carry=False, longest=8), Policy(multiple=9, longest=8)):
+        engine = Engine(SPY, policy)
+        with pytest.raises(Refused, match=said):
+            engine.score([Request(np.arange(20), 2)])
+        with pytest.raises(Refused, match=said):
+            engine.generate([Prompt(np.arange(20), "a", max_tokens=2)])
+        assert len(engine.score([Request(np.arange(8), 2)])[0].loglikelihood) == 6
+    assert len(Engine(SPY, Policy(longest=8)).score([Request(np.arange(20), 2)])[0].loglikelihood) == 18
+
+
+def test_a_state_is_continued_only_as_the_policy_allows():
+    ids = SPY.random_ids(1, 12)
+    _, state = Engine(SPY).prefill(ids)
+    with pytest.raises(Refused, match=r"would be continued by 12 token"):
+        Engine(SPY, Policy(single=True)).prefill(ids, state)
+    with pytest.raises(Refused, match="would be continued by 1 token"):
+        Engine(SPY, Policy(carry=False)).prefill(ids[:, :1], state)
+    for policy in (Policy(carry=False), Policy(multiple=4)):
+        with pytest.raises(Refused, match="continued token by token"):
+            list(Engine(SPY, policy).decode(ids[:, :1], state, 1))
+    with pytest.raises(Refused, match="would be wrong"):
+        list(Engine(SPY, Policy(multiple=4, chunk_size=8)).stream(ids[0], state=state, position=5))
+    with pytest.raises(Refused, match="would be wrong"):
+        list(Engine(SPY, Policy(carry=False, windows=Windows(64))).stream(ids[0], state=state, position=5))
+
+
+def test_a_policy_that_contradicts_itself_is_refused():
+    with pytest.raises(Refused, match="reads at most 8 tokens in a step, and chunk_size=9"):
+        Engine(LM, Policy(longest=8, chunk_size=9))
+    with pytest.raises(Refused, match="Chunks of 10 carry its state through windows of 99"):
+        Engine(as_model(Stateless()), Policy(windows=Windows(99), chunk_size=10))
+    with pytest.raises(Refused, match="has no state to carry: it can only be read in windows"):
+        Engine(as_model(Stateless()), Policy()).stream(np.arange(9))
+    assert Engine(LM, Policy(longest=20)).chunk_size == 20
+    assert Engine(LM, Policy(single=True)).chunk_size == 1
+    assert Engine(LM, Policy(multiple=48)).chunk_size == 1008
+    for wrong in ({"longest": 0}, {"multiple": 0}, {"chunk_size": 0}, {"batch_size": -1}):
+        with pytest.raises(StreamError, match="at least one"):
+            Policy(**wrong)
+    with pytest.raises(StreamError, match="window='all' was asked for"):
+        policy_for(LM, window="all")
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Request(np.array([]), 1), r"a request is \[0\] of float64"),
+        (lambda: Request([[1, 2]], 1), r"a request is \[1, 2\] of int64"),
+        (lambda: Request([[1, 2], [3]], 1), "these are no token ids"),
+        (lambda: Request(None, 1), "got NoneType"),
+        (lambda: Request([1.5, 2.0], 1), "of float64; it is a row of integer token ids"),
+        (lambda: Request([1, 2], 0), "has context_len=0: at least one token is its context"),
+        (lambda: Request([1, 2], 3), "has context_len=3"),
+        (lambda: Prompt([], "7", max_tokens=1), r"the prompt of 7 is \[0\]"),
+        (lambda: Prompt([1], "7", max_tokens=0), "the prompt of 7 has max_tokens=0"),
+        (lambda: Prompt([1], "7", max_tokens=1, temperature=-1.0), "temperature=-1"),
+        (lambda: Prompt([1], "7", max_tokens=1, stop="ab"), "stop='ab'"),
+        (lambda: Prompt([1], "7", max_tokens=1, stop=("",)), "texts that are not empty"),
+        (lambda: list(Engine(LM).stream(5)), "5 is one alone"),
+        (lambda: list(Engine(LM).stream(None)), "got NoneType"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_where_it_is_made(make, said):
+    with pytest.raises(StreamError, match=said):
+        make()
+
+
+def test_ids_may_come_in_any_form():
+    wanted = Engine(LM).score([Request(np.arange(6), 2)])[0].loglikelihood
+    for ids in (list(range(6)), range(6), torch.arange(6), np.arange(6, dtype=np.uint8), tuple(range(6))):
+        np.testing.assert_array_equal(Engine(LM).score([Request(ids, 2)])[0].loglikelihood, wanted)
+
+
+def test_an_engine_and_the_states_that_it_keeps_are_let_go_without_a_collection():
+    engine = Engine(SPY)
+    engine.score([Request(prompt, 52) for prompt in PROMPTS])
+    kept = [weakref.ref(state[0]) for _, state in engine._forked.prefix_cache]
+    assert kept
+    gc.disable()
+    try:
+        del engine
+        assert [state() for state in kept] == [None] * len(kept)
+    finally:
+        gc.enable()
+
+
+def test_a_model_that_turns_gradients_on_is_read_without_them():
+    class Learning(Functional):
+        def forward(self, input_ids, state=None):
+            with torch.enable_grad():
+                return super().forward(input_ids, state)
+
+    lm = replace(as_model(Learning(vocab=256)), tokenizer=DEMO.tokenizer)
+    assert sum(len(chunk.nll) for chunk in Engine(lm).stream(TEXT)) == len(TEXT) - 1
+    assert len(Engine(lm).score([Request(TEXT, 2)])[0].loglikelihood) == len(TEXT) - 2
+    assert Engine(lm).generate([Prompt(TEXT, "a", max_tokens=2, temperature=1.0)])[0].ids
 
 
 class Box:
@@ -233,7 +401,7 @@ class Box:
     def score(self, requests):
         return [Scored(self.alone.score([request])[0].loglikelihood) for request in requests]
 
-    def generate(self, answers, hear):
+    def generate(self, answers, choose):
         for answer in answers:
             (found,) = self.alone.generate([answer.prompt])
             answer.ids, answer.text, answer.why = found.ids, found.text, found.why
@@ -249,6 +417,16 @@ def test_what_only_answers_requests_is_an_executor_too():
     assert said == theirs
     assert here.counts.tokens
     assert not box.counts.tokens
+    for engine in (here, box):
+        (answer,) = engine.generate(prompts[:1], lambda number, text: len(text) > 3 or None)
+        assert answer.judged is True
+
+
+def test_an_executor_that_forgets_a_request_is_told():
+    box = Box(DEMO)
+    box.score = lambda requests: []
+    with pytest.raises(StreamError, match="was given 2 requests and answered 0"):
+        Engine(DEMO, executor=box).score([Request([1, 2], 1), Request([1, 3], 1)])
 
 
 # --------------------------------------------------------------------------------------------- prompts in the tree

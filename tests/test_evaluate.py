@@ -53,7 +53,7 @@ def outcome(result):
 def test_no_answer_depends_on_order_limit_batch_or_neighbours(rows, batch_size, limit, shots, share):
     task = dataclasses.replace(TASK, rows=rows)
     whole = outcome(measure_task(LM, TASK, shots=shots))
-    part = outcome(measure_task(LM, task, shots=shots, batch_size=batch_size, limit=limit, share=share))
+    part = outcome(measure_task(LM, task, shots=shots, batch_size=batch_size, limit=limit, fork=share))
     assert len(part) == limit
     for name, found in part.items():
         assert found[:2] == whole[name][:2]
@@ -183,14 +183,14 @@ def encoded(tokenizer, question, lm=LM, **options):
 def test_where_a_token_spans_the_border_the_border_moves_for_all_choices():
     asked = encoded(Pairs(), Choices("abc", ("d", "de"), 0))
     assert asked.retokenized
-    assert [request.given for request in asked.requests] == [1, 1]
+    assert [request.context_len for request in asked.requests] == [1, 1]
     assert [len(request.ids) for request in asked.requests] == [2, 3]
     assert not encoded(Pairs(), Choices("abcd", ("e", "fg"), 0)).retokenized
 
 
 def test_blanks_at_the_end_of_a_prompt_belong_to_what_follows():
     asked = encoded(Bytes(), Choices("ab  ", ("c",), 0))
-    assert [(request.given, len(request.ids)) for request in asked.requests] == [(2, 5)]
+    assert [(request.context_len, len(request.ids)) for request in asked.requests] == [(2, 5)]
 
 
 def test_what_the_tokenizer_puts_before_a_text_stands_before_the_prompt():
@@ -362,7 +362,7 @@ def test_what_a_row_says_depends_on_no_neighbour_and_not_on_how_it_is_read(tempe
         for options in (
             {"batch_size": 1},
             {"batch_size": 4},
-            {"share": False},
+            {"single": True},
             {"carry": False, "batch_size": 3},
             {"multiple": 4, "batch_size": 3},
         )

@@ -237,7 +237,8 @@ def steppers(paths):
     for path, name in paths:
         called = (node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
         methods = (function for function in called if isinstance(function, ast.Attribute))
-        if any(method.attr in ("step", "advance") and ast.unparse(method.value).endswith("lm") for method in methods):
+        stepped = {ast.unparse(method.value) for method in methods if method.attr in ("step", "advance")}
+        if any(not re.search(r"\boptimizer$|\bengine$|^Engine\(", receiver) for receiver in stepped):
             yield name.removeprefix("pytest_lmeval.")
 
 
@@ -249,5 +250,7 @@ def test_nothing_but_the_engine_steps_a_model():
 
 def test_a_loop_over_steps_elsewhere_would_be_found(tmp_path):
     path = tmp_path / "loop.py"
-    path.write_text("def read(lm, pieces, state=None):\n    for piece in pieces:\n        _, state = lm.step(piece, state)\n")
+    path.write_text(
+        "def read(pieces, state=None):\n    for piece in pieces:\n        _, state = reference.step(piece, state)\n"
+    )
     assert list(steppers([(path, "pytest_lmeval.measures._loop")])) == ["measures._loop"]

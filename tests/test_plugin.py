@@ -267,7 +267,7 @@ def test_a_model_that_cannot_be_streamed_is_refused_with_the_counterexample(proj
             "*splits: * tokens (seed 0) in pieces of *: log-probabilities off by*",
             '*pytest_lmeval.replay(lm, "splits", length=*',
             "*Seeing is non-causal:*",
-            "*StepOnly is exact one token at a time only, and chunk_size=16 was asked for*",
+            "*It is exact one token at a time only, and chunk_size=16 was asked for*",
         ]
     )
 

@@ -34,7 +34,7 @@ def alone(lm, request):
     with torch.no_grad():
         logits, _ = lm.step(torch.from_numpy(request.read)[None])
     said = logits[0].log_softmax(-1)
-    return np.array([said[place - 1, request.ids[place]].item() for place in range(request.given, len(request.ids))])
+    return np.array([said[place - 1, request.ids[place]].item() for place in range(request.context_len, len(request.ids))])
 
 
 def worst(lm, reader, asked):
@@ -68,7 +68,7 @@ def test_a_tree_holds_every_token_and_every_wish_once(asked, step):
 
     for node in tree(asked, step=step):
         visit(node, [])
-    expected = [(n, p) for n, request in enumerate(asked) for p in range(request.given - 1, len(request.ids) - 1)]
+    expected = [(n, p) for n, request in enumerate(asked) for p in range(request.context_len - 1, len(request.ids) - 1)]
     assert sorted(wishes) == expected
     assert tokens >= distinct(asked)
     if step == 0:
@@ -128,7 +128,7 @@ def test_tokens_are_counted_to_the_first_request_that_reads_them():
     assert reader.counts.tokens == 23
 
 
-def test_filling_stays_a_small_share():
+def test_padding_stays_a_small_share():
     chance = np.random.default_rng(2)
     asked = [Request(chance.integers(VOCAB, size=length), 2) for length in chance.integers(3, 80, size=50)]
     reader = engine_of(LM, batch_size=8)
@@ -211,11 +211,11 @@ def test_a_state_that_has_other_tensors_later_is_not_divided():
 
 
 def test_low_precision_does_not_hide_that_one_row_is_taken_for_another(monkeypatch):
-    from pytest_lmeval.engine import _state_rows as batch
+    from pytest_lmeval.engine import _state_rows as state_rows
 
     assert selection(load("zoo:lstm@bf16")) is not None
-    real = batch._selected
-    monkeypatch.setattr(batch, "_selected", lambda state, rows, axes: real(state, [1] * len(rows), axes))
+    real = state_rows._selected
+    monkeypatch.setattr(state_rows, "_selected", lambda state, rows, axes: real(state, [1] * len(rows), axes))
     assert selection(load("zoo:lstm@bf16")) is None
 
 

@@ -1,4 +1,4 @@
-"""The heart: every target is scored exactly once, whatever the chunks, and what cannot be scored is refused."""
+"""The stream: every target is scored exactly once, whatever the chunks, and what cannot be scored is refused."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -137,7 +137,7 @@ def test_rank_is_the_place_in_a_stable_sort(rows, data):
 def test_scoring_in_blocks_of_rows_changes_nothing(monkeypatch):
     logits, targets = torch.randn(100, 64), torch.randint(0, 64, (100,))
     whole = score(logits, targets)
-    monkeypatch.setattr("pytest_lmeval.engine._losses.BLOCK", 64 * 7)
+    monkeypatch.setattr("pytest_lmeval.engine._losses.LOGITS_AT_ONCE", 64 * 7)
     blocks = score(logits, targets)
     np.testing.assert_allclose(whole[0], blocks[0], atol=1e-6)
     assert np.array_equal(whole[1], blocks[1])

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pytest_lmeval.data._corpus import Corpus, Document
-from pytest_lmeval.engine._tokens import array_of, whole_of
+from pytest_lmeval.engine._tokens import array_of
 
 
 def as_corpus(source: Corpus | Iterable[Any]) -> Corpus:
@@ -20,5 +20,5 @@ def as_corpus(source: Corpus | Iterable[Any]) -> Corpus:
     if (held := array_of(source)) is not None:
         digest = hashlib.sha256(np.ascontiguousarray(held).tobytes()).hexdigest()
         return Corpus("ids", "test", lambda: iter([Document("ids", ids=held)]), digest, tokenized=True, size=len(held))
-    parts = (Document("ids", ids=whole_of(part)) for part in source)
+    parts = (Document("ids", ids=part) for part in source)
     return Corpus("ids", "test", lambda: parts, "", tokenized=True)

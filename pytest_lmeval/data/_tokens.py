@@ -72,7 +72,7 @@ class TokenReader:
         for document in self._documents:
             if document.ids is not None:
                 try:
-                    for part in tokens_of(document.ids, self._lm.codebooks):
+                    for part in tokens_of(iter([document.ids]), self._lm.codebooks):
                         self.content.update(part.ids.tobytes())
                         yield part
                 except StreamError as error:

@@ -1,10 +1,13 @@
 """What steps a model: one engine that streams texts, scores requests and generates answers, as a policy allows."""
 
 from pytest_lmeval.engine._engine import Engine
-from pytest_lmeval.engine._executor import Counts, Executor, Scored
-from pytest_lmeval.engine._generation import Answer, Prompt
+from pytest_lmeval.engine._executor import Choose, Counts, Executor, Scored
+from pytest_lmeval.engine._generation import Answer, OnText, Prompt
 from pytest_lmeval.engine._policy import Policy, Windows, policy_for
 from pytest_lmeval.engine._stream import Chunk
 from pytest_lmeval.engine._tree import Request
 
-__all__ = ["Answer", "Chunk", "Counts", "Engine", "Executor", "Policy", "Prompt", "Request", "Scored", "Windows", "policy_for"]
+__all__ = [
+    "Answer", "Choose", "Chunk", "Counts", "Engine", "Executor", "OnText", "Policy", "Prompt", "Request", "Scored", "Windows",
+    "policy_for",
+]  # fmt: skip

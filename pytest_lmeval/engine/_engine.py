@@ -22,8 +22,8 @@ from torch import Tensor
 
 from pytest_lmeval.engine._executor import Counts, Executor, Scored
 from pytest_lmeval.engine._forked import Forked
-from pytest_lmeval.engine._generation import Answer, Listener, Prompt, begin_answers
-from pytest_lmeval.engine._policy import Policy, check, default_chunk_size, policy_for, refused, streaming_refused
+from pytest_lmeval.engine._generation import Answer, OnText, Prompt, begin_answers
+from pytest_lmeval.engine._policy import Policy, check, chunk_of, policy_for, refused, streaming_refused
 from pytest_lmeval.engine._stream import Chunk, carried, in_windows
 from pytest_lmeval.engine._tokens import Source, check_vocabulary, tokens_of
 from pytest_lmeval.engine._tree import Request
@@ -41,11 +41,10 @@ def likeliest(logits: Tensor, input_ids: Tensor) -> Tensor:
 class Engine:
     """Reads with one model.
 
-    policy      what is allowed, and how it is done; by default all that the model declares, with nothing proven
-    on_logits   is called with the logits of each step, as the model gave them: [b, n, v] of its last n positions
-    executor    reads and continues sequences; by default here, as the policy allows
-    chunk_size  tokens a step of a text
-    counts      what reading sequences took so far
+    policy     what is allowed, and how it is done; by default all that the model declares, with nothing proven
+    on_logits  is called with the logits of each step, as the model gave them: [b, n, v] of its last n positions
+    executor   reads and continues sequences in place of the model; texts are still stepped here
+    counts     what reading sequences took so far
 
     Raises Refused for a policy that asks for more than its certificate proves.
     """
@@ -59,11 +58,14 @@ class Engine:
         executor: Executor | None = None,
     ) -> None:
         policy = policy_for(lm) if policy is None else policy
-        whole = default_chunk_size(lm) if policy.windows is None else policy.windows.size
-        self.lm, self.chunk_size = lm, policy.chunk_size or whole
-        self.policy = replace(policy, chunk_size=self.chunk_size)
+        self.lm, self.policy = lm, policy if lm.stateful else replace(policy, carry=False)
         self.on_logits, self.executor, self.counts = on_logits, executor, Counts()
         check(lm, self.policy)
+
+    @functools.cached_property
+    def chunk_size(self) -> int:
+        """Tokens a step of a text."""
+        return chunk_of(self.lm, self.policy)
 
     # ------------------------------------------------------------------------------------------------ steps
 
@@ -71,6 +73,7 @@ class Engine:
         """One step of the model, without gradients (see `LanguageModel.step`). It may use `state` up."""
         with torch.no_grad():
             logits, state = self.lm.step(input_ids, state, keep=keep)
+        logits = logits.detach()  # a model that learns as it reads may turn gradients on
         if self.on_logits is not None:
             self.on_logits(logits)
         return logits, state
@@ -86,22 +89,38 @@ class Engine:
             del logits  # not to be held beside those of the next step
 
     def prefill(self, input_ids: Tensor, state: State | None = None, *, keep: int | None = 1) -> tuple[Tensor, State]:
-        """Read [b, t] in as few steps as the policy allows; logits of the last `keep` positions, and the state."""
+        """Read [b, t] in as few steps as the policy allows; logits of the last `keep` positions, and the state.
+
+        state  of what was read before; after how many tokens it may be continued (`Policy.multiple`) is the caller's to keep
+
+        Raises Refused for a state that may not be continued, or not by so many tokens, and for more than a step may read where
+        several steps would be wrong.
+        """
+        if state is not None and (not self.policy.carry or (self.policy.single and input_ids.shape[-1] > 1)):
+            why = f"Its state would be continued by {input_ids.shape[-1]} token(s), which the policy does not allow."
+            raise refused(self.lm, self.policy, why, "Read what comes before with it, in one step.")
         longest, left = self.policy.longest, input_ids.shape[-1]
         if longest is None or left <= longest:
             return self.step(input_ids, state, keep=keep)
+        size = longest - longest % self.policy.multiple
+        if not self.policy.carry or self.policy.single or not size:
+            why = f"It reads at most {longest} tokens at once, and {left} are to be read."
+            raise refused(self.lm, self.policy, why, "They cannot be read in one step, and would be wrong in several.")
         found, wanted = [], left if keep is None else keep
-        for part in torch.split(input_ids, longest, dim=-1):
+        for part in torch.split(input_ids, size, dim=-1):
             left -= part.shape[-1]
             logits, state = self.step(part, state, keep=min(max(1, wanted - left), part.shape[-1]))
             found += [logits] * (wanted > left)
-        return torch.cat(found, dim=-2), state
+        return torch.cat(found or [logits[..., :0, :]], dim=-2), state
 
     def decode(
         self, input_ids: Tensor, state: State, count: int, choose: Callable[[Tensor, Tensor], Tensor] = likeliest
     ) -> Iterator[tuple[Tensor, State]]:
         """Read `count` tokens a row, one a step, the first being `input_ids` [b, 1]. After each step: the ids that
-        `choose(logits, input_ids)` says come next, and the state."""
+        `choose(logits, input_ids)` says come next, and the state. Raises Refused where that is not allowed."""
+        if count and not (self.policy.carry and self.policy.multiple == 1):
+            why = "Its state would be continued token by token, which the policy does not allow."
+            raise refused(self.lm, self.policy, why, "Read the whole text again for each token, as engine.generate does.")
         for _ in range(count):
             logits, state = self.step(input_ids, state, keep=1)
             input_ids = choose(logits, input_ids)
@@ -122,10 +141,10 @@ class Engine:
         not finite, with its place, and Refused where neither carrying the state nor windows are allowed.
         """
         pieces, windows = tokens_of(tokens, self.lm.codebooks), self.policy.windows
+        if (not self.policy.carry and windows is None) or (state is not None and (position - window) % self.policy.multiple):
+            raise streaming_refused(self.lm, self.policy)
         if windows is not None:
             return in_windows(self, pieces, windows, state, position, window)
-        if not self.policy.carry or not self.lm.stateful:
-            raise streaming_refused(self.lm, self.policy)
         return carried(self, pieces, state, position)
 
     # --------------------------------------------------------------------------------------------- sequences
@@ -134,41 +153,43 @@ class Engine:
         """The log-likelihood of each token that is asked for, in the order of the requests.
 
         A value that is not finite is left to the caller, who knows what it is of. Raises StreamError for a token outside the
-        vocabulary, and Refused for a model that reads a prompt neither in one step nor in several.
+        vocabulary, and Refused for a prompt that can be read neither in one step nor in several.
         """
-        self._refuse_frames()
-        for request in requests:
-            check_vocabulary(request.ids, 0, self.lm)
-        return (self.executor or self._executor(self.policy.share)).score(requests)
+        self.refuse_unreadable(requests)
+        found = self._executor(self.policy.share).score(requests)
+        if len(found) != len(requests):
+            raise StreamError(f"the executor was given {len(requests)} requests and answered {len(found)}: one each is needed.")
+        return found
 
-    def generate(self, prompts: Sequence[Prompt], listen: Listener | None = None) -> list[Answer]:
+    def generate(self, prompts: Sequence[Prompt], on_text: OnText | None = None) -> list[Answer]:
         """The answer to each prompt, in their order, token by token until it ends; what a row says depends on no other.
 
-        listen  (number of the prompt, text so far) -> None to go on, or what was heard, a truth value that ends the answer
+        on_text  (number of the prompt, text so far) -> None to go on, or a truth value that ends the answer
 
         Raises TaskError for a tokenizer that cannot turn ids into text, NotFiniteError for logits that leave no choice, and
         as `score` does.
         """
-        self._refuse_frames()
-        for prompt in prompts:
-            check_vocabulary(prompt.ids, 0, self.lm)
-        answers, hear = begin_answers(self.lm, prompts, listen)
-        (self.executor or self._executor(self.policy.decode)).generate(answers, hear)
+        self.refuse_unreadable(prompts)
+        answers, choose = begin_answers(self.lm, prompts, on_text)
+        self._executor(self.policy.decode).generate(answers, choose)
+        for number, answer in enumerate(answers):
+            if not answer.why:
+                raise StreamError(
+                    f"the executor left the answer to {answer.prompt.name} unfinished: it has to say why one ends."
+                )
+            if self.executor is not None and on_text is not None and answer.judged is None:  # it chose the tokens itself
+                answer.judged = on_text(number, answer.text)
         return answers
 
-    def _refuse_frames(self) -> None:
+    def refuse_unreadable(self, sequences: Sequence[Request] | Sequence[Prompt]) -> None:
+        """Raise StreamError for a model that has no prompts, and for a token outside of its vocabulary."""
         if self.lm.codebooks is not None:
             raise StreamError(f"{self.lm.spec} reads frames of codes: it has no prompts and no answers in words.")
+        for sequence in sequences:
+            check_vocabulary(sequence.ids, 0, self.lm)
 
     def _executor(self, forked: bool) -> Executor:
-        if forked and self.lm.stateful:
-            return self._forked
-        if self.policy.longest is not None:
-            why = f"It reads at most {self.policy.longest} tokens at once."
-            raise refused(
-                self.lm, self.policy, why, "A longer prompt cannot be read in one step, and would be wrong in several."
-            )
-        return self._whole
+        return self.executor or (self._forked if forked else self._whole)
 
     @functools.cached_property
     def _forked(self) -> Forked:

@@ -1,4 +1,4 @@
-"""What reads sequences for the engine, and what all that read them here have in common: batches of nodes, padded and scored."""
+"""Executors: the protocol, and what `Forked` and `Whole` share: nodes in batches, padded, read and scored."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 PADDING_ID = 0
 PADDED = 1 / 16  # of a batch may be padding
 
-Hear: TypeAlias = "Callable[[Tensor, list[Answer]], None]"
-"""Takes the logits [b, v] after what each of b answers has read: chooses a token for each, or ends it."""
+Choose: TypeAlias = "Callable[[Tensor, list[Answer]], None]"
+"""(logits [b, v], b answers): choose a token for each answer from the logits after all that it has read, or end it."""
 
 
 @dataclass
 class Scored:
     """What is known of one request.
 
-    loglikelihood  [n - given] float64, nats, of each token that was asked for
+    loglikelihood  [n - context_len] float64, nats, of each token that was asked for
     greedy         whether each of them is what the model would have said first
     read           tokens that were read for it, and for no request before it
     """
@@ -42,15 +42,14 @@ class Scored:
 
 @dataclass
 class Counts:
-    """What reading took: tokens, padding beside them, steps, and the largest state in bytes."""
+    """What reading took: tokens, padding beside them, and the largest state in bytes."""
 
     tokens: int = 0
     padding: int = 0
-    steps: int = 0
     peak_state_bytes: int = 0
 
     def add(self, tokens: int, padding: int, state: State) -> None:
-        self.tokens, self.padding, self.steps = self.tokens + tokens, self.padding + padding, self.steps + 1
+        self.tokens, self.padding = self.tokens + tokens, self.padding + padding
         self.peak_state_bytes = max(self.peak_state_bytes, state_bytes(state))
 
 
@@ -60,12 +59,12 @@ class Executor(Protocol):
     def score(self, requests: Sequence[Request]) -> list[Scored]:
         """The log-likelihood of each token that is asked for, in the order of the requests."""
 
-    def generate(self, answers: Sequence[Answer], hear: Hear) -> None:
-        """Generate each answer until it ends (`Answer.why`): by `hear`, or by filling it in."""
+    def generate(self, answers: Sequence[Answer], choose: Choose) -> None:
+        """Generate each answer until it ends (`Answer.why`): by `choose`, or by filling it in."""
 
 
-class Block:
-    """Requests that are scored together: reads nodes of their tree, and notes down the log-likelihoods that are wanted."""
+class NodeReader:
+    """Reads the nodes of a tree of requests, and notes down the log-likelihoods that are wanted."""
 
     def __init__(self, engine: Engine, requests: Sequence[Request]) -> None:
         self.engine, self.requests = engine, requests
@@ -97,14 +96,14 @@ class Block:
         """wanted  (row, node, request, first position, end): the logits there are about the tokens that follow"""
         lengths = [end - begin for *_, begin, end in wanted]
         rows = np.repeat([row for row, *_ in wanted], lengths)
-        places = np.concatenate([np.arange(begin, end) - node.start - skipped for _, node, _, begin, end in wanted])
+        positions = np.concatenate([np.arange(begin, end) - node.start - skipped for _, node, _, begin, end in wanted])
         targets = np.concatenate([self.requests[number].ids[begin + 1 : end + 1] for _, _, number, begin, end in wanted])
-        index, column, target = (torch.from_numpy(array).to(logits.device) for array in (rows, places, targets))
+        index, column, target = (torch.from_numpy(array).to(logits.device) for array in (rows, positions, targets))
         nll, rank = score(logits[index, column], target)
         ends = np.cumsum(lengths)
         for (_, _, number, begin, end), last in zip(wanted, ends, strict=True):
-            scored, given, part = self.scored[number], self.requests[number].given, slice(last - (end - begin), last)
-            scored.loglikelihood[begin + 1 - given : end + 1 - given] = -nll[part]
+            scored, context, part = self.scored[number], self.requests[number].context_len, slice(last - (end - begin), last)
+            scored.loglikelihood[begin + 1 - context : end + 1 - context] = -nll[part]
             scored.greedy = scored.greedy and not rank[part].any()
 
 
@@ -132,5 +131,5 @@ def _too_full(batch: list[tuple[Node, int]], padding: int, vocab_size: int) -> b
 
 
 def first_wanted(node: Node) -> int:
-    """The place in the node of the first token whose logits are wanted; its length if none are."""
+    """The index in the node of the first token whose logits are wanted; its length if none are."""
     return min((begin - node.start for _, begin, _ in node.wanted), default=len(node.ids))

@@ -6,6 +6,7 @@ truncated to the shortest. So a model that continues exactly from a state reads 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from math import inf
 from typing import TYPE_CHECKING, TypeAlias
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 import torch
 
-from pytest_lmeval.engine._executor import Block, Hear, Scored, batches
+from pytest_lmeval.engine._executor import Choose, NodeReader, Scored, batches
 from pytest_lmeval.engine._generation import Answer
 from pytest_lmeval.engine._state_rows import selection
 from pytest_lmeval.engine._tree import STEP, Node, Request, tree, worth_a_step
@@ -33,45 +34,47 @@ STATES_BUDGET = 1 << 30  # bytes that the states of a batch may take
 
 
 class Forked:
-    """Reads blocks of requests; what the last request of a block began with is kept for the next (`prefix_cache`)."""
+    """Scores and generates over the prefix tree of each block of requests.
+
+    prefix_cache  what the last request of a block began with, for the next block
+    """
 
     def __init__(self, engine: Engine) -> None:
-        self.engine, self.policy = engine, engine.policy
+        self.engine: Engine = weakref.proxy(engine)  # which holds this: states are let go with it, not at a collection
+        self.policy = engine.policy
         self.prefix_cache: Cache = []
         self._select = selection(engine.lm)
         self._step = STEP if self.policy.share else inf
 
     def score(self, requests: Sequence[Request]) -> list[Scored]:
-        block = Block(self.engine, requests)
+        reader = NodeReader(self.engine, requests)
 
         def score_leaves(state: State, batch: Branches) -> None:
-            block.read_padded([node for node, _ in batch], self._rows_of(state, batch))
+            reader.read_padded([node for node, _ in batch], self._rows_of(state, batch))
 
-        self._walk(block, lambda state, leaves: self._each(state, leaves, score_leaves, padded=True))
-        return block.scored
+        self._walk(reader, lambda state, leaves: self._each(state, leaves, score_leaves, padded=True))
+        return reader.scored
 
-    def generate(self, answers: Sequence[Answer], hear: Hear) -> None:
-        block = Block(self.engine, [Request(answer.prompt.ids, len(answer.prompt.ids)) for answer in answers])
+    def generate(self, answers: Sequence[Answer], choose: Choose) -> None:
+        reader = NodeReader(self.engine, [Request(answer.prompt.ids, len(answer.prompt.ids)) for answer in answers])
 
         def answer_leaves(state: State, batch: Branches) -> None:
-            rows = [answers[node.owner] for node, _ in batch]
-            for row, (node, _) in zip(rows, batch, strict=True):
-                row.given = node.ids.tolist()
-            self._answer(self._rows_of(state, batch), rows, hear)
+            rows = [(answers[node.owner], node.ids.tolist()) for node, _ in batch]
+            self._answer(self._rows_of(state, batch), rows, choose)
 
-        self._walk(block, lambda state, leaves: self._each(state, leaves, answer_leaves, padded=False))
-        for answer, shared in zip(answers, block.scored, strict=True):
+        self._walk(reader, lambda state, leaves: self._each(state, leaves, answer_leaves, padded=False))
+        for answer, shared in zip(answers, reader.scored, strict=True):
             answer.read += shared.read
 
     # ------------------------------------------------------------------------------------------------ the tree
 
-    def _walk(self, block: Block, on_leaves: Callable[[State, Branches], None]) -> None:
+    def _walk(self, reader: NodeReader, on_leaves: Callable[[State, Branches], None]) -> None:
         """Process the prefix tree of a block; `on_leaves(state, leaves)` takes those that follow one state."""
-        requests = block.requests
+        requests = reader.requests
         kept = [(prefix, state) for prefix, state in self.prefix_cache if requests and _begins(requests[-1], prefix)]
         for (prefix, state), members in self._by_prefix(requests):
             nodes = tree(requests, members, start=len(prefix), step=self._step)
-            self._visit(block, state, [(node, 0) for node in nodes], kept, on_leaves)
+            self._visit(reader, state, [(node, 0) for node in nodes], kept, on_leaves)
         self.prefix_cache = sorted(kept, key=lambda entry: len(entry[0]))[:CACHED]  # the shorter ones are shared by more
 
     def _by_prefix(self, requests: Sequence[Request]) -> Iterator[tuple[tuple[np.ndarray, State], list[int]]]:
@@ -86,13 +89,13 @@ class Forked:
             yield (np.empty(0, dtype=np.int64), None), left
 
     def _visit(
-        self, block: Block, state: State, branches: Branches, kept: Cache, on_leaves: Callable[[State, Branches], None]
+        self, reader: NodeReader, state: State, branches: Branches, kept: Cache, on_leaves: Callable[[State, Branches], None]
     ) -> None:
         """Read what follows `state`: each node follows one of its rows."""
         on_leaves(state, [(node, row) for node, row in branches if not node.children])
         inner = [(node, row) for node, row in branches if node.children]
         for batch in batches(inner, self._side_by_side(state, inner)):
-            self._visit(block, *self._read_inner(block, state, batch, kept), kept, on_leaves)
+            self._visit(reader, *self._read_inner(reader, state, batch, kept), kept, on_leaves)
 
     def _each(self, state: State, leaves: Branches, read: Callable[[State, Branches], None], *, padded: bool) -> None:
         """Read leaves in batches. Where they are padded, more short ones stand side by side: no more tokens than prompts."""
@@ -117,7 +120,7 @@ class Forked:
         bytes_of_a_row = state_bytes(state) // (1 + max(row for _, row in branches))
         return max(1, min(most, STATES_BUDGET // max(1, bytes_of_a_row)))
 
-    def _read_inner(self, block: Block, state: State, batch: Branches, kept: Cache) -> tuple[State, Branches]:
+    def _read_inner(self, reader: NodeReader, state: State, batch: Branches, kept: Cache) -> tuple[State, Branches]:
         """Read the nodes as far as the shortest of them goes; returns the state after that, and what follows its rows."""
         length = min(len(node.ids) for node, _ in batch)
         length -= (batch[0][0].start + length) % self.policy.multiple
@@ -125,14 +128,14 @@ class Forked:
             return state, [(child, row) for node, row in batch for child in node.pushed()]
         heads = [node.head(length) for node, _ in batch]
         ids = torch.stack([torch.from_numpy(head.ids) for head in heads])
-        state = block.read(heads, ids, self._rows_of(state, batch))
+        state = reader.read(heads, ids, self._rows_of(state, batch))
         following: Branches = []
         for row, (node, _) in enumerate(batch):
             rest = node.after(length)
             if not len(rest.ids):
                 following += [(child, row) for child in node.children]
                 if node.last:
-                    kept.append((block.requests[node.owner].ids[: node.end], self._rows(state, [row])))
+                    kept.append((reader.requests[node.owner].ids[: node.end], self._rows(state, [row])))
             elif worth_a_step(len(rest.ids), rest.leaves):
                 following.append((rest, row))
             else:
@@ -149,29 +152,32 @@ class Forked:
 
     # --------------------------------------------------------------------------------------------- the answers
 
-    def _answer(self, state: State, rows: list[Answer], hear: Hear) -> None:
-        """Continue rows token by token until all have ended. They stand at the same length, since that is all that a state
-        knows: while one is answering, another may still be given its prompt. A row that has ended leaves the batch."""
+    def _answer(self, state: State, rows: list[tuple[Answer, list[int]]], choose: Choose) -> None:
+        """Continue answers token by token until all have ended, each with the ids that it has still to read.
+
+        They stand at the same length, since that is all that a state knows: while one is answering, another may still read its
+        prompt. A row that has ended leaves the batch.
+        """
         begun = False
         while rows:
-            length = 1 if begun and self.policy.single else min(len(row.given) for row in rows)
+            length = 1 if begun and self.policy.single else min(len(ids) for _, ids in rows)
             begun = True
-            ids = torch.tensor([row.given[:length] for row in rows])
-            logits, state = self.engine.prefill(ids.to(self.engine.lm.device), state)
-            self.engine.counts.add(ids.numel(), 0, state)
-            for row in rows:
-                row.given, row.read = row.given[length:], row.read + length
-            speaking = [place for place, row in enumerate(rows) if not row.given]
-            hear(logits[speaking, -1], [rows[place] for place in speaking])
-            for row in rows:
-                if not row.given and not row.why:
-                    row.given = [row.ids[-1]]
-            staying = [place for place, row in enumerate(rows) if not row.why]
+            input_ids = torch.tensor([ids[:length] for _, ids in rows])
+            logits, state = self.engine.prefill(input_ids.to(self.engine.lm.device), state)
+            self.engine.counts.add(input_ids.numel(), 0, state)
+            for answer, ids in rows:
+                answer.read += length
+                del ids[:length]
+            answering = [row for row, (_, ids) in enumerate(rows) if not ids]
+            choose(logits[answering, -1], [rows[row][0] for row in answering])
+            staying = [row for row, (answer, _) in enumerate(rows) if not answer.why]
+            for row in set(answering) & set(staying):
+                rows[row][1].append(rows[row][0].ids[-1])
             if len(staying) < len(rows):
-                rows = [rows[place] for place in staying]
+                rows = [rows[row] for row in staying]
                 state = self._rows(state, staying) if rows else None
 
 
 def _begins(request: Request, prefix: np.ndarray) -> bool:
     """Whether a request begins with what was read before, and asks for nothing in it."""
-    return request.given > len(prefix) and np.array_equal(request.ids[: len(prefix)], prefix)
+    return request.context_len > len(prefix) and np.array_equal(request.ids[: len(prefix)], prefix)

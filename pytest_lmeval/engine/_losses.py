@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from pytest_lmeval.errors import NotFiniteError
 from pytest_lmeval.models._model import Model
 
-BLOCK = 1 << 19  # logits that are scored in one go: few enough to stay in the processor's caches
+LOGITS_AT_ONCE = 1 << 19  # logits that are scored in one go: few enough to stay in the processor's caches
 
 
 def score(logits: Tensor, targets: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -20,7 +20,7 @@ def score(logits: Tensor, targets: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """
     if not len(targets):
         return np.empty(0), np.empty(0, dtype=np.int64)
-    rows = max(1, BLOCK // logits.shape[-1])
+    rows = max(1, LOGITS_AT_ONCE // logits.shape[-1])
     scores = [_score_rows(x, y) for x, y in zip(torch.split(logits, rows), torch.split(targets, rows), strict=True)]
     nll, rank = (torch.cat(parts).cpu().numpy() for parts in zip(*scores, strict=True))
     return nll.astype(np.float64), rank

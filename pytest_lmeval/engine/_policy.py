@@ -7,13 +7,12 @@ policy = policy_for(lm)                            nothing was probed: all that 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from pytest_lmeval.errors import Refused, StreamError
 from pytest_lmeval.models._model import Model
-from pytest_lmeval.records._certificate import NON_CAUSAL, Certificate
+from pytest_lmeval.records._certificate import NON_CAUSAL, OUT_OF_TIME, Certificate
 
 Window: TypeAlias = 'int | Literal["unlimited", "lm_eval"] | None'
 
@@ -21,6 +20,7 @@ WINDOW = 1024  # tokens of a window where the model names no limit of its own
 ROLLING_WINDOW = 2048  # the same in lm-evaluation-harness
 LOGITS_BUDGET = 256 << 20  # bytes that the logits of a step and what is computed from them may take
 LARGEST_CHUNK, SMALLEST_CHUNK = 1024, 16
+LARGEST_STEP = 1 << 62  # tokens: any number
 
 ONLY_ASIDE = frozenset({"rows", "fork", "resume", "size"})
 """Laws that one row, streamed once without a stop, does not rest on."""
@@ -63,12 +63,12 @@ class Policy:
     single       only by one token a step
     longest      tokens of any step at most; None is any number
     fork         continue one state several times
-    rows         read several rows side by side
-    batch_size   of these, at most so many
-    chunk_size   tokens a step of a text; None: as many as fit the memory (`default_chunk_size`)
+    resume       go on from a state that was saved
+    batch_size   rows side by side at most
+    chunk_size   tokens a step of a text; None: as many as are allowed and fit the memory
     windows      read a text in these; None: with the state carried through it
-    why          less is allowed than could be; empty where all is
-    certificate  that proves it; None: nothing was probed
+    why          questions share less than they could; empty where they share all
+    certificate  that allows it; None: nothing was probed
     """
 
     carry: bool = True
@@ -76,7 +76,7 @@ class Policy:
     single: bool = False
     longest: int | None = None
     fork: bool = True
-    rows: bool = True
+    resume: bool = True
     batch_size: int = 8
     chunk_size: int | None = None
     windows: Windows | None = None
@@ -84,10 +84,10 @@ class Policy:
     certificate: Certificate | None = None
 
     def __post_init__(self) -> None:
-        if self.chunk_size is not None and self.chunk_size < 1:
-            raise StreamError(f"chunk_size is {self.chunk_size}; a chunk has at least one token.")
-        if self.batch_size < 1:
-            raise StreamError(f"batch_size is {self.batch_size}; a batch has at least one row.")
+        for name, holds in (("chunk_size", "chunk"), ("batch_size", "batch"), ("longest", "step"), ("multiple", "step")):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise StreamError(f"{name} is {value}; a {holds} has at least one {'row' if holds == 'batch' else 'token'}.")
 
     @property
     def share(self) -> bool:
@@ -122,37 +122,34 @@ def policy_for(
     batch_size: int = 8,
     default_chunk: int | None = None,
 ) -> Policy:
-    """All that the certificate proves, used as asked.
+    """All that the certificate allows, used as asked.
 
-    chunk_size     tokens a step of a text; by default the largest exact number up to `default_chunk`, or to what fits memory
+    chunk_size     tokens a step of a text, cut to what a step or a window may hold; by default the largest that is exact, up to
+                   `default_chunk`, or to what fits the memory
     window         read texts in windows of so many tokens; by default with the state carried, or in windows of the model's
                    context if it is limited, or of 1024 tokens if it has no state; "unlimited" carries the state past the
                    context that the model was made for; "lm_eval" reads as lm-evaluation-harness does (`rolling_windows`)
     overlap        tokens of a window that are only read, not scored; half of it by default
     batch_size     rows side by side at most
 
-    Raises Refused for more than is proven, and StreamError for what cannot be read so in any case.
+    Raises Refused for more than is allowed, and StreamError for what cannot be read so in any case.
     """
-    proven, windows = replace(proven_for(lm, certificate), chunk_size=chunk_size), _windows(lm, window, overlap)
-    longest = proven.longest or math.inf
-    usual = min(default_chunk or default_chunk_size(lm), longest)
-    exact = 1 if proven.single else int(max(proven.multiple, usual // proven.multiple * proven.multiple))
-    size = int(min(chunk_size or exact, longest))
-    if windows is not None:
-        size = min(size, windows.size) if proven.carry else windows.size
-    policy = replace(proven, chunk_size=size, windows=windows, batch_size=batch_size if proven.rows else 1)
+    policy = allowed_by(lm, certificate, batch_size)
+    asked = window is not None or policy.carry or not lm.stateful  # else a state that is wrong would be passed over in silence
+    policy = replace(policy, windows=_windows(lm, window, overlap) if asked else None, chunk_size=chunk_size)
+    policy = replace(policy, chunk_size=chunk_of(lm, policy, default_chunk))
     check(lm, policy)
     return policy
 
 
-def proven_for(lm: Model, certificate: Certificate | None) -> Policy:
+def allowed_by(lm: Model, certificate: Certificate | None, batch_size: int = 8) -> Policy:
     """All that may be done with a model of this certificate; without one, all that the model declares.
 
     Raises Refused where no number says anything.
     """
     stateless = "" if lm.stateful else "the model has no state to carry"
     if certificate is None:
-        return Policy(carry=lm.stateful, why=stateless)
+        return Policy(carry=lm.stateful, batch_size=batch_size, why=stateless)
     broken, verdict = certificate.broken, certificate.verdict
     if broken & NOTHING_HOLDS:
         advice = "Repair what makes the same text read differently the second time."
@@ -160,58 +157,96 @@ def proven_for(lm: Model, certificate: Certificate | None) -> Policy:
             advice = "It cannot be scored as a language model at all."
         why = "A number that is made with it would be wrong, and may look good."
         raise refused(lm, Policy(certificate=certificate), why, advice)
+    forbidden = broken | {name for name, law in certificate.laws.items() if law.unavailable not in (None, OUT_OF_TIME)}
     core, multiple = broken - ONLY_ASIDE, certificate.multiple
     single = core == {"splits"} and multiple is None
-    exact = not core or single or multiple is not None
+    longest = certificate.limit_tokens if certificate.limit_is_step else None
+    exact = not core or single or (multiple is not None and multiple <= (longest or multiple))
     policy = Policy(
         carry=lm.stateful and exact,
         multiple=multiple or 1,
         single=single,
-        longest=certificate.limit_tokens if certificate.limit_is_step else None,
-        fork=not broken & {"fork", "prefix"},
-        rows=not broken & {"rows", "prefix"},  # padding makes a text longer
+        longest=longest,
+        fork=not forbidden & {"fork", "prefix"},
+        resume="resume" not in forbidden,
+        batch_size=1 if forbidden & {"rows", "prefix"} else batch_size,  # padding makes a text longer
         certificate=certificate,
     )
     return replace(policy, why=stateless or ("" if policy.share and multiple is None else verdict))
 
 
+def chunk_of(lm: Model, policy: Policy, default: int | None = None) -> int:
+    """Tokens a step of a text: those that the policy asks for, or the largest exact number up to `default`, or to what fits the
+    memory; no more than a step may read, or a window holds."""
+    windows, multiple = policy.windows, policy.multiple
+    if windows is not None and not policy.carry:
+        return windows.size
+    usual = min(policy.chunk_size or default or default_chunk_size(lm), policy.longest or LARGEST_STEP)
+    if policy.carry and (policy.chunk_size is None or usual < policy.chunk_size):
+        usual = 1 if policy.single else max(multiple, usual // multiple * multiple)
+    return usual if windows is None else min(usual, windows.size)
+
+
 def check(lm: Model, policy: Policy) -> None:
-    """Raises Refused for a policy that asks for more than its certificate proves, with what broke, and what to ask for."""
-    if policy.certificate is None:
+    """Raises Refused for a policy that asks for more than its certificate allows, or for a text to be read otherwise than it
+    allows itself; with what broke, and what to ask for."""
+    if policy.certificate is not None:
+        allowed = allowed_by(lm, policy.certificate)
+        longest = allowed.longest or LARGEST_STEP
+        beyond = {
+            "to carry its state": policy.carry and not allowed.carry,
+            f"to continue its state after multiples of {policy.multiple}": policy.multiple % allowed.multiple,
+            "to continue its state by several tokens": policy.carry and allowed.single and not policy.single,
+            "to fork its state": policy.fork and not allowed.fork,
+            "to go on from a saved state": policy.resume and not allowed.resume,
+            "to read rows side by side": policy.batch_size > allowed.batch_size == 1,
+            f"for steps of more than {longest} tokens": (policy.longest or LARGEST_STEP) > longest,
+        }
+        if asked := [what for what, more in beyond.items() if more]:
+            why = f"The policy asks {', '.join(asked)}, which its certificate does not allow."
+            raise refused(lm, policy, why, "Take what policy_for(lm, certificate) allows.")
+    size, windows = policy.chunk_size, policy.windows
+    if size is None:
         return
-    proven, size, windows = proven_for(lm, policy.certificate), policy.chunk_size, policy.windows
-    carried = policy.carry and proven.carry and (windows is None or (size is not None and size < windows.size))
-    exact_by = 1 if proven.single else proven.multiple
-    if carried and size is not None and (size % exact_by or (proven.single and size != 1)):
-        how = "one token at a time" if exact_by == 1 else f"in chunks of multiples of {exact_by}"
-        raise Refused(
-            f"{lm.spec} is exact {how} only, and chunk_size={size} was asked for:\n{policy.certificate.why_not()}\n"
-            f"A perplexity streamed that way would be wrong, and may look good. Leave chunk_size out, or set it to {exact_by}."
-        )
-    longest = math.inf if proven.longest is None else proven.longest
-    beyond = {
-        "to carry its state": policy.carry and not proven.carry,
-        f"to continue its state after multiples of {policy.multiple}": policy.multiple % proven.multiple,
-        "to continue its state by several tokens": policy.carry and proven.single and not policy.single,
-        "to fork its state": policy.fork and not proven.fork,
-        "to read rows side by side": policy.batch_size > 1 and not proven.rows,
-        f"for steps of more than {longest} tokens": (policy.longest or math.inf) > longest or (size or 0) > longest,
-    }
-    if asked := [what for what, more in beyond.items() if more]:
-        why = f"The policy asks {', '.join(asked)}, which its certificate does not prove."
-        raise refused(lm, policy, why, "Take what policy_for(lm, certificate) allows.")
+    within = windows is not None and size < windows.size
+    if within and not policy.carry:
+        raise streaming_refused(lm, policy, f"Chunks of {size} carry its state through {windows}. ")
+    if policy.carry and (within or windows is None) and (size % policy.multiple or (policy.single and size > 1)):
+        how, exact = ("one token at a time", 1) if policy.single else (f"in multiples of {policy.multiple}", policy.multiple)
+        why = f"It is exact {how} only, and chunk_size={size} was asked for. A perplexity streamed that way would be wrong,"
+        raise refused(lm, policy, f"{why} and may look good.", f"Leave chunk_size out, or set it to {exact}.")
+    if policy.longest is not None and size > policy.longest:
+        why = f"It reads at most {policy.longest} tokens in a step, and chunk_size={size} was asked for."
+        raise refused(lm, policy, why, f"Leave chunk_size out, or set it to {policy.longest} at most.")
+
+
+def limited(lm: Model, certificate: Certificate) -> Model:
+    """The model with the limit of its context that the probe found, where it declares none."""
+    found = None if certificate.limit_is_step else certificate.limit_tokens
+    return replace(lm, found_limit=found) if found else lm
+
+
+def refuse_training(lm: Model, certificate: Certificate) -> None:
+    """Raises Refused for a model that sees what it is to predict: all that training needs, since it carries no state."""
+    if "causality" in certificate.broken:
+        why = "Trained, it would learn to look at the token that it is to predict, and its perplexity would look good and mean"
+        raise refused(lm, Policy(certificate=certificate), f"{why} nothing.", "Repair its mask first.")
 
 
 def refused(lm: Model, policy: Policy, why: str, advice: str) -> Refused:
     """The error that says what the model is, with its counterexamples, why that forbids what was asked for, and what to do."""
     certificate = policy.certificate
-    found = "not certified." if certificate is None else f"{certificate.verdict}:\n{certificate.why_not()}\n"
-    return Refused(f"{lm.spec} is {found} {why} {advice}".replace("\n ", "\n"))
+    found = "not certified. " if certificate is None else f"{certificate.verdict}:\n{certificate.why_not()}\n"
+    return Refused(f"{lm.spec} is {found}{why} {advice}")
 
 
-def streaming_refused(lm: Model, policy: Policy) -> Refused:
+def streaming_refused(lm: Model, policy: Policy, asked: str = "") -> Refused:
     """The error for a text that is to be read with a state that may not be carried."""
-    why = "A perplexity streamed with it would be wrong, and may look good."
+    if not lm.stateful:
+        return Refused(
+            f"{asked}{lm.spec} has no state to carry: it can only be read in windows. Take policy_for(lm), which has some."
+        )
+    why = f"{asked}A perplexity streamed with it would be wrong, and may look good."
     return refused(lm, policy, why, "Repair its state, or score it in windows that carry none: window=512.")
 
 
@@ -228,6 +263,8 @@ def _windows(lm: Model, window: Window, overlap: int | None) -> Windows | None:
         return rolling_windows(lm, overlap)
     if window == "unlimited" and not lm.stateful:
         raise StreamError(f"{lm.spec} has no state to carry: it can only be read in windows.")
+    if window not in (None, "unlimited") and not (isinstance(window, int) and window > 0):
+        raise StreamError(f'window={window!r} was asked for; it is a number of tokens, "unlimited", or "lm_eval".')
     why = "windows were asked for"
     if window is None:
         if not lm.stateful:

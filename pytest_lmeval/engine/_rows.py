@@ -15,7 +15,7 @@ import numpy as np
 from pytest_lmeval.engine._engine import Engine
 from pytest_lmeval.engine._losses import check_finite
 from pytest_lmeval.engine._policy import Policy
-from pytest_lmeval.engine._tokens import array_of, check_vocabulary
+from pytest_lmeval.engine._tokens import check_vocabulary
 from pytest_lmeval.engine._tree import Request
 from pytest_lmeval.errors import NotFiniteError, StreamError
 from pytest_lmeval.models._model import Model
@@ -31,32 +31,25 @@ def score_rows(lm: Model, rows: Sequence[Any], *, batch_size: int = 32) -> list[
     is not finite; both name the row.
     """
     engine = Engine(lm, Policy(carry=False, batch_size=batch_size))
-    tokens = [_ids(row, place, lm) for place, row in enumerate(rows)]
-    losses = [-scored.loglikelihood for scored in engine.score([Request(ids, 1) for ids in tokens])]
-    for place, (nll, ids) in enumerate(zip(losses, tokens, strict=True)):
-        with _of_row(place):
-            check_finite(nll, ids, 1, lm)
+    engine.refuse_unreadable(())
+    requests = []
+    for number, row in enumerate(rows):
+        with _of_row(number):
+            requests.append(Request(row, 1))
+            if not requests[-1].asked:
+                raise StreamError("it has one token; the first token has nothing before it to be predicted from.")
+            check_vocabulary(requests[-1].ids, 0, lm)
+    losses = [-scored.loglikelihood for scored in engine.score(requests)]
+    for number, (nll, request) in enumerate(zip(losses, requests, strict=True)):
+        with _of_row(number):
+            check_finite(nll, request.ids, 1, lm)
     return losses
 
 
-def _ids(row: Any, place: int, lm: Model) -> np.ndarray:
-    held = array_of(row)
-    ids = np.asarray(row) if held is None else held
-    if ids.ndim != 1 or len(ids) < 2 or not np.issubdtype(ids.dtype, np.integer):
-        raise StreamError(
-            f"row {place} is {list(ids.shape)} of {ids.dtype}; a row is at least two integer ids: the first token has nothing "
-            "before it to be predicted from."
-        )
-    ids = ids.astype(np.int64)
-    with _of_row(place):
-        check_vocabulary(ids, 0, lm)
-    return ids
-
-
 @contextmanager
-def _of_row(place: int) -> Iterator[None]:
+def _of_row(number: int) -> Iterator[None]:
     """Say which row an error is about."""
     try:
         yield
     except (StreamError, NotFiniteError) as error:
-        raise type(error)(f"row {place}: {error}") from None
+        raise type(error)(f"row {number}: {error}") from None

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from pytest_lmeval.engine._losses import check_finite, not_finite, score
-from pytest_lmeval.engine._policy import Windows
+from pytest_lmeval.engine._policy import Windows, streaming_refused
 from pytest_lmeval.engine._tokens import Tokens, check_vocabulary, cut, overlapping
 from pytest_lmeval.errors import StreamError
 from pytest_lmeval.models._model import Codebooks, State, state_bytes
@@ -92,14 +92,17 @@ def in_windows(
     known = window + windows.overlap if window else 0  # the last target that the windows before have scored
     inside = position > window
     for begin, piece in _windows(tokens, windows, window):
-        place, state, inside = (position, state, False) if inside else (begin, None, False)
-        for part in overlapping([piece[place - begin :]], engine.chunk_size):
-            last = place + len(part) - 1
-            fresh = max(0, min(last - place, last - known))
-            chunk = _tokens(engine, part, state, place, fresh, begin)
+        start, state = (position, state) if inside else (begin, None)
+        if inside and not engine.policy.carry and begin + len(piece) > position + 1:
+            raise streaming_refused(engine.lm, engine.policy)
+        inside = False
+        for part in overlapping([piece[start - begin :]], engine.chunk_size):
+            last = start + len(part) - 1
+            fresh = max(0, min(last - start, last - known))
+            chunk = _tokens(engine, part, state, start, fresh, begin)
             if fresh:
                 yield chunk
-            state, place = chunk.state, last
+            state, start = chunk.state, last
         known = begin + len(piece) - 1
     _refuse_empty(not known)
 
@@ -118,7 +121,7 @@ def _windows(tokens: Iterable[Tokens], windows: Windows, start: int) -> Iterator
 
 
 def _tokens(engine: Engine, piece: Tokens, state: State, start: int, fresh: int, window: int = 0) -> Chunk:
-    """Step over all but the last token of a piece and score the last `fresh` targets; `start` is the place of its first."""
+    """Step over all but the last token of a piece and score the last `fresh` targets; `start` is the position of its first."""
     ids, lm, began = piece.ids, engine.lm, time.perf_counter()
     check_vocabulary(ids, start, lm)
     inputs = torch.from_numpy(ids).to(lm.device)[None]
@@ -131,7 +134,7 @@ def _tokens(engine: Engine, piece: Tokens, state: State, start: int, fresh: int,
 
 
 def _frames(engine: Engine, books: Codebooks, piece: Tokens, state: State, start: int) -> Chunk:
-    """Step over frames [n, k] and score the codes that they bring to light; `start` is the place of the first frame."""
+    """Step over frames [n, k] and score the codes that they bring to light; `start` is the position of the first frame."""
     codes, lm, began = piece.ids, engine.lm, time.perf_counter()
     check_vocabulary(codes, start, lm)
     targets = books.targets(codes, state)
@@ -140,9 +143,9 @@ def _frames(engine: Engine, books: Codebooks, piece: Tokens, state: State, start
     logits, state = engine.step(torch.from_numpy(codes.T[None]).to(lm.device), state)
     said = logits[0].transpose(0, 1)[torch.from_numpy(valid)]  # of the valid targets alone
     nll[valid], rank[valid] = score(said, torch.from_numpy(targets[valid]).to(lm.device))
-    for place, column in np.argwhere(valid & ~np.isfinite(nll)):
-        frame, book = start + place - books.delays[column], books.scored[column]
-        raise not_finite(nll[place, column], f"code {targets[place, column]} of codebook {book} in frame {frame}", lm)
+    for index, column in np.argwhere(valid & ~np.isfinite(nll)):
+        frame, book = start + index - books.delays[column], books.scored[column]
+        raise not_finite(nll[index, column], f"code {targets[index, column]} of codebook {book} in frame {frame}", lm)
     end, seconds = start + 1 + len(nll), time.perf_counter() - began
     return Chunk(start + 1, end, nll, rank, piece.widths, seconds, state_bytes(state), state, valid=valid)
 

@@ -46,8 +46,10 @@ def tokens_of(source: Source | Tokens, books: Codebooks | None = None) -> Iterat
         return
     ids = array_of(source)
     if ids is None:
+        if not hasattr(source, "__iter__"):
+            raise StreamError(f"a stream is a row of token ids, and {source!r} is one alone.")
         for piece in source:
-            yield from tokens_of(piece if isinstance(piece, Tokens) else whole_of(piece, 2 if books else 1), books)
+            yield from tokens_of(piece if isinstance(piece, Tokens) else _whole(piece, books), books)
         return
     k = (len(books.sizes),) if books else ()
     if ids.ndim == 0 or ids.shape[1:] != k or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
@@ -62,14 +64,30 @@ def array_of(source: Any) -> np.ndarray | None:
     """The array that holds the ids; None where they come one after the other, from an iterator."""
     if isinstance(source, Tensor):
         source = source.detach().cpu().numpy()
-    return np.asarray(source) if isinstance(source, np.ndarray | list | tuple | range) else None
+    if isinstance(source, np.ndarray | list | tuple | range):
+        try:
+            return np.asarray(source)
+        except ValueError as error:
+            raise StreamError(f"these are no token ids: {error}. They stand in a row, or in frames of equal length.") from None
+    if not hasattr(source, "__iter__") and not np.isscalar(source):
+        raise StreamError(f"token ids are a tensor, an array, a list, or an iterator of these; got {type(source).__name__}.")
+    return None
 
 
-def whole_of(piece: Any, axes: int = 1) -> np.ndarray:
-    """What an iterator gave, as an array of so many axes at least: a single id, or a frame, is one of one."""
+def _whole(piece: Any, books: Codebooks | None) -> np.ndarray:
+    """What an iterator gave, as an array: a single id, or a single frame, is one of one."""
     held = array_of(piece)
     array = np.asarray(piece) if held is None else held
-    return array[None] if array.ndim < axes else array
+    return np.atleast_2d(array) if books else np.atleast_1d(array)
+
+
+def ids_of(source: Any, name: str) -> np.ndarray:
+    """The ids [n] of one text, int64, n >= 1. Raises StreamError, with the name, for what is none."""
+    held = array_of(source)
+    ids = np.asarray(source) if held is None else held
+    if ids.ndim != 1 or not len(ids) or not np.issubdtype(ids.dtype, np.integer):
+        raise StreamError(f"{name} is {list(ids.shape)} of {ids.dtype}; it is a row of integer token ids, at least one.")
+    return ids.astype(np.int64, copy=False)
 
 
 def overlapping(tokens: Iterable[Tokens], size: int, overlap: int = 0) -> Iterator[Tokens]:
@@ -106,14 +124,14 @@ def check_vocabulary(ids: np.ndarray, start: int, lm: Model) -> None:
     wrong = np.argwhere((ids < lowest) | (ids >= sizes))
     if not len(wrong):
         return
-    place, *book = wrong[0]
+    index, *book = wrong[0]
     if books:
         raise StreamError(
-            f"frame {start + place} of the stream has code {ids[place, book[0]]} in codebook {book[0]}, but those of {lm.spec} "
+            f"frame {start + index} of the stream has code {ids[index, book[0]]} in codebook {book[0]}, but those of {lm.spec} "
             f"are {lowest} to {sizes[book[0]] - 1} there. The codes were probably made for another model, or stand in another "
             "order."
         )
     raise StreamError(
-        f"token {start + place} of the stream has id {ids[place]}, but the vocabulary of {lm.spec} is 0 to "
+        f"token {start + index} of the stream has id {ids[index]}, but the vocabulary of {lm.spec} is 0 to "
         f"{lm.vocab_size - 1}. The text was probably tokenized for another model."
     )

@@ -17,24 +17,35 @@ from itertools import groupby
 
 import numpy as np
 
+from pytest_lmeval.engine._tokens import ids_of
+from pytest_lmeval.errors import StreamError
+
 STEP = 16  # what a step costs beside the reading itself, in tokens
 
 
 @dataclass(frozen=True)
 class Request:
-    """Tokens whose likelihood is asked for, and what stands before them.
+    """Tokens whose likelihood is asked for, and their context. Raises StreamError for what cannot be asked.
 
-    ids    [n] all of them; the last one is only predicted, never read
-    given  how many of them are given, at least one; all of them for a prompt that is to be continued, which is read whole
+    ids          [n] all of them; the last one is only predicted, never read
+    context_len  how many of them are the context, at least one; all of them for a prompt that is to be continued
     """
 
     ids: np.ndarray
-    given: int
+    context_len: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ids", ids_of(self.ids, "a request"))
+        if not 1 <= self.context_len <= len(self.ids):
+            raise StreamError(
+                f"a request of {len(self.ids)} tokens has context_len={self.context_len}: at least one token is its context, "
+                "for the first one has nothing before it to be predicted from, and at most all are."
+            )
 
     @property
     def asked(self) -> int:
         """How many likelihoods are asked for."""
-        return len(self.ids) - self.given
+        return len(self.ids) - self.context_len
 
     @property
     def read(self) -> np.ndarray:
@@ -42,7 +53,7 @@ class Request:
         return self.ids[:-1] if self.asked else self.ids
 
     @property
-    def shared(self) -> int:
+    def shareable(self) -> int:
         """How many of the tokens that are read others may share: the last one of a prompt begins an answer of its own."""
         return len(self.ids) - 1
 
@@ -54,7 +65,7 @@ class Node:
     ids       [n] the tokens
     start     how many stand before them
     children  what follows; none at the end of a sequence
-    wanted    (request, begin, end): what its tokens after the positions `begin` to `end` are like, positions of the sequence
+    wanted    (request, begin, end): the logits at these positions of the sequence score the request's tokens after them
     owner     the first of the requests that go through here: its reading is what the tokens are counted to
     last      whether the last of the requests goes through here
     """
@@ -119,23 +130,26 @@ def tree(
 
 def _key(request: Request, number: int) -> bytes:
     """What sequences are sorted by: their tokens. A prompt ends in a key of its own, behind all that goes on."""
-    tokens = request.ids[: request.shared].astype(">i8").tobytes()
+    tokens = request.ids[: request.shareable].astype(">i8").tobytes()
     return tokens if request.asked else tokens + (~number).to_bytes(8, "big", signed=True)
 
 
 def _grow(requests: Sequence[Request], paths: list[list[int]], start: int, shared: int, step: float) -> list[Node]:
     """The nodes of sorted paths that are alike up to `shared`, the tokens from `start` on not yet standing in a node."""
     nodes = []
-    for _, members in groupby(paths, key=_branch(requests, shared) if len(paths) > 1 else None):
+    for _, members in groupby(paths, key=_branch(requests, shared)):
         group = list(members)
         first, last = (requests[path[-1]] for path in (group[0], group[-1]))
-        end = len(first.read) if len(group) == 1 else shared + alike(*(one.ids[shared : one.shared] for one in (first, last)))
+        end = (
+            len(first.read) if len(group) == 1 else shared + alike(*(one.ids[shared : one.shareable] for one in (first, last)))
+        )
         if len(group) > 1 and not worth_a_step(end - start, len(group), step):
             nodes += _grow(requests, group, start, end, step)
             continue
         numbers = [number for path in group for number in path]
         wanted = (
-            (number, max(requests[number].given - 1, start), min(len(requests[number].ids) - 1, end)) for number in numbers
+            (number, max(requests[number].context_len - 1, start), min(len(requests[number].ids) - 1, end))
+            for number in numbers
         )
         nodes.append(
             Node(
@@ -151,11 +165,11 @@ def _grow(requests: Sequence[Request], paths: list[list[int]], start: int, share
 
 
 def _branch(requests: Sequence[Request], at: int) -> Callable[[list[int]], int]:
-    """By which paths part at a place: the token there, or a path's own number where it ends."""
+    """What paths part by at a position: the token there, or a path's own number where it ends."""
 
     def branch(path: list[int]) -> int:
         request = requests[path[-1]]
-        return int(request.ids[at]) if at < request.shared else ~path[-1]
+        return int(request.ids[at]) if at < request.shareable else ~path[-1]
 
     return branch
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from pytest_lmeval.engine import Engine
+from pytest_lmeval.engine import Engine, Policy
 from pytest_lmeval.errors import ModelError, NotFiniteError
 from pytest_lmeval.laws._routers import recorded, until_first_tie
 from pytest_lmeval.laws._sequences import beside, drawn
@@ -22,6 +22,7 @@ from pytest_lmeval.laws._twin import round_weights, twin
 from pytest_lmeval.models._model import Model
 
 LONGEST = 160
+RAW = Policy()  # nothing is proven before it is tried
 FEW = 24  # tokens that are read one by one
 NO_ROUNDING = 1 << 14  # roundings; where a full run is further than that from its reference, a router may have flipped
 NOT_EXPLAINED = 1e3  # times what one rounding of the weights does: an error that rounding cannot be blamed for
@@ -70,7 +71,7 @@ class Trial:
         """[t, v] logits of one row, as the model gave them; [t, s, v] of frames, zeros where they are about none."""
         pieces, parts, seen = torch.split(input_ids, sizes, dim=-1), list[Tensor](), 0
         try:
-            for logits, _ in Engine(lm or self.lm).steps(pieces):
+            for logits, _ in Engine(lm or self.lm, RAW).steps(pieces):
                 if lm is None:
                     self._logits_dtype = logits.dtype
                 parts.append(self._place_first(logits[row], seen))

@@ -30,7 +30,7 @@ from pytest_lmeval.data._corpus import Corpus
 from pytest_lmeval.data._ids import as_corpus
 from pytest_lmeval.data._tokens import sequences
 from pytest_lmeval.engine import Engine, Policy, policy_for
-from pytest_lmeval.engine._losses import BLOCK as SCORED
+from pytest_lmeval.engine._losses import LOGITS_AT_ONCE
 from pytest_lmeval.errors import NotFiniteError, SpecError, StreamError
 from pytest_lmeval.measures._context import current, verb
 from pytest_lmeval.measures._perplexity import Progress, exponential, named
@@ -140,11 +140,11 @@ def measure_agreement(
     source = as_corpus(corpus)
     _refuse_strangers(lm, reference, source)
     by_document = not (source.as_stream if as_stream is None else as_stream)
-    engines = [Engine(model, chosen) for model, chosen in ((lm, policy), (reference, reference_policy))]
+    policies = [policy or policy_for(lm), reference_policy or policy_for(reference)]
     texts = tee(source.documents())  # an iterator can be read once, and is held no longer than one model is ahead
     read = [
-        _read(engine, replace(source, documents=partial(iter, text)), tokens, limit, by_document)
-        for engine, text in zip(engines, texts, strict=True)
+        _read(model, chosen, replace(source, documents=partial(iter, text)), tokens, limit, by_document)
+        for model, chosen, text in zip((lm, reference), policies, texts, strict=True)
     ]
     began, sums = time.perf_counter(), _Sums(by_document)
     for ours, theirs in _aligned(*read):
@@ -154,17 +154,17 @@ def measure_agreement(
     if not sums.units:
         raise StreamError(f"{source} holds no document: there is nothing to compare.")
     chosen = {"tokens": tokens, "limit": limit, "by_document": by_document, "data": source.fingerprint, "seed": seed}
-    certificate = engines[0].policy.certificate
+    certificate = policies[0].certificate
     record = Record(
         kind="agreement",
         subject=f"{source} with {reference.spec}",
         lm=facts(lm),
         settings={"reference": schema.to_plain(facts(reference)), **chosen},
-        details={"read": engines[0].policy.reading, "reference_read": engines[1].policy.reading},
+        details={"read": policies[0].reading, "reference_read": policies[1].reading},
         example="document" if by_document else "block",
         metrics=_metrics(sums, seed),
         cost=Cost(seconds=time.perf_counter() - began, tokens=int(sums.total[TOKENS])),
-        certificate=None if certificate is None else structs.replace(certificate, chunking_used=engines[0].policy.reading),
+        certificate=None if certificate is None else structs.replace(certificate, chunking_used=policies[0].reading),
     )
     return AgreementResult(record)
 
@@ -200,15 +200,17 @@ class _Piece:
         return replace(self, start=self.start + count, logits=self.logits[count:], nll=self.nll[count:])
 
 
-def _read(engine: Engine, corpus: Corpus, tokens: int | None, limit: int | None, by_document: bool) -> Iterator[_Piece]:
+def _read(
+    lm: Model, policy: Policy, corpus: Corpus, tokens: int | None, limit: int | None, by_document: bool
+) -> Iterator[_Piece]:
     """The pieces of one reading: each chunk, with the logits that it was scored from."""
     last: list[Tensor] = []
 
     def catch(logits: Tensor) -> None:
         last[:] = [logits]
 
-    engine.on_logits = catch
-    for document, ids in enumerate(sequences(engine.lm, corpus, by_document=by_document, limit=limit, tokens=tokens)):
+    engine = Engine(lm, policy, on_logits=catch)
+    for document, ids in enumerate(sequences(lm, corpus, by_document=by_document, limit=limit, tokens=tokens)):
         with named(str(corpus), document if by_document else None):
             for chunk in engine.stream(ids):
                 yield _Piece(document, chunk.start, last[0][0, -len(chunk.nll) :], chunk.nll)
@@ -226,7 +228,7 @@ def _aligned(ours: Iterator[_Piece], theirs: Iterator[_Piece]) -> Iterator[tuple
 
 def _compare(ours: _Piece, theirs: _Piece, lm: Model, reference: Model) -> tuple[np.ndarray, float]:
     """Rows [n, 4] of single targets, and the largest difference of a log-probability. A block of places at a time."""
-    block = max(1, SCORED // lm.vocab_size)
+    block = max(1, LOGITS_AT_ONCE // lm.vocab_size)
     place = ours.logits.device if ours.logits.device.type == "cuda" else torch.device("cpu")  # not all others have float64
     rows, largest = np.ones((len(ours.nll), 4)), 0.0
     rows[:, DIFFERENCE] = ours.nll - theirs.nll

@@ -24,6 +24,7 @@ from pytest_lmeval._benchmarking import Driver
 from pytest_lmeval._session import Session, TestLog
 from pytest_lmeval.data._corpus import Corpus
 from pytest_lmeval.data._ids import as_corpus
+from pytest_lmeval.engine._policy import limited
 from pytest_lmeval.errors import ProfilingError, SpecError, UsageError, nearest
 from pytest_lmeval.models._identity import facts, fingerprint
 from pytest_lmeval.models._model import Model
@@ -82,9 +83,7 @@ class VerbContext:
         """The model and the certificate of its laws, which may have found a limit of tokens that it does not declare."""
         model = self.model(lm)
         certificate = self.session.verdict(model).certificate
-        if certificate.limit_tokens and not certificate.limit_is_step:
-            model = replace(model, found_limit=certificate.limit_tokens)
-        return model, certificate
+        return limited(model, certificate), certificate
 
     def key(self, kind: str, lm: Model, settings: Mapping[str, Any], data: Any = None) -> str:
         """The identity of this call: an interrupted run had the same one."""

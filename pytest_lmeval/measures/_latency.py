@@ -102,13 +102,13 @@ def measure_latency(
     check_shape(lm, batch_size=batch_size, seq_len=seq_len, new_tokens=new_tokens, runs=runs, warm_up=warm_up)
     runner = runner or Runner()
     prompt, new_tokens = lm.random_ids(batch_size, seq_len, seed=seed), new_tokens if lm.stateful else 1
-    about, states, times = facts(lm), list[Any](), list[list[float]]()
+    engine, about, states, times = Engine(lm), facts(lm), list[Any](), list[list[float]]()
     with quiet(threads) as conditions:
         if runner.not_measured is None:
             for _ in range(warm_up):
-                times.append(generate_once(lm, prompt, new_tokens))
-            runner.repeat(lambda: times.append(generate_once(lm, prompt, new_tokens)), runs)
-        flops = count_flops(lambda: generate_once(lm, prompt, new_tokens, states))  # a run of its own: counting takes time
+                times.append(generate_once(engine, prompt, new_tokens))
+            runner.repeat(lambda: times.append(generate_once(engine, prompt, new_tokens)), runs)
+        flops = count_flops(lambda: generate_once(engine, prompt, new_tokens, states))  # a run of its own: counting takes time
     timed = times[warm_up:]
     taken = _samples(timed) if timed else {}
     short = {name: why for name, times in taken.items() if (why := too_short(times, lm.device, name))}
@@ -148,10 +148,10 @@ def measure_latency(
 latency = verb_of("latency", measure_latency)
 
 
-def generate_once(lm: Model, prompt: torch.Tensor, new_tokens: int, states: list[Any] | None = None) -> list[float]:
+def generate_once(engine: Engine, prompt: torch.Tensor, new_tokens: int, states: list[Any] | None = None) -> list[float]:
     """Read the prompt and decode greedily. Returns the seconds of the step over the prompt, of choosing the first token, and
     of each token after it. The last state is left in `states`."""
-    engine, watch = Engine(lm), Stopwatch(lm.device)
+    watch = Stopwatch(engine.lm.device)
     logits, state = engine.prefill(prompt)
     watch.mark()
     token = likeliest(logits, prompt)

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from pytest_lmeval.data._corpus import Corpus
 from pytest_lmeval.data._ids import as_corpus
 from pytest_lmeval.data._tokens import TokenReader, sequences
 from pytest_lmeval.engine import Chunk, Engine, Policy, policy_for
+from pytest_lmeval.engine._policy import Window
 from pytest_lmeval.errors import StreamError
 from pytest_lmeval.measures._context import VerbContext, current, verb
 from pytest_lmeval.models._identity import facts, tokenizer_fingerprint
@@ -64,7 +65,7 @@ def perplexity(
     *,
     limit: int | None = None,
     as_stream: bool | None = None,
-    window: int | Literal["unlimited", "lm_eval"] | None = None,
+    window: Window = None,
     overlap: int | None = None,
     positions: tuple[int, ...] = (),
     losses: bool | str | Path = False,
@@ -101,7 +102,7 @@ def perplexity(
             losses=_losses_file(context, examples, losses),
             units=context.path(units),
             progress=progress,
-            checkpoints=journal.checkpoints if journal and known and "resume" not in certificate.broken else None,
+            checkpoints=journal.checkpoints if journal and known and policy.resume else None,
             key=key,
         )
     if result.resumed_at:

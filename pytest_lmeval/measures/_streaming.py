@@ -92,13 +92,13 @@ def measure_streaming(
         )
     runner, ids = runner or Runner(), lm.random_ids(batch_size, chunk_size * chunks, seed=seed)
     pieces = list(torch.split(ids, chunk_size, dim=-1))
-    about, passes, held = facts(lm), list[list[float]](), list[int]()
+    engine, about, passes, held = Engine(lm), facts(lm), list[list[float]](), list[int]()
     cold: list[float] = []
     with quiet(threads) as conditions:
         if runner.not_measured is None:
-            cold = [sum(read_once(lm, pieces)) for _ in range(warm_up)][:1]
-            runner.repeat(lambda: passes.append(read_once(lm, pieces)), runs)
-        flops = count_flops(lambda: read_once(lm, pieces, held))
+            cold = [sum(read_once(engine, pieces)) for _ in range(warm_up)][:1]
+            runner.repeat(lambda: passes.append(read_once(engine, pieces)), runs)
+        flops = count_flops(lambda: read_once(engine, pieces, held))
     samples = _samples(passes) if passes else {}
     not_measured = runner.not_measured or too_short(samples["chunk"], lm.device, "reading a chunk")
     tokens = batch_size * chunk_size * chunks
@@ -133,8 +133,11 @@ def measure_streaming(
 
 
 def _in_exact_chunks(context: VerbContext, model: Model, settings: dict[str, Any]) -> dict[str, Any]:
+    chosen = settings["chunk_size"]
+    if not model.stateful or (chosen is not None and chosen < 1):
+        return settings  # which are refused as they are
     certificate = context.session.verdict(model).certificate
-    policy = policy_for(model, certificate, chunk_size=settings["chunk_size"], window="unlimited", default_chunk=CHUNK_SIZE)
+    policy = policy_for(model, certificate, chunk_size=chosen, window="unlimited", default_chunk=CHUNK_SIZE)
     if not policy.carry:
         raise streaming_refused(model, policy)
     return {**settings, "chunk_size": policy.chunk_size}
@@ -143,9 +146,9 @@ def _in_exact_chunks(context: VerbContext, model: Model, settings: dict[str, Any
 streaming = verb_of("streaming", measure_streaming, prepare=_in_exact_chunks)
 
 
-def read_once(lm: Model, pieces: list[torch.Tensor], held: list[int] | None = None) -> list[float]:
+def read_once(engine: Engine, pieces: list[torch.Tensor], held: list[int] | None = None) -> list[float]:
     """Read the chunks [b, t], one after the other. Returns the seconds of each; the bytes of the states go to `held`."""
-    engine, watch = Engine(lm), Stopwatch(lm.device)
+    watch = Stopwatch(engine.lm.device)
     for _, state in engine.steps(pieces, keep=1):
         watch.mark()
         if held is not None:

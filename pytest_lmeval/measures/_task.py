@@ -257,14 +257,14 @@ class TaskRun:
             Prompt(asked.requests[0].ids, asked.id, way.max_tokens, way.stop, way.temperature, self.seed)
             for asked, way in zip(block, ways, strict=True)
         ]
-        listen = None if self.task.judge is None else _listener(self.task.judge, prompts)
-        for asked, way, answer in zip(block, ways, self.engine.generate(prompts, listen), strict=True):
+        on_text = None if self.task.judge is None else _judging(self.task.judge, prompts)
+        for asked, way, answer in zip(block, ways, self.engine.generate(prompts, on_text), strict=True):
             self.generation.add(f"at most {way.max_tokens} tokens, temperature {way.temperature:g}, until {list(way.stop)!r}")
             yield _example(
                 asked,
                 tuple(text.strip() for text in way.answers),
                 output=answer.text.strip(),
-                judged=answer.heard,
+                judged=answer.judged,
                 read=answer.read,
                 saved=len(answer.prompt.ids) + max(0, len(answer.ids) - 1) - answer.read,
             )
@@ -301,10 +301,10 @@ def in_blocks(questions: Iterator[Asked], batch_size: int, *, grow: bool) -> Ite
         yield block
 
 
-def _listener(judge: Judge, prompts: Sequence[Prompt]) -> Callable[[int, str], bool | None]:
-    """The judge, listening: what goes wrong with it is said with the row."""
+def _judging(judge: Judge, prompts: Sequence[Prompt]) -> Callable[[int, str], bool | None]:
+    """The judge of the texts so far: what goes wrong with it is said with the row."""
 
-    def listen(number: int, text: str) -> bool | None:
+    def judged(number: int, text: str) -> bool | None:
         row = prompts[number].name
         try:
             verdict = judge(text)
@@ -314,7 +314,7 @@ def _listener(judge: Judge, prompts: Sequence[Prompt]) -> Callable[[int, str], b
             raise TaskError(f"the judge said {verdict!r} of row {row}: it says True, False, or None while it is not certain.")
         return None if verdict is None else bool(verdict)
 
-    return listen
+    return judged
 
 
 def _chosen(asked: Asked, found: Sequence[Scored], lm: Model) -> Example:

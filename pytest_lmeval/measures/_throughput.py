@@ -90,19 +90,20 @@ def measure_throughput(
     """
     _check(lm, batch_size, seq_len, seconds, runs, warm_up, new_tokens)
     runner, prompts, about = runner or Runner(), lm.random_ids(batch_size, seq_len, seed=seed), facts(lm)
+    engine = Engine(lm)
     tried, times, flops, failed = list[float](), list[float](), list[int](), dict[str, str]()
 
     def measure() -> None:
         if runner.not_measured is None:
-            tried.extend(step_once(lm, prompts) for _ in range(max(1, warm_up)))
+            tried.extend(step_once(engine, prompts) for _ in range(max(1, warm_up)))
             rounds = runs or max(FEWEST, math.ceil(seconds / min(tried)))
-            runner.repeat(lambda: times.append(step_once(lm, prompts)), rounds)
-        flops.append(count_flops(lambda: step_once(lm, prompts)))  # a run of its own: counting takes time
+            runner.repeat(lambda: times.append(step_once(engine, prompts)), rounds)
+        flops.append(count_flops(lambda: step_once(engine, prompts)))  # a run of its own: counting takes time
 
     with quiet(threads) as conditions:
         failure = attempt(measure)
-        steps = _decode(lm, prompts, new_tokens, failed) if times else []
-        series = _scaling(lm, prompts, failed) if scaling and runner.not_measured is None else {}
+        steps = _decode(engine, prompts, new_tokens, failed) if times else []
+        series = _scaling(engine, prompts, failed) if scaling and runner.not_measured is None else {}
     not_measured = failure or runner.not_measured or too_short(times, lm.device, "reading a batch")
     values = {} if not_measured else _values(times, steps, tried[0], batch_size, seq_len, unit_of_rates(lm))
     about_failures = {"failed": failed, **({"failure": failure} if failure else {})}
@@ -146,36 +147,35 @@ def _check(lm: Model, batch_size: int, seq_len: int, seconds: float, runs: int |
         raise ProfilingError(f"seconds is {seconds}: then there is nothing to measure. It is more than 0.")
 
 
-def step_once(lm: Model, prompts: Tensor) -> float:
+def step_once(engine: Engine, prompts: Tensor) -> float:
     """Seconds of one step over prompts [b, t]."""
-    engine, watch = Engine(lm), Stopwatch(lm.device)
+    watch = Stopwatch(engine.lm.device)
     engine.prefill(prompts)
     watch.mark()
     return watch.laps()[0]
 
 
-def _decode(lm: Model, prompts: Tensor, new_tokens: int, failed: dict[str, str]) -> list[float]:
+def _decode(engine: Engine, prompts: Tensor, new_tokens: int, failed: dict[str, str]) -> list[float]:
     """The times of `_decoding`. Where it fails, or they are too short for the clock, `failed` says so and there are none."""
     steps = list[float]()
-    why = attempt(lambda: steps.extend(_decoding(lm, prompts, new_tokens)))
-    if why or (steps and (why := too_short(steps, lm.device, "decoding a token of each row"))):
+    why = attempt(lambda: steps.extend(_decoding(engine, prompts, new_tokens)))
+    if why or (steps and (why := too_short(steps, engine.lm.device, "decoding a token of each row"))):
         failed["decode"] = why
         return []
     return steps
 
 
-def _decoding(lm: Model, prompts: Tensor, new_tokens: int) -> list[float]:
+def _decoding(engine: Engine, prompts: Tensor, new_tokens: int) -> list[float]:
     """Seconds of each step of one token a row, after the prompts and a first one that is not counted."""
+    lm = engine.lm
     room = new_tokens if lm.limit is None else min(new_tokens, lm.limit - prompts.shape[-1] - 1)
     if not lm.stateful or room < 1:
         return []
-    engine, token = Engine(lm), prompts[..., -1:]
-    _, state = engine.prefill(prompts)
-    _, state = engine.step(token, state, keep=1)
+    token, (_, state) = prompts[..., -1:], engine.prefill(prompts)
     watch = Stopwatch(lm.device)
-    for _ in engine.decode(token, state, room, choose=lambda logits, input_ids: input_ids):
+    for _ in engine.decode(token, state, 1 + room, choose=lambda logits, input_ids: input_ids):
         watch.mark()
-    return watch.laps()
+    return watch.laps()[1:]
 
 
 def _values(times: list[float], steps: list[float], cold: float, batch_size: int, seq_len: int, rate: str) -> dict[str, Value]:
@@ -191,7 +191,7 @@ def _values(times: list[float], steps: list[float], cold: float, batch_size: int
     }
 
 
-def _scaling(lm: Model, prompts: Tensor, failed: dict[str, str]) -> dict[str, Series]:
+def _scaling(engine: Engine, prompts: Tensor, failed: dict[str, str]) -> dict[str, Series]:
     """Tokens a second by rows, read and decoded. A size that fails is named in `failed`, and the others are measured."""
     sizes = [1 << power for power in range((len(prompts) - 1).bit_length())] + [len(prompts)]
     read, decoded = dict[float, float](), dict[float, float]()
@@ -199,16 +199,16 @@ def _scaling(lm: Model, prompts: Tensor, failed: dict[str, str]) -> dict[str, Se
         some = prompts[:rows]
 
         def measure(rows: int = rows, some: Tensor = some) -> None:
-            times = [step_once(lm, some) for _ in range(1 + SCALING_RUNS)][1:]
+            times = [step_once(engine, some) for _ in range(1 + SCALING_RUNS)][1:]
             read[float(rows)] = rows * some.shape[-1] / statistics.median(times)
-            if steps := _decoding(lm, some, SCALING_RUNS):
+            if steps := _decoding(engine, some, SCALING_RUNS):
                 decoded[float(rows)] = rows / statistics.median(steps)
 
         if failure := attempt(measure):
             failed[str(rows)] = failure
     curves = {"batch_scaling": read, "decode_batch_scaling": decoded}
     return {
-        name: Series(list(curve), list(curve.values()), "rows", unit_of_rates(lm), title, "x")
+        name: Series(list(curve), list(curve.values()), "rows", unit_of_rates(engine.lm), title, "x")
         for (name, curve), title in zip(curves.items(), TITLES, strict=True)
         if curve
     }

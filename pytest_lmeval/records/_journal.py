@@ -16,7 +16,6 @@ import functools
 import hashlib
 import json
 import os
-import pickle
 import shutil
 import tempfile
 import time
@@ -167,11 +166,11 @@ class Saver:
         began = time.perf_counter()
         try:
             self.save(point)
-        except (OSError, pickle.PicklingError, AttributeError, TypeError, NotImplementedError) as error:
+        except OSError as error:
             self.save = None
             warn(
-                f"no point to go on from can be saved ({type(error).__name__}: {error}); the {self.what} itself goes on. "
-                "If it is interrupted, it begins anew."
+                f"no point to go on from can be saved ({error}); the {self.what} itself goes on. If it is interrupted, it "
+                "begins anew."
             )
         self.next = time.perf_counter() + max(self.PAUSE, self.SHARE * (time.perf_counter() - began))
 

@@ -123,16 +123,16 @@ class Encoder:
         most = None if limit is None else limit - room if room else limit + 1  # the last token of a choice is not read
         if most is None or len(request.ids) <= most:
             return request
-        cut, answer = len(request.ids) - most, len(request.ids) - request.given
-        if self.truncate == "refuse" or cut >= request.given:
-            alone = cut >= request.given and answer
+        cut, answer = len(request.ids) - most, len(request.ids) - request.context_len
+        if self.truncate == "refuse" or cut >= request.context_len:
+            alone = cut >= request.context_len and answer
             raise TaskError(
                 f"{place} is {len(request.ids):,} tokens"
                 + (f", and {room:,} to be generated" if room else "")
                 + f"; {self.lm.spec} reads {limit:,}. "
                 + (f"Its choice alone takes {answer:,}." if alone else "Take fewer shots, or ask for less to be generated.")
             )
-        return Request(request.ids[cut:], request.given - cut)
+        return Request(request.ids[cut:], request.context_len - cut)
 
     def _prefix(self, ids: np.ndarray) -> np.ndarray:
         """What stands before a prompt of these ids; nothing more where the text itself begins so."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import pkgutil
 from dataclasses import replace
 from typing import IO, Any
@@ -17,9 +18,12 @@ from pytest_lmeval.scoring._reading import Reading
 
 
 def write_point(checkpoints: Checkpoints, key: str, reading: Reading) -> None:
-    """Save a reading between two chunks. Raises OSError, and what a state raises that cannot be saved."""
+    """Save a reading between two chunks. Raises OSError, also for a state that cannot be saved."""
     saved = {"reading": json.dumps(reading.to_json()), "state": reading.state}
-    checkpoints.write(key, lambda file: torch.save(saved, file))
+    try:
+        checkpoints.write(key, lambda file: torch.save(saved, file))
+    except (pickle.PicklingError, AttributeError, TypeError, NotImplementedError) as error:
+        raise OSError(f"its state raises {type(error).__name__}: {error}") from error
 
 
 def read_point(checkpoints: Checkpoints | None, key: str, lm: Model) -> Reading | None:

@@ -193,8 +193,10 @@ def evaluate(lm: Model, held_out: list[Tensor]) -> Tensor:
     was_training = lm.module.training
     lm.module.eval()
     engine = Engine(lm, Policy(carry=False, batch_size=len(held_out[0])))
-    scored = engine.score([Request(crop, 1) for crops in held_out for crop in crops.numpy()])
-    lm.module.train(was_training)
+    try:
+        scored = engine.score([Request(crop, 1) for crops in held_out for crop in crops.numpy()])
+    finally:
+        lm.module.train(was_training)
     return torch.tensor([-one.loglikelihood.sum() for one in scored], dtype=torch.float64)
 
 

@@ -8,7 +8,8 @@ from typing import Any
 from msgspec import structs
 
 from pytest_lmeval.data._corpus import Corpus
-from pytest_lmeval.errors import CorpusError, Refused, RegistryError
+from pytest_lmeval.engine._policy import refuse_training
+from pytest_lmeval.errors import CorpusError, RegistryError
 from pytest_lmeval.measures._context import VerbContext, current, verb
 from pytest_lmeval.training._loop import run_training
 from pytest_lmeval.training._protocol import Protocol
@@ -30,11 +31,7 @@ def train(lm: Any, corpus: Any, *, held_out: Any = None, spec: str | None = None
     context = current()
     model = context.model(lm)
     certificate = context.session.verdict(model).certificate
-    if "causality" in certificate.broken:
-        raise Refused(
-            f"{model.spec} is {certificate.verdict}:\n{certificate.why_not()}\nTrained, it would learn to look at the "
-            "token that it is to predict, and its perplexity would look good and mean nothing."
-        )
+    refuse_training(model, certificate)
     text = context.corpus(corpus)
     defaults: dict[str, Any] = {"seq_len": context.seq_len(None, Protocol.seq_len)}
     if context.session.tokens:
