@@ -454,3 +454,12 @@ def test_equal_prompts_are_answered_each_by_itself():
     prompts = [Prompt(ids, name, max_tokens=8, temperature=2.0) for name in ("a", "b", "a")]
     first, other, again = (answer.text for answer in Engine(DEMO).generate(prompts))
     assert first == again != other
+
+
+def test_nothing_is_left_to_refuse_where_a_text_was_read_to_its_end():
+    ids, engine = SPY.random_ids(1, 30)[0], Engine(SPY, Policy(multiple=4, chunk_size=8))
+    *_, last = engine.stream(ids)
+    assert last.end == 30
+    assert list(engine.stream(ids[29:], state=last.state, position=29)) == []  # 29 is no multiple, and nothing follows
+    with pytest.raises(Refused, match="would be wrong"):
+        list(engine.stream(ids[20:], state=last.state, position=29))

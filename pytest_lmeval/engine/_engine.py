@@ -46,7 +46,7 @@ class Engine:
     executor   reads and continues sequences in place of the model; texts are still stepped here
     counts     what reading sequences took so far
 
-    Raises Refused for a policy that asks for more than its certificate proves.
+    Raises Refused for a policy that asks for more than its certificate allows.
     """
 
     def __init__(
@@ -134,17 +134,17 @@ class Engine:
 
         tokens    ids [T], or frames of codes [T, k]
         state     go on from this state, which has seen what comes before `position`
-        position  the place in the stream of the token to go on from; `tokens` begin there
-        window    read in windows: where the current one begins; `tokens` begin there
+        position  of the token to go on from, in the stream; `tokens` begin there
+        window    where the current one begins, if it is read in windows; `tokens` begin there
 
         Raises StreamError for a stream without a target or a token outside the vocabulary, NotFiniteError for a loss that is
-        not finite, with its place, and Refused where neither carrying the state nor windows are allowed.
+        not finite, with its position, and Refused where neither carrying the state nor windows are allowed, or not from there.
         """
         pieces, windows = tokens_of(tokens, self.lm.codebooks), self.policy.windows
-        if (not self.policy.carry and windows is None) or (state is not None and (position - window) % self.policy.multiple):
-            raise streaming_refused(self.lm, self.policy)
         if windows is not None:
             return in_windows(self, pieces, windows, state, position, window)
+        if not self.policy.carry:
+            raise streaming_refused(self.lm, self.policy)
         return carried(self, pieces, state, position)
 
     # --------------------------------------------------------------------------------------------- sequences

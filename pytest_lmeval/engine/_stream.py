@@ -67,6 +67,8 @@ def carried(engine: Engine, tokens: Iterable[Tokens], state: State, position: in
     """The chunks of a stream through which the state is carried; `tokens` begin at `position`, which `state` has not seen."""
     books, size, start = engine.lm.codebooks, engine.chunk_size, position
     for piece in cut(tokens, size, 0, 0) if books else overlapping(tokens, size):
+        if start == position:
+            _check_state(engine, state, position)
         chunk = _frames(engine, books, piece, state, start) if books else _tokens(engine, piece, state, start, len(piece) - 1)
         yield chunk
         state, start = chunk.state, chunk.end - 1
@@ -93,8 +95,8 @@ def in_windows(
     inside = position > window
     for begin, piece in _windows(tokens, windows, window):
         start, state = (position, state) if inside else (begin, None)
-        if inside and not engine.policy.carry and begin + len(piece) > position + 1:
-            raise streaming_refused(engine.lm, engine.policy)
+        if inside and begin + len(piece) > position + 1:
+            _check_state(engine, state, position - begin)
         inside = False
         for part in overlapping([piece[start - begin :]], engine.chunk_size):
             last = start + len(part) - 1
@@ -105,6 +107,12 @@ def in_windows(
             state, start = chunk.state, last
         known = begin + len(piece) - 1
     _refuse_empty(not known)
+
+
+def _check_state(engine: Engine, state: State, seen: int) -> None:
+    """Raise Refused for a state after `seen` tokens that the policy does not continue."""
+    if state is not None and (not engine.policy.carry or seen % engine.policy.multiple):
+        raise streaming_refused(engine.lm, engine.policy)
 
 
 def _windows(tokens: Iterable[Tokens], windows: Windows, start: int) -> Iterator[tuple[int, Tokens]]:
