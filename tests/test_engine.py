@@ -121,6 +121,7 @@ def test_a_law_that_cannot_be_tried_on_a_model_forbids_and_one_without_time_does
     found = certificate()
     policy = policy_for(LM, structs.replace(found, laws={**found.laws, **untestable}))
     assert (policy.fork, policy.share, policy.batch_size, policy.carry) == (False, False, 1, True)
+    assert policy.sharing == "prefix sharing: off (its state cannot be forked (no copies))"
     late = {law: LawResult(cases=0, planned=9, unavailable=OUT_OF_TIME) for law in laws}
     assert policy_for(LM, structs.replace(found, laws={**found.laws, **late})).share
 

@@ -544,9 +544,9 @@ def test_a_found_limit_is_kept_to_as_a_declared_one_is(desk):
     task = Task("t", [{}], lambda row: Choices("a" * 40, ("b", "c"), 0))
     inexact = desk.session.verdict(as_model(Forgetful())).certificate
     lms = [replace(as_model(Functional()), **limit) for limit in ({"context_length": 24}, {"found_limit": 24})]
-    plans = [[policy_for(lm), policy_for(lm, window="lm_eval"), policy_for(replace(lm, stateful=False))] for lm in lms]
-    assert plans[0] == plans[1]
-    assert [plan.windows.size for plan in plans[0]] == [24, 24, 24]
+    policies = [[policy_for(lm), policy_for(lm, window="lm_eval"), policy_for(replace(lm, stateful=False))] for lm in lms]
+    assert policies[0] == policies[1]
+    assert [policy.windows.size for policy in policies[0]] == [24, 24, 24]
     for lm in lms:
         with pytest.raises(ValueError, match="reads at most 24 tokens"):
             measure_latency(lm, seq_len=25, runs=1)

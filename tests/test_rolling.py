@@ -222,8 +222,8 @@ def test_the_record_says_how_it_was_read(toy, context, window, why):
 
 
 def test_a_window_of_a_stateless_model_is_read_in_one_step():
-    plan = policy_for(reads(Stateless(vocab=VOCAB), context_length=24), window="lm_eval", chunk_size=7)
-    assert (plan.chunk_size, plan.windows.size) == (24, 24)
+    policy = policy_for(reads(Stateless(vocab=VOCAB), context_length=24), window="lm_eval", chunk_size=7)
+    assert (policy.chunk_size, policy.windows.size) == (24, 24)
 
 
 def test_an_overlap_is_refused_where_the_windows_are_those_of_lm_eval():

@@ -40,7 +40,7 @@ def _score_rows(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 def check_finite(nll: np.ndarray, ids: np.ndarray, first: int, lm: Model) -> None:
     """`nll` are the losses of the last of `ids`, the first of them being that of the stream's token `first`. Raises
-    NotFiniteError with the place of the first that is no number."""
+    NotFiniteError with the position of the first that is no number."""
     if np.isfinite(nll).all():
         return
     wrong = int(np.flatnonzero(~np.isfinite(nll))[0])
@@ -48,9 +48,9 @@ def check_finite(nll: np.ndarray, ids: np.ndarray, first: int, lm: Model) -> Non
     raise not_finite(nll[wrong], f"token {first + wrong} of the stream (id {ids[target]}, after id {ids[target - 1]})", lm)
 
 
-def not_finite(loss: float, place: str, lm: Model) -> NotFiniteError:
+def not_finite(loss: float, where: str, lm: Model) -> NotFiniteError:
     return NotFiniteError(
-        f"{lm.spec} gave a loss of {loss} for {place}, in {lm.dtype} on {lm.device}. A number that is not finite cannot be "
+        f"{lm.spec} gave a loss of {loss} for {where}, in {lm.dtype} on {lm.device}. A number that is not finite cannot be "
         "averaged, so the run stops here; what was finished before is kept. Look for an overflow in low precision, or a "
         "masked-out logit."
     )

@@ -1,8 +1,11 @@
 """What the engine may do with a model: one object, made from the certificate of its laws.
 
-policy = policy_for(lm, certificate)               all that is proven, and nothing else
-policy = policy_for(lm, certificate, window=512)   Refused where no way to read so is exact
-policy = policy_for(lm)                            nothing was probed: all that the model declares, on the caller's word
+    policy = policy_for(lm, certificate)               all that no law forbids
+    policy = policy_for(lm, certificate, window=512)   Refused where no way to read so is exact
+    policy = policy_for(lm)                            nothing was probed: all that the model declares, on the caller's word
+
+A broken law forbids, and so does one that the model cannot be tried on (its state cannot be copied, it reads single rows). A
+law for which the probe had no time forbids nothing: the certificate names it (`Certificate.untried`).
 """
 
 from __future__ import annotations
@@ -157,7 +160,8 @@ def allowed_by(lm: Model, certificate: Certificate | None, batch_size: int = 8) 
             advice = "It cannot be scored as a language model at all."
         why = "A number that is made with it would be wrong, and may look good."
         raise refused(lm, Policy(certificate=certificate), why, advice)
-    forbidden = broken | {name for name, law in certificate.laws.items() if law.unavailable not in (None, OUT_OF_TIME)}
+    impossible = {name: law.unavailable for name, law in certificate.laws.items() if law.unavailable not in (None, OUT_OF_TIME)}
+    forbidden = broken | impossible.keys()
     core, multiple = broken - ONLY_ASIDE, certificate.multiple
     single = core == {"splits"} and multiple is None
     longest = certificate.limit_tokens if certificate.limit_is_step else None
@@ -172,7 +176,7 @@ def allowed_by(lm: Model, certificate: Certificate | None, batch_size: int = 8) 
         batch_size=1 if forbidden & {"rows", "prefix"} else batch_size,  # padding makes a text longer
         certificate=certificate,
     )
-    return replace(policy, why=stateless or ("" if policy.share and multiple is None else verdict))
+    return replace(policy, why=stateless or ("" if policy.share and multiple is None else impossible.get("fork") or verdict))
 
 
 def chunk_of(lm: Model, policy: Policy, default: int | None = None) -> int:
