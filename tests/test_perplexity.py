@@ -16,7 +16,6 @@ from toys import VOCAB, Failing, Functional, Stateless, Stepper
 from pytest_lmeval import corpus, perplexity
 from pytest_lmeval.data._corpus import Corpus, Document
 from pytest_lmeval.errors import CorpusError, StreamError
-from pytest_lmeval.measures._perplexity import exponential
 from pytest_lmeval.models._sources import as_model
 from pytest_lmeval.records._journal import Checkpoints, JournalWarning, Saver
 from pytest_lmeval.scoring._reading import (
@@ -31,6 +30,7 @@ from pytest_lmeval.scoring._reading import (
     TOKENS,
     Reading,
 )
+from pytest_lmeval.scoring._reading_figures import exponential
 
 LM = as_model(Functional())
 BYTE_LM = as_model(Functional(vocab=256))

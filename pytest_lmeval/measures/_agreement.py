@@ -33,7 +33,7 @@ from pytest_lmeval.engine import Engine, Policy, policy_for
 from pytest_lmeval.engine._losses import LOGITS_AT_ONCE
 from pytest_lmeval.errors import NotFiniteError, SpecError, StreamError
 from pytest_lmeval.measures._context import current, verb
-from pytest_lmeval.measures._perplexity import Progress, exponential, named
+from pytest_lmeval.measures._perplexity import Progress, named
 from pytest_lmeval.models._identity import facts, fingerprint, tokenizer_fingerprint
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.records import _schema as schema
@@ -41,6 +41,7 @@ from pytest_lmeval.records._measured import Cost, Record, Result
 from pytest_lmeval.records._metric import value_of
 from pytest_lmeval.records._value import Value
 from pytest_lmeval.scoring._reading import BLOCK, add_to_blocks
+from pytest_lmeval.scoring._reading_figures import exponential
 from pytest_lmeval.statistics._bootstrap import ratio_intervals
 from pytest_lmeval.statistics._proportion import wilson_of_groups
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pytest_lmeval.measures._perplexity import exponential
 from pytest_lmeval.models._identity import facts
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.profiling._flops import Flops
@@ -15,6 +14,7 @@ from pytest_lmeval.profiling._peak import Peak
 from pytest_lmeval.records._measured import Cost, Record, Series
 from pytest_lmeval.records._metric import value_of
 from pytest_lmeval.records._value import Value
+from pytest_lmeval.scoring._reading_figures import exponential
 from pytest_lmeval.statistics._bootstrap import ratio_intervals
 from pytest_lmeval.training._plan import Plan
 from pytest_lmeval.training._protocol import Protocol
