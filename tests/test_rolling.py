@@ -374,3 +374,4 @@ def without_the_anchor(*arguments):
 def test_a_policy_says_that_its_windows_are_those_of_lm_eval():
     policy = Policy(chunk_size=7, windows=Windows(24, anchored=True))
     assert policy.reading == "windows of 24 tokens, as lm_eval reads them, in chunks of 7"
+    assert Policy().reading == "carried in chunks"

@@ -189,7 +189,9 @@ class Engine:
             check_vocabulary(sequence.ids, 0, self.lm)
 
     def _executor(self, forked: bool) -> Executor:
-        return self.executor or (self._forked if forked else self._whole)
+        if self.executor is not None:
+            return self.executor
+        return self._forked if forked else self._whole
 
     @functools.cached_property
     def _forked(self) -> Forked:

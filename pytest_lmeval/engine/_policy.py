@@ -105,9 +105,8 @@ class Policy:
     @property
     def reading(self) -> str:
         """How a text is read, in words."""
-        if self.windows is None:
-            return f"carried in chunks of {self.chunk_size}"
-        return f"{self.windows}, in chunks of {self.chunk_size}"
+        chunks = "chunks" if self.chunk_size is None else f"chunks of {self.chunk_size}"
+        return f"carried in {chunks}" if self.windows is None else f"{self.windows}, in {chunks}"
 
     @property
     def sharing(self) -> str:

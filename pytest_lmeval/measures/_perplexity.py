@@ -243,7 +243,7 @@ def measure_perplexity(
     checkpoints, key    save a point to go on from now and then, and start from the last one
 
     How far the model's fast weights move is looked at after every chunk, if it has any (`Model.fast_weights`); where some stay
-    as they were, settings["warnings"] says so.
+    as they were, `details["warnings"]` of the record says so.
 
     Raises StreamError, NotFiniteError and CorpusError; see there.
     """
