@@ -42,7 +42,7 @@ def bare_loop(lm, ids):
     with torch.no_grad():
         for start in range(0, len(ids) - 1, CHUNK):
             inputs, targets = ids[start : start + CHUNK], ids[start + 1 : start + CHUNK + 1]
-            logits, state = lm.advance(inputs[None, : len(targets)], state, None)
+            logits, state = lm.step_fn(inputs[None, : len(targets)], state, None)
             total += torch.nn.functional.cross_entropy(logits[0], targets, reduction="sum").item()
     return total / (len(ids) - 1)
 

@@ -89,7 +89,7 @@ class Session:
         """The equivalence result of a model: probed once in a session, and not kept alive by that."""
         from pytest_lmeval.laws._probe import probe
 
-        known = self.verdicts.value(lm.advance if lm.module is None else lm.module, dict)
+        known = self.verdicts.value(lm.step_fn if lm.module is None else lm.module, dict)
         key = (fingerprint(lm), str(lm.dtype), str(lm.device))
         if key not in known:
             known[key] = probe(lm, **self.probe)

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from fork_server import ForkServer
 from hypothesis import settings
-from nursery import Nursery
 from packages import packages  # noqa: F401 - a fixture
 
 TINY = Path(__file__).with_name("tiny.py")
@@ -16,14 +16,14 @@ settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")
-def nursery():
-    found = Nursery()
+def fork_server():
+    found = ForkServer()
     yield found
     found.close()
 
 
 @pytest.fixture
-def pytester(pytester, nursery, monkeypatch):
+def pytester(pytester, fork_server, monkeypatch):
     """As pytest gives it; but its runs are no workers of xdist, whatever runs the test, and are forked where they can be."""
     for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
         monkeypatch.delenv(name)
@@ -31,7 +31,7 @@ def pytester(pytester, nursery, monkeypatch):
 
     def forked(command, stdin, **files):
         if sys.platform == "linux" and command[:2] == pytest_command:  # elsewhere, what torch has begun may not be forked
-            return nursery.popen(command[2:], **files)
+            return fork_server.popen(command[2:], **files)
         return popen(command, stdin=stdin, **files)
 
     monkeypatch.setattr(pytester, "popen", forked)

@@ -70,7 +70,7 @@ def planted(number: str, *breaks: str):
 
 @planted("F1", "splits", "steps")
 class PositionsOneAhead(Attention):
-    """Wrong: after a border positions are one too high, the token to come being counted as read."""
+    """Wrong: after a boundary positions are one too high, the token to come being counted as read."""
 
     def positions(self, seen, t, layer):
         return super().positions(seen + 1 if seen else 0, t, layer)
@@ -318,7 +318,7 @@ class ChunkSeesItself(Attention):
 
 @planted("F10", "splits", "steps")
 class LastCachedKeyHidden(Attention):
-    """Wrong: the mask hides the key just before the border (Llama 4 chunked attention, transformers#37414, was one off)."""
+    """Wrong: the mask hides the key just before the boundary (Llama 4 chunked attention, transformers#37414, was one off)."""
 
     def mask(self, t, keys):
         return super().mask(t, keys) & (torch.arange(keys) != keys - t - 1)
@@ -551,7 +551,7 @@ class ImaginaryPartLost(CausalBK):
 
 @planted("F11", "splits", "steps")
 class StateRounded(Recurrent):
-    """Wrong: the state is rounded to bfloat16 at each border."""
+    """Wrong: the state is rounded to bfloat16 at each boundary."""
 
     def forward(self, input_ids, state=None):
         logits, state = super().forward(input_ids, state)
@@ -701,7 +701,7 @@ class BalancesWhileRead(Experts):
 
 @planted("F14", "rows")
 class RowsReversed(LinearAttention):
-    """Wrong: at each border rows take each other's states (beam search without its reorder: transformers#29730)."""
+    """Wrong: at each boundary rows take each other's states (beam search without its reorder: transformers#29730)."""
 
     def carry(self, state):
         return state.flip(0)
@@ -913,7 +913,7 @@ class SavedInSixteenBits(Recurrent):
 
 @planted("F25", "splits", "steps")
 class LogitsShifted(Recurrent):
-    """Wrong: after a border, the logits are those of the token before."""
+    """Wrong: after a boundary, the logits are those of the token before."""
 
     def forward(self, input_ids, state=None):
         hidden, last = state or (None, None)
@@ -1010,7 +1010,7 @@ class KernelsTakeTurns(CausalBK):
 
 @planted("F29", "splits", "repeat")
 class RoundsAtRandom(LinearAttention):
-    """Wrong: the state is rounded up or down at random; without a border there is nothing to see."""
+    """Wrong: the state is rounded up or down at random; without a boundary there is nothing to see."""
 
     def carry(self, state):
         return (state * 64 + torch.rand_like(state)).floor() / 64

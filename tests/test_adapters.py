@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from reading import stream
-from toys import CARRYING, Functional, GetSetState, PortableStreaming, Stateless, Stepper, Streaming
+from tiny_models import CARRYING, Functional, GetSetState, PortableStreaming, Stateless, Stepper, Streaming
 
 from pytest_lmeval import registry
 from pytest_lmeval.errors import ModelError, SpecError
@@ -201,7 +201,7 @@ def test_the_zoo_is_found_by_name():
 
 SOURCES = """
 import torch
-from toys import Functional, Stepper
+from tiny_models import Functional, Stepper
 from pytest_lmeval.models._sources import Loaded, as_model
 
 seen = []
@@ -293,7 +293,7 @@ def test_a_source_that_cannot_be_called_so_is_refused(sources, spec, says):
 
 
 def test_a_callable_beside_the_tests_is_found(tmp_path, monkeypatch):
-    (tmp_path / "my_models.py").write_text("from toys import Functional\ndef build(): return Functional()\n")
+    (tmp_path / "my_models.py").write_text("from tiny_models import Functional\ndef build(): return Functional()\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", list(__import__("sys").path))
     lm = load("my_models:build@bf16")
@@ -309,11 +309,11 @@ def test_a_callable_beside_the_tests_is_found(tmp_path, monkeypatch):
         ("zooo:mamba", r"unknown model spec .* Did you mean zoo:mamba\?"),
         ("no.such.module:build", "unknown model spec 'no.such.module:build'.*No module named 'no'"),
         ("importlib.nothing:build", "cannot be imported"),
-        ("toys:nothing", "cannot be imported"),
+        ("tiny_models:nothing", "cannot be imported"),
         ("demo@fp8", "unknown precision @fp8; known are @fp32"),
         ("demo@bf6", r"unknown precision @bf6; .* Did you mean bf16\?"),
-        ("toys:Functional@int4", r"toys:Functional@int4 cannot be had: .* of GRU is no weight"),
-        ("toys:Stepper@bf16", "precision of Stepper cannot be set"),
+        ("tiny_models:Functional@int4", r"tiny_models:Functional@int4 cannot be had: .* of GRU is no weight"),
+        ("tiny_models:Stepper@bf16", "precision of Stepper cannot be set"),
         ("hf:/no/such/folder", "there is no folder /no/such/folder"),
         ("hf:no/such", "hf:no/such could not be loaded"),
         ("hf", "hf: its model source cannot be called with nothing behind a colon"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from reading import measure_agreement, measure_perplexity
-from toys import VOCAB, Functional, Stateless
+from tiny_models import VOCAB, Functional, Stateless
 
 from pytest_lmeval._session import Session, TestLog as Log
 from pytest_lmeval.data._corpus import Corpus, Document

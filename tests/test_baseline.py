@@ -422,7 +422,7 @@ def test_of_many_that_changed_those_that_lost_most_are_named(up, first):
 @pytest.mark.parametrize("chunk_size", [1, 7, 64])
 def test_blocks_are_called_by_what_they_hold_however_they_were_read(tmp_path, chunk_size):
     from reading import measure_perplexity
-    from toys import Functional
+    from tiny_models import Functional
 
     from pytest_lmeval.models._sources import as_model
 

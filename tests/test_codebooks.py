@@ -12,7 +12,7 @@ from torch import nn
 from pytest_lmeval._session import Session, TestLog as Log
 from pytest_lmeval.data import corpus
 from pytest_lmeval.errors import CorpusError, LawBroken, ModelError, NotFiniteError, StreamError
-from pytest_lmeval.laws import Case, Trial, cases, check, probe, replay
+from pytest_lmeval.laws import Case, Harness, cases, check, probe, replay
 from pytest_lmeval.measures import Lmeval
 from pytest_lmeval.measures._context import VerbContext
 from pytest_lmeval.measures._latency import measure_latency
@@ -259,7 +259,7 @@ def test_a_model_that_delays_codes_must_tell_which_are_still_to_come():
 
 
 def test_an_attribute_that_is_only_called_codebooks_is_not_believed():
-    from toys import Functional
+    from tiny_models import Functional
 
     module = Functional()
     module.codebooks = 8
@@ -481,11 +481,11 @@ def test_a_fault_is_caught_by_the_law_it_breaks_and_its_counterexample_tries_it_
 
 def test_a_look_inside_the_frame_names_the_codebooks():
     with pytest.raises(LawBroken, match=r"changing the codes from codebook 1 at place 4 on .* logits of codebook 1 at place 4"):
-        check("causality", Trial(as_model(OwnCodeSeen())), Case(12, (4,)))
-    check("causality", Trial(LM), Case(12, (4,)))
+        check("causality", Harness(as_model(OwnCodeSeen())), Case(12, (4,)))
+    check("causality", Harness(LM), Case(12, (4,)))
 
 
-FRAMES_TRIAL, ZOO_TRIAL = Trial(LM, 60), Trial(as_model(small()), 60)
+FRAMES_TRIAL, ZOO_TRIAL = Harness(LM, 60), Harness(as_model(small()), 60)
 
 
 @pytest.mark.parametrize("law", ["repeat", "isolation", "causality", "prefix", "splits", "fork", "resume", "rows", "sums"])

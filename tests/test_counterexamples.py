@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from toys import Aligned, Dropped, Drowned, Functional, Learning
+from tiny_models import Aligned, Dropped, Drowned, Functional, Learning
 
 import pytest_lmeval
 from pytest_lmeval.errors import LawBroken, LmevalError
-from pytest_lmeval.laws import Case, Trial, cases, check, compositions, probe, replay
+from pytest_lmeval.laws import Case, Harness, cases, check, compositions, probe, replay
+from pytest_lmeval.laws._counterexample_store import Known, case_of
 from pytest_lmeval.laws._diagnosis import likely_fault
-from pytest_lmeval.laws._known import Known, case_of
 from pytest_lmeval.laws._shrink import smallest
 from pytest_lmeval.laws._strategies import pieces
 from pytest_lmeval.laws._tolerance import Excess
@@ -100,7 +100,7 @@ def test_counterexamples_are_kept_once_for_the_model_of_that_name(tmp_path):
     for _ in range(2):
         probe(as_model(Dropped()), known=file)
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    assert {(line["lm"], line["law"]) for line in lines} == {("toys:Dropped", "splits")}
+    assert {(line["lm"], line["law"]) for line in lines} == {("tiny_models:Dropped", "splits")}
     assert len(lines) == len({json.dumps(line) for line in lines})
     assert Known(file).cases("another") == []
 
@@ -122,7 +122,7 @@ def test_a_folder_that_cannot_be_written_costs_no_verdict(tmp_path):
 
 
 @settings(max_examples=300)
-@given(cases(200, borders=(16,)))
+@given(cases(200, boundaries=(16,)))
 def test_a_case_survives_its_own_description(case):
     assert case_of(json.loads(json.dumps(case.choices()))) == case
 
@@ -164,15 +164,15 @@ def test_compositions_are_often_of_single_tokens():
     assert sum(1 not in some for some in sizes) > 20
 
 
-trial = Trial(as_model(Functional()), longest=60)
-wrong = Trial(as_model(Aligned()), longest=60)
+harness = Harness(as_model(Functional()), longest=60)
+wrong = Harness(as_model(Aligned()), longest=60)
 
 
 @settings(max_examples=25)
-@given(case=cases(60, borders=(16,)))
+@given(case=cases(60, boundaries=(16,)))
 @pytest.mark.parametrize("law", ["splits", "rows", "causality"])
 def test_the_laws_are_asserts_for_tests_of_ones_own(law, case):
-    check(law, trial, case)
+    check(law, harness, case)
 
 
 def test_in_a_test_of_ones_own_hypothesis_finds_and_shrinks_the_fault():
@@ -198,10 +198,10 @@ def profiled(sizes, wrong_at, size=lambda place: 100.0, error=1.0):
     ("said", "sizes", "wrong_at", "size"),
     [
         ("wrong in the first piece already", [10, 50], range(3, 60), lambda p: 100.0),
-        ("at the border after token 19, and fades out", [20, 80], range(20, 60), lambda p: 1000 * 0.8 ** (p - 20)),
+        ("at the boundary after token 19, and fades out", [20, 80], range(20, 60), lambda p: 1000 * 0.8 ** (p - 20)),
         ("and stays wrong: positions", [20, 80], range(20, 100), lambda p: 100.0),
         ("and is right again 3 token(s) later: a convolution's tail", [20, 80], range(20, 23), lambda p: 100.0),
-        ("It goes wrong 8 tokens after the border before token 20", [20, 80], range(28, 100), lambda p: 100.0),
+        ("It goes wrong 8 tokens after the boundary before token 20", [20, 80], range(28, 100), lambda p: 100.0),
         ("only in pieces of one token", [20, 1, 39, 1, 39], [20, 60], lambda p: 100.0),
         ("grows with the text", [20, 80], range(20, 100), lambda p: 1.1 * 1.1 ** (p - 20)),
     ],

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 from reading import stream
-from toys import Functional
+from tiny_models import Functional
 
 from pytest_lmeval.data import Document, _files as files, check, corpus
 from pytest_lmeval.data._rows import resilient

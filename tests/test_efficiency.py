@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import given, strategies as st
+from tiny_models import Functional, Stateless, Stepper, Streaming
 from torch import nn
-from toys import Functional, Stateless, Stepper, Streaming
 
 from pytest_lmeval import _session as session
 from pytest_lmeval.errors import ProfilingError
@@ -137,10 +137,10 @@ def test_shares_are_of_the_measured_peaks(machine):
         assert result.flops_per_token(phase) == work.flops / work.tokens
         assert result.intensity(phase) == work.flops / work.bytes
         least = max(work.flops / 1e9, work.bytes / 1e6)
-        assert result.share_of_bound(phase) == pytest.approx(least / seconds[phase])
-    assert result.share_of_peak == pytest.approx(float(result.flops("prefill")) / seconds["prefill"] / 1e9)
-    assert result.share_of_bandwidth == pytest.approx(float(result.bytes("decode")) / seconds["decode"] / 1e6)
-    assert set(result.record.details["formulas"]) >= {"prefill_bound", "prefill_intensity", "decode_share_of_bound"}
+        assert result.roofline_fraction(phase) == pytest.approx(least / seconds[phase])
+    assert result.peak_fraction == pytest.approx(float(result.flops("prefill")) / seconds["prefill"] / 1e9)
+    assert result.bandwidth_fraction == pytest.approx(float(result.bytes("decode")) / seconds["decode"] / 1e6)
+    assert set(result.record.details["formulas"]) >= {"prefill_bound", "prefill_intensity", "decode_roofline_fraction"}
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_where_nothing_is_timed_what_is_counted_is_kept(monkeypatch):
     assert result.not_measured == "other tests run at the same time"
     assert result.flops("decode") == work_of(LM, LM.random_ids(1, 8))["decode"].flops
     assert {metric.unit for metric in result.record.metrics.values()} == {"FLOP", "bytes", "FLOP/byte"}
-    for look in (lambda: result.share_of_bound("decode"), lambda: result.position("prefill"), lambda: result.share_of_peak):
+    for look in (lambda: result.roofline_fraction("decode"), lambda: result.position("prefill"), lambda: result.peak_fraction):
         with pytest.raises(Exception, match="other tests run at the same time") as caught:
             look()
         assert type(caught.value).__name__ == "NotMeasuredError"  # for which the plugin skips
@@ -260,7 +260,7 @@ def test_quantized_weights_have_no_backward_and_it_is_said_why(bits):
     )
 
 
-class Reading(Functional):
+class LossAccumulator(Functional):
     @torch.no_grad()
     def forward(self, input_ids, state=None):
         return super().forward(input_ids, state)
@@ -279,7 +279,7 @@ class Writing(Functional):
     [
         (Stepper(), "no torch module"),
         (Functional().requires_grad_(False), "no parameter asks for a gradient"),
-        (Reading(), "RuntimeError: element 0 of tensors does not require grad"),
+        (LossAccumulator(), "RuntimeError: element 0 of tensors does not require grad"),
         (Writing(), "ArithmeticError: made for reading"),
     ],
     ids=["object", "frozen", "without gradients", "failing"],

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from msgspec import structs
-from toys import VOCAB, Forgetful, Functional, Stateless, Stepper
+from tiny_models import VOCAB, Forgetful, Functional, Stateless, Stepper
 
 from pytest_lmeval import as_model, load
 from pytest_lmeval.engine import Engine, Policy, Prompt, Request, Scored, Windows, policy_for

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 from hypothesis import given, settings
-from toys import (
+from tiny_models import (
     CARRYING,
     Aligned,
     Broken,
@@ -28,10 +28,10 @@ from toys import (
 
 from pytest_lmeval.errors import ModelError, NotFiniteError
 from pytest_lmeval.laws._checks import check
+from pytest_lmeval.laws._harness import Harness
 from pytest_lmeval.laws._probe import probe, restore
 from pytest_lmeval.laws._strategies import Case, cases, edge_cases
 from pytest_lmeval.laws._tolerance import Yardstick, token_errors
-from pytest_lmeval.laws._trial import Trial
 from pytest_lmeval.models._sources import as_model, load
 from pytest_lmeval.records import _schema as schema
 from pytest_lmeval.records._measured import Record
@@ -393,7 +393,7 @@ def test_an_error_that_is_not_finite_is_infinite_and_a_shared_infinity_is_none()
 
 
 @settings(max_examples=200)
-@given(cases(40, borders=(8,)))
+@given(cases(40, boundaries=(8,)))
 def test_cases_are_cut_inside_their_length(case):
     assert 2 <= case.length <= 40
     assert sum(case.sizes) == case.length
@@ -401,7 +401,7 @@ def test_cases_are_cut_inside_their_length(case):
 
 
 def test_edge_cases_stand_at_the_borders():
-    places = {case.cuts for case in edge_cases(100, borders=(8,))}
+    places = {case.cuts for case in edge_cases(100, boundaries=(8,))}
     assert {(1,), (7,), (8,), (9,), (63,), (64,), (65,), (99,)} <= places
 
 
@@ -423,10 +423,10 @@ def test_a_model_draws_the_same_numbers_whenever_a_case_is_tried():
             return super().forward(input_ids, state)
 
     drawn, tries = [], []
-    for seed, trial in enumerate((Trial(as_model(Dropping())), Trial(as_model(Dropping())))):
+    for seed, harness in enumerate((Harness(as_model(Dropping())), Harness(as_model(Dropping())))):
         torch.default_generator.manual_seed(seed)  # what was drawn before does not matter
         drawn.clear()
-        check("repeat", trial, Case(9, seed=3))
+        check("repeat", harness, Case(9, seed=3))
         tries.append(drawn[:])
     assert tries[0] == tries[1] != []
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from reading import measure_task
-from toys import Functional
+from tiny_models import Functional
 
 from pytest_lmeval import Choices, Generate, Rows, Task, as_model, load
 from pytest_lmeval.errors import CorpusError, NotFiniteError, TaskError
@@ -75,7 +75,7 @@ def test_a_question_is_never_shown_itself(count, seed):
         own = ask(row)
         text = shots.of(row, id_of(row)).removeprefix(TASK.description)
         assert text.count(TASK.fewshot_delimiter) == count
-        assert f"{own.prompt}{own.solution}{TASK.fewshot_delimiter}" not in text
+        assert f"{own.prompt}{own.target}{TASK.fewshot_delimiter}" not in text
 
 
 def test_the_first_examples_are_the_same_for_all():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from reading import chunk_of, measure_perplexity
-from toys import VOCAB, Functional
+from tiny_models import VOCAB, Functional
 
 from pytest_lmeval.data._corpus import Corpus, Document
 from pytest_lmeval.errors import ModelError, NotFiniteError
@@ -19,7 +19,7 @@ from pytest_lmeval.records import _schema as schema
 from pytest_lmeval.records._journal import Checkpoints, Saver
 from pytest_lmeval.records._measured import Record
 from pytest_lmeval.scoring import _fast_weights as fast_weights, _positions as positions
-from pytest_lmeval.scoring._reading import CHUNKS, EACH, Moves, Reading
+from pytest_lmeval.scoring._loss_accumulator import CHUNKS, EACH, LossAccumulator, Moves
 from pytest_lmeval.statistics._bootstrap import ratio_intervals
 
 NAMES = ("a.W", "a.b", "c.W")
@@ -212,9 +212,9 @@ def test_a_million_chunks_take_the_memory_of_two_thousand(count, weights):
     assert len(series) == 1 + (weights if weights <= EACH else 0)
     assert series["fast_weight_change"].x[-1] == 7 * count
     assert float(fast_weights.metrics_of(moves)["fast_weight_change"]) == pytest.approx((count - 1) / (2 * count), abs=1e-9)
-    again = Reading.from_json(json.loads(json.dumps(Reading(moves=moves).to_json()))).moves
+    again = LossAccumulator.from_json(json.loads(json.dumps(LossAccumulator(moves=moves).to_json()))).moves
     assert vars(again).keys() == vars(moves).keys()
-    assert Reading(moves=again).to_json() == Reading(moves=moves).to_json()
+    assert LossAccumulator(moves=again).to_json() == LossAccumulator(moves=moves).to_json()
 
 
 class Killed(Exception):
@@ -266,7 +266,7 @@ def test_the_record_survives_json_and_says_the_same_again():
 
 
 def fold(nll, sizes, wanted, documents=None):
-    reading = Reading(documents is not None, wanted)
+    reading = LossAccumulator(documents is not None, wanted)
     for part in np.split(nll, np.cumsum(documents)[:-1]) if documents else [nll]:
         reading.start_document()
         start = 1
@@ -298,7 +298,9 @@ def test_a_position_that_was_not_reached_is_said_to_be_so():
 def test_a_slope_of_one_position_is_none_and_says_why():
     result = measure_perplexity(as_model(Functional()), ids_of(1500), positions=(1000, 8000))
     assert "loss_slope" not in result.record.metrics
-    with pytest.raises(AttributeError, match=r"Asked for were \[1000, 8000\]; of those, ids\[test\] did not go on to \[8000\]"):
+    with pytest.raises(
+        AttributeError, match=r"Asked for were \[1000, 8000\]; of those, ids\[test\] did not go on to \[8000\]"
+    ):
         result.loss_slope  # noqa: B018
 
 

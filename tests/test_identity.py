@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 from reading import measure_perplexity
+from tiny_models import VOCAB, Forgetful, Functional, GetSetState, Stepper
 from torch import nn
-from toys import VOCAB, Forgetful, Functional, GetSetState, Stepper
 
 from pytest_lmeval._benchmarking import Driver
 from pytest_lmeval._session import Session, TestLog as Log
@@ -295,7 +295,9 @@ def test_an_edited_and_reloaded_module_has_another_fingerprint(tmp_path, monkeyp
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     found = []
     for by in (1, 2, 1):  # at the same size, and within the clock of the file system
-        file.write_text(f"from toys import Functional\nclass Scaled(Functional):\n    def by(self):\n        return {by}\n")
+        file.write_text(
+            f"from tiny_models import Functional\nclass Scaled(Functional):\n    def by(self):\n        return {by}\n"
+        )
         importlib.invalidate_caches()
         edited = importlib.reload(sys.modules["edited"]) if found else importlib.import_module("edited")
         found.append(fingerprint(as_model(edited.Scaled())))
@@ -437,7 +439,7 @@ def test_rows_are_tried_once_for_a_loaded_model():
     calls = lm.module._calls
     assert selection(replace(lm, spec="the same", found_limit=9)) is found is not None
     assert lm.module._calls == calls
-    numbered = replace(lm, advance=lambda ids, state, keep: (lm.advance(ids, None, keep)[0], [len(ids)]))
+    numbered = replace(lm, step_fn=lambda ids, state, keep: (lm.step_fn(ids, None, keep)[0], [len(ids)]))
     assert selection(numbered) is None
     assert selection(lm) is found
     assert selection(replace(lm, stateful=False)) is None
@@ -479,9 +481,9 @@ def test_an_object_is_one_model_as_long_as_it_lives(source):
 
 def test_a_step_without_an_object_is_one_model_as_well():
     lm = as_model(Stepper())
-    alone = Model(lm.advance, "alone", "step", True, VOCAB)
+    alone = Model(lm.step_fn, "alone", "step", True, VOCAB)
     assert fingerprint(alone) == fingerprint(replace(alone, spec="other"))
-    assert fingerprint(alone) != fingerprint(replace(alone, advance=as_model(Stepper()).advance))
+    assert fingerprint(alone) != fingerprint(replace(alone, step_fn=as_model(Stepper()).step_fn))
 
 
 def test_a_cache_knows_objects_by_themselves():

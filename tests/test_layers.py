@@ -214,7 +214,7 @@ def test_every_error_that_is_raised_on_purpose_has_one_base():
         and any(getattr(base, "id", "").endswith(("Error", "Exception")) for base in node.bases)
         and name != "pytest_lmeval.errors"
     }
-    assert defined <= {"pytest_lmeval.laws._trial.Raised", "pytest_lmeval.profiling._child.CannotMoveError"}  # never leave it
+    assert defined <= {"pytest_lmeval.laws._harness.Raised", "pytest_lmeval.profiling._child.CannotMoveError"}  # never leave it
 
 
 def test_values_are_really_frozen():
@@ -237,7 +237,7 @@ def steppers(paths):
     for path, name in paths:
         called = (node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
         methods = (function for function in called if isinstance(function, ast.Attribute))
-        stepped = {ast.unparse(method.value) for method in methods if method.attr in ("step", "advance")}
+        stepped = {ast.unparse(method.value) for method in methods if method.attr in ("step", "step_fn")}
         if any(not re.search(r"\boptimizer$|\bengine$|^Engine\(", receiver) for receiver in stepped):
             yield name.removeprefix("pytest_lmeval.")
 

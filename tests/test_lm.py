@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from toys import CARRYING, Functional, Streaming
+from tiny_models import CARRYING, Functional, Streaming
 
 from pytest_lmeval.errors import ModelError
-from pytest_lmeval.laws._twin import twin
+from pytest_lmeval.laws._float64_copy import twin
 from pytest_lmeval.models._model import fork, state_bytes
 from pytest_lmeval.models._sources import as_model
 

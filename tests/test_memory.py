@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from tiny_models import Functional, GetSetState, Stateless, Stepper
 from torch import nn
-from toys import Functional, GetSetState, Stateless, Stepper
 
 from pytest_lmeval._frames import release_frames
 from pytest_lmeval.errors import ModelError, OutOfMemory, ProfilingError

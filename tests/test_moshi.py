@@ -11,7 +11,7 @@ from reading import measure_perplexity, stream
 
 from pytest_lmeval.errors import LawBroken, SpecError
 from pytest_lmeval.laws import probe, replay
-from pytest_lmeval.laws._twin import twin
+from pytest_lmeval.laws._float64_copy import twin
 from pytest_lmeval.measures._latency import measure_latency
 from pytest_lmeval.models._model import fork
 from pytest_lmeval.models._sources import as_model
@@ -81,7 +81,7 @@ def undelayed(chunks):
 
 def test_it_is_recognised_by_looking():
     assert LM.form == "moshi"
-    assert LM.borders == (CONTEXT,)
+    assert LM.boundaries == (CONTEXT,)
     assert (LM.codebooks.sizes, LM.codebooks.scored) == ((128, *[64] * 16), tuple(range(1, 9)))
     assert LM.codebooks.delays == (0, 1, 1, 1, 1, 1, 1, 1)
 

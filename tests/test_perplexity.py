@@ -11,14 +11,14 @@ import torch
 from clean_models import Attention
 from hypothesis import given, settings, strategies as st
 from reading import chunk_of, measure_perplexity
-from toys import VOCAB, Failing, Functional, Stateless, Stepper
+from tiny_models import VOCAB, Failing, Functional, Stateless, Stepper
 
 from pytest_lmeval import corpus, perplexity
 from pytest_lmeval.data._corpus import Corpus, Document
 from pytest_lmeval.errors import CorpusError, StreamError
 from pytest_lmeval.models._sources import as_model
 from pytest_lmeval.records._journal import Checkpoints, JournalWarning, Saver
-from pytest_lmeval.scoring._reading import (
+from pytest_lmeval.scoring._loss_accumulator import (
     BLOCK,
     BLOCKS,
     BYTES,
@@ -28,7 +28,7 @@ from pytest_lmeval.scoring._reading import (
     SECONDS,
     STATE,
     TOKENS,
-    Reading,
+    LossAccumulator,
 )
 from pytest_lmeval.scoring._reading_figures import exponential
 
@@ -168,7 +168,7 @@ def test_a_perplexity_is_never_capped():
 
 
 def fold(nll, sizes, **options):
-    reading, start = Reading(**options), 1
+    reading, start = LossAccumulator(**options), 1
     reading.start_document()
     for size in sizes:
         part = nll[start - 1 : start - 1 + size]
@@ -204,7 +204,7 @@ def test_a_stream_of_any_length_takes_the_same_memory():
 @settings(max_examples=30)
 @given(st.integers(1, 3 * CHUNKS))
 def test_the_course_of_any_number_of_chunks_is_a_mean_of_each_group_also_of_the_last(number):
-    reading = Reading()
+    reading = LossAccumulator()
     for start in range(1, number + 1):
         reading.add(chunk_of(start, np.ones(1), seconds=0.25, state_bytes=1024))
     rows, each = reading.course
@@ -225,7 +225,7 @@ def test_the_state_is_weighed_after_every_chunk():
 
 def test_a_reading_survives_json_to_the_last_bit():
     reading = fold(np.random.default_rng(0).exponential(size=3000), [177] * 20, positions=(500,))
-    again = Reading.from_json(json.loads(json.dumps(reading.to_json())))
+    again = LossAccumulator.from_json(json.loads(json.dumps(reading.to_json())))
     assert again.to_json() == reading.to_json()
     assert again.total[BYTES] == 3000
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from reading import measure_perplexity
+from tiny_models import Functional, Stepper
 from torch import nn
-from toys import Functional, Stepper
 
 from pytest_lmeval.errors import SpecError
+from pytest_lmeval.laws._float64_copy import twin
+from pytest_lmeval.laws._preserve_weights import preserve_weights
 from pytest_lmeval.laws._probe import probe
-from pytest_lmeval.laws._twin import twin
-from pytest_lmeval.laws._untouched import weights_kept
 from pytest_lmeval.models import _precision as precision
 from pytest_lmeval.models._identity import facts, fingerprint, precision as precision_facts
 from pytest_lmeval.models._model import Model, multiplied
@@ -330,7 +330,7 @@ def test_a_fingerprint_is_that_of_the_packed_values():
 def test_a_packed_weight_that_reading_changes_is_noticed_and_put_back(wanted):
     lm = packed(wanted)
     before = lm.module.mix.weight.qdata.clone()
-    with weights_kept(lm) as changed:
+    with preserve_weights(lm) as changed:
         assert changed() is None
         lm.module.mix.weight.qdata[0, 0] += 1
         assert "mix.weight" in changed()

@@ -11,7 +11,7 @@ from itertools import cycle
 
 import pytest
 import torch
-from toys import Functional, Stateless
+from tiny_models import Functional, Stateless
 
 from pytest_lmeval.errors import NotMeasuredError, ProfilingError
 from pytest_lmeval.measures._latency import measure_latency
@@ -293,7 +293,7 @@ def test_another_value_of_a_model_is_the_one_that_was_timed_and_another_step_is_
     lm = as_model(Functional())
     assert not timed_before(replace(lm, context_length=64))
     assert timed_before(lm)
-    assert not timed_before(replace(lm, advance=lambda *given: lm.advance(*given)))
+    assert not timed_before(replace(lm, step_fn=lambda *given: lm.step_fn(*given)))
     assert not timed_before(as_model(Functional()))
 
 
@@ -310,7 +310,7 @@ def test_a_stream_is_timed_chunk_by_chunk(still):
     assert float(result.chunk_latency) == pytest.approx(5)
     assert result.chunk_latency.n == 14  # the first chunk has no state to read
     assert float(result.tokens_per_second) == pytest.approx(1000)
-    assert float(result.slowing) == pytest.approx(1)
+    assert float(result.slowdown) == pytest.approx(1)
     assert result.state_bytes.x == [5.0 * chunk for chunk in range(1, 9)]
     assert set(result.state_bytes.y) == {16 * 4.0}
 
@@ -326,7 +326,7 @@ class Tiring(Slow):
 
 def test_a_stream_that_gets_slower_is_seen(still):
     result = measure_streaming(as_model(Tiring(still)), chunk_size=5, chunks=17, runs=2, warm_up=0)
-    assert float(result.slowing) == pytest.approx((13 + 14 + 15 + 16) / (1 + 2 + 3 + 4))
+    assert float(result.slowdown) == pytest.approx((13 + 14 + 15 + 16) / (1 + 2 + 3 + 4))
 
 
 def test_only_a_model_with_a_state_reads_a_stream():

@@ -111,7 +111,7 @@ def rows_for(name):
 def ours(task, row, shown=()):
     """What a model reads: the prompt and each of its choices, or nothing after it where the answer is generated."""
     *examples, question = (task.ask(row) for row in (*shown, row))
-    prompt = task.description + "".join(f"{example.prompt}{example.solution}{task.fewshot_delimiter}" for example in examples)
+    prompt = task.description + "".join(f"{example.prompt}{example.target}{task.fewshot_delimiter}" for example in examples)
     continuations = question.choices if isinstance(question, Choices) else ("",)
     return [(prompt + question.prompt, continuation) for continuation in continuations]
 
@@ -239,7 +239,7 @@ def test_lm_eval_reads_the_labels_of_multirc_the_wrong_way_round(harness):
     """Label 1 says that the answer is right. The harness's choice 1 is "no", and "no" is what it shows after right answers."""
     task, rows = find("multirc"), ROWS["multirc"]
     assert [ours(task, row)[::-1] for row in rows] == list(theirs(harness("multirc", rows)))
-    assert [task.ask(row).solution.rpartition(" ")[2] for row in rows] == ["yes" if row["label"] else "no" for row in rows]
+    assert [task.ask(row).target.rpartition(" ")[2] for row in rows] == ["yes" if row["label"] else "no" for row in rows]
     wrong = changed(task, answer=lambda label: 1 - label)
     assert ours(wrong, rows[0], rows[1:3])[::-1] == next(theirs(harness("multirc", rows), shots=2))
 

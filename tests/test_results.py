@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from toys import Failing
+from tiny_models import Failing
 
 from pytest_lmeval.records._journal import Checkpoints, Journal, key_of
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from reading import measure_perplexity, stream_in_windows
-from toys import Functional, Stateless
+from tiny_models import Functional, Stateless
 
 from pytest_lmeval.data._corpus import Corpus, Document
 from pytest_lmeval.data._tokens import TokenReader, beginning

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from toys import VOCAB, Functional
+from tiny_models import VOCAB, Functional
 
 from pytest_lmeval.laws import probe
-from pytest_lmeval.laws._routers import recorded, until_first_tie
+from pytest_lmeval.laws._moe_routing import recorded, until_first_tie
 from pytest_lmeval.models._sources import as_model
 
 

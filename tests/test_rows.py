@@ -6,7 +6,7 @@ import torch
 from clean_models import CLEAN
 from hypothesis import given, settings, strategies as st
 from reading import stream
-from toys import VOCAB, Broken, Functional, Neighbourly, Seeing, Stateless
+from tiny_models import VOCAB, Broken, Functional, Neighbourly, Seeing, Stateless
 
 from pytest_lmeval import as_model, score_rows
 from pytest_lmeval.errors import NotFiniteError, StreamError

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from reading import reader as engine_of
-from toys import VOCAB, Dropped, Forgetful, Functional, GetSetState, Neighbourly, Shared, Stateless, Stepper
+from tiny_models import VOCAB, Dropped, Forgetful, Functional, GetSetState, Neighbourly, Shared, Stateless, Stepper
 
 from pytest_lmeval import as_model, load
 from pytest_lmeval.engine._executor import PADDED

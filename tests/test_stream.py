@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from reading import stream, stream_in_windows
-from toys import VOCAB, Broken, Forgetful, Functional, LastOnly, Promising, Stateless
+from tiny_models import VOCAB, Broken, Forgetful, Functional, LastOnly, Promising, Stateless
 
 from pytest_lmeval.engine._losses import score
 from pytest_lmeval.engine._policy import default_chunk_size

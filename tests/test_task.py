@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 from reading import measure_task
-from toys import Functional
+from tiny_models import Functional
 
 from pytest_lmeval import Choices, Generate, Rows, Suite, Task, as_model
 from pytest_lmeval.errors import TaskError

@@ -82,7 +82,7 @@ def test_smallbench_asks_otherwise_than_glue():
     (ours, theirs) = (find(name).ask(row) for name in ("smallbench:sst2", "sst2"))
     assert ours.prompt == "Sentence: Fine .\nSentiment:"
     assert theirs.prompt == "Fine .\nQuestion: Is this sentence positive or negative?\nAnswer:"
-    assert ours.solution == theirs.solution == " positive"
+    assert ours.target == theirs.target == " positive"
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_smallbench_asks_otherwise_than_glue():
 )
 def test_smallbench_reads_as_it_was_given(name, row, read):
     question = find(f"smallbench:{name}").ask(row)
-    assert question.prompt + question.solution == read
+    assert question.prompt + question.target == read
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_a_question_without_an_answer_is_answered_by_saying_so():
     question = find("squadv2").ask(row)
     assert isinstance(question, Generate)
     assert question.answers == ("unanswerable", "")
-    assert question.prompt + question.solution == "Title: t\n\nBackground: c\n\nQuestion: q\n\nAnswer: unanswerable"
+    assert question.prompt + question.target == "Title: t\n\nBackground: c\n\nQuestion: q\n\nAnswer: unanswerable"
 
 
 def test_a_question_of_squad_without_an_answer_is_refused():

@@ -17,9 +17,9 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
+from tiny_models import Functional, GetSetState, PortableStreaming, Stateless, Stepper, Streaming
 from torch import nn
 from torch.nn import functional as F
-from toys import Functional, GetSetState, PortableStreaming, Stateless, Stepper, Streaming
 
 import pytest_lmeval.training._loop as loop
 from pytest_lmeval.data import corpus
@@ -181,7 +181,7 @@ def test_held_out_crops_are_spread_over_the_whole_text(seq_len, extra, wanted):
     assert number == 1 or crops[-1, -1] >= length - 1 - seq_len
 
 
-class Reading(Functional):
+class LossAccumulator(Functional):
     """Remembers what it was given to learn from."""
 
     def __init__(self, **options):
@@ -201,7 +201,7 @@ class Reading(Functional):
 
 
 def test_all_models_read_the_same_tokens_in_the_same_order():
-    small, large = Reading(width=4), Reading(width=16)
+    small, large = LossAccumulator(width=4), LossAccumulator(width=16)
     for module in (small, large):
         lm = as_model(module)
         module.read.clear()
@@ -280,7 +280,7 @@ def test_a_model_of_any_form_learns_as_one_that_is_passed_its_state(form):
 
 def test_what_comes_back_can_be_used_at_once():
     result = run_training(as_model(Functional()), TEXT, held_out=UNSEEN, protocol=SMALL)
-    assert result.lm.spec == "toys:Functional, trained 12 steps on ids[test]"
+    assert result.lm.spec == "tiny_models:Functional, trained 12 steps on ids[test]"
     assert not result.lm.module.training
     assert all(parameter.grad is None for parameter in result.lm.module.parameters())
     _, state = result.lm.step(torch.tensor([[1, 2]]))
@@ -450,7 +450,7 @@ def test_a_long_curve_is_thinned_by_averaging(monkeypatch):
 
 
 def test_a_model_that_was_trained_before_is_not_trained_again(tmp_path):
-    module = Reading()
+    module = LossAccumulator()
     first = run_training(as_model(module), TEXT, held_out=UNSEEN, protocol=SMALL, folder=tmp_path)
     read = len(module.read)
     again = run_training(as_model(module), TEXT, held_out=UNSEEN, protocol=SMALL, folder=tmp_path)
@@ -497,7 +497,7 @@ def test_the_folder_says_what_was_trained_in_it(tmp_path):
     (folder,) = (tmp_path / "models").iterdir()
     assert sorted(path.name for path in folder.iterdir()) == ["best.safetensors", "protocol.json", "record.json"]
     written = json.loads((folder / "protocol.json").read_text())
-    assert written["trained_from"] == "toys:Functional"
+    assert written["trained_from"] == "tiny_models:Functional"
     assert written["decided by"]["protocol"] == SMALL.to_json()
     assert same(weights(result), load_weights(as_model(Functional(seed=1)), folder).module.state_dict())
 
@@ -532,7 +532,7 @@ def test_weights_of_another_model_are_refused_with_the_names_of_what_does_not_fi
     tensors["head.bias"] = torch.zeros(7)
     save_file(tensors, file)
     expected = (
-        r"does not fit toys:Functional. Tensors missing: embed.weight; not in the model: new.weight; "
+        r"does not fit tiny_models:Functional. Tensors missing: embed.weight; not in the model: new.weight; "
         r"of another shape: head.bias \[7\] for \[32\]"
     )
     with pytest.raises(SpecError, match=expected):

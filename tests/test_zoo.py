@@ -45,7 +45,7 @@ def ids(rows, length, seed=0):
 
 
 def read(model, tokens, sizes, damage=lambda layer: layer):
-    """Logits [b, t, v] of tokens [b, t] read in pieces, each layer's state being damaged at every border."""
+    """Logits [b, t, v] of tokens [b, t] read in pieces, each layer's state being damaged at every boundary."""
     state, parts = None, []
     for piece in torch.split(tokens, sizes, dim=1):
         logits, state = model(piece, state)
@@ -136,7 +136,7 @@ def test_the_gradient_of_a_chunk_is_that_of_its_steps(name):
 @pytest.mark.parametrize("name", [*SMALL, "bk"])
 def test_it_learns_a_short_text(name):
     model = seeded(SMALL.get(name, lambda: ResNetBK(width=16, layers=2, hidden=16, causal=False)))
-    text = torch.tensor(list(b"A state that is lost at a border is lost for good. " * 12)).view(12, -1)
+    text = torch.tensor(list(b"A state that is lost at a boundary is lost for good. " * 12)).view(12, -1)
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), []
     for _ in range(50):
         output = model(text[:, :-1])

@@ -28,14 +28,14 @@ TRIED = 5  # tokens read before a state is divided
 ROUNDING = 64  # units in the last place of the largest logit by which a row may differ that is read beside others
 ALIKE = 8  # times less than two rows differ: low precision must not hide that one is taken for the other
 
-SELECTIONS = WeakCache["Select | None"]()  # of loaded models, by `advance`: finding one takes 20 steps or so
+SELECTIONS = WeakCache["Select | None"]()  # of loaded models, by `step_fn`: finding one takes 20 steps or so
 
 
 def selection(lm: Model) -> Select | None:
     """How rows of the model's states are selected; None where they cannot be."""
     if not lm.stateful or lm.codebooks is not None:
         return None
-    return SELECTIONS.value(lm.advance, lambda: _found(lm), stamp=fingerprint(lm))
+    return SELECTIONS.value(lm.step_fn, lambda: _found(lm), stamp=fingerprint(lm))
 
 
 def _found(lm: Model) -> Select | None:

@@ -91,7 +91,7 @@ def ids_of(source: Any, name: str) -> np.ndarray:
 
 
 def overlapping(tokens: Iterable[Tokens], size: int, overlap: int = 0) -> Iterator[Tokens]:
-    """Cut a stream into pieces of size + 1 tokens that share a border token (input of one, target of the other) and the
+    """Cut a stream into pieces of size + 1 tokens that share a boundary token (input of one, target of the other) and the
     `overlap` tokens before it.
 
     >>> [piece.ids.tolist() for piece in overlapping(tokens_of(range(6)), 2)]

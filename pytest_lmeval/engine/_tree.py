@@ -141,7 +141,9 @@ def _grow(requests: Sequence[Request], paths: list[list[int]], start: int, share
         group = list(members)
         first, last = (requests[path[-1]] for path in (group[0], group[-1]))
         end = (
-            len(first.read) if len(group) == 1 else shared + alike(*(one.ids[shared : one.shareable] for one in (first, last)))
+            len(first.read)
+            if len(group) == 1
+            else shared + common_prefix_len(*(one.ids[shared : one.shareable] for one in (first, last)))
         )
         if len(group) > 1 and not worth_a_step(end - start, len(group), step):
             nodes += _grow(requests, group, start, end, step)
@@ -174,7 +176,7 @@ def _branch(requests: Sequence[Request], at: int) -> Callable[[list[int]], int]:
     return branch
 
 
-def alike(first: np.ndarray, second: np.ndarray) -> int:
+def common_prefix_len(first: np.ndarray, second: np.ndarray) -> int:
     """How many tokens two sequences begin with alike."""
     length = min(len(first), len(second))
     different = np.flatnonzero(first[:length] != second[:length])

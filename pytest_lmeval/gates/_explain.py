@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pytest_lmeval.records._comparison import ORDER, Comparison
 from pytest_lmeval.records._measured import Record
 from pytest_lmeval.records._metric import metric
-from pytest_lmeval.report._remarks import remarks
+from pytest_lmeval.report._comparison_notes import remarks
 from pytest_lmeval.report._words import number, several, wrapped
 
 FIRST = 5  # examples that the failure of a test names

@@ -5,25 +5,25 @@
 
 and for hypothesis tests of your own:
 
-    trial = Trial(as_model(my_model))
+    harness = Harness(as_model(my_model))
 
-    @given(case=cases(longest=100, borders=(16,)))
+    @given(case=cases(longest=100, boundaries=(16,)))
     def test_my_cache_is_exact(case):
-        check("splits", trial, case)
+        check("splits", harness, case)
 """
 
 from pytest_lmeval.errors import LawBroken, NotPossible
 from pytest_lmeval.laws._checks import LAWS, check
+from pytest_lmeval.laws._harness import Harness
 from pytest_lmeval.laws._probe import probe, replay
 from pytest_lmeval.laws._strategies import Case, cases, compositions, edge_cases
-from pytest_lmeval.laws._trial import Trial
 
 __all__ = [
     "LAWS",
     "Case",
+    "Harness",
     "LawBroken",
     "NotPossible",
-    "Trial",
     "cases",
     "check",
     "compositions",

@@ -1,4 +1,4 @@
-"""The laws, each a function of a trial and a case that raises `LawBroken` with what it saw: use them in a test of your own.
+"""The laws, each a function of a harness and a case that raises `LawBroken` with what it saw: use them in a test of your own.
 
 repeat      the same call twice gives the same numbers: bit-equal
 isolation   a sequence is read the same after any other one: bit-equal; and by a copy that has read nothing yet; and the
@@ -23,111 +23,111 @@ import torch
 from torch import Tensor, nn
 
 from pytest_lmeval.errors import ArgumentError, LawBroken, NotFiniteError, NotPossible, no_such
-from pytest_lmeval.laws._accounting import sums
-from pytest_lmeval.laws._evidence import bit_equal, broken, first_difference, largest_difference, near, same, within
+from pytest_lmeval.laws._assertions import bit_equal, broken, first_difference, largest_difference, near, same, within
+from pytest_lmeval.laws._harness import MEMORY, Harness, Raised
 from pytest_lmeval.laws._sequences import beside, named, other_future
 from pytest_lmeval.laws._states import fork_, in_a_line, resume, size
 from pytest_lmeval.laws._strategies import Case
+from pytest_lmeval.laws._sums import sums
 from pytest_lmeval.laws._tolerance import ROUNDINGS
-from pytest_lmeval.laws._trial import MEMORY, Raised, Trial
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.models._seeds import reseed
 
 FINER = 30  # times smaller in float64, and a difference is rounding
 
 
-def repeat(trial: Trial, case: Case) -> None:
-    ids, sizes = trial.tokens(case.length, case.seed), sizes_for(trial, case)
-    first, again = trial.logits(ids, sizes), trial.logits(ids, sizes)
-    bit_equal(trial, case, first, again, "read twice in a row, gave two results", _why_not_again(trial.lm))
+def repeat(harness: Harness, case: Case) -> None:
+    ids, sizes = harness.tokens(case.length, case.seed), sizes_for(harness, case)
+    first, again = harness.logits(ids, sizes), harness.logits(ids, sizes)
+    bit_equal(harness, case, first, again, "read twice in a row, gave two results", _why_not_again(harness.lm))
 
 
-def isolation(trial: Trial, case: Case) -> None:
-    ids, sizes = trial.tokens(case.length, case.seed), sizes_for(trial, case)
-    others = trial.tokens(max(1, case.before), case.seed + 1000)
-    first = trial.logits(ids, sizes)
+def isolation(harness: Harness, case: Case) -> None:
+    ids, sizes = harness.tokens(case.length, case.seed), sizes_for(harness, case)
+    others = harness.tokens(max(1, case.before), case.seed + 1000)
+    first = harness.logits(ids, sizes)
     try:
-        trial.logits(beside(others, case.rows), [others.shape[-1]])
+        harness.logits(beside(others, case.rows), [others.shape[-1]])
     except Raised:
-        trial.logits(others, [others.shape[-1]])  # a model of single rows
-    again = trial.logits(ids, sizes)
+        harness.logits(others, [others.shape[-1]])  # a model of single rows
+    again = harness.logits(ids, sizes)
     why = "Something is left over from one sequence to the next."
-    bit_equal(trial, case, first, again, "gave other logits after another sequence was read in between", why)
-    if (fresh := trial.fresh()) is not None:
-        never = trial.logits(ids, sizes, lm=fresh)
-        near(trial, case, never, again, "gave other logits than in a copy of the model that had read nothing before", why)
+    bit_equal(harness, case, first, again, "gave other logits after another sequence was read in between", why)
+    if (fresh := harness.fresh()) is not None:
+        never = harness.logits(ids, sizes, lm=fresh)
+        near(harness, case, never, again, "gave other logits than in a copy of the model that had read nothing before", why)
 
 
-def causality(trial: Trial, case: Case) -> None:
-    _blind_to_the_future(trial, case, [case.length], case.cuts[0])
+def causality(harness: Harness, case: Case) -> None:
+    _blind_to_the_future(harness, case, [case.length], case.cuts[0])
     *cuts, change = case.cuts
-    if cuts and trial.goes_on is None:  # a piece that goes on has another mask than the first one
-        _blind_to_the_future(trial, case, Case(case.length, tuple(cuts)).sizes, change)
+    if cuts and harness.goes_on is None:  # a piece that goes on has another mask than the first one
+        _blind_to_the_future(harness, case, Case(case.length, tuple(cuts)).sizes, change)
 
 
-def _blind_to_the_future(trial: Trial, case: Case, sizes: list[int], change: int) -> None:
-    ids = trial.tokens(case.length, case.seed)
-    other, kept, said = other_future(trial.lm, ids, change)
-    before, after = (trial.logits(x, sizes).flatten(0, -2)[:kept] for x in (ids, other))
+def _blind_to_the_future(harness: Harness, case: Case, sizes: list[int], change: int) -> None:
+    ids = harness.tokens(case.length, case.seed)
+    other, kept, said = other_future(harness.lm, ids, change)
+    before, after = (harness.logits(x, sizes).flatten(0, -2)[:kept] for x in (ids, other))
     if same(before, after):
         return
     first, error = first_difference(before, after)
-    if _is_rounding(trial, error, ids, other, sizes, kept):
+    if _is_rounding(harness, error, ids, other, sizes, kept):
         return
     raise broken(
         case,
         f"changing {said} on (of {case.length}, seed {case.seed}, in pieces of {sizes}) changed the logits of "
-        f"{named(trial.lm, first)} before it, by up to {error:.3g}. The model sees its future; its perplexity says nothing.",
+        f"{named(harness.lm, first)} before it, by up to {error:.3g}. The model sees its future; its perplexity says nothing.",
         error=error,
     )
 
 
-def _is_rounding(trial: Trial, error: float, ids: Tensor, other: Tensor, sizes: list[int], kept: int) -> bool:
+def _is_rounding(harness: Harness, error: float, ids: Tensor, other: Tensor, sizes: list[int], kept: int) -> bool:
     """The tokens of an expert are multiplied together, so how a token is rounded hangs on how many others there are.
 
     Rounding is smaller in float64. What is seen of the future is not.
     """
-    if trial.reference is None:
-        return trial.routes and error <= ROUNDINGS * torch.finfo(trial.lm.dtype).eps
-    before, after = (trial.logits(x, sizes, lm=trial.reference).flatten(0, -2)[:kept] for x in (ids, other))
+    if harness.reference is None:
+        return harness.routes and error <= ROUNDINGS * torch.finfo(harness.lm.dtype).eps
+    before, after = (harness.logits(x, sizes, lm=harness.reference).flatten(0, -2)[:kept] for x in (ids, other))
     return largest_difference(before, after) <= error / FINER
 
 
-def prefix(trial: Trial, case: Case) -> None:
+def prefix(harness: Harness, case: Case) -> None:
     cut = case.cuts[-1]
-    excess = trial.compare("prefix", case.seed, trial.tokens(cut, case.seed), [cut])
+    excess = harness.compare("prefix", case.seed, harness.tokens(cut, case.seed), [cut])
     said = f"{cut} tokens (seed {case.seed}) read alone are off by {excess.error:.3g} nats at token {excess.position} from the "
-    said += f"same tokens at the beginning of {trial.longest}, allowed {excess.allowed:.2g}. "
+    said += f"same tokens at the beginning of {harness.longest}, allowed {excess.allowed:.2g}. "
     within(case, excess, said + "What a token costs depends on how long the text is.")
 
 
-def splits(trial: Trial, case: Case) -> None:
-    _like_the_whole(trial, case, "splits", case.sizes, str(case))
+def splits(harness: Harness, case: Case) -> None:
+    _like_the_whole(harness, case, "splits", case.sizes, str(case))
 
 
-def steps(trial: Trial, case: Case) -> None:
+def steps(harness: Harness, case: Case) -> None:
     what = f"{case.length} tokens (seed {case.seed}), one at a time"
-    _like_the_whole(trial, case, "steps", [1] * case.length, what)
+    _like_the_whole(harness, case, "steps", [1] * case.length, what)
 
 
-def _like_the_whole(trial: Trial, case: Case, law: str, sizes: list[int], what: str) -> None:
-    excess = trial.compare(law, case.seed, trial.tokens(case.length, case.seed), sizes)
+def _like_the_whole(harness: Harness, case: Case, law: str, sizes: list[int], what: str) -> None:
+    excess = harness.compare(law, case.seed, harness.tokens(case.length, case.seed), sizes)
     said = f"{what}: log-probabilities off by {excess.error:.3g} nats at token {excess.position}, allowed {excess.allowed:.2g}."
     within(case, excess, said, sizes=sizes)
 
 
-def rows(trial: Trial, case: Case) -> None:
-    padding = max(0, min(case.padding, trial.longest - case.length))
-    *sizes, last = sizes_for(trial, case)
+def rows(harness: Harness, case: Case) -> None:
+    padding = max(0, min(case.padding, harness.longest - case.length))
+    *sizes, last = sizes_for(harness, case)
     sizes += [last] + [1] * padding if last == 1 else [last + padding]
-    own = trial.tokens(case.length + padding, case.seed)
-    batch = [trial.tokens(own.shape[-1], case.seed + 1000 + other) for other in range(max(2, case.rows))]
+    own = harness.tokens(case.length + padding, case.seed)
+    batch = [harness.tokens(own.shape[-1], case.seed + 1000 + other) for other in range(max(2, case.rows))]
     batch[case.row] = torch.nn.functional.pad(own[..., : case.length], (0, padding))
-    alone = trial.run(own, sizes)[: case.length]  # in the same pieces, but with real tokens in place of the padding
+    alone = harness.run(own, sizes)[: case.length]  # in the same pieces, but with real tokens in place of the padding
     try:
-        excess = trial.compare("rows", case.seed, torch.cat(batch), sizes, row=case.row, other=(own, alone))
+        excess = harness.compare("rows", case.seed, torch.cat(batch), sizes, row=case.row, other=(own, alone))
     except Raised as raised:
-        if trial.reads_rows:
+        if harness.reads_rows:
             raise
         raise NotPossible(f"it does not read {len(batch)} rows at once (it {raised})") from raised
     said = (
@@ -136,11 +136,11 @@ def rows(trial: Trial, case: Case) -> None:
     within(case, excess, said + "A row depends on its neighbours, their order, or the padding after it.")
 
 
-def sizes_for(trial: Trial, case: Case) -> list[int]:
+def sizes_for(harness: Harness, case: Case) -> list[int]:
     """Pieces in which the model can read the case, right or wrong: the law is about something else."""
-    if trial.goes_on is None:
+    if harness.goes_on is None:
         return case.sizes
-    singles = min(8, case.length - 1) * trial.goes_on
+    singles = min(8, case.length - 1) * harness.goes_on
     return [case.length - singles, *[1] * singles]
 
 
@@ -158,7 +158,7 @@ def _why_not_again(lm: Model) -> str:
 class Law:
     """A law, what of a case it looks at, and whether it needs a model that carries a state."""
 
-    check: Callable[[Trial, Case], None]
+    check: Callable[[Harness, Case], None]
     uses: frozenset[str]
     needs_state: bool = False
 
@@ -167,7 +167,7 @@ class Law:
         return Case(case.length, **{name: value for name, value in vars(case).items() if name in self.uses})
 
 
-def _law(check: Callable[[Trial, Case], None], uses: str, *, needs_state: bool = False) -> Law:
+def _law(check: Callable[[Harness, Case], None], uses: str, *, needs_state: bool = False) -> Law:
     return Law(check, frozenset(uses.split()), needs_state)
 
 
@@ -186,7 +186,7 @@ LAWS: dict[str, Law] = {
 }
 
 
-def check(law: str, trial: Trial, case: Case) -> None:
+def check(law: str, harness: Harness, case: Case) -> None:
     """Try a law on a case. Raises LawBroken where it is broken, also where the model raises although it read the sequence
     in one piece, NotPossible where the law cannot be tried, and ArgumentError for a law or a case that there is not."""
     if law not in LAWS:
@@ -196,11 +196,11 @@ def check(law: str, trial: Trial, case: Case) -> None:
         raise ArgumentError(f"a law needs two tokens at least; got a sequence of {case.length}.")
     if "cuts" in LAWS[law].uses and not case.cuts:
         case = replace(case, cuts=(case.length // 2,))
-    device = trial.lm.device
+    device = harness.lm.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         reseed(device, case.seed)  # a model that draws random numbers does so alike whenever a case is tried again
         try:
-            LAWS[law].check(trial, case)
+            LAWS[law].check(harness, case)
         except Raised as raised:
             raise broken(case, f"{case}: it {raised}") from raised
         except (LawBroken, NotPossible, NotFiniteError, *MEMORY):

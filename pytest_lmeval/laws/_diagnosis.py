@@ -1,4 +1,4 @@
-"""What a wrong result looks like, and what is likely the matter: read off how the error runs on after the border.
+"""What a wrong result looks like, and what is likely the matter: read off how the error runs on after the boundary.
 
 Where the error stands tells more than how large it is. A state that forgets, dropped once, shows and fades. A position that
 restarts stays wrong. A convolution's tail is missed for as many tokens as it is long. A window evicts a key too many,
@@ -16,7 +16,7 @@ SMALL = 0.02  # nats: below it, what is wrong is a rounding or a constant, not a
 
 
 def likely_fault(sizes: list[int], excess: Excess) -> str:
-    """One or two sentences: at which border it goes wrong, how it goes on, and the likely kind of fault.
+    """One or two sentences: at which boundary it goes wrong, how it goes on, and the likely kind of fault.
 
     sizes  the pieces in which the sequence was read
     """
@@ -34,9 +34,9 @@ def likely_fault(sizes: list[int], excess: Excess) -> str:
             f"the call is ({sizes[0]} against {ends[-1]} and more tokens). Another code path for short calls, a padding "
             "of the piece to a block, or logits that look at the whole of a call."
         )
-    where = f"It goes wrong at the border after token {begin - 1}"
+    where = f"It goes wrong at the boundary after token {begin - 1}"
     if first - begin >= 2 and sizes[piece] > 1:
-        where = f"It goes wrong {first - begin} tokens after the border before token {begin}"
+        where = f"It goes wrong {first - begin} tokens after the boundary before token {begin}"
     elif sizes[: piece + 1].count(1) == piece + 1 and piece > 1:
         where = f"Read one token at a time, it goes wrong at token {first}"
     later = [place for place in wrong if place >= end]
@@ -64,7 +64,7 @@ def _course(profile: list[float], first: int, last: int, later: list[int]) -> st
         return "where the sequence ends: something that was read before is not carried over, or not counted."
     if stretch <= 4 and not later and len(rest) >= 2 * stretch + 2:
         return (
-            f"and is right again {stretch} token(s) later: a convolution's tail, or the last keys before the border, are "
+            f"and is right again {stretch} token(s) later: a convolution's tail, or the last keys before the boundary, are "
             "dropped or shifted."
         )
     if tail <= FADED * top:

@@ -17,16 +17,16 @@ import torch
 from msgspec import structs
 
 from pytest_lmeval.errors import ArgumentError, ModelError, no_such
+from pytest_lmeval.laws._assertions import broken
 from pytest_lmeval.laws._checks import check
-from pytest_lmeval.laws._evidence import broken
-from pytest_lmeval.laws._hearing import hear
-from pytest_lmeval.laws._known import Known, case_of
+from pytest_lmeval.laws._counterexample_store import Known, case_of
+from pytest_lmeval.laws._float64_copy import twin
+from pytest_lmeval.laws._harness import LONGEST, Harness
+from pytest_lmeval.laws._preserve_weights import preserve_weights
 from pytest_lmeval.laws._profiles import PROFILES, Profile
+from pytest_lmeval.laws._run_probe import hear
 from pytest_lmeval.laws._search import counterexample
 from pytest_lmeval.laws._strategies import Case
-from pytest_lmeval.laws._trial import LONGEST, Trial
-from pytest_lmeval.laws._twin import twin
-from pytest_lmeval.laws._untouched import weights_kept
 from pytest_lmeval.laws._verdict import LOW_PRECISION, verdict_of
 from pytest_lmeval.models._identity import facts
 from pytest_lmeval.models._model import Model
@@ -103,13 +103,13 @@ def probe(
         raise ModelError(f"{lm.spec} reads at most {length} token(s); the laws need two.")
     low = str(lm.dtype).removeprefix("torch.") in LOW_PRECISION
     in_float32 = twin(lm, torch.float32) if low else None
-    with weights_kept(lm) as changed, torch.random.fork_rng([lm.device] if lm.device.type == "cuda" else []):
-        trial, stop = Trial(lm), began + chosen.budget * (0.5 if in_float32 else 1.0)
-        certificate = hear(trial, length, chosen, Known(known).cases(lm.spec), stop)
+    with preserve_weights(lm) as changed, torch.random.fork_rng([lm.device] if lm.device.type == "cuda" else []):
+        harness, stop = Harness(lm), began + chosen.budget * (0.5 if in_float32 else 1.0)
+        certificate = hear(harness, length, chosen, Known(known).cases(lm.spec), stop)
         if changed_by := changed():
             certificate = _with(certificate, lm, "isolation", counterexample("isolation", Case(2), changed_by))
         if in_float32 is not None and certificate.verdict == CONSISTENT:
-            certificate = _refuted_in_float32(certificate, trial, in_float32, length, chosen, began + chosen.budget)
+            certificate = _refuted_in_float32(certificate, harness, in_float32, length, chosen, began + chosen.budget)
     for name, law in certificate.laws.items():
         for example in law.counterexamples:
             Known(known).add(lm.spec, name, example.case)
@@ -118,7 +118,7 @@ def probe(
         subject="laws of streaming",
         lm=facts(lm),
         settings={"profile": profile, "examples": chosen.examples, "budget": chosen.budget},
-        details={"calls": trial.calls},
+        details={"calls": harness.calls},
         metrics=_metrics(certificate),
         cost=Cost(
             seconds=time.perf_counter() - began,
@@ -148,20 +148,20 @@ def replay(lm: Any, law: str, *, longest: int = LONGEST, float32: bool = False, 
     model, tried = as_model(lm), case_of(case)
     if float32 and (copy := twin(model, torch.float32)) is not None:
         model = copy
-    with weights_kept(model) as changed:
-        check(law, Trial(model, min(max(longest, tried.length), model.limit or 1 << 30)), tried)
+    with preserve_weights(model) as changed:
+        check(law, Harness(model, min(max(longest, tried.length), model.limit or 1 << 30)), tried)
         if law == "isolation" and (changed_by := changed()):
             raise broken(tried, changed_by)
 
 
 def _refuted_in_float32(
-    certificate: Certificate, trial: Trial, copy: Model, longest: int, profile: Profile, stop: float
+    certificate: Certificate, harness: Harness, copy: Model, longest: int, profile: Profile, stop: float
 ) -> Certificate:
     """What 16 bits cannot see, a copy in float32 does. A fault that is larger there than the rounding of the 16 bits counts
     against the model; a smaller one is no larger than what its precision costs anyway."""
-    noise = max(float(yardstick.full_error.max()) for yardstick in trial.yardsticks.values())
+    noise = max(float(yardstick.full_error.max()) for yardstick in harness.yardsticks.values())
     try:
-        exact = Trial(copy)
+        exact = Harness(copy)
         found = hear(exact, longest, profile, [], stop)
     except ModelError:
         return certificate
@@ -174,7 +174,7 @@ def _refuted_in_float32(
             example = law.counterexamples[0]
             message = f"a copy of it in float32: {example.message}"
             example = structs.replace(example, message=message, replay=f"{example.replay[:-1]}, float32=True)")
-            certificate = _with(certificate, trial.lm, name, example, found.verdict)
+            certificate = _with(certificate, harness.lm, name, example, found.verdict)
     return certificate
 
 
@@ -198,7 +198,7 @@ def _refuse_train_mode(lm: Model) -> None:
 
 
 def _longest(lm: Model) -> int:
-    window = max((border for border in lm.borders if border <= LARGEST_BORDER), default=0)
+    window = max((boundary for boundary in lm.boundaries if boundary <= LARGEST_BORDER), default=0)
     return max(LONGEST, 3 * window + 7)
 
 

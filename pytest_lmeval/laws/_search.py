@@ -6,24 +6,24 @@ import time
 from dataclasses import replace
 
 from pytest_lmeval.errors import LawBroken, NotPossible
+from pytest_lmeval.laws._assertions import broken
 from pytest_lmeval.laws._checks import LAWS, check
-from pytest_lmeval.laws._evidence import broken
+from pytest_lmeval.laws._harness import LONGEST, Harness
 from pytest_lmeval.laws._shrink import smallest
 from pytest_lmeval.laws._strategies import Case
-from pytest_lmeval.laws._trial import LONGEST, Trial
 from pytest_lmeval.records._certificate import OUT_OF_TIME, Counterexample, LawResult, finite
 
 MOST_SHRINKS = 200
 ENOUGH = 4  # cases that broke a law, after which it is not tried further
 APART = 2  # decades between a gross failure and a subtle one that is shown beside it
-AFTERMATH = 64  # tokens after a border by which a fault is judged
+AFTERMATH = 64  # tokens after a boundary by which a fault is judged
 
 
 class Search:
     """Tries one law on the cases that it is given, each once, and remembers what happened."""
 
-    def __init__(self, law: str, trial: Trial, longest: int) -> None:
-        self.law, self.trial, self.longest = law, trial, longest
+    def __init__(self, law: str, harness: Harness, longest: int) -> None:
+        self.law, self.harness, self.longest = law, harness, longest
         self.seen: dict[Case, LawBroken | None] = {}
         self.left_out: set[Case] = set()
         self.unavailable: str | None = None
@@ -38,7 +38,7 @@ class Search:
         case = self.fit(case)
         if case not in self.seen and self.unavailable is None:
             try:
-                check(self.law, self.trial, case)
+                check(self.law, self.harness, case)
                 self.seen[case] = None
             except LawBroken as failure:
                 self.seen[case] = failure
@@ -69,7 +69,7 @@ class Search:
         """What was found; the grossest failure, and the subtlest where that is another, made small."""
         cases, longest = len(self.seen), max((case.length for case in self.seen), default=0)
         planned = cases + len(self.left_out - self.seen.keys())
-        worst, worst_at = self.trial.worst.get(self.law, (None, None))
+        worst, worst_at = self.harness.worst.get(self.law, (None, None))
         decades = {failure.decade: failure for failure in self.failures}
         small = []
         if decades:
@@ -103,7 +103,7 @@ class Search:
             cuts = (*small.case.cuts, small.case.length) if small.case.cuts else ()
             longer = self.attempt(replace(small.case, length=small.case.length + AFTERMATH, cuts=cuts))
             small.likely = longer.likely if longer is not None and longer.decade in decades else small.likely
-        return counterexample(self.law, small.case, str(small), small.error, self.trial.longest)
+        return counterexample(self.law, small.case, str(small), small.error, self.harness.longest)
 
 
 def counterexample(law: str, case: Case, message: str, error: float | None = None, longest: int = LONGEST) -> Counterexample:

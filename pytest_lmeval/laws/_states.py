@@ -12,40 +12,40 @@ from torch import Tensor
 
 from pytest_lmeval.engine import Engine
 from pytest_lmeval.errors import NotPossible
-from pytest_lmeval.laws._evidence import bit_equal, broken, near
+from pytest_lmeval.laws._assertions import bit_equal, broken, near
+from pytest_lmeval.laws._harness import FEW, MEMORY, Harness
 from pytest_lmeval.laws._sequences import others
 from pytest_lmeval.laws._strategies import Case
-from pytest_lmeval.laws._trial import FEW, MEMORY, Trial
 from pytest_lmeval.models._model import Model, State, fork, state_bytes, state_types
 from pytest_lmeval.scoring._resume import safe_load
 
 
-def fork_(trial: Trial, case: Case) -> None:
-    ids, cut = trial.tokens(case.length, case.seed), case.cuts[0]
+def fork_(harness: Harness, case: Case) -> None:
+    ids, cut = harness.tokens(case.length, case.seed), case.cuts[0]
     known, rest = ids[..., :cut], ids[..., cut:]
-    state = _read(trial.lm, known)
+    state = _read(harness.lm, known)
     with _possibly("its state cannot be forked"):
         branch, first = fork(state), fork(state)
-        (straight,) = _take_turns(trial.lm, (rest, first))
-        after, _ = _take_turns(trial.lm, (rest, branch), (others(trial.lm, rest), state))
-    trial.calls += 1 + 3 * len(after)
+        (straight,) = _take_turns(harness.lm, (rest, first))
+        after, _ = _take_turns(harness.lm, (rest, branch), (others(harness.lm, rest), state))
+    harness.calls += 1 + 3 * len(after)
     said = f"two continuations of one state after {cut} of its tokens saw each other"
-    bit_equal(trial, case, straight, after, said, "A copy of the state shares something with it.", after=cut)
+    bit_equal(harness, case, straight, after, said, "A copy of the state shares something with it.", after=cut)
 
 
-def resume(trial: Trial, case: Case) -> None:
-    ids, cut = trial.tokens(case.length, case.seed), case.cuts[0]
+def resume(harness: Harness, case: Case) -> None:
+    ids, cut = harness.tokens(case.length, case.seed), case.cuts[0]
     known, rest = ids[..., :cut], ids[..., cut:]
-    state, file = _read(trial.lm, known), io.BytesIO()
+    state, file = _read(harness.lm, known), io.BytesIO()
     with _possibly("its state cannot be saved"):
         torch.save({"state": state}, file)
-        (straight,) = _take_turns(trial.lm, (rest, state))
-        saved = safe_load(file.getvalue(), trial.lm)["state"]
-        (resumed,) = _take_turns(trial.fresh() or trial.lm, (rest, saved))
-    trial.calls += 1 + 2 * len(resumed)
+        (straight,) = _take_turns(harness.lm, (rest, state))
+        saved = safe_load(file.getvalue(), harness.lm)["state"]
+        (resumed,) = _take_turns(harness.fresh() or harness.lm, (rest, saved))
+    harness.calls += 1 + 2 * len(resumed)
     said = f"saved after {cut} tokens and continued by a fresh copy of the model, came out otherwise than without the stop"
     why = "A part of its state is not in the state."
-    near(trial, case, straight, resumed, said, why, after=cut)
+    near(harness, case, straight, resumed, said, why, after=cut)
 
 
 @contextmanager
@@ -72,13 +72,13 @@ def _take_turns(lm: Model, *continuations: tuple[Tensor, State]) -> list[Tensor]
     return [torch.stack(logits) for logits in zip(*found, strict=True)]
 
 
-def size(trial: Trial, case: Case) -> None:
-    case = replace(case, length=trial.longest)
-    held = state_sizes(trial, case)
+def size(harness: Harness, case: Case) -> None:
+    case = replace(case, length=harness.longest)
+    held = state_sizes(harness, case)
     middle, end = held[2 * len(held) // 3], held[-1]
-    if not trial.lm.constant_state or end[1] <= middle[1]:
+    if not harness.lm.constant_state or end[1] <= middle[1]:
         return
-    if waiting := [border for border in trial.lm.borders if border >= middle[0]]:
+    if waiting := [boundary for boundary in harness.lm.boundaries if boundary >= middle[0]]:
         raise NotPossible(f"its state may grow until it has read {max(waiting)} tokens, and it was read only {end[0]}")
     raise broken(
         case,
@@ -88,15 +88,15 @@ def size(trial: Trial, case: Case) -> None:
     )
 
 
-def state_sizes(trial: Trial, case: Case) -> list[tuple[int, int]]:
+def state_sizes(harness: Harness, case: Case) -> list[tuple[int, int]]:
     """(tokens read, bytes of the state) while a sequence is read in even pieces."""
-    length = min(case.length, FEW) if trial.goes_on is not None else case.length
-    ids = trial.tokens(length, case.seed)
-    pieces = torch.split(ids, 1 if trial.goes_on is not None else max(1, case.length // 12), dim=-1)
+    length = min(case.length, FEW) if harness.goes_on is not None else case.length
+    ids = harness.tokens(length, case.seed)
+    pieces = torch.split(ids, 1 if harness.goes_on is not None else max(1, case.length // 12), dim=-1)
     held: list[tuple[int, int]] = []
     # a state that keeps its input keeps no view of all of it
-    for piece, (_, state) in zip(pieces, Engine(trial.lm).steps(piece.clone() for piece in pieces), strict=True):
-        trial.calls += 1
+    for piece, (_, state) in zip(pieces, Engine(harness.lm).steps(piece.clone() for piece in pieces), strict=True):
+        harness.calls += 1
         held.append(((held[-1][0] if held else 0) + piece.shape[-1], state_bytes(state)))
     if not held[-1][1]:
         raise NotPossible(f"its state ({_kinds(state)}) holds no tensor that could be weighed")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 POWERS = (8, 16, 32, 64, 128)
 SHORT = 40  # tokens of every second sequence: cheap, and most faults need no more
-SEEDS = 3  # kinds of token sequences, see `Trial.tokens`
+SEEDS = 3  # kinds of token sequences, see `Harness.tokens`
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,12 @@ def pieces(length: int, *sizes: int) -> tuple[int, ...]:
     return tuple(place for place in accumulate(filled) if place < length)
 
 
-def compositions(length: int, borders: tuple[int, ...] = ()) -> st.SearchStrategy[tuple[int, ...]]:
-    """Ways to cut `length` tokens: few cuts, often at the borders, or pieces of a few sizes that repeat, often of one token.
+def compositions(length: int, boundaries: tuple[int, ...] = ()) -> st.SearchStrategy[tuple[int, ...]]:
+    """Ways to cut `length` tokens: few cuts, often at the boundaries, or pieces of a few sizes that repeat, often of one token.
 
     Shrinks to a single cut after the first token.
     """
-    near = {border + off for border in (1, *borders, *POWERS) for off in (-1, 0, 1)}
+    near = {boundary + off for boundary in (1, *boundaries, *POWERS) for off in (-1, 0, 1)}
     special = sorted(size for size in near if 0 < size < length) or [1]
     size = st.integers(1, length - 1) if length > 1 else st.just(1)
     cuts = st.lists(size | st.sampled_from(special), min_size=1, max_size=5, unique=True).map(lambda c: tuple(sorted(c)))
@@ -81,13 +81,13 @@ def compositions(length: int, borders: tuple[int, ...] = ()) -> st.SearchStrateg
     return cuts | sizes.map(lambda some: pieces(length, *some) or (1,))
 
 
-def cases(longest: int, borders: tuple[int, ...] = ()) -> st.SearchStrategy[Case]:
+def cases(longest: int, boundaries: tuple[int, ...] = ()) -> st.SearchStrategy[Case]:
     """Sequences of 2 to `longest` tokens, cut anywhere, and often where an inner working changes; company of every kind."""
 
     @st.composite
     def draw_case(draw: st.DrawFn) -> Case:
         length = draw(st.integers(2, min(longest, SHORT)) | st.integers(2, longest))
-        cuts = draw(compositions(length, borders))
+        cuts = draw(compositions(length, boundaries))
         seed = draw(st.integers(0, SEEDS - 1))
         rows = draw(st.integers(2, 4))
         row = draw(st.integers(0, rows - 1))
@@ -96,9 +96,9 @@ def cases(longest: int, borders: tuple[int, ...] = ()) -> st.SearchStrategy[Case
     return draw_case()
 
 
-def edge_cases(longest: int, borders: tuple[int, ...] = ()) -> list[Case]:
+def edge_cases(longest: int, boundaries: tuple[int, ...] = ()) -> list[Case]:
     """The cases that faults have been found on, those first that must never be left out: three pieces, a long sequence in
-    small pieces of many sizes, then the first or last token alone, single tokens after a long piece, each border and its
+    small pieces of many sizes, then the first or last token alone, single tokens after a long piece, each boundary and its
     neighbours."""
     short, middle = min(longest, 8), min(longest, 72)
     found = [
@@ -110,8 +110,8 @@ def edge_cases(longest: int, borders: tuple[int, ...] = ()) -> list[Case]:
         Case(longest, pieces(longest, 5), rows=3, row=2, padding=6, before=2),
         Case(middle, pieces(middle, 3, 2), 2, rows=3, before=5),
     ]
-    for place, border in enumerate((*borders, 64)):
-        for cut in (border - 1, border, border + 1):
+    for place, boundary in enumerate((*boundaries, 64)):
+        for cut in (boundary - 1, boundary, boundary + 1):
             if 0 < cut < longest:
                 found += [Case(longest, (cut,), place % SEEDS, rows=2, row=place % 2, padding=cut % 4, before=cut)]
                 found += [Case(longest, pieces(longest, cut), place % SEEDS, rows=2, padding=cut % 3, before=cut)]
@@ -127,7 +127,7 @@ def shortest_case(longest: int) -> Case:
     return Case(length, pieces(length, 2, 2, 1) or (1,), rows=2, padding=1, before=2)
 
 
-def aligned_cases(multiple: int, longest: int, borders: tuple[int, ...] = ()) -> list[Case]:
+def aligned_cases(multiple: int, longest: int, boundaries: tuple[int, ...] = ()) -> list[Case]:
     """Sequences cut at multiples of a length only, with a rest of any length at the end, many of one token."""
     k, long = multiple, longest
     rests = [2 * k, 3 * k - 1, 4 * k + k // 2, long]
@@ -136,7 +136,7 @@ def aligned_cases(multiple: int, longest: int, borders: tuple[int, ...] = ()) ->
     everywhere = [Case(length, pieces(length, k), seed) for length in rests if k < length <= longest for seed in range(SEEDS)]
     everywhere += [Case(length, pieces(length, k), seed) for length in singles for seed in seeds]
     places = {long * part // 8 // k * k for part in range(1, 8)} | {
-        border // k * k + off for border in borders for off in (0, k)
+        boundary // k * k + off for boundary in boundaries for off in (0, k)
     }
     once = [Case(long, (place,)) for place in sorted(places | {(long - 1) // k * k}) if 0 < place < long]
     return everywhere + once

@@ -7,7 +7,7 @@ Timed, and set against what the machine was measured to do at best (see `rooflin
     intensity        operations / bytes                                                          FLOP/byte
     bound            min(matmul peak, intensity x bandwidth)                                      FLOP/s
     position         bandwidth-bound where intensity < matmul peak / bandwidth, else compute-bound
-    share_of_bound   max(operations / matmul peak, bytes / bandwidth) / seconds: time that the roofline allows, of that taken
+    roofline_fraction   max(operations / matmul peak, bytes / bandwidth) / seconds: time that the roofline allows, of that taken
 
 The bytes are a lower bound, so the model may be nearer to what the machine can do than its share says. Under 10 %, one
 waits for neither products nor memory but for all the rest, the calls of many small operators above all: it is limited by
@@ -70,16 +70,16 @@ class EfficiencyResult(Result):
         """Operations for each byte."""
         return self.record.metrics[f"{phase}_intensity"]
 
-    def share_of_bound(self, phase: str) -> Value:
+    def roofline_fraction(self, phase: str) -> Value:
         return self._timed().metrics[f"{phase}_share_of_bound"]
 
     @property
-    def share_of_peak(self) -> Value:
+    def peak_fraction(self) -> Value:
         """What prefill reaches of the measured peak of matrix products."""
         return self._timed().metrics["prefill_share_of_peak"]
 
     @property
-    def share_of_bandwidth(self) -> Value:
+    def bandwidth_fraction(self) -> Value:
         """What decoding reaches of the measured bandwidth."""
         return self._timed().metrics["decode_share_of_bandwidth"]
 
@@ -180,10 +180,10 @@ def _against_machine(lm: Model, phases: dict[str, Work], timed: LatencyResult) -
             continue
         amounts = {
             "flops_per_second": work.flops,
-            "share_of_peak": work.flops / peaks.flops,
+            "peak_fraction": work.flops / peaks.flops,
             "bytes_per_second": work.bytes,
-            "share_of_bandwidth": work.bytes / peaks.bandwidth,
-            "share_of_bound": work.least_seconds(peaks),
+            "bandwidth_fraction": work.bytes / peaks.bandwidth,
+            "roofline_fraction": work.least_seconds(peaks),
         }
         metrics |= {f"{phase}_{name}": _rate(f"{phase}_{name}", amount, taken) for name, amount in amounts.items()}
         limits[phase] = limit(metrics[f"{phase}_share_of_bound"], position[phase])

@@ -41,9 +41,9 @@ from pytest_lmeval.records._journal import Checkpoints, Saver
 from pytest_lmeval.records._measured import Cost, Record, Result, Series
 from pytest_lmeval.records._value import Value
 from pytest_lmeval.scoring import _fast_weights as fast_weights
+from pytest_lmeval.scoring._loss_accumulator import BYTES, HITS, NATS, TOKENS, LossAccumulator
 from pytest_lmeval.scoring._losses import LossFile
 from pytest_lmeval.scoring._positions import name_of, not_reached
-from pytest_lmeval.scoring._reading import BYTES, HITS, NATS, TOKENS, Reading
 from pytest_lmeval.scoring._reading_figures import above_floor, metrics_of, series_of
 from pytest_lmeval.scoring._resume import read_point, write_point
 from pytest_lmeval.scoring._units import write_units
@@ -255,7 +255,7 @@ def measure_perplexity(
     texts = sequences(lm, source, by_document=by_document, limit=limit, tokens=tokens, rolling=rolling)
     reading = read_point(checkpoints, key, lm)
     if reading is None or not LossFile.holds(losses, reading.tokens):
-        reading = Reading(by_document, tuple(sorted(set(positions))))
+        reading = LossAccumulator(by_document, tuple(sorted(set(positions))))
     resumed_at, watch = reading.tokens, fast_weights.watch(lm, reading)
 
     if lm.device.type == "cuda":
@@ -263,7 +263,7 @@ def measure_perplexity(
     began = time.perf_counter() - reading.seconds
     with LossFile(losses, already=resumed_at) as file:
 
-        def save(reading: Reading) -> None:
+        def save(reading: LossAccumulator) -> None:
             assert checkpoints is not None
             file.sync()
             reading.seconds = time.perf_counter() - began
@@ -293,7 +293,7 @@ def measure_perplexity(
     return PerplexityResult(record, resumed_at)
 
 
-def read(engine: Engine, texts: Iterable[TokenReader], reading: Reading, name: str) -> Iterator[Chunk]:
+def read(engine: Engine, texts: Iterable[TokenReader], reading: LossAccumulator, name: str) -> Iterator[Chunk]:
     """Read the texts from where the reading stands: each chunk, added to its sums."""
     begun = bool(reading.scored)
     for index, ids in enumerate(texts):
@@ -320,7 +320,7 @@ def named(corpus: str, document: int | None) -> Iterator[None]:
 
 
 def record_of(
-    engine: Engine, corpus: Corpus, reading: Reading, chosen: dict[str, int | None], *, seconds: float, seed: int
+    engine: Engine, corpus: Corpus, reading: LossAccumulator, chosen: dict[str, int | None], *, seconds: float, seed: int
 ) -> Record:
     """Everything that a reading found, and how it was had."""
     lm, policy = engine.lm, engine.policy

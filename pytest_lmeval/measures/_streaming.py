@@ -53,9 +53,9 @@ class StreamingResult(Timed):
         return measured(self.record, "tokens_per_second")
 
     @property
-    def slowing(self) -> Value:
+    def slowdown(self) -> Value:
         """How many times longer a chunk takes late in the stream than early in it: 1 for a constant state."""
-        return measured(self.record, "slowing")
+        return measured(self.record, "slowdown")
 
     @property
     def state_bytes(self) -> Series:
@@ -170,7 +170,7 @@ def _values(
         "chunk_latency": median("chunk_latency", samples["chunk"]),
         **spread("chunk_latency", samples["chunk"]),
         "tokens_per_second": median("tokens_per_second", [tokens / time for time in samples["stream"]], unit=rate),
-        "slowing": value_of("slowing", float(late / early), n=len(passes)),
+        "slowdown": value_of("slowdown", float(late / early), n=len(passes)),
         **({"cold": value_of("cold", MILLISECONDS * cold[0], n=1)} if cold else {}),
     }
 

@@ -36,7 +36,7 @@ from pytest_lmeval.records._value import Value
 from pytest_lmeval.scoring._answers import AnswerFile
 from pytest_lmeval.scoring._fewshot import Fewshot, Shots, question_of, rows_of
 from pytest_lmeval.scoring._metrics import compute, metrics_of, scored
-from pytest_lmeval.scoring._requests import Asked, Encoder, Truncate
+from pytest_lmeval.scoring._requests import EncodedQuestion, Encoder, Truncate
 from pytest_lmeval.statistics import _sequential as sequential
 from pytest_lmeval.tasks import find
 from pytest_lmeval.tasks._questions import Choices, Generate, Judge, Task, id_of
@@ -212,7 +212,7 @@ class TaskRun:
     no_question: int = 0
     verdict: str | None = None
 
-    def blocks(self, questions: Iterator[Asked], known: dict[int, Example]) -> Iterator[None]:
+    def blocks(self, questions: Iterator[EncodedQuestion], known: dict[int, Example]) -> Iterator[None]:
         """Ask the questions, block by block, but for those whose very answer is `known`. Ends early with a verdict."""
         judge = judge_of(self.metrics)
         for block in in_blocks(questions, self.engine.policy.batch_size, grow=self.task.threshold is None):
@@ -243,7 +243,7 @@ class TaskRun:
             example = structs.replace(example, chosen=example.predicted(self.norm), output=output)
         return structs.replace(example, scores=scored(example, self.metrics))
 
-    def _answers(self, block: Sequence[Asked]) -> Iterator[Example]:
+    def _answers(self, block: Sequence[EncodedQuestion]) -> Iterator[Example]:
         chosen = [asked for asked in block if isinstance(asked.question, Choices)]
         likelihoods = iter(self.engine.score([request for asked in chosen for request in asked.requests]) if chosen else [])
         for asked in chosen:
@@ -251,7 +251,7 @@ class TaskRun:
         if spoken := [asked for asked in block if isinstance(asked.question, Generate)]:
             yield from map(self._scored, self._spoken(spoken))
 
-    def _spoken(self, block: Sequence[Asked]) -> Iterator[Example]:
+    def _spoken(self, block: Sequence[EncodedQuestion]) -> Iterator[Example]:
         ways = [asked.question for asked in block if isinstance(asked.question, Generate)]
         prompts = [
             Prompt(asked.requests[0].ids, asked.id, way.max_tokens, way.stop, way.temperature, self.seed)
@@ -270,7 +270,9 @@ class TaskRun:
             )
 
 
-def asked_of(run: TaskRun, encoder: Encoder, shots: Shots, limit: int | None, data_dir: str | Path | None) -> Iterator[Asked]:
+def asked_of(
+    run: TaskRun, encoder: Encoder, shots: Shots, limit: int | None, data_dir: str | Path | None
+) -> Iterator[EncodedQuestion]:
     """The questions as the model reads them, each made when it is needed."""
     asked = 0
     for number, row in enumerate(rows_of(run.task.rows, data_dir)):
@@ -285,10 +287,10 @@ def asked_of(run: TaskRun, encoder: Encoder, shots: Shots, limit: int | None, da
             return
 
 
-def in_blocks(questions: Iterator[Asked], batch_size: int, *, grow: bool) -> Iterator[list[Asked]]:
+def in_blocks(questions: Iterator[EncodedQuestion], batch_size: int, *, grow: bool) -> Iterator[list[EncodedQuestion]]:
     """One batch first, so that there are answers at once; then many, so that there are some of each length - but no more than
     one would care to lose where a run is killed, since a block is kept when it is answered."""
-    block: list[Asked] = []
+    block: list[EncodedQuestion] = []
     size, tokens = batch_size, 0
     for asked in questions:
         block.append(asked)
@@ -317,7 +319,7 @@ def _judging(judge: Judge, prompts: Sequence[Prompt]) -> Callable[[int, str], bo
     return judged
 
 
-def _chosen(asked: Asked, found: Sequence[Scored], lm: Model) -> Example:
+def _chosen(asked: EncodedQuestion, found: Sequence[Scored], lm: Model) -> Example:
     question = asked.question
     assert isinstance(question, Choices)
     for choice, score in zip(question.choices, found, strict=True):
@@ -342,7 +344,7 @@ def _chosen(asked: Asked, found: Sequence[Scored], lm: Model) -> Example:
     )
 
 
-def _example(asked: Asked, targets: tuple[str, ...], **answer: Any) -> Example:
+def _example(asked: EncodedQuestion, targets: tuple[str, ...], **answer: Any) -> Example:
     return Example(
         id=asked.id,
         number=asked.number,

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 from pytest_lmeval.errors import ModelError, SpecError
 from pytest_lmeval.models import _specs as specs
-from pytest_lmeval.models._model import Advance, Model, State, places, tokenizer_for
+from pytest_lmeval.models._model import Model, State, StepFn, places, tokenizer_for
 from pytest_lmeval.models._sources import Loaded
 from pytest_lmeval.models._tensors import nbytes
 
 CACHE_NAMES = ("past_key_values", "cache_params", "state")
-BORDERS = (
+BOUNDARIES = (
     "sliding_window",
     "attention_chunk_size",
     "chunk_size",
@@ -39,7 +39,7 @@ BORDERS = (
 
 
 @dataclass
-class Carried:
+class CacheState:
     """The model's cache and the number of tokens it has seen (the next position)."""
 
     cache: Any
@@ -76,11 +76,11 @@ def load(name: str, *, spec: str, dtype: torch.dtype | None = None, trust_remote
             f"{spec} could not be loaded: {str(error).strip().splitlines()[0]} ({name!r} {where}.)"
             + ("" if folder.is_dir() else specs.nearest_folder(name))
         ) from error
-    tokenizer: Words | Missing
+    tokenizer: HFTokenizer | NoTokenizer
     try:
-        tokenizer = Words(transformers.AutoTokenizer.from_pretrained(source, **options), name)
+        tokenizer = HFTokenizer(transformers.AutoTokenizer.from_pretrained(source, **options), name)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        tokenizer = Missing(spec, error)
+        tokenizer = NoTokenizer(spec, error)
     saved = getattr(config, "dtype", None) if dtype and not getattr(config, "quantization_config", None) else None
     before = None
     if isinstance(saved, torch.dtype):  # it says nothing of buffers: they are tables that the model fills for itself
@@ -92,17 +92,17 @@ def adapt(module: nn.Module, *, spec: str, tokenizer: Any = None) -> Model:
     config: Any = module.config
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     if hasattr(tokenizer, "bos_token_id"):
-        tokenizer = Words(tokenizer, spec)
+        tokenizer = HFTokenizer(tokenizer, spec)
     first_token = torch.zeros(1, 1, dtype=torch.long, device=next(module.parameters()).device)
-    if isinstance(tokenizer, Words):
+    if isinstance(tokenizer, HFTokenizer):
         tokenizer = copy.copy(tokenizer)  # the ends are of this model, and another one may have been given the same tokenizer
         tokenizer.ends = _ends(module, tokenizer.eos)
     form, state = "transformers", None
     try:
-        logits, state = _asked(advance_with_cache(module), first_token)
+        logits, state = _asked(step_with_cache(module), first_token)
     except Exception as error:  # noqa: BLE001 - a cache may fail in any way; without it, the model may still be read in windows
         try:
-            logits, _ = _asked(advance_without_cache(module), first_token)
+            logits, _ = _asked(step_without_cache(module), first_token)
         except Exception:  # noqa: BLE001 - what is told is why it failed as it is meant to be used
             raise ModelError(
                 f"{spec} ({type(module).__name__}) was asked for the logits of one token (id 0, shape [1, 1]) and raised "
@@ -110,7 +110,7 @@ def adapt(module: nn.Module, *, spec: str, tokenizer: Any = None) -> Model:
             ) from error
         form = f"transformers, without its cache, which raised {type(error).__name__}: {error}"
     stateful = state is not None
-    rebuild = advance_with_cache if stateful else advance_without_cache
+    rebuild = step_with_cache if stateful else step_without_cache
     return Model(
         rebuild(module),
         spec,
@@ -121,7 +121,9 @@ def adapt(module: nn.Module, *, spec: str, tokenizer: Any = None) -> Model:
         rebuild=rebuild,
         tokenizer=tokenizer_for(tokenizer, logits.shape[-1]),
         context_length=_context_length(text_config),
-        borders=tuple(sorted({n for name in BORDERS if isinstance(n := getattr(text_config, name, None), int) and n > 1})),
+        boundaries=tuple(
+            sorted({n for name in BOUNDARIES if isinstance(n := getattr(text_config, name, None), int) and n > 1})
+        ),
     )
 
 
@@ -138,16 +140,16 @@ def _context_length(config: Any) -> int | None:
     return next((length for length in found if isinstance(length, int) and length > 0), None)
 
 
-def _asked(advance: Advance, first_token: Tensor) -> tuple[Tensor, State]:
+def _asked(step_fn: StepFn, first_token: Tensor) -> tuple[Tensor, State]:
     with torch.no_grad():
-        return advance(first_token, None, None)
+        return step_fn(first_token, None, None)
 
 
-def advance_with_cache(module: nn.Module) -> Advance:
+def step_with_cache(module: nn.Module) -> StepFn:
     accepted = inspect.signature(module.forward).parameters
     names = [name for name in CACHE_NAMES if name in accepted]
 
-    def advance(input_ids: Tensor, state: State | None, keep: int | None) -> tuple[Tensor, State]:
+    def step_fn(input_ids: Tensor, state: State | None, keep: int | None) -> tuple[Tensor, State]:
         seen = 0 if state is None else state.seen
         positions = input_ids.shape[-1]
         arguments: dict[str, Any] = {"use_cache": True}
@@ -159,23 +161,23 @@ def advance_with_cache(module: nn.Module) -> Advance:
             arguments[names[0]] = state.cache
         output = module(input_ids=input_ids, **arguments)
         cache = next((c for name in names if (c := getattr(output, name, None)) is not None), None)
-        return output.logits, None if cache is None else Carried(cache, seen + positions)
+        return output.logits, None if cache is None else CacheState(cache, seen + positions)
 
-    return advance
+    return step_fn
 
 
-def advance_without_cache(module: nn.Module) -> Advance:
+def step_without_cache(module: nn.Module) -> StepFn:
     """For models that return no cache, or that hide their state in their modules: each call is a sequence of its own."""
 
-    def advance(input_ids: Tensor, state: State | None, keep: int | None) -> tuple[Tensor, State]:
+    def step_fn(input_ids: Tensor, state: State | None, keep: int | None) -> tuple[Tensor, State]:
         if state is not None:
             raise ModelError(f"{type(module).__name__} has no cache to go on from.")
         return module(input_ids=input_ids, use_cache=False).logits, None
 
-    return advance
+    return step_fn
 
 
-class Missing:
+class NoTokenizer:
     """Stands where a tokenizer could not be loaded: ids can be scored without one, and text says why it cannot."""
 
     name, bos = "none", None
@@ -189,7 +191,7 @@ class Missing:
         raise SpecError(f"{self.why} Put one into its folder, or read token ids: tokens:PATH.")
 
 
-class Words:
+class HFTokenizer:
     """A transformers tokenizer as a `_model.Tokenizer`: no special tokens, and where in the text's bytes each token ends."""
 
     def __init__(self, tokenizer: Any, name: str) -> None:

@@ -123,7 +123,7 @@ def _identity_of(model: Model) -> str:
     """The fingerprint that the object behind the model gives itself, or a random one that this object keeps."""
     if own := getattr(model.source, "fingerprint", None):
         return f"its own: {own}"
-    return IDENTITIES.value(model.advance if model.source is None else model.source, lambda: uuid.uuid4().hex)
+    return IDENTITIES.value(model.step_fn if model.source is None else model.source, lambda: uuid.uuid4().hex)
 
 
 def weights_digest(model: Model) -> bytes:
@@ -135,7 +135,7 @@ def _weights_digest(model: Model, digest_of: Callable[[Tensor], bytes]) -> bytes
     digest = hashlib.sha256()
     if model.module is not None:
         for name, tensor in (*model.module.named_parameters(), *model.module.named_buffers()):
-            if name not in model.volatile:
+            if name not in model.mutable_buffers:
                 for own, part in parts(tensor, name).items():
                     digest.update(f"{own}|{tuple(part.shape)}|{part.dtype}|".encode())
                     digest.update(digest_of(part))
@@ -163,7 +163,7 @@ def _kept_digest(tensor: Tensor) -> bytes:
 def architecture_of(model: Model) -> dict[str, str]:
     """The class of every module in it and their plain attributes, by name, but those that reading or training changes."""
     assert model.module is not None
-    changing = {*model.volatile, *(f"{name}.training" for name, _ in model.module.named_modules())}
+    changing = {*model.mutable_buffers, *(f"{name}.training" for name, _ in model.module.named_modules())}
     kinds = {f"{name}.class": type(part).__qualname__ for name, part in model.module.named_modules()}
     return kinds | {name: value for name, value in settings_of(model.module).items() if name not in changing}
 
@@ -180,7 +180,7 @@ def settings_of(module: nn.Module) -> dict[str, str]:
 
 def _settings(model: Model) -> str:
     assert model.module is not None
-    plain = sorted(item for item in settings_of(model.module).items() if item[0] not in model.volatile)
+    plain = sorted(item for item in settings_of(model.module).items() if item[0] not in model.mutable_buffers)
     to_json = getattr(getattr(model.module, "config", None), "to_json_string", None)
     return f"{plain}{to_json() if callable(to_json) else ''}"
 

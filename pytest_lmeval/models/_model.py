@@ -31,7 +31,7 @@ from pytest_lmeval.models._tensors import rounds_activations
 State: TypeAlias = Any
 """Whatever a model carries from step to step: caches, recurrent states, a convolution's tail. None: nothing yet."""
 
-Advance: TypeAlias = Callable[[Tensor, "State | None", "int | None"], tuple[Tensor, State]]
+StepFn: TypeAlias = Callable[[Tensor, "State | None", "int | None"], tuple[Tensor, State]]
 """An adapter's work: (input_ids, state, keep) -> (logits, new state). May ignore `keep` and return all logits."""
 
 
@@ -147,37 +147,37 @@ def codebooks_of(source: Any) -> Codebooks | None:
 class Model:
     """A language model ready to be stepped, and what is known about it.
 
-    advance         the adapter's step
+    step_fn         the adapter's step
     spec            how the user named it
     form            which adapter drives it
     stateful        whether it carries anything from step to step; if not, it is scored in windows
     module          the torch module behind it, if there is one
-    rebuild         makes `advance` for another copy of the module (the float64 twin that references come from)
+    rebuild         makes `step_fn` for another copy of the module (the float64 twin that references come from)
     context_length  the most tokens a sequence may have (learned or trained positions); None: no limit known
-    borders         lengths at which its inner workings change (window, kernel, block): where faults sit
+    boundaries         lengths at which its inner workings change (window, kernel, block): where faults sit
     constant_state  whether its state is declared not to grow with the text (the law `size` holds it to that)
-    volatile        names of buffers and attributes that reading changes, since they hold the state or count something
+    mutable_buffers names of buffers and attributes that reading changes, since they hold the state or count something
     codebooks       how it reads frames of several codes; None: it reads one token after the other
     fast_weights    (state) -> name -> tensor: the weights that it changes as it reads; of None, those before the first token
     source          the user's own object, where it is no module
     bytes_before    of the module's tensors before its precision was set; None: it was left as it came
     found_limit     the most tokens of a sequence, found by the probe where the model declares none; not part of its identity
 
-    The fields do not change. `dataclasses.replace` makes another value of the same loaded model, which is known by `advance`.
+    The fields do not change. `dataclasses.replace` makes another value of the same loaded model, which is known by `step_fn`.
     """
 
-    advance: Advance
+    step_fn: StepFn
     spec: str
     form: str
     stateful: bool
     vocab_size: int
     module: nn.Module | None = None
-    rebuild: Callable[[nn.Module], Advance] | None = None
+    rebuild: Callable[[nn.Module], StepFn] | None = None
     tokenizer: Tokenizer | None = None
     context_length: int | None = None
-    borders: tuple[int, ...] = ()
+    boundaries: tuple[int, ...] = ()
     constant_state: bool = False
-    volatile: frozenset[str] = frozenset()
+    mutable_buffers: frozenset[str] = frozenset()
     codebooks: Codebooks | None = None
     fast_weights: Callable[[State | None], dict[str, Tensor]] | None = None
     source: Any = None
@@ -189,7 +189,7 @@ class Model:
         positions = input_ids.shape[-1]
         scored = () if self.codebooks is None else (len(self.codebooks.scored),)
         expected = (input_ids.shape[0], *scored, positions if keep is None else keep)
-        logits, new_state = self.advance(input_ids, state, keep)
+        logits, new_state = self.step_fn(input_ids, state, keep)
         if not isinstance(logits, Tensor):
             raise ModelError(f"{self.spec} returned {type(logits).__name__} where logits (a tensor) were expected.")
         if keep is not None and logits.ndim > 1 and logits.shape[-2] == positions:

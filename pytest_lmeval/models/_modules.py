@@ -6,7 +6,7 @@
     streaming       with module.streaming(batch_size): logits = module.step(input_ids)
     step            logits, state = source.step(input_ids, state)             the protocol itself
 
-Each function below returns the `advance` of a `Model` (see `_model.py`).
+Each function below returns the `step_fn` of a `Model` (see `_model.py`).
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from torch import Tensor, nn
 
 from pytest_lmeval.errors import ModelError
 from pytest_lmeval.models._identity import settings_of
-from pytest_lmeval.models._model import Advance, Model, State, codebooks_of, fork, places, tokenizer_for, weights
+from pytest_lmeval.models._model import Model, State, StepFn, codebooks_of, fork, places, tokenizer_for, weights
 from pytest_lmeval.models._weak_cache import WeakCache
 
 # A second argument of one of these names is something else than a state.
 NOT_A_STATE = frozenset({"targets", "target", "labels", "label", "attention_mask", "mask", "padding_mask", "key_padding_mask"})
 HOLD_STATE = ("get_set_state", "streaming")  # forms whose state lies in the module, possibly in a buffer
-VOLATILE = WeakCache[dict[str, set[str]]]()  # of modules, by form: `Model.volatile`
-BORDERS = ("window", "window_size", "sliding_window", "kernel", "chunk_size", "mini_batch_size", "context", "block")
+MUTABLE_BUFFERS = WeakCache[dict[str, set[str]]]()  # of modules, by form: `Model.mutable_buffers`
+BOUNDARIES = ("window", "window_size", "sliding_window", "kernel", "chunk_size", "mini_batch_size", "context", "block")
 
 
 def form_of(source: Any) -> str:
@@ -60,71 +60,71 @@ def adapt(source: Any, *, spec: str, form: str | None = None, tokenizer: Any = N
     module = source if isinstance(source, nn.Module) else None
     before = _snapshot(module)  # before the first question, since an attribute may change with the first token only
     form = form or form_of(source)
-    advance = ADVANCES[form](source)
-    logits = _ask(spec, form, lambda: advance(_one_token(source), None, None)[0], source)
+    step_fn = STEP_FNS[form](source)
+    logits = _ask(spec, form, lambda: step_fn(_one_token(source), None, None)[0], source)
     if not isinstance(logits, Tensor) or logits.ndim < 2:
         raise ModelError(f"{spec} ({form}) returned {type(logits).__name__} for one token; expected logits [b, t, v].")
-    getattr(advance, "close", lambda: None)()  # a stream that was opened to ask is closed again
+    getattr(step_fn, "close", lambda: None)()  # a stream that was opened to ask is closed again
     vocab_size, codebooks = logits.shape[-1], codebooks_of(source)
     given = tokenizer if tokenizer is not None else getattr(source, "tokenizer", None)
-    volatile = _changed(before, _snapshot(module), buffers=form in HOLD_STATE)
+    mutable_buffers = _changed(before, _snapshot(module), buffers=form in HOLD_STATE)
     if module is not None:  # what changed when it was adapted before need not change again
-        known = VOLATILE.value(module, dict).setdefault(form, set())
-        known |= volatile
-        volatile = frozenset(known)
+        known = MUTABLE_BUFFERS.value(module, dict).setdefault(form, set())
+        known |= mutable_buffers
+        mutable_buffers = frozenset(known)
     return Model(
-        advance,
+        step_fn,
         spec,
         form,
         stateful=form != "stateless",
         vocab_size=vocab_size,
         module=module,
-        rebuild=ADVANCES[form] if module is not None else None,
+        rebuild=STEP_FNS[form] if module is not None else None,
         tokenizer=tokenizer_for(given, vocab_size) if codebooks is None else None,
         context_length=getattr(source, "context_length", None),
-        borders=_borders(module),
+        boundaries=_borders(module),
         constant_state=bool(getattr(source, "constant_state", False)),
-        volatile=volatile,
+        mutable_buffers=mutable_buffers,
         codebooks=codebooks,
         fast_weights=getattr(source, "fast_weights", None),
         source=source,
     )
 
 
-def stateless(source: Any) -> Advance:
-    def advance(input_ids: Tensor, state: State | None, keep: int | None) -> tuple[Tensor, State]:
+def stateless(source: Any) -> StepFn:
+    def step_fn(input_ids: Tensor, state: State | None, keep: int | None) -> tuple[Tensor, State]:
         return _logits(source(input_ids)), None
 
-    return advance
+    return step_fn
 
 
-def functional(source: Any) -> Advance:
-    def advance(input_ids: Tensor, state: State | None, keep: int | None) -> tuple[Tensor, State]:
+def functional(source: Any) -> StepFn:
+    def step_fn(input_ids: Tensor, state: State | None, keep: int | None) -> tuple[Tensor, State]:
         output, new_state = source(input_ids, state)
         return _logits(output), new_state
 
-    return advance
+    return step_fn
 
 
-def step(source: Any) -> Advance:
+def step(source: Any) -> StepFn:
     names = inspect.signature(source.step).parameters
     keeps = "keep" in names or any(p.kind is p.VAR_KEYWORD for p in names.values())
 
-    def advance(input_ids: Tensor, state: State | None, keep: int | None) -> tuple[Tensor, State]:
+    def step_fn(input_ids: Tensor, state: State | None, keep: int | None) -> tuple[Tensor, State]:
         output, new_state = source.step(input_ids, state, keep=keep) if keeps else source.step(input_ids, state)
         return _logits(output), new_state
 
-    return advance
+    return step_fn
 
 
-def get_set_state(module: Any) -> Advance:
+def get_set_state(module: Any) -> StepFn:
     # A module without reset_state is brought back to the state that it had before its first token; so is a copy of it, which is
     # made when it has read some.
     if not hasattr(module, "reset_state") and not hasattr(module, "_lmeval_fresh"):
         module._lmeval_fresh = (fork(module.get_state()),)
     fresh = None if hasattr(module, "reset_state") else module._lmeval_fresh[0]
 
-    def advance(input_ids: Tensor, state: State | None, keep: int | None) -> tuple[Tensor, State]:
+    def step_fn(input_ids: Tensor, state: State | None, keep: int | None) -> tuple[Tensor, State]:
         if state is not None:
             module.set_state(state)
         elif hasattr(module, "reset_state"):
@@ -134,7 +134,7 @@ def get_set_state(module: Any) -> Advance:
         logits = _logits(module(input_ids))
         return logits, fork(module.get_state())  # a copy: it may have returned what it goes on writing to
 
-    return advance
+    return step_fn
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class Held:
         raise TypeError("the model keeps its state inside, where it cannot be saved")
 
 
-def streaming(module: Any) -> Advance:
+def streaming(module: Any) -> StepFn:
     """Modules with `streaming(batch_size)` and `step`, like kyutai's moshi.
 
     Where the state can be taken out and put back (`get_streaming_state`, `set_streaming_state`) it is carried
@@ -158,7 +158,7 @@ def streaming(module: Any) -> Advance:
     open_stream = ExitStack()
     steps = 0
 
-    def advance(input_ids: Tensor, state: State | None, keep: int | None) -> tuple[Tensor, State]:
+    def step_fn(input_ids: Tensor, state: State | None, keep: int | None) -> tuple[Tensor, State]:
         nonlocal steps
         steps += 1
         if state is None:
@@ -171,23 +171,23 @@ def streaming(module: Any) -> Advance:
             )
         return _logits(module.step(input_ids)), Held(steps)
 
-    weakref.finalize(advance, open_stream.close)  # the last stream ends with the model that read it
-    advance.close = open_stream.close  # type: ignore[attr-defined]
-    return advance
+    weakref.finalize(step_fn, open_stream.close)  # the last stream ends with the model that read it
+    step_fn.close = open_stream.close  # type: ignore[attr-defined]
+    return step_fn
 
 
-def _portable_streaming(module: Any) -> Advance:
-    def advance(input_ids: Tensor, state: State | None, keep: int | None) -> tuple[Tensor, State]:
+def _portable_streaming(module: Any) -> StepFn:
+    def step_fn(input_ids: Tensor, state: State | None, keep: int | None) -> tuple[Tensor, State]:
         with module.streaming(input_ids.shape[0]):
             if state is not None:
                 module.set_streaming_state(state)
             logits = _logits(module.step(input_ids))
             return logits, fork(module.get_streaming_state())
 
-    return advance
+    return step_fn
 
 
-ADVANCES: dict[str, Callable[[Any], Advance]] = {
+STEP_FNS: dict[str, Callable[[Any], StepFn]] = {
     "stateless": stateless,
     "functional": functional,
     "step": step,
@@ -224,7 +224,7 @@ def _ask(spec: str, form: str, question: Callable[[], Any], source: Any) -> Any:
     except Exception as error:
         raise ModelError(
             f"{spec} was asked for the logits of one token (id 0, shape {list(_one_token(source).shape)}) and raised "
-            f"{type(error).__name__}: {error}. It was driven as {form!r}; forms are {', '.join(ADVANCES)}."
+            f"{type(error).__name__}: {error}. It was driven as {form!r}; forms are {', '.join(STEP_FNS)}."
             f"{places(source if isinstance(source, nn.Module) else None)}"
         ) from error
 
@@ -236,7 +236,7 @@ def _returns_state(source: Any) -> bool:
 
 def _borders(module: nn.Module | None) -> tuple[int, ...]:
     parts = module.modules() if module is not None else ()
-    found = [getattr(part, name, None) for part in parts for name in BORDERS]
+    found = [getattr(part, name, None) for part in parts for name in BOUNDARIES]
     return tuple(sorted({value for value in found if isinstance(value, int) and not isinstance(value, bool) and value > 1}))
 
 

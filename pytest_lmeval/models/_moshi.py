@@ -22,13 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from pytest_lmeval.errors import SpecError
-from pytest_lmeval.models._model import Advance, Codebooks, Model, State
+from pytest_lmeval.models._model import Codebooks, Model, State, StepFn
 
 LOOKS = ("forward_text", "forward_depformer_training", "n_q", "dep_q", "delays")
 
 
 @dataclass
-class Carried:
+class StreamState:
     """What a model of this package carries.
 
     recent  the last frames as they were given [b, k, longest delay + 1]
@@ -55,14 +55,14 @@ def adapt(module: Any, *, spec: str) -> Model:
         )
     scored = tuple(range(module.audio_offset, module.audio_offset + module.dep_q))
     return Model(
-        advance_of(module),
+        step_fn_of(module),
         spec,
         form="moshi",
         stateful=True,
         vocab_size=module.card,
         module=module,
-        rebuild=advance_of,
-        borders=(module.context,),
+        rebuild=step_fn_of,
+        boundaries=(module.context,),
         constant_state=True,
         codebooks=Codebooks(
             sizes=(module.text_card, *[module.card] * module.n_q),
@@ -75,14 +75,14 @@ def adapt(module: Any, *, spec: str) -> Model:
     )
 
 
-def recent(state: Carried) -> Tensor:
+def recent(state: StreamState) -> Tensor:
     return state.recent
 
 
-def advance_of(module: Any) -> Advance:
+def step_fn_of(module: Any) -> StepFn:
     longest = max(module.delays)
 
-    def advance(codes: Tensor, state: State | None, keep: int | None) -> tuple[Tensor, State]:
+    def step_fn(codes: Tensor, state: State | None, keep: int | None) -> tuple[Tensor, State]:
         places = codes.shape[2]
         before, parts = (state.recent, state.parts) if state is not None else beginning(module, codes.shape[0])
         frames = torch.cat([before, codes], dim=2)
@@ -91,9 +91,9 @@ def advance_of(module: Any) -> Advance:
         with streaming(module, parts), wide(parts, places if state is None else 0), uncompiled(module):
             hidden, _ = module.forward_text(delayed[:, :, :-1])
             logits = module.forward_depformer_training(delayed[:, :, 1:], hidden)
-        return logits, Carried(frames[:, :, -1 - longest :].clone(), parts)
+        return logits, StreamState(frames[:, :, -1 - longest :].clone(), parts)
 
-    return advance
+    return step_fn
 
 
 def beginning(module: Any, rows: int) -> tuple[Tensor, dict[str, Any]]:

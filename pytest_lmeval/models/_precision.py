@@ -5,7 +5,7 @@ weights of `nn.Linear` become integers with a scale for each row (int8) or for 3
 the activations too, stays as it was. Four bits lie in a byte each here, and are multiplied as floats: this form says what the
 rounding costs in quality, and neither saves as much memory as packed files do nor any time; the record says how many bits are
 stored (see `_identity.precision`). Weights that were rounded once are part of the model, so that in float32 arithmetic its
-laws can be proven, and in bfloat16 it can be consistent (see `laws._twin.twin`).
+laws can be proven, and in bfloat16 it can be consistent (see `laws._float64_copy.twin`).
 
 A precision that cannot be had is refused. It is had where, found out by looking and by reading one token:
 
@@ -109,7 +109,7 @@ def _one_token(lm: Model, wanted: str, watch: _Products) -> Tensor:
             failed = error
             watch.flops.clear()
         finally:
-            getattr(lm.advance, "close", lambda: None)()
+            getattr(lm.step_fn, "close", lambda: None)()
     raise SpecError(f"{lm.spec}: with its weights in {wanted}, it raised {type(failed).__name__}: {failed}.") from failed
 
 

@@ -42,7 +42,7 @@ TIMES = (
     ),
     _time("chunk_latency_p95", "what 95 % of the chunks stay below"),
     _time(
-        "slowing",
+        "slowdown",
         "median latency in the last quarter of the stream / median latency in the first, its first chunk left out",
         "x",
     ),

@@ -21,7 +21,7 @@ from pytest_lmeval.records._value import Value
 
 Run = Callable[[], Any]
 TICKS = 100  # a time of so many ticks of the clock is known to one percent
-TIMED = WeakCache[bool]()  # the loaded models that were timed in this process, by `advance`
+TIMED = WeakCache[bool]()  # the loaded models that were timed in this process, by `step_fn`
 
 
 def bare_loop(run: Run, rounds: int) -> None:
@@ -103,8 +103,8 @@ def about_times(lm: Model, runner: Runner, by_run: dict[str, list[float]], value
     the values is."""
     about: dict[str, Any] = {"clock": kind_of_clock(lm.device)}
     if values:
-        about |= {"timed_by": runner.name, "timed_before": lm.advance in TIMED}
-        TIMED.value(lm.advance, lambda: True)
+        about |= {"timed_by": runner.name, "timed_before": lm.step_fn in TIMED}
+        TIMED.value(lm.step_fn, lambda: True)
         about["stability"] = stability([*by_run.values()][-1])
         about["runs_to_see_5_percent"] = {name: runs_to_see(times) for name, times in by_run.items()}
     return {**about, "formulas": {name: said for name in values if (said := metric(name).about) and not _is_statistic(name)}}

@@ -74,7 +74,7 @@ class Certificate(Kept, frozen=True, kw_only=True):
     dtype          the precision that was tried
     reference      what the errors were measured against
     longest        tokens of the longest sequence
-    not_reached    borders of the model (windows, blocks) that no sequence came past
+    not_reached    boundaries of the model (windows, blocks) that no sequence came past
     limit          what the model does at lengths that it cannot read, if there are such
     limit_tokens   the most tokens that it reads in one piece, where it did not declare that itself
     limit_is_step  whether more can be read in several pieces

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pytest_lmeval.records._comparison import ORDER, Comparison, Flip, GateVerdict
 from pytest_lmeval.records._measured import Record
 from pytest_lmeval.records._metric import metric
-from pytest_lmeval.report._remarks import remarks
+from pytest_lmeval.report._comparison_notes import remarks
 from pytest_lmeval.report._words import number
 
 

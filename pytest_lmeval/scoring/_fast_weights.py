@@ -25,7 +25,7 @@ from pytest_lmeval.models._model import Model, State
 from pytest_lmeval.records._measured import Record, Series
 from pytest_lmeval.records._metric import value_of
 from pytest_lmeval.records._value import Value
-from pytest_lmeval.scoring._reading import EACH, Moves, Reading
+from pytest_lmeval.scoring._loss_accumulator import EACH, LossAccumulator, Moves
 
 STRETCH = 512  # tokens: smaller chunks are taken together, so that looking costs less than two percent of reading
 NAMED = 8  # weights that a warning names
@@ -51,10 +51,10 @@ class FastWeights:
 class Watch:
     """Compares the fast weights after each chunk with those before it, on the model's device.
 
-    A step may use its state up, so what is kept to compare with are copies. What it finds goes to `Reading.moves`.
+    A step may use its state up, so what is kept to compare with are copies. What it finds goes to `LossAccumulator.moves`.
     """
 
-    def __init__(self, lm: Model, reading: Reading, initial: dict[str, Tensor]) -> None:
+    def __init__(self, lm: Model, reading: LossAccumulator, initial: dict[str, Tensor]) -> None:
         self.lm, self.names = lm, list(initial)
         self.initial = self.before = copies(initial)
         self.sequence = (len(reading.documents), reading.window)
@@ -64,7 +64,7 @@ class Watch:
         if reading.state is not None:
             self.before = self._after(reading.state)
 
-    def look(self, reading: Reading, *, last: bool = False) -> bool:
+    def look(self, reading: LossAccumulator, *, last: bool = False) -> bool:
         """Measure what moved until now, unless that was less than `STRETCH` tokens and is not the `last` of the text.
 
         Returns whether nothing is left to be measured. Raises NotFiniteError for a fast weight that is no number.
@@ -96,7 +96,7 @@ class Watch:
             )
         return copies(found)
 
-    def _check_finite(self, moved: np.ndarray, reading: Reading) -> None:
+    def _check_finite(self, moved: np.ndarray, reading: LossAccumulator) -> None:
         if not np.isfinite(moved).all():
             name = self.names[int(np.flatnonzero(~np.isfinite(moved))[0])]
             raise NotFiniteError(
@@ -113,7 +113,7 @@ class Weights:
     norms: Tensor
 
 
-def watch(lm: Model, reading: Reading) -> Watch | None:
+def watch(lm: Model, reading: LossAccumulator) -> Watch | None:
     """A watch over the fast weights of `lm`, from here on; None if it has none. Raises ModelError for what is no dict of
     tensors."""
     if lm.fast_weights is None:

@@ -96,7 +96,7 @@ class Shots:
     def _shown(self, shot: Row) -> str:
         question = question_of(self.task, shot, f"example {id_of(shot)}")
         assert question is not None  # the pool has questions alone
-        return question.prompt + question.solution + self.task.fewshot_delimiter
+        return question.prompt + question.target + self.task.fewshot_delimiter
 
     def _rows(self, row: Row, own: str) -> list[Row]:
         if not self.count:

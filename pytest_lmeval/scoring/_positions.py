@@ -10,7 +10,7 @@ import numpy as np
 
 from pytest_lmeval.records._metric import value_of
 from pytest_lmeval.records._value import Value
-from pytest_lmeval.scoring._reading import NATS, PLACES, SPAN, SPAN_BLOCK, TOKENS, Reading
+from pytest_lmeval.scoring._loss_accumulator import NATS, PLACES, SPAN, SPAN_BLOCK, TOKENS, LossAccumulator
 from pytest_lmeval.statistics._bootstrap import FEWEST_UNITS, ratio_intervals
 
 
@@ -26,7 +26,7 @@ def name_of(position: int) -> str:
     return f"loss_at_{position}"
 
 
-def sums_at(reading: Reading) -> np.ndarray:
+def sums_at(reading: LossAccumulator) -> np.ndarray:
     """Tokens and nats [units, positions, 2] of what went on to the last fifty places before a position; the rest is zero."""
     sums = np.array(reading.at_positions).reshape(len(reading.at_positions), len(reading.positions), PLACES + 1)
     read = sums[..., PLACES] if reading.by_document else sums[..., PLACES].sum(axis=0)
@@ -34,13 +34,13 @@ def sums_at(reading: Reading) -> np.ndarray:
     return np.where((read > enough)[..., None], sums[..., :PLACES], 0.0)
 
 
-def not_reached(reading: Reading) -> list[int]:
+def not_reached(reading: LossAccumulator) -> list[int]:
     """Positions that the text did not go on to."""
     tokens = sums_at(reading)[..., TOKENS].sum(axis=0)
     return [position for position, count in zip(reading.positions, tokens, strict=True) if not count]
 
 
-def loss_metrics(reading: Reading, *, seed: int) -> dict[str, Value]:
+def loss_metrics(reading: LossAccumulator, *, seed: int) -> dict[str, Value]:
     """The loss at each position that was reached, and their slope if there are two at least, with 95 % intervals.
 
     Intervals are None for fewer than eight blocks or documents. That of the slope takes each loss as linear in the sums of a

@@ -11,14 +11,14 @@ from pytest_lmeval.records._measured import Series
 from pytest_lmeval.records._metric import metric, value_of
 from pytest_lmeval.records._value import Value
 from pytest_lmeval.scoring import _fast_weights as fast_weights
+from pytest_lmeval.scoring._loss_accumulator import BYTES, HITS, NATS, SECONDS, STATE, TOKENS, LossAccumulator
 from pytest_lmeval.scoring._positions import loss_metrics, name_of
-from pytest_lmeval.scoring._reading import BYTES, HITS, NATS, SECONDS, STATE, TOKENS, Reading
 from pytest_lmeval.statistics._bootstrap import ratio_intervals
 
 OVERFLOW = 700.0  # nats, whose exponential is no number that a float holds
 
 
-def metrics_of(reading: Reading, *, seconds: float, seed: int) -> dict[str, Value]:
+def metrics_of(reading: LossAccumulator, *, seconds: float, seed: int) -> dict[str, Value]:
     """The ratios that the sums of a reading stand for, with their intervals; first those that a summary shows first."""
     columns = {"tokens": TOKENS, "nats": NATS, "bytes": BYTES, **{f"top{k}": column for k, column in HITS.items()}}
     total, n = reading.total, reading.tokens
@@ -61,7 +61,7 @@ def exponential(nll: Value, name: str = "perplexity") -> Value:
         ) from error
 
 
-def series_of(reading: Reading, metrics: dict[str, Value], *, carried: bool) -> dict[str, Series]:
+def series_of(reading: LossAccumulator, metrics: dict[str, Value], *, carried: bool) -> dict[str, Series]:
     """The course of a reading, by tokens read; of the state too, where one was carried through a stream."""
     chunks, each = reading.course
     some = chunks[:, TOKENS] > 0  # of frames, one may hold no code to score

@@ -1,7 +1,7 @@
 """From a question in words to token ids, by written rules:
 
 - Blanks at the end of a prompt belong to what follows it.
-- Prompt and choice are tokenized together, as they would be read. If a token spans the border between them, the border moves
+- Prompt and choice are tokenized together, as they would be read. If a token spans the boundary between them, it moves
   to where all choices still begin as the prompt does alone, for all of them; such questions are counted.
 - The ids that the tokenizer puts before a text stand before the prompt, unless it begins with them in words. An empty prompt
   is the beginning-of-sequence token.
@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pytest_lmeval.engine._tree import Request, alike
+from pytest_lmeval.engine._tree import Request, common_prefix_len
 from pytest_lmeval.errors import TaskError
 from pytest_lmeval.models._identity import fingerprint
 from pytest_lmeval.models._model import Model
@@ -27,7 +27,7 @@ Truncate = Literal["left", "refuse"]
 
 
 @dataclass(frozen=True)
-class Asked:
+class EncodedQuestion:
     """A question as the model reads it.
 
     prompt    the whole text that is read before the answer
@@ -66,7 +66,7 @@ class Encoder:
             what = "reads frames of codes" if self.lm.codebooks is not None else "has no tokenizer"
             raise TaskError(f"{self.lm.spec} {what}, so it cannot be asked {self.task}. Give it an attribute `tokenizer`.")
 
-    def encode(self, question: Question, before: str, *, id: str, number: int) -> Asked:  # noqa: A002 - as it is called
+    def encode(self, question: Question, before: str, *, id: str, number: int) -> EncodedQuestion:  # noqa: A002 - as it is called
         """`before` is what stands before the prompt: description and examples."""
         place = f"{self.task}, row {number} ({id})"
         prompt = before + question.prompt
@@ -78,7 +78,7 @@ class Encoder:
         fitting = [self._fitted(request, room, place) for request in requests]
         cut = max(len(request.ids) - len(short.ids) for request, short in zip(requests, fitting, strict=True))
         key = _hash("|".join(map(repr, [*self._decides, question, prompt])))
-        return Asked(id, number, question, prompt, key, fitting, cut, moved)
+        return EncodedQuestion(id, number, question, prompt, key, fitting, cut, moved)
 
     @functools.cached_property
     def _decides(self) -> list[Any]:
@@ -93,20 +93,20 @@ class Encoder:
         blanks, alone = prompt[len(bare) :], self._ids(bare)
         prefix = self._prefix(alone)
         together = [self._ids(prompt + choice) if bare else self._ids(blanks + choice) for choice in choices]
-        border = min(alike(alone, ids) for ids in together)
-        if not border + len(prefix):
+        boundary = min(common_prefix_len(alone, ids) for ids in together)
+        if not boundary + len(prefix):
             raise TaskError(
                 f"{place}: nothing stands before the first token of its choices, so that token cannot be scored. The prompt is "
                 "empty (or merges with the choices), and the tokenizer has no beginning-of-sequence token."
             )
         for choice, ids in zip(choices, together, strict=True):
-            if len(ids) <= border:
+            if len(ids) <= boundary:
                 raise TaskError(
                     f"{place}: the choice {choice!r} is empty after tokenizing: {prompt[-20:] + choice!r} has no token more "
                     f"than {prompt[-20:]!r}, so it would be as likely as nothing, and always win."
                 )
-        given = len(prefix) + border
-        return [Request(np.concatenate([prefix, ids]), given) for ids in together], border < len(alone)
+        given = len(prefix) + boundary
+        return [Request(np.concatenate([prefix, ids]), given) for ids in together], boundary < len(alone)
 
     def _open(self, prompt: str, place: str) -> Request:
         alone = self._ids(prompt)

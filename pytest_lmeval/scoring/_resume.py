@@ -14,10 +14,10 @@ import torch
 from pytest_lmeval.engine._engine import Engine
 from pytest_lmeval.models._model import Model, state_types
 from pytest_lmeval.records._journal import Checkpoints
-from pytest_lmeval.scoring._reading import Reading
+from pytest_lmeval.scoring._loss_accumulator import LossAccumulator
 
 
-def write_point(checkpoints: Checkpoints, key: str, reading: Reading) -> None:
+def write_point(checkpoints: Checkpoints, key: str, reading: LossAccumulator) -> None:
     """Save a reading between two chunks. Raises OSError, also for a state that cannot be saved."""
     saved = {"reading": json.dumps(reading.to_json()), "state": reading.state}
     try:
@@ -26,14 +26,14 @@ def write_point(checkpoints: Checkpoints, key: str, reading: Reading) -> None:
         raise OSError(f"its state raises {type(error).__name__}: {error}") from error
 
 
-def read_point(checkpoints: Checkpoints | None, key: str, lm: Model) -> Reading | None:
+def read_point(checkpoints: Checkpoints | None, key: str, lm: Model) -> LossAccumulator | None:
     """The reading that was saved, or None if there is none that can be used."""
 
-    def load(file: IO[bytes]) -> Reading:
+    def load(file: IO[bytes]) -> LossAccumulator:
         saved = safe_load(file.read(), lm)
-        return replace(Reading.from_json(json.loads(saved["reading"])), state=saved["state"])
+        return replace(LossAccumulator.from_json(json.loads(saved["reading"])), state=saved["state"])
 
-    found: Reading | None = None if checkpoints is None else checkpoints.read(key, load)
+    found: LossAccumulator | None = None if checkpoints is None else checkpoints.read(key, load)
     return found
 
 

@@ -15,12 +15,12 @@ import numpy as np
 from pytest_lmeval.records import _schema as schema
 from pytest_lmeval.records._example import Unit
 from pytest_lmeval.records._replacing import replacing
-from pytest_lmeval.scoring._reading import BYTES, HITS, NATS, TOKENS, Reading
+from pytest_lmeval.scoring._loss_accumulator import BYTES, HITS, NATS, TOKENS, LossAccumulator
 
 COLUMNS = {"tokens": TOKENS, "nats": NATS, "bytes": BYTES, **{f"top{k}": column for k, column in HITS.items()}}
 
 
-def units_of(reading: Reading) -> list[Unit]:
+def units_of(reading: LossAccumulator) -> list[Unit]:
     """The units that hold a target, in order: sums of tokens, nats, bytes, and targets among the first choices."""
     ids = reading.documents if reading.by_document else _blocks(reading)
     return [
@@ -30,13 +30,13 @@ def units_of(reading: Reading) -> list[Unit]:
     ]
 
 
-def write_units(path: str | Path, reading: Reading) -> None:
+def write_units(path: str | Path, reading: LossAccumulator) -> None:
     """Write the units to a file, in one move."""
     with replacing(Path(path)) as new:
         new.write_text("".join(map(schema.line_of, units_of(reading))), encoding="utf-8")
 
 
-def _blocks(reading: Reading) -> list[str]:
+def _blocks(reading: LossAccumulator) -> list[str]:
     sums = np.array(reading.units)[:, [TOKENS, BYTES]].astype(int)
     begins = np.cumsum(sums, axis=0) - sums
     (text,) = reading.documents

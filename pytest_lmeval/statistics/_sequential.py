@@ -1,4 +1,4 @@
-"""Is a rate above or below a threshold? Asked after every answer, and no longer than until it is certain.
+"""Is a rate above or below a threshold? EncodedQuestion after every answer, and no longer than until it is certain.
 
 An ordinary interval holds for a number of answers that was fixed before. Who looks after every answer and stops as soon as the
 threshold lies outside will be wrong far more often than it says. What may be looked at at any time is a bet against each rate:

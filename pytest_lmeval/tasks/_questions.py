@@ -66,7 +66,7 @@ class Choices:
         return self.answer if isinstance(self.answer, tuple) else (self.answer,)
 
     @property
-    def solution(self) -> str:
+    def target(self) -> str:
         """What follows the prompt where this question is an example that is shown."""
         return self.choices[self.answers[0]]
 
@@ -104,7 +104,7 @@ class Generate:
             raise TaskError(f"temperature is {self.temperature!r}: a temperature is a finite number, 0 or more.")
 
     @property
-    def solution(self) -> str:
+    def target(self) -> str:
         """What follows the prompt where this question is an example that is shown."""
         return f" {self.answers[0]}" if self.answers else ""
 

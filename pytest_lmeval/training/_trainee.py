@@ -30,7 +30,7 @@ def copy_of(lm: Model) -> Model:
     return replace(
         lm,
         module=module,
-        advance=lm.rebuild(module),
+        step_fn=lm.rebuild(module),
         source=module if own else lm.source,
         fast_weights=getattr(module, "fast_weights", None) if own and lm.fast_weights else lm.fast_weights,
     )

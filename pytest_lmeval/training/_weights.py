@@ -100,7 +100,7 @@ def _tensors(lm: Model) -> list[tuple[list[str], Tensor]]:
     assert lm.module is not None
     found: dict[int, tuple[list[str], Tensor]] = {}
     for name, tensor in lm.module.state_dict(keep_vars=True).items():
-        if isinstance(tensor, Tensor) and name not in lm.volatile:
+        if isinstance(tensor, Tensor) and name not in lm.mutable_buffers:
             found.setdefault(id(tensor), ([], tensor))[0].append(name)
     return list(found.values())
 

@@ -121,19 +121,19 @@ def selective_scan(u: Tensor, dt: Tensor, a: Tensor, b_in: Tensor, c_out: Tensor
     if blocks > 1:
         left = hidden.new_zeros(rows, blocks - 1, *a.shape)  # behind by each block, if it began at zero
         for du, step, into, _ in places:
-            left = advance(left, du[:, :-1], step[:, :-1], a, into[:, :-1])
+            left = step_fn(left, du[:, :-1], step[:, :-1], a, into[:, :-1])
         kept = torch.exp(torch.stack([step for _, step, _, _ in places]).sum(0)[:, :-1, None] * a)  # of what came before it
         for block in range(blocks - 1):
             starts.append(torch.addcmul(left[:, block], kept[:, block], starts[-1]))
 
     h, outputs = torch.stack(starts, dim=1), []
     for du, step, into, out in places:
-        h = advance(h, du, step, a, into)
+        h = step_fn(h, du, step, a, into)
         outputs.append((out[..., None, :] @ h)[..., 0, :])
     return torch.stack(outputs, dim=2).flatten(1, 2)[:, :t], h[:, -1].clone()
 
 
-def advance(h: Tensor, du: Tensor, dt: Tensor, a: Tensor, b_in: Tensor) -> Tensor:
+def step_fn(h: Tensor, du: Tensor, dt: Tensor, a: Tensor, b_in: Tensor) -> Tensor:
     """h [..., n, d] one token later, from du = dt u [..., d], dt [..., d], A [n, d] and B [..., n]."""
     kept = (dt[..., None, :] * a).exp_()  # in place, as the next: these are the largest tensors here, and nobody else's
     return (du[..., None, :] * b_in[..., None]).addcmul_(kept, h)

@@ -8,14 +8,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from pytest_lmeval.laws._twin import fits
+from pytest_lmeval.laws._float64_copy import fits
 from pytest_lmeval.models._identity import weights_digest
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.models._tensors import parts
 
 
 @contextmanager
-def weights_kept(lm: Model) -> Iterator[Callable[[], str | None]]:
+def preserve_weights(lm: Model) -> Iterator[Callable[[], str | None]]:
     """Put parameters and buffers back as they were. The value, called, says which of them are not as they were.
 
     Where there is no room for a copy of them, a change is noticed only, by their hash (see `models._identity.weights_digest`).
@@ -33,7 +33,7 @@ def weights_kept(lm: Model) -> Iterator[Callable[[], str | None]]:
         names = [
             name
             for name, old in saved.items()
-            if name in lasting and name not in lm.volatile and not (name in now and _equal(now[name], old))
+            if name in lasting and name not in lm.mutable_buffers and not (name in now and _equal(now[name], old))
         ]
         if not names and (saved or weights_digest(lm) == before):
             return None

@@ -13,11 +13,11 @@ from hypothesis import HealthCheck, Phase, Verbosity, given, settings, target
 from pytest_lmeval.engine import Engine
 from pytest_lmeval.errors import LawBroken
 from pytest_lmeval.laws._checks import LAWS, check
+from pytest_lmeval.laws._harness import MEMORY, Harness
 from pytest_lmeval.laws._profiles import Profile
 from pytest_lmeval.laws._search import Search
 from pytest_lmeval.laws._states import state_sizes
 from pytest_lmeval.laws._strategies import ESSENTIAL, Case, aligned_cases, cases, edge_cases, pieces, shortest_case
-from pytest_lmeval.laws._trial import MEMORY, Trial
 from pytest_lmeval.laws._verdict import verdict_of
 from pytest_lmeval.models._model import state_dtypes
 from pytest_lmeval.records._certificate import Certificate, LawResult, State
@@ -30,53 +30,55 @@ SEARCH = 0.75  # of the time; the rest is for making counterexamples small
 EXTRA = 0.25  # of the budget, that may be spent on these beyond it
 
 
-def hear(trial: Trial, longest: int, profile: Profile, known: list[tuple[str, Case]], stop: float) -> Certificate:
+def hear(harness: Harness, longest: int, profile: Profile, known: list[tuple[str, Case]], stop: float) -> Certificate:
     """Try all laws until it is time to `stop`, and pronounce a verdict."""
-    lm, began = trial.lm, time.perf_counter()
-    limit = trial.reach(max([longest, *(case.length for _, case in known)]) if lm.context_length is None else longest)
-    pause = trial.seconds_a_call()
-    steps_longest = min(trial.longest, max(STEPS_LONGEST, int(0.04 * profile.budget / max(pause, 1e-9))))
+    lm, began = harness.lm, time.perf_counter()
+    limit = harness.reach(max([longest, *(case.length for _, case in known)]) if lm.context_length is None else longest)
+    pause = harness.seconds_a_call()
+    steps_longest = min(harness.longest, max(STEPS_LONGEST, int(0.04 * profile.budget / max(pause, 1e-9))))
     searches = {
-        name: Search(name, trial, steps_longest if name == "steps" else trial.longest)
+        name: Search(name, harness, steps_longest if name == "steps" else harness.longest)
         for name, law in LAWS.items()
         if lm.stateful or not law.needs_state
     }
     for law, case in known:
         if law in searches:
             searches[law].attempt(case)
-    _look(searches, profile, pause, min(longest, trial.longest), began + SEARCH * (stop - began), stop)
+    _look(searches, profile, pause, min(longest, harness.longest), began + SEARCH * (stop - began), stop)
     results = _conclude(searches, stop, EXTRA * profile.budget)
     broken = frozenset(name for name, law in results.items() if not law.kept)
     multiple = None
     if "splits" in broken:
         latest = max(example.case["cuts"][-1] for example in results["splits"].counterexamples)
         multiple = _multiple(searches["splits"], latest, time.perf_counter() + profile.budget)
-    dtype = str(trial.dtype).removeprefix("torch.")
+    dtype = str(harness.dtype).removeprefix("torch.")
     return Certificate(
         verdict=verdict_of(broken, stateful=lm.stateful, dtype=dtype, multiple=multiple),
         dtype=dtype,
-        reference=trial.reference_kind,
+        reference=harness.reference_kind,
         laws=results,
         longest=max(law.longest for law in results.values()),
-        not_reached=tuple(border for border in lm.borders if border >= results["splits" if lm.stateful else "prefix"].longest),
+        not_reached=tuple(
+            boundary for boundary in lm.boundaries if boundary >= results["splits" if lm.stateful else "prefix"].longest
+        ),
         limit=limit,
-        limit_tokens=trial.longest if limit else None,
-        limit_is_step=bool(limit) and trial.goes_on_past_its_reach(),
-        state=_state(trial) if lm.stateful and time.perf_counter() < stop + profile.budget else None,
-        flips=trial.flips,
+        limit_tokens=harness.longest if limit else None,
+        limit_is_step=bool(limit) and harness.goes_on_past_its_reach(),
+        state=_state(harness) if lm.stateful and time.perf_counter() < stop + profile.budget else None,
+        flips=harness.flips,
     )
 
 
 def _look(searches: dict[str, Search], profile: Profile, pause: float, longest: int, until: float, stop: float) -> None:
     """Edge cases, then random ones. Where a call is dear, the laws that streaming rests on come first, on a short case."""
     quick, affordable = pause * QUICK < profile.budget, pause * AFFORDABLE < profile.budget
-    borders = tuple(border for border in next(iter(searches.values())).trial.lm.borders if border < longest)
+    boundaries = tuple(boundary for boundary in next(iter(searches.values())).harness.lm.boundaries if boundary < longest)
     if not affordable:
         for name in sorted(searches, key=lambda name: name not in CORE):
             searches[name].attempt_in_time(shortest_case(longest), math.inf if name in CORE else stop)
-        if borders and "splits" in searches:  # past all of them; what it is held to was read already
+        if boundaries and "splits" in searches:  # past all of them; what it is held to was read already
             searches["splits"].attempt(Case(longest, pieces(longest, max(1, longest // 3))))
-    for place, case in enumerate(edge_cases(longest, borders)):
+    for place, case in enumerate(edge_cases(longest, boundaries)):
         for name, search in searches.items():
             must = quick or (affordable and place < (ESSENTIAL if name in CORE else 1))
             search.attempt_in_time(case, math.inf if must else until)
@@ -84,7 +86,7 @@ def _look(searches: dict[str, Search], profile: Profile, pause: float, longest: 
     def on_every_law(case: Case) -> None:
         for search in searches.values():
             search.attempt_in_time(case, until)
-        worst = next(iter(searches.values())).trial.worst
+        worst = next(iter(searches.values())).harness.worst
         shares = [excess.share for excess, _ in worst.values() if 0 < excess.share < math.inf]
         target(math.log10(max(shares, default=1.0)))
 
@@ -96,7 +98,7 @@ def _look(searches: dict[str, Search], profile: Profile, pause: float, longest: 
         phases=(Phase.generate, Phase.target),
         suppress_health_check=list(HealthCheck),
         verbosity=Verbosity.quiet,
-    )(given(case=cases(longest, borders))(on_every_law))()
+    )(given(case=cases(longest, boundaries))(on_every_law))()
 
 
 def _conclude(searches: dict[str, Search], stop: float, extra: float) -> dict[str, LawResult]:
@@ -106,7 +108,7 @@ def _conclude(searches: dict[str, Search], stop: float, extra: float) -> dict[st
         results["splits"] = searches["splits"].result(max(stop, time.perf_counter() + extra))
         for example in results["splits"].counterexamples:
             steps = searches["steps"]
-            length = min(example.case["length"] + 8, steps.trial.longest)
+            length = min(example.case["length"] + 8, steps.harness.longest)
             steps.longest = max(steps.longest, length)
             steps.attempt(Case(length, seed=example.case.get("seed", 0)))
     for name, search in searches.items():
@@ -121,13 +123,13 @@ def _multiple(splits: Search, latest: int, until: float) -> int | None:
     What is known to be wrong decides first: as it is, and with its cuts moved to the nearest multiples. A length of which no
     multiple lies as late as the `latest` cut that was found wrong was never where it would matter.
     """
-    borders, longest = splits.trial.lm.borders, splits.longest
+    boundaries, longest = splits.harness.lm.boundaries, splits.longest
     failed = [failure.case for failure in splits.failures]
-    for k in sorted({2, 4, 8, 16, 32, 64, *(border for border in borders if border < longest)}):
+    for k in sorted({2, 4, 8, 16, 32, 64, *(boundary for boundary in boundaries if boundary < longest)}):
         if (longest - 1) // k * k < latest:
             continue
         moved = [Case(case.length, _moved(case, k), case.seed) for case in failed]
-        tried = [case for case in moved if case.cuts] + aligned_cases(k, longest, borders)
+        tried = [case for case in moved if case.cuts] + aligned_cases(k, longest, boundaries)
         if len(tried) > len(moved) and not any(_breaks(splits, case, until) for case in tried):
             return k
     return None
@@ -143,17 +145,17 @@ def _breaks(splits: Search, case: Case, until: float) -> bool:
     if time.perf_counter() > until:
         return True
     try:
-        check(splits.law, splits.trial, LAWS[splits.law].of(case))
+        check(splits.law, splits.harness, LAWS[splits.law].of(case))
     except LawBroken:
         return True
     return False
 
 
-def _state(trial: Trial) -> State | None:
+def _state(harness: Harness) -> State | None:
     """What the state weighs, how it grows, and in what precision it is."""
     try:
-        held = state_sizes(trial, Case(trial.longest))
-        _, state = Engine(trial.lm).step(trial.tokens(2, 0))
+        held = state_sizes(harness, Case(harness.longest))
+        _, state = Engine(harness.lm).step(harness.tokens(2, 0))
     except MEMORY:
         raise
     except Exception:  # noqa: BLE001 - nothing to weigh, or a model that cannot go on in pieces: the laws say so

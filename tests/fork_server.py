@@ -19,7 +19,7 @@ from typing import IO, Any, NoReturn
 IMPORTED = ("torch", "torch._dynamo", "torch.utils.flop_counter")
 
 
-class Nursery:
+class ForkServer:
     """Starts `python -m pytest` as `subprocess.Popen` would, one at a time."""
 
     stdin = None  # as pytester asks a Popen
@@ -28,7 +28,7 @@ class Nursery:
         self._unanswered = False
         self._mother = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def popen(self, arguments: Sequence[str], stdout: IO[str], stderr: IO[str], **_: Any) -> Nursery:
+    def popen(self, arguments: Sequence[str], stdout: IO[str], stderr: IO[str], **_: Any) -> ForkServer:
         """A run with these arguments of pytest, its output in the two files."""
         if self._unanswered:
             self.wait()  # of a run that nobody waited for

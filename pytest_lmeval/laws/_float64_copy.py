@@ -26,10 +26,10 @@ def twin(model: Model, dtype: torch.dtype | None = torch.float64) -> Model | Non
         if dtype is not None:
             unpack(module, dtype)
             module.to(dtype)
-        advance = model.rebuild(module)
+        step_fn = model.rebuild(module)
     except Exception:  # noqa: BLE001 - fused, bound to its precision, or holding what cannot be copied
         return None
-    return dataclasses.replace(model, module=module, advance=advance)
+    return dataclasses.replace(model, module=module, step_fn=step_fn)
 
 
 def fits(model: Model) -> bool:

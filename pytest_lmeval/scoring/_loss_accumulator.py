@@ -28,13 +28,13 @@ TOP = (1, 5)  # a target counts as hit among the model's first k choices
 TOKENS, NATS, BYTES, SECONDS = 0, 1, 2, 3
 HITS = {k: 4 + place for place, k in enumerate(TOP)}
 COLUMNS = 4 + len(TOP)
-STATE = COLUMNS  # column of `Reading.chunks`: bytes
+STATE = COLUMNS  # column of `LossAccumulator.chunks`: bytes
 
 BLOCK, BLOCKS = 64, 256  # smallest block of a stream, and the number at which neighbours merge
 CHUNKS = 2048
 HALF_OCTAVES = 128
 SPAN, SPAN_BLOCK = 1000, 50  # places up to a chosen position over which its loss is averaged, and of a unit among them
-PLACES = 2  # column of `Reading.at_positions`, after TOKENS and NATS
+PLACES = 2  # column of `LossAccumulator.at_positions`, after TOKENS and NATS
 EACH = 32  # fast weights up to which the course of each is kept, beside that of their mean
 
 
@@ -50,7 +50,7 @@ def rows_of(nll: np.ndarray, rank: np.ndarray, widths: np.ndarray, valid: np.nda
 
 
 @dataclass
-class Reading:
+class LossAccumulator:
     """Sums over everything read so far. `start_document` begins a sequence, `add` takes its chunks in order.
 
     by_document  whether a unit is a document; otherwise it is a block of consecutive tokens
@@ -141,7 +141,7 @@ class Reading:
         return {**plain(replace(self, state=None)), "moves": None if self.moves is None else plain(self.moves)}
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Reading:
+    def from_json(cls, data: dict[str, Any]) -> LossAccumulator:
         reading = cls(**data)
         reading.positions = tuple(reading.positions)
         for name in ("total", "by_position"):
@@ -213,7 +213,7 @@ def append(course: list[np.ndarray], row: np.ndarray, seen: int, each: int) -> i
     return each
 
 
-def plain(sums: Reading | Moves) -> dict[str, Any]:
+def plain(sums: LossAccumulator | Moves) -> dict[str, Any]:
     """The fields as JSON has them."""
     return {
         name: np.asarray(value).tolist() if isinstance(value, np.ndarray | list | tuple) else value

@@ -13,41 +13,43 @@ from torch.nn import functional as F
 
 from pytest_lmeval.engine import Chunk, Engine, Policy, Windows
 from pytest_lmeval.errors import NotFiniteError
-from pytest_lmeval.laws._evidence import broken
+from pytest_lmeval.laws._assertions import broken
+from pytest_lmeval.laws._harness import FEW, Harness
 from pytest_lmeval.laws._strategies import Case
-from pytest_lmeval.laws._trial import FEW, Trial
-from pytest_lmeval.scoring._reading import NATS, TOKENS, Reading
+from pytest_lmeval.scoring._loss_accumulator import NATS, TOKENS, LossAccumulator
 
 
-def sums(trial: Trial, case: Case) -> None:
+def sums(harness: Harness, case: Case) -> None:
     """Compare the losses that the harness sums with losses recomputed from raw logits of the same pieces, which isolates bugs
     of the harness, and of a model's `keep`."""
     chunk = max(case.sizes[0], -(-case.length // 12))
-    if trial.goes_on is not None:
+    if harness.goes_on is not None:
         case, chunk = replace(case, length=min(case.length, FEW)), 1
-    ids = trial.tokens(case.length, case.seed)
+    ids = harness.tokens(case.length, case.seed)
     window, overlap = max(2, chunk), chunk // 2
     begins = range(0, max(1, case.length - 1 - overlap), window - overlap)
     windows = [(begin, min(begin + window + 1, case.length), overlap if begin else 0) for begin in begins]
-    if trial.lm.stateful:
+    if harness.lm.stateful:
         whole = [(0, case.length, 0)]
-        read = ids[0].T if trial.lm.codebooks else ids[0]
-        _add_up(trial, case, ids, Engine(trial.lm, Policy(chunk_size=chunk)).stream(read), f"chunks of {chunk}", whole, chunk)
-    if trial.lm.codebooks:
+        read = ids[0].T if harness.lm.codebooks else ids[0]
+        _add_up(
+            harness, case, ids, Engine(harness.lm, Policy(chunk_size=chunk)).stream(read), f"chunks of {chunk}", whole, chunk
+        )
+    if harness.lm.codebooks:
         return  # frames are never read in windows
-    scored = Engine(trial.lm, Policy(windows=Windows(window, overlap), chunk_size=window)).stream(ids[0])
-    _add_up(trial, case, ids, scored, f"windows of {window}, {overlap} of them read again", windows, window)
+    scored = Engine(harness.lm, Policy(windows=Windows(window, overlap), chunk_size=window)).stream(ids[0])
+    _add_up(harness, case, ids, scored, f"windows of {window}, {overlap} of them read again", windows, window)
 
 
 def _add_up(
-    trial: Trial, case: Case, ids: Tensor, scored: Iterator[Chunk], how: str, spans: list[tuple[int, int, int]], piece: int
+    harness: Harness, case: Case, ids: Tensor, scored: Iterator[Chunk], how: str, spans: list[tuple[int, int, int]], piece: int
 ) -> None:
     """Hold what was `scored` to the losses of `spans`: (first token, last but one, targets that were scored before)."""
-    due = torch.cat([_losses(trial, ids[..., begin:end], piece)[known:] for begin, end, known in spans])
+    due = torch.cat([_losses(harness, ids[..., begin:end], piece)[known:] for begin, end, known in spans])
     want = float(due.sum())
     if not math.isfinite(want):
         return  # a token that the model rules out cannot be scored, in one way or the other
-    reading = Reading()
+    reading = LossAccumulator()
     targets: list[int] = []
     try:
         for part in scored:
@@ -55,11 +57,11 @@ def _add_up(
             targets += range(part.start, part.end)
     except NotFiniteError as error:
         raise broken(case, f"{case.length} tokens in {how}: {error}") from error
-    last = case.length if trial.lm.codebooks else case.length - 1
+    last = case.length if harness.lm.codebooks else case.length - 1
     if targets != list(range(1, last + 1)):
         due_once = f"each of 1 to {last} was due once"
         raise broken(case, f"{case.length} tokens in {how}: the targets {targets} were scored, {due_once}.")
-    allowed = 1e-5 * max(1.0, abs(want)) * (2**13 if trial.lm.dtype in (torch.float16, torch.bfloat16) else 1)
+    allowed = 1e-5 * max(1.0, abs(want)) * (2**13 if harness.lm.dtype in (torch.float16, torch.bfloat16) else 1)
     for name, total in (("", reading.total), (", merged from blocks", np.sum(reading.units, axis=0))):
         off = abs(total[NATS] - want)
         if int(total[TOKENS]) != len(due) or not off <= allowed:
@@ -73,12 +75,12 @@ def _add_up(
             )
 
 
-def _losses(trial: Trial, ids: Tensor, piece: int) -> Tensor:
+def _losses(harness: Harness, ids: Tensor, piece: int) -> Tensor:
     """Losses of the tokens after the first, or of all codes that are predicted while frames are read, from logits of the same
     pieces as the harness reads."""
-    books = trial.lm.codebooks
+    books = harness.lm.codebooks
     read = ids if books else ids[:, :-1]
-    logits = trial.logits(read, [part.shape[-1] for part in torch.split(read, piece, dim=-1)]).double()
+    logits = harness.logits(read, [part.shape[-1] for part in torch.split(read, piece, dim=-1)]).double()
     ids = ids.to(logits.device)
     if not books:
         return F.cross_entropy(logits, ids[0, 1:], reduction="none").cpu()

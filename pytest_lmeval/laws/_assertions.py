@@ -9,9 +9,9 @@ from torch import Tensor
 
 from pytest_lmeval.errors import LawBroken
 from pytest_lmeval.laws._diagnosis import likely_fault
+from pytest_lmeval.laws._harness import Harness
 from pytest_lmeval.laws._strategies import Case
 from pytest_lmeval.laws._tolerance import Excess, log_probabilities
-from pytest_lmeval.laws._trial import Trial
 
 
 @functools.cache
@@ -33,17 +33,17 @@ def same(one: Tensor, other: Tensor) -> bool:
     return bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
-def bit_equal(trial: Trial, case: Case, one: Tensor, other: Tensor, what: str, why: str, *, after: int = 0) -> None:
-    if trial.lm.device.type != "cpu":  # atomic additions and chosen kernels may round otherwise from call to call there
-        near(trial, case, one, other, what, why, after=after)
+def bit_equal(harness: Harness, case: Case, one: Tensor, other: Tensor, what: str, why: str, *, after: int = 0) -> None:
+    if harness.lm.device.type != "cpu":  # atomic additions and chosen kernels may round otherwise from call to call there
+        near(harness, case, one, other, what, why, after=after)
     elif not same(one, other):
         first, error = first_difference(one, other)
         raise broken(case, f"{case}, {what}: off by {error:.3g} at token {after + first}. {why}", error=error)
 
 
-def near(trial: Trial, case: Case, one: Tensor, other: Tensor, what: str, why: str, *, after: int = 0) -> None:
+def near(harness: Harness, case: Case, one: Tensor, other: Tensor, what: str, why: str, *, after: int = 0) -> None:
     """As near as rounding brings two runs of the same shape, the one perhaps with weights that lie elsewhere in memory."""
-    excess = trial.yardstick(case.seed, case.length).against(log_probabilities(one)).measure(log_probabilities(other))
+    excess = harness.yardstick(case.seed, case.length).against(log_probabilities(one)).measure(log_probabilities(other))
     within(case, excess, f"{case}, {what}: off by {excess.error:.3g} nats at token {after + excess.position}. {why}")
 
 

@@ -1,7 +1,7 @@
-"""A model on trial: it is read from in pieces, and what is worth computing once is kept (its twin, a yardstick a sequence).
+"""A model on harness: it is read from in pieces, and what is worth computing once is kept (its twin, a yardstick a sequence).
 
-trial = Trial(as_model(my_model))
-excess = trial.compare("splits", 0, trial.tokens(40, seed=0), sizes=[20, 20])
+harness = Harness(as_model(my_model))
+excess = harness.compare("splits", 0, harness.tokens(40, seed=0), sizes=[20, 20])
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import Tensor
 
 from pytest_lmeval.engine import Engine, Policy
 from pytest_lmeval.errors import ModelError, NotFiniteError
-from pytest_lmeval.laws._routers import recorded, until_first_tie
+from pytest_lmeval.laws._float64_copy import round_weights, twin
+from pytest_lmeval.laws._moe_routing import recorded, until_first_tie
 from pytest_lmeval.laws._sequences import beside, drawn
 from pytest_lmeval.laws._tolerance import Excess, Yardstick, log_probabilities, token_errors
-from pytest_lmeval.laws._twin import round_weights, twin
 from pytest_lmeval.models._model import Model
 
 LONGEST = 160
@@ -34,7 +34,7 @@ class Raised(Exception):
 
 
 @dataclass
-class Trial:
+class Harness:
     """longest  tokens of the sequence that references are computed on; a shorter one is a beginning of it
     worst    the comparison that took most of its allowance, law by law
     calls    steps of the model and of its twin so far
