@@ -38,12 +38,14 @@ def files_of(page):
     return files
 
 
-@pytest.mark.parametrize("folder", [PROJECT, DOCS, DOCS / "guides", DOCS / "extending"], ids=lambda folder: folder.name)
+@pytest.mark.parametrize(
+    "folder", [PROJECT, DOCS, DOCS / "guides", DOCS / "extending"], ids=["readme", "top", "guides", "extending"]
+)
 def test_the_code_of_pages_runs_and_prints_what_they_say(folder, project):
     pages = [page for page in PAGES if page.parent == folder]
     for page in pages:
         for name, text in files_of(page).items():
-            file = project.path / page.stem / name
+            file = project.path / f"page_{page.stem}" / name
             file.parent.mkdir(exist_ok=True)
             file.write_text(text)
     install_extras(project.path / "site")
