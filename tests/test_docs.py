@@ -39,7 +39,13 @@ def files_of(page):
 
 
 @pytest.mark.parametrize(
-    "folder", [PROJECT, DOCS, DOCS / "guides", DOCS / "extending"], ids=["readme", "top", "guides", "extending"]
+    "folder",
+    [
+        pytest.param(PROJECT, id="readme", marks=pytest.mark.thorough),
+        pytest.param(DOCS, id="top"),
+        pytest.param(DOCS / "guides", id="guides", marks=pytest.mark.thorough),
+        pytest.param(DOCS / "extending", id="extending"),
+    ],
 )
 def test_the_code_of_pages_runs_and_prints_what_they_say(folder, project):
     pages = [page for page in PAGES if page.parent == folder]
