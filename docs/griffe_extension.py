@@ -54,15 +54,34 @@ def _list(text: str) -> str:
     return "\n".join(lines)
 
 
+def with_parameters(function: griffe.Function, other: griffe.Function) -> str:
+    """The docstring of a function, and what that of another says of its parameters. Both are Markdown already."""
+    names = {parameter.name for parameter in function.parameters}
+    items = re.split(r"\n(?=- )", "\n".join(part for part in other.docstring.value.split("\n\n") if part.startswith("- `")))
+    shared = [item for item in items if names & set(re.findall(r"\w+", item.partition(":")[0]))]
+    return "\n\n".join([function.docstring.value, "\n".join(shared)])
+
+
 class PackageDocstrings(griffe.Extension):
-    """Rewrites docstrings, and puts `measure_x` in the place of `x = verb_of("x", measure_x)`."""
+    """Rewrites docstrings, and puts `measure_x` in the place of `x = verb_of("x", measure_x)`.
+
+    A verb whose docstring says "(see `measure_x` for the parameters)" gets what that says of them.
+    """
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
         """A docstring as Markdown."""
         if obj.docstring is not None:
             obj.docstring.value = as_markdown(obj.docstring.value)
 
-    def on_module_members(self, *, node: ast.AST, mod: griffe.Module, **_: Any) -> None:
+    def on_module_members(self, *, node: ast.AST, mod: griffe.Module, **kwargs: Any) -> None:
+        """What verbs look like."""
+        self._verbs(node, mod)
+        for function in mod.functions.values():
+            text = "" if function.docstring is None else function.docstring.value
+            if (found := re.search(r"\(see `(measure_\w+)`", text)) and found[1] in mod.members:
+                function.docstring.value = with_parameters(function, mod[found[1]])
+
+    def _verbs(self, node: ast.AST, mod: griffe.Module) -> None:
         """A verb that `verb_of` makes is a function, with the name of the verb; it takes whatever `as_model` does."""
         for statement in getattr(node, "body", ()):
             if not (isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Call)):
