@@ -39,17 +39,19 @@ def files_of(page):
     return files
 
 
+START = [PROJECT / "README.md", DOCS / "index.md"]
+
+
 @pytest.mark.parametrize(
-    "folder",
+    "pages",
     [
-        pytest.param(PROJECT, id="readme", marks=pytest.mark.thorough),
-        pytest.param(DOCS, id="top"),
-        pytest.param(DOCS / "guides", id="guides", marks=pytest.mark.thorough),
-        pytest.param(DOCS / "extending", id="extending"),
+        pytest.param(START, id="start", marks=pytest.mark.thorough),
+        pytest.param([page for page in PAGES if page.parent == DOCS and page not in START], id="concepts"),
+        pytest.param([page for page in PAGES if page.parent.name == "guides"], id="guides", marks=pytest.mark.thorough),
+        pytest.param([page for page in PAGES if page.parent.name == "extending"], id="extending"),
     ],
 )
-def test_the_code_of_pages_runs_and_prints_what_they_say(folder, project):
-    pages = [page for page in PAGES if page.parent == folder]
+def test_the_code_of_pages_runs_and_prints_what_they_say(pages, project):
     for page in pages:
         for name, text in files_of(page).items():
             file = project.path / f"page_{page.stem}" / name
