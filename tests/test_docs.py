@@ -11,7 +11,7 @@ import pytest
 from test_layers import LAYERS
 
 import pytest_lmeval
-from pytest_lmeval import errors, registry
+from pytest_lmeval import _options, errors, registry
 
 PACKAGE = Path(pytest_lmeval.__file__).parent
 PROJECT = PACKAGE.parent
@@ -127,6 +127,11 @@ def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_
         r"""<(?:script|link|img|iframe|source)\b[^>]*\b(?:src|href)=["']?(?:https?:)?//|(?:url\(|@import)\s*["']?(?:https?:)?//"""
     )
     assert [file for file in (*pages, *tmp_path.rglob("*.css")) if loads.search(file.read_text())] == []
+    verbs, declared = ((tmp_path / f"reference/{name}.html").read_text() for name in ("verbs", "pytest"))
+    assert re.search(r"<li>\s*(<p>)?<code>positions</code>", verbs), "columns of a docstring are a list"
+    assert 'id="pytest_lmeval.latency"' in verbs, "a verb that is made by a function is documented"
+    assert [name for name in _options.OPTIONS if f"<code>--{name}</code>" not in declared] == []
+    assert all(f'id="{fixture}"' in declared for fixture in ("lm", "load_lm", "corpus", "lmeval"))
 
 
 FILES = {path.name for path in PROJECT.rglob("*.py")}
