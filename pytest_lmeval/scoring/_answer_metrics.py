@@ -24,9 +24,6 @@ from pytest_lmeval.records._metric import Estimate, Metric, Needs, Norm
 from pytest_lmeval.scoring._reading_metrics import LOSS
 from pytest_lmeval.statistics._bootstrap import FEWEST_UNITS
 
-TARGETS: Needs = "targets to compare with"
-ONE: Needs = "one right choice"
-SQUAD: dict[str, Any] = {"library": "torchmetrics"}
 NO_ANSWER = ("unanswerable", "")  # outputs that say that the text does not tell the answer
 REPLICATES = 500
 
@@ -128,12 +125,12 @@ def _resampled(sums: np.ndarray, statistic: Callable[[np.ndarray], float], seed:
     return value, (float(low), float(high))
 
 
-def _mean(name: str, score: Callable[[Example], float | None], needs: Needs = "an answer", **options: Any) -> Metric:
-    return Metric(name, score=score, needs=needs, **{"interval": "mean", "judges": True, **options})
+def _mean(name: str, about: str, score: Callable[[Example], float | None], **options: Any) -> Metric:
+    return Metric(name, about=about, score=score, **{"interval": "mean", "judges": True, **options})
 
 
-def _proportion(name: str, score: Callable[[Example], float | None], needs: Needs = "an answer", **options: Any) -> Metric:
-    return _mean(name, score, needs, interval="share", **options)
+def _proportion(name: str, about: str, score: Callable[[Example], float | None], **options: Any) -> Metric:
+    return _mean(name, about, score, interval="share", **options)
 
 
 def _where(included: Callable[[Example], bool], score: Callable[[Example], float]) -> Callable[[Example], float | None]:
@@ -141,11 +138,11 @@ def _where(included: Callable[[Example], bool], score: Callable[[Example], float
     return lambda example: score(example) if included(example) else None
 
 
-def _accuracy(name: str, norm: Norm, about: str) -> Metric:
-    return _proportion(name, partial(is_right, norm=norm), "choices", norm=norm, about=about)
+def _accuracy(name: str, about: str, norm: Norm) -> Metric:
+    return _proportion(name, about, partial(is_right, norm=norm), needs="choices", norm=norm)
 
 
-def _label(name: str, statistic: Callable[..., float], needs: Needs, about: str) -> Metric:
+def _label(name: str, about: str, statistic: Callable[..., float], needs: Needs) -> Metric:
     """A statistic of labels, predictions and weights [cells], the nonzero cells of the confusion matrix; NaN if undefined."""
 
     def estimate(examples: Sequence[Example], seed: int) -> Estimate:
@@ -160,7 +157,7 @@ def _label(name: str, statistic: Callable[..., float], needs: Needs, about: str)
 
         return _resampled(counts, of, seed)
 
-    return _mean(name, is_right, needs, interval=None, statistic=estimate, library="sklearn", norm="sum", about=about)
+    return _mean(name, about, is_right, needs=needs, interval=None, statistic=estimate, library="sklearn", norm="sum")
 
 
 def _rouge(kind: str) -> Metric:
@@ -168,79 +165,76 @@ def _rouge(kind: str) -> Metric:
         return float(_rouge_scorer(kind).score_multi(example.targets, example.output)[kind].fmeasure)
 
     about = "F-measure, the best over the targets (Lin 2004)"
-    return _mean(kind, score, TARGETS, library="rouge_score", about=about)
+    return _mean(kind, about, score, needs="targets to compare with", library="rouge_score")
 
 
+TARGETS: dict[str, Any] = {"needs": "targets to compare with", "library": "torchmetrics"}
+TOLD = "where the text tells the answer (SQuAD 2.0)"
 METRICS = {
     metric.name: metric
     for metric in (
-        _accuracy("accuracy", "sum", "fraction of questions whose likeliest choice is right; the first of equal ones is taken"),
-        _accuracy("accuracy_per_character", "character", "of choices compared by their log-likelihood a character"),
-        _accuracy("accuracy_per_byte", "byte", "of choices compared by their log-likelihood a byte"),
-        _accuracy("accuracy_per_token", "token", "of choices compared by their log-likelihood a token"),
+        _accuracy("accuracy", "fraction of questions whose likeliest choice is right; the first of equal ones is taken", "sum"),
+        _accuracy("accuracy_per_character", "of choices compared by their log-likelihood a character", "character"),
+        _accuracy("accuracy_per_byte", "of choices compared by their log-likelihood a byte", "byte"),
+        _accuracy("accuracy_per_token", "of choices compared by their log-likelihood a token", "token"),
         _proportion(
             "greedy_match",
+            "fraction of right choices (the first, of several) that the model would generate",
             lambda example: float(example.greedy[example.right[0]]),
-            "a right choice",
-            about="fraction of right choices (the first, of several) that the model would generate",
+            needs="a right choice",
         ),
         _mean(
             "perplexity",
+            "exp of the mean loss of a token of a text; of a task, of a right choice with all its tokens, as LAMBADA's",
             lambda example: -example.loglikelihoods[example.right[0]],
-            "a right choice",
+            needs="a right choice",
             judges=False,
             higher_is_better=False,
             exponential=True,
             sums=("nats", "tokens"),
             stands_for="bits_per_byte",
             margin=LOSS,
-            about="exp of the mean loss of a token of a text; of a task, of a right choice with all its tokens, as LAMBADA's",
         ),
-        _proportion("exact_match", exact_match, TARGETS, **SQUAD, about="fraction of outputs that are one of the targets"),
-        _mean("squad_f1", squad_f1, TARGETS, **SQUAD, about="F1 over words, the best over the targets"),
-        _proportion(
-            "has_answer_exact_match",
-            _where(answerable, exact_match),
-            **SQUAD,
-            about="exact_match where the text tells the answer (SQuAD 2.0)",
-        ),
-        _mean("has_answer_f1", _where(answerable, squad_f1), **SQUAD, about="squad_f1 where the text tells the answer"),
+        _proportion("exact_match", "fraction of outputs that are one of the targets", exact_match, **TARGETS),
+        _mean("squad_f1", "F1 over words, the best over the targets", squad_f1, **TARGETS),
+        _proportion("has_answer_exact_match", f"exact_match {TOLD}", _where(answerable, exact_match), library="torchmetrics"),
+        _mean("has_answer_f1", f"squad_f1 {TOLD}", _where(answerable, squad_f1), library="torchmetrics"),
         _proportion(
             "no_answer_accuracy",
+            'fraction of outputs that are empty or "unanswerable", where the text does not tell the answer',
             _where(lambda example: not answerable(example), exact_match),
-            **SQUAD,
-            about='fraction of outputs that are empty or "unanswerable", where the text does not tell the answer',
+            library="torchmetrics",
         ),
-        _label("f1", _f1, "two choices, one of them right", "F1 of choice 1 against choice 0"),
-        _label("f1_macro", partial(_f1, average="macro"), ONE, "mean over the labels of the F1 of each"),
-        _label("matthews", _matthews, ONE, "correlation of labels and predictions (Matthews 1975; Gorodkin 2004)"),
+        _label("f1", "F1 of choice 1 against choice 0", _f1, "two choices, one of them right"),
+        _label("f1_macro", "mean over the labels of the F1 of each", partial(_f1, average="macro"), "one right choice"),
+        _label(
+            "matthews", "correlation of labels and predictions (Matthews 1975; Gorodkin 2004)", _matthews, "one right choice"
+        ),
         Metric(
             "bleu",
             "BLEU",
+            about="of the corpus (Papineni et al. 2002)",
             score=_sentence_bleu,
             statistic=_bleu,
-            needs=TARGETS,
+            needs="targets to compare with",
             library="sacrebleu",
             margin=0.5,
-            about="of the corpus (Papineni et al. 2002)",
         ),
-        _rouge("rouge1"),
-        _rouge("rouge2"),
-        _rouge("rougeL"),
+        *map(_rouge, ("rouge1", "rouge2", "rougeL")),
         _mean(
             "chance",
+            "fraction that guessing would get right: a property of the questions",
             _where(lambda example: len(example.choices) > 1, lambda example: len(example.right) / len(example.choices)),
             judges=False,
             higher_is_better=None,
             interval=None,
-            about="fraction that guessing would get right: a property of the questions",
         ),
         _proportion(
             "rate",
+            "fraction of outputs judged True; an output whose judge was never certain counts as not",
             lambda example: float(example.judged is True),
-            "an output to be judged",
+            needs="an output to be judged",
             higher_is_better=None,
-            about="fraction of outputs judged True; an output whose judge was never certain counts as not",
         ),
         Metric("average", about="mean of the first metrics of the tasks of a suite"),
     )

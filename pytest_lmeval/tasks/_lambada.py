@@ -1,8 +1,8 @@
 """LAMBADA (Paperno et al. 2016, arXiv:1606.06031): the last word of a passage. Prompts of lm_eval.
 
 People guess the word from the whole passage but not from the last sentence alone. There is one choice, the word: would the
-model generate it (greedy_match), and how likely is it (perplexity, of words)? The rows are OpenAI's, which keep the case and the
-punctuation of the books. There are no few-shot examples: the dataset has only a test split.
+model generate it (greedy_match), and how likely is it (perplexity, of words)? The rows are OpenAI's, which keep the books' case
+and punctuation. There are no few-shot examples: the dataset has only a test split.
 """
 
 from __future__ import annotations
