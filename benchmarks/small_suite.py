@@ -1,7 +1,6 @@
-"""A small Llama with its own tokenizer, and files that read like four known datasets, all made from CPython's documentation.
+"""Write a small Llama with its tokenizer, and a mirror of four known datasets, all made from CPython's documentation.
 
-Written once into a folder, as a hub's mirror and a model's folder are: what lm-evaluation-harness and this package then read is
-the same bytes.
+lm-evaluation-harness and this package then read the same bytes.
 """
 
 import json
@@ -15,10 +14,10 @@ VOCABULARY = 2000
 
 
 def passages(seed, words, count):
-    """So many pieces of so many words."""
+    """`count` texts of `words` words."""
     text = " ".join(document.text for document in corpus("stdlib", "test").documents()).split()
-    chance = random.Random(seed)
-    starts = [chance.randrange(len(text) - words) for _ in range(count)]
+    generator = random.Random(seed)
+    starts = [generator.randrange(len(text) - words) for _ in range(count)]
     return [" ".join(text[start : start + words]) for start in starts]
 
 
@@ -56,7 +55,7 @@ def write(folder, hub_id, config, split, rows):
 
 
 def save_data(folder):
-    """The mirror. Lengths are like those of the real datasets: BoolQ's passages 130 words, MMLU's prompts some 900 tokens."""
+    """Write the mirror. Lengths are those of the real datasets: BoolQ's passages 130 words, MMLU's prompts some 900 tokens."""
     sentences = passages(1, 15, 64)
     write(
         folder, "nyu-mll/glue", "sst2", "validation",
