@@ -1,7 +1,7 @@
 """Measure what memory beyond a window is worth: a model with fast weights and one with a window read one long text.
 
 Both are trained alike. The text is `recall`: pairs of a key and a value from a table drawn once, so that the lowest loss is
-known with a memory of everything and of the last tokens only. A model that learns as it reads should stay below the second loss,
+known with a memory of everything and of the last tokens only. A model that learns as it reads should stay below the second one,
 which the window cannot; the record says whether it does.
 """
 

@@ -75,10 +75,10 @@ def test_a_task_is_recorded_with_every_answer_and_shown(project):
 @pytest.mark.parametrize(
     ("module", "sharing"),
     [
-        (Tiny, "prefix sharing: on"),
+        pytest.param(Tiny, "prefix sharing: on", marks=pytest.mark.thorough),
         (Steps, "prefix sharing: off (exact-step-only)"),
         (Whole, "prefix sharing: off (the model has no state to carry)"),
-        (Mixing, "prefix sharing: on"),
+        pytest.param(Mixing, "prefix sharing: on", marks=pytest.mark.thorough),
     ],
 )
 def test_prefixes_are_shared_where_the_laws_allow_it_and_answers_are_the_same(module, sharing):

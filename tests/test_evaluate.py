@@ -240,15 +240,23 @@ def test_a_corrupt_or_missing_file_is_named(tmp_path):
     )
 
 
-def test_a_log_likelihood_that_is_not_finite_names_the_row():
-    class Breaks(Functional):
-        def forward(self, input_ids, state=None):
-            logits, state = super().forward(input_ids, state)
-            return torch.where((input_ids == ord("7"))[..., None], logits * math.nan, logits), state
+class NaNAfter7(Functional):
+    def forward(self, input_ids, state=None):
+        logits, state = super().forward(input_ids, state)
+        return torch.where((input_ids == ord("7"))[..., None], logits * math.nan, logits), state
 
-    task = Task("next", [{"n": n} for n in range(9)], lambda row: Choices("n is", (f" {row['n']}.", " x."), 0))
-    with pytest.raises(NotFiniteError, match=r"nan.* for the choice ' 7.' of row 7 \("):
-        measure_task(as_model(Breaks(vocab=256)), task, batch_size=2)
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda row: Choices("n is", (f" {row['n']}.", " x."), 0), r"nan.* for the choice ' 7.' of row 7 \("),
+        (lambda row: Generate(f"{row['n']}", ()), f"of row {id_of({'n': 7})}"),
+    ],
+)
+def test_a_number_that_is_not_finite_names_the_row(ask, message):
+    task = Task("next", [{"n": n} for n in range(9)], ask, ("chance",))
+    with pytest.raises(NotFiniteError, match=message):
+        measure_task(as_model(NaNAfter7(vocab=256)), task, batch_size=2)
 
 
 def test_answers_of_an_interrupted_run_are_not_asked_for_again(tmp_path):
@@ -374,16 +382,6 @@ def test_a_tokenizer_without_decode_is_refused():
 
     with pytest.raises(TaskError, match="has no decode"):
         measure_task(dataclasses.replace(DEMO, tokenizer=Mute()), spoken())
-
-
-def test_logits_that_are_not_finite_name_the_row():
-    class Breaks(Functional):
-        def forward(self, input_ids, state=None):
-            logits, state = super().forward(input_ids, state)
-            return logits * math.nan, state
-
-    with pytest.raises(NotFiniteError, match=f"of row {id_of({'text': PROMPTS[0]})}"):
-        measure_task(as_model(Breaks(vocab=256)), spoken(), batch_size=1)
 
 
 @pytest.mark.parametrize(

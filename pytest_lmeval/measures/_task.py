@@ -158,10 +158,14 @@ def measure_task(
         answers.append(new.values())
         answered += [new.get(one.number) or _scored(earlier[one.number], metrics) for one in block]
         resumed += len(block) - len(fresh)
-        generation |= {_generation(one.question) for one in block if isinstance(one.question, Generate)}
+        generation |= {
+            f"at most {way.max_tokens} tokens, temperature {way.temperature:g}, until {list(way.stop)!r}"
+            for way in (one.question for one in block)
+            if isinstance(way, Generate)
+        }
         if progress is not None:
             right = sum(example.scores[judge.name] or 0.0 for example in answered) if judge else 0.0
-            progress(len(answered), right, _expected(task, limit))
+            progress(len(answered), right, _number_of_questions(task, limit))
         if task.threshold is not None and (verdict := _certain(task.threshold, answered)):
             break
 
@@ -185,7 +189,7 @@ def measure_task(
     values = compute(metrics, answered, seed=seed, threshold=task.threshold)
     if verdict is not None:  # asking ended because of the answers: only the interval of the rate allows for that
         values |= {name: metric(name).value(float(value), n=value.n) for name, value in values.items() if name != "rate"}
-        total = _total(task, limit, data_dir, len(not_questions))
+        total = _number_of_questions(task, limit, data_dir, len(not_questions))
         details |= {"rate_is": verdict, "not_asked": None if total is None else total - len(answered)}
     details |= {
         "questions": len(answered),
@@ -197,6 +201,10 @@ def measure_task(
         "tokens_alone": sum(example.read + example.saved for example in answered),
         "padding": engine.counts.padding,
     }
+    noted = ("truncated", "retokenized", "ties", "not_questions", "not_asked")
+    notes = [f"{details[name]:,} {name.replace('_', ' ')}" for name in noted if details.get(name)]
+    if engine.policy.sharing != "prefix sharing: on":
+        notes.insert(0, engine.policy.sharing)
     certificate, seconds = engine.policy.certificate, time.perf_counter() - began
     record = Record(
         kind="task",
@@ -204,7 +212,7 @@ def measure_task(
         lm=facts(lm),
         settings=settings,
         details=details,
-        notes=_notes(details),
+        notes=notes,
         metrics=values,
         cost=Cost(seconds=seconds, tokens=details["tokens_read"], state_bytes=engine.counts.peak_state_bytes),
         certificate=certificate and structs.replace(certificate, chunking_used=engine.policy.sharing),
@@ -213,9 +221,6 @@ def measure_task(
     )
     answers.finish(answered, examples)
     return TaskResult(record, tuple(answered), resumed)
-
-
-# -------------------------------------------------------------------------------------------- row -> question
 
 
 def _encoded(
@@ -244,9 +249,6 @@ def _blocks(questions: Iterator[EncodedQuestion], batch_size: int, *, grow: bool
             size = BATCHES * batch_size if grow else size
     if block:
         yield block
-
-
-# -------------------------------------------------------------------------------------------- question -> answer
 
 
 def _answers(
@@ -328,9 +330,6 @@ def _judging(judge: Judge, prompts: Sequence[Prompt]) -> Callable[[int, str], bo
     return judged
 
 
-# -------------------------------------------------------------------------------------------- answer -> metrics
-
-
 def _scored(example: Example, metrics: list[Metric]) -> Example:
     """The example with its score in each metric. The first metric that compares choices says by which norm one is `chosen`;
     `output` is the likeliest without a norm, so that no metric of texts depends on the metrics beside it."""
@@ -349,19 +348,6 @@ def _certain(threshold: float, examples: Sequence[Example]) -> str | None:
             "answers only. Leave out `group` or `threshold`."
         )
     return sequential.verdict(sum(example.judged is True for example in examples), len(examples), threshold)
-
-
-def _notes(details: dict[str, Any]) -> list[str]:
-    names = ("truncated", "retokenized", "ties", "not_questions", "not_asked")
-    counts = [f"{details[name]:,} {name.replace('_', ' ')}" for name in names if details.get(name)]
-    return [*([] if details["prefix_sharing"] == "prefix sharing: on" else [details["prefix_sharing"]]), *counts]
-
-
-# --------------------------------------------------------------------------------- what settings and keys name
-
-
-def _generation(way: Generate) -> str:
-    return f"at most {way.max_tokens} tokens, temperature {way.temperature:g}, until {list(way.stop)!r}"
 
 
 def _prompts_hash(examples: list[Example]) -> str:
@@ -385,14 +371,13 @@ def _rows_fingerprint(rows: Any, context: VerbContext) -> str:
     return key_of(rows=rows) if isinstance(rows, list | tuple) else ""
 
 
-def _expected(task: Task, limit: int | None) -> int | None:
-    """The number of questions if every row is one; None: unknown before they are read."""
-    length = len(task.rows) if isinstance(task.rows, list | tuple) else None
+def _number_of_questions(
+    task: Task, limit: int | None, data_dir: str | Path | None = None, not_questions: int | None = None
+) -> int | None:
+    """The number of questions to ask, or None; of a dataset, only in a local file and given how many rows are none."""
+    rows, length = task.rows, None
+    if isinstance(rows, list | tuple):
+        length = len(rows)
+    elif not_questions is not None and limit is None and isinstance(rows, Rows) and rows.file(data_dir) is not None:
+        length = sum(1 for _ in rows.read(data_dir)) - not_questions
     return limit if length is None else length if limit is None else min(limit, length)
-
-
-def _total(task: Task, limit: int | None, data_dir: str | Path | None, not_questions: int) -> int | None:
-    """The number of questions; None where counting them would be a download."""
-    if isinstance(task.rows, Rows) and task.rows.file(data_dir) is not None and limit is None:
-        return sum(1 for _ in task.rows.read(data_dir)) - not_questions
-    return _expected(task, limit)
