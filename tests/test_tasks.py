@@ -186,6 +186,7 @@ def in_a_new_process(code, seed="0"):
     return json.loads(done.stdout)
 
 
+@pytest.mark.thorough
 def test_stdlib_next_is_the_same_in_every_process(questions):
     code = "import json; from pytest_lmeval.tasks import find; print(json.dumps(list(find('stdlib_next').rows())))"
     assert in_a_new_process(code, seed="7") == questions
