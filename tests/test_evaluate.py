@@ -146,34 +146,31 @@ class Pairs:
         return np.array(ids, dtype=np.int64), np.cumsum([len(piece.encode()) for piece in pieces])
 
 
-def encoded(tokenizer, question, lm=LM, **options):
-    lm = dataclasses.replace(lm, tokenizer=tokenizer, vocab_size=1000)
-    return Encoder(lm, TASK, **options).encode(question, "", id="x", number=7)
+class Begins(Bytes):
+    bos, prefix = 1, (1, 2)
 
 
-def test_if_a_token_spans_the_boundary_it_moves_for_all_choices():
-    asked = encoded(Pairs(), Choices("abc", ("d", "de"), 0))
-    assert asked.retokenized
-    assert [request.context_len for request in asked.requests] == [1, 1]
-    assert [len(request.ids) for request in asked.requests] == [2, 3]
-    assert not encoded(Pairs(), Choices("abcd", ("e", "fg"), 0)).retokenized
+class Ends(Bytes):
+    eos, prefix = 3, ()
 
 
-def test_blanks_at_the_end_of_a_prompt_belong_to_the_choice():
-    asked = encoded(Bytes(), Choices("ab  ", ("c",), 0))
-    assert [(request.context_len, len(request.ids)) for request in asked.requests] == [(2, 5)]
-
-
-def test_the_prefix_of_the_tokenizer_comes_before_the_prompt():
-    class Begins(Bytes):
-        bos, prefix = 1, (1, 2)
-
-    class Ends(Bytes):
-        eos, prefix = 3, ()
-
-    assert encoded(Begins(), Choices("a", ("b",), 0)).requests[0].ids.tolist() == [1, 2, 97, 98]
-    assert encoded(Ends(), Choices("", ("b",), 0)).requests[0].ids.tolist() == [3, 98]
-    assert encoded(Ends(), Choices("a", ("b",), 0)).requests[0].ids.tolist() == [97, 98]
+@pytest.mark.parametrize(
+    ("tokenizer", "prompt", "choices", "context_len", "ids", "retokenized"),
+    [
+        (Pairs(), "abc", ("d", "de"), 1, [292, 298], True),  # "cd" spans the boundary: it moves for both choices
+        (Pairs(), "abcd", ("e", "fg"), 2, [292, 298, 202], False),
+        (Bytes(), "ab  ", ("c",), 2, [97, 98, 32, 32, 99], False),  # blanks belong to the choice
+        (Begins(), "a", ("b",), 3, [1, 2, 97, 98], False),
+        (Ends(), "", ("b",), 1, [3, 98], False),
+        (Ends(), "a", ("b",), 1, [97, 98], False),
+    ],
+)
+def test_the_boundary_of_prompt_and_choice_in_tokens(tokenizer, prompt, choices, context_len, ids, retokenized):
+    lm = dataclasses.replace(LM, tokenizer=tokenizer, vocab_size=1000)
+    question = Encoder(lm, TASK).encode(Choices(prompt, choices, 0), "", id="x", number=7)
+    assert question.retokenized == retokenized
+    assert {request.context_len for request in question.requests} == {context_len}
+    assert question.requests[0].ids.tolist() == ids
 
 
 def test_a_prompt_that_does_not_fit_is_truncated_on_the_left_or_refused():

@@ -30,7 +30,7 @@ def rows_of(source: Any, data_dir: str | Path | None = None) -> Iterator[Row]:
 
 
 def question_of(task: Task, row: Row, where: str) -> Question | None:
-    """The question that `task.ask` makes of a row. Raises TaskError with the row for a missing field and any other failure."""
+    """The question that `ask` makes of a row. Raises TaskError with the row for a missing field and any other failure."""
     try:
         question = task.ask(row)
     except TaskError as error:
