@@ -45,8 +45,8 @@ WITHIN = {  # a loss of half the margin: allowed
 def answers(generator, *, n, lost, won, group=1, right=0.6):
     """Right answers before and after [n], and the groups, which change together."""
     base = np.repeat(generator.random(n // group) < right, group).astype(float)
-    luck = np.repeat(generator.random(n // group), group)
-    after = np.where(base == 1, luck >= lost / right, luck < won / (1 - right)).astype(float)
+    draws = np.repeat(generator.random(n // group), group)
+    after = np.where(base == 1, draws >= lost / right, draws < won / (1 - right)).astype(float)
     return base, after, (np.arange(n) // group).tolist() if group > 1 else None
 
 

@@ -28,20 +28,20 @@ def sentence(generator, words=12):
 def examples(count, model):
     """Questions with four endings, as in HellaSwag; each model answers another fifth of them by guessing."""
     for number in range(count):
-        chance, luck = random.Random(number), random.Random(f"{model} {number}")
-        choices = [" " + sentence(chance) for _ in range(4)]
-        right, answer = chance.randrange(4), luck.randrange(4)
-        answer = right if luck.random() > 0.2 else answer
+        texts, answers = random.Random(number), random.Random(f"{model} {number}")
+        choices = [" " + sentence(texts) for _ in range(4)]
+        right, answer = texts.randrange(4), answers.randrange(4)
+        answer = right if answers.random() > 0.2 else answer
         yield Example(
             id=f"{number:016x}",
             number=number,
-            prompt=sentence(chance, 40),
+            prompt=sentence(texts, 40),
             output=choices[answer].strip(),
             target=choices[right].strip(),
             scores={"accuracy": float(answer == right)},
             choices=tuple(choices),
             right=(right,),
-            loglikelihoods=tuple(luck.uniform(-90.0, -60.0) if index != answer else -50.0 for index in range(4)),
+            loglikelihoods=tuple(answers.uniform(-90.0, -60.0) if index != answer else -50.0 for index in range(4)),
         )
 
 

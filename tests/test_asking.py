@@ -25,7 +25,7 @@ def broken(row):
 
 PARITY = Task("parity", [{"n": n} for n in range(40)], ask)
 FIRST = Task("first", [{"n": n} for n in range(30)], ask)
-SPEAKS = Task("speaks", PARITY.rows[:3], lambda row: Generate(f"{row['n']} is", ("x",), max_tokens=5), ("exact_match",))
+GENERATES = Task("generates", PARITY.rows[:3], lambda row: Generate(f"{row['n']} is", ("x",), max_tokens=5), ("exact_match",))
 SHORT = 40  # tokens of context: the probe of its laws is short too
 LM, NON_CAUSAL = (dataclasses.replace(as_model(module), context_length=SHORT) for module in (Whole(), Seeing(vocab=256)))
 PROBED = Session(budget=1e6)  # seconds: numbers of examples end the probe
@@ -42,14 +42,14 @@ def test_a_task_is_recorded_with_every_answer_and_shown(project):
 
         ROWS = [{"n": n} for n in range(40)]
         PARITY = Task("parity", ROWS, lambda row: Choices(f"Is {row['n']} even? It is", (" even", " odd"), row["n"] % 2))
-        SPEAKS = Task("speaks", ROWS, lambda row: Generate(f"{row['n']} is", ("x",), max_tokens=5), ("exact_match",))
+        GENERATES = Task("generates", ROWS, lambda row: Generate(f"{row['n']} is", ("x",), max_tokens=5), ("exact_match",))
 
         def test_knows(lmeval, lm):
             result = lmeval.task(lm, PARITY, shots=0)
             assert result.accuracy.low < result.chance < result.accuracy.high
 
-        def test_speaks(lmeval, lm):
-            assert lmeval.task(lm, SPEAKS).exact_match == 0
+        def test_generates(lmeval, lm):
+            assert lmeval.task(lm, GENERATES).exact_match == 0
 
         def test_wrong(lmeval, lm):
             lmeval.task(lm, "mmlu")
@@ -61,14 +61,16 @@ def test_a_task_is_recorded_with_every_answer_and_shown(project):
     assert "site-packages" not in result.stdout.str()
     result.stdout.fnmatch_lines(["*parity, 0-shot, exact-any-chunk*", "*accuracy * to *", "*chance *0.5*", "*exact match *0*"])
     folder = project.path / ".lmeval"
-    record, spoken = json.loads((folder / "metrics.json").read_text())["records"]
+    record, generated = json.loads((folder / "metrics.json").read_text())["records"]
     assert (record["kind"], record["subject"], record["metrics"]["accuracy"]["n"]) == ("task", "parity, 0-shot", 12)
     assert record["details"]["prefix_sharing"] == "prefix sharing: on"
     assert record["certificate"]["verdict"] == "exact-any-chunk"
     lines = [json.loads(line) for line in (folder / record["examples"]).read_text().splitlines()]
     assert len(lines) == 12
     assert {"id", "prompt", "choices", "loglikelihoods", "output", "target", "scores", "read", "saved"} <= set(lines[0])
-    assert all(isinstance(json.loads(line)["output"], str) for line in (folder / spoken["examples"]).read_text().splitlines())
+    assert all(
+        isinstance(json.loads(line)["output"], str) for line in (folder / generated["examples"]).read_text().splitlines()
+    )
     assert "parity" in (folder / "summary.md").read_text()
 
 
@@ -89,7 +91,7 @@ def test_prefixes_are_shared_where_the_laws_allow_it_and_answers_are_the_same(mo
     assert together.record.details["prefix_sharing"] == sharing
     for one, other in zip(together.examples, alone.examples, strict=True):
         assert one.loglikelihoods == pytest.approx(other.loglikelihoods, abs=1e-3)
-    together, alone = (measure_task(lm, SPEAKS, policy=policy).examples for policy in policies)
+    together, alone = (measure_task(lm, GENERATES, policy=policy).examples for policy in policies)
     assert [example.output for example in together] == [example.output for example in alone]
 
 

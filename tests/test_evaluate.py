@@ -47,10 +47,10 @@ def outcome(result):
 
 @settings(max_examples=12)
 @given(st.permutations(SUMS), st.integers(1, 9), st.integers(1, 32), st.sampled_from([0, 2]), st.booleans())
-def test_no_answer_depends_on_order_limit_batch_or_neighbours(rows, batch_size, limit, shots, share):
+def test_no_answer_depends_on_order_limit_batch_or_neighbours(rows, batch_size, limit, shots, fork):
     task = dataclasses.replace(TASK, rows=rows)
     whole = outcome(measure_task(LM, TASK, shots=shots))
-    part = outcome(measure_task(LM, task, shots=shots, batch_size=batch_size, limit=limit, fork=share))
+    part = outcome(measure_task(LM, task, shots=shots, batch_size=batch_size, limit=limit, fork=fork))
     assert len(part) == limit
     for name, found in part.items():
         assert found[:2] == whole[name][:2]
@@ -77,9 +77,9 @@ def test_a_log_likelihood_is_that_of_the_tokens_of_a_choice_after_its_prompt():
     for choice, found, tokens in zip(example.choices, example.loglikelihoods, example.tokens, strict=True):
         ids = torch.tensor(list((prompt + choice).encode()))
         with torch.no_grad():
-            said = LM.step(ids[None, :-1])[0][0].log_softmax(-1)
+            log_probabilities = LM.step(ids[None, :-1])[0][0].log_softmax(-1)
         begin = len(prompt.encode())
-        expected = sum(said[index - 1, ids[index]].item() for index in range(begin, len(ids)))
+        expected = sum(log_probabilities[index - 1, ids[index]].item() for index in range(begin, len(ids)))
         assert found == pytest.approx(expected, abs=1e-4)
         assert tokens == len(choice)
 
@@ -297,7 +297,7 @@ def test_answers_of_another_model_or_to_another_question_are_not_taken(tmp_path,
 
 
 def test_answers_of_another_max_tokens_are_not_taken(tmp_path):
-    short, long = spoken(max_tokens=2), spoken(max_tokens=3)
+    short, long = generating(max_tokens=2), generating(max_tokens=3)
     AnswerFile(tmp_path / "p").append(measure_task(DEMO, short).examples)
     assert measure_task(DEMO, long, partial=tmp_path / "p").resumed == 0
     assert measure_task(DEMO, short, known=tmp_path / "p").resumed == 0  # `partial` is gone
@@ -309,7 +309,7 @@ DEMO = load("demo")
 PROMPTS = ["The first argument is ", "Return a list of ", "Return the ", "This module defines ", "Return the ", "def "]
 
 
-def spoken(**options):
+def generating(**options):
     return Task(
         "says", [{"text": text} for text in PROMPTS], lambda row: Generate(row["text"], ("x",), **options), ("exact_match",)
     )
@@ -317,7 +317,7 @@ def spoken(**options):
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_an_answer_depends_on_no_neighbour_and_not_on_how_it_is_read(temperature):
-    task = spoken(max_tokens=8, temperature=temperature)
+    task = generating(max_tokens=8, temperature=temperature)
     options = ({"batch_size": 1}, {"batch_size": 4}, {"single": True}, {"carry": False, "batch_size": 3}, {"multiple": 4})
     first, *others = ([example.output for example in measure_task(DEMO, task, **how).examples] for how in options)
     assert others == [first] * 4
@@ -326,7 +326,7 @@ def test_an_answer_depends_on_no_neighbour_and_not_on_how_it_is_read(temperature
 
 
 def test_greedy_answers_are_those_of_reading_everything_again():
-    result = measure_task(DEMO, spoken(max_tokens=6, stop=()))
+    result = measure_task(DEMO, generating(max_tokens=6, stop=()))
     for example, text in zip(result.examples, PROMPTS, strict=True):
         ids = list(text.encode())
         for _ in range(6):
@@ -336,7 +336,7 @@ def test_greedy_answers_are_those_of_reading_everything_again():
 
 
 def test_a_stop_ends_an_answer_and_is_no_part_of_it():
-    whole, stopped = (measure_task(DEMO, spoken(max_tokens=12, stop=stop)).examples for stop in ((), ("e", " t")))
+    whole, stopped = (measure_task(DEMO, generating(max_tokens=12, stop=stop)).examples for stop in ((), ("e", " t")))
     for one, other in zip(whole, stopped, strict=True):
         ends = [index for stop in ("e", " t") if (index := one.output.find(stop)) >= 0]
         assert other.output == (one.output[: min(ends)] if ends else one.output)
@@ -344,7 +344,7 @@ def test_a_stop_ends_an_answer_and_is_no_part_of_it():
 
 
 def test_another_seed_draws_other_answers():
-    task = spoken(max_tokens=8, temperature=1.0)
+    task = generating(max_tokens=8, temperature=1.0)
     first, second = ([example.output for example in measure_task(DEMO, task, seed=seed).examples] for seed in (1, 2))
     assert first != second
 
@@ -378,7 +378,7 @@ def test_a_tokenizer_without_decode_is_refused():
         encode = Bytes().encode
 
     with pytest.raises(TaskError, match="has no decode"):
-        measure_task(dataclasses.replace(DEMO, tokenizer=Mute()), spoken())
+        measure_task(dataclasses.replace(DEMO, tokenizer=Mute()), generating())
 
 
 @pytest.mark.parametrize(
@@ -386,7 +386,7 @@ def test_a_tokenizer_without_decode_is_refused():
     [(lambda text: 1, "the judge returned 1 for row"), (lambda text: 1 / 0, "the judge raised ZeroDivisionError: .* on row")],
 )
 def test_an_error_of_a_judge_names_the_row(judge, message):
-    task = dataclasses.replace(spoken(max_tokens=3), judge=judge, metrics=("rate",))
+    task = dataclasses.replace(generating(max_tokens=3), judge=judge, metrics=("rate",))
     with pytest.raises(TaskError, match=message):
         measure_task(DEMO, task)
 

@@ -45,7 +45,7 @@ def predicting(label, prediction, number, k=2, group=None):
     return chosen(number, [-1.0 if index == prediction else -2.0 for index in range(k)], label, group)
 
 
-def said(output, *targets, number=0, group=None, judged=None):
+def output_of(output, *targets, number=0, group=None, judged=None):
     texts = {"output": output.strip(), "targets": targets, "target": targets[0] if targets else None}
     return Example(id=f"{number:016x}", number=number, prompt="", group=group, judged=judged, **texts)
 
@@ -125,10 +125,10 @@ def test_matthews_has_no_interval_if_some_draws_lack_a_class():
 
 
 TEXTS = [
-    said("The cat!", "a cat", "dogs", number=0),
-    said("a big cat", "cat", number=1),
-    said("horses", "cat", number=2),
-    said("", "cat", number=3),
+    output_of("The cat!", "a cat", "dogs", number=0),
+    output_of("a big cat", "cat", number=1),
+    output_of("horses", "cat", number=2),
+    output_of("", "cat", number=3),
 ]
 
 
@@ -147,17 +147,17 @@ def test_texts_are_compared_as_torchmetrics_compares_them():
 @pytest.mark.parametrize("targets", [("unanswerable", ""), ("",)])
 @pytest.mark.parametrize(("output", "right"), [("", 1), (" Unanswerable.", 1), ("it is unanswerable", 0), ("cat", 0)])
 def test_an_output_without_an_answer_is_right_if_the_text_tells_none(targets, output, right):
-    found = compute(OF_TEXTS, [said(output, *targets)])
+    found = compute(OF_TEXTS, [output_of(output, *targets)])
     assert found == {"exact_match": right, "squad_f1": right, "no_answer_accuracy": right}
 
 
 @pytest.mark.parametrize("output", ["", "unanswerable"])
 def test_an_output_without_an_answer_is_wrong_if_the_text_tells_one(output):
-    assert value_of("has_answer_f1", [said(output, "cat")]) == value_of("exact_match", [said(output, "cat")]) == 0
+    assert value_of("has_answer_f1", [output_of(output, "cat")]) == value_of("exact_match", [output_of(output, "cat")]) == 0
 
 
 def test_metrics_of_some_questions_count_those_and_are_left_out_if_there_are_none():
-    found = compute(OF_TEXTS, [*TEXTS, said("", "unanswerable", "", number=9)])
+    found = compute(OF_TEXTS, [*TEXTS, output_of("", "unanswerable", "", number=9)])
     assert [found[name].n for name in OF_TEXTS] == [5, 5, 4, 4, 1]
     assert found["has_answer_f1"] == compute(["squad_f1"], TEXTS)["squad_f1"]
     assert list(compute(OF_TEXTS, TEXTS)) == OF_TEXTS[:4]
@@ -169,7 +169,7 @@ def test_the_text_of_the_chosen_choice_is_an_output():
 
 
 SENTENCES = [
-    said(output, *targets, number=number)
+    output_of(output, *targets, number=number)
     for number, (output, targets) in enumerate(
         [
             ("the cat sat on the mat today", ("the cat sat on a mat today",)),
@@ -200,7 +200,7 @@ def test_bleu_of_short_answers_is_smoothed_as_sacrebleu_smooths_it():
 
     theirs = BLEU().corpus_score(["the cat sat on it"], [["the cat lay on it"]])
     assert theirs.counts[2:] == [0, 0]
-    assert value_of("bleu", [said("the cat sat on it", "the cat lay on it")]) == pytest.approx(theirs.score)
+    assert value_of("bleu", [output_of("the cat sat on it", "the cat lay on it")]) == pytest.approx(theirs.score)
     assert theirs.score > 0
 
 
@@ -216,7 +216,7 @@ def test_rouge_is_the_best_f_measure_over_the_targets(name):
 
 
 def test_a_rate_is_the_fraction_judged_true_with_a_wider_interval_if_asking_ended_when_it_was_certain():
-    examples = [said("", number=number, judged=True if number > 1 else (None, False)[number]) for number in range(20)]
+    examples = [output_of("", number=number, judged=True if number > 1 else (None, False)[number]) for number in range(20)]
     fixed, stopped = (compute(["rate"], examples, threshold=threshold)["rate"] for threshold in (None, 0.5))
     assert (fixed, fixed.n, fixed.higher_is_better) == (0.9, 20, None)
     assert fixed == stopped
@@ -228,12 +228,12 @@ SLOW = [pytest.param(name, marks=pytest.mark.thorough) for name in ("matthews", 
 
 @pytest.mark.parametrize("name", ["accuracy", "perplexity", *SLOW, "squad_f1", *OF_TARGETS])
 def test_questions_that_share_a_passage_widen_the_interval(name):
-    """Ten neighbours are answered alike."""
+    """Ten neighbours have the same answer."""
     if name in OF_CHOICES:
         examples = many([(n % 2, n % 2 if (n // 10) % 3 else 1 - n % 2) for n in range(120)])
     else:
         words = ["one", "two", "three", "four", "five"]
-        examples = [said(" ".join(words[: 1 + n // 10 % 5]), " ".join(words), number=n) for n in range(120)]
+        examples = [output_of(" ".join(words[: 1 + n // 10 % 5]), " ".join(words), number=n) for n in range(120)]
     grouped = [replace(example, group=f"passage {example.number // 10}") for example in examples]
     alone, together = (compute([name], some)[name] for some in (examples, grouped))
     assert alone == pytest.approx(together)
@@ -290,7 +290,7 @@ def test_unsorted_units_would_change_the_interval():
 
 
 def test_of_tied_choices_the_first_is_taken():
-    examples = [chosen(0, [-1.0, -1.0], 1), chosen(1, [-1.0, -2.0], 0), chosen(2, [-1.0], 0), said("")]
+    examples = [chosen(0, [-1.0, -1.0], 1), chosen(1, [-1.0, -2.0], 0), chosen(2, [-1.0], 0), output_of("")]
     assert [example.tied for example in examples] == [True, False, False, False]
     assert value_of("accuracy", examples[:2]) == 0.5
 
@@ -328,7 +328,7 @@ def test_a_metric_declares_whether_it_judges():
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"score": lambda example: math.nan}, "the score of own of question 3 .id 0+3. is nan. Return a finite number"),
         ({"score": lambda example: 2.0, "interval": "share"}, "is 2.0. Return 1 or 0, as interval='share' needs"),
@@ -336,8 +336,8 @@ def test_a_metric_declares_whether_it_judges():
         ({"score": lambda example: "good"}, "failed with ValueError: could not convert string to float: 'good'"),
     ],
 )
-def test_a_wrong_score_is_refused_with_its_metric_and_question(options, said):
-    with pytest.raises(TaskError, match=said):
+def test_a_wrong_score_is_refused_with_its_metric_and_question(options, message):
+    with pytest.raises(TaskError, match=message):
         metrics.scored(predicting(1, 1, 3), [Metric("own", **options)])
 
 
@@ -374,12 +374,12 @@ WITHOUT_RIGHT = replace(chosen(0, [-1.0, -2.0], 0), right=())
 @pytest.mark.parametrize(
     ("name", "example", "message"),
     [
-        ("accuracy", said("yes", "yes"), "accuracy is computed from choices, and question 0"),
+        ("accuracy", output_of("yes", "yes"), "accuracy is computed from choices, and question 0"),
         ("f1", chosen(0, [-1.0, -2.0, -3.0], 0), "two choices, one of them right, .* has 3 choices"),
         ("matthews", chosen(0, [-1.0, -2.0], (0, 1)), r"one right choice, .* right are \[0, 1\]"),
-        ("bleu", said("yes"), "bleu is computed from targets to compare with"),
-        ("exact_match", said("yes"), "exact_match is computed from targets to compare with"),
-        ("squad_f1", said(""), "squad_f1 is computed from targets to compare with"),
+        ("bleu", output_of("yes"), "bleu is computed from targets to compare with"),
+        ("exact_match", output_of("yes"), "exact_match is computed from targets to compare with"),
+        ("squad_f1", output_of(""), "squad_f1 is computed from targets to compare with"),
         ("rate", chosen(0, [-1.0, -2.0], 0), "rate is computed from an output to be judged"),
         ("perplexity", chosen(0, [-1000.0], 0), "the mean of perplexity is 1000: no float holds its exponential"),
         *((name, WITHOUT_RIGHT, f"{name} is computed from a right choice") for name in ("greedy_match", "perplexity")),

@@ -169,7 +169,7 @@ def _rouge(kind: str) -> Metric:
 
 
 TARGETS: dict[str, Any] = {"needs": "targets to compare with", "library": "torchmetrics"}
-TOLD = "where the text tells the answer (SQuAD 2.0)"
+IN_TEXT = "where the text tells the answer (SQuAD 2.0)"
 METRICS = {
     metric.name: metric
     for metric in (
@@ -197,8 +197,10 @@ METRICS = {
         ),
         _proportion("exact_match", "fraction of outputs that are one of the targets", exact_match, **TARGETS),
         _mean("squad_f1", "F1 over words, the best over the targets", squad_f1, **TARGETS),
-        _proportion("has_answer_exact_match", f"exact_match {TOLD}", _where(answerable, exact_match), library="torchmetrics"),
-        _mean("has_answer_f1", f"squad_f1 {TOLD}", _where(answerable, squad_f1), library="torchmetrics"),
+        _proportion(
+            "has_answer_exact_match", f"exact_match {IN_TEXT}", _where(answerable, exact_match), library="torchmetrics"
+        ),
+        _mean("has_answer_f1", f"squad_f1 {IN_TEXT}", _where(answerable, squad_f1), library="torchmetrics"),
         _proportion(
             "no_answer_accuracy",
             'fraction of outputs that are empty or "unanswerable", where the text does not tell the answer',

@@ -32,7 +32,7 @@ class Choices:
     choices  at least one, each with the blank that divides it from the prompt. A single one is a cloze: would the model say it?
     answer   index of the right choice, or indices if any of several is right
     group    what this question shares with others (a passage): their answers are not independent, and intervals are wider
-    texts    one for each choice, which metrics of text compare in its place: the name that a sentence was filled in with
+    texts    one for each choice, which metrics of text compare in its place: the name that fills the gap of a sentence
     """
 
     prompt: str
@@ -128,7 +128,7 @@ class Task:
     fewshot_delimiter  text after each few-shot example
     judge              generated text so far -> True or False as soon as that is certain, else None; see the metric "rate"
     threshold          is the rate of answers judged True above or below it? Asking ends as soon as that is certain
-    style              whose prompts these are, kept in the record: "lm_eval" are those of that harness
+    style              whose prompts these are, recorded: "lm_eval" are those of that harness
     version            raised when the prompts or the rules change
     """
 

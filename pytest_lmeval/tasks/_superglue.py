@@ -25,8 +25,8 @@ def cb(row: Row) -> Choices:
 def copa(row: Row) -> Choices:
     """Which of two sentences is the cause, or the effect, of a third? (Roemmele et al. 2011)
 
-    The premise's full stop is dropped, so that the sentence goes on. Two blanks come before a choice: lm_eval adds one, and its
-    choices have one.
+    The premise's full stop is dropped, so that the choice continues the sentence. Two blanks come before a choice: lm_eval adds
+    one, and its choices have one.
     """
     connector = {"cause": "because", "effect": "therefore"}[row["question"]]
     choices = tuple(f"  {text[0].lower()}{text[1:]}" for text in (row["choice1"], row["choice2"]))
