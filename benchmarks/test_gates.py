@@ -78,13 +78,10 @@ def rates(draw, cases):
     return found
 
 
-def report(lmeval, capsys, title, found):
-    with capsys.disabled():
-        print(f"\n{title + ', fraction called worse':52}" + "".join(rule.rjust(11) for rule in RULES))
-        for name, of_rule in found.items():
-            print(f"    {name:48}" + "".join(f"{of_rule[rule]:11.3f}" for rule in RULES))
+def record(lmeval, title, found):
     for name, of_rule in found.items():
-        lmeval.record("demo", f"{title}: {name}", **{rule: Value(rate, n=PAIRS) for rule, rate in of_rule.items()})
+        values = {rule: Value(rate, n=PAIRS) for rule, rate in of_rule.items()}
+        lmeval.record("demo", f"{title}, fraction called worse: {name}", **values)
 
 
 def of_answers(generator, **case):
@@ -99,41 +96,41 @@ def of_text(generator, *, documents, change, noise):
     return alarms(base, new, None, margin=0.005 * 3.0, weights=tokens, up=False)
 
 
-def test_without_a_change_about_one_pair_in_a_hundred_is_called_worse(lmeval, capsys):
+def test_without_a_change_about_one_pair_in_a_hundred_is_called_worse(lmeval):
     found = rates(of_answers, SAME)
-    report(lmeval, capsys, "no change", found)
+    record(lmeval, "no change", found)
     assert all(of_rule["paired"] <= 0.02 for of_rule in found.values())
     assert max(of_rule["threshold"] for of_rule in found.values()) > 0.1
 
 
-def test_a_loss_is_found_where_the_unpaired_test_finds_none(lmeval, capsys):
+def test_a_loss_is_found_where_the_unpaired_test_finds_none(lmeval):
     found = rates(of_answers, LOST)
-    report(lmeval, capsys, "lost", found)
+    record(lmeval, "lost", found)
     assert found["200: 8 % lost, 2 % won"]["paired"] > 0.5
     assert found["200: 8 % lost, 2 % won"]["unpaired"] < 0.05
     assert found["1,000: 3 % lost, 1 % won"]["paired"] > 0.7
 
 
-def test_a_loss_within_the_margin_mostly_passes(lmeval, capsys):
+def test_a_loss_within_the_margin_mostly_passes(lmeval):
     found = rates(of_answers, WITHIN)
-    report(lmeval, capsys, "half the margin lost", found)
+    record(lmeval, "half the margin lost", found)
     assert all(of_rule["paired"] <= 0.1 for of_rule in found.values())
 
 
-def test_a_loss_of_one_percent_on_text_is_found(lmeval, capsys):
+def test_a_loss_of_one_percent_on_text_is_found(lmeval):
     cases = {
         f"{documents} documents, {100 * change:g} % more": {"documents": documents, "change": change, "noise": 0.05}
         for change in (0.0, 0.0025, 0.01, 0.02)
         for documents in (50, 200)
     }
     found = rates(of_text, cases)
-    report(lmeval, capsys, "text", found)
+    record(lmeval, "text", found)
     assert all(found[f"{documents} documents, 0 % more"]["paired"] <= 0.02 for documents in (50, 200))
     assert found["50 documents, 1 % more"]["paired"] > 0.7
     assert found["200 documents, 2 % more"]["unpaired"] < 0.5
 
 
-def test_a_run_of_many_metrics_has_no_more_false_alarms_than_one(lmeval, capsys):
+def test_a_run_of_many_metrics_has_no_more_false_alarms_than_one(lmeval):
     """Twenty gated metrics in a run, none changed: the fraction of runs with any alarm."""
     generator, runs = np.random.default_rng(0), {"Holm": 0, "each by itself": 0}
     for _ in range(PAIRS):
@@ -146,11 +143,6 @@ def test_a_run_of_many_metrics_has_no_more_false_alarms_than_one(lmeval, capsys)
             verdict.name == "worse" for verdict in judge_all(found, [MARGIN] * len(found), [True] * len(found), family=20)
         )
         runs["each by itself"] += any(judge_all([one], [MARGIN], [True])[0].name == "worse" for one in found)
-    with capsys.disabled():
-        print(
-            "\n20 metrics that did not change, runs with any alarm: "
-            + ", ".join(f"{name} {count / PAIRS:.3f}" for name, count in runs.items())
-        )
     lmeval.record(
         "demo",
         "20 metrics that did not change",

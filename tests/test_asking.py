@@ -1,4 +1,4 @@
-"""`lmeval.task` and `lmeval.suite` as users call them: records, files, output, and what the laws of a model allow."""
+"""Call `lmeval.task` and `lmeval.suite` as users do: records, files, output, and what the laws of a model allow."""
 
 import dataclasses
 import json

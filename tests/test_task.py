@@ -1,4 +1,4 @@
-"""What tasks, suites and questions refuse, how rows of a dataset reach a task, and which examples a question shows."""
+"""Check what tasks, suites and questions refuse, how rows of a dataset reach a task, and which examples a question shows."""
 
 import dataclasses
 import itertools

@@ -1,4 +1,4 @@
-"""The tasks that are found by name, the suites they belong to, and the rows that they refuse."""
+"""Check the tasks found by name, their suites, and the rows that they refuse."""
 
 import collections
 import inspect

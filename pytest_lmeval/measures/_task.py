@@ -322,9 +322,7 @@ def _judging(judge: Judge, prompts: Sequence[Prompt]) -> Callable[[int, str], bo
         except Exception as error:
             raise TaskError(f"the judge raised {type(error).__name__}: {error}, on row {row}: {text[-200:]!r}.") from error
         if verdict is not None and not isinstance(verdict, bool | np.bool_):
-            raise TaskError(
-                f"the judge returned {verdict!r} for row {row}. Return True, False, or None while it is not certain."
-            )
+            raise TaskError(f"the judge returned {verdict!r} for row {row}. Return True, False, or None while uncertain.")
         return None if verdict is None else bool(verdict)
 
     return judged
