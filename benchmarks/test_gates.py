@@ -79,9 +79,10 @@ def rates(draw, cases):
 
 
 def record(lmeval, title, found):
+    """Record the fraction of pairs that each rule calls worse."""
     for name, of_rule in found.items():
         values = {rule: Value(rate, n=PAIRS) for rule, rate in of_rule.items()}
-        lmeval.record("demo", f"{title}, fraction called worse: {name}", **values)
+        lmeval.record("demo", f"{title}: {name}", **values)
 
 
 def of_answers(generator, **case):
