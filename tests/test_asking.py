@@ -37,6 +37,7 @@ def context_of(folder, **options):
 
 def test_a_task_is_recorded_with_every_answer_and_shown(project):
     project.makepyfile(
+        short="import tiny\n\nclass Short(tiny.Tiny):\n    context_length = 40\n",  # so is the probe of its laws
         test_own="""
         from pytest_lmeval import Choices, Generate, Task
 
@@ -53,9 +54,10 @@ def test_a_task_is_recorded_with_every_answer_and_shown(project):
 
         def test_wrong(lmeval, lm):
             lmeval.task(lm, "mmlu")
-        """
+        """,
     )
-    result = project.runpytest_subprocess("-p", "no:cacheprovider", "--lm", "tiny:Tiny", "--lmeval-limit", "12")
+    options = ("--lm", "short:Short", "--lmeval-limit", "12", "--lmeval-budget", "1000")  # seconds: never used up
+    result = project.runpytest_subprocess("-p", "no:cacheprovider", *options)
     result.assert_outcomes(passed=2, failed=1)
     result.stdout.fnmatch_lines(["*_ test_wrong _*", "*mmlu is a suite*lmeval.suite*"])
     assert "site-packages" not in result.stdout.str()
