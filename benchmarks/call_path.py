@@ -1,13 +1,12 @@
-"""How far a reader has to go: the functions of this package that one token, one question or one latency sample passes, from
-the file that it is read from to the page that shows its number.
+"""Count the functions of this package that one token, one question or one latency sample passes, from its file to the report.
 
     python benchmarks/call_path.py        functions, files, switches from file to file, and returns to an earlier file: of the
                                           verb's call alone, and of the whole run with its report
 
-Each is a run of pytest with one test on the demo model, whose verdict is known from a run before it. Every call is logged by
-`sys.setprofile`; the verb is called twice, and the second call counted, so that nothing that an import runs is in it. A
-function counts once, where it is first entered; the files of these first entries, in their order, are what a reader opens who
-follows the call: a switch is a step to another file, a return one to a file that was left before.
+Each is a run of pytest with one test on the demo model, whose verdict an earlier run has found. `sys.setprofile` logs every
+call; the verb is called twice and the second call counted, without what imports run. A function counts once, at its first call.
+The files of these first calls, in order, are those that a reader opens: a switch goes to another file, a return to an earlier
+one.
 """
 
 from __future__ import annotations
@@ -61,11 +60,11 @@ print(json.dumps([int(code), verb, list(dict.fromkeys(map(tuple, log)))]))
 
 
 def paths_of(call: str) -> tuple[list[str], list[str]]:
-    """The files of the functions that are entered, each function once and in order: by the verb, and by the whole run."""
+    """The files of the functions in the order of their first calls: by the verb, and by the whole run."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "text.txt").write_text("The sky is blue and the grass is green. " * 200)
         Path(folder, "test_it.py").write_text(TEST.format(call=call))
-        for _ in range(2):  # the second one knows the verdict
+        for _ in range(2):  # the second run takes the verdict of the first
             command = [sys.executable, "-c", RUN]
             done = subprocess.run(command, cwd=folder, env=os.environ, capture_output=True, text=True, check=True)
         code, verb, run = json.loads(done.stdout.splitlines()[-1])
@@ -74,8 +73,8 @@ def paths_of(call: str) -> tuple[list[str], list[str]]:
 
 
 def figures(files: list[str]) -> str:
-    switches = [place for place in range(1, len(files)) if files[place] != files[place - 1]]
-    returns = [place for place in switches if files[place] in files[:place]]
+    switches = [index for index in range(1, len(files)) if files[index] != files[index - 1]]
+    returns = [index for index in switches if files[index] in files[:index]]
     return f"{len(files):4} functions, {len(set(files)):3} files, {len(switches):4} switches, {len(returns):4} returns"
 
 

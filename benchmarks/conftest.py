@@ -1,4 +1,4 @@
-"""What several of these pages share."""
+"""Fixtures of several benchmarks."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 
 @pytest.fixture
 def one_thread():
-    """A second thread waits for work in a busy loop, and its waiting would count as processor time."""
+    """One thread: a second one waits in a busy loop, which counts as processor time."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,7 +1,6 @@
-"""A small Llama with its own tokenizer, and files that read like four known datasets, all made from CPython's documentation.
+"""Write a small Llama with its tokenizer, and a mirror of four known datasets, all made from CPython's documentation.
 
-Written once into a folder, as a hub's mirror and a model's folder are: what lm-evaluation-harness and this package then read is
-the same bytes.
+lm-evaluation-harness and this package then read the same bytes.
 """
 
 import json
@@ -15,10 +14,10 @@ VOCABULARY = 2000
 
 
 def passages(seed, words, count):
-    """So many pieces of so many words."""
+    """`count` texts of `words` words."""
     text = " ".join(document.text for document in corpus("stdlib", "test").documents()).split()
-    chance = random.Random(seed)
-    starts = [chance.randrange(len(text) - words) for _ in range(count)]
+    generator = random.Random(seed)
+    starts = [generator.randrange(len(text) - words) for _ in range(count)]
     return [" ".join(text[start : start + words]) for start in starts]
 
 
@@ -56,18 +55,18 @@ def write(folder, hub_id, config, split, rows):
 
 
 def save_data(folder):
-    """The mirror. Lengths are like those of the real datasets: BoolQ's passages 130 words, MMLU's prompts some 900 tokens."""
+    """Write the mirror. Lengths are those of the real datasets: BoolQ's passages 130 words, MMLU's prompts some 900 tokens."""
     sentences = passages(1, 15, 64)
     write(
         folder, "nyu-mll/glue", "sst2", "validation",
-        [{"sentence": text + " ", "label": place % 2, "idx": place} for place, text in enumerate(sentences)],
+        [{"sentence": text + " ", "label": index % 2, "idx": index} for index, text in enumerate(sentences)],
     )  # fmt: skip
     questions = passages(2, 8, 72)
     write(
         folder, "aps/super_glue", "boolq", "validation",
         [
-            {"passage": passage, "question": questions[6 * place + number], "label": number % 2, "idx": 6 * place + number}
-            for place, passage in enumerate(passages(3, 130, 12))
+            {"passage": passage, "question": questions[6 * index + number], "label": number % 2, "idx": 6 * index + number}
+            for index, passage in enumerate(passages(3, 130, 12))
             for number in range(6)
         ],
     )  # fmt: skip
@@ -76,10 +75,10 @@ def save_data(folder):
         folder, "Rowan/hellaswag", "default", "validation",
         [
             {
-                "ind": place, "activity_label": "Reading the manual", "ctx_a": context, "ctx_b": "it", "ctx": context + " it",
-                "endings": endings[4 * place : 4 * place + 4], "label": str(place % 4),
+                "ind": index, "activity_label": "Reading the manual", "ctx_a": context, "ctx_b": "it", "ctx": context + " it",
+                "endings": endings[4 * index : 4 * index + 4], "label": str(index % 4),
             }
-            for place, context in enumerate(passages(5, 60, 100))
+            for index, context in enumerate(passages(5, 60, 100))
         ],
     )  # fmt: skip
     for split, count in (("dev", 5), ("test", 60)):
@@ -87,7 +86,7 @@ def save_data(folder):
         write(
             folder, "cais/mmlu", "abstract_algebra", split,
             [
-                {"question": text, "subject": "abstract_algebra", "choices": choices[4 * place :][:4], "answer": place % 4}
-                for place, text in enumerate(texts)
+                {"question": text, "subject": "abstract_algebra", "choices": choices[4 * index :][:4], "answer": index % 4}
+                for index, text in enumerate(texts)
             ],
         )  # fmt: skip

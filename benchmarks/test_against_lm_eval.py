@@ -1,7 +1,7 @@
-"""The same questions, asked by lm-evaluation-harness and by this package: the same answers, and what each reads for them.
+"""Compare answers and cost with lm-evaluation-harness on the same questions.
 
-One model folder, one set of files, float32 on the CPU, batches of 8. Forward operations are counted, so they are free of noise;
-processor time is taken by turns, on one thread.
+One model folder, one set of files, float32 on the CPU, batches of 8. Forward operations are counted, which has no noise;
+processor time is measured by turns, on one thread.
 """
 
 import dataclasses
@@ -27,13 +27,13 @@ pytestmark = [pytest.mark.benchmark, pytest.mark.slow, pytest.mark.usefixtures("
 
 BATCH = 8
 ROUNDS = 2
-TASKS = {  # what is asked: shots, and how many times fewer operations that must take
+TASKS = {  # name -> shots, and the least ratio of lm_eval's operations to ours
     "sst2": (0, 1.0),
     "boolq": (0, 2.0),
     "hellaswag": (0, 2.5),
     "mmlu_abstract_algebra": (5, 5.0),
 }
-LEAST = 1.10  # operations, at most, over those of reading every distinct token once
+MOST = 1.10  # times the operations of reading every distinct token once
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +75,12 @@ def manager():
 
 
 def their_task(name, shots, data):
-    """The task of lm_eval over the files of a mirror."""
+    """The task of lm_eval on the files of a mirror."""
     from lm_eval.api.task import ConfigurableTask
 
     task = find(name)
     asked = str(task.rows.file(data))
-    files = {"train": asked, task.rows.split: asked}  # it opens the training split even where nothing is shown
+    files = {"train": asked, task.rows.split: asked}  # it opens the training split even with no shots
     if shots:
         files["dev"] = str(task.shots.file(data))
     mirrored = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
@@ -91,7 +91,7 @@ def their_task(name, shots, data):
 
 
 def ask_theirs(theirs, built):
-    """Log-likelihoods of the choices of each row, and the metrics."""
+    """The log-likelihoods of each row's choices, and the metrics."""
     import lm_eval
 
     with warnings.catch_warnings():
@@ -107,14 +107,14 @@ def ask_ours(ours, name, shots, data):
 
 
 def counted(work):
-    """What the work returns, and its forward operations."""
-    kept = []
-    flops = count_flops(lambda: kept.append(work()))
-    return kept[0], flops
+    """The result of the work, and its forward operations."""
+    results = []
+    flops = count_flops(lambda: results.append(work()))
+    return results[0], flops
 
 
 def by_turns(*works):
-    """Processor seconds of each, the fastest of some rounds, taken by turns."""
+    """Processor seconds of each, the fastest of its rounds, by turns."""
     times = [[] for _ in works]
     for _ in range(ROUNDS):
         for work, taken in zip(works, times, strict=True):
@@ -125,7 +125,7 @@ def by_turns(*works):
 
 
 def least_operations(ours, name, shots, data):
-    """Of reading every distinct token prefix of a task once, and of the logits that are scored: no way needs fewer."""
+    """Operations of reading every distinct token prefix once, and of the scored logits: no way needs fewer."""
     task, encoder = find(name), Encoder(ours, find(name))
     examples = Shots(task, shots, "document", data_dir=data)
     prefixes, scored = set(), set()
@@ -134,43 +134,43 @@ def least_operations(ours, name, shots, data):
         for request in encoder.encode(task.ask(row), examples.of(row, own), id=own, number=number).requests:
             ids = request.read.tobytes()
             prefixes |= {ids[: 8 * length] for length in range(1, len(request.read) + 1)}
-            scored |= {ids[: 8 * length] for length in range(request.given, len(request.read) + 1)}
+            scored |= {ids[: 8 * length] for length in range(request.context_len, len(request.read) + 1)}
     config = ours.module.config
     head = 2 * config.hidden_size * ours.vocab_size
-    attention = 4 * config.hidden_size * config.num_hidden_layers  # of a token to each that it sees, itself too
+    attention = 4 * config.hidden_size * config.num_hidden_layers  # of a token to each visible one, itself too
     linear = count_flops(lambda: ours.step(ours.random_ids(1, 1), keep=1)) - head - attention
     seen = sum(len(prefix) // 8 for prefix in prefixes)
     return len(prefixes) * linear + seen * attention + len(scored) * head
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_the_same_answers_for_less(lmeval, ours, theirs, folders, name):
+def test_answers_are_the_same_for_fewer_operations(lmeval, ours, theirs, folders, name):
     (shots, times_fewer), data = TASKS[name], folders[1]
     built = their_task(name, shots, data)
     (expected, metrics), their_flops = counted(lambda: ask_theirs(theirs, built))
     found, our_flops = counted(lambda: ask_ours(ours, name, shots, data))
     pairs = list(zip(expected, (example.loglikelihoods for example in found.examples), strict=True))
     worst = max(abs(a - b) for one, other in pairs for a, b in zip(one, other, strict=True))
-    alike = sum(max(range(len(a)), key=a.__getitem__) == max(range(len(b)), key=b.__getitem__) for a, b in pairs)
+    same = sum(max(range(len(a)), key=a.__getitem__) == max(range(len(b)), key=b.__getitem__) for a, b in pairs)
     seconds = by_turns(lambda: ask_theirs(theirs, built), lambda: ask_ours(ours, name, shots, data))
     least = least_operations(ours, name, shots, data)
     lmeval.record(
         ours,
         f"{name}, {shots}-shot, against lm_eval",
         worst_difference=Value(worst, "nats", n=len(expected), higher_is_better=False),
-        same_predictions=Value(alike / len(expected), n=len(expected), higher_is_better=True),
+        same_predictions=Value(same / len(expected), n=len(expected), higher_is_better=True),
         flops_ratio=Value(their_flops / our_flops, "x", higher_is_better=True),
         flops_over_least=Value(our_flops / least, "x", higher_is_better=False),
         processor_ratio=Value(seconds[0] / seconds[1], "x", higher_is_better=True),
     )
     assert worst < 1e-4
-    assert alike == len(expected)
+    assert same == len(expected)
     both = {ours_: metrics[key] for theirs_, ours_ in LM_EVAL_NAMES.items() if (key := f"{theirs_},none") in metrics}
     both = {name: known for name, known in both.items() if name in found.record.metrics}
     assert both
     assert {name: float(found.record.metrics[name]) for name in both} == pytest.approx(both, abs=1e-12)
     assert their_flops / our_flops >= times_fewer
-    assert our_flops / least <= LEAST
+    assert our_flops / least <= MOST
 
 
 MEMORY = """
@@ -193,8 +193,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 @pytest.mark.parametrize("name", ["boolq", "mmlu_abstract_algebra"])
-def test_no_more_memory(lmeval, tmp_path, folders, name):
-    """How far the peak of a process grows while it asks, each in a process of its own; 32,000 entries, as vocabularies have."""
+def test_memory_is_at_most_that_of_lm_eval(lmeval, tmp_path, folders, name):
+    """Growth of a process's peak while it asks, with a vocabulary of 32,000."""
     import small_suite
 
     small_suite.save_model(tmp_path, hidden=128, layers=4, vocabulary=32_000)
@@ -212,8 +212,8 @@ def test_no_more_memory(lmeval, tmp_path, folders, name):
     assert grown["ours"] <= grown["theirs"]
 
 
-def test_the_first_answer_is_there_after_one_batch(lmeval, ours, folders):
-    """Rows that were read when the first answers came. lm_eval reads all of them, and answers at its end."""
+def test_the_first_answers_come_after_one_batch(lmeval, ours, folders):
+    """Rows read before the first answers; lm_eval reads all rows first, and answers at its end."""
     after = []
     rows = list(find("sst2").rows.read(folders[1]))
     task = dataclasses.replace(find("sst2"), rows=lambda: (after.append("row") or row for row in rows))
@@ -223,8 +223,8 @@ def test_the_first_answer_is_there_after_one_batch(lmeval, ours, folders):
     assert firsts[0] == BATCH
 
 
-def test_rolling_perplexity(lmeval, ours, theirs):
-    """Long documents in the windows of lm_eval: the same sum of log-likelihoods for each."""
+def test_rolling_perplexity_is_that_of_lm_eval(lmeval, ours, theirs):
+    """Long documents in the windows of lm_eval: the same sum of log-likelihoods."""
     from types import SimpleNamespace
 
     documents = [document for document, _ in zip(corpus("stdlib", "test").documents(), range(4), strict=False)]

@@ -1,6 +1,6 @@
-"""Does `lmeval compare-runs` find what is slower, without false alarms? By simulation, and on this machine.
+"""Measure how often `lmeval compare-runs` finds a slowdown and how often it raises a false alarm, simulated and real.
 
-A slowdown of ten percent is planted in a project of one file: its second version does a tenth more work.
+The second version of a project of one file does a tenth more work: a planted slowdown of ten percent.
 """
 
 import contextlib
@@ -56,20 +56,20 @@ def project(tmp_path, monkeypatch):
         Path(name).write_text(text)
     git("init", "-q")
     git("add", ".")
-    git("commit", "-q", "-m", "as it was")
+    git("commit", "-q", "-m", "base")
 
 
 def compare():
-    """The exit status, and the table of the verdicts."""
-    told = io.StringIO()
-    with contextlib.redirect_stdout(told), contextlib.redirect_stderr(io.StringIO()):
+    """The exit status, and the table of verdicts."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(io.StringIO()):
         status = main(["compare-runs", "--base", "HEAD", "--threshold", "5%", "--", "test_speed.py"])
-    return status, told.getvalue()
+    return status, output.getvalue()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("percent", [0, 10])
-def test_a_planted_slowdown_is_found_and_nothing_is_found_without_it(lmeval, lm, project, percent):
+def test_only_a_planted_slowdown_is_found(lmeval, lm, project, percent):
     Path("deep.py").write_text(MODEL.format(layers=100 + percent))
     status, table = compare()
     verdict, shown, low, high = re.search(r"^(\w+) .* prefill .* (\S+)  (\S+) to (\S+)$", table, re.MULTILINE).groups()
@@ -80,12 +80,12 @@ def test_a_planted_slowdown_is_found_and_nothing_is_found_without_it(lmeval, lm,
 
 
 def looks(base, new):
-    """What `compare-runs` calls worse of races [numbers, 12 pairs]: it looks after six pairs, and after twelve."""
+    """Whether `compare-runs` calls a race [numbers, 12 pairs] worse: it looks after six pairs and after twelve."""
     return any("worse" in verdicts([ratio(b[:n], a[:n]) for b, a in zip(base, new, strict=True)], LEVEL) for n in (PAIRS, MOST))
 
 
 def eager(base, new):
-    """The same by one who looks after every pair, at each number alone, and takes its 95 % interval at its word."""
+    """The same for looking after every pair, at each number alone, at its 95 % interval."""
     every = [[ratio(b[:n], a[:n])] for b, a in zip(base, new, strict=True) for n in range(PAIRS, MOST + 1)]
     return any("worse" in verdicts(one, 0.025) for one in every)
 
@@ -100,13 +100,13 @@ WAYS = {
     "last value + 5 %": lambda base, new: (new[:, 0] > 1.05 * np.exp(STORED.normal(0, np.log(base).std(), len(new)))).any(),
     "last value + 50 %": lambda base, new: (new[:, 0] > 1.5 * np.exp(STORED.normal(0, np.log(base).std(), len(new)))).any(),
 }
-STORED = np.random.default_rng(1)  # runs of another day
+STORED = np.random.default_rng(1)  # stored runs of another day
 
 
 @pytest.mark.parametrize("noise", [0.02, 0.05, 0.1, 0.2])
 @pytest.mark.parametrize("numbers", [1, 4, 8])
-def test_how_often_it_raises_a_false_alarm_and_how_often_it_finds_a_slowdown(lmeval, lm, noise, numbers):
-    """Of 500 simulated races each; the two runs of a pair differ by `noise`, and nothing is shared between the numbers."""
+def test_false_alarms_are_rare_and_slowdowns_are_found(lmeval, lm, noise, numbers):
+    """500 simulated races each; the two runs of a pair differ by `noise`, independently for each number."""
     draws = np.random.default_rng(0)
     alarms = {}
     for percent in (0, 10):
@@ -117,6 +117,6 @@ def test_how_often_it_raises_a_false_alarm_and_how_often_it_finds_a_slowdown(lme
     for way in WAYS:
         false, found = (Value(100 * alarms[way, percent], "%", n=500) for percent in (0, 10))
         lmeval.record(lm, f"{way}, {numbers} numbers, noise {noise:.0%}", false_alarms=false, slower_by_10_percent_found=found)
-    assert alarms["two looks", 0] <= 0.03  # 2 % and what 500 races leave open
+    assert alarms["two looks", 0] <= 0.03  # 2 %, and the uncertainty of 500 races
     if noise <= 0.05:
         assert alarms["two looks", 10] > 0.8

@@ -1,10 +1,9 @@
-"""How does each architecture of the installed transformers stream? Tiny random models, every law, a verdict each.
+"""Find the verdict of each architecture of the installed transformers, with tiny random models.
 
     pytest benchmarks/test_conformance.py -n 2
 
-The table of verdicts is in `summary.md` and `report.html`; types that cannot be built stand there with the reason. A run that
-is stopped goes on where it was. What is wrong in a version of transformers is expected to be wrong: a fix upstream fails here,
-and is to be entered.
+The table of verdicts is in `summary.md` and `report.html`, with the types that cannot be built and why. A stopped run resumes.
+Known faults of a version of transformers are expected: a fix upstream fails here and must be entered.
 """
 
 import pytest
@@ -21,39 +20,39 @@ pytestmark = [pytest.mark.benchmark, pytest.mark.slow]
 
 BUDGET = 4.0  # seconds
 EXACT = ("exact-any-chunk", "")
-KNOWN = {  # from which version on -> what is not exact there: (verdict, the laws that decide it)
+KNOWN = {  # first version -> what is not exact from there on: (verdict, the laws that decide it)
     "5.23": {
-        # the recurrent state starts over whenever a chunk of more than one token goes on
+        # a chunk of more than one token restarts the recurrent state
         "falcon_mamba": ("exact-step-only", "splits"),
         "jamba": ("exact-step-only", "splits"),
         "mamba": ("exact-step-only", "splits"),
         "zamba": ("exact-step-only", "splits"),
-        # the length that was read is asked of a layer that does not know it
+        # asks a layer without a length how much was read
         "minimax": ("exact-step-only", "splits"),
-        # the time step is clamped in the path for chunks, and not in that for single tokens
+        # clamps the time step in the path for chunks, not in that for single tokens
         "nemotron_h": ("inexact", "splits steps"),
         "zamba2": ("inexact", "splits steps"),
-        # one token of several rows is broadcast against the state of all rows
+        # broadcasts one token of several rows against the state of all rows
         "rwkv": ("inexact", "rows"),
-        # in one piece the window is not applied, and the cache evicts what is outside of it
+        # does not apply the window in one piece, but its cache evicts what is outside
         "moshi": ("inexact", "splits steps"),
-        # keys are chosen by a score that equal tokens share, so that the layout of a call breaks the ties
+        # chooses keys by a score that equal tokens share, so the layout of a call breaks ties
         "doge": ("length-dependent", "prefix"),
-        # the bias of a position is taken from another one's, and pieces that go on raise
+        # takes the bias of a position from another one; continued chunks raise
         "prophetnet": ("non-causal", "causality splits steps"),
-        # the prompt is read both ways, and with a cache all of it is wanted again
+        # reads the prompt in both directions, and all of it again with a cache
         "cpmant": ("non-causal", "causality splits steps"),
-        # tokens are sorted into buckets of which later ones are a part
+        # sorts tokens into buckets together with later ones
         "reformer": ("non-causal", "causality"),
-        # how far a token looks is counted from the ids that are no padding
+        # counts how far a token looks from the ids that are no padding
         "xlm": ("non-causal", "causality"),
-        # no cache, none under a name that is known, or one that raises: read in windows
+        # no cache, none under a known name, or one that raises: read in windows
         "blt": ("stateless", ""),
         "openai-gpt": ("stateless", ""),
         "recurrent_gemma": ("stateless", ""),
         "xlnet": ("stateless", ""),
-        # as they are often driven: positions begin at zero in each chunk, the mask is made for the wrong length, and the
-        # convolution's tail is dropped from a state that lies in the modules
+        # called without positions: they begin at zero in each chunk, the mask has the wrong length, and a state in the modules
+        # loses the tail of the convolution
         "bamba WithoutPositions": ("inexact", "splits steps"),
         "minimax WithoutPositions": ("non-causal", "causality splits"),
         "recurrent_gemma HoldingItsState": ("inexact", "splits steps"),
@@ -62,7 +61,7 @@ KNOWN = {  # from which version on -> what is not exact there: (verdict, the law
 
 
 def expected(name):
-    """What the newest entry says that is no newer than what is installed."""
+    """The verdict and laws of the newest entry that is no newer than the installed version."""
     installed = Version(transformers.__version__)
     entries = [KNOWN[version] for version in sorted(KNOWN, key=Version) if Version(version) <= installed]
     return entries[-1].get(name, EXACT) if entries else EXACT
@@ -85,7 +84,7 @@ def test_architecture(lmeval, name):
 
 
 class WithoutPositions:
-    """A transformers model as it is called where nobody passes `position_ids`."""
+    """A transformers model, called without `position_ids`."""
 
     def __init__(self, module):
         self.module = module
@@ -96,7 +95,7 @@ class WithoutPositions:
 
 
 class HoldingItsState:
-    """A model that keeps its state in its own modules: the state that goes from step to step is only how much was read."""
+    """A model with its state in its modules: the state between steps is only the number of tokens read."""
 
     def __init__(self, module):
         self.module = module
@@ -108,8 +107,8 @@ class HoldingItsState:
 
 
 @pytest.mark.parametrize(
-    ("name", "driven"), [("bamba", WithoutPositions), ("minimax", WithoutPositions), ("recurrent_gemma", HoldingItsState)]
+    ("name", "wrapper"), [("bamba", WithoutPositions), ("minimax", WithoutPositions), ("recurrent_gemma", HoldingItsState)]
 )
-def test_architecture_as_it_is_often_driven(lmeval, name, driven):
-    """The adapter passes positions, and drives what hides its state without one; these are what it guards against."""
-    judge(lmeval, driven(build(name)), f"{name} {driven.__name__}")
+def test_architecture_called_without_our_adapter(lmeval, name, wrapper):
+    """The adapter passes positions, and reads a model with a hidden state without one; these are the faults it avoids."""
+    judge(lmeval, wrapper(build(name)), f"{name} {wrapper.__name__}")

@@ -1,7 +1,6 @@
-"""Is the shipped model any good? Its bits per byte on held-out text, beside those of a smoothed 4-gram model.
+"""Compare the shipped model with a smoothed 4-gram model: bits per byte on held-out text.
 
-Both read the same bytes through the same verb; the 4-gram model is also an example of a language model that is no
-torch module at all, only an object with `step`.
+The 4-gram model is also an example of a language model that is no torch module, only an object with `step`.
 """
 
 from collections import defaultdict
@@ -17,16 +16,16 @@ DISCOUNT = 0.75
 
 
 class KneserNey:
-    """Interpolated Kneser-Ney over bytes (Chen and Goodman 1999, one discount): state is the last three bytes."""
+    """Interpolated Kneser-Ney over bytes (Chen and Goodman 1999, one discount); the state is the last three bytes."""
 
     vocab_size = 256
     tokenizer = "bytes"
 
     def __init__(self, text: bytes) -> None:
-        # counts[n][context of n bytes][next byte]; below the highest order, the number of different bytes that came before
+        # counts[n][context of n bytes][next byte]; below the highest order, the number of different bytes before it
         self.counts = [defaultdict(lambda: defaultdict(int)) for _ in range(ORDER)]
-        for place in range(ORDER - 1, len(text)):
-            self.counts[-1][text[place - ORDER + 1 : place]][text[place]] += 1
+        for index in range(ORDER - 1, len(text)):
+            self.counts[-1][text[index - ORDER + 1 : index]][text[index]] += 1
         for n in range(ORDER - 1, 0, -1):
             for context, following in self.counts[n].items():
                 for byte in following:

@@ -1,13 +1,13 @@
-"""Is reading in chunks the same as reading at once? Every law, tried by hypothesis; the verdict stands on every number."""
+"""Check that a model reads in chunks as it reads at once, by every law."""
 
 import pytest
 
 pytestmark = pytest.mark.benchmark
 
-STREAMS_OR_SAYS_SO = {"exact-any-chunk", "exact-step-only", "stateless", "consistent"}
+ACCEPTED = {"exact-any-chunk", "exact-step-only", "stateless", "consistent"}
 
 
 def test_streams_exactly(lmeval, lm):
     result = lmeval.equivalence(lm)
 
-    assert result.verdict in STREAMS_OR_SAYS_SO, result
+    assert result.verdict in ACCEPTED, result

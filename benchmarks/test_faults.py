@@ -1,7 +1,9 @@
-"""Which law catches which planted fault, what a verdict costs, and what a model in 16 bits can and cannot see.
+"""Show which law catches which planted fault, what a verdict costs, and which faults 16 bits hide.
 
-The faults are those of `tests/faults.py`: correct tiny models with one thing done wrong, most of it seen in real systems.
+The faults are those of `tests/faults.py`: correct tiny models with one fault each, most of them seen in real systems.
 """
+
+import statistics
 
 import pytest
 import torch
@@ -31,25 +33,25 @@ def test_every_fault_is_caught(capsys):
         print("\n", " " * 36, " ".join(LAWS))
         print("\n".join(rows))
         print(f"{len(FAULTS) - len(missed)} of {len(FAULTS)} planted faults caught; missed: {missed or 'none'}")
-        print(f"a verdict takes {_middle(seconds):.2f} s and {_middle(calls):.0f} calls (median of {len(FAULTS)} tiny models)")
+        print(f"median of a verdict: {statistics.median(seconds):.2f} s and {statistics.median(calls):.0f} calls")
     assert not missed
 
 
-def test_no_correct_model_is_accused(capsys):
-    accused = []
+def test_no_correct_model_breaks_a_law(capsys):
+    false_alarms = []
     for name, model in CLEAN.items():
         for dtype in PRECISIONS:
             certificate = probe(as_model(model().to(dtype))).certificate
-            accused += [(name, dtype, certificate.broken)] if certificate.broken else []
+            false_alarms += [(name, dtype, certificate.broken)] if certificate.broken else []
             with capsys.disabled():
                 print(f"\n{name:16} {dtype!s:16} {certificate.verdict:16} worst ratio {certificate.worst_ratio:.2f}", end="")
     with capsys.disabled():
-        print(f"\n{len(accused)} false alarms on {len(CLEAN)} models in {len(PRECISIONS)} precisions")
-    assert not accused
+        print(f"\n{len(false_alarms)} false alarms on {len(CLEAN)} models in {len(PRECISIONS)} precisions")
+    assert not false_alarms
 
 
-def test_what_16_bits_can_see(capsys):
-    """The same faults in bfloat16: seen there, seen only in the copy in float32, or smaller than the rounding of 16 bits."""
+def test_half_of_the_faults_are_found_in_bfloat16(capsys):
+    """The others are found in a copy in float32, or are smaller than the rounding of 16 bits."""
     alone, by_copy, hidden = [], [], []
     for fault in FAULTS:
         certificate = probe(as_model(fault.model().bfloat16())).certificate
@@ -61,7 +63,7 @@ def test_what_16_bits_can_see(capsys):
         else:
             alone.append(fault.name)
     with capsys.disabled():
-        print(f"\nbfloat16 alone sees {len(alone)} of {len(FAULTS)} faults")
+        print(f"\n{len(alone)} of {len(FAULTS)} faults are found in bfloat16 alone")
         print(f"a copy in float32 shows {len(by_copy)} more: {', '.join(by_copy)}")
         print(f"{len(hidden)} are no larger than the rounding of 16 bits: {', '.join(hidden)}")
     assert len(alone) > len(FAULTS) / 2
@@ -78,8 +80,4 @@ def test_calls_grow_more_slowly_than_the_length(name, capsys):
             print(f"\n{name}, up to {longest} tokens: {calls[longest]} calls for {tokens} cases", end="")
     with capsys.disabled():
         print()
-    assert calls[640] < 16 * calls[40]  # a check of every cut would need 16 times as many, one of every composition no end
-
-
-def _middle(values):
-    return sorted(values)[len(values) // 2]
+    assert calls[640] < 16 * calls[40]  # a check of every cut would need 16 times as many

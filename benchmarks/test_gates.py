@@ -1,12 +1,11 @@
-"""How often a gate raises a false alarm, and how often it finds a loss: beside what others compare numbers by.
+"""Simulate how often a gate raises a false alarm and how often it finds a loss, beside other ways to compare numbers.
 
     paired       this gate: McNemar's exact test or flipped signs, a loss beyond the margin, all at a level of 1 %
     strict       the same, but the loss must be significantly beyond the margin
-    unpaired     both runs as if they had nothing to do with each other, one-sided, at the same level
+    unpaired     both runs as if independent, one-sided, at the same level
     threshold    the number fell by more than the margin
 
-Simulated pairs: of every question it is known whether the first run and the second answered it; of every document how many nats
-it cost both. What one number is worth depends on nothing else, so a model is not needed.
+A simulated pair of runs says of every question whether each run answered it right, of every document how many nats it cost.
 """
 
 from statistics import NormalDist
@@ -23,7 +22,7 @@ pytestmark = [pytest.mark.benchmark, pytest.mark.slow]
 PAIRS = 200
 MARGIN = 0.01
 RULES = ("paired", "strict", "unpaired", "threshold")
-SAME = {  # nothing changed: as many are won as lost
+SAME = {  # no change: as many won as lost
     "no answer changes": {"n": 200, "lost": 0.0, "won": 0.0},
     "2 % of 200 change": {"n": 200, "lost": 0.01, "won": 0.01},
     "10 % of 200 change": {"n": 200, "lost": 0.05, "won": 0.05},
@@ -37,26 +36,22 @@ LOST = {
     "1,000: 6 % lost, 3 % won": {"n": 1000, "lost": 0.06, "won": 0.03},
     "1,000: 6 % lost, 3 % won, in groups of 10": {"n": 1000, "lost": 0.06, "won": 0.03, "group": 10},
 }
-WITHIN = {  # a loss of half the margin, which is allowed
+WITHIN = {  # a loss of half the margin: allowed
     "1,000: 2 % lost, 1.5 % won": {"n": 1000, "lost": 0.02, "won": 0.015},
     "5,000: 1 % lost, 0.5 % won": {"n": 5000, "lost": 0.01, "won": 0.005},
 }
 
 
 def answers(generator, *, n, lost, won, group=1, right=0.6):
-    """Right answers before and after; those of a group change together, and which way is the luck of the group."""
-    base = (
-        np.repeat(generator.random(n // group) < right, group).astype(float)
-        if group > 1
-        else (generator.random(n) < right) * 1.0
-    )
-    luck = np.repeat(generator.random(n // group), group)
-    after = np.where(base == 1, luck >= lost / right, luck < won / (1 - right)).astype(float)
+    """Right answers before and after [n], and the groups, which change together."""
+    base = np.repeat(generator.random(n // group) < right, group).astype(float)
+    draws = np.repeat(generator.random(n // group), group)
+    after = np.where(base == 1, draws >= lost / right, draws < won / (1 - right)).astype(float)
     return base, after, (np.arange(n) // group).tolist() if group > 1 else None
 
 
 def alarms(base, new, groups, *, margin=MARGIN, weights=None, up=True):
-    """Which rules call the second run worse."""
+    """rule -> whether it calls the second run worse."""
     found = paired_difference(base, new, weights, groups)
     (verdict,) = judge_all([found], [margin], [up])
     shifted = (new - base) + margin * (1 if up else -1) * (1 if weights is None else np.asarray(weights))
@@ -74,23 +69,20 @@ def alarms(base, new, groups, *, margin=MARGIN, weights=None, up=True):
 
 
 def rates(draw, cases):
-    """rule -> share of pairs that it calls worse, for each case."""
+    """case -> rule -> fraction of pairs that it calls worse."""
     found = {}
-    for place, (name, case) in enumerate(cases.items()):
-        generator = np.random.default_rng(place)
+    for seed, (name, case) in enumerate(cases.items()):
+        generator = np.random.default_rng(seed)
         calls = [draw(generator, **case) for _ in range(PAIRS)]
         found[name] = {rule: float(np.mean([call[rule] for call in calls])) for rule in RULES}
     return found
 
 
-def told(lmeval, capsys, title, found):
-    with capsys.disabled():
-        print(f"\n{title + ', share called worse':52}" + "".join(rule.rjust(11) for rule in RULES))
-        for name, of_rule in found.items():
-            print(f"    {name:48}" + "".join(f"{of_rule[rule]:11.3f}" for rule in RULES))
+def record(lmeval, title, found):
+    """Record the fraction of pairs that each rule calls worse."""
     for name, of_rule in found.items():
-        shares = {rule: Value(share, n=PAIRS) for rule, share in of_rule.items()}
-        lmeval.record("demo", f"{title}: {name}", **shares)
+        values = {rule: Value(rate, n=PAIRS) for rule, rate in of_rule.items()}
+        lmeval.record("demo", f"{title}: {name}", **values)
 
 
 def of_answers(generator, **case):
@@ -98,50 +90,50 @@ def of_answers(generator, **case):
 
 
 def of_text(generator, *, documents, change, noise):
-    """Nats of documents of 500 tokens that differ a lot among one another, and between two runs by little."""
+    """Nats of documents of 500 tokens, which differ much from one another and little between two runs."""
     tokens = generator.integers(100, 900, documents)
     base = tokens * generator.normal(3.0, 0.4, documents)
     new = base + tokens * generator.normal(change * 3.0, noise, documents)
     return alarms(base, new, None, margin=0.005 * 3.0, weights=tokens, up=False)
 
 
-def test_where_nothing_changed_hardly_one_in_a_hundred_is_called_worse(lmeval, capsys):
+def test_without_a_change_about_one_pair_in_a_hundred_is_called_worse(lmeval):
     found = rates(of_answers, SAME)
-    told(lmeval, capsys, "no change", found)
+    record(lmeval, "no change", found)
     assert all(of_rule["paired"] <= 0.02 for of_rule in found.values())
     assert max(of_rule["threshold"] for of_rule in found.values()) > 0.1
 
 
-def test_what_was_lost_is_found_where_the_unpaired_test_finds_nothing(lmeval, capsys):
+def test_a_loss_is_found_where_the_unpaired_test_finds_none(lmeval):
     found = rates(of_answers, LOST)
-    told(lmeval, capsys, "lost", found)
+    record(lmeval, "lost", found)
     assert found["200: 8 % lost, 2 % won"]["paired"] > 0.5
     assert found["200: 8 % lost, 2 % won"]["unpaired"] < 0.05
     assert found["1,000: 3 % lost, 1 % won"]["paired"] > 0.7
 
 
-def test_a_loss_within_the_margin_is_mostly_let_pass(lmeval, capsys):
+def test_a_loss_within_the_margin_mostly_passes(lmeval):
     found = rates(of_answers, WITHIN)
-    told(lmeval, capsys, "half the margin lost", found)
+    record(lmeval, "half the margin lost", found)
     assert all(of_rule["paired"] <= 0.1 for of_rule in found.values())
 
 
-def test_of_text_a_loss_of_one_percent_is_found(lmeval, capsys):
+def test_a_loss_of_one_percent_on_text_is_found(lmeval):
     cases = {
         f"{documents} documents, {100 * change:g} % more": {"documents": documents, "change": change, "noise": 0.05}
         for change in (0.0, 0.0025, 0.01, 0.02)
         for documents in (50, 200)
     }
     found = rates(of_text, cases)
-    told(lmeval, capsys, "text", found)
+    record(lmeval, "text", found)
     assert all(found[f"{documents} documents, 0 % more"]["paired"] <= 0.02 for documents in (50, 200))
     assert found["50 documents, 1 % more"]["paired"] > 0.7
     assert found["200 documents, 2 % more"]["unpaired"] < 0.5
 
 
-def test_a_run_of_many_metrics_has_no_more_alarms_than_one(lmeval, capsys):
-    """Twenty gated metrics in a run, of which nothing changed: the share of runs with any alarm."""
-    generator, runs = np.random.default_rng(0), {"Holm": 0, "each for itself": 0}
+def test_a_run_of_many_metrics_has_no_more_false_alarms_than_one(lmeval):
+    """Twenty gated metrics in a run, none changed: the fraction of runs with any alarm."""
+    generator, runs = np.random.default_rng(0), {"Holm": 0, "each by itself": 0}
     for _ in range(PAIRS):
         changed = [answers(generator, n=300, lost=0.05, won=0.05)[:2] for _ in range(20)]
         counts = [(int((new < base).sum()), int((new > base).sum())) for base, new in changed]
@@ -151,12 +143,7 @@ def test_a_run_of_many_metrics_has_no_more_alarms_than_one(lmeval, capsys):
         runs["Holm"] += any(
             verdict.name == "worse" for verdict in judge_all(found, [MARGIN] * len(found), [True] * len(found), family=20)
         )
-        runs["each for itself"] += any(judge_all([one], [MARGIN], [True])[0].name == "worse" for one in found)
-    with capsys.disabled():
-        print(
-            "\n20 metrics that did not change, runs with any alarm: "
-            + ", ".join(f"{name} {count / PAIRS:.3f}" for name, count in runs.items())
-        )
+        runs["each by itself"] += any(judge_all([one], [MARGIN], [True])[0].name == "worse" for one in found)
     lmeval.record(
         "demo",
         "20 metrics that did not change",

@@ -1,10 +1,9 @@
-"""Which model learns best? Each is trained by one protocol (same tokens, order, optimizer, schedule, seed), then scored on text
-that it never saw.
+"""Train each model by one protocol (same tokens, order, optimizer, schedule, seed) and score it on held-out text.
 
     pytest benchmarks/test_learning.py --lm zoo:mamba --lm zoo:causal-bk --lmeval-seq-len 128
     pytest benchmarks/test_learning.py --lm zoo:mamba --lmeval-corpus wikitext-2 --lmeval-corpus c4 --lmeval-tokens 2M
 
-Texts are those of `--lmeval-corpus`; by default the two that need no download. What was trained before is not trained again.
+Texts are those of `--lmeval-corpus`; by default the two that need no download. A trained model is not trained again.
 """
 
 import statistics
@@ -16,12 +15,12 @@ from pytest_lmeval import Value
 pytestmark = [pytest.mark.benchmark, pytest.mark.slow]
 
 STEPS = 300
-TEST_SPLITS = {"c4": "validation"}  # where the hub has no text that was kept for the end
+TEST_SPLITS = {"c4": "validation"}  # where the hub has no test text
 
 
 @pytest.fixture(scope="module")
 def perplexities():
-    """What each model reached on each text: None where the test of that text failed."""
+    """spec -> corpus -> perplexity; None where the test failed."""
     return {}
 
 
@@ -32,7 +31,7 @@ def test_learns(lmeval, lm, corpus, corpus_name, perplexities):
     trained = lmeval.train(lm, corpus(corpus_name, "train"), steps=STEPS)
     result = lmeval.perplexity(trained.lm, corpus(corpus_name, TEST_SPLITS.get(corpus_name, "test")), tokens=100_000)
 
-    assert result.perplexity.high < lm.vocab_size / 4  # it guesses better than by chance
+    assert result.perplexity.high < lm.vocab_size / 4
     reached[corpus_name] = float(result.perplexity)
 
 

@@ -1,7 +1,7 @@
-"""A million tokens, for real: one stream, the state carried all the way, memory that grows no more than the state does.
+"""Read a million tokens in one stream, the state carried all the way.
 
-The text is the longest that comes with Python: the split that the demo model was trained on. What is looked at here is whether
-the reading holds out and how the loss goes on, not how low it is. Tokens larger than bytes make it some 700,000.
+The text is the longest that comes with Python, the split that the demo model was trained on: the loss by position counts here,
+not how low it is. With tokens larger than bytes it has some 700,000.
 """
 
 import pytest

@@ -1,6 +1,6 @@
-"""Is what the clock says true? Models whose steps take a known time, what measuring adds to a step, and how far runs differ.
+"""Check measured times against models whose steps take a known time, what measuring adds to a step, and how runs differ.
 
-The truth is what the model itself saw pass, on the same clock, within its step.
+The true time is what the model itself measures within its step, on the same clock.
 """
 
 import json
@@ -25,7 +25,7 @@ VOCAB = 32
 
 
 class Timed(nn.Module):
-    """Spends a time that it is told on every step, and notes how much it was."""
+    """Spends a given time on every step, and notes how much it was."""
 
     def __init__(self, spend):
         super().__init__()
@@ -44,7 +44,7 @@ def sleeping(seconds):
 
 
 def counting(seconds):
-    """A busy loop that was calibrated here to take so long."""
+    """A busy loop, calibrated here to take this long."""
     rounds = 10_000
     while True:
         began = time.perf_counter()
@@ -57,7 +57,7 @@ def counting(seconds):
 
 
 def bare_loop(model, tokens):
-    """Seconds of each step of what one writes without a harness: the model, and the likeliest token."""
+    """Seconds of each step without a harness: the model, and the likeliest token."""
     ids, times = torch.zeros(1, 8, dtype=torch.long), []
     with torch.no_grad():
         logits, state = model(ids)
@@ -71,8 +71,8 @@ def bare_loop(model, tokens):
 @pytest.mark.parametrize("way", [sleeping, counting])
 @pytest.mark.parametrize(("milliseconds", "runs"), [(2, 60), (20, 12), (200, 3)])
 def test_a_step_of_known_length_is_reported_within_one_percent(lmeval, way, milliseconds, runs):
-    """Of what the model spends in a step, and what a bare loop needs beside that to wake up and to choose a token: before the
-    measurement and after it, since a machine may be another one by then."""
+    """The time that the model spends in a step, plus what a bare loop takes beside it to wake up and to choose a token, before
+    and after the measurement."""
     model = Timed(way(milliseconds / 1e3))
 
     def beside():
@@ -85,18 +85,18 @@ def test_a_step_of_known_length_is_reported_within_one_percent(lmeval, way, mill
     result = lmeval.latency(model, seq_len=8, new_tokens=8, runs=runs, warm_up=1)
     steps = [model.spent[8 * run + step] for run in range(-runs - 1, -1) for step in range(1, 8)]  # the last run is not timed
     parts = {"spent": statistics.median(steps), "before": before, "after": beside()}
-    told = {name: Value(1e3 * seconds, "ms") for name, seconds in parts.items()}
-    true = Value(told["spent"] + (told["before"] + told["after"]) / 2, "ms", n=len(steps))
-    lmeval.record(model, f"{way.__name__} for {milliseconds} ms", reported=result.itl, true=true, **told)
-    assert float(result.itl) == pytest.approx(true, rel=0.01, abs=abs(told["before"] - told["after"]))
+    values = {name: Value(1e3 * seconds, "ms") for name, seconds in parts.items()}
+    true = Value(values["spent"] + (values["before"] + values["after"]) / 2, "ms", n=len(steps))
+    lmeval.record(model, f"{way.__name__} for {milliseconds} ms", reported=result.itl, true=true, **values)
+    assert float(result.itl) == pytest.approx(true, rel=0.01, abs=abs(values["before"] - values["after"]))
 
 
-def test_a_percentile_lies_where_so_many_steps_stay_below(lmeval):
+def test_a_percentile_is_that_of_the_true_step_times(lmeval):
     lengths = np.random.default_rng(0).lognormal(np.log(2e-3), 0.5, 4000)
     model = Timed(lambda step: time.sleep(lengths[step]))
     result = lmeval.latency(model, seq_len=8, new_tokens=41, runs=20, warm_up=1)
     steps = 1e3 * np.array([model.spent[run * 41 + step] for run in range(-21, -1) for step in range(1, 41)])
-    around = [float(np.quantile(steps, share)) for share in (0.94, 0.95, 0.96)]
+    around = [float(np.quantile(steps, level)) for level in (0.94, 0.95, 0.96)]
     p95 = result.percentile("itl", 95)
     lmeval.record(
         model, "steps of many lengths", reported_p95=p95, true_p95=Value(around[1], "ms", low=around[0], high=around[2])
@@ -105,7 +105,7 @@ def test_a_percentile_lies_where_so_many_steps_stay_below(lmeval):
 
 
 def until(seconds):
-    """A busy loop that ends on time, so that what is around it can be seen."""
+    """A busy loop that ends on time, so that the time around it can be measured."""
 
     def spend(step):
         end = time.perf_counter() + seconds
@@ -119,7 +119,7 @@ def test_measuring_adds_less_than_two_percent_to_a_step_of_a_millisecond(lmeval)
     model = Timed(until(1e-3))
     lm, tokens = as_model(model), 64
     bare, ours = [], []
-    for _ in range(12):  # side by side, since the machine is not the same from second to second
+    for _ in range(12):  # by turns, since the machine changes from second to second
         bare.append(statistics.mean(bare_loop(model, tokens)))
         ours.append(measure_latency(lm, seq_len=8, new_tokens=tokens + 1, runs=1, warm_up=0).tpot / 1e3)
     added = statistics.median(o - b for o, b in zip(ours, bare, strict=True))
@@ -129,7 +129,7 @@ def test_measuring_adds_less_than_two_percent_to_a_step_of_a_millisecond(lmeval)
         bare_step=Value(1e3 * statistics.median(bare), "ms"),
         measured_step=Value(1e3 * statistics.median(ours), "ms"),
         added=Value(1e6 * added, "us", n=12, higher_is_better=False),
-        share=Value(100 * added / 1e-3, "%", n=12, higher_is_better=False),
+        added_percent=Value(100 * added / 1e-3, "%", n=12, higher_is_better=False),
     )
     assert added < 20e-6
 
@@ -138,13 +138,13 @@ FRESH = """
 import json, torch
 torch.set_num_threads(1)
 from pytest_lmeval import latency, load
-result = measure_latency(load("demo"), seq_len=128, runs=40)
+result = latency(load("demo"), seq_len=128, runs=40)
 print(json.dumps([float(result.tpot), result.samples["tpot"]]))
 """
 
 
 def test_how_far_runs_differ_within_a_process_and_between_processes(lmeval, lm):
-    """What a comparison of speeds has to reckon with: two processes differ by more than two runs of one."""
+    """Two processes differ by more than two runs of one: a comparison of speeds has to allow for that."""
     found = [
         json.loads(subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True, check=True).stdout)
         for _ in range(8)
@@ -164,8 +164,8 @@ def test_how_far_runs_differ_within_a_process_and_between_processes(lmeval, lm):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: events are not stamped here")
-def test_what_stamping_every_token_costs_on_a_gpu(lmeval, load_lm):
-    """Events a token and one wait at the end, against a wait at every token, against no marks between."""
+def test_an_event_at_every_token_costs_little_on_a_gpu(lmeval, load_lm):
+    """An event a token and one wait at the end, beside a wait at every token, and no marks at all."""
     lm = load_lm("demo")
     ids, device = lm.random_ids(1, 128), lm.device
 

@@ -1,6 +1,6 @@
-"""What does a model need: bytes of weights, state and activations, operations a token, and how well is the machine used?
+"""Measure what a model needs: bytes of weights, state and activations, operations a token, and use of the machine.
 
-The last page measures the measurement: a model whose allocations are known is reported as it is.
+The last test checks the measurement with a model of known allocations.
 """
 
 import pytest
@@ -16,7 +16,7 @@ MIB = 1 << 20
 
 def test_memory(lmeval, lm, seq_len):  # 128 and 512, or what --lmeval-seq-len says
     result = lmeval.memory(lm, seq_len=seq_len)
-    assert result.weights_bytes + result.state_bytes + result.activations_bytes < 4 << 30  # what it is to run in
+    assert result.weights_bytes + result.state_bytes + result.activations_bytes < 4 << 30  # the memory that it has to fit in
 
 
 def test_a_state_that_is_declared_constant_does_not_grow(lmeval, lm):
@@ -45,8 +45,8 @@ class Known(nn.Module):
         return logits[None], state
 
 
-def test_a_known_pattern_of_allocations_is_reported_within_two_percent(lmeval):
-    """And to the byte where torch's own allocations are followed, the same in a second run."""
+def test_known_allocations_are_reported_within_two_percent(lmeval):
+    """To the byte, and the same in a second run, where torch's own allocations are followed."""
     lm, tokens = as_model(Known()), 8
     result, again = (lmeval.memory(lm, seq_len=tokens) for _ in range(2))
     state, logits = 32 * MIB, tokens * 256 * 4

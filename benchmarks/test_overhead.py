@@ -1,6 +1,6 @@
-"""What does the harness cost? Processor time and memory of a reading, as ratios against a bare loop in the same run.
+"""Measure what the harness costs: processor time and memory of perplexity, as ratios to a bare loop in the same run.
 
-Processor time, not wall time, and the two sides by turns: this holds on a machine that does other things as well.
+Processor time, not wall time, by turns: a busy machine changes little.
 """
 
 import json
@@ -37,7 +37,7 @@ def llama_30m():
 
 
 def bare_loop(lm, ids):
-    """What one writes without a harness: the same chunks, the same forward, the sum of the losses."""
+    """Perplexity without a harness: the same chunks, the same forward, the sum of the losses."""
     total, state = 0.0, None
     with torch.no_grad():
         for start in range(0, len(ids) - 1, CHUNK):
@@ -69,7 +69,7 @@ def test_processor_time_over_a_bare_loop(lmeval, load_lm, model):
         ratios.append(ours[-1][0] / bare[-1][0])
     assert ours[0][1].nll == pytest.approx(bare[0][1], rel=1e-5)
 
-    ratios = sorted(ratios[1:])  # of neighbours in time, in turns first and second; the first round warms up
+    ratios = sorted(ratios[1:])  # of neighbours in time, each side first by turns; the first round warms up
     ratio = Value(statistics.median(ratios), "x", low=ratios[0], high=ratios[-1], n=ROUNDS, higher_is_better=False)
     lmeval.record(lm, "processor time of perplexity over a bare loop", processor_time_ratio=ratio)
 
@@ -84,7 +84,7 @@ from pytest_lmeval.measures._perplexity import measure_perplexity
 def read(tokens):
     began = time.process_time()
     result = measure_perplexity(lm, text, tokens=tokens)
-    peak = re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())  # the process's own, so far
+    peak = re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())  # of the process, so far
     seconds = time.process_time() - began
     return {"tokens": result.tokens, "seconds": seconds, "peak": 1024 * int(peak[1]), "state": result.state_bytes}
 

@@ -1,9 +1,9 @@
-"""What does a lower precision cost, and what does it save? Each one beside fp32: quality, agreement, speed, size.
+"""Compare lower precisions with fp32: quality, agreement, speed, size.
 
-pytest benchmarks/test_precision.py --lm hf:./my-checkpoint
+    pytest benchmarks/test_precision.py --lm hf:./my-checkpoint
 
-A precision that the model cannot have is skipped, with the reason. Weights of four bits lie in a byte each here, and are
-multiplied as floats: look at them for what the rounding costs, not for speed.
+A precision that the model cannot have is skipped, with the reason. Four-bit weights take a byte each here and are multiplied as
+floats: they show what rounding costs, not speed.
 """
 
 import pytest
@@ -14,16 +14,16 @@ from pytest_lmeval.models._identity import facts
 
 pytestmark = pytest.mark.benchmark
 
-TOKENS = 4_000  # of the stream: half precisions are slow on many processors
+TOKENS = 4_000  # half precisions are slow on many processors
 QUESTIONS = 60
 BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "int4": 4}
-WORSE = {"fp32": 1.0, "bf16": 1.02, "fp16": 1.02, "int8": 1.02, "int4": 1.15}  # times the perplexity of fp32, at most
-ALIKE = {"fp32": 1.0, "bf16": 0.95, "fp16": 0.95, "int8": 0.95, "int4": 0.75}  # of the likeliest tokens, at least
+WORSE = {"fp32": 1.0, "bf16": 1.02, "fp16": 1.02, "int8": 1.02, "int4": 1.15}  # most times the perplexity of fp32
+ALIKE = {"fp32": 1.0, "bf16": 0.95, "fp16": 0.95, "int8": 0.95, "int4": 0.75}  # least fraction of equal likeliest tokens
 
 
 @pytest.fixture(scope="module")
 def in_precision(lm):
-    """A function from a precision to the model in it, without the one that `--lm` may name."""
+    """precision -> the model in it, whatever precision `--lm` names."""
     spec, at, last = lm.spec.rpartition("@")
     name = spec if at and last in BITS else lm.spec
     loaded = {}
@@ -44,14 +44,14 @@ def precision(request):
     return request.param
 
 
-def test_the_weights_are_what_was_asked_for(lmeval, in_precision, precision):
+def test_weights_have_the_precision_asked_for(lmeval, in_precision, precision):
     model = in_precision(precision)
     found = facts(model).precision
-    bits = {name: Value(found[name], "bits") for name in ("bits_per_weight", "stored_bits_per_weight")}
-    lmeval.record(model, "weights", **bits, bytes=Value(found["bytes_after"], "bytes"))
+    bits = {name: Value(getattr(found, name), "bits") for name in ("bits_per_weight", "stored_bits_per_weight")}
+    lmeval.record(model, "weights", **bits, bytes=Value(found.bytes_after, "bytes"))
 
-    assert found["name"] == precision
-    assert found["bits_per_weight"] <= 0.9 * BITS[precision] + 0.1 * 32  # a tenth of them may be left as they were
+    assert found.name == precision
+    assert found.bits_per_weight <= 0.9 * BITS[precision] + 0.1 * 32  # a tenth may stay in float32
 
 
 def test_predicts_as_in_fp32(lmeval, in_precision, corpus, precision):
@@ -66,7 +66,7 @@ def test_predicts_as_in_fp32(lmeval, in_precision, corpus, precision):
 def test_reads(lmeval, in_precision, corpus, precision):
     result = lmeval.perplexity(in_precision(precision), corpus("stdlib", "test"), tokens=TOKENS)
 
-    assert result.bits_per_byte < 8  # what knowing nothing costs
+    assert result.bits_per_byte < 8  # the loss of knowing nothing
 
 
 def test_answers(lmeval, in_precision, precision):

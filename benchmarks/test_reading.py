@@ -1,4 +1,4 @@
-"""How well does the model read? One long stream of real text, its state carried from beginning to end.
+"""Measure perplexity on one long stream of real text, the state carried from beginning to end.
 
 pytest benchmarks/test_reading.py --lm hf:./my-checkpoint
 """
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.benchmark
 def test_reads_held_out_text(lmeval, lm, corpus, split):
     result = lmeval.perplexity(lm, corpus("stdlib", split))
 
-    assert result.bits_per_byte < 8  # what knowing nothing costs
+    assert result.bits_per_byte < 8  # the loss of knowing nothing
 
 
 def test_context_helps(lmeval, lm, corpus):

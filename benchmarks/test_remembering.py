@@ -1,8 +1,8 @@
-"""Is memory beyond the window worth anything? A model with fast weights and one with a window read one long text.
+"""Measure what memory beyond a window is worth: a model with fast weights and one with a window read one long text.
 
-Both are trained alike. The text is `recall`: pairs of key and value, whose table is drawn once and kept, so that what the best
-model pays is known, with a memory of everything and with one of the last tokens only. A model that learns as it reads should
-stay below the second price where the window cannot; whether it does, and whether it goes on, is what the record says.
+Both are trained alike. The text is `recall`: pairs of a key and a value from a table drawn once, so that the lowest loss is
+known with a memory of everything and of the last tokens only. A model that learns as it reads should stay below the second one,
+which the window cannot; the record says whether it does.
 """
 
 import pytest

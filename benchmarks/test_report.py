@@ -1,7 +1,4 @@
-"""How long does a report take to render, and how large is it? By the number of examples, of two models that are compared.
-
-Processor time, which holds on a machine that does other things as well.
-"""
+"""Measure the processor time and size of a report on two models, by the number of examples."""
 
 import json
 import random
@@ -19,52 +16,37 @@ from pytest_lmeval.report import _pages as pages
 pytestmark = pytest.mark.benchmark
 
 WORDS = [
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "a",
-    "lazy",
-    "dog",
-    "and",
-    "reads",
-    "what",
-    "it",
-    "was",
-    "not",
-    "seen",
-]
+    "the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "reads", "what", "it", "was", "not", "seen",
+]  # fmt: skip
 PER_EXAMPLE = 2_000  # bytes, beyond which a page would not be kept or sent
 
 
-def sentence(chance, words=12):
-    return " ".join(chance.choices(WORDS, k=words))
+def sentence(generator, words=12):
+    return " ".join(generator.choices(WORDS, k=words))
 
 
 def examples(count, model):
-    """Questions with four endings, as those of HellaSwag; one in five is answered wrongly, by each model another one."""
+    """Questions with four endings, as in HellaSwag; each model answers another fifth of them by guessing."""
     for number in range(count):
-        chance, luck = random.Random(number), random.Random(f"{model} {number}")
-        choices = [" " + sentence(chance) for _ in range(4)]
-        right, answer = chance.randrange(4), luck.randrange(4)
-        answer = right if luck.random() > 0.2 else answer
+        texts, answers = random.Random(number), random.Random(f"{model} {number}")
+        choices = [" " + sentence(texts) for _ in range(4)]
+        right, answer = texts.randrange(4), answers.randrange(4)
+        answer = right if answers.random() > 0.2 else answer
         yield Example(
             id=f"{number:016x}",
             number=number,
-            prompt=sentence(chance, 40),
+            prompt=sentence(texts, 40),
             output=choices[answer].strip(),
             target=choices[right].strip(),
             scores={"accuracy": float(answer == right)},
             choices=tuple(choices),
             right=(right,),
-            loglikelihoods=tuple(luck.uniform(-90.0, -60.0) if index != answer else -50.0 for index in range(4)),
+            loglikelihoods=tuple(answers.uniform(-90.0, -60.0) if index != answer else -50.0 for index in range(4)),
         )
 
 
 def run(folder, count):
-    """The output folder of a run of two models on so many examples."""
+    """Write the examples of a run of two models, and return its document."""
     (folder / "examples").mkdir()
     records = []
     for model in ("first", "second"):

@@ -1,11 +1,11 @@
-"""Everything that one wants to know of a model, in one run and one record: quality, laws, speed, memory, efficiency.
+"""Measure quality, laws, speed, memory and efficiency of a model in one run.
 
     pytest benchmarks/test_standard.py --lm hf:./my-checkpoint
     pytest benchmarks/test_standard.py --lm zoo:mamba --lm hf:./my-checkpoint@int8      several, side by side
-    pytest benchmarks/test_standard.py -k "not speed"                                   each part is left out by its name
+    pytest benchmarks/test_standard.py -k "not speed"                                   without a part, by its name
     pytest benchmarks/test_standard.py -m "not slow" --lmeval-tokens 20k
 
-What each part finds is written when it ends; a run that was interrupted goes on where it stopped.
+Each part is written when it ends; an interrupted run resumes where it stopped.
 """
 
 import pytest
@@ -17,15 +17,15 @@ pytestmark = pytest.mark.benchmark
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
 def test_quality_reading(lmeval, lm, corpus, split):
-    """Perplexity, bits per byte and top-k accuracy. The training split is read as far as a held-out one is long."""
+    """Perplexity, bits per byte and top-k accuracy; of the training split, as many tokens as a held-out one has."""
     result = lmeval.perplexity(lm, corpus("stdlib", split), tokens=None if split != "train" else 100_000)
-    assert result.bits_per_byte < 8  # what knowing nothing costs
+    assert result.bits_per_byte < 8  # the loss of knowing nothing
 
 
 def test_quality_task(lmeval, lm):
-    """Which of four passages of Python's documentation goes on like this? No download is needed."""
+    """Which of four texts continues a passage of Python's documentation? No download is needed."""
     result = lmeval.task(lm, "stdlib_next")
-    assert result.accuracy.high > result.chance  # what no model may be is certainly worse than guessing
+    assert result.accuracy.high > result.chance  # not certainly worse than guessing
 
 
 @pytest.mark.parametrize("task", ["sst2", "rte", "boolq", "mrpc"])

@@ -1,10 +1,10 @@
-"""Does the model know, understand, continue? Tasks with their intervals, beside what guessing would reach.
+"""Ask tasks: metrics with their intervals, beside chance.
 
     pytest benchmarks/test_tasks.py                                            what needs no download
     pytest benchmarks/test_tasks.py --lm hf:FOLDER_OR_ID --lmeval-limit 200    the first 200 questions of each task
     pytest benchmarks/test_tasks.py -k smallbench --lmeval-data MIRROR         datasets from a local mirror
 
-Tasks whose datasets cannot be reached are skipped, and it is said why.
+Tasks whose datasets cannot be reached are skipped, with the reason.
 """
 
 import pytest
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.benchmark
 
 
 def test_continues_documentation(lmeval, lm):
-    """Which of four passages of Python's documentation goes on like this?"""
+    """Which of four texts continues a passage of Python's documentation?"""
     result = lmeval.task(lm, "stdlib_next")
     assert result.accuracy.low > result.chance
 
@@ -30,7 +30,7 @@ BRACKETS = Task("brackets", [[a, b, c] for a in "([" for b in "([" for c in "(["
 
 
 def test_a_task_of_ones_own(lmeval, lm):
-    """A task is rows, and how a row reads."""
+    """A task is rows, and a function from a row to a question."""
     assert lmeval.task(lm, BRACKETS).accuracy >= 0.5
 
 
@@ -45,7 +45,7 @@ def ask(lmeval, lm):
     return ask
 
 
-# Small models guess at these; what no model may be is worse than guessing. Of yours, ask for more: `.low > result.chance`.
+# Small models guess here, so these only refuse worse than guessing. Ask more of yours: `.low > result.chance`.
 
 
 @pytest.mark.parametrize("task", ["sst2", "rte", "boolq", "mrpc"])
@@ -67,4 +67,4 @@ def test_knows(ask, task):
 
 
 def test_finds_the_last_word(ask):
-    assert ask("lambada_openai").perplexity < 100_000  # a vocabulary's size or two: a model that has learned nothing
+    assert ask("lambada_openai").perplexity < 100_000  # an untrained model has about its vocabulary's size

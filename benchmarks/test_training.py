@@ -1,6 +1,6 @@
-"""What does the harness cost in training? Tokens a second of `train` over those of a bare loop.
+"""Measure what the harness costs in training: tokens a second of `train` over those of a bare loop.
 
-Processor time, not wall time, and the two sides by turns: this holds on a machine that does other things as well.
+Processor time, not wall time, by turns: a busy machine changes little.
 """
 
 import copy
@@ -22,8 +22,8 @@ ROUNDS = 5
 BATCH_SIZE, SEQ_LEN = 4, 128
 
 
-def bare_loop(module, ids, steps, told):
-    """What one writes without a harness: the same crops of the text, AdamW, a warm-up and a cosine."""
+def bare_loop(module, ids, steps, on_step):
+    """Training without a harness: the same crops of the text, AdamW, a warm-up and a cosine."""
     module = copy.deepcopy(module).train()
     optimizer = torch.optim.AdamW(module.parameters(), lr=3e-3, betas=(0.9, 0.95))
     rising = steps / 10
@@ -40,11 +40,11 @@ def bare_loop(module, ids, steps, told):
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        told(loss.item())
+        on_step(loss.item())
 
 
 def processor_seconds(work):
-    """Of all, and of the steps after the first: `work` is given a function to call after each step."""
+    """Seconds in all, and of the steps after the first; `work` is given a function to call after each step."""
     times = []
     began = time.process_time()
     work(lambda *_: times.append(time.process_time()))
@@ -53,26 +53,26 @@ def processor_seconds(work):
 
 @pytest.mark.parametrize("spec", STEPS)
 def test_processor_time_of_training_over_a_bare_loop(lmeval, load_lm, tmp_path, spec):
-    """Saving points to go on from is part of the steps. What is done once is told apart: copying, counting operations."""
+    """Saving checkpoints is part of the steps; work done once is recorded by itself: copying, counting operations."""
     lm, steps = load_lm(spec), STEPS[spec]
     ids = torch.randint(0, lm.vocab_size, (200_000,), generator=torch.Generator().manual_seed(0))
 
-    def ours(told, seed):
+    def ours(on_step, seed):
         protocol = Protocol(steps=steps, batch_size=BATCH_SIZE, seq_len=SEQ_LEN, seed=seed)
-        run_training(lm, ids, protocol=protocol, folder=tmp_path, progress=told)
+        run_training(lm, ids, protocol=protocol, folder=tmp_path, progress=on_step)
 
-    def bare(told, seed):
-        bare_loop(lm.module, ids, steps, told)
+    def bare(on_step, seed):
+        bare_loop(lm.module, ids, steps, on_step)
 
     ratios, once = [], []
     for seed in range(ROUNDS + 1):
         taken = {}
         for side in (ours, bare) if seed % 2 else (bare, ours):
-            taken[side] = processor_seconds(lambda told, side=side, seed=seed: side(told, seed))
+            taken[side] = processor_seconds(lambda on_step, side=side, seed=seed: side(on_step, seed))
         ratios.append(taken[bare][1] / taken[ours][1])
         once.append(taken[ours][0] - taken[ours][1] * steps / (steps - 1))
 
-    ratios = sorted(ratios[1:])  # of neighbours in time, in turns first and second; the first round warms up
+    ratios = sorted(ratios[1:])  # of neighbours in time, each side first by turns; the first round warms up
     ratio = Value(statistics.median(ratios), "x", low=ratios[0], high=ratios[-1], n=ROUNDS, higher_is_better=True)
     around = Value(statistics.median(once[1:]), "s", n=ROUNDS, higher_is_better=False)
     lmeval.record(lm, "training over a bare loop", tokens_per_processor_second_ratio=ratio, processor_time_done_once=around)

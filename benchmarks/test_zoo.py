@@ -1,8 +1,7 @@
-"""Are chunks worth it? Each reference model reads a text in chunks and one token at a time: the same logits, how much faster?
+"""Measure how much faster each model of the zoo reads chunks than single tokens, with the same logits.
 
-A model that is exact for any chunk only because it loops over the tokens gains little here. One that reads a chunk side by
-side does, and the verdict says whether it is still the same model. Processor time, and the two ways by turns: this holds on a
-machine that does other things as well.
+A model that is exact for any chunk only because it loops over tokens gains little. Processor time, by turns: a busy machine
+changes little.
 """
 
 import statistics
@@ -17,11 +16,11 @@ pytestmark = [pytest.mark.benchmark, pytest.mark.usefixtures("one_thread")]
 
 EXACT = ["transformer", "windowed", "lstm", "mamba", "mamba2", "ttt", "moshi", "causal-bk"]
 CHUNK, TOKENS, ROUNDS = 1024, 2048, 3
-STEPS = 512  # of those tokens, read one at a time; the first, which cost the least where the state grows
+STEPS = 512  # the first of those tokens, read one at a time: the cheapest where the state grows
 
 
 def random_ids(lm, length):
-    """[1, t], or [1, k, t] for a model that reads frames of k codes."""
+    """Ids [1, t], or [1, k, t] for a model that reads frames of k codes."""
     generator = torch.Generator().manual_seed(0)
     if lm.codebooks is None:
         return torch.randint(0, lm.vocab_size, (1, length), generator=generator)

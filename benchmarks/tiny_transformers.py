@@ -1,7 +1,7 @@
-"""A tiny random model of every causal-LM type that the installed transformers has, to try how each one streams.
+"""Build a tiny random model of every causal-LM type of the installed transformers.
 
-The configuration of a type is its own default one, with the numbers made small by rules that go by the names of fields. So each
-model keeps its architecture: a hybrid keeps a layer of each kind, a window stays a window (of 8), a router still has to choose.
+A configuration is the default one of its type, its numbers made small by rules on the names of fields. So each model keeps its
+architecture: a hybrid keeps a layer of each kind, a window stays a window (of 8), a router still has to choose.
 """
 
 from __future__ import annotations
@@ -20,21 +20,20 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 transformers.utils.logging.set_verbosity_error()
 
 SCALE = 0.2
-"""Standard deviation of the weights. With the usual 0.02 the logits would hardly depend on what was read before."""
+"""Standard deviation of the weights. With the usual 0.02 the logits would hardly depend on earlier tokens."""
 
-# The most that a number may be, by the name of its field (the first row that has it). What is less stays as it is, as a single
-# key/value head does. Lists and dicts are gone through, and None stays None.
+# The largest value of a field, by its name (the first row that matches); a smaller value, in lists and dicts too, is kept.
 AT_MOST: list[tuple[float, str]] = [
     # windows, blocks, and lengths at which something changes
     (8, "*sliding_window *sliding_window_size *window_size *window_len local_attention attention_chunk_size"),
     (8, "*block_size index_topk floor_scale log_scaling_n_floor heavily_compressed_attention"),
     (16, "*chunk_size *chunk_length rel_extent"),
-    (64, "original_max_position_embeddings"),  # rotations that are scaled for long texts are so from here on
+    (64, "original_max_position_embeddings"),  # from here on, scaled rotations are scaled
     (512, "*max_position_embeddings n_positions n_ctx *max_length max_seq_len max_*_positions context_length"),
     # layers, heads, experts
     (2, "num_hidden_layers n_layer n_layers num_layers num_blocks *coder_layers depth"),
     (2, "*key_value_heads *kv_heads kv_n_heads *n_groups n_group num_expert_group num_kv_shared_layers"),
-    (16, "index*_n_heads"),  # few of them give the score 0 to many keys, and which of these is chosen is then chance
+    (16, "index*_n_heads"),  # few heads score many keys 0, and one of these is then chosen by chance
     (4, "*attention_heads* *_heads n_head num_*_heads o_groups"),
     (4, "*_experts zero_expert_num"),
     (2, "*experts_per_tok* moe_topk moe_top_k moe_k top_k_experts"),
@@ -47,24 +46,24 @@ AT_MOST: list[tuple[float, str]] = [
     (64, "*vocab_size* encoder_hash_byte_group_vocab"),
     (128, "mamba_d_ssm"),
     (16, "image_size *patch_size *_channels *_channel"),
-    # ids of tokens, and nothing left to chance
+    # token ids, and no randomness
     (0, "pad_token_id"),
     (1, "bos_token_id decoder_start_token_id"),
     (2, "*eos_token_id"),
     (0.0, "*drop* *jitter*"),
-    (0.02, "init_std"),  # so that `randomize` sees that it is noise
+    (0.02, "init_std"),  # `randomize` takes it for noise
 ]
 
 # Encoders become decoders, and decoders need no encoder.
 FLAGS = {"is_decoder": True, "causal": True, "add_cross_attention": False}
 
-# Where the default configuration shows not all that the architecture has, cannot be built at all, or makes no sense when small.
+# For default configurations that lack parts of the architecture, cannot be built, or make no sense when small.
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"num_hidden_layers": 3, "attn_layer_indices": [1]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "jamba": {"num_hidden_layers": 4, "attn_layer_period": 4, "attn_layer_offset": 2},
     "lfm2 lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "minimax": {"layer_types": ["linear_attention", "full_attention"]},  # its cache asks the first layer how long it is
+    "minimax": {"layer_types": ["linear_attention", "full_attention"]},  # its cache asks the first layer for its length
     "recurrent_gemma": {"num_hidden_layers": 3},
     "zamba zamba2": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
     "zaya": {"layer_types": ["hybrid", "hybrid_sliding"], "sliding_window": 8},
@@ -111,14 +110,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "DbrxAttentionConfig": {"rope_theta": 10000.0, "clip_qkv": 8.0},
     "xlnet": {"attn_type": "uni"},
     "xmod": {"default_language": "en_XX"},
-    # as many positions as the others, and logits of the same size
+    # positions and logits of the same size as the others
     "blenderbot ctrl": {"max_position_embeddings": 512},
     "whisper": {"max_target_positions": 512},
     "cohere cohere2 cohere2_moe": {"logit_scale": 1.0},
     "inkling_text": {"logits_mup_width_multiplier": 1.0},
 }
 
-NO_MODEL_OF_ITS_OWN = "drafts for another model: it reads the keys and values of that one instead of tokens"
+NO_MODEL_OF_ITS_OWN = "drafts for another model, whose keys and values it reads instead of tokens"
 CANNOT = {
     "gemma3n": "its vision tower is a model of the package timm, where none is tiny; gemma3n_text is the same without it",
     "gemma4_assistant": NO_MODEL_OF_ITS_OWN,
@@ -129,7 +128,7 @@ OF_EVERY_CONFIG = {field.name for field in dataclasses.fields(PreTrainedConfig)}
 
 
 class CannotBuild(Exception):
-    """A type of which no tiny model can be had here; the message says why in one line."""
+    """No tiny model of this type can be built here; the message says why in one line."""
 
 
 def causal_lm_types() -> list[str]:
@@ -140,7 +139,7 @@ def causal_lm_types() -> list[str]:
 def build(model_type: str, seed: int = 0) -> nn.Module:
     """A tiny model of this type with random weights: float32, on the CPU, in eval mode, the same for the same seed.
 
-    It runs in float64 too (`copy.deepcopy(model).double()`), but for the few types whose code says float32 somewhere.
+    It runs in float64 too (`copy.deepcopy(model).double()`), except for the few types whose code names float32.
     """
     if model_type in CANNOT:
         raise CannotBuild(CANNOT[model_type])
@@ -148,7 +147,7 @@ def build(model_type: str, seed: int = 0) -> nn.Module:
         defaults = CONFIG_MAPPING[model_type]()
         config = type(defaults)(**tiny(defaults))
         model_class = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
-        # a model of text in a family of several modalities may want the part of the configuration that is its own
+        # a text model of a multimodal family may need its own part of the configuration
         config = next((part for part in vars(config).values() if type(part) is model_class.config_class), config)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -162,9 +161,9 @@ def build(model_type: str, seed: int = 0) -> nn.Module:
 
 @torch.no_grad()
 def randomize(model: nn.Module) -> None:
-    """Weights at a scale at which memory matters; what a model sets on purpose (decays, mixing, norms) is only nudged."""
+    """Draw weights at a scale at which memory matters; weights set on purpose (decays, mixing, norms) change little."""
     for parameter in model.parameters():
-        if not parameter.requires_grad:  # computed: sines as positions
+        if not parameter.requires_grad:  # computed, as sinusoidal positions
             continue
         noise = torch.randn_like(parameter)
         on_purpose = parameter.abs().mean() > SCALE
@@ -172,18 +171,18 @@ def randomize(model: nn.Module) -> None:
 
 
 def tiny(config: PreTrainedConfig) -> dict[str, Any]:
-    """The arguments with which a configuration of this class becomes a tiny one."""
+    """The arguments of a tiny configuration of this class."""
     fields = {
         field.name: value
         for field in dataclasses.fields(config)
         for value in [vars(config).get(config.attribute_map.get(field.name, field.name))]
-        # a number whose default is none is derived from others, and will be again
+        # without a number whose default is none: it is derived from others
         if field.name not in OF_EVERY_CONFIG and not (is_number(value) and not is_number(field.default))
     }
     layers = getattr(config, "num_hidden_layers", 0)
     of_each_layer = {
         name: value
-        for name, value in fields.items()  # all different: no property of layers, but a list of them
+        for name, value in fields.items()  # not a list of layers, whose values all differ
         if isinstance(value, list | tuple) and len(value) == layers and len(set(map(str, value))) < layers
     }
     kept = layers_to_keep(list(of_each_layer.values()))
@@ -202,11 +201,11 @@ def tiny(config: PreTrainedConfig) -> dict[str, Any]:
         new[count] = len(kept)
     if (heads := fields.get("num_key_value_heads")) is not None and heads == fields.get("num_attention_heads"):
         new["num_key_value_heads"] = new["num_attention_heads"]
-    if special := config.to_dict().get("per_layer_config"):  # a layer that has twice as much of something keeps twice as much
+    if special := config.to_dict().get("per_layer_config"):  # a layer keeps its ratio to the others
         special = {int(layer): values for layer, values in special.items()}
         new["per_layer_config"] = {
-            place: {name: int(new[name] * value / fields[name]) for name, value in special[layer].items()}
-            for place, layer in enumerate(kept)
+            index: {name: int(new[name] * value / fields[name]) for name, value in special[layer].items()}
+            for index, layer in enumerate(kept)
             if layer in special
         }
     new = {name: value for name, value in new.items() if name not in fields or value != fields[name]}
@@ -217,7 +216,7 @@ def tiny(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def layers_to_keep(of_each_layer: list[Any]) -> list[int]:
-    """Indices of the layers to keep: each shows a kind of layer that none before it has; at least two."""
+    """Indices of the layers to keep: the first of each kind, at least two."""
     kept, seen = [], set()
     for layer, kinds in enumerate(zip(*of_each_layer, strict=True)):
         if unseen := {*enumerate(map(str, kinds))} - seen:
@@ -227,7 +226,7 @@ def layers_to_keep(of_each_layer: list[Any]) -> list[int]:
 
 
 def small(name: str, value: Any) -> Any:
-    """This value of a field, or what `AT_MOST` and `FLAGS` make of it."""
+    """The value of a field, limited by `AT_MOST` or set by `FLAGS`."""
     if isinstance(value, dict):
         return {key: small(key, part) for key, part in value.items()}
     if isinstance(value, list | tuple):

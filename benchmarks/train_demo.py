@@ -1,8 +1,8 @@
 """Train the demo model that the package ships: `python benchmarks/train_demo.py` (half an hour on two cores).
 
-Reads the training split of the corpus `stdlib` in random crops, prints the bits per byte on the validation
-split as it goes, and writes the weights in half precision to `pytest_lmeval/zoo/demo.safetensors`. What the
-trained model reaches on the test split is measured by `benchmarks/test_demo.py`, beside a 4-gram model.
+Reads random crops of the training split of the corpus `stdlib`, prints the bits per byte on the validation split, and writes
+the weights in half precision to `pytest_lmeval/zoo/demo.safetensors`. `benchmarks/test_demo.py` measures the trained model on
+the test split, beside a 4-gram model.
 
 Muon (Jordan et al., 2024) updates the matrices, AdamW the rest; one cycle of warm-up and linear decay.
 """

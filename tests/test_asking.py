@@ -1,176 +1,158 @@
-"""`lmeval.task` and `lmeval.suite` as users call them: what is recorded and shown, and what a model's laws allow."""
+"""Call `lmeval.task` and `lmeval.suite` as users do: records, files, output, and what the laws of a model allow."""
 
+import dataclasses
 import json
 
 import pytest
+from tiny import Mixing, Steps, Tiny, Whole
+from tiny_models import Seeing
 
-OWN = """
-    from pytest_lmeval import Choices, Generate, Suite, Task
-
-    def ask(row):
-        if row["n"] == {broken}:
-            return Choices(row["text"], (" a",), 0)
-        return Choices(f"Is {{row['n']}} even? It is", (" even", " odd"), row["n"] % 2)
-
-    PARITY = Task("parity", [{{"n": n}} for n in range(40)], ask)
-    NUMBERS = [{{"n": n}} for n in range(3)]
-    SPEAKS = Task("speaks", NUMBERS, lambda row: Generate(f"{{row['n']}} is", ("x",), max_tokens=5), ("exact_match",))
-    BOTH = Suite("both", (Task("first", [{{"n": n}} for n in range(30)], ask), PARITY))
-"""
+from pytest_lmeval import Choices, CorpusError, Generate, LmevalError, Suite, Task, TaskError, as_model, policy_for
+from pytest_lmeval._session import Session, TestLog as Log
+from pytest_lmeval.laws import probe
+from pytest_lmeval.measures import Lmeval
+from pytest_lmeval.measures._context import VerbContext
+from pytest_lmeval.measures._task import measure_task
 
 
-@pytest.fixture
-def project(project):
-    project.makepyfile(own=OWN.format(broken=-1))
-    project.makefile(".ini", pytest="[pytest]\nfilterwarnings = error\npythonpath = .\nlmeval_budget = 0.1\n")
-    return project
+def ask(row):
+    return Choices(f"Is {row['n']} even? It is", (" even", " odd"), row["n"] % 2)
 
 
-def run(project, *options, lm="tiny:Tiny"):
-    return project.runpytest_subprocess("-p", "no:cacheprovider", "--lm", lm, *options)
+def broken(row):
+    return ask(row) if row["n"] != 35 else Choices(row["text"], (" a",), 0)
 
 
-def records(project, kind="task"):
-    written = json.loads((project.path / ".lmeval" / "metrics.json").read_text())["records"]
-    return [record for record in written if record["kind"] == kind]
+PARITY = Task("parity", [{"n": n} for n in range(40)], ask)
+FIRST = Task("first", [{"n": n} for n in range(30)], ask)
+GENERATES = Task("generates", PARITY.rows[:3], lambda row: Generate(f"{row['n']} is", ("x",), max_tokens=5), ("exact_match",))
+SHORT = 40  # tokens of context: the probe of its laws is short too
+LM, NON_CAUSAL = (dataclasses.replace(as_model(module), context_length=SHORT) for module in (Whole(), Seeing(vocab=256)))
+PROBED = Session(budget=1e6)  # seconds: numbers of examples end the probe
+
+
+def context_of(folder, **options):
+    return VerbContext(Session(folder, budget=1e6, verdicts=PROBED.verdicts, **options), Log("t.py::test_it"))
 
 
 def test_a_task_is_recorded_with_every_answer_and_shown(project):
     project.makepyfile(
+        short="import tiny\n\nclass Short(tiny.Tiny):\n    context_length = 40\n",  # so is the probe of its laws
         test_own="""
-        from own import PARITY, SPEAKS
+        from pytest_lmeval import Choices, Generate, Task
+
+        ROWS = [{"n": n} for n in range(40)]
+        PARITY = Task("parity", ROWS, lambda row: Choices(f"Is {row['n']} even? It is", (" even", " odd"), row["n"] % 2))
+        GENERATES = Task("generates", ROWS, lambda row: Generate(f"{row['n']} is", ("x",), max_tokens=5), ("exact_match",))
 
         def test_knows(lmeval, lm):
             result = lmeval.task(lm, PARITY, shots=0)
             assert result.accuracy.low < result.chance < result.accuracy.high
 
-        def test_speaks(lmeval, lm):
-            assert lmeval.task(lm, SPEAKS).exact_match == 0
-        """
+        def test_generates(lmeval, lm):
+            assert lmeval.task(lm, GENERATES).exact_match == 0
+
+        def test_wrong(lmeval, lm):
+            lmeval.task(lm, "mmlu")
+        """,
     )
-    result = run(project, "--lmeval-limit", "12")
-    result.assert_outcomes(passed=2)
+    options = ("--lm", "short:Short", "--lmeval-limit", "12", "--lmeval-budget", "1000")  # seconds: never used up
+    result = project.runpytest_subprocess("-p", "no:cacheprovider", *options)
+    result.assert_outcomes(passed=2, failed=1)
+    result.stdout.fnmatch_lines(["*_ test_wrong _*", "*mmlu is a suite*lmeval.suite*"])
+    assert "site-packages" not in result.stdout.str()
     result.stdout.fnmatch_lines(["*parity, 0-shot, exact-any-chunk*", "*accuracy * to *", "*chance *0.5*", "*exact match *0*"])
-    record, spoken = records(project)
-    assert (record["subject"], record["metrics"]["accuracy"]["n"]) == ("parity, 0-shot", 12)
+    folder = project.path / ".lmeval"
+    record, generated = json.loads((folder / "metrics.json").read_text())["records"]
+    assert (record["kind"], record["subject"], record["metrics"]["accuracy"]["n"]) == ("task", "parity, 0-shot", 12)
     assert record["details"]["prefix_sharing"] == "prefix sharing: on"
     assert record["certificate"]["verdict"] == "exact-any-chunk"
-    lines = [json.loads(line) for line in (project.path / ".lmeval" / record["examples"]).read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / record["examples"]).read_text().splitlines()]
     assert len(lines) == 12
     assert {"id", "prompt", "choices", "loglikelihoods", "output", "target", "scores", "read", "saved"} <= set(lines[0])
-    lines = (project.path / ".lmeval" / spoken["examples"]).read_text().splitlines()
-    assert all(isinstance(json.loads(line)["output"], str) for line in lines)
-    assert "parity" in (project.path / ".lmeval" / "summary.md").read_text()
-
-
-def test_what_is_not_exact_is_not_shared_and_the_answers_are_the_same(project):
-    project.makepyfile(
-        test_own="""
-        from own import PARITY, SPEAKS
-
-        def test_knows(lmeval, lm):
-            said = lmeval.task(lm, PARITY)
-            alone = lmeval.task(lm, PARITY, batch_size=1)
-            for one, other in zip(said.examples, alone.examples):
-                assert max(abs(a - b) for a, b in zip(one.loglikelihoods, other.loglikelihoods)) < 1e-3
-            assert [e.output for e in lmeval.task(lm, SPEAKS).examples] == [
-                e.output for e in lmeval.task(lm, SPEAKS, batch_size=1).examples
-            ]
-        """
+    assert all(
+        isinstance(json.loads(line)["output"], str) for line in (folder / generated["examples"]).read_text().splitlines()
     )
-    result = run(project, "--lm", "tiny:Whole", "--lm", "tiny:Mixing", lm="tiny:Steps")
-    result.assert_outcomes(passed=3)
-    assert {record["lm"]["spec"]: record["details"]["prefix_sharing"] for record in records(project)} == {
-        "tiny:Steps": "prefix sharing: off (exact-step-only)",
-        "tiny:Whole": "prefix sharing: off (the model has no state to carry)",
-        "tiny:Mixing": "prefix sharing: on",
-    }
+    assert "parity" in (folder / "summary.md").read_text()
 
 
-def test_a_suite_names_all_its_members(project):
-    project.makepyfile(
-        test_own="""
-        import pytest
-        from own import BOTH
-
-        def test_both(lmeval, lm):
-            result = lmeval.suite(lm, BOTH)
-            assert result.average == pytest.approx((result["first"].accuracy + result["parity"].accuracy) / 2)
-            assert result.average.low < result.average < result.average.high
-        """
-    )
-    run(project).assert_outcomes(passed=1)
-    (suite,) = records(project, "suite")
-    assert suite["settings"]["members"] == {"first": "accuracy", "parity": "accuracy"}
-    assert set(suite["metrics"]) == {"average", "first", "parity"}
-    assert len(records(project)) == 2
-
-
-def test_a_task_that_fails_is_shown_as_failed_and_there_is_no_average_without_it(project):
-    project.makepyfile(own=OWN.format(broken=35))
-    project.makepyfile(test_own="from own import BOTH\n\ndef test_both(lmeval, lm):\n    lmeval.suite(lm, BOTH)\n")
-    result = run(project)
-    result.assert_outcomes(failed=1)
-    result.stdout.fnmatch_lines(
-        ["*1 of the 2 tasks of both failed, so there is no average: ?parity? parity, row 35 cannot be *"]
-    )
-    assert "site-packages" not in result.stdout.str()
-    (suite,) = records(project, "suite")
-    assert list(suite["details"]["failed"]) == ["parity"]
-    assert set(suite["metrics"]) == {"first"}
+@pytest.mark.parametrize(
+    ("module", "sharing"),
+    [
+        pytest.param(Tiny, "prefix sharing: on", marks=pytest.mark.thorough),
+        (Steps, "prefix sharing: off (exact-step-only)"),
+        (Whole, "prefix sharing: off (the model has no state to carry)"),
+        pytest.param(Mixing, "prefix sharing: on", marks=pytest.mark.thorough),
+    ],
+)
+def test_prefixes_are_shared_where_the_laws_allow_it_and_answers_are_the_same(module, sharing):
+    lm = as_model(module())
+    certificate = probe(lm, budget=1e6, examples=1, longest=48).certificate
+    policies = [policy_for(lm, certificate, batch_size=batch_size) for batch_size in (8, 1)]
+    together, alone = (measure_task(lm, PARITY, policy=policy, limit=16) for policy in policies)
+    assert together.record.details["prefix_sharing"] == sharing
+    for one, other in zip(together.examples, alone.examples, strict=True):
+        assert one.loglikelihoods == pytest.approx(other.loglikelihoods, abs=1e-3)
+    together, alone = (measure_task(lm, GENERATES, policy=policy).examples for policy in policies)
+    assert [example.output for example in together] == [example.output for example in alone]
 
 
-def test_an_interrupted_task_goes_on_where_it_stopped(project):
-    project.makepyfile(own=OWN.format(broken=35))
-    project.makepyfile(
-        test_own="from own import PARITY\n\ndef test_p(lmeval, lm):\n    lmeval.task(lm, PARITY, batch_size=2)\n"
-    )
-    run(project).assert_outcomes(failed=1)
-    (partial,) = (project.path / ".lmeval" / "partial").glob("*.jsonl")
+def test_a_suite_averages_all_its_members():
+    context = context_of(None)
+    result = Lmeval(context).suite(LM, Suite("both", (FIRST, PARITY)))
+    assert result.average == pytest.approx((result["first"].accuracy + result["parity"].accuracy) / 2)
+    assert result.average.low < result.average < result.average.high
+    assert [record.kind for record in context.log.records] == ["task", "task", "suite"]
+    assert result.record.settings["members"] == {"first": "accuracy", "parity": "accuracy"}
+    assert set(result.record.metrics) == {"average", "first", "parity"}
+
+
+def test_a_suite_with_a_failed_task_records_the_others_and_has_no_average():
+    context = context_of(None)
+    failing = dataclasses.replace(PARITY, ask=broken)
+    with pytest.raises(
+        TaskError, match=r"1 of the 2 tasks of both failed, so there is no average: .parity. parity, row 35 cann"
+    ):
+        Lmeval(context).suite(LM, Suite("both", (FIRST, failing)))
+    suite = context.log.records[-1]
+    assert list(suite.details["failed"]) == ["parity"]
+    assert set(suite.metrics) == {"first"}
+
+
+def test_an_interrupted_task_continues_where_it_stopped(tmp_path):
+    with pytest.raises(TaskError, match="row 35 cannot be asked"):
+        Lmeval(context_of(tmp_path)).task(LM, dataclasses.replace(PARITY, ask=broken), batch_size=2)
+    (partial,) = (tmp_path / "partial").glob("*.jsonl")
     assert len(partial.read_text().splitlines()) == 34
-    project.makepyfile(own=OWN.format(broken=-1))
-    result = run(project)
-    result.assert_outcomes(passed=1)
-    result.stdout.fnmatch_lines(["*parity: 34 answers taken from an interrupted run*"])
+    context = context_of(tmp_path)
+    assert Lmeval(context).task(LM, PARITY, batch_size=2).resumed == 34
+    assert "34 answers taken from an interrupted run" in context.log.notes[0]
+    assert not partial.exists()
+    again = Lmeval(context_of(tmp_path)).task(LM, PARITY, batch_size=2)  # of a run that was killed after this call
+    assert again.resumed == 40
 
 
-def test_datasets_come_from_a_mirror(project):
-    file = project.path / "mirror/nyu-mll/glue/sst2/validation.jsonl"
+def test_datasets_come_from_a_mirror(tmp_path):
+    file = tmp_path / "nyu-mll/glue/sst2/validation.jsonl"
     file.parent.mkdir(parents=True)
     file.write_text("".join(json.dumps({"sentence": f"film {n}", "label": n % 2, "idx": n}) + "\n" for n in range(20)))
-    project.makepyfile(
-        test_own="""
-        import pytest
-
-        @pytest.mark.parametrize("name", ["sst2", "smallbench:sst2"])
-        def test_sst2(lmeval, lm, name):
-            assert lmeval.task(lm, name).chance == 0.5
-
-        def test_rte(lmeval, lm):
-            lmeval.task(lm, "rte")
-        """
-    )
-    result = run(project, "--lmeval-data", "mirror")
-    result.assert_outcomes(passed=2, failed=1)
-    result.stdout.fnmatch_lines(["*mirror does not hold nyu-mll/glue: looked for *rte/validation.parquet and .jsonl*"])
-    assert [record["subject"] for record in records(project)] == ["sst2, 0-shot", "smallbench:sst2, 0-shot"]
+    lmeval = Lmeval(context_of(None, mirror=str(tmp_path)))
+    for name in ("sst2", "smallbench:sst2"):
+        result = lmeval.task(LM, name)
+        assert (result.chance, result.record.subject) == (0.5, f"{name}, 0-shot")
+    with pytest.raises(CorpusError, match=r"does not hold nyu-mll/glue: looked for .*rte/validation.parquet and .jsonl"):
+        lmeval.task(LM, "rte")
 
 
-REFUSED = [
-    ('lmeval.task(lm, "mmlu")', "*mmlu is a suite*lmeval.suite*"),
-    ('lmeval.task(lm, "bolq")', "*bolq*boolq*"),
-    ('lmeval.suite(lm, "gleu")', "*gleu*glue*"),
-    ('lmeval.task("zoo:bk", PARITY)', "*zoo:bk is non-causal*"),
-    ("lmeval.task(lm, PARITY, shots=2)", "*shown 2 example*none*"),
-    ('lmeval.task("zoo:moshi", PARITY)', "*reads frames of codes*"),
-]
-
-
-def test_what_cannot_be_asked_says_so_without_a_traceback(project):
-    tests = [f"def test_{number}(lmeval, lm):\n    {call}\n" for number, (call, _) in enumerate(REFUSED)]
-    project.makepyfile(test_own="from own import PARITY\n\n" + "\n".join(tests))
-    result = run(project)
-    result.assert_outcomes(failed=len(REFUSED))
-    for number, (_, message) in enumerate(REFUSED):
-        result.stdout.fnmatch_lines([f"*_ test_{number} _*", message])
-    assert "site-packages" not in result.stdout.str()
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda lmeval: lmeval.task(LM, "bolq"), "bolq.*boolq"),
+        (lambda lmeval: lmeval.suite(LM, "gleu"), "gleu.*glue"),
+        (lambda lmeval: lmeval.task(NON_CAUSAL, PARITY), "is non-causal"),
+        (lambda lmeval: lmeval.task(LM, PARITY, shots=2), "shown 2 example.*none"),
+    ],
+)
+def test_a_wrong_call_is_refused_with_the_reason(call, message):
+    with pytest.raises(LmevalError, match=f"(?s){message}"):
+        call(Lmeval(context_of(None)))

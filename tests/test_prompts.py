@@ -1,4 +1,4 @@
-"""Prompts of tasks of style lm_eval are those of lm_eval 0.4.13, character for character; rendered by its own machinery."""
+"""Compare the prompts of tasks of style lm_eval with those that lm_eval 0.4.13 itself makes, character for character."""
 
 import dataclasses
 import sys
@@ -22,10 +22,10 @@ TEXTS = [PLAIN, BLANKS, FOREIGN, QUOTES]
 
 
 def rows_of(**fields):
-    """Four rows; a text stands for the odd ones, turned on by one from field to field, a list for its own values."""
+    """Four rows; a list is the values of its field, any other field has the four TEXTS, rotated by one from field to field."""
     columns = {
-        name: values if isinstance(values, list) else [TEXTS[(place + turn) % 4] for place in range(4)]
-        for turn, (name, values) in enumerate(fields.items())
+        name: values if isinstance(values, list) else [TEXTS[(index + shift) % 4] for index in range(4)]
+        for shift, (name, values) in enumerate(fields.items())
     }
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
@@ -99,9 +99,13 @@ ROWS["arc_challenge"] = [
 ROWS["arc_challenge"][0] |= {"answerKey": "A"}
 
 LM_EVAL = [name for name in names() if find(name).style == "lm_eval"]
-TASKS = [name for name in LM_EVAL if name != "multirc"]  # which is compared in a test of its own
-# The harness would show questions of lambada's test itself, and it fails with examples of squadv2.
-SHOWN = [name for name in TASKS if name not in ("lambada_openai", "squadv2")]
+MMLU = [name for name in LM_EVAL if name.startswith("mmlu_")]
+
+
+def all_but(*left_out):
+    """Names of tasks as parameters: all by default but the MMLU subjects after the second, which run the same code."""
+    found = [name for name in LM_EVAL if name not in left_out]
+    return [pytest.param(name, marks=[pytest.mark.thorough] if name in MMLU[2:] else []) for name in found]
 
 
 def rows_for(name):
@@ -109,9 +113,9 @@ def rows_for(name):
 
 
 def ours(task, row, shown=()):
-    """What a model reads: the prompt and each of its choices, or nothing after it where the answer is generated."""
-    *examples, question = (task.ask(row) for row in (*shown, row))
-    prompt = task.description + "".join(f"{example.prompt}{example.target}{task.fewshot_delimiter}" for example in examples)
+    """The prompt with each of its choices, or with nothing where the answer is generated."""
+    *shots, question = (task.ask(row) for row in (*shown, row))
+    prompt = task.description + "".join(f"{shot.prompt}{shot.target}{task.fewshot_delimiter}" for shot in shots)
     continuations = question.choices if isinstance(question, Choices) else ("",)
     return [(prompt + question.prompt, continuation) for continuation in continuations]
 
@@ -120,21 +124,23 @@ def ours(task, row, shown=()):
 def harness():
     """(name, rows) -> the task of lm_eval over these rows."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what other packages say of each other on import
-        lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not installed, with whose prompts ours are compared")
+        warnings.simplefilter("ignore")  # of other packages
+        lm_eval = pytest.importorskip(
+            "lm_eval", reason="the prompts are compared with those of lm_eval, which is not installed"
+        )
         from importlib.metadata import version
 
         import datasets
         from lm_eval.api.task import ConfigurableTask
         from lm_eval.tasks._yaml_loader import load_yaml
     if version("lm_eval") != VERSION:
-        pytest.skip(f"lm_eval is {version('lm_eval')}, and our prompts are those of {VERSION}")
+        pytest.skip(f"the prompts are those of lm_eval {VERSION}, and {version('lm_eval')} is installed")
     folder = Path(lm_eval.__file__).parent / "tasks"
     families = ("glue", "super_glue", "squadv2", "hellaswag", "arc", "piqa", "lambada", "mmlu/default")
     files = [path for family in families for path in (folder / family).rglob("*.yaml")]
     by_name = {load_yaml(path, resolve_func=False).get("task"): path for path in files if not path.name.startswith("_")}
 
-    # transformers 5 has lost this module, which the harness's record imports; what is compared here needs one function of it
+    # the harness's record imports this module, which transformers 5 no longer has
     metrics = types.ModuleType("transformers.data.metrics.squad_metrics")
     metrics.compute_exact = metrics.compute_f1 = lambda gold, said: int(gold == said)
 
@@ -152,7 +158,7 @@ def harness():
 
 
 def theirs(task, shots=0):
-    """The same by lm_eval, of all rows; of the first one where the rows after it are shown as examples."""
+    """The same by lm_eval, of all rows; with shots only of the first row, to which the next ones are shown."""
     from lm_eval.api.samplers import FirstNSampler
 
     documents = list(task.eval_docs)
@@ -160,31 +166,32 @@ def theirs(task, shots=0):
     for document in documents[:1] if shots else documents:
         requests = task.construct_requests(document, task.fewshot_context(document, shots))
         requests = requests if isinstance(requests, list) else [requests]
-        if requests[0].request_type == "generate_until":  # what may follow is no part of the prompt
+        if requests[0].request_type == "generate_until":
             yield [(requests[0].args[0], "")]
         else:
             yield [request.args for request in requests]
 
 
 def differences(harness, task, rows=None):
-    """(ours, lm_eval's) of each row that is not read as lm_eval reads it."""
+    """Pairs of ours and lm_eval's, of the rows where they differ."""
     rows = rows_for(task.name) if rows is None else rows
     pairs = zip((ours(task, row) for row in rows), theirs(harness(task.name, rows)), strict=True)
     return [pair for pair in pairs if pair[0] != pair[1]]
 
 
-@pytest.mark.parametrize("name", TASKS)
-def test_a_model_reads_what_it_reads_in_lm_eval(harness, name):
+@pytest.mark.parametrize("name", all_but("multirc"))  # it has a test of its own
+def test_a_prompt_is_that_of_lm_eval(harness, name):
     assert differences(harness, find(name)) == []
 
 
-@pytest.mark.parametrize("name", SHOWN)
-def test_examples_are_shown_as_in_lm_eval(harness, name):
+# The harness would show questions of lambada's test split, and it fails with examples of squadv2.
+@pytest.mark.parametrize("name", all_but("multirc", "lambada_openai", "squadv2"))
+def test_fewshot_examples_are_shown_as_in_lm_eval(harness, name):
     task, (row, *shown) = find(name), rows_for(name)
     assert ours(task, row, shown[:2]) == next(theirs(harness(name, rows_for(name)), shots=2))
 
 
-# What the harness does to texts: it strips, splits, joins, replaces, looks for brackets, stops and blanks before marks.
+# The harness strips, splits, joins, replaces, looks for brackets, full stops and blanks before punctuation.
 texts = st.text(alphabet="aBé .,'\"()[]\n-", max_size=30)
 shapes = {
     "hellaswag": {
@@ -204,7 +211,7 @@ shapes = {
 @pytest.mark.parametrize("name", shapes)
 @settings(max_examples=50)
 @given(data=st.data())
-def test_any_text_is_cleaned_as_lm_eval_cleans_it(harness, name, data):
+def test_any_text_is_cleaned_as_in_lm_eval(harness, name, data):
     drawn = st.fixed_dictionaries(shapes[name])
     rows = [row | data.draw(drawn) for row in rows_for(name)[:2]]
     assert differences(harness, find(name), rows) == []
@@ -226,11 +233,11 @@ def changed(task, **changes):
         dataclasses.replace(find("mmlu_anatomy"), description=""),
     ],
 )
-def test_this_comparison_can_fail(harness, broken):
+def test_a_wrong_prompt_is_a_difference(harness, broken):
     assert len(differences(harness, broken)) == 4
 
 
-def test_a_wrong_label_would_be_seen_in_the_examples(harness):
+def test_a_wrong_label_is_a_difference_in_the_examples(harness):
     task, (row, *shown) = changed(find("qnli"), answer=lambda label: 1 - label), ROWS["qnli"]
     assert ours(task, row, shown[:2]) != next(theirs(harness("qnli", ROWS["qnli"]), shots=2))
 
@@ -244,8 +251,8 @@ def test_lm_eval_reads_the_labels_of_multirc_the_wrong_way_round(harness):
     assert ours(wrong, rows[0], rows[1:3])[::-1] == next(theirs(harness("multirc", rows), shots=2))
 
 
-@pytest.mark.parametrize("name", LM_EVAL)
-def test_rows_lie_where_lm_eval_has_them(harness, name):
+@pytest.mark.parametrize("name", all_but())
+def test_rows_come_from_the_dataset_and_split_of_lm_eval(harness, name):
     task, other = find(name), harness(name, rows_for(name))
     config = other.config
     split = config.test_split or config.validation_split or "validation"
@@ -255,7 +262,7 @@ def test_rows_lie_where_lm_eval_has_them(harness, name):
         assert task.shots == task.rows.of(config.fewshot_split or config.training_split or "train")
 
 
-def test_the_answer_of_squadv2_ends_where_that_of_lm_eval_does(harness):
+def test_an_answer_of_squadv2_ends_as_in_lm_eval(harness):
     other = harness("squadv2", ROWS["squadv2"])
     (generated, _) = other.construct_requests(next(iter(other.eval_docs)), "")
     question = find("squadv2").ask(ROWS["squadv2"][0])
@@ -267,9 +274,8 @@ def test_every_right_entity_of_record_is_right_in_lm_eval(harness):
     other = harness("record", ROWS["record"])
     for row, document in zip(ROWS["record"], other.eval_docs, strict=True):
         question = find("record").ask(row)
-        places = range(len(question.choices))
-        for chosen in places:
-            loglikelihoods = [(float(place == chosen), False) for place in places]
+        for chosen in range(len(question.choices)):
+            loglikelihoods = [(float(index == chosen), False) for index in range(len(question.choices))]
             assert other.process_results(document, loglikelihoods)["em"] == (chosen in question.answers)
 
 
@@ -301,19 +307,19 @@ GOLDEN = {
 }
 
 
-@pytest.mark.parametrize(("name", "place"), GOLDEN)
-def test_prompts_read_as_they_did(name, place):
-    """Needs no lm_eval: the comparison above keeps these strings true where it is installed."""
-    assert ["".join(parts) for parts in ours(find(name), rows_for(name)[place])] == GOLDEN[name, place]
+@pytest.mark.parametrize(("name", "index"), GOLDEN)
+def test_prompts_are_those_recorded_here(name, index):
+    """Needs no lm_eval; where it is installed, the comparison above checks these strings."""
+    assert ["".join(parts) for parts in ours(find(name), rows_for(name)[index])] == GOLDEN[name, index]
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_examples_are_drawn_as_lm_eval_draws_them(harness, split):
-    """Question after question from one stream of random numbers; one to spare where the split is not called a test split."""
+    """Question after question from one stream of random numbers; one more if the split is not called a test split."""
     from lm_eval.api.samplers import ContextSampler
 
     pool = [{"n": n % 17} for n in range(40)]
     task = Task("drawn", Rows("x/y", split=split), lambda row: Choices("x", ("y",), 0), shots=pool)
     ours, theirs = Shots(task, 3, "lm_eval"), ContextSampler(pool, rnd=1234)
     for row in pool[:25]:
-        assert ours._rows(row, "") == list(theirs.sample(3, eval_doc=row if split == "validation" else None))
+        assert ours.rows(row, "") == list(theirs.sample(3, eval_doc=row if split == "validation" else None))

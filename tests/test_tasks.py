@@ -1,4 +1,4 @@
-"""Tasks by name, the suites they belong to, and the rows that they refuse."""
+"""Check the tasks found by name, their suites, and the rows that they refuse."""
 
 import collections
 import inspect
@@ -12,17 +12,10 @@ import pytest
 from pytest_lmeval import registry, tasks
 from pytest_lmeval.data import Rows, corpus
 from pytest_lmeval.errors import RegistryError, TaskError
+from pytest_lmeval.scoring._answer_metrics import METRICS
 from pytest_lmeval.tasks import Choices, Generate, Suite, find, find_suite, names
-from pytest_lmeval.tasks._stdlib import PASSAGE
 
-ALL = names()
-SUITES = [name for name, thing, _ in registry.things("tasks") if isinstance(thing, Suite)]
-# See `Task.metrics`; here so that a name that is misspelt in a task is found without running it.
-METRICS = {
-    "accuracy", "accuracy_per_character", "accuracy_per_byte", "accuracy_per_token", "f1", "f1_macro", "matthews",
-    "exact_match", "squad_f1", "greedy_match", "perplexity", "has_answer_exact_match", "has_answer_f1", "no_answer_accuracy",
-}  # fmt: skip
-
+SUITES = {"glue": 8, "superglue": 8, "smallbench": 4, "mmlu": 57, "arc": 2}
 FIRST = {
     "cola": "matthews",
     "record": "squad_f1",
@@ -30,45 +23,31 @@ FIRST = {
     "squadv2": "squad_f1",
     "lambada_openai": "greedy_match",
 }
+MMLU = names("mmlu_*")
+BY_DEFAULT = [name for name in names() if name not in MMLU[2:]]
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_a_task_is_found_by_its_name(name):
+@pytest.mark.parametrize("name", [*BY_DEFAULT, *(pytest.param(name, marks=pytest.mark.thorough) for name in MMLU[2:])])
+def test_a_task_says_what_it_asks_and_shows_no_examples_of_the_split_it_asks(name):
     task = find(name)
     assert task.name == name
     assert task.style in ("lm_eval", "own") or name.startswith(f"{task.style}:")
-    assert set(task.metrics) <= METRICS
-    assert (inspect.getdoc(task.ask) or "").strip(), "a page that teaches says what is asked"
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_suites_average_the_metric_that_stands_first(name):
-    usual = "accuracy_per_token" if name.startswith("smallbench:") else FIRST.get(name, "accuracy")
-    assert find(name).metrics[0] == usual
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_examples_are_never_taken_from_the_split_that_is_asked(name):
-    task = find(name)
+    assert (inspect.getdoc(task.ask) or "").strip()
+    assert set(task.metrics) <= set(METRICS)
+    usual = "accuracy_per_token" if name.startswith("smallbench:") else "accuracy"
+    assert task.metrics[0] == FIRST.get(name, usual)
     if isinstance(task.shots, Rows):
-        assert task.shots.split != task.rows.split
-        assert task.shots == task.rows.of(task.shots.split)
+        assert task.shots == task.rows.of(task.shots.split) != task.rows
     else:
         assert task.shots == ()
 
 
-@pytest.mark.parametrize(
-    ("suite", "size", "weighted"),
-    [("glue", 8, False), ("superglue", 8, False), ("smallbench", 4, False), ("mmlu", 57, True), ("arc", 2, False)],
-)
-def test_a_suite_has_all_its_members(suite, size, weighted):
-    found = find_suite(suite)
-    assert (len({task.name for task in found.tasks}), found.weighted) == (size, weighted)
-    assert all(find(task.name) is task for task in found.tasks)
-
-
-def test_every_suite_is_counted_above():
-    assert set(SUITES) == {"glue", "superglue", "smallbench", "mmlu", "arc"}
+def test_a_suite_has_all_its_members():
+    assert {name for name, thing, _ in registry.things("tasks") if isinstance(thing, Suite)} == set(SUITES)
+    for name, size in SUITES.items():
+        suite = find_suite(name)
+        assert (len({task.name for task in suite.tasks}), suite.weighted) == (size, name == "mmlu")
+        assert all(find(task.name) is task for task in suite.tasks)
 
 
 def test_a_name_is_one_task_and_a_pattern_several():
@@ -77,53 +56,48 @@ def test_a_name_is_one_task_and_a_pattern_several():
     assert names("*sst2") == ["sst2", "smallbench:sst2"]
 
 
-def test_smallbench_asks_otherwise_than_glue():
-    row = {"sentence": "Fine .", "label": 1}
-    (ours, theirs) = (find(name).ask(row) for name in ("smallbench:sst2", "sst2"))
-    assert ours.prompt == "Sentence: Fine .\nSentiment:"
-    assert theirs.prompt == "Fine .\nQuestion: Is this sentence positive or negative?\nAnswer:"
-    assert ours.target == theirs.target == " positive"
+PAIR, NO_ANSWER = {"sentence1": "p", "sentence2": "h"}, {"title": "t", "context": "c", "question": "q", "answers": {"text": []}}
 
 
 @pytest.mark.parametrize(
-    ("name", "row", "read"),
+    ("name", "row", "text"),
     [
-        ("sst2", {"sentence": "s", "label": 0}, "Sentence: s\nSentiment: negative"),
-        ("rte", {"sentence1": "p", "sentence2": "h", "label": 0}, "Premise: p\nHypothesis: h\nRelation: entailment"),
-        ("rte", {"sentence1": "p", "sentence2": "h", "label": 1}, "Premise: p\nHypothesis: h\nRelation: not entailment"),
-        ("boolq", {"passage": "p", "question": "q", "label": 1}, "Passage: p\nQuestion: q\nAnswer: yes"),
-        ("mrpc", {"sentence1": "a", "sentence2": "b", "label": 0}, "Sentence 1: a\nSentence 2: b\nParaphrase: no"),
+        ("smallbench:sst2", {"sentence": "s", "label": 0}, "Sentence: s\nSentiment:| negative"),
+        ("sst2", {"sentence": "s", "label": 1}, "s\nQuestion: Is this sentence positive or negative?\nAnswer:| positive"),
+        ("smallbench:rte", {**PAIR, "label": 0}, "Premise: p\nHypothesis: h\nRelation:| entailment"),
+        ("smallbench:rte", {**PAIR, "label": 1}, "Premise: p\nHypothesis: h\nRelation:| not entailment"),
+        ("smallbench:boolq", {"passage": "p", "question": "q", "label": 1}, "Passage: p\nQuestion: q\nAnswer:| yes"),
+        ("smallbench:mrpc", {**PAIR, "label": 0}, "Sentence 1: p\nSentence 2: h\nParaphrase:| no"),
+        ("lambada_openai", {"text": "It was only a dream"}, "It was only a| dream"),
+        ("squadv2", NO_ANSWER, "Title: t\n\nBackground: c\n\nQuestion: q\n\nAnswer:| unanswerable"),
     ],
 )
-def test_smallbench_reads_as_it_was_given(name, row, read):
-    question = find(f"smallbench:{name}").ask(row)
-    assert question.prompt + question.target == read
+def test_a_question_and_its_target_read_like_this(name, row, text):
+    question = find(name).ask(row)
+    assert f"{question.prompt}|{question.target}" == text
+    assert name != "lambada_openai" or question.choices == (" dream",)
+    assert name != "squadv2" or (isinstance(question, Generate) and question.answers == ("unanswerable", ""))
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("call", "error", "message"),
     [
-        (lambda: find("mmlu"), r'mmlu is a suite of 57 tasks.*`lmeval.suite\(lm, "mmlu"\)`.*such as "mmlu_abstract_algebra"'),
-        (lambda: find_suite("boolq"), r'boolq is a task, not a suite. Ask it by `lmeval.task\(lm, "boolq"\)`'),
+        (lambda: find("mmlu"), TaskError, r'a suite of 57 tasks.*`lmeval.suite\(lm, "mmlu"\)`.*as "mmlu_abstract_algebra"'),
+        (lambda: find_suite("boolq"), TaskError, r'boolq is a task, not a suite. Ask it by `lmeval.task\(lm, "boolq"\)`'),
+        (
+            lambda: find("bolq"),
+            RegistryError,
+            r"'bolq'. Did you mean boolq\? There are: arc, .*mmlu and 57 more of mmlu, piqa,",
+        ),
+        (lambda: find("mmlu_astronomie"), RegistryError, "Did you mean mmlu_astronomy"),
+        (lambda: find("smallbench:cola"), RegistryError, "Did you mean smallbench:boolq"),
+        (lambda: find("boolq:1"), RegistryError, r"no task 'boolq:1'. Did you mean boolq\?"),
+        (lambda: find_suite("super_glue"), RegistryError, "Did you mean superglue"),
+        (lambda: tasks.by_name(find("boolq"), find("boolq")), TaskError, "two of boolq, boolq have the same name"),
     ],
 )
-def test_a_suite_is_no_task_and_a_task_no_suite(call, message):
-    with pytest.raises(TaskError, match=message):
-        call()
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: find("bolq"), r"no task 'bolq'. Did you mean boolq\? There are: arc, .*mmlu and 57 more of mmlu, piqa,"),
-        (lambda: find("mmlu_astronomie"), r"Did you mean mmlu_astronomy"),
-        (lambda: find("smallbench:cola"), r"Did you mean smallbench:boolq"),
-        (lambda: find("boolq:1"), r"no task 'boolq:1'. Did you mean boolq\?"),
-        (lambda: find_suite("super_glue"), r"Did you mean superglue"),
-    ],
-)
-def test_an_unknown_name_is_told_with_those_there_are(call, message):
-    with pytest.raises(RegistryError, match=message):
+def test_a_wrong_name_is_refused_with_the_right_one(call, error, message):
+    with pytest.raises(error, match=message):
         call()
 
 
@@ -132,43 +106,33 @@ def test_the_public_names_of_tasks_are_there():
     assert all(hasattr(tasks, name) for name in tasks.__all__)
 
 
-def test_two_of_a_family_cannot_have_the_same_name():
-    with pytest.raises(TaskError, match="two of boolq, boolq have the same name"):
-        tasks.by_name(find("boolq"), find("boolq"))
+LABEL = r"the label is (-1|2|4|None), and there are choices 0 to \d"
 
 
 @pytest.mark.parametrize(
-    ("name", "row"),
+    ("name", "row", "message"),
     [
-        ("sst2", {"sentence": "Fine .", "label": -1}),
-        ("boolq", {"passage": "p", "question": "q", "label": 2}),
-        ("multirc", {"paragraph": "p", "question": "q", "answer": "a", "label": -1}),
-        ("hellaswag", {"activity_label": "A", "ctx_a": "b", "ctx_b": "", "endings": ["c", "d"], "label": ""}),
-        ("piqa", {"goal": "g", "sol1": "a", "sol2": "b", "label": -1}),
-        ("mmlu_anatomy", {"question": "q", "choices": list("abcd"), "answer": 4}),
-        ("mmlu_anatomy", {"question": "q", "choices": list("abcd"), "answer": None}),
+        ("sst2", {"sentence": "Fine .", "label": -1}, LABEL),
+        ("boolq", {"passage": "p", "question": "q", "label": 2}, LABEL),
+        ("hellaswag", {"activity_label": "A", "ctx_a": "b", "ctx_b": "", "endings": ["c", "d"], "label": ""}, LABEL),
+        ("mmlu_anatomy", {"question": "q", "choices": list("abcd"), "answer": 4}, LABEL),
+        ("mmlu_anatomy", {"question": "q", "choices": list("abcd"), "answer": None}, LABEL),
+        (
+            "record",
+            {"passage": "p", "query": "@placeholder", "entities": ["Al"], "answers": ["Bo"]},
+            r"the answers \['Bo'\] are not all among the entities \['Al'\]",
+        ),
+        (
+            "stdlib_next",
+            {"document": "d", "passage": "p", "continuations": [" a", "", " b", " c"], "answer": 0},
+            "each has text to be scored",
+        ),
+        ("squad", NO_ANSWER, r"there is no answer, .* asked by the task squadv2"),
     ],
 )
-def test_a_label_outside_the_choices_is_refused(name, row):
-    with pytest.raises(TaskError, match=r"the label is (-1|2|4|None), and there are choices 0 to \d"):
+def test_a_row_without_a_right_answer_is_refused(name, row, message):
+    with pytest.raises(TaskError, match=message):
         find(name).ask(row)
-
-
-def test_a_label_that_numbers_no_choice_would_pass_unseen_without_that():
-    """The broken twin: Python's own indexing takes -1 for the last choice."""
-    assert (" no", " yes")[-1] == " yes"
-
-
-def test_an_answer_of_record_that_is_no_entity_is_refused():
-    row = {"passage": "p", "query": "@placeholder", "entities": ["Al"], "answers": ["Bo"]}
-    with pytest.raises(TaskError, match=r"the answers \['Bo'\] are not all among the entities \['Al'\]"):
-        find("record").ask(row)
-
-
-def test_a_choice_without_text_is_refused():
-    row = {"document": "d", "passage": "p", "continuations": [" a", "", " b", " c"], "answer": 0}
-    with pytest.raises(TaskError, match="each has text to be scored"):
-        find("stdlib_next").ask(row)
 
 
 @pytest.mark.parametrize(
@@ -187,29 +151,10 @@ def test_rows_that_share_a_passage_are_one_group(name, field, row):
     assert first.group == again.group != other.group
 
 
-def test_a_question_without_an_answer_is_answered_by_saying_so():
-    row = {"title": "t", "context": "c", "question": "q", "answers": {"text": [], "answer_start": []}}
-    question = find("squadv2").ask(row)
-    assert isinstance(question, Generate)
-    assert question.answers == ("unanswerable", "")
-    assert question.prompt + question.target == "Title: t\n\nBackground: c\n\nQuestion: q\n\nAnswer: unanswerable"
-
-
-def test_a_question_of_squad_without_an_answer_is_refused():
-    row = {"title": "t", "context": "c", "question": "q", "answers": {"text": [], "answer_start": []}}
-    with pytest.raises(TaskError, match=r"there is no answer, .* asked by the task squadv2"):
-        find("squad").ask(row)
-
-
 @pytest.mark.parametrize("label", [0, "0", 1, "1"])
 def test_a_label_of_hellaswag_may_be_a_text_or_a_number(label):
     row = {"activity_label": "A", "ctx_a": "b", "ctx_b": "", "endings": ["c", "d"], "label": label}
     assert find("hellaswag").ask(row).answers == (int(label),)
-
-
-def test_the_word_of_lambada_is_the_only_choice():
-    question = find("lambada_openai").ask({"text": "It was only a dream"})
-    assert (question.prompt, question.choices, question.answers) == ("It was only a", (" dream",), (0,))
 
 
 @pytest.fixture(scope="module")
@@ -217,8 +162,10 @@ def questions():
     return list(find("stdlib_next").rows())
 
 
-def test_stdlib_next_asks_what_it_says(questions):
+def test_stdlib_next_asks_for_the_continuation_of_a_passage(questions):
     assert 150 <= len(questions) <= 200
+    assert len({row["passage"] for row in questions}) == len(questions)
+    texts = {document.name: document.text for document in corpus("stdlib", "test").documents()}
     for row in questions:
         question = find("stdlib_next").ask(row)
         assert isinstance(question, Choices)
@@ -226,56 +173,34 @@ def test_stdlib_next_asks_what_it_says(questions):
         assert {len(choice.encode()) for choice in question.choices} == {60}
         assert len(set(question.choices)) == 4
         assert all(choice[0] == " " and not choice[1].isspace() for choice in question.choices)
-
-
-def test_the_right_continuation_stands_where_the_passage_ends(questions):
-    texts = {document.name: document.text for document in corpus("stdlib", "test").documents()}
-    for row in questions:
-        text = texts[row["document"]]
-        follows = [row["passage"] + continuation in text for continuation in row["continuations"]]
-        assert follows == [place == row["answer"] for place in range(4)]
-
-
-def test_answers_of_stdlib_next_are_spread_over_the_places(questions):
-    """Four places of 200: 50 each, give or take 6; a place that was favoured would be seen."""
-    places = collections.Counter(row["answer"] for row in questions)
-    assert all(25 <= places[place] <= 75 for place in range(4)), places
-
-
-def test_a_passage_is_asked_once(questions):
-    assert len({row["passage"] for row in questions}) == len(questions)
-
-
-def test_a_passage_ends_with_a_word_and_the_rest_begins_with_one():
-    text = "word " * 60
-    (passage, continuation) = PASSAGE.match(text).groups()
-    assert text.startswith(passage + continuation)
-    assert passage.endswith("word")
-    assert continuation.startswith(" word")
+        follows = [row["passage"] + continuation in texts[row["document"]] for continuation in row["continuations"]]
+        assert follows == [index == row["answer"] for index in range(4)]
+        assert not question.prompt[-1].isspace()
+    counts = collections.Counter(row["answer"] for row in questions)  # of 200, 50 each, give or take 6
+    assert all(25 <= counts[index] <= 75 for index in range(4)), counts
 
 
 def in_a_new_process(code, seed="0"):
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONHASHSEED": seed}
-    )
+    env = {**os.environ, "PYTHONHASHSEED": seed}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
     return json.loads(done.stdout)
 
 
+@pytest.mark.thorough
 def test_stdlib_next_is_the_same_in_every_process(questions):
     code = "import json; from pytest_lmeval.tasks import find; print(json.dumps(list(find('stdlib_next').rows())))"
     assert in_a_new_process(code, seed="7") == questions
 
 
-def loaded_by(code):
-    return in_a_new_process(f"{code}; import json, sys; print(json.dumps(sorted(sys.modules)))")
-
-
-def test_finding_a_task_loads_nothing_heavy():
-    modules = loaded_by("from pytest_lmeval.tasks import find; find('boolq')")
-    assert "pytest_lmeval.tasks._superglue" in modules
-    assert not {"torch", "numpy", "datasets", "transformers"} & set(modules)
-
-
-def test_this_test_can_fail():
-    modules = loaded_by("import numpy, pytest_lmeval.tasks._glue")
-    assert {"numpy", "pytest_lmeval.tasks._glue"} <= set(modules)
+@pytest.mark.parametrize(
+    ("code", "heavy"),
+    [
+        ("from pytest_lmeval.tasks import find; find('boolq')", set()),
+        ("import numpy, pytest_lmeval.tasks._superglue", {"numpy"}),  # this test can fail
+        ("import pytest_lmeval.scoring._metrics", {"numpy"}),
+    ],
+)
+def test_finding_a_task_or_a_metric_imports_nothing_heavy(code, heavy):
+    modules = set(in_a_new_process(f"{code}; import json, sys; print(json.dumps(sorted(sys.modules)))"))
+    libraries = {"sklearn", "sacrebleu", "rouge_score", "torchmetrics"}
+    assert modules & {"torch", "numpy", "datasets", "transformers", *libraries} == heavy

@@ -1,7 +1,7 @@
-"""What is measured of a model: one file a verb, and the fixture whose methods the verbs are.
+"""Measure a model: one file a verb, and the fixture `lmeval`, whose methods are the verbs.
 
-Each verb is one plain function, found by name in the registry (`pytest_lmeval.verbs`); its file holds what it measures, the
-result that it returns, and the record that it makes.
+A verb is a plain function, found by name in the registry (`pytest_lmeval.verbs`); its file also holds the result that it
+returns and the record that it makes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Lmeval:
-    """What a test measures with: every verb as a method. Each call returns a result and keeps its record for the reports."""
+    """The fixture `lmeval`: every verb as a method. A call returns a result and records it for the reports."""
 
     def __init__(self, context: VerbContext) -> None:
         self._context = context
@@ -28,8 +28,7 @@ class Lmeval:
         return f"<lmeval of {self._context.log.test}>"
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        """The verb of that name, in this test's context. An error that was meant for the user arrives as its message, at their
-        own line."""
+        """The verb of that name, in this test's context. Errors of this package show at the line of the test."""
         if name.startswith("_"):
             raise AttributeError(name)
         try:

@@ -1,8 +1,7 @@
-"""Where a verb runs: the run's settings, the test's log, the journal; and what it does with a result.
+"""Run a verb in the context of a test: the settings of the run, the log of the test, the journal.
 
-A verb is a plain function. Called as `lmeval.latency(...)` in a test, it runs in that test's context: its record is kept under
-the test's name and written to the journal, and the command line's defaults hold. Called as `pytest_lmeval.latency(...)`
-anywhere else, nothing is kept or written.
+A verb is a plain function. `lmeval.latency(...)` in a test records under the test's name, writes to the journal, and takes the
+defaults of the command line. `pytest_lmeval.latency(...)` anywhere else records and writes nothing.
 """
 
 from __future__ import annotations
@@ -39,14 +38,15 @@ from pytest_lmeval.records._measured import Record
 
 P = ParamSpec("P")
 R = TypeVar("R")
+Measured = TypeVar("Measured", bound=Any)  # the result of a verb: a frozen dataclass with a record
 
 
 @dataclass
 class VerbContext:
-    """Of one test, or of one call outside of tests.
+    """The context of one test, or of one call outside of tests.
 
-    driver  pytest-benchmark's fixture, where the test asked for it
-    models  what the test handed over, by identity, with what was made of it
+    driver  pytest-benchmark's fixture, if the test asks for it
+    models  id of an object of the test -> that object, adapted
     """
 
     session: Session = field(default_factory=Session)
@@ -55,7 +55,7 @@ class VerbContext:
     models: dict[int, tuple[Any, Model]] = field(default_factory=dict)
 
     def model(self, lm: Any) -> Model:
-        """What the test handed over (a spec, too), adapted once a test, and let go with it."""
+        """The model of a spec; an object of the test's own, adapted once a test and released with it."""
         if isinstance(lm, str):
             return self.session.load(lm)
         if id(lm) not in self.models:
@@ -63,30 +63,29 @@ class VerbContext:
         return self.models[id(lm)][1]
 
     def _adapted(self, lm: Any) -> Model:
-        """An object of the test's own is measured as it is. Raises SpecError where the command line asks for other bits."""
+        """The model as it was passed. Raises SpecError where the command line asks for other bits."""
         model, bits = as_model(lm), self.session.bits
         own = model is lm or model.module is None
         held = None if own or not bits else facts(model).precision
         if bits and held is not None and held.name != BITS[bits]:
             raise SpecError(
-                f"--lmeval-bits {bits} asks for {BITS[bits]}, and {model.spec} was handed over in {held.name}. What is "
-                "measured would pass for that of another precision. Hand it over in that one, or give a spec: "
-                "module.path:callable."
+                f"--lmeval-bits {bits} asks for {BITS[bits]}, and {model.spec} was handed over in {held.name}: its numbers "
+                f"would pass for those of {BITS[bits]}. Hand it over in that precision, or give a spec: module.path:callable."
             )
         return model
 
     def corpus(self, text: Any) -> Corpus:
-        """The corpus of that name; a corpus as it is; token ids as one."""
+        """The corpus of that name; a corpus itself; token ids as a corpus."""
         return self.session.corpus(text) if isinstance(text, str) else as_corpus(text)
 
     def certified(self, lm: Any) -> tuple[Model, Certificate]:
-        """The model and the certificate of its laws, which may have found a limit of tokens that it does not declare."""
+        """The model, with the limit of tokens that its probe found, and its certificate."""
         model = self.model(lm)
         certificate = self.session.verdict(model).certificate
         return limited(model, certificate), certificate
 
     def key(self, kind: str, lm: Model, settings: Mapping[str, Any], data: Any = None) -> str:
-        """The identity of this call: an interrupted run had the same one."""
+        """The identity of this call, the same in an interrupted run."""
         return key_of(
             test=self.log.test,
             kind=kind,
@@ -98,7 +97,7 @@ class VerbContext:
         )
 
     def journaled(self, key: str) -> Record | None:
-        """The record of this call that an interrupted run has written. One that cannot be read is told, and made anew."""
+        """The record of this call that an interrupted run wrote. Warns of one that cannot be read."""
         plain = self.session.journal.get(key) if self.session.journal is not None else None
         if plain is None:
             return None
@@ -109,7 +108,7 @@ class VerbContext:
             return None
 
     def finished(self, key: str) -> Record | None:
-        """The record of this call from a run that was interrupted later on; it counts as this call's."""
+        """The record of this call that an interrupted run wrote, logged as the record of this call."""
         record = self.journaled(key)
         if record is not None:
             self.log.keys.append(key)
@@ -118,20 +117,20 @@ class VerbContext:
             self.log.notes += record.details.get("warnings", [])
         return record
 
-    def recorded(self, key: str, result: R) -> R:
-        """The result, its record under the test's name, in the journal and the log."""
-        record = structs.replace(result.record, test=self.log.test)  # type: ignore[attr-defined]
+    def recorded(self, key: str, result: Measured) -> Measured:
+        """The result, its record under the test's name, written to the journal and the log."""
+        record = structs.replace(result.record, test=self.log.test)
         if self.session.journal is not None:
             self.session.journal.add(key, schema.to_plain(record))
             self.log.keys.append(key)
         self.log.records.append(record)
-        return replace(result, record=record)  # type: ignore[type-var]
+        return replace(result, record=record)
 
     def measured(
-        self, kind: str, lm: Model, settings: dict[str, Any], measure: Callable[..., R], runner: Runner | None = None
-    ) -> R:
-        """What `measure` finds, called as the test and its neighbours allow. Raises OutOfMemory, and ProfilingError where the
-        model failed, or its device is gone; what was measured until then is kept."""
+        self, kind: str, lm: Model, settings: dict[str, Any], measure: Callable[..., Measured], runner: Runner | None = None
+    ) -> Measured:
+        """The recorded result of `measure`. Raises OutOfMemory, and ProfilingError where the model failed or its device was
+        lost; what was measured before is recorded."""
         timed = {"runner": runner or self.runner()} if "runner" in inspect.signature(measure).parameters else {}
         what = f"{kind} of {lm.spec} with {', '.join(f'{name}={value}' for name, value in settings.items())}"
         try:
@@ -139,39 +138,36 @@ class VerbContext:
         except Exception as error:
             if failure_of(error) != DEVICE_LOST:
                 raise
-            raise ProfilingError(
-                f"{lm.device} was lost during {what}, and nothing more can be measured on it: {error}"
-            ) from None
+            raise ProfilingError(f"{lm.device} was lost during {what}; nothing more can be measured on it: {error}") from None
         result = self.kept(kind, lm, settings, result)
-        record: Record = result.record  # type: ignore[attr-defined]
-        if failure := record.details.get("failure"):
-            self.driver.raise_error(ProfilingError(f"{lm.spec} failed at {record.subject}: {failure}"))
+        if failure := result.record.details.get("failure"):
+            self.driver.raise_error(ProfilingError(f"{lm.spec} failed at {result.record.subject}: {failure}"))
         return result
 
-    def kept(self, kind: str, lm: Model, settings: dict[str, Any], result: R) -> R:
-        """The result, recorded, and left with pytest-benchmark where the test asked for its fixture."""
+    def kept(self, kind: str, lm: Model, settings: dict[str, Any], result: Measured) -> Measured:
+        """The result, recorded, and passed to pytest-benchmark if the test asked for its fixture."""
         result = self.recorded(self.key(kind, lm, settings), result)
-        self.driver.describe(result.record, getattr(result, "samples", {}))  # type: ignore[attr-defined]
+        self.driver.describe(result.record, getattr(result, "samples", {}))
         return result
 
     def runner(self) -> Runner:
-        """Who calls what is timed next: pytest-benchmark once a test, if the test asks for it, else a bare loop."""
+        """The runner of what is timed next: pytest-benchmark once a test, if the test asks for it, else a bare loop."""
         if self.session.parallel:
             return self.driver.idle("other tests may run at the same time (xdist): the step ran once, untimed")
         return self.driver.runner()
 
     def seq_len(self, given: int | None, default: int) -> int:
-        """The length that a test, or else the command line, asks for."""
+        """The length that the test gives, else the command line's, else the default."""
         lengths = self.session.seq_lens
         if given is None and len(lengths) > 1:
             raise SpecError(
-                f"several --lmeval-seq-len were given ({', '.join(map(str, lengths))}) and the test does not say which it "
-                "means: take the fixture `seq_len` and pass it on."
+                f"several --lmeval-seq-len were given ({', '.join(map(str, lengths))}), and the test does not say which: take "
+                "the fixture `seq_len` and pass it on."
             )
         return given if given is not None else lengths[0] if lengths else default
 
     def file(self, ending: str) -> str | None:
-        """A file for per-example values of this call, relative to the output folder; None without one."""
+        """A file for the examples of this call, relative to the output folder; None without a folder."""
         if self.session.folder is None:
             return None
         (self.session.folder / "examples").mkdir(parents=True, exist_ok=True)
@@ -179,7 +175,7 @@ class VerbContext:
         return f"examples/{name}-{key_of(test=self.log.test)[:8]}-{len(self.log.records)}-{ending}"
 
     def path(self, file: str | None) -> Path | None:
-        """Where a file of the output folder lies."""
+        """The path of a file of the output folder."""
         return None if file is None or self.session.folder is None else self.session.folder / file
 
 
@@ -188,13 +184,13 @@ _OUTSIDE = Session()
 
 
 def current() -> VerbContext:
-    """The context of the test that runs; outside of tests a new one, which keeps and writes nothing."""
+    """The context of the running test; outside of tests a new one, which writes nothing."""
     return _CURRENT.get() or VerbContext(_OUTSIDE)
 
 
 @contextlib.contextmanager
 def running_in(context: VerbContext) -> Iterator[None]:
-    """Verbs that are called in the block run in this context."""
+    """Run the verbs called in the block in this context."""
     token = _CURRENT.set(context)
     try:
         yield
@@ -203,7 +199,7 @@ def running_in(context: VerbContext) -> Iterator[None]:
 
 
 def verb(function: Callable[P, R]) -> Callable[P, R]:
-    """A public verb: a call that it does not know is refused before anything is done, and of a keyword the nearest named."""
+    """Make a function a public verb, which refuses wrong arguments before it does anything (see `check_call`)."""
 
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -215,10 +211,10 @@ def verb(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def check_call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Raises UsageError for a call that the function does not take, with the nearest of its keywords."""
+    """Raise UsageError for arguments that the function does not take, with the nearest of its keywords."""
     try:
         signature = inspect.signature(function)
-    except ValueError:  # some functions that are written in C do not tell
+    except ValueError:  # some functions written in C have none
         return
     known = [name for name, parameter in signature.parameters.items() if parameter.kind is not parameter.VAR_KEYWORD]
     called = getattr(function, "__name__", "the verb")
@@ -232,17 +228,18 @@ def check_call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapp
 
 def verb_of(
     name: str,
-    measure: Callable[Concatenate[Model, P], R],
+    measure: Callable[Concatenate[Model, P], Measured],
     prepare: Callable[[VerbContext, Model, dict[str, Any]], dict[str, Any]] = lambda context, model, settings: settings,
-) -> Callable[Concatenate[Any, P], R]:
-    """The verb of a function that measures a `Model`: it takes a model or a spec, the command line's sequence length where none
-    is given, and the runner of its context if it has a parameter `runner`; its result is recorded.
+) -> Callable[Concatenate[Any, P], Measured]:
+    """Make a function that measures a `Model` a verb: it takes a model or a spec, its `seq_len` defaults to the command line's,
+    its `runner` to that of the context, and its result is recorded.
 
-    prepare  (context, model, settings) -> the settings that it is measured with
+    prepare  (context, model, settings) -> settings to measure with
     """
     signature = inspect.signature(measure)
 
-    def function(lm: Any, *args: P.args, **kwargs: P.kwargs) -> R:
+    @functools.wraps(measure)
+    def function(lm: Any, *args: P.args, **kwargs: P.kwargs) -> Measured:
         __tracebackhide__ = True
         context = current()
         model = context.model(lm)
@@ -254,7 +251,5 @@ def verb_of(
             settings["seq_len"] = context.seq_len(length, settings["seq_len"])
         return context.measured(name, model, prepare(context, model, settings), measure, given.arguments.get("runner"))
 
-    function.__doc__, function.__module__, function.__name__ = measure.__doc__, measure.__module__, name
-    function.__qualname__, function.__annotations__ = name, dict(measure.__annotations__)
-    function.__signature__ = signature  # type: ignore[attr-defined]
+    function.__name__ = function.__qualname__ = name
     return verb(function)  # type: ignore[return-value]  # whose first parameter may be named

@@ -1,4 +1,4 @@
-"""Numbers of the user's own, beside ours."""
+"""Record numbers of the user's own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pytest_lmeval.records._value import Value
 
 @verb
 def record(lm: Any, subject: str, **metrics: float) -> Record:
-    """Record numbers of your own beside ours: they stand in the summary and the reports like any other.
+    """Record numbers of your own: summary and reports show them like any other.
 
     metrics  by name; a plain number gets the unit and direction of the registered metric of that name, if there is one
 

@@ -1,13 +1,12 @@
-"""A task, asked, and what its answers come to: the way from a row to a metric.
+"""Ask a model a task, and record its metrics with intervals.
 
-    row -> question -> prompt with its examples -> token ids     `asked_of`: the task, `Shots` and `Encoder`, row by row
-        -> log-likelihoods, or an answer in words                `TaskRun.blocks`: the engine, block by block
-        -> example, scored in each metric                        `scored`, and written to the file of answers
-        -> metrics with intervals -> record                      `measure_task`
+    row -> question -> prompt after its few-shot examples -> token ids    `_encoded`: the task, `Shots`, `Encoder`, row by row
+        -> log-likelihoods of the choices, or a generated answer          `_answers`: the engine, block by block
+        -> example, scored in each metric                                 `_scored`, written to the file of answers
+        -> metrics with intervals -> record                               `measure_task`
 
-Questions are made as they are needed and asked in blocks. The first block is one batch, so that the first answers are there at
-once; later ones are larger, since more of them share more. No answer depends on the block that its question stood in, nor on
-the order or the number of questions.
+Rows are read as they are needed and questions asked in blocks. The first block is one batch, so that progress shows at once;
+later ones are larger, since more questions share more. No answer depends on its block, or on the order or number of questions.
 """
 
 from __future__ import annotations
@@ -15,7 +14,8 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,8 +41,8 @@ from pytest_lmeval.statistics import _sequential as sequential
 from pytest_lmeval.tasks import find
 from pytest_lmeval.tasks._questions import Choices, Generate, Judge, Task, id_of
 
-LARGEST = 16  # batches in a block after the first
-BLOCK = 1 << 16  # tokens of the prompts in a block
+BATCHES = 16  # in a block after the first
+BLOCK_TOKENS = 1 << 16  # of the prompts of a block, at most: a run that is killed loses one block
 
 Progress = Callable[[int, float, "int | None"], None]
 """Called after each block with the questions answered, those answered right, and the questions expected (None: unknown)."""
@@ -62,24 +62,19 @@ def task(
 ) -> TaskResult:
     """Ask a task, or the one of that name: its metrics with intervals, and every answer in a file (see `measure_task`).
 
-    What questions have in common is read once, as far as the laws that the model was probed for allow it.
+    A prefix that questions share is read once, where the laws that the model was probed for allow it.
     """
     context = current()
     asked = find(task) if isinstance(task, str) else task
     if not isinstance(asked, Task):
         raise ArgumentError(f"a task is a Task, or the name of one; got {asked!r}.")
     model, certificate = context.certified(lm)
-    settings: dict[str, Any] = {
-        "shots": shots,
-        "limit": context.session.limit if limit is None else limit,
-        "fewshot": fewshot,
-        "truncate": truncate,
-        "seed": seed,
-    }
-    rows = [asked.name, asked.style, _identity_of(context, asked.rows), tokenizer_fingerprint(model)]
-    key = context.key("task", model, {**settings, "batch_size": batch_size}, rows)
+    limit = context.session.limit if limit is None else limit
+    settings: dict[str, Any] = {"shots": shots, "limit": limit, "fewshot": fewshot, "truncate": truncate, "seed": seed}
+    data = [asked.name, asked.style, _rows_fingerprint(asked.rows, context), tokenizer_fingerprint(model)]
+    key = context.key("task", model, {**settings, "batch_size": batch_size}, data)
     written = context.file("examples.jsonl")
-    finished = context.journaled(key)  # of an interrupted run: its answers, if the questions are the same
+    finished = context.journaled(key)
     with context.session.progress(f"{model.spec} answers {asked.name}", unit="questions") as progress:
         result = measure_task(
             model,
@@ -97,30 +92,22 @@ def task(
     return context.recorded(key, replace(result, record=structs.replace(result.record, examples=written)))
 
 
-def _identity_of(context: VerbContext, rows: Any) -> str:
-    """What the rows of a task are; empty where that cannot be known before they are read."""
-    if isinstance(rows, Rows):
-        return rows.fingerprint(context.session.mirror)
-    return key_of(rows=rows) if isinstance(rows, list | tuple) else ""
-
-
 @dataclass(frozen=True, repr=False)
 class TaskResult(Result):
-    """What a task came to. Every metric of the task is an attribute; numbers carry `.low` and `.high`, their 95 % interval.
+    """The answers to a task. Every metric of the task is an attribute, a number with `.low` and `.high`, its 95 % interval.
 
-    resumed  questions that an interrupted run had already asked
+    resumed  number of answers taken from an interrupted run
     """
 
     examples: tuple[Example, ...] = ()
     resumed: int = 0
 
     def __getattr__(self, name: str) -> Value:
-        if name.startswith("_") or name not in self.record.metrics:
-            known = ", ".join(self.record.metrics)
-            raise AttributeError(
-                f"{self.record.subject} has no metric {name!r}.{nearest(name, self.record.metrics)} It has {known}."
-            )
-        return self.record.metrics[name]
+        metrics = self.record.metrics if not name.startswith("_") else {}
+        if name not in metrics:
+            known = ", ".join(metrics)
+            raise AttributeError(f"{self.record.subject} has no metric {name!r}.{nearest(name, metrics)} It has {known}.")
+        return metrics[name]
 
 
 def measure_task(
@@ -141,34 +128,53 @@ def measure_task(
 ) -> TaskResult:
     """Ask a model a task.
 
-    policy    how it is read (see `engine.policy_for`); by default as the model declares that it can be
-    shots     examples shown before each question, drawn as `fewshot` says (see `scoring._fewshot`)
-    limit     ask so many questions, the first ones
-    truncate  "left" takes away what does not fit the model's context, and counts it; "refuse" is an error
+    policy    how the engine reads (see `engine.policy_for`); by default all that the model declares
+    shots     few-shot examples before each question, drawn as `fewshot` says (see `scoring._fewshot`)
+    limit     ask the first `limit` questions only
+    truncate  "left" drops tokens on the left that do not fit the model's context, and counts them; "refuse" is an error
     examples  write each answer to this file of JSON lines
-    partial   keep answers here until all are there
-    known     take answers from this file, too, where model and question are the very same; and from `partial`
+    partial   append answers to this file until all are there, and take answers from it
+    known     take answers from this file too. An answer is taken where model and question are exactly the same
 
-    Raises TaskError for a row that cannot be asked, CorpusError for one that cannot be read, NotFiniteError for a likelihood
-    that is no number; all name the row, and keep what was answered before.
+    Raises TaskError for a row that cannot be asked, CorpusError for one that cannot be read, NotFiniteError for a
+    log-likelihood that is not finite; each names the row, and what was answered before it is kept.
     """
     if limit is not None and limit < 1:
-        raise TaskError(f"limit is {limit}: a task has at least one question.")
-    engine = Engine(lm, policy)
-    metrics = metrics_of([*task.metrics, *({"chance"} - set(task.metrics))], task.name)
+        raise TaskError(f"limit is {limit}: a task asks at least one question.")
     began = time.perf_counter()
-    run = TaskRun(task, metrics, engine, AnswerFile(partial), seed)
-    drawn = Shots(task, shots, fewshot, data_dir=data_dir, seed=seed)
-    questions = asked_of(run, Encoder(lm, task, truncate, seed), drawn, limit, data_dir)
-    for _ in run.blocks(questions, {**AnswerFile(known).read(), **run.file.read()}):
+    engine = Engine(lm, policy)
+    metrics = metrics_of(list(dict.fromkeys((*task.metrics, "chance"))), task.name)
+    judge = judge_of(metrics)
+    answers = AnswerFile(partial)
+    encoder, drawn = Encoder(lm, task, truncate, seed), Shots(task, shots, fewshot, data_dir=data_dir, seed=seed)
+    earlier = {**AnswerFile(known).read(), **answers.read()}
+    answered: list[Example] = []
+    resumed, verdict, generation, not_questions = 0, None, set[str](), list[int]()
+
+    questions = islice(_encoded(task, encoder, drawn, data_dir, not_questions), limit)
+    for block in _blocks(questions, engine.policy.batch_size, grow=task.threshold is None):
+        fresh = [one for one in block if one.number not in earlier or earlier[one.number].key != one.key]
+        new = {example.number: example for example in _answers(engine, fresh, metrics, task.judge, seed)}
+        answers.append(new.values())
+        answered += [new.get(one.number) or _scored(earlier[one.number], metrics) for one in block]
+        resumed += len(block) - len(fresh)
+        generation |= {
+            f"at most {way.max_tokens} tokens, temperature {way.temperature:g}, until {list(way.stop)!r}"
+            for way in (one.question for one in block)
+            if isinstance(way, Generate)
+        }
         if progress is not None:
-            progress(len(run.examples), float(run.right), _expected(task, limit))
-    if not run.examples:
-        raise TaskError(f"{task} has no question: {run.no_question} row(s) were read, and none was one.")
+            right = sum(example.scores[judge.name] or 0.0 for example in answered) if judge else 0.0
+            progress(len(answered), right, _number_of_questions(task, limit))
+        if task.threshold is not None and (verdict := _certain(task.threshold, answered)):
+            break
+
+    if not answered:
+        raise TaskError(f"{task} has no question: {len(not_questions)} row(s) were read, and none was one.")
     settings = {
         "style": task.style,
         "version": task.version,
-        "rows": _named(task.rows),
+        "rows": _rows_name(task.rows),
         "shots": shots,
         "fewshot": task.fewshot_strategy if task.fewshot_strategy == "first" else fewshot,
         "limit": limit,
@@ -176,135 +182,138 @@ def measure_task(
         "seed": seed,
         "truncate": truncate,
         **({} if task.threshold is None else {"threshold": task.threshold}),
-        "prompts": _prompts(run.examples),
-        **({"generation": sorted(run.generation)} if run.generation else {}),
+        "prompts": _prompts_hash(answered),
+        **({"generation": sorted(generation)} if generation else {}),
     }
-    saved = {} if run.verdict is None else _saved(run, limit, data_dir)
-    record = record_of(run, settings, saved, seconds=time.perf_counter() - began)
-    run.file.finish(run.examples, examples)
-    return TaskResult(
-        structs.replace(record, examples=None if examples is None else str(examples)), tuple(run.examples), run.resumed
+    details: dict[str, Any] = {"prefix_sharing": engine.policy.sharing}
+    values = compute(metrics, answered, seed=seed, threshold=task.threshold)
+    if verdict is not None:  # asking ended because of the answers: only the interval of the rate allows for that
+        values |= {name: metric(name).value(float(value), n=value.n) for name, value in values.items() if name != "rate"}
+        total = _number_of_questions(task, limit, data_dir, len(not_questions))
+        details |= {"rate_is": verdict, "not_asked": None if total is None else total - len(answered)}
+    details |= {
+        "questions": len(answered),
+        "not_questions": len(not_questions),
+        "truncated": sum(example.truncated > 0 for example in answered),
+        "retokenized": sum(example.retokenized for example in answered),
+        "ties": sum(example.tied for example in answered),
+        "tokens_read": sum(example.read for example in answered),
+        "tokens_alone": sum(example.read + example.saved for example in answered),
+        "padding": engine.counts.padding,
+    }
+    noted = ("truncated", "retokenized", "ties", "not_questions", "not_asked")
+    notes = [f"{details[name]:,} {name.replace('_', ' ')}" for name in noted if details.get(name)]
+    if engine.policy.sharing != "prefix sharing: on":
+        notes.insert(0, engine.policy.sharing)
+    certificate, seconds = engine.policy.certificate, time.perf_counter() - began
+    record = Record(
+        kind="task",
+        subject=f"{task.name}, {shots}-shot",
+        lm=facts(lm),
+        settings=settings,
+        details=details,
+        notes=notes,
+        metrics=values,
+        cost=Cost(seconds=seconds, tokens=details["tokens_read"], state_bytes=engine.counts.peak_state_bytes),
+        certificate=certificate and structs.replace(certificate, chunking_used=engine.policy.sharing),
+        example="question",
+        examples=None if examples is None else str(examples),
     )
+    answers.finish(answered, examples)
+    return TaskResult(record, tuple(answered), resumed)
 
 
-@dataclass
-class TaskRun:
-    """A task on the way, and what is counted of it.
-
-    metrics      that its answers are counted in
-    examples     the answers so far, scored, in the order of their questions
-    resumed      how many of them an interrupted run had given
-    right        how many are right, by the first metric that says so of an answer
-    generation   the ways in which answers were generated
-    no_question  rows that were none
-    verdict      above or below the threshold, as soon as that is certain
-    """
-
-    task: Task
-    metrics: list[Metric]
-    engine: Engine
-    file: AnswerFile
-    seed: int = 0
-    examples: list[Example] = field(default_factory=list)
-    resumed: int = 0
-    right: float = 0.0
-    generation: set[str] = field(default_factory=set)
-    no_question: int = 0
-    verdict: str | None = None
-
-    def blocks(self, questions: Iterator[EncodedQuestion], known: dict[int, Example]) -> Iterator[None]:
-        """Ask the questions, block by block, but for those whose very answer is `known`. Ends early with a verdict."""
-        judge = judge_of(self.metrics)
-        for block in in_blocks(questions, self.engine.policy.batch_size, grow=self.task.threshold is None):
-            fresh = [asked for asked in block if (old := known.get(asked.number)) is None or old.key != asked.key]
-            found = {example.number: example for example in self._answers(fresh)}
-            self.file.append(found[asked.number] for asked in fresh)
-            answered = [found.get(asked.number) or self._scored(known[asked.number]) for asked in block]
-            self.examples += answered
-            self.resumed += len(block) - len(fresh)
-            self.right += sum((judge is not None and example.scores[judge.name]) or 0.0 for example in answered)
-            yield
-            if self.task.threshold is not None and (verdict := _certain(self.task.threshold, self.examples)):
-                self.verdict = verdict
-                return
-
-    @property
-    def norm(self) -> Norm:
-        """What choices are compared by: as the first metric that compares them does."""
-        return next((metric.norm for metric in self.metrics if metric.norm is not None), "sum")
-
-    def _scored(self, example: Example) -> Example:
-        """The example with what it counts in each metric, and for choices the one that was chosen.
-
-        Its output, which metrics of texts compare, depends on no metric; what was chosen does.
-        """
-        if example.choices:
-            output = (example.texts or example.choices)[example.predicted()].strip()
-            example = structs.replace(example, chosen=example.predicted(self.norm), output=output)
-        return structs.replace(example, scores=scored(example, self.metrics))
-
-    def _answers(self, block: Sequence[EncodedQuestion]) -> Iterator[Example]:
-        chosen = [asked for asked in block if isinstance(asked.question, Choices)]
-        likelihoods = iter(self.engine.score([request for asked in chosen for request in asked.requests]) if chosen else [])
-        for asked in chosen:
-            yield self._scored(_chosen(asked, [next(likelihoods) for _ in asked.requests], self.engine.lm))
-        if spoken := [asked for asked in block if isinstance(asked.question, Generate)]:
-            yield from map(self._scored, self._spoken(spoken))
-
-    def _spoken(self, block: Sequence[EncodedQuestion]) -> Iterator[Example]:
-        ways = [asked.question for asked in block if isinstance(asked.question, Generate)]
-        prompts = [
-            Prompt(asked.requests[0].ids, asked.id, way.max_tokens, way.stop, way.temperature, self.seed)
-            for asked, way in zip(block, ways, strict=True)
-        ]
-        on_text = None if self.task.judge is None else _judging(self.task.judge, prompts)
-        for asked, way, answer in zip(block, ways, self.engine.generate(prompts, on_text), strict=True):
-            self.generation.add(f"at most {way.max_tokens} tokens, temperature {way.temperature:g}, until {list(way.stop)!r}")
-            yield _example(
-                asked,
-                tuple(text.strip() for text in way.answers),
-                output=answer.text.strip(),
-                judged=answer.judged,
-                read=answer.read,
-                saved=len(answer.prompt.ids) + max(0, len(answer.ids) - 1) - answer.read,
-            )
-
-
-def asked_of(
-    run: TaskRun, encoder: Encoder, shots: Shots, limit: int | None, data_dir: str | Path | None
+def _encoded(
+    task: Task, encoder: Encoder, shots: Shots, data_dir: str | Path | None, not_questions: list[int]
 ) -> Iterator[EncodedQuestion]:
-    """The questions as the model reads them, each made when it is needed."""
-    asked = 0
-    for number, row in enumerate(rows_of(run.task.rows, data_dir)):
-        question = question_of(run.task, row, f"row {number}")
+    """The questions as the model reads them; the indices of rows that are none are appended to `not_questions`."""
+    for number, row in enumerate(rows_of(task.rows, data_dir)):
+        question = question_of(task, row, f"row {number}")
         if question is None:
-            run.no_question += 1
-            continue
-        own = id_of(row)
-        yield encoder.encode(question, shots.of(row, own), id=own, number=number)
-        asked += 1
-        if asked == limit:
-            return
+            not_questions.append(number)
+        else:
+            own = id_of(row)
+            yield encoder.encode(question, shots.of(row, own), id=own, number=number)
 
 
-def in_blocks(questions: Iterator[EncodedQuestion], batch_size: int, *, grow: bool) -> Iterator[list[EncodedQuestion]]:
-    """One batch first, so that there are answers at once; then many, so that there are some of each length - but no more than
-    one would care to lose where a run is killed, since a block is kept when it is answered."""
+def _blocks(questions: Iterator[EncodedQuestion], batch_size: int, *, grow: bool) -> Iterator[list[EncodedQuestion]]:
+    """Blocks of one batch; if they `grow`, the first is one batch and the others up to 16."""
     block: list[EncodedQuestion] = []
     size, tokens = batch_size, 0
-    for asked in questions:
-        block.append(asked)
-        tokens += max(len(request.ids) for request in asked.requests)
-        if len(block) == size or tokens >= BLOCK:
+    for question in questions:
+        block.append(question)
+        tokens += max(len(request.ids) for request in question.requests)
+        if len(block) == size or tokens >= BLOCK_TOKENS:
             yield block
             block, tokens = [], 0
-            size = LARGEST * batch_size if grow else size
+            size = BATCHES * batch_size if grow else size
     if block:
         yield block
 
 
+def _answers(
+    engine: Engine, block: Sequence[EncodedQuestion], metrics: list[Metric], judge: Judge | None, seed: int
+) -> Iterator[Example]:
+    """The answered and scored questions, in their order."""
+    found: dict[int, dict[str, Any]] = {}
+    if choices := [(one, one.question) for one in block if isinstance(one.question, Choices)]:
+        likelihoods = iter(engine.score([request for one, _ in choices for request in one.requests]))
+        for one, question in choices:
+            found[one.number] = _chosen(one, question, [next(likelihoods) for _ in one.requests], engine.lm)
+    if generated := [(one, one.question) for one in block if isinstance(one.question, Generate)]:
+        prompts = [
+            Prompt(one.requests[0].ids, one.id, way.max_tokens, way.stop, way.temperature, seed) for one, way in generated
+        ]
+        answers = engine.generate(prompts, None if judge is None else _judging(judge, prompts))
+        for (one, way), answer in zip(generated, answers, strict=True):
+            found[one.number] = {
+                "targets": tuple(text.strip() for text in way.answers),
+                "output": answer.text.strip(),
+                "judged": answer.judged,
+                "read": answer.read,
+                "saved": len(answer.prompt.ids) + max(0, len(answer.ids) - 1) - answer.read,
+            }
+    for one in block:
+        targets = found[one.number]["targets"]
+        example = Example(
+            id=one.id,
+            number=one.number,
+            prompt=one.prompt,
+            key=one.key,
+            group=one.question.group,
+            target=targets[0] if targets else None,
+            truncated=one.truncated,
+            retokenized=one.retokenized,
+            **found[one.number],
+        )
+        yield _scored(example, metrics)
+
+
+def _chosen(asked: EncodedQuestion, question: Choices, scores: Sequence[Scored], lm: Model) -> dict[str, Any]:
+    """The fields of an example whose choices have these scores."""
+    for choice, score in zip(question.choices, scores, strict=True):
+        if not np.isfinite(score.loglikelihood).all():
+            raise NotFiniteError(
+                f"{lm.spec} gave a log-likelihood of {score.loglikelihood.tolist()} for the choice {choice!r} of row "
+                f"{asked.number} ({asked.id}), in {lm.dtype} on {lm.device}. It cannot be compared, so the run stops here; "
+                "finished answers are kept."
+            )
+    read = sum(score.read for score in scores)
+    return {
+        "targets": tuple((question.texts or question.choices)[index].strip() for index in question.answers),
+        "choices": question.choices,
+        "texts": question.texts,
+        "right": question.answers,
+        "loglikelihoods": tuple(float(score.loglikelihood.sum()) for score in scores),
+        "tokens": tuple(len(score.loglikelihood) for score in scores),
+        "greedy": tuple(bool(score.greedy) for score in scores),
+        "read": read,
+        "saved": asked.alone - read,
+    }
+
+
 def _judging(judge: Judge, prompts: Sequence[Prompt]) -> Callable[[int, str], bool | None]:
-    """The judge of the texts so far: what goes wrong with it is said with the row."""
+    """The judge as the engine calls it; its errors name the row."""
 
     def judged(number: int, text: str) -> bool | None:
         row = prompts[number].name
@@ -313,139 +322,60 @@ def _judging(judge: Judge, prompts: Sequence[Prompt]) -> Callable[[int, str], bo
         except Exception as error:
             raise TaskError(f"the judge raised {type(error).__name__}: {error}, on row {row}: {text[-200:]!r}.") from error
         if verdict is not None and not isinstance(verdict, bool | np.bool_):
-            raise TaskError(f"the judge said {verdict!r} of row {row}: it says True, False, or None while it is not certain.")
+            raise TaskError(f"the judge returned {verdict!r} for row {row}. Return True, False, or None while uncertain.")
         return None if verdict is None else bool(verdict)
 
     return judged
 
 
-def _chosen(asked: EncodedQuestion, found: Sequence[Scored], lm: Model) -> Example:
-    question = asked.question
-    assert isinstance(question, Choices)
-    for choice, score in zip(question.choices, found, strict=True):
-        if not np.isfinite(score.loglikelihood).all():
-            raise NotFiniteError(
-                f"{lm.spec} gave a log-likelihood of {score.loglikelihood.tolist()} for the choice {choice!r} of row "
-                f"{asked.number} ({asked.id}), in {lm.dtype} on {lm.device}. Such a number cannot be compared, so the run "
-                "stops here; what was finished before is kept."
-            )
-    read = sum(score.read for score in found)
-    return _example(
-        asked,
-        tuple((question.texts or question.choices)[index].strip() for index in question.answers),
-        choices=question.choices,
-        texts=question.texts,
-        right=question.answers,
-        loglikelihoods=tuple(float(score.loglikelihood.sum()) for score in found),
-        tokens=tuple(len(score.loglikelihood) for score in found),
-        greedy=tuple(bool(score.greedy) for score in found),
-        read=read,
-        saved=asked.alone - read,
-    )
-
-
-def _example(asked: EncodedQuestion, targets: tuple[str, ...], **answer: Any) -> Example:
-    return Example(
-        id=asked.id,
-        number=asked.number,
-        prompt=asked.prompt,
-        key=asked.key,
-        group=asked.question.group,
-        targets=targets,
-        target=targets[0] if targets else None,
-        truncated=asked.truncated,
-        retokenized=asked.retokenized,
-        **answer,
-    )
+def _scored(example: Example, metrics: list[Metric]) -> Example:
+    """The example with its score in each metric. The first metric that compares choices says by which norm one is `chosen`;
+    `output` is the likeliest without a norm, so that no metric of texts depends on the metrics beside it."""
+    if example.choices:
+        norm: Norm = next((metric.norm for metric in metrics if metric.norm is not None), "sum")
+        output = (example.texts or example.choices)[example.predicted()].strip()
+        example = structs.replace(example, chosen=example.predicted(norm), output=output)
+    return structs.replace(example, scores=scored(example, metrics))
 
 
 def _certain(threshold: float, examples: Sequence[Example]) -> str | None:
-    """Whether the rate of answers that were judged True is above or below the threshold, if that is certain by now."""
+    """Whether the rate of answers judged True is "above" or "below" the threshold; None while neither is certain."""
     if groups := [example.group for example in examples if example.group is not None]:
         raise TaskError(
-            f"answers of one group ({groups[0]}) depend on one another, and when a rate is certain is only known of "
-            "independent ones. Leave `group` out, or `threshold`."
+            f"answers of one group ({groups[0]}) depend on one another; when a rate is certain is known for independent "
+            "answers only. Leave out `group` or `threshold`."
         )
-    judged = sum(example.judged is True for example in examples)
-    return sequential.verdict(judged, len(examples), threshold)
+    return sequential.verdict(sum(example.judged is True for example in examples), len(examples), threshold)
 
 
-def record_of(run: TaskRun, settings: dict[str, Any], details: dict[str, Any], *, seconds: float) -> Record:
-    """What the answers of a task come to, and how they were had."""
-    task, engine = run.task, run.engine
-    certificate, sharing = engine.policy.certificate, engine.policy.sharing
-    details = {"prefix_sharing": sharing, **details, **_counts(run)}
-    return Record(
-        kind="task",
-        subject=f"{task.name}, {settings['shots']}-shot",
-        lm=facts(engine.lm),
-        settings=settings,
-        details=details,
-        notes=_notes(details),
-        metrics=_values(run),
-        cost=Cost(
-            seconds=seconds,
-            tokens=sum(example.read for example in run.examples),
-            state_bytes=engine.counts.peak_state_bytes,
-        ),
-        certificate=None if certificate is None else structs.replace(certificate, chunking_used=sharing),
-        example="question",
-    )
-
-
-def _expected(task: Task, limit: int | None) -> int | None:
-    """How many questions there will be, where that is known."""
-    length = len(task.rows) if isinstance(task.rows, list | tuple) else None
-    return limit if length is None else length if limit is None else min(limit, length)
-
-
-def _prompts(examples: list[Example]) -> str:
-    """A hash of all that was asked, and of what is right, in any order."""
+def _prompts_hash(examples: list[Example]) -> str:
+    """A hash of every prompt and of what is right, in any order."""
     asked = sorted(f"{one.id}{one.prompt}{one.choices}{one.texts}{one.right}{one.targets}" for one in examples)
     return hashlib.sha256("".join(asked).encode(errors="surrogatepass")).hexdigest()[:16]
 
 
-def _counts(run: TaskRun) -> dict[str, Any]:
-    """What a reader of the number should know of how it was had."""
-    return {
-        "questions": len(run.examples),
-        "not_questions": run.no_question,
-        "truncated": sum(example.truncated > 0 for example in run.examples),
-        "retokenized": sum(example.retokenized for example in run.examples),
-        "ties": sum(example.tied for example in run.examples),
-        "tokens_read": sum(example.read for example in run.examples),
-        "tokens_alone": sum(example.read + example.saved for example in run.examples),
-        "padding": run.engine.counts.padding,
-    }
-
-
-def _notes(details: dict[str, Any]) -> list[str]:
-    """The same in words, where something is not as one would expect."""
-    names = ("truncated", "retokenized", "ties", "not_questions", "not_asked")
-    said = [f"{details[name]:,} {name.replace('_', ' ')}" for name in names if details.get(name)]
-    return [*([] if details["prefix_sharing"] == "prefix sharing: on" else [details["prefix_sharing"]]), *said]
-
-
-def _values(run: TaskRun) -> dict[str, Value]:
-    found = compute(run.metrics, run.examples, seed=run.seed, threshold=run.task.threshold)
-    if run.verdict is not None:  # when it ended depended on what was said: only the rate's interval allows for that
-        found |= {name: metric(name).value(float(value), n=value.n) for name, value in found.items() if name != "rate"}
-    return found
-
-
-def _named(rows: Any) -> str:
-    """What a record calls the rows."""
+def _rows_name(rows: Any) -> str:
     if isinstance(rows, list | tuple):
         return f"{len(rows)} rows"
-    name = getattr(rows, "__qualname__", None)
-    return str(rows) if isinstance(rows, Rows) else f"{rows.__module__}.{name}" if name else type(rows).__name__
+    if isinstance(rows, Rows):
+        return str(rows)
+    return f"{rows.__module__}.{rows.__qualname__}" if hasattr(rows, "__qualname__") else type(rows).__name__
 
 
-def _saved(run: TaskRun, limit: int | None, data_dir: str | Path | None) -> dict[str, Any]:
-    """What was certain so early, and how many questions that saved; None where counting them would be a download."""
-    rows = run.task.rows
-    if isinstance(rows, Rows) and rows.file(data_dir) is not None and limit is None:
-        every: int | None = sum(1 for _ in rows.read(data_dir)) - run.no_question
-    else:
-        every = _expected(run.task, limit)
-    return {"rate_is": run.verdict, "not_asked": None if every is None else every - len(run.examples)}
+def _rows_fingerprint(rows: Any, context: VerbContext) -> str:
+    """Empty where it is unknown before the rows are read: of a function."""
+    if isinstance(rows, Rows):
+        return rows.fingerprint(context.session.mirror)
+    return key_of(rows=rows) if isinstance(rows, list | tuple) else ""
+
+
+def _number_of_questions(
+    task: Task, limit: int | None, data_dir: str | Path | None = None, not_questions: int | None = None
+) -> int | None:
+    """The number of questions to ask, or None; of a dataset, only in a local file and given how many rows are none."""
+    rows, length = task.rows, None
+    if isinstance(rows, list | tuple):
+        length = len(rows)
+    elif not_questions is not None and limit is None and isinstance(rows, Rows) and rows.file(data_dir) is not None:
+        length = sum(1 for _ in rows.read(data_dir)) - not_questions
+    return limit if length is None else length if limit is None else min(limit, length)

@@ -1,13 +1,13 @@
-"""The metrics of answers: what one example counts in each, and how examples add up (see `records._metric.Metric`).
+"""Declare the metrics of answers: the score of one example, and how examples add up (see `records._metric.Metric`).
 
-A metric that a library defines is computed by it (extra `tasks`), which is imported when the metric is asked for:
+A metric that a library defines is computed by that library (extra `tasks`), imported when the metric is asked for:
 
     scikit-learn   f1, f1_macro, matthews                       torchmetrics   exact_match, squad_f1, and the parts of squadv2
     rouge-score    rouge1, rouge2, rougeL (no stemming)         sacrebleu      bleu (of the corpus, 13a)
 
-All lie between 0 and 1, but for matthews (-1 to 1), perplexity (from 1), and bleu, which keeps the 0 to 100 of all published
-numbers. What is undefined is 0, as in scikit-learn: matthews where all labels or all predictions are the same, f1 where neither
-a label nor a prediction is positive.
+All lie between 0 and 1 except matthews (-1 to 1), perplexity (from 1) and bleu (0 to 100, as it is published). An undefined
+value is 0, as in scikit-learn: matthews where all labels or all predictions are the same, f1 where neither a label nor a
+prediction is positive.
 """
 
 from __future__ import annotations
@@ -24,10 +24,7 @@ from pytest_lmeval.records._metric import Estimate, Metric, Needs, Norm
 from pytest_lmeval.scoring._reading_metrics import LOSS
 from pytest_lmeval.statistics._bootstrap import FEWEST_UNITS
 
-TARGETS: Needs = "targets to compare with"
-ONE: Needs = "one right choice"
-SQUAD: dict[str, Any] = {"library": "torchmetrics"}
-NO_ANSWER = ("unanswerable", "")  # what says that the text does not tell
+NO_ANSWER = ("unanswerable", "")  # outputs that say that the text does not tell the answer
 REPLICATES = 500
 
 
@@ -37,12 +34,12 @@ def answerable(example: Example) -> bool:
 
 
 def exact_match(example: Example) -> float:
-    """1 if the output is one of the targets, but for case, punctuation and articles (Rajpurkar et al. 2016)."""
+    """1 if the output is one of the targets, ignoring case, punctuation and articles (Rajpurkar et al. 2016)."""
     return _squad(example.output, example.targets if answerable(example) else NO_ANSWER)[0]
 
 
 def squad_f1(example: Example) -> float:
-    """F1 over words, the best over the targets. To say that there is no answer is right or wrong, and nothing between."""
+    """F1 over words, the best over the targets; 0 or 1 where the text does not tell the answer."""
     return _squad(example.output, example.targets)[1] if answerable(example) else exact_match(example)
 
 
@@ -52,14 +49,15 @@ def is_right(example: Example, norm: Norm = "sum") -> float:
 
 
 def units_of(examples: Sequence[Example]) -> np.ndarray:
-    """The number of each example's unit [n]: those of one group are one, an example without a group is its own."""
+    """Index of the unit of each example [n]: those of one group are one unit, an example without a group is its own."""
     keys = [(example.group,) if example.group is not None else (example.id, example.number) for example in examples]
-    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
-    return np.array([numbers[key] for key in keys])
+    index = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    return np.array([index[key] for key in keys])
 
 
-@lru_cache(maxsize=2**15)  # several metrics ask for the same
+@lru_cache(maxsize=2**15)  # for several metrics
 def _squad(answer: str, targets: tuple[str, ...]) -> tuple[float, float]:
+    """Exact match and F1."""
     from torchmetrics.functional.text.squad import squad
 
     found = squad({"id": "", "prediction_text": answer}, {"id": "", "answers": {"text": list(targets)}})
@@ -71,24 +69,6 @@ def _rouge_scorer(kind: str) -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer([kind])
-
-
-def _of_cells(statistic: Callable[[np.ndarray, np.ndarray, np.ndarray], float]) -> Callable[[Sequence[Example], int], Estimate]:
-    """Of how often each label was predicted as each: a statistic of labels, predictions and weights [cells]; NaN: undefined."""
-
-    def estimate(examples: Sequence[Example], seed: int) -> Estimate:
-        k = max(len(example.choices) for example in examples)
-        cells = np.array([example.right[0] * k + example.predicted() for example in examples])
-        units = units_of(examples)
-        counts = np.bincount(units * k * k + cells, minlength=(units.max() + 1) * k * k).reshape(-1, k * k)
-
-        def of(weights: np.ndarray) -> float:
-            seen = np.flatnonzero(weights)
-            return statistic(seen // k, seen % k, weights[seen])
-
-        return _resampled(counts, of, seed)
-
-    return estimate
 
 
 def _f1(labels: np.ndarray, predictions: np.ndarray, weights: np.ndarray, average: str = "binary") -> float:
@@ -106,7 +86,7 @@ def _matthews(labels: np.ndarray, predictions: np.ndarray, weights: np.ndarray) 
 
 
 def _bleu(examples: Sequence[Example], seed: int) -> Estimate:
-    """From the counts that sacrebleu finds in each answer: they add up to those of the corpus, or of a draw from it."""
+    """BLEU of the corpus, from the counts of each answer: they add up to those of the corpus, or of a draw from it."""
     from sacrebleu.metrics.bleu import BLEU
 
     bleu = BLEU()
@@ -116,26 +96,26 @@ def _bleu(examples: Sequence[Example], seed: int) -> Estimate:
     np.add.at(sums, units, [[score.sys_len, score.ref_len, *score.counts, *score.totals] for score in found])
 
     def of(counts: np.ndarray) -> float:
-        answer, target, *grams = counts.tolist()
-        matched, all_grams = grams[: bleu.max_ngram_order], grams[bleu.max_ngram_order :]
-        return float(bleu.compute_bleu(matched, all_grams, answer, target, smooth_method=bleu.smooth_method).score)
+        length, target_length, *grams = counts.tolist()
+        matched, total = grams[: bleu.max_ngram_order], grams[bleu.max_ngram_order :]
+        return float(bleu.compute_bleu(matched, total, length, target_length, smooth_method=bleu.smooth_method).score)
 
     return _resampled(sums, of, seed)
 
 
 def _sentence_bleu(example: Example) -> float:
-    """BLEU of one answer, by the n-grams that it is long enough for; that of a corpus is no mean of these."""
+    """BLEU of one answer, over the n-gram orders that it is long enough for; that of a corpus is no mean of these."""
     from sacrebleu.metrics.bleu import BLEU
 
     return float(BLEU(effective_order=True).sentence_score(example.output, list(example.targets)).score)
 
 
 def _resampled(sums: np.ndarray, statistic: Callable[[np.ndarray], float], seed: int) -> Estimate:
-    """A statistic of the total of `sums` [units, columns], and its percentile interval; undefined is 0, without one."""
+    """A statistic of the total of `sums` [units, columns], and its percentile interval; 0 without one if undefined (NaN)."""
     value = statistic(sums.sum(axis=0))
     if math.isnan(value) or len(sums) < FEWEST_UNITS:
         return (0.0 if math.isnan(value) else value), None
-    kinds, counts = np.unique(sums, axis=0, return_counts=True)  # equal units are drawn together: there are few kinds of them
+    kinds, counts = np.unique(sums, axis=0, return_counts=True)  # few kinds: equal units are drawn together
     generator = np.random.default_rng(seed)
     draws = (generator.multinomial(len(sums), counts / len(sums)) @ kinds for _ in range(REPLICATES))
     values = [statistic(drawn) for drawn in draws]
@@ -145,27 +125,39 @@ def _resampled(sums: np.ndarray, statistic: Callable[[np.ndarray], float], seed:
     return value, (float(low), float(high))
 
 
-def _mean(name: str, score: Callable[[Example], float | None], needs: Needs = "an answer", **options: Any) -> Metric:
-    return Metric(name, score=score, needs=needs, **{"interval": "mean", "judges": True, **options})
+def _mean(name: str, about: str, score: Callable[[Example], float | None], **options: Any) -> Metric:
+    return Metric(name, about=about, score=score, **{"interval": "mean", "judges": True, **options})
 
 
-def _share(name: str, score: Callable[[Example], float | None], needs: Needs = "an answer", **options: Any) -> Metric:
-    return _mean(name, score, needs, interval="share", **options)
+def _proportion(name: str, about: str, score: Callable[[Example], float | None], **options: Any) -> Metric:
+    return _mean(name, about, score, interval="share", **options)
 
 
-def _among(belongs: Callable[[Example], bool], score: Callable[[Example], float]) -> Callable[[Example], float | None]:
-    """The score of those examples that belong to it."""
-    return lambda example: score(example) if belongs(example) else None
+def _where(included: Callable[[Example], bool], score: Callable[[Example], float]) -> Callable[[Example], float | None]:
+    """The score of included examples, None of others."""
+    return lambda example: score(example) if included(example) else None
 
 
-def _accuracy(name: str, norm: Norm, about: str) -> Metric:
-    return _share(name, partial(is_right, norm=norm), "choices", norm=norm, about=about)
+def _accuracy(name: str, about: str, norm: Norm) -> Metric:
+    return _proportion(name, about, partial(is_right, norm=norm), needs="choices", norm=norm)
 
 
-def _label(name: str, statistic: Callable[..., float], needs: Needs, about: str) -> Metric:
-    """A statistic of labels and predictions; one example is right or wrong."""
-    of_all, library = _of_cells(statistic), "sklearn"
-    return _mean(name, is_right, needs, interval=None, statistic=of_all, library=library, norm="sum", about=about)
+def _label(name: str, about: str, statistic: Callable[..., float], needs: Needs) -> Metric:
+    """A statistic of labels, predictions and weights [cells], the nonzero cells of the confusion matrix; NaN if undefined."""
+
+    def estimate(examples: Sequence[Example], seed: int) -> Estimate:
+        k = max(len(example.choices) for example in examples)
+        cells = np.array([example.right[0] * k + example.predicted() for example in examples])
+        units = units_of(examples)
+        counts = np.bincount(units * k * k + cells, minlength=(units.max() + 1) * k * k).reshape(-1, k * k)
+
+        def of(weights: np.ndarray) -> float:
+            seen = np.flatnonzero(weights)
+            return statistic(seen // k, seen % k, weights[seen])
+
+        return _resampled(counts, of, seed)
+
+    return _mean(name, about, is_right, needs=needs, interval=None, statistic=estimate, library="sklearn", norm="sum")
 
 
 def _rouge(kind: str) -> Metric:
@@ -173,79 +165,78 @@ def _rouge(kind: str) -> Metric:
         return float(_rouge_scorer(kind).score_multi(example.targets, example.output)[kind].fmeasure)
 
     about = "F-measure, the best over the targets (Lin 2004)"
-    return _mean(kind, score, TARGETS, library="rouge_score", about=about)
+    return _mean(kind, about, score, needs="targets to compare with", library="rouge_score")
 
 
+TARGETS: dict[str, Any] = {"needs": "targets to compare with", "library": "torchmetrics"}
+IN_TEXT = "where the text tells the answer (SQuAD 2.0)"
 METRICS = {
     metric.name: metric
     for metric in (
-        _accuracy("accuracy", "sum", "share of questions whose likeliest choice is right; of equal ones the first is taken"),
-        _accuracy("accuracy_per_character", "character", "of choices compared by their log-likelihood a character"),
-        _accuracy("accuracy_per_byte", "byte", "of choices compared by their log-likelihood a byte"),
-        _accuracy("accuracy_per_token", "token", "of choices compared by their log-likelihood a token"),
-        _share(
+        _accuracy("accuracy", "fraction of questions whose likeliest choice is right; the first of equal ones is taken", "sum"),
+        _accuracy("accuracy_per_character", "of choices compared by their log-likelihood a character", "character"),
+        _accuracy("accuracy_per_byte", "of choices compared by their log-likelihood a byte", "byte"),
+        _accuracy("accuracy_per_token", "of choices compared by their log-likelihood a token", "token"),
+        _proportion(
             "greedy_match",
+            "fraction of right choices (the first, of several) that the model would generate",
             lambda example: float(example.greedy[example.right[0]]),
-            "a right choice",
-            about="share of right choices (the first, of several) that the model would generate",
+            needs="a right choice",
         ),
         _mean(
             "perplexity",
+            "exp of the mean loss of a token of a text; of a task, of a right choice with all its tokens, as LAMBADA's",
             lambda example: -example.loglikelihoods[example.right[0]],
-            "a right choice",
+            needs="a right choice",
             judges=False,
             higher_is_better=False,
             exponential=True,
             sums=("nats", "tokens"),
             stands_for="bits_per_byte",
             margin=LOSS,
-            about="exp of the mean loss: a token of a text, or of a right choice with all its tokens together, as LAMBADA's",
         ),
-        _share("exact_match", exact_match, TARGETS, **SQUAD, about="share of outputs that are one of the targets"),
-        _mean("squad_f1", squad_f1, TARGETS, **SQUAD, about="F1 over words, the best over the targets"),
-        _share(
-            "has_answer_exact_match",
-            _among(answerable, exact_match),
-            **SQUAD,
-            about="exact_match where the text tells the answer (SQuAD 2.0)",
+        _proportion("exact_match", "fraction of outputs that are one of the targets", exact_match, **TARGETS),
+        _mean("squad_f1", "F1 over words, the best over the targets", squad_f1, **TARGETS),
+        _proportion(
+            "has_answer_exact_match", f"exact_match {IN_TEXT}", _where(answerable, exact_match), library="torchmetrics"
         ),
-        _mean("has_answer_f1", _among(answerable, squad_f1), **SQUAD, about="squad_f1 where the text tells the answer"),
-        _share(
+        _mean("has_answer_f1", f"squad_f1 {IN_TEXT}", _where(answerable, squad_f1), library="torchmetrics"),
+        _proportion(
             "no_answer_accuracy",
-            _among(lambda example: not answerable(example), exact_match),
-            **SQUAD,
-            about='share of empty outputs, or "unanswerable", where the text does not tell the answer',
+            'fraction of outputs that are empty or "unanswerable", where the text does not tell the answer',
+            _where(lambda example: not answerable(example), exact_match),
+            library="torchmetrics",
         ),
-        _label("f1", _f1, "two choices, one of them right", "F1 of choice 1 against choice 0"),
-        _label("f1_macro", partial(_f1, average="macro"), ONE, "mean over the labels of the F1 of each"),
-        _label("matthews", _matthews, ONE, "correlation of labels and predictions (Matthews 1975; Gorodkin 2004)"),
+        _label("f1", "F1 of choice 1 against choice 0", _f1, "two choices, one of them right"),
+        _label("f1_macro", "mean over the labels of the F1 of each", partial(_f1, average="macro"), "one right choice"),
+        _label(
+            "matthews", "correlation of labels and predictions (Matthews 1975; Gorodkin 2004)", _matthews, "one right choice"
+        ),
         Metric(
             "bleu",
             "BLEU",
+            about="of the corpus (Papineni et al. 2002)",
             score=_sentence_bleu,
             statistic=_bleu,
-            needs=TARGETS,
+            needs="targets to compare with",
             library="sacrebleu",
             margin=0.5,
-            about="of the corpus (Papineni et al. 2002)",
         ),
-        _rouge("rouge1"),
-        _rouge("rouge2"),
-        _rouge("rougeL"),
+        *map(_rouge, ("rouge1", "rouge2", "rougeL")),
         _mean(
             "chance",
-            _among(lambda example: len(example.choices) > 1, lambda example: len(example.right) / len(example.choices)),
+            "fraction that guessing would get right: a property of the questions",
+            _where(lambda example: len(example.choices) > 1, lambda example: len(example.right) / len(example.choices)),
             judges=False,
             higher_is_better=None,
             interval=None,
-            about="share that guessing would be right in: a property of the questions",
         ),
-        _share(
+        _proportion(
             "rate",
+            "fraction of outputs judged True; an output whose judge was never certain counts as not",
             lambda example: float(example.judged is True),
-            "an output to be judged",
+            needs="an output to be judged",
             higher_is_better=None,
-            about="share of outputs judged True; one whose judge was never certain is not",
         ),
         Metric("average", about="mean of the first metrics of the tasks of a suite"),
     )

@@ -1,4 +1,4 @@
-"""The file of answers: one JSON object a line, appended as each block is answered, so that a killed run loses none of them."""
+"""Write and read the file of answers: a JSON object a line, appended after each block, so that a killed run loses none."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from pytest_lmeval.records._replacing import replacing
 
 
 class AnswerFile:
-    """Answers so far, at `path`; None keeps none."""
+    """The answers so far, at `path`; None keeps none."""
 
     def __init__(self, path: str | Path | None) -> None:
         self.path = None if path is None else Path(path)
 
     def read(self) -> dict[int, Example]:
-        """The answers of an interrupted run, by the number of their row. A line that was cut off is dropped, and said."""
+        """The answers of an interrupted run, by the number of their row. Warns of a line that was cut off, and skips it."""
         found: dict[int, Example] = {}
         if self.path is None or not self.path.exists():
             return found
@@ -38,16 +38,15 @@ class AnswerFile:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "ab+") as file:
-            file.seek(0, os.SEEK_END)
             if file.tell():
                 file.seek(-1, os.SEEK_END)
-                lines = lines if file.read(1) == b"\n" else "\n" + lines  # after one that was cut off
+                lines = lines if file.read(1) == b"\n" else "\n" + lines  # after a line that was cut off
             file.write(lines.encode())
             file.flush()
             os.fsync(file.fileno())
 
     def finish(self, examples: Iterable[Example], final: str | Path | None) -> None:
-        """All answers in the order of their questions at `final`, in one move."""
+        """Write all answers, in the order of their questions, to `final` in one move."""
         if final is not None:
             with replacing(Path(final)) as new:
                 new.write_text("".join(schema.line_of(example) for example in examples), encoding="utf-8")

@@ -1,8 +1,8 @@
-"""The metrics of a task, by the names that it asks for: each is computed from all its answered questions.
+"""Compute the metrics of a task from its answered questions.
 
-n is the number of questions. Intervals are of 95 %; questions of one group are one unit. Shares have Wilson's; means and
-perplexity that of the bootstrap over units; a statistic that is no mean is computed anew for 500 draws of units, and has none
-if a draw leaves it undefined. Below eight units only shares of independent questions have one.
+n is the number of questions. Intervals are of 95 %; questions of one group are one unit. Proportions have Wilson's interval;
+means and perplexity that of the bootstrap over units; a statistic that is no mean is recomputed for 500 draws of units, and has
+no interval if it is undefined for one of them. Below eight units only proportions of independent questions have an interval.
 """
 
 from __future__ import annotations
@@ -50,66 +50,16 @@ LM_EVAL_NAMES = {
     "HasAns_f1": "has_answer_f1",
     "NoAns_exact": "no_answer_accuracy",
 }
-"""Names of lm-evaluation-harness, and ours. It calls several things by one name; which is meant, its task tells."""
+"""Names of lm-evaluation-harness, and ours. Where it calls several metrics by one name, its task tells which is meant."""
 
 
 def metrics_of(names: Sequence[str], task: str) -> list[Metric]:
-    """The metrics that a task asks for, to be found before anything is scored. Imports their libraries.
+    """The metrics of these names; imports their libraries, so that one that is missing is found before anything is scored.
 
-    Raises TaskError for a name that is no metric of answers, telling the nearest, and for a library that is missing, telling
-    how to get it.
+    Raises TaskError for a name that is no metric of answers, with the nearest one, and for a missing library, with the way to
+    install it.
     """
-    found = [_metric(name, task) for name in names]
-    for metric in found:
-        if metric.library is None:
-            continue
-        try:
-            import_module(metric.library)
-        except ImportError as error:
-            package = LIBRARIES.get(metric.library, metric.library)
-            own = "pip install 'pytest-lmeval[tasks]'" if metric.library in LIBRARIES else f"pip install {package}"
-            raise TaskError(
-                f"{task} asks for the metric {metric.name!r}, which is computed by {package}. That cannot be imported "
-                f"({error}), so that no answer could be judged. Install it: {own}"
-            ) from error
-    return found
-
-
-def scored(example: Example, metrics: Sequence[Metric]) -> dict[str, float | None]:
-    """What an example counts in each metric that counts examples.
-
-    Raises TaskError where it has not what a metric needs, and where a metric fails or gives no number that it may give.
-    """
-    for metric in metrics:
-        if not NEEDS[metric.needs](example):
-            raise TaskError(
-                f"{metric.name} is computed from {metric.needs}, and question {example.number} (id {example.id}) has "
-                f"{len(example.choices)} choices, right are {list(example.right)}, its output is {example.output!r}, its "
-                f"targets are {list(example.targets)!r}. Ask for another metric (`lmeval list metrics`)."
-            )
-    return {metric.name: _score(metric, example) for metric in metrics if metric.score is not None}
-
-
-def compute(
-    metrics: Sequence[Metric], examples: Sequence[Example], seed: int = 0, threshold: float | None = None
-) -> dict[str, Value]:
-    """The values of metrics. One about questions with an answer, or about those without, is left out if there are none.
-
-    examples   scored, in any order: it changes nothing
-    threshold  `Task.threshold`, where asking ended as soon as the rate was certain to be above or below: its interval is
-               then one that may be looked at after every answer (see `statistics._sequential`)
-
-    Raises TaskError for no examples.
-    """
-    if not examples:
-        raise TaskError(f"no question was answered, so that nothing can be said of {', '.join(map(str, metrics))}.")
-    ordered = sorted(examples, key=lambda example: (example.id, example.number))
-    found = {metric.name: value for metric in metrics if (value := _value(metric, ordered, seed)) is not None}
-    if threshold is not None and "rate" in found:
-        rate, n = found["rate"], found["rate"].n or 0
-        metric = next(metric for metric in metrics if metric.name == "rate")
-        found["rate"] = metric.value(float(rate), confidence_sequence(round(rate * n), n), n=n)
-    return found
+    return [_metric(name, task) for name in names]
 
 
 def _metric(name: str, task: str) -> Metric:
@@ -122,23 +72,68 @@ def _metric(name: str, task: str) -> Metric:
         raise TaskError(f"{task} asks for the metric {name!r}:{ours} {error}") from None
     if found.score is None and found.statistic is None:
         raise TaskError(f"{task} asks for the metric {name!r}, which is none of answers: it has no score of an example.")
+    if found.library is not None:
+        try:
+            import_module(found.library)
+        except ImportError as error:
+            package = LIBRARIES.get(found.library, found.library)
+            install = "'pytest-lmeval[tasks]'" if found.library in LIBRARIES else package
+            raise TaskError(
+                f"{task} asks for the metric {name!r}, which is computed by {package}. That cannot be imported ({error}), so "
+                f"no answer could be scored. Install it: pip install {install}"
+            ) from error
     return found
+
+
+def scored(example: Example, metrics: Sequence[Metric]) -> dict[str, float | None]:
+    """The score of an example in each metric that has one; None where the metric is not about it.
+
+    Raises TaskError for an example without what a metric needs, and for a metric that fails or gives a number it may not give.
+    """
+    for metric in metrics:
+        if not NEEDS[metric.needs](example):
+            raise TaskError(
+                f"{metric.name} is computed from {metric.needs}, and question {example.number} (id {example.id}) has "
+                f"{len(example.choices)} choices, right are {list(example.right)}, its output is {example.output!r}, its "
+                f"targets are {list(example.targets)!r}. Ask for another metric (`lmeval list metrics`)."
+            )
+    return {metric.name: _score(metric, example) for metric in metrics if metric.score is not None}
 
 
 def _score(metric: Metric, example: Example) -> float | None:
     assert metric.score is not None
-    of = f"the score of {metric.name} of question {example.number} (id {example.id})"
+    what = f"the score of {metric.name} of question {example.number} (id {example.id})"
     try:
         score = metric.score(example)
         number = None if score is None else float(score)
     except Exception as error:
-        raise TaskError(
-            f"{of} failed with {type(error).__name__}: {error}. The metric cannot be computed without it."
-        ) from error
-    if number is not None and not (number in (0, 1) if metric.interval == "share" else math.isfinite(number)):
-        wanted = "1 or 0, since the metric is a share" if metric.interval == "share" else "a finite number"
-        raise TaskError(f"{of} is {number}; it is to be {wanted}, or None where the metric is not about that question.")
+        raise TaskError(f"{what} failed with {type(error).__name__}: {error}. The metric needs the score.") from error
+    binary = metric.interval == "share"
+    if number is not None and not (number in (0, 1) if binary else math.isfinite(number)):
+        wanted = "1 or 0, as interval='share' needs" if binary else "a finite number"
+        raise TaskError(f"{what} is {number}. Return {wanted}, or None where the metric is not about that question.")
     return number
+
+
+def compute(
+    metrics: Sequence[Metric], examples: Sequence[Example], seed: int = 0, threshold: float | None = None
+) -> dict[str, Value]:
+    """The values of metrics. A metric that is about none of the examples is left out.
+
+    examples   scored, in any order: it changes nothing
+    threshold  `Task.threshold`, if asking ended as soon as the rate was certain to be above or below it: the rate then has an
+               interval that holds after every answer at once (see `statistics._sequential`)
+
+    Raises TaskError for no examples.
+    """
+    if not examples:
+        raise TaskError(f"no question was answered, so there is nothing to compute {', '.join(map(str, metrics))} from.")
+    ordered = sorted(examples, key=lambda example: (example.id, example.number))
+    found = {metric.name: value for metric in metrics if (value := _value(metric, ordered, seed)) is not None}
+    if threshold is not None and (rate := found.get("rate")) is not None:
+        n = rate.n or 0
+        found["rate"] = declared("rate").value(float(rate), confidence_sequence(round(rate * n), n), n=n)
+    return found
 
 
 def _value(metric: Metric, examples: Sequence[Example], seed: int) -> Value | None:
@@ -148,13 +143,11 @@ def _value(metric: Metric, examples: Sequence[Example], seed: int) -> Value | No
             return None if estimate is None else metric.value(*estimate, n=len(examples))
         except Exception as error:
             raise TaskError(
-                f"the statistic of {metric.name} failed on {len(examples)} answers with {type(error).__name__}: {error}. It is "
-                "to give a finite number and its interval or None, or None for nothing."
+                f"the statistic of {metric.name} failed on {len(examples)} answers with {type(error).__name__}: {error}. "
+                "Return a finite number with its interval or None; or None for no value."
             ) from error
     counted = [example for example in examples if example.scores[metric.name] is not None]
-    if not counted:
-        return None
-    return metric.value(*_mean(metric, counted, seed), n=len(counted))
+    return metric.value(*_mean(metric, counted, seed), n=len(counted)) if counted else None
 
 
 def _mean(metric: Metric, examples: Sequence[Example], seed: int) -> Estimate:
@@ -169,7 +162,6 @@ def _mean(metric: Metric, examples: Sequence[Example], seed: int) -> Estimate:
         interval = ratio_intervals(sums, [(0, 1)], seed=seed)[0]
     mean = math.fsum(scores) / len(scores)
     try:
-        bounds = interval and (metric.scaled(interval[0]), metric.scaled(interval[1]))
-        return metric.scaled(mean), bounds
+        return metric.scaled(mean), interval and (metric.scaled(interval[0]), metric.scaled(interval[1]))
     except OverflowError as error:
-        raise TaskError(f"the mean of {metric.name} is {mean:.6g}: its exponential is no number that a float holds.") from error
+        raise TaskError(f"the mean of {metric.name} is {mean:.6g}: no float holds its exponential.") from error

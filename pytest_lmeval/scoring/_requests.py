@@ -1,11 +1,11 @@
-"""From a question in words to token ids, by written rules:
+"""Encode questions as token ids for the engine, by these rules:
 
 - Blanks at the end of a prompt belong to what follows it.
-- Prompt and choice are tokenized together, as they would be read. If a token spans the boundary between them, it moves
-  to where all choices still begin as the prompt does alone, for all of them; such questions are counted.
-- The ids that the tokenizer puts before a text stand before the prompt, unless it begins with them in words. An empty prompt
-  is the beginning-of-sequence token.
-- What does not fit the model's context is taken away on the left, also those first ids, and counted; or refused, if asked.
+- Prompt and choice are tokenized together. If a token spans their boundary, scoring begins earlier, where all choices still
+  have the tokens of the prompt alone; such questions are counted as retokenized.
+- The ids that the tokenizer puts before a text stand before the prompt, unless the prompt begins with them in words. An empty
+  prompt is the beginning-of-sequence token.
+- Tokens that do not fit the model's context are dropped on the left, the first ids too, and counted as truncated; or refused.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ Truncate = Literal["left", "refuse"]
 class EncodedQuestion:
     """A question as the model reads it.
 
-    prompt    the whole text that is read before the answer
+    prompt    the whole text before the answer
     key       hash of everything that decides the answer
-    requests  one a choice; for an answer in the model's own words one that holds the prompt alone
+    requests  one for each choice; the prompt alone if the answer is generated
     """
 
     id: str
@@ -46,7 +46,7 @@ class EncodedQuestion:
 
     @property
     def alone(self) -> int:
-        """Tokens that would be read if nothing were shared."""
+        """Number of tokens read if nothing is shared."""
         return sum(len(request.read) for request in self.requests)
 
 
@@ -61,34 +61,35 @@ class Encoder:
 
     def __post_init__(self) -> None:
         if self.truncate not in ("left", "refuse"):
-            raise TaskError(f"truncate={self.truncate!r}: what does not fit is cut on the 'left', or it is an error: 'refuse'.")
+            raise TaskError(f"truncate={self.truncate!r}: what does not fit is cut on the 'left', or an error: 'refuse'.")
         if self.lm.codebooks is not None or self.lm.tokenizer is None:
             what = "reads frames of codes" if self.lm.codebooks is not None else "has no tokenizer"
             raise TaskError(f"{self.lm.spec} {what}, so it cannot be asked {self.task}. Give it an attribute `tokenizer`.")
 
-    def encode(self, question: Question, before: str, *, id: str, number: int) -> EncodedQuestion:  # noqa: A002 - as it is called
-        """`before` is what stands before the prompt: description and examples."""
-        place = f"{self.task}, row {number} ({id})"
+    def encode(self, question: Question, before: str, *, id: str, number: int) -> EncodedQuestion:  # noqa: A002 - its keyword
+        """`before` is the text before the prompt: description and few-shot examples."""
+        where = f"{self.task}, row {number} ({id})"
         prompt = before + question.prompt
         if isinstance(question, Choices):
-            requests, moved = self._choices(prompt, question.choices, place)
+            requests, retokenized = self._choices(prompt, question.choices, where)
+            room = 0
         else:
-            requests, moved = [self._open(prompt, place)], False
-        room = 0 if isinstance(question, Choices) else question.max_tokens
-        fitting = [self._fitted(request, room, place) for request in requests]
-        cut = max(len(request.ids) - len(short.ids) for request, short in zip(requests, fitting, strict=True))
-        key = _hash("|".join(map(repr, [*self._decides, question, prompt])))
-        return EncodedQuestion(id, number, question, prompt, key, fitting, cut, moved)
+            requests, retokenized, room = [self._prompt(prompt, where)], False, question.max_tokens
+        fitted = [self._fitted(request, room, where) for request in requests]
+        truncated = max(len(whole.ids) - len(short.ids) for whole, short in zip(requests, fitted, strict=True))
+        decisive = "|".join(map(repr, [*self._of_all_answers, question, prompt]))
+        key = hashlib.sha256(decisive.encode(errors="surrogatepass")).hexdigest()[:16]
+        return EncodedQuestion(id, number, question, prompt, key, fitted, truncated, retokenized)
 
     @functools.cached_property
-    def _decides(self) -> list[Any]:
-        """What decides all answers, beside the question: looked at once, since looking at a model's weights takes long."""
+    def _of_all_answers(self) -> list[Any]:
+        """What decides all answers, beside the question. Cached: the fingerprint reads all weights."""
         code = getattr(self.task.judge, "__code__", None)
         judge = None if code is None else (code.co_code, code.co_consts, code.co_names)
-        ends = getattr(self.lm.tokenizer, "ends", None)  # of a transformers model: from its settings for generation
+        ends = getattr(self.lm.tokenizer, "ends", None)  # of a transformers model: from its generation config
         return [fingerprint(self.lm), self.lm.dtype, self.lm.limit, ends, self.seed, judge]
 
-    def _choices(self, prompt: str, choices: tuple[str, ...], place: str) -> tuple[list[Request], bool]:
+    def _choices(self, prompt: str, choices: tuple[str, ...], where: str) -> tuple[list[Request], bool]:
         bare = prompt.rstrip()
         blanks, alone = prompt[len(bare) :], self._ids(bare)
         prefix = self._prefix(alone)
@@ -96,46 +97,44 @@ class Encoder:
         boundary = min(common_prefix_len(alone, ids) for ids in together)
         if not boundary + len(prefix):
             raise TaskError(
-                f"{place}: nothing stands before the first token of its choices, so that token cannot be scored. The prompt is "
+                f"{where}: nothing stands before the first token of its choices, so that token cannot be scored. The prompt is "
                 "empty (or merges with the choices), and the tokenizer has no beginning-of-sequence token."
             )
         for choice, ids in zip(choices, together, strict=True):
             if len(ids) <= boundary:
                 raise TaskError(
-                    f"{place}: the choice {choice!r} is empty after tokenizing: {prompt[-20:] + choice!r} has no token more "
-                    f"than {prompt[-20:]!r}, so it would be as likely as nothing, and always win."
+                    f"{where}: the choice {choice!r} is empty after tokenizing: {prompt[-20:] + choice!r} has no token more "
+                    f"than {prompt[-20:]!r}, so its log-likelihood would be 0 and it would always win."
                 )
-        given = len(prefix) + boundary
-        return [Request(np.concatenate([prefix, ids]), given) for ids in together], boundary < len(alone)
+        context_len = len(prefix) + boundary
+        return [Request(np.concatenate([prefix, ids]), context_len) for ids in together], boundary < len(alone)
 
-    def _open(self, prompt: str, place: str) -> Request:
+    def _prompt(self, prompt: str, where: str) -> Request:
         alone = self._ids(prompt)
         ids = np.concatenate([self._prefix(alone), alone])
         if not len(ids):
-            raise TaskError(
-                f"{place}: the prompt is empty, and the tokenizer has no beginning-of-sequence token to begin with."
-            )
+            raise TaskError(f"{where}: the prompt is empty, and the tokenizer has no beginning-of-sequence token.")
         return Request(ids, len(ids))
 
-    def _fitted(self, request: Request, room: int, place: str) -> Request:
-        """The request without what is too much for the model's context on its left; `room` tokens are left for an answer."""
+    def _fitted(self, request: Request, room: int, where: str) -> Request:
+        """The request, cut on the left to the model's context; `room` tokens are left for a generated answer."""
         limit = self.lm.limit
-        most = None if limit is None else limit - room if room else limit + 1  # the last token of a choice is not read
-        if most is None or len(request.ids) <= most:
+        longest = None if limit is None else limit - room if room else limit + 1  # the last token of a choice is not read
+        if longest is None or len(request.ids) <= longest:
             return request
-        cut, answer = len(request.ids) - most, len(request.ids) - request.context_len
+        cut, answer = len(request.ids) - longest, len(request.ids) - request.context_len
         if self.truncate == "refuse" or cut >= request.context_len:
             alone = cut >= request.context_len and answer
             raise TaskError(
-                f"{place} is {len(request.ids):,} tokens"
+                f"{where} is {len(request.ids):,} tokens"
                 + (f", and {room:,} to be generated" if room else "")
                 + f"; {self.lm.spec} reads {limit:,}. "
-                + (f"Its choice alone takes {answer:,}." if alone else "Take fewer shots, or ask for less to be generated.")
+                + (f"Its choice alone takes {answer:,}." if alone else "Take fewer shots, or generate fewer tokens.")
             )
         return Request(request.ids[cut:], request.context_len - cut)
 
     def _prefix(self, ids: np.ndarray) -> np.ndarray:
-        """What stands before a prompt of these ids; nothing more where the text itself begins so."""
+        """The ids [p] before a prompt of these ids; none where the prompt itself begins with them."""
         tokenizer: Any = self.lm.tokenizer
         bos, eos = getattr(tokenizer, "bos", None), getattr(tokenizer, "eos", None)
         prefix = tuple(getattr(tokenizer, "prefix", () if bos is None else (bos,)))
@@ -147,7 +146,3 @@ class Encoder:
     def _ids(self, text: str) -> np.ndarray:
         assert self.lm.tokenizer is not None
         return np.asarray(self.lm.tokenizer.encode(text)[0], dtype=np.int64)
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]

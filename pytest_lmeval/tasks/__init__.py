@@ -1,8 +1,8 @@
-"""Tasks by their names: `find("boolq")`, and suites of them: `find_suite("glue")`.
+"""Find a task by its name, `find("boolq")`, or a suite of tasks, `find_suite("glue")`.
 
-A family of tasks is one file beside this one and one line in pyproject.toml (see `pytest_lmeval.registry`); another package
-registers its own alike. Prompts are those of EleutherAI's lm-evaluation-harness 0.4.13, character for character, but for
-`squad` and `stdlib_next`, which that harness does not have, and for SmallBench's own (`smallbench:sst2`).
+A family of tasks is one file here and one line in pyproject.toml (see `pytest_lmeval.registry`); other packages register theirs
+in the same way. Prompts are those of EleutherAI's lm-evaluation-harness 0.4.13, character for character, except for `squad` and
+`stdlib_next`, which that harness does not have, and for SmallBench, which has its own (`smallbench:sst2`).
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def find(name: str) -> Task:
     found = _registered(name)
     if isinstance(found, Suite):
         raise TaskError(
-            f"{name} is a suite of {len(found.tasks)} tasks, not a task. Ask for all of them and their average by "
-            f'`lmeval.suite(lm, "{name}")`, or for one of them by its name, such as "{found.tasks[0]}".'
+            f'{name} is a suite of {len(found.tasks)} tasks, not a task. Ask all of them by `lmeval.suite(lm, "{name}")`, or '
+            f'one by its name, such as "{found.tasks[0]}".'
         )
     return found
 
@@ -58,7 +58,7 @@ def find_suite(name: str) -> Suite:
 
 
 def names(pattern: str = "*") -> list[str]:
-    """The names of all tasks that match the pattern, without suites.
+    """The names of tasks that match the pattern, without suites.
 
     >>> names("smallbench:*")
     ['smallbench:sst2', 'smallbench:rte', 'smallbench:boolq', 'smallbench:mrpc']
@@ -67,12 +67,12 @@ def names(pattern: str = "*") -> list[str]:
 
 
 def _registered(name: str) -> Task | Suite:
-    """What is registered by this name. What is neither task nor suite makes one of the text behind the colon of the name."""
+    """The task or suite registered by this name; a registered function makes one from the text after the colon of the name."""
     thing, rest = registry.resolve("tasks", name) or (None, None)
     if thing is None or (isinstance(thing, Task | Suite) and rest is not None):
         raise registry.unknown("tasks", name)
     if callable(thing):
         thing = thing(rest or "")
     if not isinstance(thing, Task | Suite):
-        raise TaskError(f"what is registered as the task {name!r} is a {type(thing).__name__}: it must be a Task or a Suite.")
+        raise TaskError(f"the task {name!r} is registered as a {type(thing).__name__}: it must be a Task or a Suite.")
     return thing

@@ -1,7 +1,7 @@
-"""ARC (Clark et al. 2018, arXiv:1803.05457): questions of science from examinations of schools. Prompts of lm_eval.
+"""ARC (Clark et al. 2018, arXiv:1803.05457): science questions from school examinations. Prompts of lm_eval.
 
-The challenge holds those that neither retrieval nor co-occurrence of words answered. Choices are scored by their texts, without
-letters, and are not always four.
+The challenge set holds those that neither retrieval nor word co-occurrence answered. Choices are scored by their texts, without
+letters; there are not always four.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pytest_lmeval.tasks import Choices, Suite, Task, by_name
 
 
 def arc(row: Row) -> Choices:
-    """Choices are called A to E, or 1 to 4; the key is one of their names."""
+    """Choices are labelled A to E, or 1 to 4; the key is a label."""
     answer = row["choices"]["label"].index(row["answerKey"])
     return Choices(f"Question: {row['question']}\nAnswer:", tuple(f" {text}" for text in row["choices"]["text"]), answer)
 

@@ -1,8 +1,7 @@
 """GLUE (Wang et al. 2018, arXiv:1804.07461): sentences and pairs of sentences, each with a label. Prompts of lm_eval.
 
-A page like this and a line in pyproject.toml are all there is to a family: how a row of each task reads, and where its rows
-lie. The test split's labels
-are hidden (-1), so questions are taken from the validation split, and examples to show from the training split.
+A file like this and a line in pyproject.toml make a family: the question of a row of each task, and the dataset of its rows.
+Labels of the test split are hidden (-1), so questions come from the validation split, few-shot examples from the training one.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ def sst2(row: Row) -> Choices:
 
 
 def mrpc(row: Row) -> Choices:
-    """Do two sentences of the news say the same? (Dolan and Brockett 2005)"""
+    """Do two sentences of the news mean the same? (Dolan and Brockett 2005)"""
     pair = f"Sentence 1: {row['sentence1']}\nSentence 2: {row['sentence2']}"
     return Choices(f"{pair}\nQuestion: Do both sentences mean the same thing?\nAnswer:", (" no", " yes"), row["label"])
 
@@ -49,13 +48,13 @@ def qnli(row: Row) -> Choices:
 
 
 def rte(row: Row) -> Choices:
-    """Does one sentence follow from a passage? Label 0 is yes. (Dagan et al. 2005, and the challenges after it)"""
+    """Does a sentence follow from a passage? Label 0 is yes. (Dagan et al. 2005, and the challenges after it)"""
     prompt = f"{row['sentence1']}\nQuestion: {row['sentence2']} True or False?\nAnswer:"
     return Choices(prompt, (" True", " False"), row["label"])
 
 
 def wnli(row: Row) -> Choices:
-    """Is that what the pronoun stood for? Label 1 is yes. (Levesque et al. 2011)"""
+    """Does a sentence with its pronoun replaced follow? Label 1 is yes. (Levesque et al. 2011)"""
     prompt = f"{row['sentence1']}\nQuestion: {row['sentence2']} True or False?\nAnswer:"
     return Choices(prompt, (" False", " True"), row["label"])
 
@@ -78,6 +77,6 @@ SUITE = Suite(
         _task("wnli", wnli),
     ),
 )
-# The same questions about kinds of text that are not in the training split: reported beside mnli, no part of the average.
+# The same questions about genres that are not in the training split: reported beside mnli, no part of the average.
 MISMATCHED = _task("mnli_mismatch", mnli, config="mnli", split="validation_mismatched")
 REGISTERED = by_name(SUITE, *SUITE.tasks, MISMATCHED)

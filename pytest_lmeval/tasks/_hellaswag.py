@@ -1,7 +1,7 @@
-"""HellaSwag (Zellers et al. 2019, arXiv:1905.07830): how does it go on? Prompts of lm_eval.
+"""HellaSwag (Zellers et al. 2019, arXiv:1905.07830): which ending continues a text? Prompts of lm_eval.
 
-The wrong endings were written by a language model, and chosen to fool other models. Endings differ much in length, so that
-accuracy_per_character is the number that is usually quoted.
+A language model wrote the wrong endings, and they were filtered to fool other models. Endings differ much in length, so
+accuracy_per_character is usually quoted.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from pytest_lmeval.tasks import Choices, Task, by_name
 
 
 def hellaswag(row: Row) -> Choices:
-    """The label is a text, and an empty one in the test split, where it is hidden."""
+    """The label is a text; empty in the test split, where it is hidden."""
     scene = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
     label = -1 if row["label"] == "" else int(row["label"])
     return Choices(_clean(scene), tuple(f" {_clean(ending)}" for ending in row["endings"]), label)
 
 
 def _clean(text: str) -> str:
-    """Without the marks that WikiHow's headings left in brackets."""
+    """The text without the bracketed marks that WikiHow's headings left."""
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return text.replace("  ", " ")
 

@@ -1,8 +1,8 @@
 """LAMBADA (Paperno et al. 2016, arXiv:1606.06031): the last word of a passage. Prompts of lm_eval.
 
-People guess the word from the whole passage and not from the last sentence alone. There is one choice, the word: whether the
-model would say it (greedy_match), and how likely it found it (perplexity, of words). The rows are OpenAI's, which keep
-the case and the marks of the books. There are no examples to show: the dataset has only a test split.
+People guess the word from the whole passage but not from the last sentence alone. There is one choice, the word: would the
+model generate it (greedy_match), and how likely is it (perplexity, of words)? The rows are OpenAI's, which keep the books' case
+and punctuation. There are no few-shot examples: the dataset has only a test split.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pytest_lmeval.tasks import Choices, Task, by_name
 
 
 def lambada(row: Row) -> Choices:
-    """The last word is what stands after the last blank."""
+    """The last word is the text after the last blank."""
     passage, _, word = row["text"].rpartition(" ")
     return Choices(passage, (f" {word}",), 0)
 

@@ -1,7 +1,7 @@
 """MMLU (Hendrycks et al. 2021, arXiv:2009.03300): examinations in 57 subjects, four choices each. Prompts of lm_eval.
 
-What is scored is the letter, not the text of the choice. Five examples a subject come with the data (split `dev`); all
-questions are shown the same ones, in the same order. The suite's average counts every question alike, as lm_eval's does.
+The letter of a choice is scored, not its text. The data has five few-shot examples a subject (split `dev`), which all questions
+show in the same order. The suite's average gives every question the same weight, as lm_eval's does.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""What a task is: rows, how a row reads, which answer is right, and what is told of the answers.
+"""Declare a task: rows, the question that each row makes, the right answer, and the metrics.
 
     def ask(row):
         return Choices(f"Is {row['n']} even?\\nAnswer:", (" no", " yes"), answer=1 - row["n"] % 2)
 
     PARITY = Task("parity", [{"n": n} for n in range(100)], ask)
 
-The text of a prompt and of a choice is exactly what the model reads: blanks between them stand where the task put them.
+The model reads the text of prompt and choice exactly as the task gives it, blanks included.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from pytest_lmeval.errors import TaskError
 
 @dataclass(frozen=True)
 class Choices:
-    """A question whose answers are given: each is scored as what follows the prompt.
+    """A question with given answers: each is scored as a continuation of the prompt.
 
-    prompt   what the model reads first; may be empty
-    choices  at least one; with the blank that divides it from the prompt. One alone is a cloze: is it what the model would say?
-    answer   which of them is right; several where any of them is
-    group    what this question shares with others (a passage): their answers depend on one another, and so does the interval
-    texts    what metrics of text compare in place of the choices, one for each: the name that a sentence was filled in with
+    prompt   text before the answer; may be empty
+    choices  at least one, each with the blank that divides it from the prompt. A single one is a cloze: would the model say it?
+    answer   index of the right choice, or indices if any of several is right
+    group    what this question shares with others (a passage): their answers are not independent, and intervals are wider
+    texts    one for each choice, which metrics of text compare in its place: the name that fills the gap of a sentence
     """
 
     prompt: str
@@ -42,44 +42,44 @@ class Choices:
     texts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _refuse_prompt(self.prompt)
+        _check_text("the prompt is a text, and this one", self.prompt)
         for name in ("choices", "texts"):
             object.__setattr__(self, name, _texts(name, getattr(self, name)))
         several = isinstance(self.answer, tuple)
-        object.__setattr__(self, "answer", tuple(map(_whole, self.answers)) if several else _whole(self.answer))
+        object.__setattr__(self, "answer", tuple(map(_as_int, self.answers)) if several else _as_int(self.answer))
         if self.texts and len(self.texts) != len(self.choices):
             raise TaskError(f"{len(self.texts)} texts for {len(self.choices)} choices: there is one for each, or none.")
         if not self.choices or not all(self.choices):
             raise TaskError(f"choices {list(self.choices)!r}: a question has at least one, and each has text to be scored.")
         for answer in self.answers:
-            if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(self.choices):
+            if not _is_number(answer, int) or not 0 <= answer < len(self.choices):
                 raise TaskError(
                     f"the label is {answer!r}, and there are choices 0 to {len(self.choices) - 1} ({list(self.choices)!r}). A "
-                    "row without a label (hidden ones are often -1) cannot be judged: leave it out, or take another split."
+                    "row without a label (hidden ones are often -1) cannot be scored: leave it out, or take another split."
                 )
         if not self.answers:
             raise TaskError(f"none of the choices {list(self.choices)!r} is right.")
 
     @property
     def answers(self) -> tuple[int, ...]:
-        """The right choices."""
+        """Indices of the right choices."""
         return self.answer if isinstance(self.answer, tuple) else (self.answer,)
 
     @property
     def target(self) -> str:
-        """What follows the prompt where this question is an example that is shown."""
+        """The text after the prompt where this question is a few-shot example."""
         return self.choices[self.answers[0]]
 
 
 @dataclass(frozen=True)
 class Generate:
-    """A question that the model answers in its own words.
+    """A question whose answer the model generates.
 
-    prompt       what the model reads first
-    answers      texts that are right; () where there is nothing to compare with (see `Task.judge`)
+    prompt       text before the answer
+    answers      right texts; () if there is nothing to compare with (see `Task.judge`)
     stop         texts that end the answer and are no part of it
-    max_tokens   that are generated at most
-    temperature  0 takes the likeliest token; above, tokens are drawn, by a seed of the row's own
+    max_tokens   largest number of tokens of the answer
+    temperature  0 takes the likeliest token; above 0 tokens are drawn, with a seed for each row
     group        see `Choices`
     """
 
@@ -91,21 +91,21 @@ class Generate:
     group: str | None = None
 
     def __post_init__(self) -> None:
-        _refuse_prompt(self.prompt)
+        _check_text("the prompt is a text, and this one", self.prompt)
         for name in ("answers", "stop"):
             object.__setattr__(self, name, _texts(name, getattr(self, name)))
         if not all(self.stop):
             raise TaskError(f"stop {self.stop!r}: an empty text would end every answer before it began.")
         for name in ("max_tokens", "temperature"):
-            object.__setattr__(self, name, _whole(getattr(self, name)))
+            object.__setattr__(self, name, _as_int(getattr(self, name)))
         if not _is_number(self.max_tokens, Integral) or self.max_tokens < 1:
-            raise TaskError(f"max_tokens is {self.max_tokens!r}: an answer has at least one token, and a whole number of them.")
+            raise TaskError(f"max_tokens is {self.max_tokens!r}: an answer has a whole number of tokens, at least one.")
         if not _is_number(self.temperature, Real) or not 0 <= self.temperature < math.inf:
-            raise TaskError(f"temperature is {self.temperature!r}: a temperature is a finite number, 0 or more.")
+            raise TaskError(f"temperature is {self.temperature!r}: it is a finite number, 0 or more.")
 
     @property
     def target(self) -> str:
-        """What follows the prompt where this question is an example that is shown."""
+        """The text after the prompt where this question is a few-shot example."""
         return f" {self.answers[0]}" if self.answers else ""
 
 
@@ -116,20 +116,19 @@ Judge: TypeAlias = "Callable[[str], bool | None]"
 
 @dataclass(frozen=True)
 class Task:
-    """`rows` and `shots` may be a dataset of the hub or a file (`Rows`), a list, or a function that returns an iterator.
+    """A task. `rows` and `shots` are a dataset of the hub or a file (`Rows`), a list, or a function that returns an iterator.
 
-    name               by which it is asked for and reported
-    rows               where the questions lie
-    ask                how a row reads; None for a row that is no question (it is counted)
-    metrics            see `scoring._answer_metrics.METRICS`; the first is the one that suites average
-    shots              where examples to show are taken from; () for none
-    fewshot_strategy   "draw": each question draws its own, by its own hash; "first": all are shown the first ones
-    description        what stands before everything, once
-    fewshot_delimiter  what stands between an example and what follows it
-    judge              of an answer in the making: True or False as soon as it is certain, else None; see `metrics` "rate"
-    threshold          of the rate of answers that were judged True: is it above or below? Asked no longer than until that is
-                       certain
-    style              whose prompts these are: "lm_eval" are those of that harness; kept in the record
+    name               by which it is found and reported
+    rows               one question each
+    ask                row -> question; None for a row that is none (counted)
+    metrics            see `scoring._answer_metrics.METRICS`; suites average the first
+    shots              rows of few-shot examples; () for none
+    fewshot_strategy   "draw": each question draws its own, by its hash; "first": all show the first ones
+    description        text before everything, once
+    fewshot_delimiter  text after each few-shot example
+    judge              generated text so far -> True or False as soon as that is certain, else None; see the metric "rate"
+    threshold          is the rate of answers judged True above or below it? Asking ends as soon as that is certain
+    style              whose prompts these are, recorded: "lm_eval" are those of that harness
     version            raised when the prompts or the rules change
     """
 
@@ -149,21 +148,18 @@ class Task:
     def __post_init__(self) -> None:
         object.__setattr__(self, "metrics", _texts("metrics", self.metrics))
         if not self.metrics:
-            raise TaskError(f"{self} has no metrics, so that nothing could be told of its answers. Give it one: ('accuracy',).")
+            raise TaskError(f"{self} has no metrics. Give it at least one: ('accuracy',).")
         if self.fewshot_strategy not in ("draw", "first"):
-            raise TaskError(
-                f'{self}: fewshot_strategy is {self.fewshot_strategy!r}. Examples are drawn ("draw"), or the first ones shown '
-                '("first").'
-            )
+            raise TaskError(f"{self}: fewshot_strategy is {self.fewshot_strategy!r}. It is 'draw' or 'first'.")
         if self.threshold is None:
             return
         if not _is_number(self.threshold, Real) or not 0 < self.threshold < 1:
-            raise TaskError(f"{self}: threshold is {self.threshold!r}, and a rate is compared with a number between 0 and 1.")
+            raise TaskError(f"{self}: threshold is {self.threshold!r}. A rate is compared with a number between 0 and 1.")
         if self.judge is None or "rate" not in self.metrics:
+            lacks = "no judge" if self.judge is None else f"no metric 'rate' among {', '.join(self.metrics)}"
             raise TaskError(
-                f"{self}: a threshold is compared with the rate of answers that were judged True, and there is "
-                + ("no judge." if self.judge is None else f"no metric 'rate' among {', '.join(self.metrics)}.")
-                + " Give the task a judge and the metric 'rate', or no threshold."
+                f"{self}: a threshold is compared with the rate of answers judged True, and there is {lacks}. Give the task "
+                "both, or no threshold."
             )
 
     def __str__(self) -> str:
@@ -172,7 +168,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Suite:
-    """Tasks whose first metrics are averaged: each counts the same, or by its number of questions if `weighted`."""
+    """Tasks whose first metrics are averaged, each with the same weight, or with its number of questions if `weighted`."""
 
     name: str
     tasks: tuple[Task, ...]
@@ -183,67 +179,63 @@ class Suite:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tasks", _several("tasks", self.tasks))
+        names = list(map(str, self.tasks))
         if not self.tasks or not all(isinstance(task, Task) for task in self.tasks):
             raise TaskError(
-                f"the suite {self.name} has tasks {list(map(str, self.tasks))}: it has at least one, and each is a Task (see "
-                "`tasks.find`)."
+                f"the suite {self.name} has tasks {names}: it has at least one, and each is a Task (see `tasks.find`)."
             )
-        if twice := [name for name, times in Counter(map(str, self.tasks)).items() if times > 1]:
+        if twice := [name for name, times in Counter(names).items() if times > 1]:
             raise TaskError(
-                f"the suite {self.name} has several tasks called {' and '.join(twice)}. Its results are kept by name, so that "
-                "one would take the place of the other: give each a name of its own."
+                f"the suite {self.name} has several tasks called {' and '.join(twice)}. Results are kept by name: give each "
+                "task a name of its own."
             )
-        if "average" in map(str, self.tasks):
+        if "average" in names:
             raise TaskError(f"a task of the suite {self.name} is called 'average', as its average is. Give it another name.")
 
 
 def id_of(row: Row) -> str:
-    """Sixteen hex digits of a row's content: what it is called in files, and what its draws depend on."""
+    """Sixteen hex digits that hash a row's content: its id in files, and the seed of its draws."""
     content = json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(content.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def by_name(*items: Task | Suite) -> dict[str, Task | Suite]:
-    """Tasks and suites by their names: what an entry point of a family leads to (see `pytest_lmeval.registry`)."""
+    """Tasks and suites by their names: the object of a family's entry point (see `pytest_lmeval.registry`)."""
     found = {item.name: item for item in items}
     if len(found) < len(items):
-        raise TaskError(f"two of {', '.join(map(str, items))} have the same name, so that one could not be found by it.")
+        raise TaskError(f"two of {', '.join(map(str, items))} have the same name, so only one would be found.")
     return found
 
 
 def _several(name: str, value: Any) -> tuple[Any, ...]:
-    """The values as a tuple. A single text is one of letters to Python, and never meant so."""
+    """The values as a tuple. A single text is refused: Python would take it for a sequence of letters."""
     if isinstance(value, str) or not isinstance(value, Iterable):
-        one = repr(value) if isinstance(value, str) else str(value)  # of a task its name, and not its rows
-        raise TaskError(f"{name} is {one}, where several may stand. Write a tuple, with a comma if it is one: ({one},)")
+        one = repr(value) if isinstance(value, str) else str(value)  # a task's name instead of its rows
+        raise TaskError(f"{name} is {one}, which is not a sequence. Write a tuple, with a comma if it is one: ({one},)")
     return tuple(value)
 
 
 def _texts(name: str, value: Any) -> tuple[str, ...]:
     texts = _several(name, value)
     for text in texts:
-        _refuse_text(f"{name} {texts!r}: each is a text, and one", text)
+        _check_text(f"{name} {texts!r}: each is a text, and one", text)
     return texts
 
 
-def _refuse_prompt(prompt: Any) -> None:
-    _refuse_text("the prompt is a text, and this one", prompt)
-
-
-def _refuse_text(what: str, text: Any) -> None:
+def _check_text(what: str, text: Any) -> None:
     if not isinstance(text, str):
         raise TaskError(f"{what} is {text!r}, of type {type(text).__name__}.")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise TaskError(
-            f"{what} has half a character, {text[error.start]!r} at {error.start}, which no tokenizer can read. Mend or leave "
-            "out its row: such halves are left where a text was cut, or decoded wrongly."
+            f"{what} has a lone surrogate, {text[error.start]!r} at {error.start}, which no tokenizer can read. Correct or "
+            "leave out its row: its text was cut inside a character, or decoded wrongly."
         ) from None
 
 
-def _whole(value: Any) -> Any:
-    """Whole numbers of numpy as Python's own; whatever else there is, as it is."""
+def _as_int(value: Any) -> Any:
+    """An integer of numpy as one of Python; any other value unchanged."""
     return operator.index(value) if _is_number(value, Integral) else value
 
 

@@ -1,7 +1,7 @@
-"""SmallBench: four tasks that small models can do, with short prompts of their own: `smallbench:sst2` and so on.
+"""SmallBench: four tasks for small models, with short prompts of their own: `smallbench:sst2` and so on.
 
-A choice counts by the mean of its tokens' log-probabilities, so accuracy_per_token stands first. SmallBench takes 500 + 277 +
-500 + 408 rows of the validation splits, after shuffling them with seed 42; here they come in their own order.
+Choices are compared by the mean log-probability of their tokens: accuracy_per_token comes first. SmallBench takes 500 + 277 +
+500 + 408 rows of the validation splits, shuffled with seed 42; here rows keep their order.
 """
 
 from __future__ import annotations

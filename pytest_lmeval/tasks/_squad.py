@@ -1,7 +1,7 @@
-"""SQuAD 1.1 (Rajpurkar et al. 2016, arXiv:1606.05250) and 2.0 (2018, arXiv:1806.03822): an answer in the model's own words.
+"""SQuAD 1.1 (Rajpurkar et al. 2016, arXiv:1606.05250) and 2.0 (2018, arXiv:1806.03822): generated answers.
 
-A paragraph of Wikipedia, a question about it, and what several people marked as the answer: any of their texts is right.
-The prompt is that of lm_eval's squadv2; lm_eval 0.4.13 has no task for SQuAD 1.1, which is asked in the same way here.
+A paragraph of Wikipedia, a question about it, and the texts that several people marked as the answer: any is right. The prompt
+is that of lm_eval's squadv2; lm_eval 0.4.13 has no task for SQuAD 1.1, which is asked in the same way here.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pytest_lmeval.data import Row, Rows
 from pytest_lmeval.errors import TaskError
 from pytest_lmeval.tasks import Generate, Task, by_name, id_of
 
-UNANSWERABLE = "unanswerable"  # what a model is to say, and is shown in examples, where the paragraph does not tell
+UNANSWERABLE = "unanswerable"  # the answer of few-shot examples where the paragraph does not tell it
 
 
 def _prompt(row: Row) -> str:
@@ -18,19 +18,19 @@ def _prompt(row: Row) -> str:
 
 
 def squad(row: Row) -> Generate:
-    """Every question has an answer that stands in the paragraph."""
+    """Every question has an answer in the paragraph."""
     if not row["answers"]["text"]:
         raise TaskError(
-            "there is no answer, and each question of SQuAD 1.1 has one. Those of 2.0 are asked by the task squadv2."
+            "there is no answer, and each question of SQuAD 1.1 has one. Rows of 2.0 are asked by the task squadv2."
         )
     return Generate(_prompt(row), tuple(row["answers"]["text"]), group=id_of({"context": row["context"]}))
 
 
 def squadv2(row: Row) -> Generate:
-    """Half of the questions have no answer in the paragraph: saying so, or nothing, is right then.
+    """Half of the questions have no answer in the paragraph: "unanswerable" or an empty output is right then.
 
-    lm_eval 0.4.13 shows "unanswerable" in its examples and counts it as wrong: of such questions only an empty answer is right
-    there, since its threshold for the probability of "unanswerable" is 1 and is never crossed.
+    lm_eval 0.4.13 shows "unanswerable" in its few-shot examples and counts it as wrong: only an empty output is right there,
+    since its threshold for the probability of "unanswerable" is 1 and is never crossed.
     """
     answers = tuple(row["answers"]["text"]) or (UNANSWERABLE, "")
     return Generate(_prompt(row), answers, group=id_of({"context": row["context"]}))

@@ -1,10 +1,10 @@
-"""Which of four texts goes on from here? From the documentation that every CPython carries, so nothing is downloaded.
+"""Which of four texts continues a passage of CPython's documentation? Every Python has it, so nothing is downloaded.
 
-The passage is some 200 bytes of one document of the corpus `stdlib` (test split), and the right continuation is the 60 bytes
-after it. The three others go on from other passages of the same document, so that they are of its subject and its style; all
-are equally long, so that no score needs to be divided by a length. Guessing is right in one of four.
+A passage is some 200 bytes of a document of the corpus `stdlib` (test split); the right continuation is the next 60 bytes. The
+three others continue other passages of the same document, so they share its subject and style; all have the same length, so no
+score is divided by one. Guessing gets one in four right.
 
-Everything is drawn by hashes: the questions are the same in every run with the same version of Python.
+Everything is drawn by hashes: questions are the same in every run with the same version of Python.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from pytest_lmeval.data import Document, Row, corpus
 from pytest_lmeval.tasks import Choices, Task, by_name, id_of
 
 QUESTIONS = 200
-PASSAGE = re.compile(r"(?<!\S)(\S.{198,}?\S)( \S.{58})", re.DOTALL)  # from a word's beginning to a word's end, and 60 more
+PASSAGE = re.compile(r"(?<!\S)(\S.{198,}?\S)( \S.{58})", re.DOTALL)  # whole words, and 60 bytes more
 
 
 def stdlib_next(row: Row) -> Choices:
-    """Passages of one document share its subject, and each other's continuations."""
+    """Passages of one document share its subject and continuations, so they are one group."""
     return Choices(row["passage"], tuple(row["continuations"]), row["answer"], group=row["document"])
 
 
 def rows() -> Iterator[Row]:
-    """Questions in the order of their hashes, so that the first ones are from everywhere.
+    """Questions in the order of their hashes, so that the first ones come from many documents.
 
     >>> row = next(rows())
     >>> len(row["continuations"]), {len(text) for text in row["continuations"]}

@@ -1,6 +1,6 @@
-"""SuperGLUE (Wang et al. 2019, arXiv:1905.00537): what was still hard when GLUE was solved. Prompts of lm_eval.
+"""SuperGLUE (Wang et al. 2019, arXiv:1905.00537): harder tasks after GLUE was solved. Prompts of lm_eval.
 
-Where rows share a passage, their answers are not independent: `group` says so, and the intervals are wider for it.
+Answers to rows that share a passage are not independent: these rows have one `group`, which widens the intervals.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pytest_lmeval.tasks import Ask, Choices, Suite, Task, by_name, id_of
 
 
 def boolq(row: Row) -> Choices:
-    """A question that somebody asked a search engine, and a passage that answers it. (Clark et al. 2019)"""
+    """A question asked of a search engine, and a passage that answers it. (Clark et al. 2019)"""
     prompt = f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:"
     return Choices(prompt, (" no", " yes"), row["label"], group=id_of({"passage": row["passage"]}))
 
@@ -25,8 +25,8 @@ def cb(row: Row) -> Choices:
 def copa(row: Row) -> Choices:
     """Which of two sentences is the cause, or the effect, of a third? (Roemmele et al. 2011)
 
-    The premise ends in a stop, which is dropped so that the sentence goes on. Two blanks stand before a choice: lm_eval puts
-    one there, and its choices bring one along.
+    The premise's full stop is dropped, so that the choice continues the sentence. Two blanks come before a choice: lm_eval adds
+    one, and its choices have one.
     """
     connector = {"cause": "because", "effect": "therefore"}[row["question"]]
     choices = tuple(f"  {text[0].lower()}{text[1:]}" for text in (row["choice1"], row["choice2"]))
@@ -34,10 +34,10 @@ def copa(row: Row) -> Choices:
 
 
 def multirc(row: Row) -> Choices:
-    """Is this an answer to that question about a paragraph? Several may be. (Khashabi et al. 2018)
+    """Is this a right answer to a question about a paragraph? Several may be. Label 1 is yes. (Khashabi et al. 2018)
 
-    Label 1 says that it is one. lm_eval 0.4.13 has the same two texts with "yes" first, takes the label for the place of the
-    right one, and so counts every answer the wrong way round: but for ties, its accuracy is 1 - ours.
+    lm_eval 0.4.13 has the same two texts with "yes" first, takes the label for the index of the right one, and so counts every
+    answer the wrong way round: except for ties, its accuracy is 1 - ours.
     """
     choices = tuple(f" {row['answer']}\nIs the answer correct? {word}" for word in ("no", "yes"))
     prompt = f"{row['paragraph']}\nQuestion: {row['question']}\nAnswer:"
@@ -45,19 +45,19 @@ def multirc(row: Row) -> Choices:
 
 
 def record(row: Row) -> Choices:
-    """Which name of the article fills the gap in a sentence about it? Any of several may. (Zhang et al. 2018)"""
+    """Which name in the article fills the gap in a sentence about it? Several may be right. (Zhang et al. 2018)"""
     article, *highlights = row["passage"].strip().split("\n@highlight\n")
     prompt = f"{article}\n\n" + "".join(f"  - {highlight}.\n" for highlight in highlights)
     entities, right = sorted(set(row["entities"])), sorted(set(row["answers"]))
     if not set(right) <= set(entities):
         raise TaskError(f"the answers {right!r} are not all among the entities {entities!r}, so they could not be chosen.")
     choices = tuple(f"   - {row['query']}".replace("@placeholder", entity) for entity in entities)
-    places = tuple(map(entities.index, right))
-    return Choices(prompt, choices, places, group=id_of({"passage": row["passage"]}), texts=tuple(entities))
+    answers = tuple(map(entities.index, right))
+    return Choices(prompt, choices, answers, group=id_of({"passage": row["passage"]}), texts=tuple(entities))
 
 
 def rte(row: Row) -> Choices:
-    """The rows of GLUE's rte, under the names that SuperGLUE gave its fields."""
+    """The rows of GLUE's rte, with other field names."""
     prompt = f"{row['premise']}\nQuestion: {row['hypothesis']} True or False?\nAnswer:"
     return Choices(prompt, (" True", " False"), row["label"])
 
@@ -71,10 +71,10 @@ def wic(row: Row) -> Choices:
 
 
 def wsc(row: Row) -> Choices:
-    """Does a pronoun stand for that noun? Only knowing the world tells. (Levesque et al. 2011)
+    """Does a pronoun refer to a noun? World knowledge is needed to tell. (Levesque et al. 2011)
 
-    The pronoun's place is counted in words. What follows it begins one character after it, the blank between them included,
-    as in lm_eval; where the text has two blanks in a row, or begins with the pronoun, some letters come twice or are lost.
+    The pronoun's index counts words. The text after it begins one character after its end, blank included, as in lm_eval; where
+    the text has two blanks in a row, or begins with the pronoun, some letters are repeated or lost.
     """
     text, pronoun = row["text"], row["span2_text"]
     before = " ".join(text.split()[: row["span2_index"]])
