@@ -1,4 +1,4 @@
-"""Which tokens are trained and evaluated on, in which order: decided by the text and the protocol, never by the model."""
+"""Choose the tokens to train and evaluate on, and their order: by text and protocol, never by the model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pytest_lmeval.training._protocol import Protocol
 
 
 def readable_again(lm: Model, source: Corpus | Iterable[Any], limit: int) -> Corpus:
-    """A corpus that is known again by its fingerprint. What has none, as an iterator, is read now: it may change later."""
+    """A corpus with a fingerprint. Reads sources without one, such as iterators, now."""
     corpus = as_corpus(source)
     if corpus.fingerprint:
         return corpus
@@ -29,7 +29,7 @@ def readable_again(lm: Model, source: Corpus | Iterable[Any], limit: int) -> Cor
 
 
 def read(lm: Model, corpus: Corpus, limit: int) -> np.ndarray:
-    """The first `limit` tokens of a corpus, [n] int32, its documents one after the other; what comes after is not looked at.
+    """The first `limit` tokens of a corpus, [n] int32, its documents joined; reads no further.
 
     Raises StreamError for a token outside the vocabulary, CorpusError for a text that cannot be read.
     """
@@ -46,15 +46,14 @@ def read(lm: Model, corpus: Corpus, limit: int) -> np.ndarray:
 
 
 def steps_an_epoch(tokens: np.ndarray, protocol: Protocol, name: str) -> int:
-    """Updates in one pass over the tokens. Raises CorpusError where they do not fill one batch."""
+    """The number of updates in one pass over the tokens. Raises CorpusError if they do not fill one batch."""
     steps = (len(tokens) - 1) // protocol.seq_len // protocol.batch_size
     if steps < 1:
         needed = protocol.batch_size * protocol.seq_len + 1
-        cut = f" (the protocol reads no more than tokens={protocol.tokens:,})" if len(tokens) == protocol.tokens else ""
+        cut = f" (the protocol reads at most tokens={protocol.tokens:,})" if len(tokens) == protocol.tokens else ""
         raise CorpusError(
-            f"{name} gave {len(tokens):,} tokens{cut}, and one batch of {protocol.batch_size} crops of {protocol.seq_len} "
-            f"tokens needs {needed:,}: an epoch would end before its first update. Give more text, or take a smaller "
-            "batch_size or seq_len."
+            f"{name} gave {len(tokens):,} tokens{cut}, but one batch of {protocol.batch_size} crops of {protocol.seq_len} "
+            f"tokens needs {needed:,}. Give more text, or take a smaller batch_size or seq_len."
         )
     return steps
 
@@ -62,9 +61,9 @@ def steps_an_epoch(tokens: np.ndarray, protocol: Protocol, name: str) -> int:
 def batches(tokens: np.ndarray, protocol: Protocol, *, first: int = 0) -> Iterator[Tensor]:
     """The batches of all updates from `first` on, without end: [batch_size, seq_len + 1] int64.
 
-    In an epoch each crop comes once, in an order drawn from (seed, epoch); those that fill no batch are left out, others in
-    every epoch. Neighbours share one token, the last target of one and the first input of the next. Where the first of them
-    begins is drawn too, as far as there are tokens to spare.
+    Each epoch reads each crop once, in an order drawn from (seed, epoch), and leaves out those that fill no batch. Neighbouring
+    crops have one token in common: the last target of one is the first input of the next. The beginning of the first crop is
+    drawn, too, within the spare tokens.
     """
     crops = (len(tokens) - 1) // protocol.seq_len
     steps = crops // protocol.batch_size
