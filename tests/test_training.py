@@ -1,5 +1,6 @@
 """One protocol for all models: the same tokens, resumable to the bit, cached, and clear about what goes wrong."""
 
+import io
 import json
 import math
 import os
@@ -8,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from dataclasses import replace
 from functools import cache
 from itertools import islice
@@ -80,6 +80,12 @@ def reference():
     return trained()
 
 
+def only(folder, name):
+    """The only file of this name among the trainings of an output folder."""
+    (file,) = folder.glob(f"models/*/{name}")
+    return file
+
+
 @pytest.fixture
 def save_each_step(monkeypatch):
     monkeypatch.setattr(Saver, "PAUSE", 0.0)
@@ -96,24 +102,11 @@ def test_a_training_has_one_end():
         Protocol(steps=5, epochs=2)
 
 
-INVALID = {
-    "steps": [0, 1.5],
-    "epochs": [-1],
-    "batch_size": [0],
-    "seq_len": [True],
-    "tokens": [None],
-    "lr": [0.0, float("nan")],
-    "warmup": [1.0],
-    "schedule": ["constant"],
-    "weight_decay": [-0.1],
-    "betas": [(0.9, 1.0), 0.9],
-    "clip": [0],
-    "seed": [-1, 1 << 31],
-    "eval_every": [0],
-}
-
-
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in INVALID.items() for value in values])
+@pytest.mark.parametrize(("name", "value"), [
+    ("steps", 0), ("steps", 1.5), ("epochs", -1), ("batch_size", 0), ("seq_len", True), ("tokens", None), ("lr", 0.0),
+    ("lr", float("nan")), ("warmup", 1.0), ("schedule", "constant"), ("weight_decay", -0.1), ("betas", (0.9, 1.0)),
+    ("betas", 0.9), ("clip", 0), ("seed", -1), ("seed", 1 << 31), ("eval_every", 0),
+])  # fmt: skip
 def test_an_invalid_setting_is_refused_by_name(name, value):
     with pytest.raises(ProtocolError, match=rf"{name}=.*; {name} must be "):
         Protocol(**{name: value})
@@ -133,15 +126,14 @@ def test_the_learning_rate_rises_to_its_maximum_and_falls_to_a_tenth(steps, warm
 
 # -------------------------------------------------------------------------------------------------- batches
 
-shapes = st.tuples(st.integers(1, 9), st.integers(1, 4), st.integers(0, 40)).map(
-    lambda drawn: (drawn[0], drawn[1], drawn[0] * drawn[1] + 1 + drawn[2])
-)
+BATCHES = st.builds(Protocol, seq_len=st.integers(1, 9), batch_size=st.integers(1, 4), seed=st.integers(0, 5))
+SPARE = st.integers(1, 40)  # tokens beyond one batch
 
 
-def an_epoch(seq_len, batch_size, length, seed=0, first=0):
-    protocol = Protocol(seq_len=seq_len, batch_size=batch_size, seed=seed)
-    steps = (length - 1) // seq_len // batch_size
-    return list(islice(batches(np.arange(length), protocol, first=first), steps))
+def an_epoch(protocol, length, first=0):
+    return list(
+        islice(batches(np.arange(length), protocol, first=first), (length - 1) // protocol.seq_len // protocol.batch_size)
+    )
 
 
 def targets_are_unique(epoch):
@@ -149,30 +141,27 @@ def targets_are_unique(epoch):
     return len(targets.unique()) == len(targets)
 
 
-@given(shapes, st.integers(0, 5))
-def test_an_epoch_reads_each_target_once_except_for_less_than_a_batch_and_a_crop(shape, seed):
-    seq_len, batch_size, length = shape
-    epoch = an_epoch(*shape, seed=seed)
-    assert all(batch.shape == (batch_size, seq_len + 1) for batch in epoch)
+@given(BATCHES, SPARE)
+def test_an_epoch_reads_each_target_once_except_for_less_than_a_batch_and_a_crop(protocol, spare):
+    size, crop = protocol.batch_size, protocol.seq_len
+    epoch = an_epoch(protocol, size * crop + spare)
+    assert all(batch.shape == (size, crop + 1) for batch in epoch)
     assert all((batch.diff(dim=1) == 1).all() for batch in epoch)  # each crop is a piece of the text
     assert targets_are_unique(epoch)
     assert not targets_are_unique([*epoch, epoch[0]])
-    assert length - 1 - sum(batch[:, 1:].numel() for batch in epoch) < batch_size * seq_len + seq_len
+    assert size * crop + spare - 1 - sum(batch[:, 1:].numel() for batch in epoch) < size * crop + crop
 
 
-@given(shapes, st.integers(0, 30))
-def test_batches_can_start_at_any_step(shape, first):
-    seq_len, batch_size, length = shape
-    protocol = Protocol(seq_len=seq_len, batch_size=batch_size)
-    every = list(islice(batches(np.arange(length), protocol), first + 3))
-    later = list(islice(batches(np.arange(length), protocol, first=first), 3))
+@given(BATCHES, SPARE, st.integers(0, 30))
+def test_batches_can_start_at_any_step(protocol, spare, first):
+    ids = np.arange(protocol.batch_size * protocol.seq_len + spare)
+    every, later = (list(islice(batches(ids, protocol, first=begin), n)) for begin, n in ((0, first + 3), (first, 3)))
     assert all(torch.equal(one, other) for one, other in zip(every[first:], later, strict=True))
 
 
 def test_each_epoch_and_each_seed_has_its_own_order():
-    orders = [an_epoch(4, 2, 100, seed, first) for seed, first in ((0, 0), (0, 12), (1, 0))]
-    orders = [tuple(torch.cat(order)[:, 0].tolist()) for order in orders]
-    assert len(set(orders)) == 3
+    epochs = [an_epoch(Protocol(seq_len=4, batch_size=2, seed=seed), 100, first) for seed, first in ((0, 0), (0, 12), (1, 0))]
+    assert len({tuple(torch.cat(epoch)[:, 0].tolist()) for epoch in epochs}) == 3
 
 
 @given(st.integers(1, 9), st.integers(1, 400), st.integers(1, 300))
@@ -186,17 +175,9 @@ def test_held_out_crops_are_spread_over_the_whole_text(seq_len, extra, wanted):
 
 
 class Recording(Functional):
-    """Records the ids that it is trained on."""
+    """Records the ids that it, and its copies, are trained on."""
 
-    def __init__(self, **options):
-        super().__init__(**options)
-        self.read = []
-
-    def __deepcopy__(self, memo):
-        copied = type(self)(width=self.head.in_features)
-        copied.load_state_dict(self.state_dict())
-        copied.read = self.read
-        return copied
+    read = []
 
     def forward(self, input_ids, state=None):
         if self.training:
@@ -205,13 +186,14 @@ class Recording(Functional):
 
 
 def test_all_models_read_the_same_tokens_in_the_same_order():
-    small, large = Recording(width=4), Recording(width=16)
-    for module in (small, large):
-        lm = as_model(module)
-        module.read.clear()
+    read = []
+    for width in (4, 16):
+        lm = as_model(Recording(width=width))
+        Recording.read.clear()
         run_training(lm, TEXT, protocol=SMALL)
-    assert len(small.read) == 12 + 1  # one more to count the operations of a step
-    assert torch.equal(torch.stack(small.read), torch.stack(large.read))
+        read.append(torch.stack(Recording.read))
+    assert len(read[0]) == 12 + 1  # one more to count the operations of a step
+    assert torch.equal(*read)
 
 
 def test_an_endless_corpus_is_read_up_to_the_tokens_of_the_protocol():
@@ -228,36 +210,26 @@ def test_an_endless_corpus_is_read_up_to_the_tokens_of_the_protocol():
 # ------------------------------------------------------------------------------------------------- training
 
 
-def bare_loop(module, ids, held_out, protocol):
-    """The same training without the harness."""
-    groups = [
-        {"params": [p for p in module.parameters() if p.ndim > 1], "weight_decay": protocol.weight_decay},
-        {"params": [p for p in module.parameters() if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=protocol.lr, betas=protocol.betas)
-    losses = []
-    for step, crops in enumerate(islice(batches(ids, protocol), protocol.steps)):
+def test_it_equals_a_bare_loop():
+    result, module, losses = reference(), Functional(), []
+    matrices, others = ([p for p in module.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False))
+    groups = [{"params": matrices, "weight_decay": SMALL.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=SMALL.lr, betas=SMALL.betas)
+
+    def loss_of(crops):
+        return F.cross_entropy(module(crops[:, :-1])[0].flatten(0, 1), crops[:, 1:].flatten())
+
+    for step, crops in enumerate(islice(batches(TEXT, SMALL), 12)):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(protocol, step, protocol.steps)
-        logits, _ = module(crops[:, :-1])
-        loss = F.cross_entropy(logits.flatten(0, 1), crops[:, 1:].flatten())
+            group["lr"] = learning_rate(SMALL, step, 12)
+        loss = loss_of(crops)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(module.parameters(), protocol.clip)
+        nn.utils.clip_grad_norm_(module.parameters(), SMALL.clip)
         optimizer.step()
         losses.append(loss.item())
-    with torch.no_grad():
-        nll = [
-            F.cross_entropy(module(crops[:, :-1])[0].flatten(0, 1), crops[:, 1:].flatten()).item()
-            for crops in held_out_batches(held_out, protocol, "")
-        ]
-    return losses, sum(nll) / len(nll)
-
-
-def test_it_equals_a_bare_loop():
-    result, module = reference(), Functional()
-    losses, nll = bare_loop(module, TEXT, UNSEEN, SMALL)
     assert result.curve.y == losses
+    nll = np.mean([loss_of(crops).item() for crops in held_out_batches(UNSEEN, SMALL, "")])
     assert float(result.record.metrics["nll_last"]) == pytest.approx(nll, rel=1e-6)
     assert result.best_step == 12
     assert same(weights(result), module.state_dict())
@@ -314,7 +286,7 @@ def test_a_state_in_a_buffer_is_not_part_of_the_trained_weights(save_each_step, 
     result = trained(Buffered(), folder=tmp_path)
     assert result.curve.y == reference().curve.y
     assert result.lm.module.held.shape == (1, 1, 16)
-    again = run_training(result.lm, TEXT, held_out=UNSEEN, protocol=SHORT)  # no graph is left in it, so it can be copied
+    again = trained(result.lm, protocol=SHORT)  # no graph is left in it, so it can be copied
     assert again.nll < 3.5
     cached = trained(Buffered(), folder=tmp_path)
     assert cached.cached
@@ -327,7 +299,7 @@ def test_the_given_model_and_the_random_state_do_not_change():
     lm = as_model(module)
     before, random = fingerprint(lm), torch.get_rng_state()
     kept = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    result = run_training(lm, TEXT, held_out=UNSEEN, protocol=SHORT)
+    result = trained(lm, protocol=SHORT)
     assert same(kept, module.state_dict())
     assert fingerprint(lm) == before != fingerprint(result.lm)
     assert torch.equal(torch.get_rng_state(), random)
@@ -378,7 +350,7 @@ class Tied(nn.Module):
 
 def test_tied_weights_are_saved_once_and_stay_tied(tmp_path):
     result = trained(Tied(), protocol=SHORT, folder=tmp_path)
-    (file,) = tmp_path.glob("models/*/best.safetensors")
+    file = only(tmp_path, "best.safetensors")
     assert "head.weight" not in load_file(file)
     loaded = load_weights(as_model(Tied()), file)
     assert loaded.module.head.weight is loaded.module.embed.weight
@@ -408,7 +380,7 @@ def test_the_record_has_settings_curves_and_costs():
     module = as_model(Demo(width=16, layers=1, heads=2, window=9, kernel=3, hidden=16))
     ids = torch.randint(0, 256, (2000,), generator=torch.Generator().manual_seed(0))
     protocol = replace(SMALL, steps=None, epochs=2)
-    record = run_training(module, ids, held_out=ids.flip(0), protocol=protocol).record
+    record = trained(module, ids, held_out=ids.flip(0), protocol=protocol).record
     per_epoch = 1999 // 16 // 4
     steps = 2 * per_epoch
     assert (record.kind, record.subject) == ("train", "ids[test]")
@@ -416,9 +388,8 @@ def test_the_record_has_settings_curves_and_costs():
     assert record.settings["lr"] == protocol.lr
     assert record.settings["data"] != record.settings["held_out_data"]
     assert record.cost.tokens == steps * 64
-    assert record.cost.flops == record.metrics["flops_total"] == sum(
-        record.metrics[f"flops_{way}"] for way in ("forward", "backward")
-    )  # fmt: skip
+    flops = [record.metrics[f"flops_{way}"] for way in ("total", "forward", "backward")]
+    assert record.cost.flops == flops[0] == sum(flops[1:])
     assert record.metrics["parameters"] == sum(parameter.numel() for parameter in module.module.parameters())
     assert record.metrics["model_bytes"] == 4 * record.metrics["parameters"]
     assert float(record.metrics["tokens_per_second"]) == pytest.approx(steps * 64 / record.cost.seconds)
@@ -484,13 +455,10 @@ def test_everything_that_decides_the_outcome_belongs_to_the_key(tmp_path):
     assert [cached(ids=iter(np.split(TEXT, 4))) for _ in range(2)] == [False, True]
 
 
-def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
+def test_only_a_given_folder_is_written_and_says_what_was_trained(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     trained(protocol=SHORT)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_folder_says_what_was_trained_in_it(tmp_path):
     result = trained(protocol=SHORT, folder=tmp_path)
     (folder,) = (tmp_path / "models").iterdir()
     assert sorted(path.name for path in folder.iterdir()) == ["best.safetensors", "protocol.json", "record.json"]
@@ -504,7 +472,7 @@ def test_the_folder_says_what_was_trained_in_it(tmp_path):
 @pytest.mark.parametrize("how", ["truncated", "empty", "another"])
 def test_a_broken_file_is_reported_and_the_model_trained_anew(tmp_path, name, how):
     first = trained(protocol=SHORT, folder=tmp_path)
-    (file,) = tmp_path.glob(f"models/*/{name}")
+    file = only(tmp_path, name)
     content = file.read_bytes()
     another = content[:-3] + bytes(byte ^ 1 for byte in content[-3:])
     file.write_bytes({"truncated": content[:-30], "empty": b"", "another": another}[how])
@@ -516,7 +484,7 @@ def test_a_broken_file_is_reported_and_the_model_trained_anew(tmp_path, name, ho
 
 def test_weights_of_a_model_with_other_settings_are_refused(tmp_path):
     run_training("zoo:windowed", corpus("automaton:size=20k", "train"), protocol=SHORT, folder=tmp_path)
-    (file,) = tmp_path.glob("models/*/best.safetensors")
+    file = only(tmp_path, "best.safetensors")
     with pytest.raises(SpecError, match=r"does not fit zoo:transformer: .*layers.0.window 64 there, not set here"):
         load_weights("zoo:transformer", file)
     assert load_weights("zoo:windowed", file).spec.startswith("zoo:windowed, trained")
@@ -524,7 +492,7 @@ def test_weights_of_a_model_with_other_settings_are_refused(tmp_path):
 
 def test_weights_of_another_model_are_refused_with_the_names_of_the_tensors(tmp_path):
     trained(protocol=SHORT, folder=tmp_path)
-    (file,) = tmp_path.glob("models/*/best.safetensors")
+    file = only(tmp_path, "best.safetensors")
     tensors = load_file(file)
     tensors["new.weight"] = tensors.pop("embed.weight")
     tensors["head.bias"] = torch.zeros(7)
@@ -544,11 +512,10 @@ def test_weights_of_another_model_are_refused_with_the_names_of_the_tensors(tmp_
 
 
 def test_unreadable_weights_are_refused(tmp_path):
-    with pytest.raises(SpecError, match=r"there are no weights at .*nowhere"):
-        load_weights(as_model(Functional()), tmp_path / "nowhere")
     (tmp_path / "short").write_bytes(b"12")
-    with pytest.raises(SpecError, match=r"short is no whole file of weights"):
-        load_weights(as_model(Functional()), tmp_path / "short")
+    for name, message in {"nowhere": "there are no weights at .*nowhere", "short": "short is no whole file of weights"}.items():
+        with pytest.raises(SpecError, match=message):
+            load_weights(as_model(Functional()), tmp_path / name)
 
 
 # -------------------------------------------------------------------------------------------------- resumed
@@ -558,17 +525,13 @@ class Stopped(Exception):
     """An interruption."""
 
 
-def stop_after(step):
-    def progress(done, nats, expected):
+def interrupted(step, folder, module=Functional, **options):
+    def stop(done, nats, expected):
         if done == 64 * step:
             raise Stopped
 
-    return progress
-
-
-def interrupted(step, folder, module=Functional, **options):
     with pytest.raises(Stopped):
-        trained(module(), progress=stop_after(step), folder=folder, **options)
+        trained(module(), progress=stop, folder=folder, **options)
 
 
 def dropping():
@@ -580,9 +543,10 @@ def uninterrupted(held_out=True):
     return outcome(trained(dropping(), held_out=UNSEEN if held_out else None))
 
 
-@pytest.mark.parametrize(
-    "step", [1, 4, 11, *(pytest.param(step, marks=pytest.mark.thorough) for step in (2, 3, 5, 6, 7, 8, 9, 10))]
-)
+LATER = [pytest.param(step, marks=pytest.mark.thorough) for step in (2, 3, 5, 6, 7, 8, 9, 10)]
+
+
+@pytest.mark.parametrize("step", [1, 4, 11, *LATER])
 def test_a_training_resumes_at_any_step_with_the_same_outcome(save_each_step, tmp_path, step):
     interrupted(step, tmp_path, dropping)
     result = trained(dropping(), folder=tmp_path)
@@ -600,7 +564,7 @@ FORGOTTEN = {
 @pytest.mark.parametrize("forgotten", FORGOTTEN)
 def test_a_point_without_one_of_its_parts_changes_the_outcome(save_each_step, tmp_path, forgotten):
     interrupted(6, tmp_path, dropping)
-    (file,) = tmp_path.glob("models/*/point.pt")
+    file = only(tmp_path, "point.pt")
     point = torch.load(file)
     FORGOTTEN[forgotten](point)
     torch.save(point, file)
@@ -612,6 +576,11 @@ def test_a_point_without_one_of_its_parts_changes_the_outcome(save_each_step, tm
 def test_a_training_without_a_held_out_text_resumes(save_each_step, tmp_path):
     interrupted(5, tmp_path, dropping, held_out=None)
     assert outcome(trained(dropping(), held_out=None, folder=tmp_path)) == uninterrupted(held_out=False)
+
+
+def test_a_fresh_training_does_not_resume(save_each_step, tmp_path):
+    interrupted(6, tmp_path)
+    assert trained(folder=tmp_path, fresh=True).resumed_at == 0
 
 
 KILLED = """
@@ -658,17 +627,16 @@ class Foreign:
         return Path.touch, (Path("ran"),)
 
 
-def of_another_model():
-    with tempfile.TemporaryFile() as file:
-        torch.save({"weights": Functional(width=8).state_dict(), "optimizer": {}}, file)
-        file.seek(0)
-        return file.read()
+def of_another_model(content):
+    file = io.BytesIO()
+    torch.save({"weights": Functional(width=8).state_dict(), "optimizer": {}}, file)
+    return file.getvalue()
 
 
 POINTS = {
     "truncated": lambda content: content[:-500],
     "foreign": lambda content: pickle.dumps(Foreign(), protocol=2),
-    "of another model": lambda content: of_another_model(),
+    "of another model": of_another_model,
 }
 
 
@@ -676,17 +644,12 @@ POINTS = {
 def test_an_unusable_point_is_reported_and_runs_no_code(save_each_step, monkeypatch, tmp_path, how):
     monkeypatch.chdir(tmp_path)
     interrupted(6, tmp_path)
-    (point,) = tmp_path.glob("models/*/point.pt")
+    point = only(tmp_path, "point.pt")
     point.write_bytes(POINTS[how](point.read_bytes()))
     with pytest.warns(JournalWarning, match=r"point\.pt cannot be read"):
         result = trained(folder=tmp_path)
     assert (result.resumed_at, outcome(result)) == (0, outcome(reference()))
     assert not Path("ran").exists()
-
-
-def test_a_fresh_training_does_not_resume(save_each_step, tmp_path):
-    interrupted(6, tmp_path)
-    assert trained(folder=tmp_path, fresh=True).resumed_at == 0
 
 
 def test_a_training_whose_points_cannot_be_saved_warns_and_goes_on(save_each_step, tmp_path):
@@ -723,9 +686,9 @@ def test_a_gradient_that_is_not_finite_stops_the_training(tmp_path):
     module = Root()
     lm, module.steps = as_model(module), 0
     with pytest.raises(TrainingError) as caught:
-        run_training(lm, TEXT, held_out=UNSEEN, protocol=SMALL, folder=tmp_path)
+        trained(lm, folder=tmp_path)
     message = str(caught.value)
-    (file,) = tmp_path.glob("models/*/best.safetensors")
+    file = only(tmp_path, "best.safetensors")
     assert ":Root on ids[test], step 7: the loss is " in message
     assert "the gradient norm nan (" in message
     assert "at learning rate 0.00" in message
@@ -799,42 +762,30 @@ class InPlace(Functional):
         return logits, state
 
 
-class Short(Functional):
-    context_length = 15
-
-
-def frozen():
-    return Functional().requires_grad_(False)
+def changed(**attributes):
+    module = Functional()
+    for name, value in attributes.items():
+        setattr(module, name, value)
+    return module
 
 
 @pytest.mark.parametrize(
     ("source", "error", "message"),
     [
         (Stepper(), SpecError, "is no torch module"),
-        (frozen(), SpecError, "no parameter with requires_grad=True"),
+        (Functional().requires_grad_(False), SpecError, "no parameter with requires_grad=True"),
         (Functional().bfloat16(), SpecError, r"7 parameters in torch.bfloat16, for example embed.weight.*Load it with @fp32"),
-        (Short(), ProtocolError, "seq_len=16 is more than .*:Short reads: at most 15 tokens"),
+        (changed(context_length=15), ProtocolError, "seq_len=16 is more than .*:Functional reads: at most 15 tokens"),
+        (replace(as_model(Functional()), codebooks=Codebooks((8, 8), (0, 1), (0, 0))), SpecError, "reads frames of 2 codes"),
+        (changed(kept=Functional().head.weight * 2), SpecError, "cannot be copied"),
         (Unlearnable(), ModelError, r"since its loss has no gradient: the model runs under torch\.no_grad"),
         (InPlace(), ModelError, "since its loss has no gradient: .* modified by an inplace operation"),
     ],
-    ids=["no module", "frozen", "16 bits", "short context", "no gradient", "in place"],
+    ids=["no module", "frozen", "16 bits", "short context", "codebooks", "graph", "no gradient", "in place"],
 )
 def test_a_model_that_cannot_be_trained_is_refused(source, error, message):
     with pytest.raises(error, match=message):
         trained(source)
-
-
-def test_a_model_of_several_codebooks_is_refused():
-    lm = replace(as_model(Functional()), codebooks=Codebooks((8, 8), (0, 1), (0, 0)))
-    with pytest.raises(SpecError, match="reads frames of 2 codes"):
-        run_training(lm, TEXT, protocol=SMALL)
-
-
-def test_a_module_that_cannot_be_copied_is_refused():
-    module = Functional()
-    module.kept = module.head.weight * 2
-    with pytest.raises(SpecError, match="cannot be copied"):
-        trained(module)
 
 
 @pytest.mark.parametrize(

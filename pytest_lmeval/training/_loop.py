@@ -94,10 +94,9 @@ def _fit(plan: Plan, files: Folder | None, progress: Progress | None) -> TrainRe
         with peak_memory(lm.device) as peak:
             begin = partial(new_run, plan)
             run = begin() if files is None else files.resume(begin)
+            saver = Saver(None if files is None else files.save, "training")
             try:
-                _learn(
-                    run, tokens, held_out, protocol, steps, Saver(None if files is None else files.save, "training"), progress
-                )
+                _learn(run, tokens, held_out, protocol, steps, saver, progress)
             except TrainingError as error:
                 if files is None or not run.best:
                     raise
