@@ -16,7 +16,7 @@ from pytest_lmeval.errors import SideError
 from pytest_lmeval.gates import _compare_runs as compare_runs
 from pytest_lmeval.gates._compare_runs import Key, Number, Side, add_arguments, compared, numbers, run_in_turns, side
 from pytest_lmeval.records._comparison import Comparison
-from pytest_lmeval.records._document import RunDocument
+from pytest_lmeval.records._document import RunDocument, dump
 from pytest_lmeval.records._measured import ModelFacts, Record
 from pytest_lmeval.records._metric import value_of
 from pytest_lmeval.statistics._paired import log_ratio
@@ -135,21 +135,33 @@ def test_numbers_that_some_run_lacks_are_listed_and_not_compared():
     assert listed in compare_runs.lines(rows, base, new, 0.05)
 
 
+def document(**speeds):
+    metrics = {name: value_of(name, value) for name, value in speeds.items()}
+    record = Record(test=KEY.test, lm=ModelFacts(spec=KEY.lm), kind="latency", subject=KEY.subject, metrics=metrics)
+    return RunDocument(records=[record])
+
+
 def test_only_medians_of_speed_are_compared():
-    lm, metrics = ModelFacts(spec="demo"), {name: value_of(name, 2.0) for name in ("itl", "itl_p95", "accuracy")}
-    record = Record(test=KEY.test, lm=lm, kind="latency", subject=KEY.subject, metrics=metrics)
-    assert numbers(RunDocument(records=[record])) == {KEY: Number(2.0, "ms", False)}
+    found = document(itl=2.0, itl_p95=2.0, accuracy=2.0)
+    assert numbers(found) == {KEY: Number(2.0, "ms", False)}
     for margin, fraction in (("10 %", 0.1), ("0.5", 0.25)):
         gate = {"itl": Comparison(verdict="not judged", new=2.0, margin=margin)}
-        assert numbers(RunDocument(records=[replace(record, gate=gate)]))[KEY].threshold == fraction
+        assert numbers(RunDocument(records=[replace(found.records[0], gate=gate)]))[KEY].threshold == fraction
 
 
-def test_a_side_that_writes_another_schema_is_refused(tmp_path):
+@pytest.fixture
+def copying(tmp_path):
+    """A Python that measures what a file metrics.json in the folder of its side says."""
     python = tmp_path / "python"
-    python.write_text('#!/bin/bash\necho \'{"schema": 1, "records": []}\' > ${6#--lmeval-dir=}/metrics.json\n')
+    python.write_text("#!/bin/bash\ncp metrics.json ${6#--lmeval-dir=}\n")
     python.chmod(0o755)
+    return str(python)
+
+
+def test_a_side_that_writes_another_schema_is_refused(tmp_path, copying):
+    (tmp_path / "metrics.json").write_text('{"schema": 1, "records": []}')
     with pytest.raises(SideError, match="this version cannot read what main measured"):
-        Side("main", tmp_path, str(python)).run([])
+        Side("main", tmp_path, copying).run([])
 
 
 TEST = """
@@ -170,21 +182,38 @@ def repository(pytester, monkeypatch):
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
     pytester.makepyfile(speed="ITL = 1.5", test_speed=TEST)
     pytester.makefile(".ini", pytest="[pytest]\npythonpath = .\n")
-    for command in (["init", "-q"], ["add", "speed.py", "test_speed.py", "pytest.ini"], ["commit", "-q", "-m", "fast"]):
+    Path("metrics.json").write_text(dump(document(itl=1.5)))
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "fast"]):
         subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *command], check=True, capture_output=True)
     pytester.makepyfile(speed="ITL = 15.0")
+    Path("metrics.json").write_text(dump(document(itl=15.0)))
 
 
-def test_a_slower_version_is_found_and_its_checkout_removed(repository, capsys):
+def worktrees():
+    return len(subprocess.run(["git", "worktree", "list"], capture_output=True, text=True, check=True).stdout.splitlines())
+
+
+def test_each_side_runs_in_its_own_folder_and_the_checkout_is_removed(repository, copying):
+    new = Side("this version", Path.cwd(), copying)
+    with side("HEAD", Path.cwd()) as base:
+        base.python = copying
+        assert worktrees() == 2
+        for one in (base, new, new, base):
+            one.run([])
+    assert worktrees() == 1
+    (row,) = compared(base, new, 0.05)
+    line = "worse test_speed.py::test_latency itl 1.5 ms 15 ms 10.000 10.000 to 10.000"
+    assert compare_runs.lines([row], base, new, 0.05)[1].split() == line.split()
+
+
+@pytest.mark.thorough
+def test_the_command_finds_a_slower_version(repository, capsys):
     options = ["--base", "HEAD", "--pairs", "2", "--most", "2", "--to", "runs.json", "--", "test_speed.py"]
     assert main(["compare-runs", *options]) == 1
     table = capsys.readouterr().out.splitlines()
     assert table[0].split() == ["verdict", "test", "metric", "HEAD", "this", "version", "ratio", "95", "%", "interval"]
-    row = "worse test_speed.py::test_latency itl 1.5 ms 15 ms 10.000 10.000 to 10.000"
-    assert table[1].split() == row.split()
+    assert table[1].startswith("worse ")
     assert '"threshold": 0.2' in Path("runs.json").read_text()
-    listed = subprocess.run(["git", "worktree", "list"], capture_output=True, text=True, check=True).stdout
-    assert len(listed.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """One protocol for all models: the same tokens, resumable to the bit, cached, and clear about what goes wrong."""
 
+import gc
 import io
 import json
 import math
@@ -73,6 +74,15 @@ def outcome(result):
     series = {name: schema.to_plain(curve) for name, curve in result.record.series.items()}
     digest = {name: tensor.tolist() for name, tensor in weights(result).items()}
     return json.dumps([metrics, series, digest, result.best_step])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen_heap():
+    """Exempt what is imported from the garbage collection before each training, which takes longer than the training."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @cache
