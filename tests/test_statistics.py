@@ -120,14 +120,11 @@ def test_rounding_excludes_neither_0_nor_1():
         assert low_end == pytest.approx(1 - high_end)
 
 
-def test_groups_of_one_equal_no_groups():
+def test_groups_of_one_change_nothing_and_equal_answers_count_as_one_per_group():
     right = [1, 0, 1, 1, 0, 1, 1, 1, 0, 1]
     assert wilson(right, list(range(10))) == wilson(right)
-
-
-@pytest.mark.parametrize("answer", [0, 1])
-def test_equal_answers_count_as_one_per_group(answer):
-    assert wilson([answer] * 60, [index % 20 for index in range(60)]) == wilson([answer] * 20)
+    for answer in (0, 1):
+        assert wilson([answer] * 60, [index % 20 for index in range(60)]) == wilson([answer] * 20)
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 11)), min_size=1, max_size=80), st.randoms(use_true_random=False))
@@ -206,16 +203,10 @@ def test_bounds_contain_the_observed_rate_and_verdicts_decide_the_thresholds_out
     successes = round(rate * n)
     low, high = confidence_sequence(successes, n, alpha)
     assert 0 <= low <= successes / n <= high <= 1
+    assert confidence_sequence(n - successes, n, alpha) == pytest.approx((1 - high, 1 - low))  # yes and no are treated alike
     for threshold, expected in ((low * 0.999, "above"), (low + (high - low) * 0.001, None), (1 - (1 - high) * 0.999, "below")):
         outside = threshold < low or threshold > high
         assert verdict(successes, n, threshold, alpha) == (expected if outside else None)
-
-
-@given(st.integers(1, 1000), st.floats(0, 1))
-def test_yes_and_no_are_treated_alike(n, rate):
-    successes = round(rate * n)
-    low, high = confidence_sequence(successes, n)
-    assert confidence_sequence(n - successes, n) == pytest.approx((1 - high, 1 - low))
 
 
 def evidence(successes, failures, rate):
@@ -237,12 +228,9 @@ def test_the_evidence_is_a_martingale_and_decides_at_one_over_alpha(successes, f
             assert (verdict(successes, n, rate, alpha) is not None) == decided
 
 
-def test_seven_of_seven_are_above_one_half_and_six_of_six_are_undecided():
+def test_the_fewest_answers_that_decide():
     assert verdict(6, 6, 0.5) is None  # E = 2^6 * 231 / 1024 = 14.4
     assert verdict(7, 7, 0.5) == "above"  # E = 2^7 * 429 / 2048 = 26.8; 20 are needed
-
-
-def test_one_answer_decides_thresholds_of_zero_and_one():
     assert verdict(1, 1, 0.0) == "above"
     assert verdict(9, 10, 1.0) == "below"
     assert verdict(0, 50, 0.0) is verdict(50, 50, 1.0) is verdict(0, 0, 0.5) is None
