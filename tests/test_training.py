@@ -35,7 +35,7 @@ from pytest_lmeval.records import _schema as schema
 from pytest_lmeval.records._journal import JournalWarning, Saver
 from pytest_lmeval.records._measured import Record
 from pytest_lmeval.training import Protocol, load_weights, run_training
-from pytest_lmeval.training._batches import batches, held_out_batches
+from pytest_lmeval.training._plan import batches, held_out_batches
 from pytest_lmeval.training._protocol import learning_rate
 from pytest_lmeval.training._weights import snapshot
 from pytest_lmeval.zoo._demo import Demo

@@ -26,9 +26,6 @@ from pytest_lmeval.records._metric import metric
 from pytest_lmeval.records._value import Value
 
 MARKER = "lmeval_gate"
-GONE = "no test of this run has this name: it was renamed or removed, or has other parameters"
-ENDED = "it did not run"
-NOTHING = "it ran, and recorded nothing"
 
 
 def margins_of(item: pytest.Item) -> Margins:
@@ -82,7 +79,7 @@ class MissingTests:
         elif report.failed and report.when == "setup":
             self.outcomes[test] = "it failed before it measured anything"
         else:
-            self.outcomes.setdefault(test, NOTHING)
+            self.outcomes.setdefault(test, "it ran, and recorded nothing")
 
     def found(self) -> dict[str, str]:
         """Test -> why nothing was measured, in the order of the baseline."""
@@ -93,9 +90,9 @@ class MissingTests:
         missed = {}
         for test in self.tests:
             if test in self.chosen and test not in recorded:
-                missed[test] = self.outcomes.get(test, ENDED)
+                missed[test] = self.outcomes.get(test, "it did not run")
             elif test not in self.collected | self.chosen and test.partition("::")[0] in files:
-                missed[test] = GONE
+                missed[test] = "no test of this run has this name: it was renamed or removed, or has other parameters"
         return missed
 
     def pytest_lmeval_report(self, data: RunDocument) -> None:

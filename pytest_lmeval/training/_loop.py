@@ -28,8 +28,7 @@ from pytest_lmeval.profiling._clock import seconds
 from pytest_lmeval.profiling._flops import Flops, training_flops
 from pytest_lmeval.profiling._peak import peak_memory
 from pytest_lmeval.records._journal import Saver
-from pytest_lmeval.training._batches import batches, held_out_batches, read, steps_an_epoch
-from pytest_lmeval.training._plan import Plan, Source, plan_for
+from pytest_lmeval.training._plan import Plan, Source, batches, held_out_batches, plan_for, read, steps_an_epoch
 from pytest_lmeval.training._protocol import Protocol, learning_rate
 from pytest_lmeval.training._result import TrainResult, record_of
 from pytest_lmeval.training._run import Folder, Run, new_run

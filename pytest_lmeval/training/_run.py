@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pytest_lmeval.errors import UnreadableError
@@ -32,7 +33,7 @@ from pytest_lmeval.records._measured import Record
 from pytest_lmeval.records._replacing import replacing
 from pytest_lmeval.training._plan import Plan
 from pytest_lmeval.training._protocol import Protocol
-from pytest_lmeval.training._weights import copy_of, fill, load_weights, snapshot, write_weights
+from pytest_lmeval.training._weights import copy_of, fill, load_weights, snapshot
 
 POINT = "point"
 KEPT = ("losses", "norms", "evaluations", "best_step", "best", "seconds")
@@ -156,7 +157,8 @@ class Folder:
     def save_best(self, run: Run) -> None:
         if run.best:
             about = {"spec": run.best_spec, "step": str(run.best_step), "architecture": json.dumps(run.architecture)}
-            write_weights(self.best, run.best, key=self.path.name, **about)
+            with replacing(self.best) as new:
+                save_file(run.best, new, metadata={"key": self.path.name, **about})
 
     def finish(self, record: Record) -> None:
         """Write the record, as the last file: if it exists, all do."""

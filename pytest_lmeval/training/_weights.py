@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pytest_lmeval.errors import SpecError, UnreadableError
@@ -16,7 +15,6 @@ from pytest_lmeval.models._identity import architecture_of
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.models._sources import load
 from pytest_lmeval.models._tensors import is_packed, precision_of
-from pytest_lmeval.records._replacing import replacing
 
 MENTIONED = 5  # number of tensor names of one fault that an error lists
 
@@ -74,11 +72,6 @@ def _read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UnreadableError(f"there are no weights at {file}.") from error
     except (SafetensorError, OSError) as error:
         raise UnreadableError(f"{file} is no whole file of weights ({error}); it was probably cut off.") from error
-
-
-def write_weights(file: Path, tensors: dict[str, Tensor], **about: str) -> None:
-    with replacing(file) as new:
-        save_file(tensors, new, metadata=about)
 
 
 def snapshot(lm: Model) -> dict[str, Tensor]:
