@@ -204,17 +204,15 @@ class Gate:
 
         width = terminalreporter._tw.fullwidth
         terminalreporter.section(f"lmeval: against {_readable(self.file)}")
-        notes += self._notes() if records else []
         lines = table(records, width=width) if records else []
+        if records and self.baseline is None:
+            notes.append(f"there is no {_readable(self.file)} yet, so everything is new: lmeval baseline accept writes it")
+        elif records and self.baseline is not None and self.baseline.scores is None:
+            notes.append("its file of examples is missing: only intervals were compared")
+        if records and self.changes:
+            notes.append(f"made on another platform: {', '.join(self.changes)}")
         for line in (*lines, *(piece for note in notes for piece in wrapped(note, width))):
             terminalreporter.write_line(line)
-
-    def _notes(self) -> list[str]:
-        """Notes on the baseline as a whole."""
-        if self.baseline is None:
-            return [f"there is no {_readable(self.file)} yet, so everything is new: lmeval baseline accept writes it"]
-        missing = [] if self.baseline.scores is not None else ["its file of examples is missing: only intervals were compared"]
-        return missing + ([f"made on another platform: {', '.join(self.changes)}"] if self.changes else [])
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_lmeval_report(self, data: RunDocument) -> None:

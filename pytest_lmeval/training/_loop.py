@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -70,7 +71,7 @@ def run_training(
         return _fit(plan, None, progress)
     files = Folder(Path(folder) / "models" / plan.key)
     if fresh:
-        files.clear()
+        shutil.rmtree(files.path, ignore_errors=True)
     if (finished := files.finished(plan.lm)) is not None:
         trained, record = finished
         name = spec or trained.spec

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,9 +122,6 @@ class Folder:
     @property
     def best(self) -> Path:
         return self.path / "best.safetensors"
-
-    def clear(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
 
     def begin(self, identity: dict[str, Any]) -> None:
         """Write what decides the outcome. Raises OSError now, before the work, if the folder is not writable."""

@@ -38,16 +38,10 @@ def train(lm: Any, corpus: Any, *, held_out: Any = None, spec: str | None = None
         defaults["tokens"] = session.tokens
     chosen = Protocol.of(**{**defaults, **protocol})
     unseen = _validation(context, text) if held_out is None else context.corpus(held_out)
-    with session.progress(f"{model.spec} learns {text}") as progress:
+    spec = spec or f"{model.spec} trained"
+    with session.progress(f"{model.spec} learns {text}") as show:
         result = run_training(
-            model,
-            text,
-            held_out=unseen,
-            protocol=chosen,
-            folder=session.folder,
-            progress=progress,
-            spec=spec or f"{model.spec} trained",
-            fresh=session.fresh,
+            model, text, held_out=unseen, protocol=chosen, folder=session.folder, progress=show, spec=spec, fresh=session.fresh
         )
     if result.cached:
         context.log.notes.append(f"{model.spec} on {text}: trained before by the same protocol")
