@@ -1,9 +1,23 @@
-"""Intervals cover what they claim to, and are withheld where they could not."""
+"""Intervals cover as often as they say and are withheld where they could not; a confidence sequence holds at every n."""
+
+import math
 
 import numpy as np
 import pytest
+from hypothesis import given, strategies as st
 
 from pytest_lmeval.statistics._bootstrap import ratio_intervals
+from pytest_lmeval.statistics._proportion import wilson
+from pytest_lmeval.statistics._sequential import PRIOR, confidence_sequence, verdict
+from pytest_lmeval.statistics._student import quantile
+
+
+def test_student_quantiles_match_published_tables():
+    assert [round(quantile(freedom), 3) for freedom in (1, 2, 5, 11, 120)] == [12.706, 4.303, 2.571, 2.201, 1.980]
+    assert [round(quantile(freedom, 0.001), 3) for freedom in (5, 10)] == [5.893, 4.144]
+
+
+# ------------------------------------------------------------------------------------------- bootstrap
 
 
 def ratio_interval(numerators, denominators, **options):
@@ -11,39 +25,221 @@ def ratio_interval(numerators, denominators, **options):
     return interval
 
 
-def test_the_interval_covers_the_truth_about_as_often_as_it_says():
-    generator = np.random.default_rng(0)
-    covered = 0
-    for trial in range(200):
-        sizes = generator.integers(5, 50, 60)
-        means = generator.normal(2.0, 0.5, 60)  # documents differ: tokens of one are not independent
-        low, high = ratio_interval(sizes * means, sizes, seed=trial)
+def bootstrap_coverage(trials, *, by_document):
+    """How often the interval contains the true mean of tokens whose documents differ."""
+    generator, covered = np.random.default_rng(0), 0
+    for trial in range(trials):
+        sizes, means = generator.integers(5, 50, 30), generator.normal(2.0, 0.5, 30)
+        sums = (sizes * means, sizes) if by_document else (np.repeat(means, sizes), np.ones(sizes.sum()))
+        low, high = ratio_interval(*sums, seed=trial)
         covered += low <= 2.0 <= high
-    assert 0.88 <= covered / 200 <= 0.99
+    return covered / trials
 
 
-def test_treating_the_tokens_as_independent_would_cover_far_less():
-    generator = np.random.default_rng(0)
-    covered = 0
-    for trial in range(40):
-        sizes = generator.integers(5, 50, 60)
-        means = generator.normal(2.0, 0.5, 60)
-        tokens = np.repeat(means, sizes)
-        low, high = ratio_interval(tokens, np.ones(len(tokens)), seed=trial)
-        covered += low <= 2.0 <= high
-    assert covered / 40 < 0.6
+def test_the_bootstrap_interval_covers_the_truth_as_often_as_it_says():
+    assert 0.88 <= bootstrap_coverage(100, by_document=True) <= 0.99
 
 
-def test_the_same_seed_gives_the_same_interval():
+def test_treating_tokens_as_independent_would_cover_far_less():
+    assert bootstrap_coverage(10, by_document=False) < 0.6
+
+
+def test_equal_seeds_give_equal_intervals():
     values = np.random.default_rng(1).normal(size=50)
     assert ratio_interval(values, np.ones(50)) == ratio_interval(values, np.ones(50))
     assert ratio_interval(values, np.ones(50)) != ratio_interval(values, np.ones(50), seed=1)
 
 
-@pytest.mark.parametrize("values", [np.ones(7), np.array([np.nan] * 20)])
-def test_no_interval_where_there_is_too_little_to_tell(values):
-    assert ratio_interval(values, np.ones(len(values))) is None
+@pytest.mark.parametrize(
+    ("values", "divisors"),
+    [(np.ones(7), np.ones(7)), (np.array([np.nan] * 20), np.ones(20)), (np.ones(8), np.array([1.0] + [0.0] * 7))],
+    ids=["few units", "not finite", "division by zero"],
+)
+def test_sums_that_say_too_little_have_no_interval(values, divisors):
+    assert ratio_interval(values, divisors) is None
 
 
-def test_no_interval_where_a_replicate_would_divide_by_zero():
-    assert ratio_interval(np.ones(8), np.array([1.0] + [0.0] * 7)) is None
+# ------------------------------------------------------------------------------------------ proportions
+
+
+def coverage(truth, samples):
+    """The fraction of samples, each the arguments of `wilson`, whose interval contains the truth."""
+    intervals = [wilson(*sample) for sample in samples]
+    return np.mean([low <= truth <= high for low, high in intervals])
+
+
+def independent(rate, n, trials=1000):
+    return ((row.tolist(),) for row in np.random.default_rng(0).random((trials, n)) < rate)
+
+
+def clustered(groups, size, trials=1000):
+    """Groups whose own rates are drawn from Beta(2, 2): the truth is one half."""
+    generator = np.random.default_rng(0)
+    for _ in range(trials):
+        rates = np.repeat(generator.beta(2, 2, groups), size)
+        yield (generator.random(groups * size) < rates).tolist(), np.repeat(np.arange(groups), size).tolist()
+
+
+@pytest.mark.parametrize(
+    ("right", "n", "low", "high"),
+    # Newcombe, "Two-sided confidence intervals for the single proportion" (Statistics in Medicine 17, 1998), table I
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_matches_published_intervals(right, n, low, high):
+    assert wilson([1] * right + [0] * (n - right)) == pytest.approx((low, high), abs=5e-5)
+
+
+@pytest.mark.parametrize(("rate", "n"), [(0.5, 30), (0.9, 50), (0.97, 200)])
+def test_the_interval_of_independent_answers_covers_as_often_as_it_says(rate, n):
+    assert 0.93 <= coverage(rate, independent(rate, n)) <= 0.98
+
+
+def test_a_normal_interval_would_cover_less_near_one():
+    def normal(right):
+        mean, n = np.mean(right), len(right)
+        return mean, 1.96 * math.sqrt(mean * (1 - mean) / n)
+
+    covered = [abs(mean - 0.97) <= reach for mean, reach in (normal(*sample) for sample in independent(0.97, 50))]
+    assert np.mean(covered) < 0.85
+
+
+# With 8 groups, a normal quantile instead of Student's covers less than 93 %.
+@pytest.mark.parametrize(("groups", "size"), [(8, 20), (20, 5), pytest.param(50, 10, marks=pytest.mark.thorough)])
+def test_the_interval_of_groups_covers_as_often_as_it_says(groups, size):
+    assert 0.93 <= coverage(0.5, clustered(groups, size)) <= 0.98
+
+
+def test_treating_answers_of_groups_as_independent_would_cover_far_less():
+    assert coverage(0.5, ((right, None) for right, _ in clustered(50, 10, trials=200))) < 0.8
+
+
+def test_rounding_excludes_neither_0_nor_1():
+    for n in range(1, 60):
+        (none, low_end), (high_end, every) = wilson([0] * n), wilson([1] * n)
+        assert (none, every) == (0, 1)
+        assert low_end == pytest.approx(1 - high_end)
+
+
+def test_groups_of_one_change_nothing_and_equal_answers_count_as_one_per_group():
+    right = [1, 0, 1, 1, 0, 1, 1, 1, 0, 1]
+    assert wilson(right, list(range(10))) == wilson(right)
+    for answer in (0, 1):
+        assert wilson([answer] * 60, [index % 20 for index in range(60)]) == wilson([answer] * 20)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 11)), min_size=1, max_size=80), st.randoms(use_true_random=False))
+def test_groups_widen_the_interval_whatever_their_order_and_names(answers, random):
+    right, groups = zip(*answers, strict=True)
+    interval = wilson(right, groups)
+    if interval is None:
+        assert len(set(groups)) < 8
+        return
+    alone = wilson(right)
+    assert 0 <= interval[0] <= alone[0] <= np.mean(right) <= alone[1] <= interval[1] <= 1
+    random.shuffle(answers)
+    assert wilson([one for one, _ in answers], [f"passage {group}" for _, group in answers]) == pytest.approx(interval)
+
+
+def test_no_answers_and_few_groups_have_no_interval():
+    assert wilson([]) is None
+    assert wilson([1, 0] * 20, [index % 7 for index in range(40)]) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [(([1, 0.5],), r"0\.5 is neither right"), (([1, 0], ["a"]), "2 answers and 1 groups")]
+)
+def test_grades_and_missing_groups_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        wilson(*arguments)
+
+
+# ---------------------------------------------------------------------------------- confidence sequences
+
+
+def streams(rate, trials=500, length=200):
+    """Successes so far after each answer [trials, length]."""
+    return np.cumsum(np.random.default_rng(0).random((trials, length)) < rate, axis=1).tolist()
+
+
+def first_verdict(decides, stream):
+    """The first verdict on a stream that is checked after every answer, and its n."""
+    return next(((found, n) for n, successes in enumerate(stream, 1) if (found := decides(successes, n))), (None, len(stream)))
+
+
+def decides_by_wilson(successes, n, threshold=0.5):
+    low, high = wilson([1] * successes + [0] * (n - successes))
+    return "above" if low > threshold else "below" if high < threshold else None
+
+
+@pytest.mark.parametrize("threshold", [0.5, pytest.param(0.9, marks=pytest.mark.thorough)])
+def test_a_rate_equal_to_the_threshold_is_rarely_decided_however_often_it_is_checked(threshold):
+    wrong = [first_verdict(lambda s, n: verdict(s, n, threshold), stream)[0] is not None for stream in streams(threshold)]
+    assert np.mean(wrong) <= 0.05
+
+
+def test_checking_an_ordinary_interval_after_every_answer_is_wrong_far_more_often():
+    wrong = [first_verdict(decides_by_wilson, stream)[0] is not None for stream in streams(0.5, trials=60)]
+    assert np.mean(wrong) > 0.25
+
+
+@pytest.mark.parametrize(("rate", "found"), [(0.9, "above"), (0.1, "below")])
+def test_a_rate_far_from_the_threshold_is_decided_after_few_answers(rate, found):
+    verdicts, counts = zip(*(first_verdict(lambda s, n: verdict(s, n, 0.5), stream) for stream in streams(rate)), strict=True)
+    assert np.mean([one == found for one in verdicts]) > 0.99
+    assert np.median(counts) <= 20
+
+
+def test_the_sequence_contains_the_rate_at_every_n_at_once():
+    bounds = {(s, n): confidence_sequence(s, n) for n in range(1, 51) for s in range(n + 1)}
+    missed = [
+        any(not bounds[s, n][0] <= 0.8 <= bounds[s, n][1] for n, s in enumerate(stream, 1))
+        for stream in streams(0.8, trials=1000, length=50)
+    ]
+    assert np.mean(missed) <= 0.05
+
+
+@given(st.integers(1, 2000), st.floats(0, 1), st.sampled_from([0.01, 0.05, 0.3]))
+def test_bounds_contain_the_observed_rate_and_verdicts_decide_the_thresholds_outside(n, rate, alpha):
+    successes = round(rate * n)
+    low, high = confidence_sequence(successes, n, alpha)
+    assert 0 <= low <= successes / n <= high <= 1
+    assert confidence_sequence(n - successes, n, alpha) == pytest.approx((1 - high, 1 - low))  # yes and no are treated alike
+    for threshold, expected in ((low * 0.999, "above"), (low + (high - low) * 0.001, None), (1 - (1 - high) * 0.999, "below")):
+        outside = threshold < low or threshold > high
+        assert verdict(successes, n, threshold, alpha) == (expected if outside else None)
+
+
+def evidence(successes, failures, rate):
+    """E_n(rate) of the head of the module, by its definition."""
+    beta = [
+        math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b) for a, b in ((successes + PRIOR, failures + PRIOR), (PRIOR, PRIOR))
+    ]
+    return math.exp(beta[0] - beta[1] - successes * math.log(rate) - failures * math.log(1 - rate))
+
+
+@given(st.integers(0, 60), st.integers(0, 60), st.floats(0.01, 0.99))
+def test_the_evidence_is_a_martingale_and_decides_at_one_over_alpha(successes, failures, rate):
+    """At the true rate, the expected next E is the present one."""
+    now, n = evidence(successes, failures, rate), successes + failures
+    ahead = rate * evidence(successes + 1, failures, rate) + (1 - rate) * evidence(successes, failures + 1, rate)
+    assert ahead == pytest.approx(now, rel=1e-9)
+    for factor, decided in ((1.001, True), (0.999, False)):
+        if 0 < (alpha := factor / now) < 1:
+            assert (verdict(successes, n, rate, alpha) is not None) == decided
+
+
+def test_the_fewest_answers_that_decide():
+    assert verdict(6, 6, 0.5) is None  # E = 2^6 * 231 / 1024 = 14.4
+    assert verdict(7, 7, 0.5) == "above"  # E = 2^7 * 429 / 2048 = 26.8; 20 are needed
+    assert verdict(1, 1, 0.0) == "above"
+    assert verdict(9, 10, 1.0) == "below"
+    assert verdict(0, 50, 0.0) is verdict(50, 50, 1.0) is verdict(0, 0, 0.5) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [((3, 2, 0.5), "3 successes among 2"), ((1, 2, 1.5), "threshold is 1.5"), ((1, 2, 0.5, 0.0), "alpha is 0.0")],
+)
+def test_impossible_counts_and_probabilities_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        verdict(*arguments)

@@ -1,21 +1,24 @@
 """One protocol for all models: the same tokens, resumable to the bit, cached, and clear about what goes wrong."""
 
+import gc
+import io
 import json
 import math
+import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
-import tempfile
-import time
 from dataclasses import replace
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_models import Functional, GetSetState, PortableStreaming, Stateless, Stepper, Streaming
 from torch import nn
@@ -27,28 +30,33 @@ from pytest_lmeval.data._corpus import Corpus, Document
 from pytest_lmeval.errors import CorpusError, ModelError, ProtocolError, SpecError, StreamError, TrainingError
 from pytest_lmeval.models._identity import fingerprint
 from pytest_lmeval.models._model import Codebooks
-from pytest_lmeval.models._sources import as_model, load
+from pytest_lmeval.models._sources import as_model
 from pytest_lmeval.records import _schema as schema
 from pytest_lmeval.records._journal import JournalWarning, Saver
 from pytest_lmeval.records._measured import Record
 from pytest_lmeval.training import Protocol, load_weights, run_training
-from pytest_lmeval.training._batches import batches, held_out_batches
+from pytest_lmeval.training._plan import batches, held_out_batches
 from pytest_lmeval.training._protocol import learning_rate
 from pytest_lmeval.training._weights import snapshot
 from pytest_lmeval.zoo._demo import Demo
 
 VOCAB = 32
 SMALL = Protocol(steps=12, batch_size=4, seq_len=16, eval_every=4, eval_tokens=256, lr=1e-2)
+SHORT = replace(SMALL, steps=2, eval_every=2)
 
 
 def text(seed=0, length=2000):
-    """Ids that can be learned: mostly the next one up, now and then any."""
+    """Ids that can be learned: nine in ten follow the last one, the others are random."""
     generator = np.random.default_rng(seed)
     steps = np.where(generator.random(length) < 0.9, 1, generator.integers(VOCAB, size=length))
     return np.cumsum(steps) % VOCAB
 
 
 TEXT, UNSEEN = text(0), text(1)
+
+
+def trained(module=None, ids=TEXT, **options):
+    return run_training(as_model(module or Functional()), ids, **{"held_out": UNSEEN, "protocol": SMALL, **options})
 
 
 def weights(result):
@@ -60,12 +68,32 @@ def same(left, right):
 
 
 def outcome(result):
-    """What must be the same whenever the same training is done: curves, metrics but those of time and memory, weights."""
+    """What equal trainings must repeat: curves, weights, and metrics except those of time and memory."""
     timed = ("seconds", "tokens_per_second", "peak_memory", "peak_memory_growth")
     metrics = {name: metric.to_json() for name, metric in result.record.metrics.items() if name not in timed}
     series = {name: schema.to_plain(curve) for name, curve in result.record.series.items()}
     digest = {name: tensor.tolist() for name, tensor in weights(result).items()}
     return json.dumps([metrics, series, digest, result.best_step])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen_heap():
+    """Exempt what is imported from the garbage collection before each training, which takes longer than the training."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@cache
+def reference():
+    return trained()
+
+
+def only(folder, name):
+    """The only file of this name among the trainings of an output folder."""
+    (file,) = folder.glob(f"models/*/{name}")
+    return file
 
 
 @pytest.fixture
@@ -84,35 +112,18 @@ def test_a_training_has_one_end():
         Protocol(steps=5, epochs=2)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("steps", 0),
-        ("steps", 1.5),
-        ("epochs", -1),
-        ("batch_size", 0),
-        ("seq_len", True),
-        ("tokens", None),
-        ("lr", 0.0),
-        ("lr", float("nan")),
-        ("warmup", 1.0),
-        ("schedule", "constant"),
-        ("weight_decay", -0.1),
-        ("betas", (0.9, 1.0)),
-        ("betas", 0.9),
-        ("clip", 0),
-        ("seed", -1),
-        ("seed", 1 << 31),
-        ("eval_every", 0),
-    ],
-)
-def test_a_setting_that_makes_no_sense_is_refused_by_name(name, value):
+@pytest.mark.parametrize(("name", "value"), [
+    ("steps", 0), ("steps", 1.5), ("epochs", -1), ("batch_size", 0), ("seq_len", True), ("tokens", None), ("lr", 0.0),
+    ("lr", float("nan")), ("warmup", 1.0), ("schedule", "constant"), ("weight_decay", -0.1), ("betas", (0.9, 1.0)),
+    ("betas", 0.9), ("clip", 0), ("seed", -1), ("seed", 1 << 31), ("eval_every", 0),
+])  # fmt: skip
+def test_an_invalid_setting_is_refused_by_name(name, value):
     with pytest.raises(ProtocolError, match=rf"{name}=.*; {name} must be "):
         Protocol(**{name: value})
 
 
 @given(st.integers(1, 200), st.floats(0, 0.99), st.sampled_from(["cosine", "linear"]))
-def test_the_learning_rate_rises_to_its_height_and_falls_to_a_tenth(steps, warmup, schedule):
+def test_the_learning_rate_rises_to_its_maximum_and_falls_to_a_tenth(steps, warmup, schedule):
     protocol = Protocol(steps=steps, warmup=warmup, schedule=schedule, lr=2.0)
     rates = [learning_rate(protocol, step, steps) for step in range(steps)]
     rising = math.ceil(warmup * steps)
@@ -125,50 +136,42 @@ def test_the_learning_rate_rises_to_its_height_and_falls_to_a_tenth(steps, warmu
 
 # -------------------------------------------------------------------------------------------------- batches
 
-shapes = st.tuples(st.integers(1, 9), st.integers(1, 4), st.integers(0, 40)).map(
-    lambda drawn: (drawn[0], drawn[1], drawn[0] * drawn[1] + 1 + drawn[2])
-)
+BATCHES = st.builds(Protocol, seq_len=st.integers(1, 9), batch_size=st.integers(1, 4), seed=st.integers(0, 5))
+SPARE = st.integers(1, 40)  # tokens beyond one batch
 
 
-def an_epoch(seq_len, batch_size, length, seed=0, first=0):
-    protocol = Protocol(seq_len=seq_len, batch_size=batch_size, seed=seed)
-    steps = (length - 1) // seq_len // batch_size
-    return list(islice(batches(np.arange(length), protocol, first=first), steps))
+def an_epoch(protocol, length, first=0):
+    return list(
+        islice(batches(np.arange(length), protocol, first=first), (length - 1) // protocol.seq_len // protocol.batch_size)
+    )
 
 
-def targets_come_at_most_once(epoch):
+def targets_are_unique(epoch):
     targets = torch.cat([batch[:, 1:].flatten() for batch in epoch])
     return len(targets.unique()) == len(targets)
 
 
-@given(shapes, st.integers(0, 5))
-def test_an_epoch_reads_each_target_once_but_for_less_than_a_batch_and_a_crop(shape, seed):
-    seq_len, batch_size, length = shape
-    epoch = an_epoch(*shape, seed=seed)
-    assert all(batch.shape == (batch_size, seq_len + 1) for batch in epoch)
+@given(BATCHES, SPARE)
+def test_an_epoch_reads_each_target_once_except_for_less_than_a_batch_and_a_crop(protocol, spare):
+    size, crop = protocol.batch_size, protocol.seq_len
+    epoch = an_epoch(protocol, size * crop + spare)
+    assert all(batch.shape == (size, crop + 1) for batch in epoch)
     assert all((batch.diff(dim=1) == 1).all() for batch in epoch)  # each crop is a piece of the text
-    assert targets_come_at_most_once(epoch)
-    assert length - 1 - sum(batch[:, 1:].numel() for batch in epoch) < batch_size * seq_len + seq_len
+    assert targets_are_unique(epoch)
+    assert not targets_are_unique([*epoch, epoch[0]])
+    assert size * crop + spare - 1 - sum(batch[:, 1:].numel() for batch in epoch) < size * crop + crop
 
 
-def test_this_test_can_fail():
-    starts = torch.randint(0, 90, (5, 4, 1), generator=torch.Generator().manual_seed(0))
-    assert not targets_come_at_most_once(list(starts + torch.arange(11)))
-
-
-@given(shapes, st.integers(0, 30))
-def test_batches_can_be_taken_up_anywhere(shape, first):
-    seq_len, batch_size, length = shape
-    protocol = Protocol(seq_len=seq_len, batch_size=batch_size)
-    every = list(islice(batches(np.arange(length), protocol), first + 3))
-    later = list(islice(batches(np.arange(length), protocol, first=first), 3))
+@given(BATCHES, SPARE, st.integers(0, 30))
+def test_batches_can_start_at_any_step(protocol, spare, first):
+    ids = np.arange(protocol.batch_size * protocol.seq_len + spare)
+    every, later = (list(islice(batches(ids, protocol, first=begin), n)) for begin, n in ((0, first + 3), (first, 3)))
     assert all(torch.equal(one, other) for one, other in zip(every[first:], later, strict=True))
 
 
 def test_each_epoch_and_each_seed_has_its_own_order():
-    orders = [an_epoch(4, 2, 100, seed, first) for seed, first in ((0, 0), (0, 12), (1, 0))]
-    orders = [tuple(torch.cat(order)[:, 0].tolist()) for order in orders]
-    assert len(set(orders)) == 3
+    epochs = [an_epoch(Protocol(seq_len=4, batch_size=2, seed=seed), 100, first) for seed, first in ((0, 0), (0, 12), (1, 0))]
+    assert len({tuple(torch.cat(epoch)[:, 0].tolist()) for epoch in epochs}) == 3
 
 
 @given(st.integers(1, 9), st.integers(1, 400), st.integers(1, 300))
@@ -177,22 +180,14 @@ def test_held_out_crops_are_spread_over_the_whole_text(seq_len, extra, wanted):
     crops = torch.cat(held_out_batches(np.arange(length), Protocol(seq_len=seq_len, eval_tokens=wanted), "text"))
     number = min((length - 1) // seq_len, max(1, wanted // seq_len))
     assert crops.shape == (number, seq_len + 1)
-    assert targets_come_at_most_once([crops])
+    assert targets_are_unique([crops])
     assert number == 1 or crops[-1, -1] >= length - 1 - seq_len
 
 
-class LossAccumulator(Functional):
-    """Remembers what it was given to learn from."""
+class Recording(Functional):
+    """Records the ids that it, and its copies, are trained on."""
 
-    def __init__(self, **options):
-        super().__init__(**options)
-        self.read = []
-
-    def __deepcopy__(self, memo):
-        copied = type(self)(width=self.head.in_features)
-        copied.load_state_dict(self.state_dict())
-        copied.read = self.read
-        return copied
+    read = []
 
     def forward(self, input_ids, state=None):
         if self.training:
@@ -201,85 +196,74 @@ class LossAccumulator(Functional):
 
 
 def test_all_models_read_the_same_tokens_in_the_same_order():
-    small, large = LossAccumulator(width=4), LossAccumulator(width=16)
-    for module in (small, large):
-        lm = as_model(module)
-        module.read.clear()
-        run_training(lm, TEXT, held_out=UNSEEN, protocol=SMALL)
-    assert len(small.read) == 12 + 1  # the operations of a step are counted in one that changes nothing
-    assert torch.equal(torch.stack(small.read), torch.stack(large.read))
+    read = []
+    for width in (4, 16):
+        lm = as_model(Recording(width=width))
+        Recording.read.clear()
+        run_training(lm, TEXT, protocol=SMALL)
+        read.append(torch.stack(Recording.read))
+    assert len(read[0]) == 12 + 1  # one more to count the operations of a step
+    assert torch.equal(*read)
 
 
-def test_a_corpus_without_end_is_read_as_far_as_the_protocol_says():
+def test_an_endless_corpus_is_read_up_to_the_tokens_of_the_protocol():
     def documents():
         for number in range(10**9):
             assert number < 30, "read too far"
             yield Document("part", ids=text(number, 100))
 
     endless = Corpus("endless", "train", documents, "fingerprint", tokenized=True)
-    result = run_training(as_model(Functional()), endless, protocol=replace(SMALL, tokens=2000, steps=2))
+    result = trained(ids=endless, protocol=replace(SHORT, tokens=2000))
     assert result.record.details["steps_an_epoch"] == 1999 // 16 // 4
 
 
 # ------------------------------------------------------------------------------------------------- training
 
 
-def bare_loop(module, ids, held_out, protocol):
-    """What one writes without a harness."""
-    groups = [
-        {"params": [p for p in module.parameters() if p.ndim > 1], "weight_decay": protocol.weight_decay},
-        {"params": [p for p in module.parameters() if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=protocol.lr, betas=protocol.betas)
-    losses = []
-    for step, crops in enumerate(islice(batches(ids, protocol), protocol.steps)):
+def test_it_equals_a_bare_loop():
+    result, module, losses = reference(), Functional(), []
+    matrices, others = ([p for p in module.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False))
+    groups = [{"params": matrices, "weight_decay": SMALL.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=SMALL.lr, betas=SMALL.betas)
+
+    def loss_of(crops):
+        return F.cross_entropy(module(crops[:, :-1])[0].flatten(0, 1), crops[:, 1:].flatten())
+
+    for step, crops in enumerate(islice(batches(TEXT, SMALL), 12)):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(protocol, step, protocol.steps)
-        logits, _ = module(crops[:, :-1])
-        loss = F.cross_entropy(logits.flatten(0, 1), crops[:, 1:].flatten())
+            group["lr"] = learning_rate(SMALL, step, 12)
+        loss = loss_of(crops)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(module.parameters(), protocol.clip)
+        nn.utils.clip_grad_norm_(module.parameters(), SMALL.clip)
         optimizer.step()
         losses.append(loss.item())
-    with torch.no_grad():
-        nll = [
-            F.cross_entropy(module(crops[:, :-1])[0].flatten(0, 1), crops[:, 1:].flatten()).item()
-            for crops in held_out_batches(held_out, protocol, "")
-        ]
-    return losses, sum(nll) / len(nll)
-
-
-def test_it_does_what_a_bare_loop_does():
-    result = run_training(as_model(Functional()), TEXT, held_out=UNSEEN, protocol=SMALL)
-    module = Functional()
-    losses, nll = bare_loop(module, TEXT, UNSEEN, SMALL)
     assert result.curve.y == losses
+    nll = np.mean([loss_of(crops).item() for crops in held_out_batches(UNSEEN, SMALL, "")])
     assert float(result.record.metrics["nll_last"]) == pytest.approx(nll, rel=1e-6)
     assert result.best_step == 12
     assert same(weights(result), module.state_dict())
 
 
 def test_it_learns():
-    protocol = replace(SMALL, steps=150, eval_every=50)
-    result = run_training(as_model(Functional()), text(0, 20_000), held_out=text(1, 20_000), protocol=protocol)
-    best = -0.9 * math.log(0.9) + 0.1 * math.log(VOCAB / 0.1)  # nats of the source, about
+    protocol = replace(SMALL, steps=120, eval_every=60, lr=2e-2)
+    result = trained(ids=text(0, 10_000), held_out=text(1, 10_000), protocol=protocol)
+    best = -0.9 * math.log(0.9) + 0.1 * math.log(VOCAB / 0.1)  # approximate entropy of the text
     assert best - 0.1 < result.nll < best + 0.3
     assert result.nll.low < float(result.nll) < result.nll.high
     assert float(result.perplexity) == pytest.approx(math.exp(result.nll))
 
 
 @pytest.mark.parametrize("form", [Stateless, GetSetState, Streaming, PortableStreaming])
-def test_a_model_of_any_form_learns_as_one_that_is_passed_its_state(form):
-    reference = run_training(as_model(Functional()), TEXT, held_out=UNSEEN, protocol=SMALL)
-    result = run_training(as_model(form()), TEXT, held_out=UNSEEN, protocol=SMALL)
+def test_models_of_all_forms_learn_the_same(form):
+    result = trained(form())
     assert result.lm.form == as_model(form()).form
-    assert result.curve.y == reference.curve.y
-    assert same(weights(result), weights(reference))
+    assert result.curve.y == reference().curve.y
+    assert same(weights(result), weights(reference()))
 
 
-def test_what_comes_back_can_be_used_at_once():
-    result = run_training(as_model(Functional()), TEXT, held_out=UNSEEN, protocol=SMALL)
+def test_the_trained_model_is_ready_for_use():
+    result = reference()
     assert result.lm.spec == "tiny_models:Functional, trained 12 steps on ids[test]"
     assert not result.lm.module.training
     assert all(parameter.grad is None for parameter in result.lm.module.parameters())
@@ -287,11 +271,11 @@ def test_what_comes_back_can_be_used_at_once():
     assert result.lm.step(torch.tensor([[3]]), state)[0].shape == (1, 1, VOCAB)
     held_out = held_out_batches(UNSEEN, SMALL, "")
     assert float(loop.evaluate(result.lm, held_out).mean()) / SMALL.seq_len == pytest.approx(float(result.nll), rel=1e-12)
-    assert run_training(as_model(Functional()), TEXT, protocol=SMALL, spec="mine").lm.spec == "mine"
+    assert trained(protocol=SHORT, spec="mine").lm.spec == "mine"
 
 
 class Buffered(Functional):
-    """Its state is a buffer, of as many rows as were read."""
+    """Its state is a buffer with one row per batch row."""
 
     def __init__(self):
         super().__init__()
@@ -308,33 +292,33 @@ class Buffered(Functional):
         self.held = state
 
 
-def test_a_state_that_is_held_in_the_module_is_no_part_of_what_was_trained(save_each_step, tmp_path):
-    result = run_training(as_model(Buffered()), TEXT, protocol=SMALL, folder=tmp_path)
-    assert result.curve.y == run_training(as_model(Functional()), TEXT, protocol=SMALL).curve.y
+def test_a_state_in_a_buffer_is_not_part_of_the_trained_weights(save_each_step, tmp_path):
+    result = trained(Buffered(), folder=tmp_path)
+    assert result.curve.y == reference().curve.y
     assert result.lm.module.held.shape == (1, 1, 16)
-    again = run_training(result.lm, TEXT, held_out=UNSEEN, protocol=SMALL)  # no graph is left in it, so it can be copied
+    again = trained(result.lm, protocol=SHORT)  # no graph is left in it, so it can be copied
     assert again.nll < 3.5
-    cached = run_training(as_model(Buffered()), TEXT, protocol=SMALL, folder=tmp_path)
+    cached = trained(Buffered(), folder=tmp_path)
     assert cached.cached
     assert same(weights(cached), weights(result))
     assert fingerprint(cached.lm) == fingerprint(result.lm)
 
 
-def test_the_model_that_was_given_is_not_changed_and_no_random_number_is_used_up():
+def test_the_given_model_and_the_random_state_do_not_change():
     module = Functional().train()
     lm = as_model(module)
-    before, random = (fingerprint(lm), weights_of := module.state_dict()), torch.get_rng_state()
-    kept = {name: tensor.clone() for name, tensor in weights_of.items()}
-    result = run_training(lm, TEXT, held_out=UNSEEN, protocol=SMALL)
+    before, random = fingerprint(lm), torch.get_rng_state()
+    kept = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    result = trained(lm, protocol=SHORT)
     assert same(kept, module.state_dict())
-    assert fingerprint(lm) == before[0] != fingerprint(result.lm)
+    assert fingerprint(lm) == before != fingerprint(result.lm)
     assert torch.equal(torch.get_rng_state(), random)
     assert all(parameter.grad is None for parameter in module.parameters())
 
 
-def test_the_weights_that_the_held_out_text_likes_best_are_kept():
-    backwards = UNSEEN[::-1].copy()  # the more is learned of the text, the worse this goes
-    result = run_training(as_model(Functional()), TEXT, held_out=backwards, protocol=replace(SMALL, steps=24))
+def test_the_weights_with_the_lowest_held_out_loss_are_kept():
+    backwards = UNSEEN[::-1].copy()  # training on TEXT makes this worse
+    result = trained(held_out=backwards, protocol=replace(SMALL, steps=24))
     assert result.best_step < 24
     assert result.nll < result.record.metrics["nll_last"]
     assert float(result.nll) == min(result.record.series["held_out_loss"].y)
@@ -342,23 +326,23 @@ def test_the_weights_that_the_held_out_text_likes_best_are_kept():
 
 
 def test_without_a_held_out_text_the_last_weights_are_kept():
-    result = run_training(as_model(Functional()), TEXT, protocol=SMALL)
+    result = trained(held_out=None)
     assert result.best_step == 12
     assert "held_out_loss" not in result.record.series
     with pytest.raises(AttributeError, match="trained without held_out, so its perplexity on unseen text is not known"):
         result.perplexity  # noqa: B018
 
 
-def test_frozen_parameters_stay_as_they_are():
+def test_frozen_parameters_do_not_change():
     module = Functional()
     module.embed.weight.requires_grad_(False)
-    result = run_training(as_model(module), TEXT, protocol=SMALL)
+    result = trained(module, protocol=SHORT)
     assert torch.equal(result.lm.module.embed.weight, module.embed.weight)
     assert not torch.equal(result.lm.module.head.weight, module.head.weight)
 
 
 class Tied(nn.Module):
-    """The embedding is the head."""
+    """Embedding and head have one weight."""
 
     def __init__(self, dropout=0.0):
         super().__init__()
@@ -375,8 +359,8 @@ class Tied(nn.Module):
 
 
 def test_tied_weights_are_saved_once_and_stay_tied(tmp_path):
-    result = run_training(as_model(Tied()), TEXT, protocol=SMALL, folder=tmp_path)
-    (file,) = tmp_path.glob("models/*/best.safetensors")
+    result = trained(Tied(), protocol=SHORT, folder=tmp_path)
+    file = only(tmp_path, "best.safetensors")
     assert "head.weight" not in load_file(file)
     loaded = load_weights(as_model(Tied()), file)
     assert loaded.module.head.weight is loaded.module.embed.weight
@@ -385,29 +369,28 @@ def test_tied_weights_are_saved_once_and_stay_tied(tmp_path):
     assert same(weights(result), load_weights(as_model(Tied()), tmp_path / "other").module.state_dict())
 
 
-def test_dropout_is_on_in_training_only_and_its_seed_is_the_protocols():
-    first, again = (run_training(as_model(Tied(0.3)), TEXT, held_out=UNSEEN, protocol=SMALL) for _ in range(2))
+def test_dropout_is_active_only_in_training_and_repeats():
+    first, again, without = (trained(Tied(dropout), protocol=SHORT) for dropout in (0.3, 0.3, 0.0))
     assert outcome(first) == outcome(again)
-    other = run_training(as_model(Tied(0.0)), TEXT, held_out=UNSEEN, protocol=SMALL)
-    assert first.curve.y[0] != other.curve.y[0]
-    assert first.record.series["held_out_loss"].y[0] == other.record.series["held_out_loss"].y[0]
+    assert first.curve.y[0] != without.curve.y[0]
+    assert first.record.series["held_out_loss"].y[0] == without.record.series["held_out_loss"].y[0]
 
 
-def test_progress_is_told_after_each_step():
-    told = []
-    result = run_training(as_model(Functional()), TEXT, protocol=SMALL, progress=lambda *arguments: told.append(arguments))
-    assert [(done, expected) for done, _, expected in told] == [(64 * step, 64 * 12) for step in range(1, 13)]
-    assert told[-1][1] == pytest.approx(64 * sum(result.curve.y))
+def test_progress_is_reported_after_each_step():
+    calls = []
+    result = trained(held_out=None, progress=lambda *arguments: calls.append(arguments))
+    assert [(done, expected) for done, _, expected in calls] == [(64 * step, 64 * 12) for step in range(1, 13)]
+    assert calls[-1][1] == pytest.approx(64 * sum(result.curve.y))
 
 
 # --------------------------------------------------------------------------------------------------- record
 
 
-def test_the_record_says_how_it_was_trained_what_came_of_it_and_what_it_cost():
+def test_the_record_has_settings_curves_and_costs():
     module = as_model(Demo(width=16, layers=1, heads=2, window=9, kernel=3, hidden=16))
     ids = torch.randint(0, 256, (2000,), generator=torch.Generator().manual_seed(0))
     protocol = replace(SMALL, steps=None, epochs=2)
-    record = run_training(module, ids, held_out=ids.flip(0), protocol=protocol).record
+    record = trained(module, ids, held_out=ids.flip(0), protocol=protocol).record
     per_epoch = 1999 // 16 // 4
     steps = 2 * per_epoch
     assert (record.kind, record.subject) == ("train", "ids[test]")
@@ -415,9 +398,8 @@ def test_the_record_says_how_it_was_trained_what_came_of_it_and_what_it_cost():
     assert record.settings["lr"] == protocol.lr
     assert record.settings["data"] != record.settings["held_out_data"]
     assert record.cost.tokens == steps * 64
-    assert record.cost.flops == record.metrics["flops_total"] == sum(
-        record.metrics[f"flops_{way}"] for way in ("forward", "backward")
-    )  # fmt: skip
+    flops = [record.metrics[f"flops_{way}"] for way in ("total", "forward", "backward")]
+    assert record.cost.flops == flops[0] == sum(flops[1:])
     assert record.metrics["parameters"] == sum(parameter.numel() for parameter in module.module.parameters())
     assert record.metrics["model_bytes"] == 4 * record.metrics["parameters"]
     assert float(record.metrics["tokens_per_second"]) == pytest.approx(steps * 64 / record.cost.seconds)
@@ -429,19 +411,19 @@ def test_the_record_says_how_it_was_trained_what_came_of_it_and_what_it_cost():
     assert float(record.metrics["train_loss"]) == pytest.approx(np.mean(curve.y[-4:]))
 
 
-def test_the_record_is_one_of_the_schema():
+def test_the_record_fits_the_schema():
     jsonschema = pytest.importorskip("jsonschema")
     whole = schema.json_schema()
-    record = run_training(as_model(Functional()), TEXT, held_out=UNSEEN, protocol=SMALL).record
+    record = reference().record
     written = json.loads(json.dumps(schema.to_plain(record)))
     jsonschema.validate(written, {**whole["$defs"]["Record"], "$defs": whole["$defs"]})
     assert schema.to_plain(schema.convert(written, Record)) == written
 
 
-def test_a_long_curve_is_thinned_by_averaging(monkeypatch):
-    whole = run_training(as_model(Functional()), TEXT, protocol=SMALL).curve
+def test_a_long_curve_is_averaged(monkeypatch):
+    reference()
     monkeypatch.setattr("pytest_lmeval.training._result.POINTS", 5)
-    thinned = run_training(as_model(Functional()), TEXT, protocol=SMALL).curve
+    whole, thinned = reference().curve, trained().curve
     assert thinned.x == [64.0 * 3, 64.0 * 6, 64.0 * 9, 64.0 * 12]
     assert thinned.y == pytest.approx([np.mean(whole.y[begin : begin + 3]) for begin in range(0, 12, 3)])
 
@@ -449,84 +431,78 @@ def test_a_long_curve_is_thinned_by_averaging(monkeypatch):
 # --------------------------------------------------------------------------------------------------- cached
 
 
-def test_a_model_that_was_trained_before_is_not_trained_again(tmp_path):
-    module = LossAccumulator()
-    first = run_training(as_model(module), TEXT, held_out=UNSEEN, protocol=SMALL, folder=tmp_path)
+def test_a_finished_training_is_not_repeated_unless_fresh(tmp_path):
+    module = Recording()
+    first = trained(module, folder=tmp_path)
     read = len(module.read)
-    again = run_training(as_model(module), TEXT, held_out=UNSEEN, protocol=SMALL, folder=tmp_path)
+    again = trained(module, folder=tmp_path)
     assert (first.cached, again.cached, len(module.read)) == (False, True, read)
     assert again.record == first.record
     assert same(weights(first), weights(again))
     assert fingerprint(again.lm) == fingerprint(first.lm)
     assert again.lm.spec == first.lm.spec
-    fresh = run_training(as_model(module), TEXT, held_out=UNSEEN, protocol=SMALL, folder=tmp_path, fresh=True)
+    fresh = trained(module, folder=tmp_path, fresh=True)
     assert (fresh.cached, outcome(fresh)) == (False, outcome(first))
 
 
-def test_nothing_that_decides_the_outcome_may_differ(tmp_path):
-    def cached(lm, ids=TEXT, held_out=UNSEEN, **changed):
-        return run_training(lm, ids, held_out=held_out, protocol=replace(SMALL, steps=1, **changed), folder=tmp_path).cached
+def test_everything_that_decides_the_outcome_belongs_to_the_key(tmp_path):
+    def cached(module=None, ids=TEXT, held_out=UNSEEN, **changed):
+        protocol = replace(SMALL, **{"steps": 1, **changed})
+        return trained(module, ids, held_out=held_out, protocol=protocol, folder=tmp_path).cached
 
-    lm = as_model(Functional())
-    assert not cached(lm)
-    assert cached(lm)
-    assert not cached(as_model(Functional(seed=1)))
-    assert not cached(lm, ids=text(2))
-    assert not cached(lm, held_out=text(2))
-    assert not cached(lm, held_out=None)
-    assert not cached(lm, seed=1)
-    assert not cached(lm, lr=2e-2)
-    assert cached(lm, ids=TEXT.tolist())
-
-
-def test_an_iterator_is_known_again_by_what_it_brings(tmp_path):
-    first, again = (
-        run_training(as_model(Functional()), iter(np.split(TEXT, 4)), protocol=SMALL, folder=tmp_path) for _ in range(2)
-    )
-    assert (first.cached, again.cached) == (False, True)
+    assert not cached()
+    assert cached()
+    assert not cached(Functional(seed=1))
+    frozen = Functional()
+    frozen.embed.requires_grad_(False)
+    assert not cached(frozen)
+    assert not cached(ids=text(2))
+    assert not cached(held_out=text(2))
+    assert not cached(held_out=None)
+    assert not cached(seed=1)
+    assert not cached(lr=2e-2)
+    assert cached(ids=TEXT.tolist())
+    assert [cached(ids=iter(np.split(TEXT, 4))) for _ in range(2)] == [False, True]
 
 
-def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
+def test_only_a_given_folder_is_written_and_says_what_was_trained(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run_training(as_model(Functional()), TEXT, held_out=UNSEEN, protocol=SMALL)
+    trained(protocol=SHORT)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_folder_says_what_was_trained_in_it(tmp_path):
-    result = run_training(as_model(Functional()), TEXT, held_out=UNSEEN, protocol=SMALL, folder=tmp_path)
+    result = trained(protocol=SHORT, folder=tmp_path)
     (folder,) = (tmp_path / "models").iterdir()
     assert sorted(path.name for path in folder.iterdir()) == ["best.safetensors", "protocol.json", "record.json"]
     written = json.loads((folder / "protocol.json").read_text())
     assert written["trained_from"] == "tiny_models:Functional"
-    assert written["decided by"]["protocol"] == SMALL.to_json()
+    assert written["decided by"]["protocol"] == SHORT.to_json()
     assert same(weights(result), load_weights(as_model(Functional(seed=1)), folder).module.state_dict())
 
 
 @pytest.mark.parametrize("name", ["best.safetensors", "record.json"])
 @pytest.mark.parametrize("how", ["truncated", "empty", "another"])
-def test_a_broken_file_is_reported_and_the_model_is_trained_anew(tmp_path, name, how):
-    first = run_training(as_model(Functional()), TEXT, protocol=SMALL, folder=tmp_path)
-    (file,) = tmp_path.glob(f"models/*/{name}")
+def test_a_broken_file_is_reported_and_the_model_trained_anew(tmp_path, name, how):
+    first = trained(protocol=SHORT, folder=tmp_path)
+    file = only(tmp_path, name)
     content = file.read_bytes()
     another = content[:-3] + bytes(byte ^ 1 for byte in content[-3:])
     file.write_bytes({"truncated": content[:-30], "empty": b"", "another": another}[how])
     with pytest.warns(JournalWarning, match=f"{name}.*trained anew"):
-        again = run_training(as_model(Functional()), TEXT, protocol=SMALL, folder=tmp_path)
+        again = trained(protocol=SHORT, folder=tmp_path)
     assert (again.cached, outcome(again)) == (False, outcome(first))
-    assert run_training(as_model(Functional()), TEXT, protocol=SMALL, folder=tmp_path).cached
+    assert trained(protocol=SHORT, folder=tmp_path).cached
 
 
-def test_weights_that_fit_a_model_of_other_settings_are_refused(tmp_path):
-    run_training("zoo:windowed", corpus("automaton:size=20k", "train"), protocol=SMALL, folder=tmp_path)
-    (file,) = tmp_path.glob("models/*/best.safetensors")
+def test_weights_of_a_model_with_other_settings_are_refused(tmp_path):
+    run_training("zoo:windowed", corpus("automaton:size=20k", "train"), protocol=SHORT, folder=tmp_path)
+    file = only(tmp_path, "best.safetensors")
     with pytest.raises(SpecError, match=r"does not fit zoo:transformer: .*layers.0.window 64 there, not set here"):
         load_weights("zoo:transformer", file)
     assert load_weights("zoo:windowed", file).spec.startswith("zoo:windowed, trained")
 
 
-def test_weights_of_another_model_are_refused_with_the_names_of_what_does_not_fit(tmp_path):
-    run_training(as_model(Functional()), TEXT, protocol=SMALL, folder=tmp_path)
-    (file,) = tmp_path.glob("models/*/best.safetensors")
+def test_weights_of_another_model_are_refused_with_the_names_of_the_tensors(tmp_path):
+    trained(protocol=SHORT, folder=tmp_path)
+    file = only(tmp_path, "best.safetensors")
     tensors = load_file(file)
     tensors["new.weight"] = tensors.pop("embed.weight")
     tensors["head.bias"] = torch.zeros(7)
@@ -536,7 +512,7 @@ def test_weights_of_another_model_are_refused_with_the_names_of_what_does_not_fi
         r"of another shape: head.bias \[7\] for \[32\]"
     )
     with pytest.raises(SpecError, match=expected):
-        run_training(as_model(Functional()), TEXT, protocol=SMALL, folder=tmp_path)
+        trained(protocol=SHORT, folder=tmp_path)
     lm = as_model(Functional(seed=1))
     with pytest.raises(SpecError, match=expected):
         load_weights(lm, file)
@@ -545,48 +521,46 @@ def test_weights_of_another_model_are_refused_with_the_names_of_what_does_not_fi
         load_weights("demo", file)
 
 
-def test_weights_that_cannot_be_read_are_refused(tmp_path):
-    with pytest.raises(SpecError, match=r"there are no weights at .*nowhere"):
-        load_weights(as_model(Functional()), tmp_path / "nowhere")
+def test_unreadable_weights_are_refused(tmp_path):
     (tmp_path / "short").write_bytes(b"12")
-    with pytest.raises(SpecError, match=r"short is no whole file of weights"):
-        load_weights(as_model(Functional()), tmp_path / "short")
+    for name, message in {"nowhere": "there are no weights at .*nowhere", "short": "short is no whole file of weights"}.items():
+        with pytest.raises(SpecError, match=message):
+            load_weights(as_model(Functional()), tmp_path / name)
 
 
 # -------------------------------------------------------------------------------------------------- resumed
 
 
 class Stopped(Exception):
-    """The interruption."""
+    """An interruption."""
 
 
-def stop_after(step):
-    def progress(done, nats, expected):
+def interrupted(step, folder, module=Functional, **options):
+    def stop(done, nats, expected):
         if done == 64 * step:
             raise Stopped
 
-    return progress
-
-
-def interrupted(step, folder, **options):
-    options = {"held_out": UNSEEN, "protocol": SMALL, "folder": folder, **options}
     with pytest.raises(Stopped):
-        run_training(as_model(Tied(0.2)), TEXT, progress=stop_after(step), **options)
-    return run_training(as_model(Tied(0.2)), TEXT, **options)
+        trained(module(), progress=stop, folder=folder, **options)
 
 
-def test_a_training_that_was_stopped_anywhere_goes_on_to_the_same_end(save_each_step):
-    whole = outcome(run_training(as_model(Tied(0.2)), TEXT, held_out=UNSEEN, protocol=SMALL))
+def dropping():
+    return Tied(0.2)
 
-    @settings(max_examples=8)
-    @given(st.integers(1, 11))
-    def check(step):
-        with tempfile.TemporaryDirectory() as folder:
-            result = interrupted(step, folder)
-            assert result.resumed_at == step
-            assert outcome(result) == whole
 
-    check()
+@cache
+def uninterrupted(held_out=True):
+    return outcome(trained(dropping(), held_out=UNSEEN if held_out else None))
+
+
+LATER = [pytest.param(step, marks=pytest.mark.thorough) for step in (2, 3, 5, 6, 7, 8, 9, 10)]
+
+
+@pytest.mark.parametrize("step", [1, 4, 11, *LATER])
+def test_a_training_resumes_at_any_step_with_the_same_outcome(save_each_step, tmp_path, step):
+    interrupted(step, tmp_path, dropping)
+    result = trained(dropping(), folder=tmp_path)
+    assert (result.resumed_at, outcome(result)) == (step, uninterrupted())
 
 
 FORGOTTEN = {
@@ -598,131 +572,114 @@ FORGOTTEN = {
 
 
 @pytest.mark.parametrize("forgotten", FORGOTTEN)
-def test_a_point_that_forgets_something_leads_elsewhere(save_each_step, tmp_path, forgotten):
-    """The test above can fail: all parts of a point are needed."""
-    with pytest.raises(Stopped):
-        run_training(as_model(Tied(0.2)), TEXT, held_out=UNSEEN, protocol=SMALL, folder=tmp_path, progress=stop_after(6))
-    (file,) = tmp_path.glob("models/*/point.pt")
+def test_a_point_without_one_of_its_parts_changes_the_outcome(save_each_step, tmp_path, forgotten):
+    interrupted(6, tmp_path, dropping)
+    file = only(tmp_path, "point.pt")
     point = torch.load(file)
     FORGOTTEN[forgotten](point)
     torch.save(point, file)
-    result = run_training(as_model(Tied(0.2)), TEXT, held_out=UNSEEN, protocol=SMALL, folder=tmp_path)
+    result = trained(dropping(), folder=tmp_path)
     assert result.resumed_at > 0
-    assert outcome(result) != outcome(run_training(as_model(Tied(0.2)), TEXT, held_out=UNSEEN, protocol=SMALL))
+    assert outcome(result) != uninterrupted()
 
 
-def test_without_a_held_out_text_it_goes_on_too(save_each_step, tmp_path):
-    whole = outcome(run_training(as_model(Tied(0.2)), TEXT, protocol=SMALL))
-    assert outcome(interrupted(5, tmp_path, held_out=None)) == whole
+def test_a_training_without_a_held_out_text_resumes(save_each_step, tmp_path):
+    interrupted(5, tmp_path, dropping, held_out=None)
+    assert outcome(trained(dropping(), held_out=None, folder=tmp_path)) == uninterrupted(held_out=False)
+
+
+def test_a_fresh_training_does_not_resume(save_each_step, tmp_path):
+    interrupted(6, tmp_path)
+    assert trained(folder=tmp_path, fresh=True).resumed_at == 0
 
 
 KILLED = """
-import sys, time
-import torch
-from torch import nn
+import os, signal, sys
+import numpy as np
+from tiny_models import Functional
 from pytest_lmeval import as_model
-from pytest_lmeval.training import Protocol, run_training
 from pytest_lmeval.records._journal import Saver
-
-class Dropping(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.Sequential(nn.Embedding(32, 16), nn.Linear(16, 64), nn.GELU(), nn.Dropout(0.2), nn.Linear(64, 32))
-
-    def forward(self, input_ids):
-        return self.layers(input_ids)
+from pytest_lmeval.training import Protocol, run_training
 
 def work(folder, progress=None):
-    text, held_out = torch.randint(0, 32, (2, 3000), generator=torch.Generator().manual_seed(0))
-    protocol = Protocol(steps=150, batch_size=4, seq_len=16, eval_every=10, eval_tokens=256)
-    return run_training(as_model(Dropping()), text, held_out=held_out, protocol=protocol, folder=folder, progress=progress)
+    text, held_out = np.random.default_rng(0).integers(32, size=(2, 2000))
+    protocol = Protocol(steps=15, batch_size=4, seq_len=16, eval_every=5, eval_tokens=256)
+    return run_training(as_model(Functional()), text, held_out=held_out, protocol=protocol, folder=folder, progress=progress)
+
+def die(done, nats, expected):
+    if done == 64 * 8:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 if __name__ == "__main__":
-    import killed  # the class has the same name for whoever imports it
-    Saver.PAUSE, Saver.SHARE = 0.0, 0.0
-    killed.work(sys.argv[1], lambda *_: time.sleep(0.02))
+    Saver.PAUSE = Saver.SHARE = 0.0
+    work(sys.argv[1], die)
 """
 
 
-def test_a_training_that_was_killed_goes_on_to_the_same_end(tmp_path, monkeypatch):
+def test_a_killed_training_resumes_with_the_same_outcome(tmp_path, monkeypatch):
     (tmp_path / "killed.py").write_text(KILLED)
     monkeypatch.syspath_prepend(tmp_path)
     from killed import work
 
-    command = [sys.executable, str(tmp_path / "killed.py"), str(tmp_path)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("models/*/point.pt")):
-        assert time.monotonic() < deadline
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.01)
-    time.sleep(0.5)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    process.stderr.close()
-
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, str(tmp_path / "killed.py"), str(tmp_path)], env=environment)
+    assert done.returncode == -signal.SIGKILL
     result = work(tmp_path)
-    assert 0 < result.resumed_at < 150
+    assert result.resumed_at == 8
     assert outcome(result) == outcome(work(None))
     assert not list(tmp_path.glob("models/*/point.pt"))
 
 
-def broken_point(folder, content):
-    with pytest.raises(Stopped):
-        run_training(as_model(Functional()), TEXT, protocol=SMALL, folder=folder, progress=stop_after(6))
-    (point,) = folder.glob("models/*/point.pt")
-    point.write_bytes(content(point.read_bytes()))
-
-
-class Run:
-    """What a file from elsewhere may bring."""
+class Foreign:
+    """An object that runs code when it is unpickled."""
 
     def __reduce__(self):
         return Path.touch, (Path("ran"),)
 
 
-def foreign(content):
-    return pickle.dumps(Run(), protocol=2)
-
-
 def of_another_model(content):
-    with tempfile.TemporaryFile() as file:
-        torch.save({"weights": Functional(width=8).state_dict(), "optimizer": {}}, file)
-        file.seek(0)
-        return file.read()
+    file = io.BytesIO()
+    torch.save({"weights": Functional(width=8).state_dict(), "optimizer": {}}, file)
+    return file.getvalue()
 
 
-@pytest.mark.parametrize("content", [lambda content: content[:-500], foreign, of_another_model])
-def test_a_point_that_cannot_be_used_is_reported_and_never_run(save_each_step, monkeypatch, tmp_path, content):
+POINTS = {
+    "truncated": lambda content: content[:-500],
+    "foreign": lambda content: pickle.dumps(Foreign(), protocol=2),
+    "of another model": of_another_model,
+}
+
+
+@pytest.mark.parametrize("how", POINTS)
+def test_an_unusable_point_is_reported_and_runs_no_code(save_each_step, monkeypatch, tmp_path, how):
     monkeypatch.chdir(tmp_path)
-    broken_point(tmp_path, content)
+    interrupted(6, tmp_path)
+    point = only(tmp_path, "point.pt")
+    point.write_bytes(POINTS[how](point.read_bytes()))
     with pytest.warns(JournalWarning, match=r"point\.pt cannot be read"):
-        result = run_training(as_model(Functional()), TEXT, protocol=SMALL, folder=tmp_path)
-    assert result.resumed_at == 0
-    assert outcome(result) == outcome(run_training(as_model(Functional()), TEXT, protocol=SMALL))
+        result = trained(folder=tmp_path)
+    assert (result.resumed_at, outcome(result)) == (0, outcome(reference()))
     assert not Path("ran").exists()
 
 
-def test_fresh_does_not_go_on(save_each_step, tmp_path):
-    broken_point(tmp_path, lambda content: content)
-    assert run_training(as_model(Functional()), TEXT, protocol=SMALL, folder=tmp_path, fresh=True).resumed_at == 0
+def test_a_training_whose_points_cannot_be_saved_warns_and_goes_on(save_each_step, tmp_path):
+    def occupy(done, nats, expected):
+        """Put a file in place of all folders, between the first and the third step."""
+        if done == 64:
+            shutil.rmtree(tmp_path / "models")
+            (tmp_path / "models").touch()
+        elif done == 3 * 64:
+            (tmp_path / "models").unlink()
 
-
-def test_a_disk_that_is_full_is_reported_and_the_training_goes_on(save_each_step, monkeypatch, tmp_path):
-    def full(*arguments):
-        raise OSError("no space left")
-
-    monkeypatch.setattr("pytest_lmeval.training._folder.Folder.save", full)
-    with pytest.warns(JournalWarning, match=r"no point to go on from can be saved \(no space left\)"):
-        assert run_training(as_model(Functional()), TEXT, protocol=SMALL, folder=tmp_path).best_step == 12
+    with pytest.warns(JournalWarning, match=r"no point to go on from can be saved \("):
+        assert trained(folder=tmp_path, progress=occupy).best_step == 12
 
 
 # --------------------------------------------------------------------------------------------------- failure
 
 
 class Root(Functional):
-    """Wrong: its root has no slope where a parameter has come to zero."""
+    """Wrong: from the seventh step, the gradient of a square root at zero is not finite."""
 
     def __init__(self):
         super().__init__()
@@ -735,23 +692,23 @@ class Root(Functional):
         return logits + (self.gain.abs().sqrt() if self.steps > 6 else 0), state
 
 
-def test_a_gradient_that_is_not_finite_stops_the_training_and_is_named(tmp_path):
+def test_a_gradient_that_is_not_finite_stops_the_training(tmp_path):
     module = Root()
     lm, module.steps = as_model(module), 0
     with pytest.raises(TrainingError) as caught:
-        run_training(lm, TEXT, held_out=UNSEEN, protocol=SMALL, folder=tmp_path)
+        trained(lm, folder=tmp_path)
     message = str(caught.value)
-    (file,) = tmp_path.glob("models/*/best.safetensors")
+    file = only(tmp_path, "best.safetensors")
     assert ":Root on ids[test], step 7: the loss is " in message
     assert "the gradient norm nan (" in message
     assert "at learning rate 0.00" in message
-    assert "1 gradients are not finite, and backward came first to that of gain." in message
+    assert "1 gradients are not finite, in backward order the first is that of gain." in message
     assert f"those after 4 steps, are in {file}." in message
     assert load_weights(as_model(Root()), file).spec.endswith("Root, trained 4 steps on ids[test]")
 
 
 class Overflowing(Functional):
-    """Wrong: its logits overflow once it has been evaluated twice."""
+    """Wrong: its logits overflow from the third evaluation."""
 
     examined = 0
 
@@ -761,33 +718,37 @@ class Overflowing(Functional):
         return logits * (float("inf") if self.examined > 8 else 1), state
 
 
-def test_a_loss_that_is_not_finite_is_named_with_the_first_gradient_that_backward_came_to():
+def broken_head():
     module = Functional()
     module.head.bias.data[3] = float("nan")
-    with pytest.raises(
-        TrainingError, match=r"step 1: the loss is nan, the gradient norm nan, .*came first to that of head\.bias"
-    ):
-        run_training(as_model(module), TEXT, protocol=SMALL)
-    with pytest.raises(TrainingError, match=r"after 0 steps the loss of held-out crop 0 of 16 is nan"):
-        run_training(as_model(module), TEXT, held_out=UNSEEN, protocol=SMALL)
-    with pytest.raises(
-        TrainingError, match=r"after 8 steps the loss of held-out crop 0 of 16 is nan\. The last training loss was"
-    ):
-        run_training(as_model(Overflowing()), TEXT, held_out=UNSEEN, protocol=SMALL)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("module", "held_out", "message"),
+    [
+        (broken_head, None, r"step 1: the loss is nan, the gradient norm nan, .*the first is that of head\.bias"),
+        (broken_head, UNSEEN, r"after 0 steps the loss of held-out crop 0 of 16 is nan"),
+        (Overflowing, UNSEEN, r"after 8 steps the loss of held-out crop 0 of 16 is nan\. The last training loss was"),
+    ],
+)
+def test_a_loss_that_is_not_finite_stops_the_training(module, held_out, message):
+    with pytest.raises(TrainingError, match=message):
+        trained(module(), held_out=held_out)
 
 
 @pytest.mark.parametrize("held_out", [UNSEEN, None])
-def test_a_loss_that_goes_away_stops_the_training(held_out, tmp_path):
+def test_a_loss_that_diverges_stops_the_training(held_out, tmp_path):
     wild = replace(SMALL, lr=30.0, warmup=0.0, clip=None, steps=100)
-    with pytest.raises(TrainingError, match=r"diverged: after 4, 8, 12 steps its .* where an even guess costs 3.466") as caught:
-        run_training(as_model(Functional()), TEXT, held_out=held_out, protocol=wild, folder=tmp_path)
+    with pytest.raises(TrainingError, match=r"diverged: after 4, 8, 12 steps its .* a uniform guess costs 3.466") as caught:
+        trained(held_out=held_out, protocol=wild, folder=tmp_path)
     assert ("those after 0 steps" in str(caught.value)) == (held_out is not None)
 
 
-def test_a_model_that_begins_badly_may_learn():
+def test_a_model_with_a_large_initial_loss_may_learn():
     module = Functional()
     module.head.weight.data *= 100
-    result = run_training(as_model(module), TEXT, held_out=UNSEEN, protocol=replace(SMALL, steps=30))
+    result = trained(module, protocol=replace(SMALL, steps=30))
     assert result.record.series["held_out_loss"].y[0] > 10
     assert result.nll < result.record.series["held_out_loss"].y[0]
 
@@ -802,7 +763,7 @@ class Unlearnable(Functional):
 
 
 class InPlace(Functional):
-    """Its logits are changed in place while their gradient still needs what they were."""
+    """Changes its logits in place although their gradient needs the old values."""
 
     def forward(self, input_ids, state=None):
         logits, state = super().forward(input_ids, state)
@@ -811,77 +772,50 @@ class InPlace(Functional):
         return logits, state
 
 
-class Short(Functional):
-    context_length = 15
-
-
-def frozen():
-    return Functional().requires_grad_(False)
+def changed(**attributes):
+    module = Functional()
+    for name, value in attributes.items():
+        setattr(module, name, value)
+    return module
 
 
 @pytest.mark.parametrize(
     ("source", "error", "message"),
     [
         (Stepper(), SpecError, "is no torch module"),
-        (frozen(), SpecError, "no parameter with requires_grad=True"),
+        (Functional().requires_grad_(False), SpecError, "no parameter with requires_grad=True"),
         (Functional().bfloat16(), SpecError, r"7 parameters in torch.bfloat16, for example embed.weight.*Load it with @fp32"),
-        (Short(), ProtocolError, "seq_len=16 is more than .*:Short reads: at most 15 tokens"),
-        (Unlearnable(), ModelError, r"since its loss has no gradient: it reads under torch\.no_grad"),
+        (changed(context_length=15), ProtocolError, "seq_len=16 is more than .*:Functional reads: at most 15 tokens"),
+        (replace(as_model(Functional()), codebooks=Codebooks((8, 8), (0, 1), (0, 0))), SpecError, "reads frames of 2 codes"),
+        (changed(kept=Functional().head.weight * 2), SpecError, "cannot be copied"),
+        (Unlearnable(), ModelError, r"since its loss has no gradient: the model runs under torch\.no_grad"),
         (InPlace(), ModelError, "since its loss has no gradient: .* modified by an inplace operation"),
     ],
-    ids=["no module", "frozen", "16 bits", "short context", "no gradient", "in place"],
+    ids=["no module", "frozen", "16 bits", "short context", "codebooks", "graph", "no gradient", "in place"],
 )
 def test_a_model_that_cannot_be_trained_is_refused(source, error, message):
     with pytest.raises(error, match=message):
-        run_training(as_model(source), TEXT, protocol=SMALL)
-
-
-def test_a_model_of_several_codebooks_is_refused():
-    lm = replace(as_model(Functional()), codebooks=Codebooks((8, 8), (0, 1), (0, 0)))
-    with pytest.raises(SpecError, match="reads frames of 2 codes"):
-        run_training(lm, TEXT, protocol=SMALL)
-
-
-def test_a_module_that_cannot_be_copied_is_refused():
-    module = Functional()
-    module.kept = module.head.weight * 2
-    with pytest.raises(SpecError, match="cannot be copied"):
-        run_training(as_model(module), TEXT, protocol=SMALL)
+        trained(source)
 
 
 @pytest.mark.parametrize(
     ("ids", "held_out", "error", "message"),
     [
-        (TEXT[:64], None, CorpusError, r"ids\[test\] gave 64 tokens, and one batch of 4 crops of 16 tokens needs 65"),
+        (np.empty(0, dtype=np.int64), None, CorpusError, "gave 0 tokens"),
+        (TEXT[:64], None, CorpusError, r"ids\[test\] gave 64 tokens, but one batch of 4 crops of 16 tokens needs 65"),
         (TEXT, TEXT[:16], CorpusError, r"held-out text ids\[test\] gave 16 tokens; one crop needs 17"),
         (TEXT, TEXT.copy(), CorpusError, "the same text"),
         (TEXT + 1, None, StreamError, r"ids\[test\]: token \d+ of the stream has id 32, but the vocabulary of"),
         (TEXT, UNSEEN + 1, StreamError, "has id 32, but the vocabulary of"),
     ],
-    ids=["short", "short held out", "same", "vocabulary", "vocabulary of the held-out text"],
+    ids=["empty", "short", "short held out", "same", "vocabulary", "vocabulary of the held-out text"],
 )
-def test_a_text_that_cannot_be_learned_is_refused(ids, held_out, error, message):
+def test_unusable_texts_are_refused(ids, held_out, error, message):
     with pytest.raises(error, match=message):
-        run_training(as_model(Functional()), ids, held_out=held_out, protocol=SMALL)
+        trained(ids=ids, held_out=held_out)
 
 
-def test_a_protocol_that_reads_too_little_says_so():
-    with pytest.raises(CorpusError, match=r"gave 64 tokens \(the protocol reads no more than tokens=64\)"):
-        run_training(as_model(Functional()), TEXT, protocol=replace(SMALL, tokens=64))
-    assert run_training(as_model(Functional()), TEXT[:65], protocol=replace(SMALL, steps=3)).best_step == 3
-
-
-def test_a_text_without_a_token_is_refused():
-    with pytest.raises(CorpusError, match="gave 0 tokens"):
-        run_training(load("zoo:lstm"), np.empty(0, dtype=np.int64), protocol=Protocol(steps=2))
-
-
-def test_frozen_parameters_make_another_training(tmp_path):
-    module, ids = load("zoo:lstm").module, np.arange(3000) % 100
-    protocol = Protocol(steps=1, seq_len=8, batch_size=2)
-    free = run_training(as_model(module), ids, protocol=protocol, folder=tmp_path)
-    module.embed.requires_grad_(False)
-    assert not run_training(as_model(module), ids, protocol=protocol, folder=tmp_path).cached
-    module.embed.requires_grad_(True)
-    assert run_training(as_model(module), ids, protocol=protocol, folder=tmp_path).cached
-    assert not free.cached
+def test_a_protocol_that_reads_too_few_tokens_is_refused():
+    with pytest.raises(CorpusError, match=r"gave 64 tokens \(the protocol reads at most tokens=64\)"):
+        trained(protocol=replace(SMALL, tokens=64))
+    assert trained(ids=TEXT[:65], protocol=replace(SMALL, steps=3)).best_step == 3

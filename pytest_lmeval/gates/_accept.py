@@ -1,4 +1,4 @@
-"""`lmeval baseline accept`: the numbers of a run become those that later runs are compared with."""
+"""`lmeval baseline accept`: store the numbers of a run as the baseline of later runs."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 from msgspec import structs
 
 from pytest_lmeval.errors import BaselineError, DocumentError
-from pytest_lmeval.gates._baseline import Baseline, contradictions, examples_file, place_of, read, write
+from pytest_lmeval.gates._baseline import Baseline, contradictions, examples_file, platform_of, read, write
 from pytest_lmeval.gates._entry import entry_of, names_of
 from pytest_lmeval.gates._scores import AGAIN, scores_of
-from pytest_lmeval.records._document import NAME, Environment, RunDocument, load
+from pytest_lmeval.records._document import NAME, RunDocument, load
 from pytest_lmeval.records._measured import Record
 
 
@@ -25,23 +25,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--to", type=Path, default=Path("lmeval-baseline.json"), metavar="FILE", help="lmeval-baseline.json")
     parser.add_argument("-k", dest="pattern", default="", metavar="PATTERN", help="only tests that contain or match this")
-    parser.add_argument("--prune", action="store_true", help="forget what the file holds of tests that are not in this run")
+    parser.add_argument("--prune", action="store_true", help="remove tests that are not in this run from the file")
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Take the tests of a run into a baseline; those of others stay. Returns 0, or 2 where nothing could be accepted."""
+    """Store the accepted tests of a run in a baseline and keep its other tests. Returns 0, or 2 if nothing can be accepted."""
     source = arguments.source / NAME if arguments.source.is_dir() else arguments.source
     try:
         document = load(source)
-        chosen = matching(document.records, arguments.pattern)
-        accepted, refused = by_test(chosen)
+        chosen = _matching(document.records, arguments.pattern)
+        accepted, refused = _by_test(chosen)
         if not accepted:
             raise BaselineError(f"{source} has nothing to accept: {_why(document, chosen, refused, arguments.pattern)}")
         old = Baseline() if arguments.prune else read(arguments.to) or Baseline()
-        new = merged(old, accepted, document.environment, source.parent)
+        new = _merged(old, accepted, document, source.parent)
         for test, record, problem in contradictions(new.tests, new.scores or {}):
-            what = f"of {test}, {record}, {problem}"
-            raise BaselineError(f"{source} cannot be accepted: {what}. It was edited, or is of several runs. {AGAIN}.")
+            what = f"in {test}, {record}, {problem}"
+            raise BaselineError(f"{source} cannot be accepted: {what}. It was edited, or mixes several runs. {AGAIN}.")
         write(arguments.to, new)
     except DocumentError as error:
         print(error, file=sys.stderr)
@@ -52,19 +52,19 @@ def main(arguments: argparse.Namespace) -> int:
     for test in sorted(accepted):
         print(f"accepted: {test}")
     for test in sorted(refused):
-        print(f"not accepted: {test} (it failed, and not for its baseline)")
+        print(f"not accepted: {test} (it failed for another reason than its baseline)")
     print(f"written to {arguments.to} and {examples_file(arguments.to)}: commit both")
     return 0
 
 
-def matching(records: Sequence[Record], pattern: str) -> list[Record]:
-    """The records of the test of this very name; if there is none, of those whose name contains the pattern, or matches it."""
+def _matching(records: Sequence[Record], pattern: str) -> list[Record]:
+    """The records of the test with exactly this name; if there is none, of tests whose name contains or matches the pattern."""
     exact = [record for record in records if record.test == pattern]
     return exact or [record for record in records if pattern in record.test or fnmatchcase(record.test, pattern)]
 
 
-def by_test(records: Sequence[Record]) -> tuple[dict[str, list[Record]], set[str]]:
-    """The records of each test that may be accepted, and the tests that may not: they failed by an assertion of their own."""
+def _by_test(records: Sequence[Record]) -> tuple[dict[str, list[Record]], set[str]]:
+    """The records of each test that may be accepted, and the tests that may not: an assertion of their own failed."""
     tests: dict[str, list[Record]] = {}
     for record in records:
         tests.setdefault(record.test, []).append(record)
@@ -73,10 +73,10 @@ def by_test(records: Sequence[Record]) -> tuple[dict[str, list[Record]], set[str
     return {test: found for test, found in tests.items() if test not in refused}, refused
 
 
-def merged(old: Baseline, accepted: dict[str, list[Record]], environment: Environment, folder: Path) -> Baseline:
-    """The baseline with the records of these tests in place of those that it had of them."""
+def _merged(old: Baseline, accepted: dict[str, list[Record]], document: RunDocument, folder: Path) -> Baseline:
+    """The old baseline, with the new records of the accepted tests in place of the old ones."""
     tests = {test: entries for test, entries in old.tests.items() if test not in accepted}
-    scores = {place: found for place, found in (old.scores or {}).items() if place[0] not in accepted}
+    scores = {where: found for where, found in (old.scores or {}).items() if where[0] not in accepted}
     for test, records in accepted.items():
         tests[test] = {}
         for name, record in zip(names_of(records), records, strict=True):
@@ -86,12 +86,12 @@ def merged(old: Baseline, accepted: dict[str, list[Record]], environment: Enviro
             tests[test][name] = entry
             if (found := scores_of(record, folder)) is not None:
                 scores[test, name] = found
-    return Baseline(structs.replace(old.file, environment=place_of(environment), tests=tests), scores)
+    return Baseline(structs.replace(old.file, environment=platform_of(document.environment), tests=tests), scores)
 
 
 def _why(document: RunDocument, chosen: Sequence[Record], refused: set[str], pattern: str) -> str:
     if refused:
-        return f"{', '.join(sorted(refused))} failed, and not for the baseline. Fix that first."
+        return f"{', '.join(sorted(refused))} failed for another reason than the baseline. Fix that first."
     if document.records and not chosen:
         tests = sorted({record.test for record in document.records})
         return f"no test in it matches {pattern!r}; it has {', '.join(tests)}."

@@ -1,10 +1,10 @@
-"""The file that a run is compared with, and the file of examples beside it. Both are meant to be committed, and read in a diff.
+"""Read and write a baseline: a file of numbers, and a file of the examples behind them. Both are meant to be committed.
 
-    baseline.json             schema, environment, and of each test each record: a metric a line
-    baseline.examples.jsonl   of each record a line of its columns, and below it a line for each example
+    baseline.json             schema, environment, and the records of each test, one line per metric
+    baseline.examples.jsonl   for each record a line with its columns, then one line per example
 
-Sorted keys, rounded numbers, no paths, no times: a run that changed nothing writes the same bytes. Each record has checksums of
-its own, so that an edit is refused, and two branches that accepted other tests can be merged.
+Keys are sorted, numbers rounded, paths and times left out: a run that changed nothing writes the same bytes. Each record has
+its own checksums, so edits are refused, and branches that accepted different tests can be merged.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ Tests = dict[str, dict[str, Entry]]
 Examples = dict[tuple[str, str], Scores]
 
 
-class Place(Kept, frozen=True, kw_only=True):
-    """Of `Environment`, what can make a number another one."""
+class Platform(Kept, frozen=True, kw_only=True):
+    """The part of `Environment` that can change a number."""
 
     python: str = ""
     device: str = ""
@@ -46,15 +46,15 @@ class Place(Kept, frozen=True, kw_only=True):
 
 
 class BaselineFile(Kept, frozen=True, kw_only=True):
-    """The content of baseline.json. tests: test -> name of a record -> entry."""
+    """The content of baseline.json. tests: test -> record name -> entry."""
 
     schema: Literal[2] = SCHEMA
-    environment: Place = Place()
+    environment: Platform = Platform()
     tests: Tests = {}
 
 
 class Head(Kept, frozen=True, kw_only=True):
-    """A line of the file of examples that those of a record follow."""
+    """The line of the examples file above the examples of a record."""
 
     test: str
     record: str
@@ -63,7 +63,7 @@ class Head(Kept, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class Baseline:
-    """scores  (test, name of a record) -> scores; None where the file of examples is missing"""
+    """scores  (test, record name) -> scores; None if the examples file is missing"""
 
     file: BaselineFile = field(default_factory=BaselineFile)
     scores: Examples | None = field(default_factory=dict)
@@ -73,42 +73,46 @@ class Baseline:
         return self.file.tests
 
 
-def place_of(environment: Environment) -> Place:
-    """What a baseline keeps of the environment of a run."""
-    return Place(**{name: getattr(environment, name) for name in Place.__struct_fields__ if name != schema.MORE})
+def platform_of(environment: Environment) -> Platform:
+    """The part of a run's environment that a baseline keeps."""
+    return Platform(**{name: getattr(environment, name) for name in Platform.__struct_fields__ if name != schema.MORE})
 
 
-def differences(old: Place, new: Place) -> list[str]:
-    """How two places differ, in words."""
-    before, now = ({**structs.asdict(place), **place.packages} for place in (old, new))
+def differences(old: Platform, new: Platform) -> list[str]:
+    """How two platforms differ, in words."""
+    before, now = ({**structs.asdict(platform), **platform.packages} for platform in (old, new))
     names = [name for name in dict.fromkeys([*before, *now]) if name not in ("packages", schema.MORE)]
     return [f"{name} was {before.get(name)}, is {now.get(name)}" for name in names if before.get(name) != now.get(name)]
 
 
 def examples_file(path: Path) -> Path:
-    """Where the examples of a baseline stand.
+    """The file of the examples of a baseline.
 
     >>> str(examples_file(Path("reports/baseline.json")))
     'reports/baseline.examples.jsonl'
     """
-    return path.with_suffix("").with_name(f"{path.with_suffix('').name}.examples.jsonl")
+    return path.with_name(f"{path.stem}.examples.jsonl")
 
 
 def read(path: Path) -> Baseline | None:
     """The baseline at `path`; None if there is no such file.
 
-    Raises BaselineError where it, or its file of examples, cannot be read, is of another schema version, or is not as it was
-    written: with the place and the reason.
+    Raises BaselineError, naming the position and the reason, if it or its examples file cannot be read, has another schema
+    version, or was edited.
     """
     try:
-        raw = _bytes(path)
-        return None if raw is None else _checked(path, _file(path, raw), _scores(examples_file(path)))
+        if (raw := _bytes(path)) is None:
+            return None
+        what = f"the baseline {path}"
+        plain = schema.parse(raw, what, AGAIN)
+        schema.check_version(plain.get("schema") if isinstance(plain, dict) else None, SCHEMA, what, AGAIN)
+        return _checked(path, schema.build(plain, BaselineFile, what, AGAIN), _scores(examples_file(path)))
     except DocumentError as error:
         raise BaselineError(str(error)) from error
 
 
 def write(path: Path, baseline: Baseline) -> None:
-    """Write both files, each in one move; the examples first, so that no summary stands without them."""
+    """Replace both files, each in one move; the examples first, so that no summary exists without them."""
     scores = baseline.scores or {}
     lines: list[str] = []
     for (test, record), found in sorted(scores.items()):
@@ -116,7 +120,7 @@ def write(path: Path, baseline: Baseline) -> None:
         lines += found.lines()
     with replacing(examples_file(path)) as new:
         new.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
-    sums = {place: found.checksum for place, found in scores.items()}
+    sums = {where: found.checksum for where, found in scores.items()}
     tests = {
         test: {name: sealed(entry, (test, name), sums.get((test, name), "")) for name, entry in records.items()}
         for test, records in baseline.tests.items()
@@ -127,7 +131,7 @@ def write(path: Path, baseline: Baseline) -> None:
 
 
 def contradictions(tests: Tests, scores: Examples) -> Iterator[tuple[str, str, str]]:
-    """Where the examples do not make the number of the summary: test, record, and what each of them says."""
+    """Where the examples do not give the number of the summary: test, record name, and both numbers in words."""
     for test, record, entry in _entries(tests):
         examples = scores.get((test, record))
         for name, value in entry.metrics.items():
@@ -135,13 +139,13 @@ def contradictions(tests: Tests, scores: Examples) -> Iterator[tuple[str, str, s
             if exponential and min(value, value if value.low is None else value.low) <= 0:
                 yield test, record, f"{name} is {value!r}, and an exponential is above 0"
                 continue
-            if examples is None or value.n is None or (made := examples.made(name)) is None:
+            if examples is None or value.n is None or (computed := examples.mean_of(name)) is None:
                 continue
-            mean, n = made
-            said = math.log(value) if exponential else value
-            if n != value.n or mean is None or not math.isclose(mean, said, rel_tol=1e-5, abs_tol=1e-9):
+            mean, n = computed
+            expected = math.log(value) if exponential else value
+            if n != value.n or mean is None or not math.isclose(mean, expected, rel_tol=1e-5, abs_tol=1e-9):
                 what = "nothing" if mean is None else f"{math.exp(min(mean, 700)) if exponential else mean:.7g}"
-                yield test, record, f"{name} is {value:.7g} of {value.n:,}, and its examples make {what} of {n:,}"
+                yield test, record, f"{name} is {value:.7g} of {value.n:,}, but its examples give {what} of {n:,}"
 
 
 def _bytes(path: Path) -> bytes | None:
@@ -153,31 +157,22 @@ def _bytes(path: Path) -> bytes | None:
         raise BaselineError(f"{path} cannot be read ({error.strerror or error}). {AGAIN}.") from error
 
 
-def _file(path: Path, raw: bytes) -> BaselineFile:
-    what = f"the baseline {path}"
-    plain = schema.parse(raw, what, AGAIN)
-    schema.check_version(plain.get("schema") if isinstance(plain, dict) else None, SCHEMA, what, AGAIN)
-    return schema.build(plain, BaselineFile, what, AGAIN)
-
-
 def _checked(path: Path, file: BaselineFile, scores: Examples | None) -> Baseline:
     edited = f"was damaged or edited by hand. {AGAIN}."
     for test, record in scores or {}:
         if record not in file.tests.get(test, {}):
-            raise BaselineError(
-                f"{examples_file(path)} has examples of {test}, {record}, which {path} does not have: it {edited}"
-            )
+            raise BaselineError(f"{examples_file(path)} has examples of {test}, {record}, but {path} does not: it {edited}")
     if scores is not None:
-        sums = {place: found.checksum for place, found in scores.items()}
+        sums = {where: found.checksum for where, found in scores.items()}
         for test, record, entry in _entries(file.tests):
             if entry.examples != sums.get((test, record), ""):
-                what = f"the examples of {test}, {record} do not have the checksum that {path} has of them"
+                what = f"the examples of {test}, {record} do not match their checksum in {path}"
                 raise BaselineError(f"{examples_file(path)}: {what}. One of both {edited}")
     for test, record, problem in contradictions(file.tests, scores or {}):
-        raise BaselineError(f"{path}: of {test}, {record}, {problem}. It {edited}")
+        raise BaselineError(f"{path}: in {test}, {record}, {problem}. It {edited}")
     for test, record, entry in _entries(file.tests):
         if sealed(entry, (test, record), entry.examples) != entry:
-            raise BaselineError(f"{path}: {test}, {record} does not have the checksum that was written with it. It {edited}")
+            raise BaselineError(f"{path}: {test}, {record} does not match its checksum. It {edited}")
     return Baseline(file, scores)
 
 
@@ -186,12 +181,11 @@ def _entries(tests: Tests) -> Iterator[tuple[str, str, Entry]]:
 
 
 def _scores(path: Path) -> Examples | None:
-    raw = _bytes(path)
-    if raw is None:
+    if (raw := _bytes(path)) is None:
         return None
     found: Examples = {}
     columns: list[list[Any]] = []
-    kind: Any = tuple[()]  # of an example
+    example_type: Any = tuple[()]
     for number, line in enumerate(raw.splitlines(), start=1):
         what = f"{path}, line {number}"
         row = schema.parse(line, what, AGAIN)
@@ -201,10 +195,10 @@ def _scores(path: Path) -> Examples | None:
                 raise _no_example(what, line)
             ids, groups, *rest = columns = [[] for _ in head.columns]
             found[head.test, head.record] = Scores(ids, groups, dict(zip(head.columns[2:], rest, strict=True)), more=head.more)
-            kind = tuple.__class_getitem__((str, str | None, *[int | float | None] * len(rest)))
+            example_type = tuple.__class_getitem__((str, str | None, *[int | float | None] * len(rest)))
             continue
         try:
-            values = msgspec.convert(row, kind)
+            values = msgspec.convert(row, example_type)
         except msgspec.ValidationError:
             raise _no_example(what, line) from None
         if any(value is not None and abs(value) > sys.float_info.max for value in values[2:]):
@@ -220,10 +214,10 @@ def _no_example(what: str, line: bytes) -> BaselineError:
 
 
 def _lines(value: dict[str, Any], indent: str = " ") -> Iterator[str]:
-    """JSON with sorted keys, in which what holds only plain values stands on one line."""
+    """JSON with sorted keys; an object of plain values takes one line."""
     yield "{"
-    for place, (key, part) in enumerate(sorted(value.items())):
-        comma = "," if place < len(value) - 1 else ""
+    for index, (key, part) in enumerate(sorted(value.items())):
+        comma = "," if index < len(value) - 1 else ""
         if isinstance(part, dict) and any(isinstance(inner, dict) for inner in part.values()):
             first, *rest = _lines(part, indent + " ")
             yield f"{indent}{json.dumps(key)}: {first}"

@@ -1,7 +1,7 @@
-"""The records of a test against their entries in the baseline: a verdict for each gated metric.
+"""Compare the records of a test with their entries in the baseline: a verdict for each gated metric.
 
-Examples are paired by the hash of what was asked or read, on those that both runs have. Where that cannot be done - the
-baseline's examples are missing, the text is another one, the metric is no mean - the intervals are compared, and it is said.
+Examples are paired by their hash. Where that is impossible - the baseline's examples are missing, the text differs, the metric
+is no mean - the intervals are compared, and a note says so.
 """
 
 from __future__ import annotations
@@ -9,26 +9,37 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from msgspec import structs
 
 from pytest_lmeval.gates._entry import Entry, differs, gated, same_work
 from pytest_lmeval.gates._margins import Margin, Margins
-from pytest_lmeval.gates._pairing import Paired, pair
 from pytest_lmeval.gates._scores import Scores, rounded
 from pytest_lmeval.records._certificate import rank
-from pytest_lmeval.records._comparison import Comparison, GateVerdict
+from pytest_lmeval.records._comparison import Comparison, Flip, GateVerdict
 from pytest_lmeval.records._metric import Metric, metric
 from pytest_lmeval.records._value import Value
-from pytest_lmeval.statistics._paired import Difference, unpaired_difference
+from pytest_lmeval.statistics._paired import Difference, paired_difference, unpaired_difference
 from pytest_lmeval.statistics._verdict import LEVEL, Verdict, judge_all, judge_exact
 
+LISTED = 20  # number of changed examples that a record lists
 Rows = dict[str, Comparison]
+
+
+class CommonExample(NamedTuple):
+    """An example that both runs have: what it counts in each, what the sums are divided by, and its group."""
+
+    id: str
+    base: float
+    new: float
+    weight: float
+    group: object
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two: entry and scores of a record."""
+    """Entry and scores of a record, of the baseline or of this run."""
 
     entry: Entry
     scores: Scores | None
@@ -36,47 +47,44 @@ class Side:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A metric that is to be judged: how it differs, in the numbers that are compared.
+    """A metric to be judged.
 
-    found  before, after, and the difference: in the unit of the metric, but of a perplexity in that of its logarithm
+    difference  in the unit of the metric, or of its logarithm for a perplexity
+    base        the metric of the baseline, over the examples that are compared
+    row         the comparison without its verdict
     """
 
     metric: Metric
     margin: Margin
     up: bool
-    found: Paired
-    note: str = ""
+    difference: Difference
+    base: float
+    row: Comparison
 
     @property
     def allowed(self) -> float:
-        """The margin in the numbers that are compared."""
-        size = self.margin.of(self.found.base)
-        return math.log1p(size / self.found.base) if self.metric.exponential else size
+        """The margin in the unit of the difference."""
+        size = self.margin.of(self.base)
+        return math.log1p(size / self.base) if self.metric.exponential else size
 
-    def shown(self, compared: float | None) -> float | None:
-        """A difference as the reader sees it."""
-        if compared is None:
+    def shown(self, difference: float | None) -> float | None:
+        """A difference in the unit of the metric."""
+        if difference is None:
             return None
-        return float(f"{self.found.base * math.expm1(compared) if self.metric.exponential else compared:.6g}")
+        return float(f"{self.base * math.expm1(difference) if self.metric.exponential else difference:.6g}")
 
 
 def compare(pairs: Sequence[tuple[Side, Side]], margins: Margins, family: int) -> list[Rows]:
-    """For each record of a test, base and new: metric -> how it compares.
+    """For each record of a test, base and new: metric -> comparison.
 
-    family  metrics that are gated in the whole run. A test is judged when it ends, when those of later tests are not known, so
-            Holm's procedure takes them for 1: what fails here would fail with all of them known, too.
+    family  number of metrics gated in the whole run. A test is judged when it ends, so Holm's procedure takes the p-values of
+            later tests for 1: what fails now would fail if they were known, too.
     """
     level = LEVEL / max(family, 1)
     candidates = [list(_candidates(base, new, margins, level)) for base, new in pairs]
     flat = [candidate for of_record in candidates for candidate in of_record]
-    verdicts = iter(
-        judge_all(
-            [candidate.found.difference for candidate in flat],
-            [candidate.allowed for candidate in flat],
-            [candidate.up for candidate in flat],
-            family=family,
-        )
-    )
+    differences, allowed, up = [one.difference for one in flat], [one.allowed for one in flat], [one.up for one in flat]
+    verdicts = iter(judge_all(differences, allowed, up, family=family))
     found = []
     for (base, new), of_record in zip(pairs, candidates, strict=True):
         rows = {candidate.metric.name: _row(candidate, next(verdicts)) for candidate in of_record}
@@ -84,8 +92,8 @@ def compare(pairs: Sequence[tuple[Side, Side]], margins: Margins, family: int) -
         for name in gated(base.entry, margins):
             if name not in new.entry.metrics:
                 rows[name] = Comparison(verdict="missing", base=rounded(base.entry.metrics[name]))
-        differences = differs(base.entry, new.entry)
-        found.append({name: structs.replace(row, differences=differences) for name, row in rows.items()})
+        changed = differs(base.entry, new.entry)
+        found.append({name: structs.replace(row, differences=changed) for name, row in rows.items()})
     return found
 
 
@@ -99,41 +107,47 @@ def new_rows(new: Entry, margins: Margins) -> Rows:
     return {name: Comparison(verdict="new", new=value) for name, value in values.items()}
 
 
+def _gated_in_both(base: Entry, new: Entry, margins: Margins) -> Iterator[tuple[str, Margin, Value, Value, bool]]:
+    """Gated metrics that both sides have and that have a direction: name, margin, before, after, whether higher is better."""
+    for name in gated(base, margins):
+        margin, before, after = margins.of(name), base.metrics[name], new.metrics.get(name)
+        if after is not None and margin is not None and before.higher_is_better is not None:
+            yield name, margin, before, after, before.higher_is_better
+
+
 def _candidates(base: Side, new: Side, margins: Margins, level: float) -> Iterator[Candidate]:
-    for name in gated(base.entry, margins):
-        margin, before, after = margins.of(name), base.entry.metrics[name], new.entry.metrics.get(name)
-        if after is None or margin is None or before.higher_is_better is None:
-            continue
-        declared, up, found = metric(name, before), before.higher_is_better, None
-        other = _other_tokens(declared, base.entry, new.entry)
-        if not other and base.scores is not None and new.scores is not None:
+    for name, margin, before, after, up in _gated_in_both(base.entry, new.entry, margins):
+        declared, found = metric(name, before), None
+        incomparable = _other_tokens(declared, base.entry, new.entry)
+        if not incomparable and base.scores is not None and new.scores is not None:
             found = pair(name, base.scores, new.scores, up=up, level=level)
         if found is not None:
-            if not (found.only_base or found.only_new):  # then the numbers are those that both runs told
-                found = replace(found, base=rounded(before), new=rounded(after))
-            yield Candidate(declared, margin, up, found)
-        elif not _as_it_is(margin, before, after):
-            other = other or _other_text(base, new)
-            unpaired = _unpaired(declared, before, after, with_intervals=other is None)
-            note = other or _why_unpaired(name, base, new)
-            yield Candidate(declared, margin, up, Paired(rounded(before), rounded(after), unpaired), note)
+            difference, base_value, row = found
+            if not (row.only_base or row.only_new):  # then show the recorded numbers
+                base_value, row = rounded(before), structs.replace(row, base=rounded(before), new=rounded(after))
+            yield Candidate(declared, margin, up, difference, base_value, row)
+        elif not _is_exact(margin, before, after):
+            incomparable = incomparable or _other_text(base, new)
+            unpaired = _unpaired(declared, before, after, with_intervals=incomparable is None)
+            note = incomparable or _why_unpaired(name, base, new)
+            row = Comparison(verdict="unclear", base=rounded(before), new=rounded(after), note=note)
+            yield Candidate(declared, margin, up, unpaired, rounded(before), row)
 
 
-def _as_it_is(margin: Margin, before: Value, after: Value) -> bool:
-    """Whether a number is compared as it is: its margin was chosen by hand, and nobody knows what chance does to it."""
+def _is_exact(margin: Margin, before: Value, after: Value) -> bool:
+    """Whether two numbers are compared without statistics: a user chose the margin, and an interval is missing."""
     return margin.given and None in (before.low, after.low)
 
 
 def _row(candidate: Candidate, verdict: Verdict) -> Comparison:
-    found, difference = candidate.found, candidate.found.difference
-    too_few = _too_few(difference, verdict) if verdict.name == "unclear" and verdict.fewest else ""
-    return Comparison(
+    found = candidate.difference
+    too_few = _too_few(found, verdict) if verdict.name == "unclear" and verdict.fewest else ""
+    return structs.replace(
+        candidate.row,
         verdict=verdict.name,
-        base=rounded(found.base),
-        new=rounded(found.new),
-        difference=candidate.shown(difference.value),
-        low=candidate.shown(difference.low),
-        high=candidate.shown(difference.high),
+        difference=candidate.shown(found.value),
+        low=candidate.shown(found.low),
+        high=candidate.shown(found.high),
         margin=candidate.shown(candidate.allowed),
         margin_given=candidate.margin.given,
         higher_is_better=candidate.up,
@@ -141,49 +155,43 @@ def _row(candidate: Candidate, verdict: Verdict) -> Comparison:
         level=float(f"{verdict.level:.4g}"),
         detectable=candidate.shown(verdict.detectable),
         needed=verdict.needed if verdict.name == "unclear" else None,
-        n=difference.examples,
-        units=difference.units,
-        test=difference.test,
-        only_base=found.only_base,
-        only_new=found.only_new,
-        lost=found.lost,
-        won=found.won,
-        flipped=list(found.flipped),
-        note=too_few or candidate.note,
+        n=found.examples,
+        units=found.units,
+        test=found.test,
+        note=too_few or candidate.row.note,
     )
 
 
 def _too_few(found: Difference, verdict: Verdict) -> str:
-    """Why not even the loss of everything is called worse."""
+    """Why even a total loss is not called worse."""
     units = f"{found.units:,} {'examples' if found.units == found.examples else 'independent groups'}"
     return (
-        f"no loss in {units} is called worse: even of all, it comes about by chance in one of {1 / found.least:,.0f} "
-        f"comparisons, and one of {1 / verdict.level:,.0f} is asked for; it takes {verdict.fewest} at least"
+        f"{units} are too few for any loss to be called worse: chance makes even a total loss in one of "
+        f"{1 / found.smallest_p:,.0f} comparisons, and the limit is one of {1 / verdict.level:,.0f}; at least "
+        f"{verdict.fewest} are needed"
     )
 
 
 def _exact(base: Entry, new: Entry, margins: Margins, judged: set[str]) -> Iterator[tuple[str, Comparison]]:
-    """What chance has no part in: compared as it is. Costs only where both runs did the same on the same kind of device."""
+    """Numbers that are compared without statistics. Costs only if both runs did the same on the same kind of device."""
     if margins.off:
         return
     if base.verdict is not None and new.verdict is not None and margins.of("verdict") is not None:
         verdict = _of_verdicts(base.verdict, new.verdict)
         yield "verdict", Comparison(verdict=verdict, base=base.verdict, new=new.verdict, test="exact")
-    for name in gated(base, margins):
-        margin, before, after = margins.of(name), base.metrics[name], new.metrics.get(name)
-        if name in judged or after is None or margin is None or before.higher_is_better is None:
-            continue
-        if _as_it_is(margin, before, after):
-            yield name, _exact_row(before, after, margin, before.higher_is_better)
+    for name, margin, before, after, up in _gated_in_both(base, new, margins):
+        if name not in judged and _is_exact(margin, before, after):
+            yield name, _exact_row(before, after, margin, up)
     same = same_work(base, new)
-    for name, old, now in _costs(base, new):
-        margin = margins.of(name)
-        if margin is not None and (same or margin.given):
-            yield name, _exact_row(old, now, margin, up=False)
+    old, now = ({**side.metrics, **side.costs} for side in (base, new))
+    for name in old:
+        cost_margin = margins.of(name) if name in now and metric(name).aspect == "cost" else None
+        if cost_margin is not None and (same or cost_margin.given):
+            yield name, _exact_row(old[name], now[name], cost_margin, up=False)
 
 
 def _of_verdicts(base: str, new: str) -> GateVerdict:
-    """How two verdicts on a model's laws compare: unclear where they are other ones, and neither is the better."""
+    """How two verdicts on a model's laws compare: unclear if they differ and neither is better."""
     before, after = rank(base), rank(new)
     if base == new:
         return "identical"
@@ -205,43 +213,79 @@ def _exact_row(base: float, new: float, margin: Margin, up: bool) -> Comparison:
     )
 
 
-def _costs(base: Entry, new: Entry) -> Iterator[tuple[str, float, float]]:
-    """The costs that both have, whether they stand among the costs of a record or among its metrics."""
-    old, now = ({**side.metrics, **side.costs} for side in (base, new))
-    return ((name, old[name], now[name]) for name in old if name in now and metric(name).aspect == "cost")
-
-
 def _unpaired(declared: Metric, before: Value, after: Value, *, with_intervals: bool) -> Difference:
     sides = []
     for value in (before, after):
-        bounds = (float(value), value.low, value.high) if with_intervals else (float(value), None, None)
-        number, low, high = (None if one is None else math.log(one) if declared.exponential else one for one in bounds)
-        assert number is not None
-        sides.append((number, low, high))
+        bounds = [value.low, value.high] if with_intervals else [None, None]
+        low, high = (None if one is None else math.log(one) if declared.exponential else one for one in bounds)
+        sides.append((math.log(value) if declared.exponential else float(value), low, high))
     return unpaired_difference(sides[0], sides[1], after.n or before.n or 0)
 
 
 def _why_unpaired(name: str, base: Side, new: Side) -> str:
     if base.scores is None:
-        return "the baseline's file of examples is missing, or says nothing of this record: only the intervals are compared"
-    if new.scores is None:
-        return "this run kept no examples: only the intervals are compared"
-    if base.scores.ratio(name) is None or new.scores.ratio(name) is None:
-        return f"{name} is no mean over examples: only the intervals are compared"
-    return "the two runs cut the text into other tokens: only the intervals are compared"
+        why = "the baseline's file of examples is missing or does not have this record"
+    elif new.scores is None:
+        why = "this run kept no examples"
+    elif base.scores.ratio(name) is None or new.scores.ratio(name) is None:
+        why = f"{name} is no mean over examples"
+    else:
+        why = "the two runs cut the text into other tokens"
+    return f"{why}: only the intervals are compared"
 
 
 def _other_text(base: Side, new: Side) -> str | None:
-    """Why two numbers say nothing of the model, if they are of different examples."""
     if base.scores is None or new.scores is None or set(base.scores.ids) & set(new.scores.ids):
         return None
-    return "the two runs have no example in common, so nothing can be said"
+    return "the two runs have no example in common, so they cannot be compared"
 
 
 def _other_tokens(declared: Metric, base: Entry, new: Entry) -> str | None:
-    """Why a number per token cannot be compared, if the tokens are others."""
     old, now = (entry.settings.get("tokenizer") for entry in (base, new))
     per_token = "tokens" in (declared.sums or ()) or declared.unit.endswith("/token")
     if not per_token or old == now:
         return None
-    return f"the tokenizer was {old} and is {now}: a number per token says nothing then; gate bits_per_byte"
+    return f"the tokenizer was {old} and is {now}, so numbers per token cannot be compared; gate bits_per_byte"
+
+
+def pair(name: str, base: Scores, new: Scores, *, up: bool, level: float = 0.01) -> tuple[Difference, float, Comparison] | None:
+    """A metric over the examples that both runs have: difference, value of the baseline, row without a verdict.
+
+    None if there are no such examples, or their denominators differ.
+
+    up     whether higher is better
+    level  see `paired_difference`
+    """
+    common = _common(name, base, new)
+    if not common or not (weight := math.fsum(one.weight for one in common)):
+        return None
+    _, before, after, weights, groups = (list(column) for column in zip(*common, strict=True))
+    found, declared = paired_difference(before, after, weights, groups, level=level), metric(name)
+    low, high, error = (None if one is None else declared.scale * one for one in (found.low, found.high, found.error))
+    scaled = replace(found, value=declared.scale * found.value, low=low, high=high, error=error)
+    mean_base, mean_new = (declared.scaled(math.fsum(side) / weight) for side in (before, after))
+    only_base, only_new = (sum(part is not None for part in side.ratio(name) or ()) - len(common) for side in (base, new))
+    row = Comparison(verdict="unclear", base=rounded(mean_base), new=rounded(mean_new), only_base=only_base, only_new=only_new)
+    if name in new.columns:  # documents, unlike answers, all change
+        changed = sorted(((one.new - one.base) * (1 if up else -1), one) for one in common if one.new != one.base)
+        flips = []
+        for _, one in changed[:LISTED]:  # the largest losses first
+            output, target = new.texts.get(one.id, (None, None))
+            flips.append(Flip(id=one.id, before=rounded(one.base), after=rounded(one.new), output=output, target=target))
+        lost = sum(gain < 0 for gain, _ in changed)
+        row = structs.replace(row, lost=lost, won=len(changed) - lost, flipped=flips)
+    return scaled, mean_base, row
+
+
+def _common(name: str, base: Scores, new: Scores) -> list[CommonExample] | None:
+    """None if the same text was cut into other tokens, or the metric is no ratio."""
+    if (old := base.ratio(name)) is None or (now := new.ratio(name)) is None:
+        return None
+    before, found = dict(zip(base.ids, old, strict=True)), []
+    for example, is_now, group in zip(new.ids, now, new.groups, strict=True):
+        if (was := before.get(example)) is None or is_now is None:
+            continue
+        if was[1] != is_now[1]:
+            return None
+        found.append(CommonExample(example, was[0], is_now[0], was[1], (example,) if group is None else group))
+    return found

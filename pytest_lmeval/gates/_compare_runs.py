@@ -1,40 +1,122 @@
-"""`lmeval compare-runs --base main -- benchmarks/test_speed.py`: is the project slower than it was?
+"""`lmeval compare-runs --base main -- benchmarks/test_speed.py`: find out whether the project became slower.
 
-Both versions run the same tests in turns, in fresh processes. After `--pairs` of them one looks, and stops if every verdict is
-clear; else once more after `--most`, or when the budget is spent. Where nothing changed, a look calls anything worse in one of
-100 comparisons, however many numbers there are; one who looks after every pair would raise many more false alarms.
+Both versions run the same tests in turns, in fresh processes. A disturbance of the machine affects both runs of a pair, so each
+pair gives one log ratio, and the pairs, not the rounds within a run, are the sample. The command judges after `--pairs` of them
+and stops if every verdict is clear; else it judges once more after `--most`, or when the budget is spent. Where nothing
+changed, each look calls anything worse in one of 100 comparisons, however many numbers there are; looking after every pair
+would raise many more false alarms.
 
-Exit status 1 where a number got worse or a test of this version failed; what is unclear fails nothing.
+Exit status 1 if a number got worse or a test of this version failed; what is unclear fails nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
+import os
+import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 
-from pytest_lmeval.errors import SideError
-from pytest_lmeval.gates._interleaved import Key, Number, Side, side
+from pytest_lmeval.errors import DocumentError, SideError
+from pytest_lmeval.gates._margins import parse
 from pytest_lmeval.records._comparison import ORDER
-from pytest_lmeval.statistics._ratio import Ratio, Verdict, judge_all, ratio
+from pytest_lmeval.records._document import NAME, RunDocument, load
+from pytest_lmeval.records._measured import Record
+from pytest_lmeval.records._metric import metric
+from pytest_lmeval.statistics._paired import Difference, log_ratio
+from pytest_lmeval.statistics._verdict import Name, judge_all
 
 PAIRS, MOST, BUDGET, THRESHOLD = 6, 12, 900.0, 0.05
 LEVEL = 0.01  # of each of the two looks
+OF_PYTEST = ("PYTEST_CURRENT_TEST", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_VERSION")
+LAST_LINES = 15
+
+
+@dataclass(frozen=True)
+class Key:
+    """What identifies a number on both sides."""
+
+    test: str
+    lm: str
+    subject: str
+    metric: str
+
+
+@dataclass(frozen=True)
+class Number:
+    """A metric of one run. `threshold`: the fraction that it may lose by the test's marker; None if that does not name it."""
+
+    value: float
+    unit: str
+    higher_is_better: bool
+    threshold: float | None = None
+
+
+@dataclass
+class Side:
+    """A version of the project, and the numbers of its `runs` so far: a git revision (checked out beside the project, and first
+    on the module search path), another Python (an executable or a virtual environment), or the project as it stands.
+
+    markers  whether to read the markers of its tests, by comparing with a baseline that does not exist
+    failed   tests that failed in any run; what they measured before counts
+    """
+
+    name: str
+    folder: Path
+    python: str = sys.executable
+    markers: bool = False
+    runs: list[dict[Key, Number]] = field(default_factory=list)
+    failed: set[str] = field(default_factory=set)
+
+    def run(self, arguments: list[str]) -> None:
+        """Run pytest once. Raises SideError if it leaves no numbers."""
+        with tempfile.TemporaryDirectory(prefix="lmeval-") as output:
+            own = [f"--lmeval-dir={output}", *([f"--lmeval-baseline={output}/none.json"] if self.markers else [])]
+            command = [self.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *own, *arguments]
+            done = subprocess.run(
+                command, cwd=self.folder, env=self._environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
+            written = Path(output) / NAME
+            if not written.exists():
+                last = "\n".join(f"    {line}" for line in done.stdout.strip().splitlines()[-LAST_LINES:])
+                raise SideError(
+                    f"{self.name} measured nothing: `{' '.join(command[1:])}` in {self.folder} ended with status "
+                    f"{done.returncode}.\n{last}"
+                )
+            try:
+                document = load(written)
+            except DocumentError as error:
+                raise SideError(
+                    f"this version cannot read what {self.name} measured. {error} Compare with a revision or an environment "
+                    f"whose pytest-lmeval writes the same {NAME} as this one."
+                ) from error
+            self.runs.append(numbers(document))
+            self.failed |= {failure.test for failure in document.failures}
+
+    def _environment(self) -> dict[str, str]:
+        """The environment of this process, with the side's own code first on the module search path."""
+        own = [str(path) for path in (self.folder, self.folder / "src") if path.is_dir()]
+        inherited = {name: value for name, value in os.environ.items() if name not in OF_PYTEST}
+        return {**inherited, "PYTHONPATH": os.pathsep.join([*own, *filter(None, [inherited.get("PYTHONPATH")])])}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One number on both sides."""
+    """One number on both sides. `ratio`: mean of log(new / base), see `log_ratio`."""
 
     key: Key
     base: Number
     new: Number
-    ratio: Ratio
-    verdict: Verdict
+    ratio: Difference
+    verdict: Name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,61 +125,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--most", type=int, default=MOST, metavar="N", help=f"pairs at most ({MOST})")
     parser.add_argument("--budget", type=float, default=BUDGET, metavar="SECONDS", help=f"no new pair after that ({BUDGET:g})")
     parser.add_argument(
-        "--threshold", type=_share, default=THRESHOLD, metavar="SHARE", help="differences up to it do not matter (5%%)"
+        "--threshold", type=_fraction, default=THRESHOLD, metavar="FRACTION", help="smaller differences do not matter (5%%)"
     )
     parser.add_argument("--to", type=Path, metavar="FILE", help="write all numbers of all runs there, as JSON")
     parser.add_argument("tests", nargs="*", metavar="-- PYTEST ARGUMENTS", help="what to run: paths, -k, --lm, ...")
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Run both sides in turns and judge. Returns 0, 1 where a number got worse, 2 where a side cannot be run."""
+    """Run both sides in turns and judge. Returns 0, 1 if a number got worse, 2 if a side cannot be run."""
     if not 2 <= arguments.pairs <= arguments.most:
-        print(
-            f"--pairs {arguments.pairs} --most {arguments.most}: at least 2 pairs, and at most as many as --most.",
-            file=sys.stderr,
-        )
-        return 2
-    if arguments.to and (problem := _unwritable(arguments.to)):
-        print(f"--to {arguments.to}: {problem}, so the numbers would be lost. Name another file.", file=sys.stderr)
-        return 2
+        return _refused(f"--pairs {arguments.pairs} --most {arguments.most}: --pairs must be at least 2 and at most --most.")
+    if arguments.to:
+        try:
+            arguments.to.open("a").close()
+        except OSError as error:
+            why = error.strerror or error
+            return _refused(f"--to {arguments.to}: {why}, so the numbers would be lost. Name another file.")
     here = Side("this version", Path.cwd(), markers=True)
     try:
         with side(arguments.base, Path.cwd()) as base:
-            race(base, here, arguments)
+            run_in_turns(base, here, arguments)
     except SideError as error:
-        print(error, file=sys.stderr)
-        return 2
+        return _refused(str(error))
     rows = compared(base, here, arguments.threshold)
     if arguments.to:
         arguments.to.write_text(json.dumps(document(rows, base, here), indent=1) + "\n", encoding="utf-8")
     print("\n".join(lines(rows, base, here, arguments.threshold)))
     if not rows:
-        print(
-            "no speed was measured on both sides: choose tests that use lmeval.latency, throughput or streaming.",
-            file=sys.stderr,
-        )
-        return 2
+        return _refused("no speed was measured on both sides: choose tests that use lmeval.latency, throughput or streaming.")
     return int(bool(here.failed) or any(row.verdict == "worse" for row in rows))
 
 
-def _unwritable(path: Path) -> str | None:
-    try:
-        with path.open("a"):
-            return None
-    except OSError as error:
-        return error.strerror or str(error)
+def _refused(why: str) -> int:
+    print(why, file=sys.stderr)
+    return 2
 
 
-def race(base: Side, new: Side, arguments: argparse.Namespace) -> None:
-    """Pairs of runs, the order turned round from pair to pair."""
+def run_in_turns(base: Side, new: Side, arguments: argparse.Namespace) -> None:
+    """Run pairs, in alternating order."""
     began = time.monotonic()
     for pair in range(1, arguments.most + 1):
         for runner in (base, new) if pair % 2 else (new, base):
             runner.run(arguments.tests)
         spent = time.monotonic() - began
-        print(
-            f"pair {pair} of {arguments.pairs if pair <= arguments.pairs else arguments.most}, {spent:.0f} s", file=sys.stderr
-        )
+        most = arguments.pairs if pair <= arguments.pairs else arguments.most
+        print(f"pair {pair} of {most}, {spent:.0f} s", file=sys.stderr)
         if spent > arguments.budget:
             return
         if pair == arguments.pairs and all(row.verdict != "unclear" for row in compared(base, new, arguments.threshold)):
@@ -108,14 +180,14 @@ def compared(base: Side, new: Side, threshold: float) -> list[Row]:
     """Every number that all runs of both sides have, the worst first."""
     keys = _everywhere(base, new)
     pairs = [[[run[key].value for run in one.runs] for one in (base, new)] for key in keys]
-    found = [ratio(*pair) for pair in pairs]
+    ratios = [log_ratio(*pair) for pair in pairs]
     first = [new.runs[0][key] for key in keys]
-    better = [number.higher_is_better for number in first]
-    verdicts = judge_all(found, [number.threshold or threshold for number in first], better, level=LEVEL)
+    margins = [math.log1p(number.threshold or threshold) for number in first]
+    verdicts = judge_all(ratios, margins, [number.higher_is_better for number in first], level=LEVEL, two_sided=True)
     rows = []
-    for key, number, (before, after), one, verdict in zip(keys, first, pairs, found, verdicts, strict=True):
-        old, new_ = (replace(number, value=median(values)) for values in (before, after))
-        rows.append(Row(key, old, new_, one, verdict))
+    for key, number, values, one, verdict in zip(keys, first, pairs, ratios, verdicts, strict=True):
+        before, after = (replace(number, value=median(side)) for side in values)
+        rows.append(Row(key, before, after, one, verdict.name))
     return sorted(rows, key=lambda row: ORDER.index(row.verdict))
 
 
@@ -123,15 +195,16 @@ def lines(rows: list[Row], base: Side, new: Side, threshold: float) -> list[str]
     """A table, and what it rests on."""
     table = [["verdict", "test", "metric", base.name, new.name, "ratio", "95 % interval"], *(_cells(row, rows) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    left_out = _only(base, new)
     failed = [f"{one.name}: {', '.join(sorted(one.failed))}" for one in (base, new) if one.failed]
+    everywhere = set(_everywhere(base, new))
+    elsewhere = {f"{key.test} ({key.metric})" for run in (*base.runs, *new.runs) for key in run if key not in everywhere}
     return [
         *("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table),
         "",
-        f"{len(new.runs)} pairs of runs in fresh processes, in turns; a difference counts from {100 * threshold:g} % on (or "
-        "what the marker lmeval_gate of a test says), if chance would bring it about in one of 100 comparisons at most.",
+        f"{len(new.runs)} pairs of runs in fresh processes, in turns; a difference counts if it exceeds {100 * threshold:g} % "
+        "(or the marker lmeval_gate of a test) and chance would make it in one of 100 comparisons at most.",
         *([f"tests that failed, {'; '.join(failed)}"] if failed else []),
-        *([f"on one side only, or not in every run: {', '.join(left_out)}"] if left_out else []),
+        *([f"on one side only, or not in every run: {', '.join(sorted(elsewhere))}"] if elsewhere else []),
     ]
 
 
@@ -139,12 +212,13 @@ def _cells(row: Row, rows: list[Row]) -> list[str]:
     several = len({other.key.subject for other in rows if other.key.test == row.key.test}) > 1
     name = row.key.test.rpartition("/")[2] + (f", {row.key.subject}" if several else "")
     figures = [f"{number.value:.4g} {number.unit}" for number in (row.base, row.new)]
-    interval = "" if row.ratio.low is None else f"{row.ratio.low:.3f} to {row.ratio.high:.3f}"
-    return [row.verdict, name, row.key.metric, *figures, f"{row.ratio.value:.3f}", interval]
+    low, high = row.ratio.low, row.ratio.high
+    interval = "" if low is None or high is None else f"{math.exp(low):.3f} to {math.exp(high):.3f}"
+    return [row.verdict, name, row.key.metric, *figures, f"{math.exp(row.ratio.value):.3f}", interval]
 
 
 def document(rows: list[Row], base: Side, new: Side) -> dict[str, object]:
-    """All numbers of all runs, to be looked at again."""
+    """All numbers of all runs, and the verdicts."""
     sides = {
         name: {
             "name": one.name,
@@ -152,26 +226,77 @@ def document(rows: list[Row], base: Side, new: Side) -> dict[str, object]:
         }
         for name, one in (("base", base), ("new", new))
     }
-    return {**sides, "verdicts": [{**asdict(row.key), **asdict(row.ratio), "verdict": row.verdict} for row in rows]}
+    verdicts = []
+    for row in rows:
+        found = row.ratio
+        value, low, high = (None if one is None else math.exp(one) for one in (found.value, found.low, found.high))
+        judged = {"value": value, "low": low, "high": high, "p_larger": found.p_higher, "p_smaller": found.p_lower}
+        verdicts.append({**asdict(row.key), **judged, "n": found.units, "verdict": row.verdict})
+    return {**sides, "verdicts": verdicts}
 
 
 def _everywhere(base: Side, new: Side) -> list[Key]:
-    """What every run of both sides has measured, in the order of the first."""
+    """What every run of both sides measured, in the order of the first."""
     runs = [*base.runs, *new.runs]
     return [key for key in runs[0] if all(key in run for run in runs)] if runs else []
 
 
-def _only(base: Side, new: Side) -> list[str]:
-    everywhere = set(_everywhere(base, new))
-    return sorted({f"{key.test} ({key.metric})" for run in (*base.runs, *new.runs) for key in run if key not in everywhere})
-
-
-def _share(text: str) -> float:
+def _fraction(text: str) -> float:
     """5% or 0.05."""
     try:
         value = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
         value = -1.0
     if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"takes a share between 0 and 1, such as 5% or 0.05; got {text!r}.")
+        raise argparse.ArgumentTypeError(f"takes a fraction between 0 and 1, such as 5% or 0.05; got {text!r}.")
     return value
+
+
+def numbers(document: RunDocument) -> dict[Key, Number]:
+    """The speeds of a run; of a test that measured the same thing twice, the first."""
+    found: dict[Key, Number] = {}
+    for record in document.records:
+        for name, value in record.metrics.items():
+            if metric(name, value).compared:
+                key = Key(record.test, record.lm.spec, record.subject, name)
+                found.setdefault(key, Number(float(value), value.unit, bool(value.higher_is_better), _threshold(record, name)))
+    return found
+
+
+def _threshold(record: Record, name: str) -> float | None:
+    row = (record.gate or {}).get(name)
+    if row is None or row.verdict != "not judged":
+        return None
+    value = record.metrics[name]
+    return parse(row.margin).of(value) / value
+
+
+@contextlib.contextmanager
+def side(named: str, folder: Path) -> Iterator[Side]:
+    """The side of a revision or an environment, checked out while it is needed. Raises SideError for any other name."""
+    path = Path(named).expanduser()
+    pythons = [path, path / "bin" / "python", path / "Scripts" / "python.exe"]
+    if python := next((file for file in pythons if file.is_file() and os.access(file, os.X_OK)), None):
+        yield Side(named, folder, str(python.absolute()))
+        return
+    _git(folder, "rev-parse", "--verify", f"{named}^{{commit}}", named=named)
+    root = Path(_git(folder, "rev-parse", "--show-toplevel", named=named))
+    with tempfile.TemporaryDirectory(prefix="lmeval-base-") as parent:
+        checkout = Path(parent) / root.name
+        _git(root, "worktree", "add", "--quiet", "--detach", str(checkout), named, named=named)
+        try:
+            yield Side(named, checkout / folder.resolve().relative_to(root.resolve()))
+        finally:
+            _git(root, "worktree", "remove", "--force", str(checkout), named=named)
+
+
+def _git(folder: Path, *arguments: str, named: str) -> str:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, text=True, capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = (getattr(error, "stderr", "") or "git cannot be run").strip().splitlines()[0]
+        raise SideError(
+            f"{named} is no Python environment and no git revision of {folder} ({said}). Give one of them: --base main, "
+            "--base HEAD~1, --base path/to/venv."
+        ) from None
+    return done.stdout.strip()

@@ -1,4 +1,4 @@
-"""What a baseline keeps of a record: the numbers that mean the same on another machine, and the settings that produced them."""
+"""Reduce a record to what a baseline keeps: numbers that mean the same on another machine, and the settings behind them."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from typing import Any
 from msgspec.structs import replace
 
 from pytest_lmeval.gates._margins import Margins
-from pytest_lmeval.gates._scores import keeps_examples, numbered, rounded
-from pytest_lmeval.records._measured import ModelFacts, Record
+from pytest_lmeval.gates._scores import keeps_examples, numbered, rounded, rounded_or_none
+from pytest_lmeval.records._measured import Record
 from pytest_lmeval.records._metric import headline_of, metric
 from pytest_lmeval.records._schema import Kept, to_plain
 from pytest_lmeval.records._value import Value
 
 IRRELEVANT = {  # settings that two runs may differ in, and why
-    "budget": "how long the laws of a model are tried says nothing of the model",
+    "budget": "how long the probe tries the laws of a model tells nothing about the model",
     "chunk_size": "the certificate proves that the numbers do not depend on it",
-    "examples": "how many cases the laws are tried on, as budget",
-    "key": "it follows from the other settings and from the version of this package",
+    "examples": "number of cases that the probe tries, as budget",
+    "key": "follows from the other settings and the version of this package",
     "profile": "how hard the probe looks, as budget",
-    "runs": "how often something is timed changes the times alone, which no baseline keeps",
+    "runs": "the number of timed runs changes only times, which no baseline keeps",
     "seconds": "how long something is timed, as runs",
-    "threads": "they belong to the machine, and the environment of the baseline names them",
-    "warm_up": "how often something is run before it is timed, as runs",
+    "threads": "belong to the machine, and the environment of the baseline names them",
+    "warm_up": "the number of runs before timing, as runs",
 }
-OF_COSTS = ("chunk_size",)  # of these, what a cost does depend on
+OF_COSTS = ("chunk_size",)  # those that costs do depend on
 COSTS = ("flops", "state_bytes", "peak_bytes")
 
 
 class Model(Kept, frozen=True, kw_only=True):
-    """Of `ModelFacts`, what two runs should have alike."""
+    """The part of `ModelFacts` that two runs should have in common."""
 
     spec: str
     dtype: str
@@ -44,13 +44,13 @@ class Model(Kept, frozen=True, kw_only=True):
 class Entry(Kept, frozen=True, kw_only=True):
     """One record in a baseline.
 
-    settings  of the record, but for those that are None, without folders of this machine, long hashes cut
-    metrics   those that are the same in every run of the same code
-    costs     of its `Cost`, those that are the same in every run
-    headline  the metric that is gated where the marker names none: one a record, since each more makes the others less certain
-    verdict   on the model's laws, where the record is about them
-    examples  checksum of its examples; empty where none are kept
-    checksum  of all the above, and of where it stands
+    settings  of the record, without those that are None, folders of this machine, and the tails of long hashes
+    metrics   those that every run of the same code repeats
+    costs     of its `Cost`, those that every run repeats
+    headline  the metric that is gated if the marker names none; one per record, since each more weakens the test of the others
+    verdict   on the model's laws, if the record is about them
+    examples  checksum of its examples; empty if none are kept
+    checksum  of all of the above, with test and record name
     """
 
     lm: Model
@@ -64,17 +64,18 @@ class Entry(Kept, frozen=True, kw_only=True):
 
 
 def entry_of(record: Record) -> Entry:
-    """The entry of a record, not sealed yet."""
-    probed = record.is_verdict  # how many cases it tried is a question of time: only the verdict is kept
+    """The entry of a record, without checksums."""
+    probed = record.is_verdict  # the number of cases that it tried depends on time: keep only the verdict
     kept = {name: value for name, value in record.metrics.items() if not probed and metric(name, value).is_kept}
     metrics = {name: _rounded(value) for name, value in kept.items()}
     costs = {name: None if probed else getattr(record.cost, name) for name in COSTS}
     if "timed_by" in record.details:
-        costs["flops"] = None  # of as many runs as the clock wanted
+        costs["flops"] = None  # the clock decides the number of runs
     if not record.lm.device.startswith("cuda"):
         costs["peak_bytes"] = None  # of the whole process
+    lm = record.lm
     return Entry(
-        lm=_model(record.lm),
+        lm=Model(spec=portable(lm.spec), dtype=lm.dtype, device=lm.device, fingerprint=lm.fingerprint),
         settings=_portable({name: value for name, value in to_plain(record.settings).items() if value is not None}),
         metrics=metrics,
         costs={name: rounded(count) for name, count in costs.items() if count is not None},
@@ -83,33 +84,34 @@ def entry_of(record: Record) -> Entry:
     )
 
 
-def sealed(entry: Entry, place: Sequence[str], examples: str) -> Entry:
-    """The entry with its checksum, for where it stands (test, name of the record), and with that of its examples."""
+def sealed(entry: Entry, where: Sequence[str], examples: str) -> Entry:
+    """The entry with the checksum of its examples, and its own, which covers `where` (test, record name) too."""
     entry = replace(entry, examples=examples, checksum="")
-    text = json.dumps([*place, to_plain(entry)], sort_keys=True)
+    text = json.dumps([*where, to_plain(entry)], sort_keys=True)
     return replace(entry, checksum=hashlib.sha256(text.encode()).hexdigest()[:16])
 
 
 def gated(entry: Entry, margins: Margins) -> list[str]:
-    """The metrics of an entry that are judged with chance in mind: its headline, and what the marker names.
+    """The metrics of an entry that get a verdict: those that the marker names, and its headline.
 
-    The headline is not where the marker names the same quantity in another unit.
+    Without the headline if the marker names the same quantity in another unit.
     """
     if margins.off:
         return []
     named = [name for name in margins.given if name in entry.metrics and metric(name).aspect != "cost"]
     first = entry.headline
-    told = first is None or any(_quantity(name) == _quantity(first) for name in named)
-    return [name for name in (named if told or first is None else [first, *named]) if margins.of(name) is not None]
+    if first is not None and _quantity(first) not in map(_quantity, named):
+        named = [first, *named]
+    return [name for name in named if margins.of(name) is not None]
 
 
 def names_of(records: Sequence[Record]) -> list[str]:
-    """What each record of a test is called in a baseline: its kind and subject, numbered where several have the same."""
+    """The name of each record of a test in a baseline: its kind and subject, numbered where several are equal."""
     return numbered([f"{record.kind} {portable(record.subject)}" for record in records], " #")
 
 
 def portable(text: str) -> str:
-    """Without the folders of an absolute path: they are those of one machine.
+    """The text without the folders of absolute paths, which belong to one machine.
 
     >>> portable("text:/home/me/notes.txt[test]"), portable("OWNER/NAME[test]")
     ('text:notes.txt[test]', 'OWNER/NAME[test]')
@@ -118,7 +120,7 @@ def portable(text: str) -> str:
 
 
 def differs(old: Entry, new: Entry) -> list[str]:
-    """Where the two runs differ, in words: model, precision, device, settings."""
+    """How the two runs differ, in words: model, precision, device, settings."""
     names = [name for name in dict.fromkeys([*old.settings, *new.settings]) if name not in IRRELEVANT]
     pairs = [
         ("model", old.lm.spec, new.lm.spec),
@@ -133,20 +135,16 @@ def differs(old: Entry, new: Entry) -> list[str]:
 def same_work(old: Entry, new: Entry) -> bool:
     """Whether both runs did the same on the same kind of device, so that costs can be compared."""
     names = [name for name in (*old.settings, *new.settings) if name not in IRRELEVANT or name in OF_COSTS]
-    alike = all(old.settings.get(name) == new.settings.get(name) for name in names)
-    return alike and (old.lm.device, old.lm.dtype) == (new.lm.device, new.lm.dtype)
+    same = all(old.settings.get(name) == new.settings.get(name) for name in names)
+    return same and (old.lm.device, old.lm.dtype) == (new.lm.device, new.lm.dtype)
 
 
 def _quantity(name: str) -> str:
     return metric(name).stands_for or name
 
 
-def _model(lm: ModelFacts) -> Model:
-    return Model(spec=portable(lm.spec), dtype=lm.dtype, device=lm.device, fingerprint=lm.fingerprint)
-
-
 def _portable(plain: Any) -> Any:
-    """Plain values without folders of this machine; of a long hash, as much as tells it apart."""
+    """Plain values without folders of this machine, and with long hashes cut to 16 characters."""
     if isinstance(plain, dict):
         return {str(name): _portable(value) for name, value in plain.items()}
     if isinstance(plain, list):
@@ -157,5 +155,5 @@ def _portable(plain: Any) -> Any:
 
 
 def _rounded(value: Value) -> Value:
-    low, high = (None if bound is None else rounded(bound) for bound in (value.low, value.high))
+    low, high = rounded_or_none(value.low), rounded_or_none(value.high)
     return Value(rounded(value), value.unit, low=low, high=high, n=value.n, higher_is_better=value.higher_is_better)

@@ -1,4 +1,4 @@
-"""The verdicts in words: why a test failed, for a reader who knows nothing of gates, and the table at the end of a run."""
+"""Write verdicts in words: why a test failed, for a reader who knows nothing of gates, and the table at the end of a run."""
 
 from __future__ import annotations
 
@@ -11,39 +11,41 @@ from pytest_lmeval.records._metric import metric
 from pytest_lmeval.report._comparison_notes import remarks
 from pytest_lmeval.report._words import number, several, wrapped
 
-FIRST = 5  # examples that the failure of a test names
-QUIET = ("same", "identical", "new", "better")  # said of these is only what was not compared as one would expect
+FIRST = 5  # number of examples that the failure of a test names
+QUIET = ("same", "identical", "new", "better")  # the table adds notes to these only if the comparison was unusual
 JUDGED: dict[float, str] = {1: "right", 0: "wrong"}
 
 
 def failure(test: str, rows: Sequence[tuple[Record, str, Comparison]], *, baseline: str, accept: str) -> str:
     """Why the test failed.
 
-    rows      of every metric that got worse: its record, its name, and how it compares
-    baseline  the file, as it was given
+    rows      of every metric that got worse: record, name, comparison
+    baseline  the file, as the user named it
     accept    arguments of the command that accepts the new numbers
     """
     numbers = ", ".join(f"{name} {_values(name, row)}" for _, name, row in rows)
     lines = [f"{numbers}: worse than {baseline} allows"]
     for record, name, row in rows:
         lines += ["", f"{name} of {record.lm.spec} on {record.subject}"]
-        lines += [f"  {line}" for line in _told(name, row, record.example)]
+        lines += [f"  {line}" for line in _details(name, row, record.example)]
+    first = rows[0][1]
+    margin = '"off"' if first == "verdict" else "..."
     return "\n".join(
         [
             *lines,
             "",
             "If the new numbers are meant, accept them after this run, and commit what changes:",
             f"  lmeval baseline accept {accept} -k {shlex.quote(test)}",
-            "If more may be lost here, say so on the test: " + _marker(rows[0][1]),
+            f"If more may be lost here, say so on the test: @pytest.mark.lmeval_gate({first}={margin})",
         ]
     )
 
 
-def _told(name: str, row: Comparison, example: str) -> Iterator[str]:
+def _details(name: str, row: Comparison, example: str) -> Iterator[str]:
     if isinstance(row.base, float | int) and isinstance(row.new, float | int):
         yield from _changed(name, row, row.base, row.new)
     else:
-        yield f"was {row.base}, is {row.new}: the model keeps fewer laws of streaming than it did."
+        yield f"was {row.base}, is {row.new}: the model keeps fewer laws of streaming than before."
     if row.p is not None and row.level is not None:
         of = several(row.n or 0, example) + (f" in {row.units:,} groups" if row.units != row.n else "")
         yield f"Had nothing changed, chance would make so large a loss in {_odds(row.p)}; a loss that is larger"
@@ -57,16 +59,16 @@ def _told(name: str, row: Comparison, example: str) -> Iterator[str]:
 
 def _changed(name: str, row: Comparison, base: float, new: float) -> Iterator[str]:
     change = new - base if row.difference is None else row.difference
-    share = f" ({100 * change / base:+.2g} %)" if base else ""
+    percent = f" ({100 * change / base:+.2g} %)" if base else ""
     between = ""
     if row.low is not None and row.high is not None:
         between = f", and with 95 % confidence between {number(row.low)} and {number(row.high)}"
     size = f"{_figure(name, abs(change))} {'higher' if change > 0 else 'lower'}"
-    yield f"was {_figure(name, base)}, is {_figure(name, new)}: {size}{share}{between}"
+    yield f"was {_figure(name, base)}, is {_figure(name, new)}: {size}{percent}{between}"
     word, by = "lower" if row.higher_is_better else "higher", "by the test's marker" if row.margin_given else "by default"
     yield f"allowed are {_figure(name, row.margin)} {word} ({by})"
     if row.test == "exact":
-        yield "It is the same in every run of the same code, so this is a change of the code or of its libraries."
+        yield "Every run of the same code repeats it, so the code or its libraries changed."
 
 
 def _flipped(name: str, row: Comparison, lost: int, won: int, example: str) -> Iterator[str]:
@@ -74,15 +76,11 @@ def _flipped(name: str, row: Comparison, lost: int, won: int, example: str) -> I
     for flip in row.flipped[:FIRST]:
         said = "" if flip.output is None else f", says {flip.output!r}"
         said += "" if flip.target is None else f", right is {flip.target!r}"
-        before, after = (_side(name, side) for side in (flip.before, flip.after))
+        judges = metric(name).judges
+        before, after = (JUDGED.get(side, number(side)) if judges else number(side) for side in (flip.before, flip.after))
         yield f"  {flip.id}: {before} -> {after}{said}"
     if lost + won > FIRST:
         yield f"  ... and {lost + won - FIRST:,} more; the first {len(row.flipped)} are in metrics.json"
-
-
-def _side(name: str, score: float) -> str:
-    """A score of one example in words, where the metric judges answers."""
-    return JUDGED.get(score, number(score)) if metric(name).judges else number(score)
 
 
 def _differing(differences: Sequence[str]) -> str:
@@ -90,7 +88,7 @@ def _differing(differences: Sequence[str]) -> str:
 
 
 def table(records: Sequence[Record], *, width: int) -> list[str]:
-    """A heading for each test, the one with the worst verdict first, and under it a line for each metric that was compared."""
+    """A heading for each test, the one with the worst verdict first, and below it a line for each compared metric."""
     tests: dict[str, list[tuple[str, Comparison, str]]] = {}
     for record in records:
         rows = tests.setdefault(record.test, [])
@@ -107,25 +105,21 @@ def table(records: Sequence[Record], *, width: int) -> list[str]:
             lines += wrapped(_differing(differences), width, indent=4)
         for line, (_, row, example) in zip(cells[test], rows, strict=True):
             lines.append(_fitted(line, widths, width))
-            told = remarks(row, example) if _is_to_be_told(row) else ()
-            lines += [piece for remark in told for piece in wrapped(remark, width, indent=8)]
+            if row.verdict not in QUIET or row.note or row.only_base or row.only_new:
+                lines += [piece for remark in remarks(row, example) for piece in wrapped(remark, width, indent=8)]
     return [line if len(line) <= width else line[: width - 3] + "..." for line in lines]
 
 
 def _fitted(cells: Sequence[str], widths: Sequence[int], width: int) -> str:
-    """A line of the table: where it is too narrow the interval is left out, and then the columns are no longer aligned."""
+    """A line of the table. If it is too wide, leaves out the interval, and then the alignment of the columns."""
     bare = (*cells[:-1], cells[-1].partition(" (")[0])
     padded = [[cell.ljust(size) for cell, size in zip(some, widths, strict=True)] for some in (cells, bare)]
     lines = ["    " + "  ".join(some).rstrip() for some in (*padded, bare)]
     return next((line for line in lines if len(line) <= width), lines[-1])
 
 
-def _is_to_be_told(row: Comparison) -> bool:
-    return row.verdict not in QUIET or bool(row.note or row.only_base or row.only_new)
-
-
 def _values(name: str, row: Comparison) -> str:
-    """Before and after; once where they are the same."""
+    """Before and after; once if they are equal."""
     texts = dict.fromkeys(_figure(name, side) for side in (row.base, row.new) if side is not None)
     return " -> ".join(texts) + (" -> not measured" if row.verdict == "missing" else "")
 
@@ -138,21 +132,17 @@ def _bounds(row: Comparison) -> str:
 
 
 def _figure(name: str, value: float | str | None) -> str:
-    """A number of a metric; its unit only where that is bytes, which would be hard to read without."""
+    """A number of a metric; with its unit only if that is bytes."""
     if value is None or isinstance(value, str):
         return str(value)
     return number(value, "bytes" if metric(name).unit == "bytes" else "")
 
 
 def _odds(p: float) -> str:
-    """A probability as people say it.
+    """A probability in words.
 
     >>> _odds(0.0006), _odds(0.4)
     ('about one of 1,700 comparisons', 'about one of 2.5 comparisons')
     """
     once = 1 / p if p else float("inf")
     return f"about one of {number(float(f'{once:.2g}'))} comparisons" if once < 1e12 else "next to no comparison"
-
-
-def _marker(name: str) -> str:
-    return f'@pytest.mark.lmeval_gate({name}="off")' if name == "verdict" else f"@pytest.mark.lmeval_gate({name}=...)"

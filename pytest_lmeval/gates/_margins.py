@@ -1,8 +1,8 @@
-"""How much a metric may lose: what the marker says, and else what its declaration allows.
+"""Read how much a metric may lose: from the marker, or from the declaration of the metric.
 
 @pytest.mark.lmeval_gate(accuracy=0.01, perplexity="0.5%", throughput="-10%")      0.01 less; half a percent more
 @pytest.mark.lmeval_gate(accuracy="off")                                           not compared
-@pytest.mark.lmeval_gate("off")                                                    nothing of this test is
+@pytest.mark.lmeval_gate("off")                                                    no metric of this test is compared
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ OFF = "off"
 
 @dataclass(frozen=True)
 class Margin:
-    """What may be lost: `size` in the metric's unit, or as a share of the baseline if `relative`.
+    """What may be lost: `size` in the metric's unit, or as a fraction of the baseline if `relative`.
 
-    sign   "-" or "+" where the marker had one: it must be the direction in which the metric gets worse
+    sign   "-" or "+" if the marker had one: it must be the direction in which the metric gets worse
     given  whether the marker named it
     """
 
@@ -31,7 +31,7 @@ class Margin:
     given: bool = False
 
     def of(self, base: float) -> float:
-        """In the metric's unit.
+        """The margin in the metric's unit.
 
         >>> Margin(0.005, relative=True).of(3.0)
         0.015
@@ -44,18 +44,18 @@ class Margin:
 
 @dataclass(frozen=True)
 class Margins:
-    """What the marker of a test says: `given` metric -> margin, None where it is off. `off`: nothing is compared."""
+    """The marker of a test. `given`: metric -> margin, None where it is off; `off`: nothing is compared."""
 
     given: dict[str, Margin | None] = field(default_factory=dict)
     off: bool = False
 
     def of(self, name: str) -> Margin | None:
-        """The margin of a metric; None where the marker turned it off."""
+        """The margin of a metric; None if the marker turns it off."""
         return self.given[name] if name in self.given else parse(metric(name).margin)
 
 
 def read_marker(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Margins:
-    """What the marker `lmeval_gate` says. Raises ValueError for what is no margin.
+    """The margins of a marker `lmeval_gate`. Raises ValueError for what is no margin.
 
     >>> read_marker((), {"accuracy": 0.01, "perplexity": "0.5%"}).given["perplexity"]
     Margin(size=0.005, relative=True, sign='', given=True)
@@ -66,21 +66,21 @@ def read_marker(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Margins:
 
 
 def parse(value: Any, name: str = "") -> Margin:
-    """A margin as it is written: 0.01 in the unit of the metric, "0.5%" of the baseline. Raises ValueError for all else."""
+    """A margin from 0.01 (in the unit of the metric) or "0.5%" (of the baseline). Raises ValueError for anything else."""
     match = MARGIN.fullmatch(value.strip()) if isinstance(value, str) else None
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return Margin(abs(float(value)), sign="-" if value < 0 else "", given=bool(name))
     if match is None:
         raise ValueError(
-            f"{name}={value!r} is no margin. Write what may be lost: a number in the unit of the metric ({name}=0.01), a share "
-            f'of the baseline ({name}="0.5%"), or "off".'
+            f"{name}={value!r} is no margin. Write what may be lost: a number in the unit of the metric ({name}=0.01), a "
+            f'percentage of the baseline ({name}="0.5%"), or "off".'
         )
     size = float(match[2]) / (100 if match[3] else 1)
     return Margin(size, relative=bool(match[3]), sign=match[1], given=bool(name))
 
 
 def check_sign(name: str, margin: Margin, higher_is_better: bool) -> str | None:
-    """What is wrong with the sign of a margin, in words; None if nothing is."""
+    """What is wrong with the sign of a margin, in words; None if it is right."""
     worse = "-" if higher_is_better else "+"
     if not margin.sign or margin.sign == worse:
         return None

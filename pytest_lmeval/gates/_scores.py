@@ -1,7 +1,7 @@
-"""What each example counted, so that two runs can be compared example by example.
+"""Read what each example counts in each metric, so that two runs can be compared example by example.
 
-A task has a line for each answer, a reading one for each document or block. Both become columns of numbers beside the hash of
-what was asked or read, rounded to seven digits: a run that changed nothing leaves the same file.
+Each answer of a task, and each document or block of a reading, becomes a row: the hash of its text, and numbers rounded to
+seven digits, so that a run that changed nothing writes the same file.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ AGAIN = "Run the tests again, and accept that run"
 
 @dataclass(frozen=True)
 class Scores:
-    """ids      [n] of what was asked or read; of equal ones the second is called `ID#2`
+    """ids      [n] hash of each question or text; the second of equal ones is `ID#2`
     groups   [n] what each shares with others; None: nothing
-    columns  name -> [n] numbers: of answers, what each counts in a metric, None where the metric is not about it; of a reading,
-             the sums over each document or block
-    said     id -> output and target, shortened; only of the run itself, never kept in a baseline
-    more     what the line of the columns holds beside them, written by a later version
+    columns  name -> [n] numbers: what each answer counts in a metric, None where the metric is not about it; or the sums of a
+             reading over each document or block
+    texts    id -> output and target, shortened; of this run only, a baseline does not keep them
+    more     fields of a later version in the head of a baseline's record
     """
 
     ids: list[str]
     groups: list[str | None]
     columns: dict[str, list[float | None]]
-    said: dict[str, tuple[str, str | None]] = field(default_factory=dict)
+    texts: dict[str, tuple[str, str | None]] = field(default_factory=dict)
     more: dict[str, Any] = field(default_factory=dict)
 
     def ratio(self, name: str) -> list[tuple[float, float] | None] | None:
-        """What each example [n] adds to the sum of a metric, and to what that is divided by; None if it is no such ratio."""
+        """What each example [n] adds to the numerator and denominator of a metric; None if the metric is no such ratio."""
         if (values := self.columns.get(name)) is not None:
             return [None if value is None else (value, 1.0) for value in values]
         above, below = (self.columns.get(column) for column in metric(name).sums or ("", ""))
@@ -51,10 +51,11 @@ class Scores:
         pairs = zip(above, below, strict=True)
         return [None if over is None or under is None else (over, under) for over, under in pairs]
 
-    def made(self, name: str) -> tuple[float | None, int] | None:
-        """What all examples make of a metric (of a perplexity its logarithm), and its `n`: answers, or tokens of a reading.
+    def mean_of(self, name: str) -> tuple[float | None, int] | None:
+        """The metric over all examples (the logarithm of a perplexity; None if divided by 0) and its number of answers or
+        tokens.
 
-        None if it is no such ratio; its first part is None if that is divided by 0.
+        None if the metric is no such ratio.
         """
         if (ratio := self.ratio(name)) is None:
             return None
@@ -64,7 +65,7 @@ class Scores:
         return (metric(name).scale * above / below if below else None), n
 
     def lines(self) -> list[str]:
-        """As they stand in the file of examples, below the line of the columns."""
+        """The rows as lines of the examples file."""
         rows = zip(self.ids, self.groups, *self.columns.values(), strict=True)
         return [json.dumps(row, separators=(",", ":"), allow_nan=False) for row in rows]
 
@@ -74,14 +75,14 @@ class Scores:
 
 
 def keeps_examples(record: Record) -> bool:
-    """Whether what each example counts is in a file that can be compared."""
+    """Whether a file holds what each example counts."""
     return record.units is not None or (record.examples or "").endswith(".jsonl")
 
 
 def scores_of(record: Record, folder: Path) -> Scores | None:
-    """The scores of a record, from the files that it names in the output folder; None if it has none, or they are gone.
+    """The scores of a record, from its files in the output folder; None if it has none or they are gone.
 
-    Raises DocumentError for a line that is not as it was written.
+    Raises DocumentError for a line that was edited.
     """
     name = (record.units or record.examples) if keeps_examples(record) else None
     if name is None or not (file := folder / name).exists():
@@ -90,7 +91,7 @@ def scores_of(record: Record, folder: Path) -> Scores | None:
 
 
 def rounded(value: float) -> float:
-    """Seven digits that matter, and no point after a whole number. What is not finite stays as it is.
+    """Seven significant digits, and whole numbers as int. Keeps what is not finite.
 
     >>> rounded(0.123456789), rounded(3.0)
     (0.1234568, 3)
@@ -100,8 +101,12 @@ def rounded(value: float) -> float:
     return float(f"{value:.7g}")
 
 
+def rounded_or_none(value: float | None) -> float | None:
+    return None if value is None else rounded(value)
+
+
 def numbered(names: list[str], mark: str = "#") -> list[str]:
-    """The names, equal ones told apart.
+    """The names, with a number after the second and later of equal ones.
 
     >>> numbered(["a", "b", "a"])
     ['a', 'b', 'a#2']
@@ -119,47 +124,37 @@ def _read(file: Path, kind: type[T]) -> list[T]:
         lines = file.read_bytes().splitlines()
     except OSError as error:
         raise DocumentError(f"{file} cannot be read ({error.strerror or error}). {AGAIN}.") from error
-    found = []
-    for number, line in enumerate(lines, start=1):
-        what = f"{file}, line {number}"
-        found.append(schema.build(schema.parse(line, what, AGAIN), kind, what, AGAIN))
-    return found
+    what = [f"{file}, line {number}" for number in range(1, len(lines) + 1)]
+    return [schema.build(schema.parse(line, of, AGAIN), kind, of, AGAIN) for line, of in zip(lines, what, strict=True)]
 
 
 def _of_units(units: list[Unit]) -> Scores:
     names = dict.fromkeys(name for unit in units for name in unit.sums)
-    columns = {name: [_or_none(unit.sums.get(name)) for unit in units] for name in names}
+    columns = {name: [rounded_or_none(unit.sums.get(name)) for unit in units] for name in names}
     return Scores(numbered([unit.id for unit in units]), [None] * len(units), columns)
-
-
-def _is_compared(name: str) -> bool:
-    """Whether the scores of examples make the metric, and one of its directions is better: else nothing is gained or lost."""
-    return metric(name).statistic is None and metric(name).higher_is_better is not None
 
 
 def _of_answers(examples: list[Example], metrics: list[str]) -> Scores:
     examples = sorted(examples, key=lambda example: example.number)
-    if strange := [name for name in metrics if not is_declared(name) and any(name in one.scores for one in examples)]:
+    scored = [name for name in metrics if any(name in example.scores for example in examples)]
+    if unknown := [name for name in scored if not is_declared(name)]:
         raise DocumentError(
-            f"nobody registers the metric {', '.join(strange)} here, so that it is not known how examples add up to it. "
+            f"no installed package registers the metric {', '.join(unknown)}, so how examples add up to it is unknown. "
             "Install the package that does."
         )
-    means = [name for name in metrics if _is_compared(name) and any(name in one.scores for one in examples)]
-    columns = {name: [_or_none(example.scores.get(name)) for example in examples] for name in means}
+    # Only a mean of scores with a better direction can be gained or lost example by example.
+    means = [name for name in scored if metric(name).statistic is None and metric(name).higher_is_better is not None]
+    columns = {name: [rounded_or_none(example.scores.get(name)) for example in examples] for name in means}
     ids = numbered([example.id for example in examples])
     groups = [None if example.group is None else hashlib.sha256(example.group.encode()).hexdigest()[:8] for example in examples]
-    said = {
+    texts = {
         name: (_short(example.answer), None if example.target is None else _short(example.target))
         for name, example in zip(ids, examples, strict=True)
     }
-    return Scores(ids, groups, columns, said)
-
-
-def _or_none(value: float | None) -> float | None:
-    return None if value is None else rounded(value)
+    return Scores(ids, groups, columns, texts)
 
 
 def _short(text: str) -> str:
-    """On one line, with nothing in it that a terminal would obey, and not longer than a line holds."""
+    """One line of at most 60 printable characters."""
     shown = "".join(letter if letter.isprintable() else " " for letter in text[: SHOWN + 1])
     return shown if len(shown) <= SHOWN else shown[: SHOWN - 3] + "..."

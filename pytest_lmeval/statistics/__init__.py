@@ -1,1 +1,1 @@
-"""How certain a number is. numpy only: importing scipy alone takes longer than most of the work here."""
+"""Intervals and tests. Uses numpy alone: importing scipy takes longer than most of the work here."""

@@ -1,39 +1,46 @@
-"""Intervals for ratios of sums, by the bootstrap over independent units.
+"""Bootstrap intervals for ratios of sums over independent units.
 
-Perplexity, bits per byte and accuracy are all of this form: a sum over tokens divided by another sum. Tokens of one
-document depend on one another, so what is drawn again is the document (the cluster), or for one long text a
-block of consecutive tokens (Kuensch 1989; Miller, "Adding Error Bars to Evals", 2024).
+Perplexity, bits per byte and accuracy are such ratios. Tokens of one document depend on one another, so the bootstrap resamples
+documents (clusters) or, of one long text, blocks of consecutive tokens (Kuensch 1989; Miller, "Adding Error Bars to Evals",
+2024).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-FEWEST_UNITS = 8  # with fewer, the spread between units says next to nothing
+FEWEST_UNITS = 8  # fewer units say next to nothing about the spread between units
 REPLICATES = 2000
 
 
 def ratio_intervals(
     sums: np.ndarray, ratios: Sequence[tuple[int, int]], *, seed: int = 0, level: float = 0.95
 ) -> list[tuple[float, float] | None]:
-    """Percentile intervals of ratios of columns of `sums` [units, columns], the same units drawn for all of them.
+    """Percentile intervals of ratios of columns of `sums` [units, columns]; every ratio uses the same resamples.
 
     ratios  pairs of columns: numerator, denominator
 
-    None in place of an interval for fewer than eight units, for sums that are not finite, and where a replicate would
-    divide by zero: no interval is better than a wrong one.
+    None replaces an interval where there are fewer than eight units, where sums are not finite, and where a replicate would
+    divide by zero.
     """
     units = len(sums)
     if units < FEWEST_UNITS:
         return [None] * len(ratios)
     generator = np.random.default_rng(seed)
-    part = max(1, min(100, 2_000_000 // units))  # the weights of all replicates at once would not fit for many documents
+    part = max(1, min(100, 2_000_000 // units))  # limits the memory that the weights of the replicates take
     drawn = np.concatenate(
         [generator.multinomial(units, np.full(units, 1 / units), size=part) @ sums for _ in range(0, REPLICATES, part)]
     )
     return [_interval(drawn[:, above], drawn[:, below], level) for above, below in ratios]
+
+
+def group_sums(columns: np.ndarray, groups: Sequence[Hashable]) -> np.ndarray:
+    """The sums of each column [n, columns] over each group [groups, columns], groups in order of first appearance."""
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    index = np.array([numbers[group] for group in groups])
+    return np.column_stack([np.bincount(index, weights=column) for column in columns.T])
 
 
 def _interval(above: np.ndarray, below: np.ndarray, level: float) -> tuple[float, float] | None:

@@ -1,16 +1,15 @@
-"""Is a number worse than it was? The verdict of a gate, from a difference, its interval, and what may be lost.
+"""Judge whether a number is worse than before, from its difference, interval and margin.
 
-    identical   no example came out differently
-    worse       the loss is larger than the margin, and too large for chance: p, after Holm, is at most 1 %
+    identical   no example changed
+    worse       the loss exceeds the margin, and p, adjusted by Holm, is at most the level (1 %)
     better      the same in the other direction
-    same        a loss beyond the margin is excluded: the 95 % interval ends before it (non-inferiority)
-    unclear     neither: there are too few examples to tell, and it is said how many would show that nothing was lost
+    same        the 95 % interval excludes a loss beyond the margin (non-inferiority)
+    unclear     none of these: there are too few examples
 
-Only `worse` fails a test. It takes both: a difference that is significant but within the margin is allowed (the last digits
-of a loss differ between two processors, and over a million tokens that is significant), and one beyond the margin that chance
-brings about is no regression. The probability that a run in which nothing changed has any `worse` is at most `LEVEL`, whatever
-the number of gated metrics, and whatever their margins. To demand that the loss be significantly beyond the margin would miss
-many losses of a few times the margin: `benchmarks/test_gates.py` measures both, the unpaired test and a fixed threshold.
+Only `worse` fails a test, and it takes both conditions: the last digits of a loss differ between two processors, which over a
+million tokens is significant but within the margin; and chance alone may exceed the margin. A run in which nothing changed has
+any `worse` with probability at most `LEVEL`, whatever the number of gated metrics and their margins. Demanding a loss
+significantly beyond the margin would miss many losses of a few times the margin: `benchmarks/test_gates.py` measures this.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from typing import Literal
 from pytest_lmeval.statistics._paired import Difference, detectable, examples_needed, holm
 
 LEVEL = 0.01
-POWER = 0.8
 
 Name = Literal["worse", "unclear", "better", "same", "identical"]
 
@@ -31,10 +29,10 @@ Name = Literal["worse", "unclear", "better", "same", "identical"]
 @dataclass(frozen=True)
 class Verdict:
     """p           probability of so large a difference in its direction, had nothing changed, before Holm
-    level       what p had to be at most to count: `LEVEL` over those that are left in Holm's order
-    detectable  the true loss that would have been called worse with a probability of 80 %; None where none would have been
-    needed      examples with which no loss would be called the same with that probability; None where that is not known
-    fewest      independent units without which no loss is called worse, however large; None where there are as many
+    level       what p must not exceed to count: the level over the number of metrics left in Holm's order
+    detectable  the true loss that would be called worse with a probability of 80 %; None if none would
+    needed      number of examples that would call no loss the same with that probability; None if unknown
+    fewest      number of independent units below which even a total loss is not called worse; None if there are enough
     """
 
     name: Name
@@ -46,55 +44,66 @@ class Verdict:
 
 
 def judge_all(
-    differences: Sequence[Difference], margins: Sequence[float], better: Sequence[bool], *, family: int | None = None
+    differences: Sequence[Difference],
+    margins: Sequence[float],
+    better: Sequence[bool],
+    *,
+    family: int | None = None,
+    level: float = LEVEL,
+    two_sided: bool = False,
 ) -> list[Verdict]:
     """The verdicts of metrics that are judged together.
 
-    margins  what each may lose, 0 or more, in its own unit
-    better   whether higher is better
-    family   how many metrics are gated in the whole run, where these are some of them (see `statistics._paired.holm`)
+    margins    what each may lose, 0 or more, in its own unit
+    better     whether higher is better
+    family     number of metrics gated in the whole run, where these are some of them (see `statistics._paired.holm`)
+    level      probability of any `worse`, or of any `better`, where nothing changed
+    two_sided  whether `same` also excludes a gain beyond the margin (equivalence)
 
     Raises ValueError for a margin below 0.
     """
     if wrong := [margin for margin in margins if not margin >= 0]:
-        raise ValueError(f"the margin is {wrong[0]}; what may be lost is 0 or more.")
+        raise ValueError(f"the margin is {wrong[0]}; it must be 0 or more.")
     family = len(differences) if family is None else max(family, len(differences))
     losses = [found.p_lower if up else found.p_higher for found, up in zip(differences, better, strict=True)]
     gains = [found.p_higher if up else found.p_lower for found, up in zip(differences, better, strict=True)]
-    adjusted = zip(holm(losses, family), holm(gains, family), strict=True)
-    ranks = {place: rank for rank, place in enumerate(sorted(range(len(losses)), key=losses.__getitem__))}
+    ranks = {index: rank for rank, index in enumerate(sorted(range(len(losses)), key=losses.__getitem__))}
     verdicts = []
-    for place, (found, (p_loss, p_gain)) in enumerate(zip(differences, adjusted, strict=True)):
-        name = _name(found, margins[place], up=better[place], p_loss=p_loss, p_gain=p_gain)
-        gained = (found.value > 0) == better[place]
-        p, level = gains[place] if gained else losses[place], LEVEL / (family - ranks[place])
-        verdicts.append(Verdict(name, p, level, *_power(found, margins[place], level)))
+    for index, adjusted in enumerate(zip(holm(losses, family), holm(gains, family), strict=True)):
+        found, margin, up = differences[index], margins[index], better[index]
+        lost, gained = (value <= level for value in adjusted)
+        name = _name(found, margin, up, lost=lost, gained=gained, two_sided=two_sided)
+        p = gains[index] if (found.value > 0) == up else losses[index]
+        own_level = level / (family - ranks[index])
+        verdicts.append(Verdict(name, p, own_level, *_power(found, margin, own_level)))
     return verdicts
 
 
 def _power(found: Difference, margin: float, level: float) -> tuple[float | None, int | None, int | None]:
     """`detectable`, `needed` and `fewest` of a verdict."""
-    fewest = math.ceil(-math.log2(level)) if found.least > level else None
+    fewest = math.ceil(-math.log2(level)) if found.smallest_p > level else None
     if not found.error:
         return None, None, fewest
-    smallest = None if fewest else detectable(found.error, level=level, margin=margin, power=POWER)
-    return smallest, examples_needed(found.examples, found.error, margin, power=POWER), fewest
+    smallest = None if fewest else detectable(found.error, level=level, margin=margin)
+    return smallest, examples_needed(found.examples, found.error, margin), fewest
 
 
-def _name(found: Difference, margin: float, *, up: bool, p_loss: float, p_gain: float) -> Name:
-    gain = found.value if up else -found.value
-    least = found.low if up else None if found.high is None else -found.high
+def _name(found: Difference, margin: float, up: bool, *, lost: bool, gained: bool, two_sided: bool) -> Name:
     if not found.changed:
         return "identical"
-    if gain < -margin and p_loss <= LEVEL:
+    gain = found.value if up else -found.value
+    if lost and gain < -margin:
         return "worse"
-    if gain > margin and p_gain <= LEVEL:
+    if gained and gain > margin:
         return "better"
-    return "same" if least is not None and least > -margin else "unclear"
+    if found.low is None or found.high is None:
+        return "unclear"
+    least, most = (found.low, found.high) if up else (-found.high, -found.low)
+    return "same" if least > -margin and (most < margin or not two_sided) else "unclear"
 
 
 def judge_exact(base: float, new: float, margin: float, *, higher_is_better: bool) -> Name:
-    """The verdict on a number that chance has no part in (FLOPs, bytes, calls): a loss beyond the margin is `worse`.
+    """The verdict on a number without chance (FLOPs, bytes, calls): a loss beyond the margin is `worse`.
 
     >>> judge_exact(100, 101, 0, higher_is_better=False), judge_exact(100, 101, 1, higher_is_better=False)
     ('worse', 'same')

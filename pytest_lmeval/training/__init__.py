@@ -1,4 +1,4 @@
-"""One training protocol for all models: the same tokens in the same order, the same optimizer, the same seed.
+"""Train models by one protocol: the same tokens in the same order, the same optimizer, the same seed.
 
 result = run_training(load("zoo:mamba"), corpus("stdlib", "train"), held_out=corpus("stdlib", "validation"))
 result.lm, result.perplexity, result.curve

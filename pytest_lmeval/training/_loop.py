@@ -1,17 +1,17 @@
-"""Training: crops of a text, a step for each batch of them, an evaluation now and then, and the best weights kept.
+"""Train: update on batches of crops, evaluate now and then, and keep the best weights.
 
-The loop is `learn`. What is trained is decided before (`_plan.py`), how it stands is in `_run.py`, its files in `_folder.py`.
+`_learn` is the loop. `_plan.py` decides before it what is trained; `_run.py` holds the state of the training and its files.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,9 +19,8 @@ from msgspec import structs
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pytest_lmeval.data._corpus import Corpus
 from pytest_lmeval.engine import Engine, Policy, Request
-from pytest_lmeval.errors import TrainingError
+from pytest_lmeval.errors import ModelError, TrainingError
 from pytest_lmeval.measures._perplexity import Progress
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.models._seeds import generator_of
@@ -30,143 +29,139 @@ from pytest_lmeval.profiling._clock import seconds
 from pytest_lmeval.profiling._flops import Flops, training_flops
 from pytest_lmeval.profiling._peak import peak_memory
 from pytest_lmeval.records._journal import Saver
-from pytest_lmeval.training._batches import batches, held_out_batches, read, steps_an_epoch
-from pytest_lmeval.training._failure import differentiate, not_finite, refuse_divergence, refuse_not_finite
-from pytest_lmeval.training._folder import Folder
-from pytest_lmeval.training._plan import Plan, plan_for
+from pytest_lmeval.training._plan import Plan, Source, batches, held_out_batches, plan_for, read, steps_an_epoch
 from pytest_lmeval.training._protocol import Protocol, learning_rate
 from pytest_lmeval.training._result import TrainResult, record_of
-from pytest_lmeval.training._run import Run, new_run
-from pytest_lmeval.training._trainee import copy_of
-from pytest_lmeval.training._weights import fill
+from pytest_lmeval.training._run import Folder, Run, new_run
+from pytest_lmeval.training._weights import copy_of, fill
 
 DEFAULT = Protocol()
+PATIENCE, MARGIN = 3, 1.0  # consecutive evaluations; nats per token
 
 
 def run_training(
     lm: Model | str,
-    corpus: Corpus | Iterable[Any],
+    corpus: Source,
     *,
-    held_out: Corpus | Iterable[Any] | None = None,
+    held_out: Source | None = None,
     protocol: Protocol = DEFAULT,
     folder: str | Path | None = None,
     progress: Progress | None = None,
     spec: str | None = None,
     fresh: bool = False,
 ) -> TrainResult:
-    """Train a copy of `lm` on a corpus; `lm` itself is not changed.
+    """Train a copy of `lm` on a corpus; `lm` itself does not change.
 
     Every model gets the same tokens in the same order, whether it carries a state or not: each crop is read from an empty one.
-    A training that was interrupted goes on from its last saved point, with the same result (on the CPU bit for bit). One that
-    was finished is not done again: the same model, texts and protocol give the same record and weights at once.
+    An interrupted training resumes from its last saved point, with the same result (bit for bit on the CPU). A finished one is
+    not repeated: the same model, texts and protocol return the same record and weights at once.
 
-    corpus, held_out   each a `Corpus`, or token ids (tensor, array, list, iterator of arrays); the model is evaluated on
-                       `held_out` during training, and the result has the weights with the lowest held-out loss
-    folder             keep weights, record and points to go on from in folder/models/KEY; without, nothing is written
-    progress           called after each step with the tokens so far, the nats so far, and the tokens expected
-    spec               how the trained model is called; by default "SPEC, trained N steps on CORPUS"
-    fresh              train anew, even if it was done before
+    corpus, held_out   each a `Corpus`, or token ids (tensor, array, list, iterator of arrays); the training evaluates on
+                       `held_out`, and the result has the weights with the lowest held-out loss
+    folder             keep weights, record and resume point in folder/models/KEY; None: write nothing
+    progress           called after each step with tokens so far, nats so far, tokens expected
+    spec               name of the trained model; by default "SPEC, trained N steps on CORPUS"
+    fresh              train anew, even if the training is finished
 
-    Raises SpecError for a model that cannot be trained like this, CorpusError for a text that is too short or held out from
-    itself, StreamError for a token outside the vocabulary, TrainingError for a loss that is not finite or that diverges.
+    Raises SpecError for a model that cannot be trained, CorpusError for a text that is too short or equal to the held-out one,
+    StreamError for a token outside the vocabulary, TrainingError for a loss that is not finite or diverges.
     """
     plan = plan_for(load(lm) if isinstance(lm, str) else lm, corpus, held_out, protocol, spec)
     if folder is None:
-        return fit(plan, None, progress)
+        return _fit(plan, None, progress)
     files = Folder(Path(folder) / "models" / plan.key)
     if fresh:
-        files.clear()
+        shutil.rmtree(files.path, ignore_errors=True)
     if (finished := files.finished(plan.lm)) is not None:
         trained, record = finished
-        called = spec or trained.spec
-        record = structs.replace(record, lm=structs.replace(record.lm, spec=called))
-        return TrainResult(replace(trained, spec=called), record, cached=True)
+        name = spec or trained.spec
+        record = structs.replace(record, lm=structs.replace(record.lm, spec=name))
+        return TrainResult(replace(trained, spec=name), record, cached=True)
     files.begin({**plan.names, "decided by": plan.identity})
-    return fit(plan, files, progress)
+    return _fit(plan, files, progress)
 
 
-@dataclass(frozen=True)
-class Material:
-    """What is read: the tokens to train on [n], the crops of each evaluation, the steps, and how many of them make an epoch."""
-
-    tokens: np.ndarray
-    held_out: list[Tensor]
-    steps: int
-    per_epoch: int
-
-
-def material_of(plan: Plan) -> Material:
-    protocol = plan.protocol
-    tokens = read(plan.lm, plan.text, protocol.tokens)
+def _fit(plan: Plan, files: Folder | None, progress: Progress | None) -> TrainResult:
+    """Read the texts, train, and record the outcome."""
+    lm, protocol = plan.lm, plan.protocol
+    tokens = read(lm, plan.text, protocol.tokens)
     per_epoch = steps_an_epoch(tokens, protocol, str(plan.text))
     steps = protocol.steps or per_epoch * (protocol.epochs or 0)
     unseen = plan.held_out
-    crops = [] if unseen is None else held_out_batches(read(plan.lm, unseen, protocol.tokens), protocol, str(unseen))
-    return Material(tokens, crops, steps, per_epoch)
-
-
-def fit(plan: Plan, files: Folder | None, progress: Progress | None) -> TrainResult:
-    """Read the texts, train, and write down what came of it."""
-    lm, material = plan.lm, material_of(plan)
+    held_out = [] if unseen is None else held_out_batches(read(lm, unseen, protocol.tokens), protocol, str(unseen))
     with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):
-        flops = flops_of_a_step(plan, material)
+        flops = flops_of_a_step(lm, next(batches(tokens, protocol)), protocol.seed)
         with peak_memory(lm.device) as peak:
             begin = partial(new_run, plan)
             run = begin() if files is None else files.resume(begin)
+            saver = Saver(None if files is None else files.save, "training")
             try:
-                learn(run, material, plan.protocol, Saver(None if files is None else files.save, "training"), progress)
+                _learn(run, tokens, held_out, protocol, steps, saver, progress)
             except TrainingError as error:
-                raise TrainingError(f"{error}{keep(run, files)}") from None
-    if not material.held_out:
+                if files is None or not run.best:
+                    raise
+                files.save_best(run)
+                kept = f"The best weights so far, those after {run.best_step} steps, are in {files.best}."
+                raise TrainingError(f"{error} {kept}") from None
+    if not held_out:
         run.keep_as_best()
-    trained = replace(copy_of(lm), spec=run.best_spec)  # nothing that training left in the module comes with it
+    trained = replace(copy_of(lm), spec=run.best_spec)  # without anything that training left in the module
     fill(trained, run.best, "what was trained")
-    record = record_of(run, trained, plan, material.per_epoch, flops, peak)
+    record = record_of(run, trained, plan, per_epoch, flops, peak)
     if files is not None:
         files.save_best(run)
         files.finish(record)
     return TrainResult(trained, record, resumed_at=run.resumed_at)
 
 
-def learn(run: Run, material: Material, protocol: Protocol, saver: Saver, progress: Progress | None) -> None:
-    """Go on from where `run` stands, to the last step."""
+def _learn(
+    run: Run,
+    tokens: np.ndarray,
+    held_out: list[Tensor],
+    protocol: Protocol,
+    steps: int,
+    saver: Saver,
+    progress: Progress | None,
+) -> None:
+    """Train from the state of `run` to the last step."""
+
+    def examine() -> None:
+        if held_out:
+            nats = evaluate(run.lm, held_out)
+            refuse_not_finite(run, nats)
+            run.add_evaluation(nats)
+
     if not run.evaluations:
-        examine(run, material)
+        examine()
     a_step = protocol.batch_size * protocol.seq_len
-    expected, nats = a_step * material.steps, a_step * sum(run.losses)
+    nats = a_step * sum(run.losses)
     run.module.train()
-    for crops in islice(batches(material.tokens, protocol, first=run.step), material.steps - run.step):
+    for crops in islice(batches(tokens, protocol, first=run.step), steps - run.step):
         began = seconds(run.lm.device)
-        loss, norm = update(run, crops, protocol, material.steps)
-        run.add_step(loss, norm, seconds(run.lm.device) - began)
-        if run.step % protocol.eval_every == 0 or run.step == material.steps:
-            examine(run, material)
-            refuse_divergence(run, protocol, material.steps)
+        loss, norm = update(run, crops, protocol, steps)
+        run.losses.append(loss)
+        run.norms.append(norm)
+        run.seconds += seconds(run.lm.device) - began
+        if run.step % protocol.eval_every == 0 or run.step == steps:
+            examine()
+            refuse_divergence(run, protocol, steps)
         saver.save_now_and_then(run)
         if progress is not None:
             nats += a_step * loss
-            progress(a_step * run.step, nats, expected)
-
-
-def examine(run: Run, material: Material) -> None:
-    """Evaluate on the held-out text, if there is one."""
-    if material.held_out:
-        nats = evaluate(run.lm, material.held_out)
-        refuse_not_finite(run, nats)
-        run.add_evaluation(nats)
+            progress(a_step * run.step, nats, a_step * steps)
 
 
 def update(run: Run, crops: Tensor, protocol: Protocol, steps: int) -> tuple[float, float]:
-    """One step of the optimizer: the mean loss (nats a token) before it, and the norm of all gradients.
+    """One step of the optimizer: the mean loss before it (nats per token), and the norm of all gradients.
 
-    Raises TrainingError, the weights being as before, where either is not finite.
+    Raises TrainingError, leaving the weights as before, if either is not finite.
     """
     rate = learning_rate(protocol, run.step, steps)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
     seed = (protocol.seed << 32) + run.step
     loss = loss_of(run.lm, crops, seed)
-    run.optimizer.zero_grad()  # not before: gradients that go with each step are memory to be had anew with each step
+    run.optimizer.zero_grad()  # not before the forward pass: freed memory would be allocated anew in each step
     differentiate(run.lm, loss)
     trained = [p for group in run.optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in trained])
@@ -180,7 +175,7 @@ def update(run: Run, crops: Tensor, protocol: Protocol, steps: int) -> tuple[flo
 
 
 def loss_of(lm: Model, crops: Tensor, seed: int) -> Tensor:
-    """Mean loss of crops [b, t + 1], each read from an empty state, in nats a token; `seed` is that of dropout."""
+    """Mean loss of crops [b, t + 1], each read from an empty state, in nats per token; `seed` is that of dropout."""
     generator_of(lm.device).manual_seed(seed)
     crops = crops.to(lm.device)
     logits, _ = lm.step(crops[:, :-1])
@@ -188,7 +183,7 @@ def loss_of(lm: Model, crops: Tensor, seed: int) -> Tensor:
 
 
 def evaluate(lm: Model, held_out: list[Tensor]) -> Tensor:
-    """Nats of each held-out crop, each read from an empty state, [crops] float64 on the CPU."""
+    """Nats of each held-out crop, read from an empty state, [crops] float64 on the CPU."""
     assert lm.module is not None
     was_training = lm.module.training
     lm.module.eval()
@@ -200,18 +195,89 @@ def evaluate(lm: Model, held_out: list[Tensor]) -> Tensor:
     return torch.tensor([-one.loglikelihood.sum() for one in scored], dtype=torch.float64)
 
 
-def flops_of_a_step(plan: Plan, material: Material) -> Flops:
-    """Counted on a copy, so that what a forward pass may change (running means, counters) does not begin with one more."""
-    lm = copy_of(plan.lm)
+def flops_of_a_step(lm: Model, crops: Tensor, seed: int) -> Flops:
+    """Counted on a copy, since a forward pass may change the model (running means, counters)."""
+    lm = copy_of(lm)
     assert lm.module is not None
     lm.module.train()
-    crops = next(batches(material.tokens, plan.protocol))
-    return training_flops(partial(loss_of, lm, crops, plan.protocol.seed), partial(differentiate, lm))
+    return training_flops(partial(loss_of, lm, crops, seed), partial(differentiate, lm))
 
 
-def keep(run: Run, files: Folder | None) -> str:
-    """Where the best weights of a training that failed are."""
-    if files is None or not run.best:
-        return ""
-    files.save_best(run)
-    return f" The best weights so far, those after {run.best_step} steps, are in {files.best}."
+def differentiate(lm: Model, loss: Tensor) -> None:
+    """Add the gradients of the loss to those of the parameters. Raises ModelError if the loss has none."""
+    why = "the model runs under torch.no_grad, or detaches what it computed"
+    try:
+        if loss.requires_grad:
+            loss.backward()  # type: ignore[no-untyped-call]
+            return
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        why = str(error)
+    raise ModelError(f"{lm.spec} can be scored, but not trained, since its loss has no gradient: {why}")
+
+
+def not_finite(run: Run, loss: float, norm: float, rate: float, again: Callable[[], Tensor]) -> TrainingError:
+    """The error for a step whose loss or gradients are not finite; `again` recomputes that loss."""
+    before = f" ({run.losses[-1]:.6g} and {run.norms[-1]:.4g} one step before)" if run.losses else ""
+    broken = broken_gradients(run, again)
+    first = f"; {len(broken)} gradients are not finite, in backward order the first is that of {broken[0]}" if broken else ""
+    return TrainingError(
+        f"{run.lm.spec} on {run.text}, step {run.step + 1}: the loss is {loss:.6g}, the gradient norm {norm:.4g}{before}, at "
+        f"learning rate {rate:.3g}{first}. Such an update would destroy every weight, so the training stops before it. Look "
+        "there for a division by zero, a root or logarithm of zero, or an overflow; else take a smaller lr or a longer warmup."
+    )
+
+
+def broken_gradients(run: Run, loss: Callable[[], Tensor]) -> list[str]:
+    """The parameters whose gradients of this loss are not finite, in the order in which backward computes them."""
+    found: list[str] = []
+
+    def look(name: str, parameter: Tensor) -> None:
+        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+            found.append(name)
+
+    run.optimizer.zero_grad()
+    named = [(name, parameter) for name, parameter in run.module.named_parameters() if parameter.requires_grad]
+    handles = [parameter.register_post_accumulate_grad_hook(partial(look, name)) for name, parameter in named]  # type: ignore[no-untyped-call]
+    try:
+        differentiate(run.lm, loss())
+    finally:
+        for handle in handles:
+            handle.remove()
+        run.optimizer.zero_grad()
+    return found
+
+
+def refuse_not_finite(run: Run, nats: Tensor) -> None:
+    """Raise TrainingError if a held-out crop has no finite loss."""
+    if torch.isfinite(nats).all():
+        return
+    wrong = int((~torch.isfinite(nats)).nonzero()[0])
+    before = f" The last training loss was {run.losses[-1]:.6g}, its gradient norm {run.norms[-1]:.4g}." if run.losses else ""
+    raise TrainingError(
+        f"{run.lm.spec} on {run.text}: after {run.step} steps the loss of held-out crop {wrong} of {len(nats)} is "
+        f"{float(nats[wrong])}.{before} Look for a division by zero, a logarithm of zero or an overflow in its eval mode."
+    )
+
+
+def refuse_divergence(run: Run, protocol: Protocol, steps: int) -> None:
+    """Raise TrainingError if the last three evaluations each exceed, by more than a nat per token, both a uniform guess (ln v)
+    and the initial loss. Without a held-out text, each is the mean training loss of `eval_every` steps."""
+    every, kind = protocol.eval_every, "held-out" if run.evaluations else "training"
+    if run.evaluations:
+        losses = [(step, float(nats.mean()) / protocol.seq_len) for step, nats in run.evaluations.items()]
+        first = losses[0][1]
+    else:
+        parts = [(end, run.losses[max(0, end - every) : end]) for end in (*range(every, run.step, every), run.step)]
+        losses, first = [(end, sum(part) / len(part)) for end, part in parts], run.losses[0]
+    guess, last = math.log(run.lm.vocab_size), losses[-PATIENCE:]
+    if len(last) < PATIENCE or any(loss <= max(guess, first) + MARGIN for _, loss in last):
+        return
+    rate = learning_rate(protocol, run.step - 1, steps)
+    raise TrainingError(
+        f"{run.lm.spec} on {run.text} diverged: after {', '.join(str(step) for step, _ in last)} steps its {kind} loss was "
+        f"{', '.join(f'{loss:.4g}' for _, loss in last)} nats per token; a uniform guess costs {guess:.4g}, and it began with "
+        f"{first:.4g}. The learning rate is {rate:.3g}, the last gradient norm was {run.norms[-1]:.4g}. Take a smaller lr or a "
+        "longer warmup."
+    )

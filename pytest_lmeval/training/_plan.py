@@ -1,30 +1,38 @@
-"""A training before it begins: which model, which texts, which protocol, and whether they go together."""
+"""Plan a training: check that model, texts and protocol go together, and choose its tokens and their order.
+
+Text and protocol decide the tokens, never the model. `Plan.identity` names everything that decides the outcome.
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib.metadata
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor
 
 from pytest_lmeval.data._corpus import Corpus
-from pytest_lmeval.errors import CorpusError, ProtocolError, SpecError
+from pytest_lmeval.data._ids import as_corpus
+from pytest_lmeval.data._tokens import TokenReader
+from pytest_lmeval.engine._tokens import check_vocabulary
+from pytest_lmeval.errors import CorpusError, ProtocolError, SpecError, StreamError
 from pytest_lmeval.models._identity import fingerprint, tokenizer_fingerprint
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.records._journal import key_of
-from pytest_lmeval.training._batches import readable_again
 from pytest_lmeval.training._protocol import Protocol
 
 COARSE = (torch.bfloat16, torch.float16)
+Source: TypeAlias = "Corpus | Iterable[Any]"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """spec   how the trained model is to be called; None: after what is done"""
+    """spec   name of the trained model; None: one that says what was done"""
 
     lm: Model
     text: Corpus
@@ -35,10 +43,11 @@ class Plan:
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
         """Everything that decides the outcome."""
+        parameters = () if self.lm.module is None else self.lm.module.named_parameters()
         return {
             "protocol": self.protocol.to_json(),
             "lm": [fingerprint(self.lm), str(self.lm.dtype), str(self.lm.device)],
-            "frozen": [] if self.lm.module is None else _frozen(self.lm.module),
+            "frozen": [name for name, parameter in parameters if not parameter.requires_grad],
             "data": self.text.fingerprint,
             "held_out_data": None if self.held_out is None else self.held_out.fingerprint,
             "tokenizer": tokenizer_fingerprint(self.lm),
@@ -51,44 +60,28 @@ class Plan:
 
     @property
     def names(self) -> dict[str, Any]:
-        """What the identity is about, for people."""
+        """The identity in names that people know."""
         tokenizer = None if self.text.tokenized else getattr(self.lm.tokenizer, "name", type(self.lm.tokenizer).__name__)
         held_out = None if self.held_out is None else str(self.held_out)
         return {"trained_from": self.lm.spec, "corpus": str(self.text), "held_out": held_out, "tokenized_by": tokenizer}
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Everything that was chosen, for the record."""
+        """The settings of the record."""
         identity = {name: value for name, value in self.identity.items() if name not in ("protocol", "lm", "version")}
-        return {
-            **self.names,
-            "key": self.key,
-            "trained_from_fingerprint": fingerprint(self.lm),
-            **identity,
-            **self.protocol.to_json(),
-        }
+        from_ = {"key": self.key, "trained_from_fingerprint": fingerprint(self.lm)}
+        return {**self.names, **from_, **identity, **self.protocol.to_json()}
 
 
-def _frozen(module: nn.Module) -> list[str]:
-    """Names of the parameters that are not trained."""
-    return [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
-
-
-def plan_for(
-    lm: Model,
-    corpus: Corpus | Iterable[Any],
-    held_out: Corpus | Iterable[Any] | None,
-    protocol: Protocol,
-    spec: str | None = None,
-) -> Plan:
-    """Raises SpecError for a model that this protocol cannot train, CorpusError for a text that is held out from itself."""
+def plan_for(lm: Model, corpus: Source, held_out: Source | None, protocol: Protocol, spec: str | None = None) -> Plan:
+    """Raises SpecError for a model that this protocol cannot train, CorpusError if both texts are the same."""
     refuse_untrainable(lm, protocol)
     text = readable_again(lm, corpus, protocol.tokens)
     unseen = None if held_out is None else readable_again(lm, held_out, protocol.tokens)
     if unseen is not None and unseen.fingerprint == text.fingerprint:
         raise CorpusError(
-            f"{text} is trained on and {unseen} is held out, and they are the same text: a model that knows it by heart would "
-            "look best. Hold out another split."
+            f"{text}, to train on, and {unseen}, to hold out, are the same text: a model that learned it by heart would look "
+            "best. Hold out another split."
         )
     return Plan(lm, text, unseen, protocol, spec)
 
@@ -98,18 +91,90 @@ def refuse_untrainable(lm: Model, protocol: Protocol) -> None:
     if lm.module is None or lm.rebuild is None:
         raise SpecError(f"{lm.spec} is no torch module: it has no weights that could be trained.")
     if lm.codebooks is not None:
-        raise SpecError(f"{lm.spec} reads frames of {len(lm.codebooks.sizes)} codes, and there is no protocol for those yet.")
+        raise SpecError(f"{lm.spec} reads frames of {len(lm.codebooks.sizes)} codes, which no protocol supports yet.")
     trained = {name: tensor.dtype for name, tensor in lm.module.named_parameters() if tensor.requires_grad}
     if not trained:
         raise SpecError(f"{lm.spec} has no parameter with requires_grad=True: there is nothing to train.")
     if coarse := [name for name, dtype in trained.items() if dtype in COARSE]:
         raise SpecError(
-            f"{lm.spec} has {len(coarse)} parameters in {trained[coarse[0]]}, for example {coarse[0]}. Most updates of a "
-            "training are smaller than one rounding of such weights, and would be lost. Load it with @fp32, train, and convert "
-            "the trained model."
+            f"{lm.spec} has {len(coarse)} parameters in {trained[coarse[0]]}, for example {coarse[0]}. Most updates are "
+            "smaller than their rounding, and would be lost. Load it with @fp32, train, and convert the trained model."
         )
     if lm.limit is not None and protocol.seq_len > lm.limit:
         raise ProtocolError(
             f"seq_len={protocol.seq_len:,} is more than {lm.spec} reads: at most {lm.limit:,} tokens. "
             "Take a smaller seq_len, for all models that are to be compared."
         )
+
+
+def readable_again(lm: Model, source: Source, limit: int) -> Corpus:
+    """A corpus with a fingerprint. Reads sources without one, such as iterators, now."""
+    corpus = as_corpus(source)
+    if corpus.fingerprint:
+        return corpus
+    return replace(as_corpus(read(lm, corpus, limit)), name=corpus.name, split=corpus.split)
+
+
+def read(lm: Model, corpus: Corpus, limit: int) -> np.ndarray:
+    """The first `limit` tokens of a corpus, [n] int32, its documents joined; reads no further.
+
+    Raises StreamError for a token outside the vocabulary, CorpusError for a text that cannot be read.
+    """
+    parts: list[np.ndarray] = [np.empty(0, dtype=np.int32)]
+    start = 0
+    for part in TokenReader(lm, corpus.documents(), limit=limit):
+        try:
+            check_vocabulary(part.ids, start, lm)
+        except StreamError as error:
+            raise StreamError(f"{corpus}: {error}") from None
+        parts.append(part.ids.astype(np.int32))
+        start += len(part)
+    return np.concatenate(parts)
+
+
+def steps_an_epoch(tokens: np.ndarray, protocol: Protocol, name: str) -> int:
+    """The number of updates in one pass over the tokens. Raises CorpusError if they do not fill one batch."""
+    steps = (len(tokens) - 1) // protocol.seq_len // protocol.batch_size
+    if steps < 1:
+        needed = protocol.batch_size * protocol.seq_len + 1
+        cut = f" (the protocol reads at most tokens={protocol.tokens:,})" if len(tokens) == protocol.tokens else ""
+        raise CorpusError(
+            f"{name} gave {len(tokens):,} tokens{cut}, but one batch of {protocol.batch_size} crops of {protocol.seq_len} "
+            f"tokens needs {needed:,}. Give more text, or take a smaller batch_size or seq_len."
+        )
+    return steps
+
+
+def batches(tokens: np.ndarray, protocol: Protocol, *, first: int = 0) -> Iterator[Tensor]:
+    """The batches of all updates from `first` on, without end: [batch_size, seq_len + 1] int64.
+
+    Each epoch reads each crop once, in an order drawn from (seed, epoch), and leaves out those that fill no batch. Neighbouring
+    crops have one token in common: the last target of one is the first input of the next. The beginning of the first crop is
+    drawn, too, within the spare tokens.
+    """
+    crops = (len(tokens) - 1) // protocol.seq_len
+    steps = crops // protocol.batch_size
+    inside = np.arange(protocol.seq_len + 1)
+    for epoch in count(first // steps):
+        generator = np.random.default_rng([protocol.seed, epoch])
+        offset = generator.integers(len(tokens) - crops * protocol.seq_len)
+        starts = offset + protocol.seq_len * generator.permutation(crops)[: steps * protocol.batch_size]
+        for batch in starts.reshape(steps, protocol.batch_size, 1)[max(0, first - epoch * steps) :]:
+            yield torch.from_numpy(tokens[batch + inside].astype(np.int64))
+
+
+def held_out_batches(tokens: np.ndarray, protocol: Protocol, name: str) -> list[Tensor]:
+    """The crops of every evaluation, [up to batch_size, seq_len + 1] int64 each, spread evenly over the held-out tokens.
+
+    Raises CorpusError for a text of less than one crop.
+    """
+    crops = (len(tokens) - 1) // protocol.seq_len
+    if crops < 1:
+        raise CorpusError(
+            f"the held-out text {name} gave {len(tokens):,} tokens; one crop needs {protocol.seq_len + 1:,}. Give more text, "
+            "or take a smaller seq_len."
+        )
+    wanted = min(crops, max(1, protocol.eval_tokens // protocol.seq_len))
+    starts = np.linspace(0, crops - 1, wanted).round().astype(int) * protocol.seq_len
+    chosen = tokens[starts[:, None] + np.arange(protocol.seq_len + 1)]
+    return list(torch.from_numpy(chosen.astype(np.int64)).split(protocol.batch_size))  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""What a training brought: the trained model, and the record of how it learned and what that cost."""
+"""Record what a training gave: the trained model, how it learned, and what that cost."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from pytest_lmeval.training._plan import Plan
 from pytest_lmeval.training._protocol import Protocol
 from pytest_lmeval.training._run import Run
 
-POINTS = 1000  # of a curve in the record; neighbouring steps are averaged where there are more
+POINTS = 1000  # most points of a curve in the record; longer curves average neighbouring steps
 
 
 @dataclass(frozen=True, repr=False)
 class TrainResult:
-    """A trained model, ready to be used, and the record of its training.
+    """A trained model, ready for use, and the record of its training.
 
-    lm          with the weights that the held-out text liked best; without one, the last
-    cached      it was trained before, with the same key
-    resumed_at  the step at which it went on from an interrupted training; 0 if it did not
+    lm          with the weights of the lowest held-out loss; without a held-out text, the last
+    cached      whether an earlier training with the same key gave it
+    resumed_at  the step at which an interrupted training resumed; 0 if it did not
     """
 
     lm: Model
@@ -42,7 +42,7 @@ class TrainResult:
 
     @property
     def nll(self) -> Value:
-        """Mean held-out loss of `lm`, nats a token, with its 95 % interval (bootstrap over crops)."""
+        """Mean held-out loss of `lm`, nats per token, with its 95 % interval (bootstrap over crops)."""
         return self._held_out("nll")
 
     @property
@@ -52,7 +52,7 @@ class TrainResult:
 
     @property
     def train_loss(self) -> Value:
-        """Mean training loss of the last `eval_every` steps, nats a token."""
+        """Mean training loss of the last `eval_every` steps, nats per token."""
         return self.record.metrics["train_loss"]
 
     @property
@@ -62,7 +62,7 @@ class TrainResult:
 
     @property
     def best_step(self) -> int:
-        """Steps that `lm` was trained for: those until the best evaluation."""
+        """The number of steps that `lm` was trained for, up to the best evaluation."""
         return int(self.record.details["best_step"])
 
     def _held_out(self, name: str) -> Value:
@@ -72,10 +72,10 @@ class TrainResult:
 
 
 def record_of(run: Run, trained: Model, plan: Plan, per_epoch: int, flops: Flops, peak: Peak) -> Record:
-    """Everything that the training found, and what it cost. `flops` are those of one step."""
+    """The record of a training. `flops` are those of one step."""
     protocol, about = plan.protocol, facts(trained)
     tokens = run.step * protocol.batch_size * protocol.seq_len
-    spent = flops * run.step
+    spent, last = flops * run.step, run.losses[-protocol.eval_every :]
     costs = {
         "seconds": run.seconds,
         "flops_forward": spent.forward,
@@ -84,7 +84,9 @@ def record_of(run: Run, trained: Model, plan: Plan, per_epoch: int, flops: Flops
         "model_bytes": about.bytes,
         "peak_memory": peak.bytes,
         "peak_memory_growth": peak.growth,
+        "parameters": about.parameters,
     }
+    seen = len(last) * protocol.batch_size * protocol.seq_len
     return Record(
         kind="train",
         subject=run.text,
@@ -92,18 +94,17 @@ def record_of(run: Run, trained: Model, plan: Plan, per_epoch: int, flops: Flops
         settings=plan.settings,
         details={"steps": run.step, "steps_an_epoch": per_epoch, "best_step": run.best_step},
         metrics={
-            **held_out_values(run, protocol),
-            "train_loss": training_loss(run, protocol),
+            **_held_out_values(run, protocol),
+            "train_loss": value_of("train_loss", sum(last) / len(last), n=seen),
             **{name: value_of(name, cost) for name, cost in costs.items() if cost is not None},
-            **({} if about.parameters is None else {"parameters": value_of("parameters", about.parameters)}),
             "tokens_per_second": value_of("tokens_per_second", tokens / run.seconds, n=tokens),
         },
         cost=Cost(seconds=run.seconds, tokens=tokens, flops=spent.total, peak_bytes=peak.bytes),
-        series=series_of(run, protocol, per_epoch),
+        series=_series_of(run, protocol, per_epoch),
     )
 
 
-def held_out_values(run: Run, protocol: Protocol) -> dict[str, Value]:
+def _held_out_values(run: Run, protocol: Protocol) -> dict[str, Value]:
     """nll and perplexity of the best weights, and of the last."""
     values: dict[str, Value] = {}
     for suffix, step in (("", run.best_step), ("_last", run.step)) if run.evaluations else ():
@@ -116,13 +117,7 @@ def held_out_values(run: Run, protocol: Protocol) -> dict[str, Value]:
     return values
 
 
-def training_loss(run: Run, protocol: Protocol) -> Value:
-    last = run.losses[-protocol.eval_every :]
-    n = len(last) * protocol.batch_size * protocol.seq_len
-    return value_of("train_loss", sum(last) / len(last), n=n)
-
-
-def series_of(run: Run, protocol: Protocol, per_epoch: int) -> dict[str, Series]:
+def _series_of(run: Run, protocol: Protocol, per_epoch: int) -> dict[str, Series]:
     a_step = protocol.batch_size * protocol.seq_len
     series = {}
     curves = (("learning_curve", run.losses, "nats/token", "Learning curves"), ("gradient_norm", run.norms, "", ""))
@@ -139,7 +134,7 @@ def series_of(run: Run, protocol: Protocol, per_epoch: int) -> dict[str, Series]
 
 
 def averaged(values: list[float], group: int) -> tuple[list[int], list[float]]:
-    """Means of consecutive groups, the last of which may be shorter, and where each ends.
+    """The end of each group of consecutive values, the last of which may be shorter, and its mean.
 
     >>> averaged([1.0, 3.0, 5.0, 7.0, 8.0], 2)
     ([2, 4, 5], [2.0, 6.0, 8.0])

@@ -1,34 +1,54 @@
-"""A training as it stands between two steps: what it needs to go on, and nothing that follows from (seed, step)."""
+"""The state of a training between two steps, and its files.
+
+Each training has a folder, named by the key of everything that decides its outcome:
+
+    protocol.json      what decides it: protocol, model, texts, tokenizer, version of this package
+    point.pt           the point to resume from, until the training is finished
+    best.safetensors   the best weights so far
+    record.json        the record, once the training is finished
+
+Each file is replaced in one move, so the process may be killed at any time.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pytest_lmeval.errors import UnreadableError
 from pytest_lmeval.models._identity import architecture_of
 from pytest_lmeval.models._model import Model
+from pytest_lmeval.records import _schema as schema
+from pytest_lmeval.records._journal import Checkpoints, warn
+from pytest_lmeval.records._measured import Record
+from pytest_lmeval.records._replacing import replacing
 from pytest_lmeval.training._plan import Plan
 from pytest_lmeval.training._protocol import Protocol
-from pytest_lmeval.training._trainee import copy_of
-from pytest_lmeval.training._weights import fill, snapshot
+from pytest_lmeval.training._weights import copy_of, fill, load_weights, snapshot
 
+POINT = "point"
 KEPT = ("losses", "norms", "evaluations", "best_step", "best", "seconds")
 
 
 @dataclass
 class Run:
     """lm, optimizer   the copy that is trained, and its optimizer
-    text            what it is trained on, for people
-    spec            how the trained model is to be called; by default after what was done
-    losses, norms   of each step so far: the mean loss of its tokens (nats), the norm of all gradients before it was clipped
-    evaluations     steps done -> nats of each held-out crop, [crops] float64
-    best_step       steps done at the evaluation with the lowest mean, or at the end where there is no held-out text
+    text            name of the training text
+    spec            name of the trained model; None: one that says what was done
+    losses, norms   per step so far: mean loss of its tokens (nats), norm of all gradients before clipping
+    evaluations     number of steps -> nats of each held-out crop, [crops] float64
+    best_step       number of steps before the evaluation with the lowest mean; all steps if there is no held-out text
     best            the weights at that time, on the CPU
-    seconds         spent in steps, those before an interruption included; evaluating and saving are left out
-    resumed_at      the step that it went on from
+    seconds         spent in steps, also before an interruption; without evaluating and saving
+    resumed_at      number of steps at the point that the run resumed from
     """
 
     lm: Model
@@ -48,12 +68,12 @@ class Run:
 
     @property
     def architecture(self) -> dict[str, str | None]:
-        """Classes and settings of the model's parts; None for what training changes, a counter for example."""
+        """Classes and settings of the model's parts; None for what training changes, such as a counter."""
         return {name: value if self._before.get(name) == value else None for name, value in architecture_of(self.lm).items()}
 
     @property
     def step(self) -> int:
-        """Steps done."""
+        """The number of steps done."""
         return len(self.losses)
 
     @property
@@ -63,51 +83,108 @@ class Run:
 
     @property
     def best_spec(self) -> str:
-        """How a model with the best weights is called."""
+        """The name of the model with the best weights."""
         return self.spec or f"{self.lm.spec}, trained {self.best_step} steps on {self.text}"
-
-    def add_step(self, loss: float, norm: float, seconds: float) -> None:
-        self.losses.append(loss)
-        self.norms.append(norm)
-        self.seconds += seconds
 
     def keep_as_best(self) -> None:
         self.best_step, self.best = self.step, snapshot(self.lm)
 
     def add_evaluation(self, nats: Tensor) -> None:
-        """Note an evaluation, and the weights if no earlier one was as good."""
+        """Record an evaluation, and keep the weights if it is the best so far."""
         if not self.evaluations or nats.mean() < self.evaluations[self.best_step].mean():
             self.keep_as_best()
         self.evaluations[self.step] = nats
 
-    def to_point(self) -> dict[str, Any]:
-        """Tensors and plain values, which `torch.load` reads without running anything."""
-        now = {"weights": snapshot(self.lm), "optimizer": self.optimizer.state_dict()}
-        return {**now, **{name: getattr(self, name) for name in KEPT}}
-
 
 def new_run(plan: Plan) -> Run:
-    """Before the first step, with a copy of the model."""
+    """A run before its first step, with a copy of the model."""
     trainee = copy_of(plan.lm)
     assert trainee.module is not None
-    return Run(trainee, adamw(trainee.module, plan.protocol), str(plan.text), plan.spec)
+    return Run(trainee, _adamw(trainee.module, plan.protocol), str(plan.text), plan.spec)
 
 
-def resume(run: Run, point: dict[str, Any]) -> Run:
-    """Bring a new run to where `to_point` was taken. Raises whatever a point of something else leads to."""
-    fill(run.lm, point["weights"], "the saved point")
-    run.optimizer.load_state_dict(point["optimizer"])
-    for name in KEPT:
-        setattr(run, name, point[name])
-    run.resumed_at = run.step
-    return run
-
-
-def adamw(module: nn.Module, protocol: Protocol) -> torch.optim.AdamW:
-    """Matrices decay; vectors and scalars (biases, gains, decay rates) do not."""
+def _adamw(module: nn.Module, protocol: Protocol) -> torch.optim.AdamW:
+    """Decays matrices, but not vectors and scalars (biases, gains, decay rates)."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": protocol.weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=protocol.lr, betas=protocol.betas)
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The files of one training; see the head of this file."""
+
+    path: Path
+
+    @property
+    def best(self) -> Path:
+        return self.path / "best.safetensors"
+
+    def begin(self, identity: dict[str, Any]) -> None:
+        """Write what decides the outcome. Raises OSError now, before the work, if the folder is not writable."""
+        with replacing(self.path / "protocol.json") as new:
+            new.write_text(json.dumps(identity, indent=1, default=str))
+
+    def resume(self, new: Callable[[], Run]) -> Run:
+        """A new run, or one at the saved point if there is a readable one."""
+
+        def load(file: IO[bytes]) -> Run:
+            point, run = torch.load(file, map_location="cpu", weights_only=True), new()
+            fill(run.lm, point["weights"], "the saved point")
+            run.optimizer.load_state_dict(point["optimizer"])
+            for name in KEPT:
+                setattr(run, name, point[name])
+            run.resumed_at = run.step
+            return run
+
+        run: Run | None = Checkpoints(self.path).read(POINT, load)
+        return run or new()
+
+    def save(self, run: Run) -> None:
+        """Save a point to resume from (tensors and plain values, which load without running code), and the best weights."""
+        point = {"weights": snapshot(run.lm), "optimizer": run.optimizer.state_dict()}
+        point |= {name: getattr(run, name) for name in KEPT}
+        Checkpoints(self.path).write(POINT, lambda file: torch.save(point, file))
+        self.save_best(run)
+
+    def save_best(self, run: Run) -> None:
+        if run.best:
+            about = {"spec": run.best_spec, "step": str(run.best_step), "architecture": json.dumps(run.architecture)}
+            with replacing(self.best) as new:
+                save_file(run.best, new, metadata={"key": self.path.name, **about})
+
+    def finish(self, record: Record) -> None:
+        """Write the record, as the last file: if it exists, all do."""
+        with replacing(self.path / "record.json") as new:
+            new.write_text(json.dumps({"sha256": _digest(self.best), "record": schema.to_plain(record)}, allow_nan=False))
+        Checkpoints(self.path).drop(POINT)
+
+    def finished(self, lm: Model) -> tuple[Model, Record] | None:
+        """The trained model and its record if both are whole; warns of a broken file.
+
+        Raises SpecError if the weights are those of another model.
+        """
+        file = self.path / "record.json"
+        try:
+            written = json.loads(file.read_text())
+            record, digest = schema.convert(written["record"], Record), written["sha256"]
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError) as error:
+            warn(f"{file} is broken ({type(error).__name__}: {error}); the model is trained anew.")
+            return None
+        try:
+            trained = load_weights(lm, self.best)
+            if _digest(self.best) != digest:
+                raise UnreadableError(f"{self.best} holds other weights than record.json beside it describes.")
+        except UnreadableError as error:
+            warn(f"{error} The model is trained anew.")
+            return None
+        return trained, record
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()

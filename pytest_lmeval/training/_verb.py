@@ -1,4 +1,4 @@
-"""The verb `train`: training by the one protocol for all models."""
+"""The verb `train`: train a model by the one protocol for all models."""
 
 from __future__ import annotations
 
@@ -18,48 +18,42 @@ from pytest_lmeval.training._result import TrainResult
 
 @verb
 def train(lm: Any, corpus: Any, *, held_out: Any = None, spec: str | None = None, **protocol: Any) -> TrainResult:
-    """Train a copy of the model by the one protocol for all models (see `training.run_training`); `.lm` of the result is it.
+    """Train a copy of the model by the one protocol for all models (see `training.run_training`); it is `.lm` of the result.
 
-    lm        a spec, or a model, which stays as it is
+    lm        a spec, or a model, which does not change
     corpus    a name, a `Corpus`, or token ids
-    held_out  the text that decides which weights are best; the validation split of the same corpus by default
-    spec      how the trained model is called
+    held_out  the text that decides which weights are best; by default the validation split of the same corpus
+    spec      name of the trained model
     protocol  fields of `training.Protocol`: steps, batch_size, seq_len, lr, seed, ...
 
-    A model that was trained by the same protocol before is taken from the output folder.
+    Takes a model that was trained by the same protocol before from the output folder.
     """
     context = current()
-    model = context.model(lm)
-    certificate = context.session.verdict(model).certificate
+    model, session = context.model(lm), context.session
+    certificate = session.verdict(model).certificate
     refuse_training(model, certificate)
     text = context.corpus(corpus)
     defaults: dict[str, Any] = {"seq_len": context.seq_len(None, Protocol.seq_len)}
-    if context.session.tokens:
-        defaults["tokens"] = context.session.tokens
+    if session.tokens:
+        defaults["tokens"] = session.tokens
     chosen = Protocol.of(**{**defaults, **protocol})
     unseen = _validation(context, text) if held_out is None else context.corpus(held_out)
-    with context.session.progress(f"{model.spec} learns {text}") as progress:
+    spec = spec or f"{model.spec} trained"
+    with session.progress(f"{model.spec} learns {text}") as show:
         result = run_training(
-            model,
-            text,
-            held_out=unseen,
-            protocol=chosen,
-            folder=context.session.folder,
-            progress=progress,
-            spec=spec or f"{model.spec} trained",
-            fresh=context.session.fresh,
+            model, text, held_out=unseen, protocol=chosen, folder=session.folder, progress=show, spec=spec, fresh=session.fresh
         )
     if result.cached:
         context.log.notes.append(f"{model.spec} on {text}: trained before by the same protocol")
     elif result.resumed_at:
-        context.log.notes.append(f"{model.spec} on {text}: went on from step {result.resumed_at:,} of an interrupted run")
+        context.log.notes.append(f"{model.spec} on {text}: resumed at step {result.resumed_at:,} of an interrupted run")
     read = structs.replace(certificate, chunking_used="crops, each from an empty state")
     key = context.key("train", model, chosen.to_json(), [text.fingerprint, unseen.fingerprint])
     return context.recorded(key, replace(result, record=structs.replace(result.record, certificate=read)))
 
 
 def _validation(context: VerbContext, corpus: Corpus) -> Corpus:
-    """The text to hold out where none was given."""
+    """The validation split of a corpus."""
     try:
         found = context.session.corpus(corpus.name, "validation")
     except (CorpusError, RegistryError) as error:  # bare ids have a name that no corpus has

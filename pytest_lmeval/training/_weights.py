@@ -1,45 +1,70 @@
-"""Weights of a module in a safetensors file: written whole or not at all, and loaded only where every tensor has its place."""
+"""Copy a model, and move its weights to and from safetensors files, which are written whole or not at all."""
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pytest_lmeval.errors import SpecError, UnreadableError
 from pytest_lmeval.models._identity import architecture_of
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.models._sources import load
-from pytest_lmeval.records._replacing import replacing
-from pytest_lmeval.training._trainee import copy_of
+from pytest_lmeval.models._tensors import is_packed, precision_of
 
-MENTIONED = 5  # names of tensors in an error, of those that are wrong in the same way
+MENTIONED = 5  # number of tensor names of one fault that an error lists
 
 
 def load_weights(lm: Model | str, path: str | Path) -> Model:
-    """A copy of a model (or the model that a spec names) with the weights that `train` left at `path`.
+    """A copy of a model (or of the model that a spec names) with the weights that `train` wrote to `path`.
 
     path  a file best.safetensors, or the folder that holds one
 
-    Raises SpecError where the file is not there or is broken, and where it does not fit: with the names of the tensors that are
-    missing, that the model does not have, or that have other shapes, and with the settings that are other ones.
+    Raises SpecError if the file is missing or broken, and if it does not fit: it names the tensors that are missing, unknown to
+    the model, or of other shapes, and the settings that differ.
     """
     file = Path(path) / "best.safetensors" if Path(path).is_dir() else Path(path)
-    tensors, about = read_weights(file)
+    tensors, about = _read_weights(file)
     model = copy_of(load(lm) if isinstance(lm, str) else lm)
     source = f"{file} (weights of {about['spec']})" if "spec" in about else str(file)
     fill(model, tensors, source)
     if "architecture" in about:
-        same_architecture(model, json.loads(about["architecture"]), source)
+        _check_architecture(model, json.loads(about["architecture"]), source)
     return replace(model, spec=about.get("spec", f"{model.spec}, weights of {file.name}"))
 
 
-def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a file by name, and what was written about them."""
+def copy_of(lm: Model) -> Model:
+    """The model with a copy of its module, in eval mode. Raises SpecError if there is no module to copy."""
+    if lm.module is None or lm.rebuild is None:
+        raise SpecError(f"{lm.spec} is no torch module, so there are no weights to train or to load.")
+    if packed := {precision_of(tensor) for tensor in lm.module.parameters() if is_packed(tensor)}:
+        raise SpecError(
+            f"{lm.spec} holds weights that are packed ({', '.join(sorted(packed))}). They have no gradient, and updates are "
+            "smaller than their rounding. Train the unpacked model, and pack the result."
+        )
+    try:
+        module = copy.deepcopy(lm.module).eval()
+    except Exception as error:  # a module may hold anything
+        raise SpecError(
+            f"{lm.spec} cannot be copied ({type(error).__name__}: {error}), and only a copy is trained: the given model stays "
+            "unchanged."
+        ) from error
+    own = lm.source is lm.module
+    return replace(
+        lm,
+        module=module,
+        step_fn=lm.rebuild(module),
+        source=module if own else lm.source,
+        fast_weights=getattr(module, "fast_weights", None) if own and lm.fast_weights else lm.fast_weights,
+    )
+
+
+def _read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file by name, and its metadata."""
     try:
         with safe_open(file, framework="pt") as content:
             return {name: content.get_tensor(name) for name in content.keys()}, content.metadata() or {}  # noqa: SIM118
@@ -49,19 +74,13 @@ def read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UnreadableError(f"{file} is no whole file of weights ({error}); it was probably cut off.") from error
 
 
-def write_weights(file: Path, tensors: dict[str, Tensor], **about: str) -> None:
-    with replacing(file) as new:
-        save_file(tensors, new, metadata=about)
-
-
 def snapshot(lm: Model) -> dict[str, Tensor]:
-    """A copy of the model's tensors on the CPU, those that hold its state left out. One that has several names (tied weights)
-    stands under the first."""
+    """A copy of the model's tensors on the CPU, without those that hold its state; tied weights under their first name."""
     return {names[0]: tensor.detach().to("cpu", copy=True).contiguous() for names, tensor in _tensors(lm)}
 
 
 def fill(lm: Model, tensors: dict[str, Tensor], source: str) -> None:
-    """Put tensors into the model's module. Raises SpecError, the model being as before, where they are not exactly its own."""
+    """Put tensors into the model's module. Raises SpecError, leaving the model as before, if they are not exactly its own."""
     assert lm.module is not None
     own = _tensors(lm)
     shapes = {name: tensor.shape for names, tensor in own for name in names}
@@ -71,27 +90,27 @@ def fill(lm: Model, tensors: dict[str, Tensor], source: str) -> None:
         "of another shape": [
             f"{name} {list(tensor.shape)} for {list(shapes[name])}"
             for name, tensor in tensors.items()
-            if name in shapes and tensor.shape != shapes[name]
+            if tensor.shape != shapes.get(name, tensor.shape)
         ],
     }
     if any(wrong.values()):
         listed = "; ".join(f"{what}: {_some(names)}" for what, names in wrong.items() if names)
         raise SpecError(
-            f"{source} does not fit {lm.spec}. Tensors {listed}. These are weights of another model, or "
-            "of another size of it; protocol.json beside such a file says of which."
+            f"{source} does not fit {lm.spec}. Tensors {listed}. These weights belong to another model, or to another size of "
+            "it; protocol.json beside such a file names it."
         )
-    lm.module.load_state_dict(tensors, strict=False)  # tied tensors stand in the file once
+    lm.module.load_state_dict(tensors, strict=False)  # a file holds tied tensors once
 
 
-def same_architecture(lm: Model, trained: dict[str, str | None], source: str) -> None:
-    """Raises SpecError where weights that fit are those of another model: of one with a window, say, or with other heads."""
+def _check_architecture(lm: Model, trained: dict[str, str | None], source: str) -> None:
+    """Raise SpecError if weights that fit were trained with other settings: another window, another number of heads."""
     own = architecture_of(lm)
     fixed = {name for name in {*own, *trained} if trained.get(name, "") is not None}
     if other := [name for name in sorted(fixed) if own.get(name) != trained.get(name)]:
         listed = [f"{name} {trained.get(name, 'not set')} there, {own.get(name, 'not set')} here" for name in other]
         raise SpecError(
-            f"{source} does not fit {lm.spec}: its tensors do, but it was trained with other settings ({_some(listed)}). Read "
-            "by this model, its weights would say something else than what they learnt. Load them into the model they are of."
+            f"{source} does not fit {lm.spec}: its tensors do, but it was trained with other settings ({_some(listed)}), so "
+            "this model would give other numbers. Load the weights into the model that was trained."
         )
 
 
