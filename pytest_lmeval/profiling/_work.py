@@ -1,9 +1,9 @@
-"""What a step of a model needs at least, on any machine: operations, and bytes that it must move.
+"""Count what a step of a model needs at least, on any machine: operations, and bytes that it must move.
 
     bytes    weights that the step reads, each once (of a table, the rows that are looked up), + state read + state written
 
-Of the state, decoding reads all, and writes what it grows by, or all of it where it does not grow. Reading a prompt reads none
-and writes all. Activations are not counted as moved, since they may stay in the caches: so it is a lower bound.
+Decoding reads the whole state, and writes what it grows by, or all of it where it does not grow. A prompt reads no state and
+writes all of it. Activations do not count, since they may stay in the caches: the bytes are a lower bound.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pytest_lmeval.profiling._storages import bytes_read
 
 @dataclass(frozen=True)
 class Work:
-    """Operations of one step, bytes that it must move, and the tokens that it reads, all rows together."""
+    """Operations of one step, bytes that it must move, and the tokens that it reads, of all rows together."""
 
     flops: int
     bytes: int
@@ -36,7 +36,7 @@ class Work:
         return self.flops / self.bytes if self.bytes else 0.0
 
     def least_seconds(self, peaks: Peaks) -> float:
-        """The time that the roofline allows.
+        """The least time by the roofline.
 
         >>> peaks = Peaks(flops=100.0, bandwidth=10.0, device="cpu", dtype="float32", threads=1, size=256)
         >>> Work(flops=200, bytes=50, tokens=1).least_seconds(peaks)
@@ -46,7 +46,8 @@ class Work:
 
 
 def work_of(lm: Model, prompt: Tensor) -> dict[str, Work]:
-    """Of "prefill", the step over the prompt [b, t]; and "decode", that over one token a row after it, if there is a state."""
+    """Of "prefill", the step over the prompt [b, t]; and of "decode", the step over one token a row after it, if the model
+    has a state."""
     flops, read, state = _counted_step(lm, prompt, None)
     held = state_bytes(state)
     phases = {"prefill": Work(flops, read + held, prompt.shape[0] * prompt.shape[-1])}
@@ -58,9 +59,8 @@ def work_of(lm: Model, prompt: Tensor) -> dict[str, Work]:
 
 
 def _counted_step(lm: Model, input_ids: Tensor, state: State | None) -> tuple[int, int, State]:
-    """Operations, bytes of the weights that are read, and the new state. The step is taken once: it may use up `state`."""
-    states: list[State] = []
-    flops: list[int] = []
+    """Operations, bytes of the weights that are read, and the new state. One step only, since it may use up `state`."""
+    states, flops = list[State](), list[int]()
 
     def step() -> None:
         states.append(Engine(lm).step(input_ids, state, keep=1)[1])
@@ -76,28 +76,28 @@ def training_work(lm: Model, prompt: Tensor) -> tuple[Flops | None, str | None]:
     parameters = [p for p in weights(lm.module) if p.requires_grad]
 
     def loss() -> Tensor:
-        """Its gradient costs the products that any loss of the logits does: what a loss does to them is elementwise."""
+        """The sum of the logits: its gradient costs the products of any loss, whose own work is elementwise."""
         with torch.enable_grad():
             return lm.step(prompt, None)[0].float().sum()
 
     def backward(total: Tensor) -> None:
-        torch.autograd.grad(total, parameters, allow_unused=True)  # so that none is left in the parameters
+        torch.autograd.grad(total, parameters, allow_unused=True)  # leaves no gradient in the parameters
 
     try:
         return training_flops(loss, backward), None
-    except Exception as error:  # noqa: BLE001 - a model that was made for reading may fail in any way
+    except Exception as error:  # noqa: BLE001 - a model that was made for inference may fail in any way
         return None, failure_of(error) or f"{type(error).__name__}: {first_line(error)}"
 
 
 def _not_trained(module: nn.Module | None) -> str | None:
-    """Why the backward pass is not that of a training step; None if it is. Where a weight asks for no gradient, as a packed
-    one of int8 or int4, half of its backward products are not called for, and what is left compares with no other model."""
+    """Why the backward pass is not that of a training step, or None. A weight without a gradient, such as a packed one of int8
+    or int4, leaves out half of its backward products, so that the count compares with no other model's."""
     if module is None:
         return "no torch module"
     if not any(parameter.requires_grad for parameter in module.parameters()):
-        return "no parameter asks for a gradient"
-    asking = {name: weight.requires_grad for name, weight in multiplied(module)}
-    if all(asking.values()):
+        return "no parameter requires a gradient"
+    weights_multiplied = list(multiplied(module))
+    frozen = [name for name, weight in weights_multiplied if not weight.requires_grad]
+    if not frozen:
         return None
-    frozen = [name for name, asks in asking.items() if not asks]
-    return f"{len(frozen)} of the {len(asking)} weights that are multiplied ask for no gradient, the first of them {frozen[0]}"
+    return f"{len(frozen)} of the {len(weights_multiplied)} weights that are multiplied require no gradient, first {frozen[0]}"
