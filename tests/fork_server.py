@@ -1,8 +1,8 @@
 """Run the tests' own pytest runs as forks of a process that has imported everything they need, and has done nothing else.
 
-Most tests of the plugin start a pytest of their own, which would spend nine tenths of its time on imports. In a fork, what Python
-reads when it starts (PYTHONHASHSEED, PYTHONWARNINGS) has no effect, and warnings of those imports do not show: a test of them
-starts a Python of its own.
+Most tests of the plugin start a pytest of their own, which would spend nine tenths of its time on imports. In a fork, what
+Python reads when it starts (PYTHONHASHSEED, PYTHONWARNINGS) has no effect, and warnings of those imports do not show: a test
+of them starts a Python of its own.
 """
 
 from __future__ import annotations
