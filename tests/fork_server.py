@@ -7,6 +7,7 @@ of them starts a Python of its own.
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib
 import json
@@ -24,13 +25,14 @@ OPTIONAL = ("moshi", "huggingface")  # modules that import an optional, heavy li
 
 
 class ForkServer:
-    """Starts `python -m pytest` as `subprocess.Popen` would, one at a time."""
+    """Starts `python -m pytest` as `subprocess.Popen` would, one at a time; the server starts with the first of them."""
 
     stdin = None  # pytester reads it from a Popen
+    _unanswered = False
 
-    def __init__(self) -> None:
-        self._unanswered = False
-        self._server = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    @functools.cached_property
+    def _server(self) -> subprocess.Popen[str]:
+        return subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def popen(self, arguments: Sequence[str], stdout: IO[str], stderr: IO[str], **_: Any) -> ForkServer:
         """A run with these arguments of pytest, its output in the two files."""
@@ -54,7 +56,8 @@ class ForkServer:
         return int(answer)
 
     def close(self) -> None:
-        self._server.communicate()
+        if "_server" in self.__dict__:
+            self._server.communicate()
 
 
 class Imports:

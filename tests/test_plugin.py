@@ -7,7 +7,6 @@ from importlib.util import find_spec
 
 import pytest
 
-from pytest_lmeval import _options
 from pytest_lmeval.records._schema import json_schema
 
 READS = """
@@ -173,23 +172,6 @@ def test_several_lengths_are_parameters_of_a_fixture_and_a_test_without_it_is_re
     result.assert_outcomes(passed=2, failed=1)
     assert [record["settings"]["seq_len"] for record in metrics(project)["records"]] == [8, 16]
     result.stdout.fnmatch_lines(["*several --lmeval-seq-len were given (8, 16)*take the fixture `seq_len`*"])
-
-
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        ("--lmeval-tokens=many", "--lmeval-tokens takes a positive number such as 500, 200k or 1M; got 'many'."),
-        ("--lmeval-budget=soon", "--lmeval-budget takes seconds"),
-        ("--lmeval-budget=-1", "--lmeval-budget takes seconds"),
-        ("--lmeval-profile=hard", "--lmeval-profile takes dev, ci or nightly; got 'hard'."),
-        ("--lmeval-limit=0", "--lmeval-limit takes a positive number"),
-        ("--lmeval-seq-len=abc", "--lmeval-seq-len takes a positive number; got 'abc'."),
-        ("--lmeval-bits=3", "--lmeval-bits takes 32, 16, 8 or 4; got '3'."),
-    ],
-)
-def test_an_option_that_makes_no_sense_is_refused(pytester, option, message):
-    with pytest.raises(pytest.UsageError, match=re.escape(message)):
-        _options.check(pytester.parseconfig(option))
 
 
 def test_a_refused_option_ends_the_run_before_collection_without_a_traceback(project):
