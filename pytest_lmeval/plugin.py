@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Generator
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pytest_lmeval.measures import Lmeval
     from pytest_lmeval.models._model import Model
 
+T = TypeVar("T")
 SESSION = pytest.StashKey["Session"]()
 LOG = pytest.StashKey[Any]()
 
@@ -109,7 +110,7 @@ def device(pytestconfig: pytest.Config) -> Any:
     """The torch device of `--lmeval-device`."""
     from pytest_lmeval.models._sources import resolve_device
 
-    return expected_errors(lambda: resolve_device(str(option(pytestconfig, "lmeval-device"))))
+    return fail_in_words(lambda: resolve_device(str(option(pytestconfig, "lmeval-device"))))
 
 
 @pytest.fixture(scope="session")
@@ -123,8 +124,7 @@ def load_lm(pytestconfig: pytest.Config) -> Callable[[str], Model]:
 
     def load_once(spec: str) -> Model:
         __tracebackhide__ = True
-        found: Model = expected_errors(lambda: session.load(spec))
-        return found
+        return fail_in_words(lambda: session.load(spec))
 
     return load_once
 
@@ -140,8 +140,7 @@ def corpus(pytestconfig: pytest.Config) -> Callable[..., Corpus]:
 
     def named(name: str = "stdlib", split: str = "test") -> Corpus:
         __tracebackhide__ = True
-        found: Corpus = expected_errors(lambda: session.corpus(name, split))
-        return found
+        return fail_in_words(lambda: session.corpus(name, split))
 
     return named
 
@@ -199,16 +198,6 @@ def _parameter(request: pytest.FixtureRequest, values: list[str]) -> Any:
 # ----------------------------------------------------------------------------------------------- reports
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_setup(item: pytest.Item) -> Generator[None, Any, Any]:
-    return (yield from _skip_if_not_measured(item))
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
-    return (yield from _skip_if_not_measured(item))
-
-
 def _skip_if_not_measured(item: pytest.Item) -> Generator[None, Any, Any]:
     """Skip a test that reads a time which was not measured, with the reason: it says nothing about the model."""
     try:
@@ -217,18 +206,18 @@ def _skip_if_not_measured(item: pytest.Item) -> Generator[None, Any, Any]:
         raise pytest.skip.Exception(str(error)).with_traceback(up_to_the_test(error, str(item.path))) from None
 
 
+pytest_runtest_setup = pytest_runtest_call = pytest.hookimpl(wrapper=True)(_skip_if_not_measured)
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # the outermost wrapper: nothing reads the frames after it
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
     report = yield
     if call.when == "call" and (log := item.stash.get(LOG, None)) is not None:
         report._lmeval = json.dumps(log.to_plain(), allow_nan=False)  # one string, which xdist sends from a worker unchanged
-    if call.excinfo is not None and "lmeval" in getattr(item, "fixturenames", ()) and not _debugged(item.config):
+    debugged = item.config.getoption("usepdb", False) or item.config.getoption("trace", False)
+    if call.excinfo is not None and "lmeval" in getattr(item, "fixturenames", ()) and not debugged:
         release_frames(call.excinfo.value)
     return report
-
-
-def _debugged(config: pytest.Config) -> bool:
-    return bool(config.getoption("usepdb", False) or config.getoption("trace", False))
 
 
 def shared_session(config: pytest.Config) -> Session:
@@ -259,7 +248,7 @@ def shared_session(config: pytest.Config) -> Session:
     return config.stash[SESSION]
 
 
-def expected_errors(work: Callable[[], Any]) -> Any:
+def fail_in_words(work: Callable[[], T]) -> T:
     """Fail the test with the message alone, without a traceback, for an error of this package."""
     __tracebackhide__ = True
     try:

@@ -17,8 +17,7 @@ from pytest_lmeval.models._model import weights
 from pytest_lmeval.models._sources import as_model, load
 from pytest_lmeval.profiling._roofline import Load, Peaks, fastest, measured_peaks
 from pytest_lmeval.profiling._runner import Runner
-from pytest_lmeval.profiling._storages import bytes_read
-from pytest_lmeval.profiling._work import Work, training_work, work_of
+from pytest_lmeval.profiling._work import Work, bytes_read, training_work, work_of
 from pytest_lmeval.records._metric import metric
 
 CPU = torch.device("cpu")

@@ -21,7 +21,7 @@ from pytest_lmeval.measures._memory import measure_memory
 from pytest_lmeval.models._sources import as_model, load
 from pytest_lmeval.profiling import _child as child
 from pytest_lmeval.profiling._allocations import watched_allocations
-from pytest_lmeval.profiling._storages import storages
+from pytest_lmeval.profiling._work import storages
 
 MIB = 1 << 20
 
