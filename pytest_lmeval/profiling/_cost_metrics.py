@@ -7,7 +7,6 @@ from typing import Any
 from pytest_lmeval.records._metric import Metric
 
 ENOUGH = 0.9  # of the best rate: the knee is the fewest rows that reach it
-PHASES = ("prefill", "decode")
 
 
 def _time(name: str, about: str, unit: str = "ms", **options: Any) -> Metric:
@@ -22,7 +21,23 @@ def _count(name: str, about: str, unit: str = "bytes", margin: str = "0%", **opt
     return Metric(name, unit, higher_is_better=False, aspect="cost", about=about, margin=margin, **options)
 
 
-TIMES = (
+def _of_a_phase(phase: str) -> tuple[Metric, ...]:
+    """The metrics of one step of prefill or of decode."""
+    return (
+        _count(f"{phase}_flops_per_token", "flops / (rows x tokens): of a token, or of a frame", "FLOP"),
+        _count(f"{phase}_flops", "operations of one step", "FLOP", headline=False),
+        _count(f"{phase}_bytes", "weights read, each once + state read + state written", headline=False),
+        Metric(f"{phase}_intensity", "FLOP/byte", aspect="cost", higher_is_better=None, about="flops / bytes"),
+        _rate(f"{phase}_roofline_fraction", "max(flops / matmul_peak, bytes / bandwidth) / seconds", ""),
+        _rate(f"{phase}_bound", "min(matmul_peak, intensity x bandwidth)", "FLOP/s", headline=False),
+        _rate(f"{phase}_flops_per_second", "flops / seconds", "FLOP/s", headline=False),
+        _rate(f"{phase}_peak_fraction", "flops_per_second / matmul_peak", "", headline=False),
+        _rate(f"{phase}_bytes_per_second", "bytes / seconds", "bytes/s", headline=False),
+        _rate(f"{phase}_bandwidth_fraction", "bytes_per_second / bandwidth", "", headline=False),
+    )
+
+
+DECLARED = (
     _time("ttft", "t(first token) - t(request): prefill, and choosing the token", aliases=("latency",), compared=True),
     _time("itl", "t(token i + 1) - t(token i), of all tokens of all runs", aliases=("latency",), compared=True),
     _time("itl_p95", "95 % of the gaps between tokens are shorter"),
@@ -46,9 +61,6 @@ TIMES = (
         "x",
     ),
     _time("seconds", "spent in training steps", "s"),
-)
-
-RATES = (
     _rate(
         "tokens_per_second",
         "tokens (or frames) read / seconds; of repeated readings the median",
@@ -62,9 +74,6 @@ RATES = (
     _rate("decode_knee_rows", f"the fewest rows that reach {ENOUGH:.0%} of the best rate of decoding", "rows"),
     _rate("matmul_peak", "measured peak of matrix products in the model's dtype", "FLOP/s", headline=False),
     _rate("bandwidth", "measured peak of bytes moved", "bytes/s", headline=False),
-)
-
-COUNTS = (
     _count("weights_bytes", "storages of parameters and buffers, each once; quantized weights as they are packed"),
     _count("state_bytes", "bytes of memory that the carried state holds"),
     _count("activations_bytes", "most that a run allocated at once, less the state after the prompt", margin="1%"),
@@ -86,33 +95,9 @@ COUNTS = (
     _count("flops_forward", "operations of all forward passes of the training", "FLOP", headline=False),
     _count("flops_backward", "operations of all backward passes of the training", "FLOP", headline=False),
     _count("flops_total", "operations of the training", "FLOP"),
-    *(
-        _count(f"{phase}_flops", f"operations of one {phase} pass over the prompt with all its logits", "FLOP", headline=False)
-        for phase in ("forward", "backward")
-    ),
-    *(
-        metric
-        for phase in PHASES
-        for metric in (
-            _count(f"{phase}_flops_per_token", "flops / (rows x tokens): of a token, or of a frame", "FLOP"),
-            _count(f"{phase}_flops", "operations of one step", "FLOP", headline=False),
-            _count(f"{phase}_bytes", "weights read, each once + state read + state written", headline=False),
-        )
-    ),
+    _count("forward_flops", "operations of one forward pass over the prompt with all its logits", "FLOP", headline=False),
+    _count("backward_flops", "operations of one backward pass over the prompt with all its logits", "FLOP", headline=False),
+    *_of_a_phase("prefill"),
+    *_of_a_phase("decode"),
 )
-
-USE = tuple(
-    metric
-    for phase in PHASES
-    for metric in (
-        Metric(f"{phase}_intensity", "FLOP/byte", aspect="cost", higher_is_better=None, about="flops / bytes"),
-        _rate(f"{phase}_roofline_fraction", "max(flops / matmul_peak, bytes / bandwidth) / seconds", ""),
-        _rate(f"{phase}_bound", "min(matmul_peak, intensity x bandwidth)", "FLOP/s", headline=False),
-        _rate(f"{phase}_flops_per_second", "flops / seconds", "FLOP/s", headline=False),
-        _rate(f"{phase}_peak_fraction", "flops_per_second / matmul_peak", "", headline=False),
-        _rate(f"{phase}_bytes_per_second", "bytes / seconds", "bytes/s", headline=False),
-        _rate(f"{phase}_bandwidth_fraction", "bytes_per_second / bandwidth", "", headline=False),
-    )
-)
-
-METRICS = {metric.name: metric for metric in (*TIMES, *RATES, *COUNTS, *USE)}
+METRICS = {metric.name: metric for metric in DECLARED}
