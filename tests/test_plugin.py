@@ -3,7 +3,6 @@
 import json
 import re
 import sys
-from importlib.util import find_spec
 
 import pytest
 
@@ -412,23 +411,23 @@ def test_where_pytest_benchmark_is_blocked_speed_is_measured_without_it(project)
     assert records(project)["test_speed"]["metrics"]["prefill"]["n"] == 3
 
 
-def test_what_is_not_timed_is_recorded_without_times_and_a_test_that_reads_one_is_skipped(project):
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.thorough)])
+def test_what_is_not_timed_has_no_times_and_a_test_that_reads_one_is_skipped(project, workers):
+    pytest.importorskip("xdist")
     project.makefile(".ini", pytest=STRICT)
     project.makepyfile(test_speed=SPEED)
-    results = {"disabled": run(project, "--benchmark-disable", "-rs")}
-    found = {"disabled": records(project)}
-    if find_spec("xdist"):
-        results["xdist"] = run(project, "-n", "2", "-rs")
-        found["xdist"] = records(project)
-    for how, result in results.items():
+    losses = []
+    for options in (["--benchmark-disable"], ["-n", workers]):
+        result = run(project, *options, "-rs")
         result.assert_outcomes(passed=4, skipped=2)
         result.stdout.fnmatch_lines(["SKIPPED * test_speed.py:10: ttft was not measured: *untimed*"])
         result.stdout.fnmatch_lines(["*not measured*"])
-        assert found[how]["test_speed"]["metrics"] == {}
-        assert "untimed" in found[how]["test_speed"]["not_measured"]
-    losses = [{name: r["metrics"]["nll"]["value"] for name, r in f.items() if "test_reads[" in name} for f in found.values()]
+        found = records(project)
+        assert found["test_speed"]["metrics"] == {}
+        assert "untimed" in found["test_speed"]["not_measured"]
+        losses.append({name: record["metrics"]["nll"]["value"] for name, record in found.items() if "test_reads[" in name})
     assert len(losses[0]) == 3
-    assert losses[0] == pytest.approx(losses[-1])  # workers send theirs
+    assert losses[0] == pytest.approx(losses[1])  # workers send theirs
 
 
 @pytest.mark.parametrize(
