@@ -134,13 +134,13 @@ class BenchmarkHooks:
     def pytest_benchmark_group_stats(self, benchmarks: list[dict[str, Any]]) -> None:
         """Add the same rows to the table, and those of the stored run that it is compared with."""
         for row in list(benchmarks):
-            known = self._columns_beside(row) if row["path"] is not None else None
+            known = self._stored_columns(row) if row["path"] is not None else None
             for names, stats, _info in _parts(row):
                 columns = stats if known is None else known.get(names["fullname"])
                 if columns is not None:
                     benchmarks.append({**row, **names, **columns})
 
-    def _columns_beside(self, row: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    def _stored_columns(self, row: dict[str, Any]) -> dict[str, dict[str, Any]]:
         """Statistics by full name of the stored run that this row comes from."""
         runs = ({stored["fullname"]: stored["stats"] for stored in run["benchmarks"]} for run in self._compared)
         return next((run for run in runs if run.get(row["fullname"], {}).get("total") == row["total"]), {})

@@ -1,4 +1,4 @@
-"""Measure memory: weights, state, and what a step needs besides.
+"""Measure memory: weights, state, and the activations of a step.
 
 A run reads a prompt of `seq_len` tokens and decodes `new_tokens` greedily, one a step from the carried state.
 
@@ -67,7 +67,7 @@ class MemoryResult(Result):
     allocated_bytes = MetricValue()
     """Held by torch on the device before the run, by other models too; on CUDA only."""
     reserved_bytes = MetricValue()
-    """Most that torch's allocator had taken of the device during the run; on CUDA only."""
+    """Most that torch's allocator had reserved on the device during the run; on CUDA only."""
 
 
 def measure_memory(
@@ -100,7 +100,7 @@ def measure_memory(
     began, settings = time.perf_counter(), {**shape, "keep": keep, "seed": seed}
     found, process = _measured(lm, settings, apart, timeout)
     unknown = {"weights_bytes": f"{type(lm.source).__name__} is no torch module, so its weights are not known"}
-    not_told = f"not available on {lm.device.type} or on this system"
+    not_available = f"not available on {lm.device.type} or on this system"
     record = Record(
         kind="memory",
         subject=f"batch {batch_size}, {seq_len} tokens",
@@ -108,7 +108,7 @@ def measure_memory(
         settings={**settings, "threads": torch.get_num_threads()},
         details={
             "process": process,
-            "absent": {name: unknown.get(name, not_told) for name, size in found.items() if size is None},
+            "absent": {name: unknown.get(name, not_available) for name, size in found.items() if size is None},
         },
         metrics={name: value_of(name, size, n=1) for name in SHOWN if (size := found.get(name)) is not None},
         cost=Cost(

@@ -185,7 +185,7 @@ def main(name: str) -> None:
 
 
 def answer(name: str) -> None:
-    """Do what the request in the folder `name` asks for, and write the answer beside it."""
+    """Do what the request in the folder `name` asks for, and write the answer into it."""
     folder = Path(name)
     request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
     torch.set_num_threads(request["threads"])
