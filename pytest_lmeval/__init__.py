@@ -1,8 +1,8 @@
-"""Evaluations of language models as pytest tests: exact streaming, certified numbers, speed beside quality.
+"""Evaluate language models as pytest tests: exact streaming, certified numbers, speed and quality.
 
-The names in `__init__.pyi` are the public face, beside those of `pytest_lmeval.laws`, `.tasks`, `.records`, `.errors` and
-`.registry`; each is imported when it is first used, so that an installed but unused plugin costs nothing. A module whose name
-begins with an underscore is private.
+Public are the names in `__init__.pyi` and in `pytest_lmeval.laws`, `.tasks`, `.records`, `.errors` and `.registry`. Each is
+imported when it is first used, so that an installed but unused plugin costs nothing. Modules that begin with an underscore are
+private.
 """
 
 from __future__ import annotations

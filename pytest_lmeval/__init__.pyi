@@ -1,4 +1,4 @@
-"""The public face: each name, and the module that it is imported from when it is first used (see `__init__.py`)."""
+"""List the public names, each with the module that it is imported from when it is first used (see `__init__.py`)."""
 
 from .data import corpus as corpus
 from .data._corpus import (

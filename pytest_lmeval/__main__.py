@@ -1,7 +1,7 @@
-"""The command line: `lmeval COMMAND`, or `python -m pytest_lmeval COMMAND`.
+"""Run a command: `lmeval COMMAND`, or `python -m pytest_lmeval COMMAND`.
 
 A command is a module that is registered in the group `commands`: its docstring begins with a line of help, and it has
-`add_arguments(parser)` and `main(arguments) -> exit status`. It is imported when it is asked for.
+`add_arguments(parser)` and `main(arguments) -> exit status`. Only the command that runs is imported.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pytest_lmeval.errors import LmevalError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status is 2 where it could not be done, for a reason that is printed."""
+    """Run a command; the exit status is 2 if it is refused, and the reason is printed."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         status = _run(given)
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LmevalError as error:
         print(error, file=sys.stderr)
         return 2
-    except BrokenPipeError:  # whoever reads on, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader, such as `head`, has stopped
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return status
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(given: Sequence[str]) -> int:
     name = next((word for word in given if not word.startswith("-")), "")
     module: Any = registry.find("commands", name) if name else None
-    parser = argparse.ArgumentParser(prog="lmeval", description="What can be done with the files that runs leave behind.")
+    parser = argparse.ArgumentParser(prog="lmeval", description="Work with the files that runs write.")
     parser.add_argument("--version", action="version", version=importlib.metadata.version("pytest-lmeval"))
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for entry in {entry.name: entry for entry in registry.entries("commands")}.values():
@@ -52,12 +52,12 @@ def _run(given: Sequence[str]) -> int:
 
 
 def _help(entry: registry.Entry) -> str:
-    """The first line of the docstring, read from the file: importing every command would take a second."""
+    """The first line of the docstring, read from the file, since importing every command takes a second."""
     try:
         spec = importlib.util.find_spec(entry.target)
         source = Path(spec.origin).read_text(encoding="utf-8")  # type: ignore[union-attr, arg-type]
         text = (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
-    except Exception:  # noqa: BLE001 - a package that is not whole: it says so itself when its command is used
+    except Exception:  # noqa: BLE001 - a broken package: running its command tells
         text = ""
     return re.sub("^`lmeval [^`]*`: ", "", text)
 

@@ -1,9 +1,9 @@
-"""What pytest-benchmark does for us, and what we add to it.
+"""Let pytest-benchmark drive the timed runs, and add the parts of a run to its table and its JSON.
 
-It calls the timed function, keeps the times, stores and compares them; in tests that measure a model, its clock is ours, which
-waits for the device. It knows one time a test, that of a whole run. So the parts of a run become rows of their own, in its
-table and in its JSON (`test_latency[ttft]`), where `--benchmark-compare`, `pytest-benchmark compare` and other tools find them;
-percentiles, tokens a second and bytes stand in `extra_info["lmeval"]`. `--benchmark-compare-fail` looks at whole runs only.
+pytest-benchmark calls the timed function, and keeps, stores and compares its times; in tests that measure a model, its clock is
+`device_clock`, which waits for the device. It has one time for a test, that of a whole run. The parts of a run become rows of
+their own (`test_latency[ttft]`), which `--benchmark-compare`, `pytest-benchmark compare` and other tools find; percentiles,
+tokens a second and bytes are in `extra_info["lmeval"]`. `--benchmark-compare-fail` looks at whole runs only.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
 
 OURS, PARTS = "lmeval", "parts"
 ROWS = ("prefill", "ttft", "itl", "decode", "chunk")  # parts that get a row
-WHOLE = ("e2e", "batch", "stream")  # has a row already, where the test measured one thing
-LEFT_OUT = ("_mean", "_min", "_max", "_std")  # statistics that pytest-benchmark has columns for
+WHOLE = ("e2e", "batch", "stream")  # pytest-benchmark has their row, if the test measured one thing
+COLUMNS = ("_mean", "_min", "_max", "_std")  # statistics that pytest-benchmark has columns for
 DEFAULT_TIMER = "time.perf_counter"
-LONGEST = 100  # characters of a parameter: pytest-benchmark would write down whole tensors
+LONGEST = 100  # characters of a parameter: pytest-benchmark would write whole tensors
 
 
 class Driver:
-    """The fixture `benchmark` of a test, or None where it did not ask for it: times one thing a test, what comes after that is
-    called in a bare loop."""
+    """The fixture `benchmark` of a test, or None if the test does not use it. It times the first measurement of the test; those
+    after it run in a bare loop."""
 
     def __init__(self, benchmark: Any = None) -> None:
         self._benchmark, self._free = benchmark, benchmark is not None
 
     def runner(self) -> Runner:
-        """Who calls what is timed next."""
+        """The runner of the next measurement."""
         from pytest_lmeval.profiling._runner import Runner
 
         if self._benchmark is not None and self._benchmark.disabled:
@@ -45,15 +45,15 @@ class Driver:
         return Runner(self._times, name="pytest-benchmark") if self._is_free() else Runner()
 
     def idle(self, why: str) -> Runner:
-        """Nobody: nothing is timed."""
+        """A runner that times nothing."""
         from pytest_lmeval.profiling._runner import Runner
 
-        if self._benchmark is not None and self._benchmark.disabled:  # else it would keep the time of nothing
-            self._times(lambda: None)  # and without a call, it warns that it was not used
+        if self._benchmark is not None and self._benchmark.disabled:  # if enabled, it would keep the time of this call
+            self._times(lambda: None)  # without a call, it warns that it was not used
         return Runner(not_measured=why)
 
     def _is_free(self) -> bool:
-        return self._free and getattr(self._benchmark, "stats", None) is None  # the test may have used it by itself
+        return self._free and getattr(self._benchmark, "stats", None) is None  # the test may have used it itself
 
     def _times(self, run: Callable[[], Any], rounds: int = 1) -> None:
         if self._is_free():
@@ -61,7 +61,7 @@ class Driver:
             self._benchmark.pedantic(run, rounds=rounds, iterations=1)
 
     def raise_error(self, error: Exception) -> None:
-        """Raise it where pytest-benchmark sees it too, and counts that test out."""
+        """Raise the error inside pytest-benchmark, too, so that it leaves the test out."""
 
         def fail() -> None:
             raise error
@@ -70,10 +70,10 @@ class Driver:
         raise error
 
     def describe(self, record: Record, samples: dict[str, list[float]]) -> None:
-        """Leave with it what it keeps with the test's times: the figures, and the times of the parts in seconds."""
+        """Hand pytest-benchmark what it keeps with the test's times: the metrics, and the times of the parts in seconds."""
         if self._benchmark is None:
             return
-        figures = {name: float(metric) for name, metric in record.metrics.items() if not name.endswith(LEFT_OUT)}
+        figures = {name: float(metric) for name, metric in record.metrics.items() if not name.endswith(COLUMNS)}
         where = {"device": record.lm.device, "threads": record.settings.get("threads")}
         info = {"lm": record.lm.spec, "kind": record.kind, "subject": record.subject, **where, **figures}
         if record.not_measured:
@@ -84,7 +84,7 @@ class Driver:
 
 
 def _stats(times: list[float]) -> dict[str, Any]:
-    """The columns of pytest-benchmark."""
+    """The statistics in pytest-benchmark's columns."""
     from pytest_benchmark.stats import Stats
 
     stats: Any = Stats()  # type: ignore[no-untyped-call]
@@ -94,19 +94,19 @@ def _stats(times: list[float]) -> dict[str, Any]:
 
 
 class BenchmarkHooks:
-    """The hooks of pytest-benchmark that we take part in; registered where it is active."""
+    """Implementations of pytest-benchmark's hooks; registered where it is active."""
 
     def __init__(self) -> None:
         self._compared: list[dict[str, Any]] = []
 
     @pytest.hookimpl(optionalhook=True, tryfirst=True)
     def pytest_benchmark_compare_machine_info(self, compared_benchmark: dict[str, Any]) -> None:
-        """A stored run, before this one is compared with it."""
+        """Keep a stored run that pytest-benchmark is about to compare with this one."""
         self._compared.append(compared_benchmark)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
-        """Before the fixture is made: our clock, unless the test or the command line names another."""
+        """Set the clock before the fixture is made, unless the test or the command line names another one."""
         if not {"benchmark", "lmeval"} <= set(getattr(item, "fixturenames", ())):
             return
         marker = item.get_closest_marker("benchmark")
@@ -116,13 +116,13 @@ class BenchmarkHooks:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_benchmark_update_machine_info(self, machine_info: dict[str, Any]) -> None:
-        """The version of torch, by its metadata: this is asked before a run is compared, when nothing has been loaded."""
+        """Add the version of torch from its metadata: pytest-benchmark asks before anything is loaded."""
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             machine_info["torch"] = importlib.metadata.version("torch")
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_benchmark_update_json(self, output_json: dict[str, Any]) -> None:
-        """The parts of runs as rows of their own, without their single times; parameters as short texts."""
+        """Add a row for each part, without single times; shorten parameters."""
         rows = []
         for row in output_json["benchmarks"]:
             row["params"] = {name: _short(value) for name, value in (row["params"] or {}).items()} or None
@@ -132,22 +132,22 @@ class BenchmarkHooks:
 
     @pytest.hookimpl(optionalhook=True, tryfirst=True)
     def pytest_benchmark_group_stats(self, benchmarks: list[dict[str, Any]]) -> None:
-        """The same rows in the table, beside those of the run that it is compared with."""
+        """Add the same rows to the table, and those of the stored run that it is compared with."""
         for row in list(benchmarks):
-            known = self._columns_beside(row) if row["path"] is not None else None
+            known = self._stored_columns(row) if row["path"] is not None else None
             for names, stats, _info in _parts(row):
                 columns = stats if known is None else known.get(names["fullname"])
                 if columns is not None:
                     benchmarks.append({**row, **names, **columns})
 
-    def _columns_beside(self, row: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        """By full name, all columns of the stored run that this row is from."""
+    def _stored_columns(self, row: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """Statistics by full name of the stored run that this row comes from."""
         runs = ({stored["fullname"]: stored["stats"] for stored in run["benchmarks"]} for run in self._compared)
         return next((run for run in runs if run.get(row["fullname"], {}).get("total") == row["total"]), {})
 
 
 class WithoutBenchmark:
-    """Stands in for pytest-benchmark where it is blocked, so that tests that ask for `benchmark` still run."""
+    """Replaces pytest-benchmark where it is blocked, so that tests that use `benchmark` still run."""
 
     disabled = False
 
@@ -170,17 +170,17 @@ class WithoutBenchmark:
 
 
 def _parts(row: dict[str, Any]) -> Iterator[tuple[dict[str, str], dict[str, Any], dict[str, Any]]]:
-    """Names and columns of a row's parts, and what is known of them; with the subject, where one test measured several."""
+    """Names, statistics and info of a row's parts; the names have the subject if one test measured several."""
     infos = [info for info in row["extra_info"].get(OURS, []) if PARTS in info]
     for info in infos:
-        before = "" if len(infos) == 1 else f"{info['subject']}, "
+        subject = "" if len(infos) == 1 else f"{info['subject']}, "
         for part, stats in info[PARTS].items():
-            if before or part not in WHOLE:
-                yield {key: f"{row[key]}[{before}{part}]" for key in ("name", "fullname")}, stats, info
+            if subject or part not in WHOLE:
+                yield {key: f"{row[key]}[{subject}{part}]" for key in ("name", "fullname")}, stats, info
 
 
 def _without_parts(row: dict[str, Any], infos: list[dict[str, Any]] | None) -> dict[str, Any]:
-    """The row with these infos, without their parts, which have rows of their own."""
+    """The row with these infos, but without their parts."""
     if infos is None:
         return row
     bare = [{name: value for name, value in info.items() if name != PARTS} for info in infos]

@@ -1,4 +1,4 @@
-"""The frames of a test's error: which of them is the test's own, and what they all keep in memory."""
+"""Shorten the traceback of a test's error, and release what its frames keep in memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ GENERATORS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENE
 
 
 def up_to_the_test(error: BaseException, path: str) -> TracebackType | None:
-    """The traceback of an error from the last line of the file `path` that it came through, without what that line called."""
+    """The last entry of an error's traceback in the file `path`, without the calls below it; None if there is none."""
     found, entry = None, error.__traceback__
     while entry is not None:
         if entry.tb_frame.f_code.co_filename == path:
@@ -22,12 +22,12 @@ def up_to_the_test(error: BaseException, path: str) -> TracebackType | None:
 
 
 def release_frames(error: BaseException) -> None:
-    """Clear the local variables of every frame that an error came through, and those of its causes.
+    """Clear the local variables of every frame of an error and of its causes.
 
-    pytest keeps the error of a failed test (`sys.last_exc`), and its frames would keep the model of that test in memory while
-    the next one loads its own. `traceback.clear_frames` is not enough before Python 3.13: there a frame has a second copy of
-    its variables once they were asked for (pytest asks), and to clear the frame of a generator closes it, so that a fixture
-    that waits behind its `yield` would never be torn down. Those frames are left.
+    pytest keeps the error of a failed test (`sys.last_exc`), whose frames would keep that test's model in memory while the next
+    test loads its own. `traceback.clear_frames` is not enough before Python 3.13: there `f_locals` is a second copy of the
+    variables (pytest reads it), and clearing the frame of a generator closes it, so that a fixture that waits at its `yield`
+    would never be torn down. Frames of generators stay as they are there.
     """
     errors, seen = [error], set()
     while errors:
@@ -37,8 +37,8 @@ def release_frames(error: BaseException) -> None:
         seen.add(id(error))
         for frame, _ in traceback.walk_tb(error.__traceback__):
             if sys.version_info >= (3, 13) or not frame.f_code.co_flags & GENERATORS:
-                with contextlib.suppress(RuntimeError):  # it still runs, or waits
+                with contextlib.suppress(RuntimeError):  # it is still running
                     frame.clear()
-                    frame.f_locals  # noqa: B018 - to ask again brings the copy up to date: empty
+                    frame.f_locals  # noqa: B018 - reading it updates the copy: empty
         linked = (error.__cause__, error.__context__, *getattr(error, "exceptions", ()))
         errors += [other for other in linked if isinstance(other, BaseException)]

@@ -1,4 +1,4 @@
-"""The hook that a project's conftest.py may implement to put something of its own into the reports."""
+"""Specify the hook by which a project's conftest.py adds to the reports."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 @pytest.hookspec
 def pytest_lmeval_report(config: pytest.Config, data: RunDocument) -> None:
-    """Called once, when a run has ended and its numbers are saved, before the pages are rendered.
+    """Change the data of a run after its numbers are saved and before its pages are rendered; called once.
 
-    data  what `metrics.json` holds (a `pytest_lmeval.records.RunDocument`), to be changed in place: the metrics of a record,
-          and its `sections`, tables and texts that stand in `summary.md` and `report.html` under a title of their own. A
-          record itself is replaced: `data.records[0] = msgspec.structs.replace(data.records[0], subject="...")`
+    data  the contents of `metrics.json` (a `pytest_lmeval.records.RunDocument`), to be changed in place: the metrics of a
+          record, and `sections`, tables and texts with a title of their own in `summary.md` and `report.html`. A record
+          is frozen, so replace it: `data.records[0] = msgspec.structs.replace(data.records[0], subject="...")`
 
         # conftest.py
         from pytest_lmeval import Section, Value
@@ -27,6 +27,6 @@ def pytest_lmeval_report(config: pytest.Config, data: RunDocument) -> None:
                     record.metrics["euros"] = Value(record.cost.seconds * 0.0008, "EUR", higher_is_better=False)
             data.sections.append(Section(title="Energy", columns=["machine", "Wh"], rows=[["ci-3", 12.5]]))
 
-    Where a hook raises, or leaves something that cannot be written or read back, the run says so at its end, and uses nothing
-    of what the hooks changed.
+    If a hook raises, or leaves data that cannot be written or read back, the run says so at its end and ignores all changes of
+    the hooks.
     """

@@ -1,4 +1,4 @@
-"""`lmeval list`: what is registered, here and by other packages: metrics, tasks, corpora, models, verbs, ..."""
+"""`lmeval list`: list what this and other packages register: metrics, tasks, corpora, models, verbs, ..."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Print the groups, or a line for each thing in one. Returns 1 where no name matches; raises RegistryError."""
+    """Print the groups, or a line for each thing in one. Returns 1 if no name matches; raises RegistryError."""
     if options.group is None:
         rows = [[group, str(len(registry.names(group)))] for group in registry.GROUPS]
     elif options.group in registry.GROUPS:
@@ -38,7 +38,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def listed(group: str, pattern: str = "*") -> list[list[str]]:
-    """A row for each thing whose name matches: name, what it is, and the package where it is not this one."""
+    """A row for each thing whose name matches: name, description, and the package unless it is this one."""
     return [
         [name, *described(thing), "" if entry.is_own else entry.package]
         for name, thing, entry in registry.things(group, pattern)
@@ -46,7 +46,7 @@ def listed(group: str, pattern: str = "*") -> list[list[str]]:
 
 
 def described(thing: Any) -> list[str]:
-    """What a thing is: of a metric its unit, direction, aspect and definition; else what it says about itself, or its class."""
+    """Unit, direction, aspect and definition of a metric; of another thing its `about`, its docstring, or its class."""
     if isinstance(thing, Metric):
         return [thing.unit, DIRECTIONS[thing.higher_is_better], thing.aspect, thing.about]
     documented = inspect.ismodule(thing) or inspect.isclass(thing) or inspect.isroutine(thing)

@@ -1,4 +1,4 @@
-"""The options of the command line, and their ini twins."""
+"""Define, read and check the command line's options and the ini options of the same names."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 
 from pytest_lmeval.errors import LmevalError, nearest
 
-OPTIONS: dict[str, tuple[Any, str]] = {  # name -> (default, help); every one is an ini option of the same name too
+OPTIONS: dict[str, tuple[Any, str]] = {  # name -> (default, help)
     "lm": (["demo"], "model to evaluate: demo, zoo:NAME, hf:ID_OR_FOLDER or module.path:callable (repeatable)"),
     "lmeval-device": ("auto", "auto, cpu, cuda, cuda:N or mps"),
     "lmeval-bits": ("", "precision of the weights where the spec names none: 32, 16, 8 or 4"),
@@ -23,42 +23,40 @@ OPTIONS: dict[str, tuple[Any, str]] = {  # name -> (default, help); every one is
     "lmeval-profile": ("", "how hard to look for broken laws: dev, ci (the default where CI is set) or nightly"),
     "lmeval-budget": ("", "seconds that probing the laws of a model may take (default 2; nightly: 120)"),
     "lmeval-templates": ("", "folder of templates that extend those of the reports block by block"),
-    "lmeval-data": ("", "local mirror that is used instead of the hub: DIR/<hub id>/<config>/<split>.parquet or .jsonl"),
+    "lmeval-data": ("", "local mirror to use instead of the hub: DIR/<hub id>/<config>/<split>.parquet or .jsonl"),
     "lmeval-dir": (".lmeval", "folder for all output"),
-    "lmeval-baseline": ("", "file of numbers that this run is compared with; a test whose numbers got worse fails"),
-    "lmeval-gate": ("fail", "what a number that got worse does: fail its test, warn (it is only shown), or off"),
-    "lmeval-trust-remote-code": ([], "hub id of a model that may run code of its own (repeatable)"),
+    "lmeval-baseline": ("", "file of numbers to compare this run with; a test whose numbers got worse fails"),
+    "lmeval-gate": ("fail", "on a number that got worse: fail its test, warn, or off"),
+    "lmeval-fresh": (False, "compute everything anew: do not resume an interrupted run"),
+    "lmeval-trust-remote-code": ([], "hub id of a model that may run its own code (repeatable)"),
 }
 SEQ_LENS = ["128", "512"]
 CORPORA = ["stdlib", "automaton"]
-PROFILES = ("dev", "ci", "nightly")  # those of `laws._profiles`, which would import torch
-DEVICES = ("auto", "cpu", "cuda", "mps")  # what `models._sources` resolves, which would too
+DEVICES = ("auto", "cpu", "cuda", "mps")  # those of `models._sources`, which imports torch
+CHOICES = {  # an empty one: not given
+    "lmeval-profile": ("", "dev", "ci", "nightly"),  # those of `laws._profiles`, which imports torch
+    "lmeval-gate": ("fail", "warn", "off"),
+    "lmeval-bits": ("", "32", "16", "8", "4"),
+}
 
 
 def add(parser: pytest.Parser) -> None:
     group = parser.getgroup("lmeval", "evaluations of language models")
     for name, (default, text) in OPTIONS.items():
-        repeatable = isinstance(default, list)
-        group.addoption(f"--{name}", action="append" if repeatable else "store", default=None, help=text)
-        kind: Literal["args", "string"] = "args" if repeatable else "string"
+        action = {list: "append", bool: "store_true", str: "store"}[type(default)]
+        group.addoption(f"--{name}", action=action, default=None, help=text)
+        kind: Any = {list: "args", bool: "bool", str: "string"}[type(default)]
         parser.addini(_dest(name), text, type=kind, default=default)
-    group.addoption(
-        "--lmeval-fresh",
-        action="store_true",
-        default=False,
-        help="compute everything anew: do not go on from an interrupted run",
-    )
-    parser.addini("lmeval_fresh", "compute everything anew", type="bool", default=False)
 
 
 def option(config: pytest.Config, name: str) -> Any:
-    """The value of --NAME, or of its ini twin."""
+    """The value of --NAME, or of its ini option."""
     value = config.getoption(_dest(name))
     return config.getini(_dest(name)) if value in (None, [], False) else value
 
 
 def count(config: pytest.Config, name: str) -> int | None:
-    """A number option: 500, 200k, 1M; None if it was not given."""
+    """The number of an option: 500, 200k, 1M; None if it is not given."""
     text = str(option(config, name)).strip()
     if not text:
         return None
@@ -70,7 +68,7 @@ def count(config: pytest.Config, name: str) -> int | None:
 
 
 def budget(config: pytest.Config) -> float | None:
-    """Seconds of --lmeval-budget; None if it was not given."""
+    """Seconds of --lmeval-budget; None if it is not given."""
     text = str(option(config, "lmeval-budget")).strip()
     try:
         seconds = float(text) if text else None
@@ -82,30 +80,25 @@ def budget(config: pytest.Config) -> float | None:
 
 
 def check(config: pytest.Config) -> None:
-    """Raises UsageError, before tests are collected, for an option that makes no sense or names something that is not there."""
+    """Raise UsageError, before tests are collected, for an option that makes no sense or names nothing that exists."""
     for name in ("lmeval-limit", "lmeval-tokens"):
         count(config, name)
     for text in option(config, "lmeval-seq-len"):
         if not (str(text).isdigit() and int(text) > 0):
             raise pytest.UsageError(f"--lmeval-seq-len takes a positive number; got {text!r}.")
     budget(config)
-    if (profile := str(option(config, "lmeval-profile"))) not in ("", *PROFILES):
-        raise pytest.UsageError(f"--lmeval-profile takes dev, ci or nightly; got {profile!r}.{nearest(profile, PROFILES)}")
-    if (gate := str(option(config, "lmeval-gate"))) not in ("fail", "warn", "off"):
-        raise pytest.UsageError(f"--lmeval-gate takes fail, warn or off; got {gate!r}.")
-    if bits := str(option(config, "lmeval-bits")):
-        from pytest_lmeval.models._specs import BITS
-
-        if bits not in map(str, BITS):
-            raise pytest.UsageError(f"--lmeval-bits takes {', '.join(map(str, BITS))}; got {bits!r}.")
+    for name, choices in CHOICES.items():
+        if (given := str(option(config, name))) not in choices:
+            *others, last = filter(None, choices)
+            raise pytest.UsageError(f"--{name} takes {', '.join(others)} or {last}; got {given!r}.{nearest(given, choices)}")
     if (folder := templates_folder(config)) and not folder.is_dir():
         raise pytest.UsageError(f"--lmeval-templates names no folder: {folder}")
-    if not is_worker(config):  # the process that started it has checked the same
+    if not is_worker(config):  # the process that started a worker has checked the same
         _check_names(config)
 
 
 def _check_names(config: pytest.Config) -> None:
-    """Refuse models, corpora and devices that are not there. Only what was given is looked up."""
+    """Refuse models, corpora and devices that do not exist. Looks up only what is given."""
     if (specs := option(config, "lm")) != OPTIONS["lm"][0]:
         from pytest_lmeval.models._specs import check as check_spec
 
@@ -136,27 +129,30 @@ def _refuse(name: str, values: list[str], check_one: Callable[[str], object]) ->
 
 
 def output_folder(config: pytest.Config) -> Path:
-    """`--lmeval-dir`, from where pytest was started; an ini value, from the ini file's folder."""
-    if given := config.getoption("lmeval_dir"):
-        return config.invocation_params.dir / str(given)
-    return config.rootpath / str(config.getini("lmeval_dir"))
+    """`--lmeval-dir` (see `_folder`)."""
+    return _folder(config, "lmeval-dir") or config.rootpath
+
+
+def templates_folder(config: pytest.Config) -> Path | None:
+    """`--lmeval-templates` (see `_folder`); None if it is not given."""
+    return _folder(config, "lmeval-templates")
+
+
+def _folder(config: pytest.Config, name: str) -> Path | None:
+    """An option is relative to where pytest was started, an ini option to the folder of the ini file."""
+    given = config.getoption(_dest(name))
+    named = given or config.getini(_dest(name))
+    return (config.invocation_params.dir if given else config.rootpath) / str(named) if named else None
 
 
 def test_id(nodeid: str) -> str:
-    """The name of a test without the `@group` that xdist appends."""
+    """The node id of a test without the `@group` that xdist appends."""
     return nodeid.rpartition("@")[0] if re.search(r"@[\w-]+$", nodeid) and "[" not in nodeid.rpartition("@")[2] else nodeid
 
 
 def is_worker(config: pytest.Config) -> bool:
     """Whether this process is one of xdist's workers."""
     return hasattr(config, "workerinput")
-
-
-def templates_folder(config: pytest.Config) -> Path | None:
-    """`--lmeval-templates`, from where pytest was started; an ini value, from the ini file's folder; None if not given."""
-    given = config.getoption("lmeval_templates")
-    named = given or config.getini("lmeval_templates")
-    return (config.invocation_params.dir if given else config.rootpath) / str(named) if named else None
 
 
 def _dest(name: str) -> str:

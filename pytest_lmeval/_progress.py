@@ -1,4 +1,4 @@
-"""Progress of long work on the terminal, past pytest's capture; nothing at all where there is no terminal.
+"""Show the progress of long work on the terminal, past pytest's capture; without a terminal, show nothing.
 
 demo reads stdlib[test]:  34% 48,128/145,928 tokens, perplexity 3.21, 29,870 tokens/s, 00:03 left
 """
@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 LAYOUT = "{desc}: {percentage:3.0f}% {n:,d}/{total:,d} tokens{postfix}, {rate_noinv:,.0f} tokens/s, {remaining} left"
-UNKNOWN = "{desc}: {n:,d} tokens{postfix}, {rate_noinv:,.0f} tokens/s, {elapsed} so far"  # how much will come is not known
+UNKNOWN = "{desc}: {n:,d} tokens{postfix}, {rate_noinv:,.0f} tokens/s, {elapsed} so far"  # the total is not known
 
 
 class Uncaptured:
@@ -28,7 +28,7 @@ class Uncaptured:
             self._file.flush()
 
     def flush(self) -> None:
-        """Written text is there already."""
+        """`write` has flushed."""
 
     def isatty(self) -> bool:
         with self._capture.global_and_fixture_disabled():  # while it captures, file descriptor 1 is pytest's own file
@@ -37,21 +37,21 @@ class Uncaptured:
 
 @contextmanager
 def bar(title: str, file: Any, unit: str = "tokens") -> Iterator[Callable[[int, float, int | None], None] | None]:
-    """A progress bar while the work in the `with` block goes on.
+    """A progress bar for the work in the `with` block; None without a terminal.
 
-    Call it with tokens done, nats so far, tokens expected; or with questions answered, those that were right, those expected.
+    Call it with tokens done, nats so far, tokens expected; or with questions answered, right answers, questions expected.
     """
     if not file.isatty():
         yield None
         return
     known, unknown = (layout.replace("tokens", unit) for layout in (LAYOUT, UNKNOWN))
-    # delay: the first picture needs a rate to show
+    # delay: the first update needs a rate to show
     with tqdm(desc=title, file=file, leave=False, dynamic_ncols=True, bar_format=unknown, mininterval=0.2, delay=0.2) as shown:
 
         def update(done: int, total: float, expected: int | None) -> None:
-            if expected is not None:  # an estimate may grow better
+            if expected is not None:  # an estimate may improve
                 shown.total, shown.bar_format = max(expected, done), known
-            if not shown.n:  # the rate is that of this run, not of an interrupted one that it goes on from
+            if not shown.n:  # the rate leaves out what an interrupted run did before
                 shown.initial = shown.n = shown.last_print_n = done
             mean = total / done
             so_far = f"perplexity {math.exp(min(mean, 700)):.4g}" if unit == "tokens" else f"{mean:.1%} right"

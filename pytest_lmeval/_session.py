@@ -1,7 +1,7 @@
-"""What the tests of one run share: the output folder, the journal, the verdicts that were already reached.
+"""Hold what the tests of one run share: settings, the output folder, the journal, models and verdicts.
 
-One of these lives in each process (under xdist, in each worker). Records travel to the process that writes the
-reports on the test reports, as JSON, like everything that pytest sends between processes.
+Each process has one session (under xdist, each worker). Records travel to the process that writes the reports as JSON in the
+test reports, like everything that pytest sends between processes.
 """
 
 from __future__ import annotations
@@ -29,14 +29,16 @@ ProgressBars = Callable[..., AbstractContextManager[Any]]
 
 @dataclass
 class Session:
-    """folder    where everything is written; None: nothing is
-    progress  makes the progress bar of a long piece of work, given its title (and a unit): a context around a callback or None
+    """The settings of a run, and what its tests share.
+
+    folder    for all output; None writes nothing
     tokens, limit, seq_lens   defaults of the verbs, from the command line
-    profile, budget   how hard the probe of a model's laws looks, and for how many seconds
-    parallel  other tests run at the same time: speed is not measured
-    device, bits, trusted   where and in which precision models are loaded, and which of them may run code of their own
-    mirror    a folder that is used instead of the hub
-    fresh     nothing is taken from an earlier run
+    profile, budget           how hard the probe of a model's laws searches, and for how many seconds
+    parallel  other tests run at the same time, so speed is not measured
+    device, bits, trusted     where and in which precision models are loaded, and which of them may run their own code
+    mirror    a folder to use instead of the hub
+    fresh     use nothing from an earlier run
+    progress  (title, unit) -> a context manager of a progress bar's callback, or of None
     """
 
     folder: Path | None = None
@@ -60,7 +62,7 @@ class Session:
         return None if self.folder is None else Journal(self.folder)
 
     def load(self, spec: str) -> Model:
-        """The model that a spec names, loaded once a run; outside of runs anew, since nobody would let it go."""
+        """The model that a spec names, loaded once in a run; anew without an output folder, outside of runs."""
         from pytest_lmeval.models._sources import load, resolve_device
 
         if spec in self.loaded:
@@ -79,14 +81,14 @@ class Session:
 
     @property
     def probe(self) -> dict[str, Any]:
-        """The options of every probe of this run."""
+        """The options of every probe in this run."""
         from pytest_lmeval.laws._profiles import default_profile
 
         known = None if self.folder is None else self.folder / "counterexamples.jsonl"
         return {"profile": self.profile or default_profile(), "budget": self.budget, "known": known}
 
     def verdict(self, lm: Model) -> EquivalenceResult:
-        """The equivalence result of a model: probed once in a session, and not kept alive by that."""
+        """The equivalence result of a model, which is probed once in a session. Does not keep the model in memory."""
         from pytest_lmeval.laws._probe import probe
 
         known = self.verdicts.value(lm.step_fn if lm.module is None else lm.module, dict)
@@ -98,12 +100,12 @@ class Session:
 
 @dataclass
 class TestLog:
-    """What one test has recorded so far, and what the reader should be told beside it."""
+    """What one test has recorded so far, and the notes for its reader."""
 
     test: str = ""
     records: list[Record] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    keys: list[str] = field(default_factory=list)  # of the journal's lines that this test wrote or was served from
+    keys: list[str] = field(default_factory=list)  # of the journal's lines that this test wrote or resumed from
 
     def to_plain(self) -> dict[str, Any]:
         return {"records": [schema.to_plain(record) for record in self.records], "notes": self.notes, "keys": self.keys}

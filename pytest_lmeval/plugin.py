@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Generator
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pytest_lmeval.measures import Lmeval
     from pytest_lmeval.models._model import Model
 
+T = TypeVar("T")
 SESSION = pytest.StashKey["Session"]()
 LOG = pytest.StashKey[Any]()
 
@@ -43,7 +44,8 @@ def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "lmeval: an evaluation (added to every test that uses the fixture lmeval)")
     config.addinivalue_line(
-        "markers", 'lmeval_gate(METRIC=margin, ...): what may be lost against the baseline (0.01, "0.5%", "off"); or "off"'
+        "markers",
+        'lmeval_gate(METRIC=margin, ...): how much worse than the baseline it may be (0.01, "0.5%", "off"); or "off"',
     )
     options.check(config)
     if not is_worker(config):
@@ -64,7 +66,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("lmeval_gate") and not is_worker(config):  # a worker can only fail the test
             from pytest_lmeval.gates._gate import margins_of
 
-            margins_of(item)  # what is wrong with it is told before the first test
+            margins_of(item)  # raises before the first test for a marker that makes no sense
 
 
 def _register_gate(config: pytest.Config) -> None:
@@ -77,7 +79,7 @@ def _register_gate(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Before the first test: is there work to record, and can its results be written?"""
+    """Check before the first test that results can be written, if there will be any."""
     config = session.config
     if (
         not config.option.collectonly
@@ -95,8 +97,8 @@ def _check_output_folder(config: pytest.Config) -> None:
         check_writable(folder)
     except OSError as error:
         raise pytest.UsageError(
-            f"nothing can be written to the output folder {folder} ({error.strerror or error}), so every result of this "
-            "run would be lost. Choose another one with --lmeval-dir."
+            f"nothing can be written to the output folder {folder} ({error.strerror or error}), so this run would lose its "
+            "results. Choose another folder with --lmeval-dir."
         ) from error
 
 
@@ -108,12 +110,12 @@ def device(pytestconfig: pytest.Config) -> Any:
     """The torch device of `--lmeval-device`."""
     from pytest_lmeval.models._sources import resolve_device
 
-    return expected_errors(lambda: resolve_device(str(option(pytestconfig, "lmeval-device"))))
+    return fail_in_words(lambda: resolve_device(str(option(pytestconfig, "lmeval-device"))))
 
 
 @pytest.fixture(scope="session")
 def load_lm(pytestconfig: pytest.Config) -> Callable[[str], Model]:
-    """A function from a model spec to the model, loaded once a session.
+    """A function from a model spec to the model, which is loaded once in a session.
 
     def test_two_models_agree(load_lm):
         small, large = load_lm("demo"), load_lm("hf:./checkpoint@bf16")
@@ -122,8 +124,7 @@ def load_lm(pytestconfig: pytest.Config) -> Callable[[str], Model]:
 
     def load_once(spec: str) -> Model:
         __tracebackhide__ = True
-        found: Model = expected_errors(lambda: session.load(spec))
-        return found
+        return fail_in_words(lambda: session.load(spec))
 
     return load_once
 
@@ -139,15 +140,14 @@ def corpus(pytestconfig: pytest.Config) -> Callable[..., Corpus]:
 
     def named(name: str = "stdlib", split: str = "test") -> Corpus:
         __tracebackhide__ = True
-        found: Corpus = expected_errors(lambda: session.corpus(name, split))
-        return found
+        return fail_in_words(lambda: session.corpus(name, split))
 
     return named
 
 
 @pytest.fixture
 def lmeval(request: pytest.FixtureRequest) -> Lmeval:
-    """What a test measures with; every call is recorded under the test's name.
+    """The verbs; every call is recorded under the test's name.
 
     def test_reads_easily(lmeval, lm, corpus):
         assert lmeval.perplexity(lm, corpus("stdlib", "test")).perplexity < 6
@@ -164,22 +164,22 @@ def lmeval(request: pytest.FixtureRequest) -> Lmeval:
 
 
 def _fixtures_with_parameters(config: pytest.Config) -> ModuleType:
-    """Fixtures whose parameters are options. A single value is no parameter: the names of tests stay as they are, and
-    two runs with different models can be compared test by test."""
+    """Fixtures whose parameters are options. A single value is no parameter: the names of tests stay the same, so two runs with
+    different models can be compared test by test."""
 
     @pytest.fixture(scope="session", params=_parameters(option(config, "lm")))
     def lm(request: pytest.FixtureRequest, load_lm: Callable[[str], Model]) -> Model:
-        """The model under test: that of `--lm`. Define a fixture `lm` of your own to test a model of your own."""
+        """The model of `--lm`. Define a fixture `lm` to test a model of your own."""
         return load_lm(_parameter(request, option(request.config, "lm")))
 
     @pytest.fixture(scope="session", params=_parameters(option(config, "lmeval-seq-len") or SEQ_LENS))
     def seq_len(request: pytest.FixtureRequest) -> int:
-        """The sequence lengths of `--lmeval-seq-len`, one after the other; 128 and 512 by default."""
+        """Each sequence length of `--lmeval-seq-len`; 128 and 512 by default."""
         return int(_parameter(request, option(request.config, "lmeval-seq-len") or SEQ_LENS))
 
     @pytest.fixture(scope="session", params=_parameters(option(config, "lmeval-corpus") or CORPORA))
     def corpus_name(request: pytest.FixtureRequest) -> str:
-        """The names of `--lmeval-corpus`, one after the other; by default the two texts that need no download."""
+        """Each name of `--lmeval-corpus`; by default the two corpora that need no download."""
         return str(_parameter(request, option(request.config, "lmeval-corpus") or CORPORA))
 
     module = ModuleType("lmeval_parameters")
@@ -198,44 +198,34 @@ def _parameter(request: pytest.FixtureRequest, values: list[str]) -> Any:
 # ----------------------------------------------------------------------------------------------- reports
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_setup(item: pytest.Item) -> Generator[None, Any, Any]:
-    return (yield from _skipped_where_no_time_was_taken(item))
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
-    return (yield from _skipped_where_no_time_was_taken(item))
-
-
-def _skipped_where_no_time_was_taken(item: pytest.Item) -> Generator[None, Any, Any]:
-    """A test that looks at a time that could not be taken says nothing about the model: it is skipped, with the reason."""
+def _skip_if_not_measured(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Skip a test that reads a time which was not measured, with the reason: it says nothing about the model."""
     try:
         return (yield)
     except NotMeasuredError as error:
         raise pytest.skip.Exception(str(error)).with_traceback(up_to_the_test(error, str(item.path))) from None
 
 
-@pytest.hookimpl(wrapper=True, tryfirst=True)  # the outermost: nobody asks for the frames after it
+pytest_runtest_setup = pytest_runtest_call = pytest.hookimpl(wrapper=True)(_skip_if_not_measured)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # the outermost wrapper: nothing reads the frames after it
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
     report = yield
     if call.when == "call" and (log := item.stash.get(LOG, None)) is not None:
-        report._lmeval = json.dumps(log.to_plain(), allow_nan=False)  # one string: it crosses from an xdist worker unharmed
-    if call.excinfo is not None and "lmeval" in getattr(item, "fixturenames", ()) and not _debugged(item.config):
+        report._lmeval = json.dumps(log.to_plain(), allow_nan=False)  # one string, which xdist sends from a worker unchanged
+    debugged = item.config.getoption("usepdb", False) or item.config.getoption("trace", False)
+    if call.excinfo is not None and "lmeval" in getattr(item, "fixturenames", ()) and not debugged:
         release_frames(call.excinfo.value)
     return report
 
 
-def _debugged(config: pytest.Config) -> bool:
-    return bool(config.getoption("usepdb", False) or config.getoption("trace", False))
-
-
 def shared_session(config: pytest.Config) -> Session:
-    """The session object of this process, made when the first test needs it."""
+    """The session of this process, created when the first test needs it."""
     if SESSION not in config.stash:
         from pytest_lmeval._session import Session
 
-        if is_worker(config):  # the process with the terminal has no tests of its own, and could not know before
+        if is_worker(config):  # the process with the terminal collects no tests, so it did not check
             try:
                 _check_output_folder(config)
             except pytest.UsageError as error:
@@ -258,8 +248,8 @@ def shared_session(config: pytest.Config) -> Session:
     return config.stash[SESSION]
 
 
-def expected_errors(work: Callable[[], Any]) -> Any:
-    """Errors that were written for the user end the test with their message alone, not with a traceback."""
+def fail_in_words(work: Callable[[], T]) -> T:
+    """Fail the test with the message alone, without a traceback, for an error of this package."""
     __tracebackhide__ = True
     try:
         return work()

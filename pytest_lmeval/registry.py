@@ -9,9 +9,9 @@ Each kind of thing is a group of entry points. This package registers its own th
     greetings = "my_package:TASKS"
 
 An entry point leads to the thing of its name, or to a family: a mapping from names to things, under a name in capitals. A
-family may give a thing as text, "module:attribute". Nothing is imported before it is needed; a family is, when its names are.
+family may give a thing as text, "module:attribute". A thing is imported when it is used, a family when its names are.
 
-A name may go on behind a colon: `text:notes.txt` is found as `text`, which is given the rest. Standard library only.
+A name may continue after a colon: `text:notes.txt` finds `text`, which gets the rest. Standard library only.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 OWN = "pytest-lmeval"
-GROUPS = {  # group -> what one of its things is called in messages
+GROUPS = {  # group -> the word for one of its things in messages
     "metrics": "metric",
     "tasks": "task",
     "corpora": "corpus",
@@ -51,14 +51,14 @@ LISTED = 30  # names of one family that a message lists
 
 
 class PluginWarning(UserWarning):
-    """Another package registers something that cannot be imported or is not allowed; the run goes on without it."""
+    """Another package registers something that cannot be imported or is not allowed; the run continues without it."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What a package registers.
+    """One registration of a package.
 
-    name     by which it is found; of a family, the family's
+    name     the name of the thing, or of the family
     target   "module:attribute"
     package  the distribution that registers it
     """
@@ -77,25 +77,25 @@ class Entry:
 
     @property
     def may_be_family(self) -> bool:
-        """Whether its target is in capitals. What is not is imported by its own name only, since it holds no others."""
+        """Whether its target is in capitals. Others hold no further names, so only their own name imports them."""
         return self.target.rpartition(":")[2].isupper()
 
     def load(self) -> Any:
-        """The thing, or the family. Raises whatever importing it raises, and TypeError for a family that is not in capitals, or
-        whose names are no texts."""
+        """The thing, or the family. Raises what its import raises, and TypeError for a family that is not in capitals or whose
+        names are not strings."""
         thing = importlib.metadata.EntryPoint(self.name, self.target, self.group).load()
         if isinstance(thing, Mapping) and not self.may_be_family:
-            raise TypeError(f"{self.target} is a mapping, and only one in capitals is looked into")
+            raise TypeError(f"{self.target} is a mapping, and a family must be in capitals")
         if isinstance(thing, Mapping) and (wrong := [name for name in thing if not isinstance(name, str)]):
-            raise TypeError(f"{self.target} is a family, whose names are texts, and holds {wrong[0]!r}")
+            raise TypeError(f"{self.target} is a family with a name that is not a string: {wrong[0]!r}")
         return thing
 
 
 @functools.cache
 def entries(group: str) -> tuple[Entry, ...]:
-    """All that is registered in a group: this package's first, then by package and name. Imports nothing.
+    """All registrations in a group: this package's first, then by package and name. Imports nothing.
 
-    Raises RegistryError for a group that is none.
+    Raises RegistryError for an unknown group.
     """
     if group not in GROUPS:
         raise RegistryError(no_such("group", group, GROUPS))
@@ -107,9 +107,9 @@ def entries(group: str) -> tuple[Entry, ...]:
 
 
 def find(group: str, name: str) -> Any:
-    """What is registered by this name. Raises RegistryError if nothing is, with the nearest name, or if several packages do.
+    """The thing of this name. Raises RegistryError if there is none (with the nearest name) or if several packages register it.
 
-    Imports the entries of this very name, and families.
+    Imports the entries of this name, and families.
     """
     if (found := _found(group, name)) is None:
         raise unknown(group, name)
@@ -117,9 +117,9 @@ def find(group: str, name: str) -> Any:
 
 
 def resolve(group: str, name: str) -> tuple[Any, str | None] | None:
-    """What is registered by the whole name, and None; or by what stands before its first colon, and the rest; or None.
+    """(thing of the whole name, None), or (thing of the name before the first colon, the rest), or None.
 
-    Raises RegistryError if several packages register it. Imports no more than `find`.
+    Raises RegistryError if several packages register it. Imports what `find` imports.
     """
     head, colon, rest = name.partition(":")
     for key, given in ((name, None), (head, rest)) if colon else ((name, None),):
@@ -129,12 +129,12 @@ def resolve(group: str, name: str) -> tuple[Any, str | None] | None:
 
 
 def names(group: str, pattern: str = "*") -> list[str]:
-    """The names of a group that match the pattern, those of families among them. Imports families only."""
+    """The names of a group that match the pattern, including those in families. Imports families only."""
     return [name for entry in entries(group) for name in _members(entry) if fnmatchcase(name, pattern)]
 
 
 def things(group: str, pattern: str = "*") -> Iterator[tuple[str, Any, Entry]]:
-    """Name, thing and origin of all in a group whose name matches and that can be imported. Two may have the same name."""
+    """Name, thing and entry of all in a group whose name matches and whose import works. Two may have the same name."""
     for entry in entries(group):
         for name in _members(entry):
             if fnmatchcase(name, pattern) and (thing := _member(entry, name)) is not None:
@@ -145,15 +145,15 @@ def ambiguous(group: str, name: str) -> RegistryError:
     """The error for a name that several packages register."""
     registered = " and by ".join(str(entry) for entry, _ in _registered(group, name))
     return RegistryError(
-        f"the {GROUPS[group]} {name!r} is registered by {registered}. Which one is meant cannot be known: remove one of the "
-        "packages, or rename one of the two."
+        f"the {GROUPS[group]} {name!r} is registered by {registered}, so the name is ambiguous. Remove one of the packages, "
+        "or rename one of the two."
     )
 
 
 def unknown(group: str, name: str, also: str = "") -> RegistryError:
-    """The error for a name that nothing is registered by: it tells the nearest name, and all that there are.
+    """The error for an unknown name, with the nearest name and a list of all.
 
-    also  what else may be named, for the end of that list
+    also  text for the end of that list
     """
     head = name.partition(":")[0]
     others = [entry for entry in entries(group) if entry.name in (name, head) and not entry.is_own]
@@ -174,7 +174,7 @@ def unknown(group: str, name: str, also: str = "") -> RegistryError:
 
 
 def accepted(function: Callable[..., Any], **options: Any) -> dict[str, Any]:
-    """Those of the options that the function has a parameter for, by name."""
+    """The options that the function has a parameter for."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except ValueError:  # some functions that are written in C
@@ -186,12 +186,12 @@ def accepted(function: Callable[..., Any], **options: Any) -> dict[str, Any]:
 
 @functools.cache
 def _installed() -> Any:
-    """The entry points of all installed packages: reading them takes milliseconds."""
+    """The entry points of all installed packages, read once, since that takes milliseconds."""
     return importlib.metadata.entry_points()
 
 
 def _found(group: str, name: str) -> Any:
-    """The thing of this name, None if there is none. Raises RegistryError if there are several."""
+    """The thing of this name, or None. Raises RegistryError if there are several."""
     found = _registered(group, name)
     if len(found) > 1:
         raise ambiguous(group, name)
@@ -199,13 +199,13 @@ def _found(group: str, name: str) -> Any:
 
 
 def _registered(group: str, name: str) -> list[tuple[Entry, Any]]:
-    """All that is registered by this name and can be imported."""
+    """All things of this name whose import works."""
     holding = [entry for entry in entries(group) if (entry.name == name or entry.may_be_family) and name in _members(entry)]
     return [(entry, thing) for entry in holding if (thing := _member(entry, name)) is not None]
 
 
 def _members(entry: Entry) -> Mapping[str, Any]:
-    """The names that an entry holds, with their things; a thing that is no family is not imported for its name."""
+    """The names in an entry, with their things; an entry that cannot be a family is not imported."""
     if not entry.may_be_family:
         return {entry.name: None}
     thing = _loaded(entry)
@@ -215,7 +215,7 @@ def _members(entry: Entry) -> Mapping[str, Any]:
 
 
 def _member(entry: Entry, name: str) -> Any:
-    """The thing of this name in an entry that holds it; None if it cannot be imported."""
+    """The thing of this name in an entry that holds it; None if its import fails."""
     if not entry.may_be_family:
         return _loaded(entry)
     thing = _members(entry)[name]
@@ -224,17 +224,17 @@ def _member(entry: Entry, name: str) -> Any:
 
 @functools.cache
 def _loaded(entry: Entry) -> Any:
-    """What the entry leads to; None, and one warning, if another package's cannot be imported."""
+    """The thing or family of an entry; None, with one warning, if the import of another package's fails."""
     try:
         return entry.load()
     except Exception as error:
         if entry.is_own:
             raise
         with warnings.catch_warnings():
-            warnings.simplefilter("always", PluginWarning)  # where warnings are errors, too: the run goes on without it
+            warnings.simplefilter("always", PluginWarning)  # not an error, even where warnings are: the run continues
             warnings.warn(
                 f"{entry.package} registers the {GROUPS[entry.group]} {entry.name!r} as {entry.target}, which cannot be "
-                f"imported ({type(error).__name__}: {error}). The run goes on without it; repair or remove that package.",
+                f"imported ({type(error).__name__}: {error}). The run continues without it; repair or remove that package.",
                 PluginWarning,
                 stacklevel=2,
             )

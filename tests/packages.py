@@ -1,4 +1,4 @@
-"""Other packages that register things by entry points, made for a test: a module and its metadata in a folder on `sys.path`."""
+"""Make packages for a test that register things by entry points: a module and its metadata in a folder on `sys.path`."""
 
 import sys
 
@@ -21,7 +21,7 @@ def install(folder, name, code, /, **groups):
 
 
 def forget():
-    """Read anew what is installed."""
+    """Forget which packages are installed."""
     registry._installed.cache_clear()
     registry.entries.cache_clear()
     registry._loaded.cache_clear()
@@ -30,7 +30,7 @@ def forget():
 
 @pytest.fixture
 def packages(tmp_path, monkeypatch):
-    """`install` into a folder of this test, whose packages are there until it ends."""
+    """`install` into a folder of this test, whose packages are installed until it ends."""
     folder, before = tmp_path / "site", set(sys.modules)
     folder.mkdir()
     monkeypatch.syspath_prepend(str(folder))

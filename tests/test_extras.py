@@ -1,6 +1,7 @@
-"""The example package (docs/examples/lmeval-extras), installed as a user would: all that it adds is found and works."""
+"""The example package (docs/examples/lmeval-extras), installed as users do: everything that it adds is found and works."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 from packages import forget
 
 from pytest_lmeval import corpus, load, registry, tasks
+from pytest_lmeval.__main__ import main
 from pytest_lmeval.errors import CorpusError, SpecError
 from pytest_lmeval.records._example import Example
 from pytest_lmeval.records._metric import metric
@@ -42,7 +44,7 @@ def test_reads(lmeval, lm):
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """The folder that it is installed in, without a network."""
+    """The folder that it is installed in; needs no network."""
     source, folder = tmp_path_factory.mktemp("source") / "lmeval-extras", tmp_path_factory.mktemp("site")
     shutil.copytree(EXTRAS, source)  # pip builds in the folder
     options = ("--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check")
@@ -54,7 +56,7 @@ def installed(tmp_path_factory):
 
 @pytest.fixture
 def environment(installed, monkeypatch):
-    """Processes find it, and this one."""
+    """This process and its children find the package."""
     path = os.pathsep.join(filter(None, [str(installed), os.environ.get("PYTHONPATH")]))
     monkeypatch.setenv("PYTHONPATH", path)
     monkeypatch.syspath_prepend(str(installed))
@@ -64,12 +66,6 @@ def environment(installed, monkeypatch):
     forget()
 
 
-def lmeval(*arguments):
-    done = subprocess.run([sys.executable, "-m", "pytest_lmeval", *map(str, arguments)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.mark.usefixtures("environment")
 @pytest.mark.parametrize("group", registry.GROUPS)
 def test_the_example_adds_one_of_each(group):
@@ -77,7 +73,7 @@ def test_the_example_adds_one_of_each(group):
 
 
 @pytest.mark.usefixtures("environment")
-def test_what_it_adds_is_what_its_guide_says():
+def test_its_additions_do_what_its_guide_says():
     said = Example(id="1", number=0, prompt="Hello", output="Hello to you, too, Ada!")
     assert metric("brevity").score(said) == 1
     assert metric("words_per_second").aspect == "speed"
@@ -91,7 +87,7 @@ def test_what_it_adds_is_what_its_guide_says():
 
 
 @pytest.mark.usefixtures("environment")
-def test_only_a_family_is_in_capitals():
+def test_only_its_family_is_in_capitals():
     added = [entry for group in registry.GROUPS for entry in registry.entries(group) if entry.package == "lmeval-extras"]
     assert [entry.name for entry in added if entry.may_be_family] == ["extras"]
 
@@ -115,31 +111,32 @@ def test_its_verb_times_the_second_reading_and_waits_for_the_gpu(monkeypatch):
 
 
 @pytest.mark.usefixtures("environment")
-def test_a_run_uses_all_of_it(project):
+def test_a_run_uses_its_additions(project, capsys):
     project.makepyfile(test_extras=TESTS)
-    # in a process of its own: one that is forked has another sys.path
+    # in a process of its own: a fork has another sys.path
     result = project.run(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--lm", "tiny:Tiny")
     result.assert_outcomes(passed=3)
     output = project.path / ".lmeval"
     summary = (output / "summary.md").read_text()
-    assert "Brevity" in summary
-    assert "The share of outputs of at most five words." in summary
-    assert "words/s" in summary
-    lmeval("render", output, "--format", "csv")
+    for text in ("Brevity", "The share of outputs of at most five words.", "words/s"):
+        assert text in summary
+    assert main(["render", str(output), "--format", "csv"]) == 0
     lines = (output / "metrics.csv").read_text().splitlines()
     assert lines[0] == "test,model,metric,value"
     assert any("brevity" in line for line in lines)
-    assert "task of greetings" in lmeval("slowest", output)
-    nowhere = project.run(sys.executable, "-m", "pytest_lmeval", "slowest", "nowhere")
-    assert nowhere.ret == 2
-    nowhere.stderr.fnmatch_lines(["nowhere* cannot be read (No such file or directory)*"])
-    nowhere.stderr.no_fnmatch_line("Traceback*")
+    capsys.readouterr()
+    assert main(["slowest", str(output)]) == 0
+    assert "task of greetings" in capsys.readouterr().out
+    assert main(["slowest", "nowhere"]) == 2
+    assert re.match(r"nowhere.* cannot be read \(No such file or directory\)", capsys.readouterr().err)
 
 
 @pytest.mark.usefixtures("environment")
-def test_it_is_listed_with_ours():
-    assert "slowest" in lmeval("--help")
+def test_its_additions_are_listed_with_our_own(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "slowest" in capsys.readouterr().out
     for group, names in ADDED.items():
-        listed = lmeval("list", group)
-        for name in names:
-            assert any(line.startswith(name) and line.endswith("lmeval-extras") for line in listed.splitlines()), listed
+        assert main(["list", group]) == 0
+        listed = [line.split() for line in capsys.readouterr().out.splitlines()]
+        assert [line[0] for line in listed if line[-1] == "lmeval-extras"] == names

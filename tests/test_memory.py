@@ -1,6 +1,7 @@
-"""Memory is told apart and counted to the byte, in a process of its own, and no failed test keeps a model."""
+"""Memory is attributed and counted to the byte, in a process of its own, and a failed test does not keep its model."""
 
-import gc
+import contextlib
+import io
 import os
 import signal
 import sys
@@ -16,25 +17,13 @@ from torch import nn
 
 from pytest_lmeval._frames import release_frames
 from pytest_lmeval.errors import ModelError, OutOfMemory, ProfilingError
-from pytest_lmeval.measures import _memory as measurement
 from pytest_lmeval.measures._memory import measure_memory
 from pytest_lmeval.models._sources import as_model, load
 from pytest_lmeval.profiling import _child as child
 from pytest_lmeval.profiling._allocations import watched_allocations
-from pytest_lmeval.profiling._storages import storages
+from pytest_lmeval.profiling._work import storages
 
 MIB = 1 << 20
-
-
-@pytest.fixture(scope="module", autouse=True)
-def little_garbage():
-    """What was made before these tests is not searched for garbage at each measurement: that would take most of their time."""
-    with watched_allocations():  # the first one imports a lot
-        pass
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +33,7 @@ def found_by_a_child(monkeypatch):
 
 
 class Known(nn.Module):
-    """A step holds `steps` floats a token at once, beside the state that it was given, the new one, and the logits."""
+    """A step holds `steps` floats a token at once, besides the old state, the new one, and the logits."""
 
     def __init__(self, steps=1 << 18, kept=1 << 16):
         super().__init__()
@@ -63,17 +52,17 @@ class Known(nn.Module):
 
 @settings(max_examples=12)
 @given(st.lists(st.tuples(st.integers(1, 1000), st.booleans()), min_size=1, max_size=12))
-def test_the_peak_is_that_of_the_tensors_that_live_at_once(plan):
-    """Each step makes a tensor of so many floats, and lets all go before it or none."""
+def test_the_peak_is_the_sum_of_the_tensors_that_live_at_once(plan):
+    """Each step makes a tensor of so many floats, and frees all earlier ones first, or none."""
     expected = held = 0
-    for floats, lets_go in plan:
-        held = 4 * floats + (0 if lets_go else held)
+    for floats, frees in plan:
+        held = 4 * floats + (0 if frees else held)
         expected = max(expected, held)
 
     def work():
         kept = []
-        for floats, lets_go in plan:
-            if lets_go:
+        for floats, frees in plan:
+            if frees:
                 kept.clear()
             kept.append(torch.empty(floats))
 
@@ -82,9 +71,9 @@ def test_the_peak_is_that_of_the_tensors_that_live_at_once(plan):
     assert seen.peak == expected
 
 
-def test_what_was_there_before_is_no_part_of_the_peak():
+def test_earlier_allocations_do_not_count():
     with watched_allocations():
-        earlier = torch.empty(MIB)  # its end is seen, its beginning not
+        earlier = torch.empty(MIB)  # the second block sees its end, not its beginning
     kept = [torch.empty(MIB), earlier]
     del earlier
     with watched_allocations() as seen:
@@ -93,14 +82,14 @@ def test_what_was_there_before_is_no_part_of_the_peak():
     assert seen.peak == 400
 
 
-def test_what_an_operator_takes_to_work_in_is_seen():
+def test_the_workspace_of_an_operator_counts():
     image, kernel = torch.ones(1, 1, 100, 100, dtype=torch.float64), torch.ones(1, 1, 3, 3, dtype=torch.float64)
     with watched_allocations() as seen:
         result = nn.functional.conv2d(image, kernel)
-    assert seen.peak > result.nbytes + 8 * result.nbytes  # the image is unfolded: nine values for each place
+    assert seen.peak > result.nbytes + 8 * result.nbytes  # the image is unfolded: nine values for each position
 
 
-def test_garbage_is_collected_before_and_not_meanwhile():
+def test_garbage_is_not_collected_in_the_block():
     class Ring:
         pass
 
@@ -117,19 +106,13 @@ def test_garbage_is_collected_before_and_not_meanwhile():
 # ------------------------------------------------------------------------------------------------------ memory
 
 
-@pytest.mark.parametrize(("rows", "tokens"), [(1, 16), (2, 16), (1, 64)])
-def test_a_known_pattern_is_told_apart_to_the_byte(rows, tokens):
-    result = measure_memory(as_model(Known()), batch_size=rows, seq_len=tokens, apart=False)
+@pytest.mark.parametrize(("rows", "tokens", "steps"), [(1, 16, 1 << 18), (2, 16, 1 << 18), (1, 64, 1 << 18), (1, 16, 65537)])
+def test_a_known_pattern_is_attributed_to_the_byte(rows, tokens, steps):
+    result = measure_memory(as_model(Known(steps=steps)), batch_size=rows, seq_len=tokens, apart=False)
     assert result.weights_bytes == 4 << 16
     assert result.state_bytes == 4 * rows << 16
-    assert result.tensors_peak_bytes == 4 * rows * (tokens << 18) + result.state_bytes
+    assert result.tensors_peak_bytes == 4 * rows * tokens * steps + result.state_bytes
     assert result.activations_bytes == result.tensors_peak_bytes - result.state_bytes
-
-
-def test_this_test_can_fail():
-    one = measure_memory(as_model(Known()), seq_len=16, apart=False).tensors_peak_bytes
-    more = measure_memory(as_model(Known(steps=(1 << 18) + 1)), seq_len=16, apart=False).tensors_peak_bytes
-    assert more == one + 4 * 16
 
 
 def test_all_logits_take_more_than_the_last():
@@ -144,7 +127,7 @@ def test_all_logits_take_more_than_the_last():
     assert all_of_them.state_bytes == last.state_bytes == 16 * 4
 
 
-def test_a_state_that_lies_in_the_weights_is_not_taken_from_the_activations():
+def test_a_state_in_a_buffer_is_not_subtracted_from_the_activations():
     class Ring(Functional):
         def __init__(self):
             super().__init__()
@@ -158,7 +141,7 @@ def test_a_state_that_lies_in_the_weights_is_not_taken_from_the_activations():
     assert result.activations_bytes == result.tensors_peak_bytes > 0
 
 
-def test_a_weight_that_is_shared_counts_once():
+def test_a_shared_weight_counts_once():
     tied = nn.Linear(8, 32, bias=False)
     shared = nn.ModuleList([tied, tied, nn.Linear(8, 32, bias=False)])
     shared[2].weight = nn.Parameter(tied.weight[:16])  # a view
@@ -173,7 +156,7 @@ def test_any_form_of_model_is_measured(toy):
     assert list(result.record.details["absent"]) == ([] if toy is GetSetState else ["weights_bytes"])
 
 
-def test_a_shape_that_does_not_fit_is_named():
+def test_a_shape_that_does_not_fit_is_named_with_its_size():
     class Growing(Functional):
         def forward(self, input_ids, state=None):
             torch.empty(len(input_ids), input_ids.shape[1] ** 8)
@@ -181,7 +164,9 @@ def test_a_shape_that_does_not_fit_is_named():
 
     with pytest.raises(OutOfMemory, match=r"batch 2, 64 tokens on cpu does not fit .*2,251,799,813,685,248 bytes.*fewer rows"):
         measure_memory(as_model(Growing()), batch_size=2, seq_len=64, apart=False)
-    with pytest.raises(OutOfMemory, match=r"batch 1099511627776, 512 tokens on cpu does not fit"):  # not even the prompt
+    with pytest.raises(
+        OutOfMemory, match=r"batch 1099511627776, 512 tokens on cpu does not fit"
+    ):  # the prompt does not fit either
         measure_memory(as_model(Growing()), batch_size=1 << 40, seq_len=512, apart=False)
 
 
@@ -198,19 +183,18 @@ def test_a_shape_that_does_not_fit_is_named():
         (Stateless, {"seq_len": 9}, "at most 8 tokens"),
     ],
 )
-def test_a_shape_that_cannot_be_run_is_refused_before_anything_is(monkeypatch, toy, shape, message):
-    monkeypatch.setattr(measurement, "_measured", None)
+def test_a_shape_that_cannot_be_run_is_refused_before_a_step_is_taken(toy, shape, message):
+    steps = []
+    lm = replace(as_model(toy()), context_length=8, step_fn=lambda *given: steps.append(given))
     with pytest.raises(ProfilingError, match=message):
-        measure_memory(replace(as_model(toy()), context_length=8), **{"seq_len": 4, "new_tokens": 2, **shape})
+        measure_memory(lm, **{"seq_len": 4, "new_tokens": 2, **shape}, apart=False)
+    assert steps == []
 
 
 @pytest.mark.parametrize(("toy", "seq_len"), [(Functional, 6), (Stateless, 8)])
-def test_a_context_that_is_just_long_enough_is_measured(toy, seq_len):
+def test_a_context_that_is_just_long_enough_suffices(toy, seq_len):
     lm = replace(as_model(toy()), context_length=8)
-    result = measure_memory(
-        lm, seq_len=seq_len, new_tokens=3, apart=False
-    )  # without a state nothing is decoded after the prompt
-    assert result.activations_bytes > 0
+    assert measure_memory(lm, seq_len=seq_len, new_tokens=3, apart=False).activations_bytes > 0  # without a state, no decoding
 
 
 # ----------------------------------------------------------------------------------------------- a process of its own
@@ -220,7 +204,7 @@ def exactly(result):
     return {name: float(result.record.metrics[f"{name}_bytes"]) for name in ("weights", "state", "activations", "tensors_peak")}
 
 
-def test_what_this_process_holds_does_not_count_there():
+def test_the_memory_of_this_process_does_not_count_in_a_child():
     held = torch.ones(300 * MIB, dtype=torch.uint8)
     lm = as_model(Known())
     apart, here = measure_memory(lm, seq_len=32), measure_memory(lm, seq_len=32, apart=False)
@@ -231,18 +215,17 @@ def test_what_this_process_holds_does_not_count_there():
         assert apart.growth_bytes == pytest.approx(float(apart.tensors_peak_bytes), rel=0.02)
 
 
-def test_a_model_that_cannot_be_moved_is_measured_here(monkeypatch):
+def test_a_model_that_cannot_be_moved_is_measured_in_this_process():
     class Local(Known):
         pass
 
-    monkeypatch.setattr(child.subprocess, "run", None)  # no process is started in vain
     result = measure_memory(as_model(Local()), seq_len=4)
-    assert "this one: what it did before counts in the peak. It cannot be pickled" in result.record.details["process"]
+    assert "this one: the peak includes what it did before. It cannot be pickled" in result.record.details["process"]
     assert result.weights_bytes == 4 << 16
 
 
 def asked(lm, how):
-    """What a child is asked to do in these tests."""
+    """What these tests ask a child to do."""
     if how == "look":
         return [os.getpid(), torch.get_num_threads(), sys.path, "conftest" in sys.modules, lm.spec, os.environ.get("ONLY_HERE")]
     if how == "context":
@@ -259,7 +242,23 @@ def asked(lm, how):
     raise RuntimeError("in the depths")
 
 
-def test_a_child_has_what_this_process_has_but_its_past(monkeypatch):
+def here(folder, timeout):
+    """Answer a request in this process, by the same code, since a process takes seconds to start."""
+    with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.redirect_stderr(output):
+        try:
+            child.answer(folder)
+        except SystemExit as end:
+            return end.code, output.getvalue().encode()
+    return 0, b""
+
+
+def killed(folder, timeout, loaded=True):
+    if loaded:
+        Path(folder, "loaded").touch()
+    return -signal.SIGKILL, b""
+
+
+def test_a_child_has_the_settings_of_this_process_but_not_its_modules(monkeypatch):
     monkeypatch.setenv("ONLY_HERE", "yes")
     found, how = child.in_child(load("zoo:lstm"), asked, {"how": "look"})
     process, *there = found
@@ -268,101 +267,91 @@ def test_a_child_has_what_this_process_has_but_its_past(monkeypatch):
     assert how == "a child, loaded by its spec zoo:lstm"
 
 
+WORDS = r"(?s)ended with exit status 1 .*some words of the model.*RuntimeError: in the depths"
+KILLED = r"(?s)was killed \(signal 9\).*when memory runs out.*fewer rows"
+
+
 @pytest.mark.parametrize(
-    ("how", "error", "message"),
+    ("how", "start", "error", "message"),
     [
-        ("raise", child.ChildFailed, r"(?s)ended with exit status 1 .*some words of the model.*RuntimeError: in the depths"),
-        ("killed", OutOfMemory, r"(?s)was killed \(signal 9\).*when memory runs out.*fewer rows"),
+        ("raise", here, child.ChildFailed, WORDS),
+        ("killed", killed, OutOfMemory, KILLED),
+        pytest.param("raise", child.start_process, child.ChildFailed, WORDS, marks=pytest.mark.thorough),
+        pytest.param("killed", child.start_process, OutOfMemory, KILLED, marks=pytest.mark.thorough),
+        ("full", here, OutOfMemory, r"^demo does not fit$"),
+        ("wrong", here, ModelError, r"^it returned no state$"),
     ],
-    ids=["raise", "killed"],
+    ids=["raise", "killed", "raise-in-a-process", "killed-in-a-process", "full", "wrong"],
 )
-def test_a_child_that_fails_is_told_in_place(how, error, message):
+def test_the_failure_of_a_child_is_raised_here(how, start, error, message):
     with pytest.raises(error, match=message) as caught:
-        child.in_child(load("demo"), asked, {"how": how})
-    assert isinstance(caught.value, ModelError)  # shown as its message alone
+        child.in_child(load("demo"), asked, {"how": how}, start=start)
+    assert isinstance(caught.value, ModelError)  # shown without a traceback
     assert caught.value.__cause__ is None
+    assert how != "full" or caught.value.wanted == 8
 
 
 @pytest.mark.parametrize(
     ("spec", "names"),
     [("zoo:lstm", True), ("zoo:lstm@bf16", True), ("hf:folder/model", True), ("zoo:lstm trained", False), ("MADE_UP", False)],
 )
-def test_a_spec_names_weights_if_it_was_loaded_by_it(spec, names):
+def test_a_spec_names_weights_if_they_were_loaded_by_it(spec, names):
     lm = load("zoo:lstm")
     made_up = f"{type(lm.module).__module__}:{type(lm.module).__qualname__}"
     assert child._names_weights(replace(lm, spec=spec.replace("MADE_UP", made_up), source=None)) is names
 
 
-def test_a_child_has_its_time():
-    with pytest.raises(child.ChildFailed, match=r"was not done after 0.1 s and was ended.*timeout="):
+def test_a_child_that_takes_too_long_is_ended():
+    with pytest.raises(child.ChildFailed, match=r"took longer than 0.1 s and was ended.*timeout="):
         child.in_child(load("demo"), asked, {"how": "slow"}, timeout=0.1)
 
 
-def in_here(monkeypatch):
-    """Requests are answered in this process, by the same code: a process takes seconds to start."""
-
-    def run(command, **_):
-        child.answer(command[-1])
-        return child.subprocess.CompletedProcess(command, 0, b"")
-
-    monkeypatch.setattr(child, "_be_killed_first", lambda: None)
-    monkeypatch.setattr(child.subprocess, "run", run)
-    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+def no_process(folder, timeout):
+    raise OSError("no more processes")
 
 
-def test_what_does_not_fit_there_is_told_here(monkeypatch):
-    in_here(monkeypatch)
-    with pytest.raises(OutOfMemory, match=r"^demo does not fit$") as caught:
-        child.in_child(load("demo"), asked, {"how": "full"})
-    assert caught.value.wanted == 8
+@pytest.mark.parametrize(
+    ("start", "reason"),
+    [
+        (lambda *given: killed(*given, loaded=False), "A child process was killed while it loaded the model"),
+        (no_process, r"No process can be started here \(no more processes\)"),
+    ],
+    ids=["killed", "none"],
+)
+def test_a_child_that_cannot_load_the_model_is_no_failure_of_the_model(start, reason):
+    with pytest.raises(child.CannotMoveError, match=reason):
+        child.in_child(load("zoo:lstm"), asked, {"how": "look"}, start=start)
 
 
-def test_what_a_model_does_wrong_there_is_told_here(monkeypatch):
-    in_here(monkeypatch)
-    with pytest.raises(ModelError, match=r"^it returned no state$"):
-        child.in_child(load("demo"), asked, {"how": "wrong"})
-
-
-def test_a_child_that_is_killed_as_it_loads_says_nothing_of_the_step(monkeypatch):
-    monkeypatch.setattr(child.subprocess, "run", lambda command, **_: child.subprocess.CompletedProcess(command, -9, b""))
-    result = measure_memory(load("zoo:lstm"), seq_len=4)
-    assert "this one: what it did before counts in the peak. A child" in result.record.details["process"]
-
-
-def test_a_model_that_was_changed_after_it_was_loaded_is_moved_as_it_is(monkeypatch):
-    in_here(monkeypatch)
+def test_a_model_that_was_changed_after_it_was_loaded_is_moved_by_pickle():
     lm = load("demo")
     with torch.no_grad():
         lm.module.embed.weight[0, 0] += 1
-    _, how = child.in_child(lm, asked, {"how": "look"})
+    _, how = child.in_child(lm, asked, {"how": "look"}, start=here)
     assert "its spec names other weights than it has" in how
     assert how.endswith("It was moved there by pickle")
 
 
-def test_a_context_that_was_declared_after_it_was_loaded_is_declared_there_too(monkeypatch):
-    in_here(monkeypatch)
+def test_a_declared_context_and_a_precision_are_those_of_the_child():
     for lm in (load("zoo:lstm"), replace(as_model(load("zoo:lstm").module), spec="no spec")):
-        assert child.in_child(replace(lm, context_length=64), asked, {"how": "context"})[0] == 64
-    assert child.in_child(replace(load("zoo:lstm"), context_length=64), asked, {"how": "look"})[1].endswith("spec zoo:lstm")
+        assert child.in_child(replace(lm, context_length=64), asked, {"how": "context"}, start=here)[0] == 64
+    lm = replace(load("zoo:lstm"), context_length=64)
+    assert child.in_child(lm, asked, {"how": "look"}, start=here)[1].endswith("spec zoo:lstm")
+    assert child.in_child(load("demo", bits=16), asked, {"how": "look"}, start=here)[1].endswith("its spec demo@bf16")
 
 
-def test_a_precision_that_an_option_gave_is_had_again(monkeypatch):
-    in_here(monkeypatch)
-    _, how = child.in_child(load("demo", bits=16), asked, {"how": "look"})
-    assert how == "a child, loaded by its spec demo@bf16"
-
-
-def test_a_class_of_a_conftest_is_not_fetched_from_there(monkeypatch):
-    in_here(monkeypatch)
+def test_a_child_does_not_import_a_conftest(monkeypatch):
     monkeypatch.setattr(Known, "__module__", "conftest")
     monkeypatch.setitem(sys.modules, "conftest", sys.modules[__name__])
-    lm = as_model(Known())
-    save = child._save
-    monkeypatch.setattr(child, "_save", lambda *given: (save(*given), sys.modules.pop("conftest")))
-    with pytest.raises(
-        child.CannotMoveError, match=r"It cannot be loaded again \(ImportError: its class comes from a conftest.py"
-    ):
-        child.in_child(lm, asked, {"how": "look"})
+    monkeypatch.setattr(sys, "meta_path", [child.WithoutConftest(), *sys.meta_path])
+
+    def elsewhere(folder, timeout):
+        del sys.modules["conftest"]
+        return here(folder, timeout)
+
+    refused = r"It cannot be loaded again \(ImportError: its class comes from a conftest.py"
+    with pytest.raises(child.CannotMoveError, match=refused):
+        child.in_child(as_model(Known()), asked, {"how": "look"}, start=elsewhere)
 
 
 # ------------------------------------------------------------------------------------------------ failed tests
@@ -406,8 +395,8 @@ FAILS = """
     ("fixture", "options", "gone"),
     [
         ("lmeval", ["--showlocals"], [True, True]),
-        ("lmeval", ["--pdb", "--pdbcls=quiet:Quiet"], [False, False]),  # they are looked into
-        ("request", [], [False, False]),  # not ours
+        ("lmeval", ["--pdb", "--pdbcls=quiet:Quiet"], [False, False]),  # the debugger reads the frames
+        ("request", [], [False, False]),  # not a test of this plugin
     ],
     ids=["ours", "debugged", "not ours"],
 )
@@ -416,7 +405,7 @@ def test_a_failed_test_does_not_keep_its_model(pytester, monkeypatch, fixture, o
         quiet="import pdb\nclass Quiet(pdb.Pdb):\n    def interaction(self, *_):\n        pass\n",
         test_it=FAILS.format(fixture=fixture, gone=gone),
     )
-    # a fixture of that name, without the seconds that it takes to import torch
+    # a fixture of that name, without the models
     pytester.makeconftest("import pytest\n@pytest.fixture\ndef lmeval():\n    pass\n")
     result = pytester.runpytest_subprocess("-p", "no:cacheprovider", *options)
     result.assert_outcomes(failed=1, passed=1)
@@ -425,7 +414,7 @@ def test_a_failed_test_does_not_keep_its_model(pytester, monkeypatch, fixture, o
         result.stdout.fnmatch_lines(["inside *= <test_it.Tiny object*"])
 
 
-def test_a_fixture_that_waits_behind_its_yield_is_torn_down_all_the_same():
+def test_a_fixture_that_waits_at_its_yield_is_torn_down():
     torn_down = []
 
     def fixture():

@@ -1,14 +1,17 @@
-"""What the command line names is looked up before tests are collected, and only if it is given."""
+"""Options are checked, and what they name is looked up, before tests are collected; nothing else is looked up."""
 
 import contextlib
 import re
 import sys
+from fnmatch import fnmatch
 
 import pytest
 
-from pytest_lmeval import _options
+from pytest_lmeval import _options, data  # noqa: F401 - before pytester, which unloads what a test imports
 from pytest_lmeval.errors import SpecError
+from pytest_lmeval.laws._profiles import PROFILES
 from pytest_lmeval.models import _specs as specs
+from pytest_lmeval.models._sources import resolve_device
 
 COLLECTED = """
 import sys
@@ -29,33 +32,32 @@ def collect(project):
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
-        (["--lm=demo", "--lm=zoo:mambo@bf16"], "--lm: unknown model spec 'zoo:mambo'* Did you mean zoo:mamba?*"),
-        (["--lmeval-device=cpu:0"], "--lmeval-device takes auto, cpu, cuda, cuda:N or mps; got 'cpu:0'. Did you mean cpu?"),
-        (["--lmeval-device=cuda:99"], "--lmeval-device: device 'cuda:99' is not there*"),
-        (["--lmeval-data=nowhere/at/all"], "--lmeval-data names no folder: nowhere/at/all"),
-        (["--lmeval-corpus=text:nowhere.txt"], "text:nowhere.txt: there is no file or folder 'nowhere.txt' (looked from *"),
-        (["--lmeval-corpus=stdlib", "--lmeval-corpus=wikitext"], "no corpus 'wikitext'. Did you mean wikitext-2?*"),
+        ("--lmeval-tokens=many", "--lmeval-tokens takes a positive number such as 500, 200k or 1M; got 'many'."),
+        ("--lmeval-budget=soon", "--lmeval-budget takes seconds*"),
+        ("--lmeval-budget=-1", "--lmeval-budget takes seconds*"),
+        ("--lmeval-profile=hard", "--lmeval-profile takes dev, ci or nightly; got 'hard'.*"),
+        ("--lmeval-limit=0", "--lmeval-limit takes a positive number*"),
+        ("--lmeval-seq-len=abc", "--lmeval-seq-len takes a positive number; got 'abc'."),
+        ("--lmeval-bits=3", "--lmeval-bits takes 32, 16, 8 or 4; got '3'.*"),
+        ("--lm=demo --lm=zoo:mambo@bf16", "--lm: unknown model spec 'zoo:mambo'* Did you mean zoo:mamba?*"),
+        ("--lmeval-device=cpu:0", "--lmeval-device takes auto, cpu, cuda, cuda:N or mps; got 'cpu:0'. Did you mean cpu?"),
+        ("--lmeval-device=cuda:99", "--lmeval-device: device 'cuda:99' is not there*"),
+        ("--lmeval-data=nowhere/at/all", "--lmeval-data names no folder: nowhere/at/all"),
+        ("--lmeval-corpus=text:nowhere.txt", "*text:nowhere.txt: there is no file or folder 'nowhere.txt' (looked from *"),
+        ("--lmeval-corpus=stdlib --lmeval-corpus=wikitext", "*no corpus 'wikitext'. Did you mean wikitext-2?*"),
+        ("-c zoo.ini", "--lm: unknown model spec 'zoo:mambo'* Did you mean zoo:mamba?*"),
     ],
 )
-def test_what_is_not_there_is_refused_before_collection(project, options, says):
-    project.makepyfile(test_nothing="def test_nothing(): pass")
-    result = project.runpytest_subprocess("-p", "no:cacheprovider", *options)
-    assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines([f"ERROR: *{says}"])
-    assert "collected" not in result.stdout.str()
-    assert "Traceback" not in result.stderr.str()
+def test_an_option_that_makes_no_sense_or_names_nothing_is_refused(pytester, options, message):
+    pytester.path.joinpath("zoo.ini").write_text("[pytest]\nlm = zoo:mambo\n")
+    with pytest.raises(pytest.UsageError) as refused:
+        _options.check(pytester.parseconfig(*options.split()))
+    assert fnmatch(str(refused.value), message)
 
 
-def test_an_ini_value_is_looked_up_too(project):
-    project.makefile(".ini", pytest="[pytest]\nlm = zoo:mambo\n")
-    result = project.runpytest_subprocess("-p", "no:cacheprovider")
-    assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines(["*Did you mean zoo:mamba?*"])
-
-
-def test_what_may_be_there_passes_without_torch(project, collect):
+def test_names_that_exist_or_may_exist_pass_without_importing_torch(project, collect):
     project.mkpydir("below")
     project.mkdir("a@int8")
     project.path.joinpath("notes.txt").touch()
@@ -67,14 +69,14 @@ def test_what_may_be_there_passes_without_torch(project, collect):
     result.stdout.fnmatch_lines(["looked up with [[]'pytest_lmeval.registry'[]]"])
 
 
-def test_nothing_is_looked_up_that_is_not_given(collect):
+def test_without_options_nothing_is_looked_up(collect):
     result = collect()
     assert result.ret == 0
     result.stdout.fnmatch_lines(["looked up with [[][]]"])
 
 
 @pytest.mark.parametrize(
-    ("spec", "says"),
+    ("spec", "message"),
     [
         ("demmo", r"unknown model spec 'demmo'.* Did you mean demo\?"),
         ("gpt2", r"Did you mean hf:gpt2\?"),
@@ -88,18 +90,16 @@ def test_nothing_is_looked_up_that_is_not_given(collect):
         ("pytest:", "unknown model spec 'pytest:'"),
     ],
 )
-def test_a_spec_that_names_nothing_is_refused(tmp_path, monkeypatch, spec, says):
+def test_a_spec_that_names_nothing_is_refused(tmp_path, monkeypatch, spec, message):
     (tmp_path / "checkpoint").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SpecError, match=says):
+    with pytest.raises(SpecError, match=message):
         specs.check(spec)
 
 
-def test_the_choices_of_an_option_are_those_of_what_takes_them():
-    from pytest_lmeval.laws._profiles import PROFILES
-    from pytest_lmeval.models._sources import resolve_device
-
-    assert set(_options.PROFILES) == set(PROFILES)
+def test_the_choices_of_an_option_are_those_of_the_code_that_takes_them():
+    assert set(_options.CHOICES["lmeval-profile"]) == {"", *PROFILES}
+    assert set(_options.CHOICES["lmeval-bits"]) == {"", *map(str, specs.BITS)}
     for name in _options.DEVICES:
         with contextlib.suppress(SpecError):  # this machine need not have it
             assert name in ("auto", resolve_device(name).type)
@@ -108,12 +108,12 @@ def test_the_choices_of_an_option_are_those_of_what_takes_them():
     assert re.findall(r"\w+(?=,| and|\.)", str(refused.value).partition("are ")[2]) == ["auto", "cpu", "cuda", "N", "mps"]
 
 
-@pytest.mark.parametrize("place", [".hidden", "env/lib", "node_modules/one", "lib/site-packages"])
+@pytest.mark.parametrize("folder", [".hidden", "env/lib", "node_modules/one", "lib/site-packages"])
 @pytest.mark.parametrize("name", ["no_such_utils.py", "no_such_utils/__init__.py"])
-def test_a_module_among_what_is_installed_is_not_the_projects(tmp_path, place, name):
+def test_an_installed_module_is_not_the_projects(tmp_path, folder, name):
     (tmp_path / "env").mkdir()
     (tmp_path / "env/pyvenv.cfg").touch()
-    file = tmp_path / place / name
+    file = tmp_path / folder / name
     file.parent.mkdir(parents=True)
     file.touch()
     with pytest.raises(SpecError, match="no module 'no_such_utils'"):

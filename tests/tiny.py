@@ -1,4 +1,4 @@
-"""Models of a user's own: the tests of the plugin copy this file into the projects that they run."""
+"""Models of a user: the tests of the plugin copy this file into the projects that they run."""
 
 import torch
 from torch import nn
@@ -19,21 +19,21 @@ class Tiny(nn.Module):
 
 
 class Steps(Tiny):
-    """Continues a state only with one token at a time."""
+    """Carries its state through single tokens only."""
 
     def forward(self, input_ids, state=None):
         return super().forward(input_ids, state if input_ids.shape[1] == 1 else None)
 
 
 class Whole(Tiny):
-    """Has no state to give."""
+    """Returns no state."""
 
     def forward(self, input_ids):
         return super().forward(input_ids)[0]
 
 
 class Mixing(Tiny):
-    """Each row minds its neighbours."""
+    """The logits of a row depend on the other rows of its batch."""
 
     def forward(self, input_ids, state=None):
         logits, state = super().forward(input_ids, state)
@@ -41,7 +41,7 @@ class Mixing(Tiny):
 
 
 class Odd(Tiny):
-    """Names a weight as what it learns while it reads."""
+    """Declares a weight as a fast weight, which it is not."""
 
     def fast_weights(self, state):
         return [self.head.weight]

@@ -1,17 +1,17 @@
-"""How well a model uses the machine: operations and bytes that a step needs, and what share of the possible speed it reaches.
+"""Measure how well a model uses the machine: operations and bytes of a step, and the fraction of the possible speed it reaches.
 
-Counted, and the same on every machine: the operations of reading a prompt (prefill), of decoding one token a row, and of a
-pass over the prompt with all its logits, forward and backward; and the bytes that a step must at least move (see `work`).
-Timed, and set against what the machine was measured to do at best (see `roofline`): the rest.
+Counted, and equal on every machine: the operations of reading a prompt (prefill), of decoding one token a row, and of a pass
+over the prompt with all its logits, forward and backward; and the bytes that a step must at least move (see `work`).
+The other numbers set measured times against what the machine can do at best (see `roofline`).
 
-    intensity        operations / bytes                                                          FLOP/byte
-    bound            min(matmul peak, intensity x bandwidth)                                      FLOP/s
-    position         bandwidth-bound where intensity < matmul peak / bandwidth, else compute-bound
-    roofline_fraction   max(operations / matmul peak, bytes / bandwidth) / seconds: time that the roofline allows, of that taken
+    intensity          operations / bytes                                                       FLOP/byte
+    bound              min(matmul peak, intensity x bandwidth)                                   FLOP/s
+    position           bandwidth-bound where intensity < matmul peak / bandwidth, else compute-bound
+    roofline_fraction  max(operations / matmul peak, bytes / bandwidth) / seconds: least possible time over the time taken
 
-The bytes are a lower bound, so the model may be nearer to what the machine can do than its share says. Under 10 %, one
-waits for neither products nor memory but for all the rest, the calls of many small operators above all: it is limited by
-"overhead". Over 100 % where it is bandwidth-bound, weights and state lie in the caches, which are faster than the memory.
+The bytes are a lower bound, so the model may be nearer to what the machine can do than its fraction says. Below 10 % neither
+products nor memory limit it but "overhead", mostly the calls of many small operators. Above 100 % where it is bandwidth-bound,
+weights and state lie in the caches, which are faster than the memory.
 
 Williams, Waterman, Patterson, "Roofline: An Insightful Visual Performance Model for Multicore Architectures", CACM 2009.
 """
@@ -29,26 +29,32 @@ from pytest_lmeval.models._identity import facts
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.profiling._failures import room_for
 from pytest_lmeval.profiling._flops import Flops
-from pytest_lmeval.profiling._roofline import measured_peaks
-from pytest_lmeval.profiling._runner import Runner, check_shape, quiet
+from pytest_lmeval.profiling._roofline import Peaks
+from pytest_lmeval.profiling._runner import MetricValue, Runner, check_shape, measured, quiet
 from pytest_lmeval.profiling._work import Work, training_work, work_of
 from pytest_lmeval.records._measured import Record, Result
 from pytest_lmeval.records._metric import metric, value_of
 from pytest_lmeval.records._value import Value
 
 RUNS, WARM_UP = 10, 2
-OVERHEAD = 0.1  # share of the bound under which overhead is what one waits for
+OVERHEAD = 0.1  # roofline fraction below which overhead is the limit
+TIME_OF = {"prefill": "prefill", "decode": "itl"}  # phase -> its latency
 
 
 @dataclass(frozen=True, repr=False)
 class EfficiencyResult(Result):
-    """Operations (FLOP), bytes, and shares of what the machine can do; by phase: "prefill" and "decode".
+    """Operations (FLOP), bytes, and fractions of what the machine can do; by phase: "prefill" and "decode".
 
-    What depends on a time raises NotMeasuredError where none was taken. A model without a state has no phase "decode"
+    A number that depends on a time raises NotMeasuredError where none was taken. A model without a state has no phase "decode"
     (KeyError).
     """
 
     latency: LatencyResult
+
+    peak_fraction = MetricValue("prefill_peak_fraction")
+    """What prefill reaches of the measured peak of matrix products."""
+    bandwidth_fraction = MetricValue("decode_bandwidth_fraction")
+    """What decoding reaches of the measured bandwidth."""
 
     @property
     def not_measured(self) -> str | None:
@@ -71,30 +77,19 @@ class EfficiencyResult(Result):
         return self.record.metrics[f"{phase}_intensity"]
 
     def roofline_fraction(self, phase: str) -> Value:
-        return self._timed().metrics[f"{phase}_share_of_bound"]
-
-    @property
-    def peak_fraction(self) -> Value:
-        """What prefill reaches of the measured peak of matrix products."""
-        return self._timed().metrics["prefill_share_of_peak"]
-
-    @property
-    def bandwidth_fraction(self) -> Value:
-        """What decoding reaches of the measured bandwidth."""
-        return self._timed().metrics["decode_share_of_bandwidth"]
+        return measured(self.record, f"{phase}_roofline_fraction")
 
     def position(self, phase: str) -> str:
         """compute-bound, or bandwidth-bound."""
-        return str(self._timed().details["position"][phase])
+        return self._finding("position", phase)
 
     def limited_by(self, phase: str) -> str:
         """compute, bandwidth, caches or overhead; see the head of this file."""
-        return str(self._timed().details["limited_by"][phase])
+        return self._finding("limited_by", phase)
 
-    def _timed(self) -> Record:
-        """The record. Raises where nothing was timed, and says why."""
-        float(self.latency.prefill)
-        return self.record
+    def _finding(self, name: str, phase: str) -> str:
+        measured(self.record, f"{phase}_bound")  # raises where nothing was timed
+        return str(self.record.details[name][phase])
 
 
 def measure_efficiency(
@@ -113,41 +108,37 @@ def measure_efficiency(
 
     Counts and times a prompt of random tokens [b, t] and the decoding after it, as `latency` does.
 
-    The model is timed and the machine measured with one number of threads: the present one, or `threads`. Where the runner
-    does not time, what is counted is still recorded, and nothing is measured of the machine.
+    The model is timed and the machine measured with the same number of threads: the current one, or `threads`. Where nothing is
+    timed, the counts are still recorded, and the machine is not measured.
 
     Raises ProfilingError for a shape that cannot be timed, and OutOfMemory for one that does not fit.
     """
     shape = {"batch_size": batch_size, "seq_len": seq_len, "new_tokens": new_tokens, "runs": runs, "warm_up": warm_up}
     check_shape(lm, **shape)
-    what = f"{lm.spec} with batch {batch_size}, {seq_len} tokens on {lm.device}"
-    with quiet(threads) as conditions:
+    runner, what = runner or Runner(), f"{lm.spec} with batch {batch_size}, {seq_len} tokens on {lm.device}"
+    with quiet(threads) as pinned:
         prompt = room_for(what, lambda: lm.random_ids(batch_size, seq_len, seed=seed))
         training, no_backward = training_work(lm, prompt)
         phases = room_for(what, lambda: work_of(lm, prompt))
-        timed = room_for(what, lambda: measure_latency(lm, **shape, seed=seed, runner=runner))
-        against, words = _against_machine(lm, phases, timed)
-    values = _counted(training, phases) | against
+        latency = room_for(what, lambda: measure_latency(lm, **shape, seed=seed, runner=runner))
+        peaks = None if latency.not_measured else runner.peaks(lm.device, lm.dtype)
+    too_short = {phase: why for phase in phases if (why := latency.record.details["too_short"].get(TIME_OF[phase]))}
+    values, details = _counted(training, phases), {"no_backward": no_backward, "too_short": too_short}
+    if peaks is not None:
+        fractions, findings = _against_machine(peaks, phases, latency)
+        values, details = values | fractions, details | findings
     record = Record(
         kind="efficiency",
         subject=f"batch {batch_size}, {seq_len} tokens",
         lm=facts(lm),
-        settings={
-            **shape,
-            "seed": seed,
-            **conditions,
-        },
-        details={
-            "no_backward": no_backward,
-            **words,
-            "formulas": {name: metric(name).about for name in values},
-        },
-        notes=timed.record.notes,
-        not_measured=timed.not_measured,
+        settings={**shape, "seed": seed, "threads": pinned},
+        details={**details, "formulas": {name: metric(name).about for name in values}},
+        notes=latency.record.notes,
+        not_measured=latency.not_measured,
         metrics=values,
-        cost=structs.replace(timed.record.cost, flops=phases["prefill"].flops),
+        cost=structs.replace(latency.record.cost, flops=phases["prefill"].flops),
     )
-    return EfficiencyResult(record, timed)
+    return EfficiencyResult(record, latency)
 
 
 efficiency = verb_of("efficiency", measure_efficiency)
@@ -163,20 +154,17 @@ def _counted(training: Flops | None, phases: dict[str, Work]) -> dict[str, Value
     return metrics
 
 
-def _against_machine(lm: Model, phases: dict[str, Work], timed: LatencyResult) -> tuple[dict[str, Value], dict[str, Any]]:
-    """Values that set the times against what the machine does with as many threads, and the words for them: position, what one
-    waits for, and the product that the peak is of. Nothing where there are no times."""
-    if timed.not_measured:
-        return {}, {}
-    peaks = measured_peaks(lm.device, lm.dtype)
+def _against_machine(peaks: Peaks, phases: dict[str, Work], latency: LatencyResult) -> tuple[dict[str, Value], dict[str, Any]]:
+    """Metrics that set the times against the machine's peaks, and the details: by phase, position and limit; the matrix product
+    behind the peak."""
     machine = {"matmul_peak": peaks.flops, "bandwidth": peaks.bandwidth}
     metrics = {name: value_of(name, number) for name, number in machine.items()}
     position, limits = {}, {}
     for phase, work in phases.items():
-        taken = timed.record.metrics.get({"prefill": "prefill", "decode": "itl"}[phase])
         position[phase] = "compute-bound" if work.intensity >= peaks.ridge else "bandwidth-bound"
         metrics[f"{phase}_bound"] = value_of(f"{phase}_bound", peaks.bound(work.intensity))
-        if taken is None:  # one token a run: no gap between tokens was timed
+        milliseconds = latency.record.metrics.get(TIME_OF[phase])
+        if milliseconds is None:  # too short for the clock; or one token a run, so that no gap between tokens was timed
             continue
         amounts = {
             "flops_per_second": work.flops,
@@ -185,24 +173,24 @@ def _against_machine(lm: Model, phases: dict[str, Work], timed: LatencyResult) -
             "bandwidth_fraction": work.bytes / peaks.bandwidth,
             "roofline_fraction": work.least_seconds(peaks),
         }
-        metrics |= {f"{phase}_{name}": _rate(f"{phase}_{name}", amount, taken) for name, amount in amounts.items()}
-        limits[phase] = limit(metrics[f"{phase}_share_of_bound"], position[phase])
+        metrics |= {f"{phase}_{name}": _rate(f"{phase}_{name}", amount, milliseconds) for name, amount in amounts.items()}
+        limits[phase] = limit(metrics[f"{phase}_roofline_fraction"], position[phase])
     return metrics, {"position": position, "limited_by": limits, "matmul_dtype": peaks.dtype, "matmul_size": peaks.size}
 
 
-def limit(share: float, position: str) -> str:
-    """What one waits for, where this share of the bound is reached.
+def limit(roofline_fraction: float, position: str) -> str:
+    """What limits a phase that reaches this fraction.
 
     >>> limit(0.7, "compute-bound"), limit(0.7, "bandwidth-bound"), limit(1.8, "bandwidth-bound"), limit(0.02, "compute-bound")
     ('compute', 'bandwidth', 'caches', 'overhead')
     """
-    if share < OVERHEAD:
+    if roofline_fraction < OVERHEAD:
         return "overhead"
-    return "caches" if share > 1 and position == "bandwidth-bound" else position.removesuffix("-bound")
+    return "caches" if roofline_fraction > 1 and position == "bandwidth-bound" else position.removesuffix("-bound")
 
 
 def _rate(name: str, amount: float, milliseconds: Value) -> Value:
-    """`amount` a second; the slow end of the time's interval is the low end of the rate's."""
+    """`amount` a second; the upper end of the time's interval is the lower end of the rate's."""
     low, high = milliseconds.low, milliseconds.high
     interval = None if low is None or high is None else (1e3 * amount / high, 1e3 * amount / low)
     return value_of(name, 1e3 * amount / milliseconds, interval, n=milliseconds.n)

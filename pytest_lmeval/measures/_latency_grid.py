@@ -1,4 +1,4 @@
-"""Latency over a grid of batch sizes and sequence lengths. A cell that fails says why, and the others are measured."""
+"""Measure latency over a grid of batch sizes and sequence lengths. A cell that fails says why, and the others are measured."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from pytest_lmeval.models._identity import facts
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.profiling._failures import DEVICE_LOST, attempt
 from pytest_lmeval.profiling._runner import check_shape
-from pytest_lmeval.records._measured import ModelFacts, Record
+from pytest_lmeval.records._measured import Record
 
 BATCH_SIZES, SEQ_LENS = (1,), (128, 512)
+Shape = tuple[int, int]
 
 
 @verb
@@ -34,7 +35,7 @@ def latency_grid(
 ) -> Grid:
     """`latency` at every one of `batch_sizes` and `seq_lens`, a record each.
 
-    Where the model fails, for example for want of memory, that cell is marked with why, and the others are measured.
+    A cell at which the model fails, for example for lack of memory, says why, and the others are measured.
     """
     context = current()
     options: dict[str, Any] = {"new_tokens": new_tokens, "runs": runs, "warm_up": warm_up, "seed": seed, "threads": threads}
@@ -52,27 +53,26 @@ def latency_grid(
 
 
 @dataclass(frozen=True)
-class Grid(Mapping[tuple[int, int], LatencyResult]):
+class Grid(Mapping[Shape, LatencyResult]):
     """Results by (batch size, sequence length).
 
     grid[1, 512].ttft    raises ProfilingError where that cell failed
-    grid.failed          why, by cell
     """
 
-    cells: dict[tuple[int, int], LatencyResult]
+    cells: dict[Shape, LatencyResult]
 
-    def __getitem__(self, shape: tuple[int, int]) -> LatencyResult:
+    def __getitem__(self, shape: Shape) -> LatencyResult:
         return self.cells[shape]
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[Shape]:
         return iter(self.cells)
 
     def __len__(self) -> int:
         return len(self.cells)
 
     @property
-    def failed(self) -> dict[tuple[int, int], str]:
-        """What could not be measured, and why."""
+    def failed(self) -> dict[Shape, str]:
+        """Why a cell was not measured, by cell."""
         return {shape: why for shape, cell in self.cells.items() if (why := cell.record.details.get("failure"))}
 
 
@@ -85,44 +85,37 @@ def measure_latency_grid(
     keep: Callable[[LatencyResult], LatencyResult] = lambda cell: cell,
     **options: Any,
 ) -> Grid:
-    """`latency` at every batch size and sequence length, with the same options; the smallest first.
+    """`latency` at every batch size and sequence length with the same options, the smallest first.
 
-    keep  is given each cell as soon as it is done, to write it down; what it returns stands in the grid
+    keep  is given each cell as soon as it is measured, to write it down; the grid holds what it returns
 
-    After a lost device, the cells that are left are marked so too. Raises ProfilingError if there is no cell at all, TypeError
-    and ProfilingError for options that no cell could be measured with.
+    After a lost device, the remaining cells fail with it. Raises ProfilingError for a grid without cells, and TypeError and
+    ProfilingError for options that fit no cell.
     """
     shapes = sorted({(rows, tokens) for rows in batch_sizes for tokens in seq_lens}, key=lambda shape: shape[0] * shape[1])
     if not shapes:
         raise ProfilingError("the grid has no cells: give at least one batch size and one sequence length.")
-    chosen = inspect.signature(measure_latency).bind(lm, **options).arguments
-    common = {name: chosen[name] for name in ("runs", "warm_up") if name in chosen}
+    given = inspect.signature(measure_latency).bind(lm, **options).arguments
     unlimited = replace(lm, context_length=None, found_limit=None)
-    check_shape(unlimited, batch_size=1, seq_len=1, new_tokens=chosen.get("new_tokens", 1), **common)
-    about, lost, cells = facts(lm), None, {}
-    for shape in shapes:
-        cell = _failed(shape, about, lost) if lost else _cell(lm, shape, about, measure, options)
-        cells[shape] = keep(cell)
-        failure = cell.record.details.get("failure")
-        lost = failure if failure and failure.startswith(DEVICE_LOST) else lost
+    checked = {name: given[name] for name in ("new_tokens", "runs", "warm_up") if name in given}
+    check_shape(unlimited, batch_size=1, seq_len=1, **checked)
+    about, lost, cells = facts(lm), "", dict[Shape, LatencyResult]()
+    for rows, tokens in shapes:
+        shape, found = {"batch_size": rows, "seq_len": tokens}, list[LatencyResult]()
+        why = lost or _attempt(found, partial(measure, lm, **shape, **options))
+        if why:
+            subject = f"batch {rows}, {tokens} tokens"
+            details = {"failure": why}
+            found = [
+                LatencyResult(
+                    Record(kind="latency", subject=subject, lm=about, settings=shape, details=details, not_measured=why)
+                )
+            ]
+            lost = why if why.startswith(DEVICE_LOST) else ""
+        cells[rows, tokens] = keep(found[0])
     return Grid(cells)
 
 
-def _cell(
-    lm: Model, shape: tuple[int, int], about: ModelFacts, measure: Callable[..., LatencyResult], options: dict[str, Any]
-) -> LatencyResult:
-    found: list[LatencyResult] = []
-    why = attempt(lambda: found.append(measure(lm, batch_size=shape[0], seq_len=shape[1], **options)))
-    return found[0] if why is None else _failed(shape, about, why)
-
-
-def _failed(shape: tuple[int, int], about: ModelFacts, why: str) -> LatencyResult:
-    record = Record(
-        kind="latency",
-        subject=f"batch {shape[0]}, {shape[1]} tokens",
-        lm=about,
-        settings={"batch_size": shape[0], "seq_len": shape[1]},
-        details={"failure": why},
-        not_measured=why,
-    )
-    return LatencyResult(record)
+def _attempt(found: list[LatencyResult], measure: Callable[[], LatencyResult]) -> str | None:
+    """Append the result to `found`, or return why there is none."""
+    return attempt(lambda: found.append(measure()))

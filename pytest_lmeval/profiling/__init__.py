@@ -1,1 +1,1 @@
-"""How fast a model is: measurements of a step."""
+"""Time steps, and count their operations and bytes."""

@@ -1,9 +1,9 @@
-"""A measurement in a process of its own: a fresh interpreter that loads the model again, so that nothing counts but the model.
+"""Measure a model in a process of its own, so that nothing but the model counts.
 
-What this process did before (other models, data, a plugin) is in its memory, and its allocator keeps what was freed. The child
-has the module search path, the number of threads, the environment and the folder of this process, and imports no `conftest.py`.
-It gets the model by its spec where that names the same weights again, or else by pickle. Questions and answers are files in a
-temporary folder: what the model prints disturbs nothing.
+The memory of this process holds what it did before (other models, data, a plugin), and its allocator keeps what was freed. The
+child is a fresh interpreter with this process's module search path, number of threads, environment and folder; it imports no
+`conftest.py`. It loads the model by its spec where that names the same weights again, else by pickle. Request and answer are
+files in a temporary folder, so that nothing the model prints disturbs them.
 """
 
 from __future__ import annotations
@@ -30,28 +30,44 @@ from pytest_lmeval.models._model import Model
 from pytest_lmeval.models._sources import FORMS, as_model, load
 
 TIMEOUT = 600.0  # seconds
-LAST_LINES, FRAMES = 12, 2  # of what the child wrote, and of where it failed
+LAST_LINES, FRAMES = 12, 2  # of the child's output, and of its traceback
 BEGIN = (
     "import json, sys\n"
     "with open(sys.argv[1] + '/request.json', encoding='utf-8') as file:\n"
     "    sys.path[:] = json.load(file)['path']\n"
-    "from pytest_lmeval.profiling._child import answer\n"
-    "answer(sys.argv[1])\n"
+    "from pytest_lmeval.profiling._child import main\n"
+    "main(sys.argv[1])\n"
 )
+Start = Callable[[str, float], tuple[int, bytes]]
 
 
 class CannotMoveError(Exception):
-    """The model cannot be had in another process, and why."""
+    """The model cannot be loaded in another process, and why."""
 
 
-def in_child(lm: Model, function: Callable[..., Any], settings: dict[str, Any], *, timeout: float = TIMEOUT) -> tuple[Any, str]:
-    """`function(lm, **settings)` in a process of its own, and how the model came there.
+def start_process(folder: str, timeout: float) -> tuple[int, bytes]:
+    """Run a child on the request in the folder; its exit status and output. Raises subprocess.TimeoutExpired and OSError."""
+    command, output = [sys.executable, "-c", BEGIN, folder], {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, timeout=timeout, check=False, **output)  # type: ignore[call-overload]
+    return done.returncode, done.stdout
 
-    function  at the top level of a module of this package; what it returns must be JSON
+
+def in_child(
+    lm: Model,
+    function: Callable[..., Any],
+    settings: dict[str, Any],
+    *,
+    timeout: float = TIMEOUT,
+    start: Start = start_process,
+) -> tuple[Any, str]:
+    """`function(lm, **settings)` in a process of its own, and how the model got there.
+
+    function  at the top level of a module; what it returns must be JSON
     timeout   seconds, after which the child is ended
+    start     (folder, timeout) -> (exit status, output): runs `answer(folder)` in another process
 
-    Raises CannotMoveError where the model cannot be had there, OutOfMemory for what does not fit into memory there, and
-    ChildFailed where the child fails in another way, is killed, or takes longer than `timeout`.
+    Raises CannotMoveError if the child cannot load the model, OutOfMemory if it runs out of memory, and ChildFailed if it fails
+    in another way, is killed, or takes longer than `timeout`.
     """
     request = {
         "path": [entry for entry in sys.path if isinstance(entry, str)],
@@ -67,50 +83,43 @@ def in_child(lm: Model, function: Callable[..., Any], settings: dict[str, Any], 
     if _names_weights(lm):
         try:
             by_spec = {"spec": lm.spec, "fingerprint": fingerprint(lm)}
-            return _ask(lm, {**request, **by_spec}, timeout), f"a child, loaded by its spec {lm.spec}"
+            return _ask(lm, {**request, **by_spec}, timeout, start), f"a child, loaded by its spec {lm.spec}"
         except CannotMoveError as error:
             refused = f"{error} "
     try:
-        return _ask(lm, request, timeout), f"a child, {refused and refused + 'It was '}moved there by pickle"
+        return _ask(lm, request, timeout, start), f"a child, {refused and refused + 'It was '}moved there by pickle"
     except CannotMoveError as error:
         raise CannotMoveError(f"{refused}{error}") from None
 
 
 def _names_weights(lm: Model) -> bool:
-    """Whether its spec may be loaded again: not one that was made up from the class of an object."""
+    """Whether the model can be loaded by its spec: not by one that was made up from the class of an object."""
     made_up = {f"{type(own).__module__}:{type(own).__qualname__}" for own in (lm.source, lm.module)}
     name = lm.spec.partition("@")[0]
     return lm.module is not None and (name == "demo" or ":" in name) and lm.spec not in made_up and " " not in lm.spec
 
 
-def _ask(lm: Model, request: dict[str, Any], timeout: float) -> Any:
+def _ask(lm: Model, request: dict[str, Any], timeout: float, start: Start) -> Any:
     with tempfile.TemporaryDirectory(prefix="lmeval-") as name:
         folder = Path(name)
         if "spec" not in request:
             _save(lm, folder / "model.pt")
         (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
         try:
-            done = subprocess.run(
-                [sys.executable, "-c", BEGIN, name],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                timeout=timeout,
-                check=False,
-            )
+            status, output = start(name, timeout)
         except subprocess.TimeoutExpired as error:
             raise ChildFailed(
-                f"{lm.spec} was measured in a process of its own, which was not done after {timeout:g} s and was ended."
-                f"{_last(error.stdout)}Give it longer (timeout=...), or fewer rows or tokens."
+                f"{lm.spec} was measured in a process of its own, which took longer than {timeout:g} s and was ended."
+                f"{_last(error.stdout)}Give it more time (timeout=...), or fewer rows or tokens."
             ) from None
         except OSError as error:
             raise CannotMoveError(f"No process can be started here ({error}).") from None
-        return _answer(lm, folder, done)
+        return _answer(lm, folder, status, output)
 
 
-def _answer(lm: Model, folder: Path, done: subprocess.CompletedProcess[bytes]) -> Any:
+def _answer(lm: Model, folder: Path, status: int, output: bytes) -> Any:
     answered = folder / "answer.json"
-    if done.returncode == 0 and answered.exists():
+    if status == 0 and answered.exists():
         answer = json.loads(answered.read_text(encoding="utf-8"))
         if "cannot_move" in answer:
             raise CannotMoveError(answer["cannot_move"])
@@ -119,36 +128,35 @@ def _answer(lm: Model, folder: Path, done: subprocess.CompletedProcess[bytes]) -
         if "model_error" in answer:
             raise ModelError(answer["model_error"])
         return answer["found"]
-    if done.returncode == -signal.SIGKILL:
+    if status == -signal.SIGKILL:
         if not (folder / "loaded").exists():
-            raise CannotMoveError("A child process was killed as it loaded the model, as for want of memory.")
+            raise CannotMoveError("A child process was killed while it loaded the model, as for lack of memory.")
         raise OutOfMemory(
-            f"{lm.spec} was measured in a process of its own, which was killed (signal 9). That is what the system does when "
-            f"memory runs out.{_last(done.stdout)}Take fewer rows (batch_size) or tokens (seq_len)."
+            f"{lm.spec} was measured in a process of its own, which was killed (signal 9), as the system does when memory runs "
+            f"out.{_last(output)}Take fewer rows (batch_size) or tokens (seq_len)."
         )
     raise ChildFailed(
-        f"{lm.spec} was measured in a process of its own, which ended with exit status {done.returncode} and no answer."
-        f"{_last(done.stdout)}With apart=False it is measured in this process, where it can be looked into."
+        f"{lm.spec} was measured in a process of its own, which ended with exit status {status} and no answer."
+        f"{_last(output)}To debug it, measure in this process: apart=False."
     )
 
 
 def _last(output: bytes | None) -> str:
-    """The end of what the child wrote, for the middle of a message."""
+    """The end of the child's output, for the middle of a message."""
     lines = (output or b"").decode(errors="replace").strip().splitlines()
     return "\nIts last lines:\n" + "".join(f"    {line}\n" for line in lines[-LAST_LINES:]) if lines else " It wrote nothing. "
 
 
 def _save(lm: Model, path: Path) -> None:
     """Raises CannotMoveError for what cannot be pickled: a class that was defined in a function, an open file."""
-    source = lm.module if lm.module is not None else lm.source
     try:
-        torch.save(source, path)
+        torch.save(lm.source if lm.module is None else lm.module, path)
     except Exception as error:  # noqa: BLE001 - __reduce__ and __getstate__ are the user's
         raise CannotMoveError(f"It cannot be pickled ({type(error).__name__}: {first_line(error)}).") from None
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without what it adds below.
+    """The first line of an error's message.
 
     >>> first_line(ValueError("no state\\nand more"))
     'no state'
@@ -160,23 +168,30 @@ def first_line(error: BaseException) -> str:
 
 
 class WithoutConftest(MetaPathFinder):
-    """A conftest.py is imported by pytest, in the process of the tests."""
+    """Refuse to import a conftest.py: pytest imports it, in the process of the tests."""
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
         if fullname.rpartition(".")[2] == "conftest":
-            raise ImportError("its class comes from a conftest.py, which is for the process of the tests alone")
+            raise ImportError("its class comes from a conftest.py, which only the process of the tests imports")
+
+
+def main(name: str) -> None:
+    """Answer in a process that does nothing else. Where memory runs out, Linux ends this process and not that of the tests."""
+    sys.meta_path.insert(0, WithoutConftest())
+    score = Path("/proc/self/oom_score_adj")
+    if score.exists():
+        score.write_text("1000")
+    answer(name)
 
 
 def answer(name: str) -> None:
-    """Do what the request in the folder `name` asks for, and write the answer beside it."""
-    sys.meta_path.insert(0, WithoutConftest())
-    _be_killed_first()
+    """Do what the request in the folder `name` asks for, and write the answer into it."""
     folder = Path(name)
     request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
     torch.set_num_threads(request["threads"])
     try:
         lm = _load(request, folder)
-    except Exception as error:  # noqa: BLE001 - the user's code may raise anything when it is loaded
+    except Exception as error:  # noqa: BLE001 - loading runs the user's code
         found = {"cannot_move": f"It cannot be loaded again ({type(error).__name__}: {first_line(error)})."}
     else:
         (folder / "loaded").touch()
@@ -184,25 +199,18 @@ def answer(name: str) -> None:
     (folder / "answer.json").write_text(json.dumps(found), encoding="utf-8")
 
 
-def _be_killed_first() -> None:
-    """Where memory runs out, the system (Linux) should end this process, and not that of the tests."""
-    score = Path("/proc/self/oom_score_adj")
-    if score.exists():
-        score.write_text("1000")
-
-
 def _load(request: dict[str, Any], folder: Path) -> Model:
-    if "spec" not in request:
-        source = torch.load(folder / "model.pt", map_location="cpu", weights_only=False)  # written by the parent a moment ago
-        form = request["form"]
-        lm = as_model(source, spec=request["name"], form=form if form in FORMS else None)
-        if (lm.form, lm.vocab_size) != (form, request["vocab_size"]):
-            raise pickle.PickleError(f"moved by pickle, it is driven as {lm.form!r}, and not as {form!r}")
-        return replace(lm, context_length=request["context_length"])
-    lm = replace(load(request["spec"]), context_length=request["context_length"])
-    if fingerprint(lm) != request["fingerprint"]:
-        raise ValueError("its spec names other weights than it has")
-    return lm
+    if "spec" in request:
+        lm = replace(load(request["spec"]), context_length=request["context_length"])
+        if fingerprint(lm) != request["fingerprint"]:
+            raise ValueError("its spec names other weights than it has")
+        return lm
+    source = torch.load(folder / "model.pt", map_location="cpu", weights_only=False)  # the parent has just written it
+    form = request["form"]
+    lm = as_model(source, spec=request["name"], form=form if form in FORMS else None)
+    if (lm.form, lm.vocab_size) != (form, request["vocab_size"]):
+        raise pickle.PickleError(f"moved by pickle, it is driven as {lm.form!r}, and not as {form!r}")
+    return replace(lm, context_length=request["context_length"])
 
 
 def _measure(lm: Model, request: dict[str, Any]) -> dict[str, Any]:
@@ -213,6 +221,6 @@ def _measure(lm: Model, request: dict[str, Any]) -> dict[str, Any]:
         return {"out_of_memory": str(error), "wanted": error.wanted}
     except ModelError as error:
         return {"model_error": str(error)}
-    except Exception:  # noqa: BLE001 - what is wrong with the user's model is told by the last of what is written here
+    except Exception:  # noqa: BLE001 - the parent shows the last lines of the output
         traceback.print_exc(limit=-FRAMES)
         raise SystemExit(1) from None

@@ -1,16 +1,11 @@
-"""Reading the time of work on a device, where a call may return before its work is done.
-
-device_clock()        the clock that pytest-benchmark is given: it waits for the device, then looks
-seconds(device)       the same, outside pytest
-Stopwatch(device)     the moments within one run, a token each; on a GPU the device stamps them itself, as events, so that
-                      nothing waits before the run is over: waiting at every token would slow what is measured
-"""
+"""Read the time of work on a device, where a call may return before its work is done."""
 
 from __future__ import annotations
 
 import functools
 import sys
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def device_clock() -> float:
-    """Seconds, after everything that was sent to the present device is done. Loads nothing: no torch, no device."""
+    """Seconds, after the current device has finished its work; the clock for pytest-benchmark. Does not import torch."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.accelerator.is_available():
         torch.accelerator.synchronize()
@@ -27,7 +22,7 @@ def device_clock() -> float:
 
 
 def seconds(device: torch.device) -> float:
-    """Seconds, after everything that was sent to `device` is done."""
+    """Seconds, after `device` has finished its work."""
     if device.type != "cpu":
         import torch
 
@@ -36,27 +31,31 @@ def seconds(device: torch.device) -> float:
 
 
 class Stopwatch:
-    """The moments of one run on a device, from when it has nothing else to do.
+    """Time the steps of one run, from when the device is idle.
+
+    A GPU stamps the marks itself, as events: synchronizing at every token would slow down what is timed.
+
+    clock  seconds on the CPU
 
     watch = Stopwatch(device)
     logits, state = lm.step(...); watch.mark()
     watch.laps()                                    seconds between the marks, the first from the beginning
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._marks = device, list[Any]()
+    def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._device, self._clock, self._marks = device, clock, list[Any]()
         seconds(device)
         self.mark()
 
     def mark(self) -> None:
-        """Note the moment when everything that was sent to the device until now is done."""
+        """Note when the device finishes the work that it has been given so far."""
         if self._device.type == "cpu":
-            self._marks.append(time.perf_counter())
+            self._marks.append(self._clock())
         else:
             import torch
 
             event = torch.Event(self._device, enable_timing=True)
-            event.record(torch.accelerator.current_stream(self._device))  # which is not the present one on another GPU
+            event.record(torch.accelerator.current_stream(self._device))  # the current stream may be one of another GPU
             self._marks.append(event)
 
     def laps(self) -> list[float]:
@@ -68,13 +67,13 @@ class Stopwatch:
 
 
 def kind_of_clock(device: torch.device) -> str:
-    """How the moments of a run are taken, for the record."""
+    """The name of the clock that a Stopwatch reads, for the record."""
     return "perf_counter" if device.type == "cpu" else f"{device.type} events, one synchronization a run"
 
 
 @functools.cache
 def tick(device_type: str = "cpu") -> float:
-    """Seconds between two times that the clock can tell apart: of events half a microsecond, as CUDA documents it."""
+    """Seconds between two times that the clock can tell apart: half a microsecond for events, as CUDA documents."""
     if device_type != "cpu":
         return 0.5e-6
     found = []

@@ -1,4 +1,4 @@
-"""The metrics of speed, memory and work. Times are medians over runs; `x_mean`, `x_p95`, ... are declared with `x`."""
+"""Declare the metrics of speed, memory and work. Times are medians over runs; `x_mean`, `x_p95`, ... derive from `x`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from typing import Any
 
 from pytest_lmeval.records._metric import Metric
 
-ENOUGH = 0.9  # of the best rate: fewer rows that reach it are as good
-PHASES = ("prefill", "decode")
+ENOUGH = 0.9  # of the best rate: the knee is the fewest rows that reach it
 
 
 def _time(name: str, about: str, unit: str = "ms", **options: Any) -> Metric:
@@ -22,15 +21,30 @@ def _count(name: str, about: str, unit: str = "bytes", margin: str = "0%", **opt
     return Metric(name, unit, higher_is_better=False, aspect="cost", about=about, margin=margin, **options)
 
 
-TIMES = (
+def _of_a_phase(phase: str) -> tuple[Metric, ...]:
+    """The metrics of one step of prefill or of decode."""
+    return (
+        _count(f"{phase}_flops_per_token", "flops / (rows x tokens): of a token, or of a frame", "FLOP"),
+        _count(f"{phase}_flops", "operations of one step", "FLOP", headline=False),
+        _count(f"{phase}_bytes", "weights read, each once + state read + state written", headline=False),
+        Metric(f"{phase}_intensity", "FLOP/byte", aspect="cost", higher_is_better=None, about="flops / bytes"),
+        _rate(f"{phase}_roofline_fraction", "max(flops / matmul_peak, bytes / bandwidth) / seconds", ""),
+        _rate(f"{phase}_bound", "min(matmul_peak, intensity x bandwidth)", "FLOP/s", headline=False),
+        _rate(f"{phase}_flops_per_second", "flops / seconds", "FLOP/s", headline=False),
+        _rate(f"{phase}_peak_fraction", "flops_per_second / matmul_peak", "", headline=False),
+        _rate(f"{phase}_bytes_per_second", "bytes / seconds", "bytes/s", headline=False),
+        _rate(f"{phase}_bandwidth_fraction", "bytes_per_second / bandwidth", "", headline=False),
+    )
+
+
+DECLARED = (
     _time("ttft", "t(first token) - t(request): prefill, and choosing the token", aliases=("latency",), compared=True),
     _time("itl", "t(token i + 1) - t(token i), of all tokens of all runs", aliases=("latency",), compared=True),
-    _time("itl_p95", "what 95 % of the gaps between tokens stay below"),
+    _time("itl_p95", "95 % of the gaps between tokens are shorter"),
     _time("e2e", "t(last token) - t(request)", aliases=("latency",), compared=True),
     _time(
         "cold",
-        "the first run of a measurement, counted nowhere else if there is a warm-up; timed_before says whether this process "
-        "had timed the model before",
+        "the first run, which counts nowhere else if there is a warm-up; timed_before: whether this process timed the model",
     ),
     _time("prefill", "t(prompt read) - t(request): one step over the whole prompt", headline=False, compared=True),
     _time("tpot", "(e2e - ttft) / (new_tokens - 1), a run", headline=False),
@@ -40,16 +54,13 @@ TIMES = (
         "t(chunk read) - t(chunk given), of all chunks but the first, which has no state to read",
         compared=True,
     ),
-    _time("chunk_latency_p95", "what 95 % of the chunks stay below"),
+    _time("chunk_latency_p95", "95 % of the chunks are faster"),
     _time(
         "slowdown",
         "median latency in the last quarter of the stream / median latency in the first, its first chunk left out",
         "x",
     ),
     _time("seconds", "spent in training steps", "s"),
-)
-
-RATES = (
     _rate(
         "tokens_per_second",
         "tokens (or frames) read / seconds; of repeated readings the median",
@@ -61,15 +72,10 @@ RATES = (
     _rate("sustained_tokens_per_second", "tokens of all batches / seconds of all batches", headline=False),
     _rate("knee_rows", f"the fewest rows that reach {ENOUGH:.0%} of the best rate of any batch", "rows"),
     _rate("decode_knee_rows", f"the fewest rows that reach {ENOUGH:.0%} of the best rate of decoding", "rows"),
-    _rate(
-        "matmul_peak", "products of matrices of the model's type that this machine was measured to do", "FLOP/s", headline=False
-    ),
-    _rate("bandwidth", "bytes that this machine was measured to move", "bytes/s", headline=False),
-)
-
-COUNTS = (
+    _rate("matmul_peak", "measured peak of matrix products in the model's dtype", "FLOP/s", headline=False),
+    _rate("bandwidth", "measured peak of bytes moved", "bytes/s", headline=False),
     _count("weights_bytes", "storages of parameters and buffers, each once; quantized weights as they are packed"),
-    _count("state_bytes", "bytes of memory that the carried state keeps alive"),
+    _count("state_bytes", "bytes of memory that the carried state holds"),
     _count("activations_bytes", "most that a run allocated at once, less the state after the prompt", margin="1%"),
     _count(
         "peak_bytes",
@@ -77,45 +83,21 @@ COUNTS = (
         margin="1%",
         repeats=False,
     ),
-    _count("growth_bytes", "peak, less what there was before the run", repeats=False, headline=False),
+    _count("growth_bytes", "peak, less what was held before the run", repeats=False, headline=False),
     _count("tensors_peak_bytes", "most that torch's allocations of the run held at once", margin="1%", headline=False),
     _count("allocated_bytes", "held by torch on the device before the run", repeats=False, headline=False),
-    _count("reserved_bytes", "most that torch's allocator had taken of the device", repeats=False, headline=False),
-    _count("model_bytes", "of parameters and buffers as they lie in memory"),
+    _count("reserved_bytes", "most that torch's allocator reserved on the device", repeats=False, headline=False),
+    _count("model_bytes", "of parameters and buffers as stored in memory"),
     _count("peak_memory", "most that the process (or device) had in use while training", repeats=False, headline=False),
-    _count("peak_memory_growth", "the same, less what there was before", repeats=False),
+    _count("peak_memory_growth", "the same, less what was held before", repeats=False),
     _count("parameters", "of the model", ""),
     _count("flops", "operations of the measurement", "FLOP"),
     _count("flops_forward", "operations of all forward passes of the training", "FLOP", headline=False),
     _count("flops_backward", "operations of all backward passes of the training", "FLOP", headline=False),
     _count("flops_total", "operations of the training", "FLOP"),
-    *(
-        _count(f"{phase}_flops", f"operations of one {phase} pass over the prompt with all its logits", "FLOP", headline=False)
-        for phase in ("forward", "backward")
-    ),
-    *(
-        metric
-        for phase in PHASES
-        for metric in (
-            _count(f"{phase}_flops_per_token", "flops / (rows x tokens): of a token, or of a frame", "FLOP"),
-            _count(f"{phase}_flops", "operations of one step", "FLOP", headline=False),
-            _count(f"{phase}_bytes", "weights read, each once + state read + state written", headline=False),
-        )
-    ),
+    _count("forward_flops", "operations of one forward pass over the prompt with all its logits", "FLOP", headline=False),
+    _count("backward_flops", "operations of one backward pass over the prompt with all its logits", "FLOP", headline=False),
+    *_of_a_phase("prefill"),
+    *_of_a_phase("decode"),
 )
-
-USE = tuple(
-    metric
-    for phase in PHASES
-    for metric in (
-        Metric(f"{phase}_intensity", "FLOP/byte", aspect="cost", higher_is_better=None, about="flops / bytes"),
-        _rate(f"{phase}_share_of_bound", "max(flops / matmul_peak, bytes / bandwidth) / seconds", ""),
-        _rate(f"{phase}_bound", "min(matmul_peak, intensity x bandwidth)", "FLOP/s", headline=False),
-        _rate(f"{phase}_flops_per_second", "flops / seconds", "FLOP/s", headline=False),
-        _rate(f"{phase}_share_of_peak", "flops_per_second / matmul_peak", "", headline=False),
-        _rate(f"{phase}_bytes_per_second", "bytes / seconds", "bytes/s", headline=False),
-        _rate(f"{phase}_share_of_bandwidth", "bytes_per_second / bandwidth", "", headline=False),
-    )
-)
-
-METRICS = {metric.name: metric for metric in (*TIMES, *RATES, *COUNTS, *USE)}
+METRICS = {metric.name: metric for metric in DECLARED}

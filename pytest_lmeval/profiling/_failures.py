@@ -1,7 +1,7 @@
-"""What an error of torch says of the machine, where it says nothing of the model: no memory is left, or the device is gone.
+"""Recognize errors of torch that concern the machine and not the model: out of memory, or device lost.
 
-A grid of shapes goes on after the one and stops after the other: what ran out of memory once may fit with fewer rows, while
-after a lost device nothing more can be measured on it in this process.
+A grid of shapes goes on after the first, since fewer rows may fit, and stops after the second: nothing more can be measured on
+a lost device in this process.
 """
 
 from __future__ import annotations
@@ -29,13 +29,11 @@ UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
 def failure_of(error: BaseException) -> str | None:
-    """OUT_OF_MEMORY, DEVICE_LOST, or None for an error that is about something else.
-
-    An error that was raised `from` another one is what that is.
+    """OUT_OF_MEMORY, DEVICE_LOST, or None for another error. An error that was raised `from` one of them counts as that one.
 
     >>> failure_of(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."))
     'out of memory'
-    >>> failure_of(ValueError("out of memory"))  # an error of somebody else
+    >>> failure_of(ValueError("out of memory"))  # not raised by torch
     """
     causes = list(_causes(error))
     if any(_is_out_of_memory(cause) for cause in causes):
@@ -44,7 +42,7 @@ def failure_of(error: BaseException) -> str | None:
 
 
 def bytes_wanted(error: BaseException) -> int | None:
-    """The size of the piece of memory that could not be had, where the error tells.
+    """The size of the allocation that failed, if the error has it.
 
     >>> bytes_wanted(RuntimeError("CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has ..."))
     1610612736
@@ -58,23 +56,19 @@ def bytes_wanted(error: BaseException) -> int | None:
 
 
 def room_for(what: str, work: Callable[[], T]) -> T:
-    """What `work()` returns. Raises OutOfMemory, naming `what`, if memory runs out in it; any other error stays what it is."""
+    """What `work()` returns. Raises OutOfMemory, naming `what`, if memory runs out; passes on any other error."""
     try:
         return work()
     except Exception as error:
         if isinstance(error, OutOfMemory) or failure_of(error) != OUT_OF_MEMORY:
             raise
         wanted = bytes_wanted(error)
-    # Outside of the handler: an error that was raised in it would keep the other one, its frames, and the tensors in them.
-    raise OutOfMemory(does_not_fit(what, wanted), wanted)
-
-
-def does_not_fit(what: str, wanted: int | None) -> str:
-    """The message of OutOfMemory."""
-    piece = "" if wanted is None else f": a piece of {wanted:,} bytes ({wanted / 2**30:.1f} GiB) could not be had"
-    return (
-        f"{what} does not fit into memory{piece}. Nothing was measured for this shape. Take fewer rows (batch_size) or tokens "
-        "(seq_len), or weights of fewer bits (@bf16)."
+    # Outside of the handler: an error that is raised in it keeps the other one, its frames, and the tensors in them.
+    size = "" if wanted is None else f": an allocation of {wanted:,} bytes ({wanted / 2**30:.1f} GiB) failed"
+    raise OutOfMemory(
+        f"{what} does not fit into memory{size}. Nothing was measured for this shape. Take fewer rows (batch_size) or tokens "
+        "(seq_len), or weights of fewer bits (@bf16).",
+        wanted,
     )
 
 
@@ -96,7 +90,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def attempt(work: Callable[[], object]) -> str | None:
-    """Do the work. Returns why it failed, in a line, or None: what fails at one shape does not cost what others give."""
+    """Do the work; returns why it failed, in a line, or None. So a shape that fails does not cost the results of others."""
     try:
         work()
     except Exception as error:  # noqa: BLE001 - a model may fail in any way

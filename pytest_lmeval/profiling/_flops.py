@@ -1,21 +1,21 @@
-"""Floating-point operations, counted as they are called, not guessed from a formula of the architecture.
+"""Count floating-point operations as they are called, not by a formula of the architecture.
 
-torch's `FlopCounterMode` counts matrix products, convolutions and fused attention. Here it also learns what it does not know
-or gets wrong:
+torch's `FlopCounterMode` counts matrix products, convolutions and fused attention. This module adds what it does not know or
+gets wrong:
 
-    attention on the CPU     as on CUDA: 4 b h t s e forward; backward computes the scores again, which makes it 2.5 times that
+    attention on the CPU     as on CUDA: 4 b h t s e forward; backward computes the scores again: 2.5 times that
     nn.LSTM, nn.GRU, nn.RNN  fused layers of oneDNN and cuDNN: 2 x tokens x the entries of their matrices; backward twice that
-    grouped convolutions     their gradient by weight costs what forward costs; torch's formula is too large by the number of
-                             groups, which is the width of the model where a convolution is depthwise
+    grouped convolutions     the gradient by weight costs what forward costs; torch's formula is too large by the number of
+                             groups, which is the width of the model for a depthwise convolution
     nn.TransformerEncoder    in eval mode without gradients a layer is one operator, as is nn.MultiheadAttention
     grouped products         of a mixture of experts: each token with the matrices of its own expert
-    quantized products       of int8 and int4 weights, by the size that they stand for
-    vector products          mv, dot and their like
+    quantized products       of int8 and int4 weights, by the size of the weights that they hold
+    vector products          mv, dot and the like
 
 A multiplication and an addition are two operations. Not counted: elementwise work (activations, norms, softmax, a scan that
-is written as products and sums), lookups, sorting, Fourier transforms, linear solvers and the optimizer. So two models
-compare by these counts as far as they spend their time on matrix products. A causal mask saves nothing here, and an operation
-on complex numbers counts as one on real numbers.
+is written as products and sums), lookups, sorting, Fourier transforms, linear solvers and the optimizer. So the counts compare
+two models as far as matrix products dominate them. A causal mask saves nothing here, and an operation on complex numbers counts
+as one on real numbers.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Flops:
 
 
 def count_flops(work: Callable[[], Any]) -> int:
-    """The operations that `work()` calls for, see the head of this file.
+    """The operations of `work()`, see the head of this file.
 
     >>> count_flops(lambda: torch.ones(3, 5) @ torch.ones(5, 7))
     210
@@ -63,7 +63,7 @@ def count_flops(work: Callable[[], Any]) -> int:
 
 
 class _WholeModel(nullcontext[None]):
-    """In place of the tracker of modules, by which torch counts them one by one: it fails where a state holds a parameter."""
+    """Replaces torch's tracker of single modules, which fails where a state holds a parameter."""
 
     parents = frozenset({"Global"})
 
@@ -80,7 +80,7 @@ def training_flops(loss: Callable[[], Tensor], backward: Callable[[Tensor], Any]
     return Flops(forward, count_flops(lambda: backward(found[0])))
 
 
-# Each formula takes what the operator takes, shapes in place of tensors, and `out_shape`, that of the result.
+# A formula takes the operator's arguments, with shapes in place of tensors, and `out_shape`, the shape of the result.
 
 
 def _attention(query: Shape, key: Shape, value: Shape, *rest: Any, **options: Any) -> int:
@@ -104,44 +104,32 @@ def _recurrent_layers(inputs: Shape, weights: Sequence[Shape], *rest: Any, **opt
     return 2 * prod(inputs[:-1]) * sum(prod(weight) for weight in weights if len(weight) == 2)
 
 
-def _convolution_backward(
-    grad: Shape,
-    inputs: Shape,
-    weight: Shape,
-    bias: Any,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    transposed: bool,
-    output_padding: Any,
-    groups: int,
-    wanted: Sequence[bool],
-    **options: Any,
-) -> int:
-    """Every product of forward comes again once for the gradient by input and once for that by weight, if they are wanted."""
-    places = (inputs if transposed else grad)[2:]
-    return 2 * grad[0] * prod(places) * prod(weight) * (wanted[0] + wanted[1])
+def _convolution_backward(grad: Shape, inputs: Shape, weight: Shape, *rest: Any, **options: Any) -> int:
+    """The products of forward, once for the gradient by input and once for the one by weight, if they are wanted."""
+    *_, transposed, _output_padding, _groups, wanted = rest
+    products: int = grad[0] * prod((inputs if transposed else grad)[2:]) * prod(weight)
+    return 2 * products * (bool(wanted[0]) + bool(wanted[1]))
 
 
 def _self_attention(query: Shape, key: Shape, value: Shape, width: int, *rest: Any, **options: Any) -> int:
-    """Projections of query [b, t, d], and of key and value [b, s, d]; attention; the projection of what was attended to."""
+    """Projections of query [b, t, d], and of key and value [b, s, d]; attention; the output projection."""
     tokens, others = prod(query[:-1]), prod(key[:-1])
     return 2 * width * width * (2 * tokens + 2 * others) + 4 * tokens * key[1] * width
 
 
 def _encoder_layer(source: Shape, width: int, heads: int, *rest: Any, **options: Any) -> int:
     """Every token of source [b, t, d] with four matrices, of attention and of the feed-forward, and attention itself."""
-    matrices: int = sum(prod(rest[place]) for place in (0, 2, 11, 13))
+    matrices: int = sum(prod(rest[index]) for index in (0, 2, 11, 13))
     return 2 * prod(source[:-1]) * matrices + 4 * prod(source[:-1]) * source[1] * width
 
 
 def _product(left: Shape, right: Shape, *rest: Any, out_shape: Shape, **options: Any) -> int:
-    """Of a matrix with a packed one, whose own shape says little."""
+    """A matrix with a packed one, whose shape is not that of the weights it holds."""
     return 2 * prod(out_shape) * left[-1]
 
 
 def _grouped_product(left: Shape, right: Shape, *rest: Any, out_shape: Shape, **options: Any) -> int:
-    """Rows in groups with a matrix each; of two matrices [m, t] and [t, n], t is what is grouped."""
+    """Groups of rows, each with its own matrix; for two matrices [m, t] and [t, n], groups of t."""
     return 2 * prod(left) * right[1] if len(left) == len(right) == 2 else 2 * prod(out_shape) * left[-1]
 
 
@@ -170,4 +158,4 @@ BY_NAME: dict[str, Callable[..., int]] = {
     "dot": lambda left, right, **options: 2 * prod(left),
     "vdot": lambda left, right, **options: 2 * prod(left),
 }
-FORMULAS = {getattr(aten, name): formula for name, formula in BY_NAME.items() if hasattr(aten, name)}  # torch grows
+FORMULAS = {getattr(aten, name): formula for name, formula in BY_NAME.items() if hasattr(aten, name)}  # older torch lacks some

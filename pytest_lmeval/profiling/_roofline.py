@@ -1,4 +1,4 @@
-"""What this machine can do at best: operations and bytes a second, measured, so that a speed means something on another one.
+"""Measure what this machine can do at best, in operations and bytes a second.
 
 The roofline (Williams, Waterman, Patterson, "Roofline: An Insightful Visual Performance Model for Multicore Architectures",
 CACM 2009): work of I operations for each byte that it must move runs at no more than
@@ -9,9 +9,9 @@ It is bound by bandwidth where I is less than peak / bandwidth (the ridge), and 
 
 peak       best product of square matrices of several sizes, in the precision that the model computes in: 2 n^3 operations
 bandwidth  best of reading a tensor much larger than the caches (a sum: its bytes) and of copying it (its bytes read and
-           written: twice its bytes, as STREAM counts; a write that also reads the line first is not counted for it)
+           written: twice its bytes, as STREAM counts; a write may also read the line first, which is not counted)
 
-Each is the best of the repetitions within a time budget: what disturbs a measurement only ever makes it slower.
+Each is the best of several repetitions: a disturbance only ever makes a measurement slower.
 """
 
 from __future__ import annotations
@@ -26,9 +26,20 @@ import torch
 from pytest_lmeval.profiling._clock import seconds
 
 SECONDS = 0.25  # for each size of matrix, and for each way of moving bytes
-SIZES = {"cpu": (256, 512, 1024, 2048), "accelerator": (1024, 2048, 4096, 8192)}
-BYTES = {"cpu": 1 << 28, "accelerator": 1 << 30}  # of the tensor that is read: many times a cache
 FEWEST = 2
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is run to measure the peaks: square matrices of these sizes, and a tensor of so many bytes; `seconds` for each."""
+
+    sizes: tuple[int, ...]
+    nbytes: int
+    seconds: float = SECONDS
+
+
+ON_CPU = Load((256, 512, 1024, 2048), 1 << 28)  # bytes: many times a cache
+ON_ACCELERATOR = Load((1024, 2048, 4096, 8192), 1 << 30)
 
 
 @dataclass(frozen=True)
@@ -61,48 +72,49 @@ class Peaks:
         return min(self.flops, intensity * self.bandwidth)
 
 
-def measured_peaks(device: torch.device, dtype: torch.dtype) -> Peaks:
-    """The peaks for the present number of threads; measured once in a process, in about two seconds."""
-    return _measured(str(device), dtype, torch.get_num_threads())
+def measured_peaks(device: torch.device, dtype: torch.dtype, load: Load | None = None) -> Peaks:
+    """The peaks for the current number of threads; measured once in a process, in about two seconds."""
+    load = load or (ON_CPU if device.type == "cpu" else ON_ACCELERATOR)
+    return _measured(str(device), dtype, torch.get_num_threads(), load)
 
 
 @functools.cache
-def _measured(device: str, dtype: torch.dtype, threads: int) -> Peaks:
-    place = torch.device(device)
-    kind = "cpu" if place.type == "cpu" else "accelerator"
-    flops, size = _matmul_peak(SIZES[kind], place, dtype)
-    return Peaks(flops, _bandwidth(BYTES[kind], place), device, str(dtype).removeprefix("torch."), threads, size)
+def _measured(device: str, dtype: torch.dtype, threads: int, load: Load) -> Peaks:
+    flops, size = _matmul_peak(load, torch.device(device), dtype)
+    return Peaks(flops, _bandwidth(load, torch.device(device)), device, str(dtype).removeprefix("torch."), threads, size)
 
 
-def _matmul_peak(sizes: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> tuple[float, int]:
-    """Operations a second, and the size that they were reached with."""
+def _matmul_peak(load: Load, device: torch.device, dtype: torch.dtype) -> tuple[float, int]:
+    """Operations a second, and the size of matrix that reaches them."""
     rates = {}
-    for size in sizes:
+    for size in load.sizes:
         left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         result = torch.empty_like(left)
-        fastest = _fastest(functools.partial(torch.mm, left, right, out=result), device, SECONDS)
-        rates[size] = 2 * size**3 / fastest
-        if fastest > SECONDS:  # the next size would take eight times as long
+        time = fastest(functools.partial(torch.mm, left, right, out=result), device, load.seconds)
+        rates[2 * size**3 / time] = size
+        if time > SECONDS:  # the next size would take eight times as long
             break
-    best = max(rates, key=lambda size: rates[size])
-    return rates[best], best
+    best = max(rates)
+    return best, rates[best]
 
 
-def _bandwidth(size: int, device: torch.device) -> float:
-    """In float32, whatever the model computes in: a byte is a byte, and sums of short numbers are slow for other reasons."""
-    source = torch.ones(size // 4, device=device)
-    read = size / _fastest(source.sum, device, SECONDS)
+def _bandwidth(load: Load, device: torch.device) -> float:
+    """In float32, whatever the model computes in: sums of shorter numbers are slow for reasons other than bandwidth."""
+    source = torch.ones(load.nbytes // 4, device=device)
     target = torch.empty_like(source)
-    return max(read, 2 * size / _fastest(lambda: target.copy_(source), device, SECONDS))
+    read = load.nbytes / fastest(source.sum, device, load.seconds)
+    return max(read, 2 * load.nbytes / fastest(lambda: target.copy_(source), device, load.seconds))
 
 
-def _fastest(work: Callable[[], Any], device: torch.device, budget: float) -> float:
-    """Seconds of the fastest call of as many as fit into `budget` seconds (FEWEST at least), after one that is not counted."""
+def fastest(
+    work: Callable[[], Any], device: torch.device, budget: float, clock: Callable[[torch.device], float] = seconds
+) -> float:
+    """Seconds of the fastest of the calls that fit into `budget` seconds (at least FEWEST), after one that does not count."""
     work()
     times: list[float] = []
     with torch.no_grad():
         while len(times) < FEWEST or sum(times) < budget:
-            began = seconds(device)
+            began = clock(device)
             work()
-            times.append(seconds(device) - began)
+            times.append(clock(device) - began)
     return min(times)

@@ -1,54 +1,80 @@
-"""Who calls what is timed, under which conditions, and what is refused before."""
+"""Time the runs of a verb under fixed conditions, and make the record of them."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from statistics import median_high
 from typing import Any
 
 import torch
 
+from pytest_lmeval.engine import Engine
 from pytest_lmeval.errors import NotMeasuredError, ProfilingError
+from pytest_lmeval.models._identity import facts
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.models._weak_cache import WeakCache
-from pytest_lmeval.profiling._clock import kind_of_clock, tick
-from pytest_lmeval.profiling._samples import runs_to_see, stability
-from pytest_lmeval.records._measured import Record, Result
-from pytest_lmeval.records._metric import STATISTICS, metric
+from pytest_lmeval.profiling._clock import Stopwatch, kind_of_clock, tick
+from pytest_lmeval.profiling._flops import count_flops
+from pytest_lmeval.profiling._roofline import Peaks, measured_peaks
+from pytest_lmeval.profiling._samples import MILLISECONDS, runs_to_see, stability
+from pytest_lmeval.records._measured import Cost, Record, Result, Series
+from pytest_lmeval.records._metric import STATISTICS, metric, value_of
 from pytest_lmeval.records._value import Value
 
 Run = Callable[[], Any]
+Steps = Callable[[Stopwatch], Any]
 TICKS = 100  # a time of so many ticks of the clock is known to one percent
-TIMED = WeakCache[bool]()  # the loaded models that were timed in this process, by `step_fn`
+TIMED = WeakCache[bool]()  # the loaded models that this process has timed, by `step_fn`
+WHOLE_RUNS = ("prefill", "tpot", "e2e", "stream", "batch")  # samples that have one time for each run
 
 
 def bare_loop(run: Run, rounds: int) -> None:
-    """Call `run` so many times."""
     for _ in range(rounds):
         run()
 
 
 @dataclass(frozen=True)
 class Runner:
-    """Who calls the timed function: a bare loop, or pytest-benchmark.
+    """How a verb takes times.
 
-    repeat        (run, rounds) calls `run` so many times
-    name          who that is, for the record
-    not_measured  why times would say nothing here, so that none are taken: the function is called once
+    repeat        (run, rounds) -> None: call `run` so many times
+    not_measured  why times would mean nothing here; then operations are counted and nothing is timed
+    name          what `repeat` is, for the record
+    clock         seconds, on the CPU; a GPU stamps events
+    tick          seconds between two times that the clock can tell apart; measured if None
+    peaks         (device, dtype) -> what the machine can do at best
     """
 
     repeat: Callable[[Run, int], None] = bare_loop
     not_measured: str | None = None
     name: str = "bare loop"
+    clock: Callable[[], float] = time.perf_counter
+    tick: float | None = None
+    peaks: Callable[[torch.device, torch.dtype], Peaks] = measured_peaks
+
+
+class MetricValue:
+    """An attribute of a result that reads the metric `name`, by default the one of its own name; raises as `measured`."""
+
+    def __init__(self, name: str = "") -> None:
+        self._name = name
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = self._name or name
+
+    def __get__(self, result: Result | None, owner: type) -> Value:
+        return self if result is None else measured(result.record, self._name)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True, repr=False)
 class Timed(Result):
-    """What a verb returns that takes times. Where nothing was timed, `not_measured` says why and the numbers are absent.
+    """The result of a verb that takes times. Where nothing was timed, `not_measured` says why and the numbers are absent.
 
-    samples  the times themselves, in seconds, of the runs that count
+    samples  the times of the runs that count, in seconds
     """
 
     samples: dict[str, list[float]] = field(default_factory=dict)
@@ -59,8 +85,8 @@ class Timed(Result):
 
 
 def measured(record: Record, name: str) -> Value:
-    """The metric of that name. Raises NotMeasuredError where the clock was not run, ProfilingError where the model failed,
-    KeyError if there is no such metric."""
+    """The metric of that name. Raises NotMeasuredError if it was not timed, ProfilingError if the model failed, KeyError if
+    there is no such metric."""
     if failure := record.details.get("failure"):
         raise ProfilingError(f"{record.lm.spec} failed at {record.subject}, so there is no {name}: {failure}")
     if reason := record.not_measured or record.details.get("too_short", {}).get(name.partition("_")[0]):
@@ -69,27 +95,25 @@ def measured(record: Record, name: str) -> Value:
 
 
 @contextmanager
-def quiet(threads: int | None = None) -> Iterator[dict[str, int]]:
-    """While times are taken: no gradients, no garbage collector, and the same number of threads from beginning to end.
+def quiet(threads: int | None = None) -> Iterator[int]:
+    """Run the block without gradients, without the garbage collector, and with a fixed number of threads, which it yields.
 
-    Yields what a record says of it, filled in at the end. Raises ProfilingError if the number changed on the way: some times
-    were taken with one, some with another.
+    Raises ProfilingError if the model changes that number: its times would mix two conditions.
     """
     if threads is not None and threads < 1:
-        raise ProfilingError(f"threads is {threads}; it is at least 1, or None for those that torch has.")
+        raise ProfilingError(f"threads is {threads}; it is at least 1, or None for torch's own number.")
     before, collecting = torch.get_num_threads(), gc.isenabled()
     pinned = before if threads is None else threads
-    conditions = {"threads": pinned}
     torch.set_num_threads(pinned)
     gc.collect()
     gc.disable()
     try:
         with torch.no_grad():
-            yield conditions
+            yield pinned
         if (left := torch.get_num_threads()) != pinned:
             raise ProfilingError(
-                f"the model set the number of threads from {pinned} to {left} while it was timed, so its times are not of one "
-                f"kind. Set it before: torch.set_num_threads({left}), or threads={left}."
+                f"the model changed the number of threads from {pinned} to {left} while it was timed, so its times cannot be "
+                f"compared with one another. Set the number before: torch.set_num_threads({left}), or threads={left}."
             )
     finally:
         torch.set_num_threads(before)
@@ -97,57 +121,141 @@ def quiet(threads: int | None = None) -> Iterator[dict[str, int]]:
             gc.enable()
 
 
-def about_times(lm: Model, runner: Runner, by_run: dict[str, list[float]], values: dict[str, Value]) -> dict[str, Any]:
-    """What the details of a record say of its times: the clock, who called, whether this model had been timed before, how
-    steady the machine was, by the last of these times of runs, how many runs would show a difference of 5 %, and what each of
-    the values is."""
-    about: dict[str, Any] = {"clock": kind_of_clock(lm.device)}
-    if values:
-        about |= {"timed_by": runner.name, "timed_before": lm.step_fn in TIMED}
-        TIMED.value(lm.step_fn, lambda: True)
-        about["stability"] = stability([*by_run.values()][-1])
-        about["runs_to_see_5_percent"] = {name: runs_to_see(times) for name, times in by_run.items()}
-    return {**about, "formulas": {name: said for name in values if (said := metric(name).about) and not _is_statistic(name)}}
+@contextmanager
+def timed_runs(lm: Model, runner: Runner | None, threads: int | None) -> Iterator[TimedRuns]:
+    """The runs of a verb, timed in the block under the conditions of `quiet`."""
+    runs = TimedRuns(lm, runner or Runner())
+    with quiet(threads) as runs.threads:
+        yield runs
 
 
-def _is_statistic(name: str) -> bool:
-    return name.endswith(STATISTICS)
+class TimedRuns:
+    """The times of one verb's runs, the operations of one run, and their record.
+
+    `Steps` is one run: a function that marks the end of each of its steps on the stopwatch that it is given.
+
+    warm_up, runs  seconds of the steps of each run; those of the warm-up do not count
+    flops          operations of one run; None where it failed
+    samples        seconds by name, as `keep` found them; empty where nothing was timed
+    """
+
+    def __init__(self, lm: Model, runner: Runner) -> None:
+        self.lm, self.runner, self.threads = lm, runner, 0
+        self.engine, self.facts = Engine(lm), facts(lm)  # facts: cannot be read any more from a lost device
+        self.warm_up, self.runs = list[list[float]](), list[list[float]]()
+        self.flops: int | None = None
+        self.samples, self.too_short = dict[str, list[float]](), dict[str, str]()
+        self.not_measured: str | None = None
+
+    def laps(self, steps: Steps) -> list[float]:
+        """Seconds of the steps of one run."""
+        watch = Stopwatch(self.lm.device, self.runner.clock)
+        steps(watch)
+        return watch.laps()
+
+    def time(self, steps: Steps, runs: int | Callable[[float], int], warm_up: int) -> None:
+        """Time so many runs after the warm-up, unless the runner takes no times.
+
+        runs  or a function of the seconds of the fastest run of the warm-up
+        """
+        if self.runner.not_measured is None:
+            self.warm_up += [self.laps(steps) for _ in range(warm_up)]
+            rounds = runs if isinstance(runs, int) else runs(min(map(sum, self.warm_up)))
+            self.runner.repeat(lambda: self.runs.append(self.laps(steps)), rounds)
+
+    def count(self, steps: Steps) -> None:
+        """Count the operations of a further run, since counting takes time."""
+        self.flops = count_flops(lambda: self.laps(steps))
+
+    def keep(self, samples: dict[str, list[float]], needs: str, failure: str | None = None) -> bool:
+        """Keep the samples that are long enough for the clock, or none if `needs` is not; returns whether there are any.
+
+        failure  why the model gave no times
+        """
+        resolution = self.runner.tick or tick(self.lm.device.type)
+        for name, times in samples.items():
+            if times and (typical := median_high(times)) < TICKS * resolution:
+                self.too_short[name] = (
+                    f"{name} takes {1e6 * typical:.3g} us and the clock ticks every {1e6 * resolution:.3g} us, so it is not "
+                    "known to one percent. Take a larger batch_size or seq_len."
+                )
+        self.not_measured = failure or self.runner.not_measured or self.too_short.get(needs)
+        if self.not_measured is None:
+            self.samples = {name: times for name, times in samples.items() if times and name not in self.too_short}
+        return bool(self.samples)
+
+    def cold(self) -> dict[str, Value]:
+        """The time of the first run of all, as a metric."""
+        return {"cold": value_of("cold", MILLISECONDS * sum((self.warm_up + self.runs)[0]), n=1)}
+
+    def unit_of_rates(self) -> str:
+        """tokens/s; frames/s for a model that reads frames of several codebooks."""
+        return "tokens/s" if self.lm.codebooks is None else "frames/s"
+
+    def record(
+        self,
+        kind: str,
+        subject: str,
+        settings: dict[str, Any],
+        metrics: dict[str, Value],
+        *,
+        tokens: int,
+        series: dict[str, Series],
+        state_bytes: int | None = None,
+        details: dict[str, Any] | None = None,
+    ) -> Record:
+        """The record of these runs. `tokens` are those of one run, in all rows."""
+        details = {**(details or {}), "too_short": self.too_short, "clock": kind_of_clock(self.lm.device)}
+        if self.samples:
+            by_run = {name: self.samples[name] for name in WHOLE_RUNS if name in self.samples}
+            details |= {"timed_by": self.runner.name, "timed_before": self.lm.step_fn in TIMED}
+            TIMED.value(self.lm.step_fn, lambda: True)
+            details["stability"] = stability([*by_run.values()][-1])
+            details["runs_to_see_5_percent"] = {name: runs_to_see(times) for name, times in by_run.items()}
+        about = {name: metric(name).about for name in metrics if not name.endswith(STATISTICS)}
+        details["formulas"] = {name: text for name, text in about.items() if text}
+        count = max(1, len(self.runs))
+        return Record(
+            kind=kind,
+            subject=subject,
+            lm=self.facts,
+            settings={**settings, "threads": self.threads},
+            details=details,
+            notes=_notes(details),
+            not_measured=self.not_measured,
+            metrics=metrics,
+            cost=Cost(
+                seconds=sum(map(sum, self.runs)),
+                tokens=tokens * count,
+                flops=None if self.flops is None else self.flops * count,
+                state_bytes=state_bytes,
+            ),
+            series=series,
+        )
 
 
-def notes_of(details: dict[str, Any]) -> list[str]:
-    """What a reader is to know of times: that they vary more than on a quiet machine, and what could not be timed."""
-    grade, failed = details.get("stability"), details.get("failed")
-    unsteady = [f"the machine was {grade}"] if grade not in (None, "steady") else []
-    return unsteady + ([f"failed: {', '.join(failed)}"] if failed else [])
-
-
-def unit_of_rates(lm: Model) -> str:
-    """What a model reads and writes so many of in a second: tokens, or frames of all its codebooks."""
-    return "tokens/s" if lm.codebooks is None else "frames/s"
-
-
-def too_short(samples: Sequence[float], device: torch.device, what: str) -> str | None:
-    """Why the clock is too coarse for these times, in seconds; None if it is not."""
-    typical, step = sorted(samples)[len(samples) // 2], tick(device.type)
-    if typical >= TICKS * step:
-        return None
-    return (
-        f"{what} takes {1e6 * typical:.3g} us and the clock ticks every {1e6 * step:.3g} us, so that is not known to one "
-        "percent. Give it more to do: a larger batch_size or seq_len."
-    )
+def _notes(details: dict[str, Any]) -> list[str]:
+    """What a reader of the times should know: that the machine was not steady, and what has no number."""
+    grade = details.get("stability")
+    notes = [f"the machine was {grade}"] if grade not in (None, "steady") else []
+    listed = {"failed": details.get("failed"), "too short for the clock": details["too_short"]}
+    return notes + [f"{what}: {', '.join(names)}" for what, names in listed.items() if names]
 
 
 def check_shape(lm: Model, *, batch_size: int, seq_len: int, new_tokens: int = 1, runs: int = 1, warm_up: int = 0) -> None:
-    """Refuse what cannot be timed, before anything is. Raises ProfilingError."""
-    given = {"batch_size": batch_size, "seq_len": seq_len, "new_tokens": new_tokens, "runs": runs}
-    for name, value in given.items():
-        if value < 1:
-            raise ProfilingError(f"{name} is {value}: then there is nothing to measure. It is at least 1.")
+    """Raise ProfilingError for a shape that cannot be timed, before anything is."""
+    check_counts(batch_size=batch_size, seq_len=seq_len, new_tokens=new_tokens, runs=runs)
     if warm_up < 0:
         raise ProfilingError(f"warm_up is {warm_up}; it is 0 or more.")
-    length = seq_len + new_tokens - 1
-    if lm.limit is not None and length > lm.limit:
+    if lm.limit is not None and seq_len + new_tokens - 1 > lm.limit:
         raise ProfilingError(
-            f"{lm.spec} reads at most {lm.limit:,} tokens; {seq_len:,} of a prompt and {new_tokens - 1:,} that follow "
-            "are more. Ask for a shorter seq_len."
+            f"{lm.spec} reads at most {lm.limit:,} tokens, fewer than a prompt of {seq_len:,} and the {new_tokens - 1:,} that "
+            "follow it. Take a shorter seq_len."
         )
+
+
+def check_counts(**counts: int) -> None:
+    """Raise ProfilingError for a count below 1."""
+    for name, count in counts.items():
+        if count < 1:
+            raise ProfilingError(f"{name} is {count}, so there is nothing to measure. It is at least 1.")

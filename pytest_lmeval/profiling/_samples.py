@@ -1,4 +1,4 @@
-"""Summaries of times, which claim no more than their samples carry."""
+"""Summarize times: medians, percentiles, intervals, as far as the number of samples supports them."""
 
 from __future__ import annotations
 
@@ -14,16 +14,14 @@ from pytest_lmeval.statistics._bootstrap import FEWEST_UNITS
 
 EXACT = 1000  # samples
 STEADY, DISTURBED = 0.10, 0.25  # of the median; torch.utils.benchmark warns at the same two
-SURELY_SEEN = 1.96 + 0.84  # normal quantiles: 5 % false alarms, of two sides, and 80 % power
-
-
+DETECTED = 1.96 + 0.84  # normal quantiles: 5 % false alarms (two-sided) and 80 % power
 MILLISECONDS = 1e3  # a second
 
 
 def median(name: str, samples: Sequence[float], *, unit: str | None = None) -> Value:
-    """The median of a metric's samples, in its unit (times are given in seconds, whatever it is), with its distribution-free
-    95 % interval: the order statistics that it lies between with that probability, by the binomial distribution (its normal
-    approximation, one place wider, beyond a thousand samples)."""
+    """The median of a metric's samples, in its unit (times are given in seconds), with its distribution-free 95 % interval:
+    the order statistics that it lies between by the binomial distribution (beyond a thousand samples, by its normal
+    approximation, widened by one sample on each side)."""
     ordered = np.sort(_in_unit(name, samples))
     n, interval = len(ordered), None
     if n >= FEWEST_UNITS:
@@ -37,20 +35,20 @@ def _in_unit(name: str, samples: Sequence[float]) -> np.ndarray:
 
 
 def _index(n: int) -> int:
-    """How many of n samples may lie below the interval of the median: the most for which it is missed in 2.5 % at most."""
+    """The largest index of an ordered sample that the median falls below with a probability of at most 2.5 %."""
     if n > EXACT:
         return max(0, math.floor(n / 2 - 1.96 * math.sqrt(n) / 2) - 1)
-    place, beyond, chances = 0, 1, 2**n
-    while 40 * (beyond + math.comb(n, place + 1)) <= chances:
-        place += 1
-        beyond += math.comb(n, place)
-    return place
+    index, below, outcomes = 0, 1, 2**n
+    while 40 * (below + math.comb(n, index + 1)) <= outcomes:
+        index += 1
+        below += math.comb(n, index)
+    return index
 
 
 def spread(name: str, samples: Sequence[float]) -> dict[str, Value]:
-    """Mean, standard deviation, extremes and percentiles of a metric's samples, under names that begin with its.
+    """Mean, standard deviation, extremes and percentiles of a metric's samples, as NAME_mean and so on.
 
-    A percentile p is given from 10 / (1 - p) samples on: with fewer, a p99 is little more than the largest value.
+    A percentile p needs 10 / (1 - p) samples: with fewer, a p99 is little more than the largest value.
     """
     values = _in_unit(name, samples)
     figures = {"mean": values.mean(), "min": values.min(), "max": values.max()}
@@ -63,32 +61,30 @@ def spread(name: str, samples: Sequence[float]) -> dict[str, Value]:
 
 
 def stability(samples: Sequence[float]) -> str | None:
-    """How far the machine let the times be: steady, fluctuating, disturbed. None where there are too few to say.
-
-    By their interquartile range, as a share of the median: up to 10 %, up to 25 %, more.
-    """
+    """How steady the machine was: steady, fluctuating or disturbed, for an interquartile range of up to 10 %, up to 25 %, or
+    more of the median. None if there are too few samples."""
     if len(samples) < FEWEST_UNITS:
         return None
     low, middle, high = np.quantile(np.asarray(samples), (0.25, 0.5, 0.75))
-    share = (high - low) / middle
-    return "steady" if share <= STEADY else "fluctuating" if share <= DISTURBED else "disturbed"
+    fraction = (high - low) / middle
+    return "steady" if fraction <= STEADY else "fluctuating" if fraction <= DISTURBED else "disturbed"
 
 
 def runs_to_see(samples: Sequence[float], difference: float = 0.05) -> int | None:
-    """How many runs each of two models needs, so that a difference of their means of that share is seen.
+    """The number of runs of each of two models that shows a relative difference of their means; None for too few samples.
 
     At 5 % false alarms and 80 % power: n = 2 (1.96 + 0.84)^2 (standard deviation / (difference x mean))^2, the usual
-    approximation for two normal means. It is about what runs of one process differ in; processes differ by more.
+    approximation for two normal means. It covers the variation between runs of one process; processes vary more.
     """
     if len(samples) < FEWEST_UNITS:
         return None
     values = np.asarray(samples)
-    needed = 2 * (SURELY_SEEN * float(values.std(ddof=1)) / (difference * float(values.mean()))) ** 2
+    needed = 2 * (DETECTED * float(values.std(ddof=1)) / (difference * float(values.mean()))) ** 2
     return max(1, math.ceil(needed))
 
 
 def quantiles(name: str, samples: Sequence[float], title: str) -> Series:
-    """The distribution as a curve: the value that this share of the samples stays below, for every second percent."""
-    shares = list(range(0, 101, 2))
-    values = np.quantile(_in_unit(name, samples), [share / 100 for share in shares])
-    return Series([float(share) for share in shares], [float(value) for value in values], "%", metric(name).unit, title)
+    """The distribution as a curve: at every second percent, the value that this part of the samples stays below."""
+    percents = np.arange(0.0, 101.0, 2.0)
+    values = np.quantile(_in_unit(name, samples), percents / 100)
+    return Series(percents.tolist(), values.tolist(), "%", metric(name).unit, title)
