@@ -1,4 +1,4 @@
-"""Which laws of streaming a model keeps."""
+"""Find which laws of streaming a model keeps: the verb `equivalence`."""
 
 from __future__ import annotations
 
@@ -17,14 +17,20 @@ def equivalence(
     budget: float | None = None,
     examples: int | None = None,
     longest: int | None = None,
-    known: Path | None = None,
+    counterexamples: Path | None = None,
 ) -> EquivalenceResult:
-    """Which laws of streaming the model keeps (see `laws._probe` for the parameters); probed once in a run.
+    """Find which laws of streaming the model keeps (see `laws._probe.probe` for the parameters).
 
-    Parameters that are not given are those of the command line. With any of them the model is probed for itself.
+    By default the parameters are those of the command line, and a model is probed once in a run; with any of them, anew.
     """
     context = current()
-    given = {"profile": profile, "budget": budget, "examples": examples, "longest": longest, "known": known}
+    given = {
+        "profile": profile,
+        "budget": budget,
+        "examples": examples,
+        "longest": longest,
+        "counterexamples": counterexamples,
+    }
     options = {name: value for name, value in given.items() if value is not None}
     model = context.model(lm)
     key = context.key("equivalence", model, options)
