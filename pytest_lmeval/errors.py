@@ -22,33 +22,6 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = [
-    "ArgumentError",
-    "BaselineError",
-    "ChildFailed",
-    "CorpusError",
-    "DocumentError",
-    "LawBroken",
-    "LmevalError",
-    "ModelError",
-    "NotFiniteError",
-    "NotMeasuredError",
-    "NotPossible",
-    "OutOfMemory",
-    "ProfilingError",
-    "ProtocolError",
-    "Refused",
-    "RegistryError",
-    "SideError",
-    "SpecError",
-    "StreamError",
-    "TaskError",
-    "TrainingError",
-    "UnknownVerb",
-    "UnreadableError",
-    "UsageError",
-]
-
 
 class LmevalError(Exception):
     """The base: a message written for the user. Raised as one of its children."""
@@ -192,3 +165,6 @@ def no_such(kind: str, name: str, known: Iterable[str]) -> str:
     """
     known = list(known)
     return f"there is no {kind} {name!r}.{nearest(str(name), known)} There are: {', '.join(known)}."
+
+
+__all__ = sorted(name for name, thing in list(globals().items()) if isinstance(thing, type) and issubclass(thing, LmevalError))

@@ -2,7 +2,6 @@
 
 from pytest_lmeval.errors import LawBroken
 from pytest_lmeval.laws import check, edge_cases, probe
-from pytest_lmeval.laws._harness import LONGEST
 from pytest_lmeval.models._sources import as_model
 
 
@@ -22,5 +21,5 @@ def failure(law, harness, case):
 
 def first_failure(laws, harness):
     """The first failure of one of the laws on the edge cases, short ones first; None if there is none."""
-    cases = sorted(edge_cases(LONGEST), key=lambda case: case.length)
+    cases = sorted(edge_cases(harness.longest), key=lambda case: case.length)
     return next((found for case in cases for law in laws if (found := failure(law, harness, case))), None)

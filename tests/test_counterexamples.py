@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from probing import failure, probed
-from tiny_models import Dropped, Drowned, Functional, Learning
+from tiny_models import Dropped, Drowned, Fragile, Functional, Learning
 
 import pytest_lmeval
 from pytest_lmeval.errors import LawBroken, LmevalError
@@ -18,19 +18,6 @@ from pytest_lmeval.laws._strategies import chunk_cuts
 from pytest_lmeval.laws._tolerance import Excess
 from pytest_lmeval.models._sources import as_model
 from pytest_lmeval.records._journal import JournalWarning
-
-
-class Fragile(Functional):
-    """Drops its state if `wrong(seen, t)`, for t tokens after `seen`."""
-
-    def __init__(self, wrong):
-        super().__init__()
-        self.wrong = wrong
-
-    def forward(self, input_ids, state=None):
-        hidden, seen = state or (None, 0)
-        logits, hidden = super().forward(input_ids, None if self.wrong(seen, input_ids.shape[1]) else hidden)
-        return logits, (hidden, seen + input_ids.shape[1])
 
 
 def replayed(line, lm):
@@ -86,7 +73,7 @@ def test_a_fault_of_the_float32_copy_is_replayed_on_one():
 
 
 @pytest.mark.parametrize(
-    ("law", "case", "said"),
+    ("law", "case", "message"),
     [
         ("nonsense", {"length": 8}, "there is no law 'nonsense'"),
         ("splitz", {"length": 8}, r"no law 'splitz'\. Did you mean splits\?"),
@@ -100,8 +87,8 @@ def test_a_fault_of_the_float32_copy_is_replayed_on_one():
         ("sums", {"length": 1}, "needs two tokens"),
     ],
 )
-def test_an_impossible_case_is_refused_with_its_fault(law, case, said):
-    with pytest.raises(LmevalError, match=said) as refused:
+def test_an_impossible_case_is_refused_with_its_fault(law, case, message):
+    with pytest.raises(LmevalError, match=message) as refused:
         replay(Functional(), law, **case)
     assert isinstance(refused.value, ValueError)
 
@@ -229,7 +216,7 @@ def diagnosed(sizes, wrong, course=lambda token: 100.0, error=1.0):
 
 
 @pytest.mark.parametrize(
-    ("said", "sizes", "wrong", "course"),
+    ("message", "sizes", "wrong", "course"),
     [
         ("wrong in the first chunk already", [10, 50], range(3, 60), lambda t: 100.0),
         ("at the boundary after token 19, and fades out", [20, 80], range(20, 60), lambda t: 1000 * 0.8 ** (t - 20)),
@@ -243,8 +230,8 @@ def diagnosed(sizes, wrong, course=lambda token: 100.0, error=1.0):
         ("Every token is off by a little", [20, 80], [], lambda t: 0.0),
     ],
 )
-def test_the_course_of_an_error_names_the_likely_fault(said, sizes, wrong, course):
-    assert said in diagnosed(sizes, wrong, course)
+def test_the_course_of_an_error_names_the_likely_fault(message, sizes, wrong, course):
+    assert message in diagnosed(sizes, wrong, course)
 
 
 def test_a_small_error_is_called_small():

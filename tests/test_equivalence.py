@@ -7,8 +7,10 @@ from probing import failure, first_failure, probed
 from tiny_models import (
     CARRYING,
     Broken,
+    Changed,
     Dropped,
     Drowned,
+    Fragile,
     Functional,
     GetSetState,
     Learning,
@@ -20,25 +22,12 @@ from tiny_models import (
 
 from pytest_lmeval.errors import ModelError, NotFiniteError
 from pytest_lmeval.laws import Case, Harness, cases, check, edge_cases, probe
-from pytest_lmeval.laws._probe import restore
+from pytest_lmeval.laws._probe import EquivalenceResult
 from pytest_lmeval.laws._run_probe import verdict_of
 from pytest_lmeval.laws._tolerance import Reference, token_errors
 from pytest_lmeval.models._sources import as_model, load
 from pytest_lmeval.records import _schema as schema
 from pytest_lmeval.records._measured import Record
-
-
-class Counting(Functional):
-    """Knows how many tokens it has read, in `seen`."""
-
-    def forward(self, input_ids, state=None):
-        hidden, seen = state or (None, 0)
-        logits, hidden = super().forward(input_ids, self.continued(hidden, seen, input_ids.shape[1]))
-        return logits, (hidden, seen + input_ids.shape[1])
-
-    def continued(self, hidden, seen, t):
-        """The hidden state from which t tokens after `seen` are read."""
-        return hidden
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +118,7 @@ def test_a_counterexample_is_small_and_says_what_happened(dropped):
 
 
 def test_a_result_is_restored_from_its_record(dropped):
-    again = restore(schema.convert(schema.to_plain(dropped.record), Record))
+    again = EquivalenceResult(schema.convert(schema.to_plain(dropped.record), Record))
     assert (schema.to_plain(again.record), str(again)) == (schema.to_plain(dropped.record), str(dropped))
 
 
@@ -138,12 +127,7 @@ def test_a_result_is_restored_from_its_record(dropped):
     [lambda logits: logits + 1e-4 * torch.rand_like(logits), lambda logits: torch.nn.functional.dropout(logits, 0.1)],
 )
 def test_a_model_that_is_not_deterministic_is_reported(noise):
-    class Noisy(Functional):
-        def forward(self, input_ids, state=None):
-            logits, state = super().forward(input_ids, state)
-            return noise(logits), state
-
-    result = probed(Noisy(), longest=16)
+    result = probed(Changed(lambda logits, state: (noise(logits), state)), longest=16)
     assert result.verdict == "inexact"
     assert result.certificate.decisive == ["repeat", "isolation"]
     assert "not deterministic" in str(result)
@@ -177,60 +161,50 @@ def test_a_model_on_two_devices_is_refused_with_both():
         as_model(model)
 
 
-class Short(Counting):
-    def continued(self, hidden, seen, t):
-        if seen + t > 37:
-            raise IndexError("index out of range in self")
-        return hidden
+def limited(seen, t):
+    if seen + t > 37:
+        raise IndexError("index out of range in self")
 
 
 def test_an_undeclared_limit_is_found_and_reported():
-    certificate = probed(Short()).certificate
+    certificate = probed(Fragile(limited)).certificate
     assert (certificate.limit_tokens, certificate.limit_is_step) == (37, False)
     assert certificate.verdict == "exact-any-chunk"
     assert "at most 37 tokens in one call: it raised IndexError when it read 38" in certificate.limit
 
 
 def test_a_declared_limit_is_respected():
-    class Declared(Short):
-        context_length = 37
-
-    certificate = probed(Declared()).certificate
+    model = Fragile(limited)
+    model.context_length = 37
+    certificate = probed(model).certificate
     assert (certificate.verdict, certificate.limit, certificate.longest) == ("exact-any-chunk", None, 37)
 
 
 def test_a_limit_of_one_step_is_told_from_one_of_the_sequence():
-    class ShortSteps(Counting):
-        def continued(self, hidden, seen, t):
-            assert t <= 20, "n_seq"
-            return hidden
+    def limited_step(seen, t):
+        assert t <= 20, "n_seq"
 
-    certificate = probed(ShortSteps()).certificate
+    certificate = probed(Fragile(limited_step)).certificate
     assert (certificate.limit_tokens, certificate.limit_is_step) == (20, True)
 
 
 def test_a_model_that_refuses_to_continue_in_chunks_is_exact_in_steps():
-    class StepsOnly(Functional):
-        def forward(self, input_ids, state=None):
-            if state is not None and input_ids.shape[1] > 1:
-                raise ValueError("only supports a single new token per step")
-            return super().forward(input_ids, state)
+    def single(seen, t):
+        if seen and t > 1:
+            raise ValueError("only supports a single new token per step")
 
-    result = probed(StepsOnly())
+    result = probed(Fragile(single))
     assert result.verdict == "exact-step-only"
     assert "it raised ValueError when it read" in result.laws["splits"].counterexample
 
 
-@pytest.mark.parametrize("single", [True, False])
-def test_a_model_that_raises_at_some_lengths_gets_a_verdict_that_says_so(single):
-    class Eights(Functional):
-        def forward(self, input_ids, state=None):
-            t = input_ids.shape[1]
-            if t % 8 and (t > 1 if single else t > 8):
-                raise ValueError("length must be a multiple of 8")
-            return super().forward(input_ids, state)
+@pytest.mark.parametrize("shortest", [2, 9])
+def test_a_model_that_raises_at_some_lengths_gets_a_verdict_that_says_so(shortest):
+    def eights(seen, t):
+        if t % 8 and t >= shortest:
+            raise ValueError("length must be a multiple of 8")
 
-    assert "raised ValueError" in str(probed(Eights(), longest=None))
+    assert "raised ValueError" in str(probed(Fragile(eights), longest=None))
 
 
 def test_a_model_that_cannot_be_copied_is_compared_with_its_own_noise():
@@ -245,10 +219,10 @@ def test_a_model_that_cannot_be_copied_is_compared_with_its_own_noise():
 
 
 def test_a_change_of_the_weights_is_reported_and_put_back():
-    model = Learning()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert "reading changed the model's parameters or buffers (embed.weight)" in str(probed(model, longest=16))
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    lm = as_model(Learning())
+    before = {name: tensor.clone() for name, tensor in lm.module.state_dict().items()}
+    assert "reading changed the model's parameters or buffers (embed.weight)" in str(probed(lm, longest=16))
+    assert all(torch.equal(before[name], tensor) for name, tensor in lm.module.state_dict().items())
 
 
 def test_the_probe_leaves_the_weights_and_the_random_numbers_as_they_were():
@@ -338,12 +312,7 @@ def test_a_fault_that_16_bits_hide_is_found_in_a_float32_copy():
     ("dtype", "verdicts"), [(torch.bfloat16, ("consistent", "inexact")), (torch.float32, ("inexact", None))]
 )
 def test_a_rounded_state_counts_only_against_a_model_that_is_less_rounded_itself(dtype, verdicts):
-    class Rounding(Functional):
-        def forward(self, input_ids, state=None):
-            logits, state = super().forward(input_ids, state)
-            return logits, state.bfloat16().to(state.dtype)
-
-    result = probed(Rounding().to(dtype))
+    result = probed(Changed(lambda logits, state: (logits, state.bfloat16().to(state.dtype))).to(dtype))
     assert (result.verdict, result.certificate.float32) == verdicts
 
 
@@ -364,12 +333,10 @@ def test_a_model_of_two_precisions_is_judged_by_the_coarser():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_token_that_is_ruled_out_breaks_nothing(dtype):
-    class Masked(Functional):
-        def forward(self, input_ids, state=None):
-            logits, state = super().forward(input_ids, state)
-            return torch.cat([torch.full_like(logits[..., :1], -torch.inf), logits[..., 1:]], -1), state
+    def masked(logits, state):
+        return torch.cat([torch.full_like(logits[..., :1], -torch.inf), logits[..., 1:]], -1), state
 
-    assert probed(Masked().to(dtype), longest=40).certificate.broken == frozenset()
+    assert probed(Changed(masked).to(dtype), longest=40).certificate.broken == frozenset()
 
 
 def test_the_tolerance_follows_the_precision():
@@ -414,34 +381,24 @@ def test_without_a_budget_the_core_laws_are_tried_once_and_the_record_says_so():
 def test_without_a_budget_a_model_is_called_a_few_times_only():
     calls = []
 
-    class Counted(Functional):
-        def forward(self, input_ids, state=None):
-            calls.append(input_ids.shape[1])
-            return super().forward(input_ids, state)
-
-    probe(as_model(Counted()), budget=0.0)
+    probe(as_model(Fragile(lambda seen, t: calls.append(t))), budget=0.0)
     assert len(calls) < 40
 
 
 def test_a_noisy_model_is_not_accused_of_seeing_its_future_without_a_budget():
-    class Noisy(Functional):
-        def forward(self, input_ids, past_key_values=None):
-            logits, state = super().forward(input_ids, past_key_values)
-            return logits + torch.randn(()), state
-
-    result = probe(as_model(Noisy()), budget=0.0)
+    result = probe(as_model(Changed(lambda logits, state: (logits + torch.randn(()), state))), budget=0.0)
     assert result.verdict == "inexact"
     assert result.certificate.decisive == ["repeat"]
 
 
 def test_a_model_draws_the_same_numbers_whenever_a_case_is_tried():
-    class Drawing(Functional):
-        def forward(self, input_ids, state=None):
-            drawn.append(torch.rand(()).item())
-            return super().forward(input_ids, state)
+    def draw(logits, state):
+        drawn.append(torch.rand(()).item())
+        return logits, state
 
     drawn, tries = [], []
-    for seed, harness in enumerate((Harness(as_model(Drawing())), Harness(as_model(Drawing())))):
+    for seed in range(2):
+        harness = Harness(as_model(Changed(draw)))
         torch.default_generator.manual_seed(seed)  # the numbers drawn before do not matter
         drawn.clear()
         check("repeat", harness, Case(9, seed=3))
@@ -466,39 +423,17 @@ def test_transformers_models_get_their_verdict(name, verdict):
     assert result.verdict == verdict, result
 
 
-class WrongLate(Counting):
-    def continued(self, hidden, seen, t):
-        return None if seen >= 130 and t > 1 else hidden
-
-
-class WrongOnce(Counting):
-    def continued(self, hidden, seen, t):
-        return None if seen == 150 else hidden
-
-
-class ForgetsFrom70(Counting):
-    def continued(self, hidden, seen, t):
-        return hidden if seen < 70 else None
-
-
-class WrongRarely(Counting):
-    """Wrong in few cases: chunks after 10 to 59 tokens whose number is no multiple of five; 64 has no such cut."""
-
-    def continued(self, hidden, seen, t):
-        return None if t > 1 and 10 <= seen < 60 and seen % 5 else hidden
-
-
 @pytest.mark.parametrize(
-    ("model", "verdict"),
+    ("wrong", "verdict"),
     [
-        (WrongLate, "exact-step-only"),
-        (WrongOnce, "exact-multiple-of-4"),
-        (ForgetsFrom70, "inexact"),
-        (WrongRarely, "exact-multiple-of-64"),
+        (lambda seen, t: seen >= 130 and t > 1, "exact-step-only"),
+        (lambda seen, t: seen == 150, "exact-multiple-of-4"),
+        (lambda seen, t: seen >= 70, "inexact"),
+        (lambda seen, t: t > 1 and 10 <= seen < 60 and seen % 5, "exact-multiple-of-64"),
     ],
 )
-def test_no_multiple_and_no_steps_are_trusted_beyond_the_cases_tried(model, verdict):
-    assert probed(model(), longest=None).verdict == verdict
+def test_no_multiple_and_no_steps_are_trusted_beyond_the_cases_tried(wrong, verdict):
+    assert probed(Fragile(wrong), longest=None).verdict == verdict
 
 
 def test_a_module_without_reset_state_is_exact():

@@ -97,6 +97,30 @@ class Stepper:
 CARRYING = [Functional, GetSetState, Streaming, PortableStreaming, Stepper]
 
 
+class Changed(Functional):
+    """Returns `change(logits, state)`."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+
+    def forward(self, input_ids, state=None):
+        return self.change(*super().forward(input_ids, state))
+
+
+class Fragile(Functional):
+    """Drops its state if `wrong(seen, t)`, for t tokens after `seen`."""
+
+    def __init__(self, wrong):
+        super().__init__()
+        self.wrong = wrong
+
+    def forward(self, input_ids, state=None):
+        hidden, seen = state or (None, 0)
+        logits, hidden = super().forward(input_ids, None if self.wrong(seen, input_ids.shape[1]) else hidden)
+        return logits, (hidden, seen + input_ids.shape[1])
+
+
 class Dropped(Functional):
     """Wrong: forgets its state whenever a chunk of more than one token continues a sequence."""
 

@@ -80,7 +80,7 @@ def causality(harness: Harness, case: Case) -> None:
 
 def _blind_to_the_future(harness: Harness, case: Case, sizes: list[int], change: int) -> None:
     ids = harness.tokens(case.length, case.seed)
-    other, unchanged, said = other_future(harness.lm, ids, change)
+    other, unchanged, where = other_future(harness.lm, ids, change)
 
     def difference(lm: Model | None = None) -> tuple[int, float] | None:
         before, after = (harness.logits(x, sizes, lm=lm).flatten(0, -2)[:unchanged] for x in (ids, other))
@@ -98,7 +98,7 @@ def _blind_to_the_future(harness: Harness, case: Case, sizes: list[int], change:
     if not rounding:
         raise broken(
             case,
-            f"changing {said} on (of {case.length}, seed {case.seed}, in chunks of {sizes}) changed the logits of "
+            f"changing {where} on (of {case.length}, seed {case.seed}, in chunks of {sizes}) changed the logits of "
             f"{name_row(harness.lm, first)} before it, by up to {error:.3g}. The model sees its future; its perplexity says "
             "nothing.",
             error=error,
@@ -108,9 +108,11 @@ def _blind_to_the_future(harness: Harness, case: Case, sizes: list[int], change:
 def prefix(harness: Harness, case: Case) -> None:
     cut = case.cuts[-1]
     excess = harness.compare("prefix", case.seed, harness.tokens(cut, case.seed), [cut])
-    said = f"{cut} tokens (seed {case.seed}) read alone are off by {excess.error:.3g} nats at token {excess.position} from the "
-    said += f"same tokens at the beginning of {harness.longest}, allowed {excess.allowed:.2g}. "
-    assert_tolerated(case, excess, said + "The loss of a token depends on how long the text is.")
+    message = (
+        f"{cut} tokens (seed {case.seed}) read alone are off by {excess.error:.3g} nats at token {excess.position} from the "
+    )
+    message += f"same tokens at the beginning of {harness.longest}, allowed {excess.allowed:.2g}. "
+    assert_tolerated(case, excess, message + "The loss of a token depends on how long the text is.")
 
 
 def splits(harness: Harness, case: Case) -> None:
@@ -124,8 +126,10 @@ def steps(harness: Harness, case: Case) -> None:
 
 def _same_as_full_run(harness: Harness, case: Case, law: str, sizes: list[int], what: str) -> None:
     excess = harness.compare(law, case.seed, harness.tokens(case.length, case.seed), sizes)
-    said = f"{what}: log-probabilities off by {excess.error:.3g} nats at token {excess.position}, allowed {excess.allowed:.2g}."
-    assert_tolerated(case, excess, said, sizes=sizes)
+    message = (
+        f"{what}: log-probabilities off by {excess.error:.3g} nats at token {excess.position}, allowed {excess.allowed:.2g}."
+    )
+    assert_tolerated(case, excess, message, sizes=sizes)
 
 
 def rows(harness: Harness, case: Case) -> None:
@@ -142,10 +146,10 @@ def rows(harness: Harness, case: Case) -> None:
         if harness.reads_batches:
             raise
         raise NotPossible(f"it does not read {len(batch)} rows at once (it {raised})") from raised
-    said = (
+    message = (
         f"{case}: off by {excess.error:.3g} nats at token {excess.position} from the row alone, allowed {excess.allowed:.2g}."
     )
-    assert_tolerated(case, excess, f"{said} A row depends on its neighbours, their order, or the padding after it.")
+    assert_tolerated(case, excess, f"{message} A row depends on its neighbours, their order, or the padding after it.")
 
 
 def fork_(harness: Harness, case: Case) -> None:
@@ -156,8 +160,8 @@ def fork_(harness: Harness, case: Case) -> None:
         (straight,) = _take_turns(harness.lm, (rest, first))
         after, _ = _take_turns(harness.lm, (rest, branch), (other_tokens(harness.lm, rest), state))
     harness.calls += 1 + 3 * len(after)
-    said = f"two continuations of one state after {cut} of its tokens saw each other"
-    assert_bit_equal(harness, case, straight, after, said, "A copy of the state shares something with it.", after=cut)
+    message = f"two continuations of one state after {cut} of its tokens saw each other"
+    assert_bit_equal(harness, case, straight, after, message, "A copy of the state shares something with it.", after=cut)
 
 
 def resume(harness: Harness, case: Case) -> None:
@@ -169,8 +173,8 @@ def resume(harness: Harness, case: Case) -> None:
         saved = safe_load(file.getvalue(), harness.lm)["state"]
         (resumed,) = _take_turns(harness.fresh() or harness.lm, (rest, saved))
     harness.calls += 1 + 2 * len(resumed)
-    said = f"saved after {cut} tokens and continued by a fresh copy of the model, gave other logits than without the stop"
-    assert_near(harness, case, straight, resumed, said, "A part of its state is not in the state.", after=cut)
+    message = f"saved after {cut} tokens and continued by a fresh copy of the model, gave other logits than without the stop"
+    assert_near(harness, case, straight, resumed, message, "A part of its state is not in the state.", after=cut)
 
 
 @contextmanager

@@ -7,7 +7,6 @@ only when it is full.
 
 from __future__ import annotations
 
-import functools
 import math
 from itertools import accumulate
 
@@ -15,24 +14,19 @@ from pytest_lmeval.errors import LawBroken
 from pytest_lmeval.laws._strategies import Case
 from pytest_lmeval.laws._tolerance import Excess
 
+BY_DECADE: list[type[LawBroken]] = [type(f"LawBrokenBy1e{decade}", (LawBroken,), {}) for decade in range(10)]
 FADED, GROWN = 1 / 30, 30.0
 SMALL = 0.02  # nats: a smaller error is a rounding or a constant, not a missing state
-
-
-@functools.cache
-def _class_of(decade: int) -> type[LawBroken]:
-    return type(f"LawBrokenBy1e{decade}", (LawBroken,), {"__module__": __name__})
 
 
 def broken(
     case: Case, message: str, *, tolerance_ratio: float = math.inf, error: float = math.inf, likely: str = ""
 ) -> LawBroken:
     """The exception for a law that this case breaks."""
-    plain = LawBroken(message)
-    plain.tolerance_ratio = tolerance_ratio
-    found = _class_of(plain.decade)(message)
-    found.case, found.tolerance_ratio, found.error, found.likely = case, tolerance_ratio, error, likely
-    return found
+    failure = LawBroken(message)
+    failure.case, failure.tolerance_ratio, failure.error, failure.likely = case, tolerance_ratio, error, likely
+    failure.__class__ = BY_DECADE[failure.decade]
+    return failure
 
 
 def assert_tolerated(case: Case, excess: Excess, message: str, *, sizes: list[int] | None = None) -> None:

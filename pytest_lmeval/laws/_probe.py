@@ -40,7 +40,11 @@ class EquivalenceResult:
     """The verdict on a model, and the certificate behind it."""
 
     record: Record
-    certificate: Certificate
+
+    @property
+    def certificate(self) -> Certificate:
+        assert self.record.certificate is not None
+        return self.record.certificate
 
     @property
     def verdict(self) -> str:
@@ -124,13 +128,7 @@ def probe(
         ),
         certificate=certificate,
     )
-    return EquivalenceResult(record, certificate)
-
-
-def restore(record: Record) -> EquivalenceResult:
-    """The result that a record was made from."""
-    assert record.certificate is not None
-    return EquivalenceResult(record, record.certificate)
+    return EquivalenceResult(record)
 
 
 def replay(lm: Any, law: str, *, longest: int = LONGEST, float32: bool = False, **case: Any) -> None:

@@ -47,8 +47,8 @@ class Search:
                 self.seen[case] = failure
             except NotPossible as impossible:
                 if self.seen:  # possible in some cases: broken in this one
-                    said = f"{case}: {impossible}, though it could be tried in {len(self.seen)} other case(s)."
-                    self.seen[case] = broken(case, said)
+                    message = f"{case}: {impossible}, though it could be tried in {len(self.seen)} other case(s)."
+                    self.seen[case] = broken(case, message)
                 else:
                     self.unavailable = str(impossible)
         return self.seen.get(case)

@@ -81,18 +81,14 @@ def compositions(length: int, boundaries: tuple[int, ...] = ()) -> st.SearchStra
 
 
 @st.composite
-def _case(draw: st.DrawFn, longest: int, boundaries: tuple[int, ...]) -> Case:
+def cases(draw: st.DrawFn, longest: int, boundaries: tuple[int, ...] = ()) -> Case:
+    """Sequences of 2 to `longest` tokens, cut anywhere and often near `boundaries`, in company of every kind."""
     length = draw(st.integers(2, min(longest, SHORT)) | st.integers(2, longest))
     cuts = draw(compositions(length, boundaries))
     seed = draw(st.integers(0, SEEDS - 1))
     rows = draw(st.integers(2, 4))
     row = draw(st.integers(0, rows - 1))
     return Case(length, cuts, seed, rows, row, draw(st.integers(0, 9)), draw(st.integers(1, longest)))
-
-
-def cases(longest: int, boundaries: tuple[int, ...] = ()) -> st.SearchStrategy[Case]:
-    """Sequences of 2 to `longest` tokens, cut anywhere and often near `boundaries`, in company of every kind."""
-    return _case(longest, boundaries)
 
 
 def edge_cases(longest: int, boundaries: tuple[int, ...] = ()) -> list[Case]:

@@ -25,7 +25,7 @@ def float64_copy(model: Model) -> Model | None:
 
 
 def copy_of(model: Model, dtype: torch.dtype | None = None) -> Model | None:
-    """A copy of the model, in `dtype` if one is given; None if it cannot be copy_of, or would need more than a quarter of the
+    """A copy of the model, in `dtype` if one is given; None if it cannot be copied, or would need more than a quarter of the
     free memory.
 
     With a dtype, packed weights become the plain numbers that they stand for. So rounding once, when a model is packed, is part
@@ -38,7 +38,7 @@ def copy_of(model: Model, dtype: torch.dtype | None = None) -> Model | None:
             unpack(module, dtype)
             module.to(dtype)
         step_fn = model.rebuild(module)
-    except Exception:  # noqa: BLE001 - fused, bound to its precision, or holding what cannot be copy_of
+    except Exception:  # noqa: BLE001 - fused, bound to its precision, or holding what cannot be copied
         return None
     return dataclasses.replace(model, module=module, step_fn=step_fn)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pytest_lmeval.laws._probe import EquivalenceResult, probe, restore
+from pytest_lmeval.laws._probe import EquivalenceResult, probe
 from pytest_lmeval.measures._context import current, verb
 
 
@@ -24,17 +24,12 @@ def equivalence(
     By default the parameters are those of the command line, and a model is probed once in a run; with any of them, anew.
     """
     context = current()
-    given = {
-        "profile": profile,
-        "budget": budget,
-        "examples": examples,
-        "longest": longest,
-        "counterexamples": counterexamples,
-    }
+    given: dict[str, Any] = {"profile": profile, "budget": budget, "examples": examples, "longest": longest}
+    given["counterexamples"] = counterexamples
     options = {name: value for name, value in given.items() if value is not None}
     model = context.model(lm)
     key = context.key("equivalence", model, options)
     if (finished := context.finished(key)) is not None:
-        return restore(finished)
+        return EquivalenceResult(finished)
     probed = probe(model, **{**context.session.probe, **options}) if options else context.session.verdict(model)
     return context.recorded(key, probed)
