@@ -7,6 +7,8 @@ place, and if `constant_state` is true it owns its memory: a view would keep its
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -24,7 +26,7 @@ def heads(hidden):
 
 
 def scan(decay, drive, state):
-    """[b, t, ...] all states of `state = decay * state + drive`."""
+    """[b, t, ...] all states of the recurrence `state = decay * state + drive`."""
     steps = zip(decay.unbind(1), drive.unbind(1), strict=True)
     return torch.stack([state := torch.addcmul(new, kept, state) for kept, new in steps], 1)
 
@@ -175,9 +177,8 @@ class Selective(Tiny):
 
     def forward(self, input_ids, state=None):
         hidden, t = self.embed(input_ids), input_ids.shape[1]
-        tail, memory = state or (
-            hidden.new_zeros(len(hidden), n, m) for n, m in ((self.kernel - 1, WIDTH), (WIDTH, self.slots))
-        )
+        zeros = partial(hidden.new_zeros, len(hidden))
+        tail, memory = state or (zeros(self.kernel - 1, WIDTH), zeros(WIDTH, self.slots))
         x, gate = self.inward(norm(hidden)).chunk(2, -1)
         inputs = self.join(tail, x)
         x = F.silu((inputs.unfold(1, self.kernel, 1) * self.filter).sum(-1)[:, -t:])
@@ -212,7 +213,7 @@ class Selective(Tiny):
 
 
 class LinearAttention(Tiny):
-    """A matrix for each head, gated and added to by each token; a last column of ones adds up what to divide by."""
+    """A matrix for each head, gated and added to by each token; a last column of ones sums the divisor."""
 
     def build(self):
         self.inward = nn.Linear(WIDTH, 3 * WIDTH)
@@ -261,11 +262,8 @@ class Blocked(Tiny):
         query, key, value = self.inward(norm(hidden)).chunk(3, -1)
         key = F.normalize(key, dim=-1)
         rate = torch.sigmoid(self.rate(norm(hidden)))
-        fast, gathered, index = state or (
-            self.first.expand(len(hidden), -1, -1).clone(),
-            self.first.new_zeros(len(hidden), WIDTH, WIDTH),
-            0,
-        )
+        zeros = hidden.new_zeros(len(hidden), WIDTH, WIDTH)
+        fast, gathered, index = state or (self.first + zeros, zeros, 0)
         parts, begin, t = [], 0, input_ids.shape[1]
         while begin < t:
             end = min(begin + self.block - index, t)

@@ -33,7 +33,7 @@ def test_a_gross_fault_and_a_subtle_one_are_both_reported():
                 state = state * (0.0 if input_ids.shape[1] >= 40 else 1 - 1e-3)
             return super().forward(input_ids, state)
 
-    gross, subtle = probed(TwoFaults(), examples=20, longest=None).laws["splits"].counterexamples
+    gross, subtle = probed(TwoFaults(), longest=None).laws["splits"].counterexamples
     assert gross.error > 100 * subtle.error
     assert gross.case["length"] >= 41
     assert subtle.case["length"] < 20

@@ -312,7 +312,7 @@ def test_a_fault_that_16_bits_hide_is_found_in_a_float32_copy():
     ("dtype", "verdicts"), [(torch.bfloat16, ("consistent", "inexact")), (torch.float32, ("inexact", None))]
 )
 def test_a_rounded_state_counts_only_against_a_model_that_is_less_rounded_itself(dtype, verdicts):
-    result = probed(Changed(lambda logits, state: (logits, state.bfloat16().to(state.dtype))).to(dtype))
+    result = probed(Changed(lambda logits, state: (logits, state.bfloat16().to(state.dtype))).to(dtype), longest=40)
     assert (result.verdict, result.certificate.float32) == verdicts
 
 

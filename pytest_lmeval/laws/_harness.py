@@ -186,13 +186,12 @@ class Harness:
             exact = torch.cat([exact[:tie], full[tie:]])
             return Reference(exact, token_errors(full, exact), self.dtype)
         rounded = float64_copy(self.float64_copy) if self.float64_copy is not None else None
-        if rounded is None or rounded.module is None:
-            return Reference(exact, error, self.dtype)
-        round_weights(rounded.module, self.dtype)
-        rounding = token_errors(self.run(ids, length, lm=rounded), exact)
-        if float(error.max()) <= NOT_EXPLAINED * float(rounding.max()):
-            return Reference(exact, error, self.dtype)
-        return Reference(full, rounding, self.dtype)
+        if rounded is not None and rounded.module is not None:
+            round_weights(rounded.module, self.dtype)
+            rounding = token_errors(self.run(ids, length, lm=rounded), exact)
+            if float(error.max()) > NOT_EXPLAINED * float(rounding.max()):
+                return Reference(full, rounding, self.dtype)
+        return Reference(exact, error, self.dtype)
 
     def _finite(self, run: Tensor, ids: Tensor) -> Tensor:
         wrong = run.isnan() | run.isposinf()  # minus infinity is a token ruled out
