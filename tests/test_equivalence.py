@@ -87,21 +87,38 @@ def test_a_model_that_fails_on_batches_in_some_shapes_only_breaks_the_law():
     assert "one token of two rows" in law.counterexample
 
 
-def test_a_state_in_a_buffer_is_no_change_of_the_model():
-    class InBuffer(GetSetState):
-        def __init__(self):
-            super().__init__()
-            del self.held
-            self.register_buffer("held", torch.zeros(1, 1, 16))
+class InBuffer(GetSetState):
+    def __init__(self):
+        super().__init__()
+        del self.held
+        self.register_buffer("held", torch.zeros(1, 1, 16))
 
-        def reset_state(self):
-            self.held = torch.zeros(1, 1, 16)
+    def reset_state(self):
+        self.held = torch.zeros(1, 1, 16)
 
-        def set_state(self, state):
-            self.held = state
+    def set_state(self, state):
+        self.held = state
 
-    result = probed(InBuffer())
+
+class NoReset(Functional):
+    held = None
+
+    def get_state(self):
+        return self.held
+
+    def set_state(self, state):
+        self.held = state
+
+    def forward(self, input_ids):
+        logits, self.held = super().forward(input_ids, self.held)
+        return logits
+
+
+@pytest.mark.parametrize("kind", [InBuffer, NoReset])
+def test_a_module_that_holds_its_state_in_a_buffer_or_has_no_reset_is_exact(kind):
+    result = probed(kind(), longest=24)
     assert result.verdict == "exact-any-chunk", result
+    assert result.certificate.reference == "float64 run of the same weights"
 
 
 def test_logits_that_are_not_finite_are_reported_with_their_position():
@@ -434,27 +451,6 @@ def test_transformers_models_get_their_verdict(name, verdict):
 )
 def test_no_multiple_and_no_steps_are_trusted_beyond_the_cases_tried(wrong, verdict):
     assert probed(Fragile(wrong), longest=None).verdict == verdict
-
-
-def test_a_module_without_reset_state_is_exact():
-    class NoReset(Functional):
-        def __init__(self):
-            super().__init__()
-            self.held = None
-
-        def get_state(self):
-            return self.held
-
-        def set_state(self, state):
-            self.held = state
-
-        def forward(self, input_ids):
-            logits, self.held = super().forward(input_ids, self.held)
-            return logits
-
-    result = probed(NoReset())
-    assert result.verdict == "exact-any-chunk", result
-    assert result.certificate.reference == "float64 run of the same weights"
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,6 @@ from pytest_lmeval.engine import Engine
 from pytest_lmeval.errors import ArgumentError, LawBroken, NotFiniteError, NotPossible, no_such
 from pytest_lmeval.laws._diagnosis import assert_tolerated, broken
 from pytest_lmeval.laws._harness import FEW, MEMORY, Harness, Raised
-from pytest_lmeval.laws._sequences import name_row, other_future, other_tokens
 from pytest_lmeval.laws._strategies import Case
 from pytest_lmeval.laws._sums import sums
 from pytest_lmeval.laws._tolerance import ROUNDINGS, log_probabilities
@@ -80,7 +79,7 @@ def causality(harness: Harness, case: Case) -> None:
 
 def _blind_to_the_future(harness: Harness, case: Case, sizes: list[int], change: int) -> None:
     ids = harness.tokens(case.length, case.seed)
-    other, unchanged, where = other_future(harness.lm, ids, change)
+    other, unchanged, where = _other_future(harness.lm, ids, change)
 
     def difference(lm: Model | None = None) -> tuple[int, float] | None:
         before, after = (harness.logits(x, sizes, lm=lm).flatten(0, -2)[:unchanged] for x in (ids, other))
@@ -99,20 +98,49 @@ def _blind_to_the_future(harness: Harness, case: Case, sizes: list[int], change:
         raise broken(
             case,
             f"changing {where} on (of {case.length}, seed {case.seed}, in chunks of {sizes}) changed the logits of "
-            f"{name_row(harness.lm, first)} before it, by up to {error:.3g}. The model sees its future; its perplexity says "
+            f"{_name_row(harness.lm, first)} before it, by up to {error:.3g}. The model sees its future; its perplexity says "
             "nothing.",
             error=error,
         )
 
 
+def _other_tokens(lm: Model, ids: Tensor) -> Tensor:
+    """Another id in the position of each."""
+    sizes = torch.tensor(lm.codebooks.sizes, device=ids.device)[:, None] if lm.codebooks else lm.vocab_size
+    return (ids + 1) % sizes
+
+
+def _other_future(lm: Model, ids: Tensor, change: int) -> tuple[Tensor, int, str]:
+    """(ids that differ from position `change` on, number of leading logit rows [t, v] or [t * s, v] that must not change, and
+    the beginning of the change in words).
+
+    Of the frame at `change` the last codes change and the first stay: the codes before the first changed one, and that one
+    itself, must be predicted as before. A delayed code counts where it is predicted.
+    """
+    positions, books = torch.arange(ids.shape[-1], device=ids.device), lm.codebooks
+    if not books:
+        return torch.where(positions >= change, _other_tokens(lm, ids), ids), change, f"the tokens from position {change}"
+    column = change % len(books.scored)
+    book, delays = books.scored[column], dict(zip(books.scored, books.delays, strict=True))
+    begins = [change - delays.get(k, 0) + (k < book) for k in range(len(books.sizes))]
+    future = positions >= torch.tensor(begins, device=ids.device)[:, None]
+    unchanged = change * len(books.scored) + column + 1
+    return torch.where(future, _other_tokens(lm, ids), ids), unchanged, f"the codes from codebook {book} at position {change}"
+
+
+def _name_row(lm: Model, row: int) -> str:
+    """The position, and the codebook, of a row of the logits [t, v], or [t * s, v]."""
+    if not lm.codebooks:
+        return f"position {row}"
+    position, column = divmod(row, len(lm.codebooks.scored))
+    return f"codebook {lm.codebooks.scored[column]} at position {position}"
+
+
 def prefix(harness: Harness, case: Case) -> None:
     cut = case.cuts[-1]
     excess = harness.compare("prefix", case.seed, harness.tokens(cut, case.seed), [cut])
-    message = (
-        f"{cut} tokens (seed {case.seed}) read alone are off by {excess.error:.3g} nats at token {excess.position} from the "
-    )
-    message += f"same tokens at the beginning of {harness.longest}, allowed {excess.allowed:.2g}. "
-    assert_tolerated(case, excess, message + "The loss of a token depends on how long the text is.")
+    message = f"{cut} tokens (seed {case.seed}) read alone, against the beginning of {harness.longest}: {excess}."
+    assert_tolerated(case, excess, f"{message} The loss of a token depends on how long the text is.")
 
 
 def splits(harness: Harness, case: Case) -> None:
@@ -120,16 +148,12 @@ def splits(harness: Harness, case: Case) -> None:
 
 
 def steps(harness: Harness, case: Case) -> None:
-    what = f"{case.length} tokens (seed {case.seed}), one at a time"
-    _same_as_full_run(harness, case, "steps", [1] * case.length, what)
+    _same_as_full_run(harness, case, "steps", [1] * case.length, f"{case.length} tokens (seed {case.seed}), one at a time")
 
 
 def _same_as_full_run(harness: Harness, case: Case, law: str, sizes: list[int], what: str) -> None:
     excess = harness.compare(law, case.seed, harness.tokens(case.length, case.seed), sizes)
-    message = (
-        f"{what}: log-probabilities off by {excess.error:.3g} nats at token {excess.position}, allowed {excess.allowed:.2g}."
-    )
-    assert_tolerated(case, excess, message, sizes=sizes)
+    assert_tolerated(case, excess, f"{what}: log-probabilities {excess}.", sizes=sizes)
 
 
 def rows(harness: Harness, case: Case) -> None:
@@ -146,10 +170,8 @@ def rows(harness: Harness, case: Case) -> None:
         if harness.reads_batches:
             raise
         raise NotPossible(f"it does not read {len(batch)} rows at once (it {raised})") from raised
-    message = (
-        f"{case}: off by {excess.error:.3g} nats at token {excess.position} from the row alone, allowed {excess.allowed:.2g}."
-    )
-    assert_tolerated(case, excess, f"{message} A row depends on its neighbours, their order, or the padding after it.")
+    why = "A row depends on its neighbours, their order, or the padding after it."
+    assert_tolerated(case, excess, f"{case}, against the row alone: {excess}. {why}")
 
 
 def fork_(harness: Harness, case: Case) -> None:
@@ -158,7 +180,7 @@ def fork_(harness: Harness, case: Case) -> None:
     with _not_possible_if_it_raises("its state cannot be forked"):
         branch, first = fork(state), fork(state)
         (straight,) = _take_turns(harness.lm, (rest, first))
-        after, _ = _take_turns(harness.lm, (rest, branch), (other_tokens(harness.lm, rest), state))
+        after, _ = _take_turns(harness.lm, (rest, branch), (_other_tokens(harness.lm, rest), state))
     harness.calls += 1 + 3 * len(after)
     message = f"two continuations of one state after {cut} of its tokens saw each other"
     assert_bit_equal(harness, case, straight, after, message, "A copy of the state shares something with it.", after=cut)

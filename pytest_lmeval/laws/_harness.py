@@ -16,7 +16,6 @@ from torch import Tensor
 from pytest_lmeval.engine import Engine, Policy
 from pytest_lmeval.errors import ModelError, NotFiniteError
 from pytest_lmeval.laws._moe_routing import first_tie, record_routing
-from pytest_lmeval.laws._sequences import random_tokens
 from pytest_lmeval.laws._tolerance import Excess, Reference, log_probabilities, token_errors
 from pytest_lmeval.laws._weights import copy_of, float64_copy, round_weights
 from pytest_lmeval.models._model import Model
@@ -63,8 +62,19 @@ class Harness:
         return "full run in float64" if self.lm.dtype == torch.float64 else "full run, alone and as one of two rows"
 
     def tokens(self, length: int, seed: int) -> Tensor:
-        """[1, t] ids, or [1, k, t] codes, of a seed (see `laws._sequences.random_tokens`)."""
-        return random_tokens(self.lm, length, seed)
+        """[1, t] random ids, or [1, k, t] codes; a longer sequence of the same seed begins with the shorter one.
+
+        Every third seed gives runs of one repeated token, many of them of id 0, as padding looks (of codes: missing ones, if
+        the model takes them).
+        """
+        generator = torch.Generator().manual_seed(seed)
+        books = self.lm.codebooks
+        sizes = torch.tensor(books.sizes if books else [self.lm.vocab_size])
+        ids = torch.randint(0, int(sizes.max()), (length, len(sizes)), generator=generator) % sizes
+        if seed % 3 == 2:
+            blank = -1 if books and books.gaps else 0
+            ids = torch.where(torch.arange(length)[:, None] % 2 == 1, ids, blank).repeat_interleave(3, dim=0)[:length]
+        return (ids.T if books else ids[:, 0])[None].to(self.lm.device)
 
     def run(self, input_ids: Tensor, sizes: list[int], *, row: int = 0, lm: Model | None = None) -> Tensor:
         """[t, v] log-probabilities of one row, read in chunks of `sizes`. Raises Raised if the model does."""

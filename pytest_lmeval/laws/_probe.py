@@ -77,11 +77,11 @@ def probe(
 ) -> EquivalenceResult:
     """Find which laws of streaming `lm` keeps, by trying them, never by asking the model what it supports.
 
-    lm        a `Model`, or anything that `as_model` takes
-    profile   "ci" (the same cases every time), "dev" (other random ones in each run), "nightly" (thousands, two minutes)
-    budget    seconds after which no further case is tried, in place of the profile's; the certificate says what was covered
-    examples  random cases, in place of the profile's
-    longest   tokens of the longest sequence; by default 160, or three times the model's window if that is more
+    lm               a `Model`, or anything that `as_model` takes
+    profile          "ci" (the same cases every time), "dev" (other random ones in each run), "nightly" (thousands, two minutes)
+    budget           seconds after which no case is tried (default: the profile's); the certificate says what was covered
+    examples         random cases (default: the profile's)
+    longest          tokens of the longest sequence; by default 160, or three times the model's window if that is more
     counterexamples  a file of earlier ones, which are tried first; new ones are appended
 
     Leaves weights, buffers and torch's random numbers as they were (`as_model` puts a module into eval mode). Raises ModelError

@@ -87,15 +87,11 @@ class Search:
         )
 
     def _shrink(self, found: LawBroken, decades: range, stop: float) -> Counterexample:
-        tried = 0
-
         def fails(case: Case) -> bool:
-            nonlocal tried
-            tried += 1
             failure = self.attempt(case)
             return failure is not None and failure.decade in decades
 
-        case = shrink(found.case, fails, lambda: tried < MOST_SHRINKS and time.perf_counter() < stop)
+        case = shrink(found.case, fails, lambda: time.perf_counter() < stop)
         small = self.seen[self.fit(case)] or found
         if small.likely and time.perf_counter() < stop:  # the course of an error shows only if tokens come after it
             cuts = (*small.case.cuts, small.case.length) if small.case.cuts else ()
@@ -118,7 +114,7 @@ def shrink(case: Case, fails: Callable[[Case], bool], may_go_on: Callable[[], bo
     """
     tried = {case}
     simpler = _simpler(case)
-    while may_go_on():
+    while len(tried) <= MOST_SHRINKS and may_go_on():
         candidate = next((other for other in simpler if other not in tried), None)
         if candidate is None:
             break

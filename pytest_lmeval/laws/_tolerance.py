@@ -39,6 +39,9 @@ class Excess:
     position: int
     profile: Tensor
 
+    def __str__(self) -> str:
+        return f"off by {self.error:.3g} nats at token {self.position}, allowed {self.allowed:.2g}"
+
 
 @dataclass(frozen=True)
 class Reference:
