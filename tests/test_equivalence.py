@@ -21,7 +21,7 @@ from tiny_models import (
 )
 
 from pytest_lmeval.errors import ModelError, NotFiniteError
-from pytest_lmeval.laws import Case, Harness, cases, check, edge_cases, probe
+from pytest_lmeval.laws import LAWS, Case, Harness, cases, check, edge_cases, probe
 from pytest_lmeval.laws._probe import EquivalenceResult
 from pytest_lmeval.laws._run_probe import verdict_of
 from pytest_lmeval.laws._tolerance import Reference, token_errors
@@ -48,13 +48,19 @@ def test_a_model_without_a_state_is_stateless():
     assert set(result.laws) == {"repeat", "isolation", "causality", "prefix", "rows", "sums"}
 
 
-@pytest.mark.parametrize("budget", [0.0, pytest.param(1e6, marks=pytest.mark.thorough)])
-def test_the_demo_is_exact_beyond_its_window(budget):
-    result = probe(load("demo"), budget=budget, examples=1)
+def test_the_demo_is_exact_beyond_its_window():
+    result = probe(load("demo"), budget=0.0)
     assert result.verdict == "exact-any-chunk", result
     assert result.certificate.longest > 3 * 256
     assert result.certificate.not_reached == ()
     assert result.laws["splits"].longest == result.certificate.longest
+
+
+@pytest.mark.thorough
+def test_the_demo_keeps_every_law_beyond_its_window():
+    harness = Harness(load("demo"), 3 * 256 + 7)
+    for case in edge_cases(harness.longest, (256,))[:2]:
+        assert [law for law in LAWS if failure(law, harness, case)] == []
 
 
 def test_a_boundary_beyond_the_longest_sequence_is_reported():
