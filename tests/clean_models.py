@@ -1,11 +1,13 @@
 """Correct tiny language models, one of each architecture, exact for any chunking: the bases of the faults in faults.py.
 
 Each is `logits, state = model(input_ids, state)` (but `GetSet`, which holds its state), made of small methods, so that a
-fault is one of them done wrong. Weights are large, so that what was read before matters. A state is a new value at each call,
-never written in place, and where `constant_state` is true it owns its memory: a view would keep its whole chunk alive.
+fault is one wrong method. Weights are large, so that the past matters. A state is a new value at each call, never written in
+place, and if `constant_state` is true it owns its memory: a view would keep its whole chunk alive.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -24,23 +26,20 @@ def heads(hidden):
 
 
 def scan(decay, drive, state):
-    """[b, t, ...] all states of `state = decay * state + drive`."""
-    states = []
-    for kept, new in zip(decay.unbind(1), drive.unbind(1), strict=True):
-        state = torch.addcmul(new, kept, state)
-        states.append(state)
-    return torch.stack(states, 1)
+    """[b, t, ...] all states of the recurrence `state = decay * state + drive`."""
+    steps = zip(decay.unbind(1), drive.unbind(1), strict=True)
+    return torch.stack([state := torch.addcmul(new, kept, state) for kept, new in steps], 1)
 
 
 class Tiny(nn.Module):
-    """What they share: an embedding, a head, seeded weights."""
+    """An embedding, a head, seeded weights."""
 
     constant_state = True
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self):
         super().__init__()
         with torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(seed)
+            torch.manual_seed(0)
             self.embed = nn.Embedding(VOCAB, WIDTH)
             self.build()
             self.head = nn.Linear(WIDTH, VOCAB)
@@ -89,7 +88,7 @@ class Attention(Tiny):
         return torch.arange(seen, seen + t)
 
     def frequencies(self, total):
-        """Of the rotation, fast to slow. `total`, the tokens read so far, is given and must not matter."""
+        """Of the rotation, fast to slow. They must not depend on `total`, the number of tokens read so far."""
         return self.base ** -torch.arange(0, 1, 2 * HEADS / WIDTH, dtype=torch.float64)
 
     def rotate(self, x, positions, total):
@@ -152,17 +151,15 @@ class Experts(Attention):
         self.expert = nn.Parameter(torch.empty(self.layers, self.experts, WIDTH, WIDTH))
 
     def mix(self, layer, hidden):
-        share = self.route(layer, norm(hidden))
-        every = torch.einsum(
-            "btw,ewo->bteo", norm(hidden), self.expert[layer]
-        )  # all of them: shapes must not follow the routes
-        return hidden + (share[..., None] * every.relu()).sum(-2)
+        weights = self.route(layer, norm(hidden))
+        every = torch.einsum("btw,ewo->bteo", norm(hidden), self.expert[layer])  # all: shapes must not follow the routes
+        return hidden + (weights[..., None] * every.relu()).sum(-2)
 
     def route(self, layer, x, chosen=2):
-        """[b, t, experts] the share that each has in a token, zero for those not chosen."""
-        share = self.router[layer](x).softmax(-1)
-        best = share.topk(chosen)
-        return torch.zeros_like(share).scatter(-1, best.indices, best.values / best.values.sum(-1, keepdim=True))
+        """[b, t, experts] the weight of each expert, zero for those not chosen."""
+        weights = self.router[layer](x).softmax(-1)
+        best = weights.topk(chosen)
+        return torch.zeros_like(weights).scatter(-1, best.indices, best.values / best.values.sum(-1, keepdim=True))
 
 
 class Selective(Tiny):
@@ -180,17 +177,15 @@ class Selective(Tiny):
 
     def forward(self, input_ids, state=None):
         hidden, t = self.embed(input_ids), input_ids.shape[1]
-        tail, memory = state or self.start(hidden)
+        zeros = partial(hidden.new_zeros, len(hidden))
+        tail, memory = state or (zeros(self.kernel - 1, WIDTH), zeros(WIDTH, self.slots))
         x, gate = self.inward(norm(hidden)).chunk(2, -1)
         inputs = self.join(tail, x)
-        x = F.silu(self.convolve(inputs)[:, -t:])
+        x = F.silu((inputs.unfold(1, self.kernel, 1) * self.filter).sum(-1)[:, -t:])
         decay, drive, read = self.discretise(x)
         states = self.scan(decay, drive, memory)
         hidden = hidden + self.outward(norm((states * read).sum(-1) + x) * F.silu(gate))
         return self.logits(hidden), (self.tail(inputs, t), self.carry(states[:, -1], t))
-
-    def start(self, hidden):
-        return hidden.new_zeros(len(hidden), self.kernel - 1, WIDTH), hidden.new_zeros(len(hidden), WIDTH, self.slots)
 
     def join(self, tail, x):
         return torch.cat([tail, x], 1)
@@ -198,11 +193,8 @@ class Selective(Tiny):
     def tail(self, inputs, t):
         return inputs[:, 1 - self.kernel :].clone()
 
-    def convolve(self, inputs):
-        return (inputs.unfold(1, self.kernel, 1) * self.filter).sum(-1)
-
     def rates(self):
-        """How fast each slot forgets: one at once, one hardly."""
+        """How fast each slot forgets: the first at once, the last hardly."""
         return torch.tensor([1.0, 0.3, 0.1, 0.01]).to(self.filter)
 
     def time_step(self, x):
@@ -221,7 +213,7 @@ class Selective(Tiny):
 
 
 class LinearAttention(Tiny):
-    """A matrix for each head, gated and added to by each token; a last column of ones adds up what to divide by."""
+    """A matrix for each head, gated and added to by each token; a last column of ones sums the divisor."""
 
     def build(self):
         self.inward = nn.Linear(WIDTH, 3 * WIDTH)
@@ -234,16 +226,14 @@ class LinearAttention(Tiny):
         query, key, value = (part.unflatten(-1, (HEADS, -1)) for part in self.inward(x).chunk(3, -1))
         query, key = F.elu(query) + 1, F.elu(key) + 1
         drive = key[..., None] * F.pad(value, (0, 1), value=1.0)[..., None, :]
-        states = self.scan(self.gates(x)[..., None, None], drive, self.start(drive) if state is None else state)
+        start = torch.zeros_like(drive[:, 0]) if state is None else state
+        states = self.scan(self.gates(x)[..., None, None], drive, start)
         total = (query[..., None, :] @ states).squeeze(-2)
         hidden = hidden + self.outward((total[..., :-1] / (total[..., -1:] + 0.1)).flatten(-2))
         return self.logits(hidden), self.carry(states[:, -1])
 
-    def start(self, drive):
-        return torch.zeros_like(drive[:, 0])
-
     def gates(self, x):
-        """[b, t, heads] what is kept: a head that forgets fast, and one that hardly does."""
+        """[b, t, heads] the fraction kept: one head forgets fast, and one hardly."""
         return torch.sigmoid(self.gate(x) + torch.tensor([-1.0, 5.0]).to(x))
 
     def scan(self, decay, drive, state):
@@ -256,7 +246,7 @@ class LinearAttention(Tiny):
 class Blocked(Tiny):
     """Fast weights that learn to map keys to values by gradient descent in blocks of four, as in TTT-Linear.
 
-    Gradients are taken at the weights of the block's beginning. What a block has gathered is carried with the place in it.
+    Gradients are taken at the weights of the block's beginning. What a block has gathered is carried with the index in it.
     """
 
     block = 4
@@ -272,34 +262,29 @@ class Blocked(Tiny):
         query, key, value = self.inward(norm(hidden)).chunk(3, -1)
         key = F.normalize(key, dim=-1)
         rate = torch.sigmoid(self.rate(norm(hidden)))
-        fast, gathered, place = state or self.start(len(hidden))
+        zeros = hidden.new_zeros(len(hidden), WIDTH, WIDTH)
+        fast, gathered, index = state or (self.first + zeros, zeros, 0)
         parts, begin, t = [], 0, input_ids.shape[1]
         while begin < t:
-            end = min(begin + self.block - place, t)
+            end = min(begin + self.block - index, t)
             part = slice(begin, end)
             q, k = query[:, part], key[:, part]
             error = rate[:, part] * (k @ fast - value[:, part])
-            pull = self.pull(place, end - begin).to(hidden)
+            # a token weighs less the later it is in its block, from 1 down to 1/4
+            pull = (1 / torch.arange(index + 1, index + end - begin + 1))[:, None].to(hidden)
             parts.append(q @ fast - pull * (q @ gathered + (q @ k.mT).tril() @ error))
             gathered = gathered + k.mT @ error
-            place, begin = place + end - begin, end
-            if place == self.block:
-                fast, gathered, place = self.close(fast, gathered)
+            index, begin = index + end - begin, end
+            if index == self.block:
+                fast, gathered, index = self.close(fast, gathered)
         hidden = hidden + self.outward(norm(torch.cat(parts, 1)))
-        return self.logits(hidden), self.carry(fast, gathered, place)
-
-    def start(self, batch):
-        return self.first.expand(batch, -1, -1).clone(), self.first.new_zeros(batch, WIDTH, WIDTH), 0
-
-    def pull(self, place, t):
-        """[t, 1] how much of what was gathered counts: less with each token of a block, from 1 down to 1/4."""
-        return 1 / torch.arange(place + 1, place + t + 1)[:, None]
+        return self.logits(hidden), self.carry(fast, gathered, index)
 
     def close(self, fast, gathered):
         return fast - gathered / self.block, torch.zeros_like(gathered), 0
 
-    def carry(self, fast, gathered, place):
-        return fast, gathered, place
+    def carry(self, fast, gathered, index):
+        return fast, gathered, index
 
 
 class Recurrent(Tiny):
@@ -314,11 +299,11 @@ class Recurrent(Tiny):
 
 
 class CausalBK(Tiny):
-    """The diagonal of a tridiagonal matrix's resolvent, of which only what stands to the left is summed (ResNet-BK without its
-    right sweep): a continued fraction, one complex number of state a layer."""
+    """The diagonal of a tridiagonal matrix's resolvent, summed from the left only (ResNet-BK without its right sweep): a
+    continued fraction, one complex number of state a layer."""
 
     layers = 2
-    height = 0.2  # above the middle of the band, where the resolvent is taken: the lower, the longer is remembered
+    height = 0.2  # of the resolvent above the middle of the band: the lower, the longer the memory
 
     def build(self):
         self.potential = nn.ModuleList(nn.Linear(WIDTH, 1) for _ in range(self.layers))
@@ -339,10 +324,7 @@ class CausalBK(Tiny):
 
     def sweep(self, diagonal, carried):
         """[b, t] all of `carried = 1 / (diagonal - carried)`."""
-        found = []
-        for entry in diagonal.unbind(1):
-            carried = (entry - carried).reciprocal()
-            found.append(carried)
+        found = [carried := (entry - carried).reciprocal() for entry in diagonal.unbind(1)]
         return torch.stack(found, 1)
 
     def resolve(self, diagonal, carried):
@@ -358,9 +340,9 @@ class GetSet(nn.Module):
 
     constant_state = True
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self):
         super().__init__()
-        self.inner = Selective(seed)
+        self.inner = Selective()
         self.held = None
 
     def forward(self, input_ids):

@@ -1,4 +1,4 @@
-"""Frames of several codes go through the engine's stream: every code that can be predicted is scored once, and no other."""
+"""Frames of several codes are streamed: every code that can be predicted is scored once, and no other."""
 
 from itertools import pairwise
 
@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from probing import failure, first_failure, probed
 from reading import measure_perplexity, stream, stream_in_windows
+from tiny_models import Functional
 from torch import nn
 
 from pytest_lmeval._session import Session, TestLog as Log
 from pytest_lmeval.data import corpus
 from pytest_lmeval.errors import CorpusError, LawBroken, ModelError, NotFiniteError, StreamError
-from pytest_lmeval.laws import Case, Harness, cases, check, probe, replay
+from pytest_lmeval.laws import Case, Harness, check, probe
 from pytest_lmeval.measures import Lmeval
 from pytest_lmeval.measures._context import VerbContext
 from pytest_lmeval.measures._latency import measure_latency
@@ -23,11 +25,11 @@ from pytest_lmeval.records._journal import Checkpoints, Saver
 from pytest_lmeval.zoo._moshi import Block, Moshi, Temporal
 
 SIZES, DELAYS, SCORED = (9, 7, 5, 6), (0, 0, 2, 1), (1, 2)
-SEVERAL = settings(max_examples=40)
+SEVERAL = settings(max_examples=20)
 
 
 class Frames(nn.Module):
-    """A GRU from frame to frame, and in each frame a sum over the codes before: frames of four codes, two of them scored."""
+    """A GRU over frames, and in each frame a sum over the codes before: frames of four codes, two of them scored."""
 
     codebooks = Codebooks(SIZES, SCORED, tuple(DELAYS[book] for book in SCORED), gaps=True)
 
@@ -41,15 +43,15 @@ class Frames(nn.Module):
 
     def forward(self, codes, state=None):
         recent, hidden = state or (torch.tensor(SIZES)[None, :, None].expand(len(codes), -1, 3), None)
-        recent, places = torch.cat([recent, codes], 2), codes.shape[2] + 1
+        recent, t = torch.cat([recent, codes], 2), codes.shape[2] + 1
         end = recent.shape[2]
-        delayed = torch.stack([recent[:, k, end - d - places : end - d] for k, d in enumerate(DELAYS)], 1)
+        delayed = torch.stack([recent[:, k, end - d - t : end - d] for k, d in enumerate(DELAYS)], 1)
         vectors = torch.stack(
             [table(delayed[:, k].clamp(min=0)) * (delayed[:, k] >= 0)[..., None] for k, table in enumerate(self.embed)]
         )  # [k, b, t + 1, d]
         known, hidden = self.cell(vectors.sum(0)[:, :-1], hidden)
-        said = [head(known + self.seen(vectors[:, :, 1:], book)) for book, head in zip(SCORED, self.heads, strict=True)]
-        return torch.stack(said, 1), (recent[:, :, -3:], hidden)
+        logits = [head(known + self.seen(vectors[:, :, 1:], book)) for book, head in zip(SCORED, self.heads, strict=True)]
+        return torch.stack(logits, 1), (recent[:, :, -3:], hidden)
 
     def seen(self, vectors, book):
         return vectors[:book].sum(0)
@@ -74,15 +76,15 @@ def losses_of(frames, lm=LM):
         logits, _ = lm.step(torch.from_numpy(frames.T[None]))
     books = lm.codebooks
     return {
-        (place - delay, book): float(nn.functional.cross_entropy(logits[0, column, place].double(), torch.tensor(code)))
+        (frame - delay, book): float(nn.functional.cross_entropy(logits[0, column, frame].double(), torch.tensor(code)))
         for column, (book, delay) in enumerate(zip(books.scored, books.delays, strict=True))
-        for place in range(delay, len(frames))
-        if (code := int(frames[place - delay, book])) >= 0
+        for frame in range(delay, len(frames))
+        if (code := int(frames[frame - delay, book])) >= 0
     }
 
 
 def by_code(chunks, books=LM.codebooks):
-    """{(frame, codebook): loss} of what was scored; no code twice."""
+    """{(frame, codebook): loss} of the scored codes; none twice."""
     found = [
         ((chunk.start - 1 + row - books.delays[column], books.scored[column]), chunk.nll[row, column])
         for chunk in chunks
@@ -102,7 +104,7 @@ def test_any_chunk_size_scores_each_code_once_with_the_loss_of_one_full_pass(len
         assert len(found) == sum(max(0, length - delay) for delay in LM.codebooks.delays)
 
 
-def test_a_model_that_drops_the_codes_it_delays_is_seen():
+def test_a_model_that_drops_its_delayed_codes_breaks_laws():
     class Dropping(Frames):
         def forward(self, codes, state=None):
             logits, (recent, hidden) = super().forward(codes, state)
@@ -112,13 +114,13 @@ def test_a_model_that_drops_the_codes_it_delays_is_seen():
     found, expected = by_code(stream(as_model(Dropping()), frames, chunk_size=7)), losses_of(frames)
     assert set(expected) - set(found)
     assert max(abs(found[code] - expected[code]) for code in found) > 0.01
-    result = probe(as_model(Dropping()))
-    assert {"splits", "steps", "sums"} <= result.certificate.broken
+    harness = Harness(as_model(Dropping()))
+    assert all(failure(law, harness, Case(12, (5,))) for law in ("splits", "steps", "sums"))
 
 
 @SEVERAL
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=8), st.integers(1, 40))
-def test_how_the_frames_arrive_does_not_matter(sizes, chunk_size):
+def test_losses_do_not_depend_on_how_the_frames_arrive(sizes, chunk_size):
     frames = frames_of(sum(sizes))
     parts = np.split(frames, np.cumsum(sizes)[:-1])
     if not len(frames):
@@ -133,7 +135,7 @@ def test_how_the_frames_arrive_does_not_matter(sizes, chunk_size):
 
 @SEVERAL
 @given(st.integers(2, 60), st.integers(1, 20), st.data())
-def test_a_stream_goes_on_from_any_chunk_with_the_codes_that_were_still_to_come(length, chunk_size, data):
+def test_a_stream_resumes_from_any_chunk_with_its_delayed_codes(length, chunk_size, data):
     frames = frames_of(length)
     whole = list(stream(LM, frames, chunk_size=chunk_size))
     head = whole[: data.draw(st.integers(1, len(whole)))]
@@ -150,7 +152,7 @@ def test_the_first_frame_is_the_first_target():
     assert all(before.end == after.start for before, after in pairwise(chunks))
 
 
-def test_a_code_that_is_missing_is_no_target_and_has_no_loss():
+def test_a_missing_code_is_no_target_and_has_no_loss():
     frames = frames_of(30)
     frames[10, 1] = frames[20, 2] = -1
     (chunk,) = stream(LM, frames)
@@ -162,7 +164,7 @@ def test_a_code_that_is_missing_is_no_target_and_has_no_loss():
     assert np.array_equal(chunk.losses, chunk.nll[chunk.valid])
 
 
-def test_a_chunk_without_any_code_is_read_all_the_same():
+def test_a_chunk_without_any_code_is_read():
     frames = frames_of(30)
     frames[8:16] = -1
     chunks = list(stream(LM, frames, chunk_size=4))
@@ -170,24 +172,19 @@ def test_a_chunk_without_any_code_is_read_all_the_same():
     assert by_code(chunks) == pytest.approx(losses_of(frames), abs=1e-5)
 
 
-def test_a_code_outside_its_codebook_is_named():
-    frames = frames_of(60)
-    frames[40, 2] = 5
-    with pytest.raises(StreamError, match=r"frame 40 of the stream has code 5 in codebook 2, .* -1 to 4"):
-        list(stream(LM, frames, chunk_size=16))
-
-
-@pytest.mark.parametrize(("missing", "gaps"), [(-2, True), (-1, False)])
-def test_a_code_that_stands_for_none_must_be_one_that_the_model_knows(missing, gaps):
+@pytest.mark.parametrize(
+    ("code", "gaps", "message"), [(6, True, "code 6 in codebook 3, .* -1 to 5"), (-2, True, "code -2"), (-1, False, "code -1")]
+)
+def test_a_code_outside_its_codebook_is_refused_with_its_frame(code, gaps, message):
     module = Frames()
     module.codebooks = Codebooks(SIZES, SCORED, (0, 2), gaps=gaps)
-    frames = frames_of(20)
-    frames[7, 3] = missing
-    with pytest.raises(StreamError, match=f"frame 7 of the stream has code {missing} in codebook 3"):
-        list(stream(as_model(module), frames, chunk_size=5))
+    frames = frames_of(60)
+    frames[40, 3] = code
+    with pytest.raises(StreamError, match=f"frame 40 of the stream has {message}"):
+        list(stream(as_model(module), frames, chunk_size=16))
 
 
-def test_a_nan_is_reported_with_its_frame_and_codebook_and_what_was_before_is_kept():
+def test_a_nan_is_reported_with_its_frame_and_codebook_after_the_chunks_before():
     class Broken(Frames):
         def forward(self, codes, state=None):
             logits, state = super().forward(codes, state)
@@ -202,14 +199,13 @@ def test_a_nan_is_reported_with_its_frame_and_codebook_and_what_was_before_is_ke
     assert [chunk.end for chunk in scored] == [11, 21, 31, 41]
 
 
-def test_what_a_model_says_before_a_delay_has_passed_is_never_looked_at():
+def test_logits_before_a_delay_has_passed_are_ignored():
     class Silent(Frames):
         def forward(self, codes, state=None):
-            logits, (recent, hidden) = super().forward(codes, state)
-            before = recent[:, 2, : -codes.shape[2]][:, -2:] if state is None else None
-            if before is not None:
+            logits, after = super().forward(codes, state)
+            if state is None:
                 logits[:, 1, :2] = float("nan")
-            return logits, (recent, hidden)
+            return logits, after
 
     frames = frames_of(20)
     assert by_code(stream(as_model(Silent()), frames, chunk_size=8)) == by_code(stream(LM, frames, chunk_size=8))
@@ -237,30 +233,28 @@ def test_logits_of_one_codebook_alone_are_refused():
 
 
 @pytest.mark.parametrize("keep", [0, 1, 5])
-def test_keep_returns_the_last_places_of_every_codebook(keep):
+def test_keep_returns_the_last_positions_of_every_codebook(keep):
     ids = LM.random_ids(2, 5)
     with torch.no_grad():
         everything, kept = LM.step(ids)[0], LM.step(ids, keep=keep)[0]
     assert torch.equal(kept, everything[:, :, 5 - keep :])
 
 
-def test_random_codes_are_of_their_codebooks():
+def test_random_codes_lie_in_their_codebooks():
     ids = LM.random_ids(3, 500, seed=1)
     assert ids.shape == (3, 4, 500)
     assert ids.amax((0, 2)).tolist() == [size - 1 for size in SIZES]
     assert ids.min() == 0
 
 
-def test_a_model_that_delays_codes_must_tell_which_are_still_to_come():
+def test_a_model_that_delays_codes_needs_a_method_recent():
     module = Frames()
     module.recent = None
     with pytest.raises(ModelError, match=r"delayed by \[0, 2\].*recent\(state\)"):
         as_model(module)
 
 
-def test_an_attribute_that_is_only_called_codebooks_is_not_believed():
-    from tiny_models import Functional
-
+def test_another_attribute_named_codebooks_is_ignored():
     module = Functional()
     module.codebooks = 8
     assert as_model(module).codebooks is None
@@ -275,7 +269,9 @@ def test_frames_in_a_file_are_memory_mapped_and_scored(tmp_path):
     assert by_code(stream(LM, mapped, chunk_size=64)) == by_code(stream(LM, frames_of(500), chunk_size=64))
 
 
-def test_a_file_of_other_frames_is_refused_and_says_how_many_codes_they_have(tmp_path):
+def test_a_corpus_that_is_no_frames_of_the_model_is_refused(tmp_path):
+    with pytest.raises(CorpusError, match=r"is text, and .*Frames reads frames of 4 codes: it has no tokenizer.*\[frames, 4\]"):
+        measure_perplexity(LM, corpus(f"text:{__file__}"))
     np.save(tmp_path / "codes.npy", np.zeros((20, 8), int))
     source = corpus(f"tokens:{tmp_path / 'codes.npy'}")
     with pytest.raises(
@@ -289,29 +285,22 @@ def test_a_file_of_other_frames_is_refused_and_says_how_many_codes_they_have(tmp
         measure_perplexity(LM, corpus(f"tokens:{tmp_path / 'ids.npy'}"))
 
 
-def test_text_is_refused_by_a_model_of_codes():
-    with pytest.raises(CorpusError, match=r"is text, and .*Frames reads frames of 4 codes: it has no tokenizer.*\[frames, 4\]"):
-        measure_perplexity(LM, corpus("stdlib"))
-
-
 # Perplexity
 
 
-@pytest.mark.parametrize("chunk_size", [1, 7, None])
-def test_a_reading_is_the_mean_over_all_codes_and_its_positions_count_frames(chunk_size):
+@pytest.mark.parametrize("chunk_size", [7, None])
+def test_perplexity_is_the_mean_over_all_codes_and_its_positions_count_frames(chunk_size):
     frames = frames_of(2500, gaps=0.2)
     losses = losses_of(frames)
     result = measure_perplexity(LM, frames, chunk_size=chunk_size, positions=(1000, 2000))
     assert float(result.nll) == pytest.approx(np.mean(list(losses.values())), rel=1e-6)
     assert result.tokens == len(losses)
-    for position in (1000, 2000):  # a code is scored at the place where it is predicted, and frame n is target n + 1
-        delays = dict(zip(SCORED, LM.codebooks.delays, strict=True))
-        places = {code: code[0] + delays[code[1]] + 1 for code in losses}
-        near = [losses[code] for code, place in places.items() if position - 1000 < place <= position]
+    for position in (1000, 2000):  # a code is scored at the frame in which it is predicted, and frame n is target n + 1
+        near = [loss for (frame, book), loss in losses.items() if position - 1000 <= frame + DELAYS[book] < position]
         assert result.loss_at[position] == pytest.approx(np.mean(near), rel=1e-6)
 
 
-def test_a_position_is_reached_by_frames_however_many_codes_they_have():
+def test_positions_count_frames_however_many_codes_are_missing():
     for gaps in (0.0, 0.8):
         assert set(measure_perplexity(LM, frames_of(2000, gaps=gaps), positions=(1000, 2000)).loss_at) == {1000, 2000}
         assert set(measure_perplexity(LM, frames_of(1600, gaps=gaps), positions=(1000, 2000)).loss_at) == {1000}
@@ -323,10 +312,10 @@ def test_a_limit_counts_frames():
     assert float(limited.nll) == pytest.approx(np.mean(list(losses_of(frames[:100]).values())), rel=1e-6)
 
 
-def test_the_fixture_reads_frames_with_the_verdict_beside_them(tmp_path):
+def test_the_fixture_streams_frames_with_a_certificate(tmp_path):
     random, lm = np.random.default_rng(0), load("zoo:moshi")
     np.save(tmp_path / "codes.npy", np.stack([random.integers(0, size, 300) for size in lm.codebooks.sizes], axis=1))
-    lmeval = Lmeval(VerbContext(Session(tmp_path / "reports"), Log("test_frames")))
+    lmeval = Lmeval(VerbContext(Session(tmp_path / "reports", budget=0.0), Log("test_frames")))
     result = lmeval.perplexity(lm, corpus(f"tokens:{tmp_path / 'codes.npy'}"), positions=(100, 200, 300))
     assert result.certificate.verdict == "exact-any-chunk"
     assert result.tokens == sum(300 - delay for delay in lm.codebooks.delays)
@@ -342,7 +331,7 @@ def test_accuracy_counts_valid_codes_only():
     assert float(result.token_accuracy[5]) == pytest.approx((ranks < 5).mean())
 
 
-def test_a_stretch_without_codes_leaves_the_numbers_as_they_are():
+def test_frames_without_codes_change_no_loss():
     frames = frames_of(600)
     frames[:300] = -1
     result = measure_perplexity(LM, frames, chunk_size=50)
@@ -352,11 +341,11 @@ def test_a_stretch_without_codes_leaves_the_numbers_as_they_are():
         measure_perplexity(LM, np.full((50, 4), -1))
 
 
-@pytest.mark.parametrize("model", ["toy", "zoo:moshi"])
-def test_an_interrupted_reading_goes_on_with_the_same_numbers_to_the_last_bit(model, tmp_path, monkeypatch):
+@pytest.mark.parametrize("model", ["Frames", "zoo:moshi"])
+def test_an_interrupted_measurement_resumes_with_bit_equal_losses(model, tmp_path, monkeypatch):
     monkeypatch.setattr(Saver, "PAUSE", 0.0)
     monkeypatch.setattr(Saver, "SHARE", 0.0)
-    lm = LM if model == "toy" else load(model)
+    lm = LM if model == "Frames" else load(model)
     random = np.random.default_rng(0)
     np.save(tmp_path / "codes.npy", np.stack([random.integers(-1, size, 200) for size in lm.codebooks.sizes], axis=1))
     source = corpus(f"tokens:{tmp_path / 'codes.npy'}")
@@ -383,52 +372,52 @@ def test_an_interrupted_reading_goes_on_with_the_same_numbers_to_the_last_bit(mo
 
 
 class OwnCodeSeen(Frames):
-    """Wrong: a code is predicted from itself too."""
+    """Wrong: predicts a code from itself too."""
 
     def seen(self, vectors, book):
         return vectors[: book + 1].sum(0)
 
 
 class LaterCodesSeen(Frames):
-    """Wrong: a code is predicted from all codes of its frame."""
+    """Wrong: predicts a code from all other codes of its frame."""
 
     def seen(self, vectors, book):
         return vectors.sum(0) - vectors[book]
 
 
 class WrittenFirst(Temporal):
+    """Wrong: new frames overwrite the ring before it is read."""
+
     def attend(self, q, known, new):
         last = new[0] - 1
         held = last - (last - torch.arange(self.context)) % self.context
-        held = torch.where(held > new[-1] - self.context, held, -1)  # written over by the new ones
+        held = torch.where(held > self.lost(new), held, -1)
         frames = torch.cat([held, new])
         age = new[:, None] - frames
         visible = (frames >= 0) & (age >= 0) & (age < self.context)
         return nn.functional.scaled_dot_product_attention(q, known[0], known[1], attn_mask=visible)
 
+    def lost(self, new):
+        """The last frame of the ring that is not seen."""
+        return new[-1] - self.context
 
-class OneTooFew(Temporal):
-    """Wrong: of the frames in the ring, one too few is seen."""
 
-    def attend(self, q, known, new):
-        last = new[0] - 1
-        held = last - (last - torch.arange(self.context)) % self.context
-        held = torch.where(held > last - self.context + 2, held, -1)
-        frames = torch.cat([held, new])
-        age = new[:, None] - frames
-        visible = (frames >= 0) & (age >= 0) & (age < self.context)
-        return nn.functional.scaled_dot_product_attention(q, known[0], known[1], attn_mask=visible)
+class OneTooFew(WrittenFirst):
+    """Wrong: one frame of the ring too few is seen."""
+
+    def lost(self, new):
+        return new[0] + 1 - self.context
 
 
 class Unmasked(Block):
-    """Wrong: every code of a frame sees all of them."""
+    """Wrong: every code of a frame sees all of its codes."""
 
     def forward(self, x):
         return self.finish(x, nn.functional.scaled_dot_product_attention(*self.project(x)))
 
 
 class Undelayed(Moshi):
-    """Wrong: a chunk begins with initial codes in place of those that are delayed into it."""
+    """Wrong: a chunk begins with initial codes in place of the delayed ones."""
 
     def forward(self, codes, state=None):
         if state is not None:
@@ -447,65 +436,48 @@ def small(kind=Moshi, *, temporal=None, depth=None, context=16):
     return module
 
 
-def test_the_moshi_of_the_zoo_is_exact_for_any_chunk():
-    result = probe(load("zoo:moshi"))
+@pytest.mark.parametrize("budget", [0.0, pytest.param(1e6, marks=pytest.mark.thorough)])
+def test_the_moshi_of_the_zoo_is_exact_for_any_chunk(budget):
+    result = probe(load("zoo:moshi"), budget=budget, examples=1, longest=100)
     assert result.verdict == "exact-any-chunk", result
     assert result.certificate.worst_ratio < 8
     assert result.certificate.longest > 3 * 32
-    assert result.certificate.state.bytes_per_token == 0
+    assert not budget or result.certificate.state.bytes_per_token == 0
 
 
 @pytest.mark.parametrize(
-    ("module", "verdict", "broken"),
+    ("module", "broken"),
     [
-        (small(temporal=WrittenFirst), "exact-step-only", {"splits"}),
-        (small(temporal=OneTooFew), "inexact", {"splits", "steps"}),
-        (small(Undelayed), "inexact", {"splits", "steps"}),
-        (small(depth=Unmasked), "non-causal", {"causality"}),
-        (OwnCodeSeen(), "non-causal", {"causality"}),
-        (LaterCodesSeen(), "non-causal", {"causality"}),
+        (small(temporal=WrittenFirst), {"splits"}),
+        (small(temporal=OneTooFew), {"splits", "steps"}),
+        (small(Undelayed), {"splits", "steps"}),
+        (small(depth=Unmasked), {"causality"}),
+        (OwnCodeSeen(), {"causality"}),
+        (LaterCodesSeen(), {"causality"}),
     ],
     ids=["written before it is read", "context off by one", "delay dropped", "unmasked", "own code", "later codes"],
 )
-def test_a_fault_is_caught_by_the_law_it_breaks_and_its_counterexample_tries_it_again(module, verdict, broken, tmp_path):
-    lm, known = as_model(module), tmp_path / "known.jsonl"
-    result = probe(lm, known=known)
-    assert result.verdict == verdict, result
-    assert broken <= result.certificate.broken
-    law = sorted(broken)[0]
-    case = result.laws[law].counterexamples[0].case
-    with pytest.raises(LawBroken):
-        replay(lm, law, **case)
-    assert not probe(lm, budget=0.0, known=known).laws[law].kept
+def test_a_fault_breaks_its_laws(module, broken):
+    harness = Harness(as_model(module), 60)
+    assert {law for law in ("splits", "steps", "causality") if first_failure([law], harness)} == broken
 
 
-def test_a_look_inside_the_frame_names_the_codebooks():
-    with pytest.raises(LawBroken, match=r"changing the codes from codebook 1 at place 4 on .* logits of codebook 1 at place 4"):
+def test_a_leak_inside_a_frame_is_reported_with_its_codebooks():
+    message = r"changing the codes from codebook 1 at position 4 on .* logits of codebook 1 at position 4"
+    with pytest.raises(LawBroken, match=message):
         check("causality", Harness(as_model(OwnCodeSeen())), Case(12, (4,)))
     check("causality", Harness(LM), Case(12, (4,)))
 
 
-FRAMES_TRIAL, ZOO_TRIAL = Harness(LM, 60), Harness(as_model(small()), 60)
+def test_a_model_of_codes_is_exact_for_any_chunk():
+    result = probed(Frames(), examples=5, longest=60)
+    assert result.verdict == "exact-any-chunk", result
 
 
-@pytest.mark.parametrize("law", ["repeat", "isolation", "causality", "prefix", "splits", "fork", "resume", "rows", "sums"])
-@SEVERAL
-@given(case=cases(60, (16,)))
-def test_every_law_holds_for_a_model_of_codes(law, case):
-    check(law, FRAMES_TRIAL, case)
+# Context and speed
 
 
-@pytest.mark.parametrize("law", ["splits", "causality", "rows", "resume", "sums"])
-@settings(max_examples=15)
-@given(case=cases(60, (16,)))
-def test_every_law_holds_for_a_small_moshi(law, case):
-    check(law, ZOO_TRIAL, case)
-
-
-# Reading and speed
-
-
-def test_the_zoo_sees_no_further_than_its_context():
+def test_a_small_moshi_sees_no_further_than_its_context():
     lm = as_model(small(context=4))
     ids = lm.random_ids(1, 40)
     other = ids.clone()
@@ -513,7 +485,7 @@ def test_the_zoo_sees_no_further_than_its_context():
     with torch.no_grad():
         one, another = lm.step(ids)[0], lm.step(other)[0]
     seen = (one != another).any(-1).any(1)[0]
-    last = 2 * (4 - 1) + 2  # two layers, then the depth model, and the frame is read one place later, or two
+    last = 2 * (4 - 1) + 2  # two layers, then the depth model, and the frame is read one position later, or two
     assert seen[:2].all()
     assert not seen[last + 1 :].any()
 

@@ -1,4 +1,4 @@
-"""Small language models that are right, one of each form, and some that are wrong in a known way."""
+"""Small language models: correct ones, one of each form, and some with a known fault."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class Functional(nn.Module):
 
 
 class Stateless(Functional):
-    """The same numbers, but nothing is returned to go on from."""
+    """The same logits, and no state to continue from."""
 
     def forward(self, input_ids):
         return super().forward(input_ids)[0]
 
 
 class GetSetState(Functional):
-    """The state is held by the module; what get_state returns goes on being written to."""
+    """The module holds its state, and goes on writing to what get_state returned."""
 
     def __init__(self, **options) -> None:
         super().__init__(**options)
@@ -84,7 +84,7 @@ class PortableStreaming(Streaming):
 
 
 class Stepper:
-    """No module at all: an object with `step`."""
+    """An object with `step`, and no module."""
 
     def __init__(self) -> None:
         self.model = Functional()
@@ -97,6 +97,30 @@ class Stepper:
 CARRYING = [Functional, GetSetState, Streaming, PortableStreaming, Stepper]
 
 
+class Changed(Functional):
+    """Returns `change(logits, state)`."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+
+    def forward(self, input_ids, state=None):
+        return self.change(*super().forward(input_ids, state))
+
+
+class Fragile(Functional):
+    """Drops its state if `wrong(seen, t)`, for t tokens after `seen`."""
+
+    def __init__(self, wrong):
+        super().__init__()
+        self.wrong = wrong
+
+    def forward(self, input_ids, state=None):
+        hidden, seen = state or (None, 0)
+        logits, hidden = super().forward(input_ids, None if self.wrong(seen, input_ids.shape[1]) else hidden)
+        return logits, (hidden, seen + input_ids.shape[1])
+
+
 class Dropped(Functional):
     """Wrong: forgets its state whenever a chunk of more than one token continues a sequence."""
 
@@ -105,7 +129,7 @@ class Dropped(Functional):
 
 
 class Forgetful(Functional):
-    """Wrong: always starts over, though it returns a state."""
+    """Wrong: returns a state, and always starts over."""
 
     def forward(self, input_ids, state=None):
         return super().forward(input_ids, None)
@@ -119,25 +143,11 @@ class Seeing(Functional):
         return logits + 1e-3 * logits.mean(dim=1, keepdim=True), state
 
 
-class Stale(Functional):
-    """Wrong: begins a sequence with what the last one left behind."""
-
-    left = None
-
-    def forward(self, input_ids, state=None):
-        logits, state = super().forward(input_ids, self.left if state is None else state)
-        self.left = state.detach()
-        return logits, state
-
-
 class Learning(Functional):
-    """Wrong: changes a parameter while it reads."""
+    """Wrong: changes a weight while it reads, that of an id which it never looks up."""
 
     def forward(self, input_ids, state=None):
         with torch.no_grad():
-            self.head.bias[0] += 1e-9
-            self.head.bias[1] += 1
-            self.head.bias[1] -= 1
             self.embed.weight[VOCAB - 1] += 1e-3
         return super().forward(input_ids.clamp(max=VOCAB - 2), state)
 
@@ -166,27 +176,6 @@ class Promising(Functional):
         return logits, new_state if state is None else None
 
 
-class Aligned(Functional):
-    """Wrong unless each chunk but the last is a multiple of four: a rest is filled up with zeros, which enter the state."""
-
-    def forward(self, input_ids, state=None):
-        logits, state = super().forward(input_ids, state)
-        rest = -input_ids.shape[1] % 4
-        if rest:
-            _, state = super().forward(torch.zeros(len(input_ids), rest, dtype=torch.long), state)
-        return logits, state
-
-
-class LengthDependent(Functional):
-    """Wrong: the longer a text, the flatter its distributions, as a rotary base that follows the length does."""
-
-    def forward(self, input_ids, state=None):
-        hidden, seen = state or (None, 0)
-        logits, hidden = super().forward(input_ids, hidden)
-        seen += input_ids.shape[1]
-        return logits / (1 + seen / 1000), (hidden, seen)
-
-
 class Neighbourly(Functional):
     """Wrong: a row's logits move with the mean of its batch."""
 
@@ -196,7 +185,7 @@ class Neighbourly(Functional):
 
 
 class Shared(Functional):
-    """Wrong: the state is a number, under which the module itself keeps what it stands for; a copy has the same number."""
+    """Wrong: the state is a number, under which the module keeps the real state; a copy has the same number."""
 
     def __init__(self, **options) -> None:
         super().__init__(**options)
@@ -209,7 +198,7 @@ class Shared(Functional):
 
 
 class Drowned(Functional):
-    """Wrong by a quarter of its state in chunks of more than one token; in bfloat16 it is so noisy that this drowns."""
+    """Wrong: drops a quarter of its state in chunks of more than one token; in bfloat16 noise hides it."""
 
     def forward(self, input_ids, state=None):
         if state is not None and input_ids.shape[1] > 1:
@@ -221,14 +210,14 @@ class Drowned(Functional):
 
 
 class Failing(io.BytesIO):
-    """A file in which one write, counted from 1, ends with an error."""
+    """A file whose write number `fails`, counted from 1, raises an error."""
 
-    def __init__(self, place, error):
+    def __init__(self, fails, error):
         super().__init__()
-        self.place, self.error, self.writes = place, error, 0
+        self.fails, self.error, self.writes = fails, error, 0
 
     def write(self, content):
         self.writes += 1
-        if self.writes == self.place:
+        if self.writes == self.fails:
             raise self.error("in the middle of it")
         return super().write(content)

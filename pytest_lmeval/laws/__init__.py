@@ -1,7 +1,7 @@
-"""The laws of a language model that streams, and the probe that finds out which of them a model keeps.
+"""The laws of a language model that streams, and the probe that finds which of them a model keeps.
 
     probe(lm)              every law, a verdict and a certificate
-    replay(lm, "splits", ...)    one counterexample again
+    replay(lm, "splits", ...)    one counterexample, again
 
 and for hypothesis tests of your own:
 

@@ -1,7 +1,7 @@
-"""Cases that broke a law once, kept in a file and tried first the next time: whoever mends a fault sees at once whether it is.
+"""Keep cases that broke a law in a file, to be tried first the next time.
 
-A line each, as JSON, appended: {"lm": spec, "law": ..., "case": {...}}. A model is known by its spec here, since its
-fingerprint changes when it is mended.
+Each is appended as a line of JSON: {"lm": spec, "law": ..., "case": {...}}. The spec identifies the model, since fixing it
+changes its fingerprint.
 """
 
 from __future__ import annotations
@@ -14,33 +14,33 @@ from pytest_lmeval.errors import ArgumentError, nearest
 from pytest_lmeval.laws._strategies import Case
 from pytest_lmeval.records._journal import warn
 
-MOST = 20  # of a model and law; the newest
+MOST = 20  # the newest cases of a model and law
 
 
-class Known:
-    """The file of known counterexamples; without a path, there is none and nothing is kept."""
+class CounterexampleStore:
+    """The file of counterexamples; without a path, an empty store that keeps nothing."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
 
     def cases(self, spec: str) -> list[tuple[str, Case]]:
-        """(law, case) of each that is known for this model, newest first, once each. A line that cannot be read is left out:
-        the file may be shortened and edited by hand."""
+        """(law, case) of each stored counterexample of this model, newest first, once each. A line that cannot be read is
+        ignored: the file may be shortened and edited by hand."""
         if self.path is None or not self.path.is_file():
             return []
-        found: dict[tuple[str, Case], None] = {}
+        found: dict[str, dict[Case, None]] = {}
         for line in reversed(self.path.read_text(encoding="utf-8", errors="replace").splitlines()):
             try:
                 entry = json.loads(line)
                 if entry["lm"] == spec:
-                    found[entry["law"], case_of(entry["case"])] = None
+                    case = case_of(entry["case"])
+                    found.setdefault(entry["law"], {})[case] = None
             except (ValueError, KeyError, TypeError):
                 continue
-        laws = dict.fromkeys(law for law, _ in found)
-        return [entry for law in laws for entry in [known for known in found if known[0] == law][:MOST]]
+        return [(law, case) for law, stored in found.items() for case in list(stored)[:MOST]]
 
     def add(self, spec: str, law: str, case: dict[str, Any]) -> None:
-        """Keep a case, unless it is known already. Appended in one write, so that parallel workers can share the file."""
+        """Append a case, unless it is stored already; in one write, so that parallel workers can share the file."""
         if self.path is None or (law, case_of(case)) in self.cases(spec):
             return
         line = json.dumps({"lm": spec, "law": law, "case": case}) + "\n"
@@ -53,7 +53,7 @@ class Known:
 
 
 def case_of(choices: dict[str, Any]) -> Case:
-    """The case of `Case.choices`. Raises ArgumentError where it is none."""
+    """The case of `Case.choices`. Raises ArgumentError if they describe none."""
     fields = Case.__dataclass_fields__
     for name in choices:
         if name not in fields:

@@ -1,67 +1,88 @@
-"""What a wrong result looks like, and what is likely the matter: read off how the error runs on after the boundary.
+"""Raise `LawBroken`, and name the likely fault from how the error runs on after a boundary.
 
-Where the error stands tells more than how large it is. A state that forgets, dropped once, shows and fades. A position that
-restarts stays wrong. A convolution's tail is missed for as many tokens as it is long. A window evicts a key too many,
-and nothing is seen of it until the window is full.
+The course of an error tells more than its size. A forgetting state, once dropped, shows and fades. A position that restarts
+stays wrong. A missing convolution tail is wrong for as many tokens as it is long. A window that evicts a key too many shows
+only when it is full.
 """
 
 from __future__ import annotations
 
+import math
 from itertools import accumulate
 
+from pytest_lmeval.errors import LawBroken
+from pytest_lmeval.laws._strategies import Case
 from pytest_lmeval.laws._tolerance import Excess
 
+BY_DECADE: list[type[LawBroken]] = [type(f"LawBrokenBy1e{decade}", (LawBroken,), {}) for decade in range(10)]
 FADED, GROWN = 1 / 30, 30.0
-SMALL = 0.02  # nats: below it, what is wrong is a rounding or a constant, not a state that is missing
+SMALL = 0.02  # nats: a smaller error is a rounding or a constant, not a missing state
+
+
+def broken(
+    case: Case, message: str, *, tolerance_ratio: float = math.inf, error: float = math.inf, likely: str = ""
+) -> LawBroken:
+    """The exception for a law that this case breaks."""
+    failure = LawBroken(message)
+    failure.case, failure.tolerance_ratio, failure.error, failure.likely = case, tolerance_ratio, error, likely
+    failure.__class__ = BY_DECADE[failure.decade]
+    return failure
+
+
+def assert_tolerated(case: Case, excess: Excess, message: str, *, sizes: list[int] | None = None) -> None:
+    """Raise LawBroken with this message if the error exceeds the tolerance; with `sizes`, those of the chunks, diagnose it."""
+    if not excess.tolerance_ratio <= 1:
+        likely = likely_fault(sizes, excess) if sizes else ""
+        raise broken(case, message, tolerance_ratio=excess.tolerance_ratio, error=excess.error, likely=likely)
 
 
 def likely_fault(sizes: list[int], excess: Excess) -> str:
-    """One or two sentences: at which boundary it goes wrong, how it goes on, and the likely kind of fault.
+    """One or two sentences: the boundary at which it goes wrong, how the error goes on, and the likely fault.
 
-    sizes  the pieces in which the sequence was read
+    sizes  lengths of the chunks
     """
     profile = excess.profile.tolist()
-    wrong = [place for place, share in enumerate(profile) if share > 1]
+    wrong = [position for position, ratio in enumerate(profile) if ratio > 1]
     if not wrong:
-        return "Every token is off by a little: rounding of another kind in chunks than in one piece."
+        return "Every token is off by a little: chunks are rounded otherwise than one call."
     ends = list(accumulate(sizes))
     first = wrong[0]
-    piece = next(number for number, end in enumerate(ends) if first < end)
-    begin, end = ends[piece] - sizes[piece], ends[piece]
-    if piece == 0:
+    chunk = next(index for index, end in enumerate(ends) if first < end)
+    begin, end = ends[chunk] - sizes[chunk], ends[chunk]
+    if chunk == 0:
         return (
-            f"It is wrong in the first piece already, where nothing is carried yet: what a token gets depends on how long "
-            f"the call is ({sizes[0]} against {ends[-1]} and more tokens). Another code path for short calls, a padding "
-            "of the piece to a block, or logits that look at the whole of a call."
+            f"It is wrong in the first chunk already, where nothing is carried yet: logits depend on the length of the call "
+            f"({sizes[0]} against {ends[-1]} and more tokens). Another code path for short calls, padding to a block, or "
+            "logits that look at the whole call."
         )
     where = f"It goes wrong at the boundary after token {begin - 1}"
-    if first - begin >= 2 and sizes[piece] > 1:
+    if first - begin >= 2 and sizes[chunk] > 1:
         where = f"It goes wrong {first - begin} tokens after the boundary before token {begin}"
-    elif sizes[: piece + 1].count(1) == piece + 1 and piece > 1:
+    elif chunk > 1 and all(size == 1 for size in sizes[: chunk + 1]):
         where = f"Read one token at a time, it goes wrong at token {first}"
-    later = [place for place in wrong if place >= end]
-    if sizes[piece] == 1 and any(size > 1 for size in sizes[1:piece]):
-        where = f"Longer pieces go well, and that of one token after {begin} does not: single tokens take another code path. It"
-        where += " goes wrong there"
-    elif all(size == 1 for number, size in enumerate(sizes) if _any_wrong(profile, ends, number)) and max(sizes) > 1:
-        return f"{where}, and only in pieces of one token: single tokens take another code path than longer calls do."
-    kind = _course(profile, first, wrong[-1], later)
+    wrong_chunks = {size for size, end in zip(sizes, ends, strict=True) if any(end - size <= t < end for t in wrong)}
+    if sizes[chunk] == 1 and any(size > 1 for size in sizes[1:chunk]):
+        where = (
+            f"Longer chunks are right, and the one of one token after {begin} is wrong: single tokens take another code path."
+        )
+        where += " It goes wrong there"
+    elif wrong_chunks == {1} and max(sizes) > 1:
+        return f"{where}, and only in chunks of one token: single tokens take another code path than longer calls do."
     small = (
         f" It is small ({excess.error:.2g} nats): rather a state kept in fewer bits, or a constant that differs between two "
         "code paths, than something that is missing."
         if excess.error < SMALL
         else ""
     )
-    return f"{where}, {kind}{small}"
+    return f"{where}, {_course(profile[first:], wrong[-1] - first + 1, wrong[-1] >= end)}{small}"
 
 
-def _course(profile: list[float], first: int, last: int, later: list[int]) -> str:
-    stretch = last - first + 1
-    rest = profile[first:]
+def _course(rest: list[float], stretch: int, later: bool) -> str:
+    """How an error goes on: `rest`, from the first wrong token; `stretch` tokens to the last; in a `later` chunk or not."""
     top = max(rest)
     tail = max(rest[-max(1, len(rest) // 8) :])
     if len(rest) < 3:
-        return "where the sequence ends: something that was read before is not carried over, or not counted."
+        return "where the sequence ends: something read before is not carried over, or not counted."
     if stretch <= 4 and not later and len(rest) >= 2 * stretch + 2:
         return (
             f"and is right again {stretch} token(s) later: a convolution's tail, or the last keys before the boundary, are "
@@ -69,14 +90,6 @@ def _course(profile: list[float], first: int, last: int, later: list[int]) -> st
         )
     if tail <= FADED * top:
         return "and fades out: a state that forgets (recurrent, gated, windowed) was dropped, replaced or rounded there."
-    if tail >= GROWN * max(rest[0], 1.0) and profile.index(top) > first + len(rest) // 2:
-        return "and grows with the text: an error that adds up, as in a state that is rounded, or a count that runs off."
-    return (
-        "and stays wrong: positions that restart or are off by some, a mask that hides or shows too much, or a state that was "
-        "lost or overwritten."
-    )
-
-
-def _any_wrong(profile: list[float], ends: list[int], number: int) -> bool:
-    begin = ends[number - 1] if number else 0
-    return any(share > 1 for share in profile[begin : ends[number]])
+    if tail >= GROWN * max(rest[0], 1.0) and rest.index(top) > len(rest) // 2:
+        return "and grows with the text: an error that adds up, as in a rounded state, or a count that runs off."
+    return "and stays wrong: positions that are off, a mask that hides or shows too much, or a state lost or overwritten."

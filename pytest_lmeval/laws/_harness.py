@@ -1,4 +1,4 @@
-"""A model on harness: it is read from in pieces, and what is worth computing once is kept (its twin, a yardstick a sequence).
+"""Run a model on random tokens in chunks, and compare the logits with a reference that is computed once.
 
 harness = Harness(as_model(my_model))
 excess = harness.compare("splits", 0, harness.tokens(40, seed=0), sizes=[20, 20])
@@ -15,30 +15,32 @@ from torch import Tensor
 
 from pytest_lmeval.engine import Engine, Policy
 from pytest_lmeval.errors import ModelError, NotFiniteError
-from pytest_lmeval.laws._float64_copy import round_weights, twin
-from pytest_lmeval.laws._moe_routing import recorded, until_first_tie
-from pytest_lmeval.laws._sequences import beside, drawn
-from pytest_lmeval.laws._tolerance import Excess, Yardstick, log_probabilities, token_errors
+from pytest_lmeval.laws._moe_routing import first_tie, record_routing
+from pytest_lmeval.laws._tolerance import Excess, Reference, log_probabilities, token_errors
+from pytest_lmeval.laws._weights import copy_of, float64_copy, round_weights
 from pytest_lmeval.models._model import Model
 
 LONGEST = 160
 RAW = Policy()  # nothing is proven before it is tried
 FEW = 24  # tokens that are read one by one
-NO_ROUNDING = 1 << 14  # roundings; where a full run is further than that from its reference, a router may have flipped
-NOT_EXPLAINED = 1e3  # times what one rounding of the weights does: an error that rounding cannot be blamed for
+NO_ROUNDING = 1 << 14  # roundings: a full run further than that from its reference may have chosen other experts
+NOT_EXPLAINED = 1e3  # times the effect of rounding the weights once: rounding does not explain a larger error
 MEMORY = (torch.OutOfMemoryError, MemoryError)  # say nothing about a model
 
 
 class Raised(Exception):
-    """The model raised where it had no reason to; the message says what it was reading."""
+    """The model raised without a reason to; the message says what it was reading."""
 
 
 @dataclass
 class Harness:
-    """longest  tokens of the sequence that references are computed on; a shorter one is a beginning of it
-    worst    the comparison that took most of its allowance, law by law
-    calls    steps of the model and of its twin so far
-    flips    tokens at which experts were chosen otherwise because two of them were as good
+    """A model under test.
+
+    longest     tokens of the sequence of which references are computed; a shorter sequence is its beginning
+    worst       by law, the comparison with the largest tolerance ratio, and what was read
+    calls       steps of the model and of its float64 copy so far
+    flips       tokens at which a tie between experts was decided otherwise
+    references  by seed
     """
 
     lm: Model
@@ -46,35 +48,46 @@ class Harness:
     worst: dict[str, tuple[Excess, str]] = field(default_factory=dict)
     calls: int = 0
     flips: int = 0
-    yardsticks: dict[int, Yardstick] = field(default_factory=dict)
+    references: dict[int, Reference] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.reference = twin(self.lm) if self.lm.dtype != torch.float64 else None
-        self._untouched = twin(self.lm, None)
+        self.float64_copy = float64_copy(self.lm) if self.lm.dtype != torch.float64 else None
+        self._unread = copy_of(self.lm)
         self._logits_dtype = self.lm.dtype
 
     @property
     def reference_kind(self) -> str:
-        if self.reference is not None:
+        if self.float64_copy is not None:
             return "float64 run of the same weights"
         return "full run in float64" if self.lm.dtype == torch.float64 else "full run, alone and as one of two rows"
 
     def tokens(self, length: int, seed: int) -> Tensor:
-        """[1, t] ids, or [1, k, t] codes, of a seed (see `laws._sequences.drawn`)."""
-        return drawn(self.lm, length, seed)
+        """[1, t] random ids, or [1, k, t] codes; a longer sequence of the same seed begins with the shorter one.
+
+        Every third seed gives runs of one repeated token, many of them of id 0, as padding looks (of codes: missing ones, if
+        the model takes them).
+        """
+        generator = torch.Generator().manual_seed(seed)
+        books = self.lm.codebooks
+        sizes = torch.tensor(books.sizes if books else [self.lm.vocab_size])
+        ids = torch.randint(0, int(sizes.max()), (length, len(sizes)), generator=generator) % sizes
+        if seed % 3 == 2:
+            blank = -1 if books and books.gaps else 0
+            ids = torch.where(torch.arange(length)[:, None] % 2 == 1, ids, blank).repeat_interleave(3, dim=0)[:length]
+        return (ids.T if books else ids[:, 0])[None].to(self.lm.device)
 
     def run(self, input_ids: Tensor, sizes: list[int], *, row: int = 0, lm: Model | None = None) -> Tensor:
-        """[t, v] log-probabilities of one row, read in pieces of `sizes`. Raises Raised where the model does."""
+        """[t, v] log-probabilities of one row, read in chunks of `sizes`. Raises Raised if the model does."""
         return log_probabilities(self.logits(input_ids, sizes, row=row, lm=lm))
 
     def logits(self, input_ids: Tensor, sizes: list[int], *, row: int = 0, lm: Model | None = None) -> Tensor:
-        """[t, v] logits of one row, as the model gave them; [t, s, v] of frames, zeros where they are about none."""
-        pieces, parts, seen = torch.split(input_ids, sizes, dim=-1), list[Tensor](), 0
+        """[t, v] logits of one row, as the model gave them; [t, s, v] of frames, zeros before a codebook's delay."""
+        chunks, parts, seen = torch.split(input_ids, sizes, dim=-1), list[Tensor](), 0
         try:
-            for logits, _ in Engine(lm or self.lm, RAW).steps(pieces):
+            for logits, _ in Engine(lm or self.lm, RAW).steps(chunks):
                 if lm is None:
                     self._logits_dtype = logits.dtype
-                parts.append(self._place_first(logits[row], seen))
+                parts.append(self._positions_first(logits[row], seen))
                 seen += logits.shape[-2]
         except MEMORY:
             raise
@@ -82,25 +95,25 @@ class Harness:
             batch = "" if input_ids.shape[0] == 1 else f" in each of {input_ids.shape[0]} rows"
             what = str(error).strip().splitlines()
             raise Raised(
-                f"raised {type(error).__name__} when it read {pieces[len(parts)].shape[-1]} token(s) after {seen}{batch}"
+                f"raised {type(error).__name__} when it read {chunks[len(parts)].shape[-1]} token(s) after {seen}{batch}"
                 f"{': ' + what[0][:300] if what else ''}"
             ) from error
         finally:
-            self.calls += min(len(parts) + 1, len(pieces))
+            self.calls += min(len(parts) + 1, len(chunks))
         return torch.cat(parts)
 
-    def _place_first(self, logits: Tensor, seen: int) -> Tensor:
+    def _positions_first(self, logits: Tensor, seen: int) -> Tensor:
         if self.lm.codebooks is None:
             return logits
-        places = seen + torch.arange(logits.shape[1], device=logits.device)
+        positions = seen + torch.arange(logits.shape[1], device=logits.device)
         delays = torch.tensor(self.lm.codebooks.delays, device=logits.device)
-        return logits.transpose(0, 1).masked_fill((places[:, None] < delays)[..., None], 0.0)
+        return logits.transpose(0, 1).masked_fill((positions[:, None] < delays)[..., None], 0.0)
 
-    def reach(self, longest: int) -> str | None:
-        """Find the longest sequence that can be read in one piece, up to `longest`; where it is shorter, say why."""
+    def find_longest(self, longest: int) -> str | None:
+        """Set `longest` to the longest sequence, up to this one, that the model reads in one call; say why if it is shorter."""
         self.longest = longest
         try:
-            self.yardstick(0)
+            self.reference(0)
             return None
         except Raised as raised:
             why = raised
@@ -115,25 +128,28 @@ class Harness:
         if good < 2:
             raise ModelError(f"{self.lm.spec} cannot be tried: it {why}.") from why
         self.longest = good
-        return f"it reads at most {good} tokens in one piece: it {why}"
+        return f"it reads at most {good} tokens in one call: it {why}"
 
     def fresh(self) -> Model | None:
-        """A copy of the model that has never read anything; None where it cannot be copied."""
-        return twin(self._untouched, None) if self._untouched is not None else None
+        """A copy of the model that has never read anything; None if it cannot be copied."""
+        return copy_of(self._unread) if self._unread is not None else None
 
-    @functools.cached_property
-    def routes(self) -> bool:
-        """Whether tokens are sent to experts."""
-        return bool(recorded(lambda: self.logits(self.tokens(4, 0), [4]), rows=1, row=0, pieces=[4]))
-
-    @functools.cached_property
-    def reads_rows(self) -> bool:
-        """Whether it reads two rows at once, in one piece."""
+    def _reads(self, ids: Tensor, sizes: list[int]) -> bool:
         try:
-            self.logits(beside(self.tokens(4, 0), 2), [4])
+            self.logits(ids, sizes)
         except Raised:
             return False
         return True
+
+    @functools.cached_property
+    def has_routers(self) -> bool:
+        """Whether tokens are sent to experts."""
+        return bool(record_routing(lambda: self.logits(self.tokens(4, 0), [4]), rows=1, row=0, sizes=[4]))
+
+    @functools.cached_property
+    def reads_batches(self) -> bool:
+        """Whether it reads two rows at once, in one call."""
+        return self._reads(self.tokens(4, 0).repeat_interleave(2, dim=0), [4])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -141,93 +157,78 @@ class Harness:
         return max(self.lm.dtype, self._logits_dtype, key=lambda dtype: torch.finfo(dtype).eps)
 
     @functools.cached_property
-    def goes_on(self) -> int | None:
-        """The most tokens that it takes at once after the first piece, right or wrong: None for any number, 1, or 0 for a model
-        that raises whenever it is to go on."""
-        if not self.lm.stateful:
-            return 0
-        for most, sizes in ((None, [2, 2]), (1, [2, 1, 1])):
-            try:
-                self.logits(self.tokens(4, 0), sizes)
-                return most
-            except Raised:
-                continue
-        return 0
+    def largest_continuation(self) -> int | None:
+        """The most tokens that a state may be continued by in one step without raising: None for any number, 1, or 0."""
+        tried = ((None, [2, 2]), (1, [2, 1, 1])) if self.lm.stateful else ()
+        return next((most for most, sizes in tried if self._reads(self.tokens(4, 0), sizes)), 0)
 
-    def goes_on_past_its_reach(self) -> bool:
-        """Whether a sequence longer than the longest piece can be read in pieces."""
-        try:
-            self.logits(self.tokens(self.longest + 1, 0), [self.longest, 1])
-        except Raised:
-            return False
-        return self.lm.stateful
+    def continues_past_longest(self) -> bool:
+        """Whether it reads a sequence longer than `longest` in chunks."""
+        return self._reads(self.tokens(self.longest + 1, 0), [self.longest, 1]) and self.lm.stateful
 
-    def yardstick(self, seed: int, length: int = 0) -> Yardstick:
-        """The full run of a seed's longest sequence and its reference; computed once."""
+    def reference(self, seed: int, length: int = 0) -> Reference:
+        """The reference of a seed's longest sequence; computed once."""
         length = max(length, self.longest)
-        if seed not in self.yardsticks or len(self.yardsticks[seed].reference) < length:
+        if seed not in self.references or len(self.references[seed].expected) < length:
             ids = self.tokens(length, seed)
-            full, reference = self._finite(self.run(ids, [length]), ids), self._in_float64(ids)
-            if reference is not None:
-                self.yardsticks[seed] = self._trusted(ids, full, reference)
+            full, exact = self._finite(self.run(ids, [length]), ids), self._in_float64(ids)
+            if exact is not None:
+                self.references[seed] = self._trusted(ids, full, exact)
             else:
-                self.yardsticks[seed] = Yardstick(full, token_errors(self._in_other_shape(ids, full), full), self.dtype)
-        return self.yardsticks[seed]
+                self.references[seed] = Reference(full, token_errors(self._in_other_shape(ids, full), full), self.dtype)
+        return self.references[seed]
 
-    def _trusted(self, ids: Tensor, full: Tensor, reference: Tensor) -> Yardstick:
-        """The yardstick that the float64 run makes, unless the full run is further from it than rounding explains.
+    def _trusted(self, ids: Tensor, full: Tensor, exact: Tensor) -> Reference:
+        """The float64 run, unless the full run is further from it than rounding explains.
 
-        Where a router chose other experts on a tie, the full run itself is the reference from there on. Where the model is
-        wrong in its own precision (a fallback on overflow), the full run is the reference, and what may differ from it is
-        what a change of the weights by one rounding makes of the float64 run.
+        From a token on at which a tie between experts was decided otherwise, expect the full run. If the model is wrong in its
+        own precision (a fallback on overflow), expect the full run, and allow what one rounding of the weights changes in
+        float64.
         """
-        error = token_errors(full, reference)
+        error = token_errors(full, exact)
         if float(error.max()) <= NO_ROUNDING * torch.finfo(self.dtype).eps:
-            return Yardstick(reference, error, self.dtype)
+            return Reference(exact, error, self.dtype)
         length = [ids.shape[-1]]
-        one = recorded(lambda: self.logits(ids, length), rows=1, row=0, pieces=length)
-        other = recorded(lambda: self.logits(ids, length, lm=self.reference), rows=1, row=0, pieces=length)
-        if (tie := until_first_tie(one, other, self.dtype)) is not None:
+        one = record_routing(lambda: self.logits(ids, length), rows=1, row=0, sizes=length)
+        other = record_routing(lambda: self.logits(ids, length, lm=self.float64_copy), rows=1, row=0, sizes=length)
+        if (tie := first_tie(one, other, self.dtype)) is not None:
             self.flips += 1
-            reference = torch.cat([reference[:tie], full[tie:]])
-            return Yardstick(reference, token_errors(full, reference), self.dtype)
-        rounded = twin(self.reference) if self.reference is not None else None
-        if rounded is None or rounded.module is None:
-            return Yardstick(reference, error, self.dtype)
-        round_weights(rounded.module, self.dtype)
-        rounding = token_errors(self.run(ids, length, lm=rounded), reference)
-        if float(error.max()) <= NOT_EXPLAINED * float(rounding.max()):
-            return Yardstick(reference, error, self.dtype)
-        return Yardstick(full, rounding, self.dtype)
+            exact = torch.cat([exact[:tie], full[tie:]])
+            return Reference(exact, token_errors(full, exact), self.dtype)
+        rounded = float64_copy(self.float64_copy) if self.float64_copy is not None else None
+        if rounded is not None and rounded.module is not None:
+            round_weights(rounded.module, self.dtype)
+            rounding = token_errors(self.run(ids, length, lm=rounded), exact)
+            if float(error.max()) > NOT_EXPLAINED * float(rounding.max()):
+                return Reference(full, rounding, self.dtype)
+        return Reference(exact, error, self.dtype)
 
     def _finite(self, run: Tensor, ids: Tensor) -> Tensor:
         wrong = run.isnan() | run.isposinf()  # minus infinity is a token ruled out
         if wrong.any():
-            place = int(wrong.nonzero()[0, 0])
+            position = int(wrong.nonzero()[0, 0])
             raise NotFiniteError(
-                f"{self.lm.spec} gave logits that are no numbers at token {place} of {len(run)} random ones (id "
-                f"{ids[0, ..., place].tolist()}), read in one piece, in {self.lm.dtype} on {self.lm.device}. Nothing can be "
+                f"{self.lm.spec} gave logits that are not finite at token {position} of {len(run)} random ones (id "
+                f"{ids[0, ..., position].tolist()}), read in one call, in {self.lm.dtype} on {self.lm.device}. Nothing can be "
                 "concluded from such a model. Look for an overflow in low precision."
             )
         return run
 
     def _in_float64(self, ids: Tensor) -> Tensor | None:
-        if self.reference is None:
-            return None
-        try:
-            reference = self.run(ids, [ids.shape[-1]], lm=self.reference)
-        except Raised:  # kernels or held states of one precision: there is no reference to be had
-            self.reference = None
-            return None
-        if reference.isnan().any():
-            self.reference = None
-            return None
-        return reference
+        if self.float64_copy is not None:
+            try:
+                run = self.run(ids, [ids.shape[-1]], lm=self.float64_copy)
+                if not run.isnan().any():
+                    return run
+            except Raised:  # kernels or held states of one precision
+                pass
+            self.float64_copy = None
+        return None
 
     def _in_other_shape(self, ids: Tensor, full: Tensor) -> Tensor:
         try:
-            return self.run(beside(ids, 2), [ids.shape[-1]])
-        except Raised:  # a model of single rows: its own rounding is not known, the floor alone counts
+            return self.run(ids.repeat_interleave(2, dim=0), [ids.shape[-1]])
+        except Raised:  # a model of single rows: its own rounding is not known, only the floor counts
             return full
 
     def compare(
@@ -240,37 +241,39 @@ class Harness:
         row: int = 0,
         other: tuple[Tensor, Tensor] | None = None,
     ) -> Excess:
-        """Read row `row` of [b, t] in pieces and compare it with the full run of the seed, or with another run: of the ids
-        [1, t] in the same pieces, log-probabilities [t, v]."""
-        yardstick = self.yardstick(seed, ids.shape[-1])
-        own, against = other if other is not None else (self.tokens(len(yardstick.reference), seed), None)
+        """Read row `row` of [b, t] in chunks and compare it with the reference of the seed, or with another run: (ids [1, t]
+        read in the same chunks, log-probabilities [t, v])."""
+        reference = self.reference(seed, ids.shape[-1])
         run = self.run(ids, sizes, row=row)
-        if against is not None:
-            yardstick, run = yardstick.against(against), run[: len(against)]
-        excess = yardstick.measure(run)
-        tie = None
-        if not excess.share <= 1:
-            tie = self._tie(own, [own.shape[-1]] if other is None else sizes, ids, sizes, row)
+        if other is None:
+            own = self.tokens(len(reference.expected), seed)
+            own_sizes = [own.shape[-1]]
+        else:
+            (own, expected), own_sizes = other, sizes
+            reference, run = replace(reference, expected=expected), run[: len(expected)]
+        excess, tie = reference.measure(run), None
+        if not excess.tolerance_ratio <= 1:
+            tie = self._tie(own, own_sizes, ids, sizes, row)
         if tie is not None:
-            excess = yardstick.measure(run[:tie]) if tie else replace(excess, share=0.0, ratio=0.0)
+            excess = reference.measure(run[:tie]) if tie else replace(excess, tolerance_ratio=0.0, ratio=0.0)
             self.flips += 1
-        if law not in self.worst or excess.share > self.worst[law][0].share:
-            self.worst[law] = (excess, f"{len(run)} tokens (seed {seed}) in {len(sizes)} piece(s)")
+        if law not in self.worst or excess.tolerance_ratio > self.worst[law][0].tolerance_ratio:
+            self.worst[law] = (excess, f"{len(run)} tokens (seed {seed}) in {len(sizes)} chunk(s)")
         return excess
 
     def _tie(self, own: Tensor, own_sizes: list[int], ids: Tensor, sizes: list[int], row: int) -> int | None:
-        """The first token whose experts were chosen otherwise on a tie; None where routing does not explain the difference."""
-        one = recorded(lambda: self.logits(own, own_sizes), rows=1, row=0, pieces=own_sizes)
+        """The first token at which a tie between experts was decided otherwise; None if routing does not explain the error."""
+        one = record_routing(lambda: self.logits(own, own_sizes), rows=1, row=0, sizes=own_sizes)
         if not one:
             return None
-        other = recorded(lambda: self.logits(ids, sizes), rows=ids.shape[0], row=row, pieces=sizes)
-        return until_first_tie(one, other, self.dtype)
+        other = record_routing(lambda: self.logits(ids, sizes), rows=ids.shape[0], row=row, sizes=sizes)
+        return first_tie(one, other, self.dtype)
 
     def seconds_a_call(self) -> float:
-        """What a short call costs."""
+        """Seconds of a short call."""
         began = time.perf_counter()
         try:
             self.run(self.tokens(2, 0), [2])
-        except Raised:  # it reads some lengths only, this one not
+        except Raised:  # it reads some lengths only
             self.run(self.tokens(self.longest, 0), [self.longest])
         return time.perf_counter() - began

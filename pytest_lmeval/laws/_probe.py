@@ -1,9 +1,9 @@
-"""The probe: try every law on a model, within a budget, and pronounce a verdict.
+"""Probe a model: try every law within a budget, and reach a verdict.
 
 result = probe(as_model(my_module))
 assert result.verdict == "exact-any-chunk", result
 
-What breaks a law is made small, explained, and printed with a line that tries it again (`replay`).
+A counterexample is shrunk, explained, and printed with a line that replays it (`replay`).
 """
 
 from __future__ import annotations
@@ -17,17 +17,14 @@ import torch
 from msgspec import structs
 
 from pytest_lmeval.errors import ArgumentError, ModelError, no_such
-from pytest_lmeval.laws._assertions import broken
 from pytest_lmeval.laws._checks import check
-from pytest_lmeval.laws._counterexample_store import Known, case_of
-from pytest_lmeval.laws._float64_copy import twin
+from pytest_lmeval.laws._counterexample_store import CounterexampleStore, case_of
+from pytest_lmeval.laws._diagnosis import broken
 from pytest_lmeval.laws._harness import LONGEST, Harness
-from pytest_lmeval.laws._preserve_weights import preserve_weights
-from pytest_lmeval.laws._profiles import PROFILES, Profile
-from pytest_lmeval.laws._run_probe import hear
+from pytest_lmeval.laws._run_probe import LOW_PRECISION, PROFILES, Profile, run_probe, verdict_of
 from pytest_lmeval.laws._search import counterexample
 from pytest_lmeval.laws._strategies import Case
-from pytest_lmeval.laws._verdict import LOW_PRECISION, verdict_of
+from pytest_lmeval.laws._weights import copy_of, preserve_weights
 from pytest_lmeval.models._identity import facts
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.records._certificate import CONSISTENT, Certificate, Counterexample, LawResult
@@ -35,7 +32,7 @@ from pytest_lmeval.records._measured import Cost, Record
 from pytest_lmeval.records._metric import value_of
 from pytest_lmeval.records._value import Value
 
-LARGEST_BORDER = 512  # of a window that is read past of its own accord; for a larger one, set `longest`
+LARGEST_BOUNDARY = 512  # sequences pass it by default; for a larger window, set `longest`
 
 
 @dataclass(frozen=True, repr=False)
@@ -43,7 +40,11 @@ class EquivalenceResult:
     """The verdict on a model, and the certificate behind it."""
 
     record: Record
-    certificate: Certificate
+
+    @property
+    def certificate(self) -> Certificate:
+        assert self.record.certificate is not None
+        return self.record.certificate
 
     @property
     def verdict(self) -> str:
@@ -59,7 +60,7 @@ class EquivalenceResult:
         also = f" (a copy in float32: {self.certificate.float32})" if self.certificate.float32 else ""
         notes = f"\n  {self.certificate.limit}" if self.certificate.limit else ""
         if missing := self.certificate.not_reached:
-            notes += f"\n  not reached: {', '.join(map(str, missing))} tokens, where its way of working changes; set longest="
+            notes += f"\n  boundaries not reached: {', '.join(map(str, missing))} tokens; set longest="
         if untried := self.certificate.untried:
             notes += f"\n  not tried, since the budget was used up: {', '.join(untried)}"
         return f"{self.record.lm.spec}: {self.verdict}{also}{notes}\n{self.certificate.why_not()}".rstrip()
@@ -72,19 +73,19 @@ def probe(
     budget: float | None = None,
     examples: int | None = None,
     longest: int | None = None,
-    known: Path | None = None,
+    counterexamples: Path | None = None,
 ) -> EquivalenceResult:
-    """Which laws of streaming does `lm` keep? Found by trying, never by asking the model what it supports.
+    """Find which laws of streaming `lm` keeps, by trying them, never by asking the model what it supports.
 
-    lm        a `Model`, or anything that `as_model` makes one of
-    profile   "ci" (the same cases every time), "dev" (other random ones in each run), "nightly" (thousands, two minutes)
-    budget    seconds after which no further case is tried, in place of the profile's; the certificate says what was covered
-    examples  random cases, in place of the profile's
-    longest   tokens of the longest sequence; by default 160, or three times the model's window if that is more
-    known     a file of counterexamples, which are tried first, and to which new ones are added
+    lm               a `Model`, or anything that `as_model` takes
+    profile          "ci" (the same cases every time), "dev" (other random ones in each run), "nightly" (thousands, two minutes)
+    budget           seconds after which no case is tried (default: the profile's); the certificate says what was covered
+    examples         random cases (default: the profile's)
+    longest          tokens of the longest sequence; by default 160, or three times the model's window if that is more
+    counterexamples  a file of earlier ones, which are tried first; new ones are appended
 
-    Weights, buffers and torch's random numbers are left as they were (`as_model` has put a module into eval mode). Raises
-    ModelError for a model that cannot be tried: a part is in train mode, it gives no numbers, or reads less than two tokens.
+    Leaves weights, buffers and torch's random numbers as they were (`as_model` puts a module into eval mode). Raises ModelError
+    for a model that cannot be tried: a part is in train mode, it gives no finite numbers, or reads less than two tokens.
     """
     from pytest_lmeval.models._sources import as_model
 
@@ -98,21 +99,22 @@ def probe(
         examples=chosen.examples if examples is None else max(1, examples),
     )
     _refuse_train_mode(lm)
-    length = min(longest or _longest(lm), lm.context_length or 1 << 30)
+    length = min(longest or _default_longest(lm), lm.context_length or 1 << 30)
     if length < 2:
         raise ModelError(f"{lm.spec} reads at most {length} token(s); the laws need two.")
     low = str(lm.dtype).removeprefix("torch.") in LOW_PRECISION
-    in_float32 = twin(lm, torch.float32) if low else None
+    in_float32 = copy_of(lm, torch.float32) if low else None
+    store = CounterexampleStore(counterexamples)
     with preserve_weights(lm) as changed, torch.random.fork_rng([lm.device] if lm.device.type == "cuda" else []):
         harness, stop = Harness(lm), began + chosen.budget * (0.5 if in_float32 else 1.0)
-        certificate = hear(harness, length, chosen, Known(known).cases(lm.spec), stop)
+        certificate = run_probe(harness, length, chosen, store.cases(lm.spec), stop)
         if changed_by := changed():
             certificate = _with(certificate, lm, "isolation", counterexample("isolation", Case(2), changed_by))
         if in_float32 is not None and certificate.verdict == CONSISTENT:
             certificate = _refuted_in_float32(certificate, harness, in_float32, length, chosen, began + chosen.budget)
     for name, law in certificate.laws.items():
         for example in law.counterexamples:
-            Known(known).add(lm.spec, name, example.case)
+            store.add(lm.spec, name, example.case)
     record = Record(
         kind="equivalence",
         subject="laws of streaming",
@@ -126,18 +128,12 @@ def probe(
         ),
         certificate=certificate,
     )
-    return EquivalenceResult(record, certificate)
-
-
-def restore(record: Record) -> EquivalenceResult:
-    """The result that a record was made from."""
-    assert record.certificate is not None
-    return EquivalenceResult(record, record.certificate)
+    return EquivalenceResult(record)
 
 
 def replay(lm: Any, law: str, *, longest: int = LONGEST, float32: bool = False, **case: Any) -> None:
-    """Try one law on one case, as a counterexample prints it. Raises LawBroken where it is still broken, and ArgumentError for
-    a law or a case that there is not.
+    """Try one law on one case, as a counterexample prints it. Raises LawBroken while it is broken, and ArgumentError for an
+    unknown law or an impossible case.
 
     float32  try it on a copy in that precision
 
@@ -146,7 +142,7 @@ def replay(lm: Any, law: str, *, longest: int = LONGEST, float32: bool = False, 
     from pytest_lmeval.models._sources import as_model
 
     model, tried = as_model(lm), case_of(case)
-    if float32 and (copy := twin(model, torch.float32)) is not None:
+    if float32 and (copy := copy_of(model, torch.float32)) is not None:
         model = copy
     with preserve_weights(model) as changed:
         check(law, Harness(model, min(max(longest, tried.length), model.limit or 1 << 30)), tried)
@@ -157,21 +153,21 @@ def replay(lm: Any, law: str, *, longest: int = LONGEST, float32: bool = False, 
 def _refuted_in_float32(
     certificate: Certificate, harness: Harness, copy: Model, longest: int, profile: Profile, stop: float
 ) -> Certificate:
-    """What 16 bits cannot see, a copy in float32 does. A fault that is larger there than the rounding of the 16 bits counts
-    against the model; a smaller one is no larger than what its precision costs anyway."""
-    noise = max(float(yardstick.full_error.max()) for yardstick in harness.yardsticks.values())
+    """Probe a copy in float32, which sees what 16 bits cannot. A fault that is larger there than the rounding of 16 bits counts
+    against the model; a smaller one costs no more than its precision."""
+    noise = max(float(reference.full_error.max()) for reference in harness.references.values())
     try:
         exact = Harness(copy)
-        found = hear(exact, longest, profile, [], stop)
+        found = run_probe(exact, longest, profile, [], stop)
     except ModelError:
         return certificate
     certificate = structs.replace(certificate, float32=found.verdict)
     for name, law in found.laws.items():
         if not law.counterexamples:
             continue
-        largest = exact.worst[name][0].error if name in exact.worst else law.counterexamples[0].error
+        example = law.counterexamples[0]
+        largest = exact.worst[name][0].error if name in exact.worst else example.error
         if largest is None or largest > noise:
-            example = law.counterexamples[0]
             message = f"a copy of it in float32: {example.message}"
             example = structs.replace(example, message=message, replay=f"{example.replay[:-1]}, float32=True)")
             certificate = _with(certificate, harness.lm, name, example, found.verdict)
@@ -197,8 +193,8 @@ def _refuse_train_mode(lm: Model) -> None:
         )
 
 
-def _longest(lm: Model) -> int:
-    window = max((boundary for boundary in lm.boundaries if boundary <= LARGEST_BORDER), default=0)
+def _default_longest(lm: Model) -> int:
+    window = max((boundary for boundary in lm.boundaries if boundary <= LARGEST_BOUNDARY), default=0)
     return max(LONGEST, 3 * window + 7)
 
 

@@ -1,26 +1,29 @@
-"""The search for a case that breaks one law, and what is made of it when one is found."""
+"""Search for cases that break one law, and shrink what is found."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from pytest_lmeval.errors import LawBroken, NotPossible
-from pytest_lmeval.laws._assertions import broken
 from pytest_lmeval.laws._checks import LAWS, check
+from pytest_lmeval.laws._diagnosis import broken
 from pytest_lmeval.laws._harness import LONGEST, Harness
-from pytest_lmeval.laws._shrink import smallest
 from pytest_lmeval.laws._strategies import Case
 from pytest_lmeval.records._certificate import OUT_OF_TIME, Counterexample, LawResult, finite
 
 MOST_SHRINKS = 200
 ENOUGH = 4  # cases that broke a law, after which it is not tried further
 APART = 2  # decades between a gross failure and a subtle one that is shown beside it
-AFTERMATH = 64  # tokens after a boundary by which a fault is judged
+AFTERMATH = 64  # tokens after a boundary from which a fault is diagnosed
 
 
 class Search:
-    """Tries one law on the cases that it is given, each once, and remembers what happened."""
+    """Try one law on cases, each once, and remember the outcomes.
+
+    longest  tokens of the longest sequence; may be raised later
+    """
 
     def __init__(self, law: str, harness: Harness, longest: int) -> None:
         self.law, self.harness, self.longest = law, harness, longest
@@ -29,10 +32,10 @@ class Search:
         self.unavailable: str | None = None
 
     def fit(self, case: Case) -> Case:
-        """The case as the law sees it, no longer than it may be."""
+        """The case as the law sees it, cut down to `longest`."""
         length = min(case.length, self.longest)
         cuts = tuple(cut for cut in case.cuts if cut < length) or (length - 1,)
-        return LAWS[self.law].of(replace(case, length=length, cuts=cuts))
+        return LAWS[self.law].relevant(replace(case, length=length, cuts=cuts))
 
     def attempt(self, case: Case) -> LawBroken | None:
         case = self.fit(case)
@@ -43,44 +46,39 @@ class Search:
             except LawBroken as failure:
                 self.seen[case] = failure
             except NotPossible as impossible:
-                self._impossible(case, impossible)
+                if self.seen:  # possible in some cases: broken in this one
+                    message = f"{case}: {impossible}, though it could be tried in {len(self.seen)} other case(s)."
+                    self.seen[case] = broken(case, message)
+                else:
+                    self.unavailable = str(impossible)
         return self.seen.get(case)
 
     def attempt_in_time(self, case: Case, stop: float) -> None:
-        """Unless there is no time left for it, or enough was found."""
+        """Try the case, unless it is later than `stop`, or enough was found."""
         if time.perf_counter() > stop:
             self.left_out.add(self.fit(case))
         elif len(self.failures) < ENOUGH:
             self.attempt(case)
-
-    def _impossible(self, case: Case, impossible: NotPossible) -> None:
-        """A law that cannot be tried at all is unavailable; one that could be, on other cases, is broken by this one."""
-        if self.seen:
-            said = f"{case}: {impossible}, though it could be tried in {len(self.seen)} other case(s)."
-            self.seen[case] = broken(case, said)
-        else:
-            self.unavailable = str(impossible)
 
     @property
     def failures(self) -> list[LawBroken]:
         return [failure for failure in self.seen.values() if failure is not None]
 
     def result(self, stop: float) -> LawResult:
-        """What was found; the grossest failure, and the subtlest where that is another, made small."""
+        """The outcome, with the grossest failure, and the subtlest if that is far from it, shrunk until `stop`."""
         cases, longest = len(self.seen), max((case.length for case in self.seen), default=0)
-        planned = cases + len(self.left_out - self.seen.keys())
         worst, worst_at = self.harness.worst.get(self.law, (None, None))
         decades = {failure.decade: failure for failure in self.failures}
         small = []
         if decades:
             low, high = min(decades), max(decades)
-            two_faults = high - low >= APART  # else all of it is taken for one
-            small.append(self._made_small(decades[high], range(high if two_faults else 0, 10), stop))
+            two_faults = high - low >= APART
+            small.append(self._shrink(decades[high], range(high if two_faults else 0, 10), stop))
             if two_faults:
-                small.append(self._made_small(decades[low], range(high), stop))
+                small.append(self._shrink(decades[low], range(high), stop))
         return LawResult(
             cases=cases,
-            planned=planned,
+            planned=cases + len(self.left_out - self.seen.keys()),
             longest=longest,
             worst_ratio=None if worst is None else finite(worst.ratio),
             worst_at=None if worst is None else f"token {worst.position} of {worst_at}",
@@ -88,18 +86,14 @@ class Search:
             unavailable=self.unavailable or (None if cases else OUT_OF_TIME),
         )
 
-    def _made_small(self, found: LawBroken, decades: range, stop: float) -> Counterexample:
-        tried = 0
-
+    def _shrink(self, found: LawBroken, decades: range, stop: float) -> Counterexample:
         def fails(case: Case) -> bool:
-            nonlocal tried
-            tried += 1
             failure = self.attempt(case)
             return failure is not None and failure.decade in decades
 
-        case = smallest(found.case, fails, lambda: tried < MOST_SHRINKS and time.perf_counter() < stop)
+        case = shrink(found.case, fails, lambda: time.perf_counter() < stop)
         small = self.seen[self.fit(case)] or found
-        if small.likely and time.perf_counter() < stop:  # how an error runs on can only be seen where something comes after it
+        if small.likely and time.perf_counter() < stop:  # the course of an error shows only if tokens come after it
             cuts = (*small.case.cuts, small.case.length) if small.case.cuts else ()
             longer = self.attempt(replace(small.case, length=small.case.length + AFTERMATH, cuts=cuts))
             small.likely = longer.likely if longer is not None and longer.decade in decades else small.likely
@@ -107,7 +101,56 @@ class Search:
 
 
 def counterexample(law: str, case: Case, message: str, error: float | None = None, longest: int = LONGEST) -> Counterexample:
-    """The case with what it says, and a line that tries it again."""
+    """A counterexample with the line that replays it."""
     arguments = "".join(f", {name}={value}" for name, value in case.choices().items())
     further = f", longest={longest}" if longest != LONGEST else ""
     return Counterexample(case.choices(), finite(error), message, f'pytest_lmeval.replay(lm, "{law}"{arguments}{further})')
+
+
+def shrink(case: Case, fails: Callable[[Case], bool], may_go_on: Callable[[], bool]) -> Case:
+    """A case that `fails` too and has no simpler neighbour that does, or the simplest one when no more may be tried.
+
+    Hypothesis does not shrink explicit cases. A case has few parts, so trying simpler ones greedily takes a few dozen calls.
+    """
+    tried = {case}
+    simpler = _simpler(case)
+    while len(tried) <= MOST_SHRINKS and may_go_on():
+        candidate = next((other for other in simpler if other not in tried), None)
+        if candidate is None:
+            break
+        tried.add(candidate)
+        if fails(candidate):
+            case, simpler = candidate, _simpler(candidate)
+    return case
+
+
+def _simpler(case: Case) -> Iterator[Case]:
+    """Simpler neighbours, the boldest steps first."""
+    cuts, length = case.cuts, case.length
+    if len(cuts) > 1:
+        for fewer in (*((cut,) for cut in cuts[:8]), cuts[: len(cuts) // 2], cuts[len(cuts) // 2 :]):
+            yield replace(case, cuts=fewer)
+    last = cuts[-1] if cuts else 1
+    for shorter in sorted({8, length // 4, length // 2, last + 1, length - 8, length - 1}):
+        if max(2, last + 1) <= shorter < length:
+            yield replace(case, length=shorter)
+    if len(cuts) > 1:
+        kept = tuple(cut for cut in cuts if cut < length // 2)
+        if kept and length // 2 > 1:
+            yield replace(case, length=length // 2, cuts=kept)
+    if 1 < len(cuts) <= 12:
+        for cut in cuts:
+            yield replace(case, cuts=tuple(other for other in cuts if other != cut))
+    for index, cut in enumerate(cuts[:6]):
+        before = cuts[index - 1] if index else 0
+        for smaller in sorted({1, 2, cut // 2, cut - 1}):
+            if before < smaller < cut:
+                yield replace(case, cuts=(*cuts[:index], smaller, *cuts[index + 1 :]))
+    if len(cuts) == 1 and cuts[0] > 1:  # all of it closer to the beginning
+        for off in {cuts[0] // 2, 1} - {0}:
+            yield replace(case, length=length - off, cuts=(cuts[0] - off,))
+    for name, least in (("seed", 0), ("row", 0), ("rows", max(2, case.row + 1)), ("padding", 0), ("before", 1)):
+        value = getattr(case, name)
+        for smaller in sorted({least, (least + value) // 2, value - 1}):
+            if least <= smaller < value:
+                yield replace(case, **{name: smaller})

@@ -1,11 +1,11 @@
-"""Which laws of streaming a model keeps."""
+"""Find which laws of streaming a model keeps: the verb `equivalence`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from pytest_lmeval.laws._probe import EquivalenceResult, probe, restore
+from pytest_lmeval.laws._probe import EquivalenceResult, probe
 from pytest_lmeval.measures._context import current, verb
 
 
@@ -17,18 +17,19 @@ def equivalence(
     budget: float | None = None,
     examples: int | None = None,
     longest: int | None = None,
-    known: Path | None = None,
+    counterexamples: Path | None = None,
 ) -> EquivalenceResult:
-    """Which laws of streaming the model keeps (see `laws._probe` for the parameters); probed once in a run.
+    """Find which laws of streaming the model keeps (see `laws._probe.probe` for the parameters).
 
-    Parameters that are not given are those of the command line. With any of them the model is probed for itself.
+    By default the parameters are those of the command line, and a model is probed once in a run; with any of them, anew.
     """
     context = current()
-    given = {"profile": profile, "budget": budget, "examples": examples, "longest": longest, "known": known}
+    given: dict[str, Any] = {"profile": profile, "budget": budget, "examples": examples, "longest": longest}
+    given["counterexamples"] = counterexamples
     options = {name: value for name, value in given.items() if value is not None}
     model = context.model(lm)
     key = context.key("equivalence", model, options)
     if (finished := context.finished(key)) is not None:
-        return restore(finished)
+        return EquivalenceResult(finished)
     probed = probe(model, **{**context.session.probe, **options}) if options else context.session.verdict(model)
     return context.recorded(key, probed)
