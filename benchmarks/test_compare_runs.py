@@ -16,7 +16,8 @@ import pytest
 from pytest_lmeval.__main__ import main
 from pytest_lmeval.gates._compare_runs import LEVEL, MOST, PAIRS, THRESHOLD
 from pytest_lmeval.records._value import Value
-from pytest_lmeval.statistics._ratio import judge_all, ratio
+from pytest_lmeval.statistics._paired import log_ratio
+from pytest_lmeval.statistics._verdict import judge_all
 
 pytestmark = pytest.mark.benchmark
 
@@ -81,17 +82,20 @@ def test_only_a_planted_slowdown_is_found(lmeval, lm, project, percent):
 
 def looks(base, new):
     """Whether `compare-runs` calls a race [numbers, 12 pairs] worse: it looks after six pairs and after twelve."""
-    return any("worse" in verdicts([ratio(b[:n], a[:n]) for b, a in zip(base, new, strict=True)], LEVEL) for n in (PAIRS, MOST))
+    return any(
+        "worse" in verdicts([log_ratio(b[:n], a[:n]) for b, a in zip(base, new, strict=True)], LEVEL) for n in (PAIRS, MOST)
+    )
 
 
 def eager(base, new):
     """The same for looking after every pair, at each number alone, at its 95 % interval."""
-    every = [[ratio(b[:n], a[:n])] for b, a in zip(base, new, strict=True) for n in range(PAIRS, MOST + 1)]
+    every = [[log_ratio(b[:n], a[:n])] for b, a in zip(base, new, strict=True) for n in range(PAIRS, MOST + 1)]
     return any("worse" in verdicts(one, 0.025) for one in every)
 
 
 def verdicts(found, level):
-    return judge_all(found, [THRESHOLD] * len(found), [False] * len(found), level=level)
+    margins, better = [np.log1p(THRESHOLD)] * len(found), [False] * len(found)
+    return [one.name for one in judge_all(found, margins, better, level=level, two_sided=True)]
 
 
 WAYS = {

@@ -34,7 +34,7 @@ SEQ_LENS = ["128", "512"]
 CORPORA = ["stdlib", "automaton"]
 DEVICES = ("auto", "cpu", "cuda", "mps")  # those of `models._sources`, which imports torch
 CHOICES = {  # an empty one: not given
-    "lmeval-profile": ("", "dev", "ci", "nightly"),  # those of `laws._profiles`, which imports torch
+    "lmeval-profile": ("", "dev", "ci", "nightly"),  # those of `laws._run_probe`, which imports torch
     "lmeval-gate": ("fail", "warn", "off"),
     "lmeval-bits": ("", "32", "16", "8", "4"),
 }

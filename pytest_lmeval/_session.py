@@ -82,10 +82,10 @@ class Session:
     @property
     def probe(self) -> dict[str, Any]:
         """The options of every probe in this run."""
-        from pytest_lmeval.laws._profiles import default_profile
+        from pytest_lmeval.laws._run_probe import default_profile
 
         known = None if self.folder is None else self.folder / "counterexamples.jsonl"
-        return {"profile": self.profile or default_profile(), "budget": self.budget, "known": known}
+        return {"profile": self.profile or default_profile(), "budget": self.budget, "counterexamples": known}
 
     def verdict(self, lm: Model) -> EquivalenceResult:
         """The equivalence result of a model, which is probed once in a session. Does not keep the model in memory."""

@@ -15,7 +15,7 @@ from pytest_lmeval import as_model, load
 from pytest_lmeval.engine import Engine, Policy, Prompt, Request, Scored, Windows, policy_for
 from pytest_lmeval.engine._tree import tree
 from pytest_lmeval.errors import Refused, StreamError, TaskError
-from pytest_lmeval.laws._verdict import verdict_of
+from pytest_lmeval.laws._run_probe import verdict_of
 from pytest_lmeval.records._certificate import OUT_OF_TIME, Certificate, Counterexample, LawResult
 
 LM, DEMO = as_model(Functional()), load("demo")

@@ -7,7 +7,7 @@ import torch
 from tiny_models import CARRYING, Functional, Streaming
 
 from pytest_lmeval.errors import ModelError
-from pytest_lmeval.laws._float64_copy import twin
+from pytest_lmeval.laws._weights import float64_copy
 from pytest_lmeval.models._model import fork, state_bytes
 from pytest_lmeval.models._sources import as_model
 
@@ -93,12 +93,12 @@ def test_keep_returns_the_last_positions(toy, keep):
 
 def test_no_twin_is_made_where_it_would_not_fit(monkeypatch):
     monkeypatch.setattr("os.sysconf", lambda name: 10)
-    assert twin(as_model(Functional())) is None
+    assert float64_copy(as_model(Functional())) is None
 
 
 def test_the_twin_has_the_same_weights_in_float64():
     lm = as_model(Functional())
-    double = twin(lm)
+    double = float64_copy(lm)
     ids = torch.arange(20)[None]
     with torch.no_grad():
         low, high = lm.step(ids)[0], double.step(ids)[0]

@@ -11,7 +11,7 @@ from reading import measure_perplexity, stream
 
 from pytest_lmeval.errors import LawBroken, SpecError
 from pytest_lmeval.laws import probe, replay
-from pytest_lmeval.laws._float64_copy import twin
+from pytest_lmeval.laws._weights import float64_copy
 from pytest_lmeval.measures._latency import measure_latency
 from pytest_lmeval.models._model import fork
 from pytest_lmeval.models._sources import as_model
@@ -143,7 +143,7 @@ def test_within_a_context_that_is_not_reached_any_chunk_is_right_and_the_certifi
 
 
 def test_its_twin_in_float64_has_the_same_weights():
-    codes, double = codes_of(30), twin(LM)
+    codes, double = codes_of(30), float64_copy(LM)
     assert double.dtype == torch.float64
     low, high = (np.concatenate([chunk.losses for chunk in stream(lm, codes, chunk_size=1)]) for lm in (LM, double))
     np.testing.assert_allclose(low, high, atol=1e-4)

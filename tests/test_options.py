@@ -9,7 +9,7 @@ import pytest
 
 from pytest_lmeval import _options, data  # noqa: F401 - before pytester, which unloads what a test imports
 from pytest_lmeval.errors import SpecError
-from pytest_lmeval.laws._profiles import PROFILES
+from pytest_lmeval.laws._run_probe import PROFILES
 from pytest_lmeval.models import _specs as specs
 from pytest_lmeval.models._sources import resolve_device
 

@@ -14,9 +14,8 @@ from tiny_models import Functional, Stepper
 from torch import nn
 
 from pytest_lmeval.errors import SpecError
-from pytest_lmeval.laws._float64_copy import twin
-from pytest_lmeval.laws._preserve_weights import preserve_weights
 from pytest_lmeval.laws._probe import probe
+from pytest_lmeval.laws._weights import copy_of, float64_copy, preserve_weights
 from pytest_lmeval.models import _precision as precision
 from pytest_lmeval.models._identity import facts, fingerprint, precision as precision_facts
 from pytest_lmeval.models._model import Model, multiplied
@@ -261,7 +260,7 @@ def test_two_layers_that_share_a_weight_share_the_packed_one():
     module.again.weight = module.mix.weight
     lm = packed("int4", module)
     assert lm.module.again.weight is lm.module.mix.weight
-    copied = twin(lm)
+    copied = float64_copy(lm)
     assert copied.module.again.weight is copied.module.mix.weight
 
 
@@ -341,7 +340,7 @@ def test_a_packed_weight_that_reading_changes_is_noticed_and_put_back(wanted):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_twin_has_the_same_rounded_weights_as_plain_numbers(wanted, dtype):
     lm = packed(wanted)
-    other = twin(lm, dtype)
+    other = copy_of(lm, dtype)
     assert {tensor.dtype for tensor in other.module.parameters()} == {dtype}
     assert not any(map(is_packed, other.module.parameters()))
     said, twins = (model.step(IDS)[0].double() for model in (lm, other))

@@ -152,7 +152,7 @@ class Model:
     form            which adapter drives it
     stateful        whether it carries anything from step to step; if not, it is scored in windows
     module          the torch module behind it, if there is one
-    rebuild         makes `step_fn` for another copy of the module (the float64 twin that references come from)
+    rebuild         makes `step_fn` for another copy of the module (the float64 copy that references come from)
     context_length  the most tokens a sequence may have (learned or trained positions); None: no limit known
     boundaries         lengths at which its inner workings change (window, kernel, block): where faults sit
     constant_state  whether its state is declared not to grow with the text (the law `size` holds it to that)

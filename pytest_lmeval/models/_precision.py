@@ -5,7 +5,7 @@ weights of `nn.Linear` become integers with a scale for each row (int8) or for 3
 the activations too, stays as it was. Four bits lie in a byte each here, and are multiplied as floats: this form says what the
 rounding costs in quality, and neither saves as much memory as packed files do nor any time; the record says how many bits are
 stored (see `_identity.precision`). Weights that were rounded once are part of the model, so that in float32 arithmetic its
-laws can be proven, and in bfloat16 it can be consistent (see `laws._float64_copy.twin`).
+laws can be proven, and in bfloat16 it can be consistent (see `laws._weights.copy_of`).
 
 A precision that cannot be had is refused. It is had where, found out by looking and by reading one token:
 
