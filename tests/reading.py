@@ -1,5 +1,7 @@
 """Short ways to read texts in tests: with nothing probed, the choices of a policy as keywords, and interrupted."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 from tiny_models import VOCAB
@@ -21,13 +23,13 @@ def texts(*documents, as_stream=True):
     return Corpus("texts", "test", lambda: (Document(*part) for part in named), "fp", as_stream=as_stream)
 
 
-def stream(lm, tokens, *, chunk_size=None, **place):
+def stream(lm, tokens, *, chunk_size=None, **where):
     """The state carried, whatever the model's context."""
-    return Engine(lm, Policy(chunk_size=chunk_size)).stream(tokens, **place)
+    return Engine(lm, Policy(chunk_size=chunk_size)).stream(tokens, **where)
 
 
-def stream_in_windows(lm, tokens, *, window, overlap, anchored=False, chunk_size=None, **place):
-    return Engine(lm, Policy(windows=Windows(window, overlap, anchored), chunk_size=chunk_size)).stream(tokens, **place)
+def stream_in_windows(lm, tokens, *, window, overlap, anchored=False, chunk_size=None, **where):
+    return Engine(lm, Policy(windows=Windows(window, overlap, anchored), chunk_size=chunk_size)).stream(tokens, **where)
 
 
 def nll_of(chunks):
@@ -67,21 +69,23 @@ class Killed(Exception):
     pass
 
 
+@contextmanager
+def saving_every_chunk():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Saver, "PAUSE", 0.0)
+        patch.setattr(Saver, "SHARE", 0.0)
+        yield
+
+
 def measure_until_killed(tokens, lm, corpus, **options):
-    """Read until so many tokens are scored, and end as if the process was killed."""
+    """Read until so many tokens are scored, save every chunk, and end as if the process was killed."""
 
     def kill(done, nats, expected):
         if done >= tokens:
             raise Killed
 
-    with pytest.raises(Killed):
+    with pytest.raises(Killed), saving_every_chunk():
         measure_perplexity(lm, corpus, progress=kill, **options)
-
-
-@pytest.fixture
-def save_every_chunk(monkeypatch):
-    monkeypatch.setattr(Saver, "PAUSE", 0.0)
-    monkeypatch.setattr(Saver, "SHARE", 0.0)
 
 
 def assert_equal_but_for_time(result, expected):

@@ -199,13 +199,6 @@ def test_a_prompt_read_in_parts_gives_the_last_logits_of_the_whole(length, longe
     torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-5)
 
 
-def test_a_prompt_read_in_parts_without_its_state_gives_others():
-    lm = as_model(Forgetful())
-    ids = lm.random_ids(1, 40)
-    found, whole = (Engine(lm, Policy(longest=longest)).prefill(ids, keep=None)[0] for longest in (10, None))
-    assert not torch.allclose(found, whole, atol=1e-3)
-
-
 @pytest.mark.parametrize("kind", [Functional, Stepper])
 def test_decoding_reads_the_chosen_tokens_from_the_carried_state(kind):
     engine, prompt = Engine(as_model(kind())), LM.random_ids(2, 9)

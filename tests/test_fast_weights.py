@@ -1,22 +1,13 @@
 """Fast weights while a text is read: how much they change, which do not, and the loss at chosen positions."""
 
 import json
-import math
 import warnings
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from reading import (
-    accumulated,
-    assert_equal_but_for_time,
-    ids_of,
-    measure_perplexity,
-    measure_until_killed,
-    save_every_chunk,  # noqa: F401 - a fixture
-    texts,
-)
+from reading import accumulated, assert_equal_but_for_time, ids_of, measure_perplexity, measure_until_killed, texts
 from tiny_models import Functional
 
 from pytest_lmeval.errors import ModelError, NotFiniteError
@@ -27,7 +18,7 @@ from pytest_lmeval.records._journal import Checkpoints
 from pytest_lmeval.records._measured import Record
 from pytest_lmeval.scoring import _fast_weights as fast_weights
 from pytest_lmeval.scoring._loss_accumulator import CHUNKS, MOST_CURVES, FastWeightSums, LossAccumulator
-from pytest_lmeval.scoring._reading_figures import loss_metrics, name_of, not_reached, slope_weights
+from pytest_lmeval.scoring._reading_figures import loss_metrics, name_of, not_reached
 from pytest_lmeval.statistics._bootstrap import ratio_intervals
 
 NAMES = ("a.W", "a.b", "c.W")
@@ -206,7 +197,6 @@ def test_any_number_of_measurements_takes_the_memory_of_two_thousand(weights, co
     assert vars(again.fast_weights).keys() == vars(sums).keys()
 
 
-@pytest.mark.usefixtures("save_every_chunk")
 @pytest.mark.parametrize(
     ("chunk_size", "as_stream"),
     [
@@ -328,7 +318,3 @@ def test_documents_that_come_near_no_position_take_no_memory():
 def test_positions_are_named_in_thousands_and_millions():
     names = [name_of(at) for at in (500, 8000, 8192, 24_000, 1_000_000, 1_500_000)]
     assert names == ["loss_at_500", "loss_at_8k", "loss_at_8192", "loss_at_24k", "loss_at_1M", "loss_at_1500k"]
-
-
-def test_slope_weights_give_the_least_squares_slope():
-    assert math.isclose(float(slope_weights(np.array([1.0, 2.0])) @ np.array([3.0, 5.0])), 2.0)

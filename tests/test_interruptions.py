@@ -152,16 +152,12 @@ def test_a_run_after_a_finished_one_measures_again(undisturbed, slow, folders):
 
 
 @thorough
-def test_a_fresh_run_does_not_resume(slow, folders):
+@pytest.mark.parametrize(("options", "seed"), [(["--lmeval-fresh"], 0), ([], 10)], ids=["fresh", "another model"])
+def test_a_run_that_is_fresh_or_of_another_model_does_not_resume(slow, folders, options, seed):
     interrupt(slow, folders, signal.SIGKILL)
-    assert "interrupted run" not in passing(slow, "--lmeval-fresh").stdout.str()
-
-
-@thorough
-def test_another_model_does_not_resume_from_the_checkpoint_of_this_one(slow, folders):
-    interrupt(slow, folders, signal.SIGKILL)
-    (slow.path / "tiny.py").write_text((slow.path / "tiny.py").read_text().replace("manual_seed(0)", "manual_seed(10)"))
-    assert "interrupted run" not in passing(slow).stdout.str()
+    code = (slow.path / "tiny.py").read_text()
+    (slow.path / "tiny.py").write_text(code.replace("manual_seed(0)", f"manual_seed({seed})"))
+    assert "interrupted run" not in passing(slow, *options).stdout.str()
 
 
 @thorough

@@ -17,7 +17,7 @@ from reading import (
     ids_of,
     measure_perplexity,
     measure_until_killed,
-    save_every_chunk,  # noqa: F401 - a fixture
+    saving_every_chunk,
     texts,
 )
 from tiny_models import Failing, Functional, Stateless, Stepper
@@ -30,18 +30,8 @@ from pytest_lmeval.measures._context import VerbContext
 from pytest_lmeval.models._sources import as_model
 from pytest_lmeval.records._journal import Checkpoints, JournalWarning
 from pytest_lmeval.records._value import Value
-from pytest_lmeval.scoring._loss_accumulator import (
-    BLOCK,
-    BLOCKS,
-    BYTES,
-    CHUNKS,
-    HITS,
-    NATS,
-    SECONDS,
-    STATE,
-    TOKENS,
-    LossAccumulator,
-)
+from pytest_lmeval.scoring import _loss_accumulator as scoring
+from pytest_lmeval.scoring._loss_accumulator import CHUNKS, TOKENS, LossAccumulator
 from pytest_lmeval.scoring._reading_figures import exponential
 
 LM = as_model(Functional())
@@ -184,10 +174,12 @@ def test_ids_that_are_no_integers_are_refused():
         measure_perplexity(LM, np.array([1.2, 3.9, 4.1]))
 
 
-def test_a_corpus_may_be_named():
-    named = Lmeval(VerbContext(Session(budget=0), Log())).perplexity(BYTE_LM, "stdlib", tokens=40)
-    assert named.nll == measure_perplexity(BYTE_LM, corpus("stdlib"), tokens=40).nll
-    assert named.record.subject == "stdlib[test]"
+def test_a_corpus_may_be_named(tmp_path):
+    (tmp_path / "text.txt").write_text("some text " * 9)
+    name = f"text:{tmp_path / 'text.txt'}"
+    named = Lmeval(VerbContext(Session(budget=0), Log())).perplexity(BYTE_LM, name, tokens=40)
+    assert named.nll == measure_perplexity(BYTE_LM, corpus(name), tokens=40).nll
+    assert named.record.subject == f"{name}[test]"
 
 
 def test_the_state_is_measured_after_every_chunk():
@@ -211,14 +203,14 @@ def test_the_sums_do_not_depend_on_the_chunks(length, sizes):
     for name in ("total", "by_position", "at_positions", "units"):
         np.testing.assert_allclose(np.array(getattr(parts, name)), np.array(getattr(whole, name)), rtol=1e-12)
     assert whole.total[TOKENS] == length
-    assert whole.total[NATS] == pytest.approx(nll.sum())
-    assert whole.total[HITS[5]] == ((nll * 7).astype(int) % 9 < 5).sum()
+    assert whole.total[scoring.NATS] == pytest.approx(nll.sum())
+    assert whole.total[scoring.HITS[5]] == ((nll * 7).astype(int) % 9 < 5).sum()
 
 
 def test_a_stream_of_any_length_takes_the_same_memory():
-    sums = accumulated(np.ones(BLOCK * BLOCKS * 5), [997] * 100)
-    assert BLOCKS // 2 <= len(sums.units) <= BLOCKS
-    assert sums.block == BLOCK * 8
+    sums = accumulated(np.ones(scoring.BLOCK * scoring.BLOCKS * 5), [997] * 100)
+    assert scoring.BLOCKS // 2 <= len(sums.units) <= scoring.BLOCKS
+    assert sums.block == scoring.BLOCK * 8
     assert sum(unit[TOKENS] for unit in sums.units) == sums.total[TOKENS]
 
 
@@ -230,20 +222,19 @@ def test_the_history_of_any_number_of_chunks_fits_and_gives_the_mean_of_each_row
     rows, counts = sums.history
     assert len(rows) <= CHUNKS
     assert counts.sum() == rows[:, TOKENS].sum() == number
-    assert (rows[:, SECONDS] == 0.25 * counts).all()
-    assert (rows[:, STATE] == 1024 * counts).all()
+    assert (rows[:, scoring.SECONDS] == 0.25 * counts).all()
+    assert (rows[:, scoring.STATE] == 1024 * counts).all()
 
 
 def test_sums_survive_json_to_the_last_bit():
     sums = accumulated(np.random.default_rng(0).exponential(size=3000), [177] * 20, positions=(500,))
     again = LossAccumulator.from_json(json.loads(json.dumps(sums.to_json())))
     assert again.to_json() == sums.to_json()
-    assert again.total[BYTES] == 3000
+    assert again.total[scoring.BYTES] == 3000
 
 
 # ------------------------------------------------------------------------------------------- killed and resumed
 
-pytestmark = pytest.mark.usefixtures("save_every_chunk")
 thorough = pytest.mark.thorough
 
 
@@ -296,21 +287,19 @@ def test_losses_that_never_reached_the_disk_are_scored_again(tmp_path, fault):
     np.testing.assert_allclose(np.load(path), losses_of(ids), atol=1e-5)
 
 
-def test_a_checkpoint_of_another_version_is_reported_and_the_text_read_from_its_beginning(tmp_path):
-    saved = {"checkpoints": Checkpoints(tmp_path), "key": "k", "chunk_size": 16}
+@pytest.mark.parametrize("fault", ["another version", "half a file"])
+def test_a_checkpoint_that_cannot_be_used_is_reported_and_the_text_read_from_its_beginning(tmp_path, fault):
+    saved, path = {"checkpoints": Checkpoints(tmp_path), "key": "k", "chunk_size": 16}, tmp_path / "k.pt"
     measure_until_killed(50, LM, ids_of(100), **saved)
-    point = torch.load(tmp_path / "k.pt")
-    sums = json.loads(point["sums"])
-    sums["chunks"] = [row[:-1] for row in sums["chunks"]]
-    torch.save({**point, "sums": json.dumps(sums)}, tmp_path / "k.pt")
-    with pytest.warns(JournalWarning, match=r"cannot be read .*of another version"):
+    if fault == "half a file":
+        path.write_bytes(path.read_bytes()[:1000])
+    else:
+        point = torch.load(path)
+        sums = json.loads(point["sums"])
+        sums["chunks"] = [row[:-1] for row in sums["chunks"]]
+        torch.save({**point, "sums": json.dumps(sums)}, path)
+    with pytest.warns(JournalWarning, match="cannot be read" if fault == "half a file" else "cannot be read .*another version"):
         assert measure_perplexity(LM, ids_of(100), **saved).resumed_at == 0
-
-
-def test_a_broken_checkpoint_is_reported_and_the_text_read_from_its_beginning(tmp_path):
-    (tmp_path / "k.pt").write_bytes(b"half a file")
-    with pytest.warns(JournalWarning, match="cannot be read"):
-        assert measure_perplexity(LM, ids_of(100), checkpoints=Checkpoints(tmp_path), key="k").tokens == 99
 
 
 @pytest.mark.parametrize("model", [LM, as_model(Stepper())], ids=["module", "object"])
@@ -333,10 +322,10 @@ def test_a_run_continues_if_the_disk_is_full_and_stops_if_it_is_interrupted(tmp_
     monkeypatch.setattr(torch, "save", lambda point, file: saving(point, Failing(20, error)))
     measure = partial(measure_perplexity, LM, ids_of(100), chunk_size=16, checkpoints=Checkpoints(tmp_path), key="k")
     if error is OSError:
-        with pytest.warns(JournalWarning, match="the reading itself goes on"):
+        with pytest.warns(JournalWarning, match="the reading itself goes on"), saving_every_chunk():
             assert measure().tokens == 99
     else:
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt), saving_every_chunk():
             measure()
 
 
@@ -347,5 +336,5 @@ def test_a_state_that_cannot_be_saved_costs_only_the_checkpoint(tmp_path):
             return logits, (state, lambda: None)
 
     saved = {"checkpoints": Checkpoints(tmp_path), "key": "k"}
-    with pytest.warns(JournalWarning, match="no point to go on from can be saved"):
+    with pytest.warns(JournalWarning, match="no point to go on from can be saved"), saving_every_chunk():
         assert measure_perplexity(as_model(WithFunction()), ids_of(200), chunk_size=16, **saved).tokens == 199

@@ -8,15 +8,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from reading import (
-    assert_equal_but_for_time,
-    measure_perplexity,
-    measure_until_killed,
-    nll_of,
-    save_every_chunk,  # noqa: F401 - a fixture
-    stream_in_windows,
-    texts,
-)
+from reading import assert_equal_but_for_time, measure_perplexity, measure_until_killed, nll_of, stream_in_windows, texts
 from tiny_models import Functional, Stateless
 
 from pytest_lmeval.data._corpus import Document
@@ -235,7 +227,6 @@ def test_an_overlap_is_refused_with_the_windows_of_lm_eval():
         measure_perplexity(model(), texts(*SOME), window="lm_eval", overlap=8)
 
 
-@pytest.mark.usefixtures("save_every_chunk")
 @pytest.mark.parametrize("kind", [Functional, pytest.param(Stateless, marks=thorough)])
 def test_a_killed_run_is_resumed_inside_a_document_with_the_same_numbers_to_the_last_bit(tmp_path, kind):
     lm, corpus = model(kind, context_length=24), texts(*SOME[1:4])
@@ -251,7 +242,6 @@ def test_a_killed_run_is_resumed_inside_a_document_with_the_same_numbers_to_the_
         assert np.array_equal(np.load(tmp_path / "killed.npy"), np.load(tmp_path / "whole.npy"))
 
 
-@pytest.mark.usefixtures("save_every_chunk")
 def test_a_checkpoint_without_the_beginning_of_its_window_gives_other_numbers(tmp_path):
     lm, corpus = model(context_length=24), texts(*SOME)
     options = {"window": "lm_eval", "chunk_size": 7}

@@ -65,8 +65,6 @@ class Engine:
         """Tokens a step of a text."""
         return chunk_of(self.lm, self.policy)
 
-    # ------------------------------------------------------------------------------------------------ steps
-
     def step(self, input_ids: Tensor, state: State | None = None, *, keep: int | None = None) -> tuple[Tensor, State]:
         """One step of the model without gradients (see `LanguageModel.step`). The step may write to `state`."""
         with torch.no_grad():
@@ -124,8 +122,6 @@ class Engine:
             del logits  # not kept alive during the next step
             yield input_ids, state
 
-    # ------------------------------------------------------------------------------------------------- texts
-
     def stream(self, tokens: Source, *, state: State | None = None, position: int = 0, window: int = 0) -> Iterator[Chunk]:
         """Score a stream chunk by chunk, each target exactly once, with the state carried or in windows as the policy says.
 
@@ -143,8 +139,6 @@ class Engine:
         if not self.policy.carry:
             raise streaming_refused(self.lm, self.policy)
         return carried(self, pieces, state, position)
-
-    # --------------------------------------------------------------------------------------------- sequences
 
     def score(self, requests: Sequence[Request]) -> list[Scored]:
         """The log-likelihood of each requested token, in the order of the requests; it may be infinite or nan.

@@ -64,8 +64,6 @@ class Forked:
         for answer, shared in zip(answers, reader.scored, strict=True):
             answer.read += shared.read
 
-    # ------------------------------------------------------------------------------------------------ the tree
-
     def _walk(self, reader: NodeReader, on_leaves: Callable[[State, Branches], None]) -> None:
         """Process the prefix tree of a block. Call `on_leaves(state, leaves)` for the leaves that continue one state."""
         requests = reader.requests
@@ -142,8 +140,6 @@ class Forked:
 
     def _rows(self, state: State, rows: list[int]) -> State:
         return fork(state) if self._select is None else self._select(state, rows)
-
-    # --------------------------------------------------------------------------------------------- the answers
 
     def _answer(self, state: State, rows: list[tuple[Answer, list[int]]], choose: Choose) -> None:
         """Generate answers until all have ended. `rows` are answers, each with the prompt ids that it has still to read.

@@ -77,7 +77,7 @@ def agreement(
     key = context.key("agreement", model, settings, [*about, policy.reading, their_policy.reading])
     if corpus.fingerprint and (finished := context.finished(key)) is not None:
         return AgreementResult(finished)
-    with context.session.progress(f"{model.spec} beside {other.spec} on {corpus}") as progress:
+    with context.session.progress(f"{model.spec} and {other.spec} read {corpus}") as progress:
         result = measure_agreement(
             model, other, corpus, policy=policy, reference_policy=their_policy, **settings, progress=progress
         )
@@ -196,11 +196,8 @@ class _Piece:
     logits: Tensor
     nll: np.ndarray
 
-    def first(self, count: int) -> _Piece:
-        return replace(self, logits=self.logits[:count], nll=self.nll[:count])
-
-    def after(self, count: int) -> _Piece:
-        return replace(self, start=self.start + count, logits=self.logits[count:], nll=self.nll[count:])
+    def part(self, begin: int, end: int | None = None) -> _Piece:
+        return replace(self, start=self.start + begin, logits=self.logits[begin:end], nll=self.nll[begin:end])
 
 
 def _read(
@@ -220,9 +217,9 @@ def _aligned(ours: Iterator[_Piece], theirs: Iterator[_Piece]) -> Iterator[tuple
     one, other = next(ours, None), next(theirs, None)
     while one is not None and other is not None:
         count = min(len(one.nll), len(other.nll))
-        yield one.first(count), other.first(count)
-        one = one.after(count) if count < len(one.nll) else next(ours, None)
-        other = other.after(count) if count < len(other.nll) else next(theirs, None)
+        yield one.part(0, count), other.part(0, count)
+        one = one.part(count) if count < len(one.nll) else next(ours, None)
+        other = other.part(count) if count < len(other.nll) else next(theirs, None)
 
 
 def _compare(ours: _Piece, theirs: _Piece, lm: Model, reference: Model) -> tuple[np.ndarray, float]:
@@ -259,7 +256,6 @@ class _Sums:
     largest: float = 0.0
     nats: float = 0.0
     block: int = BLOCK
-    document: int = -1
 
     def add(self, piece: _Piece, rows: np.ndarray, largest: float) -> None:
         self.total += rows.sum(axis=0)
@@ -268,9 +264,8 @@ class _Sums:
         if not self.by_document:
             self.block = add_to_blocks(self.units, self.block, piece.start, rows)
             return
-        if piece.document != self.document:
+        if piece.document == len(self.units):
             self.units.append(np.zeros(4))
-            self.document = piece.document
         self.units[-1] += rows.sum(axis=0)
 
 

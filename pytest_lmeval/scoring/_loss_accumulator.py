@@ -54,10 +54,8 @@ class LossAccumulator:
     by_document  whether a unit is a document; otherwise it is a block of consecutive targets
     positions    positions whose loss is measured (mean over the thousand targets up to each)
     documents    a hash of each document (or of the stream) that was read to its end
-    block        targets of a block of a stream
     scored       position of the last scored target of the current sequence; the token before it was read last
     window       where the current window begins
-    state        after the last chunk
     seconds      until the sums were saved
     at_positions [units, positions, 3] sums of tokens and nats, and the number of their positions: a unit is a document that has
                  targets just before one of the positions, or, in a stream, fifty of the thousand positions before each
@@ -97,9 +95,9 @@ class LossAccumulator:
         rows_sum[SECONDS] = chunk.seconds
         self.total += rows_sum
         self.peak_state_bytes = max(self.peak_state_bytes, chunk.state_bytes)
-        row = np.append(rows_sum, chunk.state_bytes)
-        self.chunks_per_row = append_row(self.chunks, row, self.chunks_seen, self.chunks_per_row)
         self.chunks_seen += 1
+        row = np.append(rows_sum, chunk.state_bytes)[None]
+        self.chunks_per_row = add_to_blocks(self.chunks, self.chunks_per_row, self.chunks_seen, row, CHUNKS)
         if self.by_document:
             self.units[-1] += rows_sum
         else:
@@ -169,9 +167,9 @@ class FastWeightSums:
 
     def add(self, tokens: int, change: np.ndarray, distance: np.ndarray) -> None:
         self.change, self.distance = self.change + change, distance
-        row = np.array([tokens, 1, change.mean(), *(change if len(change) <= MOST_CURVES else ())])
-        self.measurements_per_row = append_row(self.history, row, self.measurements, self.measurements_per_row)
+        row = np.array([[tokens, 1, change.mean(), *(change if len(change) <= MOST_CURVES else ())]])
         self.measurements += 1
+        self.measurements_per_row = add_to_blocks(self.history, self.measurements_per_row, self.measurements, row, CHUNKS)
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> FastWeightSums:
@@ -179,13 +177,13 @@ class FastWeightSums:
         return cls(**{**data, **arrays, "names": tuple(data["names"]), "history": list(np.array(data["history"]))})
 
 
-def add_to_blocks(units: list[np.ndarray], block: int, start: int, rows: np.ndarray) -> int:
-    """Add the rows [n, columns] of targets `start`, `start` + 1, ... of one stream to sums of `block` targets each; merge pairs
-    of these if there are too many. Returns `block`."""
+def add_to_blocks(units: list[np.ndarray], block: int, start: int, rows: np.ndarray, most: int = BLOCKS) -> int:
+    """Add rows [n, columns], number `start`, `start` + 1, ... (from 1), to sums of `block` rows each; if there are more than
+    `most` sums, merge pairs of them. Returns `block`."""
     while len(rows):
         unit = (start - 1) // block
-        if unit == BLOCKS:
-            units[:] = merged(units)
+        if unit == most:
+            units[:] = [left + right for left, right in zip(units[::2], units[1::2], strict=True)]
             block *= 2
             continue
         fitting = block - (start - 1) % block
@@ -194,23 +192,6 @@ def add_to_blocks(units: list[np.ndarray], block: int, start: int, rows: np.ndar
         units[unit] += rows[:fitting].sum(axis=0)
         rows, start = rows[fitting:], start + fitting
     return block
-
-
-def append_row(rows: list[np.ndarray], row: np.ndarray, seen: int, per_row: int) -> int:
-    """Append a row after `seen` ones to sums of `per_row` rows each; merge pairs if there are too many. Returns `per_row`."""
-    if seen % per_row:
-        rows[-1] += row
-        return per_row
-    if len(rows) == CHUNKS:
-        rows[:] = merged(rows)
-        per_row *= 2
-    rows.append(row.copy())
-    return per_row
-
-
-def merged(rows: list[np.ndarray]) -> list[np.ndarray]:
-    """The sums of pairs of neighbours."""
-    return [left + right for left, right in zip(rows[::2], rows[1::2], strict=True)]
 
 
 def plain(sums: LossAccumulator | FastWeightSums) -> dict[str, Any]:

@@ -104,9 +104,6 @@ def series_of(sums: LossAccumulator, metrics: dict[str, Value], *, carried: bool
     return {**series, **(fast_weights.series_of(sums.fast_weights) if sums.fast_weights else {})}
 
 
-# ------------------------------------------------------------------------------------- the loss at chosen positions
-
-
 def name_of(position: int) -> str:
     """The name of the metric.
 
