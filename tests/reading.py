@@ -1,18 +1,39 @@
-"""Short ways to read in tests: with nothing proven, and the choices of a policy as keywords."""
+"""Short ways to read texts in tests: with nothing probed, the choices of a policy as keywords, and interrupted."""
+
+from contextlib import contextmanager
 
 import numpy as np
+import pytest
+from tiny_models import VOCAB
 
+from pytest_lmeval.data._corpus import Corpus, Document
 from pytest_lmeval.engine import Chunk, Engine, Policy, Windows, policy_for
 from pytest_lmeval.measures import _agreement, _perplexity, _task
+from pytest_lmeval.records._journal import Saver
+from pytest_lmeval.scoring._loss_accumulator import LossAccumulator
 
 
-def stream(lm, tokens, *, chunk_size=None, **place):
+def ids_of(length, seed=0):
+    return np.random.default_rng(seed).integers(0, VOCAB, length)
+
+
+def texts(*documents, as_stream=True):
+    """A corpus of texts, or of (name, text)."""
+    named = [part if isinstance(part, tuple) else (str(number), part) for number, part in enumerate(documents)]
+    return Corpus("texts", "test", lambda: (Document(*part) for part in named), "fp", as_stream=as_stream)
+
+
+def stream(lm, tokens, *, chunk_size=None, **where):
     """The state carried, whatever the model's context."""
-    return Engine(lm, Policy(chunk_size=chunk_size)).stream(tokens, **place)
+    return Engine(lm, Policy(chunk_size=chunk_size)).stream(tokens, **where)
 
 
-def stream_in_windows(lm, tokens, *, window, overlap, anchored=False, chunk_size=None, **place):
-    return Engine(lm, Policy(windows=Windows(window, overlap, anchored), chunk_size=chunk_size)).stream(tokens, **place)
+def stream_in_windows(lm, tokens, *, window, overlap, anchored=False, chunk_size=None, **where):
+    return Engine(lm, Policy(windows=Windows(window, overlap, anchored), chunk_size=chunk_size)).stream(tokens, **where)
+
+
+def nll_of(chunks):
+    return np.concatenate([chunk.nll for chunk in chunks])
 
 
 def chunk_of(start, nll, rank=0, *, seconds=0.0, state_bytes=0):
@@ -21,7 +42,20 @@ def chunk_of(start, nll, rank=0, *, seconds=0.0, state_bytes=0):
     return Chunk(start, start + n, nll, np.broadcast_to(rank, n), np.ones(n), seconds, state_bytes, None)
 
 
-def reader(lm, batch_size=8, share=True, multiple=1):
+def accumulated(nll, sizes, positions=(), documents=None):
+    """The sums of losses [n] in chunks of these sizes, the rest in a last one; `documents` are lengths."""
+    sums = LossAccumulator(documents is not None, positions)
+    for part in np.split(nll, np.cumsum(documents)[:-1]) if documents else [nll]:
+        sums.start_document()
+        start = 1
+        for size in (*sizes, len(part)):
+            if len(losses := part[start - 1 : start - 1 + size]):
+                sums.add(chunk_of(start, losses, (losses * 7).astype(int) % 9))
+                start += len(losses)
+    return sums
+
+
+def engine_of(lm, batch_size=8, share=True, multiple=1):
     """An engine for requests. Without `share`, each is read whole."""
     return Engine(lm, Policy(batch_size=batch_size, fork=share, multiple=multiple))
 
@@ -29,6 +63,37 @@ def reader(lm, batch_size=8, share=True, multiple=1):
 def measure_perplexity(lm, corpus, *, certificate=None, chunk_size=None, window=None, overlap=None, **options):
     policy = policy_for(lm, certificate, chunk_size=chunk_size, window=window, overlap=overlap)
     return _perplexity.measure_perplexity(lm, corpus, policy=policy, **options)
+
+
+class Killed(Exception):
+    pass
+
+
+@contextmanager
+def saving_every_chunk():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Saver, "PAUSE", 0.0)
+        patch.setattr(Saver, "SHARE", 0.0)
+        yield
+
+
+def measure_until_killed(tokens, lm, corpus, **options):
+    """Read until so many tokens are scored, save every chunk, and end as if the process was killed."""
+
+    def kill(done, nats, expected):
+        if done >= tokens:
+            raise Killed
+
+    with pytest.raises(Killed), saving_every_chunk():
+        measure_perplexity(lm, corpus, progress=kill, **options)
+
+
+def assert_equal_but_for_time(result, expected):
+    """All metrics and curves, to the last bit, but for those of time."""
+    for name, metric in expected.record.metrics.items():
+        assert name == "tokens_per_second" or result.record.metrics[name].to_json() == metric.to_json()
+    for name, series in expected.record.series.items():
+        assert name == "chunk_seconds" or result.record.series[name] == series
 
 
 def measure_agreement(lm, reference, corpus, *, chunk_size=None, reference_chunk_size=None, **options):

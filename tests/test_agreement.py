@@ -1,4 +1,4 @@
-"""How far two models agree: as it would be computed by hand, however both are read, and never a number that means nothing."""
+"""Agreement of two models: the numbers of a plain computation, whatever the chunks of each, and never a meaningless one."""
 
 import dataclasses
 
@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from reading import measure_agreement, measure_perplexity
-from tiny_models import VOCAB, Functional, Stateless
+from tiny_models import VOCAB, Dropped, Functional, Stateless
 
 from pytest_lmeval._session import Session, TestLog as Log
 from pytest_lmeval.data._corpus import Corpus, Document
 from pytest_lmeval.errors import NotFiniteError, SpecError, StreamError
-from pytest_lmeval.measures import Lmeval, _agreement as agreeing
+from pytest_lmeval.measures import Lmeval
 from pytest_lmeval.measures._context import VerbContext
 from pytest_lmeval.models._sources import as_model, load
 from pytest_lmeval.statistics._proportion import wilson, wilson_of_groups
@@ -22,7 +22,7 @@ NAMES = ("agreement", "kl", "nll_difference", "perplexity_ratio", "largest_diffe
 
 
 def model(seed=0, **options):
-    """Its weights are made large, so that what it says depends on what it read."""
+    """Its weights are large, so that its logits depend on the context."""
     module = Functional(seed=seed, **options)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -33,12 +33,12 @@ def model(seed=0, **options):
 LM, REFERENCE = model(0), model(1)
 
 
-def figures(result):
+def values(result):
     return np.array([float(result.record.metrics[name]) for name in NAMES])
 
 
-def by_hand(lm, reference, ids):
-    """Everything from one step over the whole text."""
+def expected(lm, reference, ids):
+    """All metrics, from one step over the whole text."""
     inputs = torch.from_numpy(ids)[None]
     with torch.no_grad():
         q, p = (one.step(inputs[:, :-1])[0][0].double().log_softmax(-1) for one in (lm, reference))
@@ -52,32 +52,21 @@ def test_a_model_agrees_with_itself_exactly():
     result = measure_agreement(LM, LM, IDS)
     assert (result.agreement, result.kl, result.nll_difference, result.largest_difference) == (1, 0, 0, 0)
     assert result.perplexity_ratio == 1
-    assert result.agreement.low < 1  # of a text that is not endless
+    assert result.agreement.low < 1  # the text is finite
     assert result.record.kind == "agreement"
 
 
 @given(ours=st.integers(1, 300), theirs=st.integers(1, 300), length=st.integers(2, 400))
-@settings(max_examples=25)
-def test_however_both_are_cut_the_figures_are_those_of_the_whole_text(ours, theirs, length):
+@settings(max_examples=15)
+def test_the_metrics_are_those_of_the_whole_text_whatever_the_chunks_of_each_model(ours, theirs, length):
     ids = IDS[:length]
     result = measure_agreement(LM, REFERENCE, ids, chunk_size=ours, reference_chunk_size=theirs)
-    np.testing.assert_allclose(figures(result), by_hand(LM, REFERENCE, ids), atol=1e-5)
+    np.testing.assert_allclose(values(result), expected(LM, REFERENCE, ids), atol=1e-5)
     assert result.record.cost.tokens == length - 1
     assert result.kl > 0
 
 
-def test_that_law_can_fail(monkeypatch):
-    """Where pieces are paired as they come, predictions of different places are compared."""
-
-    def as_they_come(ours, theirs):
-        return ((one, other.first(len(one.nll))) for one, other in zip(ours, theirs, strict=False))
-
-    monkeypatch.setattr(agreeing, "_aligned", as_they_come)
-    result = measure_agreement(LM, REFERENCE, IDS, chunk_size=10, reference_chunk_size=20)
-    assert abs(figures(result) - by_hand(LM, REFERENCE, IDS)).max() > 0.1
-
-
-def test_the_difference_of_losses_is_that_of_two_readings():
+def test_the_difference_of_losses_is_that_of_two_perplexities():
     result = measure_agreement(LM, REFERENCE, IDS)
     alone = [float(measure_perplexity(lm, IDS).nll) for lm in (LM, REFERENCE)]
     assert float(result.nll_difference) == pytest.approx(alone[0] - alone[1], abs=1e-6)
@@ -99,24 +88,23 @@ def test_intervals_are_those_of_blocks_of_the_text():
 def test_the_interval_of_groups_is_that_of_their_answers(answers):
     right, groups = [float(one) for one, _ in answers], [group for _, group in answers]
     of = np.array([sorted(set(groups)).index(group) for group in groups])
-    expected = None if len(set(groups)) < 8 else wilson(right, groups)
-    if len(set(groups)) == len(groups) and expected is not None:
-        return  # answers that are each their own are counted as independent
-    assert wilson_of_groups(np.bincount(of, weights=right), np.bincount(of)) == pytest.approx(expected)
+    interval = None if len(set(groups)) < 8 else wilson(right, groups)
+    if len(set(groups)) == len(groups) and interval is not None:
+        return  # groups of one answer each are counted as independent
+    assert wilson_of_groups(np.bincount(of, weights=right), np.bincount(of)) == pytest.approx(interval)
 
 
-def test_documents_are_read_each_from_its_beginning():
+def test_each_document_begins_with_an_empty_state():
     parts = [Document(str(number), ids=IDS[begin : begin + 50]) for number, begin in enumerate(range(0, 500, 50))]
     corpus = Corpus("parts", "test", lambda: iter(parts), "x", as_stream=False, tokenized=True)
     result = measure_agreement(LM, REFERENCE, corpus, chunk_size=7, reference_chunk_size=30)
-    expected = np.mean([by_hand(LM, REFERENCE, part.ids)[1] for part in parts])
-    assert float(result.kl) == pytest.approx(expected, abs=1e-5)
+    assert float(result.kl) == pytest.approx(np.mean([expected(LM, REFERENCE, part.ids)[1] for part in parts]), abs=1e-5)
     assert result.kl.low is not None
     assert result.record.cost.tokens == 490
     assert measure_agreement(LM, REFERENCE, corpus, limit=2, tokens=10).record.cost.tokens == 18
 
 
-def test_an_iterator_is_read_once_and_not_ahead():
+def test_an_iterator_is_read_once_and_not_far_ahead():
     handed_out, furthest = [0], []
 
     def ids():
@@ -132,11 +120,11 @@ def test_an_iterator_is_read_once_and_not_ahead():
         reference_chunk_size=32,
         progress=lambda tokens, nats, expected: furthest.append(handed_out[0] - tokens),
     )
-    np.testing.assert_allclose(figures(result), by_hand(LM, REFERENCE, IDS), atol=1e-5)
+    np.testing.assert_allclose(values(result), expected(LM, REFERENCE, IDS), atol=1e-5)
     assert max(furthest) < 60
 
 
-def test_a_model_without_a_state_is_compared_in_its_windows():
+def test_a_model_without_a_state_reads_its_windows():
     module = Stateless(seed=0)
     module.context_length = 64
     result = measure_agreement(as_model(module), LM, IDS, chunk_size=64)
@@ -145,8 +133,8 @@ def test_a_model_without_a_state_is_compared_in_its_windows():
     assert result.record.cost.tokens == 699
 
 
-def test_models_of_other_tokens_are_not_compared():
-    with pytest.raises(SpecError, match=r"toy-0 has 32 tokens and toy-2 has 40: they do not choose among the same ones"):
+def test_models_of_other_tokens_are_refused():
+    with pytest.raises(SpecError, match=r"toy-0 has 32 tokens and toy-2 has 40, so their predictions cannot be compared"):
         measure_agreement(LM, model(2, vocab=40), IDS)
     with pytest.raises(SpecError, match="reads frames of codes"):
         measure_agreement(load("zoo:moshi"), load("zoo:moshi"), IDS)
@@ -160,14 +148,13 @@ def test_models_of_other_tokens_are_not_compared():
     own = model(0, vocab=256)
     other = dataclasses.replace(own, spec="other", tokenizer=Reversed())
     text = Corpus("text", "test", lambda: iter([Document("a", "some text that is read")]), "x")
-    with pytest.raises(SpecError, match="toy-0 and other have tokenizers that cut the same text into different tokens"):
+    with pytest.raises(SpecError, match="toy-0 and other have tokenizers that encode the same text differently"):
         measure_agreement(own, other, text)
     assert measure_agreement(own, own, text).kl == 0
     assert measure_agreement(own, other, IDS).kl == 0  # the same ids
 
 
-@pytest.mark.parametrize("who", ["lm", "reference", "both"])
-def test_a_token_that_one_model_rules_out_has_no_kl_and_the_place_is_named(who):
+def test_a_token_that_only_the_model_rules_out_has_no_kl_and_the_error_names_its_position():
     class RulesOut(Functional):
         def forward(self, input_ids, state=None):
             logits, state = super().forward(input_ids, state)
@@ -176,15 +163,11 @@ def test_a_token_that_one_model_rules_out_has_no_kl_and_the_place_is_named(who):
             return logits, state
 
     ids = np.where(IDS == 5, 6, IDS)
-    never = as_model(RulesOut(seed=0), spec="never-5")
-    ours, theirs = (never if who in (name, "both") else as_model(Functional()) for name in ("lm", "reference"))
-    if who == "lm":
-        with pytest.raises(
-            NotFiniteError, match=r"not finite at token 21 of document 0: .* of id 5 is -3.* and -inf in never-5"
-        ):
-            measure_agreement(ours, theirs, ids)
-    else:
-        assert measure_agreement(ours, theirs, ids).kl >= 0  # what has no probability in the reference costs nothing
+    never, other = as_model(RulesOut(seed=0), spec="never-5"), as_model(Functional())
+    with pytest.raises(NotFiniteError, match=r"not finite at token 21 of document 0: .* of id 5 is -3.* and -inf in never-5"):
+        measure_agreement(never, other, ids)
+    for ours in (never, other):
+        assert measure_agreement(ours, never, ids).kl >= 0  # a token of no probability in the reference costs nothing
 
 
 def test_a_text_without_a_target_is_refused():
@@ -192,25 +175,24 @@ def test_a_text_without_a_target_is_refused():
         measure_agreement(LM, REFERENCE, IDS[:1])
 
 
+def lmeval(folder, **options):
+    return Lmeval(VerbContext(Session(folder, budget=0, **options), Log("test_it")))
+
+
 def test_the_verb_records_both_models_and_how_each_was_read(tmp_path):
-    session = Session(tmp_path)
-    result = Lmeval(VerbContext(session, Log("test_it"))).agreement(LM, REFERENCE, IDS, tokens=300)
+    first = lmeval(tmp_path)
+    result = first.agreement(LM, REFERENCE, IDS, tokens=300)
     assert result.record.cost.tokens == 299
     assert result.record.certificate.verdict == result.record.details["reference_verdict"] == "exact-any-chunk"
     assert result.record.settings["reference"]["spec"] == "toy-1"
     assert result.record.test == "test_it"
-    again = Lmeval(VerbContext(Session(tmp_path, verdicts=session.verdicts), Log("test_it")))  # of an interrupted run
+    again = lmeval(tmp_path, verdicts=first._context.session.verdicts)  # of an interrupted run
     assert float(again.agreement(LM, REFERENCE, IDS, tokens=300).kl) == float(result.kl)
     assert "taken from an interrupted run" in again._context.log.notes[0]
-    assert Lmeval(VerbContext(session, Log("test_it"))).agreement(REFERENCE, LM, IDS, tokens=300).kl != result.kl
+    assert first.agreement(REFERENCE, LM, IDS, tokens=300).kl != result.kl
 
 
 def test_a_reference_that_is_exact_in_single_steps_only_is_read_so(tmp_path):
-    class StepOnly(Functional):
-        def forward(self, input_ids, state=None):
-            return super().forward(input_ids, None if input_ids.shape[1] > 1 else state)
-
-    lmeval = Lmeval(VerbContext(Session(tmp_path), Log("test_it")))
-    result = lmeval.agreement(as_model(Functional()), as_model(StepOnly()), IDS[:200])
+    result = lmeval(tmp_path).agreement(as_model(Functional()), as_model(Dropped()), IDS[:200])
     assert result.record.details["reference_read"] == "carried in chunks of 1"
     assert float(result.largest_difference) < 1e-5

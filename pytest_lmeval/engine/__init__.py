@@ -1,4 +1,4 @@
-"""What steps a model: one engine that streams texts, scores requests and generates answers, as a policy allows."""
+"""Step a model: stream texts, score requests and generate answers, within what a policy allows."""
 
 from pytest_lmeval.engine._engine import Engine
 from pytest_lmeval.engine._executor import Choose, Counts, Executor, Scored

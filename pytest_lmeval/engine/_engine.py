@@ -1,50 +1,47 @@
-"""The engine: the only place that steps a model, as its policy allows.
+"""Step a model as its policy allows. Nothing else in this package loops over steps.
 
     engine = Engine(lm, policy_for(lm, certificate))
-    engine.stream(tokens)          chunks of a text, every token scored once, its state carried or in windows
-    engine.score(requests)         log-likelihoods of texts after others, what they begin with alike read once
-    engine.generate(prompts)       answers in the model's own words
+    engine.stream(tokens)          chunks of a text: each token scored once, the state carried or in windows
+    engine.score(requests)         log-likelihoods of texts given their contexts; a shared prefix is read once
+    engine.generate(prompts)       generated answers
     engine.prefill(ids)            one prompt, and engine.decode(ids, state, n): n tokens after it, one a step
-    engine.steps(pieces)           raw steps, for what tries the laws
+    engine.steps(pieces)           raw steps, for the probe of the laws
 
-Sequences are read by an executor: `Forked` continues states, `Whole` reads each sequence from its beginning. What only answers
-requests, as a server does, is another one.
+Executors read sequences: `Forked` continues states, `Whole` reads each sequence from its beginning; a server can be one too.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from pytest_lmeval.engine._executor import Counts, Executor, Scored
+from pytest_lmeval.engine._executor import Counts, Executor, Scored, Whole
 from pytest_lmeval.engine._forked import Forked
 from pytest_lmeval.engine._generation import Answer, OnText, Prompt, begin_answers
 from pytest_lmeval.engine._policy import Policy, check, chunk_of, policy_for, refused, streaming_refused
 from pytest_lmeval.engine._stream import Chunk, carried, in_windows
 from pytest_lmeval.engine._tokens import Source, check_vocabulary, tokens_of
 from pytest_lmeval.engine._tree import Request
-from pytest_lmeval.engine._whole import Whole
 from pytest_lmeval.errors import StreamError
 from pytest_lmeval.models._model import Model, State
 
 
 def likeliest(logits: Tensor, input_ids: Tensor) -> Tensor:
-    """The next ids [b, 1]: of each row the likeliest. Of frames of codes the ones before again, since a step says nothing of
-    the frame to come."""
+    """The most likely next ids [b, 1]. For frames of codes, the frame before: a step does not predict the next frame."""
     return logits[:, -1].argmax(-1, keepdim=True) if logits.ndim == 3 else input_ids[..., -1:]
 
 
 class Engine:
-    """Reads with one model.
+    """Steps one model.
 
-    policy     what is allowed, and how it is done; by default all that the model declares, with nothing proven
-    on_logits  is called with the logits of each step, as the model gave them: [b, n, v] of its last n positions
-    executor   reads and continues sequences in place of the model; texts are still stepped here
-    counts     what reading sequences took so far
+    policy     what is allowed and how it is done; by default all that the model declares, with nothing probed
+    on_logits  called with the logits of each step, as the model returned them: [b, n, v] of its last n positions
+    executor   reads and continues sequences instead of the model; texts are still stepped here
+    counts     cost of reading sequences so far
 
     Raises Refused for a policy that asks for more than its certificate allows.
     """
@@ -60,17 +57,16 @@ class Engine:
         policy = policy_for(lm) if policy is None else policy
         self.lm, self.policy = lm, policy if lm.stateful else replace(policy, carry=False)
         self.on_logits, self.executor, self.counts = on_logits, executor, Counts()
+        self._executors: dict[bool, Executor] = {}
         check(lm, self.policy)
 
-    @functools.cached_property
+    @cached_property
     def chunk_size(self) -> int:
         """Tokens a step of a text."""
         return chunk_of(self.lm, self.policy)
 
-    # ------------------------------------------------------------------------------------------------ steps
-
     def step(self, input_ids: Tensor, state: State | None = None, *, keep: int | None = None) -> tuple[Tensor, State]:
-        """One step of the model, without gradients (see `LanguageModel.step`). It may use `state` up."""
+        """One step of the model without gradients (see `LanguageModel.step`). The step may write to `state`."""
         with torch.no_grad():
             logits, state = self.lm.step(input_ids, state, keep=keep)
         logits = logits.detach()  # a model that learns as it reads may turn gradients on
@@ -81,31 +77,30 @@ class Engine:
     def steps(
         self, pieces: Iterable[Tensor], state: State | None = None, *, keep: int | None = None
     ) -> Iterator[tuple[Tensor, State]]:
-        """Read pieces [b, t] of one sequence, each after the state of the one before; logits and state of each, whatever the
-        policy says."""
+        """Read pieces [b, t] of one sequence, carrying the state; yield logits and state of each, whatever the policy says."""
         for piece in pieces:
             logits, state = self.step(piece, state, keep=keep)
             yield logits, state
-            del logits  # not to be held beside those of the next step
+            del logits  # not kept alive during the next step
 
     def prefill(self, input_ids: Tensor, state: State | None = None, *, keep: int | None = 1) -> tuple[Tensor, State]:
-        """Read [b, t] in as few steps as the policy allows; logits of the last `keep` positions, and the state.
+        """Read [b, t] in as few steps as the policy allows; return logits of the last `keep` positions, and the state.
 
-        state  of what was read before; after how many tokens it may be continued (`Policy.multiple`) is the caller's to keep
+        state  after the tokens before; the caller makes sure that their number is a `Policy.multiple`
 
-        Raises Refused for a state that may not be continued, or not by so many tokens, and for more than a step may read where
+        Raises Refused for a state that may not be continued by so many tokens, and for more tokens than a step may read where
         several steps would be wrong.
         """
         if state is not None and (not self.policy.carry or (self.policy.single and input_ids.shape[-1] > 1)):
             why = f"Its state would be continued by {input_ids.shape[-1]} token(s), which the policy does not allow."
-            raise refused(self.lm, self.policy, why, "Read what comes before with it, in one step.")
+            raise refused(self.lm, self.policy, why, "Read the tokens before them in the same step.")
         longest, left = self.policy.longest, input_ids.shape[-1]
         if longest is None or left <= longest:
             return self.step(input_ids, state, keep=keep)
         size = longest - longest % self.policy.multiple
         if not self.policy.carry or self.policy.single or not size:
-            why = f"It reads at most {longest} tokens at once, and {left} are to be read."
-            raise refused(self.lm, self.policy, why, "They cannot be read in one step, and would be wrong in several.")
+            why = f"It reads at most {longest} tokens in a step, and {left} were given; several steps would read them wrongly."
+            raise refused(self.lm, self.policy, why, "Shorten the prompt.")
         found, wanted = [], left if keep is None else keep
         for part in torch.split(input_ids, size, dim=-1):
             left -= part.shape[-1]
@@ -116,29 +111,27 @@ class Engine:
     def decode(
         self, input_ids: Tensor, state: State, count: int, choose: Callable[[Tensor, Tensor], Tensor] = likeliest
     ) -> Iterator[tuple[Tensor, State]]:
-        """Read `count` tokens a row, one a step, the first being `input_ids` [b, 1]. After each step: the ids that
-        `choose(logits, input_ids)` says come next, and the state. Raises Refused where that is not allowed."""
+        """Read `count` tokens a row, one a step, starting with `input_ids` [b, 1]. Yield the next ids after each step, which
+        `choose(logits, input_ids)` returns, and the state. Raises Refused if the policy does not allow single tokens."""
         if count and not (self.policy.carry and self.policy.multiple == 1):
             why = "Its state would be continued token by token, which the policy does not allow."
             raise refused(self.lm, self.policy, why, "Read the whole text again for each token, as engine.generate does.")
         for _ in range(count):
             logits, state = self.step(input_ids, state, keep=1)
             input_ids = choose(logits, input_ids)
-            del logits  # not to be held beside those of the next step
+            del logits  # not kept alive during the next step
             yield input_ids, state
 
-    # ------------------------------------------------------------------------------------------------- texts
-
     def stream(self, tokens: Source, *, state: State | None = None, position: int = 0, window: int = 0) -> Iterator[Chunk]:
-        """Score a stream chunk by chunk, each target token exactly once, the state carried or in windows as the policy says.
+        """Score a stream chunk by chunk, each target exactly once, with the state carried or in windows as the policy says.
 
         tokens    ids [T], or frames of codes [T, k]
-        state     go on from this state, which has seen what comes before `position`
-        position  of the token to go on from, in the stream; `tokens` begin there
-        window    where the current one begins, if it is read in windows; `tokens` begin there
+        state     resume from this state, after the tokens before `position`
+        position  of the token to resume at, in the stream; `tokens` begin there
+        window    where the current window begins, if the policy has windows; `tokens` begin there
 
         Raises StreamError for a stream without a target or a token outside the vocabulary, NotFiniteError for a loss that is
-        not finite, with its position, and Refused where neither carrying the state nor windows are allowed, or not from there.
+        not finite, with its position, and Refused where the policy allows neither the state to be carried nor windows.
         """
         pieces, windows = tokens_of(tokens, self.lm.codebooks), self.policy.windows
         if windows is not None:
@@ -147,42 +140,38 @@ class Engine:
             raise streaming_refused(self.lm, self.policy)
         return carried(self, pieces, state, position)
 
-    # --------------------------------------------------------------------------------------------- sequences
-
     def score(self, requests: Sequence[Request]) -> list[Scored]:
-        """The log-likelihood of each token that is asked for, in the order of the requests.
+        """The log-likelihood of each requested token, in the order of the requests; it may be infinite or nan.
 
-        A value that is not finite is left to the caller, who knows what it is of. Raises StreamError for a token outside the
-        vocabulary, and Refused for a prompt that can be read neither in one step nor in several.
+        Raises StreamError for a token outside the vocabulary, and Refused for a prompt that can be read neither in one step nor
+        in several.
         """
         self.refuse_unreadable(requests)
         found = self._executor(self.policy.share).score(requests)
         if len(found) != len(requests):
-            raise StreamError(f"the executor was given {len(requests)} requests and answered {len(found)}: one each is needed.")
+            raise StreamError(f"the executor answered {len(found)} of {len(requests)} requests; it has to answer each.")
         return found
 
     def generate(self, prompts: Sequence[Prompt], on_text: OnText | None = None) -> list[Answer]:
-        """The answer to each prompt, in their order, token by token until it ends; what a row says depends on no other.
+        """The answer to each prompt, in order, generated token by token. No answer depends on another prompt.
 
-        on_text  (number of the prompt, text so far) -> None to go on, or a truth value that ends the answer
+        on_text  (number of the prompt, text so far) -> None to continue, or a truth value that ends the answer
 
-        Raises TaskError for a tokenizer that cannot turn ids into text, NotFiniteError for logits that leave no choice, and
-        as `score` does.
+        Raises TaskError for a tokenizer without `decode`, NotFiniteError for logits that leave no choice, and what `score`
+        raises.
         """
         self.refuse_unreadable(prompts)
         answers, choose = begin_answers(self.lm, prompts, on_text)
         self._executor(self.policy.decode).generate(answers, choose)
         for number, answer in enumerate(answers):
             if not answer.why:
-                raise StreamError(
-                    f"the executor left the answer to {answer.prompt.name} unfinished: it has to say why one ends."
-                )
+                raise StreamError(f"the executor left the answer to {answer.prompt.name} unfinished; it has to set `why`.")
             if self.executor is not None and on_text is not None and answer.judged is None:  # it chose the tokens itself
                 answer.judged = on_text(number, answer.text)
         return answers
 
     def refuse_unreadable(self, sequences: Sequence[Request] | Sequence[Prompt]) -> None:
-        """Raise StreamError for a model that has no prompts, and for a token outside of its vocabulary."""
+        """Raise StreamError for a model of codebooks, which has no prompts, and for a token outside of the vocabulary."""
         if self.lm.codebooks is not None:
             raise StreamError(f"{self.lm.spec} reads frames of codes: it has no prompts and no answers in words.")
         for sequence in sequences:
@@ -191,12 +180,6 @@ class Engine:
     def _executor(self, forked: bool) -> Executor:
         if self.executor is not None:
             return self.executor
-        return self._forked if forked else self._whole
-
-    @functools.cached_property
-    def _forked(self) -> Forked:
-        return Forked(self)
-
-    @functools.cached_property
-    def _whole(self) -> Whole:
-        return Whole(self)
+        if forked not in self._executors:
+            self._executors[forked] = Forked(self) if forked else Whole(self)
+        return self._executors[forked]

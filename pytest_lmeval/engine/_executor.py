@@ -1,9 +1,11 @@
-"""Executors: the protocol, and what `Forked` and `Whole` share: nodes in batches, padded, read and scored."""
+"""Read batches of sequences: the protocol of executors, and the one that reads each sequence from its beginning."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
@@ -13,26 +15,28 @@ from torch import Tensor
 from pytest_lmeval.engine._generation import Answer
 from pytest_lmeval.engine._losses import score
 from pytest_lmeval.engine._policy import LOGITS_BUDGET
-from pytest_lmeval.engine._tree import Node, Request
+from pytest_lmeval.engine._tree import Node, Request, tree
 from pytest_lmeval.models._model import State, state_bytes
 
 if TYPE_CHECKING:
     from pytest_lmeval.engine._engine import Engine
 
 PADDING_ID = 0
-PADDED = 1 / 16  # of a batch may be padding
+PADDED = 1 / 16  # the largest fraction of a batch that is padding
 
 Choose: TypeAlias = "Callable[[Tensor, list[Answer]], None]"
-"""(logits [b, v], b answers): choose a token for each answer from the logits after all that it has read, or end it."""
+"""(logits [b, v], b answers): choose the next token of each answer, or end it."""
+Branches: TypeAlias = "list[tuple[Node, int]]"
+"""Nodes, each with the row of a state that it continues."""
 
 
 @dataclass
 class Scored:
-    """What is known of one request.
+    """The result of one request.
 
-    loglikelihood  [n - context_len] float64, nats, of each token that was asked for
-    greedy         whether each of them is what the model would have said first
-    read           tokens that were read for it, and for no request before it
+    loglikelihood  [n - context_len] float64, nats, of each requested token
+    greedy         whether each of them is the model's first choice
+    read           tokens read for this request and for none before it
     """
 
     loglikelihood: np.ndarray
@@ -42,7 +46,7 @@ class Scored:
 
 @dataclass
 class Counts:
-    """What reading took: tokens, padding beside them, and the largest state in bytes."""
+    """Tokens read, padding beside them, and the largest state in bytes."""
 
     tokens: int = 0
     padding: int = 0
@@ -54,52 +58,53 @@ class Counts:
 
 
 class Executor(Protocol):
-    """Reads sequences of one model, in a way of its own."""
+    """Reads sequences of one model."""
 
     def score(self, requests: Sequence[Request]) -> list[Scored]:
-        """The log-likelihood of each token that is asked for, in the order of the requests."""
+        """The log-likelihood of each requested token, in the order of the requests."""
 
     def generate(self, answers: Sequence[Answer], choose: Choose) -> None:
-        """Generate each answer until it ends (`Answer.why`): by `choose`, or by filling it in."""
+        """Generate each answer until it ends (`Answer.why`), with `choose` or by filling it in."""
 
 
 class NodeReader:
-    """Reads the nodes of a tree of requests, and notes down the log-likelihoods that are wanted."""
+    """Reads the nodes of a tree of requests and collects the requested log-likelihoods."""
 
     def __init__(self, engine: Engine, requests: Sequence[Request]) -> None:
         self.engine, self.requests = engine, requests
         self.scored = [Scored(np.full(request.asked, np.nan)) for request in requests]
 
-    def read_padded(self, nodes: list[Node], state: State) -> None:
-        """Read nodes to their ends, the longest first, each after a row of the state."""
+    def read_padded(self, branches: Branches, state: State) -> None:
+        """Read whole nodes, the longest first; row i of the state is before node i."""
+        nodes = [node for node, _ in branches]
         ids = torch.full((len(nodes), len(nodes[0].ids)), PADDING_ID)
         for row, node in enumerate(nodes):
             ids[row, : len(node.ids)] = torch.from_numpy(node.ids)
         self.read(nodes, ids, state)
 
     def read(self, nodes: list[Node], ids: Tensor, state: State) -> State:
-        """Read `ids` [b, t], which hold the nodes, each after a row of the state. Returns the new state."""
+        """Read `ids` [b, t], which hold the nodes; row i of the state is before node i. Returns the new state."""
         width = ids.shape[1]
         first = min((first_wanted(node) for node in nodes), default=width)
-        skipped = min(first, width - 1)  # the last position always has logits: a model may take 0 of them for all
+        skipped = min(first, width - 1)  # keep at least one position: a model may return all logits for keep=0
         logits, state = self.engine.prefill(ids.to(self.engine.lm.device), state, keep=width - skipped)
         wanted = [(row, node, *span) for row, node in enumerate(nodes) for span in node.wanted]
         if wanted:
-            self._note(wanted, logits, skipped)
+            self._record(wanted, logits, skipped)
         for node in nodes:
             self.scored[node.owner].read += len(node.ids)
         tokens = sum(len(node.ids) for node in nodes)
         self.engine.counts.add(tokens, ids.numel() - tokens, state)
         return state
 
-    def _note(self, wanted: list[tuple[int, Node, int, int, int]], logits: Tensor, skipped: int) -> None:
-        """wanted  (row, node, request, first position, end): the logits there are about the tokens that follow"""
+    def _record(self, wanted: list[tuple[int, Node, int, int, int]], logits: Tensor, skipped: int) -> None:
+        """wanted  (row, node, request, first position, end): the logits there predict the tokens that follow"""
         lengths = [end - begin for *_, begin, end in wanted]
         rows = np.repeat([row for row, *_ in wanted], lengths)
         positions = np.concatenate([np.arange(begin, end) - node.start - skipped for _, node, _, begin, end in wanted])
         targets = np.concatenate([self.requests[number].ids[begin + 1 : end + 1] for _, _, number, begin, end in wanted])
-        index, column, target = (torch.from_numpy(array).to(logits.device) for array in (rows, positions, targets))
-        nll, rank = score(logits[index, column], target)
+        row, column, target = (torch.from_numpy(array).to(logits.device) for array in (rows, positions, targets))
+        nll, rank = score(logits[row, column], target)
         ends = np.cumsum(lengths)
         for (_, _, number, begin, end), last in zip(wanted, ends, strict=True):
             scored, context, part = self.scored[number], self.requests[number].context_len, slice(last - (end - begin), last)
@@ -107,12 +112,12 @@ class NodeReader:
             scored.greedy = scored.greedy and not rank[part].any()
 
 
-def batches(nodes: Sequence[tuple[Node, int]], most: int, vocab_size: int | None = None) -> Iterator[list[tuple[Node, int]]]:
-    """Nodes, with the row that each follows, longest first, at most so many side by side. Where they are padded, since a
-    vocabulary is given, no batch is more padding than PADDED, and its logits fit the memory."""
-    batch: list[tuple[Node, int]] = []
+def batches(branches: Branches, most: int, vocab_size: int | None = None) -> Iterator[Branches]:
+    """Batches of at most `most` nodes, longest first. With a `vocab_size` the nodes are padded: a batch is then at most PADDED
+    padding, and its logits fit the memory."""
+    batch: Branches = []
     padding = 0
-    for branch in sorted(nodes, key=lambda branch: -len(branch[0].ids)):
+    for branch in sorted(branches, key=lambda branch: -len(branch[0].ids)):
         more = len(batch[0][0].ids) - len(branch[0].ids) if batch else 0
         if batch and (len(batch) == most or (vocab_size and _too_full([*batch, branch], padding + more, vocab_size))):
             yield batch
@@ -123,8 +128,8 @@ def batches(nodes: Sequence[tuple[Node, int]], most: int, vocab_size: int | None
         yield batch
 
 
-def _too_full(batch: list[tuple[Node, int]], padding: int, vocab_size: int) -> bool:
-    """Whether the last row of a batch had better stand in the next one."""
+def _too_full(batch: Branches, padding: int, vocab_size: int) -> bool:
+    """Whether the last row of a batch should go into the next one."""
     width = len(batch[0][0].ids)
     logits = len(batch) * (width - min(first_wanted(node) for node, _ in batch)) * vocab_size
     return padding > PADDED * len(batch) * width or 12 * logits > LOGITS_BUDGET
@@ -133,3 +138,42 @@ def _too_full(batch: list[tuple[Node, int]], padding: int, vocab_size: int) -> b
 def first_wanted(node: Node) -> int:
     """The index in the node of the first token whose logits are wanted; its length if none are."""
     return min((begin - node.start for _, begin, _ in node.wanted), default=len(node.ids))
+
+
+class Whole:
+    """Scores and generates in batches, for models without a state, or whose state may not be continued. A request whose tokens
+    are a prefix of another's is scored with that one."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine: Engine = weakref.proxy(engine)  # no reference cycle: models are freed with the engine, not at a collection
+
+    def score(self, requests: Sequence[Request]) -> list[Scored]:
+        reader, engine = NodeReader(self.engine, requests), self.engine
+        leaves = [(node, 0) for node in tree(requests, step=inf)]
+        for batch in batches(leaves, engine.policy.batch_size, engine.lm.vocab_size):
+            reader.read_padded(batch, None)
+        return reader.scored
+
+    def generate(self, answers: Sequence[Answer], choose: Choose) -> None:
+        """Read the whole text again for each token."""
+        size = self.engine.policy.batch_size
+        longest_first = sorted(answers, key=lambda row: -len(row.prompt.ids))
+        for begin in range(0, len(answers), size):
+            rows = longest_first[begin : begin + size]
+            while rows:
+                self._read_again(rows, choose)
+                rows = [row for row in rows if not row.why]
+
+    def _read_again(self, rows: list[Answer], choose: Choose) -> None:
+        texts = [[*row.prompt.ids.tolist(), *row.ids] for row in rows]
+        width, shortest = max(map(len, texts)), min(map(len, texts))
+        ids = torch.full((len(rows), width), PADDING_ID)
+        for row, text in enumerate(texts):
+            ids[row, : len(text)] = torch.tensor(text)
+        logits, state = self.engine.prefill(ids.to(self.engine.lm.device), keep=width - shortest + 1)
+        tokens = sum(map(len, texts))
+        self.engine.counts.add(tokens, ids.numel() - tokens, state)
+        last = torch.tensor([len(text) - shortest for text in texts], device=logits.device)
+        for answer, text in zip(rows, texts, strict=True):
+            answer.read += len(text)
+        choose(logits[torch.arange(len(rows), device=logits.device), last], rows)

@@ -1,4 +1,4 @@
-"""Reads each distinct beginning once: the state after it is forked for what follows.
+"""Read each distinct prefix once, and fork the state after it for what follows.
 
 The prefix tree is processed level by level: nodes that begin at the same length form a batch; leaves are padded, inner nodes
 truncated to the shortest. So a model that continues exactly from a state reads every distinct token about once, in batches.
@@ -14,43 +14,41 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 import torch
 
-from pytest_lmeval.engine._executor import Choose, NodeReader, Scored, batches
+from pytest_lmeval.engine._executor import Branches, Choose, NodeReader, Scored, batches
 from pytest_lmeval.engine._generation import Answer
 from pytest_lmeval.engine._state_rows import selection
-from pytest_lmeval.engine._tree import STEP, Node, Request, tree, worth_a_step
+from pytest_lmeval.engine._tree import STEP_COST, Request, tree, worth_a_step
 from pytest_lmeval.models._model import State, fork, state_bytes
 
 if TYPE_CHECKING:
     from pytest_lmeval.engine._engine import Engine
 
-Branches: TypeAlias = "list[tuple[Node, int]]"
-"""Nodes, each with the row of a state that it follows."""
 Cache: TypeAlias = "list[tuple[np.ndarray, State]]"
-"""Beginnings, and the state after each."""
+"""Prefixes, and the state after each."""
 
-SHORT = 4  # times as many rows as a batch has, of ends that are that much shorter than what is before them
-CACHED = 4  # beginnings that are kept: examples, a passage, and what is between them
+MORE_SHORT_LEAVES = 4  # the most that the batch size is multiplied by for leaves that are shorter than their prefix
+CACHED = 4  # prefixes kept from block to block: few-shot examples, a passage, and prefixes between them
 STATES_BUDGET = 1 << 30  # bytes that the states of a batch may take
 
 
 class Forked:
     """Scores and generates over the prefix tree of each block of requests.
 
-    prefix_cache  what the last request of a block began with, for the next block
+    prefix_cache  prefixes of the last request of a block, for the next block
     """
 
     def __init__(self, engine: Engine) -> None:
-        self.engine: Engine = weakref.proxy(engine)  # which holds this: states are let go with it, not at a collection
+        self.engine: Engine = weakref.proxy(engine)  # no reference cycle: states are freed with the engine, not at a collection
         self.policy = engine.policy
         self.prefix_cache: Cache = []
         self._select = selection(engine.lm)
-        self._step = STEP if self.policy.share else inf
+        self._step_cost = STEP_COST if self.policy.share else inf
 
     def score(self, requests: Sequence[Request]) -> list[Scored]:
         reader = NodeReader(self.engine, requests)
 
         def score_leaves(state: State, batch: Branches) -> None:
-            reader.read_padded([node for node, _ in batch], self._rows_of(state, batch))
+            reader.read_padded(batch, self._rows_of(state, batch))
 
         self._walk(reader, lambda state, leaves: self._each(state, leaves, score_leaves, padded=True))
         return reader.scored
@@ -66,24 +64,21 @@ class Forked:
         for answer, shared in zip(answers, reader.scored, strict=True):
             answer.read += shared.read
 
-    # ------------------------------------------------------------------------------------------------ the tree
-
     def _walk(self, reader: NodeReader, on_leaves: Callable[[State, Branches], None]) -> None:
-        """Process the prefix tree of a block; `on_leaves(state, leaves)` takes those that follow one state."""
+        """Process the prefix tree of a block. Call `on_leaves(state, leaves)` for the leaves that continue one state."""
         requests = reader.requests
-        kept = [(prefix, state) for prefix, state in self.prefix_cache if requests and _begins(requests[-1], prefix)]
+        kept = [(prefix, state) for prefix, state in self.prefix_cache if requests and _continues(requests[-1], prefix)]
         for (prefix, state), members in self._by_prefix(requests):
-            nodes = tree(requests, members, start=len(prefix), step=self._step)
+            nodes = tree(requests, members, start=len(prefix), step=self._step_cost)
             self._visit(reader, state, [(node, 0) for node in nodes], kept, on_leaves)
-        self.prefix_cache = sorted(kept, key=lambda entry: len(entry[0]))[:CACHED]  # the shorter ones are shared by more
+        self.prefix_cache = sorted(kept, key=lambda entry: len(entry[0]))[:CACHED]  # more requests share the shorter ones
 
     def _by_prefix(self, requests: Sequence[Request]) -> Iterator[tuple[tuple[np.ndarray, State], list[int]]]:
-        """The requests by the longest cached beginning that they share."""
+        """The requests by the longest cached prefix that they continue."""
         left = list(range(len(requests)))
         for prefix, state in sorted(self.prefix_cache, key=lambda entry: -len(entry[0])):
-            begins = {number: _begins(requests[number], prefix) for number in left}
-            left = [number for number in left if not begins[number]]
-            if members := [number for number, so in begins.items() if so]:
+            if members := [number for number in left if _continues(requests[number], prefix)]:
+                left = sorted({*left} - {*members})
                 yield (prefix, state), members
         if left:
             yield (np.empty(0, dtype=np.int64), None), left
@@ -91,37 +86,34 @@ class Forked:
     def _visit(
         self, reader: NodeReader, state: State, branches: Branches, kept: Cache, on_leaves: Callable[[State, Branches], None]
     ) -> None:
-        """Read what follows `state`: each node follows one of its rows."""
+        """Read the tree below `state`; each node continues one of its rows."""
         on_leaves(state, [(node, row) for node, row in branches if not node.children])
         inner = [(node, row) for node, row in branches if node.children]
-        for batch in batches(inner, self._side_by_side(state, inner)):
+        for batch in batches(inner, self._most(state, inner, self.policy.batch_size)):
             self._visit(reader, *self._read_inner(reader, state, batch, kept), kept, on_leaves)
 
     def _each(self, state: State, leaves: Branches, read: Callable[[State, Branches], None], *, padded: bool) -> None:
-        """Read leaves in batches. Where they are padded, more short ones stand side by side: no more tokens than prompts."""
-        most = self._side_by_side(state, leaves)
-        if state is None:
-            most = self.policy.batch_size if padded else most
-        elif padded and leaves and self._select is not None and self.policy.batch_size > 1:
-            longest = max(len(node.ids) for node, _ in leaves)
-            times = min(SHORT, (leaves[0][0].start + longest) // longest)
-            most = self._fitting(state, leaves, self.policy.batch_size * times)
+        """Read leaves in batches. If they are padded, short ones form larger batches, of no more tokens than whole prompts."""
+        most = self.policy.batch_size
+        if state is not None or not padded:
+            if padded and leaves and most > 1:
+                longest = max(len(node.ids) for node, _ in leaves)
+                most *= min(MORE_SHORT_LEAVES, (leaves[0][0].start + longest) // longest)
+            most = self._most(state, leaves, most)
         for batch in batches(leaves, most, self.engine.lm.vocab_size if padded else None):
             read(state, batch)
 
-    def _side_by_side(self, state: State, branches: Branches) -> int:
-        """How many may stand side by side and be continued."""
-        if self._select is None or not branches:
+    def _most(self, state: State, branches: Branches, most: int) -> int:
+        """The number of branches, at most `most`, that fit in one batch and can be continued in it."""
+        if self._select is None:
             return 1
-        return self.policy.batch_size if state is None else self._fitting(state, branches, self.policy.batch_size)
-
-    @staticmethod
-    def _fitting(state: State, branches: Branches, most: int) -> int:
-        bytes_of_a_row = state_bytes(state) // (1 + max(row for _, row in branches))
-        return max(1, min(most, STATES_BUDGET // max(1, bytes_of_a_row)))
+        if state is None or not branches:
+            return most
+        bytes_per_row = state_bytes(state) // (1 + max(row for _, row in branches))
+        return max(1, min(most, STATES_BUDGET // max(1, bytes_per_row)))
 
     def _read_inner(self, reader: NodeReader, state: State, batch: Branches, kept: Cache) -> tuple[State, Branches]:
-        """Read the nodes as far as the shortest of them goes; returns the state after that, and what follows its rows."""
+        """Read the nodes up to the end of the shortest; returns the state there, and the branches that continue it."""
         length = min(len(node.ids) for node, _ in batch)
         length -= (batch[0][0].start + length) % self.policy.multiple
         if length <= 0:
@@ -143,20 +135,17 @@ class Forked:
         return state, following
 
     def _rows_of(self, state: State, batch: Branches) -> State:
-        """The rows of a state that the nodes of a batch follow, to be used up."""
+        """A copy of the rows of a state that the nodes of a batch continue."""
         return None if state is None else self._rows(state, [row for _, row in batch])
 
     def _rows(self, state: State, rows: list[int]) -> State:
-        """A state of these rows, so that the one it is taken from can be taken from again."""
         return fork(state) if self._select is None else self._select(state, rows)
 
-    # --------------------------------------------------------------------------------------------- the answers
-
     def _answer(self, state: State, rows: list[tuple[Answer, list[int]]], choose: Choose) -> None:
-        """Continue answers token by token until all have ended, each with the ids that it has still to read.
+        """Generate answers until all have ended. `rows` are answers, each with the prompt ids that it has still to read.
 
-        They stand at the same length, since that is all that a state knows: while one is answering, another may still read its
-        prompt. A row that has ended leaves the batch.
+        All rows have read the same number of tokens, since a state has only one length: while one row generates, another may
+        still read its prompt. A row that has ended leaves the batch.
         """
         begun = False
         while rows:
@@ -178,6 +167,6 @@ class Forked:
                 state = self._rows(state, staying) if rows else None
 
 
-def _begins(request: Request, prefix: np.ndarray) -> bool:
-    """Whether a request begins with what was read before, and asks for nothing in it."""
+def _continues(request: Request, prefix: np.ndarray) -> bool:
+    """Whether a request begins with a prefix, all of which is its context."""
     return request.context_len > len(prefix) and np.array_equal(request.ids[: len(prefix)], prefix)

@@ -1,6 +1,6 @@
-"""Answers in the model's own words: each token chosen, the text so far looked at, until something ends it.
+"""Generate answers token by token: choose each token, decode the text so far, and check whether something ends it.
 
-The choice of a token is the likeliest one, or drawn by the row's own random numbers: what a row says depends on no other.
+A token is the most likely one, or drawn with the row's own random numbers: an answer depends on no other row.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from pytest_lmeval.errors import NotFiniteError, StreamError, TaskError
 from pytest_lmeval.models._model import Model
 
 OnText: TypeAlias = "Callable[[int, str], bool | None]"
-"""(number of the prompt, text so far) -> None to go on, or a truth value that ends the answer."""
+"""(number of the prompt, text so far) -> None to continue, or a truth value that ends the answer."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is to be continued, and how. Raises StreamError for what cannot be.
+    """A prompt, and how its answer is generated. Raises StreamError for values that make no sense.
 
-    ids          [n] at least one
-    name         of its row: what draws depend on, beside the seed, and what an error names
+    ids          [n], n >= 1
+    name         of its row: seeds the random numbers together with `seed`, and is named in errors
     max_tokens   of the answer, at least one
-    stop         texts that end it, and are no part of it
-    temperature  0 takes the likeliest token; else what log-probabilities are divided by before one is drawn
+    stop         texts that end the answer and are not part of it
+    temperature  0 takes the most likely token; otherwise logits are divided by it before a token is drawn
     """
 
     ids: np.ndarray
@@ -43,23 +43,23 @@ class Prompt:
     def __post_init__(self) -> None:
         object.__setattr__(self, "ids", ids_of(self.ids, f"the prompt of {self.name}"))
         if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
-            raise StreamError(f"the prompt of {self.name} has stop={self.stop!r}: it is a tuple of texts that are not empty.")
+            raise StreamError(f"the prompt of {self.name} has stop={self.stop!r}: expected a tuple of non-empty texts.")
         if self.max_tokens < 1 or not 0 <= self.temperature < np.inf:
             raise StreamError(
-                f"the prompt of {self.name} has max_tokens={self.max_tokens} and temperature={self.temperature}: an answer has "
-                "at least one token, and a temperature is a number from 0 up."
+                f"the prompt of {self.name} has max_tokens={self.max_tokens} and temperature={self.temperature}; "
+                "expected at least one token, and a finite temperature of 0 or more."
             )
 
 
 @dataclass(eq=False)
 class Answer:
-    """The answer to one prompt, in the making.
+    """The answer to one prompt, while it is generated.
 
     ids     generated so far
-    text    of these, cut before the stop that ended it
-    judged  the truth value that `on_text` returned, as soon as it did
-    read    tokens that were read for it
-    why     it ended: stop, end (the model's own), judged, or length; empty while it goes on
+    text    decoded from `ids`, truncated before the stop that ended it
+    judged  the truth value that `on_text` returned
+    read    tokens read for it
+    why     it ended: stop, end (the model's own), judged, or length; empty while it is unfinished
     """
 
     prompt: Prompt
@@ -73,39 +73,38 @@ class Answer:
 def begin_answers(
     lm: Model, prompts: Sequence[Prompt], on_text: OnText | None
 ) -> tuple[list[Answer], Callable[[Tensor, list[Answer]], None]]:
-    """An answer to each prompt, and what chooses a token for each of b answers from the logits [b, v] after it.
+    """An answer to each prompt, and a function that chooses the next token of b answers from logits [b, v].
 
-    Raises TaskError for a tokenizer that cannot turn ids into text; what it returns raises NotFiniteError for logits from which
-    nothing can be chosen.
+    Raises TaskError for a tokenizer without `decode`. The function raises NotFiniteError for logits that leave no choice.
     """
     tokenizer: Any = lm.tokenizer
     if not hasattr(tokenizer, "decode"):
         raise TaskError(
-            f"the tokenizer of {lm.spec} has no decode(ids) -> text, so what the model says cannot be read. Give it that "
-            "method."
+            f"the tokenizer of {lm.spec} has no decode(ids) -> text, so its answers cannot be turned into text. Add the method."
         )
     ends = getattr(tokenizer, "ends", (getattr(tokenizer, "eos", None),))
     answers = [Answer(prompt) for prompt in prompts]
     numbers = {id(answer): number for number, answer in enumerate(answers)}
-    draws = [_draws(prompt) for prompt in prompts]
+    generators = [_generator(prompt) for prompt in prompts]
 
     def choose(logits: Tensor, rows: list[Answer]) -> None:
         _check_finite(logits, rows, lm)
-        for row, said, likeliest in zip(rows, logits, logits.argmax(1).tolist(), strict=True):
-            number, temperature = numbers[id(row)], row.prompt.temperature
-            token = _drawn(said, temperature, draws[number]) if temperature else likeliest
+        for row, row_logits, token in zip(rows, logits, logits.argmax(1).tolist(), strict=True):
+            number = numbers[id(row)]
+            if row.prompt.temperature:
+                token = _sample(row_logits, row.prompt.temperature, generators[number])
             if token in ends:
                 row.why = "end"
             else:
-                _take(row, token, tokenizer)
+                _append(row, token, tokenizer)
             if on_text is not None and (judged := on_text(number, row.text)) is not None:
                 row.judged, row.why = judged, row.why or "judged"
 
     return answers, choose
 
 
-def _take(row: Answer, token: int, tokenizer: Any) -> None:
-    """One more token for a row, and whether that ends it."""
+def _append(row: Answer, token: int, tokenizer: Any) -> None:
+    """Append a token to an answer; end the answer at a stop or at its largest length."""
     row.ids.append(token)
     row.text = tokenizer.decode(row.ids)
     stops = [index for stop in row.prompt.stop if (index := row.text.find(stop)) >= 0]
@@ -116,23 +115,24 @@ def _take(row: Answer, token: int, tokenizer: Any) -> None:
 
 
 def _check_finite(logits: Tensor, rows: list[Answer], lm: Model) -> None:
-    """Masked-out logits may be minus infinity; all of them, or any other that is not finite, leave nothing to choose from."""
+    """Raise NotFiniteError for a row with nan or +inf, or of -inf alone; single logits of -inf are masked tokens."""
     wrong = (torch.isnan(logits) | (logits == torch.inf)).any(1) | torch.isneginf(logits).all(1)
     for row in wrong.nonzero().flatten().tolist():
         raise NotFiniteError(
             f"{lm.spec} gave logits that are not finite after {len(rows[row].ids)} generated token(s) of row "
-            f"{rows[row].prompt.name}, in {lm.dtype} on {lm.device}. Nothing can be chosen from them; what was finished "
-            "before is kept."
+            f"{rows[row].prompt.name}, in {lm.dtype} on {lm.device}, so no token can be chosen. Finished questions are kept. "
+            "Look for an overflow."
         )
 
 
-def _drawn(logits: Tensor, temperature: float, draws: np.random.Generator) -> int:
-    """A token that is drawn from logits [v]."""
-    chances = torch.softmax(logits.double().cpu() / temperature, 0).cumsum(0).numpy()
-    return int(np.searchsorted(chances, draws.random() * chances[-1], side="right").clip(max=len(chances) - 1))
+def _sample(logits: Tensor, temperature: float, generator: np.random.Generator) -> int:
+    """A token drawn from logits [v]."""
+    cumulative = torch.softmax(logits.double().cpu() / temperature, 0).cumsum(0).numpy()
+    draw = generator.random() * cumulative[-1]
+    return int(np.searchsorted(cumulative, draw, side="right").clip(max=len(cumulative) - 1))
 
 
-def _draws(prompt: Prompt) -> np.random.Generator:
+def _generator(prompt: Prompt) -> np.random.Generator:
     """The random numbers of one row."""
     digest = hashlib.sha256(f"{prompt.seed}/{prompt.name}".encode()).digest()
     return np.random.default_rng(np.frombuffer(digest, np.uint32))

@@ -1,4 +1,4 @@
-"""From logits to losses: how likely each target was, and how many tokens were likelier."""
+"""Compute losses and ranks of targets from logits."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch.nn import functional as F
 from pytest_lmeval.errors import NotFiniteError
 from pytest_lmeval.models._model import Model
 
-LOGITS_AT_ONCE = 1 << 19  # logits that are scored in one go: few enough to stay in the processor's caches
+LOGITS_AT_ONCE = 1 << 19  # logits scored at once, few enough to stay in the processor's caches
 
 
 def score(logits: Tensor, targets: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Negative log-likelihood [n] (float64, nats) and rank [n] of `targets` [n] under `logits` [n, v].
 
-    Ties rank in the order of their ids, as argmax has it. Computed in float32 at least, a block of rows at a time.
+    Ties rank in the order of their ids, as argmax does. Computed in float32 at least, a block of rows at a time.
     """
     if not len(targets):
         return np.empty(0), np.empty(0, dtype=np.int64)
@@ -39,8 +39,8 @@ def _score_rows(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_finite(nll: np.ndarray, ids: np.ndarray, first: int, lm: Model) -> None:
-    """`nll` are the losses of the last of `ids`, the first of them being that of the stream's token `first`. Raises
-    NotFiniteError with the position of the first that is no number."""
+    """Raise NotFiniteError for the first loss that is not finite. `nll` are those of the last of `ids`, and begin with that of
+    token `first` of the stream."""
     if np.isfinite(nll).all():
         return
     wrong = int(np.flatnonzero(~np.isfinite(nll))[0])
@@ -50,7 +50,6 @@ def check_finite(nll: np.ndarray, ids: np.ndarray, first: int, lm: Model) -> Non
 
 def not_finite(loss: float, where: str, lm: Model) -> NotFiniteError:
     return NotFiniteError(
-        f"{lm.spec} gave a loss of {loss} for {where}, in {lm.dtype} on {lm.device}. A number that is not finite cannot be "
-        "averaged, so the run stops here; what was finished before is kept. Look for an overflow in low precision, or a "
-        "masked-out logit."
+        f"{lm.spec} gave a loss of {loss} for {where}, in {lm.dtype} on {lm.device}. Its mean would be no number, so the "
+        "measurement stops here. Look for an overflow in low precision, or a masked-out logit."
     )

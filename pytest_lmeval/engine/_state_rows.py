@@ -1,11 +1,10 @@
-"""Rows of a state: how a state that several rows share is told apart, and put together again in another order.
+"""Select rows of a state, so that sequences that share a state can continue it in any order.
 
-    select = selection(lm)                    None where the model's state cannot be divided into rows
-    state = select(state, [0, 0, 2])          row 0 twice, then row 2; what was given is left as it was
+    select = selection(lm)                    None for a model whose state cannot be divided into rows
+    state = select(state, [0, 0, 2])          row 0 twice, then row 2; the given state is unchanged
 
-Nothing is known of a state but its tensors. Which of a tensor's axes runs over the rows is found by reading two rows and then
-three of them: it is the one that has grown. Whether that is the whole truth is then tried: rows that were taken out of a state
-must go on as they do alone.
+Only the tensors of a state are known. The row axis of each is found by reading batches of two and of three rows: it is the axis
+that grows. Then selected rows are stepped on and compared with the same rows read alone.
 """
 
 from __future__ import annotations
@@ -24,49 +23,48 @@ from pytest_lmeval.models._weak_cache import WeakCache
 Select: TypeAlias = "Callable[[State, Sequence[int]], State]"
 Path: TypeAlias = "tuple[str, ...]"
 
-TRIED = 5  # tokens read before a state is divided
-ROUNDING = 64  # units in the last place of the largest logit by which a row may differ that is read beside others
-ALIKE = 8  # times less than two rows differ: low precision must not hide that one is taken for the other
+READ = 5  # tokens read before a state is divided
+ROUNDING = 64  # tolerance for a row read in a batch: units in the last place of its largest logit
+MARGIN = 8  # the tolerance is at most the difference of two rows over this: low precision must not hide a wrong row
 
-SELECTIONS = WeakCache["Select | None"]()  # of loaded models, by `step_fn`: finding one takes 20 steps or so
+SELECTIONS = WeakCache["Select | None"]()  # by `step_fn`: finding one takes 20 steps or so
 
 
 def selection(lm: Model) -> Select | None:
-    """How rows of the model's states are selected; None where they cannot be."""
+    """A function that selects rows of the model's states; None if there is none."""
     if not lm.stateful or lm.codebooks is not None:
         return None
-    return SELECTIONS.value(lm.step_fn, lambda: _found(lm), stamp=fingerprint(lm))
+    return SELECTIONS.value(lm.step_fn, lambda: _find(lm), stamp=fingerprint(lm))
 
 
-def _found(lm: Model) -> Select | None:
-    ids = lm.random_ids(3, TRIED + 2, seed=7)
+def _find(lm: Model) -> Select | None:
+    ids = lm.random_ids(3, READ + 2, seed=7)
     try:
         with torch.no_grad():
-            (_, two), (_, three) = (lm.step(ids[:rows, :TRIED]) for rows in (2, 3))
+            (_, two), (_, three) = (lm.step(ids[:rows, :READ]) for rows in (2, 3))
             if (axes := _axes(two, three)) is None:
                 return None
-            _, state = lm.step(ids[:, :1])  # in another number of steps, and to another length
+            _, state = lm.step(ids[:, :1])  # another number of steps, and another length
             for length in (1, 40):
                 _, state = lm.step(lm.random_ids(3, length, seed=length), state)
-                if {path for path, part in _leaves(state) if isinstance(part, Tensor)} != set(axes):
-                    return None  # it has other tensors by then, whose rows are not known
+                if set(_of_type(state, Tensor)) != set(axes):
+                    return None  # it has other tensors by then, whose row axes are unknown
 
             def select(state: State, rows: Sequence[int]) -> State:
                 return _selected(state, rows, axes)
 
-            return select if _goes_on(lm, ids, select) else None
-    except Exception:  # noqa: BLE001 - a state that cannot be divided may fail in any way; then it is not
+            return select if _continues_alone(lm, ids, select) else None
+    except Exception:  # noqa: BLE001 - a state that cannot be divided may fail in any way
         return None
 
 
 def _axes(two: State, three: State) -> dict[Path, int | None] | None:
-    """The axis of rows of each tensor, None for those that have none; None where there is no telling."""
-    plain, others = ({path: value for path, value in _leaves(state) if isinstance(value, int)} for state in (two, three))
-    if plain != others:  # a number that grows with the rows: what it is for is not known
+    """The row axis of each tensor, None for a tensor without rows; None if the axes cannot be found."""
+    if _of_type(two, int) != _of_type(three, int):  # a number that grows with the rows has an unknown meaning
         return None
-    small, large = ({path: value for path, value in _leaves(state) if isinstance(value, Tensor)} for state in (two, three))
+    large = _of_type(three, Tensor)
     axes: dict[Path, int | None] = {}
-    for path, tensor in small.items():
+    for path, tensor in _of_type(two, Tensor).items():
         other = large.get(path)
         if other is None or other.ndim != tensor.ndim:
             return None
@@ -89,46 +87,47 @@ def _selected(state: State, rows: Sequence[int], axes: dict[Path, int | None]) -
     return copy.deepcopy(state, memo)
 
 
-def _goes_on(lm: Model, ids: Tensor, select: Select) -> bool:
-    """Whether selected rows go on as they do alone, token by token, and leave what they were taken from as it was."""
+def _continues_alone(lm: Model, ids: Tensor, select: Select) -> bool:
+    """Whether selected rows continue token by token as the same rows read alone, and leave the original state unchanged."""
     order = [2, 0, 0]
-    _, state = lm.step(ids[:, :TRIED])
-    before = [tensor.clone() for tensor in _tensors(state)]
-    there = _steps(lm, ids[order, TRIED:], select(state, order))
-    alone = torch.cat([_steps(lm, ids[row : row + 1, TRIED:], lm.step(ids[row : row + 1, :TRIED])[1]) for row in order])
-    allowed = ROUNDING * torch.finfo(alone.dtype).eps * float(alone.abs().max())
-    untouched = all(torch.equal(tensor, was) for tensor, was in zip(_tensors(state), before, strict=True))
-    error, apart = float((there - alone).abs().max()), float((alone[0] - alone[1]).abs().max())  # rows 2 and 0
-    return untouched and bool(torch.isfinite(alone).all()) and error <= min(allowed, apart / ALIKE)
+    _, state = lm.step(ids[:, :READ])
+    before = {path: tensor.clone() for path, tensor in _of_type(state, Tensor).items()}
+    selected = _steps(lm, ids[order, READ:], select(state, order))
+    alone = torch.cat([_steps(lm, ids[row : row + 1, READ:], lm.step(ids[row : row + 1, :READ])[1]) for row in order])
+    tolerance = ROUNDING * torch.finfo(alone.dtype).eps * float(alone.abs().max())
+    unchanged = all(torch.equal(tensor, before[path]) for path, tensor in _of_type(state, Tensor).items())
+    error, apart = float((selected - alone).abs().max()), float((alone[0] - alone[1]).abs().max())  # rows 2 and 0
+    return unchanged and bool(torch.isfinite(alone).all()) and error <= min(tolerance, apart / MARGIN)
 
 
 def _steps(lm: Model, ids: Tensor, state: State) -> Tensor:
-    """Logits [b, t, v] of the ids, read one by one."""
+    """Logits [b, t, v] of ids that are read one by one."""
     logits = []
-    for place in range(ids.shape[1]):
-        said, state = lm.step(ids[:, place : place + 1], state)
-        logits.append(said)
+    for input_ids in torch.split(ids, 1, dim=1):
+        found, state = lm.step(input_ids, state)
+        logits.append(found)
     return torch.cat(logits, dim=1)
 
 
-def _tensors(state: State) -> list[Tensor]:
-    return [part for _, part in _leaves(state) if isinstance(part, Tensor)]
+def _of_type(state: State, kind: type) -> dict[Path, Any]:
+    """The tensors, or the integers, of a state."""
+    return {path: part for path, part in _leaves(state) if isinstance(part, kind)}
 
 
 def _leaves(value: Any, path: Path = (), above: tuple[int, ...] = ()) -> Iterator[tuple[Path, Any]]:
-    """The tensors, modules and plain integers of a state, each with the names that lead to it."""
+    """The tensors, modules and integers of a state, each with the names that lead to it."""
     if isinstance(value, Tensor | nn.Module | int):
         yield path, value
         return
     if value is None or isinstance(value, str | bytes | float | complex | type) or id(value) in above:
         return
     above = (*above, id(value))
+    parts: list[tuple[Any, Any]] = []
     if isinstance(value, dict):
-        for key, part in value.items():
-            yield from _leaves(part, (*path, str(key)), above)
+        parts += value.items()
     elif isinstance(value, list | tuple):
-        for number, part in enumerate(value):
-            yield from _leaves(part, (*path, str(number)), above)
+        parts += enumerate(value)
     if hasattr(value, "__dict__") and not callable(value):
-        for name, part in vars(value).items():
-            yield from _leaves(part, (*path, name), above)
+        parts += vars(value).items()
+    for name, part in parts:
+        yield from _leaves(part, (*path, str(name)), above)

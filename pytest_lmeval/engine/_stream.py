@@ -1,15 +1,14 @@
-"""A model reads a stream of tokens in chunks, its state carried, and every token is scored once.
+"""Read a stream of tokens in chunks, carrying the state, and score every target once.
 
     for chunk in engine.stream(tokens):
         total += chunk.nll.sum()
 
-A chunk of logits is turned into one loss and one rank a token and is gone before the next chunk is read, so memory is the
-model, its state and one chunk, however long the stream. Everything else in this package that reads text (perplexity, accuracy,
-loss by position) is a fold over these chunks.
+Each chunk of logits is reduced to one loss and one rank a target before the next chunk is read, so memory is the model, its
+state and one chunk, however long the stream. Perplexity, accuracy and loss by position are sums over these chunks.
 
-The stream of T tokens has T - 1 targets: the first token has nothing before it to be predicted from. Put a
-beginning-of-sequence token in front to score it too. A model of several codebooks predicts the first frame from its initial
-codes: frame t is target t + 1, and has a loss for each scored codebook (see `models._model.Codebooks`).
+A stream of T tokens has T - 1 targets: the first token has nothing before it to predict it from. Put a beginning-of-sequence
+token in front to score it too. A model of several codebooks predicts the first frame from its initial codes: frame t is target
+t + 1, and has a loss for each scored codebook (see `models._model.Codebooks`).
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ import torch
 
 from pytest_lmeval.engine._losses import check_finite, not_finite, score
 from pytest_lmeval.engine._policy import Windows, streaming_refused
-from pytest_lmeval.engine._tokens import Tokens, check_vocabulary, cut, overlapping
+from pytest_lmeval.engine._tokens import Tokens, check_vocabulary, overlapping
 from pytest_lmeval.errors import StreamError
 from pytest_lmeval.models._model import Codebooks, State, state_bytes
 
@@ -37,13 +36,13 @@ class Chunk:
     """The scores of the targets `start` to `end` of a stream (counted from 1: token 0 is no target).
 
     nll          [n] float64 on the CPU, nats: negative log-likelihood of each target given all before it; [n, s] of frames
-    rank         [n] int64 on the CPU: how many tokens were likelier (0: the model's first choice; ties in the order of ids)
+    rank         [n] int64 on the CPU: the number of more likely tokens (0: the model's first choice; ties by id)
     widths       [n] bytes of text that each target stands for; zeros for bare ids
     seconds      wall time of the step and the scoring
-    state_bytes  memory that the state holds after this chunk
-    state        to go on from: after the token before `end`; a further step uses it up
-    window       where the window that the chunk belongs to begins; 0 where the state is carried
-    valid        [n, s] of frames: whether there was a code to predict; where not, nll is no number and rank -1
+    state_bytes  memory of the state after this chunk
+    state        after the token before `end`; a further step may write to it
+    window       where the chunk's window begins; 0 if the state is carried
+    valid        [n, s] of frames: whether there was a code to predict; elsewhere nll is nan and rank -1
     """
 
     start: int
@@ -59,14 +58,14 @@ class Chunk:
 
     @property
     def losses(self) -> np.ndarray:
-        """The losses of all that was scored, in a row: of frames, those of the first one before those of the next."""
+        """The losses of all scored targets in one row; of frames, frame by frame."""
         return self.nll if self.valid is None else self.nll[self.valid]
 
 
 def carried(engine: Engine, tokens: Iterable[Tokens], state: State, position: int) -> Iterator[Chunk]:
-    """The chunks of a stream through which the state is carried; `tokens` begin at `position`, which `state` has not seen."""
+    """The chunks of a stream whose state is carried. `tokens` begin at `position`; `state` is the one before it."""
     books, size, start = engine.lm.codebooks, engine.chunk_size, position
-    for piece in cut(tokens, size, 0, 0) if books else overlapping(tokens, size):
+    for piece in overlapping(tokens, size, 0, 0) if books else overlapping(tokens, size + 1):
         if start == position:
             _check_state(engine, state, position)
         chunk = _frames(engine, books, piece, state, start) if books else _tokens(engine, piece, state, start, len(piece) - 1)
@@ -78,27 +77,24 @@ def carried(engine: Engine, tokens: Iterable[Tokens], state: State, position: in
 def in_windows(
     engine: Engine, tokens: Iterable[Tokens], windows: Windows, state: State, position: int, window: int
 ) -> Iterator[Chunk]:
-    """The chunks of a stream in windows that know nothing of one another: for models without a state, or of a limited context.
+    """The chunks of a stream in independent windows, for models without a state or with a limited context.
 
-    Each window reads its tokens from scratch, the first `overlap` of them only as context (they were scored by the window
-    before), so size / (size - overlap) times the work of one pass is done. Within a window the state is carried from chunk to
-    chunk.
+    Each window begins with an empty state and does not score its first `overlap` tokens, which the window before has scored: so
+    size / (size - overlap) times the tokens of one pass are read. Within a window the state is carried from chunk to chunk.
 
     window    where `tokens` begin in the stream: the beginning of a window
-    position  go on inside that window from here, with `state`, which has seen everything before
+    position  resume inside that window here, with `state`, which is the one before it
     """
     if engine.lm.codebooks is not None:
-        raise StreamError(
-            f"{engine.lm.spec} reads frames of codes, which are only read with the state carried, not in windows."
-        )
-    known = window + windows.overlap if window else 0  # the last target that the windows before have scored
+        raise StreamError(f"{engine.lm.spec} reads frames of codes: only with the state carried, not in windows.")
+    known = window + windows.overlap if window else 0  # the last target scored by the windows before
     inside = position > window
     for begin, piece in _windows(tokens, windows, window):
         start, state = (position, state) if inside else (begin, None)
         if inside and begin + len(piece) > position + 1:
             _check_state(engine, state, position - begin)
         inside = False
-        for part in overlapping([piece[start - begin :]], engine.chunk_size):
+        for part in overlapping([piece[start - begin :]], engine.chunk_size + 1):
             last = start + len(part) - 1
             fresh = max(0, min(last - start, last - known))
             chunk = _tokens(engine, part, state, start, fresh, begin)
@@ -110,17 +106,17 @@ def in_windows(
 
 
 def _check_state(engine: Engine, state: State, seen: int) -> None:
-    """Raise Refused for a state after `seen` tokens that the policy does not continue."""
+    """Raise Refused if the policy does not allow a state after `seen` tokens to be continued."""
     if state is not None and (not engine.policy.carry or seen % engine.policy.multiple):
         raise streaming_refused(engine.lm, engine.policy)
 
 
 def _windows(tokens: Iterable[Tokens], windows: Windows, start: int) -> Iterator[tuple[int, Tokens]]:
-    """Where each window begins in the stream, and its tokens with the last target."""
+    """The position of each window in the stream, and its tokens with the last target."""
     end, before = start, None
-    for piece in overlapping(tokens, windows.size, windows.overlap):
+    for piece in overlapping(tokens, windows.size + 1, windows.overlap + 1):
         new = piece if before is None else piece[windows.overlap + 1 :]
-        if windows.anchored:  # changes the last window alone: the others are as long as this can make them
+        if windows.anchored:  # changes only the last window: the others are full already
             piece = new if before is None else Tokens.joined([before, new])
             piece = piece[-windows.size - 1 :]
         end += len(new)
@@ -129,7 +125,7 @@ def _windows(tokens: Iterable[Tokens], windows: Windows, start: int) -> Iterator
 
 
 def _tokens(engine: Engine, piece: Tokens, state: State, start: int, fresh: int, window: int = 0) -> Chunk:
-    """Step over all but the last token of a piece and score the last `fresh` targets; `start` is the position of its first."""
+    """Read all but the last token of a piece and score its last `fresh` targets; `start` is the position of its first token."""
     ids, lm, began = piece.ids, engine.lm, time.perf_counter()
     check_vocabulary(ids, start, lm)
     inputs = torch.from_numpy(ids).to(lm.device)[None]
@@ -142,15 +138,15 @@ def _tokens(engine: Engine, piece: Tokens, state: State, start: int, fresh: int,
 
 
 def _frames(engine: Engine, books: Codebooks, piece: Tokens, state: State, start: int) -> Chunk:
-    """Step over frames [n, k] and score the codes that they bring to light; `start` is the position of the first frame."""
+    """Read frames [n, k] and score the codes that they predict; `start` is the position of the first frame."""
     codes, lm, began = piece.ids, engine.lm, time.perf_counter()
     check_vocabulary(codes, start, lm)
     targets = books.targets(codes, state)
     valid = targets >= 0
     nll, rank = np.full(valid.shape, np.nan), np.full(valid.shape, -1)
     logits, state = engine.step(torch.from_numpy(codes.T[None]).to(lm.device), state)
-    said = logits[0].transpose(0, 1)[torch.from_numpy(valid)]  # of the valid targets alone
-    nll[valid], rank[valid] = score(said, torch.from_numpy(targets[valid]).to(lm.device))
+    valid_logits = logits[0].transpose(0, 1)[torch.from_numpy(valid)]
+    nll[valid], rank[valid] = score(valid_logits, torch.from_numpy(targets[valid]).to(lm.device))
     for index, column in np.argwhere(valid & ~np.isfinite(nll)):
         frame, book = start + index - books.delays[column], books.scored[column]
         raise not_finite(nll[index, column], f"code {targets[index, column]} of codebook {book} in frame {frame}", lm)

@@ -1,23 +1,24 @@
-"""Token ids from whatever holds them, as the pieces that are read: the one place where bare ids are looked at."""
+"""Turn arrays, tensors, lists and iterators into validated token ids, and cut streams of them into pieces."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 from torch import Tensor
 
-from pytest_lmeval.errors import StreamError
+from pytest_lmeval.errors import NotFiniteError, StreamError
 from pytest_lmeval.models._model import Codebooks, Model
 
-SLICE = 1 << 16  # tokens of a large array that are looked at in one go
+SLICE = 1 << 16  # tokens of a large array that are read at once
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Ids [n], or frames of codes [n, k], and how many bytes of text each stands for, [n] (zeros for bare ids)."""
+    """Ids [n], or frames of codes [n, k], and the bytes of text that each stands for, [n] (zeros for bare ids)."""
 
     ids: np.ndarray
     widths: np.ndarray
@@ -30,7 +31,6 @@ class Tokens:
 
     @staticmethod
     def joined(parts: Sequence[Tokens]) -> Tokens:
-        """One after the other."""
         return Tokens(np.concatenate([part.ids for part in parts]), np.concatenate([part.widths for part in parts]))
 
 
@@ -39,17 +39,18 @@ Source: TypeAlias = "Iterable[Any] | np.ndarray | Tensor"
 
 
 def tokens_of(source: Source | Tokens, books: Codebooks | None = None) -> Iterator[Tokens]:
-    """The ids [n], or frames [n, k] of codebooks, as int64, a large array a slice at a time, so that a memory-mapped file is
-    never read whole. Raises StreamError for what holds no ids."""
+    """The ids [n], or frames [n, k] of codebooks, as int64; a large array in slices, so that a memory-mapped file is never read
+    whole. Raises StreamError for anything else."""
     if isinstance(source, Tokens):
         yield source
         return
     ids = array_of(source)
     if ids is None:
         if not hasattr(source, "__iter__"):
-            raise StreamError(f"a stream is a row of token ids, and {source!r} is one alone.")
+            raise StreamError(f"a stream is a sequence of token ids; got the single id {source!r}.")
+        atleast = np.atleast_2d if books else np.atleast_1d  # an iterator may give single ids, or single frames
         for piece in source:
-            yield from tokens_of(piece if isinstance(piece, Tokens) else _whole(piece, books), books)
+            yield from tokens_of(piece if isinstance(piece, Tokens) else atleast(_array(piece)), books)
         return
     k = (len(books.sizes),) if books else ()
     if ids.ndim == 0 or ids.shape[1:] != k or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
@@ -61,50 +62,39 @@ def tokens_of(source: Source | Tokens, books: Codebooks | None = None) -> Iterat
 
 
 def array_of(source: Any) -> np.ndarray | None:
-    """The array that holds the ids; None where they come one after the other, from an iterator."""
+    """The array that holds the ids; None for an iterator and for a scalar. Raises StreamError for anything else."""
     if isinstance(source, Tensor):
         source = source.detach().cpu().numpy()
     if isinstance(source, np.ndarray | list | tuple | range):
         try:
             return np.asarray(source)
         except ValueError as error:
-            raise StreamError(f"these are no token ids: {error}. They stand in a row, or in frames of equal length.") from None
+            raise StreamError(f"these are no token ids: {error}. Expected a row of ids, or frames of equal length.") from None
     if not hasattr(source, "__iter__") and not np.isscalar(source):
         raise StreamError(f"token ids are a tensor, an array, a list, or an iterator of these; got {type(source).__name__}.")
     return None
 
 
-def _whole(piece: Any, books: Codebooks | None) -> np.ndarray:
-    """What an iterator gave, as an array: a single id, or a single frame, is one of one."""
-    held = array_of(piece)
-    array = np.asarray(piece) if held is None else held
-    return np.atleast_2d(array) if books else np.atleast_1d(array)
+def _array(source: Any) -> np.ndarray:
+    found = array_of(source)
+    return np.asarray(source) if found is None else found
 
 
 def ids_of(source: Any, name: str) -> np.ndarray:
-    """The ids [n] of one text, int64, n >= 1. Raises StreamError, with the name, for what is none."""
-    held = array_of(source)
-    ids = np.asarray(source) if held is None else held
+    """The ids [n] of one text, int64, n >= 1. Raises StreamError, which names the text, for anything else."""
+    ids = _array(source)
     if ids.ndim != 1 or not len(ids) or not np.issubdtype(ids.dtype, np.integer):
-        raise StreamError(f"{name} is {list(ids.shape)} of {ids.dtype}; it is a row of integer token ids, at least one.")
+        raise StreamError(f"{name} is {list(ids.shape)} of {ids.dtype}; expected a row of integer token ids, at least one.")
     return ids.astype(np.int64, copy=False)
 
 
-def overlapping(tokens: Iterable[Tokens], size: int, overlap: int = 0) -> Iterator[Tokens]:
-    """Cut a stream into pieces of size + 1 tokens that share a boundary token (input of one, target of the other) and the
-    `overlap` tokens before it.
+def overlapping(tokens: Iterable[Tokens], length: int, shared: int = 1, known: int = 1) -> Iterator[Tokens]:
+    """Cut a stream into pieces of `length` that share `shared` tokens; the last may be shorter. Skip a remainder of only
+    `known` tokens, at the beginning, or `shared`, later on.
 
-    >>> [piece.ids.tolist() for piece in overlapping(tokens_of(range(6)), 2)]
+    >>> [piece.ids.tolist() for piece in overlapping(tokens_of(range(6)), 3)]
     [[0, 1, 2], [2, 3, 4], [4, 5]]
-    >>> [piece.ids.tolist() for piece in overlapping(tokens_of(range(6)), 3, overlap=1)]
-    [[0, 1, 2, 3], [2, 3, 4, 5]]
     """
-    return cut(tokens, size + 1, overlap + 1, 1)
-
-
-def cut(tokens: Iterable[Tokens], length: int, shared: int, known: int) -> Iterator[Tokens]:
-    """Yield overlapping windows of `length` that share `shared` tokens; the last may be shorter. Skip a remainder of only
-    `known` tokens, at the beginning, or `shared`, later on."""
     held: Tokens | None = None
     for part in tokens:
         while len(part):
@@ -118,7 +108,8 @@ def cut(tokens: Iterable[Tokens], length: int, shared: int, known: int) -> Itera
 
 
 def check_vocabulary(ids: np.ndarray, start: int, lm: Model) -> None:
-    """Raise StreamError unless ids [n], or codes [n, k], that begin at token (frame) `start` of the stream are the model's."""
+    """Raise StreamError for the first of ids [n], or codes [n, k], outside the vocabulary; `start` is the position of the first
+    token or frame in the stream."""
     books = lm.codebooks
     lowest, sizes = (-1 if books.gaps else 0, np.array(books.sizes)) if books else (0, np.array(lm.vocab_size))
     wrong = np.argwhere((ids < lowest) | (ids >= sizes))
@@ -128,10 +119,18 @@ def check_vocabulary(ids: np.ndarray, start: int, lm: Model) -> None:
     if books:
         raise StreamError(
             f"frame {start + index} of the stream has code {ids[index, book[0]]} in codebook {book[0]}, but those of {lm.spec} "
-            f"are {lowest} to {sizes[book[0]] - 1} there. The codes were probably made for another model, or stand in another "
-            "order."
+            f"are {lowest} to {sizes[book[0]] - 1} there. They were probably made for another model, or are in another order."
         )
     raise StreamError(
         f"token {start + index} of the stream has id {ids[index]}, but the vocabulary of {lm.spec} is 0 to "
         f"{lm.vocab_size - 1}. The text was probably tokenized for another model."
     )
+
+
+@contextmanager
+def naming(text: str) -> Iterator[None]:
+    """Put the name of a text before the message of an error about it."""
+    try:
+        yield
+    except (StreamError, NotFiniteError) as error:
+        raise type(error)(f"{text}: {error}") from None

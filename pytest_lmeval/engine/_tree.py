@@ -1,12 +1,12 @@
-"""A prefix tree over token ids: what several sequences begin with alike stands in it once.
+"""Build a prefix tree over token ids, which holds each shared prefix of several sequences once.
 
     few-shot examples ── passage ── question ── " yes"
                      │           │          └── " no"
                      │           └─ question ...
                      └── passage ...
 
-Each node is a run of tokens that is read in one step. Sequences part where they differ, but for runs so short that reading them
-again costs less than a step of their own.
+Each node is a run of tokens that is read in one step. Sequences branch where they differ, unless the shared run is so short
+that reading it again costs less than a step.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ import numpy as np
 from pytest_lmeval.engine._tokens import ids_of
 from pytest_lmeval.errors import StreamError
 
-STEP = 16  # what a step costs beside the reading itself, in tokens
+STEP_COST = 16  # fixed cost of a step, in tokens that could be read instead
 
 
 @dataclass(frozen=True)
 class Request:
-    """Tokens whose likelihood is asked for, and their context. Raises StreamError for what cannot be asked.
+    """Tokens to score, after their context. Raises StreamError for values that make no sense.
 
-    ids          [n] all of them; the last one is only predicted, never read
-    context_len  how many of them are the context, at least one; all of them for a prompt that is to be continued
+    ids          [n] context and tokens to score; the last one is only predicted, never read
+    context_len  the number of context tokens, at least one; n for a prompt, whose continuation is generated
     """
 
     ids: np.ndarray
@@ -38,36 +38,36 @@ class Request:
         object.__setattr__(self, "ids", ids_of(self.ids, "a request"))
         if not 1 <= self.context_len <= len(self.ids):
             raise StreamError(
-                f"a request of {len(self.ids)} tokens has context_len={self.context_len}: at least one token is its context, "
-                "for the first one has nothing before it to be predicted from, and at most all are."
+                f"a request of {len(self.ids)} tokens has context_len={self.context_len}; expected 1 to {len(self.ids)}: "
+                "the first token has nothing before it to predict it from."
             )
 
     @property
     def asked(self) -> int:
-        """How many likelihoods are asked for."""
+        """The number of tokens to score."""
         return len(self.ids) - self.context_len
 
     @property
     def read(self) -> np.ndarray:
-        """What has to be read."""
+        """The ids that have to be read."""
         return self.ids[:-1] if self.asked else self.ids
 
     @property
     def shareable(self) -> int:
-        """How many of the tokens that are read others may share: the last one of a prompt begins an answer of its own."""
+        """The number of tokens that requests may share when they are read: each prompt reads its last one itself."""
         return len(self.ids) - 1
 
 
 @dataclass(frozen=True)
 class Node:
-    """A run of tokens, and where they go on.
+    """A run of tokens, and the nodes that follow it.
 
     ids       [n] the tokens
-    start     how many stand before them
-    children  what follows; none at the end of a sequence
+    start     the number of tokens before them
+    children  the nodes that follow; none at the end of a sequence
     wanted    (request, begin, end): the logits at these positions of the sequence score the request's tokens after them
-    owner     the first of the requests that go through here: its reading is what the tokens are counted to
-    last      whether the last of the requests goes through here
+    owner     the first of the requests that contain the node, for which its tokens are counted
+    last      whether the last of all requests contains the node
     """
 
     ids: np.ndarray
@@ -92,35 +92,34 @@ class Node:
         return replace(self, ids=self.ids[:count], wanted=tuple(wanted))
 
     def after(self, count: int) -> Node:
-        """What is left of it when its first `count` tokens are read."""
+        """The tokens after its first `count`."""
         split = self.start + count
         wanted = ((number, max(begin, split), end) for number, begin, end in self.wanted if end > split)
         return replace(self, ids=self.ids[count:], start=split, wanted=tuple(wanted))
 
     def pushed(self) -> list[Node]:
-        """Its children, each beginning with its tokens: they are read once for each of them."""
+        """Its children, each with its tokens in front, which are then read once for each child."""
         joined = [replace(child, ids=np.concatenate([self.ids, child.ids]), start=self.start) for child in self.children]
         return [replace(joined[0], wanted=self.wanted + joined[0].wanted), *joined[1:]] if joined else [self]
 
 
-def worth_a_step(tokens: int, leaves: int, step: float = STEP) -> bool:
-    """Whether tokens that so many sequences share are cheaper read once, in a step of their own, than with each of them."""
+def worth_a_step(tokens: int, leaves: int, step: float = STEP_COST) -> bool:
+    """Whether it is cheaper to read tokens that `leaves` sequences share once, in a step, than with each of them."""
     return tokens * (leaves - 1) > step
 
 
 def tree(
-    requests: Sequence[Request], members: Sequence[int] | None = None, *, start: int = 0, step: float = STEP
+    requests: Sequence[Request], members: Sequence[int] | None = None, *, start: int = 0, step: float = STEP_COST
 ) -> list[Node]:
-    """The nodes that follow the first `start` tokens, which all `members` (all requests) share.
+    """The nodes after the first `start` tokens, which all `members` (numbers of requests; by default all) share.
 
-    A request that reads only what another reads too has no path of its own, unless it is a prompt: each of these ends in a leaf
-    of its own, also where two are equal. With an infinite `step`, nothing else is shared.
+    A request that reads a prefix of what another reads has no path of its own, but each prompt ends in its own leaf, even where
+    two are equal. With an infinite `step`, nothing else is shared.
     """
     members = range(len(requests)) if members is None else members
     keys = {number: _key(requests[number], number) for number in members}
-    order = sorted(members, key=lambda number: keys[number])
     paths: list[list[int]] = []  # requests along each longest sequence, the longest last
-    for number in order:
+    for number in sorted(members, key=keys.__getitem__):
         if paths and keys[number].startswith(keys[paths[-1][-1]]):
             paths[-1].append(number)
         else:
@@ -129,25 +128,23 @@ def tree(
 
 
 def _key(request: Request, number: int) -> bytes:
-    """What sequences are sorted by: their tokens. A prompt ends in a key of its own, behind all that goes on."""
+    """The sort key of a request: its tokens. That of a prompt is unique, and sorts after all sequences that continue it."""
     tokens = request.ids[: request.shareable].astype(">i8").tobytes()
     return tokens if request.asked else tokens + (~number).to_bytes(8, "big", signed=True)
 
 
 def _grow(requests: Sequence[Request], paths: list[list[int]], start: int, shared: int, step: float) -> list[Node]:
-    """The nodes of sorted paths that are alike up to `shared`, the tokens from `start` on not yet standing in a node."""
+    """The nodes of sorted paths whose first `shared` tokens are equal, and whose first `start` are in nodes already."""
     nodes = []
     for _, members in groupby(paths, key=_branch(requests, shared)):
         group = list(members)
         first, last = (requests[path[-1]] for path in (group[0], group[-1]))
-        end = (
-            len(first.read)
-            if len(group) == 1
-            else shared + common_prefix_len(*(one.ids[shared : one.shareable] for one in (first, last)))
-        )
-        if len(group) > 1 and not worth_a_step(end - start, len(group), step):
-            nodes += _grow(requests, group, start, end, step)
-            continue
+        end = len(first.read)
+        if len(group) > 1:
+            end = shared + common_prefix_len(*(one.ids[shared : one.shareable] for one in (first, last)))
+            if not worth_a_step(end - start, len(group), step):
+                nodes += _grow(requests, group, start, end, step)
+                continue
         numbers = [number for path in group for number in path]
         wanted = (
             (number, max(requests[number].context_len - 1, start), min(len(requests[number].ids) - 1, end))
@@ -167,7 +164,7 @@ def _grow(requests: Sequence[Request], paths: list[list[int]], start: int, share
 
 
 def _branch(requests: Sequence[Request], at: int) -> Callable[[list[int]], int]:
-    """What paths part by at a position: the token there, or a path's own number where it ends."""
+    """The key that paths branch by at a position: the token there, or a unique number for a path that ends."""
 
     def branch(path: list[int]) -> int:
         request = requests[path[-1]]
@@ -177,7 +174,7 @@ def _branch(requests: Sequence[Request], at: int) -> Callable[[list[int]], int]:
 
 
 def common_prefix_len(first: np.ndarray, second: np.ndarray) -> int:
-    """How many tokens two sequences begin with alike."""
+    """The length of the common prefix of two sequences."""
     length = min(len(first), len(second))
     different = np.flatnonzero(first[:length] != second[:length])
     return int(different[0]) if len(different) else length

@@ -1,20 +1,21 @@
-"""How far does a model predict as another one does, on the same text? What a lower precision, pruning or distillation changes.
+"""Measure how closely a model's predictions agree with those of a reference, on the same text.
 
-    agreement           share of places where both have the same likeliest token
-    kl                  mean of KL(reference || lm) over all places, nats a token (Kullback and Leibler 1951)
-    nll_difference      mean loss of the lm less that of the reference, token by token; its exp is the ratio of perplexities
-    largest_difference  of any token's log-probability at any place, where both hold it possible, nats
+    agreement           fraction of positions where both have the same most likely token
+    kl                  mean of KL(reference || lm) over all positions, nats a token (Kullback and Leibler 1951)
+    nll_difference      mean loss of the lm minus that of the reference; its exp is the ratio of perplexities
+    largest_difference  of the log-probability of any token that both find possible, at any position, nats
 
-The loss alone says less: what is lost at some tokens is gained by chance at others, and so the mean hardly moves while the
-model is another one. KL is never negative, and adds up.
+The mean loss alone can hide a change (by quantization, pruning or distillation), since gains on some tokens cancel losses on
+others. KL is never negative, and adds up.
 
-Both models read the text at the same time, each in its own chunks, its state carried: memory is both models, both states and a
-chunk of logits of each, however long the text.
+Both models read the text at the same time, each in its own chunks with its state carried. Memory is both models, both states
+and a chunk of logits of each, however long the text.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -31,9 +32,10 @@ from pytest_lmeval.data._ids import as_corpus
 from pytest_lmeval.data._tokens import sequences
 from pytest_lmeval.engine import Engine, Policy, policy_for
 from pytest_lmeval.engine._losses import LOGITS_AT_ONCE
+from pytest_lmeval.engine._tokens import naming
 from pytest_lmeval.errors import NotFiniteError, SpecError, StreamError
 from pytest_lmeval.measures._context import current, verb
-from pytest_lmeval.measures._perplexity import Progress, named
+from pytest_lmeval.measures._perplexity import Progress
 from pytest_lmeval.models._identity import facts, fingerprint, tokenizer_fingerprint
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.records import _schema as schema
@@ -58,9 +60,9 @@ def agreement(
     limit: int | None = None,
     as_stream: bool | None = None,
 ) -> AgreementResult:
-    """How far the model predicts as `reference` (a model, or a spec) does (see `measure_agreement` for the parameters).
+    """Measure the agreement with `reference`, a model or a spec (see `measure_agreement` for the parameters).
 
-    Both models' laws are probed first, and each is read in chunks that were found exact for it.
+    The laws of both models are probed first, and each reads in chunks that are exact for it.
     """
     context = current()
     corpus = context.corpus(corpus)
@@ -75,7 +77,7 @@ def agreement(
     key = context.key("agreement", model, settings, [*about, policy.reading, their_policy.reading])
     if corpus.fingerprint and (finished := context.finished(key)) is not None:
         return AgreementResult(finished)
-    with context.session.progress(f"{model.spec} beside {other.spec} on {corpus}") as progress:
+    with context.session.progress(f"{model.spec} and {other.spec} read {corpus}") as progress:
         result = measure_agreement(
             model, other, corpus, policy=policy, reference_policy=their_policy, **settings, progress=progress
         )
@@ -85,12 +87,12 @@ def agreement(
 
 @dataclass(frozen=True, repr=False)
 class AgreementResult(Result):
-    """How far the two agree. Numbers carry `.low` and `.high`, their 95 % interval over blocks of the text, or documents: by
-    Wilson's score with the design effect for the share, by the bootstrap for the means; None where the text is too short."""
+    """The result of `agreement`. Values have a 95 % interval, `.low` to `.high`, over blocks of the text, or documents:
+    Wilson's score with the design effect for `agreement`, the bootstrap for means; None if the text is too short."""
 
     @property
     def agreement(self) -> Value:
-        """Share of places where both have the same likeliest token; of equally likely ones, the first counts."""
+        """Fraction of positions where both have the same most likely token; of equally likely ones, the first counts."""
         return self.record.metrics["agreement"]
 
     @property
@@ -100,7 +102,7 @@ class AgreementResult(Result):
 
     @property
     def nll_difference(self) -> Value:
-        """Mean loss of the lm less that of the reference, nats a token: above zero where the lm is worse."""
+        """Mean loss of the lm minus that of the reference, nats a token: above zero if the lm is worse."""
         return self.record.metrics["nll_difference"]
 
     @property
@@ -110,7 +112,7 @@ class AgreementResult(Result):
 
     @property
     def largest_difference(self) -> Value:
-        """Of a log-probability, over all places and all tokens that both hold possible, nats."""
+        """Largest difference of a log-probability, over all positions and all tokens that both find possible, nats."""
         return self.record.metrics["largest_difference"]
 
 
@@ -127,22 +129,22 @@ def measure_agreement(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> AgreementResult:
-    """Read a corpus with both models and compare what they predict at each place.
+    """Read a corpus with both models and compare their predictions at each position.
 
     corpus     a `Corpus`, or token ids (tensor, array, list, iterator of arrays)
     policy     how the lm reads it, and `reference_policy` how the reference does (see `engine.policy_for`)
-    tokens     read so many tokens of the stream (of each document, when read by document)
+    tokens     read so many tokens of the stream (of each document, if read by document)
     limit      read so many documents
-    as_stream  one endless stream, or document by document; by default as the corpus is meant
+    as_stream  read one stream, or document by document; by default what the corpus declares
 
-    Raises SpecError for models whose predictions cannot be compared (other vocabularies, other tokenizers on text, frames of
-    codes), NotFiniteError for a KL that is no finite number, with its place, and what `perplexity` raises.
+    Raises SpecError for models that cannot be compared (other vocabularies, other tokenizers on text, frames of codes),
+    NotFiniteError for a KL that is not finite, with its position, and what `perplexity` raises.
     """
     source = as_corpus(corpus)
-    _refuse_strangers(lm, reference, source)
+    _refuse_incomparable(lm, reference, source)
     by_document = not (source.as_stream if as_stream is None else as_stream)
     policies = [policy or policy_for(lm), reference_policy or policy_for(reference)]
-    texts = tee(source.documents())  # an iterator can be read once, and is held no longer than one model is ahead
+    texts = tee(source.documents())  # an iterator can be read once; tee holds only what one model is ahead
     read = [
         _read(model, chosen, replace(source, documents=partial(iter, text)), tokens, limit, by_document)
         for model, chosen, text in zip((lm, reference), policies, texts, strict=True)
@@ -170,71 +172,64 @@ def measure_agreement(
     return AgreementResult(record)
 
 
-def _refuse_strangers(lm: Model, reference: Model, corpus: Corpus) -> None:
+def _refuse_incomparable(lm: Model, reference: Model, corpus: Corpus) -> None:
     if lm.codebooks or reference.codebooks:
         raise SpecError(f"{(lm if lm.codebooks else reference).spec} reads frames of codes; agreement is about tokens.")
     if lm.vocab_size != reference.vocab_size:
         raise SpecError(
-            f"{lm.spec} has {lm.vocab_size:,} tokens and {reference.spec} has {reference.vocab_size:,}: they do not choose "
-            "among the same ones, so their predictions cannot be compared. Their bits per byte can be: lmeval.perplexity."
+            f"{lm.spec} has {lm.vocab_size:,} tokens and {reference.spec} has {reference.vocab_size:,}, so their predictions "
+            "cannot be compared. Compare their bits per byte: lmeval.perplexity."
         )
     if not corpus.tokenized and tokenizer_fingerprint(lm) != tokenizer_fingerprint(reference):
         raise SpecError(
-            f"{lm.spec} and {reference.spec} have tokenizers that cut the same text into different tokens, so their "
-            "predictions are not about the same things. Compare their bits per byte (lmeval.perplexity), or give both ids."
+            f"{lm.spec} and {reference.spec} have tokenizers that encode the same text differently, so their predictions "
+            "cannot be compared. Compare their bits per byte (lmeval.perplexity), or give both ids."
         )
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """What a model said of targets `start`, `start` + 1, ... of a sequence: logits [n, v], and their losses [n]."""
+    """The logits [n, v] and losses [n] of targets `start`, `start` + 1, ... of a document."""
 
     document: int
     start: int
     logits: Tensor
     nll: np.ndarray
 
-    def first(self, count: int) -> _Piece:
-        return replace(self, logits=self.logits[:count], nll=self.nll[:count])
-
-    def after(self, count: int) -> _Piece:
-        return replace(self, start=self.start + count, logits=self.logits[count:], nll=self.nll[count:])
+    def part(self, begin: int, end: int | None = None) -> _Piece:
+        return replace(self, start=self.start + begin, logits=self.logits[begin:end], nll=self.nll[begin:end])
 
 
 def _read(
     lm: Model, policy: Policy, corpus: Corpus, tokens: int | None, limit: int | None, by_document: bool
 ) -> Iterator[_Piece]:
-    """The pieces of one reading: each chunk, with the logits that it was scored from."""
-    last: list[Tensor] = []
-
-    def catch(logits: Tensor) -> None:
-        last[:] = [logits]
-
-    engine = Engine(lm, policy, on_logits=catch)
+    """Each chunk of one model, with the logits that it was scored from."""
+    last: deque[Tensor] = deque(maxlen=1)
+    engine = Engine(lm, policy, on_logits=last.append)
     for document, ids in enumerate(sequences(lm, corpus, by_document=by_document, limit=limit, tokens=tokens)):
-        with named(str(corpus), document if by_document else None):
+        with naming(f"{corpus}, document {document}" if by_document else str(corpus)):
             for chunk in engine.stream(ids):
                 yield _Piece(document, chunk.start, last[0][0, -len(chunk.nll) :], chunk.nll)
 
 
 def _aligned(ours: Iterator[_Piece], theirs: Iterator[_Piece]) -> Iterator[tuple[_Piece, _Piece]]:
-    """The same targets from both, wherever each of them has cut."""
+    """Pairs of pieces of the same targets, whatever the chunks of each model."""
     one, other = next(ours, None), next(theirs, None)
     while one is not None and other is not None:
         count = min(len(one.nll), len(other.nll))
-        yield one.first(count), other.first(count)
-        one = one.after(count) if count < len(one.nll) else next(ours, None)
-        other = other.after(count) if count < len(other.nll) else next(theirs, None)
+        yield one.part(0, count), other.part(0, count)
+        one = one.part(count) if count < len(one.nll) else next(ours, None)
+        other = other.part(count) if count < len(other.nll) else next(theirs, None)
 
 
 def _compare(ours: _Piece, theirs: _Piece, lm: Model, reference: Model) -> tuple[np.ndarray, float]:
-    """Rows [n, 4] of single targets, and the largest difference of a log-probability. A block of places at a time."""
+    """Rows [n, 4] of single targets, and the largest difference of a log-probability, computed in blocks of targets."""
     block = max(1, LOGITS_AT_ONCE // lm.vocab_size)
-    place = ours.logits.device if ours.logits.device.type == "cuda" else torch.device("cpu")  # not all others have float64
+    device = ours.logits.device if ours.logits.device.type == "cuda" else torch.device("cpu")  # not all others have float64
     rows, largest = np.ones((len(ours.nll), 4)), 0.0
     rows[:, DIFFERENCE] = ours.nll - theirs.nll
     for begin in range(0, len(rows), block):
-        q, p = (piece.logits[begin : begin + block].to(place) for piece in (ours, theirs))
+        q, p = (piece.logits[begin : begin + block].to(device) for piece in (ours, theirs))
         rows[begin : begin + block, SAME] = (q.argmax(-1) == p.argmax(-1)).cpu().numpy()
         log_q, log_p = q.double().log_softmax(-1), p.double().log_softmax(-1)
         gap = log_p - log_q
@@ -244,8 +239,8 @@ def _compare(ours: _Piece, theirs: _Piece, lm: Model, reference: Model) -> tuple
             row, token = (int(index) for index in (~kl.isfinite()).nonzero()[0])
             raise NotFiniteError(
                 f"KL is not finite at token {ours.start + begin + row} of document {ours.document}: the log-probability of id "
-                f"{token} is {log_p[row, token]:.6g} in {reference.spec} and {log_q[row, token]:.6g} in {lm.spec}. One rules "
-                "out what the other holds possible, or gives no number. Look for an overflow, or a masked-out logit."
+                f"{token} is {log_p[row, token]:.6g} in {reference.spec} and {log_q[row, token]:.6g} in {lm.spec}. Look "
+                "for an overflow, or a masked-out logit."
             )
         largest = max(largest, float(gap[(log_p > -torch.inf) & (log_q > -torch.inf)].abs().max()))
     return rows, largest
@@ -253,7 +248,7 @@ def _compare(ours: _Piece, theirs: _Piece, lm: Model, reference: Model) -> tuple
 
 @dataclass
 class _Sums:
-    """Sums over all targets, and over blocks of the stream, or documents."""
+    """Sums over all targets, and over documents or blocks of the stream."""
 
     by_document: bool
     units: list[np.ndarray] = field(default_factory=list)
@@ -261,7 +256,6 @@ class _Sums:
     largest: float = 0.0
     nats: float = 0.0
     block: int = BLOCK
-    document: int = -1
 
     def add(self, piece: _Piece, rows: np.ndarray, largest: float) -> None:
         self.total += rows.sum(axis=0)
@@ -270,22 +264,21 @@ class _Sums:
         if not self.by_document:
             self.block = add_to_blocks(self.units, self.block, piece.start, rows)
             return
-        if piece.document != self.document:
+        if piece.document == len(self.units):
             self.units.append(np.zeros(4))
-            self.document = piece.document
         self.units[-1] += rows.sum(axis=0)
 
 
 def _metrics(sums: _Sums, seed: int) -> dict[str, Value]:
     units, n = np.array(sums.units), int(sums.total[TOKENS])
-    share = wilson_of_groups(units[:, SAME], units[:, TOKENS])
+    same = wilson_of_groups(units[:, SAME], units[:, TOKENS])
     means = ratio_intervals(units, [(KL, TOKENS), (DIFFERENCE, TOKENS)], seed=seed)
     kl, difference = (
         value_of(name, sums.total[column] / n, interval, n=n)
         for name, column, interval in zip(("kl", "nll_difference"), (KL, DIFFERENCE), means, strict=True)
     )
     return {
-        "agreement": value_of("agreement", sums.total[SAME] / n, share, n=n),
+        "agreement": value_of("agreement", sums.total[SAME] / n, same, n=n),
         "kl": kl,
         "nll_difference": difference,
         "perplexity_ratio": exponential(difference, "perplexity_ratio"),

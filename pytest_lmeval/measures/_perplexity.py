@@ -1,29 +1,26 @@
-"""Perplexity of a corpus, and everything else that one reading of it tells.
+"""Measure the perplexity of a corpus, and what else one pass over it gives.
 
-    perplexity     exp(nats / tokens)                  depends on the tokenizer
-    bits_per_byte  nats / ln 2 / bytes                 comparable between tokenizers; bytes of the original text
-    token_accuracy share of targets among the model's first k choices
+    perplexity      exp(nats / tokens)                  depends on the tokenizer
+    bits_per_byte   nats / ln 2 / bytes                 comparable between tokenizers; bytes of the original text
+    token_accuracy  fraction of targets among the model's first k choices
 
-The reading carries the state through the whole text where the model allows it; where it has no state, or a
-limited context, the text is read in overlapping windows, and the record says so (`engine._policy`). Of a model with fast
-weights it also says how far they moved (`scoring._fast_weights`), and of chosen places what the loss is there
-(`scoring._positions`).
+The state is carried through the whole text if the certificate allows it. A model without a state, or with a limited context,
+reads overlapping windows, and the record says so (`engine._policy`). The record also has the changes of fast weights
+(`scoring._fast_weights`), and the loss at chosen positions.
 
-With window="lm_eval" each document is read as lm-evaluation-harness reads it (`loglikelihood_rolling`), so that its numbers can
-be had again: its bits_per_byte is this one, and its byte_perplexity is 2 ** bits_per_byte. Of its task wikitext only the losses
-can be compared: there it reads a detokenized page, and counts the bytes of the original one.
+window="lm_eval" reads each document as lm-evaluation-harness does (`loglikelihood_rolling`) and gives the same numbers: its
+bits_per_byte is this one, and its byte_perplexity is 2 ** bits_per_byte. Of its task wikitext only the losses can be compared,
+since it reads a detokenized page there, and counts the bytes of the original one.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from msgspec import structs
 
@@ -32,8 +29,9 @@ from pytest_lmeval.data._ids import as_corpus
 from pytest_lmeval.data._tokens import TokenReader, sequences
 from pytest_lmeval.engine import Chunk, Engine, Policy, policy_for
 from pytest_lmeval.engine._policy import Window
+from pytest_lmeval.engine._tokens import naming
 from pytest_lmeval.errors import StreamError
-from pytest_lmeval.measures._context import VerbContext, current, verb
+from pytest_lmeval.measures._context import current, verb
 from pytest_lmeval.models._identity import facts, tokenizer_fingerprint
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.records._certificate import Certificate
@@ -42,11 +40,8 @@ from pytest_lmeval.records._measured import Cost, Record, Result, Series
 from pytest_lmeval.records._value import Value
 from pytest_lmeval.scoring import _fast_weights as fast_weights
 from pytest_lmeval.scoring._loss_accumulator import BYTES, HITS, NATS, TOKENS, LossAccumulator
-from pytest_lmeval.scoring._losses import LossFile
-from pytest_lmeval.scoring._positions import name_of, not_reached
-from pytest_lmeval.scoring._reading_figures import above_floor, metrics_of, series_of
-from pytest_lmeval.scoring._resume import read_point, write_point
-from pytest_lmeval.scoring._units import write_units
+from pytest_lmeval.scoring._reading_figures import above_floor, metrics_of, name_of, not_reached, series_of
+from pytest_lmeval.scoring._resume import LossFile, read_point, write_point, write_units
 
 Progress = Callable[[int, float, int | None], None]
 """Called after each chunk with the tokens scored, the nats so far, and the tokens expected (None: unknown)."""
@@ -66,10 +61,10 @@ def perplexity(
     positions: tuple[int, ...] = (),
     losses: bool | str | Path = False,
 ) -> PerplexityResult:
-    """Read a corpus: perplexity, bits per byte, accuracy, loss by position (see `measure_perplexity` for the parameters).
+    """Measure perplexity, bits per byte, accuracy and loss by position (see `measure_perplexity` for the parameters).
 
-    The model's laws are probed first. Its state is carried only in a way that was found exact; the record says which.
-    window="lm_eval" reads each document in the windows of lm-evaluation-harness, so that its numbers can be had again.
+    The model's laws are probed first, and its state is carried only in an exact way; the record says which.
+    window="lm_eval" reads each document in the windows of lm-evaluation-harness, and gives the same numbers.
     losses=True writes the loss of every token to a file in the output folder; a path names the file.
     """
     context = current()
@@ -84,18 +79,20 @@ def perplexity(
     }
     data = [corpus.name, corpus.split, corpus.fingerprint, tokenizer_fingerprint(model), policy.reading, str(losses)]
     key = context.key("perplexity", model, settings, data)
-    known = bool(corpus.fingerprint)  # an iterator may bring something else the next time
+    known = bool(corpus.fingerprint)  # an iterator may give other tokens the next time
     if known and (finished := context.finished(key)) is not None:
         return PerplexityResult(finished)
     journal, units = context.session.journal, context.file("units.jsonl")
     examples = context.file("losses.npy") if losses is True else None
+    if losses is True and examples is None:
+        raise StreamError("losses=True writes to the output folder of a run; outside of tests, name a file: losses=PATH.")
     with context.session.progress(f"{model.spec} reads {corpus}") as progress:
         result = measure_perplexity(
             model,
             corpus,
             policy=policy,
             **settings,
-            losses=_losses_file(context, examples, losses),
+            losses=context.path(examples) if losses is True else losses or None,
             units=context.path(units),
             progress=progress,
             checkpoints=journal.checkpoints if journal and known and policy.resume else None,
@@ -108,19 +105,10 @@ def perplexity(
     return context.recorded(key, replace(result, record=structs.replace(result.record, **files)))
 
 
-def _losses_file(context: VerbContext, named: str | None, losses: bool | str | Path) -> str | Path | None:
-    """Where the loss of every token is written. Raises StreamError where that is nowhere."""
-    if losses is True and named is None:
-        raise StreamError(
-            "losses=True writes into the output folder of a run, and outside of tests there is none. Name a file: losses=PATH."
-        )
-    return context.path(named) if losses is True else losses or None
-
-
 @dataclass(frozen=True, repr=False)
 class PerplexityResult(Result):
-    """What a reading found. Numbers carry `.low` and `.high`, their 95 % interval (bootstrap over documents, or over
-    blocks of one stream; None where the text is too short for one)."""
+    """The result of `perplexity`. Values have a 95 % interval, `.low` to `.high` (bootstrap over documents, or blocks of one
+    stream; None if the text is too short for one)."""
 
     resumed_at: int = 0  # tokens that an interrupted run had already scored
 
@@ -136,19 +124,19 @@ class PerplexityResult(Result):
 
     @property
     def bits_per_byte(self) -> Value:
-        """Bits a byte of the original text; only for corpora of text."""
+        """Bits a byte of the original text. Raises AttributeError for a corpus of token ids."""
         if "bits_per_byte" not in self.record.metrics:
             raise AttributeError(f"{self.record.subject} holds token ids, no text: there are no bytes to divide by.")
         return self.record.metrics["bits_per_byte"]
 
     @property
     def token_accuracy(self) -> dict[int, Value]:
-        """Share of targets among the model's first k choices, by k."""
+        """Fraction of targets among the model's first k choices, by k."""
         return {k: self.record.metrics[f"token_accuracy_top{k}"] for k in HITS}
 
     @property
     def tokens(self) -> int:
-        """Target tokens scored, each exactly once."""
+        """The number of targets, each scored exactly once."""
         return self.record.cost.tokens or 0
 
     @property
@@ -161,7 +149,7 @@ class PerplexityResult(Result):
 
     @property
     def state_bytes(self) -> int:
-        """The most memory that the carried state took."""
+        """The largest state in bytes."""
         return self.record.cost.state_bytes or 0
 
     @property
@@ -170,7 +158,7 @@ class PerplexityResult(Result):
 
     @property
     def chunk_loss(self) -> Series:
-        """Mean loss of each chunk (of groups of chunks, in a very long reading), nats a token, by tokens read."""
+        """Mean loss of each chunk (of groups of chunks in a very long text), nats a token, by tokens read."""
         return self.record.series["chunk_loss"]
 
     @property
@@ -184,32 +172,32 @@ class PerplexityResult(Result):
 
     @property
     def loss_at(self) -> dict[int, Value]:
-        """Mean loss of the thousand tokens up to each chosen position that was reached, with its interval, nats a token."""
+        """Mean loss of the thousand targets up to each chosen position that was reached, nats a token."""
         series = self.record.series.get("loss_at")
         return {} if series is None else {int(at): self.record.metrics[name_of(int(at))] for at in series.x}
 
     @property
     def loss_slope(self) -> Value:
-        """Least-squares slope of `loss_at`, nats a token per 1000 positions: negative where context goes on helping.
+        """Least-squares slope of `loss_at`, nats a token per 1000 positions: negative while context helps.
 
-        Raises AttributeError where fewer than two of the chosen positions were reached.
+        Raises AttributeError if fewer than two of the chosen positions were reached.
         """
         if "loss_slope" not in self.record.metrics:
             asked, missing = self.record.settings.get("positions", []), self.record.details.get("not_reached", [])
             raise AttributeError(
-                f"a slope takes two positions at least. Asked for were {asked or 'none'}; of those, {self.record.subject} did "
-                f"not go on to {missing or 'none'}. Give positions that the text reaches: positions=(1000, 2000, 4000)."
+                f"a slope needs two positions. Asked for were {asked or 'none'}, and {self.record.subject} did not reach "
+                f"{missing or 'none'} of them. Give positions that the text reaches: positions=(1000, 2000, 4000)."
             )
         return self.record.metrics["loss_slope"]
 
     @property
     def fast_weights(self) -> fast_weights.FastWeights | None:
-        """What became of the model's fast weights while it read; None if it has none."""
+        """The changes of the model's fast weights; None if it has none."""
         return fast_weights.found_in(self.record)
 
     @property
     def certificate(self) -> Certificate | None:
-        """The verdict that the reading stands on."""
+        """The certificate that allowed the text to be read so."""
         return self.record.certificate
 
 
@@ -232,100 +220,84 @@ def measure_perplexity(
     """Read a corpus and score every token of it once.
 
     corpus      a `Corpus`, or token ids (tensor, array, list, iterator of arrays)
-    policy      how it is read (see `engine.policy_for`); by default as the model declares that it can be
-    tokens      read so many tokens of the stream (of each document, when read by document)
+    policy      how to read it (see `engine.policy_for`); by default as the model declares
+    tokens      read so many tokens of the stream (of each document, if read by document)
     limit       read so many documents
-    as_stream   one endless stream, or document by document with a new state each; by default as the corpus is meant, and
-                by document in the windows of lm_eval
-    positions   places at which the loss is wanted, for example (8000, 16000, 24000): means of the thousand tokens up to each
-    losses      write the loss of every target to this .npy file (float32, nats), as it is read
-    units       write the sums of each document, or block of the stream, to this file of JSON lines (see `scoring._units`)
-    checkpoints, key    save a point to go on from now and then, and start from the last one
+    as_stream   read one stream, or each document with a new state; by default what the corpus declares, and by document in the
+                windows of lm_eval
+    positions   measure the loss at these positions, for example (8000, 16000, 24000): means of the thousand targets up to each
+    losses      write the loss of every target to this .npy file (float32, nats)
+    units       write the sums of each document, or block of the stream, to this file of JSON lines (see `scoring._resume`)
+    checkpoints, key    save a checkpoint now and then, and resume from the last one
 
-    How far the model's fast weights move is looked at after every chunk, if it has any (`Model.fast_weights`); where some stay
-    as they were, `details["warnings"]` of the record says so.
-
-    Raises StreamError, NotFiniteError and CorpusError; see there.
+    The changes of fast weights (`Model.fast_weights`) are measured after every chunk; if some do not change, the record has a
+    warning in `details["warnings"]`. Raises StreamError, NotFiniteError and CorpusError; see there.
     """
     source, engine = as_corpus(corpus), Engine(lm, policy)
-    if wrong := [place for place in positions if not isinstance(place, int) or place < 1]:
+    if wrong := [position for position in positions if not isinstance(position, int) or position < 1]:
         raise StreamError(f"positions holds {wrong}; a position is the number of tokens before a target, 1 or more.")
     rolling = engine.policy.windows is not None and engine.policy.windows.anchored
     by_document = not ((source.as_stream and not rolling) if as_stream is None else as_stream)
     texts = sequences(lm, source, by_document=by_document, limit=limit, tokens=tokens, rolling=rolling)
-    reading = read_point(checkpoints, key, lm)
-    if reading is None or not LossFile.holds(losses, reading.tokens):
-        reading = LossAccumulator(by_document, tuple(sorted(set(positions))))
-    resumed_at, watch = reading.tokens, fast_weights.watch(lm, reading)
+    sums = read_point(checkpoints, key, lm)
+    if sums is None or not LossFile.holds(losses, sums.tokens):
+        sums = LossAccumulator(by_document, tuple(sorted(set(positions))))
+    resumed_at, monitor = sums.tokens, fast_weights.monitor(lm, sums)
 
     if lm.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(lm.device)
-    began = time.perf_counter() - reading.seconds
+    began = time.perf_counter() - sums.seconds
     with LossFile(losses, already=resumed_at) as file:
 
-        def save(reading: LossAccumulator) -> None:
+        def save(sums: LossAccumulator) -> None:
             assert checkpoints is not None
             file.sync()
-            reading.seconds = time.perf_counter() - began
-            write_point(checkpoints, key, reading)
+            sums.seconds = time.perf_counter() - began
+            write_point(checkpoints, key, sums)
 
         saver = Saver(save if checkpoints else None, "reading")
-        for chunk in read(engine, texts, reading, str(source)):
+        for chunk in read(engine, texts, sums, str(source)):
             file.write(chunk.losses)
             if progress is not None:
-                expected = expected_tokens(lm, source, reading.total, tokens, by_document)
-                progress(reading.tokens, float(reading.total[NATS]), expected)
-            if watch is None or watch.look(reading):  # don't checkpoint while a measurement is pending
-                saver.save_now_and_then(reading)
-        if watch is not None:
-            watch.look(reading, last=True)
-    if not reading.tokens:
+                progress(sums.tokens, float(sums.total[NATS]), expected_tokens(lm, source, sums, tokens))
+            if monitor is None or monitor.measure(sums):  # don't checkpoint while a measurement is pending
+                saver.save_now_and_then(sums)
+        if monitor is not None:
+            monitor.measure(sums, last=True)
+    if not sums.tokens:
         raise StreamError(f"{source} holds no document, or no code that could be predicted: there is nothing to score.")
     chosen = {"tokens": tokens, "limit": limit}
-    record = record_of(engine, source, reading, chosen, seconds=time.perf_counter() - began, seed=seed)
-    record = structs.replace(
-        record,
-        examples=None if losses is None else str(losses),
-        units=None if units is None else str(units),
-    )
+    record = record_of(engine, source, sums, chosen, seconds=time.perf_counter() - began, seed=seed)
+    files = {"examples": losses and str(losses), "units": units and str(units)}
     if units is not None:
-        write_units(units, reading)
-    return PerplexityResult(record, resumed_at)
+        write_units(units, sums)
+    return PerplexityResult(structs.replace(record, **files), resumed_at)
 
 
-def read(engine: Engine, texts: Iterable[TokenReader], reading: LossAccumulator, name: str) -> Iterator[Chunk]:
-    """Read the texts from where the reading stands: each chunk, added to its sums."""
-    begun = bool(reading.scored)
+def read(engine: Engine, texts: Iterable[TokenReader], sums: LossAccumulator, name: str) -> Iterator[Chunk]:
+    """Read the texts from where the sums end, and add each chunk to them."""
+    begun = bool(sums.scored)
     for index, ids in enumerate(texts):
-        if index < len(reading.documents):
+        if index < len(sums.documents):
             continue
         if not begun:
-            reading.start_document()
-        ids.skip = reading.scored if engine.policy.windows is None else reading.window
-        with named(name, index if reading.by_document else None):
-            for chunk in engine.stream(ids, state=reading.state, position=reading.scored, window=reading.window):
-                reading.add(chunk)
+            sums.start_document()
+        ids.skip = sums.scored if engine.policy.windows is None else sums.window
+        with naming(f"{name}, document {index}" if sums.by_document else name):
+            for chunk in engine.stream(ids, state=sums.state, position=sums.scored, window=sums.window):
+                sums.add(chunk)
                 yield chunk
-        reading.documents.append(ids.content.hexdigest()[:16])
+        sums.documents.append(ids.content.hexdigest()[:16])
         begun = False
 
 
-@contextmanager
-def named(corpus: str, document: int | None) -> Iterator[None]:
-    """Say of which text an error is."""
-    try:
-        yield
-    except StreamError as error:
-        raise StreamError(f"{corpus}" + ("" if document is None else f", document {document}") + f": {error}") from error
-
-
 def record_of(
-    engine: Engine, corpus: Corpus, reading: LossAccumulator, chosen: dict[str, int | None], *, seconds: float, seed: int
+    engine: Engine, corpus: Corpus, sums: LossAccumulator, chosen: dict[str, int | None], *, seconds: float, seed: int
 ) -> Record:
-    """Everything that a reading found, and how it was had."""
+    """The record of all metrics, and of how the corpus was read."""
     lm, policy = engine.lm, engine.policy
     windows, certificate = policy.windows, policy.certificate
-    metrics = above_floor(metrics_of(reading, seconds=seconds, seed=seed), corpus.entropy)
+    metrics = above_floor(metrics_of(sums, seconds=seconds, seed=seed), corpus.entropy)
     return Record(
         kind="perplexity",
         subject=str(corpus),
@@ -336,44 +308,45 @@ def record_of(
             "window": None if windows is None else windows.size,
             "overlap": 0 if windows is None else windows.overlap,
             **({"rolling": True} if windows is not None and windows.anchored else {}),
-            "by_document": reading.by_document,
+            "by_document": sums.by_document,
             **chosen,
             "tokenizer": None if corpus.tokenized else getattr(lm.tokenizer, "name", type(lm.tokenizer).__name__),
-            "unit": "document" if reading.by_document else f"block of {reading.block} tokens",
+            "unit": "document" if sums.by_document else f"block of {sums.block} tokens",
             "data": corpus.fingerprint,
             "seed": seed,
-            **({"positions": list(reading.positions)} if reading.positions else {}),
+            **({"positions": list(sums.positions)} if sums.positions else {}),
         },
         details={
             "why": "the state is carried" if windows is None else windows.why,
-            "chunks": reading.chunks_seen,
-            "documents": len(reading.units) if reading.by_document else None,
-            **({"not_reached": not_reached(reading)} if reading.positions else {}),
-            **(fast_weights.details_of(reading.moves, lm, reading.tokens) if reading.moves else {}),
+            "chunks": sums.chunks_seen,
+            "documents": len(sums.units) if sums.by_document else None,
+            **({"not_reached": not_reached(sums)} if sums.positions else {}),
+            **(fast_weights.details_of(sums.fast_weights, lm, sums.tokens) if sums.fast_weights else {}),
         },
         notes=[] if windows is None else [str(windows)],
-        example="document" if reading.by_document else "block",
+        example="document" if sums.by_document else "block",
         metrics=metrics,
         cost=Cost(
             seconds=seconds,
-            tokens=reading.tokens,
+            tokens=sums.tokens,
             peak_bytes=torch.cuda.max_memory_allocated(lm.device) if lm.device.type == "cuda" else None,
-            state_bytes=reading.peak_state_bytes,
+            state_bytes=sums.peak_state_bytes,
         ),
-        series=series_of(reading, metrics, carried=windows is None),
+        series=series_of(sums, metrics, carried=windows is None),
         certificate=None if certificate is None else structs.replace(certificate, chunking_used=policy.reading),
     )
 
 
-def expected_tokens(lm: Model, corpus: Corpus, sums: np.ndarray, tokens: int | None, by_document: bool) -> int | None:
-    """How many targets the whole reading will have: known for ids, estimated from the bytes read so far for text, and of frames
-    at most so many, since codes may be missing."""
+def expected_tokens(lm: Model, corpus: Corpus, sums: LossAccumulator, tokens: int | None) -> int | None:
+    """The number of targets of the whole text: known for ids, estimated from the bytes so far for text, and for frames an upper
+    bound, since codes may be missing."""
 
     def targets(length: int) -> int:
         return length - 1 if lm.codebooks is None else length * len(lm.codebooks.scored)
 
-    known = targets(tokens) if tokens and not by_document else None
-    if corpus.size is None or (by_document and tokens):
+    known = targets(tokens) if tokens and not sums.by_document else None
+    if corpus.size is None or (sums.by_document and tokens):
         return known
-    whole = targets(corpus.size) if corpus.tokenized else round(corpus.size * sums[TOKENS] / max(sums[BYTES], 1))
+    per_byte = sums.total[TOKENS] / max(sums.total[BYTES], 1)
+    whole = targets(corpus.size) if corpus.tokenized else round(corpus.size * per_byte)
     return whole if known is None else min(known, whole)

@@ -1,1 +1,1 @@
-"""What is found out by scoring tokens: folds over the stream."""
+"""Score texts and answers: sums over the stream, the metrics computed from them, and the files they are saved in."""

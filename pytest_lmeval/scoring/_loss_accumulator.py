@@ -1,17 +1,15 @@
-"""The fold over scored chunks: sums that merge, in constant memory, and the place that the reading has come to.
+"""Sum the scores of chunks, in constant memory, and remember where to resume.
 
-Every figure of a reading is a ratio of sums over target tokens, so all that is kept are rows of sums
-(tokens, nats, bytes, hits) in five arrangements:
+Every metric of a text is a ratio of sums over targets, so only rows of sums (tokens, nats, bytes, hits) are kept:
 
     total         one row
-    units         one row a document, or a block of one stream: what intervals are drawn from
-    chunks        one row a chunk, and the bytes of the state after it: the course of the reading
-    by_position   one row a stretch of positions, each half an octave wide
-    at_positions  one row of each unit for each chosen position: tokens and nats just before it
+    units         one row for each document, or block of one stream: intervals are drawn from them
+    chunks        one row for each chunk, with the bytes of the state after it: the curves over the text
+    by_position   one row for each range of positions, half an octave wide
+    at_positions  one row for each unit and chosen position: tokens and nats just before it
 
-Units of a stream and chunks are merged in pairs when there are too many, so a stream of any length fits. Beside them stands how
-far the model's fast weights moved (`Moves`), if it has any. With the state and the place after the last chunk, a reading that
-was saved (`scoring._resume`) goes on to the same final numbers.
+Blocks and chunks are merged in pairs when there are too many, so a stream of any length fits. Saved with the state after the
+last chunk (`scoring._resume`), the sums resume to exactly the same numbers.
 """
 
 from __future__ import annotations
@@ -24,18 +22,18 @@ import numpy as np
 from pytest_lmeval.engine import Chunk
 from pytest_lmeval.models._model import State
 
-TOP = (1, 5)  # a target counts as hit among the model's first k choices
+TOP = (1, 5)  # a target is a hit if it is among the model's first k choices
 TOKENS, NATS, BYTES, SECONDS = 0, 1, 2, 3
-HITS = {k: 4 + place for place, k in enumerate(TOP)}
+HITS = {k: 4 + index for index, k in enumerate(TOP)}
 COLUMNS = 4 + len(TOP)
 STATE = COLUMNS  # column of `LossAccumulator.chunks`: bytes
 
-BLOCK, BLOCKS = 64, 256  # smallest block of a stream, and the number at which neighbours merge
-CHUNKS = 2048
+BLOCK, BLOCKS = 64, 256  # targets of the smallest block, and the number of blocks at which neighbours merge
+CHUNKS = 2048  # rows at which neighbouring chunks merge
 HALF_OCTAVES = 128
-SPAN, SPAN_BLOCK = 1000, 50  # places up to a chosen position over which its loss is averaged, and of a unit among them
-PLACES = 2  # column of `LossAccumulator.at_positions`, after TOKENS and NATS
-EACH = 32  # fast weights up to which the course of each is kept, beside that of their mean
+SPAN, SPAN_BLOCK = 1000, 50  # positions before a chosen one over which its loss is averaged, and those of a block of them
+POSITIONS = 2  # column of `LossAccumulator.at_positions`, after TOKENS and NATS
+MOST_CURVES = 32  # fast weights up to which each has its own curve, beside that of their mean
 
 
 def rows_of(nll: np.ndarray, rank: np.ndarray, widths: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray:
@@ -51,17 +49,16 @@ def rows_of(nll: np.ndarray, rank: np.ndarray, widths: np.ndarray, valid: np.nda
 
 @dataclass
 class LossAccumulator:
-    """Sums over everything read so far. `start_document` begins a sequence, `add` takes its chunks in order.
+    """Sums over all chunks so far. `start_document` begins a sequence, `add` takes its chunks in order.
 
-    by_document  whether a unit is a document; otherwise it is a block of consecutive tokens
-    positions    places in a sequence at which the loss is wanted (mean over the thousand tokens up to there)
-    documents    a hash of each document (or of the stream), appended when it was read
-    scored       the last target of the current sequence that was scored: also the last token but one that was read
+    by_document  whether a unit is a document; otherwise it is a block of consecutive targets
+    positions    positions whose loss is measured (mean over the thousand targets up to each)
+    documents    a hash of each document (or of the stream) that was read to its end
+    scored       position of the last scored target of the current sequence; the token before it was read last
     window       where the current window begins
-    state        after that token, to go on from
-    seconds      that the reading took until it was saved
-    at_positions [units, positions, 3] sums of tokens and nats, and how many places they are of: a unit is a document that came
-                 near one of the positions, or, in a stream, fifty places of the thousand before each
+    seconds      until the sums were saved
+    at_positions [units, positions, 3] sums of tokens and nats, and the number of their positions: a unit is a document that has
+                 targets just before one of the positions, or, in a stream, fifty of the thousand positions before each
     """
 
     by_document: bool = False
@@ -72,47 +69,48 @@ class LossAccumulator:
     chunks: list[np.ndarray] = field(default_factory=list)
     by_position: np.ndarray = field(default_factory=lambda: np.zeros((HALF_OCTAVES, COLUMNS)))
     at_positions: list[np.ndarray] = field(default_factory=list)
-    block: int = BLOCK  # tokens of a unit, in a stream
-    chunks_a_row: int = 1
+    block: int = BLOCK
+    chunks_per_row: int = 1
     chunks_seen: int = 0
     peak_state_bytes: int = 0
-    moves: Moves | None = None
+    fast_weights: FastWeightSums | None = None
     scored: int = 0
     window: int = 0
     state: State = None
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.by_document and not self.at_positions:
+        if self.positions and not self.by_document and not self.at_positions:
             self.at_positions = [np.zeros((len(self.positions), 3)) for _ in range(SPAN // SPAN_BLOCK)]
 
     @property
     def tokens(self) -> int:
-        """Targets scored so far."""
+        """The number of scored targets."""
         return int(self.total[TOKENS])
 
     def add(self, chunk: Chunk) -> None:
-        """Take the next chunk of the current sequence."""
+        """Add the next chunk of the current sequence."""
         rows = rows_of(chunk.nll, chunk.rank, chunk.widths, chunk.valid)
         rows_sum = rows.sum(axis=0)
         rows_sum[SECONDS] = chunk.seconds
         self.total += rows_sum
         self.peak_state_bytes = max(self.peak_state_bytes, chunk.state_bytes)
-        self.chunks_a_row = append(self.chunks, np.append(rows_sum, chunk.state_bytes), self.chunks_seen, self.chunks_a_row)
         self.chunks_seen += 1
+        row = np.append(rows_sum, chunk.state_bytes)[None]
+        self.chunks_per_row = add_to_blocks(self.chunks, self.chunks_per_row, self.chunks_seen, row, CHUNKS)
         if self.by_document:
             self.units[-1] += rows_sum
         else:
             self.block = add_to_blocks(self.units, self.block, chunk.start, rows)
         self.scored, self.window, self.state = chunk.end - 1, chunk.window, chunk.state
-        places = np.arange(chunk.start, chunk.end)
-        bins = np.floor(2 * np.log2(places)).astype(int)
+        positions = np.arange(chunk.start, chunk.end)
+        bins = np.floor(2 * np.log2(positions)).astype(int)
         for bin_ in np.unique(bins):
             self.by_position[bin_] += rows[bins == bin_].sum(axis=0)
         for index, position in enumerate(self.positions):
-            near = (places > position - SPAN) & (places <= position)
+            near = (positions > position - SPAN) & (positions <= position)
             if near.any():
-                self._add_near(index, rows[near], places[near] - (position - SPAN + 1))
+                self._add_near(index, rows[near], positions[near] - (position - SPAN + 1))
 
     def _add_near(self, index: int, rows: np.ndarray, offsets: np.ndarray) -> None:
         units = np.full(len(rows), -1) if self.by_document else offsets // SPAN_BLOCK
@@ -121,74 +119,70 @@ class LossAccumulator:
             self.at_positions[unit][index] += sums[units == unit].sum(axis=0)
 
     def start_document(self) -> None:
-        """Begin a sequence, from an empty state."""
+        """Begin a sequence, with an empty state."""
         self.scored, self.window, self.state = 0, 0, None
         if self.by_document:
             self.units.append(np.zeros(COLUMNS))
-            if self.positions and (not self.at_positions or self.at_positions[-1].any()):  # else the last came near none
+            if self.positions and (not self.at_positions or self.at_positions[-1].any()):  # else reuse the last, empty one
                 self.at_positions.append(np.zeros((len(self.positions), 3)))
 
     @property
-    def course(self) -> tuple[np.ndarray, np.ndarray]:
-        """The rows of `chunks`, as an array, and how many chunks each is the sum of: the last one may be of fewer. What they
-        are divided by that is a mean over those chunks, of the state's bytes too."""
-        each = np.full(len(self.chunks), self.chunks_a_row)
-        each[-1:] = self.chunks_seen - self.chunks_a_row * (len(self.chunks) - 1)
-        return np.array(self.chunks), each
+    def history(self) -> tuple[np.ndarray, np.ndarray]:
+        """The rows of `chunks` as an array, and the number of chunks that each sums, which may be smaller for the last one.
+        Divided by it, seconds and bytes of the state are means."""
+        counts = np.full(len(self.chunks), self.chunks_per_row)
+        counts[-1:] = self.chunks_seen - self.chunks_per_row * (len(self.chunks) - 1)
+        return np.array(self.chunks), counts
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the state, exactly: Python writes and reads floats without losing a bit."""
-        return {**plain(replace(self, state=None)), "moves": None if self.moves is None else plain(self.moves)}
+        """Everything but the state, exactly: JSON keeps every bit of a float."""
+        return {**plain(replace(self, state=None)), "fast_weights": self.fast_weights and plain(self.fast_weights)}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> LossAccumulator:
-        reading = cls(**data)
-        reading.positions = tuple(reading.positions)
-        for name in ("total", "by_position"):
-            setattr(reading, name, np.array(data[name]))
-        reading.at_positions = [np.array(unit).reshape(-1, 3) for unit in data["at_positions"]]
-        reading.units, reading.chunks = list(np.array(data["units"])), list(np.array(data["chunks"]))
-        if any(row.shape != (COLUMNS + 1,) for row in reading.chunks):
+        arrays = {name: np.array(data[name]) for name in ("total", "by_position")}
+        rows = {name: list(np.array(data[name])) for name in ("units", "chunks", "at_positions")}
+        if any(row.shape != (COLUMNS + 1,) for row in rows["chunks"]):
             raise ValueError(f"rows of chunks have {COLUMNS + 1} columns, and these are of another version")
-        reading.moves = None if data["moves"] is None else Moves.from_json(data["moves"])
-        return reading
+        fast_weights = data["fast_weights"] and FastWeightSums.from_json(data["fast_weights"])
+        return cls(**{**data, **arrays, **rows, "positions": tuple(data["positions"]), "fast_weights": fast_weights})
 
 
 @dataclass
-class Moves:
-    """How far a model's fast weights moved while it read, stretch by stretch (see `scoring._fast_weights.Watch`), n of them.
+class FastWeightSums:
+    """How much the n fast weights of a model changed from each measurement to the next (see `scoring._fast_weights`).
 
     names     of the fast weights
-    total     [n] sums of their relative changes over all stretches
-    distance  [n] relative to their initial values, at the end of the last stretch
-    course    rows of tokens, stretches, and the mean change; then the change of each, if they are not more than `EACH`
+    change    [n] sums of their relative changes over all measurements
+    distance  [n] relative to their initial values, at the last measurement
+    history   rows of tokens, measurements, and the mean change; then the change of each, if they are at most `MOST_CURVES`
     """
 
     names: tuple[str, ...]
-    total: np.ndarray
+    change: np.ndarray
     distance: np.ndarray
-    course: list[np.ndarray] = field(default_factory=list)
-    stretches: int = 0
-    stretches_a_row: int = 1
+    history: list[np.ndarray] = field(default_factory=list)
+    measurements: int = 0
+    measurements_per_row: int = 1
 
     def add(self, tokens: int, change: np.ndarray, distance: np.ndarray) -> None:
-        self.total, self.distance = self.total + change, distance
-        row = np.array([tokens, 1, change.mean(), *(change if len(change) <= EACH else ())])
-        self.stretches_a_row = append(self.course, row, self.stretches, self.stretches_a_row)
-        self.stretches += 1
+        self.change, self.distance = self.change + change, distance
+        row = np.array([[tokens, 1, change.mean(), *(change if len(change) <= MOST_CURVES else ())]])
+        self.measurements += 1
+        self.measurements_per_row = add_to_blocks(self.history, self.measurements_per_row, self.measurements, row, CHUNKS)
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Moves:
-        arrays = {name: np.array(data[name]) for name in ("total", "distance")}
-        return cls(**{**data, **arrays, "names": tuple(data["names"]), "course": [np.array(row) for row in data["course"]]})
+    def from_json(cls, data: dict[str, Any]) -> FastWeightSums:
+        arrays = {name: np.array(data[name]) for name in ("change", "distance")}
+        return cls(**{**data, **arrays, "names": tuple(data["names"]), "history": list(np.array(data["history"]))})
 
 
-def add_to_blocks(units: list[np.ndarray], block: int, start: int, rows: np.ndarray) -> int:
-    """Add the rows [n, columns] of targets `start`, `start` + 1, ... of one stream to sums of `block` targets each; merge pairs
-    of these if they are too many. Returns `block`."""
+def add_to_blocks(units: list[np.ndarray], block: int, start: int, rows: np.ndarray, most: int = BLOCKS) -> int:
+    """Add rows [n, columns], number `start`, `start` + 1, ... (from 1), to sums of `block` rows each; if there are more than
+    `most` sums, merge pairs of them. Returns `block`."""
     while len(rows):
         unit = (start - 1) // block
-        if unit == BLOCKS:
+        if unit == most:
             units[:] = [left + right for left, right in zip(units[::2], units[1::2], strict=True)]
             block *= 2
             continue
@@ -200,20 +194,7 @@ def add_to_blocks(units: list[np.ndarray], block: int, start: int, rows: np.ndar
     return block
 
 
-def append(course: list[np.ndarray], row: np.ndarray, seen: int, each: int) -> int:
-    """Append the row after `seen` ones to a course of sums of `each` rows; merge pairs if it is too long. Returns `each`."""
-    if seen % each:
-        course[-1] += row
-    elif len(course) < CHUNKS:
-        course.append(row.copy())
-    else:
-        course[:] = [left + right for left, right in zip(course[::2], course[1::2], strict=True)]
-        course.append(row.copy())
-        each *= 2
-    return each
-
-
-def plain(sums: LossAccumulator | Moves) -> dict[str, Any]:
+def plain(sums: LossAccumulator | FastWeightSums) -> dict[str, Any]:
     """The fields as JSON has them."""
     return {
         name: np.asarray(value).tolist() if isinstance(value, np.ndarray | list | tuple) else value

@@ -1,4 +1,8 @@
-"""What the sums of a reading come to: metrics with their intervals, and the curves of a page."""
+"""Compute metrics with intervals, and curves, from the sums of a text.
+
+The loss at a chosen position is the mean over the thousand targets up to it. In a stream, its interval is drawn from blocks of
+fifty of them; by document, from the documents that reach the position (`statistics._bootstrap`).
+"""
 
 from __future__ import annotations
 
@@ -11,69 +15,76 @@ from pytest_lmeval.records._measured import Series
 from pytest_lmeval.records._metric import metric, value_of
 from pytest_lmeval.records._value import Value
 from pytest_lmeval.scoring import _fast_weights as fast_weights
-from pytest_lmeval.scoring._loss_accumulator import BYTES, HITS, NATS, SECONDS, STATE, TOKENS, LossAccumulator
-from pytest_lmeval.scoring._positions import loss_metrics, name_of
-from pytest_lmeval.statistics._bootstrap import ratio_intervals
+from pytest_lmeval.scoring._loss_accumulator import (
+    BYTES,
+    HITS,
+    NATS,
+    POSITIONS,
+    SECONDS,
+    SPAN,
+    SPAN_BLOCK,
+    STATE,
+    TOKENS,
+    LossAccumulator,
+)
+from pytest_lmeval.statistics._bootstrap import FEWEST_UNITS, ratio_intervals
 
-OVERFLOW = 700.0  # nats, whose exponential is no number that a float holds
+LARGEST_EXPONENT = 700.0  # nats: the exponential of more is no float
 
 
-def metrics_of(reading: LossAccumulator, *, seconds: float, seed: int) -> dict[str, Value]:
-    """The ratios that the sums of a reading stand for, with their intervals; first those that a summary shows first."""
+def metrics_of(sums: LossAccumulator, *, seconds: float, seed: int) -> dict[str, Value]:
+    """The metrics of a text with their intervals, in the order of a summary."""
     columns = {"tokens": TOKENS, "nats": NATS, "bytes": BYTES, **{f"top{k}": column for k, column in HITS.items()}}
-    total, n = reading.total, reading.tokens
+    total, n = sums.total, sums.tokens
     names = ["nll", *(["bits_per_byte"] if total[BYTES] else []), *(f"token_accuracy_top{k}" for k in HITS)]
     ratios = [tuple(columns[side] for side in metric(name).sums or ()) for name in names]
-    intervals = ratio_intervals(np.array(reading.units), [(above, below) for above, below in ratios], seed=seed)
+    intervals = ratio_intervals(np.array(sums.units), [(above, below) for above, below in ratios], seed=seed)
     found = {}
     for name, (above, below), interval in zip(names, ratios, intervals, strict=True):
         scale = metric(name).scale
         scaled = interval and (scale * interval[0], scale * interval[1])
         found[name] = value_of(name, scale * total[above] / total[below], scaled, n=n)
-    moved = {} if reading.moves is None else fast_weights.metrics_of(reading.moves)
     return {
         "perplexity": exponential(found["nll"]),
         **found,
-        **loss_metrics(reading, seed=seed),
-        **moved,
+        **loss_metrics(sums, seed=seed),
+        **(fast_weights.metrics_of(sums.fast_weights) if sums.fast_weights else {}),
         "tokens_per_second": value_of("tokens_per_second", n / seconds, n=n),
     }
 
 
 def above_floor(metrics: dict[str, Value], entropy: float | None) -> dict[str, Value]:
-    """The metrics, and for a text of known entropy: what the best model pays on average, and how much more was paid."""
+    """The metrics and, for a text of known entropy, the loss of the best model and the loss above that."""
     if entropy is None or "bits_per_byte" not in metrics:
         return metrics
-    paid, ln2 = metrics["bits_per_byte"], math.log(2)
-    interval = None if paid.low is None or paid.high is None else (paid.low * ln2 - entropy, paid.high * ln2 - entropy)
-    excess = value_of("excess_nats", float(paid) * ln2 - entropy, interval, n=paid.n)
+    loss, ln2 = metrics["bits_per_byte"], math.log(2)
+    interval = None if loss.low is None or loss.high is None else (loss.low * ln2 - entropy, loss.high * ln2 - entropy)
+    excess = value_of("excess_nats", float(loss) * ln2 - entropy, interval, n=loss.n)
     return {**metrics, "entropy_floor": value_of("entropy_floor", entropy), "excess_nats": excess}
 
 
 def exponential(nll: Value, name: str = "perplexity") -> Value:
-    """The perplexity of a mean loss. Never capped: a loss too large for a float is an error that says so."""
+    """The perplexity of a mean loss. Raises StreamError for one that is too large for a float; it is never capped."""
     try:
         interval = None if nll.low is None or nll.high is None else (math.exp(nll.low), math.exp(nll.high))
         return value_of(name, math.exp(nll), interval, n=nll.n)
     except OverflowError as error:
-        raise StreamError(
-            f"the mean loss is {float(nll):.6g} nats a token; its perplexity is no number a float can hold."
-        ) from error
+        raise StreamError(f"the mean loss is {float(nll):.6g} nats a token: its perplexity is too large a number.") from error
 
 
-def series_of(reading: LossAccumulator, metrics: dict[str, Value], *, carried: bool) -> dict[str, Series]:
-    """The course of a reading, by tokens read; of the state too, where one was carried through a stream."""
-    chunks, each = reading.course
-    some = chunks[:, TOKENS] > 0  # of frames, one may hold no code to score
-    chunks, each = chunks[some], each[some]
+def series_of(sums: LossAccumulator, metrics: dict[str, Value], *, carried: bool) -> dict[str, Series]:
+    """Curves over the text, by tokens read; of the state too, if it was carried through a stream."""
+    chunks, counts = sums.history
+    some = chunks[:, TOKENS] > 0  # a frame may hold no code to score
+    chunks, counts = chunks[some], counts[some]
     read = np.cumsum(chunks[:, TOKENS]).tolist()
     loss = chunks[:, NATS] / chunks[:, TOKENS]
     running = np.cumsum(chunks[:, NATS]) / np.cumsum(chunks[:, TOKENS])
-    filled = np.flatnonzero(reading.by_position[:, TOKENS])
-    binned = reading.by_position[filled]
+    filled = np.flatnonzero(sums.by_position[:, TOKENS])
+    binned = sums.by_position[filled]
     series = {
         "chunk_loss": Series(read, loss.tolist(), "tokens", "nats/token"),
-        "chunk_seconds": Series(read, (chunks[:, SECONDS] / each).tolist(), "tokens", "s"),
+        "chunk_seconds": Series(read, (chunks[:, SECONDS] / counts).tolist(), "tokens", "s"),
         "loss_by_position": Series(
             (2 ** ((filled + 0.5) / 2)).tolist(),
             (binned[:, NATS] / binned[:, TOKENS]).tolist(),
@@ -83,11 +94,78 @@ def series_of(reading: LossAccumulator, metrics: dict[str, Value], *, carried: b
             "x",
         ),
     }
-    if running.max() < OVERFLOW:
+    if running.max() < LARGEST_EXPONENT:
         curve = np.exp(running).tolist()
         series["running_perplexity"] = Series(read, curve, "tokens", "perplexity", "Running perplexity")
-    if carried and not reading.by_document and reading.peak_state_bytes:
-        series["state_bytes"] = Series(read, (chunks[:, STATE] / each).tolist(), "tokens", "bytes", "State over the stream")
-    if reached := {float(at): float(metrics[name]) for at in reading.positions if (name := name_of(at)) in metrics}:
+    if carried and not sums.by_document and sums.peak_state_bytes:
+        series["state_bytes"] = Series(read, (chunks[:, STATE] / counts).tolist(), "tokens", "bytes", "State over the stream")
+    if reached := {float(at): float(metrics[name]) for at in sums.positions if (name := name_of(at)) in metrics}:
         series["loss_at"] = Series(list(reached), list(reached.values()), "tokens before", "nats/token")
-    return {**series, **({} if reading.moves is None else fast_weights.series_of(reading.moves))}
+    return {**series, **(fast_weights.series_of(sums.fast_weights) if sums.fast_weights else {})}
+
+
+def name_of(position: int) -> str:
+    """The name of the metric.
+
+    >>> name_of(8000), name_of(8192), name_of(1_000_000)
+    ('loss_at_8k', 'loss_at_8192', 'loss_at_1M')
+    """
+    for size, letter in ((1_000_000, "M"), (1000, "k")):
+        if position and not position % size:
+            return f"loss_at_{position // size}{letter}"
+    return f"loss_at_{position}"
+
+
+def sums_at(sums: LossAccumulator) -> np.ndarray:
+    """Tokens and nats [units, positions, 2]; zero where a text has no target among the last fifty before a position."""
+    rows = np.array(sums.at_positions).reshape(len(sums.at_positions), len(sums.positions), POSITIONS + 1)
+    read = rows[..., POSITIONS] if sums.by_document else rows[..., POSITIONS].sum(axis=0)
+    enough = np.maximum(0, np.minimum(SPAN, sums.positions) - SPAN_BLOCK)
+    return np.where((read > enough)[..., None], rows[..., :POSITIONS], 0.0)
+
+
+def not_reached(sums: LossAccumulator) -> list[int]:
+    """Positions that the text does not reach."""
+    tokens = sums_at(sums)[..., TOKENS].sum(axis=0)
+    return [position for position, count in zip(sums.positions, tokens, strict=True) if not count]
+
+
+def loss_metrics(sums: LossAccumulator, *, seed: int) -> dict[str, Value]:
+    """The loss at each position that was reached and, for two of them or more, their slope, with 95 % intervals.
+
+    Intervals are None for fewer than eight blocks or documents. That of the slope takes each loss as linear in the sums of a
+    unit, which it is in a stream, where all blocks are of the same size.
+    """
+    rows = sums_at(sums)
+    reached = np.flatnonzero(rows[..., TOKENS].sum(axis=0))
+    if not len(reached):
+        return {}
+    rows, at = rows[:, reached], np.array(sums.positions)[reached]
+    total = rows.sum(axis=0)
+    losses = total[:, NATS] / total[:, TOKENS]
+    weights = slope_weights(at / 1000)
+    # The slope is a mean over units too: each unit contributes the losses, shifted by its own difference from them.
+    excess = (rows[..., NATS] - losses * rows[..., TOKENS]) * len(rows) / total[:, TOKENS]
+    columns = np.column_stack([rows.reshape(len(rows), -1), (losses + excess) @ weights, np.ones(len(rows))])
+    ratios = [(2 * index + NATS, 2 * index + TOKENS) for index in range(len(at))] + [(2 * len(at), 2 * len(at) + 1)]
+    intervals = ratio_intervals(columns, ratios, seed=seed)
+    units = (rows[..., TOKENS] > 0).sum(axis=0)
+    bounds = [interval if count >= FEWEST_UNITS else None for interval, count in zip(intervals, units, strict=False)]
+    found = {
+        name: value_of(name, float(losses[index]), bounds[index], n=int(total[index, TOKENS]))
+        for index, name in enumerate(map(name_of, at.tolist()))
+    }
+    if len(at) > 1:
+        certain = None if None in bounds else intervals[-1]
+        found["loss_slope"] = value_of("loss_slope", float(losses @ weights), certain, n=len(at))
+    return found
+
+
+def slope_weights(x: np.ndarray) -> np.ndarray:
+    """Weights of y in the least-squares slope of y over x; zeros for a single point.
+
+    >>> float(slope_weights(np.array([8.0, 16.0, 24.0])) @ np.array([3.0, 2.0, 1.0]))
+    -0.125
+    """
+    centered: np.ndarray = x - x.mean()
+    return centered / max(float((centered**2).sum()), np.finfo(float).tiny)

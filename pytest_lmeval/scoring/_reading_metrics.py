@@ -1,113 +1,55 @@
-"""The metrics of reading a text, of training on one, and of two models that read the same one."""
+"""Declare the metrics of perplexity, agreement, training and equivalence."""
 
 from __future__ import annotations
 
 import math
+from functools import partial
 
 from pytest_lmeval.records._metric import Metric
 
-LOSS = "0.5%"  # of the baseline: what may be lost of a mean loss
+LOSS = "0.5%"  # default margin of a mean loss, of its baseline
 
-METRICS = {
-    metric.name: metric
-    for metric in (
-        # perplexity, which tasks have too, stands in `scoring._answer_metrics`
-        Metric(
-            "bits_per_byte",
-            "bits/byte",
-            higher_is_better=False,
-            about="nats / ln 2 / bytes of the original text: comparable between tokenizers",
-            sums=("nats", "bytes"),
-            scale=1 / math.log(2),
-            margin=LOSS,
-        ),
-        Metric(
-            "nll",
-            "nats/token",
-            higher_is_better=False,
-            about="mean negative log-likelihood of a token",
-            headline=False,
-            sums=("nats", "tokens"),
-            stands_for="bits_per_byte",
-            margin=LOSS,
-        ),
-        Metric("token_accuracy_top1", about="share of targets that are the model's first choice", sums=("top1", "tokens")),
-        Metric("token_accuracy_top5", about="share of targets among the model's first five choices", sums=("top5", "tokens")),
-        Metric(
-            "excess_nats",
-            "nats/byte",
-            higher_is_better=False,
-            about="loss above the entropy of the text, which is what the best model pays",
-        ),
-        Metric(
-            "entropy_floor",
-            "nats/byte",
-            higher_is_better=None,
-            headline=False,
-            about="entropy of a text of known source: what the best model pays on average",
-        ),
-        Metric(
-            "loss_at_*",
-            "nats/token",
-            higher_is_better=False,
-            about="mean loss of the thousand tokens up to a position",
-            margin=LOSS,
-        ),
-        Metric("loss_slope", "nats/1k tokens", higher_is_better=False, about="least-squares slope of the losses at positions"),
-        Metric(
-            "fast_weight_change", higher_is_better=None, about="mean relative change of the fast weights between two chunks"
-        ),
-        Metric(
-            "fast_weight_distance",
-            higher_is_better=None,
-            headline=False,
-            about="mean relative distance of the fast weights from their initial values at the end",
-        ),
-        Metric("fast_weights_moving", about="fast weights that changed while the text was read"),
-        Metric(
-            "perplexity_last",
-            higher_is_better=False,
-            headline=False,
-            about="perplexity on the held-out text with the last weights",
-            margin=LOSS,
-        ),
-        Metric(
-            "nll_last",
-            "nats/token",
-            higher_is_better=False,
-            headline=False,
-            about="mean loss on the held-out text with the last weights",
-            margin=LOSS,
-        ),
-        Metric(
-            "train_loss",
-            "nats/token",
-            higher_is_better=False,
-            headline=False,
-            about="mean training loss since the last evaluation but one",
-        ),
-        Metric("agreement", about="share of places where both models have the same likeliest token"),
-        Metric("kl", "nats/token", higher_is_better=False, about="mean of KL(reference || lm) over all places"),
-        Metric(
-            "nll_difference",
-            "nats/token",
-            higher_is_better=False,
-            about="mean loss less that of the reference",
-            margin=LOSS,
-        ),
-        Metric("perplexity_ratio", higher_is_better=False, about="perplexity over that of the reference", margin=LOSS),
-        Metric(
-            "largest_difference",
-            "nats",
-            higher_is_better=False,
-            about="of the log-probability of any token at any place, where both hold it possible",
-        ),
-        Metric("laws_kept", about="laws of streaming that no case broke"),
-        Metric("cases", higher_is_better=None, about="cases that the laws were tried on"),
-        Metric(
-            "worst_ratio",
-            higher_is_better=False,
-            about="largest error of a chunked run over that of the full run, against float64",
-        ),
-    )
-}
+lower = partial(Metric, higher_is_better=False)
+neither = partial(Metric, higher_is_better=None)
+per_token = partial(lower, unit="nats/token")
+
+DECLARED = (
+    # perplexity, which tasks have too, is declared in `scoring._answer_metrics`
+    lower(
+        "bits_per_byte",
+        "bits/byte",
+        about="nats / ln 2 / bytes of the original text: comparable between tokenizers",
+        sums=("nats", "bytes"),
+        scale=1 / math.log(2),
+        margin=LOSS,
+    ),
+    per_token(
+        "nll",
+        about="mean negative log-likelihood of a token",
+        headline=False,
+        sums=("nats", "tokens"),
+        stands_for="bits_per_byte",
+        margin=LOSS,
+    ),
+    Metric("token_accuracy_top1", about="fraction of targets that are the model's first choice", sums=("top1", "tokens")),
+    Metric("token_accuracy_top5", about="fraction of targets among its first five choices", sums=("top5", "tokens")),
+    lower("excess_nats", "nats/byte", about="loss above the entropy of the text, which is the loss of the best model"),
+    neither("entropy_floor", "nats/byte", headline=False, about="entropy of a text of known source: loss of the best model"),
+    per_token("loss_at_*", about="mean loss of the thousand targets up to a position", margin=LOSS),
+    lower("loss_slope", "nats/1k tokens", about="least-squares slope of the losses at positions"),
+    neither("fast_weight_change", about="mean relative change of the fast weights between two chunks"),
+    neither("fast_weight_distance", headline=False, about="mean relative distance of the final fast weights from the initial"),
+    Metric("fast_weights_changed", about="number of fast weights that changed while the text was read"),
+    lower("perplexity_last", headline=False, about="perplexity on the held-out text with the last weights", margin=LOSS),
+    per_token("nll_last", headline=False, about="mean loss on the held-out text with the last weights", margin=LOSS),
+    per_token("train_loss", headline=False, about="mean training loss since the last evaluation but one"),
+    Metric("agreement", about="fraction of positions where both models have the same most likely token"),
+    per_token("kl", about="mean of KL(reference || lm) over all positions"),
+    per_token("nll_difference", about="mean loss minus that of the reference", margin=LOSS),
+    lower("perplexity_ratio", about="perplexity over that of the reference", margin=LOSS),
+    lower("largest_difference", "nats", about="of the log-probability of any token that both models find possible"),
+    Metric("laws_kept", about="number of laws that no case broke"),
+    neither("cases", about="number of cases that the laws were tested on"),
+    lower("worst_ratio", about="largest error of a chunked run over that of the full run, against float64"),
+)
+METRICS = {metric.name: metric for metric in DECLARED}
