@@ -51,5 +51,5 @@ def test_loss_by_position(lmeval, corpus, build):
     assert set(result.loss_at) == set(POSITIONS)
     if build is ttt:
         assert result.fast_weights.count == 2 * LAYERS
-        assert not result.fast_weights.unmoved
+        assert not result.fast_weights.unchanged
         assert result.loss_at[24_000].high < possible[f"memory_of_{SEEN}"]  # better than any model with that window

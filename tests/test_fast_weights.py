@@ -18,7 +18,7 @@ from pytest_lmeval.records._journal import Checkpoints
 from pytest_lmeval.records._measured import Record
 from pytest_lmeval.scoring import _fast_weights as fast_weights
 from pytest_lmeval.scoring._loss_accumulator import CHUNKS, MOST_CURVES, FastWeightSums, LossAccumulator
-from pytest_lmeval.scoring._reading_figures import loss_metrics, name_of, not_reached
+from pytest_lmeval.scoring._loss_metrics import loss_metrics, name_of, not_reached
 from pytest_lmeval.statistics._bootstrap import ratio_intervals
 
 NAMES = ("a.W", "a.b", "c.W")
@@ -80,7 +80,7 @@ def test_a_model_that_does_not_learn_is_reported():
     (warning,) = result.record.details["warnings"]
     assert "has 3 fast weights and none of them moved in 2,048 tokens: it does not learn as it reads." in warning
     assert "(a.W, a.b, c.W)" in warning
-    assert (result.fast_weights.changed, result.fast_weights.unmoved) == ((), NAMES)
+    assert (result.fast_weights.changed, result.fast_weights.unchanged) == ((), NAMES)
     assert result.record.metrics["fast_weight_change"] == result.record.metrics["fast_weights_changed"] == 0
 
 
@@ -89,7 +89,7 @@ def test_a_few_unchanged_fast_weights_are_named():
     (warning,) = result.record.details["warnings"]
     assert "test_fast_weights:Learns did not move in 299 tokens: a.b." in warning
     assert warning.startswith("1 of the 3 fast weights of")
-    assert (result.fast_weights.changed, result.fast_weights.unmoved) == (("a.W", "c.W"), ("a.b",))
+    assert (result.fast_weights.changed, result.fast_weights.unchanged) == (("a.W", "c.W"), ("a.b",))
 
 
 def test_only_some_of_many_unchanged_fast_weights_are_named():

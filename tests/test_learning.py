@@ -144,7 +144,7 @@ def test_fast_weights_that_do_not_move_are_told_at_the_end_of_the_run(project):
 
         def test_reads(lmeval, lm, corpus):
             result = lmeval.perplexity(lm, corpus("automaton:size=50k", "test"), tokens=2000)
-            assert result.fast_weights.unmoved == ("head",)
+            assert result.fast_weights.unchanged == ("head",)
         """
     )
     result = run(project)

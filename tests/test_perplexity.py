@@ -32,7 +32,7 @@ from pytest_lmeval.records._journal import Checkpoints, JournalWarning
 from pytest_lmeval.records._value import Value
 from pytest_lmeval.scoring import _loss_accumulator as scoring
 from pytest_lmeval.scoring._loss_accumulator import CHUNKS, TOKENS, LossAccumulator
-from pytest_lmeval.scoring._reading_figures import exponential
+from pytest_lmeval.scoring._loss_metrics import exponential
 
 LM = as_model(Functional())
 BYTE_LM = as_model(Functional(vocab=256))

@@ -34,7 +34,7 @@ from pytest_lmeval.laws._sums import sums
 from pytest_lmeval.laws._tolerance import ROUNDINGS, log_probabilities
 from pytest_lmeval.models._model import Model, State, fork, state_bytes, state_types
 from pytest_lmeval.models._seeds import reseed
-from pytest_lmeval.scoring._resume import safe_load
+from pytest_lmeval.scoring._text_files import safe_load
 
 FINER = 30  # a difference that is so many times smaller in float64 is rounding
 

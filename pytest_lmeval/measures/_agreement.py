@@ -43,7 +43,7 @@ from pytest_lmeval.records._measured import Cost, Record, Result
 from pytest_lmeval.records._metric import value_of
 from pytest_lmeval.records._value import Value
 from pytest_lmeval.scoring._loss_accumulator import BLOCK, add_to_blocks
-from pytest_lmeval.scoring._reading_figures import exponential
+from pytest_lmeval.scoring._loss_metrics import exponential
 from pytest_lmeval.statistics._bootstrap import ratio_intervals
 from pytest_lmeval.statistics._proportion import wilson_of_groups
 

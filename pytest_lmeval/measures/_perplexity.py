@@ -40,8 +40,8 @@ from pytest_lmeval.records._measured import Cost, Record, Result, Series
 from pytest_lmeval.records._value import Value
 from pytest_lmeval.scoring import _fast_weights as fast_weights
 from pytest_lmeval.scoring._loss_accumulator import BYTES, HITS, NATS, TOKENS, LossAccumulator
-from pytest_lmeval.scoring._reading_figures import above_floor, metrics_of, name_of, not_reached, series_of
-from pytest_lmeval.scoring._resume import LossFile, read_point, write_point, write_units
+from pytest_lmeval.scoring._loss_metrics import above_floor, metrics_of, name_of, not_reached, series_of
+from pytest_lmeval.scoring._text_files import LossFile, read_point, write_point, write_units
 
 Progress = Callable[[int, float, int | None], None]
 """Called after each chunk with the tokens scored, the nats so far, and the tokens expected (None: unknown)."""
@@ -227,7 +227,7 @@ def measure_perplexity(
                 windows of lm_eval
     positions   measure the loss at these positions, for example (8000, 16000, 24000): means of the thousand targets up to each
     losses      write the loss of every target to this .npy file (float32, nats)
-    units       write the sums of each document, or block of the stream, to this file of JSON lines (see `scoring._resume`)
+    units       write the sums of each document, or block of the stream, to this file of JSON lines (see `scoring._text_files`)
     checkpoints, key    save a checkpoint now and then, and resume from the last one
 
     The changes of fast weights (`Model.fast_weights`) are measured after every chunk; if some do not change, the record has a

@@ -21,7 +21,7 @@ import numpy as np
 
 from pytest_lmeval.records._example import Example
 from pytest_lmeval.records._metric import Estimate, Metric, Needs, Norm
-from pytest_lmeval.scoring._reading_metrics import LOSS
+from pytest_lmeval.scoring._text_metrics import LOSS
 from pytest_lmeval.statistics._bootstrap import FEWEST_UNITS
 
 NO_ANSWER = ("unanswerable", "")  # outputs that say that the text does not tell the answer

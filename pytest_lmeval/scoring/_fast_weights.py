@@ -42,7 +42,7 @@ class FastWeights:
 
     count: int
     changed: tuple[str, ...]
-    unmoved: tuple[str, ...]
+    unchanged: tuple[str, ...]
     change: Series
     distance: Value
 

@@ -9,7 +9,7 @@ Every metric of a text is a ratio of sums over targets, so only rows of sums (to
     at_positions  one row for each unit and chosen position: tokens and nats just before it
 
 Blocks and chunks are merged in pairs when there are too many, so a stream of any length fits. Saved with the state after the
-last chunk (`scoring._resume`), the sums resume to exactly the same numbers.
+last chunk (`scoring._text_files`), the sums resume to exactly the same numbers.
 """
 
 from __future__ import annotations

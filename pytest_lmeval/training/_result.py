@@ -14,7 +14,7 @@ from pytest_lmeval.profiling._peak import Peak
 from pytest_lmeval.records._measured import Cost, Record, Series
 from pytest_lmeval.records._metric import value_of
 from pytest_lmeval.records._value import Value
-from pytest_lmeval.scoring._reading_figures import exponential
+from pytest_lmeval.scoring._loss_metrics import exponential
 from pytest_lmeval.statistics._bootstrap import ratio_intervals
 from pytest_lmeval.training._plan import Plan
 from pytest_lmeval.training._protocol import Protocol
