@@ -1,4 +1,4 @@
-"""Corpora of the Hugging Face hub: rows whose texts are read (see `data._rows` for how they are fetched)."""
+"""Corpora of the Hugging Face hub: one text field of the rows of a dataset (see `data._rows`)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pytest_lmeval.errors import CorpusError
 
 @dataclass(frozen=True)
 class Source:
-    """Which rows a corpus is made of, and how they read."""
+    """The rows of a corpus, and how to read them."""
 
     rows: Rows
     field: str = "text"
     as_stream: bool = False
-    end: str = ""  # what ends a row where rows are the lines of one text
+    end: str = ""  # added to each row, if rows are lines of one text
     splits: tuple[str, ...] = SPLITS
 
 
