@@ -17,8 +17,8 @@ and reads one text of at most `context_length` tokens.
 
 `causal-bk` has only the left sweep, G_i = 1 / l_i, and no positions; its state is one complex number per layer and row. Since
 Im z > 0, Im l_i <= -Im z for every i: no division by zero, and |G_i| <= 1 / Im z. A change of G_{i-1} changes G_i by G_i^2
-times as much, about exp(-Im z) in the middle of the band (0 < v_i < 4), and less outside, where a token can erase the past. So z
-starts at 0.2 i here, not at the published 1.3 i. (400 steps on bytes of English documentation reach 3.03 bits per byte from
+times as much, about exp(-Im z) in the middle of the band (0 < v_i < 4), and less outside, where a token can erase the past. So
+z starts at 0.2 i here, not at the published 1.3 i. (400 steps on bytes of English documentation reach 3.03 bits per byte from
 0.1 i and 0.2 i, 3.01 from 0.3 i and 0.5 i, and 3.41 from 1.3 i.)
 
 Shapes: b rows, t tokens, v vocabulary, d width.

@@ -8,10 +8,6 @@ A transformer over bytes with windowed attention. Its state does not grow, and t
 
 Shapes: b rows, t bytes, d width, h heads, e = d / h, w window, k kernel.
 
-    model = load()                                   # the shipped weights
-    logits, state = model(input_ids)                 # [b, t] -> [b, t, 256]
-    logits, state = model(more_ids, state)           # continues the text
-
 Trained by `benchmarks/train_demo.py` on the training split of the corpus `stdlib`.
 ALiBi: Press, Smith, Lewis, "Train Short, Test Long", ICLR 2022.
 """

@@ -11,9 +11,6 @@ is still faster than single tokens, since W x_t is one product for all of them.
 
 Shapes: b rows, t tokens, v vocabulary, d width.
 
-    logits, state = model(input_ids)                 # [b, t] -> [b, t, v]
-    logits, state = model(more_ids, state)           # continues the text
-
 Hochreiter, Schmidhuber, "Long Short-Term Memory", Neural Computation 1997; the gate f: Gers et al., 2000.
 """
 

@@ -14,9 +14,6 @@ outputs. No factor is larger than one, so nothing overflows.
 
 Shapes: b rows, t tokens, v vocabulary, d = expand * width channels, n numbers of state each.
 
-    logits, state = model(input_ids)                 # [b, t] -> [b, t, v]
-    logits, state = model(more_ids, state)           # continues the text
-
 Gu, Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023.
 """
 

@@ -13,9 +13,6 @@ x, B and C go through a causal convolution over the last `kernel` tokens and a S
 
 Shapes: b rows, t tokens, v vocabulary, h heads, p channels each, d = h * p = expand * width, n numbers of state per channel.
 
-    logits, state = model(input_ids)                 # [b, t] -> [b, t, v]
-    logits, state = model(more_ids, state)           # continues the text
-
 Dao, Gu, "Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State Space Duality", 2024.
 """
 

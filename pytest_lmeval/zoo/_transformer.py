@@ -13,9 +13,6 @@ where R_i rotates pairs of coordinates by angles proportional to i, so that R_i 
 
 Shapes: b rows, t tokens, v vocabulary, d width, h heads, e = d / h, s tokens in the state.
 
-    logits, state = model(input_ids)                 # [b, t] -> [b, t, v]
-    logits, state = model(more_ids, state)           # continues the text
-
 Attention: Vaswani et al., "Attention Is All You Need", 2017. RoPE: Su et al., "RoFormer", 2021. SwiGLU: Shazeer, "GLU Variants
 Improve Transformer", 2020. RMSNorm: Zhang, Sennrich, 2019. All of them together: Touvron et al., "LLaMA", 2023.
 """

@@ -19,9 +19,6 @@ interference grows with the length of the text, and a model trained on 128 token
 
 Shapes: b rows, t tokens, v vocabulary, d width, h heads, f = d / h (even), K tokens of a mini-batch.
 
-    logits, state = model(input_ids)                 # [b, t] -> [b, t, v]
-    logits, state = model(more_ids, state)           # continues the text
-
 TTT-Linear: Sun et al., "Learning to (Learn at Test Time): RNNs with Expressive Hidden States", 2024.
 """
 
