@@ -110,7 +110,7 @@ def test_chunks_of_several_frames_are_wrong_once_the_ring_buffer_is_full(chunk_s
 @pytest.mark.parametrize("context", [CONTEXT, pytest.param(24, marks=pytest.mark.thorough)])
 def test_the_probe_finds_that_only_single_frames_are_exact(context):
     lm = as_model(tiny(context))
-    result = probe(lm, examples=1, longest=2 * context, budget=600.0)
+    result = probe(lm, examples=1, longest=context + 4, budget=600.0)
     assert result.verdict == "exact-step-only", result
     assert result.certificate.broken == {"splits"}
     assert result.laws["steps"].worst_ratio < 8
