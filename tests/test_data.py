@@ -76,29 +76,6 @@ def test_jsonl_reads_the_named_field(tmp_path):
     assert not found.as_stream
 
 
-@pytest.mark.parametrize(
-    ("line", "says"),
-    [
-        ("{broken", "line 2: not JSON"),
-        ('{"other": "x"}', r"line 2: no text in field 'text' \(there is other\)"),
-        ('{"text": 3}', "line 2: no text in field"),
-        ("[1]", "line 2: no text in field"),
-        ('{"text": ""}', "line 2: the document is empty"),
-    ],
-)
-def test_a_bad_line_is_named(tmp_path, line, says):
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "fine"}\n' + line + "\n")
-    with pytest.raises(CorpusError, match=says):
-        texts(corpus(f"jsonl:{path}"))
-
-
-def test_text_that_is_not_utf8_is_refused(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(CorpusError, match="not UTF-8 text: byte 0xe9"):
-        texts(corpus(f"text:{tmp_path / 'a.txt'}"))
-
-
 def test_token_files_are_memory_mapped(tmp_path):
     np.save(tmp_path / "ids.npy", np.arange(10, dtype=np.uint16))
     (document,) = corpus(f"tokens:{tmp_path / 'ids.npy'}").documents()
@@ -107,21 +84,27 @@ def test_token_files_are_memory_mapped(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("kind", "content", "says"),
     [
-        (np.zeros((2, 2, 2), int), r"int64 of shape \[2, 2, 2\]"),
-        (np.zeros(3), "float64"),
-        (None, "no .npy file"),
+        ("jsonl", '{"text": "fine"}\n{broken', "line 2: not JSON"),
+        ("jsonl", '{"other": "x"}', r"line 1: no text in field 'text' \(there is other\)"),
+        ("jsonl", '{"text": 3}', "line 1: no text in field"),
+        ("jsonl", "[1]", "line 1: no text in field"),
+        ("jsonl", '{"text": ""}', "line 1: the document is empty"),
+        ("text", b"caf\xe9", "not UTF-8 text: byte 0xe9"),
+        ("tokens", np.zeros((2, 2, 2), int), r"int64 of shape \[2, 2, 2\]"),
+        ("tokens", np.zeros(3), "float64"),
+        ("tokens", "not numpy", "no .npy file"),
     ],
 )
-def test_a_file_without_ids_is_refused(tmp_path, content, says):
-    path = tmp_path / "ids.npy"
-    if content is None:
-        path.write_text("not numpy")
-    else:
+def test_a_file_of_bad_content_is_refused(tmp_path, kind, content, says):
+    path = tmp_path / "file.npy"
+    if isinstance(content, np.ndarray):
         np.save(path, content)
+    else:
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(CorpusError, match=says):
-        corpus(f"tokens:{path}")
+        texts(corpus(f"{kind}:{path}"))
 
 
 @pytest.mark.parametrize(

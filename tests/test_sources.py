@@ -10,22 +10,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from reading import measure_perplexity
 
-from pytest_lmeval.data import _recall as recall, corpus
-from pytest_lmeval.data._automaton import (
-    Automaton,
-    AutomatonLM,
-    Branch,
-    automaton,
-    entropies,
-    entropy_in_window,
-    entropy_of,
-    entropy_rate,
-    load,
-    stationary,
-    surprisal,
-    tables,
-    write,
-)
+from pytest_lmeval.data import _automaton as words, _recall as recall, corpus
+from pytest_lmeval.data._automaton import Automaton, AutomatonLM, Branch, automaton, entropies, load, stationary, tables, write
 from pytest_lmeval.data._corpus import SPLITS
 from pytest_lmeval.data._recall import DIGITS, VALUES, Recall, RecallLM, frequencies
 from pytest_lmeval.data._synthetic import options_in, tape
@@ -136,16 +122,16 @@ def all_texts(source, size):
 def test_the_entropy_of_a_prefix_equals_that_of_all_texts(source, size):
     texts = all_texts(source, size)
     assert sum(texts.values()) == pytest.approx(1)
-    assert entropy_of(source, size) == pytest.approx(entropy(texts))
+    assert words.entropy_of(source, size) == pytest.approx(entropy(texts))
     for text, chance in list(texts.items())[:20]:
-        assert surprisal(source, text.encode()).sum() == pytest.approx(-math.log(chance))
+        assert words.surprisal(source, text.encode()).sum() == pytest.approx(-math.log(chance))
 
 
 @settings(max_examples=10)
 @given(automata)
 def test_the_entropy_of_a_late_byte_equals_the_rate(source):
-    last = entropy_of(source, 20_001) - entropy_of(source, 20_000)
-    assert last == pytest.approx(entropy_rate(source), abs=1e-7)
+    last = words.entropy_of(source, 20_001) - words.entropy_of(source, 20_000)
+    assert last == pytest.approx(words.entropy_rate(source), abs=1e-7)
     assert stationary(source).sum() == pytest.approx(1)
     assert (stationary(source) > 0).all()
 
@@ -153,16 +139,16 @@ def test_the_entropy_of_a_late_byte_equals_the_rate(source):
 @settings(max_examples=10)
 @given(automata)
 def test_a_larger_window_costs_less_and_none_less_than_the_rate(source):
-    floors = [entropy_in_window(source, window) for window in range(5)]
+    floors = [words.entropy_in_window(source, window) for window in range(5)]
     assert (np.diff(floors) < 1e-12).all()
-    assert floors[-1] >= entropy_rate(source) - 1e-12
+    assert floors[-1] >= words.entropy_rate(source) - 1e-12
     assert floors[0] == pytest.approx(entropies((stationary(source) @ tables(source)[0])[None])[0])
 
 
 def test_a_few_bytes_do_not_determine_the_state():
-    assert 1 < entropy_rate(SOURCE) / LN2 < 1.5  # bits a byte
-    assert entropy_in_window(SOURCE, 1) > 1.7 * entropy_rate(SOURCE)
-    assert entropy_in_window(SOURCE, 4) > 1.15 * entropy_rate(SOURCE)
+    assert 1 < words.entropy_rate(SOURCE) / LN2 < 1.5  # bits a byte
+    assert words.entropy_in_window(SOURCE, 1) > 1.7 * words.entropy_rate(SOURCE)
+    assert words.entropy_in_window(SOURCE, 4) > 1.15 * words.entropy_rate(SOURCE)
 
 
 def test_letter_counts_in_the_text_give_the_same_entropies():
@@ -173,7 +159,7 @@ def test_letter_counts_in_the_text_give_the_same_entropies():
             counts[text[i - window : i]][text[i]] += 1
         table = np.array([[following.get(letter, 0) for letter in sorted(set(text))] for following in counts.values()])
         counted = table.sum(1) @ entropies(table / table.sum(1, keepdims=True)) / table.sum()
-        assert counted == pytest.approx(entropy_in_window(SOURCE, window), abs=0.008)
+        assert counted == pytest.approx(words.entropy_in_window(SOURCE, window), abs=0.008)
 
 
 def test_an_automaton_of_unknown_entropy_is_refused():
@@ -196,10 +182,10 @@ def test_an_automaton_of_unknown_entropy_is_refused():
 def test_the_loss_of_the_optimal_model_is_the_entropy():
     text = corpus("automaton", "test")
     result = measure_perplexity(as_model(load()), text)
-    assert text.entropy == pytest.approx(entropy_rate(SOURCE), abs=1e-5)
+    assert text.entropy == pytest.approx(words.entropy_rate(SOURCE), abs=1e-5)
     assert float(result.perplexity) == pytest.approx(math.exp(text.entropy), rel=5e-3)
     assert result.nll.low < text.entropy < result.nll.high
-    exact = surprisal(SOURCE, text_of("automaton").encode())[1:].mean()
+    exact = words.surprisal(SOURCE, text_of("automaton").encode())[1:].mean()
     assert float(result.nll) == pytest.approx(exact, abs=1e-6)  # for this text
 
 
@@ -226,7 +212,7 @@ TEXT = text_of("automaton:size=100k").encode()
 @settings(max_examples=10)
 @given(reweighted())
 def test_a_reweighted_automaton_loses_its_divergence(other):
-    excess = surprisal(other, TEXT) - surprisal(SOURCE, TEXT)
+    excess = words.surprisal(other, TEXT) - words.surprisal(SOURCE, TEXT)
     blocks = excess.reshape(-1, 500).mean(1)
     assert divergence(other) >= 0
     assert excess.mean() == pytest.approx(divergence(other), abs=6 * blocks.std() / math.sqrt(len(blocks)) + 1e-12)
@@ -251,7 +237,7 @@ def test_chunks_give_the_exact_probabilities(source, sizes, seed):
         logits, state = model(chunk, state)
         parts.append(logits)
     chances = torch.cat(parts, 1).softmax(-1)[1, torch.arange(len(text) - 1), list(text[1:])]
-    np.testing.assert_allclose(-np.log(chances.numpy()), surprisal(source, text)[1:], atol=1e-5)
+    np.testing.assert_allclose(-np.log(chances.numpy()), words.surprisal(source, text)[1:], atol=1e-5)
 
 
 MODELS = {"automaton": load, "recall": recall.load_windowed, "two digits": lambda: RecallLM(Recall(100, 4, 1.0), window=40)}
@@ -265,7 +251,7 @@ def test_the_probe_finds_the_optimal_models_exact(name):
 
 def test_a_text_of_another_source_has_a_large_finite_loss():
     with pytest.raises(CorpusError, match=r"byte 3 of the text is b'X', after b' da': that cannot come from this automaton"):
-        surprisal(SOURCE, b" daXmo")
+        words.surprisal(SOURCE, b" daXmo")
     result = measure_perplexity(as_model(load()), list(b"The quick brown fox"))
     assert 10 < float(result.nll) < 30
 
