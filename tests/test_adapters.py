@@ -145,7 +145,7 @@ class Chatty(Functional):
     ("kind", "says"),
     [
         (object, "neither callable nor has `step`"),
-        (Failing, r"one token .* raised IndexError: oops"),
+        (Failing, r"raised IndexError for one token .*: oops"),
         (Chatty, "returned str for one token"),
     ],
 )

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pytest_lmeval.errors import ModelError, SpecError
 from pytest_lmeval.models import _specs as specs
-from pytest_lmeval.models._model import Model, State, StepFn, places, tokenizer_for
+from pytest_lmeval.models._model import Model, State, StepFn, devices_note, tokenizer_for
 from pytest_lmeval.models._sources import Loaded
 from pytest_lmeval.models._tensors import nbytes
 
@@ -103,8 +103,8 @@ def adapt(module: nn.Module, *, spec: str, tokenizer: Any = None) -> Model:
                 logits, _ = step_without_cache(module)(first_token, None, None)
             except Exception:  # noqa: BLE001 - the first error says more
                 raise ModelError(
-                    f"{spec} ({type(module).__name__}) was asked for the logits of one token (id 0, shape [1, 1]) and raised "
-                    f"{type(error).__name__}: {error}.{places(module)}"
+                    f"{spec} ({type(module).__name__}) raised {type(error).__name__} for one token (id 0, shape [1, 1]): "
+                    f"{error}.{devices_note(module)}"
                 ) from error
             form = f"transformers, without its cache, which raised {type(error).__name__}: {error}"
     stateful = state is not None

@@ -248,10 +248,10 @@ def multiplied(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor
 
 
-def places(module: nn.Module | None) -> str:
+def devices_note(module: nn.Module | None) -> str:
     """The devices of a module's tensors as the end of an error message; empty if it is one device with memory.
 
-    >>> places(nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1, device="meta")]))
+    >>> devices_note(nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1, device="meta")]))
     ' Its weights lie on several devices: 2 tensors on cpu, 2 tensors on meta.'
     """
     counts: dict[str, int] = {}

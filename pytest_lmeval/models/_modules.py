@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from pytest_lmeval.errors import ModelError
 from pytest_lmeval.models._identity import settings_of
-from pytest_lmeval.models._model import Model, State, StepFn, codebooks_of, fork, places, tokenizer_for, weights
+from pytest_lmeval.models._model import Model, State, StepFn, codebooks_of, devices_note, fork, tokenizer_for, weights
 from pytest_lmeval.models._weak_cache import WeakCache
 
 # Names of a second argument that is no state.
@@ -212,8 +212,8 @@ def _first_output(spec: str, form: str, source: Any, call: Callable[[Tensor], An
             return call(first_token)
     except Exception as error:
         raise ModelError(
-            f"{spec} was asked for the logits of one token (id 0, shape {list(shape)}) and raised "
-            f"{type(error).__name__}: {error}. It was driven as {form!r}; forms are {', '.join(STEP_FNS)}.{places(module)}"
+            f"{spec}, driven as {form!r}, raised {type(error).__name__} for one token (id 0, shape {list(shape)}): {error}. "
+            f"Forms are {', '.join(STEP_FNS)}.{devices_note(module)}"
         ) from error
 
 

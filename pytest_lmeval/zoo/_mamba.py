@@ -106,19 +106,19 @@ def selective_scan(u: Tensor, dt: Tensor, a: Tensor, b_in: Tensor, c_out: Tensor
     length = -(-t // blocks)
     spare = blocks * length - t  # padding of the last block: dt = 0 changes no state
     parts = (F.pad(x, (0, 0, 0, spare)).view(rows, blocks, length, -1) for x in (dt * u, dt, b_in, c_out))
-    places = list(zip(*(part.unbind(2) for part in parts), strict=True))  # one token of each block: [b, blocks, d] or [..., n]
+    columns = list(zip(*(part.unbind(2) for part in parts), strict=True))  # one token of each block: [b, blocks, d] or [..., n]
 
     starts = [hidden]  # of each block
     if blocks > 1:
         left = hidden.new_zeros(rows, blocks - 1, *a.shape)  # final states from zero
-        for du, step, into, _ in places:
+        for du, step, into, _ in columns:
             left = recurrence(left, du[:, :-1], step[:, :-1], a, into[:, :-1])
-        kept = torch.exp(torch.stack([step for _, step, _, _ in places]).sum(0)[:, :-1, None] * a)  # decay over a block
+        kept = torch.exp(torch.stack([step for _, step, _, _ in columns]).sum(0)[:, :-1, None] * a)  # decay over a block
         for block in range(blocks - 1):
             starts.append(torch.addcmul(left[:, block], kept[:, block], starts[-1]))
 
     h, outputs = torch.stack(starts, dim=1), []
-    for du, step, into, out in places:
+    for du, step, into, out in columns:
         h = recurrence(h, du, step, a, into)
         outputs.append((out[..., None, :] @ h)[..., 0, :])
     return torch.stack(outputs, dim=2).flatten(1, 2)[:, :t], h[:, -1].clone()

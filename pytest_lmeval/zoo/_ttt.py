@@ -80,9 +80,9 @@ class FastLinear(nn.Module):
         (_, weights, sums, filled), size, t = state, self.mini_batch_size, q.shape[2]
         tau, initial, forgotten = self.taus(), self.initial(), self.forget.to(q).sigmoid()[:, None, None]
         q, k = (F.pad(x, (0, 1), value=1.0) for x in (q, k))
-        pieces = [min(size - filled, t), *(min(size, t - begin) for begin in range(size - filled, t, size))]
+        sizes = [min(size - filled, t), *(min(size, t - begin) for begin in range(size - filled, t, size))]
         read = []
-        for q1, k1, goal, lr in zip(*(torch.split(x, pieces, dim=2) for x in (q, k, target, rate)), strict=True):
+        for q1, k1, goal, lr in zip(*(torch.split(x, sizes, dim=2) for x in (q, k, target, rate)), strict=True):
             steps = lr * gradient(k1 @ weights, goal, self.scale, self.shift)
             here = tau[filled : filled + q1.shape[2]]
             read.append(q1 @ weights - here * (q1 @ sums + (q1 @ k1.mT).tril() @ steps))
