@@ -1,4 +1,4 @@
-"""Texts of known entropy: formulas against counting everything, texts against the formulas, and the harness against both."""
+"""Texts of known entropy: formulas equal exhaustive counts, texts follow the formulas, and the harness measures both."""
 
 import itertools
 import math
@@ -10,22 +10,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from reading import measure_perplexity
 
-from pytest_lmeval.data import _recall as recall, corpus
-from pytest_lmeval.data._automaton import (
-    Automaton,
-    AutomatonLM,
-    Branch,
-    automaton,
-    entropies,
-    entropy_in_window,
-    entropy_of,
-    entropy_rate,
-    load,
-    probabilities,
-    stationary,
-    surprisal,
-    write,
-)
+from pytest_lmeval.data import _automaton as words, _recall as recall, corpus
+from pytest_lmeval.data._automaton import Automaton, AutomatonLM, Branch, automaton, entropies, load, stationary, tables, write
 from pytest_lmeval.data._corpus import SPLITS
 from pytest_lmeval.data._recall import DIGITS, VALUES, Recall, RecallLM, frequencies
 from pytest_lmeval.data._synthetic import options_in, tape
@@ -43,22 +29,22 @@ def text_of(name, split="test"):
 
 
 def entropy(chances):
-    """Of a distribution, a mapping from anything to its probability."""
+    """Entropy of a distribution, a mapping from outcomes to probabilities."""
     return -sum(chance * math.log(chance) for chance in chances.values() if chance)
 
 
-# ------------------------------------------------------------------------------------------- both texts
+# ------------------------------------------------------------------------------------------- both corpora
 
 
-def test_the_texts_are_the_same_for_ever():
+def test_the_texts_never_change():
     assert text_of("automaton")[:32] == " damo da metodamanatire memi re "
     assert text_of("recall")[:24] == "F>1?S$M%5*X$b&B.9-8,H+@+"
     assert text_of("recall:keys=1024")[:24] == "h5?nz$ll%jO=or.mr:aD?g@,"
 
 
-@settings(max_examples=30)
+@settings(max_examples=10)
 @given(st.sampled_from(["automaton:", "recall:", "recall:keys=100,skew=1,"]), st.tuples(*[st.integers(2, 150_000)] * 2))
-def test_a_shorter_text_begins_a_longer_one(name, sizes):
+def test_a_longer_text_begins_with_the_shorter_one(name, sizes):
     shorter, longer = sorted(sizes)
     texts = [text_of(f"{name}size={size}") for size in (shorter, longer)]
     assert list(map(len, texts)) == [shorter, longer]
@@ -66,22 +52,22 @@ def test_a_shorter_text_begins_a_longer_one(name, sizes):
 
 
 @pytest.mark.parametrize("name", ["automaton", "recall"])
-def test_splits_and_seeds_have_nothing_to_do_with_one_another(name):
+def test_splits_and_seeds_are_independent(name):
     texts = [text_of(f"{name}:size=20k", split) for split in SPLITS] + [text_of(f"{name}:size=20k,seed=1")]
     for one, other in itertools.combinations(texts, 2):
-        places = min(len(one), len(other))
-        assert sum(map(str.__eq__, one, other)) < 0.25 * places  # as often as chance has it
-        assert not {one[i : i + 40] for i in range(places - 40)} & {other[i : i + 40] for i in range(places - 40)}
+        size = min(len(one), len(other))
+        assert sum(map(str.__eq__, one, other)) < 0.25 * size  # not more than by chance
+        assert not {one[i : i + 40] for i in range(size - 40)} & {other[i : i + 40] for i in range(size - 40)}
 
 
 @pytest.mark.parametrize("name", ["automaton:size=1000000M", "recall:size=1000000M"])
-def test_a_text_is_written_as_it_is_read(name):
+def test_a_text_is_generated_while_it_is_read(name):
     found = corpus(name, "test")
     assert found.size == 10**12
     assert 1000 < len(next(found.documents()).text) < 100_000
 
 
-def test_fingerprints_tell_texts_apart():
+def test_different_texts_have_different_fingerprints():
     options = {"automaton": ["", "size=1k", "seed=1"], "recall": ["", "size=1k", "seed=1", "values=8", "skew=1"]}
     names = [f"{name}:{option}" for name, some in options.items() for option in some]
     found = {corpus(name, split).fingerprint for name in names for split in SPLITS}
@@ -102,25 +88,25 @@ def test_fingerprints_tell_texts_apart():
         ("recall:values=3", "2, 4, 8 or 16 values"),
     ],
 )
-def test_an_option_that_is_none_is_named(name, says):
+def test_a_bad_option_is_refused(name, says):
     with pytest.raises(CorpusError, match=says):
         corpus(name, "test")
 
 
 @settings(max_examples=50)
 @given(st.decimals(0, 9000, places=2, allow_nan=False))
-def test_numbers_in_a_name_are_taken_exactly(number):
+def test_numbers_in_a_name_are_exact(number):
     assert options_in("x", f"size={number}k,skew={number}", {"size": 0, "skew": 0.0}) == {
         "size": int(number * 1000),
         "skew": float(number),
     }
 
 
-# ---------------------------------------------------------------------------- the automaton: its entropy
+# ---------------------------------------------------------------------------- automaton: entropy
 
 
 def all_texts(source, size):
-    """Each text of `size` bytes and its probability, counted one by one."""
+    """Each text of `size` bytes and its probability, by enumeration."""
     found = {}
     for path in itertools.product(range(3), repeat=size):
         state, text, chance = 0, "", 1.0
@@ -131,54 +117,54 @@ def all_texts(source, size):
     return found
 
 
-@settings(max_examples=25)
-@given(automata, st.integers(1, 6))
-def test_the_entropy_of_a_beginning_is_that_of_all_texts_counted(source, size):
+@settings(max_examples=10)
+@given(automata, st.integers(1, 5))
+def test_the_entropy_of_a_prefix_equals_that_of_all_texts(source, size):
     texts = all_texts(source, size)
     assert sum(texts.values()) == pytest.approx(1)
-    assert entropy_of(source, size) == pytest.approx(entropy(texts))
+    assert words.entropy_of(source, size) == pytest.approx(entropy(texts))
     for text, chance in list(texts.items())[:20]:
-        assert surprisal(source, text.encode()).sum() == pytest.approx(-math.log(chance))
+        assert words.surprisal(source, text.encode()).sum() == pytest.approx(-math.log(chance))
 
 
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(automata)
-def test_the_entropy_of_one_more_byte_comes_to_the_rate(source):
-    last = entropy_of(source, 20_001) - entropy_of(source, 20_000)
-    assert last == pytest.approx(entropy_rate(source), abs=1e-7)
+def test_the_entropy_of_a_late_byte_equals_the_rate(source):
+    last = words.entropy_of(source, 20_001) - words.entropy_of(source, 20_000)
+    assert last == pytest.approx(words.entropy_rate(source), abs=1e-7)
     assert stationary(source).sum() == pytest.approx(1)
     assert (stationary(source) > 0).all()
 
 
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(automata)
-def test_who_sees_more_pays_less_and_nobody_less_than_the_rate(source):
-    floors = [entropy_in_window(source, window) for window in range(6)]
+def test_a_larger_window_costs_less_and_none_less_than_the_rate(source):
+    floors = [words.entropy_in_window(source, window) for window in range(5)]
     assert (np.diff(floors) < 1e-12).all()
-    assert floors[-1] >= entropy_rate(source) - 1e-12
-    assert floors[0] == pytest.approx(entropies((stationary(source) @ probabilities(source))[None])[0])
+    assert floors[-1] >= words.entropy_rate(source) - 1e-12
+    assert floors[0] == pytest.approx(entropies((stationary(source) @ tables(source)[0])[None])[0])
 
 
-def test_few_bytes_do_not_reach_the_floor():
-    assert 1 < entropy_rate(SOURCE) / LN2 < 1.5  # bits a byte
-    assert entropy_in_window(SOURCE, 1) > 1.7 * entropy_rate(SOURCE)
-    assert entropy_in_window(SOURCE, 4) > 1.15 * entropy_rate(SOURCE)
+def test_a_few_bytes_do_not_determine_the_state():
+    assert 1 < words.entropy_rate(SOURCE) / LN2 < 1.5  # bits a byte
+    assert words.entropy_in_window(SOURCE, 1) > 1.7 * words.entropy_rate(SOURCE)
+    assert words.entropy_in_window(SOURCE, 4) > 1.15 * words.entropy_rate(SOURCE)
 
 
-def test_counting_letters_in_the_text_finds_the_same_entropies():
-    text = text_of("automaton:size=500k")
-    for window in (0, 1, 2, 3):
+def test_letter_counts_in_the_text_give_the_same_entropies():
+    text = text_of("automaton:size=200k")
+    for window in (0, 2):
         counts = defaultdict(lambda: defaultdict(int))
-        for place in range(window, len(text)):
-            counts[text[place - window : place]][text[place]] += 1
+        for i in range(window, len(text)):
+            counts[text[i - window : i]][text[i]] += 1
         table = np.array([[following.get(letter, 0) for letter in sorted(set(text))] for following in counts.values()])
         counted = table.sum(1) @ entropies(table / table.sum(1, keepdims=True)) / table.sum()
-        assert counted == pytest.approx(entropy_in_window(SOURCE, window), abs=0.005)
+        assert counted == pytest.approx(words.entropy_in_window(SOURCE, window), abs=0.008)
 
 
-def test_a_source_whose_entropy_were_unknown_is_refused():
+def test_an_automaton_of_unknown_entropy_is_refused():
     for branches in (
-        [Branch("a", 128, 0), Branch("a", 128, 0)],  # the letter does not tell where it goes
+        [Branch("a", 128, 0), Branch("a", 128, 0)],  # the letter does not determine the next state
         [Branch("a", 256, 1)],
         [Branch("a", 255, 0)],
         [Branch("a", 300, 0), Branch("b", -44, 0)],
@@ -186,25 +172,25 @@ def test_a_source_whose_entropy_were_unknown_is_refused():
     ):
         with pytest.raises(ValueError, match="state 0 of 1 has the branches"):
             Automaton((tuple(branches),))
-    with pytest.raises(ValueError, match="take a multiple of four"):
+    with pytest.raises(ValueError, match="use a multiple of four"):
         automaton(states=6)
 
 
-# ------------------------------------------------------------------------- the automaton: text and model
+# ------------------------------------------------------------------------- automaton: text and model
 
 
-def test_the_model_that_is_the_source_has_the_perplexity_of_its_entropy():
-    text = corpus("automaton:size=1M", "test")
+def test_the_loss_of_the_optimal_model_is_the_entropy():
+    text = corpus("automaton", "test")
     result = measure_perplexity(as_model(load()), text)
-    assert text.entropy == pytest.approx(entropy_rate(SOURCE), abs=1e-6)
-    assert float(result.perplexity) == pytest.approx(math.exp(text.entropy), rel=1e-3)
+    assert text.entropy == pytest.approx(words.entropy_rate(SOURCE), abs=1e-5)
+    assert float(result.perplexity) == pytest.approx(math.exp(text.entropy), rel=5e-3)
     assert result.nll.low < text.entropy < result.nll.high
-    exact = surprisal(SOURCE, text_of("automaton:size=1M").encode())[1:].mean()
-    assert float(result.nll) == pytest.approx(exact, abs=1e-6)  # of this very text, with no chance in it
+    exact = words.surprisal(SOURCE, text_of("automaton").encode())[1:].mean()
+    assert float(result.nll) == pytest.approx(exact, abs=1e-6)  # for this text
 
 
 @st.composite
-def twins(draw):
+def reweighted(draw):
     """The same automaton with other weights."""
     states = []
     for branches in SOURCE.states:
@@ -214,64 +200,67 @@ def twins(draw):
     return Automaton(tuple(states))
 
 
-def divergence(twin):
-    """Kullback-Leibler divergence of a twin from SOURCE, nats a byte: both are always in the same state."""
-    true, wrong = probabilities(SOURCE), probabilities(twin)
+def divergence(other):
+    """Kullback-Leibler divergence of a reweighted automaton from SOURCE, nats per byte: both are always in the same state."""
+    true, wrong = tables(SOURCE)[0], tables(other)[0]
     return stationary(SOURCE) @ (true * np.log(np.where(true > 0, true, 1) / np.where(true > 0, wrong, 1))).sum(1)
 
 
 TEXT = text_of("automaton:size=100k").encode()
 
 
-@settings(max_examples=25)
-@given(twins())
-def test_a_twin_pays_its_divergence_more(twin):
-    excess = surprisal(twin, TEXT) - surprisal(SOURCE, TEXT)
+@settings(max_examples=10)
+@given(reweighted())
+def test_a_reweighted_automaton_loses_its_divergence(other):
+    excess = words.surprisal(other, TEXT) - words.surprisal(SOURCE, TEXT)
     blocks = excess.reshape(-1, 500).mean(1)
-    assert divergence(twin) >= 0
-    assert excess.mean() == pytest.approx(divergence(twin), abs=6 * blocks.std() / math.sqrt(len(blocks)) + 1e-12)
+    assert divergence(other) >= 0
+    assert excess.mean() == pytest.approx(divergence(other), abs=6 * blocks.std() / math.sqrt(len(blocks)) + 1e-12)
 
 
-def test_a_slightly_wrong_model_is_measured_to_be_as_wrong_as_it_is():
+def test_the_harness_measures_a_small_divergence():
     (likely, medium, rare), rest = SOURCE.states[2], SOURCE.states[3:]
     moved = (likely._replace(weight=likely.weight - 50), medium, rare._replace(weight=rare.weight + 50))
-    twin = Automaton((*SOURCE.states[:2], moved, *rest))
+    other = Automaton((*SOURCE.states[:2], moved, *rest))
     text = corpus("automaton:size=100k", "test")
-    right, wrong = (measure_perplexity(as_model(AutomatonLM(source)), text).nll for source in (SOURCE, twin))
-    assert 0 < divergence(twin) < 0.01
-    assert wrong - right == pytest.approx(divergence(twin), rel=0.1)
+    right, wrong = (measure_perplexity(as_model(AutomatonLM(source)), text).nll for source in (SOURCE, other))
+    assert 0 < divergence(other) < 0.01
+    assert wrong - right == pytest.approx(divergence(other), rel=0.1)
 
 
-@settings(max_examples=30)
+@settings(max_examples=8)
 @given(automata, st.lists(st.integers(1, 40), min_size=1, max_size=8), st.integers(0, 9))
-def test_the_model_knows_its_source_however_the_text_is_cut(source, sizes, seed):
+def test_chunks_give_the_exact_probabilities(source, sizes, seed):
     text = next(write(source, [tape(seed, size=sum(sizes))])).encode()
     model, state, parts = AutomatonLM(source), None, []
-    for piece in torch.split(torch.tensor(list(text))[None].expand(2, -1), sizes, dim=1):
-        logits, state = model(piece, state)
+    for chunk in torch.split(torch.tensor(list(text))[None].expand(2, -1), sizes, dim=1):
+        logits, state = model(chunk, state)
         parts.append(logits)
     chances = torch.cat(parts, 1).softmax(-1)[1, torch.arange(len(text) - 1), list(text[1:])]
-    np.testing.assert_allclose(-np.log(chances.numpy()), surprisal(source, text)[1:], atol=1e-5)
+    np.testing.assert_allclose(-np.log(chances.numpy()), words.surprisal(source, text)[1:], atol=1e-5)
 
 
-@pytest.mark.parametrize("model", [load(), recall.load(), recall.load_windowed(), RecallLM(Recall(100, 4, 1.0), window=40)])
-def test_the_models_are_exact_on_any_bytes(model):
-    result = probe(as_model(model.eval()))
+MODELS = {"automaton": load, "recall": recall.load_windowed, "two digits": lambda: RecallLM(Recall(100, 4, 1.0), window=40)}
+
+
+@pytest.mark.parametrize("name", ["automaton", "two digits", pytest.param("recall", marks=pytest.mark.thorough)])
+def test_the_probe_finds_the_optimal_models_exact(name):
+    result = probe(as_model(MODELS[name]().eval()), examples=1, longest=40, budget=600.0)
     assert result.verdict == "exact-any-chunk", result
 
 
-def test_a_text_of_another_source_is_dear_and_never_infinite():
+def test_a_text_of_another_source_has_a_large_finite_loss():
     with pytest.raises(CorpusError, match=r"byte 3 of the text is b'X', after b' da': that cannot come from this automaton"):
-        surprisal(SOURCE, b" daXmo")
+        words.surprisal(SOURCE, b" daXmo")
     result = measure_perplexity(as_model(load()), list(b"The quick brown fox"))
     assert 10 < float(result.nll) < 30
 
 
-# -------------------------------------------------------------------------------- recall: its entropy
+# -------------------------------------------------------------------------------- recall: entropy
 
 
 def all_pairs(source, pairs):
-    """Each text of so many pairs and its probability, over all tables and all keys."""
+    """Each text of so many pairs and its probability, over all tables and keys."""
     found = defaultdict(float)
     often = frequencies(source)
     for table in itertools.product(VALUES[: source.values], repeat=source.keys):
@@ -292,9 +281,9 @@ def given_before(texts, end, window):
 small = st.builds(Recall, st.integers(2, 3), st.sampled_from([2, 4]), st.sampled_from([0.0, 0.5, 2.0]))
 
 
-@settings(max_examples=15)
+@settings(max_examples=6)
 @given(small)
-def test_the_entropies_are_those_of_all_tables_and_keys_counted(source):
+def test_entropies_equal_those_over_all_tables_and_keys(source):
     texts = all_pairs(source, 4)
     assert sum(texts.values()) == pytest.approx(1)
     for end in range(8):
@@ -305,35 +294,35 @@ def test_the_entropies_are_those_of_all_tables_and_keys_counted(source):
         assert recall.entropy_of(source, end + 1) == pytest.approx(entropy(cut))
 
 
-@settings(max_examples=15)
+@settings(max_examples=6)
 @given(small, st.integers(1, 6))
-def test_no_window_does_better_than_its_floor_and_one_of_whole_pairs_reaches_it(source, window):
+def test_the_entropy_in_a_window_is_a_bound_and_exact_for_whole_pairs(source, window):
     texts = all_pairs(source, 4)
     counted = (given_before(texts, 6, window) + given_before(texts, 7, window)) / 2  # the last key, the last value
-    floor = recall.entropy_in_window(source, window)
-    assert counted >= floor - 1e-12
+    bound = recall.entropy_in_window(source, window)
+    assert counted >= bound - 1e-12
     if window % 2:
-        assert counted == pytest.approx(floor)
+        assert counted == pytest.approx(bound)
 
 
 sources = st.builds(Recall, st.integers(2, 4096), st.sampled_from([2, 16]), st.floats(0, 4))
 
 
-@settings(max_examples=50)
+@settings(max_examples=15)
 @given(sources, st.integers(1, 3000))
-def test_entropies_add_up_and_fall(source, size):
+def test_entropies_add_up_and_decrease(source, size):
     assert frequencies(source).sum() == 1
     assert (frequencies(source) > 0).all()
     assert recall.entropy_of(source, size) - recall.entropy_of(source, size - 1) == pytest.approx(
         recall.entropy_at(source, size - 1), abs=1e-8
     )
     assert recall.entropy_at(source, size + source.pair) <= recall.entropy_at(source, size) + 1e-12
-    floors = [recall.entropy_in_window(source, window) for window in range(source.digits, 200)]
-    assert (np.diff(floors) < 1e-12).all()
+    bounds = [recall.entropy_in_window(source, window) for window in range(source.digits, 60)]
+    assert (np.diff(bounds) < 1e-12).all()
 
 
-def test_a_window_that_shows_no_key_is_refused():
-    with pytest.raises(ValueError, match=r"a window of 1 byte\(s\) shows no key of 2"):
+def test_a_window_smaller_than_a_key_is_refused():
+    with pytest.raises(ValueError, match=r"a window of 1 byte\(s\) is smaller than a key of 2"):
         recall.entropy_in_window(Recall(100), 1)
 
 
@@ -341,11 +330,11 @@ def test_a_window_that_shows_no_key_is_refused():
 
 
 @pytest.mark.parametrize("name", ["recall", "recall:keys=200,values=4,skew=1"])
-def test_a_document_keeps_its_table_and_no_other_has_it(name):
+def test_each_document_has_its_own_table(name):
     length = 2 if name == "recall" else 3
     tables = []
     for document in itertools.islice(corpus(name, "train").documents(), 5):
-        pairs = [document.text[place : place + length] for place in range(0, len(document.text) - length, length)]
+        pairs = [document.text[i : i + length] for i in range(0, len(document.text) - length, length)]
         tables.append({pair[:-1]: pair[-1] for pair in pairs})
         assert all(tables[-1][pair[:-1]] == pair[-1] for pair in pairs)
         assert set("".join(tables[-1])) <= set(DIGITS)
@@ -353,7 +342,7 @@ def test_a_document_keeps_its_table_and_no_other_has_it(name):
     assert all(one != other for one, other in itertools.combinations(tables, 2))
 
 
-def test_keys_come_as_often_as_they_should():
+def test_keys_have_their_frequencies():
     text = text_of("recall:skew=1,size=400k")
     counted = np.array([text[::2].count(key) for key in DIGITS]) / 200_000
     expected = frequencies(Recall(skew=1.0))
@@ -361,7 +350,7 @@ def test_keys_come_as_often_as_they_should():
     assert counted[0] / counted[9] == pytest.approx(10, rel=0.05)
 
 
-def test_the_test_is_one_stream_and_training_is_many_documents():
+def test_the_test_split_is_one_stream_and_the_training_split_many_documents():
     train, held_out = corpus("recall", "train"), corpus("recall", "test")
     assert (held_out.as_stream, train.as_stream) == (True, False)
     assert {document.name for document in held_out.documents()} == {"recall/0/test/0"}
@@ -371,34 +360,34 @@ def test_the_test_is_one_stream_and_training_is_many_documents():
     assert train.size == sum(len(document.text) for document in documents)
 
 
-@pytest.mark.parametrize("name", ["recall", "recall:keys=256", "recall:keys=100,values=4,skew=0.5"])
-def test_memory_reaches_one_floor_and_a_window_another(name):
-    text = corpus(name, "test")
+@pytest.mark.parametrize("name", [pytest.param("recall", marks=pytest.mark.thorough), "recall:keys=100,values=4,skew=0.5"])
+def test_full_memory_reaches_one_entropy_and_a_window_another(name):
+    text = corpus(f"{name}{',' if ':' in name else ':'}size=60k", "test")
     options = options_in("recall", name.partition(":")[2], vars(Recall()))
     source = Recall(**options)
     window = 31 * source.pair + source.digits
-    kept, forgot = (measure_perplexity(as_model(RecallLM(source, w)), text) for w in (None, window))
-    assert float(kept.nll) == pytest.approx(text.entropy, rel=2e-3)
-    assert float(forgot.nll) == pytest.approx(recall.entropy_in_window(source, window), rel=2e-3)
-    assert forgot.nll > 1.1 * kept.nll
+    full, windowed = (measure_perplexity(as_model(RecallLM(source, w)), text) for w in (None, window))
+    assert float(full.nll) == pytest.approx(text.entropy, rel=5e-3)
+    assert float(windowed.nll) == pytest.approx(recall.entropy_in_window(source, window), rel=5e-3)
+    assert windowed.nll > 1.1 * full.nll
 
 
-def test_the_harness_sees_that_memory_goes_on_helping_and_a_window_does_not():
-    source, places = Recall(1024), (2000, 8000, 16000)
+def test_the_loss_at_positions_falls_with_full_memory_only():
+    source, positions = Recall(1024), (2000, 5000)
     found = {
         window: measure_perplexity(
-            as_model(RecallLM(source, window)), corpus("recall:keys=1024"), tokens=16_500, positions=places
+            as_model(RecallLM(source, window)), corpus("recall:keys=1024"), tokens=5_500, positions=positions
         )
         for window in (None, 95)
     }
-    exact = [np.mean([recall.entropy_at(source, place) for place in range(at - 999, at + 1)]) for at in places]
+    exact = [np.mean([recall.entropy_at(source, i) for i in range(position - 999, position + 1)]) for position in positions]
     assert list(found[None].loss_at.values()) == pytest.approx(exact, abs=0.08)
-    assert list(found[95].loss_at.values()) == pytest.approx([recall.entropy_in_window(source, 95)] * 3, abs=0.02)
+    assert list(found[95].loss_at.values()) == pytest.approx([recall.entropy_in_window(source, 95)] * 2, abs=0.02)
 
 
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(st.integers(0, 40), st.integers(0, 40), st.integers(0, 9))
-def test_a_windowed_model_is_not_told_what_lies_before_its_window(one, other, seed):
+def test_a_windowed_model_ignores_what_is_before_its_window(one, other, seed):
     def last(before):
         model = RecallLM(Recall(), window=21)
         text = "".join(recall.write(Recall(), f"before/{seed}", 2 * before)) + "".join(recall.write(Recall(), "same", 21))
@@ -407,8 +396,10 @@ def test_a_windowed_model_is_not_told_what_lies_before_its_window(one, other, se
     assert torch.equal(last(one), last(other))
 
 
-def test_a_model_without_a_window_is():
+def test_a_model_with_full_memory_recalls_old_pairs():
     model, table = RecallLM(Recall()), "".join(recall.write(Recall(), "other", 2000))
-    asks = torch.tensor(list((table + DIGITS[0]).encode()))[None]
-    assert model(asks)[0][0, -1].argmax() == ord(table[2 * table[::2].index(DIGITS[0]) + 1])
-    assert len(model(asks[:, -1:])[0][0, -1].unique()) == 2  # of a new key: as many values as there are, all alike
+    query = torch.tensor(list((table + DIGITS[0]).encode()))[None]
+    assert model(query)[0][0, -1].argmax() == ord(table[2 * table[::2].index(DIGITS[0]) + 1])
+    assert (
+        len(model(query[:, -1:])[0][0, -1].unique()) == 2
+    )  # a new key: all values have one probability, all other bytes another

@@ -1,4 +1,4 @@
-"""The reference models: each reads in any pieces what it reads in one, and computes what its paper says token by token."""
+"""The reference models: chunks give the logits and gradients of one pass, and each layer computes what its paper says."""
 
 import pytest
 import torch
@@ -8,26 +8,33 @@ from torch.nn import functional as F
 from pytest_lmeval import registry
 from pytest_lmeval.laws._probe import probe
 from pytest_lmeval.models._model import fork, state_bytes, state_dtypes
-from pytest_lmeval.models._sources import load
+from pytest_lmeval.models._sources import as_model, load
 from pytest_lmeval.zoo._bk import LAPLACIAN, ResNetBK, both_ways, sweep
+from pytest_lmeval.zoo._demo import WEIGHTS, Demo, banded_attention
 from pytest_lmeval.zoo._lstm import LSTM
 from pytest_lmeval.zoo._mamba import Mamba
 from pytest_lmeval.zoo._mamba2 import Mamba2
 from pytest_lmeval.zoo._transformer import LayerState, Transformer
+from pytest_lmeval.zoo._ttt import TTT
 
 SMALL = {
     "transformer": lambda: Transformer(width=16, layers=2, heads=2, hidden=16),
     "windowed": lambda: Transformer(width=16, layers=2, heads=2, hidden=16, window=5),
+    "demo": lambda: Demo(width=16, layers=2, heads=2, window=9, kernel=3, hidden=16),
     "lstm": lambda: LSTM(width=16, layers=2),
     "mamba": lambda: Mamba(width=16, layers=2, d_state=4),
     "mamba2": lambda: Mamba2(width=16, layers=2, d_state=4, headdim=8, block=6),
+    "ttt": lambda: TTT(width=16, layers=2, heads=2, mini_batch_size=4),
     "causal-bk": lambda: ResNetBK(width=16, layers=2, hidden=16),
 }
-CONSTANT = [name for name in SMALL if name != "transformer"]
 EXACT = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 causal = pytest.mark.parametrize("name", SMALL)
 lengths = st.lists(st.just(1) | st.integers(1, 40), min_size=2, max_size=6)
+
+
+def thorough(*values):
+    return [pytest.param(value, marks=pytest.mark.thorough) for value in values]
 
 
 def seeded(build, seed=0):
@@ -37,7 +44,15 @@ def seeded(build, seed=0):
 
 
 def small(name, dtype=torch.float64):
-    return seeded(SMALL[name]).to(dtype)
+    """The small model, without parameters that are zero or one: their terms would be missing unnoticed."""
+
+    def noisy():
+        model = SMALL[name]()
+        for parameter in model.parameters():
+            parameter.data += 0.02 * torch.randn_like(parameter)
+        return model
+
+    return seeded(noisy).to(dtype)
 
 
 def ids(rows, length, seed=0):
@@ -45,10 +60,10 @@ def ids(rows, length, seed=0):
 
 
 def read(model, tokens, sizes, damage=lambda layer: layer):
-    """Logits [b, t, v] of tokens [b, t] read in pieces, each layer's state being damaged at every boundary."""
+    """Logits [b, t, v] of tokens [b, t] in chunks, with `damage` done to the state of each layer at each boundary."""
     state, parts = None, []
-    for piece in torch.split(tokens, sizes, dim=1):
-        logits, state = model(piece, state)
+    for chunk in torch.split(tokens, sizes, dim=1):
+        logits, state = model(chunk, state)
         parts.append(logits)
         state = [damage(layer) for layer in state]
     return torch.cat(parts, dim=1)
@@ -58,24 +73,24 @@ def close(found, expected, within):
     torch.testing.assert_close(found, expected, rtol=0, atol=within)
 
 
-def assert_any_pieces_read_as_one(model, sizes, within, **damage):
+def assert_chunks_equal_one_pass(model, sizes, within, **damage):
     tokens = ids(2, sum(sizes))
     with torch.no_grad():
         close(read(model, tokens, sizes, **damage), model(tokens)[0], within)
 
 
 @causal
-@pytest.mark.parametrize("dtype", EXACT, ids=str)
-def test_any_pieces_read_as_one(name, dtype):
+@pytest.mark.parametrize("dtype", [torch.float64, *thorough(torch.float32)], ids=str)
+def test_chunks_give_the_logits_of_one_pass(name, dtype):
     model = small(name, dtype)
 
-    @settings(max_examples=20)
+    @settings(max_examples=8)
     @given(lengths)
     @example([1] * 40)
     @example([3] * 20)
     @example([64, 65])
     def holds(sizes):
-        assert_any_pieces_read_as_one(model, sizes, EXACT[dtype])
+        assert_chunks_equal_one_pass(model, sizes, EXACT[dtype])
 
     holds()
 
@@ -105,22 +120,25 @@ def one_key_short(layer):
         ("causal-bk", torch.conj_physical),
     ],
 )
-def test_a_state_of_which_something_is_lost_is_caught(name, damage):
+def test_a_damaged_state_changes_the_logits(name, damage):
     for dtype, within in EXACT.items():
         with pytest.raises(AssertionError, match="not close"):
-            assert_any_pieces_read_as_one(small(name, dtype), [9, 5], 10 * within, damage=damage)
+            assert_chunks_equal_one_pass(small(name, dtype), [9, 5], 10 * within, damage=damage)
 
 
 def gradient(model, sizes, **damage):
-    """[all parameters] of the loss of a text that is read in pieces."""
+    """[all parameters] of the loss of a text that is read in chunks."""
     tokens = ids(2, sum(sizes) + 1)
     logits = read(model, tokens[:, :-1], sizes, **damage)
     loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-    return torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(model.parameters()))])
+    gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, materialize_grads=True)
+    return torch.cat([part.flatten() for part in gradients])
 
 
 def detached(layer):
-    return layer.detach() if isinstance(layer, torch.Tensor) else type(layer)(*(part.detach() for part in layer))
+    if isinstance(layer, tuple):
+        return type(layer)(*map(detached, layer))
+    return layer.detach() if isinstance(layer, torch.Tensor) else layer
 
 
 @causal
@@ -133,12 +151,12 @@ def test_the_gradient_of_a_chunk_is_that_of_its_steps(name):
             close(gradient(model, sizes, damage=detached), whole, 1e-8)
 
 
-@pytest.mark.parametrize("name", [*SMALL, "bk"])
-def test_it_learns_a_short_text(name):
+@pytest.mark.parametrize("name", ["transformer", "lstm", *thorough(*sorted({*SMALL, "bk"} - {"transformer", "lstm"}))])
+def test_a_model_learns_a_short_text(name):
     model = seeded(SMALL.get(name, lambda: ResNetBK(width=16, layers=2, hidden=16, causal=False)))
-    text = torch.tensor(list(b"A state that is lost at a boundary is lost for good. " * 12)).view(12, -1)
-    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), []
-    for _ in range(50):
+    text = torch.tensor(list(b"A state that is lost at a boundary is lost for good. " * 4)).view(4, -1)
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=2e-2), []
+    for _ in range(40):
         output = model(text[:, :-1])
         logits = output if name == "bk" else output[0]
         loss = F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten())
@@ -150,57 +168,51 @@ def test_it_learns_a_short_text(name):
     assert losses[-1] < 0.5 * losses[0]
 
 
-@pytest.mark.parametrize("name", CONSTANT)
-def test_a_constant_state_neither_grows_nor_keeps_its_chunk_alive(name):
-    model, state, sizes = small(name), None, set()
+@causal
+def test_only_the_state_of_full_attention_grows_and_no_state_keeps_its_chunk_in_memory(name):
+    model, state, sizes = small(name), None, []
     with torch.no_grad():
         for length in (5, 1, 300, 70):
             _, state = model(ids(1, length), state)
-            sizes.add(state_bytes(state))
-    assert len(sizes) == 1
-    assert model.constant_state
-
-
-def test_the_state_of_full_attention_grows_and_is_not_called_constant():
-    model = small("transformer")
-    with torch.no_grad():
-        short, long = (state_bytes(model(ids(1, length))[1]) for length in (10, 30))
-    assert long == 3 * short
-    assert not model.constant_state
+            sizes.append(state_bytes(state))
+    if name == "transformer":
+        assert [size / sizes[0] for size in sizes] == [1, 6 / 5, 306 / 5, 376 / 5]
+    else:
+        assert len(set(sizes)) == 1
+    assert getattr(model, "constant_state", True) == (name != "transformer")
 
 
 @causal
-def test_a_step_leaves_the_state_that_it_was_given_as_it_was(name):
+def test_a_step_does_not_change_the_state_that_it_is_given(name):
     model = small(name)
     with torch.no_grad():
         _, state = model(ids(2, 9))
         before = fork(state)
         for length in (1, 8):
             model(ids(2, length), state)
-    for old, new in zip(before, state, strict=True):
-        assert all(map(torch.equal, old, new))
+    torch.testing.assert_close(before, state, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["mamba", "mamba2"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_what_is_added_up_over_a_text_is_kept_in_32_bits(name, dtype):
+def test_the_recurrence_is_computed_in_32_bits(name, dtype):
     with torch.no_grad():
         logits, state = small(name, dtype)(ids(1, 9))
     assert logits.dtype == dtype
     assert set(state_dtypes([layer.hidden for layer in state])) == {"float32"}
 
 
-def test_a_window_reads_a_text_the_same_wherever_it_stands():
+def test_the_position_in_a_text_does_not_matter_to_a_windowed_model():
     model, text = small("windowed", torch.float32), ids(1, 60)
-    seen = 2 * (5 - 1)  # bytes that are out of sight after two layers
+    visible = 2 * (5 - 1)  # tokens before, through two layers
     with torch.no_grad():
-        early = model(text)[0][:, seen:]
-        late = model(torch.cat([ids(1, 20_000, seed=1), text], dim=1))[0][:, -60 + seen :]
+        early = model(text)[0][:, visible:]
+        late = model(torch.cat([ids(1, 5_000, seed=1), text], dim=1))[0][:, -60 + visible :]
     close(late, early, 1e-5)
 
 
-@pytest.mark.parametrize("name", sorted({*SMALL, "bk"}))
-def test_loading_is_repeatable_and_leaves_random_numbers_alone(name):
+@pytest.mark.parametrize("name", sorted({*SMALL, "bk"} - {"demo"}))
+def test_loading_is_repeatable_and_draws_no_global_random_numbers(name):
     build = registry.find("models", f"zoo:{name}")
     before = torch.get_rng_state()
     model, again = build(), build()
@@ -210,71 +222,102 @@ def test_loading_is_repeatable_and_leaves_random_numbers_alone(name):
     assert 600_000 < sum(parameter.numel() for parameter in model.parameters()) < 1_200_000
 
 
-@pytest.mark.parametrize("suffix", ["", "@bf16"])
-@causal
-def test_its_verdict(name, suffix):
-    result = probe(load(f"zoo:{name}{suffix}"))
-    assert result.verdict == ("consistent" if suffix else "exact-any-chunk"), result
-    assert not result.certificate.broken
+@pytest.mark.parametrize("name", ["transformer", "lstm", *thorough(*sorted(set(SMALL) - {"transformer", "lstm"}))])
+@pytest.mark.parametrize("dtype", [torch.float32, *thorough(torch.bfloat16)], ids=str)
+def test_the_probe_finds_a_reference_model_exact(name, dtype):
+    result = probe(as_model(small(name, dtype)), examples=1, longest=24, budget=600.0)
+    assert result.verdict == ("exact-any-chunk" if dtype == torch.float32 else "consistent"), result
 
 
-@pytest.mark.parametrize("suffix", ["", "@bf16"])
-def test_bk_as_published_is_refused(suffix):
-    lm = load(f"zoo:bk{suffix}")
-    assert not lm.stateful
-    assert lm.context_length == 1024
-    assert probe(lm).verdict == "non-causal"
+def test_the_probe_finds_that_bk_as_published_is_not_causal():
+    model = seeded(lambda: ResNetBK(width=16, layers=2, hidden=16, causal=False, context_length=64))
+    assert probe(as_model(model), examples=1, longest=40, budget=600.0).verdict == "non-causal"
 
 
-def test_a_text_longer_than_bk_has_positions_is_refused():
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["demo", "windowed", "mamba2"])
+def test_the_probe_finds_registered_models_exact(name):
+    result = probe(load(f"zoo:{name}"), examples=1, longest=24, budget=600.0)
+    assert result.verdict == "exact-any-chunk", result
+
+
+def test_bk_as_published_is_stateless_and_refuses_longer_texts():
+    lm = load("zoo:bk")
+    assert (lm.stateful, lm.context_length) == (False, 1024)
     model = ResNetBK(width=16, layers=1, hidden=16, causal=False, context_length=8)
     assert model(ids(2, 8)).shape == (2, 8, 256)
     with pytest.raises(ValueError, match="given 9 tokens and has learned 8 positions"):
         model(ids(2, 9))
 
 
-# What the papers say, computed one token at a time, or with matrices of the size of the text.
+# ------------------------------------------------------------------------------------------ demo
 
 
-def turned(x, place):
-    """[..., e] x at one place, pairs being complex numbers."""
+def test_the_demo_is_at_most_two_megabytes_and_has_learned_english():
+    assert WEIGHTS.stat().st_size <= 2_000_000
+    text = torch.tensor(list(b"Return the value of the argument if it is not None, otherwise return the default."))
+    with torch.no_grad():
+        logits, _ = load("demo").step(text[None, :-1])
+    assert F.cross_entropy(logits[0], text[1:]).item() < 2.5 * 0.693  # bits per byte, in nats
+
+
+@settings(max_examples=15)
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 16), st.integers(0, 11))
+def test_attention_in_blocks_equals_dense_attention_in_a_band(t, window, block, seen):
+    seen = min(seen, window - 1)
+    torch.manual_seed(t)
+    q = torch.randn(1, 2, t, 4, dtype=torch.float64)
+    k, v = torch.randn(2, 1, 2, window - 1 + t, 4, dtype=torch.float64).unbind(0)
+    ages = torch.arange(t)[:, None] + window - 1 - torch.arange(window - 1 + t)
+    visible = (ages >= 0) & (ages < window) & (torch.arange(window - 1 + t) >= window - 1 - seen)
+    slopes = torch.tensor([0.25, 0.0625], dtype=torch.float64)[:, None, None]
+    scores = 2 * q @ k.transpose(-1, -2) - slopes * ages
+    expected = scores.masked_fill(~visible, float("-inf")).softmax(-1) @ v
+    close(banded_attention(q, k, v, window, seen, block), expected, 1e-10)
+
+
+# --------------------------------------- the papers, token by token or with dense matrices
+
+
+def rotated(x, position):
+    """[..., e] x rotated as at one position, with pairs as complex numbers."""
     first, second = x.chunk(2, dim=-1)
-    angles = place / 10_000 ** (torch.arange(x.shape[-1] // 2) / (x.shape[-1] // 2)).double()
+    angles = position / 10_000 ** (torch.arange(x.shape[-1] // 2) / (x.shape[-1] // 2)).double()
     pairs = torch.complex(first, second) * torch.exp(1j * angles)
     return torch.cat([pairs.real, pairs.imag], dim=-1)
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 100])
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(sizes=lengths)
-def test_attention_is_that_of_a_dense_matrix(window, sizes):
+def test_attention_equals_a_dense_matrix_product(window, sizes):
     layer = seeded(lambda: Transformer(width=16, layers=1, heads=2, window=window)).double().layers[0]
     t = sum(sizes)
     q, k, v = torch.randn(3, 2, 2, t, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(t)).unbind(0)
     state, parts = LayerState(k[:, :, :0], v[:, :, :0]), []
-    for piece in zip(*(torch.split(x, sizes, dim=2) for x in (q, k, v)), strict=True):
-        mixed, state = layer.attend(*piece, state)
+    for chunk in zip(*(torch.split(x, sizes, dim=2) for x in (q, k, v)), strict=True):
+        mixed, state = layer.attend(*chunk, state)
         parts.append(mixed)
-    far_q, far_k = (torch.stack([turned(x[:, :, i], 1000 + i) for i in range(t)], dim=2) for x in (q, k))
+    far_q, far_k = (torch.stack([rotated(x[:, :, i], 1000 + i) for i in range(t)], dim=2) for x in (q, k))
     age = torch.arange(t)[:, None] - torch.arange(t)
     scores = (far_q @ far_k.mT / 8**0.5).masked_fill((age < 0) | (age >= (window or t)), float("-inf"))
     close(torch.cat(parts, dim=2), scores.softmax(-1) @ v, 1e-10)
 
 
-def test_an_lstm_is_its_equations():
+def test_an_lstm_layer_computes_its_equations():
     layer, x = small("lstm").layers[0], torch.randn(2, 11, 16, dtype=torch.float64)
     cell, hidden, expected = torch.zeros(2, 16).double(), torch.zeros(2, 16).double(), []
     (inward, recurrent, bias, bias_too), norm = layer.lstm.parameters(), layer.norm(x)
     for i in range(11):
-        let_in, kept, new, shown = (norm[:, i] @ inward.T + hidden @ recurrent.T + bias + bias_too).chunk(4, dim=-1)
-        cell = kept.sigmoid() * cell + let_in.sigmoid() * new.tanh()
-        hidden = shown.sigmoid() * cell.tanh()
+        into, kept, new, out = (norm[:, i] @ inward.T + hidden @ recurrent.T + bias + bias_too).chunk(4, dim=-1)
+        cell = kept.sigmoid() * cell + into.sigmoid() * new.tanh()
+        hidden = out.sigmoid() * cell.tanh()
         expected.append(x[:, i] + hidden)
     close(layer(x, None)[0], torch.stack(expected, 1), 1e-10)
 
 
 def convolved(conv, u, i):
-    """[b, channels] the causal convolution's output at token i of u [b, t, channels], after a SiLU."""
+    """[b, channels] output of the causal convolution and the SiLU at token i of u [b, t, channels]."""
     kernel = conv.weight.shape[-1]
     taps = [conv.weight[:, 0, kernel - 1 - lag] * u[:, i - lag] for lag in range(min(kernel, i + 1))]
     return F.silu(conv.bias + sum(taps))
@@ -309,16 +352,16 @@ BY_TOKEN = {"mamba": mamba_by_token, "mamba2": mamba2_by_token}
 
 
 @pytest.mark.parametrize("name", BY_TOKEN)
-@settings(max_examples=15)
+@settings(max_examples=6)
 @given(rows=st.integers(1, 4), t=st.integers(1, 70))
-def test_a_state_space_layer_is_its_recurrence(name, rows, t):
+def test_a_state_space_layer_equals_its_recurrence(name, rows, t):
     layer, x = small(name).layers[0], torch.randn(rows, t, 16, dtype=torch.float64)
     with torch.no_grad():
         close(layer(x, None)[0], BY_TOKEN[name](layer, x), 1e-10)
 
 
 @pytest.mark.parametrize("name", BY_TOKEN)
-def test_time_steps_begin_between_a_thousandth_and_a_tenth(name):
+def test_initial_time_steps_are_between_a_thousandth_and_a_tenth(name):
     layer = load(f"zoo:{name}").module.layers[0]
     steps = F.softplus(layer.dt_proj.bias if name == "mamba" else layer.dt_bias).detach()
     assert 0.0009 < float(steps.min()) < float(steps.max()) < 0.11
@@ -330,19 +373,19 @@ def random_diagonal(t, height):
     return torch.complex(LAPLACIAN + potential, torch.full_like(potential, -height))
 
 
-@settings(max_examples=30)
-@given(t=st.integers(1, 90), height=st.floats(0.05, 2.0))
+@settings(max_examples=12)
+@given(t=st.integers(1, 60), height=st.floats(0.05, 2.0))
 def test_the_sweeps_give_the_diagonal_of_the_dense_inverse(t, height):
     diagonal, beside = random_diagonal(t, height), torch.ones(t - 1, dtype=torch.complex128)
     matrix = torch.diag(diagonal[0]) + torch.diag(beside, 1) + torch.diag(beside, -1)
     left = sweep(diagonal, torch.zeros(1, dtype=torch.complex128))
     close(both_ways(diagonal, left)[0], torch.linalg.inv(matrix).diagonal(), 1e-13)
-    corners = [torch.linalg.inv(matrix[:i, :i])[-1, -1] for i in range(1, t + 1)]  # seen from the left only
+    corners = [torch.linalg.inv(matrix[:i, :i])[-1, -1] for i in range(1, t + 1)]
     close(left[0], torch.stack(corners), 1e-13)
 
 
-def test_a_sweep_of_twenty_thousand_tokens_neither_overflows_nor_drifts():
-    diagonal = random_diagonal(20_000, 0.01)
+def test_a_sweep_of_five_thousand_tokens_neither_overflows_nor_drifts():
+    diagonal = random_diagonal(5_000, 0.01)
     swept = sweep(diagonal.to(torch.complex64), torch.zeros(1, dtype=torch.complex64))[0]
     g, expected = torch.zeros((), dtype=torch.complex128), []
     for d in diagonal[0]:

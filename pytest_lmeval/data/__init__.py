@@ -1,16 +1,16 @@
-"""Text to read: `corpus(name, split)`.
+"""Load a corpus by name: `corpus(name, split)`.
 
-    stdlib               documentation that every CPython carries (the default; needs no network)
+    stdlib               documentation in every CPython (the default; needs no network)
     text:PATH            a UTF-8 file, or a folder with SPLIT.txt
-    jsonl:PATH#FIELD     a document a line (field `text` if none is named)
+    jsonl:PATH#FIELD     one document per line, from this field (default: text)
     tokens:PATH          a .npy file of integer ids, memory-mapped; needs no tokenizer
-    automaton            text that looks like words, of exactly known entropy
-    recall               pairs of key and value, where what memory beyond a window is worth is exactly known
+    automaton            synthetic words of exactly known entropy
+    recall               synthetic key-value pairs, for which the value of memory beyond a window is exactly known
     wikitext-2, wikitext-103, ptb, c4, pile, pg19
     OWNER/NAME[:CONFIG][#FIELD]        any dataset of the Hugging Face hub
 
-The synthetic texts take options in their names: `automaton:size=1M,seed=3`, `recall:keys=1024`.
-Datasets of the hub are streamed, never downloaded whole; `data_dir` replaces the hub by a local mirror.
+Synthetic texts have options: `automaton:size=1M,seed=3`, `recall:keys=1024`. Datasets of the hub are streamed, never
+downloaded whole; `data_dir` replaces the hub by a local mirror.
 
 Another package registers a corpus as a function `(rest, split) -> Corpus`, with a keyword `data_dir` if it reads the mirror;
 `rest` is the text behind the first colon of the name (see `pytest_lmeval.registry`).
@@ -31,10 +31,9 @@ __all__ = ["Corpus", "Document", "Row", "Rows", "check", "corpus"]
 
 
 def corpus(name: str, split: str = "test", *, data_dir: str | Path | None = None) -> Corpus:
-    """The corpus of this name.
+    """The corpus of this name and split.
 
-    Raises RegistryError for an unknown name, with the nearest, and CorpusError for an unknown split and a file that is not
-    there.
+    Raises RegistryError for an unknown name, with the nearest, and CorpusError for an unknown split or a missing file.
     """
     if not isinstance(name, str):
         raise CorpusError(f"a corpus is named by a text such as stdlib or text:FILE; got {name!r}.")
@@ -43,13 +42,12 @@ def corpus(name: str, split: str = "test", *, data_dir: str | Path | None = None
     factory, rest = _factory(name)
     found = factory(rest, split, **registry.accepted(factory, data_dir=data_dir))
     if not isinstance(found, Corpus):
-        raise CorpusError(f"what is registered as the corpus {name!r} returned a {type(found).__name__}: it must be a Corpus.")
+        raise CorpusError(f"the function registered as corpus {name!r} returned a {type(found).__name__}; expected a Corpus.")
     return found
 
 
 def check(name: str) -> None:
-    """Raises RegistryError for an unknown name, and CorpusError for a file that is not there; reads nothing, and imports
-    nothing that this does not need."""
+    """Raise RegistryError for an unknown name and CorpusError for a missing file, without reading the corpus."""
     known = registry.names("corpora")
     head, _, rest = name.partition(":")
     if name not in known and head not in known and not _is_of_the_hub(name):
@@ -62,7 +60,7 @@ def check(name: str) -> None:
 
 
 def _factory(name: str) -> tuple[Any, str]:
-    """What makes the corpus, and the text that it is given. A name that is not registered may be one of the hub."""
+    """The function that makes the corpus, and its first argument. An unregistered name may be of the hub."""
     if found := registry.resolve("corpora", name):
         return found[0], found[1] or ""
     if not _is_of_the_hub(name):

@@ -1,9 +1,6 @@
-"""A corpus: named text (or token ids) in documents, read as often as wanted, never held whole.
+"""Define `Corpus`: documents of text or token ids under a name and a split, produced for each reading.
 
-    corpus = Corpus("notes", "test", documents=lambda: iter([Document("a", "To be"), ...]))
-
-A corpus is a value: where it came from, how its documents are produced, and how it is
-meant to be read - as one endless stream (a book, a dump) or document by document (web pages).
+corpus = Corpus("notes", "test", documents=lambda: iter([Document("a", "To be"), ...]))
 """
 
 from __future__ import annotations
@@ -20,9 +17,9 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Document:
-    """One document: its name (stable between runs) and either its text or its token ids.
+    """A name (the same in every run) and either text or token ids.
 
-    A long document may arrive in several consecutive parts with the same name.
+    A long document may come in several consecutive parts with the same name.
     """
 
     name: str
@@ -35,11 +32,11 @@ class Corpus:
     """Documents under a name and a split.
 
     documents    called once per reading; yields the documents in a fixed order
-    as_stream    whether the documents follow one another as one text by default
-    fingerprint  changes when the content does: an interrupted reading is only taken up on the same data, and never if empty
-    tokenized    whether documents carry ids (`tokens:PATH`) rather than text
-    size         bytes of text, or number of ids, if it is known before reading: for the time that is left
-    entropy      nats a byte that the best model pays for the whole, on average over such texts; known of synthetic ones
+    as_stream    whether the documents are read as one text by default
+    fingerprint  changes with the content: an interrupted reading resumes only on the same data, and never if it is empty
+    tokenized    whether documents have ids (`tokens:PATH`) rather than text
+    size         bytes of text, or number of ids, if known in advance: to estimate the remaining time
+    entropy      expected loss of the best model, nats per byte; known for synthetic texts
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Corpora in local files: `text:PATH`, `jsonl:PATH#FIELD` and `tokens:PATH`. All are read as they are needed."""
+"""Read corpora from local files as needed: `text:PATH`, `jsonl:PATH#FIELD` and `tokens:PATH`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 from pytest_lmeval.data._corpus import Corpus, Document
 from pytest_lmeval.errors import CorpusError
 
-PART = 1 << 16  # characters of a text file that are tokenized together; cut at ends of lines
-EDGE = 1 << 20  # bytes at either end of a file that its fingerprint reads
+PART = 1 << 16  # characters of a text file that are tokenized together, up to the end of the line
+EDGE = 1 << 20  # bytes at each end of a file that its fingerprint reads
 
 
 def text(path: str, split: str) -> Corpus:
-    """One text, in parts that end with a line. In a folder: the file of the split, SPLIT.txt."""
-    file = _file("text", path, f"{split}.txt")
+    """One text, in parts that end with a line, from a file, or from SPLIT.txt in a folder."""
+    file = existing_file("text", path, f"{split}.txt")
 
     def documents() -> Iterator[Document]:
         with open(file, encoding="utf-8", newline="") as lines:
@@ -25,18 +25,18 @@ def text(path: str, split: str) -> Corpus:
                     yield Document(file.name, part + lines.readline())
             except UnicodeDecodeError as error:
                 raise CorpusError(
-                    f"{file} is not UTF-8 text: byte {error.object[error.start]:#04x} ({error.reason}). Convert it first; "
-                    "bytes that are skipped or replaced would be scored as something else."
+                    f"{file} is not UTF-8 text: byte {error.object[error.start]:#04x} ({error.reason}). Convert it first: "
+                    "skipped or replaced bytes would change what is scored."
                 ) from error
 
     return Corpus(f"text:{path}", split, documents, fingerprint(file), size=file.stat().st_size)
 
 
 def jsonl(path: str, split: str) -> Corpus:
-    """One document a line, in the named field."""
+    """One document per line, from the given field."""
     path, _, field = path.partition("#")
     field = field or "text"
-    file = _file("jsonl", path, f"{split}.jsonl")
+    file = existing_file("jsonl", path, f"{split}.jsonl")
 
     def documents() -> Iterator[Document]:
         with open(file, "rb") as lines:
@@ -47,10 +47,10 @@ def jsonl(path: str, split: str) -> Corpus:
 
 
 def tokens(path: str, split: str) -> Corpus:
-    """Ids [T], or frames of codes [T, k], from a .npy file, memory-mapped: a slice is read when it is scored."""
+    """Ids [t], or frames of codes [t, k], from a memory-mapped .npy file."""
     import numpy as np
 
-    file = _file("tokens", path, f"{split}.npy")
+    file = existing_file("tokens", path, f"{split}.npy")
     try:
         ids = np.load(file, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
@@ -62,14 +62,14 @@ def tokens(path: str, split: str) -> Corpus:
         )
 
     def documents() -> Iterator[Document]:
-        # mapped anew for each reading, so that pages read before do not stay with the process
+        # mapped again for each reading, so that the pages of the last one are released
         yield Document(file.name, ids=np.load(file, mmap_mode="r", allow_pickle=False))
 
     return Corpus(f"tokens:{path}", split, documents, fingerprint(file), tokenized=True, size=len(ids))
 
 
 def fingerprint(file: Path) -> str:
-    """A hash of the file's size, of when it was last written, and of its first and last megabyte."""
+    """A hash of the size of the file, its modification time, and its first and last megabyte."""
     size = file.stat().st_size
     digest = hashlib.sha256(f"{size} {file.stat().st_mtime_ns}".encode())
     with open(file, "rb") as content:
@@ -79,28 +79,27 @@ def fingerprint(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _file(scheme: str, path: str, own: str) -> Path:
-    """The file that the path names; in a folder, the split's `own`."""
+def existing_file(scheme: str, path: str, own: str) -> Path:
+    """The file `path`, or the file `own` in the folder `path`. Raises CorpusError if there is none."""
     if not path:
         raise CorpusError(f"{scheme} names no file: write {scheme}:PATH.")
     file = Path(path).expanduser()
     file = file / own if file.is_dir() else file
     if not file.is_file():
-        raise CorpusError(
-            f"{scheme}:{path}: there is no file {file}" + (f" (looked from {Path.cwd()})." if not file.is_absolute() else ".")
-        )
+        looked = "" if file.is_absolute() else f" (looked from {Path.cwd()})"
+        raise CorpusError(f"{scheme}:{path}: there is no file {file}{looked}.")
     return file.resolve()
 
 
-def _field(line: bytes, field: str, place: str) -> str:
+def _field(line: bytes, field: str, where: str) -> str:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise CorpusError(f"{place}: not JSON in UTF-8 ({error}).") from error
+        raise CorpusError(f"{where}: not JSON in UTF-8 ({error}).") from error
     value = row.get(field) if isinstance(row, dict) else None
     if not isinstance(value, str):
         there = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise CorpusError(f"{place}: no text in field {field!r} (there is {there}).")
+        raise CorpusError(f"{where}: no text in field {field!r} (there is {there}).")
     if not value:
-        raise CorpusError(f"{place}: the document is empty; an empty document has nothing to score. Remove the line.")
+        raise CorpusError(f"{where}: the document is empty, so there is nothing to score. Remove the line.")
     return value

@@ -1,4 +1,4 @@
-"""Corpora of the Hugging Face hub: rows whose texts are read (see `data._rows` for how they are fetched)."""
+"""Corpora of the Hugging Face hub: one text field of the rows of a dataset (see `data._rows`)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pytest_lmeval.errors import CorpusError
 
 @dataclass(frozen=True)
 class Source:
-    """Which rows a corpus is made of, and how they read."""
+    """The rows of a corpus, and how to read them."""
 
     rows: Rows
     field: str = "text"
     as_stream: bool = False
-    end: str = ""  # what ends a row where rows are the lines of one text
+    end: str = ""  # added to each row, if rows are lines of one text
     splits: tuple[str, ...] = SPLITS
 
 
@@ -34,8 +34,10 @@ KNOWN = {
 
 
 def load(name: str, split: str, *, data_dir: str | Path | None = None) -> Corpus:
-    """OWNER/NAME[:CONFIG][#FIELD]"""
-    return _read(name, _parse(name), split, data_dir)
+    """The corpus OWNER/NAME[:CONFIG][#FIELD]."""
+    rows, _, field = name.partition("#")
+    hub_id, _, config = rows.partition(":")
+    return _read(name, Source(Rows(hub_id, config or None), field or "text"), split, data_dir)
 
 
 def _known(name: str, rest: str, split: str, *, data_dir: str | Path | None = None) -> Corpus:
@@ -51,31 +53,13 @@ def _read(name: str, source: Source, split: str, data_dir: str | Path | None) ->
     if split not in source.splits:
         raise CorpusError(f"{name} has no split {split!r}; it has {', '.join(source.splits)}.")
     rows = source.rows.of(split)
-    return Corpus(
-        name,
-        split,
-        lambda: _documents(source, name, rows, data_dir),
-        fingerprint=f"{rows.fingerprint(data_dir)}#{source.field}",
-        as_stream=source.as_stream,
-    )
 
+    def documents() -> Iterator[Document]:
+        for number, row in enumerate(rows.read(data_dir)):
+            text, there = row.get(source.field), ", ".join(row)
+            if not isinstance(text, str):
+                raise CorpusError(f"{name}[{split}], row {number}: no text in field {source.field!r} (there is {there}).")
+            yield Document(f"{split}/{number}", text + source.end)
 
-def _documents(source: Source, name: str, rows: Rows, data_dir: str | Path | None) -> Iterator[Document]:
-    for number, row in enumerate(rows.read(data_dir)):
-        text = row.get(source.field)
-        if not isinstance(text, str):
-            raise CorpusError(
-                f"{name}[{rows.split}], row {number}: no text in field {source.field!r} (there is {', '.join(row)})."
-            )
-        yield Document(f"{rows.split}/{number}", text + source.end)
-
-
-def _parse(name: str) -> Source:
-    """OWNER/NAME[:CONFIG][#FIELD]
-
-    >>> _parse("allenai/c4:de#text").rows.config
-    'de'
-    """
-    name, _, field = name.partition("#")
-    hub_id, _, config = name.partition(":")
-    return Source(Rows(hub_id, config or None), field or "text")
+    fingerprint = f"{rows.fingerprint(data_dir)}#{source.field}"
+    return Corpus(name, split, documents, fingerprint, as_stream=source.as_stream)

@@ -1,15 +1,14 @@
-"""`recall`: pairs of a key and its value, for ever, so that memory beyond a window is worth a known number of nats.
+"""Generate the corpus `recall`, an endless text of key-value pairs, and provide optimal language models for it.
 
     source = Recall()                64 keys of one byte, 16 values
-    entropy_at(source, 8001)         what the best model pays for a byte, having read all 8001 before it, nats
-    entropy_in_window(source, 65)    what the best model pays for a byte on average that sees 65 of them at a time
-    load(), load_windowed()          two models that reach these floors
+    entropy_at(source, 8001)         loss of the best model for the byte at position 8001, nats
+    entropy_in_window(source, 65)    mean loss of the best model that sees 65 bytes at a time, nats per byte
+    load(), load_windowed()          two models that reach these losses
 
-Each document draws its own table from keys to values and keeps it to its end; then it draws keys, each independently of the
-others, and emits them with their values. A value can only be known from an earlier time that its key was met: it costs
-log(values) nats the first time and nothing ever after - or log(values) nats again, whenever the key was not met within the
-window. This is associative recall (Ba et al., "Using Fast Weights to Attend to the Recent Past", 2016) with many queries
-(Arora et al., "Zoology", 2023), without end.
+Each document draws a table from keys to values; then it draws keys independently and emits each with its value. A value costs
+log(values) nats at the first occurrence of its key and nothing later, but log(values) nats again if the key is not in the
+window: so the value of memory beyond a window is exactly known. This is associative recall (Ba et al., "Using Fast Weights to
+Attend to the Recent Past", 2016) with many queries (Arora et al., "Zoology", 2023).
 
 Shapes: n keys, d bytes of a key, b rows, t bytes, r rows of logits, v = 256 bytes.
 """
@@ -35,22 +34,22 @@ DIGITS = string.ascii_letters + string.digits + "/@"  # keys are numbers of base
 VALUES = "+-*=<>!?.,:;#%&$"
 DRAWS = 1 << 16  # frequencies are multiples of 1 / DRAWS, so that two random bytes draw a key exactly
 SIZES = {"train": 2_000_000, "validation": 200_000, "test": 200_000}
-DOCUMENT = 4096  # bytes of a document for training, some times a training sequence; the test is one document
-PART = 1 << 14  # pairs that are produced together
-IMPOSSIBLE = 1e-12  # probability of a byte that cannot come: its loss is large, and a number
+DOCUMENT = 4096  # bytes of a document for training, several training sequences; the test split is one document
+PART = 1 << 14  # pairs that are generated together
+IMPOSSIBLE = 1e-12  # probability of an impossible byte: its loss is large, but finite
 
 DIGIT = {byte: number for number, byte in enumerate(DIGITS.encode())}
 VALUE = {byte: number for number, byte in enumerate(VALUES.encode())}
 FIRST, NEW, KNOWN, SECOND = 0, 1, 2, 2 + len(VALUES)  # rows of logits, see `_rows`
-NEVER = -(1 << 40)  # the number of a pair before all others
+NEVER = -(1 << 40)  # the number of the last pair of a key that has not occurred
 
 
 @dataclass(frozen=True)
 class Recall:
-    """keys    how many there are, up to 4096; more than 64 take two bytes
-    values  2, 4, 8 or 16
-    skew    keys are drawn in proportion to 1 / rank ** skew (Zipf): 0 draws all alike, 1 some rarely, so that there is
-            something new to be met for long
+    """keys    number of keys, 2 to 4096; more than 64 take two bytes
+    values  number of values: 2, 4, 8 or 16
+    skew    keys are drawn in proportion to 1 / rank ** skew (Zipf), 0 to 4: with 0 uniformly, with 1 some so rarely that new
+            ones occur for long
     """
 
     keys: int = 64
@@ -76,50 +75,50 @@ class Recall:
 
 
 def frequencies(source: Recall) -> np.ndarray:
-    """[n] how often each key is drawn, exactly: multiples of 1 / 65536, at least one of them."""
+    """[n] the exact probability of each key: a multiple of 1 / 65536, at least one."""
     return _draws(source) / DRAWS
 
 
 def _draws(source: Recall) -> np.ndarray:
-    """[n] of the 65536 numbers of two bytes, how many stand for each key."""
+    """[n] how many of the 65536 numbers of two bytes draw each key."""
     wanted = np.arange(1.0, source.keys + 1) ** -source.skew
     upto = np.cumsum(wanted / wanted.sum()) * (DRAWS - source.keys)
     return np.diff(np.round(upto).astype(np.int64), prepend=0) + 1
 
 
-# ------------------------------------------------------------------------------------------ its entropy
+# ------------------------------------------------------------------------------------------ entropy
 
 
 def entropy_at(source: Recall, position: int) -> float:
     """Entropy of the byte at `position` (the first is 0) given all before it in its document, nats."""
-    pairs, place = divmod(position, source.pair)
-    return _key_entropies(source)[place] if place < source.digits else _value_entropy(source, pairs)
+    pairs, digit = divmod(position, source.pair)
+    return _key_entropies(source)[digit] if digit < source.digits else _value_entropy(source, pairs)
 
 
 def entropy_of(source: Recall, size: int) -> float:
     """Entropy of the first `size` bytes of a document together, nats."""
     whole, rest = divmod(size, source.pair)
     often = frequencies(source)
-    new = float((1 - (1 - often) ** whole).sum())  # keys met in so many pairs, on average
+    new = float((1 - (1 - often) ** whole).sum())  # expected number of different keys in so many pairs
     pairs = whole * sum(_key_entropies(source)) + new * math.log(source.values)
     return pairs + sum(entropy_at(source, position) for position in range(size - rest, size))
 
 
 def entropy_in_window(source: Recall, window: int) -> float:
-    """Entropy of a byte, on average over a long document, for a model that sees the `window` bytes before it alone, nats.
+    """Mean entropy per byte of a long document given only the `window` bytes before, nats. Raises ValueError if the window is
+    smaller than a key.
 
-    A model of several layers of windowed attention sees further than one layer does: layers * (window - 1) + 1 bytes.
-    Exact where the window holds whole pairs before the key at hand (pairs * pair + digits: 65 of one-byte keys). Elsewhere it
-    shows a part of one more, which tells a little; then the floor is that of a window that shows all of it: nobody is below it.
+    Exact if the window holds whole pairs before the current key (pairs * pair + digits: 65 for one-byte keys); otherwise the
+    entropy for the next such window, a lower bound. Several layers of windowed attention see layers * (window - 1) + 1 bytes.
     """
     if window < source.digits:
-        raise ValueError(f"a window of {window} byte(s) shows no key of {source.digits}; its floor is not known here.")
+        raise ValueError(f"a window of {window} byte(s) is smaller than a key of {source.digits}: its entropy is unknown.")
     pairs = -(-(window - source.digits) // source.pair)
     return (sum(_key_entropies(source)) + _value_entropy(source, pairs)) / source.pair
 
 
 def _value_entropy(source: Recall, pairs: int) -> float:
-    """Entropy of a value whose key may have been met in so many pairs, nats."""
+    """Entropy of a value given so many pairs before it, nats."""
     often = frequencies(source)
     return float(often @ (1 - often) ** pairs) * math.log(source.values)
 
@@ -128,43 +127,42 @@ def _key_entropies(source: Recall) -> list[float]:
     """[d] entropy of each byte of a key given those before it, nats."""
     often, first = frequencies(source), _by_first_digit(source).sum(1)
     whole, leading = (float(-(chance * np.log(chance)).sum()) for chance in (often, first))
-    return [leading, whole - leading][-source.digits :]  # of a single digit, a first one of 0 is known
+    return [leading, whole - leading][-source.digits :]  # with one digit, `leading` is 0
 
 
 def _by_first_digit(source: Recall) -> np.ndarray:
-    """[first digits, 64] the frequencies of keys as numbers of two digits."""
+    """[first digits, 64] the frequencies of keys, as numbers of two digits."""
     often = frequencies(source)
     return np.pad(often, (0, -len(often) % 64)).reshape(-1, 64)
 
 
-# ----------------------------------------------------------------------------------- its text, its model
+# ----------------------------------------------------------------------------------- text and models
 
 
 def write(source: Recall, name: str, size: int) -> Iterator[str]:
-    """The first `size` bytes of the document of that name, in parts."""
+    """Yield the first `size` bytes of the document of that name, in parts."""
     letters = np.frombuffer(DIGITS.encode(), np.uint8)
     numbers = np.repeat(np.arange(source.keys), _draws(source))
     table = np.frombuffer(tape(name, "table", size=source.keys), np.uint8) % source.values
     for part, begin in enumerate(range(0, size, PART * source.pair)):
         pairs = min(PART, -(-(size - begin) // source.pair))
         keys = numbers[np.frombuffer(tape(name, part, size=2 * pairs), "<u2")]
-        columns = [letters[keys // 64**place % 64] for place in reversed(range(source.digits))]
+        columns = [letters[keys // 64**digit % 64] for digit in reversed(range(source.digits))]
         text = np.stack([*columns, np.frombuffer(VALUES.encode(), np.uint8)[table[keys]]], axis=1)
         yield text.tobytes()[: size - begin].decode()
 
 
 def corpus(given: str, split: str) -> Corpus:
-    """Documents of 4096 bytes, each with its own table, to train on and to validate; to test, one long document.
+    """Documents of 4096 bytes, each with its own table, for training and validation; one long document for the test split.
 
-    Options: `keys`, `values`, `skew` (see `Recall`), `size` in bytes of all documents (to train
-    and to validate, as many whole ones as fit), `seed` of keys and tables."""
+    Options: `keys`, `values`, `skew` (see `Recall`), `size` in bytes of all documents together, `seed` of keys and tables."""
     options = options_in("recall", given, {**vars(Recall()), "size": SIZES[split], "seed": 0})
     source = Recall(int(options["keys"]), int(options["values"]), options["skew"])
     size, seed = int(options["size"]), int(options["seed"])
     one = split == "test"
     length = size if one else min(size, DOCUMENT)
     if length < 2:
-        raise CorpusError(f"recall:{given}: a text of {size} byte(s) has nothing to predict; give it at least two.")
+        raise CorpusError(f"recall:{given}: a text of {size} byte(s) has nothing to predict; use at least two.")
     names = [f"recall/{seed}/{split}/{number}" for number in range(max(1, size // length))]
 
     def documents() -> Iterator[Document]:
@@ -176,19 +174,19 @@ def corpus(given: str, split: str) -> Corpus:
     return Corpus(name, split, documents, digest, as_stream=one, size=len(names) * length, entropy=entropy)
 
 
-class Seen(NamedTuple):
-    """What a reader of pairs remembers."""
+class RecallState(NamedTuple):
+    """The state of `RecallLM`."""
 
-    values: Tensor  # [b, n] the value of each key, by number
-    met: Tensor  # [b, n] the pair that it last stood in; NEVER if in none
-    key: Tensor  # [b] of the key that is being read, the digits so far
-    at: Tensor  # [b] bytes read
+    values: Tensor  # [b, n] the number of the value of each key
+    last: Tensor  # [b, n] the number of the last pair with each key, or NEVER
+    key: Tensor  # [b] the digits of the current key so far
+    position: Tensor  # [b] bytes read
 
 
 class RecallLM(nn.Module):
-    """The language model that is the source, with a memory of all pairs, or of those that a window shows whole.
+    """The optimal language model of `recall`: it remembers all pairs, or those that are completely within a window.
 
-    A byte that cannot come is read as the digit 0, or as no value at all, so every text can be read.
+    An impossible byte counts as the digit 0, or as no value, so every text can be read.
     """
 
     constant_state = True
@@ -196,41 +194,42 @@ class RecallLM(nn.Module):
     def __init__(self, source: Recall, window: int | None = None) -> None:
         super().__init__()
         self.keys, self.digits = source.keys, source.digits
-        self.pairs = -NEVER // 2 if window is None else max(0, window - source.digits) // source.pair  # that it remembers
+        self.pairs = -NEVER // 2 if window is None else max(0, window - source.digits) // source.pair  # pairs in its memory
         self.logits = nn.Parameter(torch.from_numpy(_rows(source)).log().float(), requires_grad=False)  # [r, v]
 
-    def forward(self, input_ids: Tensor, state: Seen | None = None) -> tuple[Tensor, Seen]:
-        """Logits [b, t, v] of the byte after each of `input_ids` [b, t], and what is remembered."""
+    def forward(self, input_ids: Tensor, state: RecallState | None = None) -> tuple[Tensor, RecallState]:
+        """Logits [b, t, v] of the byte after each of `input_ids` [b, t], and the new state."""
         b, n = len(input_ids), self.keys
         if state is None:
-            state = Seen(torch.zeros(b, n).long(), torch.full((b, n), NEVER), torch.zeros(b).long(), torch.zeros(b).long())
-        # one byte after the other, on plain lists: tensors of one element would take some fifty times as long
-        memories = zip(*(part.tolist() for part in state), strict=True)
-        read = [self._read(row, *memory) for row, memory in zip(input_ids.tolist(), memories, strict=True)]
+            one = torch.zeros(b, dtype=torch.long)
+            state = RecallState(torch.zeros(b, n).long(), torch.full((b, n), NEVER), one, one)
+        # byte by byte on lists: tensors of one element would be about fifty times slower
+        states = zip(*(part.tolist() for part in state), strict=True)
+        read = [self._read(row, *row_state) for row, row_state in zip(input_ids.tolist(), states, strict=True)]
         rows, *parts = (torch.tensor(part, device=input_ids.device) for part in zip(*read, strict=True))
-        return self.logits[rows], Seen(*parts)
+        return self.logits[rows], RecallState(*parts)
 
-    def _read(self, row: list[int], values: list[int], met: list[int], key: int, at: int) -> tuple[object, ...]:
-        """The row of logits after each byte of one text, and its memory."""
+    def _read(self, ids: list[int], values: list[int], last: list[int], key: int, begin: int) -> tuple[object, ...]:
+        """The row of `logits` after each byte of one text, and the fields of its new state."""
         rows = []
-        for at, byte in enumerate(row, start=at):  # noqa: B020 - counts on from where the last call ended
-            pair, place = divmod(at, self.digits + 1)
-            if place == self.digits:
+        for position, byte in enumerate(ids, start=begin):
+            pair, digit = divmod(position, self.digits + 1)
+            if digit == self.digits:
                 if byte in VALUE:
-                    values[key], met[key] = VALUE[byte], pair
+                    values[key], last[key] = VALUE[byte], pair
                 key = 0
                 rows.append(FIRST)
                 continue
             key = (64 * key + DIGIT.get(byte, 0)) % self.keys
-            if place < self.digits - 1:
+            if digit < self.digits - 1:
                 rows.append(SECOND + key % -(-self.keys // 64))
             else:
-                rows.append(KNOWN + values[key] if pair - met[key] <= self.pairs else NEW)
-        return rows, values, met, key, at + 1
+                rows.append(KNOWN + values[key] if pair - last[key] <= self.pairs else NEW)
+        return rows, values, last, key, begin + len(ids)
 
 
 def _rows(source: Recall) -> np.ndarray:
-    """[r, v] probabilities: of a key's first byte, of a new value, of each known one, of the second byte after each first."""
+    """[r, v] probabilities of: a key's first byte; a new value; each known value; the second byte after each first byte."""
     digits, values = list(DIGITS.encode()), list(VALUES[: source.values].encode())
     often = frequencies(source) if source.digits == 1 else _by_first_digit(source).sum(1)
     seconds = _by_first_digit(source) if source.digits == 2 else np.empty((0, 64))
@@ -243,10 +242,10 @@ def _rows(source: Recall) -> np.ndarray:
 
 
 def load() -> RecallLM:
-    """The source of the corpus `recall` as a language model that forgets nothing."""
+    """The optimal model of the corpus `recall`, which remembers all pairs."""
     return RecallLM(Recall()).eval()
 
 
 def load_windowed() -> RecallLM:
-    """The same with a memory of the last 65 bytes: 32 pairs and a key."""
+    """The optimal model that sees the last 65 bytes: 32 pairs and a key."""
     return RecallLM(Recall(), window=65).eval()

@@ -1,10 +1,9 @@
-"""Rows of a dataset, one after the other as they come: from the Hugging Face hub, from a local mirror of it, from a file.
+"""Stream the rows of a dataset from the Hugging Face hub, a local mirror of it, or a file.
 
     for row in Rows("nyu-mll/glue", "sst2", "validation").read(): ...
 
-Nothing is downloaded whole: N rows of ten gigabytes cost N rows. A connection that breaks is taken up at the row where it
-broke. A mirror (`--lmeval-data DIR`) is read by the same code: DIR/OWNER/NAME/CONFIG/SPLIT.parquet or .jsonl, CONFIG being
-`default` for datasets without one.
+Only the rows that are read are downloaded, and after a broken connection reading resumes at the next row. A mirror
+(`--lmeval-data DIR`) holds DIR/OWNER/NAME/CONFIG/SPLIT.parquet or .jsonl; CONFIG is `default` for datasets without one.
 """
 
 from __future__ import annotations
@@ -16,32 +15,32 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+from pytest_lmeval.data import _files as files
 from pytest_lmeval.errors import CorpusError
 
-PARQUET = "refs/convert/parquet"  # the hub's own conversion, for datasets that are published as a script
+PARQUET = "refs/convert/parquet"  # the hub's conversion of datasets that are published as a script
 SCHEMES = {"jsonl": ".jsonl", "parquet": ".parquet"}
 TRANSIENT = ("httpx", "httpcore", "requests", "urllib3", "aiohttp", "fsspec", "huggingface_hub")
-ATTEMPTS = 6  # in a row without a single new row; the waits between them add up to about a minute
-
-AGAIN = 300.0  # seconds until a hub that was out of reach is tried again, since finding that out takes long
+ATTEMPTS = 6  # without a new row; the waits between them add up to half a minute
+AGAIN = 300.0  # seconds until an unreachable hub is tried again, since each attempt takes long
 
 Row = dict[str, Any]
 
 
 class _Hub:
-    """When the hub was last found to be out of reach."""
+    """When the hub was last unreachable (`time.monotonic`)."""
 
-    missed = -inf
+    unreachable_at = -inf
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Where the rows of one split lie.
+    """The source of the rows of one split.
 
     name      OWNER/NAME of the hub, or `jsonl:PATH` or `parquet:PATH`: a file, or a folder with SPLIT.jsonl or SPLIT.parquet
-    config    the hub's name for a part of the dataset
-    split     as the hub calls it
-    revision  of the dataset; the newest by default
+    config    a configuration of the dataset
+    split     its name on the hub
+    revision  of the dataset; default: the newest
     """
 
     name: str
@@ -57,29 +56,28 @@ class Rows:
         return replace(self, split=split)
 
     def read(self, data_dir: str | Path | None = None) -> Iterator[Row]:
-        """The rows, in the dataset's order; a field that is null is left out of its row.
+        """Yield the rows in the order of the dataset, without fields that are null.
 
-        A file of JSON lines whose lines have not the same fields is read with null for those that a line lacks, so null and
-        missing cannot be told apart, and a text that is put together would hold the word "None". `row["field"]` raises
-        KeyError for either, `row.get("field")` is None.
+        JSON lines with different fields are read with null for missing ones, so null and missing are the same:
+        `row["field"]` raises KeyError (a prompt would otherwise contain "None"), `row.get("field")` is None.
 
-        Raises CorpusError where the rows are not there, and where one cannot be read.
+        Raises CorpusError if the rows do not exist or one cannot be read.
         """
         file = self.file(data_dir)
         number = -1
-        if file is None and (seconds := time.monotonic() - _Hub.missed) < AGAIN:
+        if file is None and (seconds := time.monotonic() - _Hub.unreachable_at) < AGAIN:
             raise CorpusError(
                 f"{self} could not be read: the hub could not be reached {seconds:.0f} s ago, and it is tried again after "
                 f"{AGAIN:.0f} s. Without a network, point --lmeval-data at a local mirror."
             )
         try:
-            for number, row in enumerate(resilient(lambda done: self._from(file, done))):  # noqa: B007 - told in the error
+            for number, row in enumerate(resilient(lambda done: self._from(file, done))):  # noqa: B007 - used in the error
                 yield {name: value for name, value in row.items() if value is not None}
         except CorpusError:
             raise
         except Exception as error:
             if file is None and number < 0 and isinstance(error, ConnectionError):
-                _Hub.missed = time.monotonic()
+                _Hub.unreachable_at = time.monotonic()
             raise CorpusError(
                 f"{self} could not be read{f' after row {number}' if number >= 0 else ''} "
                 f"({type(error).__name__}: {(str(error) or 'no message').splitlines()[0][:300]}). It is streamed from "
@@ -87,24 +85,16 @@ class Rows:
             ) from error
 
     def fingerprint(self, data_dir: str | Path | None = None) -> str:
-        """Changes when a local file does; of the hub, when another revision is asked for."""
-        from pytest_lmeval.data import _files as files
-
+        """A value that changes with the local file, or, for the hub, with the requested revision."""
         if (file := self.file(data_dir)) is not None:
             return files.fingerprint(file)
         return f"{self.name}@{self.revision or 'main'}/{self.config}/{self.split}"
 
     def file(self, data_dir: str | Path | None) -> Path | None:
-        """The local file that is read; None for the hub."""
+        """The local file; None for the hub. Raises CorpusError if it does not exist."""
         scheme, _, path = self.name.partition(":")
         if scheme in SCHEMES:
-            place = Path(path).expanduser()
-            file = place / f"{self.split}{SCHEMES[scheme]}" if place.is_dir() else place
-            if not file.is_file():
-                raise CorpusError(
-                    f"{self.name}: there is no file {file}" + ("." if file.is_absolute() else f" (looked from {Path.cwd()}).")
-                )
-            return file.resolve()
+            return files.existing_file(scheme, path, f"{self.split}{SCHEMES[scheme]}")
         if data_dir is None:
             return None
         data_dir = Path(data_dir).expanduser()
@@ -138,10 +128,10 @@ def resilient(
     attempts: int = ATTEMPTS,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Iterator[Any]:
-    """The rows of `rows_from(0)`; after a broken connection those of `rows_from(n)`, n being the rows already had.
+    """Yield the rows of `rows_from(0)`; after a broken connection, those of `rows_from(number of rows so far)`.
 
-    Waits 1, 2, 4, ... seconds between attempts, and gives up after `attempts` in a row without a new row. A connection
-    that never was is not tried again: the hub's own client has tried it for half a minute by then.
+    Waits 1, 2, 4, ... seconds between attempts, and gives up after `attempts` without a new row. Does not try again if there
+    was no row at all: the client of the hub has tried for half a minute by then.
     """
     done = failed = 0
     while True:
@@ -158,10 +148,10 @@ def resilient(
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether trying again may help: the network failed, rather than the dataset's name or content."""
+    """Whether the network failed, rather than the name or the content of the dataset."""
     if isinstance(error, FileNotFoundError | PermissionError | NotADirectoryError | IsADirectoryError):
         return False
     status: int | None = getattr(getattr(error, "response", None), "status_code", None)
-    if status is not None:  # the hub has answered: only its own failures and its rate limit pass
+    if status is not None:  # an answer of the hub: server errors and the rate limit are transient
         return status >= 500 or status == 429
     return isinstance(error, OSError | EOFError) or type(error).__module__.partition(".")[0] in TRANSIENT

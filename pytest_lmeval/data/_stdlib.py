@@ -1,15 +1,11 @@
-"""`stdlib`: the English that every CPython carries - the language reference and the docstrings.
+"""Build the corpus `stdlib` from the documentation that every CPython contains.
 
-Two sources, both read without importing or running anything:
+* the topics of `pydoc_data` (the language reference, as `help("while")` prints it, ~0.5 MB);
+* the docstrings of the standard library's modules, in source order, parsed and never imported (~1.6 MB).
 
-* the topics of `pydoc_data` (what `help("while")` prints: the language reference, ~0.5 MB);
-* the docstrings of the standard library's modules, in source order (~1.6 MB).
-
-A document is one topic or one module. Its split is fixed by a hash of its name - 80 % train,
-10 % validation, 10 % test - so a module is held out in every version of Python alike. A docstring
-that was seen before is dropped, and so is a longer paragraph of a held-out document that also stands
-in another split: a copy must not leak from one split to another.
-The text differs a little between Python versions; the corpus fingerprint tells them apart.
+A document is one topic or one module. A hash of its name determines its split (80 % train, 10 % validation, 10 % test), the
+same in every version of Python. Repeated docstrings are dropped, and so are long paragraphs of a held-out document that occur
+in another split, so that no copy leaks. The text differs a little between Python versions, and so does the fingerprint.
 """
 
 from __future__ import annotations
@@ -25,16 +21,14 @@ from pathlib import Path
 from pytest_lmeval.data._corpus import SPLITS, Corpus, Document
 from pytest_lmeval.errors import CorpusError
 
-# Not the library itself: its tests, other people's packages, and the program `idle`.
+# Folders in the library's that are not the library: tests, other packages, programs.
 NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "idlelib"}
 NOT_LIBRARY |= {"lib2to3", "turtledemo", "ensurepip", "pydoc_data"}
-
-
-LONG = 80  # characters from which on a paragraph is no phrase that anybody would write again
+LONG = 80  # characters of a paragraph that is unlikely to be written twice independently
 
 
 def load(given: str, split: str) -> Corpus:
-    """The corpus `stdlib`, read as one stream. It has no options: nothing is `given`."""
+    """The corpus `stdlib`, read as one stream. It has no options: `given` must be empty."""
     if given:
         raise CorpusError(f"stdlib:{given}: stdlib has no options.")
     documents = _documents()[split]
@@ -44,7 +38,7 @@ def load(given: str, split: str) -> Corpus:
 
 
 def split_of(name: str) -> str:
-    """The split that a document belongs to, by the hash of its name.
+    """The split of a document, from a hash of its name.
 
     >>> split_of("typing"), split_of("json"), split_of("topic:while")
     ('train', 'test', 'train')
@@ -60,36 +54,26 @@ def _documents() -> dict[str, tuple[Document, ...]]:
         found[split_of(name)].append((name, docstrings))
     if not all(found.values()):
         raise CorpusError(
-            "the corpus `stdlib` is empty: this Python carries neither pydoc topics nor the sources of its "
-            f"library ({_library_folder()}), as trimmed installations do. Use another corpus, for example text:PATH."
+            "the corpus `stdlib` is empty: this Python has neither pydoc topics nor the sources of its library "
+            f"({_library_folder()}). Use another corpus, for example text:PATH."
         )
-    splits, copies = {}, Copies()
-    for split, documents in found.items():  # train first: what it holds, the others must not
-        texts = [(name, "\n\n".join(filter(None, map(copies.without, docstrings)))) for name, docstrings in documents]
-        splits[split] = tuple(Document(name, text + "\n\n\n") for name, text in texts if text)
-        copies.close_split()
+    splits, docstrings_before, paragraphs_before = {}, set[str](), set[str]()
+    for split, documents in found.items():  # train first: the others must not repeat its paragraphs
+        kept, paragraphs_here = [], set[str]()
+        for name, docstrings in documents:
+            parts = []
+            for docstring in docstrings:
+                if docstring in docstrings_before:
+                    continue
+                docstrings_before.add(docstring)
+                paragraphs = [p for p in docstring.split("\n\n") if len(p) < LONG or p not in paragraphs_before]
+                paragraphs_here.update(paragraphs)
+                parts.append("\n\n".join(paragraphs))
+            if text := "\n\n".join(filter(None, parts)):
+                kept.append(Document(name, text + "\n\n\n"))
+        splits[split] = tuple(kept)
+        paragraphs_before |= paragraphs_here
     return splits
-
-
-class Copies:
-    """Remembers what was read, to leave out what comes again."""
-
-    def __init__(self) -> None:
-        self.docstrings: set[str] = set()
-        self.paragraphs: set[str] = set()  # of this split and those before it
-        self.elsewhere: frozenset[str] = frozenset()  # of those before it
-
-    def without(self, docstring: str) -> str:
-        """The docstring without its long paragraphs that stand in an earlier split; empty if it came before as a whole."""
-        if docstring in self.docstrings:
-            return ""
-        self.docstrings.add(docstring)
-        paragraphs = [text for text in docstring.split("\n\n") if len(text) < LONG or text not in self.elsewhere]
-        self.paragraphs.update(paragraphs)
-        return "\n\n".join(paragraphs)
-
-    def close_split(self) -> None:
-        self.elsewhere = frozenset(self.paragraphs)
 
 
 def _topics() -> Iterator[tuple[str, list[str]]]:

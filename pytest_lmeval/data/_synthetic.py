@@ -1,7 +1,4 @@
-"""What synthetic corpora share: options in their names, and random bytes that are the same in every version of every library.
-
-`automaton:size=1M,seed=3` and `recall:keys=1024` are names with options.
-"""
+"""Parse the options in the names of synthetic corpora, and generate random bytes that no library version changes."""
 
 from __future__ import annotations
 
@@ -15,12 +12,12 @@ UNITS = {"": 1, "k": 1000, "M": 1_000_000}
 
 
 def options_in(name: str, given: str, known: dict[str, float]) -> dict[str, float]:
-    """The options `given` as "size=1M,seed=3", over the defaults in `known`. What is a whole number there must be one here.
+    """The options in `given`, such as "size=1M,seed=3", with the defaults in `known`. An integer default needs an integer.
 
     >>> options_in("automaton", "size=2.3M", {"size": 10, "seed": 0})
     {'size': 2300000, 'seed': 0}
 
-    Raises CorpusError for an option that is not in `known`, and for what is no such number.
+    Raises CorpusError for an unknown option or a bad number.
     """
     values = dict(known)
     for item in filter(None, given.split(",")):
@@ -35,5 +32,5 @@ def options_in(name: str, given: str, known: dict[str, float]) -> dict[str, floa
 
 
 def tape(*name: object, size: int) -> bytes:
-    """`size` random bytes that belong to this name: SHAKE-256 of it, independent of those of any other name."""
+    """`size` random bytes for this name: its SHAKE-256, independent of those of other names."""
     return hashlib.shake_256("/".join(map(str, name)).encode()).digest(size)

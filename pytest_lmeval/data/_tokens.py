@@ -1,7 +1,7 @@
-"""From documents to token ids, and the bytes of text that each token stands for.
+"""Tokenize documents, with the number of bytes of each token.
 
-Bits per byte compares models of different vocabularies only if the bytes are those of the original text, and only those of the
-tokens that were scored. So the width of every token stands beside its id until it is scored.
+Bits per byte compares models of different vocabularies only if it counts the bytes of the original text, and only of the tokens
+that were scored, so every id carries its number of bytes.
 """
 
 from __future__ import annotations
@@ -15,19 +15,31 @@ from typing import Any
 import numpy as np
 
 from pytest_lmeval.data._corpus import Corpus, Document
-from pytest_lmeval.engine._tokens import Tokens, tokens_of
+from pytest_lmeval.engine._tokens import Tokens, array_of, tokens_of
 from pytest_lmeval.errors import CorpusError, StreamError
 from pytest_lmeval.models._model import Model
+
+
+def as_corpus(source: Corpus | Iterable[Any]) -> Corpus:
+    """A corpus as it is; token ids (tensor, array, list, range, iterator of arrays) as a corpus of one document. An iterator
+    can be read once and is not stored."""
+    if isinstance(source, Corpus):
+        return source
+    if (ids := array_of(source)) is not None:
+        digest = hashlib.sha256(np.ascontiguousarray(ids).tobytes()).hexdigest()
+        return Corpus("ids", "test", lambda: iter([Document("ids", ids=ids)]), digest, tokenized=True, size=len(ids))
+    parts = (Document("ids", ids=part) for part in source)
+    return Corpus("ids", "test", lambda: parts, "", tokenized=True)
 
 
 def sequences(
     lm: Model, corpus: Corpus, *, by_document: bool, limit: int | None = None, tokens: int | None = None, rolling: bool = False
 ) -> Iterator[TokenReader]:
-    """What is read from an empty state each: the documents of a corpus, or all of them as one stream.
+    """Yield a reader for each document of a corpus, or one for all documents as one stream.
 
-    limit    so many documents
-    tokens   so many tokens of each sequence
-    rolling  put before a text what lm-evaluation-harness does (see `beginning`), and tokenize a document whole, as it does
+    limit    most documents
+    tokens   most tokens of each sequence
+    rolling  begin texts and tokenize whole documents as lm-evaluation-harness does (see `beginning`)
     """
     documents = corpus.documents()
     if not by_document:
@@ -40,16 +52,16 @@ def sequences(
 
 
 class TokenReader:
-    """The tokens of consecutive documents as one stream, the beginning-of-sequence token first if there is one.
+    """The tokens of consecutive documents as one stream, after the beginning-of-sequence token if there is one.
 
     ids = TokenReader(lm, documents)       an iterator of `Tokens`
     ids.skip = 1000                        begin with this token of the stream
-    ids.content                            a hash of the text (or the ids) so far, also of what was skipped
+    ids.content                            a hash of the text (or the ids) so far, including what was skipped
 
-    A model of several codebooks is given frames [n, k]; such a frame is one token here.
+    For a model with several codebooks, a token is a frame: ids are [n, k].
 
     limit    end before this token
-    rolling  put before the text what lm-evaluation-harness does (see `beginning`)
+    rolling  begin the text as lm-evaluation-harness does (see `beginning`)
     """
 
     def __init__(self, lm: Model, documents: Iterable[Document], *, limit: int | None = None, rolling: bool = False) -> None:
@@ -101,10 +113,9 @@ class TokenReader:
 def beginning(tokenizer: Any, ids: np.ndarray, *, rolling: bool) -> np.ndarray:
     """The ids [n] to put before a text of these ids: the tokenizer's beginning-of-sequence token, if it has one.
 
-    rolling  what lm-evaluation-harness 0.4.13 puts there (`loglikelihood_rolling`): without a beginning-of-sequence token the
-             end-of-sequence token; after it the ids that the tokenizer adds of its own accord (`prefix`), which are scored, so
-             that a tokenizer that adds its beginning-of-sequence token has it there twice. It adds none to a text that begins
-             with that token itself.
+    rolling  as lm-evaluation-harness 0.4.13 does in `loglikelihood_rolling`: the beginning-of-sequence token, or else the
+             end-of-sequence token; then, unless the text begins with that token, the ids that the tokenizer adds by default
+             (`prefix`), which are scored. A tokenizer that adds its beginning-of-sequence token has it there twice.
     """
     bos, eos = (getattr(tokenizer, name, None) for name in ("bos", "eos"))
     first = eos if rolling and bos is None else bos

@@ -1,1 +1,1 @@
-"""Language models: what is asked of one, where it comes from, who it is, what its tensors hold."""
+"""Language models: the step protocol, the sources that load one, its fingerprint, and the precision of its weights."""

@@ -1,9 +1,7 @@
-"""transformers causal LMs, with every kind of cache.
+"""Load and step transformers causal LMs, with every kind of cache.
 
-The cache is called `past_key_values`, `cache_params` (Mamba and its relatives) or `state` (RWKV). It is
-never made here: the model makes its own in the first step, as its configuration asks for (a cache made without the
-configuration forgets that some layers have windows), and it is carried from then on. Positions are always given explicitly,
-since some models restart them with each chunk, and no attention mask is given, since there is no padding.
+The model makes its own cache in the first step: one made without the configuration would not know which layers have windows.
+Positions are always passed, since some models restart them with each chunk; no attention mask is, since nothing is padded.
 """
 
 from __future__ import annotations
@@ -22,11 +20,11 @@ from torch import Tensor, nn
 
 from pytest_lmeval.errors import ModelError, SpecError
 from pytest_lmeval.models import _specs as specs
-from pytest_lmeval.models._model import Model, State, StepFn, places, tokenizer_for
+from pytest_lmeval.models._model import Model, State, StepFn, devices_note, tokenizer_for
 from pytest_lmeval.models._sources import Loaded
 from pytest_lmeval.models._tensors import nbytes
 
-CACHE_NAMES = ("past_key_values", "cache_params", "state")
+CACHE_NAMES = ("past_key_values", "cache_params", "state")  # the last two: Mamba and its relatives, RWKV
 BOUNDARIES = (
     "sliding_window",
     "attention_chunk_size",
@@ -40,24 +38,24 @@ BOUNDARIES = (
 
 @dataclass
 class CacheState:
-    """The model's cache and the number of tokens it has seen (the next position)."""
+    """The model's cache and the number of tokens that it has read (the next position)."""
 
     cache: Any
     seen: int
 
 
 def is_transformers(source: Any) -> bool:
-    """Whether `source` is a transformers model; never imports transformers to find out."""
+    """Whether `source` is a transformers model; does not import transformers."""
     transformers = sys.modules.get("transformers")
     return transformers is not None and isinstance(source, transformers.PreTrainedModel)
 
 
 def load(name: str, *, spec: str, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> Loaded:
-    """A causal LM from a folder or the hub, from safetensors or weights that hold nothing but tensors, and its tokenizer.
+    """Load a causal LM and its tokenizer from a folder or the hub; weight files must hold tensors only.
 
-    dtype  the precision to read it in, but for what transformers itself keeps in float32; None: that of the checkpoint
+    dtype  precision to load in (transformers itself may keep some weights in float32); None: that of the checkpoint
 
-    `bytes_before` is that of the checkpoint, if a `dtype` is given and the checkpoint names its own.
+    `bytes_before` is the size of the checkpoint, if a `dtype` is given and the checkpoint names its own.
     """
     specs.check_path(spec, name)
     try:
@@ -65,17 +63,16 @@ def load(name: str, *, spec: str, dtype: torch.dtype | None = None, trust_remote
     except ImportError as error:
         raise SpecError(f"{spec} needs transformers: pip install 'pytest-lmeval[hf]'") from error
     folder = Path(name).expanduser()
-    source = str(folder) if folder.is_dir() else name
+    source, where = name, f"is no folder here, so it was looked up on the hub.){specs.nearest_folder(name)}"
+    if folder.is_dir():
+        source, where = str(folder), "is a folder here.)"
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
         config = transformers.AutoConfig.from_pretrained(source, **options)
         module = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto", **options)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        where = "is a folder here" if folder.is_dir() else "is no folder here, so it was looked up on the hub"
-        raise SpecError(
-            f"{spec} could not be loaded: {str(error).strip().splitlines()[0]} ({name!r} {where}.)"
-            + ("" if folder.is_dir() else specs.nearest_folder(name))
-        ) from error
+        reason = str(error).strip().splitlines()[0]
+        raise SpecError(f"{spec} could not be loaded: {reason} ({name!r} {where}") from error
     tokenizer: HFTokenizer | NoTokenizer
     try:
         tokenizer = HFTokenizer(transformers.AutoTokenizer.from_pretrained(source, **options), name)
@@ -83,7 +80,7 @@ def load(name: str, *, spec: str, dtype: torch.dtype | None = None, trust_remote
         tokenizer = NoTokenizer(spec, error)
     saved = getattr(config, "dtype", None) if dtype and not getattr(config, "quantization_config", None) else None
     before = None
-    if isinstance(saved, torch.dtype):  # it says nothing of buffers: they are tables that the model fills for itself
+    if isinstance(saved, torch.dtype):  # buffers are not saved: the model computes them
         before = sum(p.numel() * saved.itemsize for p in module.parameters()) + sum(map(nbytes, module.buffers()))
     return Loaded(module.train(False), tokenizer, before)
 
@@ -95,22 +92,24 @@ def adapt(module: nn.Module, *, spec: str, tokenizer: Any = None) -> Model:
         tokenizer = HFTokenizer(tokenizer, spec)
     first_token = torch.zeros(1, 1, dtype=torch.long, device=next(module.parameters()).device)
     if isinstance(tokenizer, HFTokenizer):
-        tokenizer = copy.copy(tokenizer)  # the ends are of this model, and another one may have been given the same tokenizer
+        tokenizer = copy.copy(tokenizer)  # `ends` differs by model, and several models may share one tokenizer
         tokenizer.ends = _ends(module, tokenizer.eos)
     form, state = "transformers", None
-    try:
-        logits, state = _asked(step_with_cache(module), first_token)
-    except Exception as error:  # noqa: BLE001 - a cache may fail in any way; without it, the model may still be read in windows
+    with torch.no_grad():
         try:
-            logits, _ = _asked(step_without_cache(module), first_token)
-        except Exception:  # noqa: BLE001 - what is told is why it failed as it is meant to be used
-            raise ModelError(
-                f"{spec} ({type(module).__name__}) was asked for the logits of one token (id 0, shape [1, 1]) and raised "
-                f"{type(error).__name__}: {error}.{places(module)}"
-            ) from error
-        form = f"transformers, without its cache, which raised {type(error).__name__}: {error}"
+            logits, state = step_with_cache(module)(first_token, None, None)
+        except Exception as error:  # noqa: BLE001 - without its cache, the model can still be scored in windows
+            try:
+                logits, _ = step_without_cache(module)(first_token, None, None)
+            except Exception:  # noqa: BLE001 - the first error says more
+                raise ModelError(
+                    f"{spec} ({type(module).__name__}) raised {type(error).__name__} for one token (id 0, shape [1, 1]): "
+                    f"{error}.{devices_note(module)}"
+                ) from error
+            form = f"transformers, without its cache, which raised {type(error).__name__}: {error}"
     stateful = state is not None
     rebuild = step_with_cache if stateful else step_without_cache
+    sizes = [getattr(text_config, name, None) for name in BOUNDARIES]
     return Model(
         rebuild(module),
         spec,
@@ -121,28 +120,21 @@ def adapt(module: nn.Module, *, spec: str, tokenizer: Any = None) -> Model:
         rebuild=rebuild,
         tokenizer=tokenizer_for(tokenizer, logits.shape[-1]),
         context_length=_context_length(text_config),
-        boundaries=tuple(
-            sorted({n for name in BOUNDARIES if isinstance(n := getattr(text_config, name, None), int) and n > 1})
-        ),
+        boundaries=tuple(sorted({n for n in sizes if isinstance(n, int) and n > 1})),
     )
 
 
 def _ends(module: nn.Module, eos: int | None) -> tuple[int, ...]:
-    """The ids that end an answer: the tokenizer's own, and those that the model's settings for generation name."""
+    """Ids that end an answer: the tokenizer's, and those of the model's generation settings."""
     named = getattr(getattr(module, "generation_config", None), "eos_token_id", None)
     listed = list(named) if isinstance(named, list | tuple) else [named]
     return tuple(dict.fromkeys(end for end in (eos, *listed) if isinstance(end, int)))
 
 
 def _context_length(config: Any) -> int | None:
-    """The most tokens of a sequence, by the names that it has; where it is not positive, there is no limit."""
+    """The most tokens of a sequence; a number that is not positive means no limit."""
     found = (getattr(config, name, None) for name in ("max_position_embeddings", "max_target_positions", "max_seq_len"))
     return next((length for length in found if isinstance(length, int) and length > 0), None)
-
-
-def _asked(step_fn: StepFn, first_token: Tensor) -> tuple[Tensor, State]:
-    with torch.no_grad():
-        return step_fn(first_token, None, None)
 
 
 def step_with_cache(module: nn.Module) -> StepFn:
@@ -155,7 +147,7 @@ def step_with_cache(module: nn.Module) -> StepFn:
         arguments: dict[str, Any] = {"use_cache": True}
         if "position_ids" in accepted:
             arguments["position_ids"] = torch.arange(seen, seen + positions, device=input_ids.device)[None]
-        if keep and "logits_to_keep" in accepted:  # there 0 means all of them
+        if keep and "logits_to_keep" in accepted:  # transformers takes 0 for all
             arguments["logits_to_keep"] = keep
         if state is not None:
             arguments[names[0]] = state.cache
@@ -167,7 +159,7 @@ def step_with_cache(module: nn.Module) -> StepFn:
 
 
 def step_without_cache(module: nn.Module) -> StepFn:
-    """For models that return no cache, or that hide their state in their modules: each call is a sequence of its own."""
+    """For models that return no cache or keep their state inside: each call reads a new sequence."""
 
     def step_fn(input_ids: Tensor, state: State | None, keep: int | None) -> tuple[Tensor, State]:
         if state is not None:
@@ -178,21 +170,20 @@ def step_without_cache(module: nn.Module) -> StepFn:
 
 
 class NoTokenizer:
-    """Stands where a tokenizer could not be loaded: ids can be scored without one, and text says why it cannot."""
+    """Used if a tokenizer fails to load: token ids can still be scored, and `encode` raises SpecError with the reason."""
 
     name, bos = "none", None
 
-    def __init__(self, spec: str, why: Exception) -> None:
-        self.why = (
-            f"{spec} has no tokenizer that can be loaded ({type(why).__name__}: {str(why).strip().splitlines()[0][:300]})."
-        )
+    def __init__(self, spec: str, error: Exception) -> None:
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"
+        self.why = f"{spec} has no tokenizer that can be loaded ({reason})."
 
     def encode(self, text: str) -> tuple[Any, Any]:
         raise SpecError(f"{self.why} Put one into its folder, or read token ids: tokens:PATH.")
 
 
 class HFTokenizer:
-    """A transformers tokenizer as a `_model.Tokenizer`: no special tokens, and where in the text's bytes each token ends."""
+    """A transformers tokenizer as a `_model.Tokenizer`: without special tokens, with the byte offset where each token ends."""
 
     def __init__(self, tokenizer: Any, name: str) -> None:
         self.tokenizer, self.name, self.bos, self.eos = tokenizer, name, tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -200,13 +191,13 @@ class HFTokenizer:
 
     @functools.cached_property
     def prefix(self) -> tuple[int, ...]:
-        """The ids that it puts before a text of its own accord."""
-        given, bare = (list(self.tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (True, False))
-        at = next((place for place in range(len(given)) if given[place : place + len(bare)] == bare), 0)
-        return tuple(given[:at])
+        """The special tokens that the tokenizer puts before a text by default."""
+        with_special, bare = (list(self.tokenizer("a", add_special_tokens=on)["input_ids"]) for on in (True, False))
+        starts = (i for i in range(len(with_special)) if with_special[i : i + len(bare)] == bare)
+        return tuple(with_special[: next(starts, 0)])
 
     def decode(self, ids: Any) -> str:
-        """The text, without special tokens."""
+        """Return the text, without special tokens."""
         text: str = self.tokenizer.decode(list(map(int, ids)), skip_special_tokens=True)
         return text
 
@@ -214,12 +205,11 @@ class HFTokenizer:
         fast = bool(getattr(self.tokenizer, "is_fast", False))
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
         ids = np.asarray(encoded["input_ids"], dtype=np.int64)
-        # bytes[i]: how many bytes the first i characters take
         widths = np.fromiter((len(character.encode()) for character in text), dtype=np.int64, count=len(text))
-        bytes_before = np.concatenate([[0], np.cumsum(widths)])
+        bytes_before = np.concatenate([[0], np.cumsum(widths)])  # [i]: bytes of the first i characters
         if fast:
             ends = np.asarray([end for _, end in encoded["offset_mapping"]], dtype=np.int64)
-        else:  # a slow tokenizer does not say where its tokens lie: spread the text over them evenly
+        else:  # slow tokenizers have no offsets: spread the text evenly over the tokens
             ends = np.linspace(0, len(text), len(ids) + 1)[1:].astype(np.int64)
         if len(ends):
             ends[-1] = len(text)

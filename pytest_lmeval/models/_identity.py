@@ -1,11 +1,12 @@
-"""Describe a model for a record, and give it a fingerprint by which a later run knows it again."""
+"""Describe a model for a record, and compute the fingerprint by which a later run recognizes it."""
 
 from __future__ import annotations
 
 import hashlib
 import inspect
 import uuid
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +21,25 @@ from pytest_lmeval.models._tensors import is_packed, nbytes, parts, precision_of
 from pytest_lmeval.models._weak_cache import WeakCache
 from pytest_lmeval.records._measured import ModelFacts, Precision
 
-SMALL = 1 << 20  # elements of a tensor up to which all of them are hashed
-NEARLY_ALL = 0.9  # share of the weights in one precision from which on it is the model's
-SAMPLE = 64  # elements of each tensor by which a change is noticed, beside torch's own count of changes
-PLAIN = (str, int, float)  # bool is an int; a tuple, since isinstance takes several times as long with a union
-LOADED_FROM = "name_or_path"  # the attribute in which transformers keeps a folder; a copy of it holds the same model
-AS_CHEAP = 4096  # elements of a tensor up to which hashing it takes no longer than looking whether it has changed
+SMALL = 1 << 20  # elements up to which a tensor is hashed completely
+NEARLY_ALL = 0.9  # fraction of the weights that must be in one precision for it to be that of the model
+SAMPLE = 64  # elements of each tensor that are compared to detect a change, beside torch's version counter
+PLAIN = (str, int, float)  # bool is an int; isinstance is several times faster with a tuple than with a union
+LOADED_FROM = "name_or_path"  # where transformers stores the folder; a copy of the folder holds the same model
+ALWAYS_HASHED = 4096  # elements up to which hashing a tensor is as fast as checking whether it has changed
 
-DIGESTS = WeakCache[bytes]()  # of tensors
-PRECISIONS = WeakCache[Precision]()  # of modules
-IDENTITIES = WeakCache[str]()  # of objects that are no modules and have no fingerprint of their own
+DIGESTS = WeakCache[bytes]()  # by tensor
+PRECISIONS = WeakCache[Precision]()  # by module
+IDENTITIES = WeakCache[str]()  # by object that is no module and has no attribute `fingerprint`
 
 
 def facts(model: Model) -> ModelFacts:
-    """What a record says about the model: spec, size, precision, place and fingerprint."""
-    known, module, before = fingerprint(model), model.module, model.bytes_before
+    """What a record says about the model: spec, size, precision, device and fingerprint."""
+    digest, module, before = fingerprint(model), model.module, model.bytes_before
     found, packed = None, False
-    if module is not None:  # `precision` reads every packed value, so it is kept while the model is the same
-        kept = PRECISIONS.value(module, lambda: precision(module, bytes_before=before), stamp=(known, before))
-        found = replace(kept, kept=dict(kept.kept))
+    if module is not None:  # cached, since `precision` reads every packed value
+        cached = PRECISIONS.value(module, lambda: precision(module, bytes_before=before), stamp=(digest, before))
+        found = replace(cached, kept=dict(cached.kept))
         packed = any(map(is_packed, weights(module))) or _has_integers(module)
     return ModelFacts(
         spec=model.spec,
@@ -47,19 +48,18 @@ def facts(model: Model) -> ModelFacts:
         bytes=sum(map(nbytes, weights(module))),
         dtype=found.name if found and packed else str(model.dtype).removeprefix("torch."),
         device=str(model.device),
-        fingerprint=known,
+        fingerprint=digest,
         precision=found,
     )
 
 
 def precision(module: nn.Module, *, bytes_before: int | None = None) -> Precision:
-    """What the weights of a module are, found by looking at what its tensors hold, never by what was asked for.
+    """The precision of a module, computed from the content of its tensors, not from what was requested.
 
-    The weights that are multiplied are those of `_model.multiplied`; a precision is that of the model if nine tenths of them
-    are in it.
+    It is the precision of at least nine tenths of the weights in matrix products (`_model.multiplied`), or "mixed".
     """
     chosen = [tensor for _, tensor in multiplied(module)] or list(module.parameters())
-    of_all, of_chosen = _counts(list(module.parameters())), _counts(chosen)
+    of_all, of_chosen = _counts(module.parameters()), _counts(chosen)
     total, most = sum(of_chosen.values()), max(of_chosen, key=lambda name: of_chosen[name], default="mixed")
     name = "packed" if _has_integers(module) else most if of_chosen.get(most, 0) >= NEARLY_ALL * total else "mixed"
     known = [(bits, tensor.numel()) for tensor in chosen if (bits := value_bits(tensor)) is not None]
@@ -76,35 +76,33 @@ def precision(module: nn.Module, *, bytes_before: int | None = None) -> Precisio
     )
 
 
-def _counts(tensors: list[Tensor]) -> dict[str, int]:
-    """Parameters of each precision."""
-    counts: dict[str, int] = {}
+def _counts(tensors: Iterable[Tensor]) -> Counter[str]:
+    """Number of elements in each precision."""
+    counts: Counter[str] = Counter()
     for tensor in tensors:
-        counts[precision_of(tensor)] = counts.get(precision_of(tensor), 0) + tensor.numel()
+        counts[precision_of(tensor)] += tensor.numel()
     return counts
 
 
 def _has_integers(module: nn.Module) -> bool:
-    """Whether a tenth of its bytes are matrices of plain integers: weights that another library packed in its own way."""
+    """Whether more than a tenth of its bytes are integer matrices: weights that another library packed in its own format."""
     tensors = list(weights(module))
     integers = (t for t in tensors if t.ndim > 1 and min(t.shape) > 1 and t.dtype != torch.bool and value_bits(t) is None)
     return sum(map(nbytes, integers)) > (1 - NEARLY_ALL) * sum(map(nbytes, tensors))
 
 
 def fingerprint(model: Model) -> str:
-    """Sixteen hex digits that change when the model does: its declared facts, its code, its settings, its weights.
+    """Sixteen hex digits that change with the model's declared facts, code, settings or weights.
 
     The declared facts are the form, the sizes of vocabulary and context, and the codebooks, but not a limit that the probe
-    found. The code is that of the class of every module in it (but torch's own), as it is in its file now. The settings are the
-    plain attributes of every module. Tensors of more than a million elements enter by an even sample of about that many and the
-    sum of all, so that a model of many gigabytes is known in seconds.
+    found. The code is the current source file of the class of every submodule except torch's own; the settings are the plain
+    attributes of every submodule. Of a tensor with more than a million elements, an even sample of about that many and the sum
+    of all are hashed, so that a model of many gigabytes takes seconds.
 
-    An object that is no torch module enters by its attribute `fingerprint`; without one, every object is a new model in every
-    run.
+    An object that is no torch module is identified by its attribute `fingerprint`; without one it is a new model in every run.
 
-    Only the present content decides, not who asked before. A tensor is hashed again when torch's count of its changes, its
-    storage or a sample of its elements differs; that misses a change of a few elements of a large tensor which torch does not
-    count (through `.data`, or by a kernel that torch does not know).
+    A tensor is hashed again when its torch version counter, its storage or a sample of its elements has changed. This misses a
+    change of a few elements of a large tensor that torch does not count (through `.data`, or by a kernel unknown to torch).
     """
     declared: list[Any] = [model.form, model.vocab_size, model.context_length]
     if (books := model.codebooks) is not None:
@@ -115,19 +113,19 @@ def fingerprint(model: Model) -> str:
     else:
         digest.update(hashlib.sha256(_settings(model).encode()).digest())
         digest.update(_code_digest(model.module))
-        digest.update(_weights_digest(model, _kept_digest))
+        digest.update(_weights_digest(model, _cached_digest))
     return digest.hexdigest()[:16]
 
 
 def _identity_of(model: Model) -> str:
-    """The fingerprint that the object behind the model gives itself, or a random one that this object keeps."""
+    """The `fingerprint` of the object behind the model, or a random one that stays the same while the object lives."""
     if own := getattr(model.source, "fingerprint", None):
         return f"its own: {own}"
     return IDENTITIES.value(model.step_fn if model.source is None else model.source, lambda: uuid.uuid4().hex)
 
 
 def weights_digest(model: Model) -> bytes:
-    """Hash the parameters, and the buffers that hold no state, every tensor anew."""
+    """Hash the parameters, and the buffers that hold no state, without the cache."""
     return _weights_digest(model, _digest)
 
 
@@ -146,13 +144,13 @@ def _digest(tensor: Tensor) -> bytes:
     return hashlib.sha256(_content(tensor.detach(), SMALL, total=True)).digest()
 
 
-def _kept_digest(tensor: Tensor) -> bytes:
-    """Return what `_digest` does, without hashing a tensor again that has not changed.
+def _cached_digest(tensor: Tensor) -> bytes:
+    """`_digest`, cached while the tensor is unchanged.
 
-    Torch does not count the changes of inference tensors, so they are always hashed. A weak reference tells a new storage from
-    an old one at the same address.
+    Inference tensors are always hashed, since they have no version counter. The weak reference to the storage differs for
+    another storage at the same address.
     """
-    if tensor.is_inference() or tensor.numel() <= AS_CHEAP:
+    if tensor.is_inference() or tensor.numel() <= ALWAYS_HASHED:
         return _digest(tensor)
     storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
     view = (storage, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
@@ -161,7 +159,7 @@ def _kept_digest(tensor: Tensor) -> bytes:
 
 
 def architecture_of(model: Model) -> dict[str, str]:
-    """The class of every module in it and their plain attributes, by name, but those that reading or training changes."""
+    """The class and the plain attributes of every submodule, by name, without what reading or training changes."""
     assert model.module is not None
     changing = {*model.mutable_buffers, *(f"{name}.training" for name, _ in model.module.named_modules())}
     kinds = {f"{name}.class": type(part).__qualname__ for name, part in model.module.named_modules()}
@@ -169,7 +167,7 @@ def architecture_of(model: Model) -> dict[str, str]:
 
 
 def settings_of(module: nn.Module) -> dict[str, str]:
-    """The plain attributes of every part, by name, but where transformers loaded it from."""
+    """The plain attributes of every submodule, by name, without the folder that transformers loaded from."""
     return {
         f"{name}.{key}": repr(value)
         for name, part in module.named_modules()
@@ -186,32 +184,25 @@ def _settings(model: Model) -> str:
 
 
 def _code_digest(module: nn.Module) -> bytes:
-    """Hash the names and the source files of the classes of all modules in it; of torch's own, the names."""
+    """Hash the names and the source files of the classes of all submodules; of torch's own, the names only."""
     kinds = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in {type(part) for part in module.modules()}}
-    files = {name: _file(kind) for name, kind in kinds.items()}
-    contents = {file: hashlib.sha256(_read(file)).digest() for file in set(files.values())}
     digest = hashlib.sha256()
-    for name, file in sorted(files.items()):
-        digest.update(f"{name}|".encode() + contents[file])
+    for name, kind in sorted(kinds.items()):
+        digest.update(f"{name}|".encode() + hashlib.sha256(_source_code(kind)).digest())
     return digest.digest()
 
 
-def _file(kind: type) -> str:
+def _source_code(kind: type) -> bytes:
+    """The source file of a class; empty for torch's own, and if there is none (interactive, compiled, archived)."""
     try:
-        return "" if kind.__module__.startswith("torch.") else inspect.getsourcefile(kind) or ""
-    except (OSError, TypeError):  # written at a prompt, or compiled
-        return ""
-
-
-def _read(file: str) -> bytes:
-    try:
+        file = None if kind.__module__.startswith("torch.") else inspect.getsourcefile(kind)
         return Path(file).read_bytes() if file else b""
-    except OSError:  # it lies in an archive, or was removed
+    except (OSError, TypeError):
         return b""
 
 
 def _content(tensor: Tensor, limit: int, *, total: bool) -> bytes:
-    """The bytes of a tensor; of one with more elements than `limit`, those of an even sample, and the sum of all if `total`."""
+    """The bytes of a tensor; of one with more than `limit` elements, an even sample, after the sum of all if `total`."""
     flat, head = tensor.reshape(-1), b""
     if flat.numel() > limit:
         if total:
@@ -221,7 +212,7 @@ def _content(tensor: Tensor, limit: int, *, total: bool) -> bytes:
 
 
 def tokenizer_fingerprint(lm: Model) -> str:
-    """Changes when the tokenizer does: a hash of what it makes of a text of many kinds of characters."""
+    """A hash of how the tokenizer encodes a text with many kinds of characters, and of its special tokens."""
     if lm.tokenizer is None:
         return ""
     sample = (

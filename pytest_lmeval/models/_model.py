@@ -1,11 +1,6 @@
-"""What this package asks of a language model, and what it does with the state of one.
-
-A model steps:
+"""Define the language model protocol, the checked `Model` that adapters return, and helpers for states.
 
     logits, state = lm.step(input_ids, state)        # state is None before the first token
-
-`LanguageModel` is that one method. `Model` is what the adapters make of a user's model: the same method,
-checked, with the facts that a record needs beside it.
 
 Axes, here and in every docstring of the package:
 
@@ -29,43 +24,43 @@ from pytest_lmeval.errors import ModelError, SpecError
 from pytest_lmeval.models._tensors import rounds_activations
 
 State: TypeAlias = Any
-"""Whatever a model carries from step to step: caches, recurrent states, a convolution's tail. None: nothing yet."""
+"""Whatever a model carries from step to step: caches, recurrent states, the last inputs of a convolution. None: nothing yet."""
 
 StepFn: TypeAlias = Callable[[Tensor, "State | None", "int | None"], tuple[Tensor, State]]
-"""An adapter's work: (input_ids, state, keep) -> (logits, new state). May ignore `keep` and return all logits."""
+"""(input_ids, state, keep) -> (logits, new state), as adapters provide it. May ignore `keep` and return all logits."""
 
 
 @runtime_checkable
 class LanguageModel(Protocol):
-    """Anything with this one method is a language model here."""
+    """A language model: any object with this method."""
 
     def step(self, input_ids: Tensor, state: State | None = None, *, keep: int | None = None) -> tuple[Tensor, State]:
-        """Read `input_ids` after everything that `state` has seen.
+        """Read `input_ids` after all that `state` has read.
 
-        input_ids   [b, t] int64, or [b, k, t] for models of several codebooks; t >= 1
-        state       what an earlier step returned, or None at the beginning of a sequence. A step may use its
-                    state up: to continue one state twice, `fork` it first.
-        keep        return the logits of the last `keep` positions only (all of them by default)
+        input_ids   [b, t] int64, or [b, k, t] for models with several codebooks; t >= 1
+        state       what an earlier step returned; None at the beginning of a sequence. A step may overwrite its state: to
+                    continue one state twice, `fork` it first.
+        keep        return the logits of the last `keep` positions only (default: all)
 
-        Returns logits [b, t, v], logits[:, i] being about the token after input_ids[:, i], and the state to go on from. Those
-        of a model of several codebooks are [b, s, t, v], about the frames that were read themselves (see `Codebooks`).
+        Returns logits [b, t, v], logits[:, i] predicting the token after input_ids[:, i], and the new state. Models with
+        several codebooks return [b, s, t, v], predicting the frames that were read themselves (see `Codebooks`).
         """
 
 
 class Tokenizer(Protocol):
-    """Text to ids, with the place in the text's UTF-8 bytes where each token ends.
+    """Encodes text as ids, with the offset in the UTF-8 bytes of the text where each token ends.
 
-    It may also have a `name`, and `bos`: an id put before a text so that its first token is scored too. For tasks, `prefix`:
-    the ids that stand before every prompt ((bos,) if it has none); and to answer in its own words, `decode(ids) -> text`,
-    with `eos`, the id that ends an answer (`ends`, if there are several).
+    Optional attributes: `name`; `bos`, an id put before a text so that its first token is scored too; for tasks, `prefix`, the
+    ids before every prompt (default: (bos,)); for generated answers, `decode(ids) -> text` and `eos`, the id that ends an
+    answer (`ends`, if there are several).
     """
 
     def encode(self, text: str) -> tuple[Any, Any]:
-        """Ids [t] and byte offsets [t] (integers): token i ends before byte offsets[i]; offsets[-1] is the text's length."""
+        """Ids [t] and byte offsets [t] (integers): token i ends before byte offsets[i]; offsets[-1] is the text's size."""
 
 
 class Bytes:
-    """The tokenizer of a byte-level model: every byte of the UTF-8 text is a token, its own value the id."""
+    """The tokenizer of a byte-level model: every byte of the UTF-8 text is a token, and its value is the id."""
 
     name = "bytes"
     bos = eos = None
@@ -75,17 +70,17 @@ class Bytes:
         return ids, np.arange(1, len(ids) + 1)
 
     def decode(self, ids: Any) -> str:
-        """The text; bytes that are none, for example a character that was cut in the middle, read as U+FFFD."""
+        """Return the text, with U+FFFD for bytes that are not UTF-8 (an incomplete character)."""
         return bytes(map(int, ids)).decode(errors="replace")
 
 
 def tokenizer_for(given: Any, vocab_size: int) -> Tokenizer | None:
-    """The tokenizer that was given, where `"bytes"` is one, and bytes for a vocabulary of exactly 256 entries if none was."""
-    if given is None and vocab_size == 256:
-        given = "bytes"
-    if given is not None and given != "bytes" and not hasattr(given, "encode"):
+    """The tokenizer `given`; bytes for `"bytes"`, and for None if the vocabulary has exactly 256 entries."""
+    if given == "bytes" or (given is None and vocab_size == 256):
+        return Bytes()
+    if given is not None and not hasattr(given, "encode"):
         raise SpecError(f"{type(given).__name__} is no tokenizer: it has no encode(text) -> (ids, byte_ends).")
-    tokenizer: Tokenizer | None = Bytes() if given == "bytes" else given
+    tokenizer: Tokenizer | None = given
     return tokenizer
 
 
@@ -93,17 +88,17 @@ def tokenizer_for(given: Any, vocab_size: int) -> Tokenizer | None:
 class Codebooks:
     """How a model reads frames of several codes, as Moshi does: input_ids are [b, k, t].
 
-    Its logits [b, s, t, v] are about the frames that were read themselves, given all frames before them: a depth model reads
-    the codes of one frame in their turn, so that a code is predicted from those before it in the same frame too.
+    Its logits [b, s, t, v] predict the frames that it reads, from all frames before them and, since a depth model reads the
+    codes of a frame one by one, from the codes before each in the same frame.
 
-    It is given the codes as they were spoken, and delays them itself: what it says at place t about a codebook of delay d is
-    about the code of frame t - d. Where t < d that is no frame, and what it says there is never looked at.
+    The model gets the codes undelayed and delays them itself: at position t, its logits for a codebook of delay d predict the
+    code of frame t - d. Logits where t < d predict nothing and are ignored.
 
     sizes   entries of each codebook, [k]
-    scored  the codebooks that logits are about, [s], in the order in which the depth model reads them
-    delays  frames by which each of them lags, [s]
-    gaps    whether a code may be -1: there is none, it says nothing to the model, and it is no target
-    recent  (state) -> the frames [b, k, d] read last, d at least the longest delay: some of their codes are scored only later
+    scored  indices of the codebooks that logits predict, [s], in the order in which the depth model reads them
+    delays  frames by which each of these is delayed, [s]
+    gaps    whether a code may be -1: no code, which is no input and no target
+    recent  (state) -> the frames [b, k, d] read last, d at least the longest delay: their delayed codes are scored later
     """
 
     sizes: tuple[int, ...]
@@ -113,21 +108,21 @@ class Codebooks:
     recent: Callable[[State], Tensor] | None = None
 
     def targets(self, codes: np.ndarray, state: State | None) -> np.ndarray:
-        """The codes [n, s] that logits are about when frames [n, k] are read after `state`; -1 where they are about none."""
+        """The codes [n, s] that logits predict when frames [n, k] are read after `state`; -1 where they predict none."""
         longest = max(self.delays)
         before = np.full((longest, len(self.sizes)), -1)
         if longest and state is not None and self.recent is not None:
             before = self.recent(state)[0, :, -longest:].T.cpu().numpy()
-        known = np.concatenate([before, codes])
-        known = np.where(known < self.sizes, known, -1)  # initial codes, from before the first frame, are none
+        frames = np.concatenate([before, codes])
+        frames = np.where(frames < self.sizes, frames, -1)  # initial codes, from before the first frame
         columns = zip(self.scored, self.delays, strict=True)
-        return np.stack([known[longest - delay : len(known) - delay, book] for book, delay in columns], axis=1)
+        return np.stack([frames[longest - delay : len(frames) - delay, book] for book, delay in columns], axis=1)
 
 
 def codebooks_of(source: Any) -> Codebooks | None:
-    """What a model's attribute `codebooks` says, if it has one like `Codebooks`; `recent` is a method of the model itself.
+    """Read the attribute `codebooks` of a model (fields as in `Codebooks`) and its method `recent`; None if it has none.
 
-    Raises ModelError where it cannot be so.
+    Raises ModelError if they contradict each other.
     """
     own: Any = getattr(source, "codebooks", None)
     if not all(hasattr(own, name) for name in ("sizes", "scored", "delays")):
@@ -137,7 +132,7 @@ def codebooks_of(source: Any) -> Codebooks | None:
     if len(scored) != len(delays) or not set(scored) <= set(range(len(sizes))) or (max(delays) and found.recent is None):
         raise ModelError(
             f"{type(source).__name__} reads frames of {len(sizes)} codes, and says that codebooks {list(scored)} are scored, "
-            f"delayed by {list(delays)}. There is one delay for each of them, and a model that delays codes needs a method "
+            f"delayed by {list(delays)}. Each scored codebook needs one delay, and a model that delays codes needs a method "
             "recent(state) -> the frames [b, k, longest delay] read last, whose delayed codes are scored after them."
         )
     return found
@@ -145,8 +140,9 @@ def codebooks_of(source: Any) -> Codebooks | None:
 
 @dataclass(frozen=True, repr=False)
 class Model:
-    """A language model ready to be stepped, and what is known about it.
+    """A language model that can be stepped, with the facts that records need.
 
+<<<<<<< HEAD
     step_fn         the adapter's step
     spec            how the user named it
     form            which adapter drives it
@@ -162,8 +158,25 @@ class Model:
     source          the user's own object, where it is no module
     bytes_before    of the module's tensors before its precision was set; None: it was left as it came
     found_limit     the most tokens of a sequence, found by the probe where the model declares none; not part of its identity
+=======
+    step_fn         the step, by an adapter
+    spec            the name that the user gave
+    form            the adapter
+    stateful        whether it carries a state; if not, it is scored in windows
+    module          its torch module, if it has one
+    rebuild         makes `step_fn` for a copy of the module (the float64 copy that is the reference)
+    context_length  most tokens of a sequence (learned or trained positions); None: no known limit
+    boundaries      lengths at which its computation changes (window, kernel, block), where faults are likely
+    constant_state  whether it declares that its state does not grow with the text; the law `size` tests that
+    mutable_buffers names of buffers and attributes that reading changes: they hold the state or count something
+    codebooks       how it reads frames of several codes; None: it reads single tokens
+    fast_weights    (state) -> name -> tensor: the weights that reading changes; for None, those before the first token
+    source          the object of the user
+    bytes_before    size of the module's tensors before its precision was set; None: it was not set
+    found_limit     most tokens of a sequence as the probe found it, if none is declared; not part of the fingerprint
+>>>>>>> h-models
 
-    The fields do not change. `dataclasses.replace` makes another value of the same loaded model, which is known by `step_fn`.
+    `dataclasses.replace` gives another value of the same loaded model, which is identified by `step_fn`.
     """
 
     step_fn: StepFn
@@ -185,7 +198,7 @@ class Model:
     found_limit: int | None = None
 
     def step(self, input_ids: Tensor, state: State | None = None, *, keep: int | None = None) -> tuple[Tensor, State]:
-        """See `LanguageModel.step`. Raises ModelError where logits or state are not what they must be."""
+        """See `LanguageModel.step`. Raises ModelError if logits have another shape, or a stateful model returns no state."""
         positions = input_ids.shape[-1]
         scored = () if self.codebooks is None else (len(self.codebooks.scored),)
         expected = (input_ids.shape[0], *scored, positions if keep is None else keep)
@@ -203,13 +216,13 @@ class Model:
         if self.stateful and new_state is None:
             raise ModelError(
                 f"{self.spec} ({self.form}) returned no state after {positions} token(s), though it carries one. Without it "
-                "the next chunk would be read as if nothing came before. Return the new state, or, if the "
-                "model has none, load it with form='stateless' so that it is scored in windows."
+                "the next chunk would be read as if nothing came before. Return the new state, or, if the model has none, "
+                "load it with form='stateless' so that it is scored in windows."
             )
         return logits, new_state
 
     def random_ids(self, rows: int, length: int, *, seed: int = 0) -> Tensor:
-        """Ids [b, t], or codes [b, k, t], each drawn evenly from its vocabulary, where the model can read them."""
+        """Ids [b, t], or codes [b, k, t], drawn uniformly from each vocabulary, on the device of the model."""
         generator = torch.Generator().manual_seed(seed)
         sizes = (self.vocab_size,) if self.codebooks is None else self.codebooks.sizes
         drawn = torch.stack([torch.randint(0, size, (rows, length), generator=generator) for size in sizes], dim=1)
@@ -220,7 +233,7 @@ class Model:
 
     @property
     def limit(self) -> int | None:
-        """The most tokens of a sequence that it may be given: as declared, or else as found; None: no limit known."""
+        """Most tokens of a sequence, as declared, or else as the probe found; None: no known limit."""
         return self.found_limit if self.context_length is None else self.context_length
 
     @property
@@ -229,23 +242,23 @@ class Model:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The coarsest precision that it computes in. Packed weights count as what they unpack to (`_identity.precision`), but
-        where activations are rounded to eight bits too, that is as coarse as bfloat16: both keep eight digits of two."""
+        """The coarsest precision that it computes in. Packed weights count as what they unpack to; if activations are rounded
+        to eight bits too, as bfloat16, which also keeps eight significant bits."""
         found = {torch.bfloat16 if rounds_activations(tensor) else tensor.dtype for tensor in weights(self.module)}
         floats = found & {torch.float64, torch.float32, torch.bfloat16, torch.float16}
         return max(floats, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
 
 
 def weights(module: nn.Module | None) -> Iterator[Tensor]:
-    """Parameters, then buffers."""
+    """Yield the parameters, then the buffers."""
     if module is not None:
         yield from module.parameters()
         yield from module.buffers()
 
 
 def multiplied(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of the weights that activations are multiplied by: every parameter of two dimensions or more, but those
-    of embeddings (a head that is tied to one, too), of convolutions along each channel alone, and vectors in disguise."""
+    """Names and tensors of the weights in matrix products: parameters of two dimensions or more, except embeddings (and heads
+    tied to one), depthwise convolutions, and vectors stored with extra dimensions of size one."""
     tables = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding | nn.EmbeddingBag)}
     filters = {id(part.weight) for part in module.modules() if isinstance(part, _ConvNd) and part.weight.shape[1] == 1}
     for name, tensor in module.named_parameters():
@@ -253,10 +266,10 @@ def multiplied(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor
 
 
-def places(module: nn.Module | None) -> str:
-    """Where a module's tensors lie, if that is not one place: a model cannot be fed whose parts are apart.
+def devices_note(module: nn.Module | None) -> str:
+    """The devices of a module's tensors as the end of an error message; empty if it is one device with memory.
 
-    >>> places(nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1, device="meta")]))
+    >>> devices_note(nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1, device="meta")]))
     ' Its weights lie on several devices: 2 tensors on cpu, 2 tensors on meta.'
     """
     counts: dict[str, int] = {}
@@ -268,12 +281,12 @@ def places(module: nn.Module | None) -> str:
     return f" Its weights lie on {'several devices' if len(counts) > 1 else 'a device without memory'}: {listed}."
 
 
-# The helpers below walk a state's tensors through containers and plain objects (a transformers cache is
-# an object with a list of layer objects). They stop at modules: a state may point at its model, but does not own it.
+# The helpers below search containers and plain objects for tensors (a transformers cache is an object with a list of layer
+# objects). They stop at modules: a state may refer to its model, but does not own it.
 
 
 def fork(state: State) -> State:
-    """A copy that shares no storage with `state`, so that both can be continued without seeing each other."""
+    """A copy that shares no storage with `state`, so that each can be continued independently."""
     memo: dict[int, Any] = {}
     for part in _walk(state):
         if isinstance(part, Tensor):
@@ -284,18 +297,18 @@ def fork(state: State) -> State:
 
 
 def state_bytes(state: State) -> int:
-    """Bytes of memory that the state keeps alive: whole storages, each counted once, whatever views into them it holds."""
+    """Bytes of memory that the state keeps alive: whole storages, each counted once."""
     return sum(state_storages(state).values())
 
 
 def state_storages(state: State) -> dict[int, int]:
-    """The address of each storage that the state keeps alive, and its bytes."""
+    """Address -> bytes of each storage that the state keeps alive."""
     tensors = [part for part in _walk(state) if isinstance(part, Tensor)]
     return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
 
 
 def state_dtypes(state: State) -> list[str]:
-    """The precisions of its tensors.
+    """Sorted dtypes of the tensors of a state.
 
     >>> state_dtypes([torch.zeros(1), {"seen": torch.tensor(3)}])
     ['float32', 'int64']
@@ -304,7 +317,7 @@ def state_dtypes(state: State) -> list[str]:
 
 
 def state_types(state: State) -> set[type]:
-    """The classes that a state is made of."""
+    """The classes of all objects in a state."""
     return {part if isinstance(part, type) else type(part) for part in _walk(state)}
 
 

@@ -1,12 +1,10 @@
-"""Torch modules and other objects that are language models, each kind of state driven by one small function.
+"""Adapt torch modules and other objects to `Model`, with one step function for each form of state.
 
-    stateless       logits = module(input_ids)
-    functional      logits, state = module(input_ids, state)                  as nn.LSTM does
-    get_set_state   module.set_state(state); logits = module(input_ids); state = module.get_state()
-    streaming       with module.streaming(batch_size): logits = module.step(input_ids)
-    step            logits, state = source.step(input_ids, state)             the protocol itself
-
-Each function below returns the `step_fn` of a `Model` (see `_model.py`).
+stateless       logits = module(input_ids)
+functional      logits, state = module(input_ids, state)                  as nn.LSTM does
+get_set_state   module.set_state(state); logits = module(input_ids); state = module.get_state()
+streaming       with module.streaming(batch_size): logits = module.step(input_ids)
+step            logits, state = source.step(input_ids, state)             the protocol itself
 """
 
 from __future__ import annotations
@@ -23,23 +21,20 @@ from torch import Tensor, nn
 
 from pytest_lmeval.errors import ModelError
 from pytest_lmeval.models._identity import settings_of
-from pytest_lmeval.models._model import Model, State, StepFn, codebooks_of, fork, places, tokenizer_for, weights
+from pytest_lmeval.models._model import Model, State, StepFn, codebooks_of, devices_note, fork, tokenizer_for, weights
 from pytest_lmeval.models._weak_cache import WeakCache
 
-# A second argument of one of these names is something else than a state.
+# Names of a second argument that is no state.
 NOT_A_STATE = frozenset({"targets", "target", "labels", "label", "attention_mask", "mask", "padding_mask", "key_padding_mask"})
-HOLD_STATE = ("get_set_state", "streaming")  # forms whose state lies in the module, possibly in a buffer
-MUTABLE_BUFFERS = WeakCache[dict[str, set[str]]]()  # of modules, by form: `Model.mutable_buffers`
+STATE_IN_MODULE = ("get_set_state", "streaming")  # forms whose state is in the module, possibly in a buffer
+MUTABLE_BUFFERS = WeakCache[dict[str, set[str]]]()  # by module: form -> `Model.mutable_buffers`
 BOUNDARIES = ("window", "window_size", "sliding_window", "kernel", "chunk_size", "mini_batch_size", "context", "block")
 
 
 def form_of(source: Any) -> str:
-    """Which of the forms above drives `source`; found by looking, and for a bare module by asking it for one token."""
-    steps = _has(source, "step")
-    if steps and _has(source, "streaming"):
-        return "streaming"
-    if steps:
-        return "step"
+    """The form of `source`, from its methods, and for a bare module from what it returns for one token."""
+    if _has(source, "step"):
+        return "streaming" if _has(source, "streaming") else "step"
     if not callable(source):
         raise ModelError(
             f"{type(source).__name__} is no language model that can be driven: it is neither callable nor has `step`. "
@@ -51,27 +46,28 @@ def form_of(source: Any) -> str:
 
 
 def _has(source: Any, name: str) -> bool:
-    """Whether it has a method of that name; a part of it that is a module is none, though it can be called."""
+    """Whether it has a method of that name; a submodule is none, though it can be called."""
     found = getattr(source, name, None)
     return callable(found) and not isinstance(found, nn.Module)
 
 
 def adapt(source: Any, *, spec: str, form: str | None = None, tokenizer: Any = None) -> Model:
     module = source if isinstance(source, nn.Module) else None
-    before = _snapshot(module)  # before the first question, since an attribute may change with the first token only
+    before = _snapshot(module)  # before the first step, since an attribute may change with the first token only
     form = form or form_of(source)
     step_fn = STEP_FNS[form](source)
-    logits = _ask(spec, form, lambda: step_fn(_one_token(source), None, None)[0], source)
+    logits = _first_output(spec, form, source, lambda first_token: step_fn(first_token, None, None)[0])
     if not isinstance(logits, Tensor) or logits.ndim < 2:
         raise ModelError(f"{spec} ({form}) returned {type(logits).__name__} for one token; expected logits [b, t, v].")
-    getattr(step_fn, "close", lambda: None)()  # a stream that was opened to ask is closed again
+    getattr(step_fn, "close", lambda: None)()  # close the stream that this step opened
     vocab_size, codebooks = logits.shape[-1], codebooks_of(source)
     given = tokenizer if tokenizer is not None else getattr(source, "tokenizer", None)
-    mutable_buffers = _changed(before, _snapshot(module), buffers=form in HOLD_STATE)
-    if module is not None:  # what changed when it was adapted before need not change again
-        known = MUTABLE_BUFFERS.value(module, dict).setdefault(form, set())
-        known |= mutable_buffers
-        mutable_buffers = frozenset(known)
+    mutable_buffers = _changed(before, _snapshot(module), buffers=form in STATE_IN_MODULE)
+    if module is not None:  # what an earlier call of `adapt` changed may not change again
+        all_changed = MUTABLE_BUFFERS.value(module, dict).setdefault(form, set())
+        all_changed |= mutable_buffers
+        mutable_buffers = frozenset(all_changed)
+    sizes = [getattr(part, name, None) for part in (module.modules() if module is not None else ()) for name in BOUNDARIES]
     return Model(
         step_fn,
         spec,
@@ -82,7 +78,7 @@ def adapt(source: Any, *, spec: str, form: str | None = None, tokenizer: Any = N
         rebuild=STEP_FNS[form] if module is not None else None,
         tokenizer=tokenizer_for(given, vocab_size) if codebooks is None else None,
         context_length=getattr(source, "context_length", None),
-        boundaries=_borders(module),
+        boundaries=tuple(sorted({n for n in sizes if isinstance(n, int) and not isinstance(n, bool) and n > 1})),
         constant_state=bool(getattr(source, "constant_state", False)),
         mutable_buffers=mutable_buffers,
         codebooks=codebooks,
@@ -118,28 +114,25 @@ def step(source: Any) -> StepFn:
 
 
 def get_set_state(module: Any) -> StepFn:
-    # A module without reset_state is brought back to the state that it had before its first token; so is a copy of it, which is
-    # made when it has read some.
-    if not hasattr(module, "reset_state") and not hasattr(module, "_lmeval_fresh"):
+    resets = hasattr(module, "reset_state")
+    # Without reset_state, keep the state from before the first token, in the module: a later copy of it needs it too.
+    if not resets and not hasattr(module, "_lmeval_fresh"):
         module._lmeval_fresh = (fork(module.get_state()),)
-    fresh = None if hasattr(module, "reset_state") else module._lmeval_fresh[0]
 
     def step_fn(input_ids: Tensor, state: State | None, keep: int | None) -> tuple[Tensor, State]:
-        if state is not None:
-            module.set_state(state)
-        elif hasattr(module, "reset_state"):
+        if state is None and resets:
             module.reset_state()
         else:
-            module.set_state(fork(fresh))
+            module.set_state(fork(module._lmeval_fresh[0]) if state is None else state)
         logits = _logits(module(input_ids))
-        return logits, fork(module.get_state())  # a copy: it may have returned what it goes on writing to
+        return logits, fork(module.get_state())  # a copy, since the module may go on writing to what it returned
 
     return step_fn
 
 
 @dataclass(frozen=True)
-class Held:
-    """The state of a model that keeps its state to itself: a number, valid until the model's next step."""
+class InternalState:
+    """Stands for a state that the model keeps inside; valid until the model's next step. Cannot be pickled or copied."""
 
     steps: int
 
@@ -148,10 +141,10 @@ class Held:
 
 
 def streaming(module: Any) -> StepFn:
-    """Modules with `streaming(batch_size)` and `step`, like kyutai's moshi.
+    """Drive modules with `streaming(batch_size)` and `step`, like kyutai's moshi.
 
-    Where the state can be taken out and put back (`get_streaming_state`, `set_streaming_state`) it is carried
-    like any other. Where it cannot, there is one sequence at a time, and a state is used in its turn only.
+    With `get_streaming_state` and `set_streaming_state`, the state is carried like any other. Without them, the model reads
+    one sequence at a time, and only its latest state can be continued.
     """
     if hasattr(module, "get_streaming_state") and hasattr(module, "set_streaming_state"):
         return _portable_streaming(module)
@@ -169,9 +162,9 @@ def streaming(module: Any) -> StepFn:
                 f"{type(module).__name__} keeps its streaming state inside and was asked to go on from an earlier one. "
                 "It can read one sequence at a time. Give it get_streaming_state and set_streaming_state to fork or resume."
             )
-        return _logits(module.step(input_ids)), Held(steps)
+        return _logits(module.step(input_ids)), InternalState(steps)
 
-    weakref.finalize(step_fn, open_stream.close)  # the last stream ends with the model that read it
+    weakref.finalize(step_fn, open_stream.close)  # close the last stream with the model
     step_fn.close = open_stream.close  # type: ignore[attr-defined]
     return step_fn
 
@@ -197,18 +190,10 @@ STEP_FNS: dict[str, Callable[[Any], StepFn]] = {
 
 
 def _logits(output: Any) -> Tensor:
-    if isinstance(output, tuple):  # (logits, loss), as nanoGPT and its children return
+    if isinstance(output, tuple):  # (logits, loss), as in nanoGPT
         output = output[0]
     logits: Tensor = getattr(output, "logits", output)
     return logits
-
-
-def _one_token(source: Any) -> Tensor:
-    """[1, 1] id 0, or [1, k, 1] of a model that reads frames."""
-    device = next((tensor.device for tensor in weights(source)), None) if isinstance(source, nn.Module) else None
-    codebooks = codebooks_of(source)
-    shape = (1, 1) if codebooks is None else (1, len(codebooks.sizes), 1)
-    return torch.zeros(shape, dtype=torch.long, device=device)
 
 
 def _takes_state(source: Any) -> bool:
@@ -217,38 +202,35 @@ def _takes_state(source: Any) -> bool:
     return len(positional) > 1 and positional[1].name not in NOT_A_STATE
 
 
-def _ask(spec: str, form: str, question: Callable[[], Any], source: Any) -> Any:
+def _first_output(spec: str, form: str, source: Any, call: Callable[[Tensor], Any]) -> Any:
+    """What `call` returns for one token (id 0) of shape [1, 1], or [1, k, 1] for a model that reads frames."""
+    module, codebooks = source if isinstance(source, nn.Module) else None, codebooks_of(source)
+    shape = (1, 1) if codebooks is None else (1, len(codebooks.sizes), 1)
+    first_token = torch.zeros(shape, dtype=torch.long, device=next((tensor.device for tensor in weights(module)), None))
     try:
         with torch.no_grad():
-            return question()
+            return call(first_token)
     except Exception as error:
         raise ModelError(
-            f"{spec} was asked for the logits of one token (id 0, shape {list(_one_token(source).shape)}) and raised "
-            f"{type(error).__name__}: {error}. It was driven as {form!r}; forms are {', '.join(STEP_FNS)}."
-            f"{places(source if isinstance(source, nn.Module) else None)}"
+            f"{spec}, driven as {form!r}, raised {type(error).__name__} for one token (id 0, shape {list(shape)}): {error}. "
+            f"Forms are {', '.join(STEP_FNS)}.{devices_note(module)}"
         ) from error
 
 
 def _returns_state(source: Any) -> bool:
-    output = _ask(type(source).__name__, "functional", lambda: source(_one_token(source), None), source)
+    output = _first_output(type(source).__name__, "functional", source, lambda first_token: source(first_token, None))
     return isinstance(output, tuple) and len(output) == 2 and output[1] is not None
 
 
-def _borders(module: nn.Module | None) -> tuple[int, ...]:
-    parts = module.modules() if module is not None else ()
-    found = [getattr(part, name, None) for part in parts for name in BOUNDARIES]
-    return tuple(sorted({value for value in found if isinstance(value, int) and not isinstance(value, bool) and value > 1}))
-
-
 def _snapshot(module: nn.Module | None) -> dict[str, Any]:
-    """What reading may change although it should not matter: buffers and plain attributes."""
+    """Buffers and plain attributes by name: what reading may change."""
     if module is None:
         return {}
     return {**{name: buffer.clone() for name, buffer in module.named_buffers()}, **settings_of(module)}
 
 
 def _changed(before: dict[str, Any], after: dict[str, Any], *, buffers: bool) -> frozenset[str]:
-    """Names of what one token has changed; of buffers only for forms that may keep their state in one."""
+    """Names of what one token has changed; buffers only for forms that may keep their state in one."""
 
     def same(name: str) -> bool:
         if isinstance(after[name], Tensor):

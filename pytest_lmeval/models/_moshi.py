@@ -1,11 +1,10 @@
-"""The language models of the package `moshi` (kyutai): frames of text and audio codes, streamed as they were spoken.
+"""Step the language models of the package `moshi` (kyutai), which read frames of text and audio codes.
 
-`LMModel.forward` puts an initial frame before what it is given and delays the codes anew in each call, so it reads a whole
-and no chunk of one; `LMGen.step` samples, and gives no logits. What both are made of can be streamed: the delayed frame
-before goes through `forward_text`, whose transformer remembers, and the delayed frame itself through
-`forward_depformer_training`, which begins anew in every frame.
+`LMModel.forward` reads whole sequences only: it prepends an initial frame and delays the codes in each call. `LMGen.step`
+samples and returns no logits. So a step calls the parts of both: `forward_text`, whose transformer carries a state, with the
+delayed frame before, and `forward_depformer_training`, which starts fresh in each frame, with the delayed frame itself.
 
-The package is an extra with an instruction, since its pins ask for an older torch:
+The package needs its own command, since it pins an older torch:
 
     pip install 'pytest-lmeval[moshi]' && pip install --no-deps moshi
 """
@@ -16,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -24,15 +24,13 @@ from torch import Tensor, nn
 from pytest_lmeval.errors import SpecError
 from pytest_lmeval.models._model import Codebooks, Model, State, StepFn
 
-LOOKS = ("forward_text", "forward_depformer_training", "n_q", "dep_q", "delays")
+ATTRIBUTES = ("forward_text", "forward_depformer_training", "n_q", "dep_q", "delays")
 
 
 @dataclass
 class StreamState:
-    """What a model of this package carries.
-
-    recent  the last frames as they were given [b, k, longest delay + 1]
-    parts   the streaming state of each of its parts, by name
+    """recent  the last frames, undelayed [b, k, longest delay + 1]
+    parts   the streaming state of each submodule, by name
     """
 
     recent: Tensor
@@ -40,13 +38,15 @@ class StreamState:
 
 
 def is_moshi(source: Any) -> bool:
-    """Whether it looks like `moshi.models.LMModel`; never imports moshi to find out."""
-    return isinstance(source, nn.Module) and all(hasattr(source, name) for name in LOOKS)
+    """Whether it has the attributes of `moshi.models.LMModel`; does not import moshi."""
+    return isinstance(source, nn.Module) and all(hasattr(source, name) for name in ATTRIBUTES)
 
 
 def adapt(module: Any, *, spec: str) -> Model:
-    """The model, scored on the audio codes of its own voice. Raises SpecError for one that has none, or is conditioned on
-    something else, or whose context has no limit: its cache is made of that size."""
+    """A `Model` that is scored on the audio codes of its own voice.
+
+    Raises SpecError if it has none, is conditioned, or has no limited context (the size of its cache).
+    """
     if not module.dep_q or module.context is None or module.fuser is not None:
         raise SpecError(
             f"{spec} cannot be streamed: it has {module.dep_q} codebooks of its own, a context of {module.context} frames, and "
@@ -69,26 +69,22 @@ def adapt(module: Any, *, spec: str) -> Model:
             scored=scored,
             delays=tuple(module.delays[book] for book in scored),
             gaps=module.zero_token_id == -1,
-            recent=recent,
+            recent=attrgetter("recent"),
         ),
         source=module,
     )
-
-
-def recent(state: StreamState) -> Tensor:
-    return state.recent
 
 
 def step_fn_of(module: Any) -> StepFn:
     longest = max(module.delays)
 
     def step_fn(codes: Tensor, state: State | None, keep: int | None) -> tuple[Tensor, State]:
-        places = codes.shape[2]
+        t = codes.shape[2]
         before, parts = (state.recent, state.parts) if state is not None else beginning(module, codes.shape[0])
         frames = torch.cat([before, codes], dim=2)
         first = [longest - delay for delay in module.delays]
-        delayed = torch.stack([frames[:, k, begin : begin + places + 1] for k, begin in enumerate(first)], dim=1)
-        with streaming(module, parts), wide(parts, places if state is None else 0), uncompiled(module):
+        delayed = torch.stack([frames[:, k, begin : begin + t + 1] for k, begin in enumerate(first)], dim=1)
+        with streaming(module, parts), widened(parts, t if state is None else 0), uncompiled(module):
             hidden, _ = module.forward_text(delayed[:, :, :-1])
             logits = module.forward_depformer_training(delayed[:, :, 1:], hidden)
         return logits, StreamState(frames[:, :, -1 - longest :].clone(), parts)
@@ -97,7 +93,7 @@ def step_fn_of(module: Any) -> StepFn:
 
 
 def beginning(module: Any, rows: int) -> tuple[Tensor, dict[str, Any]]:
-    """Initial codes, and the streaming states of a sequence that has not begun: they are made when `streaming` is called."""
+    """Initial codes, and the streaming states before the first frame, which `module.streaming` makes."""
     with module.streaming(rows):
         parts = module.get_streaming_state()
     return module._get_initial_token().expand(rows, -1, 1 + max(module.delays)), parts
@@ -105,7 +101,7 @@ def beginning(module: Any, rows: int) -> tuple[Tensor, dict[str, Any]]:
 
 @contextmanager
 def streaming(module: Any, parts: dict[str, Any]) -> Iterator[None]:
-    """Go on from these states, which are written to, and leave the module without any."""
+    """Continue from these states, which are overwritten, and remove them from the module afterwards."""
     module.set_streaming_state(parts)
     try:
         yield
@@ -114,24 +110,24 @@ def streaming(module: Any, parts: dict[str, Any]) -> Iterator[None]:
 
 
 @contextmanager
-def wide(parts: dict[str, Any], places: int) -> Iterator[None]:
-    """Make the empty rings of a new sequence as wide as its first piece, if that is longer than they are.
+def widened(parts: dict[str, Any], frames: int) -> Iterator[None]:
+    """Enlarge the empty ring buffers of a new sequence to the length of its first chunk.
 
-    A piece is written into a ring at once, before it is read, and one that is longer than the ring would overwrite itself.
-    Afterwards each ring holds what single steps would have left in it.
+    A chunk is written into a ring buffer before it is read, so a longer one would overwrite itself. Afterwards each ring buffer
+    holds what single steps would have left in it.
     """
-    caches = [cache for part in parts.values() if (cache := getattr(part, "kv_cache", None)) and cache.capacity < places]
+    caches = [cache for part in parts.values() if (cache := getattr(part, "kv_cache", None)) and cache.capacity < frames]
     capacities = [cache.capacity for cache in caches]
     for cache in caches:
-        cache.cache = cache.cache.new_zeros(*cache.cache.shape[:3], places, cache.cache.shape[4])
-        cache.capacity = places
+        cache.cache = cache.cache.new_zeros(*cache.cache.shape[:3], frames, cache.cache.shape[4])
+        cache.capacity = frames
     yield
     for cache, capacity in zip(caches, capacities, strict=True):
-        cache.cache = cache.cache[:, :, :, -capacity:].roll(places % capacity, dims=3)
+        cache.cache = cache.cache[:, :, :, -capacity:].roll(frames % capacity, dims=3)
         cache.capacity = capacity
 
 
 def uncompiled(module: Any) -> AbstractContextManager[None]:
-    """On a processor without torch.compile, as its layers have it; the norm after them would take half a minute to compile."""
+    """Switch torch.compile off on a CPU, where the output norm would take half a minute to compile."""
     package: Any = sys.modules.get("moshi.utils.compile")
     return nullcontext() if package is None or module.device.type == "cuda" else package.no_compile()

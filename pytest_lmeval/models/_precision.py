@@ -1,22 +1,27 @@
-"""The precision that a spec asks for, given to a torch module, and proven: the suffixes @fp32 @bf16 @fp16 @int8 @int4.
+"""Convert a torch module to a precision (@fp32 @bf16 @fp16 @int8 @int4) and verify that it computes in it.
 
 fp32, bf16 and fp16 change the type of all parameters and buffers. int8 and int4 are weight-only quantization by torchao: the
+<<<<<<< HEAD
 weights of `nn.Linear` become integers with a scale for each row (int8) or for 32 numbers of a row (int4), and everything else,
 the activations too, stays as it was. Four bits lie in a byte each here, and are multiplied as floats: this form says what the
 rounding costs in quality, and neither saves as much memory as packed files do nor any time; the record says how many bits are
 stored (see `_identity.precision`). Weights that were rounded once are part of the model, so that in float32 arithmetic its
 laws can be proven, and in bfloat16 it can be consistent (see `laws._weights.copy_of`).
+=======
+weights of `nn.Linear` become integers with a scale for each row (int8) or for each 32 numbers of a row (int4); activations and
+all else stay as they are. An int4 value takes a byte and is multiplied as a float: this measures what the rounding costs in
+quality, and saves less memory than packed files and no time; the record has the stored bits (`_identity.precision`). The
+rounded weights are those of the model: laws are tested against their float64 values (`laws._float64_copy.twin`).
+>>>>>>> h-models
 
-A precision that cannot be had is refused. It is had where, found out by looking and by reading one token:
+A precision is refused unless
 
-* nine tenths of the weights that are multiplied (`_model.multiplied`) are in it. An embedding stays as it was, and so does a
-  head that is tied to it, so that they are one tensor still. Most models of the zoo have 97 to 100 % of their weights in int8,
-  but moshi 29 % (the matrices of all its codebooks are one tensor) and lstm none; in int4, mamba has 95 % (a projection from 10
-  numbers holds no group of 32), and transformer and windowed have 78 % (344 are no groups either). Below 90 % are refused.
-* for fp32, bf16 and fp16, half of the multiply-adds are done in it: of the models in the zoo, 75 to 100 % are. The rest are
-  recurrences and attention over a state that is deliberately held in float32. A module that converts its weights back before it
-  multiplies has only their rounding, and is refused.
-* the logits of one token are finite numbers.
+* nine tenths of the weights in matrix products (`_model.multiplied`) are in it. Embeddings, and heads tied to them, keep their
+  precision. In the zoo, int8 covers 97 to 100 %, but 29 % of moshi (one tensor for all codebooks) and none of lstm; int4
+  covers 95 % of mamba, and 78 % of transformer and windowed (rows of 10 or 344 numbers are no multiple of 32);
+* for fp32, bf16 and fp16, half of the multiply-adds are done in it (75 to 100 % in the zoo; the rest are recurrences and
+  attention over a state kept in float32). A module that converts its weights back before it multiplies is refused;
+* the logits of one token are finite.
 """
 
 from __future__ import annotations
@@ -41,14 +46,14 @@ from pytest_lmeval.models._tensors import FLOATS, is_packed, nbytes, precision_o
 
 DTYPES = {name: dtype for dtype, name in FLOATS.items() if name in specs.FLOATS}
 GROUP = 32  # numbers of a row that share a scale, in int4
-COMPUTED = 0.5  # share of the multiply-adds that must be done in a float precision
-NAMED = 3  # tensors that a refusal names
+COMPUTED = 0.5  # fraction of the multiply-adds that must be done in a float precision
+NAMED = 3  # tensors that an error message names
 
 
 def convert(module: nn.Module, wanted: str, spec: str) -> int:
-    """Bring the module to a precision, where it lies. Returns the bytes that its tensors took before.
+    """Convert the module in place. Returns the bytes that its tensors took before.
 
-    Raises SpecError, with the figures, where too few of its weights can be had in it, and where torchao is missing.
+    Raises SpecError if too few of its weights can be converted, or torchao is missing.
     """
     before = sum(map(nbytes, weights(module)))
     if wanted in DTYPES and not any(map(is_packed, module.parameters())):
@@ -60,7 +65,7 @@ def convert(module: nn.Module, wanted: str, spec: str) -> int:
 
 
 def refuse_kept(module: nn.Module, wanted: str, spec: str) -> None:
-    """Raise SpecError, with the figures, unless nine tenths of the weights that are multiplied are in the precision."""
+    """Raise SpecError unless nine tenths of the weights in matrix products are in the precision."""
     if precision(module).name == wanted:
         return
     chosen = list(multiplied(module))
@@ -69,55 +74,55 @@ def refuse_kept(module: nn.Module, wanted: str, spec: str) -> None:
     listed = [f"{name} {list(tensor.shape)} {_why(module, name, tensor, wanted)}" for name, tensor in left[:NAMED]]
     more = [f"and {len(left) - NAMED} more"] if len(left) > NAMED else []
     total = sum(tensor.numel() for _, tensor in chosen)
-    share = sum(tensor.numel() for _, tensor in chosen if precision_of(tensor) == wanted) / max(1, total)
+    fraction = 1 - sum(tensor.numel() for _, tensor in left) / total if total else 0
     raise SpecError(
-        f"{spec} cannot be had: {share:.1%} of the {total:,} weights that the model multiplies by can be {wanted}, and "
-        f"{NEARLY_ALL:.0%} must be. Not so: {'; '.join(listed + more) or 'it has no such weights'}. What was measured with "
-        f"it would not be about {wanted}. Choose another precision, or none."
+        f"{spec} cannot be had: {fraction:.1%} of the {total:,} weights that the model multiplies by can be {wanted}, and "
+        f"{NEARLY_ALL:.0%} must be. Not so: {'; '.join(listed + more) or 'it has no such weights'}. Measurements would not be "
+        f"about {wanted}. Choose another precision, or none."
     )
 
 
 def proven(lm: Model, wanted: str, *, bytes_before: int | None) -> Model:
-    """The model, after it was watched reading one token. Raises SpecError where that is not done in the precision."""
-    watch = _Products()
-    logits = _one_token(lm, wanted, watch)
+    """The model, after one token was read in the precision. Raises SpecError if that was not so."""
+    counter = _FlopCounter()
+    logits = _first_logits(lm, wanted, counter)
     if not logits.isfinite().all():
         wrong = int((~logits.isfinite()).sum())
         raise SpecError(
             f"{lm.spec}: with its weights in {wanted}, {wrong} of {logits.numel()} logits of one token are no finite numbers. "
             "Nothing can be measured with it. Use a precision of a larger range, @bf16 or @fp32."
         )
-    total, own = sum(watch.flops.values()), watch.flops[wanted]
+    total, own = sum(counter.flops.values()), counter.flops[wanted]
     if wanted in DTYPES and own < COMPUTED * total:
-        others = ", ".join(f"{count / total:.0%} in {name}" for name, count in watch.flops.items() if name != wanted)
+        others = ", ".join(f"{count / total:.0%} in {name}" for name, count in counter.flops.items() if name != wanted)
         raise SpecError(
-            f"{lm.spec}: its weights are in {wanted}, but {own / total:.0%} of its multiply-adds are done in it ({others}). It "
-            "converts them itself, so that its speed and its errors would not be those of this precision. Change the module, "
-            "or leave the suffix out."
+            f"{lm.spec}: its weights are in {wanted}, but {own / total:.0%} of its multiply-adds are done in it ({others}). "
+            "The module converts them, so its speed and errors are not those of this precision. Change the module, or leave "
+            "the suffix out."
         )
     return replace(lm, bytes_before=bytes_before)
 
 
-def _one_token(lm: Model, wanted: str, watch: _Products) -> Tensor:
-    """The logits of one token, read under the eyes of `watch`, or unwatched where that is what fails."""
+def _first_logits(lm: Model, wanted: str, counter: _FlopCounter) -> Tensor:
+    """The logits of one token; without the counter if the model fails under it."""
     ids, failed = lm.random_ids(1, 1), None
-    for watching in (watch, nullcontext()):
+    for counting in (counter, nullcontext()):
         try:
-            with torch.no_grad(), watching:
+            with torch.no_grad(), counting:
                 return lm.step(ids)[0]
-        except Exception as error:  # noqa: BLE001 - a model may raise anything; it is told below
+        except Exception as error:  # noqa: BLE001 - a model may raise anything
             failed = error
-            watch.flops.clear()
+            counter.flops.clear()
         finally:
             getattr(lm.step_fn, "close", lambda: None)()
     raise SpecError(f"{lm.spec}: with its weights in {wanted}, it raised {type(failed).__name__}: {failed}.") from failed
 
 
 def _pack(module: nn.Module, wanted: str, spec: str) -> None:
-    """Give each `nn.Linear` that can be packed integers for its weight; what was one tensor for several of them still is."""
+    """Quantize the weight of each `nn.Linear` that is not tied to an embedding; shared weights stay shared."""
     quantize_, config = _torchao(wanted, spec)
     tables = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding | nn.EmbeddingBag)}
-    done: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # holds on to what was there, so that no address comes twice
+    done: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # keeps the old weights alive, so that no id is reused
     for name, part in module.named_modules():
         if not _is_linear(part) or id(weight := part._parameters["weight"]) in tables or is_packed(weight):
             continue
@@ -137,7 +142,7 @@ def _pack(module: nn.Module, wanted: str, spec: str) -> None:
 
 
 def _torchao(wanted: str, spec: str) -> tuple[Callable[..., Any], Any]:
-    """torchao's function that packs, and what it is to do."""
+    """torchao's function for quantization and its configuration."""
     try:
         from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
     except ImportError as error:
@@ -148,8 +153,8 @@ def _torchao(wanted: str, spec: str) -> tuple[Callable[..., Any], Any]:
 
 
 def _is_linear(part: nn.Module) -> bool:
-    """Whether its weight is a parameter that only its own forward multiplies by."""
-    borrowed = nn.modules.linear.NonDynamicallyQuantizableLinear  # the attention of torch takes the weight out of it
+    """Whether its weight is a parameter that only its own forward uses."""
+    borrowed = nn.modules.linear.NonDynamicallyQuantizableLinear  # torch's attention uses the weight directly
     return isinstance(part, nn.Linear) and not isinstance(part, borrowed) and part._parameters.get("weight") is not None
 
 
@@ -166,8 +171,8 @@ def _why(module: nn.Module, name: str, tensor: Tensor, wanted: str) -> str:
     return f"of {type(owner).__name__} is no weight of an nn.Linear"
 
 
-class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the multiply-adds that are done in each precision, by torch's own formulas."""
+class _FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the multiply-adds in each precision, by torch's own formulas."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -1,7 +1,7 @@
-"""The random numbers that a model draws, set for one device.
+"""Seed the random numbers that a model draws, on one device.
 
-`torch.manual_seed` sets those of every kind of device there could be, and where one is not there it writes down who asked, with
-the whole stack. That takes thirty times as long and more, in each of the thousands of cases of a probe.
+`torch.manual_seed` seeds every kind of device and, for one that is missing, records the whole stack of the caller: more than
+thirty times slower, which counts in the thousands of cases of a probe.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ import torch
 
 
 def reseed(device: torch.device, seed: int) -> None:
-    """What a model on this device draws from now on, there or on the CPU, is what it drew after this seed before. Other
-    devices, over which the parts of a model may be spread, are left as they are."""
+    """Seed the generators of the CPU and of this device. Others, which may hold parts of the model, are left as they are."""
     torch.default_generator.manual_seed(seed)
     generator_of(device).manual_seed(seed)
 
 
 def generator_of(device: torch.device) -> torch.Generator:
-    """The one that dropout on this device draws from."""
+    """The generator that dropout on this device draws from."""
     if device.type == "cuda":
         return torch.cuda.default_generators[device.index or 0]
     return torch.mps._get_default_mps_generator() if device.type == "mps" else torch.default_generator

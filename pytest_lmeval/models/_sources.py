@@ -1,17 +1,15 @@
-"""Make a `Model` that steps from what a user has: from a spec (`load`), or from the object itself (`as_model`).
+"""Make a `Model` from a spec (`load`) or from a module or another object (`as_model`).
 
     demo                       the shipped byte-level model
     zoo:NAME                   a reference model of this package
     hf:ID_OR_FOLDER            a transformers causal LM
     package.module:callable    whatever the callable returns: a torch module, or an object with `step`
 
-A suffix sets the precision: @fp32 @bf16 @fp16, and with torchao @int8 @int4 for the weights. One that cannot be had is refused
-(see `_precision.py`).
+A suffix sets the precision: @fp32 @bf16 @fp16, and with torchao @int8 @int4 for the weights (see `_precision.py`).
 
-All but the last are found in the registry (group `models`). What is registered is a function: `demo` is called without
-arguments, `hf` with the text behind the colon. It is given those of the keywords `spec`, `dtype` (only if the spec asks for a
-precision; it then reads the weights in it) and `trust_remote_code` that it has parameters for. It returns a torch module, an
-object with `step`, a `Model`, or `Loaded`.
+All but the last are functions in the registry (group `models`), called with the text behind the colon, if there is one, and
+with those of the keywords `spec`, `dtype` (the precision to load the weights in, if the spec has one) and `trust_remote_code`
+that they have parameters for. They return a torch module, an object with `step`, a `Model`, or `Loaded`.
 """
 
 from __future__ import annotations
@@ -39,16 +37,16 @@ __all__ = ["FORMS", "Loaded", "as_model", "load", "resolve_device"]
 FORMS = ("transformers", "moshi", "streaming", "step", "get_set_state", "functional", "stateless")
 
 _converted: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
-"""Modules that specs have led to, and the precision that was given to them."""
+"""Modules that `load` has returned -> the precision that it converted them to."""
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a model source may return where the model alone does not say enough.
+    """What a model source may return instead of a model, to add facts.
 
     module        a torch module, or an object with `step`
     tokenizer     see `as_model`
-    bytes_before  of the module's tensors as they were saved, if it was read in another precision than that
+    bytes_before  size of the saved tensors, if the source loaded them in another precision
     """
 
     module: Any
@@ -57,13 +55,13 @@ class Loaded:
 
 
 def load(spec: str, *, device: str | torch.device = "cpu", bits: int | None = None, trust_remote_code: bool = False) -> Model:
-    """The model that `spec` names, in eval mode on `device`.
+    """Load the model that `spec` names, in eval mode, on `device`.
 
     device             auto, cpu, cuda, cuda:N or mps
-    bits               sets the precision where the spec has no suffix: 32, 16 (bfloat16), 8 or 4
-    trust_remote_code  lets a model from the hub run its own code; never set it for a model that you do not know
+    bits               the precision if the spec has no suffix: 32, 16 (bfloat16), 8 or 4
+    trust_remote_code  lets a model from the hub run its own code; set it only for models that you know
 
-    Raises SpecError if the spec names nothing, or the precision cannot be had, and RegistryError if two packages register it.
+    Raises SpecError for an unknown spec or a precision that the model cannot have, RegistryError if two packages register it.
     """
     from pytest_lmeval.models import _precision as precision
 
@@ -78,7 +76,7 @@ def load(spec: str, *, device: str | torch.device = "cpu", bits: int | None = No
     if isinstance(module, nn.Module):
         module = _own(module, wanted, shown).to(device)
         if dtype is not None and "dtype" in options:
-            precision.refuse_kept(module, wanted, shown)  # was read so, but for what the source keeps in float32
+            precision.refuse_kept(module, wanted, shown)  # loaded so, except what the source keeps in float32
         elif wanted:
             before = precision.convert(module, wanted, shown)
     elif wanted:
@@ -95,14 +93,14 @@ def load(spec: str, *, device: str | torch.device = "cpu", bits: int | None = No
 
 
 def as_model(source: Any, *, spec: str | None = None, form: str | None = None, tokenizer: Any = None) -> Model:
-    """What `source` is as a `Model`; a `Model` comes back as it is.
+    """Adapt `source`; a `Model` is returned as it is.
 
     source     a torch module, or any object with `step(input_ids, state) -> (logits, state)`
-    form       one of FORMS, where looking at the object is not enough
-    tokenizer  an object with `encode` (see `_model.Tokenizer`), `"bytes"`, or None: the object's own attribute `tokenizer`
-               if it has one, and bytes if its vocabulary has exactly 256 entries
+    form       one of FORMS; None: found from its attributes and what it returns for one token
+    tokenizer  an object with `encode` (see `_model.Tokenizer`), `"bytes"`, or None: its attribute `tokenizer`, if it has one,
+               or bytes if its vocabulary has exactly 256 entries
 
-    Raises SpecError if it can be none of them, and ModelError if it returns something else than logits.
+    Raises SpecError for an unknown form or tokenizer, and ModelError if it is no model or returns no logits.
     """
     if isinstance(source, Model):
         return source
@@ -123,7 +121,7 @@ def as_model(source: Any, *, spec: str | None = None, form: str | None = None, t
 
 
 def resolve_device(name: str) -> torch.device:
-    """The torch device that `auto|cpu|cuda[:N]|mps` means on this machine. Raises SpecError where there is none."""
+    """The torch device that `auto|cpu|cuda[:N]|mps` names. Raises SpecError if this machine does not have it."""
     mps = torch.backends.mps.is_available()
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
@@ -142,12 +140,12 @@ def resolve_device(name: str) -> torch.device:
 
 
 def _own(module: nn.Module, wanted: str, spec: str) -> nn.Module:
-    """The module, or a copy where it is to be converted and an earlier spec led to it: a callable may return one again."""
+    """The module, or a copy if it is to be converted and an earlier `load` returned it: a callable may return it twice."""
     before = _converted.get(module, "")
     if before and before != wanted:
         raise SpecError(
-            f"{spec}: it was asked for a model, and returned the one whose weights were made {before} before. They cannot be "
-            "made as they were. Let it build a new one whenever it is called."
+            f"{spec}: its callable returned a module whose weights were converted to {before} before, which cannot be undone. "
+            "Let it build a new module in each call."
         )
     if wanted and module in _converted and not before:
         module = copy.deepcopy(module)
@@ -156,7 +154,7 @@ def _own(module: nn.Module, wanted: str, spec: str) -> nn.Module:
 
 
 def _source(name: str, **options: Any) -> tuple[Callable[..., Any], tuple[str, ...], dict[str, Any]]:
-    """The function that makes the model, and what it is called with."""
+    """The function that makes the model, its arguments and its keyword arguments."""
     if found := registry.resolve("models", name):
         source, rest = found
         given = {option: value for option, value in options.items() if value is not None}
@@ -170,7 +168,7 @@ def _called(source: Callable[..., Any], arguments: tuple[str, ...], options: dic
     except TypeError as error:
         given = f"the text {arguments[0]!r} behind the colon" if arguments else "nothing behind a colon"
         raise SpecError(f"{spec}: its model source cannot be called with {given}: {error}.") from error
-    except ValueError:  # some functions that are written in C do not tell
+    except ValueError:  # some functions written in C have no signature
         pass
     return source(*arguments, **options)
 
@@ -181,12 +179,10 @@ def _imported(name: str) -> Any:
         raise specs.unknown(name)
     module, _, attribute = name.partition(":")
     if (here := str(Path.cwd())) not in sys.path:
-        sys.path.append(here)  # as `python -m` does: a user's model usually lies beside their tests
+        sys.path.append(here)  # as `python -m` does: the module is often beside the tests
     try:
         return getattr(importlib.import_module(module), attribute)
-    except ModuleNotFoundError as error:
-        if error.name != module.partition(".")[0]:
-            raise SpecError(f"{name}: cannot be imported ({error}). A spec is module.path:callable.") from error
-        raise specs.unknown(name, f", and it cannot be imported ({error})") from error
     except (ImportError, AttributeError) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]:
+            raise specs.unknown(name, f", and it cannot be imported ({error})") from error
         raise SpecError(f"{name}: cannot be imported ({error}). A spec is module.path:callable.") from error

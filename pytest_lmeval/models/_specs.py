@@ -1,6 +1,6 @@
-"""Read a model spec without importing torch: split off its precision, and check whether it can name anything here.
+"""Parse and check model specs, `NAME[:REST][@PRECISION]`, without importing torch.
 
-A spec is `NAME[:REST][@PRECISION]`. The name is found in the registry (group `models`), or is a module: `module.path:callable`.
+NAME is in the registry (group `models`), or NAME:REST is `module.path:callable`.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from pytest_lmeval.errors import SpecError, nearest
 
 FLOATS = ("fp32", "bf16", "fp16")
 PACKED = ("int8", "int4")
-INSTALLED = ("node_modules", "site-packages")  # folders that hold nothing of the project's own
+INSTALLED = ("node_modules", "site-packages")  # folders of other projects
 BITS = {32: "fp32", 16: "bf16", 8: "int8", 4: "int4"}
 
 
 def split(spec: str, bits: int | None) -> tuple[str, str]:
-    """The spec without its suffix, and the precision that is asked for, empty if none is: the suffix, or that of `bits`.
+    """The spec without its suffix, and the precision: the suffix, or else that of `bits`, or else "".
 
     >>> split("demo@int8", None), split("demo", 4), split("demo@fp32", 4), split("hf:./a@b/c", None)
     (('demo', 'int8'), ('demo', 'int4'), ('demo', 'fp32'), ('hf:./a@b/c', ''))
 
-    A file or folder that exists is never cut: of `hf:./model@int8`, where `./model@int8` is there, all is its path.
+    An existing file or folder wins: if `./model@int8` exists, `hf:./model@int8` has no suffix.
 
-    Raises SpecError for a precision that is none of the known ones.
+    Raises SpecError for an unknown precision.
     """
     if not isinstance(spec, str):
         raise SpecError(f"a spec is a text such as demo, zoo:mamba or hf:FOLDER; got {spec!r}.")
@@ -47,11 +47,11 @@ def split(spec: str, bits: int | None) -> tuple[str, str]:
 
 
 def check(spec: str, folders: Iterable[Path] = ()) -> None:
-    """Raises SpecError for a spec that names nothing here, and for a folder that is not there; loads nothing.
+    """Raise SpecError for a spec that names nothing, and for a missing folder. Does not import or load anything.
 
-    What it lets pass may still fail: a model of the hub is not looked up, and a module is not imported.
+    `load` may still fail: names of the hub are not looked up, and modules are not imported.
 
-    folders  whose modules, in whatever folder of theirs, may be on `sys.path` by the time the spec is loaded
+    folders  whose modules, at any depth, may be on `sys.path` when the spec is loaded
     """
     name = split(spec, None)[0]
     head, _, rest = name.partition(":")
@@ -67,13 +67,13 @@ def check(spec: str, folders: Iterable[Path] = ()) -> None:
 
 
 def is_module_path(name: str) -> bool:
-    """Whether it reads as `module.path:callable`."""
+    """Whether it has the form `module.path:callable`."""
     module, _, attribute = name.partition(":")
     return attribute.isidentifier() and all(part.isidentifier() for part in module.split("."))
 
 
 def unknown(name: str, also: str = "") -> SpecError:
-    """The error for a spec that names nothing: it tells the nearest name."""
+    """The error for a spec that names nothing, with the nearest name."""
     known = registry.names("models")
     near = nearest(name, known) or nearest(name.partition(":")[0], known)
     if not near and (os.path.isdir(name) or ":" not in name) and name:
@@ -85,7 +85,7 @@ def unknown(name: str, also: str = "") -> SpecError:
 
 
 def check_path(spec: str, path: str) -> None:
-    """Raises SpecError for what is meant as a path and is not there. OWNER/NAME may be of the hub, and is let pass."""
+    """Raise SpecError for a missing path; OWNER/NAME passes, since it may be on the hub."""
     if not path:
         raise SpecError(f"{spec} names no model: write hf:ID_OR_FOLDER.")
     if not _exists(path) and (path.startswith((".", "/", "~")) or path.count("/") > 1):
@@ -94,9 +94,12 @@ def check_path(spec: str, path: str) -> None:
 
 
 def nearest_folder(path: str) -> str:
-    """A question to end a message with: did you mean the file or folder beside this path whose name is most like its own?"""
+    """The question "Did you mean hf:FOLDER?" with the most similar name beside `path`; empty if there is none."""
     folder = Path(path).expanduser()
-    found = difflib.get_close_matches(folder.name, _listed(folder.parent), n=1) if "/" in path else []
+    try:
+        found = difflib.get_close_matches(folder.name, os.listdir(folder.parent), n=1) if "/" in path else []
+    except OSError:
+        found = []
     return f" Did you mean hf:{folder.parent / found[0]}?" if found else ""
 
 
@@ -104,24 +107,18 @@ def _exists(path: str) -> bool:
     return bool(path) and os.path.exists(os.path.expanduser(path))
 
 
-def _listed(folder: Path) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except OSError:
-        return []
-
-
 def _is_importable(module: str, folders: Iterable[Path]) -> bool:
     """Whether a top-level module can be found as when the spec is loaded: with the current folder on `sys.path`."""
-    if module in sys.modules or importlib.util.find_spec(module) is not None:
-        return True
-    if importlib.machinery.PathFinder.find_spec(module, [str(Path.cwd())]) is not None:
-        return True
-    return any(_lies_in(folder, module) for folder in folders)
+    return (
+        module in sys.modules
+        or importlib.util.find_spec(module) is not None
+        or importlib.machinery.PathFinder.find_spec(module, [str(Path.cwd())]) is not None
+        or any(_contains(folder, module) for folder in folders)
+    )
 
 
-def _lies_in(folder: Path, module: str) -> bool:
-    """Whether a module of that name lies in the folder or below, but not among what is hidden or installed."""
+def _contains(folder: Path, module: str) -> bool:
+    """Whether a module of that name is in the folder or below, outside of hidden, virtual environment and INSTALLED ones."""
     for path, below, files in os.walk(folder):
         if "pyvenv.cfg" in files and Path(path) != folder:
             below.clear()

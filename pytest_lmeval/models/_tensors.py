@@ -1,7 +1,6 @@
-"""What a tensor really holds: one that is packed says that it is float32 and has integers inside.
+"""Find the precision and the size of a tensor from its content: a packed weight claims float32 and stores integers.
 
-Quantized weights are tensor subclasses that look like the weights that they stand for. What they are made of is found by the
-protocol that torch has for such classes, `__tensor_flatten__`, and never by their names.
+Quantized weights are tensor subclasses; their inner tensors are found by torch's protocol for these, `__tensor_flatten__`.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ FLOATS = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", 
 
 
 def is_packed(tensor: Tensor) -> bool:
-    """Whether it is made of other tensors."""
+    """Whether it is made of inner tensors."""
     return hasattr(tensor, "__tensor_flatten__")
 
 
 def parts(tensor: Tensor, name: str = "") -> dict[str, Tensor]:
-    """The plain tensors that it is made of, by name; a plain one is its own only part.
+    """The plain tensors that it is made of, by name; for a plain one, itself.
 
     >>> list(parts(torch.zeros(2), "bias"))
     ['bias']
@@ -42,8 +41,8 @@ def nbytes(tensor: Tensor) -> int:
 
 
 def value_bits(tensor: Tensor) -> float | None:
-    """Bits of each value, without scales: of a packed tensor, those that its integers take, or fewer where it names a narrower
-    type and every one of them fits into that. None for plain integers: what they stand for cannot be known.
+    """Bits per value, without scales. For a packed tensor, the bits that its integers take, or fewer if it declares a narrower
+    type and all of them fit. None for plain integers, whose meaning is unknown.
 
     >>> value_bits(torch.zeros(2, dtype=torch.bfloat16))
     16.0
@@ -60,7 +59,7 @@ def value_bits(tensor: Tensor) -> float | None:
 
 
 def precision_of(tensor: Tensor) -> str:
-    """The precision of its values: fp32, bf16, fp16, int8, int4; `packed` where that cannot be known.
+    """The precision of its values: fp32, bf16, fp16, int8, int4; `packed` if it is unknown.
 
     >>> precision_of(torch.zeros(2)), precision_of(torch.zeros(2, dtype=torch.int32))
     ('fp32', 'packed')
@@ -72,30 +71,30 @@ def precision_of(tensor: Tensor) -> str:
 
 
 def rounds_activations(tensor: Tensor) -> bool:
-    """Whether what is multiplied by it is rounded too, to eight bits as a rule, as its class says in its context."""
+    """Whether activations that are multiplied by it are rounded too (usually to eight bits), as its context says."""
     context: Any = tensor.__tensor_flatten__()[1] if is_packed(tensor) else None  # type: ignore[attr-defined]
     names = ("act", "input_quant")
     return isinstance(context, dict) and any(v is not None for key, v in context.items() if key.startswith(names))
 
 
 def unpack(module: nn.Module, dtype: torch.dtype) -> None:
-    """Put the numbers that packed weights stand for in their place, rounded as the model rounds them, then in `dtype`."""
-    known: dict[int, nn.Parameter] = {}  # of weights that several parts share
+    """Replace packed weights by their dequantized values in `dtype`."""
+    unpacked: dict[int, nn.Parameter] = {}  # weights may be shared
     for part in module.modules():
         for name, packed in part._parameters.items():
             if packed is not None and is_packed(packed):
-                if id(packed) not in known:
-                    known[id(packed)] = nn.Parameter(packed.detach().dequantize().to(dtype), requires_grad=False)
-                part._parameters[name] = known[id(packed)]
+                if id(packed) not in unpacked:
+                    unpacked[id(packed)] = nn.Parameter(packed.detach().dequantize().to(dtype), requires_grad=False)
+                part._parameters[name] = unpacked[id(packed)]
 
 
 def _values(tensor: Tensor) -> Tensor:
-    """The part that takes the most memory: scales and zero points are one for many values."""
+    """The largest part: there are fewer scales and zero points than values."""
     return max(parts(tensor).values(), key=lambda part: part.numel() * part.element_size())
 
 
 def _named_bits(tensor: Tensor) -> int | None:
-    """The width of the integer type that it says its values have, as torchao's class for two to eight bits does."""
+    """The bits of the integer type that it declares, as torchao's class for two to eight bits does."""
     context: Any = tensor.__tensor_flatten__()[1]  # type: ignore[attr-defined]
     named = context.get("target_dtype") if isinstance(context, dict) else None
     found = re.fullmatch(r"torch\.int(\d+)", str(named))

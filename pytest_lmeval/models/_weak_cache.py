@@ -1,4 +1,4 @@
-"""Keep values that belong to objects outside of these objects, and no longer than they live."""
+"""Cache one value per object, outside of the object and only while it lives."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ T = TypeVar("T")
 
 
 class WeakCache(Generic[T]):
-    """One value for each object, found by the object itself (`is`), never by equality.
+    """One value for each object, found by identity (`is`), not by equality.
 
-    An entry ends with its object. An object that cannot be weakly referenced is kept alive by its entry.
+    An entry is removed with its object. An object that cannot be weakly referenced is kept alive by its entry.
 
     >>> cache = WeakCache[int]()
     >>> owner = WeakCache[int]()
@@ -31,10 +31,9 @@ class WeakCache(Generic[T]):
         return len(self._entries)
 
     def value(self, owner: object, find: Callable[[], T], stamp: Hashable = None) -> T:
-        """The value kept for `owner` if its stamp is `stamp`; otherwise what `find` returns, which takes its place."""
-        entry = self._entries.get(id(owner))
-        if entry is not None and entry[0]() is owner and entry[1] == stamp:
-            return entry[2]
+        """The value cached for `owner` if it was stored with this stamp; otherwise call `find` and store what it returns."""
+        if owner in self and self._entries[id(owner)][1] == stamp:
+            return self._entries[id(owner)][2]
         found = find()
         self._entries[id(owner)] = (self._reference(owner), stamp, found)
         return found
@@ -44,7 +43,7 @@ class WeakCache(Generic[T]):
 
         def forget(gone: weakref.ref[object]) -> None:
             entry = self._entries.get(key)
-            if entry is not None and entry[0] is gone:  # another object may have come to the same address
+            if entry is not None and entry[0] is gone:  # another object may have the same address by now
                 del self._entries[key]
 
         try:

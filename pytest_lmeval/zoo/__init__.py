@@ -1,7 +1,7 @@
-"""Reference models in plain torch, one page each, by the names of their specs (group `models` of the registry).
+"""Reference models in plain torch, one file each, by their specs (group `models` of the registry).
 
-Each is `logits, state = model(input_ids, state)`, exact for any chunking (but `bk`, which looks ahead), with random weights
-from a seed until it is trained (but `demo`). Nothing here knows the rest of the package: a page can be copied.
+Each is `logits, state = model(input_ids, state)`, exact for any chunking (except `bk`, which is not causal), with random
+weights from a fixed seed (except `demo`). No file imports the rest of the package, so each can be copied.
 """
 
 ZOO = {

@@ -1,17 +1,12 @@
-"""`demo`: a small trained byte-level language model, so that everything works before you have one.
+"""`demo`: a small trained byte-level language model, the default.
 
-A transformer over bytes with windowed attention. Two things make it stream exactly and for ever:
+A transformer over bytes with windowed attention. Its state does not grow, and texts of any length are read exactly:
 
-* a query sees itself and the `window - 1` bytes before it, so all that a layer must remember are
-  the last `window - 1` keys and values, and the last `kernel - 1` inputs of its convolution;
-* position enters only as distance (ALiBi: each head fades what is far by its own slope), so there
-  is no position to count, and byte ten million is read as byte one thousand is.
+* a query sees itself and the `window - 1` bytes before it, so the state of a layer is the last `window - 1` keys and values,
+  and the last `kernel - 1` inputs of its convolution;
+* only the distance between bytes enters (ALiBi: a linear penalty with a slope for each head), no absolute position.
 
 Shapes: b rows, t bytes, d width, h heads, e = d / h, w window, k kernel.
-
-    model = load()                                   # the shipped weights
-    logits, state = model(input_ids)                 # [b, t] -> [b, t, 256]
-    logits, state = model(more_ids, state)           # goes on where the first call ended
 
 Trained by `benchmarks/train_demo.py` on the training split of the corpus `stdlib`.
 ALiBi: Press, Smith, Lewis, "Train Short, Test Long", ICLR 2022.
@@ -30,12 +25,12 @@ WEIGHTS = Path(__file__).with_name("demo.safetensors")
 
 
 class LayerState(NamedTuple):
-    """What a layer remembers; `seen` counts the real positions among the remembered ones."""
+    """The state of a layer."""
 
     tail: Tensor  # [b, k - 1, d]      the convolution's last inputs
     keys: Tensor  # [b, h, w - 1, e]
     values: Tensor  # [b, h, w - 1, e]
-    seen: int  # at most w - 1; what lies further back is padding from before the first byte
+    seen: int  # how many of the keys are real, at most w - 1; those before are padding
 
 
 class Layer(nn.Module):
@@ -63,7 +58,7 @@ class Layer(nn.Module):
 
         gate, up = self.gate_up(norm(x)).chunk(2, dim=-1)
         x = x + self.down(F.silu(gate) * up)
-        # clone: a slice would keep the memory of the whole chunk alive
+        # clone: a slice would keep the whole chunk in memory
         tail, keys, values = recent[:, t:].clone(), keys[:, :, t:].clone(), values[:, :, t:].clone()
         return x, LayerState(tail, keys, values, min(seen + t, self.window - 1))
 
@@ -74,18 +69,12 @@ class Layer(nn.Module):
 
 
 class Demo(nn.Module):
-    """Bytes in, logits of the next byte out; see the head of this file."""
+    """Bytes in, logits of the next byte out; see the module docstring."""
 
     vocab_size = 256
 
     def __init__(
-        self,
-        width: int = 128,
-        layers: int = 5,
-        heads: int = 4,
-        window: int = 256,
-        kernel: int = 4,
-        hidden: int = 320,
+        self, width: int = 128, layers: int = 5, heads: int = 4, window: int = 256, kernel: int = 4, hidden: int = 320
     ) -> None:
         super().__init__()
         self.embed = nn.Embedding(self.vocab_size, width)
@@ -93,9 +82,8 @@ class Demo(nn.Module):
         nn.init.normal_(self.embed.weight, std=0.02)
 
     def forward(self, input_ids: Tensor, state: list[LayerState] | None = None) -> tuple[Tensor, list[LayerState]]:
-        """Logits [b, t, 256] of the byte after each of `input_ids` [b, t], and the state to go on from."""
-        x = norm(self.embed(input_ids))
-        new_state = []
+        """Logits [b, t, 256] of the byte after each of `input_ids` [b, t], and the new state."""
+        x, new_state = norm(self.embed(input_ids)), []
         for index, layer in enumerate(self.layers):
             x, layer_state = layer(x, state[index] if state else None)
             new_state.append(layer_state)
@@ -110,14 +98,13 @@ def norm(x: Tensor) -> Tensor:
 def banded_attention(q: Tensor, k: Tensor, v: Tensor, window: int, seen: int, block: int = 128) -> Tensor:
     """Attention of each query to itself and the `window - 1` positions before it.
 
-    q is [b, h, t, e]; k and v are [b, h, window - 1 + t, e], of which the first `window - 1` come from
-    the state and only the last `seen` of those are real. Queries are taken in blocks, each with the
-    stretch of keys that it can see, so the cost is linear in t whatever the size of a chunk.
+    q is [b, h, t, e]; k and v are [b, h, window - 1 + t, e], of which the first `window - 1` come from the state, and the last
+    `seen` of these are real. Queries are read in blocks, each with the keys that it can see, so the cost is linear in t.
     """
     b, h, t, e = q.shape
     block = min(block, t)
     blocks = -(-t // block)
-    spare = blocks * block - t  # the last block is filled up; what it computes there is dropped
+    spare = blocks * block - t  # padding of the last block, dropped at the end
     span = block + window - 1
     q = F.pad(q, (0, 0, 0, spare)).view(b, h, blocks, block, e)
     k, v = (F.pad(x, (0, 0, 0, spare)).unfold(2, span, block).transpose(-1, -2) for x in (k, v))
@@ -126,7 +113,7 @@ def banded_attention(q: Tensor, k: Tensor, v: Tensor, window: int, seen: int, bl
     slopes = 4.0 ** -torch.arange(1, h + 1, device=q.device, dtype=q.dtype)
     bias = -slopes[:, None, None] * ages  # [h, block, span]
     bias = bias.masked_fill((ages < 0) | (ages >= window), float("-inf"))
-    if seen < window - 1:  # near the beginning some keys are blanks from before the first byte
+    if seen < window - 1:  # some keys are padding from before the first byte
         starts = block * torch.arange(blocks, device=q.device)[:, None] + torch.arange(span, device=q.device)
         blank = starts < window - 1 - seen
         bias = bias[:, None].masked_fill(blank[:, None], float("-inf"))  # [h, blocks, block, span]

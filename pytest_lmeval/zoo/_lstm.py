@@ -1,18 +1,15 @@
-"""`lstm`: long short-term memory, the recurrent network that carried language modelling before attention.
+"""`lstm`: a long short-term memory network.
 
 Each layer is x + LSTM(norm(x)), where torch's `nn.LSTM` computes, for one token after the other,
 
-    i, f, o = sigmoid(W x_t + U h_{t-1} + b)         what is let in, kept, and shown
+    i, f, o = sigmoid(W x_t + U h_{t-1} + b)         input, forget and output gates
     c_t = f * c_{t-1} + i * tanh(W' x_t + U' h_{t-1} + b')
     h_t = o * tanh(c_t)
 
-Its state is h and c, two vectors a layer and row, whatever has been read. Nothing of it can be read side by side: the gates of
-a token need the h of the one before. A chunk is still faster than single tokens, since W x_t is one product for all of them.
+Its state is h and c, two vectors per layer and row. Tokens are computed one by one, since the gates need the h before; a chunk
+is still faster than single tokens, since W x_t is one product for all of them.
 
 Shapes: b rows, t tokens, v vocabulary, d width.
-
-    logits, state = model(input_ids)                 # [b, t] -> [b, t, v]
-    logits, state = model(more_ids, state)           # goes on where the first call ended
 
 Hochreiter, Schmidhuber, "Long Short-Term Memory", Neural Computation 1997; the gate f: Gers et al., 2000.
 """
@@ -26,14 +23,14 @@ from torch import Tensor, nn
 
 
 class LayerState(NamedTuple):
-    """What a layer remembers, as `nn.LSTM` takes and returns it (in the precision of the weights)."""
+    """The state of a layer, as `nn.LSTM` takes and returns it."""
 
     hidden: Tensor  # [1, b, d]  h
     cell: Tensor  # [1, b, d]    c
 
 
 class Layer(nn.Module):
-    """One `nn.LSTM` around which what was read goes by unchanged, so that several of them train."""
+    """One `nn.LSTM` with a residual connection."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -42,11 +39,11 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, state: LayerState | None) -> tuple[Tensor, LayerState]:
         y, (hidden, cell) = self.lstm(self.norm(x), state)
-        return x + y, LayerState(hidden.clone(), cell.clone())  # clone: they may be views of a whole chunk
+        return x + y, LayerState(hidden.clone(), cell.clone())  # clone: they may be views of the whole chunk
 
 
 class LSTM(nn.Module):
-    """Tokens in, logits of the next token out; see the head of this file."""
+    """Tokens in, logits of the next token out; see the module docstring."""
 
     constant_state = True
 
@@ -59,7 +56,7 @@ class LSTM(nn.Module):
         nn.init.normal_(self.embed.weight, std=0.02)
 
     def forward(self, input_ids: Tensor, state: list[LayerState] | None = None) -> tuple[Tensor, list[LayerState]]:
-        """Logits [b, t, v] of the token after each of `input_ids` [b, t], and the state to go on from."""
+        """Logits [b, t, v] of the token after each of `input_ids` [b, t], and the new state."""
         x, new_state = self.embed(input_ids), []
         for index, layer in enumerate(self.layers):
             x, layer_state = layer(x, state[index] if state else None)
@@ -68,7 +65,7 @@ class LSTM(nn.Module):
 
 
 def load() -> LSTM:
-    """Exact for any chunking, with a constant state. Random weights, always the same."""
+    """Exact for any chunking, with a constant state. Random weights from a fixed seed."""
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed those of accelerators too
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed accelerators too
         return LSTM().eval()

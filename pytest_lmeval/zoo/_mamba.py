@@ -1,21 +1,18 @@
-"""`mamba`: a selective state space model, whose recurrence is diagonal and chooses by the token what to keep.
+"""`mamba`: a selective state space model, a diagonal recurrence whose decay depends on the token.
 
-A layer takes x to x + out_proj(y * silu(z)). Its input is projected to u and z, u goes through a causal convolution over the
-last `kernel` tokens and a SiLU, and then, for each of its channels with n numbers of state, through the recurrence
+A layer is x + out_proj(y * silu(z)). Its input is projected to u and z, u goes through a causal convolution over the last
+`kernel` tokens and a SiLU, and then, for each of its channels with n numbers of state, through the recurrence
 
     h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t         A = -exp(A_log), at first -1, -2, ..., -n (S4D-real)
     y_t = C_t h_t + D u_t                            dt_t, B_t and C_t are projections of u_t
 
-so the state is h and the convolution's tail, the same size whatever has been read.
+so the state is h and the last inputs of the convolution, and does not grow.
 
-A chunk is cut into about sqrt(t) blocks of about sqrt(t) tokens that are read side by side, twice: first each from a zero
-state, for what it leaves behind; that is carried from block to block; then each from the state that those before it left,
-for the outputs. No factor is larger than one, so nothing can overflow, and the second reading is the recurrence itself.
+A chunk is cut into about sqrt(t) blocks of about sqrt(t) tokens, which are computed in parallel twice: from a zero state, for
+the final states, which are then carried from block to block; and from the carried states, by the recurrence itself, for the
+outputs. No factor is larger than one, so nothing overflows.
 
 Shapes: b rows, t tokens, v vocabulary, d = expand * width channels, n numbers of state each.
-
-    logits, state = model(input_ids)                 # [b, t] -> [b, t, v]
-    logits, state = model(more_ids, state)           # goes on where the first call ended
 
 Gu, Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023.
 """
@@ -31,14 +28,14 @@ from torch.nn import functional as F
 
 
 class LayerState(NamedTuple):
-    """What a layer remembers."""
+    """The state of a layer."""
 
     tail: Tensor  # [b, d, kernel - 1]  the convolution's last inputs
     hidden: Tensor  # [b, n, d]         h, in float32 at least
 
 
 class Layer(nn.Module):
-    """A gated selective recurrence, and what goes around it."""
+    """A gated selective recurrence."""
 
     def __init__(self, width: int, d_state: int, expand: int, kernel: int) -> None:
         super().__init__()
@@ -52,9 +49,9 @@ class Layer(nn.Module):
         self.skip = nn.Parameter(torch.ones(d))  # D
         self.out_proj = nn.Linear(d, width, bias=False)
         nn.init.uniform_(self.dt_proj.weight, -(self.rank**-0.5), self.rank**-0.5)
-        dt = torch.exp(torch.empty(d).uniform_(math.log(1e-3), math.log(1e-1)))  # at first between 0.001 and 0.1
+        dt = torch.exp(torch.empty(d).uniform_(math.log(1e-3), math.log(1e-1)))  # initially 0.001 to 0.1
         with torch.no_grad():
-            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the softplus of which is dt
+            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # its softplus is dt
 
     def forward(self, x: Tensor, state: LayerState | None) -> tuple[Tensor, LayerState]:
         u, z = self.in_proj(self.norm(x)).chunk(2, dim=-1)
@@ -65,28 +62,22 @@ class Layer(nn.Module):
         dt = F.softplus(self.dt_proj(dt).to(hidden.dtype))
         y, hidden = selective_scan(u.to(dt), dt, -torch.exp(self.a_log.to(dt)), b_in.to(dt), c_out.to(dt), hidden)
         y = (y.to(u) + self.skip * u) * F.silu(z)
-        tail = recent[..., x.shape[1] :].clone()  # a slice would keep the memory of the whole chunk alive
+        tail = recent[..., x.shape[1] :].clone()  # a slice would keep the whole chunk in memory
         return x + self.out_proj(y), LayerState(tail, hidden)
 
     def blank(self, u: Tensor) -> LayerState:
-        wide = torch.promote_types(u.dtype, torch.float32)  # what is added up over a whole text needs the digits
+        wide = torch.promote_types(u.dtype, torch.float32)  # sums over a whole text need the precision
         tail = u.new_zeros(len(u), u.shape[-1], self.kernel - 1)
         return LayerState(tail, u.new_zeros(len(u), *self.a_log.shape, dtype=wide))
 
 
 class Mamba(nn.Module):
-    """Tokens in, logits of the next token out; see the head of this file."""
+    """Tokens in, logits of the next token out; see the module docstring."""
 
     constant_state = True
 
     def __init__(
-        self,
-        vocab_size: int = 256,
-        width: int = 160,
-        layers: int = 4,
-        d_state: int = 16,
-        expand: int = 2,
-        kernel: int = 4,
+        self, vocab_size: int = 256, width: int = 160, layers: int = 4, d_state: int = 16, expand: int = 2, kernel: int = 4
     ) -> None:
         super().__init__()
         self.vocab_size = vocab_size
@@ -96,7 +87,7 @@ class Mamba(nn.Module):
         nn.init.normal_(self.embed.weight, std=0.02)
 
     def forward(self, input_ids: Tensor, state: list[LayerState] | None = None) -> tuple[Tensor, list[LayerState]]:
-        """Logits [b, t, v] of the token after each of `input_ids` [b, t], and the state to go on from."""
+        """Logits [b, t, v] of the token after each of `input_ids` [b, t], and the new state."""
         x, new_state = self.embed(input_ids), []
         for index, layer in enumerate(self.layers):
             x, layer_state = layer(x, state[index] if state else None)
@@ -105,42 +96,42 @@ class Mamba(nn.Module):
 
 
 def selective_scan(u: Tensor, dt: Tensor, a: Tensor, b_in: Tensor, c_out: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """y [b, t, d] without D u, and the h after it: from u, dt [b, t, d], A [n, d], B, C [b, t, n] and the h before, [b, n, d].
+    """y [b, t, d] without D u, and the last h, from u, dt [b, t, d], A [n, d], B, C [b, t, n] and the h before, [b, n, d].
 
-    Without autograd it takes the memory of a few sqrt(t) states, not of t.
+    Without autograd, it needs memory for a few sqrt(t) states, not for t.
     """
     rows, t, _ = u.shape
-    blocks = math.isqrt(t) // rows  # rows are read side by side anyway
-    blocks = blocks if blocks > 3 else 1  # to read twice in halves takes as many steps as to read once
+    blocks = math.isqrt(t) // rows  # rows are parallel already
+    blocks = blocks if blocks > 3 else 1  # two passes over halves take as many steps as one over all
     length = -(-t // blocks)
-    spare = blocks * length - t  # the last block is filled up by tokens with dt = 0, which change no state
+    spare = blocks * length - t  # padding of the last block: dt = 0 changes no state
     parts = (F.pad(x, (0, 0, 0, spare)).view(rows, blocks, length, -1) for x in (dt * u, dt, b_in, c_out))
-    places = list(zip(*(part.unbind(2) for part in parts), strict=True))  # a token of every block: [b, blocks, d] or [..., n]
+    columns = list(zip(*(part.unbind(2) for part in parts), strict=True))  # one token of each block: [b, blocks, d] or [..., n]
 
     starts = [hidden]  # of each block
     if blocks > 1:
-        left = hidden.new_zeros(rows, blocks - 1, *a.shape)  # behind by each block, if it began at zero
-        for du, step, into, _ in places:
-            left = step_fn(left, du[:, :-1], step[:, :-1], a, into[:, :-1])
-        kept = torch.exp(torch.stack([step for _, step, _, _ in places]).sum(0)[:, :-1, None] * a)  # of what came before it
+        left = hidden.new_zeros(rows, blocks - 1, *a.shape)  # final states from zero
+        for du, step, into, _ in columns:
+            left = recurrence(left, du[:, :-1], step[:, :-1], a, into[:, :-1])
+        kept = torch.exp(torch.stack([step for _, step, _, _ in columns]).sum(0)[:, :-1, None] * a)  # decay over a block
         for block in range(blocks - 1):
             starts.append(torch.addcmul(left[:, block], kept[:, block], starts[-1]))
 
     h, outputs = torch.stack(starts, dim=1), []
-    for du, step, into, out in places:
-        h = step_fn(h, du, step, a, into)
+    for du, step, into, out in columns:
+        h = recurrence(h, du, step, a, into)
         outputs.append((out[..., None, :] @ h)[..., 0, :])
     return torch.stack(outputs, dim=2).flatten(1, 2)[:, :t], h[:, -1].clone()
 
 
-def step_fn(h: Tensor, du: Tensor, dt: Tensor, a: Tensor, b_in: Tensor) -> Tensor:
+def recurrence(h: Tensor, du: Tensor, dt: Tensor, a: Tensor, b_in: Tensor) -> Tensor:
     """h [..., n, d] one token later, from du = dt u [..., d], dt [..., d], A [n, d] and B [..., n]."""
-    kept = (dt[..., None, :] * a).exp_()  # in place, as the next: these are the largest tensors here, and nobody else's
+    kept = (dt[..., None, :] * a).exp_()  # in place, as below: these are the largest tensors here
     return (du[..., None, :] * b_in[..., None]).addcmul_(kept, h)
 
 
 def load() -> Mamba:
-    """Exact for any chunking, with a constant state. Random weights, always the same."""
+    """Exact for any chunking, with a constant state. Random weights from a fixed seed."""
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed those of accelerators too
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed accelerators too
         return Mamba().eval()

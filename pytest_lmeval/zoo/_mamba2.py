@@ -1,20 +1,17 @@
-"""`mamba2`: the state space duality of Mamba-2, whose recurrence is a matrix product inside a block.
+"""`mamba2`: the state space duality of Mamba-2, whose recurrence is a matrix product within a block.
 
-As in Mamba, but all channels of a head fade alike: with p channels x_t a head, and B_t, C_t of n numbers shared by all heads,
+As in Mamba, but with one decay for all p channels x_t of a head, and B_t, C_t of n numbers shared by all heads:
 
-    h_t = exp(dt_t a) h_{t-1} + dt_t x_t B_t^T       h is [p, n], a = -exp(A_log) one number a head
+    h_t = exp(dt_t a) h_{t-1} + dt_t x_t B_t^T       h is [p, n], a = -exp(A_log) one number per head
     y_t = h_t C_t + D x_t
 
-Written out, y_t = sum_{s <= t} L_ts (C_t . B_s) dt_s x_s + D x_t with L_ts = exp(dt_{s+1} a + ... + dt_t a): attention without
-a softmax, whose mask fades. A chunk is read in blocks of `block` tokens, each by that product, to which the h of its beginning
-adds what is left of it. All exponents are sums of what is not positive, so nothing can overflow.
+So y_t = sum_{s <= t} L_ts (C_t . B_s) dt_s x_s + D x_t with L_ts = exp(dt_{s+1} a + ... + dt_t a): attention without softmax,
+with a decaying mask. A chunk is read in blocks of `block` tokens, each by that product plus the decayed h of its beginning. No
+exponent is positive, so nothing overflows.
 
 x, B and C go through a causal convolution over the last `kernel` tokens and a SiLU first. The output is norm(y * silu(z)).
 
-Shapes: b rows, t tokens, v vocabulary, h heads, p channels of a head, d = h * p = expand * width, n numbers of state a channel.
-
-    logits, state = model(input_ids)                 # [b, t] -> [b, t, v]
-    logits, state = model(more_ids, state)           # goes on where the first call ended
+Shapes: b rows, t tokens, v vocabulary, h heads, p channels each, d = h * p = expand * width, n numbers of state per channel.
 
 Dao, Gu, "Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State Space Duality", 2024.
 """
@@ -30,14 +27,14 @@ from torch.nn import functional as F
 
 
 class LayerState(NamedTuple):
-    """What a layer remembers."""
+    """The state of a layer."""
 
     tail: Tensor  # [b, d + 2 n, kernel - 1]  the convolution's last inputs
     hidden: Tensor  # [b, h, p, n]            h, in float32 at least
 
 
 class Layer(nn.Module):
-    """A gated recurrence with one decay a head, and what goes around it."""
+    """A gated recurrence with one decay per head."""
 
     def __init__(self, width: int, d_state: int, headdim: int, expand: int, kernel: int, block: int) -> None:
         super().__init__()
@@ -47,8 +44,8 @@ class Layer(nn.Module):
         self.in_proj = nn.Linear(width, d + (d + 2 * d_state) + self.heads, bias=False)
         self.conv = nn.Conv1d(d + 2 * d_state, d + 2 * d_state, kernel, groups=d + 2 * d_state)
         self.a_log = nn.Parameter(torch.empty(self.heads).uniform_(1, 16).log())
-        dt = torch.exp(torch.empty(self.heads).uniform_(math.log(1e-3), math.log(1e-1)))  # at first between 0.001 and 0.1
-        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus of it is dt
+        dt = torch.exp(torch.empty(self.heads).uniform_(math.log(1e-3), math.log(1e-1)))  # initially 0.001 to 0.1
+        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # its softplus is dt
         self.skip = nn.Parameter(torch.ones(self.heads))  # D
         self.norm_out = nn.RMSNorm(d, eps=1e-5)
         self.out_proj = nn.Linear(d, width, bias=False)
@@ -67,17 +64,17 @@ class Layer(nn.Module):
             y, hidden = ssd_block(drive, fade, into, out, hidden)
             outputs.append(y)
         y = (torch.cat(outputs, dim=1) + self.skip[:, None].to(u) * u).flatten(-2).to(x)
-        tail = recent[..., x.shape[1] :].clone()  # a slice would keep the memory of the whole chunk alive
+        tail = recent[..., x.shape[1] :].clone()  # a slice would keep the whole chunk in memory
         return x + self.out_proj(self.norm_out(y * F.silu(z))), LayerState(tail, hidden)
 
     def blank(self, u: Tensor) -> LayerState:
-        wide = torch.promote_types(u.dtype, torch.float32)  # what is added up over a whole text needs the digits
+        wide = torch.promote_types(u.dtype, torch.float32)  # sums over a whole text need the precision
         tail = u.new_zeros(len(u), u.shape[-1], self.kernel - 1)
         return LayerState(tail, u.new_zeros(len(u), self.heads, self.headdim, self.d_state, dtype=wide))
 
 
 class Mamba2(nn.Module):
-    """Tokens in, logits of the next token out; see the head of this file."""
+    """Tokens in, logits of the next token out; see the module docstring."""
 
     constant_state = True
 
@@ -100,7 +97,7 @@ class Mamba2(nn.Module):
         nn.init.normal_(self.embed.weight, std=0.02)
 
     def forward(self, input_ids: Tensor, state: list[LayerState] | None = None) -> tuple[Tensor, list[LayerState]]:
-        """Logits [b, t, v] of the token after each of `input_ids` [b, t], and the state to go on from."""
+        """Logits [b, t, v] of the token after each of `input_ids` [b, t], and the new state."""
         x, new_state = self.embed(input_ids), []
         for index, layer in enumerate(self.layers):
             x, layer_state = layer(x, state[index] if state else None)
@@ -109,22 +106,22 @@ class Mamba2(nn.Module):
 
 
 def ssd_block(drive: Tensor, fade: Tensor, b_in: Tensor, c_out: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """y [b, t, h, p] of one block without D x, and the h after it.
+    """y [b, t, h, p] of one block without D x, and the last h.
 
     From drive = dt x [b, t, h, p], fade = dt a [b, t, h], B, C [b, t, n] and the h [b, h, p, n] before it.
     """
     fade, drive = fade.mT, drive.transpose(1, 2)  # [b, h, t], [b, h, t, p]
     between = torch.exp(segment_sums(fade))  # L [b, h, t, t]
-    since = torch.exp(fade.cumsum(-1))[..., None]  # [b, h, t, 1] of what was there before the block
+    since = torch.exp(fade.cumsum(-1))[..., None]  # [b, h, t, 1] decay since the block began
     y = (between * (c_out @ b_in.mT)[:, None]) @ drive + since * (c_out[:, None] @ hidden.mT)
-    until = between[..., -1, :, None]  # [b, h, t, 1] of each token at the end of the block
+    until = between[..., -1, :, None]  # [b, h, t, 1] decay until the block ends
     return y.transpose(1, 2), since[..., -1:, :] * hidden + (until * drive).mT @ b_in[:, None]
 
 
 def segment_sums(x: Tensor) -> Tensor:
-    """[..., t, t] the sums x_{j+1} + ... + x_i where j <= i, and minus infinity above, from x [..., t].
+    """[..., t, t] the sums x_{j+1} + ... + x_i if j <= i, else minus infinity, from x [..., t].
 
-    Each is added up by itself: the difference of two sums from the beginning would lose the digits of a small one.
+    Each is summed separately: differences of cumulative sums would lose the precision of small ones.
     """
     t = x.shape[-1]
     lower = torch.ones(t, t, dtype=torch.bool, device=x.device).tril()
@@ -133,7 +130,7 @@ def segment_sums(x: Tensor) -> Tensor:
 
 
 def load() -> Mamba2:
-    """Exact for any chunking, with a constant state. Random weights, always the same."""
+    """Exact for any chunking, with a constant state. Random weights from a fixed seed."""
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed those of accelerators too
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed accelerators too
         return Mamba2().eval()

@@ -1,25 +1,25 @@
-"""A small Moshi: speech and text as frames of 17 codes, read one frame after the other, and the codes of a frame in turn.
+"""`moshi`: a small Moshi, which reads speech and text as frames of 17 codes.
 
 Codebook 0 is the text that the model speaks, 1 to 8 are its own voice, 9 to 16 the voice it listens to. Two transformers:
 
-* the temporal one reads a frame as the sum of its 17 embeddings, and sees the `context` frames up to it;
-* the depth one, begun anew in each frame, reads the text and the first seven codes of the frame, each with weights of its
-  own, and predicts the code after each: the eight codes of the model's own voice.
+* the temporal one reads a frame as the sum of its 17 embeddings, and sees the last `context` frames;
+* the depth one, which starts fresh in each frame, reads the text and the first seven codes of the frame, with separate weights
+  for each, and predicts the code after each: the eight codes of the model's own voice.
 
-The first code of a voice says what was spoken, the other seven how; these are read one frame later (`DELAYS`), when all of
-what was said is known. What is read at a place is therefore not one frame:
+The first code of a voice is semantic, the other seven are acoustic and read one frame later (`DELAYS`). So a position does not
+hold the codes of one frame:
 
-    frame 0   1   2   3                        place 0   1   2   3
-      0   a0  a1  a2  a3    is read as           0   a0  a1  a2  a3
-      1   b0  b1  b2  b3                         1   --  b0  b1  b2       -- is the initial token of a codebook
+    frame     0   1   2   3                   position  0   1   2   3
+      code 0  a0  a1  a2  a3    is read as      code 0  a0  a1  a2  a3
+      code 1  b0  b1  b2  b3                    code 1  --  b0  b1  b2       -- is the initial token of a codebook
 
-It is given frames as they were spoken, and what it says at a place is about what is read there:
+The input is undelayed frames, and the logits at a position predict the codes that are read there:
 
     logits, state = model(codes)                     # [b, 17, t] -> [b, 8, t, card]
-    logits, state = model(more_codes, state)         # goes on where the first call ended
+    logits, state = model(more_codes, state)         # continues the text
 
-The state does not grow: the last frames, and in each layer a ring of the last `context` keys and values. A ring that is
-written before it is read has lost, in a chunk of several frames, what the first should still see; this one is read first.
+The state does not grow: the last frames, and in each layer a ring buffer of the last `context` keys and values. A chunk reads
+the ring buffer before it writes, since the first frames of a chunk still see what the last ones overwrite.
 
 Shapes: b rows, t frames, k codebooks, s scored ones, d width, h heads, e = d / h, c context.
 
@@ -40,7 +40,7 @@ DELAYS = (0, 0, *[1] * (VOICE - 1), 0, *[1] * (VOICE - 1))
 
 
 class Codebooks(NamedTuple):
-    """Entries of each [k], which are scored [s], by how many frames those are delayed [s], and that a code may be missing."""
+    """Entries of each [k], indices of the scored ones [s] and their delays in frames [s], and whether a code may be -1."""
 
     sizes: tuple[int, ...]
     scored: tuple[int, ...]
@@ -49,19 +49,19 @@ class Codebooks(NamedTuple):
 
 
 class State(NamedTuple):
-    """What is carried from chunk to chunk."""
+    """The state of the model."""
 
-    recent: Tensor  # [b, k, longest delay + 1]  the last frames as they were given
-    rings: list[Tensor]  # [2, b, h, c, e] of each layer: the last keys and values, those of frame n at n modulo c
+    recent: Tensor  # [b, k, longest delay + 1]  the last frames, undelayed
+    rings: list[Tensor]  # [2, b, h, c, e] of each layer: the last keys and values, frame n at index n modulo c
     seen: int  # frames read
 
 
 class Embedding(nn.Module):
-    """Vectors [b, k, t, d] of codes [b, k, t], each codebook with entries of its own; zeros in place of -1, for no code."""
+    """Vectors [b, k, t, d] of codes [b, k, t], with separate entries for each codebook; zeros for -1, no code."""
 
     def __init__(self, sizes: tuple[int, ...], width: int) -> None:
         super().__init__()
-        ends = torch.tensor([0, *[size + 1 for size in sizes]]).cumsum(0)  # the initial token is one more entry
+        ends = torch.tensor([0, *[size + 1 for size in sizes]]).cumsum(0)  # one more entry for the initial token
         self.table = nn.Embedding(int(ends[-1]), width)
         self.first = nn.Buffer(ends[:-1, None])
 
@@ -71,7 +71,7 @@ class Embedding(nn.Module):
 
 
 class PerStep(nn.Module):
-    """A linear map with other weights at each of its s steps: [..., s, d] -> [..., s, out]."""
+    """A linear map with separate weights for each of its s steps: [..., s, d] -> [..., s, out]."""
 
     def __init__(self, width: int, out: int, steps: int) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class PerStep(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer layer whose attention sees what came before; with `steps`, weights of its own for each step."""
+    """A causal transformer layer; with `steps`, it has separate weights for each step."""
 
     def __init__(self, width: int, heads: int, hidden: int, steps: int = 0) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class Block(nn.Module):
 
 
 class Temporal(nn.Module):
-    """From frame to frame: a layer whose attention sees the frame itself and the `context - 1` before it."""
+    """A layer over frames, whose attention sees the frame itself and the `context - 1` before it."""
 
     def __init__(self, width: int, heads: int, hidden: int, context: int) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class Temporal(nn.Module):
         return self.block.finish(x, attended), ring.index_copy(3, new[newest] % self.context, read[:, :, :, newest])
 
     def attend(self, q: Tensor, known: Tensor, new: Tensor) -> Tensor:
-        """What the frames `new` see of the ring and of each other: `known` keys and values [2, b, h, c + t, e]."""
+        """Attention of the frames `new` to keys and values `known` [2, b, h, c + t, e], of the ring buffer and their own."""
         last = new[0] - 1
         held = last - (last - torch.arange(self.context, device=q.device)) % self.context  # negative: still empty
         frames = torch.cat([held, new])
@@ -131,7 +131,7 @@ class Temporal(nn.Module):
 
 
 class Depth(nn.Module):
-    """From code to code within a frame: no place, no memory; all frames of a chunk at once."""
+    """A transformer over the codes of a frame, without positions or state; all frames of a chunk at once."""
 
     def __init__(self, from_width: int, width: int, heads: int, layers: int, card: int, text_card: int) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ class Depth(nn.Module):
         self.exit = PerStep(width, card, VOICE)
 
     def forward(self, hidden: Tensor, frames: Tensor) -> Tensor:
-        """Logits [b, s, t, card] about the codes of `frames` [b, k, t]; `hidden` [b, t, d] knows the frames before each."""
+        """Logits [b, s, t, card] for the codes of `frames` [b, k, t], from `hidden` [b, t, d] of the frames before each."""
         before = self.embed(frames[:, :VOICE]).transpose(1, 2)
         x = (self.enter(hidden[:, :, None].expand(-1, -1, VOICE, -1)) + before).flatten(0, 1)  # [b * t, s, d]: a frame is a row
         for layer in self.layers:
@@ -151,7 +151,7 @@ class Depth(nn.Module):
 
 
 class Moshi(nn.Module):
-    """Frames of 17 codes in, logits of the eight codes of its own voice out; see the head of this file."""
+    """Frames of 17 codes in, logits of the eight codes of its own voice out; see the module docstring."""
 
     constant_state = True
 
@@ -166,26 +166,26 @@ class Moshi(nn.Module):
         self.depth = Depth(width, width // 2, heads // 2, layers, card, text_card)
 
     def forward(self, codes: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Logits [b, 8, t, card] about the frames `codes` [b, 17, t] themselves, and the state to go on from."""
+        """Logits [b, 8, t, card] for the frames `codes` [b, 17, t] themselves, and the new state."""
         recent, rings, seen = state or self.beginning(codes.shape[0])
         recent = torch.cat([recent, codes], dim=2)
         delayed = self.delay(recent, codes.shape[2] + 1)
         x = self.embed(delayed[:, :, :-1]).sum(1)
-        turned = []
+        new_rings = []
         for layer, ring in zip(self.layers, rings, strict=True):
             x, ring = layer(x, ring, seen)
-            turned.append(ring)
+            new_rings.append(ring)
         logits = self.depth(norm(x), delayed[:, :, 1:])
-        recent = recent[:, :, -1 - max(DELAYS) :].clone()  # a slice would keep the memory of the whole chunk alive
-        return logits, State(recent, turned, seen + codes.shape[2])
+        recent = recent[:, :, -1 - max(DELAYS) :].clone()  # a slice would keep the whole chunk in memory
+        return logits, State(recent, new_rings, seen + codes.shape[2])
 
-    def delay(self, frames: Tensor, places: int) -> Tensor:
-        """[b, k, places] what is read at the last so many places of `frames`."""
+    def delay(self, frames: Tensor, t: int) -> Tensor:
+        """[b, k, t] the delayed codes at the last t positions of `frames`."""
         end = frames.shape[2]
-        return torch.stack([frames[:, k, end - delay - places : end - delay] for k, delay in enumerate(DELAYS)], dim=1)
+        return torch.stack([frames[:, k, end - delay - t : end - delay] for k, delay in enumerate(DELAYS)], dim=1)
 
     def beginning(self, rows: int) -> State:
-        """Before the first frame, each codebook holds its initial token: the entry after its last."""
+        """The state before the first frame: the initial token of each codebook is the entry after its last."""
         weight = next(self.parameters())
         initial = torch.tensor(self.codebooks.sizes, device=weight.device)[None, :, None]
         empty = weight.new_zeros(2, rows, *self.ring_shape)
@@ -193,7 +193,7 @@ class Moshi(nn.Module):
 
     @staticmethod
     def recent(state: State) -> Tensor:
-        """[b, k, n] the frames read last: not all of their codes were predicted yet."""
+        """[b, k, n] the frames read last, whose delayed codes are not predicted yet."""
         return state.recent
 
 
@@ -203,17 +203,17 @@ def norm(x: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, seen: int) -> Tensor:
-    """RoPE: each pair of entries of [..., t, e] turned by an angle that grows with its frame (Su et al. 2021)."""
+    """RoPE: each pair of coordinates of [..., t, e] is rotated by an angle proportional to its frame (Su et al. 2021)."""
     half = x.shape[-1] // 2
-    places = torch.arange(seen, seen + x.shape[-2], dtype=torch.float64)  # float32 would lose the angles of late frames
-    angles = places[:, None] * 10_000 ** (-torch.arange(half, dtype=torch.float64) / half)
+    frames = torch.arange(seen, seen + x.shape[-2], dtype=torch.float64)  # float32 is too coarse for late frames
+    angles = frames[:, None] * 10_000 ** (-torch.arange(half, dtype=torch.float64) / half)
     cos, sin = angles.cos().to(x), angles.sin().to(x)
     one, other = x.chunk(2, dim=-1)
     return torch.cat([one * cos - other * sin, one * sin + other * cos], dim=-1)
 
 
 def load() -> Moshi:
-    """A model with random weights, the same ones each time."""
+    """Random weights from a fixed seed."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         return Moshi().eval()

@@ -1,20 +1,17 @@
-"""`transformer` and `windowed`: a causal transformer that remembers everything, or the last `window` tokens.
+"""`transformer` and `windowed`: a causal transformer with full or sliding window attention.
 
 A layer is x + attend(norm(x)), then x + down(silu(gate) * up) of norm(x). Query i attends to the keys j <= i,
 
     y_i = sum_j softmax_j(R_i q_i . R_j k_j / sqrt(e)) v_j
 
-where R_i turns pairs of coordinates by angles that grow with the position i, so that R_i q_i . R_j k_j depends on i - j only.
+where R_i rotates pairs of coordinates by angles proportional to i, so that R_i q_i . R_j k_j depends on i - j only.
 
-* Without a window the state is all keys, already turned, and values: it grows with the text, and its length is the position.
-* With a window a query sees i - window < j <= i, so the last window - 1 keys and values are all that is kept. Keys are kept as
-  they are, and turned by their place beside the queries that see them. No position is counted anywhere: angles stay small, and
-  token ten million is read with the precision of token one thousand. A chunk costs t * window, however long it is.
+* Without a window, the state is all rotated keys and values: it grows with the text, and its length is the position.
+* With a window, a query sees i - window < j <= i, so the state is the last window - 1 keys and values. Keys are stored before
+  rotation and rotated by their position relative to the queries, so that angles stay small and precise in texts of any length.
+  A chunk costs t * window.
 
-Shapes: b rows, t tokens, v vocabulary, d width, h heads, e = d / h, s tokens kept.
-
-    logits, state = model(input_ids)                 # [b, t] -> [b, t, v]
-    logits, state = model(more_ids, state)           # goes on where the first call ended
+Shapes: b rows, t tokens, v vocabulary, d width, h heads, e = d / h, s tokens in the state.
 
 Attention: Vaswani et al., "Attention Is All You Need", 2017. RoPE: Su et al., "RoFormer", 2021. SwiGLU: Shazeer, "GLU Variants
 Improve Transformer", 2020. RMSNorm: Zhang, Sennrich, 2019. All of them together: Touvron et al., "LLaMA", 2023.
@@ -30,7 +27,7 @@ from torch.nn import functional as F
 
 
 class LayerState(NamedTuple):
-    """What a layer remembers: s = all tokens so far, or the last window - 1 of them."""
+    """The state of a layer: s is all tokens so far, or the last window - 1 of them."""
 
     keys: Tensor  # [b, h, s, e]
     values: Tensor  # [b, h, s, e]
@@ -64,13 +61,13 @@ class Layer(nn.Module):
             visible = q.new_ones(t, seen + t, dtype=torch.bool).tril(seen)
             return F.scaled_dot_product_attention(q, keys, values, attn_mask=visible), LayerState(keys, values)
         first = max(seen + t - (self.window - 1), 0)
-        # clone: a slice would keep the memory of the whole chunk alive
+        # clone: a slice would keep the whole chunk in memory
         kept = LayerState(keys[:, :, first:].clone(), values[:, :, first:].clone())
         return banded_attention(q, keys, values, self.window), kept
 
 
 class Transformer(nn.Module):
-    """Tokens in, logits of the next token out; see the head of this file."""
+    """Tokens in, logits of the next token out; see the module docstring."""
 
     def __init__(
         self,
@@ -85,33 +82,33 @@ class Transformer(nn.Module):
         super().__init__()
         self.vocab_size = vocab_size
         self.constant_state = window is not None
-        self.context_length = context_length if window is None else None  # further, angles come that no training has shown
+        self.context_length = context_length if window is None else None  # angles beyond are never trained
         self.embed = nn.Embedding(vocab_size, width)
         self.layers = nn.ModuleList(Layer(width, heads, window, hidden) for _ in range(layers))
         self.norm = nn.RMSNorm(width, eps=1e-5)
         nn.init.normal_(self.embed.weight, std=0.02)
 
     def forward(self, input_ids: Tensor, state: list[LayerState] | None = None) -> tuple[Tensor, list[LayerState]]:
-        """Logits [b, t, v] of the token after each of `input_ids` [b, t], and the state to go on from."""
+        """Logits [b, t, v] of the token after each of `input_ids` [b, t], and the new state."""
         x, new_state = self.embed(input_ids), []
-        x = F.rms_norm(x, x.shape[-1:], eps=1e-6)  # rows that the head shares are small: the layers would drown them
+        x = F.rms_norm(x, x.shape[-1:], eps=1e-6)  # the rows are small, since the head shares them
         for index, layer in enumerate(self.layers):
             x, layer_state = layer(x, state[index] if state else None)
             new_state.append(layer_state)
         return self.norm(x) @ self.embed.weight.T, new_state
 
 
-def angles(places: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin [t, e / 2] of places [t] * 10000 ** (-2 i / e) radians, for the pairs i of something `like` [..., e]."""
+def angles(positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin [t, e / 2] of positions [t] * 10000 ** (-2 i / e) radians for pairs i, with the dtype of `like` [..., e]."""
     e = like.shape[-1]
-    # In float64: a float32 angle at place one million is off by 0.06 radians.
-    turned = places[:, None] * 10_000.0 ** (-torch.arange(0, e, 2, dtype=torch.float64) / e)
+    # In float64: a float32 angle at position one million is off by 0.06 radians.
+    radians = positions[:, None] * 10_000.0 ** (-torch.arange(0, e, 2, dtype=torch.float64) / e)
     wide = torch.promote_types(like.dtype, torch.float32)
-    return turned.cos().to(wide).to(like.device), turned.sin().to(wide).to(like.device)
+    return radians.cos().to(wide).to(like.device), radians.sin().to(wide).to(like.device)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (i, i + e / 2) of x [..., t, e] by the angles of their places, cos and sin [t, e / 2]."""
+    """Rotate the pairs (i, i + e / 2) of x [..., t, e] by the angles with these cos and sin [t, e / 2]."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(x.dtype)
 
@@ -119,38 +116,36 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def banded_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """Attention [b, h, t, e] of each query to itself and the `window - 1` tokens before it.
 
-    q is [b, h, t, e]; k and v are [b, h, s + t, e] with s < window tokens from before. Queries are taken in blocks of `window`,
-    each with the stretch of keys that it can see, in which places are counted from its beginning.
+    q is [b, h, t, e]; k and v are [b, h, s + t, e] with s < window tokens from the state. Queries are read in blocks of
+    `window`, each with the keys that it can see; positions count from the first of these.
     """
     b, t = q.shape[0], q.shape[2]
-    missing = window - 1 - (k.shape[2] - t)  # tokens that the text is too young to have
+    missing = window - 1 - (k.shape[2] - t)  # positions before the first token
     block = min(window, t)
     blocks, span = -(-t // block), block + window - 1
-    spare = blocks * block - t  # the last block is filled up; what it computes there is dropped
+    spare = blocks * block - t  # padding of the last block, dropped at the end
     q = F.pad(q, (0, 0, 0, spare)).view(b, -1, blocks, block, q.shape[-1])
     k, v = (F.pad(x, (0, 0, missing, spare)).unfold(2, span, block).mT for x in (k, v))  # [b, h, blocks, span, e]
 
-    places = torch.arange(span)
-    age = places[window - 1 :, None] - places
-    real = block * torch.arange(blocks)[:, None] + places >= missing
+    positions = torch.arange(span)
+    age = positions[window - 1 :, None] - positions
+    real = block * torch.arange(blocks)[:, None] + positions >= missing
     visible = ((age >= 0) & (age < window) & real[:, None]).to(q.device)  # [blocks, block, span]
 
-    cos, sin = angles(places, q)
+    cos, sin = angles(positions, q)
     q, k = rotate(q, cos[window - 1 :], sin[window - 1 :]), rotate(k, cos, sin)
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # blocks become rows: fused kernels take four axes
     mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=visible.repeat(b, 1, 1)[:, None])
     return mixed.view(b, blocks, *mixed.shape[1:]).transpose(1, 2).flatten(2, 3)[:, :, :t]
 
 
-def load() -> Transformer:
-    """Full attention: exact for any chunking, and its state grows with the text. Random weights, always the same."""
+def load(window: int | None = None) -> Transformer:
+    """Full attention: exact for any chunking, and its state grows with the text. Random weights from a fixed seed."""
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed those of accelerators too
-        return Transformer().eval()
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed accelerators too
+        return Transformer(window=window).eval()
 
 
 def load_windowed() -> Transformer:
-    """The same weights, each layer seeing the last 64 tokens: exact for any chunking, with a constant state."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed those of accelerators too
-        return Transformer(window=64).eval()
+    """The same weights with a window of 64 tokens: exact for any chunking, with a constant state."""
+    return load(window=64)

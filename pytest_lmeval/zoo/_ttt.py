@@ -1,26 +1,23 @@
-"""`ttt`: a language model whose memory is a small linear model in each head, which it trains while it reads.
+"""`ttt`: a language model whose state is a linear model in each head, trained by gradient descent while it reads.
 
-Each head of each layer holds fast weights W [f, f] and b [1, f]. Sixteen tokens (a mini-batch, K) at a time, one step of
-gradient descent brings LN(k W + b) closer to v - k, for the keys k and values v of those tokens; a query q then reads
-q + LN(q W + b). All gradients of a mini-batch are taken at the weights that it began with, so it is a few matrix products:
+Each head of each layer has fast weights W [f, f] and b [1, f]. For each mini-batch of K = 16 tokens, one gradient step brings
+LN(k W + b) closer to v - k, for the keys k and values v of these tokens; the output for a query q is q + LN(q W + b). All
+gradients of a mini-batch are taken at the weights at its beginning, so it is a few matrix products:
 
     g_k  = d/dz 1/2 |LN(z) - (v_k - k_k)|^2  at  z = k_k W + b        LN with a learned scale and shift for each head
     z_t  = q_t W + b - tau_t sum over k <= t of  lr_k (q_t . k_k + 1) g_k
     W, b = W - tau_K sum of lr_k k_k^T g_k,  b - tau_K sum of lr_k g_k        when the mini-batch is full
 
 lr_k = base_lr sigmoid(w . x_k + c) / f is learned, and so is tau_t = max(0, 1 / t + ...), for the t-th token of a mini-batch.
-Since tau_t stands before the sum, a chunk may end anywhere: the state is the weights that the mini-batch began with, the
-sums so far, the place in the mini-batch, and the convolution's tail. It does not grow.
+Since tau_t is a factor of the sum, a chunk may end anywhere: the state is the weights at the beginning of the mini-batch, the
+sums so far, the number of tokens in them, and the last inputs of the convolution. It does not grow.
 
-Keys and queries share a projection, each after a convolution of its own, as in the paper's Mamba backbone. At first a key is
-mostly of the token before, so that what is learned first is what followed a token. Two things are not in the paper: keys and
-queries are normalized, and each mini-batch every head also goes back to its initial weights by a learned share of the way.
-Without that, interference grows with the length of the text, and a model trained on 128 tokens is lost after some thousand.
+Keys and queries share a projection, after separate convolutions, as in the paper's Mamba backbone. Initially a key is mostly
+of the token before, so that the layer first learns what follows a token. Two things are not in the paper: keys and queries are
+normalized, and after each mini-batch the weights return towards the initial ones by a learned fraction. Without that,
+interference grows with the length of the text, and a model trained on 128 tokens fails after some thousand.
 
 Shapes: b rows, t tokens, v vocabulary, d width, h heads, f = d / h (even), K tokens of a mini-batch.
-
-    logits, state = model(input_ids)                 # [b, t] -> [b, t, v]
-    logits, state = model(more_ids, state)           # goes on where the first call ended
 
 TTT-Linear: Sun et al., "Learning to (Learn at Test Time): RNNs with Expressive Hidden States", 2024.
 """
@@ -37,26 +34,26 @@ EPS = 1e-6
 
 
 class LayerState(NamedTuple):
-    """What a layer remembers. Rows 0 to f - 1 of a matrix are of W, and row f is of b: a key has a one appended."""
+    """The state of a layer. Rows 0 to f - 1 of a matrix belong to W, and row f to b: a key has a one appended."""
 
     tail: Tensor  # [b, d, kernel - 1]   the convolution's last inputs
-    weights: Tensor  # [b, h, f + 1, f]  fast weights as the mini-batch began
+    weights: Tensor  # [b, h, f + 1, f]  fast weights at the beginning of the mini-batch
     sums: Tensor  # [b, h, f + 1, f]  sum of lr_k k_k^T g_k over the tokens of the mini-batch so far
-    place: int  # how many those are, less than K
+    filled: int  # number of these tokens, less than K
 
 
 class FastLinear(nn.Module):
-    """The layer: test-time training of a linear model in each head."""
+    """The layer: a linear model in each head, trained while it reads."""
 
     def __init__(self, width: int, heads: int, mini_batch_size: int, base_lr: float = 1.0, kernel: int = 4) -> None:
         super().__init__()
         size = width // heads
         self.heads, self.mini_batch_size, self.base_lr, self.kernel = heads, mini_batch_size, base_lr, kernel
-        self.mix = nn.Conv1d(width, 3 * width, kernel, groups=width)  # for queries, keys and values in turn
+        self.mix = nn.Conv1d(width, 3 * width, kernel, groups=width)  # for queries, keys and values
         self.qk, self.v, self.gate, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
         self.rate = nn.Linear(width, heads)
         self.tau = nn.Parameter(torch.zeros(mini_batch_size))
-        self.forget = nn.Parameter(torch.logit(2.0 ** -torch.linspace(3, 6, heads)))  # at first 1/8 to 1/64
+        self.forget = nn.Parameter(torch.logit(2.0 ** -torch.linspace(3, 6, heads)))  # initially 1/8 to 1/64
         self.weight, self.bias = nn.Parameter(0.02 * torch.randn(heads, size, size)), nn.Parameter(torch.zeros(heads, 1, size))
         self.scale, self.shift = nn.Parameter(torch.ones(heads, 1, size)), nn.Parameter(torch.zeros(heads, 1, size))
         self.norm = nn.LayerNorm(width, eps=EPS)
@@ -70,30 +67,30 @@ class FastLinear(nn.Module):
         for_q, for_k, x = self.mix(recent).view(b, d, 3, t).permute(2, 0, 3, 1)
         parts = torch.stack([self.qk(for_q), self.qk(for_k), self.v(x)]).to(state.weights.dtype)
         q, k, v = parts.view(3, b, t, self.heads, -1).transpose(2, 3)  # [b, h, t, f] each
-        q, k = rotate(norm(torch.stack([q, k])), state.place, self.mini_batch_size)
+        q, k = rotate(norm(torch.stack([q, k])), state.filled, self.mini_batch_size)
         rate = self.rate(x).to(q).sigmoid().mT[..., None] * (self.base_lr / q.shape[-1])  # [b, h, t, 1]
         z, state = self.learn(q, k, v - k, rate, state)
         y = q + F.layer_norm(z, z.shape[-1:], eps=EPS) * self.scale + self.shift
         y = self.norm(y.transpose(1, 2).reshape(b, t, d).to(x.dtype))
-        tail = recent[..., t:].clone()  # a slice would keep the memory of the whole chunk alive
+        tail = recent[..., t:].clone()  # a slice would keep the whole chunk in memory
         return self.out(F.gelu(self.gate(x)) * y), state._replace(tail=tail)
 
     def learn(self, q: Tensor, k: Tensor, target: Tensor, rate: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
-        """What is read for queries q [b, h, t, f], mini-batch by mini-batch, the fast weights changing after each."""
-        (_, weights, sums, place), size, t = state, self.mini_batch_size, q.shape[2]
-        tau, initial, share = self.taus(), self.initial(), self.forget.to(q).sigmoid()[:, None, None]
+        """q W + b for queries q [b, h, t, f], mini-batch by mini-batch, and the state with the new fast weights."""
+        (_, weights, sums, filled), size, t = state, self.mini_batch_size, q.shape[2]
+        tau, initial, forgotten = self.taus(), self.initial(), self.forget.to(q).sigmoid()[:, None, None]
         q, k = (F.pad(x, (0, 1), value=1.0) for x in (q, k))
-        pieces = [min(size - place, t), *(min(size, t - begin) for begin in range(size - place, t, size))]
+        sizes = [min(size - filled, t), *(min(size, t - begin) for begin in range(size - filled, t, size))]
         read = []
-        for q1, k1, goal, lr in zip(*(torch.split(x, pieces, dim=2) for x in (q, k, target, rate)), strict=True):
+        for q1, k1, goal, lr in zip(*(torch.split(x, sizes, dim=2) for x in (q, k, target, rate)), strict=True):
             steps = lr * gradient(k1 @ weights, goal, self.scale, self.shift)
-            here = tau[place : place + q1.shape[2]]
+            here = tau[filled : filled + q1.shape[2]]
             read.append(q1 @ weights - here * (q1 @ sums + (q1 @ k1.mT).tril() @ steps))
-            sums, place = sums + k1.mT @ steps, place + q1.shape[2]
-            if place == size:
-                weights = weights + share * (initial - weights) - tau[-1] * sums
-                sums, place = torch.zeros_like(sums), 0
-        return torch.cat(read, dim=2), LayerState(state.tail, weights, sums, place)
+            sums, filled = sums + k1.mT @ steps, filled + q1.shape[2]
+            if filled == size:
+                weights = weights + forgotten * (initial - weights) - tau[-1] * sums
+                sums, filled = torch.zeros_like(sums), 0
+        return torch.cat(read, dim=2), LayerState(state.tail, weights, sums, filled)
 
     def blank(self, b: int) -> LayerState:
         weights = self.initial().repeat(b, 1, 1, 1)
@@ -109,12 +106,12 @@ class FastLinear(nn.Module):
         return (1 / torch.arange(1, len(tau) + 1).to(tau) + tau).clamp(min=0)[:, None]
 
     def learned(self, state: LayerState) -> Tensor:
-        """The fast weights [b, h, f + 1, f] after the last token, also where the mini-batch is not full."""
-        return state.weights - self.taus()[state.place - 1] * state.sums
+        """The fast weights [b, h, f + 1, f] after the last token, also within a mini-batch."""
+        return state.weights - self.taus()[state.filled - 1] * state.sums
 
 
 class Block(nn.Module):
-    """A layer with fast weights, and a gated feed-forward (SwiGLU)."""
+    """Fast weights and a gated feed-forward (SwiGLU)."""
 
     def __init__(self, width: int, hidden: int, fast: FastLinear) -> None:
         super().__init__()
@@ -130,7 +127,7 @@ class Block(nn.Module):
 
 
 class TTT(nn.Module):
-    """Token ids in, logits of the next token out; see the head of this file."""
+    """Token ids in, logits of the next token out; see the module docstring."""
 
     constant_state = True
 
@@ -149,7 +146,7 @@ class TTT(nn.Module):
         nn.init.normal_(self.embed.weight, std=0.02)
 
     def forward(self, input_ids: Tensor, state: list[LayerState] | None = None) -> tuple[Tensor, list[LayerState]]:
-        """Logits [b, t, v] of the token after each of `input_ids` [b, t], and the state to go on from."""
+        """Logits [b, t, v] of the token after each of `input_ids` [b, t], and the new state."""
         x, new_state = norm(self.embed(input_ids)), []
         for index, layer in enumerate(self.layers):
             x, layer_state = layer(x, state[index] if state else None)
@@ -157,7 +154,7 @@ class TTT(nn.Module):
         return norm(x) @ self.embed.weight.T, new_state
 
     def fast_weights(self, state: list[LayerState] | None) -> dict[str, Tensor]:
-        """W [b, h, f, f] and b [b, h, 1, f] of each layer after the last token; of None, before the first."""
+        """W [b, h, f, f] and b [b, h, 1, f] of each layer after the last token; for None, before the first."""
         found = {}
         for index, fast in enumerate(part for part in self.modules() if isinstance(part, FastLinear)):
             learned = fast.learned(state[index] if state else fast.blank(1))
@@ -166,7 +163,7 @@ class TTT(nn.Module):
 
 
 def wide(x: Tensor) -> Tensor:
-    """In float32 at least: what is learned in small steps would be lost in fewer digits."""
+    """In float32 at least: 16 bits would lose the small gradient steps."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -183,17 +180,17 @@ def gradient(z: Tensor, target: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return (outer - outer.mean(-1, keepdim=True) - unit * (outer * unit).mean(-1, keepdim=True)) / deviation
 
 
-def rotate(x: Tensor, place: int, period: int, base: float = 10_000.0) -> Tensor:
-    """Rotary embedding of x [..., t, f] at places place, place + 1, ..., which begin anew after `period` (Su et al. 2021)."""
+def rotate(x: Tensor, first: int, period: int, base: float = 10_000.0) -> Tensor:
+    """Rotary embedding of x [..., t, f] at positions first, first + 1, ..., modulo `period` (Su et al. 2021)."""
     t, half = x.shape[-2], x.shape[-1] // 2
-    places = (torch.arange(place, place + t, device=x.device, dtype=x.dtype) % period)[:, None]
-    angles = places * base ** (-torch.arange(half, device=x.device, dtype=x.dtype) / half)  # [t, f / 2]
+    positions = (torch.arange(first, first + t, device=x.device, dtype=x.dtype) % period)[:, None]
+    angles = positions * base ** (-torch.arange(half, device=x.device, dtype=x.dtype) / half)  # [t, f / 2]
     left, right, cos, sin = *x.chunk(2, dim=-1), angles.cos(), angles.sin()
     return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
 
 
 def load() -> TTT:
-    """Exact for any chunking, with a constant state. Random weights, always the same."""
+    """Exact for any chunking, with a constant state. Random weights from a fixed seed."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         return TTT().eval()
