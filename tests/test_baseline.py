@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 from msgspec.structs import replace
 
 from pytest_lmeval.__main__ import main
-from pytest_lmeval.data._ids import as_corpus
+from pytest_lmeval.data._tokens import as_corpus
 from pytest_lmeval.errors import BaselineError, DocumentError
 from pytest_lmeval.gates._baseline import Baseline, BaselineFile, examples_file, read, write
 from pytest_lmeval.gates._compare import Side, compare, pair

@@ -129,13 +129,8 @@ def test_the_certificate_names_a_context_that_the_probe_did_not_reach():
     assert result.certificate.not_reached == (600,)
 
 
-<<<<<<< HEAD
-def test_its_twin_in_float64_has_the_same_weights():
-    codes, double = codes_of(30), float64_copy(LM)
-=======
 def test_the_float64_copy_has_the_same_weights():
-    codes, double = codes_of(20), twin(LM)
->>>>>>> h-models
+    codes, double = codes_of(20), float64_copy(LM)
     assert double.dtype == torch.float64
     low, high = (np.concatenate([chunk.losses for chunk in stream(lm, codes, chunk_size=1)]) for lm in (LM, double))
     np.testing.assert_allclose(low, high, atol=1e-4)

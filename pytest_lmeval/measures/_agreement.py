@@ -28,8 +28,7 @@ from msgspec import structs
 from torch import Tensor
 
 from pytest_lmeval.data._corpus import Corpus
-from pytest_lmeval.data._ids import as_corpus
-from pytest_lmeval.data._tokens import sequences
+from pytest_lmeval.data._tokens import as_corpus, sequences
 from pytest_lmeval.engine import Engine, Policy, policy_for
 from pytest_lmeval.engine._losses import LOGITS_AT_ONCE
 from pytest_lmeval.engine._tokens import naming

@@ -22,7 +22,7 @@ from msgspec import structs
 from pytest_lmeval._benchmarking import Driver
 from pytest_lmeval._session import Session, TestLog
 from pytest_lmeval.data._corpus import Corpus
-from pytest_lmeval.data._ids import as_corpus
+from pytest_lmeval.data._tokens import as_corpus
 from pytest_lmeval.engine._policy import limited
 from pytest_lmeval.errors import ProfilingError, SpecError, UsageError, nearest
 from pytest_lmeval.models._identity import facts, fingerprint

@@ -25,8 +25,7 @@ import torch
 from msgspec import structs
 
 from pytest_lmeval.data._corpus import Corpus
-from pytest_lmeval.data._ids import as_corpus
-from pytest_lmeval.data._tokens import TokenReader, sequences
+from pytest_lmeval.data._tokens import TokenReader, as_corpus, sequences
 from pytest_lmeval.engine import Chunk, Engine, Policy, policy_for
 from pytest_lmeval.engine._policy import Window
 from pytest_lmeval.engine._tokens import naming

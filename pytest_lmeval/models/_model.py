@@ -142,23 +142,6 @@ def codebooks_of(source: Any) -> Codebooks | None:
 class Model:
     """A language model that can be stepped, with the facts that records need.
 
-<<<<<<< HEAD
-    step_fn         the adapter's step
-    spec            how the user named it
-    form            which adapter drives it
-    stateful        whether it carries anything from step to step; if not, it is scored in windows
-    module          the torch module behind it, if there is one
-    rebuild         makes `step_fn` for another copy of the module (the float64 copy that references come from)
-    context_length  the most tokens a sequence may have (learned or trained positions); None: no limit known
-    boundaries         lengths at which its inner workings change (window, kernel, block): where faults sit
-    constant_state  whether its state is declared not to grow with the text (the law `size` holds it to that)
-    mutable_buffers names of buffers and attributes that reading changes, since they hold the state or count something
-    codebooks       how it reads frames of several codes; None: it reads one token after the other
-    fast_weights    (state) -> name -> tensor: the weights that it changes as it reads; of None, those before the first token
-    source          the user's own object, where it is no module
-    bytes_before    of the module's tensors before its precision was set; None: it was left as it came
-    found_limit     the most tokens of a sequence, found by the probe where the model declares none; not part of its identity
-=======
     step_fn         the step, by an adapter
     spec            the name that the user gave
     form            the adapter
@@ -174,7 +157,6 @@ class Model:
     source          the object of the user
     bytes_before    size of the module's tensors before its precision was set; None: it was not set
     found_limit     most tokens of a sequence as the probe found it, if none is declared; not part of the fingerprint
->>>>>>> h-models
 
     `dataclasses.replace` gives another value of the same loaded model, which is identified by `step_fn`.
     """

@@ -1,18 +1,10 @@
 """Convert a torch module to a precision (@fp32 @bf16 @fp16 @int8 @int4) and verify that it computes in it.
 
 fp32, bf16 and fp16 change the type of all parameters and buffers. int8 and int4 are weight-only quantization by torchao: the
-<<<<<<< HEAD
-weights of `nn.Linear` become integers with a scale for each row (int8) or for 32 numbers of a row (int4), and everything else,
-the activations too, stays as it was. Four bits lie in a byte each here, and are multiplied as floats: this form says what the
-rounding costs in quality, and neither saves as much memory as packed files do nor any time; the record says how many bits are
-stored (see `_identity.precision`). Weights that were rounded once are part of the model, so that in float32 arithmetic its
-laws can be proven, and in bfloat16 it can be consistent (see `laws._weights.copy_of`).
-=======
 weights of `nn.Linear` become integers with a scale for each row (int8) or for each 32 numbers of a row (int4); activations and
 all else stay as they are. An int4 value takes a byte and is multiplied as a float: this measures what the rounding costs in
 quality, and saves less memory than packed files and no time; the record has the stored bits (`_identity.precision`). The
-rounded weights are those of the model: laws are tested against their float64 values (`laws._float64_copy.twin`).
->>>>>>> h-models
+rounded weights are those of the model: laws are tested against their float64 values (`laws._weights.copy_of`).
 
 A precision is refused unless
 

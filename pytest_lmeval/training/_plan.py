@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from pytest_lmeval.data._corpus import Corpus
-from pytest_lmeval.data._ids import as_corpus
-from pytest_lmeval.data._tokens import TokenReader
+from pytest_lmeval.data._tokens import TokenReader, as_corpus
 from pytest_lmeval.engine._tokens import check_vocabulary
 from pytest_lmeval.errors import CorpusError, ProtocolError, SpecError, StreamError
 from pytest_lmeval.models._identity import fingerprint, tokenizer_fingerprint
