@@ -298,9 +298,7 @@ def test_a_position_that_was_not_reached_is_said_to_be_so():
 def test_a_slope_of_one_position_is_none_and_says_why():
     result = measure_perplexity(as_model(Functional()), ids_of(1500), positions=(1000, 8000))
     assert "loss_slope" not in result.record.metrics
-    with pytest.raises(
-        AttributeError, match=r"Asked for were \[1000, 8000\]; of those, ids\[test\] did not go on to \[8000\]"
-    ):
+    with pytest.raises(AttributeError, match=r"Asked for were \[1000, 8000\]; of those, ids\[test\] did not go on to \[8000\]"):
         result.loss_slope  # noqa: B018
 
 
