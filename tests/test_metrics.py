@@ -318,7 +318,7 @@ def test_the_first_metric_that_judges_says_whether_an_answer_is_right():
 def test_a_metric_declares_whether_it_judges():
     """Neither a count nor a proportion of which less is better calls an answer right."""
     length = Metric("words", score=lambda example: len(example.output.split()), interval="mean")
-    toxic = Metric("toxic", score=lambda example: 1.0, interval="share", higher_is_better=False)
+    toxic = Metric("toxic", score=lambda example: 1.0, interval="proportion", higher_is_better=False)
     assert judge_of([length, toxic, METRICS["squad_f1"]]) is METRICS["squad_f1"]
     assert judge_of([length, toxic]) is None
     with pytest.raises(ArgumentError, match="is to judge answers, and has a score of which less is better"):
@@ -331,7 +331,7 @@ def test_a_metric_declares_whether_it_judges():
     ("options", "message"),
     [
         ({"score": lambda example: math.nan}, "the score of own of question 3 .id 0+3. is nan. Return a finite number"),
-        ({"score": lambda example: 2.0, "interval": "share"}, "is 2.0. Return 1 or 0, as interval='share' needs"),
+        ({"score": lambda example: 2.0, "interval": "proportion"}, "is 2.0. Return 1 or 0, as interval='proportion' needs"),
         ({"score": lambda example: example.right[7]}, "question 3 .id 0+3. failed with IndexError"),
         ({"score": lambda example: "good"}, "failed with ValueError: could not convert string to float: 'good'"),
     ],

@@ -27,7 +27,7 @@ from pytest_lmeval.records import _schema as schema
 from pytest_lmeval.records._document import Environment
 from pytest_lmeval.records._metric import metric
 from pytest_lmeval.records._replacing import replacing
-from pytest_lmeval.records._schema import Kept
+from pytest_lmeval.records._schema import StoredStruct
 
 SCHEMA: Literal[2] = 2
 AGAIN = "Restore it, or write it anew: run all tests with --lmeval-gate=off, then lmeval baseline accept --prune"
@@ -35,7 +35,7 @@ Tests = dict[str, dict[str, Entry]]
 Examples = dict[tuple[str, str], Scores]
 
 
-class Platform(Kept, frozen=True, kw_only=True):
+class Platform(StoredStruct, frozen=True, kw_only=True):
     """The part of `Environment` that can change a number."""
 
     python: str = ""
@@ -45,7 +45,7 @@ class Platform(Kept, frozen=True, kw_only=True):
     packages: dict[str, str] = {}
 
 
-class BaselineFile(Kept, frozen=True, kw_only=True):
+class BaselineFile(StoredStruct, frozen=True, kw_only=True):
     """The content of baseline.json. tests: test -> record name -> entry."""
 
     schema: Literal[2] = SCHEMA
@@ -53,7 +53,7 @@ class BaselineFile(Kept, frozen=True, kw_only=True):
     tests: Tests = {}
 
 
-class Head(Kept, frozen=True, kw_only=True):
+class Head(StoredStruct, frozen=True, kw_only=True):
     """The line of the examples file above the examples of a record."""
 
     test: str

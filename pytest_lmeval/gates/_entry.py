@@ -14,7 +14,7 @@ from pytest_lmeval.gates._margins import Margins
 from pytest_lmeval.gates._scores import keeps_examples, numbered, rounded, rounded_or_none
 from pytest_lmeval.records._measured import Record
 from pytest_lmeval.records._metric import headline_of, metric
-from pytest_lmeval.records._schema import Kept, to_plain
+from pytest_lmeval.records._schema import StoredStruct, to_plain
 from pytest_lmeval.records._value import Value
 
 IRRELEVANT = {  # settings that two runs may differ in, and why
@@ -32,7 +32,7 @@ OF_COSTS = ("chunk_size",)  # those that costs do depend on
 COSTS = ("flops", "state_bytes", "peak_bytes")
 
 
-class Model(Kept, frozen=True, kw_only=True):
+class Model(StoredStruct, frozen=True, kw_only=True):
     """The part of `ModelFacts` that two runs should have in common."""
 
     spec: str
@@ -41,7 +41,7 @@ class Model(Kept, frozen=True, kw_only=True):
     fingerprint: str
 
 
-class Entry(Kept, frozen=True, kw_only=True):
+class Entry(StoredStruct, frozen=True, kw_only=True):
     """One record in a baseline.
 
     settings  of the record, without those that are None, folders of this machine, and the tails of long hashes
@@ -66,7 +66,7 @@ class Entry(Kept, frozen=True, kw_only=True):
 def entry_of(record: Record) -> Entry:
     """The entry of a record, without checksums."""
     probed = record.is_verdict  # the number of cases that it tried depends on time: keep only the verdict
-    kept = {name: value for name, value in record.metrics.items() if not probed and metric(name, value).is_kept}
+    kept = {name: value for name, value in record.metrics.items() if not probed and metric(name, value).is_in_baseline}
     metrics = {name: _rounded(value) for name, value in kept.items()}
     costs = {name: None if probed else getattr(record.cost, name) for name in COSTS}
     if "timed_by" in record.details:

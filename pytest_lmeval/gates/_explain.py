@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pytest_lmeval.records._comparison import ORDER, Comparison
 from pytest_lmeval.records._measured import Record
 from pytest_lmeval.records._metric import metric
-from pytest_lmeval.report._comparison_notes import remarks
+from pytest_lmeval.report._changes import comparison_notes
 from pytest_lmeval.report._words import number, several, wrapped
 
 FIRST = 5  # number of examples that the failure of a test names
@@ -52,7 +52,7 @@ def _details(name: str, row: Comparison, example: str) -> Iterator[str]:
         yield f"than allowed, and rarer than one of {1 / row.level:,.0f}, is called worse ({row.test}, {of})"
     if row.lost is not None and row.won is not None:
         yield from _flipped(name, row, row.lost, row.won, example)
-    yield from remarks(row, example)
+    yield from comparison_notes(row, example)
     if row.differences:
         yield _differing(row.differences)
 
@@ -106,7 +106,7 @@ def table(records: Sequence[Record], *, width: int) -> list[str]:
         for line, (_, row, example) in zip(cells[test], rows, strict=True):
             lines.append(_fitted(line, widths, width))
             if row.verdict not in QUIET or row.note or row.only_base or row.only_new:
-                lines += [piece for remark in remarks(row, example) for piece in wrapped(remark, width, indent=8)]
+                lines += [piece for remark in comparison_notes(row, example) for piece in wrapped(remark, width, indent=8)]
     return [line if len(line) <= width else line[: width - 3] + "..." for line in lines]
 
 

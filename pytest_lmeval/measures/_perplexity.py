@@ -260,7 +260,7 @@ def measure_perplexity(
             if progress is not None:
                 progress(sums.tokens, float(sums.total[NATS]), expected_tokens(lm, source, sums, tokens))
             if monitor is None or monitor.measure(sums):  # don't checkpoint while a measurement is pending
-                saver.save_now_and_then(sums)
+                saver.save_if_due(sums)
         if monitor is not None:
             monitor.measure(sums, last=True)
     if not sums.tokens:

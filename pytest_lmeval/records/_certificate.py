@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from msgspec.structs import force_setattr
 
-from pytest_lmeval.records._schema import Kept
+from pytest_lmeval.records._schema import StoredStruct
 
 OUT_OF_TIME = "not tried: the budget was used up"
 EXACT, STEP_ONLY, INEXACT = "exact-any-chunk", "exact-step-only", "inexact"
@@ -18,7 +18,7 @@ RANKS = (EXACT, CONSISTENT, MULTIPLE, STEP_ONLY, STATELESS, LENGTH_DEPENDENT, IN
 """Verdicts, best first."""
 
 
-class Counterexample(Kept, frozen=True):
+class Counterexample(StoredStruct, frozen=True):
     """The smallest case found that breaks a law.
 
     case      what differs from the simplest case (`laws.Case`)
@@ -33,7 +33,7 @@ class Counterexample(Kept, frozen=True):
     replay: str
 
 
-class LawResult(Kept, frozen=True, kw_only=True):
+class LawResult(StoredStruct, frozen=True, kw_only=True):
     """The result of one law on one model.
 
     kept             no case broke it
@@ -72,7 +72,7 @@ class LawResult(Kept, frozen=True, kw_only=True):
         return self.counterexamples[0].message if self.counterexamples else None
 
 
-class State(Kept, frozen=True):
+class State(StoredStruct, frozen=True):
     """Size and precisions of a model's state.
 
     bytes            after the longest sequence, of `tokens` tokens
@@ -85,7 +85,7 @@ class State(Kept, frozen=True):
     dtypes: tuple[str, ...]
 
 
-class Certificate(Kept, frozen=True, kw_only=True):
+class Certificate(StoredStruct, frozen=True, kw_only=True):
     """The verdict on a model and its evidence.
 
     dtype          precision that was tested

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-from pytest_lmeval.records._schema import Kept
+from pytest_lmeval.records._schema import StoredStruct
 
 GateVerdict = Literal["worse", "missing", "unclear", "better", "new", "same", "identical", "not judged"]
 ORDER: tuple[GateVerdict, ...] = get_args(GateVerdict)
 """Verdicts in the order in which tables show them: what needs attention first."""
 
 
-class Flip(Kept, frozen=True, kw_only=True):
+class Flip(StoredStruct, frozen=True, kw_only=True):
     """An example whose score changed."""
 
     id: str
@@ -21,7 +21,7 @@ class Flip(Kept, frozen=True, kw_only=True):
     target: str | None = None
 
 
-class Comparison(Kept, frozen=True, kw_only=True, omit_defaults=True):
+class Comparison(StoredStruct, frozen=True, kw_only=True, omit_defaults=True):
     """A metric, a cost or the verdict on a model's laws against its baseline. Fields that do not apply are omitted.
 
     base, new         values on the examples that both runs have

@@ -13,14 +13,14 @@ from msgspec import Struct, field
 from pytest_lmeval.errors import DocumentError
 from pytest_lmeval.records import _schema as schema
 from pytest_lmeval.records._measured import Record
-from pytest_lmeval.records._schema import MORE, Kept
+from pytest_lmeval.records._schema import MORE, StoredStruct
 
 SCHEMA: Literal[2] = 2
 NAME = "metrics.json"
 REMEDY = "Run the tests again to write a new one"
 
 
-class Run(Kept, frozen=True, kw_only=True):
+class Run(StoredStruct, frozen=True, kw_only=True):
     """One run of pytest.
 
     started  ISO 8601, UTC
@@ -34,7 +34,7 @@ class Run(Kept, frozen=True, kw_only=True):
     exit_status: int | None = None
 
 
-class Environment(Kept, frozen=True, kw_only=True):
+class Environment(StoredStruct, frozen=True, kw_only=True):
     """Machine and software of a run, as far as they decide whether two numbers are comparable.
 
     packages  name -> version
@@ -54,14 +54,14 @@ class Environment(Kept, frozen=True, kw_only=True):
     seed: int | None = None
 
 
-class Skipped(Kept, frozen=True):
+class Skipped(StoredStruct, frozen=True):
     """A test that was skipped, and the reason."""
 
     test: str
     reason: str
 
 
-class Failure(Kept, frozen=True):
+class Failure(StoredStruct, frozen=True):
     """A failed test, its message and its location in the source."""
 
     test: str
@@ -70,7 +70,7 @@ class Failure(Kept, frozen=True):
     line: int | None = None
 
 
-class Section(Kept, frozen=True):
+class Section(StoredStruct, frozen=True):
     """A part of the report that a project or a package adds: title, text and table."""
 
     title: str
@@ -79,14 +79,14 @@ class Section(Kept, frozen=True):
     rows: list[list[Any]] = []
 
 
-class BaselineUse(Kept, frozen=True):
+class BaselineUse(StoredStruct, frozen=True):
     """The baseline `file` of a run, and how the run's machine differs from the baseline's."""
 
     file: str = ""
     differences: list[str] = []
 
 
-class NamedRun(Kept, frozen=True, kw_only=True):
+class NamedRun(StoredStruct, frozen=True, kw_only=True):
     """One of several runs that are compared."""
 
     label: str
@@ -112,7 +112,7 @@ class RunDocument(Struct, kw_only=True):
     baseline: BaselineUse | None = None
     problems: list[str] = field(default_factory=list)
     runs: list[NamedRun] = field(default_factory=list)
-    more: dict[str, Any] = field(default_factory=dict, name=MORE)  # as in `Kept`, which is frozen
+    more: dict[str, Any] = field(default_factory=dict, name=MORE)  # as in `StoredStruct`, which is frozen
 
 
 def load(path: Path) -> RunDocument:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pytest_lmeval.records._metric import Norm
-from pytest_lmeval.records._schema import Kept
+from pytest_lmeval.records._schema import StoredStruct
 
 
-class Example(Kept, frozen=True, kw_only=True):
+class Example(StoredStruct, frozen=True, kw_only=True):
     """One answered question: a line of `examples/*.jsonl`.
 
     id              hash of the row
@@ -95,7 +95,7 @@ def compared(loglikelihoods: tuple[float, ...], choices: tuple[str, ...], tokens
     return [total / max(1, length) for total, length in zip(loglikelihoods, lengths, strict=True)]
 
 
-class Unit(Kept, frozen=True):
+class Unit(StoredStruct, frozen=True):
     """Sums over a document, or over a block of a stream: a line of `examples/*-units.jsonl`.
 
     id    hash of its content, independent of its position

@@ -157,7 +157,7 @@ class Saver:
         self.save, self.what = save, what
         self.next = time.perf_counter() + self.PAUSE
 
-    def save_now_and_then(self, point: Any) -> None:
+    def save_if_due(self, point: Any) -> None:
         """Save `point` if it is due. If that fails, warn and save no more: the work goes on."""
         if self.save is None or time.perf_counter() < self.next:
             return

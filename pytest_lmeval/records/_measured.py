@@ -12,13 +12,13 @@ from typing import Any, Literal
 from pytest_lmeval.errors import ArgumentError
 from pytest_lmeval.records._certificate import Certificate
 from pytest_lmeval.records._comparison import Comparison
-from pytest_lmeval.records._schema import Kept
+from pytest_lmeval.records._schema import StoredStruct
 from pytest_lmeval.records._value import Value
 
 Outcome = Literal["", "passed", "failed", "skipped"]
 
 
-class Precision(Kept, frozen=True, kw_only=True):
+class Precision(StoredStruct, frozen=True, kw_only=True):
     """Precision of a module's weights, found in its tensors and not in the request (see `models._identity.precision`).
 
     "Weights" here are those that are multiplied.
@@ -44,7 +44,7 @@ class Precision(Kept, frozen=True, kw_only=True):
     kept: dict[str, int]
 
 
-class ModelFacts(Kept, frozen=True, kw_only=True):
+class ModelFacts(StoredStruct, frozen=True, kw_only=True):
     """Description of the model.
 
     form         adapter that steps it
@@ -64,7 +64,7 @@ class ModelFacts(Kept, frozen=True, kw_only=True):
     precision: Precision | None = None
 
 
-class Cost(Kept, frozen=True, kw_only=True):
+class Cost(StoredStruct, frozen=True, kw_only=True):
     """Cost of a measurement; None for what was not measured."""
 
     seconds: float | None = None
@@ -74,7 +74,7 @@ class Cost(Kept, frozen=True, kw_only=True):
     state_bytes: int | None = None
 
 
-class Series(Kept, frozen=True):
+class Series(StoredStruct, frozen=True):
     """A curve: y against x, both with their units.
 
     title  title of its plot; empty: the name of the series
@@ -97,7 +97,7 @@ class Series(Kept, frozen=True):
             raise ArgumentError("a curve holds a number that is not finite")
 
 
-class Record(Kept, frozen=True, kw_only=True):
+class Record(StoredStruct, frozen=True, kw_only=True):
     """What one verb measured.
 
     test          node id of the test, empty outside pytest

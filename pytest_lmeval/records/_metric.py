@@ -1,6 +1,6 @@
 """Declare metrics: one `Metric` each, from which scoring, summaries, gates and pages take all they need.
 
-    BREVITY = Metric("brevity", score=lambda example: float(len(example.output) < 40), interval="share")
+    BREVITY = Metric("brevity", score=lambda example: float(len(example.output) < 40), interval="proportion")
 
 Metrics are found by name among the registered ones (`pytest_lmeval.metrics`); a name with a `*` declares a family, such as
 `loss_at_*`. Imports neither torch nor numpy.
@@ -44,7 +44,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "aspect": get_args(Aspect),
     "higher_is_better": (True, False, None),
     "needs": get_args(Needs),
-    "interval": ("share", "mean", None),
+    "interval": ("proportion", "mean", None),
     "norm": (*get_args(Norm), None),
 }
 """Allowed values of some fields."""
@@ -80,7 +80,7 @@ class Metric:
     sums         (numerator, denominator): the two sums over tokens of a text whose ratio it is (see `records._example.Unit`)
     scale        factor of the mean
     exponential  it is the exponential of the scaled mean
-    interval     of its mean score: "share" (scores are 0 or 1) by Wilson's score, "mean" by the bootstrap
+    interval     of its mean score: "proportion" (scores are 0 or 1) by Wilson's score, "mean" by the bootstrap
     statistic    (examples, seed) -> estimate: if it is no mean of scores
     needs        what each example must have (see `Needs`)
     library      required package that computes it
@@ -107,7 +107,7 @@ class Metric:
     sums: tuple[str, str] | None = None
     scale: float = 1.0
     exponential: bool = False
-    interval: Literal["share", "mean"] | None = None
+    interval: Literal["proportion", "mean"] | None = None
     statistic: Callable[[Sequence[Example], int], Estimate | None] | None = None
     needs: Needs = "an answer"
     library: str | None = None
@@ -142,7 +142,7 @@ class Metric:
         return self.title or self.name.replace("_", " ")
 
     @property
-    def is_kept(self) -> bool:
+    def is_in_baseline(self) -> bool:
         """A baseline stores it, since it is the same in every run of the same code."""
         return self.aspect != "speed" and self.repeats
 

@@ -21,17 +21,17 @@ from pytest_lmeval.errors import DocumentError
 from pytest_lmeval.records._value import Value
 
 T = TypeVar("T")
-MORE = "__more__"  # name of `Kept.more` among plain values, which no field has
+MORE = "__more__"  # name of `StoredStruct.more` among plain values, which no field has
 SHOWN = 60  # characters of a value that an error shows
 
 
-class Kept(Struct, frozen=True, kw_only=True):
+class StoredStruct(Struct, frozen=True, kw_only=True):
     """Base of all stored types. `more` holds unknown fields of a later version."""
 
     more: dict[str, Any] = field(default_factory=dict, name=MORE)
 
 
-class ValueFields(Kept, frozen=True, kw_only=True):
+class ValueFields(StoredStruct, frozen=True, kw_only=True):
     """The stored form of a `Value`."""
 
     value: float
@@ -188,7 +188,7 @@ def _schema_of(kind: type) -> dict[str, Any]:
 
 
 def _published(schema: Any) -> Any:
-    """The schema without `Kept.more`, a name that no file has."""
+    """The schema without `StoredStruct.more`, a name that no file has."""
     if isinstance(schema, dict):
         return {name: _published(part) for name, part in schema.items() if name != MORE}
     return [_published(part) for part in schema] if isinstance(schema, list) else schema

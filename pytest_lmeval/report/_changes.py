@@ -93,7 +93,7 @@ def _basis(row: Comparison) -> Iterator[str]:
         yield row.test
 
 
-def remarks(found: Comparison, example: str) -> Iterator[str]:
+def comparison_notes(found: Comparison, example: str) -> Iterator[str]:
     """Why it was not paired, how many examples one run alone has, and which loss would have been detected.
 
     example  name of one example (`Record.example`)
@@ -112,7 +112,7 @@ def remarks(found: Comparison, example: str) -> Iterator[str]:
 
 
 def _notes(row: Comparison, example: str) -> Iterator[str]:
-    yield from remarks(row, example)
+    yield from comparison_notes(row, example)
     if row.lost or row.won:
         yield f"{row.lost or 0:,} lost, {row.won or 0:,} won"
 

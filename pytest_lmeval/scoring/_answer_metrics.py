@@ -130,7 +130,7 @@ def _mean(name: str, about: str, score: Callable[[Example], float | None], **opt
 
 
 def _proportion(name: str, about: str, score: Callable[[Example], float | None], **options: Any) -> Metric:
-    return _mean(name, about, score, interval="share", **options)
+    return _mean(name, about, score, interval="proportion", **options)
 
 
 def _where(included: Callable[[Example], bool], score: Callable[[Example], float]) -> Callable[[Example], float | None]:

@@ -108,9 +108,9 @@ def _score(metric: Metric, example: Example) -> float | None:
         number = None if score is None else float(score)
     except Exception as error:
         raise TaskError(f"{what} failed with {type(error).__name__}: {error}. The metric needs the score.") from error
-    binary = metric.interval == "share"
+    binary = metric.interval == "proportion"
     if number is not None and not (number in (0, 1) if binary else math.isfinite(number)):
-        wanted = "1 or 0, as interval='share' needs" if binary else "a finite number"
+        wanted = "1 or 0, as interval='proportion' needs" if binary else "a finite number"
         raise TaskError(f"{what} is {number}. Return {wanted}, or None where the metric is not about that question.")
     return number
 
@@ -155,7 +155,7 @@ def _mean(metric: Metric, examples: Sequence[Example], seed: int) -> Estimate:
     scores = [example.scores[metric.name] or 0.0 for example in examples]
     units = units_of(examples)
     interval = None
-    if metric.interval == "share":
+    if metric.interval == "proportion":
         interval = wilson(scores, units.tolist())
     elif metric.interval == "mean":
         sums = np.column_stack([np.bincount(units, weights=scores), np.bincount(units)])

@@ -145,7 +145,7 @@ def _learn(
         if run.step % protocol.eval_every == 0 or run.step == steps:
             examine()
             refuse_divergence(run, protocol, steps)
-        saver.save_now_and_then(run)
+        saver.save_if_due(run)
         if progress is not None:
             nats += a_step * loss
             progress(a_step * run.step, nats, a_step * steps)
