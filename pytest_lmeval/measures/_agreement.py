@@ -38,7 +38,7 @@ from pytest_lmeval.measures._perplexity import Progress
 from pytest_lmeval.models._identity import facts, fingerprint, tokenizer_fingerprint
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.records import _schema as schema
-from pytest_lmeval.records._measured import Cost, Record, Result
+from pytest_lmeval.records._measured import Cost, MetricValue, Record, Result
 from pytest_lmeval.records._metric import value_of
 from pytest_lmeval.records._value import Value
 from pytest_lmeval.scoring._loss_accumulator import BLOCK, add_to_blocks
@@ -89,30 +89,16 @@ class AgreementResult(Result):
     """The result of `agreement`. Values have a 95 % interval, `.low` to `.high`, over blocks of the text, or documents:
     Wilson's score with the design effect for `agreement`, the bootstrap for means; None if the text is too short."""
 
-    @property
-    def agreement(self) -> Value:
-        """Fraction of positions where both have the same most likely token; of equally likely ones, the first counts."""
-        return self.record.metrics["agreement"]
-
-    @property
-    def kl(self) -> Value:
-        """Mean KL(reference || lm), nats a token."""
-        return self.record.metrics["kl"]
-
-    @property
-    def nll_difference(self) -> Value:
-        """Mean loss of the lm minus that of the reference, nats a token: above zero if the lm is worse."""
-        return self.record.metrics["nll_difference"]
-
-    @property
-    def perplexity_ratio(self) -> Value:
-        """Perplexity of the lm over that of the reference."""
-        return self.record.metrics["perplexity_ratio"]
-
-    @property
-    def largest_difference(self) -> Value:
-        """Largest difference of a log-probability, over all positions and all tokens that both find possible, nats."""
-        return self.record.metrics["largest_difference"]
+    agreement = MetricValue()
+    """Fraction of positions where both have the same most likely token; of equally likely ones, the first counts."""
+    kl = MetricValue()
+    """Mean KL(reference || lm), nats a token."""
+    nll_difference = MetricValue()
+    """Mean loss of the lm minus that of the reference, nats a token: above zero if the lm is worse."""
+    perplexity_ratio = MetricValue()
+    """Perplexity of the lm over that of the reference."""
+    largest_difference = MetricValue()
+    """Largest difference of a log-probability, over all positions and all tokens that both find possible, nats."""
 
 
 def measure_agreement(

@@ -30,9 +30,9 @@ from pytest_lmeval.models._model import Model
 from pytest_lmeval.profiling._failures import room_for
 from pytest_lmeval.profiling._flops import Flops
 from pytest_lmeval.profiling._roofline import Peaks
-from pytest_lmeval.profiling._runner import MetricValue, Runner, check_shape, measured, quiet
+from pytest_lmeval.profiling._runner import Runner, check_shape, quiet
 from pytest_lmeval.profiling._work import Work, training_work, work_of
-from pytest_lmeval.records._measured import Record, Result
+from pytest_lmeval.records._measured import MetricValue, Record, Result, measured
 from pytest_lmeval.records._metric import metric, value_of
 from pytest_lmeval.records._value import Value
 

@@ -35,7 +35,7 @@ from pytest_lmeval.models._identity import facts, tokenizer_fingerprint
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.records._certificate import Certificate
 from pytest_lmeval.records._journal import Checkpoints, Saver
-from pytest_lmeval.records._measured import Cost, Record, Result, Series
+from pytest_lmeval.records._measured import Cost, MetricValue, Record, Result, Series
 from pytest_lmeval.records._value import Value
 from pytest_lmeval.scoring import _fast_weights as fast_weights
 from pytest_lmeval.scoring._loss_accumulator import BYTES, HITS, NATS, TOKENS, LossAccumulator
@@ -111,22 +111,13 @@ class PerplexityResult(Result):
 
     resumed_at: int = 0  # tokens that an interrupted run had already scored
 
-    @property
-    def perplexity(self) -> Value:
-        """exp of the mean loss a token."""
-        return self.record.metrics["perplexity"]
-
-    @property
-    def nll(self) -> Value:
-        """Mean negative log-likelihood, nats a token."""
-        return self.record.metrics["nll"]
-
-    @property
-    def bits_per_byte(self) -> Value:
-        """Bits a byte of the original text. Raises AttributeError for a corpus of token ids."""
-        if "bits_per_byte" not in self.record.metrics:
-            raise AttributeError(f"{self.record.subject} holds token ids, no text: there are no bytes to divide by.")
-        return self.record.metrics["bits_per_byte"]
+    perplexity = MetricValue()
+    """exp of the mean loss a token."""
+    nll = MetricValue()
+    """Mean negative log-likelihood, nats a token."""
+    bits_per_byte = MetricValue(absent="{record.subject} holds token ids, no text: there are no bytes to divide by.")
+    """Bits a byte of the original text. Raises AttributeError for a corpus of token ids."""
+    tokens_per_second = MetricValue()
 
     @property
     def token_accuracy(self) -> dict[int, Value]:
@@ -137,10 +128,6 @@ class PerplexityResult(Result):
     def tokens(self) -> int:
         """The number of targets, each scored exactly once."""
         return self.record.cost.tokens or 0
-
-    @property
-    def tokens_per_second(self) -> Value:
-        return self.record.metrics["tokens_per_second"]
 
     @property
     def seconds(self) -> float:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
-from pytest_lmeval.errors import ArgumentError
+from pytest_lmeval.errors import ArgumentError, NotMeasuredError, ProfilingError
 from pytest_lmeval.records._certificate import Certificate
 from pytest_lmeval.records._comparison import Comparison
 from pytest_lmeval.records._schema import StoredStruct
@@ -151,3 +151,37 @@ class Result:
 
     def __repr__(self) -> str:
         return repr(self.record)
+
+
+def measured(record: Record, name: str) -> Value:
+    """The metric of that name. Raises NotMeasuredError if it was not timed, ProfilingError if the model failed, KeyError if
+    there is no such metric."""
+    if failure := record.details.get("failure"):
+        raise ProfilingError(f"{record.lm.spec} failed at {record.subject}, so there is no {name}: {failure}")
+    if reason := record.not_measured or record.details.get("too_short", {}).get(name.partition("_")[0]):
+        raise NotMeasuredError(f"{name} was not measured: {reason}")
+    return record.metrics[name]
+
+
+class MetricValue:
+    """An attribute of a result: the metric `name`, by default the one of its own name.
+
+    Raises as `measured`; AttributeError with the message `absent`, if there is one, where the record has no such metric.
+    """
+
+    def __init__(self, name: str = "", *, absent: str = "") -> None:
+        self._name, self._absent = name, absent
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = self._name or name
+
+    @overload
+    def __get__(self, result: None, owner: type) -> MetricValue: ...
+    @overload
+    def __get__(self, result: Result, owner: type) -> Value: ...
+    def __get__(self, result: Result | None, owner: type) -> MetricValue | Value:
+        if result is None:
+            return self
+        if self._absent and self._name not in result.record.metrics:
+            raise AttributeError(self._absent.format(record=result.record, name=self._name))
+        return measured(result.record, self._name)

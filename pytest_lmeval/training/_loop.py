@@ -76,7 +76,7 @@ def run_training(
         trained, record = finished
         name = spec or trained.spec
         record = structs.replace(record, lm=structs.replace(record.lm, spec=name))
-        return TrainResult(replace(trained, spec=name), record, cached=True)
+        return TrainResult(record, replace(trained, spec=name), cached=True)
     files.begin({**plan.names, "decided by": plan.identity})
     return _fit(plan, files, progress)
 
@@ -111,7 +111,7 @@ def _fit(plan: Plan, files: Folder | None, progress: Progress | None) -> TrainRe
     if files is not None:
         files.save_best(run)
         files.finish(record)
-    return TrainResult(trained, record, resumed_at=run.resumed_at)
+    return TrainResult(record, trained, resumed_at=run.resumed_at)
 
 
 def _learn(
