@@ -1,12 +1,8 @@
 """`lmeval compare-runs --base main -- benchmarks/test_speed.py`: find out whether the project became slower.
 
-Both versions run the same tests in turns, in fresh processes. A disturbance of the machine affects both runs of a pair, so each
-pair gives one log ratio, and the pairs, not the rounds within a run, are the sample. The command judges after `--pairs` of them
-and stops if every verdict is clear; else it judges once more after `--most`, or when the budget is spent. Where nothing
-changed, each look calls anything worse in one of 100 comparisons, however many numbers there are; looking after every pair
-would raise many more false alarms.
-
-Exit status 1 if a number got worse or a test of this version failed; what is unclear fails nothing.
+Both versions run the same tests in turns, in fresh processes; each pair of runs gives one log ratio (see docs/statistics.md).
+The command judges after `--pairs` of them and stops if every verdict is clear; else it judges once more after `--most`, or when
+the budget is spent. Looking after every pair would raise many more false alarms.
 """
 
 from __future__ import annotations
@@ -42,7 +38,7 @@ LAST_LINES = 15
 
 @dataclass(frozen=True)
 class Key:
-    """What identifies a number on both sides."""
+    """Identifies a number on both sides."""
 
     test: str
     lm: str
@@ -87,17 +83,13 @@ class Side:
             written = Path(output) / NAME
             if not written.exists():
                 last = "\n".join(f"    {line}" for line in done.stdout.strip().splitlines()[-LAST_LINES:])
-                raise SideError(
-                    f"{self.name} measured nothing: `{' '.join(command[1:])}` in {self.folder} ended with status "
-                    f"{done.returncode}.\n{last}"
-                )
+                ran = f"`{' '.join(command[1:])}` in {self.folder} ended with status {done.returncode}"
+                raise SideError(f"{self.name} measured nothing: {ran}.\n{last}")
             try:
                 document = load(written)
             except DocumentError as error:
-                raise SideError(
-                    f"this version cannot read what {self.name} measured. {error} Compare with a revision or an environment "
-                    f"whose pytest-lmeval writes the same {NAME} as this one."
-                ) from error
+                same = f"Compare with a version whose pytest-lmeval writes the same {NAME} as this one."
+                raise SideError(f"this version cannot read what {self.name} measured. {error} {same}") from error
             self.runs.append(numbers(document))
             self.failed |= {failure.test for failure in document.failures}
 
@@ -132,7 +124,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Run both sides in turns and judge. Returns 0, 1 if a number got worse, 2 if a side cannot be run."""
+    """Run both sides in turns and judge. Returns 0, 1 if a number got worse or a test of this version failed, 2 if a side
+    cannot be run. Unclear numbers fail nothing."""
     if not 2 <= arguments.pairs <= arguments.most:
         return _refused(f"--pairs {arguments.pairs} --most {arguments.most}: --pairs must be at least 2 and at most --most.")
     if arguments.to:
@@ -185,9 +178,9 @@ def compared(base: Side, new: Side, threshold: float) -> list[Row]:
     margins = [math.log1p(number.threshold or threshold) for number in first]
     verdicts = judge_all(ratios, margins, [number.higher_is_better for number in first], level=LEVEL, two_sided=True)
     rows = []
-    for key, number, values, one, verdict in zip(keys, first, pairs, ratios, verdicts, strict=True):
+    for key, number, values, found, verdict in zip(keys, first, pairs, ratios, verdicts, strict=True):
         before, after = (replace(number, value=median(side)) for side in values)
-        rows.append(Row(key, before, after, one, verdict.name))
+        rows.append(Row(key, before, after, found, verdict.name))
     return sorted(rows, key=lambda row: ORDER.index(row.verdict))
 
 
@@ -219,13 +212,10 @@ def _cells(row: Row, rows: list[Row]) -> list[str]:
 
 def document(rows: list[Row], base: Side, new: Side) -> dict[str, object]:
     """All numbers of all runs, and the verdicts."""
-    sides = {
-        name: {
-            "name": one.name,
-            "runs": [[{**asdict(key), **asdict(number)} for key, number in run.items()] for run in one.runs],
-        }
-        for name, one in (("base", base), ("new", new))
-    }
+    sides = {}
+    for name, one in (("base", base), ("new", new)):
+        runs = [[{**asdict(key), **asdict(number)} for key, number in run.items()] for run in one.runs]
+        sides[name] = {"name": one.name, "runs": runs}
     verdicts = []
     for row in rows:
         found = row.ratio
@@ -236,7 +226,7 @@ def document(rows: list[Row], base: Side, new: Side) -> dict[str, object]:
 
 
 def _everywhere(base: Side, new: Side) -> list[Key]:
-    """What every run of both sides measured, in the order of the first."""
+    """The numbers that every run of both sides has, in the order of the first."""
     runs = [*base.runs, *new.runs]
     return [key for key in runs[0] if all(key in run for run in runs)] if runs else []
 
@@ -295,8 +285,6 @@ def _git(folder: Path, *arguments: str, named: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=folder, text=True, capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         said = (getattr(error, "stderr", "") or "git cannot be run").strip().splitlines()[0]
-        raise SideError(
-            f"{named} is no Python environment and no git revision of {folder} ({said}). Give one of them: --base main, "
-            "--base HEAD~1, --base path/to/venv."
-        ) from None
+        neither = f"{named} is no Python environment and no git revision of {folder} ({said})"
+        raise SideError(f"{neither}. Give one of them: --base main, --base HEAD~1, --base path/to/venv.") from None
     return done.stdout.strip()

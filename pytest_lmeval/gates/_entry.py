@@ -45,8 +45,7 @@ class Entry(Kept, frozen=True, kw_only=True):
     """One record in a baseline.
 
     settings  of the record, without those that are None, folders of this machine, and the tails of long hashes
-    metrics   those that every run of the same code repeats
-    costs     of its `Cost`, those that every run repeats
+    metrics   those that every run of the same code repeats; `costs` likewise, of its `Cost`
     headline  the metric that is gated if the marker names none; one per record, since each more weakens the test of the others
     verdict   on the model's laws, if the record is about them
     examples  checksum of its examples; empty if none are kept
@@ -66,8 +65,8 @@ class Entry(Kept, frozen=True, kw_only=True):
 def entry_of(record: Record) -> Entry:
     """The entry of a record, without checksums."""
     probed = record.is_verdict  # the number of cases that it tried depends on time: keep only the verdict
-    kept = {name: value for name, value in record.metrics.items() if not probed and metric(name, value).is_kept}
-    metrics = {name: _rounded(value) for name, value in kept.items()}
+    kept = (name for name, value in record.metrics.items() if not probed and metric(name, value).is_kept)
+    metrics = {name: _rounded(record.metrics[name]) for name in kept}
     costs = {name: None if probed else getattr(record.cost, name) for name in COSTS}
     if "timed_by" in record.details:
         costs["flops"] = None  # the clock decides the number of runs
@@ -92,15 +91,12 @@ def sealed(entry: Entry, where: Sequence[str], examples: str) -> Entry:
 
 
 def gated(entry: Entry, margins: Margins) -> list[str]:
-    """The metrics of an entry that get a verdict: those that the marker names, and its headline.
-
-    Without the headline if the marker names the same quantity in another unit.
-    """
+    """The metrics that get a verdict: those that the marker names, and the headline if none of them is the same quantity."""
     if margins.off:
         return []
     named = [name for name in margins.given if name in entry.metrics and metric(name).aspect != "cost"]
-    first = entry.headline
-    if first is not None and _quantity(first) not in map(_quantity, named):
+    quantities = {metric(name).stands_for or name for name in named}
+    if (first := entry.headline) is not None and (metric(first).stands_for or first) not in quantities:
         named = [first, *named]
     return [name for name in named if margins.of(name) is not None]
 
@@ -137,10 +133,6 @@ def same_work(old: Entry, new: Entry) -> bool:
     names = [name for name in (*old.settings, *new.settings) if name not in IRRELEVANT or name in OF_COSTS]
     same = all(old.settings.get(name) == new.settings.get(name) for name in names)
     return same and (old.lm.device, old.lm.dtype) == (new.lm.device, new.lm.dtype)
-
-
-def _quantity(name: str) -> str:
-    return metric(name).stands_for or name
 
 
 def _portable(plain: Any) -> Any:

@@ -1,13 +1,11 @@
 """The state of a training between two steps, and its files.
 
-Each training has a folder, named by the key of everything that decides its outcome:
+Each training has a folder, named by its key. Each file is replaced in one move, so the process may be killed at any time.
 
-    protocol.json      what decides it: protocol, model, texts, tokenizer, version of this package
+    protocol.json      everything that decides the outcome: protocol, model, texts, tokenizer, version of this package
     point.pt           the point to resume from, until the training is finished
     best.safetensors   the best weights so far
     record.json        the record, once the training is finished
-
-Each file is replaced in one move, so the process may be killed at any time.
 """
 
 from __future__ import annotations
@@ -40,7 +38,9 @@ KEPT = ("losses", "norms", "evaluations", "best_step", "best", "seconds")
 
 @dataclass
 class Run:
-    """lm, optimizer   the copy that is trained, and its optimizer
+    """The state of a training after `step` steps.
+
+    lm, optimizer   the copy that is trained, and its optimizer
     text            name of the training text
     spec            name of the trained model; None: one that says what was done
     losses, norms   per step so far: mean loss of its tokens (nats), norm of all gradients before clipping
@@ -73,7 +73,6 @@ class Run:
 
     @property
     def step(self) -> int:
-        """The number of steps done."""
         return len(self.losses)
 
     @property
@@ -115,7 +114,7 @@ def _adamw(module: nn.Module, protocol: Protocol) -> torch.optim.AdamW:
 
 @dataclass(frozen=True)
 class Folder:
-    """The files of one training; see the head of this file."""
+    """The files of one training."""
 
     path: Path
 
