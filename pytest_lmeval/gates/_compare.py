@@ -6,7 +6,7 @@ Pairs examples by their hash. Where that is impossible, compares the intervals, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -24,16 +24,6 @@ from pytest_lmeval.statistics._verdict import LEVEL, Verdict, judge_all, judge_e
 
 LISTED = 20  # number of changed examples that a record lists
 Rows = dict[str, Comparison]
-
-
-class CommonExample(NamedTuple):
-    """An example of both runs: what it counts in each, what the sums are divided by, and its group."""
-
-    id: str
-    base: float
-    new: float
-    weight: float
-    group: object
 
 
 class Side(NamedTuple):
@@ -240,10 +230,11 @@ def pair(name: str, base: Scores, new: Scores, *, up: bool, level: float = 0.01)
 
     None if there are no such examples, or their denominators differ. `up`: whether higher is better.
     """
-    common = _common(name, base, new)
-    if not common or not (weight := math.fsum(one.weight for one in common)):
+    if not (common := _common(name, base, new)):
         return None
-    _, before, after, weights, groups = (list(column) for column in zip(*common, strict=True))
+    ids, before, after, weights, groups = zip(*common, strict=True)
+    if not (weight := math.fsum(weights)):
+        return None
     found, declared = paired_difference(before, after, weights, groups, level=level), metric(name)
     low, high, error = (None if one is None else declared.scale * one for one in (found.low, found.high, found.error))
     scaled = replace(found, value=declared.scale * found.value, low=low, high=high, error=error)
@@ -251,25 +242,27 @@ def pair(name: str, base: Scores, new: Scores, *, up: bool, level: float = 0.01)
     only_base, only_new = (sum(part is not None for part in side.ratio(name) or ()) - len(common) for side in (base, new))
     row = Comparison(verdict="unclear", base=rounded(mean_base), new=rounded(mean_new), only_base=only_base, only_new=only_new)
     if name in new.columns:  # documents, unlike answers, all change
-        changed = sorted(((one.new - one.base) * (1 if up else -1), one) for one in common if one.new != one.base)
+        gains = ((now - was) * (1 if up else -1) for was, now in zip(before, after, strict=True))
+        changed = sorted(one for one in zip(gains, ids, before, after, strict=True) if one[0])
         flips = []
-        for _, one in changed[:LISTED]:  # the largest losses first
-            output, target = new.texts.get(one.id, (None, None))
-            flips.append(Flip(id=one.id, before=rounded(one.base), after=rounded(one.new), output=output, target=target))
-        lost = sum(gain < 0 for gain, _ in changed)
+        for _, example, was, now in changed[:LISTED]:  # the largest losses first
+            output, target = new.texts.get(example, (None, None))
+            flips.append(Flip(id=example, before=rounded(was), after=rounded(now), output=output, target=target))
+        lost = sum(one[0] < 0 for one in changed)
         row = structs.replace(row, lost=lost, won=len(changed) - lost, flipped=flips)
     return scaled, mean_base, row
 
 
-def _common(name: str, base: Scores, new: Scores) -> list[CommonExample] | None:
-    """None if the same text was cut into other tokens, or the metric is no ratio."""
+def _common(name: str, base: Scores, new: Scores) -> list[tuple[str, float, float, float, Hashable]] | None:
+    """(id, base, new, divisor, group) of each common example; None if the metric is no ratio, or the divisors differ."""
     if (old := base.ratio(name)) is None or (now := new.ratio(name)) is None:
         return None
-    before, found = dict(zip(base.ids, old, strict=True)), []
+    before = dict(zip(base.ids, old, strict=True))
+    found: list[tuple[str, float, float, float, Hashable]] = []
     for example, is_now, group in zip(new.ids, now, new.groups, strict=True):
         if (was := before.get(example)) is None or is_now is None:
             continue
         if was[1] != is_now[1]:
             return None
-        found.append(CommonExample(example, was[0], is_now[0], was[1], (example,) if group is None else group))
+        found.append((example, was[0], is_now[0], was[1], (example,) if group is None else group))
     return found

@@ -25,7 +25,6 @@ from pytest_lmeval.errors import DocumentError, SideError
 from pytest_lmeval.gates._margins import parse
 from pytest_lmeval.records._comparison import ORDER
 from pytest_lmeval.records._document import NAME, RunDocument, load
-from pytest_lmeval.records._measured import Record
 from pytest_lmeval.records._metric import metric
 from pytest_lmeval.statistics._paired import Difference, log_ratio
 from pytest_lmeval.statistics._verdict import Name, judge_all
@@ -58,11 +57,11 @@ class Number:
 
 @dataclass
 class Side:
-    """A version of the project, and the numbers of its `runs` so far: a git revision (checked out beside the project, and first
-    on the module search path), another Python (an executable or a virtual environment), or the project as it stands.
+    """A version of the project: a git revision (checked out beside it), another Python, or the project as it stands.
 
     markers  whether to read the markers of its tests, by comparing with a baseline that does not exist
-    failed   tests that failed in any run; what they measured before counts
+    runs     the numbers of its runs so far
+    failed   tests that failed in any of them; the numbers that they recorded count
     """
 
     name: str
@@ -74,11 +73,14 @@ class Side:
 
     def run(self, arguments: list[str]) -> None:
         """Run pytest once. Raises SideError if it leaves no numbers."""
+        environment = {name: value for name, value in os.environ.items() if name not in OF_PYTEST}
+        code = [str(path) for path in (self.folder, self.folder / "src") if path.is_dir()]
+        environment["PYTHONPATH"] = os.pathsep.join([*code, *filter(None, [environment.get("PYTHONPATH")])])
         with tempfile.TemporaryDirectory(prefix="lmeval-") as output:
             own = [f"--lmeval-dir={output}", *([f"--lmeval-baseline={output}/none.json"] if self.markers else [])]
             command = [self.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *own, *arguments]
             done = subprocess.run(
-                command, cwd=self.folder, env=self._environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+                command, cwd=self.folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
             )
             written = Path(output) / NAME
             if not written.exists():
@@ -92,12 +94,6 @@ class Side:
                 raise SideError(f"this version cannot read what {self.name} measured. {error} {same}") from error
             self.runs.append(numbers(document))
             self.failed |= {failure.test for failure in document.failures}
-
-    def _environment(self) -> dict[str, str]:
-        """The environment of this process, with the side's own code first on the module search path."""
-        own = [str(path) for path in (self.folder, self.folder / "src") if path.is_dir()]
-        inherited = {name: value for name, value in os.environ.items() if name not in OF_PYTEST}
-        return {**inherited, "PYTHONPATH": os.pathsep.join([*own, *filter(None, [inherited.get("PYTHONPATH")])])}
 
 
 @dataclass(frozen=True)
@@ -128,12 +124,11 @@ def main(arguments: argparse.Namespace) -> int:
     cannot be run. Unclear numbers fail nothing."""
     if not 2 <= arguments.pairs <= arguments.most:
         return _refused(f"--pairs {arguments.pairs} --most {arguments.most}: --pairs must be at least 2 and at most --most.")
-    if arguments.to:
-        try:
+    try:
+        if arguments.to:
             arguments.to.open("a").close()
-        except OSError as error:
-            why = error.strerror or error
-            return _refused(f"--to {arguments.to}: {why}, so the numbers would be lost. Name another file.")
+    except OSError as error:
+        return _refused(f"--to {arguments.to}: {error.strerror}, so the numbers would be lost. Name another file.")
     here = Side("this version", Path.cwd(), markers=True)
     try:
         with side(arguments.base, Path.cwd()) as base:
@@ -249,16 +244,10 @@ def numbers(document: RunDocument) -> dict[Key, Number]:
         for name, value in record.metrics.items():
             if metric(name, value).compared:
                 key = Key(record.test, record.lm.spec, record.subject, name)
-                found.setdefault(key, Number(float(value), value.unit, bool(value.higher_is_better), _threshold(record, name)))
+                row = (record.gate or {}).get(name)
+                threshold = parse(row.margin).of(value) / value if row and row.verdict == "not judged" else None
+                found.setdefault(key, Number(float(value), value.unit, bool(value.higher_is_better), threshold))
     return found
-
-
-def _threshold(record: Record, name: str) -> float | None:
-    row = (record.gate or {}).get(name)
-    if row is None or row.verdict != "not judged":
-        return None
-    value = record.metrics[name]
-    return parse(row.margin).of(value) / value
 
 
 @contextlib.contextmanager

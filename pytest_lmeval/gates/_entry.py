@@ -17,17 +17,13 @@ from pytest_lmeval.records._metric import headline_of, metric
 from pytest_lmeval.records._schema import Kept, to_plain
 from pytest_lmeval.records._value import Value
 
-IRRELEVANT = {  # settings that two runs may differ in, and why
-    "budget": "how long the probe tries the laws of a model tells nothing about the model",
-    "chunk_size": "the certificate proves that the numbers do not depend on it",
-    "examples": "number of cases that the probe tries, as budget",
-    "key": "follows from the other settings and the version of this package",
-    "profile": "how hard the probe looks, as budget",
-    "runs": "the number of timed runs changes only times, which no baseline keeps",
-    "seconds": "how long something is timed, as runs",
-    "threads": "belong to the machine, and the environment of the baseline names them",
-    "warm_up": "the number of runs before timing, as runs",
-}
+IRRELEVANT = (  # settings that two runs may differ in
+    "budget", "examples", "profile",  # effort of the probe, which tells nothing about the model
+    "runs", "seconds", "warm_up",  # effort of timing: no baseline keeps times
+    "chunk_size",  # by the certificate, the numbers do not depend on it
+    "threads",  # belong to the machine, and the environment of the baseline names them
+    "key",  # follows from the other settings and the version of this package
+)  # fmt: skip
 OF_COSTS = ("chunk_size",)  # those that costs do depend on
 COSTS = ("flops", "state_bytes", "peak_bytes")
 
@@ -107,11 +103,7 @@ def names_of(records: Sequence[Record]) -> list[str]:
 
 
 def portable(text: str) -> str:
-    """The text without the folders of absolute paths, which belong to one machine.
-
-    >>> portable("text:/home/me/notes.txt[test]"), portable("OWNER/NAME[test]")
-    ('text:notes.txt[test]', 'OWNER/NAME[test]')
-    """
+    """The text without the folders of absolute paths, which belong to one machine: "text:notes.txt[test]"."""
     return re.sub(r"(^|[:\s])(?:[A-Za-z]:)?[/\\](?:[^/\\\[\]#]+[/\\])*", r"\1", text)
 
 

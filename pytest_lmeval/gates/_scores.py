@@ -75,10 +75,7 @@ def keeps_examples(record: Record) -> bool:
 
 
 def scores_of(record: Record, folder: Path) -> Scores | None:
-    """The scores of a record, from its files in the output folder; None if it has none or they are gone.
-
-    Raises DocumentError for a line that was edited.
-    """
+    """The scores of a record, from its file in the output folder, if there is one. Raises DocumentError for an edited line."""
     file = folder / (record.units or record.examples or "")
     if not keeps_examples(record) or not file.exists():
         return None

@@ -134,24 +134,19 @@ def _learn(
     run.module.train()
     for crops in islice(batches(tokens, protocol, first=run.step), steps - run.step):
         began = seconds(run.lm.device)
-        loss, norm = update(run, crops, protocol, steps)
-        run.losses.append(loss)
-        run.norms.append(norm)
+        update(run, crops, protocol, steps)
         run.seconds += seconds(run.lm.device) - began
         if run.step % protocol.eval_every == 0 or run.step == steps:
             examine()
             refuse_divergence(run, protocol, steps)
         saver.save_now_and_then(run)
         if progress is not None:
-            nats += a_step * loss
+            nats += a_step * run.losses[-1]
             progress(a_step * run.step, nats, a_step * steps)
 
 
-def update(run: Run, crops: Tensor, protocol: Protocol, steps: int) -> tuple[float, float]:
-    """One step of the optimizer: the mean loss before it (nats per token), and the norm of all gradients.
-
-    Raises TrainingError, leaving the weights as before, if either is not finite.
-    """
+def update(run: Run, crops: Tensor, protocol: Protocol, steps: int) -> None:
+    """Take a step of the optimizer, and record loss and gradient norm. Raises TrainingError before it if one is not finite."""
     rate = learning_rate(protocol, run.step, steps)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
@@ -167,7 +162,8 @@ def update(run: Run, crops: Tensor, protocol: Protocol, steps: int) -> tuple[flo
     if protocol.clip is not None:
         nn.utils.clip_grads_with_norm_(trained, protocol.clip, norm)
     run.optimizer.step()
-    return figures
+    run.losses.append(figures[0])
+    run.norms.append(figures[1])
 
 
 def loss_of(lm: Model, crops: Tensor, seed: int) -> Tensor:

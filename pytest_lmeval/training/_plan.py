@@ -1,7 +1,4 @@
-"""Plan a training: check that model, texts and protocol go together, and choose its tokens and their order.
-
-Text and protocol decide the tokens, never the model. `Plan.identity` names everything that decides the outcome.
-"""
+"""Plan a training: check that model, texts and protocol go together, and choose the tokens, whatever the model."""
 
 from __future__ import annotations
 

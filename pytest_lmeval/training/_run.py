@@ -29,7 +29,6 @@ from pytest_lmeval.records._journal import Checkpoints, warn
 from pytest_lmeval.records._measured import Record
 from pytest_lmeval.records._replacing import replacing
 from pytest_lmeval.training._plan import Plan
-from pytest_lmeval.training._protocol import Protocol
 from pytest_lmeval.training._weights import copy_of, fill, load_weights, snapshot
 
 POINT = "point"
@@ -96,20 +95,16 @@ class Run:
 
 
 def new_run(plan: Plan) -> Run:
-    """A run before its first step, with a copy of the model."""
-    trainee = copy_of(plan.lm)
-    assert trainee.module is not None
-    return Run(trainee, _adamw(trainee.module, plan.protocol), str(plan.text), plan.spec)
-
-
-def _adamw(module: nn.Module, protocol: Protocol) -> torch.optim.AdamW:
-    """Decays matrices, but not vectors and scalars (biases, gains, decay rates)."""
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    """A run before its first step: a copy of the model, and AdamW that decays only matrices (not biases, gains, rates)."""
+    lm, protocol = copy_of(plan.lm), plan.protocol
+    assert lm.module is not None
+    trained = [parameter for parameter in lm.module.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": protocol.weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=protocol.lr, betas=protocol.betas)
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=protocol.lr, betas=protocol.betas)
+    return Run(lm, optimizer, str(plan.text), plan.spec)
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,19 @@ MENTIONED = 5  # number of tensor names of one fault that an error lists
 
 
 def load_weights(lm: Model | str, path: str | Path) -> Model:
-    """A copy of a model (or of the model that a spec names) with the weights that `train` wrote to `path`.
-
-    path  a file best.safetensors, or the folder that holds one
+    """A copy of a model (or of that of a spec) with the weights that `train` wrote: best.safetensors, or its folder.
 
     Raises SpecError if the file is missing or broken, or does not fit; it names the tensors and settings that differ.
     """
     file = Path(path) / "best.safetensors" if Path(path).is_dir() else Path(path)
-    tensors, about = _read_weights(file)
+    try:
+        with safe_open(file, framework="pt") as content:
+            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+            about = content.metadata() or {}
+    except FileNotFoundError as error:
+        raise UnreadableError(f"there are no weights at {file}.") from error
+    except (SafetensorError, OSError) as error:
+        raise UnreadableError(f"{file} is no whole file of weights ({error}); it was probably cut off.") from error
     model = copy_of(load(lm) if isinstance(lm, str) else lm)
     source = f"{file} (weights of {about['spec']})" if "spec" in about else str(file)
     fill(model, tensors, source)
@@ -58,17 +63,6 @@ def copy_of(lm: Model) -> Model:
         source=module if own else lm.source,
         fast_weights=getattr(module, "fast_weights", None) if own and lm.fast_weights else lm.fast_weights,
     )
-
-
-def _read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors by name, and the metadata."""
-    try:
-        with safe_open(file, framework="pt") as content:
-            return {name: content.get_tensor(name) for name in content.keys()}, content.metadata() or {}  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise UnreadableError(f"there are no weights at {file}.") from error
-    except (SafetensorError, OSError) as error:
-        raise UnreadableError(f"{file} is no whole file of weights ({error}); it was probably cut off.") from error
 
 
 def snapshot(lm: Model) -> dict[str, Tensor]:
