@@ -78,7 +78,7 @@ def platform_of(environment: Environment) -> Platform:
 
 
 def differences(old: Platform, new: Platform) -> list[str]:
-    """How two platforms differ, in words."""
+    """The differences between two platforms, in words."""
     before, now = ({**structs.asdict(platform), **platform.packages} for platform in (old, new))
     names = [name for name in dict.fromkeys([*before, *now]) if name not in ("packages", schema.MORE)]
     return [f"{name} was {before.get(name)}, is {now.get(name)}" for name in names if before.get(name) != now.get(name)]

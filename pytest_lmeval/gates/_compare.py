@@ -172,7 +172,7 @@ def _exact(base: Entry, new: Entry, margins: Margins, judged: set[str]) -> Itera
 
 
 def _of_verdicts(base: str, new: str) -> GateVerdict:
-    """How two verdicts on a model's laws compare: unclear if they differ and neither is better."""
+    """Compares two verdicts on a model's laws: unclear if they differ and neither is better."""
     before, after = rank(base), rank(new)
     if base == new:
         return "identical"

@@ -108,7 +108,7 @@ def portable(text: str) -> str:
 
 
 def differs(old: Entry, new: Entry) -> list[str]:
-    """How the two runs differ, in words: model, precision, device, settings."""
+    """The differences between two runs, in words: model, precision, device, settings."""
     names = [name for name in dict.fromkeys([*old.settings, *new.settings]) if name not in IRRELEVANT]
     pairs = [
         ("model", old.lm.spec, new.lm.spec),

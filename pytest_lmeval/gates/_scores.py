@@ -40,7 +40,7 @@ class Scores:
     more: dict[str, Any] = field(default_factory=dict)
 
     def ratio(self, name: str) -> list[tuple[float, float] | None] | None:
-        """What each example [n] adds to the numerator and denominator of a metric; None if the metric is no such ratio."""
+        """(numerator, denominator) of each example [n] in a metric; None if the metric is no such ratio."""
         if (values := self.columns.get(name)) is not None:
             return [None if value is None else (value, 1.0) for value in values]
         above, below = (self.columns.get(column) for column in metric(name).sums or ("", ""))
@@ -70,7 +70,7 @@ class Scores:
 
 
 def keeps_examples(record: Record) -> bool:
-    """Whether a file holds what each example counts."""
+    """Whether a file of the run holds the scores of each example."""
     return record.units is not None or (record.examples or "").endswith(".jsonl")
 
 

@@ -140,7 +140,7 @@ def mcnemar(lost: int, won: int, alternative: Alternative) -> float:
 def sign_flip(
     differences: Sequence[float] | np.ndarray, alternative: Alternative, *, seed: int = 0, flips: int = FLIPS
 ) -> float:
-    """How often the sum of the differences [units] is as extreme if each unit's sign is a coin toss (Fisher 1935).
+    """The probability of so extreme a sum of differences [units] if each unit's sign were a coin toss (Fisher 1935).
 
     Counts all assignments of up to 13 units that differ. Beyond, draws until 200 are as extreme or `flips` are drawn (Besag and
     Clifford, "Sequential Monte Carlo p-values", 1991).
