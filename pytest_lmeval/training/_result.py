@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -120,11 +121,6 @@ def _series_of(run: Run, protocol: Protocol, per_epoch: int) -> dict[str, Series
 
 
 def averaged(values: list[float], group: int) -> tuple[list[int], list[float]]:
-    """The end of each group of consecutive values, the last of which may be shorter, and its mean.
-
-    >>> averaged([1.0, 3.0, 5.0, 7.0, 8.0], 2)
-    ([2, 4, 5], [2.0, 6.0, 8.0])
-    """
+    """The end and the mean of each group of consecutive values; the last group may be shorter."""
     parts = [values[begin : begin + group] for begin in range(0, len(values), group)]
-    ends = [min(begin + group, len(values)) for begin in range(0, len(values), group)]
-    return ends, [sum(part) / len(part) for part in parts]
+    return list(accumulate(map(len, parts))), [sum(part) / len(part) for part in parts]
