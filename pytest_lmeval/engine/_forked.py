@@ -1,7 +1,7 @@
-"""Read each distinct prefix once, and fork the state after it for what follows.
+"""Read each distinct prefix once, and fork the state after it for the sequences that continue it.
 
-The prefix tree is processed level by level: nodes that begin at the same length form a batch; leaves are padded, inner nodes
-truncated to the shortest. So a model that continues exactly from a state reads every distinct token about once, in batches.
+The prefix tree is read level by level: nodes that begin at the same length form a batch; leaves are padded, inner nodes
+truncated to the shortest.
 """
 
 from __future__ import annotations
@@ -32,15 +32,12 @@ STATES_BUDGET = 1 << 30  # bytes that the states of a batch may take
 
 
 class Forked:
-    """Scores and generates over the prefix tree of each block of requests.
-
-    prefix_cache  prefixes of the last request of a block, for the next block
-    """
+    """Scores and generates over the prefix tree of each block of requests."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine: Engine = weakref.proxy(engine)  # no reference cycle: states are freed with the engine, not at a collection
         self.policy = engine.policy
-        self.prefix_cache: Cache = []
+        self.prefix_cache: Cache = []  # prefixes of the last request of a block, for the next block
         self._select = selection(engine.lm)
         self._step_cost = STEP_COST if self.policy.share else inf
 
@@ -48,7 +45,7 @@ class Forked:
         reader = NodeReader(self.engine, requests)
 
         def score_leaves(state: State, batch: Branches) -> None:
-            reader.read_padded(batch, self._rows_of(state, batch))
+            reader.read_padded(batch, self._rows(state, [row for _, row in batch]))
 
         self._walk(reader, lambda state, leaves: self._each(state, leaves, score_leaves, padded=True))
         return reader.scored
@@ -58,7 +55,7 @@ class Forked:
 
         def answer_leaves(state: State, batch: Branches) -> None:
             rows = [(answers[node.owner], node.ids.tolist()) for node, _ in batch]
-            self._answer(self._rows_of(state, batch), rows, choose)
+            self._answer(self._rows(state, [row for _, row in batch]), rows, choose)
 
         self._walk(reader, lambda state, leaves: self._each(state, leaves, answer_leaves, padded=False))
         for answer, shared in zip(answers, reader.scored, strict=True):
@@ -120,7 +117,7 @@ class Forked:
             return state, [(child, row) for node, row in batch for child in node.pushed()]
         heads = [node.head(length) for node, _ in batch]
         ids = torch.stack([torch.from_numpy(head.ids) for head in heads])
-        state = reader.read(heads, ids, self._rows_of(state, batch))
+        state = reader.read(heads, ids, self._rows(state, [row for _, row in batch]))
         following: Branches = []
         for row, (node, _) in enumerate(batch):
             rest = node.after(length)
@@ -134,19 +131,15 @@ class Forked:
                 following += [(child, row) for child in rest.pushed()]
         return state, following
 
-    def _rows_of(self, state: State, batch: Branches) -> State:
-        """A copy of the rows of a state that the nodes of a batch continue."""
-        return None if state is None else self._rows(state, [row for _, row in batch])
-
     def _rows(self, state: State, rows: list[int]) -> State:
+        """A copy of these rows of a state."""
+        if state is None:
+            return None
         return fork(state) if self._select is None else self._select(state, rows)
 
     def _answer(self, state: State, rows: list[tuple[Answer, list[int]]], choose: Choose) -> None:
-        """Generate answers until all have ended. `rows` are answers, each with the prompt ids that it has still to read.
-
-        All rows have read the same number of tokens, since a state has only one length: while one row generates, another may
-        still read its prompt. A row that has ended leaves the batch.
-        """
+        """Generate answers, each with the prompt ids that it has still to read, until all have ended. Since a state has one
+        length, all rows have read the same number of tokens: while one generates, another may still read its prompt."""
         begun = False
         while rows:
             length = 1 if begun and self.policy.single else min(len(ids) for _, ids in rows)

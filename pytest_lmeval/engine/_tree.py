@@ -1,12 +1,8 @@
 """Build a prefix tree over token ids, which holds each shared prefix of several sequences once.
 
-    few-shot examples ── passage ── question ── " yes"
-                     │           │          └── " no"
-                     │           └─ question ...
-                     └── passage ...
-
-Each node is a run of tokens that is read in one step. Sequences branch where they differ, unless the shared run is so short
-that reading it again costs less than a step.
+few-shot examples ── passage ── question ── " yes"
+                 │           │          └── " no"
+                 └── passage ...
 """
 
 from __future__ import annotations
@@ -54,13 +50,13 @@ class Request:
 
     @property
     def shareable(self) -> int:
-        """The number of tokens that requests may share when they are read: each prompt reads its last one itself."""
+        """The number of tokens that requests may share: each prompt reads its last one itself."""
         return len(self.ids) - 1
 
 
 @dataclass(frozen=True)
 class Node:
-    """A run of tokens, and the nodes that follow it.
+    """A run of tokens that is read in one step, and the nodes that follow it.
 
     ids       [n] the tokens
     start     the number of tokens before them
