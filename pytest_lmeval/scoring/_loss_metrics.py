@@ -92,8 +92,8 @@ def series_of(sums: LossAccumulator, metrics: dict[str, Value], *, carried: bool
 def name_of(position: int) -> str:
     """The name of the metric.
 
-    >>> name_of(8000), name_of(8192), name_of(1_000_000)
-    ('loss_at_8k', 'loss_at_8192', 'loss_at_1M')
+    >>> name_of(8000), name_of(8192), name_of(1_000_000), name_of(1_500_000)
+    ('loss_at_8k', 'loss_at_8192', 'loss_at_1M', 'loss_at_1500k')
     """
     for size, letter in ((1_000_000, "M"), (1000, "k")):
         if position and not position % size:
