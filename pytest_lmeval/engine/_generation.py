@@ -73,9 +73,7 @@ def begin_answers(
     """An answer to each prompt, and a function that chooses the next token of b answers from logits [b, v]."""
     tokenizer: Any = lm.tokenizer
     if not hasattr(tokenizer, "decode"):
-        raise TaskError(
-            f"the tokenizer of {lm.spec} has no decode(ids) -> text, so its answers cannot be turned into text. Add the method."
-        )
+        raise TaskError(f"the tokenizer of {lm.spec} has no decode(ids) -> text, which makes texts of answers. Add the method.")
     ends = getattr(tokenizer, "ends", (getattr(tokenizer, "eos", None),))
     answers = [Answer(prompt) for prompt in prompts]
     numbers = {id(answer): number for number, answer in enumerate(answers)}

@@ -7,7 +7,7 @@ few-shot examples ── passage ── question ── " yes"
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -131,8 +131,14 @@ def _key(request: Request, number: int) -> bytes:
 
 def _grow(requests: Sequence[Request], paths: list[list[int]], start: int, shared: int, step: float) -> list[Node]:
     """The nodes of sorted paths whose first `shared` tokens are equal, and whose first `start` are in nodes already."""
+
+    def branch(path: list[int]) -> int:
+        """The next token, or a unique number for a path that ends."""
+        request = requests[path[-1]]
+        return int(request.ids[shared]) if shared < request.shareable else ~path[-1]
+
     nodes = []
-    for _, members in groupby(paths, key=_branch(requests, shared)):
+    for _, members in groupby(paths, key=branch):
         group = list(members)
         first, last = (requests[path[-1]] for path in (group[0], group[-1]))
         end = len(first.read)
@@ -142,31 +148,11 @@ def _grow(requests: Sequence[Request], paths: list[list[int]], start: int, share
                 nodes += _grow(requests, group, start, end, step)
                 continue
         numbers = [number for path in group for number in path]
-        wanted = (
-            (number, max(requests[number].context_len - 1, start), min(len(requests[number].ids) - 1, end))
-            for number in numbers
-        )
-        nodes.append(
-            Node(
-                first.read[start:end],
-                start,
-                tuple(_grow(requests, group, end, end, step)) if len(group) > 1 else (),
-                tuple(span for span in wanted if span[1] < span[2]),
-                min(numbers),
-                len(requests) - 1 in numbers,
-            )
-        )
+        wanted = [(n, max(requests[n].context_len - 1, start), min(len(requests[n].ids) - 1, end)) for n in numbers]
+        children = tuple(_grow(requests, group, end, end, step)) if len(group) > 1 else ()
+        spans = tuple((number, begin, stop) for number, begin, stop in wanted if begin < stop)
+        nodes.append(Node(first.read[start:end], start, children, spans, min(numbers), len(requests) - 1 in numbers))
     return nodes
-
-
-def _branch(requests: Sequence[Request], at: int) -> Callable[[list[int]], int]:
-    """The key that paths branch by at a position: the token there, or a unique number for a path that ends."""
-
-    def branch(path: list[int]) -> int:
-        request = requests[path[-1]]
-        return int(request.ids[at]) if at < request.shareable else ~path[-1]
-
-    return branch
 
 
 def common_prefix_len(first: np.ndarray, second: np.ndarray) -> int:

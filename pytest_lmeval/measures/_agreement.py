@@ -167,16 +167,12 @@ def measure_agreement(
 def _refuse_incomparable(lm: Model, reference: Model, corpus: Corpus) -> None:
     if lm.codebooks or reference.codebooks:
         raise SpecError(f"{(lm if lm.codebooks else reference).spec} reads frames of codes; agreement is about tokens.")
+    advice = "so their predictions cannot be compared. Compare their bits per byte (lmeval.perplexity)"
     if lm.vocab_size != reference.vocab_size:
-        raise SpecError(
-            f"{lm.spec} has {lm.vocab_size:,} tokens and {reference.spec} has {reference.vocab_size:,}, so their predictions "
-            "cannot be compared. Compare their bits per byte: lmeval.perplexity."
-        )
+        raise SpecError(f"{lm.spec} has {lm.vocab_size:,} tokens and {reference.spec} has {reference.vocab_size:,}, {advice}.")
     if not corpus.tokenized and tokenizer_fingerprint(lm) != tokenizer_fingerprint(reference):
-        raise SpecError(
-            f"{lm.spec} and {reference.spec} have tokenizers that encode the same text differently, so their predictions "
-            "cannot be compared. Compare their bits per byte (lmeval.perplexity), or give both ids."
-        )
+        encode = "have tokenizers that encode the same text differently"
+        raise SpecError(f"{lm.spec} and {reference.spec} {encode}, {advice}, or give both ids.")
 
 
 @dataclass(frozen=True)

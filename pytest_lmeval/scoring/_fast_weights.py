@@ -175,10 +175,6 @@ def found_in(record: Record) -> FastWeights | None:
     details = record.details
     if "fast_weights" not in details:
         return None
-    return FastWeights(
-        details["fast_weights"],
-        tuple(details["changed_fast_weights"]),
-        tuple(details["unchanged_fast_weights"]),
-        record.series["fast_weight_change"],
-        record.metrics["fast_weight_distance"],
-    )
+    changed, unchanged = (tuple(details[f"{which}_fast_weights"]) for which in ("changed", "unchanged"))
+    change, distance = record.series["fast_weight_change"], record.metrics["fast_weight_distance"]
+    return FastWeights(details["fast_weights"], changed, unchanged, change, distance)

@@ -19,6 +19,7 @@ TOKENS, NATS, BYTES, SECONDS = 0, 1, 2, 3
 HITS = {k: 4 + index for index, k in enumerate(TOP)}
 COLUMNS = 4 + len(TOP)
 STATE = COLUMNS  # column of `LossAccumulator.chunks`: bytes
+UNIT_COLUMNS = {"tokens": TOKENS, "nats": NATS, "bytes": BYTES, **{f"top{k}": column for k, column in HITS.items()}}
 
 BLOCK, BLOCKS = 64, 256  # targets of the smallest block, and the number of blocks at which neighbours merge
 CHUNKS = 2048  # rows at which neighbouring chunks merge

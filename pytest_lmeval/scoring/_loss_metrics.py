@@ -11,7 +11,7 @@ from pytest_lmeval.records._measured import Series
 from pytest_lmeval.records._metric import metric, value_of
 from pytest_lmeval.records._value import Value
 from pytest_lmeval.scoring import _fast_weights as fast_weights
-from pytest_lmeval.scoring._loss_accumulator import BYTES, HITS, NATS, SECONDS, STATE, TOKENS, LossAccumulator
+from pytest_lmeval.scoring._loss_accumulator import BYTES, HITS, NATS, SECONDS, STATE, TOKENS, UNIT_COLUMNS, LossAccumulator
 from pytest_lmeval.statistics._bootstrap import FEWEST_UNITS, ratio_intervals
 
 LARGEST_EXPONENT = 700.0  # nats: the exponential of more is no float
@@ -19,10 +19,9 @@ LARGEST_EXPONENT = 700.0  # nats: the exponential of more is no float
 
 def metrics_of(sums: LossAccumulator, *, seconds: float, seed: int) -> dict[str, Value]:
     """The metrics of a text with their intervals, in the order of a summary."""
-    columns = {"tokens": TOKENS, "nats": NATS, "bytes": BYTES, **{f"top{k}": column for k, column in HITS.items()}}
     total, n = sums.total, sums.tokens
     names = ["nll", *(["bits_per_byte"] if total[BYTES] else []), *(f"token_accuracy_top{k}" for k in HITS)]
-    ratios = [tuple(columns[side] for side in metric(name).sums or ()) for name in names]
+    ratios = [tuple(UNIT_COLUMNS[side] for side in metric(name).sums or ()) for name in names]
     intervals = ratio_intervals(np.array(sums.units), [(above, below) for above, below in ratios], seed=seed)
     found = {}
     for name, (above, below), interval in zip(names, ratios, intervals, strict=True):
@@ -66,18 +65,12 @@ def series_of(sums: LossAccumulator, metrics: dict[str, Value], *, carried: bool
     loss = chunks[:, NATS] / chunks[:, TOKENS]
     running = np.cumsum(chunks[:, NATS]) / np.cumsum(chunks[:, TOKENS])
     filled = np.flatnonzero(sums.by_position[:, TOKENS])
-    binned = sums.by_position[filled]
+    centers, binned = 2 ** ((filled + 0.5) / 2), sums.by_position[filled]
+    by_position = (binned[:, NATS] / binned[:, TOKENS]).tolist()
     series = {
         "chunk_loss": Series(read, loss.tolist(), "tokens", "nats/token"),
         "chunk_seconds": Series(read, (chunks[:, SECONDS] / counts).tolist(), "tokens", "s"),
-        "loss_by_position": Series(
-            (2 ** ((filled + 0.5) / 2)).tolist(),
-            (binned[:, NATS] / binned[:, TOKENS]).tolist(),
-            "tokens before",
-            "nats/token",
-            "Loss by position",
-            "x",
-        ),
+        "loss_by_position": Series(centers.tolist(), by_position, "tokens before", "nats/token", "Loss by position", "x"),
     }
     if running.max() < LARGEST_EXPONENT:
         curve = np.exp(running).tolist()

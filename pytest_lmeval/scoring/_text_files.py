@@ -26,9 +26,7 @@ from pytest_lmeval.records import _schema as schema
 from pytest_lmeval.records._example import Unit
 from pytest_lmeval.records._journal import Checkpoints
 from pytest_lmeval.records._replacing import replacing
-from pytest_lmeval.scoring._loss_accumulator import BYTES, HITS, NATS, TOKENS, LossAccumulator
-
-UNIT_COLUMNS = {"tokens": TOKENS, "nats": NATS, "bytes": BYTES, **{f"top{k}": column for k, column in HITS.items()}}
+from pytest_lmeval.scoring._loss_accumulator import BYTES, TOKENS, UNIT_COLUMNS, LossAccumulator
 
 
 def write_point(checkpoints: Checkpoints, key: str, sums: LossAccumulator) -> None:
@@ -119,9 +117,10 @@ def _header(count: int) -> bytes:
 
 def write_units(path: str | Path, sums: LossAccumulator) -> None:
     """Write the units that hold a target, in order: sums of tokens, nats, bytes, and targets among the first choices."""
+    names = sums.documents if sums.by_document else _block_names(sums)
     units = [
         Unit(name, {column: _plain(unit[index]) for column, index in UNIT_COLUMNS.items()})
-        for name, unit in zip(sums.documents if sums.by_document else _block_names(sums), sums.units, strict=True)
+        for name, unit in zip(names, sums.units, strict=True)
         if unit[TOKENS]
     ]
     with replacing(Path(path)) as new:
