@@ -32,9 +32,6 @@ def certificate(*broken, multiple=None, stateful=True, **more):
     return Certificate(verdict=verdict, dtype="float32", laws=laws, **more)
 
 
-# ------------------------------------------------------------------------------------------------ the policy
-
-
 @pytest.mark.parametrize(
     ("broken", "multiple", "expected"),
     [

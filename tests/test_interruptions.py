@@ -176,9 +176,6 @@ def test_the_numbers_do_not_depend_on_the_order_of_tests_and_a_pipe_gets_no_prog
     assert [part in output for part in ("perplexity", " left", "\r")] == [True, False, False]
 
 
-# ------------------------------------------------------------------------------------------- progress
-
-
 def test_progress_is_shown_on_a_terminal_through_the_capture(slow):
     main, side = pty.openpty()
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--lm", "slow:Slow", "-k", "first"]

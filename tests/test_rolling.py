@@ -62,9 +62,6 @@ def windows_read(count, context, **options):
     return list(zip(module.given, (list(range(chunk.start, chunk.end)) for chunk in chunks), strict=True))
 
 
-# ------------------------------------------------------------------------------------------- the windows
-
-
 def test_the_last_window_reads_the_whole_context_before_its_end():
     assert windows_read(10, 4) == [
         ([0, 1, 2, 3], [1, 2, 3, 4]),
@@ -125,6 +122,10 @@ class Letters:
         return [ord(letter) for letter in text], list(range(1, len(text) + 1))
 
 
+def model(kind=Functional, tokenizer=None, **facts):
+    return replace(as_model(kind(vocab=VOCAB), tokenizer=tokenizer or Letters(bos=1)), **facts)
+
+
 @pytest.mark.parametrize(
     ("special", "text", "stream", "rolling"),
     [
@@ -144,23 +145,17 @@ def test_the_prefix_is_bos_or_else_eos_and_then_what_the_tokenizer_adds(special,
     ids = np.asarray(tokenizer.encode(text)[0])
     for expected, options in ((stream, {"rolling": False}), (rolling, {"rolling": True})):
         assert beginning(tokenizer, ids, **options).tolist() == expected
-        reader = TokenReader(as_model(Functional(vocab=VOCAB), tokenizer=tokenizer), [Document("d", text)], **options)
-        read = Tokens.joined(list(reader))
+        read = Tokens.joined(list(TokenReader(model(tokenizer=tokenizer), [Document("d", text)], **options)))
         assert read.ids.tolist() == [*expected, *ids]
         assert read.widths.tolist() == [0] * len(expected) + [1] * len(ids)
 
 
 def test_only_the_first_text_has_the_prefix():
-    lm = as_model(Functional(vocab=VOCAB), tokenizer=Letters(bos=1))
-    read = TokenReader(lm, [Document("d", ""), Document("d", "a"), Document("d", "b")])
+    read = TokenReader(model(), [Document("d", ""), Document("d", "a"), Document("d", "b")])
     assert Tokens.joined(list(read)).ids.tolist() == [1, ord("a"), ord("b")]
 
 
 # ------------------------------------------------------------------------------------------- perplexity
-
-
-def model(kind=Functional, tokenizer=None, **facts):
-    return replace(as_model(kind(vocab=VOCAB), tokenizer=tokenizer or Letters(bos=1)), **facts)
 
 
 SOME = [(str(n), f"document number {n}, and words of it" * (n % 4 + 1)) for n in range(6)]

@@ -46,9 +46,6 @@ def distinct(asked):
     return len({tuple(request.read[:length]) for request in asked for length in range(1, len(request.read) + 1)})
 
 
-# ---------------------------------------------------------------------------------------------- the tree
-
-
 @settings(max_examples=60)
 @given(requests(), st.sampled_from([0, 3, 8, inf]))
 def test_a_tree_holds_every_token_and_every_target_once(asked, step):
@@ -82,9 +79,6 @@ def test_short_runs_are_read_again_rather_than_in_a_step():
     shared = [Request(np.array([1, 2, 3, end, 9]), 3) for end in (4, 5)]
     assert [len(node.ids) for node in tree(shared)] == [4, 4]
     assert [len(node.ids) for node in tree(shared, step=0)] == [3]
-
-
-# -------------------------------------------------------------------------------------------- the likelihoods
 
 
 @settings(max_examples=40)
@@ -159,9 +153,6 @@ def test_a_wrong_state_gives_other_likelihoods(kind):
     asked = [Request(np.array([1, 2, 3] * 8 + [end, 5, 6]), 24) for end in (1, 2, 4)]
     assert worst(lm, engine_of(lm, share=False), asked) < 1e-5
     assert worst(lm, engine_of(lm), asked) > 1e-3
-
-
-# -------------------------------------------------------------------------------------------- rows of states
 
 
 class Levels(Functional):
