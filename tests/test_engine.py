@@ -15,7 +15,6 @@ from tiny_models import VOCAB, Forgetful, Functional, Stateless, Stepper
 from pytest_lmeval import as_model, load
 from pytest_lmeval.engine import Engine, Policy, Prompt, Request, Scored, Windows, policy_for
 from pytest_lmeval.engine._state_rows import selection
-from pytest_lmeval.engine._tree import tree
 from pytest_lmeval.errors import Refused, StreamError, TaskError
 from pytest_lmeval.laws._run_probe import verdict_of
 from pytest_lmeval.records._certificate import OUT_OF_TIME, Certificate, Counterexample, LawResult
@@ -411,27 +410,6 @@ def test_an_executor_that_forgets_a_request_or_leaves_an_answer_unfinished_is_an
         Engine(DEMO, executor=server).score([Request([1, 2], 1), Request([1, 3], 1)])
     with pytest.raises(StreamError, match="left the answer to a unfinished"):
         Engine(DEMO, executor=server).generate([Prompt([1, 2], "a", max_tokens=1)])
-
-
-# ------------------------------------------------------------------------------------------- prompts
-
-
-@settings(max_examples=60)
-@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=30), min_size=1, max_size=8), st.sampled_from([0, 3, 16]))
-def test_every_prompt_ends_in_its_own_leaf(prompts, step):
-    requests = [Request(np.array(ids), len(ids)) for ids in prompts]
-    ends = {}
-
-    def visit(node, before):
-        text = [*before, *node.ids.tolist()]
-        if not node.children:
-            ends[node.owner] = text
-        for child in node.children:
-            visit(child, text)
-
-    for node in tree(requests, step=step):
-        visit(node, [])
-    assert ends == dict(enumerate(prompts))
 
 
 def test_equal_prompts_have_their_own_answers():

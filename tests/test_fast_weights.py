@@ -115,9 +115,6 @@ def test_half_precision_weights_are_compared_in_float32():
     assert float(fast_weights.relative(one, other)) == pytest.approx(expected, rel=1e-4)
 
 
-# --------------------------------------------------------------------------- documents, windows, small chunks
-
-
 @pytest.mark.parametrize(
     ("corpus", "how", "measured", "grown"),
     [
@@ -146,9 +143,6 @@ def test_chunks_of_fewer_than_512_tokens_are_measured_together_and_the_rest_is_n
     assert lm.source.asked == len(measured)
     assert result.fast_weights.changed == NAMES
     assert float(result.fast_weights.distance) > 0.8
-
-
-# --------------------------------------------------------------------------- very long texts, killed and resumed
 
 
 @pytest.mark.parametrize("weights", [1, MOST_CURVES, MOST_CURVES + 1])
@@ -200,17 +194,12 @@ def test_the_record_survives_json():
     assert (again.loss_at[1000].low, again.loss_slope.high) == (result.loss_at[1000].low, result.loss_slope.high)
 
 
-# --------------------------------------------------------------------------- the loss at chosen positions
-
-
 def test_each_loss_and_the_slope_have_an_interval_that_holds_them():
     result = measure_perplexity(LM, ids_of(5000), positions=(2000, 3000, 4000))
-    for metric in (*result.loss_at.values(), result.loss_slope):
-        assert metric.low < metric < metric.high
-    assert list(result.loss_at) == [2000, 3000, 4000]
+    assert all(metric.low < metric < metric.high for metric in (*result.loss_at.values(), result.loss_slope))
+    assert (list(result.loss_at), result.record.details["not_reached"]) == ([2000, 3000, 4000], [])
     assert result.loss_at[2000] == result.record.metrics["loss_at_2k"]
     assert (result.loss_at[2000].n, result.loss_slope.n) == (1000, 3)
-    assert result.record.details["not_reached"] == []
 
 
 def test_positions_that_were_not_reached_are_named_and_a_slope_needs_two():

@@ -152,9 +152,6 @@ def test_the_state_is_measured_after_every_chunk():
     assert "state_bytes" not in measure_perplexity(LM, ids_of(500), as_stream=False).record.series
 
 
-# ------------------------------------------------------------------------------------------- sums
-
-
 @settings(max_examples=30)
 @given(st.integers(1, 400), st.lists(st.integers(1, 90), min_size=1, max_size=30))
 def test_the_sums_do_not_depend_on_the_chunks(length, sizes):
@@ -184,9 +181,6 @@ def test_the_history_of_any_number_of_chunks_fits_and_gives_the_mean_of_each_row
     assert counts.sum() == rows[:, TOKENS].sum() == number
     assert (rows[:, scoring.SECONDS] == 0.25 * counts).all()
     assert (rows[:, scoring.STATE] == 1024 * counts).all()
-
-
-# ------------------------------------------------------------------------------------------- killed and resumed
 
 
 @pytest.mark.parametrize(

@@ -46,10 +46,11 @@ def distinct(asked):
     return len({tuple(request.read[:length]) for request in asked for length in range(1, len(request.read) + 1)})
 
 
-@settings(max_examples=60)
-@given(requests(), st.sampled_from([0, 3, 8, inf]))
-def test_a_tree_holds_every_token_and_every_target_once(asked, step):
-    targets, tokens = [], 0
+@settings(max_examples=100)
+@given(requests(), st.booleans(), st.sampled_from([0, 3, 8, inf]))
+def test_a_tree_holds_every_token_and_every_target_once_and_a_leaf_for_each_prompt(asked, prompts, step):
+    asked = [Request(request.ids, len(request.ids)) for request in asked] if prompts else asked
+    targets, tokens, ends = [], 0, {}
 
     def visit(node, before):
         nonlocal tokens
@@ -63,13 +64,17 @@ def test_a_tree_holds_every_token_and_every_target_once(asked, step):
         for child in node.children:
             assert child.start == node.end
             visit(child, text)
+        if not node.children:
+            ends[node.owner] = text
 
     for node in tree(asked, step=step):
         visit(node, [])
     expected = [(n, p) for n, request in enumerate(asked) for p in range(request.context_len - 1, len(request.ids) - 1)]
     assert sorted(targets) == expected
     assert tokens >= distinct(asked)
-    if step == 0:
+    if prompts:
+        assert ends == {number: list(request.ids) for number, request in enumerate(asked)}
+    elif step == 0:
         assert tokens == distinct(asked)
 
 

@@ -7,7 +7,7 @@ truncated to the shortest.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from math import inf
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -62,23 +62,17 @@ class Forked:
             answer.read += shared.read
 
     def _walk(self, reader: NodeReader, on_leaves: Callable[[State, Branches], None]) -> None:
-        """Process the prefix tree of a block. Call `on_leaves(state, leaves)` for the leaves that continue one state."""
-        requests = reader.requests
+        """Read the prefix tree of a block, each request after the longest cached prefix that it continues. Call
+        `on_leaves(state, leaves)` for the leaves that continue one state."""
+        requests, left = reader.requests, list(range(len(reader.requests)))
         kept = [(prefix, state) for prefix, state in self.prefix_cache if requests and _continues(requests[-1], prefix)]
-        for (prefix, state), members in self._by_prefix(requests):
-            nodes = tree(requests, members, start=len(prefix), step=self._step_cost)
-            self._visit(reader, state, [(node, 0) for node in nodes], kept, on_leaves)
-        self.prefix_cache = sorted(kept, key=lambda entry: len(entry[0]))[:CACHED]  # more requests share the shorter ones
-
-    def _by_prefix(self, requests: Sequence[Request]) -> Iterator[tuple[tuple[np.ndarray, State], list[int]]]:
-        """The requests by the longest cached prefix that they continue."""
-        left = list(range(len(requests)))
-        for prefix, state in sorted(self.prefix_cache, key=lambda entry: -len(entry[0])):
+        nothing: tuple[np.ndarray, State] = (np.empty(0, dtype=np.int64), None)
+        for prefix, state in [*sorted(self.prefix_cache, key=lambda entry: -len(entry[0])), nothing]:
             if members := [number for number in left if _continues(requests[number], prefix)]:
                 left = sorted({*left} - {*members})
-                yield (prefix, state), members
-        if left:
-            yield (np.empty(0, dtype=np.int64), None), left
+                nodes = tree(requests, members, start=len(prefix), step=self._step_cost)
+                self._visit(reader, state, [(node, 0) for node in nodes], kept, on_leaves)
+        self.prefix_cache = sorted(kept, key=lambda entry: len(entry[0]))[:CACHED]  # more requests share the shorter ones
 
     def _visit(
         self, reader: NodeReader, state: State, branches: Branches, kept: Cache, on_leaves: Callable[[State, Branches], None]
