@@ -252,16 +252,6 @@ TEXTS = (
 )
 
 
-def tokenizer_of(kind):
-    tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
-    bpe = tokenizers.ByteLevelBPETokenizer()
-    bpe.train_from_iterator(TEXTS, vocab_size=300, special_tokens=["<s>", "</s>"], show_progress=False)
-    if kind == "adds bos":
-        bpe._tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    special = {"eos_token": "</s>"} if kind == "eos alone" else {"bos_token": "<s>", "eos_token": "</s>"}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **special)
-
-
 @pytest.fixture(scope="module")
 def llama():
     pytest.importorskip("lm_eval")
@@ -284,8 +274,15 @@ def llama():
 def test_documents_have_the_loglikelihoods_of_lm_eval_and_windows_without_the_anchor_have_not(kind, llama):
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
+    from tokenizers import ByteLevelBPETokenizer, processors
+    from transformers import PreTrainedTokenizerFast
 
-    tokenizer = tokenizer_of(kind)
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(TEXTS, vocab_size=300, special_tokens=["<s>", "</s>"], show_progress=False)
+    if kind == "adds bos":
+        bpe._tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    special = {"eos_token": "</s>"} if kind == "eos alone" else {"bos_token": "<s>", "eos_token": "</s>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **special)
     # with its cache, windows of a batch that read the same tokens but score different numbers of them are confused
     theirs = HFLM(pretrained=llama, tokenizer=tokenizer, backend="causal", device="cpu", batch_size=4, logits_cache=False)
     asked = [Instance("loglikelihood_rolling", {}, (text,), index) for index, text in enumerate(TEXTS)]

@@ -26,8 +26,7 @@ PADDED = 1 / 16  # the largest fraction of a batch that is padding
 
 Choose: TypeAlias = "Callable[[Tensor, list[Answer]], None]"
 """(logits [b, v], b answers): choose the next token of each answer, or end it."""
-Branches: TypeAlias = "list[tuple[Node, int]]"
-"""Nodes, each with the row of a state that it continues."""
+Branches: TypeAlias = "list[tuple[Node, int]]"  # nodes, each with the row of a state that it continues
 
 
 @dataclass

@@ -23,8 +23,7 @@ from pytest_lmeval.models._model import State, fork, state_bytes
 if TYPE_CHECKING:
     from pytest_lmeval.engine._engine import Engine
 
-Cache: TypeAlias = "list[tuple[np.ndarray, State]]"
-"""Prefixes, and the state after each."""
+Cache: TypeAlias = "list[tuple[np.ndarray, State]]"  # prefixes, and the state after each
 
 MORE_SHORT_LEAVES = 4  # the most that the batch size is multiplied by for leaves that are shorter than their prefix
 CACHED = 4  # prefixes kept from block to block: few-shot examples, a passage, and prefixes between them
@@ -109,12 +108,11 @@ class Forked:
         length -= (batch[0][0].start + length) % self.policy.multiple
         if length <= 0:
             return state, [(child, row) for node, row in batch for child in node.pushed()]
-        heads = [node.head(length) for node, _ in batch]
+        heads, rests = zip(*(node.split(length) for node, _ in batch), strict=True)
         ids = torch.stack([torch.from_numpy(head.ids) for head in heads])
-        state = reader.read(heads, ids, self._rows(state, [row for _, row in batch]))
+        state = reader.read(list(heads), ids, self._rows(state, [row for _, row in batch]))
         following: Branches = []
-        for row, (node, _) in enumerate(batch):
-            rest = node.after(length)
+        for row, ((node, _), rest) in enumerate(zip(batch, rests, strict=True)):
             if not len(rest.ids):
                 following += [(child, row) for child in node.children]
                 if node.last:

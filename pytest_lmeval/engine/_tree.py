@@ -81,17 +81,12 @@ class Node:
     def leaves(self) -> int:
         return sum(child.leaves for child in self.children) or 1
 
-    def head(self, count: int) -> Node:
-        """Its first `count` tokens."""
-        split = self.start + count
-        wanted = ((number, begin, min(end, split)) for number, begin, end in self.wanted if begin < split)
-        return replace(self, ids=self.ids[:count], wanted=tuple(wanted))
-
-    def after(self, count: int) -> Node:
-        """The tokens after its first `count`."""
-        split = self.start + count
-        wanted = ((number, max(begin, split), end) for number, begin, end in self.wanted if end > split)
-        return replace(self, ids=self.ids[count:], start=split, wanted=tuple(wanted))
+    def split(self, count: int) -> tuple[Node, Node]:
+        """Its first `count` tokens, and those after them."""
+        at = self.start + count
+        before = tuple((number, begin, min(end, at)) for number, begin, end in self.wanted if begin < at)
+        after = tuple((number, max(begin, at), end) for number, begin, end in self.wanted if end > at)
+        return replace(self, ids=self.ids[:count], wanted=before), replace(self, ids=self.ids[count:], start=at, wanted=after)
 
     def pushed(self) -> list[Node]:
         """Its children, each with its tokens in front, which are then read once for each child."""

@@ -57,10 +57,8 @@ class Monitor:
             self.before = self._copies_of(sums.state)
 
     def measure(self, sums: LossAccumulator, *, last: bool = False) -> bool:
-        """Measure the changes, unless fewer than `TOKENS_BETWEEN` tokens were read and more are to come (not `last`).
-
-        Returns whether all chunks are measured. Raises NotFiniteError for a fast weight that is not finite.
-        """
+        """Measure the changes, unless fewer than `TOKENS_BETWEEN` tokens were read and more are to come (not `last`). Returns
+        whether all chunks are measured."""
         assert sums.fast_weights is not None
         tokens = sums.tokens - self.tokens
         pending = sums.chunks_seen > self.chunks
