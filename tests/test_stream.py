@@ -39,8 +39,7 @@ def test_any_chunk_size_scores_every_target_once_with_the_losses_of_one_full_pas
 
 
 def test_a_state_that_is_not_carried_gives_other_losses():
-    ids = ids_of(100)
-    assert np.abs(nll_of(stream(as_model(Forgetful()), ids, chunk_size=10)) - losses_of(ids)).max() > 0.01
+    assert np.abs(nll_of(stream(as_model(Forgetful()), ids_of(100), chunk_size=10)) - losses_of(ids_of(100))).max() > 0.01
 
 
 @SEVERAL
