@@ -122,7 +122,7 @@ def policy_for(
     window         read texts in windows of so many tokens; by default carry the state, or read windows of the model's context
                    limit if it has one, or of 1024 tokens if it has no state; "unlimited" carries the state past that limit;
                    "lm_eval" reads as lm-evaluation-harness does (`rolling_windows`)
-    overlap        tokens of a window that are read but not scored; by default half of it
+    overlap        tokens of a window that are read but not scored; by default half of it, which reads each token twice
     batch_size     the most rows in a batch
 
     Raises Refused for more than the certificate allows, and StreamError for impossible choices.
