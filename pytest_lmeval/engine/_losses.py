@@ -39,8 +39,7 @@ def _score_rows(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_finite(nll: np.ndarray, ids: np.ndarray, first: int, lm: Model) -> None:
-    """Raise NotFiniteError for the first loss that is not finite. `nll` are those of the last of `ids`, and begin with that of
-    token `first` of the stream."""
+    """Raise NotFiniteError for the first loss that is not finite; `nll` are those of the last `ids`, from token `first` on."""
     if np.isfinite(nll).all():
         return
     wrong = int(np.flatnonzero(~np.isfinite(nll))[0])

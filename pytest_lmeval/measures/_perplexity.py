@@ -1,17 +1,4 @@
-"""Measure the perplexity of a corpus, and what else one pass over it gives.
-
-    perplexity      exp(nats / tokens)                  depends on the tokenizer
-    bits_per_byte   nats / ln 2 / bytes                 comparable between tokenizers; bytes of the original text
-    token_accuracy  fraction of targets among the model's first k choices
-
-The state is carried through the whole text if the certificate allows it. A model without a state, or with a limited context,
-reads overlapping windows, and the record says so (`engine._policy`). The record also has the changes of fast weights
-(`scoring._fast_weights`), and the loss at chosen positions.
-
-window="lm_eval" reads each document as lm-evaluation-harness does (`loglikelihood_rolling`) and gives the same numbers: its
-bits_per_byte is this one, and its byte_perplexity is 2 ** bits_per_byte. Of its task wikitext only the losses can be compared,
-since it reads a detokenized page there, and counts the bytes of the original one.
-"""
+"""Measure perplexity, bits per byte, accuracy, and the loss by position in one pass over a corpus."""
 
 from __future__ import annotations
 
@@ -63,7 +50,9 @@ def perplexity(
     """Measure perplexity, bits per byte, accuracy and loss by position (see `measure_perplexity` for the parameters).
 
     The model's laws are probed first, and its state is carried only in an exact way; the record says which.
-    window="lm_eval" reads each document in the windows of lm-evaluation-harness, and gives the same numbers.
+    window="lm_eval" reads each document as loglikelihood_rolling of lm-evaluation-harness and gives the same bits_per_byte; its
+    byte_perplexity is 2 ** bits_per_byte. Of its task wikitext only the losses can be compared, since it reads a detokenized
+    page there, and counts the bytes of the original one.
     losses=True writes the loss of every token to a file in the output folder; a path names the file.
     """
     context = current()
@@ -209,15 +198,15 @@ def measure_perplexity(
     policy      how to read it (see `engine.policy_for`); by default as the model declares
     tokens      read so many tokens of the stream (of each document, if read by document)
     limit       read so many documents
-    as_stream   read one stream, or each document with a new state; by default what the corpus declares, and by document in the
+    as_stream   read one stream, or each document with a new state; by default as the corpus declares, and by document in the
                 windows of lm_eval
     positions   measure the loss at these positions, for example (8000, 16000, 24000): means of the thousand targets up to each
     losses      write the loss of every target to this .npy file (float32, nats)
     units       write the sums of each document, or block of the stream, to this file of JSON lines (see `scoring._text_files`)
     checkpoints, key    save a checkpoint now and then, and resume from the last one
 
-    The changes of fast weights (`Model.fast_weights`) are measured after every chunk; if some do not change, the record has a
-    warning in `details["warnings"]`. Raises StreamError, NotFiniteError and CorpusError; see there.
+    If some fast weights do not change (`scoring._fast_weights`), `details["warnings"]` says so. Raises StreamError,
+    NotFiniteError and CorpusError.
     """
     source, engine = as_corpus(corpus), Engine(lm, policy)
     if wrong := [position for position in positions if not isinstance(position, int) or position < 1]:
@@ -324,8 +313,7 @@ def record_of(
 
 
 def expected_tokens(lm: Model, corpus: Corpus, sums: LossAccumulator, tokens: int | None) -> int | None:
-    """The number of targets of the whole text: known for ids, estimated from the bytes so far for text, and for frames an upper
-    bound, since codes may be missing."""
+    """The number of targets of the whole text; of text an estimate from the bytes so far, of frames an upper bound."""
 
     def targets(length: int) -> int:
         return length - 1 if lm.codebooks is None else length * len(lm.codebooks.scored)
