@@ -1,8 +1,7 @@
 """Find a task by its name, `find("boolq")`, or a suite of tasks, `find_suite("glue")`.
 
-A family of tasks is one file here and one line in pyproject.toml (see `pytest_lmeval.registry`); other packages register theirs
-in the same way. Prompts are those of EleutherAI's lm-evaluation-harness 0.4.13, character for character, except for `squad` and
-`stdlib_next`, which that harness does not have, and for SmallBench, which has its own (`smallbench:sst2`).
+A family is a file here and a line in pyproject.toml (see `pytest_lmeval.registry`). Prompts are those of EleutherAI's
+lm-evaluation-harness 0.4.13, character for character, except for `squad`, `stdlib_next` and SmallBench (`smallbench:sst2`).
 """
 
 from __future__ import annotations
@@ -14,19 +13,8 @@ from pytest_lmeval.errors import TaskError
 from pytest_lmeval.tasks._questions import Ask, Choices, Generate, Judge, Question, Suite, Task, by_name, id_of
 
 __all__ = [
-    "Ask",
-    "Choices",
-    "Generate",
-    "Judge",
-    "Question",
-    "Suite",
-    "Task",
-    "by_name",
-    "find",
-    "find_suite",
-    "id_of",
-    "names",
-]
+    "Ask", "Choices", "Generate", "Judge", "Question", "Suite", "Task", "by_name", "find", "find_suite", "id_of", "names",
+]  # fmt: skip
 
 
 def find(name: str) -> Task:
