@@ -34,11 +34,7 @@ def other_label(row):
 TASK = Task("sums", SUMS, ask, metrics=("accuracy", "accuracy_per_token"), shots=SUMS, description="Sums of numbers.\n")
 
 
-def model(**options):
-    return as_model(Functional(vocab=256, **options))
-
-
-LM = model()
+LM, OTHER = (as_model(Functional(vocab=256, seed=seed)) for seed in (0, 1))
 
 
 def outcome(result):
@@ -82,8 +78,7 @@ def test_a_log_likelihood_is_that_of_the_tokens_of_a_choice_after_its_prompt():
         ids = torch.tensor(list((prompt + choice).encode()))
         with torch.no_grad():
             log_probabilities = LM.step(ids[None, :-1])[0][0].log_softmax(-1)
-        begin = len(prompt.encode())
-        expected = sum(log_probabilities[index - 1, ids[index]].item() for index in range(begin, len(ids)))
+        expected = sum(log_probabilities[index - 1, ids[index]].item() for index in range(len(prompt), len(ids)))
         assert found == pytest.approx(expected, abs=1e-4)
         assert tokens == len(choice)
 
@@ -111,10 +106,10 @@ def test_the_record_holds_settings_and_counts():
     assert result.chance == 0.5
     assert result.accuracy.n == 10
     assert 0 <= result.accuracy.low <= result.accuracy <= result.accuracy.high <= 1
-    assert measure_task(LM, TASK, shots=1, limit=10).record.settings["prompts"] == settings_["prompts"]
-    assert measure_task(LM, TASK, shots=2, limit=10).record.settings["prompts"] != settings_["prompts"]
     swapped = dataclasses.replace(TASK, ask=other_label)
-    assert measure_task(LM, swapped, shots=1, limit=10).record.settings["prompts"] != settings_["prompts"]
+    for task, shots, same in ((TASK, 1, True), (TASK, 2, False), (swapped, 1, False)):
+        prompts = measure_task(LM, task, shots=shots, limit=10).record.settings["prompts"]
+        assert (prompts == settings_["prompts"]) == same
     with pytest.raises(AttributeError, match=r"no metric 'f1'\. It has accuracy"):
         _ = result.f1
 
@@ -276,9 +271,7 @@ def test_answers_of_an_interrupted_run_are_not_asked_for_again(tmp_path):
     assert AnswerFile(tmp_path / "examples.jsonl").read() == {example.number: example for example in result.examples}
 
 
-@pytest.mark.parametrize(
-    ("lm", "changes"), [(model(seed=1), {}), (LM, {"ask": other_label}), (LM, {"description": "Other words.\n"})]
-)
+@pytest.mark.parametrize(("lm", "changes"), [(OTHER, {}), (LM, {"ask": other_label}), (LM, {"description": "Other words.\n"})])
 def test_answers_of_another_model_or_to_another_question_are_not_taken(tmp_path, lm, changes):
     AnswerFile(tmp_path / "p").append(measure_task(LM, TASK, limit=9).examples)
     task = dataclasses.replace(TASK, **changes)
@@ -291,10 +284,7 @@ def test_answers_of_another_model_or_to_another_question_are_not_taken(tmp_path,
 def test_answers_of_another_max_tokens_are_not_taken(tmp_path):
     short, long = generating(max_tokens=2), generating(max_tokens=3)
     AnswerFile(tmp_path / "p").append(measure_task(DEMO, short).examples)
-    assert measure_task(DEMO, long, partial=tmp_path / "p").resumed == 0
-    assert measure_task(DEMO, short, known=tmp_path / "p").resumed == 0  # `partial` is gone
-    AnswerFile(tmp_path / "p").append(measure_task(DEMO, short).examples)
-    assert measure_task(DEMO, short, known=tmp_path / "p").resumed == len(PROMPTS)
+    assert [measure_task(DEMO, task, known=tmp_path / "p").resumed for task in (long, short)] == [0, len(PROMPTS)]
 
 
 DEMO = load("demo")

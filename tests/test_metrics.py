@@ -40,10 +40,6 @@ def chosen(number, loglikelihoods, right, group=None, choices=(" no", " yes", " 
     )
 
 
-def predicting(label, prediction, number, k=2, group=None):
-    return chosen(number, [-1.0 if index == prediction else -2.0 for index in range(k)], label, group)
-
-
 def output_of(output, *targets, number=0, group=None, judged=None):
     texts = {"output": output.strip(), "targets": targets, "target": targets[0] if targets else None}
     return Example(id=f"{number:016x}", number=number, prompt="", group=group, judged=judged, **texts)
@@ -58,7 +54,10 @@ def compute(names, examples, **options):
 
 def many(pairs, k=2, groups=None):
     """An example for each pair of label and prediction."""
-    return [predicting(*pair, number, k, groups and groups[number]) for number, pair in enumerate(pairs)]
+    return [
+        chosen(number, [-1.0 if index == prediction else -2.0 for index in range(k)], label, groups and groups[number])
+        for number, (label, prediction) in enumerate(pairs)
+    ]
 
 
 def drawn(n=60, k=2, seed=0):
@@ -300,7 +299,7 @@ def test_the_first_metric_that_judges_says_whether_an_answer_is_right():
 )
 def test_a_wrong_score_is_refused_with_its_metric_and_question(options, message):
     with pytest.raises(TaskError, match=message):
-        metrics.scored(predicting(1, 1, 3), [Metric("own", **options)])
+        metrics.scored(chosen(3, [-2.0, -1.0], 1), [Metric("own", **options)])
 
 
 @pytest.mark.parametrize("estimate", [lambda: 1 / 0, lambda: 3.0, lambda: (math.nan, None)])

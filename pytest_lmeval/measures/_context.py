@@ -54,10 +54,7 @@ class VerbContext:
     models: dict[int, tuple[Any, Model]] = field(default_factory=dict)
 
     def model(self, lm: Any) -> Model:
-        """The model of a spec; an object of the test's own, adapted once a test and released with it.
-
-        Raises SpecError for an object in another precision than the command line asks for.
-        """
+        """The model of a spec, or an object of the test's own, adapted once. Raises SpecError where it has other bits."""
         if isinstance(lm, str):
             return self.session.load(lm)
         if id(lm) not in self.models:
@@ -97,16 +94,14 @@ class VerbContext:
     def journaled(self, key: str) -> Record | None:
         """The record of this call that an interrupted run wrote. Warns of one that cannot be read."""
         plain = self.session.journal.get(key) if self.session.journal is not None else None
-        if plain is None:
-            return None
         try:
-            return schema.convert(plain, Record)
+            return None if plain is None else schema.convert(plain, Record)
         except ValueError as error:
             warn(f"a result in the journal cannot be read ({error}); it is computed again.")
             return None
 
     def finished(self, key: str) -> Record | None:
-        """The record of this call that an interrupted run wrote, logged as the record of this call."""
+        """The same, logged as the record of this call."""
         record = self.journaled(key)
         if record is not None:
             self.log.keys.append(key)

@@ -132,7 +132,7 @@ def measure_task(
     partial   append answers to this file until all are there
     known     take answers from this file and `partial`, where model and question are exactly the same
 
-    Raises TaskError, CorpusError, NotFiniteError: the row cannot be asked, read, scored. Answers before it are kept.
+    Raises TaskError, CorpusError, NotFiniteError, with the row that cannot be asked, read, scored; earlier answers are kept.
     """
     if limit is not None and limit < 1:
         raise TaskError(f"limit is {limit}: a task asks at least one question.")
@@ -270,17 +270,17 @@ def _answers(
                 "saved": len(answer.prompt.ids) + max(0, len(answer.ids) - 1) - answer.read,
             }
     for one in block:
-        targets = found[one.number]["targets"]
+        fields = found[one.number]
         example = Example(
             id=one.id,
             number=one.number,
             prompt=one.prompt,
             key=one.key,
             group=one.question.group,
-            target=targets[0] if targets else None,
+            target=next(iter(fields["targets"]), None),
             truncated=one.truncated,
             retokenized=one.retokenized,
-            **found[one.number],
+            **fields,
         )
         yield _scored(example, metrics)
 

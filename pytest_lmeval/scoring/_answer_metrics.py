@@ -63,13 +63,6 @@ def _squad(answer: str, targets: tuple[str, ...]) -> tuple[float, float]:
     return float(found["exact_match"]) / 100, float(found["f1"]) / 100
 
 
-@lru_cache
-def _rouge_scorer(kind: str) -> Any:
-    from rouge_score.rouge_scorer import RougeScorer
-
-    return RougeScorer([kind])
-
-
 def _f1(labels: np.ndarray, predictions: np.ndarray, weights: np.ndarray, average: str = "binary") -> float:
     from sklearn.metrics import f1_score
 
@@ -161,7 +154,9 @@ def _label(name: str, about: str, statistic: Callable[..., float], needs: Needs)
 
 def _rouge(kind: str) -> Metric:
     def score(example: Example) -> float:
-        return float(_rouge_scorer(kind).score_multi(example.targets, example.output)[kind].fmeasure)
+        from rouge_score.rouge_scorer import RougeScorer
+
+        return float(RougeScorer([kind]).score_multi(example.targets, example.output)[kind].fmeasure)
 
     about = "F-measure, the best over the targets (Lin 2004)"
     return _mean(kind, about, score, needs="targets to compare with", library="rouge_score")

@@ -72,11 +72,9 @@ class Shots:
         pool = list(islice(questions, {"first": self.count + 1, "document": POOL, "lm_eval": None}[self.strategy]))
         spare = self.strategy == "lm_eval" and self.spare
         if len(pool) < self.count + spare:
-            raise TaskError(
-                f"{self.task} is to be shown {self.count} example(s), and its rows for that are {len(pool)}"
-                + (", of which lm_eval draws one more, in case a question draws itself" if spare and pool else "")
-                + (". Ask it with fewer shots." if pool else ": none. Ask it with shots=0.")
-            )
+            more = ", of which lm_eval draws one more, in case a question draws itself" if spare else ""
+            what = f"{len(pool)}{more}. Ask it with fewer shots." if pool else "none. Ask it with shots=0."
+            raise TaskError(f"{self.task} is to be shown {self.count} example(s), and its rows for that are {what}")
         return pool
 
     def of(self, row: Row, own: str) -> str:

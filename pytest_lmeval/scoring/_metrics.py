@@ -55,29 +55,27 @@ LM_EVAL_NAMES = {
 
 def metrics_of(names: Sequence[str], task: str) -> list[Metric]:
     """The metrics of these names. Raises TaskError for a name that is no metric of answers, and a library that is missing."""
-    return [_metric(name, task) for name in names]
-
-
-def _metric(name: str, task: str) -> Metric:
-    try:
-        if not is_declared(name) or "*" in name:
-            raise registry.unknown("metrics", name)
-        found = declared(name)
-    except RegistryError as error:
-        ours = f" What lm_eval calls so is {LM_EVAL_NAMES[name]} here." if name in LM_EVAL_NAMES else ""
-        raise TaskError(f"{task} asks for the metric {name!r}:{ours} {error}") from None
-    if found.score is None and found.statistic is None:
-        raise TaskError(f"{task} asks for the metric {name!r}, which is none of answers: it has no score of an example.")
-    if found.library is not None:
+    found = []
+    for name in names:
+        asks = f"{task} asks for the metric {name!r}"
         try:
-            import_module(found.library)
+            if not is_declared(name) or "*" in name:
+                raise registry.unknown("metrics", name)
+            metric = declared(name)
+        except RegistryError as error:
+            ours = f" What lm_eval calls so is {LM_EVAL_NAMES[name]} here." if name in LM_EVAL_NAMES else ""
+            raise TaskError(f"{asks}:{ours} {error}") from None
+        if metric.score is None and metric.statistic is None:
+            raise TaskError(f"{asks}, which is none of answers: it has no score of an example.")
+        try:
+            if metric.library is not None:
+                import_module(metric.library)
         except ImportError as error:
-            package = LIBRARIES.get(found.library, found.library)
-            install = "'pytest-lmeval[tasks]'" if found.library in LIBRARIES else package
-            raise TaskError(
-                f"{task} asks for the metric {name!r}, which is computed by {package}. That cannot be imported ({error}): "
-                f"pip install {install}"
-            ) from error
+            package = LIBRARIES.get(str(metric.library), metric.library)
+            install = "'pytest-lmeval[tasks]'" if metric.library in LIBRARIES else package
+            what = f"which is computed by {package}. That cannot be imported ({error})"
+            raise TaskError(f"{asks}, {what}: pip install {install}") from error
+        found.append(metric)
     return found
 
 

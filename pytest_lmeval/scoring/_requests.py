@@ -65,8 +65,7 @@ class Encoder:
         where = f"{self.task}, row {number} ({id})"
         prompt = before + question.prompt
         if isinstance(question, Choices):
-            requests, retokenized = self._choices(prompt, question.choices, where)
-            room = 0
+            (requests, retokenized), room = self._choices(prompt, question.choices, where), 0
         else:
             requests, retokenized, room = [self._prompt(prompt, where)], False, question.max_tokens
         fitted = [self._fitted(request, room, where) for request in requests]
@@ -115,13 +114,10 @@ class Encoder:
             return request
         cut, answer = len(request.ids) - longest, len(request.ids) - request.context_len
         if self.truncate == "refuse" or cut >= request.context_len:
+            more = f", and {room:,} to be generated" if room else ""
             alone = cut >= request.context_len and answer
-            raise TaskError(
-                f"{where} is {len(request.ids):,} tokens"
-                + (f", and {room:,} to be generated" if room else "")
-                + f"; {self.lm.spec} reads {limit:,}. "
-                + (f"Its choice alone takes {answer:,}." if alone else "Take fewer shots, or generate fewer tokens.")
-            )
+            help_ = f"Its choice alone takes {answer:,}." if alone else "Take fewer shots, or generate fewer tokens."
+            raise TaskError(f"{where} is {len(request.ids):,} tokens{more}; {self.lm.spec} reads {limit:,}. {help_}")
         return Request(request.ids[cut:], request.context_len - cut)
 
     def _prefix(self, ids: np.ndarray) -> np.ndarray:

@@ -25,10 +25,8 @@ def find(name: str) -> Task:
     """
     found = _registered(name)
     if isinstance(found, Suite):
-        raise TaskError(
-            f'{name} is a suite of {len(found.tasks)} tasks, not a task. Ask all of them by `lmeval.suite(lm, "{name}")`, or '
-            f'one by its name, such as "{found.tasks[0]}".'
-        )
+        one = f'one by its name, such as "{found.tasks[0]}"'
+        raise TaskError(f'{name} is a suite of {len(found.tasks)} tasks. Ask all by `lmeval.suite(lm, "{name}")`, or {one}.')
     return found
 
 
@@ -55,7 +53,7 @@ def names(pattern: str = "*") -> list[str]:
 
 
 def _registered(name: str) -> Task | Suite:
-    """The task or suite registered by this name; a registered function makes one from the text after the colon of the name."""
+    """The task or suite of this name; a registered function makes one from the text after the colon."""
     thing, rest = registry.resolve("tasks", name) or (None, None)
     if thing is None or (isinstance(thing, Task | Suite) and rest is not None):
         raise registry.unknown("tasks", name)

@@ -178,9 +178,7 @@ class Suite:
         if not self.tasks or not all(isinstance(task, Task) for task in self.tasks):
             raise TaskError(f"the suite {self} has tasks {names}: it has at least one, and each is a Task (see `tasks.find`).")
         if twice := [name for name, times in Counter(names).items() if times > 1]:
-            raise TaskError(
-                f"the suite {self} has several tasks called {' and '.join(twice)}. Results are kept by name: rename."
-            )
+            raise TaskError(f"the suite {self} has several tasks called {' and '.join(twice)}. Results are kept by name.")
         if "average" in names:
             raise TaskError(f"a task of the suite {self} is called 'average', as its average is. Give it another name.")
 

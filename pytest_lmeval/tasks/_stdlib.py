@@ -23,12 +23,7 @@ def stdlib_next(row: Row) -> Choices:
 
 
 def rows() -> Iterator[Row]:
-    """Questions in the order of their hashes, so that the first ones come from many documents.
-
-    >>> row = next(rows())
-    >>> len(row["continuations"]), {len(text) for text in row["continuations"]}
-    (4, {60})
-    """
+    """Questions in the order of their hashes, so that the first ones come from many documents."""
     questions = [row for document in corpus("stdlib", "test").documents() for row in _of_document(document)]
     yield from sorted(questions, key=id_of)[:QUESTIONS]
 
