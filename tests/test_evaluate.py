@@ -389,14 +389,3 @@ def test_prompts_of_very_different_lengths_take_few_steps():
     assert lm.module.steps < 30
     alone = [measure_task(lm, dataclasses.replace(task, rows=[row])).examples[0].output for row in task.rows]
     assert [example.output for example in result.examples] == alone
-
-
-def test_a_prompt_longer_than_a_step_may_be_is_read_in_parts():
-    class Short(Functional):
-        def forward(self, input_ids, state=None):
-            assert input_ids.shape[1] <= 8
-            return super().forward(input_ids, state)
-
-    found = measure_task(as_model(Short(vocab=256)), TASK, limit=6, longest=8)
-    for example, expected in zip(found.examples, measure_task(LM, TASK, limit=6).examples, strict=True):
-        np.testing.assert_allclose(example.loglikelihoods, expected.loglikelihoods, atol=1e-4)

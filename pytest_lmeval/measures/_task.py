@@ -5,7 +5,7 @@
         -> example, scored in each metric                                 `_scored`, written to the file of answers
         -> metrics with intervals -> record                               `measure_task`
 
-No answer depends on its block, or on the order or number of questions.
+No answer depends on the others, or on their order or number.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from pytest_lmeval.statistics import _sequential as sequential
 from pytest_lmeval.tasks import find
 from pytest_lmeval.tasks._questions import Choices, Generate, Judge, Task, id_of
 
-BATCHES = 16  # in a block after the first, which is one batch, so that progress shows at once; more questions share more
+BATCHES = 16  # in a block after the first: more questions share more, and a first block of one batch shows progress at once
 BLOCK_TOKENS = 1 << 16  # of the prompts of a block, at most: a run that is killed loses one block
 
 Progress = Callable[[int, float, "int | None"], None]

@@ -34,14 +34,13 @@ def mmlu(row: Row) -> Choices:
 
 def _task(subject: str) -> Task:
     rows = Rows("cais/mmlu", subject, "test")
-    about = subject.replace("_", " ")
     return Task(
         f"mmlu_{subject}",
         rows,
         mmlu,
         shots=rows.of("dev"),
         fewshot_strategy="first",
-        description=f"The following are multiple choice questions (with answers) about {about}.\n\n",
+        description=f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n",
         style="lm_eval",
     )
 
