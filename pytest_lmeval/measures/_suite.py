@@ -10,8 +10,7 @@ from pytest_lmeval.errors import ArgumentError, LmevalError, TaskError, UsageErr
 from pytest_lmeval.measures._context import current, verb
 from pytest_lmeval.measures._task import TaskResult, task
 from pytest_lmeval.models._identity import facts
-from pytest_lmeval.profiling._runner import MetricValue
-from pytest_lmeval.records._measured import Cost, Record, Result
+from pytest_lmeval.records._measured import Cost, MetricValue, Record, Result
 from pytest_lmeval.records._metric import value_of
 from pytest_lmeval.records._value import Value
 from pytest_lmeval.tasks import find_suite
