@@ -1,10 +1,5 @@
 """Generate the corpus `recall`, an endless text of key-value pairs, and provide optimal language models for it.
 
-    source = Recall()                64 keys of one byte, 16 values
-    entropy_at(source, 8001)         loss of the best model for the byte at position 8001, nats
-    entropy_in_window(source, 65)    mean loss of the best model that sees 65 bytes at a time, nats per byte
-    load(), load_windowed()          two models that reach these losses
-
 Each document draws a table from keys to values; then it draws keys independently and emits each with its value. A value costs
 log(values) nats at the first occurrence of its key and nothing later, but log(values) nats again if the key is not in the
 window: so the value of memory beyond a window is exactly known. This is associative recall (Ba et al., "Using Fast Weights to
@@ -48,8 +43,7 @@ NEVER = -(1 << 40)  # the number of the last pair of a key that has not occurred
 class Recall:
     """keys    number of keys, 2 to 4096; more than 64 take two bytes
     values  number of values: 2, 4, 8 or 16
-    skew    keys are drawn in proportion to 1 / rank ** skew (Zipf), 0 to 4: with 0 uniformly, with 1 some so rarely that new
-            ones occur for long
+    skew    keys are drawn in proportion to 1 / rank ** skew (Zipf), 0 (uniformly) to 4
     """
 
     keys: int = 64
@@ -59,8 +53,8 @@ class Recall:
     def __post_init__(self) -> None:
         if not 2 <= self.keys <= 4096 or self.values not in (2, 4, 8, 16) or not 0 <= self.skew <= 4:
             raise CorpusError(
-                f"recall:keys={self.keys},values={self.values},skew={self.skew:g}: there can be 2 to 4096 keys (numbers of two "
-                "digits, base 64), 2, 4, 8 or 16 values (so that random bits draw them exactly), and a skew from 0 to 4."
+                f"recall:keys={self.keys},values={self.values},skew={self.skew:g}: there can be 2 to 4096 keys, 2, 4, 8 or 16 "
+                "values, and a skew from 0 to 4."
             )
 
     @property
@@ -75,12 +69,12 @@ class Recall:
 
 
 def frequencies(source: Recall) -> np.ndarray:
-    """[n] the exact probability of each key: a multiple of 1 / 65536, at least one."""
+    """[n] the exact probability of each key."""
     return _draws(source) / DRAWS
 
 
 def _draws(source: Recall) -> np.ndarray:
-    """[n] how many of the 65536 numbers of two bytes draw each key."""
+    """[n] the number of the 65536 numbers of two bytes that draw each key, at least one."""
     wanted = np.arange(1.0, source.keys + 1) ** -source.skew
     upto = np.cumsum(wanted / wanted.sum()) * (DRAWS - source.keys)
     return np.diff(np.round(upto).astype(np.int64), prepend=0) + 1
@@ -184,10 +178,8 @@ class RecallState(NamedTuple):
 
 
 class RecallLM(nn.Module):
-    """The optimal language model of `recall`: it remembers all pairs, or those that are completely within a window.
-
-    An impossible byte counts as the digit 0, or as no value, so every text can be read.
-    """
+    """The optimal language model of `recall`: it remembers all pairs, or those that are completely within a window. An
+    impossible byte counts as the digit 0, or as no value, so every text can be read."""
 
     constant_state = True
 

@@ -1,12 +1,10 @@
 """Step the language models of the package `moshi` (kyutai), which read frames of text and audio codes.
 
-`LMModel.forward` reads whole sequences only: it prepends an initial frame and delays the codes in each call. `LMGen.step`
-samples and returns no logits. So a step calls the parts of both: `forward_text`, whose transformer carries a state, with the
-delayed frame before, and `forward_depformer_training`, which starts fresh in each frame, with the delayed frame itself.
+`LMModel.forward` prepends an initial frame and delays the codes in each call, and `LMGen.step` returns no logits. So a step
+calls the parts of both: `forward_text`, whose transformer carries a state, with the delayed frame before, and
+`forward_depformer_training`, which starts fresh in each frame, with the delayed frame itself.
 
-The package needs its own command, since it pins an older torch:
-
-    pip install 'pytest-lmeval[moshi]' && pip install --no-deps moshi
+The package pins an older torch: pip install 'pytest-lmeval[moshi]' && pip install --no-deps moshi
 """
 
 from __future__ import annotations
@@ -29,12 +27,8 @@ ATTRIBUTES = ("forward_text", "forward_depformer_training", "n_q", "dep_q", "del
 
 @dataclass
 class StreamState:
-    """recent  the last frames, undelayed [b, k, longest delay + 1]
-    parts   the streaming state of each submodule, by name
-    """
-
-    recent: Tensor
-    parts: dict[str, Any]
+    recent: Tensor  # [b, k, longest delay + 1] the last frames, undelayed
+    parts: dict[str, Any]  # the streaming state of each submodule, by name
 
 
 def is_moshi(source: Any) -> bool:
@@ -49,9 +43,8 @@ def adapt(module: Any, *, spec: str) -> Model:
     """
     if not module.dep_q or module.context is None or module.fuser is not None:
         raise SpecError(
-            f"{spec} cannot be streamed: it has {module.dep_q} codebooks of its own, a context of {module.context} frames, and "
-            f"{'a' if module.fuser is not None else 'no'} condition fuser. It needs at least one codebook to score, a limited "
-            "context, and no conditions."
+            f"{spec} cannot be streamed: it has {module.dep_q} codebooks of its own (at least one is scored), a context of "
+            f"{module.context} frames (it must be limited), and {'a' if module.fuser is not None else 'no'} condition fuser."
         )
     scored = tuple(range(module.audio_offset, module.audio_offset + module.dep_q))
     return Model(
@@ -111,11 +104,8 @@ def streaming(module: Any, parts: dict[str, Any]) -> Iterator[None]:
 
 @contextmanager
 def widened(parts: dict[str, Any], frames: int) -> Iterator[None]:
-    """Enlarge the empty ring buffers of a new sequence to the length of its first chunk.
-
-    A chunk is written into a ring buffer before it is read, so a longer one would overwrite itself. Afterwards each ring buffer
-    holds what single steps would have left in it.
-    """
+    """Enlarge the empty ring buffers to the length of the first chunk, which is written before it is read and would overwrite
+    itself. Afterwards each ring buffer holds what single steps would have left in it."""
     caches = [cache for part in parts.values() if (cache := getattr(part, "kv_cache", None)) and cache.capacity < frames]
     capacities = [cache.capacity for cache in caches]
     for cache in caches:

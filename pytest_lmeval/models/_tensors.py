@@ -41,8 +41,8 @@ def nbytes(tensor: Tensor) -> int:
 
 
 def value_bits(tensor: Tensor) -> float | None:
-    """Bits per value, without scales. For a packed tensor, the bits that its integers take, or fewer if it declares a narrower
-    type and all of them fit. None for plain integers, whose meaning is unknown.
+    """Bits per value, without scales; of a packed tensor those that its integers take, or fewer if it declares a narrower type
+    and all of them fit. None for plain integers, whose meaning is unknown.
 
     >>> value_bits(torch.zeros(2, dtype=torch.bfloat16))
     16.0
@@ -51,8 +51,9 @@ def value_bits(tensor: Tensor) -> float | None:
     if not is_packed(tensor):
         return 8.0 * values.element_size() if values.is_floating_point() else None
     stored = 8 * values.numel() * values.element_size() / max(1, tensor.numel())
-    named = _named_bits(tensor)
-    if named is None or named >= stored or values.is_floating_point() or values.numel() != tensor.numel():
+    declared = re.fullmatch(r"torch\.int(\d+)", str(_context(tensor).get("target_dtype")))  # by torchao, two to eight bits
+    named = int(declared[1]) if declared else 64
+    if named >= stored or values.is_floating_point() or values.numel() != tensor.numel():
         return stored
     low, high = (int(bound) for bound in torch.aminmax(values))
     return float(named) if -(1 << named - 1) <= low and high < 1 << named - 1 else stored
@@ -72,9 +73,7 @@ def precision_of(tensor: Tensor) -> str:
 
 def rounds_activations(tensor: Tensor) -> bool:
     """Whether activations that are multiplied by it are rounded too (usually to eight bits), as its context says."""
-    context: Any = tensor.__tensor_flatten__()[1] if is_packed(tensor) else None  # type: ignore[attr-defined]
-    names = ("act", "input_quant")
-    return isinstance(context, dict) and any(v is not None for key, v in context.items() if key.startswith(names))
+    return any(value is not None for key, value in _context(tensor).items() if key.startswith(("act", "input_quant")))
 
 
 def unpack(module: nn.Module, dtype: torch.dtype) -> None:
@@ -93,9 +92,7 @@ def _values(tensor: Tensor) -> Tensor:
     return max(parts(tensor).values(), key=lambda part: part.numel() * part.element_size())
 
 
-def _named_bits(tensor: Tensor) -> int | None:
-    """The bits of the integer type that it declares, as torchao's class for two to eight bits does."""
-    context: Any = tensor.__tensor_flatten__()[1]  # type: ignore[attr-defined]
-    named = context.get("target_dtype") if isinstance(context, dict) else None
-    found = re.fullmatch(r"torch\.int(\d+)", str(named))
-    return int(found[1]) if found else None
+def _context(tensor: Tensor) -> dict[str, Any]:
+    """The declarations of a packed tensor."""
+    context: Any = tensor.__tensor_flatten__()[1] if is_packed(tensor) else None  # type: ignore[attr-defined]
+    return context if isinstance(context, dict) else {}

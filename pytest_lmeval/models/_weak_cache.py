@@ -10,9 +10,7 @@ T = TypeVar("T")
 
 
 class WeakCache(Generic[T]):
-    """One value for each object, found by identity (`is`), not by equality.
-
-    An entry is removed with its object. An object that cannot be weakly referenced is kept alive by its entry.
+    """One value for each object, found by identity. An object that cannot be weakly referenced is kept alive by its entry.
 
     >>> cache = WeakCache[int]()
     >>> owner = WeakCache[int]()
