@@ -56,7 +56,7 @@ class Automaton:
             if not possible or total != 256 or len(letters) < len(branches):
                 raise ValueError(
                     f"state {number} of {len(self.states)} has the branches {branches}, weights {total} in all. The entropy is "
-                    "known only if letters are ASCII and differ, weights add up to 256, and each branch leads to a state."
+                    "known only if letters are ASCII and differ, positive weights add up to 256, and branches lead to states."
                 )
 
 
@@ -91,15 +91,8 @@ def tables(source: Automaton) -> tuple[np.ndarray, np.ndarray]:
     return chance, after
 
 
-# ------------------------------------------------------------------------------------------ entropy
-
-
 def entropy_rate(source: Automaton) -> float:
-    """Entropy per byte of an endless text given all bytes before, nats.
-
-    >>> print(f"{entropy_rate(automaton()) / np.log(2):.4f} bits a byte")
-    1.2358 bits a byte
-    """
+    """Entropy per byte of an endless text given all bytes before, nats: the loss of the best model."""
     return float(stationary(source) @ entropies(tables(source)[0]))
 
 
@@ -162,9 +155,6 @@ def _transitions(source: Automaton) -> np.ndarray:
     chance, after = tables(source)
     letters = np.flatnonzero(chance.any(0))
     return np.asarray(chance.T[letters, :, None] * np.eye(len(chance))[after.T[letters]])
-
-
-# ----------------------------------------------------------------------------------- text and model
 
 
 def write(source: Automaton, tapes: Iterable[bytes]) -> Iterator[str]:

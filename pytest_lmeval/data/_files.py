@@ -25,7 +25,8 @@ def text(path: str, split: str) -> Corpus:
                     yield Document(file.name, part + lines.readline())
             except UnicodeDecodeError as error:
                 raise CorpusError(
-                    f"{file} is not UTF-8 text: byte {error.object[error.start]:#04x} ({error.reason}). Convert it first."
+                    f"{file} is not UTF-8 text: byte {error.object[error.start]:#04x} ({error.reason}). Convert it first: "
+                    "replaced bytes would change what is scored."
                 ) from error
 
     return Corpus(f"text:{path}", split, documents, fingerprint(file), size=file.stat().st_size)

@@ -41,14 +41,11 @@ NEVER = -(1 << 40)  # the number of the last pair of a key that has not occurred
 
 @dataclass(frozen=True)
 class Recall:
-    """keys    number of keys, 2 to 4096; more than 64 take two bytes
-    values  number of values: 2, 4, 8 or 16
-    skew    keys are drawn in proportion to 1 / rank ** skew (Zipf), 0 (uniformly) to 4
-    """
+    """The parameters of a text."""
 
-    keys: int = 64
-    values: int = 16
-    skew: float = 0.0
+    keys: int = 64  # 2 to 4096; more than 64 take two bytes
+    values: int = 16  # 2, 4, 8 or 16
+    skew: float = 0.0  # 0 to 4: keys are drawn in proportion to 1 / rank ** skew (Zipf)
 
     def __post_init__(self) -> None:
         if not 2 <= self.keys <= 4096 or self.values not in (2, 4, 8, 16) or not 0 <= self.skew <= 4:
@@ -80,9 +77,6 @@ def _draws(source: Recall) -> np.ndarray:
     return np.diff(np.round(upto).astype(np.int64), prepend=0) + 1
 
 
-# ------------------------------------------------------------------------------------------ entropy
-
-
 def entropy_at(source: Recall, position: int) -> float:
     """Entropy of the byte at `position` (the first is 0) given all before it in its document, nats."""
     pairs, digit = divmod(position, source.pair)
@@ -99,11 +93,10 @@ def entropy_of(source: Recall, size: int) -> float:
 
 
 def entropy_in_window(source: Recall, window: int) -> float:
-    """Mean entropy per byte of a long document given only the `window` bytes before, nats. Raises ValueError if the window is
-    smaller than a key.
+    """Mean entropy per byte of a long document given only the `window` bytes before, nats.
 
     Exact if the window holds whole pairs before the current key (pairs * pair + digits: 65 for one-byte keys); otherwise the
-    entropy for the next such window, a lower bound. Several layers of windowed attention see layers * (window - 1) + 1 bytes.
+    entropy for the next such window, a lower bound. Raises ValueError if the window is smaller than a key.
     """
     if window < source.digits:
         raise ValueError(f"a window of {window} byte(s) is smaller than a key of {source.digits}: its entropy is unknown.")
@@ -128,9 +121,6 @@ def _by_first_digit(source: Recall) -> np.ndarray:
     """[first digits, 64] the frequencies of keys, as numbers of two digits."""
     often = frequencies(source)
     return np.pad(often, (0, -len(often) % 64)).reshape(-1, 64)
-
-
-# ----------------------------------------------------------------------------------- text and models
 
 
 def write(source: Recall, name: str, size: int) -> Iterator[str]:

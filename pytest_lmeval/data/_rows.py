@@ -1,7 +1,5 @@
 """Stream the rows of a dataset from the Hugging Face hub, a local mirror of it, or a file.
 
-    for row in Rows("nyu-mll/glue", "sst2", "validation").read(): ...
-
 Only the rows that are read are downloaded, and after a broken connection reading resumes at the next row. A mirror
 (`--lmeval-data DIR`) holds DIR/OWNER/NAME/CONFIG/SPLIT.parquet or .jsonl; CONFIG is `default` for datasets without one.
 """
@@ -41,7 +39,7 @@ class Rows:
     config: str | None = None
     split: str = "test"
     revision: str | None = None
-    hub_unreachable_at: ClassVar[float] = -inf  # `time.monotonic`
+    _hub_unreachable_at: ClassVar[float] = -inf  # `time.monotonic`
 
     def __str__(self) -> str:
         return f"{self.name}{f':{self.config}' if self.config else ''}[{self.split}]"
@@ -60,7 +58,7 @@ class Rows:
         """
         file = self.file(data_dir)
         number = -1
-        if file is None and (seconds := time.monotonic() - Rows.hub_unreachable_at) < AGAIN:
+        if file is None and (seconds := time.monotonic() - Rows._hub_unreachable_at) < AGAIN:
             raise CorpusError(
                 f"{self} could not be read: the hub could not be reached {seconds:.0f} s ago, and it is tried again after "
                 f"{AGAIN:.0f} s. Without a network, point --lmeval-data at a local mirror."
@@ -72,7 +70,7 @@ class Rows:
             raise
         except Exception as error:
             if file is None and number < 0 and isinstance(error, ConnectionError):
-                Rows.hub_unreachable_at = time.monotonic()
+                Rows._hub_unreachable_at = time.monotonic()
             raise CorpusError(
                 f"{self} could not be read{f' after row {number}' if number >= 0 else ''} "
                 f"({type(error).__name__}: {(str(error) or 'no message').splitlines()[0][:300]}). It is streamed from "

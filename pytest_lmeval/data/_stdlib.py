@@ -37,11 +37,7 @@ def load(given: str, split: str) -> Corpus:
 
 
 def split_of(name: str) -> str:
-    """The split of a document, from a hash of its name.
-
-    >>> split_of("typing"), split_of("json"), split_of("topic:while")
-    ('train', 'test', 'train')
-    """
+    """The split of a document, from a hash of its name."""
     bucket = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % 10
     return "train" if bucket < 8 else ("validation" if bucket == 8 else "test")
 
@@ -49,7 +45,7 @@ def split_of(name: str) -> str:
 @functools.cache
 def _documents() -> dict[str, tuple[Document, ...]]:
     found: dict[str, list[tuple[str, list[str]]]] = {split: [] for split in SPLITS}
-    for name, docstrings in (*_topics(), *_modules()):
+    for name, docstrings in _all_docstrings():
         found[split_of(name)].append((name, docstrings))
     if not all(found.values()):
         raise CorpusError(
@@ -75,16 +71,13 @@ def _documents() -> dict[str, tuple[Document, ...]]:
     return splits
 
 
-def _topics() -> Iterator[tuple[str, list[str]]]:
-    if importlib.util.find_spec("pydoc_data") is None:
-        return
-    from pydoc_data.topics import topics
+def _all_docstrings() -> Iterator[tuple[str, list[str]]]:
+    """Yield the name and the docstrings of each topic and of each module."""
+    if importlib.util.find_spec("pydoc_data") is not None:
+        from pydoc_data.topics import topics
 
-    for name, text in sorted(topics.items()):
-        yield f"topic:{name}", [text.strip()]
-
-
-def _modules() -> Iterator[tuple[str, list[str]]]:
+        for name, text in sorted(topics.items()):
+            yield f"topic:{name}", [text.strip()]
     for path in sorted(LIBRARY.rglob("*.py")):
         parts = path.relative_to(LIBRARY).with_suffix("").parts
         if not NOT_LIBRARY.intersection(parts):

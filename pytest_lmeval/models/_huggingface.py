@@ -1,7 +1,7 @@
 """Load and step transformers causal LMs, with every kind of cache.
 
 The model makes its own cache in the first step: one made without the configuration would not know which layers have windows.
-Positions are always passed, since some models restart them with each chunk; no attention mask is, since nothing is padded.
+Positions are always passed, since some models restart them with each chunk.
 """
 
 from __future__ import annotations
@@ -92,7 +92,9 @@ def adapt(module: nn.Module, *, spec: str, tokenizer: Any = None) -> Model:
     first_token = torch.zeros(1, 1, dtype=torch.long, device=next(module.parameters()).device)
     if isinstance(tokenizer, HFTokenizer):
         tokenizer = copy.copy(tokenizer)  # `ends` differs by model, and several models may share one tokenizer
-        tokenizer.ends = _ends(module, tokenizer.eos)
+        named = getattr(getattr(module, "generation_config", None), "eos_token_id", None)
+        ends = (tokenizer.eos, *named) if isinstance(named, list | tuple) else (tokenizer.eos, named)
+        tokenizer.ends = tuple(dict.fromkeys(end for end in ends if isinstance(end, int)))
     form, state = "transformers", None
     with torch.no_grad():
         try:
@@ -121,13 +123,6 @@ def adapt(module: nn.Module, *, spec: str, tokenizer: Any = None) -> Model:
         context_length=next((n for n in lengths if isinstance(n, int) and n > 0), None),  # others mean no limit
         boundaries=tuple(sorted({n for n in sizes if isinstance(n, int) and n > 1})),
     )
-
-
-def _ends(module: nn.Module, eos: int | None) -> tuple[int, ...]:
-    """Ids that end an answer: the tokenizer's, and those of the model's generation settings."""
-    named = getattr(getattr(module, "generation_config", None), "eos_token_id", None)
-    listed = list(named) if isinstance(named, list | tuple) else [named]
-    return tuple(dict.fromkeys(end for end in (eos, *listed) if isinstance(end, int)))
 
 
 def step_with_cache(module: nn.Module) -> StepFn:

@@ -166,17 +166,13 @@ def _code_digest(module: nn.Module) -> bytes:
     kinds = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in {type(part) for part in module.modules()}}
     digest = hashlib.sha256()
     for name, kind in sorted(kinds.items()):
-        digest.update(f"{name}|".encode() + hashlib.sha256(_source_code(kind)).digest())
+        try:
+            file = None if kind.__module__.startswith("torch.") else inspect.getsourcefile(kind)
+            code = Path(file).read_bytes() if file else b""
+        except (OSError, TypeError):  # interactive, compiled, archived
+            code = b""
+        digest.update(f"{name}|".encode() + hashlib.sha256(code).digest())
     return digest.digest()
-
-
-def _source_code(kind: type) -> bytes:
-    """The source file of a class; empty for torch's own, and if there is none (interactive, compiled, archived)."""
-    try:
-        file = None if kind.__module__.startswith("torch.") else inspect.getsourcefile(kind)
-        return Path(file).read_bytes() if file else b""
-    except (OSError, TypeError):
-        return b""
 
 
 def _content(tensor: Tensor, limit: int, *, total: bool) -> bytes:

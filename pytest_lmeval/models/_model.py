@@ -246,11 +246,7 @@ def multiplied(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def devices_note(module: nn.Module | None) -> str:
-    """The devices of a module's tensors as the end of an error message; empty if it is one device with memory.
-
-    >>> devices_note(nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1, device="meta")]))
-    ' Its weights lie on several devices: 2 tensors on cpu, 2 tensors on meta.'
-    """
+    """The devices of a module's tensors as the end of an error message; empty if it is one device with memory."""
     counts = Counter(str(tensor.device) for tensor in weights(module))
     if len(counts) < 2 and "meta" not in counts:
         return ""
@@ -281,11 +277,7 @@ def state_storages(state: State) -> dict[int, int]:
 
 
 def state_dtypes(state: State) -> list[str]:
-    """Sorted dtypes of the tensors of a state.
-
-    >>> state_dtypes([torch.zeros(1), {"seen": torch.tensor(3)}])
-    ['float32', 'int64']
-    """
+    """Sorted dtypes of the tensors of a state, such as float32."""
     return sorted({str(part.dtype).removeprefix("torch.") for part in _walk(state) if isinstance(part, Tensor)})
 
 

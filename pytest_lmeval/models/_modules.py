@@ -42,7 +42,9 @@ def form_of(source: Any) -> str:
         )
     if _has(source, "get_state") and _has(source, "set_state"):
         return "get_set_state"
-    if not _takes_state(source):
+    parameters = inspect.signature(source.forward if isinstance(source, nn.Module) else source).parameters.values()
+    positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(positional) < 2 or positional[1] in NOT_A_STATE:
         return "stateless"
     output = _first_output(type(source).__name__, "functional", source, lambda first_token: source(first_token, None))
     return "functional" if isinstance(output, tuple) and len(output) == 2 and output[1] is not None else "stateless"
@@ -182,13 +184,7 @@ def _portable_streaming(module: Any) -> StepFn:
     return step_fn
 
 
-STEP_FNS: dict[str, Callable[[Any], StepFn]] = {
-    "stateless": stateless,
-    "functional": functional,
-    "step": step,
-    "get_set_state": get_set_state,
-    "streaming": streaming,
-}
+STEP_FNS = {make.__name__: make for make in (stateless, functional, step, get_set_state, streaming)}
 
 
 def _logits(output: Any) -> Tensor:
@@ -198,14 +194,8 @@ def _logits(output: Any) -> Tensor:
     return logits
 
 
-def _takes_state(source: Any) -> bool:
-    parameters = inspect.signature(source.forward if isinstance(source, nn.Module) else source).parameters.values()
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return len(positional) > 1 and positional[1].name not in NOT_A_STATE
-
-
 def _first_output(spec: str, form: str, source: Any, call: Callable[[Tensor], Any]) -> Any:
-    """What `call` returns for one token (id 0) of shape [1, 1], or [1, k, 1] for a model that reads frames."""
+    """Call `call` with one token (id 0) of shape [1, 1], or [1, k, 1] for a model that reads frames."""
     module, codebooks = source if isinstance(source, nn.Module) else None, codebooks_of(source)
     shape = (1, 1) if codebooks is None else (1, len(codebooks.sizes), 1)
     first_token = torch.zeros(shape, dtype=torch.long, device=next((tensor.device for tensor in weights(module)), None))

@@ -44,7 +44,8 @@ def adapt(module: Any, *, spec: str) -> Model:
     if not module.dep_q or module.context is None or module.fuser is not None:
         raise SpecError(
             f"{spec} cannot be streamed: it has {module.dep_q} codebooks of its own (at least one is scored), a context of "
-            f"{module.context} frames (it must be limited), and {'a' if module.fuser is not None else 'no'} condition fuser."
+            f"{module.context} frames (it must be limited), and {'a' if module.fuser is not None else 'no'} condition fuser "
+            "(conditions are not supported)."
         )
     scored = tuple(range(module.audio_offset, module.audio_offset + module.dep_q))
     return Model(
@@ -73,11 +74,16 @@ def step_fn_of(module: Any) -> StepFn:
 
     def step_fn(codes: Tensor, state: State | None, keep: int | None) -> tuple[Tensor, State]:
         t = codes.shape[2]
-        before, parts = (state.recent, state.parts) if state is not None else beginning(module, codes.shape[0])
+        if state is None:
+            with module.streaming(codes.shape[0]):
+                parts = module.get_streaming_state()
+            before = module._get_initial_token().expand(codes.shape[0], -1, 1 + longest)
+        else:
+            before, parts = state.recent, state.parts
         frames = torch.cat([before, codes], dim=2)
         first = [longest - delay for delay in module.delays]
         delayed = torch.stack([frames[:, k, begin : begin + t + 1] for k, begin in enumerate(first)], dim=1)
-        with streaming(module, parts), widened(parts, t if state is None else 0), uncompiled(module):
+        with streaming(module, parts, t if state is None else 0), uncompiled(module):
             hidden, _ = module.forward_text(delayed[:, :, :-1])
             logits = module.forward_depformer_training(delayed[:, :, 1:], hidden)
         return logits, StreamState(frames[:, :, -1 - longest :].clone(), parts)
@@ -85,33 +91,23 @@ def step_fn_of(module: Any) -> StepFn:
     return step_fn
 
 
-def beginning(module: Any, rows: int) -> tuple[Tensor, dict[str, Any]]:
-    """Initial codes, and the streaming states before the first frame, which `module.streaming` makes."""
-    with module.streaming(rows):
-        parts = module.get_streaming_state()
-    return module._get_initial_token().expand(rows, -1, 1 + max(module.delays)), parts
-
-
 @contextmanager
-def streaming(module: Any, parts: dict[str, Any]) -> Iterator[None]:
-    """Continue from these states, which are overwritten, and remove them from the module afterwards."""
-    module.set_streaming_state(parts)
-    try:
-        yield
-    finally:
-        module.set_streaming_state(dict.fromkeys(parts))
+def streaming(module: Any, parts: dict[str, Any], frames: int) -> Iterator[None]:
+    """Continue from these states, which are overwritten, and remove them from the module afterwards.
 
-
-@contextmanager
-def widened(parts: dict[str, Any], frames: int) -> Iterator[None]:
-    """Enlarge the empty ring buffers to the length of the first chunk, which is written before it is read and would overwrite
-    itself. Afterwards each ring buffer holds what single steps would have left in it."""
+    Ring buffers are enlarged to the length of a first chunk (`frames`), which is written before it is read and would overwrite
+    itself; afterwards each holds what single steps would have left in it.
+    """
     caches = [cache for part in parts.values() if (cache := getattr(part, "kv_cache", None)) and cache.capacity < frames]
     capacities = [cache.capacity for cache in caches]
     for cache in caches:
         cache.cache = cache.cache.new_zeros(*cache.cache.shape[:3], frames, cache.cache.shape[4])
         cache.capacity = frames
-    yield
+    module.set_streaming_state(parts)
+    try:
+        yield
+    finally:
+        module.set_streaming_state(dict.fromkeys(parts))
     for cache, capacity in zip(caches, capacities, strict=True):
         cache.cache = cache.cache[:, :, :, -capacity:].roll(frames % capacity, dims=3)
         cache.capacity = capacity

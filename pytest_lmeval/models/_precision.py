@@ -5,7 +5,8 @@ int8 and int4 are weight-only quantization by torchao: the weights of `nn.Linear
 rounding costs in quality, and saves no time. Laws are tested against the rounded weights (`laws._weights.copy_of`).
 
 A precision is refused unless nine tenths of the weights in matrix products (`_model.multiplied`) are in it, half of the
-multiply-adds are done in it (fp32, bf16 and fp16), and the logits of one token are finite.
+multiply-adds are done in it (fp32, bf16 and fp16), and the logits of one token are finite. In the zoo, int8 covers 97 to 100 %,
+but 29 % of moshi (one tensor for all codebooks) and none of lstm; int4 covers 95 % of mamba and 78 % of transformer.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ def _pack(module: nn.Module, wanted: str, spec: str) -> None:
             continue
         if id(weight) in done:
             part.weight = done[id(weight)][1]
-        if id(weight) in done or _no_group(weight, wanted):
+        if id(weight) in done or (wanted == "int4" and weight.shape[-1] % GROUP):
             continue
         try:
             quantize_(part, config)
@@ -130,15 +131,11 @@ def _is_linear(part: nn.Module) -> bool:
     return isinstance(part, nn.Linear) and not isinstance(part, borrowed) and part._parameters.get("weight") is not None
 
 
-def _no_group(weight: Tensor, wanted: str) -> bool:
-    return wanted == "int4" and weight.shape[-1] % GROUP != 0
-
-
 def _why(module: nn.Module, name: str, tensor: Tensor, wanted: str) -> str:
     owner = module.get_submodule(name.rpartition(".")[0])
     if wanted in DTYPES or is_packed(tensor):
         return f"is {precision_of(tensor)}"
-    if _is_linear(owner) and _no_group(tensor, wanted):
+    if _is_linear(owner) and wanted == "int4" and tensor.shape[-1] % GROUP:
         return f"has rows that are no multiple of {GROUP}"
     return f"of {type(owner).__name__} is no weight of an nn.Linear"
 

@@ -33,12 +33,12 @@ __all__ = ["FORMS", "Loaded", "as_model", "load", "resolve_device"]
 
 FORMS = ("transformers", "moshi", "streaming", "step", "get_set_state", "functional", "stateless")
 
-_converted: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()  # by module that `load` has returned
+_converted: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()  # modules of `load` -> precision
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a model source may return instead of a model, to add facts.
+    """Returned by a model source instead of a model, to add facts.
 
     module        a torch module, or an object with `step`
     tokenizer     see `as_model`

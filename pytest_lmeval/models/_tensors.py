@@ -20,11 +20,7 @@ def is_packed(tensor: Tensor) -> bool:
 
 
 def parts(tensor: Tensor, name: str = "") -> dict[str, Tensor]:
-    """The plain tensors that it is made of, by name; for a plain one, itself.
-
-    >>> list(parts(torch.zeros(2), "bias"))
-    ['bias']
-    """
+    """The plain tensors that it is made of, by name; for a plain one, itself."""
     if not is_packed(tensor):
         return {name: tensor}
     inner: list[str] = tensor.__tensor_flatten__()[0]  # type: ignore[attr-defined]
@@ -32,21 +28,13 @@ def parts(tensor: Tensor, name: str = "") -> dict[str, Tensor]:
 
 
 def nbytes(tensor: Tensor) -> int:
-    """Bytes in memory, scales and zero points included.
-
-    >>> nbytes(torch.zeros(2, 3))
-    24
-    """
+    """Bytes in memory, scales and zero points included."""
     return sum(part.numel() * part.element_size() for part in parts(tensor).values())
 
 
 def value_bits(tensor: Tensor) -> float | None:
     """Bits per value, without scales; of a packed tensor those that its integers take, or fewer if it declares a narrower type
-    and all of them fit. None for plain integers, whose meaning is unknown.
-
-    >>> value_bits(torch.zeros(2, dtype=torch.bfloat16))
-    16.0
-    """
+    and all of them fit. None for plain integers, whose meaning is unknown."""
     values = _values(tensor)
     if not is_packed(tensor):
         return 8.0 * values.element_size() if values.is_floating_point() else None
@@ -60,11 +48,7 @@ def value_bits(tensor: Tensor) -> float | None:
 
 
 def precision_of(tensor: Tensor) -> str:
-    """The precision of its values: fp32, bf16, fp16, int8, int4; `packed` if it is unknown.
-
-    >>> precision_of(torch.zeros(2)), precision_of(torch.zeros(2, dtype=torch.int32))
-    ('fp32', 'packed')
-    """
+    """The precision of its values: fp32, bf16, fp16, int8, int4; `packed` if it is unknown."""
     bits, values = value_bits(tensor), _values(tensor)
     if bits is None:
         return "packed"

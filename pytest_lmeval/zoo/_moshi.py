@@ -164,7 +164,8 @@ class Moshi(nn.Module):
         """Logits [b, 8, t, card] for the frames `codes` [b, 17, t] themselves, and the new state."""
         recent, rings, seen = state or self.beginning(codes.shape[0])
         recent = torch.cat([recent, codes], dim=2)
-        delayed = self.delay(recent, codes.shape[2] + 1)
+        end, t = recent.shape[2], codes.shape[2] + 1
+        delayed = torch.stack([recent[:, k, end - delay - t : end - delay] for k, delay in enumerate(DELAYS)], dim=1)
         x = self.embed(delayed[:, :, :-1]).sum(1)
         new_rings = []
         for layer, ring in zip(self.layers, rings, strict=True):
@@ -173,11 +174,6 @@ class Moshi(nn.Module):
         logits = self.depth(norm(x), delayed[:, :, 1:])
         recent = recent[:, :, -1 - max(DELAYS) :].clone()  # a slice would keep the whole chunk in memory
         return logits, State(recent, new_rings, seen + codes.shape[2])
-
-    def delay(self, frames: Tensor, t: int) -> Tensor:
-        """[b, k, t] the delayed codes at the last t positions of `frames`."""
-        end = frames.shape[2]
-        return torch.stack([frames[:, k, end - delay - t : end - delay] for k, delay in enumerate(DELAYS)], dim=1)
 
     def beginning(self, rows: int) -> State:
         """The state before the first frame: the initial token of each codebook is the entry after its last."""

@@ -102,10 +102,6 @@ class FastLinear(nn.Module):
         tau = wide(self.tau)
         return (1 / torch.arange(1, len(tau) + 1).to(tau) + tau).clamp(min=0)[:, None]
 
-    def learned(self, state: LayerState) -> Tensor:
-        """The fast weights [b, h, f + 1, f] after the last token, also within a mini-batch."""
-        return state.weights - self.taus()[state.filled - 1] * state.sums
-
 
 class Block(nn.Module):
     """Fast weights and a gated feed-forward (SwiGLU)."""
@@ -154,7 +150,8 @@ class TTT(nn.Module):
         """W [b, h, f, f] and b [b, h, 1, f] of each layer after the last token; for None, before the first."""
         found = {}
         for index, fast in enumerate(part for part in self.modules() if isinstance(part, FastLinear)):
-            learned = fast.learned(state[index] if state else fast.blank(1))
+            layer = state[index] if state else fast.blank(1)
+            learned = layer.weights - fast.taus()[layer.filled - 1] * layer.sums  # also within a mini-batch
             found[f"layers.{index}.W"], found[f"layers.{index}.b"] = learned[:, :, :-1], learned[:, :, -1:]
         return found
 
