@@ -131,7 +131,7 @@ def test_a_stopped_run_is_resumed_with_the_same_final_numbers(undisturbed, slow,
     passing(slow).stdout.fnmatch_lines(
         [
             "slow:Slow on text:text.txt?test?: result taken from an interrupted run",
-            "slow:Slow on text:text.txt?test?: went on from token * of an interrupted run",
+            "slow:Slow on text:text.txt?test?: resumed at token * of an interrupted run",
         ]
     )
     assert numbers(slow) == undisturbed[0]

@@ -114,7 +114,7 @@ def test_what_cannot_be_trained_is_refused_without_a_traceback(project):
     assert "site-packages" not in result.stdout.str()
 
 
-def test_perplexity_reports_unmoved_fast_weights_and_the_excess_over_a_known_entropy(project):
+def test_perplexity_reports_unchanged_fast_weights_and_the_excess_over_a_known_entropy(project):
     project.makepyfile(
         test_own="""
         from tiny import Tiny

@@ -260,7 +260,7 @@ def test_a_run_continues_if_the_disk_is_full_and_stops_if_it_is_interrupted(tmp_
     monkeypatch.setattr(torch, "save", lambda point, file: saving(point, Failing(20, error)))
     measure = partial(measure_perplexity, LM, ids_of(100), chunk_size=16, checkpoints=Checkpoints(tmp_path), key="k")
     if error is OSError:
-        with pytest.warns(JournalWarning, match="the reading goes on"), saving_every_chunk():
+        with pytest.warns(JournalWarning, match="the reading continues"), saving_every_chunk():
             assert measure().tokens == 99
     else:
         with pytest.raises(KeyboardInterrupt), saving_every_chunk():
@@ -274,5 +274,5 @@ def test_a_state_that_cannot_be_saved_costs_only_the_checkpoint(tmp_path):
             return logits, (state, lambda: None)
 
     saved = {"checkpoints": Checkpoints(tmp_path), "key": "k"}
-    with pytest.warns(JournalWarning, match="no point to go on from can be saved"), saving_every_chunk():
+    with pytest.warns(JournalWarning, match="no checkpoint can be saved"), saving_every_chunk():
         assert measure_perplexity(as_model(WithFunction()), ids_of(200), chunk_size=16, **saved).tokens == 199

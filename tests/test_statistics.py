@@ -28,10 +28,10 @@ def ratio_interval(numerators, denominators, **options):
 @pytest.mark.parametrize(("by_document", "trials", "least", "most"), [(True, 100, 0.88, 0.99), (False, 10, 0, 0.6)])
 def test_the_interval_over_documents_covers_as_often_as_it_says_and_over_tokens_far_less(by_document, trials, least, most):
     generator, covered = np.random.default_rng(0), 0
-    for trial in range(trials):
+    for seed in range(trials):
         sizes, means = generator.integers(5, 50, 30), generator.normal(2.0, 0.5, 30)
         sums = (sizes * means, sizes) if by_document else (np.repeat(means, sizes), np.ones(sizes.sum()))
-        low, high = ratio_interval(*sums, seed=trial)
+        low, high = ratio_interval(*sums, seed=seed)
         covered += low <= 2.0 <= high
     assert least <= covered / trials <= most
 

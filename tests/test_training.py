@@ -616,7 +616,7 @@ def test_a_training_whose_points_cannot_be_saved_warns_and_goes_on(save_each_ste
         elif done == 3 * 64:
             (tmp_path / "models").unlink()
 
-    with pytest.warns(JournalWarning, match=r"no point to go on from can be saved \("):
+    with pytest.warns(JournalWarning, match=r"no checkpoint can be saved \("):
         assert trained(folder=tmp_path, progress=occupy).best_step == 12
 
 

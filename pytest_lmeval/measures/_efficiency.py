@@ -84,7 +84,7 @@ class EfficiencyResult(Result):
         return self._finding("position", phase)
 
     def limited_by(self, phase: str) -> str:
-        """compute, bandwidth, caches or overhead; see the head of this file."""
+        """compute, bandwidth, caches (above 100 % of the bandwidth) or overhead (below 10 % of the roofline)."""
         return self._finding("limited_by", phase)
 
     def _finding(self, name: str, phase: str) -> str:

@@ -51,19 +51,21 @@ Sizes = dict[str, int | None]  # bytes by metric; None where they cannot be meas
 
 @dataclass(frozen=True, repr=False)
 class MemoryResult(Result):
-    """Memory in bytes; see the head of this file. KeyError for what cannot be measured here: `record.details["absent"]` says
-    why."""
+    """Memory in bytes. KeyError for what cannot be measured here: `record.details["absent"]` says why."""
 
     weights_bytes = MetricValue()
+    """Storages of parameters and buffers, each once."""
     state_bytes = MetricValue()
     """After the prompt."""
     activations_bytes = MetricValue()
+    """Most that a run allocated at once, less the state after the prompt."""
     tensors_peak_bytes = MetricValue()
     """Most that torch's allocations of the run held at once, without the weights; on the CPU only, and exact."""
     peak_bytes = MetricValue()
     """Of the process on the CPU, of the device on CUDA. That of a process varies from run to run by 0.2 to 1 % (0.6 to 3 MB of
     260 MB, eight runs each of two small models), and with it `growth_bytes`, of these models by up to a half."""
     growth_bytes = MetricValue()
+    """The peak, less what was held before the run."""
     allocated_bytes = MetricValue()
     """Held by torch on the device before the run, by other models too; on CUDA only."""
     reserved_bytes = MetricValue()

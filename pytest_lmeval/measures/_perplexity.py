@@ -54,6 +54,11 @@ def perplexity(
     byte_perplexity is 2 ** bits_per_byte. Of its task wikitext only the losses can be compared, since it reads a detokenized
     page there, and counts the bytes of the original one.
     losses=True writes the loss of every token to a file in the output folder; a path names the file.
+
+    chunk_size  tokens a step; by default as many as are exact and fit the memory
+    window      read in windows of so many tokens, "lm_eval", or "unlimited": carry the state past the model's context limit; by
+                default carry the state, or read windows where the model has a context limit or no state
+    overlap     tokens of a window that are read but not scored; by default half of it
     """
     context = current()
     corpus = context.corpus(corpus)
@@ -87,7 +92,7 @@ def perplexity(
             key=key,
         )
     if result.resumed_at:
-        context.log.notes.append(f"{model.spec} on {corpus}: went on from token {result.resumed_at:,} of an interrupted run")
+        context.log.notes.append(f"{model.spec} on {corpus}: resumed at token {result.resumed_at:,} of an interrupted run")
     context.log.notes += result.record.details.get("warnings", [])
     files = {"examples": examples or result.record.examples, "units": units}
     return context.recorded(key, replace(result, record=structs.replace(result.record, **files)))

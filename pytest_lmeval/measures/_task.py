@@ -125,7 +125,7 @@ def measure_task(
     """Ask a model a task.
 
     policy    how the engine reads (see `engine.policy_for`); by default all that the model declares
-    shots     few-shot examples before each question, drawn as `fewshot` says (see `scoring._fewshot`)
+    shots     few-shot examples before each question, drawn as `fewshot` says ("lm_eval": as that harness does)
     limit     ask the first `limit` questions only
     truncate  "left" drops tokens on the left that do not fit the model's context, and counts them; "refuse" is an error
     examples  write each answer to this file of JSON lines

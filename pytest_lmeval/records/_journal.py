@@ -166,5 +166,5 @@ class Saver:
             self.save(point)
         except OSError as error:
             self.save = None
-            warn(f"no point to go on from can be saved ({error}); the {self.what} goes on. If interrupted, it starts again.")
+            warn(f"no checkpoint can be saved ({error}); the {self.what} continues. If interrupted, it starts again.")
         self.next = time.perf_counter() + max(self.PAUSE, self.SHARE * (time.perf_counter() - began))

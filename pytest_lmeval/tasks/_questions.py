@@ -119,7 +119,7 @@ class Task:
     name               by which it is found and reported
     rows               one question each
     ask                row -> question; None for a row that is none (counted)
-    metrics            see `scoring._answer_metrics.METRICS`; suites average the first
+    metrics            names of metrics of answers (`lmeval list metrics`); suites average the first
     shots              rows of few-shot examples; () for none
     fewshot_strategy   "draw": each question draws its own, by its hash; "first": all show the first ones
     description        text before everything, once

@@ -1,4 +1,4 @@
-"""Which of four texts continues a passage of CPython's documentation? Every Python has it, so nothing is downloaded.
+"""The task `stdlib_next`: which of four texts continues a passage of CPython's documentation. Nothing is downloaded.
 
 A passage is some 200 bytes of the corpus `stdlib`, its right continuation the next 60; three others continue passages of the
 same document. Hashes decide all draws: questions are the same in every run with the same version of Python.
