@@ -140,7 +140,7 @@ MORE = [
     (("prefix",), {}, {"carry": True}, "to carry its state"),
     (("prefix",), {}, {"fork": True}, "to fork its state"),
     (("fork",), {}, {"fork": True}, "to fork its state"),
-    (("resume",), {}, {"resume": True}, "to go on from a saved state"),
+    (("resume",), {}, {"resume": True}, "to resume from a saved state"),
     (("rows",), {}, {"batch_size": 2}, "to read rows side by side"),
     (("splits",), {}, {"single": False}, "to continue its state by several tokens"),
     (("splits",), {}, {"chunk_size": 2}, "exact one token at a time only, and chunk_size=2 was asked for"),

@@ -263,7 +263,7 @@ def test_rounding_leaves_no_mean_outside_its_interval(n):
     ("name", "message"),
     [
         ("acuracy", r"boolq asks for the metric 'acuracy': .*Did you mean accuracy\?"),
-        ("mcc", "What lm_eval calls so is matthews here"),
+        ("mcc", "lm_eval's 'mcc' is matthews here"),
         ("ttft", "asks for the metric 'ttft', which is none of answers"),
     ],
 )

@@ -217,6 +217,22 @@ def test_bk_as_published_is_stateless_and_not_causal_and_refuses_longer_texts():
         lm.step(ids(2, 65))
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize("suffix", ["", "@bf16"])
+@causal
+def test_the_probe_finds_a_registered_model_exact(name, suffix):
+    result = probe(load(f"{'' if name == 'demo' else 'zoo:'}{name}{suffix}"), examples=0, longest=48, budget=600.0)
+    assert result.verdict == ("consistent" if suffix else "exact-any-chunk"), result
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("suffix", ["", "@bf16"])
+def test_bk_as_registered_is_not_causal(suffix):
+    lm = load(f"zoo:bk{suffix}")
+    assert (lm.stateful, lm.context_length) == (False, 1024)
+    assert probe(lm, examples=0, longest=24, budget=600.0).verdict == "non-causal"
+
+
 # ------------------------------------------------------------------------------------------ demo
 
 

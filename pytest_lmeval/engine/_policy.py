@@ -187,7 +187,7 @@ def check(lm: Model, policy: Policy) -> None:
             f"to continue its state after multiples of {policy.multiple}": policy.multiple % allowed.multiple,
             "to continue its state by several tokens": policy.carry and allowed.single and not policy.single,
             "to fork its state": policy.fork and not allowed.fork,
-            "to go on from a saved state": policy.resume and not allowed.resume,
+            "to resume from a saved state": policy.resume and not allowed.resume,
             "to read rows side by side": policy.batch_size > allowed.batch_size == 1,
             f"for steps of more than {longest} tokens": (policy.longest or UNLIMITED) > longest,
         }

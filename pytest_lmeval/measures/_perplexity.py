@@ -27,7 +27,7 @@ from pytest_lmeval.records._value import Value
 from pytest_lmeval.scoring import _fast_weights as fast_weights
 from pytest_lmeval.scoring._loss_accumulator import BYTES, HITS, NATS, TOKENS, LossAccumulator
 from pytest_lmeval.scoring._loss_metrics import above_floor, metrics_of, name_of, not_reached, series_of
-from pytest_lmeval.scoring._text_files import LossFile, read_point, write_point, write_units
+from pytest_lmeval.scoring._text_files import LossFile, read_checkpoint, write_checkpoint, write_units
 
 Progress = Callable[[int, float, int | None], None]
 """Called after each chunk with the tokens scored, the nats so far, and the tokens expected (None: unknown)."""
@@ -219,7 +219,7 @@ def measure_perplexity(
     rolling = engine.policy.windows is not None and engine.policy.windows.anchored
     by_document = not ((source.as_stream and not rolling) if as_stream is None else as_stream)
     texts = sequences(lm, source, by_document=by_document, limit=limit, tokens=tokens, rolling=rolling)
-    sums = read_point(checkpoints, key, lm)
+    sums = read_checkpoint(checkpoints, key, lm)
     if sums is None or not LossFile.holds(losses, sums.tokens):
         sums = LossAccumulator(by_document, tuple(sorted(set(positions))))
     resumed_at, monitor = sums.tokens, fast_weights.monitor(lm, sums)
@@ -233,7 +233,7 @@ def measure_perplexity(
             assert checkpoints is not None
             file.sync()
             sums.seconds = time.perf_counter() - began
-            write_point(checkpoints, key, sums)
+            write_checkpoint(checkpoints, key, sums)
 
         saver = Saver(save if checkpoints else None, "reading")
         for chunk in read(engine, texts, sums, str(source)):

@@ -151,7 +151,7 @@ def step_without_cache(module: nn.Module) -> StepFn:
 
     def step_fn(input_ids: Tensor, state: State | None, keep: int | None) -> tuple[Tensor, State]:
         if state is not None:
-            raise ModelError(f"{type(module).__name__} has no cache to go on from.")
+            raise ModelError(f"{type(module).__name__} has no cache to continue.")
         return module(input_ids=input_ids, use_cache=False).logits, None
 
     return step_fn

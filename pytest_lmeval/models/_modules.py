@@ -204,7 +204,7 @@ def _first_output(spec: str, form: str, source: Any, call: Callable[[Tensor], An
             return call(first_token)
     except Exception as error:
         raise ModelError(
-            f"{spec}, driven as {form!r}, raised {type(error).__name__} for one token (id 0, shape {list(shape)}): {error}. "
+            f"{spec}, stepped as {form!r}, raised {type(error).__name__} for one token (id 0, shape {list(shape)}): {error}. "
             f"Forms are {', '.join(STEP_FNS)}.{devices_note(module)}"
         ) from error
 

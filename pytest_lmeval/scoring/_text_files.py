@@ -29,7 +29,7 @@ from pytest_lmeval.records._replacing import replacing
 from pytest_lmeval.scoring._loss_accumulator import BYTES, TOKENS, UNIT_COLUMNS, LossAccumulator
 
 
-def write_point(checkpoints: Checkpoints, key: str, sums: LossAccumulator) -> None:
+def write_checkpoint(checkpoints: Checkpoints, key: str, sums: LossAccumulator) -> None:
     """Save the sums and the state after a chunk. Raises OSError, also for a state that cannot be saved."""
     saved = {"sums": json.dumps(sums.to_json()), "state": sums.state}
     try:
@@ -38,7 +38,7 @@ def write_point(checkpoints: Checkpoints, key: str, sums: LossAccumulator) -> No
         raise OSError(f"its state raises {type(error).__name__}: {error}") from error
 
 
-def read_point(checkpoints: Checkpoints | None, key: str, lm: Model) -> LossAccumulator | None:
+def read_checkpoint(checkpoints: Checkpoints | None, key: str, lm: Model) -> LossAccumulator | None:
     """The saved sums with their state, or None if there are none that can be used."""
 
     def load(file: IO[bytes]) -> LossAccumulator:
