@@ -16,6 +16,7 @@ from pytest_lmeval.records._metric import Metric, judge_of
 from pytest_lmeval.scoring import _answer_metrics as answer_metrics, _metrics as metrics
 from pytest_lmeval.scoring._answer_metrics import METRICS
 from pytest_lmeval.scoring._metrics import LM_EVAL_NAMES, metrics_of
+from pytest_lmeval.statistics._bootstrap import ratio_intervals
 
 OF_CHOICES = ["accuracy", "greedy_match", "perplexity", "f1", "f1_macro", "matthews", "chance"]
 OF_TEXTS = ["exact_match", "squad_f1", "has_answer_exact_match", "has_answer_f1", "no_answer_accuracy"]
@@ -251,6 +252,13 @@ def test_intervals_contain_the_value_and_the_order_of_questions_changes_nothing(
         assert metric.to_json() == shuffled[name].to_json()
         assert metric.n == len(examples)
         assert metric.low is None or metric.low <= metric <= metric.high, name
+
+
+def test_unsorted_units_would_change_the_interval():
+    """The broken twin: the bootstrap of perplexity without sorting its units by their ids."""
+    losses = np.random.default_rng(0).random(60)
+    once, again = (ratio_intervals(np.column_stack([some, np.ones(60)]), [(0, 1)], seed=0) for some in (losses, losses[::-1]))
+    assert once != again
 
 
 @pytest.mark.parametrize("n", range(36, 48))

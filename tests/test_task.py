@@ -13,7 +13,7 @@ from tiny_models import Functional
 
 from pytest_lmeval import Choices, Generate, Rows, Suite, Task, as_model
 from pytest_lmeval.errors import TaskError
-from pytest_lmeval.scoring._fewshot import POOL, Shots
+from pytest_lmeval.scoring._fewshot import POOL, Shots, question_of
 from pytest_lmeval.tasks import id_of
 
 LM = as_model(Functional(vocab=256))
@@ -150,6 +150,12 @@ def test_a_field_that_is_unused_or_read_by_get_may_be_null(tmp_path):
     found = measure_task(LM, Task("t", dataset(tmp_path, *rows), passage)).examples
     listed = measure_task(LM, Task("t", [rows[0], {"passage": "q", "label": 1}], passage)).examples
     assert [(one.id, one.prompt) for one in found] == [(one.id, one.prompt) for one in listed]
+
+
+def test_a_null_would_be_read_as_the_word_none_without_that_check():
+    """The broken twin: a row as datasets reads it."""
+    question = question_of(Task("t", [], passage), {"passage": None, "label": 0}, "row 0")
+    assert question.prompt.startswith("None")
 
 
 @settings(max_examples=40)
