@@ -1,9 +1,8 @@
 """Let pytest-benchmark drive the timed runs, and add the parts of a run to its table and its JSON.
 
-pytest-benchmark calls the timed function, and keeps, stores and compares its times; in tests that measure a model, its clock is
-`device_clock`, which waits for the device. It has one time for a test, that of a whole run. The parts of a run become rows of
-their own (`test_latency[ttft]`), which `--benchmark-compare`, `pytest-benchmark compare` and other tools find; percentiles,
-tokens a second and bytes are in `extra_info["lmeval"]`. `--benchmark-compare-fail` looks at whole runs only.
+It has one time for a test, that of a whole run, which alone `--benchmark-compare-fail` looks at. The parts of a run become rows
+of their own (`test_latency[ttft]`), which `--benchmark-compare` and other tools find; percentiles, tokens a second and bytes
+are in `extra_info["lmeval"]`.
 """
 
 from __future__ import annotations
@@ -25,13 +24,11 @@ OURS, PARTS = "lmeval", "parts"
 ROWS = ("prefill", "ttft", "itl", "decode", "chunk")  # parts that get a row
 WHOLE = ("e2e", "batch", "stream")  # pytest-benchmark has their row, if the test measured one thing
 COLUMNS = ("_mean", "_min", "_max", "_std")  # statistics that pytest-benchmark has columns for
-DEFAULT_TIMER = "time.perf_counter"
 LONGEST = 100  # characters of a parameter: pytest-benchmark would write whole tensors
 
 
 class Driver:
-    """The fixture `benchmark` of a test, or None if the test does not use it. It times the first measurement of the test; those
-    after it run in a bare loop."""
+    """The fixture `benchmark` of a test, if it uses it, times its first measurement; those after it run in a bare loop."""
 
     def __init__(self, benchmark: Any = None) -> None:
         self._benchmark, self._free = benchmark, benchmark is not None
@@ -70,7 +67,7 @@ class Driver:
         raise error
 
     def describe(self, record: Record, samples: dict[str, list[float]]) -> None:
-        """Hand pytest-benchmark what it keeps with the test's times: the metrics, and the times of the parts in seconds."""
+        """Add the metrics, and the times of the parts in seconds, to what pytest-benchmark keeps with the test's times."""
         if self._benchmark is None:
             return
         figures = {name: float(metric) for name, metric in record.metrics.items() if not name.endswith(COLUMNS)}
@@ -106,11 +103,11 @@ class BenchmarkHooks:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
-        """Set the clock before the fixture is made, unless the test or the command line names another one."""
+        """Set the clock, which waits for the device, unless the test or the command line names another one."""
         if not {"benchmark", "lmeval"} <= set(getattr(item, "fixturenames", ())):
             return
         marker = item.get_closest_marker("benchmark")
-        chosen = str(item.config.getoption("benchmark_timer")) != DEFAULT_TIMER
+        chosen = str(item.config.getoption("benchmark_timer")) != "time.perf_counter"
         if not chosen and (marker is None or "timer" not in marker.kwargs):
             item.add_marker(pytest.mark.benchmark(**{"timer": device_clock, **(marker.kwargs if marker else {})}), append=False)
 
@@ -180,7 +177,6 @@ def _parts(row: dict[str, Any]) -> Iterator[tuple[dict[str, str], dict[str, Any]
 
 
 def _without_parts(row: dict[str, Any], infos: list[dict[str, Any]] | None) -> dict[str, Any]:
-    """The row with these infos, but without their parts."""
     if infos is None:
         return row
     bare = [{name: value for name, value in info.items() if name != PARTS} for info in infos]

@@ -25,9 +25,8 @@ def release_frames(error: BaseException) -> None:
     """Clear the local variables of every frame of an error and of its causes.
 
     pytest keeps the error of a failed test (`sys.last_exc`), whose frames would keep that test's model in memory while the next
-    test loads its own. `traceback.clear_frames` is not enough before Python 3.13: there `f_locals` is a second copy of the
-    variables (pytest reads it), and clearing the frame of a generator closes it, so that a fixture that waits at its `yield`
-    would never be torn down. Frames of generators stay as they are there.
+    test loads its own. Before Python 3.13 `traceback.clear_frames` leaves `f_locals`, a copy of the variables, and closes
+    generators: a fixture that waits at its `yield` would never be torn down, so frames of generators stay as they are.
     """
     errors, seen = [error], set()
     while errors:

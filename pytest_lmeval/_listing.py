@@ -41,10 +41,8 @@ def main(options: argparse.Namespace) -> int:
 
 def listed(group: str, pattern: str = "*") -> list[list[str]]:
     """A row for each thing whose name matches: name, description, and the package unless it is this one."""
-    return [
-        [name, *described(thing), "" if entry.is_own else entry.package]
-        for name, thing, entry in registry.things(group, pattern)
-    ]
+    found = registry.things(group, pattern)
+    return [[name, *described(thing), "" if entry.is_own else entry.package] for name, thing, entry in found]
 
 
 def described(thing: Any) -> list[str]:

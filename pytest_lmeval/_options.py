@@ -129,17 +129,15 @@ def _refuse(name: str, values: list[str], check_one: Callable[[str], object]) ->
 
 
 def output_folder(config: pytest.Config) -> Path:
-    """`--lmeval-dir` (see `_folder`)."""
     return _folder(config, "lmeval-dir") or config.rootpath
 
 
 def templates_folder(config: pytest.Config) -> Path | None:
-    """`--lmeval-templates` (see `_folder`); None if it is not given."""
     return _folder(config, "lmeval-templates")
 
 
 def _folder(config: pytest.Config, name: str) -> Path | None:
-    """An option is relative to where pytest was started, an ini option to the folder of the ini file."""
+    """The folder of --NAME, relative to where pytest was started, or of its ini option, relative to the ini file; or None."""
     given = config.getoption(_dest(name))
     named = given or config.getini(_dest(name))
     return (config.invocation_params.dir if given else config.rootpath) / str(named) if named else None

@@ -37,10 +37,8 @@ class Uncaptured:
 
 @contextmanager
 def bar(title: str, file: Any, unit: str = "tokens") -> Iterator[Callable[[int, float, int | None], None] | None]:
-    """A progress bar for the work in the `with` block; None without a terminal.
-
-    Call it with tokens done, nats so far, tokens expected; or with questions answered, right answers, questions expected.
-    """
+    """A progress bar, or None without a terminal. Call it with tokens done, nats so far, tokens expected; or with questions
+    answered, right answers, questions expected."""
     if not file.isatty():
         yield None
         return

@@ -1,7 +1,6 @@
 """Hold what the tests of one run share: settings, the output folder, the journal, models and verdicts.
 
-Each process has one session (under xdist, each worker). Records travel to the process that writes the reports as JSON in the
-test reports, like everything that pytest sends between processes.
+Each process has one session (under xdist, each worker); records travel to the one that writes the reports in pytest's reports.
 """
 
 from __future__ import annotations
@@ -29,16 +28,15 @@ ProgressBars = Callable[..., AbstractContextManager[Any]]
 
 @dataclass
 class Session:
-    """The settings of a run, and what its tests share.
+    """The settings of a run, from the command line, and what its tests share.
 
-    folder    for all output; None writes nothing
-    tokens, limit, seq_lens   defaults of the verbs, from the command line
-    profile, budget           how hard the probe of a model's laws searches, and for how many seconds
-    parallel  other tests run at the same time, so speed is not measured
-    device, bits, trusted     where and in which precision models are loaded, and which of them may run their own code
-    mirror    a folder to use instead of the hub
-    fresh     use nothing from an earlier run
-    progress  (title, unit) -> a context manager of a progress bar's callback, or of None
+    folder           for all output; None writes nothing
+    profile, budget  how hard the probe of a model's laws searches, and for how many seconds
+    parallel         other tests run at the same time, so speed is not measured
+    trusted          models that may run their own code
+    mirror           a folder to use instead of the hub
+    fresh            use nothing from an earlier run
+    progress         (title, unit) -> a context manager of a progress bar's callback, or of None
     """
 
     folder: Path | None = None

@@ -1,13 +1,10 @@
-"""Pytest options, fixtures and hooks; implementations are imported lazily.
-
-This module is loaded in every pytest run where the package is installed, so it imports pytest and the
-standard library only; a test holds it to that.
-"""
+"""Pytest options, fixtures and hooks. Every pytest run loads this module, so all else is imported when it is used."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Generator
+from contextlib import nullcontext
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -51,7 +48,11 @@ def pytest_configure(config: pytest.Config) -> None:
     if not is_worker(config):
         config.pluginmanager.register(Reports(config), "lmeval-reports")
     config.pluginmanager.register(_fixtures_with_parameters(config), "lmeval-parameters")
-    _register_gate(config)
+    if (config.getoption("lmeval_baseline") or config.getini("lmeval_baseline")) and option(config, "lmeval-gate") != "off":
+        from pytest_lmeval.gates._gate import Gate, baseline_file
+
+        if (file := baseline_file(config)) is not None:
+            config.pluginmanager.register(Gate(config, file, LOG), "lmeval-gate")
     if config.pluginmanager.hasplugin("benchmark"):
         config.pluginmanager.register(BenchmarkHooks(), "lmeval-benchmark")
     elif not config.pluginmanager.hasplugin("codspeed"):
@@ -69,23 +70,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             margins_of(item)  # raises before the first test for a marker that makes no sense
 
 
-def _register_gate(config: pytest.Config) -> None:
-    if (config.getoption("lmeval_baseline") or config.getini("lmeval_baseline")) and option(config, "lmeval-gate") != "off":
-        from pytest_lmeval.gates._gate import Gate, baseline_file
-
-        if (file := baseline_file(config)) is not None:
-            config.pluginmanager.register(Gate(config, file, LOG), "lmeval-gate")
-
-
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Check before the first test that results can be written, if there will be any."""
     config = session.config
-    if (
-        not config.option.collectonly
-        and not is_worker(config)
-        and any(item.get_closest_marker("lmeval") for item in session.items)
-    ):
+    if config.option.collectonly or is_worker(config):
+        return
+    if any(item.get_closest_marker("lmeval") for item in session.items):
         _check_output_folder(config)
 
 
@@ -259,8 +250,6 @@ def fail_in_words(work: Callable[[], T]) -> T:
 
 
 def _progress(config: pytest.Config) -> Callable[..., Any]:
-    from contextlib import nullcontext
-
     terminal = config.pluginmanager.get_plugin("terminalreporter")
     capture = config.pluginmanager.get_plugin("capturemanager")
     if is_worker(config) or terminal is None or capture is None:

@@ -1,15 +1,8 @@
 """Find metrics, tasks, corpora, model sources, verbs, report sections, exporters and commands by name.
 
-Each kind of thing is a group of entry points. This package registers its own there, as any other may:
-
-    [project.entry-points."pytest_lmeval.metrics"]
-    brevity = "my_package:BREVITY"
-
-    [project.entry-points."pytest_lmeval.tasks"]
-    greetings = "my_package:TASKS"
-
-An entry point leads to the thing of its name, or to a family: a mapping from names to things, under a name in capitals. A
-family may give a thing as text, "module:attribute". A thing is imported when it is used, a family when its names are.
+Each kind of thing is a group of entry points, `pytest_lmeval.GROUP`: this package registers its own there, as any other may. An
+entry point leads to the thing of its name, or to a family: a mapping from names to things, under a name in capitals, that may
+give a thing as text, "module:attribute". A thing is imported when it is used, a family when its names are.
 
 A name may continue after a colon: `text:notes.txt` finds `text`, which gets the rest. Standard library only.
 """
@@ -27,14 +20,7 @@ from typing import Any
 
 from pytest_lmeval.errors import RegistryError, nearest, no_such
 
-__all__ = [
-    "GROUPS",
-    "Entry",
-    "PluginWarning",
-    "entries",
-    "find",
-    "names",
-]
+__all__ = ["GROUPS", "Entry", "PluginWarning", "entries", "find", "names"]
 
 OWN = "pytest-lmeval"
 GROUPS = {  # group -> the word for one of its things in messages
@@ -56,12 +42,7 @@ class PluginWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Entry:
-    """One registration of a package.
-
-    name     the name of the thing, or of the family
-    target   "module:attribute"
-    package  the distribution that registers it
-    """
+    """One registration: the name of a thing or family, its "module:attribute", and the distribution that registers it."""
 
     group: str
     name: str
@@ -77,7 +58,7 @@ class Entry:
 
     @property
     def may_be_family(self) -> bool:
-        """Whether its target is in capitals. Others hold no further names, so only their own name imports them."""
+        """Whether its target is in capitals; other entries are imported by their own name only."""
         return self.target.rpartition(":")[2].isupper()
 
     def load(self) -> Any:
@@ -121,10 +102,11 @@ def resolve(group: str, name: str) -> tuple[Any, str | None] | None:
 
     Raises RegistryError if several packages register it. Imports what `find` imports.
     """
+    if (found := _found(group, name)) is not None:
+        return found, None
     head, colon, rest = name.partition(":")
-    for key, given in ((name, None), (head, rest)) if colon else ((name, None),):
-        if (found := _found(group, key)) is not None:
-            return found, given
+    if colon and (found := _found(group, head)) is not None:
+        return found, rest
     return None
 
 
@@ -151,10 +133,7 @@ def ambiguous(group: str, name: str) -> RegistryError:
 
 
 def unknown(group: str, name: str, also: str = "") -> RegistryError:
-    """The error for an unknown name, with the nearest name and a list of all.
-
-    also  text for the end of that list
-    """
+    """The error for an unknown name, with the nearest name and a list of all, which ends with the text `also`."""
     head = name.partition(":")[0]
     others = [entry for entry in entries(group) if entry.name in (name, head) and not entry.is_own]
     if broken := [entry for entry in others if _loaded(entry) is None]:
@@ -163,12 +142,11 @@ def unknown(group: str, name: str, also: str = "") -> RegistryError:
             "Repair or remove that package."
         )
     known = names(group)
-    families = [(entry.name, list(_members(entry))) for entry in entries(group)]
-    listed = [
-        f"{members[0]} and {len(members) - 1} more of {family}" if len(members) > LISTED else ", ".join(members)
-        for family, members in families
-        if members
-    ]
+    listed = []
+    for entry in entries(group):
+        if members := list(_members(entry)):
+            many = f"{members[0]} and {len(members) - 1} more of {entry.name}"
+            listed.append(many if len(members) > LISTED else ", ".join(members))
     near = nearest(name, known) or nearest(head, known)
     return RegistryError(f"there is no {GROUPS[group]} {name!r}.{near} There are: {', '.join(listed)}{also}.")
 

@@ -1,19 +1,8 @@
 """Measure how well a model uses the machine: operations and bytes of a step, and the fraction of the possible speed it reaches.
 
-Counted, and equal on every machine: the operations of reading a prompt (prefill), of decoding one token a row, and of a pass
-over the prompt with all its logits, forward and backward; and the bytes that a step must at least move (see `work`).
-The other numbers set measured times against what the machine can do at best (see `roofline`).
-
-    intensity          operations / bytes                                                       FLOP/byte
-    bound              min(matmul peak, intensity x bandwidth)                                   FLOP/s
-    position           bandwidth-bound where intensity < matmul peak / bandwidth, else compute-bound
-    roofline_fraction  max(operations / matmul peak, bytes / bandwidth) / seconds: least possible time over the time taken
-
-The bytes are a lower bound, so the model may be nearer to what the machine can do than its fraction says. Below 10 % neither
-products nor memory limit it but "overhead", mostly the calls of many small operators. Above 100 % where it is bandwidth-bound,
-weights and state lie in the caches, which are faster than the memory.
-
-Williams, Waterman, Patterson, "Roofline: An Insightful Visual Performance Model for Multicore Architectures", CACM 2009.
+Operations and bytes are counted, and equal on every machine (see `profiling._work`); the other numbers set measured times
+against what the machine can do at best (see `profiling._roofline`). The bytes are a lower bound, so the model may be nearer to
+what the machine can do than its fraction says.
 """
 
 from __future__ import annotations
@@ -77,14 +66,16 @@ class EfficiencyResult(Result):
         return self.record.metrics[f"{phase}_intensity"]
 
     def roofline_fraction(self, phase: str) -> Value:
+        """The least possible time over the time taken: max(operations / matmul peak, bytes / bandwidth) / seconds."""
         return measured(self.record, f"{phase}_roofline_fraction")
 
     def position(self, phase: str) -> str:
-        """compute-bound, or bandwidth-bound."""
+        """bandwidth-bound where the intensity is below matmul peak / bandwidth, else compute-bound."""
         return self._finding("position", phase)
 
     def limited_by(self, phase: str) -> str:
-        """compute, bandwidth, caches (above 100 % of the bandwidth) or overhead (below 10 % of the roofline)."""
+        """compute or bandwidth; "overhead" below a fraction of 10 %, mostly the calls of many small operators; "caches" above
+        100 % where it is bandwidth-bound: weights and state lie in them, which are faster than the memory."""
         return self._finding("limited_by", phase)
 
     def _finding(self, name: str, phase: str) -> str:
@@ -104,9 +95,8 @@ def measure_efficiency(
     threads: int | None = None,
     runner: Runner | None = None,
 ) -> EfficiencyResult:
-    """Operations and bytes of a step, and how near to this machine's roofline it runs.
-
-    Counts and times a prompt of random tokens [b, t] and the decoding after it, as `latency` does.
+    """Operations and bytes of a step, and how near to this machine's roofline it runs, over a prompt of random tokens [b, t]
+    and the decoding after it, as `latency` has them.
 
     The model is timed and the machine measured with the same number of threads: the current one, or `threads`. Where nothing is
     timed, the counts are still recorded, and the machine is not measured.
@@ -155,8 +145,7 @@ def _counted(training: Flops | None, phases: dict[str, Work]) -> dict[str, Value
 
 
 def _against_machine(peaks: Peaks, phases: dict[str, Work], latency: LatencyResult) -> tuple[dict[str, Value], dict[str, Any]]:
-    """Metrics that set the times against the machine's peaks, and the details: by phase, position and limit; the matrix product
-    behind the peak."""
+    """Metrics that set the times against the machine's peaks, and details: position and limit by phase, the matrix product."""
     machine = {"matmul_peak": peaks.flops, "bandwidth": peaks.bandwidth}
     metrics = {name: value_of(name, number) for name, number in machine.items()}
     position, limits = {}, {}

@@ -1,8 +1,6 @@
 """Measure latencies: prefill, time to first token, the gaps between tokens, end to end.
 
-A run reads a prompt of `seq_len` tokens and then decodes greedily, one token a step from the carried state.
-`profiling._cost_metrics` defines each metric; other tools use the same names for other things, so every record holds the
-formulas.
+Other tools use the same names for other things, so every record holds the formulas (from `profiling._cost_metrics`).
 """
 
 from __future__ import annotations
@@ -65,8 +63,9 @@ def measure_latency(
 ) -> LatencyResult:
     """Prefill, time to first token, inter-token latency: `runs` prompts of random tokens, after `warm_up` that do not count.
 
-    In a test that uses the fixture `benchmark`, pytest-benchmark drives the runs and keeps their times. Where nothing is timed
-    (under xdist, or with --benchmark-disable), the record says so, and a test that reads a time is skipped.
+    A run reads a prompt of `seq_len` tokens and then decodes greedily, one token a step from the carried state. In a test that
+    uses the fixture `benchmark`, pytest-benchmark drives the runs and keeps their times. Where nothing is timed (under xdist, or
+    with --benchmark-disable), the record says so, and a test that reads a time is skipped.
 
     Of a model without a state only the prefill is timed. The number of threads stays what it is, or `threads`. Raises
     ProfilingError for a shape that cannot be timed.
@@ -78,7 +77,14 @@ def measure_latency(
     with timed_runs(lm, runner, threads) as timed:
         timed.time(lambda watch: generate_once(timed.engine, prompt, new_tokens, watch), runs, warm_up)
         timed.count(lambda watch: states.append(generate_once(timed.engine, prompt, new_tokens, watch)))
-    there_are_times = timed.keep(_samples(timed.runs), needs="e2e")
+    seconds = {
+        "prefill": [run[0] for run in timed.runs],
+        "ttft": [run[0] + run[1] for run in timed.runs],
+        "e2e": [sum(run) for run in timed.runs],
+        "itl": [gap for run in timed.runs for gap in run[2:]],
+        "tpot": [sum(run[2:]) / len(run[2:]) for run in timed.runs if run[2:]],
+    }
+    there_are_times = timed.keep(seconds, needs="e2e")
     samples = timed.samples
     values = _values(samples, batch_size, seq_len, timed.unit_of_rates()) | timed.cold() if there_are_times else {}
     record = timed.record(
@@ -97,8 +103,7 @@ latency = verb_of("latency", measure_latency)
 
 
 def generate_once(engine: Engine, prompt: torch.Tensor, new_tokens: int, watch: Stopwatch) -> Any:
-    """Read the prompt and decode greedily; returns the last state. Marks the step over the prompt, the choice of the first
-    token, and each token after it."""
+    """Read the prompt and decode greedily; returns the last state. Marks the step over the prompt and each choice of a token."""
     logits, state = engine.prefill(prompt)
     watch.mark()
     token = likeliest(logits, prompt)
@@ -106,17 +111,6 @@ def generate_once(engine: Engine, prompt: torch.Tensor, new_tokens: int, watch: 
     for _, state in engine.decode(token, state, new_tokens - 1):  # noqa: B007, B020 - the last one is returned
         watch.mark()
     return state
-
-
-def _samples(runs: list[list[float]]) -> dict[str, list[float]]:
-    """Seconds by metric; gaps of all runs together."""
-    return {
-        "prefill": [run[0] for run in runs],
-        "ttft": [run[0] + run[1] for run in runs],
-        "e2e": [sum(run) for run in runs],
-        "itl": [gap for run in runs for gap in run[2:]],
-        "tpot": [sum(run[2:]) / len(run[2:]) for run in runs if run[2:]],
-    }
 
 
 def _values(samples: dict[str, list[float]], batch_size: int, seq_len: int, rate: str) -> dict[str, Value]:

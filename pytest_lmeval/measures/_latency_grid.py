@@ -1,4 +1,4 @@
-"""Measure latency over a grid of batch sizes and sequence lengths. A cell that fails says why, and the others are measured."""
+"""Measure latency over a grid of batch sizes and sequence lengths."""
 
 from __future__ import annotations
 
@@ -54,10 +54,7 @@ def latency_grid(
 
 @dataclass(frozen=True)
 class Grid(Mapping[Shape, LatencyResult]):
-    """Results by (batch size, sequence length).
-
-    grid[1, 512].ttft    raises ProfilingError where that cell failed
-    """
+    """Results by (batch size, sequence length): `grid[1, 512].ttft` raises ProfilingError where that cell failed."""
 
     cells: dict[Shape, LatencyResult]
 
@@ -72,7 +69,7 @@ class Grid(Mapping[Shape, LatencyResult]):
 
     @property
     def failed(self) -> dict[Shape, str]:
-        """Why a cell was not measured, by cell."""
+        """The reasons why cells were not measured, by cell."""
         return {shape: why for shape, cell in self.cells.items() if (why := cell.record.details.get("failure"))}
 
 
@@ -102,20 +99,11 @@ def measure_latency_grid(
     about, lost, cells = facts(lm), "", dict[Shape, LatencyResult]()
     for rows, tokens in shapes:
         shape, found = {"batch_size": rows, "seq_len": tokens}, list[LatencyResult]()
-        why = lost or _attempt(found, partial(measure, lm, **shape, **options))
-        if why:
-            subject = f"batch {rows}, {tokens} tokens"
-            details = {"failure": why}
-            found = [
-                LatencyResult(
-                    Record(kind="latency", subject=subject, lm=about, settings=shape, details=details, not_measured=why)
-                )
-            ]
+        run = partial(measure, lm, **shape, **options)
+        if why := lost or attempt(lambda: found.append(run())):  # noqa: B023 - called at once
+            subject, details = f"batch {rows}, {tokens} tokens", {"failure": why}
+            record = Record(kind="latency", subject=subject, lm=about, settings=shape, details=details, not_measured=why)
+            found = [LatencyResult(record)]
             lost = why if why.startswith(DEVICE_LOST) else ""
         cells[rows, tokens] = keep(found[0])
     return Grid(cells)
-
-
-def _attempt(found: list[LatencyResult], measure: Callable[[], LatencyResult]) -> str | None:
-    """Append the result to `found`, or return why there is none."""
-    return attempt(lambda: found.append(measure()))

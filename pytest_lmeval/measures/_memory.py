@@ -1,19 +1,8 @@
-"""Measure memory: weights, state, and the activations of a step.
+"""Measure memory: weights, state, and the activations of a step, whose sum is what the model itself needs.
 
-A run reads a prompt of `seq_len` tokens and decodes `new_tokens` greedily, one a step from the carried state.
-
-    weights       storages of parameters and buffers, each once; quantized weights as they are packed
-    state         what is carried after the prompt
-    tensors_peak  largest number of bytes that the run's own allocations held at once
-    activations   tensors_peak less the state after the prompt: intermediate results, logits, and copies of the state
-    peak          CPU: most that the process had in memory during a run (VmHWM), interpreter and libraries included
-                  CUDA: most that torch had allocated on the device
-    growth        peak, less what was held before the run
-
-so that weights + state + activations is what the model itself needs. On the CPU, tensors_peak comes from the events of torch's
-allocator and is equal to the byte in every run with the same number of threads (see `allocations` for what it leaves out), and
-everything is measured in a process of its own. One whole run comes before each number and does not count: in it, libraries
-load their parts and models make the tables that they keep.
+On the CPU everything is measured in a process of its own, and the allocations of torch are equal to the byte in every run with
+the same number of threads (see `profiling._allocations` for what they leave out). One whole run comes before each number and
+does not count: in it, libraries load their parts and models make the tables that they keep.
 """
 
 from __future__ import annotations
@@ -21,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,16 +44,16 @@ class MemoryResult(Result):
     """Memory in bytes. KeyError for what cannot be measured here: `record.details["absent"]` says why."""
 
     weights_bytes = MetricValue()
-    """Storages of parameters and buffers, each once."""
+    """Storages of parameters and buffers, each once; quantized weights as they are packed."""
     state_bytes = MetricValue()
-    """After the prompt."""
+    """Carried after the prompt."""
     activations_bytes = MetricValue()
-    """Most that a run allocated at once, less the state after the prompt."""
+    """The peak of the tensors, or on CUDA the growth, less the state: intermediate results, logits, copies of the state."""
     tensors_peak_bytes = MetricValue()
     """Most that torch's allocations of the run held at once, without the weights; on the CPU only, and exact."""
     peak_bytes = MetricValue()
-    """Of the process on the CPU, of the device on CUDA. That of a process varies from run to run by 0.2 to 1 % (0.6 to 3 MB of
-    260 MB, eight runs each of two small models), and with it `growth_bytes`, of these models by up to a half."""
+    """CPU: most that the process had in memory (VmHWM), interpreter and libraries included; it varies from run to run by 0.2 to
+    1 % of 260 MB, and `growth_bytes` of small models by up to a half. CUDA: most that torch had allocated on the device."""
     growth_bytes = MetricValue()
     """The peak, less what was held before the run."""
     allocated_bytes = MetricValue()
@@ -84,15 +74,14 @@ def measure_memory(
     timeout: float = TIMEOUT,
 ) -> MemoryResult:
     """Weights, state and activations, and the peak of a process of its own, over a prompt of random tokens and `new_tokens`
-    that are decoded after it. Nothing is timed, so other tests may run at the same time.
+    that are decoded greedily after it. Nothing is timed, so other tests may run at the same time.
 
     keep     number of logits of the prompt, from its end: 1 as for generation, None (all) as for scoring a text
     apart    False measures in this process on the CPU, too. A model that can neither be pickled nor loaded again is measured
              here in any case; `record.details["process"]` says where
     timeout  seconds that the process of its own may take
 
-    Raises ProfilingError for a shape that cannot be run, OutOfMemory for one that does not fit, and ChildFailed where the
-    process of its own fails.
+    Raises ProfilingError for a shape that cannot be run, OutOfMemory, and ChildFailed where the process of its own fails.
     """
     new_tokens = new_tokens if lm.stateful else min(new_tokens, 1)
     shape = {"batch_size": batch_size, "seq_len": seq_len, "new_tokens": new_tokens}
@@ -101,17 +90,15 @@ def measure_memory(
         raise ProfilingError(f"keep is {keep}; it is at least 1, since the last logits choose the next token. None keeps all.")
     began, settings = time.perf_counter(), {**shape, "keep": keep, "seed": seed}
     found, process = _measured(lm, settings, apart, timeout)
-    unknown = {"weights_bytes": f"{type(lm.source).__name__} is no torch module, so its weights are not known"}
-    not_available = f"not available on {lm.device.type} or on this system"
+    absent = {name: f"not available on {lm.device.type} or on this system" for name, size in found.items() if size is None}
+    if "weights_bytes" in absent:
+        absent["weights_bytes"] = f"{type(lm.source).__name__} is no torch module, so its weights are not known"
     record = Record(
         kind="memory",
         subject=f"batch {batch_size}, {seq_len} tokens",
         lm=facts(lm),
         settings={**settings, "threads": torch.get_num_threads()},
-        details={
-            "process": process,
-            "absent": {name: unknown.get(name, not_available) for name, size in found.items() if size is None},
-        },
+        details={"process": process, "absent": absent},
         metrics={name: value_of(name, size, n=1) for name in SHOWN if (size := found.get(name)) is not None},
         cost=Cost(
             seconds=time.perf_counter() - began,
@@ -144,10 +131,7 @@ def measure(lm: Model, batch_size: int, seq_len: int, new_tokens: int, keep: int
 
     def measured() -> Sizes:
         prompt = lm.random_ids(batch_size, seq_len, seed=seed)
-
-        def run() -> dict[int, int]:
-            return read_and_decode(lm, prompt, new_tokens, keep)
-
+        run = partial(read_and_decode, lm, prompt, new_tokens, keep)
         run()
         own = storages(weights(lm.module))
         found: Sizes = {"weights_bytes": sum(own.values()) if lm.module is not None else None}
@@ -158,7 +142,7 @@ def measure(lm: Model, batch_size: int, seq_len: int, new_tokens: int, keep: int
 
 
 def read_and_decode(lm: Model, prompt: Tensor, new_tokens: int, keep: int | None) -> dict[int, int]:
-    """Read the prompt and decode greedily. Returns the addresses and sizes of the state's storages after the prompt."""
+    """The sizes of the state's storages after the prompt, by address."""
     engine = Engine(lm)
     logits, state = engine.prefill(prompt, keep=keep)
     after_prompt = state_storages(state)

@@ -102,7 +102,7 @@ streaming = verb_of("streaming", measure_streaming, prepare=_in_exact_chunks)
 
 
 def read_once(engine: Engine, pieces: tuple[torch.Tensor, ...], watch: Stopwatch, held: list[int] | None = None) -> None:
-    """Read the chunks [b, t] one after the other and mark each; append the bytes of the states to `held`."""
+    """Read the chunks [b, t] and mark each; append the bytes of the states to `held`."""
     for _, state in engine.steps(pieces, keep=1):
         watch.mark()
         if held is not None:

@@ -1,7 +1,4 @@
-"""Measure throughput: tokens a second of batches of prompts, read and then decoded side by side.
-
-The batch also grows from one row by doubling, to show where more rows stop helping.
-"""
+"""Measure throughput: tokens a second of batches of prompts, read and then decoded side by side."""
 
 from __future__ import annotations
 
@@ -66,12 +63,13 @@ def measure_throughput(
     """Tokens a second in batches, and by the size of the batch.
 
     Reads batches of random prompts for `seconds` (or `runs` of them), then decodes `new_tokens` after one of them; with
-    `scaling`, does both with each smaller power of two as well.
+    `scaling`, does both with each smaller power of two as well, to show where more rows stop helping.
 
-    A batch size at which the model fails (it may not fit into memory) is recorded as failed, and the others are measured: see
-    `record.details["failed"]`. Raises ProfilingError for a shape that makes no sense.
+    `record.details["failed"]` names the batch sizes at which the model failed. Raises ProfilingError for a shape that makes no
+    sense.
     """
-    check_shape(lm, batch_size=batch_size, seq_len=seq_len, runs=1 if runs is None else runs, warm_up=warm_up)
+    shape = {"batch_size": batch_size, "seq_len": seq_len, "warm_up": warm_up}
+    check_shape(lm, **shape, runs=1 if runs is None else runs)
     check_counts(new_tokens=new_tokens)
     if runs is None and not 0 < seconds < math.inf:
         raise ProfilingError(f"seconds is {seconds}, so there is nothing to measure. It is more than 0, and finite.")
@@ -93,15 +91,7 @@ def measure_throughput(
     record = timed.record(
         "throughput",
         f"batch {batch_size}, {seq_len} tokens",
-        {
-            "batch_size": batch_size,
-            "seq_len": seq_len,
-            "seconds": None if runs else seconds,
-            "runs": len(times) or runs,
-            "warm_up": warm_up,
-            "new_tokens": new_tokens,
-            "seed": seed,
-        },
+        {**shape, "seconds": None if runs else seconds, "runs": len(times) or runs, "new_tokens": new_tokens, "seed": seed},
         (_values(timed, batch_size, tokens) if there_are_times else {}) | _knees(series),
         tokens=tokens,
         series=series,
@@ -114,7 +104,6 @@ throughput = verb_of("throughput", measure_throughput)
 
 
 def read_once(engine: Engine, prompts: Tensor, watch: Stopwatch) -> None:
-    """One step over prompts [b, t]."""
     engine.prefill(prompts)
     watch.mark()
 
@@ -135,10 +124,10 @@ def _decoding(timed: TimedRuns, prompts: Tensor, new_tokens: int) -> list[float]
 
 
 def _values(timed: TimedRuns, rows: int, tokens: int) -> dict[str, Value]:
-    times, steps, rate = timed.samples["batch"], timed.samples.get("decode", []), timed.unit_of_rates()
+    times, rate = timed.samples["batch"], timed.unit_of_rates()
     rates = {
         "tokens_per_second": [tokens / time for time in times],
-        "decode_tokens_per_second": [rows / step for step in steps],
+        "decode_tokens_per_second": [rows / step for step in timed.samples.get("decode", [])],
     }
     sustained = value_of("sustained_tokens_per_second", tokens * len(times) / sum(times), n=len(times), unit=rate)
     return {

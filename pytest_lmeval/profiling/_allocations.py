@@ -1,14 +1,8 @@
 """Measure the peak of torch's own allocations on the CPU: exact, and equal from run to run with the same number of threads.
 
-    with watched_allocations() as seen:
-        work()
-    seen.peak
-
-`torch.profiler` reports each allocation (tensors, and workspace that an operator asks torch for) with its address and size.
-Memory that was allocated before the block does not count, even if the block frees it.
-
-Not seen: memory that bypasses torch's allocator (oneDNN's buffers, numpy, a BLAS, Python's objects), and allocations by
-threads that the block started.
+`torch.profiler` reports each allocation (tensors, and workspace that an operator asks torch for) with its address and size. It
+does not see memory that bypasses torch's allocator (oneDNN's buffers, numpy, a BLAS, Python's objects), nor what threads that
+the block started allocate.
 """
 
 from __future__ import annotations
@@ -29,11 +23,7 @@ CPU = 0  # c10::DeviceType
 
 @dataclass
 class Allocations:
-    """Filled in when the block ends.
-
-    peak       largest number of bytes that the block's allocations held at once
-    addresses  where they were
-    """
+    """The largest number of bytes that a block's allocations held at once, and their addresses; filled in when it ends."""
 
     peak: int = 0
     addresses: set[int] = field(default_factory=set)
@@ -41,7 +31,7 @@ class Allocations:
 
 @contextmanager
 def watched_allocations() -> Iterator[Allocations]:
-    """Watch the block's allocations on the CPU.
+    """Watch the block's allocations on the CPU. Memory that was allocated before does not count, even if the block frees it.
 
     The garbage collector is off in the block: when it runs depends on what the process did before, and the peak would too.
     Raises RuntimeError inside of another profile of torch.
@@ -64,13 +54,10 @@ def _replay(profiled: profile, seen: Allocations) -> None:
         trace = Path(folder, "trace.json")
         profiled.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text(encoding="utf-8", errors="replace"))["traceEvents"]
-    found = [event["args"] for event in events if event.get("name") == "[memory]"]
-    held: dict[int, int] = {}
-    now = 0
+    found = [event["args"] for event in events if event.get("name") == "[memory]" and int(event["args"]["Device Type"]) == CPU]
+    held, now = dict[int, int](), 0
     for event in sorted(found, key=lambda event: int(event["Ev Idx"])):
         address, size = int(event["Addr"]), int(event["Bytes"])
-        if int(event["Device Type"]) != CPU:
-            continue
         if size > 0:
             held[address] = size
             now += size

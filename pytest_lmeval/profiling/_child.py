@@ -1,8 +1,7 @@
-"""Measure a model in a process of its own, so that nothing but the model counts.
+"""Measure a model in a process of its own, without what this one holds: other models, data, freed memory of the allocator.
 
-The memory of this process holds what it did before (other models, data, a plugin), and its allocator keeps what was freed. The
-child is a fresh interpreter with this process's module search path, number of threads, environment and folder; it imports no
-`conftest.py`. It loads the model by its spec where that names the same weights again, else by pickle. Request and answer are
+The child is a fresh interpreter with this process's module search path, number of threads, environment and folder; it imports
+no `conftest.py`. It loads the model by its spec where that names the same weights again, else by pickle. Request and answer are
 files in a temporary folder, so that nothing the model prints disturbs them.
 """
 
@@ -66,8 +65,7 @@ def in_child(
     timeout   seconds, after which the child is ended
     start     (folder, timeout) -> (exit status, output): runs `answer(folder)` in another process
 
-    Raises CannotMoveError if the child cannot load the model, OutOfMemory if it runs out of memory, and ChildFailed if it fails
-    in another way, is killed, or takes longer than `timeout`.
+    Raises CannotMoveError if the child cannot load the model, OutOfMemory, and ChildFailed for any other failure.
     """
     request = {
         "path": [entry for entry in sys.path if isinstance(entry, str)],
@@ -93,7 +91,7 @@ def in_child(
 
 
 def _names_weights(lm: Model) -> bool:
-    """Whether the model can be loaded by its spec: not by one that was made up from the class of an object."""
+    """Whether the model can be loaded by its spec, which may be made up from the class of an object."""
     made_up = {f"{type(own).__module__}:{type(own).__qualname__}" for own in (lm.source, lm.module)}
     name = lm.spec.partition("@")[0]
     return lm.module is not None and (name == "demo" or ":" in name) and lm.spec not in made_up and " " not in lm.spec
@@ -103,7 +101,10 @@ def _ask(lm: Model, request: dict[str, Any], timeout: float, start: Start) -> An
     with tempfile.TemporaryDirectory(prefix="lmeval-") as name:
         folder = Path(name)
         if "spec" not in request:
-            _save(lm, folder / "model.pt")
+            try:
+                torch.save(lm.source if lm.module is None else lm.module, folder / "model.pt")
+            except Exception as error:  # noqa: BLE001 - a class defined in a function, an open file, the user's __reduce__
+                raise CannotMoveError(f"It cannot be pickled ({type(error).__name__}: {first_line(error)}).") from None
         (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
         try:
             status, output = start(name, timeout)
@@ -147,20 +148,8 @@ def _last(output: bytes | None) -> str:
     return "\nIts last lines:\n" + "".join(f"    {line}\n" for line in lines[-LAST_LINES:]) if lines else " It wrote nothing. "
 
 
-def _save(lm: Model, path: Path) -> None:
-    """Raises CannotMoveError for what cannot be pickled: a class that was defined in a function, an open file."""
-    try:
-        torch.save(lm.source if lm.module is None else lm.module, path)
-    except Exception as error:  # noqa: BLE001 - __reduce__ and __getstate__ are the user's
-        raise CannotMoveError(f"It cannot be pickled ({type(error).__name__}: {first_line(error)}).") from None
-
-
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message.
-
-    >>> first_line(ValueError("no state\\nand more"))
-    'no state'
-    """
+    """The first line of an error's message."""
     return str(error).strip().partition("\n")[0]
 
 

@@ -33,13 +33,8 @@ def seconds(device: torch.device) -> float:
 class Stopwatch:
     """Time the steps of one run, from when the device is idle.
 
-    A GPU stamps the marks itself, as events: synchronizing at every token would slow down what is timed.
-
-    clock  seconds on the CPU
-
-    watch = Stopwatch(device)
-    logits, state = lm.step(...); watch.mark()
-    watch.laps()                                    seconds between the marks, the first from the beginning
+    A GPU stamps the marks itself, as events, since synchronizing at every token would slow down what is timed; on the CPU they
+    are seconds of `clock`.
     """
 
     def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -59,16 +54,11 @@ class Stopwatch:
             self._marks.append(event)
 
     def laps(self) -> list[float]:
-        """Seconds from mark to mark. Waits for the device, once."""
+        """Seconds from mark to mark, the first from the beginning. Waits for the device, once."""
         seconds(self._device)
         if self._device.type == "cpu":
             return [after - before for before, after in pairwise(self._marks)]
         return [before.elapsed_time(after) / 1e3 for before, after in pairwise(self._marks)]
-
-
-def kind_of_clock(device: torch.device) -> str:
-    """The name of the clock that a Stopwatch reads, for the record."""
-    return "perf_counter" if device.type == "cpu" else f"{device.type} events, one synchronization a run"
 
 
 @functools.cache

@@ -1,7 +1,7 @@
-"""Recognize errors of torch that concern the machine and not the model: out of memory, or device lost.
+"""Recognize errors of torch that concern the machine and not the model.
 
-A grid of shapes goes on after the first, since fewer rows may fit, and stops after the second: nothing more can be measured on
-a lost device in this process.
+After "out of memory" a grid of shapes goes on, since fewer rows may fit; after "device lost" nothing more can be measured on
+that device in this process.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import torch
 from pytest_lmeval.errors import OutOfMemory
 
 OUT_OF_MEMORY, DEVICE_LOST = "out of memory", "device lost"
-
 NO_MEMORY = re.compile(
     r"out of memory"  # CUDA, ROCm, MPS
     r"|DefaultCPUAllocator: (can't allocate|not enough) memory"
@@ -23,6 +22,8 @@ NO_MEMORY = re.compile(
     r"|Storage size calculation overflowed"  # more than can be addressed
 )
 NO_DEVICE = re.compile(r"(CUDA|HIP|cuDNN|CUBLAS) error|device-side assert|No (CUDA|HIP) GPUs are available")
+NO_ROOM = (OutOfMemory, MemoryError, torch.OutOfMemoryError)
+LOST: type[BaseException] | tuple[()] = getattr(torch, "AcceleratorError", ())  # torch 2.8 and later
 WANTED = re.compile(r"[Tt]ried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)")
 T = TypeVar("T")
 UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
@@ -36,17 +37,15 @@ def failure_of(error: BaseException) -> str | None:
     >>> failure_of(ValueError("out of memory"))  # not raised by torch
     """
     causes = list(_causes(error))
-    if any(_is_out_of_memory(cause) for cause in causes):
+    said = [str(cause) for cause in causes if isinstance(cause, RuntimeError)]
+    if any(isinstance(cause, NO_ROOM) for cause in causes) or any(map(NO_MEMORY.search, said)):
         return OUT_OF_MEMORY
-    return DEVICE_LOST if any(_is_device_lost(cause) for cause in causes) else None
+    lost = any(isinstance(cause, LOST) for cause in causes) or any(map(NO_DEVICE.search, said))
+    return DEVICE_LOST if lost else None
 
 
 def bytes_wanted(error: BaseException) -> int | None:
-    """The size of the allocation that failed, if the error has it.
-
-    >>> bytes_wanted(RuntimeError("CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has ..."))
-    1610612736
-    """
+    """The size of the allocation that failed, if the error has it, as in "Tried to allocate 1.50 GiB"."""
     for cause in _causes(error):
         if isinstance(cause, OutOfMemory):
             return cause.wanted
@@ -70,17 +69,6 @@ def room_for(what: str, work: Callable[[], T]) -> T:
         "(seq_len), or weights of fewer bits (@bf16).",
         wanted,
     )
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, OutOfMemory | MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)) is not None
-
-
-def _is_device_lost(error: BaseException) -> bool:
-    accelerator: type[BaseException] | tuple[()] = getattr(torch, "AcceleratorError", ())  # torch 2.8 and later
-    return isinstance(error, accelerator) or (isinstance(error, RuntimeError) and NO_DEVICE.search(str(error)) is not None)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -1,21 +1,16 @@
-"""Count floating-point operations as they are called, not by a formula of the architecture.
-
-torch's `FlopCounterMode` counts matrix products, convolutions and fused attention. This module adds what it does not know or
-gets wrong:
+"""Count floating-point operations as they are called: those that torch's `FlopCounterMode` counts, and what it does not know.
 
     attention on the CPU     as on CUDA: 4 b h t s e forward; backward computes the scores again: 2.5 times that
     nn.LSTM, nn.GRU, nn.RNN  fused layers of oneDNN and cuDNN: 2 x tokens x the entries of their matrices; backward twice that
-    grouped convolutions     the gradient by weight costs what forward costs; torch's formula is too large by the number of
-                             groups, which is the width of the model for a depthwise convolution
+    grouped convolutions     the gradient by weight costs what forward costs; torch multiplies it by the number of groups
     nn.TransformerEncoder    in eval mode without gradients a layer is one operator, as is nn.MultiheadAttention
     grouped products         of a mixture of experts: each token with the matrices of its own expert
     quantized products       of int8 and int4 weights, by the size of the weights that they hold
     vector products          mv, dot and the like
 
-A multiplication and an addition are two operations. Not counted: elementwise work (activations, norms, softmax, a scan that
-is written as products and sums), lookups, sorting, Fourier transforms, linear solvers and the optimizer. So the counts compare
-two models as far as matrix products dominate them. A causal mask saves nothing here, and an operation on complex numbers counts
-as one on real numbers.
+A multiplication and an addition are two operations, on complex numbers as on real ones; a causal mask saves nothing. Not
+counted: elementwise work (activations, norms, softmax, a scan of products and sums), lookups, sorting, Fourier transforms,
+linear solvers and the optimizer.
 """
 
 from __future__ import annotations
@@ -81,8 +76,6 @@ def training_flops(loss: Callable[[], Tensor], backward: Callable[[Tensor], Any]
 
 
 # A formula takes the operator's arguments, with shapes in place of tensors, and `out_shape`, the shape of the result.
-
-
 def _attention(query: Shape, key: Shape, value: Shape, *rest: Any, **options: Any) -> int:
     """Scores, and values weighted by them; query [b, h, t, e], key [b, g, s, e], value [b, g, s, f], h a multiple of g."""
     return 2 * prod(query[:3]) * key[2] * (query[3] + value[3])

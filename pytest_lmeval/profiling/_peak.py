@@ -1,9 +1,5 @@
 """Measure the most memory that a block of code held at once, where the system can tell.
 
-    with peak_memory(lm.device) as peak:
-        work()
-    peak.bytes, peak.growth
-
 CUDA: what torch had allocated on the device. Linux: what the process had in memory (VmHWM), interpreter and libraries
 included, so `growth` leaves out what was there before. Elsewhere both are None.
 """
@@ -26,11 +22,7 @@ CLEAR_MARK = "5"  # sets the high-water mark to what is held now; see proc_pid_c
 
 @dataclass
 class Peak:
-    """Filled in when the block ends.
-
-    bytes   the most that was held at once during the block; None where that cannot be measured
-    growth  how much more than at its beginning
-    """
+    """The most bytes that a block held at once, and how many more than at its beginning; filled in when it ends."""
 
     bytes: int | None = None
     growth: int | None = None
@@ -41,10 +33,8 @@ _open: list[tuple[torch.device, list[int]]] = []  # the open blocks, and the hig
 
 @contextmanager
 def peak_memory(device: torch.device, clear: Path = CLEAR) -> Iterator[Peak]:
-    """Measure the block: the memory of `device`, or for the CPU that of the process. Blocks may be nested.
-
-    clear  the system's file that resets the high-water mark of the process
-    """
+    """Measure the block: the memory of `device`, or for the CPU that of the process, whose high-water mark is reset by writing
+    to the file `clear`. Blocks may be nested."""
     peak = Peak()
     try:
         mark = _mark(device)

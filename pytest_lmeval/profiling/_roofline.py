@@ -1,17 +1,11 @@
-"""Measure what this machine can do at best, in operations and bytes a second.
-
-The roofline (Williams, Waterman, Patterson, "Roofline: An Insightful Visual Performance Model for Multicore Architectures",
-CACM 2009): work of I operations for each byte that it must move runs at no more than
-
-    min(peak, I x bandwidth)   operations a second
-
-It is bound by bandwidth where I is less than peak / bandwidth (the ridge), and by compute beyond.
+"""Measure what this machine can do at best: the roofline, min(peak, operations for each byte x bandwidth), in FLOP/s.
 
 peak       best product of square matrices of several sizes, in the precision that the model computes in: 2 n^3 operations
 bandwidth  best of reading a tensor much larger than the caches (a sum: its bytes) and of copying it (its bytes read and
            written: twice its bytes, as STREAM counts; a write may also read the line first, which is not counted)
 
-Each is the best of several repetitions: a disturbance only ever makes a measurement slower.
+Each is the best of several repetitions: a disturbance only ever makes a measurement slower. Source: Williams, Waterman,
+Patterson, "Roofline: An Insightful Visual Performance Model for Multicore Architectures", CACM 2009.
 """
 
 from __future__ import annotations
@@ -31,7 +25,7 @@ FEWEST = 2
 
 @dataclass(frozen=True)
 class Load:
-    """What is run to measure the peaks: square matrices of these sizes, and a tensor of so many bytes; `seconds` for each."""
+    """The work that measures the peaks: square matrices of these sizes, and a tensor of so many bytes; `seconds` for each."""
 
     sizes: tuple[int, ...]
     nbytes: int
@@ -44,11 +38,9 @@ ON_ACCELERATOR = Load((1024, 2048, 4096, 8192), 1 << 30)
 
 @dataclass(frozen=True)
 class Peaks:
-    """What a device can do at best with so many threads.
+    """The operations (in products of matrices of `dtype`) and bytes a second that a device reaches with so many threads.
 
-    flops      operations a second, in products of matrices of `dtype`
-    bandwidth  bytes a second
-    size       side of the matrices that were fastest
+    size  side of the matrices that were fastest
     """
 
     flops: float
@@ -60,15 +52,11 @@ class Peaks:
 
     @property
     def ridge(self) -> float:
-        """Operations for each byte, from which on compute is the bound."""
+        """Operations for each byte: compute is the bound from here on, bandwidth below."""
         return self.flops / self.bandwidth
 
     def bound(self, intensity: float) -> float:
-        """Operations a second at most, at so many operations for each byte.
-
-        >>> Peaks(flops=100.0, bandwidth=10.0, device="cpu", dtype="float32", threads=1, size=256).bound(2.0)
-        20.0
-        """
+        """Operations a second at most, at `intensity` operations for each byte."""
         return min(self.flops, intensity * self.bandwidth)
 
 

@@ -17,7 +17,7 @@ from pytest_lmeval.errors import ProfilingError
 from pytest_lmeval.models._identity import facts
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.models._weak_cache import WeakCache
-from pytest_lmeval.profiling._clock import Stopwatch, kind_of_clock, tick
+from pytest_lmeval.profiling._clock import Stopwatch, tick
 from pytest_lmeval.profiling._flops import count_flops
 from pytest_lmeval.profiling._roofline import Peaks, measured_peaks
 from pytest_lmeval.profiling._samples import MILLISECONDS, runs_to_see, stability
@@ -39,14 +39,12 @@ def bare_loop(run: Run, rounds: int) -> None:
 
 @dataclass(frozen=True)
 class Runner:
-    """How a verb takes times.
+    """The way a verb takes times.
 
-    repeat        (run, rounds) -> None: call `run` so many times
+    repeat        (run, rounds) -> None: call `run` so many times; the record has its `name`
     not_measured  why times would mean nothing here; then operations are counted and nothing is timed
-    name          what `repeat` is, for the record
     clock         seconds, on the CPU; a GPU stamps events
     tick          seconds between two times that the clock can tell apart; measured if None
-    peaks         (device, dtype) -> what the machine can do at best
     """
 
     repeat: Callable[[Run, int], None] = bare_loop
@@ -125,16 +123,13 @@ class TimedRuns:
         self.not_measured: str | None = None
 
     def laps(self, steps: Steps) -> list[float]:
-        """Seconds of the steps of one run."""
         watch = Stopwatch(self.lm.device, self.runner.clock)
         steps(watch)
         return watch.laps()
 
     def time(self, steps: Steps, runs: int | Callable[[float], int], warm_up: int) -> None:
-        """Time so many runs after the warm-up, unless the runner takes no times.
-
-        runs  or a function of the seconds of the fastest run of the warm-up
-        """
+        """Time `runs` (or as many as it returns for the seconds of the fastest run of the warm-up), unless the runner takes no
+        times."""
         if self.runner.not_measured is None:
             self.warm_up += [self.laps(steps) for _ in range(warm_up)]
             rounds = runs if isinstance(runs, int) else runs(min(map(sum, self.warm_up)))
@@ -145,10 +140,8 @@ class TimedRuns:
         self.flops = count_flops(lambda: self.laps(steps))
 
     def keep(self, samples: dict[str, list[float]], needs: str, failure: str | None = None) -> bool:
-        """Keep the samples that are long enough for the clock, or none if `needs` is not; returns whether there are any.
-
-        failure  why the model gave no times
-        """
+        """Keep the samples that are long enough for the clock, or none if `needs` is not or the model failed; returns whether
+        there are any."""
         resolution = self.runner.tick or tick(self.lm.device.type)
         for name, times in samples.items():
             if times and (typical := median_high(times)) < TICKS * resolution:
@@ -182,7 +175,9 @@ class TimedRuns:
         details: dict[str, Any] | None = None,
     ) -> Record:
         """The record of these runs. `tokens` are those of one run, in all rows."""
-        details = {**(details or {}), "too_short": self.too_short, "clock": kind_of_clock(self.lm.device)}
+        device = self.lm.device.type
+        clock = "perf_counter" if device == "cpu" else f"{device} events, one synchronization a run"
+        details = {**(details or {}), "too_short": self.too_short, "clock": clock}
         if self.samples:
             by_run = {name: self.samples[name] for name in WHOLE_RUNS if name in self.samples}
             details |= {"timed_by": self.runner.name, "timed_before": self.lm.step_fn in TIMED}
@@ -212,7 +207,7 @@ class TimedRuns:
 
 
 def _notes(details: dict[str, Any]) -> list[str]:
-    """What a reader of the times should know: that the machine was not steady, and what has no number."""
+    """Notes for a reader of the times: that the machine was not steady, and what has no number."""
     grade = details.get("stability")
     notes = [f"the machine was {grade}"] if grade not in (None, "steady") else []
     listed = {"failed": details.get("failed"), "too short for the clock": details["too_short"]}

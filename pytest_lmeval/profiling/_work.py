@@ -45,18 +45,12 @@ class Work:
         return self.flops / self.bytes if self.bytes else 0.0
 
     def least_seconds(self, peaks: Peaks) -> float:
-        """The least time by the roofline.
-
-        >>> peaks = Peaks(flops=100.0, bandwidth=10.0, device="cpu", dtype="float32", threads=1, size=256)
-        >>> Work(flops=200, bytes=50, tokens=1).least_seconds(peaks)
-        5.0
-        """
+        """The least time by the roofline."""
         return max(self.flops / peaks.flops, self.bytes / peaks.bandwidth)
 
 
 def work_of(lm: Model, prompt: Tensor) -> dict[str, Work]:
-    """Of "prefill", the step over the prompt [b, t]; and of "decode", the step over one token a row after it, if the model
-    has a state."""
+    """The work of "prefill", a step over the prompt [b, t]; and of "decode", one token a row after it, if there is a state."""
     flops, read, state = _counted_step(lm, prompt, None)
     held = state_bytes(state)
     phases = {"prefill": Work(flops, read + held, prompt.shape[0] * prompt.shape[-1])}
@@ -99,8 +93,8 @@ def training_work(lm: Model, prompt: Tensor) -> tuple[Flops | None, str | None]:
 
 
 def _not_trained(module: nn.Module | None) -> str | None:
-    """Why the backward pass is not that of a training step, or None. A weight without a gradient, such as a packed one of int8
-    or int4, leaves out half of its backward products, so that the count compares with no other model's."""
+    """The reason why the backward pass is not that of a training step, or None. A weight without a gradient, such as a packed
+    one of int8 or int4, leaves out half of its backward products."""
     if module is None:
         return "no torch module"
     if not any(parameter.requires_grad for parameter in module.parameters()):
@@ -113,7 +107,7 @@ def _not_trained(module: nn.Module | None) -> str | None:
 
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """The address of each storage behind the tensors, and its bytes: a storage that tensors share counts once."""
+    """The bytes of each storage behind the tensors by its address: a storage that tensors share counts once."""
     held = (part.untyped_storage() for tensor in tensors for part in parts(tensor).values())
     return {storage.data_ptr(): storage.nbytes() for storage in held}
 
