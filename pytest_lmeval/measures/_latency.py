@@ -64,8 +64,8 @@ def measure_latency(
     """Prefill, time to first token, inter-token latency: `runs` prompts of random tokens, after `warm_up` that do not count.
 
     A run reads a prompt of `seq_len` tokens and then decodes greedily, one token a step from the carried state. In a test that
-    uses the fixture `benchmark`, pytest-benchmark drives the runs and keeps their times. Where nothing is timed (under xdist, or
-    with --benchmark-disable), the record says so, and a test that reads a time is skipped.
+    uses the fixture `benchmark`, pytest-benchmark drives the runs and keeps their times. Where nothing is timed (under xdist,
+    or with --benchmark-disable), the record says so, and a test that reads a time is skipped.
 
     Of a model without a state only the prefill is timed. The number of threads stays what it is, or `threads`. Raises
     ProfilingError for a shape that cannot be timed.
@@ -103,7 +103,7 @@ latency = verb_of("latency", measure_latency)
 
 
 def generate_once(engine: Engine, prompt: torch.Tensor, new_tokens: int, watch: Stopwatch) -> Any:
-    """Read the prompt and decode greedily; returns the last state. Marks the step over the prompt and each choice of a token."""
+    """Read the prompt and decode greedily; returns the last state. Marks the step over the prompt and each chosen token."""
     logits, state = engine.prefill(prompt)
     watch.mark()
     token = likeliest(logits, prompt)
