@@ -271,6 +271,15 @@ def test_answers_of_an_interrupted_run_are_not_asked_for_again(tmp_path):
     assert AnswerFile(tmp_path / "examples.jsonl").read() == {example.number: example for example in result.examples}
 
 
+def test_answers_after_a_line_that_was_cut_off_are_whole(tmp_path):
+    file, (first, second, *_) = AnswerFile(tmp_path / "p"), measure_task(LM, TASK, limit=2).examples
+    file.append([first])
+    (tmp_path / "p").write_text((tmp_path / "p").read_text()[:-30])
+    file.append([second])
+    with pytest.warns(JournalWarning, match="line 1 is broken"):
+        assert file.read() == {second.number: second}
+
+
 @pytest.mark.parametrize(("lm", "changes"), [(OTHER, {}), (LM, {"ask": other_label}), (LM, {"description": "Other words.\n"})])
 def test_answers_of_another_model_or_to_another_question_are_not_taken(tmp_path, lm, changes):
     AnswerFile(tmp_path / "p").append(measure_task(LM, TASK, limit=9).examples)

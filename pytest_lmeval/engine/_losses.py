@@ -50,5 +50,5 @@ def check_finite(nll: np.ndarray, ids: np.ndarray, first: int, lm: Model) -> Non
 def not_finite(loss: float, where: str, lm: Model) -> NotFiniteError:
     return NotFiniteError(
         f"{lm.spec} gave a loss of {loss} for {where}, in {lm.dtype} on {lm.device}. Its mean would be no number, so the "
-        "measurement stops here. Look for an overflow in low precision, or a masked-out logit."
+        "measurement stops here; what was finished is kept. Look for an overflow in low precision, or a masked-out logit."
     )

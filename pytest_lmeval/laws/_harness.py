@@ -32,18 +32,18 @@ class Raised(Exception):
 class Harness:
     """A model under test: `harness.compare("splits", 0, harness.tokens(40, seed=0), sizes=[20, 20])`.
 
-    longest     tokens of the sequence of which references are computed; a shorter sequence is its beginning
-    worst       by law, the comparison with the largest tolerance ratio, and what was read
-    calls       steps of the model and of its float64 copy so far
-    flips       tokens at which a tie between experts flipped
-    references  by seed
+    longest       tokens of the sequence of which references are computed; a shorter sequence is its beginning
+    worst         by law, the comparison with the largest tolerance ratio, and what was read
+    calls         steps of the model and of its float64 copy so far
+    routing_ties  tokens at which a tie between experts flipped
+    references    by seed
     """
 
     lm: Model
     longest: int = LONGEST
     worst: dict[str, tuple[Excess, str]] = field(default_factory=dict)
     calls: int = 0
-    flips: int = 0
+    routing_ties: int = 0
     references: dict[int, Reference] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -190,7 +190,7 @@ class Harness:
         one = record_routing(lambda: self.logits(ids, length), rows=1, row=0, sizes=length)
         other = record_routing(lambda: self.logits(ids, length, lm=self.float64_copy), rows=1, row=0, sizes=length)
         if (tie := first_tie(one, other, self.dtype)) is not None:
-            self.flips += 1
+            self.routing_ties += 1
             exact = torch.cat([exact[:tie], full[tie:]])
             return Reference(exact, token_errors(full, exact), self.dtype)
         rounded = float64_copy(self.float64_copy) if self.float64_copy is not None else None
@@ -241,7 +241,7 @@ class Harness:
             tie = self._tie(own, own_sizes, ids, sizes, row)
         if tie is not None:
             excess = reference.measure(run[:tie]) if tie else replace(excess, tolerance_ratio=0.0, ratio=0.0)
-            self.flips += 1
+            self.routing_ties += 1
         if law not in self.worst or excess.tolerance_ratio > self.worst[law][0].tolerance_ratio:
             self.worst[law] = (excess, f"{len(run)} tokens (seed {seed}) in {len(sizes)} chunk(s)")
         return excess

@@ -89,7 +89,7 @@ def run_probe(harness: Harness, longest: int, profile: Profile, stored: list[tup
         limit_tokens=harness.longest if limit else None,
         limit_is_step=bool(limit) and harness.continues_past_longest(),
         state=_state(harness) if lm.stateful and time.perf_counter() < stop + profile.budget else None,
-        flips=harness.flips,
+        routing_ties=harness.routing_ties,
     )
 
 

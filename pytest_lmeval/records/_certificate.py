@@ -96,7 +96,7 @@ class Certificate(StoredStruct, frozen=True, kw_only=True):
     limit_tokens   most tokens that it reads in one step, unless it declares that itself
     limit_is_step  several steps can read more
     state          size and precisions of the state
-    flips          tokens of mixtures of experts that were not compared because two experts were tied
+    routing_ties   tokens of mixtures of experts that were not compared because two experts were tied
     float32        of a 16-bit model, the verdict on its float32 copy, which shows faults that 16 bits hide
     chunking_used  how a record's model was streamed
     """
@@ -111,7 +111,7 @@ class Certificate(StoredStruct, frozen=True, kw_only=True):
     limit_tokens: int | None = None
     limit_is_step: bool = False
     state: State | None = None
-    flips: int = 0
+    routing_ties: int = 0
     float32: str | None = None
     chunking_used: str | None = None
 
