@@ -3,10 +3,9 @@
     python benchmarks/call_path.py        functions, files, switches from file to file, and returns to an earlier file: of the
                                           verb's call alone, and of the whole run with its report
 
-Each is a run of pytest with one test on the demo model, whose verdict an earlier run has found. `sys.setprofile` logs every
-call; the verb is called twice and the second call counted, without what imports run. A function counts once, at its first call.
-The files of these first calls, in order, are those that a reader opens: a switch goes to another file, a return to an earlier
-one.
+Each is a run of pytest with one test on the demo model. The verb is called twice and the second call counted, without imports.
+A function counts once, at its first call. The files of these calls, in order, are those that a reader opens: a switch goes to
+another file, a return to an earlier one.
 """
 
 from __future__ import annotations

@@ -51,42 +51,31 @@ def write(folder, hub_id, config, split, rows):
     file = folder / hub_id / config / f"{split}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
 
 
 def save_data(folder):
     """Write the mirror. Lengths are those of the real datasets: BoolQ's passages 130 words, MMLU's prompts some 900 tokens."""
     sentences = passages(1, 15, 64)
-    write(
-        folder, "nyu-mll/glue", "sst2", "validation",
-        [{"sentence": text + " ", "label": index % 2, "idx": index} for index, text in enumerate(sentences)],
-    )  # fmt: skip
+    rows = [{"sentence": text + " ", "label": index % 2, "idx": index} for index, text in enumerate(sentences)]
+    write(folder, "nyu-mll/glue", "sst2", "validation", rows)
     questions = passages(2, 8, 72)
-    write(
-        folder, "aps/super_glue", "boolq", "validation",
-        [
-            {"passage": passage, "question": questions[6 * index + number], "label": number % 2, "idx": 6 * index + number}
-            for index, passage in enumerate(passages(3, 130, 12))
-            for number in range(6)
-        ],
-    )  # fmt: skip
+    rows = [
+        {"passage": passage, "question": questions[6 * index + number], "label": number % 2, "idx": 6 * index + number}
+        for index, passage in enumerate(passages(3, 130, 12))
+        for number in range(6)
+    ]
+    write(folder, "aps/super_glue", "boolq", "validation", rows)
     endings = passages(4, 12, 100 * 4)
-    write(
-        folder, "Rowan/hellaswag", "default", "validation",
-        [
-            {
-                "ind": index, "activity_label": "Reading the manual", "ctx_a": context, "ctx_b": "it", "ctx": context + " it",
-                "endings": endings[4 * index : 4 * index + 4], "label": str(index % 4),
-            }
-            for index, context in enumerate(passages(5, 60, 100))
-        ],
-    )  # fmt: skip
+    same = {"activity_label": "Reading the manual", "ctx_b": "it"}
+    rows = [
+        {"ind": index, "ctx_a": text, "ctx": f"{text} it", "endings": endings[4 * index :][:4], "label": str(index % 4), **same}
+        for index, text in enumerate(passages(5, 60, 100))
+    ]
+    write(folder, "Rowan/hellaswag", "default", "validation", rows)
     for split, count in (("dev", 5), ("test", 60)):
         texts, choices = passages(split, 35, count), passages(split + "choices", 6, 4 * count)
-        write(
-            folder, "cais/mmlu", "abstract_algebra", split,
-            [
-                {"question": text, "subject": "abstract_algebra", "choices": choices[4 * index :][:4], "answer": index % 4}
-                for index, text in enumerate(texts)
-            ],
-        )  # fmt: skip
+        rows = [
+            {"question": text, "subject": "abstract_algebra", "choices": choices[4 * index :][:4], "answer": index % 4}
+            for index, text in enumerate(texts)
+        ]
+        write(folder, "cais/mmlu", "abstract_algebra", split, rows)

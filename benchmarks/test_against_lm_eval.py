@@ -5,7 +5,6 @@ processor time is measured by turns, on one thread.
 """
 
 import dataclasses
-import functools
 import subprocess
 import sys
 import time
@@ -47,16 +46,6 @@ def folders(tmp_path_factory):
     return model, data
 
 
-@pytest.fixture(scope="module")
-def ours(folders):
-    return load_ours(folders[0])
-
-
-@pytest.fixture(scope="module")
-def theirs(folders):
-    return load_theirs(folders[0])
-
-
 def load_ours(folder):
     return load(f"hf:{folder}@fp32", device="cpu")
 
@@ -67,24 +56,29 @@ def load_theirs(folder):
     return HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=BATCH)
 
 
-@functools.cache
-def manager():
-    from lm_eval.tasks import TaskManager
+@pytest.fixture(scope="module")
+def ours(folders):
+    return load_ours(folders[0])
 
-    return TaskManager()
+
+@pytest.fixture(scope="module")
+def theirs(folders):
+    return load_theirs(folders[0])
 
 
 def their_task(name, shots, data):
     """The task of lm_eval on the files of a mirror."""
     from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks import TaskManager
 
+    manager = TaskManager()
     task = find(name)
     asked = str(task.rows.file(data))
     files = {"train": asked, task.rows.split: asked}  # it opens the training split even with no shots
     if shots:
         files["dev"] = str(task.shots.file(data))
     mirrored = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
-    built = ConfigurableTask(config=manager()._factory._load_full_config(manager()._index[name], mirrored))
+    built = ConfigurableTask(config=manager._factory._load_full_config(manager._index[name], mirrored))
     built.set_config(key="num_fewshot", value=shots)
     built.set_fewshot_seed(seed=1234)
     return built

@@ -30,13 +30,6 @@ class KneserNey:
             for context, following in self.counts[n].items():
                 for byte in following:
                     self.counts[n - 1][context[1:]][byte] += 1
-        self.levels = [
-            {
-                context: (np.array(list(following)), np.array(list(following.values()), float))
-                for context, following in level.items()
-            }
-            for level in self.counts
-        ]
 
     def step(self, input_ids, state=None):
         before = state or b""
@@ -48,8 +41,8 @@ class KneserNey:
     def probabilities(self, context: bytes) -> np.ndarray:
         probabilities = np.full(256, 1 / 256)
         for n in range(min(len(context), ORDER - 1) + 1):
-            if (found := self.levels[n].get(context[len(context) - n :])) is not None:
-                following, counts = found
+            if (found := self.counts[n].get(context[len(context) - n :])) is not None:
+                following, counts = list(found), np.array(list(found.values()))
                 total = counts.sum()
                 probabilities *= DISCOUNT * len(counts) / total
                 probabilities[following] += (counts - DISCOUNT) / total

@@ -77,7 +77,5 @@ def test_calls_grow_more_slowly_than_the_length(name, capsys):
         tokens = sum(law.cases for law in result.laws.values())
         calls[longest] = result.record.details["calls"]
         with capsys.disabled():
-            print(f"\n{name}, up to {longest} tokens: {calls[longest]} calls for {tokens} cases", end="")
-    with capsys.disabled():
-        print()
+            print(f"\n{name}, up to {longest} tokens: {calls[longest]} calls for {tokens} cases")
     assert calls[640] < 16 * calls[40]  # a check of every cut would need 16 times as many

@@ -68,21 +68,15 @@ def alarms(base, new, groups, *, margin=MARGIN, weights=None, up=True):
     }
 
 
-def rates(draw, cases):
-    """case -> rule -> fraction of pairs that it calls worse."""
+def rates(lmeval, title, draw, cases):
+    """case -> rule -> fraction of pairs that it calls worse, recorded."""
     found = {}
     for seed, (name, case) in enumerate(cases.items()):
         generator = np.random.default_rng(seed)
         calls = [draw(generator, **case) for _ in range(PAIRS)]
-        found[name] = {rule: float(np.mean([call[rule] for call in calls])) for rule in RULES}
+        found[name] = {rule: Value(np.mean([call[rule] for call in calls]), n=PAIRS) for rule in RULES}
+        lmeval.record("demo", f"{title}: {name}", **found[name])
     return found
-
-
-def record(lmeval, title, found):
-    """Record the fraction of pairs that each rule calls worse."""
-    for name, of_rule in found.items():
-        values = {rule: Value(rate, n=PAIRS) for rule, rate in of_rule.items()}
-        lmeval.record("demo", f"{title}: {name}", **values)
 
 
 def of_answers(generator, **case):
@@ -98,23 +92,20 @@ def of_text(generator, *, documents, change, noise):
 
 
 def test_without_a_change_about_one_pair_in_a_hundred_is_called_worse(lmeval):
-    found = rates(of_answers, SAME)
-    record(lmeval, "no change", found)
+    found = rates(lmeval, "no change", of_answers, SAME)
     assert all(of_rule["paired"] <= 0.02 for of_rule in found.values())
     assert max(of_rule["threshold"] for of_rule in found.values()) > 0.1
 
 
 def test_a_loss_is_found_where_the_unpaired_test_finds_none(lmeval):
-    found = rates(of_answers, LOST)
-    record(lmeval, "lost", found)
+    found = rates(lmeval, "lost", of_answers, LOST)
     assert found["200: 8 % lost, 2 % won"]["paired"] > 0.5
     assert found["200: 8 % lost, 2 % won"]["unpaired"] < 0.05
     assert found["1,000: 3 % lost, 1 % won"]["paired"] > 0.7
 
 
 def test_a_loss_within_the_margin_mostly_passes(lmeval):
-    found = rates(of_answers, WITHIN)
-    record(lmeval, "half the margin lost", found)
+    found = rates(lmeval, "half the margin lost", of_answers, WITHIN)
     assert all(of_rule["paired"] <= 0.1 for of_rule in found.values())
 
 
@@ -124,8 +115,7 @@ def test_a_loss_of_one_percent_on_text_is_found(lmeval):
         for change in (0.0, 0.0025, 0.01, 0.02)
         for documents in (50, 200)
     }
-    found = rates(of_text, cases)
-    record(lmeval, "text", found)
+    found = rates(lmeval, "text", of_text, cases)
     assert all(found[f"{documents} documents, 0 % more"]["paired"] <= 0.02 for documents in (50, 200))
     assert found["50 documents, 1 % more"]["paired"] > 0.7
     assert found["200 documents, 2 % more"]["unpaired"] < 0.5
@@ -133,20 +123,14 @@ def test_a_loss_of_one_percent_on_text_is_found(lmeval):
 
 def test_a_run_of_many_metrics_has_no_more_false_alarms_than_one(lmeval):
     """Twenty gated metrics in a run, none changed: the fraction of runs with any alarm."""
-    generator, runs = np.random.default_rng(0), {"Holm": 0, "each by itself": 0}
+    generator, runs = np.random.default_rng(0), {"Holm": 0, "each_by_itself": 0}
     for _ in range(PAIRS):
         changed = [answers(generator, n=300, lost=0.05, won=0.05)[:2] for _ in range(20)]
         counts = [(int((new < base).sum()), int((new > base).sum())) for base, new in changed]
-        found = (
-            [paired_difference(*pair) for pair in changed] if min(mcnemar(*count, "lower") for count in counts) < LEVEL else []
-        )
-        runs["Holm"] += any(
-            verdict.name == "worse" for verdict in judge_all(found, [MARGIN] * len(found), [True] * len(found), family=20)
-        )
-        runs["each by itself"] += any(judge_all([one], [MARGIN], [True])[0].name == "worse" for one in found)
-    lmeval.record(
-        "demo",
-        "20 metrics that did not change",
-        **{name.replace(" ", "_"): Value(count / PAIRS, n=PAIRS) for name, count in runs.items()},
-    )
+        if min(mcnemar(*count, "lower") for count in counts) >= LEVEL:
+            continue
+        found = [paired_difference(*pair) for pair in changed]
+        runs["Holm"] += "worse" in [one.name for one in judge_all(found, [MARGIN] * 20, [True] * 20, family=20)]
+        runs["each_by_itself"] += "worse" in [judge_all([one], [MARGIN], [True])[0].name for one in found]
+    lmeval.record("demo", "20 metrics that did not change", **{name: Value(n / PAIRS, n=PAIRS) for name, n in runs.items()})
     assert runs["Holm"] <= 0.02 * PAIRS

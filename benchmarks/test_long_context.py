@@ -1,7 +1,6 @@
 """Read a million tokens in one stream, the state carried all the way.
 
-The text is the longest that comes with Python, the split that the demo model was trained on: the loss by position counts here,
-not how low it is. With tokens larger than bytes it has some 700,000.
+The demo model was trained on this text: the loss by position counts, not how low it is.
 """
 
 import pytest

@@ -71,8 +71,7 @@ def bare_loop(model, tokens):
 @pytest.mark.parametrize("way", [sleeping, counting])
 @pytest.mark.parametrize(("milliseconds", "runs"), [(2, 60), (20, 12), (200, 3)])
 def test_a_step_of_known_length_is_reported_within_one_percent(lmeval, way, milliseconds, runs):
-    """The time that the model spends in a step, plus what a bare loop takes beside it to wake up and to choose a token, before
-    and after the measurement."""
+    """True is the model's own time, plus what a bare loop takes beside it, measured before and after."""
     model = Timed(way(milliseconds / 1e3))
 
     def beside():
@@ -97,10 +96,8 @@ def test_a_percentile_is_that_of_the_true_step_times(lmeval):
     result = lmeval.latency(model, seq_len=8, new_tokens=41, runs=20, warm_up=1)
     steps = 1e3 * np.array([model.spent[run * 41 + step] for run in range(-21, -1) for step in range(1, 41)])
     around = [float(np.quantile(steps, level)) for level in (0.94, 0.95, 0.96)]
-    p95 = result.percentile("itl", 95)
-    lmeval.record(
-        model, "steps of many lengths", reported_p95=p95, true_p95=Value(around[1], "ms", low=around[0], high=around[2])
-    )
+    p95, true = result.percentile("itl", 95), Value(around[1], "ms", low=around[0], high=around[2])
+    lmeval.record(model, "steps of many lengths", reported_p95=p95, true_p95=true)
     assert around[0] <= p95 <= around[2]
 
 
@@ -145,10 +142,8 @@ print(json.dumps([float(result.tpot), result.samples["tpot"]]))
 
 def test_how_far_runs_differ_within_a_process_and_between_processes(lmeval, lm):
     """Two processes differ by more than two runs of one: a comparison of speeds has to allow for that."""
-    found = [
-        json.loads(subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True, check=True).stdout)
-        for _ in range(8)
-    ]
+    command = [sys.executable, "-c", FRESH]
+    found = [json.loads(subprocess.run(command, capture_output=True, check=True).stdout) for _ in range(8)]
     within = [np.std(runs, ddof=1) / np.mean(runs) for _, runs in found]
     medians = [middle for middle, _ in found]
     lmeval.record(
@@ -182,11 +177,11 @@ def test_an_event_at_every_token_costs_little_on_a_gpu(lmeval, load_lm):
             return (time.perf_counter() - began) / 64
 
     decode(False)
-    bare, waiting, stamped = [], [], []
+    times = {"bare": [], "events": [], "waiting": []}
     for _ in range(20):
-        bare.append(decode(False))
-        waiting.append(decode(True))
-        stamped.append(measure_latency(lm, seq_len=128, new_tokens=65, runs=1, warm_up=0).tpot / 1e3)
-    figures = {"bare": bare, "events": stamped, "waiting": waiting}
-    lmeval.record(lm, "a step", **{name: Value(1e3 * statistics.median(times), "ms", n=20) for name, times in figures.items()})
-    assert statistics.median(stamped) < 1.2 * statistics.median(bare)
+        times["bare"].append(decode(False))
+        times["waiting"].append(decode(True))
+        times["events"].append(measure_latency(lm, seq_len=128, new_tokens=65, runs=1, warm_up=0).tpot / 1e3)
+    found = {name: Value(1e3 * statistics.median(taken), "ms", n=20) for name, taken in times.items()}
+    lmeval.record(lm, "a step", **found)
+    assert found["events"] < 1.2 * found["bare"]

@@ -12,13 +12,14 @@ from pytest_lmeval import Value, load
 from pytest_lmeval.errors import SpecError
 from pytest_lmeval.models._identity import facts
 
-pytestmark = pytest.mark.benchmark
-
 TOKENS = 4_000  # half precisions are slow on many processors
 QUESTIONS = 60
 BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "int4": 4}
 WORSE = {"fp32": 1.0, "bf16": 1.02, "fp16": 1.02, "int8": 1.02, "int4": 1.15}  # most times the perplexity of fp32
 ALIKE = {"fp32": 1.0, "bf16": 0.95, "fp16": 0.95, "int8": 0.95, "int4": 0.75}  # least fraction of equal likeliest tokens
+
+
+pytestmark = [pytest.mark.benchmark, pytest.mark.parametrize("precision", BITS)]
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +38,6 @@ def in_precision(lm):
         return loaded[precision]
 
     return find
-
-
-@pytest.fixture(params=BITS)
-def precision(request):
-    return request.param
 
 
 def test_weights_have_the_precision_asked_for(lmeval, in_precision, precision):

@@ -1,8 +1,7 @@
 """Measure what memory beyond a window is worth: a model with fast weights and one with a window read one long text.
 
-Both are trained alike. The text is `recall`: pairs of a key and a value from a table drawn once, so that the lowest loss is
-known with a memory of everything and of the last tokens only. A model that learns as it reads should stay below the second one,
-which the window cannot; the record says whether it does.
+The text is `recall`: pairs of a key and a value, so that the lowest loss is known with a memory of everything and of the last
+tokens only. A model that learns as it reads should stay below the second one, which the window cannot.
 """
 
 import pytest
@@ -39,14 +38,8 @@ def test_loss_by_position(lmeval, corpus, build):
 
     source = Recall(skew=1)
     everything = (entropy_at(source, POSITIONS[-1]) + entropy_at(source, POSITIONS[-1] + 1)) / 2  # a key and its value
-    possible = {
-        "memory_of_all": everything,
-        f"memory_of_{SEEN}": entropy_in_window(source, SEEN),
-        "memory_of_1": entropy_in_window(source, 1),
-    }
-    lmeval.record(
-        trained.lm, f"least possible on {TEXT}", **{name: Value(nats, "nats/token") for name, nats in possible.items()}
-    )
+    possible = {f"memory_of_{seen}": Value(entropy_in_window(source, seen), "nats/token") for seen in (SEEN, 1)}
+    lmeval.record(trained.lm, f"least possible on {TEXT}", memory_of_all=Value(everything, "nats/token"), **possible)
 
     assert set(result.loss_at) == set(POSITIONS)
     if build is ttt:

@@ -1,7 +1,7 @@
 """Build a tiny random model of every causal-LM type of the installed transformers.
 
-A configuration is the default one of its type, its numbers made small by rules on the names of fields. So each model keeps its
-architecture: a hybrid keeps a layer of each kind, a window stays a window (of 8), a router still has to choose.
+Rules on the names of fields make the numbers of a default configuration small. A hybrid keeps a layer of each kind, a window
+stays a window (of 8), a router still has to choose.
 """
 
 from __future__ import annotations
@@ -131,16 +131,8 @@ class CannotBuild(Exception):
     """No tiny model of this type can be built here; the message says why in one line."""
 
 
-def causal_lm_types() -> list[str]:
-    """The names of all types, sorted."""
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-
-
 def build(model_type: str, seed: int = 0) -> nn.Module:
-    """A tiny model of this type with random weights: float32, on the CPU, in eval mode, the same for the same seed.
-
-    It runs in float64 too (`copy.deepcopy(model).double()`), except for the few types whose code names float32.
-    """
+    """A tiny model of this type with random weights: float32, on the CPU, in eval mode, the same for the same seed."""
     if model_type in CANNOT:
         raise CannotBuild(CANNOT[model_type])
     try:
@@ -163,11 +155,10 @@ def build(model_type: str, seed: int = 0) -> nn.Module:
 def randomize(model: nn.Module) -> None:
     """Draw weights at a scale at which memory matters; weights set on purpose (decays, mixing, norms) change little."""
     for parameter in model.parameters():
-        if not parameter.requires_grad:  # computed, as sinusoidal positions
-            continue
-        noise = torch.randn_like(parameter)
-        on_purpose = parameter.abs().mean() > SCALE
-        parameter.copy_(parameter + 0.1 * noise if on_purpose else SCALE * noise)
+        if parameter.requires_grad:  # not sinusoidal positions
+            noise = torch.randn_like(parameter)
+            on_purpose = parameter.abs().mean() > SCALE
+            parameter.copy_(parameter + 0.1 * noise if on_purpose else SCALE * noise)
 
 
 def tiny(config: PreTrainedConfig) -> dict[str, Any]:

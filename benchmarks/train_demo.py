@@ -1,10 +1,7 @@
 """Train the demo model that the package ships: `python benchmarks/train_demo.py` (half an hour on two cores).
 
-Reads random crops of the training split of the corpus `stdlib`, prints the bits per byte on the validation split, and writes
-the weights in half precision to `pytest_lmeval/zoo/demo.safetensors`. `benchmarks/test_demo.py` measures the trained model on
-the test split, beside a 4-gram model.
-
-Muon (Jordan et al., 2024) updates the matrices, AdamW the rest; one cycle of warm-up and linear decay.
+Muon (Jordan et al., 2024) updates the matrices, AdamW the rest; one cycle of warm-up and linear decay. Writes the weights in
+half precision to `pytest_lmeval/zoo/demo.safetensors`; `benchmarks/test_demo.py` measures them.
 """
 
 from __future__ import annotations
@@ -58,10 +55,9 @@ def main() -> None:
             schedule.step()
         if (step + 1) % 100 == 0 or step + 1 == arguments.steps:
             minutes = (time.perf_counter() - started) / 60
-            bits = bits_per_byte(model, held_out)
-            print(
-                f"step {step + 1}  loss {loss.item():.3f}  validation {bits:.3f} bits per byte  {minutes:.1f} min", flush=True
-            )
+            with torch.no_grad():
+                bits = next_byte_loss(model, held_out[None]).item() / math.log(2)
+            print(f"step {step + 1}  loss {loss:.3f}  validation {bits:.3f} bits per byte  {minutes:.1f} min", flush=True)
             save_file({name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}, arguments.out)
 
 
@@ -73,11 +69,6 @@ def read(split: str) -> Tensor:
 def next_byte_loss(model: Demo, rows: Tensor) -> Tensor:
     logits, _ = model(rows[:, :-1])
     return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
-
-
-@torch.no_grad()
-def bits_per_byte(model: Demo, text: Tensor) -> float:
-    return next_byte_loss(model, text[None]).item() / math.log(2)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any
 import griffe
 
 ENTRY = re.compile(r"^(\S(?:.*?\S)?) {2,}(\S.*)$")
+SEE = re.compile(r" \(see `(?:measure_\w+|laws\._probe\.probe)`[^)]*\)")
 CODE = re.compile(r"(def|class|with|from|import|harness =|watch =|assert|replay\() ?")
 
 
@@ -54,6 +55,11 @@ def _list(text: str) -> str:
     return "\n".join(lines)
 
 
+def _lines(arguments: str) -> str:
+    """The arguments of a signature, each on a line."""
+    return re.sub(r", (?=[*]|\w+:)", ",\n    ", arguments)
+
+
 def with_parameters(function: griffe.Function, other: griffe.Function) -> str:
     """The docstring of a function, and what that of another says of its parameters. Both are Markdown already."""
     names = {parameter.name for parameter in function.parameters}
@@ -80,6 +86,19 @@ class PackageDocstrings(griffe.Extension):
             text = "" if function.docstring is None else function.docstring.value
             if (found := re.search(r"\(see `(measure_\w+)`", text)) and found[1] in mod.members:
                 function.docstring.value = with_parameters(function, mod[found[1]])
+            if function.docstring is not None:  # what is meant stands on the same page
+                function.docstring.value = SEE.sub("", function.docstring.value)
+
+    def on_class_members(self, *, node: ast.AST, cls: griffe.Class, **_: Any) -> None:
+        """The fields of a struct with their types, and how a class with `__new__` is called, which griffe does not show."""
+        body = getattr(node, "body", ())
+        made = [one for one in body if isinstance(one, ast.FunctionDef) and one.name == "__new__"]
+        shown = [f"{cls.name}(\n    {_lines(ast.unparse(one.args).partition(', ')[2])},\n)" for one in made]
+        if {ast.unparse(base) for base in getattr(node, "bases", ())} & {"StoredStruct", "Struct"}:
+            shown = [ast.unparse(one) for one in body if isinstance(one, ast.AnnAssign)]
+        if shown and cls.docstring is not None:
+            text = "\n".join(shown)
+            cls.docstring.value = f"```python\n{text}\n```\n\n{cls.docstring.value}"
 
     def _verbs(self, node: ast.AST, mod: griffe.Module) -> None:
         """A verb that `verb_of` makes is a function, with the name of the verb; it takes whatever `as_model` does."""

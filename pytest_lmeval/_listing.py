@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import inspect
+import re
 import sys
 from typing import Any
 
@@ -47,6 +49,9 @@ def described(thing: Any) -> list[str]:
     """Unit, direction, aspect and definition of a metric; of another thing its `about`, its docstring, or its class."""
     if isinstance(thing, Metric):
         return [thing.unit, DIRECTIONS[thing.higher_is_better], thing.aspect, thing.about]
+    thing = thing.func if isinstance(thing, functools.partial) else thing
     documented = inspect.ismodule(thing) or inspect.isclass(thing) or inspect.isroutine(thing)
     text = getattr(thing, "about", "") or (inspect.getdoc(thing) if documented else "") or type(thing).__name__
-    return [str(text).partition("\n")[0]]
+    line, paragraph = str(text).partition("\n")[0], " ".join(str(text).partition("\n\n")[0].split())
+    whole = line if line.endswith(".") else re.split(r"(?<=\.) (?=[A-Z])", paragraph)[0]  # never half a sentence
+    return [re.sub(r" \(see `[^)]*\)", "", whole)]

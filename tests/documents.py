@@ -1,18 +1,22 @@
-"""Documents for the tests of whoever reads them: small, typed, with everything that a page can show."""
+"""Builders of small typed documents, records and examples that use everything a page can show."""
 
+import importlib
 import json
+from pathlib import Path
 
 from msgspec.structs import replace
 
+import pytest_lmeval
 from pytest_lmeval import registry
-from pytest_lmeval.records._certificate import Certificate, Counterexample, LawResult, State
-from pytest_lmeval.records._comparison import Comparison, Flip
-from pytest_lmeval.records._document import BaselineUse, Environment, Failure, Run, RunDocument, Section, Skipped
+from pytest_lmeval.records._certificate import Certificate, Counterexample, LawResult
+from pytest_lmeval.records._comparison import Comparison
+from pytest_lmeval.records._document import Environment, Run, RunDocument, dump, load
 from pytest_lmeval.records._example import Example
-from pytest_lmeval.records._measured import Cost, ModelFacts, Precision, Record, Series
+from pytest_lmeval.records._measured import Cost, ModelFacts, Record, Series
 from pytest_lmeval.records._schema import line_of
 from pytest_lmeval.records._value import Value
 
+GOLDEN = Path(__file__).parent / "golden" / "metrics-2.json"
 HOSTILE = (
     "<script>alert('x')</script><img src=x onerror=alert(1)> | `code` **bold** [link](javascript:x) {{ 7 * 7 }}\n# heading\x07"
 )
@@ -23,9 +27,8 @@ def model(spec="demo", **changes):
     return ModelFacts(spec=spec, fingerprint=spec, **{**own, **changes})
 
 
-def laws(spec="demo", **changes):
-    """The verdict on a model that keeps all its laws but those that `broken` names."""
-    broken = changes.pop("broken", ())
+def laws_of(spec="demo", *, broken=(), certificate=None, **changes):
+    """The verdict on a model that keeps all laws except those in `broken`."""
     case = Counterexample({"chunks": [3]}, 0.5, "off at token <3>", "pytest_lmeval.replay(lm, <3>)")
     found = {
         name: LawResult(cases=4, planned=20, worst_ratio=0.75, counterexamples=(case,) if name in broken else ())
@@ -33,13 +36,12 @@ def laws(spec="demo", **changes):
     }
     found["fork"] = LawResult(cases=0, planned=4, unavailable="its state cannot be copied")
     own = {"verdict": "exact-any-chunk", "dtype": "float32", "reference": "a float64 run", "laws": found, "longest": 160}
-    certificate = Certificate(**{**own, **changes.pop("certificate", {})})
     record = Record(kind="equivalence", subject="laws of streaming", lm=model(spec), test=f"t.py::test_laws[{spec}]")
-    return replace(record, metrics={"laws_kept": Value(2, "of 3")}, certificate=certificate, outcome="passed", **changes)
+    own = {"certificate": Certificate(**{**own, **(certificate or {})}), "outcome": "passed", **changes}
+    return replace(record, metrics={"laws_kept": Value(2, "of 3")}, **own)
 
 
-def reading(spec="demo", **changes):
-    """The reading of a text."""
+def perplexity_of(spec="demo", **changes):
     metrics = {
         "perplexity": Value(3.5, low=3.25, high=3.75, n=5000, higher_is_better=False),
         "nll": Value(1.25, "nats/token", n=5000, higher_is_better=False),
@@ -47,47 +49,38 @@ def reading(spec="demo", **changes):
         "tokens_per_second": Value(31_244.7, "tokens/s", n=5, higher_is_better=True),
     }
     losses = Series([1.0, 64.0], [4.0, 1.25], "tokens before", "nats/token", title="Loss by position", log="x")
-    return Record(
-        **{
-            "kind": "perplexity",
-            "subject": "stdlib[test]",
-            "lm": model(spec),
-            "test": "t.py::test_reads",
-            "settings": {"chunk_size": 1024, "reading": "carried"},
-            "metrics": metrics,
-            "cost": Cost(seconds=1.5, tokens=5000, state_bytes=2048),
-            "certificate": replace(laws(spec).certificate, chunking_used="chunks of 1024"),
-            "series": {"loss_by_position": losses},
-            "example": "block",
-            "outcome": "passed",
-            **changes,
-        }
-    )
+    own = {
+        "kind": "perplexity",
+        "subject": "stdlib[test]",
+        "lm": model(spec),
+        "test": "t.py::test_reads",
+        "settings": {"chunk_size": 1024, "reading": "carried"},
+        "metrics": metrics,
+        "cost": Cost(seconds=1.5, tokens=5000, state_bytes=2048),
+        "certificate": replace(laws_of(spec).certificate, chunking_used="chunks of 1024"),
+        "series": {"loss_by_position": losses},
+        "example": "block",
+        "outcome": "passed",
+    }
+    return Record(**{**own, **changes})
 
 
-def asked(spec="demo", examples=None, *, accuracy=0.5, **changes):
-    """The answers to a task."""
+def task_of(spec="demo", examples=None, *, accuracy=0.5, **changes):
     metrics = {"accuracy": Value(accuracy, low=accuracy - 0.1, high=accuracy + 0.1, n=10, higher_is_better=True)}
     own = {"kind": "task", "subject": "brackets", "test": "t.py::test_task", "metrics": metrics, "examples": examples}
     return Record(**{**own, "lm": model(spec), "example": "question", "outcome": "passed", **changes})
 
 
-def answered(number, *, is_right=True, **changes):
-    """A question with two choices, of which the first is right."""
+def chosen(number, *, is_right=True, **changes):
+    """The answer to a question with two choices, the first of which is right."""
     own = {"id": f"id{number}", "number": number, "prompt": f"Question {number}?", "output": "yes" if is_right else "no"}
-    own |= {
-        "target": "yes",
-        "targets": ("yes",),
-        "scores": {"accuracy": float(is_right)},
-        "choices": (" yes", " no"),
-        "right": (0,),
-        "chosen": 0 if is_right else 1,
-    }
-    return Example(**{**own, "loglikelihoods": (-1.0, -2.0) if is_right else (-2.0, -1.0), **changes})
+    own |= {"target": "yes", "targets": ("yes",), "scores": {"accuracy": float(is_right)}, "choices": (" yes", " no")}
+    own |= {"right": (0,), "chosen": int(not is_right), "loglikelihoods": (-1.0, -2.0) if is_right else (-2.0, -1.0)}
+    return Example(**{**own, **changes})
 
 
 def generated(number, output, *, score=1.0, **changes):
-    """A question whose answer was generated, and scored by exact match."""
+    """A generated answer, scored by exact match."""
     own = {"id": f"id{number}", "number": number, "prompt": f"Question {number}?", "output": output, "target": "yes"}
     return Example(**{**own, "scores": {"exact_match": score}, **changes})
 
@@ -109,46 +102,18 @@ def document(*records, **changes):
             python="3.11.7", torch="2.13.0", device="cpu", cpu="a processor", cores=2, threads=2, platform="Linux",
             packages={"torch": "2.13.0"}, commit="abb1eb9d06a26fdd885db059604ab19450b4ecb8", dirty=True, seed=0,
         ),
-        "records": list(records) or [laws(), reading(), asked()],
+        "records": list(records) or [laws_of(), perplexity_of(), task_of()],
     }  # fmt: skip
     return RunDocument(**{**own, **changes})
 
 
 def everything():
-    """A document in which every part of the schema is used."""
-    precision = Precision(
-        name="bf16", bits_per_weight=16.0, stored_bits_per_weight=16.0, bytes_before=8, bytes_after=4, converted=0.9,
-        converted_multiplied=1.0, kept={"fp32": 3},
-    )  # fmt: skip
-    flip = Flip(id="ab", before=1.0, after=0.0, output="<b>no</b>", target="yes")
-    gate = {
-        **GATE,
-        "accuracy": Comparison(verdict="worse", base=0.6, new=0.5, flipped=[flip], differences=["shots was 0, is 1"]),
-    }
-    state = State(1024, 160, 0.0, ("float32",))
-    limited = {"state": state, "limit": "it reads at most 37 tokens", "not_reached": (256,), "verdict": "exact-step-only"}
-    return document(
-        laws(broken=("splits",), certificate=limited),
-        reading(
-            lm=model(precision=precision),
-            certificate=None,
-            details={"why": "the state is carried"},
-            notes=["windows of 64 tokens"],
-        ),
-        asked(examples="examples/a.jsonl", gate=gate, outcome="failed"),
-        asked("slow", metrics={}, not_measured="other tests ran at the same time", kind="latency", outcome="skipped"),
-        skipped=[Skipped("t.py::test_skipped", "needs | a kernel")],
-        failures=[Failure("t.py::test_task", "assert 0.5 > 0.6", "t.py", 3)],
-        sections=[Section("Energy", "Read at the meter.", ["machine", "Wh"], [["ci-3", 12.5]])],
-        baseline=BaselineUse("baseline.json", ["torch was 1, is 2"]),
-        problems=["a part was left out"],
-    )
+    """A document that uses every part of the schema."""
+    return load(GOLDEN)
 
 
 def write_run(folder, found, **files):
-    """The output folder of a run: its document, and files of examples."""
-    from pytest_lmeval.records._document import dump
-
+    """Write the output folder of a run: its document and files of examples."""
     (folder / "examples").mkdir(parents=True)
     (folder / "metrics.json").write_text(dump(found))
     for name, lines in files.items():
@@ -156,13 +121,21 @@ def write_run(folder, found, **files):
     return folder
 
 
+def pytester_here(request):
+    """The fixture `pytester` for runs in this process, which forgets modules that such a run imports: import them before."""
+    pytest_lmeval.record("demo", "numbers", accuracy=0.5)
+    for name in ("_session", "_progress", "data._corpus"):
+        importlib.import_module(f"pytest_lmeval.{name}")
+    return request.getfixturevalue("pytester")
+
+
 def data_of(html):
-    """What the page's script reads."""
+    """The data that the page's script reads."""
     return json.loads(html.partition('id="data">')[2].partition("</script>")[0])
 
 
 def register(monkeypatch, **groups):
-    """Have packages register things: group -> package -> name -> thing. Other groups stay as they are."""
+    """Let packages register things: group -> package -> name -> thing. Other groups are unchanged."""
     things = {
         registry.Entry(group, name, f"{package}:{name}", package): thing
         for group, packages in groups.items()

@@ -4,17 +4,29 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from tiny_models import VOCAB
+import torch
+from tiny_models import VOCAB, Functional
 
+from pytest_lmeval import as_model
 from pytest_lmeval.data._corpus import Corpus, Document
 from pytest_lmeval.engine import Chunk, Engine, Policy, Windows, policy_for
 from pytest_lmeval.measures import _agreement, _perplexity, _task
 from pytest_lmeval.records._journal import Saver
 from pytest_lmeval.scoring._loss_accumulator import LossAccumulator
 
+LM = as_model(Functional())
+
 
 def ids_of(length, seed=0):
     return np.random.default_rng(seed).integers(0, VOCAB, length)
+
+
+def losses_of(ids, lm=LM):
+    """The losses of one step over a whole text, computed from its logits in float64."""
+    ids = torch.as_tensor(np.asarray(ids))
+    with torch.no_grad():
+        logits, _ = lm.step(ids[None, :-1])
+    return torch.nn.functional.cross_entropy(logits[0].double(), ids[1:], reduction="none").numpy()
 
 
 def texts(*documents, as_stream=True):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from reading import measure_perplexity, stream
-from tiny_models import CARRYING, Functional, GetSetState, PortableStreaming, Stateless, Stepper, Streaming
+from tiny_models import CARRYING, Functional, GetSetState, PortableStreaming, Stepper, Streaming
 
 from pytest_lmeval import registry
 from pytest_lmeval.data import Corpus, Document
@@ -26,25 +26,17 @@ def losses(lm, chunk_size):
     return np.concatenate([chunk.nll for chunk in stream(lm, IDS, chunk_size=chunk_size)])
 
 
-@pytest.fixture(scope="module")
-def expected():
-    return losses(as_model(Functional()), 70)
-
-
-FORMS = {Functional: "functional", Stateless: "stateless", GetSetState: "get_set_state", Streaming: "streaming",
-         PortableStreaming: "streaming", Stepper: "step"}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", FORMS)
-def test_the_form_of_a_model_is_found(kind):
-    assert as_model(kind()).form == FORMS[kind]
+EXPECTED = losses(as_model(Functional()), 70)
+FORMS = {Functional: "functional", GetSetState: "get_set_state", Streaming: "streaming", PortableStreaming: "streaming",
+         Stepper: "step"}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", CARRYING)
-def test_every_form_gives_the_same_losses_and_starts_each_sequence_fresh(kind, expected):
+def test_every_form_is_found_gives_the_same_losses_and_starts_each_sequence_fresh(kind):
     lm = as_model(kind())
+    assert lm.form == FORMS[kind]
     for chunk_size in (70, 11, 1):
-        np.testing.assert_allclose(losses(lm, chunk_size), expected, atol=1e-5)
+        np.testing.assert_allclose(losses(lm, chunk_size), EXPECTED, atol=1e-5)
 
 
 def test_a_module_without_reset_state_starts_each_sequence_from_its_first_state():
@@ -59,19 +51,13 @@ def test_a_module_without_reset_state_starts_each_sequence_from_its_first_state(
     assert np.array_equal(losses(lm, 16), losses(lm, 16))
 
 
-def test_of_a_pair_of_logits_and_loss_the_logits_are_used():
+def test_of_a_pair_of_logits_and_loss_the_logits_are_used_in_eval_mode():
     class NanoGPT(Functional):
         def forward(self, idx, targets=None):
             return super().forward(idx)[0], None
 
-    lm = as_model(NanoGPT())
-    assert (lm.form, lm.vocab_size) == ("stateless", 32)
-
-
-def test_a_model_is_put_in_eval_mode():
-    module = Functional().train()
-    as_model(module)
-    assert not module.training
+    lm = as_model(NanoGPT().train())
+    assert (lm.form, lm.vocab_size, lm.module.training) == ("stateless", 32, False)
 
 
 def test_only_a_vocabulary_of_256_reads_bytes_by_default():
@@ -80,9 +66,11 @@ def test_only_a_vocabulary_of_256_reads_bytes_by_default():
     assert tokenizer.name == "bytes"
     ids, ends = tokenizer.encode("né")
     assert (ids.tolist(), ends.tolist()) == ([110, 195, 169], [1, 2, 3])
+    with pytest.raises(SpecError, match="int is no tokenizer"):
+        as_model(Functional(), tokenizer=3)
 
 
-def test_the_stream_of_the_first_token_is_closed(expected):
+def test_the_stream_of_the_first_token_is_closed():
     class Strict(Streaming):
         @contextmanager
         def streaming(self, batch_size):
@@ -96,17 +84,16 @@ def test_the_stream_of_the_first_token_is_closed(expected):
     module = Strict()
     as_model(module)
     as_model(module)
-    np.testing.assert_allclose(losses(as_model(module), 9), expected, atol=1e-5)
+    np.testing.assert_allclose(losses(as_model(module), 9), EXPECTED, atol=1e-5)
     gc.collect()
     as_model(module)  # the stream ended with the model that opened it
 
 
 def test_a_module_is_freed_with_its_model():
-    module = Functional()
-    lm = as_model(module)
+    lm = as_model(Functional())
     list(stream(lm, IDS))
-    alive = weakref.ref(module)
-    del module, lm
+    alive = weakref.ref(lm.module)
+    del lm
     gc.collect()
     assert alive() is None
 
@@ -127,34 +114,24 @@ def test_a_tokenizer_needs_only_encode():
     result = measure_perplexity(as_model(Functional(), tokenizer=Letters()), corpus)
     assert result.record.settings["tokenizer"] == "Letters"
     assert float(result.bits_per_byte) == pytest.approx(float(result.nll) / np.log(2))
-    with pytest.raises(SpecError, match="int is no tokenizer"):
-        as_model(Functional(), tokenizer=3)
-
-
-class Failing(Functional):
-    def forward(self, input_ids):
-        raise IndexError("oops")
-
-
-class Chatty(Functional):
-    def forward(self, input_ids):
-        return "hello"
 
 
 @pytest.mark.parametrize(
-    ("kind", "says"),
+    ("source", "says"),
     [
-        (object, "neither callable nor has `step`"),
-        (Failing, r"raised IndexError for one token .*: oops"),
-        (Chatty, "returned str for one token"),
+        (object(), "neither callable nor has `step`"),
+        (lambda input_ids: input_ids[7], r"raised IndexError for one token .*: index 7 is out of bounds"),
+        (lambda input_ids: "hello", "returned str for one token"),
     ],
 )
-def test_what_returns_no_logits_is_refused(kind, says):
+def test_an_object_that_returns_no_logits_is_refused(source, says):
     with pytest.raises(ModelError, match=says):
-        as_model(kind())
+        as_model(source)
 
 
 def test_the_suffix_or_else_bits_set_the_precision():
+    assert tuple(precision.DTYPES) == specs.FLOATS
+    assert set(specs.BITS.values()) == {*specs.FLOATS, *specs.PACKED} - {"fp16"}
     assert load("demo").dtype == torch.float32
     assert load("demo@bf16").dtype == load("demo", bits=16).dtype == torch.bfloat16
     assert load("demo@fp16", bits=32).dtype == torch.float16
@@ -170,15 +147,8 @@ def test_an_existing_folder_wins_over_a_precision(tmp_path, monkeypatch):
     assert split("model@int8", None) == ("model", "int8"), "a spec without a source names no folder"
     with pytest.raises(SpecError, match=r"^hf:\./model@int8 could not be loaded: .* is a folder here"):
         load("hf:./model@int8")
-    with pytest.raises(
-        SpecError, match=r"^hf:\./model: there is no folder \./model \(looked from .*\). Did you mean hf:model@int8\?"
-    ):
+    with pytest.raises(SpecError, match=r"^hf:\./model: there is no folder \./model \(looked from .*\). .* hf:model@int8\?"):
         load("hf:./model")
-
-
-def test_every_precision_of_a_spec_can_be_converted_to():
-    assert tuple(precision.DTYPES) == specs.FLOATS
-    assert set(specs.BITS.values()) == {*specs.FLOATS, *specs.PACKED} - {"fp16"}
 
 
 # ------------------------------------------------------------------------------------ sources by name
@@ -191,25 +161,18 @@ from pytest_lmeval.models._sources import Loaded, as_model
 
 calls = []
 
-def plain():
-    return Functional()
-
-def of(rest):
-    return Functional(vocab=int(rest))
+def plain(): return Functional()
+def of(rest): return Functional(vocab=int(rest))
+def whole(): return as_model(Functional(), spec="something else")
+def keeps(rest, dtype=None): return Functional()
 
 def reading(rest, *, dtype=torch.float64, spec, trust_remote_code):
     calls.append((rest, dtype, spec, trust_remote_code))
     return Loaded(Functional().to(dtype), "bytes", 12)
 
-def whole():
-    return as_model(Functional(), spec="something else")
-
 def stepping(rest, **options):
     assert not options
     return Stepper()
-
-def keeps(rest, dtype=None):
-    return Functional()
 
 MODELS = {"family:one": plain, "family:two": "more_models:whole"}
 """
@@ -222,12 +185,13 @@ def sources(packages):
     return importlib.import_module("more_models")
 
 
-def test_a_registered_source_gets_the_options_that_it_accepts(sources):
+def test_a_registered_source_gets_the_options_that_it_accepts_and_its_model_the_spec(sources):
     assert {"zoo:demo", "zoo:mamba", "demo", "hf", "plain"} <= set(registry.names("models"))
     assert load("plain").vocab_size == load("family:one").vocab_size == 32
     assert load("of:7").vocab_size == 7
     assert load("stepping:x").form == "step"
     assert load("plain@bf16").dtype == torch.bfloat16
+    assert (load("whole").spec, load("family:two").spec) == ("whole", "family:two")
 
 
 def test_a_source_can_load_in_the_precision_and_report_the_saved_size(sources):
@@ -237,10 +201,6 @@ def test_a_source_can_load_in_the_precision_and_report_the_saved_size(sources):
     assert sources.calls == [("x:y", torch.bfloat16, "reading:x:y@bf16", True), ("z", torch.float64, "reading:z", False)]
     with pytest.raises(SpecError, match=r"keeps:x@bf16 cannot be had: 0.0% of the"):
         load("keeps:x@bf16")
-
-
-def test_a_model_that_a_source_returns_gets_the_spec(sources):
-    assert (load("whole").spec, load("family:two").spec) == ("whole", "family:two")
 
 
 @pytest.mark.parametrize(
@@ -303,11 +263,7 @@ def test_a_spec_that_names_nothing_is_refused_with_a_hint(spec, says, monkeypatc
         ({"device": "cuda:99"}, "'cuda:99' is not there"),
     ],
 )
-def test_a_bad_option_is_refused(option, says):
+def test_devices_are_resolved_and_bad_options_refused(option, says):
+    assert resolve_device("auto").type in ("cpu", "cuda", "mps")
     with pytest.raises(SpecError, match=says):
         load("demo", **option)
-
-
-def test_devices_are_resolved():
-    assert resolve_device("cpu").type == "cpu"
-    assert resolve_device("auto").type in ("cpu", "cuda", "mps")

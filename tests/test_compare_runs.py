@@ -51,10 +51,9 @@ def test_the_interval_contains_the_truth_nineteen_times_in_twenty():
     assert np.mean([one.low <= 0 <= one.high for one in found]) == pytest.approx(0.95, abs=0.015)
 
 
-def judge(found, *, up=False, level=0.05):
-    differences = found if isinstance(found, list) else [found]
-    n = len(differences)
-    return [one.name for one in judge_all(differences, [THRESHOLD] * n, [up] * n, level=level, two_sided=True)]
+def judge(*found, up=False, level=0.05):
+    n = len(found)
+    return [one.name for one in judge_all(found, [THRESHOLD] * n, [up] * n, level=level, two_sided=True)]
 
 
 @pytest.mark.parametrize(
@@ -75,16 +74,15 @@ def test_one_pair_is_unclear_and_times_must_be_positive():
         log_ratio([1.0, 0.0], [1.0, 1.0])
 
 
-@pytest.mark.parametrize(
-    ("metrics", "noise"),
-    [(8, 0.05), *(pytest.param(*one, marks=pytest.mark.thorough) for one in ((1, 0.05), (1, 0.2), (8, 0.2)))],
-)
+@pytest.mark.parametrize(("metrics", "noise"), [
+    (8, 0.05), *(pytest.param(*one, marks=pytest.mark.thorough) for one in ((1, 0.05), (1, 0.2), (8, 0.2)))
+])  # fmt: skip
 def test_two_looks_raise_false_alarms_in_two_of_a_hundred_comparisons(metrics, noise):
     draws = np.exp(np.random.default_rng(0).normal(0, noise, (200, 2, metrics, 12)))
     alarms = eager = 0
     for base, new in draws:
         looks = [[log_ratio(b[:n], a[:n]) for b, a in zip(base, new, strict=True)] for n in range(6, 13)]
-        alarms += any("worse" in judge(looks[n], level=0.01) for n in (0, -1))
+        alarms += any("worse" in judge(*looks[n], level=0.01) for n in (0, -1))
         eager += any(judge(one) == ["worse"] for look in looks for one in look)
     assert alarms / 200 <= 0.03
     assert eager / 200 > 0.03  # looking after every pair, at each number alone
@@ -125,10 +123,8 @@ def test_unclear_numbers_are_measured_again_up_to_a_limit():
 
 
 def test_numbers_that_some_run_lacks_are_listed_and_not_compared():
-    base, new = Side("main", None), Side("this version", None)
-    other = Key("test_speed.py::test_new", "demo", "batch 1", "itl")
-    base.runs = [{KEY: Number(1.0, "ms", False)}] * 2
-    new.runs = [{KEY: Number(1.0, "ms", False), other: Number(2.0, "ms", False)}] * 2
+    one, other = Number(1.0, "ms", False), Key("test_speed.py::test_new", "demo", "batch 1", "itl")
+    base, new = Side("main", None, runs=[{KEY: one}] * 2), Side("this version", None, runs=[{KEY: one, other: one}] * 2)
     rows = compared(base, new, 0.05)
     assert [row.key for row in rows] == [KEY]
     listed = "on one side only, or not in every run: test_speed.py::test_new (itl)"
@@ -158,10 +154,12 @@ def copying(tmp_path):
     return str(python)
 
 
-def test_a_side_that_writes_another_schema_is_refused(tmp_path, copying):
+def test_another_schema_and_a_folder_without_git_are_refused(tmp_path, copying):
     (tmp_path / "metrics.json").write_text('{"schema": 1, "records": []}')
     with pytest.raises(SideError, match="this version cannot read what main measured"):
         Side("main", tmp_path, copying).run([])
+    with pytest.raises(SideError, match="no git revision"), side("main", tmp_path):
+        pass
 
 
 TEST = """
@@ -234,8 +232,3 @@ def test_impossible_comparisons_are_refused(repository, capsys, given, message):
         status = error.code
     assert status == 2
     assert re.search(message, capsys.readouterr().err, re.DOTALL)
-
-
-def test_a_folder_without_git_is_refused(tmp_path):
-    with pytest.raises(SideError, match="no git revision"), side("main", tmp_path):
-        pass

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from probing import failure, probed
-from tiny_models import Dropped, Drowned, Fragile, Functional, Learning
+from tiny_models import VOCAB, Dropped, Drowned, Fragile, Functional, Learning
 
 import pytest_lmeval
 from pytest_lmeval.errors import LawBroken, LmevalError
@@ -55,13 +55,40 @@ def test_a_counterexample_is_replayed_by_its_line_and_stored_once(tmp_path):
     assert CounterexampleStore(file).cases("another") == []
 
 
-def test_a_change_of_the_weights_is_replayed_and_put_back():
-    lm = as_model(Learning())
-    before = {name: tensor.clone() for name, tensor in lm.module.state_dict().items()}
-    line = probed(lm, longest=16).laws["isolation"].counterexamples[-1].replay
+class LearningFromChunks(Learning):
+    """Changes the weight only when a chunk of three or more tokens continues a sequence."""
+
+    def forward(self, input_ids, state=None):
+        read = super().forward if state is not None and input_ids.shape[1] >= 3 else super(Learning, self).forward
+        return read(input_ids.clamp(max=VOCAB - 2), state)
+
+
+@pytest.mark.parametrize(("kind", "smallest"), [(Learning, {"length": 2}), (LearningFromChunks, {"length": 4, "cuts": (1,)})])
+def test_a_change_of_the_weights_is_shrunk_replayed_and_put_back(kind, smallest):
+    lm = as_model(kind())
+    before = lm.module.embed.weight.clone()
+    result = probed(lm, longest=16)
+    (example,) = result.laws["isolation"].counterexamples
+    assert example.case.items() >= smallest.items()
+    assert "reading changed the model's parameters or buffers (embed.weight)" in str(result)
     with pytest.raises(LawBroken, match="parameters or buffers"):
-        replayed(line, lm)
-    assert all(torch.equal(before[name], tensor) for name, tensor in lm.module.state_dict().items())
+        replayed(example.replay, lm)
+    assert torch.equal(before, lm.module.embed.weight)
+
+
+def test_a_change_of_the_weights_that_takes_the_whole_probe_is_shown_by_another_probe():
+    class Later(Learning):
+        calls = 0
+
+        def forward(self, input_ids, state=None):
+            self.calls += 1
+            read = super().forward if self.calls == 5 else super(Learning, self).forward
+            return read(input_ids.clamp(max=VOCAB - 2), state)
+
+    for _ in range(2):
+        (example,) = probe(as_model(Later()), budget=0.0).laws["isolation"].counterexamples
+        assert "(embed.weight). It took the whole probe" in example.message
+        assert example.replay == "pytest_lmeval.laws.probe(lm)"
 
 
 def test_a_fault_of_the_float32_copy_is_replayed_on_one():

@@ -12,6 +12,8 @@ from test_layers import LAYERS
 
 import pytest_lmeval
 from pytest_lmeval import _options, errors, registry
+from pytest_lmeval.models._identity import facts
+from pytest_lmeval.report._words import model_line
 
 PACKAGE = Path(pytest_lmeval.__file__).parent
 PROJECT = PACKAGE.parent
@@ -65,6 +67,11 @@ def test_the_code_of_pages_runs_and_prints_what_they_say(pages, project):
     said = without_numbers(result.stdout.str())
     texts = [text for page in pages for title, text in blocks(page, "text") if title == "prints"]
     assert [text for text in texts if without_numbers(text) not in said] == []
+
+
+def test_the_sample_output_is_that_of_the_demo_model_which_ships():
+    line = model_line(facts(pytest_lmeval.load("demo")))
+    assert [page.name for page in START if line not in page.read_text()] == []
 
 
 def without_numbers(text):

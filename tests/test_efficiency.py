@@ -150,7 +150,7 @@ def test_fractions_are_of_the_measured_peaks():
 def test_the_machine_decides_what_limits_a_phase(flops, bandwidth, position, limit):
     result = measure_efficiency(LM, **SHORT, runner=machine(flops, bandwidth))
     for phase in ("prefill", "decode"):
-        assert (result.position(phase), result.limited_by(phase)) == (position, limit)
+        assert (result.bound_by(phase), result.limited_by(phase)) == (position, limit)
 
 
 def test_times_and_peaks_are_taken_with_the_same_number_of_threads():
@@ -189,7 +189,7 @@ def test_where_nothing_is_timed_the_counts_are_kept():
     assert result.not_measured == "other tests run at the same time"
     assert result.flops("decode") == work_of(LM, LM.random_ids(1, 8))["decode"].flops
     assert {metric.unit for metric in result.record.metrics.values()} == {"FLOP", "bytes", "FLOP/byte"}
-    for look in (lambda: result.roofline_fraction("decode"), lambda: result.position("prefill"), lambda: result.peak_fraction):
+    for look in (lambda: result.roofline_fraction("decode"), lambda: result.bound_by("prefill"), lambda: result.peak_fraction):
         with pytest.raises(NotMeasuredError, match="other tests run at the same time"):
             look()
 
@@ -203,7 +203,7 @@ def test_under_xdist_efficiency_is_not_timed_and_memory_is_measured(tmp_path):
 
 def test_a_model_without_a_state_has_no_decode():
     result = measure_efficiency(as_model(Stateless()), **SHORT, runner=machine(1e9, 1e9))
-    assert result.record.details["position"].keys() == {"prefill"}
+    assert result.record.details["bound_by"].keys() == {"prefill"}
     with pytest.raises(KeyError, match="decode"):
         result.flops("decode")
 

@@ -15,7 +15,6 @@ from tiny_models import VOCAB, Forgetful, Functional, Stateless, Stepper
 from pytest_lmeval import as_model, load
 from pytest_lmeval.engine import Engine, Policy, Prompt, Request, Scored, Windows, policy_for
 from pytest_lmeval.engine._state_rows import selection
-from pytest_lmeval.engine._tree import tree
 from pytest_lmeval.errors import Refused, StreamError, TaskError
 from pytest_lmeval.laws._run_probe import verdict_of
 from pytest_lmeval.records._certificate import OUT_OF_TIME, Certificate, Counterexample, LawResult
@@ -30,12 +29,6 @@ def certificate(*broken, multiple=None, stateful=True, **more):
     laws = {law: LawResult(cases=1, planned=1, counterexamples=BROKEN if law in broken else ()) for law in LAWS}
     verdict = verdict_of(frozenset(broken), stateful=stateful, dtype="float32", multiple=multiple)
     return Certificate(verdict=verdict, dtype="float32", laws=laws, **more)
-
-
-broken_laws = st.sets(st.sampled_from(LAWS), max_size=3).map(sorted)
-
-
-# ------------------------------------------------------------------------------------------------ the policy
 
 
 @pytest.mark.parametrize(
@@ -79,17 +72,18 @@ class Spy(Functional):
         return logits, (hidden, torch.tensor(seen + input_ids.shape[1]))
 
 
-def bytes_of(text):
-    return np.frombuffer(text.encode(), np.uint8).astype(np.int64)
-
-
 SPY = replace(as_model(Spy()), tokenizer=DEMO.tokenizer)
-TEXT = bytes_of("a prefix of several prompts, and not a short one: ")
+TEXT = np.array(list(b"a prefix of several prompts, and not a short one: "))
 PROMPTS = [np.concatenate([TEXT, np.arange(n, n + 9)]) for n in (1, 2, 3)]
 
 
 @settings(max_examples=40)
-@given(broken_laws, st.sampled_from([None, 6]), st.sampled_from([None, 4, 8, 70]), st.sampled_from([None, "unlimited", 32]))
+@given(
+    st.sets(st.sampled_from(LAWS), max_size=3).map(sorted),
+    st.sampled_from([None, 6]),
+    st.sampled_from([None, 4, 8, 70]),
+    st.sampled_from([None, "unlimited", 32]),
+)
 def test_no_step_exceeds_the_certificate_whatever_is_read(broken, multiple, longest, window):
     found = certificate(*broken, multiple=multiple, limit_tokens=longest, limit_is_step=bool(longest))
     meaningless = set(broken) & {"causality", "repeat", "isolation", "sums"}
@@ -132,14 +126,6 @@ def test_a_law_that_cannot_be_tested_forbids_and_one_without_time_does_not():
     assert policy_for(LM, structs.replace(found, laws={**found.laws, **late})).share
 
 
-def test_a_wrong_state_is_not_hidden_by_default_windows():
-    lm = replace(LM, context_length=24)
-    assert policy_for(lm, certificate()).windows == Windows(24, 12, why="the model's context is 24 tokens")
-    policy = policy_for(lm, certificate("prefix"))
-    with pytest.raises(Refused, match="score it in windows"):
-        Engine(lm, policy).stream(np.arange(9))
-
-
 def test_an_exact_multiple_larger_than_a_step_carries_nothing():
     step_of_40 = {"limit_tokens": 40, "limit_is_step": True}
     policy = policy_for(LM, certificate("splits", multiple=64, **step_of_40))
@@ -154,7 +140,7 @@ MORE = [
     (("prefix",), {}, {"carry": True}, "to carry its state"),
     (("prefix",), {}, {"fork": True}, "to fork its state"),
     (("fork",), {}, {"fork": True}, "to fork its state"),
-    (("resume",), {}, {"resume": True}, "to go on from a saved state"),
+    (("resume",), {}, {"resume": True}, "to resume from a saved state"),
     (("rows",), {}, {"batch_size": 2}, "to read rows side by side"),
     (("splits",), {}, {"single": False}, "to continue its state by several tokens"),
     (("splits",), {}, {"chunk_size": 2}, "exact one token at a time only, and chunk_size=2 was asked for"),
@@ -176,7 +162,11 @@ def test_the_engine_refuses_more_than_the_certificate_allows(broken, found, more
         Engine(LM, replace(policy, certificate=None, **more))  # nothing was probed
 
 
-def test_a_text_whose_state_may_not_be_carried_is_read_in_windows_or_refused():
+def test_a_text_whose_state_may_not_be_carried_is_refused_and_read_in_windows_only_if_asked():
+    limited = replace(LM, context_length=24)
+    assert policy_for(limited, certificate()).windows == Windows(24, 12, why="the model's context is 24 tokens")
+    with pytest.raises(Refused, match="score it in windows"):
+        Engine(limited, policy_for(limited, certificate("prefix"))).stream(np.arange(9))
     lm = as_model(Forgetful())
     found, ids = certificate("splits", "steps"), np.arange(100) % VOCAB
     with pytest.raises(Refused, match=r"(?s)off by one nat.*Repair its state, or score it in windows"):
@@ -213,7 +203,7 @@ def test_decoding_reads_the_chosen_tokens_from_the_carried_state(kind):
     assert all(torch.equal(ids, token) for ids in same)
 
 
-@pytest.mark.parametrize("read", ["steps", "decode"])
+@pytest.mark.parametrize("read", [lambda e, ids: e.steps(ids.split(1, dim=1)), lambda e, ids: e.decode(ids[:, :1], None, 5)])
 def test_logits_are_freed_before_the_next_step(read):
     alive, seen = [], []
 
@@ -227,12 +217,8 @@ def test_logits_are_freed_before_the_next_step(read):
     engine = Engine(as_model(Watched()))
     ids = LM.random_ids(1, 5)
     del alive[:], seen[:]
-    if read == "steps":
-        for logits, _ in engine.steps(torch.split(ids, 1, dim=1)):
-            del logits
-    else:
-        for _ in engine.decode(ids[:, :1], None, 5):
-            pass
+    for found in read(engine, ids):
+        del found
     assert seen == [0] * 5
 
 
@@ -305,8 +291,10 @@ def test_a_state_is_continued_only_as_the_policy_allows():
     for policy in (Policy(carry=False), Policy(multiple=4)):
         with pytest.raises(Refused, match="continued token by token"):
             list(Engine(SPY, policy).decode(ids[:, :1], state, 1))
+    multiples = Engine(SPY, Policy(multiple=4, chunk_size=8))
+    assert list(multiples.stream(ids[0, -1:], state=state, position=5)) == []  # 5 is no multiple, and nothing follows
     with pytest.raises(Refused, match="would be wrong"):
-        list(Engine(SPY, Policy(multiple=4, chunk_size=8)).stream(ids[0], state=state, position=5))
+        list(multiples.stream(ids[0], state=state, position=5))
     with pytest.raises(Refused, match="would be wrong"):
         list(Engine(SPY, Policy(carry=False, windows=Windows(64))).stream(ids[0], state=state, position=5))
 
@@ -401,7 +389,7 @@ class Server:
 
 
 def test_a_server_may_be_the_executor():
-    texts = [bytes_of(text) for text in ("The first", "The first arg", "Return")]
+    texts = [list(text) for text in (b"The first", b"The first arg", b"Return")]
     here, server = Engine(DEMO), Engine(DEMO, executor=Server(DEMO))
     for ours, theirs in zip(*(engine.score([Request(text, 2) for text in texts]) for engine in (here, server)), strict=True):
         np.testing.assert_allclose(ours.loglikelihood, theirs.loglikelihood, atol=1e-4)
@@ -415,44 +403,16 @@ def test_a_server_may_be_the_executor():
         assert answer.judged is True
 
 
-def test_an_executor_that_forgets_a_request_is_an_error():
+def test_an_executor_that_forgets_a_request_or_leaves_an_answer_unfinished_is_an_error():
     server = Server(DEMO)
-    server.score = lambda requests: []
+    server.score, server.generate = lambda requests: [], lambda answers, choose: None
     with pytest.raises(StreamError, match="answered 0 of 2 requests"):
         Engine(DEMO, executor=server).score([Request([1, 2], 1), Request([1, 3], 1)])
-
-
-# ------------------------------------------------------------------------------------------- prompts
-
-
-@settings(max_examples=60)
-@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=30), min_size=1, max_size=8), st.sampled_from([0, 3, 16]))
-def test_every_prompt_ends_in_its_own_leaf(prompts, step):
-    requests = [Request(np.array(ids), len(ids)) for ids in prompts]
-    ends = {}
-
-    def visit(node, before):
-        text = [*before, *node.ids.tolist()]
-        if not node.children:
-            ends[node.owner] = text
-        for child in node.children:
-            visit(child, text)
-
-    for node in tree(requests, step=step):
-        visit(node, [])
-    assert ends == dict(enumerate(prompts))
+    with pytest.raises(StreamError, match="left the answer to a unfinished"):
+        Engine(DEMO, executor=server).generate([Prompt([1, 2], "a", max_tokens=1)])
 
 
 def test_equal_prompts_have_their_own_answers():
-    prompts = [Prompt(bytes_of("The first argument is "), name, max_tokens=8, temperature=2.0) for name in ("a", "b", "a")]
+    prompts = [Prompt(list(b"The first argument is "), name, max_tokens=8, temperature=2.0) for name in ("a", "b", "a")]
     first, other, again = (answer.text for answer in Engine(DEMO).generate(prompts))
     assert first == again != other
-
-
-def test_a_state_is_refused_only_if_tokens_follow():
-    ids, engine = SPY.random_ids(1, 30)[0], Engine(SPY, Policy(multiple=4, chunk_size=8))
-    *_, last = engine.stream(ids)
-    assert last.end == 30
-    assert list(engine.stream(ids[29:], state=last.state, position=29)) == []  # 29 is no multiple, and nothing follows
-    with pytest.raises(Refused, match="would be wrong"):
-        list(engine.stream(ids[20:], state=last.state, position=29))

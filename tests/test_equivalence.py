@@ -13,7 +13,6 @@ from tiny_models import (
     Fragile,
     Functional,
     GetSetState,
-    Learning,
     PortableStreaming,
     Stateless,
     Stepper,
@@ -64,7 +63,7 @@ def test_the_demo_keeps_every_law_beyond_its_window():
 
 
 def test_a_boundary_beyond_the_longest_sequence_is_reported():
-    result = probed(load("demo"), longest=16)
+    result = probe(load("demo"), budget=0.0, longest=16)
     assert result.certificate.not_reached == (256,)
     assert "boundaries not reached: 256 tokens; set longest=" in str(result)
 
@@ -242,13 +241,6 @@ def test_a_model_that_cannot_be_copied_is_compared_with_its_own_noise():
         result = probed(model, longest=24)
         assert result.verdict == "exact-any-chunk"
         assert result.certificate.reference == "full run, alone and as one of two rows"
-
-
-def test_a_change_of_the_weights_is_reported_and_put_back():
-    lm = as_model(Learning())
-    before = {name: tensor.clone() for name, tensor in lm.module.state_dict().items()}
-    assert "reading changed the model's parameters or buffers (embed.weight)" in str(probed(lm, longest=16))
-    assert all(torch.equal(before[name], tensor) for name, tensor in lm.module.state_dict().items())
 
 
 def test_the_probe_leaves_the_weights_and_the_random_numbers_as_they_were():

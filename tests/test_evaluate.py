@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from reading import measure_task
+from reading import Killed, measure_task
 from tiny_models import Functional
 
 from pytest_lmeval import Choices, Codebooks, Generate, Rows, Task, as_model, load
@@ -27,14 +27,14 @@ def ask(row):
     return Choices(f"{row['a']} + {row['b']} is", (" even", " odd"), row["right"])
 
 
+def other_label(row):
+    return dataclasses.replace(ask(row), answer=1 - row["right"])
+
+
 TASK = Task("sums", SUMS, ask, metrics=("accuracy", "accuracy_per_token"), shots=SUMS, description="Sums of numbers.\n")
 
 
-def model(**options):
-    return as_model(Functional(vocab=256, **options))
-
-
-LM = model()
+LM, OTHER = (as_model(Functional(vocab=256, seed=seed)) for seed in (0, 1))
 
 
 def outcome(result):
@@ -78,8 +78,7 @@ def test_a_log_likelihood_is_that_of_the_tokens_of_a_choice_after_its_prompt():
         ids = torch.tensor(list((prompt + choice).encode()))
         with torch.no_grad():
             log_probabilities = LM.step(ids[None, :-1])[0][0].log_softmax(-1)
-        begin = len(prompt.encode())
-        expected = sum(log_probabilities[index - 1, ids[index]].item() for index in range(begin, len(ids)))
+        expected = sum(log_probabilities[index - 1, ids[index]].item() for index in range(len(prompt), len(ids)))
         assert found == pytest.approx(expected, abs=1e-4)
         assert tokens == len(choice)
 
@@ -107,32 +106,31 @@ def test_the_record_holds_settings_and_counts():
     assert result.chance == 0.5
     assert result.accuracy.n == 10
     assert 0 <= result.accuracy.low <= result.accuracy <= result.accuracy.high <= 1
-    assert measure_task(LM, TASK, shots=1, limit=10).record.settings["prompts"] == settings_["prompts"]
-    assert measure_task(LM, TASK, shots=2, limit=10).record.settings["prompts"] != settings_["prompts"]
-    swapped = dataclasses.replace(TASK, ask=lambda row: dataclasses.replace(ask(row), answer=1 - ask(row).answers[0]))
-    same, other = (measure_task(LM, task, shots=0, limit=10).record.settings["prompts"] for task in (TASK, swapped))
-    assert same != other
+    swapped = dataclasses.replace(TASK, ask=other_label)
+    for task, shots, same in ((TASK, 1, True), (TASK, 2, False), (swapped, 1, False)):
+        prompts = measure_task(LM, task, shots=shots, limit=10).record.settings["prompts"]
+        assert (prompts == settings_["prompts"]) == same
     with pytest.raises(AttributeError, match=r"no metric 'f1'\. It has accuracy"):
         _ = result.f1
 
 
 def test_ties_are_counted_and_the_first_choice_is_taken():
-    task = Task("same", [{}], lambda row: Choices("Say", (" a", " a", " b"), 1))
-    result = measure_task(LM, task)
-    assert result.record.details["ties"] == (result.examples[0].predicted() == 0)
+    result = measure_task(LM, Task("same", [{}], lambda row: Choices("Say", (" a", " a"), 1)))
+    assert (result.record.details["ties"], result.examples[0].predicted()) == (1, 0)
     assert result.examples[0].loglikelihoods[0] == result.examples[0].loglikelihoods[1]
 
 
 def test_rows_are_read_as_needed_and_the_first_block_is_one_batch():
     read, after = [], []
-
-    def rows():
-        for row in SUMS:
-            read.append(row)
-            yield row
-
-    measure_task(LM, dataclasses.replace(TASK, rows=rows), batch_size=4, progress=lambda *_: after.append(len(read)))
+    task = dataclasses.replace(TASK, rows=lambda: (read.append(row) or row for row in SUMS))
+    measure_task(LM, task, batch_size=4, progress=lambda *_: after.append(len(read)))
     assert after[0] == 4
+    read.clear()
+    assert len(measure_task(LM, task, limit=3, batch_size=8).examples) == len(read) == 3
+    read.clear()
+    with pytest.raises(TaskError, match="rate is computed from an output to be judged"):
+        measure_task(LM, dataclasses.replace(task, metrics=("rate",)), batch_size=4)
+    assert len(read) == 4
 
 
 class Pairs:
@@ -152,6 +150,11 @@ class Begins(Bytes):
 
 class Ends(Bytes):
     eos, prefix = 3, ()
+
+
+class Swallows(Bytes):
+    def encode(self, text):
+        return super().encode(text.replace("~", ""))
 
 
 @pytest.mark.parametrize(
@@ -188,6 +191,7 @@ def test_a_prompt_that_does_not_fit_is_truncated_on_the_left_or_refused():
 @pytest.mark.parametrize(
     ("question", "message"),
     [
+        (lambda row: Choices("x", ("y", "~"), 0), "the choice '~' is empty after tokenizing"),
         (lambda row: Choices(row["nothing"], (" a",), 0), r"t, row 0 cannot be asked: it has no field 'nothing'. .* n='1'"),
         (lambda row: Choices("x", (" a", " b"), 2), r"t, row 0: the label is 2, and there are choices 0 to 1"),
         (lambda row: Choices("", ("a", "b"), 0), "nothing stands before the first token"),
@@ -197,16 +201,7 @@ def test_a_prompt_that_does_not_fit_is_truncated_on_the_left_or_refused():
 )
 def test_a_row_that_cannot_be_asked_is_named(question, message):
     with pytest.raises(TaskError, match=message):
-        measure_task(LM, Task("t", [{"n": 1}], question))
-
-
-def test_a_choice_that_is_empty_after_tokenizing_is_refused():
-    class Swallows(Bytes):
-        def encode(self, text):
-            return super().encode(text.replace("~", ""))
-
-    with pytest.raises(TaskError, match=r"the choice '~' is empty after tokenizing"):
-        measure_task(dataclasses.replace(LM, tokenizer=Swallows()), Task("t", [{}], lambda row: Choices("x", ("y", "~"), 0)))
+        measure_task(dataclasses.replace(LM, tokenizer=Swallows()), Task("t", [{"n": 1}], question))
 
 
 @pytest.mark.parametrize(
@@ -232,9 +227,8 @@ def test_a_corrupt_or_missing_file_is_named(tmp_path):
     with pytest.raises(CorpusError, match="there is no file"):
         measure_task(LM, dataclasses.replace(TASK, rows=Rows(f"jsonl:{tmp_path}/x.jsonl")))
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in SUMS))
-    assert outcome(measure_task(LM, dataclasses.replace(TASK, rows=Rows(f"jsonl:{tmp_path}/x.jsonl")))) == outcome(
-        measure_task(LM, TASK)
-    )
+    found = measure_task(LM, dataclasses.replace(TASK, rows=Rows(f"jsonl:{tmp_path}/x.jsonl")))
+    assert outcome(found) == outcome(measure_task(LM, TASK))
 
 
 class NaNAfter7(Functional):
@@ -257,15 +251,12 @@ def test_a_number_that_is_not_finite_names_the_row(ask, message):
 
 
 def test_answers_of_an_interrupted_run_are_not_asked_for_again(tmp_path):
-    class Interrupted(Exception):
-        pass
-
     def stop(done, *_):
         if done >= 4:
-            raise Interrupted
+            raise Killed
 
     files = {"partial": tmp_path / "partial.jsonl", "examples": tmp_path / "examples.jsonl"}
-    with pytest.raises(Interrupted):
+    with pytest.raises(Killed):
         measure_task(LM, TASK, batch_size=4, progress=stop, **files)
     kept = (tmp_path / "partial.jsonl").read_text()
     assert len(kept.splitlines()) == 4
@@ -280,13 +271,16 @@ def test_answers_of_an_interrupted_run_are_not_asked_for_again(tmp_path):
     assert AnswerFile(tmp_path / "examples.jsonl").read() == {example.number: example for example in result.examples}
 
 
-def other_label(row):
-    return Choices(ask(row).prompt, ask(row).choices, 1 - row["right"])
+def test_answers_after_a_line_that_was_cut_off_are_whole(tmp_path):
+    file, (first, second, *_) = AnswerFile(tmp_path / "p"), measure_task(LM, TASK, limit=2).examples
+    file.append([first])
+    (tmp_path / "p").write_text((tmp_path / "p").read_text()[:-30])
+    file.append([second])
+    with pytest.warns(JournalWarning, match="line 1 is broken"):
+        assert file.read() == {second.number: second}
 
 
-@pytest.mark.parametrize(
-    ("lm", "changes"), [(model(seed=1), {}), (LM, {"ask": other_label}), (LM, {"description": "Other words.\n"})]
-)
+@pytest.mark.parametrize(("lm", "changes"), [(OTHER, {}), (LM, {"ask": other_label}), (LM, {"description": "Other words.\n"})])
 def test_answers_of_another_model_or_to_another_question_are_not_taken(tmp_path, lm, changes):
     AnswerFile(tmp_path / "p").append(measure_task(LM, TASK, limit=9).examples)
     task = dataclasses.replace(TASK, **changes)
@@ -299,20 +293,16 @@ def test_answers_of_another_model_or_to_another_question_are_not_taken(tmp_path,
 def test_answers_of_another_max_tokens_are_not_taken(tmp_path):
     short, long = generating(max_tokens=2), generating(max_tokens=3)
     AnswerFile(tmp_path / "p").append(measure_task(DEMO, short).examples)
-    assert measure_task(DEMO, long, partial=tmp_path / "p").resumed == 0
-    assert measure_task(DEMO, short, known=tmp_path / "p").resumed == 0  # `partial` is gone
-    AnswerFile(tmp_path / "p").append(measure_task(DEMO, short).examples)
-    assert measure_task(DEMO, short, known=tmp_path / "p").resumed == len(PROMPTS)
+    assert [measure_task(DEMO, task, known=tmp_path / "p").resumed for task in (long, short)] == [0, len(PROMPTS)]
 
 
 DEMO = load("demo")
 PROMPTS = ["The first argument is ", "Return a list of ", "Return the ", "This module defines ", "Return the ", "def "]
 
 
-def generating(**options):
-    return Task(
-        "says", [{"text": text} for text in PROMPTS], lambda row: Generate(row["text"], ("x",), **options), ("exact_match",)
-    )
+def generating(prompts=PROMPTS, **options):
+    rows = [{"text": text} for text in prompts]
+    return Task("says", rows, lambda row: Generate(row["text"], ("x",), **options), ("exact_match",))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
@@ -323,6 +313,8 @@ def test_an_answer_depends_on_no_neighbour_and_not_on_how_it_is_read(temperature
     assert others == [first] * 4
     assert first[2] == first[4] or temperature
     assert set(map(len, first)) <= set(range(1, 9))
+    again = [example.output for example in measure_task(DEMO, task, seed=1).examples]
+    assert (again == first) == (temperature == 0)  # another seed draws others
 
 
 def test_greedy_answers_are_those_of_reading_everything_again():
@@ -343,19 +335,10 @@ def test_a_stop_ends_an_answer_and_is_no_part_of_it():
     assert any(len(one.output) > len(other.output) for one, other in zip(whole, stopped, strict=True))
 
 
-def test_another_seed_draws_other_answers():
-    task = generating(max_tokens=8, temperature=1.0)
-    first, second = ([example.output for example in measure_task(DEMO, task, seed=seed).examples] for seed in (1, 2))
-    assert first != second
-
-
 def test_asking_ends_when_the_rate_is_certain():
     """The judge is certain at the first letter, so one token an answer is enough, and a few answers for the rate."""
-    rows = [{"text": f"{n} Return the "} for n in range(400)]
-    task = Task(
-        "letters",
-        rows,
-        lambda row: Generate(row["text"], (), max_tokens=50),
+    task = dataclasses.replace(
+        generating([f"{n} Return the " for n in range(400)], max_tokens=50),
         metrics=("rate",),
         judge=lambda text: text[0].isalpha() if text else None,
         threshold=0.05,
@@ -367,33 +350,33 @@ def test_asking_ends_when_the_rate_is_certain():
     assert counts["not_asked"] == 400 - counts["questions"]
     assert result.rate.low > 0.05
     assert {len(example.output) for example in result.examples} == {1}
-    unsure = measure_task(DEMO, dataclasses.replace(task, rows=rows[:16], threshold=0.95), batch_size=8)
+    unsure = measure_task(DEMO, dataclasses.replace(task, rows=task.rows[:16], threshold=0.95), batch_size=8)
     assert "rate_is" not in unsure.record.settings
     assert unsure.record.details["questions"] == 16
 
 
-def test_a_tokenizer_without_decode_is_refused():
-    class Mute:
-        name, bos = "mute", None
-        encode = Bytes().encode
-
-    with pytest.raises(TaskError, match="has no decode"):
-        measure_task(dataclasses.replace(DEMO, tokenizer=Mute()), generating())
+class Mute:
+    name, bos = "mute", None
+    encode = Bytes().encode
 
 
 @pytest.mark.parametrize(
-    ("judge", "message"),
-    [(lambda text: 1, "the judge returned 1 for row"), (lambda text: 1 / 0, "the judge raised ZeroDivisionError: .* on row")],
+    ("tokenizer", "options", "changes", "message"),
+    [
+        (Mute(), {}, {}, "has no decode"),
+        (Bytes(), {}, {"judge": lambda text: 1}, "the judge returned 1 for row"),
+        (Bytes(), {}, {"judge": lambda text: 1 / 0}, "the judge raised ZeroDivisionError: .* on row"),
+        (Bytes(), {"group": "g"}, {"judge": lambda text: True, "threshold": 0.5}, "answers of one group"),
+    ],
 )
-def test_an_error_of_a_judge_names_the_row(judge, message):
-    task = dataclasses.replace(generating(max_tokens=3), judge=judge, metrics=("rate",))
+def test_answers_that_cannot_be_generated_or_judged_are_refused(tokenizer, options, changes, message):
+    task = dataclasses.replace(generating(max_tokens=3, **options), metrics=("rate",), **changes)
     with pytest.raises(TaskError, match=message):
-        measure_task(DEMO, task)
+        measure_task(dataclasses.replace(DEMO, tokenizer=tokenizer), task)
 
 
 def test_a_shared_prefix_of_generated_answers_is_read_once_in_all_batches():
-    rows = [{"text": f"{'Return the value of it. ' * 20}{number} is "} for number in range(40)]
-    task = Task("long", rows, lambda row: Generate(row["text"], ("x",), max_tokens=4), ("exact_match",))
+    task = generating([f"{'Return the value of it. ' * 20}{number} is " for number in range(40)], max_tokens=4)
     result = measure_task(DEMO, task, batch_size=8)
     assert result.record.details["tokens_read"] < 480 + 40 * 16
     assert result.record.settings["generation"] == ["at most 4 tokens, temperature 0, until ['\\n']"]
@@ -408,50 +391,10 @@ def test_prompts_of_very_different_lengths_take_few_steps():
             return super().forward(input_ids, state)
 
     lm = as_model(Counted(vocab=256))
-    task = Task("odd", [{"n": 5}, {"n": 900}], lambda row: Generate("x" * row["n"], ("y",), max_tokens=6), ("exact_match",))
-    measure_task(lm, dataclasses.replace(task, rows=[{"n": 5}]))
+    task = generating(["x" * 5, "x" * 900], max_tokens=6)
+    measure_task(lm, dataclasses.replace(task, rows=task.rows[:1]))
     lm.module.steps = 0
     result = measure_task(lm, task)
     assert lm.module.steps < 30
     alone = [measure_task(lm, dataclasses.replace(task, rows=[row])).examples[0].output for row in task.rows]
     assert [example.output for example in result.examples] == alone
-
-
-def test_a_metric_that_does_not_fit_is_refused_after_the_first_block():
-    asked = []
-
-    def once(row):
-        asked.append(row)
-        return ask(row)
-
-    with pytest.raises(TaskError, match="rate is computed from an output to be judged"):
-        measure_task(LM, dataclasses.replace(TASK, ask=once, metrics=("rate",)), batch_size=4)
-    assert len(asked) == 4
-
-
-def test_a_limit_reads_no_further_row():
-    def rows():
-        yield from SUMS[:3]
-        raise AssertionError("the fourth row was asked for")
-
-    assert len(measure_task(LM, dataclasses.replace(TASK, rows=rows), limit=3, batch_size=8).examples) == 3
-
-
-def test_a_threshold_is_refused_for_questions_in_groups():
-    task = Task(
-        "grouped", [{"n": n} for n in range(9)], lambda row: Generate(f"{row['n']}", (), max_tokens=2, group="g"), ("rate",),
-        judge=lambda text: True, threshold=0.5,
-    )  # fmt: skip
-    with pytest.raises(TaskError, match="answers of one group"):
-        measure_task(DEMO, task)
-
-
-def test_a_prompt_longer_than_a_step_may_be_is_read_in_parts():
-    class Short(Functional):
-        def forward(self, input_ids, state=None):
-            assert input_ids.shape[1] <= 8
-            return super().forward(input_ids, state)
-
-    found = measure_task(as_model(Short(vocab=256)), TASK, limit=6, longest=8)
-    for example, expected in zip(found.examples, measure_task(LM, TASK, limit=6).examples, strict=True):
-        np.testing.assert_allclose(example.loglikelihoods, expected.loglikelihoods, atol=1e-4)

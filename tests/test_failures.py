@@ -1,4 +1,4 @@
-"""An error of torch is read for what it says of the machine."""
+"""Errors of torch are classified by what they say about the machine."""
 
 import gc
 import weakref
@@ -11,85 +11,73 @@ from pytest_lmeval.profiling._failures import DEVICE_LOST, OUT_OF_MEMORY, bytes_
 
 TOO_MUCH = 1 << 48  # bytes: more than a process can address
 CUDA_OOM = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.1 GiB of which 1.2 GiB is free."
+MPS_OOM = "MPS backend out of memory (MPS allocated: 17 GiB). Tried to allocate 512.00 MiB"
+CUBLAS = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
 ACCELERATOR = getattr(torch, "AcceleratorError", RuntimeError)
-READ_AS = {
-    "cuda": (torch.OutOfMemoryError(CUDA_OOM), OUT_OF_MEMORY, 5 << 29),
-    "mps": (
-        RuntimeError("MPS backend out of memory (MPS allocated: 17 GiB). Tried to allocate 512.00 MiB"),
-        OUT_OF_MEMORY,
-        1 << 29,
-    ),
-    "cublas": (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), OUT_OF_MEMORY, None),
-    "kernel launch": (ACCELERATOR("CUDA error: out of memory"), OUT_OF_MEMORY, None),
-    "python": (MemoryError(), OUT_OF_MEMORY, None),
-    "own": (OutOfMemory("demo does not fit", 8), OUT_OF_MEMORY, 8),
-    "assert": (ACCELERATOR("CUDA error: device-side assert triggered"), DEVICE_LOST, None),
-    "unplugged": (RuntimeError("CUDA error: the launch timed out and was terminated"), DEVICE_LOST, None),
-    "no device": (RuntimeError("No CUDA GPUs are available"), DEVICE_LOST, None),
-    "shape": (RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)"), None, None),
-    "somebody else's": (ValueError("the station is out of memory"), None, None),
-    "a model's": (ModelError("it returned no state"), None, None),
-}
 
 
-@pytest.mark.parametrize("name", READ_AS)
-def test_an_error_is_read_for_what_it_says(name):
-    error, failure, wanted = READ_AS[name]
+@pytest.mark.parametrize(
+    ("error", "failure", "wanted"),
+    [
+        (torch.OutOfMemoryError(CUDA_OOM), OUT_OF_MEMORY, 5 << 29),
+        (RuntimeError(MPS_OOM), OUT_OF_MEMORY, 1 << 29),
+        (RuntimeError(CUBLAS), OUT_OF_MEMORY, None),
+        (ACCELERATOR("CUDA error: out of memory"), OUT_OF_MEMORY, None),
+        (MemoryError(), OUT_OF_MEMORY, None),
+        (OutOfMemory("demo does not fit", 8), OUT_OF_MEMORY, 8),
+        (ACCELERATOR("CUDA error: device-side assert triggered"), DEVICE_LOST, None),
+        (RuntimeError("CUDA error: the launch timed out and was terminated"), DEVICE_LOST, None),
+        (RuntimeError("No CUDA GPUs are available"), DEVICE_LOST, None),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)"), None, None),
+        (ValueError("the station is out of memory"), None, None),
+        (ModelError("it returned no state"), None, None),
+    ],
+    ids=str,
+)
+def test_an_error_is_classified_by_its_message(error, failure, wanted):
     assert (failure_of(error), bytes_wanted(error)) == (failure, wanted)
 
 
-@pytest.mark.parametrize("shape", [(TOO_MUCH,), (1 << 40, 1 << 40)], ids=["more than there is", "more than can be counted"])
-def test_memory_that_the_cpu_does_not_have(shape):
-    with pytest.raises(Exception) as caught:  # noqa: PT011 - which one it is, is what is asked
+@pytest.mark.parametrize(("shape", "wanted"), [((TOO_MUCH,), TOO_MUCH), ((1 << 40, 1 << 40), None)], ids=["large", "overflow"])
+def test_memory_that_the_cpu_lacks_is_out_of_memory(shape, wanted):
+    with pytest.raises(RuntimeError) as caught:
         torch.empty(shape, dtype=torch.uint8)
-    assert failure_of(caught.value) == OUT_OF_MEMORY
-    assert bytes_wanted(caught.value) == (TOO_MUCH if shape == (TOO_MUCH,) else None)
+    assert (failure_of(caught.value), bytes_wanted(caught.value)) == (OUT_OF_MEMORY, wanted)
 
 
-def test_an_error_is_what_it_was_raised_from():
+def test_an_error_is_classified_by_its_cause_but_not_by_its_context():
     outer = ModelError("the step failed")
     outer.__cause__ = MemoryError()
     assert failure_of(outer) == OUT_OF_MEMORY
-    outer.__cause__, outer.__context__ = None, MemoryError()  # it was raised while that one was handled, for another reason
+    outer.__cause__, outer.__context__ = None, MemoryError()
     assert failure_of(outer) is None
 
 
-def test_what_does_not_fit_is_named_with_its_size():
-    with pytest.raises(
-        OutOfMemory, match=r"demo with batch 64.* does not fit.*281,474,976,710,656 bytes.*batch_size"
-    ) as caught:
+def test_a_shape_that_does_not_fit_is_named_with_its_size():
+    said = r"demo with batch 64.* does not fit.*281,474,976,710,656 bytes.*batch_size"
+    with pytest.raises(OutOfMemory, match=said) as caught:
         room_for("demo with batch 64", lambda: torch.empty(TOO_MUCH, dtype=torch.uint8))
     assert caught.value.wanted == TOO_MUCH
 
 
-def test_other_errors_stay_what_they_are():
+def test_other_errors_are_not_changed():
     with pytest.raises(ZeroDivisionError):
         room_for("demo", lambda: 1 / 0)
     assert room_for("demo", lambda: 7) == 7
 
 
-def holding(error_with):
-    """An error from a frame that holds a tensor, and a reference to that."""
-    seen = []
+@pytest.mark.parametrize("through_room_for", [True, False])
+def test_the_error_of_room_for_does_not_hold_tensors_of_the_frames_it_passed(through_room_for):
+    """An error that does not pass through `room_for` does."""
+    tensors = []
 
     def work():
         tensor = torch.zeros(1)
-        seen.append(weakref.ref(tensor))
+        tensors.append(weakref.ref(tensor))
         torch.empty(TOO_MUCH, dtype=torch.uint8)
 
-    try:
-        error_with(work)
-    except (OutOfMemory, RuntimeError) as error:
-        kept = error
+    with pytest.raises((OutOfMemory, RuntimeError)) as caught:
+        room_for("demo", work) if through_room_for else work()
     gc.collect()
-    return kept, seen[0]
-
-
-def test_the_error_does_not_keep_what_did_not_fit():
-    _error, tensor = holding(lambda work: room_for("demo", work))
-    assert tensor() is None
-
-
-def test_this_test_can_fail():
-    _error, tensor = holding(lambda work: work())
-    assert tensor() is not None
+    assert caught.value
+    assert (tensors[0]() is None) == through_room_for

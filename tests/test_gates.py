@@ -73,10 +73,15 @@ def project(pytester, monkeypatch):
     return pytester
 
 
-def run(project, *options, subprocess=False):
+def run(project, *options, shows=(), subprocess=False, **outcomes):
+    """Run pytest with a baseline; it must print the lines `shows`, and have these outcomes if any are given."""
     start = project.runpytest_subprocess if subprocess else project.runpytest_inprocess
     loaded = ("-W", "ignore::pytest.PytestAssertRewriteWarning")  # this process has imported the package already
-    return start("-p", "no:cacheprovider", *loaded, "--lmeval-baseline", "baseline.json", *options)
+    result = start("-p", "no:cacheprovider", *loaded, "--lmeval-baseline=baseline.json", *options)
+    result.stdout.fnmatch_lines(shows)
+    if outcomes:
+        result.assert_outcomes(**outcomes)
+    return result
 
 
 def accept(*options):
@@ -107,21 +112,16 @@ KEPT = {}  # the baseline for all tests: it does not depend on the folder
 def accepted(project):
     for name, content in KEPT.items():
         (project.path / name).write_bytes(content)
-    if KEPT:
-        return project
-    result = run(project)
-    result.assert_outcomes(passed=2)
-    result.stdout.fnmatch_lines(
-        ["*lmeval: against baseline.json*", "*new*accuracy*0.96*", "there is no baseline.json yet, so everything is new*"]
-    )
-    assert accept() == 0
-    KEPT.update({name: (project.path / name).read_bytes() for name in FILES})
+    if not KEPT:
+        new = "there is no baseline.json yet, so everything is new*"
+        run(project, shows=["*lmeval: against baseline.json*", "*new*accuracy*0.96*", new], passed=2)
+        assert accept() == 0
+        KEPT.update({name: (project.path / name).read_bytes() for name in FILES})
     return project
 
 
 def test_an_unchanged_run_is_identical_and_writes_the_same_baseline(accepted, capsys):
-    result = run(accepted)
-    result.assert_outcomes(passed=2)
+    run(accepted, passed=2)
     assert set(verdicts(accepted).values()) == {"identical"}
     assert accept() == 0
     assert {name: (accepted.path / name).read_bytes() for name in FILES} == KEPT
@@ -130,8 +130,7 @@ def test_an_unchanged_run_is_identical_and_writes_the_same_baseline(accepted, ca
 def test_a_regression_fails_its_test_with_an_explanation(accepted, monkeypatch):
     monkeypatch.setenv("WRONG", MANY_WRONG)
     monkeypatch.setenv("BLUR", "4")
-    result = run(accepted, "--junitxml=junit.xml")
-    result.assert_outcomes(failed=2)
+    result = run(accepted, "--junitxml=junit.xml", failed=2)
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.stdout.fnmatch_lines(
         [
@@ -163,49 +162,36 @@ def test_a_regression_fails_its_test_with_an_explanation(accepted, monkeypatch):
         assert "worse than baseline.json allows" in case.find("failure").get("message")
     pytest.importorskip("jsonschema").validate(json.loads((accepted.path / ".lmeval/metrics.json").read_text()), json_schema())
     assert accept("-k", "test_numbers") == 0  # as the failure suggests
-    run(accepted).assert_outcomes(failed=1, passed=1)
+    run(accepted, failed=1, passed=1)
 
 
 def test_a_gain_is_better_and_a_few_flips_are_unclear(accepted, monkeypatch):
     monkeypatch.setenv("WRONG", f"{FEW_WRONG} 100")
     monkeypatch.setenv("BLUR", "0")
-    result = run(accepted)
-    result.assert_outcomes(passed=2)
+    found = "*a loss of * would have been found (with a probability of 80 %)"
+    run(accepted, shows=[found, "*if nothing was lost, * questions would show it (0.01 is allowed)"], passed=2)
     assert verdicts(accepted)["test_reads", "bits_per_byte"] == "better"
     row = gates(accepted)["test_numbers", "accuracy"]
     assert row["verdict"] == "unclear"
     assert row["needed"] > 150
-    result.stdout.fnmatch_lines(
-        [
-            "*a loss of * would have been found (with a probability of 80 %)",
-            "*if nothing was lost, * questions would show it (0.01 is allowed)",
-        ]
-    )
 
 
 def test_warn_and_off_fail_nothing_and_a_marker_allows_more(accepted, monkeypatch):
     monkeypatch.setenv("WRONG", MANY_WRONG)
-    result = run(accepted, "--lmeval-gate=warn", "--junitxml=junit.xml")
-    result.assert_outcomes(passed=2)
+    run(accepted, "--lmeval-gate=warn", "--junitxml=junit.xml", shows=["    worse *accuracy*"], passed=2)
     properties = {one.get("name"): one.get("value") for one in ElementTree.parse(accepted.path / "junit.xml").iter("property")}
     of = "lmeval conftest:Knows, numbers, 0-shot, accuracy"
     assert [properties[of + key] for key in (", verdict", ", base", "", ", margin")] == ["worse", "0.96", "0.86", "0.01"]
-    result.stdout.fnmatch_lines(["    worse *accuracy*"])
     assert verdicts(accepted)["test_numbers", "accuracy"] == "worse"
     summary = (accepted.path / ".lmeval/summary.md").read_text()
     assert summary.startswith("# lmeval: All 2 tests passed; 1 is worse than the baseline\n")
-    result = run(accepted, "--lmeval-gate=off")
-    result.assert_outcomes(passed=2)
-    result.stdout.no_fnmatch_line("*against baseline.json*")
+    run(accepted, "--lmeval-gate=off", passed=2).stdout.no_fnmatch_line("*against baseline.json*")
     gate = '@pytest.mark.lmeval_gate(accuracy="20%", f1=0.1, throughput="-10%", tokens_per_second="-10%")'
     accepted.makepyfile(test_quality=marked(gate))
-    result = run(accepted)
-    result.assert_outcomes(passed=2)
-    result.stdout.fnmatch_lines(
-        ["*names f1, which the test does not record; it records accuracy, chance*", "    same *accuracy*"]
-    )
+    unused = "*names f1, which the test does not record; it records accuracy, chance*"
+    run(accepted, shows=[unused, "    same *accuracy*"], passed=2)
     accepted.makepyfile(test_quality=marked('@pytest.mark.lmeval_gate("off")'))
-    run(accepted).assert_outcomes(passed=2)
+    run(accepted, passed=2)
     assert not [test for test, _ in verdicts(accepted) if test == "test_numbers"]
 
 
@@ -214,68 +200,35 @@ def test_tests_that_fail_by_themselves_keep_their_failure_and_are_not_accepted(a
     monkeypatch.setenv("BLUR", "0")
     failing = "        assert not 'mine'\n"
     accepted.makepyfile(test_quality=TESTS.replace("(lm, NUMBERS)\n", f"(lm, NUMBERS)\n{failing}") + f"\n{failing}")
-    result = run(accepted)
-    result.assert_outcomes(failed=2)
-    result.stdout.fnmatch_lines(["*assert not 'mine'*", "    worse *accuracy*", "    better *bits per byte*"])
+    run(accepted, shows=["*assert not 'mine'*", "    worse *accuracy*", "    better *bits per byte*"], failed=2)
     assert accept() == 2
     refused = "test_quality.py::test_numbers, test_quality.py::test_reads failed for another reason than the baseline"
     assert refused in capsys.readouterr().err
 
 
-SAMPLED = """
-    import os
-    from pytest_lmeval import Generate, Task
-
-    def ask(row):
-        return Generate(row["n"], ("e",), max_tokens=1, temperature=float(os.environ["HEAT"]))
-
-    def test_says(lmeval, lm):
-        lmeval.task(lm, Task("said", [{"n": f"{n:03d}"} for n in range(40)], ask, ("exact_match",)))
-"""
-
-
-@pytest.mark.thorough
-def test_the_table_names_another_sampling_temperature(project, monkeypatch):
-    pytest.importorskip("torchmetrics")  # in this process, its import would break later tests of torch
-    project.makepyfile(test_quality=SAMPLED)
-    monkeypatch.setenv("HEAT", "0")
-    run(project, subprocess=True).assert_outcomes(passed=1)
-    assert accept() == 0
-    monkeypatch.setenv("HEAT", "1.5")
-    again = run(project, subprocess=True)
-    again.stdout.fnmatch_lines(["    the two runs differ: generation was *temperature 0,*temperature 1.5,*"])
-
-
 def test_a_worker_of_xdist_fails_the_test(accepted, monkeypatch):
     pytest.importorskip("xdist")
     monkeypatch.setenv("WRONG", MANY_WRONG)
-    result = run(accepted, "-n", "1", "--dist", "loadgroup", "-k", "numbers", subprocess=True)
-    result.assert_outcomes(failed=1)
+    options = ("-n", "1", "--dist", "loadgroup", "-k", "numbers")
+    result = run(accepted, *options, shows=["*    worse *accuracy*"], subprocess=True, failed=1)
     assert result.ret == pytest.ExitCode.TESTS_FAILED
-    result.stdout.fnmatch_lines(["*    worse *accuracy*"])
     result.stdout.no_fnmatch_line("not measured:*")
-
-
-# ----------------------------------------------------------------------------- run and baseline do not fit
 
 
 def test_only_examples_that_both_runs_have_are_compared(accepted, monkeypatch):
     monkeypatch.setenv("FIRST", "20")
     monkeypatch.setenv("LAST", "160")
-    result = run(accepted, "-k", "numbers")
-    result.assert_outcomes(passed=1, deselected=1)
-    result.stdout.fnmatch_lines(["*on 130 questions of both runs; 20 only in the baseline, 10 only here"])
+    shows = ["*on 130 questions of both runs; 20 only in the baseline, 10 only here"]
+    run(accepted, "-k", "numbers", shows=shows, passed=1, deselected=1)
     row = gates(accepted)["test_numbers", "accuracy"]
     assert (row["verdict"], row["base"]) == ("identical", pytest.approx(127 / 130))
 
 
 def test_another_text_is_unclear_and_missing_examples_leave_the_intervals(accepted):
     (accepted.path / "text.txt").write_text("Once upon a midnight dreary, while I pondered, weak and weary,\n" * 12)
-    result = run(accepted, "-k", "reads")
-    result.stdout.fnmatch_lines(["    unclear *", "*no example in common, so they cannot be compared"])
+    run(accepted, "-k", "reads", shows=["    unclear *", "*no example in common, so they cannot be compared"])
     (accepted.path / "baseline.examples.jsonl").unlink()
-    result = run(accepted)
-    result.stdout.fnmatch_lines(["*baseline's file of examples is missing*", "its file of examples is missing*"])
+    run(accepted, shows=["*baseline's file of examples is missing*", "its file of examples is missing*"])
     assert gates(accepted)["test_numbers", "accuracy"]["test"] == "the intervals alone, not example by example"
 
 
@@ -287,16 +240,13 @@ def test_what_only_one_side_has_is_shown_and_fails_nothing(accepted):
     platform = structs.replace(platform, packages={**platform.packages, "torch": "1.0"})
     file = structs.replace(old.file, environment=platform, tests={test: {record: other, "task other, 0-shot": other}})
     write(path, Baseline(file, {(test, record): old.scores[test, record]}))
-    result = run(accepted)
-    result.assert_outcomes(passed=2)
-    result.stdout.fnmatch_lines(
-        [
-            "*the baseline has 'task other, 0-shot' of it, which this run did not record",
-            "*missing *exact match *-> not measured",
-            "*new *bits per byte*",
-            "made on another platform: torch was 1.0, is *",
-        ]
-    )
+    shows = [
+        "*the baseline has 'task other, 0-shot' of it, which this run did not record",
+        "*missing *exact match *-> not measured",
+        "*new *bits per byte*",
+        "made on another platform: torch was 1.0, is *",
+    ]
+    run(accepted, shows=shows, passed=2)
 
 
 SKIPPED = marked("@pytest.mark.skip(reason='no time')")
@@ -304,18 +254,12 @@ SKIPPED = marked("@pytest.mark.skip(reason='no time')")
 
 def test_skipped_and_renamed_tests_of_the_baseline_are_reported(accepted):
     accepted.makepyfile(test_quality=SKIPPED.replace("test_reads", "test_reads_well"))
-    result = run(accepted)
-    result.assert_outcomes(passed=1, skipped=1)
-    lines = [
-        "not measured: test_quality.py::test_numbers (skipped: no time)",
-        "not measured: test_quality.py::test_reads (no test*",
-    ]
-    result.stdout.fnmatch_lines(lines)
+    no_time = "not measured: test_quality.py::test_numbers (skipped: no time)"
+    run(accepted, shows=[no_time, "not measured: test_quality.py::test_reads (no test*"], passed=1, skipped=1)
     skipped = json.loads((accepted.path / ".lmeval/metrics.json").read_text())["skipped"]
     reasons = {(one["test"].rpartition("::")[2], one["reason"].partition(":")[0]) for one in skipped}
     assert reasons == {(test, "in the baseline, and not measured") for test in ("test_numbers", "test_reads")}
-    result = run(accepted, "-k", "numbers")
-    result.stdout.fnmatch_lines(["*lmeval: against baseline.json*", lines[0]])
+    run(accepted, "-k", "numbers", shows=["*lmeval: against baseline.json*", no_time])
 
 
 @pytest.mark.parametrize("options", [["-k", "reads"], ["test_quality.py::test_reads"], ["-x", "test_other.py"]])
@@ -325,14 +269,9 @@ def test_tests_that_were_left_out_on_purpose_are_ignored(accepted, options):
 
 
 def test_tests_that_recorded_nothing_or_did_not_run_are_reported(accepted):
-    quiet = TESTS.replace("lmeval.task(lm, NUMBERS)", "assert lm is None")
-    accepted.makepyfile(test_quality=quiet)
-    run(accepted, "-x").stdout.fnmatch_lines(
-        [
-            "not measured: test_quality.py::test_numbers (it ran, and recorded nothing)",
-            "not measured: test_quality.py::test_reads (it did not run)",
-        ]
-    )
+    accepted.makepyfile(test_quality=TESTS.replace("lmeval.task(lm, NUMBERS)", "assert lm is None"))
+    quiet = "not measured: test_quality.py::test_numbers (it ran, and recorded nothing)"
+    run(accepted, "-x", shows=[quiet, "not measured: test_quality.py::test_reads (it did not run)"])
 
 
 @pytest.mark.parametrize(
@@ -341,23 +280,15 @@ def test_tests_that_recorded_nothing_or_did_not_run_are_reported(accepted):
         ("accuracy='much'", [], "*test_quality.py::test_numbers: @pytest.mark.lmeval_gate: accuracy='much' is no margin*"),
         ("'on'", [], "*takes metrics by name, accuracy=0.01, or \"off\" alone; got 'on'*"),
         ("", ["--lmeval-gate=maybe"], "*--lmeval-gate takes fail, warn or off; got 'maybe'.*"),
+        ("", ["--lmeval-baseline=damaged.json"], "*damaged.json is not whole JSON: * at line *, column *"),
     ],
 )
-def test_an_invalid_marker_or_gate_stops_the_run_before_the_first_test(project, marker, options, message):
+def test_an_invalid_marker_gate_or_baseline_stops_the_run_before_the_first_test(project, marker, options, message):
     project.makepyfile(test_quality=marked(f"@pytest.mark.lmeval_gate({marker})"))
+    (project.path / "damaged.json").write_text('{"schema": 2, "env')
     result = run(project, *options)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines([message])
-
-
-def test_a_damaged_baseline_stops_the_run_before_the_first_test(project):
-    (project.path / "baseline.json").write_text('{"schema": 2, "env')
-    result = run(project)
-    assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines(["*baseline.json is not whole JSON: * at line *, column *"])
-
-
-# ------------------------------------------------------------------------------------------- margins
 
 
 @given(st.floats(0, 1e6), st.floats(0, 1e6))
@@ -376,6 +307,5 @@ def test_other_values_are_no_margin(value):
 def test_a_sign_in_the_better_direction_is_reported():
     margins = read_marker((), {"accuracy": "-1%", "perplexity": "-0.5%"}).given
     assert check_sign("accuracy", margins["accuracy"], True) is None
-    assert "perplexity gets worse when it rises, so its margin is +0.5 %" in check_sign(
-        "perplexity", margins["perplexity"], False
-    )
+    wrong = check_sign("perplexity", margins["perplexity"], False)
+    assert "perplexity gets worse when it rises, so its margin is +0.5 %" in wrong

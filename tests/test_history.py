@@ -1,12 +1,11 @@
-"""What runs have measured is added up line by line, and a spoiled line costs only itself."""
-
-import sys
+"""The history adds up the numbers of all runs of a folder; a damaged line costs only itself."""
 
 import pytest
-from documents import asked, document, reading
+from documents import document, perplexity_of, pytester_here, task_of
 from hypothesis import given, strategies as st
 from msgspec.structs import replace
 
+from pytest_lmeval.__main__ import main
 from pytest_lmeval.records import _history as history
 from pytest_lmeval.records._value import Value
 from pytest_lmeval.report._history import section
@@ -14,13 +13,13 @@ from pytest_lmeval.report._history import section
 KEY = ("t.py::test_task", "demo", "brackets", "accuracy")
 
 
-def run(value, name="r1", **changes):
-    found = document(asked(metrics={"accuracy": Value(value, "%", low=value, high=value, n=3)}, **changes))
+def run(value, name="r1"):
+    found = document(task_of(metrics={"accuracy": Value(value, "%", low=value, high=value, n=3)}))
     return replace(found, run=replace(found.run, id=name))
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=8))
-def test_statistics_are_those_of_all_runs(tmp_path_factory, values):
+def test_statistics_cover_all_runs(tmp_path_factory, values):
     folder = tmp_path_factory.mktemp("history")
     for number, value in enumerate(values):
         history.append(folder, run(value, f"r{number}"))
@@ -29,32 +28,24 @@ def test_statistics_are_those_of_all_runs(tmp_path_factory, values):
     assert found.mean == pytest.approx(sum(values) / len(values))
 
 
-def test_lines_that_were_cut_off_or_damaged_are_left_out_and_counted(tmp_path):
+def test_truncated_and_damaged_lines_are_ignored_and_counted(tmp_path):
     history.append(tmp_path, run(1.0))
     file = tmp_path / history.NAME
     (line,) = file.read_text().splitlines()
-    damaged = [
-        line[:-15],
-        line.replace("1.0", "NaN"),
-        line.replace("1.0", "1e999"),
-        line.replace("2026-11", "soon"),
-        "[" * 10**5,
-    ]
+    edits = [("1.0", "NaN"), ("1.0", "1e999"), ("2026-11", "soon")]
+    damaged = [line[:-15], *(line.replace(*edit) for edit in edits), "[" * 10**5]
     file.write_text("\n".join([line, *damaged, ""]))
     history.append(tmp_path, run(3.0))
     lines, (note,) = history.read(tmp_path)
-    assert note == "5 lines of history.jsonl cannot be read, and are left out"
+    assert note == "5 lines of history.jsonl cannot be read and are ignored"
     assert history.statistics(lines)[KEY].mean == 2.0
 
 
-def test_where_no_run_was_there_is_no_history(tmp_path):
+def test_pages_show_statistics_once_another_run_measured_the_number(tmp_path):
     assert history.read(tmp_path) == ([], [])
     assert section(run(1.0), tmp_path) is None
-
-
-def test_the_pages_show_a_number_among_those_of_other_runs_once_there_are_any(tmp_path):
     history.append(tmp_path, run(1.0))
-    history.append(tmp_path, replace(document(reading()), run=replace(document().run, id="other")))
+    history.append(tmp_path, replace(document(perplexity_of()), run=replace(document().run, id="other")))
     assert section(run(1.0), tmp_path) is None
     history.append(tmp_path, run(3.0, "r2"))
     assert section(run(3.0), None) is None
@@ -62,22 +53,28 @@ def test_the_pages_show_a_number_among_those_of_other_runs_once_there_are_any(tm
     assert row == ["t.py::test_task", "demo, brackets", "accuracy (%)", 2, 3.0, 2.0, 1.0, 3.0]
 
 
-def test_a_run_of_pytest_leaves_its_numbers(pytester):
+def test_each_pytest_run_appends_its_numbers_and_the_command_shows_them(request, capsys):
+    pytester = pytester_here(request)
     pytester.makepyfile("def test_own(lmeval, lm):\n    lmeval.record(lm, 'passkey', accuracy=0.5)\n")
     for _ in range(2):
-        pytester.runpytest_subprocess().assert_outcomes(passed=1)
+        pytester.runpytest_inprocess().assert_outcomes(passed=1)
     lines, _ = history.read(pytester.path / ".lmeval")
     assert [(line.lm, line.subject, line.metric, line.value) for line in lines] == 2 * [("demo", "passkey", "accuracy", 0.5)]
     assert lines[0].run != lines[1].run
-    shown = pytester.run(sys.executable, "-m", "pytest_lmeval", "history", "--metric", "acc*")
-    shown.stdout.fnmatch_lines(["*::test_own, demo, passkey", "*metric *runs *last *mean *min *max", "*accuracy * 2 * 0.5 *"])
-    nothing = pytester.run(sys.executable, "-m", "pytest_lmeval", "history", "-k", "other")
-    assert (nothing.ret, nothing.stderr.str().strip()) == (2, ".lmeval/history.jsonl holds no such number: 2 lines were read.")
+    capsys.readouterr()
+    assert main(["history", "--metric", "acc*"]) == 0
+    heading, columns, numbers = capsys.readouterr().out.split("\n")[1:4]
+    assert heading.endswith("::test_own, demo, passkey")
+    assert columns.split() == ["metric", "runs", "last", "mean", "min", "max"]
+    assert numbers.split()[:3] == ["accuracy", "2", "0.5"]
+    assert main(["history", "-k", "other"]) == 2
+    assert ".lmeval/history.jsonl holds no matching number among 2 lines." in capsys.readouterr().err
 
 
-def test_a_history_that_cannot_be_written_costs_only_itself(pytester):
+def test_a_history_that_cannot_be_written_costs_only_itself(request):
+    pytester = pytester_here(request)
     pytester.makepyfile("def test_own(lmeval, lm):\n    lmeval.record(lm, 'passkey', accuracy=0.5)\n")
     (pytester.path / ".lmeval" / history.NAME).mkdir(parents=True)
-    result = pytester.runpytest_subprocess()
+    result = pytester.runpytest_inprocess()
     result.assert_outcomes(passed=1)
     result.stdout.fnmatch_lines(["*report.html", "nothing could be added to history.jsonl (*"])

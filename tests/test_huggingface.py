@@ -65,14 +65,11 @@ def test_every_kind_of_cache_is_carried_and_can_be_forked(name):
         np.testing.assert_allclose(nll, expected, atol=2e-4)
 
 
-def test_the_state_of_a_windowed_model_stops_growing():
+def test_the_state_of_a_windowed_model_stops_growing_and_one_kept_inside_is_not_used():
     sizes = [chunk.state_bytes for chunk in stream(as_model(MODELS["mistral-window"]()), IDS, chunk_size=10)]
     growing = [chunk.state_bytes for chunk in stream(as_model(MODELS["llama"]()), IDS, chunk_size=10)]
     assert len(set(sizes[1:-1])) == 1
     assert growing == sorted(set(growing))
-
-
-def test_a_model_that_keeps_its_state_inside_is_stateless():
     options = {"num_attention_heads": 2, "lru_width": 32, "intermediate_size": 48, "attention_window_size": 8}
     assert not as_model(build("RecurrentGemma", **{**SIZE, "num_hidden_layers": 3}, **options)).stateful
 
@@ -101,15 +98,13 @@ def test_a_folder_is_loaded_and_every_byte_is_scored(folder, tmp_path):
     assert float(result.bits_per_byte) == pytest.approx(nats / np.log(2) / size)  # the first byte too, after <s>
     text = "naïve 你好 the fox"
     ids, ends = lm.tokenizer.encode(text)
-    assert len(ids) == len(ends)
-    assert ends[-1] == len(text.encode())
+    assert (len(ids), ends[-1]) == (len(ends), len(text.encode()))
     assert (np.diff(ends) >= 0).all()
 
 
 def test_a_text_longer_than_the_context_is_read_in_windows():
     result = measure_perplexity(as_model(gpt2(n_positions=32)), IDS)
-    assert result.tokens == 89
-    assert result.record.settings["window"] == 32
+    assert (result.tokens, result.record.settings["window"]) == (89, 32)
     assert result.record.details["why"] == "the model's context is 32 tokens"
 
 
@@ -141,7 +136,7 @@ def test_models_that_share_a_tokenizer_have_their_own_end_tokens(folder):
     assert [as_model(module, tokenizer=tokenizer).tokenizer.ends[-1] for module in modules] == [2, 7]
 
 
-def test_a_model_whose_cache_fails_is_stepped_without_it():
+def test_a_model_whose_cache_fails_is_stepped_without_it_and_one_that_cannot_be_called_refused():
     module = MODELS["llama"]()
     forward = module.forward
 
@@ -154,10 +149,8 @@ def test_a_model_whose_cache_fails_is_stepped_without_it():
     lm = as_model(module)
     assert not lm.stateful
     assert "without its cache, which raised AttributeError: no attribute" in lm.form
-
-
-def test_a_model_that_cannot_be_called_is_refused_with_the_reason():
-    module = MODELS["llama"]().to("meta")
+    module.forward = forward
+    module.to("meta")
     module.model.embed_tokens = torch.nn.Embedding(64, 32)
     with pytest.raises(ModelError, match=r"LlamaForCausalLM.*raised .*: 1 tensors on cpu, \d+ tensors on meta"):
         as_model(module)

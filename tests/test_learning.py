@@ -20,19 +20,16 @@ LEARNS = """
 
 @pytest.fixture
 def project(project):
-    ini = "[pytest]\nfilterwarnings = error\nmarkers = slow: takes minutes\nlmeval_budget = 0.1\n"
-    project.makefile(".ini", pytest=ini)
+    project.makefile(".ini", pytest="[pytest]\nfilterwarnings = error\nmarkers = slow: takes minutes\nlmeval_budget = 0.1\n")
     return project
 
 
 @pytest.fixture
 def mirror(project):
     """Two datasets of the hub as files."""
-    for name, config, field in (
-        ("ptb-text-only/ptb_text_only", "penn_treebank", "sentence"),
-        ("monology/pile-uncopyrighted", "default", "text"),
-    ):
-        folder = project.path / "mirror" / name / config
+    fields = {"ptb-text-only/ptb_text_only/penn_treebank": "sentence", "monology/pile-uncopyrighted/default": "text"}
+    for name, field in fields.items():
+        folder = project.path / "mirror" / name
         folder.mkdir(parents=True)
         for split, times in (("train", 60), ("validation", 20), ("test", 15)):
             rows = (json.dumps({field: f"{split} {number} {TEXT}"}) for number in range(times))
@@ -58,10 +55,8 @@ def test_a_model_is_trained_once_and_the_original_is_unchanged(project):
     assert record["settings"]["seed"] == 0
     assert record["cost"]["flops"] == record["metrics"]["flops_total"]["value"] > 0
     assert {"learning_curve", "held_out_loss", "epoch_loss"} <= set(record["series"])
-    again = run(project, "--lm", "tiny:Tiny")
-    again.stdout.fnmatch_lines(["*trained before by the same protocol*"])
-    (second,) = records(project, "train")
-    assert second["metrics"] == record["metrics"]
+    run(project, "--lm", "tiny:Tiny").stdout.fnmatch_lines(["*trained before by the same protocol*"])
+    assert records(project, "train")[0]["metrics"] == record["metrics"]
     assert "trained before" not in run(project, "--lm", "tiny:Tiny", "--lmeval-fresh").stdout.str()
 
 
@@ -76,14 +71,10 @@ def test_models_are_compared_over_corpora(project, mirror):
     result = compare(project, mirror)
     result.assert_outcomes(passed=6)
     result.stdout.fnmatch_lines(["train, ptb?train?", "*perplexity*tiny:Tiny trained*", "*tiny:Other trained*"])
-    assert {(record["lm"]["spec"], record["subject"]) for record in records(project, "custom")} == {
-        ("tiny:Tiny", "perplexity over pile, ptb"),
-        ("tiny:Other", "perplexity over pile, ptb"),
-    }
-    by_text = [record["metrics"]["perplexity"]["value"] for record in records(project, "perplexity")[:2]]
-    mean = records(project, "custom")[0]["metrics"]["mean_perplexity"]
-    assert mean["n"] == 2
-    assert len(by_text) == 2
+    means = [(record["lm"]["spec"], record["subject"]) for record in records(project, "custom")]
+    assert sorted(means) == [(f"tiny:{name}", "perplexity over pile, ptb") for name in ("Other", "Tiny")]
+    assert records(project, "custom")[0]["metrics"]["mean_perplexity"]["n"] == 2
+    assert len(records(project, "perplexity")) >= 2
     for page in ("summary.md", "report.html"):
         assert "tiny:Other trained" in (project.path / ".lmeval" / page).read_text()
 
@@ -123,7 +114,7 @@ def test_what_cannot_be_trained_is_refused_without_a_traceback(project):
     assert "site-packages" not in result.stdout.str()
 
 
-def test_perplexity_reports_unmoved_fast_weights_and_the_excess_over_a_known_entropy(project):
+def test_perplexity_reports_unchanged_fast_weights_and_the_excess_over_a_known_entropy(project):
     project.makepyfile(
         test_own="""
         from tiny import Tiny

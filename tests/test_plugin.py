@@ -261,7 +261,7 @@ def test_a_failure_is_told_in_words_and_fails_its_own_test_only(project):
     for pattern in [
         r"no corpus 'wikitext'\. Did you mean wikitext-2\?",
         r"a stream of fewer than two tokens has nothing to score",
-        r"Forgetful is inexact:[\s\S]*splits: .* tokens \(seed 0\) in pieces of .*: log-probabilities off by",
+        r"Forgetful is inexact:[\s\S]*splits: .* tokens \(seed 0\) in chunks of .*: log-probabilities off by",
         r'pytest_lmeval\.replay\(lm, "splits", length=',
         r"Seeing is non-causal:",
         r"It is exact one token at a time only, and chunk_size=16 was asked for",

@@ -3,7 +3,6 @@
 import copy
 import functools
 import json
-import math
 import sys
 import warnings
 
@@ -75,31 +74,17 @@ class Overflows(Tiny):
         return super().forward(input_ids)[0] * 60_000 * 60_000, self.embed(input_ids)
 
 
-@functools.cache
-def one_module():
-    return Tiny()
+one_module, other_module = functools.cache(Tiny), functools.cache(Tiny)
 
 
-@functools.cache
-def other_module():
-    return Tiny()
-
-
-def load_as(module, wanted):
+def packed(wanted, module=None):
+    module = module or Tiny()
     before = precision.convert(module, wanted, "tiny")
     return precision.proven(as_model(module, spec=f"tiny@{wanted}"), wanted, bytes_before=before)
 
 
-def packed(wanted, module=None):
-    return load_as(module or Tiny(), wanted)
-
-
 def verdict_of(lm):
     return probe(lm, examples=1, longest=24, budget=600.0).certificate
-
-
-def spec_of(kind):
-    return f"{kind.__module__}:{kind.__qualname__}"
 
 
 @pytest.mark.parametrize(
@@ -116,9 +101,7 @@ def test_facts_describe_the_weights(wanted, dtype, bits, stored):
     lm = load(f"demo@{wanted}")
     described = facts(lm)
     found = described.precision
-    assert facts(load("demo")).precision.bytes_before is None
-    assert (lm.spec, described.dtype, found.name) == (f"demo@{wanted}", dtype, wanted)
-    assert found.bits_per_weight == bits
+    assert (lm.spec, described.dtype, found.name, found.bits_per_weight) == (f"demo@{wanted}", dtype, wanted, bits)
     assert found.stored_bits_per_weight == pytest.approx(stored, abs=0.02)
     assert found.bytes_before == 4 * described.parameters
     assert found.bytes_after == described.bytes
@@ -137,14 +120,8 @@ def test_the_schema_has_the_precision():
         jsonschema.validate(kept, of_a_record)
 
 
-@given(
-    wanted=st.sampled_from(["int8", "int4"]),
-    rows=st.integers(1, 5),
-    groups=st.integers(1, 3),
-    scale=st.floats(1e-3, 1e3),
-    seed=st.integers(0, 99),
-)
 @settings(max_examples=10)
+@given(st.sampled_from(["int8", "int4"]), st.integers(1, 5), st.integers(1, 3), st.floats(1e-3, 1e3), st.integers(0, 99))
 def test_packing_rounds_to_the_nearest_step_and_unpacking_gives_the_multiplied_values(wanted, rows, groups, scale, seed):
     generator = torch.Generator().manual_seed(seed)
     module = nn.Sequential(nn.Linear(32 * groups, rows, bias=False))
@@ -165,15 +142,6 @@ def test_packing_rounds_to_the_nearest_step_and_unpacking_gives_the_multiplied_v
     torch.testing.assert_close(output.double(), x.double() @ after.T, rtol=1e-4, atol=1e-4 * scale)
 
 
-def test_three_bits_round_by_more():
-    module = nn.Linear(32, 4, bias=False)
-    before = module.weight.detach().clone()
-    quantize_(module, torchao.IntxWeightOnlyConfig(weight_dtype=torch.int3, granularity=torchao.PerGroup(32)))
-    step = before.abs().amax(-1) / 7
-    assert not ((module.weight.dequantize() - before).abs().amax(-1) <= 0.57 * step).all()
-    assert (value_bits(module.weight), precision_of(module.weight)) == (3, "int3")
-
-
 # ---------------------------------------------------------------------------------------------- refusals
 
 
@@ -183,21 +151,15 @@ def test_three_bits_round_by_more():
         ("zoo:lstm@int8", r"zoo:lstm@int8 cannot be had: 0.0% of the 819,200 weights .* of LSTM is no weight of an nn.Linear"),
         ("zoo:transformer@int4", r"77.7% of the 790,528 weights .* rows that are no multiple of 32; and 1 more"),
         ("zoo:moshi@int8", r"29.4% .* of PerStep"),
-        (spec_of(Experts) + "@int8", r"experts \[8, 64, 64\] of Experts is no weight"),
-        (spec_of(ConvertsBack) + "@bf16", r"0% of its multiply-adds are done in it \(100% in fp32\)"),
-        (spec_of(Overflows) + "@fp16", r"32 of 32 logits of one token are no finite numbers"),
-        (spec_of(NoHalf) + "@fp16", r"with its weights in fp16, .*not implemented for 'Half'|fp16, .*Low precision"),
+        (f"{__name__}:Experts@int8", r"experts \[8, 64, 64\] of Experts is no weight"),
+        (f"{__name__}:ConvertsBack@bf16", r"0% of its multiply-adds are done in it \(100% in fp32\)"),
+        (f"{__name__}:Overflows@fp16", r"32 of 32 logits of one token are no finite numbers"),
+        (f"{__name__}:NoHalf@fp16", r"with its weights in fp16, .*not implemented for 'Half'|fp16, .*Low precision"),
     ],
 )
 def test_a_precision_that_a_model_cannot_have_is_refused(spec, says):
     with pytest.raises(SpecError, match=says):
         load(spec)
-
-
-def test_a_missing_torchao_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
-    with pytest.raises(SpecError, match=r"demo@int8 needs torchao .*pip install 'pytest-lmeval\[precision\]'"):
-        load("demo@int8")
 
 
 @pytest.mark.parametrize(
@@ -208,25 +170,31 @@ def test_a_missing_torchao_is_named(monkeypatch):
     ],
     ids=["does nothing", "another width"],
 )
-def test_a_quantizer_that_does_something_else_is_noticed(broken, says, monkeypatch):
+def test_a_quantizer_that_is_missing_or_does_something_else_is_noticed(broken, says, monkeypatch):
     monkeypatch.setattr("torchao.quantization.quantize_", broken)
     with pytest.raises(SpecError, match=says):
         load("demo@int4")
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(SpecError, match=r"demo@int8 needs torchao .*pip install 'pytest-lmeval\[precision\]'"):
+        load("demo@int8")
 
 
 def test_the_spec_does_not_change_the_reported_bits():
-    lm = as_model(Tiny().half(), spec="my-model@int4")
-    found = facts(lm)
+    found = facts(as_model(Tiny().half(), spec="my-model@int4"))
     assert (found.dtype, found.precision.name, found.precision.bits_per_weight) == ("float16", "fp16", 16)
 
 
-def test_a_tensor_declared_int4_with_larger_values_is_int8():
+def test_a_tensor_has_the_declared_bits_and_with_larger_values_eight():
     lm = packed("int4")
     weight = lm.module.mix.weight
+    assert nbytes(weight) == nbytes(copy.deepcopy(weight)) == 64 * 64 + 64 * 2 * (4 + 1)
     assert (value_bits(weight), facts(lm).dtype) == (4, "int4")
     weight.qdata[0, 0] = 100
     assert (value_bits(weight), precision_of(weight)) == (8, "int8")
     assert facts(lm).precision.name == "mixed"
+    module = nn.Linear(32, 4)
+    quantize_(module, torchao.IntxWeightOnlyConfig(weight_dtype=torch.int3, granularity=torchao.PerGroup(32)))
+    assert (value_bits(module.weight), precision_of(module.weight)) == (3, "int3")
 
 
 def test_integers_of_unknown_meaning_have_no_bits():
@@ -240,15 +208,11 @@ def test_integers_of_unknown_meaning_have_no_bits():
 # ---------------------------------------------------------------------------------------------- loading
 
 
-def test_a_head_tied_to_the_embedding_is_not_packed():
+def test_a_head_tied_to_the_embedding_is_not_packed_and_a_shared_weight_stays_shared():
     tied, own = packed("int8", Tiny(tied=True)).module, packed("int8").module
     assert tied.head.weight is tied.embed.weight
-    assert not is_packed(tied.head.weight)
-    assert is_packed(own.head.weight)
+    assert (is_packed(tied.head.weight), is_packed(own.head.weight)) == (False, True)
     assert [name for name, _ in multiplied(tied)] == ["mix.weight"]
-
-
-def test_a_shared_weight_stays_shared():
     module = Tiny()
     module.again = nn.Linear(64, 64)
     module.again.weight = module.mix.weight
@@ -275,12 +239,9 @@ def test_a_packed_checkpoint_is_recognized_without_a_suffix(tmp_path):
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "plain")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of transformers and torchao
-        quantized = transformers.LlamaForCausalLM.from_pretrained(
-            tmp_path / "plain",
-            quantization_config=transformers.TorchAoConfig(torchao.Int8WeightOnlyConfig()),
-            dtype=torch.float32,
-        )
-        quantized.save_pretrained(tmp_path / "packed")
+        config = transformers.TorchAoConfig(torchao.Int8WeightOnlyConfig())
+        options = {"quantization_config": config, "dtype": torch.float32}
+        transformers.LlamaForCausalLM.from_pretrained(tmp_path / "plain", **options).save_pretrained(tmp_path / "packed")
 
     found = facts(load(f"hf:{tmp_path / 'packed'}"))
     assert (found.dtype, found.precision.name, found.precision.bits_per_weight) == ("int8", "int8", 8)
@@ -309,8 +270,15 @@ def test_the_fingerprint_depends_on_the_packed_values():
 
 
 @pytest.mark.parametrize("wanted", ["int8", "int4"])
-def test_a_packed_weight_that_reading_changes_is_noticed_and_restored(wanted):
+def test_packed_weights_are_copied_unpacked_and_restored_if_reading_changes_them(wanted):
     lm = packed(wanted)
+    for dtype in (torch.float32, torch.float64):
+        other = copy_of(lm, dtype)
+        assert {tensor.dtype for tensor in other.module.parameters()} == {dtype}
+        assert not any(map(is_packed, other.module.parameters()))
+        found, copied, plain = (model.step(IDS)[0].double() for model in (lm, other, as_model(Tiny())))
+        assert (found - copied).abs().max() < 1e-4
+        assert (found - plain).abs().max() > 1e-3  # the weights were rounded
     values = lm.module.mix.weight.qdata
     before = values.clone()
     with preserve_weights(lm) as changed:
@@ -320,36 +288,18 @@ def test_a_packed_weight_that_reading_changes_is_noticed_and_restored(wanted):
     assert torch.equal(lm.module.mix.weight.qdata, before)
 
 
-@pytest.mark.parametrize("wanted", ["int8", "int4"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_float64_copy_has_the_same_rounded_weights_unpacked(wanted, dtype):
-    lm = packed(wanted)
-    other = copy_of(lm, dtype)
-    assert {tensor.dtype for tensor in other.module.parameters()} == {dtype}
-    assert not any(map(is_packed, other.module.parameters()))
-    found, copied, plain = (model.step(IDS)[0].double() for model in (lm, other, as_model(Tiny())))
-    assert (found - copied).abs().max() < 1e-4
-    assert (found - plain).abs().max() > 1e-3  # the weights were rounded
-
-
 @pytest.mark.parametrize("wanted", ["int4", pytest.param("int8", marks=pytest.mark.thorough)])
 def test_packed_weights_in_float32_arithmetic_are_exact(wanted):
     found = verdict_of(packed(wanted))
     assert (found.verdict, found.reference) == ("exact-any-chunk", "float64 run of the same weights")
 
 
-@pytest.mark.thorough
-def test_packed_weights_in_bfloat16_arithmetic_are_consistent():
-    lm = load_as(Tiny().bfloat16(), "int8")
-    assert (facts(lm).dtype, lm.dtype) == ("int8", torch.bfloat16)
-    found = verdict_of(lm)
-    assert (found.verdict, found.float32) == ("consistent", "exact-any-chunk")
-
-
-def test_a_model_with_rounded_activations_is_judged_like_16_bits():
+@pytest.mark.parametrize("activations", ["rounded", pytest.param("bfloat16", marks=pytest.mark.thorough)])
+def test_packed_weights_with_activations_of_few_bits_are_consistent(activations):
     module = Tiny()
-    quantize_(module, torchao.Int8DynamicActivationInt8WeightConfig())
-    lm = as_model(module)
+    if activations == "rounded":
+        quantize_(module, torchao.Int8DynamicActivationInt8WeightConfig())
+    lm = as_model(module) if activations == "rounded" else packed("int8", module.bfloat16())
     assert (lm.dtype, facts(lm).dtype) == (torch.bfloat16, "int8")
     found = verdict_of(lm)
     assert (found.verdict, found.float32) == ("consistent", "exact-any-chunk")
@@ -371,12 +321,6 @@ def test_packed_weights_are_not_trained():
         run_training(packed("int4"), IDS[0].repeat(20), protocol=Protocol(steps=1, seq_len=16))
 
 
-def test_the_size_of_a_packed_tensor_is_that_of_its_parts():
-    weight = packed("int4").module.mix.weight
-    assert nbytes(weight) == 64 * 64 + 64 * 2 * (4 + 1)
-    assert math.isclose(nbytes(copy.deepcopy(weight)), nbytes(weight))
-
-
 def test_a_model_that_fails_under_the_flop_counter_is_accepted_by_its_weights():
     class Shy(Tiny):
         def forward(self, input_ids, state=None):
@@ -384,4 +328,4 @@ def test_a_model_that_fails_under_the_flop_counter_is_accepted_by_its_weights():
                 raise RuntimeError("not under a mode")
             return super().forward(input_ids, state)
 
-    assert load_as(Shy(), "bf16").dtype == torch.bfloat16
+    assert packed("bf16", Shy()).dtype == torch.bfloat16

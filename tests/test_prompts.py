@@ -11,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 
 from pytest_lmeval.data import Rows
 from pytest_lmeval.scoring._fewshot import Shots
-from pytest_lmeval.tasks import Choices, Generate, Task, find, names
+from pytest_lmeval.tasks import Choices, Task, find, names
 
 VERSION = "0.4.13"
 PLAIN = "The cat sat on the mat."
@@ -89,27 +89,25 @@ ROWS = {
         choices=[{"text": text, "label": label} for text, label in zip(FOUR, LETTERS, strict=True)],
         answerKey=["B", "4", "A", "D"],
     ),
+    "arc_challenge": rows_of(
+        question="text", choices=[{"text": ["one", "two", " é"], "label": list("ABC")}] * 4, answerKey=list("ACCC")
+    ),
     "piqa": rows_of(goal="text", sol1="text", sol2="text", label=TWO),
     "lambada_openai": [{"text": text} for text in [*TEXTS, "“Yes,” said Anna"]],
     "mmlu": rows_of(question="text", subject=["anatomy"] * 4, choices=FOUR, answer=[0, 3, 1, 2]),
 }
-ROWS["arc_challenge"] = [
-    dict(row, choices={"text": ["one", "two", " é"], "label": list("ABC")}, answerKey="C") for row in ROWS["arc_easy"]
-]
-ROWS["arc_challenge"][0] |= {"answerKey": "A"}
 
 LM_EVAL = [name for name in names() if find(name).style == "lm_eval"]
 MMLU = [name for name in LM_EVAL if name.startswith("mmlu_")]
+
+
+ROWS |= dict.fromkeys(MMLU, ROWS["mmlu"])
 
 
 def all_but(*left_out):
     """Names of tasks as parameters: all by default but the MMLU subjects after the second, which run the same code."""
     found = [name for name in LM_EVAL if name not in left_out]
     return [pytest.param(name, marks=[pytest.mark.thorough] if name in MMLU[2:] else []) for name in found]
-
-
-def rows_for(name):
-    return ROWS["mmlu" if name.startswith("mmlu_") else name]
 
 
 def ours(task, row, shown=()):
@@ -125,9 +123,7 @@ def harness():
     """(name, rows) -> the task of lm_eval over these rows."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of other packages
-        lm_eval = pytest.importorskip(
-            "lm_eval", reason="the prompts are compared with those of lm_eval, which is not installed"
-        )
+        lm_eval = pytest.importorskip("lm_eval", reason="prompts are compared with those of lm_eval, which is not installed")
         from importlib.metadata import version
 
         import datasets
@@ -158,7 +154,7 @@ def harness():
 
 
 def theirs(task, shots=0):
-    """The same by lm_eval, of all rows; with shots only of the first row, to which the next ones are shown."""
+    """The same by lm_eval, of all rows; with shots only of the first row, which shows the next ones."""
     from lm_eval.api.samplers import FirstNSampler
 
     documents = list(task.eval_docs)
@@ -174,7 +170,7 @@ def theirs(task, shots=0):
 
 def differences(harness, task, rows=None):
     """Pairs of ours and lm_eval's, of the rows where they differ."""
-    rows = rows_for(task.name) if rows is None else rows
+    rows = rows or ROWS[task.name]
     pairs = zip((ours(task, row) for row in rows), theirs(harness(task.name, rows)), strict=True)
     return [pair for pair in pairs if pair[0] != pair[1]]
 
@@ -187,8 +183,8 @@ def test_a_prompt_is_that_of_lm_eval(harness, name):
 # The harness would show questions of lambada's test split, and it fails with examples of squadv2.
 @pytest.mark.parametrize("name", all_but("multirc", "lambada_openai", "squadv2"))
 def test_fewshot_examples_are_shown_as_in_lm_eval(harness, name):
-    task, (row, *shown) = find(name), rows_for(name)
-    assert ours(task, row, shown[:2]) == next(theirs(harness(name, rows_for(name)), shots=2))
+    task, (row, *shown) = find(name), ROWS[name]
+    assert ours(task, row, shown[:2]) == next(theirs(harness(name, ROWS[name]), shots=2))
 
 
 # The harness strips, splits, joins, replaces, looks for brackets, full stops and blanks before punctuation.
@@ -213,7 +209,7 @@ shapes = {
 @given(data=st.data())
 def test_any_text_is_cleaned_as_in_lm_eval(harness, name, data):
     drawn = st.fixed_dictionaries(shapes[name])
-    rows = [row | data.draw(drawn) for row in rows_for(name)[:2]]
+    rows = [row | data.draw(drawn) for row in ROWS[name][:2]]
     assert differences(harness, find(name), rows) == []
 
 
@@ -253,7 +249,7 @@ def test_lm_eval_reads_the_labels_of_multirc_the_wrong_way_round(harness):
 
 @pytest.mark.parametrize("name", all_but())
 def test_rows_come_from_the_dataset_and_split_of_lm_eval(harness, name):
-    task, other = find(name), harness(name, rows_for(name))
+    task, other = find(name), harness(name, ROWS[name])
     config = other.config
     split = config.test_split or config.validation_split or "validation"
     assert (task.rows.name, task.rows.config, task.rows.split) == (other.DATASET_PATH, other.DATASET_NAME, split)
@@ -265,9 +261,7 @@ def test_rows_come_from_the_dataset_and_split_of_lm_eval(harness, name):
 def test_an_answer_of_squadv2_ends_as_in_lm_eval(harness):
     other = harness("squadv2", ROWS["squadv2"])
     (generated, _) = other.construct_requests(next(iter(other.eval_docs)), "")
-    question = find("squadv2").ask(ROWS["squadv2"][0])
-    assert isinstance(question, Generate)
-    assert generated.args[1] == {"until": list(question.stop)}
+    assert generated.args[1] == {"until": list(find("squadv2").ask(ROWS["squadv2"][0]).stop)}
 
 
 def test_every_right_entity_of_record_is_right_in_lm_eval(harness):
@@ -285,10 +279,7 @@ GOLDEN = {
         f"{PLAIN}\nQuestion: Blanks at both ends , and  two within ; no stop. True, False or Neither?\nAnswer: {word}"
         for word in ("True", "Neither", "False")
     ],
-    ("copa", 0): [
-        "The cat sat on the mat because  he ran.",
-        f"The cat sat on the mat because  {FOREIGN[0].lower()}{FOREIGN[1:]}",
-    ],
+    ("copa", 0): [f"The cat sat on the mat because  {text}" for text in ("he ran.", f"{FOREIGN[0].lower()}{FOREIGN[1:]}")],
     ("wsc", 1): [
         'Passage: It doesn\'t fit, since *it* is"big".\nQuestion: In the passage above, does the pronoun "*it*" refer to '
         f'"*the trophy*"?\nAnswer: {word}'
@@ -310,7 +301,7 @@ GOLDEN = {
 @pytest.mark.parametrize(("name", "index"), GOLDEN)
 def test_prompts_are_those_recorded_here(name, index):
     """Needs no lm_eval; where it is installed, the comparison above checks these strings."""
-    assert ["".join(parts) for parts in ours(find(name), rows_for(name)[index])] == GOLDEN[name, index]
+    assert ["".join(parts) for parts in ours(find(name), ROWS[name][index])] == GOLDEN[name, index]
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])

@@ -20,7 +20,7 @@ from pytest_lmeval.registry import GROUPS, Entry, PluginWarning, accepted, entri
 from pytest_lmeval.scoring._metrics import metrics_of
 from pytest_lmeval.tasks import find as find_task
 
-METRIC = "from pytest_lmeval.records._metric import Metric\nBREVITY = Metric('brevity', interval='share')\n"
+METRIC = "from pytest_lmeval.records._metric import Metric\nBREVITY = Metric('brevity', interval='proportion')\n"
 BROKEN = "raise ImportError('no such thing')\n"
 
 
@@ -58,7 +58,7 @@ def test_a_pattern_selects_names(pattern, found):
 
 def test_a_thing_of_another_package_is_found_by_its_name(packages):
     packages("one", METRIC, metrics={"brevity": "one:BREVITY"})
-    assert find("metrics", "brevity").interval == "share"
+    assert find("metrics", "brevity").interval == "proportion"
     assert metric("brevity") is find("metrics", "brevity")
     assert [entry.package for name, _, entry in things("metrics") if name == "brevity"] == ["one"]
     assert "brevity" in names("metrics")
@@ -176,7 +176,7 @@ def test_a_package_that_cannot_be_imported_is_left_out_with_one_warning(packages
     packages("one", METRIC, metrics={"brevity": "one:BREVITY"})
     packages("broken", BROKEN, metrics={"length": "broken:LENGTH"})
     with pytest.warns(PluginWarning, match="broken registers the metric 'length' as broken:LENGTH.*ImportError: no such thing"):
-        assert metric("brevity").interval == "share"
+        assert metric("brevity").interval == "proportion"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert "length" not in names("metrics")

@@ -1,6 +1,5 @@
 """Documents read as by loglikelihood_rolling of lm-evaluation-harness: its windows, its prefix tokens, its numbers."""
 
-import json
 import math
 from dataclasses import replace
 
@@ -8,7 +7,15 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from reading import assert_equal_but_for_time, measure_perplexity, measure_until_killed, nll_of, stream_in_windows, texts
+from reading import (
+    assert_equal_but_for_time,
+    losses_of,
+    measure_perplexity,
+    measure_until_killed,
+    nll_of,
+    stream_in_windows,
+    texts,
+)
 from tiny_models import Functional, Stateless
 
 from pytest_lmeval.data._corpus import Document
@@ -55,9 +62,6 @@ def windows_read(count, context, **options):
     return list(zip(module.given, (list(range(chunk.start, chunk.end)) for chunk in chunks), strict=True))
 
 
-# ------------------------------------------------------------------------------------------- the windows
-
-
 def test_the_last_window_reads_the_whole_context_before_its_end():
     assert windows_read(10, 4) == [
         ([0, 1, 2, 3], [1, 2, 3, 4]),
@@ -100,9 +104,7 @@ def test_losses_are_those_of_each_window_read_alone_whatever_the_chunk(count, co
     lm, ids = as_model(Functional(vocab=VOCAB)), np.random.default_rng(count).integers(0, VOCAB, count + 1)
     expected = []
     for read, scored in expected_windows(count, context):
-        logits, _ = lm.step(torch.from_numpy(ids[read])[None])
-        log_p = torch.log_softmax(logits[0, -len(scored) :], dim=-1)
-        expected += (-log_p.gather(1, torch.from_numpy(ids[scored])[:, None])[:, 0]).tolist()
+        expected += losses_of(ids[[*read, scored[-1]]], lm)[-len(scored) :].tolist()
     chunks = stream_in_windows(lm, ids, window=context, overlap=0, anchored=True, chunk_size=min(chunk_size, context))
     np.testing.assert_allclose(nll_of(chunks), expected, atol=1e-5)
 
@@ -118,6 +120,10 @@ class Letters:
 
     def encode(self, text):
         return [ord(letter) for letter in text], list(range(1, len(text) + 1))
+
+
+def model(kind=Functional, tokenizer=None, **facts):
+    return replace(as_model(kind(vocab=VOCAB), tokenizer=tokenizer or Letters(bos=1)), **facts)
 
 
 @pytest.mark.parametrize(
@@ -139,23 +145,17 @@ def test_the_prefix_is_bos_or_else_eos_and_then_what_the_tokenizer_adds(special,
     ids = np.asarray(tokenizer.encode(text)[0])
     for expected, options in ((stream, {"rolling": False}), (rolling, {"rolling": True})):
         assert beginning(tokenizer, ids, **options).tolist() == expected
-        reader = TokenReader(as_model(Functional(vocab=VOCAB), tokenizer=tokenizer), [Document("d", text)], **options)
-        read = Tokens.joined(list(reader))
+        read = Tokens.joined(list(TokenReader(model(tokenizer=tokenizer), [Document("d", text)], **options)))
         assert read.ids.tolist() == [*expected, *ids]
         assert read.widths.tolist() == [0] * len(expected) + [1] * len(ids)
 
 
 def test_only_the_first_text_has_the_prefix():
-    lm = as_model(Functional(vocab=VOCAB), tokenizer=Letters(bos=1))
-    read = TokenReader(lm, [Document("d", ""), Document("d", "a"), Document("d", "b")])
+    read = TokenReader(model(), [Document("d", ""), Document("d", "a"), Document("d", "b")])
     assert Tokens.joined(list(read)).ids.tolist() == [1, ord("a"), ord("b")]
 
 
 # ------------------------------------------------------------------------------------------- perplexity
-
-
-def model(kind=Functional, tokenizer=None, **facts):
-    return replace(as_model(kind(vocab=VOCAB), tokenizer=tokenizer or Letters(bos=1)), **facts)
 
 
 SOME = [(str(n), f"document number {n}, and words of it" * (n % 4 + 1)) for n in range(6)]
@@ -191,9 +191,10 @@ def test_parts_of_a_document_are_tokenized_together():
     assert found[0].nll == found[1].nll
 
 
-def test_token_ids_have_no_prefix_in_however_many_parts():
+@pytest.mark.parametrize("window", ["lm_eval", "unlimited"])
+def test_token_ids_have_no_prefix_in_however_many_parts(window):
     lm, ids = model(context_length=16), np.arange(100)
-    whole, parts = (measure_perplexity(lm, given, window="lm_eval") for given in (ids, iter(np.split(ids, [3, 50]))))
+    whole, parts = (measure_perplexity(lm, given, window=window) for given in (ids, iter(np.split(ids, [3, 50]))))
     assert whole.tokens == parts.tokens == 99
     assert whole.nll == parts.nll
 
@@ -215,11 +216,8 @@ def test_a_policy_describes_the_windows_of_lm_eval():
     policy = Policy(chunk_size=7, windows=Windows(24, anchored=True))
     assert policy.reading == "windows of 24 tokens, as lm_eval reads them, in chunks of 7"
     assert Policy().reading == "carried in chunks"
-
-
-def test_a_window_of_a_stateless_model_is_read_in_one_step():
-    policy = policy_for(model(Stateless, context_length=24), window="lm_eval", chunk_size=7)
-    assert (policy.chunk_size, policy.windows.size) == (24, 24)
+    stateless = policy_for(model(Stateless, context_length=24), window="lm_eval", chunk_size=7)
+    assert (stateless.chunk_size, stateless.windows.size) == (24, 24)  # a window is read in one step
 
 
 def test_an_overlap_is_refused_with_the_windows_of_lm_eval():
@@ -242,18 +240,6 @@ def test_a_killed_run_is_resumed_inside_a_document_with_the_same_numbers_to_the_
         assert np.array_equal(np.load(tmp_path / "killed.npy"), np.load(tmp_path / "whole.npy"))
 
 
-def test_a_checkpoint_without_the_beginning_of_its_window_gives_other_numbers(tmp_path):
-    lm, corpus = model(context_length=24), texts(*SOME)
-    options = {"window": "lm_eval", "chunk_size": 7}
-    whole = measure_perplexity(lm, corpus, **options)
-    options |= {"checkpoints": Checkpoints(tmp_path), "key": "k"}
-    measure_until_killed(50, lm, corpus, **options)
-    point = torch.load(tmp_path / "k.pt")
-    sums = json.loads(point["sums"])
-    torch.save({**point, "sums": json.dumps({**sums, "window": sums["scored"]})}, tmp_path / "k.pt")
-    assert abs(measure_perplexity(lm, corpus, **options).nll - whole.nll) > 1e-6
-
-
 # ------------------------------------------------------------------------------------------- against lm_eval itself
 
 CONTEXT = 16
@@ -264,16 +250,6 @@ TEXTS = (
     "<s>a text that begins with the token itself, and goes on for more than one window of it",
     *("x y z " * n + "é and ü" for n in range(1, 24)),
 )
-
-
-def tokenizer_of(kind):
-    tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
-    bpe = tokenizers.ByteLevelBPETokenizer()
-    bpe.train_from_iterator(TEXTS, vocab_size=300, special_tokens=["<s>", "</s>"], show_progress=False)
-    if kind == "adds bos":
-        bpe._tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    special = {"eos_token": "</s>"} if kind == "eos alone" else {"bos_token": "<s>", "eos_token": "</s>"}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **special)
 
 
 @pytest.fixture(scope="module")
@@ -298,8 +274,15 @@ def llama():
 def test_documents_have_the_loglikelihoods_of_lm_eval_and_windows_without_the_anchor_have_not(kind, llama):
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
+    from tokenizers import ByteLevelBPETokenizer, processors
+    from transformers import PreTrainedTokenizerFast
 
-    tokenizer = tokenizer_of(kind)
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(TEXTS, vocab_size=300, special_tokens=["<s>", "</s>"], show_progress=False)
+    if kind == "adds bos":
+        bpe._tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    special = {"eos_token": "</s>"} if kind == "eos alone" else {"bos_token": "<s>", "eos_token": "</s>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **special)
     # with its cache, windows of a batch that read the same tokens but score different numbers of them are confused
     theirs = HFLM(pretrained=llama, tokenizer=tokenizer, backend="causal", device="cpu", batch_size=4, logits_cache=False)
     asked = [Instance("loglikelihood_rolling", {}, (text,), index) for index, text in enumerate(TEXTS)]

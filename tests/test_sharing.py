@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from reading import engine_of
+from reading import LM, engine_of, losses_of
 from tiny_models import VOCAB, Dropped, Forgetful, Functional, GetSetState, Neighbourly, Shared, Stateless, Stepper
 
 from pytest_lmeval import as_model, load
@@ -15,7 +15,6 @@ from pytest_lmeval.engine._state_rows import selection
 from pytest_lmeval.engine._tree import STEP_COST, Request, tree, worth_a_step
 
 thorough = pytest.mark.thorough
-LM = as_model(Functional())
 ids = st.lists(st.integers(0, 2), min_size=1, max_size=12)  # few ids, so that many prefixes are equal
 
 
@@ -37,30 +36,21 @@ def sharing(prefix_len, count, rest=4, seed=0):
     return [Request(np.concatenate([prefix, rng.integers(VOCAB, size=rest)]), prefix_len + 1) for _ in range(count)]
 
 
-def alone(lm, request):
-    """The log-likelihoods of a text that is read alone."""
-    with torch.no_grad():
-        logits, _ = lm.step(torch.from_numpy(request.read)[None])
-    log_p = logits[0].log_softmax(-1)
-    return np.array([log_p[at - 1, request.ids[at]].item() for at in range(request.context_len, len(request.ids))])
-
-
 def worst(lm, engine, asked):
-    scored = engine.score(asked)
-    return max(np.abs(found.loglikelihood - alone(lm, request)).max() for found, request in zip(scored, asked, strict=True))
+    """The largest difference to the log-likelihoods of a text that is read alone."""
+    scored, alone = engine.score(asked), [-losses_of(request.ids, lm)[request.context_len - 1 :] for request in asked]
+    return max(np.abs(found.loglikelihood - expected).max() for found, expected in zip(scored, alone, strict=True))
 
 
 def distinct(asked):
     return len({tuple(request.read[:length]) for request in asked for length in range(1, len(request.read) + 1)})
 
 
-# ---------------------------------------------------------------------------------------------- the tree
-
-
-@settings(max_examples=60)
-@given(requests(), st.sampled_from([0, 3, 8, inf]))
-def test_a_tree_holds_every_token_and_every_target_once(asked, step):
-    targets, tokens = [], 0
+@settings(max_examples=100)
+@given(requests(), st.booleans(), st.sampled_from([0, 3, 8, inf]))
+def test_a_tree_holds_every_token_and_every_target_once_and_a_leaf_for_each_prompt(asked, prompts, step):
+    asked = [Request(request.ids, len(request.ids)) for request in asked] if prompts else asked
+    targets, tokens, ends = [], 0, {}
 
     def visit(node, before):
         nonlocal tokens
@@ -74,13 +64,17 @@ def test_a_tree_holds_every_token_and_every_target_once(asked, step):
         for child in node.children:
             assert child.start == node.end
             visit(child, text)
+        if not node.children:
+            ends[node.owner] = text
 
     for node in tree(asked, step=step):
         visit(node, [])
     expected = [(n, p) for n, request in enumerate(asked) for p in range(request.context_len - 1, len(request.ids) - 1)]
     assert sorted(targets) == expected
     assert tokens >= distinct(asked)
-    if step == 0:
+    if prompts:
+        assert ends == {number: list(request.ids) for number, request in enumerate(asked)}
+    elif step == 0:
         assert tokens == distinct(asked)
 
 
@@ -92,13 +86,10 @@ def test_short_runs_are_read_again_rather_than_in_a_step():
     assert [len(node.ids) for node in tree(shared, step=0)] == [3]
 
 
-# -------------------------------------------------------------------------------------------- the likelihoods
-
-
 @settings(max_examples=40)
-@given(requests(), st.integers(1, 4), st.booleans(), st.integers(1, 3))
-def test_shared_prefixes_change_no_likelihood(asked, batch_size, share, blocks):
-    engine = engine_of(LM, batch_size, share)
+@given(requests(), st.integers(1, 4), st.booleans(), st.sampled_from([1, 4]), st.integers(1, 3))
+def test_shared_prefixes_change_no_likelihood(asked, batch_size, share, multiple, blocks):
+    engine = engine_of(LM, batch_size, share, multiple)
     for block in np.array_split(np.arange(len(asked)), blocks):
         if len(block):
             assert worst(LM, engine, [asked[number] for number in block]) < 1e-5
@@ -129,6 +120,9 @@ def test_each_distinct_token_is_read_about_once_and_the_prefix_once_in_all_block
     assert engine.counts.tokens == pytest.approx(distinct(asked), rel=0.02)
     whole.score(asked)
     assert whole.counts.tokens == 60 * 339
+    multiples = engine_of(LM, multiple=16)
+    assert worst(LM, multiples, sharing(50, 4, rest=9)) < 1e-5
+    assert multiples.counts.tokens == 48 + 4 * (58 - 48)
 
 
 def test_tokens_are_counted_for_the_first_request_that_reads_them():
@@ -145,7 +139,15 @@ def test_padding_stays_a_small_fraction():
     assert 0 < engine.counts.padding <= PADDED * engine.counts.tokens
 
 
-@pytest.mark.parametrize("kind", [GetSetState, Stateless, Stepper])
+class Joint(Functional):
+    """Keeps all rows in one axis with the features, so that its state cannot be divided."""
+
+    def forward(self, input_ids, state=None):
+        logits, hidden = super().forward(input_ids, None if state is None else state.reshape(1, -1, 16))
+        return logits, hidden.reshape(-1)
+
+
+@pytest.mark.parametrize("kind", [GetSetState, Stateless, Stepper, Joint])
 def test_other_forms_of_models_give_the_same(kind):
     assert worst(LM, engine_of(as_model(kind()), batch_size=2), sharing(30, 5)) < 1e-5
 
@@ -156,38 +158,6 @@ def test_a_wrong_state_gives_other_likelihoods(kind):
     asked = [Request(np.array([1, 2, 3] * 8 + [end, 5, 6]), 24) for end in (1, 2, 4)]
     assert worst(lm, engine_of(lm, share=False), asked) < 1e-5
     assert worst(lm, engine_of(lm), asked) > 1e-3
-
-
-def test_a_state_is_continued_after_multiples_only():
-    steps = []
-
-    class Recording(Functional):
-        def forward(self, input_ids, state=None):
-            steps.append((0 if state is None else int(state[1]), input_ids.shape[1]))
-            logits, hidden = super().forward(input_ids, None if state is None else state[0])
-            return logits, (hidden, torch.tensor(steps[-1][0] + input_ids.shape[1]))
-
-    lm = as_model(Recording())
-    engine = engine_of(lm, multiple=16)
-    assert selection(lm) is not None  # found by steps of its own
-    steps.clear()
-    asked = sharing(50, 4, rest=9)
-    scored = engine.score(asked)
-    assert {begin % 16 for begin, _ in steps} == {0}
-    assert (0, 48) in steps
-    for found, request in zip(scored, asked, strict=True):
-        np.testing.assert_allclose(found.loglikelihood, alone(LM, request), atol=1e-5)
-
-
-# -------------------------------------------------------------------------------------------- rows of states
-
-
-class Joint(Functional):
-    """Keeps all rows in one axis with the features."""
-
-    def forward(self, input_ids, state=None):
-        logits, hidden = super().forward(input_ids, None if state is None else state.reshape(1, -1, 16))
-        return logits, hidden.reshape(-1)
 
 
 class Levels(Functional):
@@ -211,11 +181,6 @@ class FirstRow(Functional):
 )
 def test_a_state_is_divided_into_rows_only_if_they_continue_alone(kind, divisible):
     assert (selection(as_model(kind())) is not None) == divisible
-
-
-def test_a_state_that_cannot_be_divided_is_forked_for_each_row():
-    lm = as_model(Joint())
-    assert worst(lm, engine_of(lm, batch_size=4), sharing(30, 5)) < 1e-5
 
 
 @pytest.mark.parametrize(("kind", "divisible"), [(Functional, True), (FirstRow, False)])

@@ -1,15 +1,13 @@
 """One protocol for all models: the same tokens, resumable to the bit, cached, and clear about what goes wrong."""
 
 import gc
-import io
 import json
 import math
+import multiprocessing
 import os
 import pickle
-import shutil
+import re
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from functools import cache
 from itertools import islice
@@ -20,7 +18,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 from safetensors.torch import load_file, save_file
-from tiny_models import Functional, GetSetState, PortableStreaming, Stateless, Stepper, Streaming
+from tiny_models import Changed, Functional, GetSetState, PortableStreaming, Stateless, Stepper, Streaming
 from torch import nn
 from torch.nn import functional as F
 
@@ -68,17 +66,16 @@ def same(left, right):
 
 
 def outcome(result):
-    """What equal trainings must repeat: curves, weights, and metrics except those of time and memory."""
+    """Everything that equal trainings repeat: curves, weights, and metrics except those of time and memory."""
     timed = ("seconds", "tokens_per_second", "peak_memory", "peak_memory_growth")
     metrics = {name: metric.to_json() for name, metric in result.record.metrics.items() if name not in timed}
-    series = {name: schema.to_plain(curve) for name, curve in result.record.series.items()}
-    digest = {name: tensor.tolist() for name, tensor in weights(result).items()}
-    return json.dumps([metrics, series, digest, result.best_step])
+    tensors = {name: tensor.tolist() for name, tensor in weights(result).items()}
+    return json.dumps([metrics, schema.to_plain(result.record.series), tensors, result.best_step])
 
 
 @pytest.fixture(scope="module", autouse=True)
 def frozen_heap():
-    """Exempt what is imported from the garbage collection before each training, which takes longer than the training."""
+    """Exempt imported objects from the garbage collection before each training, which takes longer than the training."""
     gc.collect()
     gc.freeze()
     yield
@@ -105,13 +102,6 @@ def save_each_step(monkeypatch):
 # ------------------------------------------------------------------------------------------------- protocol
 
 
-def test_a_training_has_one_end():
-    assert (Protocol().steps, Protocol().epochs) == (300, None)
-    assert (Protocol(epochs=2).steps, Protocol(epochs=2).epochs) == (None, 2)
-    with pytest.raises(ProtocolError, match="steps=5 and epochs=2: a training has one end"):
-        Protocol(steps=5, epochs=2)
-
-
 @pytest.mark.parametrize(("name", "value"), [
     ("steps", 0), ("steps", 1.5), ("epochs", -1), ("batch_size", 0), ("seq_len", True), ("tokens", None), ("lr", 0.0),
     ("lr", float("nan")), ("warmup", 1.0), ("schedule", "constant"), ("weight_decay", -0.1), ("betas", (0.9, 1.0)),
@@ -120,6 +110,12 @@ def test_a_training_has_one_end():
 def test_an_invalid_setting_is_refused_by_name(name, value):
     with pytest.raises(ProtocolError, match=rf"{name}=.*; {name} must be "):
         Protocol(**{name: value})
+
+
+def test_a_training_has_one_end():
+    assert (Protocol().steps, Protocol(epochs=2).steps) == (300, None)
+    with pytest.raises(ProtocolError, match="steps=5 and epochs=2: a training has one end"):
+        Protocol(steps=5, epochs=2)
 
 
 @given(st.integers(1, 200), st.floats(0, 0.99), st.sampled_from(["cosine", "linear"]))
@@ -141,9 +137,8 @@ SPARE = st.integers(1, 40)  # tokens beyond one batch
 
 
 def an_epoch(protocol, length, first=0):
-    return list(
-        islice(batches(np.arange(length), protocol, first=first), (length - 1) // protocol.seq_len // protocol.batch_size)
-    )
+    steps = (length - 1) // protocol.seq_len // protocol.batch_size
+    return list(islice(batches(np.arange(length), protocol, first=first), steps))
 
 
 def targets_are_unique(epoch):
@@ -200,7 +195,7 @@ def test_all_models_read_the_same_tokens_in_the_same_order():
     for width in (4, 16):
         lm = as_model(Recording(width=width))
         Recording.read.clear()
-        run_training(lm, TEXT, protocol=SMALL)
+        trained(lm, held_out=None)
         read.append(torch.stack(Recording.read))
     assert len(read[0]) == 12 + 1  # one more to count the operations of a step
     assert torch.equal(*read)
@@ -232,8 +227,8 @@ def test_it_equals_a_bare_loop():
     for step, crops in enumerate(islice(batches(TEXT, SMALL), 12)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(SMALL, step, 12)
-        loss = loss_of(crops)
         optimizer.zero_grad()
+        loss = loss_of(crops)
         loss.backward()
         nn.utils.clip_grad_norm_(module.parameters(), SMALL.clip)
         optimizer.step()
@@ -300,12 +295,12 @@ def test_a_state_in_a_buffer_is_not_part_of_the_trained_weights(save_each_step, 
     assert again.nll < 3.5
     cached = trained(Buffered(), folder=tmp_path)
     assert cached.cached
-    assert same(weights(cached), weights(result))
     assert fingerprint(cached.lm) == fingerprint(result.lm)
 
 
-def test_the_given_model_and_the_random_state_do_not_change():
+def test_frozen_parameters_the_given_model_and_the_random_state_do_not_change():
     module = Functional().train()
+    module.embed.weight.requires_grad_(False)
     lm = as_model(module)
     before, random = fingerprint(lm), torch.get_rng_state()
     kept = {name: tensor.clone() for name, tensor in module.state_dict().items()}
@@ -314,6 +309,8 @@ def test_the_given_model_and_the_random_state_do_not_change():
     assert fingerprint(lm) == before != fingerprint(result.lm)
     assert torch.equal(torch.get_rng_state(), random)
     assert all(parameter.grad is None for parameter in module.parameters())
+    assert torch.equal(result.lm.module.embed.weight, module.embed.weight)
+    assert not torch.equal(result.lm.module.head.weight, module.head.weight)
 
 
 def test_the_weights_with_the_lowest_held_out_loss_are_kept():
@@ -325,48 +322,40 @@ def test_the_weights_with_the_lowest_held_out_loss_are_kept():
     assert f"trained {result.best_step} steps" in result.lm.spec
 
 
-def test_without_a_held_out_text_the_last_weights_are_kept():
-    result = trained(held_out=None)
+def test_without_a_held_out_text_the_last_weights_are_kept_and_progress_is_reported_after_each_step():
+    calls = []
+    result = trained(held_out=None, progress=lambda *arguments: calls.append(arguments))
+    assert [(done, expected) for done, _, expected in calls] == [(64 * step, 64 * 12) for step in range(1, 13)]
+    assert calls[-1][1] == pytest.approx(64 * sum(result.curve.y))
     assert result.best_step == 12
     assert "held_out_loss" not in result.record.series
     with pytest.raises(AttributeError, match="trained without held_out, so its perplexity on unseen text is not known"):
         result.perplexity  # noqa: B018
 
 
-def test_frozen_parameters_do_not_change():
-    module = Functional()
-    module.embed.weight.requires_grad_(False)
-    result = trained(module, protocol=SHORT)
-    assert torch.equal(result.lm.module.embed.weight, module.embed.weight)
-    assert not torch.equal(result.lm.module.head.weight, module.head.weight)
-
-
-class Tied(nn.Module):
-    """Embedding and head have one weight."""
+class Tied(Functional):
+    """Embedding and head have one weight; with dropout of logits."""
 
     def __init__(self, dropout=0.0):
         super().__init__()
-        torch.manual_seed(0)
-        self.embed = nn.Embedding(VOCAB, 16)
-        self.cell = nn.GRU(16, 16, batch_first=True)
-        self.drop = nn.Dropout(dropout)
-        self.head = nn.Linear(16, VOCAB, bias=False)
         self.head.weight = self.embed.weight
+        self.drop = nn.Dropout(dropout)
 
     def forward(self, input_ids, state=None):
-        hidden, state = self.cell(self.embed(input_ids), state)
-        return self.head(self.drop(hidden)), state
+        logits, state = super().forward(input_ids, state)
+        return self.drop(logits), state
 
 
 def test_tied_weights_are_saved_once_and_stay_tied(tmp_path):
     result = trained(Tied(), protocol=SHORT, folder=tmp_path)
     file = only(tmp_path, "best.safetensors")
-    assert "head.weight" not in load_file(file)
-    loaded = load_weights(as_model(Tied()), file)
-    assert loaded.module.head.weight is loaded.module.embed.weight
-    assert same(weights(result), loaded.module.state_dict())
-    save_file({name.replace("embed", "head"): tensor for name, tensor in load_file(file).items()}, tmp_path / "other")
-    assert same(weights(result), load_weights(as_model(Tied()), tmp_path / "other").module.state_dict())
+    tensors = load_file(file)
+    assert "head.weight" not in tensors
+    save_file({name.replace("embed", "head"): tensor for name, tensor in tensors.items()}, tmp_path / "other")
+    for path in (file, tmp_path / "other"):
+        loaded = load_weights(as_model(Tied()), path).module
+        assert loaded.head.weight is loaded.embed.weight
+        assert same(weights(result), loaded.state_dict())
 
 
 def test_dropout_is_active_only_in_training_and_repeats():
@@ -374,13 +363,6 @@ def test_dropout_is_active_only_in_training_and_repeats():
     assert outcome(first) == outcome(again)
     assert first.curve.y[0] != without.curve.y[0]
     assert first.record.series["held_out_loss"].y[0] == without.record.series["held_out_loss"].y[0]
-
-
-def test_progress_is_reported_after_each_step():
-    calls = []
-    result = trained(held_out=None, progress=lambda *arguments: calls.append(arguments))
-    assert [(done, expected) for done, _, expected in calls] == [(64 * step, 64 * 12) for step in range(1, 13)]
-    assert calls[-1][1] == pytest.approx(64 * sum(result.curve.y))
 
 
 # --------------------------------------------------------------------------------------------------- record
@@ -412,18 +394,16 @@ def test_the_record_has_settings_curves_and_costs():
 
 
 def test_the_record_fits_the_schema():
-    jsonschema = pytest.importorskip("jsonschema")
     whole = schema.json_schema()
-    record = reference().record
-    written = json.loads(json.dumps(schema.to_plain(record)))
-    jsonschema.validate(written, {**whole["$defs"]["Record"], "$defs": whole["$defs"]})
+    written = json.loads(json.dumps(schema.to_plain(reference().record)))
     assert schema.to_plain(schema.convert(written, Record)) == written
+    pytest.importorskip("jsonschema").validate(written, {**whole["$defs"]["Record"], "$defs": whole["$defs"]})
 
 
 def test_a_long_curve_is_averaged(monkeypatch):
-    reference()
+    whole = reference().curve
     monkeypatch.setattr("pytest_lmeval.training._result.POINTS", 5)
-    whole, thinned = reference().curve, trained().curve
+    thinned = trained().curve
     assert thinned.x == [64.0 * 3, 64.0 * 6, 64.0 * 9, 64.0 * 12]
     assert thinned.y == pytest.approx([np.mean(whole.y[begin : begin + 3]) for begin in range(0, 12, 3)])
 
@@ -437,10 +417,8 @@ def test_a_finished_training_is_not_repeated_unless_fresh(tmp_path):
     read = len(module.read)
     again = trained(module, folder=tmp_path)
     assert (first.cached, again.cached, len(module.read)) == (False, True, read)
-    assert again.record == first.record
-    assert same(weights(first), weights(again))
+    assert (again.record, again.lm.spec) == (first.record, first.lm.spec)
     assert fingerprint(again.lm) == fingerprint(first.lm)
-    assert again.lm.spec == first.lm.spec
     fresh = trained(module, folder=tmp_path, fresh=True)
     assert (fresh.cached, outcome(fresh)) == (False, outcome(first))
 
@@ -521,26 +499,23 @@ def test_weights_of_another_model_are_refused_with_the_names_of_the_tensors(tmp_
         load_weights("demo", file)
 
 
-def test_unreadable_weights_are_refused(tmp_path):
+def test_missing_and_truncated_weights_are_refused(tmp_path):
     (tmp_path / "short").write_bytes(b"12")
-    for name, message in {"nowhere": "there are no weights at .*nowhere", "short": "short is no whole file of weights"}.items():
-        with pytest.raises(SpecError, match=message):
-            load_weights(as_model(Functional()), tmp_path / name)
+    with pytest.raises(SpecError, match=r"there are no weights at .*nowhere"):
+        load_weights(as_model(Functional()), tmp_path / "nowhere")
+    with pytest.raises(SpecError, match="short is no whole file of weights"):
+        load_weights(as_model(Functional()), tmp_path / "short")
 
 
 # -------------------------------------------------------------------------------------------------- resumed
 
 
-class Stopped(Exception):
-    """An interruption."""
-
-
 def interrupted(step, folder, module=Functional, **options):
     def stop(done, nats, expected):
         if done == 64 * step:
-            raise Stopped
+            raise KeyboardInterrupt
 
-    with pytest.raises(Stopped):
+    with pytest.raises(KeyboardInterrupt):
         trained(module(), progress=stop, folder=folder, **options)
 
 
@@ -549,18 +524,18 @@ def dropping():
 
 
 @cache
-def uninterrupted(held_out=True):
-    return outcome(trained(dropping(), held_out=UNSEEN if held_out else None))
+def uninterrupted(**options):
+    return outcome(trained(dropping(), **options))
 
 
-LATER = [pytest.param(step, marks=pytest.mark.thorough) for step in (2, 3, 5, 6, 7, 8, 9, 10)]
+LATER = [pytest.param(step, {}, marks=pytest.mark.thorough) for step in (2, 3, 5, 6, 7, 8, 9, 10)]
 
 
-@pytest.mark.parametrize("step", [1, 4, 11, *LATER])
-def test_a_training_resumes_at_any_step_with_the_same_outcome(save_each_step, tmp_path, step):
-    interrupted(step, tmp_path, dropping)
-    result = trained(dropping(), folder=tmp_path)
-    assert (result.resumed_at, outcome(result)) == (step, uninterrupted())
+@pytest.mark.parametrize(("step", "options"), [(1, {}), (4, {}), (11, {}), (5, {"held_out": None}), *LATER])
+def test_a_training_resumes_at_any_step_with_the_same_outcome(save_each_step, tmp_path, step, options):
+    interrupted(step, tmp_path, dropping, **options)
+    result = trained(dropping(), folder=tmp_path, **options)
+    assert (result.resumed_at, outcome(result)) == (step, uninterrupted(**options))
 
 
 FORGOTTEN = {
@@ -583,50 +558,27 @@ def test_a_point_without_one_of_its_parts_changes_the_outcome(save_each_step, tm
     assert outcome(result) != uninterrupted()
 
 
-def test_a_training_without_a_held_out_text_resumes(save_each_step, tmp_path):
-    interrupted(5, tmp_path, dropping, held_out=None)
-    assert outcome(trained(dropping(), held_out=None, folder=tmp_path)) == uninterrupted(held_out=False)
-
-
 def test_a_fresh_training_does_not_resume(save_each_step, tmp_path):
     interrupted(6, tmp_path)
     assert trained(folder=tmp_path, fresh=True).resumed_at == 0
 
 
-KILLED = """
-import os, signal, sys
-import numpy as np
-from tiny_models import Functional
-from pytest_lmeval import as_model
-from pytest_lmeval.records._journal import Saver
-from pytest_lmeval.training import Protocol, run_training
+def trained_until_killed(folder):
+    def die(done, nats, expected):
+        if done == 64 * 8:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-def work(folder, progress=None):
-    text, held_out = np.random.default_rng(0).integers(32, size=(2, 2000))
-    protocol = Protocol(steps=15, batch_size=4, seq_len=16, eval_every=5, eval_tokens=256)
-    return run_training(as_model(Functional()), text, held_out=held_out, protocol=protocol, folder=folder, progress=progress)
-
-def die(done, nats, expected):
-    if done == 64 * 8:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-if __name__ == "__main__":
     Saver.PAUSE = Saver.SHARE = 0.0
-    work(sys.argv[1], die)
-"""
+    trained(folder=folder, progress=die)
 
 
-def test_a_killed_training_resumes_with_the_same_outcome(tmp_path, monkeypatch):
-    (tmp_path / "killed.py").write_text(KILLED)
-    monkeypatch.syspath_prepend(tmp_path)
-    from killed import work
-
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run([sys.executable, str(tmp_path / "killed.py"), str(tmp_path)], env=environment)
-    assert done.returncode == -signal.SIGKILL
-    result = work(tmp_path)
-    assert result.resumed_at == 8
-    assert outcome(result) == outcome(work(None))
+def test_a_killed_training_resumes_with_the_same_outcome(tmp_path):
+    process = multiprocessing.get_context("spawn").Process(target=trained_until_killed, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    result = trained(folder=tmp_path)
+    assert (result.resumed_at, outcome(result)) == (8, outcome(reference()))
     assert not list(tmp_path.glob("models/*/point.pt"))
 
 
@@ -637,25 +589,18 @@ class Foreign:
         return Path.touch, (Path("ran"),)
 
 
-def of_another_model(content):
-    file = io.BytesIO()
-    torch.save({"weights": Functional(width=8).state_dict(), "optimizer": {}}, file)
-    return file.getvalue()
-
-
-POINTS = {
-    "truncated": lambda content: content[:-500],
-    "foreign": lambda content: pickle.dumps(Foreign(), protocol=2),
-    "of another model": of_another_model,
+UNUSABLE = {
+    "truncated": lambda file: file.write_bytes(file.read_bytes()[:-500]),
+    "foreign": lambda file: file.write_bytes(pickle.dumps(Foreign(), protocol=2)),
+    "of another model": lambda file: torch.save({"weights": Functional(width=8).state_dict(), "optimizer": {}}, file),
 }
 
 
-@pytest.mark.parametrize("how", POINTS)
+@pytest.mark.parametrize("how", UNUSABLE)
 def test_an_unusable_point_is_reported_and_runs_no_code(save_each_step, monkeypatch, tmp_path, how):
     monkeypatch.chdir(tmp_path)
     interrupted(6, tmp_path)
-    point = only(tmp_path, "point.pt")
-    point.write_bytes(POINTS[how](point.read_bytes()))
+    UNUSABLE[how](only(tmp_path, "point.pt"))
     with pytest.warns(JournalWarning, match=r"point\.pt cannot be read"):
         result = trained(folder=tmp_path)
     assert (result.resumed_at, outcome(result)) == (0, outcome(reference()))
@@ -666,12 +611,12 @@ def test_a_training_whose_points_cannot_be_saved_warns_and_goes_on(save_each_ste
     def occupy(done, nats, expected):
         """Put a file in place of all folders, between the first and the third step."""
         if done == 64:
-            shutil.rmtree(tmp_path / "models")
+            (tmp_path / "models").rename(tmp_path / "moved")
             (tmp_path / "models").touch()
         elif done == 3 * 64:
             (tmp_path / "models").unlink()
 
-    with pytest.warns(JournalWarning, match=r"no point to go on from can be saved \("):
+    with pytest.warns(JournalWarning, match=r"no checkpoint can be saved \("):
         assert trained(folder=tmp_path, progress=occupy).best_step == 12
 
 
@@ -697,13 +642,10 @@ def test_a_gradient_that_is_not_finite_stops_the_training(tmp_path):
     lm, module.steps = as_model(module), 0
     with pytest.raises(TrainingError) as caught:
         trained(lm, folder=tmp_path)
-    message = str(caught.value)
     file = only(tmp_path, "best.safetensors")
-    assert ":Root on ids[test], step 7: the loss is " in message
-    assert "the gradient norm nan (" in message
-    assert "at learning rate 0.00" in message
-    assert "1 gradients are not finite, in backward order the first is that of gain." in message
-    assert f"those after 4 steps, are in {file}." in message
+    place = r":Root on ids\[test\], step 7: the loss is .*, the gradient norm nan \(.*, at learning rate 0\.00"
+    cause = r"; 1 gradients are not finite, in backward order the first is that of gain\."
+    assert re.search(f"{place}.*{cause}.*those after 4 steps, are in {re.escape(str(file))}", str(caught.value))
     assert load_weights(as_model(Root()), file).spec.endswith("Root, trained 4 steps on ids[test]")
 
 
@@ -749,27 +691,12 @@ def test_a_model_with_a_large_initial_loss_may_learn():
     module = Functional()
     module.head.weight.data *= 100
     result = trained(module, protocol=replace(SMALL, steps=30))
-    assert result.record.series["held_out_loss"].y[0] > 10
-    assert result.nll < result.record.series["held_out_loss"].y[0]
+    first = result.record.series["held_out_loss"].y[0]
+    assert first > 10
+    assert result.nll < first
 
 
 # -------------------------------------------------------------------------------------------------- refused
-
-
-class Unlearnable(Functional):
-    def forward(self, input_ids, state=None):
-        with torch.no_grad():
-            return super().forward(input_ids, state)
-
-
-class InPlace(Functional):
-    """Changes its logits in place although their gradient needs the old values."""
-
-    def forward(self, input_ids, state=None):
-        logits, state = super().forward(input_ids, state)
-        logits = logits.exp()
-        logits += 1
-        return logits, state
 
 
 def changed(**attributes):
@@ -788,8 +715,8 @@ def changed(**attributes):
         (changed(context_length=15), ProtocolError, "seq_len=16 is more than .*:Functional reads: at most 15 tokens"),
         (replace(as_model(Functional()), codebooks=Codebooks((8, 8), (0, 1), (0, 0))), SpecError, "reads frames of 2 codes"),
         (changed(kept=Functional().head.weight * 2), SpecError, "cannot be copied"),
-        (Unlearnable(), ModelError, r"since its loss has no gradient: the model runs under torch\.no_grad"),
-        (InPlace(), ModelError, "since its loss has no gradient: .* modified by an inplace operation"),
+        (Changed(lambda logits, state: (logits.detach(), state)), ModelError, "no gradient: the model runs under torch"),
+        (Changed(lambda logits, state: (logits.exp().add_(1), state)), ModelError, "no gradient: .* by an inplace operation"),
     ],
     ids=["no module", "frozen", "16 bits", "short context", "codebooks", "graph", "no gradient", "in place"],
 )
@@ -798,24 +725,22 @@ def test_a_model_that_cannot_be_trained_is_refused(source, error, message):
         trained(source)
 
 
-@pytest.mark.parametrize(
-    ("ids", "held_out", "error", "message"),
-    [
-        (np.empty(0, dtype=np.int64), None, CorpusError, "gave 0 tokens"),
-        (TEXT[:64], None, CorpusError, r"ids\[test\] gave 64 tokens, but one batch of 4 crops of 16 tokens needs 65"),
-        (TEXT, TEXT[:16], CorpusError, r"held-out text ids\[test\] gave 16 tokens; one crop needs 17"),
-        (TEXT, TEXT.copy(), CorpusError, "the same text"),
-        (TEXT + 1, None, StreamError, r"ids\[test\]: token \d+ of the stream has id 32, but the vocabulary of"),
-        (TEXT, UNSEEN + 1, StreamError, "has id 32, but the vocabulary of"),
-    ],
-    ids=["empty", "short", "short held out", "same", "vocabulary", "vocabulary of the held-out text"],
-)
-def test_unusable_texts_are_refused(ids, held_out, error, message):
+UNUSABLE_TEXTS = {
+    "empty": ({"ids": np.empty(0, dtype=np.int64)}, CorpusError, "gave 0 tokens"),
+    "short": ({"ids": TEXT[:64]}, CorpusError, r"ids\[test\] gave 64 tokens, but one batch of 4 crops of 16 tokens needs 65"),
+    "cut": ({"protocol": replace(SMALL, tokens=64)}, CorpusError, r"gave 64 tokens \(the protocol reads at most tokens=64\)"),
+    "short held out": ({"held_out": TEXT[:16]}, CorpusError, r"held-out text ids\[test\] gave 16 tokens; one crop needs 17"),
+    "same": ({"held_out": TEXT.copy()}, CorpusError, "the same text"),
+    "vocabulary": ({"ids": TEXT + 1}, StreamError, r"ids\[test\]: token \d+ of the stream has id 32, but the vocabulary of"),
+    "vocabulary held out": ({"held_out": UNSEEN + 1}, StreamError, "has id 32, but the vocabulary of"),
+}
+
+
+@pytest.mark.parametrize(("options", "error", "message"), UNUSABLE_TEXTS.values(), ids=UNUSABLE_TEXTS)
+def test_unusable_texts_are_refused(options, error, message):
     with pytest.raises(error, match=message):
-        trained(ids=ids, held_out=held_out)
+        trained(**options)
 
 
-def test_a_protocol_that_reads_too_few_tokens_is_refused():
-    with pytest.raises(CorpusError, match=r"gave 64 tokens \(the protocol reads at most tokens=64\)"):
-        trained(protocol=replace(SMALL, tokens=64))
+def test_a_text_of_one_batch_is_enough():
     assert trained(ids=TEXT[:65], protocol=replace(SMALL, steps=3)).best_step == 3

@@ -1,5 +1,7 @@
 """The reference models: chunks give the logits and gradients of one pass, and each layer computes what its paper says."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import example, given, settings, strategies as st
@@ -103,25 +105,19 @@ def one_key_short(layer):
     return layer._replace(keys=layer.keys[:, :, 1:], values=layer.values[:, :, 1:])
 
 
-@pytest.mark.parametrize(
-    ("name", "damage"),
-    [
-        ("transformer", one_key_short),
-        ("transformer", zeroed("keys")),
-        ("windowed", one_key_short),
-        ("windowed", zeroed("values")),
-        ("lstm", zeroed("cell")),
-        ("lstm", zeroed("hidden")),
-        ("mamba", zeroed("tail")),
-        ("mamba", zeroed("hidden")),
-        ("mamba2", zeroed("tail")),
-        ("mamba2", zeroed("hidden")),
-        ("causal-bk", torch.zeros_like),
-        ("causal-bk", torch.conj_physical),
-    ],
-)
-def test_a_damaged_state_changes_the_logits(name, damage):
-    for dtype, within in EXACT.items():
+DAMAGES = {
+    "transformer": (one_key_short, zeroed("keys")),
+    "windowed": (one_key_short, zeroed("values")),
+    "lstm": (zeroed("cell"), zeroed("hidden")),
+    "mamba": (zeroed("tail"), zeroed("hidden")),
+    "mamba2": (zeroed("tail"), zeroed("hidden")),
+    "causal-bk": (torch.zeros_like, torch.conj_physical),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_state_changes_the_logits(name):
+    for damage, (dtype, within) in itertools.product(DAMAGES[name], EXACT.items()):
         with pytest.raises(AssertionError, match="not close"):
             assert_chunks_equal_one_pass(small(name, dtype), [9, 5], 10 * within, damage=damage)
 
@@ -180,26 +176,10 @@ def test_only_the_state_of_full_attention_grows_and_no_state_keeps_its_chunk_in_
     else:
         assert len(set(sizes)) == 1
     assert getattr(model, "constant_state", True) == (name != "transformer")
-
-
-@causal
-def test_a_step_does_not_change_the_state_that_it_is_given(name):
-    model = small(name)
-    with torch.no_grad():
-        _, state = model(ids(2, 9))
-        before = fork(state)
-        for length in (1, 8):
-            model(ids(2, length), state)
-    torch.testing.assert_close(before, state, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("name", ["mamba", "mamba2"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_the_recurrence_is_computed_in_32_bits(name, dtype):
-    with torch.no_grad():
-        logits, state = small(name, dtype)(ids(1, 9))
-    assert logits.dtype == dtype
-    assert set(state_dtypes([layer.hidden for layer in state])) == {"float32"}
+    before = fork(state)
+    for length in (1, 8):
+        model(ids(1, length), state)
+    torch.testing.assert_close(before, state, rtol=0, atol=0)  # a step does not change the state that it is given
 
 
 def test_the_position_in_a_text_does_not_matter_to_a_windowed_model():
@@ -229,25 +209,28 @@ def test_the_probe_finds_a_reference_model_exact(name, dtype):
     assert result.verdict == ("exact-any-chunk" if dtype == torch.float32 else "consistent"), result
 
 
-def test_the_probe_finds_that_bk_as_published_is_not_causal():
-    model = seeded(lambda: ResNetBK(width=16, layers=2, hidden=16, causal=False, context_length=64))
-    assert probe(as_model(model), examples=1, longest=40, budget=600.0).verdict == "non-causal"
+def test_bk_as_published_is_stateless_and_not_causal_and_refuses_longer_texts():
+    lm = as_model(seeded(lambda: ResNetBK(width=16, layers=2, hidden=16, causal=False, context_length=64)))
+    assert (lm.stateful, lm.context_length) == (False, 64)
+    assert probe(lm, examples=1, longest=40, budget=600.0).verdict == "non-causal"
+    with pytest.raises(ValueError, match="given 65 tokens and has learned 64 positions"):
+        lm.step(ids(2, 65))
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("name", ["demo", "windowed", "mamba2"])
-def test_the_probe_finds_registered_models_exact(name):
-    result = probe(load(f"zoo:{name}"), examples=1, longest=24, budget=600.0)
-    assert result.verdict == "exact-any-chunk", result
+@pytest.mark.parametrize("suffix", ["", "@bf16"])
+@causal
+def test_the_probe_finds_a_registered_model_exact(name, suffix):
+    result = probe(load(f"{'' if name == 'demo' else 'zoo:'}{name}{suffix}"), examples=0, longest=48, budget=600.0)
+    assert result.verdict == ("consistent" if suffix else "exact-any-chunk"), result
 
 
-def test_bk_as_published_is_stateless_and_refuses_longer_texts():
-    lm = load("zoo:bk")
+@pytest.mark.thorough
+@pytest.mark.parametrize("suffix", ["", "@bf16"])
+def test_bk_as_registered_is_not_causal(suffix):
+    lm = load(f"zoo:bk{suffix}")
     assert (lm.stateful, lm.context_length) == (False, 1024)
-    model = ResNetBK(width=16, layers=1, hidden=16, causal=False, context_length=8)
-    assert model(ids(2, 8)).shape == (2, 8, 256)
-    with pytest.raises(ValueError, match="given 9 tokens and has learned 8 positions"):
-        model(ids(2, 9))
+    assert probe(lm, examples=0, longest=24, budget=600.0).verdict == "non-causal"
 
 
 # ------------------------------------------------------------------------------------------ demo
@@ -361,7 +344,10 @@ def test_a_state_space_layer_equals_its_recurrence(name, rows, t):
 
 
 @pytest.mark.parametrize("name", BY_TOKEN)
-def test_initial_time_steps_are_between_a_thousandth_and_a_tenth(name):
+def test_the_recurrence_is_computed_in_32_bits_with_initial_time_steps_from_a_thousandth_to_a_tenth(name):
+    for dtype in (torch.bfloat16, torch.float16):
+        logits, state = small(name, dtype)(ids(1, 9))
+        assert (logits.dtype, state_dtypes([layer.hidden for layer in state])) == (dtype, ["float32"])
     layer = load(f"zoo:{name}").module.layers[0]
     steps = F.softplus(layer.dt_proj.bias if name == "mamba" else layer.dt_bias).detach()
     assert 0.0009 < float(steps.min()) < float(steps.max()) < 0.11

@@ -4,13 +4,10 @@
     text:PATH            a UTF-8 file, or a folder with SPLIT.txt
     jsonl:PATH#FIELD     one document per line, from this field (default: text)
     tokens:PATH          a .npy file of integer ids, memory-mapped; needs no tokenizer
-    automaton            synthetic words of exactly known entropy
+    automaton            synthetic words of exactly known entropy; options as in `automaton:size=1M,seed=3`
     recall               synthetic key-value pairs, for which the value of memory beyond a window is exactly known
     wikitext-2, wikitext-103, ptb, c4, pile, pg19
-    OWNER/NAME[:CONFIG][#FIELD]        any dataset of the Hugging Face hub
-
-Synthetic texts have options: `automaton:size=1M,seed=3`, `recall:keys=1024`. Datasets of the hub are streamed, never
-downloaded whole; `data_dir` replaces the hub by a local mirror.
+    OWNER/NAME[:CONFIG][#FIELD]        any dataset of the Hugging Face hub, streamed; `data_dir` is a local mirror instead
 
 Another package registers a corpus as a function `(rest, split) -> Corpus`, with a keyword `data_dir` if it reads the mirror;
 `rest` is the text behind the first colon of the name (see `pytest_lmeval.registry`).
@@ -20,7 +17,6 @@ from __future__ import annotations
 
 import os.path
 from pathlib import Path
-from typing import Any
 
 from pytest_lmeval import registry
 from pytest_lmeval.data._corpus import SPLITS, Corpus, Document
@@ -39,7 +35,14 @@ def corpus(name: str, split: str = "test", *, data_dir: str | Path | None = None
         raise CorpusError(f"a corpus is named by a text such as stdlib or text:FILE; got {name!r}.")
     if split not in SPLITS:
         raise CorpusError(f"unknown split {split!r}; splits are {', '.join(SPLITS)}.")
-    factory, rest = _factory(name)
+    if registered := registry.resolve("corpora", name):
+        factory, rest = registered[0], registered[1] or ""
+    elif _is_of_the_hub(name):
+        from pytest_lmeval.data import _hub as hub
+
+        factory, rest = hub.load, name
+    else:
+        raise _unknown(name)
     found = factory(rest, split, **registry.accepted(factory, data_dir=data_dir))
     if not isinstance(found, Corpus):
         raise CorpusError(f"the function registered as corpus {name!r} returned a {type(found).__name__}; expected a Corpus.")
@@ -50,24 +53,14 @@ def check(name: str) -> None:
     """Raise RegistryError for an unknown name and CorpusError for a missing file, without reading the corpus."""
     known = registry.names("corpora")
     head, _, rest = name.partition(":")
-    if name not in known and head not in known and not _is_of_the_hub(name):
+    own = name if name in known else head
+    if own not in known and not _is_of_the_hub(name):
         raise _unknown(name)
-    if known.count(name if name in known else head) > 1:
-        raise registry.ambiguous("corpora", name if name in known else head)
+    if known.count(own) > 1:
+        raise registry.ambiguous("corpora", own)
     path = rest.partition("#")[0]
     if head in ("text", "jsonl", "tokens") and path and not os.path.exists(os.path.expanduser(path)):
         raise CorpusError(f"{name}: there is no file or folder {path!r} (looked from {os.getcwd()}).")
-
-
-def _factory(name: str) -> tuple[Any, str]:
-    """The function that makes the corpus, and its first argument. An unregistered name may be of the hub."""
-    if found := registry.resolve("corpora", name):
-        return found[0], found[1] or ""
-    if not _is_of_the_hub(name):
-        raise _unknown(name)
-    from pytest_lmeval.data import _hub as hub
-
-    return hub.load, name
 
 
 def _is_of_the_hub(name: str) -> bool:

@@ -1,15 +1,9 @@
 """Generate the corpus `automaton`, synthetic words of exactly known entropy, and provide the optimal language model for it.
 
-    source = automaton()
-    entropy_rate(source)             loss of the best model, nats per byte; its exp is the lowest possible perplexity
-    entropy_in_window(source, 3)     loss of the best model that sees three bytes at a time
-    load()                           the best model: its loss is the entropy
-
 The source is a finite automaton. A state has three branches, each with a letter, a weight in 256ths and a next state. The
-branches of a state have different letters (the source is unifilar), so the first state and the text determine every state, and
-the entropy of the text is the mean entropy of its states (Shannon, "A Mathematical Theory of Communication", 1948, section 7).
-The last few letters do not determine the state, since each letter is on a dozen branches: the best model reaches 1.24 bits per
-byte, one that sees the last 1, 3 or 6 bytes at best 2.18, 1.68 or 1.31.
+branches of a state have different letters, so the first state and the text determine every state, and the entropy of the text
+is the mean entropy of its states (Shannon, "A Mathematical Theory of Communication", 1948, section 7). The best model reaches
+1.24 bits per byte, one that sees the last 1, 3 or 6 bytes at best 2.18, 1.68 or 1.31.
 
 Shapes: s states, t bytes, b rows, v = 256 bytes.
 """
@@ -61,9 +55,8 @@ class Automaton:
             )
             if not possible or total != 256 or len(letters) < len(branches):
                 raise ValueError(
-                    f"state {number} of {len(self.states)} has the branches {branches}, weights {total} in all. Letters must "
-                    "be ASCII characters and differ, weights be positive and add up to 256, and each branch lead to a state: "
-                    "otherwise the entropy of the text is unknown."
+                    f"state {number} of {len(self.states)} has the branches {branches}, weights {total} in all. The entropy is "
+                    "known only if letters are ASCII and differ, positive weights add up to 256, and branches lead to states."
                 )
 
 
@@ -71,8 +64,8 @@ class Automaton:
 def automaton(seed: int = 0, states: int = STATES) -> Automaton:
     """A random automaton, determined by the seed. Its `states` (a multiple of four) emit consonants and vowels alternately.
 
-    The last branch of a state leads to the next state, in a ring, so that each state is reachable from each. In every second
-    consonant state, the likeliest branch is a space, which leads to one of the other consonant states.
+    The last branch of a state leads to the next one, so that each state is reachable. In every second consonant state, the
+    likeliest branch is a space, which leads to one of the other consonant states.
     """
     if states < 4 or states % 4:
         raise ValueError(f"{states} states do not alternate space, vowel, consonant and vowel: use a multiple of four.")
@@ -98,15 +91,8 @@ def tables(source: Automaton) -> tuple[np.ndarray, np.ndarray]:
     return chance, after
 
 
-# ------------------------------------------------------------------------------------------ entropy
-
-
 def entropy_rate(source: Automaton) -> float:
-    """Entropy per byte of an endless text given all bytes before, nats.
-
-    >>> print(f"{entropy_rate(automaton()) / np.log(2):.4f} bits a byte")
-    1.2358 bits a byte
-    """
+    """Entropy per byte of an endless text given all bytes before, nats: the loss of the best model."""
     return float(stationary(source) @ entropies(tables(source)[0]))
 
 
@@ -149,33 +135,26 @@ def surprisal(source: Automaton, text: bytes) -> np.ndarray:
             f"byte {at} of the text is {text[at : at + 1]!r}, after {text[max(0, at - 10) : at]!r}: that cannot come from this "
             "automaton, so its surprisal is infinite. Read a text from its beginning, and of the same source."
         )
-    nats: np.ndarray = -np.log(found)
-    return nats
+    return np.asarray(-np.log(found))
 
 
 def stationary(source: Automaton) -> np.ndarray:
     """[s] the fraction of each state in an endless text."""
     balance = _transitions(source).sum(0).T - np.eye(len(source.states))
     balance[-1] = 1  # replaces a redundant equation: the fractions add up to one
-    found: np.ndarray = np.linalg.solve(balance, np.eye(len(balance))[-1])
-    return found
+    return np.linalg.solve(balance, np.eye(len(balance))[-1])
 
 
 def entropies(chances: np.ndarray) -> np.ndarray:
     """[n] the entropy of each row of [n, v], nats."""
-    found: np.ndarray = -(chances * np.log(np.where(chances > 0, chances, 1))).sum(1)
-    return found
+    return np.asarray(-(chances * np.log(np.where(chances > 0, chances, 1))).sum(1))
 
 
 def _transitions(source: Automaton) -> np.ndarray:
     """[letters, s, s] the probability to emit the letter and to go from state to state."""
     chance, after = tables(source)
     letters = np.flatnonzero(chance.any(0))
-    found: np.ndarray = chance.T[letters, :, None] * np.eye(len(chance))[after.T[letters]]
-    return found
-
-
-# ----------------------------------------------------------------------------------- text and model
+    return np.asarray(chance.T[letters, :, None] * np.eye(len(chance))[after.T[letters]])
 
 
 def write(source: Automaton, tapes: Iterable[bytes]) -> Iterator[str]:
@@ -209,10 +188,7 @@ def corpus(given: str, split: str) -> Corpus:
 
 
 class AutomatonLM(nn.Module):
-    """The optimal language model of an automaton: bytes in, exact log-probabilities of the next byte out.
-
-    An impossible byte leads to the first state, so every text can be read.
-    """
+    """The optimal language model of an automaton. An impossible byte leads to the first state, so every text can be read."""
 
     constant_state = True
 

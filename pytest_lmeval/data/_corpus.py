@@ -1,7 +1,4 @@
-"""Define `Corpus`: documents of text or token ids under a name and a split, produced for each reading.
-
-corpus = Corpus("notes", "test", documents=lambda: iter([Document("a", "To be"), ...]))
-"""
+"""Define `Corpus`: documents of text or token ids under a name and a split, produced for each reading."""
 
 from __future__ import annotations
 
@@ -17,10 +14,7 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Document:
-    """A name (the same in every run) and either text or token ids.
-
-    A long document may come in several consecutive parts with the same name.
-    """
+    """A name and either text or token ids. A long document may come in several consecutive parts with the same name."""
 
     name: str
     text: str = ""

@@ -26,7 +26,7 @@ def text(path: str, split: str) -> Corpus:
             except UnicodeDecodeError as error:
                 raise CorpusError(
                     f"{file} is not UTF-8 text: byte {error.object[error.start]:#04x} ({error.reason}). Convert it first: "
-                    "skipped or replaced bytes would change what is scored."
+                    "replaced bytes would change what is scored."
                 ) from error
 
     return Corpus(f"text:{path}", split, documents, fingerprint(file), size=file.stat().st_size)
@@ -56,10 +56,8 @@ def tokens(path: str, split: str) -> Corpus:
     except (ValueError, OSError, EOFError) as error:
         raise CorpusError(f"{file} is no .npy file of token ids ({error}). Write one with numpy.save(path, ids).") from error
     if ids.ndim not in (1, 2) or not np.issubdtype(ids.dtype, np.integer):
-        raise CorpusError(
-            f"{file} holds {ids.dtype} of shape {list(ids.shape)}; token ids are one row of integers, and frames of codes are "
-            "integers [frames, codebooks]."
-        )
+        shape = list(ids.shape)
+        raise CorpusError(f"{file} holds {ids.dtype} of shape {shape}; expected integers [ids] or [frames, codebooks].")
 
     def documents() -> Iterator[Document]:
         # mapped again for each reading, so that the pages of the last one are released

@@ -41,6 +41,7 @@ def load(name: str, split: str, *, data_dir: str | Path | None = None) -> Corpus
 
 
 def _known(name: str, rest: str, split: str, *, data_dir: str | Path | None = None) -> Corpus:
+    """A dataset of the Hugging Face hub, read under a short name."""
     if rest:
         raise CorpusError(f"{name}:{rest}: {name} has no options. Any dataset is OWNER/NAME[:CONFIG][#FIELD].")
     return _read(name, KNOWN[name], split, data_dir)

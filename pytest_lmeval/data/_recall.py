@@ -1,10 +1,5 @@
 """Generate the corpus `recall`, an endless text of key-value pairs, and provide optimal language models for it.
 
-    source = Recall()                64 keys of one byte, 16 values
-    entropy_at(source, 8001)         loss of the best model for the byte at position 8001, nats
-    entropy_in_window(source, 65)    mean loss of the best model that sees 65 bytes at a time, nats per byte
-    load(), load_windowed()          two models that reach these losses
-
 Each document draws a table from keys to values; then it draws keys independently and emits each with its value. A value costs
 log(values) nats at the first occurrence of its key and nothing later, but log(values) nats again if the key is not in the
 window: so the value of memory beyond a window is exactly known. This is associative recall (Ba et al., "Using Fast Weights to
@@ -46,21 +41,17 @@ NEVER = -(1 << 40)  # the number of the last pair of a key that has not occurred
 
 @dataclass(frozen=True)
 class Recall:
-    """keys    number of keys, 2 to 4096; more than 64 take two bytes
-    values  number of values: 2, 4, 8 or 16
-    skew    keys are drawn in proportion to 1 / rank ** skew (Zipf), 0 to 4: with 0 uniformly, with 1 some so rarely that new
-            ones occur for long
-    """
+    """The parameters of a text."""
 
-    keys: int = 64
-    values: int = 16
-    skew: float = 0.0
+    keys: int = 64  # 2 to 4096; more than 64 take two bytes
+    values: int = 16  # 2, 4, 8 or 16
+    skew: float = 0.0  # 0 to 4: keys are drawn in proportion to 1 / rank ** skew (Zipf)
 
     def __post_init__(self) -> None:
         if not 2 <= self.keys <= 4096 or self.values not in (2, 4, 8, 16) or not 0 <= self.skew <= 4:
             raise CorpusError(
-                f"recall:keys={self.keys},values={self.values},skew={self.skew:g}: there can be 2 to 4096 keys (numbers of two "
-                "digits, base 64), 2, 4, 8 or 16 values (so that random bits draw them exactly), and a skew from 0 to 4."
+                f"recall:keys={self.keys},values={self.values},skew={self.skew:g}: there can be 2 to 4096 keys, 2, 4, 8 or 16 "
+                "values, and a skew from 0 to 4."
             )
 
     @property
@@ -75,18 +66,15 @@ class Recall:
 
 
 def frequencies(source: Recall) -> np.ndarray:
-    """[n] the exact probability of each key: a multiple of 1 / 65536, at least one."""
+    """[n] the exact probability of each key."""
     return _draws(source) / DRAWS
 
 
 def _draws(source: Recall) -> np.ndarray:
-    """[n] how many of the 65536 numbers of two bytes draw each key."""
+    """[n] the number of the 65536 numbers of two bytes that draw each key, at least one."""
     wanted = np.arange(1.0, source.keys + 1) ** -source.skew
     upto = np.cumsum(wanted / wanted.sum()) * (DRAWS - source.keys)
     return np.diff(np.round(upto).astype(np.int64), prepend=0) + 1
-
-
-# ------------------------------------------------------------------------------------------ entropy
 
 
 def entropy_at(source: Recall, position: int) -> float:
@@ -105,11 +93,10 @@ def entropy_of(source: Recall, size: int) -> float:
 
 
 def entropy_in_window(source: Recall, window: int) -> float:
-    """Mean entropy per byte of a long document given only the `window` bytes before, nats. Raises ValueError if the window is
-    smaller than a key.
+    """Mean entropy per byte of a long document given only the `window` bytes before, nats.
 
     Exact if the window holds whole pairs before the current key (pairs * pair + digits: 65 for one-byte keys); otherwise the
-    entropy for the next such window, a lower bound. Several layers of windowed attention see layers * (window - 1) + 1 bytes.
+    entropy for the next such window, a lower bound. Raises ValueError if the window is smaller than a key.
     """
     if window < source.digits:
         raise ValueError(f"a window of {window} byte(s) is smaller than a key of {source.digits}: its entropy is unknown.")
@@ -134,9 +121,6 @@ def _by_first_digit(source: Recall) -> np.ndarray:
     """[first digits, 64] the frequencies of keys, as numbers of two digits."""
     often = frequencies(source)
     return np.pad(often, (0, -len(often) % 64)).reshape(-1, 64)
-
-
-# ----------------------------------------------------------------------------------- text and models
 
 
 def write(source: Recall, name: str, size: int) -> Iterator[str]:
@@ -184,10 +168,8 @@ class RecallState(NamedTuple):
 
 
 class RecallLM(nn.Module):
-    """The optimal language model of `recall`: it remembers all pairs, or those that are completely within a window.
-
-    An impossible byte counts as the digit 0, or as no value, so every text can be read.
-    """
+    """The optimal language model of `recall`: it remembers all pairs, or those that are completely within a window. An
+    impossible byte counts as the digit 0, or as no value, so every text can be read."""
 
     constant_state = True
 

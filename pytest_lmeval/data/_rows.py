@@ -1,7 +1,5 @@
 """Stream the rows of a dataset from the Hugging Face hub, a local mirror of it, or a file.
 
-    for row in Rows("nyu-mll/glue", "sst2", "validation").read(): ...
-
 Only the rows that are read are downloaded, and after a broken connection reading resumes at the next row. A mirror
 (`--lmeval-data DIR`) holds DIR/OWNER/NAME/CONFIG/SPLIT.parquet or .jsonl; CONFIG is `default` for datasets without one.
 """
@@ -13,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pytest_lmeval.data import _files as files
 from pytest_lmeval.errors import CorpusError
@@ -25,12 +23,6 @@ ATTEMPTS = 6  # without a new row; the waits between them add up to half a minut
 AGAIN = 300.0  # seconds until an unreachable hub is tried again, since each attempt takes long
 
 Row = dict[str, Any]
-
-
-class _Hub:
-    """When the hub was last unreachable (`time.monotonic`)."""
-
-    unreachable_at = -inf
 
 
 @dataclass(frozen=True)
@@ -47,6 +39,7 @@ class Rows:
     config: str | None = None
     split: str = "test"
     revision: str | None = None
+    _hub_unreachable_at: ClassVar[float] = -inf  # `time.monotonic`
 
     def __str__(self) -> str:
         return f"{self.name}{f':{self.config}' if self.config else ''}[{self.split}]"
@@ -65,7 +58,7 @@ class Rows:
         """
         file = self.file(data_dir)
         number = -1
-        if file is None and (seconds := time.monotonic() - _Hub.unreachable_at) < AGAIN:
+        if file is None and (seconds := time.monotonic() - Rows._hub_unreachable_at) < AGAIN:
             raise CorpusError(
                 f"{self} could not be read: the hub could not be reached {seconds:.0f} s ago, and it is tried again after "
                 f"{AGAIN:.0f} s. Without a network, point --lmeval-data at a local mirror."
@@ -77,7 +70,7 @@ class Rows:
             raise
         except Exception as error:
             if file is None and number < 0 and isinstance(error, ConnectionError):
-                _Hub.unreachable_at = time.monotonic()
+                Rows._hub_unreachable_at = time.monotonic()
             raise CorpusError(
                 f"{self} could not be read{f' after row {number}' if number >= 0 else ''} "
                 f"({type(error).__name__}: {(str(error) or 'no message').splitlines()[0][:300]}). It is streamed from "
@@ -122,16 +115,11 @@ class Rows:
         return iter(rows.skip(skip) if skip else rows)
 
 
-def resilient(
-    rows_from: Callable[[int], Iterator[Any]],
-    *,
-    attempts: int = ATTEMPTS,
-    sleep: Callable[[float], None] = time.sleep,
-) -> Iterator[Any]:
+def resilient(rows_from: Callable[[int], Iterator[Any]], *, sleep: Callable[[float], None] = time.sleep) -> Iterator[Any]:
     """Yield the rows of `rows_from(0)`; after a broken connection, those of `rows_from(number of rows so far)`.
 
-    Waits 1, 2, 4, ... seconds between attempts, and gives up after `attempts` without a new row. Does not try again if there
-    was no row at all: the client of the hub has tried for half a minute by then.
+    Waits 1, 2, 4, ... seconds between attempts, and gives up after ATTEMPTS without a new row. Does not try again if there
+    was no row at all, since the client of the hub has tried for half a minute by then.
     """
     done = failed = 0
     while True:
@@ -142,7 +130,7 @@ def resilient(
             return
         except Exception as error:
             failed += 1
-            if not is_transient(error) or failed >= attempts or not done:
+            if not is_transient(error) or failed >= ATTEMPTS or not done:
                 raise
             sleep(2.0 ** (failed - 1))
 

@@ -1,11 +1,9 @@
-"""Build the corpus `stdlib` from the documentation that every CPython contains.
+"""Build the corpus `stdlib` from the documentation that every CPython contains: the topics of `pydoc_data` (the language
+reference, ~0.5 MB), and the docstrings of the standard library, in source order, parsed and never imported (~1.6 MB).
 
-* the topics of `pydoc_data` (the language reference, as `help("while")` prints it, ~0.5 MB);
-* the docstrings of the standard library's modules, in source order, parsed and never imported (~1.6 MB).
-
-A document is one topic or one module. A hash of its name determines its split (80 % train, 10 % validation, 10 % test), the
-same in every version of Python. Repeated docstrings are dropped, and so are long paragraphs of a held-out document that occur
-in another split, so that no copy leaks. The text differs a little between Python versions, and so does the fingerprint.
+A document is one topic or one module; a hash of its name determines its split (80, 10 and 10 %). Repeated docstrings are
+dropped, and so are long paragraphs of a held-out document that occur in another split. The text differs a little between
+Python versions, and so does the fingerprint.
 """
 
 from __future__ import annotations
@@ -21,6 +19,7 @@ from pathlib import Path
 from pytest_lmeval.data._corpus import SPLITS, Corpus, Document
 from pytest_lmeval.errors import CorpusError
 
+LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 # Folders in the library's that are not the library: tests, other packages, programs.
 NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "idlelib"}
 NOT_LIBRARY |= {"lib2to3", "turtledemo", "ensurepip", "pydoc_data"}
@@ -28,7 +27,7 @@ LONG = 80  # characters of a paragraph that is unlikely to be written twice inde
 
 
 def load(given: str, split: str) -> Corpus:
-    """The corpus `stdlib`, read as one stream. It has no options: `given` must be empty."""
+    """The corpus `stdlib`, read as one stream; `given` must be empty, since it has no options."""
     if given:
         raise CorpusError(f"stdlib:{given}: stdlib has no options.")
     documents = _documents()[split]
@@ -38,11 +37,7 @@ def load(given: str, split: str) -> Corpus:
 
 
 def split_of(name: str) -> str:
-    """The split of a document, from a hash of its name.
-
-    >>> split_of("typing"), split_of("json"), split_of("topic:while")
-    ('train', 'test', 'train')
-    """
+    """The split of a document, from a hash of its name."""
     bucket = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % 10
     return "train" if bucket < 8 else ("validation" if bucket == 8 else "test")
 
@@ -50,12 +45,12 @@ def split_of(name: str) -> str:
 @functools.cache
 def _documents() -> dict[str, tuple[Document, ...]]:
     found: dict[str, list[tuple[str, list[str]]]] = {split: [] for split in SPLITS}
-    for name, docstrings in (*_topics(), *_modules()):
+    for name, docstrings in _all_docstrings():
         found[split_of(name)].append((name, docstrings))
     if not all(found.values()):
         raise CorpusError(
             "the corpus `stdlib` is empty: this Python has neither pydoc topics nor the sources of its library "
-            f"({_library_folder()}). Use another corpus, for example text:PATH."
+            f"({LIBRARY}). Use another corpus, for example text:PATH."
         )
     splits, docstrings_before, paragraphs_before = {}, set[str](), set[str]()
     for split, documents in found.items():  # train first: the others must not repeat its paragraphs
@@ -76,19 +71,15 @@ def _documents() -> dict[str, tuple[Document, ...]]:
     return splits
 
 
-def _topics() -> Iterator[tuple[str, list[str]]]:
-    if importlib.util.find_spec("pydoc_data") is None:
-        return
-    from pydoc_data.topics import topics
+def _all_docstrings() -> Iterator[tuple[str, list[str]]]:
+    """Yield the name and the docstrings of each topic and of each module."""
+    if importlib.util.find_spec("pydoc_data") is not None:
+        from pydoc_data.topics import topics
 
-    for name, text in sorted(topics.items()):
-        yield f"topic:{name}", [text.strip()]
-
-
-def _modules() -> Iterator[tuple[str, list[str]]]:
-    root = _library_folder()
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).with_suffix("").parts
+        for name, text in sorted(topics.items()):
+            yield f"topic:{name}", [text.strip()]
+    for path in sorted(LIBRARY.rglob("*.py")):
+        parts = path.relative_to(LIBRARY).with_suffix("").parts
         if not NOT_LIBRARY.intersection(parts):
             yield ".".join(parts), list(_docstrings(path))
 
@@ -99,7 +90,3 @@ def _docstrings(path: Path) -> Iterator[str]:
     for node in sorted(nodes, key=lambda node: getattr(node, "lineno", 0)):
         if text := ast.get_docstring(node):
             yield text
-
-
-def _library_folder() -> Path:
-    return Path(sysconfig.get_paths()["stdlib"])

@@ -1,8 +1,4 @@
-"""Tokenize documents, with the number of bytes of each token.
-
-Bits per byte compares models of different vocabularies only if it counts the bytes of the original text, and only of the tokens
-that were scored, so every id carries its number of bytes.
-"""
+"""Tokenize documents, with the number of bytes of each token: bits per byte counts those of the tokens that were scored."""
 
 from __future__ import annotations
 
@@ -52,16 +48,14 @@ def sequences(
 
 
 class TokenReader:
-    """The tokens of consecutive documents as one stream, after the beginning-of-sequence token if there is one.
-
-    ids = TokenReader(lm, documents)       an iterator of `Tokens`
-    ids.skip = 1000                        begin with this token of the stream
-    ids.content                            a hash of the text (or the ids) so far, including what was skipped
-
-    For a model with several codebooks, a token is a frame: ids are [n, k].
+    """Iterate over the tokens of consecutive documents as one stream, after the beginning-of-sequence token if there is one.
 
     limit    end before this token
     rolling  begin the text as lm-evaluation-harness does (see `beginning`)
+    skip     begin with this token of the stream
+    content  a hash of the text (or the ids) so far, including what was skipped
+
+    For a model with several codebooks, a token is a frame: ids are [n, k].
     """
 
     def __init__(self, lm: Model, documents: Iterable[Document], *, limit: int | None = None, rolling: bool = False) -> None:
@@ -97,9 +91,9 @@ class TokenReader:
                 )
             elif tokenizer is None:
                 raise CorpusError(
-                    f"{self._lm.spec} has no tokenizer, so text cannot be read with it (its vocabulary has "
-                    f"{self._lm.vocab_size} entries; 256 would have meant bytes). Give the model an attribute `tokenizer` "
-                    "with encode(text) -> (ids, byte_ends), or use tokens:PATH with ids of your own."
+                    f"{self._lm.spec} has no tokenizer (its vocabulary has {self._lm.vocab_size} entries; 256 would have meant "
+                    "bytes), so text cannot be read with it. Give the model an attribute `tokenizer` with encode(text) -> "
+                    "(ids, byte_ends), or use tokens:PATH with ids of your own."
                 )
             elif document.text:
                 self.content.update(document.text.encode(errors="surrogatepass"))
@@ -115,7 +109,7 @@ def beginning(tokenizer: Any, ids: np.ndarray, *, rolling: bool) -> np.ndarray:
 
     rolling  as lm-evaluation-harness 0.4.13 does in `loglikelihood_rolling`: the beginning-of-sequence token, or else the
              end-of-sequence token; then, unless the text begins with that token, the ids that the tokenizer adds by default
-             (`prefix`), which are scored. A tokenizer that adds its beginning-of-sequence token has it there twice.
+             (`prefix`), which are scored
     """
     bos, eos = (getattr(tokenizer, name, None) for name in ("bos", "eos"))
     first = eos if rolling and bos is None else bos

@@ -1,14 +1,4 @@
-"""Step a model as its policy allows. Nothing else in this package loops over steps.
-
-    engine = Engine(lm, policy_for(lm, certificate))
-    engine.stream(tokens)          chunks of a text: each token scored once, the state carried or in windows
-    engine.score(requests)         log-likelihoods of texts given their contexts; a shared prefix is read once
-    engine.generate(prompts)       generated answers
-    engine.prefill(ids)            one prompt, and engine.decode(ids, state, n): n tokens after it, one a step
-    engine.steps(pieces)           raw steps, for the probe of the laws
-
-Executors read sequences: `Forked` continues states, `Whole` reads each sequence from its beginning; a server can be one too.
-"""
+"""Step a model as its policy allows. Only this package and training step models."""
 
 from __future__ import annotations
 
@@ -38,7 +28,7 @@ def likeliest(logits: Tensor, input_ids: Tensor) -> Tensor:
 class Engine:
     """Steps one model.
 
-    policy     what is allowed and how it is done; by default all that the model declares, with nothing probed
+    policy     what is allowed, and how it is done; by default all that the model declares
     on_logits  called with the logits of each step, as the model returned them: [b, n, v] of its last n positions
     executor   reads and continues sequences instead of the model; texts are still stepped here
     counts     cost of reading sequences so far
@@ -66,7 +56,7 @@ class Engine:
         return chunk_of(self.lm, self.policy)
 
     def step(self, input_ids: Tensor, state: State | None = None, *, keep: int | None = None) -> tuple[Tensor, State]:
-        """One step of the model without gradients (see `LanguageModel.step`). The step may write to `state`."""
+        """One step without gradients (see `LanguageModel.step`), which may write to `state`."""
         with torch.no_grad():
             logits, state = self.lm.step(input_ids, state, keep=keep)
         logits = logits.detach()  # a model that learns as it reads may turn gradients on
@@ -77,7 +67,7 @@ class Engine:
     def steps(
         self, pieces: Iterable[Tensor], state: State | None = None, *, keep: int | None = None
     ) -> Iterator[tuple[Tensor, State]]:
-        """Read pieces [b, t] of one sequence, carrying the state; yield logits and state of each, whatever the policy says."""
+        """Read pieces [b, t] of one sequence, whatever the policy says; yield logits and state after each."""
         for piece in pieces:
             logits, state = self.step(piece, state, keep=keep)
             yield logits, state
@@ -86,10 +76,9 @@ class Engine:
     def prefill(self, input_ids: Tensor, state: State | None = None, *, keep: int | None = 1) -> tuple[Tensor, State]:
         """Read [b, t] in as few steps as the policy allows; return logits of the last `keep` positions, and the state.
 
-        state  after the tokens before; the caller makes sure that their number is a `Policy.multiple`
+        state  after the tokens before, whose number has to be a multiple of `Policy.multiple`
 
-        Raises Refused for a state that may not be continued by so many tokens, and for more tokens than a step may read where
-        several steps would be wrong.
+        Raises Refused if the policy allows neither one step nor several.
         """
         if state is not None and (not self.policy.carry or (self.policy.single and input_ids.shape[-1] > 1)):
             why = f"Its state would be continued by {input_ids.shape[-1]} token(s), which the policy does not allow."
@@ -125,13 +114,13 @@ class Engine:
     def stream(self, tokens: Source, *, state: State | None = None, position: int = 0, window: int = 0) -> Iterator[Chunk]:
         """Score a stream chunk by chunk, each target exactly once, with the state carried or in windows as the policy says.
 
-        tokens    ids [T], or frames of codes [T, k]
+        tokens    ids [T], or frames of codes [T, k], from `position`, or `window` if the policy has windows
         state     resume from this state, after the tokens before `position`
-        position  of the token to resume at, in the stream; `tokens` begin there
-        window    where the current window begins, if the policy has windows; `tokens` begin there
+        position  of the token to resume at, in the stream
+        window    position at which the current window begins
 
         Raises StreamError for a stream without a target or a token outside the vocabulary, NotFiniteError for a loss that is
-        not finite, with its position, and Refused where the policy allows neither the state to be carried nor windows.
+        not finite, with its position, and Refused if the policy has no windows and does not carry the state.
         """
         pieces, windows = tokens_of(tokens, self.lm.codebooks), self.policy.windows
         if windows is not None:
@@ -141,11 +130,8 @@ class Engine:
         return carried(self, pieces, state, position)
 
     def score(self, requests: Sequence[Request]) -> list[Scored]:
-        """The log-likelihood of each requested token, in the order of the requests; it may be infinite or nan.
-
-        Raises StreamError for a token outside the vocabulary, and Refused for a prompt that can be read neither in one step nor
-        in several.
-        """
+        """The log-likelihood of each requested token, in the order of the requests; it may be infinite or nan. Raises
+        StreamError for a token outside the vocabulary, and Refused for a prompt that the policy does not allow to be read."""
         self.refuse_unreadable(requests)
         found = self._executor(self.policy.share).score(requests)
         if len(found) != len(requests):
@@ -155,10 +141,8 @@ class Engine:
     def generate(self, prompts: Sequence[Prompt], on_text: OnText | None = None) -> list[Answer]:
         """The answer to each prompt, in order, generated token by token. No answer depends on another prompt.
 
-        on_text  (number of the prompt, text so far) -> None to continue, or a truth value that ends the answer
-
-        Raises TaskError for a tokenizer without `decode`, NotFiniteError for logits that leave no choice, and what `score`
-        raises.
+        Raises TaskError for a tokenizer without `decode`, NotFiniteError for logits without a most likely token, and the errors
+        of `score`.
         """
         self.refuse_unreadable(prompts)
         answers, choose = begin_answers(self.lm, prompts, on_text)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from pytest_lmeval.engine._generation import Answer
 from pytest_lmeval.engine._losses import score
@@ -21,13 +22,11 @@ from pytest_lmeval.models._model import State, state_bytes
 if TYPE_CHECKING:
     from pytest_lmeval.engine._engine import Engine
 
-PADDING_ID = 0
 PADDED = 1 / 16  # the largest fraction of a batch that is padding
 
 Choose: TypeAlias = "Callable[[Tensor, list[Answer]], None]"
 """(logits [b, v], b answers): choose the next token of each answer, or end it."""
-Branches: TypeAlias = "list[tuple[Node, int]]"
-"""Nodes, each with the row of a state that it continues."""
+Branches: TypeAlias = "list[tuple[Node, int]]"  # nodes, each with the row of a state that it continues
 
 
 @dataclass
@@ -46,7 +45,7 @@ class Scored:
 
 @dataclass
 class Counts:
-    """Tokens read, padding beside them, and the largest state in bytes."""
+    """Tokens read, padding read with them, and the largest state in bytes."""
 
     tokens: int = 0
     padding: int = 0
@@ -75,12 +74,9 @@ class NodeReader:
         self.scored = [Scored(np.full(request.asked, np.nan)) for request in requests]
 
     def read_padded(self, branches: Branches, state: State) -> None:
-        """Read whole nodes, the longest first; row i of the state is before node i."""
+        """Read whole nodes in a padded batch; row i of the state is before node i."""
         nodes = [node for node, _ in branches]
-        ids = torch.full((len(nodes), len(nodes[0].ids)), PADDING_ID)
-        for row, node in enumerate(nodes):
-            ids[row, : len(node.ids)] = torch.from_numpy(node.ids)
-        self.read(nodes, ids, state)
+        self.read(nodes, pad_sequence([torch.from_numpy(node.ids) for node in nodes], batch_first=True), state)
 
     def read(self, nodes: list[Node], ids: Tensor, state: State) -> State:
         """Read `ids` [b, t], which hold the nodes; row i of the state is before node i. Returns the new state."""
@@ -113,8 +109,7 @@ class NodeReader:
 
 
 def batches(branches: Branches, most: int, vocab_size: int | None = None) -> Iterator[Branches]:
-    """Batches of at most `most` nodes, longest first. With a `vocab_size` the nodes are padded: a batch is then at most PADDED
-    padding, and its logits fit the memory."""
+    """Batches of at most `most` nodes, longest first; with a `vocab_size`, for padding, PADDED and memory limit them too."""
     batch: Branches = []
     padding = 0
     for branch in sorted(branches, key=lambda branch: -len(branch[0].ids)):
@@ -141,8 +136,7 @@ def first_wanted(node: Node) -> int:
 
 
 class Whole:
-    """Scores and generates in batches, for models without a state, or whose state may not be continued. A request whose tokens
-    are a prefix of another's is scored with that one."""
+    """Scores and generates without a state. A request whose tokens are a prefix of another's is scored with that one."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine: Engine = weakref.proxy(engine)  # no reference cycle: models are freed with the engine, not at a collection
@@ -161,19 +155,13 @@ class Whole:
         for begin in range(0, len(answers), size):
             rows = longest_first[begin : begin + size]
             while rows:
-                self._read_again(rows, choose)
+                texts = [torch.tensor([*row.prompt.ids.tolist(), *row.ids]) for row in rows]
+                lengths = torch.tensor(list(map(len, texts)))
+                ids, skipped, tokens = pad_sequence(texts, batch_first=True), int(lengths.min()) - 1, int(lengths.sum())
+                logits, state = self.engine.prefill(ids.to(self.engine.lm.device), keep=ids.shape[1] - skipped)
+                self.engine.counts.add(tokens, ids.numel() - tokens, state)
+                for row, text in zip(rows, texts, strict=True):
+                    row.read += len(text)
+                last = (lengths - 1 - skipped).to(logits.device)
+                choose(logits[torch.arange(len(rows), device=logits.device), last], rows)
                 rows = [row for row in rows if not row.why]
-
-    def _read_again(self, rows: list[Answer], choose: Choose) -> None:
-        texts = [[*row.prompt.ids.tolist(), *row.ids] for row in rows]
-        width, shortest = max(map(len, texts)), min(map(len, texts))
-        ids = torch.full((len(rows), width), PADDING_ID)
-        for row, text in enumerate(texts):
-            ids[row, : len(text)] = torch.tensor(text)
-        logits, state = self.engine.prefill(ids.to(self.engine.lm.device), keep=width - shortest + 1)
-        tokens = sum(map(len, texts))
-        self.engine.counts.add(tokens, ids.numel() - tokens, state)
-        last = torch.tensor([len(text) - shortest for text in texts], device=logits.device)
-        for answer, text in zip(rows, texts, strict=True):
-            answer.read += len(text)
-        choose(logits[torch.arange(len(rows), device=logits.device), last], rows)

@@ -1,13 +1,13 @@
-"""Read each distinct prefix once, and fork the state after it for what follows.
+"""Read each distinct prefix once, and fork the state after it for the sequences that continue it.
 
-The prefix tree is processed level by level: nodes that begin at the same length form a batch; leaves are padded, inner nodes
-truncated to the shortest. So a model that continues exactly from a state reads every distinct token about once, in batches.
+The prefix tree is read level by level: nodes that begin at the same length form a batch; leaves are padded, inner nodes
+truncated to the shortest.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from math import inf
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -23,8 +23,7 @@ from pytest_lmeval.models._model import State, fork, state_bytes
 if TYPE_CHECKING:
     from pytest_lmeval.engine._engine import Engine
 
-Cache: TypeAlias = "list[tuple[np.ndarray, State]]"
-"""Prefixes, and the state after each."""
+Cache: TypeAlias = "list[tuple[np.ndarray, State]]"  # prefixes, and the state after each
 
 MORE_SHORT_LEAVES = 4  # the most that the batch size is multiplied by for leaves that are shorter than their prefix
 CACHED = 4  # prefixes kept from block to block: few-shot examples, a passage, and prefixes between them
@@ -32,15 +31,12 @@ STATES_BUDGET = 1 << 30  # bytes that the states of a batch may take
 
 
 class Forked:
-    """Scores and generates over the prefix tree of each block of requests.
-
-    prefix_cache  prefixes of the last request of a block, for the next block
-    """
+    """Scores and generates over the prefix tree of each block of requests."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine: Engine = weakref.proxy(engine)  # no reference cycle: states are freed with the engine, not at a collection
         self.policy = engine.policy
-        self.prefix_cache: Cache = []
+        self.prefix_cache: Cache = []  # prefixes of the last request of a block, for the next block
         self._select = selection(engine.lm)
         self._step_cost = STEP_COST if self.policy.share else inf
 
@@ -48,7 +44,7 @@ class Forked:
         reader = NodeReader(self.engine, requests)
 
         def score_leaves(state: State, batch: Branches) -> None:
-            reader.read_padded(batch, self._rows_of(state, batch))
+            reader.read_padded(batch, self._rows(state, [row for _, row in batch]))
 
         self._walk(reader, lambda state, leaves: self._each(state, leaves, score_leaves, padded=True))
         return reader.scored
@@ -58,30 +54,24 @@ class Forked:
 
         def answer_leaves(state: State, batch: Branches) -> None:
             rows = [(answers[node.owner], node.ids.tolist()) for node, _ in batch]
-            self._answer(self._rows_of(state, batch), rows, choose)
+            self._answer(self._rows(state, [row for _, row in batch]), rows, choose)
 
         self._walk(reader, lambda state, leaves: self._each(state, leaves, answer_leaves, padded=False))
         for answer, shared in zip(answers, reader.scored, strict=True):
             answer.read += shared.read
 
     def _walk(self, reader: NodeReader, on_leaves: Callable[[State, Branches], None]) -> None:
-        """Process the prefix tree of a block. Call `on_leaves(state, leaves)` for the leaves that continue one state."""
-        requests = reader.requests
+        """Read the prefix tree of a block, each request after the longest cached prefix that it continues. Call
+        `on_leaves(state, leaves)` for the leaves that continue one state."""
+        requests, left = reader.requests, list(range(len(reader.requests)))
         kept = [(prefix, state) for prefix, state in self.prefix_cache if requests and _continues(requests[-1], prefix)]
-        for (prefix, state), members in self._by_prefix(requests):
-            nodes = tree(requests, members, start=len(prefix), step=self._step_cost)
-            self._visit(reader, state, [(node, 0) for node in nodes], kept, on_leaves)
-        self.prefix_cache = sorted(kept, key=lambda entry: len(entry[0]))[:CACHED]  # more requests share the shorter ones
-
-    def _by_prefix(self, requests: Sequence[Request]) -> Iterator[tuple[tuple[np.ndarray, State], list[int]]]:
-        """The requests by the longest cached prefix that they continue."""
-        left = list(range(len(requests)))
-        for prefix, state in sorted(self.prefix_cache, key=lambda entry: -len(entry[0])):
+        nothing: tuple[np.ndarray, State] = (np.empty(0, dtype=np.int64), None)
+        for prefix, state in [*sorted(self.prefix_cache, key=lambda entry: -len(entry[0])), nothing]:
             if members := [number for number in left if _continues(requests[number], prefix)]:
                 left = sorted({*left} - {*members})
-                yield (prefix, state), members
-        if left:
-            yield (np.empty(0, dtype=np.int64), None), left
+                nodes = tree(requests, members, start=len(prefix), step=self._step_cost)
+                self._visit(reader, state, [(node, 0) for node in nodes], kept, on_leaves)
+        self.prefix_cache = sorted(kept, key=lambda entry: len(entry[0]))[:CACHED]  # more requests share the shorter ones
 
     def _visit(
         self, reader: NodeReader, state: State, branches: Branches, kept: Cache, on_leaves: Callable[[State, Branches], None]
@@ -118,12 +108,11 @@ class Forked:
         length -= (batch[0][0].start + length) % self.policy.multiple
         if length <= 0:
             return state, [(child, row) for node, row in batch for child in node.pushed()]
-        heads = [node.head(length) for node, _ in batch]
+        heads, rests = zip(*(node.split(length) for node, _ in batch), strict=True)
         ids = torch.stack([torch.from_numpy(head.ids) for head in heads])
-        state = reader.read(heads, ids, self._rows_of(state, batch))
+        state = reader.read(list(heads), ids, self._rows(state, [row for _, row in batch]))
         following: Branches = []
-        for row, (node, _) in enumerate(batch):
-            rest = node.after(length)
+        for row, ((node, _), rest) in enumerate(zip(batch, rests, strict=True)):
             if not len(rest.ids):
                 following += [(child, row) for child in node.children]
                 if node.last:
@@ -134,19 +123,15 @@ class Forked:
                 following += [(child, row) for child in rest.pushed()]
         return state, following
 
-    def _rows_of(self, state: State, batch: Branches) -> State:
-        """A copy of the rows of a state that the nodes of a batch continue."""
-        return None if state is None else self._rows(state, [row for _, row in batch])
-
     def _rows(self, state: State, rows: list[int]) -> State:
+        """A copy of these rows of a state."""
+        if state is None:
+            return None
         return fork(state) if self._select is None else self._select(state, rows)
 
     def _answer(self, state: State, rows: list[tuple[Answer, list[int]]], choose: Choose) -> None:
-        """Generate answers until all have ended. `rows` are answers, each with the prompt ids that it has still to read.
-
-        All rows have read the same number of tokens, since a state has only one length: while one row generates, another may
-        still read its prompt. A row that has ended leaves the batch.
-        """
+        """Generate answers, each with the prompt ids that it has still to read, until all have ended. Since a state has one
+        length, all rows have read the same number of tokens: while one generates, another may still read its prompt."""
         begun = False
         while rows:
             length = 1 if begun and self.policy.single else min(len(ids) for _, ids in rows)

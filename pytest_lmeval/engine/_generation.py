@@ -1,7 +1,4 @@
-"""Generate answers token by token: choose each token, decode the text so far, and check whether something ends it.
-
-A token is the most likely one, or drawn with the row's own random numbers: an answer depends on no other row.
-"""
+"""Choose the next token of answers, decode them, and end them. Each row has its own random numbers, and depends on no other."""
 
 from __future__ import annotations
 
@@ -73,15 +70,10 @@ class Answer:
 def begin_answers(
     lm: Model, prompts: Sequence[Prompt], on_text: OnText | None
 ) -> tuple[list[Answer], Callable[[Tensor, list[Answer]], None]]:
-    """An answer to each prompt, and a function that chooses the next token of b answers from logits [b, v].
-
-    Raises TaskError for a tokenizer without `decode`. The function raises NotFiniteError for logits that leave no choice.
-    """
+    """An answer to each prompt, and a function that chooses the next token of b answers from logits [b, v]."""
     tokenizer: Any = lm.tokenizer
     if not hasattr(tokenizer, "decode"):
-        raise TaskError(
-            f"the tokenizer of {lm.spec} has no decode(ids) -> text, so its answers cannot be turned into text. Add the method."
-        )
+        raise TaskError(f"the tokenizer of {lm.spec} has no decode(ids) -> text, which makes texts of answers. Add the method.")
     ends = getattr(tokenizer, "ends", (getattr(tokenizer, "eos", None),))
     answers = [Answer(prompt) for prompt in prompts]
     numbers = {id(answer): number for number, answer in enumerate(answers)}

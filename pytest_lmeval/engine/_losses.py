@@ -39,8 +39,7 @@ def _score_rows(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_finite(nll: np.ndarray, ids: np.ndarray, first: int, lm: Model) -> None:
-    """Raise NotFiniteError for the first loss that is not finite. `nll` are those of the last of `ids`, and begin with that of
-    token `first` of the stream."""
+    """Raise NotFiniteError for the first loss that is not finite; `nll` are those of the last `ids`, from token `first` on."""
     if np.isfinite(nll).all():
         return
     wrong = int(np.flatnonzero(~np.isfinite(nll))[0])
@@ -51,5 +50,5 @@ def check_finite(nll: np.ndarray, ids: np.ndarray, first: int, lm: Model) -> Non
 def not_finite(loss: float, where: str, lm: Model) -> NotFiniteError:
     return NotFiniteError(
         f"{lm.spec} gave a loss of {loss} for {where}, in {lm.dtype} on {lm.device}. Its mean would be no number, so the "
-        "measurement stops here. Look for an overflow in low precision, or a masked-out logit."
+        "measurement stops here; what was finished is kept. Look for an overflow in low precision, or a masked-out logit."
     )

@@ -1,11 +1,6 @@
 """Derive from a certificate what the engine may do with a model, and refuse more.
 
-    policy = policy_for(lm, certificate)               all that the certificate allows
-    policy = policy_for(lm, certificate, window=512)   Refused if no way to read so is exact
-    policy = policy_for(lm)                            nothing was probed: all that the model declares
-
-A broken law forbids, and so does one that cannot be tested on the model (its state cannot be copied, it reads single rows). One
-that the probe had no time for forbids nothing: the certificate names it (`Certificate.untried`).
+A law that is broken or cannot be tested on the model forbids; one that the probe had no time for does not.
 """
 
 from __future__ import annotations
@@ -25,10 +20,8 @@ LOGITS_BUDGET = 256 << 20  # bytes for the logits of a step and what is computed
 LARGEST_CHUNK, SMALLEST_CHUNK = 1024, 16
 UNLIMITED = 1 << 62  # tokens of a step
 
-NOT_FOR_STREAMING = frozenset({"rows", "fork", "resume", "size"})
-"""Laws that streaming one row without interruption does not need."""
-FOR_EVERYTHING = frozenset({"causality", "repeat", "isolation", "sums"})
-"""Laws without which every number is meaningless."""
+NOT_FOR_STREAMING = frozenset({"rows", "fork", "resume", "size"})  # laws that an uninterrupted stream of one row does not need
+FOR_EVERYTHING = frozenset({"causality", "repeat", "isolation", "sums"})  # laws without which every number is meaningless
 
 
 @dataclass(frozen=True)
@@ -122,14 +115,14 @@ def policy_for(
     batch_size: int = 8,
     default_chunk: int | None = None,
 ) -> Policy:
-    """All that the certificate allows, with these choices.
+    """All that the certificate allows (without one: that the model declares), with these choices.
 
-    chunk_size     tokens a step of a text, reduced to what a step or a window may hold; by default the largest exact size up to
-                   `default_chunk`, or to what fits the memory
+    chunk_size     tokens a step of a text, reduced to the size of a step or a window; by default the largest exact size up to
+                   `default_chunk`, or that fits the memory
     window         read texts in windows of so many tokens; by default carry the state, or read windows of the model's context
                    limit if it has one, or of 1024 tokens if it has no state; "unlimited" carries the state past that limit;
                    "lm_eval" reads as lm-evaluation-harness does (`rolling_windows`)
-    overlap        tokens of a window that are read but not scored; by default half of it
+    overlap        tokens of a window that are read but not scored; by default half of it, which reads each token twice
     batch_size     the most rows in a batch
 
     Raises Refused for more than the certificate allows, and StreamError for impossible choices.
@@ -173,8 +166,8 @@ def allowed_by(lm: Model, certificate: Certificate | None, batch_size: int = 8) 
 
 
 def chunk_of(lm: Model, policy: Policy, default: int | None = None) -> int:
-    """Tokens a step of a text: what the policy asks for, or the largest exact number up to `default` or what fits the memory;
-    never more than a step may read or a window holds."""
+    """Tokens a step of a text: as the policy says, or the largest exact number up to `default` or that fits the memory; at
+    most those of a step or a window."""
     windows, multiple = policy.windows, policy.multiple
     if windows is not None and not policy.carry:
         return windows.size
@@ -194,7 +187,7 @@ def check(lm: Model, policy: Policy) -> None:
             f"to continue its state after multiples of {policy.multiple}": policy.multiple % allowed.multiple,
             "to continue its state by several tokens": policy.carry and allowed.single and not policy.single,
             "to fork its state": policy.fork and not allowed.fork,
-            "to go on from a saved state": policy.resume and not allowed.resume,
+            "to resume from a saved state": policy.resume and not allowed.resume,
             "to read rows side by side": policy.batch_size > allowed.batch_size == 1,
             f"for steps of more than {longest} tokens": (policy.longest or UNLIMITED) > longest,
         }
@@ -273,15 +266,13 @@ def _windows(lm: Model, window: Window, overlap: int | None) -> Windows | None:
 def rolling_windows(lm: Model, overlap: int | None = None) -> Windows:
     """The windows of loglikelihood_rolling of lm-evaluation-harness 0.4.13, which give the same numbers.
 
-    They do not overlap: each predicts as many tokens as the model's context holds, after one token that is only read, at first
-    the prefix token (`data._tokens.beginning`). The last one begins so early that it fills the context too, and scores the
-    remaining tokens. The context is `lm.limit`, or 2048 tokens for a model without one; its HFLM then tries the tokenizer's
-    model_max_length first. For its `max_length=N`, give `dataclasses.replace(lm, context_length=N)`.
+    They do not overlap: each predicts as many tokens as the model's context holds, after one that is only read, at first the
+    prefix token (`data._tokens.beginning`). The last begins early enough to fill the context, and scores the remaining tokens.
+    The context is `lm.limit`, or 2048 tokens for a model without one; its HFLM then tries the tokenizer's model_max_length
+    first. For its `max_length=N`, give `dataclasses.replace(lm, context_length=N)`.
 
-    One of its numbers cannot be reproduced: where a text repeats itself and two windows of a batch read the same tokens but
-    score different numbers of them, its HFLM uses the wrong rows of logits for one. With batch_size=1 it does not.
-
-    Raises StreamError for another overlap.
+    If two windows of a batch read the same tokens but score different numbers of them, its HFLM uses the wrong rows of logits
+    for one; with batch_size=1 it does not.
     """
     if overlap:
         raise StreamError(

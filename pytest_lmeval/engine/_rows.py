@@ -1,8 +1,4 @@
-"""Score many short sequences in batches.
-
-Sequences of similar length share a batch, the shorter ones padded on the right. A loss depends neither on padding after it nor
-on other rows: the laws `causality` and `rows` test this of a model.
-"""
+"""Score many short sequences in padded batches: no loss depends on padding or other rows (laws `causality` and `rows`)."""
 
 from __future__ import annotations
 

@@ -1,16 +1,14 @@
 """Select rows of a state, so that sequences that share a state can continue it in any order.
 
-    select = selection(lm)                    None for a model whose state cannot be divided into rows
-    state = select(state, [0, 0, 2])          row 0 twice, then row 2; the given state is unchanged
-
-Only the tensors of a state are known. The row axis of each is found by reading batches of two and of three rows: it is the axis
-that grows. Then selected rows are stepped on and compared with the same rows read alone.
+The row axis of each tensor of a state is the one that grows from a batch of two rows to one of three. Then selected rows are
+stepped on and compared with the same rows read alone.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -31,7 +29,7 @@ SELECTIONS = WeakCache["Select | None"]()  # by `step_fn`: finding one takes 20 
 
 
 def selection(lm: Model) -> Select | None:
-    """A function that selects rows of the model's states; None if there is none."""
+    """A function that copies rows of a state: `select(state, [0, 0, 2])`; None if the model's states have no rows."""
     if not lm.stateful or lm.codebooks is not None:
         return None
     return SELECTIONS.value(lm.step_fn, lambda: _find(lm), stamp=fingerprint(lm))
@@ -49,10 +47,7 @@ def _find(lm: Model) -> Select | None:
                 _, state = lm.step(lm.random_ids(3, length, seed=length), state)
                 if set(_of_type(state, Tensor)) != set(axes):
                     return None  # it has other tensors by then, whose row axes are unknown
-
-            def select(state: State, rows: Sequence[int]) -> State:
-                return _selected(state, rows, axes)
-
+            select = partial(_selected, axes=axes)
             return select if _continues_alone(lm, ids, select) else None
     except Exception:  # noqa: BLE001 - a state that cannot be divided may fail in any way
         return None

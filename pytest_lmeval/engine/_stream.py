@@ -1,14 +1,7 @@
-"""Read a stream of tokens in chunks, carrying the state, and score every target once.
+"""Read a stream of tokens in chunks, and score every target once, in the memory of the model, its state and one chunk.
 
-    for chunk in engine.stream(tokens):
-        total += chunk.nll.sum()
-
-Each chunk of logits is reduced to one loss and one rank a target before the next chunk is read, so memory is the model, its
-state and one chunk, however long the stream. Perplexity, accuracy and loss by position are sums over these chunks.
-
-A stream of T tokens has T - 1 targets: the first token has nothing before it to predict it from. Put a beginning-of-sequence
-token in front to score it too. A model of several codebooks predicts the first frame from its initial codes: frame t is target
-t + 1, and has a loss for each scored codebook (see `models._model.Codebooks`).
+A stream of T tokens has T - 1 targets: the first token has nothing before it to predict it from. A model of several codebooks
+predicts the first frame from its initial codes: frame t is target t + 1, with a loss for each scored codebook.
 """
 
 from __future__ import annotations
@@ -77,12 +70,9 @@ def carried(engine: Engine, tokens: Iterable[Tokens], state: State, position: in
 def in_windows(
     engine: Engine, tokens: Iterable[Tokens], windows: Windows, state: State, position: int, window: int
 ) -> Iterator[Chunk]:
-    """The chunks of a stream in independent windows, for models without a state or with a limited context.
+    """The chunks of a stream in independent windows, each from an empty state that is carried through its chunks.
 
-    Each window begins with an empty state and does not score its first `overlap` tokens, which the window before has scored: so
-    size / (size - overlap) times the tokens of one pass are read. Within a window the state is carried from chunk to chunk.
-
-    window    where `tokens` begin in the stream: the beginning of a window
+    window    position of the first of `tokens`: the beginning of a window
     position  resume inside that window here, with `state`, which is the one before it
     """
     if engine.lm.codebooks is not None:

@@ -39,8 +39,8 @@ Source: TypeAlias = "Iterable[Any] | np.ndarray | Tensor"
 
 
 def tokens_of(source: Source | Tokens, books: Codebooks | None = None) -> Iterator[Tokens]:
-    """The ids [n], or frames [n, k] of codebooks, as int64; a large array in slices, so that a memory-mapped file is never read
-    whole. Raises StreamError for anything else."""
+    """The ids [n], or frames [n, k] of codebooks, as int64; a large or memory-mapped array in slices. Raises StreamError for
+    anything else."""
     if isinstance(source, Tokens):
         yield source
         return
@@ -108,8 +108,7 @@ def overlapping(tokens: Iterable[Tokens], length: int, shared: int = 1, known: i
 
 
 def check_vocabulary(ids: np.ndarray, start: int, lm: Model) -> None:
-    """Raise StreamError for the first of ids [n], or codes [n, k], outside the vocabulary; `start` is the position of the first
-    token or frame in the stream."""
+    """Raise StreamError for the first of ids [n], or codes [n, k], outside the vocabulary; the first has position `start`."""
     books = lm.codebooks
     lowest, sizes = (-1 if books.gaps else 0, np.array(books.sizes)) if books else (0, np.array(lm.vocab_size))
     wrong = np.argwhere((ids < lowest) | (ids >= sizes))

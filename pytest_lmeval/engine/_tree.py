@@ -1,17 +1,13 @@
 """Build a prefix tree over token ids, which holds each shared prefix of several sequences once.
 
-    few-shot examples ── passage ── question ── " yes"
-                     │           │          └── " no"
-                     │           └─ question ...
-                     └── passage ...
-
-Each node is a run of tokens that is read in one step. Sequences branch where they differ, unless the shared run is so short
-that reading it again costs less than a step.
+few-shot examples ── passage ── question ── " yes"
+                 │           │          └── " no"
+                 └── passage ...
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -54,13 +50,13 @@ class Request:
 
     @property
     def shareable(self) -> int:
-        """The number of tokens that requests may share when they are read: each prompt reads its last one itself."""
+        """The number of tokens that requests may share: each prompt reads its last one itself."""
         return len(self.ids) - 1
 
 
 @dataclass(frozen=True)
 class Node:
-    """A run of tokens, and the nodes that follow it.
+    """A run of tokens that is read in one step, and the nodes that follow it.
 
     ids       [n] the tokens
     start     the number of tokens before them
@@ -85,17 +81,12 @@ class Node:
     def leaves(self) -> int:
         return sum(child.leaves for child in self.children) or 1
 
-    def head(self, count: int) -> Node:
-        """Its first `count` tokens."""
-        split = self.start + count
-        wanted = ((number, begin, min(end, split)) for number, begin, end in self.wanted if begin < split)
-        return replace(self, ids=self.ids[:count], wanted=tuple(wanted))
-
-    def after(self, count: int) -> Node:
-        """The tokens after its first `count`."""
-        split = self.start + count
-        wanted = ((number, max(begin, split), end) for number, begin, end in self.wanted if end > split)
-        return replace(self, ids=self.ids[count:], start=split, wanted=tuple(wanted))
+    def split(self, count: int) -> tuple[Node, Node]:
+        """Its first `count` tokens, and those after them."""
+        at = self.start + count
+        before = tuple((number, begin, min(end, at)) for number, begin, end in self.wanted if begin < at)
+        after = tuple((number, max(begin, at), end) for number, begin, end in self.wanted if end > at)
+        return replace(self, ids=self.ids[:count], wanted=before), replace(self, ids=self.ids[count:], start=at, wanted=after)
 
     def pushed(self) -> list[Node]:
         """Its children, each with its tokens in front, which are then read once for each child."""
@@ -135,8 +126,14 @@ def _key(request: Request, number: int) -> bytes:
 
 def _grow(requests: Sequence[Request], paths: list[list[int]], start: int, shared: int, step: float) -> list[Node]:
     """The nodes of sorted paths whose first `shared` tokens are equal, and whose first `start` are in nodes already."""
+
+    def branch(path: list[int]) -> int:
+        """The next token, or a unique number for a path that ends."""
+        request = requests[path[-1]]
+        return int(request.ids[shared]) if shared < request.shareable else ~path[-1]
+
     nodes = []
-    for _, members in groupby(paths, key=_branch(requests, shared)):
+    for _, members in groupby(paths, key=branch):
         group = list(members)
         first, last = (requests[path[-1]] for path in (group[0], group[-1]))
         end = len(first.read)
@@ -146,31 +143,11 @@ def _grow(requests: Sequence[Request], paths: list[list[int]], start: int, share
                 nodes += _grow(requests, group, start, end, step)
                 continue
         numbers = [number for path in group for number in path]
-        wanted = (
-            (number, max(requests[number].context_len - 1, start), min(len(requests[number].ids) - 1, end))
-            for number in numbers
-        )
-        nodes.append(
-            Node(
-                first.read[start:end],
-                start,
-                tuple(_grow(requests, group, end, end, step)) if len(group) > 1 else (),
-                tuple(span for span in wanted if span[1] < span[2]),
-                min(numbers),
-                len(requests) - 1 in numbers,
-            )
-        )
+        wanted = [(n, max(requests[n].context_len - 1, start), min(len(requests[n].ids) - 1, end)) for n in numbers]
+        children = tuple(_grow(requests, group, end, end, step)) if len(group) > 1 else ()
+        spans = tuple((number, begin, stop) for number, begin, stop in wanted if begin < stop)
+        nodes.append(Node(first.read[start:end], start, children, spans, min(numbers), len(requests) - 1 in numbers))
     return nodes
-
-
-def _branch(requests: Sequence[Request], at: int) -> Callable[[list[int]], int]:
-    """The key that paths branch by at a position: the token there, or a unique number for a path that ends."""
-
-    def branch(path: list[int]) -> int:
-        request = requests[path[-1]]
-        return int(request.ids[at]) if at < request.shareable else ~path[-1]
-
-    return branch
 
 
 def common_prefix_len(first: np.ndarray, second: np.ndarray) -> int:

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Store the accepted tests of a run in a baseline and keep its other tests. Returns 0, or 2 if nothing can be accepted."""
+    """Store tests of a run in a baseline that keeps its other tests. Returns 0, or 2 if nothing can be accepted."""
     source = arguments.source / NAME if arguments.source.is_dir() else arguments.source
     try:
         document = load(source)
@@ -39,9 +39,8 @@ def main(arguments: argparse.Namespace) -> int:
             raise BaselineError(f"{source} has nothing to accept: {_why(document, chosen, refused, arguments.pattern)}")
         old = Baseline() if arguments.prune else read(arguments.to) or Baseline()
         new = _merged(old, accepted, document, source.parent)
-        for test, record, problem in contradictions(new.tests, new.scores or {}):
-            what = f"in {test}, {record}, {problem}"
-            raise BaselineError(f"{source} cannot be accepted: {what}. It was edited, or mixes several runs. {AGAIN}.")
+        for problem in contradictions(new.tests, new.scores or {}):
+            raise BaselineError(f"{source} cannot be accepted: {problem}. It was edited, or mixes several runs. {AGAIN}.")
         write(arguments.to, new)
     except DocumentError as error:
         print(error, file=sys.stderr)
@@ -58,13 +57,13 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _matching(records: Sequence[Record], pattern: str) -> list[Record]:
-    """The records of the test with exactly this name; if there is none, of tests whose name contains or matches the pattern."""
+    """The records of the test of exactly this name; if there is none, of those whose name contains or matches it."""
     exact = [record for record in records if record.test == pattern]
     return exact or [record for record in records if pattern in record.test or fnmatchcase(record.test, pattern)]
 
 
 def _by_test(records: Sequence[Record]) -> tuple[dict[str, list[Record]], set[str]]:
-    """The records of each test that may be accepted, and the tests that may not: an assertion of their own failed."""
+    """The records of each test that may be accepted, and the tests that may not, since they failed by themselves."""
     tests: dict[str, list[Record]] = {}
     for record in records:
         tests.setdefault(record.test, []).append(record)
@@ -81,11 +80,10 @@ def _merged(old: Baseline, accepted: dict[str, list[Record]], document: RunDocum
         tests[test] = {}
         for name, record in zip(names_of(records), records, strict=True):
             entry = entry_of(record)
-            if not (entry.metrics or entry.costs or entry.verdict):
-                continue
-            tests[test][name] = entry
-            if (found := scores_of(record, folder)) is not None:
-                scores[test, name] = found
+            if entry.metrics or entry.costs or entry.verdict:
+                tests[test][name] = entry
+                if (found := scores_of(record, folder)) is not None:
+                    scores[test, name] = found
     return Baseline(structs.replace(old.file, environment=platform_of(document.environment), tests=tests), scores)
 
 

@@ -1,10 +1,9 @@
-"""Read and write a baseline: a file of numbers, and a file of the examples behind them. Both are meant to be committed.
+"""Read and write a baseline: two files to commit, which a run that changed nothing writes again byte for byte.
 
     baseline.json             schema, environment, and the records of each test, one line per metric
     baseline.examples.jsonl   for each record a line with its columns, then one line per example
 
-Keys are sorted, numbers rounded, paths and times left out: a run that changed nothing writes the same bytes. Each record has
-its own checksums, so edits are refused, and branches that accepted different tests can be merged.
+Each record has its own checksums, so edits are refused, and branches that accepted different tests can be merged.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from pytest_lmeval.records import _schema as schema
 from pytest_lmeval.records._document import Environment
 from pytest_lmeval.records._metric import metric
 from pytest_lmeval.records._replacing import replacing
-from pytest_lmeval.records._schema import Kept
+from pytest_lmeval.records._schema import StoredStruct
 
 SCHEMA: Literal[2] = 2
 AGAIN = "Restore it, or write it anew: run all tests with --lmeval-gate=off, then lmeval baseline accept --prune"
@@ -35,7 +34,7 @@ Tests = dict[str, dict[str, Entry]]
 Examples = dict[tuple[str, str], Scores]
 
 
-class Platform(Kept, frozen=True, kw_only=True):
+class Platform(StoredStruct, frozen=True, kw_only=True):
     """The part of `Environment` that can change a number."""
 
     python: str = ""
@@ -45,7 +44,7 @@ class Platform(Kept, frozen=True, kw_only=True):
     packages: dict[str, str] = {}
 
 
-class BaselineFile(Kept, frozen=True, kw_only=True):
+class BaselineFile(StoredStruct, frozen=True, kw_only=True):
     """The content of baseline.json. tests: test -> record name -> entry."""
 
     schema: Literal[2] = SCHEMA
@@ -53,7 +52,7 @@ class BaselineFile(Kept, frozen=True, kw_only=True):
     tests: Tests = {}
 
 
-class Head(Kept, frozen=True, kw_only=True):
+class Head(StoredStruct, frozen=True, kw_only=True):
     """The line of the examples file above the examples of a record."""
 
     test: str
@@ -79,26 +78,21 @@ def platform_of(environment: Environment) -> Platform:
 
 
 def differences(old: Platform, new: Platform) -> list[str]:
-    """How two platforms differ, in words."""
+    """The differences between two platforms, in words."""
     before, now = ({**structs.asdict(platform), **platform.packages} for platform in (old, new))
     names = [name for name in dict.fromkeys([*before, *now]) if name not in ("packages", schema.MORE)]
     return [f"{name} was {before.get(name)}, is {now.get(name)}" for name in names if before.get(name) != now.get(name)]
 
 
 def examples_file(path: Path) -> Path:
-    """The file of the examples of a baseline.
-
-    >>> str(examples_file(Path("reports/baseline.json")))
-    'reports/baseline.examples.jsonl'
-    """
+    """The file of the examples of a baseline."""
     return path.with_name(f"{path.stem}.examples.jsonl")
 
 
 def read(path: Path) -> Baseline | None:
     """The baseline at `path`; None if there is no such file.
 
-    Raises BaselineError, naming the position and the reason, if it or its examples file cannot be read, has another schema
-    version, or was edited.
+    Raises BaselineError if one of both files cannot be read, has another schema version, or was edited.
     """
     try:
         if (raw := _bytes(path)) is None:
@@ -130,14 +124,14 @@ def write(path: Path, baseline: Baseline) -> None:
         new.write_text("\n".join(_lines(document)) + "\n", encoding="utf-8", newline="\n")
 
 
-def contradictions(tests: Tests, scores: Examples) -> Iterator[tuple[str, str, str]]:
-    """Where the examples do not give the number of the summary: test, record name, and both numbers in words."""
+def contradictions(tests: Tests, scores: Examples) -> Iterator[str]:
+    """Metrics that are impossible, or that the examples do not give, with test, record name and both numbers."""
     for test, record, entry in _entries(tests):
         examples = scores.get((test, record))
         for name, value in entry.metrics.items():
-            exponential = metric(name).exponential
+            where, exponential = f"in {test}, {record}, {name}", metric(name).exponential
             if exponential and min(value, value if value.low is None else value.low) <= 0:
-                yield test, record, f"{name} is {value!r}, and an exponential is above 0"
+                yield f"{where} is {value!r}, and an exponential is above 0"
                 continue
             if examples is None or value.n is None or (computed := examples.mean_of(name)) is None:
                 continue
@@ -145,7 +139,7 @@ def contradictions(tests: Tests, scores: Examples) -> Iterator[tuple[str, str, s
             expected = math.log(value) if exponential else value
             if n != value.n or mean is None or not math.isclose(mean, expected, rel_tol=1e-5, abs_tol=1e-9):
                 what = "nothing" if mean is None else f"{math.exp(min(mean, 700)) if exponential else mean:.7g}"
-                yield test, record, f"{name} is {value:.7g} of {value.n:,}, but its examples give {what} of {n:,}"
+                yield f"{where} is {value:.7g} of {value.n:,}, but its examples give {what} of {n:,}"
 
 
 def _bytes(path: Path) -> bytes | None:
@@ -168,8 +162,8 @@ def _checked(path: Path, file: BaselineFile, scores: Examples | None) -> Baselin
             if entry.examples != sums.get((test, record), ""):
                 what = f"the examples of {test}, {record} do not match their checksum in {path}"
                 raise BaselineError(f"{examples_file(path)}: {what}. One of both {edited}")
-    for test, record, problem in contradictions(file.tests, scores or {}):
-        raise BaselineError(f"{path}: in {test}, {record}, {problem}. It {edited}")
+    for problem in contradictions(file.tests, scores or {}):
+        raise BaselineError(f"{path}: {problem}. It {edited}")
     for test, record, entry in _entries(file.tests):
         if sealed(entry, (test, record), entry.examples) != entry:
             raise BaselineError(f"{path}: {test}, {record} does not match its checksum. It {edited}")

@@ -1,13 +1,12 @@
 """Compare the records of a test with their entries in the baseline: a verdict for each gated metric.
 
-Examples are paired by their hash. Where that is impossible - the baseline's examples are missing, the text differs, the metric
-is no mean - the intervals are compared, and a note says so.
+Pairs examples by their hash. Where that is impossible, compares the intervals, and says so in a note.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -27,18 +26,7 @@ LISTED = 20  # number of changed examples that a record lists
 Rows = dict[str, Comparison]
 
 
-class CommonExample(NamedTuple):
-    """An example that both runs have: what it counts in each, what the sums are divided by, and its group."""
-
-    id: str
-    base: float
-    new: float
-    weight: float
-    group: object
-
-
-@dataclass(frozen=True)
-class Side:
+class Side(NamedTuple):
     """Entry and scores of a record, of the baseline or of this run."""
 
     entry: Entry
@@ -63,7 +51,7 @@ class Candidate:
 
     @property
     def allowed(self) -> float:
-        """The margin in the unit of the difference."""
+        """The margin, in the unit of `difference`."""
         size = self.margin.of(self.base)
         return math.log1p(size / self.base) if self.metric.exponential else size
 
@@ -77,15 +65,14 @@ class Candidate:
 def compare(pairs: Sequence[tuple[Side, Side]], margins: Margins, family: int) -> list[Rows]:
     """For each record of a test, base and new: metric -> comparison.
 
-    family  number of metrics gated in the whole run. A test is judged when it ends, so Holm's procedure takes the p-values of
-            later tests for 1: what fails now would fail if they were known, too.
+    family  number of metrics gated in the whole run; Holm's procedure takes the p-values of later tests for 1
     """
     level = LEVEL / max(family, 1)
     candidates = [list(_candidates(base, new, margins, level)) for base, new in pairs]
     flat = [candidate for of_record in candidates for candidate in of_record]
     differences, allowed, up = [one.difference for one in flat], [one.allowed for one in flat], [one.up for one in flat]
     verdicts = iter(judge_all(differences, allowed, up, family=family))
-    found = []
+    rows_of_records = []
     for (base, new), of_record in zip(pairs, candidates, strict=True):
         rows = {candidate.metric.name: _row(candidate, next(verdicts)) for candidate in of_record}
         rows |= dict(_exact(base.entry, new.entry, margins, set(rows)))
@@ -93,8 +80,8 @@ def compare(pairs: Sequence[tuple[Side, Side]], margins: Margins, family: int) -
             if name not in new.entry.metrics:
                 rows[name] = Comparison(verdict="missing", base=rounded(base.entry.metrics[name]))
         changed = differs(base.entry, new.entry)
-        found.append({name: structs.replace(row, differences=changed) for name, row in rows.items()})
-    return found
+        rows_of_records.append({name: structs.replace(row, differences=changed) for name, row in rows.items()})
+    return rows_of_records
 
 
 def new_rows(new: Entry, margins: Margins) -> Rows:
@@ -118,7 +105,7 @@ def _gated_in_both(base: Entry, new: Entry, margins: Margins) -> Iterator[tuple[
 def _candidates(base: Side, new: Side, margins: Margins, level: float) -> Iterator[Candidate]:
     for name, margin, before, after, up in _gated_in_both(base.entry, new.entry, margins):
         declared, found = metric(name, before), None
-        incomparable = _other_tokens(declared, base.entry, new.entry)
+        incomparable = _incomparable(declared, base, new)
         if not incomparable and base.scores is not None and new.scores is not None:
             found = pair(name, base.scores, new.scores, up=up, level=level)
         if found is not None:
@@ -127,7 +114,6 @@ def _candidates(base: Side, new: Side, margins: Margins, level: float) -> Iterat
                 base_value, row = rounded(before), structs.replace(row, base=rounded(before), new=rounded(after))
             yield Candidate(declared, margin, up, difference, base_value, row)
         elif not _is_exact(margin, before, after):
-            incomparable = incomparable or _other_text(base, new)
             unpaired = _unpaired(declared, before, after, with_intervals=incomparable is None)
             note = incomparable or _why_unpaired(name, base, new)
             row = Comparison(verdict="unclear", base=rounded(before), new=rounded(after), note=note)
@@ -140,8 +126,13 @@ def _is_exact(margin: Margin, before: Value, after: Value) -> bool:
 
 
 def _row(candidate: Candidate, verdict: Verdict) -> Comparison:
-    found = candidate.difference
-    too_few = _too_few(found, verdict) if verdict.name == "unclear" and verdict.fewest else ""
+    found, note = candidate.difference, candidate.row.note
+    if verdict.name == "unclear" and verdict.fewest:
+        note = (
+            f"{found.units:,} {'examples' if found.units == found.examples else 'independent groups'} are too few for any loss "
+            f"to be called worse: chance makes even a total loss in one of {1 / found.smallest_p:,.0f} comparisons, and the "
+            f"limit is one of {1 / verdict.level:,.0f}; at least {verdict.fewest} are needed"
+        )
     return structs.replace(
         candidate.row,
         verdict=verdict.name,
@@ -158,17 +149,7 @@ def _row(candidate: Candidate, verdict: Verdict) -> Comparison:
         n=found.examples,
         units=found.units,
         test=found.test,
-        note=too_few or candidate.row.note,
-    )
-
-
-def _too_few(found: Difference, verdict: Verdict) -> str:
-    """Why even a total loss is not called worse."""
-    units = f"{found.units:,} {'examples' if found.units == found.examples else 'independent groups'}"
-    return (
-        f"{units} are too few for any loss to be called worse: chance makes even a total loss in one of "
-        f"{1 / found.smallest_p:,.0f} comparisons, and the limit is one of {1 / verdict.level:,.0f}; at least "
-        f"{verdict.fewest} are needed"
+        note=note,
     )
 
 
@@ -191,7 +172,7 @@ def _exact(base: Entry, new: Entry, margins: Margins, judged: set[str]) -> Itera
 
 
 def _of_verdicts(base: str, new: str) -> GateVerdict:
-    """How two verdicts on a model's laws compare: unclear if they differ and neither is better."""
+    """Compares two verdicts on a model's laws: unclear if they differ and neither is better."""
     before, after = rank(base), rank(new)
     if base == new:
         return "identical"
@@ -234,32 +215,26 @@ def _why_unpaired(name: str, base: Side, new: Side) -> str:
     return f"{why}: only the intervals are compared"
 
 
-def _other_text(base: Side, new: Side) -> str | None:
-    if base.scores is None or new.scores is None or set(base.scores.ids) & set(new.scores.ids):
-        return None
-    return "the two runs have no example in common, so they cannot be compared"
-
-
-def _other_tokens(declared: Metric, base: Entry, new: Entry) -> str | None:
-    old, now = (entry.settings.get("tokenizer") for entry in (base, new))
-    per_token = "tokens" in (declared.sums or ()) or declared.unit.endswith("/token")
-    if not per_token or old == now:
-        return None
-    return f"the tokenizer was {old} and is {now}, so numbers per token cannot be compared; gate bits_per_byte"
+def _incomparable(declared: Metric, base: Side, new: Side) -> str | None:
+    """Why the intervals say nothing, either; None if they do."""
+    old, now = (side.entry.settings.get("tokenizer") for side in (base, new))
+    if old != now and ("tokens" in (declared.sums or ()) or declared.unit.endswith("/token")):
+        return f"the tokenizer was {old} and is {now}, so numbers per token cannot be compared; gate bits_per_byte"
+    if base.scores is not None and new.scores is not None and not set(base.scores.ids) & set(new.scores.ids):
+        return "the two runs have no example in common, so they cannot be compared"
+    return None
 
 
 def pair(name: str, base: Scores, new: Scores, *, up: bool, level: float = 0.01) -> tuple[Difference, float, Comparison] | None:
     """A metric over the examples that both runs have: difference, value of the baseline, row without a verdict.
 
-    None if there are no such examples, or their denominators differ.
-
-    up     whether higher is better
-    level  see `paired_difference`
+    None if there are no such examples, or their denominators differ. `up`: whether higher is better.
     """
-    common = _common(name, base, new)
-    if not common or not (weight := math.fsum(one.weight for one in common)):
+    if not (common := _common(name, base, new)):
         return None
-    _, before, after, weights, groups = (list(column) for column in zip(*common, strict=True))
+    ids, before, after, weights, groups = zip(*common, strict=True)
+    if not (weight := math.fsum(weights)):
+        return None
     found, declared = paired_difference(before, after, weights, groups, level=level), metric(name)
     low, high, error = (None if one is None else declared.scale * one for one in (found.low, found.high, found.error))
     scaled = replace(found, value=declared.scale * found.value, low=low, high=high, error=error)
@@ -267,25 +242,27 @@ def pair(name: str, base: Scores, new: Scores, *, up: bool, level: float = 0.01)
     only_base, only_new = (sum(part is not None for part in side.ratio(name) or ()) - len(common) for side in (base, new))
     row = Comparison(verdict="unclear", base=rounded(mean_base), new=rounded(mean_new), only_base=only_base, only_new=only_new)
     if name in new.columns:  # documents, unlike answers, all change
-        changed = sorted(((one.new - one.base) * (1 if up else -1), one) for one in common if one.new != one.base)
+        gains = ((now - was) * (1 if up else -1) for was, now in zip(before, after, strict=True))
+        changed = sorted(one for one in zip(gains, ids, before, after, strict=True) if one[0])
         flips = []
-        for _, one in changed[:LISTED]:  # the largest losses first
-            output, target = new.texts.get(one.id, (None, None))
-            flips.append(Flip(id=one.id, before=rounded(one.base), after=rounded(one.new), output=output, target=target))
-        lost = sum(gain < 0 for gain, _ in changed)
+        for _, example, was, now in changed[:LISTED]:  # the largest losses first
+            output, target = new.texts.get(example, (None, None))
+            flips.append(Flip(id=example, before=rounded(was), after=rounded(now), output=output, target=target))
+        lost = sum(one[0] < 0 for one in changed)
         row = structs.replace(row, lost=lost, won=len(changed) - lost, flipped=flips)
     return scaled, mean_base, row
 
 
-def _common(name: str, base: Scores, new: Scores) -> list[CommonExample] | None:
-    """None if the same text was cut into other tokens, or the metric is no ratio."""
+def _common(name: str, base: Scores, new: Scores) -> list[tuple[str, float, float, float, Hashable]] | None:
+    """(id, base, new, divisor, group) of each common example; None if the metric is no ratio, or the divisors differ."""
     if (old := base.ratio(name)) is None or (now := new.ratio(name)) is None:
         return None
-    before, found = dict(zip(base.ids, old, strict=True)), []
+    before = dict(zip(base.ids, old, strict=True))
+    found: list[tuple[str, float, float, float, Hashable]] = []
     for example, is_now, group in zip(new.ids, now, new.groups, strict=True):
         if (was := before.get(example)) is None or is_now is None:
             continue
         if was[1] != is_now[1]:
             return None
-        found.append(CommonExample(example, was[0], is_now[0], was[1], (example,) if group is None else group))
+        found.append((example, was[0], is_now[0], was[1], (example,) if group is None else group))
     return found

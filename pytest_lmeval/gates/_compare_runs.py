@@ -1,12 +1,8 @@
 """`lmeval compare-runs --base main -- benchmarks/test_speed.py`: find out whether the project became slower.
 
-Both versions run the same tests in turns, in fresh processes. A disturbance of the machine affects both runs of a pair, so each
-pair gives one log ratio, and the pairs, not the rounds within a run, are the sample. The command judges after `--pairs` of them
-and stops if every verdict is clear; else it judges once more after `--most`, or when the budget is spent. Where nothing
-changed, each look calls anything worse in one of 100 comparisons, however many numbers there are; looking after every pair
-would raise many more false alarms.
-
-Exit status 1 if a number got worse or a test of this version failed; what is unclear fails nothing.
+Both versions run the same tests in turns, in fresh processes; each pair of runs gives one log ratio (see docs/statistics.md).
+The command judges after `--pairs` of them and stops if every verdict is clear; else it judges once more after `--most`, or when
+the budget is spent. Looking after every pair would raise many more false alarms.
 """
 
 from __future__ import annotations
@@ -29,7 +25,6 @@ from pytest_lmeval.errors import DocumentError, SideError
 from pytest_lmeval.gates._margins import parse
 from pytest_lmeval.records._comparison import ORDER
 from pytest_lmeval.records._document import NAME, RunDocument, load
-from pytest_lmeval.records._measured import Record
 from pytest_lmeval.records._metric import metric
 from pytest_lmeval.statistics._paired import Difference, log_ratio
 from pytest_lmeval.statistics._verdict import Name, judge_all
@@ -42,7 +37,7 @@ LAST_LINES = 15
 
 @dataclass(frozen=True)
 class Key:
-    """What identifies a number on both sides."""
+    """Identifies a number on both sides."""
 
     test: str
     lm: str
@@ -62,11 +57,11 @@ class Number:
 
 @dataclass
 class Side:
-    """A version of the project, and the numbers of its `runs` so far: a git revision (checked out beside the project, and first
-    on the module search path), another Python (an executable or a virtual environment), or the project as it stands.
+    """A version of the project: a git revision (checked out beside it), another Python, or the project as it stands.
 
     markers  whether to read the markers of its tests, by comparing with a baseline that does not exist
-    failed   tests that failed in any run; what they measured before counts
+    runs     the numbers of its runs so far
+    failed   tests that failed in any of them; the numbers that they recorded count
     """
 
     name: str
@@ -78,34 +73,27 @@ class Side:
 
     def run(self, arguments: list[str]) -> None:
         """Run pytest once. Raises SideError if it leaves no numbers."""
+        environment = {name: value for name, value in os.environ.items() if name not in OF_PYTEST}
+        code = [str(path) for path in (self.folder, self.folder / "src") if path.is_dir()]
+        environment["PYTHONPATH"] = os.pathsep.join([*code, *filter(None, [environment.get("PYTHONPATH")])])
         with tempfile.TemporaryDirectory(prefix="lmeval-") as output:
             own = [f"--lmeval-dir={output}", *([f"--lmeval-baseline={output}/none.json"] if self.markers else [])]
             command = [self.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *own, *arguments]
             done = subprocess.run(
-                command, cwd=self.folder, env=self._environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+                command, cwd=self.folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
             )
             written = Path(output) / NAME
             if not written.exists():
                 last = "\n".join(f"    {line}" for line in done.stdout.strip().splitlines()[-LAST_LINES:])
-                raise SideError(
-                    f"{self.name} measured nothing: `{' '.join(command[1:])}` in {self.folder} ended with status "
-                    f"{done.returncode}.\n{last}"
-                )
+                ran = f"`{' '.join(command[1:])}` in {self.folder} ended with status {done.returncode}"
+                raise SideError(f"{self.name} measured nothing: {ran}.\n{last}")
             try:
                 document = load(written)
             except DocumentError as error:
-                raise SideError(
-                    f"this version cannot read what {self.name} measured. {error} Compare with a revision or an environment "
-                    f"whose pytest-lmeval writes the same {NAME} as this one."
-                ) from error
+                same = f"Compare with a version whose pytest-lmeval writes the same {NAME} as this one."
+                raise SideError(f"this version cannot read what {self.name} measured. {error} {same}") from error
             self.runs.append(numbers(document))
             self.failed |= {failure.test for failure in document.failures}
-
-    def _environment(self) -> dict[str, str]:
-        """The environment of this process, with the side's own code first on the module search path."""
-        own = [str(path) for path in (self.folder, self.folder / "src") if path.is_dir()]
-        inherited = {name: value for name, value in os.environ.items() if name not in OF_PYTEST}
-        return {**inherited, "PYTHONPATH": os.pathsep.join([*own, *filter(None, [inherited.get("PYTHONPATH")])])}
 
 
 @dataclass(frozen=True)
@@ -132,15 +120,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Run both sides in turns and judge. Returns 0, 1 if a number got worse, 2 if a side cannot be run."""
+    """Run both sides in turns and judge. Returns 0, 1 if a number got worse or a test of this version failed, 2 if a side
+    cannot be run. Unclear numbers fail nothing."""
     if not 2 <= arguments.pairs <= arguments.most:
         return _refused(f"--pairs {arguments.pairs} --most {arguments.most}: --pairs must be at least 2 and at most --most.")
-    if arguments.to:
-        try:
+    try:
+        if arguments.to:
             arguments.to.open("a").close()
-        except OSError as error:
-            why = error.strerror or error
-            return _refused(f"--to {arguments.to}: {why}, so the numbers would be lost. Name another file.")
+    except OSError as error:
+        return _refused(f"--to {arguments.to}: {error.strerror}, so the numbers would be lost. Name another file.")
     here = Side("this version", Path.cwd(), markers=True)
     try:
         with side(arguments.base, Path.cwd()) as base:
@@ -185,9 +173,9 @@ def compared(base: Side, new: Side, threshold: float) -> list[Row]:
     margins = [math.log1p(number.threshold or threshold) for number in first]
     verdicts = judge_all(ratios, margins, [number.higher_is_better for number in first], level=LEVEL, two_sided=True)
     rows = []
-    for key, number, values, one, verdict in zip(keys, first, pairs, ratios, verdicts, strict=True):
+    for key, number, values, found, verdict in zip(keys, first, pairs, ratios, verdicts, strict=True):
         before, after = (replace(number, value=median(side)) for side in values)
-        rows.append(Row(key, before, after, one, verdict.name))
+        rows.append(Row(key, before, after, found, verdict.name))
     return sorted(rows, key=lambda row: ORDER.index(row.verdict))
 
 
@@ -219,13 +207,10 @@ def _cells(row: Row, rows: list[Row]) -> list[str]:
 
 def document(rows: list[Row], base: Side, new: Side) -> dict[str, object]:
     """All numbers of all runs, and the verdicts."""
-    sides = {
-        name: {
-            "name": one.name,
-            "runs": [[{**asdict(key), **asdict(number)} for key, number in run.items()] for run in one.runs],
-        }
-        for name, one in (("base", base), ("new", new))
-    }
+    sides = {}
+    for name, one in (("base", base), ("new", new)):
+        runs = [[{**asdict(key), **asdict(number)} for key, number in run.items()] for run in one.runs]
+        sides[name] = {"name": one.name, "runs": runs}
     verdicts = []
     for row in rows:
         found = row.ratio
@@ -236,7 +221,7 @@ def document(rows: list[Row], base: Side, new: Side) -> dict[str, object]:
 
 
 def _everywhere(base: Side, new: Side) -> list[Key]:
-    """What every run of both sides measured, in the order of the first."""
+    """The numbers that every run of both sides has, in the order of the first."""
     runs = [*base.runs, *new.runs]
     return [key for key in runs[0] if all(key in run for run in runs)] if runs else []
 
@@ -259,16 +244,10 @@ def numbers(document: RunDocument) -> dict[Key, Number]:
         for name, value in record.metrics.items():
             if metric(name, value).compared:
                 key = Key(record.test, record.lm.spec, record.subject, name)
-                found.setdefault(key, Number(float(value), value.unit, bool(value.higher_is_better), _threshold(record, name)))
+                row = (record.gate or {}).get(name)
+                threshold = parse(row.margin).of(value) / value if row and row.verdict == "not judged" else None
+                found.setdefault(key, Number(float(value), value.unit, bool(value.higher_is_better), threshold))
     return found
-
-
-def _threshold(record: Record, name: str) -> float | None:
-    row = (record.gate or {}).get(name)
-    if row is None or row.verdict != "not judged":
-        return None
-    value = record.metrics[name]
-    return parse(row.margin).of(value) / value
 
 
 @contextlib.contextmanager
@@ -295,8 +274,6 @@ def _git(folder: Path, *arguments: str, named: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=folder, text=True, capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         said = (getattr(error, "stderr", "") or "git cannot be run").strip().splitlines()[0]
-        raise SideError(
-            f"{named} is no Python environment and no git revision of {folder} ({said}). Give one of them: --base main, "
-            "--base HEAD~1, --base path/to/venv."
-        ) from None
+        neither = f"{named} is no Python environment and no git revision of {folder} ({said})"
+        raise SideError(f"{neither}. Give one of them: --base main, --base HEAD~1, --base path/to/venv.") from None
     return done.stdout.strip()

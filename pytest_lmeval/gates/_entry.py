@@ -14,25 +14,21 @@ from pytest_lmeval.gates._margins import Margins
 from pytest_lmeval.gates._scores import keeps_examples, numbered, rounded, rounded_or_none
 from pytest_lmeval.records._measured import Record
 from pytest_lmeval.records._metric import headline_of, metric
-from pytest_lmeval.records._schema import Kept, to_plain
+from pytest_lmeval.records._schema import StoredStruct, to_plain
 from pytest_lmeval.records._value import Value
 
-IRRELEVANT = {  # settings that two runs may differ in, and why
-    "budget": "how long the probe tries the laws of a model tells nothing about the model",
-    "chunk_size": "the certificate proves that the numbers do not depend on it",
-    "examples": "number of cases that the probe tries, as budget",
-    "key": "follows from the other settings and the version of this package",
-    "profile": "how hard the probe looks, as budget",
-    "runs": "the number of timed runs changes only times, which no baseline keeps",
-    "seconds": "how long something is timed, as runs",
-    "threads": "belong to the machine, and the environment of the baseline names them",
-    "warm_up": "the number of runs before timing, as runs",
-}
+IRRELEVANT = (  # settings that two runs may differ in
+    "budget", "examples", "profile",  # effort of the probe, which tells nothing about the model
+    "runs", "seconds", "warm_up",  # effort of timing: no baseline keeps times
+    "chunk_size",  # by the certificate, the numbers do not depend on it
+    "threads",  # belong to the machine, and the environment of the baseline names them
+    "key",  # follows from the other settings and the version of this package
+)  # fmt: skip
 OF_COSTS = ("chunk_size",)  # those that costs do depend on
 COSTS = ("flops", "state_bytes", "peak_bytes")
 
 
-class Model(Kept, frozen=True, kw_only=True):
+class Model(StoredStruct, frozen=True, kw_only=True):
     """The part of `ModelFacts` that two runs should have in common."""
 
     spec: str
@@ -41,12 +37,11 @@ class Model(Kept, frozen=True, kw_only=True):
     fingerprint: str
 
 
-class Entry(Kept, frozen=True, kw_only=True):
+class Entry(StoredStruct, frozen=True, kw_only=True):
     """One record in a baseline.
 
     settings  of the record, without those that are None, folders of this machine, and the tails of long hashes
-    metrics   those that every run of the same code repeats
-    costs     of its `Cost`, those that every run repeats
+    metrics   those that every run of the same code repeats; `costs` likewise, of its `Cost`
     headline  the metric that is gated if the marker names none; one per record, since each more weakens the test of the others
     verdict   on the model's laws, if the record is about them
     examples  checksum of its examples; empty if none are kept
@@ -66,7 +61,7 @@ class Entry(Kept, frozen=True, kw_only=True):
 def entry_of(record: Record) -> Entry:
     """The entry of a record, without checksums."""
     probed = record.is_verdict  # the number of cases that it tried depends on time: keep only the verdict
-    kept = {name: value for name, value in record.metrics.items() if not probed and metric(name, value).is_kept}
+    kept = {name: value for name, value in record.metrics.items() if not probed and metric(name, value).is_in_baseline}
     metrics = {name: _rounded(value) for name, value in kept.items()}
     costs = {name: None if probed else getattr(record.cost, name) for name in COSTS}
     if "timed_by" in record.details:
@@ -92,15 +87,12 @@ def sealed(entry: Entry, where: Sequence[str], examples: str) -> Entry:
 
 
 def gated(entry: Entry, margins: Margins) -> list[str]:
-    """The metrics of an entry that get a verdict: those that the marker names, and its headline.
-
-    Without the headline if the marker names the same quantity in another unit.
-    """
+    """The metrics that get a verdict: those that the marker names, and the headline if none of them is the same quantity."""
     if margins.off:
         return []
     named = [name for name in margins.given if name in entry.metrics and metric(name).aspect != "cost"]
-    first = entry.headline
-    if first is not None and _quantity(first) not in map(_quantity, named):
+    quantities = {metric(name).stands_for or name for name in named}
+    if (first := entry.headline) is not None and (metric(first).stands_for or first) not in quantities:
         named = [first, *named]
     return [name for name in named if margins.of(name) is not None]
 
@@ -111,16 +103,12 @@ def names_of(records: Sequence[Record]) -> list[str]:
 
 
 def portable(text: str) -> str:
-    """The text without the folders of absolute paths, which belong to one machine.
-
-    >>> portable("text:/home/me/notes.txt[test]"), portable("OWNER/NAME[test]")
-    ('text:notes.txt[test]', 'OWNER/NAME[test]')
-    """
+    """The text without the folders of absolute paths, which belong to one machine: "text:notes.txt[test]"."""
     return re.sub(r"(^|[:\s])(?:[A-Za-z]:)?[/\\](?:[^/\\\[\]#]+[/\\])*", r"\1", text)
 
 
 def differs(old: Entry, new: Entry) -> list[str]:
-    """How the two runs differ, in words: model, precision, device, settings."""
+    """The differences between two runs, in words: model, precision, device, settings."""
     names = [name for name in dict.fromkeys([*old.settings, *new.settings]) if name not in IRRELEVANT]
     pairs = [
         ("model", old.lm.spec, new.lm.spec),
@@ -137,10 +125,6 @@ def same_work(old: Entry, new: Entry) -> bool:
     names = [name for name in (*old.settings, *new.settings) if name not in IRRELEVANT or name in OF_COSTS]
     same = all(old.settings.get(name) == new.settings.get(name) for name in names)
     return same and (old.lm.device, old.lm.dtype) == (new.lm.device, new.lm.dtype)
-
-
-def _quantity(name: str) -> str:
-    return metric(name).stands_for or name
 
 
 def _portable(plain: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Write verdicts in words: why a test failed, for a reader who knows nothing of gates, and the table at the end of a run."""
+"""Write verdicts in words: why a test failed, and the table at the end of a run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pytest_lmeval.records._comparison import ORDER, Comparison
 from pytest_lmeval.records._measured import Record
 from pytest_lmeval.records._metric import metric
-from pytest_lmeval.report._comparison_notes import remarks
+from pytest_lmeval.report._changes import comparison_notes
 from pytest_lmeval.report._words import number, several, wrapped
 
 FIRST = 5  # number of examples that the failure of a test names
@@ -19,7 +19,7 @@ JUDGED: dict[float, str] = {1: "right", 0: "wrong"}
 def failure(test: str, rows: Sequence[tuple[Record, str, Comparison]], *, baseline: str, accept: str) -> str:
     """Why the test failed.
 
-    rows      of every metric that got worse: record, name, comparison
+    rows      record, name, comparison of every metric that got worse
     baseline  the file, as the user named it
     accept    arguments of the command that accepts the new numbers
     """
@@ -30,15 +30,13 @@ def failure(test: str, rows: Sequence[tuple[Record, str, Comparison]], *, baseli
         lines += [f"  {line}" for line in _details(name, row, record.example)]
     first = rows[0][1]
     margin = '"off"' if first == "verdict" else "..."
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "If the new numbers are meant, accept them after this run, and commit what changes:",
-            f"  lmeval baseline accept {accept} -k {shlex.quote(test)}",
-            f"If more may be lost here, say so on the test: @pytest.mark.lmeval_gate({first}={margin})",
-        ]
-    )
+    lines += [
+        "",
+        "If the new numbers are meant, accept them after this run, and commit what changes:",
+        f"  lmeval baseline accept {accept} -k {shlex.quote(test)}",
+        f"If more may be lost here, say so on the test: @pytest.mark.lmeval_gate({first}={margin})",
+    ]
+    return "\n".join(lines)
 
 
 def _details(name: str, row: Comparison, example: str) -> Iterator[str]:
@@ -52,7 +50,7 @@ def _details(name: str, row: Comparison, example: str) -> Iterator[str]:
         yield f"than allowed, and rarer than one of {1 / row.level:,.0f}, is called worse ({row.test}, {of})"
     if row.lost is not None and row.won is not None:
         yield from _flipped(name, row, row.lost, row.won, example)
-    yield from remarks(row, example)
+    yield from comparison_notes(row, example)
     if row.differences:
         yield _differing(row.differences)
 
@@ -106,12 +104,12 @@ def table(records: Sequence[Record], *, width: int) -> list[str]:
         for line, (_, row, example) in zip(cells[test], rows, strict=True):
             lines.append(_fitted(line, widths, width))
             if row.verdict not in QUIET or row.note or row.only_base or row.only_new:
-                lines += [piece for remark in remarks(row, example) for piece in wrapped(remark, width, indent=8)]
+                lines += [piece for remark in comparison_notes(row, example) for piece in wrapped(remark, width, indent=8)]
     return [line if len(line) <= width else line[: width - 3] + "..." for line in lines]
 
 
 def _fitted(cells: Sequence[str], widths: Sequence[int], width: int) -> str:
-    """A line of the table. If it is too wide, leaves out the interval, and then the alignment of the columns."""
+    """A line of the table; if it is too wide, without the interval, and then without aligned columns."""
     bare = (*cells[:-1], cells[-1].partition(" (")[0])
     padded = [[cell.ljust(size) for cell, size in zip(some, widths, strict=True)] for some in (cells, bare)]
     lines = ["    " + "  ".join(some).rstrip() for some in (*padded, bare)]
@@ -139,10 +137,6 @@ def _figure(name: str, value: float | str | None) -> str:
 
 
 def _odds(p: float) -> str:
-    """A probability in words.
-
-    >>> _odds(0.0006), _odds(0.4)
-    ('about one of 1,700 comparisons', 'about one of 2.5 comparisons')
-    """
+    """A probability in words, such as "about one of 1,700 comparisons"."""
     once = 1 / p if p else float("inf")
     return f"about one of {number(float(f'{once:.2g}'))} comparisons" if once < 1e12 else "next to no comparison"

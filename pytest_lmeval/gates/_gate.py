@@ -1,6 +1,6 @@
 """Compare a run with a baseline: the part of the plugin that is registered if a baseline is given.
 
-The process that runs a test judges it when it ends, and a regression fails it. The process with the terminal shows the table.
+The process that runs a test judges it when it ends; the process with the terminal shows the table.
 """
 
 from __future__ import annotations
@@ -45,11 +45,8 @@ def baseline_file(config: pytest.Config) -> Path | None:
 
 
 class MissingTests:
-    """Plugin of the process that has the terminal: finds tests of the baseline that a run did not measure: skipped, renamed,
-    not reached. Ignores tests that were left out on purpose: by -k, -m, the name of a test, or with their whole file.
-
-    tests  those of the baseline
-    """
+    """Finds the `tests` of a baseline that a run did not measure, except those that were left out on purpose: by -k, -m, the
+    name of a test, or with their whole file. Registered in the process that has the terminal."""
 
     def __init__(self, config: pytest.Config, tests: Collection[str]) -> None:
         self.config, self.tests = config, tests
@@ -102,10 +99,8 @@ class MissingTests:
 
 
 class Gate:
-    """log_key  where the fixture `lmeval` keeps the records of a test
-    family   number of metrics that are gated in the whole run
-    changes  how the platform of the run differs from that of the baseline
-    """
+    """Judges the tests of a run. `log_key`: where the fixture `lmeval` keeps the records of a test; `family`: number of metrics
+    gated in the whole run; `changes`: how its platform differs from that of the baseline."""
 
     def __init__(self, config: pytest.Config, file: Path, log_key: pytest.StashKey[Any]) -> None:
         self.config, self.file, self.log_key = config, file, log_key
@@ -127,7 +122,6 @@ class Gate:
         """The baseline of a test: record name -> entry."""
         return self.baseline.tests.get(test, {}) if self.baseline else {}
 
-    @pytest.hookimpl
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Count the gated metrics that the baseline has of the chosen tests."""
         for item in session.items:
@@ -165,9 +159,10 @@ class Gate:
             gates = [{name: replace(row, failed=row.verdict == "worse") for name, row in gate.items()} for gate in gates]
         log.records[:] = [replace(record, gate=gate or None) for record, gate in zip(log.records, gates, strict=True)]
         item.user_properties += properties(log.records)
+        notes = unused_margins(log.records, margins)
         missing = [name for name in self.known(log.test) if name not in names_of(log.records)]
-        notes = [f"the baseline has {name!r} of it, which this run did not record" for name in missing]
-        log.notes += [f"{log.test}: {note}" for note in (*unused_margins(log.records, margins), *notes)]
+        notes += [f"the baseline has {name!r} of it, which this run did not record" for name in missing]
+        log.notes += [f"{log.test}: {note}" for note in notes]
         worse = [(record, name, row) for record, name, row in _rows_of(log.records) if row.verdict == "worse"]
         if not worse or not fails:
             return None
@@ -207,16 +202,17 @@ class Gate:
         lines = table(records, width=width) if records else []
         if records and self.baseline is None:
             notes.append(f"there is no {_readable(self.file)} yet, so everything is new: lmeval baseline accept writes it")
-        elif records and self.baseline is not None and self.baseline.scores is None:
+        elif records and self.baseline and self.baseline.scores is None:
             notes.append("its file of examples is missing: only intervals were compared")
         if records and self.changes:
             notes.append(f"made on another platform: {', '.join(self.changes)}")
-        for line in (*lines, *(piece for note in notes for piece in wrapped(note, width))):
+        for note in notes:
+            lines += wrapped(note, width)
+        for line in lines:
             terminalreporter.write_line(line)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_lmeval_report(self, data: RunDocument) -> None:
-        """Tell the pages, too."""
         if self.baseline is not None:
             self.changes = differences(self.baseline.file.environment, platform_of(data.environment))
         data.baseline = BaselineUse(_readable(self.file), self.changes)
@@ -250,9 +246,8 @@ def unused_margins(records: Sequence[Record], margins: Margins) -> list[str]:
         names = f"the marker {MARKER} names {name}, which"
         if name not in {*metrics, *costs, *speeds, "verdict"}:
             near = nearest(name, [*metrics, *costs, *speeds])
-            found.append(
-                f"{names} the test does not record; it records {', '.join(metrics) or 'no metric'}" + (near and f".{near}")
-            )
+            recorded = ", ".join(metrics) or "no metric"
+            found.append(f"{names} the test does not record; it records {recorded}" + (near and f".{near}"))
         elif margin is None or name in speeds:
             continue
         elif name not in kept:
@@ -277,7 +272,7 @@ def speed_rows(record: Record, margins: Margins) -> dict[str, Comparison]:
 
 
 def _speed_words(name: str, value: Value) -> tuple[str, ...]:
-    """The words by which a marker may mean a metric of speed; none for other metrics."""
+    """The names by which a marker may mean a metric of speed; none for other metrics."""
     declared = metric(name, value)
     return (name, *declared.aliases) if declared.aspect == "speed" else ()
 

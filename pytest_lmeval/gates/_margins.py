@@ -19,9 +19,9 @@ OFF = "off"
 
 @dataclass(frozen=True)
 class Margin:
-    """What may be lost: `size` in the metric's unit, or as a fraction of the baseline if `relative`.
+    """The loss that is allowed: `size` in the metric's unit, or as a fraction of the baseline if `relative`.
 
-    sign   "-" or "+" if the marker had one: it must be the direction in which the metric gets worse
+    sign   "-" or "+" if the marker had one: the direction in which the metric gets worse
     given  whether the marker named it
     """
 
@@ -31,11 +31,7 @@ class Margin:
     given: bool = False
 
     def of(self, base: float) -> float:
-        """The margin in the metric's unit.
-
-        >>> Margin(0.005, relative=True).of(3.0)
-        0.015
-        """
+        """The margin in the metric's unit."""
         return self.size * abs(base) if self.relative else self.size
 
     def __str__(self) -> str:
@@ -55,11 +51,7 @@ class Margins:
 
 
 def read_marker(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Margins:
-    """The margins of a marker `lmeval_gate`. Raises ValueError for what is no margin.
-
-    >>> read_marker((), {"accuracy": 0.01, "perplexity": "0.5%"}).given["perplexity"]
-    Margin(size=0.005, relative=True, sign='', given=True)
-    """
+    """The margins of a marker `lmeval_gate`. Raises ValueError for anything else."""
     if args and (args != (OFF,) or kwargs):
         raise ValueError(f'takes metrics by name, accuracy=0.01, or "off" alone; got {", ".join(map(repr, args))}.')
     return Margins({name: None if value == OFF else parse(value, name) for name, value in kwargs.items()}, off=bool(args))
@@ -80,9 +72,8 @@ def parse(value: Any, name: str = "") -> Margin:
 
 
 def check_sign(name: str, margin: Margin, higher_is_better: bool) -> str | None:
-    """What is wrong with the sign of a margin, in words; None if it is right."""
-    worse = "-" if higher_is_better else "+"
-    if not margin.sign or margin.sign == worse:
+    """The error in the sign of a margin, in words; None if it is right."""
+    worse, changes = ("-", "falls") if higher_is_better else ("+", "rises")
+    if margin.sign in ("", worse):
         return None
-    falls = "falls" if higher_is_better else "rises"
-    return f"{name} gets worse when it {falls}, so its margin is {worse}{margin} or {margin}, and not {margin.sign}{margin}"
+    return f"{name} gets worse when it {changes}, so its margin is {worse}{margin} or {margin}, and not {margin.sign}{margin}"

@@ -1,7 +1,6 @@
 """Read what each example counts in each metric, so that two runs can be compared example by example.
 
-Each answer of a task, and each document or block of a reading, becomes a row: the hash of its text, and numbers rounded to
-seven digits, so that a run that changed nothing writes the same file.
+Each answer of a task, and each document or block of a reading, becomes a row: the hash of its text, and rounded numbers.
 """
 
 from __future__ import annotations
@@ -29,8 +28,7 @@ AGAIN = "Run the tests again, and accept that run"
 class Scores:
     """ids      [n] hash of each question or text; the second of equal ones is `ID#2`
     groups   [n] what each shares with others; None: nothing
-    columns  name -> [n] numbers: what each answer counts in a metric, None where the metric is not about it; or the sums of a
-             reading over each document or block
+    columns  name -> [n] what each answer counts in a metric (None: nothing), or the sums of a reading over each block
     texts    id -> output and target, shortened; of this run only, a baseline does not keep them
     more     fields of a later version in the head of a baseline's record
     """
@@ -42,7 +40,7 @@ class Scores:
     more: dict[str, Any] = field(default_factory=dict)
 
     def ratio(self, name: str) -> list[tuple[float, float] | None] | None:
-        """What each example [n] adds to the numerator and denominator of a metric; None if the metric is no such ratio."""
+        """(numerator, denominator) of each example [n] in a metric; None if the metric is no such ratio."""
         if (values := self.columns.get(name)) is not None:
             return [None if value is None else (value, 1.0) for value in values]
         above, below = (self.columns.get(column) for column in metric(name).sums or ("", ""))
@@ -52,11 +50,8 @@ class Scores:
         return [None if over is None or under is None else (over, under) for over, under in pairs]
 
     def mean_of(self, name: str) -> tuple[float | None, int] | None:
-        """The metric over all examples (the logarithm of a perplexity; None if divided by 0) and its number of answers or
-        tokens.
-
-        None if the metric is no such ratio.
-        """
+        """The metric over all examples (the logarithm of a perplexity; None if divided by 0), and its number of answers or
+        tokens. None if the metric is no such ratio."""
         if (ratio := self.ratio(name)) is None:
             return None
         counted = [pair for pair in ratio if pair is not None]
@@ -75,17 +70,14 @@ class Scores:
 
 
 def keeps_examples(record: Record) -> bool:
-    """Whether a file holds what each example counts."""
+    """Whether a file of the run holds the scores of each example."""
     return record.units is not None or (record.examples or "").endswith(".jsonl")
 
 
 def scores_of(record: Record, folder: Path) -> Scores | None:
-    """The scores of a record, from its files in the output folder; None if it has none or they are gone.
-
-    Raises DocumentError for a line that was edited.
-    """
-    name = (record.units or record.examples) if keeps_examples(record) else None
-    if name is None or not (file := folder / name).exists():
+    """The scores of a record, from its file in the output folder, if there is one. Raises DocumentError for an edited line."""
+    file = folder / (record.units or record.examples or "")
+    if not keeps_examples(record) or not file.exists():
         return None
     return _of_units(_read(file, Unit)) if record.units else _of_answers(_read(file, Example), list(record.metrics))
 
@@ -106,11 +98,7 @@ def rounded_or_none(value: float | None) -> float | None:
 
 
 def numbered(names: list[str], mark: str = "#") -> list[str]:
-    """The names, with a number after the second and later of equal ones.
-
-    >>> numbered(["a", "b", "a"])
-    ['a', 'b', 'a#2']
-    """
+    """The names, with a number after the second and later of equal ones: a, b, a#2."""
     seen: Counter[str] = Counter()
     found = []
     for name in names:
@@ -138,10 +126,8 @@ def _of_answers(examples: list[Example], metrics: list[str]) -> Scores:
     examples = sorted(examples, key=lambda example: example.number)
     scored = [name for name in metrics if any(name in example.scores for example in examples)]
     if unknown := [name for name in scored if not is_declared(name)]:
-        raise DocumentError(
-            f"no installed package registers the metric {', '.join(unknown)}, so how examples add up to it is unknown. "
-            "Install the package that does."
-        )
+        who = f"no installed package registers the metric {', '.join(unknown)}"
+        raise DocumentError(f"{who}, so how examples add up to it is unknown. Install the package that does.")
     # Only a mean of scores with a better direction can be gained or lost example by example.
     means = [name for name in scored if metric(name).statistic is None and metric(name).higher_is_better is not None]
     columns = {name: [rounded_or_none(example.scores.get(name)) for example in examples] for name in means}

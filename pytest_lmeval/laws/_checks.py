@@ -1,8 +1,7 @@
 """The laws, each a function of a harness and a case that raises `LawBroken`: use them in a test of your own.
 
 repeat      the same call twice gives the same numbers: bit-equal
-isolation   a sequence is read the same after any other one: bit-equal; and by a copy that has read nothing yet; and reading
-            changes no weight
+isolation   a sequence is read the same after any other one, and by a fresh copy: bit-equal; and reading changes no weight
 causality   what comes later changes nothing before: bit-equal, or different by rounding, which is far smaller in float64
 prefix      the beginning of a sequence reads the same, however long the whole is
 splits      chunks give the logits of one call, wherever the sequence is cut
@@ -32,6 +31,7 @@ from pytest_lmeval.laws._harness import FEW, MEMORY, Harness, Raised
 from pytest_lmeval.laws._strategies import Case
 from pytest_lmeval.laws._sums import sums
 from pytest_lmeval.laws._tolerance import ROUNDINGS, log_probabilities
+from pytest_lmeval.laws._weights import preserve_weights
 from pytest_lmeval.models._model import Model, State, fork, state_bytes, state_types
 from pytest_lmeval.models._seeds import reseed
 from pytest_lmeval.scoring._text_files import safe_load
@@ -55,19 +55,20 @@ def _why_not_again(lm: Model) -> str:
 def isolation(harness: Harness, case: Case) -> None:
     ids, sizes = harness.tokens(case.length, case.seed), _readable_sizes(harness, case)
     others = harness.tokens(max(1, case.before), case.seed + 1000)
-    first = harness.logits(ids, sizes)
-    try:
-        harness.logits(others.repeat_interleave(case.rows, dim=0), [others.shape[-1]])
-    except Raised:
-        harness.logits(others, [others.shape[-1]])  # a model of single rows
-    again = harness.logits(ids, sizes)
+    with preserve_weights(harness.lm) as changed:
+        first = harness.logits(ids, sizes)
+        try:
+            harness.logits(others.repeat_interleave(case.rows, dim=0), [others.shape[-1]])
+        except Raised:
+            harness.logits(others, [others.shape[-1]])  # a model of single rows
+        again = harness.logits(ids, sizes)
+        if changed_by := changed():
+            raise broken(case, f"{case}: {changed_by}")
     why = "Something is left over from one sequence to the next."
     assert_bit_equal(harness, case, first, again, "gave other logits after another sequence was read in between", why)
     if (fresh := harness.fresh()) is not None:
-        unread = harness.logits(ids, sizes, lm=fresh)
-        assert_near(
-            harness, case, unread, again, "gave other logits than a copy of the model that had read nothing before", why
-        )
+        unread, what = harness.logits(ids, sizes, lm=fresh), "gave other logits than a copy that had read nothing before"
+        assert_near(harness, case, unread, again, what, why)
 
 
 def causality(harness: Harness, case: Case) -> None:
@@ -105,17 +106,15 @@ def _blind_to_the_future(harness: Harness, case: Case, sizes: list[int], change:
 
 
 def _other_tokens(lm: Model, ids: Tensor) -> Tensor:
-    """Another id in the position of each."""
     sizes = torch.tensor(lm.codebooks.sizes, device=ids.device)[:, None] if lm.codebooks else lm.vocab_size
     return (ids + 1) % sizes
 
 
 def _other_future(lm: Model, ids: Tensor, change: int) -> tuple[Tensor, int, str]:
-    """(ids that differ from position `change` on, number of leading logit rows [t, v] or [t * s, v] that must not change, and
-    the beginning of the change in words).
+    """(ids that differ from position `change` on, number of leading logit rows that must not change, where it begins in words).
 
-    Of the frame at `change` the last codes change and the first stay: the codes before the first changed one, and that one
-    itself, must be predicted as before. A delayed code counts where it is predicted.
+    Of the frame at `change` only the last codes change; the first of these must still be predicted as before. A delayed code
+    counts where it is predicted.
     """
     positions, books = torch.arange(ids.shape[-1], device=ids.device), lm.codebooks
     if not books:
@@ -129,7 +128,6 @@ def _other_future(lm: Model, ids: Tensor, change: int) -> tuple[Tensor, int, str
 
 
 def _name_row(lm: Model, row: int) -> str:
-    """The position, and the codebook, of a row of the logits [t, v], or [t * s, v]."""
     if not lm.codebooks:
         return f"position {row}"
     position, column = divmod(row, len(lm.codebooks.scored))
@@ -210,8 +208,7 @@ def _not_possible_if_it_raises(what: str) -> Iterator[None]:
 
 
 def _take_turns(lm: Model, *continuations: tuple[Tensor, State]) -> list[Tensor]:
-    """[t, v] or [t, s, v] logits of each continuation (ids, state), read in turns: at most eight more tokens, one at a time,
-    which every model that carries a state can do."""
+    """[t, v] or [t, s, v] logits of each continuation (ids, state), read in turns: up to eight tokens, one at a time."""
     count, engine = min(8, continuations[0][0].shape[-1]), Engine(lm)
     turns = zip(*(engine.steps(torch.split(ids[..., :count], 1, dim=-1), state) for ids, state in continuations), strict=True)
     found = [[logits[0, ..., -1, :] for logits, _ in turn] for turn in turns]
@@ -259,8 +256,7 @@ def _readable_sizes(harness: Harness, case: Case) -> list[int]:
 
 
 def first_difference(one: Tensor, other: Tensor) -> tuple[int, float] | None:
-    """The first row that differs and the largest difference, infinite if only one of the two is finite; None if all is
-    bit-equal (NaN equals NaN)."""
+    """(first row that differs, largest difference: infinite if only one of the two is finite); None if bit-equal."""
     equal = (one == other) | (one.isnan() & other.isnan())
     if equal.all():
         return None
@@ -269,8 +265,7 @@ def first_difference(one: Tensor, other: Tensor) -> tuple[int, float] | None:
 
 
 def assert_bit_equal(harness: Harness, case: Case, one: Tensor, other: Tensor, what: str, why: str, *, after: int = 0) -> None:
-    """Refuse any difference between logits [t, v] on a CPU; elsewhere, as `assert_near`: atomic additions and autotuned kernels
-    may round differently from call to call there."""
+    """Refuse any difference between logits [t, v] on a CPU; elsewhere kernels round differently from call to call."""
     if harness.lm.device.type != "cpu":
         assert_near(harness, case, one, other, what, why, after=after)
     elif difference := first_difference(one, other):
@@ -288,7 +283,7 @@ def assert_near(harness: Harness, case: Case, one: Tensor, other: Tensor, what: 
 
 @dataclass(frozen=True)
 class Law:
-    """A law, the fields of a case that it looks at, and whether it needs a model that carries a state."""
+    """A law, the fields of a case that it uses, and whether it needs a model that carries a state."""
 
     check: Callable[[Harness, Case], None]
     uses: tuple[str, ...]
@@ -315,8 +310,11 @@ LAWS: dict[str, Law] = {
 
 
 def check(law: str, harness: Harness, case: Case) -> None:
-    """Try a law on a case. Raises LawBroken if it is broken, also by a model that raises although it read the sequence in one
-    call, NotPossible if the law cannot be tried, and ArgumentError for an unknown law or an impossible case."""
+    """Try a law on a case.
+
+    Raises LawBroken if it is broken, also by a model that raises although it read the sequence in one call; NotPossible if the
+    law cannot be tried; ArgumentError for an unknown law or an impossible case.
+    """
     if law not in LAWS:
         raise ArgumentError(no_such("law", law, LAWS))
     case = LAWS[law].relevant(case)

@@ -1,7 +1,6 @@
-"""Keep cases that broke a law in a file, to be tried first the next time.
+"""Keep cases that broke a law in a file of JSON lines, {"lm": spec, "law": ..., "case": {...}}, to be tried first next time.
 
-Each is appended as a line of JSON: {"lm": spec, "law": ..., "case": {...}}. The spec identifies the model, since fixing it
-changes its fingerprint.
+The spec identifies the model, since fixing it changes its fingerprint.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ MOST = 20  # the newest cases of a model and law
 
 
 class CounterexampleStore:
-    """The file of counterexamples; without a path, an empty store that keeps nothing."""
+    """A file of counterexamples; without a path, nothing is kept."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
 
     def cases(self, spec: str) -> list[tuple[str, Case]]:
-        """(law, case) of each stored counterexample of this model, newest first, once each. A line that cannot be read is
-        ignored: the file may be shortened and edited by hand."""
+        """(law, case) of this model's counterexamples, newest first, once each; unreadable lines are ignored, since users may
+        edit the file."""
         if self.path is None or not self.path.is_file():
             return []
         found: dict[str, dict[Case, None]] = {}

@@ -1,9 +1,4 @@
-"""Raise `LawBroken`, and name the likely fault from how the error runs on after a boundary.
-
-The course of an error tells more than its size. A forgetting state, once dropped, shows and fades. A position that restarts
-stays wrong. A missing convolution tail is wrong for as many tokens as it is long. A window that evicts a key too many shows
-only when it is full.
-"""
+"""Raise `LawBroken`, and name the likely fault from how the error goes on after a boundary."""
 
 from __future__ import annotations
 
@@ -22,7 +17,6 @@ SMALL = 0.02  # nats: a smaller error is a rounding or a constant, not a missing
 def broken(
     case: Case, message: str, *, tolerance_ratio: float = math.inf, error: float = math.inf, likely: str = ""
 ) -> LawBroken:
-    """The exception for a law that this case breaks."""
     failure = LawBroken(message)
     failure.case, failure.tolerance_ratio, failure.error, failure.likely = case, tolerance_ratio, error, likely
     failure.__class__ = BY_DECADE[failure.decade]
@@ -37,10 +31,7 @@ def assert_tolerated(case: Case, excess: Excess, message: str, *, sizes: list[in
 
 
 def likely_fault(sizes: list[int], excess: Excess) -> str:
-    """One or two sentences: the boundary at which it goes wrong, how the error goes on, and the likely fault.
-
-    sizes  lengths of the chunks
-    """
+    """One or two sentences: the boundary at which it goes wrong, how the error goes on, and the likely fault."""
     profile = excess.profile.tolist()
     wrong = [position for position, ratio in enumerate(profile) if ratio > 1]
     if not wrong:
@@ -63,22 +54,22 @@ def likely_fault(sizes: list[int], excess: Excess) -> str:
     wrong_chunks = {size for size, end in zip(sizes, ends, strict=True) if any(end - size <= t < end for t in wrong)}
     if sizes[chunk] == 1 and any(size > 1 for size in sizes[1:chunk]):
         where = (
-            f"Longer chunks are right, and the one of one token after {begin} is wrong: single tokens take another code path."
+            f"Longer chunks are right, and the one of one token after {begin} is wrong: single tokens take another code path. "
+            "It goes wrong there"
         )
-        where += " It goes wrong there"
     elif wrong_chunks == {1} and max(sizes) > 1:
         return f"{where}, and only in chunks of one token: single tokens take another code path than longer calls do."
-    small = (
-        f" It is small ({excess.error:.2g} nats): rather a state kept in fewer bits, or a constant that differs between two "
-        "code paths, than something that is missing."
-        if excess.error < SMALL
-        else ""
-    )
-    return f"{where}, {_course(profile[first:], wrong[-1] - first + 1, wrong[-1] >= end)}{small}"
+    likely = f"{where}, {_course(profile[first:], wrong[-1] - first + 1, wrong[-1] >= end)}"
+    if excess.error < SMALL:
+        likely += (
+            f" It is small ({excess.error:.2g} nats): rather a state kept in fewer bits, or a constant that differs between "
+            "two code paths, than something that is missing."
+        )
+    return likely
 
 
 def _course(rest: list[float], stretch: int, later: bool) -> str:
-    """How an error goes on: `rest`, from the first wrong token; `stretch` tokens to the last; in a `later` chunk or not."""
+    """Describe an error: `rest` from the first wrong token, `stretch` tokens to the last, in a `later` chunk or not."""
     top = max(rest)
     tail = max(rest[-max(1, len(rest) // 8) :])
     if len(rest) < 3:

@@ -1,8 +1,4 @@
-"""Run a model on random tokens in chunks, and compare the logits with a reference that is computed once.
-
-harness = Harness(as_model(my_model))
-excess = harness.compare("splits", 0, harness.tokens(40, seed=0), sizes=[20, 20])
-"""
+"""Run a model on random tokens in chunks, and compare the logits with a reference that is computed once."""
 
 from __future__ import annotations
 
@@ -34,20 +30,20 @@ class Raised(Exception):
 
 @dataclass
 class Harness:
-    """A model under test.
+    """A model under test: `harness.compare("splits", 0, harness.tokens(40, seed=0), sizes=[20, 20])`.
 
-    longest     tokens of the sequence of which references are computed; a shorter sequence is its beginning
-    worst       by law, the comparison with the largest tolerance ratio, and what was read
-    calls       steps of the model and of its float64 copy so far
-    flips       tokens at which a tie between experts was decided otherwise
-    references  by seed
+    longest       tokens of the sequence of which references are computed; a shorter sequence is its beginning
+    worst         by law, the comparison with the largest tolerance ratio, and what was read
+    calls         steps of the model and of its float64 copy so far
+    routing_ties  tokens at which a tie between experts flipped
+    references    by seed
     """
 
     lm: Model
     longest: int = LONGEST
     worst: dict[str, tuple[Excess, str]] = field(default_factory=dict)
     calls: int = 0
-    flips: int = 0
+    routing_ties: int = 0
     references: dict[int, Reference] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -163,7 +159,6 @@ class Harness:
         return next((most for most, sizes in tried if self._reads(self.tokens(4, 0), sizes)), 0)
 
     def continues_past_longest(self) -> bool:
-        """Whether it reads a sequence longer than `longest` in chunks."""
         return self._reads(self.tokens(self.longest + 1, 0), [self.longest, 1]) and self.lm.stateful
 
     def reference(self, seed: int, length: int = 0) -> Reference:
@@ -175,15 +170,18 @@ class Harness:
             if exact is not None:
                 self.references[seed] = self._trusted(ids, full, exact)
             else:
-                self.references[seed] = Reference(full, token_errors(self._in_other_shape(ids, full), full), self.dtype)
+                try:
+                    other = self.run(ids.repeat_interleave(2, dim=0), [length])
+                except Raised:  # a model of single rows: its own rounding is not known, only the floor counts
+                    other = full
+                self.references[seed] = Reference(full, token_errors(other, full), self.dtype)
         return self.references[seed]
 
     def _trusted(self, ids: Tensor, full: Tensor, exact: Tensor) -> Reference:
-        """The float64 run, unless the full run is further from it than rounding explains.
+        """The float64 run, or the full run where rounding does not explain their difference.
 
-        From a token on at which a tie between experts was decided otherwise, expect the full run. If the model is wrong in its
-        own precision (a fallback on overflow), expect the full run, and allow what one rounding of the weights changes in
-        float64.
+        That is from the first flipped tie between experts on, or everywhere if the model is wrong in its own precision (a
+        fallback on overflow); then allow what one rounding of the weights changes in float64.
         """
         error = token_errors(full, exact)
         if float(error.max()) <= NO_ROUNDING * torch.finfo(self.dtype).eps:
@@ -192,7 +190,7 @@ class Harness:
         one = record_routing(lambda: self.logits(ids, length), rows=1, row=0, sizes=length)
         other = record_routing(lambda: self.logits(ids, length, lm=self.float64_copy), rows=1, row=0, sizes=length)
         if (tie := first_tie(one, other, self.dtype)) is not None:
-            self.flips += 1
+            self.routing_ties += 1
             exact = torch.cat([exact[:tie], full[tie:]])
             return Reference(exact, token_errors(full, exact), self.dtype)
         rounded = float64_copy(self.float64_copy) if self.float64_copy is not None else None
@@ -209,8 +207,8 @@ class Harness:
             position = int(wrong.nonzero()[0, 0])
             raise NotFiniteError(
                 f"{self.lm.spec} gave logits that are not finite at token {position} of {len(run)} random ones (id "
-                f"{ids[0, ..., position].tolist()}), read in one call, in {self.lm.dtype} on {self.lm.device}. Nothing can be "
-                "concluded from such a model. Look for an overflow in low precision."
+                f"{ids[0, ..., position].tolist()}), read in one call, in {self.lm.dtype} on {self.lm.device}, so no law "
+                "can be tried. Look for an overflow in low precision."
             )
         return run
 
@@ -225,21 +223,8 @@ class Harness:
             self.float64_copy = None
         return None
 
-    def _in_other_shape(self, ids: Tensor, full: Tensor) -> Tensor:
-        try:
-            return self.run(ids.repeat_interleave(2, dim=0), [ids.shape[-1]])
-        except Raised:  # a model of single rows: its own rounding is not known, only the floor counts
-            return full
-
     def compare(
-        self,
-        law: str,
-        seed: int,
-        ids: Tensor,
-        sizes: list[int],
-        *,
-        row: int = 0,
-        other: tuple[Tensor, Tensor] | None = None,
+        self, law: str, seed: int, ids: Tensor, sizes: list[int], *, row: int = 0, other: tuple[Tensor, Tensor] | None = None
     ) -> Excess:
         """Read row `row` of [b, t] in chunks and compare it with the reference of the seed, or with another run: (ids [1, t]
         read in the same chunks, log-probabilities [t, v])."""
@@ -256,13 +241,13 @@ class Harness:
             tie = self._tie(own, own_sizes, ids, sizes, row)
         if tie is not None:
             excess = reference.measure(run[:tie]) if tie else replace(excess, tolerance_ratio=0.0, ratio=0.0)
-            self.flips += 1
+            self.routing_ties += 1
         if law not in self.worst or excess.tolerance_ratio > self.worst[law][0].tolerance_ratio:
             self.worst[law] = (excess, f"{len(run)} tokens (seed {seed}) in {len(sizes)} chunk(s)")
         return excess
 
     def _tie(self, own: Tensor, own_sizes: list[int], ids: Tensor, sizes: list[int], row: int) -> int | None:
-        """The first token at which a tie between experts was decided otherwise; None if routing does not explain the error."""
+        """The first token at which a tie between experts flipped; None if routing does not explain the error."""
         one = record_routing(lambda: self.logits(own, own_sizes), rows=1, row=0, sizes=own_sizes)
         if not one:
             return None
@@ -270,7 +255,7 @@ class Harness:
         return first_tie(one, other, self.dtype)
 
     def seconds_a_call(self) -> float:
-        """Seconds of a short call."""
+        """Time a short call."""
         began = time.perf_counter()
         try:
             self.run(self.tokens(2, 0), [2])

@@ -1,8 +1,7 @@
 """Recognise ties between experts, which rounding decides in a mixture of experts.
 
-A router scores every expert for a token and takes the best k, by `torch.topk`. That call is recorded (whatever the router's
-class) in two runs. If they took other experts although the scores were equal up to rounding, the difference from that token on
-says nothing about the state, and is not compared.
+A router of any class takes the best k by `torch.topk`, which is recorded in two runs. If they took other experts although the
+scores were equal up to rounding, the logits from that token on are not compared.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class _TopkRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def record_routing(run: Callable[[], Any], *, rows: int, row: int, sizes: list[int]) -> Routing:
-    """What the routers chose for one row in a run in chunks of `sizes`; empty if the model has no router."""
+    """Record the routers' scores for one row in a run in chunks of `sizes`; empty if the model has no router."""
     with _TopkRecorder() as recorder:
         run()
     layers, rest = divmod(len(recorder.scores), len(sizes))

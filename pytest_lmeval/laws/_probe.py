@@ -1,10 +1,4 @@
-"""Probe a model: try every law within a budget, and reach a verdict.
-
-result = probe(as_model(my_module))
-assert result.verdict == "exact-any-chunk", result
-
-A counterexample is shrunk, explained, and printed with a line that replays it (`replay`).
-"""
+"""Probe a model: try every law within a budget, reach a verdict, and replay a counterexample."""
 
 from __future__ import annotations
 
@@ -19,11 +13,8 @@ from msgspec import structs
 from pytest_lmeval.errors import ArgumentError, ModelError, no_such
 from pytest_lmeval.laws._checks import check
 from pytest_lmeval.laws._counterexample_store import CounterexampleStore, case_of
-from pytest_lmeval.laws._diagnosis import broken
 from pytest_lmeval.laws._harness import LONGEST, Harness
 from pytest_lmeval.laws._run_probe import LOW_PRECISION, PROFILES, Profile, run_probe, verdict_of
-from pytest_lmeval.laws._search import counterexample
-from pytest_lmeval.laws._strategies import Case
 from pytest_lmeval.laws._weights import copy_of, preserve_weights
 from pytest_lmeval.models._identity import facts
 from pytest_lmeval.models._model import Model
@@ -91,15 +82,14 @@ def probe(
 
     if profile not in PROFILES:
         raise ArgumentError(no_such("profile", profile, PROFILES))
-    lm, began = as_model(lm), time.perf_counter()
-    chosen = PROFILES[profile]
-    chosen = replace(
-        chosen,
-        budget=chosen.budget if budget is None else budget,
-        examples=chosen.examples if examples is None else max(1, examples),
-    )
+    lm, began, chosen = as_model(lm), time.perf_counter(), PROFILES[profile]
+    if budget is not None:
+        chosen = replace(chosen, budget=budget)
+    if examples is not None:
+        chosen = replace(chosen, examples=max(1, examples))
     _refuse_train_mode(lm)
-    length = min(longest or _default_longest(lm), lm.context_length or 1 << 30)
+    window = max((boundary for boundary in lm.boundaries if boundary <= LARGEST_BOUNDARY), default=0)
+    length = min(longest or max(LONGEST, 3 * window + 7), lm.context_length or 1 << 30)
     if length < 2:
         raise ModelError(f"{lm.spec} reads at most {length} token(s); the laws need two.")
     low = str(lm.dtype).removeprefix("torch.") in LOW_PRECISION
@@ -108,13 +98,16 @@ def probe(
     with preserve_weights(lm) as changed, torch.random.fork_rng([lm.device] if lm.device.type == "cuda" else []):
         harness, stop = Harness(lm), began + chosen.budget * (0.5 if in_float32 else 1.0)
         certificate = run_probe(harness, length, chosen, store.cases(lm.spec), stop)
-        if changed_by := changed():
-            certificate = _with(certificate, lm, "isolation", counterexample("isolation", Case(2), changed_by))
+        if "isolation" not in certificate.broken and (changed_by := changed()):
+            message = f"{changed_by} It took the whole probe: no case of this law does it alone."
+            example = Counterexample({"length": harness.longest}, None, message, "pytest_lmeval.laws.probe(lm)")
+            certificate = _with(certificate, lm, "isolation", example)
         if in_float32 is not None and certificate.verdict == CONSISTENT:
             certificate = _refuted_in_float32(certificate, harness, in_float32, length, chosen, began + chosen.budget)
     for name, law in certificate.laws.items():
         for example in law.counterexamples:
             store.add(lm.spec, name, example.case)
+    state = certificate.state
     record = Record(
         kind="equivalence",
         subject="laws of streaming",
@@ -122,39 +115,32 @@ def probe(
         settings={"profile": profile, "examples": chosen.examples, "budget": chosen.budget},
         details={"calls": harness.calls},
         metrics=_metrics(certificate),
-        cost=Cost(
-            seconds=time.perf_counter() - began,
-            state_bytes=None if certificate.state is None else certificate.state.bytes,
-        ),
+        cost=Cost(seconds=time.perf_counter() - began, state_bytes=None if state is None else state.bytes),
         certificate=certificate,
     )
     return EquivalenceResult(record)
 
 
 def replay(lm: Any, law: str, *, longest: int = LONGEST, float32: bool = False, **case: Any) -> None:
-    """Try one law on one case, as a counterexample prints it. Raises LawBroken while it is broken, and ArgumentError for an
-    unknown law or an impossible case.
+    """Try one law on one case, as a counterexample prints it: `replay(my_model, "splits", length=8, cuts=(4,))`.
 
     float32  try it on a copy in that precision
 
-    replay(my_model, "splits", length=8, cuts=(4,))
+    Raises LawBroken while the law is broken, and ArgumentError for an unknown law or an impossible case.
     """
     from pytest_lmeval.models._sources import as_model
 
     model, tried = as_model(lm), case_of(case)
     if float32 and (copy := copy_of(model, torch.float32)) is not None:
         model = copy
-    with preserve_weights(model) as changed:
+    with preserve_weights(model):
         check(law, Harness(model, min(max(longest, tried.length), model.limit or 1 << 30)), tried)
-        if law == "isolation" and (changed_by := changed()):
-            raise broken(tried, changed_by)
 
 
 def _refuted_in_float32(
     certificate: Certificate, harness: Harness, copy: Model, longest: int, profile: Profile, stop: float
 ) -> Certificate:
-    """Probe a copy in float32, which sees what 16 bits cannot. A fault that is larger there than the rounding of 16 bits counts
-    against the model; a smaller one costs no more than its precision."""
+    """Probe a copy in float32. A fault that is larger there than the rounding of 16 bits counts against the model."""
     noise = max(float(reference.full_error.max()) for reference in harness.references.values())
     try:
         exact = Harness(copy)
@@ -175,7 +161,6 @@ def _refuted_in_float32(
 
 
 def _with(certificate: Certificate, lm: Model, law: str, example: Counterexample, verdict: str | None = None) -> Certificate:
-    """The certificate with one more counterexample, and the verdict that follows."""
     result = certificate.laws[law]
     laws = {**certificate.laws, law: structs.replace(result, kept=None, counterexamples=(*result.counterexamples, example))}
     found = frozenset(name for name, law_result in laws.items() if not law_result.kept)
@@ -186,16 +171,11 @@ def _with(certificate: Certificate, lm: Model, law: str, example: Counterexample
 def _refuse_train_mode(lm: Model) -> None:
     training = [name or "the model itself" for name, part in lm.module.named_modules() if part.training] if lm.module else []
     if training:
+        names = f"{', '.join(training[:4])}{', ...' if len(training) > 4 else ''}"
         raise ModelError(
-            f"{lm.spec} is in train mode ({len(training)} of its parts: {', '.join(training[:4])}"
-            f"{', ...' if len(training) > 4 else ''}). Dropout and batch statistics would make every call another model. Call "
-            "its eval() first."
+            f"{lm.spec} is in train mode ({len(training)} of its parts: {names}), in which dropout and batch statistics make "
+            "every call another model. Call its eval() first."
         )
-
-
-def _default_longest(lm: Model) -> int:
-    window = max((boundary for boundary in lm.boundaries if boundary <= LARGEST_BOUNDARY), default=0)
-    return max(LONGEST, 3 * window + 7)
 
 
 def _metrics(certificate: Certificate) -> dict[str, Value]:

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from hypothesis import HealthCheck, Phase, Verbosity, given, settings, target
 
 from pytest_lmeval.engine import Engine
-from pytest_lmeval.errors import LawBroken
-from pytest_lmeval.laws._checks import LAWS, check, state_sizes
+from pytest_lmeval.laws._checks import LAWS, state_sizes
 from pytest_lmeval.laws._harness import MEMORY, Harness
 from pytest_lmeval.laws._search import Search
 from pytest_lmeval.laws._strategies import ESSENTIAL, Case, aligned_cases, cases, chunk_cuts, edge_cases, shortest_case
@@ -56,11 +55,7 @@ def default_profile() -> str:
 
 
 def run_probe(harness: Harness, longest: int, profile: Profile, stored: list[tuple[str, Case]], stop: float) -> Certificate:
-    """Try all laws until `stop`, and reach a verdict.
-
-    stored  (law, case) of earlier counterexamples
-    stop    on the clock of `time.perf_counter`, in seconds
-    """
+    """Try all laws until `stop`, on the clock of `time.perf_counter`; first the (law, case) of `stored` counterexamples."""
     lm, began = harness.lm, time.perf_counter()
     furthest = max([longest, *(case.length for _, case in stored)]) if lm.context_length is None else longest
     limit = harness.find_longest(furthest)
@@ -94,16 +89,15 @@ def run_probe(harness: Harness, longest: int, profile: Profile, stored: list[tup
         limit_tokens=harness.longest if limit else None,
         limit_is_step=bool(limit) and harness.continues_past_longest(),
         state=_state(harness) if lm.stateful and time.perf_counter() < stop + profile.budget else None,
-        flips=harness.flips,
+        routing_ties=harness.routing_ties,
     )
 
 
 def verdict_of(broken: frozenset[str], *, stateful: bool, dtype: str, multiple: int | None = None) -> str:
     """The verdict that follows from the broken laws; `multiple` is the chunk length found exact if not all are.
 
-    16-bit arithmetic is too coarse to tell a small fault from rounding, so a model that breaks nothing there is `consistent`:
-    not refuted, not proven. A model that is not repeatable or isolated may seem to break other laws for that reason alone, so
-    these two decide first.
+    A model that is not repeatable or isolated may seem to break other laws for that reason alone, so these decide first. 16-bit
+    arithmetic hides small faults, so a model that breaks nothing there is `consistent`: not refuted, not proven.
     """
     if broken & {"repeat", "isolation"}:
         return verdicts.INEXACT
@@ -174,10 +168,9 @@ def _results(searches: dict[str, Search], stop: float, extra: float) -> dict[str
 
 
 def _multiple(splits: Search, latest: int, until: float) -> int | None:
-    """The smallest chunk length of those in use in whose multiples the model is exact; None if none was found in time.
+    """The smallest common chunk length in whose multiples the model is exact; None if none was found in time.
 
-    Try the failed cases first, with their cuts moved to the nearest multiples. Skip a length of which no multiple lies as late
-    as the `latest` failing cut.
+    Try the failed cases first, cuts moved to the nearest multiples. Skip K if no multiple reaches the `latest` failing cut.
     """
     boundaries, longest = splits.harness.lm.boundaries, splits.longest
     failed = [failure.case for failure in splits.failures]
@@ -186,7 +179,7 @@ def _multiple(splits: Search, latest: int, until: float) -> int | None:
             continue
         moved = [Case(case.length, cuts, case.seed) for case in failed if (cuts := _nearest_multiples(case, k))]
         aligned = aligned_cases(k, longest, boundaries)
-        if aligned and not any(_breaks(splits, case, until) for case in moved + aligned):
+        if aligned and not any(time.perf_counter() > until or splits.attempt(case) for case in moved + aligned):
             return k
     return None
 
@@ -196,19 +189,7 @@ def _nearest_multiples(case: Case, k: int) -> tuple[int, ...]:
     return tuple(sorted(multiple for multiple in near if 0 < multiple < case.length))
 
 
-def _breaks(splits: Search, case: Case, until: float) -> bool:
-    """Whether it does, or there is no time to see that it does not."""
-    if time.perf_counter() > until:
-        return True
-    try:
-        check(splits.law, splits.harness, case)
-    except LawBroken:
-        return True
-    return False
-
-
 def _state(harness: Harness) -> State | None:
-    """The size of the state, its growth, and its precisions."""
     try:
         held = state_sizes(harness, Case(harness.longest))
         _, state = Engine(harness.lm).step(harness.tokens(2, 0))

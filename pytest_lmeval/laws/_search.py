@@ -54,7 +54,6 @@ class Search:
         return self.seen.get(case)
 
     def attempt_in_time(self, case: Case, stop: float) -> None:
-        """Try the case, unless it is later than `stop`, or enough was found."""
         if time.perf_counter() > stop:
             self.left_out.add(self.fit(case))
         elif len(self.failures) < ENOUGH:
@@ -97,20 +96,16 @@ class Search:
             cuts = (*small.case.cuts, small.case.length) if small.case.cuts else ()
             longer = self.attempt(replace(small.case, length=small.case.length + AFTERMATH, cuts=cuts))
             small.likely = longer.likely if longer is not None and longer.decade in decades else small.likely
-        return counterexample(self.law, small.case, str(small), small.error, self.harness.longest)
-
-
-def counterexample(law: str, case: Case, message: str, error: float | None = None, longest: int = LONGEST) -> Counterexample:
-    """A counterexample with the line that replays it."""
-    arguments = "".join(f", {name}={value}" for name, value in case.choices().items())
-    further = f", longest={longest}" if longest != LONGEST else ""
-    return Counterexample(case.choices(), finite(error), message, f'pytest_lmeval.replay(lm, "{law}"{arguments}{further})')
+        choices, longest = small.case.choices(), self.harness.longest
+        arguments = choices if longest == LONGEST else choices | {"longest": longest}
+        line = "".join(f", {name}={value}" for name, value in arguments.items())
+        return Counterexample(choices, finite(small.error), str(small), f'pytest_lmeval.replay(lm, "{self.law}"{line})')
 
 
 def shrink(case: Case, fails: Callable[[Case], bool], may_go_on: Callable[[], bool]) -> Case:
-    """A case that `fails` too and has no simpler neighbour that does, or the simplest one when no more may be tried.
+    """A case that `fails` too and has no simpler neighbour that does, or the simplest found when no more may be tried.
 
-    Hypothesis does not shrink explicit cases. A case has few parts, so trying simpler ones greedily takes a few dozen calls.
+    Hypothesis shrinks only what it drew. A case has few parts, so that a greedy search takes a few dozen calls.
     """
     tried = {case}
     simpler = _simpler(case)

@@ -15,8 +15,7 @@ SEEDS = 3  # kinds of token sequences, see `Harness.tokens`
 
 @dataclass(frozen=True)
 class Case:
-    """A sequence of `length` random tokens (from `seed`), the positions at which it is cut into chunks, and its company. A law
-    looks at some of it (`laws._checks.Law.uses`).
+    """A sequence of `length` random tokens (from `seed`), the positions at which it is cut into chunks, and its company.
 
     rows     sequences in the batch; this one is number `row` of them
     padding  tokens appended to it, as to a shorter row of a batch; their logits are ignored
@@ -92,9 +91,8 @@ def cases(draw: st.DrawFn, longest: int, boundaries: tuple[int, ...] = ()) -> Ca
 
 
 def edge_cases(longest: int, boundaries: tuple[int, ...] = ()) -> list[Case]:
-    """The cases that faults have been found on, those first that are never left out: three chunks, a long sequence in small
-    chunks of many sizes, then the first or last token alone, single tokens after a long chunk, each boundary and its
-    neighbours."""
+    """The cases on which faults are found: three chunks, small chunks of many sizes, single tokens after a long chunk, the
+    first or last token alone, each boundary and its neighbours."""
     short, middle = min(longest, 8), min(longest, 72)
     found = [
         Case(short, chunk_cuts(short, 3, 1, 4), rows=2, padding=3, before=short),
@@ -118,7 +116,6 @@ ESSENTIAL = 3  # so many of the first edge cases are tried whatever they cost
 
 
 def shortest_case(longest: int) -> Case:
-    """The case for a model whose calls are slow."""
     length = min(longest, 5)
     return Case(length, chunk_cuts(length, 2, 2, 1) or (1,), rows=2, padding=1, before=2)
 

@@ -1,4 +1,4 @@
-"""The law about our own accounting: chunks and windows score every token once, and add up to the whole."""
+"""The scores-once law: the engine's chunks and windows score every token once, and add up to the whole."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from pytest_lmeval.scoring._loss_accumulator import NATS, TOKENS, LossAccumulato
 
 
 def sums(harness: Harness, case: Case) -> None:
-    """Compare the losses that the engine sums with losses recomputed from raw logits of the same chunks, which isolates bugs of
-    the engine, and of a model's `keep`."""
+    """Recompute the engine's losses from raw logits of the same chunks, to isolate bugs of the engine and a model's `keep`."""
     lm, chunk = harness.lm, max(case.sizes[0], -(-case.length // 12))
     if harness.largest_continuation is not None:
         case, chunk = replace(case, length=min(case.length, FEW)), 1

@@ -1,9 +1,8 @@
 """Measure how far a run is from its reference, and how far the arithmetic allows it to be.
 
-The full run and the chunked run are both compared with a float64 run of the same rounded weights. A correct model errs about as
-much in chunks as in one call (0.7 to 1.4 times as much, measured over many models and precisions); a dropped state errs
-hundreds to millions of times more. So the chunked run may err 8 times as much (root mean square) or 16 times (largest), plus a
-few roundings.
+A correct model errs in chunks 0.7 to 1.4 times as much as in one call (measured over many models and precisions), a dropped
+state hundreds to millions of times more. So the chunked run may err 8 times as much (root mean square) or 16 times (largest),
+plus a few roundings.
 """
 
 from __future__ import annotations

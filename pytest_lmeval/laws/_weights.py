@@ -1,7 +1,4 @@
-"""Copy a model's weights, in float64 for references, and put them back after reading.
-
-Both runs of a law, full and chunked, are compared with a float64 run of the same weights.
-"""
+"""Copy a model's weights, in float64 for references, and put them back after reading."""
 
 from __future__ import annotations
 
@@ -20,16 +17,14 @@ from pytest_lmeval.models._tensors import parts, unpack
 
 
 def float64_copy(model: Model) -> Model | None:
-    """A copy of the model with the same (already rounded) weights in float64; see `copy_of`."""
+    """A copy with the same (already rounded) weights in float64; see `copy_of`."""
     return copy_of(model, torch.float64)
 
 
 def copy_of(model: Model, dtype: torch.dtype | None = None) -> Model | None:
-    """A copy of the model, in `dtype` if one is given; None if it cannot be copied, or would need more than a quarter of the
-    free memory.
+    """A copy of the model; None if it cannot be copied, or would need more than a quarter of the free memory.
 
-    With a dtype, packed weights become the plain numbers that they stand for. So rounding once, when a model is packed, is part
-    of the model, and only the rounding of each step is error: weights of four bits can be proven exact."""
+    With a dtype, packed weights become the plain numbers that they stand for, so that packed models can be proven exact too."""
     if model.module is None or model.rebuild is None or not fits(model):
         return None
     try:
@@ -67,7 +62,7 @@ def round_weights(module: nn.Module, dtype: torch.dtype) -> None:
 def preserve_weights(lm: Model) -> Iterator[Callable[[], str | None]]:
     """Put parameters and buffers back on exit. The value, called, says which of them have changed, or None.
 
-    Without memory for a copy, a change is only detected, by a hash (see `models._identity.weights_digest`).
+    Without memory for a copy, a change is only detected, by a hash.
     """
     module = lm.module
     if module is None:
@@ -110,7 +105,6 @@ def _put_back(module: nn.Module, name: str, old: Tensor) -> None:
 
 
 def _bit_equal(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors, packed or plain, are the same, NaN equal to NaN."""
     ours, theirs = parts(one), parts(other)
     pairs = [(part, theirs.get(name)) for name, part in ours.items()]
     return ours.keys() == theirs.keys() and all(

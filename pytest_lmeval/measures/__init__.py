@@ -1,8 +1,4 @@
-"""Measure a model: one file a verb, and the fixture `lmeval`, whose methods are the verbs.
-
-A verb is a plain function, found by name in the registry (`pytest_lmeval.verbs`); its file also holds the result that it
-returns and the record that it makes.
-"""
+"""Measure a model: one file a verb, with its result and record, and the fixture `lmeval`, whose methods are the verbs."""
 
 from __future__ import annotations
 
@@ -41,7 +37,7 @@ class Lmeval:
             __tracebackhide__ = True
             with running_in(self._context):
                 try:
-                    check_call(function, args, kwargs)  # another package's verb, too
+                    check_call(function, args, kwargs)  # of another package, too
                     return function(*args, **kwargs)
                 except LmevalError as error:
                     raise error.with_traceback(None) from None

@@ -1,15 +1,8 @@
 """Measure how closely a model's predictions agree with those of a reference, on the same text.
 
-    agreement           fraction of positions where both have the same most likely token
-    kl                  mean of KL(reference || lm) over all positions, nats a token (Kullback and Leibler 1951)
-    nll_difference      mean loss of the lm minus that of the reference; its exp is the ratio of perplexities
-    largest_difference  of the log-probability of any token that both find possible, at any position, nats
-
 The mean loss alone can hide a change (by quantization, pruning or distillation), since gains on some tokens cancel losses on
-others. KL is never negative, and adds up.
-
-Both models read the text at the same time, each in its own chunks with its state carried. Memory is both models, both states
-and a chunk of logits of each, however long the text.
+others; KL (Kullback and Leibler 1951) is never negative. Both models read the text at the same time, each in its own chunks:
+memory is both models, both states and a chunk of logits of each.
 """
 
 from __future__ import annotations
@@ -38,7 +31,7 @@ from pytest_lmeval.measures._perplexity import Progress
 from pytest_lmeval.models._identity import facts, fingerprint, tokenizer_fingerprint
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.records import _schema as schema
-from pytest_lmeval.records._measured import Cost, Record, Result
+from pytest_lmeval.records._measured import Cost, MetricValue, Record, Result
 from pytest_lmeval.records._metric import value_of
 from pytest_lmeval.records._value import Value
 from pytest_lmeval.scoring._loss_accumulator import BLOCK, add_to_blocks
@@ -89,30 +82,16 @@ class AgreementResult(Result):
     """The result of `agreement`. Values have a 95 % interval, `.low` to `.high`, over blocks of the text, or documents:
     Wilson's score with the design effect for `agreement`, the bootstrap for means; None if the text is too short."""
 
-    @property
-    def agreement(self) -> Value:
-        """Fraction of positions where both have the same most likely token; of equally likely ones, the first counts."""
-        return self.record.metrics["agreement"]
-
-    @property
-    def kl(self) -> Value:
-        """Mean KL(reference || lm), nats a token."""
-        return self.record.metrics["kl"]
-
-    @property
-    def nll_difference(self) -> Value:
-        """Mean loss of the lm minus that of the reference, nats a token: above zero if the lm is worse."""
-        return self.record.metrics["nll_difference"]
-
-    @property
-    def perplexity_ratio(self) -> Value:
-        """Perplexity of the lm over that of the reference."""
-        return self.record.metrics["perplexity_ratio"]
-
-    @property
-    def largest_difference(self) -> Value:
-        """Largest difference of a log-probability, over all positions and all tokens that both find possible, nats."""
-        return self.record.metrics["largest_difference"]
+    agreement = MetricValue()
+    """Fraction of positions where both have the same most likely token; of equally likely ones, the first counts."""
+    kl = MetricValue()
+    """Mean KL(reference || lm), nats a token."""
+    nll_difference = MetricValue()
+    """Mean loss of the lm minus that of the reference, nats a token: above zero if the lm is worse."""
+    perplexity_ratio = MetricValue()
+    """Perplexity of the lm over that of the reference."""
+    largest_difference = MetricValue()
+    """Largest difference of a log-probability, over all positions and all tokens that both find possible, nats."""
 
 
 def measure_agreement(
@@ -174,16 +153,12 @@ def measure_agreement(
 def _refuse_incomparable(lm: Model, reference: Model, corpus: Corpus) -> None:
     if lm.codebooks or reference.codebooks:
         raise SpecError(f"{(lm if lm.codebooks else reference).spec} reads frames of codes; agreement is about tokens.")
+    advice = "so their predictions cannot be compared. Compare their bits per byte (lmeval.perplexity)"
     if lm.vocab_size != reference.vocab_size:
-        raise SpecError(
-            f"{lm.spec} has {lm.vocab_size:,} tokens and {reference.spec} has {reference.vocab_size:,}, so their predictions "
-            "cannot be compared. Compare their bits per byte: lmeval.perplexity."
-        )
+        raise SpecError(f"{lm.spec} has {lm.vocab_size:,} tokens and {reference.spec} has {reference.vocab_size:,}, {advice}.")
     if not corpus.tokenized and tokenizer_fingerprint(lm) != tokenizer_fingerprint(reference):
-        raise SpecError(
-            f"{lm.spec} and {reference.spec} have tokenizers that encode the same text differently, so their predictions "
-            "cannot be compared. Compare their bits per byte (lmeval.perplexity), or give both ids."
-        )
+        encode = "have tokenizers that encode the same text differently"
+        raise SpecError(f"{lm.spec} and {reference.spec} {encode}, {advice}, or give both ids.")
 
 
 @dataclass(frozen=True)
@@ -271,14 +246,11 @@ class _Sums:
 def _metrics(sums: _Sums, seed: int) -> dict[str, Value]:
     units, n = np.array(sums.units), int(sums.total[TOKENS])
     same = wilson_of_groups(units[:, SAME], units[:, TOKENS])
-    means = ratio_intervals(units, [(KL, TOKENS), (DIFFERENCE, TOKENS)], seed=seed)
-    kl, difference = (
-        value_of(name, sums.total[column] / n, interval, n=n)
-        for name, column, interval in zip(("kl", "nll_difference"), (KL, DIFFERENCE), means, strict=True)
-    )
+    around_kl, around_difference = ratio_intervals(units, [(KL, TOKENS), (DIFFERENCE, TOKENS)], seed=seed)
+    difference = value_of("nll_difference", sums.total[DIFFERENCE] / n, around_difference, n=n)
     return {
         "agreement": value_of("agreement", sums.total[SAME] / n, same, n=n),
-        "kl": kl,
+        "kl": value_of("kl", sums.total[KL] / n, around_kl, n=n),
         "nll_difference": difference,
         "perplexity_ratio": exponential(difference, "perplexity_ratio"),
         "largest_difference": value_of("largest_difference", sums.largest, n=n),

@@ -1,7 +1,6 @@
 """Run a verb in the context of a test: the settings of the run, the log of the test, the journal.
 
-A verb is a plain function. `lmeval.latency(...)` in a test records under the test's name, writes to the journal, and takes the
-defaults of the command line. `pytest_lmeval.latency(...)` anywhere else records and writes nothing.
+A verb is a plain function; called outside of tests, it records and writes nothing.
 """
 
 from __future__ import annotations
@@ -55,27 +54,23 @@ class VerbContext:
     models: dict[int, tuple[Any, Model]] = field(default_factory=dict)
 
     def model(self, lm: Any) -> Model:
-        """The model of a spec; an object of the test's own, adapted once a test and released with it."""
+        """The model of a spec, or an object of the test's own, adapted once. Raises SpecError where it has other bits."""
         if isinstance(lm, str):
             return self.session.load(lm)
         if id(lm) not in self.models:
-            self.models[id(lm)] = (lm, self._adapted(lm))
+            model, bits = as_model(lm), self.session.bits
+            own = model is lm or model.module is None
+            held = None if own or not bits else facts(model).precision
+            if bits and held is not None and held.name != BITS[bits]:
+                raise SpecError(
+                    f"--lmeval-bits {bits} asks for {BITS[bits]}, and {model.spec} was handed over in {held.name}: its "
+                    f"numbers would pass for those of {BITS[bits]}. Hand it over so, or give a spec: module.path:callable."
+                )
+            self.models[id(lm)] = (lm, model)
         return self.models[id(lm)][1]
 
-    def _adapted(self, lm: Any) -> Model:
-        """The model as it was passed. Raises SpecError where the command line asks for other bits."""
-        model, bits = as_model(lm), self.session.bits
-        own = model is lm or model.module is None
-        held = None if own or not bits else facts(model).precision
-        if bits and held is not None and held.name != BITS[bits]:
-            raise SpecError(
-                f"--lmeval-bits {bits} asks for {BITS[bits]}, and {model.spec} was handed over in {held.name}: its numbers "
-                f"would pass for those of {BITS[bits]}. Hand it over in that precision, or give a spec: module.path:callable."
-            )
-        return model
-
     def corpus(self, text: Any) -> Corpus:
-        """The corpus of that name; a corpus itself; token ids as a corpus."""
+        """The corpus of that name; a corpus or token ids as a corpus."""
         return self.session.corpus(text) if isinstance(text, str) else as_corpus(text)
 
     def certified(self, lm: Any) -> tuple[Model, Certificate]:
@@ -99,16 +94,14 @@ class VerbContext:
     def journaled(self, key: str) -> Record | None:
         """The record of this call that an interrupted run wrote. Warns of one that cannot be read."""
         plain = self.session.journal.get(key) if self.session.journal is not None else None
-        if plain is None:
-            return None
         try:
-            return schema.convert(plain, Record)
+            return None if plain is None else schema.convert(plain, Record)
         except ValueError as error:
             warn(f"a result in the journal cannot be read ({error}); it is computed again.")
             return None
 
     def finished(self, key: str) -> Record | None:
-        """The record of this call that an interrupted run wrote, logged as the record of this call."""
+        """The same, logged as the record of this call."""
         record = self.journaled(key)
         if record is not None:
             self.log.keys.append(key)
@@ -129,8 +122,7 @@ class VerbContext:
     def measured(
         self, kind: str, lm: Model, settings: dict[str, Any], measure: Callable[..., Measured], runner: Runner | None = None
     ) -> Measured:
-        """The recorded result of `measure`. Raises OutOfMemory, and ProfilingError where the model failed or its device was
-        lost; what was measured before is recorded."""
+        """The recorded result of `measure`. Raises OutOfMemory, and ProfilingError for a failed model or a lost device."""
         timed = {"runner": runner or self.runner()} if "runner" in inspect.signature(measure).parameters else {}
         what = f"{kind} of {lm.spec} with {', '.join(f'{name}={value}' for name, value in settings.items())}"
         try:
@@ -160,10 +152,8 @@ class VerbContext:
         """The length that the test gives, else the command line's, else the default."""
         lengths = self.session.seq_lens
         if given is None and len(lengths) > 1:
-            raise SpecError(
-                f"several --lmeval-seq-len were given ({', '.join(map(str, lengths))}), and the test does not say which: take "
-                "the fixture `seq_len` and pass it on."
-            )
+            every = ", ".join(map(str, lengths))
+            raise SpecError(f"several --lmeval-seq-len were given ({every}): take the fixture `seq_len`, and pass it on.")
         return given if given is not None else lengths[0] if lengths else default
 
     def file(self, ending: str) -> str | None:
@@ -231,8 +221,7 @@ def verb_of(
     measure: Callable[Concatenate[Model, P], Measured],
     prepare: Callable[[VerbContext, Model, dict[str, Any]], dict[str, Any]] = lambda context, model, settings: settings,
 ) -> Callable[Concatenate[Any, P], Measured]:
-    """Make a function that measures a `Model` a verb: it takes a model or a spec, its `seq_len` defaults to the command line's,
-    its `runner` to that of the context, and its result is recorded.
+    """Make a function that measures a `Model` a verb: it takes specs, has the context's defaults, and its result is recorded.
 
     prepare  (context, model, settings) -> settings to measure with
     """

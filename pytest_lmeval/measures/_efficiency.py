@@ -19,9 +19,9 @@ from pytest_lmeval.models._model import Model
 from pytest_lmeval.profiling._failures import room_for
 from pytest_lmeval.profiling._flops import Flops
 from pytest_lmeval.profiling._roofline import Peaks
-from pytest_lmeval.profiling._runner import MetricValue, Runner, check_shape, measured, quiet
+from pytest_lmeval.profiling._runner import Runner, check_shape, quiet
 from pytest_lmeval.profiling._work import Work, training_work, work_of
-from pytest_lmeval.records._measured import Record, Result
+from pytest_lmeval.records._measured import MetricValue, Record, Result, measured
 from pytest_lmeval.records._metric import metric, value_of
 from pytest_lmeval.records._value import Value
 
@@ -69,9 +69,9 @@ class EfficiencyResult(Result):
         """The least possible time over the time taken: max(operations / matmul peak, bytes / bandwidth) / seconds."""
         return measured(self.record, f"{phase}_roofline_fraction")
 
-    def position(self, phase: str) -> str:
+    def bound_by(self, phase: str) -> str:
         """bandwidth-bound where the intensity is below matmul peak / bandwidth, else compute-bound."""
-        return self._finding("position", phase)
+        return self._finding("bound_by", phase)
 
     def limited_by(self, phase: str) -> str:
         """compute or bandwidth; "overhead" below a fraction of 10 %, mostly the calls of many small operators; "caches" above
@@ -145,12 +145,12 @@ def _counted(training: Flops | None, phases: dict[str, Work]) -> dict[str, Value
 
 
 def _against_machine(peaks: Peaks, phases: dict[str, Work], latency: LatencyResult) -> tuple[dict[str, Value], dict[str, Any]]:
-    """Metrics that set the times against the machine's peaks, and details: position and limit by phase, the matrix product."""
+    """Metrics that set the times against the machine's peaks, and details: bound and limit by phase, the matrix product."""
     machine = {"matmul_peak": peaks.flops, "bandwidth": peaks.bandwidth}
     metrics = {name: value_of(name, number) for name, number in machine.items()}
-    position, limits = {}, {}
+    bound_by, limits = {}, {}
     for phase, work in phases.items():
-        position[phase] = "compute-bound" if work.intensity >= peaks.ridge else "bandwidth-bound"
+        bound_by[phase] = "compute-bound" if work.intensity >= peaks.ridge else "bandwidth-bound"
         metrics[f"{phase}_bound"] = value_of(f"{phase}_bound", peaks.bound(work.intensity))
         milliseconds = latency.record.metrics.get(TIME_OF[phase])
         if milliseconds is None:  # too short for the clock; or one token a run, so that no gap between tokens was timed
@@ -163,11 +163,11 @@ def _against_machine(peaks: Peaks, phases: dict[str, Work], latency: LatencyResu
             "roofline_fraction": work.least_seconds(peaks),
         }
         metrics |= {f"{phase}_{name}": _rate(f"{phase}_{name}", amount, milliseconds) for name, amount in amounts.items()}
-        limits[phase] = limit(metrics[f"{phase}_roofline_fraction"], position[phase])
-    return metrics, {"position": position, "limited_by": limits, "matmul_dtype": peaks.dtype, "matmul_size": peaks.size}
+        limits[phase] = limit(metrics[f"{phase}_roofline_fraction"], bound_by[phase])
+    return metrics, {"bound_by": bound_by, "limited_by": limits, "matmul_dtype": peaks.dtype, "matmul_size": peaks.size}
 
 
-def limit(roofline_fraction: float, position: str) -> str:
+def limit(roofline_fraction: float, bound_by: str) -> str:
     """What limits a phase that reaches this fraction.
 
     >>> limit(0.7, "compute-bound"), limit(0.7, "bandwidth-bound"), limit(1.8, "bandwidth-bound"), limit(0.02, "compute-bound")
@@ -175,7 +175,7 @@ def limit(roofline_fraction: float, position: str) -> str:
     """
     if roofline_fraction < OVERHEAD:
         return "overhead"
-    return "caches" if roofline_fraction > 1 and position == "bandwidth-bound" else position.removesuffix("-bound")
+    return "caches" if roofline_fraction > 1 and bound_by == "bandwidth-bound" else bound_by.removesuffix("-bound")
 
 
 def _rate(name: str, amount: float, milliseconds: Value) -> Value:

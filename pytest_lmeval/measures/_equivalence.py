@@ -23,10 +23,9 @@ def equivalence(
 
     By default the parameters are those of the command line, and a model is probed once in a run; with any of them, anew.
     """
+    given = ("profile", profile), ("budget", budget), ("examples", examples), ("longest", longest)
+    options = {name: value for name, value in (*given, ("counterexamples", counterexamples)) if value is not None}
     context = current()
-    given: dict[str, Any] = {"profile": profile, "budget": budget, "examples": examples, "longest": longest}
-    given["counterexamples"] = counterexamples
-    options = {name: value for name, value in given.items() if value is not None}
     model = context.model(lm)
     key = context.key("equivalence", model, options)
     if (finished := context.finished(key)) is not None:

@@ -15,9 +15,9 @@ from pytest_lmeval.engine._engine import likeliest
 from pytest_lmeval.measures._context import verb_of
 from pytest_lmeval.models._model import Model, State, state_bytes
 from pytest_lmeval.profiling._clock import Stopwatch
-from pytest_lmeval.profiling._runner import MetricValue, Runner, Timed, check_shape, measured, timed_runs
+from pytest_lmeval.profiling._runner import Runner, Timed, check_shape, timed_runs
 from pytest_lmeval.profiling._samples import MILLISECONDS, median, quantiles, spread
-from pytest_lmeval.records._measured import Series
+from pytest_lmeval.records._measured import MetricValue, Series, measured
 from pytest_lmeval.records._value import Value
 
 RUNS, WARM_UP, NEW_TOKENS = 100, 10, 8
@@ -103,7 +103,7 @@ latency = verb_of("latency", measure_latency)
 
 
 def generate_once(engine: Engine, prompt: torch.Tensor, new_tokens: int, watch: Stopwatch) -> Any:
-    """Read the prompt and decode greedily; returns the last state. Marks the step over the prompt and each choice of token."""
+    """Read the prompt and decode greedily; returns the last state. Marks the step over the prompt and each chosen token."""
     logits, state = engine.prefill(prompt)
     watch.mark()
     token = likeliest(logits, prompt)

@@ -26,9 +26,9 @@ from pytest_lmeval.profiling._allocations import watched_allocations
 from pytest_lmeval.profiling._child import TIMEOUT, CannotMoveError, in_child
 from pytest_lmeval.profiling._failures import room_for
 from pytest_lmeval.profiling._peak import peak_memory
-from pytest_lmeval.profiling._runner import MetricValue, check_shape
+from pytest_lmeval.profiling._runner import check_shape
 from pytest_lmeval.profiling._work import storages
-from pytest_lmeval.records._measured import Cost, Record, Result
+from pytest_lmeval.records._measured import Cost, MetricValue, Record, Result
 from pytest_lmeval.records._metric import value_of
 
 NEW_TOKENS = 8

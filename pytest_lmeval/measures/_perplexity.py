@@ -1,17 +1,4 @@
-"""Measure the perplexity of a corpus, and what else one pass over it gives.
-
-    perplexity      exp(nats / tokens)                  depends on the tokenizer
-    bits_per_byte   nats / ln 2 / bytes                 comparable between tokenizers; bytes of the original text
-    token_accuracy  fraction of targets among the model's first k choices
-
-The state is carried through the whole text if the certificate allows it. A model without a state, or with a limited context,
-reads overlapping windows, and the record says so (`engine._policy`). The record also has the changes of fast weights
-(`scoring._fast_weights`), and the loss at chosen positions.
-
-window="lm_eval" reads each document as lm-evaluation-harness does (`loglikelihood_rolling`) and gives the same numbers: its
-bits_per_byte is this one, and its byte_perplexity is 2 ** bits_per_byte. Of its task wikitext only the losses can be compared,
-since it reads a detokenized page there, and counts the bytes of the original one.
-"""
+"""Measure perplexity, bits per byte, accuracy, and the loss by position in one pass over a corpus."""
 
 from __future__ import annotations
 
@@ -35,12 +22,12 @@ from pytest_lmeval.models._identity import facts, tokenizer_fingerprint
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.records._certificate import Certificate
 from pytest_lmeval.records._journal import Checkpoints, Saver
-from pytest_lmeval.records._measured import Cost, Record, Result, Series
+from pytest_lmeval.records._measured import Cost, MetricValue, Record, Result, Series
 from pytest_lmeval.records._value import Value
 from pytest_lmeval.scoring import _fast_weights as fast_weights
 from pytest_lmeval.scoring._loss_accumulator import BYTES, HITS, NATS, TOKENS, LossAccumulator
 from pytest_lmeval.scoring._loss_metrics import above_floor, metrics_of, name_of, not_reached, series_of
-from pytest_lmeval.scoring._text_files import LossFile, read_point, write_point, write_units
+from pytest_lmeval.scoring._text_files import LossFile, read_checkpoint, write_checkpoint, write_units
 
 Progress = Callable[[int, float, int | None], None]
 """Called after each chunk with the tokens scored, the nats so far, and the tokens expected (None: unknown)."""
@@ -63,8 +50,15 @@ def perplexity(
     """Measure perplexity, bits per byte, accuracy and loss by position (see `measure_perplexity` for the parameters).
 
     The model's laws are probed first, and its state is carried only in an exact way; the record says which.
-    window="lm_eval" reads each document in the windows of lm-evaluation-harness, and gives the same numbers.
+    window="lm_eval" reads each document as loglikelihood_rolling of lm-evaluation-harness and gives the same bits_per_byte; its
+    byte_perplexity is 2 ** bits_per_byte. Of its task wikitext only the losses can be compared, since it reads a detokenized
+    page there, and counts the bytes of the original one.
     losses=True writes the loss of every token to a file in the output folder; a path names the file.
+
+    chunk_size  tokens a step; by default as many as are exact and fit the memory
+    window      read in windows of so many tokens, "lm_eval", or "unlimited": carry the state past the model's context limit; by
+                default carry the state, or read windows where the model has a context limit or no state
+    overlap     tokens of a window that are read but not scored; by default half of it
     """
     context = current()
     corpus = context.corpus(corpus)
@@ -98,7 +92,7 @@ def perplexity(
             key=key,
         )
     if result.resumed_at:
-        context.log.notes.append(f"{model.spec} on {corpus}: went on from token {result.resumed_at:,} of an interrupted run")
+        context.log.notes.append(f"{model.spec} on {corpus}: resumed at token {result.resumed_at:,} of an interrupted run")
     context.log.notes += result.record.details.get("warnings", [])
     files = {"examples": examples or result.record.examples, "units": units}
     return context.recorded(key, replace(result, record=structs.replace(result.record, **files)))
@@ -111,22 +105,13 @@ class PerplexityResult(Result):
 
     resumed_at: int = 0  # tokens that an interrupted run had already scored
 
-    @property
-    def perplexity(self) -> Value:
-        """exp of the mean loss a token."""
-        return self.record.metrics["perplexity"]
-
-    @property
-    def nll(self) -> Value:
-        """Mean negative log-likelihood, nats a token."""
-        return self.record.metrics["nll"]
-
-    @property
-    def bits_per_byte(self) -> Value:
-        """Bits a byte of the original text. Raises AttributeError for a corpus of token ids."""
-        if "bits_per_byte" not in self.record.metrics:
-            raise AttributeError(f"{self.record.subject} holds token ids, no text: there are no bytes to divide by.")
-        return self.record.metrics["bits_per_byte"]
+    perplexity = MetricValue()
+    """exp of the mean loss a token."""
+    nll = MetricValue()
+    """Mean negative log-likelihood, nats a token."""
+    bits_per_byte = MetricValue(absent="{record.subject} holds token ids, no text: there are no bytes to divide by.")
+    """Bits a byte of the original text. Raises AttributeError for a corpus of token ids."""
+    tokens_per_second = MetricValue()
 
     @property
     def token_accuracy(self) -> dict[int, Value]:
@@ -137,10 +122,6 @@ class PerplexityResult(Result):
     def tokens(self) -> int:
         """The number of targets, each scored exactly once."""
         return self.record.cost.tokens or 0
-
-    @property
-    def tokens_per_second(self) -> Value:
-        return self.record.metrics["tokens_per_second"]
 
     @property
     def seconds(self) -> float:
@@ -222,15 +203,15 @@ def measure_perplexity(
     policy      how to read it (see `engine.policy_for`); by default as the model declares
     tokens      read so many tokens of the stream (of each document, if read by document)
     limit       read so many documents
-    as_stream   read one stream, or each document with a new state; by default what the corpus declares, and by document in the
+    as_stream   read one stream, or each document with a new state; by default as the corpus declares, and by document in the
                 windows of lm_eval
     positions   measure the loss at these positions, for example (8000, 16000, 24000): means of the thousand targets up to each
     losses      write the loss of every target to this .npy file (float32, nats)
     units       write the sums of each document, or block of the stream, to this file of JSON lines (see `scoring._text_files`)
     checkpoints, key    save a checkpoint now and then, and resume from the last one
 
-    The changes of fast weights (`Model.fast_weights`) are measured after every chunk; if some do not change, the record has a
-    warning in `details["warnings"]`. Raises StreamError, NotFiniteError and CorpusError; see there.
+    If some fast weights do not change (`scoring._fast_weights`), `details["warnings"]` says so. Raises StreamError,
+    NotFiniteError and CorpusError.
     """
     source, engine = as_corpus(corpus), Engine(lm, policy)
     if wrong := [position for position in positions if not isinstance(position, int) or position < 1]:
@@ -238,7 +219,7 @@ def measure_perplexity(
     rolling = engine.policy.windows is not None and engine.policy.windows.anchored
     by_document = not ((source.as_stream and not rolling) if as_stream is None else as_stream)
     texts = sequences(lm, source, by_document=by_document, limit=limit, tokens=tokens, rolling=rolling)
-    sums = read_point(checkpoints, key, lm)
+    sums = read_checkpoint(checkpoints, key, lm)
     if sums is None or not LossFile.holds(losses, sums.tokens):
         sums = LossAccumulator(by_document, tuple(sorted(set(positions))))
     resumed_at, monitor = sums.tokens, fast_weights.monitor(lm, sums)
@@ -252,7 +233,7 @@ def measure_perplexity(
             assert checkpoints is not None
             file.sync()
             sums.seconds = time.perf_counter() - began
-            write_point(checkpoints, key, sums)
+            write_checkpoint(checkpoints, key, sums)
 
         saver = Saver(save if checkpoints else None, "reading")
         for chunk in read(engine, texts, sums, str(source)):
@@ -260,7 +241,7 @@ def measure_perplexity(
             if progress is not None:
                 progress(sums.tokens, float(sums.total[NATS]), expected_tokens(lm, source, sums, tokens))
             if monitor is None or monitor.measure(sums):  # don't checkpoint while a measurement is pending
-                saver.save_now_and_then(sums)
+                saver.save_if_due(sums)
         if monitor is not None:
             monitor.measure(sums, last=True)
     if not sums.tokens:
@@ -337,8 +318,7 @@ def record_of(
 
 
 def expected_tokens(lm: Model, corpus: Corpus, sums: LossAccumulator, tokens: int | None) -> int | None:
-    """The number of targets of the whole text: known for ids, estimated from the bytes so far for text, and for frames an upper
-    bound, since codes may be missing."""
+    """The number of targets of the whole text; of text an estimate from the bytes so far, of frames an upper bound."""
 
     def targets(length: int) -> int:
         return length - 1 if lm.codebooks is None else length * len(lm.codebooks.scored)

@@ -23,14 +23,12 @@ def record(lm: Any, subject: str, **metrics: float) -> Record:
     context = current()
     if not isinstance(subject, str):
         raise ArgumentError(f"the subject of a record is a text that says what was measured; got {subject!r}.")
-    values = {name: value if isinstance(value, Value) else _value(name, value) for name, value in metrics.items()}
+    values = {}
+    for name, value in metrics.items():
+        try:
+            values[name] = value if isinstance(value, Value) else value_of(name, value)
+        except (TypeError, ValueError) as error:
+            raise ArgumentError(f"{name}={value!r} cannot be recorded: {error}. Give a finite number, or a Value.") from None
     made = Record(kind="custom", subject=subject, lm=facts(context.model(lm)), metrics=values, test=context.log.test)
     context.log.records.append(made)
     return made
-
-
-def _value(name: str, number: float) -> Value:
-    try:
-        return value_of(name, number)
-    except (TypeError, ValueError) as error:
-        raise ArgumentError(f"{name}={number!r} cannot be recorded: {error}. Give a finite number, or a Value.") from None

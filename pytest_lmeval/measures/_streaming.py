@@ -17,9 +17,9 @@ from pytest_lmeval.errors import ProfilingError
 from pytest_lmeval.measures._context import VerbContext, verb_of
 from pytest_lmeval.models._model import Model, state_bytes
 from pytest_lmeval.profiling._clock import Stopwatch
-from pytest_lmeval.profiling._runner import MetricValue, Runner, Timed, check_shape, timed_runs
+from pytest_lmeval.profiling._runner import Runner, Timed, check_shape, timed_runs
 from pytest_lmeval.profiling._samples import MILLISECONDS, median, spread
-from pytest_lmeval.records._measured import Series
+from pytest_lmeval.records._measured import MetricValue, Series
 from pytest_lmeval.records._metric import value_of
 from pytest_lmeval.records._value import Value
 

@@ -10,7 +10,7 @@ from pytest_lmeval.errors import ArgumentError, LmevalError, TaskError, UsageErr
 from pytest_lmeval.measures._context import current, verb
 from pytest_lmeval.measures._task import TaskResult, task
 from pytest_lmeval.models._identity import facts
-from pytest_lmeval.records._measured import Cost, Record, Result
+from pytest_lmeval.records._measured import Cost, MetricValue, Record, Result
 from pytest_lmeval.records._metric import value_of
 from pytest_lmeval.records._value import Value
 from pytest_lmeval.tasks import find_suite
@@ -19,9 +19,7 @@ from pytest_lmeval.tasks._questions import Suite
 
 @verb
 def suite(lm: Any, suite: Suite | str, shots: int = 0, **options: Any) -> SuiteResult:
-    """Ask every task of a suite, or of the suite of this name; the record names each task with its first metric.
-
-    options  keywords of `task`, for every task
+    """Ask every task of a suite, or of the suite of this name; `options` are keywords of `task`.
 
     Raises TaskError if a task failed, after the others are asked and recorded: without it there is no average.
     """
@@ -54,11 +52,9 @@ def suite(lm: Any, suite: Suite | str, shots: int = 0, **options: Any) -> SuiteR
     )
     context.log.records.append(record)
     if failed:
-        raise TaskError(
-            f"{len(failed)} of the {len(asked.tasks)} tasks of {asked.name} failed, so there is no average: "
-            + " ".join(f"[{name}] {why}" for name, why in failed.items())
-            + " The results of the others are kept."
-        )
+        reasons = " ".join(f"[{name}] {why}" for name, why in failed.items())
+        what = f"{len(failed)} of the {len(asked.tasks)} tasks of {asked.name} failed, so there is no average"
+        raise TaskError(f"{what}: {reasons} The results of the others are kept.")
     return SuiteResult(record, results)
 
 
@@ -71,17 +67,14 @@ class SuiteResult(Result):
     def __getitem__(self, name: str) -> TaskResult:
         return self.tasks[name]
 
-    @property
-    def average(self) -> Value:
-        """Mean of the first metric of each task."""
-        return self.record.metrics["average"]
+    average = MetricValue()
+    """Mean of the first metric of each task."""
 
 
 def _average(values: list[Value], *, weighted: bool) -> Value:
     """The mean of independent numbers, each of the same weight, or of the weight n.
 
-    Its interval is m -+ sqrt(sum of (weight x distance to the bound)^2) (MOVER; Zou and Donner, "Construction of confidence
-    limits about effect measures", 2008); None where one of the numbers has none.
+    Interval: m -+ sqrt(sum of (weight x distance to the bound)^2) (MOVER; Zou and Donner 2008), if all numbers have one.
     """
     counts = [float(value.n or 0) if weighted else 1.0 for value in values]
     pairs = [(count / sum(counts), value) for count, value in zip(counts, values, strict=True)]

@@ -5,8 +5,7 @@
         -> example, scored in each metric                                 `_scored`, written to the file of answers
         -> metrics with intervals -> record                               `measure_task`
 
-Rows are read as they are needed and questions asked in blocks. The first block is one batch, so that progress shows at once;
-later ones are larger, since more questions share more. No answer depends on its block, or on the order or number of questions.
+No answer depends on the others, or on their order or number.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from pytest_lmeval.statistics import _sequential as sequential
 from pytest_lmeval.tasks import find
 from pytest_lmeval.tasks._questions import Choices, Generate, Judge, Task, id_of
 
-BATCHES = 16  # in a block after the first
+BATCHES = 16  # in a block after the first: more questions share more, and a first block of one batch shows progress at once
 BLOCK_TOKENS = 1 << 16  # of the prompts of a block, at most: a run that is killed loses one block
 
 Progress = Callable[[int, float, "int | None"], None]
@@ -94,10 +93,7 @@ def task(
 
 @dataclass(frozen=True, repr=False)
 class TaskResult(Result):
-    """The answers to a task. Every metric of the task is an attribute, a number with `.low` and `.high`, its 95 % interval.
-
-    resumed  number of answers taken from an interrupted run
-    """
+    """The answers to a task, `resumed` of them from an interrupted run. Every metric is an attribute with an interval."""
 
     examples: tuple[Example, ...] = ()
     resumed: int = 0
@@ -129,15 +125,14 @@ def measure_task(
     """Ask a model a task.
 
     policy    how the engine reads (see `engine.policy_for`); by default all that the model declares
-    shots     few-shot examples before each question, drawn as `fewshot` says (see `scoring._fewshot`)
+    shots     few-shot examples before each question, drawn as `fewshot` says ("lm_eval": as that harness does)
     limit     ask the first `limit` questions only
     truncate  "left" drops tokens on the left that do not fit the model's context, and counts them; "refuse" is an error
     examples  write each answer to this file of JSON lines
-    partial   append answers to this file until all are there, and take answers from it
-    known     take answers from this file too. An answer is taken where model and question are exactly the same
+    partial   append answers to this file until all are there
+    known     take answers from this file and `partial`, where model and question are exactly the same
 
-    Raises TaskError for a row that cannot be asked, CorpusError for one that cannot be read, NotFiniteError for a
-    log-likelihood that is not finite; each names the row, and what was answered before it is kept.
+    Raises TaskError, CorpusError, NotFiniteError, with the row that cannot be asked, read, scored; earlier answers are kept.
     """
     if limit is not None and limit < 1:
         raise TaskError(f"limit is {limit}: a task asks at least one question.")
@@ -171,6 +166,7 @@ def measure_task(
 
     if not answered:
         raise TaskError(f"{task} has no question: {len(not_questions)} row(s) were read, and none was one.")
+    prompts = sorted(f"{one.id}{one.prompt}{one.choices}{one.texts}{one.right}{one.targets}" for one in answered)
     settings = {
         "style": task.style,
         "version": task.version,
@@ -182,7 +178,7 @@ def measure_task(
         "seed": seed,
         "truncate": truncate,
         **({} if task.threshold is None else {"threshold": task.threshold}),
-        "prompts": _prompts_hash(answered),
+        "prompts": hashlib.sha256("".join(prompts).encode(errors="surrogatepass")).hexdigest()[:16],
         **({"generation": sorted(generation)} if generation else {}),
     }
     details: dict[str, Any] = {"prefix_sharing": engine.policy.sharing}
@@ -274,17 +270,17 @@ def _answers(
                 "saved": len(answer.prompt.ids) + max(0, len(answer.ids) - 1) - answer.read,
             }
     for one in block:
-        targets = found[one.number]["targets"]
+        fields = found[one.number]
         example = Example(
             id=one.id,
             number=one.number,
             prompt=one.prompt,
             key=one.key,
             group=one.question.group,
-            target=targets[0] if targets else None,
+            target=next(iter(fields["targets"]), None),
             truncated=one.truncated,
             retokenized=one.retokenized,
-            **found[one.number],
+            **fields,
         )
         yield _scored(example, metrics)
 
@@ -295,8 +291,7 @@ def _chosen(asked: EncodedQuestion, question: Choices, scores: Sequence[Scored],
         if not np.isfinite(score.loglikelihood).all():
             raise NotFiniteError(
                 f"{lm.spec} gave a log-likelihood of {score.loglikelihood.tolist()} for the choice {choice!r} of row "
-                f"{asked.number} ({asked.id}), in {lm.dtype} on {lm.device}. It cannot be compared, so the run stops here; "
-                "finished answers are kept."
+                f"{asked.number} ({asked.id}), in {lm.dtype} on {lm.device}, not comparable. Finished answers are kept."
             )
     read = sum(score.read for score in scores)
     return {
@@ -308,7 +303,7 @@ def _chosen(asked: EncodedQuestion, question: Choices, scores: Sequence[Scored],
         "tokens": tuple(len(score.loglikelihood) for score in scores),
         "greedy": tuple(bool(score.greedy) for score in scores),
         "read": read,
-        "saved": asked.alone - read,
+        "saved": sum(len(request.read) for request in asked.requests) - read,
     }
 
 
@@ -329,8 +324,8 @@ def _judging(judge: Judge, prompts: Sequence[Prompt]) -> Callable[[int, str], bo
 
 
 def _scored(example: Example, metrics: list[Metric]) -> Example:
-    """The example with its score in each metric. The first metric that compares choices says by which norm one is `chosen`;
-    `output` is the likeliest without a norm, so that no metric of texts depends on the metrics beside it."""
+    """The example with its scores. The first metric that compares choices says by which norm one is `chosen`; `output` is the
+    likeliest without a norm, so that no metric of texts depends on the metrics beside it."""
     if example.choices:
         norm: Norm = next((metric.norm for metric in metrics if metric.norm is not None), "sum")
         output = (example.texts or example.choices)[example.predicted()].strip()
@@ -341,17 +336,9 @@ def _scored(example: Example, metrics: list[Metric]) -> Example:
 def _certain(threshold: float, examples: Sequence[Example]) -> str | None:
     """Whether the rate of answers judged True is "above" or "below" the threshold; None while neither is certain."""
     if groups := [example.group for example in examples if example.group is not None]:
-        raise TaskError(
-            f"answers of one group ({groups[0]}) depend on one another; when a rate is certain is known for independent "
-            "answers only. Leave out `group` or `threshold`."
-        )
+        why = "depend on one another, and a threshold is for independent ones"
+        raise TaskError(f"answers of one group ({groups[0]}) {why}. Leave out `group` or `threshold`.")
     return sequential.verdict(sum(example.judged is True for example in examples), len(examples), threshold)
-
-
-def _prompts_hash(examples: list[Example]) -> str:
-    """A hash of every prompt and of what is right, in any order."""
-    asked = sorted(f"{one.id}{one.prompt}{one.choices}{one.texts}{one.right}{one.targets}" for one in examples)
-    return hashlib.sha256("".join(asked).encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def _rows_name(rows: Any) -> str:

@@ -15,9 +15,9 @@ from pytest_lmeval.models._model import Model
 from pytest_lmeval.profiling._clock import Stopwatch
 from pytest_lmeval.profiling._cost_metrics import ENOUGH
 from pytest_lmeval.profiling._failures import attempt
-from pytest_lmeval.profiling._runner import MetricValue, Runner, Timed, TimedRuns, check_counts, check_shape, timed_runs
+from pytest_lmeval.profiling._runner import Runner, Timed, TimedRuns, check_counts, check_shape, timed_runs
 from pytest_lmeval.profiling._samples import median, spread
-from pytest_lmeval.records._measured import Series
+from pytest_lmeval.records._measured import MetricValue, Series
 from pytest_lmeval.records._metric import value_of
 from pytest_lmeval.records._value import Value
 

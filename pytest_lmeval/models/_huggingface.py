@@ -1,7 +1,7 @@
 """Load and step transformers causal LMs, with every kind of cache.
 
 The model makes its own cache in the first step: one made without the configuration would not know which layers have windows.
-Positions are always passed, since some models restart them with each chunk; no attention mask is, since nothing is padded.
+Positions are always passed, since some models restart them with each chunk.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pytest_lmeval.models._sources import Loaded
 from pytest_lmeval.models._tensors import nbytes
 
 CACHE_NAMES = ("past_key_values", "cache_params", "state")  # the last two: Mamba and its relatives, RWKV
+CONTEXT_LENGTHS = ("max_position_embeddings", "max_target_positions", "max_seq_len")
 BOUNDARIES = (
     "sliding_window",
     "attention_chunk_size",
@@ -52,8 +53,6 @@ def is_transformers(source: Any) -> bool:
 
 def load(name: str, *, spec: str, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> Loaded:
     """Load a causal LM and its tokenizer from a folder or the hub; weight files must hold tensors only.
-
-    dtype  precision to load in (transformers itself may keep some weights in float32); None: that of the checkpoint
 
     `bytes_before` is the size of the checkpoint, if a `dtype` is given and the checkpoint names its own.
     """
@@ -93,7 +92,9 @@ def adapt(module: nn.Module, *, spec: str, tokenizer: Any = None) -> Model:
     first_token = torch.zeros(1, 1, dtype=torch.long, device=next(module.parameters()).device)
     if isinstance(tokenizer, HFTokenizer):
         tokenizer = copy.copy(tokenizer)  # `ends` differs by model, and several models may share one tokenizer
-        tokenizer.ends = _ends(module, tokenizer.eos)
+        named = getattr(getattr(module, "generation_config", None), "eos_token_id", None)
+        ends = (tokenizer.eos, *named) if isinstance(named, list | tuple) else (tokenizer.eos, named)
+        tokenizer.ends = tuple(dict.fromkeys(end for end in ends if isinstance(end, int)))
     form, state = "transformers", None
     with torch.no_grad():
         try:
@@ -109,7 +110,7 @@ def adapt(module: nn.Module, *, spec: str, tokenizer: Any = None) -> Model:
             form = f"transformers, without its cache, which raised {type(error).__name__}: {error}"
     stateful = state is not None
     rebuild = step_with_cache if stateful else step_without_cache
-    sizes = [getattr(text_config, name, None) for name in BOUNDARIES]
+    sizes, lengths = ([getattr(text_config, name, None) for name in names] for names in (BOUNDARIES, CONTEXT_LENGTHS))
     return Model(
         rebuild(module),
         spec,
@@ -119,22 +120,9 @@ def adapt(module: nn.Module, *, spec: str, tokenizer: Any = None) -> Model:
         module=module,
         rebuild=rebuild,
         tokenizer=tokenizer_for(tokenizer, logits.shape[-1]),
-        context_length=_context_length(text_config),
+        context_length=next((n for n in lengths if isinstance(n, int) and n > 0), None),  # others mean no limit
         boundaries=tuple(sorted({n for n in sizes if isinstance(n, int) and n > 1})),
     )
-
-
-def _ends(module: nn.Module, eos: int | None) -> tuple[int, ...]:
-    """Ids that end an answer: the tokenizer's, and those of the model's generation settings."""
-    named = getattr(getattr(module, "generation_config", None), "eos_token_id", None)
-    listed = list(named) if isinstance(named, list | tuple) else [named]
-    return tuple(dict.fromkeys(end for end in (eos, *listed) if isinstance(end, int)))
-
-
-def _context_length(config: Any) -> int | None:
-    """The most tokens of a sequence; a number that is not positive means no limit."""
-    found = (getattr(config, name, None) for name in ("max_position_embeddings", "max_target_positions", "max_seq_len"))
-    return next((length for length in found if isinstance(length, int) and length > 0), None)
 
 
 def step_with_cache(module: nn.Module) -> StepFn:
@@ -163,7 +151,7 @@ def step_without_cache(module: nn.Module) -> StepFn:
 
     def step_fn(input_ids: Tensor, state: State | None, keep: int | None) -> tuple[Tensor, State]:
         if state is not None:
-            raise ModelError(f"{type(module).__name__} has no cache to go on from.")
+            raise ModelError(f"{type(module).__name__} has no cache to continue.")
         return module(input_ids=input_ids, use_cache=False).logits, None
 
     return step_fn
@@ -198,8 +186,7 @@ class HFTokenizer:
 
     def decode(self, ids: Any) -> str:
         """Return the text, without special tokens."""
-        text: str = self.tokenizer.decode(list(map(int, ids)), skip_special_tokens=True)
-        return text
+        return str(self.tokenizer.decode(list(map(int, ids)), skip_special_tokens=True))
 
     def encode(self, text: str) -> tuple[Any, Any]:
         fast = bool(getattr(self.tokenizer, "is_fast", False))

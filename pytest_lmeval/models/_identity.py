@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,11 @@ ALWAYS_HASHED = 4096  # elements up to which hashing a tensor is as fast as chec
 
 DIGESTS = WeakCache[bytes]()  # by tensor
 PRECISIONS = WeakCache[Precision]()  # by module
-IDENTITIES = WeakCache[str]()  # by object that is no module and has no attribute `fingerprint`
+IDENTITIES = WeakCache[str]()  # random, by object that is no module and has no attribute `fingerprint`
 
 
 def facts(model: Model) -> ModelFacts:
-    """What a record says about the model: spec, size, precision, device and fingerprint."""
+    """The facts of the model in a record: spec, size, precision, device and fingerprint."""
     digest, module, before = fingerprint(model), model.module, model.bytes_before
     found, packed = None, False
     if module is not None:  # cached, since `precision` reads every packed value
@@ -59,7 +59,10 @@ def precision(module: nn.Module, *, bytes_before: int | None = None) -> Precisio
     It is the precision of at least nine tenths of the weights in matrix products (`_model.multiplied`), or "mixed".
     """
     chosen = [tensor for _, tensor in multiplied(module)] or list(module.parameters())
-    of_all, of_chosen = _counts(module.parameters()), _counts(chosen)
+    of_all, of_chosen = Counter[str](), Counter[str]()  # number of elements in each precision
+    for tensors, counts in ((module.parameters(), of_all), (chosen, of_chosen)):
+        for tensor in tensors:
+            counts[precision_of(tensor)] += tensor.numel()
     total, most = sum(of_chosen.values()), max(of_chosen, key=lambda name: of_chosen[name], default="mixed")
     name = "packed" if _has_integers(module) else most if of_chosen.get(most, 0) >= NEARLY_ALL * total else "mixed"
     known = [(bits, tensor.numel()) for tensor in chosen if (bits := value_bits(tensor)) is not None]
@@ -76,14 +79,6 @@ def precision(module: nn.Module, *, bytes_before: int | None = None) -> Precisio
     )
 
 
-def _counts(tensors: Iterable[Tensor]) -> Counter[str]:
-    """Number of elements in each precision."""
-    counts: Counter[str] = Counter()
-    for tensor in tensors:
-        counts[precision_of(tensor)] += tensor.numel()
-    return counts
-
-
 def _has_integers(module: nn.Module) -> bool:
     """Whether more than a tenth of its bytes are integer matrices: weights that another library packed in its own format."""
     tensors = list(weights(module))
@@ -95,9 +90,8 @@ def fingerprint(model: Model) -> str:
     """Sixteen hex digits that change with the model's declared facts, code, settings or weights.
 
     The declared facts are the form, the sizes of vocabulary and context, and the codebooks, but not a limit that the probe
-    found. The code is the current source file of the class of every submodule except torch's own; the settings are the plain
-    attributes of every submodule. Of a tensor with more than a million elements, an even sample of about that many and the sum
-    of all are hashed, so that a model of many gigabytes takes seconds.
+    found. The code is the source file of the class of every submodule except torch's own; the settings are the plain attributes
+    of every submodule. Of a tensor with more than a million elements, an even sample and the sum of all are hashed.
 
     An object that is no torch module is identified by its attribute `fingerprint`; without one it is a new model in every run.
 
@@ -109,28 +103,26 @@ def fingerprint(model: Model) -> str:
         declared += [books.sizes, books.scored, books.delays, books.gaps]
     digest = hashlib.sha256("|".join(map(str, declared)).encode())
     if model.module is None:
-        digest.update(_identity_of(model).encode())
+        own = getattr(model.source, "fingerprint", None)
+        known_by = model.step_fn if model.source is None else model.source
+        digest.update((f"its own: {own}" if own else IDENTITIES.value(known_by, lambda: uuid.uuid4().hex)).encode())
     else:
-        digest.update(hashlib.sha256(_settings(model).encode()).digest())
+        settings = sorted(item for item in settings_of(model.module).items() if item[0] not in model.mutable_buffers)
+        to_json = getattr(getattr(model.module, "config", None), "to_json_string", None)
+        digest.update(hashlib.sha256(f"{settings}{to_json() if callable(to_json) else ''}".encode()).digest())
         digest.update(_code_digest(model.module))
-        digest.update(_weights_digest(model, _cached_digest))
+        digest.update(weights_digest(model, _cached_digest))
     return digest.hexdigest()[:16]
 
 
-def _identity_of(model: Model) -> str:
-    """The `fingerprint` of the object behind the model, or a random one that stays the same while the object lives."""
-    if own := getattr(model.source, "fingerprint", None):
-        return f"its own: {own}"
-    return IDENTITIES.value(model.step_fn if model.source is None else model.source, lambda: uuid.uuid4().hex)
+def _digest(tensor: Tensor) -> bytes:
+    return hashlib.sha256(_content(tensor.detach(), SMALL, total=True)).digest()
 
 
-def weights_digest(model: Model) -> bytes:
-    """Hash the parameters, and the buffers that hold no state, without the cache."""
-    return _weights_digest(model, _digest)
-
-
-def _weights_digest(model: Model, digest_of: Callable[[Tensor], bytes]) -> bytes:
+def weights_digest(model: Model, digest_of: Callable[[Tensor], bytes] = _digest) -> bytes:
+    """Hash the parameters, and the buffers that hold no state; by default without the cache."""
     digest = hashlib.sha256()
+
     if model.module is not None:
         for name, tensor in (*model.module.named_parameters(), *model.module.named_buffers()):
             if name not in model.mutable_buffers:
@@ -140,18 +132,11 @@ def _weights_digest(model: Model, digest_of: Callable[[Tensor], bytes]) -> bytes
     return digest.digest()
 
 
-def _digest(tensor: Tensor) -> bytes:
-    return hashlib.sha256(_content(tensor.detach(), SMALL, total=True)).digest()
-
-
 def _cached_digest(tensor: Tensor) -> bytes:
-    """`_digest`, cached while the tensor is unchanged.
-
-    Inference tensors are always hashed, since they have no version counter. The weak reference to the storage differs for
-    another storage at the same address.
-    """
-    if tensor.is_inference() or tensor.numel() <= ALWAYS_HASHED:
+    """`_digest`, cached while the tensor is unchanged."""
+    if tensor.is_inference() or tensor.numel() <= ALWAYS_HASHED:  # inference tensors have no version counter
         return _digest(tensor)
+    # A weak reference differs from one to another storage at the same address.
     storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
     view = (storage, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
     stamp = (tensor._version, view, _content(tensor.detach(), SAMPLE, total=False))
@@ -176,29 +161,18 @@ def settings_of(module: nn.Module) -> dict[str, str]:
     }
 
 
-def _settings(model: Model) -> str:
-    assert model.module is not None
-    plain = sorted(item for item in settings_of(model.module).items() if item[0] not in model.mutable_buffers)
-    to_json = getattr(getattr(model.module, "config", None), "to_json_string", None)
-    return f"{plain}{to_json() if callable(to_json) else ''}"
-
-
 def _code_digest(module: nn.Module) -> bytes:
     """Hash the names and the source files of the classes of all submodules; of torch's own, the names only."""
     kinds = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in {type(part) for part in module.modules()}}
     digest = hashlib.sha256()
     for name, kind in sorted(kinds.items()):
-        digest.update(f"{name}|".encode() + hashlib.sha256(_source_code(kind)).digest())
+        try:
+            file = None if kind.__module__.startswith("torch.") else inspect.getsourcefile(kind)
+            code = Path(file).read_bytes() if file else b""
+        except (OSError, TypeError):  # interactive, compiled, archived
+            code = b""
+        digest.update(f"{name}|".encode() + hashlib.sha256(code).digest())
     return digest.digest()
-
-
-def _source_code(kind: type) -> bytes:
-    """The source file of a class; empty for torch's own, and if there is none (interactive, compiled, archived)."""
-    try:
-        file = None if kind.__module__.startswith("torch.") else inspect.getsourcefile(kind)
-        return Path(file).read_bytes() if file else b""
-    except (OSError, TypeError):
-        return b""
 
 
 def _content(tensor: Tensor, limit: int, *, total: bool) -> bytes:
@@ -215,12 +189,9 @@ def tokenizer_fingerprint(lm: Model) -> str:
     """A hash of how the tokenizer encodes a text with many kinds of characters, and of its special tokens."""
     if lm.tokenizer is None:
         return ""
-    sample = (
-        "".join(map(chr, (*range(32, 127), *range(192, 256), 0x3B1, 0x416, 0x5D0, 0x4F60, 0x1F600)))
-        + " The the  the\n\t\tdef f():"
-    )
+    characters = "".join(map(chr, (*range(32, 127), *range(192, 256), 0x3B1, 0x416, 0x5D0, 0x4F60, 0x1F600)))
     try:
-        encoded = [list(map(int, part)) for part in lm.tokenizer.encode(sample)]
+        encoded = [list(map(int, part)) for part in lm.tokenizer.encode(f"{characters} The the  the\n\t\tdef f():")]
     except SpecError:
         return "none"
     special = [getattr(lm.tokenizer, name, None) for name in ("bos", "eos", "prefix")]

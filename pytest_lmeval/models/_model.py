@@ -1,7 +1,5 @@
 """Define the language model protocol, the checked `Model` that adapters return, and helpers for states.
 
-    logits, state = lm.step(input_ids, state)        # state is None before the first token
-
 Axes, here and in every docstring of the package:
 
     b  rows of a batch        t  tokens, or frames (time)        v  vocabulary
@@ -11,6 +9,7 @@ Axes, here and in every docstring of the package:
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
@@ -86,10 +85,9 @@ def tokenizer_for(given: Any, vocab_size: int) -> Tokenizer | None:
 
 @dataclass(frozen=True)
 class Codebooks:
-    """How a model reads frames of several codes, as Moshi does: input_ids are [b, k, t].
+    """Codebooks of a model that reads frames of several codes [b, k, t], as Moshi does.
 
-    Its logits [b, s, t, v] predict the frames that it reads, from all frames before them and, since a depth model reads the
-    codes of a frame one by one, from the codes before each in the same frame.
+    Its logits [b, s, t, v] predict the frames that it reads, from all frames before and the codes before in the same frame.
 
     The model gets the codes undelayed and delays them itself: at position t, its logits for a codebook of delay d predict the
     code of frame t - d. Logits where t < d predict nothing and are ignored.
@@ -132,8 +130,8 @@ def codebooks_of(source: Any) -> Codebooks | None:
     if len(scored) != len(delays) or not set(scored) <= set(range(len(sizes))) or (max(delays) and found.recent is None):
         raise ModelError(
             f"{type(source).__name__} reads frames of {len(sizes)} codes, and says that codebooks {list(scored)} are scored, "
-            f"delayed by {list(delays)}. Each scored codebook needs one delay, and a model that delays codes needs a method "
-            "recent(state) -> the frames [b, k, longest delay] read last, whose delayed codes are scored after them."
+            f"delayed by {list(delays)}. Each scored codebook needs one delay, and a model with delays needs a method "
+            "recent(state) -> the frames [b, k, longest delay] read last."
         )
     return found
 
@@ -149,9 +147,9 @@ class Model:
     module          its torch module, if it has one
     rebuild         makes `step_fn` for a copy of the module (the float64 copy that is the reference)
     context_length  most tokens of a sequence (learned or trained positions); None: no known limit
-    boundaries      lengths at which its computation changes (window, kernel, block), where faults are likely
+    boundaries      lengths at which its computation changes (window, kernel, block)
     constant_state  whether it declares that its state does not grow with the text; the law `size` tests that
-    mutable_buffers names of buffers and attributes that reading changes: they hold the state or count something
+    mutable_buffers names of buffers and attributes that reading changes
     codebooks       how it reads frames of several codes; None: it reads single tokens
     fast_weights    (state) -> name -> tensor: the weights that reading changes; for None, those before the first token
     source          the object of the user
@@ -193,13 +191,12 @@ class Model:
             raise ModelError(
                 f"{self.spec} was given input_ids of shape {list(input_ids.shape)} and returned logits of shape "
                 f"{list(logits.shape)}; expected {[*expected, self.vocab_size]}: one row of logits for each position. "
-                "A model that returns only its last position, or several sequences as one, cannot be scored."
+                "Return the logits of every position and of every sequence."
             )
         if self.stateful and new_state is None:
             raise ModelError(
-                f"{self.spec} ({self.form}) returned no state after {positions} token(s), though it carries one. Without it "
-                "the next chunk would be read as if nothing came before. Return the new state, or, if the model has none, "
-                "load it with form='stateless' so that it is scored in windows."
+                f"{self.spec} ({self.form}) returned no state after {positions} token(s): the next chunk would be read as if "
+                "nothing came before. Return the new state, or, if it has none, load it with form='stateless'."
             )
         return logits, new_state
 
@@ -224,8 +221,8 @@ class Model:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The coarsest precision that it computes in. Packed weights count as what they unpack to; if activations are rounded
-        to eight bits too, as bfloat16, which also keeps eight significant bits."""
+        """The coarsest precision that it computes in: that of the unpacked weights; bfloat16 if activations are rounded to
+        eight bits."""
         found = {torch.bfloat16 if rounds_activations(tensor) else tensor.dtype for tensor in weights(self.module)}
         floats = found & {torch.float64, torch.float32, torch.bfloat16, torch.float16}
         return max(floats, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
@@ -239,8 +236,8 @@ def weights(module: nn.Module | None) -> Iterator[Tensor]:
 
 
 def multiplied(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of the weights in matrix products: parameters of two dimensions or more, except embeddings (and heads
-    tied to one), depthwise convolutions, and vectors stored with extra dimensions of size one."""
+    """Yield names and tensors of the weights in matrix products: parameters of two dimensions or more, except embeddings (and
+    heads tied to one), depthwise convolutions, and vectors stored with extra dimensions of size one."""
     tables = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding | nn.EmbeddingBag)}
     filters = {id(part.weight) for part in module.modules() if isinstance(part, _ConvNd) and part.weight.shape[1] == 1}
     for name, tensor in module.named_parameters():
@@ -249,22 +246,12 @@ def multiplied(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def devices_note(module: nn.Module | None) -> str:
-    """The devices of a module's tensors as the end of an error message; empty if it is one device with memory.
-
-    >>> devices_note(nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1, device="meta")]))
-    ' Its weights lie on several devices: 2 tensors on cpu, 2 tensors on meta.'
-    """
-    counts: dict[str, int] = {}
-    for tensor in weights(module):
-        counts[str(tensor.device)] = counts.get(str(tensor.device), 0) + 1
+    """The devices of a module's tensors as the end of an error message; empty if it is one device with memory."""
+    counts = Counter(str(tensor.device) for tensor in weights(module))
     if len(counts) < 2 and "meta" not in counts:
         return ""
     listed = ", ".join(f"{n} tensors on {device}" for device, n in counts.items())
     return f" Its weights lie on {'several devices' if len(counts) > 1 else 'a device without memory'}: {listed}."
-
-
-# The helpers below search containers and plain objects for tensors (a transformers cache is an object with a list of layer
-# objects). They stop at modules: a state may refer to its model, but does not own it.
 
 
 def fork(state: State) -> State:
@@ -290,11 +277,7 @@ def state_storages(state: State) -> dict[int, int]:
 
 
 def state_dtypes(state: State) -> list[str]:
-    """Sorted dtypes of the tensors of a state.
-
-    >>> state_dtypes([torch.zeros(1), {"seen": torch.tensor(3)}])
-    ['float32', 'int64']
-    """
+    """Sorted dtypes of the tensors of a state, such as float32."""
     return sorted({str(part.dtype).removeprefix("torch.") for part in _walk(state) if isinstance(part, Tensor)})
 
 
@@ -304,6 +287,7 @@ def state_types(state: State) -> set[type]:
 
 
 def _walk(value: Any) -> Iterator[Any]:
+    """Yield all objects in containers and plain objects; not those in modules, which a state does not own."""
     seen: set[int] = set()
     stack = [value]
     while stack:

@@ -26,7 +26,7 @@ from pytest_lmeval.models._weak_cache import WeakCache
 
 # Names of a second argument that is no state.
 NOT_A_STATE = frozenset({"targets", "target", "labels", "label", "attention_mask", "mask", "padding_mask", "key_padding_mask"})
-STATE_IN_MODULE = ("get_set_state", "streaming")  # forms whose state is in the module, possibly in a buffer
+
 MUTABLE_BUFFERS = WeakCache[dict[str, set[str]]]()  # by module: form -> `Model.mutable_buffers`
 BOUNDARIES = ("window", "window_size", "sliding_window", "kernel", "chunk_size", "mini_batch_size", "context", "block")
 
@@ -37,12 +37,17 @@ def form_of(source: Any) -> str:
         return "streaming" if _has(source, "streaming") else "step"
     if not callable(source):
         raise ModelError(
-            f"{type(source).__name__} is no language model that can be driven: it is neither callable nor has `step`. "
-            "Give a torch module, or an object with step(input_ids, state) -> (logits, state)."
+            f"{type(source).__name__} is no language model: it is neither callable nor has `step`. Give a torch module, or an "
+            "object with step(input_ids, state) -> (logits, state)."
         )
     if _has(source, "get_state") and _has(source, "set_state"):
         return "get_set_state"
-    return "functional" if _takes_state(source) and _returns_state(source) else "stateless"
+    parameters = inspect.signature(source.forward if isinstance(source, nn.Module) else source).parameters.values()
+    positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if len(positional) < 2 or positional[1] in NOT_A_STATE:
+        return "stateless"
+    output = _first_output(type(source).__name__, "functional", source, lambda first_token: source(first_token, None))
+    return "functional" if isinstance(output, tuple) and len(output) == 2 and output[1] is not None else "stateless"
 
 
 def _has(source: Any, name: str) -> bool:
@@ -62,7 +67,7 @@ def adapt(source: Any, *, spec: str, form: str | None = None, tokenizer: Any = N
     getattr(step_fn, "close", lambda: None)()  # close the stream that this step opened
     vocab_size, codebooks = logits.shape[-1], codebooks_of(source)
     given = tokenizer if tokenizer is not None else getattr(source, "tokenizer", None)
-    mutable_buffers = _changed(before, _snapshot(module), buffers=form in STATE_IN_MODULE)
+    mutable_buffers = _changed(before, _snapshot(module), buffers=form in ("get_set_state", "streaming"))
     if module is not None:  # what an earlier call of `adapt` changed may not change again
         all_changed = MUTABLE_BUFFERS.value(module, dict).setdefault(form, set())
         all_changed |= mutable_buffers
@@ -141,10 +146,9 @@ class InternalState:
 
 
 def streaming(module: Any) -> StepFn:
-    """Drive modules with `streaming(batch_size)` and `step`, like kyutai's moshi.
+    """The step of modules with `streaming(batch_size)` and `step`, like kyutai's moshi.
 
-    With `get_streaming_state` and `set_streaming_state`, the state is carried like any other. Without them, the model reads
-    one sequence at a time, and only its latest state can be continued.
+    Without `get_streaming_state` and `set_streaming_state`, only the latest state can be continued.
     """
     if hasattr(module, "get_streaming_state") and hasattr(module, "set_streaming_state"):
         return _portable_streaming(module)
@@ -159,8 +163,8 @@ def streaming(module: Any) -> StepFn:
             open_stream.enter_context(module.streaming(input_ids.shape[0]))
         elif state.steps != steps - 1:
             raise ModelError(
-                f"{type(module).__name__} keeps its streaming state inside and was asked to go on from an earlier one. "
-                "It can read one sequence at a time. Give it get_streaming_state and set_streaming_state to fork or resume."
+                f"{type(module).__name__} keeps its state inside, so it can read one sequence at a time, and was asked to go "
+                "on from an earlier state. Give it get_streaming_state and set_streaming_state to fork or resume."
             )
         return _logits(module.step(input_ids)), InternalState(steps)
 
@@ -180,13 +184,7 @@ def _portable_streaming(module: Any) -> StepFn:
     return step_fn
 
 
-STEP_FNS: dict[str, Callable[[Any], StepFn]] = {
-    "stateless": stateless,
-    "functional": functional,
-    "step": step,
-    "get_set_state": get_set_state,
-    "streaming": streaming,
-}
+STEP_FNS = {make.__name__: make for make in (stateless, functional, step, get_set_state, streaming)}
 
 
 def _logits(output: Any) -> Tensor:
@@ -196,14 +194,8 @@ def _logits(output: Any) -> Tensor:
     return logits
 
 
-def _takes_state(source: Any) -> bool:
-    parameters = inspect.signature(source.forward if isinstance(source, nn.Module) else source).parameters.values()
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return len(positional) > 1 and positional[1].name not in NOT_A_STATE
-
-
 def _first_output(spec: str, form: str, source: Any, call: Callable[[Tensor], Any]) -> Any:
-    """What `call` returns for one token (id 0) of shape [1, 1], or [1, k, 1] for a model that reads frames."""
+    """Call `call` with one token (id 0) of shape [1, 1], or [1, k, 1] for a model that reads frames."""
     module, codebooks = source if isinstance(source, nn.Module) else None, codebooks_of(source)
     shape = (1, 1) if codebooks is None else (1, len(codebooks.sizes), 1)
     first_token = torch.zeros(shape, dtype=torch.long, device=next((tensor.device for tensor in weights(module)), None))
@@ -212,14 +204,9 @@ def _first_output(spec: str, form: str, source: Any, call: Callable[[Tensor], An
             return call(first_token)
     except Exception as error:
         raise ModelError(
-            f"{spec}, driven as {form!r}, raised {type(error).__name__} for one token (id 0, shape {list(shape)}): {error}. "
+            f"{spec}, stepped as {form!r}, raised {type(error).__name__} for one token (id 0, shape {list(shape)}): {error}. "
             f"Forms are {', '.join(STEP_FNS)}.{devices_note(module)}"
         ) from error
-
-
-def _returns_state(source: Any) -> bool:
-    output = _first_output(type(source).__name__, "functional", source, lambda first_token: source(first_token, None))
-    return isinstance(output, tuple) and len(output) == 2 and output[1] is not None
 
 
 def _snapshot(module: nn.Module | None) -> dict[str, Any]:

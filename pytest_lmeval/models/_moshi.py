@@ -1,12 +1,10 @@
 """Step the language models of the package `moshi` (kyutai), which read frames of text and audio codes.
 
-`LMModel.forward` reads whole sequences only: it prepends an initial frame and delays the codes in each call. `LMGen.step`
-samples and returns no logits. So a step calls the parts of both: `forward_text`, whose transformer carries a state, with the
-delayed frame before, and `forward_depformer_training`, which starts fresh in each frame, with the delayed frame itself.
+`LMModel.forward` prepends an initial frame and delays the codes in each call, and `LMGen.step` returns no logits. So a step
+calls the parts of both: `forward_text`, whose transformer carries a state, with the delayed frame before, and
+`forward_depformer_training`, which starts fresh in each frame, with the delayed frame itself.
 
-The package needs its own command, since it pins an older torch:
-
-    pip install 'pytest-lmeval[moshi]' && pip install --no-deps moshi
+The package pins an older torch: pip install 'pytest-lmeval[moshi]' && pip install --no-deps moshi
 """
 
 from __future__ import annotations
@@ -29,12 +27,8 @@ ATTRIBUTES = ("forward_text", "forward_depformer_training", "n_q", "dep_q", "del
 
 @dataclass
 class StreamState:
-    """recent  the last frames, undelayed [b, k, longest delay + 1]
-    parts   the streaming state of each submodule, by name
-    """
-
-    recent: Tensor
-    parts: dict[str, Any]
+    recent: Tensor  # [b, k, longest delay + 1] the last frames, undelayed
+    parts: dict[str, Any]  # the streaming state of each submodule, by name
 
 
 def is_moshi(source: Any) -> bool:
@@ -49,9 +43,9 @@ def adapt(module: Any, *, spec: str) -> Model:
     """
     if not module.dep_q or module.context is None or module.fuser is not None:
         raise SpecError(
-            f"{spec} cannot be streamed: it has {module.dep_q} codebooks of its own, a context of {module.context} frames, and "
-            f"{'a' if module.fuser is not None else 'no'} condition fuser. It needs at least one codebook to score, a limited "
-            "context, and no conditions."
+            f"{spec} cannot be streamed: it has {module.dep_q} codebooks of its own (at least one is scored), a context of "
+            f"{module.context} frames (it must be limited), and {'a' if module.fuser is not None else 'no'} condition fuser "
+            "(conditions are not supported)."
         )
     scored = tuple(range(module.audio_offset, module.audio_offset + module.dep_q))
     return Model(
@@ -80,11 +74,16 @@ def step_fn_of(module: Any) -> StepFn:
 
     def step_fn(codes: Tensor, state: State | None, keep: int | None) -> tuple[Tensor, State]:
         t = codes.shape[2]
-        before, parts = (state.recent, state.parts) if state is not None else beginning(module, codes.shape[0])
+        if state is None:
+            with module.streaming(codes.shape[0]):
+                parts = module.get_streaming_state()
+            before = module._get_initial_token().expand(codes.shape[0], -1, 1 + longest)
+        else:
+            before, parts = state.recent, state.parts
         frames = torch.cat([before, codes], dim=2)
         first = [longest - delay for delay in module.delays]
         delayed = torch.stack([frames[:, k, begin : begin + t + 1] for k, begin in enumerate(first)], dim=1)
-        with streaming(module, parts), widened(parts, t if state is None else 0), uncompiled(module):
+        with streaming(module, parts, t if state is None else 0), uncompiled(module):
             hidden, _ = module.forward_text(delayed[:, :, :-1])
             logits = module.forward_depformer_training(delayed[:, :, 1:], hidden)
         return logits, StreamState(frames[:, :, -1 - longest :].clone(), parts)
@@ -92,36 +91,23 @@ def step_fn_of(module: Any) -> StepFn:
     return step_fn
 
 
-def beginning(module: Any, rows: int) -> tuple[Tensor, dict[str, Any]]:
-    """Initial codes, and the streaming states before the first frame, which `module.streaming` makes."""
-    with module.streaming(rows):
-        parts = module.get_streaming_state()
-    return module._get_initial_token().expand(rows, -1, 1 + max(module.delays)), parts
-
-
 @contextmanager
-def streaming(module: Any, parts: dict[str, Any]) -> Iterator[None]:
-    """Continue from these states, which are overwritten, and remove them from the module afterwards."""
-    module.set_streaming_state(parts)
-    try:
-        yield
-    finally:
-        module.set_streaming_state(dict.fromkeys(parts))
+def streaming(module: Any, parts: dict[str, Any], frames: int) -> Iterator[None]:
+    """Continue from these states, which are overwritten, and remove them from the module afterwards.
 
-
-@contextmanager
-def widened(parts: dict[str, Any], frames: int) -> Iterator[None]:
-    """Enlarge the empty ring buffers of a new sequence to the length of its first chunk.
-
-    A chunk is written into a ring buffer before it is read, so a longer one would overwrite itself. Afterwards each ring buffer
-    holds what single steps would have left in it.
+    Ring buffers are enlarged to the length of a first chunk (`frames`), which is written before it is read and would overwrite
+    itself; afterwards each holds what single steps would have left in it.
     """
     caches = [cache for part in parts.values() if (cache := getattr(part, "kv_cache", None)) and cache.capacity < frames]
     capacities = [cache.capacity for cache in caches]
     for cache in caches:
         cache.cache = cache.cache.new_zeros(*cache.cache.shape[:3], frames, cache.cache.shape[4])
         cache.capacity = frames
-    yield
+    module.set_streaming_state(parts)
+    try:
+        yield
+    finally:
+        module.set_streaming_state(dict.fromkeys(parts))
     for cache, capacity in zip(caches, capacities, strict=True):
         cache.cache = cache.cache[:, :, :, -capacity:].roll(frames % capacity, dims=3)
         cache.capacity = capacity

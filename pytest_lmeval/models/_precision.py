@@ -1,25 +1,17 @@
 """Convert a torch module to a precision (@fp32 @bf16 @fp16 @int8 @int4) and verify that it computes in it.
 
-fp32, bf16 and fp16 change the type of all parameters and buffers. int8 and int4 are weight-only quantization by torchao: the
-weights of `nn.Linear` become integers with a scale for each row (int8) or for each 32 numbers of a row (int4); activations and
-all else stay as they are. An int4 value takes a byte and is multiplied as a float: this measures what the rounding costs in
-quality, and saves less memory than packed files and no time; the record has the stored bits (`_identity.precision`). The
-rounded weights are those of the model: laws are tested against their float64 values (`laws._weights.copy_of`).
+int8 and int4 are weight-only quantization by torchao: the weights of `nn.Linear` become integers with a scale for each row
+(int8) or for each 32 numbers of a row (int4). An int4 value takes a byte and is multiplied as a float: this measures what the
+rounding costs in quality, and saves no time. Laws are tested against the rounded weights (`laws._weights.copy_of`).
 
-A precision is refused unless
-
-* nine tenths of the weights in matrix products (`_model.multiplied`) are in it. Embeddings, and heads tied to them, keep their
-  precision. In the zoo, int8 covers 97 to 100 %, but 29 % of moshi (one tensor for all codebooks) and none of lstm; int4
-  covers 95 % of mamba, and 78 % of transformer and windowed (rows of 10 or 344 numbers are no multiple of 32);
-* for fp32, bf16 and fp16, half of the multiply-adds are done in it (75 to 100 % in the zoo; the rest are recurrences and
-  attention over a state kept in float32). A module that converts its weights back before it multiplies is refused;
-* the logits of one token are finite.
+A precision is refused unless nine tenths of the weights in matrix products (`_model.multiplied`) are in it, half of the
+multiply-adds are done in it (fp32, bf16 and fp16), and the logits of one token are finite. In the zoo, int8 covers 97 to 100 %,
+but 29 % of moshi (one tensor for all codebooks) and none of lstm; int4 covers 95 % of mamba and 78 % of transformer.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -43,10 +35,7 @@ NAMED = 3  # tensors that an error message names
 
 
 def convert(module: nn.Module, wanted: str, spec: str) -> int:
-    """Convert the module in place. Returns the bytes that its tensors took before.
-
-    Raises SpecError if too few of its weights can be converted, or torchao is missing.
-    """
+    """Convert the module in place, and return its bytes before. Raises SpecError if too few weights can be converted."""
     before = sum(map(nbytes, weights(module)))
     if wanted in DTYPES and not any(map(is_packed, module.parameters())):
         module.to(DTYPES[wanted])
@@ -69,28 +58,26 @@ def refuse_kept(module: nn.Module, wanted: str, spec: str) -> None:
     fraction = 1 - sum(tensor.numel() for _, tensor in left) / total if total else 0
     raise SpecError(
         f"{spec} cannot be had: {fraction:.1%} of the {total:,} weights that the model multiplies by can be {wanted}, and "
-        f"{NEARLY_ALL:.0%} must be. Not so: {'; '.join(listed + more) or 'it has no such weights'}. Measurements would not be "
-        f"about {wanted}. Choose another precision, or none."
+        f"{NEARLY_ALL:.0%} must be. Not so: {'; '.join(listed + more) or 'it has no such weights'}. Choose another precision."
     )
 
 
 def proven(lm: Model, wanted: str, *, bytes_before: int | None) -> Model:
-    """The model, after one token was read in the precision. Raises SpecError if that was not so."""
+    """The model with `bytes_before`. Raises SpecError unless it reads one token in the precision."""
     counter = _FlopCounter()
     logits = _first_logits(lm, wanted, counter)
     if not logits.isfinite().all():
         wrong = int((~logits.isfinite()).sum())
         raise SpecError(
             f"{lm.spec}: with its weights in {wanted}, {wrong} of {logits.numel()} logits of one token are no finite numbers. "
-            "Nothing can be measured with it. Use a precision of a larger range, @bf16 or @fp32."
+            "Use a precision of a larger range, @bf16 or @fp32."
         )
     total, own = sum(counter.flops.values()), counter.flops[wanted]
     if wanted in DTYPES and own < COMPUTED * total:
         others = ", ".join(f"{count / total:.0%} in {name}" for name, count in counter.flops.items() if name != wanted)
         raise SpecError(
-            f"{lm.spec}: its weights are in {wanted}, but {own / total:.0%} of its multiply-adds are done in it ({others}). "
-            "The module converts them, so its speed and errors are not those of this precision. Change the module, or leave "
-            "the suffix out."
+            f"{lm.spec}: its weights are in {wanted}, but {own / total:.0%} of its multiply-adds are done in it ({others}), so "
+            "its speed and errors are not those of this precision. Change the module, or leave the suffix out."
         )
     return replace(lm, bytes_before=bytes_before)
 
@@ -112,16 +99,21 @@ def _first_logits(lm: Model, wanted: str, counter: _FlopCounter) -> Tensor:
 
 def _pack(module: nn.Module, wanted: str, spec: str) -> None:
     """Quantize the weight of each `nn.Linear` that is not tied to an embedding; shared weights stay shared."""
-    quantize_, config = _torchao(wanted, spec)
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
+    except ImportError as error:
+        raise SpecError(f"{spec} needs torchao ({error}): pip install 'pytest-lmeval[precision]'") from error
+    config: Any = Int8WeightOnlyConfig()
+    if wanted == "int4":
+        config = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP))  # type: ignore[attr-defined]
     tables = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding | nn.EmbeddingBag)}
     done: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # keeps the old weights alive, so that no id is reused
     for name, part in module.named_modules():
         if not _is_linear(part) or id(weight := part._parameters["weight"]) in tables or is_packed(weight):
             continue
-        if _no_group(weight, wanted):
-            continue
         if id(weight) in done:
             part.weight = done[id(weight)][1]
+        if id(weight) in done or (wanted == "int4" and weight.shape[-1] % GROUP):
             continue
         try:
             quantize_(part, config)
@@ -133,32 +125,17 @@ def _pack(module: nn.Module, wanted: str, spec: str) -> None:
         done[id(weight)] = weight, part.weight
 
 
-def _torchao(wanted: str, spec: str) -> tuple[Callable[..., Any], Any]:
-    """torchao's function for quantization and its configuration."""
-    try:
-        from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
-    except ImportError as error:
-        raise SpecError(f"{spec} needs torchao ({error}): pip install 'pytest-lmeval[precision]'") from error
-    if wanted == "int8":
-        return quantize_, Int8WeightOnlyConfig()
-    return quantize_, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP))  # type: ignore[attr-defined]
-
-
 def _is_linear(part: nn.Module) -> bool:
     """Whether its weight is a parameter that only its own forward uses."""
     borrowed = nn.modules.linear.NonDynamicallyQuantizableLinear  # torch's attention uses the weight directly
     return isinstance(part, nn.Linear) and not isinstance(part, borrowed) and part._parameters.get("weight") is not None
 
 
-def _no_group(weight: Tensor, wanted: str) -> bool:
-    return wanted == "int4" and weight.shape[-1] % GROUP != 0
-
-
 def _why(module: nn.Module, name: str, tensor: Tensor, wanted: str) -> str:
     owner = module.get_submodule(name.rpartition(".")[0])
     if wanted in DTYPES or is_packed(tensor):
         return f"is {precision_of(tensor)}"
-    if _is_linear(owner) and _no_group(tensor, wanted):
+    if _is_linear(owner) and wanted == "int4" and tensor.shape[-1] % GROUP:
         return f"has rows that are no multiple of {GROUP}"
     return f"of {type(owner).__name__} is no weight of an nn.Linear"
 

@@ -1,7 +1,6 @@
 """Seed the random numbers that a model draws, on one device.
 
-`torch.manual_seed` seeds every kind of device and, for one that is missing, records the whole stack of the caller: more than
-thirty times slower, which counts in the thousands of cases of a probe.
+`torch.manual_seed` seeds every kind of device, and is more than thirty times slower if one is missing.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import torch
 
 
 def reseed(device: torch.device, seed: int) -> None:
-    """Seed the generators of the CPU and of this device. Others, which may hold parts of the model, are left as they are."""
+    """Seed the generators of the CPU and of this device."""
     torch.default_generator.manual_seed(seed)
     generator_of(device).manual_seed(seed)
 

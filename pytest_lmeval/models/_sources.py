@@ -3,13 +3,11 @@
     demo                       the shipped byte-level model
     zoo:NAME                   a reference model of this package
     hf:ID_OR_FOLDER            a transformers causal LM
-    package.module:callable    whatever the callable returns: a torch module, or an object with `step`
-
-A suffix sets the precision: @fp32 @bf16 @fp16, and with torchao @int8 @int4 for the weights (see `_precision.py`).
+    package.module:callable    whatever the callable returns
 
 All but the last are functions in the registry (group `models`), called with the text behind the colon, if there is one, and
-with those of the keywords `spec`, `dtype` (the precision to load the weights in, if the spec has one) and `trust_remote_code`
-that they have parameters for. They return a torch module, an object with `step`, a `Model`, or `Loaded`.
+with those of the keywords `spec`, `dtype` (the precision of the spec) and `trust_remote_code` that they have parameters for.
+They return a torch module, an object with `step`, a `Model`, or `Loaded`. A suffix @PRECISION sets that of the weights.
 """
 
 from __future__ import annotations
@@ -19,7 +17,6 @@ import importlib
 import inspect
 import sys
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,13 +33,12 @@ __all__ = ["FORMS", "Loaded", "as_model", "load", "resolve_device"]
 
 FORMS = ("transformers", "moshi", "streaming", "step", "get_set_state", "functional", "stateless")
 
-_converted: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
-"""Modules that `load` has returned -> the precision that it converted them to."""
+_converted: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()  # modules of `load` -> precision
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a model source may return instead of a model, to add facts.
+    """Returned by a model source instead of a model, to add facts.
 
     module        a torch module, or an object with `step`
     tokenizer     see `as_model`
@@ -69,13 +65,12 @@ def load(spec: str, *, device: str | torch.device = "cpu", bits: int | None = No
     device = resolve_device(device) if isinstance(device, str) else device
     shown = f"{name}@{wanted}" if wanted else name
     dtype = precision.DTYPES.get(wanted)
-    source, arguments, options = _source(name, spec=shown, dtype=dtype, trust_remote_code=trust_remote_code)
-    found = _called(source, arguments, options, shown)
+    found, has_dtype = _from_source(name, spec=shown, dtype=dtype, trust_remote_code=trust_remote_code)
     loaded = found if isinstance(found, Loaded) else Loaded(found)
     module, before = loaded.module, loaded.bytes_before
     if isinstance(module, nn.Module):
         module = _own(module, wanted, shown).to(device)
-        if dtype is not None and "dtype" in options:
+        if has_dtype:
             precision.refuse_kept(module, wanted, shown)  # loaded so, except what the source keeps in float32
         elif wanted:
             before = precision.convert(module, wanted, shown)
@@ -153,24 +148,23 @@ def _own(module: nn.Module, wanted: str, spec: str) -> nn.Module:
     return module
 
 
-def _source(name: str, **options: Any) -> tuple[Callable[..., Any], tuple[str, ...], dict[str, Any]]:
-    """The function that makes the model, its arguments and its keyword arguments."""
+def _from_source(name: str, *, spec: str, dtype: torch.dtype | None, trust_remote_code: bool) -> tuple[Any, bool]:
+    """Call the registered or imported model source; return what it returns, and whether it loaded in `dtype`."""
     if found := registry.resolve("models", name):
         source, rest = found
-        given = {option: value for option, value in options.items() if value is not None}
-        return source, () if rest is None else (rest,), registry.accepted(source, **given)
-    return _imported(name), (), {}
-
-
-def _called(source: Callable[..., Any], arguments: tuple[str, ...], options: dict[str, Any], spec: str) -> Any:
+        given = {"spec": spec, "trust_remote_code": trust_remote_code, **({} if dtype is None else {"dtype": dtype})}
+        options = registry.accepted(source, **given)
+    else:
+        source, rest, options = _imported(name), None, {}
+    arguments = () if rest is None else (rest,)
     try:
         inspect.signature(source).bind(*arguments, **options)
     except TypeError as error:
-        given = f"the text {arguments[0]!r} behind the colon" if arguments else "nothing behind a colon"
-        raise SpecError(f"{spec}: its model source cannot be called with {given}: {error}.") from error
+        behind = "nothing behind a colon" if rest is None else f"the text {rest!r} behind the colon"
+        raise SpecError(f"{spec}: its model source cannot be called with {behind}: {error}.") from error
     except ValueError:  # some functions written in C have no signature
         pass
-    return source(*arguments, **options)
+    return source(*arguments, **options), "dtype" in options
 
 
 def _imported(name: str) -> Any:

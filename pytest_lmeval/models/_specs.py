@@ -28,9 +28,8 @@ def split(spec: str, bits: int | None) -> tuple[str, str]:
     >>> split("demo@int8", None), split("demo", 4), split("demo@fp32", 4), split("hf:./a@b/c", None)
     (('demo', 'int8'), ('demo', 'int4'), ('demo', 'fp32'), ('hf:./a@b/c', ''))
 
-    An existing file or folder wins: if `./model@int8` exists, `hf:./model@int8` has no suffix.
-
-    Raises SpecError for an unknown precision.
+    An existing file or folder wins: if `./model@int8` exists, `hf:./model@int8` has no suffix. Raises SpecError for an unknown
+    precision.
     """
     if not isinstance(spec, str):
         raise SpecError(f"a spec is a text such as demo, zoo:mamba or hf:FOLDER; got {spec!r}.")
@@ -40,16 +39,13 @@ def split(spec: str, bits: int | None) -> tuple[str, str]:
     if not at or "/" in wanted or ":" in wanted or _exists(spec.partition(":")[2]):
         return spec, BITS[bits] if bits else ""
     if wanted not in (known := (*FLOATS, *PACKED)):
-        raise SpecError(
-            f"{spec}: unknown precision @{wanted}; known are {', '.join('@' + one for one in known)}.{nearest(wanted, known)}"
-        )
+        raise SpecError(f"{spec}: unknown precision @{wanted}; known are @{', @'.join(known)}.{nearest(wanted, known)}")
     return name, wanted
 
 
 def check(spec: str, folders: Iterable[Path] = ()) -> None:
-    """Raise SpecError for a spec that names nothing, and for a missing folder. Does not import or load anything.
-
-    `load` may still fail: names of the hub are not looked up, and modules are not imported.
+    """Raise SpecError for a spec that names nothing, and for a missing folder. Names of the hub are not looked up, and modules
+    are not imported.
 
     folders  whose modules, at any depth, may be on `sys.path` when the spec is loaded
     """
@@ -59,10 +55,9 @@ def check(spec: str, folders: Iterable[Path] = ()) -> None:
     if head == "hf":
         check_path(name, rest)
     elif name not in known and head not in known:
-        module = head.partition(".")[0]
         if not is_module_path(name):
             raise unknown(name)
-        if not _is_importable(module, folders):
+        if not _is_importable(module := head.partition(".")[0], folders):
             raise unknown(name, f", and there is no module {module!r}")
 
 
@@ -94,7 +89,7 @@ def check_path(spec: str, path: str) -> None:
 
 
 def nearest_folder(path: str) -> str:
-    """The question "Did you mean hf:FOLDER?" with the most similar name beside `path`; empty if there is none."""
+    """A question with the most similar name beside `path`; empty if there is none."""
     folder = Path(path).expanduser()
     try:
         found = difflib.get_close_matches(folder.name, os.listdir(folder.parent), n=1) if "/" in path else []

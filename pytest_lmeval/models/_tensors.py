@@ -20,11 +20,7 @@ def is_packed(tensor: Tensor) -> bool:
 
 
 def parts(tensor: Tensor, name: str = "") -> dict[str, Tensor]:
-    """The plain tensors that it is made of, by name; for a plain one, itself.
-
-    >>> list(parts(torch.zeros(2), "bias"))
-    ['bias']
-    """
+    """The plain tensors that it is made of, by name; for a plain one, itself."""
     if not is_packed(tensor):
         return {name: tensor}
     inner: list[str] = tensor.__tensor_flatten__()[0]  # type: ignore[attr-defined]
@@ -32,38 +28,27 @@ def parts(tensor: Tensor, name: str = "") -> dict[str, Tensor]:
 
 
 def nbytes(tensor: Tensor) -> int:
-    """Bytes in memory, scales and zero points included.
-
-    >>> nbytes(torch.zeros(2, 3))
-    24
-    """
+    """Bytes in memory, scales and zero points included."""
     return sum(part.numel() * part.element_size() for part in parts(tensor).values())
 
 
 def value_bits(tensor: Tensor) -> float | None:
-    """Bits per value, without scales. For a packed tensor, the bits that its integers take, or fewer if it declares a narrower
-    type and all of them fit. None for plain integers, whose meaning is unknown.
-
-    >>> value_bits(torch.zeros(2, dtype=torch.bfloat16))
-    16.0
-    """
+    """Bits per value, without scales; of a packed tensor those that its integers take, or fewer if it declares a narrower type
+    and all of them fit. None for plain integers, whose meaning is unknown."""
     values = _values(tensor)
     if not is_packed(tensor):
         return 8.0 * values.element_size() if values.is_floating_point() else None
     stored = 8 * values.numel() * values.element_size() / max(1, tensor.numel())
-    named = _named_bits(tensor)
-    if named is None or named >= stored or values.is_floating_point() or values.numel() != tensor.numel():
+    declared = re.fullmatch(r"torch\.int(\d+)", str(_context(tensor).get("target_dtype")))  # by torchao, two to eight bits
+    named = int(declared[1]) if declared else 64
+    if named >= stored or values.is_floating_point() or values.numel() != tensor.numel():
         return stored
     low, high = (int(bound) for bound in torch.aminmax(values))
     return float(named) if -(1 << named - 1) <= low and high < 1 << named - 1 else stored
 
 
 def precision_of(tensor: Tensor) -> str:
-    """The precision of its values: fp32, bf16, fp16, int8, int4; `packed` if it is unknown.
-
-    >>> precision_of(torch.zeros(2)), precision_of(torch.zeros(2, dtype=torch.int32))
-    ('fp32', 'packed')
-    """
+    """The precision of its values: fp32, bf16, fp16, int8, int4; `packed` if it is unknown."""
     bits, values = value_bits(tensor), _values(tensor)
     if bits is None:
         return "packed"
@@ -72,9 +57,7 @@ def precision_of(tensor: Tensor) -> str:
 
 def rounds_activations(tensor: Tensor) -> bool:
     """Whether activations that are multiplied by it are rounded too (usually to eight bits), as its context says."""
-    context: Any = tensor.__tensor_flatten__()[1] if is_packed(tensor) else None  # type: ignore[attr-defined]
-    names = ("act", "input_quant")
-    return isinstance(context, dict) and any(v is not None for key, v in context.items() if key.startswith(names))
+    return any(value is not None for key, value in _context(tensor).items() if key.startswith(("act", "input_quant")))
 
 
 def unpack(module: nn.Module, dtype: torch.dtype) -> None:
@@ -93,9 +76,7 @@ def _values(tensor: Tensor) -> Tensor:
     return max(parts(tensor).values(), key=lambda part: part.numel() * part.element_size())
 
 
-def _named_bits(tensor: Tensor) -> int | None:
-    """The bits of the integer type that it declares, as torchao's class for two to eight bits does."""
-    context: Any = tensor.__tensor_flatten__()[1]  # type: ignore[attr-defined]
-    named = context.get("target_dtype") if isinstance(context, dict) else None
-    found = re.fullmatch(r"torch\.int(\d+)", str(named))
-    return int(found[1]) if found else None
+def _context(tensor: Tensor) -> dict[str, Any]:
+    """The declarations of a packed tensor."""
+    context: Any = tensor.__tensor_flatten__()[1] if is_packed(tensor) else None  # type: ignore[attr-defined]
+    return context if isinstance(context, dict) else {}

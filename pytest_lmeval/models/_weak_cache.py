@@ -10,15 +10,7 @@ T = TypeVar("T")
 
 
 class WeakCache(Generic[T]):
-    """One value for each object, found by identity (`is`), not by equality.
-
-    An entry is removed with its object. An object that cannot be weakly referenced is kept alive by its entry.
-
-    >>> cache = WeakCache[int]()
-    >>> owner = WeakCache[int]()
-    >>> cache.value(owner, lambda: 1), cache.value(owner, lambda: 2), cache.value(owner, lambda: 3, stamp="changed")
-    (1, 1, 3)
-    """
+    """One value for each object, found by identity. An object that cannot be weakly referenced is kept alive by its entry."""
 
     def __init__(self) -> None:
         self._entries: dict[int, tuple[Callable[[], object], Hashable, T]] = {}
@@ -34,12 +26,7 @@ class WeakCache(Generic[T]):
         """The value cached for `owner` if it was stored with this stamp; otherwise call `find` and store what it returns."""
         if owner in self and self._entries[id(owner)][1] == stamp:
             return self._entries[id(owner)][2]
-        found = find()
-        self._entries[id(owner)] = (self._reference(owner), stamp, found)
-        return found
-
-    def _reference(self, owner: object) -> Callable[[], object]:
-        key = id(owner)
+        key, found = id(owner), find()
 
         def forget(gone: weakref.ref[object]) -> None:
             entry = self._entries.get(key)
@@ -47,6 +34,7 @@ class WeakCache(Generic[T]):
                 del self._entries[key]
 
         try:
-            return weakref.ref(owner, forget)
+            self._entries[key] = (weakref.ref(owner, forget), stamp, found)
         except TypeError:
-            return lambda: owner
+            self._entries[key] = (lambda: owner, stamp, found)
+        return found

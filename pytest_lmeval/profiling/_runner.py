@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from pytest_lmeval.engine import Engine
-from pytest_lmeval.errors import NotMeasuredError, ProfilingError
+from pytest_lmeval.errors import ProfilingError
 from pytest_lmeval.models._identity import facts
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.models._weak_cache import WeakCache
@@ -55,19 +55,6 @@ class Runner:
     peaks: Callable[[torch.device, torch.dtype], Peaks] = measured_peaks
 
 
-class MetricValue:
-    """An attribute of a result that reads the metric `name`, by default the one of its own name; raises as `measured`."""
-
-    def __init__(self, name: str = "") -> None:
-        self._name = name
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = self._name or name
-
-    def __get__(self, result: Result | None, owner: type) -> Value:
-        return self if result is None else measured(result.record, self._name)  # type: ignore[return-value]
-
-
 @dataclass(frozen=True, repr=False)
 class Timed(Result):
     """The result of a verb that takes times. Where nothing was timed, `not_measured` says why and the numbers are absent.
@@ -80,16 +67,6 @@ class Timed(Result):
     @property
     def not_measured(self) -> str | None:
         return self.record.not_measured
-
-
-def measured(record: Record, name: str) -> Value:
-    """The metric of that name. Raises NotMeasuredError if it was not timed, ProfilingError if the model failed, KeyError if
-    there is no such metric."""
-    if failure := record.details.get("failure"):
-        raise ProfilingError(f"{record.lm.spec} failed at {record.subject}, so there is no {name}: {failure}")
-    if reason := record.not_measured or record.details.get("too_short", {}).get(name.partition("_")[0]):
-        raise NotMeasuredError(f"{name} was not measured: {reason}")
-    return record.metrics[name]
 
 
 @contextmanager

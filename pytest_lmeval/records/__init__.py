@@ -1,6 +1,6 @@
-"""What a run leaves behind: metrics and their values, typed records and examples, the journal, the history. No torch.
+"""Types of stored results: metrics, values, records, examples, documents, journal and history. Imports no torch.
 
-Public are `load(path)` and `dump(document)` of a `metrics.json`, its type `RunDocument`, and `json_schema()`, made from it.
+Public: `load(path)` and `dump(document)` of a `metrics.json`, its type `RunDocument`, and its `json_schema()`.
 """
 
 import lazy_loader

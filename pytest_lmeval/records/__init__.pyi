@@ -1,4 +1,4 @@
-"""What is public of the records, and where it lies."""
+"""Public names of the package and the modules that define them."""
 
 from ._certificate import Certificate as Certificate, Counterexample as Counterexample, LawResult as LawResult
 from ._document import RunDocument as RunDocument, dump as dump, load as load

@@ -1,30 +1,30 @@
-"""What the probe of a model's laws found: law by law, and the verdict that follows."""
+"""Certificates: the result of each law on a model, and the verdict that follows."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 from msgspec.structs import force_setattr
 
-from pytest_lmeval.records._schema import Kept
+from pytest_lmeval.records._schema import StoredStruct
 
 OUT_OF_TIME = "not tried: the budget was used up"
 EXACT, STEP_ONLY, INEXACT = "exact-any-chunk", "exact-step-only", "inexact"
-MULTIPLE = "exact-multiple-of-"  # and the number
+MULTIPLE = "exact-multiple-of-"  # followed by the number
 NON_CAUSAL, LENGTH_DEPENDENT = "non-causal", "length-dependent"
 STATELESS, CONSISTENT = "stateless", "consistent"
 RANKS = (EXACT, CONSISTENT, MULTIPLE, STEP_ONLY, STATELESS, LENGTH_DEPENDENT, INEXACT, NON_CAUSAL)
-"""Verdicts on a model's laws, the best first."""
+"""Verdicts, best first."""
 
 
-class Counterexample(Kept, frozen=True):
+class Counterexample(StoredStruct, frozen=True):
     """The smallest case found that breaks a law.
 
     case      what differs from the simplest case (`laws.Case`)
-    error     the largest error, in nats (logits, for a law that is bit-equal); None where it is no number
-    message   what happened, where, and what is likely the matter
-    replay    a line of Python that tries it again
+    error     largest error, in nats (logits for a bit-equal law); None if not finite
+    message   what happened, where, and the likely cause
+    replay    a line of Python that tries the case again
     """
 
     case: dict[str, Any]
@@ -33,17 +33,17 @@ class Counterexample(Kept, frozen=True):
     replay: str
 
 
-class LawResult(Kept, frozen=True, kw_only=True):
-    """One law on one model.
+class LawResult(StoredStruct, frozen=True, kw_only=True):
+    """The result of one law on one model.
 
-    kept             whether no case broke it
-    cases            how many cases it was tried on, of how many that were planned: the rest did not fit the budget
-    longest          tokens of the longest of them
-    worst_ratio      error of the chunked run over the error of the full run, both against the reference (about 1 where
-                     all is well, allowed 8); None for laws that are bit-equal
-    worst_at         where that was: the token, and in what
-    counterexamples  the smallest case that breaks it grossly, and the smallest that breaks it least; none where it is kept
-    unavailable      why the law could not be tried at all: a model of single rows, or whose state cannot be forked
+    kept             no case broke it
+    cases, planned   number of cases tried, and of those planned: the rest did not fit the budget
+    longest          tokens of the longest case
+    worst_ratio      error of the chunked run over the error of the full run, both against the reference (about 1 if all is
+                     well, at most 8 is allowed); None for bit-equal laws
+    worst_at         token and output of the worst ratio
+    counterexamples  the smallest case with a gross error and the smallest with the least error; empty if the law is kept
+    unavailable      why the law could not be tried, such as a model that reads single rows or whose state cannot be forked
     """
 
     cases: int
@@ -56,32 +56,49 @@ class LawResult(Kept, frozen=True, kw_only=True):
     unavailable: str | None = None
 
     def __post_init__(self) -> None:
-        found = not self.counterexamples
+        kept = not self.counterexamples
         if self.kept is None:
-            force_setattr(self, "kept", found)
-        elif self.kept is not found:
-            raise ValueError(f"kept is {self.kept}, and there are {len(self.counterexamples)} counterexamples")
+            force_setattr(self, "kept", kept)
+        elif self.kept is not kept:
+            raise ValueError(f"kept is {self.kept} with {len(self.counterexamples)} counterexamples")
+
+    @property
+    def status(self) -> Literal["kept", "broken", "not tried"]:
+        return "not tried" if self.unavailable else "kept" if self.kept else "broken"
 
     @property
     def counterexample(self) -> str | None:
-        """The first counterexample in words."""
+        """Message of the first counterexample."""
         return self.counterexamples[0].message if self.counterexamples else None
 
 
-class Certificate(Kept, frozen=True, kw_only=True):
-    """The verdict on a model and what it rests on.
+class State(StoredStruct, frozen=True):
+    """Size and precisions of a model's state.
 
-    dtype          the precision that was tried
-    reference      what the errors were measured against
+    bytes            after the longest sequence, of `tokens` tokens
+    bytes_per_token  growth for each further token
+    """
+
+    bytes: int
+    tokens: int
+    bytes_per_token: float
+    dtypes: tuple[str, ...]
+
+
+class Certificate(StoredStruct, frozen=True, kw_only=True):
+    """The verdict on a model and its evidence.
+
+    dtype          precision that was tested
+    reference      what errors were measured against
     longest        tokens of the longest sequence
-    not_reached    boundaries of the model (windows, blocks) that no sequence came past
-    limit          what the model does at lengths that it cannot read, if there are such
-    limit_tokens   the most tokens that it reads in one piece, where it did not declare that itself
-    limit_is_step  whether more can be read in several pieces
-    state          bytes of the state after the longest sequence, how many more a token, and its precisions
-    flips          tokens of mixtures of experts that were not compared, since two experts were as good as each other
-    float32        for 16-bit models: the verdict on a copy in float32, where a fault shows that 16 bits hide
-    chunking_used  how it was streamed; filled in by whoever does
+    not_reached    boundaries of the model (windows, blocks) that no sequence passed
+    limit          what the model does at lengths that it cannot read, if there are any
+    limit_tokens   most tokens that it reads in one step, unless it declares that itself
+    limit_is_step  several steps can read more
+    state          size and precisions of the state
+    routing_ties   tokens of mixtures of experts that were not compared because two experts were tied
+    float32        of a 16-bit model, the verdict on its float32 copy, which shows faults that 16 bits hide
+    chunking_used  how a record's model was streamed
     """
 
     verdict: str
@@ -94,7 +111,7 @@ class Certificate(Kept, frozen=True, kw_only=True):
     limit_tokens: int | None = None
     limit_is_step: bool = False
     state: State | None = None
-    flips: int = 0
+    routing_ties: int = 0
     float32: str | None = None
     chunking_used: str | None = None
 
@@ -113,49 +130,37 @@ class Certificate(Kept, frozen=True, kw_only=True):
 
     @property
     def untried(self) -> list[str]:
-        """The laws for which there was no time."""
+        """Laws that the budget did not reach."""
         return [name for name, law in self.laws.items() if not law.cases and law.unavailable == OUT_OF_TIME]
 
     @property
     def decisive(self) -> list[str]:
-        """The broken laws that the verdict rests on; others may look broken for their reason alone."""
+        """The broken laws that decide the verdict; they may be why others are broken."""
         for first in (("repeat", "isolation"), ("causality",), ("prefix",)):
             if self.broken & set(first):
                 return [law for law in first if law in self.broken]
         return [law for law in self.laws if law in self.broken]
 
     def why_not(self) -> str:
-        """The counterexamples that decided, with a line each that tries it again, and which other laws were broken too."""
+        """The decisive counterexamples, each with its replay line, and the names of the other broken laws."""
         lines = []
         for name in self.decisive:
             for example in self.laws[name].counterexamples:
                 lines += [f"  {name}: {example.message}", f"    {example.replay}"]
         if others := [law for law in self.laws if law in self.broken and law not in self.decisive]:
-            lines.append(f"  broken too, maybe for the same reason: {', '.join(others)}")
+            lines.append(f"  also broken, maybe for the same reason: {', '.join(others)}")
         return "\n".join(lines)
 
 
-class State(Kept, frozen=True):
-    """bytes           of the state after the longest sequence, of `tokens` tokens
-    bytes_per_token   how many more a token
-    dtypes            its precisions
-    """
-
-    bytes: int
-    tokens: int
-    bytes_per_token: float
-    dtypes: tuple[str, ...]
-
-
 def rank(verdict: str) -> int | None:
-    """The place of a verdict among `RANKS`, 0 for the best; None for one that says neither good nor bad.
+    """Index of a verdict in `RANKS`, 0 for the best; None for a verdict that is neither good nor bad.
 
     >>> rank("exact-any-chunk"), rank("exact-multiple-of-4"), rank("unproven")
     (0, 2, None)
     """
-    return next((place for place, name in enumerate(RANKS) if verdict.startswith(name)), None)
+    return next((index for index, name in enumerate(RANKS) if verdict.startswith(name)), None)
 
 
 def finite(value: float | None) -> float | None:
-    """A number that JSON has, or None."""
+    """The number, or None if it is not finite and so has no JSON."""
     return None if value is None or not math.isfinite(value) else value

@@ -1,18 +1,18 @@
-"""How a number of this run compares with the baseline's: what a gate found."""
+"""The comparison of one number with its baseline, as a gate judged it."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
-from pytest_lmeval.records._schema import Kept
+from pytest_lmeval.records._schema import StoredStruct
 
 GateVerdict = Literal["worse", "missing", "unclear", "better", "new", "same", "identical", "not judged"]
-ORDER: tuple[GateVerdict, ...] = ("worse", "missing", "unclear", "better", "new", "same", "identical", "not judged")
-"""From what most readers look for first."""
+ORDER: tuple[GateVerdict, ...] = get_args(GateVerdict)
+"""Verdicts in the order in which tables show them: what needs attention first."""
 
 
-class Flip(Kept, frozen=True, kw_only=True):
-    """An example that counts another number than before."""
+class Flip(StoredStruct, frozen=True, kw_only=True):
+    """An example whose score changed."""
 
     id: str
     before: float
@@ -21,24 +21,24 @@ class Flip(Kept, frozen=True, kw_only=True):
     target: str | None = None
 
 
-class Comparison(Kept, frozen=True, kw_only=True, omit_defaults=True):
-    """One metric (or cost, or the verdict on a model's laws) against the baseline. What does not apply is left out.
+class Comparison(StoredStruct, frozen=True, kw_only=True, omit_defaults=True):
+    """A metric, a cost or the verdict on a model's laws against its baseline. Fields that do not apply are omitted.
 
-    base, new         on the examples that both runs have
-    difference        new - base, with its 95 % interval
-    margin            what may be lost; of a speed as the marker has it
-    margin_given      by the marker of the test
-    p                 probability of so large a difference in its direction, had nothing changed
-    level             what p is compared with, after Holm
-    detectable        the true loss that would have been called worse with a probability of 80 %
-    needed            examples with which, had nothing been lost, that would be shown with a probability of 80 %
-    n, units          examples that were compared, and independent groups of them
-    test              the statistical test
-    only_base, only_new   examples of one run alone
-    lost, won         examples that came out worse than before, and better
-    flipped           the first examples that changed, those that lost most first
+    base, new         values on the examples that both runs have
+    difference        new - base, with its 95 % interval `low` to `high`
+    margin            loss that is allowed; of a speed, as the marker gives it
+    margin_given      the marker of the test sets the margin
+    p                 probability of so large a difference in its direction if nothing changed
+    level             Holm's threshold for p
+    detectable        true loss that would be called worse with a probability of 80 %
+    needed            number of examples that would show, with a probability of 80 %, that nothing was lost
+    n, units          numbers of compared examples and of independent groups of them
+    test              statistical test
+    only_base, only_new   number of examples that one run alone has
+    lost, won         number of examples that got worse, and better
+    flipped           first examples that changed, largest loss first
     differences       settings that differ between the runs
-    failed            the test failed for this
+    failed            the comparison failed the test
     """
 
     verdict: GateVerdict

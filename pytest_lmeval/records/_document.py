@@ -1,6 +1,6 @@
-"""What a run leaves behind: the content of `metrics.json`, schema version 2.
+"""The document of a run: the content of `metrics.json`, schema version 2.
 
-Until 1.0 fields may be added, and are never renamed; a reader keeps those that it does not know (`more`).
+Until 1.0 fields may be added but not renamed; a reader keeps unknown fields in `more`.
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ from msgspec import Struct, field
 from pytest_lmeval.errors import DocumentError
 from pytest_lmeval.records import _schema as schema
 from pytest_lmeval.records._measured import Record
-from pytest_lmeval.records._schema import MORE, Kept
+from pytest_lmeval.records._schema import MORE, StoredStruct
 
 SCHEMA: Literal[2] = 2
 NAME = "metrics.json"
-AGAIN = "Run the tests again: that writes the file anew"
+REMEDY = "Run the tests again to write a new one"
 
 
-class Run(Kept, frozen=True, kw_only=True):
-    """started      ISO 8601, UTC
-    command      as it was typed
-    exit_status  of pytest
+class Run(StoredStruct, frozen=True, kw_only=True):
+    """One run of pytest.
+
+    started  ISO 8601, UTC
+    command  as typed
     """
 
     id: str = ""
@@ -33,11 +34,11 @@ class Run(Kept, frozen=True, kw_only=True):
     exit_status: int | None = None
 
 
-class Environment(Kept, frozen=True, kw_only=True):
-    """Where a run happened: enough to know whether two numbers may be compared.
+class Environment(StoredStruct, frozen=True, kw_only=True):
+    """Machine and software of a run, as far as they decide whether two numbers are comparable.
 
     packages  name -> version
-    dirty     whether tracked files differed from the commit
+    dirty     tracked files differ from the commit
     """
 
     python: str = ""
@@ -53,15 +54,15 @@ class Environment(Kept, frozen=True, kw_only=True):
     seed: int | None = None
 
 
-class Skipped(Kept, frozen=True):
-    """A test that measured nothing, and why."""
+class Skipped(StoredStruct, frozen=True):
+    """A test that was skipped, and the reason."""
 
     test: str
     reason: str
 
 
-class Failure(Kept, frozen=True):
-    """A test that failed, what it said, and where it stands."""
+class Failure(StoredStruct, frozen=True):
+    """A failed test, its message and its location in the source."""
 
     test: str
     message: str
@@ -69,8 +70,8 @@ class Failure(Kept, frozen=True):
     line: int | None = None
 
 
-class Section(Kept, frozen=True):
-    """A part of the report that a project or a package adds: a title, a text, a table."""
+class Section(StoredStruct, frozen=True):
+    """A part of the report that a project or a package adds: title, text and table."""
 
     title: str
     text: str = ""
@@ -78,17 +79,15 @@ class Section(Kept, frozen=True):
     rows: list[list[Any]] = []
 
 
-class BaselineUse(Kept, frozen=True):
-    """file         what the run was compared with
-    differences  how the place of the run differs from that of the baseline
-    """
+class BaselineUse(StoredStruct, frozen=True):
+    """The baseline `file` of a run, and how the run's machine differs from the baseline's."""
 
     file: str = ""
     differences: list[str] = []
 
 
-class NamedRun(Kept, frozen=True, kw_only=True):
-    """One of several runs that are shown side by side."""
+class NamedRun(StoredStruct, frozen=True, kw_only=True):
+    """One of several runs that are compared."""
 
     label: str
     headline: str = ""
@@ -99,9 +98,8 @@ class NamedRun(Kept, frozen=True, kw_only=True):
 class RunDocument(Struct, kw_only=True):
     """A run. The hook `pytest_lmeval_report` may change it in place before the pages are rendered.
 
-    sections  what a project or a package adds to the pages
-    problems  what was left out, and why
-    runs      of several runs side by side (`report._merge`); never in a file, which is of one run
+    problems  what is left out, and why
+    runs      the runs of a comparison (`report._compare.merge`); never in a file, which holds one run
     """
 
     schema: Literal[2] = SCHEMA
@@ -114,34 +112,33 @@ class RunDocument(Struct, kw_only=True):
     baseline: BaselineUse | None = None
     problems: list[str] = field(default_factory=list)
     runs: list[NamedRun] = field(default_factory=list)
-    more: dict[str, Any] = field(default_factory=dict, name=MORE)  # as in `Kept`, which is frozen
+    more: dict[str, Any] = field(default_factory=dict, name=MORE)  # as in `StoredStruct`, which is frozen
 
 
 def load(path: Path) -> RunDocument:
-    """The document of a file, or of the `metrics.json` in a folder.
+    """Read a document from a file, or from the `metrics.json` of a folder.
 
-    Raises DocumentError where the file is missing, cut off, of another schema version, or holds something that is not as it
-    was written: with the place in the file, and what stands there. Nothing is repaired.
+    Raises DocumentError if the file is missing, truncated or of another schema version, or if a value does not fit its type,
+    with its location in the file. Nothing is repaired.
     """
     file = path / NAME if path.is_dir() else path
     try:
         raw = file.read_bytes()
     except OSError as error:
         raise DocumentError(
-            f"{file} cannot be read ({error.strerror or error}). A run writes {NAME} into the folder of --lmeval-dir, by "
-            "default .lmeval."
+            f"{file} cannot be read ({error.strerror or error}). A run writes {NAME} into --lmeval-dir, by default .lmeval."
         ) from error
-    plain = schema.parse(raw, str(file), AGAIN)
+    plain = schema.parse(raw, str(file), REMEDY)
     if not isinstance(plain, dict) or not {"schema", "records"} & set(plain):
-        raise DocumentError(f"{file} holds no list of records, so it is no {NAME} of pytest-lmeval.")
-    schema.check_version(plain.get("schema"), SCHEMA, str(file), AGAIN)
-    document = schema.build(plain, RunDocument, str(file), AGAIN)
+        raise DocumentError(f"{file} holds no list of records, so it is not a {NAME} of pytest-lmeval.")
+    schema.check_version(plain.get("schema"), SCHEMA, str(file), REMEDY)
+    document = schema.build(plain, RunDocument, str(file), REMEDY)
     document.runs = []
     return document
 
 
 def dump(document: RunDocument) -> str:
-    """The text of `metrics.json`. Raises ValueError for a number that is not finite."""
+    """Return the text of `metrics.json`. Raises ValueError for a number that is not finite."""
     plain = schema.to_plain(document)
     plain.pop("runs", None)
     return schema.text_of(plain)

@@ -1,4 +1,4 @@
-"""Describe where a run happens: enough to know whether two numbers may be compared."""
+"""Describe the machine and the software of a run."""
 
 from __future__ import annotations
 
@@ -12,22 +12,12 @@ from pathlib import Path
 
 from pytest_lmeval.records._document import Environment
 
-PACKAGES = (
-    "pytest-lmeval",
-    "torch",
-    "pytest",
-    "pytest-benchmark",
-    "hypothesis",
-    "numpy",
-    "datasets",
-    "transformers",
-    "tokenizers",
-)
+PACKAGES = "pytest-lmeval torch pytest pytest-benchmark hypothesis numpy datasets transformers tokenizers"
 
 
 def describe(*, root: Path, device: str, threads: int | None, seed: int) -> Environment:
-    """The environment of this process. Runs git once, if the folder is a repository; never touches the network."""
-    versions = {name: version for name in PACKAGES if (version := _version(name))}
+    """Describe this process and the commit of the folder `root`. Runs git, without network access."""
+    versions = {name: version for name in PACKAGES.split() if (version := _version(name))}
     commit = _git(root, "rev-parse", "HEAD")
     return Environment(
         python=platform.python_version(),
@@ -59,8 +49,8 @@ def _processor() -> str:
 
 
 def _git(root: Path, *arguments: str) -> str | None:
-    try:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(
+            ["git", *arguments], cwd=root, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+    return None

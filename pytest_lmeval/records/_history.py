@@ -1,12 +1,12 @@
-"""What the runs in a folder have measured so far: a JSON line for each number of each run.
+"""Append runs to `history.jsonl` and read them: one JSON line for each number of each run.
 
-A run adds its lines in one piece when it ends. A line that is cut off or damaged is left out of what is read, and counted.
+A run appends all its lines at once when it ends. Truncated or damaged lines are ignored and counted.
 """
 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, TypeAlias
@@ -19,10 +19,10 @@ from pytest_lmeval.records._document import RunDocument
 
 NAME = "history.jsonl"
 Key: TypeAlias = "tuple[str, str, str, str]"
-"""What tells numbers apart: test, model, subject, metric."""
+"""Identity of a number over runs: test, model, subject, metric."""
 
 
-class Line(Struct, frozen=True, kw_only=True, gc=False):
+class Line(Struct, frozen=True, gc=False):
     """One number of one run. `lm` is the spec of the model; the other fields are those of run, record and value."""
 
     run: str
@@ -45,7 +45,7 @@ class Line(Struct, frozen=True, kw_only=True, gc=False):
 
 @dataclass(frozen=True)
 class Statistics:
-    """One number over the runs that measured it."""
+    """Statistics of one number over the runs that measured it."""
 
     runs: int
     last: float
@@ -55,34 +55,19 @@ class Statistics:
 
 
 def append(folder: Path, document: RunDocument) -> None:
-    """Add a run. Raises OSError, and ValueError where it does not say when it began."""
+    """Add a run. Raises OSError, and ValueError if the run has no start time."""
     started = datetime.datetime.fromisoformat(document.run.started)
-    text = "".join(schema.line_of(line) for line in _lines(document, started))
-    with (folder / NAME).open("a", encoding="utf-8", errors="replace") as file:
-        file.write(text)
-
-
-def _lines(document: RunDocument, started: datetime.datetime) -> Iterator[Line]:
+    run = (document.run.id, started, document.environment.commit)
+    lines = []
     for record in document.records:
-        for name, value in record.metrics.items():
-            yield Line(
-                run=document.run.id,
-                started=started,
-                commit=document.environment.commit,
-                test=record.test,
-                lm=record.lm.spec,
-                kind=record.kind,
-                subject=record.subject,
-                metric=name,
-                value=float(value),
-                low=value.low,
-                high=value.high,
-                unit=value.unit,
-            )
+        of = (*run, record.test, record.lm.spec, record.kind, record.subject)
+        lines += [Line(*of, name, float(one), one.low, one.high, one.unit) for name, one in record.metrics.items()]
+    with (folder / NAME).open("a", encoding="utf-8", errors="replace") as file:
+        file.write("".join(map(schema.line_of, lines)))
 
 
 def read(folder: Path) -> tuple[list[Line], list[str]]:
-    """The lines of all runs in this folder in the order in which the runs ended, and what is to be said of the unreadable."""
+    """Read the lines of all runs of a folder, in the order in which the runs ended, and a note on unreadable lines."""
     try:
         raw = (folder / NAME).read_bytes()
     except OSError:
@@ -94,18 +79,17 @@ def read(folder: Path) -> tuple[list[Line], list[str]]:
             lines.append(decoder.decode(text))
         except (ValueError, RecursionError):
             broken += 1
-    return lines, [f"{broken} lines of {NAME} cannot be read, and are left out"] if broken else []
+    return lines, [f"{broken} lines of {NAME} cannot be read and are ignored"] if broken else []
 
 
 def statistics(lines: Iterable[Line]) -> dict[Key, Statistics]:
-    """Each number over the runs, its last value being that of the last line."""
-    found: dict[Key, list[Line]] = {}
+    """Compute the statistics of each number; the last value is that of the last line."""
+    by_key: dict[Key, list[Line]] = {}
     for line in lines:
-        found.setdefault(line.key, []).append(line)
-    return {key: _statistics(several) for key, several in found.items()}
-
-
-def _statistics(several: list[Line]) -> Statistics:
-    values = [line.value for line in several]
-    mean = sum(value / len(values) for value in values)  # a sum of the largest floats would be infinite
-    return Statistics(len({line.run for line in several}), values[-1], mean, min(values), max(values))
+        by_key.setdefault(line.key, []).append(line)
+    found = {}
+    for key, group in by_key.items():
+        values = [line.value for line in group]
+        mean = sum(value / len(values) for value in values)  # a sum of the largest floats would be infinite
+        found[key] = Statistics(len({line.run for line in group}), values[-1], mean, min(values), max(values))
+    return found

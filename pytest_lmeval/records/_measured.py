@@ -1,36 +1,37 @@
-"""One measured thing: which test, which model, what was found, what it cost, and why it can be trusted.
+"""Define records: the measured thing, the model, the result, its cost and its certificate.
 
-A record is what `metrics.json` holds a list of (see `records._document`). It is typed from whoever makes it to the page that
-shows it; `records._schema` reads and writes it.
+`metrics.json` holds a list of records (see `records._document`); `records._schema` reads and writes them.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
-from pytest_lmeval.errors import ArgumentError
+from pytest_lmeval.errors import ArgumentError, NotMeasuredError, ProfilingError
 from pytest_lmeval.records._certificate import Certificate
 from pytest_lmeval.records._comparison import Comparison
-from pytest_lmeval.records._schema import Kept
+from pytest_lmeval.records._schema import StoredStruct
 from pytest_lmeval.records._value import Value
 
 Outcome = Literal["", "passed", "failed", "skipped"]
 
 
-class Precision(Kept, frozen=True, kw_only=True):
-    """What the weights of a module are, found in its tensors and not in what was asked for (see `models._identity.precision`).
+class Precision(StoredStruct, frozen=True, kw_only=True):
+    """Precision of a module's weights, found in its tensors and not in the request (see `models._identity.precision`).
 
-    name                    fp32, bf16, fp16, int8, int4, ...: of nine tenths of the weights that are multiplied; `mixed`, or
-                            `packed` where integers have no known meaning
-    bits_per_weight         mean over the weights that are multiplied of the bits of a value, without scales; None: unknown
-    stored_bits_per_weight  mean over the same of what they take in memory, with scales and zero points
-    bytes_before            of the whole model before its precision was set; None if it was left as it came
-    bytes_after             of the whole model as it lies in memory
-    converted               share of all parameters in the named precision
-    converted_multiplied    share of the weights that are multiplied
-    kept                    other precisions and how many parameters are in them
+    "Weights" here are those that are multiplied.
+
+    name                    precision of nine tenths of the weights: fp32, bf16, fp16, int8, int4, ...; else `mixed`, or
+                            `packed` for integers of unknown meaning
+    bits_per_weight         mean bits of a weight's value, without scales; None: unknown
+    stored_bits_per_weight  mean bits of a weight in memory, with scales and zero points
+    bytes_before            of the whole model before its precision was set; None if it was not set
+    bytes_after             of the whole model in memory
+    converted               fraction of all parameters in the named precision
+    converted_multiplied    fraction of the weights in it
+    kept                    other precisions -> number of parameters in them
     """
 
     name: str
@@ -43,14 +44,14 @@ class Precision(Kept, frozen=True, kw_only=True):
     kept: dict[str, int]
 
 
-class ModelFacts(Kept, frozen=True, kw_only=True):
-    """What a record says about the model.
+class ModelFacts(StoredStruct, frozen=True, kw_only=True):
+    """Description of the model.
 
-    form         which adapter drives it
-    parameters   how many; None for an object that is no torch module
-    bytes        of parameters and buffers as they lie in memory, with scales and zero points of packed ones
-    dtype        the coarsest type that it computes in, or of packed weights their precision: int8, int4
-    fingerprint  changes when the model does (see `models._identity.fingerprint`)
+    form         adapter that steps it
+    parameters   number of them; None for an object that is no torch module
+    bytes        of parameters and buffers in memory, with scales and zero points of packed ones
+    dtype        coarsest type that it computes in, or precision of packed weights: int8, int4
+    fingerprint  changes with the model (see `models._identity.fingerprint`)
     """
 
     spec: str
@@ -63,8 +64,8 @@ class ModelFacts(Kept, frozen=True, kw_only=True):
     precision: Precision | None = None
 
 
-class Cost(Kept, frozen=True, kw_only=True):
-    """What a measurement cost; None where that was not measured."""
+class Cost(StoredStruct, frozen=True, kw_only=True):
+    """Cost of a measurement; None for what was not measured."""
 
     seconds: float | None = None
     tokens: int | None = None
@@ -73,11 +74,13 @@ class Cost(Kept, frozen=True, kw_only=True):
     state_bytes: int | None = None
 
 
-class Series(Kept, frozen=True):
+class Series(StoredStruct, frozen=True):
     """A curve: y against x, both with their units.
 
-    title  what its plot is called; empty: the name of the series
-    log    axes that are logarithmic: "", "x", "y", "xy"
+    title  title of its plot; empty: the name of the series
+    log    logarithmic axes: "", "x", "y", "xy"
+
+    Raises ArgumentError if x and y differ in length or a number is not finite.
     """
 
     x: list[float]
@@ -89,27 +92,26 @@ class Series(Kept, frozen=True):
 
     def __post_init__(self) -> None:
         if len(self.x) != len(self.y):
-            raise ArgumentError(f"a curve has as many x as y, and this one has {len(self.x)} and {len(self.y)}")
+            raise ArgumentError(f"a curve has as many x as y; this one has {len(self.x)} and {len(self.y)}")
         if not all(map(math.isfinite, (*self.x, *self.y))):
             raise ArgumentError("a curve holds a number that is not finite")
 
 
-class Record(Kept, frozen=True, kw_only=True):
-    """What one verb found out.
+class Record(StoredStruct, frozen=True, kw_only=True):
+    """What one verb measured.
 
     test          node id of the test, empty outside pytest
     kind          the verb: perplexity, task, equivalence, latency, ...; "custom" for numbers of the user's own
-    subject       what it was applied to: a corpus, a task, a shape
-    settings      everything that was chosen, and decides what the numbers mean: compared as a whole with those of a baseline
-    details       what else was seen on the way, for people
-    notes         what a reader of the numbers should know: that they were read in windows, that questions were cut
+    subject       what was measured: a corpus, a task, a shape
+    settings      all choices that decide what the numbers mean; a gate compares them with those of the baseline
+    details       further observations, for people
+    notes         caveats for readers of the numbers, such as windows or truncated prompts
     not_measured  why there are no numbers
-    cost          what it took
-    certificate   the verdict on the model's laws that the numbers stand on
-    example       what one of its examples is called: question, document, block
+    certificate   verdict on the model's laws that the numbers rest on
+    example       name of one example: question, document, block
     examples      file of per-example (or per-token) values, relative to the output folder
-    units         file of the sums of each document, or block of a stream, relative to the output folder
-    gate          metric -> how it compares with the baseline; None where there is none
+    units         file of the sums of each document or block, relative to the output folder
+    gate          metric -> its comparison with the baseline; None without a baseline
     outcome       of the test
     """
 
@@ -133,7 +135,7 @@ class Record(Kept, frozen=True, kw_only=True):
 
     @property
     def is_verdict(self) -> bool:
-        """Whether it is about the laws of a model, which have tables of their own, and of which a gate compares the verdict."""
+        """The record is about the laws of a model: pages give it a table of its own, and a gate compares its verdict."""
         return self.kind == "equivalence" and self.certificate is not None
 
     def __repr__(self) -> str:
@@ -141,11 +143,45 @@ class Record(Kept, frozen=True, kw_only=True):
         return f"{self.kind} of {self.lm.spec} on {self.subject}: {figures}"
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Result:
-    """What a verb returns: the record, and what a test asks of it as attributes."""
+    """What a verb returns: the record, with its numbers as attributes."""
 
     record: Record
 
     def __repr__(self) -> str:
         return repr(self.record)
+
+
+def measured(record: Record, name: str) -> Value:
+    """The metric of that name. Raises NotMeasuredError if it was not timed, ProfilingError if the model failed, KeyError if
+    there is no such metric."""
+    if failure := record.details.get("failure"):
+        raise ProfilingError(f"{record.lm.spec} failed at {record.subject}, so there is no {name}: {failure}")
+    if reason := record.not_measured or record.details.get("too_short", {}).get(name.partition("_")[0]):
+        raise NotMeasuredError(f"{name} was not measured: {reason}")
+    return record.metrics[name]
+
+
+class MetricValue:
+    """An attribute of a result: the metric `name`, by default the one of its own name.
+
+    Raises as `measured`; AttributeError with the message `absent`, if there is one, where the record has no such metric.
+    """
+
+    def __init__(self, name: str = "", *, absent: str = "") -> None:
+        self._name, self._absent = name, absent
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = self._name or name
+
+    @overload
+    def __get__(self, result: None, owner: type) -> MetricValue: ...
+    @overload
+    def __get__(self, result: Result, owner: type) -> Value: ...
+    def __get__(self, result: Result | None, owner: type) -> MetricValue | Value:
+        if result is None:
+            return self
+        if self._absent and self._name not in result.record.metrics:
+            raise AttributeError(self._absent.format(record=result.record, name=self._name))
+        return measured(result.record, self._name)

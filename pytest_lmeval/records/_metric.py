@@ -1,10 +1,9 @@
-"""What a metric is: one declaration each, which everything that asks reads.
+"""Declare metrics: one `Metric` each, from which scoring, summaries, gates and pages take all they need.
 
-    BREVITY = Metric("brevity", score=lambda example: float(len(example.output) < 40), interval="share")
+    BREVITY = Metric("brevity", score=lambda example: float(len(example.output) < 40), interval="proportion")
 
-Whoever computes it makes its values with `Metric.value`; a summary asks whether it is a `headline`, a gate what may be lost of
-it and how examples add up to it, a page what its score of one example was. A metric is found by its name among those that are
-registered (`pytest_lmeval.metrics`); a name with a `*` declares a family, such as `loss_at_*`. Light: no torch, no numpy.
+Metrics are found by name among the registered ones (`pytest_lmeval.metrics`); a name with a `*` declares a family, such as
+`loss_at_*`. Imports neither torch nor numpy.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from pytest_lmeval.records._example import Example
 
 Norm = Literal["sum", "token", "byte", "character"]
-"""What the log-likelihood of a choice is divided by before choices are compared; "sum": by nothing."""
+"""Length by which the log-likelihood of a choice is divided before choices are compared; "sum": none."""
 
 Aspect = Literal["quality", "speed", "cost"]
 Needs = Literal[
@@ -37,7 +36,7 @@ Needs = Literal[
     "targets to compare with",
     "an output to be judged",
 ]
-"""What an example must have before a metric can be computed from it."""
+"""What an example must have for a metric to be computed."""
 Estimate: TypeAlias = "tuple[float, tuple[float, float] | None]"
 """A number, and its 95 % interval or None."""
 
@@ -45,71 +44,74 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "aspect": get_args(Aspect),
     "higher_is_better": (True, False, None),
     "needs": get_args(Needs),
-    "interval": ("share", "mean", None),
+    "interval": ("proportion", "mean", None),
     "norm": (*get_args(Norm), None),
 }
-"""What some fields of a metric may be."""
+"""Allowed values of some fields."""
 
 MARGIN = re.compile(r"([+-]?)(\d+\.?\d*|\.\d+)(\s*%)?")
-"""How a margin is written as text: its sign, its size, and whether that is a share of the baseline."""
+"""A margin as text: sign, size, and "%" if it is relative to the baseline."""
 
 SPEED_UNITS = ("s", "ms", "us", "ns", "tokens/s", "frames/s", "FLOP/s", "bytes/s")
-STATISTICS = ("_mean", "_min", "_max", "_std", "_p90", "_p95", "_p99")  # of repeated times, under the name of what was timed
+STATISTICS = ("_mean", "_min", "_max", "_std", "_p90", "_p95", "_p99")  # of repeated times; suffixes of the timed metric
 
 
 @dataclass(frozen=True)
 class Metric:
-    """What a metric is, and how it is made.
+    """The declaration of a metric.
 
-    name              by which a task asks for it, a marker names it, a record holds it
-    unit              of its values, where they do not say another one (frames for tokens)
-    higher_is_better  None where neither direction is better
-    aspect            quality, of what the model says; speed, another in every run; cost: counted, the same in every run
-    repeats           False for a cost that is another in every run too: the memory of a whole process
-    about             its definition, in words or as a formula
-    title             how tables call it; the name with blanks by default
-    headline          whether summaries show it; the report shows all
-    margin            what may be lost against a baseline: 0.01 in its unit, "0.5%" of the baseline
-    aliases           names by which the marker of a gate may mean it too
-    stands_for        a metric of the same quantity in another unit: where that is recorded too, it is the one that is gated
-    compared          whether `lmeval compare-runs` compares it: a median, since one percentile of one run says little
+    name              by which a task asks for it, a marker names it, a record stores it
+    unit              of its values, unless they have another one (frames for tokens)
+    higher_is_better  None if neither direction is better
+    aspect            "quality" of what the model says; "speed", different in every run; "cost", counted, the same in every run
+    repeats           False for a cost that differs in every run too: the memory of a whole process
+    about             definition, in words or as a formula
+    title             label in tables; default: the name with blanks
+    headline          summaries show it; the report shows all
+    margin            allowed loss against a baseline: 0.01 in its unit, "0.5%" of the baseline
+    aliases           other names by which the marker of a gate may mean it
+    stands_for        a metric of the same quantity in another unit, which is gated in its place if recorded too
+    compared          `lmeval compare-runs` compares it: a median, since one percentile of one run says little
 
-    How it adds up:
+    How it is computed:
 
-    score        of one example: what it counts; None where the metric is not about that example
-    judges       whether that score says that an answer is right (1), wrong (0), or something between
-    sums         (above, below): of a reading, the sums over tokens whose ratio it is (see `records._example.Unit`)
-    scale        what the mean is multiplied by
-    exponential  whether it is the exponential of that mean
-    interval     of the mean of its scores: "share" (each is 0 or 1) by Wilson's score, "mean" by the bootstrap
-    statistic    (examples, seed) -> estimate: where it is no mean of its scores
+    score        of one example; None if the metric does not apply to it
+    judges       that score says that an answer is right (1), wrong (0), or in between
+    sums         (numerator, denominator): the two sums over tokens of a text whose ratio it is (see `records._example.Unit`)
+    scale        factor of the mean
+    exponential  it is the exponential of the scaled mean
+    interval     of its mean score: "proportion" (scores are 0 or 1) by Wilson's score, "mean" by the bootstrap
+    statistic    (examples, seed) -> estimate: if it is no mean of scores
     needs        what each example must have (see `Needs`)
-    library      package that computes it, and must be there
-    norm         what the log-likelihoods of choices are divided by before they are compared; None where it compares none
+    library      required package that computes it
+    norm         how the log-likelihoods of choices are normalized; None if it compares none
+
+    Raises ArgumentError for a field with a value that is not allowed.
     """
 
     name: str
     unit: str = ""
-    higher_is_better: bool | None = field(default=True, kw_only=True)
-    aspect: Aspect = field(default="quality", kw_only=True)
-    repeats: bool = field(default=True, kw_only=True)
-    about: str = field(default="", kw_only=True)
-    title: str = field(default="", kw_only=True)
-    headline: bool = field(default=True, kw_only=True)
-    margin: float | str = field(default=0.01, kw_only=True)
-    aliases: tuple[str, ...] = field(default=(), kw_only=True)
-    stands_for: str = field(default="", kw_only=True)
-    compared: bool = field(default=False, kw_only=True)
-    score: Callable[[Example], float | None] | None = field(default=None, kw_only=True)
-    judges: bool = field(default=False, kw_only=True)
-    sums: tuple[str, str] | None = field(default=None, kw_only=True)
-    scale: float = field(default=1.0, kw_only=True)
-    exponential: bool = field(default=False, kw_only=True)
-    interval: Literal["share", "mean"] | None = field(default=None, kw_only=True)
-    statistic: Callable[[Sequence[Example], int], Estimate | None] | None = field(default=None, kw_only=True)
-    needs: Needs = field(default="an answer", kw_only=True)
-    library: str | None = field(default=None, kw_only=True)
-    norm: Norm | None = field(default=None, kw_only=True)
+    _: KW_ONLY
+    higher_is_better: bool | None = True
+    aspect: Aspect = "quality"
+    repeats: bool = True
+    about: str = ""
+    title: str = ""
+    headline: bool = True
+    margin: float | str = 0.01
+    aliases: tuple[str, ...] = ()
+    stands_for: str = ""
+    compared: bool = False
+    score: Callable[[Example], float | None] | None = None
+    judges: bool = False
+    sums: tuple[str, str] | None = None
+    scale: float = 1.0
+    exponential: bool = False
+    interval: Literal["proportion", "mean"] | None = None
+    statistic: Callable[[Sequence[Example], int], Estimate | None] | None = None
+    needs: Needs = "an answer"
+    library: str | None = None
+    norm: Norm | None = None
 
     def __post_init__(self) -> None:
         for what, known in CHOICES.items():
@@ -121,12 +123,14 @@ class Metric:
             raise ArgumentError(f"the metric {self.name!r} has the unit {self.unit!r}: name and unit are texts.")
         written = isinstance(self.margin, str) and MARGIN.fullmatch(self.margin.strip())
         if not written and (not isinstance(self.margin, int | float) or not math.isfinite(self.margin)):
-            raise ArgumentError(f'the metric {self.name!r} has margin={self.margin!r}: it is a number, or a share as "0.5%".')
+            raise ArgumentError(
+                f'the metric {self.name!r} has margin={self.margin!r}: it is a number, or a percentage as "0.5%".'
+            )
         if self.judges and (self.score is None or self.higher_is_better is False):
             has = "no score of one" if self.score is None else "a score of which less is better"
             raise ArgumentError(
-                f"the metric {self.name!r} is to judge answers, and has {has}: a score that judges is 1 where an answer is "
-                "right and 0 where it is wrong."
+                f"the metric {self.name!r} is to judge answers, and has {has}: such a score is 1 for a right answer and 0 "
+                "for a wrong one."
             )
 
     def __str__(self) -> str:
@@ -134,16 +138,16 @@ class Metric:
 
     @property
     def label(self) -> str:
-        """How tables call it."""
+        """Its name in tables."""
         return self.title or self.name.replace("_", " ")
 
     @property
-    def is_kept(self) -> bool:
-        """Whether a baseline keeps it: not what is another in every run of the same code."""
+    def is_in_baseline(self) -> bool:
+        """A baseline stores it, since it is the same in every run of the same code."""
         return self.aspect != "speed" and self.repeats
 
     def scaled(self, mean: float) -> float:
-        """The metric that a mean of scores, or a ratio of sums, makes. Raises OverflowError where no float holds it."""
+        """Compute the metric from a mean of scores or a ratio of sums. Raises OverflowError if no float holds it."""
         return math.exp(self.scale * mean) if self.exponential else self.scale * mean
 
     def value(
@@ -155,17 +159,16 @@ class Metric:
         unit: str | None = None,
         higher_is_better: bool | None = None,
     ) -> Value:
-        """A value of this metric. The interval is stretched to the number, where rounding, or the percentiles of a biased
-        statistic, leave it out."""
+        """Make a value of this metric. The interval is extended to a number that rounding or a biased statistic put outside."""
         low, high = (None, None) if interval is None else (min(number, interval[0]), max(number, interval[1]))
         better = self.higher_is_better if higher_is_better is None else higher_is_better
         return Value(number, self.unit if unit is None else unit, low=low, high=high, n=n, higher_is_better=better)
 
 
 def metric(name: str, value: Value | None = None) -> Metric:
-    """The declaration of a metric. Of one that nobody declared, what its value tells: its unit and its direction.
+    """The declaration of a metric; for an undeclared one, unit and direction are taken from its value.
 
-    Raises RegistryError for a name that several packages register, and for one under which something else is registered.
+    Raises RegistryError for a name that several packages register, or under which something else is registered.
 
     >>> metric("itl_p95").unit, metric("bits_per_byte").margin
     ('ms', '0.5%')
@@ -183,12 +186,11 @@ def metric(name: str, value: Value | None = None) -> Metric:
 
 
 def is_declared(name: str) -> bool:
-    """Whether somebody registers the metric, by its name or with its family."""
+    """A package registers the metric, by its name or with its family."""
     return _registered(name) is not None
 
 
 def _registered(name: str) -> Metric | None:
-    """What is registered by this name, or declares a family with it."""
     known, patterns, refused = _declared()
     if name in refused:
         raise RegistryError(refused[name])
@@ -198,13 +200,12 @@ def _registered(name: str) -> Metric | None:
 
 
 def judge_of(metrics: Iterable[Metric]) -> Metric | None:
-    """The metric by which one answer is called right or wrong: the first of them that says so."""
+    """The first metric that calls one answer right or wrong."""
     return next((metric for metric in metrics if metric.judges), None)
 
 
 def headline_of(metrics: dict[str, Value]) -> str | None:
-    """The metric that stands for a record where only one can: the first one of quality that has a direction, or that which it
-    stands for."""
+    """The one metric that represents a record: its first quality metric with a direction, or the one that this stands for."""
     for name, value in metrics.items():
         declared = metric(name, value)
         if declared.aspect == "quality" and value.higher_is_better is not None:
@@ -213,13 +214,13 @@ def headline_of(metrics: dict[str, Value]) -> str | None:
 
 
 def value_of(name: str, number: float, interval: tuple[float, float] | None = None, **options: Any) -> Value:
-    """A value of a declared metric (see `Metric.value`)."""
+    """Make a value of a declared metric (see `Metric.value`)."""
     return metric(name).value(number, interval, **options)
 
 
 @functools.cache
 def _declared() -> tuple[dict[str, Metric], list[Metric], dict[str, str]]:
-    """All that are registered: by name; those that declare a family; and why a name is refused, which concerns no other."""
+    """Registered metrics by name, those that declare a family, and for each refused name why."""
     found, refused = dict[str, Metric](), dict[str, str]()
     for name, thing, entry in registry.things("metrics"):
         if name in found or name in refused:
@@ -227,7 +228,7 @@ def _declared() -> tuple[dict[str, Metric], list[Metric], dict[str, str]]:
             refused[name] = str(registry.ambiguous("metrics", name))
         elif not isinstance(thing, Metric) or thing.name != name:
             is_what = f"the metric {thing.name!r}" if isinstance(thing, Metric) else f"of the type {type(thing).__name__}"
-            refused[name] = f"{entry} registers the metric {name!r}, and that is {is_what}: it is to be a Metric of that name."
+            refused[name] = f"{entry} registers the metric {name!r}, and that is {is_what}: it must be a Metric of that name."
         else:
             found[name] = thing
     return found, [thing for name, thing in found.items() if "*" in name], refused

@@ -1,4 +1,4 @@
-"""Files that are replaced in one move: whoever reads one sees the old content or the new one, whole."""
+"""Replace files atomically: a reader sees the old content or the new one, whole."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """A file to write, that takes the place of `file` if the block ends well."""
+    """Yield a new file to write; it replaces `file` if the block raises nothing."""
     file.parent.mkdir(parents=True, exist_ok=True)
     new = file.with_name(f"{file.name}.{os.getpid()}.new")
     try:

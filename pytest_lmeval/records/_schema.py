@@ -1,7 +1,7 @@
-"""From records to JSON and back, by their types: what does not fit is refused with its place, and never repaired.
+"""Convert records to and from JSON by their types. A value that does not fit is refused with its location, never repaired.
 
 The types are the schema: `json_schema()` is generated from them. Fields that a type does not have (of a later version) are
-kept in its `more`, and written again.
+kept in its `more` and written again.
 """
 
 from __future__ import annotations
@@ -15,23 +15,24 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Struct, field
+from msgspec.structs import force_setattr
 
 from pytest_lmeval.errors import DocumentError
 from pytest_lmeval.records._value import Value
 
 T = TypeVar("T")
-MORE = "__more__"  # how `Kept.more` is called among plain values: a name that no setting has
+MORE = "__more__"  # name of `StoredStruct.more` among plain values, which no field has
 SHOWN = 60  # characters of a value that an error shows
 
 
-class Kept(Struct, frozen=True, kw_only=True):
-    """What every type of a file is made from. `more`: fields of a later version, kept as they are."""
+class StoredStruct(Struct, frozen=True, kw_only=True):
+    """Base of all stored types. `more` holds unknown fields of a later version."""
 
     more: dict[str, Any] = field(default_factory=dict, name=MORE)
 
 
-class ValueFields(Kept, frozen=True, kw_only=True):
-    """A `Value` as it is written."""
+class ValueFields(StoredStruct, frozen=True, kw_only=True):
+    """The stored form of a `Value`."""
 
     value: float
     unit: str = ""
@@ -41,76 +42,88 @@ class ValueFields(Kept, frozen=True, kw_only=True):
     higher_is_better: bool | None = None
 
 
-def parse(raw: bytes, what: str, again: str) -> Any:
-    """The plain values of a JSON text. Raises DocumentError with the line and column where it is none."""
+def parse(raw: bytes, what: str, remedy: str) -> Any:
+    """Parse a JSON text. Raises DocumentError with line and column if it is invalid, or holds a number that is not finite.
+
+    what   name of the text in messages
+    remedy  advice at the end of messages
+    """
     try:
         return json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_float, parse_int=_int)
     except RecursionError:
-        raise DocumentError(f"{what} is nested more deeply than anything that is written here. {again}.") from None
+        raise DocumentError(f"{what} is nested more deeply than any file that is written here. {remedy}.") from None
     except ValueError as error:
         at = f" at line {error.lineno}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
         raise DocumentError(
-            f"{what} is not whole JSON: {getattr(error, 'msg', error)}{at}. It was cut off, edited by hand, or a merge left "
-            f"its marks, so none of its numbers can be trusted. {again}."
+            f"{what} is not whole JSON: {getattr(error, 'msg', error)}{at}. It was truncated, edited by hand, or holds merge "
+            f"conflict marks, so none of its numbers can be trusted. {remedy}."
         ) from error
 
 
-def check_version(found: Any, known: int, what: str, again: str) -> None:
-    """Raise DocumentError for another schema version than the known one."""
+def check_version(found: Any, known: int, what: str, remedy: str) -> None:
+    """Raise DocumentError for another schema version than `known`."""
     if found == known and not isinstance(found, bool):
         return
     if not isinstance(found, int) or isinstance(found, bool):
-        said = f"its schema is {json.dumps(found)[:SHOWN]}" if found is not None else "it has no schema"
+        is_what = "it has no schema" if found is None else f"its schema is {json.dumps(found)[:SHOWN]}"
         raise DocumentError(
-            f"{what} names no schema version that is a number ({said}), so what its fields mean is not known here. {again}."
+            f"{what} names no schema version that is a number ({is_what}), so the meaning of its fields is unknown. {remedy}."
         )
-    later = found > known
-    how = "Install the version of pytest-lmeval that wrote it" if later else f"It is of an older pytest-lmeval. {again}"
+    how = f"It is of an older pytest-lmeval. {remedy}"
+    if found > known:
+        how = f"Install the version of pytest-lmeval that wrote it, or: {remedy[0].lower()}{remedy[1:]}"
     raise DocumentError(
-        f"{what} is of schema version {found!r}, and this pytest-lmeval reads version {known}: what its fields mean is not "
-        f"known here. {how}{', or: ' + again[0].lower() + again[1:] if later else ''}."
+        f"{what} is of schema version {found!r}, and this pytest-lmeval reads version {known}: the meaning of its fields is "
+        f"unknown. {how}."
     )
 
 
-def build(plain: Any, kind: type[T], what: str, again: str, *, fault: str = "was damaged or edited by hand") -> T:
-    """A record, or any other type of this package, from plain values. Raises DocumentError with the place of a fault.
+def build(plain: Any, kind: type[T], what: str, remedy: str, *, fault: str = "was damaged or edited by hand") -> T:
+    """Convert plain values to a stored type. Raises DocumentError with the location of the first value that does not fit.
 
-    fault  what happened to `what` for it not to fit
+    fault  what may have happened to `what`
     """
     try:
         return convert(plain, kind)
     except (ValueError, RecursionError) as error:
-        place, reason = _locate(plain, kind, str(error))
-        where = " > ".join(place)
+        location, reason = _locate(plain, kind, str(error))
+        where = " > ".join(location)
         raise DocumentError(
-            f"{what} {fault}: {f'{where}: ' if where else ''}{reason}. Nothing of it is used. {again}."
+            f"{what} {fault}: {f'{where}: ' if where else ''}{reason}. Nothing of it is used. {remedy}."
         ) from None
 
 
 def convert(plain: Any, kind: type[T]) -> T:
-    """The same; raises ValueError."""
+    """Convert plain values to a stored type. Raises ValueError for a value that does not fit."""
     try:
-        return msgspec.convert(_sorted(plain, kind), kind, dec_hook=_decode)
+        found = msgspec.convert(plain, kind, dec_hook=_decode)
     except msgspec.ValidationError as error:
         raise ValueError(str(error)) from None
+    for struct, own in _structs(found, plain):
+        if unknown := {name: part for name, part in own.items() if name not in struct.__struct_encode_fields__}:
+            force_setattr(struct, "more", unknown)
+    return found
 
 
-def checked(value: T, what: str, again: str) -> T:
-    """What somebody's code has made, as it would come back from its file: a copy. Raises DocumentError where it would not."""
+def checked(value: T, what: str, remedy: str) -> T:
+    """Copy a value by writing and reading it. Raises DocumentError if it cannot be written or read back."""
     try:
         plain = json.loads(text_of(to_plain(value)))
     except (ValueError, TypeError, RecursionError) as error:
-        raise DocumentError(f"{what} cannot be written ({error}). Nothing of it is used. {again}.") from error
-    return build(plain, type(value), what, again, fault="does not fit its type")
+        raise DocumentError(f"{what} cannot be written ({error}). Nothing of it is used. {remedy}.") from error
+    return build(plain, type(value), what, remedy, fault="does not fit its type")
 
 
 def to_plain(value: Any) -> Any:
-    """Plain values (dict, list, str, int, float, bool, None) of a record, a document, or of a list or dict of such things."""
+    """Convert stored types, and lists and dicts of them, to dict, list, str, int, float, bool and None."""
     if isinstance(value, dict):
         return {name: to_plain(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
         return [to_plain(part) for part in value]
-    return _unsorted(msgspec.to_builtins(value, enc_hook=_encode), type(value))
+    plain = msgspec.to_builtins(value, enc_hook=_encode)
+    for _, own in _structs(value, plain):
+        own.update(own.pop(MORE, {}))
+    return plain
 
 
 def text_of(plain: Any) -> str:
@@ -124,7 +137,7 @@ def line_of(value: Any) -> str:
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON Schema of `metrics.json`, generated from the types."""
+    """Generate the JSON Schema of `metrics.json` from the types."""
     from pytest_lmeval.records._document import SCHEMA, RunDocument
 
     found: dict[str, Any] = _published(msgspec.json.schema(RunDocument, schema_hook=_schema_of))
@@ -139,29 +152,43 @@ def json_schema() -> dict[str, Any]:
     }
 
 
+def _structs(value: Any, plain: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Yield each struct within a value with its plain form."""
+    if isinstance(value, Struct):
+        yield value, plain
+        parts = [(getattr(value, name), plain[name]) for name in value.__struct_fields__ if name in plain and name != "more"]
+    elif isinstance(value, dict):
+        parts = [(part, plain[name]) for name, part in value.items()]
+    else:
+        parts = list(zip(value, plain, strict=True)) if isinstance(value, list | tuple) else []
+    for part, own in parts:
+        yield from _structs(part, own)
+
+
 def _encode(value: Any) -> Any:
     if isinstance(value, Value):
-        return {**value.to_json(), **({MORE: value.more} if value.more else {})}
-    if hasattr(value, "item"):  # a number of numpy or torch, among settings
+        return {**value.to_json(), **value.more}
+    if hasattr(value, "item"):  # a number of numpy or torch among settings
         return value.item()
     return str(value)
 
 
 def _decode(kind: type, plain: Any) -> Any:
     if kind is Value:
-        fields = msgspec.convert(plain, ValueFields)
-        return Value(**{name: getattr(fields, name) for name in ValueFields.__struct_fields__})
-    raise NotImplementedError(f"{kind} is no type of a record")
+        known = msgspec.structs.asdict(msgspec.convert(plain, ValueFields))
+        names = ValueFields.__struct_encode_fields__
+        return Value(**{**known, "more": {name: part for name, part in plain.items() if name not in names}})
+    raise NotImplementedError(f"{kind} is not a stored type")
 
 
 def _schema_of(kind: type) -> dict[str, Any]:
     if kind is Value:
         return {**msgspec.json.schema(ValueFields)["$defs"]["ValueFields"], "title": "Value"}
-    raise NotImplementedError(f"{kind} is no type of a record")
+    raise NotImplementedError(f"{kind} is not a stored type")
 
 
 def _published(schema: Any) -> Any:
-    """The schema without `Kept.more`, among properties and defaults: no file has a field of that name."""
+    """The schema without `StoredStruct.more`, a name that no file has."""
     if isinstance(schema, dict):
         return {name: _published(part) for name, part in schema.items() if name != MORE}
     return [_published(part) for part in schema] if isinstance(schema, list) else schema
@@ -173,7 +200,7 @@ def _refuse_constant(name: str) -> Any:
 
 def _float(text: str) -> float:
     if math.isinf(number := float(text)):
-        raise ValueError(f"{text} is larger than any number that is written here")
+        raise ValueError(f"{text[:SHOWN]} is larger than any number that is written here")
     return number
 
 
@@ -183,52 +210,26 @@ def _int(text: str) -> int:
     return int(text)
 
 
-def _sorted(plain: Any, kind: Any) -> Any:
-    """The same values, in which what a type does not know stands in its `more`."""
-    if not _may_hold_more(kind):
-        return plain
-    kind = _without_null(kind)
-    if not isinstance(plain, dict) or not (_is_struct(kind) or kind is Value):
-        return _rebuilt(plain, [_sorted(value, inner) for _, value, inner in _parts(plain, kind)])
-    known = {name: _sorted(value, inner) for name, value, inner in _parts(plain, kind)}
-    more = {name: value for name, value in plain.items() if name not in known}
-    return {**known, **({MORE: more} if more else {})}
-
-
-def _unsorted(plain: Any, kind: Any) -> Any:
-    """The other way round: what stands in a `more` beside the fields that are known."""
-    if not _may_hold_more(kind):
-        return plain
-    kind = _without_null(kind)
-    parts = {name: _unsorted(value, inner) for name, value, inner in _parts(plain, kind)}
-    if isinstance(plain, dict) and (_is_struct(kind) or kind is Value):
-        return {**parts, **plain.get(MORE, {})}
-    return _rebuilt(plain, [*parts.values()])
-
-
 def _locate(plain: Any, kind: Any, message: str) -> tuple[list[str], str]:
-    """The innermost place whose value does not fit its type, and why: keys by name, items counted from 1."""
-    place: list[str] = []
-    while (misfit := next(_misfits(plain, kind), None)) is not None:
-        name, plain, kind, message = misfit
-        place.append(name)
-    shown = json.dumps(plain, default=str)
-    return place, f"{message.partition(' - at ')[0]}; it is {shown[:SHOWN]}{'...' if len(shown) > SHOWN else ''}"
-
-
-def _misfits(plain: Any, kind: Any) -> Iterator[tuple[str, Any, Any, str]]:
-    """The parts of a value that do not fit: the name of each, itself, its type, and what is wrong with it."""
-    for name, value, inner in _parts(plain, _without_null(kind)):
+    """The location of the innermost value that does not fit its type (keys, and items counted from 1), and the reason."""
+    location: list[str] = []
+    parts = _parts(plain, kind)
+    while parts:
+        name, value, inner = parts.pop(0)
         try:
             convert(value, inner)
         except ValueError as error:
-            yield name, value, inner, str(error)
+            location.append(name)
+            plain, message, parts = value, str(error), _parts(value, inner)
+    shown = json.dumps(plain, default=str)
+    return location, f"{message.partition(' - at ')[0]}; it is {shown[:SHOWN]}{'...' if len(shown) > SHOWN else ''}"
 
 
 def _parts(plain: Any, kind: Any) -> list[tuple[str, Any, Any]]:
-    """The parts of a value that its type has words for: the name of each, itself, and its type."""
-    kind = ValueFields if kind is Value else kind
-    if isinstance(plain, dict) and _is_struct(kind):
+    """The name, value and type of each part of a value, as far as its type declares them."""
+    kinds = [part for part in get_args(kind) if part is not type(None)] if get_origin(kind) in (Union, UnionType) else [kind]
+    kind = ValueFields if kinds[0] is Value else kinds[0]
+    if isinstance(plain, dict) and isinstance(kind, type) and issubclass(kind, Struct):
         types = _types(kind)
         return [(name, value, types[name]) for name, value in plain.items() if name in types and name != "more"]
     if isinstance(plain, dict) and get_origin(kind) is dict:
@@ -241,26 +242,3 @@ def _parts(plain: Any, kind: Any) -> list[tuple[str, Any, Any]]:
 @functools.cache
 def _types(kind: type) -> dict[str, Any]:
     return get_type_hints(kind)
-
-
-def _rebuilt(plain: Any, parts: list[Any]) -> Any:
-    """The dict or list with other parts; anything else as it is."""
-    if not parts:
-        return plain
-    return dict(zip(plain, parts, strict=True)) if isinstance(plain, dict) else parts
-
-
-@functools.cache
-def _may_hold_more(kind: Any) -> bool:
-    """Whether a value of this type has a field `more` somewhere; long lists of numbers need not be looked through."""
-    return kind is Value or _is_struct(kind) or any(_may_hold_more(part) for part in get_args(kind))
-
-
-def _without_null(kind: Any) -> Any:
-    """Of `X | None`, X."""
-    kinds = [part for part in get_args(kind) if part is not type(None)] if get_origin(kind) in (Union, UnionType) else [kind]
-    return kinds[0] if len(kinds) == 1 else kind
-
-
-def _is_struct(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, Struct)

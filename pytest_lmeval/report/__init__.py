@@ -1,1 +1,1 @@
-"""From records to pages: `metrics.json` is the source, everything else is rendered from it."""
+"""Render records as terminal tables, Markdown, HTML and export formats; `metrics.json` is the only source."""

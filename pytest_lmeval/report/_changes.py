@@ -1,4 +1,4 @@
-"""What became of the numbers since the baseline: a row for each metric that a gate has judged, the worst first."""
+"""Format gate results: a row for each judged metric, worst first, and notes on how its numbers were compared."""
 
 from __future__ import annotations
 
@@ -6,51 +6,48 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from pytest_lmeval.records._comparison import ORDER, Comparison, Flip, GateVerdict
+from pytest_lmeval.records._comparison import ORDER, Comparison, GateVerdict
 from pytest_lmeval.records._measured import Record
 from pytest_lmeval.records._metric import metric
-from pytest_lmeval.report._comparison_notes import remarks
-from pytest_lmeval.report._words import number
+from pytest_lmeval.report._words import number, several
 
 
 @dataclass(frozen=True)
 class Change:
     """A metric against its baseline, as text.
 
-    remarks  what the reader should know of it
-    basis    what the verdict rests on: margin, probability, test
-    flips    examples that changed: id, before, after, output, target
-    changed  how many there are of them in all
+    notes    what the reader should know about the comparison
+    basis    what the verdict is based on: margin, probability, test
+    flips    first examples that changed: id, before, after, output, target
+    changed  number of examples that changed
     """
 
-    test: str
-    lm: str
-    subject: str
+    record: Record
     metric: str
     verdict: GateVerdict
     base: str
     new: str
     difference: str
     interval: str
-    remarks: str
+    notes: str
     basis: str
     flips: list[tuple[str, ...]]
     changed: int
 
     @property
-    def is_quiet(self) -> bool:
-        """Whether there is nothing to say of it."""
-        return self.verdict == "identical" and not self.remarks
+    def is_unchanged(self) -> bool:
+        """Nothing changed and there is no note."""
+        return self.verdict == "identical" and not self.notes
 
 
 def changes(records: Sequence[Record]) -> list[Change]:
-    """What the gates found of all records."""
+    """Format the gate results of all records."""
     found = [_change(record, name, row) for record in records for name, row in (record.gate or {}).items()]
     return sorted(found, key=lambda change: ORDER.index(change.verdict))
 
 
 def counted(verdicts: Iterable[GateVerdict]) -> str:
-    """How many there are of each, in words.
+    """Count the verdicts, in words.
 
     >>> counted(["same", "worse", "same"])
     '1 worse, 2 same'
@@ -60,12 +57,12 @@ def counted(verdicts: Iterable[GateVerdict]) -> str:
 
 
 def differences(records: Sequence[Record]) -> list[tuple[str, str]]:
-    """For each test the settings that differ between the two runs, said once for all of its metrics."""
+    """For each test the settings that differ between the two runs."""
     found: dict[str, dict[str, None]] = {}
     for record in records:
         for row in (record.gate or {}).values():
             found.setdefault(record.test, {}).update(dict.fromkeys(row.differences))
-    return [(test, ", ".join(said)) for test, said in found.items() if said]
+    return [(test, ", ".join(settings)) for test, settings in found.items() if settings]
 
 
 def _change(record: Record, name: str, row: Comparison) -> Change:
@@ -73,24 +70,18 @@ def _change(record: Record, name: str, row: Comparison) -> Change:
     declared = metric(name, value)
     unit = declared.unit if value is None else value.unit
     return Change(
-        test=record.test,
-        lm=record.lm.spec,
-        subject=record.subject,
+        record=record,
         metric=declared.label,
         verdict=row.verdict,
         base=_text(row.base, unit),
         new=_text(value if row.new is None else row.new, unit),
         difference=_signed(row.difference, unit),
         interval="" if row.low is None or row.high is None else f"{_signed(row.low, unit)} to {_signed(row.high, unit)}",
-        remarks="; ".join(_remarks(row, record.example)),
+        notes="; ".join(_notes(row, record.example)),
         basis=", ".join(_basis(row)),
-        flips=[_flip(flip) for flip in row.flipped],
+        flips=[(one.id, number(one.before), number(one.after), one.output or "", one.target or "") for one in row.flipped],
         changed=max(len(row.flipped), (row.lost or 0) + (row.won or 0)),
     )
-
-
-def _flip(flip: Flip) -> tuple[str, ...]:
-    return flip.id, number(flip.before), number(flip.after), flip.output or "", flip.target or ""
 
 
 def _basis(row: Comparison) -> Iterator[str]:
@@ -102,8 +93,26 @@ def _basis(row: Comparison) -> Iterator[str]:
         yield row.test
 
 
-def _remarks(row: Comparison, example: str) -> Iterator[str]:
-    yield from remarks(row, example)
+def comparison_notes(found: Comparison, example: str) -> Iterator[str]:
+    """Why it was not paired, how many examples one run alone has, and which loss would have been detected.
+
+    example  name of one example (`Record.example`)
+
+    The terminal, failures and pages use the same words.
+    """
+    if found.note:
+        yield found.note
+    if found.only_base or found.only_new:
+        alone = f"{found.only_base:,} only in the baseline, {found.only_new:,} only here"
+        yield f"on {several(found.n or 0, example)} of both runs; {alone}"
+    if found.verdict == "unclear" and found.detectable is not None:
+        yield f"a loss of {number(abs(found.detectable))} would have been found (with a probability of 80 %)"
+    if found.verdict == "unclear" and found.needed and isinstance(found.margin, int | float):
+        yield f"if nothing was lost, {several(found.needed, example)} would show it ({number(found.margin)} is allowed)"
+
+
+def _notes(row: Comparison, example: str) -> Iterator[str]:
+    yield from comparison_notes(row, example)
     if row.lost or row.won:
         yield f"{row.lost or 0:,} lost, {row.won or 0:,} won"
 
@@ -113,7 +122,7 @@ def _text(value: float | str | None, unit: str = "") -> str:
 
 
 def _signed(value: float | None, unit: str) -> str:
-    """A difference; its unit is that of the value beside it, but bytes need theirs."""
+    """A difference, without the unit of the value beside it, except bytes."""
     if not value:
         return _text(value)
     return ("+" if value > 0 else "-") + number(abs(value), unit if unit == "bytes" else "")

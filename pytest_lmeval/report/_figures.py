@@ -1,34 +1,33 @@
-"""The plots: the curves of all records by what they show, each with a caption that says in words what is seen.
+"""Build the plots: the curves of all records by what they show, each with a caption in words.
 
-A figure is plain data, as the page's script reads it (`templates/figures.js`):
+A figure is plain data that the page's script reads (`templates/figures.js`):
 
     {"title", "kind": "line" | "spread" | "dots", "choices": [{"label", "caption", "x", "y", "log": "" | "x" | "y" | "xy",
      "curves": [{"name", "x": [...], "y": [...], "low", "high"}]}]}
 
-A choice is one text, one task, one shape; where a figure has several, the reader picks one.
+A choice is one text, task or shape; the reader picks one of several.
 
-Drawn by Observable Plot and d3, as published (`vendor/`): the only well-kept library found that makes SVG in the browser, so
-that what is drawn prints sharply, follows the page's colours and can be read out, and that needs neither a build nor a network.
-They are 490 kB, inlined in pages that have figures. uPlot is a tenth of that and Chart.js less than half, and both paint a
-canvas, which prints as pixels and says nothing to a screen reader. Vega and Plotly weigh several times as much, and Vega makes
-code out of strings, which the page's Content-Security-Policy forbids. Python's libraries draw for one width and one theme, or
-ask every user for Matplotlib.
+Observable Plot and d3 draw them (`vendor/`, 490 kB, inlined only in pages with figures): the only well-kept library found that
+makes SVG in the browser, which prints sharply, follows the page's colours and can be read aloud, without a build or a network.
+uPlot and Chart.js are smaller but paint a canvas; Vega and Plotly weigh several times as much, and the page's
+Content-Security-Policy forbids Vega's code from strings; Python's libraries draw for one width and theme or need Matplotlib.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from pytest_lmeval.records._history import Line
-from pytest_lmeval.records._measured import Record, Series
+from pytest_lmeval.records._measured import Record
 from pytest_lmeval.records._metric import headline_of, metric
 from pytest_lmeval.report._words import number
 
 Choices = dict[str, dict[str, Any]]
 
-DECADES = 30  # largest over smallest value, from which on an axis is logarithmic
-SAID = 6  # curves that a caption describes one by one
+LOG_RATIO = 30  # ratio of the largest to the smallest value above which an axis is logarithmic
+CAPTIONED = 6  # curves that a caption describes one by one
 
 
 def figures(records: Sequence[Record], history: Sequence[Line] = ()) -> list[dict[str, Any]]:
@@ -37,37 +36,33 @@ def figures(records: Sequence[Record], history: Sequence[Line] = ()) -> list[dic
     for record in records:
         for name, series in record.series.items():
             if series.x:
-                _add_series(drawn, record, name, series)
-    found = [*drawn.values(), *(figure for figure in (quality_by_bytes(records), over_runs(history)) if figure)]
+                title = series.title or name.replace("_", " ").capitalize()
+                kind = "spread" if series.x_unit == "run" else "line"  # runs have no order that matters
+                figure = drawn.setdefault(title, {"title": title, "kind": kind, "choices": {}})
+                choice = _choice(figure["choices"], record.subject, series.x_unit, series.y_unit, series.log)
+                choice["curves"].append(_curve(record, series.x, series.y))
+    found = [*drawn.values(), *filter(None, (quality_by_bytes(records), over_runs(history)))]
     for figure in found:
         figure["choices"] = list(figure["choices"].values())
         for choice in figure["choices"]:
             _disambiguate(choice["curves"])
-            if figure["kind"] == "dots" and _spans_decades(choice["curves"], "x"):
+            if figure["kind"] == "dots" and _needs_log(choice["curves"], "x"):
                 choice["log"] = "x"
-            if "y" not in choice["log"] and figure["kind"] != "spread" and _spans_decades(choice["curves"], "y"):
+            if "y" not in choice["log"] and figure["kind"] != "spread" and _needs_log(choice["curves"], "y"):
                 choice["log"] += "y"
             choice["caption"] = caption(choice, figure["kind"])
     return found
 
 
-def _spans_decades(curves: list[dict[str, Any]], axis: str) -> bool:
-    """Whether a linear axis would press what is small to a flat line."""
+def _needs_log(curves: list[dict[str, Any]], axis: str) -> bool:
+    """A linear axis would flatten the small values."""
     bounds = [value for curve in curves for value in curve.get("low", ()) if value is not None] if axis == "y" else []
     values = [*bounds, *(value for curve in curves for value in curve[axis])]
-    return bool(min(values) > 0 and max(values) > DECADES * min(values))
-
-
-def _add_series(drawn: dict[str, dict[str, Any]], record: Record, name: str, series: Series) -> None:
-    title = series.title or name.replace("_", " ").capitalize()
-    kind = "spread" if series.x_unit == "run" else "line"  # runs have no order that matters
-    figure = drawn.setdefault(title, {"title": title, "kind": kind, "choices": {}})
-    choice = _choice(figure["choices"], record.subject, series.x_unit, series.y_unit, series.log)
-    choice["curves"].append(_curve(record, series.x, series.y))
+    return bool(min(values) > 0 and max(values) > LOG_RATIO * min(values))
 
 
 def _choice(choices: Choices, label: str, x: str, y: str, log: str = "") -> dict[str, Any]:
-    """That of this label; what is in another unit is another choice."""
+    """The choice of this label; another one for another unit."""
     if choices.get(label, {"y": y})["y"] != y:
         label = f"{label}, {y}"
     return choices.setdefault(label, {"label": label, "x": x, "y": y, "log": log, "curves": []})
@@ -78,7 +73,7 @@ def _curve(record: Record, x: list[float], y: list[float]) -> dict[str, Any]:
 
 
 def quality_by_bytes(records: Sequence[Record]) -> dict[str, Any] | None:
-    """Quality against the bytes of the weights, where a subject was asked of models of several sizes or precisions."""
+    """Quality against the bytes of the weights, for subjects measured on models of several sizes or precisions."""
     choices: Choices = {}
     for record in records:
         name = headline_of(record.metrics)
@@ -88,8 +83,8 @@ def quality_by_bytes(records: Sequence[Record]) -> dict[str, Any] | None:
         choice = _choice(choices, f"{record.subject}: {label}", "bytes of the weights", value.unit or label)
         bounds = {end: [bound] for end, bound in (("low", value.low), ("high", value.high)) if bound is not None}
         choice["curves"].append(_curve(record, [record.lm.bytes], [float(value)]) | bounds)
-    several = {label: choice for label, choice in choices.items() if len({curve["x"][0] for curve in choice["curves"]}) > 1}
-    return {"title": "Quality by bytes of the weights", "kind": "dots", "choices": several} if several else None
+    shown = {label: choice for label, choice in choices.items() if len({curve["x"][0] for curve in choice["curves"]}) > 1}
+    return {"title": "Quality by bytes of the weights", "kind": "dots", "choices": shown} if shown else None
 
 
 def over_runs(history: Sequence[Line]) -> dict[str, Any] | None:
@@ -98,42 +93,40 @@ def over_runs(history: Sequence[Line]) -> dict[str, Any] | None:
     found: dict[tuple[str, ...], dict[str, Any]] = {}
     for line in sorted(history, key=lambda line: line.started):
         label = ": ".join(filter(None, (line.subject, metric(line.metric).label)))
+        point = {"x": line.started.isoformat(), "y": line.value, "low": line.low, "high": line.high}
+        point["runs"] = line.commit or line.run
         identity = (label, line.unit, line.lm, _short(line.test))
         if identity not in found:
-            lists: dict[str, list[Any]] = {field: [] for field in ("x", "y", "low", "high", "runs")}
-            found[identity] = {"name": line.lm, "note": _short(line.test), **lists}
+            found[identity] = {"name": line.lm, "note": _short(line.test), **{field: [] for field in point}}
             _choice(choices, label, "time", line.unit)["curves"].append(found[identity])
-        point = {"x": line.started.isoformat(), "y": line.value, "low": line.low, "high": line.high}
-        for field, value in {**point, "runs": line.commit or line.run}.items():
+        for field, value in point.items():
             found[identity][field].append(value)
-    several = {label: choice for label, choice in choices.items() if any(len(curve["x"]) > 1 for curve in choice["curves"])}
-    return {"title": "History over runs", "kind": "line", "time": True, "choices": several} if several else None
+    shown = {label: choice for label, choice in choices.items() if any(len(curve["x"]) > 1 for curve in choice["curves"])}
+    return {"title": "History over runs", "kind": "line", "time": True, "choices": shown} if shown else None
 
 
 def caption(choice: dict[str, Any], kind: str) -> str:
-    """What is seen, in words: for those who cannot see it, and as a check of those who can."""
-    said = [f"{curve['name']} {_seen(choice, curve, kind)}" for curve in choice["curves"][:SAID]]
-    if (left := len(choice["curves"]) - SAID) > 0:
-        said.append(f"and {left} more")
-    return "; ".join(said) + "."
+    """Describe the curves in words."""
+    sentences = [f"{curve['name']} {_describe(choice, curve, kind)}" for curve in choice["curves"][:CAPTIONED]]
+    if (left := len(choice["curves"]) - CAPTIONED) > 0:
+        sentences.append(f"and {left} more")
+    return "; ".join(sentences) + "."
 
 
-def _seen(choice: dict[str, Any], curve: dict[str, Any], kind: str) -> str:
+def _describe(choice: dict[str, Any], curve: dict[str, Any], kind: str) -> str:
     x, y = curve["x"], curve["y"]
     if kind == "spread":
         ordered = sorted(y)
-        middle = ordered[len(ordered) // 2]
-        around = f"{number(ordered[0])} to {number(ordered[-1])}"
-        return f"takes {number(middle, choice['y'])} in the median of {len(y)} runs, {around}"
+        middle, spread = ordered[len(ordered) // 2], f"{number(ordered[0])} to {number(ordered[-1])}"
+        return f"takes {number(middle, choice['y'])} in the median of {len(y)} runs, {spread}"
     if len(y) == 1:
         return f"{number(y[0], choice['y'])} at {_at(x[0], choice['x'])}"
     ends = f"{_at(x[0], '%' if choice['x'] == '%' else '')} to {_at(x[-1], choice['x'])}"
     first, last = number(y[0], choice["y"]), number(y[-1], choice["y"])
     if first == last:
         return f"is {last} at both ends of {ends}"
-    return (
-        f"{'falls' if y[-1] < y[0] else 'rises'} from {first} to {last}, {'from' if choice['x'] == 'time' else 'over'} {ends}"
-    )
+    verb, over = "falls" if y[-1] < y[0] else "rises", "from" if choice["x"] == "time" else "over"
+    return f"{verb} from {first} to {last}, {over} {ends}"
 
 
 def _at(x: Any, unit: str) -> str:
@@ -141,22 +134,19 @@ def _at(x: Any, unit: str) -> str:
         return x[:16].replace("T", " ")
     if unit.startswith("bytes"):
         return number(x, "bytes")
-    if unit == "%":
+    if unit == "%" or x == int(x):
         return number(x, unit)
-    return number(x, unit) if x == int(x) else f"about {number(max(1, round(x)), unit)}"  # the middle of several positions
+    return f"about {number(max(1, round(x)), unit)}"  # the middle of several positions
 
 
 def _disambiguate(curves: list[dict[str, Any]]) -> None:
-    """Add the name of its test to a curve whose name others have too, or a number where that is the same too."""
-    for _ in ("by test", "by number"):
-        names = [curve["name"] for curve in curves]
-        for index, curve in enumerate(curves, start=1):
-            if names.count(curve["name"]) > 1 and (more := curve.pop("note", str(index))):
-                curve["new_name"] = f"{curve['name']} ({more})"
-        for curve in curves:
-            curve["name"] = curve.pop("new_name", curve["name"])
-    for curve in curves:
-        curve.pop("note", None)
+    """Add the test to names that several curves have, then a number to those that are still the same."""
+    suffixes: Iterable[Sequence[Any]] = ([curve.pop("note") for curve in curves], range(1, len(curves) + 1))
+    for own in suffixes:
+        counts = Counter(curve["name"] for curve in curves)
+        for curve, suffix in zip(curves, own, strict=True):
+            if counts[curve["name"]] > 1 and suffix:
+                curve["name"] += f" ({suffix})"
 
 
 def _short(test: str) -> str:

@@ -1,4 +1,4 @@
-"""Exporters: the numbers of a run in the formats of services that keep them, Bencher and github-action-benchmark.
+"""Export the numbers of a run in the formats of services that track them: Bencher and github-action-benchmark.
 
 bencher run --adapter json --file bencher.json            https://bencher.dev/docs/reference/bencher-metric-format
 tool: customBiggerIsBetter / customSmallerIsBetter        https://github.com/benchmark-action/github-action-benchmark
@@ -23,29 +23,24 @@ def bencher(document: RunDocument) -> dict[str, Any]:
 
 
 def github_action_benchmark(document: RunDocument) -> dict[str, Any]:
-    """A file for each direction: [{name, unit, value, range, extra}]. That action has no place for metrics of none."""
-    return {
-        "customBiggerIsBetter.json": _of_direction(document, higher_is_better=True),
-        "customSmallerIsBetter.json": _of_direction(document, higher_is_better=False),
-    }
-
-
-def _of_direction(document: RunDocument, *, higher_is_better: bool) -> list[dict[str, Any]]:
-    return [
-        {
-            "name": f"{benchmark} {name}",
-            "unit": value.unit,
-            "value": float(value),
-            **({} if value.low is None else {"range": f"{value.low:.6g} to {value.high:.6g}"}),
-            "extra": f"n = {value.n}",
-        }
-        for benchmark, name, value in _named_values(document)
-        if value.higher_is_better is higher_is_better
-    ]
+    """A file for each direction: [{name, unit, value, range, extra}]. That action takes no metrics without a direction."""
+    files: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
+    for benchmark, name, value in _named_values(document):
+        if value.higher_is_better is not None:
+            bounds = {} if value.low is None else {"range": f"{value.low:.6g} to {value.high:.6g}"}
+            entry = {
+                "name": f"{benchmark} {name}",
+                "unit": value.unit,
+                "value": float(value),
+                **bounds,
+                "extra": f"n = {value.n}",
+            }
+            files[value.higher_is_better].append(entry)
+    return {"customBiggerIsBetter.json": files[True], "customSmallerIsBetter.json": files[False]}
 
 
 def _named_values(document: RunDocument) -> Iterator[tuple[str, str, Value]]:
-    """For each value the benchmark that it belongs to, its name, and itself."""
+    """The benchmark, name and value of each number."""
     for record in document.records:
         benchmark = " ".join(filter(None, (record.test, f"({record.lm.spec}, {record.subject})")))
         for name, value in record.metrics.items():

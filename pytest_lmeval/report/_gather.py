@@ -1,4 +1,4 @@
-"""Gather the records of a run, from workers too, and write and show the reports when it ends."""
+"""Collect the records of a run, also from xdist workers, and write and show the reports at its end."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from pytest_lmeval.records._document import Failure, Skipped
     from pytest_lmeval.records._measured import Record
 
-MESSAGE = 4_000  # characters of a failure's message that the reports take
+MESSAGE = 4_000  # characters of a failure's message in the reports
 
 
 class Reports:
-    """Part of the plugin in the process that has the terminal.
+    """The reporting part of the plugin, in the process with the terminal.
 
-    A test's records reach it as the attribute `_lmeval` of its report, a string of JSON that crosses from an xdist worker
-    unchanged: {"records", "notes", "keys"}, the keys being those of the journal's lines that the test wrote or was served from.
+    A test's records arrive in the attribute `_lmeval` of its report, a JSON string that xdist passes unchanged: {"records",
+    "notes", "keys"}. The keys are those of the journal lines that the test wrote or read.
     """
 
     def __init__(self, config: pytest.Config) -> None:
@@ -45,20 +45,20 @@ class Reports:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """First of all plugins, so that those that write JUnit or a report log find the numbers among the properties."""
+        """Run first, so that plugins that write JUnit or a report log find the numbers among the properties."""
         log = json.loads(getattr(report, "_lmeval", "{}"))
         self.keys.update(log.get("keys", ()))
-        if str(report.outcome) == "rerun":  # by pytest-rerunfailures: only the last attempt of a test counts
+        if str(report.outcome) == "rerun":  # pytest-rerunfailures: only the last attempt counts
             return
-        records = self._take_in(report, log) if log else []
+        records = self._add(report, log) if log else []
         if report.failed and (log or "lmeval" in report.keywords):
             self.failures.append(_failure(report, records))
         report.user_properties += self.properties.get(report.nodeid, [])
         if report.when == "teardown":
             self.properties.pop(report.nodeid, None)
 
-    def _take_in(self, report: pytest.TestReport, log: dict[str, Any]) -> list[Record]:
-        """Keep what a test has recorded; returns its records."""
+    def _add(self, report: pytest.TestReport, log: dict[str, Any]) -> list[Record]:
+        """Add what a test recorded; returns its records."""
         from msgspec.structs import replace
 
         from pytest_lmeval.records._document import Skipped
@@ -69,7 +69,7 @@ class Reports:
         try:
             records = [replace(record, outcome=report.outcome) for record in convert(log["records"], list[Record])]
         except ValueError as error:
-            self.notes.append(f"what {report.nodeid} recorded is left out, since no record is so: {error}")
+            self.notes.append(f"a record of {report.nodeid} does not fit its type, so all of that test are left out: {error}")
             records = []
         self.records += records
         if report.skipped and not records and isinstance(report.longrepr, tuple):
@@ -96,7 +96,7 @@ class Reports:
         if exitstatus not in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR):
             from pytest_lmeval.records._journal import Journal
 
-            Journal(folder).end(self.keys)  # this run came to its end: the next one measures anew
+            Journal(folder).end(self.keys)  # so that the next run measures again
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if not self.records or self.config.get_verbosity() < -1:
@@ -112,7 +112,7 @@ class Reports:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_html_results_summary(self, prefix: list[str]) -> None:
-        """A link in pytest-html's report to ours."""
+        """Link from pytest-html's report to ours."""
         if self.records:
             page = output_folder(self.config).resolve() / "report.html"
             link = f'<a href="{escape(page.as_uri())}">{escape(str(page))}</a>'
@@ -120,7 +120,7 @@ class Reports:
 
 
 def _properties(records: list[Record]) -> list[tuple[str, object]]:
-    """The numbers that a summary shows, as JUnit's properties of the test."""
+    """The headline numbers, as JUnit properties of the test."""
     from pytest_lmeval.report._tables import headlines
     from pytest_lmeval.report._words import visible
 
@@ -132,7 +132,7 @@ def _properties(records: list[Record]) -> list[tuple[str, object]]:
 
 
 def _failure(report: pytest.TestReport, records: list[Record]) -> Failure:
-    """Which test failed, by the name that its records have, where it stands, and what it says."""
+    """The failed test under the name of its records, with its message and its location."""
     from pytest_lmeval.records._document import Failure
 
     crash = getattr(report.longrepr, "reprcrash", None)

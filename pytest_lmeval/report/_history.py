@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import astuple
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -25,14 +26,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Print a table for each test. Raises DocumentError where there is nothing to show."""
+    """Print a table for each test. Raises DocumentError if there is nothing to show."""
     read, notes = history.read(options.folder)
     for note in notes:
         print(note, file=sys.stderr)
     chosen = [line for line in read if options.test in line.test and fnmatchcase(line.metric, options.metric)]
     if not chosen:
         near = nearest(options.metric, {line.metric for line in read})
-        raise DocumentError(f"{options.folder / history.NAME} holds no such number: {len(read)} lines were read.{near}")
+        raise DocumentError(f"{options.folder / history.NAME} holds no matching number among {len(read)} lines.{near}")
     units = {line.key: line.unit for line in chosen}
     heading = None
     for key, found in history.statistics(chosen).items():
@@ -48,7 +49,7 @@ def _row(cells: list[str]) -> str:
 
 
 def section(document: RunDocument, folder: Path | None) -> Section | None:
-    """How the numbers of this run lie among those of the runs in the folder; None where no other run has measured one."""
+    """Statistics of the headline numbers over the runs in the folder; None if no other run measured one of them."""
     lines = history.read(folder)[0] if folder else []
     found = history.statistics(lines)
     rows = []
@@ -58,9 +59,5 @@ def section(document: RunDocument, folder: Path | None) -> Section | None:
             if over and over.runs > 1:
                 value = record.metrics[name]
                 label = metric(name, value).label + (f" ({value.unit})" if value.unit else "")
-                rows.append([record.test, f"{record.lm.spec}, {record.subject}", label, *_numbers(over)])
+                rows.append([record.test, f"{record.lm.spec}, {record.subject}", label, *astuple(over)])
     return Section("Over the runs in this folder", columns=["test", "on", "metric", *COLUMNS], rows=rows) if rows else None
-
-
-def _numbers(over: history.Statistics) -> list[float]:
-    return [over.runs, over.last, over.mean, over.min, over.max]

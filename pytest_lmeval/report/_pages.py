@@ -1,9 +1,8 @@
-"""Render summary.md and report.html by Jinja2 from a document. What a model wrote is text, never markup.
+"""Render summary.md and report.html with Jinja2 from a document. Text from models is escaped.
 
-A folder of templates of one's own extends these block by block: its `report.html` begins with
-`{% extends "lmeval/report.html" %}` and replaces the blocks that it names. A template sees the fields of the document
-(`records`, `run`, `sections`, ...) and what `_shown` makes of them. Templates run in a sandbox, and a name that does not exist
-is an error with its line.
+A user's folder of templates extends these block by block: its `report.html` begins with `{% extends "lmeval/report.html" %}`
+and replaces the blocks that it names. A template sees the fields of the document (`records`, `run`, `sections`, ...) and those
+of `_shown`. Templates run in a sandbox; an unknown name is an error with its line.
 """
 
 from __future__ import annotations
@@ -17,24 +16,14 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import msgspec
-from jinja2 import (
-    BaseLoader,
-    ChoiceLoader,
-    FileSystemLoader,
-    PackageLoader,
-    PrefixLoader,
-    StrictUndefined,
-    TemplateError,
-    TemplateNotFound,
-    TemplateSyntaxError,
-    select_autoescape,
-)
 from jinja2.sandbox import SandboxedEnvironment
 from markupsafe import Markup
 
+from pytest_lmeval import registry
 from pytest_lmeval.records import _history as history, _schema as schema
-from pytest_lmeval.records._document import NamedRun, RunDocument
+from pytest_lmeval.records._document import NamedRun, RunDocument, Section
 from pytest_lmeval.records._history import Line
 from pytest_lmeval.report import (
     _changes as changes,
@@ -52,16 +41,16 @@ OWN = Path(__file__).parent
 
 @cache
 def environment(templates: Path | None = None) -> SandboxedEnvironment:
-    """The sandbox that templates run in.
+    """Make the sandbox that templates run in.
 
-    templates  a folder whose templates come before ours; ours are also there as `lmeval/NAME`
+    templates  folder of templates that replace ours of the same name, which are also found as `lmeval/NAME`
     """
-    ours = PackageLoader("pytest_lmeval.report")
-    loaders: list[BaseLoader] = [PrefixLoader({"lmeval": ours}), ours]
+    ours = jinja2.PackageLoader("pytest_lmeval.report")
+    loaders: list[jinja2.BaseLoader] = [jinja2.PrefixLoader({"lmeval": ours}), ours]
     sandbox = SandboxedEnvironment(
-        loader=ChoiceLoader([FileSystemLoader(templates), *loaders] if templates else loaders),
-        autoescape=select_autoescape(["html"]),
-        undefined=StrictUndefined,
+        loader=jinja2.ChoiceLoader([jinja2.FileSystemLoader(templates), *loaders] if templates else loaders),
+        autoescape=jinja2.select_autoescape(["html"]),
+        undefined=jinja2.StrictUndefined,
         finalize=lambda value: words.visible(value) if type(value) is str else value,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -75,7 +64,7 @@ def environment(templates: Path | None = None) -> SandboxedEnvironment:
 
 
 def cell(text: Any) -> str:
-    """Text for a cell of a Markdown table: on one line, its special characters harmless."""
+    """Escape text for a cell of a Markdown table, on one line."""
     line = " ".join(words.visible(str(text)).split())
     for special in "\\`*_[]<>|":
         line = line.replace(special, "\\" + special)
@@ -83,28 +72,28 @@ def cell(text: Any) -> str:
 
 
 def code(text: Any) -> str:
-    """Text between the backticks of Markdown."""
+    """Escape text for backticks in Markdown."""
     return " ".join(words.visible(str(text)).replace("`", "'").split())
 
 
 def fenced(text: Any) -> str:
-    """A block of code in Markdown, its fence longer than any run of backticks in it."""
+    """A code block in Markdown; its fence is longer than any row of backticks in it."""
     text = words.visible(str(text))
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return f"{fence}text\n{text}\n{fence}"
 
 
 def fields(value: Any) -> dict[str, Any]:
-    """The fields of a record's part that are known."""
+    """The fields of a stored type that are not None."""
     return {name: found for name, found in schema.to_plain(value).items() if found is not None}
 
 
 def asset(templates: Path | None, name: str) -> Markup:
-    """A style or script as it is, from the folder of templates or from ours."""
+    """A style or script, unescaped, from the folder of templates or from ours."""
     folders = (*([templates] if templates else []), OWN / "templates", OWN / "vendor")
     found = [file for folder in folders if (file := folder / name).is_file()]
     if not found:
-        raise TemplateNotFound(name, f"there is no style or script {name!r}")
+        raise jinja2.TemplateNotFound(name, f"there is no style or script {name!r}")
     return Markup(_text(found[0]))
 
 
@@ -121,19 +110,39 @@ def render(
     templates: Path | None = None,
     sort: str | None = None,
 ) -> str:
-    """A page of a document.
+    """Render a page of a document.
 
-    folders    for each record the output folder that its examples lie in, or one for all; none: examples are not read
-    templates  a folder of templates that come before ours
-    sort       a metric that models side by side are sorted by
+    folders    output folder of each record, with its examples, or one for all; none: examples are not read
+    templates  folder of templates that extend ours
+    sort       metric by which models side by side are sorted
 
-    Raises what a template raises; `where` says where.
+    Raises what a template raises; `where` locates it.
     """
     template = environment(templates).get_template(name)
     context = msgspec.structs.asdict(document) | _shown(document, sort)
     if name.endswith(".html"):
         context |= _shown_in_html(document, list(folders))
     return template.render(context)
+
+
+def with_sections(document: RunDocument, folder: Path | None) -> RunDocument:
+    """Add the sections that packages register (entry points `pytest_lmeval.reports`) after the document's own.
+
+    folder  output folder, or None for a comparison of runs
+
+    Each is a function of document and folder that returns a `Section`, or None to show nothing. Those that fail are named in
+    `problems`.
+    """
+    sections, problems = [*document.sections], [*document.problems]
+    for name, make, entry in registry.things("reports"):
+        try:
+            found = make(document, folder)
+            if found is not None and not isinstance(found, Section):
+                raise TypeError(f"it returned a {type(found).__name__} and no Section")
+            sections += [] if found is None else [schema.checked(found, "the returned section", "Return a Section")]
+        except Exception as error:  # noqa: BLE001 - a section of another package may raise anything
+            problems.append(f"the section {name!r} of {entry.package} failed and is left out ({type(error).__name__}: {error})")
+    return msgspec.structs.replace(document, sections=sections, problems=problems)
 
 
 def _shown(document: RunDocument, sort: str | None) -> dict[str, Any]:
@@ -151,7 +160,7 @@ def _shown(document: RunDocument, sort: str | None) -> dict[str, Any]:
         "grids": grids.grids(records, sort),
         "certificates": certificates,
         "certified": certified,
-        "laws": overview.laws(certificates),
+        "laws": list(dict.fromkeys(law for _, certificate in certificates for law in certificate.laws)),
         "runs": document.runs or [NamedRun(label="", run=document.run, environment=document.environment)],
     }
 
@@ -159,31 +168,28 @@ def _shown(document: RunDocument, sort: str | None) -> dict[str, Any]:
 def _shown_in_html(document: RunDocument, folders: list[Path]) -> dict[str, Any]:
     records = document.records
     folders = folders * len(records) if len(folders) == 1 else folders
-    answered, notes = examples.example_tables(records, folders) if folders else ([], [])
+    found, notes = examples.example_tables(records, folders) if folders else ([], [])
     lines: list[Line] = []
     for folder in dict.fromkeys(folders):
-        more, said = history.read(folder)
-        lines, notes = lines + more, notes + said
+        more, broken = history.read(folder)
+        lines, notes = lines + more, notes + broken
     drawn = figures.figures(records, lines)
-    data = {"figures": drawn, "examples": answered}
+    data = {"figures": drawn, "examples": found}
     return {
         "data": data,
-        "figures": drawn,
-        "examples": answered,
+        **data,
         "notes": [*document.problems, *notes],
         "facts": overview.facts([run.environment for run in document.runs] or [document.environment]),
-        # Known only once all that a model wrote is fixed, so that nothing it wrote can carry it.
+        # A hash of all text from models, so that none of it can contain the nonce.
         "nonce": hashlib.sha256(json.dumps([data, schema.to_plain(document)]).encode()).hexdigest()[:32],
     }
 
 
 def where(error: Exception) -> str:
-    """What went wrong in a template, with its name and line."""
-    kind = "" if type(error) is TemplateSyntaxError else f"{type(error).__name__}: "
-    if isinstance(error, TemplateSyntaxError):
-        return f"{error.filename or error.name}, line {error.lineno}: {kind}{error.message}"
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.endswith(".py")]
-    frames = [frame for frame in frames if frame.filename.endswith((".html", ".md"))]
-    place = f"{frames[-1].filename}, line {frames[-1].lineno}: " if frames else ""
-    said = error.message if isinstance(error, TemplateError) and error.message else str(error)
-    return f"{place}{kind}{said}"
+    """The error of a template with its file and line."""
+    if isinstance(error, jinja2.TemplateSyntaxError):
+        return f"{error.filename or error.name}, line {error.lineno}: {error.message}"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.endswith((".html", ".md"))]
+    location = f"{frames[-1].filename}, line {frames[-1].lineno}: " if frames else ""
+    message = error.message if isinstance(error, jinja2.TemplateError) and error.message else str(error)
+    return f"{location}{type(error).__name__}: {message}"

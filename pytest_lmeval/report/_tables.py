@@ -1,4 +1,4 @@
-"""The rows of the summaries: which numbers of a record they show, and what several models have in common, as text."""
+"""Build the rows of the summaries, as text: the headline numbers of each record, verdicts, and models side by side."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pytest_lmeval.records._metric import metric
 from pytest_lmeval.records._value import Value
 from pytest_lmeval.report._words import disambiguate, interval, model_line, number
 
-MANY = 12  # models, beyond which they are not described one by one
+MANY = 12  # models, above which only their number is shown
 
 
 @dataclass(frozen=True)
 class Row:
-    """One number of a record; `metric` is what tables call it."""
+    """One number of a record; `metric` is its label."""
 
     metric: str
     value: str
@@ -27,23 +27,20 @@ class Row:
 
 @dataclass(frozen=True)
 class Group:
-    """A record with the numbers that a summary shows."""
+    """A record with the numbers and notes that a summary shows."""
 
-    test: str
-    lm: str
-    subject: str
-    verdict: str
-    notes: str
-    outcome: str
+    record: Record
     rows: list[Row]
+    notes: str
 
 
 @dataclass(frozen=True)
 class SideBySide:
     """Several models on one subject.
 
-    metrics  name -> a row of each model, in their order, with an empty value where a model lacks the metric
-    records  indices of the records that it shows
+    models   labels
+    metrics  name -> a row of each model, with an empty value if the model lacks the metric
+    indices  of the records of the models
     """
 
     kind: str
@@ -51,23 +48,22 @@ class SideBySide:
     models: list[str]
     outcomes: list[str]
     metrics: dict[str, list[Row]]
-    records: list[int]
+    indices: list[int]
 
 
 @dataclass(frozen=True)
 class VerdictRow:
-    """What was found about the laws of one model."""
+    """The verdict on the laws of one model."""
 
-    lm: str
+    record: Record
     verdict: str
     broken: str
-    covered: str
+    tested_on: str
     worst_ratio: str
-    outcome: str
 
 
 def verdicts(records: Sequence[Record]) -> list[VerdictRow]:
-    """A row for each model whose laws were tested; of very many, those that are not exact come first."""
+    """A row for each model whose laws were tested; of many models, those that are not exact first."""
     found = []
     for record in records:
         if (certificate := record.certificate) is None or not record.is_verdict:
@@ -76,89 +72,77 @@ def verdicts(records: Sequence[Record]) -> list[VerdictRow]:
         cases = sum(law.cases for law in laws.values())
         found.append(
             VerdictRow(
-                lm=record.lm.spec,
+                record=record,
                 verdict=certificate.verdict,
                 broken=", ".join(name for name in laws if name in certificate.broken),
-                covered=f"{cases:,} cases" + (f", up to {certificate.longest:,} tokens" if certificate.longest else ""),
+                tested_on=f"{cases:,} cases" + (f", up to {certificate.longest:,} tokens" if certificate.longest else ""),
                 worst_ratio="" if certificate.worst_ratio is None else number(certificate.worst_ratio),
-                outcome=record.outcome,
             )
         )
     if len(found) > MANY:
-        found.sort(key=lambda row: (row.verdict == EXACT, row.lm))
+        found.sort(key=lambda row: (row.verdict == EXACT, row.record.lm.spec))
     return found
 
 
 def model_lines(records: Sequence[Record]) -> list[str]:
-    """The models in a line each; of very many, only how many they are."""
+    """A line for each model; for many models, one line with their number."""
     models = {(record.lm.spec, record.lm.fingerprint): model_line(record.lm) for record in records}
     return list(models.values()) if len(models) <= MANY else [f"{len(models)} models"]
 
 
 def side_by_side(records: Sequence[Record], sort: str | None = None) -> list[SideBySide]:
-    """What several models have in common: the same verb on the same subject. Where a model has several such records, the first
-    stands beside the first of the others, the second beside the second.
+    """Compare models that ran the same verb on the same subject. A model's second such record is beside the second of others.
 
-    sort  a metric: the models with the best value of it come first, those without it last
+    sort  a metric: the models with its best value come first, those without it last
     """
     same: dict[tuple[str, str, int], dict[tuple[str, str], int]] = {}
-    seen: Counter[tuple[str, str, tuple[str, str]]] = Counter()
+    seen: Counter[tuple[str, str, str, str]] = Counter()
     for index, record in enumerate(records):
         if record.metrics and not record.is_verdict:
             kind, subject, model = record.kind, record.subject, (record.lm.spec, record.lm.fingerprint)
-            same.setdefault((kind, subject, seen[kind, subject, model]), {})[model] = index
-            seen[kind, subject, model] += 1
-    return [
-        _side_by_side(kind, subject, records, sorted(by_model.items(), key=lambda item: best_first(records[item[1]], sort)))
-        for (kind, subject, _), by_model in same.items()
-        if len(by_model) > 1
-    ]
+            same.setdefault((kind, subject, seen[(kind, subject, *model)]), {})[model] = index
+            seen[(kind, subject, *model)] += 1
+    found = []
+    for (kind, subject, _), by_model in same.items():
+        if len(by_model) > 1:
+            models, indices = zip(*sorted(by_model.items(), key=lambda item: best_first(records[item[1]], sort)), strict=True)
+            shown = [records[index] for index in indices]
+            rows = [_rows(record) | _verdict(record) for record in shown]
+            labels = {name: row.metric for own in rows for name, row in own.items()}
+            metrics = {name: [own.get(name, Row(label, "")) for own in rows] for name, label in labels.items()}
+            outcomes = [record.outcome for record in shown]
+            found.append(SideBySide(kind, subject, disambiguate(models), [*outcomes], metrics, [*indices]))
+    return found
 
 
 def best_first(record: Record, sort: str | None) -> tuple[bool, float]:
-    """What records are sorted by so that the best value of a metric comes first; without a direction, the lowest."""
+    """Sort key that puts the best value of a metric first; for a metric without a direction, the lowest."""
     value = record.metrics.get(sort or "")
     if value is None:
         return True, 0.0
     return False, -float(value) if value.higher_is_better else float(value)
 
 
-def _side_by_side(
-    kind: str, subject: str, records: Sequence[Record], by_model: list[tuple[tuple[str, str], int]]
-) -> SideBySide:
-    models, indices = [model for model, _ in by_model], [index for _, index in by_model]
-    shown = [records[index] for index in indices]
-    rows = [_rows(record) | _verdict(record) for record in shown]
-    labels = {name: row.metric for own in rows for name, row in own.items()}
-    metrics = {name: [own.get(name, Row(label, "")) for own in rows] for name, label in labels.items()}
-    return SideBySide(kind, subject, disambiguate(models), [record.outcome for record in shown], metrics, indices)
+def groups(records: Sequence[Record]) -> list[Group]:
+    """The records, without verdicts on laws, with their headline numbers."""
+    return [
+        Group(record, list(_rows(record).values()), ", ".join(notes_of(record))) for record in records if not record.is_verdict
+    ]
+
+
+def notes_of(record: Record) -> list[str]:
+    """The verdict that the record's numbers rest on, and its notes."""
+    return [*([record.certificate.verdict] if record.certificate else []), *record.notes]
+
+
+def headlines(record: Record) -> list[str]:
+    """The headline metrics of a record; all metrics if none is declared a headline."""
+    names = [name for name, value in record.metrics.items() if metric(name, value).headline]
+    return names or list(record.metrics)
 
 
 def _verdict(record: Record) -> dict[str, Row]:
     return {"verdict": Row("verdict", record.certificate.verdict)} if record.certificate else {}
-
-
-def groups(records: Sequence[Record]) -> list[Group]:
-    """The records with the numbers that a summary shows."""
-    return [
-        Group(
-            test=record.test,
-            lm=record.lm.spec,
-            subject=record.subject,
-            verdict=record.certificate.verdict if record.certificate else "",
-            notes=", ".join(record.notes),
-            outcome=record.outcome,
-            rows=list(_rows(record).values()),
-        )
-        for record in records
-        if not record.is_verdict
-    ]
-
-
-def headlines(record: Record) -> list[str]:
-    """The metrics of a record that summaries show; all, where none of them is declared a headline."""
-    names = [name for name, value in record.metrics.items() if metric(name, value).headline]
-    return names or list(record.metrics)
 
 
 def _rows(record: Record) -> dict[str, Row]:

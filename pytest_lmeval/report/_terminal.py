@@ -1,4 +1,4 @@
-"""The summary in the terminal: models side by side, then a heading for each other record, and a line for each number of it."""
+"""Format the summary for the terminal: models, verdicts, models side by side, then each other record with its numbers."""
 
 from __future__ import annotations
 
@@ -6,93 +6,65 @@ import sys
 from collections.abc import Sequence
 
 from pytest_lmeval.records._measured import Record
-from pytest_lmeval.report._tables import Group, SideBySide, VerdictRow, groups, model_lines, side_by_side, verdicts
+from pytest_lmeval.report._tables import SideBySide, VerdictRow, groups, model_lines, side_by_side, verdicts
 from pytest_lmeval.report._words import visible
 
 INDENT, GAP = "    ", "  "
 
 
 def lines(records: Sequence[Record], *, width: int, sort: str | None = None) -> list[str]:
-    """The models, their verdicts, what several of them were measured on, then the other records.
+    """The summary as lines of at most `width` characters.
 
-    sort  a metric: of models side by side, those with the best value of it come first
-
-    Metrics are aligned over the whole table, values within a record.
+    sort  a metric: of models side by side, those with its best value come first
     """
-    several = len({record.lm.fingerprint for record in records}) > 1
+    many_models = len({record.lm.fingerprint for record in records}) > 1
     table = [*model_lines(records), "", *_verdict_lines(verdicts(records))]
     compared = side_by_side(records, sort)
     table += [line for own in compared for line in _side_by_side_lines(own)]
-    told = {index for own in compared for index in own.records}
-    shown = groups([record for index, record in enumerate(records) if index not in told])
-    first = max((len(row.metric) for group in shown for row in group.rows), default=0)
-    for group in shown:
-        table += [_short(group.test) or group.subject, INDENT + _about(group, several=several)]
+    shown = {index for own in compared for index in own.indices}
+    rest = groups([record for index, record in enumerate(records) if index not in shown])
+    first = max((len(row.metric) for group in rest for row in group.rows), default=0)
+    for group in rest:
+        record = group.record
+        about = (record.lm.spec if many_models else "", record.subject, group.notes)
+        file, colons, name = record.test.partition("::")
+        table += [file.rpartition("/")[2] + colons + name or record.subject, INDENT + ", ".join(filter(None, about))]
         second = max(len(row.value) for row in group.rows)
         cells = ((row.metric.ljust(first), row.value.rjust(second), row.interval) for row in group.rows)
         table += [INDENT + GAP.join(cell).rstrip() for cell in cells]
-    return [_fit(line, width) for line in [*table, ""]]
+    table = [visible(line) for line in [*table, ""]]
+    return [line if len(line) <= width else line[: width - 3] + "..." for line in table]
 
 
 def _verdict_lines(shown: list[VerdictRow]) -> list[str]:
-    if not shown:
-        return []
-    first, second = max(len(row.lm) for row in shown), max(len(row.verdict) for row in shown)
-    return [
-        "laws of streaming",
-        *(
-            INDENT
-            + GAP.join(
-                (
-                    row.lm.ljust(first),
-                    row.verdict.ljust(second),
-                    f"breaks {row.broken}" if row.broken else f"worst ratio {row.worst_ratio}" if row.worst_ratio else "",
-                    f"({row.covered})",
-                )
-            )
-            for row in shown
-        ),
-        "",
-    ]
+    first = max((len(row.record.lm.spec) for row in shown), default=0)
+    second = max((len(row.verdict) for row in shown), default=0)
+    table = []
+    for row in shown:
+        ratio = f"worst ratio {row.worst_ratio}" if row.worst_ratio else ""
+        cells = (row.record.lm.spec.ljust(first), row.verdict.ljust(second), f"breaks {row.broken}" if row.broken else ratio)
+        table.append(INDENT + GAP.join((*cells, f"({row.tested_on})")))
+    return ["laws of streaming", *table, ""] if table else []
 
 
 def _side_by_side_lines(shown: SideBySide) -> list[str]:
     """A line for each metric and model. The unit comes last, so that a narrow terminal cuts it off first."""
     rows = []
-    for several in shown.metrics.values():
-        for index, (model, row) in enumerate(zip(shown.models, several, strict=True)):
+    for values in shown.metrics.values():
+        for index, (model, row) in enumerate(zip(shown.models, values, strict=True)):
             figure, _, unit = row.value.partition(" ")
             rows.append((row.metric if index == 0 else "", model, figure, row.interval, unit))
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     failed = [model for model, outcome in zip(shown.models, shown.outcomes, strict=True) if outcome == "failed"]
-    heading = f"{shown.kind}, {shown.subject}" + (f" (failed: {', '.join(failed)})" if failed else "")
-    justified = (
-        (
-            cell.rjust(width) if column == 2 else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
-    return [heading, *(INDENT + GAP.join(cells).rstrip() for cells in justified), ""]
-
-
-def _about(group: Group, *, several: bool) -> str:
-    parts = [group.lm if several else "", group.subject, group.verdict, group.notes]
-    return ", ".join(part for part in parts if part)
-
-
-def _short(test: str) -> str:
-    """The test without the folders of its file."""
-    file, colons, name = test.partition("::")
-    return file.rpartition("/")[2] + colons + name
+    table = [f"{shown.kind}, {shown.subject}" + (f" (failed: {', '.join(failed)})" if failed else "")]
+    for own in rows:
+        cells = [cell.ljust(width) for cell, width in zip(own, widths, strict=True)]
+        cells[2] = own[2].rjust(widths[2])
+        table.append(INDENT + GAP.join(cells).rstrip())
+    return [*table, ""]
 
 
 def say(line: str) -> None:
-    """Print, whatever the terminal's encoding."""
+    """Print with any encoding of the terminal."""
     encoding = sys.stdout.encoding or "utf-8"
     print(line.encode(encoding, errors="backslashreplace").decode(encoding))
-
-
-def _fit(text: str, width: int) -> str:
-    text = visible(text)
-    return text if len(text) <= width else text[: width - 3] + "..."

@@ -1,9 +1,10 @@
-"""Write numbers, sizes, models and texts as people read them."""
+"""Format numbers, sizes, models and texts for people."""
 
 from __future__ import annotations
 
 import math
 import textwrap
+from collections.abc import Sequence
 
 from pytest_lmeval.records._measured import ModelFacts
 from pytest_lmeval.records._value import Value
@@ -12,7 +13,7 @@ PREFIXES = "kMGTPE"
 
 
 def number(value: float, unit: str = "") -> str:
-    """Four significant digits, and the unit.
+    """Four significant digits and the unit.
 
     >>> number(31244.7, "tokens/s"), number(0.66683), number(3.0, "of 4"), number(0.000123)
     ('31,245 tokens/s', '0.6668', '3 of 4', '0.000123')
@@ -34,18 +35,19 @@ def number(value: float, unit: str = "") -> str:
 
 
 def interval(value: Value) -> str:
-    """The 95 % interval; empty where there is none."""
+    """The 95 % interval, or an empty text."""
     return "" if value.low is None or value.high is None else f"{number(value.low)} to {number(value.high)}"
 
 
 def model_line(lm: ModelFacts) -> str:
-    """The model in a line: spec, size, precision, device, fingerprint."""
+    """Spec, size, precision, device and fingerprint of a model in one line."""
     parameters = "" if lm.parameters is None else f"{lm.parameters:,} parameters, "
     return f"{lm.spec}: {parameters}{size_of(lm.bytes)}, {lm.dtype} on {lm.device} ({lm.fingerprint})"
 
 
 def several(count: int, name: str) -> str:
-    """
+    """The number of things, with their name in the singular or plural.
+
     >>> several(1, "question"), several(1200, "block")
     ('1 question', '1,200 blocks')
     """
@@ -53,7 +55,7 @@ def several(count: int, name: str) -> str:
 
 
 def visible(text: str) -> str:
-    """Text whose control characters are written out, so that they do nothing where it is shown.
+    """Escape control characters, so that they have no effect where the text is shown.
 
     >>> visible("two\\nlines, bell \\x07, red \\x1b[31m")
     'two\\nlines, bell \\\\x07, red \\\\x1b[31m'
@@ -69,10 +71,10 @@ def visible(text: str) -> str:
 
 
 def size_of(count: float) -> str:
-    """Bytes in a unit of their size.
+    """Bytes in a unit that fits their number.
 
-    >>> size_of(3912192)
-    '3.7 MiB'
+    >>> size_of(1023), size_of(3912192)
+    ('1023 B', '3.7 MiB')
     """
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024 or unit == "GiB":
@@ -81,8 +83,8 @@ def size_of(count: float) -> str:
     return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
 
 
-def disambiguate(names: list[tuple[str, str]]) -> list[str]:
-    """Names of models (spec, fingerprint): the spec, and the fingerprint where several have the same one.
+def disambiguate(names: Sequence[tuple[str, str]]) -> list[str]:
+    """The specs of models (spec, fingerprint), followed by the fingerprint if several models have the spec.
 
     >>> disambiguate([("a", "01"), ("b", "02"), ("b", "03")])
     ['a', 'b (02)', 'b (03)']
@@ -92,6 +94,6 @@ def disambiguate(names: list[tuple[str, str]]) -> list[str]:
 
 
 def wrapped(text: str, width: int, *, indent: int = 0) -> list[str]:
-    """A note as lines of the terminal; what follows the first is indented by two columns more."""
+    """Wrap a note for the terminal; lines after the first are indented by two more columns."""
     first, further = " " * indent, " " * (indent + 2)
     return textwrap.wrap(text, max(width, indent + 12), initial_indent=first, subsequent_indent=further, break_on_hyphens=False)

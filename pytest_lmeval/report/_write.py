@@ -1,4 +1,4 @@
-"""Write what a run leaves behind: metrics.json first, then the pages that are rendered from it."""
+"""Write the reports of a run: metrics.json first, then the pages rendered from it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ from pytest_lmeval.records._document import NAME, Failure, Run, RunDocument, Ski
 from pytest_lmeval.records._measured import Record
 from pytest_lmeval.records._replacing import replacing
 from pytest_lmeval.report import _github as github, _pages as pages
-from pytest_lmeval.report._sections import with_sections
 
 HOOK = "pytest_lmeval_report"
 
 
 def run(started: float, arguments: Sequence[object], exit_status: int) -> Run:
-    """The run that ends now. `started` is in seconds since 1970, `arguments` are those of pytest."""
+    """Describe the run that ends now. `started` is in seconds since 1970, `arguments` are those of pytest."""
     return Run(
         id=uuid.uuid4().hex[:12],
         started=datetime.datetime.fromtimestamp(started, datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -44,13 +43,13 @@ def reports(
     templates: Path | None = None,
     extend: Callable[[RunDocument], object] | None = None,
 ) -> list[str]:
-    """Write the reports of a run; returns lines that say where they are, or what went wrong with one.
+    """Write the reports of a run; returns lines that name the files and what went wrong.
 
     root       folder of the project, whose commit is recorded
-    templates  a folder of templates that extend ours
-    extend     changes the document in place before the pages are rendered: the hook `pytest_lmeval_report`
+    templates  folder of templates that extend ours
+    extend     the hook `pytest_lmeval_report`, which changes the document in place before the pages are rendered
 
-    The numbers are saved before anything else is done: a hook or a page that fails costs only itself.
+    The numbers are saved first: a hook or a page that fails costs only itself.
     """
     described = environment.describe(
         root=root,
@@ -68,19 +67,19 @@ def reports(
     except (OSError, ValueError) as error:
         notes.append(f"nothing could be added to {history.NAME} ({error})")
     written = [NAME, *_pages(folder, document, templates, notes)]
-    return [f"written to {_readable(folder)}: {', '.join(written)}", *notes, *github.marks(document, os.environ)]
+    return [f"written to {_readable(folder)}: {', '.join(written)}", *notes, *github.workflow_commands(document, os.environ)]
 
 
 def _extended(document: RunDocument, extend: Callable[[RunDocument], object], folder: Path, notes: list[str]) -> RunDocument:
-    """The document as a project's hooks changed it, saved; or as it was, if one of them fails or makes something else of it."""
-    again = "Make it of the types in pytest_lmeval: Record, Section, Series, Value"
-    changed = schema.checked(document, "the document", again)
+    """The document as the hooks changed it, saved; or unchanged if a hook fails or makes it invalid."""
+    remedy = "Make it of the types in pytest_lmeval: Record, Section, Series, Value"
+    changed = schema.checked(document, "the document", remedy)
     try:
         extend(changed)
-        changed = schema.checked(changed, "what it made", again)
-        pages.render("summary.md", changed)  # what no page can show is no document any more
+        changed = schema.checked(changed, "the changed document", remedy)
+        pages.render("summary.md", changed)  # raises if no page can show it
     except Exception as error:  # noqa: BLE001 - a hook may raise anything
-        notes.append(f"{HOOK} failed, and its changes were left out ({type(error).__name__}: {error})")
+        notes.append(f"{HOOK} failed and its changes are left out ({type(error).__name__}: {error})")
         return document
     if (text := dump(changed)) != dump(document):
         replace_text(folder / NAME, text)
@@ -88,40 +87,33 @@ def _extended(document: RunDocument, extend: Callable[[RunDocument], object], fo
 
 
 def _pages(folder: Path, document: RunDocument, templates: Path | None, notes: list[str]) -> list[str]:
-    """Render and write the pages; returns the names of those that went well."""
-    shown, written = with_sections(document, folder), []
+    """Render and write the pages; returns the names of those that succeeded."""
+    shown, written = pages.with_sections(document, folder), []
     notes += shown.problems[len(document.problems) :]
     for name in pages.PAGES:
         try:
             page = pages.render(name, shown, folders=[folder], templates=templates)
             replace_text(folder / name, page)
-            written.append(name)
         except Exception as error:  # noqa: BLE001 - a template may raise anything
             with suppress(OSError):
-                (folder / name).unlink(missing_ok=True)  # that of an earlier run would pass for this one's
+                (folder / name).unlink(missing_ok=True)  # the page of an earlier run would be taken for this one's
             again = f"lmeval render {_readable(folder)}" + (f" --templates {templates}" if templates else "")
             notes.append(f"{name} was not rendered: {pages.where(error)}. All numbers are in {NAME}; then: {again}")
-        else:
-            if name == "summary.md":
-                _to_github(page, notes)
+            continue
+        written.append(name)
+        if name == "summary.md":
+            try:
+                github.append_summary(page, os.environ)
+            except OSError as error:
+                notes.append(f"nothing could be added to GITHUB_STEP_SUMMARY ({error})")
     return written
 
 
-def _to_github(page: str, notes: list[str]) -> None:
-    try:
-        github.append_summary(page, os.environ)
-    except OSError as error:
-        notes.append(f"nothing could be added to GITHUB_STEP_SUMMARY ({error})")
-
-
 def replace_text(path: Path, text: str) -> None:
-    """Write a file in one move. Half of a surrogate pair, which UTF-8 has no bytes for, is written out."""
+    """Replace a file atomically. Lone surrogates, which UTF-8 cannot encode, are escaped."""
     with replacing(path) as new:
         new.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _readable(folder: Path) -> str:
-    try:
-        return str(folder.relative_to(Path.cwd()))
-    except ValueError:
-        return str(folder)
+    return str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)

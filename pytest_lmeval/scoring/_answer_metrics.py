@@ -5,9 +5,8 @@ A metric that a library defines is computed by that library (extra `tasks`), imp
     scikit-learn   f1, f1_macro, matthews                       torchmetrics   exact_match, squad_f1, and the parts of squadv2
     rouge-score    rouge1, rouge2, rougeL (no stemming)         sacrebleu      bleu (of the corpus, 13a)
 
-All lie between 0 and 1 except matthews (-1 to 1), perplexity (from 1) and bleu (0 to 100, as it is published). An undefined
-value is 0, as in scikit-learn: matthews where all labels or all predictions are the same, f1 where neither a label nor a
-prediction is positive.
+All lie between 0 and 1 except matthews (-1 to 1), perplexity (from 1) and bleu (0 to 100). An undefined value is 0, as in
+scikit-learn: matthews where labels or predictions are all the same, f1 where none of either is positive.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ def is_right(example: Example, norm: Norm = "sum") -> float:
 
 
 def units_of(examples: Sequence[Example]) -> np.ndarray:
-    """Index of the unit of each example [n]: those of one group are one unit, an example without a group is its own."""
+    """Index of the unit of each example [n]: its group, or itself."""
     keys = [(example.group,) if example.group is not None else (example.id, example.number) for example in examples]
     index = {key: number for number, key in enumerate(dict.fromkeys(keys))}
     return np.array([index[key] for key in keys])
@@ -62,13 +61,6 @@ def _squad(answer: str, targets: tuple[str, ...]) -> tuple[float, float]:
 
     found = squad({"id": "", "prediction_text": answer}, {"id": "", "answers": {"text": list(targets)}})
     return float(found["exact_match"]) / 100, float(found["f1"]) / 100
-
-
-@lru_cache
-def _rouge_scorer(kind: str) -> Any:
-    from rouge_score.rouge_scorer import RougeScorer
-
-    return RougeScorer([kind])
 
 
 def _f1(labels: np.ndarray, predictions: np.ndarray, weights: np.ndarray, average: str = "binary") -> float:
@@ -86,7 +78,7 @@ def _matthews(labels: np.ndarray, predictions: np.ndarray, weights: np.ndarray) 
 
 
 def _bleu(examples: Sequence[Example], seed: int) -> Estimate:
-    """BLEU of the corpus, from the counts of each answer: they add up to those of the corpus, or of a draw from it."""
+    """BLEU of the corpus, from the counts of each answer, which add up."""
     from sacrebleu.metrics.bleu import BLEU
 
     bleu = BLEU()
@@ -130,7 +122,7 @@ def _mean(name: str, about: str, score: Callable[[Example], float | None], **opt
 
 
 def _proportion(name: str, about: str, score: Callable[[Example], float | None], **options: Any) -> Metric:
-    return _mean(name, about, score, interval="share", **options)
+    return _mean(name, about, score, interval="proportion", **options)
 
 
 def _where(included: Callable[[Example], bool], score: Callable[[Example], float]) -> Callable[[Example], float | None]:
@@ -162,7 +154,9 @@ def _label(name: str, about: str, statistic: Callable[..., float], needs: Needs)
 
 def _rouge(kind: str) -> Metric:
     def score(example: Example) -> float:
-        return float(_rouge_scorer(kind).score_multi(example.targets, example.output)[kind].fmeasure)
+        from rouge_score.rouge_scorer import RougeScorer
+
+        return float(RougeScorer([kind]).score_multi(example.targets, example.output)[kind].fmeasure)
 
     about = "F-measure, the best over the targets (Lin 2004)"
     return _mean(kind, about, score, needs="targets to compare with", library="rouge_score")

@@ -1,12 +1,8 @@
 """Measure how much the fast weights of a model change while it reads a text.
 
-A model with fast weights (test-time training, and other rules that change weights during inference) names them in a method
-`fast_weights(state) -> {name: tensor}`; for the state None, those before the first token. After every chunk (of 512 tokens at
-least) their change since the chunk before is measured, and their distance from the initial values:
+After every chunk (of 512 tokens at least), in Frobenius norms, since the chunk before and (distance) since the first token:
 
     change = |after - before| / max(|after|, |before|)        0: none; 1: from zero; at most 2
-
-in Frobenius norms. The larger norm is the divisor since fast weights often begin at zero.
 """
 
 from __future__ import annotations
@@ -32,7 +28,7 @@ NAMED = 8  # the most weights that a warning names
 
 @dataclass(frozen=True)
 class FastWeights:
-    """What a record says of a model's fast weights.
+    """The fast weights of a model in a record.
 
     count     the number of tensors
     changed, unchanged   their names
@@ -48,8 +44,7 @@ class FastWeights:
 
 
 class Monitor:
-    """Compares the fast weights after each chunk with those before it, on the model's device, and adds the differences to
-    `LossAccumulator.fast_weights`. It keeps copies, since a step may write to its state."""
+    """Adds the changes of fast weights to `LossAccumulator.fast_weights`; keeps copies, since a step may write to its state."""
 
     def __init__(self, lm: Model, sums: LossAccumulator, initial: dict[str, Tensor]) -> None:
         self.lm, self.names = lm, list(initial)
@@ -62,10 +57,8 @@ class Monitor:
             self.before = self._copies_of(sums.state)
 
     def measure(self, sums: LossAccumulator, *, last: bool = False) -> bool:
-        """Measure the changes, unless fewer than `TOKENS_BETWEEN` tokens were read and more are to come (not `last`).
-
-        Returns whether all chunks are measured. Raises NotFiniteError for a fast weight that is not finite.
-        """
+        """Measure the changes, unless fewer than `TOKENS_BETWEEN` tokens were read and more are to come (not `last`). Returns
+        whether all chunks are measured."""
         assert sums.fast_weights is not None
         tokens = sums.tokens - self.tokens
         pending = sums.chunks_seen > self.chunks
@@ -176,14 +169,10 @@ def series_of(sums: FastWeightSums) -> dict[str, Series]:
 
 
 def found_in(record: Record) -> FastWeights | None:
-    """What a record says of the model's fast weights; None if it has none."""
+    """The fast weights of a record's model; None if it has none."""
     details = record.details
     if "fast_weights" not in details:
         return None
-    return FastWeights(
-        details["fast_weights"],
-        tuple(details["changed_fast_weights"]),
-        tuple(details["unchanged_fast_weights"]),
-        record.series["fast_weight_change"],
-        record.metrics["fast_weight_distance"],
-    )
+    changed, unchanged = (tuple(details[f"{which}_fast_weights"]) for which in ("changed", "unchanged"))
+    change, distance = record.series["fast_weight_change"], record.metrics["fast_weight_distance"]
+    return FastWeights(details["fast_weights"], changed, unchanged, change, distance)

@@ -1,13 +1,9 @@
-"""Choose the few-shot examples of each question.
-
-By default a question draws them by the hash of its row, so that they depend on no other question, order or machine. A question
-is never shown itself.
-"""
+"""Choose the few-shot examples of each question; none is shown itself."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -25,8 +21,7 @@ def rows_of(source: Any, data_dir: str | Path | None = None) -> Iterator[Row]:
     """The rows of a dataset, a list, or a function."""
     if isinstance(source, Rows):
         return source.read(data_dir)
-    found: Iterable[Row] = source() if callable(source) else source
-    return iter(found)
+    return iter(source() if callable(source) else source)
 
 
 def question_of(task: Task, row: Row, where: str) -> Question | None:
@@ -53,12 +48,11 @@ def question_of(task: Task, row: Row, where: str) -> Question | None:
 class Shots:
     """Draws `count` few-shot examples for each question.
 
-    how   "document": by the hash of the question's row, from the first thousand rows. "lm_eval": as lm-evaluation-harness does,
-          question after question from the whole split, to reproduce its numbers; they depend on the order and on the first row.
-          A task that shows the first examples (MMLU) shows those either way.
+    how  "document": by the hash of the question's row, from the first thousand rows, whatever the other questions are;
+         "lm_eval": as lm-evaluation-harness, question after question from the whole split, so that their order counts.
+         A task that shows the first examples (MMLU) shows those either way.
 
-    Rows that are no questions are no examples and are not counted. Raises TaskError if there are fewer than `count` examples,
-    and for one that cannot be asked.
+    Rows that are no questions are skipped. Raises TaskError for fewer than `count` examples, and one that cannot be asked.
     """
 
     def __init__(self, task: Task, count: int, how: Fewshot, *, data_dir: str | Path | None = None, seed: int = 0) -> None:
@@ -78,21 +72,19 @@ class Shots:
         pool = list(islice(questions, {"first": self.count + 1, "document": POOL, "lm_eval": None}[self.strategy]))
         spare = self.strategy == "lm_eval" and self.spare
         if len(pool) < self.count + spare:
-            raise TaskError(
-                f"{self.task} is to be shown {self.count} example(s), and its rows for that are {len(pool)}"
-                + (", of which lm_eval draws one more, in case a question draws itself" if spare and pool else "")
-                + (". Ask it with fewer shots." if pool else ": none. Ask it with shots=0.")
-            )
+            more = ", of which lm_eval draws one more, in case a question draws itself" if spare else ""
+            what = f"{len(pool)}{more}. Ask it with fewer shots." if pool else "none. Ask it with shots=0."
+            raise TaskError(f"{self.task} is to be shown {self.count} example(s), and its rows for that are {what}")
         return pool
 
     def of(self, row: Row, own: str) -> str:
         """The text before the question of `row`, whose id is `own`: description and few-shot examples."""
-        return self.task.description + "".join(map(self._text, self.rows(row, own)))
-
-    def _text(self, shot: Row) -> str:
-        question = question_of(self.task, shot, f"example {id_of(shot)}")
-        assert question is not None  # as all of the pool
-        return question.prompt + question.target + self.task.fewshot_delimiter
+        text = self.task.description
+        for shot in self.rows(row, own):
+            question = question_of(self.task, shot, f"example {id_of(shot)}")
+            assert question is not None  # as all of the pool
+            text += question.prompt + question.target + self.task.fewshot_delimiter
+        return text
 
     def rows(self, row: Row, own: str) -> list[Row]:
         """The examples of `row`, whose id is `own`."""
@@ -113,6 +105,6 @@ class Shots:
     def _enough(self, others: list[Row], own: str) -> list[Row]:
         if len(others) < self.count:
             raise TaskError(
-                f"{self.task}: there are {len(others)} examples beside row {own} itself; {self.count} were asked for."
+                f"{self.task}: there are {len(others)} examples beside row {own} itself, and {self.count} are wanted."
             )
         return others[: self.count]

@@ -1,15 +1,7 @@
 """Sum the scores of chunks, in constant memory, and remember where to resume.
 
-Every metric of a text is a ratio of sums over targets, so only rows of sums (tokens, nats, bytes, hits) are kept:
-
-    total         one row
-    units         one row for each document, or block of one stream: intervals are drawn from them
-    chunks        one row for each chunk, with the bytes of the state after it: the curves over the text
-    by_position   one row for each range of positions, half an octave wide
-    at_positions  one row for each unit and chosen position: tokens and nats just before it
-
-Blocks and chunks are merged in pairs when there are too many, so a stream of any length fits. Saved with the state after the
-last chunk (`scoring._text_files`), the sums resume to exactly the same numbers.
+Every metric of a text is a ratio of sums over targets, so only rows of sums (tokens, nats, bytes, hits) are kept. Saved with
+the state after the last chunk (`scoring._text_files`), they resume to exactly the same numbers.
 """
 
 from __future__ import annotations
@@ -27,6 +19,7 @@ TOKENS, NATS, BYTES, SECONDS = 0, 1, 2, 3
 HITS = {k: 4 + index for index, k in enumerate(TOP)}
 COLUMNS = 4 + len(TOP)
 STATE = COLUMNS  # column of `LossAccumulator.chunks`: bytes
+UNIT_COLUMNS = {"tokens": TOKENS, "nats": NATS, "bytes": BYTES, **{f"top{k}": column for k, column in HITS.items()}}
 
 BLOCK, BLOCKS = 64, 256  # targets of the smallest block, and the number of blocks at which neighbours merge
 CHUNKS = 2048  # rows at which neighbouring chunks merge
@@ -51,14 +44,17 @@ def rows_of(nll: np.ndarray, rank: np.ndarray, widths: np.ndarray, valid: np.nda
 class LossAccumulator:
     """Sums over all chunks so far. `start_document` begins a sequence, `add` takes its chunks in order.
 
-    by_document  whether a unit is a document; otherwise it is a block of consecutive targets
-    positions    positions whose loss is measured (mean over the thousand targets up to each)
-    documents    a hash of each document (or of the stream) that was read to its end
-    scored       position of the last scored target of the current sequence; the token before it was read last
-    window       where the current window begins
-    seconds      until the sums were saved
-    at_positions [units, positions, 3] sums of tokens and nats, and the number of their positions: a unit is a document that has
-                 targets just before one of the positions, or, in a stream, fifty of the thousand positions before each
+    by_document   whether a unit is a document; otherwise it is a block of consecutive targets
+    positions     positions whose loss is measured (mean over the thousand targets up to each)
+    total, units  one row, and one row for each unit, from which intervals are drawn; pairs of too many blocks are merged
+    documents     a hash of each document (or of the stream) that was read to its end
+    chunks        one row for each chunk (merged like blocks), with the bytes of the state after it
+    by_position   one row for each range of positions, half an octave wide
+    at_positions  [units, positions, 3] sums of tokens and nats, and the number of their positions: a unit is a document with
+                  targets just before one of the positions, or, in a stream, fifty of the thousand positions before each
+    scored        position of the last scored target of the current sequence; the token before it was read last
+    window        position at which the current window begins
+    seconds       until the sums were saved
     """
 
     by_document: bool = False
@@ -110,13 +106,10 @@ class LossAccumulator:
         for index, position in enumerate(self.positions):
             near = (positions > position - SPAN) & (positions <= position)
             if near.any():
-                self._add_near(index, rows[near], positions[near] - (position - SPAN + 1))
-
-    def _add_near(self, index: int, rows: np.ndarray, offsets: np.ndarray) -> None:
-        units = np.full(len(rows), -1) if self.by_document else offsets // SPAN_BLOCK
-        sums = np.column_stack([rows[:, TOKENS], rows[:, NATS], np.ones(len(rows))])
-        for unit in np.unique(units):
-            self.at_positions[unit][index] += sums[units == unit].sum(axis=0)
+                units = np.where(self.by_document, -1, (positions[near] - (position - SPAN + 1)) // SPAN_BLOCK)
+                near_sums = np.column_stack([rows[near][:, [TOKENS, NATS]], np.ones(len(units))])
+                for unit in np.unique(units):
+                    self.at_positions[unit][index] += near_sums[units == unit].sum(axis=0)
 
     def start_document(self) -> None:
         """Begin a sequence, with an empty state."""
@@ -128,11 +121,18 @@ class LossAccumulator:
 
     @property
     def history(self) -> tuple[np.ndarray, np.ndarray]:
-        """The rows of `chunks` as an array, and the number of chunks that each sums, which may be smaller for the last one.
-        Divided by it, seconds and bytes of the state are means."""
+        """The rows of `chunks` as an array, and the number of chunks that each sums, by which seconds and bytes are divided."""
         counts = np.full(len(self.chunks), self.chunks_per_row)
         counts[-1:] = self.chunks_seen - self.chunks_per_row * (len(self.chunks) - 1)
         return np.array(self.chunks), counts
+
+    @property
+    def near_positions(self) -> np.ndarray:
+        """Tokens and nats [units, positions, 2] before each position; zero for a text without a target among the last fifty."""
+        rows = np.array(self.at_positions).reshape(len(self.at_positions), len(self.positions), POSITIONS + 1)
+        read = rows[..., POSITIONS] if self.by_document else rows[..., POSITIONS].sum(axis=0)
+        enough = np.maximum(0, np.minimum(SPAN, self.positions) - SPAN_BLOCK)
+        return np.where((read > enough)[..., None], rows[..., :POSITIONS], 0.0)
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the state, exactly: JSON keeps every bit of a float."""
@@ -178,8 +178,8 @@ class FastWeightSums:
 
 
 def add_to_blocks(units: list[np.ndarray], block: int, start: int, rows: np.ndarray, most: int = BLOCKS) -> int:
-    """Add rows [n, columns], number `start`, `start` + 1, ... (from 1), to sums of `block` rows each; if there are more than
-    `most` sums, merge pairs of them. Returns `block`."""
+    """Add rows [n, columns], of which the first has number `start` (from 1), to sums of `block` rows each; merge pairs of more
+    than `most` sums. Returns the new `block`."""
     while len(rows):
         unit = (start - 1) // block
         if unit == most:

@@ -1,8 +1,4 @@
-"""Compute metrics with intervals, and curves, from the sums of a text.
-
-The loss at a chosen position is the mean over the thousand targets up to it. In a stream, its interval is drawn from blocks of
-fifty of them; by document, from the documents that reach the position (`statistics._bootstrap`).
-"""
+"""Compute metrics with intervals, and curves, from the sums of a text."""
 
 from __future__ import annotations
 
@@ -15,18 +11,7 @@ from pytest_lmeval.records._measured import Series
 from pytest_lmeval.records._metric import metric, value_of
 from pytest_lmeval.records._value import Value
 from pytest_lmeval.scoring import _fast_weights as fast_weights
-from pytest_lmeval.scoring._loss_accumulator import (
-    BYTES,
-    HITS,
-    NATS,
-    POSITIONS,
-    SECONDS,
-    SPAN,
-    SPAN_BLOCK,
-    STATE,
-    TOKENS,
-    LossAccumulator,
-)
+from pytest_lmeval.scoring._loss_accumulator import BYTES, HITS, NATS, SECONDS, STATE, TOKENS, UNIT_COLUMNS, LossAccumulator
 from pytest_lmeval.statistics._bootstrap import FEWEST_UNITS, ratio_intervals
 
 LARGEST_EXPONENT = 700.0  # nats: the exponential of more is no float
@@ -34,10 +19,9 @@ LARGEST_EXPONENT = 700.0  # nats: the exponential of more is no float
 
 def metrics_of(sums: LossAccumulator, *, seconds: float, seed: int) -> dict[str, Value]:
     """The metrics of a text with their intervals, in the order of a summary."""
-    columns = {"tokens": TOKENS, "nats": NATS, "bytes": BYTES, **{f"top{k}": column for k, column in HITS.items()}}
     total, n = sums.total, sums.tokens
     names = ["nll", *(["bits_per_byte"] if total[BYTES] else []), *(f"token_accuracy_top{k}" for k in HITS)]
-    ratios = [tuple(columns[side] for side in metric(name).sums or ()) for name in names]
+    ratios = [tuple(UNIT_COLUMNS[side] for side in metric(name).sums or ()) for name in names]
     intervals = ratio_intervals(np.array(sums.units), [(above, below) for above, below in ratios], seed=seed)
     found = {}
     for name, (above, below), interval in zip(names, ratios, intervals, strict=True):
@@ -54,7 +38,7 @@ def metrics_of(sums: LossAccumulator, *, seconds: float, seed: int) -> dict[str,
 
 
 def above_floor(metrics: dict[str, Value], entropy: float | None) -> dict[str, Value]:
-    """The metrics and, for a text of known entropy, the loss of the best model and the loss above that."""
+    """The metrics and, for a text of known entropy (nats a byte), the loss of the best model and the loss above that."""
     if entropy is None or "bits_per_byte" not in metrics:
         return metrics
     loss, ln2 = metrics["bits_per_byte"], math.log(2)
@@ -81,18 +65,12 @@ def series_of(sums: LossAccumulator, metrics: dict[str, Value], *, carried: bool
     loss = chunks[:, NATS] / chunks[:, TOKENS]
     running = np.cumsum(chunks[:, NATS]) / np.cumsum(chunks[:, TOKENS])
     filled = np.flatnonzero(sums.by_position[:, TOKENS])
-    binned = sums.by_position[filled]
+    centers, binned = 2 ** ((filled + 0.5) / 2), sums.by_position[filled]
+    by_position = (binned[:, NATS] / binned[:, TOKENS]).tolist()
     series = {
         "chunk_loss": Series(read, loss.tolist(), "tokens", "nats/token"),
         "chunk_seconds": Series(read, (chunks[:, SECONDS] / counts).tolist(), "tokens", "s"),
-        "loss_by_position": Series(
-            (2 ** ((filled + 0.5) / 2)).tolist(),
-            (binned[:, NATS] / binned[:, TOKENS]).tolist(),
-            "tokens before",
-            "nats/token",
-            "Loss by position",
-            "x",
-        ),
+        "loss_by_position": Series(centers.tolist(), by_position, "tokens before", "nats/token", "Loss by position", "x"),
     }
     if running.max() < LARGEST_EXPONENT:
         curve = np.exp(running).tolist()
@@ -107,8 +85,8 @@ def series_of(sums: LossAccumulator, metrics: dict[str, Value], *, carried: bool
 def name_of(position: int) -> str:
     """The name of the metric.
 
-    >>> name_of(8000), name_of(8192), name_of(1_000_000)
-    ('loss_at_8k', 'loss_at_8192', 'loss_at_1M')
+    >>> name_of(8000), name_of(8192), name_of(1_000_000), name_of(1_500_000)
+    ('loss_at_8k', 'loss_at_8192', 'loss_at_1M', 'loss_at_1500k')
     """
     for size, letter in ((1_000_000, "M"), (1000, "k")):
         if position and not position % size:
@@ -116,27 +94,19 @@ def name_of(position: int) -> str:
     return f"loss_at_{position}"
 
 
-def sums_at(sums: LossAccumulator) -> np.ndarray:
-    """Tokens and nats [units, positions, 2]; zero where a text has no target among the last fifty before a position."""
-    rows = np.array(sums.at_positions).reshape(len(sums.at_positions), len(sums.positions), POSITIONS + 1)
-    read = rows[..., POSITIONS] if sums.by_document else rows[..., POSITIONS].sum(axis=0)
-    enough = np.maximum(0, np.minimum(SPAN, sums.positions) - SPAN_BLOCK)
-    return np.where((read > enough)[..., None], rows[..., :POSITIONS], 0.0)
-
-
 def not_reached(sums: LossAccumulator) -> list[int]:
     """Positions that the text does not reach."""
-    tokens = sums_at(sums)[..., TOKENS].sum(axis=0)
+    tokens = sums.near_positions[..., TOKENS].sum(axis=0)
     return [position for position, count in zip(sums.positions, tokens, strict=True) if not count]
 
 
 def loss_metrics(sums: LossAccumulator, *, seed: int) -> dict[str, Value]:
-    """The loss at each position that was reached and, for two of them or more, their slope, with 95 % intervals.
+    """The loss at each position that was reached (mean over the thousand targets up to it) and, for two or more, their slope.
 
-    Intervals are None for fewer than eight blocks or documents. That of the slope takes each loss as linear in the sums of a
-    unit, which it is in a stream, where all blocks are of the same size.
+    Intervals are drawn from blocks of fifty of these targets, or from the documents that reach the position; fewer than eight
+    give None. That of the slope takes each loss as linear in the sums of a unit, as it is for blocks of the same size.
     """
-    rows = sums_at(sums)
+    rows = sums.near_positions
     reached = np.flatnonzero(rows[..., TOKENS].sum(axis=0))
     if not len(reached):
         return {}

@@ -1,8 +1,8 @@
-"""Compute the metrics of a task from its answered questions.
+"""Compute the metrics of a task from its answered questions; n is their number, those of one group are one unit.
 
-n is the number of questions. Intervals are of 95 %; questions of one group are one unit. Proportions have Wilson's interval;
-means and perplexity that of the bootstrap over units; a statistic that is no mean is recomputed for 500 draws of units, and has
-no interval if it is undefined for one of them. Below eight units only proportions of independent questions have an interval.
+Proportions have Wilson's interval, means and perplexity that of the bootstrap over units. A statistic that is no mean is
+computed again for 500 draws of units, without an interval if one is undefined. Below eight units only independent proportions
+have an interval.
 """
 
 from __future__ import annotations
@@ -54,34 +54,28 @@ LM_EVAL_NAMES = {
 
 
 def metrics_of(names: Sequence[str], task: str) -> list[Metric]:
-    """The metrics of these names; imports their libraries, so that one that is missing is found before anything is scored.
-
-    Raises TaskError for a name that is no metric of answers, with the nearest one, and for a missing library, with the way to
-    install it.
-    """
-    return [_metric(name, task) for name in names]
-
-
-def _metric(name: str, task: str) -> Metric:
-    try:
-        if not is_declared(name) or "*" in name:
-            raise registry.unknown("metrics", name)
-        found = declared(name)
-    except RegistryError as error:
-        ours = f" What lm_eval calls so is {LM_EVAL_NAMES[name]} here." if name in LM_EVAL_NAMES else ""
-        raise TaskError(f"{task} asks for the metric {name!r}:{ours} {error}") from None
-    if found.score is None and found.statistic is None:
-        raise TaskError(f"{task} asks for the metric {name!r}, which is none of answers: it has no score of an example.")
-    if found.library is not None:
+    """The metrics of these names. Raises TaskError for a name that is no metric of answers, and a library that is missing."""
+    found = []
+    for name in names:
+        asks = f"{task} asks for the metric {name!r}"
         try:
-            import_module(found.library)
+            if not is_declared(name) or "*" in name:
+                raise registry.unknown("metrics", name)
+            metric = declared(name)
+        except RegistryError as error:
+            ours = f" lm_eval's {name!r} is {LM_EVAL_NAMES[name]} here." if name in LM_EVAL_NAMES else ""
+            raise TaskError(f"{asks}:{ours} {error}") from None
+        if metric.score is None and metric.statistic is None:
+            raise TaskError(f"{asks}, which is none of answers: it has no score of an example.")
+        try:
+            if metric.library is not None:
+                import_module(metric.library)
         except ImportError as error:
-            package = LIBRARIES.get(found.library, found.library)
-            install = "'pytest-lmeval[tasks]'" if found.library in LIBRARIES else package
-            raise TaskError(
-                f"{task} asks for the metric {name!r}, which is computed by {package}. That cannot be imported ({error}), so "
-                f"no answer could be scored. Install it: pip install {install}"
-            ) from error
+            package = LIBRARIES.get(str(metric.library), metric.library)
+            install = "'pytest-lmeval[tasks]'" if metric.library in LIBRARIES else package
+            what = f"which is computed by {package}. That cannot be imported ({error})"
+            raise TaskError(f"{asks}, {what}: pip install {install}") from error
+        found.append(metric)
     return found
 
 
@@ -108,9 +102,9 @@ def _score(metric: Metric, example: Example) -> float | None:
         number = None if score is None else float(score)
     except Exception as error:
         raise TaskError(f"{what} failed with {type(error).__name__}: {error}. The metric needs the score.") from error
-    binary = metric.interval == "share"
+    binary = metric.interval == "proportion"
     if number is not None and not (number in (0, 1) if binary else math.isfinite(number)):
-        wanted = "1 or 0, as interval='share' needs" if binary else "a finite number"
+        wanted = "1 or 0, as interval='proportion' needs" if binary else "a finite number"
         raise TaskError(f"{what} is {number}. Return {wanted}, or None where the metric is not about that question.")
     return number
 
@@ -118,13 +112,10 @@ def _score(metric: Metric, example: Example) -> float | None:
 def compute(
     metrics: Sequence[Metric], examples: Sequence[Example], seed: int = 0, threshold: float | None = None
 ) -> dict[str, Value]:
-    """The values of metrics. A metric that is about none of the examples is left out.
+    """The values of metrics on scored examples, in any order. A metric that is about none of them is left out.
 
-    examples   scored, in any order: it changes nothing
-    threshold  `Task.threshold`, if asking ended as soon as the rate was certain to be above or below it: the rate then has an
-               interval that holds after every answer at once (see `statistics._sequential`)
-
-    Raises TaskError for no examples.
+    threshold  `Task.threshold`, if asking may have ended early: the rate then has an interval that holds after every answer at
+               once (see `statistics._sequential`)
     """
     if not examples:
         raise TaskError(f"no question was answered, so there is nothing to compute {', '.join(map(str, metrics))} from.")
@@ -155,7 +146,7 @@ def _mean(metric: Metric, examples: Sequence[Example], seed: int) -> Estimate:
     scores = [example.scores[metric.name] or 0.0 for example in examples]
     units = units_of(examples)
     interval = None
-    if metric.interval == "share":
+    if metric.interval == "proportion":
         interval = wilson(scores, units.tolist())
     elif metric.interval == "mean":
         sums = np.column_stack([np.bincount(units, weights=scores), np.bincount(units)])

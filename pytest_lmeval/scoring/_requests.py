@@ -1,11 +1,7 @@
-"""Encode questions as token ids for the engine, by these rules:
+"""Encode questions as token ids for the engine.
 
-- Blanks at the end of a prompt belong to what follows it.
-- Prompt and choice are tokenized together. If a token spans their boundary, scoring begins earlier, where all choices still
-  have the tokens of the prompt alone; such questions are counted as retokenized.
-- The ids that the tokenizer puts before a text stand before the prompt, unless the prompt begins with them in words. An empty
-  prompt is the beginning-of-sequence token.
-- Tokens that do not fit the model's context are dropped on the left, the first ids too, and counted as truncated; or refused.
+Prompt and choice are tokenized together, blanks at the end of the prompt as part of the choice. If a token spans the boundary,
+scoring begins earlier, where all choices still have the tokens of the prompt alone: the question counts as retokenized.
 """
 
 from __future__ import annotations
@@ -44,15 +40,13 @@ class EncodedQuestion:
     truncated: int = 0
     retokenized: bool = False
 
-    @property
-    def alone(self) -> int:
-        """Number of tokens read if nothing is shared."""
-        return sum(len(request.read) for request in self.requests)
-
 
 @dataclass(frozen=True)
 class Encoder:
-    """Encodes the questions of a task for a model. Raises TaskError, with the row, for what cannot be scored."""
+    """Encodes the questions of a task for a model. Raises TaskError, with the row, for what cannot be scored.
+
+    truncate  drop tokens on the "left" that do not fit the model's context, or "refuse" the question
+    """
 
     lm: Model
     task: Task
@@ -71,8 +65,7 @@ class Encoder:
         where = f"{self.task}, row {number} ({id})"
         prompt = before + question.prompt
         if isinstance(question, Choices):
-            requests, retokenized = self._choices(prompt, question.choices, where)
-            room = 0
+            (requests, retokenized), room = self._choices(prompt, question.choices, where), 0
         else:
             requests, retokenized, room = [self._prompt(prompt, where)], False, question.max_tokens
         fitted = [self._fitted(request, room, where) for request in requests]
@@ -83,7 +76,7 @@ class Encoder:
 
     @functools.cached_property
     def _of_all_answers(self) -> list[Any]:
-        """What decides all answers, beside the question. Cached: the fingerprint reads all weights."""
+        """Everything that decides answers beside the question. Cached: the fingerprint reads all weights."""
         code = getattr(self.task.judge, "__code__", None)
         judge = None if code is None else (code.co_code, code.co_consts, code.co_names)
         ends = getattr(self.lm.tokenizer, "ends", None)  # of a transformers model: from its generation config
@@ -102,10 +95,7 @@ class Encoder:
             )
         for choice, ids in zip(choices, together, strict=True):
             if len(ids) <= boundary:
-                raise TaskError(
-                    f"{where}: the choice {choice!r} is empty after tokenizing: {prompt[-20:] + choice!r} has no token more "
-                    f"than {prompt[-20:]!r}, so its log-likelihood would be 0 and it would always win."
-                )
+                raise TaskError(f"{where}: the choice {choice!r} is empty after tokenizing: it would always win.")
         context_len = len(prefix) + boundary
         return [Request(np.concatenate([prefix, ids]), context_len) for ids in together], boundary < len(alone)
 
@@ -117,24 +107,21 @@ class Encoder:
         return Request(ids, len(ids))
 
     def _fitted(self, request: Request, room: int, where: str) -> Request:
-        """The request, cut on the left to the model's context; `room` tokens are left for a generated answer."""
+        """The request, truncated on the left; `room` tokens are left for a generated answer."""
         limit = self.lm.limit
         longest = None if limit is None else limit - room if room else limit + 1  # the last token of a choice is not read
         if longest is None or len(request.ids) <= longest:
             return request
         cut, answer = len(request.ids) - longest, len(request.ids) - request.context_len
         if self.truncate == "refuse" or cut >= request.context_len:
+            more = f", and {room:,} to be generated" if room else ""
             alone = cut >= request.context_len and answer
-            raise TaskError(
-                f"{where} is {len(request.ids):,} tokens"
-                + (f", and {room:,} to be generated" if room else "")
-                + f"; {self.lm.spec} reads {limit:,}. "
-                + (f"Its choice alone takes {answer:,}." if alone else "Take fewer shots, or generate fewer tokens.")
-            )
+            help_ = f"Its choice alone takes {answer:,}." if alone else "Take fewer shots, or generate fewer tokens."
+            raise TaskError(f"{where} is {len(request.ids):,} tokens{more}; {self.lm.spec} reads {limit:,}. {help_}")
         return Request(request.ids[cut:], request.context_len - cut)
 
     def _prefix(self, ids: np.ndarray) -> np.ndarray:
-        """The ids [p] before a prompt of these ids; none where the prompt itself begins with them."""
+        """The ids [p] that the tokenizer puts before a prompt of these ids, unless it begins with them."""
         tokenizer: Any = self.lm.tokenizer
         bos, eos = getattr(tokenizer, "bos", None), getattr(tokenizer, "eos", None)
         prefix = tuple(getattr(tokenizer, "prefix", () if bos is None else (bos,)))

@@ -1,8 +1,7 @@
 """Write and read the files of a perplexity measurement: checkpoints, the loss of every target, and the sums of units.
 
-A unit is a document, or a block of a stream. Two runs are compared unit by unit, so a unit is named by its content, not by its
-index: a document by its text, a block by the whole text and the tokens and bytes of it that it covers. So blocks of different
-tokenizers have different names. Nothing in the file of units depends on the chunk size.
+Two runs are compared unit by unit, so a unit is named by its content: a document by its text, a block of a stream by the whole
+text and the tokens and bytes of it that it covers, so that blocks of different tokenizers have different names.
 """
 
 from __future__ import annotations
@@ -27,12 +26,10 @@ from pytest_lmeval.records import _schema as schema
 from pytest_lmeval.records._example import Unit
 from pytest_lmeval.records._journal import Checkpoints
 from pytest_lmeval.records._replacing import replacing
-from pytest_lmeval.scoring._loss_accumulator import BYTES, HITS, NATS, TOKENS, LossAccumulator
-
-UNIT_COLUMNS = {"tokens": TOKENS, "nats": NATS, "bytes": BYTES, **{f"top{k}": column for k, column in HITS.items()}}
+from pytest_lmeval.scoring._loss_accumulator import BYTES, TOKENS, UNIT_COLUMNS, LossAccumulator
 
 
-def write_point(checkpoints: Checkpoints, key: str, sums: LossAccumulator) -> None:
+def write_checkpoint(checkpoints: Checkpoints, key: str, sums: LossAccumulator) -> None:
     """Save the sums and the state after a chunk. Raises OSError, also for a state that cannot be saved."""
     saved = {"sums": json.dumps(sums.to_json()), "state": sums.state}
     try:
@@ -41,22 +38,19 @@ def write_point(checkpoints: Checkpoints, key: str, sums: LossAccumulator) -> No
         raise OSError(f"its state raises {type(error).__name__}: {error}") from error
 
 
-def read_point(checkpoints: Checkpoints | None, key: str, lm: Model) -> LossAccumulator | None:
+def read_checkpoint(checkpoints: Checkpoints | None, key: str, lm: Model) -> LossAccumulator | None:
     """The saved sums with their state, or None if there are none that can be used."""
 
     def load(file: IO[bytes]) -> LossAccumulator:
         saved = safe_load(file.read(), lm)
         return replace(LossAccumulator.from_json(json.loads(saved["sums"])), state=saved["state"])
 
-    found: LossAccumulator | None = None if checkpoints is None else checkpoints.read(key, load)
-    return found
+    return None if checkpoints is None else checkpoints.read(key, load)
 
 
 def safe_load(content: bytes, lm: Model) -> Any:
-    """Unpickle what `torch.save` wrote: tensors, plain values, and the classes that a state of `lm` is made of.
-
-    A file in the output folder may come from anywhere (a cache, an artefact), so it must not be able to run code.
-    """
+    """Unpickle tensors, plain values, and the classes of which a state of `lm` consists: a file in the output folder may come
+    from anywhere (a cache, an artefact), so it must not be able to run code."""
     names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content))
     allowed: list[Any] = []
     if names:
@@ -74,10 +68,8 @@ def _class(name: str) -> type | None:
 
 
 class LossFile:
-    """Appends float32 losses to a .npy file; writes nothing if `path` is None. The header is rewritten at the end.
-
-    already  losses that the file holds from an interrupted run; later ones are dropped
-    """
+    """Appends float32 losses to a .npy file that holds `already` losses of an interrupted run (later ones are dropped), and
+    rewrites the header at the end; writes nothing if `path` is None."""
 
     def __init__(self, path: str | Path | None, *, already: int = 0) -> None:
         self.path, self.count = path, already
@@ -125,9 +117,10 @@ def _header(count: int) -> bytes:
 
 def write_units(path: str | Path, sums: LossAccumulator) -> None:
     """Write the units that hold a target, in order: sums of tokens, nats, bytes, and targets among the first choices."""
+    names = sums.documents if sums.by_document else _block_names(sums)
     units = [
         Unit(name, {column: _plain(unit[index]) for column, index in UNIT_COLUMNS.items()})
-        for name, unit in zip(sums.documents if sums.by_document else _block_names(sums), sums.units, strict=True)
+        for name, unit in zip(names, sums.units, strict=True)
         if unit[TOKENS]
     ]
     with replacing(Path(path)) as new:

@@ -13,8 +13,7 @@ lower = partial(Metric, higher_is_better=False)
 neither = partial(Metric, higher_is_better=None)
 per_token = partial(lower, unit="nats/token")
 
-DECLARED = (
-    # perplexity, which tasks have too, is declared in `scoring._answer_metrics`
+DECLARED = (  # perplexity, which tasks have too, is declared in `scoring._answer_metrics`
     lower(
         "bits_per_byte",
         "bits/byte",

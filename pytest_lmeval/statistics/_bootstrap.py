@@ -1,9 +1,4 @@
-"""Bootstrap intervals for ratios of sums over independent units.
-
-Perplexity, bits per byte and accuracy are such ratios. Tokens of one document depend on one another, so the bootstrap resamples
-documents (clusters) or, of one long text, blocks of consecutive tokens (Kuensch 1989; Miller, "Adding Error Bars to Evals",
-2024).
-"""
+"""Bootstrap intervals for ratios of sums over independent units: documents, or blocks of one long text (Kuensch 1989)."""
 
 from __future__ import annotations
 
@@ -18,12 +13,9 @@ REPLICATES = 2000
 def ratio_intervals(
     sums: np.ndarray, ratios: Sequence[tuple[int, int]], *, seed: int = 0, level: float = 0.95
 ) -> list[tuple[float, float] | None]:
-    """Percentile intervals of ratios of columns of `sums` [units, columns]; every ratio uses the same resamples.
+    """Percentile intervals of ratios (numerator, denominator) of columns of `sums` [units, columns], from the same resamples.
 
-    ratios  pairs of columns: numerator, denominator
-
-    None replaces an interval where there are fewer than eight units, where sums are not finite, and where a replicate would
-    divide by zero.
+    None instead of an interval for fewer than eight units, for sums that are not finite, and where a replicate divides by zero.
     """
     units = len(sums)
     if units < FEWEST_UNITS:

@@ -1,10 +1,4 @@
-"""Paired tests: compare each example with itself, before and after.
-
-Two runs agree on most examples. A test that treats the runs as independent adds the spread between examples, which both runs
-have in common, to the noise, and finds next to nothing (McNemar 1947; Dror et al., "The hitchhiker's guide to testing
-statistical significance in NLP", 2018; Miller, "Adding Error Bars to Evals", 2024). Examples of one document are one unit:
-their differences are added up first.
-"""
+"""Paired tests: compare each example with itself, before and after (Dror et al. 2018; Miller 2024)."""
 
 from __future__ import annotations
 
@@ -69,8 +63,8 @@ def paired_difference(
     groups      [n] what each example shares with others; None: all are independent
     level       what the probabilities will be compared with: decides how many signs are drawn
 
-    McNemar's exact test compares independent 0 or 1 answers; flipped signs test anything else. The interval is a bootstrap over
-    units. Raises ValueError for lists of different lengths, and for no examples.
+    McNemar's exact test compares independent answers of 0 or 1, `sign_flip` anything else. Raises ValueError for lists of
+    different lengths, and for no examples.
     """
     before, after = np.asarray(base, dtype=float), np.asarray(new, dtype=float)
     divisors = np.ones(len(before)) if weights is None else np.asarray(weights, dtype=float)
@@ -100,10 +94,9 @@ def paired_difference(
 def unpaired_difference(
     base: tuple[float, float | None, float | None], new: tuple[float, float | None, float | None], n: int
 ) -> Difference:
-    """The difference of two numbers with 95 % intervals (value, low, high) of `n` examples that may not be the same.
+    """The difference of two numbers (value, low, high) of `n` examples each, from the widths of their 95 % intervals.
 
-    Takes the standard errors from the widths of the intervals, and is far less certain than a paired difference. If an interval
-    is missing, both probabilities are 1.
+    If an interval is missing, both probabilities are 1.
     """
     value, z = new[0] - base[0], NormalDist().inv_cdf(0.975)
     widths = [high - low for _, low, high in (base, new) if low is not None and high is not None]
@@ -118,9 +111,6 @@ def unpaired_difference(
 
 def log_ratio(base: Sequence[float], new: Sequence[float]) -> Difference:
     """The mean of log(new[i] / base[i]), by Student's t over the pairs; a single pair has neither interval nor evidence.
-
-    >>> round(math.exp(log_ratio([1.0, 2.0, 4.0], [1.1, 2.2, 4.4]).value), 9)
-    1.1
 
     Raises ValueError for values that are not positive, and for lists that are empty or of different lengths.
     """
@@ -138,15 +128,8 @@ def log_ratio(base: Sequence[float], new: Sequence[float]) -> Difference:
 
 
 def mcnemar(lost: int, won: int, alternative: Alternative) -> float:
-    """McNemar's exact test (1947): the probability of so many changed answers on one side, had nothing changed.
-
-    lost, won  right before and wrong now; wrong before and right now
-
-    Had nothing changed, each changed answer would fall to either side with probability 1/2: the tail of a binomial
-    distribution. "lower" asks for so many lost or more, "higher" for so many won or more.
-
-    >>> round(mcnemar(16, 4, "lower"), 4), mcnemar(0, 0, "lower")
-    (0.0059, 1.0)
+    """McNemar's exact test (1947): the probability of so many `lost` answers or more ("lower"), or of so many `won` ("higher"),
+    if each changed answer were lost or won with probability 1/2.
     """
     if lost < 0 or won < 0:
         raise ValueError(f"{lost} lost and {won} won: these are counts.")
@@ -157,10 +140,10 @@ def mcnemar(lost: int, won: int, alternative: Alternative) -> float:
 def sign_flip(
     differences: Sequence[float] | np.ndarray, alternative: Alternative, *, seed: int = 0, flips: int = FLIPS
 ) -> float:
-    """How often the sum of the differences [units] is as extreme if each unit's sign is a coin toss (Fisher 1935).
+    """The probability of so extreme a sum of differences [units] if each unit's sign were a coin toss (Fisher 1935).
 
-    Counts all assignments for up to 13 units that differ. Beyond, draws assignments until 200 are as extreme or `flips` are
-    drawn; either fraction is a valid p-value (Besag and Clifford, "Sequential Monte Carlo p-values", 1991).
+    Counts all assignments of up to 13 units that differ. Beyond, draws until 200 are as extreme or `flips` are drawn (Besag and
+    Clifford, "Sequential Monte Carlo p-values", 1991).
 
     >>> sign_flip([-1, -1, -1, -1, 0], "lower")
     0.0625
@@ -188,8 +171,6 @@ def holm(p_values: Sequence[float], family: int | None = None) -> list[float]:
 
     family  number of tests, if not all p-values are known: the unknown ones count as 1, so knowing them only rejects more
 
-    Any true hypothesis of the family is rejected with a probability of at most the level that the result is compared with.
-
     >>> [round(p, 3) for p in holm([0.03, 0.01])], [round(p, 3) for p in holm([0.03, 0.01], family=4)]
     ([0.03, 0.02], [0.09, 0.04])
     """
@@ -202,14 +183,8 @@ def holm(p_values: Sequence[float], family: int | None = None) -> list[float]:
 
 
 def detectable(error: float, *, level: float, margin: float = 0.0, power: float = 0.8) -> float:
-    """The smallest true loss that is found with probability `power`: significant at the level, one-sided, and beyond the
-    margin.
-
-    The observed loss must reach the larger of z(1 - level) standard errors and the margin; the true one lies z(power) standard
-    errors above: the minimum detectable effect (Bloom, "Minimum detectable effects", 1995).
-
-    >>> round(detectable(0.01, level=0.05), 4), round(detectable(0.01, level=0.05, margin=0.1), 4)
-    (0.0249, 0.1084)
+    """The smallest true loss that is found with probability `power`: observed beyond the margin, and significant at the level,
+    one-sided (Bloom, "Minimum detectable effects", 1995).
     """
     normal = NormalDist()
     return max(error * normal.inv_cdf(1 - level), margin) + error * normal.inv_cdf(power)
@@ -218,10 +193,8 @@ def detectable(error: float, *, level: float, margin: float = 0.0, power: float 
 def examples_needed(examples: int, error: float, margin: float, *, power: float = 0.8) -> int | None:
     """The number of such examples that shows with probability `power` that no more than the margin was lost, if nothing was.
 
-    error   standard error of the difference on `examples` examples
-
-    For the 95 % interval to end before the margin, z(0.975) + z(power) standard errors must fit into it (Julious, "Sample sizes
-    for clinical trials with normal data", 2004). None for a margin of 0, and where it takes over a billion.
+    `error` is the standard error on `examples` examples. None for a margin of 0, and where it takes over a billion (Julious,
+    "Sample sizes for clinical trials with normal data", 2004).
 
     >>> examples_needed(200, 0.02, 0.01), examples_needed(200, 0.02, 0)
     (6280, None)

@@ -1,10 +1,7 @@
 """Wilson's score interval (1927) for proportions, also of small samples and near 0 and 1.
 
-Answers about one passage depend on one another: n of them tell as much as n / design effect independent ones. The design effect
-is the variance of their proportion over that of n independent answers (Kish, "Survey Sampling", 1965). Wilson's interval with
-this effective sample size covers well (Franco, Little, Louis and Slud, "Comparative study of confidence intervals for
-proportions in complex sample surveys", 2019). Few groups estimate the design effect poorly, so the effective size shrinks
-further, by the squared ratio of the normal quantile to Student's (Korn and Graubard 1998).
+Answers of one group count as n / design effect (Kish, "Survey Sampling", 1965); few groups estimate that poorly, so the size
+shrinks by the squared ratio of the normal quantile to Student's (Korn and Graubard 1998).
 """
 
 from __future__ import annotations
@@ -28,9 +25,6 @@ def wilson(
 
     None for no answers, and for fewer than eight groups of answers that depend on one another. Raises ValueError for anything
     but zeros and ones, and where the number of groups is not n.
-
-    >>> [round(bound, 4) for bound in wilson([1] * 9 + [0])]
-    [0.5958, 0.9821]
     """
     answers = np.asarray(right, dtype=float)
     if not np.isin(answers, (0, 1)).all():

@@ -1,15 +1,10 @@
 """Decide after every answer whether a rate is above or below a threshold, and stop as soon as it is certain.
 
-An ordinary interval holds for a number of answers that was fixed in advance; checking it after every answer and stopping once
-the threshold lies outside is wrong far more often than it claims. A confidence sequence holds at every n at once. It rests on
-the probability of the answers under a mixture of all rates, over that under one rate,
-
     E_n(rate) = B(s + 1/2, f + 1/2) / B(1/2, 1/2) / (rate^s (1 - rate)^f)        s yes and f no among n = s + f answers
 
-At the true rate, E_n is a nonnegative martingale that begins at 1, so it ever reaches 1 / alpha with probability at most alpha
-(Ville's inequality): the rates with E_n < 1 / alpha contain the true one at all n with probability 1 - alpha (Robbins 1970;
-Howard, Ramdas, McAuliffe and Sekhon, "Time-uniform, nonparametric, nonasymptotic confidence sequences", 2021). The mixture is
-Beta(1/2, 1/2) (Krichevsky and Trofimov 1981). Answers must be independent of one another.
+At the true rate, E_n is a nonnegative martingale that begins at 1: it ever reaches 1 / alpha with probability at most alpha
+(Ville's inequality; Robbins 1970; Howard et al., "Time-uniform, nonparametric, nonasymptotic confidence sequences", 2021). The
+mixture is Beta(1/2, 1/2) (Krichevsky and Trofimov 1981). Answers must be independent of one another.
 """
 
 from __future__ import annotations
@@ -23,13 +18,10 @@ PRIOR = 0.5  # both parameters of the Beta mixture
 def verdict(successes: int, n: int, threshold: float, alpha: float = 0.05) -> Literal["above", "below"] | None:
     """Whether the rate is above or below the threshold; None while neither is certain.
 
-    Checked after every answer without end, it is ever wrong with probability at most alpha. A rate equal to the threshold stays
-    undecided with probability 1 - alpha, so limit the number of questions.
+    Checked after every answer, it is ever wrong with probability at most alpha. A rate equal to the threshold stays undecided
+    with probability 1 - alpha, so limit the number of questions.
 
     Raises ValueError where threshold or alpha is no probability, and for more successes than answers.
-
-    >>> verdict(3, 3, 0.5), verdict(9, 9, 0.5), verdict(0, 9, 0.5)
-    (None, 'above', 'below')
     """
     _check(successes, n, alpha)
     if not 0 <= threshold <= 1:
@@ -43,11 +35,6 @@ def confidence_sequence(successes: int, n: int, alpha: float = 0.05) -> tuple[fl
     """The lowest and highest rate that n answers do not exclude; (0, 1) for n = 0.
 
     `verdict` decides exactly the thresholds outside. Raises ValueError as `verdict` does.
-
-    >>> confidence_sequence(0, 0)
-    (0.0, 1.0)
-    >>> [round(bound, 3) for bound in confidence_sequence(90, 100)]
-    [0.772, 0.971]
     """
     _check(successes, n, alpha)
     return _bound(successes, n, alpha), 1 - _bound(n - successes, n, alpha)

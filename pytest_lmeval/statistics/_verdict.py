@@ -1,15 +1,10 @@
 """Judge whether a number is worse than before, from its difference, interval and margin.
 
-    identical   no example changed
-    worse       the loss exceeds the margin, and p, adjusted by Holm, is at most the level (1 %)
-    better      the same in the other direction
-    same        the 95 % interval excludes a loss beyond the margin (non-inferiority)
-    unclear     none of these: there are too few examples
-
-Only `worse` fails a test, and it takes both conditions: the last digits of a loss differ between two processors, which over a
-million tokens is significant but within the margin; and chance alone may exceed the margin. A run in which nothing changed has
-any `worse` with probability at most `LEVEL`, whatever the number of gated metrics and their margins. Demanding a loss
-significantly beyond the margin would miss many losses of a few times the margin: `benchmarks/test_gates.py` measures this.
+identical   no example changed
+worse       the loss exceeds the margin, and p, adjusted by Holm, is at most the level (1 %)
+better      the same in the other direction
+same        the 95 % interval excludes a loss beyond the margin (non-inferiority)
+unclear     none of these: there are too few examples
 """
 
 from __future__ import annotations
@@ -103,11 +98,7 @@ def _name(found: Difference, margin: float, up: bool, *, lost: bool, gained: boo
 
 
 def judge_exact(base: float, new: float, margin: float, *, higher_is_better: bool) -> Name:
-    """The verdict on a number without chance (FLOPs, bytes, calls): a loss beyond the margin is `worse`.
-
-    >>> judge_exact(100, 101, 0, higher_is_better=False), judge_exact(100, 101, 1, higher_is_better=False)
-    ('worse', 'same')
-    """
+    """The verdict on a number without chance (FLOPs, bytes, calls): a loss beyond the margin is `worse`."""
     gain = new - base if higher_is_better else base - new
     if not gain:
         return "identical"

@@ -1,8 +1,7 @@
 """Find a task by its name, `find("boolq")`, or a suite of tasks, `find_suite("glue")`.
 
-A family of tasks is one file here and one line in pyproject.toml (see `pytest_lmeval.registry`); other packages register theirs
-in the same way. Prompts are those of EleutherAI's lm-evaluation-harness 0.4.13, character for character, except for `squad` and
-`stdlib_next`, which that harness does not have, and for SmallBench, which has its own (`smallbench:sst2`).
+A family is a file here and a line in pyproject.toml (see `pytest_lmeval.registry`). Prompts are those of EleutherAI's
+lm-evaluation-harness 0.4.13, character for character, except for `squad`, `stdlib_next` and SmallBench (`smallbench:sst2`).
 """
 
 from __future__ import annotations
@@ -14,19 +13,8 @@ from pytest_lmeval.errors import TaskError
 from pytest_lmeval.tasks._questions import Ask, Choices, Generate, Judge, Question, Suite, Task, by_name, id_of
 
 __all__ = [
-    "Ask",
-    "Choices",
-    "Generate",
-    "Judge",
-    "Question",
-    "Suite",
-    "Task",
-    "by_name",
-    "find",
-    "find_suite",
-    "id_of",
-    "names",
-]
+    "Ask", "Choices", "Generate", "Judge", "Question", "Suite", "Task", "by_name", "find", "find_suite", "id_of", "names",
+]  # fmt: skip
 
 
 def find(name: str) -> Task:
@@ -37,10 +25,8 @@ def find(name: str) -> Task:
     """
     found = _registered(name)
     if isinstance(found, Suite):
-        raise TaskError(
-            f'{name} is a suite of {len(found.tasks)} tasks, not a task. Ask all of them by `lmeval.suite(lm, "{name}")`, or '
-            f'one by its name, such as "{found.tasks[0]}".'
-        )
+        one = f'one by its name, such as "{found.tasks[0]}"'
+        raise TaskError(f'{name} is a suite of {len(found.tasks)} tasks. Ask all by `lmeval.suite(lm, "{name}")`, or {one}.')
     return found
 
 
@@ -67,7 +53,7 @@ def names(pattern: str = "*") -> list[str]:
 
 
 def _registered(name: str) -> Task | Suite:
-    """The task or suite registered by this name; a registered function makes one from the text after the colon of the name."""
+    """The task or suite of this name; a registered function makes one from the text after the colon."""
     thing, rest = registry.resolve("tasks", name) or (None, None)
     if thing is None or (isinstance(thing, Task | Suite) and rest is not None):
         raise registry.unknown("tasks", name)

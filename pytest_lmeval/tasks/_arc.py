@@ -1,7 +1,6 @@
 """ARC (Clark et al. 2018, arXiv:1803.05457): science questions from school examinations. Prompts of lm_eval.
 
-The challenge set holds those that neither retrieval nor word co-occurrence answered. Choices are scored by their texts, without
-letters; there are not always four.
+The challenge set holds those that neither retrieval nor word co-occurrence answered. Some have three or five choices.
 """
 
 from __future__ import annotations

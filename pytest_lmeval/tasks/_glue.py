@@ -1,6 +1,5 @@
 """GLUE (Wang et al. 2018, arXiv:1804.07461): sentences and pairs of sentences, each with a label. Prompts of lm_eval.
 
-A file like this and a line in pyproject.toml make a family: the question of a row of each task, and the dataset of its rows.
 Labels of the test split are hidden (-1), so questions come from the validation split, few-shot examples from the training one.
 """
 

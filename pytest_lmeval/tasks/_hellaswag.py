@@ -1,7 +1,6 @@
 """HellaSwag (Zellers et al. 2019, arXiv:1905.07830): which ending continues a text? Prompts of lm_eval.
 
-A language model wrote the wrong endings, and they were filtered to fool other models. Endings differ much in length, so
-accuracy_per_character is usually quoted.
+Wrong endings are a language model's, filtered to fool others. Lengths differ, so accuracy_per_character is usually quoted.
 """
 
 from __future__ import annotations
@@ -27,5 +26,4 @@ def _clean(text: str) -> str:
 
 ROWS = Rows("Rowan/hellaswag", split="validation")
 METRICS = ("accuracy", "accuracy_per_character")
-TASK = Task("hellaswag", ROWS, hellaswag, METRICS, shots=ROWS.of("train"), style="lm_eval")
-REGISTERED = by_name(TASK)
+REGISTERED = by_name(Task("hellaswag", ROWS, hellaswag, METRICS, shots=ROWS.of("train"), style="lm_eval"))

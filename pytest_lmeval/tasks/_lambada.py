@@ -1,8 +1,7 @@
 """LAMBADA (Paperno et al. 2016, arXiv:1606.06031): the last word of a passage. Prompts of lm_eval.
 
-People guess the word from the whole passage but not from the last sentence alone. There is one choice, the word: would the
-model generate it (greedy_match), and how likely is it (perplexity, of words)? The rows are OpenAI's, which keep the books' case
-and punctuation. There are no few-shot examples: the dataset has only a test split.
+The word is the one choice: would the model generate it (greedy_match), and how likely is it (perplexity, of words)? The rows
+are OpenAI's, which keep the books' case and punctuation. There is only a test split, so there are no few-shot examples.
 """
 
 from __future__ import annotations
@@ -18,5 +17,4 @@ def lambada(row: Row) -> Choices:
 
 
 ROWS = Rows("EleutherAI/lambada_openai", "default", "test")
-TASK = Task("lambada_openai", ROWS, lambada, ("greedy_match", "perplexity"), style="lm_eval")
-REGISTERED = by_name(TASK)
+REGISTERED = by_name(Task("lambada_openai", ROWS, lambada, ("greedy_match", "perplexity"), style="lm_eval"))

@@ -1,7 +1,7 @@
 """MMLU (Hendrycks et al. 2021, arXiv:2009.03300): examinations in 57 subjects, four choices each. Prompts of lm_eval.
 
-The letter of a choice is scored, not its text. The data has five few-shot examples a subject (split `dev`), which all questions
-show in the same order. The suite's average gives every question the same weight, as lm_eval's does.
+Letters are scored, not texts. All questions of a subject show the first of its five few-shot examples (split `dev`). The
+average of the suite gives every question the same weight, as lm_eval's does.
 """
 
 from __future__ import annotations
@@ -34,14 +34,13 @@ def mmlu(row: Row) -> Choices:
 
 def _task(subject: str) -> Task:
     rows = Rows("cais/mmlu", subject, "test")
-    about = subject.replace("_", " ")
     return Task(
         f"mmlu_{subject}",
         rows,
         mmlu,
         shots=rows.of("dev"),
         fewshot_strategy="first",
-        description=f"The following are multiple choice questions (with answers) about {about}.\n\n",
+        description=f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n",
         style="lm_eval",
     )
 

@@ -13,5 +13,4 @@ def piqa(row: Row) -> Choices:
 
 ROWS = Rows("baber/piqa", split="validation")
 METRICS = ("accuracy", "accuracy_per_character")
-TASK = Task("piqa", ROWS, piqa, METRICS, shots=ROWS.of("train"), style="lm_eval")
-REGISTERED = by_name(TASK)
+REGISTERED = by_name(Task("piqa", ROWS, piqa, METRICS, shots=ROWS.of("train"), style="lm_eval"))

@@ -1,11 +1,9 @@
 """Declare a task: rows, the question that each row makes, the right answer, and the metrics.
 
-    def ask(row):
-        return Choices(f"Is {row['n']} even?\\nAnswer:", (" no", " yes"), answer=1 - row["n"] % 2)
+def ask(row):
+    return Choices(f"Is {row['n']} even?\\nAnswer:", (" no", " yes"), answer=1 - row["n"] % 2)
 
-    PARITY = Task("parity", [{"n": n} for n in range(100)], ask)
-
-The model reads the text of prompt and choice exactly as the task gives it, blanks included.
+PARITY = Task("parity", [{"n": n} for n in range(100)], ask)
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ from pytest_lmeval.errors import TaskError
 
 @dataclass(frozen=True)
 class Choices:
-    """A question with given answers: each is scored as a continuation of the prompt.
+    """A question with given answers: each is scored as a continuation of the prompt, all texts exactly as given.
 
     prompt   text before the answer; may be empty
     choices  at least one, each with the blank that divides it from the prompt. A single one is a cloze: would the model say it?
@@ -121,7 +119,7 @@ class Task:
     name               by which it is found and reported
     rows               one question each
     ask                row -> question; None for a row that is none (counted)
-    metrics            see `scoring._answer_metrics.METRICS`; suites average the first
+    metrics            names of metrics of answers (`lmeval list metrics`); suites average the first
     shots              rows of few-shot examples; () for none
     fewshot_strategy   "draw": each question draws its own, by its hash; "first": all show the first ones
     description        text before everything, once
@@ -157,10 +155,7 @@ class Task:
             raise TaskError(f"{self}: threshold is {self.threshold!r}. A rate is compared with a number between 0 and 1.")
         if self.judge is None or "rate" not in self.metrics:
             lacks = "no judge" if self.judge is None else f"no metric 'rate' among {', '.join(self.metrics)}"
-            raise TaskError(
-                f"{self}: a threshold is compared with the rate of answers judged True, and there is {lacks}. Give the task "
-                "both, or no threshold."
-            )
+            raise TaskError(f"{self}: a threshold is for the rate of answers judged True, and there is {lacks}.")
 
     def __str__(self) -> str:
         return self.name
@@ -181,16 +176,11 @@ class Suite:
         object.__setattr__(self, "tasks", _several("tasks", self.tasks))
         names = list(map(str, self.tasks))
         if not self.tasks or not all(isinstance(task, Task) for task in self.tasks):
-            raise TaskError(
-                f"the suite {self.name} has tasks {names}: it has at least one, and each is a Task (see `tasks.find`)."
-            )
+            raise TaskError(f"the suite {self} has tasks {names}: it has at least one, and each is a Task (see `tasks.find`).")
         if twice := [name for name, times in Counter(names).items() if times > 1]:
-            raise TaskError(
-                f"the suite {self.name} has several tasks called {' and '.join(twice)}. Results are kept by name: give each "
-                "task a name of its own."
-            )
+            raise TaskError(f"the suite {self} has several tasks called {' and '.join(twice)}. Results are kept by name.")
         if "average" in names:
-            raise TaskError(f"a task of the suite {self.name} is called 'average', as its average is. Give it another name.")
+            raise TaskError(f"a task of the suite {self} is called 'average', as its average is. Give it another name.")
 
 
 def id_of(row: Row) -> str:

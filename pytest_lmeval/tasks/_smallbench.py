@@ -1,7 +1,6 @@
 """SmallBench: four tasks for small models, with short prompts of their own: `smallbench:sst2` and so on.
 
-Choices are compared by the mean log-probability of their tokens: accuracy_per_token comes first. SmallBench takes 500 + 277 +
-500 + 408 rows of the validation splits, shuffled with seed 42; here rows keep their order.
+accuracy_per_token comes first. SmallBench takes 500, 277, 500 and 408 rows, shuffled with seed 42; here rows keep their order.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """SQuAD 1.1 (Rajpurkar et al. 2016, arXiv:1606.05250) and 2.0 (2018, arXiv:1806.03822): generated answers.
 
-A paragraph of Wikipedia, a question about it, and the texts that several people marked as the answer: any is right. The prompt
-is that of lm_eval's squadv2; lm_eval 0.4.13 has no task for SQuAD 1.1, which is asked in the same way here.
+Several people marked the answer in the paragraph: any is right. The prompt is that of lm_eval's squadv2, also for SQuAD 1.1,
+which lm_eval 0.4.13 does not have.
 """
 
 from __future__ import annotations
@@ -20,17 +20,14 @@ def _prompt(row: Row) -> str:
 def squad(row: Row) -> Generate:
     """Every question has an answer in the paragraph."""
     if not row["answers"]["text"]:
-        raise TaskError(
-            "there is no answer, and each question of SQuAD 1.1 has one. Rows of 2.0 are asked by the task squadv2."
-        )
+        raise TaskError("there is no answer, and SQuAD 1.1 always has one. Rows of 2.0 are asked by the task squadv2.")
     return Generate(_prompt(row), tuple(row["answers"]["text"]), group=id_of({"context": row["context"]}))
 
 
 def squadv2(row: Row) -> Generate:
     """Half of the questions have no answer in the paragraph: "unanswerable" or an empty output is right then.
 
-    lm_eval 0.4.13 shows "unanswerable" in its few-shot examples and counts it as wrong: only an empty output is right there,
-    since its threshold for the probability of "unanswerable" is 1 and is never crossed.
+    lm_eval 0.4.13 shows "unanswerable" in its few-shot examples but counts it as wrong, and only an empty output as right.
     """
     answers = tuple(row["answers"]["text"]) or (UNANSWERABLE, "")
     return Generate(_prompt(row), answers, group=id_of({"context": row["context"]}))
@@ -39,9 +36,7 @@ def squadv2(row: Row) -> Generate:
 SQUAD = Rows("rajpurkar/squad", split="validation")
 SQUADV2 = Rows("lighteval/squad_v2", split="validation")
 ANSWERED = ("has_answer_exact_match", "has_answer_f1", "no_answer_accuracy")
-
-TASKS = (
+REGISTERED = by_name(
     Task("squad", SQUAD, squad, ("squad_f1", "exact_match"), shots=SQUAD.of("train")),
     Task("squadv2", SQUADV2, squadv2, ("squad_f1", "exact_match", *ANSWERED), shots=SQUADV2.of("train"), style="lm_eval"),
 )
-REGISTERED = by_name(*TASKS)

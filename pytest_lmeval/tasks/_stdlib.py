@@ -1,10 +1,7 @@
-"""Which of four texts continues a passage of CPython's documentation? Every Python has it, so nothing is downloaded.
+"""The task `stdlib_next`: which of four texts continues a passage of CPython's documentation. Nothing is downloaded.
 
-A passage is some 200 bytes of a document of the corpus `stdlib` (test split); the right continuation is the next 60 bytes. The
-three others continue other passages of the same document, so they share its subject and style; all have the same length, so no
-score is divided by one. Guessing gets one in four right.
-
-Everything is drawn by hashes: questions are the same in every run with the same version of Python.
+A passage is some 200 bytes of the corpus `stdlib`, its right continuation the next 60; three others continue passages of the
+same document. Hashes decide all draws: questions are the same in every run with the same version of Python.
 """
 
 from __future__ import annotations
@@ -26,12 +23,7 @@ def stdlib_next(row: Row) -> Choices:
 
 
 def rows() -> Iterator[Row]:
-    """Questions in the order of their hashes, so that the first ones come from many documents.
-
-    >>> row = next(rows())
-    >>> len(row["continuations"]), {len(text) for text in row["continuations"]}
-    (4, {60})
-    """
+    """Questions in the order of their hashes, so that the first ones come from many documents."""
     questions = [row for document in corpus("stdlib", "test").documents() for row in _of_document(document)]
     yield from sorted(questions, key=id_of)[:QUESTIONS]
 
@@ -49,5 +41,4 @@ def _of_document(document: Document) -> Iterator[Row]:
         yield {"document": document.name, "passage": passage, "continuations": continuations, "answer": answer}
 
 
-TASK = Task("stdlib_next", rows, stdlib_next)
-REGISTERED = by_name(TASK)
+REGISTERED = by_name(Task("stdlib_next", rows, stdlib_next))

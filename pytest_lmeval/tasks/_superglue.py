@@ -1,7 +1,4 @@
-"""SuperGLUE (Wang et al. 2019, arXiv:1905.00537): harder tasks after GLUE was solved. Prompts of lm_eval.
-
-Answers to rows that share a passage are not independent: these rows have one `group`, which widens the intervals.
-"""
+"""SuperGLUE (Wang et al. 2019, arXiv:1905.00537): harder tasks after GLUE was solved. Prompts of lm_eval."""
 
 from __future__ import annotations
 
@@ -25,8 +22,7 @@ def cb(row: Row) -> Choices:
 def copa(row: Row) -> Choices:
     """Which of two sentences is the cause, or the effect, of a third? (Roemmele et al. 2011)
 
-    The premise's full stop is dropped, so that the choice continues the sentence. Two blanks come before a choice: lm_eval adds
-    one, and its choices have one.
+    The choice continues the premise without its full stop, after two blanks: lm_eval adds one, and its choices have one.
     """
     connector = {"cause": "because", "effect": "therefore"}[row["question"]]
     choices = tuple(f"  {text[0].lower()}{text[1:]}" for text in (row["choice1"], row["choice2"]))
@@ -36,8 +32,7 @@ def copa(row: Row) -> Choices:
 def multirc(row: Row) -> Choices:
     """Is this a right answer to a question about a paragraph? Several may be. Label 1 is yes. (Khashabi et al. 2018)
 
-    lm_eval 0.4.13 has the same two texts with "yes" first, takes the label for the index of the right one, and so counts every
-    answer the wrong way round: except for ties, its accuracy is 1 - ours.
+    lm_eval 0.4.13 lists "yes" first and so counts every answer the wrong way round: except for ties, its accuracy is 1 - ours.
     """
     choices = tuple(f" {row['answer']}\nIs the answer correct? {word}" for word in ("no", "yes"))
     prompt = f"{row['paragraph']}\nQuestion: {row['question']}\nAnswer:"
@@ -73,8 +68,8 @@ def wic(row: Row) -> Choices:
 def wsc(row: Row) -> Choices:
     """Does a pronoun refer to a noun? World knowledge is needed to tell. (Levesque et al. 2011)
 
-    The pronoun's index counts words. The text after it begins one character after its end, blank included, as in lm_eval; where
-    the text has two blanks in a row, or begins with the pronoun, some letters are repeated or lost.
+    As in lm_eval, the text goes on one character after the pronoun: some letters are repeated or lost where the text begins
+    with the pronoun or has two blanks in a row.
     """
     text, pronoun = row["text"], row["span2_text"]
     before = " ".join(text.split()[: row["span2_index"]])

@@ -1,7 +1,4 @@
-"""Train: update on batches of crops, evaluate now and then, and keep the best weights.
-
-`_learn` is the loop. `_plan.py` decides before it what is trained; `_run.py` holds the state of the training and its files.
-"""
+"""Train: update on batches of crops, evaluate now and then, and keep the best weights."""
 
 from __future__ import annotations
 
@@ -52,12 +49,11 @@ def run_training(
 ) -> TrainResult:
     """Train a copy of `lm` on a corpus; `lm` itself does not change.
 
-    Every model gets the same tokens in the same order, whether it carries a state or not: each crop is read from an empty one.
-    An interrupted training resumes from its last saved point, with the same result (bit for bit on the CPU). A finished one is
-    not repeated: the same model, texts and protocol return the same record and weights at once.
+    Every model gets the same tokens in the same order, each crop from an empty state. An interrupted training resumes from its
+    last saved point, with the same result (bit for bit on the CPU); the result of a finished one is returned at once.
 
-    corpus, held_out   each a `Corpus`, or token ids (tensor, array, list, iterator of arrays); the training evaluates on
-                       `held_out`, and the result has the weights with the lowest held-out loss
+    corpus, held_out   each a `Corpus`, or token ids (tensor, array, list, iterator of arrays); the result has the weights with
+                       the lowest loss on `held_out`
     folder             keep weights, record and resume point in folder/models/KEY; None: write nothing
     progress           called after each step with tokens so far, nats so far, tokens expected
     spec               name of the trained model; by default "SPEC, trained N steps on CORPUS"
@@ -76,7 +72,7 @@ def run_training(
         trained, record = finished
         name = spec or trained.spec
         record = structs.replace(record, lm=structs.replace(record.lm, spec=name))
-        return TrainResult(replace(trained, spec=name), record, cached=True)
+        return TrainResult(record, replace(trained, spec=name), cached=True)
     files.begin({**plan.names, "decided by": plan.identity})
     return _fit(plan, files, progress)
 
@@ -90,7 +86,7 @@ def _fit(plan: Plan, files: Folder | None, progress: Progress | None) -> TrainRe
     unseen = plan.held_out
     held_out = [] if unseen is None else held_out_batches(read(lm, unseen, protocol.tokens), protocol, str(unseen))
     with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):
-        flops = flops_of_a_step(lm, next(batches(tokens, protocol)), protocol.seed)
+        flops = flops_of_a_step(copy_of(lm), next(batches(tokens, protocol)), protocol.seed)
         with peak_memory(lm.device) as peak:
             begin = partial(new_run, plan)
             run = begin() if files is None else files.resume(begin)
@@ -101,8 +97,8 @@ def _fit(plan: Plan, files: Folder | None, progress: Progress | None) -> TrainRe
                 if files is None or not run.best:
                     raise
                 files.save_best(run)
-                kept = f"The best weights so far, those after {run.best_step} steps, are in {files.best}."
-                raise TrainingError(f"{error} {kept}") from None
+                best = f"The best weights so far, those after {run.best_step} steps, are in {files.best}."
+                raise TrainingError(f"{error} {best}") from None
     if not held_out:
         run.keep_as_best()
     trained = replace(copy_of(lm), spec=run.best_spec)  # without anything that training left in the module
@@ -111,7 +107,7 @@ def _fit(plan: Plan, files: Folder | None, progress: Progress | None) -> TrainRe
     if files is not None:
         files.save_best(run)
         files.finish(record)
-    return TrainResult(trained, record, resumed_at=run.resumed_at)
+    return TrainResult(record, trained, resumed_at=run.resumed_at)
 
 
 def _learn(
@@ -138,24 +134,19 @@ def _learn(
     run.module.train()
     for crops in islice(batches(tokens, protocol, first=run.step), steps - run.step):
         began = seconds(run.lm.device)
-        loss, norm = update(run, crops, protocol, steps)
-        run.losses.append(loss)
-        run.norms.append(norm)
+        update(run, crops, protocol, steps)
         run.seconds += seconds(run.lm.device) - began
         if run.step % protocol.eval_every == 0 or run.step == steps:
             examine()
             refuse_divergence(run, protocol, steps)
-        saver.save_now_and_then(run)
+        saver.save_if_due(run)
         if progress is not None:
-            nats += a_step * loss
+            nats += a_step * run.losses[-1]
             progress(a_step * run.step, nats, a_step * steps)
 
 
-def update(run: Run, crops: Tensor, protocol: Protocol, steps: int) -> tuple[float, float]:
-    """One step of the optimizer: the mean loss before it (nats per token), and the norm of all gradients.
-
-    Raises TrainingError, leaving the weights as before, if either is not finite.
-    """
+def update(run: Run, crops: Tensor, protocol: Protocol, steps: int) -> None:
+    """Take a step of the optimizer, and record loss and gradient norm. Raises TrainingError before it if one is not finite."""
     rate = learning_rate(protocol, run.step, steps)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
@@ -171,7 +162,8 @@ def update(run: Run, crops: Tensor, protocol: Protocol, steps: int) -> tuple[flo
     if protocol.clip is not None:
         nn.utils.clip_grads_with_norm_(trained, protocol.clip, norm)
     run.optimizer.step()
-    return figures
+    run.losses.append(figures[0])
+    run.norms.append(figures[1])
 
 
 def loss_of(lm: Model, crops: Tensor, seed: int) -> Tensor:
@@ -196,8 +188,7 @@ def evaluate(lm: Model, held_out: list[Tensor]) -> Tensor:
 
 
 def flops_of_a_step(lm: Model, crops: Tensor, seed: int) -> Flops:
-    """Counted on a copy, since a forward pass may change the model (running means, counters)."""
-    lm = copy_of(lm)
+    """Counts a step of a copy of the model, which it may change (running means, counters)."""
     assert lm.module is not None
     lm.module.train()
     return training_flops(partial(loss_of, lm, crops, seed), partial(differentiate, lm))
@@ -262,8 +253,8 @@ def refuse_not_finite(run: Run, nats: Tensor) -> None:
 
 
 def refuse_divergence(run: Run, protocol: Protocol, steps: int) -> None:
-    """Raise TrainingError if the last three evaluations each exceed, by more than a nat per token, both a uniform guess (ln v)
-    and the initial loss. Without a held-out text, each is the mean training loss of `eval_every` steps."""
+    """Raise TrainingError if the last three evaluations (without a held-out text: means of `eval_every` training losses) each
+    exceed a uniform guess and the initial loss by more than a nat per token."""
     every, kind = protocol.eval_every, "held-out" if run.evaluations else "training"
     if run.evaluations:
         losses = [(step, float(nats.mean()) / protocol.seq_len) for step, nats in run.evaluations.items()]
@@ -277,7 +268,6 @@ def refuse_divergence(run: Run, protocol: Protocol, steps: int) -> None:
     rate = learning_rate(protocol, run.step - 1, steps)
     raise TrainingError(
         f"{run.lm.spec} on {run.text} diverged: after {', '.join(str(step) for step, _ in last)} steps its {kind} loss was "
-        f"{', '.join(f'{loss:.4g}' for _, loss in last)} nats per token; a uniform guess costs {guess:.4g}, and it began with "
-        f"{first:.4g}. The learning rate is {rate:.3g}, the last gradient norm was {run.norms[-1]:.4g}. Take a smaller lr or a "
-        "longer warmup."
+        f"{', '.join(f'{loss:.4g}' for _, loss in last)} nats per token; it began with {first:.4g}, and a uniform guess costs "
+        f"{guess:.4g}. Take a smaller lr (it is {rate:.3g}) or a longer warmup. The last gradient norm was {run.norms[-1]:.4g}."
     )

@@ -1,7 +1,4 @@
-"""Plan a training: check that model, texts and protocol go together, and choose its tokens and their order.
-
-Text and protocol decide the tokens, never the model. `Plan.identity` names everything that decides the outcome.
-"""
+"""Plan a training: check that model, texts and protocol go together, and choose the tokens, whatever the model."""
 
 from __future__ import annotations
 
@@ -31,7 +28,7 @@ Source: TypeAlias = "Corpus | Iterable[Any]"
 
 @dataclass(frozen=True)
 class Plan:
-    """spec   name of the trained model; None: one that says what was done"""
+    """A training before it begins. `spec`: name of the trained model; None: one that says what was done."""
 
     lm: Model
     text: Corpus
@@ -68,20 +65,18 @@ class Plan:
     def settings(self) -> dict[str, Any]:
         """The settings of the record."""
         identity = {name: value for name, value in self.identity.items() if name not in ("protocol", "lm", "version")}
-        from_ = {"key": self.key, "trained_from_fingerprint": fingerprint(self.lm)}
-        return {**self.names, **from_, **identity, **self.protocol.to_json()}
+        keys = {"key": self.key, "trained_from_fingerprint": fingerprint(self.lm)}
+        return {**self.names, **keys, **identity, **self.protocol.to_json()}
 
 
 def plan_for(lm: Model, corpus: Source, held_out: Source | None, protocol: Protocol, spec: str | None = None) -> Plan:
-    """Raises SpecError for a model that this protocol cannot train, CorpusError if both texts are the same."""
+    """The plan. Raises SpecError for a model that this protocol cannot train, CorpusError if both texts are the same."""
     refuse_untrainable(lm, protocol)
     text = readable_again(lm, corpus, protocol.tokens)
     unseen = None if held_out is None else readable_again(lm, held_out, protocol.tokens)
     if unseen is not None and unseen.fingerprint == text.fingerprint:
-        raise CorpusError(
-            f"{text}, to train on, and {unseen}, to hold out, are the same text: a model that learned it by heart would look "
-            "best. Hold out another split."
-        )
+        same = f"{text}, to train on, and {unseen}, to hold out, are the same text"
+        raise CorpusError(f"{same}: a model that learned it by heart would look best. Hold out another split.")
     return Plan(lm, text, unseen, protocol, spec)
 
 
@@ -100,10 +95,8 @@ def refuse_untrainable(lm: Model, protocol: Protocol) -> None:
             "smaller than their rounding, and would be lost. Load it with @fp32, train, and convert the trained model."
         )
     if lm.limit is not None and protocol.seq_len > lm.limit:
-        raise ProtocolError(
-            f"seq_len={protocol.seq_len:,} is more than {lm.spec} reads: at most {lm.limit:,} tokens. "
-            "Take a smaller seq_len, for all models that are to be compared."
-        )
+        limit = f"seq_len={protocol.seq_len:,} is more than {lm.spec} reads: at most {lm.limit:,} tokens"
+        raise ProtocolError(f"{limit}. Take a smaller seq_len, for all models that are to be compared.")
 
 
 def readable_again(lm: Model, source: Source, limit: int) -> Corpus:
@@ -119,8 +112,7 @@ def read(lm: Model, corpus: Corpus, limit: int) -> np.ndarray:
 
     Raises StreamError for a token outside the vocabulary, CorpusError for a text that cannot be read.
     """
-    parts: list[np.ndarray] = [np.empty(0, dtype=np.int32)]
-    start = 0
+    parts, start = [np.empty(0, dtype=np.int32)], 0
     for part in TokenReader(lm, corpus.documents(), limit=limit):
         try:
             check_vocabulary(part.ids, start, lm)
@@ -135,11 +127,11 @@ def steps_an_epoch(tokens: np.ndarray, protocol: Protocol, name: str) -> int:
     """The number of updates in one pass over the tokens. Raises CorpusError if they do not fill one batch."""
     steps = (len(tokens) - 1) // protocol.seq_len // protocol.batch_size
     if steps < 1:
-        needed = protocol.batch_size * protocol.seq_len + 1
         cut = f" (the protocol reads at most tokens={protocol.tokens:,})" if len(tokens) == protocol.tokens else ""
+        batch = f"one batch of {protocol.batch_size} crops of {protocol.seq_len} tokens"
         raise CorpusError(
-            f"{name} gave {len(tokens):,} tokens{cut}, but one batch of {protocol.batch_size} crops of {protocol.seq_len} "
-            f"tokens needs {needed:,}. Give more text, or take a smaller batch_size or seq_len."
+            f"{name} gave {len(tokens):,} tokens{cut}, but {batch} needs {protocol.batch_size * protocol.seq_len + 1:,}. "
+            "Give more text, or take a smaller batch_size or seq_len."
         )
     return steps
 
@@ -147,9 +139,8 @@ def steps_an_epoch(tokens: np.ndarray, protocol: Protocol, name: str) -> int:
 def batches(tokens: np.ndarray, protocol: Protocol, *, first: int = 0) -> Iterator[Tensor]:
     """The batches of all updates from `first` on, without end: [batch_size, seq_len + 1] int64.
 
-    Each epoch reads each crop once, in an order drawn from (seed, epoch), and leaves out those that fill no batch. Neighbouring
-    crops have one token in common: the last target of one is the first input of the next. The beginning of the first crop is
-    drawn, too, within the spare tokens.
+    Each epoch reads each crop once, in an order drawn from (seed, epoch), and leaves out those that fill no batch. The last
+    target of a crop is the first input of the next. The beginning of the first crop is drawn, too, within the spare tokens.
     """
     crops = (len(tokens) - 1) // protocol.seq_len
     steps = crops // protocol.batch_size
@@ -169,10 +160,8 @@ def held_out_batches(tokens: np.ndarray, protocol: Protocol, name: str) -> list[
     """
     crops = (len(tokens) - 1) // protocol.seq_len
     if crops < 1:
-        raise CorpusError(
-            f"the held-out text {name} gave {len(tokens):,} tokens; one crop needs {protocol.seq_len + 1:,}. Give more text, "
-            "or take a smaller seq_len."
-        )
+        short = f"the held-out text {name} gave {len(tokens):,} tokens; one crop needs {protocol.seq_len + 1:,}"
+        raise CorpusError(f"{short}. Give more text, or take a smaller seq_len.")
     wanted = min(crops, max(1, protocol.eval_tokens // protocol.seq_len))
     starts = np.linspace(0, crops - 1, wanted).round().astype(int) * protocol.seq_len
     chosen = tokens[starts[:, None] + np.arange(protocol.seq_len + 1)]

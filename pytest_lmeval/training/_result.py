@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from pytest_lmeval.models._identity import facts
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.profiling._flops import Flops
 from pytest_lmeval.profiling._peak import Peak
-from pytest_lmeval.records._measured import Cost, Record, Series
+from pytest_lmeval.records._measured import Cost, MetricValue, Record, Result, Series
 from pytest_lmeval.records._metric import value_of
 from pytest_lmeval.records._value import Value
 from pytest_lmeval.scoring._loss_metrics import exponential
@@ -23,8 +24,11 @@ from pytest_lmeval.training._run import Run
 POINTS = 1000  # most points of a curve in the record; longer curves average neighbouring steps
 
 
+UNKNOWN = "{record.lm.spec} was trained without held_out, so its {name} on unseen text is not known."
+
+
 @dataclass(frozen=True, repr=False)
-class TrainResult:
+class TrainResult(Result):
     """A trained model, ready for use, and the record of its training.
 
     lm          with the weights of the lowest held-out loss; without a held-out text, the last
@@ -33,27 +37,15 @@ class TrainResult:
     """
 
     lm: Model
-    record: Record
     cached: bool = False
     resumed_at: int = 0
 
-    def __repr__(self) -> str:
-        return repr(self.record)
-
-    @property
-    def nll(self) -> Value:
-        """Mean held-out loss of `lm`, nats per token, with its 95 % interval (bootstrap over crops)."""
-        return self._held_out("nll")
-
-    @property
-    def perplexity(self) -> Value:
-        """exp of `nll`."""
-        return self._held_out("perplexity")
-
-    @property
-    def train_loss(self) -> Value:
-        """Mean training loss of the last `eval_every` steps, nats per token."""
-        return self.record.metrics["train_loss"]
+    nll = MetricValue(absent=UNKNOWN)
+    """Mean held-out loss of `lm`, nats per token, with its 95 % interval (bootstrap over crops)."""
+    perplexity = MetricValue(absent=UNKNOWN)
+    """exp of `nll`."""
+    train_loss = MetricValue()
+    """Mean training loss of the last `eval_every` steps, nats per token."""
 
     @property
     def curve(self) -> Series:
@@ -64,11 +56,6 @@ class TrainResult:
     def best_step(self) -> int:
         """The number of steps that `lm` was trained for, up to the best evaluation."""
         return int(self.record.details["best_step"])
-
-    def _held_out(self, name: str) -> Value:
-        if name not in self.record.metrics:
-            raise AttributeError(f"{self.lm.spec} was trained without held_out, so its {name} on unseen text is not known.")
-        return self.record.metrics[name]
 
 
 def record_of(run: Run, trained: Model, plan: Plan, per_epoch: int, flops: Flops, peak: Peak) -> Record:
@@ -134,11 +121,6 @@ def _series_of(run: Run, protocol: Protocol, per_epoch: int) -> dict[str, Series
 
 
 def averaged(values: list[float], group: int) -> tuple[list[int], list[float]]:
-    """The end of each group of consecutive values, the last of which may be shorter, and its mean.
-
-    >>> averaged([1.0, 3.0, 5.0, 7.0, 8.0], 2)
-    ([2, 4, 5], [2.0, 6.0, 8.0])
-    """
+    """The end and the mean of each group of consecutive values; the last group may be shorter."""
     parts = [values[begin : begin + group] for begin in range(0, len(values), group)]
-    ends = [min(begin + group, len(values)) for begin in range(0, len(values), group)]
-    return ends, [sum(part) / len(part) for part in parts]
+    return list(accumulate(map(len, parts))), [sum(part) / len(part) for part in parts]

@@ -1,13 +1,11 @@
 """The state of a training between two steps, and its files.
 
-Each training has a folder, named by the key of everything that decides its outcome:
+Each training has a folder, named by its key. Each file is replaced in one move, so the process may be killed at any time.
 
-    protocol.json      what decides it: protocol, model, texts, tokenizer, version of this package
+    protocol.json      everything that decides the outcome: protocol, model, texts, tokenizer, version of this package
     point.pt           the point to resume from, until the training is finished
     best.safetensors   the best weights so far
     record.json        the record, once the training is finished
-
-Each file is replaced in one move, so the process may be killed at any time.
 """
 
 from __future__ import annotations
@@ -31,7 +29,6 @@ from pytest_lmeval.records._journal import Checkpoints, warn
 from pytest_lmeval.records._measured import Record
 from pytest_lmeval.records._replacing import replacing
 from pytest_lmeval.training._plan import Plan
-from pytest_lmeval.training._protocol import Protocol
 from pytest_lmeval.training._weights import copy_of, fill, load_weights, snapshot
 
 POINT = "point"
@@ -40,7 +37,9 @@ KEPT = ("losses", "norms", "evaluations", "best_step", "best", "seconds")
 
 @dataclass
 class Run:
-    """lm, optimizer   the copy that is trained, and its optimizer
+    """The state of a training after `step` steps.
+
+    lm, optimizer   the copy that is trained, and its optimizer
     text            name of the training text
     spec            name of the trained model; None: one that says what was done
     losses, norms   per step so far: mean loss of its tokens (nats), norm of all gradients before clipping
@@ -73,7 +72,6 @@ class Run:
 
     @property
     def step(self) -> int:
-        """The number of steps done."""
         return len(self.losses)
 
     @property
@@ -97,25 +95,21 @@ class Run:
 
 
 def new_run(plan: Plan) -> Run:
-    """A run before its first step, with a copy of the model."""
-    trainee = copy_of(plan.lm)
-    assert trainee.module is not None
-    return Run(trainee, _adamw(trainee.module, plan.protocol), str(plan.text), plan.spec)
-
-
-def _adamw(module: nn.Module, protocol: Protocol) -> torch.optim.AdamW:
-    """Decays matrices, but not vectors and scalars (biases, gains, decay rates)."""
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    """A run before its first step: a copy of the model, and AdamW that decays only matrices (not biases, gains, rates)."""
+    lm, protocol = copy_of(plan.lm), plan.protocol
+    assert lm.module is not None
+    trained = [parameter for parameter in lm.module.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": protocol.weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=protocol.lr, betas=protocol.betas)
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=protocol.lr, betas=protocol.betas)
+    return Run(lm, optimizer, str(plan.text), plan.spec)
 
 
 @dataclass(frozen=True)
 class Folder:
-    """The files of one training; see the head of this file."""
+    """The files of one training."""
 
     path: Path
 

@@ -53,7 +53,6 @@ def train(lm: Any, corpus: Any, *, held_out: Any = None, spec: str | None = None
 
 
 def _validation(context: VerbContext, corpus: Corpus) -> Corpus:
-    """The validation split of a corpus."""
     try:
         found = context.session.corpus(corpus.name, "validation")
     except (CorpusError, RegistryError) as error:  # bare ids have a name that no corpus has

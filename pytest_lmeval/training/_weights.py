@@ -1,4 +1,4 @@
-"""Copy a model, and move its weights to and from safetensors files, which are written whole or not at all."""
+"""Copy a model, and move its weights to and from safetensors files."""
 
 from __future__ import annotations
 
@@ -20,15 +20,19 @@ MENTIONED = 5  # number of tensor names of one fault that an error lists
 
 
 def load_weights(lm: Model | str, path: str | Path) -> Model:
-    """A copy of a model (or of the model that a spec names) with the weights that `train` wrote to `path`.
+    """A copy of a model (or of that of a spec) with the weights that `train` wrote: best.safetensors, or its folder.
 
-    path  a file best.safetensors, or the folder that holds one
-
-    Raises SpecError if the file is missing or broken, and if it does not fit: it names the tensors that are missing, unknown to
-    the model, or of other shapes, and the settings that differ.
+    Raises SpecError if the file is missing or broken, or does not fit; it names the tensors and settings that differ.
     """
     file = Path(path) / "best.safetensors" if Path(path).is_dir() else Path(path)
-    tensors, about = _read_weights(file)
+    try:
+        with safe_open(file, framework="pt") as content:
+            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+            about = content.metadata() or {}
+    except FileNotFoundError as error:
+        raise UnreadableError(f"there are no weights at {file}.") from error
+    except (SafetensorError, OSError) as error:
+        raise UnreadableError(f"{file} is no whole file of weights ({error}); it was probably cut off.") from error
     model = copy_of(load(lm) if isinstance(lm, str) else lm)
     source = f"{file} (weights of {about['spec']})" if "spec" in about else str(file)
     fill(model, tensors, source)
@@ -49,10 +53,8 @@ def copy_of(lm: Model) -> Model:
     try:
         module = copy.deepcopy(lm.module).eval()
     except Exception as error:  # a module may hold anything
-        raise SpecError(
-            f"{lm.spec} cannot be copied ({type(error).__name__}: {error}), and only a copy is trained: the given model stays "
-            "unchanged."
-        ) from error
+        why = f"{type(error).__name__}: {error}"
+        raise SpecError(f"{lm.spec} cannot be copied ({why}), and only a copy is trained, to keep the given one.") from error
     own = lm.source is lm.module
     return replace(
         lm,
@@ -61,17 +63,6 @@ def copy_of(lm: Model) -> Model:
         source=module if own else lm.source,
         fast_weights=getattr(module, "fast_weights", None) if own and lm.fast_weights else lm.fast_weights,
     )
-
-
-def _read_weights(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a file by name, and its metadata."""
-    try:
-        with safe_open(file, framework="pt") as content:
-            return {name: content.get_tensor(name) for name in content.keys()}, content.metadata() or {}  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise UnreadableError(f"there are no weights at {file}.") from error
-    except (SafetensorError, OSError) as error:
-        raise UnreadableError(f"{file} is no whole file of weights ({error}); it was probably cut off.") from error
 
 
 def snapshot(lm: Model) -> dict[str, Tensor]:
@@ -95,10 +86,8 @@ def fill(lm: Model, tensors: dict[str, Tensor], source: str) -> None:
     }
     if any(wrong.values()):
         listed = "; ".join(f"{what}: {_some(names)}" for what, names in wrong.items() if names)
-        raise SpecError(
-            f"{source} does not fit {lm.spec}. Tensors {listed}. These weights belong to another model, or to another size of "
-            "it; protocol.json beside such a file names it."
-        )
+        whose = "These weights belong to another model, or to another size of it; protocol.json beside such a file names it."
+        raise SpecError(f"{source} does not fit {lm.spec}. Tensors {listed}. {whose}")
     lm.module.load_state_dict(tensors, strict=False)  # a file holds tied tensors once
 
 
@@ -108,10 +97,8 @@ def _check_architecture(lm: Model, trained: dict[str, str | None], source: str) 
     fixed = {name for name in {*own, *trained} if trained.get(name, "") is not None}
     if other := [name for name in sorted(fixed) if own.get(name) != trained.get(name)]:
         listed = [f"{name} {trained.get(name, 'not set')} there, {own.get(name, 'not set')} here" for name in other]
-        raise SpecError(
-            f"{source} does not fit {lm.spec}: its tensors do, but it was trained with other settings ({_some(listed)}), so "
-            "this model would give other numbers. Load the weights into the model that was trained."
-        )
+        why = f"its tensors do, but its settings differ ({_some(listed)}), which gives other numbers"
+        raise SpecError(f"{source} does not fit {lm.spec}: {why}. Load the weights into the model that was trained.")
 
 
 def _tensors(lm: Model) -> list[tuple[list[str], Tensor]]:

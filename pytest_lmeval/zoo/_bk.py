@@ -1,31 +1,21 @@
 """`bk` and `causal-bk`: tokens mixed by the diagonal of the resolvent of a tridiagonal matrix, in both directions or one.
 
-A block is x + BK(norm(x)), and BK(x) = ffn(x) + scale * project(Re G, Im G). Tokens interact only through one complex number
-per token, G_i. It depends on the potentials v_i = 5 tanh(w . x_i / 5) of all tokens, which are added to the diagonal of a
-discrete Laplacian H (h0 = -2 on the diagonal, b = c = 1 beside it):
+A block is x + BK(norm(x)) with BK(x) = ffn(x) + scale * project(Re G, Im G). Tokens interact only through one complex number
+each, G_i, which depends on the potentials v_i = 5 tanh(w . x_i / 5) of all tokens. They are added to the diagonal -2 of a
+discrete Laplacian H with ones beside it. Two sweeps give G, since the published recurrence of determinants overflows:
 
-    G_i = [(H - z I)^-1]_ii      a_i = h0 + v_i      z = i (softplus(epsilon) + 1e-4 + gamma)
-
-It is computed by two sweeps, since the published recurrence of determinants overflows:
-
-    l_0 = a_0 - z      l_i = (a_i - z) - b c / l_{i-1}      and r_i likewise from the right end
+    G_i = [(H - z I)^-1]_ii      a_i = v_i - 2      z = i (softplus(epsilon) + 1e-4 + gamma)
+    l_0 = a_0 - z                l_i = (a_i - z) - 1 / l_{i-1}      and r_i likewise from the right end
     G_i = 1 / (l_i + r_i - (a_i - z))
 
-`bk` is the model as published. r_i depends on the tokens after i, so it sees the token that it predicts: IT IS NO LANGUAGE
-MODEL, and its perplexities mean nothing. It is here as a violation of the law of causality. It has learned positions, no state,
-and reads one text of at most `context_length` tokens.
+`bk` is the model as published: r_i depends on the tokens after i, so it sees the token that it predicts. IT IS NO LANGUAGE
+MODEL, but an example that breaks the law of causality. It has learned positions and no state.
 
-`causal-bk` has only the left sweep, G_i = 1 / l_i, and no positions; its state is one complex number per layer and row. Since
-Im z > 0, Im l_i <= -Im z for every i: no division by zero, and |G_i| <= 1 / Im z. A change of G_{i-1} changes G_i by G_i^2
-times as much, about exp(-Im z) in the middle of the band (0 < v_i < 4), and less outside, where a token can erase the past. So
-z starts at 0.2 i here, not at the published 1.3 i. (400 steps on bytes of English documentation reach 3.03 bits per byte from
-0.1 i and 0.2 i, 3.01 from 0.3 i and 0.5 i, and 3.41 from 1.3 i.)
+`causal-bk` has the left sweep only, G_i = 1 / l_i; its state is one complex number per layer and row. Im z > 0 keeps |G_i| at
+most 1 / Im z. A change of G_{i-1} changes G_i by G_i^2 times as much, about exp(-Im z) if 0 < v_i < 4, so z starts at 0.2 i
+(3.03 bits per byte after 400 steps on English documentation) and not at the published 1.3 i (3.41).
 
 Shapes: b rows, t tokens, v vocabulary, d width.
-
-    logits, state = causal(input_ids)                # [b, t] -> [b, t, v]
-    logits, state = causal(more_ids, state)          # continues the text
-    logits = published(input_ids)
 """
 
 from __future__ import annotations
@@ -36,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-LAPLACIAN = -2.0  # h0; b c = 1 is left out below
+LAPLACIAN = -2.0  # the diagonal of H
 LARGEST = 5.0  # largest potential, and largest real or imaginary part of a G that is projected
 
 
@@ -99,8 +89,8 @@ class ResNetBK(nn.Module):
             t = input_ids.shape[1]
             if t > self.positions.num_embeddings:
                 raise ValueError(
-                    f"ResNet-BK was given {t} tokens and has learned {self.context_length} positions. It is not causal, so a "
-                    "longer text cannot be read in chunks either. Give it a shorter one, or use causal-bk."
+                    f"ResNet-BK was given {t} tokens and has learned {self.context_length} positions. It cannot read chunks, "
+                    "since it is not causal. Give it a shorter text, or use causal-bk."
                 )
             x = x + self.positions.weight[:t]
         for index, (norm, layer) in enumerate(zip(self.norms, self.layers, strict=True)):
@@ -114,9 +104,8 @@ class ResNetBK(nn.Module):
 def sweep(diagonal: Tensor, start: Tensor) -> Tensor:
     """All g_i = 1 / l_i = 1 / (d_i - g_{i-1}) as [b, t], from d = a - z [b, t] and the g [b] before the first one (0 if none).
 
-    A step maps g = p / q to q / (d q - p): a product with a 2x2 matrix, and so is a block of steps. The text is cut into about
-    sqrt(t) blocks, which are computed in parallel twice: for their matrices, which give the g before each block, and then from
-    these by the recurrence itself. Matrices are rescaled, which changes no g, so that they do not overflow.
+    A step maps g = p / q to q / (d q - p), which is a product with a 2x2 matrix. About sqrt(t) blocks are computed in parallel
+    twice: their matrices, rescaled against overflow, give the g before each block; then the recurrence runs from these.
     """
     b, t = diagonal.shape
     blocks = math.isqrt(t)

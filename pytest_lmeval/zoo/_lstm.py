@@ -1,13 +1,8 @@
-"""`lstm`: a long short-term memory network.
-
-Each layer is x + LSTM(norm(x)), where torch's `nn.LSTM` computes, for one token after the other,
+"""`lstm`: a long short-term memory network. Each layer is x + LSTM(norm(x)), where `nn.LSTM` computes for each token
 
     i, f, o = sigmoid(W x_t + U h_{t-1} + b)         input, forget and output gates
     c_t = f * c_{t-1} + i * tanh(W' x_t + U' h_{t-1} + b')
     h_t = o * tanh(c_t)
-
-Its state is h and c, two vectors per layer and row. Tokens are computed one by one, since the gates need the h before; a chunk
-is still faster than single tokens, since W x_t is one product for all of them.
 
 Shapes: b rows, t tokens, v vocabulary, d width.
 

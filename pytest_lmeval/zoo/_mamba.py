@@ -1,16 +1,10 @@
 """`mamba`: a selective state space model, a diagonal recurrence whose decay depends on the token.
 
-A layer is x + out_proj(y * silu(z)). Its input is projected to u and z, u goes through a causal convolution over the last
-`kernel` tokens and a SiLU, and then, for each of its channels with n numbers of state, through the recurrence
+A layer is x + out_proj(y * silu(z)). The input is projected to u and z; u goes through a causal convolution over `kernel`
+tokens, a SiLU, and the recurrence, for each channel with n numbers of state:
 
     h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t         A = -exp(A_log), at first -1, -2, ..., -n (S4D-real)
     y_t = C_t h_t + D u_t                            dt_t, B_t and C_t are projections of u_t
-
-so the state is h and the last inputs of the convolution, and does not grow.
-
-A chunk is cut into about sqrt(t) blocks of about sqrt(t) tokens, which are computed in parallel twice: from a zero state, for
-the final states, which are then carried from block to block; and from the carried states, by the recurrence itself, for the
-outputs. No factor is larger than one, so nothing overflows.
 
 Shapes: b rows, t tokens, v vocabulary, d = expand * width channels, n numbers of state each.
 
@@ -98,7 +92,9 @@ class Mamba(nn.Module):
 def selective_scan(u: Tensor, dt: Tensor, a: Tensor, b_in: Tensor, c_out: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """y [b, t, d] without D u, and the last h, from u, dt [b, t, d], A [n, d], B, C [b, t, n] and the h before, [b, n, d].
 
-    Without autograd, it needs memory for a few sqrt(t) states, not for t.
+    About sqrt(t) blocks are computed in parallel twice: from a zero state for their final states, which are carried from block
+    to block, and from the carried states for the outputs. No factor exceeds one, so nothing overflows. Without autograd, it
+    needs memory for a few sqrt(t) states.
     """
     rows, t, _ = u.shape
     blocks = math.isqrt(t) // rows  # rows are parallel already

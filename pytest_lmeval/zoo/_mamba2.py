@@ -3,13 +3,10 @@
 As in Mamba, but with one decay for all p channels x_t of a head, and B_t, C_t of n numbers shared by all heads:
 
     h_t = exp(dt_t a) h_{t-1} + dt_t x_t B_t^T       h is [p, n], a = -exp(A_log) one number per head
-    y_t = h_t C_t + D x_t
+    y_t = h_t C_t + D x_t = sum_{s <= t} exp(dt_{s+1} a + ... + dt_t a) (C_t . B_s) dt_s x_s + D x_t
 
-So y_t = sum_{s <= t} L_ts (C_t . B_s) dt_s x_s + D x_t with L_ts = exp(dt_{s+1} a + ... + dt_t a): attention without softmax,
-with a decaying mask. A chunk is read in blocks of `block` tokens, each by that product plus the decayed h of its beginning. No
-exponent is positive, so nothing overflows.
-
-x, B and C go through a causal convolution over the last `kernel` tokens and a SiLU first. The output is norm(y * silu(z)).
+The sum is attention without softmax, with a decaying mask; a chunk is read in blocks of `block` tokens by that product.
+x, B and C go through a causal convolution over `kernel` tokens and a SiLU first. The output is norm(y * silu(z)).
 
 Shapes: b rows, t tokens, v vocabulary, h heads, p channels each, d = h * p = expand * width, n numbers of state per channel.
 

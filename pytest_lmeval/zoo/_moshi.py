@@ -6,20 +6,12 @@ Codebook 0 is the text that the model speaks, 1 to 8 are its own voice, 9 to 16 
 * the depth one, which starts fresh in each frame, reads the text and the first seven codes of the frame, with separate weights
   for each, and predicts the code after each: the eight codes of the model's own voice.
 
-The first code of a voice is semantic, the other seven are acoustic and read one frame later (`DELAYS`). So a position does not
-hold the codes of one frame:
+The input is undelayed; the model reads the last seven codes of each voice one frame later (`DELAYS`), and its logits at a
+position predict the codes that are read there:
 
     frame     0   1   2   3                   position  0   1   2   3
-      code 0  a0  a1  a2  a3    is read as      code 0  a0  a1  a2  a3
-      code 1  b0  b1  b2  b3                    code 1  --  b0  b1  b2       -- is the initial token of a codebook
-
-The input is undelayed frames, and the logits at a position predict the codes that are read there:
-
-    logits, state = model(codes)                     # [b, 17, t] -> [b, 8, t, card]
-    logits, state = model(more_codes, state)         # continues the text
-
-The state does not grow: the last frames, and in each layer a ring buffer of the last `context` keys and values. A chunk reads
-the ring buffer before it writes, since the first frames of a chunk still see what the last ones overwrite.
+      code 1  a0  a1  a2  a3    is read as      code 1  a0  a1  a2  a3
+      code 2  b0  b1  b2  b3                    code 2  --  b0  b1  b2       -- is the initial token of a codebook
 
 Shapes: b rows, t frames, k codebooks, s scored ones, d width, h heads, e = d / h, c context.
 
@@ -105,7 +97,10 @@ class Block(nn.Module):
 
 
 class Temporal(nn.Module):
-    """A layer over frames, whose attention sees the frame itself and the `context - 1` before it."""
+    """A layer over frames, whose attention sees the frame itself and the `context - 1` before it.
+
+    A chunk reads the ring buffer before it writes, since its first frames still see what its last ones overwrite.
+    """
 
     def __init__(self, width: int, heads: int, hidden: int, context: int) -> None:
         super().__init__()
@@ -169,7 +164,8 @@ class Moshi(nn.Module):
         """Logits [b, 8, t, card] for the frames `codes` [b, 17, t] themselves, and the new state."""
         recent, rings, seen = state or self.beginning(codes.shape[0])
         recent = torch.cat([recent, codes], dim=2)
-        delayed = self.delay(recent, codes.shape[2] + 1)
+        end, t = recent.shape[2], codes.shape[2] + 1
+        delayed = torch.stack([recent[:, k, end - delay - t : end - delay] for k, delay in enumerate(DELAYS)], dim=1)
         x = self.embed(delayed[:, :, :-1]).sum(1)
         new_rings = []
         for layer, ring in zip(self.layers, rings, strict=True):
@@ -178,11 +174,6 @@ class Moshi(nn.Module):
         logits = self.depth(norm(x), delayed[:, :, 1:])
         recent = recent[:, :, -1 - max(DELAYS) :].clone()  # a slice would keep the whole chunk in memory
         return logits, State(recent, new_rings, seen + codes.shape[2])
-
-    def delay(self, frames: Tensor, t: int) -> Tensor:
-        """[b, k, t] the delayed codes at the last t positions of `frames`."""
-        end = frames.shape[2]
-        return torch.stack([frames[:, k, end - delay - t : end - delay] for k, delay in enumerate(DELAYS)], dim=1)
 
     def beginning(self, rows: int) -> State:
         """The state before the first frame: the initial token of each codebook is the entry after its last."""

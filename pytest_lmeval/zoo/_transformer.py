@@ -1,15 +1,11 @@
 """`transformer` and `windowed`: a causal transformer with full or sliding window attention.
 
-A layer is x + attend(norm(x)), then x + down(silu(gate) * up) of norm(x). Query i attends to the keys j <= i,
+A layer is x + attend(norm(x)), then x + down(silu(gate) * up) of norm(x). Query i attends to the keys j <= i, by
+softmax_j(R_i q_i . R_j k_j / sqrt(e)), where R_i rotates pairs of coordinates by angles proportional to i.
 
-    y_i = sum_j softmax_j(R_i q_i . R_j k_j / sqrt(e)) v_j
-
-where R_i rotates pairs of coordinates by angles proportional to i, so that R_i q_i . R_j k_j depends on i - j only.
-
-* Without a window, the state is all rotated keys and values: it grows with the text, and its length is the position.
-* With a window, a query sees i - window < j <= i, so the state is the last window - 1 keys and values. Keys are stored before
-  rotation and rotated by their position relative to the queries, so that angles stay small and precise in texts of any length.
-  A chunk costs t * window.
+* Without a window, the state is all rotated keys and values: it grows with the text.
+* With a window, a query sees i - window < j <= i, and the state is the last window - 1 keys and values. Keys are stored
+  unrotated and rotated by their position relative to the queries, so that angles stay precise in texts of any length.
 
 Shapes: b rows, t tokens, v vocabulary, d width, h heads, e = d / h, s tokens in the state.
 
@@ -116,8 +112,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def banded_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """Attention [b, h, t, e] of each query to itself and the `window - 1` tokens before it.
 
-    q is [b, h, t, e]; k and v are [b, h, s + t, e] with s < window tokens from the state. Queries are read in blocks of
-    `window`, each with the keys that it can see; positions count from the first of these.
+    q is [b, h, t, e]; k and v are [b, h, s + t, e] with s < window tokens from the state. Blocks of `window` queries are read
+    with the keys that they can see.
     """
     b, t = q.shape[0], q.shape[2]
     missing = window - 1 - (k.shape[2] - t)  # positions before the first token

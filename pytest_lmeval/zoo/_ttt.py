@@ -1,21 +1,18 @@
 """`ttt`: a language model whose state is a linear model in each head, trained by gradient descent while it reads.
 
-Each head of each layer has fast weights W [f, f] and b [1, f]. For each mini-batch of K = 16 tokens, one gradient step brings
-LN(k W + b) closer to v - k, for the keys k and values v of these tokens; the output for a query q is q + LN(q W + b). All
-gradients of a mini-batch are taken at the weights at its beginning, so it is a few matrix products:
+Each head of each layer has fast weights W [f, f] and b [1, f]. For each mini-batch of K tokens with keys k, values v and
+queries q, one gradient step, taken at the weights before the mini-batch, brings LN(k W + b) closer to v - k:
 
     g_k  = d/dz 1/2 |LN(z) - (v_k - k_k)|^2  at  z = k_k W + b        LN with a learned scale and shift for each head
-    z_t  = q_t W + b - tau_t sum over k <= t of  lr_k (q_t . k_k + 1) g_k
-    W, b = W - tau_K sum of lr_k k_k^T g_k,  b - tau_K sum of lr_k g_k        when the mini-batch is full
+    z_t  = q_t W + b - tau_t sum over k <= t of  lr_k (q_t . k_k + 1) g_k        the output is q_t + LN(z_t)
+    W, b = W - tau_K sum of lr_k k_k^T g_k,  b - tau_K sum of lr_k g_k           when the mini-batch is full
 
 lr_k = base_lr sigmoid(w . x_k + c) / f is learned, and so is tau_t = max(0, 1 / t + ...), for the t-th token of a mini-batch.
-Since tau_t is a factor of the sum, a chunk may end anywhere: the state is the weights at the beginning of the mini-batch, the
-sums so far, the number of tokens in them, and the last inputs of the convolution. It does not grow.
+Since tau_t is a factor of the sum, the state holds the sum so far, and a chunk may end anywhere.
 
 Keys and queries share a projection, after separate convolutions, as in the paper's Mamba backbone. Initially a key is mostly
-of the token before, so that the layer first learns what follows a token. Two things are not in the paper: keys and queries are
-normalized, and after each mini-batch the weights return towards the initial ones by a learned fraction. Without that,
-interference grows with the length of the text, and a model trained on 128 tokens fails after some thousand.
+of the token before. Two things are not in the paper: keys and queries are normalized, and after each mini-batch the weights
+return towards the initial ones by a learned fraction, without which a model trained on 128 tokens fails after some thousand.
 
 Shapes: b rows, t tokens, v vocabulary, d width, h heads, f = d / h (even), K tokens of a mini-batch.
 
@@ -105,10 +102,6 @@ class FastLinear(nn.Module):
         tau = wide(self.tau)
         return (1 / torch.arange(1, len(tau) + 1).to(tau) + tau).clamp(min=0)[:, None]
 
-    def learned(self, state: LayerState) -> Tensor:
-        """The fast weights [b, h, f + 1, f] after the last token, also within a mini-batch."""
-        return state.weights - self.taus()[state.filled - 1] * state.sums
-
 
 class Block(nn.Module):
     """Fast weights and a gated feed-forward (SwiGLU)."""
@@ -157,7 +150,8 @@ class TTT(nn.Module):
         """W [b, h, f, f] and b [b, h, 1, f] of each layer after the last token; for None, before the first."""
         found = {}
         for index, fast in enumerate(part for part in self.modules() if isinstance(part, FastLinear)):
-            learned = fast.learned(state[index] if state else fast.blank(1))
+            layer = state[index] if state else fast.blank(1)
+            learned = layer.weights - fast.taus()[layer.filled - 1] * layer.sums  # also within a mini-batch
             found[f"layers.{index}.W"], found[f"layers.{index}.b"] = learned[:, :, :-1], learned[:, :, -1:]
         return found
 

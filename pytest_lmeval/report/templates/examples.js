@@ -1,4 +1,4 @@
-// The questions of a task, a page of them at a time: who answered what, and where two differ.
+// The example browser: the questions of a task in pages of 50, with the answer of each model.
 "use strict";
 
 {
@@ -16,7 +16,7 @@
   const browser = document.getElementById("browser");
   const state = { table: 0, a: 0, b: 1, which: 0, text: "", page: 0 };
   const controls = element("div", { class: "controls" });
-  const found = element("p", { class: "dim small", role: "status" });
+  const status = element("p", { class: "dim small", role: "status" });
   const list = element("div", { id: "questions" });
   const pages = element("div", { class: "controls" });
 
@@ -24,17 +24,17 @@
   const columns = () => table().columns;
   const markOf = (column, index) => columns()[column]?.marks[index] ?? "";
   const isFlip = (index) => ["10", "01"].includes(markOf(state.a, index) + markOf(state.b, index));
-  const kinds = () => {
+  const filters = () => {
     const name = (column) => columns()[column]?.label;
     const partly = columns().some((column) => column.marks.includes("~"));
-    const always = [
+    const single = [
       ["all", () => true],
       [`${name(state.a)} is wrong`, (index) => markOf(state.a, index) === "0"],
       [`${name(state.a)} is right`, (index) => markOf(state.a, index) === "1"],
       ...(partly ? [[`${name(state.a)} is partly right`, (index) => markOf(state.a, index) === "~"]] : []),
     ];
-    return columns().length < 2 ? always : [
-      ...always,
+    return columns().length < 2 ? single : [
+      ...single,
       ["flips: one is right, the other wrong", isFlip],
       [`lost: only ${name(state.a)} is right`, (index) => isFlip(index) && markOf(state.a, index) === "1"],
       [`won: only ${name(state.b)} is right`, (index) => isFlip(index) && markOf(state.b, index) === "1"],
@@ -47,15 +47,15 @@
     return (typeof answer === "number" ? row.choices[answer] : answer) ?? "";
   };
   const targetOf = (row) => (row.choices.length ? row.right.map((index) => row.choices[index]).join(" | ") : row.target);
-  const wordsOf = (row) => [row.id, row.group, ...row.choices, row.target, ...row.prompts, ...row.answers]
+  const searchable = (row) => [row.id, row.group, ...row.choices, row.target, ...row.prompts, ...row.answers]
     .filter((text) => typeof text === "string").join("\n").toLowerCase();
 
   const matching = () => {
-    const [, fits] = kinds()[state.which] ?? kinds()[0];
+    const [, matches] = filters()[state.which] ?? filters()[0];
     const words = state.text.toLowerCase();
     const indices = [];
     table().rows.forEach((row, index) => {
-      if (fits(index) && (!words || (row && wordsOf(row).includes(words)))) indices.push(index);
+      if (matches(index) && (!words || (row && searchable(row).includes(words)))) indices.push(index);
     });
     return indices;
   };
@@ -63,8 +63,8 @@
   const signs = (index) => element("span", { class: "marks" }, ...columns().map((column, number) => {
     const [sign, look, word] = SIGNS[column.marks[index]];
     const score = column.marks[index] === "~" ? table().rows[index]?.marked[number] ?? null : null;
-    const said = `${column.label}: ${word}${score === null ? "" : `, ${score}`}`;
-    return element("span", { class: look, title: said }, score === null ? sign : score.toFixed(2), element("span", { class: "said" }, `${said}. `));
+    const label = `${column.label}: ${word}${score === null ? "" : `, ${score}`}`;
+    return element("span", { class: look, title: label }, score === null ? sign : score.toFixed(2), element("span", { class: "visually-hidden" }, `${label}. `));
   }));
 
   const text = (value) => element("td", { class: "text" }, value);
@@ -76,8 +76,8 @@
     element("tbody", {}, ...body)));
   const asNumbers = (names) => names.map((name) => [name, "number"]);
 
-  // Choices: a row for each, and below them one for each metric.
-  const chosen = (row) => tableOf("Log-likelihood of each choice in nats; the likeliest is bold, what is right is ticked.",
+  // Choices: a row for each choice, then one for each metric.
+  const chosen = (row) => tableOf("Log-likelihood of each choice in nats; the chosen one is bold, right ones are ticked.",
     [["choice", null], ...asNumbers(columns().map((column) => column.label))], [
       ...row.choices.map((choice, index) => element("tr", {},
         element("td", { class: "text" + (row.right.includes(index) ? " passed" : "") }, (row.right.includes(index) ? "\u2713 " : "") + choice),
@@ -88,7 +88,7 @@
       ...table().metrics.map((name, index) => labelled(name, ...columns().map((_, column) => cell(row.scores[column]?.[index])))),
     ]);
 
-  // Generated answers: the target, and below it a row for each model.
+  // Generated answers: the target, then a row for each model.
   const generated = (row) => tableOf(null, [["", null], ["output", null], ...asNumbers(table().metrics)], [
     labelled("target", text(row.target), ...table().metrics.map(() => cell(""))),
     ...columns().map((column, index) => labelled(column.label, text(outputOf(row, index)),
@@ -109,7 +109,7 @@
       if (!details.open || details.children.length > 1) return;
       details.append(element("div", { class: "inside" }, ...(row
         ? [row.choices.length ? chosen(row) : generated(row), ...prompts(row), element("p", { class: "dim small" }, `id ${row.id}${row.group ? `, ${row.group}` : ""}`)]
-        : [element("p", { class: "dim" }, `Its texts are not in this page; they stand in ${files}.`)])));
+        : [element("p", { class: "dim" }, `Its texts are not in this page, but in ${files}.`)])));
     } }, element("summary", {}, element("span", { class: "dim" }, `${row?.number ?? index}`), signs(index), element("span", { class: "texts" }, oneLine.replace(/\s+/g, " ").slice(0, 400))));
     return details;
   };
@@ -121,7 +121,7 @@
     const from = state.page * PAGE;
     list.replaceChildren(...indices.slice(from, from + PAGE).map(question));
     const flips = columns().length > 1 ? table().rows.reduce((count, _, index) => count + isFlip(index), 0) : null;
-    found.textContent = `${indices.length.toLocaleString("en")} of ${table().rows.length.toLocaleString("en")} ${table().example}s` +
+    status.textContent = `${indices.length.toLocaleString("en")} of ${table().rows.length.toLocaleString("en")} ${table().example}s` +
       (flips === null ? "" : `; ${flips.toLocaleString("en")} flips between ${columns()[state.a].label} and ${columns()[state.b].label}`);
     const turn = (name, by, off) => element("button", { type: "button", disabled: off, onclick: () => { state.page += by; show(); browser.scrollIntoView(); } }, name);
     pages.replaceChildren(...(last ? [turn("Previous", -1, state.page === 0), element("span", { class: "dim" }, `page ${state.page + 1} of ${last + 1}`), turn("Next", 1, state.page === last)] : []));
@@ -134,12 +134,12 @@
     controls.replaceChildren(
       ...(tables.length > 1 ? [select("Task", tables.map((own) => own.subject), state.table, (value) => { Object.assign(state, { table: value, a: 0, b: 1, which: 0, page: 0 }); rebuild(); })] : [element("strong", {}, table().subject)]),
       ...(names.length > 1 ? [select("A", names, state.a, change("a")), select("B", names, state.b, change("b"))] : []),
-      select("Show", kinds().map(([name]) => name), state.which, change("which")),
+      select("Show", filters().map(([name]) => name), state.which, change("which")),
       element("label", { class: "grow" }, "Search", search),
     );
     show();
   };
 
-  browser.append(controls, found, list, pages);
+  browser.append(controls, status, list, pages);
   rebuild();
 }

@@ -1,9 +1,9 @@
-// Theme, sorting, filtering, and opening what a link or the printer asks for. Everything that is shown goes in as text.
+// Theme, sorting, filtering, and opening details for links and printing. All content is inserted as text.
 "use strict";
 
 const lmeval = { data: JSON.parse(document.getElementById("data").textContent) };
 
-// An element with attributes and children; a child that is a string becomes text, never markup.
+// An element with attributes and children; strings become text, never markup.
 lmeval.element = (name, attributes = {}, ...children) => {
   const made = document.createElement(name);
   for (const [key, value] of Object.entries(attributes)) {
@@ -25,16 +25,16 @@ lmeval.select = (label, names, chosen, changed) => {
   const dark = () => document.documentElement.dataset.theme === "dark" ||
     (!document.documentElement.dataset.theme && matchMedia("(prefers-color-scheme: dark)").matches);
   const show = () => { button.textContent = dark() ? "Light" : "Dark"; };
-  const remembered = (value) => { // a browser may forbid a file to remember anything
+  const stored = (value) => { // a browser may forbid a local file to store anything
     try { return value ? localStorage.setItem("lmeval-theme", value) : localStorage.getItem("lmeval-theme"); } catch { return null; }
   };
   if (button) {
-    const last = remembered();
+    const last = stored();
     if (last === "dark" || last === "light") document.documentElement.dataset.theme = last;
     button.hidden = false;
     button.addEventListener("click", () => {
       document.documentElement.dataset.theme = dark() ? "light" : "dark";
-      remembered(document.documentElement.dataset.theme);
+      stored(document.documentElement.dataset.theme);
       show();
     });
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", show);
@@ -56,7 +56,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
     button.append(...head.childNodes);
     head.append(button);
     button.addEventListener("click", () => {
-      const first = head.dataset.better === "higher" ? "descending" : "ascending"; // the best first
+      const first = head.dataset.better === "higher" ? "descending" : "ascending"; // best first
       const now = head.getAttribute("aria-sort");
       const direction = now === null ? first : now === "ascending" ? "descending" : "ascending";
       for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
@@ -64,7 +64,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
       const sign = direction === "ascending" ? 1 : -1;
       const order = rows.map((row) => [value(row, index), row]);
       order.sort(([a], [b]) => {
-        if (a === null || b === null) return (a === null) - (b === null); // what has no value stays below
+        if (a === null || b === null) return (a === null) - (b === null); // empty cells last
         return sign * (typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b), "en", { numeric: true }));
       });
       body.append(...order.map(([, row]) => row));

@@ -10,7 +10,7 @@ def is_brief(example: Example) -> float:
     return float(len(example.output.split()) <= 5)
 
 
-BREVITY = Metric("brevity", score=is_brief, interval="share", about="share of outputs of at most five words")
+BREVITY = Metric("brevity", score=is_brief, interval="proportion", about="share of outputs of at most five words")
 WORDS_PER_SECOND = Metric("words_per_second", "words/s", aspect="speed", about="words of a text that are read a second")
 
 METRICS = {metric.name: metric for metric in (BREVITY, WORDS_PER_SECOND)}
