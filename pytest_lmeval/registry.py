@@ -1,6 +1,6 @@
 """Find metrics, tasks, corpora, model sources, verbs, report sections, exporters and commands by name.
 
-Each kind of thing is a group of entry points, `pytest_lmeval.GROUP`: this package registers its own there, as any other may. An
+Each kind of thing is a group of entry points, "pytest_lmeval.GROUP": this package registers its own there, as any other may. An
 entry point leads to the thing of its name, or to a family: a mapping from names to things, under a name in capitals, that may
 give a thing as text, "module:attribute". A thing is imported when it is used, a family when its names are.
 

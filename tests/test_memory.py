@@ -54,20 +54,13 @@ class Known(nn.Module):
 @given(st.lists(st.tuples(st.integers(1, 1000), st.booleans()), min_size=1, max_size=12))
 def test_the_peak_is_the_sum_of_the_tensors_that_live_at_once(plan):
     """Each step makes a tensor of so many floats, and frees all earlier ones first, or none."""
-    expected = held = 0
-    for floats, frees in plan:
-        held = 4 * floats + (0 if frees else held)
-        expected = max(expected, held)
-
-    def work():
-        kept = []
+    expected, kept = 0, []
+    with watched_allocations() as seen:
         for floats, frees in plan:
             if frees:
                 kept.clear()
             kept.append(torch.empty(floats))
-
-    with watched_allocations() as seen:
-        work()
+            expected = max(expected, sum(tensor.nbytes for tensor in kept))
     assert seen.peak == expected
 
 
@@ -90,16 +83,10 @@ def test_the_workspace_of_an_operator_counts():
 
 
 def test_garbage_is_not_collected_in_the_block():
-    class Ring:
-        pass
-
-    def ring():
-        one = Ring()
-        one.itself, one.tensor = one, torch.empty(1000)
-
     with watched_allocations() as seen:
         for _ in range(2000):
-            ring()
+            ring = [torch.empty(1000)]
+            ring.append(ring)
     assert seen.peak == 2000 * 4000
 
 
@@ -164,9 +151,7 @@ def test_a_shape_that_does_not_fit_is_named_with_its_size():
 
     with pytest.raises(OutOfMemory, match=r"batch 2, 64 tokens on cpu does not fit .*2,251,799,813,685,248 bytes.*fewer rows"):
         measure_memory(as_model(Growing()), batch_size=2, seq_len=64, apart=False)
-    with pytest.raises(
-        OutOfMemory, match=r"batch 1099511627776, 512 tokens on cpu does not fit"
-    ):  # the prompt does not fit either
+    with pytest.raises(OutOfMemory, match=r"batch 1099511627776, 512 tokens on cpu does not fit"):  # nor does the prompt
         measure_memory(as_model(Growing()), batch_size=1 << 40, seq_len=512, apart=False)
 
 
@@ -184,11 +169,9 @@ def test_a_shape_that_does_not_fit_is_named_with_its_size():
     ],
 )
 def test_a_shape_that_cannot_be_run_is_refused_before_a_step_is_taken(toy, shape, message):
-    steps = []
-    lm = replace(as_model(toy()), context_length=8, step_fn=lambda *given: steps.append(given))
+    lm = replace(as_model(toy()), context_length=8, step_fn=None)
     with pytest.raises(ProfilingError, match=message):
         measure_memory(lm, **{"seq_len": 4, "new_tokens": 2, **shape}, apart=False)
-    assert steps == []
 
 
 @pytest.mark.parametrize(("toy", "seq_len"), [(Functional, 6), (Stateless, 8)])
@@ -267,23 +250,20 @@ def test_a_child_has_the_settings_of_this_process_but_not_its_modules(monkeypatc
     assert how == "a child, loaded by its spec zoo:lstm"
 
 
-WORDS = r"(?s)ended with exit status 1 .*some words of the model.*RuntimeError: in the depths"
-KILLED = r"(?s)was killed \(signal 9\).*when memory runs out.*fewer rows"
+FAILURES = {
+    "raise": (child.ChildFailed, r"(?s)ended with exit status 1 .*some words of the model.*RuntimeError: in the depths"),
+    "killed": (OutOfMemory, r"(?s)was killed \(signal 9\).*when memory runs out.*fewer rows"),
+    "full": (OutOfMemory, r"^demo does not fit$"),
+    "wrong": (ModelError, r"^it returned no state$"),
+}
+in_a_process = [pytest.param(how, child.start_process, marks=pytest.mark.thorough) for how in ("raise", "killed")]
 
 
 @pytest.mark.parametrize(
-    ("how", "start", "error", "message"),
-    [
-        ("raise", here, child.ChildFailed, WORDS),
-        ("killed", killed, OutOfMemory, KILLED),
-        pytest.param("raise", child.start_process, child.ChildFailed, WORDS, marks=pytest.mark.thorough),
-        pytest.param("killed", child.start_process, OutOfMemory, KILLED, marks=pytest.mark.thorough),
-        ("full", here, OutOfMemory, r"^demo does not fit$"),
-        ("wrong", here, ModelError, r"^it returned no state$"),
-    ],
-    ids=["raise", "killed", "raise-in-a-process", "killed-in-a-process", "full", "wrong"],
+    ("how", "start"), [("raise", here), ("killed", killed), ("full", here), ("wrong", here), *in_a_process]
 )
-def test_the_failure_of_a_child_is_raised_here(how, start, error, message):
+def test_the_failure_of_a_child_is_raised_here(how, start):
+    error, message = FAILURES[how]
     with pytest.raises(error, match=message) as caught:
         child.in_child(load("demo"), asked, {"how": how}, start=start)
     assert isinstance(caught.value, ModelError)  # shown without a traceback
@@ -306,37 +286,25 @@ def test_a_child_that_takes_too_long_is_ended():
         child.in_child(load("demo"), asked, {"how": "slow"}, timeout=0.1)
 
 
-def no_process(folder, timeout):
-    raise OSError("no more processes")
+def test_a_child_that_cannot_load_the_model_is_no_failure_of_the_model():
+    def no_process(folder, timeout):
+        raise OSError("no more processes")
+
+    with pytest.raises(child.CannotMoveError, match=r"No process can be started here \(no more processes\)"):
+        child.in_child(load("zoo:lstm"), asked, {"how": "look"}, start=no_process)
+    with pytest.raises(child.CannotMoveError, match="A child process was killed while it loaded the model"):
+        child.in_child(load("zoo:lstm"), asked, {"how": "look"}, start=lambda *given: killed(*given, loaded=False))
 
 
-@pytest.mark.parametrize(
-    ("start", "reason"),
-    [
-        (lambda *given: killed(*given, loaded=False), "A child process was killed while it loaded the model"),
-        (no_process, r"No process can be started here \(no more processes\)"),
-    ],
-    ids=["killed", "none"],
-)
-def test_a_child_that_cannot_load_the_model_is_no_failure_of_the_model(start, reason):
-    with pytest.raises(child.CannotMoveError, match=reason):
-        child.in_child(load("zoo:lstm"), asked, {"how": "look"}, start=start)
-
-
-def test_a_model_that_was_changed_after_it_was_loaded_is_moved_by_pickle():
-    lm = load("demo")
-    with torch.no_grad():
-        lm.module.embed.weight[0, 0] += 1
-    _, how = child.in_child(lm, asked, {"how": "look"}, start=here)
-    assert "its spec names other weights than it has" in how
-    assert how.endswith("It was moved there by pickle")
-
-
-def test_a_declared_context_and_a_precision_are_those_of_the_child():
-    for lm in (load("zoo:lstm"), replace(as_model(load("zoo:lstm").module), spec="no spec")):
-        assert child.in_child(replace(lm, context_length=64), asked, {"how": "context"}, start=here)[0] == 64
+def test_a_child_has_the_weights_the_context_and_the_precision_of_the_model():
     lm = replace(load("zoo:lstm"), context_length=64)
-    assert child.in_child(lm, asked, {"how": "look"}, start=here)[1].endswith("spec zoo:lstm")
+    changed = replace(load("zoo:lstm"), context_length=64)
+    with torch.no_grad():
+        changed.module.embed.weight[0, 0] += 1
+    pickled = "its spec names other weights than it has). It was moved there by pickle"
+    for model, how in ((lm, "its spec zoo:lstm"), (replace(lm, spec="no spec"), "by pickle"), (changed, pickled)):
+        context, moved = child.in_child(model, asked, {"how": "context"}, start=here)
+        assert (context, moved.endswith(how)) == (64, True)
     assert child.in_child(load("demo", bits=16), asked, {"how": "look"}, start=here)[1].endswith("its spec demo@bf16")
 
 
