@@ -28,7 +28,7 @@ REPLICATES = 500
 
 
 def answerable(example: Example) -> bool:
-    """Whether the text tells the answer (SQuAD 2.0): there are targets, and none of them is empty."""
+    """Whether the text contains the answer (SQuAD 2.0): there are targets, and none of them is empty."""
     return bool(example.targets) and "" not in example.targets
 
 
@@ -163,7 +163,7 @@ def _rouge(kind: str) -> Metric:
 
 
 TARGETS: dict[str, Any] = {"needs": "targets to compare with", "library": "torchmetrics"}
-IN_TEXT = "where the text tells the answer (SQuAD 2.0)"
+IN_TEXT = "where the text contains the answer (SQuAD 2.0)"
 METRICS = {
     metric.name: metric
     for metric in (
