@@ -3,11 +3,12 @@
 import gc
 import json
 import math
-import multiprocessing
 import os
 import pickle
 import re
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from functools import cache
 from itertools import islice
@@ -569,14 +570,14 @@ def trained_until_killed(folder):
             os.kill(os.getpid(), signal.SIGKILL)
 
     Saver.PAUSE = Saver.SHARE = 0.0
-    trained(folder=folder, progress=die)
+    trained(folder=Path(folder), progress=die)
 
 
 def test_a_killed_training_resumes_with_the_same_outcome(tmp_path):
-    process = multiprocessing.get_context("spawn").Process(target=trained_until_killed, args=(tmp_path,))
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    code = "import sys, test_training; test_training.trained_until_killed(sys.argv[1])"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environment)
+    assert done.returncode == -signal.SIGKILL
     result = trained(folder=tmp_path)
     assert (result.resumed_at, outcome(result)) == (8, outcome(reference()))
     assert not list(tmp_path.glob("models/*/point.pt"))
