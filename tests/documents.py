@@ -1,12 +1,10 @@
 """Builders of small typed documents, records and examples that use everything a page can show."""
 
-import importlib
 import json
 from pathlib import Path
 
 from msgspec.structs import replace
 
-import pytest_lmeval
 from pytest_lmeval import registry
 from pytest_lmeval.records._certificate import Certificate, Counterexample, LawResult
 from pytest_lmeval.records._comparison import Comparison
@@ -119,14 +117,6 @@ def write_run(folder, found, **files):
     for name, lines in files.items():
         (folder / "examples" / f"{name}.jsonl").write_text("".join(map(line_of, lines)), errors="backslashreplace")
     return folder
-
-
-def pytester_here(request):
-    """The fixture `pytester` for runs in this process, which forgets modules that such a run imports: import them before."""
-    pytest_lmeval.record("demo", "numbers", accuracy=0.5)
-    for name in ("_session", "_progress", "data._corpus"):
-        importlib.import_module(f"pytest_lmeval.{name}")
-    return request.getfixturevalue("pytester")
 
 
 def data_of(html):

@@ -73,11 +73,9 @@ def project(pytester, monkeypatch):
     return pytester
 
 
-def run(project, *options, shows=(), subprocess=False, **outcomes):
+def run(project, *options, shows=(), **outcomes):
     """Run pytest with a baseline; it must print the lines `shows`, and have these outcomes if any are given."""
-    start = project.runpytest_subprocess if subprocess else project.runpytest_inprocess
-    loaded = ("-W", "ignore::pytest.PytestAssertRewriteWarning")  # this process has imported the package already
-    result = start("-p", "no:cacheprovider", *loaded, "--lmeval-baseline=baseline.json", *options)
+    result = project.runpytest_subprocess("-p", "no:cacheprovider", "--lmeval-baseline=baseline.json", *options)
     result.stdout.fnmatch_lines(shows)
     if outcomes:
         result.assert_outcomes(**outcomes)
@@ -210,7 +208,7 @@ def test_a_worker_of_xdist_fails_the_test(accepted, monkeypatch):
     pytest.importorskip("xdist")
     monkeypatch.setenv("WRONG", MANY_WRONG)
     options = ("-n", "1", "--dist", "loadgroup", "-k", "numbers")
-    result = run(accepted, *options, shows=["*    worse *accuracy*"], subprocess=True, failed=1)
+    result = run(accepted, *options, shows=["*    worse *accuracy*"], failed=1)
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.stdout.no_fnmatch_line("not measured:*")
 

@@ -1,7 +1,7 @@
 """The history adds up the numbers of all runs of a folder; a damaged line costs only itself."""
 
 import pytest
-from documents import document, perplexity_of, pytester_here, task_of
+from documents import document, perplexity_of, task_of
 from hypothesis import given, strategies as st
 from msgspec.structs import replace
 
@@ -53,11 +53,10 @@ def test_pages_show_statistics_once_another_run_measured_the_number(tmp_path):
     assert row == ["t.py::test_task", "demo, brackets", "accuracy (%)", 2, 3.0, 2.0, 1.0, 3.0]
 
 
-def test_each_pytest_run_appends_its_numbers_and_the_command_shows_them(request, capsys):
-    pytester = pytester_here(request)
+def test_each_pytest_run_appends_its_numbers_and_the_command_shows_them(pytester, capsys):
     pytester.makepyfile("def test_own(lmeval, lm):\n    lmeval.record(lm, 'passkey', accuracy=0.5)\n")
     for _ in range(2):
-        pytester.runpytest_inprocess().assert_outcomes(passed=1)
+        pytester.runpytest_subprocess().assert_outcomes(passed=1)
     lines, _ = history.read(pytester.path / ".lmeval")
     assert [(line.lm, line.subject, line.metric, line.value) for line in lines] == 2 * [("demo", "passkey", "accuracy", 0.5)]
     assert lines[0].run != lines[1].run
@@ -71,10 +70,9 @@ def test_each_pytest_run_appends_its_numbers_and_the_command_shows_them(request,
     assert ".lmeval/history.jsonl holds no matching number among 2 lines." in capsys.readouterr().err
 
 
-def test_a_history_that_cannot_be_written_costs_only_itself(request):
-    pytester = pytester_here(request)
+def test_a_history_that_cannot_be_written_costs_only_itself(pytester):
     pytester.makepyfile("def test_own(lmeval, lm):\n    lmeval.record(lm, 'passkey', accuracy=0.5)\n")
     (pytester.path / ".lmeval" / history.NAME).mkdir(parents=True)
-    result = pytester.runpytest_inprocess()
+    result = pytester.runpytest_subprocess()
     result.assert_outcomes(passed=1)
     result.stdout.fnmatch_lines(["*report.html", "nothing could be added to history.jsonl (*"])

@@ -12,7 +12,6 @@ from documents import (
     everything,
     generated,
     perplexity_of,
-    pytester_here,
     task_of,
     write_run,
 )
@@ -276,8 +275,8 @@ HOOK = """
 """
 
 
-def test_a_project_adds_numbers_sections_and_templates_and_ci_gets_the_failures(request, monkeypatch):
-    jsonschema, pytester = pytest.importorskip("jsonschema"), pytester_here(request)
+def test_a_project_adds_numbers_sections_and_templates_and_ci_gets_the_failures(pytester, monkeypatch):
+    jsonschema = pytest.importorskip("jsonschema")
     folder, step = pytester.path / ".lmeval", pytester.path / "step.md"
     pytester.makepyfile(test_own=TESTS)
     pytester.makeini("[pytest]\nfilterwarnings = error\nlmeval_templates = templates\n")
@@ -287,7 +286,7 @@ def test_a_project_adds_numbers_sections_and_templates_and_ci_gets_the_failures(
     (templates / "report.html").write_text("{{ 1 / 0 }}")
     monkeypatch.setenv("GITHUB_ACTIONS", "true")
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(step))
-    result = pytester.runpytest_inprocess("-p", "no:cacheprovider", "--junitxml=junit.xml")
+    result = pytester.runpytest_subprocess("-p", "no:cacheprovider", "--junitxml=junit.xml")
     result.assert_outcomes(passed=1, failed=2)
     result.stdout.fnmatch_lines(
         [
@@ -316,6 +315,6 @@ def test_a_project_adds_numbers_sections_and_templates_and_ci_gets_the_failures(
 
 def test_a_missing_folder_of_templates_is_refused_before_the_first_test(pytester):
     pytester.makepyfile("def test_nothing():\n    pass\n")
-    result = pytester.runpytest_inprocess("--lmeval-templates", "nowhere")
+    result = pytester.runpytest_subprocess("--lmeval-templates", "nowhere")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["*--lmeval-templates names no folder: *nowhere*"])
