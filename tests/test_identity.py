@@ -349,7 +349,7 @@ def test_a_weak_cache_finds_objects_by_identity():
 
 @pytest.fixture
 def context(tmp_path):
-    return VerbContext(Session(tmp_path, budget=0.1), Log("test_it"), Driver(None))
+    return VerbContext(Session(tmp_path, budget=1000), Log("test_it"), Driver(None))
 
 
 def test_a_found_limit_is_not_in_the_fingerprint_and_a_model_probed_once(context):

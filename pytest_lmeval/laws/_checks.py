@@ -230,6 +230,7 @@ def _take_turns(harness: Harness, lm: Model, *continuations: tuple[Tensor, State
 
 
 def size(harness: Harness, case: Case) -> None:
+    case = replace(case, length=harness.longest)
     (seen, before), (end, after) = state_sizes(harness, case)
     if not harness.lm.constant_state or after <= before:
         return

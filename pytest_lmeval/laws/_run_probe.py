@@ -27,7 +27,7 @@ from pytest_lmeval.records import _certificate as verdicts
 from pytest_lmeval.records._certificate import Certificate, LawResult, State
 
 EDGES = 160  # tokens of the edge cases of a model without boundaries
-SHRINKING = 1 / 4  # of the cost so far, that shrinking the counterexamples of one law may add
+SHRINKING = 1 / 2  # of the cost so far, that shrinking a counterexample of `splits` may add; of other laws, half of that
 MULTIPLES = 2.0  # times the cost so far, that the search for an exact multiple may add
 SMALLEST_BUDGET = 1000
 NEW = 300  # tokens of new cases in a run whose floors were tried before

@@ -15,6 +15,7 @@ from pytest_lmeval.records._certificate import Counterexample, LawResult, finite
 
 MOST_SHRINKS = 200
 ENOUGH = 4  # cases that broke a law, after which it is not tried further
+FIRST_SINGLES = 48  # tokens that are read one by one from the beginning
 APART = 2  # decades between a gross failure and a subtle one that is shown beside it
 AFTERMATH = 64  # tokens after a boundary from which a fault is diagnosed
 
@@ -43,7 +44,8 @@ class Search:
         if self.law != "steps":
             return case
         first = case.cuts[0] if case.cuts else 0
-        return replace(case, length=min(case.length, first + LAST_SINGLES), cuts=case.cuts[:1])
+        singles = LAST_SINGLES if first > 1 else FIRST_SINGLES
+        return replace(case, length=min(case.length, first + singles), cuts=case.cuts[:1])
 
     def attempt(self, case: Case) -> LawBroken | None:
         case = self.fit(case)
@@ -71,17 +73,17 @@ class Search:
         return len(self.failures) >= ENOUGH or self.unavailable is not None
 
     def result(self, allowance: int, why_missing: str) -> LawResult:
-        """The outcome, with the grossest failure, and the subtlest if that is far from it, shrunk at a cost of `allowance`."""
+        """The outcome, with the grossest failure, and the subtlest if that is far from it, each shrunk at a cost of `allowance`."""
         cases, longest = len(self.seen), max((case.length for case in self.seen), default=0)
         worst, worst_at = self.harness.worst.get(self.law, (None, None))
         decades = {failure.decade: failure for failure in self.failures}
-        small, stop = [], self.harness.work.cost + allowance
+        small = []
         if decades:
             low, high = min(decades), max(decades)
             two_faults = high - low >= APART
-            small.append(self._shrink(decades[high], range(high if two_faults else 0, 10), stop))
+            small.append(self._shrink(decades[high], range(high if two_faults else 0, 10), allowance))
             if two_faults:
-                small.append(self._shrink(decades[low], range(high), stop))
+                small.append(self._shrink(decades[low], range(high), allowance))
         missing = [case for case in self.floor if case not in self.seen]
         return LawResult(
             cases=cases,
@@ -93,7 +95,9 @@ class Search:
             unavailable=self.unavailable,
         )
 
-    def _shrink(self, found: LawBroken, decades: range, stop: int) -> Counterexample:
+    def _shrink(self, found: LawBroken, decades: range, allowance: int) -> Counterexample:
+        stop = self.harness.work.cost + allowance
+
         def fails(case: Case) -> bool:
             failure = self.attempt(case)
             return failure is not None and failure.decade in decades
