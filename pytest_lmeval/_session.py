@@ -83,16 +83,10 @@ class Session:
 
     @property
     def probe(self) -> dict[str, Any]:
-        """The options of every probe in this run."""
+        """How hard every probe in this run searches."""
         from pytest_lmeval.laws._run_probe import default_profile
 
-        return {
-            "profile": self.profile or default_profile(),
-            "budget": self.budget,
-            "counterexamples": None if self.folder is None else self.folder / "counterexamples.jsonl",
-            "certificates": self.certificates,
-            "say": self.say,
-        }
+        return {"profile": self.profile or default_profile(), "budget": self.budget}
 
     @functools.cached_property
     def certificates(self) -> Path | None:
@@ -115,8 +109,10 @@ class Session:
         """Probe a model with the options of this run, and these; show how far it is."""
         from pytest_lmeval.laws._probe import probe
 
+        known = None if self.folder is None else self.folder / "counterexamples.jsonl"
+        files = {"counterexamples": known, "certificates": self.certificates}
         with self.progress(f"{lm.spec} is tried on the laws", unit="laws") as progress:
-            return probe(lm, **{**self.probe, "progress": progress, **options})
+            return probe(lm, **{**self.probe, **files, "progress": progress, "say": self.say, **options})
 
 
 @dataclass

@@ -27,7 +27,7 @@ def equivalence(
     options = {name: value for name, value in (*given, ("counterexamples", counterexamples)) if value is not None}
     context = current()
     model = context.model(lm)
-    key = context.key("equivalence", model, options)
+    key = context.key("equivalence", model, {**context.session.probe, **options})
     if (finished := context.finished(key)) is not None:
         return EquivalenceResult(finished)
     probed = context.session.probed(model, **options) if options else context.session.verdict(model)

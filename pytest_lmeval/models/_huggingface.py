@@ -68,12 +68,13 @@ def load(name: str, *, spec: str, dtype: torch.dtype | None = None, trust_remote
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
         config = transformers.AutoConfig.from_pretrained(source, **options)
-        module, report = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SpecError(f"{spec} could not be loaded: {reason} ({name!r} {where}") from error
+    module, report = loaded
     _refuse_incomplete(spec, report)
     tokenizer: HFTokenizer | NoTokenizer
     try:

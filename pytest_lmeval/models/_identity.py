@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -27,7 +28,8 @@ SMALL = 1 << 20  # elements up to which a tensor is hashed completely
 NEARLY_ALL = 0.9  # fraction of the weights that must be in one precision for it to be that of the model
 SAMPLE = 64  # elements of each tensor that are compared to detect a change, beside torch's version counter
 PLAIN = (str, int, float, torch.dtype)  # bool is an int; isinstance is several times faster with a tuple than with a union
-LOADING = ("name_or_path", "_name_or_path", "_commit_hash", "_is_hf_initialized")  # how transformers loaded: no setting
+LOADED = ("name_or_path", "_name_or_path", "_commit_hash", "_is_hf_initialized")  # by transformers, from where: no settings
+NO_SETTINGS = frozenset(vars(nn.Module())) - {"training"} | {*LOADED}
 FUNCTIONS = (FunctionType, MethodType, partial)
 ALWAYS_HASHED = 4096  # elements up to which hashing a tensor is as fast as checking whether it has changed
 
@@ -53,7 +55,7 @@ def facts(model: Model) -> ModelFacts:
         device=str(model.device),
         fingerprint=digest,
         precision=found,
-        unused=model.unused_weights,
+        unused=list(model.unused_weights),
     )
 
 
@@ -170,29 +172,38 @@ def architecture_of(model: Model) -> dict[str, str]:
 
 
 def settings_of(module: nn.Module) -> dict[str, str]:
-    """The plain attributes of every submodule, by name, and what hold nothing else: lists, dicts, dataclasses of them."""
+    """The plain attributes of every submodule, by name; also lists, tuples, dicts and dataclasses of plain values."""
     return {
         f"{name}.{key}": setting
         for name, part in module.named_modules()
         for key, value in vars(part).items()
-        if key not in LOADING and (setting := _setting(value)) is not None
+        if key not in NO_SETTINGS and (setting := _setting(value)) is not None
     }
 
 
 def _setting(value: Any) -> str | None:
-    """The text of a value that holds nothing but plain values; None for any other."""
+    """The text of a plain value, and of what holds nothing else; None for any other."""
     if isinstance(value, PLAIN):
         return repr(value)
-    if isinstance(value, list | tuple | set | frozenset | dict):
-        items = value.items() if isinstance(value, dict) else value
-        found = [repr(one) if one is None else _setting(one) for one in items]
-        if not found or None in found:
-            return None
-        return f"{type(value).__name__}{sorted(map(str, found)) if isinstance(value, set | frozenset) else found}"
-    if isinstance(value, SimpleNamespace) or (is_dataclass(value) and not isinstance(value, type)):
-        own = {name: _setting(one) for name, one in vars(value).items()}
-        return f"{type(value).__name__}{ {name: one for name, one in own.items() if one is not None} }"
-    return None
+    if not (isinstance(value, list | tuple | dict | SimpleNamespace) or is_dataclass(value)) or not value:
+        return None
+    try:
+        return json.dumps(value, default=_fields)
+    except (TypeError, ValueError):
+        return None
+
+
+def _fields(value: Any) -> Any:
+    """The plain attributes of an object that holds settings. Raises TypeError for another object."""
+    if isinstance(value, torch.dtype):
+        return str(value)
+    if (
+        isinstance(value, type)
+        or hasattr(value, "to_json_string")
+        or not (isinstance(value, SimpleNamespace) or is_dataclass(value))
+    ):
+        raise TypeError
+    return {name: setting for name, own in vars(value).items() if (setting := _setting(own)) is not None}
 
 
 def _configurations(module: nn.Module) -> list[str]:
@@ -201,7 +212,7 @@ def _configurations(module: nn.Module) -> list[str]:
     found = []
     for config in configs.values():
         if callable(to_json := getattr(config, "to_json_string", None)):
-            private = {key: value for key, value in vars(config).items() if key[:1] == "_" and key not in LOADING}
+            private = {key: value for key, value in vars(config).items() if key[:1] == "_" and key not in LOADED}
             found.append(f"{to_json()}{private}")
     return found
 

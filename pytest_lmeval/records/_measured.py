@@ -63,7 +63,7 @@ class ModelFacts(StoredStruct, frozen=True, kw_only=True):
     device: str = ""
     fingerprint: str = ""
     precision: Precision | None = None
-    unused: tuple[str, ...] = ()
+    unused: list[str] = []
 
 
 class Cost(StoredStruct, frozen=True, kw_only=True):
