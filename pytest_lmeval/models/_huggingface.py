@@ -99,8 +99,8 @@ def _refuse_incomplete(spec: str, report: dict[str, Any]) -> None:
         return
     listed = "; ".join(f"{what}: {some(names)}" for what, names in (("missing", missing), ("of another shape", wrong)) if names)
     raise SpecError(
-        f"{spec} is incomplete. Of the weights of its model, {listed}. transformers fills these with random numbers, which are "
-        "others at each load, so no number of this model could be repeated. Save the checkpoint again, or mend its config.json."
+        f"{spec} is incomplete. Of the weights of its model, {listed}. transformers fills these with initial values, "
+        "most of them random, so each load would give another model. Save the checkpoint again, or mend its config.json."
     )
 
 
