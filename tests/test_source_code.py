@@ -73,7 +73,7 @@ IMPORTS = {
     "a package without __init__": ("from loose.part import f", {"loose/part"}),
     "in the folder src": ("import sourced", {"src/sourced"}),
     "an installed one": ("import torch, json, numpy.linalg, installed", set()),
-    "one that is not there": ("import nothing.here; from . import nobody", set()),
+    "one that is not there": (f"import nothing.here; from . import nobody; from {'.' * 99} import above", set()),
 }
 FILES = {
     "helpers": "",
@@ -289,6 +289,7 @@ def test_what_a_function_assigns_to_is_none_of_its_settings():
 
     assert code_digest([counting(1)]) == code_digest([counting(2)])
     assert code_digest([multiplied(1)]) != code_digest([multiplied(2)])
+    assert code_digest([functools.cache(multiplied(1))]) != code_digest([functools.cache(multiplied(2))])
     spaces = [{}, {}]
     for space, by in zip(spaces, (1, 2), strict=True):
         exec(f"def typed(text):\n    return len(text) == {by}", space)  # without a source file, as in a notebook

@@ -88,8 +88,8 @@ def _reached(values: Iterable[Any]) -> Iterator[Any]:
                 stack += [*(part for item in value.keywords.items() for part in item), *value.args, value.func][::-1]
             elif isinstance(value, tuple):
                 stack += value[::-1]
-            else:
-                stack.append(type(value))
+            else:  # what functools.cache returns is no function, and holds one
+                stack.append(getattr(value, "__dict__", {}).get("__wrapped__", type(value)))
 
 
 def _held(function: FunctionType) -> Iterator[Any]:
@@ -128,8 +128,9 @@ def _imported(file: Path) -> Iterator[Path]:
     yield from _packages(file.parent)
     for level, names in _imports(_read(file)):
         if level:
-            yield from _packages(file.parents[level - 1])
-            yield from _modules(file.parents[level - 1], names)
+            folder = file.parents[min(level, len(file.parents)) - 1]
+            yield from _packages(folder)
+            yield from _modules(folder, names)
         elif names[0] not in LIBRARIES:
             near = [module for folder in _folders(file) for module in _modules(folder, names)]
             yield from near or _on_path(names)
@@ -161,8 +162,8 @@ def _on_path(names: tuple[str, ...]) -> list[Path]:
     """The files of `names` in the first folder of `sys.path` that has them, if it is no folder of installed modules."""
     if names[0] in sys.stdlib_module_names:
         return []
-    folders = (Path(entry).absolute() for entry in sys.path if not _is_installed(Path(entry).absolute()))
-    return next((found for folder in folders if (found := [*_modules(folder, names)])), [])
+    folders = (Path(entry).absolute() for entry in sys.path if isinstance(entry, str))
+    return next((found for folder in folders if not _is_installed(folder) and (found := [*_modules(folder, names)])), [])
 
 
 def _is_installed(file: Path) -> bool:

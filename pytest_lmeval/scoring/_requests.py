@@ -15,7 +15,7 @@ import numpy as np
 
 from pytest_lmeval.engine._tree import Request, common_prefix_len
 from pytest_lmeval.errors import TaskError
-from pytest_lmeval.models._identity import fingerprint
+from pytest_lmeval.models._identity import fingerprint, tokenizer_fingerprint
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.models._source_code import code_digest
 from pytest_lmeval.tasks._questions import Choices, Question, Task
@@ -81,7 +81,7 @@ class Encoder:
         all weights."""
         judge = None if self.task.judge is None else code_digest([self.task.judge]).hex()
         ends = getattr(self.lm.tokenizer, "ends", None)  # of a transformers model: from its generation config
-        return [fingerprint(self.lm), self.lm.dtype, self.lm.limit, ends, self.seed, judge]
+        return [fingerprint(self.lm), tokenizer_fingerprint(self.lm), self.lm.dtype, self.lm.limit, ends, self.seed, judge]
 
     def _choices(self, prompt: str, choices: tuple[str, ...], where: str) -> tuple[list[Request], bool]:
         bare = prompt.rstrip()
