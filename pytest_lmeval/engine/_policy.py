@@ -137,7 +137,9 @@ def policy_for(
     """
     policy = allowed_by(lm, certificate, batch_size)
     if invariant:
-        policy = replace(policy, invariant=True, fork=False, batch_size=1, why=policy.why or "each is read alone: invariant=True")
+        policy = replace(
+            policy, invariant=True, fork=False, batch_size=1, why=policy.why or "each is read alone: invariant=True"
+        )
     withheld = lm.stateful and not policy.carry
     unproven = withheld and certificate is not None and certificate.verdict == UNPROVEN and lm.codebooks is None
     if window is None and unproven:
