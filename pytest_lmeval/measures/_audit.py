@@ -12,9 +12,9 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from pytest_lmeval.data._tokens import TokenReader
 from pytest_lmeval.engine import Chunk, Engine, Policy, Request
 from pytest_lmeval.engine._policy import default_chunk_size
 from pytest_lmeval.engine._tokens import Tokens
+from pytest_lmeval.engine._tree import tree
 from pytest_lmeval.errors import LawBroken, LmevalError, NotPossible, Refused
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.records._certificate import CONSISTENT, Audit, Certificate
@@ -41,8 +42,13 @@ BETWEEN = 0.382  # of a chunk: pieces shorter than a multiple of it by so much e
 ATTEMPTS = 4  # lengths of pieces that are tried if the model does not read long ones
 COURSE = 64  # tokens read after the first wrong one, to see how the error goes on
 
-Reading: TypeAlias = "tuple[Request, np.ndarray]"
-"""Tokens, and the log-probability of each requested one as it was measured."""
+
+@dataclass(frozen=True)
+class Answered:
+    """A question and what was read for it: tokens, and the log-probability of each requested one, as it was measured."""
+
+    example: Example
+    readings: Sequence[tuple[Request, np.ndarray]] = ()
 
 
 def excess_of(found: np.ndarray, again: np.ndarray, lm: Model, rounding: float | None) -> Excess:
@@ -133,23 +139,27 @@ class TextAudit:
         """How many tokens to read again next; 0: no more."""
         kept, affordable = self.sums.beginning, self._affordable
         if not kept.tokens or (kept.tokens <= 2 * self.chunk and kept.scored >= self.first):  # whatever it costs
-            early = affordable >= 4 * self.first or not self.expected()
+            early = not ended and (affordable >= 4 * self.first or not self.expected())
             goal = self.first if early else max(self.first, affordable)
         else:
-            least = 2 * kept.again if kept.again else self.chunk + 1 if ended else self.first
-            goal = affordable if affordable >= least else 0
+            further = 2 * kept.tokens  # or all of another document
+            goal = affordable if affordable >= (min(kept.scored, further) if ended else further) else 0
         return int(min(goal, self.longest))
 
     def _read_again(self, *, ended: bool) -> None:
-        """Read again as far as is due, and drop what was kept when no more will be."""
+        """Read again as far as is due, and drop what was kept if there will be no more."""
         kept, goal = self.sums.beginning, self._goal(ended=ended)
         length = min(goal, kept.scored)
-        due = length == goal or ended or kept.scored >= self._room - 1
-        if due and length > self.chunk and length >= 2 * kept.again:
+        if (length == goal or ended or kept.scored >= self._room - 1) and self._worth(length):
             self._compare(length)
-        affordable = self._affordable if self.expected() else self.longest
-        if ended or (kept.again and 2 * kept.again > min(affordable, self._room)):
+        furthest = min(self._room - 1, self._affordable if self.expected() else KEPT)
+        if ended or (kept.again and not self._worth(furthest)):
             kept.ids, kept.nll, kept.complete = [], [], True
+
+    def _worth(self, length: int) -> bool:
+        """Whether a further reading of so many tokens is new enough."""
+        again = self.sums.beginning.again
+        return length > max(self.chunk, again) and (length >= 2 * again or length == self.longest)
 
     def _compare(self, length: int) -> None:
         kept, lm, certificate = self.sums.beginning, self.engine.lm, self.engine.policy.certificate
@@ -219,42 +229,64 @@ def _peak_apart(lm: Model, kept: Beginning) -> Iterator[None]:
 class TaskAudit:
     """Reads answered questions again, each of their requests whole and alone, and compares the log-probabilities.
 
-    name    of the task
-    work    tokens and calls of the second readings, in tokens
-    found   what was read again; its share is not known before the end
+    By the hashes of the questions, first those that shared a prefix, it takes as many of a block as the share of the work pays
+    for, and one at least of the second block, in which more are read together than in the first. Answers wait for it: none is
+    kept before one was read again.
+
+    name     of the task
+    work     tokens and calls of the second readings, in tokens
+    found    what was read again; its share is not known before the end
+    audited  the examples that were read again, by number
     """
 
     def __init__(self, engine: Engine, name: str) -> None:
         self.engine, self.name, self.work, self.seconds, self.found = engine, name, 0, 0.0, Audit()
+        self.audited: dict[int, Example] = {}
+        self._waiting: list[Answered] = []
         self._alone = replace(engine.policy, fork=False, batch_size=1, invariant=False, certificate=None)
 
-    def result(self, answered: Sequence[Example]) -> Audit | None:
-        """What was read again of these answers; None if nothing was."""
-        share = self.work / max(1.0, self._work(answered))
+    def result(self, examples: Sequence[Example]) -> Audit | None:
+        """What was read again of these; None if nothing was."""
+        share = self.work / max(1.0, self._work(examples))
         return structs.replace(self.found, share=share) if self.found.questions or self.found.answers else None
 
-    def add(self, example: Example) -> None:
+    def add(self, example: Example, requests: Sequence[Request]) -> None:
         """Count an answer of an interrupted run."""
         if example.audited is not None:
-            self._count(example, example.audited)
+            chosen = bool(example.choices)
+            self._count(chosen, example.audited, _cost(requests) if chosen else example.read + example.saved + CALL)
 
-    def read_again(self, answers: Sequence[tuple[Example, list[Reading]]], earlier: Sequence[Example]) -> list[Example]:
-        """The examples of a block, some of which were read again: by the hashes of the questions, first those that shared a
-        prefix, as many as the share pays for, and at least one. Raises Refused for one that differs."""
-        examples = {example.number: example for example, _ in answers}
-        work = self._work([*earlier, *examples.values()])
-        for example, readings in sorted(answers, key=lambda pair: (not pair[0].saved, pair[0].key)):
-            if not readings or not self._may_differ(example):
-                continue
-            none = not (self.found.questions if example.choices else self.found.answers)
-            if not none and self.work + _cost(example) > SHARE * work:
-                break
-            began = time.perf_counter()
-            difference = max(self._compare(example, number, *reading) for number, reading in enumerate(readings))
-            self.seconds += time.perf_counter() - began
-            examples[example.number] = structs.replace(example, audited=difference)
-            self._count(example, difference)
-        return list(examples.values())
+    def block(self, answers: Sequence[Answered], earlier: Sequence[Example]) -> list[Example]:
+        """The examples that may be kept after this block. Raises Refused for one that differs from what it is alone."""
+        first = not (self._waiting or self.found.questions or self.found.answers)
+        if first and self._comparable(answers):
+            self._waiting = list(answers)
+            return []
+        return self._kept(answers, [*earlier, *(answered.example for answered in answers)])
+
+    def end(self, examples: Sequence[Example]) -> list[Example]:
+        """The examples that may be kept after the last block."""
+        return self._kept([], examples)
+
+    def _kept(self, answers: Sequence[Answered], examples: Sequence[Example]) -> list[Example]:
+        """Read again as many of the answers as are due, and return those that waited for it too; `examples` are all so far."""
+        work = self._work(examples)
+        for answered in self._comparable(answers) or self._comparable(self._waiting):
+            chosen = bool(answered.example.choices)
+            cost = _cost([request for request, _ in answered.readings])
+            if not (self.found.questions if chosen else self.found.answers) or self.work + cost <= SHARE * work:
+                began = time.perf_counter()
+                difference = self._compare(answered)
+                self.seconds += time.perf_counter() - began
+                self._count(chosen, difference, cost)
+                self.audited[answered.example.number] = structs.replace(answered.example, audited=difference)
+        kept, self._waiting = [answered.example for answered in (*self._waiting, *answers)], []
+        return [self.audited.get(example.number, example) for example in kept]
+
+    def _comparable(self, answers: Sequence[Answered]) -> list[Answered]:
+        """Those that were read otherwise than whole and alone, in the order in which they are read again."""
+        found = [answered for answered in answers if answered.readings and self._may_differ(answered.example)]
+        return sorted(found, key=lambda answered: (not answered.example.saved, answered.example.key))
 
     def _may_differ(self, example: Example) -> bool:
         """Whether it was answered otherwise than whole and alone."""
@@ -262,37 +294,40 @@ class TaskAudit:
         carried = policy.share if example.choices else policy.decode
         return policy.certificate is not None and self.engine.executor is None and (carried or policy.batch_size > 1)
 
-    def _work(self, answered: Sequence[Example]) -> float:
+    def _work(self, examples: Sequence[Example]) -> float:
         counts = self.engine.counts
-        return sum(example.read for example in answered) + counts.padding + CALL * counts.calls
+        return sum(example.read for example in examples) + counts.padding + CALL * counts.calls
 
-    def _count(self, example: Example, difference: float) -> None:
-        old, chosen = self.found, bool(example.choices)
-        self.work += _cost(example)
+    def _count(self, chosen: bool, difference: float, cost: int) -> None:
+        old = self.found
+        self.work += cost
         self.found = Audit(
             questions=old.questions + chosen, answers=old.answers + (not chosen), difference=max(old.difference, difference)
         )
 
-    def _compare(self, example: Example, number: int, request: Request, found: np.ndarray) -> float:
-        """The largest difference between two readings of one request, in nats."""
-        lm, certificate = self.engine.lm, self.engine.policy.certificate
-        assert certificate is not None
-        (again,) = Engine(lm, self._alone).score([request])
-        excess = excess_of(found, again.loglikelihood, lm, certificate.rounding)
-        if not excess.tolerance_ratio <= 1 and (broken := self._broken(request, found, again.loglikelihood)) is not None:
-            what = f"the choice {example.choices[number]!r}" if example.choices else f"the answer {example.output!r}"
-            policy = self.engine.policy
-            raise Refused(
-                f"{lm.spec} is {certificate.summary}, and {self.name} contradicts it: row {example.number} ({example.id}) was "
-                f"read again, whole and alone. In batches of up to {policy.batch_size}, with {policy.sharing}, {what} had a "
-                f"log-likelihood of {found.sum():.4g}, and has {again.loglikelihood.sum():.4g} alone: off by "
-                f"{excess.error:.3g} nats at one token (allowed {excess.allowed:.2g}).{broken}\nAn answer would depend on the "
-                "others, and may look good: nothing is reported. Repair what rows or copies of a state share, or read each "
-                "question alone: invariant=True."
-            )
-        return excess.error
+    def _compare(self, answered: Answered) -> float:
+        """The largest difference between the two readings of a question, in nats."""
+        lm, policy, example = self.engine.lm, self.engine.policy, answered.example
+        assert policy.certificate is not None
+        differences = []
+        again = Engine(lm, self._alone).score([request for request, _ in answered.readings])
+        for number, ((request, found), scored) in enumerate(zip(answered.readings, again, strict=True)):
+            alone = scored.loglikelihood
+            excess = excess_of(found, alone, lm, policy.certificate.rounding)
+            if not excess.tolerance_ratio <= 1 and (broken := self._broken(answered, request, found, alone)) is not None:
+                what = f"the choice {example.choices[number]!r}" if example.choices else f"the answer {example.output!r}"
+                raise Refused(
+                    f"{lm.spec} is {policy.certificate.summary}, and {self.name} contradicts it: row {example.number} "
+                    f"({example.id}) was read again, whole and alone. In batches of up to {policy.batch_size}, with "
+                    f"{policy.sharing}, {what} had a log-likelihood of {found.sum():.6g}, and has {alone.sum():.6g} alone: off "
+                    f"by {excess.error:.3g} nats at one token (allowed {excess.allowed:.2g}).{broken}\nAn answer would depend "
+                    "on the others, and may look good: nothing is reported. Repair what rows or copies of a state share, or "
+                    "read each question alone: invariant=True."
+                )
+            differences.append(excess.error)
+        return max(differences)
 
-    def _broken(self, request: Request, found: np.ndarray, again: np.ndarray) -> str | None:
+    def _broken(self, answered: Answered, request: Request, found: np.ndarray, alone: np.ndarray) -> str | None:
         """The laws that are broken on this request, with counterexamples; None if rounding explains the difference.
 
         A float64 copy decides. The laws do where there is none, and in a mixture of experts, where a tie may fall either way.
@@ -306,17 +341,16 @@ class TaskAudit:
         exact = None if routed else self._in_float64(request)
         if exact is not None:
             expected = torch.from_numpy(exact)[:, None]
-            reference = Reference(expected, token_errors(torch.from_numpy(again)[:, None], expected), lm.dtype)
+            reference = Reference(expected, token_errors(torch.from_numpy(alone)[:, None], expected), lm.dtype)
             if reference.measure(torch.from_numpy(found)[:, None]).tolerance_ratio <= 1:
                 return None
-        cut, (rows, row) = max(1, request.context_len - 1), (max(2, self.engine.policy.batch_size), 1)
-        cuts = range(cut, len(ids), 1 if self.engine.policy.decode and request.asked > 1 else len(ids))
-        laws = [law_broken(lm, "splits", ids, cuts, cut)] if lm.stateful and cut < len(ids) else []
-        laws.append(law_broken(lm, "rows", ids, (cut,), cut, rows=rows, row=row, padding=3))
+        context, length = request.context_len, len(ids)
+        cuts = sorted({length // 2, context - 1}) if answered.example.choices else list(range(context, length))
+        cuts = [cut for cut in cuts if 0 < cut < length] or [max(1, length // 2)]
+        laws = [law_broken(lm, "splits", ids, cuts, cuts[0])] if lm.stateful and length > 1 else []
+        laws += [law_broken(lm, "rows", ids, cuts, cuts[0], rows=max(2, self.engine.policy.batch_size), row=1, padding=3)]
         messages = [law for law in laws if law is not None]
-        if exact is None and not messages:
-            return None
-        return "".join(f"\n{message}" for message in messages)
+        return None if exact is None and not messages else "".join(f"\n{message}" for message in messages)
 
     @cached_property
     def _float64_copy(self) -> Model | None:
@@ -336,9 +370,9 @@ class TaskAudit:
             return None
 
 
-def _cost(example: Example) -> int:
-    """Tokens and calls of reading an answer alone, in tokens."""
-    return example.read + example.saved + CALL * max(1, len(example.choices))
+def _cost(requests: Sequence[Request]) -> int:
+    """Tokens and calls of reading each alone, in tokens; one that is a prefix of another is read with it."""
+    return sum(len(node.ids) + CALL for node in tree(requests, step=math.inf))
 
 
 def law_broken(lm: Model, law: str, ids: np.ndarray, cuts: Sequence[int], cut: int, **company: Any) -> str | None:

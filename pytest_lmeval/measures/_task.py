@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -24,7 +25,7 @@ from msgspec import structs
 from pytest_lmeval.data._rows import Rows
 from pytest_lmeval.engine import Engine, Policy, Prompt, Request, Scored, policy_for
 from pytest_lmeval.errors import ArgumentError, NotFiniteError, Refused, TaskError, nearest
-from pytest_lmeval.measures._audit import Reading, TaskAudit, spread_note
+from pytest_lmeval.measures._audit import Answered, TaskAudit, spread_note
 from pytest_lmeval.measures._context import VerbContext, current, verb
 from pytest_lmeval.models._identity import facts, tokenizer_fingerprint
 from pytest_lmeval.models._model import Model
@@ -156,17 +157,14 @@ def measure_task(
     questions = islice(_encoded(task, encoder, drawn, data_dir, not_questions), limit)
     for block in _blocks(questions, engine.policy.batch_size, grow=task.threshold is None):
         fresh = [one for one in block if not _is_current(earlier.get(one.number), one, task.judge)]
-        read = list(_answers(engine, fresh, metrics, task.judge, seed))
-        try:
-            new = {example.number: example for example in audit.read_again(read, answered)}
-        except Refused:
-            answers.finish((), None)  # those of earlier blocks may be wrong, too
-            raise
-        answers.append(new.values())
-        answered += [new.get(one.number) or _scored(earlier[one.number], metrics) for one in block]
+        new = list(_answers(engine, fresh, metrics, task.judge, seed))
+        with _nothing_kept_if_refused(answers):
+            answers.append(audit.block(new, answered))
+        found = {one.example.number: one.example for one in new}
+        answered += [found.get(one.number) or _scored(earlier[one.number], metrics) for one in block]
         for one in block:
-            if one.number not in new:
-                audit.add(earlier[one.number])
+            if one.number not in found:
+                audit.add(earlier[one.number], one.requests)
         resumed += len(block) - len(fresh)
         generation |= {
             f"at most {way.max_tokens} tokens, temperature {way.temperature:g}, until {list(way.stop)!r}"
@@ -179,6 +177,9 @@ def measure_task(
         if task.threshold is not None and (verdict := _certain(task.threshold, answered)):
             break
 
+    with _nothing_kept_if_refused(answers):
+        answers.append(audit.end(answered))
+    answered = [audit.audited.get(example.number, example) for example in answered]
     if not answered:
         raise TaskError(f"{task} has no question: {len(not_questions)} row(s) were read, and none was one.")
     prompts = sorted(f"{one.id}{one.prompt}{one.choices}{one.texts}{one.right}{one.targets}" for one in answered)
@@ -237,6 +238,16 @@ def measure_task(
     return TaskResult(record, tuple(answered), resumed)
 
 
+@contextmanager
+def _nothing_kept_if_refused(answers: AnswerFile) -> Iterator[None]:
+    """Delete the answers so far, which may be wrong, if one is refused."""
+    try:
+        yield
+    except Refused:
+        answers.finish((), None)
+        raise
+
+
 def _encoded(
     task: Task, encoder: Encoder, shots: Shots, data_dir: str | Path | None, not_questions: list[int]
 ) -> Iterator[EncodedQuestion]:
@@ -267,10 +278,10 @@ def _blocks(questions: Iterator[EncodedQuestion], batch_size: int, *, grow: bool
 
 def _answers(
     engine: Engine, block: Sequence[EncodedQuestion], metrics: list[Metric], judge: Judge | None, seed: int
-) -> Iterator[tuple[Example, list[Reading]]]:
+) -> Iterator[Answered]:
     """The answered and scored questions, in their order, each with what was read for it."""
     found: dict[int, dict[str, Any]] = {}
-    readings: dict[int, list[Reading]] = {}
+    readings: dict[int, list[tuple[Request, np.ndarray]]] = {}
     if choices := [(one, one.question) for one in block if isinstance(one.question, Choices)]:
         likelihoods = iter(engine.score([request for one, _ in choices for request in one.requests]))
         for one, question in choices:
@@ -309,7 +320,7 @@ def _answers(
             retokenized=one.retokenized,
             **fields,
         )
-        yield _scored(example, metrics), readings.get(one.number, [])
+        yield Answered(_scored(example, metrics), readings.get(one.number, ()))
 
 
 def _chosen(asked: EncodedQuestion, question: Choices, scores: Sequence[Scored], lm: Model) -> dict[str, Any]:
