@@ -102,7 +102,7 @@ def test_a_right_model_is_audited_for_a_twentieth_of_the_work_and_not_accused(na
 @pytest.mark.parametrize(
     ("length", "audited"), [(CHUNK, None), (CHUNK + 1, None), (CHUNK + 2, CHUNK + 1), (2 * CHUNK, 127), (500, 137), (900, 137)]
 )
-def test_the_first_two_borders_are_read_again_whatever_it_costs_and_there_is_none_in_one_chunk(length, audited):
+def test_the_first_two_boundaries_are_read_again_whatever_it_costs_and_there_is_none_in_one_chunk(length, audited):
     audit = audit_of(read(LM, ids_of(length)))
     assert (audit and audit.tokens) == audited
 
