@@ -1,6 +1,6 @@
 """Derive from a certificate what the engine may do with a model, and refuse more.
 
-A law that is broken or cannot be tested on the model forbids; one that the probe had no time for does not.
+Only what was proven is done: a law that is broken, untried, or not applicable to the model allows nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 
 from pytest_lmeval.errors import Refused, StreamError
 from pytest_lmeval.models._model import Model
-from pytest_lmeval.records._certificate import NON_CAUSAL, OUT_OF_TIME, Certificate
+from pytest_lmeval.records._certificate import NON_CAUSAL, UNPROVEN, Certificate
 
 Window: TypeAlias = 'int | Literal["unlimited", "lm_eval"] | None'
 
@@ -62,6 +62,7 @@ class Policy:
     chunk_size   tokens a step of a text; None: as many as are allowed and fit the memory
     windows      read a text in these; None: carry the state through it
     why          questions share less than they could; empty if they share all
+    withheld     what is not done because a law is not kept, in words
     certificate  that allows it; None: nothing was probed
     """
 
@@ -75,6 +76,7 @@ class Policy:
     chunk_size: int | None = None
     windows: Windows | None = None
     why: str = ""
+    withheld: tuple[str, ...] = ()
     certificate: Certificate | None = None
 
     def __post_init__(self) -> None:
@@ -120,7 +122,8 @@ def policy_for(
     chunk_size     tokens a step of a text, reduced to the size of a step or a window; by default the largest exact size up to
                    `default_chunk`, or that fits the memory
     window         read texts in windows of so many tokens; by default carry the state, or read windows of the model's context
-                   limit if it has one, or of 1024 tokens if it has no state; "unlimited" carries the state past that limit;
+                   limit if it has one, or of 1024 tokens if it has no state or nothing is proven about it; "unlimited" carries
+                   the state past that limit;
                    "lm_eval" reads as lm-evaluation-harness does (`rolling_windows`)
     overlap        tokens of a window that are read but not scored; by default half of it, which reads each token twice
     batch_size     the most rows in a batch
@@ -128,8 +131,14 @@ def policy_for(
     Raises Refused for more than the certificate allows, and StreamError for impossible choices.
     """
     policy = allowed_by(lm, certificate, batch_size)
-    default = window is None and lm.stateful and not policy.carry  # default windows would hide that the state is wrong
-    policy = replace(policy, windows=None if default else _windows(lm, window, overlap), chunk_size=chunk_size)
+    withheld = lm.stateful and not policy.carry
+    unproven = withheld and certificate is not None and certificate.verdict == UNPROVEN and lm.codebooks is None
+    if window is None and unproven:
+        size = lm.limit or WINDOW
+        windows = Windows(size, size // 2 if overlap is None else overlap, why=f"no state is carried, since {policy.why}")
+    else:  # windows by default would hide that the state is wrong
+        windows = None if window is None and withheld else _windows(lm, window, overlap)
+    policy = replace(policy, windows=windows, chunk_size=chunk_size)
     policy = replace(policy, chunk_size=chunk_of(lm, policy, default_chunk))
     check(lm, policy)
     return policy
@@ -140,29 +149,38 @@ def allowed_by(lm: Model, certificate: Certificate | None, batch_size: int = 8) 
     stateless = "" if lm.stateful else "the model has no state to carry"
     if certificate is None:
         return Policy(carry=lm.stateful, batch_size=batch_size, why=stateless)
-    broken, verdict = certificate.broken, certificate.verdict
+    broken, verdict, laws = certificate.broken, certificate.verdict, certificate.laws
     if broken & FOR_EVERYTHING:
         advice = "Repair what makes the same text read differently the second time."
         if verdict == NON_CAUSAL:
             advice = "It cannot be scored as a language model at all."
         raise refused(lm, Policy(certificate=certificate), "Its numbers would be wrong, and may look good.", advice)
-    impossible = {name: law.unavailable for name, law in certificate.laws.items() if law.unavailable not in (None, OUT_OF_TIME)}
-    forbidden = broken | impossible.keys()
-    core, multiple = broken - NOT_FOR_STREAMING, certificate.multiple
-    single = core == {"splits"} and multiple is None
+
+    def lacking(*names: str) -> list[str]:
+        return [f"{name} is {laws[name].status}" for name in names if name in laws and not laws[name].kept]
+
+    core, multiple = set(laws) - NOT_FOR_STREAMING - set(certificate.with_status("not applicable")), certificate.multiple
+    single = "splits" in broken and multiple is None and not lacking(*core - {"splits"})
     longest = certificate.limit_tokens if certificate.limit_is_step else None
-    exact = not core or single or (multiple is not None and multiple <= (longest or multiple))
+    fits = multiple is not None and multiple <= (longest or multiple)
+    exact = lm.stateful and (single or not lacking(*core) or (fits and not lacking(*core - {"splits", "steps"})))
+    no_carry = [] if exact or not lm.stateful else lacking(*sorted(core)) or [verdict]
+    no_fork = lacking("fork", "prefix") if lm.stateful else []
+    no_rows = lacking("rows", "prefix")  # padding changes the length of a text
+    denied = {"no state is carried": no_carry, "no prefix is shared": no_fork, "batches of one": no_rows}
     policy = Policy(
-        carry=lm.stateful and exact,
+        carry=exact,
         multiple=multiple or 1,
         single=single,
         longest=longest,
-        fork=not forbidden & {"fork", "prefix"},
-        resume="resume" not in forbidden,
-        batch_size=1 if forbidden & {"rows", "prefix"} else batch_size,  # padding changes the length of a text
+        fork=not no_fork,
+        resume=not lacking("resume"),
+        batch_size=1 if no_rows else batch_size,
+        withheld=tuple(f"{what}, since {' and '.join(why)}" for what, why in denied.items() if why),
         certificate=certificate,
     )
-    return replace(policy, why=stateless or ("" if policy.share and multiple is None else impossible.get("fork") or verdict))
+    unavailable = laws["fork"].unavailable if "fork" in laws else None
+    return replace(policy, why=stateless or ("" if policy.share and multiple is None else unavailable or verdict))
 
 
 def chunk_of(lm: Model, policy: Policy, default: int | None = None) -> int:

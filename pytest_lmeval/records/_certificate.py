@@ -9,11 +9,11 @@ from msgspec.structs import force_setattr
 
 from pytest_lmeval.records._schema import StoredStruct
 
-OUT_OF_TIME = "not tried: the budget was used up"
 EXACT, STEP_ONLY, INEXACT = "exact-any-chunk", "exact-step-only", "inexact"
 MULTIPLE = "exact-multiple-of-"  # followed by the number
 NON_CAUSAL, LENGTH_DEPENDENT = "non-causal", "length-dependent"
 STATELESS, CONSISTENT = "stateless", "consistent"
+UNPROVEN = "unproven"  # no law is broken, and not every law that applies was tried at its floor
 RANKS = (EXACT, CONSISTENT, MULTIPLE, STEP_ONLY, STATELESS, LENGTH_DEPENDENT, INEXACT, NON_CAUSAL)
 """Verdicts, best first."""
 
@@ -36,35 +36,38 @@ class Counterexample(StoredStruct, frozen=True):
 class LawResult(StoredStruct, frozen=True, kw_only=True):
     """The result of one law on one model.
 
-    kept             no case broke it
-    cases, planned   number of cases tried, and of those planned: the rest did not fit the budget
+    kept             it was tried at its floor (`laws._floors`), and no case broke it
+    cases            number of cases tried
     longest          tokens of the longest case
     worst_ratio      error of the chunked run over the error of the full run, both against the reference (about 1 if all is
                      well, at most 8 is allowed); None for bit-equal laws
     worst_at         token and output of the worst ratio
-    counterexamples  the smallest case with a gross error and the smallest with the least error; empty if the law is kept
-    unavailable      why the law could not be tried, such as a model that reads single rows or whose state cannot be forked
+    counterexamples  the smallest case with a gross error and the smallest with the least error; empty if none broke it
+    missing          what of its floor was not tried, and why; None if all was
+    unavailable      why it does not apply to this model, such as one that reads single rows or whose state cannot be forked
     """
 
     cases: int
-    planned: int
     kept: bool | None = None
     longest: int = 0
     worst_ratio: float | None = None
     worst_at: str | None = None
     counterexamples: tuple[Counterexample, ...] = ()
+    missing: str | None = None
     unavailable: str | None = None
 
     def __post_init__(self) -> None:
-        kept = not self.counterexamples
+        kept = self.status == "kept"
         if self.kept is None:
             force_setattr(self, "kept", kept)
         elif self.kept is not kept:
-            raise ValueError(f"kept is {self.kept} with {len(self.counterexamples)} counterexamples")
+            raise ValueError(f"kept is {self.kept}, and the law is {self.status}")
 
     @property
-    def status(self) -> Literal["kept", "broken", "not tried"]:
-        return "not tried" if self.unavailable else "kept" if self.kept else "broken"
+    def status(self) -> Literal["kept", "broken", "untried", "not applicable"]:
+        if self.counterexamples:
+            return "broken"
+        return "not applicable" if self.unavailable else "untried" if self.missing or not self.cases else "kept"
 
     @property
     def counterexample(self) -> str | None:
@@ -85,6 +88,29 @@ class State(StoredStruct, frozen=True):
     dtypes: tuple[str, ...]
 
 
+class Audit(StoredStruct, frozen=True):
+    """How much of what was measured was read a second time, whole and alone, and compared.
+
+    tokens      of a text, from its beginning
+    questions   of a task
+    answers     that were generated, read back in one piece
+    difference  the largest difference of a log-probability between the two readings, nats
+    share       tokens and calls of the second reading, as a fraction of those of the first
+    """
+
+    tokens: int = 0
+    questions: int = 0
+    answers: int = 0
+    difference: float = 0.0
+    share: float = 0.0
+
+    def __str__(self) -> str:
+        parts = [f"audited to {self.tokens:,} tokens"] if self.tokens else []
+        counts = (self.questions, "question"), (self.answers, "answer")
+        parts += [f"{count:,} {name}{'s' * (count > 1)} audited" for count, name in counts if count]
+        return ", ".join(parts)
+
+
 class Certificate(StoredStruct, frozen=True, kw_only=True):
     """The verdict on a model and its evidence.
 
@@ -97,8 +123,11 @@ class Certificate(StoredStruct, frozen=True, kw_only=True):
     limit_is_step  several steps can read more
     state          size and precisions of the state
     routing_ties   tokens of mixtures of experts that were not compared because two experts were tied
+    rounding       largest error of a full run against its reference, nats
     float32        of a 16-bit model, the verdict on its float32 copy, which shows faults that 16 bits hide
+    runs           number of runs whose cases it counts; the earlier ones were verified by replaying a case of each law
     chunking_used  how a record's model was streamed
+    audit          what of a record's data was read again
     """
 
     verdict: str
@@ -112,8 +141,11 @@ class Certificate(StoredStruct, frozen=True, kw_only=True):
     limit_is_step: bool = False
     state: State | None = None
     routing_ties: int = 0
+    rounding: float | None = None
     float32: str | None = None
+    runs: int = 1
     chunking_used: str | None = None
+    audit: Audit | None = None
 
     @property
     def multiple(self) -> int | None:
@@ -124,14 +156,34 @@ class Certificate(StoredStruct, frozen=True, kw_only=True):
     def worst_ratio(self) -> float | None:
         return max((law.worst_ratio for law in self.laws.values() if law.worst_ratio is not None), default=None)
 
-    @property
-    def broken(self) -> frozenset[str]:
-        return frozenset(name for name, law in self.laws.items() if not law.kept)
+    def with_status(self, status: str) -> list[str]:
+        """The laws that are "kept", "broken", "untried" or "not applicable"."""
+        return [name for name, law in self.laws.items() if law.status == status]
 
     @property
-    def untried(self) -> list[str]:
-        """Laws that the budget did not reach."""
-        return [name for name, law in self.laws.items() if not law.cases and law.unavailable == OUT_OF_TIME]
+    def broken(self) -> frozenset[str]:
+        return frozenset(self.with_status("broken"))
+
+    @property
+    def applicable(self) -> list[str]:
+        """The laws that the model could be tried on."""
+        return [name for name, law in self.laws.items() if law.status != "not applicable"]
+
+    @property
+    def coverage(self) -> str:
+        """What the verdict rests on: the laws kept, of those that apply, the longest sequence, and what was audited.
+
+        >>> Certificate(verdict="unproven", dtype="float32", laws={"splits": LawResult(cases=0)}).coverage
+        '0 of 1 laws'
+        """
+        reached = [f"up to {self.longest:,} tokens"] if self.longest else []
+        audited = [str(self.audit)] if self.audit and str(self.audit) else []
+        return ", ".join([f"{len(self.with_status('kept'))} of {len(self.applicable)} laws", *reached, *audited])
+
+    @property
+    def summary(self) -> str:
+        """The verdict with its coverage, on one line."""
+        return f"{self.verdict}, {self.coverage}" if self.laws else self.verdict
 
     @property
     def decisive(self) -> list[str]:
@@ -142,13 +194,17 @@ class Certificate(StoredStruct, frozen=True, kw_only=True):
         return [law for law in self.laws if law in self.broken]
 
     def why_not(self) -> str:
-        """The decisive counterexamples, each with its replay line, and the names of the other broken laws."""
+        """The decisive counterexamples, each with its replay line, the names of the other broken laws, and what is missing."""
         lines = []
         for name in self.decisive:
             for example in self.laws[name].counterexamples:
                 lines += [f"  {name}: {example.message}", f"    {example.replay}"]
         if others := [law for law in self.laws if law in self.broken and law not in self.decisive]:
             lines.append(f"  also broken, maybe for the same reason: {', '.join(others)}")
+        missing: dict[str, list[str]] = {}
+        for name in self.with_status("untried"):
+            missing.setdefault(self.laws[name].missing or "not tried", []).append(name)
+        lines += [f"  untried: {', '.join(names)} ({why})" for why, names in missing.items()]
         return "\n".join(lines)
 
 
