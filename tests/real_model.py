@@ -86,7 +86,7 @@ def unpack(file: Path, folder: Path) -> None:
     weights = {}
     for tensor in reader.tensors:
         *_, layer, part = re.fullmatch(r"(blk\.(\d+)\.)?(\w+)\.weight", tensor.name).groups()
-        weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type))
+        weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type))
         if part in ("attn_q", "attn_k"):  # GGUF stores the two halves of a rotated pair side by side
             weight = weight.unflatten(0, (-1, config.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
         weights[f"model.{f'layers.{layer}.' if layer else ''}{PARTS[part]}.weight"] = weight
