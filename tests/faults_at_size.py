@@ -16,8 +16,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicLayer
 
+from pytest_lmeval import Choices, Generate, Model, Task, corpus, equivalence, perplexity, task
+from pytest_lmeval.errors import Refused
+from pytest_lmeval.records._certificate import Certificate
+
 INSIDE, PAST, FAR = "inside", "past", "far"
 PLACES = {INSIDE: 24, PAST: 330, FAR: 1100}  # tokens; the floors of the laws read 320 (of batches 24)
+CHUNK = 256  # tokens a step: the most whose logits fit the memory with SmolLM2's vocabulary
+TOKENS = 24_000  # of a text, so that a twentieth of reading it pays for reading 2,048 again
 
 
 class Planted(LlamaForCausalLM):
@@ -117,6 +123,37 @@ def planted(clean: LlamaForCausalLM, fault: Fault, place: str) -> Planted:
     return model
 
 
+def certificate_of(lm: Model) -> Certificate:
+    """The certificate with default options."""
+    return equivalence(lm).certificate
+
+
+def refusal(lm: Model, fault: Fault, place: str) -> str | None:
+    """Measure what shows the fault, past its place; the message of the audit that stops it, or None."""
+    try:
+        if fault.shows == "text":
+            size = fault.at[place] if fault.model is OneChunkLength else CHUNK
+            perplexity(lm, corpus("stdlib", "test"), chunk_size=size, tokens=TOKENS)
+        else:
+            task(lm, questions(lm, fault, fault.at[place]))
+    except Refused as refused:
+        return str(refused)
+    return None
+
+
+def questions(lm: Model, fault: Fault, at: int) -> Task:
+    """Eight questions whose prompts are a little longer than `at` tokens."""
+    assert lm.tokenizer is not None
+    text = "".join(document.text for document in corpus("stdlib", "test").documents())
+    ids, ends = lm.tokenizer.encode(text[: 80 * (at + 40)])
+    length = (at + 40) * int(ends[-1]) // len(ids)
+    rows = [{"prompt": text[row * length : (row + 1) * length]} for row in range(8)]
+    if fault.shows == "answer":
+        return Task("answers", rows, lambda row: Generate(row["prompt"], ("x",), stop=(), max_tokens=12), ("exact_match",))
+    both = "the first of the two says what the text before it was about, as far as anyone who read it can say so"
+    return Task("choices", rows, lambda row: Choices(row["prompt"], (f" No, {both}.", f" Yes, {both} now."), answer=0))
+
+
 def random_llama(layers: int = 2, width: int = 48) -> LlamaForCausalLM:
     """A random Llama over bytes with SmolLM2's proportions, whose logits depend on all that was read."""
     config = LlamaConfig(
@@ -169,7 +206,7 @@ class PositionsClamped(Planted):
         return position_ids - max(0, seen - self.place)
 
 
-@kind(inside=32, past=512, far=2048)
+@kind()
 class CounterWraps(Planted):
     """The tokens read are counted in so few bits that the counter begins again."""
 
