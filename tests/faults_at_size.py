@@ -142,12 +142,12 @@ def refusal(lm: Model, fault: Fault, place: str) -> str | None:
 
 
 def questions(lm: Model, fault: Fault, at: int) -> Task:
-    """Eight questions whose prompts are a little longer than `at` tokens."""
+    """Eight questions, whose prompts share a little more than `at` tokens, and end with other texts."""
     assert lm.tokenizer is not None
     text = "".join(document.text for document in corpus("stdlib", "test").documents())
-    ids, ends = lm.tokenizer.encode(text[: 80 * (at + 40)])
-    length = (at + 40) * int(ends[-1]) // len(ids)
-    rows = [{"prompt": text[row * length : (row + 1) * length]} for row in range(8)]
+    ids, ends = lm.tokenizer.encode(text[: 20 * at])
+    shared = text.encode()[: int(ends[at + 30])].decode(errors="ignore")
+    rows = [{"prompt": f"{shared}\n{text[start : start + 80]}"} for start in range(0, 8000, 1000)]
     if fault.shows == "answer":
         return Task("answers", rows, lambda row: Generate(row["prompt"], ("x",), stop=(), max_tokens=12), ("exact_match",))
     both = "the first of the two says what the text before it was about, as far as anyone who read it can say so"
@@ -368,7 +368,7 @@ class PaddingSeen(Planted):
         return causal(length, seen) | (padding & late)
 
 
-@kind("fork", "choices", inside=8)
+@kind("fork", "answer", inside=8)
 class ForksShare(Planted):
     """Keys and values are written in place, where the state says, and a copy of the state says the same."""
 
