@@ -1,7 +1,7 @@
-"""Faults planted into a transformers Llama of any size, each with the place at which it begins.
+"""Plant faults into a transformers Llama of any size, each from a number of tokens on.
 
-What a probe of short sequences finds depends on the place, so that each kind of fault is planted at three: inside the floors of
-the laws, past them, and past 1,024 tokens. Each docstring says what is wrong, beyond `self.place` tokens.
+What a probe of short sequences finds depends on where a fault begins, so that each kind has three places: inside the floors of
+the laws, past them, and past 1,024 tokens. Each docstring says what is wrong once `place` tokens are read.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pytest_lmeval.records._certificate import Certificate
 INSIDE, PAST, FAR = "inside", "past", "far"
 PLACES = {INSIDE: 24, PAST: 330, FAR: 1100}  # tokens; the floors of the laws read 320 (of batches 24)
 CHUNK = 256  # tokens a step: the most whose logits fit the memory with SmolLM2's vocabulary
-TOKENS = 24_000  # of a text, so that a twentieth of reading it pays for reading 2,048 again
+TOKENS = 36_000  # of a text, so that a twentieth of the work of reading it is more than 2,000 tokens
 
 
 class Planted(LlamaForCausalLM):
@@ -55,7 +55,6 @@ class Planted(LlamaForCausalLM):
 
     def mask(self, input_ids, seen):
         """[b or 1, 1, t, keys] the keys that each query sees; None: all before it."""
-        return None
 
     def keep(self, cache, seen):
         """Change the cache in which `seen` tokens are now."""
@@ -115,11 +114,11 @@ def kind(law: str = "splits", shows: str = "text", **places: int):
     return enter
 
 
-def planted(clean: LlamaForCausalLM, fault: Fault, place: str) -> Planted:
-    """The model with the fault, which begins there. It shares the weights of the clean one."""
+def planted(clean: LlamaForCausalLM, kind: type[Planted], place: int = 0) -> Planted:
+    """The model with a fault that begins at the place, in tokens. It shares the weights of the clean one."""
     model = copy.copy(clean)
-    model.__class__ = fault.model
-    model.place, model.memory = fault.at[place], {}
+    model.__class__ = kind
+    model.place, model.memory = place, {}
     return model
 
 
@@ -145,7 +144,7 @@ def questions(lm: Model, fault: Fault, at: int) -> Task:
     """Eight questions, whose prompts share a little more than `at` tokens, and end with other texts."""
     assert lm.tokenizer is not None
     text = "".join(document.text for document in corpus("stdlib", "test").documents())
-    ids, ends = lm.tokenizer.encode(text[: 20 * at])
+    _, ends = lm.tokenizer.encode(text[: 20 * at])
     shared = text.encode()[: int(ends[at + 30])].decode(errors="ignore")
     rows = [{"prompt": f"{shared}\n{text[start : start + 80]}"} for start in range(0, 8000, 1000)]
     if fault.shows == "answer":
@@ -311,11 +310,11 @@ class LastCachedKeyHidden(Planted):
 
 @kind()
 class FourthCall(Planted):
-    """From the fourth call on that continues a sequence there, each is wrong."""
+    """The fourth call of a sequence is wrong, and all that follow."""
 
     def logits(self, logits, cache, seen):
-        cache.late_calls = getattr(cache, "late_calls", 0) + (seen >= self.place)
-        return logits * (1.0 if cache.late_calls < 4 else 1.01)
+        cache.calls = getattr(cache, "calls", 0) + 1
+        return logits * (1.01 if cache.calls >= 4 and seen >= self.place else 1.0)
 
 
 @kind()
@@ -389,7 +388,7 @@ class ForksShare(Planted):
                 setattr(layer, name, held[..., : self.place, :])
 
     def write(self, key, late, slots):
-        rows, heads, length, width = late.shape
+        _, heads, length, width = late.shape
         old = self.memory.get(key, late.new_empty(0, heads, 0, width))
         shape = max(old.shape[0], int(slots.max()) + 1), heads, max(old.shape[2], length), width
         if shape != old.shape:

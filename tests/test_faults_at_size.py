@@ -4,10 +4,10 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from faults_at_size import FAR, FAULTS, INSIDE, PAST, PLACES, certificate_of, planted, random_llama, refusal  # noqa: E402
+from faults_at_size import FAR, FAULTS, INSIDE, PAST, PLACES, certificate_of, planted, random_llama, refusal
 
-from pytest_lmeval import as_model, replay  # noqa: E402
-from pytest_lmeval.errors import LawBroken  # noqa: E402
+from pytest_lmeval import as_model, replay
+from pytest_lmeval.errors import LawBroken
 
 EXACT = "exact-any-chunk"
 IDS = [fault.name for fault in FAULTS]
@@ -24,13 +24,13 @@ def test_a_planted_fault_breaks_its_law_past_its_place_and_the_right_model_does_
     case = fault.case(place)
     replay(clean, fault.law, longest=case["length"] + 8, **case)
     with pytest.raises(LawBroken):
-        replay(planted(clean, fault, place), fault.law, longest=case["length"] + 8, **case)
+        replay(planted(clean, fault.model, fault.at[place]), fault.law, longest=case["length"] + 8, **case)
 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("fault", FAULTS, ids=IDS)
 def test_the_probe_finds_a_fault_that_begins_inside_the_floors(clean, fault):
-    certificate = certificate_of(as_model(planted(clean, fault, INSIDE)))
+    certificate = certificate_of(as_model(planted(clean, fault.model, fault.at[INSIDE])))
     assert certificate.verdict not in (EXACT, "unproven")
     assert certificate.broken
 
@@ -39,7 +39,7 @@ def test_the_probe_finds_a_fault_that_begins_inside_the_floors(clean, fault):
 @pytest.mark.parametrize("place", [PAST, FAR])
 @pytest.mark.parametrize("fault", FAULTS, ids=IDS)
 def test_the_audit_finds_a_fault_that_begins_past_them(clean, fault, place):
-    lm = as_model(planted(clean, fault, place))
+    lm = as_model(planted(clean, fault.model, fault.at[place]))
     if not certificate_of(lm).broken:
         assert refusal(lm, fault, place)
 
