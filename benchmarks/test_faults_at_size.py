@@ -3,7 +3,7 @@
     LMEVAL_REAL_MODEL=FOLDER pytest benchmarks/test_faults_at_size.py
 
 Twenty kinds (tests/faults_at_size.py) are planted into SmolLM2-135M-Instruct, or the Llama in the folder; without either, into
-a random one of its shape. What begins inside the floors of the laws, the probe finds; what begins past them shows only where the
+a random one of its shape. What begins inside the floors of the laws, the probe finds; what begins past them shows where the
 data themselves are read again. All options are the default ones.
 """
 
@@ -50,9 +50,7 @@ def test_a_fault_is_found(clean, tokenizer, capsys, fault, place):
     FOUND[fault.name][place] = how
     with capsys.disabled():
         seconds = time.process_time() - began
-        print(
-            f"\n{fault.name}, {fault.at[place]:,}: {certificate.verdict}; found by {how or 'NOTHING'} ({seconds:.0f} s)", end=""
-        )
+        print(f"\n{fault.name}, {fault.at[place]:,}: {certificate.verdict}; {how or 'NOT FOUND'} ({seconds:.0f} s)", end="")
     assert how
     assert place != INSIDE or how != "audit"
 
@@ -64,7 +62,7 @@ def test_the_audit_finds_many_kinds(capsys):
     with capsys.disabled():
         print(f"\n\n{'':24}" + "".join(f"{f'{place} ({at:,})':32}" for place, at in PLACES.items()))
         for name, places in FOUND.items():
-            print(f"{name:24}" + "".join(f"{places[place] or 'NOTHING':32}" for place in PLACES))
+            print(f"{name:24}" + "".join(f"{places[place] or 'NOT FOUND':32}" for place in PLACES))
         print(f"{len(audited)} of {len(FAULTS)} kinds were found by the audit where the probe did not reach")
     assert len(audited) >= LEAST
 
