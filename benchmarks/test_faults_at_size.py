@@ -15,10 +15,10 @@ import pytest
 transformers = pytest.importorskip("transformers")
 
 import torch  # noqa: E402
-from faults_at_size import FAR, FAULTS, INSIDE, PLACES, certificate_of, planted, random_llama, refusal  # noqa: E402
+from faults_at_size import FAR, FAULTS, INSIDE, PLACES, planted, random_llama, refusal  # noqa: E402
 from real_model import real_model_folder  # noqa: E402
 
-from pytest_lmeval import as_model  # noqa: E402
+from pytest_lmeval import as_model, equivalence  # noqa: E402
 
 pytestmark = [pytest.mark.benchmark, pytest.mark.slow]
 
@@ -45,8 +45,8 @@ def tokenizer():
 @pytest.mark.parametrize(("fault", "place"), CASES, ids=[f"{place}-{fault.name}" for fault, place in CASES])
 def test_a_fault_is_found(clean, tokenizer, capsys, fault, place):
     lm, began = as_model(planted(clean, fault.model, fault.at[place]), tokenizer=tokenizer), time.process_time()
-    certificate = certificate_of(lm)
-    how = " ".join(sorted(certificate.broken)) or ("audit" if refusal(lm, fault, place) else "")
+    certificate = equivalence(lm).certificate
+    how = " ".join(sorted(certificate.broken)) or ("audit" if refusal(lm, certificate, fault, place) else "")
     FOUND[fault.name][place] = how
     with capsys.disabled():
         seconds = time.process_time() - began
@@ -70,5 +70,6 @@ def test_the_audit_finds_many_kinds(capsys):
 @pytest.mark.parametrize("shows", ["text", "choices", "answer"])
 def test_nothing_is_found_in_the_right_model(clean, tokenizer, shows):
     lm = as_model(clean, tokenizer=tokenizer)
-    assert certificate_of(lm).verdict == "exact-any-chunk"
-    assert refusal(lm, next(fault for fault in FAULTS if fault.shows == shows), FAR) is None
+    certificate = equivalence(lm).certificate
+    assert certificate.verdict == "exact-any-chunk"
+    assert refusal(lm, certificate, next(fault for fault in FAULTS if fault.shows == shows), FAR) is None

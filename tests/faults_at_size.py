@@ -16,8 +16,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicLayer
 
-from pytest_lmeval import Choices, Generate, Model, Task, corpus, equivalence, perplexity, task
+from pytest_lmeval import Choices, Generate, Model, Task, corpus, policy_for
 from pytest_lmeval.errors import Refused
+from pytest_lmeval.measures._perplexity import measure_perplexity
+from pytest_lmeval.measures._task import measure_task
 from pytest_lmeval.records._certificate import Certificate
 
 INSIDE, PAST, FAR = "inside", "past", "far"
@@ -122,19 +124,15 @@ def planted(clean: LlamaForCausalLM, kind: type[Planted], place: int = 0) -> Pla
     return model
 
 
-def certificate_of(lm: Model) -> Certificate:
-    """The certificate with default options."""
-    return equivalence(lm).certificate
-
-
-def refusal(lm: Model, fault: Fault, place: str) -> str | None:
+def refusal(lm: Model, certificate: Certificate, fault: Fault, place: str) -> str | None:
     """Measure what shows the fault, past its place; the message of the audit that stops it, or None."""
+    at, on_text = fault.at[place], fault.shows == "text"
+    policy = policy_for(lm, certificate, chunk_size=at if fault.model is OneChunkLength else CHUNK if on_text else None)
     try:
-        if fault.shows == "text":
-            size = fault.at[place] if fault.model is OneChunkLength else CHUNK
-            perplexity(lm, corpus("stdlib", "test"), chunk_size=size, tokens=TOKENS)
+        if on_text:
+            measure_perplexity(lm, corpus("stdlib", "test"), policy=policy, tokens=TOKENS)
         else:
-            task(lm, questions(lm, fault, fault.at[place]))
+            measure_task(lm, questions(lm, fault, at), policy=policy)
     except Refused as refused:
         return str(refused)
     return None

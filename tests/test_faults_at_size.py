@@ -1,13 +1,14 @@
-"""A fault in a transformers model is found wherever it begins: by the probe, or by the audit of what is measured."""
+"""A fault in a transformers model is found wherever it begins: by the floors of the laws, or by the audit of the measured data."""
 
 import pytest
 
 pytest.importorskip("transformers")
 
-from faults_at_size import FAR, FAULTS, INSIDE, PAST, PLACES, certificate_of, planted, random_llama, refusal
+from faults_at_size import FAR, FAULTS, INSIDE, PAST, PLACES, planted, random_llama, refusal
 
 from pytest_lmeval import as_model, replay
 from pytest_lmeval.errors import LawBroken
+from pytest_lmeval.laws import probe
 
 EXACT = "exact-any-chunk"
 IDS = [fault.name for fault in FAULTS]
@@ -29,28 +30,31 @@ def test_a_planted_fault_breaks_its_law_past_its_place_and_the_right_model_does_
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("fault", FAULTS, ids=IDS)
-def test_the_probe_finds_a_fault_that_begins_inside_the_floors(clean, fault):
-    certificate = certificate_of(as_model(planted(clean, fault.model, fault.at[INSIDE])))
+def test_the_floors_find_a_fault_that_begins_inside_them(clean, fault):
+    certificate = probe(planted(clean, fault.model, fault.at[INSIDE]), budget=1).certificate
+    assert certificate.broken, certificate.summary
     assert certificate.verdict not in (EXACT, "unproven")
-    assert certificate.broken
+
+
+@pytest.fixture(scope="module")
+def certificate(clean):
+    """Of the right model, and so of any whose fault begins past what was tried."""
+    found = probe(clean, budget=1).certificate
+    assert found.verdict == EXACT
+    return found
 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("place", [PAST, FAR])
 @pytest.mark.parametrize("fault", FAULTS, ids=IDS)
-def test_the_audit_finds_a_fault_that_begins_past_them(clean, fault, place):
-    lm = as_model(planted(clean, fault.model, fault.at[place]))
-    if not certificate_of(lm).broken:
-        assert refusal(lm, fault, place)
+def test_the_audit_finds_a_fault_that_begins_past_them(clean, certificate, fault, place):
+    assert refusal(as_model(planted(clean, fault.model, fault.at[place])), certificate, fault, place)
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("name", ["positions-restart", "rows-leak", "single-tokens"])
-def test_the_audit_stops_no_right_model(clean, name):
-    fault = next(fault for fault in FAULTS if fault.name == name)
-    lm = as_model(clean)
-    assert certificate_of(lm).verdict == EXACT
-    assert refusal(lm, fault, FAR) is None
+@pytest.mark.parametrize("shows", ["text", "choices", "answer"])
+def test_the_audit_stops_no_right_model(clean, certificate, shows):
+    assert refusal(as_model(clean), certificate, next(fault for fault in FAULTS if fault.shows == shows), FAR) is None
 
 
 def test_there_are_many_kinds_each_at_three_places():
