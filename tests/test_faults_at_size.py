@@ -1,4 +1,4 @@
-"""A fault in a transformers model is found wherever it begins: by the floors of the laws, or by the audit of the measured data."""
+"""A fault in a transformers model is found wherever it begins: by the floors of the laws, or by the audit of measured data."""
 
 import pytest
 
