@@ -21,15 +21,20 @@ OPTIONS: dict[str, tuple[Any, str]] = {  # name -> (default, help)
     "lmeval-limit": ("", "examples of a task, documents of a corpus that is read by document"),
     "lmeval-tokens": ("", "tokens of a stream; 200k and 1M read too"),
     "lmeval-profile": ("", "how hard to look for broken laws: dev, ci (the default where CI is set) or nightly"),
-    "lmeval-budget": ("", "seconds that probing the laws of a model may take (default 2; nightly: 120)"),
+    "lmeval-budget": (
+        "",
+        "tokens that the probe of a model's laws may read beyond their floors, such as 200k; 0: prove nothing",
+    ),
     "lmeval-templates": ("", "folder of templates that extend those of the reports block by block"),
     "lmeval-data": ("", "local mirror to use instead of the hub: DIR/<hub id>/<config>/<split>.parquet or .jsonl"),
     "lmeval-dir": (".lmeval", "folder for all output"),
     "lmeval-baseline": ("", "file of numbers to compare this run with; a test whose numbers got worse fails"),
     "lmeval-gate": ("fail", "on a number that got worse: fail its test, warn, or off"),
     "lmeval-fresh": (False, "compute everything anew: do not resume an interrupted run"),
+    "lmeval-fresh-evidence": (False, "forget what earlier runs have tried of a model's laws"),
     "lmeval-trust-remote-code": ([], "hub id of a model that may run its own code (repeatable)"),
 }
+LEAST_BUDGET = 1000  # tokens; fewer are taken for seconds
 SEQ_LENS = ["128", "512"]
 CORPORA = ["stdlib", "automaton"]
 DEVICES = ("auto", "cpu", "cuda", "mps")  # those of `models._sources`, which imports torch
@@ -60,23 +65,28 @@ def count(config: pytest.Config, name: str) -> int | None:
     text = str(option(config, name)).strip()
     if not text:
         return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM]?)", text.replace("_", ""))
-    value = round(float(match[1]) * {"": 1, "k": 1000, "m": 1_000_000}[match[2].lower()]) if match else 0
-    if value < 1:
+    value = _number(text)
+    if value is None or value < 1:
         raise pytest.UsageError(f"--{name} takes a positive number such as 500, 200k or 1M; got {text!r}.")
     return value
 
 
-def budget(config: pytest.Config) -> float | None:
-    """Seconds of --lmeval-budget; None if it is not given."""
+def _number(text: str) -> int | None:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM]?)", text.replace("_", ""))
+    return round(float(match[1]) * {"": 1, "k": 1000, "m": 1_000_000}[match[2].lower()]) if match else None
+
+
+def budget(config: pytest.Config) -> int | None:
+    """Tokens of --lmeval-budget; None if it is not given. Refuses what looks like seconds."""
     text = str(option(config, "lmeval-budget")).strip()
-    try:
-        seconds = float(text) if text else None
-    except ValueError:
-        seconds = -1.0
-    if seconds is not None and not 0 <= seconds < float("inf"):
-        raise pytest.UsageError(f"--lmeval-budget takes seconds such as 2 or 0.5; got {text!r}.")
-    return seconds
+    tokens = _number(text) if text else None
+    if text and (tokens is None or 0 < tokens < LEAST_BUDGET or ("." in text and text[-1:].isdigit())):
+        raise pytest.UsageError(
+            f"--lmeval-budget is a number of tokens, not of seconds, so that a busy machine proves as much as an idle one; got "
+            f"{text!r}. Write 200k to let the probe read 200,000 tokens beyond the floors of the laws, 0 to prove nothing (the "
+            "verdict is then `unproven`, and everything is read the slow, safe way), or leave it out."
+        )
+    return tokens
 
 
 def check(config: pytest.Config) -> None:

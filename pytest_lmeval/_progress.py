@@ -37,12 +37,13 @@ class Uncaptured:
 
 @contextmanager
 def bar(title: str, file: Any, unit: str = "tokens") -> Iterator[Callable[[int, float, int | None], None] | None]:
-    """A progress bar, or None without a terminal. Call it with tokens done, nats so far, tokens expected; or with questions
-    answered, right answers, questions expected."""
+    """A progress bar, or None without a terminal. Call it with tokens done, nats so far, tokens expected; with questions
+    answered, right answers, questions expected; or (unit "laws") with tokens done, laws broken, tokens expected."""
     if not file.isatty():
         yield None
         return
-    known, unknown = (layout.replace("tokens", unit) for layout in (LAYOUT, UNKNOWN))
+    counted = "tokens" if unit == "laws" else unit
+    known, unknown = (layout.replace("tokens", counted) for layout in (LAYOUT, UNKNOWN))
     # delay: the first update needs a rate to show
     with tqdm(desc=title, file=file, leave=False, dynamic_ncols=True, bar_format=unknown, mininterval=0.2, delay=0.2) as shown:
 
@@ -51,9 +52,13 @@ def bar(title: str, file: Any, unit: str = "tokens") -> Iterator[Callable[[int, 
                 shown.total, shown.bar_format = max(expected, done), known
             if not shown.n:  # the rate leaves out what an interrupted run did before
                 shown.initial = shown.n = shown.last_print_n = done
-            mean = total / done
-            so_far = f"perplexity {math.exp(min(mean, 700)):.4g}" if unit == "tokens" else f"{mean:.1%} right"
-            shown.set_postfix_str(so_far, refresh=False)
+            shown.set_postfix_str(_so_far(unit, done, total), refresh=False)
             shown.update(done - shown.n)
 
         yield update
+
+
+def _so_far(unit: str, done: int, total: float) -> str:
+    if unit == "laws":
+        return f"{total:.0f} broken" if total else "none broken"
+    return f"perplexity {math.exp(min(total / done, 700)):.4g}" if unit == "tokens" else f"{total / done:.1%} right"

@@ -31,12 +31,14 @@ class Session:
     """The settings of a run, from the command line, and what its tests share.
 
     folder           for all output; None writes nothing
-    profile, budget  how hard the probe of a model's laws searches, and for how many seconds
+    profile, budget  how hard the probe of a model's laws searches, and for how many tokens beyond their floors
     parallel         other tests run at the same time, so speed is not measured
     trusted          models that may run their own code
     mirror           a folder to use instead of the hub
     fresh            use nothing from an earlier run
+    fresh_evidence   use no certificate from an earlier run
     progress         (title, unit) -> a context manager of a progress bar's callback, or of None
+    say              prints a line at once
     """
 
     folder: Path | None = None
@@ -44,14 +46,16 @@ class Session:
     limit: int | None = None
     seq_lens: tuple[int, ...] = ()
     profile: str = ""
-    budget: float | None = None
+    budget: int | None = None
     parallel: bool = False
     device: str = "auto"
     bits: int | None = None
     trusted: tuple[str, ...] = ()
     mirror: str | None = None
     fresh: bool = False
+    fresh_evidence: bool = False
     progress: ProgressBars = lambda title, **options: nullcontext(None)
+    say: Callable[[str], None] | None = None
     loaded: dict[str, Model] = field(default_factory=dict)
     verdicts: WeakCache[dict[tuple[str, ...], EquivalenceResult]] = field(default_factory=WeakCache)
 
@@ -79,21 +83,36 @@ class Session:
 
     @property
     def probe(self) -> dict[str, Any]:
-        """The options of every probe in this run."""
+        """How hard every probe in this run searches."""
         from pytest_lmeval.laws._run_probe import default_profile
 
-        known = None if self.folder is None else self.folder / "counterexamples.jsonl"
-        return {"profile": self.profile or default_profile(), "budget": self.budget, "counterexamples": known}
+        return {"profile": self.profile or default_profile(), "budget": self.budget}
+
+    @functools.cached_property
+    def certificates(self) -> Path | None:
+        """The folder of certificates, emptied first with --lmeval-fresh-evidence (by one of parallel workers at most)."""
+        folder = None if self.folder is None else self.folder / "certificates"
+        if folder is not None and self.fresh_evidence:
+            for file in folder.glob("*.json"):
+                file.unlink(missing_ok=True)
+        return folder
 
     def verdict(self, lm: Model) -> EquivalenceResult:
         """The equivalence result of a model, which is probed once in a session. Does not keep the model in memory."""
-        from pytest_lmeval.laws._probe import probe
-
         known = self.verdicts.value(lm.step_fn if lm.module is None else lm.module, dict)
         key = (fingerprint(lm), str(lm.dtype), str(lm.device))
         if key not in known:
-            known[key] = probe(lm, **self.probe)
+            known[key] = self.probed(lm)
         return known[key]
+
+    def probed(self, lm: Model, **options: Any) -> EquivalenceResult:
+        """Probe a model with the options of this run, and these; show how far it is."""
+        from pytest_lmeval.laws._probe import probe
+
+        known = None if self.folder is None else self.folder / "counterexamples.jsonl"
+        files = {"counterexamples": known, "certificates": self.certificates}
+        with self.progress(f"{lm.spec} is tried on the laws", unit="laws") as progress:
+            return probe(lm, **{**self.probe, **files, "progress": progress, "say": self.say, **options})
 
 
 @dataclass

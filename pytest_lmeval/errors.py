@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -168,3 +168,8 @@ def no_such(kind: str, name: str, known: Iterable[str]) -> str:
 
 
 __all__ = sorted(name for name, thing in list(globals().items()) if isinstance(thing, type) and issubclass(thing, LmevalError))
+
+
+def some(names: Sequence[str], most: int = 5) -> str:
+    """The first names of a list, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -234,7 +234,9 @@ def shared_session(config: pytest.Config) -> Session:
             trusted=tuple(option(config, "lmeval-trust-remote-code")),
             mirror=option(config, "lmeval-data") or None,
             fresh=bool(option(config, "lmeval-fresh")),
+            fresh_evidence=bool(option(config, "lmeval-fresh-evidence")) and not is_worker(config),
             progress=_progress(config),
+            say=_say(config),
         )
     return config.stash[SESSION]
 
@@ -250,10 +252,25 @@ def fail_in_words(work: Callable[[], T]) -> T:
 
 
 def _progress(config: pytest.Config) -> Callable[..., Any]:
+    from pytest_lmeval import _progress as progress
+
+    terminal = _terminal(config)
+    if terminal is None:
+        return lambda title, **options: nullcontext(None)
+    return lambda title, **options: progress.bar(title, terminal, **options)
+
+
+def _say(config: pytest.Config) -> Callable[[str], None] | None:
+    terminal = _terminal(config)
+    return None if terminal is None else lambda line: terminal.write(f"\n{line}\n")
+
+
+def _terminal(config: pytest.Config) -> Any:
+    """The terminal past pytest's capture; None in a worker, and without one."""
+    from pytest_lmeval._progress import Uncaptured
+
     terminal = config.pluginmanager.get_plugin("terminalreporter")
     capture = config.pluginmanager.get_plugin("capturemanager")
     if is_worker(config) or terminal is None or capture is None:
-        return lambda title, **options: nullcontext(None)
-    from pytest_lmeval import _progress as progress
-
-    return lambda title, **options: progress.bar(title, progress.Uncaptured(terminal, capture), **options)
+        return None
+    return Uncaptured(terminal, capture)

@@ -47,11 +47,11 @@ def pytester(pytester, fork_server, monkeypatch):
 
 @pytest.fixture
 def project(pytester):
-    """A user's project: models of their own, a text, warnings as errors, and a probe that tries its first cases only.
+    """A user's project: models of their own, a text, warnings as errors, and a probe that tries the floors of the laws.
 
-    A budget of 0 seconds leaves nothing to the clock; a test that needs more cases asks for more time than any machine takes.
+    A budget of 1000 tokens buys next to nothing beyond the floors; a test that needs more cases asks for more.
     """
     pytester.makepyfile(tiny=TINY.read_text())
     pytester.makefile(".txt", text="It was a dark and stormy night; the rain fell in torrents.\n" * 60)
-    pytester.makefile(".ini", pytest="[pytest]\nfilterwarnings = error\nlmeval_budget = 0\n")
+    pytester.makefile(".ini", pytest="[pytest]\nfilterwarnings = error\nlmeval_budget = 1000\n")
     return pytester

@@ -1,13 +1,13 @@
-"""Short ways to try laws in tests: decided by numbers of cases, never by a clock."""
+"""Short ways to try laws in tests."""
 
 from pytest_lmeval.errors import LawBroken
 from pytest_lmeval.laws import check, edge_cases, probe
 from pytest_lmeval.models._sources import as_model
 
 
-def probed(model, *, examples=1, longest=72, **options):
-    """The result of a probe with no limit of time: the edge cases, and a few random ones."""
-    return probe(as_model(model), budget=1e6, examples=examples, longest=longest, **options)
+def probed(model, *, budget=20_000, examples=1, **options):
+    """The result of a probe: the floors of the laws, and some of the edge cases."""
+    return probe(as_model(model), budget=budget, examples=examples, **options)
 
 
 def failure(law, harness, case):

@@ -162,7 +162,7 @@ def test_a_token_that_only_the_model_rules_out_has_no_kl_and_the_error_names_its
 
 def test_the_verb_records_both_models_and_how_each_was_read(tmp_path):
     def lmeval(**options):
-        return Lmeval(VerbContext(Session(tmp_path, budget=0, **options), Log("test_it")))
+        return Lmeval(VerbContext(Session(tmp_path, budget=1000, **options), Log("test_it")))
 
     first = lmeval()
     result = first.agreement(LM, REFERENCE, IDS, tokens=300)

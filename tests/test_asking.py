@@ -25,11 +25,11 @@ FIRST = Task("first", [{"n": n} for n in range(30)], ask)
 GENERATES = Task("generates", PARITY.rows[:3], lambda row: Generate(f"{row['n']} is", ("x",), max_tokens=5), ("exact_match",))
 SHORT = 40  # tokens of context: the probe of its laws is short too
 LM, NON_CAUSAL = (dataclasses.replace(as_model(module), context_length=SHORT) for module in (Whole(), Seeing(vocab=256)))
-PROBED = Session(budget=1e6)  # seconds: numbers of examples end the probe
+PROBED = Session(budget=1000)
 
 
 def context_of(folder, **options):
-    return VerbContext(Session(folder, budget=1e6, verdicts=PROBED.verdicts, **options), Log("t.py::test_it"))
+    return VerbContext(Session(folder, budget=1000, verdicts=PROBED.verdicts, **options), Log("t.py::test_it"))
 
 
 def test_a_task_is_recorded_with_every_answer_and_shown(project):
@@ -53,7 +53,7 @@ def test_a_task_is_recorded_with_every_answer_and_shown(project):
             lmeval.task(lm, "mmlu")
         """,
     )
-    options = ("--lm", "short:Short", "--lmeval-limit", "12", "--lmeval-budget", "1000")  # seconds: never used up
+    options = ("--lm", "short:Short", "--lmeval-limit", "12", "--lmeval-budget", "1000")
     result = project.runpytest_subprocess("-p", "no:cacheprovider", *options)
     result.assert_outcomes(passed=2, failed=1)
     result.stdout.fnmatch_lines(["*_ test_wrong _*", "*mmlu is a suite*lmeval.suite*"])
@@ -83,7 +83,7 @@ def test_a_task_is_recorded_with_every_answer_and_shown(project):
 )
 def test_prefixes_are_shared_where_the_laws_allow_it_and_answers_are_the_same(module, sharing):
     lm = as_model(module())
-    certificate = probe(lm, budget=1e6, examples=1, longest=48).certificate
+    certificate = probe(lm, budget=1000).certificate
     policies = [policy_for(lm, certificate, batch_size=batch_size) for batch_size in (8, 1)]
     together, alone = (measure_task(lm, PARITY, policy=policy, limit=16) for policy in policies)
     assert together.record.details["prefix_sharing"] == sharing

@@ -315,7 +315,7 @@ def test_a_limit_counts_frames():
 def test_the_fixture_streams_frames_with_a_certificate(tmp_path):
     random, lm = np.random.default_rng(0), load("zoo:moshi")
     np.save(tmp_path / "codes.npy", np.stack([random.integers(0, size, 300) for size in lm.codebooks.sizes], axis=1))
-    lmeval = Lmeval(VerbContext(Session(tmp_path / "reports", budget=0.0), Log("test_frames")))
+    lmeval = Lmeval(VerbContext(Session(tmp_path / "reports", budget=1000), Log("test_frames")))
     result = lmeval.perplexity(lm, corpus(f"tokens:{tmp_path / 'codes.npy'}"), positions=(100, 200, 300))
     assert result.certificate.verdict == "exact-any-chunk"
     assert result.tokens == sum(300 - delay for delay in lm.codebooks.delays)
@@ -436,13 +436,13 @@ def small(kind=Moshi, *, temporal=None, depth=None, context=16):
     return module
 
 
-@pytest.mark.parametrize("budget", [0.0, pytest.param(1e6, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("budget", [1000, pytest.param(300_000, marks=pytest.mark.thorough)])
 def test_the_moshi_of_the_zoo_is_exact_for_any_chunk(budget):
-    result = probe(load("zoo:moshi"), budget=budget, examples=1, longest=100)
+    result = probe(load("zoo:moshi"), budget=budget, examples=1)
     assert result.verdict == "exact-any-chunk", result
     assert result.certificate.worst_ratio < 8
     assert result.certificate.longest > 3 * 32
-    assert not budget or result.certificate.state.bytes_per_token == 0
+    assert result.certificate.state.bytes_per_token == 0
 
 
 @pytest.mark.parametrize(
@@ -470,7 +470,7 @@ def test_a_leak_inside_a_frame_is_reported_with_its_codebooks():
 
 
 def test_a_model_of_codes_is_exact_for_any_chunk():
-    result = probed(Frames(), examples=5, longest=60)
+    result = probed(Frames(), examples=5)
     assert result.verdict == "exact-any-chunk", result
 
 

@@ -13,6 +13,7 @@ from tiny_models import Functional
 
 from pytest_lmeval import Choices, Codebooks, Generate, Rows, Task, as_model, load
 from pytest_lmeval.errors import CorpusError, NotFiniteError, TaskError
+from pytest_lmeval.measures import _task
 from pytest_lmeval.models._model import Bytes
 from pytest_lmeval.records._journal import JournalWarning
 from pytest_lmeval.scoring._answers import AnswerFile
@@ -353,6 +354,50 @@ def test_asking_ends_when_the_rate_is_certain():
     unsure = measure_task(DEMO, dataclasses.replace(task, rows=task.rows[:16], threshold=0.95), batch_size=8)
     assert "rate_is" not in unsure.record.settings
     assert unsure.record.details["questions"] == 16
+
+
+def judged(judge, tmp_path):
+    """The answers, with verdicts, of a run after one that was judged by another judge; and how many were taken from that."""
+    task = dataclasses.replace(generating(max_tokens=6, stop=()), metrics=("rate", "exact_match"), judge=judge)
+    return measure_task(DEMO, task, partial=tmp_path / "partial", known=tmp_path / "known", examples=tmp_path / "known")
+
+
+def longer_than(count, verdict=True):
+    return lambda text: verdict if len(text) > count else None
+
+
+def test_a_changed_judge_judges_the_answers_of_an_interrupted_run(tmp_path):
+    """What it closes over has changed: whether a verdict is right, and where an answer ends."""
+    first, same, opposite, later, never = (
+        judged(longer_than(*made), tmp_path) for made in ((2,), (2,), (2, False), (4, False), (99,))
+    )
+    assert [float(one.rate) for one in (first, same, opposite, later, never)] == [1, 1, 0, 0, 0]
+    assert [one.resumed for one in (first, same, opposite, later, never)] == [0, len(PROMPTS), 0, 0, 0]
+    assert [len(one.examples[0].generated) for one in (first, same, opposite, later, never)] == [3, 3, 3, 5, 6]
+    for made in ((2,), (2, False), (4, False), (99,)):
+        assert judged(longer_than(*made), tmp_path).examples == judged(longer_than(*made), tmp_path / "new").examples
+
+
+class Strict:
+    """A judge whose settings no key can tell."""
+
+    def __init__(self, words):
+        self.words = words
+
+    def __call__(self, text):
+        return text[:1] in self.words if text.strip() else None
+
+
+def test_a_verdict_is_never_taken_from_an_interrupted_run(tmp_path, monkeypatch):
+    letters = set("abcdefghijklmnopqrstuvwxyz ")
+    first, other = judged(Strict({"?"}), tmp_path), judged(Strict(letters), tmp_path)
+    alone = judged(Strict(letters), tmp_path / "alone")
+    assert float(first.rate) == 0 < float(other.rate) == float(alone.rate)
+    assert other.examples == alone.examples
+    assert other.resumed == sum(not example.judged for example in alone.examples)  # both judges agree on these
+    judged(Strict({"?"}), tmp_path)
+    monkeypatch.setattr(_task, "_is_current", lambda earlier, asked, judge: earlier is not None and earlier.key == asked.key)
+    assert float(judged(Strict(letters), tmp_path).rate) == 0  # by the key alone
 
 
 class Mute:

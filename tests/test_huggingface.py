@@ -10,12 +10,14 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from reading import measure_perplexity, stream  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 from pytest_lmeval.data import corpus  # noqa: E402
 from pytest_lmeval.errors import ModelError, SpecError  # noqa: E402
-from pytest_lmeval.models._identity import fingerprint  # noqa: E402
+from pytest_lmeval.models._identity import facts, fingerprint  # noqa: E402
 from pytest_lmeval.models._model import fork  # noqa: E402
 from pytest_lmeval.models._sources import as_model, load  # noqa: E402
+from pytest_lmeval.report._words import model_line  # noqa: E402
 
 SIZE = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 48}
@@ -128,6 +130,71 @@ def test_a_folder_without_a_tokenizer_scores_ids_and_refuses_text(folder, tmp_pa
         measure_perplexity(lm, corpus("automaton:size=100"))
     shutil.copytree(folder, tmp_path / "copy")
     assert fingerprint(lm) == fingerprint(load(f"hf:{tmp_path / 'copy'}")) != fingerprint(load(f"hf:{folder}@bf16"))
+
+
+def changed(folder, path, change):
+    """A copy of a model folder, whose weights `change` has changed."""
+    shutil.copytree(folder, path)
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return f"hf:{path}"
+
+
+def test_a_checkpoint_without_all_weights_is_refused_by_their_names(folder, tmp_path):
+    up, norm = "model.layers.1.mlp.up_proj.weight", "model.norm.weight"
+    changes = {
+        f"missing: {up}, {norm}[.]": lambda tensors: (tensors.pop(up), tensors.pop(norm)),
+        rf"of another shape: {norm} \[31\] for \[32\]": lambda tensors: tensors.update({norm: torch.ones(31)}),
+        "missing: .* and 3 more": lambda tensors: [
+            tensors.pop(name) for name in list(tensors) if ".0.mlp" in name or "norm" in name
+        ],
+    }
+    for number, (message, change) in enumerate(changes.items()):
+        with pytest.raises(SpecError, match=rf"is incomplete\. .*{message}"):
+            load(changed(folder, tmp_path / str(number), change))
+    with pytest.raises(SpecError, match="is incomplete"):
+        load(changed(folder, tmp_path / "half", lambda tensors: tensors.pop(norm)) + "@bf16")
+    random = [transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "0").get_parameter(up) for _ in range(2)]
+    assert not torch.equal(*random)  # which is why
+
+
+def test_tied_weights_are_no_missing_ones_and_unused_ones_are_said(folder, tmp_path):
+    lm = load(f"hf:{folder}")
+    more = {f"vision.{n}.weight": torch.ones(2) for n in range(7)}
+    spec = changed(folder, tmp_path / "more", lambda tensors: tensors.update(more))
+    other = load(spec)
+    assert fingerprint(other) == fingerprint(lm)
+    assert (facts(lm).unused, facts(other).unused) == ([], [*more])
+    assert model_line(facts(other)).endswith(
+        "; 7 tensors of its checkpoint not used: vision.0.weight, vision.1.weight, vision.2.weight, vision.3.weight, "
+        "vision.4.weight and 2 more"
+    )
+    assert "checkpoint" not in model_line(facts(lm))
+    tied = build("Llama", **SIZE, **HEADS, tie_word_embeddings=True)
+    tied.save_pretrained(tmp_path / "tied")
+    assert "lm_head.weight" not in load_file(tmp_path / "tied" / "model.safetensors")
+    loaded = load(f"hf:{tmp_path / 'tied'}")
+    assert loaded.module.lm_head.weight is loaded.module.model.embed_tokens.weight
+    config = json.loads((tmp_path / "tied" / "config.json").read_text())
+    (tmp_path / "tied" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    with pytest.raises(SpecError, match=r"missing: lm_head\.weight"):
+        load(f"hf:{tmp_path / 'tied'}")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_that_transformers_saved_is_complete(name, tmp_path):
+    MODELS[name]().save_pretrained(tmp_path)
+    assert facts(load(f"hf:{tmp_path}")).unused == []
+
+
+def test_the_attention_implementation_is_part_of_who_a_model_is(folder):
+    lms = [load(f"hf:{folder}") for _ in range(3)]
+    lms[1].module.set_attn_implementation("eager")
+    found = list(map(fingerprint, lms))
+    assert found[0] == found[2] != found[1]
+    lms[1].module.set_attn_implementation("sdpa")
+    assert fingerprint(lms[1]) == found[0]
 
 
 def test_models_that_share_a_tokenizer_have_their_own_end_tokens(folder):

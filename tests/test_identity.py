@@ -19,7 +19,8 @@ from pytest_lmeval._session import Session, TestLog as Log
 from pytest_lmeval.engine import policy_for
 from pytest_lmeval.engine._state_rows import SELECTIONS, selection
 from pytest_lmeval.laws._probe import replay
-from pytest_lmeval.measures._context import VerbContext
+from pytest_lmeval.measures._context import VerbContext, running_in
+from pytest_lmeval.measures._equivalence import equivalence
 from pytest_lmeval.measures._latency import measure_latency
 from pytest_lmeval.measures._latency_grid import measure_latency_grid
 from pytest_lmeval.measures._throughput import measure_throughput
@@ -28,6 +29,7 @@ from pytest_lmeval.models._identity import facts, fingerprint, weights_digest
 from pytest_lmeval.models._model import Bytes, Codebooks, Model
 from pytest_lmeval.models._sources import as_model
 from pytest_lmeval.models._weak_cache import WeakCache
+from pytest_lmeval.records._measured import ModelFacts, Record
 from pytest_lmeval.scoring._requests import Encoder
 from pytest_lmeval.tasks._questions import Choices, Task
 from pytest_lmeval.training._plan import refuse_untrainable
@@ -349,7 +351,7 @@ def test_a_weak_cache_finds_objects_by_identity():
 
 @pytest.fixture
 def context(tmp_path):
-    return VerbContext(Session(tmp_path, budget=0.1), Log("test_it"), Driver(None))
+    return VerbContext(Session(tmp_path, budget=1000), Log("test_it"), Driver(None))
 
 
 def test_a_found_limit_is_not_in_the_fingerprint_and_a_model_probed_once(context):
@@ -383,6 +385,20 @@ def test_limits_and_end_tokens_are_in_the_journal_key(context):
 
     assert len({key_of(replace(one, tokenizer=Bytes())) for one in limits}) == 4
     assert len({key_of(replace(lm, tokenizer=Ends(*ends))) for ends in ((), (1,), (1, 2))}) == 3
+
+
+def test_a_stored_verdict_is_keyed_by_how_hard_the_probe_searched(monkeypatch):
+    keys, stored, lm = [], Record(kind="equivalence", subject="laws", lm=ModelFacts(spec="lm")), as_model(Functional())
+    monkeypatch.setattr(VerbContext, "finished", lambda context, key: keys.append(key) or stored)
+
+    def key(options=None, **settings):
+        with running_in(VerbContext(Session(**settings))):
+            assert equivalence(lm, **(options or {})).record is stored
+        return keys.pop()
+
+    settings = [{"profile": "ci"}, {"profile": "nightly"}, {"profile": "ci", "budget": 0}, {"profile": "ci", "budget": 1}]
+    assert len({key(**one) for one in settings}) == 4
+    assert key({"profile": "nightly"}, profile="ci") == key(profile="nightly") == key(profile="nightly")
 
 
 def test_a_found_limit_applies_like_a_declared_one(context):

@@ -58,7 +58,7 @@ TESTS = """
 @pytest.fixture
 def slow(project, monkeypatch):
     project.makefile(".txt", text="It was a dark and stormy night; the rain fell in torrents.\n" * 10)
-    monkeypatch.setenv("PYTEST_ADDOPTS", "--lmeval-budget=0")  # the probe's steps are the same in every run
+    monkeypatch.setenv("PYTEST_ADDOPTS", "--lmeval-budget=1000")
     project.makepyfile(slow=SLOW, test_slow=TESTS)
     return project
 

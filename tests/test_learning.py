@@ -20,7 +20,7 @@ LEARNS = """
 
 @pytest.fixture
 def project(project):
-    project.makefile(".ini", pytest="[pytest]\nfilterwarnings = error\nmarkers = slow: takes minutes\nlmeval_budget = 0.1\n")
+    project.makefile(".ini", pytest="[pytest]\nfilterwarnings = error\nmarkers = slow: takes minutes\nlmeval_budget = 1000\n")
     return project
 
 

@@ -35,8 +35,8 @@ def collect(project):
     ("options", "message"),
     [
         ("--lmeval-tokens=many", "--lmeval-tokens takes a positive number such as 500, 200k or 1M; got 'many'."),
-        ("--lmeval-budget=soon", "--lmeval-budget takes seconds*"),
-        ("--lmeval-budget=-1", "--lmeval-budget takes seconds*"),
+        ("--lmeval-budget=soon", "--lmeval-budget is a number of tokens, not of seconds*got 'soon'*Write 200k*"),
+        ("--lmeval-budget=2.5", "--lmeval-budget is a number of tokens, not of seconds*"),
         ("--lmeval-profile=hard", "--lmeval-profile takes dev, ci or nightly; got 'hard'.*"),
         ("--lmeval-limit=0", "--lmeval-limit takes a positive number*"),
         ("--lmeval-seq-len=abc", "--lmeval-seq-len takes a positive number; got 'abc'."),

@@ -132,7 +132,7 @@ def test_a_perplexity_is_never_capped():
 def test_a_corpus_may_be_named(tmp_path):
     (tmp_path / "text.txt").write_text("some text " * 9)
     name = f"text:{tmp_path / 'text.txt'}"
-    named = Lmeval(VerbContext(Session(budget=0), Log())).perplexity(BYTE_LM, name, tokens=40)
+    named = Lmeval(VerbContext(Session(budget=1000), Log())).perplexity(BYTE_LM, name, tokens=40)
     assert named.nll == measure_perplexity(BYTE_LM, corpus(name), tokens=40).nll
     assert named.record.subject == f"{name}[test]"
 

@@ -131,7 +131,7 @@ def test_every_option_has_an_ini_option(project):
             lm = tiny:Tiny
             lmeval_dir = out/put
             lmeval_tokens = 1.1k
-            lmeval_budget = 0
+            lmeval_budget = 1000
             lmeval_device = cpu
             lmeval_bits = 16
             lmeval_seq_len = 8
@@ -299,7 +299,7 @@ def test_a_model_that_is_exact_in_multiples_of_four_is_read_in_those(project):
                 lmeval.perplexity(model, corpus("text:text.txt"), tokens=201, chunk_size=6)
         """
     )
-    run(project, "--lmeval-budget=600", "--lmeval-profile=ci").assert_outcomes(passed=1)  # more time than all cases take
+    run(project, "--lmeval-budget=200k", "--lmeval-profile=ci").assert_outcomes(passed=1)
 
 
 def test_a_counterexample_is_kept_and_tried_first_in_the_next_run(project):
@@ -401,7 +401,7 @@ SPEED = """
     def test_reads(lmeval, lm, corpus, tokens):
         lmeval.perplexity(lm, corpus("text:text.txt"), tokens=tokens)
 """
-STRICT = "[pytest]\naddopts = --strict-markers\nlmeval_budget = 0\n"
+STRICT = "[pytest]\naddopts = --strict-markers\nlmeval_budget = 1000\n"
 
 
 def test_where_pytest_benchmark_is_blocked_speed_is_measured_without_it(project):

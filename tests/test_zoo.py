@@ -205,14 +205,14 @@ def test_loading_is_repeatable_and_draws_no_global_random_numbers(name):
 @pytest.mark.parametrize("name", ["transformer", "lstm", *thorough(*sorted(set(SMALL) - {"transformer", "lstm"}))])
 @pytest.mark.parametrize("dtype", [torch.float32, *thorough(torch.bfloat16)], ids=str)
 def test_the_probe_finds_a_reference_model_exact(name, dtype):
-    result = probe(as_model(small(name, dtype)), examples=1, longest=24, budget=600.0)
+    result = probe(as_model(small(name, dtype)), budget=1000)
     assert result.verdict == ("exact-any-chunk" if dtype == torch.float32 else "consistent"), result
 
 
 def test_bk_as_published_is_stateless_and_not_causal_and_refuses_longer_texts():
     lm = as_model(seeded(lambda: ResNetBK(width=16, layers=2, hidden=16, causal=False, context_length=64)))
     assert (lm.stateful, lm.context_length) == (False, 64)
-    assert probe(lm, examples=1, longest=40, budget=600.0).verdict == "non-causal"
+    assert probe(lm, budget=1000).verdict == "non-causal"
     with pytest.raises(ValueError, match="given 65 tokens and has learned 64 positions"):
         lm.step(ids(2, 65))
 
@@ -221,7 +221,7 @@ def test_bk_as_published_is_stateless_and_not_causal_and_refuses_longer_texts():
 @pytest.mark.parametrize("suffix", ["", "@bf16"])
 @causal
 def test_the_probe_finds_a_registered_model_exact(name, suffix):
-    result = probe(load(f"{'' if name == 'demo' else 'zoo:'}{name}{suffix}"), examples=0, longest=48, budget=600.0)
+    result = probe(load(f"{'' if name == 'demo' else 'zoo:'}{name}{suffix}"), budget=1000)
     assert result.verdict == ("consistent" if suffix else "exact-any-chunk"), result
 
 
@@ -230,7 +230,7 @@ def test_the_probe_finds_a_registered_model_exact(name, suffix):
 def test_bk_as_registered_is_not_causal(suffix):
     lm = load(f"zoo:bk{suffix}")
     assert (lm.stateful, lm.context_length) == (False, 1024)
-    assert probe(lm, examples=0, longest=24, budget=600.0).verdict == "non-causal"
+    assert probe(lm, budget=1000).verdict == "non-causal"
 
 
 # ------------------------------------------------------------------------------------------ demo

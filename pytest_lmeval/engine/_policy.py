@@ -135,7 +135,9 @@ def policy_for(
     unproven = withheld and certificate is not None and certificate.verdict == UNPROVEN and lm.codebooks is None
     if window is None and unproven:
         size = lm.limit or WINDOW
-        windows = Windows(size, size // 2 if overlap is None else overlap, why=f"no state is carried, since {policy.why}")
+        windows: Windows | None = Windows(
+            size, size // 2 if overlap is None else overlap, why=f"no state is carried, since {policy.why}"
+        )
     else:  # windows by default would hide that the state is wrong
         windows = None if window is None and withheld else _windows(lm, window, overlap)
     policy = replace(policy, windows=windows, chunk_size=chunk_size)

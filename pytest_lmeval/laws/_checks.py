@@ -5,10 +5,11 @@ isolation   a sequence is read the same after any other one, and by a fresh copy
 causality   what comes later changes nothing before: bit-equal, or different by rounding, which is far smaller in float64
 prefix      the beginning of a sequence reads the same, however long the whole is
 splits      chunks give the logits of one call, wherever the sequence is cut
-steps       so does one token at a time (apart: many models have a second code path for it)
+steps       so does one token at a time, from the beginning or after a first chunk (apart: many models have a second code path
+            for it)
 fork        two continuations of one state, in turns, do not see each other: bit-equal
 resume      a saved state, continued by a fresh copy of the model, goes on as if it had never stopped
-rows        a row of a batch reads as it does alone, whatever its neighbours, their order, and the padding after it
+rows        each row of a batch reads as it does alone, whatever its neighbours, their order, and the padding after it
 size        a state that is declared constant does not grow
 sums        the engine's chunks and windows score every target token once, and add up to the whole
 """
@@ -27,21 +28,23 @@ from torch import Tensor, nn
 from pytest_lmeval.engine import Engine
 from pytest_lmeval.errors import ArgumentError, LawBroken, NotFiniteError, NotPossible, no_such
 from pytest_lmeval.laws._diagnosis import assert_tolerated, broken
-from pytest_lmeval.laws._harness import FEW, MEMORY, Harness, Raised
+from pytest_lmeval.laws._harness import FEW, MEMORY, RAW, Harness, Raised
 from pytest_lmeval.laws._strategies import Case
 from pytest_lmeval.laws._sums import sums
-from pytest_lmeval.laws._tolerance import ROUNDINGS, log_probabilities
+from pytest_lmeval.laws._tolerance import ROUNDINGS, log_probabilities, sampled
 from pytest_lmeval.laws._weights import preserve_weights
-from pytest_lmeval.models._model import Model, State, fork, state_bytes, state_types
+from pytest_lmeval.models._model import Model, State, fork
 from pytest_lmeval.models._seeds import reseed
 from pytest_lmeval.scoring._text_files import safe_load
 
+SEQUENCES = 2  # different sequences in a batch, whose rows are read alone too
 FINER = 30  # a difference that is so many times smaller in float64 is rounding
 
 
 def repeat(harness: Harness, case: Case) -> None:
-    ids, sizes = harness.tokens(case.length, case.seed), _readable_sizes(harness, case)
-    first, again = harness.logits(ids, sizes), harness.logits(ids, sizes)
+    sizes = _readable_sizes(harness, case)
+    first = harness.reading(case.seed, case.length, sizes).logits
+    again = sampled(harness.logits(harness.tokens(case.length, case.seed), sizes))
     assert_bit_equal(harness, case, first, again, "read twice in a row, gave two results", _why_not_again(harness.lm))
 
 
@@ -56,44 +59,43 @@ def isolation(harness: Harness, case: Case) -> None:
     ids, sizes = harness.tokens(case.length, case.seed), _readable_sizes(harness, case)
     others = harness.tokens(max(1, case.before), case.seed + 1000)
     with preserve_weights(harness.lm) as changed:
-        first = harness.logits(ids, sizes)
+        first = harness.reading(case.seed, case.length, sizes).logits
         try:
             harness.logits(others.repeat_interleave(case.rows, dim=0), [others.shape[-1]])
         except Raised:
             harness.logits(others, [others.shape[-1]])  # a model of single rows
-        again = harness.logits(ids, sizes)
+        again = sampled(harness.logits(ids, sizes))
         if changed_by := changed():
             raise broken(case, f"{case}: {changed_by}")
     why = "Something is left over from one sequence to the next."
     assert_bit_equal(harness, case, first, again, "gave other logits after another sequence was read in between", why)
-    if (fresh := harness.fresh()) is not None:
-        unread, what = harness.logits(ids, sizes, lm=fresh), "gave other logits than a copy that had read nothing before"
+    if case.length <= FEW and (fresh := harness.fresh()) is not None:
+        unread, what = (
+            sampled(harness.logits(ids, sizes, lm=fresh)),
+            "gave other logits than a copy that had read nothing before",
+        )
         assert_near(harness, case, unread, again, what, why)
 
 
 def causality(harness: Harness, case: Case) -> None:
-    *cuts, change = case.cuts
-    _blind_to_the_future(harness, case, [case.length], case.cuts[0])
-    if cuts and harness.largest_continuation is None:  # a continuing chunk has another mask than the first one
-        _blind_to_the_future(harness, case, Case(case.length, tuple(cuts)).sizes, change)
-
-
-def _blind_to_the_future(harness: Harness, case: Case, sizes: list[int], change: int) -> None:
+    *cuts, change = case.cuts  # a continuing chunk has another mask than the first one
+    sizes = Case(case.length, tuple(cuts)).sizes if harness.largest_continuation is None else [case.length]
     ids = harness.tokens(case.length, case.seed)
     other, unchanged, where = _other_future(harness.lm, ids, change)
 
-    def difference(lm: Model | None = None) -> tuple[int, float] | None:
-        before, after = (harness.logits(x, sizes, lm=lm).flatten(0, -2)[:unchanged] for x in (ids, other))
-        return first_difference(before, after)
+    def difference(before: Tensor, lm: Model | None = None) -> tuple[int, float] | None:
+        after = sampled(harness.logits(other, sizes, lm=lm))
+        return first_difference(*(logits.flatten(0, -2)[:unchanged] for logits in (before, after)))
 
-    if (found := difference()) is None:
+    if (found := difference(harness.reading(case.seed, case.length, sizes).logits)) is None:
         return
     first, error = found
     # How a token is rounded may depend on how many others its expert has. Rounding is smaller in float64; a leak is not.
     if harness.float64_copy is None:
         rounding = harness.has_routers and error <= ROUNDINGS * torch.finfo(harness.lm.dtype).eps
     else:
-        finer = difference(harness.float64_copy)
+        exact = harness.float64_copy
+        finer = difference(sampled(harness.logits(ids, sizes, lm=exact)), exact)
         rounding = finer is None or finer[1] <= error / FINER
     if not rounding:
         raise broken(
@@ -146,7 +148,10 @@ def splits(harness: Harness, case: Case) -> None:
 
 
 def steps(harness: Harness, case: Case) -> None:
-    _same_as_full_run(harness, case, "steps", [1] * case.length, f"{case.length} tokens (seed {case.seed}), one at a time")
+    first = case.cuts[0] if case.cuts else 0
+    after = f" after a chunk of {first}" if first else ""
+    what = f"{case.length} tokens (seed {case.seed}), one at a time{after}"
+    _same_as_full_run(harness, case, "steps", [*[first] * bool(first), *[1] * (case.length - first)], what)
 
 
 def _same_as_full_run(harness: Harness, case: Case, law: str, sizes: list[int], what: str) -> None:
@@ -155,44 +160,46 @@ def _same_as_full_run(harness: Harness, case: Case, law: str, sizes: list[int], 
 
 
 def rows(harness: Harness, case: Case) -> None:
-    padding = max(0, min(case.padding, harness.longest - case.length))
-    *sizes, last = _readable_sizes(harness, case)
-    sizes += [last] + [1] * padding if last == 1 else [last + padding]
-    own = harness.tokens(case.length + padding, case.seed)
-    batch = [harness.tokens(own.shape[-1], case.seed + 1000 + other) for other in range(max(2, case.rows))]
-    batch[case.row] = torch.nn.functional.pad(own[..., : case.length], (0, padding))
-    alone = harness.run(own, sizes)[: case.length]  # in the same chunks, but with real tokens in place of the padding
+    sizes, longest_padding = _readable_sizes(harness, case), min(case.padding, case.length - 1)
+    alone = [  # with real tokens in place of the padding
+        (harness.tokens(case.length, seed), harness.reading(seed, case.length, sizes).log_probs)
+        for seed in range(case.seed + 1000, case.seed + 1000 + SEQUENCES)
+    ]
+    batch, expected = list[Tensor](), list[tuple[Tensor, Tensor]]()
+    for row in range(max(2, case.rows)):
+        own, run = alone[(row + row // SEQUENCES) % len(alone)]
+        length = case.length - row * longest_padding % (longest_padding + 1)  # every padding in turn, the longest first
+        batch.append(torch.nn.functional.pad(own[..., :length], (0, case.length - length)))
+        expected.append((own, run[:length]))
     try:
-        excess = harness.compare("rows", case.seed, torch.cat(batch), sizes, row=case.row, other=(own, alone))
+        excess, row = harness.compare_rows("rows", case.seed, torch.cat(batch), sizes, expected)
     except Raised as raised:
         if harness.reads_batches:
             raise
         raise NotPossible(f"it does not read {len(batch)} rows at once (it {raised})") from raised
     why = "A row depends on its neighbours, their order, or the padding after it."
-    assert_tolerated(case, excess, f"{case}, against the row alone: {excess}. {why}")
+    assert_tolerated(case, excess, f"{case}: row {row} of {len(batch)}, against the row alone: {excess}. {why}")
 
 
 def fork_(harness: Harness, case: Case) -> None:
     ids, cut = harness.tokens(case.length, case.seed), case.cuts[0]
-    rest, (_, state) = ids[..., cut:], Engine(harness.lm).step(ids[..., :cut])
+    rest, state = ids[..., cut:], harness.state_after(case.seed, cut)
     with _not_possible_if_it_raises("its state cannot be forked"):
         branch, first = fork(state), fork(state)
-        (straight,) = _take_turns(harness.lm, (rest, first))
-        after, _ = _take_turns(harness.lm, (rest, branch), (_other_tokens(harness.lm, rest), state))
-    harness.calls += 1 + 3 * len(after)
+        (straight,) = _take_turns(harness, harness.lm, (rest, first))
+        after, _ = _take_turns(harness, harness.lm, (rest, branch), (_other_tokens(harness.lm, rest), state))
     message = f"two continuations of one state after {cut} of its tokens saw each other"
     assert_bit_equal(harness, case, straight, after, message, "A copy of the state shares something with it.", after=cut)
 
 
 def resume(harness: Harness, case: Case) -> None:
     ids, cut, file = harness.tokens(case.length, case.seed), case.cuts[0], io.BytesIO()
-    rest, (_, state) = ids[..., cut:], Engine(harness.lm).step(ids[..., :cut])
+    rest, state = ids[..., cut:], harness.state_after(case.seed, cut)
     with _not_possible_if_it_raises("its state cannot be saved"):
         torch.save({"state": state}, file)
-        (straight,) = _take_turns(harness.lm, (rest, state))
+        (straight,) = _take_turns(harness, harness.lm, (rest, state))
         saved = safe_load(file.getvalue(), harness.lm)["state"]
-        (resumed,) = _take_turns(harness.fresh() or harness.lm, (rest, saved))
-    harness.calls += 1 + 2 * len(resumed)
+        (resumed,) = _take_turns(harness, harness.fresh() or harness.lm, (rest, saved))
     message = f"saved after {cut} tokens and continued by a fresh copy of the model, gave other logits than without the stop"
     assert_near(harness, case, straight, resumed, message, "A part of its state is not in the state.", after=cut)
 
@@ -207,44 +214,46 @@ def _not_possible_if_it_raises(what: str) -> Iterator[None]:
         raise NotPossible(f"{what} ({one_line(error)})") from error
 
 
-def _take_turns(lm: Model, *continuations: tuple[Tensor, State]) -> list[Tensor]:
-    """[t, v] or [t, s, v] logits of each continuation (ids, state), read in turns: up to eight tokens, one at a time."""
-    count, engine = min(8, continuations[0][0].shape[-1]), Engine(lm)
-    turns = zip(*(engine.steps(torch.split(ids[..., :count], 1, dim=-1), state) for ids, state in continuations), strict=True)
+def _take_turns(harness: Harness, lm: Model, *continuations: tuple[Tensor, State]) -> list[Tensor]:
+    """[n, v] or [n, s, v] logits of each continuation (ids, state) after each of its n chunks, read in turns.
+
+    Up to eight tokens are read: single ones, and in the end several if the model reads several.
+    """
+    length, engine = min(8, continuations[0][0].shape[-1]), Engine(lm, RAW)
+    single = min(3, length - 2) if harness.largest_continuation is None and length > 2 else length
+    sizes = [1] * single + [length - single] * (length > single)
+    turns = zip(
+        *(engine.steps(torch.split(ids[..., :length], sizes, dim=-1), state) for ids, state in continuations), strict=True
+    )
     found = [[logits[0, ..., -1, :] for logits, _ in turn] for turn in turns]
     return [torch.stack(logits) for logits in zip(*found, strict=True)]
 
 
 def size(harness: Harness, case: Case) -> None:
     case = replace(case, length=harness.longest)
-    held = state_sizes(harness, case)
-    middle, end = held[2 * len(held) // 3], held[-1]
-    if not harness.lm.constant_state or end[1] <= middle[1]:
+    (seen, before), (end, after) = state_sizes(harness, case)
+    if not harness.lm.constant_state or after <= before:
         return
-    if waiting := [boundary for boundary in harness.lm.boundaries if boundary >= middle[0]]:
-        raise NotPossible(f"its state may grow until it has read {max(waiting)} tokens, and it was read only {end[0]}")
+    if waiting := [boundary for boundary in harness.lm.boundaries if boundary > seen]:
+        raise NotPossible(f"its state may grow until it has read {max(waiting)} tokens, and it was read only {end}")
     raise broken(
         case,
-        f"its state is declared constant, and grew from {middle[1]:,} bytes after {middle[0]} tokens to {end[1]:,} after "
-        f"{end[0]}. A long text would need memory without end.",
-        tolerance_ratio=end[1] / middle[1],
+        f"its state is declared constant, and grew from {before:,} bytes after {seen} tokens to {after:,} after {end}. A long "
+        "text would need memory without end.",
+        tolerance_ratio=after / before,
     )
 
 
-def state_sizes(harness: Harness, case: Case) -> list[tuple[int, int]]:
-    """(tokens read, bytes of the state) while a sequence is read in even chunks."""
+def state_sizes(harness: Harness, case: Case) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(tokens read, bytes of the state) in the middle and at the end of a sequence."""
     any_chunk = harness.largest_continuation is None
-    length, chunk = (case.length, max(1, case.length // 12)) if any_chunk else (min(case.length, FEW), 1)
-    held: list[tuple[int, int]] = []
-    # cloned, since a view of the sequence in a state would weigh as much as all of it
-    chunks = (part.clone() for part in torch.split(harness.tokens(length, case.seed), chunk, dim=-1))
-    for _, state in Engine(harness.lm).steps(chunks):
-        harness.calls += 1
-        held.append((min(length, chunk * (len(held) + 1)), state_bytes(state)))
-    if not held[-1][1]:
-        kinds = ", ".join(sorted(kind.__name__ for kind in state_types(state)))
-        raise NotPossible(f"its state ({kinds}) holds no tensor that could be weighed")
-    return held
+    length = case.length if any_chunk else min(case.length, FEW)
+    sizes = [length // 2, length - length // 2] if any_chunk else [1] * length
+    held = harness.reading(case.seed, length, sizes).state_bytes
+    if not held[-1]:
+        raise NotPossible("its state holds no tensor that could be weighed")
+    middle = (len(held) - 1) // 2
+    return (sum(sizes[: middle + 1]), held[middle]), (length, held[-1])
 
 
 def _readable_sizes(harness: Harness, case: Case) -> list[int]:
@@ -283,11 +292,12 @@ def assert_near(harness: Harness, case: Case, one: Tensor, other: Tensor, what: 
 
 @dataclass(frozen=True)
 class Law:
-    """A law, the fields of a case that it uses, and whether it needs a model that carries a state."""
+    """A law, the fields of a case that it uses, whether it needs a model that carries a state, and a case that is cut."""
 
     check: Callable[[Harness, Case], None]
     uses: tuple[str, ...]
     needs_state: bool = False
+    cut: bool = True
 
     def relevant(self, case: Case) -> Case:
         """The case as this law sees it: each field that it ignores is the simplest."""
@@ -295,16 +305,16 @@ class Law:
 
 
 LAWS: dict[str, Law] = {
-    "repeat": Law(repeat, ("cuts", "seed")),
-    "isolation": Law(isolation, ("cuts", "seed", "rows", "before")),
+    "repeat": Law(repeat, ("cuts", "seed"), cut=False),
+    "isolation": Law(isolation, ("cuts", "seed", "rows", "before"), cut=False),
     "causality": Law(causality, ("cuts", "seed")),
     "prefix": Law(prefix, ("cuts", "seed")),
     "splits": Law(splits, ("cuts", "seed"), needs_state=True),
-    "steps": Law(steps, ("seed",), needs_state=True),
+    "steps": Law(steps, ("cuts", "seed"), needs_state=True, cut=False),
     "fork": Law(fork_, ("cuts", "seed"), needs_state=True),
     "resume": Law(resume, ("cuts", "seed"), needs_state=True),
-    "rows": Law(rows, ("cuts", "seed", "rows", "row", "padding")),
-    "size": Law(size, ("seed",), needs_state=True),
+    "rows": Law(rows, ("cuts", "seed", "rows", "padding")),
+    "size": Law(size, ("seed",), needs_state=True, cut=False),
     "sums": Law(sums, ("cuts", "seed")),
 }
 
@@ -320,7 +330,7 @@ def check(law: str, harness: Harness, case: Case) -> None:
     case = LAWS[law].relevant(case)
     if case.length < 2:
         raise ArgumentError(f"a law needs two tokens at least; got a sequence of {case.length}.")
-    if "cuts" in LAWS[law].uses and not case.cuts:
+    if LAWS[law].cut and not case.cuts:
         case = replace(case, cuts=(case.length // 2,))
     device = harness.lm.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):

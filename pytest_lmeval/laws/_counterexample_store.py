@@ -22,11 +22,11 @@ class CounterexampleStore:
     def __init__(self, path: Path | None) -> None:
         self.path = path
 
-    def cases(self, spec: str) -> list[tuple[str, Case]]:
-        """(law, case) of this model's counterexamples, newest first, once each; unreadable lines are ignored, since users may
-        edit the file."""
+    def cases(self, spec: str) -> dict[str, list[Case]]:
+        """By law, this model's counterexamples, newest first, once each; unreadable lines are ignored, since users may edit the
+        file."""
         if self.path is None or not self.path.is_file():
-            return []
+            return {}
         found: dict[str, dict[Case, None]] = {}
         for line in reversed(self.path.read_text(encoding="utf-8", errors="replace").splitlines()):
             try:
@@ -36,11 +36,11 @@ class CounterexampleStore:
                     found.setdefault(entry["law"], {})[case] = None
             except (ValueError, KeyError, TypeError):
                 continue
-        return [(law, case) for law, stored in found.items() for case in list(stored)[:MOST]]
+        return {law: list(stored)[:MOST] for law, stored in found.items()}
 
     def add(self, spec: str, law: str, case: dict[str, Any]) -> None:
         """Append a case, unless it is stored already; in one write, so that parallel workers can share the file."""
-        if self.path is None or (law, case_of(case)) in self.cases(spec):
+        if self.path is None or case_of(case) in self.cases(spec).get(law, []):
             return
         line = json.dumps({"lm": spec, "law": law, "case": case}) + "\n"
         try:
@@ -61,9 +61,9 @@ def case_of(choices: dict[str, Any]) -> Case:
         raise ArgumentError(f"a case needs its length, in tokens; got {', '.join(choices) or 'nothing'}.")
     cuts = choices.get("cuts", ())
     case = Case(**{**choices, "cuts": (cuts,) if isinstance(cuts, int) else tuple(cuts)})
-    numbers = (case.length, case.seed, case.rows, case.row, case.padding, case.before, *case.cuts)
+    numbers = (case.length, case.seed, case.rows, case.padding, case.before, *case.cuts)
     if not all(isinstance(number, int) and number >= 0 for number in numbers):
         raise ArgumentError(f"a case is made of numbers of tokens; got {choices}.")
-    if case.length < 1 or any(size < 1 for size in case.sizes) or case.row >= max(1, case.rows):
-        raise ArgumentError(f"a sequence of {case.length} tokens cannot be cut at {case.cuts}, row {case.row} of {case.rows}.")
+    if case.length < 1 or any(size < 1 for size in case.sizes):
+        raise ArgumentError(f"a sequence of {case.length} tokens cannot be cut at {case.cuts}.")
     return case

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import functools
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pytest_lmeval.engine import Engine, Policy
 from pytest_lmeval.errors import ModelError, NotFiniteError
+from pytest_lmeval.laws._floors import SHORTEST_FLOOR
 from pytest_lmeval.laws._moe_routing import first_tie, record_routing
-from pytest_lmeval.laws._tolerance import Excess, Reference, log_probabilities, token_errors
+from pytest_lmeval.laws._tolerance import Excess, Reference, log_probabilities, sampled, token_errors
 from pytest_lmeval.laws._weights import copy_of, float64_copy, round_weights
-from pytest_lmeval.models._model import Model
+from pytest_lmeval.models._model import Model, State, state_bytes
 
-LONGEST = 160
+LONGEST = SHORTEST_FLOOR
 RAW = Policy()  # nothing is proven before it is tried
 FEW = 24  # tokens that are read one by one
+KEPT = 4  # readings of short sequences that are kept
 NO_ROUNDING = 1 << 14  # roundings: a full run further than that from its reference may have chosen other experts
 NOT_EXPLAINED = 1e3  # times the effect of rounding the weights once: rounding does not explain a larger error
+CALL = 46  # tokens that a call costs beside those it reads, as measured on a model of 135 million parameters
+FLOAT64 = 4  # times the cost of float32
 MEMORY = (torch.OutOfMemoryError, MemoryError)  # say nothing about a model
 
 
@@ -29,27 +34,69 @@ class Raised(Exception):
 
 
 @dataclass
+class Work:
+    """What a model was asked to do: its calls, the tokens that they read, and their cost in tokens, CALL for each call."""
+
+    calls: int = 0
+    tokens: int = 0
+    cost: int = 0
+
+    def of(self, lm: Model | None, factor: int = 1) -> Model | None:
+        """The model, each of whose steps is counted here, at `factor` times its cost."""
+        if lm is None:
+            return None
+        step_fn = lm.step_fn
+
+        def counted(input_ids: Tensor, state: State | None, keep: int | None) -> tuple[Tensor, State]:
+            read = input_ids.shape[0] * input_ids.shape[-1]
+            self.calls, self.tokens, self.cost = self.calls + 1, self.tokens + read, self.cost + factor * (read + CALL)
+            return step_fn(input_ids, state, keep)
+
+        return replace(lm, step_fn=counted)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One reading of a sequence.
+
+    logits       [t, v] as the model gave them; of a large vocabulary, the sample that is compared
+    log_probs    [t, v] their log-probabilities in float64, of the same columns
+    state_bytes  bytes of the state after each chunk
+    state        after the last chunk
+    """
+
+    logits: Tensor
+    log_probs: Tensor
+    state_bytes: tuple[int, ...]
+    state: State
+
+
+@dataclass
 class Harness:
     """A model under test: `harness.compare("splits", 0, harness.tokens(40, seed=0), sizes=[20, 20])`.
 
     longest       tokens of the sequence of which references are computed; a shorter sequence is its beginning
+    text          ids [t] or codes [t, k] with which the sequences begin; by default they are random
     worst         by law, the comparison with the largest tolerance ratio, and what was read
-    calls         steps of the model and of its float64 copy so far
+    work          steps of the model, of its copies, and of its float64 copy so far
     routing_ties  tokens at which a tie between experts flipped
     references    by seed
     """
 
     lm: Model
     longest: int = LONGEST
+    text: np.ndarray | None = None
     worst: dict[str, tuple[Excess, str]] = field(default_factory=dict)
-    calls: int = 0
+    work: Work = field(default_factory=Work)
     routing_ties: int = 0
     references: dict[int, Reference] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.float64_copy = float64_copy(self.lm) if self.lm.dtype != torch.float64 else None
-        self._unread = copy_of(self.lm)
+        copy, self._unread = float64_copy(self.lm) if self.lm.dtype != torch.float64 else None, copy_of(self.lm)
+        self.float64_copy = self.work.of(copy, FLOAT64)
+        self.lm = self.work.of(self.lm) or self.lm
         self._logits_dtype = self.lm.dtype
+        self._readings: dict[tuple[int, ...], Run] = {}
 
     @property
     def reference_kind(self) -> str:
@@ -63,8 +110,11 @@ class Harness:
         Every third seed gives runs of one repeated token, many of them of id 0, as padding looks (of codes: missing ones, if
         the model takes them).
         """
-        generator = torch.Generator().manual_seed(seed)
         books = self.lm.codebooks
+        if self.text is not None and seed == 0 and length <= len(self.text):
+            text = torch.from_numpy(self.text[:length])
+            return (text.T if books else text)[None].to(self.lm.device)
+        generator = torch.Generator().manual_seed(seed)
         sizes = torch.tensor(books.sizes if books else [self.lm.vocab_size])
         ids = torch.randint(0, int(sizes.max()), (length, len(sizes)), generator=generator) % sizes
         if seed % 3 == 2:
@@ -78,12 +128,55 @@ class Harness:
 
     def logits(self, input_ids: Tensor, sizes: list[int], *, row: int = 0, lm: Model | None = None) -> Tensor:
         """[t, v] logits of one row, as the model gave them; [t, s, v] of frames, zeros before a codebook's delay."""
-        chunks, parts, seen = torch.split(input_ids, sizes, dim=-1), list[Tensor](), 0
+        return self._read(input_ids, sizes, [row], lm)[0][0]
+
+    def rows(self, input_ids: Tensor, sizes: list[int]) -> list[Tensor]:
+        """[t, v] log-probabilities of each row of [b, t]."""
+        return [log_probabilities(logits) for logits in self._read(input_ids, sizes, range(input_ids.shape[0]))[0]]
+
+    def reading(self, seed: int, length: int, sizes: list[int]) -> Run:
+        """A reading of a seed's sequence in chunks. Those that several laws share are kept: of the longest sequence of seed 0,
+        whole and in halves, of its first half, and of the last few short ones."""
+        half = self.longest // 2
+        shared = seed == 0 and (*sizes,) in ((self.longest,), (half, self.longest - half), (half,))
+        kept, key = shared or length <= FEW, (seed, *sizes)
+        if key in self._readings:
+            return self._readings[key]
+        (logits,), held, state = self._read(self.tokens(length, seed), sizes, [0])
+        run = Run(
+            sampled(logits), log_probabilities(logits), held, state if sizes == [length] and length < self.longest else None
+        )
+        if kept:
+            short = [other for other, run in self._readings.items() if len(run.log_probs) <= FEW]
+            if len(short) > KEPT:
+                del self._readings[short[0]]
+            self._readings[key] = run
+        return run
+
+    def state_after(self, seed: int, length: int) -> State:
+        """The state after a sequence, which the caller may write to: that of a kept reading once, then another one."""
+        if (run := self._readings.get((seed, length))) is not None and run.state is not None:
+            self._readings[seed, length] = replace(run, state=None)
+            return run.state
+        return self._read(self.tokens(length, seed), [length], [])[2]
+
+    def _read(
+        self, input_ids: Tensor, sizes: list[int], rows: Sequence[int], lm: Model | None = None
+    ) -> tuple[list[Tensor], tuple[int, ...], State]:
+        """The logits [t, v] of some rows, the bytes of the state after each chunk, and the last state."""
+        # cloned, since a view of the sequence in a state would weigh as much as all of it
+        chunks, parts, held = (
+            [part.clone() for part in torch.split(input_ids, sizes, dim=-1)],
+            list[list[Tensor]](),
+            list[int](),
+        )
+        seen = 0
         try:
-            for logits, _ in Engine(lm or self.lm, RAW).steps(chunks):
+            for logits, state in Engine(lm or self.lm, RAW).steps(chunks):
                 if lm is None:
                     self._logits_dtype = logits.dtype
-                parts.append(self._positions_first(logits[row], seen))
+                parts.append([self._positions_first(logits[row], seen) for row in rows])
+                held.append(state_bytes(state))
                 seen += logits.shape[-2]
         except MEMORY:
             raise
@@ -94,9 +187,7 @@ class Harness:
                 f"raised {type(error).__name__} when it read {chunks[len(parts)].shape[-1]} token(s) after {seen}{batch}"
                 f"{': ' + what[0][:300] if what else ''}"
             ) from error
-        finally:
-            self.calls += min(len(parts) + 1, len(chunks))
-        return torch.cat(parts)
+        return [torch.cat(of_row) for of_row in zip(*parts, strict=True)], tuple(held), state
 
     def _positions_first(self, logits: Tensor, seen: int) -> Tensor:
         if self.lm.codebooks is None:
@@ -128,7 +219,7 @@ class Harness:
 
     def fresh(self) -> Model | None:
         """A copy of the model that has never read anything; None if it cannot be copied."""
-        return copy_of(self._unread) if self._unread is not None else None
+        return self.work.of(copy_of(self._unread)) if self._unread is not None else None
 
     def _reads(self, ids: Tensor, sizes: list[int]) -> bool:
         try:
@@ -166,7 +257,7 @@ class Harness:
         length = max(length, self.longest)
         if seed not in self.references or len(self.references[seed].expected) < length:
             ids = self.tokens(length, seed)
-            full, exact = self._finite(self.run(ids, [length]), ids), self._in_float64(ids)
+            full, exact = self._finite(self.reading(seed, length, [length]).log_probs, ids), self._in_float64(ids)
             if exact is not None:
                 self.references[seed] = self._trusted(ids, full, exact)
             else:
@@ -193,7 +284,7 @@ class Harness:
             self.routing_ties += 1
             exact = torch.cat([exact[:tie], full[tie:]])
             return Reference(exact, token_errors(full, exact), self.dtype)
-        rounded = float64_copy(self.float64_copy) if self.float64_copy is not None else None
+        rounded = self.work.of(float64_copy(self.float64_copy), FLOAT64) if self.float64_copy is not None else None
         if rounded is not None and rounded.module is not None:
             round_weights(rounded.module, self.dtype)
             rounding = token_errors(self.run(ids, length, lm=rounded), exact)
@@ -223,19 +314,51 @@ class Harness:
             self.float64_copy = None
         return None
 
-    def compare(
-        self, law: str, seed: int, ids: Tensor, sizes: list[int], *, row: int = 0, other: tuple[Tensor, Tensor] | None = None
-    ) -> Excess:
-        """Read row `row` of [b, t] in chunks and compare it with the reference of the seed, or with another run: (ids [1, t]
-        read in the same chunks, log-probabilities [t, v])."""
+    def compare(self, law: str, seed: int, ids: Tensor, sizes: list[int]) -> Excess:
+        """Read [1, t] in chunks and compare it with the reference of the seed."""
         reference = self.reference(seed, ids.shape[-1])
-        run = self.run(ids, sizes, row=row)
-        if other is None:
-            own = self.tokens(len(reference.expected), seed)
-            own_sizes = [own.shape[-1]]
-        else:
-            (own, expected), own_sizes = other, sizes
-            reference, run = replace(reference, expected=expected), run[: len(expected)]
+        own = self.tokens(len(reference.expected), seed)
+        run = self.reading(seed, ids.shape[-1], sizes).log_probs
+        return self._judged(law, seed, reference, run, len(sizes), own, [own.shape[-1]], ids, sizes, 0)
+
+    def compare_rows(
+        self, law: str, seed: int, batch: Tensor, sizes: list[int], alone: Sequence[tuple[Tensor, Tensor]]
+    ) -> tuple[Excess, int]:
+        """Read the rows of a batch [b, t], and compare each with `alone`: (its ids [1, t], the log-probabilities [n, v] of its
+        own n tokens, read alone in the same chunks). The worst, and its row."""
+        reference, runs = self.reference(seed, batch.shape[-1]), self.rows(batch, sizes)
+        found = [
+            self._judged(
+                law,
+                seed,
+                replace(reference, expected=expected),
+                run[: len(expected)],
+                len(sizes),
+                own,
+                sizes,
+                batch,
+                sizes,
+                row,
+            )
+            for row, (run, (own, expected)) in enumerate(zip(runs, alone, strict=True))
+        ]
+        worst = max(range(len(found)), key=lambda row: found[row].tolerance_ratio)
+        return found[worst], worst
+
+    def _judged(
+        self,
+        law: str,
+        seed: int,
+        reference: Reference,
+        run: Tensor,
+        chunks: int,
+        own: Tensor,
+        own_sizes: list[int],
+        ids: Tensor,
+        sizes: list[int],
+        row: int,
+    ) -> Excess:
+        """Measure a run of row `row` of `ids`; a tie between experts, against a run of `own`, explains what comes after it."""
         excess, tie = reference.measure(run), None
         if not excess.tolerance_ratio <= 1:
             tie = self._tie(own, own_sizes, ids, sizes, row)
@@ -243,7 +366,7 @@ class Harness:
             excess = reference.measure(run[:tie]) if tie else replace(excess, tolerance_ratio=0.0, ratio=0.0)
             self.routing_ties += 1
         if law not in self.worst or excess.tolerance_ratio > self.worst[law][0].tolerance_ratio:
-            self.worst[law] = (excess, f"{len(run)} tokens (seed {seed}) in {len(sizes)} chunk(s)")
+            self.worst[law] = (excess, f"{len(run)} tokens (seed {seed}) in {chunks} chunk(s)")
         return excess
 
     def _tie(self, own: Tensor, own_sizes: list[int], ids: Tensor, sizes: list[int], row: int) -> int | None:
@@ -253,12 +376,3 @@ class Harness:
             return None
         other = record_routing(lambda: self.logits(ids, sizes), rows=ids.shape[0], row=row, sizes=sizes)
         return first_tie(one, other, self.dtype)
-
-    def seconds_a_call(self) -> float:
-        """Time a short call."""
-        began = time.perf_counter()
-        try:
-            self.run(self.tokens(2, 0), [2])
-        except Raised:  # it reads some lengths only
-            self.run(self.tokens(self.longest, 0), [self.longest])
-        return time.perf_counter() - began

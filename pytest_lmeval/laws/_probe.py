@@ -1,29 +1,42 @@
-"""Probe a model: try every law within a budget, reach a verdict, and replay a counterexample."""
+"""Probe a model: try every law on its floor and within a budget, reach a verdict, and replay a counterexample."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
 from msgspec import structs
 
 from pytest_lmeval.errors import ArgumentError, ModelError, no_such
-from pytest_lmeval.laws._checks import check
+from pytest_lmeval.laws._checks import LAWS, check
 from pytest_lmeval.laws._counterexample_store import CounterexampleStore, case_of
-from pytest_lmeval.laws._harness import LONGEST, Harness
-from pytest_lmeval.laws._run_probe import LOW_PRECISION, PROFILES, Profile, run_probe, verdict_of
+from pytest_lmeval.laws._evidence import Evidence, EvidenceStore, Tried
+from pytest_lmeval.laws._floors import floor_length
+from pytest_lmeval.laws._harness import CALL, LONGEST, Harness
+from pytest_lmeval.laws._run_probe import (
+    LOW_PRECISION,
+    PROFILES,
+    Plan,
+    Progress,
+    floor_cost,
+    run_probe,
+    verdict_of,
+)
 from pytest_lmeval.laws._weights import copy_of, preserve_weights
 from pytest_lmeval.models._identity import facts
-from pytest_lmeval.models._model import Model
-from pytest_lmeval.records._certificate import CONSISTENT, Certificate, Counterexample, LawResult
+from pytest_lmeval.models._model import Model, weights
+from pytest_lmeval.records._certificate import CONSISTENT, UNPROVEN, Certificate, Counterexample, LawResult
 from pytest_lmeval.records._measured import Cost, Record
 from pytest_lmeval.records._metric import value_of
 from pytest_lmeval.records._value import Value
 
-LARGEST_BOUNDARY = 512  # sequences pass it by default; for a larger window, set `longest`
+READ = 160  # tokens of the reading in which the cost of a probe is given
+LONG = 60.0  # seconds of a floor, from which the user is told before it starts
 
 
 @dataclass(frozen=True, repr=False)
@@ -39,8 +52,8 @@ class EquivalenceResult:
 
     @property
     def verdict(self) -> str:
-        """exact-any-chunk, exact-step-only, exact-multiple-of-K, stateless, consistent, or what is wrong: length-dependent,
-        non-causal, inexact."""
+        """exact-any-chunk, exact-step-only, exact-multiple-of-K, stateless, consistent; what is wrong: length-dependent,
+        non-causal, inexact; or unproven."""
         return self.certificate.verdict
 
     @property
@@ -52,28 +65,36 @@ class EquivalenceResult:
         notes = f"\n  {self.certificate.limit}" if self.certificate.limit else ""
         if missing := self.certificate.not_reached:
             notes += f"\n  boundaries not reached: {', '.join(map(str, missing))} tokens; set longest="
-        if untried := self.certificate.untried:
-            notes += f"\n  not tried, since the budget was used up: {', '.join(untried)}"
-        return f"{self.record.lm.spec}: {self.verdict}{also}{notes}\n{self.certificate.why_not()}".rstrip()
+        return f"{self.record.lm.spec}: {self.certificate.summary}{also}{notes}\n{self.certificate.why_not()}".rstrip()
 
 
 def probe(
     lm: Any,
     *,
     profile: str = "ci",
-    budget: float | None = None,
+    budget: int | None = None,
     examples: int | None = None,
     longest: int | None = None,
     counterexamples: Path | None = None,
+    certificates: Path | None = None,
+    progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> EquivalenceResult:
     """Find which laws of streaming `lm` keeps, by trying them, never by asking the model what it supports.
 
     lm               a `Model`, or anything that `as_model` takes
-    profile          "ci" (the same cases every time), "dev" (other random ones in each run), "nightly" (thousands, two minutes)
-    budget           seconds after which no case is tried (default: the profile's); the certificate says what was covered
+    profile          "ci" (the same cases every time, on every machine), "dev" (other random ones in each run), "nightly"
+                     (thousands)
+    budget           what the cases beyond the floors may cost, in tokens read (a call counts as 46 more, float64 four times);
+                     by default the profile's, less for a large model. With 0 nothing is tried, and the verdict is `unproven`
     examples         random cases (default: the profile's)
-    longest          tokens of the longest sequence; by default 160, or three times the model's window if that is more
+    longest          tokens of the longest sequence; by default 320, or twice the model's largest boundary and one more. With
+                     less, the verdict is `unproven`
     counterexamples  a file of earlier ones, which are tried first; new ones are appended
+    certificates     a folder that keeps what was tried on each model: a later run with the profile "dev" or "nightly" replays a
+                     case of each law, counts the others, and tries new ones; with "ci" it can only refute
+    progress         called with the cost so far, the number of laws broken, and the cost expected
+    say              called before a probe that takes more than a minute, with how long, and how to choose less
 
     Leaves weights, buffers and torch's random numbers as they were (`as_model` puts a module into eval mode). Raises ModelError
     for a model that cannot be tried: a part is in train mode, it gives no finite numbers, or reads less than two tokens.
@@ -82,43 +103,96 @@ def probe(
 
     if profile not in PROFILES:
         raise ArgumentError(no_such("profile", profile, PROFILES))
+    if budget is not None and not (isinstance(budget, int) and budget >= 0):
+        raise ArgumentError(
+            f"budget={budget!r}: expected a number of tokens, 0 or more, such as 200_000. Seconds do not count."
+        )
     lm, began, chosen = as_model(lm), time.perf_counter(), PROFILES[profile]
-    if budget is not None:
-        chosen = replace(chosen, budget=budget)
-    if examples is not None:
-        chosen = replace(chosen, examples=max(1, examples))
     _refuse_train_mode(lm)
-    window = max((boundary for boundary in lm.boundaries if boundary <= LARGEST_BOUNDARY), default=0)
-    length = min(longest or max(LONGEST, 3 * window + 7), lm.context_length or 1 << 30)
+    length = min(longest or floor_length(lm.boundaries, lm.context_length), lm.context_length or 1 << 30)
     if length < 2:
         raise ModelError(f"{lm.spec} reads at most {length} token(s); the laws need two.")
-    low = str(lm.dtype).removeprefix("torch.") in LOW_PRECISION
-    in_float32 = copy_of(lm, torch.float32) if low else None
-    store = CounterexampleStore(counterexamples)
-    with preserve_weights(lm) as changed, torch.random.fork_rng([lm.device] if lm.device.type == "cuda" else []):
-        harness, stop = Harness(lm), began + chosen.budget * (0.5 if in_float32 else 1.0)
-        certificate = run_probe(harness, length, chosen, store.cases(lm.spec), stop)
-        if "isolation" not in certificate.broken and (changed_by := changed()):
-            message = f"{changed_by} It took the whole probe: no case of this law does it alone."
-            example = Counterexample({"length": harness.longest}, None, message, "pytest_lmeval.laws.probe(lm)")
-            certificate = _with(certificate, lm, "isolation", example)
-        if in_float32 is not None and certificate.verdict == CONSISTENT:
-            certificate = _refuted_in_float32(certificate, harness, in_float32, length, chosen, began + chosen.budget)
-    for name, law in certificate.laws.items():
-        for example in law.counterexamples:
-            store.add(lm.spec, name, example.case)
+    parameters = sum(tensor.numel() for tensor in weights(lm.module))
+    plan = Plan(
+        longest=length,
+        budget=chosen.budget_for(parameters) if budget is None else budget,
+        examples=chosen.examples if examples is None else max(1, examples),
+        derandomize=chosen.derandomize,
+        drawn=Random(0) if chosen.derandomize else Random(),
+    )
+    certificate, harness = _nothing_tried(lm), None
+    if plan.budget or budget is None:
+        stores = CounterexampleStore(counterexamples), EvidenceStore(certificates, lm, length)
+        certificate, harness = _probed(lm, plan, *stores, progress, say)
     state = certificate.state
+    work = harness.work if harness else None
     record = Record(
         kind="equivalence",
         subject="laws of streaming",
         lm=facts(lm),
-        settings={"profile": profile, "examples": chosen.examples, "budget": chosen.budget},
-        details={"calls": harness.calls},
+        settings={"profile": profile, "examples": plan.examples, "budget": plan.budget},
+        details={}
+        if work is None
+        else {"calls": work.calls, "tokens": work.tokens, "work": work.cost, "reads": work.cost / (READ + CALL)},
         metrics=_metrics(certificate),
         cost=Cost(seconds=time.perf_counter() - began, state_bytes=None if state is None else state.bytes),
         certificate=certificate,
     )
     return EquivalenceResult(record)
+
+
+def _probed(
+    lm: Model,
+    plan: Plan,
+    counterexamples: CounterexampleStore,
+    evidence: EvidenceStore,
+    progress: Progress | None,
+    say: Callable[[str], None] | None,
+) -> tuple[Certificate, Harness]:
+    low, earlier = str(lm.dtype).removeprefix("torch.") in LOW_PRECISION, evidence.load()
+    with preserve_weights(lm) as changed, torch.random.fork_rng([lm.device] if lm.device.type == "cuda" else []):
+        harness = Harness(lm)
+        if say is not None and not earlier.runs:
+            _warn_of_a_long_probe(harness, plan, low, say)
+        known = Tried(earlier.own.kept, counterexamples.cases(lm.spec)) + Tried(broken=earlier.own.broken)
+        certificate, tried, counted = run_probe(harness, plan, known, progress)
+        in_float32 = Tried()
+        if "isolation" not in certificate.broken and (changed_by := changed()):
+            message = f"{changed_by} It took the whole probe: no case of this law does it alone."
+            example = Counterexample({"length": harness.longest}, None, message, "pytest_lmeval.laws.probe(lm)")
+            certificate, tried = _with(certificate, lm, "isolation", example), Tried()
+        if certificate.verdict == CONSISTENT and (copy := copy_of(lm, torch.float32)) is not None:
+            certificate, in_float32 = _refuted_in_float32(certificate, harness, copy, plan, earlier.in_float32)
+    for name, law in certificate.laws.items():
+        for example in law.counterexamples:
+            counterexamples.add(lm.spec, name, example.case)
+    if tried.kept:
+        evidence.save(earlier + Evidence(tried, in_float32, 1))
+    return structs.replace(certificate, runs=1 + earlier.runs * counted), harness
+
+
+def _nothing_tried(lm: Model) -> Certificate:
+    missing = "a budget of 0 tries nothing; without --lmeval-budget every law is tried on its floor"
+    laws = {name: LawResult(cases=0, missing=missing) for name, law in LAWS.items() if lm.stateful or not law.needs_state}
+    return Certificate(verdict=UNPROVEN, dtype=str(lm.dtype).removeprefix("torch."), laws=laws)
+
+
+def _warn_of_a_long_probe(harness: Harness, plan: Plan, low: bool, say: Callable[[str], None]) -> None:
+    """Time one reading, and tell the user if the floors would take minutes."""
+    began, short = time.perf_counter(), min(READ, plan.longest)
+    try:
+        harness.run(harness.tokens(short, 0), [short])
+    except Exception:  # noqa: BLE001 - the probe says what is wrong
+        return
+    harness.longest = plan.longest
+    cost = (floor_cost(harness) + plan.budget) * (2 if low else 1)
+    seconds = (time.perf_counter() - began) / (short + CALL) * cost
+    if seconds > LONG:
+        say(
+            f"The laws of {harness.lm.spec} are tried on their floors before anything else is measured: about {cost:,} tokens, "
+            f"{seconds / 60:.0f} minutes on {harness.lm.device}. With --lmeval-budget 0 nothing is tried: the verdict is "
+            "`unproven`, and everything is read the slow, safe way."
+        )
 
 
 def replay(lm: Any, law: str, *, longest: int = LONGEST, float32: bool = False, **case: Any) -> None:
@@ -138,15 +212,15 @@ def replay(lm: Any, law: str, *, longest: int = LONGEST, float32: bool = False, 
 
 
 def _refuted_in_float32(
-    certificate: Certificate, harness: Harness, copy: Model, longest: int, profile: Profile, stop: float
-) -> Certificate:
+    certificate: Certificate, harness: Harness, copy: Model, plan: Plan, earlier: Tried
+) -> tuple[Certificate, Tried]:
     """Probe a copy in float32. A fault that is larger there than the rounding of 16 bits counts against the model."""
     noise = max(float(reference.full_error.max()) for reference in harness.references.values())
     try:
-        exact = Harness(copy)
-        found = run_probe(exact, longest, profile, [], stop)
+        exact = Harness(copy, work=harness.work)
+        found, tried, _ = run_probe(exact, plan, earlier)
     except ModelError:
-        return certificate
+        return certificate, earlier
     certificate = structs.replace(certificate, float32=found.verdict)
     for name, law in found.laws.items():
         if not law.counterexamples:
@@ -157,13 +231,13 @@ def _refuted_in_float32(
             message = f"a copy of it in float32: {example.message}"
             example = structs.replace(example, message=message, replay=f"{example.replay[:-1]}, float32=True)")
             certificate = _with(certificate, harness.lm, name, example, found.verdict)
-    return certificate
+    return certificate, tried
 
 
 def _with(certificate: Certificate, lm: Model, law: str, example: Counterexample, verdict: str | None = None) -> Certificate:
     result = certificate.laws[law]
     laws = {**certificate.laws, law: structs.replace(result, kept=None, counterexamples=(*result.counterexamples, example))}
-    found = frozenset(name for name, law_result in laws.items() if not law_result.kept)
+    found = frozenset(name for name, law_result in laws.items() if law_result.status == "broken")
     verdict = verdict or verdict_of(found, stateful=lm.stateful, dtype=certificate.dtype)
     return structs.replace(certificate, laws=laws, verdict=verdict)
 
@@ -179,10 +253,10 @@ def _refuse_train_mode(lm: Model) -> None:
 
 
 def _metrics(certificate: Certificate) -> dict[str, Value]:
-    laws = certificate.laws.values()
+    kept, applicable = len(certificate.with_status("kept")), len(certificate.applicable)
     metrics = {
-        "laws_kept": value_of("laws_kept", sum(bool(law.kept) for law in laws), unit=f"of {len(laws)}"),
-        "cases": value_of("cases", sum(law.cases for law in laws), unit=f"of {sum(law.planned for law in laws)} planned"),
+        "laws_kept": value_of("laws_kept", kept, unit=f"of {applicable}"),
+        "cases": value_of("cases", sum(law.cases for law in certificate.laws.values())),
     }
     if certificate.worst_ratio is not None:
         metrics["worst_ratio"] = value_of("worst_ratio", certificate.worst_ratio)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from pytest_lmeval.errors import LawBroken, NotPossible
 from pytest_lmeval.laws._checks import LAWS, check
 from pytest_lmeval.laws._diagnosis import broken
+from pytest_lmeval.laws._floors import LAST_SINGLES
 from pytest_lmeval.laws._harness import LONGEST, Harness
 from pytest_lmeval.laws._strategies import Case
-from pytest_lmeval.records._certificate import OUT_OF_TIME, Counterexample, LawResult, finite
+from pytest_lmeval.records._certificate import Counterexample, LawResult, finite
 
 MOST_SHRINKS = 200
 ENOUGH = 4  # cases that broke a law, after which it is not tried further
+FIRST_SINGLES = 48  # tokens that are read one by one from the beginning
 APART = 2  # decades between a gross failure and a subtle one that is shown beside it
 AFTERMATH = 64  # tokens after a boundary from which a fault is diagnosed
 
@@ -22,20 +23,29 @@ AFTERMATH = 64  # tokens after a boundary from which a fault is diagnosed
 class Search:
     """Try one law on cases, each once, and remember the outcomes.
 
-    longest  tokens of the longest sequence; may be raised later
+    floor  the cases that it has to be tried on to count as kept
     """
 
-    def __init__(self, law: str, harness: Harness, longest: int) -> None:
-        self.law, self.harness, self.longest = law, harness, longest
+    def __init__(self, law: str, harness: Harness, floor: tuple[Case, ...] = ()) -> None:
+        self.law, self.harness = law, harness
+        self.floor = tuple(dict.fromkeys(LAWS[law].relevant(case) for case in floor))
         self.seen: dict[Case, LawBroken | None] = {}
-        self.left_out: set[Case] = set()
         self.unavailable: str | None = None
 
     def fit(self, case: Case) -> Case:
-        """The case as the law sees it, cut down to `longest`."""
-        length = min(case.length, self.longest)
-        cuts = tuple(cut for cut in case.cuts if cut < length) or (length - 1,)
+        """The case as the law sees it, cut down to the longest sequence."""
+        length = min(case.length, self.harness.longest)
+        cuts = tuple(cut for cut in case.cuts if cut < length) or ((length - 1,) if LAWS[self.law].cut else ())
         return LAWS[self.law].relevant(replace(case, length=length, cuts=cuts))
+
+    def drawn(self, case: Case) -> Case:
+        """A case drawn for all laws, as this one tries it: single tokens are read a few at a time."""
+        case = self.fit(case)
+        if self.law != "steps":
+            return case
+        first = case.cuts[0] if case.cuts else 0
+        singles = LAST_SINGLES if first > 1 else FIRST_SINGLES
+        return replace(case, length=min(case.length, first + singles), cuts=case.cuts[:1])
 
     def attempt(self, case: Case) -> LawBroken | None:
         case = self.fit(case)
@@ -53,18 +63,17 @@ class Search:
                     self.unavailable = str(impossible)
         return self.seen.get(case)
 
-    def attempt_in_time(self, case: Case, stop: float) -> None:
-        if time.perf_counter() > stop:
-            self.left_out.add(self.fit(case))
-        elif len(self.failures) < ENOUGH:
-            self.attempt(case)
-
     @property
     def failures(self) -> list[LawBroken]:
         return [failure for failure in self.seen.values() if failure is not None]
 
-    def result(self, stop: float) -> LawResult:
-        """The outcome, with the grossest failure, and the subtlest if that is far from it, shrunk until `stop`."""
+    @property
+    def settled(self) -> bool:
+        """Whether it was broken so often, or cannot be tried, so that further cases tell nothing new."""
+        return len(self.failures) >= ENOUGH or self.unavailable is not None
+
+    def result(self, allowance: int, why_missing: str) -> LawResult:
+        """The outcome, with the grossest failure, and the subtlest if that is far from it, each shrunk at a cost of `allowance`."""
         cases, longest = len(self.seen), max((case.length for case in self.seen), default=0)
         worst, worst_at = self.harness.worst.get(self.law, (None, None))
         decades = {failure.decade: failure for failure in self.failures}
@@ -72,27 +81,30 @@ class Search:
         if decades:
             low, high = min(decades), max(decades)
             two_faults = high - low >= APART
-            small.append(self._shrink(decades[high], range(high if two_faults else 0, 10), stop))
+            small.append(self._shrink(decades[high], range(high if two_faults else 0, 10), allowance))
             if two_faults:
-                small.append(self._shrink(decades[low], range(high), stop))
+                small.append(self._shrink(decades[low], range(high), allowance))
+        missing = [case for case in self.floor if case not in self.seen]
         return LawResult(
             cases=cases,
-            planned=cases + len(self.left_out - self.seen.keys()),
             longest=longest,
             worst_ratio=None if worst is None else finite(worst.ratio),
             worst_at=None if worst is None else f"token {worst.position} of {worst_at}",
             counterexamples=tuple(small),
-            unavailable=self.unavailable or (None if cases else OUT_OF_TIME),
+            missing=why_missing if missing and not self.unavailable else None,
+            unavailable=self.unavailable,
         )
 
-    def _shrink(self, found: LawBroken, decades: range, stop: float) -> Counterexample:
+    def _shrink(self, found: LawBroken, decades: range, allowance: int) -> Counterexample:
+        stop = self.harness.work.cost + allowance
+
         def fails(case: Case) -> bool:
             failure = self.attempt(case)
             return failure is not None and failure.decade in decades
 
-        case = shrink(found.case, fails, lambda: time.perf_counter() < stop)
+        case = shrink(found.case, fails, lambda: self.harness.work.cost < stop)
         small = self.seen[self.fit(case)] or found
-        if small.likely and time.perf_counter() < stop:  # the course of an error shows only if tokens come after it
+        if small.likely and self.harness.work.cost < stop:  # the course of an error shows only if tokens come after it
             cuts = (*small.case.cuts, small.case.length) if small.case.cuts else ()
             longer = self.attempt(replace(small.case, length=small.case.length + AFTERMATH, cuts=cuts))
             small.likely = longer.likely if longer is not None and longer.decade in decades else small.likely
@@ -144,7 +156,7 @@ def _simpler(case: Case) -> Iterator[Case]:
     if len(cuts) == 1 and cuts[0] > 1:  # all of it closer to the beginning
         for off in {cuts[0] // 2, 1} - {0}:
             yield replace(case, length=length - off, cuts=(cuts[0] - off,))
-    for name, least in (("seed", 0), ("row", 0), ("rows", max(2, case.row + 1)), ("padding", 0), ("before", 1)):
+    for name, least in (("seed", 0), ("rows", 2), ("padding", 0), ("before", 1)):
         value = getattr(case, name)
         for smaller in sorted({least, (least + value) // 2, value - 1}):
             if least <= smaller < value:

@@ -8,8 +8,10 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+MANY = 8  # chunks of a length before it counts as exact in multiples
 POWERS = (8, 16, 32, 64, 128)
 SHORT = 40  # tokens of every second sequence: cheap, and enough for most faults
+MOST_ROWS = 33
 SEEDS = 3  # kinds of token sequences, see `Harness.tokens`
 
 
@@ -17,8 +19,8 @@ SEEDS = 3  # kinds of token sequences, see `Harness.tokens`
 class Case:
     """A sequence of `length` random tokens (from `seed`), the positions at which it is cut into chunks, and its company.
 
-    rows     sequences in the batch; this one is number `row` of them
-    padding  tokens appended to it, as to a shorter row of a batch; their logits are ignored
+    rows     sequences in the batch, each of other tokens
+    padding  the most tokens that a row is shorter than the batch; their logits are ignored
     before   tokens of another sequence that is read first
     """
 
@@ -26,7 +28,6 @@ class Case:
     cuts: tuple[int, ...] = ()
     seed: int = 0
     rows: int = 1
-    row: int = 0
     padding: int = 0
     before: int = 0
 
@@ -50,8 +51,8 @@ class Case:
 
     def __str__(self) -> str:
         chunks = f" in chunks of {_short(self.sizes)}" if self.cuts else ""
-        beside = f", row {self.row} of {self.rows}" if self.rows > 1 else ""
-        padded = f", {self.padding} tokens of padding after it" if self.padding else ""
+        beside = f", {self.rows} rows" if self.rows > 1 else ""
+        padded = f", padded by up to {self.padding} tokens" if self.padding else ""
         before = f", after {self.before} tokens of another sequence" if self.before else ""
         return f"{self.length} tokens (seed {self.seed}){chunks}{beside}{padded}{before}"
 
@@ -85,9 +86,8 @@ def cases(draw: st.DrawFn, longest: int, boundaries: tuple[int, ...] = ()) -> Ca
     length = draw(st.integers(2, min(longest, SHORT)) | st.integers(2, longest))
     cuts = draw(compositions(length, boundaries))
     seed = draw(st.integers(0, SEEDS - 1))
-    rows = draw(st.integers(2, 4))
-    row = draw(st.integers(0, rows - 1))
-    return Case(length, cuts, seed, rows, row, draw(st.integers(0, 9)), draw(st.integers(1, longest)))
+    rows = draw(st.integers(2, 4) | st.integers(2, MOST_ROWS))
+    return Case(length, cuts, seed, rows, draw(st.integers(0, 9)), draw(st.integers(1, longest)))
 
 
 def edge_cases(longest: int, boundaries: tuple[int, ...] = ()) -> list[Case]:
@@ -96,42 +96,47 @@ def edge_cases(longest: int, boundaries: tuple[int, ...] = ()) -> list[Case]:
     short, middle = min(longest, 8), min(longest, 72)
     found = [
         Case(short, chunk_cuts(short, 3, 1, 4), rows=2, padding=3, before=short),
-        Case(longest, chunk_cuts(longest, 1, 2, 7, 3, 13, 1, longest // 3 + 1, 4, 6, 1, longest), rows=3, row=1, before=3),
-        Case(middle, chunk_cuts(middle, middle - min(8, middle // 2), 1), rows=2, row=1, before=middle),
-        Case(short, (1,), 2, rows=2, row=1, before=1),
-        Case(longest, (longest - 1,), 1, rows=9, row=8, padding=1, before=longest),
-        Case(longest, chunk_cuts(longest, 5), rows=3, row=2, padding=6, before=2),
+        Case(longest, chunk_cuts(longest, 1, 2, 7, 3, 13, 1, longest // 3 + 1, 4, 6, 1, longest), rows=3, before=3),
+        Case(middle, chunk_cuts(middle, middle - min(8, middle // 2), 1), rows=2, before=middle),
+        Case(short, (1,), 2, rows=2, before=1),
+        Case(longest, (longest - 1,), 1, rows=9, padding=1, before=longest),
+        Case(longest, chunk_cuts(longest, 5), rows=3, padding=6, before=2),
         Case(middle, chunk_cuts(middle, 3, 2), 2, rows=3, before=5),
+        Case(middle, chunk_cuts(middle, 1), 1, rows=2, before=5),
     ]
     for index, boundary in enumerate((*boundaries, 64)):
         seed = index % SEEDS
         for cut in (boundary - 1, boundary, boundary + 1):
             if 0 < cut < longest:
-                found += [Case(longest, (cut,), seed, rows=2, row=index % 2, padding=cut % 4, before=cut)]
+                found += [Case(longest, (cut,), seed, rows=2, padding=cut % 4, before=cut)]
                 found += [Case(longest, chunk_cuts(longest, cut), seed, rows=2, padding=cut % 3, before=cut)]
     return [case for case in found if case.cuts]
 
 
-ESSENTIAL = 3  # so many of the first edge cases are tried whatever they cost
-
-
-def shortest_case(longest: int) -> Case:
-    length = min(longest, 5)
-    return Case(length, chunk_cuts(length, 2, 2, 1) or (1,), rows=2, padding=1, before=2)
+def every_chunk_length(longest: int) -> list[Case]:
+    """Sequences whose chunks after the first have every length from 1 to half of the longest, once."""
+    found, sizes, used = list[Case](), list[int](), 0
+    lengths = range(1, longest // 2 + 1)
+    for size in sorted(lengths, key=lambda size: size * 79 % len(lengths)):  # long ones among short ones
+        if used + size >= longest:
+            found.append(Case(longest, chunk_cuts(longest, 1, *sizes, longest), len(found) % SEEDS))
+            sizes, used = [], 0
+        sizes.append(size)
+        used += size
+    return [*found, Case(longest, chunk_cuts(longest, 1, *sizes, longest))] if sizes else found
 
 
 def aligned_cases(k: int, longest: int, boundaries: tuple[int, ...] = ()) -> list[Case]:
-    """Sequences cut only at multiples of `k`, with a rest of any length at the end, often of one token."""
-    rests = [2 * k, 3 * k - 1, 4 * k + k // 2, longest]
+    """Sequences cut only at multiples of `k`: into many chunks of `k`, with rests of many lengths, often of one token."""
+    rests = [MANY * k + rest for rest in (1, k // 2, k - 1)] + [3 * k - 1, longest]
     singles = [times * k + 1 for times in range(1, 13) if times * k < longest]
     seeds = range(max(SEEDS, 24 // max(1, len(singles))))
-    everywhere = [
-        Case(length, chunk_cuts(length, k), seed) for length in rests if k < length <= longest for seed in range(SEEDS)
-    ]
-    everywhere += [Case(length, chunk_cuts(length, k), seed) for length in singles for seed in seeds]
+    found = [Case(length, chunk_cuts(length, k), seed) for length in rests if k < length <= longest for seed in range(SEEDS)]
+    found += [Case(length, chunk_cuts(length, k), seed) for length in singles for seed in seeds]
     cuts = {longest * part // 8 // k * k for part in range(1, 8)} | {(longest - 1) // k * k}
     cuts |= {boundary // k * k + off for boundary in boundaries for off in (0, k)}
-    return everywhere + [Case(longest, (cut,)) for cut in sorted(cuts) if 0 < cut < longest]
+    found += [Case(longest, (cut,)) for cut in sorted(cuts) if 0 < cut < longest]  # long rests
+    return list(dict.fromkeys(found))
 
 
 def _short(sizes: list[int]) -> str:

@@ -68,8 +68,12 @@ class Reference:
 
 def log_probabilities(logits: Tensor) -> Tensor:
     """[t, v] logits to float64 log-probabilities on the CPU; of a large vocabulary, an even sample."""
-    found = torch.log_softmax(logits.detach().to("cpu", torch.float64), dim=-1)
-    return found if found.shape[-1] <= 2 * COLUMNS else found[:, :: found.shape[-1] // COLUMNS].clone()
+    return sampled(torch.log_softmax(logits.detach().to("cpu", torch.float64), dim=-1))
+
+
+def sampled(found: Tensor) -> Tensor:
+    """Of a large vocabulary [t, v], an even sample of the columns."""
+    return found if found.shape[-1] <= 2 * COLUMNS else found[..., :: found.shape[-1] // COLUMNS].clone()
 
 
 def token_errors(run: Tensor, expected: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pytest_lmeval.laws._probe import EquivalenceResult, probe
+from pytest_lmeval.laws._probe import EquivalenceResult
 from pytest_lmeval.measures._context import current, verb
 
 
@@ -14,7 +14,7 @@ def equivalence(
     lm: Any,
     *,
     profile: str | None = None,
-    budget: float | None = None,
+    budget: int | None = None,
     examples: int | None = None,
     longest: int | None = None,
     counterexamples: Path | None = None,
@@ -27,8 +27,8 @@ def equivalence(
     options = {name: value for name, value in (*given, ("counterexamples", counterexamples)) if value is not None}
     context = current()
     model = context.model(lm)
-    key = context.key("equivalence", model, options)
+    key = context.key("equivalence", model, {**context.session.probe, **options})
     if (finished := context.finished(key)) is not None:
         return EquivalenceResult(finished)
-    probed = probe(model, **{**context.session.probe, **options}) if options else context.session.verdict(model)
+    probed = context.session.probed(model, **options) if options else context.session.verdict(model)
     return context.recorded(key, probed)

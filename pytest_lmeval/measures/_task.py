@@ -130,7 +130,9 @@ def measure_task(
     truncate  "left" drops tokens on the left that do not fit the model's context, and counts them; "refuse" is an error
     examples  write each answer to this file of JSON lines
     partial   append answers to this file until all are there
-    known     take answers from this file and `partial`, where model and question are exactly the same
+    known     take answers from this file and `partial`, where model, question and judge are exactly the same
+
+    Scores and verdicts are computed anew from an earlier answer; if its judge now says something else, it is generated again.
 
     Raises TaskError, CorpusError, NotFiniteError, with the row that cannot be asked, read, scored; earlier answers are kept.
     """
@@ -148,7 +150,7 @@ def measure_task(
 
     questions = islice(_encoded(task, encoder, drawn, data_dir, not_questions), limit)
     for block in _blocks(questions, engine.policy.batch_size, grow=task.threshold is None):
-        fresh = [one for one in block if one.number not in earlier or earlier[one.number].key != one.key]
+        fresh = [one for one in block if not _is_current(earlier.get(one.number), one, task.judge)]
         new = {example.number: example for example in _answers(engine, fresh, metrics, task.judge, seed)}
         answers.append(new.values())
         answered += [new.get(one.number) or _scored(earlier[one.number], metrics) for one in block]
@@ -260,12 +262,13 @@ def _answers(
         prompts = [
             Prompt(one.requests[0].ids, one.id, way.max_tokens, way.stop, way.temperature, seed) for one, way in generated
         ]
-        answers = engine.generate(prompts, None if judge is None else _judging(judge, prompts))
+        answers = engine.generate(prompts, None if judge is None else _judging(judge, [one.id for one, _ in generated]))
         for (one, way), answer in zip(generated, answers, strict=True):
             found[one.number] = {
                 "targets": tuple(text.strip() for text in way.answers),
                 "output": answer.text.strip(),
                 "judged": answer.judged,
+                "generated": "" if judge is None else answer.text,
                 "read": answer.read,
                 "saved": len(answer.prompt.ids) + max(0, len(answer.ids) - 1) - answer.read,
             }
@@ -307,11 +310,20 @@ def _chosen(asked: EncodedQuestion, question: Choices, scores: Sequence[Scored],
     }
 
 
-def _judging(judge: Judge, prompts: Sequence[Prompt]) -> Callable[[int, str], bool | None]:
-    """The judge as the engine calls it; its errors name the row."""
+def _is_current(earlier: Example | None, asked: EncodedQuestion, judge: Judge | None) -> bool:
+    """Whether an earlier answer is the one to this question, and the judge, asked anew, says of it what it said then."""
+    if earlier is None or earlier.key != asked.key:
+        return False
+    if judge is None or not isinstance(asked.question, Generate):
+        return True
+    return _judging(judge, [asked.id])(0, earlier.generated) == earlier.judged
+
+
+def _judging(judge: Judge, names: Sequence[str]) -> Callable[[int, str], bool | None]:
+    """The judge as the engine calls it, for rows of these names; its errors name the row."""
 
     def judged(number: int, text: str) -> bool | None:
-        row = prompts[number].name
+        row = names[number]
         try:
             verdict = judge(text)
         except Exception as error:

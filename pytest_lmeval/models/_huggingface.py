@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pytest_lmeval.errors import ModelError, SpecError
+from pytest_lmeval.errors import ModelError, SpecError, some
 from pytest_lmeval.models import _specs as specs
 from pytest_lmeval.models._model import Model, State, StepFn, devices_note, tokenizer_for
 from pytest_lmeval.models._sources import Loaded
@@ -68,10 +68,14 @@ def load(name: str, *, spec: str, dtype: torch.dtype | None = None, trust_remote
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
         config = transformers.AutoConfig.from_pretrained(source, **options)
-        module = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto", **options)
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SpecError(f"{spec} could not be loaded: {reason} ({name!r} {where}") from error
+    module, report = loaded
+    _refuse_incomplete(spec, report)
     tokenizer: HFTokenizer | NoTokenizer
     try:
         tokenizer = HFTokenizer(transformers.AutoTokenizer.from_pretrained(source, **options), name)
@@ -81,7 +85,23 @@ def load(name: str, *, spec: str, dtype: torch.dtype | None = None, trust_remote
     before = None
     if isinstance(saved, torch.dtype):  # buffers are not saved: the model computes them
         before = sum(p.numel() * saved.itemsize for p in module.parameters()) + sum(map(nbytes, module.buffers()))
-    return Loaded(module.train(False), tokenizer, before)
+    return Loaded(module.train(False), tokenizer, before, unused_weights=tuple(sorted(report["unexpected_keys"])))
+
+
+def _refuse_incomplete(spec: str, report: dict[str, Any]) -> None:
+    """Raise SpecError if the checkpoint lacks weights, or holds some of another shape, as transformers' report on loading says.
+
+    Weights tied to others, and tensors that the model computes, are not in the report.
+    """
+    missing = sorted(report["missing_keys"])
+    wrong = [f"{name} {list(saved)} for {list(own)}" for name, saved, own in sorted(report["mismatched_keys"])]
+    if not missing and not wrong:
+        return
+    listed = "; ".join(f"{what}: {some(names)}" for what, names in (("missing", missing), ("of another shape", wrong)) if names)
+    raise SpecError(
+        f"{spec} is incomplete. Of the weights of its model, {listed}. transformers fills these with initial values, "
+        "most of them random, so each load would give another model. Save the checkpoint again, or mend its config.json."
+    )
 
 
 def adapt(module: nn.Module, *, spec: str, tokenizer: Any = None) -> Model:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
+import json
 import uuid
 from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import is_dataclass
+from functools import partial
+from types import FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from pytest_lmeval.errors import SpecError
 from pytest_lmeval.models._model import Model, multiplied, weights
+from pytest_lmeval.models._source_code import code_digest
 from pytest_lmeval.models._tensors import is_packed, nbytes, parts, precision_of, value_bits
 from pytest_lmeval.models._weak_cache import WeakCache
 from pytest_lmeval.records._measured import ModelFacts, Precision
@@ -24,8 +27,10 @@ from pytest_lmeval.records._measured import ModelFacts, Precision
 SMALL = 1 << 20  # elements up to which a tensor is hashed completely
 NEARLY_ALL = 0.9  # fraction of the weights that must be in one precision for it to be that of the model
 SAMPLE = 64  # elements of each tensor that are compared to detect a change, beside torch's version counter
-PLAIN = (str, int, float)  # bool is an int; isinstance is several times faster with a tuple than with a union
-LOADED_FROM = "name_or_path"  # where transformers stores the folder; a copy of the folder holds the same model
+PLAIN = (str, int, float, torch.dtype)  # bool is an int; isinstance is several times faster with a tuple than with a union
+LOADED = ("name_or_path", "_name_or_path", "_commit_hash", "_is_hf_initialized")  # by transformers, from where: no settings
+NO_SETTINGS = frozenset(vars(nn.Module())) - {"training"} | {*LOADED}
+FUNCTIONS = (FunctionType, MethodType, partial)
 ALWAYS_HASHED = 4096  # elements up to which hashing a tensor is as fast as checking whether it has changed
 
 DIGESTS = WeakCache[bytes]()  # by tensor
@@ -50,6 +55,7 @@ def facts(model: Model) -> ModelFacts:
         device=str(model.device),
         fingerprint=digest,
         precision=found,
+        unused=list(model.unused_weights),
     )
 
 
@@ -90,10 +96,13 @@ def fingerprint(model: Model) -> str:
     """Sixteen hex digits that change with the model's declared facts, code, settings or weights.
 
     The declared facts are the form, the sizes of vocabulary and context, and the codebooks, but not a limit that the probe
-    found. The code is the source file of the class of every submodule except torch's own; the settings are the plain attributes
-    of every submodule. Of a tensor with more than a million elements, an even sample and the sum of all are hashed.
+    found. The code is that of the class of every submodule, of functions and hooks put into one, of the function that built the
+    model and of one that steps it, with the files of the user's project that it imports (see `_source_code.code_digest`). The
+    settings are the plain attributes of every submodule, and the configuration of a transformers model with its attention
+    implementation. Of a tensor with more than a million elements, an even sample and the sum of all are hashed.
 
-    An object that is no torch module is identified by its attribute `fingerprint`; without one it is a new model in every run.
+    An object that is no torch module is identified by its attribute `fingerprint` and its code; without the attribute it is a
+    new model in every run.
 
     A tensor is hashed again when its torch version counter, its storage or a sample of its elements has changed. This misses a
     change of a few elements of a large tensor that torch does not count (through `.data`, or by a kernel unknown to torch).
@@ -102,17 +111,28 @@ def fingerprint(model: Model) -> str:
     if (books := model.codebooks) is not None:
         declared += [books.sizes, books.scored, books.delays, books.gaps]
     digest = hashlib.sha256("|".join(map(str, declared)).encode())
+    digest.update(code_digest(_run_by(model)))
     if model.module is None:
         own = getattr(model.source, "fingerprint", None)
         known_by = model.step_fn if model.source is None else model.source
         digest.update((f"its own: {own}" if own else IDENTITIES.value(known_by, lambda: uuid.uuid4().hex)).encode())
     else:
         settings = sorted(item for item in settings_of(model.module).items() if item[0] not in model.mutable_buffers)
-        to_json = getattr(getattr(model.module, "config", None), "to_json_string", None)
-        digest.update(hashlib.sha256(f"{settings}{to_json() if callable(to_json) else ''}".encode()).digest())
-        digest.update(_code_digest(model.module))
+        digest.update(hashlib.sha256(f"{settings}{_configurations(model.module)}".encode()).digest())
         digest.update(weights_digest(model, _cached_digest))
     return digest.hexdigest()[:16]
+
+
+def _run_by(model: Model) -> Iterator[Any]:
+    """The classes and functions that build and step a model, each class once."""
+    yield from (model.built_by, model.step_fn)
+    if model.module is None:
+        yield type(model.source)
+        return
+    for part in model.module.modules():
+        yield type(part)
+        hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
+        yield from (value for value in (*vars(part).values(), *hooks) if isinstance(value, FUNCTIONS))
 
 
 def _digest(tensor: Tensor) -> bytes:
@@ -152,27 +172,49 @@ def architecture_of(model: Model) -> dict[str, str]:
 
 
 def settings_of(module: nn.Module) -> dict[str, str]:
-    """The plain attributes of every submodule, by name, without the folder that transformers loaded from."""
+    """The plain attributes of every submodule, by name; also lists, tuples, dicts and dataclasses of plain values."""
     return {
-        f"{name}.{key}": repr(value)
+        f"{name}.{key}": setting
         for name, part in module.named_modules()
         for key, value in vars(part).items()
-        if key[:1] != "_" and isinstance(value, PLAIN) and key != LOADED_FROM
+        if key not in NO_SETTINGS and (setting := _setting(value)) is not None
     }
 
 
-def _code_digest(module: nn.Module) -> bytes:
-    """Hash the names and the source files of the classes of all submodules; of torch's own, the names only."""
-    kinds = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in {type(part) for part in module.modules()}}
-    digest = hashlib.sha256()
-    for name, kind in sorted(kinds.items()):
-        try:
-            file = None if kind.__module__.startswith("torch.") else inspect.getsourcefile(kind)
-            code = Path(file).read_bytes() if file else b""
-        except (OSError, TypeError):  # interactive, compiled, archived
-            code = b""
-        digest.update(f"{name}|".encode() + hashlib.sha256(code).digest())
-    return digest.digest()
+def _setting(value: Any) -> str | None:
+    """The text of a plain value, and of what holds nothing else; None for any other."""
+    if isinstance(value, PLAIN):
+        return repr(value)
+    if not (isinstance(value, list | tuple | dict | SimpleNamespace) or is_dataclass(value)) or not value:
+        return None
+    try:
+        return json.dumps(value, default=_fields)
+    except (TypeError, ValueError):
+        return None
+
+
+def _fields(value: Any) -> Any:
+    """The plain attributes of an object that holds settings. Raises TypeError for another object."""
+    if isinstance(value, torch.dtype):
+        return str(value)
+    if (
+        isinstance(value, type)
+        or hasattr(value, "to_json_string")
+        or not (isinstance(value, SimpleNamespace) or is_dataclass(value))
+    ):
+        raise TypeError
+    return {name: setting for name, own in vars(value).items() if (setting := _setting(own)) is not None}
+
+
+def _configurations(module: nn.Module) -> list[str]:
+    """The configurations of a transformers model, with what their JSON leaves out, such as the attention implementation."""
+    configs = {id(config): config for part in module.modules() if (config := getattr(part, "config", None)) is not None}
+    found = []
+    for config in configs.values():
+        if callable(to_json := getattr(config, "to_json_string", None)):
+            private = {key: value for key, value in vars(config).items() if key[:1] == "_" and key not in LOADED}
+            found.append(f"{to_json()}{private}")
+    return found
 
 
 def _content(tensor: Tensor, limit: int, *, total: bool) -> bytes:

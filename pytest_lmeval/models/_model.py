@@ -153,6 +153,8 @@ class Model:
     codebooks       how it reads frames of several codes; None: it reads single tokens
     fast_weights    (state) -> name -> tensor: the weights that reading changes; for None, those before the first token
     source          the object of the user
+    built_by        the function of a spec that built it; its code is part of who the model is
+    unused_weights  names of tensors of its checkpoint that it has no place for
     bytes_before    size of the module's tensors before its precision was set; None: it was not set
     found_limit     most tokens of a sequence as the probe found it, if none is declared; not part of the fingerprint
 
@@ -174,6 +176,8 @@ class Model:
     codebooks: Codebooks | None = None
     fast_weights: Callable[[State | None], dict[str, Tensor]] | None = None
     source: Any = None
+    built_by: Any = None
+    unused_weights: tuple[str, ...] = ()
     bytes_before: int | None = None
     found_limit: int | None = None
 

@@ -220,8 +220,9 @@ def _changed(before: dict[str, Any], after: dict[str, Any], *, buffers: bool) ->
     """Names of what one token has changed; buffers only for forms that may keep their state in one."""
 
     def same(name: str) -> bool:
-        if isinstance(after[name], Tensor):
-            return not buffers or (name in before and torch.equal(before[name], after[name]))
-        return name in before and bool(before[name] == after[name])
+        old, new = before.get(name), after.get(name)
+        if isinstance(old, Tensor) or isinstance(new, Tensor):
+            return not buffers or (isinstance(old, Tensor) and isinstance(new, Tensor) and torch.equal(old, new))
+        return bool(old == new)
 
-    return frozenset(name for name in after if not same(name))
+    return frozenset(name for name in {*before, *after} if not same(name))

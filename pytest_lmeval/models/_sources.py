@@ -40,14 +40,16 @@ _converted: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionar
 class Loaded:
     """Returned by a model source instead of a model, to add facts.
 
-    module        a torch module, or an object with `step`
-    tokenizer     see `as_model`
-    bytes_before  size of the saved tensors, if the source loaded them in another precision
+    module          a torch module, or an object with `step`
+    tokenizer       see `as_model`
+    bytes_before    size of the saved tensors, if the source loaded them in another precision
+    unused_weights  names of saved tensors that the module has no place for
     """
 
     module: Any
     tokenizer: Any = None
     bytes_before: int | None = None
+    unused_weights: tuple[str, ...] = ()
 
 
 def load(spec: str, *, device: str | torch.device = "cpu", bits: int | None = None, trust_remote_code: bool = False) -> Model:
@@ -65,7 +67,7 @@ def load(spec: str, *, device: str | torch.device = "cpu", bits: int | None = No
     device = resolve_device(device) if isinstance(device, str) else device
     shown = f"{name}@{wanted}" if wanted else name
     dtype = precision.DTYPES.get(wanted)
-    found, has_dtype = _from_source(name, spec=shown, dtype=dtype, trust_remote_code=trust_remote_code)
+    found, source, has_dtype = _from_source(name, spec=shown, dtype=dtype, trust_remote_code=trust_remote_code)
     loaded = found if isinstance(found, Loaded) else Loaded(found)
     module, before = loaded.module, loaded.bytes_before
     if isinstance(module, nn.Module):
@@ -77,13 +79,14 @@ def load(spec: str, *, device: str | torch.device = "cpu", bits: int | None = No
     elif wanted:
         raise SpecError(f"{shown}: the precision of {type(module).__name__} cannot be set, since it is no torch module.")
     if isinstance(module, Model):
-        return replace(module, spec=shown)
+        return replace(module, spec=shown, built_by=source)
     try:
         lm = as_model(module, spec=shown, tokenizer=loaded.tokenizer)
     except ModelError as error:
         if not wanted:
             raise
         raise SpecError(f"with its weights in {wanted}, {error}") from error
+    lm = replace(lm, built_by=source, unused_weights=loaded.unused_weights)
     return precision.proven(lm, wanted, bytes_before=before) if wanted else lm
 
 
@@ -148,8 +151,8 @@ def _own(module: nn.Module, wanted: str, spec: str) -> nn.Module:
     return module
 
 
-def _from_source(name: str, *, spec: str, dtype: torch.dtype | None, trust_remote_code: bool) -> tuple[Any, bool]:
-    """Call the registered or imported model source; return what it returns, and whether it loaded in `dtype`."""
+def _from_source(name: str, *, spec: str, dtype: torch.dtype | None, trust_remote_code: bool) -> tuple[Any, Any, bool]:
+    """Call the registered or imported model source; return what it returns, itself, and whether it loaded in `dtype`."""
     if found := registry.resolve("models", name):
         source, rest = found
         given = {"spec": spec, "trust_remote_code": trust_remote_code, **({} if dtype is None else {"dtype": dtype})}
@@ -164,7 +167,7 @@ def _from_source(name: str, *, spec: str, dtype: torch.dtype | None, trust_remot
         raise SpecError(f"{spec}: its model source cannot be called with {behind}: {error}.") from error
     except ValueError:  # some functions written in C have no signature
         pass
-    return source(*arguments, **options), "dtype" in options
+    return source(*arguments, **options), source, "dtype" in options
 
 
 def _imported(name: str) -> Any:

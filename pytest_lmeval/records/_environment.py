@@ -17,13 +17,13 @@ PACKAGES = "pytest-lmeval torch pytest pytest-benchmark hypothesis numpy dataset
 
 def describe(*, root: Path, device: str, threads: int | None, seed: int) -> Environment:
     """Describe this process and the commit of the folder `root`. Runs git, without network access."""
-    versions = {name: version for name in PACKAGES.split() if (version := _version(name))}
+    versions = versions_of(PACKAGES)
     commit = _git(root, "rev-parse", "HEAD")
     return Environment(
         python=platform.python_version(),
         torch=versions.get("torch"),
         device=device,
-        cpu=_processor(),
+        cpu=processor(),
         cores=os.cpu_count(),
         threads=threads,
         platform=platform.platform(terse=True),
@@ -34,13 +34,17 @@ def describe(*, root: Path, device: str, threads: int | None, seed: int) -> Envi
     )
 
 
-def _version(name: str) -> str | None:
-    with suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version(name)
-    return None
+def versions_of(packages: str) -> dict[str, str]:
+    """The versions of those packages that are installed."""
+    found = {}
+    for name in packages.split():
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name of the CPU."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

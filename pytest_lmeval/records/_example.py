@@ -15,7 +15,7 @@ class Example(StoredStruct, frozen=True, kw_only=True):
     output          generated text, or the choice with the largest log-likelihood; stripped
     target          a right text, stripped; None if there is nothing to compare with
     scores          metric -> score of this example; None if the metric does not apply to it
-    key             hash of everything that decides the answer: model, prompt, question, seed
+    key             hash of everything that decides the answer: model, prompt, question, seed, code of the judge
     group           what it shares with other questions, if anything (see `tasks.Choices.group`)
     choices         as the task gives them, with leading blanks; empty if the answer was generated
     texts           texts that stand for the choices when texts are compared; empty: the choices themselves
@@ -27,6 +27,7 @@ class Example(StoredStruct, frozen=True, kw_only=True):
                     None if the answer was generated
     targets         all right texts, stripped
     judged          verdict of the task's judge on the output
+    generated       the output as the judge read it, before it was stripped; empty without a judge
     read, saved     tokens read for it (a shared prefix counts where it is read first), and tokens saved by prefix sharing
     truncated       prompt tokens cut off on the left because they exceed the model's context
     retokenized     prompt and choice share a token, so scoring begins before the choice
@@ -49,6 +50,7 @@ class Example(StoredStruct, frozen=True, kw_only=True):
     chosen: int | None = None
     targets: tuple[str, ...] = ()
     judged: bool | None = None
+    generated: str = ""
     read: int = 0
     saved: int = 0
     truncated: int = 0

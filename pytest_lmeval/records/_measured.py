@@ -52,6 +52,7 @@ class ModelFacts(StoredStruct, frozen=True, kw_only=True):
     bytes        of parameters and buffers in memory, with scales and zero points of packed ones
     dtype        coarsest type that it computes in, or precision of packed weights: int8, int4
     fingerprint  changes with the model (see `models._identity.fingerprint`)
+    unused       tensors of its checkpoint that the model has no place for
     """
 
     spec: str
@@ -62,6 +63,7 @@ class ModelFacts(StoredStruct, frozen=True, kw_only=True):
     device: str = ""
     fingerprint: str = ""
     precision: Precision | None = None
+    unused: list[str] = []
 
 
 class Cost(StoredStruct, frozen=True, kw_only=True):

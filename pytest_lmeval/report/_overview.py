@@ -63,7 +63,7 @@ def certificates(records: Sequence[Record]) -> tuple[list[tuple[str, Certificate
         if record.certificate is None:
             own.append(None)
             continue
-        one = record.lm.spec, replace(record.certificate, chunking_used=None)  # the only field that differs between records
+        one = record.lm.spec, replace(record.certificate, chunking_used=None, audit=None)  # what differs between records
         if one not in found:
             found.append(one)
         own.append(found.index(one))

@@ -58,7 +58,7 @@ class VerdictRow:
     record: Record
     verdict: str
     broken: str
-    tested_on: str
+    coverage: str
     worst_ratio: str
 
 
@@ -68,14 +68,12 @@ def verdicts(records: Sequence[Record]) -> list[VerdictRow]:
     for record in records:
         if (certificate := record.certificate) is None or not record.is_verdict:
             continue
-        laws = certificate.laws
-        cases = sum(law.cases for law in laws.values())
         found.append(
             VerdictRow(
                 record=record,
                 verdict=certificate.verdict,
-                broken=", ".join(name for name in laws if name in certificate.broken),
-                tested_on=f"{cases:,} cases" + (f", up to {certificate.longest:,} tokens" if certificate.longest else ""),
+                broken=", ".join(certificate.with_status("broken")),
+                coverage=certificate.coverage,
                 worst_ratio="" if certificate.worst_ratio is None else number(certificate.worst_ratio),
             )
         )
@@ -132,7 +130,7 @@ def groups(records: Sequence[Record]) -> list[Group]:
 
 def notes_of(record: Record) -> list[str]:
     """The verdict that the record's numbers rest on, and its notes."""
-    return [*([record.certificate.verdict] if record.certificate else []), *record.notes]
+    return [*([record.certificate.summary] if record.certificate else []), *record.notes]
 
 
 def headlines(record: Record) -> list[str]:
@@ -142,7 +140,7 @@ def headlines(record: Record) -> list[str]:
 
 
 def _verdict(record: Record) -> dict[str, Row]:
-    return {"verdict": Row("verdict", record.certificate.verdict)} if record.certificate else {}
+    return {"verdict": Row("verdict", record.certificate.summary)} if record.certificate else {}
 
 
 def _rows(record: Record) -> dict[str, Row]:

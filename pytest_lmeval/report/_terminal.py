@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Sequence
 
 from pytest_lmeval.records._measured import Record
@@ -10,6 +11,14 @@ from pytest_lmeval.report._tables import SideBySide, VerdictRow, groups, model_l
 from pytest_lmeval.report._words import visible
 
 INDENT, GAP = "    ", "  "
+
+
+class Whole(str):
+    """A line that says what a verdict covers: it is wrapped where others are cut off."""
+
+    def wrapped(self, width: int) -> list[str]:
+        within = max(width, 40)
+        return textwrap.wrap(visible(self), within, subsequent_indent=INDENT * 2, break_on_hyphens=False, drop_whitespace=True)
 
 
 def lines(records: Sequence[Record], *, width: int, sort: str | None = None) -> list[str]:
@@ -26,24 +35,29 @@ def lines(records: Sequence[Record], *, width: int, sort: str | None = None) -> 
     first = max((len(row.metric) for group in rest for row in group.rows), default=0)
     for group in rest:
         record = group.record
-        about = (record.lm.spec if many_models else "", record.subject, group.notes)
+        about = Whole(INDENT + ", ".join(filter(None, (record.lm.spec if many_models else "", record.subject, group.notes))))
         file, colons, name = record.test.partition("::")
-        table += [file.rpartition("/")[2] + colons + name or record.subject, INDENT + ", ".join(filter(None, about))]
+        table += [file.rpartition("/")[2] + colons + name or record.subject, about]
         second = max(len(row.value) for row in group.rows)
         cells = ((row.metric.ljust(first), row.value.rjust(second), row.interval) for row in group.rows)
         table += [INDENT + GAP.join(cell).rstrip() for cell in cells]
-    table = [visible(line) for line in [*table, ""]]
-    return [line if len(line) <= width else line[: width - 3] + "..." for line in table]
+    return [fitting for line in [*table, ""] for fitting in _fit(line, width)]
+
+
+def _fit(line: str, width: int) -> list[str]:
+    shown = visible(line)
+    if len(shown) <= width:
+        return [shown]
+    return line.wrapped(width) if isinstance(line, Whole) else [shown[: width - 3] + "..."]
 
 
 def _verdict_lines(shown: list[VerdictRow]) -> list[str]:
     first = max((len(row.record.lm.spec) for row in shown), default=0)
-    second = max((len(row.verdict) for row in shown), default=0)
-    table = []
+    table: list[str] = []
     for row in shown:
         ratio = f"worst ratio {row.worst_ratio}" if row.worst_ratio else ""
-        cells = (row.record.lm.spec.ljust(first), row.verdict.ljust(second), f"breaks {row.broken}" if row.broken else ratio)
-        table.append(INDENT + GAP.join((*cells, f"({row.tested_on})")))
+        found = (row.verdict, row.coverage, f"breaks {row.broken}" if row.broken else ratio)
+        table.append(Whole(INDENT + row.record.lm.spec.ljust(first) + GAP + ", ".join(filter(None, found))))
     return ["laws of streaming", *table, ""] if table else []
 
 
@@ -60,7 +74,8 @@ def _side_by_side_lines(shown: SideBySide) -> list[str]:
     for own in rows:
         cells = [cell.ljust(width) for cell, width in zip(own, widths, strict=True)]
         cells[2] = own[2].rjust(widths[2])
-        table.append(INDENT + GAP.join(cells).rstrip())
+        line = INDENT + GAP.join(cells).rstrip()
+        table.append(Whole(line) if own[0] == "verdict" else line)
     return [*table, ""]
 
 

@@ -6,6 +6,7 @@ import math
 import textwrap
 from collections.abc import Sequence
 
+from pytest_lmeval.errors import some
 from pytest_lmeval.records._measured import ModelFacts
 from pytest_lmeval.records._value import Value
 
@@ -40,9 +41,10 @@ def interval(value: Value) -> str:
 
 
 def model_line(lm: ModelFacts) -> str:
-    """Spec, size, precision, device and fingerprint of a model in one line."""
+    """Spec, size, precision, device and fingerprint of a model in one line, and the weights of its checkpoint that it lacks."""
     parameters = "" if lm.parameters is None else f"{lm.parameters:,} parameters, "
-    return f"{lm.spec}: {parameters}{size_of(lm.bytes)}, {lm.dtype} on {lm.device} ({lm.fingerprint})"
+    unused = f"; {several(len(lm.unused), 'tensor')} of its checkpoint not used: {some(lm.unused)}" if lm.unused else ""
+    return f"{lm.spec}: {parameters}{size_of(lm.bytes)}, {lm.dtype} on {lm.device} ({lm.fingerprint}){unused}"
 
 
 def several(count: int, name: str) -> str:

@@ -15,8 +15,9 @@ import numpy as np
 
 from pytest_lmeval.engine._tree import Request, common_prefix_len
 from pytest_lmeval.errors import TaskError
-from pytest_lmeval.models._identity import fingerprint
+from pytest_lmeval.models._identity import fingerprint, tokenizer_fingerprint
 from pytest_lmeval.models._model import Model
+from pytest_lmeval.models._source_code import code_digest
 from pytest_lmeval.tasks._questions import Choices, Question, Task
 
 Truncate = Literal["left", "refuse"]
@@ -76,11 +77,11 @@ class Encoder:
 
     @functools.cached_property
     def _of_all_answers(self) -> list[Any]:
-        """Everything that decides answers beside the question. Cached: the fingerprint reads all weights."""
-        code = getattr(self.task.judge, "__code__", None)
-        judge = None if code is None else (code.co_code, code.co_consts, code.co_names)
+        """Everything that decides answers beside the question; a judge does, since it ends them. Cached: the fingerprint reads
+        all weights."""
+        judge = None if self.task.judge is None else code_digest([self.task.judge]).hex()
         ends = getattr(self.lm.tokenizer, "ends", None)  # of a transformers model: from its generation config
-        return [fingerprint(self.lm), self.lm.dtype, self.lm.limit, ends, self.seed, judge]
+        return [fingerprint(self.lm), tokenizer_fingerprint(self.lm), self.lm.dtype, self.lm.limit, ends, self.seed, judge]
 
     def _choices(self, prompt: str, choices: tuple[str, ...], where: str) -> tuple[list[Request], bool]:
         bare = prompt.rstrip()

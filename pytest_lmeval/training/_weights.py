@@ -10,13 +10,11 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pytest_lmeval.errors import SpecError, UnreadableError
+from pytest_lmeval.errors import SpecError, UnreadableError, some
 from pytest_lmeval.models._identity import architecture_of
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.models._sources import load
 from pytest_lmeval.models._tensors import is_packed, precision_of
-
-MENTIONED = 5  # number of tensor names of one fault that an error lists
 
 
 def load_weights(lm: Model | str, path: str | Path) -> Model:
@@ -85,7 +83,7 @@ def fill(lm: Model, tensors: dict[str, Tensor], source: str) -> None:
         ],
     }
     if any(wrong.values()):
-        listed = "; ".join(f"{what}: {_some(names)}" for what, names in wrong.items() if names)
+        listed = "; ".join(f"{what}: {some(names)}" for what, names in wrong.items() if names)
         whose = "These weights belong to another model, or to another size of it; protocol.json beside such a file names it."
         raise SpecError(f"{source} does not fit {lm.spec}. Tensors {listed}. {whose}")
     lm.module.load_state_dict(tensors, strict=False)  # a file holds tied tensors once
@@ -97,7 +95,7 @@ def _check_architecture(lm: Model, trained: dict[str, str | None], source: str) 
     fixed = {name for name in {*own, *trained} if trained.get(name, "") is not None}
     if other := [name for name in sorted(fixed) if own.get(name) != trained.get(name)]:
         listed = [f"{name} {trained.get(name, 'not set')} there, {own.get(name, 'not set')} here" for name in other]
-        why = f"its tensors do, but its settings differ ({_some(listed)}), which gives other numbers"
+        why = f"its tensors do, but its settings differ ({some(listed)}), which gives other numbers"
         raise SpecError(f"{source} does not fit {lm.spec}: {why}. Load the weights into the model that was trained.")
 
 
@@ -109,7 +107,3 @@ def _tensors(lm: Model) -> list[tuple[list[str], Tensor]]:
         if isinstance(tensor, Tensor) and name not in lm.mutable_buffers:
             found.setdefault(id(tensor), ([], tensor))[0].append(name)
     return list(found.values())
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:MENTIONED]) + (f" and {len(names) - MENTIONED} more" if len(names) > MENTIONED else "")
