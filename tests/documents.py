@@ -29,10 +29,10 @@ def laws_of(spec="demo", *, broken=(), certificate=None, **changes):
     """The verdict on a model that keeps all laws except those in `broken`."""
     case = Counterexample({"chunks": [3]}, 0.5, "off at token <3>", "pytest_lmeval.replay(lm, <3>)")
     found = {
-        name: LawResult(cases=4, planned=20, worst_ratio=0.75, counterexamples=(case,) if name in broken else ())
+        name: LawResult(cases=4, worst_ratio=0.75, counterexamples=(case,) if name in broken else ())
         for name in ("splits", "causality")
     }
-    found["fork"] = LawResult(cases=0, planned=4, unavailable="its state cannot be copied")
+    found["fork"] = LawResult(cases=0, unavailable="its state cannot be copied")
     own = {"verdict": "exact-any-chunk", "dtype": "float32", "reference": "a float64 run", "laws": found, "longest": 160}
     record = Record(kind="equivalence", subject="laws of streaming", lm=model(spec), test=f"t.py::test_laws[{spec}]")
     own = {"certificate": Certificate(**{**own, **(certificate or {})}), "outcome": "passed", **changes}

@@ -17,7 +17,7 @@ from pytest_lmeval.engine import Engine, Policy, Prompt, Request, Scored, Window
 from pytest_lmeval.engine._state_rows import selection
 from pytest_lmeval.errors import Refused, StreamError, TaskError
 from pytest_lmeval.laws._run_probe import verdict_of
-from pytest_lmeval.records._certificate import OUT_OF_TIME, Certificate, Counterexample, LawResult
+from pytest_lmeval.records._certificate import Certificate, Counterexample, LawResult
 
 LM, DEMO = as_model(Functional()), load("demo")
 LAWS = ["repeat", "isolation", "causality", "prefix", "splits", "steps", "fork", "resume", "rows", "size", "sums"]
@@ -26,7 +26,7 @@ BROKEN = (Counterexample({"length": 8}, 1.0, "off by one nat", "replay(...)"),)
 
 def certificate(*broken, multiple=None, stateful=True, **more):
     """The certificate of a model that breaks these laws."""
-    laws = {law: LawResult(cases=1, planned=1, counterexamples=BROKEN if law in broken else ()) for law in LAWS}
+    laws = {law: LawResult(cases=1, counterexamples=BROKEN if law in broken else ()) for law in LAWS}
     verdict = verdict_of(frozenset(broken), stateful=stateful, dtype="float32", multiple=multiple)
     return Certificate(verdict=verdict, dtype="float32", laws=laws, **more)
 
@@ -115,15 +115,16 @@ def test_no_step_exceeds_the_certificate_whatever_is_read(broken, multiple, long
                 assert length == 1 or not inexact
 
 
-def test_a_law_that_cannot_be_tested_forbids_and_one_without_time_does_not():
+def test_a_law_that_cannot_be_tested_or_was_not_tried_allows_nothing():
     laws = {"fork": "its state cannot be forked (no copies)", "rows": "it reads single rows"}
-    untestable = {law: LawResult(cases=0, planned=9, unavailable=why) for law, why in laws.items()}
+    untestable = {law: LawResult(cases=0, unavailable=why) for law, why in laws.items()}
     found = certificate()
     policy = policy_for(LM, structs.replace(found, laws={**found.laws, **untestable}))
     assert (policy.fork, policy.share, policy.batch_size, policy.carry) == (False, False, 1, True)
     assert policy.sharing == "prefix sharing: off (its state cannot be forked (no copies))"
-    late = {law: LawResult(cases=0, planned=9, unavailable=OUT_OF_TIME) for law in laws}
-    assert policy_for(LM, structs.replace(found, laws={**found.laws, **late})).share
+    late = {law: LawResult(cases=0, missing="nothing was tried") for law in laws}
+    policy = policy_for(LM, structs.replace(found, laws={**found.laws, **late}))
+    assert (policy.share, policy.batch_size, policy.carry) == (False, 1, True)
 
 
 def test_an_exact_multiple_larger_than_a_step_carries_nothing():

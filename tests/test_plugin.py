@@ -82,7 +82,7 @@ def test_a_run_records_what_its_tests_measure(project):
             "*= lmeval =*",
             "tiny:Tiny: 4,784 parameters*",
             "test_reading.py::test_reads",
-            "*text:text.txt?test?, exact-any-chunk",
+            "*text:text.txt?test?, exact-any-chunk, 11 of 11 laws, up to 320",
             "*perplexity * to *",
             "*bits per byte*",
             "written to .lmeval: metrics.json, summary.md, report.html",
@@ -320,12 +320,12 @@ def test_a_counterexample_is_kept_and_tried_first_in_the_next_run(project):
             print("probed", result.record.settings["profile"], result.record.settings["budget"], rare.laws["splits"].kept)
         """
     )
-    run(project, "-s", "--lmeval-profile=dev").stdout.fnmatch_lines(["*probed dev 0.0 True*"])
+    run(project, "-s", "--lmeval-profile=dev").stdout.fnmatch_lines(["*probed dev 1000 True*"])
     file = project.path / ".lmeval/counterexamples.jsonl"
     (kept,) = [json.loads(line) for line in file.read_text().splitlines() if '"law": "splits"' in line]
     with file.open("a") as lines:
         lines.write(json.dumps({**kept, "lm": "test_wrong:Rare", "case": {"length": 90, "cuts": [70, 73]}}) + "\n")
-    run(project, "-s", "--lmeval-profile=ci").stdout.fnmatch_lines(["*probed ci 0.0 False*"])
+    run(project, "-s", "--lmeval-profile=ci").stdout.fnmatch_lines(["*probed ci 1000 False*"])
 
 
 @pytest.mark.parametrize("workers", [[], ["-n", "1"]], ids=["alone", "xdist"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from pytest_lmeval.engine._tokens import Source, check_vocabulary, tokens_of
 from pytest_lmeval.engine._tree import Request
 from pytest_lmeval.errors import StreamError
 from pytest_lmeval.models._model import Model, State
+
+Sequenced = TypeVar("Sequenced", Request, Answer)
 
 
 def likeliest(logits: Tensor, input_ids: Tensor) -> Tensor:
@@ -133,7 +136,8 @@ class Engine:
         """The log-likelihood of each requested token, in the order of the requests; it may be infinite or nan. Raises
         StreamError for a token outside the vocabulary, and Refused for a prompt that the policy does not allow to be read."""
         self.refuse_unreadable(requests)
-        found = self._executor(self.policy.share).score(requests)
+        executor = self._executor(self.policy.share)
+        found = [scored for part in self._read_together(requests) for scored in executor.score(part)]
         if len(found) != len(requests):
             raise StreamError(f"the executor answered {len(found)} of {len(requests)} requests; it has to answer each.")
         return found
@@ -146,13 +150,19 @@ class Engine:
         """
         self.refuse_unreadable(prompts)
         answers, choose = begin_answers(self.lm, prompts, on_text)
-        self._executor(self.policy.decode).generate(answers, choose)
+        executor = self._executor(self.policy.decode)
+        for part in self._read_together(answers):
+            executor.generate(part, choose)
         for number, answer in enumerate(answers):
             if not answer.why:
                 raise StreamError(f"the executor left the answer to {answer.prompt.name} unfinished; it has to set `why`.")
             if self.executor is not None and on_text is not None and answer.judged is None:  # it chose the tokens itself
                 answer.judged = on_text(number, answer.text)
         return answers
+
+    def _read_together(self, sequences: Sequence[Sequenced]) -> list[Sequence[Sequenced]]:
+        """The sequences in groups that know of each other: all, or each alone."""
+        return [[one] for one in sequences] if self.policy.invariant else [sequences]
 
     def refuse_unreadable(self, sequences: Sequence[Request] | Sequence[Prompt]) -> None:
         """Raise StreamError for a model of codebooks, which has no prompts, and for a token outside of the vocabulary."""

@@ -45,14 +45,15 @@ class Scored:
 
 @dataclass
 class Counts:
-    """Tokens read, padding read with them, and the largest state in bytes."""
+    """Tokens read, padding read with them, the steps that read them, and the largest state in bytes."""
 
     tokens: int = 0
     padding: int = 0
+    calls: int = 0
     peak_state_bytes: int = 0
 
     def add(self, tokens: int, padding: int, state: State) -> None:
-        self.tokens, self.padding = self.tokens + tokens, self.padding + padding
+        self.tokens, self.padding, self.calls = self.tokens + tokens, self.padding + padding, self.calls + 1
         self.peak_state_bytes = max(self.peak_state_bytes, state_bytes(state))
 
 

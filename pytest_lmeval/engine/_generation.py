@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pytest_lmeval.engine._losses import score
 from pytest_lmeval.engine._tokens import ids_of
 from pytest_lmeval.errors import NotFiniteError, StreamError, TaskError
 from pytest_lmeval.models._model import Model
@@ -52,15 +53,17 @@ class Prompt:
 class Answer:
     """The answer to one prompt, while it is generated.
 
-    ids     generated so far
-    text    decoded from `ids`, truncated before the stop that ended it
-    judged  the truth value that `on_text` returned
-    read    tokens read for it
-    why     it ended: stop, end (the model's own), judged, or length; empty while it is unfinished
+    ids       generated so far
+    logprobs  of each of these under the model's own logits, whatever the temperature, in nats
+    text      decoded from `ids`, truncated before the stop that ended it
+    judged    the truth value that `on_text` returned
+    read      tokens read for it
+    why       it ended: stop, end (the model's own), judged, or length; empty while it is unfinished
     """
 
     prompt: Prompt
     ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
     text: str = ""
     judged: bool | None = None
     read: int = 0
@@ -81,23 +84,27 @@ def begin_answers(
 
     def choose(logits: Tensor, rows: list[Answer]) -> None:
         _check_finite(logits, rows, lm)
-        for row, row_logits, token in zip(rows, logits, logits.argmax(1).tolist(), strict=True):
-            number = numbers[id(row)]
+        tokens = logits.argmax(1).tolist()
+        for index, row in enumerate(rows):
             if row.prompt.temperature:
-                token = _sample(row_logits, row.prompt.temperature, generators[number])
+                tokens[index] = _sample(logits[index], row.prompt.temperature, generators[numbers[id(row)]])
+        nll, _ = score(logits, torch.tensor(tokens, device=logits.device))
+        for row, token, loss in zip(rows, tokens, nll.tolist(), strict=True):
+            number = numbers[id(row)]
             if token in ends:
                 row.why = "end"
             else:
-                _append(row, token, tokenizer)
+                _append(row, token, -loss, tokenizer)
             if on_text is not None and (judged := on_text(number, row.text)) is not None:
                 row.judged, row.why = judged, row.why or "judged"
 
     return answers, choose
 
 
-def _append(row: Answer, token: int, tokenizer: Any) -> None:
+def _append(row: Answer, token: int, logprob: float, tokenizer: Any) -> None:
     """Append a token to an answer; end the answer at a stop or at its largest length."""
     row.ids.append(token)
+    row.logprobs.append(logprob)
     row.text = tokenizer.decode(row.ids)
     stops = [index for stop in row.prompt.stop if (index := row.text.find(stop)) >= 0]
     if stops:

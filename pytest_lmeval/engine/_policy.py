@@ -63,6 +63,7 @@ class Policy:
     windows      read a text in these; None: carry the state through it
     why          questions share less than they could; empty if they share all
     withheld     what is not done because a law is not kept, in words
+    invariant    read each sequence alone, and the chunks of a text in one shape: the same bits for any batch, order and limit
     certificate  that allows it; None: nothing was probed
     """
 
@@ -77,6 +78,7 @@ class Policy:
     windows: Windows | None = None
     why: str = ""
     withheld: tuple[str, ...] = ()
+    invariant: bool = False
     certificate: Certificate | None = None
 
     def __post_init__(self) -> None:
@@ -93,12 +95,13 @@ class Policy:
     @property
     def decode(self) -> bool:
         """Whether an answer may be generated token by token from a state."""
-        return self.carry and self.fork and self.multiple == 1
+        return self.carry and (self.fork or self.invariant) and self.multiple == 1  # one sequence is not forked
 
     @property
     def reading(self) -> str:
         """How texts are read, in words."""
         chunks = "chunks" if self.chunk_size is None else f"chunks of {self.chunk_size}"
+        chunks += ", the last one padded" if self.invariant else ""
         return f"carried in {chunks}" if self.windows is None else f"{self.windows}, in {chunks}"
 
     @property
@@ -116,6 +119,7 @@ def policy_for(
     overlap: int | None = None,
     batch_size: int = 8,
     default_chunk: int | None = None,
+    invariant: bool = False,
 ) -> Policy:
     """All that the certificate allows (without one: that the model declares), with these choices.
 
@@ -127,10 +131,15 @@ def policy_for(
                    "lm_eval" reads as lm-evaluation-harness does (`rolling_windows`)
     overlap        tokens of a window that are read but not scored; by default half of it, which reads each token twice
     batch_size     the most rows in a batch
+    invariant      read each sequence alone, and pad the last chunk of a text: see `Policy`
 
     Raises Refused for more than the certificate allows, and StreamError for impossible choices.
     """
     policy = allowed_by(lm, certificate, batch_size)
+    if invariant:
+        policy = replace(
+            policy, invariant=True, fork=False, batch_size=1, why=policy.why or "each is read alone: invariant=True"
+        )
     withheld = lm.stateful and not policy.carry
     unproven = withheld and certificate is not None and certificate.verdict == UNPROVEN and lm.codebooks is None
     if window is None and unproven:

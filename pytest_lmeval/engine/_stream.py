@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from pytest_lmeval.engine._losses import check_finite, not_finite, score
 from pytest_lmeval.engine._policy import Windows, streaming_refused
@@ -119,7 +121,7 @@ def _tokens(engine: Engine, piece: Tokens, state: State, start: int, fresh: int,
     ids, lm, began = piece.ids, engine.lm, time.perf_counter()
     check_vocabulary(ids, start, lm)
     inputs = torch.from_numpy(ids).to(lm.device)[None]
-    logits, state = engine.step(inputs[:, :-1], state, keep=fresh)
+    logits, state = _step(engine, inputs[:, :-1], state, fresh, start - window)
     first = len(ids) - fresh
     nll, rank = score(logits[0], inputs[0, first:])
     check_finite(nll, ids, start + first, lm)
@@ -134,7 +136,7 @@ def _frames(engine: Engine, books: Codebooks, piece: Tokens, state: State, start
     targets = books.targets(codes, state)
     valid = targets >= 0
     nll, rank = np.full(valid.shape, np.nan), np.full(valid.shape, -1)
-    logits, state = engine.step(torch.from_numpy(codes.T[None]).to(lm.device), state)
+    logits, state = _step(engine, torch.from_numpy(codes.T[None]).to(lm.device), state, len(codes))
     valid_logits = logits[0].transpose(0, 1)[torch.from_numpy(valid)]
     nll[valid], rank[valid] = score(valid_logits, torch.from_numpy(targets[valid]).to(lm.device))
     for index, column in np.argwhere(valid & ~np.isfinite(nll)):
@@ -142,6 +144,17 @@ def _frames(engine: Engine, books: Codebooks, piece: Tokens, state: State, start
         raise not_finite(nll[index, column], f"code {targets[index, column]} of codebook {book} in frame {frame}", lm)
     end, seconds = start + 1 + len(nll), time.perf_counter() - began
     return Chunk(start + 1, end, nll, rank, piece.widths, seconds, state_bytes(state), state, valid=valid)
+
+
+def _step(engine: Engine, inputs: Tensor, state: State, fresh: int, before: int = 0) -> tuple[Tensor, State]:
+    """The logits of the last `fresh` positions, and the state. An invariant policy pads a last chunk, which nothing continues,
+    to the shape of one with text after it; `before` are the tokens of its window before it."""
+    windows, padding = engine.policy.windows, 0
+    if engine.policy.invariant:
+        size = engine.chunk_size if windows is None else min(engine.chunk_size, windows.size - before)
+        padding = max(0, size - inputs.shape[-1])
+    logits, state = engine.step(F.pad(inputs, (0, padding)) if padding else inputs, state, keep=fresh + padding)
+    return logits[..., :fresh, :], state
 
 
 def _refuse_empty(empty: bool) -> None:

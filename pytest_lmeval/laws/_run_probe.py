@@ -57,8 +57,8 @@ class Profile:
 
 
 PROFILES = {
-    "dev": Profile(examples=40, budget=300_000, passes=5e10, derandomize=False),
-    "ci": Profile(examples=60, budget=300_000, passes=5e10, derandomize=True),
+    "dev": Profile(examples=40, budget=60_000, passes=2e10, derandomize=False),
+    "ci": Profile(examples=60, budget=60_000, passes=2e10, derandomize=True),
     "nightly": Profile(examples=2000, budget=20_000_000, passes=1e13, derandomize=False),
 }
 

@@ -73,7 +73,7 @@ class Search:
         return len(self.failures) >= ENOUGH or self.unavailable is not None
 
     def result(self, allowance: int, why_missing: str) -> LawResult:
-        """The outcome, with the grossest failure, and the subtlest if that is far from it, each shrunk at a cost of `allowance`."""
+        """The outcome, with the grossest failure and the subtlest if that is far from it, shrunk for `allowance` tokens."""
         cases, longest = len(self.seen), max((case.length for case in self.seen), default=0)
         worst, worst_at = self.harness.worst.get(self.law, (None, None))
         decades = {failure.decade: failure for failure in self.failures}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from pytest_lmeval.data._tokens import TokenReader, as_corpus, sequences
 from pytest_lmeval.engine import Chunk, Engine, Policy, policy_for
 from pytest_lmeval.engine._policy import Window
 from pytest_lmeval.engine._tokens import naming
-from pytest_lmeval.errors import StreamError
+from pytest_lmeval.errors import Refused, StreamError
+from pytest_lmeval.measures._audit import TextAudit, spread_note
 from pytest_lmeval.measures._context import current, verb
 from pytest_lmeval.models._identity import facts, tokenizer_fingerprint
 from pytest_lmeval.models._model import Model
@@ -46,6 +48,7 @@ def perplexity(
     overlap: int | None = None,
     positions: tuple[int, ...] = (),
     losses: bool | str | Path = False,
+    invariant: bool = False,
 ) -> PerplexityResult:
     """Measure perplexity, bits per byte, accuracy and loss by position (see `measure_perplexity` for the parameters).
 
@@ -59,11 +62,12 @@ def perplexity(
     window      read in windows of so many tokens, "lm_eval", or "unlimited": carry the state past the model's context limit; by
                 default carry the state, or read windows where the model has a context limit or no state
     overlap     tokens of a window that are read but not scored; by default half of it
+    invariant   pad the last chunk, so that a loss does not depend on where the text ends, to the last bit
     """
     context = current()
     corpus = context.corpus(corpus)
     model, certificate = context.certified(lm)
-    policy = policy_for(model, certificate, chunk_size=chunk_size, window=window, overlap=overlap)
+    policy = policy_for(model, certificate, chunk_size=chunk_size, window=window, overlap=overlap, invariant=invariant)
     settings: dict[str, Any] = {
         "tokens": tokens or context.session.tokens,
         "limit": context.session.limit if limit is None else limit,
@@ -227,7 +231,8 @@ def measure_perplexity(
     if lm.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(lm.device)
     began = time.perf_counter() - sums.seconds
-    with LossFile(losses, already=resumed_at) as file:
+    audit = TextAudit(engine, sums, lambda: None if limit else expected_tokens(lm, source, sums, tokens), str(source))
+    with LossFile(losses, already=resumed_at) as file, _nothing_kept_if_refused(checkpoints, key, losses):
 
         def save(sums: LossAccumulator) -> None:
             assert checkpoints is not None
@@ -236,7 +241,7 @@ def measure_perplexity(
             write_checkpoint(checkpoints, key, sums)
 
         saver = Saver(save if checkpoints else None, "reading")
-        for chunk in read(engine, texts, sums, str(source)):
+        for chunk in read(engine, texts, sums, str(source), audit):
             file.write(chunk.losses)
             if progress is not None:
                 progress(sums.tokens, float(sums.total[NATS]), expected_tokens(lm, source, sums, tokens))
@@ -247,15 +252,28 @@ def measure_perplexity(
     if not sums.tokens:
         raise StreamError(f"{source} holds no document, or no code that could be predicted: there is nothing to score.")
     chosen = {"tokens": tokens, "limit": limit}
-    record = record_of(engine, source, sums, chosen, seconds=time.perf_counter() - began, seed=seed)
+    record = record_of(engine, source, sums, chosen, audit, seconds=time.perf_counter() - began, seed=seed)
     files = {"examples": losses and str(losses), "units": units and str(units)}
     if units is not None:
         write_units(units, sums)
     return PerplexityResult(structs.replace(record, **files), resumed_at)
 
 
-def read(engine: Engine, texts: Iterable[TokenReader], sums: LossAccumulator, name: str) -> Iterator[Chunk]:
-    """Read the texts from where the sums end, and add each chunk to them."""
+@contextmanager
+def _nothing_kept_if_refused(checkpoints: Checkpoints | None, key: str, losses: str | Path | None) -> Iterator[None]:
+    """Delete the checkpoint and the losses of a text that is refused while it is read: they may be wrong."""
+    try:
+        yield
+    except Refused:
+        if checkpoints is not None:
+            checkpoints.drop(key)
+        if losses is not None:
+            Path(losses).unlink(missing_ok=True)
+        raise
+
+
+def read(engine: Engine, texts: Iterable[TokenReader], sums: LossAccumulator, name: str, audit: TextAudit) -> Iterator[Chunk]:
+    """Read the texts from where the sums end, and add each chunk to them, and to the audit."""
     begun = bool(sums.scored)
     for index, ids in enumerate(texts):
         if index < len(sums.documents):
@@ -264,20 +282,30 @@ def read(engine: Engine, texts: Iterable[TokenReader], sums: LossAccumulator, na
             sums.start_document()
         ids.skip = sums.scored if engine.policy.windows is None else sums.window
         with naming(f"{name}, document {index}" if sums.by_document else name):
-            for chunk in engine.stream(ids, state=sums.state, position=sums.scored, window=sums.window):
+            for chunk in engine.stream(audit.watched(ids), state=sums.state, position=sums.scored, window=sums.window):
                 sums.add(chunk)
+                audit.add(chunk)
                 yield chunk
+            audit.end()
         sums.documents.append(ids.content.hexdigest()[:16])
         begun = False
 
 
 def record_of(
-    engine: Engine, corpus: Corpus, sums: LossAccumulator, chosen: dict[str, int | None], *, seconds: float, seed: int
+    engine: Engine,
+    corpus: Corpus,
+    sums: LossAccumulator,
+    chosen: dict[str, int | None],
+    audit: TextAudit,
+    *,
+    seconds: float,
+    seed: int,
 ) -> Record:
     """The record of all metrics, and of how the corpus was read."""
     lm, policy = engine.lm, engine.policy
     windows, certificate = policy.windows, policy.certificate
-    metrics = above_floor(metrics_of(sums, seconds=seconds, seed=seed), corpus.entropy)
+    again = sums.beginning
+    metrics = above_floor(metrics_of(sums, seconds=seconds - again.seconds, seed=seed), corpus.entropy)
     return Record(
         kind="perplexity",
         subject=str(corpus),
@@ -288,6 +316,7 @@ def record_of(
             "window": None if windows is None else windows.size,
             "overlap": 0 if windows is None else windows.overlap,
             **({"rolling": True} if windows is not None and windows.anchored else {}),
+            **({"invariant": True} if policy.invariant else {}),
             "by_document": sums.by_document,
             **chosen,
             "tokenizer": None if corpus.tokenized else getattr(lm.tokenizer, "name", type(lm.tokenizer).__name__),
@@ -300,20 +329,23 @@ def record_of(
             "why": "the state is carried" if windows is None else windows.why,
             "chunks": sums.chunks_seen,
             "documents": len(sums.units) if sums.by_document else None,
+            "audit_seconds": again.seconds,
             **({"not_reached": not_reached(sums)} if sums.positions else {}),
             **(fast_weights.details_of(sums.fast_weights, lm, sums.tokens) if sums.fast_weights else {}),
         },
-        notes=[] if windows is None else [str(windows)],
+        notes=[*([] if windows is None else [str(windows)]), *spread_note(certificate, audit.result, policy)],
         example="document" if sums.by_document else "block",
         metrics=metrics,
         cost=Cost(
             seconds=seconds,
             tokens=sums.tokens,
-            peak_bytes=torch.cuda.max_memory_allocated(lm.device) if lm.device.type == "cuda" else None,
+            peak_bytes=max(again.peak_bytes, torch.cuda.max_memory_allocated(lm.device)) if lm.device.type == "cuda" else None,
             state_bytes=sums.peak_state_bytes,
         ),
         series=series_of(sums, metrics, carried=windows is None),
-        certificate=None if certificate is None else structs.replace(certificate, chunking_used=policy.reading),
+        certificate=None
+        if certificate is None
+        else structs.replace(certificate, chunking_used=policy.reading, audit=audit.result),
     )
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -22,8 +23,9 @@ import numpy as np
 from msgspec import structs
 
 from pytest_lmeval.data._rows import Rows
-from pytest_lmeval.engine import Engine, Policy, Prompt, Scored, policy_for
-from pytest_lmeval.errors import ArgumentError, NotFiniteError, TaskError, nearest
+from pytest_lmeval.engine import Engine, Policy, Prompt, Request, Scored, policy_for
+from pytest_lmeval.errors import ArgumentError, NotFiniteError, Refused, TaskError, nearest
+from pytest_lmeval.measures._audit import Answered, TaskAudit, spread_note
 from pytest_lmeval.measures._context import VerbContext, current, verb
 from pytest_lmeval.models._identity import facts, tokenizer_fingerprint
 from pytest_lmeval.models._model import Model
@@ -58,10 +60,12 @@ def task(
     fewshot: Literal["document", "lm_eval"] = "document",
     truncate: Literal["left", "refuse"] = "left",
     seed: int = 0,
+    invariant: bool = False,
 ) -> TaskResult:
     """Ask a task, or the one of that name: its metrics with intervals, and every answer in a file (see `measure_task`).
 
-    A prefix that questions share is read once, where the laws that the model was probed for allow it.
+    A prefix that questions share is read once, where the laws that the model was probed for allow it. With invariant=True,
+    each request is read alone: its log-likelihood does not depend on batch size, order or limit, to the last bit.
     """
     context = current()
     asked = find(task) if isinstance(task, str) else task
@@ -71,7 +75,7 @@ def task(
     limit = context.session.limit if limit is None else limit
     settings: dict[str, Any] = {"shots": shots, "limit": limit, "fewshot": fewshot, "truncate": truncate, "seed": seed}
     data = [asked.name, asked.style, _rows_fingerprint(asked.rows, context), tokenizer_fingerprint(model)]
-    key = context.key("task", model, {**settings, "batch_size": batch_size}, data)
+    key = context.key("task", model, {**settings, "batch_size": batch_size, "invariant": invariant}, data)
     written = context.file("examples.jsonl")
     finished = context.journaled(key)
     with context.session.progress(f"{model.spec} answers {asked.name}", unit="questions") as progress:
@@ -79,7 +83,7 @@ def task(
             model,
             asked,
             **settings,
-            policy=policy_for(model, certificate, batch_size=batch_size),
+            policy=policy_for(model, certificate, batch_size=batch_size, invariant=invariant),
             data_dir=context.session.mirror,
             examples=context.path(written),
             partial=context.path(f"partial/{key}.jsonl"),
@@ -135,6 +139,7 @@ def measure_task(
     Scores and verdicts are computed anew from an earlier answer; if its judge now says something else, it is generated again.
 
     Raises TaskError, CorpusError, NotFiniteError, with the row that cannot be asked, read, scored; earlier answers are kept.
+    Raises Refused if the audit (`TaskAudit`) finds that an answer depends on the others; then none is kept.
     """
     if limit is not None and limit < 1:
         raise TaskError(f"limit is {limit}: a task asks at least one question.")
@@ -147,13 +152,19 @@ def measure_task(
     earlier = {**AnswerFile(known).read(), **answers.read()}
     answered: list[Example] = []
     resumed, verdict, generation, not_questions = 0, None, set[str](), list[int]()
+    audit = TaskAudit(engine, str(task))
 
     questions = islice(_encoded(task, encoder, drawn, data_dir, not_questions), limit)
     for block in _blocks(questions, engine.policy.batch_size, grow=task.threshold is None):
         fresh = [one for one in block if not _is_current(earlier.get(one.number), one, task.judge)]
-        new = {example.number: example for example in _answers(engine, fresh, metrics, task.judge, seed)}
-        answers.append(new.values())
-        answered += [new.get(one.number) or _scored(earlier[one.number], metrics) for one in block]
+        new = list(_answers(engine, fresh, metrics, task.judge, seed))
+        with _nothing_kept_if_refused(answers):
+            answers.append(audit.block(new, answered))
+        found = {one.example.number: one.example for one in new}
+        answered += [found.get(one.number) or _scored(earlier[one.number], metrics) for one in block]
+        for one in block:
+            if one.number not in found:
+                audit.add(earlier[one.number], one.requests)
         resumed += len(block) - len(fresh)
         generation |= {
             f"at most {way.max_tokens} tokens, temperature {way.temperature:g}, until {list(way.stop)!r}"
@@ -166,6 +177,9 @@ def measure_task(
         if task.threshold is not None and (verdict := _certain(task.threshold, answered)):
             break
 
+    with _nothing_kept_if_refused(answers):
+        answers.append(audit.end(answered))
+    answered = [audit.audited.get(example.number, example) for example in answered]
     if not answered:
         raise TaskError(f"{task} has no question: {len(not_questions)} row(s) were read, and none was one.")
     prompts = sorted(f"{one.id}{one.prompt}{one.choices}{one.texts}{one.right}{one.targets}" for one in answered)
@@ -180,6 +194,7 @@ def measure_task(
         "seed": seed,
         "truncate": truncate,
         **({} if task.threshold is None else {"threshold": task.threshold}),
+        **({"invariant": True} if engine.policy.invariant else {}),
         "prompts": hashlib.sha256("".join(prompts).encode(errors="surrogatepass")).hexdigest()[:16],
         **({"generation": sorted(generation)} if generation else {}),
     }
@@ -198,12 +213,14 @@ def measure_task(
         "tokens_read": sum(example.read for example in answered),
         "tokens_alone": sum(example.read + example.saved for example in answered),
         "padding": engine.counts.padding,
+        "audit_seconds": audit.seconds,
     }
     noted = ("truncated", "retokenized", "ties", "not_questions", "not_asked")
     notes = [f"{details[name]:,} {name.replace('_', ' ')}" for name in noted if details.get(name)]
     if engine.policy.sharing != "prefix sharing: on":
         notes.insert(0, engine.policy.sharing)
-    certificate, seconds = engine.policy.certificate, time.perf_counter() - began
+    certificate, seconds, again = engine.policy.certificate, time.perf_counter() - began, audit.result(answered)
+    notes += spread_note(certificate, again, engine.policy)
     record = Record(
         kind="task",
         subject=f"{task.name}, {shots}-shot",
@@ -213,12 +230,22 @@ def measure_task(
         notes=notes,
         metrics=values,
         cost=Cost(seconds=seconds, tokens=details["tokens_read"], state_bytes=engine.counts.peak_state_bytes),
-        certificate=certificate and structs.replace(certificate, chunking_used=engine.policy.sharing),
+        certificate=certificate and structs.replace(certificate, chunking_used=engine.policy.sharing, audit=again),
         example="question",
         examples=None if examples is None else str(examples),
     )
     answers.finish(answered, examples)
     return TaskResult(record, tuple(answered), resumed)
+
+
+@contextmanager
+def _nothing_kept_if_refused(answers: AnswerFile) -> Iterator[None]:
+    """Delete the answers so far, which may be wrong, if one is refused."""
+    try:
+        yield
+    except Refused:
+        answers.finish((), None)
+        raise
 
 
 def _encoded(
@@ -251,19 +278,27 @@ def _blocks(questions: Iterator[EncodedQuestion], batch_size: int, *, grow: bool
 
 def _answers(
     engine: Engine, block: Sequence[EncodedQuestion], metrics: list[Metric], judge: Judge | None, seed: int
-) -> Iterator[Example]:
-    """The answered and scored questions, in their order."""
+) -> Iterator[Answered]:
+    """The answered and scored questions, in their order, each with what was read for it."""
     found: dict[int, dict[str, Any]] = {}
+    readings: dict[int, list[tuple[Request, np.ndarray]]] = {}
     if choices := [(one, one.question) for one in block if isinstance(one.question, Choices)]:
         likelihoods = iter(engine.score([request for one, _ in choices for request in one.requests]))
         for one, question in choices:
-            found[one.number] = _chosen(one, question, [next(likelihoods) for _ in one.requests], engine.lm)
+            scores = [next(likelihoods) for _ in one.requests]
+            found[one.number] = _chosen(one, question, scores, engine.lm)
+            pairs = zip(one.requests, scores, strict=True)
+            readings[one.number] = [(request, scored.loglikelihood) for request, scored in pairs]
     if generated := [(one, one.question) for one in block if isinstance(one.question, Generate)]:
         prompts = [
             Prompt(one.requests[0].ids, one.id, way.max_tokens, way.stop, way.temperature, seed) for one, way in generated
         ]
         answers = engine.generate(prompts, None if judge is None else _judging(judge, [one.id for one, _ in generated]))
         for (one, way), answer in zip(generated, answers, strict=True):
+            if answer.logprobs:
+                prompt = one.requests[0].ids
+                request = Request(np.concatenate([prompt, answer.ids]), len(prompt))
+                readings[one.number] = [(request, np.array(answer.logprobs))]
             found[one.number] = {
                 "targets": tuple(text.strip() for text in way.answers),
                 "output": answer.text.strip(),
@@ -285,7 +320,7 @@ def _answers(
             retokenized=one.retokenized,
             **fields,
         )
-        yield _scored(example, metrics)
+        yield Answered(_scored(example, metrics), readings.get(one.number, ()))
 
 
 def _chosen(asked: EncodedQuestion, question: Choices, scores: Sequence[Scored], lm: Model) -> dict[str, Any]:

@@ -57,10 +57,9 @@ class LawResult(StoredStruct, frozen=True, kw_only=True):
     unavailable: str | None = None
 
     def __post_init__(self) -> None:
-        kept = self.status == "kept"
         if self.kept is None:
-            force_setattr(self, "kept", kept)
-        elif self.kept is not kept:
+            force_setattr(self, "kept", self.status == "kept")
+        elif (self.kept, self.status) in ((True, "broken"), (False, "kept")):
             raise ValueError(f"kept is {self.kept}, and the law is {self.status}")
 
     @property

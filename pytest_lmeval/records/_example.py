@@ -31,6 +31,7 @@ class Example(StoredStruct, frozen=True, kw_only=True):
     read, saved     tokens read for it (a shared prefix counts where it is read first), and tokens saved by prefix sharing
     truncated       prompt tokens cut off on the left because they exceed the model's context
     retokenized     prompt and choice share a token, so scoring begins before the choice
+    audited         largest difference of a log-probability when it was read again, whole and alone, nats; None: it was not
     """
 
     id: str
@@ -55,6 +56,7 @@ class Example(StoredStruct, frozen=True, kw_only=True):
     saved: int = 0
     truncated: int = 0
     retokenized: bool = False
+    audited: float | None = None
 
     def __post_init__(self) -> None:
         count = len(self.choices)

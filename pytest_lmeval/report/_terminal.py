@@ -17,8 +17,7 @@ class Whole(str):
     """A line that says what a verdict covers: it is wrapped where others are cut off."""
 
     def wrapped(self, width: int) -> list[str]:
-        within = max(width, 40)
-        return textwrap.wrap(visible(self), within, subsequent_indent=INDENT * 2, break_on_hyphens=False, drop_whitespace=True)
+        return textwrap.wrap(visible(self), width, subsequent_indent=INDENT * 2, break_on_hyphens=False)
 
 
 def lines(records: Sequence[Record], *, width: int, sort: str | None = None) -> list[str]:

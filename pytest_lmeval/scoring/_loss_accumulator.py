@@ -41,6 +41,50 @@ def rows_of(nll: np.ndarray, rank: np.ndarray, widths: np.ndarray, valid: np.nda
 
 
 @dataclass
+class Beginning:
+    """The beginning of the current sequence, kept to be read a second time, and what the second readings of all sequences
+    found (see `measures._audit`).
+
+    ids, nll    its tokens [n], or frames [n, k], and the losses of its targets, in parts
+    complete    no more of it is kept
+    again       targets of it that were read again
+    tokens      targets of the longest beginning that was read again
+    difference  the largest difference of a loss between two readings, nats
+    work        tokens and calls of the second readings, in tokens
+    seconds     that they took
+    peak_bytes  memory of the device before they began: what they use is not counted as the measurement's
+    """
+
+    ids: list[np.ndarray] = field(default_factory=list)
+    nll: list[np.ndarray] = field(default_factory=list)
+    complete: bool = False
+    again: int = 0
+    tokens: int = 0
+    difference: float = 0.0
+    work: int = 0
+    seconds: float = 0.0
+    peak_bytes: int = 0
+
+    @property
+    def scored(self) -> int:
+        return sum(map(len, self.nll))
+
+    def start(self) -> None:
+        """Begin a sequence."""
+        self.ids, self.nll, self.complete, self.again = [], [], False, 0
+
+    def to_json(self) -> dict[str, Any]:
+        """The losses exactly, and the tokens that belong to them."""
+        ids, nll = ([] if not parts else np.concatenate(parts).tolist() for parts in (self.ids, self.nll))
+        return {**vars(self), "ids": ids[: len(nll) + 1], "nll": nll}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Beginning:
+        parts = {name: [np.array(data[name], dtype)] * bool(data[name]) for name, dtype in (("ids", int), ("nll", float))}
+        return cls(**{**data, **parts})
+
+
+@dataclass
 class LossAccumulator:
     """Sums over all chunks so far. `start_document` begins a sequence, `add` takes its chunks in order.
 
@@ -55,6 +99,7 @@ class LossAccumulator:
     scored        position of the last scored target of the current sequence; the token before it was read last
     window        position at which the current window begins
     seconds       until the sums were saved
+    beginning     of the current sequence, to be read a second time
     """
 
     by_document: bool = False
@@ -74,6 +119,7 @@ class LossAccumulator:
     window: int = 0
     state: State = None
     seconds: float = 0.0
+    beginning: Beginning = field(default_factory=Beginning)
 
     def __post_init__(self) -> None:
         if self.positions and not self.by_document and not self.at_positions:
@@ -114,6 +160,7 @@ class LossAccumulator:
     def start_document(self) -> None:
         """Begin a sequence, with an empty state."""
         self.scored, self.window, self.state = 0, 0, None
+        self.beginning.start()
         if self.by_document:
             self.units.append(np.zeros(COLUMNS))
             if self.positions and (not self.at_positions or self.at_positions[-1].any()):  # else reuse the last, empty one
@@ -136,7 +183,8 @@ class LossAccumulator:
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the state, exactly: JSON keeps every bit of a float."""
-        return {**plain(replace(self, state=None)), "fast_weights": self.fast_weights and plain(self.fast_weights)}
+        parts = {"fast_weights": self.fast_weights and plain(self.fast_weights), "beginning": self.beginning.to_json()}
+        return {**plain(replace(self, state=None)), **parts}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> LossAccumulator:
@@ -145,7 +193,8 @@ class LossAccumulator:
         if any(row.shape != (COLUMNS + 1,) for row in rows["chunks"]):
             raise ValueError(f"rows of chunks have {COLUMNS + 1} columns, and these are of another version")
         fast_weights = data["fast_weights"] and FastWeightSums.from_json(data["fast_weights"])
-        return cls(**{**data, **arrays, **rows, "positions": tuple(data["positions"]), "fast_weights": fast_weights})
+        parts = {"fast_weights": fast_weights, "beginning": Beginning.from_json(data["beginning"])}
+        return cls(**{**data, **arrays, **rows, **parts, "positions": tuple(data["positions"])})
 
 
 @dataclass
