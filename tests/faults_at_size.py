@@ -387,9 +387,11 @@ class ForksShare(Planted):
 
     def write(self, key, late, slots):
         _, heads, length, width = late.shape
-        old = self.memory.get(key, late.new_empty(0, heads, 0, width))
+        old = self.memory.get(key, late.new_empty(0, heads, 0, width)).to(late)
         shape = max(old.shape[0], int(slots.max()) + 1), heads, max(old.shape[2], length), width
         if shape != old.shape:
-            self.memory[key] = late.new_zeros(shape)
-            self.memory[key][: old.shape[0], :, : old.shape[2]] = old
-        self.memory[key][slots, :, :length] = late
+            longer = late.new_zeros(shape)
+            longer[: old.shape[0], :, : old.shape[2]] = old
+            old = longer
+        old[slots, :, :length] = late
+        self.memory[key] = old
