@@ -1,24 +1,31 @@
-"""Find the verdict of each architecture of the installed transformers, with tiny random models.
+"""Find the verdict of each architecture of the installed transformers, with tiny random models, and count false alarms.
 
     pytest benchmarks/test_conformance.py -n 2
 
 The table of verdicts is in `summary.md` and `report.html`, with the types that cannot be built and why. A stopped run resumes.
-Known faults of a version of transformers are expected: a fix upstream fails here and must be entered.
+Known faults of a version of transformers are expected: a fix upstream fails here and must be entered. All other verdicts are
+exact: any fault found there would be a false alarm.
 """
 
 import pytest
 import torch
+from clean_models import CLEAN
 from packaging.version import Version
 
 transformers = pytest.importorskip("transformers")
 
 from tiny_transformers import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, CannotBuild, build  # noqa: E402
 
-from pytest_lmeval.models._sources import as_model  # noqa: E402
+from pytest_lmeval import policy_for  # noqa: E402
+from pytest_lmeval.errors import Refused  # noqa: E402
+from pytest_lmeval.laws import probe  # noqa: E402
+from pytest_lmeval.measures._perplexity import measure_perplexity  # noqa: E402
+from pytest_lmeval.models._sources import as_model, load  # noqa: E402
+from pytest_lmeval.zoo import ZOO  # noqa: E402
 
 pytestmark = [pytest.mark.benchmark, pytest.mark.slow]
 
-BUDGET = 4.0  # seconds
+BUDGET = 60_000  # tokens beyond the floors
 EXACT = ("exact-any-chunk", "")
 KNOWN = {  # first version -> what is not exact from there on: (verdict, the laws that decide it)
     "5.23": {
@@ -107,3 +114,33 @@ class HoldingItsState:
 def test_architecture_called_without_our_adapter(lmeval, name, wrapper):
     """The adapter passes positions, and reads a model with a hidden state without one; these are the faults it avoids."""
     judge(lmeval, wrapper(build(name)), f"{name} {wrapper.__name__}")
+
+
+SEED = 1  # other weights than above
+TYPES = """bloom falcon falcon_h1 gemma2 gemma3_text gpt2 gpt_neox granitemoehybrid lfm2 llama mamba2 mistral mixtral olmo2
+    opt phi3 qwen3 qwen3_moe"""
+CORRECT = {
+    **CLEAN,
+    **{spec: lambda spec=spec: load(spec) for spec in ZOO if spec != "zoo:bk"},
+    **{f"{name}, seed {SEED}": lambda name=name: build(name, SEED) for name in TYPES.split()},
+}
+TOKENS, CHUNK = 6_000, 256  # of a random text
+
+
+def test_correct_models_raise_no_alarm(capsys):
+    """Neither the probe nor the audit finds anything in models of many architectures that are correct."""
+    alarms = []
+    for name, model in CORRECT.items():
+        lm = as_model(model())
+        certificate, ids = probe(lm, budget=BUDGET).certificate, lm.random_ids(1, TOKENS)[0]
+        alarms += [f"{name}: {certificate.summary}\n{certificate.why_not()}"] if certificate.broken else []
+        try:
+            policy = policy_for(lm, certificate, chunk_size=CHUNK)
+            certificate = measure_perplexity(lm, ids.T if lm.codebooks else ids, policy=policy).record.certificate
+        except Refused as refused:
+            alarms.append(f"{name}: {refused}")
+        with capsys.disabled():
+            print(f"\n{name:24} {certificate.summary}; worst ratio {certificate.worst_ratio:.2f}", end="")
+    with capsys.disabled():
+        print(f"\n{len(alarms)} false alarms on {len(CORRECT)} correct models")
+    assert not alarms

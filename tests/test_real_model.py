@@ -1,0 +1,78 @@
+"""The principal claims on a real model: what is right is certified, what is wrong is not, and rows that leak are read alone."""
+
+import pytest
+
+transformers = pytest.importorskip("transformers")
+
+import torch  # noqa: E402
+from faults_at_size import Planted, PositionsClamped, planted  # noqa: E402
+from real_model import MISSING, real_model_folder  # noqa: E402
+
+from pytest_lmeval import Choices, Task, as_model, task  # noqa: E402
+from pytest_lmeval.laws import probe  # noqa: E402
+from pytest_lmeval.measures._task import measure_task  # noqa: E402
+
+pytestmark = [pytest.mark.real_model, pytest.mark.thorough]
+
+READ = 160 + 46  # the work of reading 160 tokens in one call
+
+
+@pytest.fixture(scope="module")
+def folder():
+    return real_model_folder() or pytest.skip(MISSING)
+
+
+@pytest.fixture(scope="module")
+def clean(folder):
+    return transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def test_it_knows_the_capital_of_france(clean, tokenizer):
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert tokenizer.decode(clean(ids).logits[0, -1].argmax()) == " Paris"
+
+
+def test_the_right_model_is_certified_at_the_floors_with_little_work(clean):
+    result = probe(clean)
+    certificate = result.certificate
+    assert certificate.verdict == "exact-any-chunk"
+    assert certificate.with_status("kept") == list(certificate.laws)
+    assert certificate.longest >= 320
+    assert result.record.details["work"] <= 60 * READ
+
+
+def test_positions_as_if_only_24_tokens_were_cached_are_not_certified(clean):
+    certificate = probe(planted(clean, PositionsClamped, 24)).certificate
+    assert certificate.verdict == "inexact"
+    assert {"splits", "steps"} <= certificate.broken
+
+
+class Leaky(Planted):
+    """Each row of a batch gets the logits of the one before it."""
+
+    def logits(self, logits, cache, seen):
+        return logits.roll(1, 0)
+
+
+WORDS = ["cat", "house", "river", "python", "garden", "winter", "number", "function"]
+PLURALS = Task(
+    "plurals",
+    [{"word": word, "number": number} for number, word in enumerate(WORDS)],
+    lambda row: Choices(f"{row['number']}. The plural of {row['word']} is", (f" {row['word']}s", f" {row['word']}x"), answer=0),
+)
+
+
+def test_rows_that_see_each_other_are_read_alone(clean, tokenizer):
+    lm = as_model(planted(clean, Leaky), tokenizer=tokenizer)
+    right, wrong = (measure_task(model, PLURALS).accuracy for model in (as_model(clean, tokenizer=tokenizer), lm))
+    assert right != wrong  # without a certificate, rows are read side by side
+    found = task(lm, PLURALS)
+    assert found.accuracy == right
+    assert found.record.certificate.verdict == "inexact"
+    assert found.record.certificate.broken == {"rows"}
