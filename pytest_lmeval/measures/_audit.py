@@ -89,7 +89,11 @@ class TextAudit:
     def result(self) -> Audit | None:
         """What was read again; None if nothing was."""
         found = self.sums.beginning
-        return Audit(tokens=found.tokens, difference=found.difference, share=found.work / self._work) if found.tokens else None
+        return (
+            Audit(tokens=found.tokens, difference=found.difference, share=found.work / self._work(self.sums.tokens))
+            if found.tokens
+            else None
+        )
 
     def watched(self, reader: TokenReader) -> Iterator[Tokens]:
         """The tokens of a sequence, of which the beginning is kept."""
@@ -120,17 +124,17 @@ class TextAudit:
         """Tokens of a sequence to keep."""
         return 1 + int(min(self.longest, max(KEPT, self.first, self._affordable)))
 
-    @property
-    def _work(self) -> float:
-        """Tokens and calls of the text so far."""
-        return self.sums.tokens / self.books + CALL * self.sums.chunks_seen
+    def _work(self, targets: int) -> float:
+        """Tokens and calls of a text with so many targets."""
+        windows, tokens = self.engine.policy.windows, targets / self.books
+        if windows is not None:
+            tokens += max(0, math.ceil((tokens - windows.size) / (windows.size - windows.overlap))) * windows.overlap
+        return tokens + CALL * math.ceil(tokens / self.chunk)
 
     @property
     def _affordable(self) -> int:
         """The longest beginning that may be read again now."""
-        tokens = (self.expected() or 0) / self.books
-        work = tokens + CALL * math.ceil(tokens / self.chunk) if tokens else self._work
-        left = SHARE * work - self.sums.beginning.work - CALL
+        left = SHARE * self._work(self.expected() or self.sums.tokens) - self.sums.beginning.work - CALL
         if left > self.whole and self.piece:
             left = self.whole + (left - self.whole) * self.piece / (self.piece + CALL)
         return max(0, int(left))
