@@ -5,6 +5,7 @@ LMEVAL_REAL_MODEL=FOLDER pytest benchmarks/test_audit.py    a model of real size
 """
 
 import os
+import random
 
 import pytest
 
@@ -14,14 +15,14 @@ from pytest_lmeval.measures._audit import SHARE
 pytestmark = pytest.mark.benchmark
 TOKENS, QUESTIONS = 100_000, 200
 REAL = os.environ.get("LMEVAL_REAL_MODEL")
+THINGS = ("house", "car", "door", "dog", "book") * 3
 WORDS = ("red", "blue", "green", "black", "white", "brown", "grey")
 
 
 def colour(row):
     """A question with a passage of its own, and choices of a few tokens."""
-    said = " ".join(
-        f"The {what} is {WORDS[(row + n) % 7]}." for n, what in enumerate(("house", "car", "door", "dog", "book") * 3)
-    )
+    words = random.Random(row).choices(WORDS, k=len(THINGS))
+    said = " ".join(f"The {thing} is {word}." for thing, word in zip(THINGS, words, strict=True))
     return Choices(f"{said} The house is", tuple(f" {word}" for word in WORDS[:4]), row % 4)
 
 
