@@ -352,7 +352,7 @@ class TaskAudit:
         cuts = sorted({length // 2, context - 1}) if answered.example.choices else list(range(context, length))
         cuts = [cut for cut in cuts if 0 < cut < length] or [max(1, length // 2)]
         laws = [law_broken(lm, "splits", ids, cuts, cuts[0])] if lm.stateful and length > 1 else []
-        laws += [law_broken(lm, "rows", ids, cuts, cuts[0], rows=max(2, self.engine.policy.batch_size), row=1, padding=3)]
+        laws += [law_broken(lm, "rows", ids, cuts, cuts[0], rows=max(2, self.engine.policy.batch_size), padding=3)]
         messages = [law for law in laws if law is not None]
         return None if exact is None and not messages else "".join(f"\n{message}" for message in messages)
 
