@@ -532,7 +532,7 @@ def reset_by_batch_size(self, right):
     """The module starts over only when the number of rows changes (recurrent_gemma keeps its state so)."""
 
 
-@planted("+", "isolation", "splits")
+@planted("+", "isolation", "splits", "repeat", "rows")
 class SnapshotOfAnother(Recurrent):
     """After a prompt, the snapshot of the last prompt of the same length is restored (llama.cpp#21681, omlx#825)."""
 

@@ -1,7 +1,7 @@
 """Short ways to try laws in tests."""
 
 from pytest_lmeval.errors import LawBroken
-from pytest_lmeval.laws import check, edge_cases, probe
+from pytest_lmeval.laws import Case, check, edge_cases, probe
 from pytest_lmeval.models._sources import as_model
 
 
@@ -20,6 +20,6 @@ def failure(law, harness, case):
 
 
 def first_failure(laws, harness):
-    """The first failure of one of the laws on the edge cases, short ones first; None if there is none."""
-    cases = sorted(edge_cases(harness.longest), key=lambda case: case.length)
+    """The first failure of one of the laws on the edge cases and on single tokens, short ones first; None if there is none."""
+    cases = sorted([*edge_cases(harness.longest), Case(48, seed=1)], key=lambda case: case.length)
     return next((found for case in cases for law in laws if (found := failure(law, harness, case))), None)

@@ -198,7 +198,7 @@ def _show(progress: Progress | None, searches: dict[str, Search], harness: Harne
 
 
 def _try_further_cases(searches: dict[str, Search], harness: Harness, plan: Plan, progress: Progress | None) -> None:
-    """Try edge cases, every chunk length, and random cases, until they have cost the budget."""
+    """Try single tokens, edge cases, every chunk length, and random cases, until they have cost the budget."""
     until = harness.work.cost + plan.budget
     boundaries = tuple(boundary for boundary in harness.lm.boundaries if boundary < harness.longest)
     longest = harness.longest if boundaries else min(harness.longest, EDGES)
@@ -215,6 +215,8 @@ def _try_further_cases(searches: dict[str, Search], harness: Harness, plan: Plan
             ratios = [excess.tolerance_ratio for excess, _ in harness.worst.values() if 0 < excess.tolerance_ratio < math.inf]
             target(math.log10(max(ratios, default=1.0)))
 
+    if "steps" in searches:
+        on_laws(Case(longest, seed=1), {"steps": searches["steps"]})
     for case in edge_cases(longest, boundaries):
         on_laws(case)
     for case in every_chunk_length(longest) if "splits" in searches else ():

@@ -102,7 +102,6 @@ def edge_cases(longest: int, boundaries: tuple[int, ...] = ()) -> list[Case]:
         Case(longest, (longest - 1,), 1, rows=9, padding=1, before=longest),
         Case(longest, chunk_cuts(longest, 5), rows=3, padding=6, before=2),
         Case(middle, chunk_cuts(middle, 3, 2), 2, rows=3, before=5),
-        Case(middle, chunk_cuts(middle, 1), 1, rows=2, before=5),
     ]
     for index, boundary in enumerate((*boundaries, 64)):
         seed = index % SEEDS
