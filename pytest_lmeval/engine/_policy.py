@@ -178,7 +178,12 @@ def allowed_by(lm: Model, certificate: Certificate | None, batch_size: int = 8) 
     no_carry = [] if exact or not lm.stateful else lacking(*sorted(core)) or [verdict]
     no_fork = lacking("fork", "prefix") if lm.stateful else []
     no_rows = lacking("rows", "prefix")  # padding changes the length of a text
-    denied = {"no state is carried": no_carry, "no prefix is shared": no_fork, "batches of one": no_rows}
+    denied = {
+        "no state is carried": no_carry,
+        "no prefix is shared": no_fork,
+        "batches of one": no_rows,
+        "no interrupted text is continued": lacking("resume"),
+    }
     policy = Policy(
         carry=exact,
         multiple=multiple or 1,
@@ -262,8 +267,11 @@ def streaming_refused(lm: Model, policy: Policy, asked: str = "") -> Refused:
     """The error for a text that would need a state that may not be carried."""
     if not lm.stateful:
         return Refused(f"{asked}{lm.spec} has no state to carry: it can only be read in windows. Use policy_for(lm).")
-    why = f"{asked}Its perplexity would be wrong, and may look good."
-    return refused(lm, policy, why, "Repair its state, or score it in windows that carry none: window=512.")
+    if policy.certificate is not None and policy.certificate.verdict == UNPROVEN:
+        why, advice = f"{asked}Nothing is proven about its state, so it is not carried.", "Let the laws be tried on their floors"
+    else:
+        why, advice = f"{asked}Its perplexity would be wrong, and may look good.", "Repair its state"
+    return refused(lm, policy, why, f"{advice}, or score it in windows that carry none: window=512.")
 
 
 def default_chunk_size(lm: Model) -> int:

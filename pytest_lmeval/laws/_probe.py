@@ -178,15 +178,14 @@ def _nothing_tried(lm: Model) -> Certificate:
 
 
 def _warn_of_a_long_probe(harness: Harness, plan: Plan, low: bool, say: Callable[[str], None]) -> None:
-    """Time one reading, and tell the user if the floors would take minutes."""
-    began, short = time.perf_counter(), min(READ, plan.longest)
+    """Time the first reading, and tell the user if the floors would take minutes."""
+    began, harness.longest = time.perf_counter(), plan.longest
     try:
-        harness.run(harness.tokens(short, 0), [short])
+        harness.reading(0, plan.longest, [plan.longest])
     except Exception:  # noqa: BLE001 - the probe says what is wrong
         return
-    harness.longest = plan.longest
     cost = (floor_cost(harness) + plan.budget) * (2 if low else 1)
-    seconds = (time.perf_counter() - began) / (short + CALL) * cost
+    seconds = (time.perf_counter() - began) / (plan.longest + CALL) * cost
     if seconds > LONG:
         say(
             f"The laws of {harness.lm.spec} are tried on their floors before anything else is measured: about {cost:,} tokens, "

@@ -57,8 +57,8 @@ class Profile:
 
 
 PROFILES = {
-    "dev": Profile(examples=40, budget=60_000, passes=2e10, derandomize=False),
-    "ci": Profile(examples=60, budget=60_000, passes=2e10, derandomize=True),
+    "dev": Profile(examples=40, budget=80_000, passes=2e10, derandomize=False),
+    "ci": Profile(examples=60, budget=80_000, passes=2e10, derandomize=True),
     "nightly": Profile(examples=2000, budget=20_000_000, passes=1e13, derandomize=False),
 }
 
@@ -110,7 +110,7 @@ def run_probe(
             search.attempt(search.floor[0])
         if counted := not any(search.failures for search in searches.values()):
             for name, search in searches.items():
-                search.seen |= dict.fromkeys(earlier.kept.get(name, []))
+                search.seen |= dict.fromkeys(case for case in earlier.kept.get(name, []) if case.length <= harness.longest)
     _try_floors(searches, harness, progress, plan.budget)
     _try_further_cases(searches, harness, replace(plan, budget=max(plan.budget, NEW * counted)), progress)
     why_missing = f"its floor needs sequences of {needed:,} tokens, and longest={plan.longest:,} was asked for"
@@ -198,7 +198,7 @@ def _show(progress: Progress | None, searches: dict[str, Search], harness: Harne
 
 
 def _try_further_cases(searches: dict[str, Search], harness: Harness, plan: Plan, progress: Progress | None) -> None:
-    """Try single tokens, edge cases, every chunk length, and random cases, until they have cost the budget."""
+    """Try single tokens, every chunk length, edge cases, and random cases, until they have cost the budget."""
     until = harness.work.cost + plan.budget
     boundaries = tuple(boundary for boundary in harness.lm.boundaries if boundary < harness.longest)
     longest = harness.longest if boundaries else min(harness.longest, EDGES)
@@ -217,10 +217,10 @@ def _try_further_cases(searches: dict[str, Search], harness: Harness, plan: Plan
 
     if "steps" in searches:
         on_laws(Case(longest, seed=1), {"steps": searches["steps"]})
+    for case in every_chunk_length(harness.longest) if "splits" in searches else ():
+        on_laws(case, {"splits": searches["splits"]})
     for case in edge_cases(longest, boundaries):
         on_laws(case)
-    for case in every_chunk_length(longest) if "splits" in searches else ():
-        on_laws(case, {"splits": searches["splits"]})
     if harness.work.cost < until:
         settings(
             max_examples=plan.examples,
