@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,7 +40,6 @@ CALL = 46  # cost of a call, in tokens that could be read instead
 WHOLE = 16  # chunks read in one call: attention to n tokens takes no more memory than the text, if n is a twentieth of it
 KEPT = 1 << 16  # tokens of a text of unknown length that are kept to be read again
 BETWEEN = 0.382  # of a chunk: pieces shorter than a multiple of it by so much end between the chunks
-ATTEMPTS = 4  # lengths of pieces that are tried if the model does not read long ones
 COURSE = 64  # tokens read after the first wrong one, to see how the error goes on
 
 
@@ -62,8 +62,11 @@ def excess_of(found: np.ndarray, again: np.ndarray, lm: Model, rounding: float |
 
 
 class TextAudit:
-    """Reads the beginning of a text again while it is streamed: once across the first two borders between its chunks, and once
-    as far as the share of the work pays for. What it needs and finds is in `sums.beginning`.
+    """Reads the beginning of a text again while it is streamed: once across the first two boundaries between its chunks, and
+    once as far as the share of the work pays for. What it needs and finds is in `sums.beginning`.
+
+    It reads in one call, where that fits, else in pieces that end between the chunks. Where chunks are longer than what the
+    probe read, one call may be as wrong as they are, so the end is read in pieces of a length that was tried.
 
     expected  () -> the number of targets of the whole text; None if unknown: then each reading goes twice as far as the last
     name      of the text
@@ -71,9 +74,12 @@ class TextAudit:
 
     def __init__(self, engine: Engine, sums: LossAccumulator, expected: Callable[[], int | None], name: str) -> None:
         self.engine, self.sums, self.expected, self.name = engine, sums, expected, name
-        lm, policy, self.chunk = engine.lm, engine.policy, engine.chunk_size
+        lm, policy, certificate, self.chunk = engine.lm, engine.policy, engine.policy.certificate, engine.chunk_size
         window = math.inf if policy.windows is None else policy.windows.size
-        self.on = policy.certificate is not None and policy.carry and self.chunk < window
+        self.on = certificate is not None and policy.carry and self.chunk < window
+        self.may_interrupt = certificate is not None and "fork" in certificate.with_status("kept")
+        tried = 0 if certificate is None or policy.single else certificate.longest // policy.multiple * policy.multiple
+        self.tried = tried if tried < self.chunk else 0
         self.books = 1 if lm.codebooks is None else len(lm.codebooks.scored)
         self.first = 2 * self.chunk + self.chunk // 8 + 1
         self.whole = int(min(max(WHOLE * self.chunk, default_chunk_size(lm)), policy.longest or math.inf, lm.limit or math.inf))
@@ -89,11 +95,9 @@ class TextAudit:
     def result(self) -> Audit | None:
         """What was read again; None if nothing was."""
         found = self.sums.beginning
-        return (
-            Audit(tokens=found.tokens, difference=found.difference, share=found.work / self._work(self.sums.tokens))
-            if found.tokens
-            else None
-        )
+        if not found.tokens:
+            return None
+        return Audit(tokens=found.tokens, difference=found.difference, share=found.work / self._work(self.sums.tokens))
 
     def watched(self, reader: TokenReader) -> Iterator[Tokens]:
         """The tokens of a sequence, of which the beginning is kept."""
@@ -111,7 +115,7 @@ class TextAudit:
         if self.on and not kept.complete:
             if chunk.window == 0 and chunk.start == kept.scored + 1:
                 kept.nll.append(chunk.nll[: max(0, sum(map(len, kept.ids)) - 1 - kept.scored)])
-            if self.engine.policy.fork:  # another sequence may be read before this one is continued
+            if self.may_interrupt:  # another sequence may be read before this one is continued
                 self._read_again(ended=False)
 
     def end(self) -> None:
@@ -135,6 +139,8 @@ class TextAudit:
     def _affordable(self) -> int:
         """The longest beginning that may be read again now."""
         left = SHARE * self._work(self.expected() or self.sums.tokens) - self.sums.beginning.work - CALL
+        if self.tried:
+            left -= CALL * math.ceil(self.chunk / self.tried)
         if left > self.whole and self.piece:
             left = self.whole + (left - self.whole) * self.piece / (self.piece + CALL)
         return max(0, int(left))
@@ -171,52 +177,74 @@ class TextAudit:
         began = time.perf_counter()
         ids, found = np.concatenate(kept.ids)[: length + 1], np.concatenate(kept.nll)[:length]
         with _peak_apart(lm, kept):
-            again, size = self._again(ids)
-        excess = excess_of(found, again[:length], lm, certificate.rounding)
-        if not excess.tolerance_ratio <= 1 and (broken := self._broken(ids, found, excess)):
-            how = "in one call" if size >= length else f"in pieces of {size:,}"
+            again, sizes = self._again(ids, length)
+        excess = excess_of(found, again, lm, certificate.rounding)
+        if not excess.tolerance_ratio <= 1 and (broken := self._broken(ids, found, sizes, excess)):
             raise Refused(
                 f"{lm.spec} is {certificate.summary}, and {self.name} contradicts it: its first {length:,} tokens, in chunks "
-                f"of {self.chunk:,}, were read again {how}, and the loss after token {excess.position:,} differs by "
-                f"{excess.error:.3g} nats (allowed {excess.allowed:.2g}).\n{broken}\nIts perplexity would be wrong, and may "
-                "look good: nothing is reported. Repair its state, or read windows that carry none: window=512."
+                f"of {self.chunk:,}, were read again in pieces of {_shown(sizes)}, and the loss after token {excess.position:,} differs "
+                f"by {excess.error:.3g} nats (allowed {excess.allowed:.2g}).\n{broken}\nIts perplexity would be wrong, and "
+                "may look good: nothing is reported. Repair its state, or read windows that carry none: window=512."
             )
         kept.again, kept.tokens = length, max(kept.tokens, length)
         kept.difference = max(kept.difference, excess.error)
-        kept.work += length + CALL * math.ceil(length / size)
+        kept.work += length + CALL * len(sizes)
         kept.seconds += time.perf_counter() - began
 
-    def _again(self, ids: np.ndarray) -> tuple[np.ndarray, int]:
-        """The losses in one call, or in other pieces than before, as long as the model reads them; and their length."""
-        sizes = [len(ids) if len(ids) - 1 <= self.whole else self.piece]
-        while len(sizes) < ATTEMPTS and (smaller := self._between(sizes[-1] // 2)) not in (0, self.chunk):
-            sizes.append(smaller)
-        for size in sizes:
+    def _again(self, ids: np.ndarray, length: int) -> tuple[np.ndarray, list[int]]:
+        """The losses in the longest pieces that the model reads, and their lengths."""
+        most = min(self.whole, length)
+        for smaller in (most // 2, most // 4, most // 8):
+            if self._between(smaller) in (0, self.chunk):
+                break
             try:
-                return _losses(self.engine.lm, ids, size), size
+                sizes = self._sizes(length, most)
+                return _losses(self.engine.lm, ids, sizes), sizes
             except LmevalError:
                 raise
-            except Exception:  # it does not fit the memory, or the model reads no calls of this length
-                if size == sizes[-1]:
-                    raise
-        raise AssertionError("there is a size")
+            except Exception:  # noqa: BLE001 - it does not fit the memory, or the model reads no calls of this length
+                most = smaller
+        sizes = self._sizes(length, most)
+        return _losses(self.engine.lm, ids, sizes), sizes
 
-    def _broken(self, ids: np.ndarray, found: np.ndarray, excess: Excess) -> str | None:
+    def _sizes(self, length: int, most: int) -> list[int]:
+        """The lengths of pieces of at most so many tokens."""
+        end = min(self.chunk, length // 4) if self.tried else 0
+        head = (length - end) // self.engine.policy.multiple * self.engine.policy.multiple if end else length
+        parts = [(head, head if head <= most else self._between(most)), (length - head, self.tried)]
+        return [min(size, total - at) for total, size in parts for at in range(0, total, max(size, 1))]
+
+    def _broken(self, ids: np.ndarray, found: np.ndarray, sizes: list[int], excess: Excess) -> str | None:
         """The law that is broken on this text, with its counterexample; None if rounding explains the difference."""
         lm, chunk = self.engine.lm, self.chunk
         wrong = next((at for at, ratio in enumerate(excess.profile.tolist()) if ratio > 1), excess.position)
         length = min(len(found), wrong + 1 + COURSE)
-        cuts = range(chunk, length, chunk)
-        if broken := law_broken(lm, "splits", ids[:length], cuts, max((cut for cut in cuts if cut <= wrong), default=chunk)):
-            return broken
-        same = excess_of(found[:length], _losses(lm, ids[: length + 1], chunk)[:length], lm, None)
+        for ends in (range(chunk, length, chunk), list(accumulate(sizes))):
+            cuts = ends if isinstance(ends, range) else [end for end in ends if end < length]
+            last = max((cut for cut in cuts if cut <= wrong), default=chunk)
+            if cuts and (broken := law_broken(lm, "splits", ids[:length], cuts, last)):
+                return broken
+        chunks = [min(chunk, length - at) for at in range(0, length, chunk)]
+        same = excess_of(found[:length], _losses(lm, ids, chunks), lm, None)
         where = f"read in the same chunks once more, it was off by {same.error:.3g} nats at token {same.position}"
         return None if same.tolerance_ratio <= 1 else f"  repeat: {where}. It is not deterministic, or keeps something."
 
 
-def _losses(lm: Model, ids: np.ndarray, size: int) -> np.ndarray:
-    """The losses of a text in pieces of `size` tokens."""
-    return np.concatenate([chunk.nll for chunk in Engine(lm, Policy(chunk_size=size)).stream(ids)])
+def _losses(lm: Model, ids: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+    """The losses of the beginning of a text that is read in pieces of these lengths."""
+    state, at, parts = None, 0, list[np.ndarray]()
+    for size, pieces in groupby(sizes):
+        end = at + size * len(list(pieces))
+        last = end + (lm.codebooks is None)  # a target
+        for chunk in Engine(lm, Policy(chunk_size=size)).stream(ids[at:last], state=state, position=at):
+            state = chunk.state
+            parts.append(chunk.nll)
+        at = end
+    return np.concatenate(parts)
+
+
+def _shown(sizes: list[int]) -> str:
+    return ", ".join([*(f"{size:,}" for size in sizes[:4]), *["..."] * (len(sizes) > 4)])
 
 
 @contextmanager
