@@ -103,9 +103,8 @@ class TextAudit:
         """The tokens of a sequence, of which the beginning is kept."""
         at, kept = reader.skip, self.sums.beginning
         for part in reader:
-            have = sum(map(len, kept.ids))
-            if self.on and not kept.complete and at <= have < self._room:
-                kept.ids.append(part.ids[have - at : self._room - at].copy())
+            if self.on and not kept.complete and at <= kept.held < (room := self._room):
+                kept.hold(part.ids[kept.held - at : room - at].copy())
             at += len(part)
             yield part
 
@@ -114,7 +113,7 @@ class TextAudit:
         kept = self.sums.beginning
         if self.on and not kept.complete:
             if chunk.window == 0 and chunk.start == kept.scored + 1:
-                kept.nll.append(chunk.nll[: max(0, sum(map(len, kept.ids)) - 1 - kept.scored)])
+                kept.score(chunk.nll[: max(0, kept.held - 1 - kept.scored)])
             if self.may_interrupt:  # another sequence may be read before this one is continued
                 self._read_again(ended=False)
 
@@ -164,7 +163,7 @@ class TextAudit:
             self._compare(length)
         furthest = min(self._room - 1, self._affordable if self.expected() else KEPT)
         if ended or (kept.again and not self._worth(furthest)):
-            kept.ids, kept.nll, kept.complete = [], [], True
+            kept.drop()
 
     def _worth(self, length: int) -> bool:
         """Whether a further reading of so many tokens is new enough."""
@@ -180,11 +179,12 @@ class TextAudit:
             again, sizes = self._again(ids, length)
         excess = excess_of(found, again, lm, certificate.rounding)
         if not excess.tolerance_ratio <= 1 and (broken := self._broken(ids, found, sizes, excess)):
+            pieces = ", ".join([*map(str, sizes[:4]), *["..."] * (len(sizes) > 4)])
             raise Refused(
                 f"{lm.spec} is {certificate.summary}, and {self.name} contradicts it: its first {length:,} tokens, in chunks "
-                f"of {self.chunk:,}, were read again in pieces of {_shown(sizes)}, and the loss after token {excess.position:,} differs "
-                f"by {excess.error:.3g} nats (allowed {excess.allowed:.2g}).\n{broken}\nIts perplexity would be wrong, and "
-                "may look good: nothing is reported. Repair its state, or read windows that carry none: window=512."
+                f"of {self.chunk}, were read again in pieces of {pieces}, and the loss after token {excess.position} differs by "
+                f"{excess.error:.3g} nats (allowed {excess.allowed:.2g}).\n{broken}\nIts perplexity would be wrong, and may "
+                "look good: nothing is reported. Repair its state, or read windows that carry none: window=512."
             )
         kept.again, kept.tokens = length, max(kept.tokens, length)
         kept.difference = max(kept.difference, excess.error)
@@ -219,8 +219,7 @@ class TextAudit:
         lm, chunk = self.engine.lm, self.chunk
         wrong = next((at for at, ratio in enumerate(excess.profile.tolist()) if ratio > 1), excess.position)
         length = min(len(found), wrong + 1 + COURSE)
-        for ends in (range(chunk, length, chunk), list(accumulate(sizes))):
-            cuts = ends if isinstance(ends, range) else [end for end in ends if end < length]
+        for cuts in (range(chunk, length, chunk), [end for end in accumulate(sizes) if end < length]):
             last = max((cut for cut in cuts if cut <= wrong), default=chunk)
             if cuts and (broken := law_broken(lm, "splits", ids[:length], cuts, last)):
                 return broken
@@ -241,10 +240,6 @@ def _losses(lm: Model, ids: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
             parts.append(chunk.nll)
         at = end
     return np.concatenate(parts)
-
-
-def _shown(sizes: list[int]) -> str:
-    return ", ".join([*(f"{size:,}" for size in sizes[:4]), *["..."] * (len(sizes) > 4)])
 
 
 @contextmanager

@@ -46,6 +46,7 @@ class Beginning:
     found (see `measures._audit`).
 
     ids, nll    its tokens [n], or frames [n, k], and the losses of its targets, in parts
+    held        the number of tokens, of which `scored` targets have a loss
     complete    no more of it is kept
     again       targets of it that were read again
     tokens      targets of the longest beginning that was read again
@@ -57,6 +58,8 @@ class Beginning:
 
     ids: list[np.ndarray] = field(default_factory=list)
     nll: list[np.ndarray] = field(default_factory=list)
+    held: int = 0
+    scored: int = 0
     complete: bool = False
     again: int = 0
     tokens: int = 0
@@ -65,18 +68,28 @@ class Beginning:
     seconds: float = 0.0
     peak_bytes: int = 0
 
-    @property
-    def scored(self) -> int:
-        return sum(map(len, self.nll))
-
     def start(self) -> None:
         """Begin a sequence."""
-        self.ids, self.nll, self.complete, self.again = [], [], False, 0
+        self.drop()
+        self.complete, self.again = False, 0
+
+    def hold(self, ids: np.ndarray) -> None:
+        self.ids.append(ids)
+        self.held += len(ids)
+
+    def score(self, nll: np.ndarray) -> None:
+        self.nll.append(nll)
+        self.scored += len(nll)
+
+    def drop(self) -> None:
+        """Keep no more of the sequence."""
+        self.ids, self.nll, self.held, self.scored, self.complete = [], [], 0, 0, True
 
     def to_json(self) -> dict[str, Any]:
         """The losses exactly, and the tokens that belong to them."""
         ids, nll = ([] if not parts else np.concatenate(parts).tolist() for parts in (self.ids, self.nll))
-        return {**vars(self), "ids": ids[: len(nll) + 1], "nll": nll}
+        ids = ids[: self.scored + 1]
+        return {**vars(self), "ids": ids, "nll": nll, "held": len(ids)}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Beginning:
