@@ -182,8 +182,8 @@ class TextAudit:
             pieces = ", ".join([*map(str, sizes[:4]), *["..."] * (len(sizes) > 4)])
             raise Refused(
                 f"{lm.spec} is {certificate.summary}, and {self.name} contradicts it: its first {length:,} tokens, in chunks "
-                f"of {self.chunk}, were read again in pieces of {pieces}, and the loss after token {excess.position} differs by "
-                f"{excess.error:.3g} nats (allowed {excess.allowed:.2g}).\n{broken}\nIts perplexity would be wrong, and may "
+                f"of {self.chunk}, were read again in pieces of {pieces}, and the loss after token {excess.position} differs "
+                f"by {excess.error:.3g} nats (allowed {excess.allowed:.2g}).\n{broken}\nIts perplexity would be wrong, and may "
                 "look good: nothing is reported. Repair its state, or read windows that carry none: window=512."
             )
         kept.again, kept.tokens = length, max(kept.tokens, length)
