@@ -154,9 +154,7 @@ def test_a_folder_that_cannot_be_written_costs_no_verdict(tmp_path):
 
 
 def test_a_run_keeps_certificates_in_its_folder_and_forgets_them_on_request(project):
-    project.makepyfile(
-        "def test_it(lmeval, lm):\n    print('runs', lmeval.equivalence(lm).certificate.runs)\n"
-    )
+    project.makepyfile("def test_it(lmeval, lm):\n    print('runs', lmeval.equivalence(lm).certificate.runs)\n")
     command = ("-s", "--lm", "tiny:Tiny", "--lmeval-profile=dev", "-p", "no:cacheprovider")
     for expected in (1, 2, 3):
         project.runpytest_subprocess(*command).stdout.fnmatch_lines([f"*runs {expected}*"])

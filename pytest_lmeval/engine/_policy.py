@@ -182,7 +182,6 @@ def allowed_by(lm: Model, certificate: Certificate | None, batch_size: int = 8) 
         "no state is carried": no_carry,
         "no prefix is shared": no_fork,
         "batches of one": no_rows,
-        "no interrupted text is continued": lacking("resume"),
     }
     policy = Policy(
         carry=exact,
@@ -268,7 +267,10 @@ def streaming_refused(lm: Model, policy: Policy, asked: str = "") -> Refused:
     if not lm.stateful:
         return Refused(f"{asked}{lm.spec} has no state to carry: it can only be read in windows. Use policy_for(lm).")
     if policy.certificate is not None and policy.certificate.verdict == UNPROVEN:
-        why, advice = f"{asked}Nothing is proven about its state, so it is not carried.", "Let the laws be tried on their floors"
+        why, advice = (
+            f"{asked}Nothing is proven about its state, so it is not carried.",
+            "Let the laws be tried on their floors",
+        )
     else:
         why, advice = f"{asked}Its perplexity would be wrong, and may look good.", "Repair its state"
     return refused(lm, policy, why, f"{advice}, or score it in windows that carry none: window=512.")

@@ -333,7 +333,11 @@ def record_of(
             **({"not_reached": not_reached(sums)} if sums.positions else {}),
             **(fast_weights.details_of(sums.fast_weights, lm, sums.tokens) if sums.fast_weights else {}),
         },
-        notes=[*([] if windows is None else [str(windows)]), *spread_note(certificate, audit.result, policy)],
+        notes=[
+            *([] if windows is None else [str(windows)]),
+            *(() if policy.carry else policy.withheld[:1]),  # nothing is shared or batched in a text
+            *spread_note(certificate, audit.result, policy),
+        ],
         example="document" if sums.by_document else "block",
         metrics=metrics,
         cost=Cost(

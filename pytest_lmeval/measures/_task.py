@@ -220,7 +220,7 @@ def measure_task(
     if engine.policy.sharing != "prefix sharing: on":
         notes.insert(0, engine.policy.sharing)
     certificate, seconds, again = engine.policy.certificate, time.perf_counter() - began, audit.result(answered)
-    notes += spread_note(certificate, again, engine.policy)
+    notes += [*engine.policy.withheld, *spread_note(certificate, again, engine.policy)]
     record = Record(
         kind="task",
         subject=f"{task.name}, {shots}-shot",
