@@ -30,8 +30,7 @@ EDGES = 160  # tokens of the edge cases of a model without boundaries
 SHRINKING = 1 / 2  # of the cost so far, that shrinking a counterexample of `splits` may add; of other laws, half of that
 MULTIPLES = 2.0  # times the cost so far, that the search for an exact multiple may add
 SMALLEST_BUDGET = 1000
-CHEAPEST = 200  # tokens that have to be left for another case
-NEW = 300  # tokens of new cases in a run whose floors were tried before
+NEW = 600  # tokens of new cases in a run whose floors were tried before
 LOW_PRECISION = ("float16", "bfloat16")
 
 Progress = Callable[[int, float, int | None], None]
@@ -200,15 +199,16 @@ def _show(progress: Progress | None, searches: dict[str, Search], harness: Harne
 
 def _try_further_cases(searches: dict[str, Search], harness: Harness, plan: Plan, progress: Progress | None) -> None:
     """Try single tokens, every chunk length, edge cases, and random cases, until they have cost the budget."""
-    until = harness.work.cost + plan.budget - CHEAPEST
+    until = harness.work.cost + plan.budget
     boundaries = tuple(boundary for boundary in harness.lm.boundaries if boundary < harness.longest)
     longest = harness.longest if boundaries else min(harness.longest, EDGES)
 
     def on_laws(case: Case, laws: dict[str, Search] = searches) -> None:
         for search in laws.values():
-            if harness.work.cost <= until and not search.settled:
-                search.attempt(search.drawn(case))
-        _show(progress, searches, harness, until + CHEAPEST)
+            tried = search.drawn(case)
+            if not search.settled and harness.work.cost + search.cost(tried) <= until:
+                search.attempt(tried)
+        _show(progress, searches, harness, until)
 
     def on_every_law(case: Case) -> None:
         on_laws(case)
@@ -222,7 +222,7 @@ def _try_further_cases(searches: dict[str, Search], harness: Harness, plan: Plan
         on_laws(case, {"splits": searches["splits"]})
     for case in edge_cases(longest, boundaries):
         on_laws(case)
-    if harness.work.cost <= until:
+    if harness.work.cost < until:
         settings(
             max_examples=plan.examples,
             deadline=None,

@@ -9,7 +9,7 @@ from pytest_lmeval.errors import LawBroken, NotPossible
 from pytest_lmeval.laws._checks import LAWS, check
 from pytest_lmeval.laws._diagnosis import broken
 from pytest_lmeval.laws._floors import LAST_SINGLES
-from pytest_lmeval.laws._harness import LONGEST, Harness
+from pytest_lmeval.laws._harness import CALL, FLOAT64, LONGEST, Harness
 from pytest_lmeval.laws._strategies import Case
 from pytest_lmeval.records._certificate import Counterexample, LawResult, finite
 
@@ -46,6 +46,14 @@ class Search:
         first = case.cuts[0] if case.cuts else 0
         singles = LAST_SINGLES if first > 1 else FIRST_SINGLES
         return replace(case, length=min(case.length, first + singles), cuts=case.cuts[:1])
+
+    def cost(self, case: Case) -> int:
+        """What one reading of the case costs, and its reference, in tokens; 0 if it was tried before."""
+        if case in self.seen:
+            return 0
+        calls = case.length - sum(case.cuts[:1]) + len(case.cuts[:1]) if self.law == "steps" else len(case.cuts) + 1
+        reference = 0 if case.seed in self.harness.references else (1 + FLOAT64) * (self.harness.longest + CALL)
+        return case.length + CALL * calls + reference
 
     def attempt(self, case: Case) -> LawBroken | None:
         case = self.fit(case)
