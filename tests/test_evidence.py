@@ -1,4 +1,4 @@
-"""What earlier runs tried on a model counts in later ones, once a part of it was replayed, and never if the model changed."""
+"""Cases that earlier runs tried on a model count in later ones, once some were replayed, and never if the model changed."""
 
 import json
 

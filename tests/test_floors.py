@@ -36,7 +36,7 @@ def test_the_floors_are_those_that_the_design_lists():
     assert len(floor["causality"]) == 2
     assert [(case.rows, case.length) for case in floor["rows"]] == [(2, 24), (8, 24), (33, 24)]
     assert [case.cuts for case in floor["fork"]] == [case.cuts for case in floor["resume"]] == [(24,), (160,)]
-    assert [case.length for case in floor["isolation"]] == [24, 160]
+    assert [(case.length, case.cuts) for case in floor["isolation"]] == [(27, (24,)), (160, ())]
 
 
 @pytest.mark.parametrize(("boundaries", "context", "length"), [((), None, 320), ((16, 256), None, 513), ((256,), 100, 100)])

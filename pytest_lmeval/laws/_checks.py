@@ -69,7 +69,7 @@ def isolation(harness: Harness, case: Case) -> None:
             raise broken(case, f"{case}: {changed_by}")
     why = "Something is left over from one sequence to the next."
     assert_bit_equal(harness, case, first, again, "gave other logits after another sequence was read in between", why)
-    if case.length <= FEW and (fresh := harness.fresh()) is not None:
+    if case.length <= 2 * FEW and (fresh := harness.fresh()) is not None:
         unread, what = (
             sampled(harness.logits(ids, sizes, lm=fresh)),
             "gave other logits than a copy that had read nothing before",
@@ -231,7 +231,7 @@ def _take_turns(harness: Harness, lm: Model, *continuations: tuple[Tensor, State
 
 def size(harness: Harness, case: Case) -> None:
     case = replace(case, length=harness.longest)
-    (seen, before), (end, after) = state_sizes(harness, case)
+    (seen, before), (end, after), _ = state_sizes(harness, case)
     if not harness.lm.constant_state or after <= before:
         return
     if waiting := [boundary for boundary in harness.lm.boundaries if boundary > seen]:
@@ -244,16 +244,17 @@ def size(harness: Harness, case: Case) -> None:
     )
 
 
-def state_sizes(harness: Harness, case: Case) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(tokens read, bytes of the state) in the middle and at the end of a sequence."""
+def state_sizes(harness: Harness, case: Case) -> tuple[tuple[int, int], tuple[int, int], tuple[str, ...]]:
+    """(tokens read, bytes of the state) in the middle and at the end of a sequence, and the dtypes of the state."""
     any_chunk = harness.largest_continuation is None
     length = case.length if any_chunk else min(case.length, FEW)
     sizes = [length // 2, length - length // 2] if any_chunk else [1] * length
-    held = harness.reading(case.seed, length, sizes).state_bytes
+    run = harness.reading(case.seed, length, sizes)
+    held = run.state_bytes
     if not held[-1]:
         raise NotPossible("its state holds no tensor that could be weighed")
     middle = (len(held) - 1) // 2
-    return (sum(sizes[: middle + 1]), held[middle]), (length, held[-1])
+    return (sum(sizes[: middle + 1]), held[middle]), (length, held[-1]), run.dtypes
 
 
 def _readable_sizes(harness: Harness, case: Case) -> list[int]:

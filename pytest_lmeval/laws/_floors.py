@@ -35,7 +35,7 @@ def floors(length: int, drawn: Random) -> dict[str, tuple[Case, ...]]:
     batch = min(CONTINUED, length)
     return {
         "repeat": (Case(length),),
-        "isolation": (Case(max(2, early), rows=2, before=9), Case(max(2, half), rows=2, before=early)),
+        "isolation": (Case(early + rest, (early,), rows=2, before=9), Case(max(2, half), rows=2, before=9)),
         "causality": (Case(length, (half,)), *([Case(length, (half, half + max(1, half // 2)))] if length > 3 else [])),
         "prefix": tuple(Case(length, (cut,)) for cut in sorted({1, min(23, length - 1), half})),
         "splits": (*(Case(length, cuts) for cuts in dict.fromkeys(pieces)), Case(length, drawn_cuts(length, drawn))),

@@ -16,7 +16,7 @@ from pytest_lmeval.laws._floors import SHORTEST_FLOOR
 from pytest_lmeval.laws._moe_routing import first_tie, record_routing
 from pytest_lmeval.laws._tolerance import Excess, Reference, log_probabilities, sampled, token_errors
 from pytest_lmeval.laws._weights import copy_of, float64_copy, round_weights
-from pytest_lmeval.models._model import Model, State, state_bytes
+from pytest_lmeval.models._model import Model, State, state_bytes, state_dtypes
 
 LONGEST = SHORTEST_FLOOR
 RAW = Policy()  # nothing is proven before it is tried
@@ -62,12 +62,14 @@ class Run:
     logits       [t, v] as the model gave them; of a large vocabulary, the sample that is compared
     log_probs    [t, v] their log-probabilities in float64, of the same columns
     state_bytes  bytes of the state after each chunk
+    dtypes       of the tensors of the last state
     state        after the last chunk
     """
 
     logits: Tensor
     log_probs: Tensor
     state_bytes: tuple[int, ...]
+    dtypes: tuple[str, ...]
     state: State
 
 
@@ -143,9 +145,8 @@ class Harness:
         if key in self._readings:
             return self._readings[key]
         (logits,), held, state = self._read(self.tokens(length, seed), sizes, [0])
-        run = Run(
-            sampled(logits), log_probabilities(logits), held, state if sizes == [length] and length < self.longest else None
-        )
+        kept_state = state if sizes == [length] and length < self.longest else None
+        run = Run(sampled(logits), log_probabilities(logits), held, tuple(state_dtypes(state)), kept_state)
         if kept:
             short = [other for other, run in self._readings.items() if len(run.log_probs) <= FEW]
             if len(short) > KEPT:

@@ -15,14 +15,12 @@ from random import Random
 
 from hypothesis import HealthCheck, Phase, Verbosity, given, settings, target
 
-from pytest_lmeval.engine import Engine
 from pytest_lmeval.laws._checks import LAWS, state_sizes
 from pytest_lmeval.laws._evidence import Tried
 from pytest_lmeval.laws._floors import floor_length, floors
-from pytest_lmeval.laws._harness import MEMORY, RAW, Harness, Raised
+from pytest_lmeval.laws._harness import MEMORY, Harness, Raised
 from pytest_lmeval.laws._search import Search
 from pytest_lmeval.laws._strategies import MANY, Case, aligned_cases, cases, edge_cases, every_chunk_length
-from pytest_lmeval.models._model import state_dtypes
 from pytest_lmeval.records import _certificate as verdicts
 from pytest_lmeval.records._certificate import Certificate, LawResult, State
 
@@ -281,10 +279,9 @@ def _nearest_multiples(case: Case, k: int) -> tuple[int, ...]:
 
 def _state(harness: Harness) -> State | None:
     try:
-        (seen, before), (end, after) = state_sizes(harness, Case(harness.longest))
-        _, state = Engine(harness.lm, RAW).step(harness.tokens(2, 0))
+        (seen, before), (end, after), dtypes = state_sizes(harness, Case(harness.longest))
     except MEMORY:
         raise
     except Exception:  # noqa: BLE001 - no tensor, or a model that cannot go on in chunks: the laws say so
         return None
-    return State(after, end, (after - before) / max(1, end - seen), tuple(state_dtypes(state)))
+    return State(after, end, (after - before) / max(1, end - seen), dtypes)

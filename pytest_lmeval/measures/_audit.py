@@ -63,7 +63,7 @@ def excess_of(found: np.ndarray, again: np.ndarray, lm: Model, rounding: float |
 
 class TextAudit:
     """Reads the beginning of a text again while it is streamed: once across the first two boundaries between its chunks, and
-    once as far as the share of the work pays for. What it needs and finds is in `sums.beginning`.
+    once as far as the share of the work pays for. What it needs and finds is in the `beginning` of the sums.
 
     It reads in one call, where that fits, else in pieces that end between the chunks. Where chunks are longer than what the
     probe read, one call may be as wrong as they are, so the end is read in pieces of a length that was tried.
