@@ -362,13 +362,15 @@ class TaskAudit:
         from pytest_lmeval.laws._moe_routing import record_routing
         from pytest_lmeval.laws._tolerance import Reference, token_errors
 
-        lm, ids = self.engine.lm, request.read
+        lm, ids, certificate = self.engine.lm, request.read, self.engine.policy.certificate
+        rounding = certificate.rounding if certificate is not None else None
         one = torch.from_numpy(ids[None]).to(lm.device)
         routed = record_routing(lambda: Engine(lm, self._alone).step(one), rows=1, row=0, sizes=[len(ids)])
         exact = None if routed else self._in_float64(request)
         if exact is not None:
             expected = torch.from_numpy(exact)[:, None]
-            reference = Reference(expected, token_errors(torch.from_numpy(alone)[:, None], expected), lm.dtype)
+            error = token_errors(torch.from_numpy(alone)[:, None], expected).clamp(min=rounding or 0.0)
+            reference = Reference(expected, error, lm.dtype)
             if reference.measure(torch.from_numpy(found)[:, None]).tolerance_ratio <= 1:
                 return None
         context, length = request.context_len, len(ids)
@@ -387,12 +389,10 @@ class TaskAudit:
 
     def _in_float64(self, request: Request) -> np.ndarray | None:
         """The log-likelihoods of a float64 copy; None if there is none that reads."""
+        if (copy := self._float64_copy) is None:
+            return None
         try:
-            return (
-                None
-                if self._float64_copy is None
-                else Engine(self._float64_copy, self._alone).score([request])[0].loglikelihood
-            )
+            return Engine(copy, self._alone).score([request])[0].loglikelihood
         except Exception:  # noqa: BLE001 - kernels or held states of one precision
             return None
 
