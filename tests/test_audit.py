@@ -262,7 +262,7 @@ def test_of_sixteen_bits_the_spread_is_said_where_the_number_is_and_nobody_is_ac
     audit = audit_of(result)
     assert 0 < audit.difference < 0.5
     assert result.record.notes == [
-        f"scores in bfloat16 depend on chunks, batch and neighbours: by up to {audit.difference:.2g} nats a token (audited to "
+        f"up to {audit.difference:.2g} nats a token in bfloat16 depend on batch, neighbours and chunks (audited to "
         f"{audit.tokens} tokens); invariant=True fixes all shapes"
     ]
     assert read(LM, ids_of(3000)).record.notes == []

@@ -434,5 +434,5 @@ def spread_note(certificate: Certificate | None, audit: Audit | None, policy: Po
     """What a number of 16 bits depends on, beside the model and the data, and by how much."""
     if certificate is None or certificate.verdict != CONSISTENT or policy.invariant:
         return []
-    measured = f": by up to {audit.difference:.2g} nats a token ({audit})" if audit else ""
-    return [f"scores in {certificate.dtype} depend on chunks, batch and neighbours{measured}; invariant=True fixes all shapes"]
+    spread, where = ("scores", "") if audit is None else (f"up to {audit.difference:.2g} nats a token", f" ({audit})")
+    return [f"{spread} in {certificate.dtype} depend on batch, neighbours and chunks{where}; invariant=True fixes all shapes"]
