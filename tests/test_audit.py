@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +14,12 @@ from test_codebooks import Frames, frames_of
 from tiny_models import CARRYING, Fragile, Functional, Neighbourly, Stateless, Streaming
 
 import pytest_lmeval
-from pytest_lmeval import Choices, Generate, Task, as_model, policy_for
+from pytest_lmeval import Choices, Generate, Suite, Task, as_model, policy_for
+from pytest_lmeval._session import Session, TestLog as Log
 from pytest_lmeval.errors import LawBroken, Refused
+from pytest_lmeval.measures import Lmeval
 from pytest_lmeval.measures._audit import CALL, SHARE
+from pytest_lmeval.measures._context import VerbContext
 from pytest_lmeval.measures._perplexity import measure_perplexity
 from pytest_lmeval.measures._task import measure_task
 from pytest_lmeval.records._certificate import CONSISTENT, EXACT, Certificate, LawResult
@@ -396,6 +400,35 @@ def test_no_right_architecture_is_accused_by_its_answers(name, monkeypatch):
         assert audit_of(answer(CLEAN[name](), task)).difference < 1e-3
     lm = low(CLEAN[name]())
     assert audit_of(answer(lm, certificate=SIXTEEN)).questions >= 1
+
+
+# Verbs
+
+
+@pytest.fixture
+def lmeval(tmp_path, monkeypatch):
+    """The fixture, in a run whose probes have found nothing wrong."""
+    monkeypatch.setattr(Session, "verdict", lambda session, lm: SimpleNamespace(certificate=CERTIFIED))
+    return Lmeval(VerbContext(Session(tmp_path), Log("t.py::test_it")))
+
+
+def test_a_refused_measurement_leaves_no_record_and_no_file_and_a_later_one_is_refused_again(lmeval, tmp_path):
+    late, leaky = as_model(LATE["wrong past 340"][0]()), as_model(LateLeak(vocab=256))
+    for _ in range(2):
+        with pytest.raises(Refused, match="nothing is reported"):
+            lmeval.perplexity(late, ids_of(25_000), chunk_size=CHUNK, losses=True)
+        with pytest.raises(Refused, match="nothing is reported"):
+            lmeval.task(leaky, CHOOSES)
+    assert lmeval._context.log.records == []
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert lmeval.task(leaky, CHOOSES, invariant=True).record.settings["invariant"] is True
+
+
+def test_the_audit_is_in_the_certificate_of_the_record_and_a_suite_passes_invariant_on(lmeval):
+    assert lmeval.perplexity(LM, ids_of(3000), chunk_size=CHUNK).certificate.audit.tokens >= 137
+    whole, fixed = (lmeval.suite(BYTE_LM, Suite("both", (CHOOSES, GENERATES)), invariant=fixed) for fixed in (False, True))
+    assert audit_of(whole["parity"]).questions and audit_of(whole["generates"]).answers
+    assert [result.record.settings.get("invariant") for result in fixed.tasks.values()] == [True, True]
 
 
 # Sixteen bits, and shapes that depend on nothing else
