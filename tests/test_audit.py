@@ -218,6 +218,17 @@ def test_a_run_that_is_killed_and_resumed_is_audited_as_one_that_was_not(tmp_pat
     assert audit_of(resumed) == audit_of(whole)
 
 
+def test_a_checkpoint_holds_the_beginning_of_a_text_only_until_it_was_read_again(tmp_path):
+    held = []
+    for tokens in (1000, 5000):
+        with pytest.raises(Killed), saving_every_chunk():
+            read(LM, ids_of(25_000), checkpoints=Checkpoints(tmp_path), key="k", progress=kill_at(tokens))
+        beginning = json.loads(torch.load(tmp_path / "k.pt")["sums"])["beginning"]
+        held.append((len(beginning["ids"]), len(beginning["nll"])))
+    assert 900 < held[0][1] < held[0][0] <= 1000
+    assert held[1] == (0, 0)
+
+
 @pytest.mark.parametrize("killed_at", [200, 600])
 def test_a_resumed_run_does_not_get_past_a_fault_and_keeps_nothing_of_it(tmp_path, killed_at):
     ids, losses, options = ids_of(25_000), tmp_path / "losses.npy", {"checkpoints": Checkpoints(tmp_path), "key": "k"}
