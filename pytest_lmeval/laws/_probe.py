@@ -178,9 +178,11 @@ def _nothing_tried(lm: Model) -> Certificate:
 
 
 def _warn_of_a_long_probe(harness: Harness, plan: Plan, low: bool, say: Callable[[str], None]) -> None:
-    """Time the first reading, and tell the user if the floors would take minutes."""
-    began, harness.longest = time.perf_counter(), plan.longest
+    """Time a reading that the laws need anyway, and tell the user if the floors would take minutes."""
+    harness.longest = plan.longest
     try:
+        _ = harness.largest_continuation  # the first calls of a model take longer
+        began = time.perf_counter()
         harness.reading(0, plan.longest, [plan.longest])
     except Exception:  # noqa: BLE001 - the probe says what is wrong
         return
