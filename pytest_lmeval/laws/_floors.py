@@ -49,8 +49,8 @@ def floors(length: int, drawn: Random) -> dict[str, tuple[Case, ...]]:
 
 
 def drawn_cuts(length: int, drawn: Random) -> tuple[int, ...]:
-    """Two cuts anywhere, so that the chunk between them has any length."""
-    return tuple(sorted(drawn.sample(range(1, length), min(2, length - 1))))
+    """One cut anywhere, so that the chunk after it has any length."""
+    return (drawn.randrange(1, length),)
 
 
 def _batch_cuts(length: int) -> tuple[int, ...]:

@@ -28,7 +28,7 @@ EDGES = 160  # tokens of the edge cases of a model without boundaries
 SHRINKING = 1 / 2  # of the cost so far, that shrinking a counterexample of `splits` may add; of other laws, half of that
 MULTIPLES = 2.0  # times the cost so far, that the search for an exact multiple may add
 SMALLEST_BUDGET = 1000
-NEW = 600  # tokens of new cases in a run whose floors were tried before
+NEW = 450  # tokens of new cases in a run whose floors were tried before
 LOW_PRECISION = ("float16", "bfloat16")
 
 Progress = Callable[[int, float, int | None], None]
