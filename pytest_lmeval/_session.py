@@ -36,7 +36,6 @@ class Session:
     trusted          models that may run their own code
     mirror           a folder to use instead of the hub
     fresh            use nothing from an earlier run
-    fresh_evidence   use no certificate from an earlier run
     progress         (title, unit) -> a context manager of a progress bar's callback, or of None
     say              prints a line at once
     """
@@ -53,7 +52,6 @@ class Session:
     trusted: tuple[str, ...] = ()
     mirror: str | None = None
     fresh: bool = False
-    fresh_evidence: bool = False
     progress: ProgressBars = lambda title, **options: nullcontext(None)
     say: Callable[[str], None] | None = None
     loaded: dict[str, Model] = field(default_factory=dict)
@@ -88,15 +86,6 @@ class Session:
 
         return {"profile": self.profile or default_profile(), "budget": self.budget}
 
-    @functools.cached_property
-    def certificates(self) -> Path | None:
-        """The folder of certificates, emptied first with --lmeval-fresh-evidence (by one of parallel workers at most)."""
-        folder = None if self.folder is None else self.folder / "certificates"
-        if folder is not None and self.fresh_evidence:
-            for file in folder.glob("*.json"):
-                file.unlink(missing_ok=True)
-        return folder
-
     def verdict(self, lm: Model) -> EquivalenceResult:
         """The equivalence result of a model, which is probed once in a session. Does not keep the model in memory."""
         known = self.verdicts.value(lm.step_fn if lm.module is None else lm.module, dict)
@@ -110,7 +99,8 @@ class Session:
         from pytest_lmeval.laws._probe import probe
 
         known = None if self.folder is None else self.folder / "counterexamples.jsonl"
-        files = {"counterexamples": known, "certificates": self.certificates}
+        certificates = None if self.folder is None else self.folder / "certificates"
+        files = {"counterexamples": known, "certificates": certificates}
         with self.progress(f"{lm.spec} is tried on the laws", unit="laws") as progress:
             return probe(lm, **{**self.probe, **files, "progress": progress, "say": self.say, **options})
 

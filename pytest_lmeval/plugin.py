@@ -47,6 +47,9 @@ def pytest_configure(config: pytest.Config) -> None:
     options.check(config)
     if not is_worker(config):
         config.pluginmanager.register(Reports(config), "lmeval-reports")
+        if option(config, "lmeval-fresh-evidence") and not config.option.collectonly:  # before workers start
+            for certificate in (output_folder(config) / "certificates").glob("*.json"):
+                certificate.unlink(missing_ok=True)
     config.pluginmanager.register(_fixtures_with_parameters(config), "lmeval-parameters")
     if (config.getoption("lmeval_baseline") or config.getini("lmeval_baseline")) and option(config, "lmeval-gate") != "off":
         from pytest_lmeval.gates._gate import Gate, baseline_file
@@ -234,7 +237,6 @@ def shared_session(config: pytest.Config) -> Session:
             trusted=tuple(option(config, "lmeval-trust-remote-code")),
             mirror=option(config, "lmeval-data") or None,
             fresh=bool(option(config, "lmeval-fresh")),
-            fresh_evidence=bool(option(config, "lmeval-fresh-evidence")) and not is_worker(config),
             progress=_progress(config),
             say=_say(config),
         )

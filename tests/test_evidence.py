@@ -159,4 +159,7 @@ def test_a_run_keeps_certificates_in_its_folder_and_forgets_them_on_request(proj
     for expected in (1, 2, 3):
         project.runpytest_subprocess(*command).stdout.fnmatch_lines([f"*runs {expected}*"])
     project.runpytest_subprocess(*command, "--lmeval-fresh-evidence").stdout.fnmatch_lines(["*runs 1*"])
+    project.runpytest_subprocess(*command, "--lmeval-fresh-evidence", "-n", "1").assert_outcomes(passed=1)
+    (file,) = (project.path / ".lmeval/certificates").glob("*.json")
+    assert json.loads(file.read_text())["runs"] == 1  # the process that starts the workers forgets, before they start
     assert len(list((project.path / ".lmeval/certificates").glob("*.json"))) == 1

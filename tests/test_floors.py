@@ -321,3 +321,42 @@ def test_a_record_says_what_was_not_done_because_it_was_not_proven(project):
         ]
     )
     ran.stdout.fnmatch_lines(["*unproven, 0 of 11 laws*"])
+
+
+def reading_row(of):
+    """A model that gives each row of a batch the result of another row: `of(row, rows)`."""
+
+    class Misplaced(Functional):
+        def forward(self, input_ids, state=None):
+            rows = len(input_ids)
+            logits, state = super().forward(input_ids, state)
+            taken = [of(row, rows) for row in range(rows)]
+            return logits[taken], state[:, taken]
+
+    return as_model(Misplaced())
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        lambda row, rows: 0 if rows == 8 and row == 7 else row,
+        lambda row, rows: 0 if rows == 33 and row == 32 else row,
+        lambda row, rows: 0 if rows > 1 and row == rows - 1 else row,
+        *[lambda row, rows, k=k: row % k for k in (2, 4, 7, 8, 16, 32)],
+        lambda row, rows: max(0, row - 1),
+    ],
+)
+def test_a_row_that_gets_the_result_of_another_is_found_by_the_floors(of):
+    assert not probe(reading_row(of), budget=1).laws["rows"].kept
+    assert probe(reading_row(lambda row, rows: row), budget=1).laws["rows"].kept
+
+
+@pytest.mark.parametrize("context", [2, 3, 5, 8])
+def test_a_tiny_context_is_no_fault(context):
+    def limited(seen, t):
+        if seen + t > context:
+            raise IndexError("no such position")
+
+    model = Fragile(limited)
+    model.context_length = context
+    assert probe(as_model(model), budget=1).verdict == "exact-any-chunk"

@@ -57,7 +57,7 @@ def _why_not_again(lm: Model) -> str:
 
 def isolation(harness: Harness, case: Case) -> None:
     ids, sizes = harness.tokens(case.length, case.seed), _readable_sizes(harness, case)
-    others = harness.tokens(max(1, case.before), case.seed + 1000)
+    others = harness.tokens(min(max(1, case.before), harness.longest), case.seed + 1000)
     with preserve_weights(harness.lm) as changed:
         first = harness.reading(case.seed, case.length, sizes).logits
         try:
@@ -165,7 +165,7 @@ def rows(harness: Harness, case: Case) -> None:
     ]
     batch, expected = list[Tensor](), list[tuple[Tensor, Tensor]]()
     for row in range(max(2, case.rows)):
-        own, run = alone[(row + row // SEQUENCES) % len(alone)]
+        own, run = alone[row.bit_count() % SEQUENCES]  # Thue-Morse: no shift, and no wrap after 2^k rows, maps it to itself
         length = case.length - row * longest_padding % (longest_padding + 1)  # every padding in turn, the longest first
         batch.append(torch.nn.functional.pad(own[..., :length], (0, case.length - length)))
         expected.append((own, run[:length]))

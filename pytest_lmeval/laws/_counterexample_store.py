@@ -33,8 +33,9 @@ class CounterexampleStore:
                 entry = json.loads(line)
                 if entry["lm"] == spec:
                     case = case_of(entry["case"])
-                    found.setdefault(entry["law"], {})[case] = None
-            except (ValueError, KeyError, TypeError):
+                    if case.length > 1:
+                        found.setdefault(entry["law"], {})[case] = None
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue
         return {law: list(stored)[:MOST] for law, stored in found.items()}
 
@@ -62,7 +63,7 @@ def case_of(choices: dict[str, Any]) -> Case:
     cuts = choices.get("cuts", ())
     case = Case(**{**choices, "cuts": (cuts,) if isinstance(cuts, int) else tuple(cuts)})
     numbers = (case.length, case.seed, case.rows, case.padding, case.before, *case.cuts)
-    if not all(isinstance(number, int) and number >= 0 for number in numbers):
+    if not all(type(number) is int and number >= 0 for number in numbers):
         raise ArgumentError(f"a case is made of numbers of tokens; got {choices}.")
     if case.length < 1 or any(size < 1 for size in case.sizes):
         raise ArgumentError(f"a sequence of {case.length} tokens cannot be cut at {case.cuts}.")

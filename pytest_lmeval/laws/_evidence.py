@@ -80,14 +80,16 @@ class EvidenceStore:
             if stored["key"] != self.key:
                 raise ValueError("it is of another model, or was made with other versions")
             parts = {
-                part: {law: [case_of(case) for case in some] for law, some in stored[part].items()}
+                part: {
+                    law: [found for case in some if (found := case_of(case)).length > 1] for law, some in stored[part].items()
+                }
                 for part in map("-".join, PARTS)
             }
             own, in_float32 = (
                 Tried(parts[f"{precision}-kept"], parts[f"{precision}-broken"]) for precision in ("own", "in_float32")
             )
             return Evidence(own, in_float32, int(stored["runs"]))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ArgumentError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ArgumentError, RecursionError) as error:
             warn(f"the certificate {self.path} is not used ({type(error).__name__}: {error}); every law is tried anew.")
             return Evidence()
 

@@ -32,10 +32,10 @@ def floors(length: int, drawn: Random) -> dict[str, tuple[Case, ...]]:
     """The floor of each law for a sequence of `length` tokens, at least 2; one composition is `drawn`."""
     half, early, rest = length // 2, min(CONTINUED, length // 2), min(TURNS, length - length // 2)
     pieces = [(half,), (min(EARLY_CUT, length - 1),), *(chunk_cuts(length, min(size, length - 1)) for size in PIECES)]
-    batch = min(CONTINUED, length)
+    batch, before = min(CONTINUED, length), min(9, length)
     return {
         "repeat": (Case(length),),
-        "isolation": (Case(early + rest, (early,), rows=2, before=9), Case(max(2, half), rows=2, before=9)),
+        "isolation": (Case(early + rest, (early,), rows=2, before=before), Case(max(2, half), rows=2, before=before)),
         "causality": (Case(length, (half,)), *([Case(length, (half, half + max(1, half // 2)))] if length > 3 else [])),
         "prefix": tuple(Case(length, (cut,)) for cut in sorted({1, min(23, length - 1), half})),
         "splits": (*(Case(length, cuts) for cuts in dict.fromkeys(pieces)), Case(length, drawn_cuts(length, drawn))),

@@ -36,7 +36,8 @@ class Search:
         """The case as the law sees it, cut down to the longest sequence."""
         length = min(case.length, self.harness.longest)
         cuts = tuple(cut for cut in case.cuts if cut < length) or ((length - 1,) if LAWS[self.law].cut else ())
-        return LAWS[self.law].relevant(replace(case, length=length, cuts=cuts))
+        before = min(case.before, self.harness.longest)
+        return LAWS[self.law].relevant(replace(case, length=length, cuts=cuts, before=before))
 
     def drawn(self, case: Case) -> Case:
         """A case drawn for all laws, as this one tries it: single tokens are read a few at a time."""
