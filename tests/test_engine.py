@@ -142,7 +142,7 @@ MORE = [
     (("prefix",), {}, {"fork": True}, "to fork its state"),
     (("fork",), {}, {"fork": True}, "to fork its state"),
     (("resume",), {}, {"resume": True}, "to resume from a saved state"),
-    (("rows",), {}, {"batch_size": 2}, "to read rows side by side"),
+    (("rows",), {}, {"batch_size": 2}, "to read 2 rows at once"),
     (("splits",), {}, {"single": False}, "to continue its state by several tokens"),
     (("splits",), {}, {"chunk_size": 2}, "exact one token at a time only, and chunk_size=2 was asked for"),
     (("steps",), {}, {"windows": Windows(99), "chunk_size": 9}, "Chunks of 9 carry its state through windows of 99"),

@@ -163,3 +163,16 @@ def test_a_run_keeps_certificates_in_its_folder_and_forgets_them_on_request(proj
     (file,) = (project.path / ".lmeval/certificates").glob("*.json")
     assert json.loads(file.read_text())["runs"] == 1  # the process that starts the workers forgets, before they start
     assert len(list((project.path / ".lmeval/certificates").glob("*.json"))) == 1
+
+
+@pytest.mark.parametrize("profile", ["ci", "nightly"])
+def test_old_counterexamples_that_break_nothing_any_more_change_nothing(tmp_path, profile):
+    known = tmp_path / "counterexamples.jsonl"
+    for law, case in (("splits", Case(900, (450,), 1)), ("rows", Case(300, (10,), 2, rows=5)), ("steps", Case(40))):
+        CounterexampleStore(known).add(as_model(Functional()).spec, law, case.choices())
+    tried = []
+    for file in (known, None):
+        tried.append(certified(Functional(), None, profile=profile, budget=1, counterexamples=file).certificate.laws)
+    if profile == "ci":
+        assert tried[0] == tried[1]
+    assert {law.longest for law in tried[0].values()} <= {13, 24, 27, 160, 163, 320}

@@ -10,8 +10,9 @@ from hypothesis import given, settings, strategies as st
 from probing import probed
 from tiny_models import Fragile, Functional, Stateless, Stepper
 
+import pytest_lmeval
 from pytest_lmeval.engine import Engine, policy_for
-from pytest_lmeval.errors import ArgumentError, Refused
+from pytest_lmeval.errors import ArgumentError, LawBroken, Refused
 from pytest_lmeval.laws import LAWS, Case, Harness, _probe, check, probe
 from pytest_lmeval.laws._floors import floor_length, floors
 from pytest_lmeval.laws._harness import CALL
@@ -242,7 +243,7 @@ def test_without_the_laws_of_streaming_a_text_is_read_in_windows_that_carry_noth
 
 
 def test_more_than_the_certificate_proves_is_refused():
-    with pytest.raises(Refused, match="to read rows side by side"):
+    with pytest.raises(Refused, match="to read 8 rows at once"):
         Engine(FUNCTIONAL, replace(policy_for(FUNCTIONAL, certificate(rows="untried")), batch_size=8))
 
 
@@ -360,3 +361,48 @@ def test_a_tiny_context_is_no_fault(context):
     model = Fragile(limited)
     model.context_length = context
     assert probe(as_model(model), budget=1).verdict == "exact-any-chunk"
+
+
+def test_a_limit_of_rows_is_no_fault_and_limits_the_batches():
+    class Sixteen(Functional):
+        def forward(self, input_ids, state=None):
+            if len(input_ids) > 16:
+                raise ValueError("max_batch_size is 16")
+            return super().forward(input_ids, state)
+
+    lm = as_model(Sixteen())
+    certificate = probe(lm, budget=1).certificate
+    assert (certificate.verdict, certificate.limit_rows) == ("exact-any-chunk", 16)
+    assert policy_for(lm, certificate, batch_size=40).batch_size == 16
+    with pytest.raises(Refused, match="to read 40 rows at once"):
+        Engine(lm, replace(policy_for(lm, certificate), batch_size=40))
+
+
+def in_steps_of_16(wrong=lambda seen: False):
+    """A model that reads at most 16 tokens a call; its logits are wrong where `wrong(tokens before)`."""
+
+    def limited(seen, t):
+        if t > 16:
+            raise ValueError("at most 16 tokens a call")
+        return wrong(seen)
+
+    return as_model(Fragile(limited))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_limit_of_one_step_is_no_limit_of_the_sequence(dtype):
+    lm = in_steps_of_16()
+    lm.module.to(dtype)
+    certificate = probe(lm, budget=5000).certificate
+    assert certificate.verdict == ("exact-any-chunk" if dtype == torch.float32 else "consistent"), certificate.why_not()
+    assert certificate.coverage == "11 of 11 laws, up to 320 tokens"
+    assert (certificate.limit_tokens, certificate.limit_is_step) == (16, True)
+
+
+def test_a_fault_behind_a_limit_of_one_step_is_found():
+    found = probe(in_steps_of_16(lambda seen: seen > 100 and seen % 16), budget=1)
+    assert not found.laws["splits"].kept
+    line = found.laws["splits"].counterexamples[0].replay
+    with pytest.raises(LawBroken):
+        eval(line, {"pytest_lmeval": pytest_lmeval, "lm": in_steps_of_16(lambda seen: seen > 100 and seen % 16)})
+    eval(line, {"pytest_lmeval": pytest_lmeval, "lm": in_steps_of_16()})

@@ -419,3 +419,20 @@ def test_a_found_limit_applies_like_a_declared_one(context):
         assert Encoder(replace(lm, tokenizer=Bytes()), task).encode(task.ask({}), "", id="0", number=0).truncated == 41 - 25
         grid = measure_latency_grid(lm, seq_lens=(4, 30), runs=1, warm_up=0, new_tokens=25)
         assert [*grid.failed] == [(1, 4), (1, 30)]  # the rest of the grid is measured
+
+
+def test_a_method_that_is_put_into_a_class_later_changes_the_fingerprint(monkeypatch):
+    class Patched(Functional):
+        def forward(self, input_ids, state=None):
+            return super().forward(input_ids, state)
+
+    lm, right = as_model(Patched()), Patched.forward
+    before = fingerprint(lm)
+
+    def faster(self, input_ids, state=None):
+        return right(self, input_ids, state)
+
+    monkeypatch.setattr(Patched, "forward", faster)
+    assert fingerprint(lm) != before
+    monkeypatch.setattr(Patched, "forward", right)
+    assert fingerprint(lm) == before

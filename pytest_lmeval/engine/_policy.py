@@ -190,7 +190,7 @@ def allowed_by(lm: Model, certificate: Certificate | None, batch_size: int = 8) 
         longest=longest,
         fork=not no_fork,
         resume=not lacking("resume"),
-        batch_size=1 if no_rows else batch_size,
+        batch_size=1 if no_rows else min(batch_size, certificate.limit_rows or batch_size),
         withheld=tuple(f"{what}, since {' and '.join(why)}" for what, why in denied.items() if why),
         certificate=certificate,
     )
@@ -213,7 +213,7 @@ def chunk_of(lm: Model, policy: Policy, default: int | None = None) -> int:
 def check(lm: Model, policy: Policy) -> None:
     """Raise Refused for a policy that asks for more than its certificate allows, or that contradicts itself."""
     if policy.certificate is not None:
-        allowed = allowed_by(lm, policy.certificate)
+        allowed = allowed_by(lm, policy.certificate, policy.batch_size)
         longest = allowed.longest or UNLIMITED
         beyond = {
             "to carry its state": policy.carry and not allowed.carry,
@@ -221,7 +221,7 @@ def check(lm: Model, policy: Policy) -> None:
             "to continue its state by several tokens": policy.carry and allowed.single and not policy.single,
             "to fork its state": policy.fork and not allowed.fork,
             "to resume from a saved state": policy.resume and not allowed.resume,
-            "to read rows side by side": policy.batch_size > allowed.batch_size == 1,
+            f"to read {policy.batch_size} rows at once": policy.batch_size > allowed.batch_size,
             f"for steps of more than {longest} tokens": (policy.longest or UNLIMITED) > longest,
         }
         if asked := [what for what, more in beyond.items() if more]:

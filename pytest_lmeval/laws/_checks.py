@@ -29,7 +29,7 @@ from pytest_lmeval.engine import Engine
 from pytest_lmeval.errors import ArgumentError, LawBroken, NotFiniteError, NotPossible, no_such
 from pytest_lmeval.laws._diagnosis import assert_tolerated, broken
 from pytest_lmeval.laws._harness import FEW, MEMORY, RAW, Harness, Raised
-from pytest_lmeval.laws._strategies import Case
+from pytest_lmeval.laws._strategies import MOST_ROWS, Case
 from pytest_lmeval.laws._sums import sums
 from pytest_lmeval.laws._tolerance import ROUNDINGS, log_probabilities, sampled
 from pytest_lmeval.laws._weights import preserve_weights
@@ -158,13 +158,14 @@ def _same_as_full_run(harness: Harness, case: Case, law: str, sizes: list[int], 
 
 
 def rows(harness: Harness, case: Case) -> None:
+    count = min(max(2, case.rows), harness.most_rows or MOST_ROWS)
     sizes, longest_padding = _readable_sizes(harness, case), min(case.padding, case.length - 1)
     alone = [  # with real tokens in place of the padding
         (harness.tokens(case.length, seed), harness.reading(seed, case.length, sizes).log_probs)
         for seed in range(case.seed + 1000, case.seed + 1000 + SEQUENCES)
     ]
     batch, expected = list[Tensor](), list[tuple[Tensor, Tensor]]()
-    for row in range(max(2, case.rows)):
+    for row in range(count):
         own, run = alone[row.bit_count() % SEQUENCES]  # Thue-Morse: no shift, and no wrap after 2^k rows, maps it to itself
         length = case.length - row * longest_padding % (longest_padding + 1)  # every padding in turn, the longest first
         batch.append(torch.nn.functional.pad(own[..., :length], (0, case.length - length)))
@@ -172,9 +173,13 @@ def rows(harness: Harness, case: Case) -> None:
     try:
         excess, row = harness.compare_rows("rows", case.seed, torch.cat(batch), sizes, expected)
     except Raised as raised:
-        if harness.reads_batches:
+        if not harness.reads_rows(2):
+            raise NotPossible(f"it does not read 2 rows at once (it {raised})") from raised
+        if harness.reads_rows(count):  # not their number is too large for it
             raise
-        raise NotPossible(f"it does not read {len(batch)} rows at once (it {raised})") from raised
+        harness.most_rows = harness.find_most_rows(count)
+        rows(harness, case)
+        return
     why = "A row depends on its neighbours, their order, or the padding after it."
     assert_tolerated(case, excess, f"{case}: row {row} of {len(batch)}, against the row alone: {excess}. {why}")
 
@@ -219,7 +224,7 @@ def _take_turns(harness: Harness, lm: Model, *continuations: tuple[Tensor, State
     """
     length, engine = min(8, continuations[0][0].shape[-1]), Engine(lm, RAW)
     single = min(3, length - 2) if harness.largest_continuation is None and length > 2 else length
-    sizes = [1] * single + [length - single] * (length > single)
+    sizes = harness.fitting([1] * single + [length - single] * (length > single))
     turns = zip(
         *(engine.steps(torch.split(ids[..., :length], sizes, dim=-1), state) for ids, state in continuations), strict=True
     )
@@ -247,7 +252,7 @@ def state_sizes(harness: Harness, case: Case) -> tuple[tuple[int, int], tuple[in
     any_chunk = harness.largest_continuation is None
     length = case.length if any_chunk else min(case.length, FEW)
     sizes = [length // 2, length - length // 2] if any_chunk else [1] * length
-    run = harness.reading(case.seed, length, sizes)
+    run, sizes = harness.reading(case.seed, length, sizes), harness.fitting(sizes)
     held = run.state_bytes
     if not held[-1]:
         raise NotPossible("its state holds no tensor that could be weighed")

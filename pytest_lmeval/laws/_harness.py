@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -73,11 +74,22 @@ class Run:
     state: State
 
 
+@dataclass(frozen=True)
+class _Reading:
+    """Row `row` of ids [b, t], read in chunks."""
+
+    ids: Tensor
+    sizes: list[int]
+    row: int = 0
+
+
 @dataclass
 class Harness:
     """A model under test: `harness.compare("splits", 0, harness.tokens(40, seed=0), sizes=[20, 20])`.
 
     longest       tokens of the sequence of which references are computed; a shorter sequence is its beginning
+    most          tokens that it reads in one call at most; longer chunks are read in such pieces. None: any number
+    most_rows     rows that it reads at once at most. None: any number
     text          ids [t] or codes [t, k] with which the sequences begin; by default they are random
     worst         by law, the comparison with the largest tolerance ratio, and what was read
     work          steps of the model, of its copies, and of its float64 copy so far
@@ -87,6 +99,8 @@ class Harness:
 
     lm: Model
     longest: int = LONGEST
+    most: int | None = None
+    most_rows: int | None = None
     text: np.ndarray | None = None
     worst: dict[str, tuple[Excess, str]] = field(default_factory=dict)
     work: Work = field(default_factory=Work)
@@ -94,11 +108,17 @@ class Harness:
     references: dict[int, Reference] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        copy, self._unread = float64_copy(self.lm) if self.lm.dtype != torch.float64 else None, copy_of(self.lm)
-        self.float64_copy = self.work.of(copy, FLOAT64)
+        self._unread = copy_of(self.lm)
+        self.float64_copy = self.work.of(float64_copy(self.lm), FLOAT64) if self.lm.dtype != torch.float64 else None
         self.lm = self.work.of(self.lm) or self.lm
         self._logits_dtype = self.lm.dtype
         self._readings: dict[tuple[int, ...], Run] = {}
+
+    def apart(self) -> Harness:
+        """The same model, tried without a trace in what this harness has found so far."""
+        other = copy.copy(self)
+        other.worst, other.references, other._readings = {}, {}, {}
+        return other
 
     @property
     def reference_kind(self) -> str:
@@ -167,12 +187,8 @@ class Harness:
     ) -> tuple[list[Tensor], tuple[int, ...], State]:
         """The logits [t, v] of some rows, the bytes of the state after each chunk, and the last state."""
         # cloned, since a view of the sequence in a state would weigh as much as all of it
-        chunks, parts, held = (
-            [part.clone() for part in torch.split(input_ids, sizes, dim=-1)],
-            list[list[Tensor]](),
-            list[int](),
-        )
-        seen = 0
+        chunks = [part.clone() for part in torch.split(input_ids, self.fitting(sizes), dim=-1)]
+        parts, held, seen = list[list[Tensor]](), list[int](), 0
         try:
             for logits, state in Engine(lm or self.lm, RAW).steps(chunks):
                 if lm is None:
@@ -191,6 +207,16 @@ class Harness:
             ) from error
         return [torch.cat(of_row) for of_row in zip(*parts, strict=True)], tuple(held), state
 
+    def fitting(self, sizes: list[int]) -> list[int]:
+        """The chunks, those that are too long for one call cut into pieces.
+
+        >>> from pytest_lmeval.models._sources import load
+        >>> Harness(load("zoo:lstm"), most=16).fitting([3, 40])
+        [3, 16, 16, 8]
+        """
+        most = self.most or max(sizes)
+        return [min(most, size - at) for size in sizes for at in range(0, size, most)]
+
     def _positions_first(self, logits: Tensor, seen: int) -> Tensor:
         if self.lm.codebooks is None:
             return logits
@@ -199,14 +225,27 @@ class Harness:
         return logits.transpose(0, 1).masked_fill((positions[:, None] < delays)[..., None], 0.0)
 
     def find_longest(self, longest: int) -> str | None:
-        """Set `longest` to the longest sequence, up to this one, that the model reads in one call; say why if it is shorter."""
+        """Set `longest` to the longest sequence, up to this one, that the model reads, and `most` if it can only read that in
+        several calls; say why if there is such a limit."""
         self.longest = longest
         try:
             self.reference(0)
             return None
         except Raised as raised:
-            why = raised
-        good, bad = 0, longest
+            good, why = self._longest_before(longest, raised)
+        if good < longest and self.lm.stateful and self._reads(self.tokens(good + 1, 0), [good, 1]):
+            self.most = good
+            try:
+                self.reference(0)
+            except Raised as raised:
+                self.longest, _ = self._longest_before(longest, raised)
+        else:
+            self.longest = good
+        return f"it reads at most {good} tokens in one call: it {why}"
+
+    def _longest_before(self, bad: int, why: Raised) -> tuple[int, Raised]:
+        """The longest sequence, shorter than `bad`, that the model reads, and what it raises beyond."""
+        good = 0
         while bad - good > 1:
             middle = (good + bad) // 2
             try:
@@ -216,8 +255,15 @@ class Harness:
                 bad, why = middle, raised
         if good < 2:
             raise ModelError(f"{self.lm.spec} cannot be tried: it {why}.") from why
-        self.longest = good
-        return f"it reads at most {good} tokens in one call: it {why}"
+        return good, why
+
+    def find_most_rows(self, bad: int) -> int:
+        """The most rows that it reads at once, of fewer than `bad`."""
+        good = 1
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            good, bad = (middle, bad) if self.reads_rows(middle) else (good, middle)
+        return good
 
     def fresh(self) -> Model | None:
         """A copy of the model that has never read anything; None if it cannot be copied."""
@@ -233,12 +279,16 @@ class Harness:
     @functools.cached_property
     def has_routers(self) -> bool:
         """Whether tokens are sent to experts."""
-        return bool(record_routing(lambda: self.logits(self.tokens(4, 0), [4]), rows=1, row=0, sizes=[4]))
+        sizes = self.fitting([4])
+        return bool(record_routing(lambda: self.logits(self.tokens(4, 0), sizes), rows=1, row=0, sizes=sizes))
 
-    @functools.cached_property
-    def reads_batches(self) -> bool:
-        """Whether it reads two rows at once, in one call."""
-        return self._reads(self.tokens(4, 0).repeat_interleave(2, dim=0), [4])
+    def reads(self, length: int) -> bool:
+        """Whether it reads so many tokens."""
+        return self._reads(self.tokens(length, 0), [length])
+
+    def reads_rows(self, rows: int) -> bool:
+        """Whether it reads so many rows at once, of a few tokens, in one call."""
+        return self._reads(self.tokens(4, 0).repeat_interleave(rows, dim=0), [4])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -250,9 +300,6 @@ class Harness:
         """The most tokens that a state may be continued by in one step without raising: None for any number, 1, or 0."""
         tried = ((None, [2, 2]), (1, [2, 1, 1])) if self.lm.stateful else ()
         return next((most for most, sizes in tried if self._reads(self.tokens(4, 0), sizes)), 0)
-
-    def continues_past_longest(self) -> bool:
-        return self._reads(self.tokens(self.longest + 1, 0), [self.longest, 1]) and self.lm.stateful
 
     def reference(self, seed: int, length: int = 0) -> Reference:
         """The reference of a seed's longest sequence; computed once."""
@@ -279,7 +326,7 @@ class Harness:
         error = token_errors(full, exact)
         if float(error.max()) <= NO_ROUNDING * torch.finfo(self.dtype).eps:
             return Reference(exact, error, self.dtype)
-        length = [ids.shape[-1]]
+        length = self.fitting([ids.shape[-1]])
         one = record_routing(lambda: self.logits(ids, length), rows=1, row=0, sizes=length)
         other = record_routing(lambda: self.logits(ids, length, lm=self.float64_copy), rows=1, row=0, sizes=length)
         if (tie := first_tie(one, other, self.dtype)) is not None:
@@ -318,63 +365,44 @@ class Harness:
 
     def compare(self, law: str, seed: int, ids: Tensor, sizes: list[int]) -> Excess:
         """Read [1, t] in chunks and compare it with the reference of the seed."""
-        reference = self.reference(seed, ids.shape[-1])
+        reference, run = self.reference(seed, ids.shape[-1]), self.reading(seed, ids.shape[-1], sizes).log_probs
         own = self.tokens(len(reference.expected), seed)
-        run = self.reading(seed, ids.shape[-1], sizes).log_probs
-        return self._judged(law, seed, reference, run, len(sizes), own, [own.shape[-1]], ids, sizes, 0)
+        return self._judged(law, seed, reference, run, _Reading(own, [own.shape[-1]]), _Reading(ids, sizes))
 
     def compare_rows(
         self, law: str, seed: int, batch: Tensor, sizes: list[int], alone: Sequence[tuple[Tensor, Tensor]]
     ) -> tuple[Excess, int]:
         """Read the rows of a batch [b, t], and compare each with `alone`: (its ids [1, t], the log-probabilities [n, v] of its
         own n tokens, read alone in the same chunks). The worst, and its row."""
-        reference, runs = self.reference(seed, batch.shape[-1]), self.rows(batch, sizes)
-        found = [
-            self._judged(
-                law,
-                seed,
-                replace(reference, expected=expected),
-                run[: len(expected)],
-                len(sizes),
-                own,
-                sizes,
-                batch,
-                sizes,
-                row,
-            )
-            for row, (run, (own, expected)) in enumerate(zip(runs, alone, strict=True))
-        ]
+        reference, found = self.reference(seed, batch.shape[-1]), list[Excess]()
+        for row, (run, (own, expected)) in enumerate(zip(self.rows(batch, sizes), alone, strict=True)):
+            of_row = replace(reference, expected=expected)
+            own_reading, reading = _Reading(own, sizes), _Reading(batch, sizes, row)
+            found.append(self._judged(law, seed, of_row, run[: len(expected)], own_reading, reading))
         worst = max(range(len(found)), key=lambda row: found[row].tolerance_ratio)
         return found[worst], worst
 
-    def _judged(
-        self,
-        law: str,
-        seed: int,
-        reference: Reference,
-        run: Tensor,
-        chunks: int,
-        own: Tensor,
-        own_sizes: list[int],
-        ids: Tensor,
-        sizes: list[int],
-        row: int,
-    ) -> Excess:
-        """Measure a run of row `row` of `ids`; a tie between experts, against a run of `own`, explains what comes after it."""
+    def _judged(self, law: str, seed: int, reference: Reference, run: Tensor, expected: _Reading, reading: _Reading) -> Excess:
+        """Measure a run; a tie between experts, against the reading that is expected, explains what comes after it."""
         excess, tie = reference.measure(run), None
         if not excess.tolerance_ratio <= 1:
-            tie = self._tie(own, own_sizes, ids, sizes, row)
+            tie = self._tie(expected, reading)
         if tie is not None:
             excess = reference.measure(run[:tie]) if tie else replace(excess, tolerance_ratio=0.0, ratio=0.0)
             self.routing_ties += 1
         if law not in self.worst or excess.tolerance_ratio > self.worst[law][0].tolerance_ratio:
-            self.worst[law] = (excess, f"{len(run)} tokens (seed {seed}) in {chunks} chunk(s)")
+            self.worst[law] = (excess, f"{len(run)} tokens (seed {seed}) in {len(reading.sizes)} chunk(s)")
         return excess
 
-    def _tie(self, own: Tensor, own_sizes: list[int], ids: Tensor, sizes: list[int], row: int) -> int | None:
+    def _tie(self, expected: _Reading, reading: _Reading) -> int | None:
         """The first token at which a tie between experts flipped; None if routing does not explain the error."""
-        one = record_routing(lambda: self.logits(own, own_sizes), rows=1, row=0, sizes=own_sizes)
-        if not one:
-            return None
-        other = record_routing(lambda: self.logits(ids, sizes), rows=ids.shape[0], row=row, sizes=sizes)
-        return first_tie(one, other, self.dtype)
+        one, other = (
+            record_routing(
+                lambda: self.logits(read.ids, read.sizes),  # noqa: B023 - called at once
+                rows=read.ids.shape[0],
+                row=read.row,
+                sizes=self.fitting(read.sizes),
+            )
+            for read in (expected, reading)
+        )
+        return first_tie(one, other, self.dtype) if one else None

@@ -209,7 +209,9 @@ def replay(lm: Any, law: str, *, longest: int = LONGEST, float32: bool = False, 
     if float32 and (copy := copy_of(model, torch.float32)) is not None:
         model = copy
     with preserve_weights(model):
-        check(law, Harness(model, min(max(longest, tried.length), model.limit or 1 << 30)), tried)
+        harness = Harness(model)
+        harness.find_longest(min(max(longest, tried.length), model.limit or 1 << 30))
+        check(law, harness, tried)
 
 
 def _refuted_in_float32(

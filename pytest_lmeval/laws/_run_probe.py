@@ -89,19 +89,18 @@ def run_probe(
 ) -> tuple[Certificate, Tried, bool]:
     """The certificate, what was tried, and whether the kept cases of `earlier` runs count in it.
 
-    The cases that broke a law earlier are tried first. Then, unless the run is derandomized, the first case of each floor: if
-    none breaks its law, the cases that did not break it earlier are taken as tried.
+    The cases that broke a law earlier are tried first; one that breaks it no more changes nothing. Then, unless the run is
+    derandomized, the first case of each floor: if none breaks its law, the cases that did not break it earlier are taken as
+    tried.
     """
     lm = harness.lm
-    stored = [(law, case) for law, some in earlier.broken.items() for case in some]
-    furthest = max([plan.longest, *(case.length for _, case in stored)]) if lm.context_length is None else plan.longest
-    limit = harness.find_longest(furthest)
+    limit = harness.find_longest(plan.longest)
     needed = min(max(floor_length(lm.boundaries, lm.context_length), plan.longest), harness.longest if limit else 1 << 30)
     floor = floors(needed, plan.drawn)
     searches = {name: Search(name, harness, floor[name]) for name, law in LAWS.items() if lm.stateful or not law.needs_state}
-    for law, case in stored:
-        if law in searches:
-            searches[law].attempt(case)
+    for name in searches.keys() & earlier.broken.keys():
+        for case in earlier.broken[name]:
+            searches[name].refute(case)
     counted = bool(earlier.kept) and not plan.derandomize and not any(search.failures for search in searches.values())
     if counted:
         for search in searches.values():
@@ -129,20 +128,16 @@ def run_probe(
         longest=max(law.longest for law in results.values()),
         not_reached=tuple(boundary for boundary in lm.boundaries if boundary >= reached),
         limit=limit,
-        limit_tokens=harness.longest if limit else None,
-        limit_is_step=bool(limit) and harness.continues_past_longest(),
+        limit_tokens=harness.most or (harness.longest if limit else None),
+        limit_is_step=harness.most is not None,
+        limit_rows=harness.most_rows,
         state=_state(harness) if lm.stateful else None,
         routing_ties=harness.routing_ties,
         rounding=verdicts.finite(max(float(reference.full_error.max()) for reference in harness.references.values())),
     )
-    tried = {
-        right: {
-            name: [case for case, failed in search.seen.items() if (failed is None) is right]
-            for name, search in searches.items()
-        }
-        for right in (True, False)
-    }
-    return certificate, Tried(tried[True], tried[False]), counted
+    kept = {name: search.kept for name, search in searches.items()}
+    failed = {name: [failure.case for failure in search.failures] for name, search in searches.items()}
+    return certificate, Tried(kept, failed), counted
 
 
 def verdict_of(

@@ -29,7 +29,7 @@ class Search:
     def __init__(self, law: str, harness: Harness, floor: tuple[Case, ...] = ()) -> None:
         self.law, self.harness = law, harness
         self.floor = tuple(dict.fromkeys(LAWS[law].relevant(case) for case in floor))
-        self.seen: dict[Case, LawBroken | None] = {}
+        self.seen: dict[Case, LawBroken | None] = {}  # in the order in which they were tried
         self.unavailable: str | None = None
 
     def fit(self, case: Case) -> Case:
@@ -71,6 +71,21 @@ class Search:
                 else:
                     self.unavailable = str(impossible)
         return self.seen.get(case)
+
+    def refute(self, case: Case) -> None:
+        """Try a case that broke the law in an earlier run. Only if it breaks it again does it leave a trace."""
+        harness, apart = self.harness, self.harness.apart()
+        apart.longest = max(harness.longest, min(case.length, harness.lm.limit or case.length))
+        if apart.longest > harness.longest and not apart.reads(apart.longest):
+            apart.longest = harness.longest
+        search = Search(self.law, apart)
+        if (failure := search.attempt(case)) is not None:
+            harness.longest = apart.longest  # it is made smaller there
+            self.seen[search.fit(case)] = failure
+
+    @property
+    def kept(self) -> list[Case]:
+        return [case for case, failure in self.seen.items() if failure is None]
 
     @property
     def failures(self) -> list[LawBroken]:

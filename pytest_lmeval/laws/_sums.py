@@ -24,6 +24,7 @@ def sums(harness: Harness, case: Case) -> None:
     lm, chunk = harness.lm, max(case.sizes[0], -(-case.length // 12))
     if harness.largest_continuation is not None:
         case, chunk = replace(case, length=min(case.length, FEW)), 1
+    chunk = min(chunk, harness.most or chunk)
     ids = harness.tokens(case.length, case.seed)
     if lm.stateful:
         scored = Engine(lm, Policy(chunk_size=chunk)).stream(ids[0].T if lm.codebooks else ids[0])

@@ -124,15 +124,25 @@ def fingerprint(model: Model) -> str:
 
 
 def _run_by(model: Model) -> Iterator[Any]:
-    """The classes and functions that build and step a model, each class once."""
+    """The classes and functions that build and step a model, with the methods that were put into a class later."""
     yield from (model.built_by, model.step_fn)
     if model.module is None:
         yield type(model.source)
         return
+    for kind in dict.fromkeys(map(type, model.module.modules())):
+        yield kind
+        for base in kind.__mro__[:-1]:
+            if not base.__module__.startswith("torch."):
+                yield from (value for value in vars(base).values() if isinstance(value, FUNCTIONS) and _put_into(base, value))
     for part in model.module.modules():
-        yield type(part)
         hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
         yield from (value for value in (*vars(part).values(), *hooks) if isinstance(value, FUNCTIONS))
+
+
+def _put_into(kind: type, function: Any) -> bool:
+    """Whether a function of a class was defined elsewhere: patched, as libraries of kernels do."""
+    name = getattr(function, "__qualname__", "")  # a partial has none
+    return function.__module__ != kind.__module__ or not name.startswith(f"{kind.__qualname__}.")
 
 
 def _digest(tensor: Tensor) -> bytes:

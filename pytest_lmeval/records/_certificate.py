@@ -120,6 +120,7 @@ class Certificate(StoredStruct, frozen=True, kw_only=True):
     limit          what the model does at lengths that it cannot read, if there are any
     limit_tokens   most tokens that it reads in one step, unless it declares that itself
     limit_is_step  several steps can read more
+    limit_rows     most rows that it reads at once; None: no known limit
     state          size and precisions of the state
     routing_ties   tokens of mixtures of experts that were not compared because two experts were tied
     rounding       largest error of a full run against its reference, nats
@@ -138,6 +139,7 @@ class Certificate(StoredStruct, frozen=True, kw_only=True):
     limit: str | None = None
     limit_tokens: int | None = None
     limit_is_step: bool = False
+    limit_rows: int | None = None
     state: State | None = None
     routing_ties: int = 0
     rounding: float | None = None
