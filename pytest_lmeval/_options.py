@@ -80,7 +80,7 @@ def budget(config: pytest.Config) -> int | None:
     """Tokens of --lmeval-budget; None if it is not given. Refuses what looks like seconds."""
     text = str(option(config, "lmeval-budget")).strip()
     tokens = _number(text) if text else None
-    if text and (tokens is None or 0 < tokens < LEAST_BUDGET or ("." in text and text[-1:].isdigit())):
+    if text and text != "0" and (tokens is None or tokens < LEAST_BUDGET or ("." in text and text[-1:].isdigit())):
         raise pytest.UsageError(
             f"--lmeval-budget is a number of tokens, not of seconds, so that a busy machine proves as much as an idle one; got "
             f"{text!r}. Write 200k to let the probe read 200,000 tokens beyond the floors of the laws, 0 to prove nothing (the "

@@ -16,9 +16,10 @@ from tiny_models import CARRYING, Fragile, Functional, Neighbourly, Stateless, S
 import pytest_lmeval
 from pytest_lmeval import Choices, Generate, Suite, Task, as_model, policy_for
 from pytest_lmeval._session import Session, TestLog as Log
+from pytest_lmeval.engine._policy import CALL
 from pytest_lmeval.errors import LawBroken, Refused
 from pytest_lmeval.measures import Lmeval
-from pytest_lmeval.measures._audit import CALL, SHARE
+from pytest_lmeval.measures._audit import SHARE
 from pytest_lmeval.measures._context import VerbContext
 from pytest_lmeval.measures._perplexity import measure_perplexity
 from pytest_lmeval.measures._task import measure_task
@@ -494,3 +495,66 @@ def test_invariant_is_a_setting_of_the_record_and_the_note_is_gone(sixteen):
         assert "invariant" not in plain.settings
         assert [len([note for note in record.notes if "bfloat16" in note]) for record in (fixed, plain)] == [0, 1]
     assert json.dumps(fixed.settings)
+
+
+def seeing(base, start=330):
+    """A model whose logits at positions from `start` on see the next token of the same call."""
+
+    class Seeing(base):
+        def forward(self, input_ids, *state):
+            found = super().forward(input_ids, *state)
+            logits = found[0] if isinstance(found, tuple) else found
+            following = torch.nn.functional.one_hot(input_ids[:, 1:], logits.shape[-1]) * 30.0
+            following[:, :start] = 0.0
+            logits = torch.cat([logits[:, :-1] + following, logits[:, -1:]], 1)
+            return (logits, *found[1:]) if isinstance(found, tuple) else logits
+
+    return Seeing
+
+
+def scaled(base, start=400):
+    """A model whose logits are too large in calls of more than `start` tokens."""
+
+    class Scaled(base):
+        def forward(self, input_ids, *state):
+            found = super().forward(input_ids, *state)
+            scale = 1.5 if input_ids.shape[1] > start else 1.0
+            return (found[0] * scale, *found[1:]) if isinstance(found, tuple) else found * scale
+
+    return Scaled
+
+
+@pytest.mark.parametrize("fault", [seeing, scaled])
+@pytest.mark.parametrize(("base", "verdict"), [(Stateless, "stateless"), (Functional, EXACT)])
+def test_a_text_in_windows_of_one_call_is_audited_at_the_lengths_in_use(fault, base, verdict):
+    def read_in_windows(model, certificate):
+        lm = dataclasses.replace(as_model(model), context_length=1024)
+        return measure_perplexity(lm, ids_of(9000), policy=policy_for(lm, certificate))
+
+    found = certificate(verdict)
+    with pytest.raises(Refused, match=r"(?s)prefix: .*read calls of a length that was tried: window=320"):
+        read_in_windows(fault(base)(), found)
+    audit = audit_of(read_in_windows(base(), found))
+    assert (audit.tokens, audit.difference < 1e-5) == (896, True)
+    right, wrong = (read_in_windows(model(), None) for model in (base, fault(base)))  # the twin: without a claim, no audit
+    assert abs(float(right.nll) - float(wrong.nll)) > 0.01
+
+
+def test_a_window_no_longer_than_what_was_tried_needs_no_audit():
+    lm = dataclasses.replace(as_model(Stateless()), context_length=320)
+    assert audit_of(measure_perplexity(lm, ids_of(3000), policy=policy_for(lm, certificate("stateless")))) is None
+
+
+def test_a_long_question_of_a_model_that_sees_its_future_is_refused():
+    def choices(row):
+        return Choices("a long prompt " * 40 + str(row["n"]), (" is right", " is wrong"), answer=0)
+
+    long = Task("long", [{"n": n} for n in range(12)], choices)
+    for model, right in ((seeing(Stateless), False), (Stateless, True)):
+        lm = as_model(model(vocab=256))
+        policy = policy_for(lm, certificate("stateless"), batch_size=1)
+        if right:
+            assert measure_task(lm, long, policy=policy).record.certificate.audit.questions >= 1
+        else:
+            with pytest.raises(Refused, match="contradicts it"):
+                measure_task(lm, long, policy=policy)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny_models import Fragile, Functional
 
+from pytest_lmeval.engine._policy import CALL
 from pytest_lmeval.laws import Case, probe
 from pytest_lmeval.laws._counterexample_store import CounterexampleStore
 from pytest_lmeval.laws._evidence import Evidence, EvidenceStore, Tried, _digest
-from pytest_lmeval.laws._harness import CALL
 from pytest_lmeval.models._sources import as_model
 from pytest_lmeval.records._journal import JournalWarning
 
@@ -170,9 +170,8 @@ def test_old_counterexamples_that_break_nothing_any_more_change_nothing(tmp_path
     known = tmp_path / "counterexamples.jsonl"
     for law, case in (("splits", Case(900, (450,), 1)), ("rows", Case(300, (10,), 2, rows=5)), ("steps", Case(40))):
         CounterexampleStore(known).add(as_model(Functional()).spec, law, case.choices())
-    tried = []
-    for file in (known, None):
-        tried.append(certified(Functional(), None, profile=profile, budget=1, counterexamples=file).certificate.laws)
+    options = {"profile": profile, "budget": 1}
+    tried = [certified(Functional(), None, counterexamples=file, **options).certificate.laws for file in (known, None)]
     if profile == "ci":
         assert tried[0] == tried[1]
     assert {law.longest for law in tried[0].values()} <= {13, 24, 27, 160, 163, 320}

@@ -12,10 +12,10 @@ from tiny_models import Fragile, Functional, Stateless, Stepper
 
 import pytest_lmeval
 from pytest_lmeval.engine import Engine, policy_for
+from pytest_lmeval.engine._policy import CALL
 from pytest_lmeval.errors import ArgumentError, LawBroken, Refused
 from pytest_lmeval.laws import LAWS, Case, Harness, _probe, check, probe
 from pytest_lmeval.laws._floors import floor_length, floors
-from pytest_lmeval.laws._harness import CALL
 from pytest_lmeval.laws._run_probe import PROFILES
 from pytest_lmeval.laws._strategies import aligned_cases, every_chunk_length
 from pytest_lmeval.models._sources import as_model
@@ -132,7 +132,7 @@ class Leaking(Functional):
         return logits + 0.1 * logits.mean(0, keepdim=True).roll(1, -1) if logits.shape[0] > 1 else logits, state
 
 
-@pytest.mark.parametrize("budget", [0.5, 2.0, -1, "200k"])
+@pytest.mark.parametrize("budget", [0.5, 2.0, -1, "200k", True])
 def test_a_budget_that_is_no_number_of_tokens_is_refused(budget):
     with pytest.raises(ArgumentError, match="expected a number of tokens"):
         probe(FUNCTIONAL, budget=budget)

@@ -36,6 +36,9 @@ def collect(project):
     [
         ("--lmeval-tokens=many", "--lmeval-tokens takes a positive number such as 500, 200k or 1M; got 'many'."),
         ("--lmeval-budget=soon", "--lmeval-budget is a number of tokens, not of seconds*got 'soon'*Write 200k*"),
+        ("--lmeval-budget=60", "--lmeval-budget is a number of tokens, not of seconds*"),
+        ("--lmeval-budget=0.0001k", "--lmeval-budget is a number of tokens, not of seconds*"),
+        ("--lmeval-budget=2s", "--lmeval-budget is a number of tokens, not of seconds*"),
         ("--lmeval-budget=2.5", "--lmeval-budget is a number of tokens, not of seconds*"),
         ("--lmeval-profile=hard", "--lmeval-profile takes dev, ci or nightly; got 'hard'.*"),
         ("--lmeval-limit=0", "--lmeval-limit takes a positive number*"),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pytest_lmeval.engine import Engine, Policy
+from pytest_lmeval.engine._policy import CALL
 from pytest_lmeval.errors import ModelError, NotFiniteError
 from pytest_lmeval.laws._floors import SHORTEST_FLOOR
 from pytest_lmeval.laws._moe_routing import first_tie, record_routing
@@ -25,7 +26,6 @@ FEW = 24  # tokens that are read one by one
 KEPT = 4  # readings of short sequences that are kept
 NO_ROUNDING = 1 << 14  # roundings: a full run further than that from its reference may have chosen other experts
 NOT_EXPLAINED = 1e3  # times the effect of rounding the weights once: rounding does not explain a larger error
-CALL = 46  # tokens that a call costs beside those it reads, as measured on a model of 135 million parameters
 FLOAT64 = 4  # times the cost of float32
 MEMORY = (torch.OutOfMemoryError, MemoryError)  # say nothing about a model
 

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from msgspec import structs
 
+from pytest_lmeval.engine._policy import CALL
 from pytest_lmeval.errors import ArgumentError, ModelError, no_such
 from pytest_lmeval.laws._checks import LAWS, check
 from pytest_lmeval.laws._counterexample_store import CounterexampleStore, case_of
 from pytest_lmeval.laws._evidence import Evidence, EvidenceStore, Tried
 from pytest_lmeval.laws._floors import floor_length
-from pytest_lmeval.laws._harness import CALL, LONGEST, Harness
+from pytest_lmeval.laws._harness import LONGEST, Harness
 from pytest_lmeval.laws._run_probe import (
     LOW_PRECISION,
     PROFILES,
@@ -103,10 +104,12 @@ def probe(
 
     if profile not in PROFILES:
         raise ArgumentError(no_such("profile", profile, PROFILES))
-    if budget is not None and not (isinstance(budget, int) and budget >= 0):
+    if budget is not None and not (type(budget) is int and budget >= 0):
         raise ArgumentError(
             f"budget={budget!r}: expected a number of tokens, 0 or more, such as 200_000. Seconds do not count."
         )
+    if longest is not None and longest < 2:
+        raise ArgumentError(f"longest={longest}: the laws need sequences of two tokens at least.")
     lm, began, chosen = as_model(lm), time.perf_counter(), PROFILES[profile]
     _refuse_train_mode(lm)
     length = min(longest or floor_length(lm.boundaries, lm.context_length), lm.context_length or 1 << 30)
@@ -240,9 +243,10 @@ def _refuted_in_float32(
 def _with(certificate: Certificate, lm: Model, law: str, example: Counterexample, verdict: str | None = None) -> Certificate:
     result = certificate.laws[law]
     laws = {**certificate.laws, law: structs.replace(result, kept=None, counterexamples=(*result.counterexamples, example))}
-    found = frozenset(name for name, law_result in laws.items() if law_result.status == "broken")
-    verdict = verdict or verdict_of(found, stateful=lm.stateful, dtype=certificate.dtype)
-    return structs.replace(certificate, laws=laws, verdict=verdict)
+    changed = structs.replace(certificate, laws=laws)
+    untried, multiple = bool(changed.with_status("untried")), certificate.multiple
+    found = verdict_of(changed.broken, stateful=lm.stateful, dtype=certificate.dtype, multiple=multiple, untried=untried)
+    return structs.replace(changed, verdict=verdict or found)
 
 
 def _refuse_train_mode(lm: Model) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from pytest_lmeval.engine._policy import CALL
 from pytest_lmeval.errors import LawBroken, NotPossible
 from pytest_lmeval.laws._checks import LAWS, check
 from pytest_lmeval.laws._diagnosis import broken
 from pytest_lmeval.laws._floors import LAST_SINGLES
-from pytest_lmeval.laws._harness import CALL, FLOAT64, LONGEST, Harness
+from pytest_lmeval.laws._harness import FLOAT64, LONGEST, Harness
 from pytest_lmeval.laws._strategies import Case
 from pytest_lmeval.records._certificate import Counterexample, LawResult, finite
 

@@ -18,8 +18,9 @@ from pytest_lmeval.engine import Chunk, Engine, Policy, policy_for
 from pytest_lmeval.engine._policy import Window
 from pytest_lmeval.engine._tokens import naming
 from pytest_lmeval.errors import Refused, StreamError
-from pytest_lmeval.measures._audit import TextAudit, spread_note
+from pytest_lmeval.measures._audit import spread_note
 from pytest_lmeval.measures._context import current, verb
+from pytest_lmeval.measures._text_audit import TextAudit, text_audit
 from pytest_lmeval.models._identity import facts, tokenizer_fingerprint
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.records._certificate import Certificate
@@ -231,7 +232,7 @@ def measure_perplexity(
     if lm.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(lm.device)
     began = time.perf_counter() - sums.seconds
-    audit = TextAudit(engine, sums, lambda: None if limit else expected_tokens(lm, source, sums, tokens), str(source))
+    audit = text_audit(engine, sums, lambda: None if limit else expected_tokens(lm, source, sums, tokens), str(source))
     with LossFile(losses, already=resumed_at) as file, _nothing_kept_if_refused(checkpoints, key, losses):
 
         def save(sums: LossAccumulator) -> None:

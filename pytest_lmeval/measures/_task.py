@@ -25,8 +25,9 @@ from msgspec import structs
 from pytest_lmeval.data._rows import Rows
 from pytest_lmeval.engine import Engine, Policy, Prompt, Request, Scored, policy_for
 from pytest_lmeval.errors import ArgumentError, NotFiniteError, Refused, TaskError, nearest
-from pytest_lmeval.measures._audit import Answered, TaskAudit, spread_note
+from pytest_lmeval.measures._audit import spread_note
 from pytest_lmeval.measures._context import VerbContext, current, verb
+from pytest_lmeval.measures._task_audit import Answered, TaskAudit
 from pytest_lmeval.models._identity import facts, tokenizer_fingerprint
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.records._example import Example

@@ -43,7 +43,7 @@ def rows_of(nll: np.ndarray, rank: np.ndarray, widths: np.ndarray, valid: np.nda
 @dataclass
 class Beginning:
     """The beginning of the current sequence, kept to be read a second time, and what the second readings of all sequences
-    found (see `measures._audit`).
+    found (see `measures._text_audit`).
 
     ids, nll    its tokens [n], or frames [n, k], and the losses of its targets, in parts
     held        the number of tokens, of which `scored` targets have a loss

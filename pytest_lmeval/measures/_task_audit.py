@@ -1,0 +1,218 @@
+"""Read answered questions a second time, whole and alone, and refuse the task where an answer depends on the others."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from msgspec import structs
+
+from pytest_lmeval.engine import Engine, Request
+from pytest_lmeval.engine._policy import CALL
+from pytest_lmeval.engine._tree import tree
+from pytest_lmeval.errors import Refused
+from pytest_lmeval.measures._audit import SHARE, excess_of, law_broken
+from pytest_lmeval.models._model import Model
+from pytest_lmeval.records._certificate import Audit
+from pytest_lmeval.records._example import Example
+
+if TYPE_CHECKING:
+    from pytest_lmeval.laws._tolerance import Excess
+
+GROSS = 10  # times the tolerance: a difference that no law explains is still none of rounding
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A question and what was read for it: tokens, and the log-probability of each requested one, as it was measured."""
+
+    example: Example
+    readings: Sequence[tuple[Request, np.ndarray]] = ()
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """A request of a question (of its choice of this number), the part of it to read again, and its log-probabilities."""
+
+    number: int
+    request: Request
+    read: Request
+    logprobs: np.ndarray
+
+
+class TaskAudit:
+    """Reads answered questions again, each of their requests whole and alone, and compares the log-probabilities.
+
+    By the hashes of the questions, first those that shared a prefix, it takes as many of a block as the share of the work pays
+    for, and one at least of the second block, in which more are read together than in the first. Answers wait for it: none is
+    kept before one was read again.
+
+    name     of the task
+    work     tokens and calls of the second readings, in tokens
+    found    what was read again; its share is not known before the end
+    audited  the examples that were read again, by number
+    """
+
+    def __init__(self, engine: Engine, name: str) -> None:
+        self.engine, self.name, self.work, self.seconds, self.found = engine, name, 0, 0.0, Audit()
+        self.audited: dict[int, Example] = {}
+        self._waiting: list[Answered] = []
+        self._alone = replace(engine.policy, fork=False, batch_size=1, invariant=False, certificate=None)
+
+    def result(self, examples: Sequence[Example]) -> Audit | None:
+        """What was read again of these; None if nothing was."""
+        share = self.work / max(1.0, self._work(examples))
+        return structs.replace(self.found, share=share) if self.found.questions or self.found.answers else None
+
+    def add(self, example: Example, requests: Sequence[Request]) -> None:
+        """Count an answer of an interrupted run."""
+        if example.audited is not None:
+            chosen = bool(example.choices)
+            self._count(chosen, example.audited, _cost(requests) if chosen else example.read + example.saved + CALL)
+
+    def block(self, answers: Sequence[Answered], earlier: Sequence[Example]) -> list[Example]:
+        """The examples that may be kept after this block. Raises Refused for one that differs from what it is alone."""
+        first = not (self._waiting or self.found.questions or self.found.answers)
+        if first and self._comparable(answers):
+            self._waiting = list(answers)
+            return []
+        return self._kept(answers, [*earlier, *(answered.example for answered in answers)])
+
+    def end(self, examples: Sequence[Example]) -> list[Example]:
+        """The examples that may be kept after the last block."""
+        return self._kept([], examples)
+
+    def _kept(self, answers: Sequence[Answered], examples: Sequence[Example]) -> list[Example]:
+        """Read again as many of the answers as are due, and return those that waited for it too; `examples` are all so far."""
+        work = self._work(examples)
+        for answered in self._comparable(answers) or self._comparable(self._waiting):
+            chosen = bool(answered.example.choices)
+            cost = sum(_cost([one.read for one in some]) for some in self._readings(answered))
+            if not (self.found.questions if chosen else self.found.answers) or self.work + cost <= SHARE * work:
+                began = time.perf_counter()
+                difference = self._compare(answered)
+                self.seconds += time.perf_counter() - began
+                self._count(chosen, difference, cost)
+                self.audited[answered.example.number] = structs.replace(answered.example, audited=difference)
+        kept, self._waiting = [answered.example for answered in (*self._waiting, *answers)], []
+        return [self.audited.get(example.number, example) for example in kept]
+
+    def _comparable(self, answers: Sequence[Answered]) -> list[Answered]:
+        """Those that were read otherwise than whole and alone, in the order in which they are read again."""
+        found = [answered for answered in answers if answered.readings and self._may_differ(answered)]
+        return sorted(found, key=lambda answered: (not answered.example.saved, answered.example.key))
+
+    def _readings(self, answered: Answered) -> list[list[_Reading]]:
+        """What to read again, apart: the requests; and of those that are longer than what the probe read the beginning, to the
+        first requested token, where a model that sees its future differs."""
+        whole = [_Reading(number, request, request, logprobs) for number, (request, logprobs) in enumerate(answered.readings)]
+        beginnings = [
+            replace(one, read=Request(one.request.ids[: one.request.context_len + 1], one.request.context_len))
+            for one in whole
+            if self._is_long(one.request) and one.request.asked > 1
+        ]
+        return [whole, beginnings] if beginnings else [whole]
+
+    def _is_long(self, request: Request) -> bool:
+        certificate = self.engine.policy.certificate
+        return certificate is not None and 0 < certificate.longest < len(request.read)
+
+    def _may_differ(self, answered: Answered) -> bool:
+        """Whether it was answered otherwise than whole and alone, or at a length that was not tried."""
+        policy = self.engine.policy
+        carried = policy.share if answered.example.choices else policy.decode
+        other = carried or policy.batch_size > 1 or any(self._is_long(request) for request, _ in answered.readings)
+        return policy.certificate is not None and self.engine.executor is None and other
+
+    def _work(self, examples: Sequence[Example]) -> float:
+        counts = self.engine.counts
+        return sum(example.read for example in examples) + counts.padding + CALL * counts.calls
+
+    def _count(self, chosen: bool, difference: float, cost: int) -> None:
+        old = self.found
+        self.work += cost
+        self.found = Audit(
+            questions=old.questions + chosen, answers=old.answers + (not chosen), difference=max(old.difference, difference)
+        )
+
+    def _compare(self, answered: Answered) -> float:
+        """The largest difference between the two readings of a question, in nats."""
+        lm, policy, example = self.engine.lm, self.engine.policy, answered.example
+        assert policy.certificate is not None
+        differences, alike = [], Engine(lm, self._alone)
+        pairs = [
+            (one, again)
+            for some in self._readings(answered)
+            for one, again in zip(some, alike.score([one.read for one in some]), strict=True)
+        ]
+        for one, scored in pairs:
+            found, alone = one.logprobs[: one.read.asked], scored.loglikelihood
+            excess = excess_of(found, alone, lm, policy.certificate.rounding)
+            if not excess.tolerance_ratio <= 1 and (broken := self._broken(answered, one, found, alone, excess)) is not None:
+                what = f"the choice {example.choices[one.number]!r}" if example.choices else f"the answer {example.output!r}"
+                raise Refused(
+                    f"{lm.spec} is {policy.certificate.summary}, and {self.name} contradicts it: row {example.number} "
+                    f"({example.id}) was read again, whole and alone. In batches of up to {policy.batch_size}, with "
+                    f"{policy.sharing}, {what} had a log-likelihood of {found.sum():.6g}, and has {alone.sum():.6g} alone: off "
+                    f"by {excess.error:.3g} nats at one token (allowed {excess.allowed:.2g}).{broken}\nAn answer would depend "
+                    "on the others, and may look good: nothing is reported. Repair what rows or copies of a state share, or "
+                    "read each question alone: invariant=True."
+                )
+            differences.append(excess.error)
+        return max(differences)
+
+    def _broken(self, answered: Answered, one: _Reading, found: np.ndarray, alone: np.ndarray, excess: Excess) -> str | None:
+        """The laws that are broken on this request, with counterexamples; None if rounding explains the difference.
+
+        A float64 copy decides. The laws do where there is none, and in a mixture of experts, where a tie may fall either way.
+        """
+        from pytest_lmeval.laws._moe_routing import record_routing
+        from pytest_lmeval.laws._tolerance import Reference, token_errors
+
+        lm, ids, certificate = self.engine.lm, one.request.read, self.engine.policy.certificate
+        rounding = certificate.rounding if certificate is not None else None
+        row = torch.from_numpy(ids[None]).to(lm.device)
+        routed = record_routing(lambda: Engine(lm, self._alone).step(row), rows=1, row=0, sizes=[len(ids)])
+        exact = None if routed else self._in_float64(one.read)
+        if exact is not None:
+            expected = torch.from_numpy(exact)[:, None]
+            error = token_errors(torch.from_numpy(alone)[:, None], expected).clamp(min=rounding or 0.0)
+            reference = Reference(expected, error, lm.dtype)
+            if reference.measure(torch.from_numpy(found)[:, None]).tolerance_ratio <= 1:
+                return None
+        context, length = one.request.context_len, len(ids)
+        cuts = sorted({length // 2, context - 1, context}) if answered.example.choices else list(range(context, length))
+        cuts = [cut for cut in cuts if 0 < cut < length] or [max(1, length // 2)]
+        company: list[tuple[str, dict[str, int]]] = [("rows", {"rows": max(2, self.engine.policy.batch_size), "padding": 3})]
+        if length > 1:
+            company += [("prefix", {})] + ([("splits", {}), ("fork", {})] if lm.stateful else [])
+        laws = [law_broken(self.engine, law, ids, cuts, cuts[0], **others) for law, others in company]
+        messages = [law for law in laws if law is not None]
+        explained = exact is None and not messages and (routed or excess.tolerance_ratio <= GROSS)
+        return None if explained else "".join(f"\n{message}" for message in messages)
+
+    @cached_property
+    def _float64_copy(self) -> Model | None:
+        from pytest_lmeval.laws._weights import float64_copy
+
+        return float64_copy(self.engine.lm)
+
+    def _in_float64(self, request: Request) -> np.ndarray | None:
+        """The log-likelihoods of a float64 copy; None if there is none that reads."""
+        if (copy := self._float64_copy) is None:
+            return None
+        try:
+            return Engine(copy, self._alone).score([request])[0].loglikelihood
+        except Exception:  # noqa: BLE001 - kernels or held states of one precision
+            return None
+
+
+def _cost(requests: Sequence[Request]) -> int:
+    """Tokens and calls of reading each alone, in tokens; one that is a prefix of another is read with it."""
+    return sum(len(node.ids) + CALL for node in tree(requests, step=math.inf))
