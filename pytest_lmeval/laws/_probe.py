@@ -37,7 +37,7 @@ from pytest_lmeval.records._metric import value_of
 from pytest_lmeval.records._value import Value
 
 READ = 160  # tokens of the reading in which the cost of a probe is given
-LONG = 60.0  # seconds of a floor, from which the user is told before it starts
+LONG = 120.0  # seconds of a probe, from which the user is told before it starts
 
 
 @dataclass(frozen=True, repr=False)
