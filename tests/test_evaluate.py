@@ -19,7 +19,7 @@ from pytest_lmeval.records._journal import JournalWarning
 from pytest_lmeval.scoring._answers import AnswerFile
 from pytest_lmeval.scoring._fewshot import Shots
 from pytest_lmeval.scoring._requests import Encoder
-from pytest_lmeval.tasks._questions import id_of
+from pytest_lmeval.tasks import id_of
 
 SUMS = [{"a": a, "b": b, "right": (a + b) % 2} for a in range(8) for b in range(4)]
 
@@ -223,7 +223,7 @@ def test_wrong_arguments_are_refused(lm, changes, options, message):
 
 def test_a_corrupt_or_missing_file_is_named(tmp_path):
     (tmp_path / "x.parquet").write_bytes(b"PAR1 this is none PAR1")
-    with pytest.raises(CorpusError, match=r"x.parquet\[test\] could not be read"):
+    with pytest.raises(CorpusError, match=r"x\.parquet could not be read at row 0"):
         measure_task(LM, dataclasses.replace(TASK, rows=Rows(f"parquet:{tmp_path}/x.parquet")))
     with pytest.raises(CorpusError, match="there is no file"):
         measure_task(LM, dataclasses.replace(TASK, rows=Rows(f"jsonl:{tmp_path}/x.jsonl")))

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pytest_lmeval.errors import CorpusError, lone_surrogate
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -14,11 +16,23 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Document:
-    """A name and either text or token ids. A long document may come in several consecutive parts with the same name."""
+    """A name and either text or token ids. A long document may come in several consecutive parts with the same name.
+
+    Raises CorpusError for a text that is none, or that holds a lone surrogate.
+    """
 
     name: str
     text: str = ""
     ids: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.text, str):
+            raise CorpusError(
+                f"{self.name}: a document is a text, and this one is {repr(self.text)[:80]}, of type "
+                f"{type(self.text).__name__}."
+            )
+        if wrong := lone_surrogate(self.text):
+            raise CorpusError(f"{self.name}: the text has {wrong}")
 
 
 @dataclass(frozen=True, repr=False)

@@ -36,12 +36,12 @@ from pytest_lmeval.records._measured import Cost, Record, Result
 from pytest_lmeval.records._metric import Metric, Norm, judge_of, metric
 from pytest_lmeval.records._value import Value
 from pytest_lmeval.scoring._answers import AnswerFile
-from pytest_lmeval.scoring._fewshot import Fewshot, Shots, question_of, rows_of
+from pytest_lmeval.scoring._fewshot import Fewshot, Shots, identity_of, question_of, rows_of
 from pytest_lmeval.scoring._metrics import compute, metrics_of, scored
 from pytest_lmeval.scoring._requests import EncodedQuestion, Encoder, Truncate
 from pytest_lmeval.statistics import _sequential as sequential
 from pytest_lmeval.tasks import find
-from pytest_lmeval.tasks._questions import Choices, Generate, Judge, Task, id_of
+from pytest_lmeval.tasks._questions import Choices, Generate, Judge, Task
 
 BATCHES = 16  # in a block after the first: more questions share more, and a first block of one batch shows progress at once
 BLOCK_TOKENS = 1 << 16  # of the prompts of a block, at most: a run that is killed loses one block
@@ -75,7 +75,7 @@ def task(
     model, certificate = context.certified(lm)
     limit = context.session.limit if limit is None else limit
     settings: dict[str, Any] = {"shots": shots, "limit": limit, "fewshot": fewshot, "truncate": truncate, "seed": seed}
-    data = [asked.name, asked.style, _rows_fingerprint(asked.rows, context), tokenizer_fingerprint(model)]
+    data = [asked.name, asked.style, _rows_fingerprint(asked, context), tokenizer_fingerprint(model)]
     key = context.key("task", model, {**settings, "batch_size": batch_size, "invariant": invariant}, data)
     written = context.file("examples.jsonl")
     finished = context.journaled(key)
@@ -253,12 +253,12 @@ def _encoded(
     task: Task, encoder: Encoder, shots: Shots, data_dir: str | Path | None, not_questions: list[int]
 ) -> Iterator[EncodedQuestion]:
     """The questions as the model reads them; the indices of rows that are none are appended to `not_questions`."""
-    for number, row in enumerate(rows_of(task.rows, data_dir)):
-        question = question_of(task, row, f"row {number}")
+    for number, (where, row) in enumerate(rows_of(task.rows, data_dir)):
+        question = question_of(task, row, where)
         if question is None:
             not_questions.append(number)
         else:
-            own = id_of(row)
+            own = identity_of(task, row, where)
             yield encoder.encode(question, shots.of(row, own), id=own, number=number)
 
 
@@ -397,11 +397,13 @@ def _rows_name(rows: Any) -> str:
     return f"{rows.__module__}.{rows.__qualname__}" if hasattr(rows, "__qualname__") else type(rows).__name__
 
 
-def _rows_fingerprint(rows: Any, context: VerbContext) -> str:
+def _rows_fingerprint(task: Task, context: VerbContext) -> str:
     """Empty where it is unknown before the rows are read: of a function."""
-    if isinstance(rows, Rows):
-        return rows.fingerprint(context.session.mirror)
-    return key_of(rows=rows) if isinstance(rows, list | tuple) else ""
+    if isinstance(task.rows, Rows):
+        return task.rows.fingerprint(context.session.mirror)
+    if not isinstance(task.rows, list | tuple):
+        return ""
+    return key_of(rows=[identity_of(task, row, where) for where, row in rows_of(task.rows)])
 
 
 def _number_of_questions(
