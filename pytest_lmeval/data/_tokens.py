@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from pytest_lmeval.data._corpus import Corpus, Document
+from pytest_lmeval.data._joined import tokenized as joined
 from pytest_lmeval.engine._tokens import Tokens, array_of, tokens_of
 from pytest_lmeval.errors import CorpusError, StreamError
 from pytest_lmeval.models._model import Model
@@ -35,20 +36,19 @@ def sequences(
 
     limit    most documents
     tokens   most tokens of each sequence
-    rolling  begin texts and tokenize whole documents as lm-evaluation-harness does (see `beginning`)
+    rolling  begin texts as lm-evaluation-harness does (see `beginning`)
     """
     documents = corpus.documents()
     if not by_document:
         yield TokenReader(lm, islice(documents, limit), limit=tokens, rolling=rolling)
         return
-    for name, parts in islice(groupby(documents, key=attrgetter("name")), limit):
-        whole = rolling and not corpus.tokenized
-        document = [Document(name, "".join(part.text for part in parts))] if whole else parts
-        yield TokenReader(lm, document, limit=tokens, rolling=rolling)
+    for _, parts in islice(groupby(documents, key=attrgetter("name")), limit):
+        yield TokenReader(lm, parts, limit=tokens, rolling=rolling)
 
 
 class TokenReader:
     """Iterate over the tokens of consecutive documents as one stream, after the beginning-of-sequence token if there is one.
+    Their texts are tokenized as one text (see `data._joined`).
 
     limit    end before this token
     rolling  begin the text as lm-evaluation-harness does (see `beginning`)
@@ -74,34 +74,42 @@ class TokenReader:
                 return
 
     def _encoded(self) -> Iterator[Tokens]:
-        tokenizer, begun = self._lm.tokenizer, False
-        for document in self._documents:
-            if document.ids is not None:
-                try:
-                    for part in tokens_of(iter([document.ids]), self._lm.codebooks):
-                        self.content.update(part.ids.tobytes())
-                        yield part
-                except StreamError as error:
-                    raise CorpusError(f"{document.name} cannot be read by {self._lm.spec}: {error}") from None
-            elif self._lm.codebooks is not None:
+        begun = False
+        for tokenized, documents in groupby(self._documents, key=lambda document: document.ids is not None):
+            if tokenized:
+                for document in documents:
+                    yield from self._ids(document)
+                continue
+            for part in joined(self._lm.tokenizer, self._texts(documents)):
+                if not begun and len(first := beginning(self._lm.tokenizer, part.ids, rolling=self._rolling)):
+                    yield Tokens(first, np.zeros(len(first), dtype=np.int64))
+                begun = True
+                yield part
+
+    def _ids(self, document: Document) -> Iterator[Tokens]:
+        try:
+            for part in tokens_of(iter([document.ids]), self._lm.codebooks):
+                self.content.update(part.ids.tobytes())
+                yield part
+        except StreamError as error:
+            raise CorpusError(f"{document.name} cannot be read by {self._lm.spec}: {error}") from None
+
+    def _texts(self, documents: Iterable[Document]) -> Iterator[str]:
+        for document in documents:
+            if self._lm.codebooks is not None:
                 k = len(self._lm.codebooks.sizes)
                 raise CorpusError(
                     f"{document.name} is text, and {self._lm.spec} reads frames of {k} codes: it has no tokenizer. Give it "
                     f"tokens:PATH, a .npy file of codes [frames, {k}]."
                 )
-            elif tokenizer is None:
+            if self._lm.tokenizer is None:
                 raise CorpusError(
                     f"{self._lm.spec} has no tokenizer (its vocabulary has {self._lm.vocab_size} entries; 256 would have meant "
                     "bytes), so text cannot be read with it. Give the model an attribute `tokenizer` with encode(text) -> "
                     "(ids, byte_ends), or use tokens:PATH with ids of your own."
                 )
-            elif document.text:
-                self.content.update(document.text.encode(errors="surrogatepass"))
-                ids, ends = (np.asarray(part, dtype=np.int64) for part in tokenizer.encode(document.text))
-                if not begun and len(first := beginning(tokenizer, ids, rolling=self._rolling)):
-                    yield Tokens(first, np.zeros(len(first), dtype=np.int64))
-                begun = True
-                yield Tokens(ids, np.diff(ends, prepend=0))
+            self.content.update(document.text.encode())
+            yield document.text
 
 
 def beginning(tokenizer: Any, ids: np.ndarray, *, rolling: bool) -> np.ndarray:
