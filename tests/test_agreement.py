@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from reading import measure_agreement, measure_perplexity
+from reading import measure_agreement, measure_perplexity, texts
 from tiny_models import VOCAB, Dropped, Functional, Stateless
 
 from pytest_lmeval._session import Session, TestLog as Log
@@ -119,6 +119,19 @@ def test_a_model_without_a_state_reads_its_windows():
     assert "windows of 64" in result.record.details["read"]
     assert "carried" in result.record.details["reference_read"]
     assert result.record.cost.tokens == 699
+
+
+def test_documents_without_a_target_are_skipped_and_counted():
+    ours, theirs = model(0, vocab=256), model(1, vocab=256)
+    found, expected = (
+        measure_agreement(ours, theirs, texts(*some, as_stream=False))
+        for some in (("", "fine", "x", "another one"), ("fine", "another one"))
+    )
+    assert values(found).tolist() == values(expected).tolist()
+    assert found.record.details["skipped"] == 2
+    assert "2 of 4 documents skipped: nothing to score in them" in found.record.notes
+    with pytest.raises(StreamError, match=r"holds 2 document\(s\), and all are empty, or of one token"):
+        measure_agreement(ours, theirs, texts("", "x", as_stream=False))
 
 
 def test_models_of_other_tokens_and_a_text_without_a_target_are_refused():

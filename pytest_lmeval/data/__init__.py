@@ -16,6 +16,7 @@ Another package registers a corpus as a function `(rest, split) -> Corpus`, with
 from __future__ import annotations
 
 import os.path
+from dataclasses import replace
 from pathlib import Path
 
 from pytest_lmeval import registry
@@ -27,8 +28,8 @@ from pytest_lmeval.errors import CorpusError, RegistryError
 __all__ = ["Corpus", "Document", "Row", "Rows", "check", "corpus"]
 
 
-def corpus(name: str, split: str = "test", *, data_dir: str | Path | None = None) -> Corpus:
-    """The corpus of this name and split.
+def corpus(name: str, split: str = "test", *, data_dir: str | Path | None = None, special_tokens: bool = False) -> Corpus:
+    """The corpus of this name and split; `special_tokens` as in `Corpus`.
 
     Raises RegistryError for an unknown name, with the nearest, and CorpusError for an unknown split or a missing file.
     """
@@ -47,7 +48,7 @@ def corpus(name: str, split: str = "test", *, data_dir: str | Path | None = None
     found = factory(rest, split, **registry.accepted(factory, data_dir=data_dir))
     if not isinstance(found, Corpus):
         raise CorpusError(f"the function registered as corpus {name!r} returned a {type(found).__name__}; expected a Corpus.")
-    return found
+    return replace(found, special_tokens=True) if special_tokens else found
 
 
 def check(name: str) -> None:

@@ -39,12 +39,14 @@ class Document:
 class Corpus:
     """Documents under a name and a split.
 
-    documents    called once per reading; yields the documents in a fixed order
-    as_stream    whether the documents are read as one text by default
-    fingerprint  changes with the content: an interrupted reading resumes only on the same data, and never if it is empty
-    tokenized    whether documents have ids (`tokens:PATH`) rather than text
-    size         bytes of text, or number of ids, if known in advance: to estimate the remaining time
-    entropy      expected loss of the best model, nats per byte; known for synthetic texts
+    documents       called once per reading; yields the documents in a fixed order
+    as_stream       whether the documents are read as one text by default
+    fingerprint     changes with the content: an interrupted reading resumes only on the same data, and never if it is empty
+    tokenized       whether documents have ids (`tokens:PATH`) rather than text
+    size            bytes of text, or number of ids, if known in advance: to estimate the remaining time
+    entropy         expected loss of the best model, nats per byte; known for synthetic texts
+    special_tokens  whether special tokens that are written in the text, "<|im_end|>", are read as control tokens, and not as
+                    the characters that they are
     """
 
     name: str
@@ -55,6 +57,12 @@ class Corpus:
     tokenized: bool = False
     size: int | None = None
     entropy: float | None = None
+    special_tokens: bool = False
+
+    @property
+    def identity(self) -> str:
+        """The fingerprint of the content as it is read; empty if it has none."""
+        return f"{self.fingerprint} special tokens" if self.fingerprint and self.special_tokens else self.fingerprint
 
     def __repr__(self) -> str:
         return f"{self.name}[{self.split}]"

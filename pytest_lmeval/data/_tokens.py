@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+from collections import deque
 from collections.abc import Iterable, Iterator
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from operator import attrgetter
 from typing import Any
 
@@ -14,7 +16,9 @@ from pytest_lmeval.data._corpus import Corpus, Document
 from pytest_lmeval.data._joined import tokenized as joined
 from pytest_lmeval.engine._tokens import Tokens, array_of, tokens_of
 from pytest_lmeval.errors import CorpusError, StreamError
-from pytest_lmeval.models._model import Model
+from pytest_lmeval.models._model import Model, special_pattern, with_special_tokens
+
+LONGEST_SPECIAL = 100  # bytes of a special token that may be written across two parts of a text
 
 
 def as_corpus(source: Corpus | Iterable[Any]) -> Corpus:
@@ -38,7 +42,7 @@ def sequences(
     tokens   most tokens of each sequence
     rolling  begin texts as lm-evaluation-harness does (see `beginning`)
     """
-    documents = corpus.documents()
+    documents, lm = corpus.documents(), model_for(lm, corpus)
     if not by_document:
         yield TokenReader(lm, islice(documents, limit), limit=tokens, rolling=rolling)
         return
@@ -54,19 +58,37 @@ class TokenReader:
     rolling  begin the text as lm-evaluation-harness does (see `beginning`)
     skip     begin with this token of the stream
     content  a hash of the text (or the ids) so far, including what was skipped
+    special  special tokens that were written in the text so far, including what was skipped
 
     For a model with several codebooks, a token is a frame: ids are [n, k].
     """
 
     def __init__(self, lm: Model, documents: Iterable[Document], *, limit: int | None = None, rolling: bool = False) -> None:
         self._lm, self._documents, self._limit, self._rolling = lm, documents, limit, rolling
-        self.skip = 0
+        self.skip = self.special = 0
         self.content = hashlib.sha256()
+        self._special, self._bytes, self._last = special_pattern(lm), 0, b""
+        self._special_ends: deque[int] = deque()  # bytes of the text at which special tokens end, not yet counted
+        self._begun: Iterator[Tokens] | None = None  # by `is_empty`
+
+    @functools.cached_property
+    def is_empty(self) -> bool:
+        """Whether it has no target: fewer than two tokens, as far as the limit (or no frame). Reads no further than needed."""
+        least, held, parts = 1 if self._lm.codebooks else 2, list[Tokens](), self._encoded()
+        while (count := sum(map(len, held))) < least and (part := next(parts, None)) is not None:
+            held.append(part)
+        self._begun = chain(held, parts)
+        return (count if self._limit is None else min(count, self._limit)) < least
 
     def __iter__(self) -> Iterator[Tokens]:
-        at = 0
-        for part in self._encoded():
+        at = text = 0
+        parts, self._begun = self._begun or self._encoded(), None
+        for part in parts:
             end = at + len(part) if self._limit is None else min(at + len(part), self._limit)
+            text += int(part.widths[: end - at].sum())
+            while self._special_ends and self._special_ends[0] <= text:
+                self._special_ends.popleft()
+                self.special += 1
             if (begin := max(at, self.skip)) < end:
                 yield part[begin - at : end - at]
             at += len(part)
@@ -108,8 +130,41 @@ class TokenReader:
                     "bytes), so text cannot be read with it. Give the model an attribute `tokenizer` with encode(text) -> "
                     "(ids, byte_ends), or use tokens:PATH with ids of your own."
                 )
-            self.content.update(document.text.encode())
+            self._note(document.text.encode())
             yield document.text
+
+    def _note(self, text: bytes) -> None:
+        """Hash a part of the text, and find the special tokens that end in it."""
+        self.content.update(text)
+        if self._special is not None:
+            text = self._last + text
+            ends = (found.end() for found in self._special.finditer(text))
+            self._special_ends.extend(self._bytes + end for end in ends if end > len(self._last))
+            self._bytes += len(text)
+            self._last = text[-LONGEST_SPECIAL:]
+            self._bytes -= len(self._last)
+
+
+def model_for(lm: Model, corpus: Corpus) -> Model:
+    """The model with the tokenizer that reads the corpus as it says. Raises SpecError where it has none."""
+    return with_special_tokens(lm) if corpus.special_tokens and not corpus.tokenized else lm
+
+
+def notes_on(corpus: Corpus, documents: int, skipped: int, special: int) -> list[str]:
+    """What to say about documents without a target, and about special tokens that are written in the text."""
+    notes = [f"{skipped:,} of {documents + skipped:,} documents skipped: nothing to score in them"] if skipped else []
+    how = "control tokens" if corpus.special_tokens else "text"
+    return [*notes, f"{special:,} special tokens are written in the text, read as {how}"] if special else notes
+
+
+def nothing_to_score(corpus: Corpus, skipped: int) -> StreamError:
+    """The error for a corpus of which no document has a target."""
+    if not skipped:
+        return StreamError(f"{corpus} holds no document, or no code that could be predicted: there is nothing to score.")
+    return StreamError(
+        f"{corpus} holds {skipped:,} document(s), and all are empty, or of one token, which has nothing before it to predict "
+        "it from: there is nothing to score. Give it more text, more tokens of each document, or read it as_stream=True."
+    )
 
 
 def beginning(tokenizer: Any, ids: np.ndarray, *, rolling: bool) -> np.ndarray:

@@ -8,7 +8,7 @@ memory is both models, both states and a chunk of logits of each.
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,11 +21,11 @@ from msgspec import structs
 from torch import Tensor
 
 from pytest_lmeval.data._corpus import Corpus
-from pytest_lmeval.data._tokens import as_corpus, sequences
+from pytest_lmeval.data._tokens import as_corpus, notes_on, nothing_to_score, sequences
 from pytest_lmeval.engine import Engine, Policy, policy_for
 from pytest_lmeval.engine._losses import LOGITS_AT_ONCE
 from pytest_lmeval.engine._tokens import naming
-from pytest_lmeval.errors import NotFiniteError, SpecError, StreamError
+from pytest_lmeval.errors import NotFiniteError, SpecError
 from pytest_lmeval.measures._context import current, verb
 from pytest_lmeval.measures._perplexity import Progress
 from pytest_lmeval.models._identity import facts, fingerprint, tokenizer_fingerprint
@@ -65,7 +65,7 @@ def agreement(
         "limit": context.session.limit if limit is None else limit,
         "as_stream": as_stream,
     }
-    about = [corpus.name, corpus.split, corpus.fingerprint, tokenizer_fingerprint(model), fingerprint(other), other.limit]
+    about = [corpus.name, corpus.split, corpus.identity, tokenizer_fingerprint(model), fingerprint(other), other.limit]
     key = context.key("agreement", model, settings, [*about, policy.reading, their_policy.reading])
     if corpus.fingerprint and (finished := context.finished(key)) is not None:
         return AgreementResult(finished)
@@ -122,10 +122,11 @@ def measure_agreement(
     _refuse_incomparable(lm, reference, source)
     by_document = not (source.as_stream if as_stream is None else as_stream)
     policies = [policy or policy_for(lm), reference_policy or policy_for(reference)]
+    counts = Counter[str]()
     texts = tee(source.documents())  # an iterator can be read once; tee holds only what one model is ahead
     read = [
-        _read(model, chosen, replace(source, documents=partial(iter, text)), tokens, limit, by_document)
-        for model, chosen, text in zip((lm, reference), policies, texts, strict=True)
+        _read(model, chosen, replace(source, documents=partial(iter, text)), tokens, limit, by_document, counted)
+        for model, chosen, text, counted in zip((lm, reference), policies, texts, (counts, Counter[str]()), strict=True)
     ]
     began, sums = time.perf_counter(), _Sums(by_document)
     for ours, theirs in _aligned(*read):
@@ -133,7 +134,7 @@ def measure_agreement(
         if progress is not None:
             progress(int(sums.total[TOKENS]), sums.nats, None)
     if not sums.units:
-        raise StreamError(f"{source} holds no document: there is nothing to compare.")
+        raise nothing_to_score(source, counts["skipped"])
     chosen = {"tokens": tokens, "limit": limit, "by_document": by_document, "data": source.fingerprint, "seed": seed}
     certificate = policies[0].certificate
     record = Record(
@@ -141,7 +142,8 @@ def measure_agreement(
         subject=f"{source} with {reference.spec}",
         lm=facts(lm),
         settings={"reference": schema.to_plain(facts(reference)), **chosen},
-        details={"read": policies[0].reading, "reference_read": policies[1].reading},
+        details={"read": policies[0].reading, "reference_read": policies[1].reading, **counts},
+        notes=notes_on(source, len(sums.units), counts["skipped"], counts["special_tokens"]),
         example="document" if by_document else "block",
         metrics=_metrics(sums, seed),
         cost=Cost(seconds=time.perf_counter() - began, tokens=int(sums.total[TOKENS])),
@@ -175,15 +177,20 @@ class _Piece:
 
 
 def _read(
-    lm: Model, policy: Policy, corpus: Corpus, tokens: int | None, limit: int | None, by_document: bool
+    lm: Model, policy: Policy, corpus: Corpus, tokens: int | None, limit: int | None, by_document: bool, counts: Counter[str]
 ) -> Iterator[_Piece]:
-    """Each chunk of one model, with the logits that it was scored from."""
+    """Each chunk of one model, with the logits that it was scored from. Counts documents without a target as `skipped`, and
+    `special_tokens`."""
     last: deque[Tensor] = deque(maxlen=1)
     engine = Engine(lm, policy, on_logits=last.append)
     for document, ids in enumerate(sequences(lm, corpus, by_document=by_document, limit=limit, tokens=tokens)):
+        if by_document and ids.is_empty:
+            counts["skipped"] += 1
+            continue
         with naming(f"{corpus}, document {document}" if by_document else str(corpus)):
             for chunk in engine.stream(ids):
-                yield _Piece(document, chunk.start, last[0][0, -len(chunk.nll) :], chunk.nll)
+                yield _Piece(document - counts["skipped"], chunk.start, last[0][0, -len(chunk.nll) :], chunk.nll)
+        counts.update({"special_tokens": ids.special} if ids.special else ())
 
 
 def _aligned(ours: Iterator[_Piece], theirs: Iterator[_Piece]) -> Iterator[tuple[_Piece, _Piece]]:

@@ -29,7 +29,7 @@ from pytest_lmeval.measures._audit import spread_note
 from pytest_lmeval.measures._context import VerbContext, current, verb
 from pytest_lmeval.measures._task_audit import Answered, TaskAudit
 from pytest_lmeval.models._identity import facts, tokenizer_fingerprint
-from pytest_lmeval.models._model import Model
+from pytest_lmeval.models._model import Model, special_pattern, with_special_tokens
 from pytest_lmeval.records._example import Example
 from pytest_lmeval.records._journal import key_of
 from pytest_lmeval.records._measured import Cost, Record, Result
@@ -75,7 +75,7 @@ def task(
     model, certificate = context.certified(lm)
     limit = context.session.limit if limit is None else limit
     settings: dict[str, Any] = {"shots": shots, "limit": limit, "fewshot": fewshot, "truncate": truncate, "seed": seed}
-    data = [asked.name, asked.style, _rows_fingerprint(asked, context), tokenizer_fingerprint(model)]
+    data = [asked.name, asked.style, asked.special_tokens, _rows_fingerprint(asked, context), tokenizer_fingerprint(model)]
     key = context.key("task", model, {**settings, "batch_size": batch_size, "invariant": invariant}, data)
     written = context.file("examples.jsonl")
     finished = context.journaled(key)
@@ -145,6 +145,7 @@ def measure_task(
     if limit is not None and limit < 1:
         raise TaskError(f"limit is {limit}: a task asks at least one question.")
     began = time.perf_counter()
+    lm = with_special_tokens(lm) if task.special_tokens else lm
     engine = Engine(lm, policy)
     metrics = metrics_of(list(dict.fromkeys((*task.metrics, "chance"))), task.name)
     judge = judge_of(metrics)
@@ -196,6 +197,7 @@ def measure_task(
         "truncate": truncate,
         **({} if task.threshold is None else {"threshold": task.threshold}),
         **({"invariant": True} if engine.policy.invariant else {}),
+        **({"special_tokens": True} if task.special_tokens else {}),
         "prompts": hashlib.sha256("".join(prompts).encode(errors="surrogatepass")).hexdigest()[:16],
         **({"generation": sorted(generation)} if generation else {}),
     }
@@ -218,6 +220,10 @@ def measure_task(
     }
     noted = ("truncated", "retokenized", "ties", "not_questions", "not_asked")
     notes = [f"{details[name]:,} {name.replace('_', ' ')}" for name in noted if details.get(name)]
+    if special := _with_special_tokens(lm, answered):
+        details["special_tokens"] = special
+        how = "control tokens" if task.special_tokens else "text"
+        notes.append(f"special tokens are written in {special:,} questions, read as {how}")
     if engine.policy.sharing != "prefix sharing: on":
         notes.insert(0, engine.policy.sharing)
     certificate, seconds, again = engine.policy.certificate, time.perf_counter() - began, audit.result(answered)
@@ -387,6 +393,14 @@ def _certain(threshold: float, examples: Sequence[Example]) -> str | None:
         why = "depend on one another, and a threshold is for independent ones"
         raise TaskError(f"answers of one group ({groups[0]}) {why}. Leave out `group` or `threshold`.")
     return sequential.verdict(sum(example.judged is True for example in examples), len(examples), threshold)
+
+
+def _with_special_tokens(lm: Model, answered: Sequence[Example]) -> int:
+    """The number of questions whose prompt or choices have a special token written in them."""
+    if (pattern := special_pattern(lm)) is None:
+        return 0
+    texts = ("\0".join((one.prompt, *one.choices)) for one in answered)
+    return sum(pattern.search(text.encode()) is not None for text in texts)
 
 
 def _rows_name(rows: Any) -> str:

@@ -134,6 +134,8 @@ class Task:
     threshold          is the rate of answers judged True above or below it? Asking ends as soon as that is certain
     style              whose prompts these are, recorded: "lm_eval" are those of that harness
     version            raised when the prompts or the rules change
+    special_tokens     whether special tokens that are written in prompts and choices, "<|im_end|>", are read as control tokens,
+                       and not as the characters that they are
     """
 
     name: str
@@ -148,6 +150,7 @@ class Task:
     threshold: float | None = None
     style: str = "own"
     version: int = 1
+    special_tokens: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "metrics", texts("metrics", self.metrics))
