@@ -132,7 +132,8 @@ def measure_task(
     policy    how the engine reads (see `engine.policy_for`); by default all that the model declares
     shots     few-shot examples before each question, drawn as `fewshot` says ("lm_eval": as that harness does)
     limit     ask the first `limit` questions only
-    truncate  "left" drops tokens on the left that do not fit the model's context, and counts them; "refuse" is an error
+    truncate  what does not fit the model's context: "left" drops few-shot examples, from the first on and each as a whole, then
+              tokens on the left of the question, never the description, and counts both; "refuse" is an error
     examples  write each answer to this file of JSON lines
     partial   append answers to this file until all are there
     known     take answers from this file and `partial`, where model, question and judge are exactly the same
@@ -209,6 +210,7 @@ def measure_task(
         "questions": len(answered),
         "not_questions": len(not_questions),
         "truncated": sum(example.truncated > 0 for example in answered),
+        "fewer_shots": sum(example.shots_dropped > 0 for example in answered),
         "retokenized": sum(example.retokenized for example in answered),
         "ties": sum(example.tied for example in answered),
         "tokens_read": sum(example.read for example in answered),
@@ -216,7 +218,7 @@ def measure_task(
         "padding": engine.counts.padding,
         "audit_seconds": audit.seconds,
     }
-    noted = ("truncated", "retokenized", "ties", "not_questions", "not_asked")
+    noted = ("truncated", "fewer_shots", "retokenized", "ties", "not_questions", "not_asked")
     notes = [f"{details[name]:,} {name.replace('_', ' ')}" for name in noted if details.get(name)]
     if engine.policy.sharing != "prefix sharing: on":
         notes.insert(0, engine.policy.sharing)
@@ -259,7 +261,7 @@ def _encoded(
             not_questions.append(number)
         else:
             own = id_of(row)
-            yield encoder.encode(question, shots.of(row, own), id=own, number=number)
+            yield encoder.encode(question, task.description, shots.texts(row, own), id=own, number=number)
 
 
 def _blocks(questions: Iterator[EncodedQuestion], batch_size: int, *, grow: bool) -> Iterator[list[EncodedQuestion]]:
@@ -318,6 +320,7 @@ def _answers(
             group=one.question.group,
             target=next(iter(fields["targets"]), None),
             truncated=one.truncated,
+            shots_dropped=one.shots_dropped,
             retokenized=one.retokenized,
             **fields,
         )
