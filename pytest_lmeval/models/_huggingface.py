@@ -204,6 +204,13 @@ class HFTokenizer:
         starts = (i for i in range(len(with_special)) if with_special[i : i + len(bare)] == bare)
         return tuple(with_special[: next(starts, 0)])
 
+    @functools.cached_property
+    def special(self) -> dict[int, str]:
+        """The texts of the special tokens, by id: `decode` leaves these out."""
+        added = {token for token, one in self.tokenizer.added_tokens_decoder.items() if one.special}
+        ids = sorted(added | set(self.tokenizer.all_special_ids))
+        return dict(zip(ids, map(str, self.tokenizer.convert_ids_to_tokens(ids)), strict=True))
+
     def decode(self, ids: Any) -> str:
         """Return the text, without special tokens."""
         return str(self.tokenizer.decode(list(map(int, ids)), skip_special_tokens=True))

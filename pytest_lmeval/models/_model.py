@@ -50,8 +50,9 @@ class Tokenizer(Protocol):
     """Encodes text as ids, with the offset in the UTF-8 bytes of the text where each token ends.
 
     Optional attributes: `name`; `bos`, an id put before a text so that its first token is scored too; for tasks, `prefix`, the
-    ids before every prompt (default: (bos,)); for generated answers, `decode(ids) -> text` and `eos`, the id that ends an
-    answer (`ends`, if there are several).
+    ids before every prompt (default: (bos,)); for generated answers, `decode(ids) -> text` (with U+FFFD for bytes that are no
+    character), `eos`, the id that ends an answer (`ends`, if there are several), and `special`, id -> text of the tokens that
+    `decode` leaves out.
     """
 
     def encode(self, text: str) -> tuple[Any, Any]:

@@ -75,7 +75,8 @@ class Generate:
 
     prompt       text before the answer
     answers      right texts; () if there is nothing to compare with (see `Task.judge`)
-    stop         texts that end the answer and are no part of it
+    stop         texts that end the answer and are no part of it: the first in the text does. A special token is written as in
+                 the vocabulary: "<|im_end|>"
     max_tokens   largest number of tokens of the answer
     temperature  0 takes the likeliest token; above 0 tokens are drawn, with a seed for each row
     group        see `Choices`
