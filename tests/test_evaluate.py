@@ -129,9 +129,12 @@ def test_rows_are_read_as_needed_and_the_first_block_is_one_batch():
     read.clear()
     assert len(measure_task(LM, task, limit=3, batch_size=8).examples) == len(read) == 3
     read.clear()
-    with pytest.raises(TaskError, match="rate is computed from an output to be judged"):
-        measure_task(LM, dataclasses.replace(task, metrics=("rate",)), batch_size=4)
-    assert len(read) == 4
+    mixed = dataclasses.replace(task, ask=lambda row: Generate("x", ()) if row["b"] else ask(row))
+    with pytest.raises(
+        TaskError, match=r"sums, row 1 .*: accuracy is computed from choices, and the answer to .* is generated"
+    ):
+        measure_task(LM, mixed, batch_size=4)
+    assert len(read) == 2  # before anything is asked
 
 
 class Pairs:
@@ -266,7 +269,7 @@ def test_the_record_counts_the_examples_and_the_questions_that_did_not_fit():
         (lambda row: Choices(row["nothing"], (" a",), 0), r"t, row 0 cannot be asked: it has no field 'nothing'. .* n='1'"),
         (lambda row: Choices("x", (" a", " b"), 2), r"t, row 0: the label is 2, and there are choices 0 to 1"),
         (lambda row: Choices("", ("a", "b"), 0), "nothing stands before the first token"),
-        (lambda row: Generate("", ()), "the prompt is empty"),
+        (lambda row: Generate("", ("a",)), "the prompt is empty"),
         (lambda row: row + 1, "TypeError"),
     ],
 )
@@ -478,14 +481,14 @@ class Mute:
 @pytest.mark.parametrize(
     ("tokenizer", "options", "changes", "message"),
     [
-        (Mute(), {}, {}, "has no decode"),
+        (Mute(), {}, {"judge": lambda text: True}, "has no decode"),
         (Bytes(), {}, {"judge": lambda text: 1}, "the judge returned 1 for row"),
         (Bytes(), {}, {"judge": lambda text: 1 / 0}, "the judge raised ZeroDivisionError: .* on row"),
         (Bytes(), {"group": "g"}, {"judge": lambda text: True, "threshold": 0.5}, "answers of one group"),
     ],
 )
 def test_answers_that_cannot_be_generated_or_judged_are_refused(tokenizer, options, changes, message):
-    task = dataclasses.replace(generating(max_tokens=3, **options), metrics=("rate",), **changes)
+    task = dataclasses.replace(generating(max_tokens=3, **options), metrics=None, **changes)
     with pytest.raises(TaskError, match=message):
         measure_task(dataclasses.replace(DEMO, tokenizer=tokenizer), task)
 

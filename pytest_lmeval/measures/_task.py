@@ -15,14 +15,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from msgspec import structs
 
-from pytest_lmeval.data._rows import Rows
+from pytest_lmeval.data._rows import Row, Rows
 from pytest_lmeval.engine import Engine, Policy, Prompt, Request, Scored, policy_for
 from pytest_lmeval.errors import ArgumentError, NotFiniteError, Refused, TaskError, nearest
 from pytest_lmeval.measures._audit import spread_note
@@ -41,10 +41,12 @@ from pytest_lmeval.scoring._metrics import compute, metrics_of, scored
 from pytest_lmeval.scoring._requests import EncodedQuestion, Encoder, Truncate
 from pytest_lmeval.statistics import _sequential as sequential
 from pytest_lmeval.tasks import find
-from pytest_lmeval.tasks._questions import Choices, Generate, Judge, Task, id_of
+from pytest_lmeval.tasks._questions import Choices, Generate, Judge, Question, Task, id_of
 
 BATCHES = 16  # in a block after the first: more questions share more, and a first block of one batch shows progress at once
 BLOCK_TOKENS = 1 << 16  # of the prompts of a block, at most: a run that is killed loses one block
+
+Asked: TypeAlias = "tuple[int, Row, Question]"  # a question, and the row that it is made of, with its number
 
 Progress = Callable[[int, float, "int | None"], None]
 """Called after each block with the questions answered, those answered right, and the questions expected (None: unknown)."""
@@ -147,16 +149,18 @@ def measure_task(
         raise TaskError(f"limit is {limit}: a task asks at least one question.")
     began = time.perf_counter()
     engine = Engine(lm, policy)
-    metrics = metrics_of(list(dict.fromkeys((*task.metrics, "chance"))), task.name)
+    not_questions = list[int]()
+    asked = _questions(task, data_dir, not_questions)
+    metrics, asked = _metrics_of(task, asked)
     judge = judge_of(metrics)
     answers = AnswerFile(partial)
     encoder, drawn = Encoder(lm, task, truncate, seed), Shots(task, shots, fewshot, data_dir=data_dir, seed=seed)
     earlier = {**AnswerFile(known).read(), **answers.read()}
     answered: list[Example] = []
-    resumed, verdict, generation, not_questions = 0, None, set[str](), list[int]()
+    resumed, verdict, generation = 0, None, set[str]()
     audit = TaskAudit(engine, str(task))
 
-    questions = islice(_encoded(task, encoder, drawn, data_dir, not_questions), limit)
+    questions = islice(_encoded(task, asked, metrics, encoder, drawn), limit)
     for block in _blocks(questions, engine.policy.batch_size, grow=task.threshold is None):
         fresh = [one for one in block if not _is_current(earlier.get(one.number), one, task.judge)]
         new = list(_answers(engine, fresh, metrics, task.judge, seed))
@@ -251,17 +255,35 @@ def _nothing_kept_if_refused(answers: AnswerFile) -> Iterator[None]:
         raise
 
 
-def _encoded(
-    task: Task, encoder: Encoder, shots: Shots, data_dir: str | Path | None, not_questions: list[int]
-) -> Iterator[EncodedQuestion]:
-    """The questions as the model reads them; the indices of rows that are none are appended to `not_questions`."""
+def _questions(task: Task, data_dir: str | Path | None, not_questions: list[int]) -> Iterator[Asked]:
+    """The questions of the rows; the indices of rows that are none are appended to `not_questions`."""
     for number, row in enumerate(rows_of(task.rows, data_dir)):
         question = question_of(task, row, f"row {number}")
         if question is None:
             not_questions.append(number)
         else:
-            own = id_of(row)
-            yield encoder.encode(question, task.description, shots.texts(row, own), id=own, number=number)
+            yield number, row, question
+
+
+def _metrics_of(task: Task, questions: Iterator[Asked]) -> tuple[list[Metric], Iterator[Asked]]:
+    """The metrics, and the questions again: the default metrics are those of the first."""
+    names = task.metrics
+    if names is None:
+        first = list(islice(questions, 1))
+        names = next((task.metrics_for(question, f"row {number}") for number, _, question in first), ())
+        questions = chain(first, questions)
+    return metrics_of(list(dict.fromkeys((*names, "chance"))), task.name), questions
+
+
+def _encoded(
+    task: Task, questions: Iterator[Asked], metrics: list[Metric], encoder: Encoder, shots: Shots
+) -> Iterator[EncodedQuestion]:
+    """The questions as the model reads them. Raises TaskError for one from which a metric cannot be computed, before it is
+    read."""
+    for number, row, question in questions:
+        own = id_of(row)
+        task.check(question, metrics, f"row {number} ({own})")
+        yield encoder.encode(question, task.description, shots.texts(row, own), id=own, number=number)
 
 
 def _blocks(questions: Iterator[EncodedQuestion], batch_size: int, *, grow: bool) -> Iterator[list[EncodedQuestion]]:
