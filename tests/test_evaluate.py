@@ -67,8 +67,8 @@ def test_examples_drawn_as_lm_eval_draws_them_depend_on_the_order():
 
 def test_the_first_examples_are_shown_to_all_questions_but_to_themselves():
     shots = Shots(dataclasses.replace(TASK, fewshot_strategy="first"), 2, "document")
-    assert shots.of(SUMS[5], id_of(SUMS[5])) == "Sums of numbers.\n0 + 0 is even\n\n0 + 1 is odd\n\n"
-    assert shots.of(SUMS[0], id_of(SUMS[0])) == "Sums of numbers.\n0 + 1 is odd\n\n0 + 2 is even\n\n"
+    assert shots.texts(SUMS[5], id_of(SUMS[5])) == ["0 + 0 is even\n\n", "0 + 1 is odd\n\n"]
+    assert shots.texts(SUMS[0], id_of(SUMS[0])) == ["0 + 1 is odd\n\n", "0 + 2 is even\n\n"]
 
 
 def test_a_log_likelihood_is_that_of_the_tokens_of_a_choice_after_its_prompt():
@@ -129,9 +129,10 @@ def test_rows_are_read_as_needed_and_the_first_block_is_one_batch():
     read.clear()
     assert len(measure_task(LM, task, limit=3, batch_size=8).examples) == len(read) == 3
     read.clear()
-    with pytest.raises(TaskError, match="rate is computed from an output to be judged"):
-        measure_task(LM, dataclasses.replace(task, metrics=("rate",)), batch_size=4)
-    assert len(read) == 4
+    mixed = dataclasses.replace(task, ask=lambda row: Generate("x", ()) if row["b"] else ask(row))
+    with pytest.raises(TaskError, match=r"sums, row 1: accuracy is computed from choices, and the answer to .* is generated"):
+        measure_task(LM, mixed, batch_size=4)
+    assert len(read) == 2  # before anything is asked
 
 
 class Pairs:
@@ -153,6 +154,12 @@ class Ends(Bytes):
     eos, prefix = 3, ()
 
 
+class BeginsIfAsked(Pairs):
+    """As that of SmolLM2: it has a beginning-of-sequence token, and puts it before no text by itself."""
+
+    bos, prefix = 1, ()
+
+
 class Swallows(Bytes):
     def encode(self, text):
         return super().encode(text.replace("~", ""))
@@ -167,6 +174,8 @@ class Swallows(Bytes):
         (Begins(), "a", ("b",), 3, [1, 2, 97, 98], False),
         (Ends(), "", ("b",), 1, [3, 98], False),
         (Ends(), "a", ("b",), 1, [97, 98], False),
+        (BeginsIfAsked(), "a", ("b", "c"), 1, [1, 292], True),  # "ab" is one token, and nothing stands before it
+        (BeginsIfAsked(), "abc", ("d", "e"), 1, [292, 298], True),
     ],
 )
 def test_the_boundary_of_prompt_and_choice_in_tokens(tokenizer, prompt, choices, context_len, ids, retokenized):
@@ -183,10 +192,72 @@ def test_a_prompt_that_does_not_fit_is_truncated_on_the_left_or_refused():
     result = measure_task(lm, task)
     assert [example.truncated for example in result.examples] == [0, 20]
     assert result.record.details["truncated"] == 1
-    with pytest.raises(TaskError, match=r"long, row 1 .* is 32 tokens; .* reads 12. Take fewer shots."):
+    with pytest.raises(TaskError, match=r"long, row 1 .* is 33 tokens; .* reads 12. Take fewer shots."):
         measure_task(lm, task, truncate="refuse")
     with pytest.raises(TaskError, match="choice alone takes 20"):
         measure_task(lm, Task("long", [{}], lambda row: Choices("x", ("y" * 20,), 0)))
+    with pytest.raises(TaskError, match="description alone takes 13"):
+        measure_task(lm, Task("long", [{}], lambda row: Choices("x", ("y",), 0), description="Answer this: "))
+    with pytest.raises(TaskError, match=r"is 1 tokens, and 12 to be generated; .* reads 12. Generate fewer tokens."):
+        measure_task(lm, Task("long", [{}], lambda row: Generate("x", ("y",), max_tokens=12), metrics=("exact_match",)))
+
+
+TEXTS = st.text("ab é€🙂", max_size=12)
+
+
+@settings(max_examples=200)
+@given(
+    TEXTS,
+    st.lists(TEXTS.map(lambda text: text + "\n"), max_size=4),
+    st.text("xy é€🙂", min_size=1, max_size=16).map(lambda text: text + "?"),
+    st.lists(st.text("de", min_size=1, max_size=3), min_size=1, max_size=3),
+    st.integers(1, 80),
+    st.sampled_from([Bytes(), Begins()]),
+)
+def test_what_does_not_fit_goes_example_by_example_and_then_from_the_beginning_of_the_question(
+    description, examples, text, choices, limit, tokenizer
+):
+    lm = dataclasses.replace(LM, tokenizer=tokenizer, context_length=limit)
+    question, begun = Choices(text, choices, 0), list(getattr(tokenizer, "prefix", ()))
+    longest = max(len(choice) for choice in choices)
+
+    def size(shown, asked):
+        return len(begun) + len("".join((description, *shown, asked)).encode()) + longest - 1  # the last token is not read
+
+    try:
+        found = Encoder(lm, TASK).encode(question, description, examples, id="x", number=0)
+    except TaskError:
+        assert size([], "?") > limit
+        return
+    shown = examples[found.shots_dropped :]
+    before = description + "".join(shown)
+    asked = found.prompt.removeprefix(before)
+    assert found.prompt == before + asked
+    assert text.endswith(asked)
+    assert asked
+    assert size(shown, asked) <= limit
+    assert found.truncated == len(text.encode()) - len(asked.encode())
+    if found.shots_dropped:
+        assert size(examples[found.shots_dropped - 1 :], text) > limit
+    if found.truncated:
+        assert not shown
+        assert size([], text[-len(asked) - 1 :]) > limit  # not a character too many
+    for request, choice in zip(found.requests, choices, strict=True):
+        assert request.ids.tolist() == [*begun, *(found.prompt + choice).encode()]
+        assert request.context_len == len(request.ids) - len(choice)
+
+
+def test_the_record_counts_the_examples_and_the_questions_that_did_not_fit():
+    lm = dataclasses.replace(LM, context_length=40)
+    task = Task("t", [{"n": n} for n in (1, 9, 30)], lambda row: Choices("x" * row["n"] + " is", (" a", " b"), 0), shots=())
+    task = dataclasses.replace(task, shots=task.rows[:1] * 3, description="D: ")
+    result = measure_task(lm, dataclasses.replace(task, rows=[{"n": n} for n in (2, 9, 60)]), shots=2)
+    assert [(one.shots_dropped, one.truncated) for one in result.examples] == [(0, 0), (0, 0), (2, 27)]
+    assert [one.prompt[:12] for one in result.examples] == ["D: x is a\n\nx", "D: x is a\n\nx", "D: xxxxxxxxx"]
+    assert (result.record.details["truncated"], result.record.details["fewer_shots"]) == (1, 1)
+    assert {"1 truncated", "1 fewer shots"} <= set(result.record.notes)
+    with pytest.raises(TaskError, match="Take fewer shots"):
+        measure_task(lm, dataclasses.replace(task, rows=[{"n": 60}]), shots=2, truncate="refuse")
 
 
 @pytest.mark.parametrize(
@@ -196,7 +267,7 @@ def test_a_prompt_that_does_not_fit_is_truncated_on_the_left_or_refused():
         (lambda row: Choices(row["nothing"], (" a",), 0), r"t, row 0 cannot be asked: it has no field 'nothing'. .* n='1'"),
         (lambda row: Choices("x", (" a", " b"), 2), r"t, row 0: the label is 2, and there are choices 0 to 1"),
         (lambda row: Choices("", ("a", "b"), 0), "nothing stands before the first token"),
-        (lambda row: Generate("", ()), "the prompt is empty"),
+        (lambda row: Generate("", ("a",)), "the prompt is empty"),
         (lambda row: row + 1, "TypeError"),
     ],
 )
@@ -408,14 +479,14 @@ class Mute:
 @pytest.mark.parametrize(
     ("tokenizer", "options", "changes", "message"),
     [
-        (Mute(), {}, {}, "has no decode"),
+        (Mute(), {}, {"judge": lambda text: True}, "has no decode"),
         (Bytes(), {}, {"judge": lambda text: 1}, "the judge returned 1 for row"),
         (Bytes(), {}, {"judge": lambda text: 1 / 0}, "the judge raised ZeroDivisionError: .* on row"),
         (Bytes(), {"group": "g"}, {"judge": lambda text: True, "threshold": 0.5}, "answers of one group"),
     ],
 )
 def test_answers_that_cannot_be_generated_or_judged_are_refused(tokenizer, options, changes, message):
-    task = dataclasses.replace(generating(max_tokens=3, **options), metrics=("rate",), **changes)
+    task = dataclasses.replace(generating(max_tokens=3, **options), metrics=None, **changes)
     with pytest.raises(TaskError, match=message):
         measure_task(dataclasses.replace(DEMO, tokenizer=tokenizer), task)
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ transformers = pytest.importorskip("transformers")
 
 from reading import measure_perplexity, stream  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
+from test_generation import say  # noqa: E402
 
 from pytest_lmeval.data import corpus  # noqa: E402
 from pytest_lmeval.errors import ModelError, SpecError  # noqa: E402
+from pytest_lmeval.models._huggingface import HFTokenizer  # noqa: E402
 from pytest_lmeval.models._identity import facts, fingerprint  # noqa: E402
 from pytest_lmeval.models._model import fork  # noqa: E402
 from pytest_lmeval.models._sources import as_model, load  # noqa: E402
@@ -102,6 +105,42 @@ def test_a_folder_is_loaded_and_every_byte_is_scored(folder, tmp_path):
     ids, ends = lm.tokenizer.encode(text)
     assert (len(ids), ends[-1]) == (len(ends), len(text.encode()))
     assert (np.diff(ends) >= 0).all()
+
+
+def bytes_of_words():
+    """A tokenizer as Llama's: words, and for other characters their bytes, which are replaced together until all are there."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {"<unk>": 0, "▁a": 1, "▁": 2, **{f"<0x{byte:02X}>": 3 + byte for byte in range(256)}}
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True))
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    return made
+
+
+def bytes_in_pairs():
+    """A tokenizer as GPT-2's, of single bytes and a few pairs."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    made = ByteLevelBPETokenizer()
+    made.train_from_iterator(["ab é€ é€ 🙂🙂 ab"] * 9, vocab_size=270)
+    return made._tokenizer
+
+
+@pytest.mark.parametrize("make", [bytes_of_words, bytes_in_pairs])
+@pytest.mark.parametrize("text", ["é", "a é€🙂 b", "🙂🙂 é", "ab"])
+def test_an_answer_grows_by_whole_characters_and_special_tokens_are_only_searched_in(make, text):
+    own = HFTokenizer(transformers.PreTrainedTokenizerFast(tokenizer_object=make(), eos_token="<|end|>"), "tiny")
+    end = own.tokenizer.convert_tokens_to_ids("<|end|>")
+    assert own.special == {end: "<|end|>"}
+    own.ends = ()  # of a model whose turns end with another token than its texts
+    ids, _ = own.encode(text)
+    answer, seen = say(own, [*ids.tolist(), end, *ids.tolist()], stop=("<|end|>",))
+    assert (answer.text.strip(), answer.why) == (text, "stop")
+    assert all(later.startswith(before) for before, later in pairwise(seen))
+    assert {letter for shown in seen for letter in shown} <= {*text, " "}
+    half, _ = say(own, ids.tolist()[:-1] or [end])
+    assert text.startswith(half.text.strip())
 
 
 def test_a_text_longer_than_the_context_is_read_in_windows():

@@ -121,10 +121,65 @@ def test_a_row_with_a_lone_surrogate_has_an_id_and_is_refused_only_if_a_prompt_c
 
 
 def test_a_metric_of_targets_is_refused_where_there_are_none():
-    task = Task("t", numbers(1), lambda row: Generate("x", row.get("right", ()), max_tokens=2), ("exact_match",))
-    with pytest.raises(TaskError, match="exact_match is computed from targets to compare with"):
+    def answers(row):
+        return Generate("x", row.get("right", ()), max_tokens=2)
+
+    with pytest.raises(TaskError, match=r"t, row 0: exact_match is computed from targets .* generated, with answers=\(\)"):
+        Task("t", numbers(1), answers, ("exact_match",))
+    task = Task("t", [{"right": [""]}, {}], answers, ("exact_match",))
+    with pytest.raises(TaskError, match="t, row 1: exact_match is computed from targets"):
         measure_task(LM, task)
-    assert measure_task(LM, dataclasses.replace(task, rows=[{"right": [""]}])).exact_match.n == 1
+    assert measure_task(LM, task, limit=1).exact_match.n == 1
+
+
+def asking(row):
+    return Generate("x", ("b", "c"), max_tokens=2) if row.get("n") else Choices("x", (" a", " b"), 0)
+
+
+@pytest.mark.parametrize("rows", [list, lambda rows: lambda: iter(rows)], ids=["a list", "a function"])
+@pytest.mark.parametrize(
+    ("row", "changes", "metrics"),
+    [
+        ({}, {}, ["accuracy", "chance"]),
+        ({"n": 1}, {}, ["exact_match"]),
+        ({"n": 1}, {"judge": lambda text: True}, ["rate"]),
+        ({"n": 1}, {"judge": lambda text: True, "threshold": 0.5}, ["rate"]),
+        ({"n": 1}, {"metrics": ("rate", "exact_match"), "judge": lambda text: True}, ["rate", "exact_match"]),
+    ],
+)
+def test_the_first_question_chooses_the_default_metrics(rows, row, changes, metrics):
+    result = measure_task(LM, Task("t", rows([row] * 3), asking, **changes))
+    assert list(result.record.metrics) == metrics
+    assert set(result.examples[0].scores) == {*metrics, "chance"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "message"),
+    [
+        ([{}], {"metrics": ("exact_match", "f1_macro", "bleu")}, None),
+        ([{"n": 1}], {"metrics": ("accuracy",)}, r"accuracy is computed from choices, .* with answers=\('b', 'c'\)"),
+        ([{"n": 1}], {"metrics": ("perplexity",)}, "perplexity is computed from a right choice"),
+        ([{}], {"metrics": ("rate",), "judge": lambda text: None}, r"an output to be judged, .* the choices \[' a', ' b'\]"),
+        ([], {"metrics": ("rate",)}, "'rate' is the fraction of answers judged True, and there is no judge"),
+        ([{}], {"ask": lambda row: Generate("x", ())}, r"answers=\(\) to compare it with and no judge, so nothing says what"),
+        ([{}], {"ask": lambda row: 1 / 0}, None),  # said with its row when it is asked
+        ([{}], {"metrics": ("no_metric",)}, None),
+        ("jsonl:rows.jsonl", {}, None),
+        (iter([{}]), {}, "t: rows is .* It can be read once"),
+        (7, {}, "t: rows is 7, of type int. Give a list"),
+        ([], {"shots": iter([])}, "t: shots is"),
+        ([], {"ask": "ask"}, "t: ask is 'ask', of type str; it is a function"),
+        ([], {"judge": True}, "t: judge is True, of type bool"),
+    ],
+)
+def test_what_cannot_be_computed_is_said_when_the_task_is_made(rows, changes, message):
+    options = {"ask": asking} | changes
+    if message is None:
+        task = Task("t", rows, **options)
+        assert task.rows == (Rows(rows) if isinstance(rows, str) else rows)
+        return
+    with pytest.raises(TaskError, match=message):
+        Task("t", rows, **options)
 
 
 def dataset(folder, *rows):
@@ -166,7 +221,7 @@ def test_a_question_is_shown_only_other_rows(values, count, seed):
     others = [value for value in values if value != values[0]]
     if len(others) < shots.count:
         with pytest.raises(TaskError, match=f"there are {len(others)} examples beside row {id_of(own)} itself"):
-            shots.of(own, id_of(own))
+            shots.texts(own, id_of(own))
         return
     shown = [row["n"] for row in shots.rows(own, id_of(own))]
     assert len(shown) == shots.count

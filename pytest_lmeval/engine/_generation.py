@@ -1,9 +1,13 @@
-"""Choose the next token of answers, decode them, and end them. Each row has its own random numbers, and depends on no other."""
+"""Choose the next token of answers, decode them, and end them. Each row has its own random numbers, and depends on no other.
+
+A stop is searched for in the text with its special tokens written out, since chat models end their turns with one; what judges
+and metrics see is the text before the stop, without special tokens, and without half a character at its end.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -27,7 +31,8 @@ class Prompt:
     ids          [n], n >= 1
     name         of its row: seeds the random numbers together with `seed`, and is named in errors
     max_tokens   of the answer, at least one
-    stop         texts that end the answer and are not part of it
+    stop         texts that end the answer and are not part of it: the first in the text does. Special tokens are written as in
+                 the vocabulary: "<|im_end|>"
     temperature  0 takes the most likely token; otherwise logits are divided by it before a token is drawn
     """
 
@@ -55,7 +60,9 @@ class Answer:
 
     ids       generated so far
     logprobs  of each of these under the model's own logits, whatever the temperature, in nats
-    text      decoded from `ids`, truncated before the stop that ended it
+    text      decoded from `ids`, truncated before the stop that ended it; without special tokens, and without an incomplete
+              character at its end
+    special   (position in `text`, own text) of each special token
     judged    the truth value that `on_text` returned
     read      tokens read for it
     why       it ended: stop, end (the model's own), judged, or length; empty while it is unfinished
@@ -65,6 +72,7 @@ class Answer:
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     text: str = ""
+    special: list[tuple[int, str]] = field(default_factory=list)
     judged: bool | None = None
     read: int = 0
     why: str = ""
@@ -78,6 +86,7 @@ def begin_answers(
     if not hasattr(tokenizer, "decode"):
         raise TaskError(f"the tokenizer of {lm.spec} has no decode(ids) -> text, which makes texts of answers. Add the method.")
     ends = getattr(tokenizer, "ends", (getattr(tokenizer, "eos", None),))
+    special: Mapping[int, str] = getattr(tokenizer, "special", {})
     answers = [Answer(prompt) for prompt in prompts]
     numbers = {id(answer): number for number, answer in enumerate(answers)}
     generators = [_generator(prompt) for prompt in prompts]
@@ -94,23 +103,58 @@ def begin_answers(
             if token in ends:
                 row.why = "end"
             else:
-                _append(row, token, -loss, tokenizer)
+                _append(row, token, -loss, tokenizer, special)
             if on_text is not None and (judged := on_text(number, row.text)) is not None:
                 row.judged, row.why = judged, row.why or "judged"
 
     return answers, choose
 
 
-def _append(row: Answer, token: int, logprob: float, tokenizer: Any) -> None:
-    """Append a token to an answer; end the answer at a stop or at its largest length."""
+def _append(row: Answer, token: int, logprob: float, tokenizer: Any, special: Mapping[int, str]) -> None:
+    """Append a token to an answer; end the answer at a stop or at its largest length.
+
+    special  id -> text of the tokens that `tokenizer.decode` leaves out
+    """
     row.ids.append(token)
     row.logprobs.append(logprob)
-    row.text = tokenizer.decode(row.ids)
-    stops = [index for stop in row.prompt.stop if (index := row.text.find(stop)) >= 0]
-    if stops:
-        row.text, row.why = row.text[: min(stops)], "stop"
+    if token in special:
+        row.special.append((len(row.text), special[token]))
+    else:
+        row.text = whole_characters(tokenizer.decode(row.ids), row.text)
+    if (end := _stop_in(row)) is not None:
+        row.text, row.why = row.text[:end], "stop"
     elif len(row.ids) >= row.prompt.max_tokens:
         row.why = "length"
+
+
+def whole_characters(decoded: str, before: str) -> str:
+    r"""A decoded text without the U+FFFD at its end, which stand for bytes of a character that is not complete yet.
+
+    before  the same of one token less. Some decoders replace whole characters before such bytes too, until all are complete:
+            then this stays.
+
+    >>> whole_characters("caf\ufffd", "caf"), whole_characters("café", "caf"), whole_characters("\ufffd\ufffd\ufffd", "é")
+    ('caf', 'café', 'é')
+    """
+    whole = decoded.rstrip("\ufffd")
+    return before if whole != decoded and len(whole) < len(before) else whole
+
+
+def _stop_in(row: Answer) -> int | None:
+    """The position in the text at which the first stop begins; None if there is none."""
+    parts, begin = [], 0
+    for position, token in row.special:
+        parts += [row.text[begin:position], token]
+        begin = position
+    written = "".join([*parts, row.text[begin:]])
+    if not (stops := [index for stop in row.prompt.stop if (index := written.find(stop)) >= 0]):
+        return None
+    at, left_out = min(stops), 0
+    for position, token in row.special:
+        if at < position + left_out + len(token):
+            return min(at - left_out, position)
+        left_out += len(token)
+    return at - left_out
 
 
 def _check_finite(logits: Tensor, rows: list[Answer], lm: Model) -> None:

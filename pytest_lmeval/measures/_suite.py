@@ -36,7 +36,8 @@ def suite(lm: Any, suite: Suite | str, shots: int = 0, **options: Any) -> SuiteR
             raise
         except LmevalError as error:
             failed[member.name] = str(error)
-    members = {member.name: member.metrics[0] for member in asked.tasks}
+    names = {name: tuple(result.record.metrics) for name, result in results.items()}  # of a task by default
+    members = {member.name: (member.metrics or names.get(member.name, ("",)))[0] for member in asked.tasks}
     metrics = {name: result.record.metrics[members[name]] for name, result in results.items()}
     costs = [result.record.cost for result in results.values()]
     record = Record(

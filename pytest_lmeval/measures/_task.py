@@ -15,13 +15,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from msgspec import structs
 
+from pytest_lmeval.data._formats import Row
 from pytest_lmeval.data._rows import Rows
 from pytest_lmeval.engine import Engine, Policy, Prompt, Request, Scored, policy_for
 from pytest_lmeval.errors import ArgumentError, NotFiniteError, Refused, TaskError, nearest
@@ -41,10 +42,12 @@ from pytest_lmeval.scoring._metrics import compute, metrics_of, scored
 from pytest_lmeval.scoring._requests import EncodedQuestion, Encoder, Truncate
 from pytest_lmeval.statistics import _sequential as sequential
 from pytest_lmeval.tasks import find
-from pytest_lmeval.tasks._questions import Choices, Generate, Judge, Task
+from pytest_lmeval.tasks._questions import Choices, Generate, Judge, Question, Task
 
 BATCHES = 16  # in a block after the first: more questions share more, and a first block of one batch shows progress at once
 BLOCK_TOKENS = 1 << 16  # of the prompts of a block, at most: a run that is killed loses one block
+
+Asked: TypeAlias = "tuple[int, str, Row, Question]"  # a question, and the row that it is made of, with its number and name
 
 Progress = Callable[[int, float, "int | None"], None]
 """Called after each block with the questions answered, those answered right, and the questions expected (None: unknown)."""
@@ -132,7 +135,8 @@ def measure_task(
     policy    how the engine reads (see `engine.policy_for`); by default all that the model declares
     shots     few-shot examples before each question, drawn as `fewshot` says ("lm_eval": as that harness does)
     limit     ask the first `limit` questions only
-    truncate  "left" drops tokens on the left that do not fit the model's context, and counts them; "refuse" is an error
+    truncate  what does not fit the model's context: "left" drops few-shot examples, from the first on and each as a whole, then
+              tokens on the left of the question, never the description, and counts both; "refuse" is an error
     examples  write each answer to this file of JSON lines
     partial   append answers to this file until all are there
     known     take answers from this file and `partial`, where model, question and judge are exactly the same
@@ -147,16 +151,18 @@ def measure_task(
     began = time.perf_counter()
     lm = with_special_tokens(lm) if task.special_tokens else lm
     engine = Engine(lm, policy)
-    metrics = metrics_of(list(dict.fromkeys((*task.metrics, "chance"))), task.name)
+    not_questions = list[int]()
+    asked = _questions(task, data_dir, not_questions)
+    metrics, asked = _metrics_of(task, asked)
     judge = judge_of(metrics)
     answers = AnswerFile(partial)
     encoder, drawn = Encoder(lm, task, truncate, seed), Shots(task, shots, fewshot, data_dir=data_dir, seed=seed)
     earlier = {**AnswerFile(known).read(), **answers.read()}
     answered: list[Example] = []
-    resumed, verdict, generation, not_questions = 0, None, set[str](), list[int]()
+    resumed, verdict, generation = 0, None, set[str]()
     audit = TaskAudit(engine, str(task))
 
-    questions = islice(_encoded(task, encoder, drawn, data_dir, not_questions), limit)
+    questions = islice(_encoded(task, asked, metrics, encoder, drawn), limit)
     for block in _blocks(questions, engine.policy.batch_size, grow=task.threshold is None):
         fresh = [one for one in block if not _is_current(earlier.get(one.number), one, task.judge)]
         new = list(_answers(engine, fresh, metrics, task.judge, seed))
@@ -211,6 +217,7 @@ def measure_task(
         "questions": len(answered),
         "not_questions": len(not_questions),
         "truncated": sum(example.truncated > 0 for example in answered),
+        "fewer_shots": sum(example.shots_dropped > 0 for example in answered),
         "retokenized": sum(example.retokenized for example in answered),
         "ties": sum(example.tied for example in answered),
         "tokens_read": sum(example.read for example in answered),
@@ -218,7 +225,7 @@ def measure_task(
         "padding": engine.counts.padding,
         "audit_seconds": audit.seconds,
     }
-    noted = ("truncated", "retokenized", "ties", "not_questions", "not_asked")
+    noted = ("truncated", "fewer_shots", "retokenized", "ties", "not_questions", "not_asked")
     notes = [f"{details[name]:,} {name.replace('_', ' ')}" for name in noted if details.get(name)]
     if special := _with_special_tokens(lm, answered):
         details["special_tokens"] = special
@@ -255,17 +262,35 @@ def _nothing_kept_if_refused(answers: AnswerFile) -> Iterator[None]:
         raise
 
 
-def _encoded(
-    task: Task, encoder: Encoder, shots: Shots, data_dir: str | Path | None, not_questions: list[int]
-) -> Iterator[EncodedQuestion]:
-    """The questions as the model reads them; the indices of rows that are none are appended to `not_questions`."""
+def _questions(task: Task, data_dir: str | Path | None, not_questions: list[int]) -> Iterator[Asked]:
+    """The questions of the rows; the indices of rows that are none are appended to `not_questions`."""
     for number, (where, row) in enumerate(rows_of(task.rows, data_dir)):
         question = question_of(task, row, where)
         if question is None:
             not_questions.append(number)
         else:
-            own = identity_of(task, row, where)
-            yield encoder.encode(question, shots.of(row, own), id=own, number=number)
+            yield number, where, row, question
+
+
+def _metrics_of(task: Task, questions: Iterator[Asked]) -> tuple[list[Metric], Iterator[Asked]]:
+    """The metrics, and the questions again: the default metrics are those of the first."""
+    names = task.metrics
+    if names is None:
+        first = list(islice(questions, 1))
+        names = next((task.metrics_for(question, where) for _, where, _, question in first), ())
+        questions = chain(first, questions)
+    return metrics_of(list(dict.fromkeys((*names, "chance"))), task.name), questions
+
+
+def _encoded(
+    task: Task, questions: Iterator[Asked], metrics: list[Metric], encoder: Encoder, shots: Shots
+) -> Iterator[EncodedQuestion]:
+    """The questions as the model reads them. Raises TaskError for one from which a metric cannot be computed, before it is
+    read."""
+    for number, where, row, question in questions:
+        own = identity_of(task, row, where)
+        task.check(question, metrics, where)
+        yield encoder.encode(question, task.description, shots.texts(row, own), id=own, number=number)
 
 
 def _blocks(questions: Iterator[EncodedQuestion], batch_size: int, *, grow: bool) -> Iterator[list[EncodedQuestion]]:
@@ -324,6 +349,7 @@ def _answers(
             group=one.question.group,
             target=next(iter(fields["targets"]), None),
             truncated=one.truncated,
+            shots_dropped=one.shots_dropped,
             retokenized=one.retokenized,
             **fields,
         )

@@ -206,10 +206,11 @@ class HFTokenizer:
         return tuple(with_special[: next(starts, 0)])
 
     @functools.cached_property
-    def special(self) -> tuple[str, ...]:
-        """The texts of the special tokens."""
-        added = self.tokenizer.added_tokens_decoder.values()
-        return tuple({*self.tokenizer.all_special_tokens, *(str(token) for token in added if token.special)} - {""})
+    def special(self) -> dict[int, str]:
+        """The texts of the special tokens, by id: `decode` leaves these out."""
+        added = {token for token, one in self.tokenizer.added_tokens_decoder.items() if one.special}
+        ids = sorted(added | set(self.tokenizer.all_special_ids))
+        return dict(zip(ids, map(str, self.tokenizer.convert_ids_to_tokens(ids)), strict=True))
 
     def with_special_tokens(self) -> HFTokenizer:
         reading = copy.copy(self)

@@ -51,12 +51,13 @@ class Tokenizer(Protocol):
     """Encodes text as ids, with the offset in the UTF-8 bytes of the text where each token ends.
 
     Optional attributes: `name`; `bos`, an id put before a text so that its first token is scored too; for tasks, `prefix`, the
-    ids before every prompt (default: (bos,)); for generated answers, `decode(ids) -> text` and `eos`, the id that ends an
-    answer (`ends`, if there are several).
+    ids before every prompt (default: (bos,)); for generated answers, `decode(ids) -> text` (with U+FFFD for bytes that are no
+    character), `eos`, the id that ends an answer (`ends`, if there are several), and `special`, id -> text of the tokens that
+    `decode` leaves out.
 
-    `encode` reads special tokens that are written in a text, "<|im_end|>", as the characters that they are. `special`, the
-    texts of these tokens, lets records say that there were some; `with_special_tokens()` gives the tokenizer that reads them
-    as control tokens, of which `special_tokens` is True.
+    `encode` reads special tokens that are written in a text, "<|im_end|>", as the characters that they are. `special` lets
+    records say that there were some; `with_special_tokens()` gives the tokenizer that reads them as control tokens, of which
+    `special_tokens` is True.
     """
 
     def encode(self, text: str) -> tuple[Any, Any]:
@@ -101,8 +102,8 @@ def with_special_tokens(lm: Model) -> Model:
 
 def special_pattern(lm: Model) -> re.Pattern[bytes] | None:
     """What finds a special token of the model's tokenizer in the UTF-8 bytes of a text; None if it knows none."""
-    special = getattr(lm.tokenizer, "special", ())
-    longest_first = sorted((text.encode() for text in special), key=len, reverse=True)
+    special = getattr(lm.tokenizer, "special", {}).values()
+    longest_first = sorted((text.encode() for text in special if text), key=len, reverse=True)
     return re.compile(b"|".join(map(re.escape, longest_first))) if longest_first else None
 
 

@@ -11,7 +11,7 @@ class Example(StoredStruct, frozen=True, kw_only=True):
 
     id              hash of the row
     number          index of the row
-    prompt          text that the model read, few-shot examples included
+    prompt          text that the model read, few-shot examples included; without what exceeds the model's context
     output          generated text, or the choice with the largest log-likelihood; stripped
     target          a right text, stripped; None if there is nothing to compare with
     scores          metric -> score of this example; None if the metric does not apply to it
@@ -29,7 +29,8 @@ class Example(StoredStruct, frozen=True, kw_only=True):
     judged          verdict of the task's judge on the output
     generated       the output as the judge read it, before it was stripped; empty without a judge
     read, saved     tokens read for it (a shared prefix counts where it is read first), and tokens saved by prefix sharing
-    truncated       prompt tokens cut off on the left because they exceed the model's context
+    truncated       tokens cut off on the left of the question because they exceed the model's context
+    shots_dropped   few-shot examples left out for the same reason
     retokenized     prompt and choice share a token, so scoring begins before the choice
     audited         largest difference of a log-probability when it was read again, whole and alone, nats; None: it was not
     """
@@ -55,6 +56,7 @@ class Example(StoredStruct, frozen=True, kw_only=True):
     read: int = 0
     saved: int = 0
     truncated: int = 0
+    shots_dropped: int = 0
     retokenized: bool = False
     audited: float | None = None
 

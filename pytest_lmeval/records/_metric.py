@@ -36,9 +36,20 @@ Needs = Literal[
     "targets to compare with",
     "an output to be judged",
 ]
-"""What an example must have for a metric to be computed."""
+"""What a question must have for a metric to be computed."""
 Estimate: TypeAlias = "tuple[float, tuple[float, float] | None]"
 """A number, and its 95 % interval or None."""
+
+NEEDS: dict[Needs, Callable[[Sequence[str], Sequence[int], Sequence[str]], bool]] = {
+    "an answer": lambda choices, right, targets: True,
+    "choices": lambda choices, right, targets: bool(choices),
+    "a right choice": lambda choices, right, targets: bool(right),
+    "one right choice": lambda choices, right, targets: len(right) == 1,
+    "two choices, one of them right": lambda choices, right, targets: len(choices) == 2 and len(right) == 1,
+    "targets to compare with": lambda choices, right, targets: bool(targets),
+    "an output to be judged": lambda choices, right, targets: not choices,
+}
+"""Whether a question has what a metric needs, by its choices, the indices of the right ones, and its right texts."""
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "aspect": get_args(Aspect),
@@ -82,7 +93,7 @@ class Metric:
     exponential  it is the exponential of the scaled mean
     interval     of its mean score: "proportion" (scores are 0 or 1) by Wilson's score, "mean" by the bootstrap
     statistic    (examples, seed) -> estimate: if it is no mean of scores
-    needs        what each example must have (see `Needs`)
+    needs        what each question must have (see `Needs`)
     library      required package that computes it
     norm         how the log-likelihoods of choices are normalized; None if it compares none
 
@@ -140,6 +151,10 @@ class Metric:
     def label(self) -> str:
         """Its name in tables."""
         return self.title or self.name.replace("_", " ")
+
+    def can_score(self, choices: Sequence[str], right: Sequence[int], targets: Sequence[str]) -> bool:
+        """A question with these choices, indices of right ones, and right texts has what the metric needs."""
+        return NEEDS[self.needs](choices, right, targets)
 
     @property
     def is_in_baseline(self) -> bool:

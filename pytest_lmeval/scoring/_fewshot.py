@@ -91,14 +91,10 @@ class Shots:
             raise TaskError(f"{self.task} is to be shown {self.count} example(s), and its rows for that are {what}")
         return pool
 
-    def of(self, row: Row, own: str) -> str:
-        """The text before the question of `row`, whose id is `own`: description and few-shot examples."""
-        text = self.task.description
-        for shot in self.rows(row, own):
-            question = question_of(self.task, shot, f"example {id_of(shot)}")
-            assert question is not None  # as all of the pool
-            text += question.prompt + question.target + self.task.fewshot_delimiter
-        return text
+    def texts(self, row: Row, own: str) -> list[str]:
+        """The texts of the few-shot examples before the question of `row`, whose id is `own`."""
+        questions = (question_of(self.task, shot, f"example {id_of(shot)}") for shot in self.rows(row, own))
+        return [shot.prompt + shot.target + self.task.fewshot_delimiter for shot in questions if shot is not None]
 
     def rows(self, row: Row, own: str) -> list[Row]:
         """The examples of `row`, whose id is `own`."""

@@ -8,7 +8,7 @@ have an interval.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 
 import numpy as np
@@ -16,7 +16,7 @@ import numpy as np
 from pytest_lmeval import registry
 from pytest_lmeval.errors import RegistryError, TaskError
 from pytest_lmeval.records._example import Example
-from pytest_lmeval.records._metric import Estimate, Metric, Needs, is_declared, metric as declared
+from pytest_lmeval.records._metric import Estimate, Metric, is_declared, metric as declared
 from pytest_lmeval.records._value import Value
 from pytest_lmeval.scoring._answer_metrics import units_of
 from pytest_lmeval.statistics._bootstrap import ratio_intervals
@@ -24,16 +24,6 @@ from pytest_lmeval.statistics._proportion import wilson
 from pytest_lmeval.statistics._sequential import confidence_sequence
 
 LIBRARIES = {"sklearn": "scikit-learn", "sacrebleu": "sacrebleu", "rouge_score": "rouge-score", "torchmetrics": "torchmetrics"}
-
-NEEDS: dict[Needs, Callable[[Example], bool]] = {
-    "an answer": lambda example: True,
-    "choices": lambda example: bool(example.choices),
-    "a right choice": lambda example: bool(example.right),
-    "one right choice": lambda example: len(example.right) == 1,
-    "two choices, one of them right": lambda example: len(example.choices) == 2 and len(example.right) == 1,
-    "targets to compare with": lambda example: bool(example.targets),
-    "an output to be judged": lambda example: not example.choices,
-}
 
 LM_EVAL_NAMES = {
     "acc": "accuracy",  # of lambada: greedy_match
@@ -85,7 +75,7 @@ def scored(example: Example, metrics: Sequence[Metric]) -> dict[str, float | Non
     Raises TaskError for an example without what a metric needs, and for a metric that fails or gives a number it may not give.
     """
     for metric in metrics:
-        if not NEEDS[metric.needs](example):
+        if not metric.can_score(example.choices, example.right, example.targets):
             raise TaskError(
                 f"{metric.name} is computed from {metric.needs}, and question {example.number} (id {example.id}) has "
                 f"{len(example.choices)} choices, right are {list(example.right)}, its output is {example.output!r}, its "

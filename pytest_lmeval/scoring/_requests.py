@@ -2,12 +2,18 @@
 
 Prompt and choice are tokenized together, blanks at the end of the prompt as part of the choice. If a token spans the boundary,
 scoring begins earlier, where all choices still have the tokens of the prompt alone: the question counts as retokenized.
+
+What does not fit the model's context goes in this order: few-shot examples, the first of them first and each as a whole; then
+text at the beginning of the question. The beginning-of-sequence token and the description always stay. All choices of a
+question are read after the same text.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,7 +24,7 @@ from pytest_lmeval.errors import TaskError
 from pytest_lmeval.models._identity import fingerprint, tokenizer_fingerprint
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.models._source_code import code_digest
-from pytest_lmeval.tasks._questions import Choices, Question, Task
+from pytest_lmeval.tasks._questions import Choices, Generate, Question, Task
 
 Truncate = Literal["left", "refuse"]
 
@@ -27,9 +33,11 @@ Truncate = Literal["left", "refuse"]
 class EncodedQuestion:
     """A question as the model reads it.
 
-    prompt    the whole text before the answer
-    key       hash of everything that decides the answer
-    requests  one for each choice; the prompt alone if the answer is generated
+    prompt         the whole text before the answer, without what did not fit
+    key            hash of everything that decides the answer
+    requests       one for each choice; the prompt alone if the answer is generated
+    truncated      tokens of the question that did not fit
+    shots_dropped  few-shot examples that did not fit
     """
 
     id: str
@@ -39,14 +47,63 @@ class EncodedQuestion:
     key: str
     requests: list[Request]
     truncated: int = 0
+    shots_dropped: int = 0
     retokenized: bool = False
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """A prompt and its answers in tokens.
+
+    requests  each begins with the same `context_len` tokens
+    before    how many of these stand before the text: the beginning-of-sequence token
+    ends      [n] byte of the text where each token of the prompt ends
+    """
+
+    prompt: str
+    requests: list[Request]
+    before: int
+    ends: np.ndarray
+    retokenized: bool = False
+
+    @property
+    def context_len(self) -> int:
+        return self.requests[0].context_len
+
+    def __len__(self) -> int:
+        return max(len(request.ids) for request in self.requests)
+
+    def kept(self, description: str) -> int:
+        """The number of tokens at the beginning of the text that hold the description."""
+        size = len(description.encode())
+        return int(np.searchsorted(self.ends, size)) + 1 if size else 0
+
+    def without(self, first: int, count: int) -> _Reading | None:
+        """The same without at least `count` tokens of the text from the token `first` on, so that it goes on with a whole
+        character; None if nothing of the prompt would be left after them."""
+        raw, before = self.prompt.encode(), self.before
+        for last in range(first + count, self.context_len - before):
+            at, end = int(self.ends[last - 1]), int(self.ends[last])
+            if end > at and raw[at] & 0xC0 != 0x80:  # UTF-8: no byte that continues a character
+                requests = [
+                    Request(
+                        np.concatenate([request.ids[: before + first], request.ids[before + last :]]),
+                        request.context_len - (last - first),
+                    )
+                    for request in self.requests
+                ]
+                kept = int(self.ends[first - 1]) if first else 0
+                prompt = (raw[:kept] + raw[at:]).decode(errors="ignore")
+                ends = np.concatenate([self.ends[:first], self.ends[last:] - (at - kept)])
+                return _Reading(prompt, requests, before, ends, self.retokenized)
+        return None
 
 
 @dataclass(frozen=True)
 class Encoder:
     """Encodes the questions of a task for a model. Raises TaskError, with the row, for what cannot be scored.
 
-    truncate  drop tokens on the "left" that do not fit the model's context, or "refuse" the question
+    truncate  drop what does not fit the model's context: examples, then tokens on the "left" of the question; or "refuse" it
     """
 
     lm: Model
@@ -61,19 +118,40 @@ class Encoder:
             what = "reads frames of codes" if self.lm.codebooks is not None else "has no tokenizer"
             raise TaskError(f"{self.lm.spec} {what}, so it cannot be asked {self.task}. Give it an attribute `tokenizer`.")
 
-    def encode(self, question: Question, before: str, *, id: str, number: int) -> EncodedQuestion:  # noqa: A002 - its keyword
-        """`before` is the text before the prompt: description and few-shot examples."""
+    def encode(
+        self,
+        question: Question,
+        description: str = "",
+        examples: Sequence[str] = (),
+        *,
+        id: str,  # noqa: A002 - its keyword
+        number: int,
+    ) -> EncodedQuestion:
+        """`description` and few-shot `examples` are the texts before the prompt."""
         where = f"{self.task}, row {number} ({id})"
-        prompt = before + question.prompt
-        if isinstance(question, Choices):
-            (requests, retokenized), room = self._choices(prompt, question.choices, where), 0
-        else:
-            requests, retokenized, room = [self._prompt(prompt, where)], False, question.max_tokens
-        fitted = [self._fitted(request, room, where) for request in requests]
-        truncated = max(len(whole.ids) - len(short.ids) for whole, short in zip(requests, fitted, strict=True))
-        decisive = "|".join(map(repr, [*self._of_all_answers, question, prompt]))
+        room = question.max_tokens if isinstance(question, Generate) else 0
+        limit = self.lm.limit
+        longest = None if limit is None else limit - room if room else limit + 1  # the last token of a choice is not read
+
+        def reading(dropped: int) -> _Reading:
+            prompt = description + "".join(examples[dropped:]) + question.prompt
+            if isinstance(question, Choices):
+                return self._choices(prompt, question.choices, where)
+            return self._prompt(prompt, where)
+
+        found, dropped, truncated = reading(0), 0, 0
+        if longest is not None and len(found) > longest:
+            if self.truncate == "refuse":
+                raise self._too_long(found, room, where, "Take fewer shots, or generate fewer tokens.")
+            if examples:
+                dropped = 1 + bisect_left(range(1, len(examples)), True, key=lambda count: len(reading(count)) <= longest)
+                found = reading(dropped)
+            if len(found) > longest:
+                whole, found = found, self._fitted(found, description, longest, room, where)
+                truncated = len(whole) - len(found)
+        decisive = "|".join(map(repr, [*self._of_all_answers, question, found.prompt]))
         key = hashlib.sha256(decisive.encode(errors="surrogatepass")).hexdigest()[:16]
-        return EncodedQuestion(id, number, question, prompt, key, fitted, truncated, retokenized)
+        return EncodedQuestion(id, number, question, found.prompt, key, found.requests, truncated, dropped, found.retokenized)
 
     @functools.cached_property
     def _of_all_answers(self) -> list[Any]:
@@ -83,12 +161,12 @@ class Encoder:
         ends = getattr(self.lm.tokenizer, "ends", None)  # of a transformers model: from its generation config
         return [fingerprint(self.lm), tokenizer_fingerprint(self.lm), self.lm.dtype, self.lm.limit, ends, self.seed, judge]
 
-    def _choices(self, prompt: str, choices: tuple[str, ...], where: str) -> tuple[list[Request], bool]:
+    def _choices(self, prompt: str, choices: tuple[str, ...], where: str) -> _Reading:
         bare = prompt.rstrip()
-        blanks, alone = prompt[len(bare) :], self._ids(bare)
-        prefix = self._prefix(alone)
-        together = [self._ids(prompt + choice) if bare else self._ids(blanks + choice) for choice in choices]
+        blanks, (alone, ends) = prompt[len(bare) :], self._encoded(bare)
+        together = [self._encoded(prompt + choice if bare else blanks + choice)[0] for choice in choices]
         boundary = min(common_prefix_len(alone, ids) for ids in together)
+        prefix = self._prefix(alone[:boundary])
         if not boundary + len(prefix):
             raise TaskError(
                 f"{where}: nothing stands before the first token of its choices, so that token cannot be scored. The prompt is "
@@ -98,28 +176,31 @@ class Encoder:
             if len(ids) <= boundary:
                 raise TaskError(f"{where}: the choice {choice!r} is empty after tokenizing: it would always win.")
         context_len = len(prefix) + boundary
-        return [Request(np.concatenate([prefix, ids]), context_len) for ids in together], boundary < len(alone)
+        requests = [Request(np.concatenate([prefix, ids]), context_len) for ids in together]
+        return _Reading(prompt, requests, len(prefix), ends, boundary < len(alone))
 
-    def _prompt(self, prompt: str, where: str) -> Request:
-        alone = self._ids(prompt)
-        ids = np.concatenate([self._prefix(alone), alone])
+    def _prompt(self, prompt: str, where: str) -> _Reading:
+        alone, ends = self._encoded(prompt)
+        prefix = self._prefix(alone)
+        ids = np.concatenate([prefix, alone])
         if not len(ids):
             raise TaskError(f"{where}: the prompt is empty, and the tokenizer has no beginning-of-sequence token.")
-        return Request(ids, len(ids))
+        return _Reading(prompt, [Request(ids, len(ids))], len(prefix), ends)
 
-    def _fitted(self, request: Request, room: int, where: str) -> Request:
-        """The request, truncated on the left; `room` tokens are left for a generated answer."""
-        limit = self.lm.limit
-        longest = None if limit is None else limit - room if room else limit + 1  # the last token of a choice is not read
-        if longest is None or len(request.ids) <= longest:
-            return request
-        cut, answer = len(request.ids) - longest, len(request.ids) - request.context_len
-        if self.truncate == "refuse" or cut >= request.context_len:
-            more = f", and {room:,} to be generated" if room else ""
-            alone = cut >= request.context_len and answer
-            help_ = f"Its choice alone takes {answer:,}." if alone else "Take fewer shots, or generate fewer tokens."
-            raise TaskError(f"{where} is {len(request.ids):,} tokens{more}; {self.lm.spec} reads {limit:,}. {help_}")
-        return Request(request.ids[cut:], request.context_len - cut)
+    def _fitted(self, whole: _Reading, description: str, longest: int, room: int, where: str) -> _Reading:
+        """The reading without text at the beginning of the question; `room` tokens are left for a generated answer."""
+        begun = common_prefix_len(self._prefix(np.empty(0)), whole.requests[0].ids)  # its first token may stand in the text
+        first = max(whole.kept(description), begun - whole.before)
+        if (found := whole.without(first, len(whole) - longest)) is not None:
+            return found
+        answer = len(whole) - whole.context_len
+        alone = "choice" if answer and answer >= longest else "description" if first else ""
+        help_ = f"Its {alone} alone takes {answer if alone == 'choice' else first:,}." if alone else "Generate fewer tokens."
+        raise self._too_long(whole, room, where, help_)
+
+    def _too_long(self, reading: _Reading, room: int, where: str, help_: str) -> TaskError:
+        more = f", and {room:,} to be generated" if room else ""
+        return TaskError(f"{where} is {len(reading):,} tokens{more}; {self.lm.spec} reads {self.lm.limit:,}. {help_}")
 
     def _prefix(self, ids: np.ndarray) -> np.ndarray:
         """The ids [p] that the tokenizer puts before a prompt of these ids, unless it begins with them."""
@@ -131,6 +212,8 @@ class Encoder:
             prefix = prefix or (first,)
         return np.array(() if prefix and tuple(ids[: len(prefix)]) == prefix else prefix, dtype=np.int64)
 
-    def _ids(self, text: str) -> np.ndarray:
+    def _encoded(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of a text [n], and the byte where each ends [n]."""
         assert self.lm.tokenizer is not None
-        return np.asarray(self.lm.tokenizer.encode(text)[0], dtype=np.int64)
+        ids, ends = self.lm.tokenizer.encode(text)
+        return np.asarray(ids, dtype=np.int64), np.asarray(ends, dtype=np.int64)

@@ -39,6 +39,7 @@ def _task(subject: str) -> Task:
         f"mmlu_{subject}",
         rows,
         mmlu,
+        ("accuracy",),
         shots=rows.of("dev"),
         fewshot_strategy="first",
         description=f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n",

@@ -11,14 +11,16 @@ from __future__ import annotations
 import math
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, TypeAlias
 
+from pytest_lmeval import registry
 from pytest_lmeval.data._formats import Row
 from pytest_lmeval.data._rows import Rows
 from pytest_lmeval.errors import TaskError, lone_surrogate
+from pytest_lmeval.records._metric import Metric
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ class Generate:
 
     prompt       text before the answer
     answers      right texts; () if there is nothing to compare with (see `Task.judge`)
-    stop         texts that end the answer and are no part of it
+    stop         texts that end the answer and are no part of it: the first in the text does. A special token is written as in
+                 the vocabulary: "<|im_end|>"
     max_tokens   largest number of tokens of the answer
     temperature  0 takes the likeliest token; above 0 tokens are drawn, with a seed for each row
     group        see `Choices`
@@ -120,12 +123,14 @@ Judge: TypeAlias = "Callable[[str], bool | None]"
 
 @dataclass(frozen=True)
 class Task:
-    """A task. `rows` and `shots` are a dataset of the hub or a file (`Rows`), a list, or a function that returns an iterator.
+    """A task. `rows` and `shots` are a dataset of the hub or a file (`Rows`, or its name), a list, or a function that returns
+    an iterator. The first row of a list is asked at once, so that a metric that cannot be computed is refused here.
 
     name               by which it is found and reported
     rows               one question each
     ask                row -> question; None for a row that is none (counted)
-    metrics            names of metrics of answers (`lmeval list metrics`); suites average the first
+    metrics            names of metrics of answers (`lmeval list metrics`); suites average the first. By default, as the first
+                       question says: accuracy of choices; of generated answers exact_match, or rate where there is a judge
     shots              rows of few-shot examples; () for none
     fewshot_strategy   "draw": each question draws its own, by its hash; "first": all show the first ones
     description        text before everything, once
@@ -141,7 +146,7 @@ class Task:
     name: str
     rows: Rows | Sequence[Row] | Callable[[], Iterable[Row]]
     ask: Ask
-    metrics: tuple[str, ...] = ("accuracy",)
+    metrics: tuple[str, ...] | None = None
     shots: Rows | Sequence[Row] | Callable[[], Iterable[Row]] = ()
     fewshot_strategy: str = "draw"
     description: str = ""
@@ -153,23 +158,71 @@ class Task:
     special_tokens: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "metrics", texts("metrics", self.metrics))
-        if not self.metrics:
-            raise TaskError(f"{self} has no metrics. Give it at least one: ('accuracy',).")
+        if self.metrics is not None:
+            object.__setattr__(self, "metrics", texts("metrics", self.metrics))
+            if not self.metrics:
+                raise TaskError(f"{self} has no metrics. Give it at least one: ('accuracy',).")
         for name in ("description", "fewshot_delimiter"):
             _check_text(f"{self}: {name} is a text, and this one", getattr(self, name))
+        for name in ("rows", "shots"):
+            object.__setattr__(self, name, _rows(f"{self}: {name}", getattr(self, name)))
+        for name in ("ask", "judge"):
+            if not callable(given := getattr(self, name)) and (name == "ask" or given is not None):
+                raise TaskError(f"{self}: {name} is {given!r}, of type {type(given).__name__}; it is a function.")
         if self.fewshot_strategy not in ("draw", "first"):
             raise TaskError(f"{self}: fewshot_strategy is {self.fewshot_strategy!r}. It is 'draw' or 'first'.")
-        if self.threshold is None:
-            return
-        if not _is_number(self.threshold, Real) or not 0 < self.threshold < 1:
-            raise TaskError(f"{self}: threshold is {self.threshold!r}. A rate is compared with a number between 0 and 1.")
-        if self.judge is None or "rate" not in self.metrics:
-            lacks = "no judge" if self.judge is None else f"no metric 'rate' among {', '.join(self.metrics)}"
-            raise TaskError(f"{self}: a threshold is for the rate of answers judged True, and there is {lacks}.")
+        if self.judge is None and "rate" in (self.metrics or ()):
+            raise TaskError(f"{self}: the metric 'rate' is the fraction of answers judged True, and there is no judge.")
+        if self.threshold is not None:
+            if not _is_number(self.threshold, Real) or not 0 < self.threshold < 1:
+                raise TaskError(f"{self}: threshold is {self.threshold!r}. A rate is compared with a number between 0 and 1.")
+            if self.judge is None or (self.metrics is not None and "rate" not in self.metrics):
+                lacks = "no judge" if self.judge is None else f"no metric 'rate' among {', '.join(self.metrics or ())}"
+                raise TaskError(f"{self}: a threshold is for the rate of answers judged True, and there is {lacks}.")
+        if isinstance(self.rows, list | tuple) and self.rows:
+            self._check_first(self.rows[0])
 
     def __str__(self) -> str:
         return self.name
+
+    def metrics_for(self, question: Question, where: str) -> tuple[str, ...]:
+        """The names of the metrics; the default ones are chosen for this question. Raises TaskError if there is none."""
+        if self.metrics is not None:
+            return self.metrics
+        if isinstance(question, Choices):
+            return ("accuracy",)
+        if self.judge is None and not question.answers:
+            raise TaskError(
+                f"{self}, {where}: its answer is generated, with answers=() to compare it with and no judge, so nothing says "
+                "what is right. Give `answers`, a `judge`, or a metric that needs neither (`lmeval list metrics`)."
+            )
+        return ("exact_match",) if self.judge is None else ("rate",)
+
+    def check(self, question: Question, metrics: Iterable[Metric], where: str) -> None:
+        """Raise TaskError if one of the metrics cannot be computed from the answer to this question."""
+        if isinstance(question, Choices):
+            choices, right, targets = question.choices, question.answers, question.choices
+            has = f"this question has the choices {list(choices)!r}, of which {list(right)} are right"
+        else:
+            choices, right, targets = (), (), question.answers
+            has = f"the answer to this question is generated, with answers={targets!r} to compare it with"
+        for metric in metrics:
+            if not metric.can_score(choices, right, targets):
+                raise TaskError(
+                    f"{self}, {where}: {metric} is computed from {metric.needs}, and {has}. Ask for another metric (`lmeval "
+                    "list metrics`): accuracy is one of choices, exact_match of generated answers, rate of those of a judge."
+                )
+
+    def _check_first(self, row: Row) -> None:
+        """Check the first question of rows that are at hand. Another row, another package's metric, and any other failure of
+        `ask` are checked when the question is asked."""
+        try:
+            question = self.ask(row)
+        except Exception:  # noqa: BLE001 - raised again, with its row, when it is asked
+            return
+        if isinstance(question, Choices | Generate):
+            known = registry.own("metrics")
+            self.check(question, [known[name] for name in self.metrics_for(question, "row 0") if name in known], "row 0")
 
 
 @dataclass(frozen=True)
@@ -217,6 +270,17 @@ def _several(name: str, value: Any) -> tuple[Any, ...]:
         one = repr(value) if isinstance(value, str | bytes | Mapping | Set) else str(value)  # a task's name instead of its rows
         raise TaskError(f"{name} is {one}, which is not a sequence. Write a tuple, with a comma if it is one: ({one},)")
     return tuple(value)
+
+
+def _rows(what: str, rows: Any) -> Any:
+    """Rows that can be read more than once; a name is that of a dataset or a file."""
+    if isinstance(rows, str):
+        return Rows(rows)
+    if isinstance(rows, Iterator) or not (callable(rows) or isinstance(rows, Rows | Iterable)):
+        once = " It can be read once, and rows are read again: give a list, or the function that makes it."
+        why = once if isinstance(rows, Iterator) else " Give a list, Rows(...), or a function that returns an iterator."
+        raise TaskError(f"{what} is {rows!r}, of type {type(rows).__name__}.{why}")
+    return rows
 
 
 def _check_text(what: str, text: Any) -> None:

@@ -41,4 +41,4 @@ def _of_document(document: Document) -> Iterator[Row]:
         yield {"document": document.name, "passage": passage, "continuations": continuations, "answer": answer}
 
 
-REGISTERED = by_name(Task("stdlib_next", rows, stdlib_next))
+REGISTERED = by_name(Task("stdlib_next", rows, stdlib_next, ("accuracy",)))
