@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from pytest_lmeval.data._rows import Row, Rows
 from pytest_lmeval.errors import TaskError
@@ -126,7 +126,7 @@ class Task:
     fewshot_delimiter  text after each few-shot example
     judge              generated text so far -> True or False as soon as that is certain, else None; see the metric "rate"
     threshold          is the rate of answers judged True above or below it? Asking ends as soon as that is certain
-    style              whose prompts these are, recorded: "lm_eval" are those of that harness
+    style              whose prompts these are, recorded: "lm_eval" are those of that harness, whose rule for ties is kept too
     version            raised when the prompts or the rules change
     """
 
@@ -159,6 +159,11 @@ class Task:
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def tie_rule(self) -> Literal["shared", "first"]:
+        """What a tie counts (see `Example`): the first of equal choices all, where the numbers of lm_eval are promised."""
+        return "first" if self.style == "lm_eval" else "shared"
 
 
 @dataclass(frozen=True)
