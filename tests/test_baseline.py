@@ -426,6 +426,18 @@ def test_a_number_without_an_interval_is_compared_exactly_if_the_marker_has_its_
     assert compared(*neither, {"found": 0.05}) == {}
 
 
+def test_a_question_that_became_a_tie_is_a_pair_of_its_weight():
+    """Right before, and one of two equally likely choices now: half of it is lost, and signs are flipped."""
+    before, after = [1.0] * 30 + [0.0] * 10, [0.5] * 12 + [1.0] * 18 + [0.0] * 10
+    ids = [f"{number}" for number in range(40)]
+    sides = [Scores(ids, [None] * 40, {"accuracy": scores}) for scores in (before, after)]
+    difference, base, row = pair("accuracy", *sides, up=True)
+    assert (base, difference.value, difference.test) == (0.75, pytest.approx(-0.15), "a sign-flip permutation test")
+    assert (row.lost, row.won, {(flip.before, flip.after) for flip in row.flipped}) == (12, 0, {(1, 0.5)})
+    untied = Scores(ids, [None] * 40, {"accuracy": [0.0] * 12 + after[12:]})
+    assert pair("accuracy", sides[0], untied, up=True)[0].test == "McNemar's exact test"
+
+
 def test_intervals_alone_find_only_large_losses():
     f1 = (value_of("f1", value, (value - 0.05, value + 0.05), n=400) for value in (0.8, 0.74, 0.6))
     before, little, much = (answers([1], metrics={"f1": value})[0] for value in f1)

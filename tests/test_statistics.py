@@ -110,6 +110,18 @@ def test_groups_of_one_change_nothing_and_equal_answers_count_as_one_per_group()
         assert wilson([answer] * 60, [index % 20 for index in range(60)]) == wilson([answer] * 20)
 
 
+@pytest.mark.parametrize(("n", "ties", "k"), [(30, 0.05, 2), (30, 0.3, 4), (100, 0.3, 2), (300, 0.02, 4), (100, 1.0, 2)])
+def test_an_interval_with_ties_covers_the_expected_score(n, ties, k):
+    """Ties count 1/k if a right choice is among them: a mean of numbers between 0 and 1."""
+    generator, rate = np.random.default_rng(n), 0.7
+    tied = generator.random((2000, n)) < ties
+    answers = np.where(tied, 1 / k, generator.random((2000, n)) < rate)
+    expected = (1 - ties) * rate + ties / k
+    ends = np.array([wilson(some) for some in answers])
+    assert ((ends[:, 0] <= expected) & (expected <= ends[:, 1])).mean() > 0.935
+    assert (ends[:, 0] < ends[:, 1]).all()
+
+
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 11)), min_size=1, max_size=80), st.randoms(use_true_random=False))
 def test_groups_widen_the_interval_whatever_their_order_and_names(answers, random):
     right, groups = zip(*answers, strict=True)
@@ -123,11 +135,11 @@ def test_groups_widen_the_interval_whatever_their_order_and_names(answers, rando
     assert wilson([one for one, _ in answers], [f"passage {group}" for _, group in answers]) == pytest.approx(interval)
 
 
-def test_no_answers_and_few_groups_have_no_interval_and_grades_and_missing_groups_are_refused():
+def test_no_answers_and_few_groups_have_no_interval_and_more_than_right_and_missing_groups_are_refused():
     assert wilson([]) is None
     assert wilson([1, 0] * 20, [index % 7 for index in range(40)]) is None
-    with pytest.raises(ValueError, match=r"0\.5 is neither right"):
-        wilson([1, 0.5])
+    with pytest.raises(ValueError, match=r"2\.0 lies beyond a wrong answer \(0\) and a right one"):
+        wilson([1, 2])
     with pytest.raises(ValueError, match="2 answers and 1 groups"):
         wilson([1, 0], ["a"])
 

@@ -25,6 +25,7 @@ from msgspec import structs
 from pytest_lmeval.data._formats import Row
 from pytest_lmeval.data._rows import Rows
 from pytest_lmeval.engine import Engine, Policy, Prompt, Request, Scored, policy_for
+from pytest_lmeval.engine._losses import token_rounding
 from pytest_lmeval.errors import ArgumentError, NotFiniteError, Refused, TaskError, nearest
 from pytest_lmeval.measures._audit import spread_note
 from pytest_lmeval.measures._context import VerbContext, current, verb
@@ -165,11 +166,11 @@ def measure_task(
     questions = islice(_encoded(task, asked, metrics, encoder, drawn), limit)
     for block in _blocks(questions, engine.policy.batch_size, grow=task.threshold is None):
         fresh = [one for one in block if not _is_current(earlier.get(one.number), one, task.judge)]
-        new = list(_answers(engine, fresh, metrics, task.judge, seed))
+        new = list(_answers(engine, fresh, metrics, task, seed))
         with _nothing_kept_if_refused(answers):
             answers.append(audit.block(new, answered))
         found = {one.example.number: one.example for one in new}
-        answered += [found.get(one.number) or _scored(earlier[one.number], metrics) for one in block]
+        answered += [found.get(one.number) or _scored(earlier[one.number], metrics, task, lm) for one in block]
         for one in block:
             if one.number not in found:
                 audit.add(earlier[one.number], one.requests)
@@ -210,7 +211,8 @@ def measure_task(
     details: dict[str, Any] = {"prefix_sharing": engine.policy.sharing}
     values = compute(metrics, answered, seed=seed, threshold=task.threshold)
     if verdict is not None:  # asking ended because of the answers: only the interval of the rate allows for that
-        values |= {name: metric(name).value(float(value), n=value.n) for name, value in values.items() if name != "rate"}
+        others = {name: value for name, value in values.items() if name != "rate"}
+        values |= {name: metric(name).value(float(value), n=value.n, ties=value.ties) for name, value in others.items()}
         total = _number_of_questions(task, limit, data_dir, len(not_questions))
         details |= {"rate_is": verdict, "not_asked": None if total is None else total - len(answered)}
     details |= {
@@ -219,14 +221,16 @@ def measure_task(
         "truncated": sum(example.truncated > 0 for example in answered),
         "fewer_shots": sum(example.shots_dropped > 0 for example in answered),
         "retokenized": sum(example.retokenized for example in answered),
-        "ties": sum(example.tied for example in answered),
+        "ties": sum(len(example.likeliest(_norm(metrics))) > 1 for example in answered),
         "tokens_read": sum(example.read for example in answered),
         "tokens_alone": sum(example.read + example.saved for example in answered),
         "padding": engine.counts.padding,
         "audit_seconds": audit.seconds,
     }
-    noted = ("truncated", "fewer_shots", "retokenized", "ties", "not_questions", "not_asked")
+    noted = ("truncated", "fewer_shots", "retokenized", "not_questions", "not_asked")
     notes = [f"{details[name]:,} {name.replace('_', ' ')}" for name in noted if details.get(name)]
+    in_metrics = {name: value.ties for name, value in values.items() if metric(name).norm is not None}
+    notes += _tie_notes(task, len(answered), in_metrics or {"outputs": details["ties"]})
     if special := _with_special_tokens(lm, answered):
         details["special_tokens"] = special
         how = "control tokens" if task.special_tokens else "text"
@@ -309,10 +313,11 @@ def _blocks(questions: Iterator[EncodedQuestion], batch_size: int, *, grow: bool
 
 
 def _answers(
-    engine: Engine, block: Sequence[EncodedQuestion], metrics: list[Metric], judge: Judge | None, seed: int
+    engine: Engine, block: Sequence[EncodedQuestion], metrics: list[Metric], task: Task, seed: int
 ) -> Iterator[Answered]:
     """The answered and scored questions, in their order, each with what was read for it."""
     found: dict[int, dict[str, Any]] = {}
+    judge = task.judge
     readings: dict[int, list[tuple[Request, np.ndarray]]] = {}
     if choices := [(one, one.question) for one in block if isinstance(one.question, Choices)]:
         likelihoods = iter(engine.score([request for one, _ in choices for request in one.requests]))
@@ -353,7 +358,7 @@ def _answers(
             retokenized=one.retokenized,
             **fields,
         )
-        yield Answered(_scored(example, metrics), readings.get(one.number, ()))
+        yield Answered(_scored(example, metrics, task, engine.lm), readings.get(one.number, ()))
 
 
 def _chosen(asked: EncodedQuestion, question: Choices, scores: Sequence[Scored], lm: Model) -> dict[str, Any]:
@@ -403,14 +408,36 @@ def _judging(judge: Judge, names: Sequence[str]) -> Callable[[int, str], bool | 
     return judged
 
 
-def _scored(example: Example, metrics: list[Metric]) -> Example:
+def _scored(example: Example, metrics: list[Metric], task: Task, lm: Model) -> Example:
     """The example with its scores. The first metric that compares choices says by which norm one is `chosen`; `output` is the
     likeliest without a norm, so that no metric of texts depends on the metrics beside it."""
     if example.choices:
-        norm: Norm = next((metric.norm for metric in metrics if metric.norm is not None), "sum")
-        output = (example.texts or example.choices)[example.predicted()].strip()
-        example = structs.replace(example, chosen=example.predicted(norm), output=output)
+        example = structs.replace(
+            example,
+            rounding=token_rounding(lm.dtype),
+            tie_rule=task.tie_rule,
+            chosen=example.predicted(_norm(metrics)),
+            output=(example.texts or example.choices)[example.predicted()].strip(),
+        )
     return structs.replace(example, scores=scored(example, metrics))
+
+
+def _norm(metrics: Sequence[Metric]) -> Norm:
+    """How choices are compared by the first metric that compares any."""
+    return next((metric.norm for metric in metrics if metric.norm is not None), "sum")
+
+
+def _tie_notes(task: Task, questions: int, ties: dict[str, int]) -> list[str]:
+    """How many questions are tied in which metrics, and what these count; nothing without any."""
+    counted = {"first": "the first of tied choices is taken, as in lm_eval", "shared": "each of k tied choices counts 1/k"}
+    names: dict[int, list[str]] = {}
+    for name, count in ties.items():
+        names.setdefault(count, []).append(name)
+    return [
+        f"{count:,} of {questions:,} questions tied in {' and '.join(tied)} ({counted[task.tie_rule]})"
+        for count, tied in names.items()
+        if count
+    ]
 
 
 def _certain(threshold: float, examples: Sequence[Example]) -> str | None:

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from typing import Literal
+
+from msgspec import structs
+
 from pytest_lmeval.records._metric import Norm
 from pytest_lmeval.records._schema import StoredStruct
+
+FLOAT64 = 1e-12  # a larger relative difference is not the rounding of sums and quotients here
 
 
 class Example(StoredStruct, frozen=True, kw_only=True):
@@ -23,8 +30,10 @@ class Example(StoredStruct, frozen=True, kw_only=True):
     loglikelihoods  of each choice after the prompt, in nats, summed over its tokens
     tokens          number of tokens of each choice
     greedy          for each choice, whether greedy decoding would generate it
-    chosen          index of the choice that is judged: the likeliest under the norm of the first metric that compares choices;
-                    None if the answer was generated
+    rounding        what rounding changes in the log-likelihood of a token, nats: choices no further apart are a tie
+    tie_rule        what a tie counts: "shared", each of its k choices 1/k; "first", the first of equal ones all, as in lm_eval
+    chosen          index of the choice that is shown: the likeliest under the norm of the first metric that compares choices,
+                    the first of equal ones; None if the answer was generated
     targets         all right texts, stripped
     judged          verdict of the task's judge on the output
     generated       the output as the judge read it, before it was stripped; empty without a judge
@@ -49,6 +58,8 @@ class Example(StoredStruct, frozen=True, kw_only=True):
     loglikelihoods: tuple[float, ...] = ()
     tokens: tuple[int, ...] = ()
     greedy: tuple[bool, ...] = ()
+    rounding: float = 0.0
+    tie_rule: Literal["shared", "first"] = "shared"
     chosen: int | None = None
     targets: tuple[str, ...] = ()
     judged: bool | None = None
@@ -85,8 +96,36 @@ class Example(StoredStruct, frozen=True, kw_only=True):
 
     @property
     def tied(self) -> bool:
-        """Another choice is exactly as likely as the likeliest."""
-        return len(self.choices) > 1 and self.loglikelihoods.count(max(self.loglikelihoods)) > 1
+        """Several choices are the likeliest."""
+        return len(self.likeliest()) > 1
+
+    def likeliest(self, norm: Norm = "sum") -> tuple[int, ...]:
+        """Indices of the likeliest choice and of those that only rounding tells from it: a tie, if several; () without choices.
+
+        The log-likelihood of n tokens, whose roundings are independent, is known to `rounding` times the root of n.
+        """
+        if not self.choices:
+            return ()
+        best, scores = self.predicted(norm), self.compared(norm)
+        tokens = self.tokens or (1,) * len(self.choices)
+        roots = tuple(self.rounding * math.sqrt(count) for count in tokens)
+        known = compared(roots, self.choices, tokens, norm)
+        least = FLOAT64 * abs(scores[best])
+        return tuple(
+            index
+            for index, score in enumerate(scores)
+            if index == best or scores[best] - score <= max(least, known[best], known[index])
+        )
+
+    def counted(self, norm: Norm = "sum") -> tuple[int, ...]:
+        """Indices of the choices that count, in equal shares, by the rule for ties; () without choices."""
+        return (self.predicted(norm),) if self.choices and self.tie_rule == "first" else self.likeliest(norm)
+
+    def resolved(self, norm: Norm = "sum") -> tuple[Example, ...]:
+        """The example with each choice that counts as the chosen one; a generated answer is itself."""
+        texts = self.texts or self.choices
+        found = (structs.replace(self, chosen=index, output=texts[index].strip()) for index in self.counted(norm))
+        return tuple(found) or (self,)
 
 
 def compared(loglikelihoods: tuple[float, ...], choices: tuple[str, ...], tokens: tuple[int, ...], norm: Norm) -> list[float]:

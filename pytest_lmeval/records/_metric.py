@@ -86,7 +86,8 @@ class Metric:
 
     How it is computed:
 
-    score        of one example; None if the metric does not apply to it
+    score        of one example; None if the metric does not apply to it. Of a tie it is the mean over the tied choices: each is
+                 the example's `chosen` and `output` in turn
     judges       that score says that an answer is right (1), wrong (0), or in between
     sums         (numerator, denominator): the two sums over tokens of a text whose ratio it is (see `records._example.Unit`)
     scale        factor of the mean
@@ -171,13 +172,14 @@ class Metric:
         interval: tuple[float, float] | None = None,
         *,
         n: int | None = None,
+        ties: int = 0,
         unit: str | None = None,
         higher_is_better: bool | None = None,
     ) -> Value:
         """Make a value of this metric. The interval is extended to a number that rounding or a biased statistic put outside."""
         low, high = (None, None) if interval is None else (min(number, interval[0]), max(number, interval[1]))
         better = self.higher_is_better if higher_is_better is None else higher_is_better
-        return Value(number, self.unit if unit is None else unit, low=low, high=high, n=n, higher_is_better=better)
+        return Value(number, self.unit if unit is None else unit, low=low, high=high, n=n, ties=ties, higher_is_better=better)
 
 
 def metric(name: str, value: Value | None = None) -> Metric:

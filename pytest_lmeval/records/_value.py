@@ -14,7 +14,8 @@ from typing import Any
 
 from pytest_lmeval.errors import ArgumentError
 
-FIELDS = ("unit", "low", "high", "n", "higher_is_better")
+FIELDS = ("unit", "low", "high", "n", "higher_is_better", "ties")
+MANY_TIES = 0.01  # of the questions: so many can move an accuracy by the default margin of a gate
 
 
 class Value(float):
@@ -23,6 +24,7 @@ class Value(float):
     low, high         95 % interval, or None if the sample is too small for one
     n                 number of things counted or averaged (tokens, examples, runs)
     higher_is_better  None if neither direction is better
+    ties              how many of n are questions whose likeliest choices are equally likely (see `Example.likeliest`)
     more              unknown fields of a later version of `metrics.json`
 
     Raises ArgumentError for a number that is not finite, an interval that does not hold the value, or a field of another type.
@@ -35,6 +37,7 @@ class Value(float):
     high: float | None
     n: int | None
     higher_is_better: bool | None
+    ties: int
     more: dict[str, Any]
 
     def __new__(
@@ -46,6 +49,7 @@ class Value(float):
         high: float | None = None,
         n: int | None = None,
         higher_is_better: bool | None = None,
+        ties: int = 0,
         more: dict[str, Any] | None = None,
     ) -> Value:
         if not isinstance(unit, str) or not isinstance(higher_is_better, bool | None):
@@ -54,6 +58,8 @@ class Value(float):
             )
         if n is not None and (not isinstance(n, Integral) or isinstance(n, bool) or n < 0):
             raise ArgumentError(f"n is {n!r}: it is the number of things counted, or None")
+        if not isinstance(ties, Integral) or isinstance(ties, bool) or not 0 <= ties <= (n or 0):
+            raise ArgumentError(f"ties is {ties!r}: it is the number of ties among the n = {n} questions")
         for number in (value, low, high):
             if number is not None and not isinstance(number, Real):
                 raise ArgumentError(f"a value and the ends of its interval are numbers; got {number!r}")
@@ -65,7 +71,7 @@ class Value(float):
             raise ArgumentError(f"a value lies in its interval; {value} does not lie between {low} and {high}")
         self = super().__new__(cls, value)
         low, high = None if low is None else float(low), None if high is None else float(high)
-        for name, field in zip(FIELDS, (unit, low, high, n, higher_is_better), strict=True):
+        for name, field in zip(FIELDS, (unit, low, high, n, higher_is_better, ties), strict=True):
             object.__setattr__(self, name, field)
         object.__setattr__(self, "more", more or {})
         return self
@@ -81,6 +87,11 @@ class Value(float):
         fields = {name: getattr(self, name) for name in self.__slots__}
         return copyreg.__newobj_ex__, (type(self), (float(self),), fields)  # type: ignore[attr-defined]
 
+    @property
+    def has_many_ties(self) -> bool:
+        """Over 1 % of the questions are ties."""
+        return self.ties > MANY_TIES * (self.n or 0)
+
     def to_json(self) -> dict[str, Any]:
-        """The fields of `records._schema.ValueFields`."""
-        return {"value": float(self)} | {name: getattr(self, name) for name in FIELDS}
+        """The fields of `records._schema.ValueFields`, without ties if there are none: few metrics can have them."""
+        return {"value": float(self)} | {name: getattr(self, name) for name in FIELDS if name != "ties" or self.ties}

@@ -42,9 +42,9 @@ def squad_f1(example: Example) -> float:
     return _squad(example.output, example.targets)[1] if answerable(example) else exact_match(example)
 
 
-def is_right(example: Example, norm: Norm = "sum") -> float:
-    """1 if the likeliest choice is a right one."""
-    return float(example.predicted(norm) in example.right)
+def is_right(example: Example) -> float:
+    """1 if the chosen choice is a right one."""
+    return float(example.chosen in example.right)
 
 
 def units_of(examples: Sequence[Example]) -> np.ndarray:
@@ -78,7 +78,7 @@ def _matthews(labels: np.ndarray, predictions: np.ndarray, weights: np.ndarray) 
 
 
 def _bleu(examples: Sequence[Example], seed: int) -> Estimate:
-    """BLEU of the corpus, from the counts of each answer, which add up."""
+    """BLEU of the corpus, from the counts of each answer, which add up. Of a tie the first choice counts: counts are whole."""
     from sacrebleu.metrics.bleu import BLEU
 
     bleu = BLEU()
@@ -131,17 +131,22 @@ def _where(included: Callable[[Example], bool], score: Callable[[Example], float
 
 
 def _accuracy(name: str, about: str, norm: Norm) -> Metric:
-    return _proportion(name, about, partial(is_right, norm=norm), needs="choices", norm=norm)
+    return _proportion(name, about, is_right, needs="choices", norm=norm)
 
 
 def _label(name: str, about: str, statistic: Callable[..., float], needs: Needs) -> Metric:
-    """A statistic of labels, predictions and weights [cells], the nonzero cells of the confusion matrix; NaN if undefined."""
+    """A statistic of labels, predictions and weights [cells], the nonzero cells of the confusion matrix; NaN if undefined.
+
+    A tie of k choices adds 1/k to the cell of each, as predictions drawn among them would on average.
+    """
 
     def estimate(examples: Sequence[Example], seed: int) -> Estimate:
         k = max(len(example.choices) for example in examples)
-        cells = np.array([example.right[0] * k + example.predicted() for example in examples])
         units = units_of(examples)
-        counts = np.bincount(units * k * k + cells, minlength=(units.max() + 1) * k * k).reshape(-1, k * k)
+        counts = np.zeros((units.max() + 1, k * k))
+        for unit, example in zip(units, examples, strict=True):
+            predicted = example.counted()
+            counts[unit, [example.right[0] * k + index for index in predicted]] += 1 / len(predicted)
 
         def of(weights: np.ndarray) -> float:
             seen = np.flatnonzero(weights)
@@ -167,7 +172,7 @@ IN_TEXT = "where the text contains the answer (SQuAD 2.0)"
 METRICS = {
     metric.name: metric
     for metric in (
-        _accuracy("accuracy", "fraction of questions whose likeliest choice is right; the first of equal ones is taken", "sum"),
+        _accuracy("accuracy", "fraction of questions whose likeliest choice is right; a tie of k counts 1/k each", "sum"),
         _accuracy("accuracy_per_character", "of choices compared by their log-likelihood a character", "character"),
         _accuracy("accuracy_per_byte", "of choices compared by their log-likelihood a byte", "byte"),
         _accuracy("accuracy_per_token", "of choices compared by their log-likelihood a token", "token"),

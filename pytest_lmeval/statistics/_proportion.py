@@ -19,16 +19,19 @@ from pytest_lmeval.statistics._student import quantile
 def wilson(
     right: Sequence[float], groups: Sequence[Hashable] | None = None, *, level: float = 0.95
 ) -> tuple[float, float] | None:
-    """The interval of the proportion of ones among `right` [n], each 0 or 1 (or False or True).
+    """The interval of the mean of `right` [n]: the proportion of right answers, each 0 or 1 (or False or True), or in between.
+
+    A mean of numbers in between varies less than the same proportion of ones, since a variance within [0, 1] is at most
+    p (1 - p) (Bhatia and Davis 2000): its interval is that of the proportion, and covers more often than it says.
 
     groups  [n] what each answer shares with others; None, or n different ones: all answers are independent
 
-    None for no answers, and for fewer than eight groups of answers that depend on one another. Raises ValueError for anything
-    but zeros and ones, and where the number of groups is not n.
+    None for no answers, and for fewer than eight groups of answers that depend on one another. Raises ValueError for
+    anything beyond 0 and 1, and where the number of groups is not n.
     """
     answers = np.asarray(right, dtype=float)
-    if not np.isin(answers, (0, 1)).all():
-        raise ValueError(f"{answers[~np.isin(answers, (0, 1))][0]} is neither right (1) nor wrong (0).")
+    if not (possible := (answers >= 0) & (answers <= 1)).all():
+        raise ValueError(f"{answers[~possible][0]} lies beyond a wrong answer (0) and a right one (1).")
     if groups is not None and len(groups) != answers.size:
         raise ValueError(f"{answers.size} answers and {len(groups)} groups: each answer needs one group.")
     if not answers.size:

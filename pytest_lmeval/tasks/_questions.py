@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from pytest_lmeval import registry
 from pytest_lmeval.data._formats import Row
@@ -137,7 +137,7 @@ class Task:
     fewshot_delimiter  text after each few-shot example
     judge              generated text so far -> True or False as soon as that is certain, else None; see the metric "rate"
     threshold          is the rate of answers judged True above or below it? Asking ends as soon as that is certain
-    style              whose prompts these are, recorded: "lm_eval" are those of that harness
+    style              whose prompts these are, recorded: "lm_eval" are those of that harness, whose rule for ties is kept too
     version            raised when the prompts or the rules change
     special_tokens     whether special tokens that are written in prompts and choices, "<|im_end|>", are read as control tokens,
                        and not as the characters that they are
@@ -184,6 +184,11 @@ class Task:
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def tie_rule(self) -> Literal["shared", "first"]:
+        """What a tie counts (see `Example`): the first of equal choices all, where the numbers of lm_eval are promised."""
+        return "first" if self.style == "lm_eval" else "shared"
 
     def metrics_for(self, question: Question, where: str) -> tuple[str, ...]:
         """The names of the metrics; the default ones are chosen for this question. Raises TaskError if there is none."""
