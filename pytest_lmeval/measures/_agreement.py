@@ -36,8 +36,8 @@ from pytest_lmeval.records._metric import value_of
 from pytest_lmeval.records._value import Value
 from pytest_lmeval.scoring._loss_accumulator import BLOCK, add_to_blocks
 from pytest_lmeval.scoring._loss_metrics import exponential
-from pytest_lmeval.statistics._bootstrap import ratio_intervals
-from pytest_lmeval.statistics._proportion import wilson_of_groups
+from pytest_lmeval.statistics._estimate import ratio_intervals
+from pytest_lmeval.statistics._proportion import wilson_of_sums
 
 TOKENS, SAME, KL, DIFFERENCE = range(4)  # columns of a row of sums
 
@@ -80,7 +80,7 @@ def agreement(
 @dataclass(frozen=True, repr=False)
 class AgreementResult(Result):
     """The result of `agreement`. Values have a 95 % interval, `.low` to `.high`, over blocks of the text, or documents:
-    Wilson's score with the design effect for `agreement`, the bootstrap for means; None if the text is too short."""
+    Wilson's score with the effective size for `agreement`, Student's t for means; None if the text is too short."""
 
     agreement = MetricValue()
     """Fraction of positions where both have the same most likely token; of equally likely ones, the first counts."""
@@ -104,7 +104,6 @@ def measure_agreement(
     tokens: int | None = None,
     limit: int | None = None,
     as_stream: bool | None = None,
-    seed: int = 0,
     progress: Progress | None = None,
 ) -> AgreementResult:
     """Read a corpus with both models and compare their predictions at each position.
@@ -135,7 +134,7 @@ def measure_agreement(
             progress(int(sums.total[TOKENS]), sums.nats, None)
     if not sums.units:
         raise nothing_to_score(source, counts["skipped"])
-    chosen = {"tokens": tokens, "limit": limit, "by_document": by_document, "data": source.fingerprint, "seed": seed}
+    chosen = {"tokens": tokens, "limit": limit, "by_document": by_document, "data": source.fingerprint}
     certificate = policies[0].certificate
     record = Record(
         kind="agreement",
@@ -145,7 +144,7 @@ def measure_agreement(
         details={"read": policies[0].reading, "reference_read": policies[1].reading, **counts},
         notes=notes_on(source, len(sums.units), counts["skipped"], counts["special_tokens"]),
         example="document" if by_document else "block",
-        metrics=_metrics(sums, seed),
+        metrics=_metrics(sums),
         cost=Cost(seconds=time.perf_counter() - began, tokens=int(sums.total[TOKENS])),
         certificate=None if certificate is None else structs.replace(certificate, chunking_used=policies[0].reading),
     )
@@ -250,10 +249,11 @@ class _Sums:
         self.units[-1] += rows.sum(axis=0)
 
 
-def _metrics(sums: _Sums, seed: int) -> dict[str, Value]:
+def _metrics(sums: _Sums) -> dict[str, Value]:
     units, n = np.array(sums.units), int(sums.total[TOKENS])
-    same = wilson_of_groups(units[:, SAME], units[:, TOKENS])
-    around_kl, around_difference = ratio_intervals(units, [(KL, TOKENS), (DIFFERENCE, TOKENS)], seed=seed)
+    same = wilson_of_sums(units[:, [SAME, TOKENS]], consecutive=not sums.by_document)
+    ratios = [(KL, TOKENS), (DIFFERENCE, TOKENS)]
+    around_kl, around_difference = ratio_intervals(units, ratios, consecutive=not sums.by_document)
     difference = value_of("nll_difference", sums.total[DIFFERENCE] / n, around_difference, n=n)
     return {
         "agreement": value_of("agreement", sums.total[SAME] / n, same, n=n),

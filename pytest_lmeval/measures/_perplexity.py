@@ -105,7 +105,7 @@ def perplexity(
 
 @dataclass(frozen=True, repr=False)
 class PerplexityResult(Result):
-    """The result of `perplexity`. Values have a 95 % interval, `.low` to `.high` (bootstrap over documents, or blocks of one
+    """The result of `perplexity`. Values have a 95 % interval, `.low` to `.high` (over documents, or blocks of one
     stream; None if the text is too short for one)."""
 
     resumed_at: int = 0  # tokens that an interrupted run had already scored
@@ -197,7 +197,6 @@ def measure_perplexity(
     positions: tuple[int, ...] = (),
     losses: str | Path | None = None,
     units: str | Path | None = None,
-    seed: int = 0,
     progress: Progress | None = None,
     checkpoints: Checkpoints | None = None,
     key: str = "",
@@ -253,7 +252,7 @@ def measure_perplexity(
     if not sums.tokens:
         raise nothing_to_score(source, sums.skipped)
     chosen = {"tokens": tokens, "limit": limit}
-    record = record_of(engine, source, sums, chosen, audit, seconds=time.perf_counter() - began, seed=seed)
+    record = record_of(engine, source, sums, chosen, audit, seconds=time.perf_counter() - began)
     files = {"examples": losses and str(losses), "units": units and str(units)}
     if units is not None:
         write_units(units, sums)
@@ -305,13 +304,12 @@ def record_of(
     audit: TextAudit,
     *,
     seconds: float,
-    seed: int,
 ) -> Record:
     """The record of all metrics, and of how the corpus was read."""
     lm, policy = engine.lm, engine.policy
     windows, certificate = policy.windows, policy.certificate
     again = sums.beginning
-    metrics = above_floor(metrics_of(sums, seconds=seconds - again.seconds, seed=seed), corpus.entropy)
+    metrics = above_floor(metrics_of(sums, seconds=seconds - again.seconds), corpus.entropy)
     return Record(
         kind="perplexity",
         subject=str(corpus),
@@ -328,7 +326,6 @@ def record_of(
             "tokenizer": None if corpus.tokenized else getattr(lm.tokenizer, "name", type(lm.tokenizer).__name__),
             "unit": "document" if sums.by_document else f"block of {sums.block} tokens",
             "data": corpus.fingerprint,
-            "seed": seed,
             **({"positions": list(sums.positions)} if sums.positions else {}),
             **({"special_tokens": True} if corpus.special_tokens else {}),
         },

@@ -92,7 +92,8 @@ class Metric:
     sums         (numerator, denominator): the two sums over tokens of a text whose ratio it is (see `records._example.Unit`)
     scale        factor of the mean
     exponential  it is the exponential of the scaled mean
-    interval     of its mean score: "proportion" (scores are 0 or 1) by Wilson's score, "mean" by the bootstrap
+    interval     of its mean score: "proportion" (scores are 0 or 1) by Wilson's score, "mean" by Student's t, or by
+                 Wilson's score if all lie between 0 and 1
     statistic    (examples, seed) -> estimate: if it is no mean of scores
     needs        what each question must have (see `Needs`)
     library      required package that computes it

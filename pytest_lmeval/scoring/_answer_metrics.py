@@ -21,7 +21,7 @@ import numpy as np
 from pytest_lmeval.records._example import Example
 from pytest_lmeval.records._metric import Estimate, Metric, Needs, Norm
 from pytest_lmeval.scoring._text_metrics import LOSS
-from pytest_lmeval.statistics._bootstrap import FEWEST_UNITS
+from pytest_lmeval.statistics._estimate import FEWEST_UNITS
 
 NO_ANSWER = ("unanswerable", "")  # outputs that say that the text does not tell the answer
 REPLICATES = 500
@@ -88,11 +88,13 @@ def _bleu(examples: Sequence[Example], seed: int) -> Estimate:
     np.add.at(sums, units, [[score.sys_len, score.ref_len, *score.counts, *score.totals] for score in found])
 
     def of(counts: np.ndarray) -> float:
-        length, target_length, *grams = counts.tolist()
+        length, target_length, *grams = np.rint(counts).astype(int).tolist()
         matched, total = grams[: bleu.max_ngram_order], grams[bleu.max_ngram_order :]
         return float(bleu.compute_bleu(matched, total, length, target_length, smooth_method=bleu.smooth_method).score)
 
-    return _resampled(sums, of, seed)
+    length = sums.sum(axis=0) / len(found)  # of an answer none of whose words are right
+    none = np.concatenate([length[:2], np.zeros(bleu.max_ngram_order), length[-bleu.max_ngram_order :]])
+    return _resampled(sums, of, seed, unseen=none[None])
 
 
 def _sentence_bleu(example: Example) -> float:
@@ -102,15 +104,20 @@ def _sentence_bleu(example: Example) -> float:
     return float(BLEU(effective_order=True).sentence_score(example.output, list(example.targets)).score)
 
 
-def _resampled(sums: np.ndarray, statistic: Callable[[np.ndarray], float], seed: int) -> Estimate:
-    """A statistic of the total of `sums` [units, columns], and its percentile interval; 0 without one if undefined (NaN)."""
+def _resampled(sums: np.ndarray, statistic: Callable[[np.ndarray], float], seed: int, unseen: np.ndarray) -> Estimate:
+    """A statistic of the total of `sums` [units, columns], and its percentile interval; 0 without one if undefined (NaN).
+
+    Each draw weights the units anew (the Bayesian bootstrap: Rubin 1981), and with them answers that may not have been seen yet
+    [answers, columns], one in all: what is right ten times in ten is not right for sure (Goutte and Gaussier, "A probabilistic
+    interpretation of precision, recall and F-score", 2005).
+    """
     value = statistic(sums.sum(axis=0))
     if math.isnan(value) or len(sums) < FEWEST_UNITS:
         return (0.0 if math.isnan(value) else value), None
     kinds, counts = np.unique(sums, axis=0, return_counts=True)  # few kinds: equal units are drawn together
-    generator = np.random.default_rng(seed)
-    draws = (generator.multinomial(len(sums), counts / len(sums)) @ kinds for _ in range(REPLICATES))
-    values = [statistic(drawn) for drawn in draws]
+    shapes = np.concatenate([counts, np.full(len(unseen), 1 / len(unseen))])
+    rows, generator = np.concatenate([kinds, unseen]), np.random.default_rng(seed)
+    values = [statistic(drawn) for drawn in generator.dirichlet(shapes, REPLICATES) * shapes.sum() @ rows]
     if any(map(math.isnan, values)):
         return value, None
     low, high = np.quantile(values, [0.025, 0.975])
@@ -152,7 +159,7 @@ def _label(name: str, about: str, statistic: Callable[..., float], needs: Needs)
             seen = np.flatnonzero(weights)
             return statistic(seen // k, seen % k, weights[seen])
 
-        return _resampled(counts, of, seed)
+        return _resampled(counts, of, seed, unseen=np.eye(k * k))
 
     return _mean(name, about, is_right, needs=needs, interval=None, statistic=estimate, library="sklearn", norm="sum")
 

@@ -1,8 +1,8 @@
 """Compute the metrics of a task from its answered questions; n is their number, those of one group are one unit.
 
-Proportions have Wilson's interval, means and perplexity that of the bootstrap over units. A statistic that is no mean is
-computed again for 500 draws of units, without an interval if one is undefined. Below eight units only independent proportions
-have an interval.
+Means of scores between 0 and 1 have Wilson's interval, other means and perplexity that of Student's t over units. A statistic
+that is no mean is computed again for 500 draws of units, without an interval if one is undefined. Below eight units only
+independent scores between 0 and 1 have an interval.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pytest_lmeval.records._example import Example
 from pytest_lmeval.records._metric import Estimate, Metric, is_declared, metric as declared
 from pytest_lmeval.records._value import Value
 from pytest_lmeval.scoring._answer_metrics import units_of
-from pytest_lmeval.statistics._bootstrap import ratio_intervals
+from pytest_lmeval.statistics._estimate import ratio_intervals
 from pytest_lmeval.statistics._proportion import wilson
 from pytest_lmeval.statistics._sequential import confidence_sequence
 
@@ -152,7 +152,7 @@ def _shared(metric: Metric, example: Example) -> Example:
 
 def _estimate(metric: Metric, examples: Sequence[Example], seed: int) -> Estimate | None:
     if metric.statistic is None:
-        return _mean(metric, examples, seed)
+        return _mean(metric, examples)
     try:
         estimate = metric.statistic(examples, seed)
         return estimate and (metric.value(*estimate), estimate[1])
@@ -163,16 +163,15 @@ def _estimate(metric: Metric, examples: Sequence[Example], seed: int) -> Estimat
         ) from error
 
 
-def _mean(metric: Metric, examples: Sequence[Example], seed: int) -> Estimate:
+def _mean(metric: Metric, examples: Sequence[Example]) -> Estimate:
     """The mean of the scores, on the scale of the metric, with its interval."""
     scores = [example.scores[metric.name] or 0.0 for example in examples]
     units = units_of(examples)
     interval = None
-    if metric.interval == "proportion":
+    if metric.interval == "proportion" or (metric.interval and metric.judges and all(0 <= score <= 1 for score in scores)):
         interval = wilson(scores, units.tolist())
-    elif metric.interval == "mean":
-        sums = np.column_stack([np.bincount(units, weights=scores), np.bincount(units)])
-        interval = ratio_intervals(sums, [(0, 1)], seed=seed)[0]
+    elif metric.interval is not None:
+        (interval,) = ratio_intervals(np.column_stack([np.bincount(units, weights=scores), np.bincount(units)]), [(0, 1)])
     mean = math.fsum(scores) / len(scores)
     try:
         return metric.scaled(mean), interval and (metric.scaled(interval[0]), metric.scaled(interval[1]))
