@@ -433,7 +433,11 @@ def test_a_question_that_became_a_tie_is_a_pair_of_its_weight():
     ids = [f"{number}" for number in range(40)]
     sides = [Scores(ids, [None] * 40, {"accuracy": scores}) for scores in (before, after)]
     difference, base, row = pair("accuracy", *sides, up=True)
-    assert (base, difference.value, difference.test) == (0.75, pytest.approx(-0.15), "a sign-flip permutation test")
+    assert (base, difference.value, difference.test) == (
+        0.75,
+        pytest.approx(-0.15),
+        "a sign-flip permutation test and Student's t of skewed changes",
+    )
     assert (row.lost, row.won, {(flip.before, flip.after) for flip in row.flipped}) == (12, 0, {(1, 0.5)})
     untied = Scores(ids, [None] * 40, {"accuracy": [0.0] * 12 + after[12:]})
     assert pair("accuracy", sides[0], untied, up=True)[0].test == "McNemar's exact test"

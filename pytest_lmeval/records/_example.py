@@ -81,8 +81,17 @@ class Example(StoredStruct, frozen=True, kw_only=True):
             raise ValueError(f"chosen is {self.chosen} and there are {count} choices")
 
     def compared(self, norm: Norm = "sum") -> list[float]:
-        """The log-likelihoods of the choices, normalized."""
-        return compared(self.loglikelihoods, self.choices, self.tokens, norm)
+        """The log-likelihoods of the choices, each divided by the length of its choice."""
+        return [total / length for total, length in zip(self.loglikelihoods, self.lengths(norm), strict=True)]
+
+    def lengths(self, norm: Norm) -> list[int]:
+        """What the norm divides by, at least 1: tokens, bytes or characters, without the one blank after the prompt."""
+        if norm == "sum":
+            return [1] * len(self.choices)
+        if norm == "token":
+            return [max(1, count) for count in self.tokens]
+        bare = [choice.removeprefix(" ") for choice in self.choices]
+        return [max(1, len(choice.encode() if norm == "byte" else choice)) for choice in bare]
 
     def predicted(self, norm: Norm = "sum") -> int:
         """Index of the likeliest choice; the first one of a tie."""
@@ -104,18 +113,15 @@ class Example(StoredStruct, frozen=True, kw_only=True):
 
         The log-likelihood of n tokens, whose roundings are independent, is known to `rounding` times the root of n.
         """
-        if not self.choices:
-            return ()
-        best, scores = self.predicted(norm), self.compared(norm)
-        tokens = self.tokens or (1,) * len(self.choices)
-        roots = tuple(self.rounding * math.sqrt(count) for count in tokens)
-        known = compared(roots, self.choices, tokens, norm)
-        least = FLOAT64 * abs(scores[best])
-        return tuple(
-            index
-            for index, score in enumerate(scores)
-            if index == best or scores[best] - score <= max(least, known[best], known[index])
-        )
+        if len(self.choices) < 2:
+            return tuple(range(len(self.choices)))
+        lengths = self.lengths(norm)
+        scores = [total / length for total, length in zip(self.loglikelihoods, lengths, strict=True)]
+        tokens = self.tokens or [1] * len(scores)
+        known = [self.rounding * math.sqrt(count) / length for count, length in zip(tokens, lengths, strict=True)]
+        best = scores.index(max(scores))
+        least = max(known[best], FLOAT64 * abs(scores[best]))
+        return tuple(index for index, score in enumerate(scores) if scores[best] - score <= max(least, known[index]))
 
     def counted(self, norm: Norm = "sum") -> tuple[int, ...]:
         """Indices of the choices that count, in equal shares, by the rule for ties; () without choices."""
@@ -126,18 +132,6 @@ class Example(StoredStruct, frozen=True, kw_only=True):
         texts = self.texts or self.choices
         found = (structs.replace(self, chosen=index, output=texts[index].strip()) for index in self.counted(norm))
         return tuple(found) or (self,)
-
-
-def compared(loglikelihoods: tuple[float, ...], choices: tuple[str, ...], tokens: tuple[int, ...], norm: Norm) -> list[float]:
-    """Divide each log-likelihood by the length of its choice, without the one blank that separates it from the prompt."""
-    bare = [choice.removeprefix(" ") for choice in choices]
-    lengths = {
-        "sum": [1] * len(choices),
-        "token": list(tokens),
-        "byte": [len(choice.encode()) for choice in bare],
-        "character": [len(choice) for choice in bare],
-    }[norm]
-    return [total / max(1, length) for total, length in zip(loglikelihoods, lengths, strict=True)]
 
 
 class Unit(StoredStruct, frozen=True):
