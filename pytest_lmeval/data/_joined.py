@@ -62,11 +62,11 @@ def tokenized(
 def _join(ids: np.ndarray, ends: np.ndarray, next_ids: np.ndarray, next_ends: np.ndarray, run: int) -> tuple[int, int] | None:
     """The number of tokens of a window up to where it is joined to the next one, and that of the next one; None if nowhere.
 
-    Of all places at which both agree for `run` tokens on either side, it is the one nearest to the middle of the overlap.
+    Of all positions at which both agree for `run` tokens on either side, it is the one nearest to the middle of the overlap.
     """
-    (one, own), (other, theirs) = (_boundaries(places) for places in (ends, next_ends))
-    places, left, right = np.intersect1d(one, other, assume_unique=True, return_indices=True)
-    for index in np.argsort(np.abs(places - places.mean())) if len(places) else ():
+    (one, own), (other, theirs) = (_boundaries(bytes_) for bytes_ in (ends, next_ends))
+    positions, left, right = np.intersect1d(one, other, assume_unique=True, return_indices=True)
+    for index in np.argsort(np.abs(positions - positions.mean())) if len(positions) else ():
         last, first = int(own[left[index]]), int(theirs[right[index]])
         if min(last, first, len(ids) - last, len(next_ids) - first) < run:
             continue
