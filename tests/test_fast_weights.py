@@ -230,9 +230,9 @@ def test_the_interval_of_a_loss_is_the_bootstrap_of_its_blocks_if_they_are_enoug
     blocks = nll[1000:2000].reshape(20, 50).sum(axis=1)
     (expected,) = ratio_intervals(np.column_stack([np.full(20, 50.0), blocks]), [(1, 0)], seed=5)
     assert (found["loss_at_2k"].low, found["loss_at_2k"].high) == pytest.approx(expected)
-    assert found["loss_at_300"].low is None  # six blocks of fifty
-    assert found["loss_slope"].low is None
-    assert loss_metrics(accumulated(nll, [], (1000,), [1200] * 5), seed=0)["loss_at_1k"].low is None
+    assert found["loss_at_300"].interval is None  # six blocks of fifty
+    assert found["loss_slope"].interval is None
+    assert loss_metrics(accumulated(nll, [], (1000,), [1200] * 5), seed=0)["loss_at_1k"].interval is None
 
 
 @pytest.mark.parametrize("documents", [None, pytest.param([1500] * 30, marks=thorough)])

@@ -207,7 +207,10 @@ def measure_task(
     details: dict[str, Any] = {"prefix_sharing": engine.policy.sharing}
     values = compute(metrics, answered, seed=seed, threshold=task.threshold)
     if verdict is not None:  # asking ended because of the answers: only the interval of the rate allows for that
-        values |= {name: metric(name).value(float(value), n=value.n) for name, value in values.items() if name != "rate"}
+        why = "Asking ended because of the answers, and only the interval of the rate allows for that. Compare `.rate`."
+        values |= {
+            name: metric(name).value(float(value), n=value.n, why=why) for name, value in values.items() if name != "rate"
+        }
         total = _number_of_questions(task, limit, data_dir, len(not_questions))
         details |= {"rate_is": verdict, "not_asked": None if total is None else total - len(answered)}
     details |= {

@@ -37,7 +37,7 @@ def number(value: float, unit: str = "") -> str:
 
 def interval(value: Value) -> str:
     """The 95 % interval, or an empty text."""
-    return "" if value.low is None or value.high is None else f"{number(value.low)} to {number(value.high)}"
+    return "" if value.interval is None else " to ".join(map(number, value.interval))
 
 
 def model_line(lm: ModelFacts) -> str:

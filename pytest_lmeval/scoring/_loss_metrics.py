@@ -42,7 +42,7 @@ def above_floor(metrics: dict[str, Value], entropy: float | None) -> dict[str, V
     if entropy is None or "bits_per_byte" not in metrics:
         return metrics
     loss, ln2 = metrics["bits_per_byte"], math.log(2)
-    interval = None if loss.low is None or loss.high is None else (loss.low * ln2 - entropy, loss.high * ln2 - entropy)
+    interval = loss.interval and (loss.low * ln2 - entropy, loss.high * ln2 - entropy)
     excess = value_of("excess_nats", float(loss) * ln2 - entropy, interval, n=loss.n)
     return {**metrics, "entropy_floor": value_of("entropy_floor", entropy), "excess_nats": excess}
 
@@ -50,7 +50,7 @@ def above_floor(metrics: dict[str, Value], entropy: float | None) -> dict[str, V
 def exponential(nll: Value, name: str = "perplexity") -> Value:
     """The perplexity of a mean loss. Raises StreamError for one that is too large for a float; it is never capped."""
     try:
-        interval = None if nll.low is None or nll.high is None else (math.exp(nll.low), math.exp(nll.high))
+        interval = nll.interval and (math.exp(nll.low), math.exp(nll.high))
         return value_of(name, math.exp(nll), interval, n=nll.n)
     except OverflowError as error:
         raise StreamError(f"the mean loss is {float(nll):.6g} nats a token: its perplexity is too large a number.") from error
