@@ -26,7 +26,7 @@ OPTIONS: dict[str, tuple[Any, str]] = {  # name -> (default, help)
         "tokens that the probe of a model's laws may read beyond their floors, such as 200k; 0: prove nothing",
     ),
     "lmeval-templates": ("", "folder of templates that extend those of the reports block by block"),
-    "lmeval-data": ("", "local mirror to use instead of the hub: DIR/<hub id>/<config>/<split>.parquet or .jsonl"),
+    "lmeval-data": ("", "local mirror to use instead of the hub: DIR/<hub id>/<config>/<split>.parquet, .jsonl, .json or .csv"),
     "lmeval-dir": (".lmeval", "folder for all output"),
     "lmeval-baseline": ("", "file of numbers to compare this run with; a test whose numbers got worse fails"),
     "lmeval-gate": ("fail", "on a number that got worse: fail its test, warn, or off"),

@@ -73,11 +73,11 @@ class Session:
             self.loaded[spec] = model
         return model
 
-    def corpus(self, name: str = "stdlib", split: str = "test") -> Corpus:
+    def corpus(self, name: str = "stdlib", split: str = "test", *, special_tokens: bool = False) -> Corpus:
         """The corpus of that name, from the mirror if there is one."""
         from pytest_lmeval.data import corpus
 
-        return corpus(name, split, data_dir=self.mirror)
+        return corpus(name, split, data_dir=self.mirror, special_tokens=special_tokens)
 
     @property
     def probe(self) -> dict[str, Any]:

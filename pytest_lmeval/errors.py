@@ -175,6 +175,18 @@ def no_such(kind: str, name: str, known: Iterable[str]) -> str:
 __all__ = sorted(name for name, thing in list(globals().items()) if isinstance(thing, type) and issubclass(thing, LmevalError))
 
 
+def lone_surrogate(text: str) -> str | None:
+    """The words for a lone surrogate in a text, to end a message with; None for a text without one."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return (
+            f"a lone surrogate, {text[error.start]!r} at {error.start}, which no tokenizer can read. Correct or leave out its "
+            "row: its text was cut inside a character, or decoded wrongly."
+        )
+    return None
+
+
 def some(names: Sequence[str], most: int = 5) -> str:
     """The first names of a list, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -125,16 +125,17 @@ def load_lm(pytestconfig: pytest.Config) -> Callable[[str], Model]:
 
 @pytest.fixture(scope="session")
 def corpus(pytestconfig: pytest.Config) -> Callable[..., Corpus]:
-    """A function from a corpus name and split to the corpus.
+    """A function from a corpus name and split to the corpus; with special_tokens=True, special tokens that are written in its
+    text are read as control tokens.
 
     def test_reads(lmeval, lm, corpus):
         lmeval.perplexity(lm, corpus("wikitext-2", "test"))
     """
     session = shared_session(pytestconfig)
 
-    def named(name: str = "stdlib", split: str = "test") -> Corpus:
+    def named(name: str = "stdlib", split: str = "test", *, special_tokens: bool = False) -> Corpus:
         __tracebackhide__ = True
-        return fail_in_words(lambda: session.corpus(name, split))
+        return fail_in_words(lambda: session.corpus(name, split, special_tokens=special_tokens))
 
     return named
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from reading import measure_agreement, measure_perplexity
+from reading import measure_agreement, measure_perplexity, texts
 from tiny_models import VOCAB, Dropped, Functional, Stateless
 
 from pytest_lmeval._session import Session, TestLog as Log
@@ -15,9 +15,10 @@ from pytest_lmeval.errors import NotFiniteError, SpecError, StreamError
 from pytest_lmeval.measures import Lmeval
 from pytest_lmeval.measures._context import VerbContext
 from pytest_lmeval.models._sources import as_model, load
-from pytest_lmeval.statistics._proportion import wilson, wilson_of_groups
+from pytest_lmeval.statistics._proportion import wilson, wilson_of_sums
 
 IDS = np.random.default_rng(0).integers(0, VOCAB, 700)
+LONG = np.random.default_rng(1).integers(0, VOCAB, 2500)  # enough for an interval
 NAMES = ("agreement", "kl", "nll_difference", "perplexity_ratio", "largest_difference")
 
 
@@ -49,7 +50,7 @@ def expected(lm, reference, ids):
 
 
 def test_a_model_agrees_with_itself_exactly():
-    result = measure_agreement(LM, LM, IDS)
+    result = measure_agreement(LM, LM, LONG)
     assert values(result).tolist() == [1, 0, 0, 1, 0]
     assert result.agreement.low < 1  # the text is finite
     assert result.record.kind == "agreement"
@@ -66,12 +67,12 @@ def test_the_metrics_are_those_of_the_whole_text_whatever_the_chunks_of_each_mod
 
 
 def test_the_difference_of_losses_is_that_of_two_perplexities_and_intervals_are_those_of_blocks():
-    result = measure_agreement(LM, REFERENCE, IDS)
+    result = measure_agreement(LM, REFERENCE, LONG)
     assert all(metric.low < metric < metric.high for metric in (result.record.metrics[name] for name in NAMES[:4]))
-    assert measure_agreement(LM, REFERENCE, IDS[:300]).kl.interval is None  # fewer than eight blocks
-    alone = [float(measure_perplexity(lm, IDS).nll) for lm in (LM, REFERENCE)]
+    assert measure_agreement(LM, REFERENCE, LONG[:1500]).kl.interval is None  # fewer than thirty blocks
+    alone = [float(measure_perplexity(lm, LONG).nll) for lm in (LM, REFERENCE)]
     assert float(result.nll_difference) == pytest.approx(alone[0] - alone[1], abs=1e-6)
-    swapped = measure_agreement(REFERENCE, LM, IDS)
+    swapped = measure_agreement(REFERENCE, LM, LONG)
     assert float(swapped.nll_difference) == pytest.approx(-float(result.nll_difference))
     assert float(swapped.agreement) == float(result.agreement)
     assert float(swapped.kl) != pytest.approx(float(result.kl), rel=1e-3)  # KL has a direction
@@ -84,7 +85,8 @@ def test_the_interval_of_groups_is_that_of_their_answers(answers):
     interval = None if len(set(groups)) < 8 else wilson(right, groups)
     if len(set(groups)) == len(groups) and interval is not None:
         return  # groups of one answer each are counted as independent
-    assert wilson_of_groups(np.bincount(of, weights=right), np.bincount(of)) == pytest.approx(interval)
+    sums = np.column_stack([np.bincount(of, weights=right), np.bincount(of)])
+    assert wilson_of_sums(sums) == (interval if interval is None else pytest.approx(interval))
 
 
 def test_each_document_begins_with_an_empty_state():
@@ -119,6 +121,19 @@ def test_a_model_without_a_state_reads_its_windows():
     assert "windows of 64" in result.record.details["read"]
     assert "carried" in result.record.details["reference_read"]
     assert result.record.cost.tokens == 699
+
+
+def test_documents_without_a_target_are_skipped_and_counted():
+    ours, theirs = model(0, vocab=256), model(1, vocab=256)
+    found, expected = (
+        measure_agreement(ours, theirs, texts(*some, as_stream=False))
+        for some in (("", "fine", "x", "another one"), ("fine", "another one"))
+    )
+    assert values(found).tolist() == values(expected).tolist()
+    assert found.record.details["skipped"] == 2
+    assert "2 of 4 documents skipped: nothing to score in them" in found.record.notes
+    with pytest.raises(StreamError, match=r"holds 2 document\(s\), and all are empty, or of one token"):
+        measure_agreement(ours, theirs, texts("", "x", as_stream=False))
 
 
 def test_models_of_other_tokens_and_a_text_without_a_target_are_refused():

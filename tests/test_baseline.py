@@ -30,6 +30,7 @@ from pytest_lmeval.records._measured import Cost, ModelFacts, Record
 from pytest_lmeval.records._metric import headline_of, value_of
 from pytest_lmeval.records._schema import line_of
 from pytest_lmeval.records._value import Value
+from pytest_lmeval.report._changes import comparison_notes
 
 LM = ModelFacts(spec="demo", parameters=1, bytes=4, dtype="float32", device="cpu", fingerprint="f" * 16)
 TEST, TASK = "test_a.py::test_a", "task boolq, 0-shot"
@@ -426,6 +427,22 @@ def test_a_number_without_an_interval_is_compared_exactly_if_the_marker_has_its_
     assert compared(*neither, {"found": 0.05}) == {}
 
 
+def test_a_question_that_became_a_tie_is_a_pair_of_its_weight():
+    """Right before, and one of two equally likely choices now: half of it is lost, and signs are flipped."""
+    before, after = [1.0] * 30 + [0.0] * 10, [0.5] * 12 + [1.0] * 18 + [0.0] * 10
+    ids = [f"{number}" for number in range(40)]
+    sides = [Scores(ids, [None] * 40, {"accuracy": scores}) for scores in (before, after)]
+    difference, base, row = pair("accuracy", *sides, up=True)
+    assert (base, difference.value, difference.test) == (
+        0.75,
+        pytest.approx(-0.15),
+        "a sign-flip permutation test and Student's t of skewed changes",
+    )
+    assert (row.lost, row.won, {(flip.before, flip.after) for flip in row.flipped}) == (12, 0, {(1, 0.5)})
+    untied = Scores(ids, [None] * 40, {"accuracy": [0.0] * 12 + after[12:]})
+    assert pair("accuracy", sides[0], untied, up=True)[0].test == "McNemar's exact test"
+
+
 def test_intervals_alone_find_only_large_losses():
     f1 = (value_of("f1", value, (value - 0.05, value + 0.05), n=400) for value in (0.8, 0.74, 0.6))
     before, little, much = (answers([1], metrics={"f1": value})[0] for value in f1)
@@ -503,6 +520,58 @@ def test_the_note_says_why_a_total_loss_in_few_groups_is_not_worse():
     row = compare([tuple(sides)], Margins(), 1)[0]["accuracy"]
     assert (row.verdict, row.detectable, row.needed) == ("unclear", None, None)
     assert row.note == (
-        "6 independent groups are too few for any loss to be called worse: chance makes even a total loss in one of 64 "
-        "comparisons, and the limit is one of 100; at least 7 are needed"
+        "6 independent groups are too few for any loss to be called worse: they do not show how much such numbers vary; at "
+        "least 8 are needed"
     )
+
+
+def flipped(lost, won, *, right=900, n=1000):
+    """Two sides of a task: `lost` of the right answers turn wrong, and `won` of the wrong ones right."""
+    ids, base = [f"e{index}" for index in range(n)], [1.0] * right + [0.0] * (n - right)
+    new = [0.0] * lost + [1.0] * (right - lost) + [1.0] * won + [0.0] * (n - right - won)
+    scores = (Scores(ids, [None] * n, {"accuracy": side}) for side in (base, new))
+    return [Side(entry_of(answers([sum(one.columns["accuracy"]) / n])[0]), one) for one in scores]
+
+
+def test_a_loss_that_is_certain_is_not_said_to_be_open():
+    row = compare([tuple(flipped(9, 0))], Margins(), 1)[0]["accuracy"]
+    assert (row.verdict, row.difference) == ("unclear", -0.009)
+    assert row.high < 0
+    assert row.note == "something was lost, at least 0.0047; open is whether more than the margin"
+    assert not any("if nothing was lost" in note for note in comparison_notes(row, "question"))
+    open_ = compare([tuple(flipped(12, 9))], Margins(), 1)[0]["accuracy"]
+    assert not open_.note
+    assert any("if nothing was lost" in note for note in comparison_notes(open_, "question"))
+
+
+def test_few_documents_say_with_which_probability_chance_explains_their_loss():
+    sums = [{"tokens": 100, "nats": 300.0 + nats} for nats in (0, 4, 6, 7, 9, 11, 12, 8, 5, 10)]
+    sides = []
+    for units in ([{"tokens": 100, "nats": 300.0}] * 10, sums):
+        columns = {name: [unit[name] for unit in units] for name in ("tokens", "nats")}
+        nll = sum(columns["nats"]) / 1000
+        made = record("perplexity", metrics={"nll": value_of("nll", nll, n=1000)}, units="u.jsonl", example="document")
+        sides.append(Side(entry_of(made), Scores([f"d{index}" for index in range(10)], [None] * 10, columns)))
+    row = compare([tuple(sides)], read_marker((), {"nll": 0.01}), 1)[0]["nll"]
+    assert row.verdict == "unclear"
+    assert re.search(r"10 examples are few: if one more changed as much .* by chance in \d.* % of comparisons", row.note)
+
+
+def test_small_losses_that_are_accepted_one_after_another_are_added_up(output):
+    """Each within the margin of 0.01: the third says what all have lost together, and another setting begins anew."""
+    rows = [[1] * right + [0] * (1000 - right) for right in (900, 894, 888, 882)]
+    for right in rows[:3]:
+        write_run(output, answers(right))
+        assert accept() == 0
+    (entry,) = read(Path("b.json")).tests[TEST].values()
+    assert (entry.first, float(entry.metrics["accuracy"])) == ({"accuracy": 0.9}, 0.888)
+    again = Path("b.json").read_text()
+    assert accept() == 0
+    assert Path("b.json").read_text() == again
+    made, _ = answers(rows[3])
+    row = compare([(Side(entry, None), Side(entry_of(made), None))], Margins(), 1)[0]["accuracy"]
+    assert "accepted little by little: it was 0.9 in the first baseline, and is 0.882" in row.note
+    write_run(output, answers(rows[3], settings={"shots": 5}))
+    assert accept() == 0
+    (entry,) = read(Path("b.json")).tests[TEST].values()
+    assert entry.first == {}

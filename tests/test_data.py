@@ -77,9 +77,8 @@ def test_jsonl_reads_the_named_field_and_token_files_are_memory_mapped(tmp_path)
     [
         ("jsonl", '{"text": "fine"}\n{broken', "line 2: not JSON"),
         ("jsonl", '{"other": "x"}', r"line 1: no text in field 'text' \(there is other\)"),
-        ("jsonl", '{"text": 3}', "line 1: no text in field"),
-        ("jsonl", "[1]", "line 1: no text in field"),
-        ("jsonl", '{"text": ""}', "line 1: the document is empty"),
+        ("jsonl", '{"text": 3}', r"line 1: no text in field 'text' \(it holds 3\)"),
+        ("jsonl", "[1]", r"line 1: a row is an object with named fields, and this is \[1\], of type list"),
         ("text", b"caf\xe9", "not UTF-8 text: byte 0xe9"),
         ("tokens", np.zeros((2, 2, 2), int), r"int64 of shape \[2, 2, 2\]"),
         ("tokens", np.zeros(3), "float64"),
@@ -171,7 +170,7 @@ def test_a_mirror_is_read_like_the_hub_and_has_any_dataset(mirror):
     assert not pile.as_stream
     assert texts(corpus("ptb", "validation", data_dir=mirror)) == ["a <unk> sentence\n", "another\n"]
     assert len(texts(corpus("Salesforce/wikitext:wikitext-2-raw-v1#text", "test", data_dir=mirror))) == 3
-    with pytest.raises(CorpusError, match=r"row 0: no text in field 'body' \(there is text\)"):
+    with pytest.raises(CorpusError, match=r"test\.parquet, row 0: no text in field 'body' \(there is text\)"):
         texts(corpus("Salesforce/wikitext:wikitext-2-raw-v1#body", "test", data_dir=mirror))
 
 
@@ -180,7 +179,7 @@ def test_a_missing_dataset_or_a_corrupt_file_in_the_mirror_is_named(mirror):
         corpus("c4", "train", data_dir=mirror)
     path = mirror / "Salesforce/wikitext/wikitext-2-raw-v1/test.parquet"
     path.write_bytes(b"PAR1 this is not parquet PAR1")
-    with pytest.raises(CorpusError, match=r"wikitext-2-raw-v1\[test\] could not be read .*test\.parquet"):
+    with pytest.raises(CorpusError, match=r"wikitext-2-raw-v1/test\.parquet could not be read at row 0"):
         texts(corpus("wikitext-2", "test", data_dir=mirror))
 
 

@@ -19,7 +19,7 @@ from pytest_lmeval.records._journal import JournalWarning
 from pytest_lmeval.scoring._answers import AnswerFile
 from pytest_lmeval.scoring._fewshot import Shots
 from pytest_lmeval.scoring._requests import Encoder
-from pytest_lmeval.tasks._questions import id_of
+from pytest_lmeval.tasks import id_of
 
 SUMS = [{"a": a, "b": b, "right": (a + b) % 2} for a in range(8) for b in range(4)]
 
@@ -115,10 +115,71 @@ def test_the_record_holds_settings_and_counts():
         _ = result.f1
 
 
-def test_ties_are_counted_and_the_first_choice_is_taken():
+def test_ties_are_counted_and_shared():
     result = measure_task(LM, Task("same", [{}], lambda row: Choices("Say", (" a", " a"), 1)))
     assert (result.record.details["ties"], result.examples[0].predicted()) == (1, 0)
     assert result.examples[0].loglikelihoods[0] == result.examples[0].loglikelihoods[1]
+    assert result.accuracy == 0.5
+
+
+class Flat(torch.nn.Module):
+    """All tokens are equally likely."""
+
+    noise = 0.0
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, ids, state=None):
+        wave = torch.sin(ids.cumsum(1)[..., None] * torch.arange(1.0, 257))  # of what was read, different for each token
+        return self.noise * wave + self.weight, torch.zeros(len(ids), 1)
+
+
+class Jittered(Flat):
+    """The same but for rounding of a few units in the last place of its losses."""
+
+    noise = 2e-7
+
+
+FIRST_IS_RIGHT = Task(
+    "first", [{"n": n} for n in range(30)], lambda row: Choices(f"{row['n']} is", (" a", " b"), 0),
+    ("accuracy", "accuracy_per_token", "f1_macro", "matthews"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [Flat, Jittered])
+def test_a_model_that_knows_nothing_does_not_beat_guessing_where_the_first_choice_is_always_right(kind):
+    """What the guide asserts, `accuracy.low > chance`, fails."""
+    result = measure_task(as_model(kind().eval()), FIRST_IS_RIGHT)
+    assert (result.accuracy, result.accuracy_per_token, result.matthews) == (0.5, 0.5, 0)
+    assert not result.accuracy.low > result.chance
+    assert (result.accuracy.ties, result.f1_macro.ties, result.record.details["ties"]) == (30, 30, 30)
+    among = "accuracy and accuracy_per_token and f1_macro and matthews"
+    assert f"30 of 30 questions tied in {among} (each of k tied choices counts 1/k)" in result.record.notes
+
+
+def test_a_task_in_lm_evals_style_keeps_its_number_and_says_that_all_are_ties():
+    result = measure_task(as_model(Flat().eval()), dataclasses.replace(FIRST_IS_RIGHT, style="lm_eval"))
+    best = [int(np.argmax(example.loglikelihoods)) for example in result.examples]
+    assert result.accuracy == np.mean([guess in one.right for guess, one in zip(best, result.examples, strict=True)]) == 1
+    assert (result.accuracy.ties, result.record.details["ties"]) == (30, 30)
+    assert not result.accuracy.low > result.chance
+    assert any("the first of tied choices is taken, as in lm_eval" in note for note in result.record.notes)
+
+
+def test_a_model_that_prefers_an_answer_has_no_ties_and_the_same_number_by_both_rules():
+    ours, theirs = (measure_task(LM, dataclasses.replace(TASK, style=style)) for style in ("own", "lm_eval"))
+    assert ours.record.metrics == theirs.record.metrics
+    assert (ours.record.details["ties"], ours.accuracy.ties) == (0, 0)
+    assert not any("tied" in note for note in ours.record.notes)
+
+
+def test_an_answer_of_an_earlier_run_counts_by_the_rule_of_this_one(tmp_path):
+    lm, path = as_model(Flat().eval()), tmp_path / "answers.jsonl"
+    measure_task(lm, dataclasses.replace(FIRST_IS_RIGHT, style="lm_eval"), examples=path)
+    again = measure_task(lm, FIRST_IS_RIGHT, known=path)
+    assert (again.resumed, again.accuracy) == (30, 0.5)
 
 
 def test_rows_are_read_as_needed_and_the_first_block_is_one_batch():
@@ -130,9 +191,7 @@ def test_rows_are_read_as_needed_and_the_first_block_is_one_batch():
     assert len(measure_task(LM, task, limit=3, batch_size=8).examples) == len(read) == 3
     read.clear()
     mixed = dataclasses.replace(task, ask=lambda row: Generate("x", ()) if row["b"] else ask(row))
-    with pytest.raises(
-        TaskError, match=r"sums, row 1 .*: accuracy is computed from choices, and the answer to .* is generated"
-    ):
+    with pytest.raises(TaskError, match=r"sums, row 1: accuracy is computed from choices, and the answer to .* is generated"):
         measure_task(LM, mixed, batch_size=4)
     assert len(read) == 2  # before anything is asked
 
@@ -296,7 +355,7 @@ def test_wrong_arguments_are_refused(lm, changes, options, message):
 
 def test_a_corrupt_or_missing_file_is_named(tmp_path):
     (tmp_path / "x.parquet").write_bytes(b"PAR1 this is none PAR1")
-    with pytest.raises(CorpusError, match=r"x.parquet\[test\] could not be read"):
+    with pytest.raises(CorpusError, match=r"x\.parquet could not be read at row 0"):
         measure_task(LM, dataclasses.replace(TASK, rows=Rows(f"parquet:{tmp_path}/x.parquet")))
     with pytest.raises(CorpusError, match="there is no file"):
         measure_task(LM, dataclasses.replace(TASK, rows=Rows(f"jsonl:{tmp_path}/x.jsonl")))

@@ -67,7 +67,7 @@ def project(pytester, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")  # no note is wrapped
     pytester.makeconftest(MODEL)
     pytester.makepyfile(test_quality=TESTS)
-    pytester.makefile(".txt", text="It was a dark and stormy night; the rain fell in torrents.\n" * 12)
+    pytester.makefile(".txt", text="It was a dark and stormy night; the rain fell in torrents.\n" * 40)
     pytester.makefile(".ini", pytest="[pytest]\nfilterwarnings = error\nlmeval_budget = 0\n")
     monkeypatch.setenv("WRONG", FEW_WRONG)
     return pytester

@@ -31,7 +31,7 @@ def mirror(project):
     for name, field in fields.items():
         folder = project.path / "mirror" / name
         folder.mkdir(parents=True)
-        for split, times in (("train", 60), ("validation", 20), ("test", 15)):
+        for split, times in (("train", 60), ("validation", 20), ("test", 30)):
             rows = (json.dumps({field: f"{split} {number} {TEXT}"}) for number in range(times))
             (folder / f"{split}.jsonl").write_text("\n".join(rows))
     return project.path / "mirror"

@@ -16,7 +16,6 @@ from pytest_lmeval.records._metric import Metric, judge_of
 from pytest_lmeval.scoring import _answer_metrics as answer_metrics, _metrics as metrics
 from pytest_lmeval.scoring._answer_metrics import METRICS
 from pytest_lmeval.scoring._metrics import LM_EVAL_NAMES, metrics_of
-from pytest_lmeval.statistics._bootstrap import ratio_intervals
 
 OF_CHOICES = ["accuracy", "greedy_match", "perplexity", "f1", "f1_macro", "matthews", "chance"]
 OF_TEXTS = ["exact_match", "squad_f1", "has_answer_exact_match", "has_answer_f1", "no_answer_accuracy"]
@@ -78,7 +77,93 @@ def test_choices_are_compared_by_their_log_likelihood_over_a_length():
     assert value_of("accuracy_per_byte", [bytes_decide]) == 1
     tied = [chosen(0, [-1.0, -1.0], 1), chosen(1, [-1.0, -2.0], 0), chosen(2, [-1.0], 0), output_of("")]
     assert [example.tied for example in tied] == [True, False, False, False]
-    assert value_of("accuracy", tied[:2]) == 0.5  # the first of equal ones is taken
+    assert value_of("accuracy", tied[:2]) == 0.75
+
+
+# Log-likelihoods of choices that often tie, the indices of right ones, and an order of the choices.
+TIES = st.integers(2, 3).flatmap(
+    lambda k: st.tuples(
+        st.lists(st.sampled_from([-3.0, -2.0, -1.0]), min_size=k, max_size=k),
+        st.sets(st.integers(0, k - 1), min_size=1),
+        st.permutations(range(k)),
+    )
+)
+NORMS = {"accuracy": "sum", "accuracy_per_character": "character", "accuracy_per_byte": "byte", "accuracy_per_token": "token"}
+
+
+@given(TIES, st.sampled_from(sorted(NORMS)))
+def test_a_tie_counts_what_a_guess_among_the_likeliest_would_whatever_the_order_of_choices(question, name):
+    losses, right, order = question
+    example = chosen(0, losses, tuple(right), choices=(" no", " up", " on"))  # of one length
+    best = {index for index, loss in enumerate(losses) if loss == max(losses)}
+    found = compute([name], [example])[name]
+    assert found == pytest.approx(len(best & right) / len(best))
+    assert found.ties == (len(best) > 1)
+    turned = chosen(0, [losses[index] for index in order], tuple(order.index(index) for index in right))
+    assert value_of("accuracy", [turned]) == value_of("accuracy", [example])
+
+
+def test_lm_evals_rule_takes_the_first_of_a_tie_and_its_interval_holds_what_the_other_rule_gives():
+    ties = [chosen(number, [-1.0, -1.0], 0) for number in range(30)]
+    asked = ["accuracy", "f1_macro", "matthews"]
+    shared, first = (compute(asked, [replace(one, tie_rule=rule) for one in ties]) for rule in ("shared", "first"))
+    assert (float(shared["accuracy"]), float(first["accuracy"])) == (0.5, 1.0)
+    assert (shared["accuracy"].ties, first["accuracy"].ties) == (30, 30)
+    assert (first["accuracy"].low, first["accuracy"].high) == (shared["accuracy"].low, 1.0)
+    assert (float(first["f1_macro"]), first["f1_macro"].low) == (1.0, shared["f1_macro"].low)
+    last = [replace(one, tie_rule="first", right=(1,)) for one in ties]
+    assert value_of("accuracy", last) == 0.0  # the order of the choices decides
+    untied = [replace(one, tie_rule="first") for one in many(drawn())]
+    assert compute(asked, untied)["accuracy"].to_json() == compute(asked, many(drawn()))["accuracy"].to_json()
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.floats(0, 3), st.sampled_from([2.0**-4, 2.0**-20]))
+def test_choices_are_tied_that_rounding_alone_tells_apart(one, other, distance, rounding):
+    """The log-likelihood of n tokens is known to the root of n roundings; divided by a length, to that part of it."""
+    known = rounding * math.sqrt(max(one, other))
+    example = replace(chosen(0, [-8.0, -8.0 - distance * known], 1), tokens=(one, other), rounding=rounding)
+    assert example.tied == (distance * known <= max(known, 8e-12)) or distance == pytest.approx(1)
+    per_token = replace(example, tokens=(4, 4), loglikelihoods=(-8.0, -8.0 - distance * rounding * 2))
+    assert (len(per_token.likeliest("token")) == 2) == per_token.tied or distance == pytest.approx(1)
+    assert replace(example, loglikelihoods=(-8.0, -8.0)).tied
+
+
+def test_quotients_that_differ_by_rounding_of_the_division_are_a_tie():
+    """-5.545177444 nats a token, of 3 and of 7 tokens: a model that gives all tokens the same probability."""
+    loss = -math.log(255)
+    example = replace(chosen(0, [3 * loss, 7 * loss, 9 * loss], 2), tokens=(3, 7, 9))
+    assert len({total / count for total, count in zip(example.loglikelihoods, example.tokens, strict=True)}) > 1
+    assert example.likeliest("token") == (0, 1, 2)
+    assert example.likeliest("sum") == (0,)
+
+
+@pytest.mark.parametrize("name", ["f1", "f1_macro", "matthews"])
+def test_a_tie_is_in_the_confusion_matrix_what_guesses_are_on_average(name):
+    """Half of a tie is predicted as each class: as if the question were asked twice, and answered once so, once so."""
+    pairs = drawn(40)
+    tied = [chosen(100 + number, [-1.0, -1.0], number % 2) for number in range(20)]
+    guesses = [(number % 2, guess) for number in range(20) for guess in (0, 1)]
+    assert value_of(name, many(pairs) + tied) == pytest.approx(value_of(name, many([*pairs, *pairs, *guesses])), rel=1e-12)
+
+
+def test_a_metric_of_texts_counts_each_of_the_tied_choices():
+    tie = replace(chosen(0, [-1.0, -1.0, -2.0], 1), targets=("yes",))
+    names = ["exact_match", "squad_f1", "rouge1", "greedy_match", "perplexity"]
+    found = compute(names, [tie])
+    untied = compute(names, [replace(tie, loglikelihoods=(-2.0, -1.0, -2.0))])
+    assert [float(found[name]) for name in names[:3]] == [0.5, 0.5, 0.5]
+    assert [float(untied[name]) for name in names[:3]] == [1, 1, 1]
+    assert [float(found[name]) for name in names[3:]] == [float(untied[name]) for name in names[3:]]  # compare no choices
+    assert compute(names, [replace(tie, tie_rule="first")])["exact_match"] == 0
+
+
+def test_a_score_of_ones_own_sees_each_tied_choice_and_may_still_not_be_a_fraction():
+    says_no = Metric("says_no", score=lambda example: float(example.output == "no"), interval="proportion")
+    half = Metric("half", score=lambda example: 0.5, interval="proportion")
+    tie = chosen(0, [-1.0, -1.0, -2.0], 1)
+    assert metrics.scored(tie, [says_no]) == {"says_no": 0.5}
+    with pytest.raises(TaskError, match=r"the score of half .* is 0\.5\. Return 1 or 0"):
+        metrics.scored(tie, [half])
 
 
 def test_any_of_several_right_choices_is_right_and_chance_has_no_interval():
@@ -220,13 +305,11 @@ def test_questions_that_share_a_passage_widen_the_interval(name):
     assert together.high - together.low > 1.5 * (alone.high - alone.low)
 
 
-def test_below_eight_units_only_independent_proportions_have_an_interval():
+def test_below_eight_units_only_independent_answers_have_an_interval():
     pairs = drawn(n=7)
     found = compute(["accuracy", "perplexity", "f1"], many(pairs))
     assert [name for name, value in found.items() if value.interval is not None] == ["accuracy"]
     assert compute(["accuracy"], many(pairs * 2, groups=list("abcdefg") * 2))["accuracy"].interval is None
-    without_a_class_in_some_draws = [(1, 1)] + [(0, 0)] * 30
-    assert compute(["matthews"], many(without_a_class_in_some_draws))["matthews"].interval is None
 
 
 @st.composite
@@ -254,11 +337,10 @@ def test_intervals_contain_the_value_and_the_order_of_questions_changes_nothing(
         assert metric.interval is None or metric.low <= metric <= metric.high, name
 
 
-def test_unsorted_units_would_change_the_interval():
-    """The broken twin: the bootstrap of perplexity without sorting its units by their ids."""
-    losses = np.random.default_rng(0).random(60)
-    once, again = (ratio_intervals(np.column_stack([some, np.ones(60)]), [(0, 1)], seed=0) for some in (losses, losses[::-1]))
-    assert once != again
+def test_what_was_right_ten_times_in_ten_is_not_right_for_sure():
+    right = [chosen(number, [-0.5, -1.0] if number % 2 else [-1.0, -0.5], 1 - number % 2) for number in range(10)]
+    found = compute(["accuracy", "f1", "f1_macro", "matthews"], right)
+    assert all(metric == metric.high == 1 and 0.3 < metric.low < 0.95 for metric in found.values()), found
 
 
 @pytest.mark.parametrize("n", range(36, 48))

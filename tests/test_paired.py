@@ -83,6 +83,20 @@ def test_losses_in_the_other_direction_are_gains(grades):
     assert there.p_lower == pytest.approx(back.p_higher)
 
 
+@pytest.mark.parametrize(("lost", "won"), [(9, 1), (30, 12), (3, 3)])
+def test_a_tie_that_changed_weighs_its_share_and_takes_sign_flips(lost, won):
+    """A right answer that became a tie of two lost half; where all changes weigh the same, McNemar's test says the same."""
+    base, new = [1.0] * lost + [0.5] * won + [1.0, 0.0, 0.5] * 10, [0.5] * lost + [1.0] * won + [1.0, 0.0, 0.5] * 10
+    found = paired_difference(base, new)
+    assert (found.test, found.changed) == ("a sign-flip permutation test", lost + won)
+    assert found.value == pytest.approx((won - lost) / 2 / len(base))
+    assert found.p_lower == pytest.approx(mcnemar(lost, won, "lower"), rel=0.25)
+    whole = paired_difference([1.0] * lost + [0.0] * won, [0.0] * lost + [1.0] * won)
+    assert whole.test == "McNemar's exact test"
+    mixed = paired_difference([1.0] * (lost + 1) + [0.5] * won, [0.0] + [0.5] * lost + [1.0] * won)
+    assert mixed.test == "a sign-flip permutation test"
+
+
 def test_adding_up_many_units_in_groups_loses_nothing():
     generator = np.random.default_rng(2)
     base = generator.normal(size=5000)
@@ -98,7 +112,7 @@ def test_adding_up_many_units_in_groups_loses_nothing():
 def test_weights_make_a_ratio_of_sums():
     found = paired_difference([10.0, 30.0] * 4, [11.0, 33.0] * 4, [10, 20] * 4)
     assert found.value == pytest.approx(4 * 4 / 120)
-    assert found.test == "a sign-flip permutation test"
+    assert found.test == "Student's t of skewed changes"
 
 
 def test_examples_without_a_partner_and_negative_margins_are_refused():
@@ -190,7 +204,7 @@ def test_the_needed_number_of_examples_shows_four_times_in_five_that_nothing_was
 
 
 @pytest.mark.parametrize(
-    ("groups", "family", "fewest"), [(6, 1, 7), (7, 1, None), (10, 12, 11), (11, 12, None), (20, 1100, None)]
+    ("groups", "family", "fewest"), [(6, 1, 8), (7, 1, 8), (8, 1, None), (10, 12, 11), (11, 12, None), (20, 1100, None)]
 )
 def test_the_verdict_says_how_many_groups_a_total_loss_needs_to_be_worse(groups, family, fewest):
     n = 5 * groups

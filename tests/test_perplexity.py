@@ -117,7 +117,7 @@ def test_progress_is_reported_after_every_chunk(how, expected):
         (texts(), r"texts\[test\]: a stream of fewer than two tokens"),
         (texts(""), r"texts\[test\]: a stream of fewer than two tokens"),
         (texts("a"), r"texts\[test\]: a stream of fewer than two tokens"),
-        (texts("fine", "", "fine", as_stream=False), "document 1: a stream of fewer than two tokens"),
+        (texts("a", "", "b", as_stream=False), r"texts\[test\] holds 3 document\(s\), and all are empty, or of one token"),
         (texts(as_stream=False), "holds no document"),
         (np.array([1.2, 3.9, 4.1]), r"a row of integer token ids; got shape .* of float64"),
     ],
@@ -165,6 +165,31 @@ def test_the_end_of_an_interval_that_a_short_text_has_not_is_an_error_that_says_
             ask()
     with pytest.raises(NoIntervalError, match=r"^tokens_per_second \(.* tokens/s, n = 59\) .* measured once"):
         _ = result.tokens_per_second.low
+
+
+@pytest.mark.parametrize("lm", [BYTE_LM, as_model(Stateless(vocab=256))], ids=["carried", "windows"])
+def test_documents_without_a_target_are_skipped_and_counted(tmp_path, lm):
+    all_of_them, scored = ("", "fine", "x", "", "another one", "y"), ("fine", "another one")
+    found, expected = (measure_perplexity(lm, texts(*some, as_stream=False)) for some in (all_of_them, scored))
+    assert_equal_but_for_time(found, expected)
+    assert (found.record.details["documents"], found.record.details["skipped"]) == (2, 4)
+    assert "4 of 6 documents skipped: nothing to score in them" in found.record.notes
+    assert "skipped" not in expected.record.details
+    assert measure_perplexity(lm, texts(*all_of_them, as_stream=False), limit=2).record.details["skipped"] == 1
+    assert measure_perplexity(lm, texts(*all_of_them, as_stream=True)).tokens == len("".join(all_of_them)) - 1
+
+
+def test_skipped_documents_are_counted_once_by_a_run_that_is_killed(tmp_path):
+    documents = [text for n in range(6) for text in (f"document number {n} with some text in it, " * 3, "", "x")]
+    corpus, saved = texts("", *documents, as_stream=False), {"checkpoints": Checkpoints(tmp_path), "key": "k", "chunk_size": 16}
+    whole = measure_perplexity(BYTE_LM, corpus, chunk_size=16, units=tmp_path / "whole.jsonl")
+    for tokens in (100, 250, 430):
+        measure_until_killed(tokens, BYTE_LM, corpus, **saved)
+    resumed = measure_perplexity(BYTE_LM, corpus, units=tmp_path / "units.jsonl", **saved)
+    assert resumed.resumed_at > 300
+    assert_equal_but_for_time(resumed, whole)
+    assert resumed.record.details["skipped"] == whole.record.details["skipped"] == 13
+    assert (tmp_path / "units.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
 
 
 def test_a_perplexity_is_never_capped():

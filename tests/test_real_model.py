@@ -4,11 +4,13 @@ import pytest
 
 transformers = pytest.importorskip("transformers")
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from faults_at_size import Planted, PositionsClamped, planted  # noqa: E402
 from real_model import MISSING, real_model_folder  # noqa: E402
 
-from pytest_lmeval import Choices, Task, as_model, task  # noqa: E402
+from pytest_lmeval import Choices, Task, as_model, load, task  # noqa: E402
+from pytest_lmeval.engine._losses import token_rounding  # noqa: E402
 from pytest_lmeval.laws import probe  # noqa: E402
 from pytest_lmeval.measures._task import measure_task  # noqa: E402
 
@@ -76,3 +78,26 @@ def test_rows_that_see_each_other_are_read_alone(clean, tokenizer):
     assert found.accuracy == right
     assert found.record.certificate.verdict == "inexact"
     assert found.record.certificate.broken == {"rows"}
+
+
+CAPITALS = {
+    "France": "Paris", "Japan": "Tokyo", "Peru": "Lima", "Egypt": "Cairo", "Norway": "Oslo", "Kenya": "Nairobi",
+    "Austria": "Vienna", "Cuba": "Havana", "Ghana": "Accra", "Latvia": "Riga", "Nepal": "Kathmandu", "Spain": "Madrid",
+}  # fmt: skip
+CONTINUED = ("", " and it is the largest city of the country, with a long history")  # 1 to 3 tokens, and 14 more
+
+
+def test_two_precisions_differ_by_the_rounding_that_makes_a_tie(folder):
+    """The difference of two choices errs by `token_rounding` times the root of their tokens, whatever their length."""
+    choices = [tuple(f" {city}{more}" for city in CAPITALS.values()) for more in CONTINUED]
+    rows = [{"land": land, "choices": some} for land in CAPITALS for some in choices]
+    asked = Task("capitals", rows, lambda row: Choices(f"The capital of {row['land']} is", row["choices"], 0))
+    exact, rounded = (measure_task(load(f"hf:{folder}@{name}", device="cpu"), asked).examples for name in ("fp32", "bf16"))
+    for more in (0, 1):
+        errors = []
+        for one, other in zip(exact[more::2], rounded[more::2], strict=True):
+            assert other.rounding == token_rounding(torch.bfloat16)
+            gaps = [np.diff(example.loglikelihoods) for example in (one, other)]
+            errors += list((gaps[1] - gaps[0]) / np.sqrt(np.maximum(one.tokens[1:], one.tokens[:-1])))
+        assert 0.5 < np.sqrt(np.mean(np.square(errors))) / token_rounding(torch.bfloat16) < 2
+    assert exact[0].rounding < 1e-5

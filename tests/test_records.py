@@ -43,10 +43,10 @@ def test_a_value_computes_and_compares_like_its_number(number, other):
     assert hash(value) == hash(number)
 
 
-@given(FINITE, st.none() | FINITE, st.none() | st.integers(0), st.sampled_from([None, True, False]))
-def test_a_value_survives_json_and_pickle(number, low, n, better):
+@given(FINITE, st.none() | FINITE, st.none() | st.integers(0), st.sampled_from([None, True, False]), st.booleans())
+def test_a_value_survives_json_and_pickle(number, low, n, better, tied):
     ends = {} if low is None else {"low": min(low, number), "high": max(low, number)}
-    value = Value(number, "s", **ends, n=n, higher_is_better=better)
+    value = Value(number, "s", **ends, n=n, higher_is_better=better, ties=(n or 0) * tied)
     for again in (schema.convert(json.loads(json.dumps(value.to_json())), Value), pickle.loads(pickle.dumps(value))):
         assert again.to_json() == value.to_json()
 
@@ -62,6 +62,8 @@ def test_a_value_survives_json_and_pickle(number, low, n, better):
         ({"low": "a", "high": 1}, "the ends of its interval are numbers; got 'a'"),
         ({"unit": 3}, "the unit of a value is a text and its direction True, False or None; got 3, None"),
         ({"higher_is_better": "yes"}, "True, False or None; got '', 'yes'"),
+        *(({"n": 3, "ties": ties}, f"ties is {ties!r}: it is the number of ties among the n = 3") for ties in (4, -1, 0.5)),
+        ({"ties": 1}, "ties is 1: it is the number of ties among the n = None questions"),
         *(({"n": n}, f"n is {n!r}: it is the number of things counted, or None") for n in (2.5, -1, "a")),
     ],
 )

@@ -41,6 +41,13 @@ def test_both_pages_show_every_record_and_law():
             assert word in page
 
 
+def test_many_ties_are_said_beside_the_number_wherever_it_is_shown():
+    tied = {"accuracy": Value(0.5, low=0.4, high=0.6, n=100, ties=40, higher_is_better=True)}
+    for records in ([task_of(metrics=tied)], [task_of(metrics=tied), task_of("other")]):  # alone, and side by side
+        pages_ = [*rendered(document(*records)), "\n".join(terminal.lines(records, width=100))]
+        assert all("0.4 to 0.6, 40 of 100 tied" in page for page in pages_)
+
+
 def test_the_report_is_one_file_that_loads_nothing():
     html = pages.render("report.html", document())
     for word in ("http://", "https://", "<link", "<img", "<iframe", " src=", "@import", "url("):
@@ -156,6 +163,7 @@ def test_any_finite_number_is_formatted_with_its_unit(value):
 def test_numbers_are_formatted_for_people():
     assert [number(x) for x in (0, 1234567, 1234.5, 0.00012346, -2.5)] == ["0", "1,234,567", "1,234", "0.0001235", "-2.5"]
     assert [interval(value) for value in (Value(1), Value(1, low=0.5, high=1.5))] == ["", "0.5 to 1.5"]
+    assert [interval(Value(1, n=200, ties=ties)) for ties in (0, 2, 3)] == ["", "", "3 of 200 tied"]  # more than 1 %
     assert [size_of(x) for x in (0, 1023, 1024, 5 * 2**40)] == ["0 B", "1023 B", "1.0 KiB", "5120.0 GiB"]
 
 

@@ -13,6 +13,7 @@ from tiny_models import Functional
 
 from pytest_lmeval import Choices, Generate, Rows, Suite, Task, as_model
 from pytest_lmeval.errors import TaskError
+from pytest_lmeval.scoring import _fewshot
 from pytest_lmeval.scoring._fewshot import POOL, Shots, question_of
 from pytest_lmeval.tasks import id_of
 
@@ -126,7 +127,7 @@ def test_a_metric_of_targets_is_refused_where_there_are_none():
     with pytest.raises(TaskError, match=r"t, row 0: exact_match is computed from targets .* generated, with answers=\(\)"):
         Task("t", numbers(1), answers, ("exact_match",))
     task = Task("t", [{"right": [""]}, {}], answers, ("exact_match",))
-    with pytest.raises(TaskError, match=r"t, row 1 .*: exact_match is computed from targets"):
+    with pytest.raises(TaskError, match="t, row 1: exact_match is computed from targets"):
         measure_task(LM, task)
     assert measure_task(LM, task, limit=1).exact_match.n == 1
 
@@ -193,7 +194,7 @@ def passage(row):
 @pytest.mark.parametrize("second", [{"label": 1}, {"label": 1, "passage": None}])
 def test_a_missing_field_is_refused_and_not_read_as_the_word_none(tmp_path, second):
     rows = dataset(tmp_path, {"passage": "It is", "label": 0}, second)
-    message = r"1 cannot be asked: the field 'passage' is missing or null\. The row is label"
+    message = r"1 \(.*rows\.jsonl, line 2\) cannot be asked: the field 'passage' is missing or null\. The row is label"
     with pytest.raises(TaskError, match=f"t, row {message}"):
         measure_task(LM, Task("t", rows, passage))
     with pytest.raises(TaskError, match=f"t, example {message}"):
@@ -238,19 +239,13 @@ def test_every_row_of_the_pool_is_drawn_equally_often():
     assert all(80 <= drawn.count(value) <= 160 for value in range(1000, 1010))
 
 
-def test_the_pool_is_hashed_once():
+def test_the_pool_is_hashed_once(monkeypatch):
     hashed = []
-
-    class Counted:
-        def __str__(self):  # asked for by every hash
-            hashed.append(self)
-            return str(id(self))
-
-    pool = [{"n": n, "value": Counted()} for n in range(100)]
-    shots = Shots(dataclasses.replace(TASK, shots=pool), 2, "document")
+    monkeypatch.setattr(_fewshot, "id_of", lambda row: hashed.append(row) or id_of(row))
+    shots = Shots(dataclasses.replace(TASK, shots=numbers(*range(100))), 2, "document")
     for row in TASK.rows:
         shots.rows(row, id_of(row))
-    assert len(hashed) == 100
+    assert hashed == numbers(*range(100))
 
 
 def even(row):

@@ -2,7 +2,7 @@
 
     stdlib               documentation in every CPython (the default; needs no network)
     text:PATH            a UTF-8 file, or a folder with SPLIT.txt
-    jsonl:PATH#FIELD     one document per line, from this field (default: text)
+    jsonl:PATH#FIELD     a document for each row of a file, from this field (default: text); json, csv and parquet alike
     tokens:PATH          a .npy file of integer ids, memory-mapped; needs no tokenizer
     automaton            synthetic words of exactly known entropy; options as in `automaton:size=1M,seed=3`
     recall               synthetic key-value pairs, for which the value of memory beyond a window is exactly known
@@ -16,18 +16,20 @@ Another package registers a corpus as a function `(rest, split) -> Corpus`, with
 from __future__ import annotations
 
 import os.path
+from dataclasses import replace
 from pathlib import Path
 
 from pytest_lmeval import registry
 from pytest_lmeval.data._corpus import SPLITS, Corpus, Document
-from pytest_lmeval.data._rows import Row, Rows
+from pytest_lmeval.data._formats import READERS, Row
+from pytest_lmeval.data._rows import Rows
 from pytest_lmeval.errors import CorpusError, RegistryError
 
 __all__ = ["Corpus", "Document", "Row", "Rows", "check", "corpus"]
 
 
-def corpus(name: str, split: str = "test", *, data_dir: str | Path | None = None) -> Corpus:
-    """The corpus of this name and split.
+def corpus(name: str, split: str = "test", *, data_dir: str | Path | None = None, special_tokens: bool = False) -> Corpus:
+    """The corpus of this name and split; `special_tokens` as in `Corpus`.
 
     Raises RegistryError for an unknown name, with the nearest, and CorpusError for an unknown split or a missing file.
     """
@@ -46,7 +48,7 @@ def corpus(name: str, split: str = "test", *, data_dir: str | Path | None = None
     found = factory(rest, split, **registry.accepted(factory, data_dir=data_dir))
     if not isinstance(found, Corpus):
         raise CorpusError(f"the function registered as corpus {name!r} returned a {type(found).__name__}; expected a Corpus.")
-    return found
+    return replace(found, special_tokens=True) if special_tokens else found
 
 
 def check(name: str) -> None:
@@ -59,7 +61,7 @@ def check(name: str) -> None:
     if known.count(own) > 1:
         raise registry.ambiguous("corpora", own)
     path = rest.partition("#")[0]
-    if head in ("text", "jsonl", "tokens") and path and not os.path.exists(os.path.expanduser(path)):
+    if head in ("text", "tokens", *READERS) and path and not os.path.exists(os.path.expanduser(path)):
         raise CorpusError(f"{name}: there is no file or folder {path!r} (looked from {os.getcwd()}).")
 
 

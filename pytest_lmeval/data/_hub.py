@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pytest_lmeval.data._corpus import SPLITS, Corpus, Document
+from pytest_lmeval.data._corpus import SPLITS, Corpus
+from pytest_lmeval.data._fields import documents_of
 from pytest_lmeval.data._rows import PARQUET, Rows
 from pytest_lmeval.errors import CorpusError
 
@@ -53,14 +53,5 @@ CORPORA = {name: functools.partial(_known, name) for name in KNOWN}
 def _read(name: str, source: Source, split: str, data_dir: str | Path | None) -> Corpus:
     if split not in source.splits:
         raise CorpusError(f"{name} has no split {split!r}; it has {', '.join(source.splits)}.")
-    rows = source.rows.of(split)
-
-    def documents() -> Iterator[Document]:
-        for number, row in enumerate(rows.read(data_dir)):
-            text, there = row.get(source.field), ", ".join(row)
-            if not isinstance(text, str):
-                raise CorpusError(f"{name}[{split}], row {number}: no text in field {source.field!r} (there is {there}).")
-            yield Document(f"{split}/{number}", text + source.end)
-
-    fingerprint = f"{rows.fingerprint(data_dir)}#{source.field}"
-    return Corpus(name, split, documents, fingerprint, as_stream=source.as_stream)
+    rows, end = source.rows.of(split), source.end
+    return documents_of(name, rows, source.field, data_dir=data_dir, as_stream=source.as_stream, end=end)

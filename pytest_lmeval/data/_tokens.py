@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from operator import attrgetter
 from typing import Any
 
@@ -13,9 +15,12 @@ import numpy as np
 
 from pytest_lmeval.data import corpus as named
 from pytest_lmeval.data._corpus import Corpus, Document
+from pytest_lmeval.data._joined import tokenized as joined
 from pytest_lmeval.engine._tokens import Tokens, array_of, tokens_of
 from pytest_lmeval.errors import CorpusError, StreamError
-from pytest_lmeval.models._model import Model
+from pytest_lmeval.models._model import Model, special_pattern, with_special_tokens
+
+LONGEST_SPECIAL = 100  # bytes of a special token that may be written across two parts of a text
 
 
 def as_corpus(source: Corpus | str | Iterable[Any]) -> Corpus:
@@ -46,38 +51,55 @@ def sequences(
 
     limit    most documents
     tokens   most tokens of each sequence
-    rolling  begin texts and tokenize whole documents as lm-evaluation-harness does (see `beginning`)
+    rolling  begin texts as lm-evaluation-harness does (see `beginning`)
     """
-    documents = corpus.documents()
+    documents, lm = corpus.documents(), model_for(lm, corpus)
     if not by_document:
         yield TokenReader(lm, islice(documents, limit), limit=tokens, rolling=rolling)
         return
-    for name, parts in islice(groupby(documents, key=attrgetter("name")), limit):
-        whole = rolling and not corpus.tokenized
-        document = [Document(name, "".join(part.text for part in parts))] if whole else parts
-        yield TokenReader(lm, document, limit=tokens, rolling=rolling)
+    for _, parts in islice(groupby(documents, key=attrgetter("name")), limit):
+        yield TokenReader(lm, parts, limit=tokens, rolling=rolling)
 
 
 class TokenReader:
     """Iterate over the tokens of consecutive documents as one stream, after the beginning-of-sequence token if there is one.
+    Their texts are tokenized as one text (see `data._joined`).
 
     limit    end before this token
     rolling  begin the text as lm-evaluation-harness does (see `beginning`)
     skip     begin with this token of the stream
     content  a hash of the text (or the ids) so far, including what was skipped
+    special  special tokens that were written in the text so far, including what was skipped
 
     For a model with several codebooks, a token is a frame: ids are [n, k].
     """
 
     def __init__(self, lm: Model, documents: Iterable[Document], *, limit: int | None = None, rolling: bool = False) -> None:
         self._lm, self._documents, self._limit, self._rolling = lm, documents, limit, rolling
-        self.skip = 0
+        self.skip = self.special = 0
         self.content = hashlib.sha256()
+        self._special, self._bytes, self._last = special_pattern(lm), 0, b""
+        self._special_ends: deque[int] = deque()  # bytes of the text at which special tokens end, not yet counted
+        self._begun: Iterator[Tokens] | None = None  # by `is_empty`
+
+    @functools.cached_property
+    def is_empty(self) -> bool:
+        """Whether it has no target: fewer than two tokens, as far as the limit (or no frame). Reads no further than needed."""
+        least, held, parts = 1 if self._lm.codebooks else 2, list[Tokens](), self._encoded()
+        while (count := sum(map(len, held))) < least and (part := next(parts, None)) is not None:
+            held.append(part)
+        self._begun = chain(held, parts)
+        return (count if self._limit is None else min(count, self._limit)) < least
 
     def __iter__(self) -> Iterator[Tokens]:
-        at = 0
-        for part in self._encoded():
+        at = text = 0
+        parts, self._begun = self._begun or self._encoded(), None
+        for part in parts:
             end = at + len(part) if self._limit is None else min(at + len(part), self._limit)
+            text += int(part.widths[: end - at].sum())
+            while self._special_ends and self._special_ends[0] <= text:
+                self._special_ends.popleft()
+                self.special += 1
             if (begin := max(at, self.skip)) < end:
                 yield part[begin - at : end - at]
             at += len(part)
@@ -85,34 +107,75 @@ class TokenReader:
                 return
 
     def _encoded(self) -> Iterator[Tokens]:
-        tokenizer, begun = self._lm.tokenizer, False
-        for document in self._documents:
-            if document.ids is not None:
-                try:
-                    for part in tokens_of(iter([document.ids]), self._lm.codebooks):
-                        self.content.update(part.ids.tobytes())
-                        yield part
-                except StreamError as error:
-                    raise CorpusError(f"{document.name} cannot be read by {self._lm.spec}: {error}") from None
-            elif self._lm.codebooks is not None:
+        begun = False
+        for tokenized, documents in groupby(self._documents, key=lambda document: document.ids is not None):
+            if tokenized:
+                for document in documents:
+                    yield from self._ids(document)
+                continue
+            for part in joined(self._lm.tokenizer, self._texts(documents)):
+                if not begun and len(first := beginning(self._lm.tokenizer, part.ids, rolling=self._rolling)):
+                    yield Tokens(first, np.zeros(len(first), dtype=np.int64))
+                begun = True
+                yield part
+
+    def _ids(self, document: Document) -> Iterator[Tokens]:
+        try:
+            for part in tokens_of(iter([document.ids]), self._lm.codebooks):
+                self.content.update(part.ids.tobytes())
+                yield part
+        except StreamError as error:
+            raise CorpusError(f"{document.name} cannot be read by {self._lm.spec}: {error}") from None
+
+    def _texts(self, documents: Iterable[Document]) -> Iterator[str]:
+        for document in documents:
+            if self._lm.codebooks is not None:
                 k = len(self._lm.codebooks.sizes)
                 raise CorpusError(
                     f"{document.name} is text, and {self._lm.spec} reads frames of {k} codes: it has no tokenizer. Give it "
                     f"tokens:PATH, a .npy file of codes [frames, {k}]."
                 )
-            elif tokenizer is None:
+            if self._lm.tokenizer is None:
                 raise CorpusError(
                     f"{self._lm.spec} has no tokenizer (its vocabulary has {self._lm.vocab_size} entries; 256 would have meant "
                     "bytes), so text cannot be read with it. Give the model an attribute `tokenizer` with encode(text) -> "
                     "(ids, byte_ends), or use tokens:PATH with ids of your own."
                 )
-            elif document.text:
-                self.content.update(document.text.encode(errors="surrogatepass"))
-                ids, ends = (np.asarray(part, dtype=np.int64) for part in tokenizer.encode(document.text))
-                if not begun and len(first := beginning(tokenizer, ids, rolling=self._rolling)):
-                    yield Tokens(first, np.zeros(len(first), dtype=np.int64))
-                begun = True
-                yield Tokens(ids, np.diff(ends, prepend=0))
+            self._note(document.text.encode())
+            yield document.text
+
+    def _note(self, text: bytes) -> None:
+        """Hash a part of the text, and find the special tokens that end in it."""
+        self.content.update(text)
+        if self._special is not None:
+            text = self._last + text
+            ends = (found.end() for found in self._special.finditer(text))
+            self._special_ends.extend(self._bytes + end for end in ends if end > len(self._last))
+            self._bytes += len(text)
+            self._last = text[-LONGEST_SPECIAL:]
+            self._bytes -= len(self._last)
+
+
+def model_for(lm: Model, corpus: Corpus) -> Model:
+    """The model with the tokenizer that reads the corpus as it says. Raises SpecError where it has none."""
+    return with_special_tokens(lm) if corpus.special_tokens and not corpus.tokenized else lm
+
+
+def notes_on(corpus: Corpus, documents: int, skipped: int, special: int) -> list[str]:
+    """What to say about documents without a target, and about special tokens that are written in the text."""
+    notes = [f"{skipped:,} of {documents + skipped:,} documents skipped: nothing to score in them"] if skipped else []
+    how = "control tokens" if corpus.special_tokens else "text"
+    return [*notes, f"{special:,} special tokens are written in the text, read as {how}"] if special else notes
+
+
+def nothing_to_score(corpus: Corpus, skipped: int) -> StreamError:
+    """The error for a corpus of which no document has a target."""
+    if not skipped:
+        return StreamError(f"{corpus} holds no document, or no code that could be predicted: there is nothing to score.")
+    return StreamError(
+        f"{corpus} holds {skipped:,} document(s), and all are empty, or of one token, which has nothing before it to predict "
+        "it from: there is nothing to score. Give it more text, more tokens of each document, or read it as_stream=True."
+    )
 
 
 def beginning(tokenizer: Any, ids: np.ndarray, *, rolling: bool) -> np.ndarray:

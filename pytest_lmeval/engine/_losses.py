@@ -10,6 +10,8 @@ from torch.nn import functional as F
 from pytest_lmeval.errors import NotFiniteError
 from pytest_lmeval.models._model import Model
 
+ROUNDINGS = 8  # of 1 in the precision of the model: a unit in the last place of a logit between 8 and 16
+ROUNDINGS_OF_SUMS = 64  # of 1 in float32, in which every model adds up
 LOGITS_AT_ONCE = 1 << 19  # logits scored at once, few enough to stay in the processor's caches
 
 
@@ -36,6 +38,16 @@ def _score_rows(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         ids = torch.arange(logits.shape[1], device=logits.device)
         rank[tied] += ((logits[tied] == picked[tied]) & (ids < targets[tied, None])).sum(1)
     return F.cross_entropy(logits, targets, reduction="none"), rank
+
+
+def token_rounding(dtype: torch.dtype) -> float:
+    """What rounding changes in the log-likelihood of a token, compared with that of another: root mean square, nats.
+
+    Measured on SmolLM2-135M, over the two likeliest choices of ARC, PIQA and HellaSwag with 1 to 24 tokens: the error of their
+    difference is 0.06 to 0.07 in bfloat16 and 6e-6 in float32, times the root of the number of tokens. The laws allow many
+    times more: they tell faults from rounding.
+    """
+    return max(ROUNDINGS * torch.finfo(dtype).eps, ROUNDINGS_OF_SUMS * torch.finfo(torch.float32).eps)
 
 
 def check_finite(nll: np.ndarray, ids: np.ndarray, first: int, lm: Model) -> None:

@@ -12,7 +12,7 @@ from msgspec import structs
 
 from pytest_lmeval.errors import BaselineError, DocumentError
 from pytest_lmeval.gates._baseline import Baseline, contradictions, examples_file, platform_of, read, write
-from pytest_lmeval.gates._entry import entry_of, names_of
+from pytest_lmeval.gates._entry import entry_of, names_of, succeeding
 from pytest_lmeval.gates._scores import AGAIN, scores_of
 from pytest_lmeval.records._document import NAME, RunDocument, load
 from pytest_lmeval.records._measured import Record
@@ -81,7 +81,7 @@ def _merged(old: Baseline, accepted: dict[str, list[Record]], document: RunDocum
         for name, record in zip(names_of(records), records, strict=True):
             entry = entry_of(record)
             if entry.metrics or entry.costs or entry.verdict:
-                tests[test][name] = entry
+                tests[test][name] = succeeding(old.tests.get(test, {}).get(name), entry)
                 if (found := scores_of(record, folder)) is not None:
                     scores[test, name] = found
     return Baseline(structs.replace(old.file, environment=platform_of(document.environment), tests=tests), scores)

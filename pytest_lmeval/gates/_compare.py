@@ -74,7 +74,7 @@ def compare(pairs: Sequence[tuple[Side, Side]], margins: Margins, family: int) -
     verdicts = iter(judge_all(differences, allowed, up, family=family))
     rows_of_records = []
     for (base, new), of_record in zip(pairs, candidates, strict=True):
-        rows = {candidate.metric.name: _row(candidate, next(verdicts)) for candidate in of_record}
+        rows = {one.metric.name: _with_sum(_row(one, next(verdicts)), one, base.entry.first) for one in of_record}
         rows |= dict(_exact(base.entry, new.entry, margins, set(rows)))
         for name in gated(base.entry, margins):
             if name not in new.entry.metrics:
@@ -127,12 +127,8 @@ def _is_exact(margin: Margin, before: Value, after: Value) -> bool:
 
 def _row(candidate: Candidate, verdict: Verdict) -> Comparison:
     found, note = candidate.difference, candidate.row.note
-    if verdict.name == "unclear" and verdict.fewest:
-        note = (
-            f"{found.units:,} {'examples' if found.units == found.examples else 'independent groups'} are too few for any loss "
-            f"to be called worse: chance makes even a total loss in one of {1 / found.smallest_p:,.0f} comparisons, and the "
-            f"limit is one of {1 / verdict.level:,.0f}; at least {verdict.fewest} are needed"
-        )
+    if verdict.name == "unclear":
+        note = _why_unclear(candidate, verdict) or note
     return structs.replace(
         candidate.row,
         verdict=verdict.name,
@@ -151,6 +147,43 @@ def _row(candidate: Candidate, verdict: Verdict) -> Comparison:
         test=found.test,
         note=note,
     )
+
+
+def _with_sum(row: Comparison, candidate: Candidate, first: dict[str, float]) -> Comparison:
+    """The row, which says so if the losses that were accepted since the first baseline add up to more than the margin."""
+    before, now = first.get(candidate.metric.name), row.new
+    if before is None or not isinstance(now, float | int) or row.verdict == "worse":
+        return row
+    lost = before - now if candidate.up else now - before
+    if lost <= candidate.margin.of(before):
+        return row
+    note = f"accepted little by little: it was {before:g} in the first baseline, and is {now:g}, more than may be lost at once"
+    return structs.replace(row, note=f"{row.note}; {note}" if row.note else note)
+
+
+def _why_unclear(candidate: Candidate, verdict: Verdict) -> str | None:
+    """What makes it unclear, other than the number of examples alone."""
+    found = candidate.difference
+    what = "examples" if found.units == found.examples else "independent groups"
+    if verdict.fewest:
+        few = f"{found.units:,} {what} are too few for any loss to be called worse: "
+        if found.fewest:
+            return f"{few}they do not show how much such numbers vary; at least {verdict.fewest} are needed"
+        return (
+            f"{few}chance makes even a total loss in one of {1 / found.smallest_p:,.0f} comparisons, and the "
+            f"limit is one of {1 / verdict.level:,.0f}; at least {verdict.fewest} are needed"
+        )
+    if (found.value < 0) != candidate.up or not found.value or found.low is None or found.high is None:
+        return None
+    least, allowed = -found.high if candidate.up else found.low, candidate.allowed
+    if abs(found.value) > allowed and found.few:
+        return (
+            f"{found.units:,} {what} are few: if one more changed as much as the largest of them, the other way, so large a "
+            f"loss would come by chance in {100 * verdict.p:.2g} % of comparisons"
+        )
+    if 0 < least <= allowed:
+        return f"something was lost, at least {candidate.shown(least):.2g}; open is whether more than the margin"
+    return None
 
 
 def _exact(base: Entry, new: Entry, margins: Margins, judged: set[str]) -> Iterator[tuple[str, Comparison]]:
@@ -235,7 +268,7 @@ def pair(name: str, base: Scores, new: Scores, *, up: bool, level: float = 0.01)
     ids, before, after, weights, groups = zip(*common, strict=True)
     if not (weight := math.fsum(weights)):
         return None
-    found, declared = paired_difference(before, after, weights, groups, level=level), metric(name)
+    found, declared = paired_difference(before, after, weights, groups, consecutive=new.consecutive, level=level), metric(name)
     low, high, error = (None if one is None else declared.scale * one for one in (found.low, found.high, found.error))
     scaled = replace(found, value=declared.scale * found.value, low=low, high=high, error=error)
     mean_base, mean_new = (declared.scaled(math.fsum(side) / weight) for side in (before, after))

@@ -44,6 +44,8 @@ class Entry(StoredStruct, frozen=True, kw_only=True):
     metrics   those that every run of the same code repeats; `costs` likewise, of its `Cost`
     headline  the metric that is gated if the marker names none; one per record, since each more weakens the test of the others
     verdict   on the model's laws, if the record is about them
+    first     the metrics that were first accepted under these settings, where other ones were accepted since: small losses,
+              each within its margin, add up
     examples  checksum of its examples; empty if none are kept
     checksum  of all of the above, with test and record name
     """
@@ -54,6 +56,7 @@ class Entry(StoredStruct, frozen=True, kw_only=True):
     costs: dict[str, int | float]
     headline: str | None
     verdict: str | None
+    first: dict[str, float] = {}
     examples: str = ""
     checksum: str = ""
 
@@ -82,8 +85,24 @@ def entry_of(record: Record) -> Entry:
 def sealed(entry: Entry, where: Sequence[str], examples: str) -> Entry:
     """The entry with the checksum of its examples, and its own, which covers `where` (test, record name) too."""
     entry = replace(entry, examples=examples, checksum="")
-    text = json.dumps([*where, to_plain(entry)], sort_keys=True)
+    plain = to_plain(entry)
+    if not entry.first:  # as before there were any
+        del plain["first"]
+    text = json.dumps([*where, plain], sort_keys=True)
     return replace(entry, checksum=hashlib.sha256(text.encode()).hexdigest()[:16])
+
+
+def succeeding(old: Entry | None, new: Entry) -> Entry:
+    """The new entry in place of the old one, with the metrics that were first accepted if its settings are still the same."""
+    if old is None or _relevant(old) != _relevant(new):
+        return new
+    first = old.first or {name: rounded(value) for name, value in old.metrics.items()}
+    unchanged = all(name in new.metrics and rounded(new.metrics[name]) == value for name, value in first.items())
+    return replace(new, first={} if unchanged else first)
+
+
+def _relevant(entry: Entry) -> dict[str, Any]:
+    return {name: value for name, value in entry.settings.items() if name not in IRRELEVANT}
 
 
 def gated(entry: Entry, margins: Margins) -> list[str]:

@@ -30,6 +30,7 @@ class Scores:
     groups   [n] what each shares with others; None: nothing
     columns  name -> [n] what each answer counts in a metric (None: nothing), or the sums of a reading over each block
     texts    id -> output and target, shortened; of this run only, a baseline does not keep them
+    consecutive  the rows are blocks of one text, in order
     more     fields of a later version in the head of a baseline's record
     """
 
@@ -38,6 +39,7 @@ class Scores:
     columns: dict[str, list[float | None]]
     texts: dict[str, tuple[str, str | None]] = field(default_factory=dict)
     more: dict[str, Any] = field(default_factory=dict)
+    consecutive: bool = False
 
     def ratio(self, name: str) -> list[tuple[float, float] | None] | None:
         """(numerator, denominator) of each example [n] in a metric; None if the metric is no such ratio."""
@@ -79,7 +81,9 @@ def scores_of(record: Record, folder: Path) -> Scores | None:
     file = folder / (record.units or record.examples or "")
     if not keeps_examples(record) or not file.exists():
         return None
-    return _of_units(_read(file, Unit)) if record.units else _of_answers(_read(file, Example), list(record.metrics))
+    if record.units:
+        return _of_units(_read(file, Unit), consecutive=record.example == "block")
+    return _of_answers(_read(file, Example), list(record.metrics))
 
 
 def rounded(value: float) -> float:
@@ -116,10 +120,10 @@ def _read(file: Path, kind: type[T]) -> list[T]:
     return [schema.build(schema.parse(line, of, AGAIN), kind, of, AGAIN) for line, of in zip(lines, what, strict=True)]
 
 
-def _of_units(units: list[Unit]) -> Scores:
+def _of_units(units: list[Unit], *, consecutive: bool) -> Scores:
     names = dict.fromkeys(name for unit in units for name in unit.sums)
     columns = {name: [rounded_or_none(unit.sums.get(name)) for unit in units] for name in names}
-    return Scores(numbered([unit.id for unit in units]), [None] * len(units), columns)
+    return Scores(numbered([unit.id for unit in units]), [None] * len(units), columns, consecutive=consecutive)
 
 
 def _of_answers(examples: list[Example], metrics: list[str]) -> Scores:

@@ -8,7 +8,7 @@ memory is both models, both states and a chunk of logits of each.
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,11 +21,11 @@ from msgspec import structs
 from torch import Tensor
 
 from pytest_lmeval.data._corpus import Corpus
-from pytest_lmeval.data._tokens import as_corpus, sequences
+from pytest_lmeval.data._tokens import as_corpus, notes_on, nothing_to_score, sequences
 from pytest_lmeval.engine import Engine, Policy, policy_for
 from pytest_lmeval.engine._losses import LOGITS_AT_ONCE
 from pytest_lmeval.engine._tokens import naming
-from pytest_lmeval.errors import NotFiniteError, SpecError, StreamError
+from pytest_lmeval.errors import NotFiniteError, SpecError
 from pytest_lmeval.measures._context import current, verb
 from pytest_lmeval.measures._perplexity import Progress
 from pytest_lmeval.models._identity import facts, fingerprint, tokenizer_fingerprint
@@ -36,8 +36,8 @@ from pytest_lmeval.records._metric import value_of
 from pytest_lmeval.records._value import Value
 from pytest_lmeval.scoring._loss_accumulator import BLOCK, add_to_blocks
 from pytest_lmeval.scoring._loss_metrics import exponential
-from pytest_lmeval.statistics._bootstrap import ratio_intervals
-from pytest_lmeval.statistics._proportion import wilson_of_groups
+from pytest_lmeval.statistics._estimate import ratio_intervals
+from pytest_lmeval.statistics._proportion import wilson_of_sums
 
 TOKENS, SAME, KL, DIFFERENCE = range(4)  # columns of a row of sums
 
@@ -65,7 +65,7 @@ def agreement(
         "limit": context.session.limit if limit is None else limit,
         "as_stream": as_stream,
     }
-    about = [corpus.name, corpus.split, corpus.fingerprint, tokenizer_fingerprint(model), fingerprint(other), other.limit]
+    about = [corpus.name, corpus.split, corpus.identity, tokenizer_fingerprint(model), fingerprint(other), other.limit]
     key = context.key("agreement", model, settings, [*about, policy.reading, their_policy.reading])
     if corpus.fingerprint and (finished := context.finished(key)) is not None:
         return AgreementResult(finished)
@@ -80,7 +80,7 @@ def agreement(
 @dataclass(frozen=True, repr=False)
 class AgreementResult(Result):
     """The result of `agreement`. Values have a 95 % interval, `.low` to `.high`, over blocks of the text, or documents:
-    Wilson's score with the design effect for `agreement`, the bootstrap for means; NoIntervalError if the text is too short."""
+    Wilson's score with the effective size for `agreement`, Student's t for means; NoIntervalError if the text is too short."""
 
     agreement = MetricValue()
     """Fraction of positions where both have the same most likely token; of equally likely ones, the first counts."""
@@ -104,7 +104,6 @@ def measure_agreement(
     tokens: int | None = None,
     limit: int | None = None,
     as_stream: bool | None = None,
-    seed: int = 0,
     progress: Progress | None = None,
 ) -> AgreementResult:
     """Read a corpus with both models and compare their predictions at each position.
@@ -122,10 +121,11 @@ def measure_agreement(
     _refuse_incomparable(lm, reference, source)
     by_document = not (source.as_stream if as_stream is None else as_stream)
     policies = [policy or policy_for(lm), reference_policy or policy_for(reference)]
+    counts = Counter[str]()
     texts = tee(source.documents())  # an iterator can be read once; tee holds only what one model is ahead
     read = [
-        _read(model, chosen, replace(source, documents=partial(iter, text)), tokens, limit, by_document)
-        for model, chosen, text in zip((lm, reference), policies, texts, strict=True)
+        _read(model, chosen, replace(source, documents=partial(iter, text)), tokens, limit, by_document, counted)
+        for model, chosen, text, counted in zip((lm, reference), policies, texts, (counts, Counter[str]()), strict=True)
     ]
     began, sums = time.perf_counter(), _Sums(by_document)
     for ours, theirs in _aligned(*read):
@@ -133,17 +133,18 @@ def measure_agreement(
         if progress is not None:
             progress(int(sums.total[TOKENS]), sums.nats, None)
     if not sums.units:
-        raise StreamError(f"{source} holds no document: there is nothing to compare.")
-    chosen = {"tokens": tokens, "limit": limit, "by_document": by_document, "data": source.fingerprint, "seed": seed}
+        raise nothing_to_score(source, counts["skipped"])
+    chosen = {"tokens": tokens, "limit": limit, "by_document": by_document, "data": source.fingerprint}
     certificate = policies[0].certificate
     record = Record(
         kind="agreement",
         subject=f"{source} with {reference.spec}",
         lm=facts(lm),
         settings={"reference": schema.to_plain(facts(reference)), **chosen},
-        details={"read": policies[0].reading, "reference_read": policies[1].reading},
+        details={"read": policies[0].reading, "reference_read": policies[1].reading, **counts},
+        notes=notes_on(source, len(sums.units), counts["skipped"], counts["special_tokens"]),
         example="document" if by_document else "block",
-        metrics=_metrics(sums, seed),
+        metrics=_metrics(sums),
         cost=Cost(seconds=time.perf_counter() - began, tokens=int(sums.total[TOKENS])),
         certificate=None if certificate is None else structs.replace(certificate, chunking_used=policies[0].reading),
     )
@@ -175,15 +176,20 @@ class _Piece:
 
 
 def _read(
-    lm: Model, policy: Policy, corpus: Corpus, tokens: int | None, limit: int | None, by_document: bool
+    lm: Model, policy: Policy, corpus: Corpus, tokens: int | None, limit: int | None, by_document: bool, counts: Counter[str]
 ) -> Iterator[_Piece]:
-    """Each chunk of one model, with the logits that it was scored from."""
+    """Each chunk of one model, with the logits that it was scored from. Counts documents without a target as `skipped`, and
+    `special_tokens`."""
     last: deque[Tensor] = deque(maxlen=1)
     engine = Engine(lm, policy, on_logits=last.append)
     for document, ids in enumerate(sequences(lm, corpus, by_document=by_document, limit=limit, tokens=tokens)):
+        if by_document and ids.is_empty:
+            counts["skipped"] += 1
+            continue
         with naming(f"{corpus}, document {document}" if by_document else str(corpus)):
             for chunk in engine.stream(ids):
-                yield _Piece(document, chunk.start, last[0][0, -len(chunk.nll) :], chunk.nll)
+                yield _Piece(document - counts["skipped"], chunk.start, last[0][0, -len(chunk.nll) :], chunk.nll)
+        counts.update({"special_tokens": ids.special} if ids.special else ())
 
 
 def _aligned(ours: Iterator[_Piece], theirs: Iterator[_Piece]) -> Iterator[tuple[_Piece, _Piece]]:
@@ -243,10 +249,11 @@ class _Sums:
         self.units[-1] += rows.sum(axis=0)
 
 
-def _metrics(sums: _Sums, seed: int) -> dict[str, Value]:
+def _metrics(sums: _Sums) -> dict[str, Value]:
     units, n = np.array(sums.units), int(sums.total[TOKENS])
-    same = wilson_of_groups(units[:, SAME], units[:, TOKENS])
-    around_kl, around_difference = ratio_intervals(units, [(KL, TOKENS), (DIFFERENCE, TOKENS)], seed=seed)
+    same = wilson_of_sums(units[:, [SAME, TOKENS]], consecutive=not sums.by_document)
+    ratios = [(KL, TOKENS), (DIFFERENCE, TOKENS)]
+    around_kl, around_difference = ratio_intervals(units, ratios, consecutive=not sums.by_document)
     difference = value_of("nll_difference", sums.total[DIFFERENCE] / n, around_difference, n=n)
     return {
         "agreement": value_of("agreement", sums.total[SAME] / n, same, n=n),

@@ -119,7 +119,7 @@ def _values(samples: dict[str, list[float]], batch_size: int, seq_len: int, rate
         "decode_tokens_per_second": [batch_size / time for time in samples.get("tpot", ())],
     }
     return {
-        **{name: median(name, times) for name, times in samples.items()},
+        **{name: median(name, times, runs=len(samples["e2e"])) for name, times in samples.items()},
         **{name: median(name, values, unit=rate) for name, values in rates.items() if values},
         **{name: value for of, times in samples.items() for name, value in spread(of, times).items()},
     }

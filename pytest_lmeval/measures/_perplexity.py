@@ -13,7 +13,7 @@ import torch
 from msgspec import structs
 
 from pytest_lmeval.data._corpus import Corpus
-from pytest_lmeval.data._tokens import TokenReader, as_corpus, sequences
+from pytest_lmeval.data._tokens import TokenReader, as_corpus, notes_on, nothing_to_score, sequences
 from pytest_lmeval.engine import Chunk, Engine, Policy, policy_for
 from pytest_lmeval.engine._policy import Window
 from pytest_lmeval.engine._tokens import naming
@@ -77,7 +77,7 @@ def perplexity(
         "as_stream": as_stream,
         "positions": positions,
     }
-    data = [corpus.name, corpus.split, corpus.fingerprint, tokenizer_fingerprint(model), policy.reading, str(losses)]
+    data = [corpus.name, corpus.split, corpus.identity, tokenizer_fingerprint(model), policy.reading, str(losses)]
     key = context.key("perplexity", model, settings, data)
     known = bool(corpus.fingerprint)  # an iterator may give other tokens the next time
     if known and (finished := context.finished(key)) is not None:
@@ -107,7 +107,7 @@ def perplexity(
 
 @dataclass(frozen=True, repr=False)
 class PerplexityResult(Result):
-    """The result of `perplexity`. Values have a 95 % interval, `.low` to `.high` (bootstrap over documents, or blocks of one
+    """The result of `perplexity`. Values have a 95 % interval, `.low` to `.high` (over documents, or blocks of one
     stream; NoIntervalError if the text is too short for one)."""
 
     resumed_at: int = 0  # tokens that an interrupted run had already scored
@@ -199,7 +199,6 @@ def measure_perplexity(
     positions: tuple[int, ...] = (),
     losses: str | Path | None = None,
     units: str | Path | None = None,
-    seed: int = 0,
     progress: Progress | None = None,
     checkpoints: Checkpoints | None = None,
     key: str = "",
@@ -253,9 +252,9 @@ def measure_perplexity(
         if monitor is not None:
             monitor.measure(sums, last=True)
     if not sums.tokens:
-        raise StreamError(f"{source} holds no document, or no code that could be predicted: there is nothing to score.")
+        raise nothing_to_score(source, sums.skipped)
     chosen = {"tokens": tokens, "limit": limit}
-    record = record_of(engine, source, sums, chosen, audit, seconds=time.perf_counter() - began, seed=seed)
+    record = record_of(engine, source, sums, chosen, audit, seconds=time.perf_counter() - began)
     files = {"examples": losses and str(losses), "units": units and str(units)}
     if units is not None:
         write_units(units, sums)
@@ -276,10 +275,14 @@ def _nothing_kept_if_refused(checkpoints: Checkpoints | None, key: str, losses: 
 
 
 def read(engine: Engine, texts: Iterable[TokenReader], sums: LossAccumulator, name: str, audit: TextAudit) -> Iterator[Chunk]:
-    """Read the texts from where the sums end, and add each chunk to them, and to the audit."""
+    """Read the texts from where the sums end, and add each chunk to them, and to the audit. Documents without a target are
+    skipped and counted."""
     begun = bool(sums.scored)
     for index, ids in enumerate(texts):
-        if index < len(sums.documents):
+        if index < len(sums.documents) + sums.skipped:
+            continue
+        if not begun and sums.by_document and ids.is_empty:
+            sums.skipped += 1
             continue
         if not begun:
             sums.start_document()
@@ -290,7 +293,8 @@ def read(engine: Engine, texts: Iterable[TokenReader], sums: LossAccumulator, na
                 audit.add(chunk)
                 yield chunk
             audit.end()
-        sums.documents.append(ids.content.hexdigest()[:16])
+        sums.end_document(ids.content.hexdigest()[:16])
+        sums.special_tokens += ids.special
         begun = False
 
 
@@ -302,13 +306,12 @@ def record_of(
     audit: TextAudit,
     *,
     seconds: float,
-    seed: int,
 ) -> Record:
     """The record of all metrics, and of how the corpus was read."""
     lm, policy = engine.lm, engine.policy
     windows, certificate = policy.windows, policy.certificate
     again = sums.beginning
-    metrics = above_floor(metrics_of(sums, seconds=seconds - again.seconds, seed=seed), corpus.entropy)
+    metrics = above_floor(metrics_of(sums, seconds=seconds - again.seconds), corpus.entropy)
     return Record(
         kind="perplexity",
         subject=str(corpus),
@@ -325,19 +328,22 @@ def record_of(
             "tokenizer": None if corpus.tokenized else getattr(lm.tokenizer, "name", type(lm.tokenizer).__name__),
             "unit": "document" if sums.by_document else f"block of {sums.block} tokens",
             "data": corpus.fingerprint,
-            "seed": seed,
             **({"positions": list(sums.positions)} if sums.positions else {}),
+            **({"special_tokens": True} if corpus.special_tokens else {}),
         },
         details={
             "why": "the state is carried" if windows is None else windows.why,
             "chunks": sums.chunks_seen,
             "documents": len(sums.units) if sums.by_document else None,
             "audit_seconds": again.seconds,
+            **({"skipped": sums.skipped} if sums.skipped else {}),
+            **({"special_tokens": sums.special_tokens} if sums.special_tokens else {}),
             **({"not_reached": not_reached(sums)} if sums.positions else {}),
             **(fast_weights.details_of(sums.fast_weights, lm, sums.tokens) if sums.fast_weights else {}),
         },
         notes=[
             *([] if windows is None else [str(windows)]),
+            *notes_on(corpus, len(sums.documents), sums.skipped, sums.special_tokens),
             *(() if policy.carry else policy.withheld[:1]),  # nothing is shared or batched in a text
             *spread_note(certificate, audit.result, policy),
         ],

@@ -114,7 +114,7 @@ def _values(passes: list[list[float]], samples: dict[str, list[float]], tokens: 
     early = np.median([run[1 : 1 + quarter] for run in passes])
     late = np.median([run[-quarter:] for run in passes])
     return {
-        "chunk_latency": median("chunk_latency", samples["chunk"]),
+        "chunk_latency": median("chunk_latency", samples["chunk"], runs=len(samples["stream"])),
         **spread("chunk_latency", samples["chunk"]),
         "tokens_per_second": median("tokens_per_second", [tokens / time for time in samples["stream"]], unit=rate),
         "slowdown": value_of("slowdown", float(late / early), n=len(passes)),

@@ -85,4 +85,5 @@ def _average(values: list[Value], *, weighted: bool) -> Value:
         below = math.hypot(*(weight * (value - value.low) for weight, value in pairs))
         above = math.hypot(*(weight * (value.high - value) for weight, value in pairs))
         interval = (mean - below, mean + above)
-    return value_of("average", mean, interval, n=sum(value.n or 0 for value in values))
+    n, ties = sum(value.n or 0 for value in values), sum(value.ties for value in values)
+    return value_of("average", mean, interval, n=n, ties=ties)

@@ -22,31 +22,33 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from msgspec import structs
 
-from pytest_lmeval.data._rows import Row, Rows
+from pytest_lmeval.data._formats import Row
+from pytest_lmeval.data._rows import Rows
 from pytest_lmeval.engine import Engine, Policy, Prompt, Request, Scored, policy_for
+from pytest_lmeval.engine._losses import token_rounding
 from pytest_lmeval.errors import ArgumentError, NotFiniteError, Refused, TaskError, nearest
 from pytest_lmeval.measures._audit import spread_note
 from pytest_lmeval.measures._context import VerbContext, current, verb
 from pytest_lmeval.measures._task_audit import Answered, TaskAudit
 from pytest_lmeval.models._identity import facts, tokenizer_fingerprint
-from pytest_lmeval.models._model import Model
+from pytest_lmeval.models._model import Model, special_pattern, with_special_tokens
 from pytest_lmeval.records._example import Example
 from pytest_lmeval.records._journal import key_of
 from pytest_lmeval.records._measured import Cost, Record, Result
 from pytest_lmeval.records._metric import Metric, Norm, judge_of, metric
 from pytest_lmeval.records._value import Value
 from pytest_lmeval.scoring._answers import AnswerFile
-from pytest_lmeval.scoring._fewshot import Fewshot, Shots, question_of, rows_of
+from pytest_lmeval.scoring._fewshot import Fewshot, Shots, identity_of, question_of, rows_of
 from pytest_lmeval.scoring._metrics import compute, metrics_of, scored
 from pytest_lmeval.scoring._requests import EncodedQuestion, Encoder, Truncate
 from pytest_lmeval.statistics import _sequential as sequential
 from pytest_lmeval.tasks import find
-from pytest_lmeval.tasks._questions import Choices, Generate, Judge, Question, Task, id_of
+from pytest_lmeval.tasks._questions import Choices, Generate, Judge, Question, Task
 
 BATCHES = 16  # in a block after the first: more questions share more, and a first block of one batch shows progress at once
 BLOCK_TOKENS = 1 << 16  # of the prompts of a block, at most: a run that is killed loses one block
 
-Asked: TypeAlias = "tuple[int, Row, Question]"  # a question, and the row that it is made of, with its number
+Asked: TypeAlias = "tuple[int, str, Row, Question]"  # a question, and the row that it is made of, with its number and name
 
 Progress = Callable[[int, float, "int | None"], None]
 """Called after each block with the questions answered, those answered right, and the questions expected (None: unknown)."""
@@ -77,7 +79,7 @@ def task(
     model, certificate = context.certified(lm)
     limit = context.session.limit if limit is None else limit
     settings: dict[str, Any] = {"shots": shots, "limit": limit, "fewshot": fewshot, "truncate": truncate, "seed": seed}
-    data = [asked.name, asked.style, _rows_fingerprint(asked.rows, context), tokenizer_fingerprint(model)]
+    data = [asked.name, asked.style, asked.special_tokens, _rows_fingerprint(asked, context), tokenizer_fingerprint(model)]
     key = context.key("task", model, {**settings, "batch_size": batch_size, "invariant": invariant}, data)
     written = context.file("examples.jsonl")
     finished = context.journaled(key)
@@ -148,6 +150,7 @@ def measure_task(
     if limit is not None and limit < 1:
         raise TaskError(f"limit is {limit}: a task asks at least one question.")
     began = time.perf_counter()
+    lm = with_special_tokens(lm) if task.special_tokens else lm
     engine = Engine(lm, policy)
     not_questions = list[int]()
     asked = _questions(task, data_dir, not_questions)
@@ -163,11 +166,11 @@ def measure_task(
     questions = islice(_encoded(task, asked, metrics, encoder, drawn), limit)
     for block in _blocks(questions, engine.policy.batch_size, grow=task.threshold is None):
         fresh = [one for one in block if not _is_current(earlier.get(one.number), one, task.judge)]
-        new = list(_answers(engine, fresh, metrics, task.judge, seed))
+        new = list(_answers(engine, fresh, metrics, task, seed))
         with _nothing_kept_if_refused(answers):
             answers.append(audit.block(new, answered))
         found = {one.example.number: one.example for one in new}
-        answered += [found.get(one.number) or _scored(earlier[one.number], metrics) for one in block]
+        answered += [found.get(one.number) or _scored(earlier[one.number], metrics, task, lm) for one in block]
         for one in block:
             if one.number not in found:
                 audit.add(earlier[one.number], one.requests)
@@ -201,6 +204,7 @@ def measure_task(
         "truncate": truncate,
         **({} if task.threshold is None else {"threshold": task.threshold}),
         **({"invariant": True} if engine.policy.invariant else {}),
+        **({"special_tokens": True} if task.special_tokens else {}),
         "prompts": hashlib.sha256("".join(prompts).encode(errors="surrogatepass")).hexdigest()[:16],
         **({"generation": sorted(generation)} if generation else {}),
     }
@@ -208,9 +212,8 @@ def measure_task(
     values = compute(metrics, answered, seed=seed, threshold=task.threshold)
     if verdict is not None:  # asking ended because of the answers: only the interval of the rate allows for that
         why = "Asking ended because of the answers, and only the interval of the rate allows for that. Compare `.rate`."
-        values |= {
-            name: metric(name).value(float(value), n=value.n, why=why) for name, value in values.items() if name != "rate"
-        }
+        others = {name: value for name, value in values.items() if name != "rate"}
+        values |= {name: metric(name).value(float(one), n=one.n, ties=one.ties, why=why) for name, one in others.items()}
         total = _number_of_questions(task, limit, data_dir, len(not_questions))
         details |= {"rate_is": verdict, "not_asked": None if total is None else total - len(answered)}
     details |= {
@@ -219,14 +222,20 @@ def measure_task(
         "truncated": sum(example.truncated > 0 for example in answered),
         "fewer_shots": sum(example.shots_dropped > 0 for example in answered),
         "retokenized": sum(example.retokenized for example in answered),
-        "ties": sum(example.tied for example in answered),
+        "ties": sum(len(example.likeliest(_norm(metrics))) > 1 for example in answered),
         "tokens_read": sum(example.read for example in answered),
         "tokens_alone": sum(example.read + example.saved for example in answered),
         "padding": engine.counts.padding,
         "audit_seconds": audit.seconds,
     }
-    noted = ("truncated", "fewer_shots", "retokenized", "ties", "not_questions", "not_asked")
+    noted = ("truncated", "fewer_shots", "retokenized", "not_questions", "not_asked")
     notes = [f"{details[name]:,} {name.replace('_', ' ')}" for name in noted if details.get(name)]
+    in_metrics = {name: value.ties for name, value in values.items() if metric(name).norm is not None}
+    notes += _tie_notes(task, len(answered), in_metrics or {"outputs": details["ties"]})
+    if special := _with_special_tokens(lm, answered):
+        details["special_tokens"] = special
+        how = "control tokens" if task.special_tokens else "text"
+        notes.append(f"special tokens are written in {special:,} questions, read as {how}")
     if engine.policy.sharing != "prefix sharing: on":
         notes.insert(0, engine.policy.sharing)
     certificate, seconds, again = engine.policy.certificate, time.perf_counter() - began, audit.result(answered)
@@ -260,12 +269,12 @@ def _nothing_kept_if_refused(answers: AnswerFile) -> Iterator[None]:
 
 def _questions(task: Task, data_dir: str | Path | None, not_questions: list[int]) -> Iterator[Asked]:
     """The questions of the rows; the indices of rows that are none are appended to `not_questions`."""
-    for number, row in enumerate(rows_of(task.rows, data_dir)):
-        question = question_of(task, row, f"row {number}")
+    for number, (where, row) in enumerate(rows_of(task.rows, data_dir)):
+        question = question_of(task, row, where)
         if question is None:
             not_questions.append(number)
         else:
-            yield number, row, question
+            yield number, where, row, question
 
 
 def _metrics_of(task: Task, questions: Iterator[Asked]) -> tuple[list[Metric], Iterator[Asked]]:
@@ -273,7 +282,7 @@ def _metrics_of(task: Task, questions: Iterator[Asked]) -> tuple[list[Metric], I
     names = task.metrics
     if names is None:
         first = list(islice(questions, 1))
-        names = next((task.metrics_for(question, f"row {number}") for number, _, question in first), ())
+        names = next((task.metrics_for(question, where) for _, where, _, question in first), ())
         questions = chain(first, questions)
     return metrics_of(list(dict.fromkeys((*names, "chance"))), task.name), questions
 
@@ -283,9 +292,9 @@ def _encoded(
 ) -> Iterator[EncodedQuestion]:
     """The questions as the model reads them. Raises TaskError for one from which a metric cannot be computed, before it is
     read."""
-    for number, row, question in questions:
-        own = id_of(row)
-        task.check(question, metrics, f"row {number} ({own})")
+    for number, where, row, question in questions:
+        own = identity_of(task, row, where)
+        task.check(question, metrics, where)
         yield encoder.encode(question, task.description, shots.texts(row, own), id=own, number=number)
 
 
@@ -305,10 +314,11 @@ def _blocks(questions: Iterator[EncodedQuestion], batch_size: int, *, grow: bool
 
 
 def _answers(
-    engine: Engine, block: Sequence[EncodedQuestion], metrics: list[Metric], judge: Judge | None, seed: int
+    engine: Engine, block: Sequence[EncodedQuestion], metrics: list[Metric], task: Task, seed: int
 ) -> Iterator[Answered]:
     """The answered and scored questions, in their order, each with what was read for it."""
     found: dict[int, dict[str, Any]] = {}
+    judge = task.judge
     readings: dict[int, list[tuple[Request, np.ndarray]]] = {}
     if choices := [(one, one.question) for one in block if isinstance(one.question, Choices)]:
         likelihoods = iter(engine.score([request for one, _ in choices for request in one.requests]))
@@ -349,7 +359,7 @@ def _answers(
             retokenized=one.retokenized,
             **fields,
         )
-        yield Answered(_scored(example, metrics), readings.get(one.number, ()))
+        yield Answered(_scored(example, metrics, task, engine.lm), readings.get(one.number, ()))
 
 
 def _chosen(asked: EncodedQuestion, question: Choices, scores: Sequence[Scored], lm: Model) -> dict[str, Any]:
@@ -399,14 +409,36 @@ def _judging(judge: Judge, names: Sequence[str]) -> Callable[[int, str], bool | 
     return judged
 
 
-def _scored(example: Example, metrics: list[Metric]) -> Example:
+def _scored(example: Example, metrics: list[Metric], task: Task, lm: Model) -> Example:
     """The example with its scores. The first metric that compares choices says by which norm one is `chosen`; `output` is the
     likeliest without a norm, so that no metric of texts depends on the metrics beside it."""
     if example.choices:
-        norm: Norm = next((metric.norm for metric in metrics if metric.norm is not None), "sum")
-        output = (example.texts or example.choices)[example.predicted()].strip()
-        example = structs.replace(example, chosen=example.predicted(norm), output=output)
+        example = structs.replace(
+            example,
+            rounding=token_rounding(lm.dtype),
+            tie_rule=task.tie_rule,
+            chosen=example.predicted(_norm(metrics)),
+            output=(example.texts or example.choices)[example.predicted()].strip(),
+        )
     return structs.replace(example, scores=scored(example, metrics))
+
+
+def _norm(metrics: Sequence[Metric]) -> Norm:
+    """How choices are compared by the first metric that compares any."""
+    return next((metric.norm for metric in metrics if metric.norm is not None), "sum")
+
+
+def _tie_notes(task: Task, questions: int, ties: dict[str, int]) -> list[str]:
+    """How many questions are tied in which metrics, and what these count; nothing without any."""
+    counted = {"first": "the first of tied choices is taken, as in lm_eval", "shared": "each of k tied choices counts 1/k"}
+    names: dict[int, list[str]] = {}
+    for name, count in ties.items():
+        names.setdefault(count, []).append(name)
+    return [
+        f"{count:,} of {questions:,} questions tied in {' and '.join(tied)} ({counted[task.tie_rule]})"
+        for count, tied in names.items()
+        if count
+    ]
 
 
 def _certain(threshold: float, examples: Sequence[Example]) -> str | None:
@@ -417,6 +449,14 @@ def _certain(threshold: float, examples: Sequence[Example]) -> str | None:
     return sequential.verdict(sum(example.judged is True for example in examples), len(examples), threshold)
 
 
+def _with_special_tokens(lm: Model, answered: Sequence[Example]) -> int:
+    """The number of questions whose prompt or choices have a special token written in them."""
+    if (pattern := special_pattern(lm)) is None:
+        return 0
+    texts = ("\0".join((one.prompt, *one.choices)) for one in answered)
+    return sum(pattern.search(text.encode()) is not None for text in texts)
+
+
 def _rows_name(rows: Any) -> str:
     if isinstance(rows, list | tuple):
         return f"{len(rows)} rows"
@@ -425,11 +465,13 @@ def _rows_name(rows: Any) -> str:
     return f"{rows.__module__}.{rows.__qualname__}" if hasattr(rows, "__qualname__") else type(rows).__name__
 
 
-def _rows_fingerprint(rows: Any, context: VerbContext) -> str:
+def _rows_fingerprint(task: Task, context: VerbContext) -> str:
     """Empty where it is unknown before the rows are read: of a function."""
-    if isinstance(rows, Rows):
-        return rows.fingerprint(context.session.mirror)
-    return key_of(rows=rows) if isinstance(rows, list | tuple) else ""
+    if isinstance(task.rows, Rows):
+        return task.rows.fingerprint(context.session.mirror)
+    if not isinstance(task.rows, list | tuple):
+        return ""
+    return key_of(rows=[identity_of(task, row, where) for where, row in rows_of(task.rows)])
 
 
 def _number_of_questions(

@@ -191,9 +191,10 @@ class NoTokenizer:
 
 
 class HFTokenizer:
-    """A transformers tokenizer as a `_model.Tokenizer`: without special tokens, with the byte offset where each token ends."""
+    """A transformers tokenizer as a `_model.Tokenizer`: adds no special tokens, and gives the byte where each token ends."""
 
-    def __init__(self, tokenizer: Any, name: str) -> None:
+    def __init__(self, tokenizer: Any, name: str, *, special_tokens: bool = False) -> None:
+        self.special_tokens = special_tokens
         self.tokenizer, self.name, self.bos, self.eos = tokenizer, name, tokenizer.bos_token_id, tokenizer.eos_token_id
         self.ends: tuple[int, ...] = () if self.eos is None else (self.eos,)
 
@@ -211,13 +212,24 @@ class HFTokenizer:
         ids = sorted(added | set(self.tokenizer.all_special_ids))
         return dict(zip(ids, map(str, self.tokenizer.convert_ids_to_tokens(ids)), strict=True))
 
+    def with_special_tokens(self) -> HFTokenizer:
+        reading = copy.copy(self)
+        reading.special_tokens = True
+        return reading
+
     def decode(self, ids: Any) -> str:
         """Return the text, without special tokens."""
         return str(self.tokenizer.decode(list(map(int, ids)), skip_special_tokens=True))
 
     def encode(self, text: str) -> tuple[Any, Any]:
         fast = bool(getattr(self.tokenizer, "is_fast", False))
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
+        encoded = self.tokenizer(
+            text,
+            add_special_tokens=False,
+            split_special_tokens=not self.special_tokens,
+            return_offsets_mapping=fast,
+            verbose=False,
+        )
         ids = np.asarray(encoded["input_ids"], dtype=np.int64)
         widths = np.fromiter((len(character.encode()) for character in text), dtype=np.int64, count=len(text))
         bytes_before = np.concatenate([[0], np.cumsum(widths)])  # [i]: bytes of the first i characters

@@ -247,4 +247,5 @@ def tokenizer_fingerprint(lm: Model) -> str:
     except SpecError:
         return "none"
     special = [getattr(lm.tokenizer, name, None) for name in ("bos", "eos", "prefix")]
+    special += ["special tokens"] * bool(getattr(lm.tokenizer, "special_tokens", False))
     return hashlib.sha256(f"{encoded} {special}".encode()).hexdigest()[:16]

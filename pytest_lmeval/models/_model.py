@@ -9,9 +9,10 @@ Axes, here and in every docstring of the package:
 from __future__ import annotations
 
 import copy
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -53,6 +54,10 @@ class Tokenizer(Protocol):
     ids before every prompt (default: (bos,)); for generated answers, `decode(ids) -> text` (with U+FFFD for bytes that are no
     character), `eos`, the id that ends an answer (`ends`, if there are several), and `special`, id -> text of the tokens that
     `decode` leaves out.
+
+    `encode` reads special tokens that are written in a text, "<|im_end|>", as the characters that they are. `special` lets
+    records say that there were some; `with_special_tokens()` gives the tokenizer that reads them as control tokens, of which
+    `special_tokens` is True.
     """
 
     def encode(self, text: str) -> tuple[Any, Any]:
@@ -82,6 +87,24 @@ def tokenizer_for(given: Any, vocab_size: int) -> Tokenizer | None:
         raise SpecError(f"{type(given).__name__} is no tokenizer: it has no encode(text) -> (ids, byte_ends).")
     tokenizer: Tokenizer | None = given
     return tokenizer
+
+
+def with_special_tokens(lm: Model) -> Model:
+    """The model, which reads special tokens that are written in a text as control tokens. Raises SpecError if it cannot."""
+    reading = getattr(lm.tokenizer, "with_special_tokens", None)
+    if reading is None:
+        raise SpecError(
+            f"special_tokens=True, and the tokenizer of {lm.spec} has no special tokens that a text could hold. Leave it out, "
+            "or give the tokenizer a method `with_special_tokens()`."
+        )
+    return replace(lm, tokenizer=reading())
+
+
+def special_pattern(lm: Model) -> re.Pattern[bytes] | None:
+    """What finds a special token of the model's tokenizer in the UTF-8 bytes of a text; None if it knows none."""
+    special = getattr(lm.tokenizer, "special", {}).values()
+    longest_first = sorted((text.encode() for text in special if text), key=len, reverse=True)
+    return re.compile(b"|".join(map(re.escape, longest_first))) if longest_first else None
 
 
 @dataclass(frozen=True)

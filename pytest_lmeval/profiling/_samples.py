@@ -10,7 +10,7 @@ import numpy as np
 from pytest_lmeval.records._measured import Series
 from pytest_lmeval.records._metric import metric, value_of
 from pytest_lmeval.records._value import Value
-from pytest_lmeval.statistics._bootstrap import FEWEST_UNITS
+from pytest_lmeval.statistics._estimate import FEWEST_UNITS
 
 EXACT = 1000  # samples
 STEADY, DISTURBED = 0.10, 0.25  # of the median; torch.utils.benchmark warns at the same two
@@ -18,16 +18,21 @@ DETECTED = 1.96 + 0.84  # normal quantiles: 5 % false alarms (two-sided) and 80 
 MILLISECONDS = 1e3  # a second
 
 
-def median(name: str, samples: Sequence[float], *, unit: str | None = None) -> Value:
+def median(name: str, samples: Sequence[float], *, unit: str | None = None, runs: int | None = None) -> Value:
     """The median of a metric's samples, in its unit (times are given in seconds), with its distribution-free 95 % interval:
     the order statistics that it lies between by the binomial distribution (beyond a thousand samples, by its normal
-    approximation, widened by one sample on each side)."""
-    ordered = np.sort(_in_unit(name, samples))
+    approximation, widened by one sample on each side).
+
+    runs  the samples are, in order, those of so many runs: samples of one run are alike, so the interval is that of the
+          medians of the runs
+    """
+    values = _in_unit(name, samples)
+    ordered = np.sort(values if runs is None else np.median(values.reshape(runs, -1), axis=1))
     n, interval = len(ordered), None
     if n >= FEWEST_UNITS:
         index = _index(n)
         interval = float(ordered[index]), float(ordered[n - 1 - index])
-    return value_of(name, float(np.median(ordered)), interval, n=n, unit=unit)
+    return value_of(name, float(np.median(values)), interval, n=len(values), unit=unit)
 
 
 def _in_unit(name: str, samples: Sequence[float]) -> np.ndarray:

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from typing import Literal
+
+from msgspec import structs
+
 from pytest_lmeval.records._metric import Norm
 from pytest_lmeval.records._schema import StoredStruct
+
+FLOAT64 = 1e-12  # a larger relative difference is not the rounding of sums and quotients here
 
 
 class Example(StoredStruct, frozen=True, kw_only=True):
@@ -23,8 +30,10 @@ class Example(StoredStruct, frozen=True, kw_only=True):
     loglikelihoods  of each choice after the prompt, in nats, summed over its tokens
     tokens          number of tokens of each choice
     greedy          for each choice, whether greedy decoding would generate it
-    chosen          index of the choice that is judged: the likeliest under the norm of the first metric that compares choices;
-                    None if the answer was generated
+    rounding        what rounding changes in the log-likelihood of a token, nats: choices no further apart are a tie
+    tie_rule        what a tie counts: "shared", each of its k choices 1/k; "first", the first of equal ones all, as in lm_eval
+    chosen          index of the choice that is shown: the likeliest under the norm of the first metric that compares choices,
+                    the first of equal ones; None if the answer was generated
     targets         all right texts, stripped
     judged          verdict of the task's judge on the output
     generated       the output as the judge read it, before it was stripped; empty without a judge
@@ -49,6 +58,8 @@ class Example(StoredStruct, frozen=True, kw_only=True):
     loglikelihoods: tuple[float, ...] = ()
     tokens: tuple[int, ...] = ()
     greedy: tuple[bool, ...] = ()
+    rounding: float = 0.0
+    tie_rule: Literal["shared", "first"] = "shared"
     chosen: int | None = None
     targets: tuple[str, ...] = ()
     judged: bool | None = None
@@ -70,8 +81,17 @@ class Example(StoredStruct, frozen=True, kw_only=True):
             raise ValueError(f"chosen is {self.chosen} and there are {count} choices")
 
     def compared(self, norm: Norm = "sum") -> list[float]:
-        """The log-likelihoods of the choices, normalized."""
-        return compared(self.loglikelihoods, self.choices, self.tokens, norm)
+        """The log-likelihoods of the choices, each divided by the length of its choice."""
+        return [total / length for total, length in zip(self.loglikelihoods, self.lengths(norm), strict=True)]
+
+    def lengths(self, norm: Norm) -> list[int]:
+        """What the norm divides by, at least 1: tokens, bytes or characters, without the one blank after the prompt."""
+        if norm == "sum":
+            return [1] * len(self.choices)
+        if norm == "token":
+            return [max(1, count) for count in self.tokens]
+        bare = [choice.removeprefix(" ") for choice in self.choices]
+        return [max(1, len(choice.encode() if norm == "byte" else choice)) for choice in bare]
 
     def predicted(self, norm: Norm = "sum") -> int:
         """Index of the likeliest choice; the first one of a tie."""
@@ -85,20 +105,33 @@ class Example(StoredStruct, frozen=True, kw_only=True):
 
     @property
     def tied(self) -> bool:
-        """Another choice is exactly as likely as the likeliest."""
-        return len(self.choices) > 1 and self.loglikelihoods.count(max(self.loglikelihoods)) > 1
+        """Several choices are the likeliest."""
+        return len(self.likeliest()) > 1
 
+    def likeliest(self, norm: Norm = "sum") -> tuple[int, ...]:
+        """Indices of the likeliest choice and of those that only rounding tells from it: a tie, if several; () without choices.
 
-def compared(loglikelihoods: tuple[float, ...], choices: tuple[str, ...], tokens: tuple[int, ...], norm: Norm) -> list[float]:
-    """Divide each log-likelihood by the length of its choice, without the one blank that separates it from the prompt."""
-    bare = [choice.removeprefix(" ") for choice in choices]
-    lengths = {
-        "sum": [1] * len(choices),
-        "token": list(tokens),
-        "byte": [len(choice.encode()) for choice in bare],
-        "character": [len(choice) for choice in bare],
-    }[norm]
-    return [total / max(1, length) for total, length in zip(loglikelihoods, lengths, strict=True)]
+        The log-likelihood of n tokens, whose roundings are independent, is known to `rounding` times the root of n.
+        """
+        if len(self.choices) < 2:
+            return tuple(range(len(self.choices)))
+        lengths = self.lengths(norm)
+        scores = [total / length for total, length in zip(self.loglikelihoods, lengths, strict=True)]
+        tokens = self.tokens or [1] * len(scores)
+        known = [self.rounding * math.sqrt(count) / length for count, length in zip(tokens, lengths, strict=True)]
+        best = scores.index(max(scores))
+        least = max(known[best], FLOAT64 * abs(scores[best]))
+        return tuple(index for index, score in enumerate(scores) if scores[best] - score <= max(least, known[index]))
+
+    def counted(self, norm: Norm = "sum") -> tuple[int, ...]:
+        """Indices of the choices that count, in equal shares, by the rule for ties; () without choices."""
+        return (self.predicted(norm),) if self.choices and self.tie_rule == "first" else self.likeliest(norm)
+
+    def resolved(self, norm: Norm = "sum") -> tuple[Example, ...]:
+        """The example with each choice that counts as the chosen one; a generated answer is itself."""
+        texts = self.texts or self.choices
+        found = (structs.replace(self, chosen=index, output=texts[index].strip()) for index in self.counted(norm))
+        return tuple(found) or (self,)
 
 
 class Unit(StoredStruct, frozen=True):

@@ -96,12 +96,14 @@ class Metric:
 
     How it is computed:
 
-    score        of one example; None if the metric does not apply to it
+    score        of one example; None if the metric does not apply to it. Of a tie it is the mean over the tied choices: each is
+                 the example's `chosen` and `output` in turn
     judges       that score says that an answer is right (1), wrong (0), or in between
     sums         (numerator, denominator): the two sums over tokens of a text whose ratio it is (see `records._example.Unit`)
     scale        factor of the mean
     exponential  it is the exponential of the scaled mean
-    interval     of its mean score: "proportion" (scores are 0 or 1) by Wilson's score, "mean" by the bootstrap
+    interval     of its mean score: "proportion" (scores are 0 or 1) by Wilson's score, "mean" by Student's t, or by
+                 Wilson's score if all lie between 0 and 1
     statistic    (examples, seed) -> estimate: if it is no mean of scores
     needs        what each question must have (see `Needs`)
     library      required package that computes it
@@ -181,6 +183,7 @@ class Metric:
         interval: tuple[float, float] | EllipsisType | None = ...,
         *,
         n: int | None = None,
+        ties: int = 0,
         unit: str | None = None,
         higher_is_better: bool | None = None,
         why: str = "",
@@ -196,7 +199,8 @@ class Metric:
         low, high = (None, None) if interval is None else (min(number, interval[0]), max(number, interval[1]))
         why = why or (TOO_LITTLE if estimated else NOT_ESTIMATED) if interval is None else ""
         better = self.higher_is_better if higher_is_better is None else higher_is_better
-        return Value(number, self.unit if unit is None else unit, low=low, high=high, n=n, higher_is_better=better, why=why)
+        unit = self.unit if unit is None else unit
+        return Value(number, unit, low=low, high=high, n=n, ties=ties, higher_is_better=better, why=why)
 
 
 def metric(name: str, value: Value | None = None) -> Metric:

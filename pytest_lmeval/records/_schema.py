@@ -40,6 +40,7 @@ class ValueFields(StoredStruct, frozen=True, kw_only=True):
     high: float | None = None
     n: int | None = None
     higher_is_better: bool | None = None
+    ties: int = 0
 
 
 def parse(raw: bytes, what: str, remedy: str) -> Any:

@@ -14,7 +14,8 @@ from typing import Any
 
 from pytest_lmeval.errors import ArgumentError, NoIntervalError
 
-FIELDS = ("unit", "low", "high", "n", "higher_is_better")
+FIELDS = ("unit", "low", "high", "n", "higher_is_better", "ties")
+MANY_TIES = 0.01  # of the questions: so many can move an accuracy by the default margin of a gate
 
 
 class Value(float):
@@ -24,6 +25,7 @@ class Value(float):
     interval          both, or None if there is none
     n                 number of things counted or averaged (tokens, examples, runs)
     higher_is_better  None if neither direction is better
+    ties              how many of n are questions whose likeliest choices are equally likely (see `Example.likeliest`)
     more              unknown fields of a later version of `metrics.json`
     name              of its metric, where a record holds it
     why               there is no interval, and what to do about it: two sentences; not stored
@@ -31,12 +33,13 @@ class Value(float):
     Raises ArgumentError for a number that is not finite, an interval that does not hold the value, or a field of another type.
     """
 
-    __slots__ = ("higher_is_better", "interval", "more", "n", "name", "unit", "why")
+    __slots__ = ("higher_is_better", "interval", "more", "n", "name", "ties", "unit", "why")
 
     unit: str
     interval: tuple[float, float] | None
     n: int | None
     higher_is_better: bool | None
+    ties: int
     more: dict[str, Any]
     name: str
     why: str
@@ -50,6 +53,7 @@ class Value(float):
         high: float | None = None,
         n: int | None = None,
         higher_is_better: bool | None = None,
+        ties: int = 0,
         more: dict[str, Any] | None = None,
         name: str = "",
         why: str = "",
@@ -60,6 +64,8 @@ class Value(float):
             )
         if n is not None and (not isinstance(n, Integral) or isinstance(n, bool) or n < 0):
             raise ArgumentError(f"n is {n!r}: it is the number of things counted, or None")
+        if not isinstance(ties, Integral) or isinstance(ties, bool) or not 0 <= ties <= (n or 0):
+            raise ArgumentError(f"ties is {ties!r}: it is the number of ties among the n = {n} questions")
         for number in (value, low, high):
             if number is not None and not isinstance(number, Real):
                 raise ArgumentError(f"a value and the ends of its interval are numbers; got {number!r}")
@@ -71,7 +77,8 @@ class Value(float):
             raise ArgumentError(f"a value lies in its interval; {value} does not lie between {low} and {high}")
         self = super().__new__(cls, value)
         interval = None if low is None or high is None else (float(low), float(high))
-        for slot, field in zip(self.__slots__, (higher_is_better, interval, more or {}, n, name, unit, why), strict=True):
+        fields = (higher_is_better, interval, more or {}, n, name, ties, unit, why)
+        for slot, field in zip(self.__slots__, fields, strict=True):
             object.__setattr__(self, slot, field)
         return self
 
@@ -113,7 +120,12 @@ class Value(float):
         low, high = self.interval or (None, None)
         return {"low": low, "high": high} | {slot: getattr(self, slot) for slot in self.__slots__ if slot != "interval"}
 
+    @property
+    def has_many_ties(self) -> bool:
+        """Over 1 % of the questions are ties."""
+        return self.ties > MANY_TIES * (self.n or 0)
+
     def to_json(self) -> dict[str, Any]:
-        """The fields of `records._schema.ValueFields`."""
+        """The fields of `records._schema.ValueFields`, without ties if there are none: few metrics can have them."""
         options = self._options()
-        return {"value": float(self)} | {name: options[name] for name in FIELDS}
+        return {"value": float(self)} | {name: options[name] for name in FIELDS if name != "ties" or self.ties}

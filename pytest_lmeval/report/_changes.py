@@ -107,8 +107,15 @@ def comparison_notes(found: Comparison, example: str) -> Iterator[str]:
         yield f"on {several(found.n or 0, example)} of both runs; {alone}"
     if found.verdict == "unclear" and found.detectable is not None:
         yield f"a loss of {number(abs(found.detectable))} would have been found (with a probability of 80 %)"
-    if found.verdict == "unclear" and found.needed and isinstance(found.margin, int | float):
+    if found.verdict == "unclear" and found.needed and not _is_certain(found) and isinstance(found.margin, int | float):
         yield f"if nothing was lost, {several(found.needed, example)} would show it ({number(found.margin)} is allowed)"
+
+
+def _is_certain(found: Comparison) -> bool:
+    """Whether something was lost for certain: the interval excludes that nothing was."""
+    if found.low is None or found.high is None or found.higher_is_better is None:
+        return False
+    return found.high < 0 if found.higher_is_better else found.low > 0
 
 
 def _notes(row: Comparison, example: str) -> Iterator[str]:

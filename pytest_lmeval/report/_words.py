@@ -36,8 +36,10 @@ def number(value: float, unit: str = "") -> str:
 
 
 def interval(value: Value) -> str:
-    """The 95 % interval, or an empty text."""
-    return "" if value.interval is None else " to ".join(map(number, value.interval))
+    """The 95 % interval, if there is one, and the number of ties, if they are many."""
+    between = "" if value.interval is None else " to ".join(map(number, value.interval))
+    ties = f"{value.ties:,} of {value.n:,} tied" if value.has_many_ties else ""
+    return ", ".join(filter(None, (between, ties)))
 
 
 def model_line(lm: ModelFacts) -> str:

@@ -21,7 +21,7 @@ import numpy as np
 from pytest_lmeval.records._example import Example
 from pytest_lmeval.records._metric import Estimate, Metric, Needs, Norm
 from pytest_lmeval.scoring._text_metrics import LOSS
-from pytest_lmeval.statistics._bootstrap import FEWEST_UNITS
+from pytest_lmeval.statistics._estimate import FEWEST_UNITS
 
 NO_ANSWER = ("unanswerable", "")  # outputs that say that the text does not tell the answer
 REPLICATES = 500
@@ -42,9 +42,9 @@ def squad_f1(example: Example) -> float:
     return _squad(example.output, example.targets)[1] if answerable(example) else exact_match(example)
 
 
-def is_right(example: Example, norm: Norm = "sum") -> float:
-    """1 if the likeliest choice is a right one."""
-    return float(example.predicted(norm) in example.right)
+def is_right(example: Example) -> float:
+    """1 if the chosen choice is a right one."""
+    return float(example.chosen in example.right)
 
 
 def units_of(examples: Sequence[Example]) -> np.ndarray:
@@ -78,7 +78,7 @@ def _matthews(labels: np.ndarray, predictions: np.ndarray, weights: np.ndarray) 
 
 
 def _bleu(examples: Sequence[Example], seed: int) -> Estimate:
-    """BLEU of the corpus, from the counts of each answer, which add up."""
+    """BLEU of the corpus, from the counts of each answer, which add up. Of a tie the first choice counts: counts are whole."""
     from sacrebleu.metrics.bleu import BLEU
 
     bleu = BLEU()
@@ -88,11 +88,13 @@ def _bleu(examples: Sequence[Example], seed: int) -> Estimate:
     np.add.at(sums, units, [[score.sys_len, score.ref_len, *score.counts, *score.totals] for score in found])
 
     def of(counts: np.ndarray) -> float:
-        length, target_length, *grams = counts.tolist()
+        length, target_length, *grams = np.rint(counts).astype(int).tolist()
         matched, total = grams[: bleu.max_ngram_order], grams[bleu.max_ngram_order :]
         return float(bleu.compute_bleu(matched, total, length, target_length, smooth_method=bleu.smooth_method).score)
 
-    return _resampled(sums, of, seed)
+    length = sums.sum(axis=0) / len(found)  # of an answer none of whose words are right
+    none = np.concatenate([length[:2], np.zeros(bleu.max_ngram_order), length[-bleu.max_ngram_order :]])
+    return _resampled(sums, of, seed, unseen=none[None])
 
 
 def _sentence_bleu(example: Example) -> float:
@@ -102,15 +104,20 @@ def _sentence_bleu(example: Example) -> float:
     return float(BLEU(effective_order=True).sentence_score(example.output, list(example.targets)).score)
 
 
-def _resampled(sums: np.ndarray, statistic: Callable[[np.ndarray], float], seed: int) -> Estimate:
-    """A statistic of the total of `sums` [units, columns], and its percentile interval; 0 without one if undefined (NaN)."""
+def _resampled(sums: np.ndarray, statistic: Callable[[np.ndarray], float], seed: int, unseen: np.ndarray) -> Estimate:
+    """A statistic of the total of `sums` [units, columns], and its percentile interval; 0 without one if undefined (NaN).
+
+    Each draw weights the units anew (the Bayesian bootstrap: Rubin 1981), and with them answers that may not have been seen yet
+    [answers, columns], one in all: what is right ten times in ten is not right for sure (Goutte and Gaussier, "A probabilistic
+    interpretation of precision, recall and F-score", 2005).
+    """
     value = statistic(sums.sum(axis=0))
     if math.isnan(value) or len(sums) < FEWEST_UNITS:
         return (0.0 if math.isnan(value) else value), None
     kinds, counts = np.unique(sums, axis=0, return_counts=True)  # few kinds: equal units are drawn together
-    generator = np.random.default_rng(seed)
-    draws = (generator.multinomial(len(sums), counts / len(sums)) @ kinds for _ in range(REPLICATES))
-    values = [statistic(drawn) for drawn in draws]
+    shapes = np.concatenate([counts, np.full(len(unseen), 1 / len(unseen))])
+    rows, generator = np.concatenate([kinds, unseen]), np.random.default_rng(seed)
+    values = [statistic(drawn) for drawn in generator.dirichlet(shapes, REPLICATES) * shapes.sum() @ rows]
     if any(map(math.isnan, values)):
         return value, None
     low, high = np.quantile(values, [0.025, 0.975])
@@ -131,23 +138,28 @@ def _where(included: Callable[[Example], bool], score: Callable[[Example], float
 
 
 def _accuracy(name: str, about: str, norm: Norm) -> Metric:
-    return _proportion(name, about, partial(is_right, norm=norm), needs="choices", norm=norm)
+    return _proportion(name, about, is_right, needs="choices", norm=norm)
 
 
 def _label(name: str, about: str, statistic: Callable[..., float], needs: Needs) -> Metric:
-    """A statistic of labels, predictions and weights [cells], the nonzero cells of the confusion matrix; NaN if undefined."""
+    """A statistic of labels, predictions and weights [cells], the nonzero cells of the confusion matrix; NaN if undefined.
+
+    A tie of k choices adds 1/k to the cell of each, as predictions drawn among them would on average.
+    """
 
     def estimate(examples: Sequence[Example], seed: int) -> Estimate:
         k = max(len(example.choices) for example in examples)
-        cells = np.array([example.right[0] * k + example.predicted() for example in examples])
         units = units_of(examples)
-        counts = np.bincount(units * k * k + cells, minlength=(units.max() + 1) * k * k).reshape(-1, k * k)
+        counts = np.zeros((units.max() + 1, k * k))
+        for unit, example in zip(units, examples, strict=True):
+            predicted = example.counted()
+            counts[unit, [example.right[0] * k + index for index in predicted]] += 1 / len(predicted)
 
         def of(weights: np.ndarray) -> float:
             seen = np.flatnonzero(weights)
             return statistic(seen // k, seen % k, weights[seen])
 
-        return _resampled(counts, of, seed)
+        return _resampled(counts, of, seed, unseen=np.eye(k * k))
 
     return _mean(name, about, is_right, needs=needs, interval=None, statistic=estimate, library="sklearn", norm="sum")
 
@@ -167,7 +179,7 @@ IN_TEXT = "where the text contains the answer (SQuAD 2.0)"
 METRICS = {
     metric.name: metric
     for metric in (
-        _accuracy("accuracy", "fraction of questions whose likeliest choice is right; the first of equal ones is taken", "sum"),
+        _accuracy("accuracy", "fraction of questions whose likeliest choice is right; a tie of k counts 1/k each", "sum"),
         _accuracy("accuracy_per_character", "of choices compared by their log-likelihood a character", "character"),
         _accuracy("accuracy_per_byte", "of choices compared by their log-likelihood a byte", "byte"),
         _accuracy("accuracy_per_token", "of choices compared by their log-likelihood a token", "token"),

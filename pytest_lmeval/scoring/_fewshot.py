@@ -8,26 +8,39 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from pytest_lmeval.data._rows import Row, Rows
+from pytest_lmeval.data._formats import Row
+from pytest_lmeval.data._rows import Rows
 from pytest_lmeval.errors import TaskError
-from pytest_lmeval.tasks._questions import Choices, Generate, Question, Task, id_of
+from pytest_lmeval.tasks._questions import Choices, Generate, Question, Task
+from pytest_lmeval.tasks._rows import guarded, id_of
 
 Fewshot = Literal["document", "lm_eval"]
 POOL = 1000  # rows to draw from: the first of their split, so that a large one is not read whole
 LM_EVAL_SEED = 1234
 
 
-def rows_of(source: Any, data_dir: str | Path | None = None) -> Iterator[Row]:
-    """The rows of a dataset, a list, or a function."""
+def rows_of(source: Any, data_dir: str | Path | None = None, word: str = "row") -> Iterator[tuple[str, Row]]:
+    """The rows of a dataset, a list, or a function, each with the words that name it: "row 3 (questions.jsonl, line 4)"."""
     if isinstance(source, Rows):
-        return source.read(data_dir)
-    return iter(source() if callable(source) else source)
+        for number, (place, row) in enumerate(source.placed(data_dir)):
+            yield f"{word} {number} ({place})", row
+        return
+    for number, row in enumerate(source() if callable(source) else source):
+        yield f"{word} {number}", row
+
+
+def identity_of(task: Task, row: Row, where: str) -> str:
+    """The id of a row (see `tasks.id_of`). Raises TaskError with the row for one that has none."""
+    try:
+        return id_of(row)
+    except TaskError as error:
+        raise TaskError(f"{task}, {where}: {error}") from None
 
 
 def question_of(task: Task, row: Row, where: str) -> Question | None:
     """The question that `ask` makes of a row. Raises TaskError with the row for a missing field and any other failure."""
     try:
-        question = task.ask(row)
+        question = task.ask(guarded(row))
     except TaskError as error:
         raise TaskError(f"{task}, {where}: {error}") from None
     except Exception as error:
@@ -62,13 +75,14 @@ class Shots:
         self.strategy = "first" if task.fewshot_strategy == "first" else how
         # lm_eval draws one more for questions of a split not called a test split, in case one draws itself
         self.spare = not isinstance(task.rows, Rows) or not task.rows.split.startswith("test")
-        self.pool = self._pool(data_dir) if count else []
-        self.ids = [] if self.strategy == "lm_eval" else [id_of(row) for row in self.pool]
+        pool = self._pool(data_dir) if count else []
+        self.pool = [row for _, row in pool]
+        self.ids = [] if self.strategy == "lm_eval" else [identity_of(task, row, where) for where, row in pool]
         self.random = random.Random(LM_EVAL_SEED)
 
-    def _pool(self, data_dir: str | Path | None) -> list[Row]:
-        rows = enumerate(rows_of(self.task.shots, data_dir))
-        questions = (row for number, row in rows if question_of(self.task, row, f"example {number}") is not None)
+    def _pool(self, data_dir: str | Path | None) -> list[tuple[str, Row]]:
+        rows = rows_of(self.task.shots, data_dir, "example")
+        questions = ((where, row) for where, row in rows if question_of(self.task, row, where) is not None)
         pool = list(islice(questions, {"first": self.count + 1, "document": POOL, "lm_eval": None}[self.strategy]))
         spare = self.strategy == "lm_eval" and self.spare
         if len(pool) < self.count + spare:
@@ -88,10 +102,10 @@ class Shots:
             return []
         if self.strategy == "lm_eval":
             drawn = self.random.sample(self.pool, self.count + self.spare)
-            others = [shot for shot in drawn if not self.spare or shot != row]
+            others = [shot for shot in drawn if not self.spare or id_of(shot) != own]
             if len(others) >= self.count:
                 return others[: self.count]
-            rest = [shot for shot in self.pool if shot != row]
+            rest = [shot for shot in self.pool if id_of(shot) != own]
             return self.random.sample(rest, len(self._enough(rest, own)))
         indices = list(range(len(self.pool)))
         if self.strategy == "document":

@@ -105,6 +105,8 @@ class LossAccumulator:
     positions     positions whose loss is measured (mean over the thousand targets up to each)
     total, units  one row, and one row for each unit, from which intervals are drawn; pairs of too many blocks are merged
     documents     a hash of each document (or of the stream) that was read to its end
+    skipped       documents without a target
+    special_tokens   special tokens that are written in the texts that were read to their end
     chunks        one row for each chunk (merged like blocks), with the bytes of the state after it
     by_position   one row for each range of positions, half an octave wide
     at_positions  [units, positions, 3] sums of tokens and nats, and the number of their positions: a unit is a document with
@@ -120,6 +122,8 @@ class LossAccumulator:
     total: np.ndarray = field(default_factory=lambda: np.zeros(COLUMNS))
     units: list[np.ndarray] = field(default_factory=list)
     documents: list[str] = field(default_factory=list)
+    skipped: int = 0
+    special_tokens: int = 0
     chunks: list[np.ndarray] = field(default_factory=list)
     by_position: np.ndarray = field(default_factory=lambda: np.zeros((HALF_OCTAVES, COLUMNS)))
     at_positions: list[np.ndarray] = field(default_factory=list)
@@ -178,6 +182,14 @@ class LossAccumulator:
             self.units.append(np.zeros(COLUMNS))
             if self.positions and (not self.at_positions or self.at_positions[-1].any()):  # else reuse the last, empty one
                 self.at_positions.append(np.zeros((len(self.positions), 3)))
+
+    def end_document(self, content: str) -> None:
+        """End a sequence whose content has this hash; one whose frames had no code to predict counts as skipped."""
+        if self.by_document and not self.units[-1][TOKENS]:
+            self.units.pop()
+            self.skipped += 1
+        else:
+            self.documents.append(content)
 
     @property
     def history(self) -> tuple[np.ndarray, np.ndarray]:

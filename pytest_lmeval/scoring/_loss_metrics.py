@@ -12,26 +12,34 @@ from pytest_lmeval.records._metric import metric, value_of
 from pytest_lmeval.records._value import Value
 from pytest_lmeval.scoring import _fast_weights as fast_weights
 from pytest_lmeval.scoring._loss_accumulator import BYTES, HITS, NATS, SECONDS, STATE, TOKENS, UNIT_COLUMNS, LossAccumulator
-from pytest_lmeval.statistics._bootstrap import FEWEST_UNITS, ratio_intervals
+from pytest_lmeval.statistics._estimate import ratio_intervals
+from pytest_lmeval.statistics._proportion import wilson_of_sums
 
+OF_ONE_TEXT = (
+    "A thousand targets of one text are too few to show how slowly it changes. Read several documents that reach the position "
+    "(as_stream=False), or compare the value itself, without knowing how sure it is."
+)
 LARGEST_EXPONENT = 700.0  # nats: the exponential of more is no float
 
 
-def metrics_of(sums: LossAccumulator, *, seconds: float, seed: int) -> dict[str, Value]:
+def metrics_of(sums: LossAccumulator, *, seconds: float) -> dict[str, Value]:
     """The metrics of a text with their intervals, in the order of a summary."""
     total, n = sums.total, sums.tokens
     names = ["nll", *(["bits_per_byte"] if total[BYTES] else []), *(f"token_accuracy_top{k}" for k in HITS)]
-    ratios = [tuple(UNIT_COLUMNS[side] for side in metric(name).sums or ()) for name in names]
-    intervals = ratio_intervals(np.array(sums.units), [(above, below) for above, below in ratios], seed=seed)
-    found = {}
-    for name, (above, below), interval in zip(names, ratios, intervals, strict=True):
+    units, consecutive, found = np.array(sums.units), not sums.by_document, {}
+    for name in names:
         scale = metric(name).scale
+        above, below = (UNIT_COLUMNS[side] for side in metric(name).sums or ())
+        if above in HITS.values():
+            interval = wilson_of_sums(units[:, [above, below]], consecutive=consecutive)
+        else:
+            (interval,) = ratio_intervals(units, [(above, below)], consecutive=consecutive)
         scaled = interval and (scale * interval[0], scale * interval[1])
         found[name] = value_of(name, scale * total[above] / total[below], scaled, n=n)
     return {
         "perplexity": exponential(found["nll"]),
         **found,
-        **loss_metrics(sums, seed=seed),
+        **loss_metrics(sums),
         **(fast_weights.metrics_of(sums.fast_weights) if sums.fast_weights else {}),
         "tokens_per_second": value_of("tokens_per_second", n / seconds, n=n),
     }
@@ -100,11 +108,11 @@ def not_reached(sums: LossAccumulator) -> list[int]:
     return [position for position, count in zip(sums.positions, tokens, strict=True) if not count]
 
 
-def loss_metrics(sums: LossAccumulator, *, seed: int) -> dict[str, Value]:
+def loss_metrics(sums: LossAccumulator) -> dict[str, Value]:
     """The loss at each position that was reached (mean over the thousand targets up to it) and, for two or more, their slope.
 
-    Intervals are drawn from blocks of fifty of these targets, or from the documents that reach the position; fewer than eight
-    give None. That of the slope takes each loss as linear in the sums of a unit, as it is for blocks of the same size.
+    Intervals are over the documents that reach the position, eight at least. One text has none: the thousand targets are too
+    few to show how slowly it changes. That of the slope takes each loss as linear in the sums of a document.
     """
     rows = sums.near_positions
     reached = np.flatnonzero(rows[..., TOKENS].sum(axis=0))
@@ -118,16 +126,15 @@ def loss_metrics(sums: LossAccumulator, *, seed: int) -> dict[str, Value]:
     excess = (rows[..., NATS] - losses * rows[..., TOKENS]) * len(rows) / total[:, TOKENS]
     columns = np.column_stack([rows.reshape(len(rows), -1), (losses + excess) @ weights, np.ones(len(rows))])
     ratios = [(2 * index + NATS, 2 * index + TOKENS) for index in range(len(at))] + [(2 * len(at), 2 * len(at) + 1)]
-    intervals = ratio_intervals(columns, ratios, seed=seed)
-    units = (rows[..., TOKENS] > 0).sum(axis=0)
-    bounds = [interval if count >= FEWEST_UNITS else None for interval, count in zip(intervals, units, strict=False)]
+    bounds = ratio_intervals(columns, ratios, consecutive=not sums.by_document)
+    why = "" if sums.by_document else OF_ONE_TEXT
     found = {
-        name: value_of(name, float(losses[index]), bounds[index], n=int(total[index, TOKENS]))
+        name: value_of(name, float(losses[index]), bounds[index], n=int(total[index, TOKENS]), why=why)
         for index, name in enumerate(map(name_of, at.tolist()))
     }
     if len(at) > 1:
-        certain = None if None in bounds else intervals[-1]
-        found["loss_slope"] = value_of("loss_slope", float(losses @ weights), certain, n=len(at))
+        certain = None if None in bounds else bounds[-1]
+        found["loss_slope"] = value_of("loss_slope", float(losses @ weights), certain, n=len(at), why=why)
     return found
 
 

@@ -1,8 +1,8 @@
 """Compute the metrics of a task from its answered questions; n is their number, those of one group are one unit.
 
-Proportions have Wilson's interval, means and perplexity that of the bootstrap over units. A statistic that is no mean is
-computed again for 500 draws of units, without an interval if one is undefined. Below eight units only independent proportions
-have an interval.
+Means of scores between 0 and 1 have Wilson's interval, other means and perplexity that of Student's t over units. A statistic
+that is no mean is computed again for 500 draws of units, without an interval if one is undefined. Below eight units only
+independent scores between 0 and 1 have an interval.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 import numpy as np
+from msgspec import structs
 
 from pytest_lmeval import registry
 from pytest_lmeval.errors import RegistryError, TaskError
@@ -19,7 +20,7 @@ from pytest_lmeval.records._example import Example
 from pytest_lmeval.records._metric import Estimate, Metric, is_declared, metric as declared
 from pytest_lmeval.records._value import Value
 from pytest_lmeval.scoring._answer_metrics import units_of
-from pytest_lmeval.statistics._bootstrap import ratio_intervals
+from pytest_lmeval.statistics._estimate import ratio_intervals
 from pytest_lmeval.statistics._proportion import wilson
 from pytest_lmeval.statistics._sequential import confidence_sequence
 
@@ -85,6 +86,13 @@ def scored(example: Example, metrics: Sequence[Metric]) -> dict[str, float | Non
 
 
 def _score(metric: Metric, example: Example) -> float | None:
+    """The mean over the choices that share a tie, each taken for the chosen one, of those that the metric is about."""
+    found = [_score_of(metric, one) for one in example.resolved(metric.norm or "sum")]
+    scores = [score for score in found if score is not None]
+    return None if not scores else scores[0] if len(set(scores)) == 1 else math.fsum(scores) / len(scores)
+
+
+def _score_of(metric: Metric, example: Example) -> float | None:
     assert metric.score is not None
     what = f"the score of {metric.name} of question {example.number} (id {example.id})"
     try:
@@ -118,29 +126,52 @@ def compute(
 
 
 def _value(metric: Metric, examples: Sequence[Example], seed: int) -> Value | None:
-    if metric.statistic is not None:
-        try:
-            estimate = metric.statistic(examples, seed)
-            return None if estimate is None else metric.value(*estimate, n=len(examples))
-        except Exception as error:
-            raise TaskError(
-                f"the statistic of {metric.name} failed on {len(examples)} answers with {type(error).__name__}: {error}. "
-                "Return a finite number with its interval or None; or None for no value."
-            ) from error
-    counted = [example for example in examples if example.scores[metric.name] is not None]
-    return metric.value(*_mean(metric, counted, seed), n=len(counted)) if counted else None
+    if metric.statistic is None:
+        examples = [example for example in examples if example.scores[metric.name] is not None]
+    estimate = _estimate(metric, examples, seed) if examples else None
+    if estimate is None:
+        return None
+    number, interval = estimate
+    tied = [metric.norm is not None and len(example.likeliest(metric.norm)) > 1 for example in examples]
+    by_order = [is_tied and example.tie_rule == "first" for example, is_tied in zip(examples, tied, strict=True)]
+    if interval is not None and any(by_order):
+        # The number is that of lm_eval; the interval holds what it would be if the order of choices did not decide.
+        pairs = zip(examples, by_order, strict=True)
+        shared = [_shared(metric, example) if is_by_order else example for example, is_by_order in pairs]
+        other = (_estimate(metric, shared, seed) or estimate)[1] or interval
+        interval = min(interval[0], other[0]), max(interval[1], other[1])
+    return metric.value(number, interval, n=len(examples), ties=sum(tied))
 
 
-def _mean(metric: Metric, examples: Sequence[Example], seed: int) -> Estimate:
+def _shared(metric: Metric, example: Example) -> Example:
+    """The example with the score that it has where its tie is shared."""
+    shared = structs.replace(example, tie_rule="shared")
+    score = None if metric.score is None else _score(metric, shared)
+    return structs.replace(shared, scores=shared.scores | {metric.name: score})
+
+
+def _estimate(metric: Metric, examples: Sequence[Example], seed: int) -> Estimate | None:
+    if metric.statistic is None:
+        return _mean(metric, examples)
+    try:
+        estimate = metric.statistic(examples, seed)
+        return estimate and (metric.value(*estimate), estimate[1])
+    except Exception as error:
+        raise TaskError(
+            f"the statistic of {metric.name} failed on {len(examples)} answers with {type(error).__name__}: {error}. "
+            "Return a finite number with its interval or None; or None for no value."
+        ) from error
+
+
+def _mean(metric: Metric, examples: Sequence[Example]) -> Estimate:
     """The mean of the scores, on the scale of the metric, with its interval."""
     scores = [example.scores[metric.name] or 0.0 for example in examples]
     units = units_of(examples)
     interval = None
-    if metric.interval == "proportion":
+    if metric.interval == "proportion" or (metric.interval and metric.judges and all(0 <= score <= 1 for score in scores)):
         interval = wilson(scores, units.tolist())
-    elif metric.interval == "mean":
-        sums = np.column_stack([np.bincount(units, weights=scores), np.bincount(units)])
-        interval = ratio_intervals(sums, [(0, 1)], seed=seed)[0]
+    elif metric.interval is not None:
+        (interval,) = ratio_intervals(np.column_stack([np.bincount(units, weights=scores), np.bincount(units)]), [(0, 1)])
     mean = math.fsum(scores) / len(scores)
     try:
         return metric.scaled(mean), interval and (metric.scaled(interval[0]), metric.scaled(interval[1]))

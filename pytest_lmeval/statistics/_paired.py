@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist, fmean, stdev
 from typing import Literal
 
 import numpy as np
 
-from pytest_lmeval.statistics._bootstrap import group_sums, ratio_intervals
+from pytest_lmeval.statistics._estimate import (
+    FEWEST_BLOCKS,
+    FEWEST_UNITS,
+    Estimate,
+    group_sums,
+    of_blocks,
+    of_units,
+)
 from pytest_lmeval.statistics._student import quantile, tail
 
 Alternative = Literal["lower", "higher"]
@@ -19,19 +26,21 @@ FLIPS = 100_000  # random assignments of signs at most, unless a smaller p-value
 ENOUGH = 200  # assignments as extreme as the observed one, after which drawing stops
 EXACT = 13  # units up to which all assignments are counted
 MOST_EXAMPLES = 10**9
-MOST_UNITS = 512  # more units are added up in groups, which bounds time and memory and loses nothing
+MOST_UNITS = 512  # more units are added up in groups before their signs are flipped, which bounds time and memory
 
 
 @dataclass(frozen=True)
 class Difference:
     """New minus base.
 
-    low, high   95 % interval; None if unknown (fewer than eight units)
+    low, high   95 % interval; None if unknown (too few units)
     p_lower     probability of a difference this low or lower, had nothing changed; `p_higher` the other way round
     error       standard error; None if unknown
-    units       number of independent units; `examples` in them, of which `changed` differ between the runs
+    units       number of independent units, or of blocks; `examples` in them, of which `changed` differ between the runs
     test        name of the test that gives the probabilities
     smallest_p  the smallest probability that the test can give for so many units
+    fewest      number of units below which the test gives no probability at all
+    few         whether the units are so few that the test has to hold with one more (see `_estimate.with_one_more`)
     """
 
     value: float
@@ -45,6 +54,8 @@ class Difference:
     changed: int
     test: str
     smallest_p: float = 0.0
+    fewest: int = 0
+    few: bool = False
 
 
 def paired_difference(
@@ -53,42 +64,74 @@ def paired_difference(
     weights: Sequence[float] | None = None,
     groups: Sequence[Hashable] | None = None,
     *,
+    consecutive: bool = False,
     level: float = 0.01,
     seed: int = 0,
 ) -> Difference:
     """The difference of two means (or of ratios sum / sum of weights) over the same n examples.
 
-    base, new   [n] what each example counts in each run: 0 or 1, a grade, the nats of a document
-    weights     [n] what the sums are divided by, the same in both runs (tokens of a document); None: 1 each
-    groups      [n] what each example shares with others; None: all are independent
-    level       what the probabilities will be compared with: decides how many signs are drawn
+    base, new    [n] what each example counts in each run: 0 or 1, a grade, the nats of a document
+    weights      [n] what the sums are divided by, the same in both runs (tokens of a document); None: 1 each
+    groups       [n] what each example shares with others; None: all are independent
+    consecutive  the examples are blocks of one text, in order: neighbours may be alike
+    level        what the probabilities will be compared with: decides how many signs are drawn
 
-    McNemar's exact test compares independent answers of 0 or 1, `sign_flip` anything else. Raises ValueError for lists of
-    different lengths, and for no examples.
+    Answers between 0 and 1: McNemar's exact test where each is 0 or 1 and independent, `sign_flip` otherwise, and Tango's score
+    interval. Sums of texts: Student's t (`_estimate.of_units`), or that of blocks (`of_blocks`). Where answers are graded or
+    grouped, both count: the larger probability, the wider interval.
+
+    Raises ValueError for lists of different lengths, and for no examples.
     """
     before, after = np.asarray(base, dtype=float), np.asarray(new, dtype=float)
     divisors = np.ones(len(before)) if weights is None else np.asarray(weights, dtype=float)
     if not len(before) or not len(before) == len(after) == len(divisors) == (len(before) if groups is None else len(groups)):
         raise ValueError(f"{len(before)} scores before and {len(after)} after: each example that is compared has both.")
     change = after - before
-    units = np.column_stack([change, divisors])
-    units = units if groups is None else group_sums(units, groups)
+    examples = np.column_stack([change, divisors])
+    units = examples if groups is None else group_sums(examples, groups)
     value, error = _ratio(units)
-    merged = units if len(units) <= MOST_UNITS else group_sums(units, (np.arange(len(units)) % MOST_UNITS).tolist())
-    smallest_p = 0.5 ** len(units)
-    if len(units) == len(change) and np.isin(change, (-1, 0, 1)).all() and (divisors == 1).all():
-        lost, won = int((change < 0).sum()), int((change > 0).sum())
-        lower, higher, test = mcnemar(lost, won, "lower"), mcnemar(lost, won, "higher"), "McNemar's exact test"
-    else:
-        # Had nothing changed, a unit's change would be as likely with the other sign, whatever it is divided by.
-        flips = max(FLIPS, math.ceil(10 / level))
-        lower, higher = (sign_flip(merged[:, 0], way, seed=seed, flips=flips) for way in ("lower", "higher"))
-        smallest_p = max(smallest_p, 1 / (flips + 1)) if len(merged) > EXACT else smallest_p
-        test = "a sign-flip permutation test"
-    (interval,) = ratio_intervals(merged, [(0, 1)], seed=seed)
-    low, high = interval or (None, None)
-    changed = int((change != 0).sum())
-    return Difference(value, low, high, lower, higher, error, len(units), len(change), changed, test, smallest_p)
+    found = Difference(value, None, None, 1.0, 1.0, error, len(units), len(change), int((change != 0).sum()), "")
+    answers = bool((divisors == 1).all() and min(before.min(), after.min()) >= 0 and max(before.max(), after.max()) <= 1)
+    if answers and len(units) == len(change) and np.isin(change, (-1, 0, 1)).all():
+        return _of_flips(found, change)
+    found = _of_estimate(found, of_blocks(units) if consecutive else of_units(units, cautious=True), consecutive)
+    if not answers:
+        return found
+    # Had nothing changed, a unit's change would be as likely with the other sign.
+    flips = max(FLIPS, math.ceil(10 / level))
+    merged = units[:, 0]
+    if len(units) > MOST_UNITS:
+        merged = np.bincount(np.arange(len(units)) % MOST_UNITS, weights=merged)
+    lower, higher = (sign_flip(merged, way, seed=seed, flips=flips) for way in ("lower", "higher"))
+    smallest_p = 0.5 ** len(units) if len(merged) <= EXACT else max(0.5 ** len(units), 1 / (flips + 1))
+    low, high = tango(float(np.maximum(-change, 0).sum()), float(np.maximum(change, 0).sum()), len(change))
+    return replace(
+        found,
+        low=None if found.low is None else min(low, found.low),
+        high=None if found.high is None else max(high, found.high),
+        p_lower=max(lower, found.p_lower),
+        p_higher=max(higher, found.p_higher),
+        test=f"a sign-flip permutation test and {found.test}",
+        smallest_p=smallest_p,
+    )
+
+
+def _of_flips(found: Difference, change: np.ndarray) -> Difference:
+    lost, won, n = int((change < 0).sum()), int((change > 0).sum()), len(change)
+    lower, higher = mcnemar(lost, won, "lower"), mcnemar(lost, won, "higher")
+    low, high = tango(lost, won, n)
+    test = "McNemar's exact test"
+    return replace(found, low=low, high=high, p_lower=lower, p_higher=higher, test=test, smallest_p=0.5**n)
+
+
+def _of_estimate(found: Difference, estimate: Estimate | None, consecutive: bool) -> Difference:
+    test = "Student's t of neighbouring blocks" if consecutive else "Student's t of skewed changes"
+    if estimate is None:
+        fewest = FEWEST_BLOCKS if consecutive else FEWEST_UNITS
+        return replace(found, test=test, fewest=max(fewest, found.units + 1))
+    low, high = estimate.interval()
+    lower, higher, few = estimate.below(0.0), estimate.above(0.0), estimate.sums is not None
+    return replace(found, low=low, high=high, p_lower=lower, p_higher=higher, error=estimate.error, test=test, few=few)
 
 
 def unpaired_difference(
@@ -123,8 +166,39 @@ def log_ratio(base: Sequence[float], new: Sequence[float]) -> Difference:
     error = stdev(logs) / math.sqrt(n)
     half = quantile(n - 1) * error
     t = value / error if error else math.copysign(math.inf, value) if value else 0.0
-    higher = tail(t, n - 1)
+    higher = float(tail(t, n - 1))
     return Difference(value, value - half, value + half, 1 - higher, higher, error, n, n, n, test)
+
+
+def tango(lost: float, won: float, n: int, *, level: float = 0.95) -> tuple[float, float]:
+    """The interval of (won - lost) / n of n pairs of answers: the differences that a score test does not reject (Tango,
+    "Equivalence test and confidence interval for the difference in proportions for the paired-sample design", 1998).
+
+    Answers between 0 and 1 count by what they lost and won, which is at least as wide as it has to be: they vary less.
+
+    >>> [round(end, 4) for end in tango(9, 0, 1000)]
+    [-0.017, -0.0047]
+    """
+    z = NormalDist().inv_cdf((1 + level) / 2)
+
+    def excess(truth: float) -> float:
+        """The standardized difference from the truth: its variance is that of the likeliest rates with this difference."""
+        b, c = (2 * n - won + lost) * truth - won - lost, -lost * truth * (1 - truth)
+        rate = (math.sqrt(max(0.0, b * b - 8 * n * c)) - b) / (4 * n)
+        variance = n * (2 * rate + truth * (1 - truth))
+        return (
+            (won - lost - n * truth) / math.sqrt(variance) if variance > 0 else math.copysign(math.inf, won - lost - n * truth)
+        )
+
+    value = (won - lost) / n
+    ends = []
+    for side in (-1, 1):
+        near, far = value, float(side)
+        for _ in range(60):
+            middle = (near + far) / 2
+            near, far = (middle, far) if abs(excess(middle)) <= z else (near, middle)
+        ends.append(near)
+    return ends[0], ends[1]
 
 
 def mcnemar(lost: int, won: int, alternative: Alternative) -> float:

@@ -1,56 +1,68 @@
-"""Wilson's score interval (1927) for proportions, also of small samples and near 0 and 1.
+"""Wilson's score interval (1927) for means of values between 0 and 1, also of small samples and near 0 and 1.
 
-Answers of one group count as n / design effect (Kish, "Survey Sampling", 1965); few groups estimate that poorly, so the size
-shrinks by the squared ratio of the normal quantile to Student's (Korn and Graubard 1998).
+Values that depend on one another (answers of one group, tokens of one text), or that are graded, count as the number of
+independent answers whose interval is as wide as theirs (Korn and Graubard 1998): the effective size.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from statistics import NormalDist
 
 import numpy as np
 
-from pytest_lmeval.statistics._bootstrap import FEWEST_UNITS, group_sums
-from pytest_lmeval.statistics._student import quantile
+from pytest_lmeval.statistics._estimate import group_sums, of_blocks, of_units
 
 
 def wilson(
     right: Sequence[float], groups: Sequence[Hashable] | None = None, *, level: float = 0.95
 ) -> tuple[float, float] | None:
-    """The interval of the proportion of ones among `right` [n], each 0 or 1 (or False or True).
+    """The interval of the mean of `right` [n], each between 0 and 1 (or False or True).
 
     groups  [n] what each answer shares with others; None, or n different ones: all answers are independent
 
     None for no answers, and for fewer than eight groups of answers that depend on one another. Raises ValueError for anything
-    but zeros and ones, and where the number of groups is not n.
+    not between 0 and 1, and where the number of groups is not n.
     """
     answers = np.asarray(right, dtype=float)
-    if not np.isin(answers, (0, 1)).all():
-        raise ValueError(f"{answers[~np.isin(answers, (0, 1))][0]} is neither right (1) nor wrong (0).")
+    if (outside := answers[~((answers >= 0) & (answers <= 1))]).size:
+        raise ValueError(f"{outside[0]} does not lie between wrong (0) and right (1).")
     if groups is not None and len(groups) != answers.size:
         raise ValueError(f"{answers.size} answers and {len(groups)} groups: each answer needs one group.")
     if not answers.size:
         return None
+    size = answers.size / _spread(answers)
     if groups is None or len(set(groups)) == answers.size:
-        return _score_interval(float(answers.mean()), float(answers.size), level)
-    ones, sizes = group_sums(np.column_stack([answers, np.ones(answers.size)]), groups).T
-    return wilson_of_groups(ones, sizes, level=level)
+        return _score_interval(float(answers.mean()), size, level)
+    return wilson_of_sums(group_sums(np.column_stack([answers, np.ones(answers.size)]), groups), most=size, level=level)
 
 
-def wilson_of_groups(sums: np.ndarray, sizes: np.ndarray, *, level: float = 0.95) -> tuple[float, float] | None:
-    """The same interval from the number of ones [g] and of answers [g] of each group; None for fewer than eight groups."""
-    groups = len(sums)
-    if groups < FEWEST_UNITS:
+def wilson_of_sums(
+    sums: np.ndarray, *, consecutive: bool = False, most: float | None = None, level: float = 0.95
+) -> tuple[float, float] | None:
+    """The interval of a mean of values between 0 and 1 from their sums and numbers [n, 2] over units, independent ones or
+    `consecutive` blocks of one text; None for too few (see `statistics._estimate`).
+
+    most  the effective size, were all values independent; default: their number
+    """
+    estimate = of_blocks(sums) if consecutive else of_units(sums)
+    if estimate is None:
         return None
-    n, proportion = float(np.sum(sizes)), float(np.sum(sums) / np.sum(sizes))
-    if proportion in (0, 1):  # no spread between groups: assume the worst, that the answers of a group never differ
-        return _score_interval(proportion, float(groups), level)
-    variance = groups / (groups - 1) * np.sum((sums - proportion * sizes) ** 2)  # n^2 times that of the proportion
-    effect = max(1.0, variance / (n * proportion * (1 - proportion)))
-    size = n / effect * (_normal(level) / quantile(groups - 1, (1 - level) / 2)) ** 2
-    return _score_interval(proportion, float(size), level)
+    mean, weights = estimate.value, sums[:, 1] / sums[:, 1].sum()
+    if mean in (0, 1):  # no spread between units: assume the worst, that the values of one never differ
+        return _score_interval(mean, 1 / float((weights**2).sum()), level)
+    low, high = replace(estimate, skewness=0.0).interval(level)  # the score interval itself is skewed as proportions are
+    size = mean * (1 - mean) * (2 * _normal(level) / (high - low)) ** 2 if high > low else math.inf
+    return _score_interval(mean, min(size, float(sums[:, 1].sum()) if most is None else most), level)
+
+
+def _spread(answers: np.ndarray) -> float:
+    """The variance of answers between 0 and 1 as a fraction of what it were if each were 0 or 1, with one more of each: graded
+    answers that all agree do not show that none will be 0."""
+    both = np.append(answers, [0.0, 1.0])
+    return float(both.var() / (both.mean() * (1 - both.mean())))
 
 
 def _score_interval(proportion: float, size: float, level: float) -> tuple[float, float]:

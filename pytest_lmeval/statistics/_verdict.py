@@ -76,7 +76,7 @@ def judge_all(
 
 def _power(found: Difference, margin: float, level: float) -> tuple[float | None, int | None, int | None]:
     """`detectable`, `needed` and `fewest` of a verdict."""
-    fewest = math.ceil(-math.log2(level)) if found.smallest_p > level else None
+    fewest = found.fewest or (math.ceil(-math.log2(level)) if found.smallest_p > level else None)
     if not found.error:
         return None, None, fewest
     smallest = None if fewest else detectable(found.error, level=level, margin=margin)

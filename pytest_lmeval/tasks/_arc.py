@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from pytest_lmeval.data import Row, Rows
 from pytest_lmeval.tasks import Choices, Suite, Task, by_name
+from pytest_lmeval.tasks._questions import texts
 
 
 def arc(row: Row) -> Choices:
     """Choices are labelled A to E, or 1 to 4; the key is a label."""
     answer = row["choices"]["label"].index(row["answerKey"])
-    return Choices(f"Question: {row['question']}\nAnswer:", tuple(f" {text}" for text in row["choices"]["text"]), answer)
+    return Choices(
+        f"Question: {row['question']}\nAnswer:", tuple(f" {text}" for text in texts("choices", row["choices"]["text"])), answer
+    )
 
 
 def _task(name: str, config: str) -> Task:

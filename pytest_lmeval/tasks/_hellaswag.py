@@ -9,13 +9,14 @@ import re
 
 from pytest_lmeval.data import Row, Rows
 from pytest_lmeval.tasks import Choices, Task, by_name
+from pytest_lmeval.tasks._questions import texts
 
 
 def hellaswag(row: Row) -> Choices:
     """The label is a text; empty in the test split, where it is hidden."""
     scene = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
     label = -1 if row["label"] == "" else int(row["label"])
-    return Choices(_clean(scene), tuple(f" {_clean(ending)}" for ending in row["endings"]), label)
+    return Choices(_clean(scene), tuple(f" {_clean(ending)}" for ending in texts("endings", row["endings"])), label)
 
 
 def _clean(text: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pytest_lmeval.data import Row, Rows
 from pytest_lmeval.tasks import Choices, Suite, Task, by_name
+from pytest_lmeval.tasks._questions import texts
 
 SUBJECTS = [
     "abstract_algebra", "anatomy", "astronomy", "business_ethics", "clinical_knowledge", "college_biology",
@@ -27,7 +28,7 @@ SUBJECTS = [
 
 def mmlu(row: Row) -> Choices:
     """A question, its four choices, and the letter of the right one."""
-    a, b, c, d = row["choices"]
+    a, b, c, d = texts("choices", row["choices"])
     prompt = f"{row['question'].strip()}\nA. {a}\nB. {b}\nC. {c}\nD. {d}\nAnswer:"
     return Choices(prompt, (" A", " B", " C", " D"), row["answer"])
 

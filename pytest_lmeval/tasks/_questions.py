@@ -8,19 +8,18 @@ PARITY = Task("parity", [{"n": n} for n in range(100)], ask)
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from pytest_lmeval import registry
-from pytest_lmeval.data._rows import Row, Rows
-from pytest_lmeval.errors import TaskError
+from pytest_lmeval.data._formats import Row
+from pytest_lmeval.data._rows import Rows
+from pytest_lmeval.errors import TaskError, lone_surrogate
 from pytest_lmeval.records._metric import Metric
 
 
@@ -43,8 +42,9 @@ class Choices:
 
     def __post_init__(self) -> None:
         _check_text("the prompt is a text, and this one", self.prompt)
+        _check_group(self.group)
         for name in ("choices", "texts"):
-            object.__setattr__(self, name, _texts(name, getattr(self, name)))
+            object.__setattr__(self, name, texts(name, getattr(self, name)))
         several = isinstance(self.answer, tuple)
         object.__setattr__(self, "answer", tuple(map(_as_int, self.answers)) if several else _as_int(self.answer))
         if self.texts and len(self.texts) != len(self.choices):
@@ -54,8 +54,13 @@ class Choices:
         for answer in self.answers:
             if not _is_number(answer, int) or not 0 <= answer < len(self.choices):
                 raise TaskError(
-                    f"the label is {answer!r}, and there are choices 0 to {len(self.choices) - 1} ({list(self.choices)!r}). A "
-                    "row without a label (hidden ones are often -1) cannot be scored: leave it out, or take another split."
+                    f"the label is {answer!r}, and there are choices 0 to {len(self.choices) - 1} ({list(self.choices)!r}). "
+                    + (
+                        "A label is a number, and this is a text, as all values of a CSV file are: write int(...) around it."
+                        if isinstance(answer, str)
+                        else "A row without a label (hidden ones are often -1) cannot be scored: leave it out, or take another "
+                        "split."
+                    )
                 )
         if not self.answers:
             raise TaskError(f"none of the choices {list(self.choices)!r} is right.")
@@ -93,8 +98,9 @@ class Generate:
 
     def __post_init__(self) -> None:
         _check_text("the prompt is a text, and this one", self.prompt)
+        _check_group(self.group)
         for name in ("answers", "stop"):
-            object.__setattr__(self, name, _texts(name, getattr(self, name)))
+            object.__setattr__(self, name, texts(name, getattr(self, name)))
         if not all(self.stop):
             raise TaskError(f"stop {self.stop!r}: an empty text would end every answer before it began.")
         for name in ("max_tokens", "temperature"):
@@ -131,8 +137,10 @@ class Task:
     fewshot_delimiter  text after each few-shot example
     judge              generated text so far -> True or False as soon as that is certain, else None; see the metric "rate"
     threshold          is the rate of answers judged True above or below it? Asking ends as soon as that is certain
-    style              whose prompts these are, recorded: "lm_eval" are those of that harness
+    style              whose prompts these are, recorded: "lm_eval" are those of that harness, whose rule for ties is kept too
     version            raised when the prompts or the rules change
+    special_tokens     whether special tokens that are written in prompts and choices, "<|im_end|>", are read as control tokens,
+                       and not as the characters that they are
     """
 
     name: str
@@ -147,12 +155,15 @@ class Task:
     threshold: float | None = None
     style: str = "own"
     version: int = 1
+    special_tokens: bool = False
 
     def __post_init__(self) -> None:
         if self.metrics is not None:
-            object.__setattr__(self, "metrics", _texts("metrics", self.metrics))
+            object.__setattr__(self, "metrics", texts("metrics", self.metrics))
             if not self.metrics:
                 raise TaskError(f"{self} has no metrics. Give it at least one: ('accuracy',).")
+        for name in ("description", "fewshot_delimiter"):
+            _check_text(f"{self}: {name} is a text, and this one", getattr(self, name))
         for name in ("rows", "shots"):
             object.__setattr__(self, name, _rows(f"{self}: {name}", getattr(self, name)))
         for name in ("ask", "judge"):
@@ -173,6 +184,11 @@ class Task:
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def tie_rule(self) -> Literal["shared", "first"]:
+        """What a tie counts (see `Example`): the first of equal choices all, where the numbers of lm_eval are promised."""
+        return "first" if self.style == "lm_eval" else "shared"
 
     def metrics_for(self, question: Question, where: str) -> tuple[str, ...]:
         """The names of the metrics; the default ones are chosen for this question. Raises TaskError if there is none."""
@@ -236,12 +252,6 @@ class Suite:
             raise TaskError(f"a task of the suite {self} is called 'average', as its average is. Give it another name.")
 
 
-def id_of(row: Row) -> str:
-    """Sixteen hex digits that hash a row's content: its id in files, and the seed of its draws."""
-    content = json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(content.encode(errors="surrogatepass")).hexdigest()[:16]
-
-
 def by_name(*items: Task | Suite) -> dict[str, Task | Suite]:
     """Tasks and suites by their names: the object of a family's entry point (see `pytest_lmeval.registry`)."""
     found = {item.name: item for item in items}
@@ -250,10 +260,19 @@ def by_name(*items: Task | Suite) -> dict[str, Task | Suite]:
     return found
 
 
+def texts(name: str, value: Any) -> tuple[str, ...]:
+    """Several texts as a tuple. Raises TaskError, with the name, for a single text and for a value among them that is none."""
+    found = _several(name, value)
+    for text in found:
+        _check_text(f"{name} {found!r}: each is a text, and one", text)
+    return found
+
+
 def _several(name: str, value: Any) -> tuple[Any, ...]:
-    """The values as a tuple. A single text is refused: Python would take it for a sequence of letters."""
-    if isinstance(value, str) or not isinstance(value, Iterable):
-        one = repr(value) if isinstance(value, str) else str(value)  # a task's name instead of its rows
+    """The values as a tuple. A single text is refused: Python would take it for a sequence of letters. So is what has no order,
+    or is a sequence of names or numbers."""
+    if isinstance(value, str | bytes | Mapping | Set) or not isinstance(value, Iterable):
+        one = repr(value) if isinstance(value, str | bytes | Mapping | Set) else str(value)  # a task's name instead of its rows
         raise TaskError(f"{name} is {one}, which is not a sequence. Write a tuple, with a comma if it is one: ({one},)")
     return tuple(value)
 
@@ -269,23 +288,16 @@ def _rows(what: str, rows: Any) -> Any:
     return rows
 
 
-def _texts(name: str, value: Any) -> tuple[str, ...]:
-    texts = _several(name, value)
-    for text in texts:
-        _check_text(f"{name} {texts!r}: each is a text, and one", text)
-    return texts
-
-
 def _check_text(what: str, text: Any) -> None:
     if not isinstance(text, str):
         raise TaskError(f"{what} is {text!r}, of type {type(text).__name__}.")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise TaskError(
-            f"{what} has a lone surrogate, {text[error.start]!r} at {error.start}, which no tokenizer can read. Correct or "
-            "leave out its row: its text was cut inside a character, or decoded wrongly."
-        ) from None
+    if wrong := lone_surrogate(text):
+        raise TaskError(f"{what} has {wrong}")
+
+
+def _check_group(group: Any) -> None:
+    if group is not None:
+        _check_text("the group is a text, or None, and this one", group)
 
 
 def _as_int(value: Any) -> Any:

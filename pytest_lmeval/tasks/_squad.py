@@ -9,6 +9,7 @@ from __future__ import annotations
 from pytest_lmeval.data import Row, Rows
 from pytest_lmeval.errors import TaskError
 from pytest_lmeval.tasks import Generate, Task, by_name, id_of
+from pytest_lmeval.tasks._questions import texts
 
 UNANSWERABLE = "unanswerable"  # the answer of few-shot examples where the paragraph does not tell it
 
@@ -19,9 +20,10 @@ def _prompt(row: Row) -> str:
 
 def squad(row: Row) -> Generate:
     """Every question has an answer in the paragraph."""
-    if not row["answers"]["text"]:
+    answers = texts("answers", row["answers"]["text"])
+    if not answers:
         raise TaskError("there is no answer, and SQuAD 1.1 always has one. Rows of 2.0 are asked by the task squadv2.")
-    return Generate(_prompt(row), tuple(row["answers"]["text"]), group=id_of({"context": row["context"]}))
+    return Generate(_prompt(row), answers, group=id_of({"context": row["context"]}))
 
 
 def squadv2(row: Row) -> Generate:
@@ -29,7 +31,7 @@ def squadv2(row: Row) -> Generate:
 
     lm_eval 0.4.13 shows "unanswerable" in its few-shot examples but counts it as wrong, and only an empty output as right.
     """
-    answers = tuple(row["answers"]["text"]) or (UNANSWERABLE, "")
+    answers = texts("answers", row["answers"]["text"]) or (UNANSWERABLE, "")
     return Generate(_prompt(row), answers, group=id_of({"context": row["context"]}))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pytest_lmeval.data import Row, Rows
 from pytest_lmeval.errors import TaskError
 from pytest_lmeval.tasks import Ask, Choices, Suite, Task, by_name, id_of
+from pytest_lmeval.tasks._questions import texts
 
 
 def boolq(row: Row) -> Choices:
@@ -43,7 +44,7 @@ def record(row: Row) -> Choices:
     """Which name in the article fills the gap in a sentence about it? Several may be right. (Zhang et al. 2018)"""
     article, *highlights = row["passage"].strip().split("\n@highlight\n")
     prompt = f"{article}\n\n" + "".join(f"  - {highlight}.\n" for highlight in highlights)
-    entities, right = sorted(set(row["entities"])), sorted(set(row["answers"]))
+    entities, right = (sorted(set(texts(name, row[name]))) for name in ("entities", "answers"))
     if not set(right) <= set(entities):
         raise TaskError(f"the answers {right!r} are not all among the entities {entities!r}, so they could not be chosen.")
     choices = tuple(f"   - {row['query']}".replace("@placeholder", entity) for entity in entities)

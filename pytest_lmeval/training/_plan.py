@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pytest_lmeval.data._corpus import Corpus
-from pytest_lmeval.data._tokens import TokenReader, as_corpus
+from pytest_lmeval.data._tokens import TokenReader, as_corpus, model_for
 from pytest_lmeval.engine._tokens import check_vocabulary
 from pytest_lmeval.errors import CorpusError, ProtocolError, SpecError, StreamError
 from pytest_lmeval.models._identity import fingerprint, tokenizer_fingerprint
@@ -44,8 +44,8 @@ class Plan:
             "protocol": self.protocol.to_json(),
             "lm": [fingerprint(self.lm), str(self.lm.dtype), str(self.lm.device)],
             "frozen": [name for name, parameter in parameters if not parameter.requires_grad],
-            "data": self.text.fingerprint,
-            "held_out_data": None if self.held_out is None else self.held_out.fingerprint,
+            "data": self.text.identity,
+            "held_out_data": None if self.held_out is None else self.held_out.identity,
             "tokenizer": tokenizer_fingerprint(self.lm),
             "version": importlib.metadata.version("pytest-lmeval"),
         }
@@ -113,7 +113,7 @@ def read(lm: Model, corpus: Corpus, limit: int) -> np.ndarray:
     Raises StreamError for a token outside the vocabulary, CorpusError for a text that cannot be read.
     """
     parts, start = [np.empty(0, dtype=np.int32)], 0
-    for part in TokenReader(lm, corpus.documents(), limit=limit):
+    for part in TokenReader(model_for(lm, corpus), corpus.documents(), limit=limit):
         try:
             check_vocabulary(part.ids, start, lm)
         except StreamError as error:

@@ -16,7 +16,7 @@ from pytest_lmeval.records._measured import Cost, MetricValue, Record, Result, S
 from pytest_lmeval.records._metric import value_of
 from pytest_lmeval.records._value import Value
 from pytest_lmeval.scoring._loss_metrics import exponential
-from pytest_lmeval.statistics._bootstrap import ratio_intervals
+from pytest_lmeval.statistics._estimate import ratio_intervals
 from pytest_lmeval.training._plan import Plan
 from pytest_lmeval.training._protocol import Protocol
 from pytest_lmeval.training._run import Run
@@ -41,7 +41,7 @@ class TrainResult(Result):
     resumed_at: int = 0
 
     nll = MetricValue(absent=UNKNOWN)
-    """Mean held-out loss of `lm`, nats per token, with its 95 % interval (bootstrap over crops)."""
+    """Mean held-out loss of `lm`, nats per token, with its 95 % interval (over crops)."""
     perplexity = MetricValue(absent=UNKNOWN)
     """exp of `nll`."""
     train_loss = MetricValue()
@@ -97,7 +97,7 @@ def _held_out_values(run: Run, protocol: Protocol) -> dict[str, Value]:
     for suffix, step in (("", run.best_step), ("_last", run.step)) if run.evaluations else ():
         nats = run.evaluations[step].numpy()
         sums = np.column_stack([nats, np.full(len(nats), protocol.seq_len)])
-        (interval,) = ratio_intervals(sums, [(0, 1)], seed=protocol.seed)
+        (interval,) = ratio_intervals(sums, [(0, 1)])
         n = len(nats) * protocol.seq_len
         nll = value_of(f"nll{suffix}", nats.sum() / n, interval, n=n)
         values |= {f"perplexity{suffix}": exponential(nll, f"perplexity{suffix}"), f"nll{suffix}": nll}
