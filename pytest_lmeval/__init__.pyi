@@ -21,6 +21,7 @@ from .errors import (
     LawBroken as LawBroken,
     LmevalError as LmevalError,
     ModelError as ModelError,
+    NoIntervalError as NoIntervalError,
     NotFiniteError as NotFiniteError,
     NotMeasuredError as NotMeasuredError,
     NotPossible as NotPossible,

@@ -10,6 +10,7 @@
     |- CorpusError, StreamError, TaskError, ProfilingError (ValueErrors too)
     |- DocumentError (a ValueError too): BaselineError
     |- LawBroken (an AssertionError too)
+    |- NoIntervalError (an AttributeError too)
     `- NotMeasuredError, NotPossible, SideError
 
 A message says what happened, with the values; why it matters; what to do. Standard library only.
@@ -98,6 +99,10 @@ class TaskError(LmevalError, ValueError):
 
 class ProfilingError(LmevalError, ValueError):
     """A measurement that cannot be made with these settings."""
+
+
+class NoIntervalError(LmevalError, AttributeError):
+    """An end of the interval of a value that has none; the message says why."""
 
 
 class NotMeasuredError(LmevalError):

@@ -69,7 +69,7 @@ def test_the_metrics_are_those_of_the_whole_text_whatever_the_chunks_of_each_mod
 def test_the_difference_of_losses_is_that_of_two_perplexities_and_intervals_are_those_of_blocks():
     result = measure_agreement(LM, REFERENCE, LONG)
     assert all(metric.low < metric < metric.high for metric in (result.record.metrics[name] for name in NAMES[:4]))
-    assert measure_agreement(LM, REFERENCE, LONG[:1500]).kl.low is None  # fewer than thirty blocks
+    assert measure_agreement(LM, REFERENCE, LONG[:1500]).kl.interval is None  # fewer than thirty blocks
     alone = [float(measure_perplexity(lm, LONG).nll) for lm in (LM, REFERENCE)]
     assert float(result.nll_difference) == pytest.approx(alone[0] - alone[1], abs=1e-6)
     swapped = measure_agreement(REFERENCE, LM, LONG)
@@ -94,7 +94,7 @@ def test_each_document_begins_with_an_empty_state():
     corpus = Corpus("parts", "test", lambda: iter(parts), "x", as_stream=False, tokenized=True)
     result = measure_agreement(LM, REFERENCE, corpus, chunk_size=7, reference_chunk_size=30)
     assert float(result.kl) == pytest.approx(np.mean([expected(LM, REFERENCE, part.ids)[1] for part in parts]), abs=1e-5)
-    assert result.kl.low is not None
+    assert result.kl.interval is not None
     assert result.record.cost.tokens == 490
     assert measure_agreement(LM, REFERENCE, corpus, limit=2, tokens=10).record.cost.tokens == 18
 

@@ -10,7 +10,7 @@ from reading import LM, accumulated, assert_equal_but_for_time, ids_of, measure_
 from tiny_models import Functional
 
 from pytest_lmeval.data import Corpus, Document
-from pytest_lmeval.errors import ModelError
+from pytest_lmeval.errors import ModelError, NoIntervalError
 from pytest_lmeval.measures._perplexity import PerplexityResult
 from pytest_lmeval.models._sources import as_model
 from pytest_lmeval.records import _schema as schema
@@ -192,7 +192,7 @@ def test_the_record_survives_json():
     result = measure_perplexity(learns("a.W"), ids_of(2500), chunk_size=100, positions=(1000, 2000, 9000))
     again = PerplexityResult(schema.convert(json.loads(json.dumps(schema.to_plain(result.record))), Record))
     assert (again.fast_weights, again.loss_at) == (result.fast_weights, result.loss_at)
-    assert (again.loss_at[1000].low, again.loss_slope.high) == (result.loss_at[1000].low, result.loss_slope.high)
+    assert again.loss_at[1000].interval == result.loss_at[1000].interval
 
 
 def test_each_loss_and_the_slope_have_an_interval_that_holds_them():
@@ -233,10 +233,12 @@ def test_the_interval_of_a_loss_is_that_of_its_documents_if_they_are_enough_and_
     documents = nll.reshape(10, 600)[:, :500].sum(axis=1)
     (expected,) = ratio_intervals(np.column_stack([np.full(10, 500.0), documents]), [(1, 0)])
     assert (found["loss_at_500"].low, found["loss_at_500"].high) == pytest.approx(expected)
-    assert found["loss_slope"].low is not None
+    assert found["loss_slope"].interval is not None
     for lengths in ([1200] * 5, None):
         found = loss_metrics(accumulated(nll, [], (500, 1000), lengths))
-        assert {metric.low for metric in found.values()} == {None}
+        assert {metric.interval for metric in found.values()} == {None}
+        with pytest.raises(NoIntervalError, match="Read more .documents" if lengths else "A thousand targets of one text"):
+            _ = found["loss_at_500"].high
 
 
 def test_intervals_cover_what_they_should():

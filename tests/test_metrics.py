@@ -170,7 +170,7 @@ def test_any_of_several_right_choices_is_right_and_chance_has_no_interval():
     examples = [chosen(0, [-1.0, -2.0, -3.0], (0, 2)), chosen(1, [-2.0, -1.0, -3.0], (0, 2))]
     assert value_of("accuracy", examples) == 0.5
     chance = compute(["chance"], examples * 8)["chance"]
-    assert (float(chance), chance.low, chance.higher_is_better) == (pytest.approx(2 / 3), None, None)
+    assert (float(chance), chance.interval, chance.higher_is_better) == (pytest.approx(2 / 3), None, None)
 
 
 def test_greedy_match_and_perplexity_are_those_of_the_right_choice():
@@ -308,8 +308,8 @@ def test_questions_that_share_a_passage_widen_the_interval(name):
 def test_below_eight_units_only_independent_answers_have_an_interval():
     pairs = drawn(n=7)
     found = compute(["accuracy", "perplexity", "f1"], many(pairs))
-    assert [name for name, value in found.items() if value.low is not None] == ["accuracy"]
-    assert compute(["accuracy"], many(pairs * 2, groups=list("abcdefg") * 2))["accuracy"].low is None
+    assert [name for name, value in found.items() if value.interval is not None] == ["accuracy"]
+    assert compute(["accuracy"], many(pairs * 2, groups=list("abcdefg") * 2))["accuracy"].interval is None
 
 
 @st.composite
@@ -334,7 +334,7 @@ def test_intervals_contain_the_value_and_the_order_of_questions_changes_nothing(
     for name, metric in found.items():
         assert metric.to_json() == shuffled[name].to_json()
         assert metric.n == len(examples)
-        assert metric.low is None or metric.low <= metric <= metric.high, name
+        assert metric.interval is None or metric.low <= metric <= metric.high, name
 
 
 def test_what_was_right_ten_times_in_ten_is_not_right_for_sure():

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,10 +25,11 @@ from reading import (
 )
 from tiny_models import Failing, Functional, Stateless, Stepper
 
-from pytest_lmeval import corpus
+from pytest_lmeval import corpus, load, perplexity
 from pytest_lmeval._session import Session, TestLog as Log
-from pytest_lmeval.errors import CorpusError, StreamError
+from pytest_lmeval.errors import CorpusError, NoIntervalError, RegistryError, StreamError
 from pytest_lmeval.measures import Lmeval
+from pytest_lmeval.measures._agreement import measure_agreement
 from pytest_lmeval.measures._context import VerbContext
 from pytest_lmeval.models._sources import as_model
 from pytest_lmeval.records._journal import Checkpoints, JournalWarning
@@ -35,6 +37,8 @@ from pytest_lmeval.records._value import Value
 from pytest_lmeval.scoring import _loss_accumulator as scoring
 from pytest_lmeval.scoring._loss_accumulator import CHUNKS, TOKENS, LossAccumulator
 from pytest_lmeval.scoring._loss_metrics import exponential
+from pytest_lmeval.training._plan import plan_for
+from pytest_lmeval.training._protocol import Protocol
 
 BYTE_LM = as_model(Functional(vocab=256))
 WINDOWS = {"window": 40, "overlap": 15, "chunk_size": 7}
@@ -121,6 +125,46 @@ def test_progress_is_reported_after_every_chunk(how, expected):
 def test_a_text_without_a_target_and_ids_that_are_no_integers_are_refused(corpus, message):
     with pytest.raises((StreamError, CorpusError), match=message):
         measure_perplexity(BYTE_LM, corpus)
+
+
+def test_a_name_is_a_corpus_wherever_one_is_taken():
+    lm, other = load("demo"), load("demo")
+    named, given = (measure_perplexity(lm, source, tokens=200) for source in ("stdlib", corpus("stdlib")))
+    assert (named.record.subject, named.nll) == (given.record.subject, given.nll)
+    assert named.record.settings["data"] == given.record.settings["data"]
+    assert perplexity("demo", "stdlib", tokens=200).nll == given.nll
+    assert measure_agreement(lm, other, "stdlib", tokens=200).agreement == 1
+    protocol = Protocol(seq_len=32, steps=1, batch_size=2)
+    plans = [plan_for(lm, *sources, protocol) for sources in (("stdlib", None), (corpus("stdlib"), None))]
+    assert plans[0].key == plans[1].key
+    with pytest.raises(CorpusError, match="are the same text"):
+        plan_for(lm, "stdlib", corpus("stdlib"), protocol)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("stdlob", "there is no corpus 'stdlob'. Did you mean stdlib?"),
+        ("text:nothing.txt", "nothing.txt"),
+        (None, "the name of one, .* got None, of type NoneType"),
+        (7, "got 7, of type int"),
+        (corpus, "of type function"),
+        (Path("notes.txt"), 'A file is named as "text:notes.txt"'),
+    ],
+)
+def test_what_is_no_corpus_is_refused_in_words(source, message):
+    with pytest.raises((CorpusError, RegistryError), match=message):
+        measure_perplexity(BYTE_LM, source)
+
+
+def test_the_end_of_an_interval_that_a_short_text_has_not_is_an_error_that_says_so():
+    result = measure_perplexity(load("demo"), "stdlib", tokens=60)
+    assert result.perplexity < 20
+    for ask in (lambda: result.perplexity.high < 20, lambda: result.bits_per_byte.low > 1):
+        with pytest.raises(NoIntervalError, match=r"has no 95 % interval, so it has no .* Too little was read .* longer text"):
+            ask()
+    with pytest.raises(NoIntervalError, match=r"^tokens_per_second \(.* tokens/s, n = 59\) .* measured once"):
+        _ = result.tokens_per_second.low
 
 
 @pytest.mark.parametrize("lm", [BYTE_LM, as_model(Stateless(vocab=256))], ids=["carried", "windows"])

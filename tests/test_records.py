@@ -9,14 +9,15 @@ import re
 import pytest
 from documents import GOLDEN, chosen, document, everything, generated, perplexity_of
 from hypothesis import example, given, settings, strategies as st
+from msgspec import structs
 
-from pytest_lmeval.errors import ArgumentError, DocumentError
+from pytest_lmeval.errors import ArgumentError, DocumentError, NoIntervalError
 from pytest_lmeval.records import _schema as schema
 from pytest_lmeval.records._document import dump, load
 from pytest_lmeval.records._environment import describe
 from pytest_lmeval.records._example import Example
-from pytest_lmeval.records._measured import Series
-from pytest_lmeval.records._metric import headline_of
+from pytest_lmeval.records._measured import ModelFacts, Record, Series
+from pytest_lmeval.records._metric import headline_of, value_of
 from pytest_lmeval.records._value import Value
 from pytest_lmeval.report import _pages as pages
 
@@ -70,6 +71,37 @@ def test_an_invalid_value_is_refused_when_it_is_made(fields, said):
     """And not when the run is written, which would lose what all other tests measured."""
     with pytest.raises(ArgumentError, match=re.escape(said)):
         Value(**{"value": 0.5, **fields})
+
+
+@given(st.builds(value_of, st.sampled_from(["perplexity", "accuracy", "itl"]), FINITE, st.none()))
+def test_an_interval_that_is_not_there_is_never_none_in_a_comparison(value):
+    """And `hasattr` says that it is not there."""
+    assert value.interval is None
+    assert not hasattr(value, "low")
+    for end in ("low", "high"):
+        with pytest.raises(NoIntervalError, match=f"no `.{end}` to compare with. Too little was read or run"):
+            _ = getattr(value, end) < 20
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (value_of("nll", 2.5, None, n=3), "^nll \\(2.5 nats/token, n = 3\\) has no 95 % interval, .* Read more"),
+        (value_of("largest_difference", 2.5), "^largest_difference .* an extreme, or measured once"),
+        (value_of("chance", 0.5, None), "^chance .* an extreme, or measured once"),  # no score has an interval
+        (value_of("accuracy", 0.5, why="Asking ended."), "Asking ended.$"),
+        (Value(0.97, n=100), r"^accuracy \(0.97, n = 100\) .* or it was recorded without"),
+    ],
+)
+def test_the_error_names_the_metric_as_its_record_does_and_says_why(value, said):
+    name = said[1:].partition(" ")[0] if said.startswith("^") else "accuracy"
+    stored = Record(kind="custom", subject="all", lm=ModelFacts(spec="demo"), metrics={name: value})
+    for again in (stored, structs.replace(stored, test="another"), pickle.loads(pickle.dumps(stored))):
+        with pytest.raises(NoIntervalError, match=said):
+            _ = again.metrics[name].low
+    with pytest.raises(NoIntervalError, match=f"^{name} "):
+        _ = schema.convert(schema.to_plain(stored), Record).metrics[name].high
+    assert schema.to_plain(stored)["metrics"][name] == value.to_json()
 
 
 @pytest.mark.parametrize("name", ["unit", "low", "n", "anything"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import chain, groupby, islice
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from pytest_lmeval.data import corpus as named
 from pytest_lmeval.data._corpus import Corpus, Document
 from pytest_lmeval.data._joined import tokenized as joined
 from pytest_lmeval.engine._tokens import Tokens, array_of, tokens_of
@@ -21,15 +23,24 @@ from pytest_lmeval.models._model import Model, special_pattern, with_special_tok
 LONGEST_SPECIAL = 100  # bytes of a special token that may be written across two parts of a text
 
 
-def as_corpus(source: Corpus | Iterable[Any]) -> Corpus:
-    """A corpus as it is; token ids (tensor, array, list, range, iterator of arrays) as a corpus of one document. An iterator
-    can be read once and is not stored."""
+def as_corpus(source: Corpus | str | Iterable[Any]) -> Corpus:
+    """A corpus as it is, or by its name; token ids (tensor, array, list, range, iterator of arrays) as a corpus of one
+    document. An iterator can be read once and is not stored. Raises RegistryError and CorpusError for anything else."""
     if isinstance(source, Corpus):
         return source
+    if isinstance(source, str):
+        return named(source)
+    if not hasattr(source, "__iter__"):
+        help_ = f' A file is named as "text:{source}".' if isinstance(source, os.PathLike) else ""
+        raise CorpusError(
+            f'a text is a Corpus, the name of one, such as "stdlib", or token ids (a tensor, an array, a list, or an iterator '
+            f"of these); got {source!r}, of type {type(source).__name__}.{help_}"
+        )
     if (ids := array_of(source)) is not None:
         digest = hashlib.sha256(np.ascontiguousarray(ids).tobytes()).hexdigest()
         return Corpus("ids", "test", lambda: iter([Document("ids", ids=ids)]), digest, tokenized=True, size=len(ids))
-    parts = (Document("ids", ids=part) for part in source)
+    arrays: Iterable[Any] = source
+    parts = (Document("ids", ids=part) for part in arrays)
     return Corpus("ids", "test", lambda: parts, "", tokenized=True)
 
 

@@ -130,7 +130,7 @@ def contradictions(tests: Tests, scores: Examples) -> Iterator[str]:
         examples = scores.get((test, record))
         for name, value in entry.metrics.items():
             where, exponential = f"in {test}, {record}, {name}", metric(name).exponential
-            if exponential and min(value, value if value.low is None else value.low) <= 0:
+            if exponential and min([value, *(value.interval or ())]) <= 0:
                 yield f"{where} is {value!r}, and an exponential is above 0"
                 continue
             if examples is None or value.n is None or (computed := examples.mean_of(name)) is None:

@@ -122,7 +122,7 @@ def _candidates(base: Side, new: Side, margins: Margins, level: float) -> Iterat
 
 def _is_exact(margin: Margin, before: Value, after: Value) -> bool:
     """Whether two numbers are compared without statistics: a user chose the margin, and an interval is missing."""
-    return margin.given and None in (before.low, after.low)
+    return margin.given and None in (before.interval, after.interval)
 
 
 def _row(candidate: Candidate, verdict: Verdict) -> Comparison:
@@ -230,7 +230,7 @@ def _exact_row(base: float, new: float, margin: Margin, up: bool) -> Comparison:
 def _unpaired(declared: Metric, before: Value, after: Value, *, with_intervals: bool) -> Difference:
     sides = []
     for value in (before, after):
-        bounds = [value.low, value.high] if with_intervals else [None, None]
+        bounds = (value.interval if with_intervals else None) or (None, None)
         low, high = (None if one is None else math.log(one) if declared.exponential else one for one in bounds)
         sides.append((math.log(value) if declared.exponential else float(value), low, high))
     return unpaired_difference(sides[0], sides[1], after.n or before.n or 0)

@@ -11,7 +11,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from pytest_lmeval.gates._margins import Margins
-from pytest_lmeval.gates._scores import keeps_examples, numbered, rounded, rounded_or_none
+from pytest_lmeval.gates._scores import keeps_examples, numbered, rounded
 from pytest_lmeval.records._measured import Record
 from pytest_lmeval.records._metric import headline_of, metric
 from pytest_lmeval.records._schema import StoredStruct, to_plain
@@ -158,5 +158,5 @@ def _portable(plain: Any) -> Any:
 
 
 def _rounded(value: Value) -> Value:
-    low, high = rounded_or_none(value.low), rounded_or_none(value.high)
+    low, high = map(rounded, value.interval) if value.interval else (None, None)
     return Value(rounded(value), value.unit, low=low, high=high, n=value.n, higher_is_better=value.higher_is_better)

@@ -46,7 +46,7 @@ TOKENS, SAME, KL, DIFFERENCE = range(4)  # columns of a row of sums
 def agreement(
     lm: Any,
     reference: Any,
-    corpus: Corpus | Iterable[Any],
+    corpus: Corpus | str | Iterable[Any],
     *,
     tokens: int | None = None,
     limit: int | None = None,
@@ -80,7 +80,7 @@ def agreement(
 @dataclass(frozen=True, repr=False)
 class AgreementResult(Result):
     """The result of `agreement`. Values have a 95 % interval, `.low` to `.high`, over blocks of the text, or documents:
-    Wilson's score with the effective size for `agreement`, Student's t for means; None if the text is too short."""
+    Wilson's score with the effective size for `agreement`, Student's t for means; NoIntervalError if the text is too short."""
 
     agreement = MetricValue()
     """Fraction of positions where both have the same most likely token; of equally likely ones, the first counts."""
@@ -97,7 +97,7 @@ class AgreementResult(Result):
 def measure_agreement(
     lm: Model,
     reference: Model,
-    corpus: Corpus | Iterable[Any],
+    corpus: Corpus | str | Iterable[Any],
     *,
     policy: Policy | None = None,
     reference_policy: Policy | None = None,
@@ -108,7 +108,7 @@ def measure_agreement(
 ) -> AgreementResult:
     """Read a corpus with both models and compare their predictions at each position.
 
-    corpus     a `Corpus`, or token ids (tensor, array, list, iterator of arrays)
+    corpus     a `Corpus`, the name of one, or token ids (tensor, array, list, iterator of arrays)
     policy     how the lm reads it, and `reference_policy` how the reference does (see `engine.policy_for`)
     tokens     read so many tokens of the stream (of each document, if read by document)
     limit      read so many documents

@@ -180,6 +180,6 @@ def limit(roofline_fraction: float, bound_by: str) -> str:
 
 def _rate(name: str, amount: float, milliseconds: Value) -> Value:
     """`amount` a second; the upper end of the time's interval is the lower end of the rate's."""
-    low, high = milliseconds.low, milliseconds.high
-    interval = None if low is None or high is None else (1e3 * amount / high, 1e3 * amount / low)
+    time = milliseconds.interval
+    interval = time and (1e3 * amount / time[1], 1e3 * amount / time[0])
     return value_of(name, 1e3 * amount / milliseconds, interval, n=milliseconds.n)

@@ -39,7 +39,7 @@ Progress = Callable[[int, float, int | None], None]
 @verb
 def perplexity(
     lm: Any,
-    corpus: Corpus | Iterable[Any],
+    corpus: Corpus | str | Iterable[Any],
     chunk_size: int | None = None,
     tokens: int | None = None,
     *,
@@ -52,6 +52,8 @@ def perplexity(
     invariant: bool = False,
 ) -> PerplexityResult:
     """Measure perplexity, bits per byte, accuracy and loss by position (see `measure_perplexity` for the parameters).
+
+    A corpus may be given by its name, `lmeval.perplexity(lm, "stdlib")`; `corpus("stdlib", "train")` chooses a split, too.
 
     The model's laws are probed first, and its state is carried only in an exact way; the record says which.
     window="lm_eval" reads each document as loglikelihood_rolling of lm-evaluation-harness and gives the same bits_per_byte; its
@@ -106,7 +108,7 @@ def perplexity(
 @dataclass(frozen=True, repr=False)
 class PerplexityResult(Result):
     """The result of `perplexity`. Values have a 95 % interval, `.low` to `.high` (over documents, or blocks of one
-    stream; None if the text is too short for one)."""
+    stream; NoIntervalError if the text is too short for one)."""
 
     resumed_at: int = 0  # tokens that an interrupted run had already scored
 
@@ -188,7 +190,7 @@ class PerplexityResult(Result):
 
 def measure_perplexity(
     lm: Model,
-    corpus: Corpus | Iterable[Any],
+    corpus: Corpus | str | Iterable[Any],
     *,
     policy: Policy | None = None,
     tokens: int | None = None,
@@ -203,7 +205,7 @@ def measure_perplexity(
 ) -> PerplexityResult:
     """Read a corpus and score every token of it once.
 
-    corpus      a `Corpus`, or token ids (tensor, array, list, iterator of arrays)
+    corpus      a `Corpus`, the name of one, or token ids (tensor, array, list, iterator of arrays)
     policy      how to read it (see `engine.policy_for`); by default as the model declares
     tokens      read so many tokens of the stream (of each document, if read by document)
     limit       read so many documents

@@ -81,9 +81,9 @@ def _average(values: list[Value], *, weighted: bool) -> Value:
     pairs = [(count / sum(counts), value) for count, value in zip(counts, values, strict=True)]
     mean = math.fsum(weight * value for weight, value in pairs)
     interval = None
-    if all(value.low is not None and value.high is not None for value in values):
-        below = math.hypot(*(weight * (value - (value.low or 0.0)) for weight, value in pairs))
-        above = math.hypot(*(weight * ((value.high or 0.0) - value) for weight, value in pairs))
+    if all(value.interval for value in values):
+        below = math.hypot(*(weight * (value - value.low) for weight, value in pairs))
+        above = math.hypot(*(weight * (value.high - value) for weight, value in pairs))
         interval = (mean - below, mean + above)
     n, ties = sum(value.n or 0 for value in values), sum(value.ties for value in values)
     return value_of("average", mean, interval, n=n, ties=ties)

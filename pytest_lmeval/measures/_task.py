@@ -211,8 +211,9 @@ def measure_task(
     details: dict[str, Any] = {"prefix_sharing": engine.policy.sharing}
     values = compute(metrics, answered, seed=seed, threshold=task.threshold)
     if verdict is not None:  # asking ended because of the answers: only the interval of the rate allows for that
+        why = "Asking ended because of the answers, and only the interval of the rate allows for that. Compare `.rate`."
         others = {name: value for name, value in values.items() if name != "rate"}
-        values |= {name: metric(name).value(float(value), n=value.n, ties=value.ties) for name, value in others.items()}
+        values |= {name: metric(name).value(float(one), n=one.n, ties=one.ties, why=why) for name, one in others.items()}
         total = _number_of_questions(task, limit, data_dir, len(not_questions))
         details |= {"rate_is": verdict, "not_asked": None if total is None else total - len(answered)}
     details |= {

@@ -61,7 +61,9 @@ def append(folder: Path, document: RunDocument) -> None:
     lines = []
     for record in document.records:
         of = (*run, record.test, record.lm.spec, record.kind, record.subject)
-        lines += [Line(*of, name, float(one), one.low, one.high, one.unit) for name, one in record.metrics.items()]
+        for name, value in record.metrics.items():
+            low, high = value.interval or (None, None)
+            lines.append(Line(*of, name, float(value), low, high, value.unit))
     with (folder / NAME).open("a", encoding="utf-8", errors="replace") as file:
         file.write("".join(map(schema.line_of, lines)))
 

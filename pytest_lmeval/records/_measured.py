@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
+from msgspec.structs import force_setattr
+
 from pytest_lmeval.errors import ArgumentError, NotMeasuredError, ProfilingError
 from pytest_lmeval.records._certificate import Certificate
 from pytest_lmeval.records._comparison import Comparison
@@ -134,6 +136,9 @@ class Record(StoredStruct, frozen=True, kw_only=True):
     units: str | None = None
     gate: dict[str, Comparison] | None = None
     outcome: Outcome = ""
+
+    def __post_init__(self) -> None:
+        force_setattr(self, "metrics", {name: value.named(name) for name, value in self.metrics.items()})
 
     @property
     def is_verdict(self) -> bool:

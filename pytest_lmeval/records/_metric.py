@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from fnmatch import fnmatchcase
+from types import EllipsisType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from pytest_lmeval import registry
@@ -59,6 +60,15 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "norm": (*get_args(Norm), None),
 }
 """Allowed values of some fields."""
+
+TOO_LITTLE = (
+    "Too little was read or run to tell how far the truth may lie from it. Read more (documents, a longer text, questions, "
+    "groups of them, runs), or compare the value itself, without knowing how sure it is."
+)
+NOT_ESTIMATED = (
+    "It is counted, an extreme, or measured once: nothing tells how far another one would lie from it. Compare it itself."
+)
+"""Why a value has no interval."""
 
 MARGIN = re.compile(r"([+-]?)(\d+\.?\d*|\.\d+)(\s*%)?")
 """A margin as text: sign, size, and "%" if it is relative to the baseline."""
@@ -170,17 +180,27 @@ class Metric:
     def value(
         self,
         number: float,
-        interval: tuple[float, float] | None = None,
+        interval: tuple[float, float] | EllipsisType | None = ...,
         *,
         n: int | None = None,
         ties: int = 0,
         unit: str | None = None,
         higher_is_better: bool | None = None,
+        why: str = "",
     ) -> Value:
-        """Make a value of this metric. The interval is extended to a number that rounding or a biased statistic put outside."""
+        """Make a value of this metric.
+
+        interval  extended to a number that rounding or a biased statistic put outside; None if too little was read for one
+        why       there is no interval, if the reason is another
+        """
+        estimated = not (self.score and self.interval is None and self.statistic is None)
+        if isinstance(interval, EllipsisType):
+            interval, estimated = None, False
         low, high = (None, None) if interval is None else (min(number, interval[0]), max(number, interval[1]))
+        why = why or (TOO_LITTLE if estimated else NOT_ESTIMATED) if interval is None else ""
         better = self.higher_is_better if higher_is_better is None else higher_is_better
-        return Value(number, self.unit if unit is None else unit, low=low, high=high, n=n, ties=ties, higher_is_better=better)
+        unit = self.unit if unit is None else unit
+        return Value(number, unit, low=low, high=high, n=n, ties=ties, higher_is_better=better, why=why)
 
 
 def metric(name: str, value: Value | None = None) -> Metric:
@@ -231,7 +251,7 @@ def headline_of(metrics: dict[str, Value]) -> str | None:
     return None
 
 
-def value_of(name: str, number: float, interval: tuple[float, float] | None = None, **options: Any) -> Value:
+def value_of(name: str, number: float, interval: tuple[float, float] | EllipsisType | None = ..., **options: Any) -> Value:
     """Make a value of a declared metric (see `Metric.value`)."""
     return metric(name).value(number, interval, **options)
 

@@ -81,7 +81,7 @@ def quality_by_bytes(records: Sequence[Record]) -> dict[str, Any] | None:
             continue
         value, label = record.metrics[name], metric(name, record.metrics[name]).label
         choice = _choice(choices, f"{record.subject}: {label}", "bytes of the weights", value.unit or label)
-        bounds = {end: [bound] for end, bound in (("low", value.low), ("high", value.high)) if bound is not None}
+        bounds = {end: [bound] for end, bound in zip(("low", "high"), value.interval or (), strict=False)}
         choice["curves"].append(_curve(record, [record.lm.bytes], [float(value)]) | bounds)
     shown = {label: choice for label, choice in choices.items() if len({curve["x"][0] for curve in choice["curves"]}) > 1}
     return {"title": "Quality by bytes of the weights", "kind": "dots", "choices": shown} if shown else None

@@ -17,7 +17,7 @@ def bencher(document: RunDocument) -> dict[str, Any]:
     """Bencher Metric Format: {benchmark: {measure: {value, lower_value, upper_value}}}."""
     found: dict[str, Any] = {}
     for benchmark, name, value in _named_values(document):
-        bounds = {} if value.low is None else {"lower_value": value.low, "upper_value": value.high}
+        bounds = {} if value.interval is None else {"lower_value": value.low, "upper_value": value.high}
         found.setdefault(benchmark, {})[name] = {"value": float(value), **bounds}
     return {"bencher.json": found}
 
@@ -27,7 +27,7 @@ def github_action_benchmark(document: RunDocument) -> dict[str, Any]:
     files: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
     for benchmark, name, value in _named_values(document):
         if value.higher_is_better is not None:
-            bounds = {} if value.low is None else {"range": f"{value.low:.6g} to {value.high:.6g}"}
+            bounds = {} if value.interval is None else {"range": f"{value.low:.6g} to {value.high:.6g}"}
             entry = {
                 "name": f"{benchmark} {name}",
                 "unit": value.unit,

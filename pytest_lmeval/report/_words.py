@@ -37,7 +37,7 @@ def number(value: float, unit: str = "") -> str:
 
 def interval(value: Value) -> str:
     """The 95 % interval, if there is one, and the number of ties, if they are many."""
-    between = "" if value.low is None or value.high is None else f"{number(value.low)} to {number(value.high)}"
+    between = "" if value.interval is None else " to ".join(map(number, value.interval))
     ties = f"{value.ties:,} of {value.n:,} tied" if value.has_many_ties else ""
     return ", ".join(filter(None, (between, ties)))
 

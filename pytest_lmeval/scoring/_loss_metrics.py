@@ -15,6 +15,10 @@ from pytest_lmeval.scoring._loss_accumulator import BYTES, HITS, NATS, SECONDS, 
 from pytest_lmeval.statistics._estimate import ratio_intervals
 from pytest_lmeval.statistics._proportion import wilson_of_sums
 
+OF_ONE_TEXT = (
+    "A thousand targets of one text are too few to show how slowly it changes. Read several documents that reach the position "
+    "(as_stream=False), or compare the value itself, without knowing how sure it is."
+)
 LARGEST_EXPONENT = 700.0  # nats: the exponential of more is no float
 
 
@@ -46,7 +50,7 @@ def above_floor(metrics: dict[str, Value], entropy: float | None) -> dict[str, V
     if entropy is None or "bits_per_byte" not in metrics:
         return metrics
     loss, ln2 = metrics["bits_per_byte"], math.log(2)
-    interval = None if loss.low is None or loss.high is None else (loss.low * ln2 - entropy, loss.high * ln2 - entropy)
+    interval = loss.interval and (loss.low * ln2 - entropy, loss.high * ln2 - entropy)
     excess = value_of("excess_nats", float(loss) * ln2 - entropy, interval, n=loss.n)
     return {**metrics, "entropy_floor": value_of("entropy_floor", entropy), "excess_nats": excess}
 
@@ -54,7 +58,7 @@ def above_floor(metrics: dict[str, Value], entropy: float | None) -> dict[str, V
 def exponential(nll: Value, name: str = "perplexity") -> Value:
     """The perplexity of a mean loss. Raises StreamError for one that is too large for a float; it is never capped."""
     try:
-        interval = None if nll.low is None or nll.high is None else (math.exp(nll.low), math.exp(nll.high))
+        interval = nll.interval and (math.exp(nll.low), math.exp(nll.high))
         return value_of(name, math.exp(nll), interval, n=nll.n)
     except OverflowError as error:
         raise StreamError(f"the mean loss is {float(nll):.6g} nats a token: its perplexity is too large a number.") from error
@@ -123,12 +127,14 @@ def loss_metrics(sums: LossAccumulator) -> dict[str, Value]:
     columns = np.column_stack([rows.reshape(len(rows), -1), (losses + excess) @ weights, np.ones(len(rows))])
     ratios = [(2 * index + NATS, 2 * index + TOKENS) for index in range(len(at))] + [(2 * len(at), 2 * len(at) + 1)]
     bounds = ratio_intervals(columns, ratios, consecutive=not sums.by_document)
+    why = "" if sums.by_document else OF_ONE_TEXT
     found = {
-        name: value_of(name, float(losses[index]), bounds[index], n=int(total[index, TOKENS]))
+        name: value_of(name, float(losses[index]), bounds[index], n=int(total[index, TOKENS]), why=why)
         for index, name in enumerate(map(name_of, at.tolist()))
     }
     if len(at) > 1:
-        found["loss_slope"] = value_of("loss_slope", float(losses @ weights), None if None in bounds else bounds[-1], n=len(at))
+        certain = None if None in bounds else bounds[-1]
+        found["loss_slope"] = value_of("loss_slope", float(losses @ weights), certain, n=len(at), why=why)
     return found
 
 

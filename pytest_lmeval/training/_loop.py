@@ -52,8 +52,8 @@ def run_training(
     Every model gets the same tokens in the same order, each crop from an empty state. An interrupted training resumes from its
     last saved point, with the same result (bit for bit on the CPU); the result of a finished one is returned at once.
 
-    corpus, held_out   each a `Corpus`, or token ids (tensor, array, list, iterator of arrays); the result has the weights with
-                       the lowest loss on `held_out`
+    corpus, held_out   each a `Corpus`, the name of one, or token ids (tensor, array, list, iterator of arrays); the result has
+                       the weights with the lowest loss on `held_out`
     folder             keep weights, record and resume point in folder/models/KEY; None: write nothing
     progress           called after each step with tokens so far, nats so far, tokens expected
     spec               name of the trained model; by default "SPEC, trained N steps on CORPUS"

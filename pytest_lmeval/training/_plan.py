@@ -23,7 +23,7 @@ from pytest_lmeval.records._journal import key_of
 from pytest_lmeval.training._protocol import Protocol
 
 COARSE = (torch.bfloat16, torch.float16)
-Source: TypeAlias = "Corpus | Iterable[Any]"
+Source: TypeAlias = "Corpus | str | Iterable[Any]"
 
 
 @dataclass(frozen=True)
