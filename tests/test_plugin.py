@@ -130,7 +130,7 @@ def test_every_option_has_an_ini_option(project):
             [pytest]
             lm = tiny:Tiny
             lmeval_dir = out/put
-            lmeval_tokens = 1.1k
+            lmeval_tokens = 2.1k
             lmeval_budget = 1000
             lmeval_device = cpu
             lmeval_bits = 16
@@ -150,11 +150,11 @@ def test_every_option_has_an_ini_option(project):
     )
     run(project, lm=None).assert_outcomes(passed=3)
     found = records(project, "out/put")
-    assert (found["test_reads"]["cost"]["tokens"], found["test_reads"]["lm"]["dtype"]) == (1099, "bfloat16")
+    assert (found["test_reads"]["cost"]["tokens"], found["test_reads"]["lm"]["dtype"]) == (2099, "bfloat16")
     assert found["test_length"]["settings"]["seq_len"] == 8
-    run(project, "--lmeval-tokens", "1500", "--lmeval-bits=32", "-k", "reads", lm=None).assert_outcomes(passed=1, deselected=2)
+    run(project, "--lmeval-tokens", "2500", "--lmeval-bits=32", "-k", "reads", lm=None).assert_outcomes(passed=1, deselected=2)
     record = records(project, "out/put")["test_reads"]
-    assert (record["cost"]["tokens"], record["lm"]["dtype"]) == (1499, "float32")
+    assert (record["cost"]["tokens"], record["lm"]["dtype"]) == (2499, "float32")
 
 
 def test_several_lengths_are_parameters_of_a_fixture_and_a_test_without_it_is_refused(project):
