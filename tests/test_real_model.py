@@ -1,5 +1,7 @@
 """The principal claims on a real model: what is right is certified, what is wrong is not, and rows that leak are read alone."""
 
+from dataclasses import replace
+
 import pytest
 
 transformers = pytest.importorskip("transformers")
@@ -9,7 +11,7 @@ import torch  # noqa: E402
 from faults_at_size import Planted, PositionsClamped, planted  # noqa: E402
 from real_model import MISSING, real_model_folder  # noqa: E402
 
-from pytest_lmeval import Choices, Task, as_model, load, task  # noqa: E402
+from pytest_lmeval import Choices, Generate, Task, as_model, load, task  # noqa: E402
 from pytest_lmeval.engine._losses import token_rounding  # noqa: E402
 from pytest_lmeval.laws import probe  # noqa: E402
 from pytest_lmeval.measures._task import measure_task  # noqa: E402
@@ -101,3 +103,28 @@ def test_two_precisions_differ_by_the_rounding_that_makes_a_tie(folder):
             errors += list((gaps[1] - gaps[0]) / np.sqrt(np.maximum(one.tokens[1:], one.tokens[:-1])))
         assert 0.5 < np.sqrt(np.mean(np.square(errors))) / token_rounding(torch.bfloat16) < 2
     assert exact[0].rounding < 1e-5
+
+
+def test_a_turn_ends_at_the_special_token_that_is_its_stop_and_judges_see_neither_it_nor_half_an_emoji(folder):
+    lm, seen = load(f"hf:{folder}"), []
+    lm.tokenizer.ends = ()  # as of a model whose configuration forgets that its turns end with one
+    questions = ["What is the capital of France? Answer with one word.", "Write three emoji of animals."]
+    asked = [[{"role": "user", "content": one}] for one in questions]
+    rows = [{"q": lm.tokenizer.tokenizer.apply_chat_template(one, tokenize=False, add_generation_prompt=True)} for one in asked]
+
+    def ask(row):
+        return Generate(row["q"], (), stop=("<|im_end|>",), max_tokens=24)
+
+    chat = Task("chat", rows, ask, judge=lambda text: seen.append(text), special_tokens=True)
+    france, animals = measure_task(lm, chat).examples
+    assert france.output.rstrip(".").endswith("Paris")
+    assert set(animals.output) & set("🐶🐱🐦🐟🐠🐻🐘🐍🐎🐢🦁🐒")
+    assert not {letter for text in seen for letter in text} & {"\ufffd", "|"}
+    with_what_follows = measure_task(lm, replace(chat, rows=rows[:1], ask=lambda row: replace(ask(row), stop=())))
+    assert len(with_what_follows.examples[0].generated) > len(france.generated)
+
+
+def test_a_choice_that_merges_with_the_whole_prompt_is_scored_after_the_beginning_of_sequence(folder):
+    rows = [{"a": "un", "b": "happy"}, {"a": "He", "b": "llo"}]
+    asked = measure_task(load(f"hf:{folder}"), Task("border", rows, lambda row: Choices(row["a"], (row["b"], "zzz"), 0)))
+    assert (asked.accuracy, asked.record.details["retokenized"]) == (1, 1)  # "Hello" is one token, and the prompt has no other
