@@ -22,12 +22,20 @@ from pytest_lmeval.tasks import find, id_of
 from pytest_lmeval.tasks._rows import guarded
 
 LM = as_model(Functional(vocab=256))
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5) | st.binary(max_size=4),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
-    max_leaves=6,
-)
-JSON = st.dictionaries(st.text(max_size=4), VALUES.filter(lambda value: "b'" not in repr(value)), max_size=4)
+OF_JSON = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
+
+
+def values(leaves):
+    """Leaves, and lists and objects of them."""
+
+    def within(inner):
+        return st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+
+    return st.recursive(leaves, within, max_leaves=6)
+
+
+VALUES = values(OF_JSON | st.binary(max_size=4))
+JSON = st.dictionaries(st.text(max_size=4), values(OF_JSON), max_size=4)
 
 
 @settings(max_examples=60)

@@ -21,6 +21,7 @@ from pytest_lmeval.data._formats import Row
 from pytest_lmeval.data._rows import Rows
 from pytest_lmeval.errors import TaskError, lone_surrogate
 from pytest_lmeval.records._metric import Metric
+from pytest_lmeval.tasks._rows import guarded
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,7 @@ class Task:
         """Check the first question of rows that are at hand. Another row, another package's metric, and any other failure of
         `ask` are checked when the question is asked."""
         try:
-            question = self.ask(row)
+            question = self.ask(guarded(row))
         except Exception:  # noqa: BLE001 - raised again, with its row, when it is asked
             return
         if isinstance(question, Choices | Generate):
