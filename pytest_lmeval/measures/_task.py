@@ -10,7 +10,6 @@ No answer depends on the others, or on their order or number.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,15 +26,15 @@ from pytest_lmeval.data._rows import Rows
 from pytest_lmeval.engine import Engine, Policy, Prompt, Request, Scored, policy_for
 from pytest_lmeval.engine._losses import token_rounding
 from pytest_lmeval.errors import ArgumentError, NotFiniteError, Refused, TaskError, nearest
-from pytest_lmeval.measures._audit import spread_note
 from pytest_lmeval.measures._context import VerbContext, current, verb
 from pytest_lmeval.measures._task_audit import Answered, TaskAudit
-from pytest_lmeval.models._identity import facts, tokenizer_fingerprint
-from pytest_lmeval.models._model import Model, special_pattern, with_special_tokens
+from pytest_lmeval.measures._task_record import norm_of, number_of_questions, record_of
+from pytest_lmeval.models._identity import tokenizer_fingerprint
+from pytest_lmeval.models._model import Model, with_special_tokens
 from pytest_lmeval.records._example import Example
 from pytest_lmeval.records._journal import key_of
-from pytest_lmeval.records._measured import Cost, Record, Result
-from pytest_lmeval.records._metric import Metric, Norm, judge_of, metric
+from pytest_lmeval.records._measured import Result
+from pytest_lmeval.records._metric import Metric, judge_of, metric
 from pytest_lmeval.records._value import Value
 from pytest_lmeval.scoring._answers import AnswerFile
 from pytest_lmeval.scoring._fewshot import Fewshot, Shots, identity_of, question_of, rows_of
@@ -182,7 +181,7 @@ def measure_task(
         }
         if progress is not None:
             right = sum(example.scores[judge.name] or 0.0 for example in answered) if judge else 0.0
-            progress(len(answered), right, _number_of_questions(task, limit))
+            progress(len(answered), right, number_of_questions(task, limit))
         if task.threshold is not None and (verdict := _certain(task.threshold, answered)):
             break
 
@@ -191,68 +190,25 @@ def measure_task(
     answered = [audit.audited.get(example.number, example) for example in answered]
     if not answered:
         raise TaskError(f"{task} has no question: {len(not_questions)} row(s) were read, and none was one.")
-    prompts = sorted(f"{one.id}{one.prompt}{one.choices}{one.texts}{one.right}{one.targets}" for one in answered)
     settings = {
-        "style": task.style,
-        "version": task.version,
-        "rows": _rows_name(task.rows),
         "shots": shots,
         "fewshot": task.fewshot_strategy if task.fewshot_strategy == "first" else fewshot,
         "limit": limit,
-        "batch_size": engine.policy.batch_size,
         "seed": seed,
         "truncate": truncate,
-        **({} if task.threshold is None else {"threshold": task.threshold}),
-        **({"invariant": True} if engine.policy.invariant else {}),
-        **({"special_tokens": True} if task.special_tokens else {}),
-        "prompts": hashlib.sha256("".join(prompts).encode(errors="surrogatepass")).hexdigest()[:16],
         **({"generation": sorted(generation)} if generation else {}),
     }
-    details: dict[str, Any] = {"prefix_sharing": engine.policy.sharing}
     values = compute(metrics, answered, seed=seed, threshold=task.threshold)
+    counts: dict[str, Any] = {"not_questions": len(not_questions), "audit_seconds": audit.seconds}
     if verdict is not None:  # asking ended because of the answers: only the interval of the rate allows for that
         why = "Asking ended because of the answers, and only the interval of the rate allows for that. Compare `.rate`."
         others = {name: value for name, value in values.items() if name != "rate"}
         values |= {name: metric(name).value(float(one), n=one.n, ties=one.ties, why=why) for name, one in others.items()}
-        total = _number_of_questions(task, limit, data_dir, len(not_questions))
-        details |= {"rate_is": verdict, "not_asked": None if total is None else total - len(answered)}
-    details |= {
-        "questions": len(answered),
-        "not_questions": len(not_questions),
-        "truncated": sum(example.truncated > 0 for example in answered),
-        "fewer_shots": sum(example.shots_dropped > 0 for example in answered),
-        "retokenized": sum(example.retokenized for example in answered),
-        "ties": sum(len(example.likeliest(_norm(metrics))) > 1 for example in answered),
-        "tokens_read": sum(example.read for example in answered),
-        "tokens_alone": sum(example.read + example.saved for example in answered),
-        "padding": engine.counts.padding,
-        "audit_seconds": audit.seconds,
-    }
-    noted = ("truncated", "fewer_shots", "retokenized", "not_questions", "not_asked")
-    notes = [f"{details[name]:,} {name.replace('_', ' ')}" for name in noted if details.get(name)]
-    in_metrics = {name: value.ties for name, value in values.items() if metric(name).norm is not None}
-    notes += _tie_notes(task, len(answered), in_metrics or {"outputs": details["ties"]})
-    if special := _with_special_tokens(lm, answered):
-        details["special_tokens"] = special
-        how = "control tokens" if task.special_tokens else "text"
-        notes.append(f"special tokens are written in {special:,} questions, read as {how}")
-    if engine.policy.sharing != "prefix sharing: on":
-        notes.insert(0, engine.policy.sharing)
-    certificate, seconds, again = engine.policy.certificate, time.perf_counter() - began, audit.result(answered)
-    notes += [*engine.policy.withheld, *spread_note(certificate, again, engine.policy)]
-    record = Record(
-        kind="task",
-        subject=f"{task.name}, {shots}-shot",
-        lm=facts(lm),
-        settings=settings,
-        details=details,
-        notes=notes,
-        metrics=values,
-        cost=Cost(seconds=seconds, tokens=details["tokens_read"], state_bytes=engine.counts.peak_state_bytes),
-        certificate=certificate and structs.replace(certificate, chunking_used=engine.policy.sharing, audit=again),
-        example="question",
-        examples=None if examples is None else str(examples),
-    )
+        total = number_of_questions(task, limit, data_dir, len(not_questions))
+        counts |= {"rate_is": verdict, "not_asked": None if total is None else total - len(answered)}
+    record = record_of(engine, task, answered, values, norm_of(metrics), settings, counts, audit.result(answered))
+    cost = structs.replace(record.cost, seconds=time.perf_counter() - began)
+    record = structs.replace(record, cost=cost, examples=None if examples is None else str(examples))
     answers.finish(answered, examples)
     return TaskResult(record, tuple(answered), resumed)
 
@@ -417,28 +373,10 @@ def _scored(example: Example, metrics: list[Metric], task: Task, lm: Model) -> E
             example,
             rounding=token_rounding(lm.dtype),
             tie_rule=task.tie_rule,
-            chosen=example.predicted(_norm(metrics)),
+            chosen=example.predicted(norm_of(metrics)),
             output=(example.texts or example.choices)[example.predicted()].strip(),
         )
     return structs.replace(example, scores=scored(example, metrics))
-
-
-def _norm(metrics: Sequence[Metric]) -> Norm:
-    """How choices are compared by the first metric that compares any."""
-    return next((metric.norm for metric in metrics if metric.norm is not None), "sum")
-
-
-def _tie_notes(task: Task, questions: int, ties: dict[str, int]) -> list[str]:
-    """How many questions are tied in which metrics, and what these count; nothing without any."""
-    counted = {"first": "the first of tied choices is taken, as in lm_eval", "shared": "each of k tied choices counts 1/k"}
-    names: dict[int, list[str]] = {}
-    for name, count in ties.items():
-        names.setdefault(count, []).append(name)
-    return [
-        f"{count:,} of {questions:,} questions tied in {' and '.join(tied)} ({counted[task.tie_rule]})"
-        for count, tied in names.items()
-        if count
-    ]
 
 
 def _certain(threshold: float, examples: Sequence[Example]) -> str | None:
@@ -449,22 +387,6 @@ def _certain(threshold: float, examples: Sequence[Example]) -> str | None:
     return sequential.verdict(sum(example.judged is True for example in examples), len(examples), threshold)
 
 
-def _with_special_tokens(lm: Model, answered: Sequence[Example]) -> int:
-    """The number of questions whose prompt or choices have a special token written in them."""
-    if (pattern := special_pattern(lm)) is None:
-        return 0
-    texts = ("\0".join((one.prompt, *one.choices)) for one in answered)
-    return sum(pattern.search(text.encode()) is not None for text in texts)
-
-
-def _rows_name(rows: Any) -> str:
-    if isinstance(rows, list | tuple):
-        return f"{len(rows)} rows"
-    if isinstance(rows, Rows):
-        return str(rows)
-    return f"{rows.__module__}.{rows.__qualname__}" if hasattr(rows, "__qualname__") else type(rows).__name__
-
-
 def _rows_fingerprint(task: Task, context: VerbContext) -> str:
     """Empty where it is unknown before the rows are read: of a function."""
     if isinstance(task.rows, Rows):
@@ -472,15 +394,3 @@ def _rows_fingerprint(task: Task, context: VerbContext) -> str:
     if not isinstance(task.rows, list | tuple):
         return ""
     return key_of(rows=[identity_of(task, row, where) for where, row in rows_of(task.rows)])
-
-
-def _number_of_questions(
-    task: Task, limit: int | None, data_dir: str | Path | None = None, not_questions: int | None = None
-) -> int | None:
-    """The number of questions to ask, or None; of a dataset, only in a local file and given how many rows are none."""
-    rows, length = task.rows, None
-    if isinstance(rows, list | tuple):
-        length = len(rows)
-    elif not_questions is not None and limit is None and isinstance(rows, Rows) and rows.file(data_dir) is not None:
-        length = sum(1 for _ in rows.read(data_dir)) - not_questions
-    return limit if length is None else length if limit is None else min(limit, length)

@@ -1,0 +1,139 @@
+"""Describe in a record what a task asked, and how: its settings, what it counted, and what a reader should notice."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from msgspec import structs
+
+from pytest_lmeval.data._rows import Rows
+from pytest_lmeval.engine import Engine
+from pytest_lmeval.measures._audit import spread_note
+from pytest_lmeval.models._identity import facts
+from pytest_lmeval.models._model import Model, special_pattern
+from pytest_lmeval.records._certificate import Audit
+from pytest_lmeval.records._example import Example
+from pytest_lmeval.records._measured import Cost, Record
+from pytest_lmeval.records._metric import Metric, Norm, metric
+from pytest_lmeval.records._value import Value
+from pytest_lmeval.tasks._questions import Task
+
+NOTED = ("truncated", "fewer_shots", "retokenized", "not_questions", "not_asked")  # counts that a note repeats
+
+
+def record_of(
+    engine: Engine,
+    task: Task,
+    answered: Sequence[Example],
+    values: dict[str, Value],
+    norm: Norm,
+    settings: dict[str, Any],
+    counts: dict[str, Any],
+    audit: Audit | None,
+) -> Record:
+    """The record of an asked task, without its duration.
+
+    values    its metrics
+    norm      how choices are compared (see `norm_of`)
+    settings  how it was asked, beside what the task and the engine say themselves
+    counts    what was counted while it was asked, beside what its answers say themselves
+    audit     of its answers
+    """
+    policy, certificate = engine.policy, engine.policy.certificate
+    details = {
+        "prefix_sharing": policy.sharing,
+        **counts,
+        "questions": len(answered),
+        "truncated": sum(example.truncated > 0 for example in answered),
+        "fewer_shots": sum(example.shots_dropped > 0 for example in answered),
+        "retokenized": sum(example.retokenized for example in answered),
+        "ties": sum(len(example.likeliest(norm)) > 1 for example in answered),
+        "tokens_read": sum(example.read for example in answered),
+        "tokens_alone": sum(example.read + example.saved for example in answered),
+        "padding": engine.counts.padding,
+    }
+    notes = [] if policy.sharing == "prefix sharing: on" else [policy.sharing]
+    notes += [f"{details[name]:,} {name.replace('_', ' ')}" for name in NOTED if details.get(name)]
+    in_metrics = {name: value.ties for name, value in values.items() if metric(name).norm is not None}
+    notes += _tie_notes(task, len(answered), in_metrics or {"outputs": details["ties"]})
+    if special := _with_special_tokens(engine.lm, answered):
+        details["special_tokens"] = special
+        how = "control tokens" if task.special_tokens else "text"
+        notes.append(f"special tokens are written in {special:,} questions, read as {how}")
+    return Record(
+        kind="task",
+        subject=f"{task.name}, {settings['shots']}-shot",
+        lm=facts(engine.lm),
+        settings={
+            "style": task.style,
+            "version": task.version,
+            "rows": _rows_name(task.rows),
+            "batch_size": policy.batch_size,
+            "prompts": _hash_of(answered),
+            **settings,
+            **({} if task.threshold is None else {"threshold": task.threshold}),
+            **({"invariant": True} if policy.invariant else {}),
+            **({"special_tokens": True} if task.special_tokens else {}),
+        },
+        details=details,
+        notes=[*notes, *policy.withheld, *spread_note(certificate, audit, policy)],
+        metrics=values,
+        cost=Cost(tokens=details["tokens_read"], state_bytes=engine.counts.peak_state_bytes),
+        certificate=certificate and structs.replace(certificate, chunking_used=policy.sharing, audit=audit),
+        example="question",
+    )
+
+
+def norm_of(metrics: Sequence[Metric]) -> Norm:
+    """How choices are compared by the first metric that compares any."""
+    return next((metric.norm for metric in metrics if metric.norm is not None), "sum")
+
+
+def _hash_of(answered: Sequence[Example]) -> str:
+    """A hash of all that was asked, in any order."""
+    asked = sorted(f"{one.id}{one.prompt}{one.choices}{one.texts}{one.right}{one.targets}" for one in answered)
+    return hashlib.sha256("".join(asked).encode(errors="surrogatepass")).hexdigest()[:16]
+
+
+def _tie_notes(task: Task, questions: int, ties: dict[str, int]) -> list[str]:
+    """How many questions are tied in which metrics, and what these count; nothing without any."""
+    counted = {"first": "the first of tied choices is taken, as in lm_eval", "shared": "each of k tied choices counts 1/k"}
+    names: dict[int, list[str]] = {}
+    for name, count in ties.items():
+        names.setdefault(count, []).append(name)
+    return [
+        f"{count:,} of {questions:,} questions tied in {' and '.join(tied)} ({counted[task.tie_rule]})"
+        for count, tied in names.items()
+        if count
+    ]
+
+
+def _with_special_tokens(lm: Model, answered: Sequence[Example]) -> int:
+    """The number of questions whose prompt or choices have a special token written in them."""
+    if (pattern := special_pattern(lm)) is None:
+        return 0
+    texts = ("\0".join((one.prompt, *one.choices)) for one in answered)
+    return sum(pattern.search(text.encode()) is not None for text in texts)
+
+
+def _rows_name(rows: Any) -> str:
+    if isinstance(rows, list | tuple):
+        return f"{len(rows)} rows"
+    if isinstance(rows, Rows):
+        return str(rows)
+    return f"{rows.__module__}.{rows.__qualname__}" if hasattr(rows, "__qualname__") else type(rows).__name__
+
+
+def number_of_questions(
+    task: Task, limit: int | None, data_dir: str | Path | None = None, not_questions: int | None = None
+) -> int | None:
+    """The number of questions to ask, or None; of a dataset, only in a local file and given how many rows are none."""
+    rows, length = task.rows, None
+    if isinstance(rows, list | tuple):
+        length = len(rows)
+    elif not_questions is not None and limit is None and isinstance(rows, Rows) and rows.file(data_dir) is not None:
+        length = sum(1 for _ in rows.read(data_dir)) - not_questions
+    return limit if length is None else length if limit is None else min(limit, length)
