@@ -24,7 +24,7 @@ UNIT_COLUMNS = {"tokens": TOKENS, "nats": NATS, "bytes": BYTES, **{f"top{k}": co
 BLOCK, BLOCKS = 64, 256  # targets of the smallest block, and the number of blocks at which neighbours merge
 CHUNKS = 2048  # rows at which neighbouring chunks merge
 HALF_OCTAVES = 128
-SPAN, SPAN_BLOCK = 1000, 50  # positions before a chosen one over which its loss is averaged, and those of a block of them
+SPAN, MISSING = 1000, 50  # positions before a chosen one over which its loss is averaged, and how many of them may be missing
 POSITIONS = 2  # column of `LossAccumulator.at_positions`, after TOKENS and NATS
 MOST_CURVES = 32  # fast weights up to which each has its own curve, beside that of their mean
 
@@ -110,7 +110,7 @@ class LossAccumulator:
     chunks        one row for each chunk (merged like blocks), with the bytes of the state after it
     by_position   one row for each range of positions, half an octave wide
     at_positions  [units, positions, 3] sums of tokens and nats, and the number of their positions: a unit is a document with
-                  targets just before one of the positions, or, in a stream, fifty of the thousand positions before each
+                  targets just before one of the positions, or the stream
     scored        position of the last scored target of the current sequence; the token before it was read last
     window        position at which the current window begins
     seconds       until the sums were saved
@@ -140,7 +140,7 @@ class LossAccumulator:
 
     def __post_init__(self) -> None:
         if self.positions and not self.by_document and not self.at_positions:
-            self.at_positions = [np.zeros((len(self.positions), 3)) for _ in range(SPAN // SPAN_BLOCK)]
+            self.at_positions = [np.zeros((len(self.positions), 3))]
 
     @property
     def tokens(self) -> int:
@@ -168,11 +168,7 @@ class LossAccumulator:
             self.by_position[bin_] += rows[bins == bin_].sum(axis=0)
         for index, position in enumerate(self.positions):
             near = (positions > position - SPAN) & (positions <= position)
-            if near.any():
-                units = np.where(self.by_document, -1, (positions[near] - (position - SPAN + 1)) // SPAN_BLOCK)
-                near_sums = np.column_stack([rows[near][:, [TOKENS, NATS]], np.ones(len(units))])
-                for unit in np.unique(units):
-                    self.at_positions[unit][index] += near_sums[units == unit].sum(axis=0)
+            self.at_positions[-1][index] += np.append(rows[near][:, [TOKENS, NATS]].sum(axis=0), near.sum())
 
     def start_document(self) -> None:
         """Begin a sequence, with an empty state."""
@@ -202,9 +198,8 @@ class LossAccumulator:
     def near_positions(self) -> np.ndarray:
         """Tokens and nats [units, positions, 2] before each position; zero for a text without a target among the last fifty."""
         rows = np.array(self.at_positions).reshape(len(self.at_positions), len(self.positions), POSITIONS + 1)
-        read = rows[..., POSITIONS] if self.by_document else rows[..., POSITIONS].sum(axis=0)
-        enough = np.maximum(0, np.minimum(SPAN, self.positions) - SPAN_BLOCK)
-        return np.where((read > enough)[..., None], rows[..., :POSITIONS], 0.0)
+        enough = np.maximum(0, np.minimum(SPAN, self.positions) - MISSING)
+        return np.where((rows[..., POSITIONS] > enough)[..., None], rows[..., :POSITIONS], 0.0)
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the state, exactly: JSON keeps every bit of a float."""

@@ -126,7 +126,7 @@ def loss_metrics(sums: LossAccumulator) -> dict[str, Value]:
     excess = (rows[..., NATS] - losses * rows[..., TOKENS]) * len(rows) / total[:, TOKENS]
     columns = np.column_stack([rows.reshape(len(rows), -1), (losses + excess) @ weights, np.ones(len(rows))])
     ratios = [(2 * index + NATS, 2 * index + TOKENS) for index in range(len(at))] + [(2 * len(at), 2 * len(at) + 1)]
-    bounds = ratio_intervals(columns, ratios, consecutive=not sums.by_document)
+    bounds = ratio_intervals(columns, ratios)
     why = "" if sums.by_document else OF_ONE_TEXT
     found = {
         name: value_of(name, float(losses[index]), bounds[index], n=int(total[index, TOKENS]), why=why)
