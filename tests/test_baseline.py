@@ -554,7 +554,9 @@ def test_few_documents_say_with_which_probability_chance_explains_their_loss():
         sides.append(Side(entry_of(made), Scores([f"d{index}" for index in range(10)], [None] * 10, columns)))
     row = compare([tuple(sides)], read_marker((), {"nll": 0.01}), 1)[0]["nll"]
     assert row.verdict == "unclear"
-    assert re.search(r"10 examples are few: if one more changed as much .* by chance in \d.* % of comparisons", row.note)
+    assert re.search(
+        r"10 examples are few: with one more that changed the other way, .* by chance in \d.* % of comparisons", row.note
+    )
 
 
 def test_small_losses_that_are_accepted_one_after_another_are_added_up(output):

@@ -178,8 +178,8 @@ def _why_unclear(candidate: Candidate, verdict: Verdict) -> str | None:
     least, allowed = -found.high if candidate.up else found.low, candidate.allowed
     if abs(found.value) > allowed and found.few:
         return (
-            f"{found.units:,} {what} are few: if one more changed as much as the largest of them, the other way, so large a "
-            f"loss would come by chance in {100 * verdict.p:.2g} % of comparisons"
+            f"{found.units:,} {what} are few: with one more that changed the other way, so large a loss would come by chance "
+            f"in {100 * verdict.p:.2g} % of comparisons"
         )
     if 0 < least <= allowed:
         return f"something was lost, at least {candidate.shown(least):.2g}; open is whether more than the margin"

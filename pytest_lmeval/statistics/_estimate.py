@@ -17,9 +17,9 @@ from pytest_lmeval.statistics._student import tail
 FEWEST_UNITS = 8  # fewer independent units say next to nothing about the spread between units
 FEWEST_BLOCKS = 30  # fewer blocks of one text do not show how slowly it changes
 LENGTHS, SHARES = 10, 10  # of the slow parts that are tried: correlation lengths, and shares of the spread
-MOST_SHARE = 1e3  # of a slow part, as a multiple of the independent part's spectrum
+MOST_SHARE = 300  # of a slow part, as a multiple of the independent part's spectrum: covers all of benchmarks/test_coverage.py
 FARTHEST, HALVINGS = 1e3, 50  # standard errors in which the end of an interval is looked for, by bisection
-FEW_UNITS = 30  # fewer cannot show that they are not skewed
+FEW, MANY = 15, 30  # units that cannot show at all that they are not skewed, and that can
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ def of_units(sums: np.ndarray, *, cautious: bool = False) -> Estimate | None:
     - The degrees of freedom are those of the units that carry the weight (Satterthwaite 1946), not their number.
     - Skewness is transformed away (Hall, "On the removal of skewness by transformation", 1992).
 
-    cautious  fewer than 30 units cannot show that they are not skewed: tests and interval must hold with one more unit, too,
-              that deviates from the truth as far as the farthest does, to the other side
+    cautious  fewer than 30 units cannot show that they are not skewed: tests and interval must hold with one more unit, too
+              (see `with_one_more`)
 
     Units without tokens do not count. None where nothing can be said: fewer than eight units, sums that are not finite.
     """
@@ -96,20 +96,27 @@ def of_units(sums: np.ndarray, *, cautious: bool = False) -> Estimate | None:
     value = float(total[0] / total[1])
     deviations = (sums[:, 0] - value * sums[:, 1]) / total[1] / (1 - weights)
     error = math.sqrt(float((deviations**2).sum()))
-    skewness = float((deviations**3).sum()) / error**3 if error else 0.0
+    skewness = float(((deviations / error) ** 3).sum()) if error else 0.0
     freedom = float((weights**2).sum() ** 2 / (weights**4).sum())
-    few = cautious and 1 / float((weights**2).sum()) < FEW_UNITS
+    few = cautious and effective_units(sums) < MANY
     return Estimate(value, np.array([error]), np.ones(1), freedom, skewness, sums if few else None)
 
 
 def with_one_more(sums: np.ndarray, truth: float, side: int) -> Estimate:
-    """The estimate with one more unit of mean size, as far from the `truth` as the farthest is, on this side of it. It takes
-    what skewness the units show for that of the unit, and so does not transform it."""
+    """The estimate with one more unit of mean size on this side of the `truth`: as far from it as the farthest is, beside 15
+    units or fewer; beside more, the nearer the more there are, until 30 need none. It takes what skewness the units show for
+    that of the unit, and so does not transform it."""
     size = sums[:, 1].mean()
     farthest = np.abs(sums[:, 0] - truth * sums[:, 1]).max()
-    found = of_units(np.vstack([sums, [truth * size + side * farthest, size]]))
+    part = min(1.0, (MANY - effective_units(sums)) / (MANY - FEW))
+    found = of_units(np.vstack([sums, [truth * size + side * part * farthest, size]]))
     assert found is not None
     return replace(found, skewness=0.0)
+
+
+def effective_units(sums: np.ndarray) -> float:
+    """The number of units of equal size that weigh as these do (Kish 1965)."""
+    return float(sums[:, 1].sum() ** 2 / (sums[:, 1] ** 2).sum())
 
 
 def of_blocks(sums: np.ndarray) -> Estimate | None:

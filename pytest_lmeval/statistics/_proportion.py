@@ -13,7 +13,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from pytest_lmeval.statistics._estimate import group_sums, of_blocks, of_units
+from pytest_lmeval.statistics._estimate import effective_units, group_sums, of_blocks, of_units
 
 
 def wilson(
@@ -50,9 +50,9 @@ def wilson_of_sums(
     estimate = of_blocks(sums) if consecutive else of_units(sums)
     if estimate is None:
         return None
-    mean, weights = estimate.value, sums[:, 1] / sums[:, 1].sum()
+    mean = estimate.value
     if mean in (0, 1):  # no spread between units: assume the worst, that the values of one never differ
-        return _score_interval(mean, 1 / float((weights**2).sum()), level)
+        return _score_interval(mean, effective_units(sums), level)
     low, high = replace(estimate, skewness=0.0).interval(level)  # the score interval itself is skewed as proportions are
     size = mean * (1 - mean) * (2 * _normal(level) / (high - low)) ** 2 if high > low else math.inf
     return _score_interval(mean, min(size, float(sums[:, 1].sum()) if most is None else most), level)
