@@ -87,6 +87,11 @@ def test_an_interval_holds_the_ratio_and_follows_its_scale(sums, consecutive, fa
     assert scaled == pytest.approx((factor * low, factor * high), rel=1e-6, abs=1e-9)
 
 
+def test_deviations_too_small_to_be_cubed_have_an_interval():
+    low, high = ratio_interval(np.append(np.zeros(29), 1e-120), np.ones(30))
+    assert low <= 1e-120 / 30 <= high < 1e-118
+
+
 def test_the_interval_of_equal_units_that_are_not_skewed_is_that_of_the_textbook():
     values = np.concatenate([np.arange(1.0, 51.0), -np.arange(1.0, 51.0)])
     low, high = ratio_interval(values, np.ones(100))
