@@ -13,7 +13,7 @@ from torch import Tensor
 from pytest_lmeval.engine._executor import Executor, Whole
 from pytest_lmeval.engine._forked import Forked
 from pytest_lmeval.engine._generation import Answer, OnText, Prompt, begin_answers
-from pytest_lmeval.engine._memory import release, with_less, with_smaller_chunks
+from pytest_lmeval.engine._memory import fitting_chunks, release, with_less, with_smaller_chunks
 from pytest_lmeval.engine._policy import Policy, check, chunk_of, policy_for, refused, streaming_refused
 from pytest_lmeval.engine._results import Counts, Results, Scored
 from pytest_lmeval.engine._stream import Chunk, carried, in_windows
@@ -40,7 +40,7 @@ class Engine:
     on_logits  called with the logits of each step, as the model returned them: [b, n, v] of its last n positions
     executor   reads and continues sequences instead of the model; texts are still stepped here
     counts     cost of reading sequences so far
-    less       what was reduced since memory ran out, in words; empty if nothing was
+    less       what was reduced since memory is short, in words; empty if nothing was
 
     Raises Refused for a policy that asks for more than its certificate allows.
     """
@@ -213,6 +213,17 @@ class Engine:
         """Halve the chunks of a text, which did not fit into memory. Raises OutOfMemory if that is not possible."""
         self._take_less(with_smaller_chunks(self.lm, self.policy), wanted)
 
+    def fit_chunks(self, read: int, count: int) -> None:
+        """Halve the chunks of a text, of which so many tokens are read, until the next `count` fit by estimate; leave them as
+        they are if none fit."""
+        smaller = fitting_chunks(self.lm, self.policy, read, count)
+        if smaller is not self.policy:
+            self._take_less(smaller, None)
+
+    def is_short(self, read: int, count: int) -> bool:
+        """Whether `fit_chunks` would halve them."""
+        return fitting_chunks(self.lm, self.policy, read, count) is not self.policy
+
     def _take_less(self, policy: Policy | None, wanted: int | None) -> None:
         """Read as this policy says from here on. Raises OutOfMemory if there is none."""
         rows, tokens = self._step_shape
@@ -238,7 +249,7 @@ class Engine:
                 now.chunk_size != asked.chunk_size,
             ),
         ]
-        self.less = f"memory ran out, so it was read in {', '.join(what for what, less in parts if less)}"
+        self.less = f"memory is short, so it was read in {', '.join(what for what, less in parts if less)}"
 
     def refuse_unreadable(self, sequences: Sequence[Request] | Sequence[Prompt]) -> None:
         """Raise StreamError for a model of codebooks, which has no prompts, and for a token outside of the vocabulary."""
