@@ -74,8 +74,7 @@ def unless_full(work: Callable[[], T]) -> T | NoMemory:
         wanted = bytes_wanted(error)
     # Outside of the handler: an error that is being handled keeps its frames, and the tensors in them.
     gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # does nothing where CUDA was not used
     return NoMemory(wanted)
 
 

@@ -1,0 +1,170 @@
+"""Trainings, probes and second readings that run out of memory go on with less at once, say so, and give the same numbers."""
+
+from contextlib import contextmanager
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from running_out import ERRORS, Layered, running_out
+
+from pytest_lmeval.errors import OutOfMemory
+from pytest_lmeval.models._sources import as_model
+from pytest_lmeval.records._journal import Saver
+from pytest_lmeval.training import Protocol, run_training
+
+VOCAB = 32
+SMALL = Protocol(steps=4, batch_size=4, seq_len=8, eval_every=2, eval_tokens=32, lr=1e-2)
+BEFORE = 2  # calls before the first step: the count of operations, and the first evaluation
+STEPS = (3, 4, 6, 7)  # calls that are steps
+kinds = st.sampled_from(sorted(ERRORS))
+
+
+def text(seed=0, length=200):
+    generator = np.random.default_rng(seed)
+    return np.cumsum(np.where(generator.random(length) < 0.9, 1, generator.integers(VOCAB, size=length))) % VOCAB
+
+
+def trained(module, **options):
+    return run_training(as_model(module), text(0), **{"held_out": text(1), "protocol": SMALL, **options})
+
+
+def layered(**options):
+    return Layered(layers=2, **options).double()
+
+
+def numbers(result):
+    curves = [result.record.series[name].y for name in ("learning_curve", "gradient_norm", "held_out_loss")]
+    weights = [tensor.flatten().tolist() for tensor in result.lm.module.state_dict().values()]
+    return np.concatenate([*curves, *weights])
+
+
+def assert_as_undisturbed(result):
+    np.testing.assert_allclose(numbers(result), undisturbed()[0], rtol=1e-9, atol=1e-12)
+
+
+@cache
+def undisturbed():
+    """(numbers, shapes of the calls) of a training that has memory enough."""
+    with running_out(module := layered()) as memory:
+        return numbers(trained(module)), memory.shapes[1:]  # but for the call that adapts the module
+
+
+# ------------------------------------------------------------------------------------------------- training
+
+
+@settings(max_examples=25)
+@given(st.data(), kinds, st.booleans())
+def test_a_training_that_runs_out_at_any_call_goes_on_in_smaller_batches_with_the_same_numbers(data, kind, backward):
+    calls = len(undisturbed()[1])
+    at, lm = data.draw(st.integers(1, calls)), as_model(module := layered())
+    with running_out(module, at=at, error=kind, backward=backward, in_place=True) as memory:
+        result = run_training(lm, text(0), held_out=text(1), protocol=SMALL)
+    assert_as_undisturbed(result)
+    assert memory.calls > calls or backward  # evaluations have no backward pass
+    assert result.record.details.get("micro_batch") == (2 if at in STEPS else None)
+
+
+@pytest.mark.parametrize(("above", "rows", "tried"), [(16, 2, 1), (8, 1, 2)])
+def test_the_rows_that_fit_are_remembered_and_the_record_says_so_once(above, rows, tried):
+    with running_out(module := layered(), above=above) as memory:
+        result = trained(module)
+    assert_as_undisturbed(result)
+    assert result.record.details["micro_batch"] == rows
+    (said,) = result.record.details["warnings"]
+    assert f"memory ran out, so its batches of 4 rows were read {rows} at a time" in said
+    assert len(memory.raised) == tried * (BEFORE + 1 + 2)  # of the four steps only the first; and two more evaluations
+
+
+def test_a_row_that_does_not_fit_is_an_error_with_what_was_tried():
+    said = r"memory ran out \(an allocation of 4,294,967,296 bytes failed\) with 4 and then 2 and then 1 rows.*smaller seq_len"
+    lm = as_model(module := layered())
+    with running_out(module, above=7, error="cpu") as memory, pytest.raises(OutOfMemory, match=said):
+        run_training(lm, text(0), held_out=text(1), protocol=SMALL)
+    assert memory.calls == 3
+    with running_out(module, at=range(BEFORE + 1, 1000)) as memory, pytest.raises(OutOfMemory, match="step 1: memory ran out"):
+        run_training(lm, text(0), held_out=text(1), protocol=SMALL)
+    assert memory.calls < 20
+
+
+@contextmanager
+def update_that_runs_out(at, error):
+    """AdamW that runs out at its update of this number, after it has changed the first of the weights."""
+    updates, step = [], torch.optim.AdamW.step
+
+    def halfway(self, *args):
+        updates.append(1)
+        if len(updates) == at:
+            with torch.no_grad():
+                self.param_groups[0]["params"][0].add_(1.0)
+            raise ERRORS[error]()
+        return step(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", halfway)
+        patch.setattr(Saver, "PAUSE", 0.0)
+        patch.setattr(Saver, "SHARE", 0.0)
+        yield updates
+
+
+@settings(max_examples=10)
+@given(st.integers(1, 4), kinds, st.booleans())
+def test_an_update_that_runs_out_goes_back_to_the_last_saved_point(tmp_path_factory, at, kind, saved):
+    folder = tmp_path_factory.mktemp("run") if saved else None
+    with update_that_runs_out(at, kind) as updates:
+        result = trained(layered(), folder=folder)
+    assert_as_undisturbed(result)
+    assert result.record.details["micro_batch"] == 2
+    assert len(updates) == (5 if saved else 4 + at)
+    assert result.resumed_at == 0
+
+
+class Counting(Layered):
+    """Counts the rows that it has learned from in a buffer."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.register_buffer("rows", torch.zeros((), dtype=torch.long))
+
+    def forward(self, input_ids, state=None):
+        if self.training:
+            self.rows += len(input_ids)
+        return super().forward(input_ids, state)
+
+
+@pytest.mark.parametrize("at", [1, 2, 4])
+def test_a_training_whose_buffers_had_changed_when_memory_ran_out_begins_again(at):
+    lm = as_model(module := Counting(layers=2))
+    with running_out(module, at=at + 1, in_place=True):  # after the count of operations
+        result = run_training(lm, text(0), protocol=SMALL)
+    assert int(result.lm.module.rows) == SMALL.steps * SMALL.batch_size
+    assert result.record.details["micro_batch"] == 2
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_dropout_draws_the_same_wherever_in_the_step_memory_ran_out(backward):
+    def losses(**where):
+        lm = as_model(module := layered(dropout=0.5))
+        with running_out(module, at=BEFORE + 1, **where):
+            result = run_training(lm, text(0), held_out=text(1), protocol=SMALL)
+        assert result.record.details["micro_batch"] == 2
+        return result.record.series["learning_curve"].y
+
+    assert losses(backward=backward, in_place=True) == losses()
+
+
+def test_a_resumed_training_reads_as_many_rows_as_fitted_before(tmp_path):
+    class Stop(Exception):
+        pass
+
+    def stop(done, nats, expected):
+        if done >= 64:
+            raise Stop
+
+    with update_that_runs_out(1, "cuda"), pytest.raises(Stop):
+        trained(layered(), folder=tmp_path, progress=stop)
+    result = trained(layered(), folder=tmp_path)
+    assert result.resumed_at == 2
+    assert result.record.details["micro_batch"] == 2
+    assert_as_undisturbed(result)
