@@ -9,7 +9,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 from running_out import ERRORS, Layered, running_out
 
-from pytest_lmeval.errors import OutOfMemory
+from pytest_lmeval.engine import policy_for
+from pytest_lmeval.errors import ModelError, OutOfMemory
+from pytest_lmeval.laws import LAWS, Case, Harness, check, probe, replay
 from pytest_lmeval.models._sources import as_model
 from pytest_lmeval.records._journal import Saver
 from pytest_lmeval.training import Protocol, run_training
@@ -169,3 +171,75 @@ def test_a_resumed_training_reads_as_many_rows_as_fitted_before(tmp_path):
     assert result.resumed_at == 2
     assert result.record.details["micro_batch"] == 2
     assert_as_undisturbed(result)
+
+
+# ---------------------------------------------------------------------------------------------------- probe
+
+
+def probed(lm, **options):
+    return probe(lm, budget=1, **options).certificate
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+@pytest.mark.parametrize(
+    "place", [0.0, *(pytest.param(place / 40, marks=pytest.mark.thorough) for place in range(1, 40)), 0.99]
+)
+def test_a_probe_that_runs_out_at_any_call_leaves_one_law_untried_and_breaks_none(place, kind):
+    lm, calls = as_model(module := Layered(layers=2)), 119
+    at = 1 + round(place * (calls - 1))
+    with running_out(module, at=at, error=kind, in_place=True) as memory:
+        certificate = probed(lm)
+    assert memory.raised == [at]
+    rows, tokens = memory.shapes[at - 1]
+    full = f"out of memory at {rows} row{'s' * (rows > 1)} of {tokens} token{'s' * (tokens > 1)}"
+    untried = certificate.with_status("untried")
+    assert not certificate.broken
+    assert len(certificate.with_status("kept")) + len(untried) == len(LAWS)
+    if at == 1:  # the first reading sets how much is read in one call
+        assert certificate.limit == f"it reads at most 319 tokens in one call: it ran {full}"
+    if at in (1, 2):  # it does without the float64 copy
+        assert untried == []
+    else:
+        assert [certificate.laws[law].missing for law in untried] == [full]
+        assert f"untried: {untried[0]} ({full})" in certificate.why_not()
+        assert certificate.verdict == "unproven"
+
+
+def test_rows_that_do_not_fit_are_read_alone_and_long_calls_in_pieces():
+    lm = as_model(module := Layered(layers=2))
+    with running_out(module, above=450, error="cpu"):
+        certificate = probed(lm)
+    assert certificate.with_status("untried") == ["rows"]
+    assert certificate.laws["rows"].missing == "out of memory at 33 rows of 14 tokens"
+    policy = policy_for(lm, certificate, batch_size=16)
+    assert (policy.batch_size, policy.carry) == (1, True)
+    with running_out(module, above=200):
+        certificate = probed(lm)
+    assert certificate.limit == "it reads at most 200 tokens in one call: it ran out of memory at 1 row of 201 tokens"
+    assert certificate.with_status("untried") == ["rows"]
+    assert policy_for(lm, certificate).longest == 200
+    with running_out(module, above=200) as memory:
+        replay(lm, "splits", length=300, cuts=(100,))
+    assert memory.raised
+
+
+def test_a_case_that_does_not_fit_is_no_counterexample_and_larger_ones_are_not_tried():
+    lm = as_model(module := Layered(layers=2))
+    harness = Harness(lm, longest=40)
+    with running_out(module, at=range(1, 1000)) as memory:
+        with pytest.raises(OutOfMemory, match=r"out of memory at 1 row of 40 tokens: nothing is known about the law prefix"):
+            check("prefix", harness, Case(40, (20,)))
+        assert memory.calls == 1
+        with pytest.raises(ModelError, match="cannot be tried: it ran out of memory at 1 row of"):
+            probed(lm)
+    check("prefix", harness, Case(40, (20,)))
+
+
+def test_stored_cases_do_not_count_if_the_one_that_is_tried_again_does_not_fit(tmp_path):
+    lm = as_model(module := Layered(layers=2))
+    assert probed(lm, certificates=tmp_path, profile="dev").runs == 1
+    assert probed(lm, certificates=tmp_path, profile="dev").runs == 2
+    with running_out(module, above=27, in_place=True):
+        certificate = probed(lm, certificates=tmp_path, profile="dev")
+    assert certificate.runs == 1
+    assert certificate.laws["rows"].status == "untried"
