@@ -7,11 +7,17 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from reading import ids_of
 from running_out import ERRORS, Layered, running_out
+from test_audit import CERTIFIED, CHOOSES, GENERATES
+from tiny_models import Fragile, Functional, Stateless
 
 from pytest_lmeval.engine import policy_for
-from pytest_lmeval.errors import ModelError, OutOfMemory
+from pytest_lmeval.errors import ModelError, OutOfMemory, Refused
 from pytest_lmeval.laws import LAWS, Case, Harness, check, probe, replay
+from pytest_lmeval.measures._perplexity import measure_perplexity
+from pytest_lmeval.measures._task import measure_task
+from pytest_lmeval.measures._task_audit import TaskAudit
 from pytest_lmeval.models._sources import as_model
 from pytest_lmeval.records._journal import Saver
 from pytest_lmeval.training import Protocol, run_training
@@ -243,3 +249,95 @@ def test_stored_cases_do_not_count_if_the_one_that_is_tried_again_does_not_fit(t
         certificate = probed(lm, certificates=tmp_path, profile="dev")
     assert certificate.runs == 1
     assert certificate.laws["rows"].status == "untried"
+
+
+# --------------------------------------------------------------------------------------------------- audits
+
+
+def read(lm, ids, **options):
+    return measure_perplexity(lm, ids, policy=policy_for(lm, CERTIFIED, **{"chunk_size": 64, "window": "unlimited", **options}))
+
+
+def audit_of(result):
+    return result.record.certificate.audit
+
+
+FULL = "137 tokens did not fit into memory again"
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+@pytest.mark.parametrize(
+    ("failing", "said"),
+    {
+        1: "audited to 320 tokens",
+        2: "audited to 137 tokens",
+        4: f"audited to 68 tokens, {FULL}",
+        5: f"not audited, {FULL}",
+    }.items(),
+)
+def test_a_second_reading_that_runs_out_takes_smaller_pieces_then_a_shorter_length_and_says_so(failing, said, kind):
+    """The first is of 137 tokens, in one call; a second one of 458 comes later."""
+    lm, ids = as_model(module := Functional()), ids_of(8000)
+    expected = read(lm, ids)
+    with running_out(module, at=range(4, 4 + failing), error=kind) as memory:
+        result = read(lm, ids)
+    assert memory.shapes[3] == (1, 137)
+    assert len(memory.raised) == failing
+    assert float(result.nll) == float(expected.nll)
+    assert str(audit_of(result)) == said
+    assert str(audit_of(expected)) == "audited to 458 tokens"
+    assert result.record.certificate.coverage.endswith(said)
+
+
+@pytest.mark.parametrize(
+    ("failing", "said"),
+    [
+        ([2], "not audited, 320 tokens did not fit into memory again"),
+        ([3], "audited to 320 tokens, 525 tokens did not fit into memory again"),
+    ],
+    ids=["the first", "the second"],
+)
+def test_a_window_that_does_not_fit_again_is_not_read_again_and_nothing_is_lost(failing, said):
+    lm, ids = as_model(module := Stateless()), ids_of(20_000)
+    expected = read(lm, ids, window=600, chunk_size=None)
+    with running_out(module, at=failing) as memory:
+        result = read(lm, ids, window=600, chunk_size=None)
+    assert memory.shapes[:2] == [(1, 600), (1, 320)]
+    assert float(result.nll) == float(expected.nll)
+    assert str(audit_of(expected)) == "audited to 525 tokens"
+    assert str(audit_of(result)) == said
+
+
+def test_a_difference_that_is_found_is_refused_though_memory_runs_out_when_it_is_explained():
+    lm = as_model(module := Fragile(lambda seen, t: seen > 340))
+    with running_out(module) as memory, pytest.raises(Refused, match="splits: "):
+        read(lm, ids_of(25_000))
+    explained = memory.shapes.index((1, 880)) + 2  # the call after the last of the second reading
+    unexplained = pytest.raises(Refused, match="Memory ran out when the laws were tried")
+    with running_out(module, at=range(explained, 10_000)), unexplained:
+        read(lm, ids_of(25_000))
+
+
+@pytest.mark.parametrize("failing", [1, 1000])
+@pytest.mark.parametrize("task", [CHOOSES, GENERATES], ids=str)
+def test_questions_that_do_not_fit_alone_are_not_read_again_and_none_is_lost(task, failing):
+    lm = as_model(module := Functional(vocab=256))
+    policy, compare, tried = policy_for(lm, CERTIFIED, batch_size=8), TaskAudit._compare, []
+    expected = measure_task(lm, task, policy=policy)
+
+    def full(audit, answered):
+        tried.append(max(len(request.read) for request, _ in answered.readings))
+        with running_out(module, at=1 if len(tried) <= failing else ()):
+            return compare(audit, answered)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TaskAudit, "_compare", full)
+        result = measure_task(lm, task, policy=policy)
+    assert [example.scores for example in result.examples] == [example.scores for example in expected.examples]
+    audit = audit_of(result)
+    fitted = tried[failing:]
+    assert audit.questions + audit.answers == len(fitted)
+    assert (audit.questions + audit.answers > 0) == (failing == 1)
+    assert audit.full == min(tried[:failing])
+    assert f"{audit.full} tokens did not fit into memory again" in str(audit)
+    assert tried[:failing] == sorted(set(tried[:failing]), reverse=True)

@@ -78,12 +78,12 @@ def unless_full(work: Callable[[], T]) -> T | NoMemory:
     return NoMemory(wanted)
 
 
-def halving(work: Callable[[int], T], most: int) -> tuple[T | NoMemory, int]:
-    """`work(most)`, done again with half as much whenever it does not fit into memory, and how much that was; `NoMemory` if 1
-    does not fit."""
+def halving(work: Callable[[int], T], most: int, least: int = 1) -> tuple[T | NoMemory, int]:
+    """`work(most)`, done again with half as much whenever it does not fit into memory, and how much that was; `NoMemory` if it
+    would be less than `least`."""
     while True:
         found = unless_full(partial(work, most))
-        if most <= 1 or not isinstance(found, NoMemory):
+        if most // 2 < least or not isinstance(found, NoMemory):
             return found, most
         most //= 2
 
