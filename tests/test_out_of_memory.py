@@ -327,7 +327,7 @@ def test_questions_that_do_not_fit_alone_are_not_read_again_and_none_is_lost(tas
 
     def full(audit, answered):
         tried.append(max(len(request.read) for request, _ in answered.readings))
-        with running_out(module, at=1 if len(tried) <= failing else ()):
+        with running_out(module, at=range(1, 1000) if len(tried) <= failing else ()):
             return compare(audit, answered)
 
     with pytest.MonkeyPatch.context() as patch:

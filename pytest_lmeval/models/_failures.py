@@ -1,8 +1,5 @@
-"""Recognize errors of torch that concern the machine and not the model.
-
-After "out of memory" a grid of shapes goes on, since fewer rows may fit; after "device lost" nothing more can be measured on
-that device in this process.
-"""
+"""Recognize errors of torch that concern the machine and not the model: memory that runs out, and a device that is lost. Do
+work again after the first, with nothing of it kept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Name a shape that does not fit into memory, and go on after work that failed."""
+"""Say what does not fit into memory, and go on after it.
+
+After "out of memory" a grid of shapes goes on, since fewer rows may fit; after "device lost" nothing more can be measured on
+that device in this process.
+"""
 
 from __future__ import annotations
 

@@ -231,14 +231,12 @@ def evaluate(lm: Model, held_out: list[Tensor]) -> Tensor:
     """Nats of each held-out crop, read from an empty state, [crops] float64 on the CPU."""
     assert lm.module is not None
     was_training = lm.module.training
-    requests = [Request(crop, 1) for crops in held_out for crop in crops.numpy()]
     lm.module.eval()
+    engine = Engine(lm, Policy(carry=False, batch_size=len(held_out[0])))
     try:
-        scored, _ = halving(lambda rows: Engine(lm, Policy(carry=False, batch_size=rows)).score(requests), len(held_out[0]))
+        scored = engine.score([Request(crop, 1) for crops in held_out for crop in crops.numpy()])
     finally:
         lm.module.train(was_training)
-    if isinstance(scored, NoMemory):
-        raise no_room(lm, "a held-out text", len(held_out[0]), scored.wanted)
     return torch.tensor([-one.loglikelihood.sum() for one in scored], dtype=torch.float64)
 
 
