@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -104,13 +103,6 @@ def _within_limit() -> int | None:
     except (ImportError, OSError):
         return None
     return None if limit == resource.RLIM_INFINITY or used is None else limit - 1024 * int(used[1])
-
-
-def release(device: torch.device) -> None:
-    """Give back what a failed step leaves behind. Call it outside of the `except` block, which keeps its frames."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def with_less(policy: Policy, rows: int, tokens: int) -> Policy | None:

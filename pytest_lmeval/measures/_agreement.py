@@ -28,7 +28,7 @@ from pytest_lmeval.engine._tokens import naming
 from pytest_lmeval.errors import NotFiniteError, SpecError
 from pytest_lmeval.measures._context import current, verb
 from pytest_lmeval.measures._perplexity import Progress
-from pytest_lmeval.models._failures import OUT_OF_MEMORY, bytes_wanted, failure_of
+from pytest_lmeval.models._failures import NoMemory, unless_full
 from pytest_lmeval.models._identity import facts, fingerprint, tokenizer_fingerprint
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.records import _schema as schema
@@ -125,19 +125,15 @@ def measure_agreement(
     by_document = not (source.as_stream if as_stream is None else as_stream)
     policies = [policy or policy_for(lm), reference_policy or policy_for(reference)]
     engines = [Engine(model, chosen) for model, chosen in zip((lm, reference), policies, strict=True)]
-    began, pair = time.perf_counter(), None
-    while pair is None:
-        wanted, failed = None, False
-        try:
-            pair = _read_both(engines, source, tokens, limit, by_document, progress)
-        except Exception as error:
-            if failure_of(error) != OUT_OF_MEMORY or not source.fingerprint:  # what has none may not be read twice
-                raise
-            wanted, failed = bytes_wanted(error), True
-        if failed:  # a state may be changed in part: begin again
-            for engine in sorted(engines, key=lambda engine: -engine.chunk_size)[:1]:
-                engine.take_smaller_chunks(wanted)
-    sums, counts = pair
+    began = time.perf_counter()
+
+    def read_both() -> tuple[_Sums, Counter[str]]:
+        return _read_both(engines, source, tokens, limit, by_document, progress)
+
+    once = not source.fingerprint  # may be given only once: an iterator
+    while isinstance(read := read_both() if once else unless_full(read_both), NoMemory):  # a state may be changed in part
+        max(engines, key=lambda engine: engine.chunk_size).take_smaller_chunks(read.wanted)
+    sums, counts = read
     if not sums.units:
         raise nothing_to_score(source, counts["skipped"])
     chosen = {"tokens": tokens, "limit": limit, "by_document": by_document, "data": source.fingerprint}

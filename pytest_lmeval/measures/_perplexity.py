@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from pytest_lmeval.errors import Refused, StreamError
 from pytest_lmeval.measures._audit import spread_note
 from pytest_lmeval.measures._context import current, verb
 from pytest_lmeval.measures._text_audit import TextAudit, text_audit
-from pytest_lmeval.models._failures import OUT_OF_MEMORY, bytes_wanted, failure_of
+from pytest_lmeval.models._failures import NoMemory, unless_full
 from pytest_lmeval.models._identity import facts, tokenizer_fingerprint
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.records._certificate import Certificate
@@ -271,20 +272,16 @@ def measure_perplexity(
                 monitor.measure(sums, last=True)
         return audit
 
-    audit = None
+    once, audit = not source.fingerprint, None  # it may be given only once: an iterator
     while audit is None:
-        if source.fingerprint:
+        if not once:
             engine.fit_chunks(sums.scored, LOOK_AHEAD)
-        wanted, failed = None, False
-        try:
-            audit = read_on(sums)
-        except Exception as error:
-            if failure_of(error) != OUT_OF_MEMORY or not source.fingerprint:  # what has none may not be read twice
-                raise
-            wanted, failed = bytes_wanted(error), True
-        if failed:  # the state may be changed in part: go back to the last one that was saved, or begin again
-            engine.take_smaller_chunks(wanted)
+        found = read_on(sums) if once else unless_full(partial(read_on, sums))
+        if isinstance(found, NoMemory):  # the state may be changed in part: go back to the last saved one, or begin again
+            engine.take_smaller_chunks(found.wanted)
             sums = begin()
+        else:
+            audit = found
     if not sums.tokens:
         raise nothing_to_score(source, sums.skipped)
     chosen = {"tokens": tokens, "limit": limit}
