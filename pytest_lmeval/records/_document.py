@@ -13,6 +13,7 @@ from msgspec import Struct, field
 from pytest_lmeval.errors import DocumentError
 from pytest_lmeval.records import _schema as schema
 from pytest_lmeval.records._measured import Record
+from pytest_lmeval.records._replacing import inside
 from pytest_lmeval.records._schema import MORE, StoredStruct
 
 SCHEMA: Literal[2] = 2
@@ -123,7 +124,7 @@ def load(path: Path) -> RunDocument:
     """
     file = path / NAME if path.is_dir() else path
     try:
-        raw = file.read_bytes()
+        raw = (inside(path, NAME) if path.is_dir() else file).read_bytes()
     except OSError as error:
         raise DocumentError(
             f"{file} cannot be read ({error.strerror or error}). A run writes {NAME} into --lmeval-dir, by default .lmeval."

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from pytest_lmeval.records import _schema as schema
 from pytest_lmeval.records._example import Example
-from pytest_lmeval.records._journal import warn
-from pytest_lmeval.records._replacing import replacing
+from pytest_lmeval.records._journal import replace_or_warn, warn
+from pytest_lmeval.records._replacing import append, regular
 
 
 class AnswerFile:
@@ -18,13 +18,19 @@ class AnswerFile:
 
     def __init__(self, path: str | Path | None) -> None:
         self.path = None if path is None else Path(path)
+        self.fails = False
 
     def read(self) -> dict[int, Example]:
         """The answers of an interrupted run, by the number of their row. Warns of a line that was cut off, and skips it."""
         found: dict[int, Example] = {}
-        if self.path is None or not self.path.exists():
+        try:
+            lines = [] if self.path is None else regular(self.path).read_bytes().splitlines()
+        except FileNotFoundError:
             return found
-        for number, line in enumerate(self.path.read_bytes().splitlines(), start=1):
+        except OSError as error:
+            warn(f"{self.path} cannot be read ({error.strerror or error}); its questions are asked again.")
+            return found
+        for number, line in enumerate(lines, start=1):
             try:
                 example = schema.convert(json.loads(line), Example)
                 found[example.number] = example
@@ -34,21 +40,19 @@ class AnswerFile:
 
     def append(self, examples: Iterable[Example]) -> None:
         lines = "".join(schema.line_of(example) for example in examples)
-        if self.path is None or not lines:
+        if self.path is None or self.fails or not lines:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "ab+") as file:
-            if file.tell():
-                file.seek(-1, os.SEEK_END)
-                lines = lines if file.read(1) == b"\n" else "\n" + lines  # after a line that was cut off
-            file.write(lines.encode())
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            append(self.path, lines.encode())
+        except OSError as error:
+            self.fails = True
+            why = error.strerror or error
+            warn(f"{self.path} cannot be written ({why}); the questions are asked on. If interrupted, they are asked again.")
 
     def finish(self, examples: Iterable[Example], final: str | Path | None) -> None:
         """Write all answers, in the order of their questions, to `final` in one move."""
         if final is not None:
-            with replacing(Path(final)) as new:
-                new.write_text("".join(schema.line_of(example) for example in examples), encoding="utf-8")
+            replace_or_warn(Path(final), "".join(schema.line_of(example) for example in examples))
         if self.path is not None:
-            self.path.unlink(missing_ok=True)
+            with suppress(OSError):
+                self.path.unlink()

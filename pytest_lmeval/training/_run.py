@@ -27,7 +27,7 @@ from pytest_lmeval.models._model import Model
 from pytest_lmeval.records import _schema as schema
 from pytest_lmeval.records._journal import Checkpoints, warn
 from pytest_lmeval.records._measured import Record
-from pytest_lmeval.records._replacing import replacing
+from pytest_lmeval.records._replacing import inside, replacing
 from pytest_lmeval.training._plan import Plan
 from pytest_lmeval.training._weights import copy_of, fill, load_weights, snapshot
 
@@ -130,6 +130,8 @@ class Folder:
             fill(run.lm, point["weights"], "the saved point")
             run.optimizer.load_state_dict(point["optimizer"])
             for name in KEPT:
+                if type(point[name]) is not type(getattr(run, name)):
+                    raise TypeError(f"{name} is a {type(point[name]).__name__}")
                 setattr(run, name, point[name])
             run.resumed_at = run.step
             return run
@@ -163,18 +165,18 @@ class Folder:
         """
         file = self.path / "record.json"
         try:
-            written = json.loads(file.read_text())
+            written = json.loads(inside(self.path, file.name).read_text())
             record, digest = schema.convert(written["record"], Record), written["sha256"]
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             warn(f"{file} is broken ({type(error).__name__}: {error}); the model is trained anew.")
             return None
         try:
-            trained = load_weights(lm, self.best)
+            trained = load_weights(lm, inside(self.path, self.best.name))
             if _digest(self.best) != digest:
                 raise UnreadableError(f"{self.best} holds other weights than record.json beside it describes.")
-        except UnreadableError as error:
+        except (OSError, UnreadableError) as error:
             warn(f"{error} The model is trained anew.")
             return None
         return trained, record
