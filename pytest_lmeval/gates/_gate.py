@@ -23,6 +23,7 @@ from pytest_lmeval.records._comparison import Comparison
 from pytest_lmeval.records._document import BaselineUse, RunDocument, Skipped
 from pytest_lmeval.records._measured import Record
 from pytest_lmeval.records._metric import metric
+from pytest_lmeval.records._secrets import masked
 from pytest_lmeval.records._value import Value
 
 MARKER = "lmeval_gate"
@@ -227,7 +228,7 @@ def properties(records: Sequence[Record]) -> list[tuple[str, object]]:
     from pytest_lmeval.report._words import visible
 
     return [
-        (visible(f"lmeval {record.lm.spec}, {record.subject}, {name}, {key}"), value)
+        (masked(visible(f"lmeval {record.lm.spec}, {record.subject}, {name}, {key}")), value)
         for record, name, row in _rows_of(records)
         for key, value in (("verdict", row.verdict), ("base", row.base), ("margin", row.margin))
         if value is not None

@@ -25,7 +25,8 @@ class Run(StoredStruct, frozen=True, kw_only=True):
     """One run of pytest.
 
     started  ISO 8601, UTC
-    command  as typed
+    command  as typed, with secrets masked
+    ended    whether it ended by itself; False: its results were taken from the journal (see `report._render`)
     """
 
     id: str = ""
@@ -33,6 +34,7 @@ class Run(StoredStruct, frozen=True, kw_only=True):
     seconds: float | None = None
     command: str = ""
     exit_status: int | None = None
+    ended: bool = True
 
 
 class Environment(StoredStruct, frozen=True, kw_only=True):
