@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from pytest_lmeval.engine._engine import Engine
+from pytest_lmeval.errors import some
 from pytest_lmeval.models._model import Model, state_types
 from pytest_lmeval.records import _schema as schema
 from pytest_lmeval.records._example import Unit
@@ -56,18 +57,23 @@ def safe_load(content: bytes, lm: Model) -> Any:
 
     No name in the file is looked up: it is compared with the names of those classes, which the model has imported.
     """
-    needs_classes = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content))
-    with torch.serialization.safe_globals([*_classes_of_state(lm)] if needs_classes else []):
+    named = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content))
+    own = _classes_of_state(lm) if named else {}
+    if foreign := [name[:60] for name in sorted(named) if name not in own]:
+        raise ValueError(f"it names {some(list(map(repr, foreign)))}, and no state of {lm.spec} consists of that")
+    with torch.serialization.safe_globals([*own.values()]):
         return torch.load(io.BytesIO(content), map_location=lm.device, weights_only=True)
 
 
-def _classes_of_state(lm: Model) -> Iterator[type]:
-    """The classes that saving a state of one token names; of functions, only those that torch allows anyway are called."""
+def _classes_of_state(lm: Model) -> dict[str, type]:
+    """By name, the classes that saving a state of one token names; of functions, only those that torch allows anyway are
+    called."""
     _, state = Engine(lm).step(lm.random_ids(1, 1))
     file = io.BytesIO()
     torch.save(state, file)
     named = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(file.getvalue()))
-    return (own for own in state_types(state) if f"{own.__module__}.{own.__qualname__}" in named)
+    classes = {f"{own.__module__}.{own.__qualname__}": own for own in state_types(state)}
+    return {name: classes[name] for name in named if name in classes}
 
 
 class LossFile:
