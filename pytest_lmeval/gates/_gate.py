@@ -94,9 +94,9 @@ class MissingTests:
         return missed
 
     def pytest_lmeval_report(self, data: RunDocument) -> None:
-        known = {skipped.test for skipped in data.skipped}
         reasons = {test: f"in the baseline, and not measured: {reason}" for test, reason in self.found().items()}
-        data.skipped += [Skipped(test, reason) for test, reason in reasons.items() if test not in known]
+        others = [skipped for skipped in data.skipped if skipped.test not in reasons]
+        data.skipped = [*others, *(Skipped(test, reason) for test, reason in reasons.items())]
 
 
 class Gate:

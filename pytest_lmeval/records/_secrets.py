@@ -122,7 +122,7 @@ def is_secret(name: str) -> bool:
 def _without_value(found: re.Match[str]) -> str:
     name, between, value = found.groups()
     if not is_secret(name) or (name.lower().endswith("token") and (value.isdigit() or ": " in between)):
-        return found[0]  # "the first token: 5" is no secret
+        return f"{name}{between}{NAMED.sub(_without_value, value)}"  # "the first token: 5" is no secret
     return f"{name}{between}{MASK}"
 
 
