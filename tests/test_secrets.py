@@ -12,7 +12,7 @@ from pytest_lmeval._options import OPTIONS
 from pytest_lmeval.records._document import Failure
 from pytest_lmeval.records._secrets import MASK, is_secret, masked, masked_command, without_secrets
 from pytest_lmeval.report import _github as github, _pages as pages
-from pytest_lmeval.report._pages import cell, title
+from pytest_lmeval.report._pages import cell, heading
 from pytest_lmeval.report._words import one_line, wrapped
 
 SECRET = "kR7wQ2xLm9TzB4vN8sJd"
@@ -147,11 +147,11 @@ def test_a_name_is_one_line_without_commands(text):
 @given(texts)
 def test_a_name_in_markdown_looks_as_it_is_and_links_nowhere(text):
     shown = one_line(" ".join(text.split()))
-    for escaped in (cell(text), title(text)):
+    for escaped in (cell(text), heading(text)):
         assert not re.search(r"@\w|#\d|https?:/|www\.|<b>", re.sub(r"&#8203;|&#x?\w+;", "\0", escaped).replace("\\", ""))
     plain = re.sub(r"\\([\\`*_\[\]<>|~])", r"\1", cell(text).replace("&#8203;", ""))
     assert html.unescape(plain) == html.unescape(shown.replace("&", "&amp;"))
-    assert html.unescape(title(text).replace("&#8203;", "")) == html.unescape(html.escape(shown))
+    assert html.unescape(heading(text).replace("&#8203;", "")) == html.unescape(html.escape(shown))
 
 
 def test_a_hostile_name_reaches_terminal_and_pages_as_one_safe_line(project, monkeypatch):

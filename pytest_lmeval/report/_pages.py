@@ -40,7 +40,8 @@ from pytest_lmeval.report import (
 
 PAGES = ("summary.md", "report.html")
 OWN = Path(__file__).parent
-LINKED = re.compile(r"@(?=\w)|[#!](?=\d)|(?<![a-z0-9])(?:GH-(?=\d)|www(?=\.)|(?:https?|ftp|mailto|xmpp):)", re.IGNORECASE)
+INVISIBLE = "\u200b"  # of no width; in a text of others it is escaped
+LINKED = re.compile(r"@(?=\w)|[#!](?=\d)|\bGH-(?=\d)|www(?=\.)|(?:https?|ftp|mailto|xmpp):", re.IGNORECASE)
 
 
 @cache
@@ -63,28 +64,27 @@ def environment(templates: Path | None = None) -> SandboxedEnvironment:
     )
     sandbox.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     sandbox.filters.update(number=words.number, size=words.size_of, interval=words.interval)
-    sandbox.filters.update(cell=cell, code=code, title=title, fenced=fenced, fields=fields)
+    sandbox.filters.update(cell=cell, code=code, heading=heading, fenced=fenced, fields=fields)
     sandbox.globals["asset"] = partial(asset, templates)
     return sandbox
 
 
 def cell(text: Any) -> str:
     """Escape text for a cell of a Markdown table, on one line."""
-    line = words.one_line(" ".join(str(text).split())).replace("&", "&amp;")
+    line = _without_links(text).replace("&", "&amp;")
     for special in "\\`*_[]<>|~":
         line = line.replace(special, "\\" + special)
-    return _without_links(line)
+    return line.replace(INVISIBLE, f"&#{ord(INVISIBLE)};")
 
 
-def title(text: Any) -> str:
+def heading(text: Any) -> str:
     """Escape text for HTML within Markdown, on one line."""
-    return _without_links(escape(words.one_line(" ".join(str(text).split()))))
+    return escape(_without_links(text)).replace(INVISIBLE, f"&#{ord(INVISIBLE)};")
 
 
-def _without_links(text: str) -> str:
-    """Break what GitHub and GitLab would link: @mentions, addresses, #123, GH-123, URLs. An invisible character does, so that
-    the text looks the same."""
-    return LINKED.sub(lambda found: f"{found[0]}&#8203;", text)
+def _without_links(text: Any) -> str:
+    """One line with an invisible character in what GitHub and GitLab would link: @mentions, addresses, #123, GH-123, URLs."""
+    return LINKED.sub(lambda found: found[0] + INVISIBLE, words.one_line(" ".join(str(text).split())))
 
 
 def code(text: Any) -> str:

@@ -12,7 +12,7 @@ from pytest_lmeval.records._measured import ModelFacts
 from pytest_lmeval.records._value import Value
 
 PREFIXES = "kMGTPE"
-COMMAND = re.compile(r"(?<!\S)::|##\[")  # GitHub Actions: the first at the beginning of a line, the other anywhere
+COMMAND = re.compile(r"(?<!\S)::+|##(?=\[)")  # GitHub Actions: the first at the beginning of a line, the other anywhere
 
 
 def number(value: float, unit: str = "") -> str:
@@ -84,7 +84,7 @@ def one_line(text: str) -> str:
     'two\\\\nlines \\\\x1b[31m, : :error::forged, test_x.py::test_y'
     """
     if COMMAND.search(text):
-        text = COMMAND.sub(lambda found: found[0].replace("::", ": :").replace("##[", "# #["), text)
+        text = COMMAND.sub(lambda found: " ".join(found[0]), text)
     if text.isascii() and text.isprintable():
         return text
     return visible(text).replace("\n", "\\n").replace("\t", " ").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
