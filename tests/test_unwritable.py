@@ -89,7 +89,7 @@ def test_a_full_disk_shows_the_failures_and_names_another_folder(small_disk, mom
             assert what in result.stdout.str()
 
 
-@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("moment", [pytest.param("before", marks=pytest.mark.thorough), "after"])
 def test_a_file_in_place_of_the_folder_shows_the_failures_and_names_another_folder(project, moment):
     result = spoiled(project, "take_away", moment)
     check_other_folder(project, result)
@@ -144,7 +144,9 @@ FAILS = """
 """
 
 
-@pytest.mark.parametrize("options", [[], ["-n", "2"]], ids=["alone", "xdist"])
+@pytest.mark.parametrize(
+    "options", [pytest.param([], id="alone"), pytest.param(["-n", "2"], id="xdist", marks=pytest.mark.thorough)]
+)
 def test_a_run_that_records_nothing_replaces_the_report_of_the_run_before(project, options):
     project.makepyfile(test_it="def test_own(lmeval, lm):\n    lmeval.record(lm, 'passkey', accuracy=0.5)\n")
     run(project).assert_outcomes(passed=1)

@@ -24,9 +24,9 @@ REMEDY = "Run the tests again to write a new one"
 class Run(StoredStruct, frozen=True, kw_only=True):
     """One run of pytest.
 
-    started  ISO 8601, UTC
-    command  as typed, with secrets masked
-    ended    whether it ended by itself; False: its results were taken from the journal (see `report._render`)
+    started      ISO 8601, UTC
+    command      as typed, with secrets masked
+    exit_status  None: it did not end, and its results were taken from the journal (see `report._render`)
     """
 
     id: str = ""
@@ -34,7 +34,6 @@ class Run(StoredStruct, frozen=True, kw_only=True):
     seconds: float | None = None
     command: str = ""
     exit_status: int | None = None
-    ended: bool = True
 
 
 class Environment(StoredStruct, frozen=True, kw_only=True):

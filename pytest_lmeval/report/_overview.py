@@ -40,7 +40,7 @@ def overview(document: RunDocument) -> Overview:
     judged = changes(records)
     worse = {change.record.test for change in judged if change.verdict == "worse"} - messages.keys()
     tests = len({*first, *messages})
-    if not document.run.ended:
+    if document.run.exit_status is None:
         headline, outcome = f"The run did not end: {several(tests, 'test')} measured something before", ""
     elif not records:
         headline, outcome = _nothing(len(messages), len(document.skipped)), "failed" if messages else ""

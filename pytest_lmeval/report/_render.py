@@ -10,7 +10,7 @@ from typing import Any
 from pytest_lmeval import registry
 from pytest_lmeval.errors import DocumentError
 from pytest_lmeval.records import _schema as schema
-from pytest_lmeval.records._document import NAME, Run, RunDocument, load
+from pytest_lmeval.records._document import NAME, RunDocument, load
 from pytest_lmeval.records._journal import Journal
 from pytest_lmeval.records._measured import Record
 from pytest_lmeval.report import _pages as pages
@@ -63,7 +63,7 @@ def from_journal(folder: Path) -> RunDocument | None:
         return None
     if (folder / NAME).exists():
         problems.append(f"{NAME} is that of an earlier run")
-    return RunDocument(run=Run(ended=False), records=records, problems=problems)
+    return RunDocument(records=records, problems=problems)
 
 
 def page(name: str, document: RunDocument, **options: Any) -> str:
