@@ -36,6 +36,8 @@ def regular(file: Path, *, within: Path | None = None) -> Path:
     """The regular file at this path, with links resolved. Raises OSError as `inside`."""
     try:
         found = file.resolve(strict=True)
+    except NotADirectoryError as error:  # something stands in place of its folder
+        raise FileNotFoundError(errno.ENOENT, error.strerror, str(file)) from None
     except (ValueError, RuntimeError) as error:  # a name with a null byte, a link to itself
         raise PermissionError(errno.EPERM, f"it is no name of a file: {error}", str(file)) from None
     if within is not None and not found.is_relative_to(within.resolve()):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -117,10 +118,15 @@ class Folder:
     def best(self) -> Path:
         return self.path / "best.safetensors"
 
-    def begin(self, identity: dict[str, Any]) -> None:
-        """Write what decides the outcome. Raises OSError now, before the work, if the folder is not writable."""
-        with replacing(self.path / "protocol.json") as new:
-            new.write_text(json.dumps(identity, indent=1, default=str))
+    def begin(self, identity: dict[str, Any]) -> bool:
+        """Write what decides the outcome. Warns if the folder cannot be written, and returns False."""
+        try:
+            with replacing(self.path / "protocol.json") as new:
+                new.write_text(json.dumps(identity, indent=1, default=str))
+        except OSError as error:
+            warn(f"{self.path} cannot be written ({error.strerror or error}): nothing of this training is kept.")
+            return False
+        return True
 
     def resume(self, new: Callable[[], Run]) -> Run:
         """A new run, or one at the saved point if there is a readable one."""
@@ -152,10 +158,15 @@ class Folder:
             with replacing(self.best) as new:
                 save_file(run.best, new, metadata={"key": self.path.name, **about})
 
-    def finish(self, record: Record) -> None:
-        """Write the record, as the last file: if it exists, all do."""
-        with replacing(self.path / "record.json") as new:
-            new.write_text(json.dumps({"sha256": _digest(self.best), "record": schema.to_plain(record)}, allow_nan=False))
+    def finish(self, run: Run, record: Record) -> None:
+        """Write the best weights, and the record as the last file: if it exists, all do. Warns if they cannot be written."""
+        try:
+            self.save_best(run)
+            with replacing(self.path / "record.json") as new:
+                new.write_text(json.dumps({"sha256": _digest(self.best), "record": schema.to_plain(record)}, allow_nan=False))
+        except (OSError, SafetensorError) as error:
+            warn(f"{self.path} cannot be written ({error}): the trained model is not kept, and the next run trains it again.")
+            return
         Checkpoints(self.path).drop(POINT)
 
     def finished(self, lm: Model) -> tuple[Model, Record] | None:
