@@ -129,7 +129,7 @@ class Reports:
         from pytest_lmeval.records._journal import Journal, clean
 
         try:
-            if self.keys:
+            if (folder / "journal.jsonl").exists():
                 Journal(folder).end(self.keys)
         except OSError as error:
             again = "The next run takes these results from it, unless it is started with --lmeval-fresh"
@@ -176,9 +176,9 @@ def _failure(report: pytest.TestReport, records: list[Record]) -> Failure:
     from pytest_lmeval.records._secrets import masked
 
     crash = getattr(report.longrepr, "reprcrash", None)
-    message = str(report.longreprtext if crash is None else crash.message)
+    message = masked(str(report.longreprtext if crash is None else crash.message))
     if len(message) > MESSAGE:
         message = f"{message[:MESSAGE]}... (the first {MESSAGE:,} of {len(message):,} characters)"
     file, line, _ = report.location
     test = records[0].test if records else masked(report.nodeid)
-    return Failure(test, masked(message), file, None if line is None else line + 1)
+    return Failure(test, message, file, None if line is None else line + 1)
