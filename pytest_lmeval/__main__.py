@@ -28,7 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = _run(given)
         sys.stdout.flush()
     except LmevalError as error:
-        print(error, file=sys.stderr)
+        from pytest_lmeval.report._words import safe_lines
+
+        print(safe_lines(str(error)), file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader, such as `head`, has stopped
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

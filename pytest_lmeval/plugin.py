@@ -49,7 +49,11 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Reports(config), "lmeval-reports")
         if option(config, "lmeval-fresh-evidence") and not config.option.collectonly:  # before workers start
             for certificate in (output_folder(config) / "certificates").glob("*.json"):
-                certificate.unlink(missing_ok=True)
+                try:
+                    certificate.unlink(missing_ok=True)
+                except OSError as error:
+                    why = error.strerror or error
+                    raise pytest.UsageError(f"--lmeval-fresh-evidence: {certificate} cannot be deleted ({why}).") from error
     config.pluginmanager.register(_fixtures_with_parameters(config), "lmeval-parameters")
     if (config.getoption("lmeval_baseline") or config.getini("lmeval_baseline")) and option(config, "lmeval-gate") != "off":
         from pytest_lmeval.gates._gate import Gate, baseline_file
@@ -65,12 +69,23 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if "lmeval" in getattr(item, "fixturenames", ()):
+        if _uses_lmeval(item):
             item.add_marker("lmeval")
         if item.get_closest_marker("lmeval_gate") and not is_worker(config):  # a worker can only fail the test
             from pytest_lmeval.gates._gate import margins_of
 
             margins_of(item)  # raises before the first test for a marker that makes no sense
+
+
+def _uses_lmeval(item: pytest.Item) -> bool:
+    """Whether a test uses our fixture `lmeval`, or one of the project that takes ours; not another of the same name."""
+    known = getattr(getattr(item, "_fixtureinfo", None), "name2fixturedefs", {})
+    for definition in reversed(known.get("lmeval", ())):
+        if definition.func.__module__ == __name__:
+            return True
+        if "lmeval" not in definition.argnames:
+            break
+    return False
 
 
 @pytest.hookimpl(trylast=True)
@@ -79,8 +94,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     config = session.config
     if config.option.collectonly or is_worker(config):
         return
-    if any(item.get_closest_marker("lmeval") for item in session.items):
+    if own := [item.nodeid for item in session.items if item.get_closest_marker("lmeval")]:
         _check_output_folder(config)
+        reports: Any = config.pluginmanager.get_plugin("lmeval-reports")
+        reports.tests |= dict.fromkeys(own, "it did not run")
 
 
 def _check_output_folder(config: pytest.Config) -> None:
@@ -207,6 +224,8 @@ pytest_runtest_setup = pytest_runtest_call = pytest.hookimpl(wrapper=True)(_skip
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # the outermost wrapper: nothing reads the frames after it
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
     report = yield
+    if item.get_closest_marker("lmeval"):
+        report._lmeval_test = True
     if call.when == "call" and (log := item.stash.get(LOG, None)) is not None:
         report._lmeval = json.dumps(log.to_plain(), allow_nan=False)  # one string, which xdist sends from a worker unchanged
     debugged = item.config.getoption("usepdb", False) or item.config.getoption("trace", False)
@@ -260,12 +279,18 @@ def _progress(config: pytest.Config) -> Callable[..., Any]:
     terminal = _terminal(config)
     if terminal is None:
         return lambda title, **options: nullcontext(None)
-    return lambda title, **options: progress.bar(title, terminal, **options)
+    from pytest_lmeval.report._words import one_line
+
+    return lambda title, **options: progress.bar(one_line(title), terminal, **options)
 
 
 def _say(config: pytest.Config) -> Callable[[str], None] | None:
     terminal = _terminal(config)
-    return None if terminal is None else lambda line: terminal.write(f"\n{line}\n")
+    if terminal is None:
+        return None
+    from pytest_lmeval.report._words import safe_lines
+
+    return lambda line: terminal.write(f"\n{safe_lines(line)}\n")
 
 
 def _terminal(config: pytest.Config) -> Any:

@@ -179,6 +179,6 @@ def test_in_sixteen_bits_the_batches_are_part_of_the_key(tmp_path):
 
 def test_a_folder_that_cannot_be_written_to_costs_no_answer(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.warns(JournalWarning, match="answers cannot be kept"):
+    with pytest.warns(JournalWarning, match="cannot be written"):
         result = ask(Watched().lm, kept=tmp_path / "file" / "kept.jsonl")
     assert content(result) == content(ask(Watched().lm))

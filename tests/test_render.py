@@ -173,7 +173,7 @@ def test_missing_damaged_and_outside_files_of_examples_are_reported(tmp_path):
     html = pages.render("report.html", load(folder), folders=[folder])
     assert "the examples of gone/examples/x.jsonl are not shown: No such file or directory" in html
     assert "4 of 5 lines of examples/x.jsonl cannot be read and are not shown" in html
-    assert "../b/examples/x.jsonl lies outside of the output folder and was not read" in html
+    assert "the examples of ../b/examples/x.jsonl are not shown: it lies outside of the folder" in html
     assert [len(table["rows"]) for table in data_of(html)["examples"]] == [1]
 
 
@@ -211,7 +211,7 @@ def test_pages_show_registered_sections_and_a_failing_one_costs_only_itself(tmp_
     assert "Energy &lt;b&gt;" in html
     assert "| 3 |" in summary
     assert (folder / "metrics.json").read_text() == before
-    told = write.reports(tmp_path / "again", document().records, run=document().run, root=tmp_path)
+    told = write.reports(tmp_path / "again", document().records, run=document().run, root=tmp_path).lines
     assert "the section 'broken' of other failed and is left out (KeyError: 'no meter')" in told
 
 

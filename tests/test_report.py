@@ -137,7 +137,7 @@ def test_a_failing_template_is_reported_with_its_line_and_costs_only_its_page(tm
     for folder, text in ((templates, broken), (out, "of an earlier run")):
         folder.mkdir()
         (folder / "summary.md").write_text(text)
-    written, note = write.reports(out, [task_of()], run=RUN, root=tmp_path, templates=templates)
+    written, note = write.reports(out, [task_of()], run=RUN, root=tmp_path, templates=templates).lines
     assert written.endswith("metrics.json, report.html")
     for words in (f"{templates / 'summary.md'}, line 2: ", said, "lmeval render"):
         assert words in note
@@ -264,7 +264,7 @@ def test_a_hook_that_fails_or_makes_the_document_invalid_costs_only_its_changes(
         data.sections.append(Section("Energy"))
         spoil(data)
 
-    _, note = write.reports(tmp_path, [task_of()], run=RUN, root=tmp_path, extend=extend)
+    _, note = write.reports(tmp_path, [task_of()], run=RUN, root=tmp_path, extend=extend).lines
     assert "pytest_lmeval_report failed and its changes are left out (" in note
     assert said in note
     assert (load(tmp_path).records, load(tmp_path).sections) == ([task_of()], [])
@@ -273,7 +273,7 @@ def test_a_hook_that_fails_or_makes_the_document_invalid_costs_only_its_changes(
 
 def test_github_gets_the_summary_and_an_annotation_for_each_failed_test(tmp_path, monkeypatch):
     def lines():
-        return write.reports(tmp_path, [perplexity_of(gate=GATE)], run=RUN, root=tmp_path, failures=failures)
+        return write.reports(tmp_path, [perplexity_of(gate=GATE)], run=RUN, root=tmp_path, failures=failures).lines
 
     failures = [Failure("t.py::test_a", "50 % lost\nof it", "a,b.py", 7)]
     monkeypatch.delenv("GITHUB_ACTIONS", raising=False)

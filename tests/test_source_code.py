@@ -315,10 +315,10 @@ def test_answers_and_results_are_not_those_of_an_edited_helper(project, tmp_path
     def resumed(by):
         lm = as_model(net(project, by), tokenizer="bytes")
         task = Task("t", [{"text": text} for text in "\x05\x06\x07"], lambda row: Choices(row["text"], ("\x01", "\x02"), 0))
-        return measure_task(lm, task, known=tmp_path / "p", examples=tmp_path / "p").resumed
+        return measure_task(lm, task, kept=tmp_path / "p").resumed
 
     def key(by):
         return VerbContext().key("perplexity", as_model(net(project, by)), {})
 
-    assert [resumed(by) for by in (1, 1, 2, 1)] == [0, 3, 0, 0]
+    assert [resumed(by) for by in (1, 1, 2, 1)] == [0, 3, 0, 3]
     assert key(1) == key(1) != key(2)

@@ -621,6 +621,20 @@ def test_a_training_whose_points_cannot_be_saved_warns_and_goes_on(save_each_ste
         assert trained(folder=tmp_path, progress=occupy).best_step == 12
 
 
+@pytest.mark.parametrize("when", ["at once", "at the end"])
+def test_a_trained_model_that_cannot_be_kept_is_returned_with_a_warning(tmp_path, when):
+    def occupy(done, nats, expected):
+        if (tmp_path / "models").is_dir():
+            (tmp_path / "models").rename(tmp_path / "moved")
+            (tmp_path / "models").touch()
+
+    if when == "at once":
+        (tmp_path / "models").touch()
+    with pytest.warns(JournalWarning, match="nothing of this training is kept" if when == "at once" else "trains it again"):
+        result = trained(folder=tmp_path, progress=occupy)
+    assert outcome(result) == outcome(reference())
+
+
 # --------------------------------------------------------------------------------------------------- failure
 
 

@@ -16,6 +16,8 @@ from pytest_lmeval.gates._entry import entry_of, names_of, succeeding
 from pytest_lmeval.gates._scores import AGAIN, scores_of
 from pytest_lmeval.records._document import NAME, RunDocument, load
 from pytest_lmeval.records._measured import Record
+from pytest_lmeval.report._terminal import say
+from pytest_lmeval.report._words import one_line, safe_lines
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,15 +45,15 @@ def main(arguments: argparse.Namespace) -> int:
             raise BaselineError(f"{source} cannot be accepted: {problem}. It was edited, or mixes several runs. {AGAIN}.")
         write(arguments.to, new)
     except DocumentError as error:
-        print(error, file=sys.stderr)
+        print(safe_lines(str(error)), file=sys.stderr)
         return 2
     except OSError as error:
         print(f"{arguments.to} cannot be written ({error.strerror or error}). Name another file: --to FILE.", file=sys.stderr)
         return 2
     for test in sorted(accepted):
-        print(f"accepted: {test}")
+        say(f"accepted: {one_line(test)}")
     for test in sorted(refused):
-        print(f"not accepted: {test} (it failed for another reason than its baseline)")
+        say(f"not accepted: {one_line(test)} (it failed for another reason than its baseline)")
     print(f"written to {arguments.to} and {examples_file(arguments.to)}: commit both")
     return 0
 

@@ -25,7 +25,7 @@ from pytest_lmeval.gates._scores import Scores
 from pytest_lmeval.records import _schema as schema
 from pytest_lmeval.records._document import Environment
 from pytest_lmeval.records._metric import metric
-from pytest_lmeval.records._replacing import replacing
+from pytest_lmeval.records._replacing import regular, replacing
 from pytest_lmeval.records._schema import StoredStruct
 
 SCHEMA: Literal[2] = 2
@@ -144,7 +144,7 @@ def contradictions(tests: Tests, scores: Examples) -> Iterator[str]:
 
 def _bytes(path: Path) -> bytes | None:
     try:
-        return path.read_bytes()
+        return regular(path).read_bytes()
     except FileNotFoundError:
         return None
     except OSError as error:

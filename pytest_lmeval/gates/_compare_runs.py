@@ -26,6 +26,7 @@ from pytest_lmeval.gates._margins import parse
 from pytest_lmeval.records._comparison import ORDER
 from pytest_lmeval.records._document import NAME, RunDocument, load
 from pytest_lmeval.records._metric import metric
+from pytest_lmeval.report._words import one_line, safe_lines
 from pytest_lmeval.statistics._paired import Difference, log_ratio
 from pytest_lmeval.statistics._verdict import Name, judge_all
 
@@ -136,16 +137,21 @@ def main(arguments: argparse.Namespace) -> int:
     except SideError as error:
         return _refused(str(error))
     rows = compared(base, here, arguments.threshold)
-    if arguments.to:
-        arguments.to.write_text(json.dumps(document(rows, base, here), indent=1) + "\n", encoding="utf-8")
-    print("\n".join(lines(rows, base, here, arguments.threshold)))
+    print("\n".join(map(one_line, lines(rows, base, here, arguments.threshold))))
+    try:
+        if arguments.to:
+            arguments.to.write_text(json.dumps(document(rows, base, here), indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        return _refused(
+            f"--to {arguments.to} cannot be written ({error.strerror or error}), so only the table above has numbers."
+        )
     if not rows:
         return _refused("no speed was measured on both sides: choose tests that use lmeval.latency, throughput or streaming.")
     return int(bool(here.failed) or any(row.verdict == "worse" for row in rows))
 
 
 def _refused(why: str) -> int:
-    print(why, file=sys.stderr)
+    print(safe_lines(why), file=sys.stderr)
     return 2
 
 

@@ -9,7 +9,7 @@ from pytest_lmeval.records._comparison import ORDER, Comparison
 from pytest_lmeval.records._measured import Record
 from pytest_lmeval.records._metric import metric
 from pytest_lmeval.report._changes import comparison_notes
-from pytest_lmeval.report._words import number, several, wrapped
+from pytest_lmeval.report._words import number, one_line, several, wrapped
 
 FIRST = 5  # number of examples that the failure of a test names
 QUIET = ("same", "identical", "new", "better")  # the table adds notes to these only if the comparison was unusual
@@ -36,7 +36,7 @@ def failure(test: str, rows: Sequence[tuple[Record, str, Comparison]], *, baseli
         f"  lmeval baseline accept {accept} -k {shlex.quote(test)}",
         f"If more may be lost here, say so on the test: @pytest.mark.lmeval_gate({first}={margin})",
     ]
-    return "\n".join(lines)
+    return "\n".join(map(one_line, lines))
 
 
 def _details(name: str, row: Comparison, example: str) -> Iterator[str]:
@@ -105,7 +105,7 @@ def table(records: Sequence[Record], *, width: int) -> list[str]:
             lines.append(_fitted(line, widths, width))
             if row.verdict not in QUIET or row.note or row.only_base or row.only_new:
                 lines += [piece for remark in comparison_notes(row, example) for piece in wrapped(remark, width, indent=8)]
-    return [line if len(line) <= width else line[: width - 3] + "..." for line in lines]
+    return [line if len(line) <= width else line[: width - 3] + "..." for line in map(one_line, lines)]
 
 
 def _fitted(cells: Sequence[str], widths: Sequence[int], width: int) -> str:

@@ -23,6 +23,7 @@ from pytest_lmeval.records._comparison import Comparison
 from pytest_lmeval.records._document import BaselineUse, RunDocument, Skipped
 from pytest_lmeval.records._measured import Record
 from pytest_lmeval.records._metric import metric
+from pytest_lmeval.records._secrets import masked
 from pytest_lmeval.records._value import Value
 
 MARKER = "lmeval_gate"
@@ -93,9 +94,9 @@ class MissingTests:
         return missed
 
     def pytest_lmeval_report(self, data: RunDocument) -> None:
-        known = {skipped.test for skipped in data.skipped}
         reasons = {test: f"in the baseline, and not measured: {reason}" for test, reason in self.found().items()}
-        data.skipped += [Skipped(test, reason) for test, reason in reasons.items() if test not in known]
+        others = [skipped for skipped in data.skipped if skipped.test not in reasons]
+        data.skipped = [*others, *(Skipped(test, reason) for test, reason in reasons.items())]
 
 
 class Gate:
@@ -227,7 +228,7 @@ def properties(records: Sequence[Record]) -> list[tuple[str, object]]:
     from pytest_lmeval.report._words import visible
 
     return [
-        (visible(f"lmeval {record.lm.spec}, {record.subject}, {name}, {key}"), value)
+        (masked(visible(f"lmeval {record.lm.spec}, {record.subject}, {name}, {key}")), value)
         for record, name, row in _rows_of(records)
         for key, value in (("verdict", row.verdict), ("base", row.base), ("margin", row.margin))
         if value is not None

@@ -18,6 +18,7 @@ from pytest_lmeval.records import _schema as schema
 from pytest_lmeval.records._example import Example, Unit
 from pytest_lmeval.records._measured import Record
 from pytest_lmeval.records._metric import is_declared, metric
+from pytest_lmeval.records._replacing import inside
 
 T = TypeVar("T")
 SHOWN = 60  # characters of an output
@@ -78,12 +79,14 @@ def keeps_examples(record: Record) -> bool:
 
 def scores_of(record: Record, folder: Path) -> Scores | None:
     """The scores of a record, from its file in the output folder, if there is one. Raises DocumentError for an edited line."""
-    file = folder / (record.units or record.examples or "")
-    if not keeps_examples(record) or not file.exists():
+    if not keeps_examples(record):
+        return None
+    name = record.units or record.examples or ""
+    if (lines := _lines(folder, name)) is None:
         return None
     if record.units:
-        return _of_units(_read(file, Unit), consecutive=record.example == "block")
-    return _of_answers(_read(file, Example), list(record.metrics))
+        return _of_units(_read(folder / name, lines, Unit), consecutive=record.example == "block")
+    return _of_answers(_read(folder / name, lines, Example), list(record.metrics))
 
 
 def rounded(value: float) -> float:
@@ -111,11 +114,17 @@ def numbered(names: list[str], mark: str = "#") -> list[str]:
     return found
 
 
-def _read(file: Path, kind: type[T]) -> list[T]:
+def _lines(folder: Path, name: str) -> list[bytes] | None:
+    """The lines of a file in the folder; None if there is none."""
     try:
-        lines = file.read_bytes().splitlines()
+        return inside(folder, name).read_bytes().splitlines()
+    except FileNotFoundError:
+        return None
     except OSError as error:
-        raise DocumentError(f"{file} cannot be read ({error.strerror or error}). {AGAIN}.") from error
+        raise DocumentError(f"{folder / name} cannot be read ({error.strerror or error}). {AGAIN}.") from error
+
+
+def _read(file: Path, lines: list[bytes], kind: type[T]) -> list[T]:
     what = [f"{file}, line {number}" for number in range(1, len(lines) + 1)]
     return [schema.build(schema.parse(line, of, AGAIN), kind, of, AGAIN) for line, of in zip(lines, what, strict=True)]
 

@@ -12,6 +12,8 @@ from typing import Any
 from pytest_lmeval.errors import ArgumentError, nearest
 from pytest_lmeval.laws._strategies import Case
 from pytest_lmeval.records._journal import warn
+from pytest_lmeval.records._replacing import append
+from pytest_lmeval.records._secrets import masked
 
 MOST = 20  # the newest cases of a model and law
 
@@ -31,7 +33,7 @@ class CounterexampleStore:
         for line in reversed(self.path.read_text(encoding="utf-8", errors="replace").splitlines()):
             try:
                 entry = json.loads(line)
-                if entry["lm"] == spec:
+                if entry["lm"] == masked(spec):
                     case = case_of(entry["case"])
                     if case.length > 1:
                         found.setdefault(entry["law"], {})[case] = None
@@ -43,11 +45,9 @@ class CounterexampleStore:
         """Append a case, unless it is stored already; in one write, so that parallel workers can share the file."""
         if self.path is None or case_of(case) in self.cases(spec).get(law, []):
             return
-        line = json.dumps({"lm": spec, "law": law, "case": case}) + "\n"
+        line = json.dumps({"lm": masked(spec), "law": law, "case": case}) + "\n"
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab", buffering=0) as file:
-                file.write(line.encode())
+            append(self.path, line.encode())
         except OSError as error:
             warn(f"the counterexample is not kept for the next run: {self.path} cannot be written ({error}).")
 

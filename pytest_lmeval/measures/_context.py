@@ -34,6 +34,7 @@ from pytest_lmeval.records import _schema as schema
 from pytest_lmeval.records._certificate import Certificate
 from pytest_lmeval.records._journal import key_of, warn
 from pytest_lmeval.records._measured import Record
+from pytest_lmeval.records._replacing import inside
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -95,10 +96,17 @@ class VerbContext:
         """The record of this call that an interrupted run wrote. Warns of one that cannot be read."""
         plain = self.session.journal.get(key) if self.session.journal is not None else None
         try:
-            return None if plain is None else schema.convert(plain, Record)
-        except ValueError as error:
+            return None if plain is None else self._checked(schema.convert(plain, Record))
+        except (ValueError, OSError) as error:
             warn(f"a result in the journal cannot be read ({error}); it is computed again.")
             return None
+
+    def _checked(self, record: Record) -> Record:
+        """The record. Raises OSError if it names a file that lies outside of the output folder: the journal was edited."""
+        for file in filter(None, (record.examples, record.units)):
+            with contextlib.suppress(FileNotFoundError):
+                inside(self.session.folder or Path(), file)
+        return record
 
     def finished(self, key: str) -> Record | None:
         """The same, logged as the record of this call."""
@@ -160,7 +168,6 @@ class VerbContext:
         """A file for the examples of this call, relative to the output folder; None without a folder."""
         if self.session.folder is None:
             return None
-        (self.session.folder / "examples").mkdir(parents=True, exist_ok=True)
         name = re.sub(r"[^\w.-]+", "-", self.log.test.rpartition("::")[2])[:80]
         return f"examples/{name}-{key_of(test=self.log.test)[:8]}-{len(self.log.records)}-{ending}"
 

@@ -33,7 +33,7 @@ from pytest_lmeval.models._identity import fingerprint, tokenizer_fingerprint
 from pytest_lmeval.models._model import Model, with_special_tokens
 from pytest_lmeval.records._certificate import CONSISTENT
 from pytest_lmeval.records._example import Example
-from pytest_lmeval.records._journal import key_of, warn
+from pytest_lmeval.records._journal import ANSWERS, key_of, warn
 from pytest_lmeval.records._measured import Result
 from pytest_lmeval.records._metric import Metric, judge_of, metric
 from pytest_lmeval.records._value import Value
@@ -91,7 +91,7 @@ def task(
             policy=policy,
             data_dir=context.session.mirror,
             examples=context.path(written),
-            kept=context.path(f"answers/{_store_name(model, asked)}.jsonl"),
+            kept=context.path(f"{ANSWERS}/{_store_name(model, asked)}.jsonl"),
             progress=progress,
         )
     if result.resumed:

@@ -13,6 +13,7 @@ from msgspec import Struct, field
 from pytest_lmeval.errors import DocumentError
 from pytest_lmeval.records import _schema as schema
 from pytest_lmeval.records._measured import Record
+from pytest_lmeval.records._replacing import inside
 from pytest_lmeval.records._schema import MORE, StoredStruct
 
 SCHEMA: Literal[2] = 2
@@ -23,8 +24,9 @@ REMEDY = "Run the tests again to write a new one"
 class Run(StoredStruct, frozen=True, kw_only=True):
     """One run of pytest.
 
-    started  ISO 8601, UTC
-    command  as typed
+    started      ISO 8601, UTC
+    command      as typed, with secrets masked
+    exit_status  None: it did not end, and its results were taken from the journal (see `report._render`)
     """
 
     id: str = ""
@@ -123,7 +125,7 @@ def load(path: Path) -> RunDocument:
     """
     file = path / NAME if path.is_dir() else path
     try:
-        raw = file.read_bytes()
+        raw = (inside(path, NAME) if path.is_dir() else file).read_bytes()
     except OSError as error:
         raise DocumentError(
             f"{file} cannot be read ({error.strerror or error}). A run writes {NAME} into --lmeval-dir, by default .lmeval."

@@ -16,6 +16,7 @@ from msgspec import Meta, Struct
 
 from pytest_lmeval.records import _schema as schema
 from pytest_lmeval.records._document import RunDocument
+from pytest_lmeval.records._replacing import append as append_lines, inside
 
 NAME = "history.jsonl"
 Key: TypeAlias = "tuple[str, str, str, str]"
@@ -64,16 +65,18 @@ def append(folder: Path, document: RunDocument) -> None:
         for name, value in record.metrics.items():
             low, high = value.interval or (None, None)
             lines.append(Line(*of, name, float(value), low, high, value.unit))
-    with (folder / NAME).open("a", encoding="utf-8", errors="replace") as file:
-        file.write("".join(map(schema.line_of, lines)))
+    if lines:
+        append_lines(folder / NAME, "".join(map(schema.line_of, lines)).encode(errors="replace"))
 
 
 def read(folder: Path) -> tuple[list[Line], list[str]]:
     """Read the lines of all runs of a folder, in the order in which the runs ended, and a note on unreadable lines."""
     try:
-        raw = (folder / NAME).read_bytes()
-    except OSError:
+        raw = inside(folder, NAME).read_bytes()
+    except FileNotFoundError:
         return [], []
+    except OSError as error:
+        return [], [f"{NAME} cannot be read: {error.strerror or error}"]
     decoder = msgspec.json.Decoder(Line)
     lines, broken = list[Line](), 0
     for text in filter(bytes.strip, raw.splitlines()):

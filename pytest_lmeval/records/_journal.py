@@ -6,7 +6,8 @@ itself writes a closing line; the results that it names are history and are not 
     {"event": "result", "key": ..., "record": {...}}
     {"event": "end", "keys": [...]}
 
-Unfinished work lies beside the journal, one file a key in `partial/` (see `Checkpoints`).
+Unfinished work lies beside the journal, one file a key in `partial/` (see `Checkpoints`), and what was read for the questions
+of tasks in `answers/` (see `scoring._answers`), which later runs use, too.
 """
 
 from __future__ import annotations
@@ -24,7 +25,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from pytest_lmeval.records._replacing import replacing
+from pytest_lmeval.records._replacing import append, inside, leftovers, replacing
+from pytest_lmeval.records._secrets import without_secrets
+
+NAME, PARTIAL, ANSWERS = "journal.jsonl", "partial", "answers"
+KEPT = 14 * 24 * 3600.0  # seconds that unfinished work of a run that nobody resumes is kept
 
 
 class JournalWarning(UserWarning):
@@ -38,6 +43,17 @@ def warn(message: str) -> None:
         warnings.warn(message, JournalWarning, stacklevel=3)
 
 
+def replace_or_warn(file: Path, text: str) -> None:
+    """Replace a file of examples. If that fails, warn, and delete what an earlier run wrote: it would pass for this run's."""
+    try:
+        with replacing(file) as new:
+            new.write_text(text, encoding="utf-8")
+    except OSError as error:
+        with suppress(OSError):
+            file.unlink()
+        warn(f"{file} cannot be written ({error.strerror or error}): the examples of this measurement are not kept.")
+
+
 def key_of(**identity: Any) -> str:
     """Hash the identity of a piece of work: test, model fingerprint, data, settings."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:24]
@@ -47,41 +63,62 @@ class Journal:
     """The journal of an output folder. Each line is appended in one write, so parallel workers can share it."""
 
     def __init__(self, folder: Path, *, fresh: bool = False) -> None:
-        self.path = folder / "journal.jsonl"
-        self.checkpoints = Checkpoints(folder / "partial")
+        self.path = folder / NAME
+        self.fails = False
+        self.checkpoints = Checkpoints(folder / PARTIAL)
         if fresh:
             self.end()
             self.checkpoints.drop_all()
+            shutil.rmtree(folder / ANSWERS, ignore_errors=True)
 
     def get(self, key: str) -> dict[str, Any] | None:
         """The record that an interrupted run finished under this key."""
         return self.results.get(key)
 
     def add(self, key: str, record: dict[str, Any]) -> None:
-        self._append({"event": "result", "key": key, "record": record})
-        self.checkpoints.drop(key)
+        """Write a result. If that fails, warn once: it is in this run's report, and only an interrupted run would need it."""
+        try:
+            self._append({"event": "result", "key": key, "record": without_secrets(record)})
+            self.checkpoints.drop(key)
+        except OSError as error:
+            if not self.fails:
+                why = error.strerror or error
+                warn(f"{self.path} cannot be written ({why}); the run goes on. If it is interrupted, it measures this again.")
+            self.fails = True
 
     def end(self, keys: Iterable[str] | None = None) -> None:
-        """Close a run: the results that it used (None: all) become history. Those of other unfinished runs stay."""
+        """Close a run: the results that it used (None: all) become history. Those of other unfinished runs stay.
+
+        Raises OSError."""
         self._append({"event": "end", "keys": None if keys is None else sorted(keys)})
 
     def _append(self, line: dict[str, Any]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a+b") as file:
-            if file.tell():
-                file.seek(-1, os.SEEK_END)
-            torn = file.read(1) not in (b"", b"\n")
-            file.write(b"\n" * torn + json.dumps(line, allow_nan=False).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append(self.path, json.dumps(line, allow_nan=False).encode() + b"\n")
+
+    def _read(self) -> bytes:
+        """Its content; empty if there is none. Warns of one that cannot be read."""
+        try:
+            return inside(self.path.parent, self.path.name).read_bytes()
+        except FileNotFoundError:
+            return b""
+        except OSError as error:
+            warn(f"{self.path} cannot be read ({error.strerror or error}), so nothing of an interrupted run is used.")
+            return b""
+
+    def unfinished(self) -> list[dict[str, Any]]:
+        """The results of interrupted runs, if one was interrupted after the last run that ended; else none."""
+        for text in reversed(self._read().splitlines()):
+            with suppress(ValueError, KeyError, TypeError, RecursionError):
+                if (event := json.loads(text)["event"]) in ("end", "result"):
+                    return [*self.results.values()] if event == "result" else []
+        return []
 
     @functools.cached_property
     def results(self) -> dict[str, dict[str, Any]]:
         """Records of interrupted runs, as the journal held them at the first access."""
         results: dict[str, dict[str, Any]] = {}
         broken: list[str] = []
-        raw = self.path.read_bytes() if self.path.exists() else b""
-        for number, text in enumerate(raw.splitlines(), start=1):
+        for number, text in enumerate(self._read().splitlines(), start=1):
             try:
                 line = json.loads(text)
                 if line["event"] == "end":
@@ -105,6 +142,15 @@ def check_writable(folder: Path) -> None:
         file.write(b"yes")
 
 
+def clean(folder: Path) -> None:
+    """Delete what killed runs left in an output folder, except what this or a parallel run may still use: files that no process
+    is writing, and unfinished work and answers that have not changed for two weeks."""
+    old = (file for name in (PARTIAL, ANSWERS) for file in leftovers(folder / name, unfinished=KEPT))
+    for file in (*leftovers(folder), *old):
+        with suppress(OSError):
+            file.unlink()
+
+
 class Checkpoints:
     """Saved progress of long work: one file a key, replaced atomically."""
 
@@ -124,7 +170,7 @@ class Checkpoints:
     def read(self, key: str, load: Callable[[IO[bytes]], Any]) -> Any:
         """What `load` reads from the checkpoint of this key, or None. Warns of a file that cannot be read."""
         try:
-            with open(self._path(key), "rb") as file:
+            with open(inside(self.folder, f"{key}.pt"), "rb") as file:
                 return load(file)
         except FileNotFoundError:
             return None
@@ -134,7 +180,7 @@ class Checkpoints:
             return None
 
     def drop(self, key: str) -> None:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             os.unlink(self._path(key))
 
     def drop_all(self) -> None:

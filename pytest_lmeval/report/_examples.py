@@ -18,6 +18,7 @@ from pytest_lmeval.records import _schema as schema
 from pytest_lmeval.records._example import Example
 from pytest_lmeval.records._measured import Record
 from pytest_lmeval.records._metric import Metric, judge_of, metric
+from pytest_lmeval.records._replacing import inside
 from pytest_lmeval.report._words import disambiguate, several, visible
 
 SHORT = 1_000
@@ -110,13 +111,9 @@ def _table(subject: str, group: list[tuple[Record, Path]], notes: list[str]) -> 
 
 def _read(folder: Path, name: str, notes: list[str]) -> Iterator[Example]:
     """Yield the examples of a file inside of the output folder; note what cannot be read."""
-    file = folder / name
-    if not file.resolve().is_relative_to(folder.resolve()):
-        notes.append(f"{name} lies outside of the output folder and was not read")
-        return
     total, broken = 0, 0
     try:
-        with open(file, "rb") as lines:
+        with open(inside(folder, name), "rb") as lines:
             for line in filter(bytes.strip, lines):
                 total += 1
                 try:

@@ -12,10 +12,13 @@ import pytest
 from pytest_lmeval._options import option, output_folder, templates_folder
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from pytest_lmeval.records._document import Failure, Skipped
     from pytest_lmeval.records._measured import Record
 
 MESSAGE = 4_000  # characters of a failure's message in the reports
+COMMANDS = ("::error ", "::warning ")  # of `_github`, whose parts are escaped
 
 
 class Reports:
@@ -33,7 +36,10 @@ class Reports:
         self.skipped: list[Skipped] = []
         self.failures: list[Failure] = []
         self.properties: dict[str, list[tuple[str, object]]] = {}
+        self.tests: dict[str, str] = {}  # that use the fixture `lmeval` -> what became of them, if they recorded nothing
+        self.folder: Path | None = None
         self.written: list[str] = []
+        self.lost = False
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionstart(self) -> None:
@@ -41,7 +47,11 @@ class Reports:
         if option(self.config, "lmeval-fresh") and not self.config.option.collectonly and (folder / "journal.jsonl").exists():
             from pytest_lmeval.records._journal import Journal
 
-            Journal(folder, fresh=True)
+            try:
+                Journal(folder, fresh=True)
+            except OSError as error:
+                why = error.strerror or error
+                raise pytest.UsageError(f"--lmeval-fresh: the journal of {folder} cannot be closed ({why}).") from error
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -50,21 +60,33 @@ class Reports:
         self.keys.update(log.get("keys", ()))
         if str(report.outcome) == "rerun":  # pytest-rerunfailures: only the last attempt counts
             return
+        if hasattr(report, "_lmeval_test"):
+            self.tests[report.nodeid] = "it ran, and recorded nothing"
         records = self._add(report, log) if log else []
-        if report.failed and (log or "lmeval" in report.keywords):
-            self.failures.append(_failure(report, records))
+        if report.nodeid in self.tests:  # a report that xdist writes for a crashed worker has no attributes
+            self._add_outcome(report, records)
         report.user_properties += self.properties.get(report.nodeid, [])
         if report.when == "teardown":
             self.properties.pop(report.nodeid, None)
+
+    def _add_outcome(self, report: pytest.TestReport, records: list[Record]) -> None:
+        from pytest_lmeval.records._document import Skipped
+        from pytest_lmeval.records._secrets import masked
+
+        if report.failed:
+            self.failures.append(_failure(report, records))
+        elif report.skipped and not records and isinstance(report.longrepr, tuple):
+            self.skipped.append(Skipped(masked(report.nodeid), masked(str(report.longrepr[2]).removeprefix("Skipped: "))))
 
     def _add(self, report: pytest.TestReport, log: dict[str, Any]) -> list[Record]:
         """Add what a test recorded; returns its records."""
         from msgspec.structs import replace
 
-        from pytest_lmeval.records._document import Skipped
         from pytest_lmeval.records._measured import Record
         from pytest_lmeval.records._schema import convert
+        from pytest_lmeval.records._secrets import without_secrets
 
+        log = without_secrets(log)
         self.notes += log["notes"]
         try:
             records = [replace(record, outcome=report.outcome) for record in convert(log["records"], list[Record])]
@@ -72,18 +94,21 @@ class Reports:
             self.notes.append(f"a record of {report.nodeid} does not fit its type, so all of that test are left out: {error}")
             records = []
         self.records += records
-        if report.skipped and not records and isinstance(report.longrepr, tuple):
-            self.skipped.append(Skipped(report.nodeid, str(report.longrepr[2]).removeprefix("Skipped: ")))
         self.properties[report.nodeid] = _properties(records)
         return records
 
-    def pytest_sessionfinish(self, exitstatus: int) -> None:
-        if not self.records:
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        """Write the reports, if a test of this run uses the fixture `lmeval`: also those of a run that recorded nothing."""
+        if not self.tests or self.config.getoption("setuponly", False):
             return
+        from pytest_lmeval.records._document import Skipped
         from pytest_lmeval.report import _write as write
 
+        if not self.records:
+            known = {skipped.test for skipped in self.skipped} | {failure.test for failure in self.failures}
+            self.skipped += [Skipped(test, why) for test, why in self.tests.items() if test not in known]
         folder = output_folder(self.config)
-        self.written = write.reports(
+        written = write.reports(
             folder,
             self.records,
             run=write.run(self.started, self.config.invocation_params.args, int(exitstatus)),
@@ -93,28 +118,42 @@ class Reports:
             templates=templates_folder(self.config),
             extend=lambda document: self.config.hook.pytest_lmeval_report(config=self.config, data=document),
         )
-        if exitstatus not in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR):
-            from pytest_lmeval.records._journal import Journal
+        self.folder, self.written, self.lost = written.folder, written.lines, written.folder != folder
+        if self.lost and exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED  # a run whose results are not where they belong is not green
+        if not self.lost and exitstatus not in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR):
+            self._end(folder)
 
-            Journal(folder).end(self.keys)  # so that the next run measures again
+    def _end(self, folder: Path) -> None:
+        """Close the journal, so that the next run measures again, and delete what killed runs left."""
+        from pytest_lmeval.records._journal import Journal, clean
+
+        try:
+            if (folder / "journal.jsonl").exists():
+                Journal(folder).end(self.keys)
+        except OSError as error:
+            again = "The next run takes these results from it, unless it is started with --lmeval-fresh"
+            self.written.append(f"the journal could not be closed ({error.strerror or error}). {again}.")
+        clean(folder)
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        if not self.records or self.config.get_verbosity() < -1:
+        if not self.written or (self.config.get_verbosity() < -1 and not self.lost):
             return
         from pytest_lmeval.report import _terminal as terminal
-        from pytest_lmeval.report._words import wrapped
+        from pytest_lmeval.report._words import safe_lines, wrapped
 
         width = terminalreporter._tw.fullwidth
         terminalreporter.section("lmeval")
         notes = [piece for note in self.notes for piece in wrapped(note, width)]
-        for line in (*terminal.lines(self.records, width=width), *notes, *self.written):
-            terminalreporter.write_line(line)
+        shown = terminal.lines(self.records, width=width) if self.records else ["nothing was measured", ""]
+        for line in (*shown, *notes, *self.written):
+            terminalreporter.write_line(line if line.startswith(COMMANDS) else safe_lines(line))
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_html_results_summary(self, prefix: list[str]) -> None:
         """Link from pytest-html's report to ours."""
-        if self.records:
-            page = output_folder(self.config).resolve() / "report.html"
+        if self.folder is not None:
+            page = self.folder.resolve() / "report.html"
             link = f'<a href="{escape(page.as_uri())}">{escape(str(page))}</a>'
             prefix.append(f"<p>lmeval: {len(self.records)} records, {link}</p>")
 
@@ -134,11 +173,12 @@ def _properties(records: list[Record]) -> list[tuple[str, object]]:
 def _failure(report: pytest.TestReport, records: list[Record]) -> Failure:
     """The failed test under the name of its records, with its message and its location."""
     from pytest_lmeval.records._document import Failure
+    from pytest_lmeval.records._secrets import masked
 
     crash = getattr(report.longrepr, "reprcrash", None)
-    message = str(report.longreprtext if crash is None else crash.message)
+    message = masked(str(report.longreprtext if crash is None else crash.message))
     if len(message) > MESSAGE:
         message = f"{message[:MESSAGE]}... (the first {MESSAGE:,} of {len(message):,} characters)"
     file, line, _ = report.location
-    test = records[0].test if records else report.nodeid
+    test = records[0].test if records else masked(report.nodeid)
     return Failure(test, message, file, None if line is None else line + 1)

@@ -7,6 +7,7 @@ from typing import Any
 
 from pytest_lmeval.records._document import RunDocument
 from pytest_lmeval.report._changes import changes
+from pytest_lmeval.report._words import visible
 
 LIMIT = 1024 * 1024 - 1024  # bytes of a step's summary; GitHub shows nothing of a longer one
 CUT = "\n\nThe summary continues in summary.md: GitHub shows no more than 1 MiB of it.\n"
@@ -49,6 +50,7 @@ def _command(kind: str, message: str, **properties: Any) -> str:
 
 
 def _escaped(text: str, more: str = "") -> str:
+    text = visible(text)
     for character in "%\r\n" + more:
         text = text.replace(character, f"%{ord(character):02X}")
     return text

@@ -14,7 +14,7 @@ from pytest_lmeval.records._document import RunDocument, Section
 from pytest_lmeval.records._metric import metric
 from pytest_lmeval.report._tables import headlines
 from pytest_lmeval.report._terminal import say
-from pytest_lmeval.report._words import number
+from pytest_lmeval.report._words import number, one_line
 
 COLUMNS = ["runs", "last", "mean", "min", "max"]
 
@@ -38,14 +38,14 @@ def main(options: argparse.Namespace) -> int:
     heading = None
     for key, found in history.statistics(chosen).items():
         if heading != (heading := key[:3]):
-            say("\n".join(["", ", ".join(heading), _row(["metric", *COLUMNS])]))
+            say("\n".join(["", one_line(", ".join(heading)), _row(["metric", *COLUMNS])]))
         values = (number(value, units[key]) for value in (found.last, found.mean, found.min, found.max))
         say(_row([key[3], str(found.runs), *values]))
     return 0
 
 
 def _row(cells: list[str]) -> str:
-    return ("    " + cells[0].ljust(32) + cells[1].rjust(5) + "".join(cell.rjust(20) for cell in cells[2:])).rstrip()
+    return ("    " + one_line(cells[0]).ljust(32) + cells[1].rjust(5) + "".join(cell.rjust(20) for cell in cells[2:])).rstrip()
 
 
 def section(document: RunDocument, folder: Path | None) -> Section | None:

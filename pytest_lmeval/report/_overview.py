@@ -12,14 +12,14 @@ from pytest_lmeval.records._certificate import Certificate
 from pytest_lmeval.records._document import Environment, RunDocument
 from pytest_lmeval.records._measured import Record
 from pytest_lmeval.report._changes import changes, counted
-from pytest_lmeval.report._words import disambiguate
+from pytest_lmeval.report._words import disambiguate, several
 
 
 @dataclass(frozen=True)
 class Overview:
     """headline  how many tests passed, in words
     judged    verdicts of gates, in words; "" without a baseline
-    outcome   "passed", "failed", or "" for a comparison of runs
+    outcome   "passed", "failed"; "" for a comparison of runs, a run that did not end, and one that measured nothing
     failed    failed tests, each with its message ("" if unknown) and the index of its first record (or None)
     """
 
@@ -39,15 +39,25 @@ def overview(document: RunDocument) -> Overview:
     messages |= {failure.test: failure.message for failure in document.failures}
     judged = changes(records)
     worse = {change.record.test for change in judged if change.verdict == "worse"} - messages.keys()
-    headline = _headline(len({*first, *messages}), len(messages), len(worse))
+    tests = len({*first, *messages})
+    if document.run.exit_status is None:
+        headline, outcome = f"The run did not end: {several(tests, 'test')} measured something before", ""
+    elif not records:
+        headline, outcome = _nothing(len(messages), len(document.skipped)), "failed" if messages else ""
+    else:
+        headline, outcome = _headline(tests, len(messages), len(worse)), "failed" if messages else "passed"
     failed = [(test, message, first.get(test)) for test, message in messages.items()]
-    return Overview(headline, counted(change.verdict for change in judged), "failed" if messages else "passed", failed)
+    return Overview(headline, counted(change.verdict for change in judged), outcome, failed)
+
+
+def _nothing(failed: int, others: int) -> str:
+    counts = [f"{several(failed, 'test')} failed"] if failed else []
+    counts += [f"{several(others, 'test')} recorded nothing"] if others else []
+    return ": ".join(filter(None, ("Nothing was measured", ", ".join(counts))))
 
 
 def _headline(tests: int, failed: int, worse: int) -> str:
     """worse  number of passed tests with a number that is worse than the baseline, of which a gate only warned"""
-    if not tests:
-        return "Nothing was measured"
     if failed:
         outcome, of = f"{failed:,} of {tests:,} tests failed", "of the others, "
     else:

@@ -12,7 +12,9 @@ import json
 import re
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache, partial
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from pytest_lmeval import registry
 from pytest_lmeval.records import _history as history, _schema as schema
 from pytest_lmeval.records._document import NamedRun, RunDocument, Section
 from pytest_lmeval.records._history import Line
+from pytest_lmeval.records._replacing import inside
 from pytest_lmeval.report import (
     _changes as changes,
     _examples as examples,
@@ -37,6 +40,8 @@ from pytest_lmeval.report import (
 
 PAGES = ("summary.md", "report.html")
 OWN = Path(__file__).parent
+INVISIBLE = "\u200b"  # of no width; in a text of others it is escaped
+LINKED = re.compile(r"@(?=\w)|[#!](?=\d)|\bGH-(?=\d)|www(?=\.)|(?:https?|ftp|mailto|xmpp):", re.IGNORECASE)
 
 
 @cache
@@ -47,8 +52,9 @@ def environment(templates: Path | None = None) -> SandboxedEnvironment:
     """
     ours = jinja2.PackageLoader("pytest_lmeval.report")
     loaders: list[jinja2.BaseLoader] = [jinja2.PrefixLoader({"lmeval": ours}), ours]
+    own = [jinja2.FunctionLoader(partial(template_of, templates))] if templates else []
     sandbox = SandboxedEnvironment(
-        loader=jinja2.ChoiceLoader([jinja2.FileSystemLoader(templates), *loaders] if templates else loaders),
+        loader=jinja2.ChoiceLoader([*own, *loaders]),
         autoescape=jinja2.select_autoescape(["html"]),
         undefined=jinja2.StrictUndefined,
         finalize=lambda value: words.visible(value) if type(value) is str else value,
@@ -58,17 +64,27 @@ def environment(templates: Path | None = None) -> SandboxedEnvironment:
     )
     sandbox.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     sandbox.filters.update(number=words.number, size=words.size_of, interval=words.interval)
-    sandbox.filters.update(cell=cell, code=code, fenced=fenced, fields=fields)
+    sandbox.filters.update(cell=cell, code=code, heading=heading, fenced=fenced, fields=fields)
     sandbox.globals["asset"] = partial(asset, templates)
     return sandbox
 
 
 def cell(text: Any) -> str:
     """Escape text for a cell of a Markdown table, on one line."""
-    line = " ".join(words.visible(str(text)).split())
-    for special in "\\`*_[]<>|":
+    line = _without_links(text).replace("&", "&amp;")
+    for special in "\\`*_[]<>|~":
         line = line.replace(special, "\\" + special)
-    return line
+    return line.replace(INVISIBLE, f"&#{ord(INVISIBLE)};")
+
+
+def heading(text: Any) -> str:
+    """Escape text for HTML within Markdown, on one line."""
+    return escape(_without_links(text)).replace(INVISIBLE, f"&#{ord(INVISIBLE)};")
+
+
+def _without_links(text: Any) -> str:
+    """One line with an invisible character in what GitHub and GitLab would link: @mentions, addresses, #123, GH-123, URLs."""
+    return LINKED.sub(lambda found: found[0] + INVISIBLE, words.one_line(" ".join(str(text).split())))
 
 
 def code(text: Any) -> str:
@@ -89,17 +105,30 @@ def fields(value: Any) -> dict[str, Any]:
 
 
 def asset(templates: Path | None, name: str) -> Markup:
-    """A style or script, unescaped, from the folder of templates or from ours."""
-    folders = (*([templates] if templates else []), OWN / "templates", OWN / "vendor")
-    found = [file for folder in folders if (file := folder / name).is_file()]
-    if not found:
-        raise jinja2.TemplateNotFound(name, f"there is no style or script {name!r}")
-    return Markup(_text(found[0]))
+    """A style (.css) or script (.js), unescaped, from the folder of templates or from ours, and from nowhere else."""
+    if name.endswith((".css", ".js")):
+        with suppress(FileNotFoundError):
+            if templates is not None:
+                return Markup(_text(inside(templates, name)))
+        own = [file for folder in ("templates", "vendor") if (file := OWN / folder / name).is_file()]
+        if own and name == Path(name).name:
+            return Markup(_text(own[0]))
+    raise jinja2.TemplateNotFound(name, f"there is no style or script {name!r}")
 
 
 @cache
 def _text(file: Path) -> str:
-    return file.read_text(encoding="utf-8")
+    """A file that cannot end the element that it stands in."""
+    return re.sub(r"</(?=script|style)", r"<\\/", file.read_text(encoding="utf-8"), flags=re.IGNORECASE)
+
+
+def template_of(folder: Path, name: str) -> tuple[str, str, None] | None:
+    """The text and path of a template in the user's folder; None if it has none of that name."""
+    try:
+        file = inside(folder, name)
+    except FileNotFoundError:
+        return None
+    return file.read_text(encoding="utf-8"), str(folder / name), None
 
 
 def render(

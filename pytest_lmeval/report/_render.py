@@ -9,7 +9,10 @@ from typing import Any
 
 from pytest_lmeval import registry
 from pytest_lmeval.errors import DocumentError
-from pytest_lmeval.records._document import RunDocument, load
+from pytest_lmeval.records import _schema as schema
+from pytest_lmeval.records._document import NAME, RunDocument, load
+from pytest_lmeval.records._journal import Journal
+from pytest_lmeval.records._measured import Record
 from pytest_lmeval.report import _pages as pages
 from pytest_lmeval.report._terminal import say
 from pytest_lmeval.report._write import replace_text
@@ -28,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """Raises DocumentError for a file or template with an error, and RegistryError for an unknown format."""
     export = None if options.format == OWN else registry.find("exporters", options.format)
-    document = load(options.metrics)
+    document = (from_journal(options.metrics) if options.metrics.is_dir() else None) or load(options.metrics)
     folder = options.metrics if options.metrics.is_dir() else options.metrics.parent
     if export is None:
         document = pages.with_sections(document, folder)
@@ -46,6 +49,21 @@ def main(options: argparse.Namespace) -> int:
             ) from error
     write(options.to or folder, files, document.problems)
     return 0
+
+
+def from_journal(folder: Path) -> RunDocument | None:
+    """What the journal holds of a run that was killed, or still runs; None if the last run in the folder ended by itself."""
+    records, problems = [], ["This run did not end: it was killed, or still runs. These are the results that its journal holds"]
+    for plain in Journal(folder).unfinished():
+        try:
+            records.append(schema.convert(plain, Record))
+        except ValueError as error:
+            problems.append(f"a result in the journal cannot be read ({error})")
+    if not records:
+        return None
+    if (folder / NAME).exists():
+        problems.append(f"{NAME} is that of an earlier run")
+    return RunDocument(records=records, problems=problems)
 
 
 def page(name: str, document: RunDocument, **options: Any) -> str:

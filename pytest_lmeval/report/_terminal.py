@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from pytest_lmeval.records._measured import Record
 from pytest_lmeval.report._tables import SideBySide, VerdictRow, groups, model_lines, side_by_side, verdicts
-from pytest_lmeval.report._words import visible
+from pytest_lmeval.report._words import one_line, safe_lines
 
 INDENT, GAP = "    ", "  "
 
@@ -17,7 +17,7 @@ class Whole(str):
     """A line that says what a verdict covers: it is wrapped where others are cut off."""
 
     def wrapped(self, width: int) -> list[str]:
-        return textwrap.wrap(visible(self), width, subsequent_indent=INDENT * 2, break_on_hyphens=False)
+        return textwrap.wrap(one_line(self), width, subsequent_indent=INDENT * 2, break_on_hyphens=False)
 
 
 def lines(records: Sequence[Record], *, width: int, sort: str | None = None) -> list[str]:
@@ -44,7 +44,7 @@ def lines(records: Sequence[Record], *, width: int, sort: str | None = None) -> 
 
 
 def _fit(line: str, width: int) -> list[str]:
-    shown = visible(line)
+    shown = one_line(line)
     if len(shown) <= width:
         return [shown]
     return line.wrapped(width) if isinstance(line, Whole) else [shown[: width - 3] + "..."]
@@ -79,6 +79,6 @@ def _side_by_side_lines(shown: SideBySide) -> list[str]:
 
 
 def say(line: str) -> None:
-    """Print with any encoding of the terminal."""
+    """Print with any encoding of the terminal, each line as `one_line`."""
     encoding = sys.stdout.encoding or "utf-8"
-    print(line.encode(encoding, errors="backslashreplace").decode(encoding))
+    print(safe_lines(line).encode(encoding, errors="backslashreplace").decode(encoding))

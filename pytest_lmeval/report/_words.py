@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import textwrap
 from collections.abc import Sequence
 
@@ -11,6 +12,7 @@ from pytest_lmeval.records._measured import ModelFacts
 from pytest_lmeval.records._value import Value
 
 PREFIXES = "kMGTPE"
+COMMAND = re.compile(r"(?<!\S)::+|##(?=\[)")  # GitHub Actions: the first at the beginning of a line, the other anywhere
 
 
 def number(value: float, unit: str = "") -> str:
@@ -74,6 +76,25 @@ def visible(text: str) -> str:
     )
 
 
+def one_line(text: str) -> str:
+    """A name as one line that no terminal or log takes for a command: control characters and ends of lines are escaped, and so
+    is what GitHub Actions reads as a workflow command.
+
+    >>> one_line("two\\nlines \\x1b[31m, ::error::forged, test_x.py::test_y")
+    'two\\\\nlines \\\\x1b[31m, : :error::forged, test_x.py::test_y'
+    """
+    if COMMAND.search(text):
+        text = COMMAND.sub(lambda found: " ".join(found[0]), text)
+    if text.isascii() and text.isprintable():
+        return text
+    return visible(text).replace("\n", "\\n").replace("\t", " ").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def safe_lines(text: str) -> str:
+    """A text of several lines, each of them as `one_line`."""
+    return "\n".join(map(one_line, text.split("\n")))
+
+
 def size_of(count: float) -> str:
     """Bytes in a unit that fits their number.
 
@@ -98,6 +119,7 @@ def disambiguate(names: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def wrapped(text: str, width: int, *, indent: int = 0) -> list[str]:
-    """Wrap a note for the terminal; lines after the first are indented by two more columns."""
+    """Wrap a note for the terminal, as `one_line`; lines after the first are indented by two more columns."""
     first, further = " " * indent, " " * (indent + 2)
+    text = one_line(" ".join(text.split()))
     return textwrap.wrap(text, max(width, indent + 12), initial_indent=first, subsequent_indent=further, break_on_hyphens=False)

@@ -7,9 +7,9 @@ judge), and counts once one answer of it was read again.
 from __future__ import annotations
 
 import json
-import os
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +17,8 @@ import numpy as np
 from pytest_lmeval.engine import Answer, Counts, OnText, Prompt, Results, Scored
 from pytest_lmeval.records import _schema as schema
 from pytest_lmeval.records._example import Example
-from pytest_lmeval.records._journal import warn
-from pytest_lmeval.records._replacing import replacing
+from pytest_lmeval.records._journal import replace_or_warn, warn
+from pytest_lmeval.records._replacing import append, regular
 from pytest_lmeval.records._schema import StoredStruct
 from pytest_lmeval.scoring._requests import EncodedQuestion
 
@@ -152,7 +152,8 @@ class AnswerStore:
         """Delete everything: it may be wrong."""
         self.audited, self._kept, self._own, self._earlier = {}, {}, set(), set()
         if self.path is not None:
-            self.path.unlink(missing_ok=True)
+            with suppress(OSError):
+                self.path.unlink()
 
     def _add(self, line: Line) -> None:
         new: dict[str, KeptScored | KeptAnswer] = {**line.scored, **line.answers}
@@ -169,28 +170,29 @@ class AnswerStore:
 
     def _lines(self) -> Iterable[Line]:
         """The lines of the file. Warns of one that is broken, and skips it."""
-        if self.path is None or not self.path.exists():
+        try:
+            lines = [] if self.path is None else regular(self.path).read_bytes().splitlines()
+        except FileNotFoundError:
             return
-        for number, line in enumerate(self.path.read_bytes().splitlines(), start=1):
+        except OSError as error:
+            warn(f"{self.path} cannot be read ({error.strerror or error}); its questions are asked again.")
+            return
+        for number, line in enumerate(lines, start=1):
             try:
                 yield schema.convert(json.loads(line), Line)
             except (ValueError, RecursionError) as error:
                 warn(f"{self.path}, line {number} is broken ({type(error).__name__}); what it held is read again.")
 
     def _write(self, line: Line) -> None:
-        """Append a line in one write, so that parallel workers may share the file. If that fails, warn and keep no more."""
+        """Append a line. If that fails, warn and keep no more."""
         self._add(line)
         if self.path is None or not (line.scored or line.answers or line.audited):
             return
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "ab+") as file:
-                if file.tell():
-                    file.seek(-1, os.SEEK_END)
-                torn = file.read(1) not in (b"", b"\n")
-                file.write(b"\n" * torn + schema.line_of(line).encode())
+            append(self.path, schema.line_of(line).encode(), sync=False)  # a process that is killed loses nothing
         except OSError as error:
-            warn(f"answers cannot be kept ({error}); asking continues. If it is interrupted, they are read again.")
+            why = error.strerror or error
+            warn(f"{self.path} cannot be written ({why}); the questions are asked on. If interrupted, they are asked again.")
             self.path = None
 
 
@@ -200,6 +202,5 @@ def names_of(question: EncodedQuestion) -> list[str]:
 
 
 def write_examples(examples: Iterable[Example], file: str | Path) -> None:
-    """Write answered questions, in their order, in one move."""
-    with replacing(Path(file)) as new:
-        new.write_text("".join(schema.line_of(example) for example in examples), encoding="utf-8")
+    """Write answered questions, in their order, in one move. Warns if that fails."""
+    replace_or_warn(Path(file), "".join(schema.line_of(example) for example in examples))

@@ -73,8 +73,7 @@ def run_training(
         name = spec or trained.spec
         record = structs.replace(record, lm=structs.replace(record.lm, spec=name))
         return TrainResult(record, replace(trained, spec=name), cached=True)
-    files.begin({**plan.names, "decided by": plan.identity})
-    return _fit(plan, files, progress)
+    return _fit(plan, files if files.begin({**plan.names, "decided by": plan.identity}) else None, progress)
 
 
 def _fit(plan: Plan, files: Folder | None, progress: Progress | None) -> TrainResult:
@@ -111,8 +110,7 @@ def _fit(plan: Plan, files: Folder | None, progress: Progress | None) -> TrainRe
     fill(trained, run.best, "what was trained")
     record = record_of(run, trained, plan, per_epoch, flops, peak)
     if files is not None:
-        files.save_best(run)
-        files.finish(record)
+        files.finish(run, record)
     return TrainResult(record, trained, resumed_at=run.resumed_at)
 
 

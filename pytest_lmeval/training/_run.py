@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -27,7 +28,7 @@ from pytest_lmeval.models._model import Model
 from pytest_lmeval.records import _schema as schema
 from pytest_lmeval.records._journal import Checkpoints, warn
 from pytest_lmeval.records._measured import Record
-from pytest_lmeval.records._replacing import replacing
+from pytest_lmeval.records._replacing import inside, replacing
 from pytest_lmeval.training._plan import Plan
 from pytest_lmeval.training._weights import copy_of, fill, load_weights, snapshot
 
@@ -124,10 +125,15 @@ class Folder:
     def best(self) -> Path:
         return self.path / "best.safetensors"
 
-    def begin(self, identity: dict[str, Any]) -> None:
-        """Write what decides the outcome. Raises OSError now, before the work, if the folder is not writable."""
-        with replacing(self.path / "protocol.json") as new:
-            new.write_text(json.dumps(identity, indent=1, default=str))
+    def begin(self, identity: dict[str, Any]) -> bool:
+        """Write what decides the outcome. Warns if the folder cannot be written, and returns False."""
+        try:
+            with replacing(self.path / "protocol.json") as new:
+                new.write_text(json.dumps(identity, indent=1, default=str))
+        except OSError as error:
+            warn(f"{self.path} cannot be written ({error.strerror or error}): nothing of this training is kept.")
+            return False
+        return True
 
     def resume(self, new: Callable[[], Run]) -> Run:
         """A new run, or one at the saved point if there is a readable one."""
@@ -137,6 +143,8 @@ class Folder:
             fill(run.lm, point["weights"], "the saved point")
             run.optimizer.load_state_dict(point["optimizer"])
             for name in KEPT:
+                if type(point[name]) is not type(getattr(run, name)):
+                    raise TypeError(f"{name} is a {type(point[name]).__name__}")
                 setattr(run, name, point[name])
             run.resumed_at = run.step
             return run
@@ -157,10 +165,15 @@ class Folder:
             with replacing(self.best) as new:
                 save_file(run.best, new, metadata={"key": self.path.name, **about})
 
-    def finish(self, record: Record) -> None:
-        """Write the record, as the last file: if it exists, all do."""
-        with replacing(self.path / "record.json") as new:
-            new.write_text(json.dumps({"sha256": _digest(self.best), "record": schema.to_plain(record)}, allow_nan=False))
+    def finish(self, run: Run, record: Record) -> None:
+        """Write the best weights, and the record as the last file: if it exists, all do. Warns if they cannot be written."""
+        try:
+            self.save_best(run)
+            with replacing(self.path / "record.json") as new:
+                new.write_text(json.dumps({"sha256": _digest(self.best), "record": schema.to_plain(record)}, allow_nan=False))
+        except (OSError, SafetensorError) as error:
+            warn(f"{self.path} cannot be written ({error}): the trained model is not kept, and the next run trains it again.")
+            return
         Checkpoints(self.path).drop(POINT)
 
     def finished(self, lm: Model) -> tuple[Model, Record] | None:
@@ -170,18 +183,18 @@ class Folder:
         """
         file = self.path / "record.json"
         try:
-            written = json.loads(file.read_text())
+            written = json.loads(inside(self.path, file.name).read_text())
             record, digest = schema.convert(written["record"], Record), written["sha256"]
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             warn(f"{file} is broken ({type(error).__name__}: {error}); the model is trained anew.")
             return None
         try:
-            trained = load_weights(lm, self.best)
+            trained = load_weights(lm, inside(self.path, self.best.name))
             if _digest(self.best) != digest:
                 raise UnreadableError(f"{self.best} holds other weights than record.json beside it describes.")
-        except UnreadableError as error:
+        except (OSError, UnreadableError) as error:
             warn(f"{error} The model is trained anew.")
             return None
         return trained, record
