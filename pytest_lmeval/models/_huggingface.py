@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pytest_lmeval.errors import ModelError, SpecError, some
+from pytest_lmeval.errors import HubError, ModelError, SpecError, described, some
 from pytest_lmeval.models import _specs as specs
+from pytest_lmeval.models._hub import HubCall
 from pytest_lmeval.models._model import Model, State, StepFn, devices_note, tokenizer_for
 from pytest_lmeval.models._sources import Loaded
 from pytest_lmeval.models._tensors import nbytes
@@ -67,19 +68,28 @@ def load(name: str, *, spec: str, dtype: torch.dtype | None = None, trust_remote
         source, where = str(folder), "is a folder here.)"
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
-        config = transformers.AutoConfig.from_pretrained(source, **options)
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise SpecError(f"{spec} could not be loaded: {reason} ({name!r} {where}") from error
+        with HubCall():
+            config = transformers.AutoConfig.from_pretrained(source, **options)
+            # `weights_only`: no code of a .bin runs, which is a pickle
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=dtype or "auto",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                weights_only=True,
+                **options,
+            )
+    except Exception as error:  # a damaged file can make the readers raise anything
+        raise SpecError(f"{spec} could not be loaded: {described(error)} ({name!r} {where}") from error
     module, report = loaded
     _refuse_incomplete(spec, report)
     tokenizer: HFTokenizer | NoTokenizer
     try:
-        tokenizer = HFTokenizer(transformers.AutoTokenizer.from_pretrained(source, **options), name)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        with HubCall():
+            tokenizer = HFTokenizer(transformers.AutoTokenizer.from_pretrained(source, **options), name)
+    except Exception as error:
+        if isinstance(error, HubError) and error.status != 404:
+            raise SpecError(f"the tokenizer of {spec} could not be loaded: {described(error)} ({name!r} {where}") from error
         tokenizer = NoTokenizer(spec, error)
     saved = getattr(config, "dtype", None) if dtype and not getattr(config, "quantization_config", None) else None
     before = None
@@ -183,8 +193,7 @@ class NoTokenizer:
     name, bos = "none", None
 
     def __init__(self, spec: str, error: Exception) -> None:
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"
-        self.why = f"{spec} has no tokenizer that can be loaded ({reason})."
+        self.why = f"{spec} has no tokenizer that can be loaded ({described(error)})."
 
     def encode(self, text: str) -> tuple[Any, Any]:
         raise SpecError(f"{self.why} Put one into its folder, or read token ids: tokens:PATH.")
