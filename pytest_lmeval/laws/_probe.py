@@ -157,7 +157,7 @@ def _probed(
         harness = Harness(lm)
         if say is not None and not earlier.runs:
             _warn_of_a_long_probe(harness, plan, low, say)
-        known = Tried(earlier.own.kept, counterexamples.cases(lm.spec)) + Tried(broken=earlier.own.broken)
+        known = Tried(earlier.own.kept, counterexamples.cases(lm.spec, plan.longest)) + Tried(broken=earlier.own.broken)
         certificate, tried, counted = run_probe(harness, plan, known, progress)
         in_float32 = Tried()
         if "isolation" not in certificate.broken and (changed_by := changed()):

@@ -161,7 +161,7 @@ class VerbContext:
         if self.session.folder is None:
             return None
         (self.session.folder / "examples").mkdir(parents=True, exist_ok=True)
-        name = re.sub(r"[^\w.-]+", "-", self.log.test.rpartition("::")[2])[:80]
+        name = re.sub(r"[^\w.-]+", "-", self.log.test.rpartition("::")[2]).encode()[:80].decode(errors="ignore")
         return f"examples/{name}-{key_of(test=self.log.test)[:8]}-{len(self.log.records)}-{ending}"
 
     def path(self, file: str | None) -> Path | None:

@@ -24,7 +24,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+from msgspec import Struct
+
+from pytest_lmeval.records import _schema as schema
 from pytest_lmeval.records._replacing import replacing
+
+
+class Line(Struct, frozen=True):
+    """A line of the journal: a result, or the end of a run with the keys that it used (None: all)."""
+
+    event: str
+    key: str = ""
+    record: dict[str, Any] = {}
+    keys: list[str] | None = None
 
 
 class JournalWarning(UserWarning):
@@ -83,14 +95,14 @@ class Journal:
         raw = self.path.read_bytes() if self.path.exists() else b""
         for number, text in enumerate(raw.splitlines(), start=1):
             try:
-                line = json.loads(text)
-                if line["event"] == "end":
-                    ended = line["keys"]
-                    results = {} if ended is None else {key: results[key] for key in results if key not in ended}
+                line = schema.convert(schema.parse(text, "", ""), Line)
+                if line.event == "end":
+                    ended = results if line.keys is None else set(line.keys)
+                    results = {key: record for key, record in results.items() if key not in ended}
                     broken = []  # the run that ended here has warned of them
-                elif line["event"] == "result":
-                    results[line["key"]] = line["record"]
-            except (ValueError, KeyError, TypeError):
+                elif line.event == "result":
+                    results[line.key] = line.record
+            except ValueError:
                 if text.strip():
                     broken.append(f"{self.path}, line {number} is broken and was dropped ({text[:60]!r}...)")
         for what in broken:
