@@ -128,7 +128,7 @@ def examples(folder):
     commands = [("render", run), ("baseline", "accept", "--from", run, "--to", folder / "baseline.json")]
 
     def read(rng):
-        AnswerFile(file).read()
+        AnswerFile(None).finish(AnswerFile(file).read().values(), folder / "finished.jsonl")
         command(*rng.choice(commands))
 
     return lambda rng: file.write_bytes(changed(lines, rng)), read

@@ -24,13 +24,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from msgspec import Struct
-
 from pytest_lmeval.records import _schema as schema
 from pytest_lmeval.records._replacing import replacing
+from pytest_lmeval.records._schema import StoredStruct
 
 
-class Line(Struct, frozen=True):
+class Line(StoredStruct, frozen=True):
     """A line of the journal: a result, or the end of a run with the keys that it used (None: all)."""
 
     event: str

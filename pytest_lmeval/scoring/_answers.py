@@ -26,6 +26,7 @@ class AnswerFile:
         for number, line in enumerate(self.path.read_bytes().splitlines(), start=1):
             try:
                 example = schema.convert(schema.parse(line, "", ""), Example)
+                schema.line_of(example).encode()  # a lone surrogate could not be written again
                 found[example.number] = example
             except ValueError as error:
                 warn(f"{self.path}, line {number} is broken ({type(error).__name__}); that question is asked again.")
