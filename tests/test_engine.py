@@ -380,10 +380,10 @@ class Server:
     def __init__(self, lm):
         self.alone = Engine(lm, Policy(carry=False, batch_size=1))
 
-    def score(self, requests):
+    def score(self, requests, results):
         return [Scored(self.alone.score([request])[0].loglikelihood) for request in requests]
 
-    def generate(self, answers, choose):
+    def generate(self, answers, choose, results):
         for answer in answers:
             (found,) = self.alone.generate([answer.prompt])
             answer.ids, answer.text, answer.why = found.ids, found.text, found.why
@@ -406,7 +406,7 @@ def test_a_server_may_be_the_executor():
 
 def test_an_executor_that_forgets_a_request_or_leaves_an_answer_unfinished_is_an_error():
     server = Server(DEMO)
-    server.score, server.generate = lambda requests: [], lambda answers, choose: None
+    server.score, server.generate = lambda requests, results: [], lambda answers, choose, results: None
     with pytest.raises(StreamError, match="answered 0 of 2 requests"):
         Engine(DEMO, executor=server).score([Request([1, 2], 1), Request([1, 3], 1)])
     with pytest.raises(StreamError, match="left the answer to a unfinished"):

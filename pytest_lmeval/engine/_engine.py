@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from pytest_lmeval.engine._executor import Counts, Executor, Scored, Whole
+from pytest_lmeval.engine._executor import Executor, Whole
 from pytest_lmeval.engine._forked import Forked
 from pytest_lmeval.engine._generation import Answer, OnText, Prompt, begin_answers
+from pytest_lmeval.engine._memory import release, with_less, with_smaller_chunks
 from pytest_lmeval.engine._policy import Policy, check, chunk_of, policy_for, refused, streaming_refused
+from pytest_lmeval.engine._results import Counts, Results, Scored
 from pytest_lmeval.engine._stream import Chunk, carried, in_windows
 from pytest_lmeval.engine._tokens import Source, check_vocabulary, tokens_of
 from pytest_lmeval.engine._tree import Request
-from pytest_lmeval.errors import StreamError
+from pytest_lmeval.errors import OutOfMemory, StreamError
+from pytest_lmeval.models._failures import OUT_OF_MEMORY, bytes_wanted, failure_of
 from pytest_lmeval.models._model import Model, State
 
 Sequenced = TypeVar("Sequenced", Request, Answer)
+T = TypeVar("T")
 
 
 def likeliest(logits: Tensor, input_ids: Tensor) -> Tensor:
@@ -31,10 +35,12 @@ def likeliest(logits: Tensor, input_ids: Tensor) -> Tensor:
 class Engine:
     """Steps one model.
 
-    policy     what is allowed, and how it is done; by default all that the model declares
+    policy     what is allowed, and how it is done; by default all that the model declares. If memory runs out, it becomes one
+               that takes less, down to one row and one token a step
     on_logits  called with the logits of each step, as the model returned them: [b, n, v] of its last n positions
     executor   reads and continues sequences instead of the model; texts are still stepped here
     counts     cost of reading sequences so far
+    less       what was reduced since memory ran out, in words; empty if nothing was
 
     Raises Refused for a policy that asks for more than its certificate allows.
     """
@@ -50,7 +56,9 @@ class Engine:
         policy = policy_for(lm) if policy is None else policy
         self.lm, self.policy = lm, policy if lm.stateful else replace(policy, carry=False)
         self.on_logits, self.executor, self.counts = on_logits, executor, Counts()
+        self.asked, self.less = self.policy, ""
         self._executors: dict[bool, Executor] = {}
+        self._step_shape = (1, 1)  # rows and tokens of the last step
         check(lm, self.policy)
 
     @cached_property
@@ -60,6 +68,7 @@ class Engine:
 
     def step(self, input_ids: Tensor, state: State | None = None, *, keep: int | None = None) -> tuple[Tensor, State]:
         """One step without gradients (see `LanguageModel.step`), which may write to `state`."""
+        self._step_shape = (input_ids.shape[0], input_ids.shape[-1])
         with torch.no_grad():
             logits, state = self.lm.step(input_ids, state, keep=keep)
         logits = logits.detach()  # a model that learns as it reads may turn gradients on
@@ -132,27 +141,46 @@ class Engine:
             raise streaming_refused(self.lm, self.policy)
         return carried(self, pieces, state, position)
 
-    def score(self, requests: Sequence[Request]) -> list[Scored]:
-        """The log-likelihood of each requested token, in the order of the requests; it may be infinite or nan. Raises
-        StreamError for a token outside the vocabulary, and Refused for a prompt that the policy does not allow to be read."""
+    def score(self, requests: Sequence[Request], results: Results[Scored] | None = None) -> list[Scored]:
+        """The log-likelihood of each requested token, in the order of the requests; it may be infinite or nan.
+
+        results  those that are there are not read again; new ones are added as each batch ends
+
+        Raises StreamError for a token outside the vocabulary, Refused for a prompt that the policy does not allow to be read,
+        and OutOfMemory if a single token of one row does not fit.
+        """
         self.refuse_unreadable(requests)
-        executor = self._executor(self.policy.share)
-        found = [scored for part in self._read_together(requests) for scored in executor.score(part)]
+        found = []
+        for part, known in self._read_together(requests, Results() if results is None else results):
+            found += self._within_memory(partial(self._score, part, known))
         if len(found) != len(requests):
             raise StreamError(f"the executor answered {len(found)} of {len(requests)} requests; it has to answer each.")
         return found
 
-    def generate(self, prompts: Sequence[Prompt], on_text: OnText | None = None) -> list[Answer]:
+    def _score(self, requests: Sequence[Request], results: Results[Scored]) -> list[Scored]:
+        return self._executor(self.policy.share).score(requests, results)
+
+    def generate(
+        self, prompts: Sequence[Prompt], on_text: OnText | None = None, results: Results[Answer] | None = None
+    ) -> list[Answer]:
         """The answer to each prompt, in order, generated token by token. No answer depends on another prompt.
+
+        results  those that are there are not generated again; new ones are added as each batch ends
 
         Raises TaskError for a tokenizer without `decode`, NotFiniteError for logits without a most likely token, and the errors
         of `score`.
         """
         self.refuse_unreadable(prompts)
         answers, choose = begin_answers(self.lm, prompts, on_text)
-        executor = self._executor(self.policy.decode)
-        for part in self._read_together(answers):
-            executor.generate(part, choose)
+
+        def attempt(part: Sequence[Answer], known: Results[Answer]) -> None:
+            for number, answer in enumerate(part):
+                if number not in known.found:  # begun, perhaps, when memory ran out
+                    answer.take(Answer(answer.prompt))
+            self._executor(self.policy.decode).generate(part, choose, known)
+
+        for part, known in self._read_together(answers, Results() if results is None else results):
+            self._within_memory(partial(attempt, part, known))
         for number, answer in enumerate(answers):
             if not answer.why:
                 raise StreamError(f"the executor left the answer to {answer.prompt.name} unfinished; it has to set `why`.")
@@ -160,9 +188,54 @@ class Engine:
                 answer.judged = on_text(number, answer.text)
         return answers
 
-    def _read_together(self, sequences: Sequence[Sequenced]) -> list[Sequence[Sequenced]]:
-        """The sequences in groups that know of each other: all, or each alone."""
-        return [[one] for one in sequences] if self.policy.invariant else [sequences]
+    def _read_together(
+        self, sequences: Sequence[Sequenced], results: Results[T]
+    ) -> list[tuple[Sequence[Sequenced], Results[T]]]:
+        """The sequences in groups that know of each other, all, or each alone; and the results of each group."""
+        if not self.policy.invariant:
+            return [(sequences, results)]
+        return [([one], results.alone(number)) for number, one in enumerate(sequences)]
+
+    def _within_memory(self, work: Callable[[], T]) -> T:
+        """What `work` returns. If memory runs out, it is done again with half the rows, then with half the tokens a step."""
+        while True:
+            counts = replace(self.counts)
+            try:
+                return work()
+            except Exception as error:
+                if self.executor is not None or failure_of(error) != OUT_OF_MEMORY:
+                    raise
+                wanted = bytes_wanted(error)
+            self.counts = counts
+            self._take_less(with_less(self.policy, *self._step_shape), wanted)
+
+    def take_smaller_chunks(self, wanted: int | None = None) -> None:
+        """Halve the chunks of a text, which did not fit into memory. Raises OutOfMemory if that is not possible."""
+        self._take_less(with_smaller_chunks(self.lm, self.policy), wanted)
+
+    def _take_less(self, policy: Policy | None, wanted: int | None) -> None:
+        """Read as this policy says from here on. Raises OutOfMemory if there is none."""
+        rows, tokens = self._step_shape
+        if policy is None:
+            size = "" if wanted is None else f": an allocation of {wanted:,} bytes ({wanted / 2**30:.1f} GiB) failed"
+            less = "and cannot be read in smaller steps" if tokens > 1 else "and there is no smaller one"
+            raise OutOfMemory(
+                f"{self.lm.spec} on {self.lm.device}: a step of {rows} row(s) of {tokens:,} token(s) does not fit into memory"
+                f"{size}, {less}. Nothing finished is lost. Take weights of fewer bits (@bf16), a shorter text or window, or a "
+                "machine with more memory.",
+                wanted,
+            )
+        self.policy = policy
+        self._executors.clear()  # and the states that they hold
+        self.__dict__.pop("chunk_size", None)
+        release(self.lm.device)
+        asked, now = self.asked, policy
+        parts = [
+            (f"batches of {now.batch_size:,} instead of {asked.batch_size:,}", now.batch_size != asked.batch_size),
+            (f"steps of at most {now.longest:,} tokens", now.longest is not None and now.longest != asked.longest),
+            (f"chunks of {self.chunk_size:,} tokens instead of {chunk_of(self.lm, asked):,}", now.chunk_size != asked.chunk_size),
+        ]
+        self.less = f"memory ran out, so it was read in {', '.join(what for what, less in parts if less)}"
 
     def refuse_unreadable(self, sequences: Sequence[Request] | Sequence[Prompt]) -> None:
         """Raise StreamError for a model of codebooks, which has no prompts, and for a token outside of the vocabulary."""

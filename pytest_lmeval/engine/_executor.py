@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from math import inf
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
@@ -16,8 +17,9 @@ from torch.nn.utils.rnn import pad_sequence
 from pytest_lmeval.engine._generation import Answer
 from pytest_lmeval.engine._losses import score
 from pytest_lmeval.engine._policy import LOGITS_BUDGET
+from pytest_lmeval.engine._results import NOTHING_READ, Deferred, Results, Scored
 from pytest_lmeval.engine._tree import Node, Request, tree
-from pytest_lmeval.models._model import State, state_bytes
+from pytest_lmeval.models._model import State
 
 if TYPE_CHECKING:
     from pytest_lmeval.engine._engine import Engine
@@ -29,58 +31,54 @@ Choose: TypeAlias = "Callable[[Tensor, list[Answer]], None]"
 Branches: TypeAlias = "list[tuple[Node, int]]"  # nodes, each with the row of a state that it continues
 
 
-@dataclass
-class Scored:
-    """The result of one request.
-
-    loglikelihood  [n - context_len] float64, nats, of each requested token
-    greedy         whether each of them is the model's first choice
-    read           tokens read for this request and for none before it
-    """
-
-    loglikelihood: np.ndarray
-    greedy: bool = True
-    read: int = 0
-
-
-@dataclass
-class Counts:
-    """Tokens read, padding read with them, the steps that read them, and the largest state in bytes."""
-
-    tokens: int = 0
-    padding: int = 0
-    calls: int = 0
-    peak_state_bytes: int = 0
-
-    def add(self, tokens: int, padding: int, state: State) -> None:
-        self.tokens, self.padding, self.calls = self.tokens + tokens, self.padding + padding, self.calls + 1
-        self.peak_state_bytes = max(self.peak_state_bytes, state_bytes(state))
-
-
 class Executor(Protocol):
-    """Reads sequences of one model."""
+    """Reads sequences of one model: those whose results are not there, and adds each to the results as it ends."""
 
-    def score(self, requests: Sequence[Request]) -> list[Scored]:
+    def score(self, requests: Sequence[Request], results: Results[Scored]) -> list[Scored]:
         """The log-likelihood of each requested token, in the order of the requests."""
 
-    def generate(self, answers: Sequence[Answer], choose: Choose) -> None:
+    def generate(self, answers: Sequence[Answer], choose: Choose, results: Results[Answer]) -> None:
         """Generate each answer until it ends (`Answer.why`), with `choose` or by filling it in."""
 
 
 class NodeReader:
-    """Reads the nodes of a tree of requests and collects the requested log-likelihoods."""
+    """Reads the nodes of a tree of requests and collects the requested log-likelihoods.
 
-    def __init__(self, engine: Engine, requests: Sequence[Request]) -> None:
-        self.engine, self.requests = engine, requests
+    What is counted is what the tree takes, whether it is read now or was read by an interrupted run.
+    """
+
+    def __init__(self, engine: Engine, requests: Sequence[Request], results: Results[Scored]) -> None:
+        self.engine, self.requests, self.results = engine, requests, results
         self.scored = [Scored(np.full(request.asked, np.nan)) for request in requests]
 
-    def read_padded(self, branches: Branches, state: State) -> None:
+    def read_padded(self, branches: Branches, before: Deferred) -> None:
         """Read whole nodes in a padded batch; row i of the state is before node i."""
         nodes = [node for node, _ in branches]
-        self.read(nodes, pad_sequence([torch.from_numpy(node.ids) for node in nodes], batch_first=True), state)
+        self.read(nodes, pad_sequence([torch.from_numpy(node.ids) for node in nodes], batch_first=True), before)
 
-    def read(self, nodes: list[Node], ids: Tensor, state: State) -> State:
-        """Read `ids` [b, t], which hold the nodes; row i of the state is before node i. Returns the new state."""
+    def read(self, nodes: list[Node], ids: Tensor, before: Deferred) -> Deferred:
+        """Read `ids` [b, t], which hold the nodes; row i of the state `before` is before node i. Returns the new state.
+
+        They are read now if a request ends in them whose result is not there; else when the state is asked for.
+        """
+        for node in nodes:
+            self.scored[node.owner].read += len(node.ids)
+        tokens = sum(len(node.ids) for node in nodes)
+        self.engine.counts.add(tokens, ids.numel() - tokens)
+        state = Deferred(lambda: self._read(nodes, ids, before.get()))
+        ending = [number for node in nodes for number, _, end in node.wanted if end == len(self.requests[number].ids) - 1]
+        if (found := self.results.of(ending)) is not None:
+            for number, scored in zip(ending, found, strict=True):
+                self.scored[number] = replace(scored)  # more may be read for it, if others continue it
+                self.engine.counts.hold(scored.state_bytes)
+            return state
+        state.get()
+        for number in ending:
+            self.scored[number].state_bytes = self.engine.counts.peak_state_bytes
+        self.results.add({number: replace(self.scored[number]) for number in ending})
+        return state
+
+    def _read(self, nodes: list[Node], ids: Tensor, state: State) -> State:
         width = ids.shape[1]
         first = min((first_wanted(node) for node in nodes), default=width)
         skipped = min(first, width - 1)  # keep at least one position: a model may return all logits for keep=0
@@ -88,10 +86,7 @@ class NodeReader:
         wanted = [(row, node, *span) for row, node in enumerate(nodes) for span in node.wanted]
         if wanted:
             self._record(wanted, logits, skipped)
-        for node in nodes:
-            self.scored[node.owner].read += len(node.ids)
-        tokens = sum(len(node.ids) for node in nodes)
-        self.engine.counts.add(tokens, ids.numel() - tokens, state)
+        self.engine.counts.hold(state)
         return state
 
     def _record(self, wanted: list[tuple[int, Node, int, int, int]], logits: Tensor, skipped: int) -> None:
@@ -142,27 +137,48 @@ class Whole:
     def __init__(self, engine: Engine) -> None:
         self.engine: Engine = weakref.proxy(engine)  # no reference cycle: models are freed with the engine, not at a collection
 
-    def score(self, requests: Sequence[Request]) -> list[Scored]:
-        reader, engine = NodeReader(self.engine, requests), self.engine
+    def score(self, requests: Sequence[Request], results: Results[Scored]) -> list[Scored]:
+        reader, engine = NodeReader(self.engine, requests, results), self.engine
         leaves = [(node, 0) for node in tree(requests, step=inf)]
         for batch in batches(leaves, engine.policy.batch_size, engine.lm.vocab_size):
-            reader.read_padded(batch, None)
+            reader.read_padded(batch, NOTHING_READ)
         return reader.scored
 
-    def generate(self, answers: Sequence[Answer], choose: Choose) -> None:
+    def generate(self, answers: Sequence[Answer], choose: Choose, results: Results[Answer]) -> None:
         """Read the whole text again for each token."""
+        longest_first = sorted(range(len(answers)), key=lambda number: -len(answers[number].prompt.ids))
         size = self.engine.policy.batch_size
-        longest_first = sorted(answers, key=lambda row: -len(row.prompt.ids))
         for begin in range(0, len(answers), size):
-            rows = longest_first[begin : begin + size]
-            while rows:
-                texts = [torch.tensor([*row.prompt.ids.tolist(), *row.ids]) for row in rows]
-                lengths = torch.tensor(list(map(len, texts)))
-                ids, skipped, tokens = pad_sequence(texts, batch_first=True), int(lengths.min()) - 1, int(lengths.sum())
-                logits, state = self.engine.prefill(ids.to(self.engine.lm.device), keep=ids.shape[1] - skipped)
-                self.engine.counts.add(tokens, ids.numel() - tokens, state)
-                for row, text in zip(rows, texts, strict=True):
-                    row.read += len(text)
-                last = (lengths - 1 - skipped).to(logits.device)
-                choose(logits[torch.arange(len(rows), device=logits.device), last], rows)
-                rows = [row for row in rows if not row.why]
+            numbers = longest_first[begin : begin + size]
+            rows = [answers[number] for number in numbers]
+            answer_batch(self.engine, numbers, rows, results, partial(self._answer, rows, choose))
+
+    def _answer(self, rows: list[Answer], choose: Choose) -> None:
+        while rows:
+            texts = [torch.tensor([*row.prompt.ids.tolist(), *row.ids]) for row in rows]
+            lengths = torch.tensor(list(map(len, texts)))
+            ids, skipped, tokens = pad_sequence(texts, batch_first=True), int(lengths.min()) - 1, int(lengths.sum())
+            self.engine.counts.add(tokens, ids.numel() - tokens)
+            logits, state = self.engine.prefill(ids.to(self.engine.lm.device), keep=ids.shape[1] - skipped)
+            self.engine.counts.hold(state)
+            for row, text in zip(rows, texts, strict=True):
+                row.read += len(text)
+            last = (lengths - 1 - skipped).to(logits.device)
+            choose(logits[torch.arange(len(rows), device=logits.device), last], rows)
+            rows = [row for row in rows if not row.why]
+
+
+def answer_batch(
+    engine: Engine, numbers: Sequence[int], rows: Sequence[Answer], results: Results[Answer], generate: Callable[[], None]
+) -> None:
+    """Take the answers of a batch from the results, or `generate` all of them and add them. The first of them carries what the
+    batch cost."""
+    if (found := results.of(numbers)) is not None:
+        for row, answer in zip(rows, found, strict=True):
+            row.take(answer)
+            engine.counts.include(answer.counts)
+        return
+    before = replace(engine.counts)
+    generate()
+    rows[0].counts = engine.counts.since(before)
+    results.add(dict(zip(numbers, rows, strict=True)))

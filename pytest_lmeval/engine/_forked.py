@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import inf
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
 
-from pytest_lmeval.engine._executor import Branches, Choose, NodeReader, Scored, batches
+from pytest_lmeval.engine._executor import Branches, Choose, NodeReader, answer_batch, batches
 from pytest_lmeval.engine._generation import Answer
-from pytest_lmeval.engine._state_rows import selection
+from pytest_lmeval.engine._memory import row_bytes
+from pytest_lmeval.engine._results import NOTHING_READ, Deferred, Results, Scored
+from pytest_lmeval.engine._state_rows import Select, selection
 from pytest_lmeval.engine._tree import STEP_COST, Request, tree, worth_a_step
-from pytest_lmeval.models._model import State, fork, state_bytes
+from pytest_lmeval.models._model import State, fork
 
 if TYPE_CHECKING:
     from pytest_lmeval.engine._engine import Engine
 
-Cache: TypeAlias = "list[tuple[np.ndarray, State]]"  # prefixes, and the state after each
+Cache: TypeAlias = "list[tuple[np.ndarray, Deferred]]"  # prefixes, and the state after each
 
 MORE_SHORT_LEAVES = 4  # the most that the batch size is multiplied by for leaves that are shorter than their prefix
 CACHED = 4  # prefixes kept from block to block: few-shot examples, a passage, and prefixes between them
@@ -40,69 +43,74 @@ class Forked:
         self._select = selection(engine.lm)
         self._step_cost = STEP_COST if self.policy.share else inf
 
-    def score(self, requests: Sequence[Request]) -> list[Scored]:
-        reader = NodeReader(self.engine, requests)
+    def score(self, requests: Sequence[Request], results: Results[Scored]) -> list[Scored]:
+        reader = NodeReader(self.engine, requests, results)
 
-        def score_leaves(state: State, batch: Branches) -> None:
+        def score_leaves(state: Deferred, batch: Branches) -> None:
             reader.read_padded(batch, self._rows(state, [row for _, row in batch]))
 
         self._walk(reader, lambda state, leaves: self._each(state, leaves, score_leaves, padded=True))
         return reader.scored
 
-    def generate(self, answers: Sequence[Answer], choose: Choose) -> None:
-        reader = NodeReader(self.engine, [Request(answer.prompt.ids, len(answer.prompt.ids)) for answer in answers])
+    def generate(self, answers: Sequence[Answer], choose: Choose, results: Results[Answer]) -> None:
+        prompts = [Request(answer.prompt.ids, len(answer.prompt.ids)) for answer in answers]
+        reader = NodeReader(self.engine, prompts, Results())
 
-        def answer_leaves(state: State, batch: Branches) -> None:
+        def answer_leaves(state: Deferred, batch: Branches) -> None:
+            numbers, before = [node.owner for node, _ in batch], self._rows(state, [row for _, row in batch])
             rows = [(answers[node.owner], node.ids.tolist()) for node, _ in batch]
-            self._answer(self._rows(state, [row for _, row in batch]), rows, choose)
+            answer_batch(
+                self.engine, numbers, [row for row, _ in rows], results, lambda: self._answer(before.get(), rows, choose)
+            )
 
         self._walk(reader, lambda state, leaves: self._each(state, leaves, answer_leaves, padded=False))
         for answer, shared in zip(answers, reader.scored, strict=True):
             answer.read += shared.read
 
-    def _walk(self, reader: NodeReader, on_leaves: Callable[[State, Branches], None]) -> None:
+    def _walk(self, reader: NodeReader, on_leaves: Callable[[Deferred, Branches], None]) -> None:
         """Read the prefix tree of a block, each request after the longest cached prefix that it continues. Call
         `on_leaves(state, leaves)` for the leaves that continue one state."""
         requests, left = reader.requests, list(range(len(reader.requests)))
         kept = [(prefix, state) for prefix, state in self.prefix_cache if requests and _continues(requests[-1], prefix)]
-        nothing: tuple[np.ndarray, State] = (np.empty(0, dtype=np.int64), None)
+        nothing = (np.empty(0, dtype=np.int64), NOTHING_READ)
         for prefix, state in [*sorted(self.prefix_cache, key=lambda entry: -len(entry[0])), nothing]:
             if members := [number for number in left if _continues(requests[number], prefix)]:
                 left = sorted({*left} - {*members})
                 nodes = tree(requests, members, start=len(prefix), step=self._step_cost)
                 self._visit(reader, state, [(node, 0) for node in nodes], kept, on_leaves)
         self.prefix_cache = sorted(kept, key=lambda entry: len(entry[0]))[:CACHED]  # more requests share the shorter ones
+        for _, state in self.prefix_cache:
+            state.settle()
 
     def _visit(
-        self, reader: NodeReader, state: State, branches: Branches, kept: Cache, on_leaves: Callable[[State, Branches], None]
+        self, reader: NodeReader, state: Deferred, branches: Branches, kept: Cache, on_leaves: Callable[[Deferred, Branches], None]
     ) -> None:
         """Read the tree below `state`; each node continues one of its rows."""
         on_leaves(state, [(node, row) for node, row in branches if not node.children])
         inner = [(node, row) for node, row in branches if node.children]
-        for batch in batches(inner, self._most(state, inner, self.policy.batch_size)):
+        for batch in batches(inner, self._most(inner, self.policy.batch_size)):
             self._visit(reader, *self._read_inner(reader, state, batch, kept), kept, on_leaves)
 
-    def _each(self, state: State, leaves: Branches, read: Callable[[State, Branches], None], *, padded: bool) -> None:
+    def _each(self, state: Deferred, leaves: Branches, read: Callable[[Deferred, Branches], None], *, padded: bool) -> None:
         """Read leaves in batches. If they are padded, short ones form larger batches, of no more tokens than whole prompts."""
         most = self.policy.batch_size
-        if state is not None or not padded:
+        if state is not NOTHING_READ or not padded:
             if padded and leaves and most > 1:
                 longest = max(len(node.ids) for node, _ in leaves)
                 most *= min(MORE_SHORT_LEAVES, (leaves[0][0].start + longest) // longest)
-            most = self._most(state, leaves, most)
+            most = self._most(leaves, most)
         for batch in batches(leaves, most, self.engine.lm.vocab_size if padded else None):
             read(state, batch)
 
-    def _most(self, state: State, branches: Branches, most: int) -> int:
+    def _most(self, branches: Branches, most: int) -> int:
         """The number of branches, at most `most`, that fit in one batch and can be continued in it."""
         if self._select is None:
             return 1
-        if state is None or not branches:
+        if not branches or not branches[0][0].start:
             return most
-        bytes_per_row = state_bytes(state) // (1 + max(row for _, row in branches))
-        return max(1, min(most, STATES_BUDGET // max(1, bytes_per_row)))
+        return max(1, min(most, STATES_BUDGET // max(1, row_bytes(self.engine.lm, branches[0][0].start))))
 
-    def _read_inner(self, reader: NodeReader, state: State, batch: Branches, kept: Cache) -> tuple[State, Branches]:
+    def _read_inner(self, reader: NodeReader, state: Deferred, batch: Branches, kept: Cache) -> tuple[Deferred, Branches]:
         """Read the nodes up to the end of the shortest; returns the state there, and the branches that continue it."""
         length = min(len(node.ids) for node, _ in batch)
         length -= (batch[0][0].start + length) % self.policy.multiple
@@ -123,11 +131,11 @@ class Forked:
                 following += [(child, row) for child in rest.pushed()]
         return state, following
 
-    def _rows(self, state: State, rows: list[int]) -> State:
-        """A copy of these rows of a state."""
-        if state is None:
-            return None
-        return fork(state) if self._select is None else self._select(state, rows)
+    def _rows(self, before: Deferred, rows: list[int]) -> Deferred:
+        """A copy of these rows of a state, made at once if the state is known, so that the other rows are freed."""
+        if before is NOTHING_READ:
+            return before
+        return before.then(partial(_copy, self._select, rows))
 
     def _answer(self, state: State, rows: list[tuple[Answer, list[int]]], choose: Choose) -> None:
         """Generate answers, each with the prompt ids that it has still to read, until all have ended. Since a state has one
@@ -137,8 +145,9 @@ class Forked:
             length = 1 if begun and self.policy.single else min(len(ids) for _, ids in rows)
             begun = True
             input_ids = torch.tensor([ids[:length] for _, ids in rows])
+            self.engine.counts.add(input_ids.numel(), 0)
             logits, state = self.engine.prefill(input_ids.to(self.engine.lm.device), state)
-            self.engine.counts.add(input_ids.numel(), 0, state)
+            self.engine.counts.hold(state)
             for answer, ids in rows:
                 answer.read += length
                 del ids[:length]
@@ -149,7 +158,11 @@ class Forked:
                 rows[row][1].append(rows[row][0].ids[-1])
             if len(staying) < len(rows):
                 rows = [rows[row] for row in staying]
-                state = self._rows(state, staying) if rows else None
+                state = _copy(self._select, staying, state) if rows else None
+
+
+def _copy(select: Select | None, rows: Sequence[int], state: State) -> State:
+    return fork(state) if select is None else select(state, rows)
 
 
 def _continues(request: Request, prefix: np.ndarray) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pytest_lmeval.engine._losses import score
+from pytest_lmeval.engine._results import Counts
 from pytest_lmeval.engine._tokens import ids_of
 from pytest_lmeval.errors import NotFiniteError, StreamError, TaskError
 from pytest_lmeval.models._model import Model
@@ -66,6 +67,7 @@ class Answer:
     judged    the truth value that `on_text` returned
     read      tokens read for it
     why       it ended: stop, end (the model's own), judged, or length; empty while it is unfinished
+    counts    of the batch that it was generated in, if it is the first of it
     """
 
     prompt: Prompt
@@ -76,6 +78,13 @@ class Answer:
     judged: bool | None = None
     read: int = 0
     why: str = ""
+    counts: Counts = field(default_factory=Counts)
+
+    def take(self, other: Answer) -> None:
+        """Become another answer to the prompt."""
+        for each in fields(self):
+            if each.name != "prompt":
+                setattr(self, each.name, getattr(other, each.name))
 
 
 def begin_answers(
@@ -89,14 +98,16 @@ def begin_answers(
     special: Mapping[int, str] = getattr(tokenizer, "special", {})
     answers = [Answer(prompt) for prompt in prompts]
     numbers = {id(answer): number for number, answer in enumerate(answers)}
-    generators = [_generator(prompt) for prompt in prompts]
+    generators: dict[int, np.random.Generator] = {}
 
     def choose(logits: Tensor, rows: list[Answer]) -> None:
         _check_finite(logits, rows, lm)
         tokens = logits.argmax(1).tolist()
         for index, row in enumerate(rows):
             if row.prompt.temperature:
-                tokens[index] = _sample(logits[index], row.prompt.temperature, generators[numbers[id(row)]])
+                if not row.ids:  # also of an answer that begins again
+                    generators[id(row)] = _generator(row.prompt)
+                tokens[index] = _sample(logits[index], row.prompt.temperature, generators[id(row)])
         nll, _ = score(logits, torch.tensor(tokens, device=logits.device))
         for row, token, loss in zip(rows, tokens, nll.tolist(), strict=True):
             number = numbers[id(row)]

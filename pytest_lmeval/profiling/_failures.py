@@ -1,4 +1,4 @@
-"""Recognize errors of torch that concern the machine and not the model.
+"""Say what does not fit into memory, and go on after it.
 
 After "out of memory" a grid of shapes goes on, since fewer rows may fit; after "device lost" nothing more can be measured on
 that device in this process.
@@ -6,52 +6,15 @@ that device in this process.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TypeVar
 
-import torch
-
 from pytest_lmeval.errors import OutOfMemory
+from pytest_lmeval.models._failures import DEVICE_LOST, OUT_OF_MEMORY, bytes_wanted, failure_of
 
-OUT_OF_MEMORY, DEVICE_LOST = "out of memory", "device lost"
-NO_MEMORY = re.compile(
-    r"out of memory"  # CUDA, ROCm, MPS
-    r"|DefaultCPUAllocator: (can't allocate|not enough) memory"
-    r"|(CUBLAS|CUDNN|HIPBLAS)_STATUS_ALLOC_FAILED"
-    r"|Storage size calculation overflowed"  # more than can be addressed
-)
-NO_DEVICE = re.compile(r"(CUDA|HIP|cuDNN|CUBLAS) error|device-side assert|No (CUDA|HIP) GPUs are available")
-NO_ROOM = (OutOfMemory, MemoryError, torch.OutOfMemoryError)
-LOST: type[BaseException] | tuple[()] = getattr(torch, "AcceleratorError", ())  # torch 2.8 and later
-WANTED = re.compile(r"[Tt]ried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)")
+__all__ = ["DEVICE_LOST", "OUT_OF_MEMORY", "attempt", "bytes_wanted", "failure_of", "room_for"]
+
 T = TypeVar("T")
-UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
-
-
-def failure_of(error: BaseException) -> str | None:
-    """OUT_OF_MEMORY, DEVICE_LOST, or None for another error. An error that was raised `from` one of them counts as that one.
-
-    >>> failure_of(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."))
-    'out of memory'
-    >>> failure_of(ValueError("out of memory"))  # not raised by torch
-    """
-    causes = list(_causes(error))
-    said = [str(cause) for cause in causes if isinstance(cause, RuntimeError)]
-    if any(isinstance(cause, NO_ROOM) for cause in causes) or any(map(NO_MEMORY.search, said)):
-        return OUT_OF_MEMORY
-    lost = any(isinstance(cause, LOST) for cause in causes) or any(map(NO_DEVICE.search, said))
-    return DEVICE_LOST if lost else None
-
-
-def bytes_wanted(error: BaseException) -> int | None:
-    """The size of the allocation that failed, if the error has it, as in "Tried to allocate 1.50 GiB"."""
-    for cause in _causes(error):
-        if isinstance(cause, OutOfMemory):
-            return cause.wanted
-        if found := WANTED.search(str(cause)):
-            return round(float(found[1]) * UNITS[found[2]])
-    return None
 
 
 def room_for(what: str, work: Callable[[], T]) -> T:
@@ -69,12 +32,6 @@ def room_for(what: str, work: Callable[[], T]) -> T:
         "(seq_len), or weights of fewer bits (@bf16).",
         wanted,
     )
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__
 
 
 def attempt(work: Callable[[], object]) -> str | None:

@@ -1,0 +1,120 @@
+"""Estimate what fits into memory, and read with less when it runs out."""
+
+from __future__ import annotations
+
+import gc
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from pytest_lmeval.engine._policy import Policy, chunk_of
+from pytest_lmeval.models._identity import fingerprint
+from pytest_lmeval.models._model import Model, state_bytes
+from pytest_lmeval.models._weak_cache import WeakCache
+
+SHORT, LONG = 8, 40  # tokens after which states are compared
+SCORING = 3 * 4  # bytes that each logit takes while it is scored: float32, and twice as much beside it
+SPARE = 0.9  # fraction of the free memory that is planned with
+MOST_ROWS = 1024  # that are tried for --lmeval-batch auto
+MEMINFO, STATUS, CGROUP = Path("/proc/meminfo"), Path("/proc/self/status"), Path("/sys/fs/cgroup")
+STATE_COSTS = WeakCache["tuple[int, int]"]()  # by `step_fn`
+
+
+def row_bytes(lm: Model, tokens: int) -> int:
+    """Bytes of the state of one row after so many tokens, as a line through its sizes after 8 and 40 tokens: more than it is
+    where a window bounds it. 0 for a model without a state."""
+    if not lm.stateful or lm.codebooks is not None:
+        return 0
+    constant, per_token = STATE_COSTS.value(lm.step_fn, lambda: _state_cost(lm), stamp=fingerprint(lm))
+    return constant + per_token * tokens
+
+
+def _state_cost(lm: Model) -> tuple[int, int]:
+    """(bytes, bytes a token) of the state of one row."""
+    longest = min(LONG, lm.limit or LONG)
+    short = min(SHORT, longest - 1)
+    if not short:
+        return 0, 0
+    with torch.no_grad():
+        small, large = (state_bytes(lm.step(lm.random_ids(1, length), keep=1)[1]) for length in (short, longest))
+    per_token = max(0, large - small) // (longest - short)
+    return max(0, small - per_token * short), per_token
+
+
+def needed_bytes(lm: Model, rows: int, tokens: int, scored: int) -> int:
+    """Bytes that reading takes beside the weights: states of `rows` after so many tokens, twice (the old one and the new one),
+    and the logits of `scored` positions of each. Activations are not counted."""
+    return rows * (2 * row_bytes(lm, tokens) + SCORING * lm.vocab_size * scored)
+
+
+def rows_that_fit(lm: Model, tokens: int, scored: int) -> int:
+    """The largest power of two, 1 to 1,024, of rows of so many tokens that fit into the free memory; 8 where that is unknown."""
+    free, rows = free_bytes(lm.device), MOST_ROWS
+    if free is None:
+        return 8
+    while rows > 1 and needed_bytes(lm, rows, tokens, scored) > SPARE * free:
+        rows //= 2
+    return rows
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that may still be allocated: on the device, or of the CPU's memory within the limits of this process and its
+    cgroup; None if the system does not tell."""
+    if device.type == "cuda":
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reserved
+    if device.type != "cpu":
+        return None
+    found = [free for free in (_available(), _within_cgroup(), _within_limit()) if free is not None]
+    return max(0, min(found)) if found else None
+
+
+def _available() -> int | None:
+    found = re.search(r"MemAvailable:\s+(\d+) kB", MEMINFO.read_text()) if MEMINFO.exists() else None
+    return None if found is None else 1024 * int(found[1])
+
+
+def _within_cgroup() -> int | None:
+    try:
+        return int((CGROUP / "memory.max").read_text()) - int((CGROUP / "memory.current").read_text())
+    except (OSError, ValueError):  # no such file, or "max"
+        return None
+
+
+def _within_limit() -> int | None:
+    """What `ulimit -v` leaves of the address space."""
+    try:
+        import resource
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        used = re.search(r"VmSize:\s+(\d+) kB", STATUS.read_text())
+    except (ImportError, OSError):
+        return None
+    return None if limit == resource.RLIM_INFINITY or used is None else limit - 1024 * int(used[1])
+
+
+def release(device: torch.device) -> None:
+    """Give back what a failed step leaves behind. Call it outside of the `except` block, which keeps its frames."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def with_less(policy: Policy, rows: int, tokens: int) -> Policy | None:
+    """The policy after a step of so many rows and tokens did not fit: half the rows, or steps of half the tokens; None if it
+    allows neither."""
+    fewer_rows = replace(policy, batch_size=max(1, min(policy.batch_size, rows) // 2)) if policy.batch_size > 1 else None
+    half = tokens // 2 // policy.multiple * policy.multiple
+    if (rows == 1 or fewer_rows is None) and policy.carry and not policy.single and half:
+        return replace(policy, longest=half)
+    return fewer_rows
+
+
+def with_smaller_chunks(lm: Model, policy: Policy) -> Policy | None:
+    """The policy with half the tokens in a chunk; None if it allows no smaller ones."""
+    half = chunk_of(lm, policy) // 2 // policy.multiple * policy.multiple
+    if not policy.carry or not half:
+        return None
+    return replace(policy, chunk_size=half)
