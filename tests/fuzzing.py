@@ -1,4 +1,4 @@
-"""Damage the bytes of a file, or the values in a JSON text, as disks, editors and attackers do; and count what a reader makes of it."""
+"""Damage the bytes of a file or the values in a JSON text, and count what a reader makes of it."""
 
 import copy
 import json
@@ -10,8 +10,8 @@ from pytest_lmeval.errors import LmevalError
 
 DEEP = 100_000
 ODD = [
-    None, True, 0, -1, 3, 1 << 70, 10**399, 1e308, -0.5, "", "x", "k0", "\ud800", "\x00", "\u4f60" * 80, [], {}, [[1]], [None], {"a": {}},
-    {"": 1}, ["x"], [[["x"]]], {"keys": [1]}, "2024-01-01T00:00:00Z",
+    None, True, 0, -1, 3, 1 << 70, 10**399, 1e308, -0.5, "", "x", "k0", "\ud800", "\x00", "\u4f60" * 80, "2024-01-01T00:00:00Z",
+    [], {}, [[1]], [None], {"a": {}}, {"": 1}, ["x"], [[["x"]]], {"keys": [1]},
 ]  # fmt: skip
 
 
@@ -76,9 +76,8 @@ def outcomes(readings) -> Counter:
                 noted = reading()
                 counts["warned" if said or noted else "read"] += 1
             except LmevalError as error:
-                assert len(str(error)) > 20, error
-                counts["refused"] += 1
-            except BaseException as error:  # noqa: BLE001 - that of a library in Rust is no Exception
+                counts["refused" if len(str(error)) > 20 else f"escaped: {error!r} says nothing"] += 1
+            except BaseException as error:
                 if isinstance(error, KeyboardInterrupt):
                     raise
                 counts[f"escaped: {type(error).__name__}: {str(error)[:60]}"] += 1

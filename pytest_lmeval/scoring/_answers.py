@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,8 +26,7 @@ class AnswerFile:
             return found
         for number, line in enumerate(self.path.read_bytes().splitlines(), start=1):
             try:
-                example = schema.convert(schema.parse(line, "", ""), Example)
-                schema.line_of(example).encode()  # a lone surrogate could not be written again
+                example = schema.convert(json.loads(line), Example)
                 found[example.number] = example
             except ValueError as error:
                 warn(f"{self.path}, line {number} is broken ({type(error).__name__}); that question is asked again.")
