@@ -39,11 +39,11 @@ def altered(plain, rng: random.Random, odd=ODD):
     for _ in range(rng.randint(1, 3)):
         places = list(_places(plain))
         if not places:
-            return rng.choice(odd)
+            return copy.deepcopy(rng.choice(odd))
         whole, name = rng.choice(places if rng.random() < 0.6 else [place for place in places if place[0] is plain])
         what = rng.random()
         if what < 0.75:
-            whole[name] = rng.choice(odd)
+            whole[name] = copy.deepcopy(rng.choice(odd))
         elif what < 0.9 or isinstance(whole, list):
             del whole[name]
         else:

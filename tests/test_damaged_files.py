@@ -124,7 +124,7 @@ def test_a_long_name_in_any_script_is_shortened_for_file_names(tmp_path, letter)
 
 
 class Runs:
-    """Writes a file when it is unpickled."""
+    """Opens a file for writing when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -179,8 +179,13 @@ def test_a_damaged_checkpoint_is_refused_with_its_spec_and_runs_no_code(tmp_path
 
     folder = shutil.copytree(checkpoint, tmp_path / "model")
     damage(folder)
-    with pytest.raises(SpecError, match=r"hf:.*model (could not be loaded|is incomplete)"):
+    with pytest.raises(SpecError, match=r"hf:.*model (could not be loaded|is incomplete)") as caught:
         load(f"hf:{folder}")
+    if damage is pickled:
+        assert "could run code. Save them as safetensors" in str(caught.value)
+        assert "weights_only" not in str(caught.value)
+    elif damage is truncated:
+        assert "Damaged: model-000" in str(caught.value)
     assert not (folder / "ran").exists()
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import json
+import pickle
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +82,12 @@ def load(name: str, *, spec: str, dtype: torch.dtype | None = None, trust_remote
                 **options,
             )
     except Exception as error:  # a damaged file can make the readers raise anything
-        raise SpecError(f"{spec} could not be loaded: {described(error)} ({name!r} {where}") from error
+        why = described(error)
+        if isinstance(error, pickle.UnpicklingError):  # whose own message tells how to run the code
+            why = "its weights are a pickle that is damaged, or that could run code. Save them as safetensors"
+        elif broken := _unreadable_files(folder):
+            why += f". Damaged: {some(broken)}; copy it again"
+        raise SpecError(f"{spec} could not be loaded: {why} ({name!r} {where}") from error
     module, report = loaded
     _refuse_incomplete(spec, report)
     tokenizer: HFTokenizer | NoTokenizer
@@ -96,6 +103,23 @@ def load(name: str, *, spec: str, dtype: torch.dtype | None = None, trust_remote
     if isinstance(saved, torch.dtype):  # buffers are not saved: the model computes them
         before = sum(p.numel() * saved.itemsize for p in module.parameters()) + sum(map(nbytes, module.buffers()))
     return Loaded(module.train(False), tokenizer, before, unused_weights=tuple(sorted(report["unexpected_keys"])))
+
+
+def _unreadable_files(folder: Path) -> list[str]:
+    """The names of the files of a checkpoint that cannot be parsed."""
+    from safetensors import safe_open
+
+    found = []
+    for file in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
+        try:
+            if file.suffix == ".json":
+                json.loads(file.read_bytes())
+            else:
+                with safe_open(file, "pt"):
+                    pass
+        except Exception:  # noqa: BLE001 - whatever it is, the file is named
+            found.append(file.name)
+    return found
 
 
 def _refuse_incomplete(spec: str, report: dict[str, Any]) -> None:
