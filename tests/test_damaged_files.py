@@ -155,7 +155,7 @@ def truncated(folder):
 def pickled(folder):
     for file in folder.glob("*.safetensors*"):
         file.unlink()
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": Runs(folder / "ran")}))
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": Runs(folder / "ran")}, protocol=2))
 
 
 DAMAGES = {
@@ -189,13 +189,20 @@ def test_a_damaged_checkpoint_is_refused_with_its_spec_and_runs_no_code(tmp_path
     assert not (folder / "ran").exists()
 
 
-@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b'{"model": {"type": "BPE"}}', b"[" * DEEP])
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b'{"model": {"type": "BPE"}}', b"[" * DEEP, None])
 def test_a_damaged_tokenizer_leaves_a_model_for_token_ids(tmp_path, checkpoint, content):
+    from tokenizers_of_each_kind import tokenizer_of
+
     from pytest_lmeval.models._sources import load
 
     folder = shutil.copytree(checkpoint, tmp_path / "model")
-    (folder / "tokenizer.json").write_bytes(content)
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    tokenizer_of("gpt2").tokenizer.save_pretrained(folder)
+    config = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if content is None:
+        config["model_max_length"] = {}  # which is used only when a text is encoded
+    else:
+        (folder / "tokenizer.json").write_bytes(content)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
     lm = load(f"hf:{folder}")
     with pytest.raises(LmevalError, match="has no tokenizer that can be loaded"):
         lm.tokenizer.encode("text")

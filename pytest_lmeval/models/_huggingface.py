@@ -94,6 +94,7 @@ def load(name: str, *, spec: str, dtype: torch.dtype | None = None, trust_remote
     try:
         with HubCall():
             tokenizer = HFTokenizer(transformers.AutoTokenizer.from_pretrained(source, **options), name)
+        tokenizer.decode(tokenizer.encode("a")[0])  # a damaged setting may show only now
     except Exception as error:
         if isinstance(error, HubError) and error.status != 404:
             raise SpecError(f"the tokenizer of {spec} could not be loaded: {described(error)} ({name!r} {where}") from error
