@@ -25,19 +25,27 @@ class CounterexampleStore:
 
     def cases(self, spec: str, longest: int | None = None) -> dict[str, list[Case]]:
         """By law, this model's counterexamples, newest first, once each; unreadable lines are ignored, since users may edit the
-        file, and so are cases that need more than `longest` tokens in a sequence, which the probe does not read."""
+        file. Warns of cases with more than `longest` tokens in a sequence, and leaves them out."""
         if self.path is None or not self.path.is_file():
             return {}
         found: dict[str, dict[Case, None]] = {}
+        too_long = 0
         for line in reversed(self.path.read_text(encoding="utf-8", errors="replace").splitlines()):
             try:
                 entry = json.loads(line)
                 if entry["lm"] == spec:
                     case = case_of(entry["case"])
-                    if case.length > 1 and max(case.length, case.before) <= (longest or MANY) and case.rows <= MOST_ROWS:
+                    if max(case.length, case.before) > (longest or MANY) or case.rows > MOST_ROWS:
+                        too_long += 1
+                    elif case.length > 1:
                         found.setdefault(entry["law"], {})[case] = None
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 continue
+        if too_long:
+            warn(
+                f"{self.path}: {too_long} cases of {spec} have more than {longest or MANY} tokens or {MOST_ROWS} rows and are not "
+                "tried; pytest_lmeval.replay tries one."
+            )
         return {law: list(stored)[:MOST] for law, stored in found.items()}
 
     def add(self, spec: str, law: str, case: dict[str, Any]) -> None:
