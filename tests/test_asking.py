@@ -111,12 +111,9 @@ def test_a_suite_averages_all_its_members_unless_one_failed():
 def test_an_interrupted_task_continues_where_it_stopped(tmp_path):
     with pytest.raises(TaskError, match="row 35 cannot be asked"):
         Lmeval(context_of(tmp_path)).task(LM, BROKEN, batch_size=2)
-    (partial,) = (tmp_path / "partial").glob("*.jsonl")
-    assert len(partial.read_text().splitlines()) == 34
     context = context_of(tmp_path)
     assert Lmeval(context).task(LM, PARITY, batch_size=2).resumed == 34
-    assert "34 answers taken from an interrupted run" in context.log.notes[0]
-    assert not partial.exists()
+    assert "34 answers taken from an earlier run" in context.log.notes[0]
     again = Lmeval(context_of(tmp_path)).task(LM, PARITY, batch_size=2)  # of a run that was killed after this call
     assert again.resumed == 40
 

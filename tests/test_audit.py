@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from clean_models import CLEAN, Attention, GetSet
+from probing import certificate
 from reading import Killed, assert_equal_but_for_time, ids_of, losses_of, saving_every_chunk, texts
 from test_codebooks import Frames, frames_of
 from tiny_models import CARRYING, Fragile, Functional, Neighbourly, Stateless, Streaming
@@ -23,19 +24,11 @@ from pytest_lmeval.measures._audit import SHARE
 from pytest_lmeval.measures._context import VerbContext
 from pytest_lmeval.measures._perplexity import measure_perplexity
 from pytest_lmeval.measures._task import measure_task
-from pytest_lmeval.records._certificate import CONSISTENT, EXACT, Certificate, LawResult
+from pytest_lmeval.records._certificate import CONSISTENT, EXACT
 from pytest_lmeval.records._journal import Checkpoints
-from pytest_lmeval.scoring._answers import AnswerFile
 
-LAWS = ("repeat", "isolation", "causality", "prefix", "splits", "steps", "fork", "resume", "rows", "size", "sums")
 LM, BYTE_LM = as_model(Functional()), as_model(Functional(vocab=256))
 CHUNK = 64
-
-
-def certificate(verdict=EXACT, dtype="float32", *, unavailable=(), rounding=2e-6):
-    """What a probe says that found nothing, right or wrong."""
-    laws = {name: LawResult(cases=9, unavailable="it cannot" if name in unavailable else None) for name in LAWS}
-    return Certificate(verdict=verdict, dtype=dtype, laws=laws, longest=320, rounding=rounding)
 
 
 CERTIFIED = certificate()
@@ -332,9 +325,8 @@ class WearsOut(Functional):
 
 @pytest.mark.parametrize(("kind", "law"), [(LateLeak, "rows"), (LosesItsPlace, "splits")])
 def test_an_answer_that_depends_on_others_is_refused_with_its_question_and_both_values(tmp_path, kind, law):
-    partial = tmp_path / "partial.jsonl"
     with pytest.raises(Refused) as refused:
-        answer(kind(vocab=256), partial=partial, examples=tmp_path / "examples.jsonl")
+        answer(kind(vocab=256), kept=tmp_path / "kept.jsonl", examples=tmp_path / "examples.jsonl")
     message = str(refused.value)
     for part in (
         "is exact-any-chunk, 11 of 11 laws, up to 320 tokens, and parity contradicts it: row ",
@@ -381,28 +373,6 @@ def test_a_generated_answer_is_read_back_in_one_piece_and_its_log_probabilities_
         answer(WearsOut(vocab=256), GENERATES)
     sampled = dataclasses.replace(GENERATES, ask=lambda row: dataclasses.replace(say(row), temperature=0.7))
     assert audit_of(answer(BYTE_LM, sampled)).answers > 1
-
-
-def test_answers_of_a_killed_run_were_audited_before_they_were_kept(tmp_path):
-    partial, seen = tmp_path / "partial.jsonl", []
-
-    def kill(done, right, whole):
-        seen.append(done)
-        raise Killed
-
-    whole = answer(BYTE_LM)
-    with pytest.raises(Killed):
-        answer(BYTE_LM, partial=partial, progress=kill)
-    kept = AnswerFile(partial).read().values()
-    assert not kept  # of the first block, none was audited yet
-    with pytest.raises(Killed):
-        answer(BYTE_LM, partial=partial, progress=lambda done, right, whole: kill(done, right, whole) if done > 40 else None)
-    kept = AnswerFile(partial).read().values()
-    assert sum(example.audited is not None for example in kept) == 1
-    resumed = answer(BYTE_LM, partial=partial)
-    assert resumed.resumed == len(kept) == seen[-1]
-    assert audit_of(resumed).questions >= 1
-    assert [e.loglikelihoods for e in resumed.examples] == [e.loglikelihoods for e in whole.examples]
 
 
 @pytest.mark.parametrize("name", CLEAN)

@@ -13,10 +13,11 @@ from tiny_models import Functional
 
 from pytest_lmeval import Choices, Codebooks, Generate, Rows, Task, as_model, load
 from pytest_lmeval.errors import CorpusError, NotFiniteError, TaskError
-from pytest_lmeval.measures import _task
 from pytest_lmeval.models._model import Bytes
+from pytest_lmeval.records import _schema as schema
+from pytest_lmeval.records._example import Example
 from pytest_lmeval.records._journal import JournalWarning
-from pytest_lmeval.scoring._answers import AnswerFile
+from pytest_lmeval.scoring._answers import AnswerStore
 from pytest_lmeval.scoring._fewshot import Shots
 from pytest_lmeval.scoring._requests import Encoder
 from pytest_lmeval.tasks import id_of
@@ -177,8 +178,8 @@ def test_a_model_that_prefers_an_answer_has_no_ties_and_the_same_number_by_both_
 
 def test_an_answer_of_an_earlier_run_counts_by_the_rule_of_this_one(tmp_path):
     lm, path = as_model(Flat().eval()), tmp_path / "answers.jsonl"
-    measure_task(lm, dataclasses.replace(FIRST_IS_RIGHT, style="lm_eval"), examples=path)
-    again = measure_task(lm, FIRST_IS_RIGHT, known=path)
+    measure_task(lm, dataclasses.replace(FIRST_IS_RIGHT, style="lm_eval"), kept=path)
+    again = measure_task(lm, FIRST_IS_RIGHT, kept=path)
     assert (again.resumed, again.accuracy) == (30, 0.5)
 
 
@@ -388,36 +389,32 @@ def test_answers_of_an_interrupted_run_are_not_asked_for_again(tmp_path):
         if done >= 4:
             raise Killed
 
-    files = {"partial": tmp_path / "partial.jsonl", "examples": tmp_path / "examples.jsonl"}
+    kept = tmp_path / "kept.jsonl"
     with pytest.raises(Killed):
-        measure_task(LM, TASK, batch_size=4, progress=stop, **files)
-    kept = (tmp_path / "partial.jsonl").read_text()
-    assert len(kept.splitlines()) == 4
-    (tmp_path / "partial.jsonl").write_text(kept[:-30])
-    with pytest.warns(JournalWarning, match="line 4 is broken"):
-        result = measure_task(LM, TASK, batch_size=4, **files)
-    assert result.resumed == 3
+        measure_task(LM, TASK, batch_size=4, progress=stop, kept=kept)
+    result = measure_task(LM, TASK, batch_size=4, kept=kept, examples=tmp_path / "examples.jsonl")
     whole = measure_task(LM, TASK, batch_size=4)
-    assert result.examples[:3] == whole.examples[:3]
-    assert [example.predicted() for example in result.examples] == [example.predicted() for example in whole.examples]
-    assert not (tmp_path / "partial.jsonl").exists()
-    assert AnswerFile(tmp_path / "examples.jsonl").read() == {example.number: example for example in result.examples}
+    assert result.resumed == 4
+    assert result.examples == whole.examples
+    lines = (tmp_path / "examples.jsonl").read_text().splitlines()
+    assert [schema.convert(json.loads(line), Example) for line in lines] == list(result.examples)
 
 
-def test_answers_after_a_line_that_was_cut_off_are_whole(tmp_path):
-    file, (first, second, *_) = AnswerFile(tmp_path / "p"), measure_task(LM, TASK, limit=2).examples
-    file.append([first])
-    (tmp_path / "p").write_text((tmp_path / "p").read_text()[:-30])
-    file.append([second])
-    with pytest.warns(JournalWarning, match="line 1 is broken"):
-        assert file.read() == {second.number: second}
+def test_what_is_read_after_a_line_that_was_cut_off_is_kept(tmp_path):
+    kept = tmp_path / "kept.jsonl"
+    measure_task(LM, TASK, limit=2, kept=kept)
+    kept.write_text(kept.read_text()[:-30])
+    with pytest.warns(JournalWarning, match=r"line \d+ is broken"):
+        assert measure_task(LM, TASK, limit=2, kept=kept).resumed < 2
+    with pytest.warns(JournalWarning, match=r"line \d+ is broken"):
+        assert measure_task(LM, TASK, limit=2, kept=kept).resumed == 2
 
 
 @pytest.mark.parametrize(("lm", "changes"), [(OTHER, {}), (LM, {"ask": other_label}), (LM, {"description": "Other words.\n"})])
 def test_answers_of_another_model_or_to_another_question_are_not_taken(tmp_path, lm, changes):
-    AnswerFile(tmp_path / "p").append(measure_task(LM, TASK, limit=9).examples)
+    assert measure_task(LM, TASK, kept=tmp_path / "p").resumed == 0
     task = dataclasses.replace(TASK, **changes)
-    result = measure_task(lm, task, partial=tmp_path / "p")
+    result = measure_task(lm, task, kept=tmp_path / "p")
     assert result.resumed == 0
     assert outcome(result) == outcome(measure_task(lm, task))
     assert [example.right for example in result.examples] == [(ask_.answer,) for ask_ in map(task.ask, SUMS)]
@@ -425,8 +422,8 @@ def test_answers_of_another_model_or_to_another_question_are_not_taken(tmp_path,
 
 def test_answers_of_another_max_tokens_are_not_taken(tmp_path):
     short, long = generating(max_tokens=2), generating(max_tokens=3)
-    AnswerFile(tmp_path / "p").append(measure_task(DEMO, short).examples)
-    assert [measure_task(DEMO, task, known=tmp_path / "p").resumed for task in (long, short)] == [0, len(PROMPTS)]
+    measure_task(DEMO, short, kept=tmp_path / "p")
+    assert [measure_task(DEMO, task, kept=tmp_path / "p").resumed for task in (long, short)] == [0, len(PROMPTS)]
 
 
 DEMO = load("demo")
@@ -491,7 +488,7 @@ def test_asking_ends_when_the_rate_is_certain():
 def judged(judge, tmp_path):
     """The answers, with verdicts, of a run after one that was judged by another judge; and how many were taken from that."""
     task = dataclasses.replace(generating(max_tokens=6, stop=()), metrics=("rate", "exact_match"), judge=judge)
-    return measure_task(DEMO, task, partial=tmp_path / "partial", known=tmp_path / "known", examples=tmp_path / "known")
+    return measure_task(DEMO, task, kept=tmp_path / "kept")
 
 
 def longer_than(count, verdict=True):
@@ -528,7 +525,8 @@ def test_a_verdict_is_never_taken_from_an_interrupted_run(tmp_path, monkeypatch)
     assert other.examples == alone.examples
     assert other.resumed == sum(not example.judged for example in alone.examples)  # both judges agree on these
     judged(Strict({"?"}), tmp_path)
-    monkeypatch.setattr(_task, "_is_current", lambda earlier, asked, judge: earlier is not None and earlier.key == asked.key)
+    answers = AnswerStore.answers
+    monkeypatch.setattr(AnswerStore, "answers", lambda store, asked, prompts, judge: answers(store, asked, prompts, None))
     assert float(judged(Strict(letters), tmp_path).rate) == 0  # by the key alone
 
 

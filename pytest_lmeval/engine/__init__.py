@@ -9,6 +9,6 @@ from pytest_lmeval.engine._stream import Chunk
 from pytest_lmeval.engine._tree import Request
 
 __all__ = [
-    "Answer", "Choose", "Chunk", "Counts", "Engine", "Executor", "OnText", "Policy", "Prompt", "Request", "Results", "Scored", "Windows",
-    "policy_for",
+    "Answer", "Choose", "Chunk", "Counts", "Engine", "Executor", "OnText", "Policy", "Prompt", "Request", "Results", "Scored",
+    "Windows", "policy_for",
 ]  # fmt: skip

@@ -229,11 +229,14 @@ class Engine:
         self._executors.clear()  # and the states that they hold
         self.__dict__.pop("chunk_size", None)
         release(self.lm.device)
-        asked, now = self.asked, policy
+        asked, now, chunk = self.asked, policy, chunk_of(self.lm, self.asked)
         parts = [
             (f"batches of {now.batch_size:,} instead of {asked.batch_size:,}", now.batch_size != asked.batch_size),
             (f"steps of at most {now.longest:,} tokens", now.longest is not None and now.longest != asked.longest),
-            (f"chunks of {self.chunk_size:,} tokens instead of {chunk_of(self.lm, asked):,}", now.chunk_size != asked.chunk_size),
+            (
+                f"chunks of {self.chunk_size:,} tokens instead of {chunk:,}",
+                now.chunk_size != asked.chunk_size,
+            ),
         ]
         self.less = f"memory ran out, so it was read in {', '.join(what for what, less in parts if less)}"
 

@@ -50,33 +50,44 @@ class NodeReader:
     def __init__(self, engine: Engine, requests: Sequence[Request], results: Results[Scored]) -> None:
         self.engine, self.requests, self.results = engine, requests, results
         self.scored = [Scored(np.full(request.asked, np.nan)) for request in requests]
+        self._left = [request.asked for request in requests]  # tokens of each that the tree has not reached yet
+        self._parts: list[list[Deferred]] = [[] for _ in requests]  # what reads those that it has reached
 
     def read_padded(self, branches: Branches, before: Deferred) -> None:
-        """Read whole nodes in a padded batch; row i of the state is before node i."""
+        """Read whole nodes that nothing continues in a padded batch; row i of the state is before node i."""
         nodes = [node for node, _ in branches]
-        self.read(nodes, pad_sequence([torch.from_numpy(node.ids) for node in nodes], batch_first=True), before)
+        ids = pad_sequence([torch.from_numpy(node.ids) for node in nodes], batch_first=True)
+        self._plan(nodes, ids, Deferred(lambda: (self._read(nodes, ids, before.get()), None)[1]))
 
     def read(self, nodes: list[Node], ids: Tensor, before: Deferred) -> Deferred:
-        """Read `ids` [b, t], which hold the nodes; row i of the state `before` is before node i. Returns the new state.
+        """Read `ids` [b, t], which hold the nodes; row i of the state `before` is before node i. Returns the new state."""
+        return self._plan(nodes, ids, Deferred(lambda: self._read(nodes, ids, before.get())))
 
-        They are read now if a request ends in them whose result is not there; else when the state is asked for.
-        """
+    def _plan(self, nodes: list[Node], ids: Tensor, reading: Deferred) -> Deferred:
+        """Count what is read, and read it now if a request is complete with it whose result is not there; else it is read when
+        its state is asked for."""
+        tokens, complete = sum(len(node.ids) for node in nodes), []
+        self.engine.counts.add(tokens, ids.numel() - tokens)
         for node in nodes:
             self.scored[node.owner].read += len(node.ids)
-        tokens = sum(len(node.ids) for node in nodes)
-        self.engine.counts.add(tokens, ids.numel() - tokens)
-        state = Deferred(lambda: self._read(nodes, ids, before.get()))
-        ending = [number for node in nodes for number, _, end in node.wanted if end == len(self.requests[number].ids) - 1]
-        if (found := self.results.of(ending)) is not None:
-            for number, scored in zip(ending, found, strict=True):
+            for number, begin, end in node.wanted:
+                self._parts[number].append(reading)
+                self._left[number] -= end - begin
+                if not self._left[number]:
+                    complete.append(number)
+        if (found := self.results.of(complete)) is not None:
+            for number, scored in zip(complete, found, strict=True):
                 self.scored[number] = replace(scored)  # more may be read for it, if others continue it
                 self.engine.counts.hold(scored.state_bytes)
-            return state
-        state.get()
-        for number in ending:
-            self.scored[number].state_bytes = self.engine.counts.peak_state_bytes
-        self.results.add({number: replace(self.scored[number]) for number in ending})
-        return state
+        else:
+            for part in (part for number in complete for part in self._parts[number]):
+                part.get()
+            for number in complete:
+                self.scored[number].state_bytes = self.engine.counts.peak_state_bytes
+            self.results.add({number: replace(self.scored[number]) for number in complete})
+        for number in complete:
+            self._parts[number] = []
+        return reading
 
     def _read(self, nodes: list[Node], ids: Tensor, state: State) -> State:
         width = ids.shape[1]

@@ -26,6 +26,7 @@ from pytest_lmeval.models._model import State, fork
 if TYPE_CHECKING:
     from pytest_lmeval.engine._engine import Engine
 
+OnLeaves: TypeAlias = "Callable[[Deferred, Branches], None]"
 Cache: TypeAlias = "list[tuple[np.ndarray, Deferred]]"  # prefixes, and the state after each
 
 MORE_SHORT_LEAVES = 4  # the most that the batch size is multiplied by for leaves that are shorter than their prefix
@@ -67,7 +68,7 @@ class Forked:
         for answer, shared in zip(answers, reader.scored, strict=True):
             answer.read += shared.read
 
-    def _walk(self, reader: NodeReader, on_leaves: Callable[[Deferred, Branches], None]) -> None:
+    def _walk(self, reader: NodeReader, on_leaves: OnLeaves) -> None:
         """Read the prefix tree of a block, each request after the longest cached prefix that it continues. Call
         `on_leaves(state, leaves)` for the leaves that continue one state."""
         requests, left = reader.requests, list(range(len(reader.requests)))
@@ -83,7 +84,12 @@ class Forked:
             state.settle()
 
     def _visit(
-        self, reader: NodeReader, state: Deferred, branches: Branches, kept: Cache, on_leaves: Callable[[Deferred, Branches], None]
+        self,
+        reader: NodeReader,
+        state: Deferred,
+        branches: Branches,
+        kept: Cache,
+        on_leaves: OnLeaves,
     ) -> None:
         """Read the tree below `state`; each node continues one of its rows."""
         on_leaves(state, [(node, row) for node, row in branches if not node.children])

@@ -50,7 +50,7 @@ def needed_bytes(lm: Model, rows: int, tokens: int, scored: int) -> int:
 
 
 def rows_that_fit(lm: Model, tokens: int, scored: int) -> int:
-    """The largest power of two, 1 to 1,024, of rows of so many tokens that fit into the free memory; 8 where that is unknown."""
+    """The largest power of two, 1 to 1,024, of rows of so many tokens that fit into the free memory; 8 if that is unknown."""
     free, rows = free_bytes(lm.device), MOST_ROWS
     if free is None:
         return 8

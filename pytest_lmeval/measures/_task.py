@@ -1,8 +1,8 @@
 """Ask a model a task, and record its metrics with intervals.
 
     row -> question -> prompt after its few-shot examples -> token ids    `_encoded`: the task, `Shots`, `Encoder`, row by row
-        -> log-likelihoods of the choices, or a generated answer          `_answers`: the engine, block by block
-        -> example, scored in each metric                                 `_scored`, written to the file of answers
+        -> log-likelihoods of the choices, or a generated answer          `_answers`: the engine, block by block; kept as read
+        -> example, scored in each metric                                 `_scored`
         -> metrics with intervals -> record                               `measure_task`
 
 No answer depends on the others, or on their order or number.
@@ -10,9 +10,9 @@ No answer depends on the others, or on their order or number.
 
 from __future__ import annotations
 
+import importlib.metadata
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -29,14 +29,15 @@ from pytest_lmeval.errors import ArgumentError, NotFiniteError, Refused, TaskErr
 from pytest_lmeval.measures._context import VerbContext, current, verb
 from pytest_lmeval.measures._task_audit import Answered, TaskAudit
 from pytest_lmeval.measures._task_record import norm_of, number_of_questions, record_of
-from pytest_lmeval.models._identity import tokenizer_fingerprint
+from pytest_lmeval.models._identity import fingerprint, tokenizer_fingerprint
 from pytest_lmeval.models._model import Model, with_special_tokens
+from pytest_lmeval.records._certificate import CONSISTENT
 from pytest_lmeval.records._example import Example
-from pytest_lmeval.records._journal import key_of
+from pytest_lmeval.records._journal import key_of, warn
 from pytest_lmeval.records._measured import Result
 from pytest_lmeval.records._metric import Metric, judge_of, metric
 from pytest_lmeval.records._value import Value
-from pytest_lmeval.scoring._answers import AnswerFile
+from pytest_lmeval.scoring._answers import AnswerStore, write_examples
 from pytest_lmeval.scoring._fewshot import Fewshot, Shots, identity_of, question_of, rows_of
 from pytest_lmeval.scoring._metrics import compute, metrics_of, scored
 from pytest_lmeval.scoring._requests import EncodedQuestion, Encoder, Truncate
@@ -78,30 +79,35 @@ def task(
     model, certificate = context.certified(lm)
     limit = context.session.limit if limit is None else limit
     settings: dict[str, Any] = {"shots": shots, "limit": limit, "fewshot": fewshot, "truncate": truncate, "seed": seed}
+    policy = policy_for(model, certificate, batch_size=batch_size, invariant=invariant)
     data = [asked.name, asked.style, asked.special_tokens, _rows_fingerprint(asked, context), tokenizer_fingerprint(model)]
     key = context.key("task", model, {**settings, "batch_size": batch_size, "invariant": invariant}, data)
     written = context.file("examples.jsonl")
-    finished = context.journaled(key)
     with context.session.progress(f"{model.spec} answers {asked.name}", unit="questions") as progress:
         result = measure_task(
             model,
             asked,
             **settings,
-            policy=policy_for(model, certificate, batch_size=batch_size, invariant=invariant),
+            policy=policy,
             data_dir=context.session.mirror,
             examples=context.path(written),
-            partial=context.path(f"partial/{key}.jsonl"),
-            known=context.path(finished.examples if finished else None),
+            kept=context.path(f"answers/{_store_name(model, asked)}.jsonl"),
             progress=progress,
         )
     if result.resumed:
-        context.log.notes.append(f"{model.spec} on {asked.name}: {result.resumed:,} answers taken from an interrupted run")
+        context.log.notes.append(f"{model.spec} on {asked.name}: {result.resumed:,} answers taken from an earlier run")
     return context.recorded(key, replace(result, record=structs.replace(result.record, examples=written)))
+
+
+def _store_name(lm: Model, task: Task) -> str:
+    """The name of the file that holds what this model read for the task, in whatever test, batches and number of questions."""
+    version = importlib.metadata.version("pytest-lmeval")
+    return key_of(task=task.name, lm=[fingerprint(lm), str(lm.dtype), str(lm.device)], version=version)
 
 
 @dataclass(frozen=True, repr=False)
 class TaskResult(Result):
-    """The answers to a task, `resumed` of them from an interrupted run. Every metric is an attribute with an interval."""
+    """The answers to a task, `resumed` of them from an earlier run. Every metric is an attribute with an interval."""
 
     examples: tuple[Example, ...] = ()
     resumed: int = 0
@@ -126,8 +132,7 @@ def measure_task(
     seed: int = 0,
     data_dir: str | Path | None = None,
     examples: str | Path | None = None,
-    partial: str | Path | None = None,
-    known: str | Path | None = None,
+    kept: str | Path | None = None,
     progress: Progress | None = None,
 ) -> TaskResult:
     """Ask a model a task.
@@ -138,42 +143,101 @@ def measure_task(
     truncate  what does not fit the model's context: "left" drops few-shot examples, from the first on and each as a whole, then
               tokens on the left of the question, never the description, and counts both; "refuse" is an error
     examples  write each answer to this file of JSON lines
-    partial   append answers to this file until all are there
-    known     take answers from this file and `partial`, where model, question and judge are exactly the same
+    kept      keep in this file what is read, as each batch ends, and read nothing again that it holds (see `AnswerStore`)
 
-    Scores and verdicts are computed anew from an earlier answer; if its judge now says something else, it is generated again.
+    Scores and verdicts are computed anew from what was read; if the judge now says something else of an answer, it is generated
+    again. One answer that another process read is read again: if the model now answers otherwise, all are.
 
     Raises TaskError, CorpusError, NotFiniteError, with the row that cannot be asked, read, scored; earlier answers are kept.
     Raises Refused if the audit (`TaskAudit`) finds that an answer depends on the others; then none is kept.
     """
     if limit is not None and limit < 1:
         raise TaskError(f"limit is {limit}: a task asks at least one question.")
-    began = time.perf_counter()
     lm = with_special_tokens(lm) if task.special_tokens else lm
-    engine = Engine(lm, policy)
+    policy = Engine(lm, policy).policy
+    certificate = policy.certificate
+    proven = certificate is not None and certificate.verdict != CONSISTENT
+    store = AnswerStore(kept, _plan(policy, limit), exchangeable=proven)
+
+    def measure() -> TaskResult:
+        return _measured(lm, task, Engine(lm, policy), store, shots, limit, fewshot, truncate, seed, data_dir, progress)
+
+    try:
+        result = measure()
+    except Refused as refused:
+        if not store.has_earlier:
+            store.forget()
+            raise
+        warn(
+            f"the answers of {lm.spec} to {task} in {store.path} are not what it answers now ({str(refused).splitlines()[0]}). "
+            "Something has changed that its fingerprint does not see; all are read again."
+        )
+        result = _after_forgetting(store, measure)
+    if examples is not None:
+        write_examples(result.examples, examples)
+        result = replace(result, record=structs.replace(result.record, examples=str(examples)))
+    return result
+
+
+def _after_forgetting(store: AnswerStore, measure: Callable[[], TaskResult]) -> TaskResult:
+    store.forget()
+    try:
+        return measure()
+    except Refused:
+        store.forget()
+        raise
+
+
+def _plan(policy: Policy, limit: int | None) -> str:
+    """A name for how the questions are put into batches, on which the last bits of an answer depend."""
+    if policy.invariant or (policy.batch_size == 1 and not policy.share):
+        return "alone"
+    how = [policy.batch_size, policy.share, policy.decode, policy.multiple, policy.single, policy.longest]
+    return key_of(plan=[*how, limit, BATCHES, BLOCK_TOKENS])[:12]
+
+
+def _measured(
+    lm: Model,
+    task: Task,
+    engine: Engine,
+    store: AnswerStore,
+    shots: int,
+    limit: int | None,
+    fewshot: Fewshot,
+    truncate: Truncate,
+    seed: int,
+    data_dir: str | Path | None,
+    progress: Progress | None,
+) -> TaskResult:
+    """Read what the store does not hold, and record the outcome."""
+    began = time.perf_counter()
     not_questions = list[int]()
     asked = _questions(task, data_dir, not_questions)
     metrics, asked = _metrics_of(task, asked)
     judge = judge_of(metrics)
-    answers = AnswerFile(partial)
     encoder, drawn = Encoder(lm, task, truncate, seed), Shots(task, shots, fewshot, data_dir=data_dir, seed=seed)
-    earlier = {**AnswerFile(known).read(), **answers.read()}
     answered: list[Example] = []
-    resumed, verdict, generation = 0, None, set[str]()
-    audit = TaskAudit(engine, str(task))
+    resumed, confirmed, from_other_batches = 0, False, 0
+    verdict, generation = None, set[str]()
+    audit = TaskAudit(engine, str(task), store)
 
     questions = islice(_encoded(task, asked, metrics, encoder, drawn), limit)
-    for block in _blocks(questions, engine.policy.batch_size, grow=task.threshold is None):
-        fresh = [one for one in block if not _is_current(earlier.get(one.number), one, task.judge)]
-        new = list(_answers(engine, fresh, metrics, task, seed))
-        with _nothing_kept_if_refused(answers):
-            answers.append(audit.block(new, answered))
-        found = {one.example.number: one.example for one in new}
-        answered += [found.get(one.number) or _scored(earlier[one.number], metrics, task, lm) for one in block]
-        for one in block:
-            if one.number not in found:
-                audit.add(earlier[one.number], one.requests)
-        resumed += len(block) - len(fresh)
+    for block in _blocks(questions, engine.asked.batch_size, grow=task.threshold is None):
+        other = [one for one in block if store.from_other_batches(one)]
+        numbers = {one.number for one in other}
+        read = [
+            answer
+            for some in (other, [one for one in block if one.number not in numbers])
+            for answer in _answers(engine, some, metrics, task, seed, store)
+        ]
+        read.sort(key=lambda answer: answer.example.number)
+        if not confirmed and (earlier := [answer for answer in read if answer.earlier]):
+            audit.confirm(earlier[0])
+            confirmed = True
+        answered += [answer.example for answer in read]
+        audit.block(read, answered)
+        from_other_batches += len(other)
+        resumed += sum(answer.kept for answer in read)
         generation |= {
             f"at most {way.max_tokens} tokens, temperature {way.temperature:g}, until {list(way.stop)!r}"
             for way in (one.question for one in block)
@@ -185,8 +249,7 @@ def measure_task(
         if task.threshold is not None and (verdict := _certain(task.threshold, answered)):
             break
 
-    with _nothing_kept_if_refused(answers):
-        answers.append(audit.end(answered))
+    audit.end(answered)
     answered = [audit.audited.get(example.number, example) for example in answered]
     if not answered:
         raise TaskError(f"{task} has no question: {len(not_questions)} row(s) were read, and none was one.")
@@ -200,6 +263,8 @@ def measure_task(
     }
     values = compute(metrics, answered, seed=seed, threshold=task.threshold)
     counts: dict[str, Any] = {"not_questions": len(not_questions), "audit_seconds": audit.seconds}
+    if from_other_batches:
+        counts["from_other_batches"] = from_other_batches
     if verdict is not None:  # asking ended because of the answers: only the interval of the rate allows for that
         why = "Asking ended because of the answers, and only the interval of the rate allows for that. Compare `.rate`."
         others = {name: value for name, value in values.items() if name != "rate"}
@@ -208,19 +273,7 @@ def measure_task(
         counts |= {"rate_is": verdict, "not_asked": None if total is None else total - len(answered)}
     record = record_of(engine, task, answered, values, norm_of(metrics), settings, counts, audit.result(answered))
     cost = structs.replace(record.cost, seconds=time.perf_counter() - began)
-    record = structs.replace(record, cost=cost, examples=None if examples is None else str(examples))
-    answers.finish(answered, examples)
-    return TaskResult(record, tuple(answered), resumed)
-
-
-@contextmanager
-def _nothing_kept_if_refused(answers: AnswerFile) -> Iterator[None]:
-    """Delete the answers so far, which may be wrong, if one is refused."""
-    try:
-        yield
-    except Refused:
-        answers.finish((), None)
-        raise
+    return TaskResult(structs.replace(record, cost=cost), tuple(answered), resumed)
 
 
 def _questions(task: Task, data_dir: str | Path | None, not_questions: list[int]) -> Iterator[Asked]:
@@ -270,24 +323,30 @@ def _blocks(questions: Iterator[EncodedQuestion], batch_size: int, *, grow: bool
 
 
 def _answers(
-    engine: Engine, block: Sequence[EncodedQuestion], metrics: list[Metric], task: Task, seed: int
+    engine: Engine, some: Sequence[EncodedQuestion], metrics: list[Metric], task: Task, seed: int, store: AnswerStore
 ) -> Iterator[Answered]:
     """The answered and scored questions, in their order, each with what was read for it."""
     found: dict[int, dict[str, Any]] = {}
-    judge = task.judge
+    judge, kept = task.judge, set[int]()
     readings: dict[int, list[tuple[Request, np.ndarray]]] = {}
-    if choices := [(one, one.question) for one in block if isinstance(one.question, Choices)]:
-        likelihoods = iter(engine.score([request for one, _ in choices for request in one.requests]))
+    if choices := [(one, one.question) for one in some if isinstance(one.question, Choices)]:
+        results = store.scored([one for one, _ in choices])
+        numbered = enumerate(one.number for one, _ in choices for _ in one.requests)
+        kept |= {one.number for one, _ in choices} - {owner for number, owner in numbered if number not in results.found}
+        likelihoods = iter(engine.score([request for one, _ in choices for request in one.requests], results))
         for one, question in choices:
             scores = [next(likelihoods) for _ in one.requests]
             found[one.number] = _chosen(one, question, scores, engine.lm)
             pairs = zip(one.requests, scores, strict=True)
             readings[one.number] = [(request, scored.loglikelihood) for request, scored in pairs]
-    if generated := [(one, one.question) for one in block if isinstance(one.question, Generate)]:
+    if generated := [(one, one.question) for one in some if isinstance(one.question, Generate)]:
         prompts = [
             Prompt(one.requests[0].ids, one.id, way.max_tokens, way.stop, way.temperature, seed) for one, way in generated
         ]
-        answers = engine.generate(prompts, None if judge is None else _judging(judge, [one.id for one, _ in generated]))
+        judged = None if judge is None else _judging(judge, [one.id for one, _ in generated])
+        there = store.answers([one for one, _ in generated], prompts, judged)
+        kept |= {generated[number][0].number for number in there.found}
+        answers = engine.generate(prompts, judged, there)
         for (one, way), answer in zip(generated, answers, strict=True):
             if answer.logprobs:
                 prompt = one.requests[0].ids
@@ -301,7 +360,7 @@ def _answers(
                 "read": answer.read,
                 "saved": len(answer.prompt.ids) + max(0, len(answer.ids) - 1) - answer.read,
             }
-    for one in block:
+    for one in some:
         fields = found[one.number]
         example = Example(
             id=one.id,
@@ -315,7 +374,8 @@ def _answers(
             retokenized=one.retokenized,
             **fields,
         )
-        yield Answered(_scored(example, metrics, task, engine.lm), readings.get(one.number, ()))
+        scored = _scored(example, metrics, task, engine.lm)
+        yield Answered(scored, readings.get(one.number, ()), one.number in kept, store.is_earlier(one))
 
 
 def _chosen(asked: EncodedQuestion, question: Choices, scores: Sequence[Scored], lm: Model) -> dict[str, Any]:
@@ -338,15 +398,6 @@ def _chosen(asked: EncodedQuestion, question: Choices, scores: Sequence[Scored],
         "read": read,
         "saved": sum(len(request.read) for request in asked.requests) - read,
     }
-
-
-def _is_current(earlier: Example | None, asked: EncodedQuestion, judge: Judge | None) -> bool:
-    """Whether an earlier answer is the one to this question, and the judge, asked anew, says of it what it said then."""
-    if earlier is None or earlier.key != asked.key:
-        return False
-    if judge is None or not isinstance(asked.question, Generate):
-        return True
-    return _judging(judge, [asked.id])(0, earlier.generated) == earlier.judged
 
 
 def _judging(judge: Judge, names: Sequence[str]) -> Callable[[int, str], bool | None]:

@@ -21,6 +21,7 @@ from pytest_lmeval.measures._audit import SHARE, excess_of, law_broken
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.records._certificate import Audit
 from pytest_lmeval.records._example import Example
+from pytest_lmeval.scoring._answers import AnswerStore
 
 if TYPE_CHECKING:
     from pytest_lmeval.laws._tolerance import Excess
@@ -30,10 +31,16 @@ GROSS = 10  # times the tolerance: a difference that no law explains is still no
 
 @dataclass(frozen=True)
 class Answered:
-    """A question and what was read for it: tokens, and the log-probability of each requested one, as it was measured."""
+    """A question and what was read for it: tokens, and the log-probability of each requested one, as it was measured.
+
+    kept     nothing had to be read: it was there
+    earlier  another process read it
+    """
 
     example: Example
     readings: Sequence[tuple[Request, np.ndarray]] = ()
+    kept: bool = False
+    earlier: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,58 +57,58 @@ class TaskAudit:
     """Reads answered questions again, each of their requests whole and alone, and compares the log-probabilities.
 
     By the hashes of the questions, first those that shared a prefix, it takes as many of a block as the share of the work pays
-    for, and one at least of the second block, in which more are read together than in the first. Answers wait for it: none is
-    kept before one was read again.
+    for, and one at least of the second block, in which more are read together than in the first. What an interrupted run read
+    again is not read a third time.
 
     name     of the task
+    store    keeps what was found
     work     tokens and calls of the second readings, in tokens
     found    what was read again; its share is not known before the end
     audited  the examples that were read again, by number
     """
 
-    def __init__(self, engine: Engine, name: str) -> None:
-        self.engine, self.name, self.work, self.seconds, self.found = engine, name, 0, 0.0, Audit()
+    def __init__(self, engine: Engine, name: str, store: AnswerStore) -> None:
+        self.engine, self.name, self.store, self.work, self.seconds, self.found = engine, name, store, 0, 0.0, Audit()
         self.audited: dict[int, Example] = {}
         self._waiting: list[Answered] = []
-        self._alone = replace(engine.policy, fork=False, batch_size=1, invariant=False, certificate=None)
+        self._alone = replace(engine.asked, fork=False, batch_size=1, invariant=False, certificate=None)
 
     def result(self, examples: Sequence[Example]) -> Audit | None:
         """What was read again of these; None if nothing was."""
         share = self.work / max(1.0, self._work(examples))
         return structs.replace(self.found, share=share) if self.found.questions or self.found.answers else None
 
-    def add(self, example: Example, requests: Sequence[Request]) -> None:
-        """Count an answer of an interrupted run."""
-        if example.audited is not None:
-            chosen = bool(example.choices)
-            self._count(chosen, example.audited, _cost(requests) if chosen else example.read + example.saved + CALL)
+    def confirm(self, answered: Answered) -> None:
+        """Read an answer of an earlier process again. Raises Refused if it is not the model's."""
+        if self.engine.policy.certificate is not None and self.engine.executor is None and answered.readings:
+            self._compare(answered)
 
-    def block(self, answers: Sequence[Answered], earlier: Sequence[Example]) -> list[Example]:
-        """The examples that may be kept after this block. Raises Refused for one that differs from what it is alone."""
+    def block(self, answers: Sequence[Answered], examples: Sequence[Example]) -> None:
+        """Read some of a block again; `examples` are all so far. Raises Refused for one that differs from what it is alone."""
         first = not (self._waiting or self.found.questions or self.found.answers)
         if first and self._comparable(answers):
             self._waiting = list(answers)
-            return []
-        return self._kept(answers, [*earlier, *(answered.example for answered in answers)])
+        else:
+            self._read_again(self._comparable(answers) or self._comparable(self._waiting), examples)
 
-    def end(self, examples: Sequence[Example]) -> list[Example]:
-        """The examples that may be kept after the last block."""
-        return self._kept([], examples)
+    def end(self, examples: Sequence[Example]) -> None:
+        """Read some of the first block again, if it was the only one."""
+        self._read_again(self._comparable(self._waiting), examples)
 
-    def _kept(self, answers: Sequence[Answered], examples: Sequence[Example]) -> list[Example]:
-        """Read again as many of the answers as are due, and return those that waited for it too; `examples` are all so far."""
-        work = self._work(examples)
-        for answered in self._comparable(answers) or self._comparable(self._waiting):
-            chosen = bool(answered.example.choices)
+    def _read_again(self, answers: Sequence[Answered], examples: Sequence[Example]) -> None:
+        """Read again as many of the answers as are due."""
+        work, self._waiting = self._work(examples), []
+        for answered in answers:
+            chosen, name = bool(answered.example.choices), f"{answered.example.number} {answered.example.key}"
             cost = sum(_cost([one.read for one in some]) for some in self._readings(answered))
             if not (self.found.questions if chosen else self.found.answers) or self.work + cost <= SHARE * work:
-                began = time.perf_counter()
-                difference = self._compare(answered)
-                self.seconds += time.perf_counter() - began
+                if (difference := self.store.audited.get(name)) is None:
+                    began = time.perf_counter()
+                    difference = self._compare(answered)
+                    self.seconds += time.perf_counter() - began
+                    self.store.keep_audited(name, difference)
                 self._count(chosen, difference, cost)
                 self.audited[answered.example.number] = structs.replace(answered.example, audited=difference)
-        kept, self._waiting = [answered.example for answered in (*self._waiting, *answers)], []
-        return [self.audited.get(example.number, example) for example in kept]
 
     def _comparable(self, answers: Sequence[Answered]) -> list[Answered]:
         """Those that were read otherwise than whole and alone, in the order in which they are read again."""

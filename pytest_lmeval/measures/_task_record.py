@@ -21,7 +21,14 @@ from pytest_lmeval.records._metric import Metric, Norm, metric
 from pytest_lmeval.records._value import Value
 from pytest_lmeval.tasks._questions import Task
 
-NOTED = ("truncated", "fewer_shots", "retokenized", "not_questions", "not_asked")  # counts that a note repeats
+NOTED = (
+    "truncated",
+    "fewer_shots",
+    "retokenized",
+    "not_questions",
+    "not_asked",
+    "from_other_batches",
+)  # counts that a note repeats
 
 
 def record_of(
@@ -71,7 +78,7 @@ def record_of(
             "style": task.style,
             "version": task.version,
             "rows": _rows_name(task.rows),
-            "batch_size": policy.batch_size,
+            "batch_size": engine.asked.batch_size,
             "prompts": _hash_of(answered),
             **settings,
             **({} if task.threshold is None else {"threshold": task.threshold}),
@@ -79,7 +86,7 @@ def record_of(
             **({"special_tokens": True} if task.special_tokens else {}),
         },
         details=details,
-        notes=[*notes, *policy.withheld, *spread_note(certificate, audit, policy)],
+        notes=[*notes, *([engine.less] if engine.less else []), *policy.withheld, *spread_note(certificate, audit, policy)],
         metrics=values,
         cost=Cost(tokens=details["tokens_read"], state_bytes=engine.counts.peak_state_bytes),
         certificate=certificate and structs.replace(certificate, chunking_used=policy.sharing, audit=audit),
