@@ -43,8 +43,8 @@ class CounterexampleStore:
                 continue
         if too_long:
             warn(
-                f"{self.path}: {too_long} cases of {spec} have more than {longest or MANY} tokens or {MOST_ROWS} rows and are not "
-                "tried; pytest_lmeval.replay tries one."
+                f"{self.path}: {too_long} cases of {spec} have more than {longest or MANY} tokens or {MOST_ROWS} rows and are "
+                "not tried; pytest_lmeval.replay tries one."
             )
         return {law: list(stored)[:MOST] for law, stored in found.items()}
 
