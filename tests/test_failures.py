@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pytest_lmeval.errors import ModelError, OutOfMemory
+from pytest_lmeval.models._failures import NoMemory, halving, unless_full
 from pytest_lmeval.profiling._failures import DEVICE_LOST, OUT_OF_MEMORY, bytes_wanted, failure_of, room_for
 
 TOO_MUCH = 1 << 48  # bytes: more than a process can address
@@ -81,3 +82,31 @@ def test_the_error_of_room_for_does_not_hold_tensors_of_the_frames_it_passed(thr
     gc.collect()
     assert caught.value
     assert (tensors[0]() is None) == through_room_for
+
+
+def test_work_that_did_not_fit_leaves_nothing_in_memory_and_is_done_again_with_half():
+    tensors, tried = [], []
+
+    def work(rows):
+        assert [tensor() for tensor in tensors] == [None] * len(tried)
+        tensor = torch.zeros(1)
+        tensors.append(weakref.ref(tensor))
+        tried.append(rows)
+        torch.empty(TOO_MUCH if rows > 4 else 1, dtype=torch.uint8)
+        return "read"
+
+    assert halving(work, 20) == ("read", 2)
+    assert tried == [20, 10, 5, 2]
+
+
+def test_halving_ends_with_one_and_other_errors_end_it_at_once():
+    tried = []
+
+    def work(rows):
+        tried.append(rows)
+        raise OutOfMemory("demo does not fit", 8)
+
+    assert halving(work, 5) == (NoMemory(8), 1)
+    assert tried == [5, 2, 1]
+    with pytest.raises(ZeroDivisionError):
+        unless_full(lambda: 1 / 0)

@@ -13,14 +13,14 @@ from torch import Tensor
 from pytest_lmeval.engine._executor import Executor, Whole
 from pytest_lmeval.engine._forked import Forked
 from pytest_lmeval.engine._generation import Answer, OnText, Prompt, begin_answers
-from pytest_lmeval.engine._memory import release, with_less, with_smaller_chunks
+from pytest_lmeval.engine._memory import fitting_chunks, with_less, with_smaller_chunks
 from pytest_lmeval.engine._policy import Policy, check, chunk_of, policy_for, refused, streaming_refused
 from pytest_lmeval.engine._results import Counts, Results, Scored
 from pytest_lmeval.engine._stream import Chunk, carried, in_windows
 from pytest_lmeval.engine._tokens import Source, check_vocabulary, tokens_of
 from pytest_lmeval.engine._tree import Request
 from pytest_lmeval.errors import OutOfMemory, StreamError
-from pytest_lmeval.models._failures import OUT_OF_MEMORY, bytes_wanted, failure_of
+from pytest_lmeval.models._failures import NoMemory, unless_full
 from pytest_lmeval.models._model import Model, State
 
 Sequenced = TypeVar("Sequenced", Request, Answer)
@@ -40,7 +40,7 @@ class Engine:
     on_logits  called with the logits of each step, as the model returned them: [b, n, v] of its last n positions
     executor   reads and continues sequences instead of the model; texts are still stepped here
     counts     cost of reading sequences so far
-    less       what was reduced since memory ran out, in words; empty if nothing was
+    less       what was reduced since memory is short, in words; empty if nothing was
 
     Raises Refused for a policy that asks for more than its certificate allows.
     """
@@ -198,20 +198,28 @@ class Engine:
 
     def _within_memory(self, work: Callable[[], T]) -> T:
         """What `work` returns. If memory runs out, it is done again with half the rows, then with half the tokens a step."""
-        while True:
-            counts = replace(self.counts)
-            try:
-                return work()
-            except Exception as error:
-                if self.executor is not None or failure_of(error) != OUT_OF_MEMORY:
-                    raise
-                wanted = bytes_wanted(error)
-            self.counts = counts
-            self._take_less(with_less(self.policy, *self._step_shape), wanted)
+        if self.executor is not None:
+            return work()
+        counts = replace(self.counts)
+        while isinstance(found := unless_full(work), NoMemory):
+            self.counts = replace(counts)
+            self._take_less(with_less(self.policy, *self._step_shape), found.wanted)
+        return found
 
     def take_smaller_chunks(self, wanted: int | None = None) -> None:
         """Halve the chunks of a text, which did not fit into memory. Raises OutOfMemory if that is not possible."""
         self._take_less(with_smaller_chunks(self.lm, self.policy), wanted)
+
+    def fit_chunks(self, read: int, count: int) -> None:
+        """Halve the chunks of a text, of which so many tokens are read, until the next `count` fit by estimate; leave them as
+        they are if none fit."""
+        smaller = fitting_chunks(self.lm, self.policy, read, count)
+        if smaller is not self.policy:
+            self._take_less(smaller, None)
+
+    def is_short(self, read: int, count: int) -> bool:
+        """Whether `fit_chunks` would halve them."""
+        return fitting_chunks(self.lm, self.policy, read, count) is not self.policy
 
     def _take_less(self, policy: Policy | None, wanted: int | None) -> None:
         """Read as this policy says from here on. Raises OutOfMemory if there is none."""
@@ -228,17 +236,16 @@ class Engine:
         self.policy = policy
         self._executors.clear()  # and the states that they hold
         self.__dict__.pop("chunk_size", None)
-        release(self.lm.device)
         asked, now, chunk = self.asked, policy, chunk_of(self.lm, self.asked)
         parts = [
             (f"batches of {now.batch_size:,} instead of {asked.batch_size:,}", now.batch_size != asked.batch_size),
-            (f"steps of at most {now.longest:,} tokens", now.longest is not None and now.longest != asked.longest),
+            (f"steps of at most {now.longest or 0:,} tokens", now.longest is not None and now.longest != asked.longest),
             (
                 f"chunks of {self.chunk_size:,} tokens instead of {chunk:,}",
                 now.chunk_size != asked.chunk_size,
             ),
         ]
-        self.less = f"memory ran out, so it was read in {', '.join(what for what, less in parts if less)}"
+        self.less = f"memory is short, so it was read in {', '.join(what for what, less in parts if less)}"
 
     def refuse_unreadable(self, sequences: Sequence[Request] | Sequence[Prompt]) -> None:
         """Raise StreamError for a model of codebooks, which has no prompts, and for a token outside of the vocabulary."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -43,20 +42,31 @@ def _state_cost(lm: Model) -> tuple[int, int]:
     return max(0, small - per_token * short), per_token
 
 
-def needed_bytes(lm: Model, rows: int, tokens: int, scored: int) -> int:
-    """Bytes that reading takes beside the weights: states of `rows` after so many tokens, twice (the old one and the new one),
-    and the logits of `scored` positions of each. Activations are not counted."""
-    return rows * (2 * row_bytes(lm, tokens) + SCORING * lm.vocab_size * scored)
-
-
 def rows_that_fit(lm: Model, tokens: int, scored: int) -> int:
-    """The largest power of two, 1 to 1,024, of rows of so many tokens that fit into the free memory; 8 if that is unknown."""
+    """The largest power of two, 1 to 1,024, of rows of so many tokens, `scored` of which are scored, that fit into the free
+    memory by estimate; 8 if that is unknown."""
     free, rows = free_bytes(lm.device), MOST_ROWS
     if free is None:
         return 8
-    while rows > 1 and needed_bytes(lm, rows, tokens, scored) > SPARE * free:
+    each = 2 * row_bytes(lm, tokens) + SCORING * lm.vocab_size * scored  # states: what is shared, and a copy to continue
+    while rows > 1 and rows * each > SPARE * free:
         rows //= 2
     return rows
+
+
+def fitting_chunks(lm: Model, policy: Policy, read: int, count: int) -> Policy:
+    """The policy with chunks so small that the next `count` of them fit into the free memory by estimate, after so many tokens;
+    the same policy if its own do, or if none do. Activations are not counted: what they take is found by running out."""
+    free, smaller = free_bytes(lm.device), policy
+    while free is not None:
+        size = chunk_of(lm, smaller)
+        grown = row_bytes(lm, read + count * size) - row_bytes(lm, read)
+        if grown + SCORING * lm.vocab_size * size <= SPARE * free:
+            return smaller
+        if (halved := with_smaller_chunks(lm, smaller)) is None:
+            return policy
+        smaller = halved
+    return policy
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -93,13 +103,6 @@ def _within_limit() -> int | None:
     except (ImportError, OSError):
         return None
     return None if limit == resource.RLIM_INFINITY or used is None else limit - 1024 * int(used[1])
-
-
-def release(device: torch.device) -> None:
-    """Give back what a failed step leaves behind. Call it outside of the `except` block, which keeps its frames."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def with_less(policy: Policy, rows: int, tokens: int) -> Policy | None:

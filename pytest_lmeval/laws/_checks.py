@@ -26,13 +26,14 @@ import torch
 from torch import Tensor, nn
 
 from pytest_lmeval.engine import Engine
-from pytest_lmeval.errors import ArgumentError, LawBroken, NotFiniteError, NotPossible, no_such
+from pytest_lmeval.errors import ArgumentError, LawBroken, NotFiniteError, NotPossible, OutOfMemory, no_such
 from pytest_lmeval.laws._diagnosis import assert_tolerated, broken
-from pytest_lmeval.laws._harness import FEW, MEMORY, RAW, Harness, Raised
+from pytest_lmeval.laws._harness import FEW, RAW, Harness, Raised
 from pytest_lmeval.laws._strategies import MOST_ROWS, Case
 from pytest_lmeval.laws._sums import sums
 from pytest_lmeval.laws._tolerance import ROUNDINGS, log_probabilities, sampled
 from pytest_lmeval.laws._weights import preserve_weights
+from pytest_lmeval.models._failures import OUT_OF_MEMORY, NoMemory, failure_of, unless_full
 from pytest_lmeval.models._model import Model, State, fork
 from pytest_lmeval.models._seeds import reseed
 from pytest_lmeval.scoring._text_files import safe_load
@@ -211,9 +212,9 @@ def resume(harness: Harness, case: Case) -> None:
 def _not_possible_if_it_raises(what: str) -> Iterator[None]:
     try:
         yield
-    except MEMORY:
-        raise
     except Exception as error:
+        if failure_of(error) == OUT_OF_MEMORY:
+            raise
         raise NotPossible(f"{what} ({one_line(error)})") from error
 
 
@@ -327,7 +328,7 @@ def check(law: str, harness: Harness, case: Case) -> None:
     """Try a law on a case.
 
     Raises LawBroken if it is broken, also by a model that raises although it read the sequence in one call; NotPossible if the
-    law cannot be tried; ArgumentError for an unknown law or an impossible case.
+    law cannot be tried; OutOfMemory if the case does not fit; ArgumentError for an unknown law or an impossible case.
     """
     if law not in LAWS:
         raise ArgumentError(no_such("law", law, LAWS))
@@ -339,14 +340,23 @@ def check(law: str, harness: Harness, case: Case) -> None:
     device = harness.lm.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         reseed(device, case.seed)  # a model that draws random numbers draws the same whenever a case is tried again
-        try:
-            LAWS[law].check(harness, case)
-        except Raised as raised:
-            raise broken(case, f"{case}: it {raised}") from raised
-        except (LawBroken, NotPossible, NotFiniteError, *MEMORY):
-            raise  # not finite in one call: nothing can be said of such a model
-        except Exception as error:
-            raise broken(case, f"{case}: it raised {one_line(error)}") from error
+        found = unless_full(lambda: _tried(law, harness, case))
+    if isinstance(found, NoMemory):
+        said = f"{harness.work.full}: nothing is known about the law {law}. Free memory, or try a smaller case."
+        raise OutOfMemory(f"{case}: {said}", found.wanted)
+
+
+def _tried(law: str, harness: Harness, case: Case) -> None:
+    try:
+        LAWS[law].check(harness, case)
+    except Raised as raised:
+        raise broken(case, f"{case}: it {raised}") from raised
+    except (LawBroken, NotPossible, NotFiniteError):
+        raise  # not finite in one call: nothing can be said of such a model
+    except Exception as error:
+        if failure_of(error) == OUT_OF_MEMORY:
+            raise
+        raise broken(case, f"{case}: it raised {one_line(error)}") from error
 
 
 def one_line(error: Exception) -> str:

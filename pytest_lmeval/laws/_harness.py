@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from pytest_lmeval.laws._floors import SHORTEST_FLOOR
 from pytest_lmeval.laws._moe_routing import first_tie, record_routing
 from pytest_lmeval.laws._tolerance import Excess, Reference, log_probabilities, sampled, token_errors
 from pytest_lmeval.laws._weights import copy_of, float64_copy, round_weights
+from pytest_lmeval.models._failures import OUT_OF_MEMORY, NoMemory, failure_of, unless_full
 from pytest_lmeval.models._model import Model, State, state_bytes, state_dtypes
 
 LONGEST = SHORTEST_FLOOR
@@ -27,7 +30,6 @@ KEPT = 4  # readings of short sequences that are kept
 NO_ROUNDING = 1 << 14  # roundings: a full run further than that from its reference may have chosen other experts
 NOT_EXPLAINED = 1e3  # times the effect of rounding the weights once: rounding does not explain a larger error
 FLOAT64 = 4  # times the cost of float32
-MEMORY = (torch.OutOfMemoryError, MemoryError)  # say nothing about a model
 
 
 class Raised(Exception):
@@ -36,11 +38,13 @@ class Raised(Exception):
 
 @dataclass
 class Work:
-    """What a model was asked to do: its calls, the tokens that they read, and their cost in tokens, CALL for each call."""
+    """What a model was asked to do: its calls, the tokens that they read, and their cost in tokens, CALL for each call; and the
+    rows and tokens of the last call."""
 
     calls: int = 0
     tokens: int = 0
     cost: int = 0
+    last: tuple[int, int] = (0, 0)
 
     def of(self, lm: Model | None, factor: int = 1) -> Model | None:
         """The model, each of whose steps is counted here, at `factor` times its cost."""
@@ -49,11 +53,18 @@ class Work:
         step_fn = lm.step_fn
 
         def counted(input_ids: Tensor, state: State | None, keep: int | None) -> tuple[Tensor, State]:
-            read = input_ids.shape[0] * input_ids.shape[-1]
+            self.last = input_ids.shape[0], input_ids.shape[-1]
+            read = math.prod(self.last)
             self.calls, self.tokens, self.cost = self.calls + 1, self.tokens + read, self.cost + factor * (read + CALL)
             return step_fn(input_ids, state, keep)
 
         return replace(lm, step_fn=counted)
+
+    @property
+    def full(self) -> str:
+        """The words for a last call that ran out of memory."""
+        rows, tokens = self.last
+        return f"out of memory at {rows} row{'s' * (rows > 1)} of {tokens} token{'s' * (tokens > 1)}"
 
 
 @dataclass(frozen=True)
@@ -196,9 +207,9 @@ class Harness:
                 parts.append([self._positions_first(logits[row], seen) for row in rows])
                 held.append(state_bytes(state))
                 seen += logits.shape[-2]
-        except MEMORY:
-            raise
         except Exception as error:
+            if failure_of(error) == OUT_OF_MEMORY:  # which says nothing about the model
+                raise
             batch = "" if input_ids.shape[0] == 1 else f" in each of {input_ids.shape[0]} rows"
             what = str(error).strip().splitlines()
             raise Raised(
@@ -228,34 +239,39 @@ class Harness:
         """Set `longest` to the longest sequence, up to this one, that the model reads, and `most` if it can only read that in
         several calls; say why if there is such a limit."""
         self.longest = longest
-        try:
-            self.reference(0)
+        if (why := self._refused(lambda: self.reference(0))) is None:
             return None
-        except Raised as raised:
-            good, why = self._longest_before(longest, raised)
-        if good < longest and self.lm.stateful and self._reads(self.tokens(good + 1, 0), [good, 1]):
+        good, why = self._longest_before(longest, why)
+        continued = self.tokens(good + 1, 0)
+        if good < longest and self.lm.stateful and self._refused(lambda: self.logits(continued, [good, 1])) is None:
             self.most = good
-            try:
-                self.reference(0)
-            except Raised as raised:
-                self.longest, _ = self._longest_before(longest, raised)
+            if (again := self._refused(lambda: self.reference(0))) is not None:
+                self.longest, _ = self._longest_before(longest, again)
         else:
             self.longest = good
         return f"it reads at most {good} tokens in one call: it {why}"
 
-    def _longest_before(self, bad: int, why: Raised) -> tuple[int, Raised]:
-        """The longest sequence, shorter than `bad`, that the model reads, and what it raises beyond."""
+    def _longest_before(self, bad: int, why: str) -> tuple[int, str]:
+        """The longest sequence, shorter than `bad`, that the model reads, and what it does beyond."""
         good = 0
         while bad - good > 1:
             middle = (good + bad) // 2
-            try:
-                self.run(self.tokens(middle, 0), [middle])
+            ids = self.tokens(middle, 0)
+            if (refused := self._refused(partial(self.run, ids, [middle]))) is None:
                 good = middle
-            except Raised as raised:
-                bad, why = middle, raised
+            else:
+                bad, why = middle, refused
         if good < 2:
-            raise ModelError(f"{self.lm.spec} cannot be tried: it {why}.") from why
+            raise ModelError(f"{self.lm.spec} cannot be tried: it {why}.")
         return good, why
+
+    def _refused(self, work: Callable[[], object]) -> str | None:
+        """Why the model cannot do it, in words that follow its name; None if it can."""
+        try:
+            full = isinstance(unless_full(work), NoMemory)
+        except Raised as raised:
+            return str(raised)
+        return f"ran {self.work.full}" if full else None
 
     def find_most_rows(self, bad: int) -> int:
         """The most rows that it reads at once, of fewer than `bad`."""
@@ -355,8 +371,8 @@ class Harness:
     def _in_float64(self, ids: Tensor) -> Tensor | None:
         if self.float64_copy is not None:
             try:
-                run = self.run(ids, [ids.shape[-1]], lm=self.float64_copy)
-                if not run.isnan().any():
+                run = unless_full(partial(self.run, ids, [ids.shape[-1]], lm=self.float64_copy))
+                if not isinstance(run, NoMemory) and not run.isnan().any():
                     return run
             except Raised:  # kernels or held states of one precision
                 pass

@@ -224,7 +224,7 @@ def _refuted_in_float32(
     certificate: Certificate, harness: Harness, copy: Model, plan: Plan, earlier: Tried
 ) -> tuple[Certificate, Tried]:
     """Probe a copy in float32. A fault that is larger there than the rounding of 16 bits counts against the model."""
-    noise = max(float(reference.full_error.max()) for reference in harness.references.values())
+    noise = max((float(reference.full_error.max()) for reference in harness.references.values()), default=0.0)
     try:
         exact = Harness(copy, work=harness.work)
         found, tried, _ = run_probe(exact, plan, earlier)

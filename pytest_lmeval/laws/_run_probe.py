@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, Phase, Verbosity, given, settings, target
 from pytest_lmeval.laws._checks import LAWS, state_sizes
 from pytest_lmeval.laws._evidence import Tried
 from pytest_lmeval.laws._floors import floor_length, floors
-from pytest_lmeval.laws._harness import MEMORY, Harness, Raised
+from pytest_lmeval.laws._harness import Harness, Raised
 from pytest_lmeval.laws._search import Search
 from pytest_lmeval.laws._strategies import MANY, Case, aligned_cases, cases, edge_cases, every_chunk_length
 from pytest_lmeval.records import _certificate as verdicts
@@ -105,7 +105,7 @@ def run_probe(
     if counted:
         for search in searches.values():
             search.attempt(search.floor[0])
-        if counted := not any(search.failures for search in searches.values()):
+        if counted := not any(search.failures or search.full for search in searches.values()):
             for name, search in searches.items():
                 search.seen |= dict.fromkeys(case for case in earlier.kept.get(name, []) if case.length <= harness.longest)
     _try_floors(searches, harness, progress, plan.budget)
@@ -133,7 +133,9 @@ def run_probe(
         limit_rows=harness.most_rows,
         state=_state(harness) if lm.stateful else None,
         routing_ties=harness.routing_ties,
-        rounding=verdicts.finite(max(float(reference.full_error.max()) for reference in harness.references.values())),
+        rounding=verdicts.finite(
+            max((float(reference.full_error.max()) for reference in harness.references.values()), default=math.nan)
+        ),
     )
     kept = {name: search.kept for name, search in searches.items()}
     failed = {name: [failure.case for failure in search.failures] for name, search in searches.items()}
@@ -258,7 +260,7 @@ def _multiple(splits: Search, latest: int, until: int) -> int | None:
         before, harness.longest = harness.longest, longest
         aligned = aligned_cases(k, longest, boundaries)
         try:
-            if not any(harness.work.cost > until or splits.attempt(case) for case in moved + aligned):
+            if not any(harness.work.cost > until or splits.attempt(case) or splits.full for case in moved + aligned):
                 return k
         except Raised:  # the longer sequence, in one call
             continue
@@ -275,8 +277,6 @@ def _nearest_multiples(case: Case, k: int) -> tuple[int, ...]:
 def _state(harness: Harness) -> State | None:
     try:
         (seen, before), (end, after), dtypes = state_sizes(harness, Case(harness.longest))
-    except MEMORY:
-        raise
-    except Exception:  # noqa: BLE001 - no tensor, or a model that cannot go on in chunks: the laws say so
+    except Exception:  # noqa: BLE001 - no tensor, no memory, or a model that cannot go on in chunks: the laws say so
         return None
     return State(after, end, (after - before) / max(1, end - seen), dtypes)

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from pytest_lmeval.engine._policy import CALL
-from pytest_lmeval.errors import LawBroken, NotPossible
+from pytest_lmeval.errors import LawBroken, NotPossible, OutOfMemory
 from pytest_lmeval.laws._checks import LAWS, check
 from pytest_lmeval.laws._diagnosis import broken
 from pytest_lmeval.laws._floors import LAST_SINGLES
 from pytest_lmeval.laws._harness import FLOAT64, LONGEST, Harness
 from pytest_lmeval.laws._strategies import Case
+from pytest_lmeval.models._failures import unless_full
 from pytest_lmeval.records._certificate import Counterexample, LawResult, finite
 
 MOST_SHRINKS = 200
@@ -31,6 +32,7 @@ class Search:
         self.law, self.harness = law, harness
         self.floor = tuple(dict.fromkeys(LAWS[law].relevant(case) for case in floor))
         self.seen: dict[Case, LawBroken | None] = {}  # in the order in which they were tried
+        self.full: dict[Case, str] = {}  # those that ran out of memory, and where
         self.unavailable: str | None = None
 
     def fit(self, case: Case) -> Case:
@@ -59,12 +61,15 @@ class Search:
 
     def attempt(self, case: Case) -> LawBroken | None:
         case = self.fit(case)
-        if case not in self.seen and self.unavailable is None:
+        too_large = any(case.length >= full.length and case.rows >= full.rows for full in self.full)
+        if case not in self.seen and self.unavailable is None and not too_large:
             try:
                 check(self.law, self.harness, case)
                 self.seen[case] = None
             except LawBroken as failure:
                 self.seen[case] = failure
+            except OutOfMemory:
+                self.full[case] = self.harness.work.full
             except NotPossible as impossible:
                 if self.seen:  # possible in some cases: broken in this one
                     message = f"{case}: {impossible}, though it could be tried in {len(self.seen)} other case(s)."
@@ -77,7 +82,7 @@ class Search:
         """Try a case that broke the law in an earlier run. Only if it breaks it again does it leave a trace."""
         harness, apart = self.harness, self.harness.apart()
         apart.longest = max(harness.longest, min(case.length, harness.lm.limit or case.length))
-        if apart.longest > harness.longest and not apart.reads(apart.longest):
+        if apart.longest > harness.longest and unless_full(lambda: apart.reads(apart.longest)) is not True:
             apart.longest = harness.longest
         search = Search(self.law, apart)
         if (failure := search.attempt(case)) is not None:
@@ -116,7 +121,7 @@ class Search:
             worst_ratio=None if worst is None else finite(worst.ratio),
             worst_at=None if worst is None else f"token {worst.position} of {worst_at}",
             counterexamples=tuple(small),
-            missing=why_missing if missing and not self.unavailable else None,
+            missing=next(iter(self.full.values()), why_missing) if missing and not self.unavailable else None,
             unavailable=self.unavailable,
         )
 

@@ -28,6 +28,7 @@ from pytest_lmeval.engine._tokens import naming
 from pytest_lmeval.errors import NotFiniteError, SpecError
 from pytest_lmeval.measures._context import current, verb
 from pytest_lmeval.measures._perplexity import Progress
+from pytest_lmeval.models._failures import NoMemory, unless_full
 from pytest_lmeval.models._identity import facts, fingerprint, tokenizer_fingerprint
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.records import _schema as schema
@@ -114,6 +115,8 @@ def measure_agreement(
     limit      read so many documents
     as_stream  read one stream, or document by document; by default what the corpus declares
 
+    If memory runs out, the model with the larger chunks reads smaller ones, from the beginning, and a note says so.
+
     Raises SpecError for models that cannot be compared (other vocabularies, other tokenizers on text, frames of codes),
     NotFiniteError for a KL that is not finite, with its position, and what `perplexity` raises.
     """
@@ -121,17 +124,16 @@ def measure_agreement(
     _refuse_incomparable(lm, reference, source)
     by_document = not (source.as_stream if as_stream is None else as_stream)
     policies = [policy or policy_for(lm), reference_policy or policy_for(reference)]
-    counts = Counter[str]()
-    texts = tee(source.documents())  # an iterator can be read once; tee holds only what one model is ahead
-    read = [
-        _read(model, chosen, replace(source, documents=partial(iter, text)), tokens, limit, by_document, counted)
-        for model, chosen, text, counted in zip((lm, reference), policies, texts, (counts, Counter[str]()), strict=True)
-    ]
-    began, sums = time.perf_counter(), _Sums(by_document)
-    for ours, theirs in _aligned(*read):
-        sums.add(ours, *_compare(ours, theirs, lm, reference))
-        if progress is not None:
-            progress(int(sums.total[TOKENS]), sums.nats, None)
+    engines = [Engine(model, chosen) for model, chosen in zip((lm, reference), policies, strict=True)]
+    began = time.perf_counter()
+
+    def read_both() -> tuple[_Sums, Counter[str]]:
+        return _read_both(engines, source, tokens, limit, by_document, progress)
+
+    once = not source.fingerprint  # may be given only once: an iterator
+    while isinstance(read := read_both() if once else unless_full(read_both), NoMemory):  # a state may be changed in part
+        max(engines, key=lambda engine: engine.chunk_size).take_smaller_chunks(read.wanted)
+    sums, counts = read
     if not sums.units:
         raise nothing_to_score(source, counts["skipped"])
     chosen = {"tokens": tokens, "limit": limit, "by_document": by_document, "data": source.fingerprint}
@@ -142,7 +144,10 @@ def measure_agreement(
         lm=facts(lm),
         settings={"reference": schema.to_plain(facts(reference)), **chosen},
         details={"read": policies[0].reading, "reference_read": policies[1].reading, **counts},
-        notes=notes_on(source, len(sums.units), counts["skipped"], counts["special_tokens"]),
+        notes=[
+            *notes_on(source, len(sums.units), counts["skipped"], counts["special_tokens"]),
+            *(f"{engine.lm.spec}: {engine.less}" for engine in engines if engine.less),
+        ],
         example="document" if by_document else "block",
         metrics=_metrics(sums),
         cost=Cost(seconds=time.perf_counter() - began, tokens=int(sums.total[TOKENS])),
@@ -162,6 +167,23 @@ def _refuse_incomparable(lm: Model, reference: Model, corpus: Corpus) -> None:
         raise SpecError(f"{lm.spec} and {reference.spec} {encode}, {advice}, or give both ids.")
 
 
+def _read_both(
+    engines: list[Engine], corpus: Corpus, tokens: int | None, limit: int | None, by_document: bool, progress: Progress | None
+) -> tuple[_Sums, Counter[str]]:
+    """The sums over the text, and how many documents were skipped and special tokens written in it."""
+    counts, sums = Counter[str](), _Sums(by_document)
+    texts = tee(corpus.documents())  # an iterator can be read once; tee holds only what one model is ahead
+    read = [
+        _read(engine, replace(corpus, documents=partial(iter, text)), tokens, limit, by_document, counted)
+        for engine, text, counted in zip(engines, texts, (counts, Counter[str]()), strict=True)
+    ]
+    for ours, theirs in _aligned(*read):
+        sums.add(ours, *_compare(ours, theirs, engines[0].lm, engines[1].lm))
+        if progress is not None:
+            progress(int(sums.total[TOKENS]), sums.nats, None)
+    return sums, counts
+
+
 @dataclass(frozen=True)
 class _Piece:
     """The logits [n, v] and losses [n] of targets `start`, `start` + 1, ... of a document."""
@@ -176,13 +198,13 @@ class _Piece:
 
 
 def _read(
-    lm: Model, policy: Policy, corpus: Corpus, tokens: int | None, limit: int | None, by_document: bool, counts: Counter[str]
+    engine: Engine, corpus: Corpus, tokens: int | None, limit: int | None, by_document: bool, counts: Counter[str]
 ) -> Iterator[_Piece]:
     """Each chunk of one model, with the logits that it was scored from. Counts documents without a target as `skipped`, and
     `special_tokens`."""
     last: deque[Tensor] = deque(maxlen=1)
-    engine = Engine(lm, policy, on_logits=last.append)
-    for document, ids in enumerate(sequences(lm, corpus, by_document=by_document, limit=limit, tokens=tokens)):
+    engine.on_logits = last.append
+    for document, ids in enumerate(sequences(engine.lm, corpus, by_document=by_document, limit=limit, tokens=tokens)):
         if by_document and ids.is_empty:
             counts["skipped"] += 1
             continue

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from msgspec import structs
 from pytest_lmeval.data._corpus import Corpus
 from pytest_lmeval.data._tokens import TokenReader, as_corpus, notes_on, nothing_to_score, sequences
 from pytest_lmeval.engine import Chunk, Engine, Policy, policy_for
-from pytest_lmeval.engine._policy import Window
+from pytest_lmeval.engine._policy import Window, chunk_of
 from pytest_lmeval.engine._tokens import naming
 from pytest_lmeval.errors import Refused, StreamError
 from pytest_lmeval.measures._audit import spread_note
 from pytest_lmeval.measures._context import current, verb
 from pytest_lmeval.measures._text_audit import TextAudit, text_audit
+from pytest_lmeval.models._failures import NoMemory, unless_full
 from pytest_lmeval.models._identity import facts, tokenizer_fingerprint
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.records._certificate import Certificate
@@ -31,6 +33,8 @@ from pytest_lmeval.scoring import _fast_weights as fast_weights
 from pytest_lmeval.scoring._loss_accumulator import BYTES, HITS, NATS, TOKENS, LossAccumulator
 from pytest_lmeval.scoring._loss_metrics import above_floor, metrics_of, name_of, not_reached, series_of
 from pytest_lmeval.scoring._text_files import LossFile, read_checkpoint, write_checkpoint, write_units
+
+LOOK_AHEAD = 16  # chunks after which it is estimated again whether as many more fit into memory
 
 Progress = Callable[[int, float, int | None], None]
 """Called after each chunk with the tokens scored, the nats so far, and the tokens expected (None: unknown)."""
@@ -216,41 +220,68 @@ def measure_perplexity(
     units       write the sums of each document, or block of the stream, to this file of JSON lines (see `scoring._text_files`)
     checkpoints, key    save a checkpoint now and then, and resume from the last one
 
-    If some fast weights do not change (`scoring._fast_weights`), `details["warnings"]` says so. Raises StreamError,
-    NotFiniteError and CorpusError.
+    If some fast weights do not change (`scoring._fast_weights`), `details["warnings"]` says so. If memory
+    runs out, smaller chunks are read from the last saved point, or from the beginning, and a note says so; a text that can be
+    read only once (an iterator) is given up. Raises StreamError, NotFiniteError, CorpusError and OutOfMemory.
     """
     source, engine = as_corpus(corpus), Engine(lm, policy)
     if wrong := [position for position in positions if not isinstance(position, int) or position < 1]:
         raise StreamError(f"positions holds {wrong}; a position is the number of tokens before a target, 1 or more.")
     rolling = engine.policy.windows is not None and engine.policy.windows.anchored
     by_document = not ((source.as_stream and not rolling) if as_stream is None else as_stream)
-    texts = sequences(lm, source, by_document=by_document, limit=limit, tokens=tokens, rolling=rolling)
-    sums = read_checkpoint(checkpoints, key, lm)
-    if sums is None or not LossFile.holds(losses, sums.tokens):
-        sums = LossAccumulator(by_document, tuple(sorted(set(positions))))
-    resumed_at, monitor = sums.tokens, fast_weights.monitor(lm, sums)
-
     if lm.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(lm.device)
-    began = time.perf_counter() - sums.seconds
-    audit = text_audit(engine, sums, lambda: None if limit else expected_tokens(lm, source, sums, tokens), str(source))
-    with LossFile(losses, already=resumed_at) as file, _nothing_kept_if_refused(checkpoints, key, losses):
 
-        def save(sums: LossAccumulator) -> None:
-            assert checkpoints is not None
-            file.sync()
-            sums.seconds = time.perf_counter() - began
-            write_checkpoint(checkpoints, key, sums)
+    def begin() -> LossAccumulator:
+        sums = read_checkpoint(checkpoints, key, lm)
+        usable = sums is not None and LossFile.holds(losses, sums.tokens)
+        return sums if sums is not None and usable else LossAccumulator(by_document, tuple(sorted(set(positions))))
 
-        saver = Saver(save if checkpoints else None, "reading")
-        for chunk in read(engine, texts, sums, str(source), audit):
-            file.write(chunk.losses)
-            if progress is not None:
-                progress(sums.tokens, float(sums.total[NATS]), expected_tokens(lm, source, sums, tokens))
-            if monitor is None or monitor.measure(sums):  # don't checkpoint while a measurement is pending
-                saver.save_if_due(sums)
-        if monitor is not None:
-            monitor.measure(sums, last=True)
+    sums = begin()
+    resumed_at, began = sums.tokens, time.perf_counter() - sums.seconds
+
+    def read_on(sums: LossAccumulator) -> TextAudit | None:
+        """Read from where the sums end. None if less should be read at once from here on; else the audit of the text."""
+        texts = sequences(lm, source, by_document=by_document, limit=limit, tokens=tokens, rolling=rolling)
+        monitor = fast_weights.monitor(lm, sums)
+        audit = text_audit(engine, sums, lambda: None if limit else expected_tokens(lm, source, sums, tokens), str(source))
+        with LossFile(losses, already=sums.tokens) as file, _nothing_kept_if_refused(checkpoints, key, losses):
+
+            def save(sums: LossAccumulator) -> None:
+                assert checkpoints is not None
+                file.sync()
+                sums.seconds = time.perf_counter() - began
+                write_checkpoint(checkpoints, key, sums)
+
+            saver = Saver(save if checkpoints else None, "reading")
+            for number, chunk in enumerate(read(engine, texts, sums, str(source), audit)):
+                file.write(chunk.losses)
+                if progress is not None:
+                    progress(sums.tokens, float(sums.total[NATS]), expected_tokens(lm, source, sums, tokens))
+                measured = monitor is None or monitor.measure(sums)
+                if measured:  # don't checkpoint while a measurement is pending
+                    saver.save_if_due(sums)
+                if (
+                    measured
+                    and number % LOOK_AHEAD == LOOK_AHEAD - 1
+                    and source.fingerprint
+                    and engine.is_short(sums.scored, LOOK_AHEAD)
+                ):
+                    return None
+            if monitor is not None:
+                monitor.measure(sums, last=True)
+        return audit
+
+    once, audit = not source.fingerprint, None  # it may be given only once: an iterator
+    while audit is None:
+        if not once:
+            engine.fit_chunks(sums.scored, LOOK_AHEAD)
+        found = read_on(sums) if once else unless_full(partial(read_on, sums))
+        if isinstance(found, NoMemory):  # the state may be changed in part: go back to the last saved one, or begin again
+            engine.take_smaller_chunks(found.wanted)
+            sums = begin()
+        else:
+            audit = found
     if not sums.tokens:
         raise nothing_to_score(source, sums.skipped)
     chosen = {"tokens": tokens, "limit": limit}
@@ -317,7 +348,7 @@ def record_of(
         subject=str(corpus),
         lm=facts(lm),
         settings={
-            "chunk_size": engine.chunk_size,
+            "chunk_size": chunk_of(lm, engine.asked),
             "reading": "carried" if windows is None else "windows",
             "window": None if windows is None else windows.size,
             "overlap": 0 if windows is None else windows.overlap,
@@ -343,6 +374,7 @@ def record_of(
         },
         notes=[
             *([] if windows is None else [str(windows)]),
+            *([engine.less] if engine.less else []),
             *notes_on(corpus, len(sums.documents), sums.skipped, sums.special_tokens),
             *(() if policy.carry else policy.withheld[:1]),  # nothing is shared or batched in a text
             *spread_note(certificate, audit.result, policy),

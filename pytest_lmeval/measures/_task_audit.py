@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +17,8 @@ from pytest_lmeval.engine import Engine, Request
 from pytest_lmeval.engine._policy import CALL
 from pytest_lmeval.engine._tree import tree
 from pytest_lmeval.errors import Refused
-from pytest_lmeval.measures._audit import SHARE, excess_of, law_broken
+from pytest_lmeval.measures._audit import SHARE, UNEXPLAINED, excess_of, law_broken
+from pytest_lmeval.models._failures import NoMemory, unless_full
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.records._certificate import Audit
 from pytest_lmeval.records._example import Example
@@ -63,20 +64,26 @@ class TaskAudit:
     name     of the task
     store    keeps what was found
     work     tokens and calls of the second readings, in tokens
+    full     tokens of the shortest question that did not fit into memory, whole and alone; longer ones are not read again
     found    what was read again; its share is not known before the end
     audited  the examples that were read again, by number
     """
 
     def __init__(self, engine: Engine, name: str, store: AnswerStore) -> None:
-        self.engine, self.name, self.store, self.work, self.seconds, self.found = engine, name, store, 0, 0.0, Audit()
+        self.engine, self.name, self.store, self.work, self.seconds = engine, name, store, 0, 0.0
+        self.found, self.full = Audit(), 0
         self.audited: dict[int, Example] = {}
         self._waiting: list[Answered] = []
-        self._alone = replace(engine.asked, fork=False, batch_size=1, invariant=False, certificate=None)
+        whole = engine.asked.longest is None  # one that does not fit is not read in pieces
+        self._alone = replace(
+            engine.asked, carry=engine.asked.carry and not whole, fork=False, batch_size=1, invariant=False, certificate=None
+        )
 
     def result(self, examples: Sequence[Example]) -> Audit | None:
         """What was read again of these; None if nothing was."""
         share = self.work / max(1.0, self._work(examples))
-        return structs.replace(self.found, share=share) if self.found.questions or self.found.answers else None
+        found = structs.replace(self.found, share=share, full=self.full)
+        return found if found.questions or found.answers or found.full else None
 
     def confirm(self, answered: Answered) -> None:
         """Read an answer of an earlier process again. Raises Refused if it is not the model's."""
@@ -85,7 +92,7 @@ class TaskAudit:
 
     def block(self, answers: Sequence[Answered], examples: Sequence[Example]) -> None:
         """Read some of a block again; `examples` are all so far. Raises Refused for one that differs from what it is alone."""
-        first = not (self._waiting or self.found.questions or self.found.answers)
+        first = not (self._waiting or self.found.questions or self.found.answers or self.full)
         if first and self._comparable(answers):
             self._waiting = list(answers)
         else:
@@ -101,11 +108,17 @@ class TaskAudit:
         for answered in answers:
             chosen, name = bool(answered.example.choices), f"{answered.example.number} {answered.example.key}"
             cost = sum(_cost([one.read for one in some]) for some in self._readings(answered))
-            if not (self.found.questions if chosen else self.found.answers) or self.work + cost <= SHARE * work:
+            tokens = max(len(request.read) for request, _ in answered.readings)
+            due = not (self.found.questions if chosen else self.found.answers) or self.work + cost <= SHARE * work
+            if due and not 0 < self.full <= tokens:
                 if (difference := self.store.audited.get(name)) is None:
                     began = time.perf_counter()
-                    difference = self._compare(answered)
+                    found = unless_full(partial(self._compare, answered))
                     self.seconds += time.perf_counter() - began
+                    if isinstance(found, NoMemory):
+                        self.full = tokens
+                        continue
+                    difference = found
                     self.store.keep_audited(name, difference)
                 self._count(chosen, difference, cost)
                 self.audited[answered.example.number] = structs.replace(answered.example, audited=difference)
@@ -161,7 +174,11 @@ class TaskAudit:
         for one, scored in pairs:
             found, alone = one.logprobs[: one.read.asked], scored.loglikelihood
             excess = excess_of(found, alone, lm, policy.certificate.rounding)
-            if not excess.tolerance_ratio <= 1 and (broken := self._broken(answered, one, found, alone, excess)) is not None:
+            broken = None
+            if not excess.tolerance_ratio <= 1:
+                tried = unless_full(partial(self._broken, answered, one, found, alone, excess))
+                broken = f"\n{UNEXPLAINED}" if isinstance(tried, NoMemory) else tried
+            if broken is not None:
                 what = f"the choice {example.choices[one.number]!r}" if example.choices else f"the answer {example.output!r}"
                 raise Refused(
                     f"{lm.spec} is {policy.certificate.summary}, and {self.name} contradicts it: row {example.number} "

@@ -7,6 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import accumulate, groupby
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,8 @@ from pytest_lmeval.engine import Chunk, Engine, Policy, Windows
 from pytest_lmeval.engine._policy import CALL, default_chunk_size
 from pytest_lmeval.engine._tokens import Tokens
 from pytest_lmeval.errors import LmevalError, Refused
-from pytest_lmeval.measures._audit import SHARE, excess_of, law_broken
+from pytest_lmeval.measures._audit import SHARE, UNEXPLAINED, excess_of, law_broken
+from pytest_lmeval.models._failures import NoMemory, halving, unless_full
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.records._certificate import Audit
 from pytest_lmeval.scoring._loss_accumulator import Beginning, LossAccumulator
@@ -55,6 +57,8 @@ class TextAudit(ABC):
         self.tried = 0 if self.certificate is None else self.certificate.longest
         self.books = 1 if engine.lm.codebooks is None else len(engine.lm.codebooks.scored)
         self.on, self.may_interrupt = self.certificate is not None, True
+        # tokens: of a reading that did not fit into memory; of the shortest one that says anything; of the longest one
+        self.full, self.least, self.longest = 0, 1, math.inf
 
     def watched(self, reader: TokenReader) -> Iterator[Tokens]:
         """The tokens of a sequence, of which the beginning is kept."""
@@ -83,9 +87,10 @@ class TextAudit(ABC):
     def result(self) -> Audit | None:
         """What was read again; None if nothing was."""
         found = self.sums.beginning
-        if not found.tokens:
+        if not found.tokens and not self.full:
             return None
-        return Audit(tokens=found.tokens, difference=found.difference, share=found.work / self._work(self.sums.tokens))
+        share = found.work / self._work(self.sums.tokens)
+        return Audit(tokens=found.tokens, difference=found.difference, share=share, full=self.full)
 
     def _work(self, targets: int) -> float:
         """Tokens and calls of a text with so many targets."""
@@ -94,15 +99,25 @@ class TextAudit(ABC):
             tokens += max(0, math.ceil((tokens - windows.size) / (windows.size - windows.overlap))) * windows.overlap
         return tokens + CALL * math.ceil(tokens / self.chunk)
 
-    def _compare(self, length: int) -> None:
+    def _compare(self, goal: int) -> None:
+        """Read again as many targets, or half as many and so on if memory runs out."""
         kept, lm, certificate = self.sums.beginning, self.engine.lm, self.engine.policy.certificate
         assert certificate is not None
         began = time.perf_counter()
-        ids, found = np.concatenate(kept.ids)[: length + 1], np.concatenate(kept.nll)[:length]
+        ids, found = np.concatenate(kept.ids)[: goal + 1], np.concatenate(kept.nll)[:goal]
         with _peak_apart(lm, kept):
-            again, sizes = self._again(ids, length)
-        excess = excess_of(found, again, lm, certificate.rounding)
-        if not excess.tolerance_ratio <= 1 and (broken := self._broken(ids, found, sizes, excess)):
+            read, length = halving(lambda length: self._again(ids[: length + 1], length), goal, self.least)
+        if length < goal or isinstance(read, NoMemory):
+            self.full, self.longest = min(self.full or goal, goal), length
+        if isinstance(read, NoMemory):
+            self.on = False  # and what is due later is longer
+            return
+        ids, found, (again, sizes) = ids[: length + 1], found[:length], read
+        excess, broken = excess_of(found, again, lm, certificate.rounding), None
+        if not excess.tolerance_ratio <= 1:
+            tried = unless_full(lambda: self._broken(ids, found, sizes, excess))
+            broken = UNEXPLAINED if isinstance(tried, NoMemory) else tried
+        if broken:
             pieces = ", ".join([*map(str, sizes[:4]), *["..."] * (len(sizes) > 4)])
             raise Refused(
                 f"{lm.spec} is {certificate.summary}, and {self.name} contradicts it: its first {length:,} tokens, in chunks "
@@ -154,6 +169,7 @@ class CarriedAudit(TextAudit):
         self.whole = int(min(max(WHOLE * self.chunk, default_chunk_size(lm)), policy.longest or math.inf, lm.limit or math.inf))
         self.piece = self._between(self.whole)
         self.longest = min(window, math.inf if self.piece not in (0, self.chunk) else self.whole)
+        self.least = self.chunk + 1
 
     def _between(self, most: int) -> int:
         """The length of pieces of at most so many tokens that end elsewhere than the chunks; 0 if there is none."""
@@ -193,7 +209,7 @@ class CarriedAudit(TextAudit):
         if (length == goal or ended or kept.scored >= self._room - 1) and self._worth(length, LAST if ended else FURTHER):
             self._compare(length)
         furthest = min(self._room - 1, self._affordable if self.expected() else KEPT)
-        if ended or (kept.again and not self._worth(furthest)):
+        if ended or not self.on or (kept.again and not self._worth(furthest)):
             kept.drop()
 
     def _worth(self, length: int, further: float = FURTHER) -> bool:
@@ -207,13 +223,16 @@ class CarriedAudit(TextAudit):
         for smaller in (most // 2, most // 4, most // 8):
             if self._between(smaller) in (0, self.chunk):
                 break
+            sizes = self._sizes(length, most)
             try:
-                sizes = self._sizes(length, most)
-                return _losses(self.engine.lm, ids, sizes), sizes
+                found = unless_full(partial(_losses, self.engine.lm, ids, sizes))
+                if not isinstance(found, NoMemory):
+                    return found, sizes
             except LmevalError:
                 raise
-            except Exception:  # noqa: BLE001 - it does not fit the memory, or the model reads no calls of this length
-                most = smaller
+            except Exception:  # noqa: BLE001 - the model reads no calls of this length
+                pass
+            most = smaller
         sizes = self._sizes(length, most)
         return _losses(self.engine.lm, ids, sizes), sizes
 
@@ -246,7 +265,7 @@ class WindowAudit(TextAudit):
 
     def __init__(self, engine: Engine, sums: LossAccumulator, expected: Callable[[], int | None], name: str) -> None:
         super().__init__(engine, sums, expected, name)
-        self.on = 0 < self.tried < self.chunk
+        self.on, self.least = 0 < self.tried < self.chunk, self.tried
         self.advice = f"Repair it, or read calls of a length that was tried: window={self.tried}."
 
     @property
@@ -261,7 +280,8 @@ class WindowAudit(TextAudit):
         work = SHARE * self._work(self.expected() or self.sums.tokens) - sum(lengths) - CALL * len(lengths)
         if kept.scored > self.tried and (not kept.tokens or kept.work <= work):
             for length in lengths:
-                self._compare(max(length, self.tried))
+                if not self.full:
+                    self._compare(max(length, self.tried))
         kept.drop()
 
     def _again(self, ids: np.ndarray, length: int) -> tuple[np.ndarray, list[int]]:

@@ -95,6 +95,7 @@ class Audit(StoredStruct, frozen=True):
     answers     that were generated, read back in one piece
     difference  the largest difference of a log-probability between the two readings, nats
     share       tokens and calls of the second reading, as a fraction of those of the first
+    full        tokens of a second reading that did not fit into memory, so that it was given up or read shorter; 0: all fitted
     """
 
     tokens: int = 0
@@ -102,12 +103,14 @@ class Audit(StoredStruct, frozen=True):
     answers: int = 0
     difference: float = 0.0
     share: float = 0.0
+    full: int = 0
 
     def __str__(self) -> str:
         parts = [f"audited to {self.tokens:,} tokens"] if self.tokens else []
         counts = (self.questions, "question"), (self.answers, "answer")
         parts += [f"{count:,} {name}{'s' * (count > 1)} audited" for count, name in counts if count]
-        return ", ".join(parts)
+        why = [f"{self.full:,} tokens did not fit into memory again"] if self.full else []
+        return ", ".join((parts or ["not audited"] * bool(why)) + why)
 
 
 class Certificate(StoredStruct, frozen=True, kw_only=True):

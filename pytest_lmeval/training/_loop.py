@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -17,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pytest_lmeval.engine import Engine, Policy, Request
-from pytest_lmeval.errors import ModelError, TrainingError
+from pytest_lmeval.errors import ModelError, OutOfMemory, TrainingError
 from pytest_lmeval.measures._perplexity import Progress
+from pytest_lmeval.models._failures import NoMemory, failure_of, halving, unless_full
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.models._seeds import generator_of
 from pytest_lmeval.models._sources import load
@@ -28,12 +28,12 @@ from pytest_lmeval.profiling._peak import peak_memory
 from pytest_lmeval.records._journal import Saver
 from pytest_lmeval.training._plan import Plan, Source, batches, held_out_batches, plan_for, read, steps_an_epoch
 from pytest_lmeval.training._protocol import Protocol, learning_rate
+from pytest_lmeval.training._refusals import not_finite, refuse_divergence, refuse_not_finite
 from pytest_lmeval.training._result import TrainResult, record_of
 from pytest_lmeval.training._run import Folder, Run, new_run
 from pytest_lmeval.training._weights import copy_of, fill
 
 DEFAULT = Protocol()
-PATIENCE, MARGIN = 3, 1.0  # consecutive evaluations; nats per token
 
 
 def run_training(
@@ -92,7 +92,13 @@ def _fit(plan: Plan, files: Folder | None, progress: Progress | None) -> TrainRe
             run = begin() if files is None else files.resume(begin)
             saver = Saver(None if files is None else files.save, "training")
             try:
-                _learn(run, tokens, held_out, protocol, steps, saver, progress)
+                rest = (tokens, held_out, protocol, steps, saver, progress)
+                while (full := unless_full(partial(_learn, run, *rest))) is not None:
+                    # weights may be half updated: go on from the last saved point, or the beginning
+                    rows, resumed_at = fewer_rows(run, protocol.batch_size, full.wanted), run.resumed_at
+                    del run
+                    run = begin() if files is None else files.resume(begin)
+                    run.micro_batch, run.resumed_at = rows, resumed_at
             except TrainingError as error:
                 if files is None or not run.best:
                     raise
@@ -151,24 +157,71 @@ def update(run: Run, crops: Tensor, protocol: Protocol, steps: int) -> None:
     for group in run.optimizer.param_groups:
         group["lr"] = rate
     seed = (protocol.seed << 32) + run.step
-    loss = loss_of(run.lm, crops, seed)
-    run.optimizer.zero_grad()  # not before the forward pass: freed memory would be allocated anew in each step
-    differentiate(run.lm, loss)
+    before = run.versions
+    while isinstance(found := unless_full(partial(gradients, run, crops, seed, protocol.clip)), NoMemory):
+        run.optimizer.zero_grad()
+        if run.versions != before:
+            raise OutOfMemory(f"{run.lm.spec} had changed its buffers when memory ran out.", found.wanted)
+        run.micro_batch = fewer_rows(run, len(crops), found.wanted)
+    if not all(map(math.isfinite, found)):
+        raise not_finite(run, *found, rate, again=partial(accumulate, run, crops, seed))
+    run.optimizer.step()
+    run.losses.append(found[0])
+    run.norms.append(found[1])
+
+
+def gradients(run: Run, crops: Tensor, seed: int, clip: float | None) -> tuple[float, float]:
+    """Leave the clipped gradients of a batch in the parameters; its loss, and the norm of the gradients before clipping."""
+    loss = accumulate(run, crops, seed)
     trained = [p for group in run.optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in trained])
-    figures = loss.item(), norm.item()
-    if not all(map(math.isfinite, figures)):
-        raise not_finite(run, *figures, rate, again=partial(loss_of, run.lm, crops, seed))
-    if protocol.clip is not None:
-        nn.utils.clip_grads_with_norm_(trained, protocol.clip, norm)
-    run.optimizer.step()
-    run.losses.append(figures[0])
-    run.norms.append(figures[1])
+    if clip is not None:
+        nn.utils.clip_grads_with_norm_(trained, clip, norm)
+    return loss, norm.item()
 
 
-def loss_of(lm: Model, crops: Tensor, seed: int) -> Tensor:
-    """Mean loss of crops [b, t + 1], each read from an empty state, in nats per token; `seed` is that of dropout."""
-    generator_of(lm.device).manual_seed(seed)
+def accumulate(run: Run, crops: Tensor, seed: int) -> float:
+    """Leave the gradients of the mean loss of crops [b, t + 1] in the parameters, and return that loss.
+
+    They are read `micro_batch` at once, each part weighted by its targets, all with the random numbers that follow `seed`.
+    """
+    total = 0.0
+    for index, part in enumerate(crops.split(run.micro_batch or len(crops))):  # type: ignore[no-untyped-call]
+        loss = loss_of(run.lm, part, None if index else seed) * (len(part) / len(crops))
+        if not index:
+            run.optimizer.zero_grad()  # not before the forward pass: freed memory would be allocated anew in each step
+        differentiate(run.lm, loss)
+        total += loss.item()
+    return total
+
+
+def fewer_rows(run: Run, batch_size: int, wanted: int | None) -> int:
+    """Half of the rows that are read at once. Raises OutOfMemory if that is one."""
+    rows = run.micro_batch or batch_size
+    if rows > 1:
+        return rows // 2
+    raise no_room(run.lm, f"{run.text}, step {run.step + 1}", batch_size, wanted)
+
+
+def no_room(lm: Model, where: str, batch_size: int, wanted: int | None) -> OutOfMemory:
+    """The error for a model of which not even one row can be trained."""
+    size = "" if wanted is None else f" (an allocation of {wanted:,} bytes failed)"
+    tried = " and then ".join(str(batch_size >> halved) for halved in range(batch_size.bit_length()))
+    return OutOfMemory(
+        f"{lm.spec} on {where}: memory ran out{size} with {tried} rows at once. A training needs room for the weights, their "
+        "gradients, two more numbers for each, and what a row leaves for the backward pass. Take a smaller seq_len, or a "
+        "device with more memory.",
+        wanted,
+    )
+
+
+def loss_of(lm: Model, crops: Tensor, seed: int | None) -> Tensor:
+    """Mean loss of crops [b, t + 1], each read from an empty state, in nats per token.
+
+    seed  of dropout; None: the random numbers go on
+    """
+    if seed is not None:
+        generator_of(lm.device).manual_seed(seed)
     crops = crops.to(lm.device)
     logits, _ = lm.step(crops[:, :-1])
     return F.cross_entropy(logits.flatten(0, 1), crops[:, 1:].flatten())
@@ -188,10 +241,15 @@ def evaluate(lm: Model, held_out: list[Tensor]) -> Tensor:
 
 
 def flops_of_a_step(lm: Model, crops: Tensor, seed: int) -> Flops:
-    """Counts a step of a copy of the model, which it may change (running means, counters)."""
+    """Counts a step of a copy of the model, which it may change (running means, counters); of fewer rows if all do not fit."""
     assert lm.module is not None
     lm.module.train()
-    return training_flops(partial(loss_of, lm, crops, seed), partial(differentiate, lm))
+    found, rows = halving(
+        lambda rows: training_flops(partial(loss_of, lm, crops[:rows], seed), partial(differentiate, lm)), len(crops)
+    )
+    if isinstance(found, NoMemory):
+        raise no_room(lm, "its first batch", len(crops), found.wanted)
+    return Flops(found.forward * len(crops) // rows, found.backward * len(crops) // rows)
 
 
 def differentiate(lm: Model, loss: Tensor) -> None:
@@ -201,73 +259,8 @@ def differentiate(lm: Model, loss: Tensor) -> None:
         if loss.requires_grad:
             loss.backward()  # type: ignore[no-untyped-call]
             return
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        if failure_of(error):
+            raise
         why = str(error)
     raise ModelError(f"{lm.spec} can be scored, but not trained, since its loss has no gradient: {why}")
-
-
-def not_finite(run: Run, loss: float, norm: float, rate: float, again: Callable[[], Tensor]) -> TrainingError:
-    """The error for a step whose loss or gradients are not finite; `again` recomputes that loss."""
-    before = f" ({run.losses[-1]:.6g} and {run.norms[-1]:.4g} one step before)" if run.losses else ""
-    broken = broken_gradients(run, again)
-    first = f"; {len(broken)} gradients are not finite, in backward order the first is that of {broken[0]}" if broken else ""
-    return TrainingError(
-        f"{run.lm.spec} on {run.text}, step {run.step + 1}: the loss is {loss:.6g}, the gradient norm {norm:.4g}{before}, at "
-        f"learning rate {rate:.3g}{first}. Such an update would destroy every weight, so the training stops before it. Look "
-        "there for a division by zero, a root or logarithm of zero, or an overflow; else take a smaller lr or a longer warmup."
-    )
-
-
-def broken_gradients(run: Run, loss: Callable[[], Tensor]) -> list[str]:
-    """The parameters whose gradients of this loss are not finite, in the order in which backward computes them."""
-    found: list[str] = []
-
-    def look(name: str, parameter: Tensor) -> None:
-        if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
-            found.append(name)
-
-    run.optimizer.zero_grad()
-    named = [(name, parameter) for name, parameter in run.module.named_parameters() if parameter.requires_grad]
-    handles = [parameter.register_post_accumulate_grad_hook(partial(look, name)) for name, parameter in named]  # type: ignore[no-untyped-call]
-    try:
-        differentiate(run.lm, loss())
-    finally:
-        for handle in handles:
-            handle.remove()
-        run.optimizer.zero_grad()
-    return found
-
-
-def refuse_not_finite(run: Run, nats: Tensor) -> None:
-    """Raise TrainingError if a held-out crop has no finite loss."""
-    if torch.isfinite(nats).all():
-        return
-    wrong = int((~torch.isfinite(nats)).nonzero()[0])
-    before = f" The last training loss was {run.losses[-1]:.6g}, its gradient norm {run.norms[-1]:.4g}." if run.losses else ""
-    raise TrainingError(
-        f"{run.lm.spec} on {run.text}: after {run.step} steps the loss of held-out crop {wrong} of {len(nats)} is "
-        f"{float(nats[wrong])}.{before} Look for a division by zero, a logarithm of zero or an overflow in its eval mode."
-    )
-
-
-def refuse_divergence(run: Run, protocol: Protocol, steps: int) -> None:
-    """Raise TrainingError if the last three evaluations (without a held-out text: means of `eval_every` training losses) each
-    exceed a uniform guess and the initial loss by more than a nat per token."""
-    every, kind = protocol.eval_every, "held-out" if run.evaluations else "training"
-    if run.evaluations:
-        losses = [(step, float(nats.mean()) / protocol.seq_len) for step, nats in run.evaluations.items()]
-        first = losses[0][1]
-    else:
-        parts = [(end, run.losses[max(0, end - every) : end]) for end in (*range(every, run.step, every), run.step)]
-        losses, first = [(end, sum(part) / len(part)) for end, part in parts], run.losses[0]
-    guess, last = math.log(run.lm.vocab_size), losses[-PATIENCE:]
-    if len(last) < PATIENCE or any(loss <= max(guess, first) + MARGIN for _, loss in last):
-        return
-    rate = learning_rate(protocol, run.step - 1, steps)
-    raise TrainingError(
-        f"{run.lm.spec} on {run.text} diverged: after {', '.join(str(step) for step, _ in last)} steps its {kind} loss was "
-        f"{', '.join(f'{loss:.4g}' for _, loss in last)} nats per token; it began with {first:.4g}, and a uniform guess costs "
-        f"{guess:.4g}. Take a smaller lr (it is {rate:.3g}) or a longer warmup. The last gradient norm was {run.norms[-1]:.4g}."
-    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,7 +80,7 @@ def record_of(run: Run, trained: Model, plan: Plan, per_epoch: int, flops: Flops
         subject=run.text,
         lm=about,
         settings=plan.settings,
-        details={"steps": run.step, "steps_an_epoch": per_epoch, "best_step": run.best_step},
+        details={"steps": run.step, "steps_an_epoch": per_epoch, "best_step": run.best_step, **_micro_batch(run, protocol)},
         metrics={
             **_held_out_values(run, protocol),
             "train_loss": value_of("train_loss", sum(last) / len(last), n=seen),
@@ -89,6 +90,17 @@ def record_of(run: Run, trained: Model, plan: Plan, per_epoch: int, flops: Flops
         cost=Cost(seconds=run.seconds, tokens=tokens, flops=spent.total, peak_bytes=peak.bytes),
         series=_series_of(run, protocol, per_epoch),
     )
+
+
+def _micro_batch(run: Run, protocol: Protocol) -> dict[str, Any]:
+    """Of a training that ran out of memory: how many rows it read at once, and words for it."""
+    if run.micro_batch is None:
+        return {}
+    ran_out = (
+        f"{run.lm.spec} on {run.text}: memory ran out, so its batches of {protocol.batch_size} rows were read "
+        f"{run.micro_batch} at a time and their gradients added up: the same, but for rounding and the masks of dropout"
+    )
+    return {"micro_batch": run.micro_batch, "warnings": [ran_out]}
 
 
 def _held_out_values(run: Run, protocol: Protocol) -> dict[str, Value]:

@@ -32,7 +32,7 @@ from pytest_lmeval.training._plan import Plan
 from pytest_lmeval.training._weights import copy_of, fill, load_weights, snapshot
 
 POINT = "point"
-KEPT = ("losses", "norms", "evaluations", "best_step", "best", "seconds")
+KEPT = ("losses", "norms", "evaluations", "best_step", "best", "seconds", "micro_batch")
 
 
 @dataclass
@@ -47,6 +47,7 @@ class Run:
     best_step       number of steps before the evaluation with the lowest mean; all steps if there is no held-out text
     best            the weights at that time, on the CPU
     seconds         spent in steps, also before an interruption; without evaluating and saving
+    micro_batch     rows of a batch that are read at once, fewer than all since memory ran out; None: all
     resumed_at      number of steps at the point that the run resumed from
     """
 
@@ -60,6 +61,7 @@ class Run:
     best_step: int = 0
     best: dict[str, Tensor] = field(default_factory=dict)
     seconds: float = 0.0
+    micro_batch: int | None = None
     resumed_at: int = 0
 
     def __post_init__(self) -> None:
@@ -78,6 +80,11 @@ class Run:
     def module(self) -> nn.Module:
         assert self.lm.module is not None
         return self.lm.module
+
+    @property
+    def versions(self) -> list[int]:
+        """Counts the changes of each buffer that holds no state, such as running means."""
+        return [tensor._version for name, tensor in self.module.named_buffers() if name not in self.lm.mutable_buffers]
 
     @property
     def best_spec(self) -> str:

@@ -47,6 +47,7 @@ def train(lm: Any, corpus: Any, *, held_out: Any = None, spec: str | None = None
         context.log.notes.append(f"{model.spec} on {text}: trained before by the same protocol")
     elif result.resumed_at:
         context.log.notes.append(f"{model.spec} on {text}: resumed at step {result.resumed_at:,} of an interrupted run")
+    context.log.notes += result.record.details.get("warnings", [])
     read = structs.replace(certificate, chunking_used="crops, each from an empty state")
     key = context.key("train", model, chosen.to_json(), [text.fingerprint, unseen.fingerprint])
     return context.recorded(key, replace(result, record=structs.replace(result.record, certificate=read)))
