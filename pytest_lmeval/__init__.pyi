@@ -18,6 +18,7 @@ from .errors import (
     ChildFailed as ChildFailed,
     CorpusError as CorpusError,
     DocumentError as DocumentError,
+    HubError as HubError,
     LawBroken as LawBroken,
     LmevalError as LmevalError,
     ModelError as ModelError,

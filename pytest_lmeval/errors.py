@@ -7,6 +7,7 @@
     |- RegistryError (a LookupError too)
     |- SpecError (a ValueError too): ProtocolError, UnreadableError
     |- ModelError (a RuntimeError too): NotFiniteError, Refused, OutOfMemory, ChildFailed, TrainingError
+    |- HubError (a ConnectionError too)
     |- CorpusError, StreamError, TaskError, ProfilingError (ValueErrors too)
     |- DocumentError (a ValueError too): BaselineError
     |- LawBroken (an AssertionError too)
@@ -83,6 +84,14 @@ class ChildFailed(ModelError):
 
 class TrainingError(ModelError):
     """A training that cannot go on: a number that is not finite, or a loss that diverged."""
+
+
+class HubError(LmevalError, ConnectionError):
+    """The hub was not reached, or refused; `status` is that of its answer, 0 without one."""
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class CorpusError(LmevalError, ValueError):
@@ -173,6 +182,16 @@ def no_such(kind: str, name: str, known: Iterable[str]) -> str:
 
 
 __all__ = sorted(name for name, thing in list(globals().items()) if isinstance(thing, type) and issubclass(thing, LmevalError))
+
+
+def described(error: BaseException) -> str:
+    """The first line of an error's message, after its type unless it is one of this package.
+
+    >>> described(ValueError("no\\nmore")), described(KeyError()), described(HubError("It is down."))
+    ('ValueError: no', 'KeyError: no message', 'It is down')
+    """
+    line = next(iter(str(error).strip().splitlines()), "no message")[:600].rstrip(".")
+    return line if isinstance(error, LmevalError) else f"{type(error).__name__}: {line}"
 
 
 def lone_surrogate(text: str) -> str | None:

@@ -10,7 +10,6 @@ from reading import stream
 from tiny_models import Functional
 
 from pytest_lmeval.data import Document, _files as files, check, corpus
-from pytest_lmeval.data._rows import resilient
 from pytest_lmeval.data._stdlib import split_of
 from pytest_lmeval.data._tokens import TokenReader
 from pytest_lmeval.engine._tokens import Tokens
@@ -181,49 +180,6 @@ def test_a_missing_dataset_or_a_corrupt_file_in_the_mirror_is_named(mirror):
     path.write_bytes(b"PAR1 this is not parquet PAR1")
     with pytest.raises(CorpusError, match=r"wikitext-2-raw-v1/test\.parquet could not be read at row 0"):
         texts(corpus("wikitext-2", "test", data_dir=mirror))
-
-
-def flaky(rows, failures):
-    """A source of rows that raises each of the (index, error) `failures` once, and the list of its starts."""
-    opened = []
-
-    def rows_from(start):
-        opened.append(start)
-        for index in range(start, len(rows)):
-            if failures and failures[0][0] == index:
-                raise failures.pop(0)[1]
-            yield rows[index]
-
-    return rows_from, opened
-
-
-@settings(max_examples=20)
-@given(st.integers(0, 30), st.lists(st.integers(1, 29), max_size=6, unique=True))
-def test_after_a_broken_connection_reading_resumes_at_the_next_row(length, breaks):
-    starts = sorted(index for index in breaks if index < length)
-    rows_from, opened = flaky(list(range(length)), [(index, ConnectionError("reset")) for index in starts])
-    waits = []
-    assert list(resilient(rows_from, sleep=waits.append)) == list(range(length))
-    assert opened == [0, *starts]
-    assert waits == [1.0] * len(starts)
-
-
-@pytest.mark.parametrize(
-    ("index", "error", "expected"),
-    [
-        (1, TimeoutError(), [1, 2, 4, 8, 16]),
-        (0, ConnectionError("no network"), []),
-        (1, FileNotFoundError("gone"), []),
-        (1, ValueError("bad"), []),
-        (1, PermissionError("no"), []),
-    ],
-)
-def test_waits_double_and_end_and_other_errors_are_not_tried_again(index, error, expected):
-    rows_from, opened = flaky([1, 2], [(index, error)] * 20)
-    waits = []
-    with pytest.raises(type(error)):
-        list(resilient(rows_from, sleep=waits.append))
-    assert (waits, len(opened)) == (expected, len(expected) + 1)
 
 
 # ------------------------------------------------------------------------------------------- tokens

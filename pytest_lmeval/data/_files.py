@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from pytest_lmeval.data._corpus import Corpus, Document
 from pytest_lmeval.data._formats import binary, existing_file, fingerprint, not_utf8
-from pytest_lmeval.errors import CorpusError
+from pytest_lmeval.errors import CorpusError, described
 
 PART = 1 << 16  # characters of a text file that are read at once
 
@@ -41,15 +41,16 @@ def tokens(path: str, split: str) -> Corpus:
 
     file = existing_file("tokens", path, [f"{split}.npy"])
     try:
-        ids = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise CorpusError(f"{file} is no .npy file of token ids ({error}). Write one with numpy.save(path, ids).") from error
+        ids = np.lib.format.open_memmap(file, mode="r")  # no other format, and no pickle
+    except Exception as error:  # a damaged header can raise anything
+        why = described(error)
+        raise CorpusError(f"{file} is no .npy file of token ids ({why}). Write one with numpy.save(path, ids).") from error
     if ids.ndim not in (1, 2) or not np.issubdtype(ids.dtype, np.integer):
         shape = list(ids.shape)
         raise CorpusError(f"{file} holds {ids.dtype} of shape {shape}; expected integers [ids] or [frames, codebooks].")
 
     def documents() -> Iterator[Document]:
         # mapped again for each reading, so that the pages of the last one are released
-        yield Document(file.name, ids=np.load(file, mmap_mode="r", allow_pickle=False))
+        yield Document(file.name, ids=np.lib.format.open_memmap(file, mode="r"))
 
     return Corpus(f"tokens:{path}", split, documents, fingerprint(file), tokenized=True, size=len(ids))

@@ -21,7 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from pytest_lmeval.errors import CorpusError
+from pytest_lmeval.errors import CorpusError, described
+from pytest_lmeval.records._schema import DEEPEST, is_nested_deeper
 
 BOM = b"\xef\xbb\xbf"
 GZIP = b"\x1f\x8b"
@@ -114,8 +115,7 @@ def _parquet(file: Path) -> Iterator[tuple[str, Any]]:
                     yield f"{file}, row {number}", row
                     number += 1
     except (ValueError, ArithmeticError, NotImplementedError) as error:  # those of Arrow too
-        what = (str(error) or "no message").splitlines()[0][:300]
-        raise CorpusError(f"{file} could not be read at row {number} ({type(error).__name__}: {what}).") from error
+        raise CorpusError(f"{file} could not be read at row {number} ({described(error)}).") from error
 
 
 READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
@@ -185,13 +185,15 @@ def not_utf8(where: str, error: UnicodeDecodeError) -> CorpusError:
 
 def _parsed(content: bytes, where: str) -> Any:
     try:
-        return STRICT.decode(content.decode())
+        if not is_nested_deeper(plain := STRICT.decode(content.decode())):
+            return plain
     except UnicodeDecodeError as error:
         raise not_utf8(where, error) from error
     except RecursionError:
-        raise CorpusError(f"{where}: its values are nested too deeply.") from None
+        pass
     except ValueError as error:
         raise CorpusError(f"{where}: not JSON ({error}).") from error
+    raise CorpusError(f"{where}: its values are nested more than {DEEPEST} deep. Is it the right file?")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Row:

@@ -103,6 +103,8 @@ def read(path: Path) -> Baseline | None:
         return _checked(path, schema.build(plain, BaselineFile, what, AGAIN), _scores(examples_file(path)))
     except DocumentError as error:
         raise BaselineError(str(error)) from error
+    except UnicodeEncodeError as error:
+        raise BaselineError(f"the baseline {path} holds a lone surrogate, which is never written. {AGAIN}.") from error
 
 
 def write(path: Path, baseline: Baseline) -> None:

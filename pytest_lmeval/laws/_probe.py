@@ -38,6 +38,7 @@ from pytest_lmeval.records._value import Value
 
 READ = 160  # tokens of the reading in which the cost of a probe is given
 LONG = 120.0  # seconds of a probe, from which the user is told before it starts
+FURTHEST = 16  # times the longest sequence of a probe: longer counterexamples are not tried again
 
 
 @dataclass(frozen=True, repr=False)
@@ -157,7 +158,9 @@ def _probed(
         harness = Harness(lm)
         if say is not None and not earlier.runs:
             _warn_of_a_long_probe(harness, plan, low, say)
-        known = Tried(earlier.own.kept, counterexamples.cases(lm.spec)) + Tried(broken=earlier.own.broken)
+        known = Tried(earlier.own.kept, counterexamples.cases(lm.spec, FURTHEST * plan.longest)) + Tried(
+            broken=earlier.own.broken
+        )
         certificate, tried, counted = run_probe(harness, plan, known, progress)
         in_float32 = Tried()
         if "isolation" not in certificate.broken and (changed_by := changed()):

@@ -168,7 +168,7 @@ class VerbContext:
         """A file for the examples of this call, relative to the output folder; None without a folder."""
         if self.session.folder is None:
             return None
-        name = re.sub(r"[^\w.-]+", "-", self.log.test.rpartition("::")[2])[:80]
+        name = re.sub(r"[^\w.-]+", "-", self.log.test.rpartition("::")[2]).encode()[:80].decode(errors="ignore")
         return f"examples/{name}-{key_of(test=self.log.test)[:8]}-{len(self.log.records)}-{ending}"
 
     def path(self, file: str | None) -> Path | None:

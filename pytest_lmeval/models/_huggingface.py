@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import json
+import pickle
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pytest_lmeval.errors import ModelError, SpecError, some
+from pytest_lmeval.errors import HubError, ModelError, SpecError, described, some
 from pytest_lmeval.models import _specs as specs
+from pytest_lmeval.models._hub import HubCall
 from pytest_lmeval.models._model import Model, State, StepFn, devices_note, tokenizer_for
 from pytest_lmeval.models._sources import Loaded
 from pytest_lmeval.models._tensors import nbytes
@@ -67,25 +70,57 @@ def load(name: str, *, spec: str, dtype: torch.dtype | None = None, trust_remote
         source, where = str(folder), "is a folder here.)"
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
-        config = transformers.AutoConfig.from_pretrained(source, **options)
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise SpecError(f"{spec} could not be loaded: {reason} ({name!r} {where}") from error
+        with HubCall():
+            config = transformers.AutoConfig.from_pretrained(source, **options)
+            # `weights_only`: no code of a .bin runs, which is a pickle
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=dtype or "auto",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                weights_only=True,
+                **options,
+            )
+    except Exception as error:  # a damaged file can make the readers raise anything
+        why = described(error)
+        if isinstance(error, pickle.UnpicklingError):  # whose own message tells how to run the code
+            why = "its weights are a pickle that is damaged, or that could run code. Save them as safetensors"
+        elif broken := _unreadable_files(folder):
+            why += f". Damaged: {some(broken)}; copy it again"
+        raise SpecError(f"{spec} could not be loaded: {why} ({name!r} {where}") from error
     module, report = loaded
     _refuse_incomplete(spec, report)
     tokenizer: HFTokenizer | NoTokenizer
     try:
-        tokenizer = HFTokenizer(transformers.AutoTokenizer.from_pretrained(source, **options), name)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        with HubCall():
+            tokenizer = HFTokenizer(transformers.AutoTokenizer.from_pretrained(source, **options), name)
+        tokenizer.decode(tokenizer.encode("a")[0])  # a damaged setting may show only now
+    except Exception as error:
+        if isinstance(error, HubError) and error.status != 404:
+            raise SpecError(f"the tokenizer of {spec} could not be loaded: {described(error)} ({name!r} {where}") from error
         tokenizer = NoTokenizer(spec, error)
     saved = getattr(config, "dtype", None) if dtype and not getattr(config, "quantization_config", None) else None
     before = None
     if isinstance(saved, torch.dtype):  # buffers are not saved: the model computes them
         before = sum(p.numel() * saved.itemsize for p in module.parameters()) + sum(map(nbytes, module.buffers()))
     return Loaded(module.train(False), tokenizer, before, unused_weights=tuple(sorted(report["unexpected_keys"])))
+
+
+def _unreadable_files(folder: Path) -> list[str]:
+    """The names of the files of a checkpoint that cannot be parsed."""
+    from safetensors import safe_open
+
+    found = []
+    for file in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
+        try:
+            if file.suffix == ".json":
+                json.loads(file.read_bytes())
+            else:
+                with safe_open(file, "pt"):
+                    pass
+        except Exception:  # noqa: BLE001 - whatever it is, the file is named
+            found.append(file.name)
+    return found
 
 
 def _refuse_incomplete(spec: str, report: dict[str, Any]) -> None:
@@ -183,8 +218,7 @@ class NoTokenizer:
     name, bos = "none", None
 
     def __init__(self, spec: str, error: Exception) -> None:
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"
-        self.why = f"{spec} has no tokenizer that can be loaded ({reason})."
+        self.why = f"{spec} has no tokenizer that can be loaded ({described(error)})."
 
     def encode(self, text: str) -> tuple[Any, Any]:
         raise SpecError(f"{self.why} Put one into its folder, or read token ids: tokens:PATH.")

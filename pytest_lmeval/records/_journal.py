@@ -25,11 +25,22 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+from pytest_lmeval.records import _schema as schema
 from pytest_lmeval.records._replacing import append, inside, leftovers, replacing
+from pytest_lmeval.records._schema import StoredStruct
 from pytest_lmeval.records._secrets import without_secrets
 
 NAME, PARTIAL, ANSWERS = "journal.jsonl", "partial", "answers"
 KEPT = 14 * 24 * 3600.0  # seconds that unfinished work of a run that nobody resumes is kept
+
+
+class Line(StoredStruct, frozen=True):
+    """A line of the journal: a result, or the end of a run with the keys that it used (None: all)."""
+
+    event: str
+    key: str = ""
+    record: dict[str, Any] = {}
+    keys: list[str] | None = None
 
 
 class JournalWarning(UserWarning):
@@ -108,8 +119,8 @@ class Journal:
     def unfinished(self) -> list[dict[str, Any]]:
         """The results of interrupted runs, if one was interrupted after the last run that ended; else none."""
         for text in reversed(self._read().splitlines()):
-            with suppress(ValueError, KeyError, TypeError, RecursionError):
-                if (event := json.loads(text)["event"]) in ("end", "result"):
+            with suppress(ValueError):
+                if (event := schema.convert(schema.parse(text, "", ""), Line).event) in ("end", "result"):
                     return [*self.results.values()] if event == "result" else []
         return []
 
@@ -120,14 +131,14 @@ class Journal:
         broken: list[str] = []
         for number, text in enumerate(self._read().splitlines(), start=1):
             try:
-                line = json.loads(text)
-                if line["event"] == "end":
-                    ended = line["keys"]
-                    results = {} if ended is None else {key: results[key] for key in results if key not in ended}
+                line = schema.convert(schema.parse(text, "", ""), Line)
+                if line.event == "end":
+                    ended = results if line.keys is None else set(line.keys)
+                    results = {key: record for key, record in results.items() if key not in ended}
                     broken = []  # the run that ended here has warned of them
-                elif line["event"] == "result":
-                    results[line["key"]] = line["record"]
-            except (ValueError, KeyError, TypeError):
+                elif line.event == "result":
+                    results[line.key] = line.record
+            except ValueError:
                 if text.strip():
                     broken.append(f"{self.path}, line {number} is broken and was dropped ({text[:60]!r}...)")
         for what in broken:

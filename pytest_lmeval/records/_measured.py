@@ -139,6 +139,10 @@ class Record(StoredStruct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         force_setattr(self, "metrics", {name: value.named(name) for name, value in self.metrics.items()})
+        for name, kind in {"failure": str, "too_short": dict, "warnings": list}.items():  # the details that code reads
+            found = self.details.get(name, kind())
+            if not isinstance(found, kind) or (kind is list and not all(isinstance(one, str) for one in found)):
+                raise ArgumentError(f"among details, {name} is {repr(found)[:60]}, which is no {kind.__name__} (of texts)")
 
     @property
     def is_verdict(self) -> bool:

@@ -23,6 +23,7 @@ from pytest_lmeval.records._value import Value
 T = TypeVar("T")
 MORE = "__more__"  # name of `StoredStruct.more` among plain values, which no field has
 SHOWN = 60  # characters of a value that an error shows
+DEEPEST = 100  # lists and objects within one another; what is written here has fewer than twenty
 
 
 class StoredStruct(Struct, frozen=True, kw_only=True):
@@ -44,21 +45,40 @@ class ValueFields(StoredStruct, frozen=True, kw_only=True):
 
 
 def parse(raw: bytes, what: str, remedy: str) -> Any:
-    """Parse a JSON text. Raises DocumentError with line and column if it is invalid, or holds a number that is not finite.
+    """Parse a JSON text. Raises DocumentError with line and column if it is invalid, holds a number that is not finite, or is
+    nested more than `DEEPEST` deep.
 
     what   name of the text in messages
     remedy  advice at the end of messages
     """
     try:
-        return json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_float, parse_int=_int)
+        plain = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant, parse_float=_float, parse_int=_int)
+        if not is_nested_deeper(plain):
+            return plain
     except RecursionError:
-        raise DocumentError(f"{what} is nested more deeply than any file that is written here. {remedy}.") from None
+        pass
     except ValueError as error:
         at = f" at line {error.lineno}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
         raise DocumentError(
             f"{what} is not whole JSON: {getattr(error, 'msg', error)}{at}. It was truncated, edited by hand, or holds merge "
             f"conflict marks, so none of its numbers can be trusted. {remedy}."
         ) from error
+    raise DocumentError(f"{what} is nested more deeply than any file that is written here. {remedy}.")
+
+
+def is_nested_deeper(plain: Any, than: int = DEEPEST) -> bool:
+    """Whether more lists and objects than this lie within one another: code that follows them would end in RecursionError."""
+    parts = [plain]
+    for _ in range(than):
+        parts = [
+            part
+            for whole in parts
+            if isinstance(whole, dict | list)
+            for part in (whole.values() if isinstance(whole, dict) else whole)
+        ]
+        if not parts:
+            return False
+    return True
 
 
 def check_version(found: Any, known: int, what: str, remedy: str) -> None:
@@ -98,7 +118,7 @@ def convert(plain: Any, kind: type[T]) -> T:
     """Convert plain values to a stored type. Raises ValueError for a value that does not fit."""
     try:
         found = msgspec.convert(plain, kind, dec_hook=_decode)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, OverflowError) as error:
         raise ValueError(str(error)) from None
     for struct, own in _structs(found, plain):
         if unknown := {name: part for name, part in own.items() if name not in struct.__struct_encode_fields__}:

@@ -6,7 +6,6 @@ judge), and counts once one answer of it was read again.
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -179,8 +178,8 @@ class AnswerStore:
             return
         for number, line in enumerate(lines, start=1):
             try:
-                yield schema.convert(json.loads(line), Line)
-            except (ValueError, RecursionError) as error:
+                yield schema.convert(schema.parse(line, "", ""), Line)
+            except ValueError as error:
                 warn(f"{self.path}, line {number} is broken ({type(error).__name__}); what it held is read again.")
 
     def _write(self, line: Line) -> None:
