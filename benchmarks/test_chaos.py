@@ -60,9 +60,8 @@ def test_a_full_disk_ends_a_run_as_pytest_ends_and_loses_nothing(project, capsys
         at = probed + round((moment + 0.5) / FILLED * (calls - probed))
         found = full_disk(project, kind, at)
         different = differences(records["records"], found.records)
-        lines.append(
-            f"{kind:18} at call {at:3} of {calls:3}: status {found.status}, results {found.where}, {len(different)} differ"
-        )
+        ended = f"status {found.status}, results {found.where}, {len(different)} differ"
+        lines.append(f"{kind:18} at call {at:3} of {calls:3}: {ended}")
         lost += [f"{kind} at {at}: {line}" for line in [*found.wrong, *different[:3]]]
     with capsys.disabled():
         print("", *lines, *lost, sep="\n")

@@ -163,11 +163,8 @@ class Project:
         """The exit status of a run; what it printed is in `output`."""
         test = f"test_{list(KINDS).index(kind)}.py"
         options = ["-p", "no:cacheprovider", "--lm", "called:Called", "--lmeval-dir", folder, test]
-        with (
-            pytest.MonkeyPatch.context() as patch,
-            open(self.path / "stdout", "w") as out,
-            open(self.path / "stderr", "w") as err,
-        ):
+        stdout, stderr = (self.path / name for name in ("stdout", "stderr"))
+        with pytest.MonkeyPatch.context() as patch, open(stdout, "w") as out, open(stderr, "w") as err:
             patch.chdir(self.path)
             for name, value in {"CHAOS_AT": str(at), "CHAOS_HOW": how, "COLUMNS": "200"}.items():
                 patch.setenv(name, value)
@@ -219,10 +216,9 @@ def why_no_disk() -> str | None:
     """Why no small file system can be mounted here; None if one can."""
     if shutil.which("unshare") is None:
         return "there is no `unshare`, so no small file system can be mounted"
+    command = ["unshare", "-rm", "sh", "-c", f"mkdir out && {MOUNT}"]
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
-            ["unshare", "-rm", "sh", "-c", f"mkdir out && {MOUNT}"], cwd=folder, capture_output=True, text=True
-        )
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     return f"no small file system can be mounted: {done.stderr.strip()}" if done.returncode else None
 
 
