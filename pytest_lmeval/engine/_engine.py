@@ -210,16 +210,16 @@ class Engine:
         """Halve the chunks of a text, which did not fit into memory. Raises OutOfMemory if that is not possible."""
         self._take_less(with_smaller_chunks(self.lm, self.policy), wanted)
 
-    def fit_chunks(self, read: int, count: int) -> None:
-        """Halve the chunks of a text, of which so many tokens are read, until the next `count` fit by estimate; leave them as
-        they are if none fit."""
-        smaller = fitting_chunks(self.lm, self.policy, read, count)
+    def fit_chunks(self, read: int, held: int, count: int) -> None:
+        """Halve the chunks of a text until the next `count` fit by estimate, after `read` tokens with a state of `held` bytes;
+        leave them as they are if none fit."""
+        smaller = fitting_chunks(self.lm, self.policy, read, held, count)
         if smaller is not self.policy:
             self._take_less(smaller, None)
 
-    def is_short(self, read: int, count: int) -> bool:
+    def is_short(self, read: int, held: int, count: int) -> bool:
         """Whether `fit_chunks` would halve them."""
-        return fitting_chunks(self.lm, self.policy, read, count) is not self.policy
+        return fitting_chunks(self.lm, self.policy, read, held, count) is not self.policy
 
     def _take_less(self, policy: Policy | None, wanted: int | None) -> None:
         """Read as this policy says from here on. Raises OutOfMemory if there is none."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from pytest_lmeval.engine._policy import Policy, chunk_of
+from pytest_lmeval.models._failures import NoMemory, unless_full
 from pytest_lmeval.models._identity import fingerprint
 from pytest_lmeval.models._model import Model, state_bytes
 from pytest_lmeval.models._weak_cache import WeakCache
@@ -36,8 +37,14 @@ def _state_cost(lm: Model) -> tuple[int, int]:
     short = min(SHORT, longest - 1)
     if not short:
         return 0, 0
-    with torch.no_grad():
-        small, large = (state_bytes(lm.step(lm.random_ids(1, length), keep=1)[1]) for length in (short, longest))
+
+    def sizes() -> list[int]:
+        with torch.no_grad():
+            return [state_bytes(lm.step(lm.random_ids(1, length), keep=1)[1]) for length in (short, longest)]
+
+    if isinstance(found := unless_full(sizes), NoMemory):
+        return 0, 0
+    small, large = found
     per_token = max(0, large - small) // (longest - short)
     return max(0, small - per_token * short), per_token
 
@@ -54,13 +61,14 @@ def rows_that_fit(lm: Model, tokens: int, scored: int) -> int:
     return rows
 
 
-def fitting_chunks(lm: Model, policy: Policy, read: int, count: int) -> Policy:
-    """The policy with chunks so small that the next `count` of them fit into the free memory by estimate, after so many tokens;
-    the same policy if its own do, or if none do. Activations are not counted: what they take is found by running out."""
+def fitting_chunks(lm: Model, policy: Policy, read: int, held: int, count: int) -> Policy:
+    """The policy with chunks so small that the next `count` of them fit into the free memory by estimate: their logits, and a
+    state that grows as before, to `held` bytes after `read` tokens. The same policy if its own fit, or if none do. Activations
+    are not counted: what they take is found by running out."""
     free, smaller = free_bytes(lm.device), policy
     while free is not None:
         size = chunk_of(lm, smaller)
-        grown = row_bytes(lm, read + count * size) - row_bytes(lm, read)
+        grown = held * count * size // read if read else 0
         if grown + SCORING * lm.vocab_size * size <= SPARE * free:
             return smaller
         if (halved := with_smaller_chunks(lm, smaller)) is None:

@@ -237,7 +237,7 @@ def measure_perplexity(
         usable = sums is not None and LossFile.holds(losses, sums.tokens)
         return sums if sums is not None and usable else LossAccumulator(by_document, tuple(sorted(set(positions))))
 
-    sums = begin()
+    once, sums = not source.fingerprint, begin()  # a text without one may be given only once: an iterator
     resumed_at, began = sums.tokens, time.perf_counter() - sums.seconds
 
     def read_on(sums: LossAccumulator) -> TextAudit | None:
@@ -261,21 +261,17 @@ def measure_perplexity(
                 measured = monitor is None or monitor.measure(sums)
                 if measured:  # don't checkpoint while a measurement is pending
                     saver.save_if_due(sums)
-                if (
-                    measured
-                    and number % LOOK_AHEAD == LOOK_AHEAD - 1
-                    and source.fingerprint
-                    and engine.is_short(sums.scored, LOOK_AHEAD)
-                ):
+                looks_ahead = measured and not once and number % LOOK_AHEAD == LOOK_AHEAD - 1
+                if looks_ahead and engine.is_short(sums.scored, sums.peak_state_bytes, LOOK_AHEAD):
                     return None
             if monitor is not None:
                 monitor.measure(sums, last=True)
         return audit
 
-    once, audit = not source.fingerprint, None  # it may be given only once: an iterator
+    audit = None
     while audit is None:
         if not once:
-            engine.fit_chunks(sums.scored, LOOK_AHEAD)
+            engine.fit_chunks(sums.scored, sums.peak_state_bytes, LOOK_AHEAD)
         found = read_on(sums) if once else unless_full(partial(read_on, sums))
         if isinstance(found, NoMemory):  # the state may be changed in part: go back to the last saved one, or begin again
             engine.take_smaller_chunks(found.wanted)
