@@ -118,4 +118,4 @@ def test_a_real_limit_of_memory_is_read_below(capsys):
         print(f"\nfree: {free}\nwithin 300 MiB: {limited}")
     assert limited["nll"] == pytest.approx(free["nll"], rel=1e-6)
     assert limited["n"] == free["n"]
-    assert any(re.search("memory ran out", note) for note in limited["notes"])
+    assert any(re.search("memory is short", note) for note in limited["notes"])

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -20,6 +20,7 @@ OPTIONS: dict[str, tuple[Any, str]] = {  # name -> (default, help)
     "lmeval-corpus": ([], "text to train and compare on: stdlib, wikitext-2, text:PATH, ... (repeatable)"),
     "lmeval-limit": ("", "examples of a task, documents of a corpus that is read by document"),
     "lmeval-tokens": ("", "tokens of a stream; 200k and 1M read too"),
+    "lmeval-batch": ("", "rows of a batch of questions, 8 by default; auto: as many as fit into the memory"),
     "lmeval-profile": ("", "how hard to look for broken laws: dev, ci (the default where CI is set) or nightly"),
     "lmeval-budget": (
         "",
@@ -76,6 +77,16 @@ def _number(text: str) -> int | None:
     return round(float(match[1]) * {"": 1, "k": 1000, "m": 1_000_000}[match[2].lower()]) if match else None
 
 
+def batch(config: pytest.Config) -> int | Literal["auto"] | None:
+    """Rows of --lmeval-batch; None if it is not given."""
+    text = str(option(config, "lmeval-batch")).strip()
+    if text == "auto":
+        return "auto"
+    if text and not (text.isdigit() and int(text) > 0):
+        raise pytest.UsageError(f"--lmeval-batch takes a positive number or auto; got {text!r}.{nearest(text, ['auto'])}")
+    return int(text) if text else None
+
+
 def budget(config: pytest.Config) -> int | None:
     """Tokens of --lmeval-budget; None if it is not given. Refuses what looks like seconds."""
     text = str(option(config, "lmeval-budget")).strip()
@@ -97,6 +108,7 @@ def check(config: pytest.Config) -> None:
         if not (str(text).isdigit() and int(text) > 0):
             raise pytest.UsageError(f"--lmeval-seq-len takes a positive number; got {text!r}.")
     budget(config)
+    batch(config)
     for name, choices in CHOICES.items():
         if (given := str(option(config, name))) not in choices:
             *others, last = filter(None, choices)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pytest_lmeval.data._corpus import Corpus
 from pytest_lmeval.models._identity import fingerprint
@@ -32,6 +32,7 @@ class Session:
 
     folder           for all output; None writes nothing
     profile, budget  how hard the probe of a model's laws searches, and for how many tokens beyond their floors
+    batch            rows of a batch of questions; "auto": as many as fit; None: as many as the verb says
     parallel         other tests run at the same time, so speed is not measured
     trusted          models that may run their own code
     mirror           a folder to use instead of the hub
@@ -46,6 +47,7 @@ class Session:
     seq_lens: tuple[int, ...] = ()
     profile: str = ""
     budget: int | None = None
+    batch: int | Literal["auto"] | None = None
     parallel: bool = False
     device: str = "auto"
     bits: int | None = None

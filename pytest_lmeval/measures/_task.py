@@ -25,6 +25,7 @@ from pytest_lmeval.data._formats import Row
 from pytest_lmeval.data._rows import Rows
 from pytest_lmeval.engine import Engine, Policy, Prompt, Request, Scored, policy_for
 from pytest_lmeval.engine._losses import token_rounding
+from pytest_lmeval.engine._memory import rows_that_fit
 from pytest_lmeval.errors import ArgumentError, NotFiniteError, Refused, TaskError, nearest
 from pytest_lmeval.measures._context import VerbContext, current, verb
 from pytest_lmeval.measures._task_audit import Answered, TaskAudit
@@ -45,6 +46,8 @@ from pytest_lmeval.statistics import _sequential as sequential
 from pytest_lmeval.tasks import find
 from pytest_lmeval.tasks._questions import Choices, Generate, Judge, Question, Task
 
+BATCH = 8  # rows
+LOOKED_AT = 256  # questions, to choose a batch size
 BATCHES = 16  # in a block after the first: more questions share more, and a first block of one batch shows progress at once
 BLOCK_TOKENS = 1 << 16  # of the prompts of a block, at most: a run that is killed loses one block
 
@@ -61,7 +64,7 @@ def task(
     shots: int = 0,
     *,
     limit: int | None = None,
-    batch_size: int = 8,
+    batch_size: int | Literal["auto"] | None = None,
     fewshot: Literal["document", "lm_eval"] = "document",
     truncate: Literal["left", "refuse"] = "left",
     seed: int = 0,
@@ -71,6 +74,9 @@ def task(
 
     A prefix that questions share is read once, where the laws that the model was probed for allow it. With invariant=True,
     each request is read alone: its log-likelihood does not depend on batch size, order or limit, to the last bit.
+
+    batch_size  rows of a batch; by default those of --lmeval-batch, else 8. "auto": as many as fit into the memory by estimate.
+                Wherever memory runs out, half as many are read from there on, and a note says so.
     """
     context = current()
     asked = find(task) if isinstance(task, str) else task
@@ -79,9 +85,12 @@ def task(
     model, certificate = context.certified(lm)
     limit = context.session.limit if limit is None else limit
     settings: dict[str, Any] = {"shots": shots, "limit": limit, "fewshot": fewshot, "truncate": truncate, "seed": seed}
-    policy = policy_for(model, certificate, batch_size=batch_size, invariant=invariant)
+    rows = batch_size or context.session.batch or BATCH
+    if rows == "auto":
+        rows = _rows_that_fit(model, asked, shots, fewshot, truncate, seed, context.session.mirror)
+    policy = policy_for(model, certificate, batch_size=rows, invariant=invariant)
     data = [asked.name, asked.style, asked.special_tokens, _rows_fingerprint(asked, context), tokenizer_fingerprint(model)]
-    key = context.key("task", model, {**settings, "batch_size": batch_size, "invariant": invariant}, data)
+    key = context.key("task", model, {**settings, "batch_size": policy.batch_size, "invariant": invariant}, data)
     written = context.file("examples.jsonl")
     with context.session.progress(f"{model.spec} answers {asked.name}", unit="questions") as progress:
         result = measure_task(
@@ -97,6 +106,19 @@ def task(
     if result.resumed:
         context.log.notes.append(f"{model.spec} on {asked.name}: {result.resumed:,} answers taken from an earlier run")
     return context.recorded(key, replace(result, record=structs.replace(result.record, examples=written)))
+
+
+def _rows_that_fit(
+    lm: Model, task: Task, shots: int, fewshot: Fewshot, truncate: Truncate, seed: int, data_dir: str | Path | None
+) -> int:
+    """The rows of a batch that fit into memory by estimate, as long as the longest of the first 256 questions."""
+    metrics, asked = _metrics_of(task, _questions(task, data_dir, []))
+    encoder, drawn = Encoder(lm, task, truncate, seed), Shots(task, shots, fewshot, data_dir=data_dir, seed=seed)
+    first = list(islice(_encoded(task, asked, metrics, encoder, drawn), LOOKED_AT))
+    longest = max((len(request.ids) for one in first for request in one.requests), default=1)
+    answers = (one.question.max_tokens if isinstance(one.question, Generate) else 0 for one in first)
+    scored = max((request.asked for one in first for request in one.requests), default=1)
+    return rows_that_fit(lm, longest + max(answers, default=0), max(1, scored))
 
 
 def _store_name(lm: Model, task: Task) -> str:
