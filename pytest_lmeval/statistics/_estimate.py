@@ -96,7 +96,8 @@ def of_units(sums: np.ndarray, *, cautious: bool = False) -> Estimate | None:
     value = float(total[0] / total[1])
     deviations = (sums[:, 0] - value * sums[:, 1]) / total[1] / (1 - weights)
     error = math.sqrt(float((deviations**2).sum()))
-    skewness = float(((deviations / error) ** 3).sum()) if error else 0.0
+    unbiased = n**2 / ((n - 1) * (n - 2))  # Cramer 1946: a sample shows less skewness than there is
+    skewness = unbiased * float(((deviations / error) ** 3).sum()) if error else 0.0
     freedom = float((weights**2).sum() ** 2 / (weights**4).sum())
     few = cautious and effective_units(sums) < MANY
     return Estimate(value, np.array([error]), np.ones(1), freedom, skewness, sums if few else None)
