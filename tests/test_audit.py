@@ -356,7 +356,7 @@ def test_a_right_model_answers_and_a_twentieth_of_the_work_is_done_again(task, s
 
 
 def test_a_model_with_a_context_limit_is_audited_too():
-    limited = dataclasses.replace(as_model(BYTE_LM), context_length=512)
+    limited = dataclasses.replace(as_model(BYTE_LM), context_length=4096)
     assert audit_of(answer(limited)).questions >= 1
 
 
