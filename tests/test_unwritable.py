@@ -217,6 +217,7 @@ def test_the_results_of_a_killed_run_are_rendered_from_its_journal(tmp_path, cap
     assert main(["render", str(tmp_path)]) == 0
     text = (tmp_path / "summary.md").read_text()
     assert "# lmeval: The run did not end: 1 test measured something before" in text
+    assert "Python ," not in text  # the journal does not know the machine
     assert "test\\_before" in text
     assert "it was killed, or still runs" in capsys.readouterr().out
     Journal(tmp_path).end(["one"])
