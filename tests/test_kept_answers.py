@@ -236,7 +236,7 @@ def test_a_question_half_of_which_was_read_in_other_batches_is_read_as_a_whole(t
     shutil.copy(kept, copy)
     with pytest.raises(Killed):
         ask(Watched(at=at).lm, kept=kept)
-    assert content(ask(BYTE_LM, kept=kept)) == content(ask(BYTE_LM, kept=copy))
+    assert content(ask(Watched().lm, kept=kept)) == content(ask(Watched().lm, kept=copy))
 
 
 def test_a_sampled_answer_of_a_row_of_another_name_is_not_taken(tmp_path):
