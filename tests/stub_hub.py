@@ -136,7 +136,7 @@ class Answers(BaseHTTPRequestHandler):
     def drip(self, raw):
         self.close_connection = True
         for byte in raw:
-            if self.server.over.wait(0.1):
+            if self.server.over.wait(0.02):
                 return
             self.wfile.write(bytes([byte]))
             self.wfile.flush()

@@ -355,6 +355,11 @@ def test_a_right_model_answers_and_a_twentieth_of_the_work_is_done_again(task, s
     assert result.record.certificate.coverage.endswith(" audited")
 
 
+def test_a_model_with_a_context_limit_is_audited_too():
+    limited = dataclasses.replace(as_model(BYTE_LM), context_length=4096)
+    assert audit_of(answer(limited)).questions >= 1
+
+
 def test_one_question_is_read_again_whatever_it_costs():
     audit = audit_of(answer(BYTE_LM, limit=2))
     assert (audit.questions, audit.share > SHARE) == (1, True)

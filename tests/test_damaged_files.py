@@ -119,6 +119,7 @@ def test_tokens_in_a_zip_or_a_pickle_are_refused(tmp_path):
 def test_a_long_name_in_any_script_is_shortened_for_file_names(tmp_path, letter):
     context = VerbContext(session.Session(folder=tmp_path), session.TestLog(f"t.py::test_{letter * 200}"))
     path = context.path(context.file("examples.jsonl"))
+    path.parent.mkdir()
     path.with_name(f"{path.name}.1234567.new").write_text("fits")
     assert len(path.name.encode()) < 140
 

@@ -1,4 +1,4 @@
-"""What a task has read is kept as each batch ends: a killed run goes on to the same record, to the last bit."""
+"""Keep what a task has read as each batch ends: a killed run goes on to the same record, to the last bit."""
 
 import dataclasses
 import json

@@ -18,6 +18,9 @@ from pytest_lmeval.measures import Lmeval
 from pytest_lmeval.measures._context import VerbContext
 from pytest_lmeval.measures._perplexity import measure_perplexity
 from pytest_lmeval.measures._task import measure_task
+from pytest_lmeval.models import _free_memory, _huggingface
+from pytest_lmeval.models._sources import load
+from pytest_lmeval.records._journal import JournalWarning
 
 TASK = Task("chooses", [{"n": n} for n in range(24)], lambda row: Choices(f"the number {row['n']} is", (" odd", " even"), 0))
 
@@ -63,7 +66,7 @@ def test_a_row_too_long_for_one_step_is_read_in_several():
 
 def test_what_does_not_fit_in_one_token_is_an_error_with_what_to_do():
     module, lm = byte_model()
-    said = r"a step of 1 row\(s\) of 1 token\(s\) does not fit .*: an allocation of .* failed, and there is no smaller .*@bf16"
+    said = r"a step of 1 row\(s\) of 1 token\(s\) does not fit .* an allocation of .* and there is no smaller one.*@bf16"
     with running_out(module, above=0), pytest.raises(OutOfMemory, match=said):
         Engine(lm).score([Request(ids_of(30), 2)])
     stateless = as_model(module := Stateless())
@@ -119,16 +122,16 @@ def test_a_batch_of_any_size_that_fits_is_chosen_and_recorded(monkeypatch):
 
 def test_the_memory_of_the_cpu_is_the_least_of_what_is_free_and_what_is_allowed(tmp_path, monkeypatch):
     device = as_model(Layered()).device
-    assert 0 < _memory.free_bytes(device) < 1 << 50
-    monkeypatch.setattr(_memory, "CGROUP", tmp_path)
+    assert 0 < _free_memory.free_bytes(device) < 1 << 50
+    monkeypatch.setattr(_free_memory, "CGROUP", tmp_path)
     for name, size in (("memory.max", 9_000_000), ("memory.current", 2_000_000)):
         (tmp_path / name).write_text(f"{size}\n")
-    assert _memory.free_bytes(device) == 7_000_000
+    assert _free_memory.free_bytes(device) == 7_000_000
     (tmp_path / "memory.max").write_text("max\n")
-    assert _memory.free_bytes(device) > 7_000_000
-    monkeypatch.setattr(_memory, "MEMINFO", tmp_path / "nothing")
-    monkeypatch.setattr(_memory, "_within_limit", lambda: None)
-    assert _memory.free_bytes(device) is None
+    assert _free_memory.free_bytes(device) > 7_000_000
+    monkeypatch.setattr(_free_memory, "MEMINFO", tmp_path / "nothing")
+    monkeypatch.setattr(_free_memory, "_within_limit", lambda: None)
+    assert _free_memory.free_bytes(device) is None
 
 
 def test_the_state_of_a_row_is_a_line_through_two_sizes():
@@ -154,3 +157,17 @@ def test_what_was_not_found_out_since_memory_ran_out_is_found_out_later(learn):
 @pytest.mark.parametrize(("given", "expected"), [("", None), ("auto", "auto"), ("24", 24)])
 def test_the_option_takes_a_number_or_auto(pytester, given, expected):
     assert _options.batch(pytester.parseconfig(*([f"--lmeval-batch={given}"] if given else []))) == expected
+
+
+def test_weights_that_are_larger_than_what_is_free_are_announced(tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    size = (tmp_path / "model.safetensors").stat().st_size
+    monkeypatch.setattr(_huggingface, "free_bytes", lambda device: size - 1)
+    with pytest.warns(JournalWarning, match=rf"its weights take {size:,} bytes .* and {size - 1:,} are free"):
+        load(f"hf:{tmp_path}")
+    monkeypatch.setattr(_huggingface, "free_bytes", lambda device: size)
+    load(f"hf:{tmp_path}")

@@ -76,7 +76,7 @@ def test_a_training_that_runs_out_at_any_call_goes_on_in_smaller_batches_with_th
 
 
 @pytest.mark.parametrize(("above", "rows", "tried"), [(16, 2, 1), (8, 1, 2)])
-def test_the_rows_that_fit_are_remembered_and_the_record_says_so_once(above, rows, tried):
+def test_later_steps_read_as_many_rows_as_fitted_and_the_record_says_so_once(above, rows, tried):
     with running_out(module := layered(), above=above) as memory:
         result = trained(module)
     assert_as_undisturbed(result)

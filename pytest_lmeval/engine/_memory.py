@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 from pytest_lmeval.engine._policy import Policy, chunk_of
 from pytest_lmeval.models._failures import NoMemory, unless_full
+from pytest_lmeval.models._free_memory import free_bytes
 from pytest_lmeval.models._identity import fingerprint
 from pytest_lmeval.models._model import Model, state_bytes
 from pytest_lmeval.models._weak_cache import WeakCache
@@ -18,7 +17,6 @@ SHORT, LONG = 8, 40  # tokens after which states are compared
 SCORING = 3 * 4  # bytes that each logit takes while it is scored: float32, and twice as much beside it
 SPARE = 0.9  # fraction of the free memory that is planned with
 MOST_ROWS = 1024  # that are tried for --lmeval-batch auto
-MEMINFO, STATUS, CGROUP = Path("/proc/meminfo"), Path("/proc/self/status"), Path("/sys/fs/cgroup")
 STATE_COSTS = WeakCache["tuple[int, int]"]()  # by `step_fn`
 
 
@@ -72,42 +70,6 @@ def fitting_chunks(lm: Model, policy: Policy, read: int, held: int, count: int) 
             return policy
         smaller = halved
     return policy
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Bytes that may still be allocated: on the device, or of the CPU's memory within the limits of this process and its
-    cgroup; None if the system does not tell."""
-    if device.type == "cuda":
-        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + reserved
-    if device.type != "cpu":
-        return None
-    found = [free for free in (_available(), _within_cgroup(), _within_limit()) if free is not None]
-    return max(0, min(found)) if found else None
-
-
-def _available() -> int | None:
-    found = re.search(r"MemAvailable:\s+(\d+) kB", MEMINFO.read_text()) if MEMINFO.exists() else None
-    return None if found is None else 1024 * int(found[1])
-
-
-def _within_cgroup() -> int | None:
-    try:
-        return int((CGROUP / "memory.max").read_text()) - int((CGROUP / "memory.current").read_text())
-    except (OSError, ValueError):  # no such file, or "max"
-        return None
-
-
-def _within_limit() -> int | None:
-    """What `ulimit -v` leaves of the address space."""
-    try:
-        import resource
-
-        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-        used = re.search(r"VmSize:\s+(\d+) kB", STATUS.read_text())
-    except (ImportError, OSError):
-        return None
-    return None if limit == resource.RLIM_INFINITY or used is None else limit - 1024 * int(used[1])
 
 
 def with_less(policy: Policy, rows: int, tokens: int) -> Policy | None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from msgspec import structs
 
-from pytest_lmeval.engine import Engine, Prompt, Request
+from pytest_lmeval.engine import Engine, Policy, Prompt, Request
 from pytest_lmeval.engine._policy import CALL
 from pytest_lmeval.engine._tree import tree
 from pytest_lmeval.errors import Refused
@@ -76,10 +76,9 @@ class TaskAudit:
         self.found, self.full = Audit(), 0
         self.audited: dict[int, Example] = {}
         self._waiting: list[Answered] = []
-        whole = engine.asked.longest is None  # one that does not fit is not read in pieces
-        self._alone = replace(
-            engine.asked, carry=engine.asked.carry and not whole, fork=False, batch_size=1, invariant=False, certificate=None
-        )
+        asked = engine.asked  # without a longest step, one that does not fit into memory is not read in several
+        self._alone = Policy(carry=asked.carry and asked.longest is not None, longest=asked.longest, multiple=asked.multiple,
+                             single=asked.single, fork=False, batch_size=1)  # fmt: skip
 
     def result(self, examples: Sequence[Example]) -> Audit | None:
         """What was read again of these; None if nothing was."""

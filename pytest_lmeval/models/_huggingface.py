@@ -22,10 +22,12 @@ from torch import Tensor, nn
 
 from pytest_lmeval.errors import HubError, ModelError, SpecError, described, some
 from pytest_lmeval.models import _specs as specs
+from pytest_lmeval.models._free_memory import free_bytes
 from pytest_lmeval.models._hub import HubCall
 from pytest_lmeval.models._model import Model, State, StepFn, devices_note, tokenizer_for
 from pytest_lmeval.models._sources import Loaded
 from pytest_lmeval.models._tensors import nbytes
+from pytest_lmeval.records._journal import warn
 
 CACHE_NAMES = ("past_key_values", "cache_params", "state")  # the last two: Mamba and its relatives, RWKV
 CONTEXT_LENGTHS = ("max_position_embeddings", "max_target_positions", "max_seq_len")
@@ -69,6 +71,7 @@ def load(name: str, *, spec: str, dtype: torch.dtype | None = None, trust_remote
     if folder.is_dir():
         source, where = str(folder), "is a folder here.)"
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    _announce_large(spec, folder)
     try:
         with HubCall():
             config = transformers.AutoConfig.from_pretrained(source, **options)
@@ -104,6 +107,13 @@ def load(name: str, *, spec: str, dtype: torch.dtype | None = None, trust_remote
     if isinstance(saved, torch.dtype):  # buffers are not saved: the model computes them
         before = sum(p.numel() * saved.itemsize for p in module.parameters()) + sum(map(nbytes, module.buffers()))
     return Loaded(module.train(False), tokenizer, before, unused_weights=tuple(sorted(report["unexpected_keys"])))
+
+
+def _announce_large(spec: str, folder: Path) -> None:
+    """Warn if the weights in a folder are larger than the free memory: the system may kill the process that loads them."""
+    size, free = sum(file.stat().st_size for file in folder.glob("*.safetensors")), free_bytes(torch.device("cpu"))
+    if free is not None and size > free:
+        warn(f"{spec}: its weights take {size:,} bytes on the disk, and {free:,} are free in memory; loading them may fail.")
 
 
 def _unreadable_files(folder: Path) -> list[str]:

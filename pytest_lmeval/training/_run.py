@@ -143,7 +143,7 @@ class Folder:
             fill(run.lm, point["weights"], "the saved point")
             run.optimizer.load_state_dict(point["optimizer"])
             for name in KEPT:
-                if type(point[name]) is not type(getattr(run, name)):
+                if getattr(run, name) is not None and type(point[name]) is not type(getattr(run, name)):
                     raise TypeError(f"{name} is a {type(point[name]).__name__}")
                 setattr(run, name, point[name])
             run.resumed_at = run.step
