@@ -136,12 +136,9 @@ class AnswerStore:
         names, _, kept = self._named(questions)
         found: dict[int, Answer] = {}
         for number, (name, prompt) in enumerate(zip(names, prompts, strict=True)):
-            one = kept.get(name)
-            whole = isinstance(one, KeptAnswer) and one.why and len(one.ids) == len(one.logprobs) <= prompt.max_tokens
-            if whole and (judged is None or judged(number, one.text) == one.judged):
-                found[number] = Answer(
-                    prompt, list(one.ids), list(one.logprobs), one.text, [], one.judged, one.read, one.why, Counts(*one.counts)
-                )
+            answer = _answer(kept.get(name), prompt)
+            if answer is not None and (judged is None or judged(number, answer.text) == answer.judged):
+                found[number] = answer
 
         def keep(new: Mapping[int, Answer]) -> None:
             answers = {
@@ -214,6 +211,14 @@ class AnswerStore:
             why = error.strerror or error
             warn(f"{self.path} cannot be written ({why}); the questions are asked on. If interrupted, they are asked again.")
             self.path = None
+
+
+def _answer(kept: Kept | None, prompt: Prompt) -> Answer | None:
+    """What was kept as an answer to the prompt; None for what can be none."""
+    if not isinstance(kept, KeptAnswer) or not kept.why or not len(kept.ids) == len(kept.logprobs) <= prompt.max_tokens:
+        return None
+    ids, logprobs, counts = list(kept.ids), list(kept.logprobs), Counts(*kept.counts)
+    return Answer(prompt, ids, logprobs, kept.text, [], kept.judged, kept.read, kept.why, counts)
 
 
 def names_of(question: EncodedQuestion) -> list[str]:
