@@ -13,7 +13,8 @@ from reading import ids_of, nll_of
 from tiny_models import VOCAB, Forgetful, Functional, Stateless, Stepper
 
 from pytest_lmeval import as_model, load
-from pytest_lmeval.engine import Engine, Policy, Prompt, Request, Scored, Windows, policy_for
+from pytest_lmeval.engine import Engine, Policy, Prompt, Request, Results, Scored, Windows, policy_for
+from pytest_lmeval.engine._memory import row_bytes
 from pytest_lmeval.engine._state_rows import selection
 from pytest_lmeval.errors import Refused, StreamError, TaskError
 from pytest_lmeval.laws._run_probe import verdict_of
@@ -360,6 +361,39 @@ def test_an_engine_and_its_states_are_freed_without_a_collection():
         assert tensors() == before
     finally:
         gc.enable()
+
+
+def test_the_states_of_a_batch_are_freed_when_what_continues_them_is_read():
+    """Also if one row of them is kept for the next block of requests."""
+    alive, rows = [], []
+
+    class Watched(Functional):
+        def forward(self, input_ids, state=None):
+            rows.append(sum(left.shape[1] for states in alive if (left := states()) is not None))
+            logits, state = super().forward(input_ids, state)
+            alive.append(weakref.ref(state))
+            return logits, state
+
+    engine = Engine(as_model(Watched()), Policy(batch_size=2))
+    prompts = [np.full(60, passage) for passage in range(6)]
+    requests = [Request(np.concatenate([prompt, ids_of(20, seed=end)]), 60) for prompt in prompts for end in range(3)]
+    selection(engine.lm), row_bytes(engine.lm, 1)
+    del alive[:], rows[:]
+    engine.score(requests[::-1])
+    assert len(rows) == 3 * 2
+    assert rows[::2] == [0, 0, 0]
+
+
+def test_a_result_that_is_there_stays_as_it_is_when_its_tokens_are_read_for_others():
+    """What was read before memory ran out, in larger batches, has other last bits."""
+    text = ids_of(60)
+    requests = [Request(text, 20), *(Request(np.concatenate([text, ids_of(20, seed=end)]), 20) for end in range(3))]
+    there = Scored(np.linspace(-1, -2, 40), read=7)
+    found = Engine(LM).score(requests, Results({0: there}))
+    assert found[0].loglikelihood is there.loglikelihood
+    assert found[0].loglikelihood[-1] == -2
+    for one, other in zip(found[1:], Engine(LM).score(requests)[1:], strict=True):
+        np.testing.assert_array_equal(one.loglikelihood, other.loglikelihood)
 
 
 def test_a_model_that_turns_gradients_on_is_read_without_them():

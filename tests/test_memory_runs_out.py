@@ -12,7 +12,7 @@ from tiny_models import Stateless
 
 from pytest_lmeval import Choices, Generate, Task, _options, as_model, policy_for
 from pytest_lmeval._session import Session
-from pytest_lmeval.engine import Engine, Request, _memory
+from pytest_lmeval.engine import Engine, Request, _memory, _state_rows
 from pytest_lmeval.errors import OutOfMemory
 from pytest_lmeval.measures import Lmeval
 from pytest_lmeval.measures._context import VerbContext
@@ -144,6 +144,14 @@ def test_the_state_of_a_row_is_a_line_through_two_sizes():
     assert _memory.row_bytes(as_model(Stateless()), 100) == 0
     short = dataclasses.replace(lm, context_length=1, step_fn=lambda *given: lm.step_fn(*given))
     assert _memory.row_bytes(short, 1) == 0
+
+
+@pytest.mark.parametrize("learn", [_state_rows.selection, lambda lm: _memory.row_bytes(lm, 9)])
+def test_what_was_not_found_out_since_memory_ran_out_is_found_out_later(learn):
+    module, lm = byte_model()
+    with running_out(module, at=2):
+        assert not learn(lm)
+    assert learn(lm)
 
 
 @pytest.mark.parametrize(("given", "expected"), [("", None), ("auto", "auto"), ("24", 24)])

@@ -52,6 +52,7 @@ class NodeReader:
         self.scored = [Scored(np.full(request.asked, np.nan)) for request in requests]
         self._left = [request.asked for request in requests]  # tokens of each that the tree has not reached yet
         self._parts: list[list[Deferred]] = [[] for _ in requests]  # what reads those that it has reached
+        self._there: set[int] = set()  # those whose results stay as they are, even if others need their tokens
 
     def read_padded(self, branches: Branches, before: Deferred) -> None:
         """Read whole nodes that nothing continues in a padded batch; row i of the state is before node i."""
@@ -79,6 +80,7 @@ class NodeReader:
             for number, scored in zip(complete, found, strict=True):
                 self.scored[number] = replace(scored)  # more may be read for it, if others continue it
                 self.engine.counts.hold(scored.state_bytes)
+            self._there.update(complete)
         else:
             for part in (part for number in complete for part in self._parts[number]):
                 part.get()
@@ -94,7 +96,7 @@ class NodeReader:
         first = min((first_wanted(node) for node in nodes), default=width)
         skipped = min(first, width - 1)  # keep at least one position: a model may return all logits for keep=0
         logits, state = self.engine.prefill(ids.to(self.engine.lm.device), state, keep=width - skipped)
-        wanted = [(row, node, *span) for row, node in enumerate(nodes) for span in node.wanted]
+        wanted = [(row, node, *span) for row, node in enumerate(nodes) for span in node.wanted if span[0] not in self._there]
         if wanted:
             self._record(wanted, logits, skipped)
         self.engine.counts.hold(state)

@@ -80,8 +80,6 @@ class Forked:
                 nodes = tree(requests, members, start=len(prefix), step=self._step_cost)
                 self._visit(reader, state, [(node, 0) for node in nodes], kept, on_leaves)
         self.prefix_cache = sorted(kept, key=lambda entry: len(entry[0]))[:CACHED]  # more requests share the shorter ones
-        for _, state in self.prefix_cache:
-            state.settle()
 
     def _visit(
         self,
@@ -96,6 +94,8 @@ class Forked:
         inner = [(node, row) for node, row in branches if node.children]
         for batch in batches(inner, self._most(inner, self.policy.batch_size)):
             self._visit(reader, *self._read_inner(reader, state, batch, kept), kept, on_leaves)
+        for _, one in kept:
+            one.settle()  # else it would keep all rows of the batch
 
     def _each(self, state: Deferred, leaves: Branches, read: Callable[[Deferred, Branches], None], *, padded: bool) -> None:
         """Read leaves in batches. If they are padded, short ones form larger batches, of no more tokens than whole prompts."""

@@ -22,10 +22,13 @@ STATE_COSTS = WeakCache["tuple[int, int]"]()  # by `step_fn`
 
 def row_bytes(lm: Model, tokens: int) -> int:
     """Bytes of the state of one row after so many tokens, as a line through its sizes after 8 and 40 tokens: more than it is
-    where a window bounds it. 0 for a model without a state."""
+    where a window bounds it. 0 for a model without a state, or if memory is too short to find out."""
     if not lm.stateful or lm.codebooks is not None:
         return 0
-    constant, per_token = STATE_COSTS.value(lm.step_fn, lambda: _state_cost(lm), stamp=fingerprint(lm))
+    found = unless_full(lambda: STATE_COSTS.value(lm.step_fn, lambda: _state_cost(lm), stamp=fingerprint(lm)))
+    if isinstance(found, NoMemory):
+        return 0
+    constant, per_token = found
     return constant + per_token * tokens
 
 
@@ -35,14 +38,8 @@ def _state_cost(lm: Model) -> tuple[int, int]:
     short = min(SHORT, longest - 1)
     if not short:
         return 0, 0
-
-    def sizes() -> list[int]:
-        with torch.no_grad():
-            return [state_bytes(lm.step(lm.random_ids(1, length), keep=1)[1]) for length in (short, longest)]
-
-    if isinstance(found := unless_full(sizes), NoMemory):
-        return 0, 0
-    small, large = found
+    with torch.no_grad():
+        small, large = [state_bytes(lm.step(lm.random_ids(1, length), keep=1)[1]) for length in (short, longest)]
     per_token = max(0, large - small) // (longest - short)
     return max(0, small - per_token * short), per_token
 

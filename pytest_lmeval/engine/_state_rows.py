@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from pytest_lmeval.models._failures import OUT_OF_MEMORY, NoMemory, failure_of, unless_full
 from pytest_lmeval.models._identity import fingerprint
 from pytest_lmeval.models._model import Model, State
 from pytest_lmeval.models._weak_cache import WeakCache
@@ -29,10 +30,12 @@ SELECTIONS = WeakCache["Select | None"]()  # by `step_fn`: finding one takes 20 
 
 
 def selection(lm: Model) -> Select | None:
-    """A function that copies rows of a state: `select(state, [0, 0, 2])`; None if the model's states have no rows."""
+    """A function that copies rows of a state: `select(state, [0, 0, 2])`; None if the model's states have no rows, or if memory
+    is too short to find out."""
     if not lm.stateful or lm.codebooks is not None:
         return None
-    return SELECTIONS.value(lm.step_fn, lambda: _find(lm), stamp=fingerprint(lm))
+    found = unless_full(lambda: SELECTIONS.value(lm.step_fn, lambda: _find(lm), stamp=fingerprint(lm)))
+    return None if isinstance(found, NoMemory) else found
 
 
 def _find(lm: Model) -> Select | None:
@@ -49,7 +52,9 @@ def _find(lm: Model) -> Select | None:
                     return None  # it has other tensors by then, whose row axes are unknown
             select = partial(_selected, axes=axes)
             return select if _continues_alone(lm, ids, select) else None
-    except Exception:  # noqa: BLE001 - a state that cannot be divided may fail in any way
+    except Exception as error:  # a state that cannot be divided may fail in any way
+        if failure_of(error) == OUT_OF_MEMORY:
+            raise
         return None
 
 

@@ -172,6 +172,8 @@ def _read_both(
 ) -> tuple[_Sums, Counter[str]]:
     """The sums over the text, and how many documents were skipped and special tokens written in it."""
     counts, sums = Counter[str](), _Sums(by_document)
+    for engine in engines:
+        engine.on_logits = None  # it holds the last logits of an attempt that ran out of memory
     texts = tee(corpus.documents())  # an iterator can be read once; tee holds only what one model is ahead
     read = [
         _read(engine, replace(corpus, documents=partial(iter, text)), tokens, limit, by_document, counted)

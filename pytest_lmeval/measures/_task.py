@@ -168,7 +168,7 @@ def measure_task(
     kept      keep in this file what is read, as each batch ends, and read nothing again that it holds (see `AnswerStore`)
 
     Scores and verdicts are computed anew from what was read; if the judge now says something else of an answer, it is generated
-    again. One answer that another process read is read again: if the model now answers otherwise, all are.
+    again. One answer that an earlier call read is read again: if the model now answers otherwise, all are.
 
     Raises TaskError, CorpusError, NotFiniteError, with the row that cannot be asked, read, scored; earlier answers are kept.
     Raises Refused if the audit (`TaskAudit`) finds that an answer depends on the others; then none is kept.
@@ -179,7 +179,7 @@ def measure_task(
     policy = Engine(lm, policy).policy
     certificate = policy.certificate
     proven = certificate is not None and certificate.verdict != CONSISTENT
-    store = AnswerStore(kept, _plan(policy, limit), exchangeable=proven)
+    store = AnswerStore(kept, _plan(policy), alone=policy.invariant, exchangeable=proven)
 
     def measure() -> TaskResult:
         return _measured(lm, task, Engine(lm, policy), store, shots, limit, fewshot, truncate, seed, data_dir, progress)
@@ -210,12 +210,10 @@ def _after_forgetting(store: AnswerStore, measure: Callable[[], TaskResult]) -> 
         raise
 
 
-def _plan(policy: Policy, limit: int | None) -> str:
-    """A name for how the questions are put into batches, on which the last bits of an answer depend."""
-    if policy.invariant or (policy.batch_size == 1 and not policy.share):
-        return "alone"
-    how = [policy.batch_size, policy.share, policy.decode, policy.multiple, policy.single, policy.longest]
-    return key_of(plan=[*how, limit, BATCHES, BLOCK_TOKENS])[:12]
+def _plan(policy: Policy) -> str:
+    """A name for how questions are read, on which the last bits of an answer depend."""
+    how = [policy.share, policy.decode, policy.multiple, policy.single, policy.longest]
+    return key_of(plan=[policy.invariant, policy.batch_size, *how])[:12]
 
 
 def _measured(
@@ -245,6 +243,7 @@ def _measured(
 
     questions = islice(_encoded(task, asked, metrics, encoder, drawn), limit)
     for block in _blocks(questions, engine.asked.batch_size, grow=task.threshold is None):
+        store.begin(block)
         other = [one for one in block if store.from_other_batches(one)]
         numbers = {one.number for one in other}
         read = [
@@ -254,7 +253,7 @@ def _measured(
         ]
         read.sort(key=lambda answer: answer.example.number)
         if not confirmed and (earlier := [answer for answer in read if answer.earlier]):
-            audit.confirm(earlier[0])
+            audit.confirm(earlier)
             confirmed = True
         answered += [answer.example for answer in read]
         audit.block(read, answered)
@@ -351,6 +350,7 @@ def _answers(
     found: dict[int, dict[str, Any]] = {}
     judge, kept = task.judge, set[int]()
     readings: dict[int, list[tuple[Request, np.ndarray]]] = {}
+    asked: dict[int, Prompt] = {}
     if choices := [(one, one.question) for one in some if isinstance(one.question, Choices)]:
         results = store.scored([one for one, _ in choices])
         numbered = enumerate(one.number for one, _ in choices for _ in one.requests)
@@ -365,6 +365,7 @@ def _answers(
         prompts = [
             Prompt(one.requests[0].ids, one.id, way.max_tokens, way.stop, way.temperature, seed) for one, way in generated
         ]
+        asked = {one.number: prompt for (one, _), prompt in zip(generated, prompts, strict=True)}
         judged = None if judge is None else _judging(judge, [one.id for one, _ in generated])
         there = store.answers([one for one, _ in generated], prompts, judged)
         kept |= {generated[number][0].number for number in there.found}
@@ -397,7 +398,8 @@ def _answers(
             **fields,
         )
         scored = _scored(example, metrics, task, engine.lm)
-        yield Answered(scored, readings.get(one.number, ()), one.number in kept, store.is_earlier(one))
+        number = one.number
+        yield Answered(scored, readings.get(number, ()), asked.get(number), number in kept, store.is_earlier(one))
 
 
 def _chosen(asked: EncodedQuestion, question: Choices, scores: Sequence[Scored], lm: Model) -> dict[str, Any]:

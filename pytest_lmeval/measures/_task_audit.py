@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from msgspec import structs
 
-from pytest_lmeval.engine import Engine, Policy, Request
+from pytest_lmeval.engine import Engine, Policy, Prompt, Request
 from pytest_lmeval.engine._policy import CALL
 from pytest_lmeval.engine._tree import tree
 from pytest_lmeval.errors import Refused
@@ -34,12 +34,14 @@ GROSS = 10  # times the tolerance: a difference that no law explains is still no
 class Answered:
     """A question and what was read for it: tokens, and the log-probability of each requested one, as it was measured.
 
+    prompt   of a generated answer
     kept     nothing had to be read: it was there
-    earlier  another process read it
+    earlier  an earlier call read it
     """
 
     example: Example
     readings: Sequence[tuple[Request, np.ndarray]] = ()
+    prompt: Prompt | None = None
     kept: bool = False
     earlier: bool = False
 
@@ -84,10 +86,18 @@ class TaskAudit:
         found = structs.replace(self.found, share=share, full=self.full)
         return found if found.questions or found.answers or found.full else None
 
-    def confirm(self, answered: Answered) -> None:
-        """Read an answer of an earlier process again. Raises Refused if it is not the model's."""
-        if self.engine.policy.certificate is not None and self.engine.executor is None and answered.readings:
-            self._compare(answered)
+    def confirm(self, earlier: Sequence[Answered]) -> None:
+        """Read the shortest of these answers of an earlier call again. Raises Refused if it is not the model's."""
+        if self.engine.policy.certificate is None or self.engine.executor is not None:
+            return
+        alone = Engine(self.engine.lm, replace(self._alone, carry=self.engine.asked.carry))  # in pieces, if it has to be
+        if told := [answered for answered in earlier if answered.readings]:
+            self._compare(min(told, key=lambda answered: max(len(request.ids) for request, _ in answered.readings)), alone)
+            return
+        prompt = earlier[0].prompt
+        assert prompt is not None  # only a generated answer has no token
+        if (answer := alone.generate([replace(prompt, max_tokens=1)])[0]).ids:
+            raise Refused(f"{self.engine.lm.spec} had no answer to {prompt.name}, and now begins {answer.text!r}")
 
     def block(self, answers: Sequence[Answered], examples: Sequence[Example]) -> None:
         """Read some of a block again; `examples` are all so far. Raises Refused for one that differs from what it is alone."""
@@ -110,7 +120,7 @@ class TaskAudit:
             tokens = max(len(request.read) for request, _ in answered.readings)
             due = not (self.found.questions if chosen else self.found.answers) or self.work + cost <= SHARE * work
             if due and not 0 < self.full <= tokens:
-                if (difference := self.store.audited.get(name)) is None:
+                if (difference := self.store.audited(name)) is None:
                     began = time.perf_counter()
                     found = unless_full(partial(self._compare, answered))
                     self.seconds += time.perf_counter() - began
@@ -160,15 +170,15 @@ class TaskAudit:
             questions=old.questions + chosen, answers=old.answers + (not chosen), difference=max(old.difference, difference)
         )
 
-    def _compare(self, answered: Answered) -> float:
+    def _compare(self, answered: Answered, second: Engine | None = None) -> float:
         """The largest difference between the two readings of a question, in nats."""
         lm, policy, example = self.engine.lm, self.engine.policy, answered.example
         assert policy.certificate is not None
-        differences, alike = [], Engine(lm, self._alone)
+        differences, second = [], second or Engine(lm, self._alone)
         pairs = [
             (one, again)
             for some in self._readings(answered)
-            for one, again in zip(some, alike.score([one.read for one in some]), strict=True)
+            for one, again in zip(some, second.score([one.read for one in some]), strict=True)
         ]
         for one, scored in pairs:
             found, alone = one.logprobs[: one.read.asked], scored.loglikelihood

@@ -154,7 +154,11 @@ def text_of(plain: Any) -> str:
 
 def line_of(value: Any) -> str:
     """A value as a line of a JSON-lines file. Raises ValueError for a number that is not finite."""
-    return json.dumps(to_plain(value), ensure_ascii=False, allow_nan=False) + "\n"
+    plain = to_plain(value)
+    line = json.dumps(plain, ensure_ascii=False, allow_nan=False)
+    if not line.isascii() and any("\ud800" <= letter <= "\udfff" for letter in line):  # no UTF-8: text of a broken byte
+        line = json.dumps(plain, allow_nan=False)
+    return line + "\n"
 
 
 def json_schema() -> dict[str, Any]:

@@ -1,27 +1,26 @@
 """Keep what is read for the questions of a task in a file of JSON lines, a line a batch, so that nothing is read twice.
 
 What a metric or an audit needs is computed anew from it. It is found by the key of its question (model, prompt, choices, seed,
-judge), and counts once one answer of it was read again.
+judge) and by the batches that it was read in, and counts once one answer of it was read again.
 """
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
-from pytest_lmeval.engine import Answer, Counts, OnText, Prompt, Results, Scored
+from pytest_lmeval.engine import Answer, Counts, OnText, Prompt, Request, Results, Scored
 from pytest_lmeval.records import _schema as schema
 from pytest_lmeval.records._example import Example
-from pytest_lmeval.records._journal import replace_or_warn, warn
+from pytest_lmeval.records._journal import key_of, replace_or_warn, warn
 from pytest_lmeval.records._replacing import append, regular
 from pytest_lmeval.records._schema import StoredStruct
 from pytest_lmeval.scoring._requests import EncodedQuestion
-
-RUN = uuid.uuid4().hex[:12]  # of this process: what it has read itself needs no second reading
 
 
 class KeptScored(StoredStruct, frozen=True, kw_only=True):
@@ -48,34 +47,43 @@ class KeptAnswer(StoredStruct, frozen=True, kw_only=True):
 class Line(StoredStruct, frozen=True, kw_only=True):
     """What one batch read, by the names of its requests; or the differences that an audit found, by those of its questions."""
 
-    run: str
     plan: str
     scored: dict[str, KeptScored] = {}
     answers: dict[str, KeptAnswer] = {}
     audited: dict[str, float] = {}
 
 
+Kept: TypeAlias = "KeptScored | KeptAnswer"
+
+
 class AnswerStore:
     """What one model read for the questions of a task, in the file at `path`; None keeps nothing.
 
-    plan          names how questions are put into batches: in other batches, an answer may have other last bits
+    plan          names how questions are read and, from the first `begin` on, all questions so far: an answer has the same last
+                  bits in the same batches
+    alone         each request is read alone, whatever the other questions are
     exchangeable  answers that were read in other batches are as good: what batches and shared prefixes change is proven to be
                   rounding
-    audited       name of a question -> the difference that an audit found
     """
 
-    def __init__(self, path: str | Path | None, plan: str = "", *, exchangeable: bool = False) -> None:
-        self.path, self.plan, self.exchangeable = None if path is None else Path(path), plan, exchangeable
-        self.audited: dict[str, float] = {}
-        self._kept: dict[str, KeptScored | KeptAnswer] = {}
-        self._own: set[str] = set()  # names of what was read in the batches of this plan
-        self._earlier: set[str] = set()  # names of what another process read
+    def __init__(self, path: str | Path | None, plan: str = "", *, alone: bool = False, exchangeable: bool = False) -> None:
+        self.path, self.alone, self.exchangeable = None if path is None else Path(path), alone, exchangeable
+        self.plan = self._first_plan = plan
+        self._kept: dict[str, dict[str, Kept]] = {}  # name of a request -> plan -> what was read for it
+        self._audited: dict[tuple[str, str], float] = {}  # (plan, name of a question) -> the difference that an audit found
+        self._earlier: set[str] = set()  # names of what was there at the beginning, and was not read since
         for line in self._lines():
             self._add(line)
+            self._earlier |= {*line.scored, *line.answers}
+
+    def begin(self, block: Iterable[EncodedQuestion]) -> None:
+        """Begin a block of questions. Its batches depend on the blocks before it, too, whose prefixes it shares."""
+        if not self.alone:
+            self.plan = key_of(plan=[self.plan, *chain.from_iterable(map(names_of, block))])[:12]
 
     @property
     def has_earlier(self) -> bool:
-        """Whether something is there that another process read."""
+        """Whether something is there that an earlier call read."""
         return bool(self._earlier)
 
     def is_earlier(self, question: EncodedQuestion) -> bool:
@@ -83,19 +91,27 @@ class AnswerStore:
 
     def has(self, question: EncodedQuestion) -> bool:
         """Whether all results of the question are there."""
-        return all(name in self._kept for name in names_of(question))
+        return len(self._results(question)) == len(question.requests)
 
     def from_other_batches(self, question: EncodedQuestion) -> bool:
-        """Whether all of them are there, and not all were read in the batches of this plan."""
-        return self.has(question) and not self._own.issuperset(names_of(question))
+        """Whether all of them are there, and none was read in the batches of this plan."""
+        return self.has(question) and not any(self.plan in self._kept[name] for name in names_of(question))
+
+    def _results(self, question: EncodedQuestion) -> dict[str, Kept]:
+        """The results of a question by name: those from the batches of this plan, or all from others."""
+        there = {name: self._kept[name] for name in names_of(question) if name in self._kept}
+        if own := {name: plans[self.plan] for name, plans in there.items() if self.plan in plans}:
+            return own
+        whole = self.exchangeable and len(there) == len(question.requests)
+        return {name: [*plans.values()][-1] for name, plans in there.items()} if whole else {}
 
     def scored(self, questions: Sequence[EncodedQuestion]) -> Results[Scored]:
         """The results that are there of all choices of these questions; new ones are kept."""
-        names = [name for one in questions for name in names_of(one)]
+        names, requests, kept = self._named(questions)
         found = {
-            number: Scored(np.array(kept.loglikelihood, dtype=np.float64), kept.greedy, kept.read, kept.state_bytes)
-            for number, name in enumerate(names)
-            if isinstance(kept := self._kept.get(name), KeptScored)
+            number: Scored(np.array(one.loglikelihood, dtype=np.float64), one.greedy, one.read, one.state_bytes)
+            for number, (name, request) in enumerate(zip(names, requests, strict=True))
+            if isinstance(one := kept.get(name), KeptScored) and len(one.loglikelihood) == request.asked
         }
 
         def keep(new: Mapping[int, Scored]) -> None:
@@ -109,7 +125,7 @@ class AnswerStore:
                 )
                 for name, one in finite.items()
             }
-            self._write(Line(run=RUN, plan=self.plan, scored=scored))
+            self._write(Line(plan=self.plan, scored=scored))
 
         return Results(found, keep)
 
@@ -117,15 +133,12 @@ class AnswerStore:
         self, questions: Sequence[EncodedQuestion], prompts: Sequence[Prompt], judged: OnText | None
     ) -> Results[Answer]:
         """The answers that are there, if the judge, asked anew, says of them what it said then; new ones are kept."""
-        names = [name for one in questions for name in names_of(one)]
+        names, _, kept = self._named(questions)
         found: dict[int, Answer] = {}
         for number, (name, prompt) in enumerate(zip(names, prompts, strict=True)):
-            kept = self._kept.get(name)
-            if isinstance(kept, KeptAnswer) and (judged is None or judged(number, kept.text) == kept.judged):
-                found[number] = Answer(
-                    prompt, list(kept.ids), list(kept.logprobs), kept.text, [], kept.judged, kept.read, kept.why,
-                    Counts(*kept.counts),
-                )  # fmt: skip
+            answer = _answer(kept.get(name), prompt)
+            if answer is not None and (judged is None or judged(number, answer.text) == answer.judged):
+                found[number] = answer
 
         def keep(new: Mapping[int, Answer]) -> None:
             answers = {
@@ -140,32 +153,36 @@ class AnswerStore:
                 )
                 for number, one in new.items()
             }
-            self._write(Line(run=RUN, plan=self.plan, answers=answers))
+            self._write(Line(plan=self.plan, answers=answers))
 
         return Results(found, keep)
 
+    def _named(self, questions: Sequence[EncodedQuestion]) -> tuple[list[str], list[Request], dict[str, Kept]]:
+        """The requests of questions, their names, and the results that are there of them."""
+        requests = [request for one in questions for request in one.requests]
+        results = {name: kept for one in questions for name, kept in self._results(one).items()}
+        return [name for one in questions for name in names_of(one)], requests, results
+
+    def audited(self, question: str) -> float | None:
+        """The difference that an audit found for a question in the batches of this plan."""
+        return self._audited.get((self.plan, question))
+
     def keep_audited(self, question: str, difference: float) -> None:
-        self._write(Line(run=RUN, plan=self.plan, audited={question: difference}))
+        self._write(Line(plan=self.plan, audited={question: difference}))
 
     def forget(self) -> None:
         """Delete everything: it may be wrong."""
-        self.audited, self._kept, self._own, self._earlier = {}, {}, set(), set()
+        self._kept, self._audited, self._earlier, self.plan = {}, {}, set(), self._first_plan
         if self.path is not None:
             with suppress(OSError):
                 self.path.unlink()
 
     def _add(self, line: Line) -> None:
-        new: dict[str, KeptScored | KeptAnswer] = {**line.scored, **line.answers}
-        if line.plan == self.plan:
-            self._own |= new.keys()
-            self.audited |= line.audited
-        elif self.exchangeable:
-            new = {name: kept for name, kept in new.items() if name not in self._own}
-        else:
-            return
-        self._kept |= new
-        if line.run != RUN:
-            self._earlier |= new.keys()
+        for name, kept in (line.scored | line.answers).items():
+            plans = self._kept.setdefault(name, {})
+            plans.pop(line.plan, None)  # the last one is the latest
+            plans[line.plan] = kept
+        self._audited |= {(line.plan, question): difference for question, difference in line.audited.items()}
 
     def _lines(self) -> Iterable[Line]:
         """The lines of the file. Warns of one that is broken, and skips it."""
@@ -185,6 +202,7 @@ class AnswerStore:
     def _write(self, line: Line) -> None:
         """Append a line. If that fails, warn and keep no more."""
         self._add(line)
+        self._earlier -= {*line.scored, *line.answers}
         if self.path is None or not (line.scored or line.answers or line.audited):
             return
         try:
@@ -193,6 +211,14 @@ class AnswerStore:
             why = error.strerror or error
             warn(f"{self.path} cannot be written ({why}); the questions are asked on. If interrupted, they are asked again.")
             self.path = None
+
+
+def _answer(kept: Kept | None, prompt: Prompt) -> Answer | None:
+    """What was kept as an answer to the prompt; None for what can be none."""
+    if not isinstance(kept, KeptAnswer) or not kept.why or not len(kept.ids) == len(kept.logprobs) <= prompt.max_tokens:
+        return None
+    ids, logprobs, counts = list(kept.ids), list(kept.logprobs), Counts(*kept.counts)
+    return Answer(prompt, ids, logprobs, kept.text, [], kept.judged, kept.read, kept.why, counts)
 
 
 def names_of(question: EncodedQuestion) -> list[str]:

@@ -149,7 +149,8 @@ class Encoder:
             if len(found) > longest:
                 whole, found = found, self._fitted(found, description, longest, room, where)
                 truncated = len(whole) - len(found)
-        decisive = "|".join(map(repr, [*self._of_all_answers, question, found.prompt]))
+        drawn = [id] if isinstance(question, Generate) and question.temperature else []  # it seeds the random numbers
+        decisive = "|".join(map(repr, [*self._of_all_answers, question, found.prompt, *drawn]))
         key = hashlib.sha256(decisive.encode(errors="surrogatepass")).hexdigest()[:16]
         return EncodedQuestion(id, number, question, found.prompt, key, found.requests, truncated, dropped, found.retokenized)
 
