@@ -49,7 +49,7 @@ from pytest_lmeval.tasks._questions import Choices, Generate, Judge, Question, T
 BATCH = 8  # rows
 LOOKED_AT = 256  # questions, to choose a batch size
 BATCHES = 16  # in a block after the first: more questions share more, and a first block of one batch shows progress at once
-BLOCK_TOKENS = 1 << 16  # of the prompts of a block, at most: a run that is killed loses one block
+BLOCK_TOKENS = 1 << 16  # of the prompts of a block, at most: progress is shown, and answers are audited, block by block
 
 Asked: TypeAlias = "tuple[int, str, Row, Question]"  # a question, and the row that it is made of, with its number and name
 
