@@ -1,5 +1,6 @@
 """The audit: a twentieth of what is measured is read again, whole and alone, and what the probe missed is found on the data."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -360,9 +361,33 @@ def test_a_model_with_a_context_limit_is_audited_too():
     assert audit_of(answer(limited)).questions >= 1
 
 
-def test_one_question_is_read_again_whatever_it_costs():
-    audit = audit_of(answer(BYTE_LM, limit=2))
-    assert (audit.questions, audit.share > SHARE) == (1, True)
+def test_two_questions_are_read_again_whatever_that_costs():
+    audit = audit_of(answer(BYTE_LM, limit=3))
+    assert (audit.questions, audit.share > SHARE) == (2, True)
+
+
+class LastRowWins(Functional):
+    """In a batch of more than three, each row has the logits of the last one, which is right for that one."""
+
+    def forward(self, input_ids, state=None):
+        logits, state = super().forward(input_ids, state)
+        return logits[-1:].expand_as(logits) if len(logits) > 3 else logits, state
+
+
+def test_a_fault_that_spares_a_row_of_each_batch_is_found(monkeypatch):
+    def alike(row):  # of one length, so that they are one batch
+        return Generate(f"The number {row['n']} is", ("x",), max_tokens=3)
+
+    tasks = [Task("alike", [{"n": n + row} for row in (10, 30, 50, 70)], alike, ("exact_match",)) for n in range(9)]
+
+    def refused(task):
+        with contextlib.suppress(Refused):
+            return not answer(LastRowWins(vocab=256), task, batch_size=8)
+        return True
+
+    assert all(map(refused, tasks))
+    monkeypatch.setattr("pytest_lmeval.measures._task_audit.LEAST", 1)
+    assert not all(map(refused, tasks))
 
 
 def test_where_nothing_is_shared_batched_or_carried_nothing_is_read_again():
