@@ -27,7 +27,7 @@ from pytest_lmeval.engine._losses import LOGITS_AT_ONCE
 from pytest_lmeval.engine._tokens import naming
 from pytest_lmeval.errors import NotFiniteError, SpecError
 from pytest_lmeval.measures._context import current, verb
-from pytest_lmeval.measures._perplexity import Progress
+from pytest_lmeval.measures._text_reading import Progress
 from pytest_lmeval.models._failures import NoMemory, unless_full
 from pytest_lmeval.models._identity import facts, fingerprint, tokenizer_fingerprint
 from pytest_lmeval.models._model import Model

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +12,24 @@ import torch
 from msgspec import structs
 
 from pytest_lmeval.data._corpus import Corpus
-from pytest_lmeval.data._tokens import TokenReader, as_corpus, notes_on, nothing_to_score, sequences
-from pytest_lmeval.engine import Chunk, Engine, Policy, policy_for
+from pytest_lmeval.data._tokens import as_corpus, notes_on, nothing_to_score
+from pytest_lmeval.engine import Engine, Policy, policy_for
 from pytest_lmeval.engine._policy import Window, chunk_of
-from pytest_lmeval.engine._tokens import naming
-from pytest_lmeval.errors import Refused, StreamError
+from pytest_lmeval.errors import StreamError
 from pytest_lmeval.measures._audit import spread_note
 from pytest_lmeval.measures._context import current, verb
-from pytest_lmeval.measures._text_audit import TextAudit, text_audit
-from pytest_lmeval.models._failures import NoMemory, unless_full
+from pytest_lmeval.measures._text_audit import TextAudit
+from pytest_lmeval.measures._text_reading import Progress, TextReading, is_rolling
 from pytest_lmeval.models._identity import facts, tokenizer_fingerprint
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.records._certificate import Certificate
-from pytest_lmeval.records._journal import Checkpoints, Saver
+from pytest_lmeval.records._journal import Checkpoints
 from pytest_lmeval.records._measured import Cost, MetricValue, Record, Result, Series
 from pytest_lmeval.records._value import Value
 from pytest_lmeval.scoring import _fast_weights as fast_weights
-from pytest_lmeval.scoring._loss_accumulator import BYTES, HITS, NATS, TOKENS, LossAccumulator
+from pytest_lmeval.scoring._loss_accumulator import HITS, LossAccumulator
 from pytest_lmeval.scoring._loss_metrics import above_floor, metrics_of, name_of, not_reached, series_of
-from pytest_lmeval.scoring._text_files import LossFile, read_checkpoint, write_checkpoint, write_units
-
-LOOK_AHEAD = 16  # chunks after which it is estimated again whether as many more fit into memory
-
-Progress = Callable[[int, float, int | None], None]
-"""Called after each chunk with the tokens scored, the nats so far, and the tokens expected (None: unknown)."""
+from pytest_lmeval.scoring._text_files import write_units
 
 
 @verb
@@ -220,109 +212,38 @@ def measure_perplexity(
     units       write the sums of each document, or block of the stream, to this file of JSON lines (see `scoring._text_files`)
     checkpoints, key    save a checkpoint now and then, and resume from the last one
 
-    If some fast weights do not change (`scoring._fast_weights`), `details["warnings"]` says so. If memory
-    runs out, smaller chunks are read from the last saved point, or from the beginning, and a note says so; a text that can be
-    read only once (an iterator) is given up. Raises StreamError, NotFiniteError, CorpusError and OutOfMemory.
+    If some fast weights do not change (`scoring._fast_weights`), `details["warnings"]` says so. If memory runs out, smaller
+    chunks are read from the last saved point, or from the beginning, and a note says so; a text that can be read only once (an
+    iterator) is given up. Raises StreamError, NotFiniteError, CorpusError and OutOfMemory.
     """
     source, engine = as_corpus(corpus), Engine(lm, policy)
     if wrong := [position for position in positions if not isinstance(position, int) or position < 1]:
         raise StreamError(f"positions holds {wrong}; a position is the number of tokens before a target, 1 or more.")
-    rolling = engine.policy.windows is not None and engine.policy.windows.anchored
-    by_document = not ((source.as_stream and not rolling) if as_stream is None else as_stream)
+    by_document = not ((source.as_stream and not is_rolling(engine)) if as_stream is None else as_stream)
     if lm.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(lm.device)
-
-    def begin() -> LossAccumulator:
-        sums = read_checkpoint(checkpoints, key, lm)
-        usable = sums is not None and LossFile.holds(losses, sums.tokens)
-        return sums if sums is not None and usable else LossAccumulator(by_document, tuple(sorted(set(positions))))
-
-    once, sums = not source.fingerprint, begin()  # a text without one may be given only once: an iterator
-    resumed_at, began = sums.tokens, time.perf_counter() - sums.seconds
-
-    def read_on(sums: LossAccumulator) -> TextAudit | None:
-        """Read from where the sums end. None if less should be read at once from here on; else the audit of the text."""
-        texts = sequences(lm, source, by_document=by_document, limit=limit, tokens=tokens, rolling=rolling)
-        monitor = fast_weights.monitor(lm, sums)
-        audit = text_audit(engine, sums, lambda: None if limit else expected_tokens(lm, source, sums, tokens), str(source))
-        with LossFile(losses, already=sums.tokens) as file, _nothing_kept_if_refused(checkpoints, key, losses):
-
-            def save(sums: LossAccumulator) -> None:
-                assert checkpoints is not None
-                file.sync()
-                sums.seconds = time.perf_counter() - began
-                write_checkpoint(checkpoints, key, sums)
-
-            saver = Saver(save if checkpoints else None, "reading")
-            for number, chunk in enumerate(read(engine, texts, sums, str(source), audit)):
-                file.write(chunk.losses)
-                if progress is not None:
-                    progress(sums.tokens, float(sums.total[NATS]), expected_tokens(lm, source, sums, tokens))
-                measured = monitor is None or monitor.measure(sums)
-                if measured:  # don't checkpoint while a measurement is pending
-                    saver.save_if_due(sums)
-                looks_ahead = measured and not once and number % LOOK_AHEAD == LOOK_AHEAD - 1
-                if looks_ahead and engine.is_short(sums.scored, sums.peak_state_bytes, LOOK_AHEAD):
-                    return None
-            if monitor is not None:
-                monitor.measure(sums, last=True)
-        return audit
-
-    audit = None
-    while audit is None:
-        if not once:
-            engine.fit_chunks(sums.scored, sums.peak_state_bytes, LOOK_AHEAD)
-        found = read_on(sums) if once else unless_full(partial(read_on, sums))
-        if isinstance(found, NoMemory):  # the state may be changed in part: go back to the last saved one, or begin again
-            engine.take_smaller_chunks(found.wanted)
-            sums = begin()
-        else:
-            audit = found
+    reading = TextReading(
+        engine,
+        source,
+        by_document=by_document,
+        tokens=tokens,
+        limit=limit,
+        positions=tuple(sorted(set(positions))),
+        losses=losses,
+        progress=progress,
+        checkpoints=checkpoints,
+        key=key,
+    )
+    resumed_at = reading.sums.tokens
+    audit, sums = reading.to_the_end(), reading.sums
     if not sums.tokens:
         raise nothing_to_score(source, sums.skipped)
     chosen = {"tokens": tokens, "limit": limit}
-    record = record_of(engine, source, sums, chosen, audit, seconds=time.perf_counter() - began)
+    record = record_of(engine, source, sums, chosen, audit, seconds=time.perf_counter() - reading.began)
     files = {"examples": losses and str(losses), "units": units and str(units)}
     if units is not None:
         write_units(units, sums)
     return PerplexityResult(structs.replace(record, **files), resumed_at)
-
-
-@contextmanager
-def _nothing_kept_if_refused(checkpoints: Checkpoints | None, key: str, losses: str | Path | None) -> Iterator[None]:
-    """Delete the checkpoint and the losses of a text that is refused while it is read: they may be wrong."""
-    try:
-        yield
-    except Refused:
-        if checkpoints is not None:
-            checkpoints.drop(key)
-        if losses is not None:
-            Path(losses).unlink(missing_ok=True)
-        raise
-
-
-def read(engine: Engine, texts: Iterable[TokenReader], sums: LossAccumulator, name: str, audit: TextAudit) -> Iterator[Chunk]:
-    """Read the texts from where the sums end, and add each chunk to them, and to the audit. Documents without a target are
-    skipped and counted."""
-    begun = bool(sums.scored)
-    for index, ids in enumerate(texts):
-        if index < len(sums.documents) + sums.skipped:
-            continue
-        if not begun and sums.by_document and ids.is_empty:
-            sums.skipped += 1
-            continue
-        if not begun:
-            sums.start_document()
-        ids.skip = sums.scored if engine.policy.windows is None else sums.window
-        with naming(f"{name}, document {index}" if sums.by_document else name):
-            for chunk in engine.stream(audit.watched(ids), state=sums.state, position=sums.scored, window=sums.window):
-                sums.add(chunk)
-                audit.add(chunk)
-                yield chunk
-            audit.end()
-        sums.end_document(ids.content.hexdigest()[:16])
-        sums.special_tokens += ids.special
-        begun = False
 
 
 def record_of(
@@ -388,17 +309,3 @@ def record_of(
         if certificate is None
         else structs.replace(certificate, chunking_used=policy.reading, audit=audit.result),
     )
-
-
-def expected_tokens(lm: Model, corpus: Corpus, sums: LossAccumulator, tokens: int | None) -> int | None:
-    """The number of targets of the whole text; of text an estimate from the bytes so far, of frames an upper bound."""
-
-    def targets(length: int) -> int:
-        return length - 1 if lm.codebooks is None else length * len(lm.codebooks.scored)
-
-    known = targets(tokens) if tokens and not sums.by_document else None
-    if corpus.size is None or (sums.by_document and tokens):
-        return known
-    per_byte = sums.total[TOKENS] / max(sums.total[BYTES], 1)
-    whole = targets(corpus.size) if corpus.tokenized else round(corpus.size * per_byte)
-    return whole if known is None else min(known, whole)

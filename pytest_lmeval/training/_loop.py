@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from pytest_lmeval.engine import Engine, Policy, Request
 from pytest_lmeval.errors import ModelError, OutOfMemory, TrainingError
-from pytest_lmeval.measures._perplexity import Progress
+from pytest_lmeval.measures._text_reading import Progress
 from pytest_lmeval.models._failures import NoMemory, failure_of, halving, unless_full
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.models._seeds import generator_of
