@@ -1,0 +1,298 @@
+"""Ask a task to its end: its questions as the model reads them, block by block, and what was read for each.
+
+    row -> question -> prompt after its few-shot examples -> token ids    `Asking.questions`, row by row
+        -> log-likelihoods of the choices, or a generated answer          `_answers`: the engine, block by block; kept as read
+        -> example, scored in each metric                                 `_scored`
+
+No answer depends on the others, or on their order or number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from msgspec import structs
+
+from pytest_lmeval.engine import Engine, Prompt, Request, Scored
+from pytest_lmeval.engine._losses import token_rounding
+from pytest_lmeval.errors import NotFiniteError, TaskError
+from pytest_lmeval.measures._task_audit import Answered, TaskAudit
+from pytest_lmeval.measures._task_record import norm_of, number_of_questions
+from pytest_lmeval.models._model import Model
+from pytest_lmeval.records._example import Example
+from pytest_lmeval.records._metric import Metric, judge_of
+from pytest_lmeval.scoring._answers import AnswerStore
+from pytest_lmeval.scoring._fewshot import Fewshot, Shots, identity_of, question_of, rows_of
+from pytest_lmeval.scoring._metrics import metrics_of, scored
+from pytest_lmeval.scoring._requests import EncodedQuestion, Encoder, Truncate
+from pytest_lmeval.statistics import _sequential as sequential
+from pytest_lmeval.tasks._questions import Choices, Generate, Judge, Task
+
+BATCHES = 16  # in a block after the first: more questions share more, and a first block of one batch shows progress at once
+BLOCK_TOKENS = 1 << 16  # of the prompts of a block, at most: progress is shown, and answers are audited, block by block
+
+Progress = Callable[[int, float, "int | None"], None]
+"""Called after each block with the questions answered, those answered right, and the questions expected (None: unknown)."""
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The questions of a task as a model reads them.
+
+    metrics        that are computed from them: those of the task, or the default ones for the first question
+    encoded        the questions, each made when it is asked for; raises TaskError if a metric cannot be computed from one
+    not_questions  indices of the rows so far that are none
+    """
+
+    metrics: list[Metric]
+    encoded: Iterator[EncodedQuestion]
+    not_questions: list[int]
+
+
+@dataclass(frozen=True)
+class Asking:
+    """A task, and how it is asked: the fields are those of `measure_task`."""
+
+    task: Task
+    shots: int = 0
+    limit: int | None = None
+    fewshot: Fewshot = "document"
+    truncate: Truncate = "left"
+    seed: int = 0
+    data_dir: str | Path | None = None
+
+    def questions(self, lm: Model) -> Questions:
+        task, not_questions = self.task, list[int]()
+
+        def asked() -> Iterator[tuple[int, str, Any, Any]]:
+            for number, (where, row) in enumerate(rows_of(task.rows, self.data_dir)):
+                question = question_of(task, row, where)
+                if question is None:
+                    not_questions.append(number)
+                else:
+                    yield number, where, row, question
+
+        found, names = asked(), task.metrics
+        if names is None:
+            first = list(islice(found, 1))
+            names = next((task.metrics_for(question, where) for _, where, _, question in first), ())
+            found = chain(first, found)
+        metrics = metrics_of(list(dict.fromkeys((*names, "chance"))), task.name)
+        encoder = Encoder(lm, task, self.truncate, self.seed)
+        shots = Shots(task, self.shots, self.fewshot, data_dir=self.data_dir, seed=self.seed)
+
+        def encoded() -> Iterator[EncodedQuestion]:
+            for number, where, row, question in found:
+                own = identity_of(task, row, where)
+                task.check(question, metrics, where)
+                yield encoder.encode(question, task.description, shots.texts(row, own), id=own, number=number)
+
+        return Questions(metrics, islice(encoded(), self.limit), not_questions)
+
+
+@dataclass(eq=False)
+class TaskReading:
+    """The answers to a task, up to a question.
+
+    answered            examples so far, in the order of their questions
+    resumed             how many of them an earlier call had read, and `from_other_batches` in batches of another shape
+    generation          how answers are generated, in words
+    verdict             whether the rate of right answers is "above" or "below" the threshold of the task, once that is certain
+    """
+
+    engine: Engine
+    asking: Asking
+    store: AnswerStore
+    progress: Progress | None = None
+    answered: list[Example] = field(default_factory=list)
+    resumed: int = 0
+    from_other_batches: int = 0
+    generation: set[str] = field(default_factory=set)
+    verdict: str | None = None
+
+    def __post_init__(self) -> None:
+        self.questions = self.asking.questions(self.engine.lm)
+        self.metrics = self.questions.metrics
+        self.audit = TaskAudit(self.engine, str(self.asking.task), self.store)
+        self._confirmed = False
+
+    def to_the_end(self) -> None:
+        """Ask all questions, or until the rate is certain. Raises Refused if an answer depends on the others (`TaskAudit`)."""
+        task = self.asking.task
+        for block in _blocks(self.questions.encoded, self.engine.asked.batch_size, grow=task.threshold is None):
+            self._ask(block)
+            if task.threshold is not None and (verdict := _certain(task.threshold, self.answered)):
+                self.verdict = verdict
+                break
+        self.audit.end(self.answered)
+        self.answered = [self.audit.audited.get(example.number, example) for example in self.answered]
+        if not self.answered:
+            read = len(self.questions.not_questions)
+            raise TaskError(f"{task} has no question: {read} row(s) were read, and none was one.")
+
+    def _ask(self, block: list[EncodedQuestion]) -> None:
+        """Read what the store does not hold of a block; results from other batches do not change those of the others."""
+        self.store.begin(block)
+        other = [one for one in block if self.store.from_other_batches(one)]
+        numbers = {one.number for one in other}
+        read = [
+            answer
+            for some in (other, [one for one in block if one.number not in numbers])
+            for answer in _answers(self.engine, some, self.metrics, self.asking.task, self.asking.seed, self.store)
+        ]
+        read.sort(key=lambda answer: answer.example.number)
+        if not self._confirmed and (earlier := [answer for answer in read if answer.earlier]):
+            self.audit.confirm(earlier)
+            self._confirmed = True
+        self.answered += [answer.example for answer in read]
+        self.audit.block(read, self.answered)
+        self.from_other_batches += len(other)
+        self.resumed += sum(answer.kept for answer in read)
+        self.generation |= {
+            f"at most {way.max_tokens} tokens, temperature {way.temperature:g}, until {list(way.stop)!r}"
+            for way in (one.question for one in block)
+            if isinstance(way, Generate)
+        }
+        if self.progress is not None:
+            judge = judge_of(self.metrics)
+            right = sum(example.scores[judge.name] or 0.0 for example in self.answered) if judge else 0.0
+            self.progress(len(self.answered), right, number_of_questions(self.asking.task, self.asking.limit))
+
+
+def _blocks(questions: Iterator[EncodedQuestion], batch_size: int, *, grow: bool) -> Iterator[list[EncodedQuestion]]:
+    """Blocks of one batch; if they `grow`, the first is one batch and the others up to 16."""
+    block: list[EncodedQuestion] = []
+    size, tokens = batch_size, 0
+    for question in questions:
+        block.append(question)
+        tokens += max(len(request.ids) for request in question.requests)
+        if len(block) == size or tokens >= BLOCK_TOKENS:
+            yield block
+            block, tokens = [], 0
+            size = BATCHES * batch_size if grow else size
+    if block:
+        yield block
+
+
+def _answers(
+    engine: Engine, some: Sequence[EncodedQuestion], metrics: list[Metric], task: Task, seed: int, store: AnswerStore
+) -> Iterator[Answered]:
+    """The answered and scored questions, in their order, each with what was read for it."""
+    found: dict[int, dict[str, Any]] = {}
+    judge, kept = task.judge, set[int]()
+    readings: dict[int, list[tuple[Request, np.ndarray]]] = {}
+    asked: dict[int, Prompt] = {}
+    if choices := [(one, one.question) for one in some if isinstance(one.question, Choices)]:
+        results = store.scored([one for one, _ in choices])
+        numbered = enumerate(one.number for one, _ in choices for _ in one.requests)
+        kept |= {one.number for one, _ in choices} - {owner for number, owner in numbered if number not in results.found}
+        likelihoods = iter(engine.score([request for one, _ in choices for request in one.requests], results))
+        for one, question in choices:
+            scores = [next(likelihoods) for _ in one.requests]
+            found[one.number] = _chosen(one, question, scores, engine.lm)
+            pairs = zip(one.requests, scores, strict=True)
+            readings[one.number] = [(request, scored.loglikelihood) for request, scored in pairs]
+    if generated := [(one, one.question) for one in some if isinstance(one.question, Generate)]:
+        prompts = [
+            Prompt(one.requests[0].ids, one.id, way.max_tokens, way.stop, way.temperature, seed) for one, way in generated
+        ]
+        asked = {one.number: prompt for (one, _), prompt in zip(generated, prompts, strict=True)}
+        judged = None if judge is None else _judging(judge, [one.id for one, _ in generated])
+        there = store.answers([one for one, _ in generated], prompts, judged)
+        kept |= {generated[number][0].number for number in there.found}
+        answers = engine.generate(prompts, judged, there)
+        for (one, way), answer in zip(generated, answers, strict=True):
+            if answer.logprobs:
+                prompt = one.requests[0].ids
+                request = Request(np.concatenate([prompt, answer.ids]), len(prompt))
+                readings[one.number] = [(request, np.array(answer.logprobs))]
+            found[one.number] = {
+                "targets": tuple(text.strip() for text in way.answers),
+                "output": answer.text.strip(),
+                "judged": answer.judged,
+                "generated": "" if judge is None else answer.text,
+                "read": answer.read,
+                "saved": len(answer.prompt.ids) + max(0, len(answer.ids) - 1) - answer.read,
+            }
+    for one in some:
+        fields = found[one.number]
+        example = Example(
+            id=one.id,
+            number=one.number,
+            prompt=one.prompt,
+            key=one.key,
+            group=one.question.group,
+            target=next(iter(fields["targets"]), None),
+            truncated=one.truncated,
+            shots_dropped=one.shots_dropped,
+            retokenized=one.retokenized,
+            **fields,
+        )
+        scored = _scored(example, metrics, task, engine.lm)
+        number = one.number
+        yield Answered(scored, readings.get(number, ()), asked.get(number), number in kept, store.is_earlier(one))
+
+
+def _chosen(asked: EncodedQuestion, question: Choices, scores: Sequence[Scored], lm: Model) -> dict[str, Any]:
+    """The fields of an example whose choices have these scores."""
+    for choice, score in zip(question.choices, scores, strict=True):
+        if not np.isfinite(score.loglikelihood).all():
+            raise NotFiniteError(
+                f"{lm.spec} gave a log-likelihood of {score.loglikelihood.tolist()} for the choice {choice!r} of row "
+                f"{asked.number} ({asked.id}), in {lm.dtype} on {lm.device}, not comparable. Finished answers are kept."
+            )
+    read = sum(score.read for score in scores)
+    return {
+        "targets": tuple((question.texts or question.choices)[index].strip() for index in question.answers),
+        "choices": question.choices,
+        "texts": question.texts,
+        "right": question.answers,
+        "loglikelihoods": tuple(float(score.loglikelihood.sum()) for score in scores),
+        "tokens": tuple(len(score.loglikelihood) for score in scores),
+        "greedy": tuple(bool(score.greedy) for score in scores),
+        "read": read,
+        "saved": sum(len(request.read) for request in asked.requests) - read,
+    }
+
+
+def _judging(judge: Judge, names: Sequence[str]) -> Callable[[int, str], bool | None]:
+    """The judge as the engine calls it, for rows of these names; its errors name the row."""
+
+    def judged(number: int, text: str) -> bool | None:
+        row = names[number]
+        try:
+            verdict = judge(text)
+        except Exception as error:
+            raise TaskError(f"the judge raised {type(error).__name__}: {error}, on row {row}: {text[-200:]!r}.") from error
+        if verdict is not None and not isinstance(verdict, bool | np.bool_):
+            raise TaskError(f"the judge returned {verdict!r} for row {row}. Return True, False, or None while uncertain.")
+        return None if verdict is None else bool(verdict)
+
+    return judged
+
+
+def _scored(example: Example, metrics: list[Metric], task: Task, lm: Model) -> Example:
+    """The example with its scores. The first metric that compares choices says by which norm one is `chosen`; `output` is the
+    likeliest without a norm, so that no metric of texts depends on the metrics beside it."""
+    if example.choices:
+        example = structs.replace(
+            example,
+            rounding=token_rounding(lm.dtype),
+            tie_rule=task.tie_rule,
+            chosen=example.predicted(norm_of(metrics)),
+            output=(example.texts or example.choices)[example.predicted()].strip(),
+        )
+    return structs.replace(example, scores=scored(example, metrics))
+
+
+def _certain(threshold: float, examples: Sequence[Example]) -> str | None:
+    """Whether the rate of answers judged True is "above" or "below" the threshold; None while neither is certain."""
+    if groups := [example.group for example in examples if example.group is not None]:
+        why = "depend on one another, and a threshold is for independent ones"
+        raise TaskError(f"answers of one group ({groups[0]}) {why}. Leave out `group` or `threshold`.")
+    return sequential.verdict(sum(example.judged is True for example in examples), len(examples), threshold)
