@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 from contextlib import nullcontext
 
@@ -171,6 +172,9 @@ DAMAGES = {
     "the config is no JSON": lambda folder: (folder / "config.json").write_text("{"),
     "the config is a list": lambda folder: (folder / "config.json").write_text("[1]"),
     "the config is nested": lambda folder: (folder / "config.json").write_text("[" * DEEP),
+    "more layers than tensors": lambda folder: (folder / "config.json").write_text(
+        re.sub(r'hidden_layers": \d+', f'hidden_layers": {2**70}', (folder / "config.json").read_text())
+    ),
     "no heads": lambda folder: (folder / "config.json").write_text(
         (folder / "config.json").read_text().replace('heads": 2', 'heads": 0')
     ),

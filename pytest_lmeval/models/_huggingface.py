@@ -75,6 +75,7 @@ def load(name: str, *, spec: str, dtype: torch.dtype | None = None, trust_remote
     try:
         with HubCall():
             config = transformers.AutoConfig.from_pretrained(source, **options)
+            _check_layers(config, folder)
             # `weights_only`: no code of a .bin runs, which is a pickle
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 source,
@@ -107,6 +108,21 @@ def load(name: str, *, spec: str, dtype: torch.dtype | None = None, trust_remote
     if isinstance(saved, torch.dtype):  # buffers are not saved: the model computes them
         before = sum(p.numel() * saved.itemsize for p in module.parameters()) + sum(map(nbytes, module.buffers()))
     return Loaded(module.train(False), tokenizer, before, unused_weights=tuple(sorted(report["unexpected_keys"])))
+
+
+def _check_layers(config: Any, folder: Path) -> None:
+    """Raise ValueError for more layers than the checkpoint in a folder has tensors: building 2 ** 70 of them never ends."""
+    from safetensors import safe_open
+
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if not isinstance(layers, int) or not (files := list(folder.glob("*.safetensors"))):
+        return
+    tensors = 0
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            tensors += len(opened.keys())
+    if layers > tensors:
+        raise ValueError(f"config.json says {layers:,} layers, and the checkpoint has {tensors:,} tensors")
 
 
 def _announce_large(spec: str, folder: Path) -> None:
