@@ -27,7 +27,10 @@ from pytest_lmeval.scoring._answers import AnswerStore
 if TYPE_CHECKING:
     from pytest_lmeval.laws._tolerance import Excess
 
-LEAST = 2  # questions that are read again, whatever that costs: rows that share a state may all see that of one, which is right
+LEAST = (
+    2  # generated answers that are read again, whatever that costs: rows that share a state may all see that of one of them,
+)
+# which is right. The choices of one question are several rows.
 GROSS = 10  # times the tolerance: a difference that no law explains is still none of rounding
 
 
@@ -61,8 +64,8 @@ class TaskAudit:
     """Reads answered questions again, each of their requests whole and alone, and compares the log-probabilities.
 
     By the hashes of the questions, first those that shared a prefix, it takes as many of a block as the share of the work pays
-    for, and two at least of the second block, in which more are read together than in the first. What an interrupted run read
-    again is not read a third time.
+    for, and one at least (two answers) of the second block, in which more are read together than in the first. What an
+    interrupted run read again is not read a third time.
 
     name     of the task
     store    keeps what was found
@@ -119,7 +122,7 @@ class TaskAudit:
             chosen, name = bool(answered.example.choices), f"{answered.example.number} {answered.example.key}"
             cost = sum(_cost([one.read for one in some]) for some in self._readings(answered))
             tokens = max(len(request.read) for request, _ in answered.readings)
-            few = (self.found.questions if chosen else self.found.answers) < LEAST
+            few = not self.found.questions if chosen else self.found.answers < LEAST
             due = few or self.work + cost <= SHARE * work
             if due and not 0 < self.full <= tokens:
                 if (difference := self.store.audited(name)) is None:
