@@ -124,9 +124,10 @@ def test_the_memory_of_the_cpu_is_the_least_of_what_is_free_and_what_is_allowed(
     device = as_model(Layered()).device
     assert 0 < _free_memory.free_bytes(device) < 1 << 50
     monkeypatch.setattr(_free_memory, "CGROUP", tmp_path)
-    for name, size in (("memory.max", 9_000_000), ("memory.current", 2_000_000)):
+    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 300000\nactive_file 200000\n")
+    for name, size in (("memory.max", 9_000_000), ("memory.current", 2_300_000)):
         (tmp_path / name).write_text(f"{size}\n")
-    assert _free_memory.free_bytes(device) == 7_000_000
+    assert _free_memory.free_bytes(device) == 7_000_000  # files that nobody uses are no memory in use
     (tmp_path / "memory.max").write_text("max\n")
     assert _free_memory.free_bytes(device) > 7_000_000
     monkeypatch.setattr(_free_memory, "MEMINFO", tmp_path / "nothing")

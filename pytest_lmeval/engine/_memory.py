@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from pytest_lmeval.engine._policy import Policy, chunk_of
+from pytest_lmeval.engine._policy import SMALLEST_CHUNK, Policy, chunk_of
 from pytest_lmeval.models._failures import NoMemory, unless_full
 from pytest_lmeval.models._free_memory import free_bytes
 from pytest_lmeval.models._model import Model, state_bytes
@@ -57,7 +57,8 @@ def rows_that_fit(lm: Model, tokens: int, scored: int) -> int:
 
 def fitting_chunks(lm: Model, policy: Policy, read: int, held: int, count: int) -> Policy:
     """The policy with chunks so small that the next `count` of them fit into the free memory by estimate: their logits, and a
-    state that grows as before, to `held` bytes after `read` tokens. The same policy if its own fit, or if none do. Activations
+    state that grows as before, to `held` bytes after `read` tokens. The same policy if its own fit, or if not even
+    chunks of 16 tokens do. Activations
     are not counted: what they take is found by running out."""
     free, smaller = free_bytes(lm.device), policy
     while free is not None:
@@ -65,8 +66,8 @@ def fitting_chunks(lm: Model, policy: Policy, read: int, held: int, count: int) 
         grown = held * count * size // read if read else 0
         if grown + SCORING * lm.vocab_size * size <= SPARE * free:
             return smaller
-        if (halved := with_smaller_chunks(lm, smaller)) is None:
-            return policy
+        if size <= SMALLEST_CHUNK or (halved := with_smaller_chunks(lm, smaller)) is None:
+            return policy  # an estimate does not make a reading so slow
         smaller = halved
     return policy
 

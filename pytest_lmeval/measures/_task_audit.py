@@ -27,10 +27,9 @@ from pytest_lmeval.scoring._answers import AnswerStore
 if TYPE_CHECKING:
     from pytest_lmeval.laws._tolerance import Excess
 
-LEAST = (
-    2  # generated answers that are read again, whatever that costs: rows that share a state may all see that of one of them,
-)
-# which is right. The choices of one question are several rows.
+# Generated answers that are read again, whatever that costs: rows that share a state may all see that of one of them, which is
+# right. The choices of one question are several rows.
+LEAST = 2
 GROSS = 10  # times the tolerance: a difference that no law explains is still none of rounding
 
 
