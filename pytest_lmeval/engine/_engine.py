@@ -240,10 +240,7 @@ class Engine:
         parts = [
             (f"batches of {now.batch_size:,} instead of {asked.batch_size:,}", now.batch_size != asked.batch_size),
             (f"steps of at most {now.longest or 0:,} tokens", now.longest is not None and now.longest != asked.longest),
-            (
-                f"chunks of {self.chunk_size:,} tokens instead of {chunk:,}",
-                now.chunk_size != asked.chunk_size,
-            ),
+            (f"chunks of {self.chunk_size:,} tokens instead of {chunk:,}", now.chunk_size != asked.chunk_size),
         ]
         self.less = f"memory is short, so it was read in {', '.join(what for what, less in parts if less)}"
 

@@ -81,14 +81,7 @@ class Forked:
                 self._visit(reader, state, [(node, 0) for node in nodes], kept, on_leaves)
         self.prefix_cache = sorted(kept, key=lambda entry: len(entry[0]))[:CACHED]  # more requests share the shorter ones
 
-    def _visit(
-        self,
-        reader: NodeReader,
-        state: Deferred,
-        branches: Branches,
-        kept: Cache,
-        on_leaves: OnLeaves,
-    ) -> None:
+    def _visit(self, reader: NodeReader, state: Deferred, branches: Branches, kept: Cache, on_leaves: OnLeaves) -> None:
         """Read the tree below `state`; each node continues one of its rows."""
         on_leaves(state, [(node, row) for node, row in branches if not node.children])
         inner = [(node, row) for node, row in branches if node.children]

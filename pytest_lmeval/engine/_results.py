@@ -38,8 +38,9 @@ class Counts:
     calls: int = 0
     peak_state_bytes: int = 0
 
-    def add(self, tokens: int, padding: int) -> None:
-        self.tokens, self.padding, self.calls = self.tokens + tokens, self.padding + padding, self.calls + 1
+    def add(self, tokens: int, padding: int, calls: int = 1) -> None:
+        """Count a step, or several."""
+        self.tokens, self.padding, self.calls = self.tokens + tokens, self.padding + padding, self.calls + calls
 
     def hold(self, state: State | int) -> None:
         """Note a state, or the bytes of one."""
@@ -51,9 +52,8 @@ class Counts:
         return Counts(*added, self.peak_state_bytes)
 
     def include(self, other: Counts) -> None:
-        self.tokens, self.padding, self.calls = (
-            self.tokens + other.tokens, self.padding + other.padding, self.calls + other.calls
-        )  # fmt: skip
+        """Count what was counted elsewhere, too."""
+        self.add(other.tokens, other.padding, other.calls)
         self.hold(other.peak_state_bytes)
 
 
