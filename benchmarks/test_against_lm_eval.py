@@ -16,7 +16,7 @@ import pytest
 from pytest_lmeval import Corpus, Value, corpus, load, policy_for
 from pytest_lmeval.measures._perplexity import measure_perplexity
 from pytest_lmeval.measures._task import measure_task
-from pytest_lmeval.profiling._flops import count_flops
+from pytest_lmeval.models._flops import count_flops
 from pytest_lmeval.scoring._fewshot import Shots
 from pytest_lmeval.scoring._metrics import LM_EVAL_NAMES
 from pytest_lmeval.scoring._requests import Encoder

@@ -11,10 +11,12 @@ from pytest_lmeval import as_model
 from pytest_lmeval.data._corpus import Corpus, Document
 from pytest_lmeval.engine import Chunk, Engine, Policy, Windows, policy_for
 from pytest_lmeval.measures import _agreement, _perplexity, _task
+from pytest_lmeval.records._certificate import Costs
 from pytest_lmeval.records._journal import Saver
 from pytest_lmeval.scoring._loss_accumulator import LossAccumulator
 
 LM = as_model(Functional())
+CHEAP = Costs(call=16, reach=0)  # sixteen tokens are worth a call
 
 
 def ids_of(length, seed=0):
@@ -69,7 +71,7 @@ def accumulated(nll, sizes, positions=(), documents=None):
 
 def engine_of(lm, batch_size=8, share=True, multiple=1):
     """An engine for requests. Without `share`, each is read whole."""
-    return Engine(lm, Policy(batch_size=batch_size, fork=share, multiple=multiple))
+    return Engine(lm, Policy(batch_size=batch_size, fork=share, multiple=multiple, costs=CHEAP))
 
 
 def measure_perplexity(lm, corpus, *, certificate=None, chunk_size=None, window=None, overlap=None, **options):

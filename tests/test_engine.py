@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from msgspec import structs
-from reading import ids_of, nll_of
+from reading import CHEAP, ids_of, nll_of
 from tiny_models import VOCAB, Forgetful, Functional, Stateless, Stepper
 
 from pytest_lmeval import as_model, load
@@ -374,7 +374,7 @@ def test_the_states_of_a_batch_are_freed_when_what_continues_them_is_read():
             alive.append(weakref.ref(state))
             return logits, state
 
-    engine = Engine(as_model(Watched()), Policy(batch_size=2))
+    engine = Engine(as_model(Watched()), Policy(batch_size=2, costs=CHEAP))
     prompts = [np.full(60, passage) for passage in range(6)]
     requests = [Request(np.concatenate([prompt, ids_of(20, seed=end)]), 60) for prompt in prompts for end in range(3)]
     selection(engine.lm), row_bytes(engine.lm, 1)

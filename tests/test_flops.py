@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from pytest_lmeval.models._flops import FORMULAS, Flops, count_flops, training_flops
 from pytest_lmeval.models._sources import as_model, load
-from pytest_lmeval.profiling._flops import FORMULAS, Flops, count_flops, training_flops
 from pytest_lmeval.profiling._peak import CLEAR, peak_memory
 from pytest_lmeval.zoo import ZOO
 

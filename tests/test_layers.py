@@ -203,7 +203,7 @@ def steppers(paths):
     for path, name in paths:
         called = (node.func for node in nodes(path) if isinstance(node, ast.Call))
         methods = (function for function in called if isinstance(function, ast.Attribute))
-        stepped = {ast.unparse(method.value) for method in methods if method.attr in ("step", "step_fn")}
+        stepped = {ast.unparse(method.value) for method in methods if method.attr in ("step", "step_fn", "packed_step")}
         if any(not re.search(r"\boptimizer$|\bengine$|^Engine\(", receiver) for receiver in stepped):
             yield name.removeprefix("pytest_lmeval.")
 

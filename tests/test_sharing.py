@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from reading import LM, engine_of, losses_of
+from reading import CHEAP, LM, engine_of, losses_of
 from tiny_models import VOCAB, Dropped, Forgetful, Functional, GetSetState, Neighbourly, Shared, Stateless, Stepper
 
 from pytest_lmeval import as_model, load
-from pytest_lmeval.engine._executor import PADDED
 from pytest_lmeval.engine._state_rows import selection
-from pytest_lmeval.engine._tree import STEP_COST, Request, tree, worth_a_step
+from pytest_lmeval.engine._tree import Request, tree, worth_a_step
 
 thorough = pytest.mark.thorough
 ids = st.lists(st.integers(0, 2), min_size=1, max_size=12)  # few ids, so that many prefixes are equal
@@ -79,10 +78,10 @@ def test_a_tree_holds_every_token_and_every_target_once_and_a_leaf_for_each_prom
 
 
 def test_short_runs_are_read_again_rather_than_in_a_step():
-    assert not worth_a_step(STEP_COST, 2)
-    assert worth_a_step(STEP_COST + 1, 2)
+    assert not worth_a_step(16, 2, 16)
+    assert worth_a_step(17, 2, 16)
     shared = [Request(np.array([1, 2, 3, end, 9]), 3) for end in (4, 5)]
-    assert [len(node.ids) for node in tree(shared)] == [4, 4]
+    assert [len(node.ids) for node in tree(shared, step=16)] == [4, 4]
     assert [len(node.ids) for node in tree(shared, step=0)] == [3]
 
 
@@ -132,11 +131,11 @@ def test_tokens_are_counted_for_the_first_request_that_reads_them():
     assert engine.counts.tokens == 23
 
 
-def test_padding_stays_a_small_fraction():
+def test_padding_costs_no_more_than_the_calls_that_it_saves():
     rng = np.random.default_rng(2)
     engine = engine_of(LM, batch_size=8)
     engine.score([Request(rng.integers(VOCAB, size=length), 2) for length in rng.integers(3, 80, size=50)])
-    assert 0 < engine.counts.padding <= PADDED * engine.counts.tokens
+    assert 0 < engine.counts.padding <= CHEAP.call * engine.counts.calls
 
 
 class Joint(Functional):

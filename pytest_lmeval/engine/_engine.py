@@ -14,6 +14,7 @@ from pytest_lmeval.engine._executor import Executor, Whole
 from pytest_lmeval.engine._forked import Forked
 from pytest_lmeval.engine._generation import Answer, OnText, Prompt, begin_answers
 from pytest_lmeval.engine._memory import fitting_chunks, with_less, with_smaller_chunks
+from pytest_lmeval.engine._packed import Packed
 from pytest_lmeval.engine._policy import Policy, check, chunk_of, policy_for, refused, streaming_refused
 from pytest_lmeval.engine._results import Counts, Results, Scored
 from pytest_lmeval.engine._stream import Chunk, carried, in_windows
@@ -57,7 +58,7 @@ class Engine:
         self.lm, self.policy = lm, policy if lm.stateful else replace(policy, carry=False)
         self.on_logits, self.executor, self.counts = on_logits, executor, Counts()
         self.asked, self.less = self.policy, ""
-        self._executors: dict[bool, Executor] = {}
+        self._executors: dict[type, Executor] = {}
         self._step_shape = (1, 1)  # rows and tokens of the last step
         check(lm, self.policy)
 
@@ -74,6 +75,18 @@ class Engine:
         logits = logits.detach()  # a model that learns as it reads may turn gradients on
         if self.on_logits is not None:
             self.on_logits(logits)
+        return logits, state
+
+    def packed_step(
+        self, input_ids: Tensor, state: State, positions: Tensor, visible: Tensor, wanted: Tensor, *, more: bool = False
+    ) -> tuple[Tensor, State]:
+        """One step over tokens of several sequences in one row, without gradients (see `Packing.step`)."""
+        self._step_shape = (1, input_ids.shape[-1])
+        with torch.no_grad():
+            logits, state = self.lm.packed_step(input_ids, state, positions, visible, wanted, more=more)
+        logits = logits.detach()
+        if self.on_logits is not None:
+            self.on_logits(logits[None])
         return logits, state
 
     def steps(
@@ -158,7 +171,7 @@ class Engine:
         return found
 
     def _score(self, requests: Sequence[Request], results: Results[Scored]) -> list[Scored]:
-        return self._executor(self.policy.share).score(requests, results)
+        return self._executor(Packed if self.policy.pack else Forked if self.policy.share else Whole).score(requests, results)
 
     def generate(
         self, prompts: Sequence[Prompt], on_text: OnText | None = None, results: Results[Answer] | None = None
@@ -177,7 +190,8 @@ class Engine:
             for number, answer in enumerate(part):
                 if number not in known.found:  # begun, perhaps, when memory ran out
                     answer.take(Answer(answer.prompt))
-            self._executor(self.policy.decode).generate(part, choose, known)
+            kind = Packed if self.policy.pack else Forked if self.policy.decode else Whole
+            self._executor(kind).generate(part, choose, known)
 
         for part, known in self._read_together(answers, Results() if results is None else results):
             self._within_memory(partial(attempt, part, known))
@@ -251,9 +265,9 @@ class Engine:
         for sequence in sequences:
             check_vocabulary(sequence.ids, 0, self.lm)
 
-    def _executor(self, forked: bool) -> Executor:
+    def _executor(self, kind: type[Packed | Forked | Whole]) -> Executor:
         if self.executor is not None:
             return self.executor
-        if forked not in self._executors:
-            self._executors[forked] = Forked(self) if forked else Whole(self)
-        return self._executors[forked]
+        if kind not in self._executors:
+            self._executors[kind] = kind(self)
+        return self._executors[kind]

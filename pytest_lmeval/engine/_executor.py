@@ -14,17 +14,16 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from pytest_lmeval.engine._costs import costs_of
 from pytest_lmeval.engine._generation import Answer
 from pytest_lmeval.engine._losses import score
-from pytest_lmeval.engine._policy import LOGITS_BUDGET
+from pytest_lmeval.engine._memory import most_logits
 from pytest_lmeval.engine._results import NOTHING_READ, Deferred, Results, Scored
-from pytest_lmeval.engine._tree import Node, Request, tree
+from pytest_lmeval.engine._tree import Node, Request, Span, tree
 from pytest_lmeval.models._model import State
 
 if TYPE_CHECKING:
     from pytest_lmeval.engine._engine import Engine
-
-PADDED = 1 / 16  # the largest fraction of a batch that is padding
 
 Choose: TypeAlias = "Callable[[Tensor, list[Answer]], None]"
 """(logits [b, v], b answers): choose the next token of each answer, or end it."""
@@ -58,17 +57,17 @@ class NodeReader:
         """Read whole nodes that nothing continues in a padded batch; row i of the state is before node i."""
         nodes = [node for node, _ in branches]
         ids = pad_sequence([torch.from_numpy(node.ids) for node in nodes], batch_first=True)
-        self._plan(nodes, ids, Deferred(lambda: (self._read(nodes, ids, before.get()), None)[1]))
+        self.plan(nodes, ids.numel(), Deferred(lambda: (self._read(nodes, ids, before.get()), None)[1]))
 
     def read(self, nodes: list[Node], ids: Tensor, before: Deferred) -> Deferred:
         """Read `ids` [b, t], which hold the nodes; row i of the state `before` is before node i. Returns the new state."""
-        return self._plan(nodes, ids, Deferred(lambda: self._read(nodes, ids, before.get())))
+        return self.plan(nodes, ids.numel(), Deferred(lambda: self._read(nodes, ids, before.get())))
 
-    def _plan(self, nodes: list[Node], ids: Tensor, reading: Deferred) -> Deferred:
-        """Count what is read, and read it now if a request is complete with it whose result is not there; else it is read when
-        its state is asked for."""
+    def plan(self, nodes: list[Node], size: int, reading: Deferred) -> Deferred:
+        """Count what is read in a step of `size` tokens with padding, and read it now if a request is complete with it whose
+        result is not there; else it is read when its state is asked for."""
         tokens, complete = sum(len(node.ids) for node in nodes), []
-        self.engine.counts.add(tokens, ids.numel() - tokens)
+        self.engine.counts.add(tokens, size - tokens)
         for node in nodes:
             self.scored[node.owner].read += len(node.ids)
             for number, begin, end in node.wanted:
@@ -96,47 +95,59 @@ class NodeReader:
         first = min((first_wanted(node) for node in nodes), default=width)
         skipped = min(first, width - 1)  # keep at least one position: a model may return all logits for keep=0
         logits, state = self.engine.prefill(ids.to(self.engine.lm.device), state, keep=width - skipped)
-        wanted = [(row, node, *span) for row, node in enumerate(nodes) for span in node.wanted if span[0] not in self._there]
-        if wanted:
-            self._record(wanted, logits, skipped)
+        rows, columns, spans = self.wanted(nodes)
+        if spans:
+            row, column = (torch.from_numpy(array).to(logits.device) for array in (rows, columns - skipped))
+            self.record(spans, logits[row, column])
         self.engine.counts.hold(state)
         return state
 
-    def _record(self, wanted: list[tuple[int, Node, int, int, int]], logits: Tensor, skipped: int) -> None:
-        """wanted  (row, node, request, first position, end): the logits there predict the tokens that follow"""
-        lengths = [end - begin for *_, begin, end in wanted]
-        rows = np.repeat([row for row, *_ in wanted], lengths)
-        positions = np.concatenate([np.arange(begin, end) - node.start - skipped for _, node, _, begin, end in wanted])
-        targets = np.concatenate([self.requests[number].ids[begin + 1 : end + 1] for _, _, number, begin, end in wanted])
-        row, column, target = (torch.from_numpy(array).to(logits.device) for array in (rows, positions, targets))
-        nll, rank = score(logits[row, column], target)
-        ends = np.cumsum(lengths)
-        for (_, _, number, begin, end), last in zip(wanted, ends, strict=True):
-            scored, context, part = self.scored[number], self.requests[number].context_len, slice(last - (end - begin), last)
+    def wanted(self, nodes: list[Node]) -> tuple[np.ndarray, np.ndarray, list[Span]]:
+        """The number of the node and the index in it of each token whose logits are wanted, and the spans that these form."""
+        found = [(row, node, span) for row, node in enumerate(nodes) for span in node.wanted if span[0] not in self._there]
+        rows = [np.full(end - begin, row) for row, _, (_, begin, end) in found]
+        columns = [np.arange(begin, end) - node.start for _, node, (_, begin, end) in found]
+        nothing = np.empty(0, dtype=np.int64)
+        return np.concatenate([nothing, *rows]), np.concatenate([nothing, *columns]), [span for *_, span in found]
+
+    def record(self, spans: list[Span], logits: Tensor) -> None:
+        """Score the tokens after the positions of the spans by the logits [n, v] there."""
+        targets = np.concatenate([self.requests[number].ids[begin + 1 : end + 1] for number, begin, end in spans])
+        nll, rank = score(logits, torch.from_numpy(targets).to(logits.device))
+        last = 0
+        for number, begin, end in spans:
+            scored, context, part = self.scored[number], self.requests[number].context_len, slice(last, last + end - begin)
             scored.loglikelihood[begin + 1 - context : end + 1 - context] = -nll[part]
             scored.greedy = scored.greedy and not rank[part].any()
+            last += end - begin
 
 
-def batches(branches: Branches, most: int, vocab_size: int | None = None) -> Iterator[Branches]:
-    """Batches of at most `most` nodes, longest first; with a `vocab_size`, for padding, PADDED and memory limit them too."""
+def batches(branches: Branches, most: int) -> Iterator[Branches]:
+    """Batches of at most `most` nodes, longest first."""
+    longest_first = sorted(branches, key=lambda branch: -len(branch[0].ids))
+    for begin in range(0, len(branches), most):
+        yield longest_first[begin : begin + most]
+
+
+def padded_batches(branches: Branches, most: int, padding: float, logits: int) -> Iterator[Branches]:
+    """Batches of at most `most` nodes, longest first, that are padded to the length of the longest.
+
+    padding  tokens of padding in a batch at most: those that a call costs, which it saves
+    logits   tokens of a batch at most from the first whose logits are wanted, with those of the padding
+    """
     batch: Branches = []
-    padding = 0
+    padded, first = 0, 0
     for branch in sorted(branches, key=lambda branch: -len(branch[0].ids)):
-        more = len(batch[0][0].ids) - len(branch[0].ids) if batch else 0
-        if batch and (len(batch) == most or (vocab_size and _too_full([*batch, branch], padding + more, vocab_size))):
-            yield batch
-            batch, padding, more = [], 0, 0
+        width = len(batch[0][0].ids) if batch else 0
+        more, wanted = width - len(branch[0].ids), min(first, first_wanted(branch[0]))
+        if not batch or len(batch) == most or padded + more > padding or (len(batch) + 1) * (width - wanted) > logits:
+            if batch:
+                yield batch
+            batch, padded, more, wanted = [], 0, 0, first_wanted(branch[0])
         batch.append(branch)
-        padding += more
+        padded, first = padded + more, wanted
     if batch:
         yield batch
-
-
-def _too_full(batch: Branches, padding: int, vocab_size: int) -> bool:
-    """Whether the last row of a batch should go into the next one."""
-    width = len(batch[0][0].ids)
-    logits = len(batch) * (width - min(first_wanted(node) for node, _ in batch)) * vocab_size
-    return padding > PADDED * len(batch) * width or 12 * logits > LOGITS_BUDGET
 
 
 def first_wanted(node: Node) -> int:
@@ -153,7 +164,8 @@ class Whole:
     def score(self, requests: Sequence[Request], results: Results[Scored]) -> list[Scored]:
         reader, engine = NodeReader(self.engine, requests, results), self.engine
         leaves = [(node, 0) for node in tree(requests, step=inf)]
-        for batch in batches(leaves, engine.policy.batch_size, engine.lm.vocab_size):
+        call = costs_of(engine.lm, engine.policy).call
+        for batch in padded_batches(leaves, engine.policy.batch_size, call, most_logits(engine.lm)):
             reader.read_padded(batch, NOTHING_READ)
         return reader.scored
 

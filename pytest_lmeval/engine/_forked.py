@@ -12,25 +12,24 @@ from functools import partial
 from math import inf
 from typing import TYPE_CHECKING, TypeAlias
 
-import numpy as np
 import torch
 
-from pytest_lmeval.engine._executor import Branches, Choose, NodeReader, answer_batch, batches
+from pytest_lmeval.engine._costs import costs_of
+from pytest_lmeval.engine._executor import Branches, Choose, NodeReader, answer_batch, batches, padded_batches
 from pytest_lmeval.engine._generation import Answer
-from pytest_lmeval.engine._memory import row_bytes
+from pytest_lmeval.engine._memory import most_logits, row_bytes
+from pytest_lmeval.engine._prefix_cache import Keep, PrefixCache
 from pytest_lmeval.engine._results import NOTHING_READ, Deferred, Results, Scored
 from pytest_lmeval.engine._state_rows import Select, selection
-from pytest_lmeval.engine._tree import STEP_COST, Request, tree, worth_a_step
+from pytest_lmeval.engine._tree import Node, Request
 from pytest_lmeval.models._model import State, fork
 
 if TYPE_CHECKING:
     from pytest_lmeval.engine._engine import Engine
 
 OnLeaves: TypeAlias = "Callable[[Deferred, Branches], None]"
-Cache: TypeAlias = "list[tuple[np.ndarray, Deferred]]"  # prefixes, and the state after each
 
 MORE_SHORT_LEAVES = 4  # the most that the batch size is multiplied by for leaves that are shorter than their prefix
-CACHED = 4  # prefixes kept from block to block: few-shot examples, a passage, and prefixes between them
 STATES_BUDGET = 1 << 30  # bytes that the states of a batch may take
 
 
@@ -40,9 +39,10 @@ class Forked:
     def __init__(self, engine: Engine) -> None:
         self.engine: Engine = weakref.proxy(engine)  # no reference cycle: states are freed with the engine, not at a collection
         self.policy = engine.policy
-        self.prefix_cache: Cache = []  # prefixes of the last request of a block, for the next block
+        self.prefix_cache = PrefixCache()
         self._select = selection(engine.lm)
-        self._step_cost = STEP_COST if self.policy.share else inf
+        self._call = costs_of(engine.lm, self.policy).call
+        self._step_cost = self._call if self.policy.share else inf
 
     def score(self, requests: Sequence[Request], results: Results[Scored]) -> list[Scored]:
         reader = NodeReader(self.engine, requests, results)
@@ -69,26 +69,20 @@ class Forked:
             answer.read += shared.read
 
     def _walk(self, reader: NodeReader, on_leaves: OnLeaves) -> None:
-        """Read the prefix tree of a block, each request after the longest cached prefix that it continues. Call
-        `on_leaves(state, leaves)` for the leaves that continue one state."""
-        requests, left = reader.requests, list(range(len(reader.requests)))
-        kept = [(prefix, state) for prefix, state in self.prefix_cache if requests and _continues(requests[-1], prefix)]
-        nothing = (np.empty(0, dtype=np.int64), NOTHING_READ)
-        for prefix, state in [*sorted(self.prefix_cache, key=lambda entry: -len(entry[0])), nothing]:
-            if members := [number for number in left if _continues(requests[number], prefix)]:
-                left = sorted({*left} - {*members})
-                nodes = tree(requests, members, start=len(prefix), step=self._step_cost)
-                self._visit(reader, state, [(node, 0) for node in nodes], kept, on_leaves)
-        self.prefix_cache = sorted(kept, key=lambda entry: len(entry[0]))[:CACHED]  # more requests share the shorter ones
+        """Read the prefix tree of a block. Call `on_leaves(state, leaves)` for the leaves that continue one state."""
 
-    def _visit(self, reader: NodeReader, state: Deferred, branches: Branches, kept: Cache, on_leaves: OnLeaves) -> None:
+        def visit(state: Deferred, nodes: list[Node], keep: Keep) -> None:
+            self._visit(reader, state, [(node, 0) for node in nodes], keep, on_leaves)
+
+        self.prefix_cache.walk(reader.requests, self._step_cost, visit)
+
+    def _visit(self, reader: NodeReader, state: Deferred, branches: Branches, keep: Keep, on_leaves: OnLeaves) -> None:
         """Read the tree below `state`; each node continues one of its rows."""
         on_leaves(state, [(node, row) for node, row in branches if not node.children])
         inner = [(node, row) for node, row in branches if node.children]
         for batch in batches(inner, self._most(inner, self.policy.batch_size)):
-            self._visit(reader, *self._read_inner(reader, state, batch, kept), kept, on_leaves)
-        for _, one in kept:
-            one.settle()  # else it would keep all rows of the batch
+            self._visit(reader, *self._read_inner(reader, state, batch, keep), keep, on_leaves)
+        self.prefix_cache.settle()  # else it would keep all rows of the batch
 
     def _each(self, state: Deferred, leaves: Branches, read: Callable[[Deferred, Branches], None], *, padded: bool) -> None:
         """Read leaves in batches. If they are padded, short ones form larger batches, of no more tokens than whole prompts."""
@@ -98,7 +92,8 @@ class Forked:
                 longest = max(len(node.ids) for node, _ in leaves)
                 most *= min(MORE_SHORT_LEAVES, (leaves[0][0].start + longest) // longest)
             most = self._most(leaves, most)
-        for batch in batches(leaves, most, self.engine.lm.vocab_size if padded else None):
+        few = padded_batches(leaves, most, self._call, most_logits(self.engine.lm)) if padded else batches(leaves, most)
+        for batch in few:
             read(state, batch)
 
     def _most(self, branches: Branches, most: int) -> int:
@@ -109,7 +104,7 @@ class Forked:
             return most
         return max(1, min(most, STATES_BUDGET // max(1, row_bytes(self.engine.lm, branches[0][0].start))))
 
-    def _read_inner(self, reader: NodeReader, state: Deferred, batch: Branches, kept: Cache) -> tuple[Deferred, Branches]:
+    def _read_inner(self, reader: NodeReader, state: Deferred, batch: Branches, keep: Keep) -> tuple[Deferred, Branches]:
         """Read the nodes up to the end of the shortest; returns the state there, and the branches that continue it."""
         length = min(len(node.ids) for node, _ in batch)
         length -= (batch[0][0].start + length) % self.policy.multiple
@@ -119,16 +114,25 @@ class Forked:
         ids = torch.stack([torch.from_numpy(head.ids) for head in heads])
         state = reader.read(list(heads), ids, self._rows(state, [row for _, row in batch]))
         following: Branches = []
+        shortest = self._shortest_rest(rests)
         for row, ((node, _), rest) in enumerate(zip(batch, rests, strict=True)):
             if not len(rest.ids):
                 following += [(child, row) for child in node.children]
                 if node.last:
-                    kept.append((reader.requests[node.owner].ids[: node.end], self._rows(state, [row])))
-            elif worth_a_step(len(rest.ids), rest.leaves):
+                    keep(reader.requests[node.owner].ids[: node.end], self._rows(state, [row]))
+            elif len(rest.ids) >= shortest:
                 following.append((rest, row))
             else:
                 following += [(child, row) for child in rest.pushed()]
         return state, following
+
+    def _shortest_rest(self, rests: Sequence[Node]) -> float:
+        """The length from which on the rests of nodes are read together, in a step and with leaves of their own; shorter ones
+        are read again with each leaf. Infinite if that saves no more than it costs."""
+        lengths = [len(rest.ids) for rest in rests]
+        saved = [n * sum(rest.leaves - 1 for rest in rests if len(rest.ids) >= n) for n in lengths]
+        most, length = max(zip(saved, lengths, strict=True))
+        return length if most > 2 * self._step_cost else inf
 
     def _rows(self, before: Deferred, rows: list[int]) -> Deferred:
         """A copy of these rows of a state, made at once if the state is known, so that the other rows are freed."""
@@ -162,8 +166,3 @@ class Forked:
 
 def _copy(select: Select | None, rows: Sequence[int], state: State) -> State:
     return fork(state) if select is None else select(state, rows)
-
-
-def _continues(request: Request, prefix: np.ndarray) -> bool:
-    """Whether a request begins with a prefix, all of which is its context."""
-    return request.context_len > len(prefix) and np.array_equal(request.ids[: len(prefix)], prefix)

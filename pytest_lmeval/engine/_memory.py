@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from pytest_lmeval.engine._policy import SMALLEST_CHUNK, Policy, chunk_of
+from pytest_lmeval.engine._policy import LOGITS_BUDGET, SMALLEST_CHUNK, Policy, chunk_of
 from pytest_lmeval.models._failures import NoMemory, unless_full
 from pytest_lmeval.models._free_memory import free_bytes
 from pytest_lmeval.models._model import Model, state_bytes
@@ -14,6 +14,7 @@ from pytest_lmeval.models._weak_cache import WeakCache
 
 SHORT, LONG = 8, 40  # tokens after which states are compared
 SCORING = 3 * 4  # bytes that each logit takes while it is scored: float32, and twice as much beside it
+PART_FOR_LOGITS = 32  # of a GPU's memory, one may be logits
 SPARE = 0.9  # fraction of the free memory that is planned with
 MOST_ROWS = 1024  # that are tried for --lmeval-batch auto
 STATE_COSTS = WeakCache["tuple[int, int]"]()  # by `step_fn`
@@ -41,6 +42,14 @@ def _state_cost(lm: Model) -> tuple[int, int]:
         small, large = [state_bytes(lm.step(lm.random_ids(1, length), keep=1)[1]) for length in (short, longest)]
     per_token = max(0, large - small) // (longest - short)
     return max(0, small - per_token * short), per_token
+
+
+def most_logits(lm: Model) -> int:
+    """Tokens of a call that may be scored within the budget for logits, at least 1: the same whenever it is asked."""
+    budget = LOGITS_BUDGET
+    if lm.device.type == "cuda":
+        budget = max(budget, torch.cuda.get_device_properties(lm.device).total_memory // PART_FOR_LOGITS)
+    return max(1, budget // (SCORING * lm.vocab_size))
 
 
 def rows_that_fit(lm: Model, tokens: int, scored: int) -> int:

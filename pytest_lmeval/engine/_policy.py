@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 
 from pytest_lmeval.errors import Refused, StreamError
 from pytest_lmeval.models._model import Model
-from pytest_lmeval.records._certificate import NON_CAUSAL, UNPROVEN, Certificate
+from pytest_lmeval.records._certificate import NON_CAUSAL, UNPROVEN, Certificate, Costs
 
 Window: TypeAlias = 'int | Literal["unlimited", "lm_eval"] | None'
 
@@ -21,7 +21,9 @@ LARGEST_CHUNK, SMALLEST_CHUNK = 1024, 16
 UNLIMITED = 1 << 62  # tokens of a step
 CALL = 46  # tokens that a call costs beside those it reads, as measured on a model of 135 million parameters
 
-NOT_FOR_STREAMING = frozenset({"rows", "fork", "resume", "size"})  # laws that an uninterrupted stream of one row does not need
+NOT_FOR_STREAMING = frozenset(
+    {"rows", "fork", "resume", "size", "packed"}
+)  # laws that an uninterrupted stream of one row does not need
 FOR_EVERYTHING = frozenset({"causality", "repeat", "isolation", "sums"})  # laws without which every number is meaningless
 
 
@@ -58,8 +60,10 @@ class Policy:
     single       continue a state only by one token a step
     longest      the most tokens in a step; None: any number
     fork         continue one state several times
+    pack         read several sequences in one row, each with its own past
     resume       resume from a saved state
     batch_size   the most rows in a batch
+    costs        what calls cost the model, by which packs and batches are formed; None: counted from its operations
     chunk_size   tokens a step of a text; None: as many as are allowed and fit the memory
     windows      read a text in these; None: carry the state through it
     why          questions share less than they could; empty if they share all
@@ -73,8 +77,10 @@ class Policy:
     single: bool = False
     longest: int | None = None
     fork: bool = True
+    pack: bool = False
     resume: bool = True
     batch_size: int = 8
+    costs: Costs | None = None
     chunk_size: int | None = None
     windows: Windows | None = None
     why: str = ""
@@ -139,7 +145,7 @@ def policy_for(
     policy = allowed_by(lm, certificate, batch_size)
     if invariant:
         policy = replace(
-            policy, invariant=True, fork=False, batch_size=1, why=policy.why or "each is read alone: invariant=True"
+            policy, invariant=True, fork=False, pack=False, batch_size=1, why=policy.why or "each is read alone: invariant=True"
         )
     withheld = lm.stateful and not policy.carry
     unproven = withheld and certificate is not None and certificate.verdict == UNPROVEN and lm.codebooks is None
@@ -190,8 +196,10 @@ def allowed_by(lm: Model, certificate: Certificate | None, batch_size: int = 8) 
         single=single,
         longest=longest,
         fork=not no_fork,
+        pack=exact and not single and multiple is None and not no_fork and not lacking("packed") and "packed" in laws,
         resume=not lacking("resume"),
         batch_size=1 if no_rows else min(batch_size, certificate.limit_rows or batch_size),
+        costs=certificate.costs,
         withheld=tuple(f"{what}, since {' and '.join(why)}" for what, why in denied.items() if why),
         certificate=certificate,
     )
@@ -221,6 +229,7 @@ def check(lm: Model, policy: Policy) -> None:
             f"to continue its state after multiples of {policy.multiple}": policy.multiple % allowed.multiple,
             "to continue its state by several tokens": policy.carry and allowed.single and not policy.single,
             "to fork its state": policy.fork and not allowed.fork,
+            "to read several sequences in one row": policy.pack and not allowed.pack,
             "to resume from a saved state": policy.resume and not allowed.resume,
             f"to read {policy.batch_size} rows at once": policy.batch_size > allowed.batch_size,
             f"for steps of more than {longest} tokens": (policy.longest or UNLIMITED) > longest,

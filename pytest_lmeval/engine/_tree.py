@@ -10,13 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import TypeAlias
 
 import numpy as np
 
 from pytest_lmeval.engine._tokens import ids_of
 from pytest_lmeval.errors import StreamError
 
-STEP_COST = 16  # fixed cost of a step, in tokens that could be read instead
+Span: TypeAlias = "tuple[int, int, int]"
+"""(request, begin, end): the logits at these positions of its sequence score the request's tokens after them."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Node:
     ids       [n] the tokens
     start     the number of tokens before them
     children  the nodes that follow; none at the end of a sequence
-    wanted    (request, begin, end): the logits at these positions of the sequence score the request's tokens after them
+    wanted    the logits that score tokens
     owner     the first of the requests that contain the node, for which its tokens are counted
     last      whether the last of all requests contains the node
     """
@@ -69,7 +71,7 @@ class Node:
     ids: np.ndarray
     start: int
     children: tuple[Node, ...]
-    wanted: tuple[tuple[int, int, int], ...]
+    wanted: tuple[Span, ...]
     owner: int
     last: bool
 
@@ -80,6 +82,16 @@ class Node:
     @property
     def leaves(self) -> int:
         return sum(child.leaves for child in self.children) or 1
+
+    @property
+    def size(self) -> int:
+        """Tokens of the node and of all that follow it."""
+        return len(self.ids) + sum(child.size for child in self.children)
+
+    @property
+    def scored(self) -> int:
+        """The number of tokens among these whose logits are wanted."""
+        return sum(end - begin for _, begin, end in self.wanted) + sum(child.scored for child in self.children)
 
     def split(self, count: int) -> tuple[Node, Node]:
         """Its first `count` tokens, and those after them."""
@@ -93,15 +105,17 @@ class Node:
         joined = [replace(child, ids=np.concatenate([self.ids, child.ids]), start=self.start) for child in self.children]
         return [replace(joined[0], wanted=self.wanted + joined[0].wanted), *joined[1:]] if joined else [self]
 
+    def dealt(self, groups: Sequence[Sequence[Node]]) -> list[Node]:
+        """The node before each of these groups of its children; only before the first are logits of its own tokens wanted."""
+        return [replace(self, children=tuple(some), wanted=() if index else self.wanted) for index, some in enumerate(groups)]
 
-def worth_a_step(tokens: int, leaves: int, step: float = STEP_COST) -> bool:
+
+def worth_a_step(tokens: int, leaves: int, step: float) -> bool:
     """Whether it is cheaper to read tokens that `leaves` sequences share once, in a step, than with each of them."""
     return tokens * (leaves - 1) > step
 
 
-def tree(
-    requests: Sequence[Request], members: Sequence[int] | None = None, *, start: int = 0, step: float = STEP_COST
-) -> list[Node]:
+def tree(requests: Sequence[Request], members: Sequence[int] | None = None, *, start: int = 0, step: float) -> list[Node]:
     """The nodes after the first `start` tokens, which all `members` (numbers of requests; by default all) share.
 
     A request that reads a prefix of what another reads has no path of its own, but each prompt ends in its own leaf, even where

@@ -12,6 +12,8 @@ resume      a saved state, continued by a fresh copy of the model, goes on as if
 rows        each row of a batch reads as it does alone, whatever its neighbours, their order, and the padding after it
 size        a state that is declared constant does not grow
 sums        the engine's chunks and windows score every target token once, and add up to the whole
+packed      several continuations of one beginning, read in one row with a mask, read as each would alone; a model that cannot
+            do this is not wrong: it is read otherwise
 """
 
 from __future__ import annotations
@@ -27,8 +29,9 @@ from torch import Tensor, nn
 
 from pytest_lmeval.engine import Engine
 from pytest_lmeval.errors import ArgumentError, LawBroken, NotFiniteError, NotPossible, OutOfMemory, no_such
-from pytest_lmeval.laws._diagnosis import assert_tolerated, broken
+from pytest_lmeval.laws._diagnosis import assert_tolerated, broken, one_line
 from pytest_lmeval.laws._harness import FEW, RAW, Harness, Raised
+from pytest_lmeval.laws._packed import packed
 from pytest_lmeval.laws._strategies import MOST_ROWS, Case
 from pytest_lmeval.laws._sums import sums
 from pytest_lmeval.laws._tolerance import ROUNDINGS, log_probabilities, sampled
@@ -297,12 +300,19 @@ def assert_near(harness: Harness, case: Case, one: Tensor, other: Tensor, what: 
 
 @dataclass(frozen=True)
 class Law:
-    """A law, the fields of a case that it uses, whether it needs a model that carries a state, and a case that is cut."""
+    """A law, the fields of a case that it uses, whether it needs a model that carries a state, and a case that is cut.
+
+    optional  it is about reading several sequences in one row (`Model.packing`), which a right model need not do
+    """
 
     check: Callable[[Harness, Case], None]
     uses: tuple[str, ...]
     needs_state: bool = False
     cut: bool = True
+    optional: bool = False
+
+    def applies_to(self, lm: Model) -> bool:
+        return (lm.stateful or not self.needs_state) and (lm.packing is not None or not self.optional)
 
     def relevant(self, case: Case) -> Case:
         """The case as this law sees it: each field that it ignores is the simplest."""
@@ -321,6 +331,7 @@ LAWS: dict[str, Law] = {
     "rows": Law(rows, ("cuts", "seed", "rows", "padding")),
     "size": Law(size, ("seed",), needs_state=True, cut=False),
     "sums": Law(sums, ("cuts", "seed")),
+    "packed": Law(packed, ("cuts", "seed", "rows"), needs_state=True, cut=False, optional=True),
 }
 
 
@@ -357,7 +368,3 @@ def _tried(law: str, harness: Harness, case: Case) -> None:
         if failure_of(error) == OUT_OF_MEMORY:
             raise
         raise broken(case, f"{case}: it raised {one_line(error)}") from error
-
-
-def one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else 'no message'}"

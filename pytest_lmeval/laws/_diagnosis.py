@@ -84,3 +84,7 @@ def _course(rest: list[float], stretch: int, later: bool) -> str:
     if tail >= GROWN * max(rest[0], 1.0) and rest.index(top) > len(rest) // 2:
         return "and grows with the text: an error that adds up, as in a rounded state, or a count that runs off."
     return "and stays wrong: positions that are off, a mask that hides or shows too much, or a state lost or overwritten."
+
+
+def one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else 'no message'}"

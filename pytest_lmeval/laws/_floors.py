@@ -11,6 +11,7 @@ from pytest_lmeval.laws._strategies import Case, chunk_cuts
 
 SHORTEST_FLOOR = 320  # tokens
 CONTINUED = 24  # tokens before the early fork, stop, and batch
+TREE = 20  # tokens of the sequences of a tree
 TURNS = 3  # tokens that a fork or a resumed state reads
 SINGLES, LAST_SINGLES = 8, 16  # tokens read one by one, at the beginning and at the end
 PIECES = (23, 64, 100)  # chunk lengths of whole readings: odd, a power of two, neither
@@ -45,6 +46,7 @@ def floors(length: int, drawn: Random) -> dict[str, tuple[Case, ...]]:
         "rows": tuple(Case(batch, _batch_cuts(batch), rows=rows, padding=batch - 1) for rows in BATCHES),
         "size": (Case(length),),
         "sums": (Case(min(length, 13), (min(8, length // 2),)),),
+        "packed": (Case(min(TREE, length)), Case(half + min(TREE, length - half), (half,))),
     }
 
 

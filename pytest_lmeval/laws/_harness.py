@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,12 +54,23 @@ class Work:
         step_fn = lm.step_fn
 
         def counted(input_ids: Tensor, state: State | None, keep: int | None) -> tuple[Tensor, State]:
-            self.last = input_ids.shape[0], input_ids.shape[-1]
-            read = math.prod(self.last)
-            self.calls, self.tokens, self.cost = self.calls + 1, self.tokens + read, self.cost + factor * (read + CALL)
+            self._add(input_ids, factor)
             return step_fn(input_ids, state, keep)
 
+        if (packing := lm.packing) is not None:
+            packed_step = packing.step
+
+            def counted_pack(input_ids: Tensor, *rest: Any) -> tuple[Tensor, State]:
+                self._add(input_ids, factor)
+                return packed_step(input_ids, *rest)
+
+            counted.packing = replace(packing, step=counted_pack)  # type: ignore[attr-defined]
         return replace(lm, step_fn=counted)
+
+    def _add(self, input_ids: Tensor, factor: int) -> None:
+        self.last = input_ids.shape[0], input_ids.shape[-1]
+        read = math.prod(self.last)
+        self.calls, self.tokens, self.cost = self.calls + 1, self.tokens + read, self.cost + factor * (read + CALL)
 
     @property
     def full(self) -> str:
@@ -406,9 +418,13 @@ class Harness:
         if tie is not None:
             excess = reference.measure(run[:tie]) if tie else replace(excess, tolerance_ratio=0.0, ratio=0.0)
             self.routing_ties += 1
-        if law not in self.worst or excess.tolerance_ratio > self.worst[law][0].tolerance_ratio:
-            self.worst[law] = (excess, f"{len(run)} tokens (seed {seed}) in {len(reading.sizes)} chunk(s)")
+        self.note(law, excess, f"{len(run)} tokens (seed {seed}) in {len(reading.sizes)} chunk(s)")
         return excess
+
+    def note(self, law: str, excess: Excess, what: str) -> None:
+        """Remember a comparison, if it is the worst of its law."""
+        if law not in self.worst or excess.tolerance_ratio > self.worst[law][0].tolerance_ratio:
+            self.worst[law] = (excess, what)
 
     def _tie(self, expected: _Reading, reading: _Reading) -> int | None:
         """The first token at which a tie between experts flipped; None if routing does not explain the error."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from msgspec import structs
 
+from pytest_lmeval.engine._costs import costs_of
 from pytest_lmeval.engine._policy import CALL
 from pytest_lmeval.errors import ArgumentError, ModelError, no_such
 from pytest_lmeval.laws._checks import LAWS, check
@@ -162,6 +163,7 @@ def _probed(
             broken=earlier.own.broken
         )
         certificate, tried, counted = run_probe(harness, plan, known, progress)
+        certificate = structs.replace(certificate, costs=costs_of(lm))
         in_float32 = Tried()
         if "isolation" not in certificate.broken and (changed_by := changed()):
             message = f"{changed_by} It took the whole probe: no case of this law does it alone."
@@ -179,7 +181,7 @@ def _probed(
 
 def _nothing_tried(lm: Model) -> Certificate:
     missing = "a budget of 0 tries nothing; without --lmeval-budget every law is tried on its floor"
-    laws = {name: LawResult(cases=0, missing=missing) for name, law in LAWS.items() if lm.stateful or not law.needs_state}
+    laws = {name: LawResult(cases=0, missing=missing) for name, law in LAWS.items() if law.applies_to(lm)}
     return Certificate(verdict=UNPROVEN, dtype=str(lm.dtype).removeprefix("torch."), laws=laws)
 
 
@@ -247,7 +249,7 @@ def _with(certificate: Certificate, lm: Model, law: str, example: Counterexample
     result = certificate.laws[law]
     laws = {**certificate.laws, law: structs.replace(result, kept=None, counterexamples=(*result.counterexamples, example))}
     changed = structs.replace(certificate, laws=laws)
-    untried, multiple = bool(changed.with_status("untried")), certificate.multiple
+    untried, multiple = any(not LAWS[name].optional for name in changed.with_status("untried")), certificate.multiple
     found = verdict_of(changed.broken, stateful=lm.stateful, dtype=certificate.dtype, multiple=multiple, untried=untried)
     return structs.replace(changed, verdict=verdict or found)
 

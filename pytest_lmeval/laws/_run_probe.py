@@ -97,7 +97,7 @@ def run_probe(
     limit = harness.find_longest(plan.longest)
     needed = min(max(floor_length(lm.boundaries, lm.context_length), plan.longest), harness.longest if limit else 1 << 30)
     floor = floors(needed, plan.drawn)
-    searches = {name: Search(name, harness, floor[name]) for name, law in LAWS.items() if lm.stateful or not law.needs_state}
+    searches = {name: Search(name, harness, floor[name]) for name, law in LAWS.items() if law.applies_to(lm)}
     for name in searches.keys() & earlier.broken.keys():
         for case in earlier.broken[name]:
             searches[name].refute(case)
@@ -119,7 +119,7 @@ def run_probe(
         multiple = _multiple(searches["splits"], latest, harness.work.cost + int(MULTIPLES * (harness.work.cost + plan.budget)))
     dtype = str(harness.dtype).removeprefix("torch.")
     reached = results["splits" if lm.stateful else "prefix"].longest
-    untried = any(law.status == "untried" for law in results.values())
+    untried = any(law.status == "untried" for name, law in results.items() if not LAWS[name].optional)
     certificate = Certificate(
         verdict=verdict_of(broken, stateful=lm.stateful, dtype=dtype, multiple=multiple, untried=untried),
         dtype=dtype,

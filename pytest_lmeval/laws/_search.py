@@ -71,7 +71,7 @@ class Search:
             except OutOfMemory:
                 self.full[case] = self.harness.work.full
             except NotPossible as impossible:
-                if self.seen:  # possible in some cases: broken in this one
+                if self.seen and not LAWS[self.law].optional:  # possible in some cases: broken in this one
                     message = f"{case}: {impossible}, though it could be tried in {len(self.seen)} other case(s)."
                     self.seen[case] = broken(case, message)
                 else:

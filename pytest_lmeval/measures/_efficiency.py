@@ -14,10 +14,10 @@ from msgspec import structs
 
 from pytest_lmeval.measures._context import verb_of
 from pytest_lmeval.measures._latency import NEW_TOKENS, LatencyResult, measure_latency
+from pytest_lmeval.models._flops import Flops
 from pytest_lmeval.models._identity import facts
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.profiling._failures import room_for
-from pytest_lmeval.profiling._flops import Flops
 from pytest_lmeval.profiling._roofline import Peaks
 from pytest_lmeval.profiling._runner import Runner, check_shape, quiet
 from pytest_lmeval.profiling._work import Work, training_work, work_of

@@ -185,7 +185,8 @@ def measure_task(
 
 def _plan(policy: Policy) -> str:
     """A name for how questions are read, on which the last bits of an answer depend."""
-    how = [policy.share, policy.decode, policy.multiple, policy.single, policy.longest]
+    costs = policy.costs and [policy.costs.call, policy.costs.reach]
+    how = [policy.share, policy.pack, policy.decode, policy.multiple, policy.single, policy.longest, costs]
     return key_of(plan=[policy.invariant, policy.batch_size, *how])[:12]
 
 

@@ -12,7 +12,6 @@ import inspect
 import json
 import pickle
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from pytest_lmeval.errors import HubError, ModelError, SpecError, described, some
 from pytest_lmeval.models import _specs as specs
+from pytest_lmeval.models._cache_state import PACKED_ARGUMENTS, CacheState, packing_of
 from pytest_lmeval.models._free_memory import free_bytes
 from pytest_lmeval.models._hub import HubCall
 from pytest_lmeval.models._model import Model, State, StepFn, devices_note, tokenizer_for
@@ -40,14 +40,6 @@ BOUNDARIES = (
     "mamba_d_conv",
     "conv_L_cache",
 )
-
-
-@dataclass
-class CacheState:
-    """The model's cache and the number of tokens that it has read (the next position)."""
-
-    cache: Any
-    seen: int
 
 
 def is_transformers(source: Any) -> bool:
@@ -224,6 +216,8 @@ def step_with_cache(module: nn.Module) -> StepFn:
         cache = next((c for name in names if (c := getattr(output, name, None)) is not None), None)
         return output.logits, None if cache is None else CacheState(cache, seen + positions)
 
+    if accepted.keys() >= PACKED_ARGUMENTS:
+        step_fn.packing = packing_of(module)  # type: ignore[attr-defined]
     return step_fn
 
 

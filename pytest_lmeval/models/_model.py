@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -160,6 +160,24 @@ def codebooks_of(source: Any) -> Codebooks | None:
     return found
 
 
+@dataclass(frozen=True)
+class Packing:
+    """How a model reads tokens of several sequences in one row, each with its own past; an attribute of its `step_fn`.
+
+    The state has a column for each token that it has read. Column c + i is that of token i of those that are read after c.
+
+    step  (input_ids [1, t], state, positions [t], visible [t, c + t], wanted [n], more) -> (logits [n, v], new state): token i
+          is at position positions[i] of its sequence, and sees the columns j where visible[i, j]; the logits are those of the
+          tokens `wanted`. Only if `more` is there a new state; otherwise the state given stays as it is
+    take  (state, columns [m]) -> a state of these columns, which shares no storage with it
+    join  ([states]) -> a state of the columns of all, in order
+    """
+
+    step: Callable[[Tensor, State | None, Tensor, Tensor, Tensor, bool], tuple[Tensor, State]]
+    take: Callable[[State, Tensor], State]
+    join: Callable[[Sequence[State]], State]
+
+
 @dataclass(frozen=True, repr=False)
 class Model:
     """A language model that can be stepped, with the facts that records need.
@@ -225,6 +243,26 @@ class Model:
             raise ModelError(
                 f"{self.spec} ({self.form}) returned no state after {positions} token(s): the next chunk would be read as if "
                 "nothing came before. Return the new state, or, if it has none, load it with form='stateless'."
+            )
+        return logits, new_state
+
+    @property
+    def packing(self) -> Packing | None:
+        """How it reads several sequences in one row; None if it cannot."""
+        found: Packing | None = getattr(self.step_fn, "packing", None)
+        return found
+
+    def packed_step(
+        self, input_ids: Tensor, state: State | None, positions: Tensor, visible: Tensor, wanted: Tensor, *, more: bool = False
+    ) -> tuple[Tensor, State]:
+        """See `Packing.step`. Raises ModelError if it has none, or returns logits of another shape."""
+        if self.packing is None:
+            raise ModelError(f"{self.spec} ({self.form}) does not read several sequences in one row: it has no `packing`.")
+        logits, new_state = self.packing.step(input_ids, state, positions, visible, wanted, more)
+        if tuple(logits.shape) != (len(wanted), self.vocab_size):
+            raise ModelError(
+                f"{self.spec} returned logits of shape {list(logits.shape)} for {len(wanted)} of {input_ids.shape[-1]} tokens "
+                f"that were read in one row; expected {[len(wanted), self.vocab_size]}."
             )
         return logits, new_state
 

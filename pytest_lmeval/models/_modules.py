@@ -5,6 +5,8 @@ functional      logits, state = module(input_ids, state)                  as nn.
 get_set_state   module.set_state(state); logits = module(input_ids); state = module.get_state()
 streaming       with module.streaming(batch_size): logits = module.step(input_ids)
 step            logits, state = source.step(input_ids, state)             the protocol itself
+
+Functional modules and sources with `step` may also read several sequences in one row, with the methods in PACKING.
 """
 
 from __future__ import annotations
@@ -21,11 +23,13 @@ from torch import Tensor, nn
 
 from pytest_lmeval.errors import ModelError
 from pytest_lmeval.models._identity import settings_of
-from pytest_lmeval.models._model import Model, State, StepFn, codebooks_of, devices_note, fork, tokenizer_for, weights
+from pytest_lmeval.models._model import Model, Packing, State, StepFn, codebooks_of, devices_note, fork, tokenizer_for, weights
 from pytest_lmeval.models._weak_cache import WeakCache
 
 # Names of a second argument that is no state.
 NOT_A_STATE = frozenset({"targets", "target", "labels", "label", "attention_mask", "mask", "padding_mask", "key_padding_mask"})
+
+PACKING = ("packed_step", "take_columns", "join_columns")  # methods that do what `Packing` describes
 
 MUTABLE_BUFFERS = WeakCache[dict[str, set[str]]]()  # by module: form -> `Model.mutable_buffers`
 BOUNDARIES = ("window", "window_size", "sliding_window", "kernel", "chunk_size", "mini_batch_size", "context", "block")
@@ -104,7 +108,7 @@ def functional(source: Any) -> StepFn:
         output, new_state = source(input_ids, state)
         return _logits(output), new_state
 
-    return step_fn
+    return _with_packing(step_fn, source)
 
 
 def step(source: Any) -> StepFn:
@@ -115,7 +119,15 @@ def step(source: Any) -> StepFn:
         output, new_state = source.step(input_ids, state, keep=keep) if keeps else source.step(input_ids, state)
         return _logits(output), new_state
 
-    return step_fn
+    return _with_packing(step_fn, source)
+
+
+def _with_packing(step_fn: Any, source: Any) -> StepFn:
+    """The step, with the methods by which the source reads several sequences in one row, if it has them (see `Packing`)."""
+    if all(_has(source, name) for name in PACKING):
+        step_fn.packing = Packing(*(getattr(source, name) for name in PACKING))
+    found: StepFn = step_fn
+    return found
 
 
 def get_set_state(module: Any) -> StepFn:

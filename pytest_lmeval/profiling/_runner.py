@@ -14,11 +14,11 @@ import torch
 
 from pytest_lmeval.engine import Engine
 from pytest_lmeval.errors import ProfilingError
+from pytest_lmeval.models._flops import count_flops
 from pytest_lmeval.models._identity import facts
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.models._weak_cache import WeakCache
 from pytest_lmeval.profiling._clock import Stopwatch, tick
-from pytest_lmeval.profiling._flops import count_flops
 from pytest_lmeval.profiling._roofline import Peaks, measured_peaks
 from pytest_lmeval.profiling._samples import MILLISECONDS, runs_to_see, stability
 from pytest_lmeval.records._measured import Cost, Record, Result, Series

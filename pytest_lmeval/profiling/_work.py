@@ -20,11 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pytest_lmeval.engine import Engine
+from pytest_lmeval.models._flops import Flops, count_flops, training_flops
 from pytest_lmeval.models._model import Model, State, multiplied, state_bytes, weights
 from pytest_lmeval.models._tensors import parts
 from pytest_lmeval.profiling._child import first_line
 from pytest_lmeval.profiling._failures import failure_of
-from pytest_lmeval.profiling._flops import Flops, count_flops, training_flops
 from pytest_lmeval.profiling._roofline import Peaks
 
 aten = torch.ops.aten

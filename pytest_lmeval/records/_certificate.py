@@ -14,6 +14,7 @@ MULTIPLE = "exact-multiple-of-"  # followed by the number
 NON_CAUSAL, LENGTH_DEPENDENT = "non-causal", "length-dependent"
 STATELESS, CONSISTENT = "stateless", "consistent"
 UNPROVEN = "unproven"  # no law is broken, and not every law that applies was tried at its floor
+MOST_PACKED = 4096  # tokens
 RANKS = (EXACT, CONSISTENT, MULTIPLE, STEP_ONLY, STATELESS, LENGTH_DEPENDENT, INEXACT, NON_CAUSAL)
 """Verdicts, best first."""
 
@@ -87,6 +88,27 @@ class State(StoredStruct, frozen=True):
     dtypes: tuple[str, ...]
 
 
+class Costs(StoredStruct, frozen=True):
+    """What reading costs a model, in tokens (see `engine._costs`); both are powers of two.
+
+    call   cost of a call, beside its tokens
+    reach  pairs of tokens, one of which sees the other, that cost as much as a token; 0: pairs cost nothing (no attention)
+    """
+
+    call: int
+    reach: int
+
+    @property
+    def pack(self) -> int:
+        """The tokens of a call at which a token costs least: a power of two, at most 4,096.
+
+        >>> Costs(call=32, reach=4096).pack
+        256
+        """
+        best = math.isqrt(self.call * self.reach) if self.reach else MOST_PACKED
+        return min(MOST_PACKED, 1 << max(4, best.bit_length() - 1))
+
+
 class Audit(StoredStruct, frozen=True):
     """How much of what was measured was read a second time, whole and alone, and compared.
 
@@ -129,6 +151,7 @@ class Certificate(StoredStruct, frozen=True, kw_only=True):
     rounding       largest error of a full run against its reference, nats
     float32        of a 16-bit model, the verdict on its float32 copy, which shows faults that 16 bits hide
     runs           number of runs whose cases it counts; the earlier ones were verified by replaying a case of each law
+    costs          what calls cost the model
     chunking_used  how a record's model was streamed
     audit          what of a record's data was read again
     """
@@ -148,6 +171,7 @@ class Certificate(StoredStruct, frozen=True, kw_only=True):
     rounding: float | None = None
     float32: str | None = None
     runs: int = 1
+    costs: Costs | None = None
     chunking_used: str | None = None
     audit: Audit | None = None
 

@@ -19,11 +19,11 @@ from pytest_lmeval.engine import Engine, Policy, Request
 from pytest_lmeval.errors import ModelError, OutOfMemory, TrainingError
 from pytest_lmeval.measures._text_reading import Progress
 from pytest_lmeval.models._failures import NoMemory, failure_of, halving, unless_full
+from pytest_lmeval.models._flops import Flops, training_flops
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.models._seeds import generator_of
 from pytest_lmeval.models._sources import load
 from pytest_lmeval.profiling._clock import seconds
-from pytest_lmeval.profiling._flops import Flops, training_flops
 from pytest_lmeval.profiling._peak import peak_memory
 from pytest_lmeval.records._journal import Saver
 from pytest_lmeval.training._plan import Plan, Source, batches, held_out_batches, plan_for, read, steps_an_epoch

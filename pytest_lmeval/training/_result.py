@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from pytest_lmeval.models._flops import Flops
 from pytest_lmeval.models._identity import facts
 from pytest_lmeval.models._model import Model
-from pytest_lmeval.profiling._flops import Flops
 from pytest_lmeval.profiling._peak import Peak
 from pytest_lmeval.records._measured import Cost, MetricValue, Record, Result, Series
 from pytest_lmeval.records._metric import value_of

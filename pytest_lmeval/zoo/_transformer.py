@@ -15,6 +15,7 @@ Improve Transformer", 2020. RMSNorm: Zhang, Sennrich, 2019. All of them together
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,13 @@ class LayerState(NamedTuple):
     values: Tensor  # [b, h, s, e]
 
 
+class Pack(NamedTuple):
+    """What the tokens of several sequences in one row see, and where each stands in its own."""
+
+    positions: Tensor  # [t]
+    visible: Tensor  # [t, s + t]
+
+
 class Layer(nn.Module):
     """Attention, full or windowed, and a gated feed-forward."""
 
@@ -41,20 +49,21 @@ class Layer(nn.Module):
         self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, width, bias=False)
 
-    def forward(self, x: Tensor, state: LayerState | None) -> tuple[Tensor, LayerState]:
+    def forward(self, x: Tensor, state: LayerState | None, pack: Pack | None = None) -> tuple[Tensor, LayerState]:
         q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [b, h, t, e] each
-        mixed, state = self.attend(q, k, v, state or LayerState(k[:, :, :0], v[:, :, :0]))
+        mixed, state = self.attend(q, k, v, state or LayerState(k[:, :, :0], v[:, :, :0]), pack)
         x = x + self.out(mixed.transpose(1, 2).flatten(-2))
         gate, up = self.gate_up(self.norm_mlp(x)).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * up), state
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, state: LayerState, pack: Pack | None) -> tuple[Tensor, LayerState]:
         seen, t = state.keys.shape[2], q.shape[2]
         if self.window is None:
-            q, k = rotate(torch.stack([q, k]), *angles(torch.arange(seen, seen + t), q))
+            pack = pack or Pack(torch.arange(seen, seen + t), q.new_ones(t, seen + t, dtype=torch.bool).tril(seen))
+            q, k = rotate(torch.stack([q, k]), *angles(pack.positions, q))
         keys, values = torch.cat([state.keys, k], dim=2), torch.cat([state.values, v], dim=2)
-        if self.window is None:
-            visible = q.new_ones(t, seen + t, dtype=torch.bool).tril(seen)
+        if self.window is None or pack is not None:
+            visible = None if pack is None else pack.visible
             return F.scaled_dot_product_attention(q, keys, values, attn_mask=visible), LayerState(keys, values)
         first = max(seen + t - (self.window - 1), 0)
         # clone: a slice would keep the whole chunk in memory
@@ -86,12 +95,35 @@ class Transformer(nn.Module):
 
     def forward(self, input_ids: Tensor, state: list[LayerState] | None = None) -> tuple[Tensor, list[LayerState]]:
         """Logits [b, t, v] of the token after each of `input_ids` [b, t], and the new state."""
+        x, new_state = self.hidden(input_ids, state)
+        return self.norm(x) @ self.embed.weight.T, new_state
+
+    def hidden(
+        self, input_ids: Tensor, state: list[LayerState] | None, pack: Pack | None = None
+    ) -> tuple[Tensor, list[LayerState]]:
+        """Features [b, t, d] after the last layer, and the new state."""
         x, new_state = self.embed(input_ids), []
         x = F.rms_norm(x, x.shape[-1:], eps=1e-6)  # the rows are small, since the head shares them
         for index, layer in enumerate(self.layers):
-            x, layer_state = layer(x, state[index] if state else None)
+            x, layer_state = layer(x, state[index] if state else None, pack)
             new_state.append(layer_state)
-        return self.norm(x) @ self.embed.weight.T, new_state
+        return x, new_state
+
+    def packed_step(
+        self, input_ids: Tensor, state: list[LayerState] | None, positions: Tensor, visible: Tensor, wanted: Tensor, more: bool
+    ) -> tuple[Tensor, list[LayerState] | None]:
+        """Tokens [1, t] of several sequences in one row: logits [n, v] of those `wanted`, and the new state if `more`."""
+        if self.constant_state:
+            raise TypeError("a windowed state has no column for each token")
+        x, new_state = self.hidden(input_ids, state, Pack(positions.cpu(), visible))
+        return self.norm(x[0, wanted]) @ self.embed.weight.T, new_state if more else None
+
+    def take_columns(self, state: list[LayerState], columns: Tensor) -> list[LayerState]:
+        return [LayerState(*(part[:, :, columns] for part in layer)) for layer in state]
+
+    def join_columns(self, states: Sequence[list[LayerState]]) -> list[LayerState]:
+        layers = zip(*states, strict=True)
+        return [LayerState(*(torch.cat(parts, dim=2) for parts in zip(*same, strict=True))) for same in layers]
 
 
 def angles(positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
