@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from pytest_lmeval import Value, as_model, policy_for
+from pytest_lmeval.engine._losses import LOGITS_AT_ONCE, score
 from pytest_lmeval.measures._perplexity import measure_perplexity
 
 pytestmark = [pytest.mark.benchmark, pytest.mark.usefixtures("one_thread")]
@@ -72,6 +73,34 @@ def test_processor_time_over_a_bare_loop(lmeval, load_lm, model):
     ratios = sorted(ratios[1:])  # of neighbours in time, each side first by turns; the first round warms up
     ratio = Value(statistics.median(ratios), "x", low=ratios[0], high=ratios[-1], n=ROUNDS, higher_is_better=False)
     lmeval.record(lm, "processor time of perplexity over a bare loop", processor_time_ratio=ratio)
+
+
+@pytest.mark.parametrize("rows", [8, 64, 256])
+def test_scoring_over_a_bare_cross_entropy(lmeval, load_lm, rows):
+    """Losses and ranks against losses alone, over all rows at once and over as many rows at a time as `score` takes."""
+    ratios = {}
+    for size in (32_000, 49_152, 150_000, 262_144):
+        noise = torch.Generator().manual_seed(size)
+        logits, targets = 4 * torch.randn(rows, size, generator=noise), torch.randint(0, size, (rows,), generator=noise)
+        blocks = list(zip(*(part.split(max(1, LOGITS_AT_ONCE // size)) for part in (logits, targets)), strict=True))
+
+        def bare(*parts):
+            for x, y in parts:
+                torch.nn.functional.cross_entropy(x, y, reduction="none")
+
+        sides = {
+            "ours": lambda logits=logits, targets=targets: score(logits, targets),
+            "whole": lambda logits=logits, targets=targets: bare((logits, targets)),
+            "blocks": lambda blocks=blocks: bare(*blocks),
+        }
+        turns = [{name: processor_seconds(side)[0] for name, side in sides.items()} for _ in range(2 * ROUNDS)][1:]
+        for name in ("whole", "blocks"):
+            found = sorted(turn["ours"] / turn[name] for turn in turns)
+            middle = statistics.median(found)
+            ratios[f"v{size}_{name}"] = Value(middle, "x", low=found[0], high=found[-1], n=len(found), higher_is_better=False)
+    lmeval.record(load_lm("demo"), f"scoring {rows} rows over a bare cross_entropy", **ratios)
+    for name, ratio in ratios.items():  # a call has a cost of its own, which counts for few rows
+        assert ratio < (1.25 if rows >= 64 else 2.5), f"{name}: {float(ratio):.2f} times a bare cross_entropy, {rows} rows"
 
 
 CHILD = """
