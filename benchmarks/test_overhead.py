@@ -119,25 +119,40 @@ def read(tokens):
 
 torch.set_num_threads(1)
 lm, text = load("demo"), corpus("text:" + sys.argv[1])
-print(json.dumps([read(tokens) for tokens in (50_000, 100_000, 100_000, 100_000, 1_000_000)]))
+print(json.dumps([read(int(tokens)) for tokens in sys.argv[2:]]))
 """
+
+
+def read_in_a_process(path, *lengths):
+    """What CHILD prints, for each number of tokens; the peak is that of the process, so one number to a process for it."""
+    command = [sys.executable, "-c", CHILD, str(path), *map(str, lengths)]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak of a process from /proc")
 def test_a_million_tokens_take_the_memory_of_fifty_thousand(lmeval, load_lm, corpus, tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("".join(document.text for document in corpus("stdlib", "train").documents()))
-    done = subprocess.run([sys.executable, "-c", CHILD, str(path)], capture_output=True, text=True, check=True)
-    short, *tenths, million = json.loads(done.stdout)
+    shorts = [read_in_a_process(path, 50_000)[0] for _ in range(3)]  # equal processes differ by some per cent
+    tenths = read_in_a_process(path, 100_000, 100_000, 100_000)
+    (million,) = read_in_a_process(path, 1_000_000)
+    peaks = sorted(reading["peak"] for reading in shorts)
     assert million["tokens"] == 999_999
 
     tenth = statistics.median(reading["seconds"] for reading in tenths)
     lmeval.record(
         load_lm("demo"),
         "a million tokens, text on disk",
-        peak_memory_over_50k=Value(million["peak"] / short["peak"], "x", higher_is_better=False),
+        peak_memory_over_50k=Value(
+            million["peak"] / statistics.median(peaks),
+            "x",
+            low=million["peak"] / peaks[-1],
+            high=million["peak"] / peaks[0],
+            n=len(peaks),
+            higher_is_better=False,
+        ),
         peak_memory=Value(million["peak"] / 2**20, "MiB", higher_is_better=False),
-        state_over_50k=Value(million["state"] / short["state"], "x", higher_is_better=False),
+        state_over_50k=Value(million["state"] / shorts[0]["state"], "x", higher_is_better=False),
         processor_time_over_10_x_100k=Value(million["seconds"] / (10 * tenth), "x", higher_is_better=False),
         tokens_per_processor_second=Value(million["tokens"] / million["seconds"], "tokens/s", higher_is_better=True),
     )
