@@ -1,4 +1,4 @@
-"""Measure what the harness costs in training: tokens a second of `train` over those of a bare loop.
+"""Measure what the harness costs in training: tokens a second of `train` over those of a bare loop; and models of the zoo.
 
 Processor time, not wall time, by turns: a busy machine changes little.
 """
@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from pytest_lmeval import Value
+from pytest_lmeval.profiling._flops import training_flops
 from pytest_lmeval.training import Protocol, run_training
 
 pytestmark = [pytest.mark.benchmark, pytest.mark.usefixtures("one_thread")]
@@ -76,3 +77,31 @@ def test_processor_time_of_training_over_a_bare_loop(lmeval, load_lm, tmp_path, 
     ratio = Value(statistics.median(ratios), "x", low=ratios[0], high=ratios[-1], n=ROUNDS, higher_is_better=True)
     around = Value(statistics.median(once[1:]), "s", n=ROUNDS, higher_is_better=False)
     lmeval.record(lm, "training over a bare loop", tokens_per_processor_second_ratio=ratio, processor_time_done_once=around)
+
+
+SLOWEST = 0.35  # of causal-bk's speed, which is almost only products of matrices; mamba reaches 0.41 to 0.46
+
+
+def test_mamba_trains_at_a_fraction_of_the_speed_of_causal_bk(lmeval, load_lm):
+    """One step of the default protocol, 16 crops of 128 tokens: forward, loss, backward."""
+    ids = torch.randint(0, 256, (16, 129), generator=torch.Generator().manual_seed(0))
+    modules = {name: copy.deepcopy(load_lm(f"zoo:{name}").module).train() for name in ("mamba", "mamba2", "causal-bk")}
+
+    def loss(module):
+        return F.cross_entropy(module(ids[:, :-1])[0].flatten(0, 1), ids[:, 1:].flatten())
+
+    times = {name: [] for name in modules}
+    for round_ in range(ROUNDS + 1):
+        for name in modules if round_ % 2 else reversed(modules):
+            began = time.process_time()
+            loss(modules[name]).backward()
+            times[name].append(time.process_time() - began)
+    work = {name: training_flops(lambda module=module: loss(module)).total for name, module in modules.items()}
+    for name in ("mamba", "mamba2"):
+        pairs = zip(times["causal-bk"][1:], times[name][1:], strict=True)  # the first round warms up
+        ratios = sorted(bk / own for bk, own in pairs)
+        ratio = Value(statistics.median(ratios), "x", low=ratios[0], high=ratios[-1], n=ROUNDS, higher_is_better=True)
+        operations = Value(float(ratio) * work[name] / work["causal-bk"], "x", n=ROUNDS, higher_is_better=True)
+        fractions = {"tokens_per_processor_second_ratio": ratio, "operations_per_processor_second_ratio": operations}
+        lmeval.record(load_lm(f"zoo:{name}"), "training over causal-bk", **fractions)
+        assert ratio > SLOWEST, f"{name} trains at {float(ratio):.2f} of the speed of causal-bk"

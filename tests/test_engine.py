@@ -13,7 +13,7 @@ from reading import CHEAP, ids_of, nll_of
 from tiny_models import VOCAB, Forgetful, Functional, Stateless, Stepper
 
 from pytest_lmeval import as_model, load
-from pytest_lmeval.engine import Engine, Policy, Prompt, Request, Results, Scored, Windows, policy_for
+from pytest_lmeval.engine import Engine, Policy, Prompt, Request, Results, Scored, Windows, _losses, policy_for
 from pytest_lmeval.engine._memory import row_bytes
 from pytest_lmeval.engine._state_rows import selection
 from pytest_lmeval.errors import Refused, StreamError, TaskError
@@ -451,3 +451,55 @@ def test_equal_prompts_have_their_own_answers():
     prompts = [Prompt(list(b"The first argument is "), name, max_tokens=8, temperature=2.0) for name in ("a", "b", "a")]
     first, other, again = (answer.text for answer in Engine(DEMO).generate(prompts))
     assert first == again != other
+
+
+# ---------------------------------------------------------------------------------------- scores
+
+
+def scores_in_float64(logits, targets):
+    """The definition, row by row: log(sum(exp(x))) - x_target, and how many ids come before the target."""
+    logits = logits.double()
+    nll = torch.logsumexp(logits, 1) - logits.gather(1, targets[:, None])[:, 0]
+    order = [sorted(range(logits.shape[1]), key=lambda token, x=x: (-x[token], token)) for x in logits.tolist()]
+    return nll.numpy(), np.array([ids.index(target) for ids, target in zip(order, targets.tolist(), strict=True)])
+
+
+@pytest.mark.parametrize("large", [1, 1 << 13])  # vocabulary from which ranks are counted row by row
+@settings(max_examples=40)
+@given(
+    rows=st.integers(1, 7),
+    size=st.integers(1, 40),
+    at_once=st.integers(1, 100),
+    shift=st.sampled_from([0.0, 30.0, -30.0, -60.0, 95.0, -95.0, 3e4]),
+    levels=st.sampled_from([1, 2, 1000]),
+    masked=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+)
+def test_losses_and_ranks_are_those_of_their_definition(large, rows, size, at_once, shift, levels, masked, dtype):
+    """With ties, with masked-out tokens, and where an exponential would overflow or vanish in float32."""
+    noise = torch.Generator().manual_seed(rows * size)
+    logits = shift + torch.randint(0, levels, (rows, size), generator=noise) * (8.0 / levels)
+    targets = torch.randint(0, size, (rows,), generator=noise)
+    if masked:
+        logits[:, 1::3] = -torch.inf
+    logits = logits.to(dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_losses, "LARGE_VOCABULARY", large)
+        patch.setattr(_losses, "LOGITS_AT_ONCE", at_once)
+        nll, rank = _losses.score(logits, targets)
+    expected_nll, expected_rank = scores_in_float64(logits, targets)
+    assert nll.dtype == np.float64
+    assert (nll >= 0).all()
+    np.testing.assert_allclose(nll, expected_nll, rtol=1e-6, atol=4e-7 * max(1.0, abs(shift)))
+    np.testing.assert_array_equal(rank, expected_rank)
+
+
+@pytest.mark.parametrize("large", [1, 1 << 13])
+def test_a_logit_that_is_no_number_gives_a_loss_that_is_none_in_its_row_alone(monkeypatch, large):
+    monkeypatch.setattr(_losses, "LARGE_VOCABULARY", large)
+    logits = torch.zeros(4, 9)
+    logits[0, 2], logits[1, 2], logits[2] = torch.nan, torch.inf, -torch.inf
+    nll, rank = _losses.score(logits, torch.tensor([1, 2, 3, 4]))
+    wanted = torch.nn.functional.cross_entropy(logits, torch.tensor([1, 2, 3, 4]), reduction="none")
+    np.testing.assert_array_equal(np.isfinite(nll), wanted.isfinite().numpy())
+    assert (nll[3], rank.tolist()[1:]) == (pytest.approx(np.log(9)), [0, 3, 4])

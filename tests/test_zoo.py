@@ -11,10 +11,11 @@ from pytest_lmeval import registry
 from pytest_lmeval.laws._probe import probe
 from pytest_lmeval.models._model import fork, state_bytes, state_dtypes
 from pytest_lmeval.models._sources import as_model, load
+from pytest_lmeval.zoo import _mamba
 from pytest_lmeval.zoo._bk import LAPLACIAN, ResNetBK, both_ways, sweep
 from pytest_lmeval.zoo._demo import WEIGHTS, Demo, banded_attention
 from pytest_lmeval.zoo._lstm import LSTM
-from pytest_lmeval.zoo._mamba import Mamba
+from pytest_lmeval.zoo._mamba import Mamba, selective_scan
 from pytest_lmeval.zoo._mamba2 import Mamba2
 from pytest_lmeval.zoo._transformer import LayerState, Transformer
 from pytest_lmeval.zoo._ttt import TTT
@@ -341,6 +342,50 @@ def test_a_state_space_layer_equals_its_recurrence(name, rows, t):
     layer, x = small(name).layers[0], torch.randn(rows, t, 16, dtype=torch.float64)
     with torch.no_grad():
         close(layer(x, None)[0], BY_TOKEN[name](layer, x), 1e-10)
+
+
+def scan_by_token(u, dt, a, b_in, c_out, hidden):
+    outputs = []
+    for i in range(u.shape[1]):
+        kept, drive = torch.exp(dt[:, i, None] * a), (dt * u)[:, i, None] * b_in[:, i, :, None]
+        hidden = kept * hidden + drive
+        outputs.append((c_out[:, i, :, None] * hidden).sum(1))
+    return torch.stack(outputs, dim=1), hidden
+
+
+def gradients_of_scan(scan, inputs, by_y, by_hidden):
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    y, hidden = scan(*inputs)
+    return torch.autograd.grad((y * by_y).sum() + (hidden * by_hidden).sum(), inputs)
+
+
+def assert_scans_as_by_token(rows, t, block, largest):
+    n, d, noise = 3, 5, torch.Generator().manual_seed(t)
+
+    def normal(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=noise)
+
+    dt = largest * torch.where(normal(rows, t, d) > 1, 0.0, normal(rows, t, d).abs())  # some tokens forget nothing
+    inputs = [normal(rows, t, d), dt, -normal(n, d).exp(), normal(rows, t, n), normal(rows, t, n), normal(rows, n, d)]
+    wanted = normal(rows, t, d), normal(rows, n, d)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_mamba, "STATES_AT_ONCE", block * rows * n * d)
+        found = *selective_scan(*inputs), *gradients_of_scan(selective_scan, inputs, *wanted)
+    expected = *scan_by_token(*inputs), *gradients_of_scan(scan_by_token, inputs, *wanted)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@settings(max_examples=25)
+@given(rows=st.integers(1, 4), t=st.integers(1, 40), block=st.integers(1, 12), largest=st.sampled_from([0.1, 5.0, 1e4]))
+def test_the_scan_in_blocks_and_its_gradients_are_those_token_by_token(rows, t, block, largest):
+    assert_scans_as_by_token(rows, t, block, largest)
+
+
+def test_a_scan_that_loses_its_state_between_blocks_is_found(monkeypatch):
+    advance = _mamba.advance
+    monkeypatch.setattr(_mamba, "advance", lambda *inputs: 0.0 * advance(*inputs))
+    with pytest.raises(AssertionError, match="not close"):
+        assert_scans_as_by_token(rows=2, t=9, block=4, largest=0.1)
 
 
 @pytest.mark.parametrize("name", BY_TOKEN)

@@ -13,31 +13,47 @@ from pytest_lmeval.models._model import Model
 ROUNDINGS = 8  # of 1 in the precision of the model: a unit in the last place of a logit between 8 and 16
 ROUNDINGS_OF_SUMS = 64  # of 1 in float32, in which every model adds up
 LOGITS_AT_ONCE = 1 << 19  # logits scored at once, few enough to stay in the processor's caches
+LARGE_VOCABULARY = 1 << 13  # where counting in each row by itself is faster
+SMALLEST_SUM = 1e-20  # of exponentials, below which those too small for a float32 would be missed
 
 
 def score(logits: Tensor, targets: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Negative log-likelihood [n] (float64, nats) and rank [n] of `targets` [n] under `logits` [n, v].
 
     Ties rank in the order of their ids, as argmax does. Computed in float32 at least, a block of rows at a time.
+    Exponentials are added up without subtracting the largest logit; only rows where that overflows or vanishes are read again.
     """
     if not len(targets):
         return np.empty(0), np.empty(0, dtype=np.int64)
-    rows = max(1, LOGITS_AT_ONCE // logits.shape[-1])
-    scores = [_score_rows(x, y) for x, y in zip(torch.split(logits, rows), torch.split(targets, rows), strict=True)]
-    nll, rank = (torch.cat(parts).cpu().numpy() for parts in zip(*scores, strict=True))
-    return nll.astype(np.float64), rank
+    n, v = logits.shape
+    rows = max(1, LOGITS_AT_ONCE // v)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    room = torch.empty(min(rows, n), v, dtype=wide, device=logits.device)  # reused: fresh memory costs as much as the work
+    logits, totals, ranks = logits.detach(), [], []
+    picked = logits.gather(1, targets[:, None]).to(wide)
+    for x, y, own in zip(*(torch.split(part, rows) for part in (logits, targets, picked)), strict=True):
+        x = x.to(wide)
+        totals.append(torch.exp(x, out=room[: len(x)]).sum(1))
+        ranks.append(_ranks(x, y, own))
+    total, own = (x.cpu().numpy().astype(np.float64) for x in (torch.cat(totals), picked[:, 0]))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        nll = np.log(total) - own
+    for row in np.flatnonzero(~((total > SMALLEST_SUM) & (total < np.inf))):
+        nll[row] = F.cross_entropy(logits[row].to(wide), targets[row]).item()
+    return np.maximum(nll, 0.0), torch.cat(ranks).cpu().numpy()
 
 
-def _score_rows(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()
-    picked = logits.gather(1, targets[:, None])
+def _ranks(logits: Tensor, targets: Tensor, picked: Tensor) -> Tensor:
+    """The rank [n] of the targets [n], whose logits are `picked` [n, 1], under `logits` [n, v]."""
+    if logits.device.type == "cpu" and logits.shape[1] >= LARGE_VOCABULARY:
+        rows = zip(logits.numpy(), targets.tolist(), picked[:, 0].numpy(), strict=True)
+        return torch.tensor([np.count_nonzero(x[:y] >= own) + np.count_nonzero(x[y:] > own) for x, y, own in rows])
     rank = (logits > picked).sum(1)
     tied = (logits == picked).sum(1) > 1
     if tied.any():
         ids = torch.arange(logits.shape[1], device=logits.device)
         rank[tied] += ((logits[tied] == picked[tied]) & (ids < targets[tied, None])).sum(1)
-    return F.cross_entropy(logits, targets, reduction="none"), rank
+    return rank
 
 
 def token_rounding(dtype: torch.dtype) -> float:

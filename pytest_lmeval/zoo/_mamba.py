@@ -14,11 +14,15 @@ Gu, Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 202
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+STATES_AT_ONCE = 1 << 18  # numbers of the states of a block of tokens
 
 
 class LayerState(NamedTuple):
@@ -90,40 +94,87 @@ class Mamba(nn.Module):
 
 
 def selective_scan(u: Tensor, dt: Tensor, a: Tensor, b_in: Tensor, c_out: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """y [b, t, d] without D u, and the last h, from u, dt [b, t, d], A [n, d], B, C [b, t, n] and the h before, [b, n, d].
+    """y [b, t, d] without D u, and the last h, from u, dt [b, t, d], A [n, d], B, C [b, t, n] and the h before, [b, n, d]."""
+    return SelectiveScan.apply(dt * u, dt, a, b_in, c_out, hidden)  # type: ignore[no-untyped-call,no-any-return]
 
-    About sqrt(t) blocks are computed in parallel twice: from a zero state for their final states, which are carried from block
-    to block, and from the carried states for the outputs. No factor exceeds one, so nothing overflows. Without autograd, it
-    needs memory for a few sqrt(t) states.
+
+class SelectiveScan(torch.autograd.Function):
+    """The recurrence in blocks of tokens: only h_t = decay * h_{t-1} + ... is computed token by token, all else for a block.
+
+    The decays and states of a block stay in the processor's cache. For the gradient, only the state before each block is kept,
+    and the others are computed again: they are the largest tensors by far. No factor exceeds one, so nothing overflows.
+    Tensors of a block are [tokens, b, ...]; `drive` is dt u.
     """
-    rows, t, _ = u.shape
-    blocks = math.isqrt(t) // rows  # rows are parallel already
-    blocks = blocks if blocks > 3 else 1  # two passes over halves take as many steps as one over all
-    length = -(-t // blocks)
-    spare = blocks * length - t  # padding of the last block: dt = 0 changes no state
-    parts = (F.pad(x, (0, 0, 0, spare)).view(rows, blocks, length, -1) for x in (dt * u, dt, b_in, c_out))
-    columns = list(zip(*(part.unbind(2) for part in parts), strict=True))  # one token of each block: [b, blocks, d] or [..., n]
 
-    starts = [hidden]  # of each block
-    if blocks > 1:
-        left = hidden.new_zeros(rows, blocks - 1, *a.shape)  # final states from zero
-        for du, step, into, _ in columns:
-            left = recurrence(left, du[:, :-1], step[:, :-1], a, into[:, :-1])
-        kept = torch.exp(torch.stack([step for _, step, _, _ in columns]).sum(0)[:, :-1, None] * a)  # decay over a block
-        for block in range(blocks - 1):
-            starts.append(torch.addcmul(left[:, block], kept[:, block], starts[-1]))
+    @staticmethod
+    def forward(
+        ctx: Any, drive: Tensor, dt: Tensor, a: Tensor, b_in: Tensor, c_out: Tensor, hidden: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        size = block_size(dt, hidden)
+        decay, states = hidden.new_empty(2, size, *hidden.shape)
+        y, starts = torch.empty_like(by_token(drive)), []
+        for du, step, into, out, found in blocks(size, *map(by_token, (drive, dt, b_in, c_out)), y):
+            starts.append(hidden)
+            inside = states[: len(du)]
+            hidden = advance(du, step, a, into, hidden, decay[: len(du)], inside).clone()
+            torch.matmul(out[:, :, None], inside, out=found[:, :, None])
+        ctx.save_for_backward(drive, dt, a, b_in, c_out, *starts)
+        return by_token(y), hidden
 
-    h, outputs = torch.stack(starts, dim=1), []
-    for du, step, into, out in columns:
-        h = recurrence(h, du, step, a, into)
-        outputs.append((out[..., None, :] @ h)[..., 0, :])
-    return torch.stack(outputs, dim=2).flatten(1, 2)[:, :t], h[:, -1].clone()
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_y: Tensor, by_h: Tensor) -> tuple[Tensor, ...]:
+        drive, dt, a, b_in, c_out, *starts = ctx.saved_tensors
+        size = block_size(dt, by_h)
+        inputs = [by_token(x) for x in (drive, dt, b_in, c_out, by_y)]
+        gradients, by_a = [torch.empty_like(x) for x in inputs[:4]], torch.zeros_like(a)
+        buffers = by_h.new_empty(3, size, *by_h.shape)
+        for before, (du, step, into, out, wanted, *found) in reversed(
+            list(zip(starts, blocks(size, *inputs, *gradients), strict=True))
+        ):
+            by_du, by_step, by_into, by_out = found
+            decay, states, by_states = buffers[:, : len(du)]
+            advance(du, step, a, into, before, decay, states)
+            torch.matmul(wanted[:, :, None], states.mT, out=by_out[:, :, None])
+            torch.mul(wanted[:, :, None], out[..., None], out=by_states)
+            by_states[-1].add_(by_h)
+            by_each = by_states.unbind()
+            for earlier, later, kept in reversed(list(zip(by_each, by_each[1:], decay[1:].unbind(), strict=False))):
+                earlier.addcmul_(kept, later)
+            torch.matmul(into[:, :, None], by_states, out=by_du[:, :, None])
+            torch.matmul(du[:, :, None], by_states.mT, out=by_into[:, :, None])
+            by_kept = by_states.mul_(decay)  # the gradient by decay * h_{t-1}'s logarithm, once times h_{t-1}
+            by_h = by_kept[0].clone()
+            by_kept[1:].mul_(states[:-1])
+            by_kept[0].mul_(before)
+            torch.sum(torch.mul(by_kept, a, out=decay), 2, out=by_step)
+            by_a += by_kept.mul_(step[:, :, None]).sum((0, 1))
+        by_drive, by_dt, by_b, by_c = map(by_token, gradients)
+        return by_drive, by_dt, by_a, by_b, by_c, by_h
 
 
-def recurrence(h: Tensor, du: Tensor, dt: Tensor, a: Tensor, b_in: Tensor) -> Tensor:
-    """h [..., n, d] one token later, from du = dt u [..., d], dt [..., d], A [n, d] and B [..., n]."""
-    kept = (dt[..., None, :] * a).exp_()  # in place, as below: these are the largest tensors here
-    return (du[..., None, :] * b_in[..., None]).addcmul_(kept, h)
+def advance(drive: Tensor, dt: Tensor, a: Tensor, b_in: Tensor, h: Tensor, decay: Tensor, states: Tensor) -> Tensor:
+    """The last h [b, n, d] of a block; writes all of them to `states`, and their factors to `decay` [tokens, b, n, d]."""
+    torch.mul(dt[:, :, None], a, out=decay).exp_()
+    torch.mul(drive[:, :, None], b_in[..., None], out=states)
+    for kept, after in zip(decay.unbind(), states.unbind(), strict=True):
+        h = after.addcmul_(kept, h)
+    return h
+
+
+def block_size(dt: Tensor, hidden: Tensor) -> int:
+    """The number of tokens whose states are few enough to stay in a cache."""
+    return min(dt.shape[1], max(1, STATES_AT_ONCE // hidden.numel()))
+
+
+def blocks(size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """`size` tokens of each of the tensors [t, ...] at a time."""
+    return zip(*(torch.split(x, size) for x in tensors), strict=True)
+
+
+def by_token(x: Tensor) -> Tensor:
+    """[t, b, ...] from [b, t, ...], or back."""
+    return x.transpose(0, 1).contiguous()
 
 
 def load() -> Mamba:
