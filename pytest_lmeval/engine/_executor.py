@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from pytest_lmeval.engine._costs import costs_of
 from pytest_lmeval.engine._generation import Answer
 from pytest_lmeval.engine._losses import score
 from pytest_lmeval.engine._memory import most_logits
@@ -164,8 +163,7 @@ class Whole:
     def score(self, requests: Sequence[Request], results: Results[Scored]) -> list[Scored]:
         reader, engine = NodeReader(self.engine, requests, results), self.engine
         leaves = [(node, 0) for node in tree(requests, step=inf)]
-        call = costs_of(engine.lm, engine.policy).call
-        for batch in padded_batches(leaves, engine.policy.batch_size, call, most_logits(engine.lm)):
+        for batch in padded_batches(leaves, engine.policy.batch_size, engine.policy.call, most_logits(engine.lm)):
             reader.read_padded(batch, NOTHING_READ)
         return reader.scored
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
-from pytest_lmeval.engine._costs import costs_of
 from pytest_lmeval.engine._executor import Branches, Choose, NodeReader, answer_batch, batches, padded_batches
 from pytest_lmeval.engine._generation import Answer
 from pytest_lmeval.engine._memory import most_logits, row_bytes
@@ -41,8 +40,7 @@ class Forked:
         self.policy = engine.policy
         self.prefix_cache = PrefixCache()
         self._select = selection(engine.lm)
-        self._call = costs_of(engine.lm, self.policy).call
-        self._step_cost = self._call if self.policy.share else inf
+        self._step_cost = self.policy.call if self.policy.share else inf
 
     def score(self, requests: Sequence[Request], results: Results[Scored]) -> list[Scored]:
         reader = NodeReader(self.engine, requests, results)
@@ -92,7 +90,7 @@ class Forked:
                 longest = max(len(node.ids) for node, _ in leaves)
                 most *= min(MORE_SHORT_LEAVES, (leaves[0][0].start + longest) // longest)
             most = self._most(leaves, most)
-        few = padded_batches(leaves, most, self._call, most_logits(self.engine.lm)) if padded else batches(leaves, most)
+        few = padded_batches(leaves, most, self.policy.call, most_logits(self.engine.lm)) if padded else batches(leaves, most)
         for batch in few:
             read(state, batch)
 

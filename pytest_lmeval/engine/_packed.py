@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from pytest_lmeval.engine._costs import costs_of
 from pytest_lmeval.engine._executor import Choose, NodeReader, answer_batch
 from pytest_lmeval.engine._generation import Answer
 from pytest_lmeval.engine._memory import most_logits
+from pytest_lmeval.engine._policy import USUAL
 from pytest_lmeval.engine._pool import Pool
 from pytest_lmeval.engine._prefix_cache import Keep, PrefixCache
 from pytest_lmeval.engine._results import NOTHING_READ, Deferred, Results, Scored
@@ -41,7 +41,7 @@ class Packed:
     def __init__(self, engine: Engine) -> None:
         self.engine: Engine = weakref.proxy(engine)  # no reference cycle: states are freed with the engine, not at a collection
         self.prefix_cache = PrefixCache()
-        longest, self.costs = engine.policy.longest, costs_of(engine.lm, engine.policy)
+        longest, self.costs = engine.policy.longest, engine.policy.costs or USUAL
         self.best = min(self.costs.pack, longest or self.costs.pack)
         self.most = min(LARGEST * self.best, longest or LARGEST * self.best)
         self.most_logits = min(self.most, most_logits(engine.lm))

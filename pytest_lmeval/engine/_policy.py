@@ -18,6 +18,7 @@ WINDOW = 1024  # tokens of a window for a model without a context limit
 ROLLING_WINDOW = 2048  # the same in lm-evaluation-harness
 LOGITS_BUDGET = 256 << 20  # bytes for the logits of a step and what is computed from them
 LARGEST_CHUNK, SMALLEST_CHUNK = 1024, 16
+USUAL = Costs(call=32, reach=4096)  # of a model whose operations were not counted
 UNLIMITED = 1 << 62  # tokens of a step
 CALL = 46  # tokens that a call costs beside those it reads, as measured on a model of 135 million parameters
 
@@ -63,7 +64,7 @@ class Policy:
     pack         read several sequences in one row, each with its own past
     resume       resume from a saved state
     batch_size   the most rows in a batch
-    costs        what calls cost the model, by which packs and batches are formed; None: counted from its operations
+    costs        what calls cost the model, by which packs and batches are formed; None: nothing was counted
     chunk_size   tokens a step of a text; None: as many as are allowed and fit the memory
     windows      read a text in these; None: carry the state through it
     why          questions share less than they could; empty if they share all
@@ -93,6 +94,11 @@ class Policy:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise StreamError(f"{name} is {value}; a {holds} has at least one {'row' if holds == 'batch' else 'token'}.")
+
+    @property
+    def call(self) -> int:
+        """What a call costs, in tokens."""
+        return (self.costs or USUAL).call
 
     @property
     def share(self) -> bool:
@@ -213,7 +219,7 @@ def chunk_of(lm: Model, policy: Policy, default: int | None = None) -> int:
     windows, multiple = policy.windows, policy.multiple
     if windows is not None and not policy.carry:
         return windows.size
-    usual = min(policy.chunk_size or default or default_chunk_size(lm), policy.longest or UNLIMITED)
+    usual = min(policy.chunk_size or default or default_chunk_size(lm, policy.costs), policy.longest or UNLIMITED)
     if policy.carry and (policy.chunk_size is None or usual < policy.chunk_size):
         usual = 1 if policy.single else max(multiple, usual // multiple * multiple)
     return usual if windows is None else min(usual, windows.size)
@@ -286,11 +292,12 @@ def streaming_refused(lm: Model, policy: Policy, asked: str = "") -> Refused:
     return refused(lm, policy, why, f"{advice}, or score it in windows that carry none: window=512.")
 
 
-def default_chunk_size(lm: Model) -> int:
-    """The largest power of two, 16 to 1024, whose logits (float32, and twice as much to score them) fit the budget."""
+def default_chunk_size(lm: Model, costs: Costs | None = None) -> int:
+    """The power of two, 16 to 1024, at which a token costs least, as far as that is known, and whose float32 logits fit the
+    budget."""
     logits = lm.vocab_size * (1 if lm.codebooks is None else len(lm.codebooks.scored))
-    fitting = LOGITS_BUDGET // (logits * 4 * 3)
-    return max(SMALLEST_CHUNK, min(LARGEST_CHUNK, 1 << max(fitting, 1).bit_length() - 1))
+    fitting = 1 << max(LOGITS_BUDGET // (logits * 4), 1).bit_length() - 1
+    return max(SMALLEST_CHUNK, min(LARGEST_CHUNK, fitting, LARGEST_CHUNK if costs is None else costs.chunk))
 
 
 def _windows(lm: Model, window: Window, overlap: int | None) -> Windows | None:

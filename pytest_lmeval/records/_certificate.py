@@ -100,13 +100,26 @@ class Costs(StoredStruct, frozen=True):
 
     @property
     def pack(self) -> int:
-        """The tokens of a call at which a token costs least: a power of two, at most 4,096.
+        """The tokens of several sequences in one row at which a token costs least: a power of two, 16 to 4,096.
 
         >>> Costs(call=32, reach=4096).pack
         256
         """
-        best = math.isqrt(self.call * self.reach) if self.reach else MOST_PACKED
-        return min(MOST_PACKED, 1 << max(4, best.bit_length() - 1))
+        return _power_of_two(self.call * self.reach)
+
+    @property
+    def chunk(self) -> int:
+        """The same of one sequence, half of whose pairs have to be compared in any case.
+
+        >>> Costs(call=32, reach=4096).chunk
+        512
+        """
+        return _power_of_two(2 * self.call * self.reach)
+
+
+def _power_of_two(square: int) -> int:
+    """The largest power of two up to the root of a number, 16 to 4,096; the largest for 0."""
+    return min(MOST_PACKED, max(16, 1 << math.isqrt(square).bit_length() - 1)) if square else MOST_PACKED
 
 
 class Audit(StoredStruct, frozen=True):
