@@ -28,8 +28,10 @@ class HeldDocument:
     """A document as a `TokenReader`, of which the tokens, or the first of them, are held.
 
     skip   begin with this token
-    whole  all of its tokens are held
-    rows   the number of documents in its batch; 1 if it is read alone
+    size   tokens that are held
+    whole  these are all
+    batch  the documents that are read in one call with it, longest first; empty if it is read alone
+    chunk  its only one, once its batch is read
     """
 
     def __init__(self, reader: TokenReader) -> None:
@@ -55,8 +57,9 @@ class HeldDocument:
         return self.whole and self.size < 2
 
     @property
-    def rows(self) -> int:
-        return max(1, len(self.batch))
+    def width(self) -> int:
+        """Tokens that each row of its batch has, with the padding."""
+        return self.batch[0].size - 1 if self.batch else 0
 
     @property
     def special(self) -> int:
@@ -141,7 +144,9 @@ def _in_batches(engine: Engine, group: list[HeldDocument]) -> list[HeldDocument]
     """The group, in which those that are read in one call know their batch."""
     lm, policy = engine.lm, engine.policy
     longest = min(engine.chunk_size, LOGITS_BUDGET // (SCORING * lm.vocab_size))
-    short = [one for one in group if one.whole and 2 <= one.size <= longest + 1 and _is_in_vocabulary(one.tokens, lm.vocab_size)]
+    short = [
+        one for one in group if one.whole and 2 <= one.size <= longest + 1 and _is_in_vocabulary(one.tokens, lm.vocab_size)
+    ]
     for numbers in batches([one.size - 1 for one in short], policy.batch_size, longest):
         batch = [short[number] for number in numbers]
         for document in batch if len(batch) > 1 else ():

@@ -82,10 +82,10 @@ class TextAudit(ABC):
             if self.on and self.may_interrupt:  # another sequence may be read before this one is continued
                 self._read_again(ended=False)
 
-    def end(self, rows: int = 1) -> None:
-        """End a sequence, which was one of so many rows of a batch."""
+    def end(self, rows: int = 1, width: int = 0) -> None:
+        """End a sequence, which was one of so many rows of a batch, as wide as this."""
         if self._keeps and rows > 1:
-            self._read_alone(rows)
+            self._read_alone(rows, width)
         if self.on and not self.sums.beginning.complete:
             self._read_again(ended=True)
 
@@ -102,11 +102,13 @@ class TextAudit(ABC):
     def _keeps(self) -> bool:
         return (self.on or self.rows) and not self.sums.beginning.complete
 
-    def _read_alone(self, rows: int) -> None:
-        """Read a document of a batch again, alone: the first, whatever it costs, and then longer and longer ones."""
+    def _read_alone(self, rows: int, width: int) -> None:
+        """Read a document of a batch again, alone: the first that is no short one of its batch, whatever that costs, and later
+        ones of twice the length."""
         kept = self.sums.beginning
         affordable = SHARE * self._work(self.expected() or self.sums.tokens) - kept.work - CALL
-        if not kept.tokens or LAST * kept.tokens <= kept.scored <= affordable:
+        due = FURTHER * kept.tokens <= kept.scored <= affordable if kept.tokens else 2 * kept.scored >= width
+        if due and kept.scored > 1:
             self._compare(kept.scored, rows)
 
     def _work(self, targets: int) -> float:
@@ -132,7 +134,9 @@ class TextAudit(ABC):
         ids, found, (again, sizes) = ids[: length + 1], found[:length], read
         excess, broken = excess_of(found, again, lm, certificate.rounding), None
         if not excess.tolerance_ratio <= 1:
-            law = partial(self._rows_broken, ids, rows, excess) if rows > 1 else partial(self._broken, ids, found, sizes, excess)
+            law = (
+                partial(self._rows_broken, ids, rows, excess) if rows > 1 else partial(self._broken, ids, found, sizes, excess)
+            )
             tried = unless_full(law)
             broken = UNEXPLAINED if isinstance(tried, NoMemory) else tried
         if broken:

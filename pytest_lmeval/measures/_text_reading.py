@@ -139,13 +139,13 @@ def read(engine: Engine, texts: Iterable[TokenReader], sums: LossAccumulator, na
             continue
         if not begun:
             sums.start_document()
-        rows = ids.rows if isinstance(ids, HeldDocument) else 1
+        rows, width = (len(ids.batch), ids.width) if isinstance(ids, HeldDocument) else (1, 0)
         with naming(f"{name}, document {index}" if sums.by_document else name):
             for chunk in _read_beside(engine, ids, sums, audit) if rows > 1 else _read_alone(engine, ids, sums, audit):
                 sums.add(chunk)
                 audit.add(chunk)
                 yield chunk
-            audit.end(rows)
+            audit.end(rows, width)
         sums.end_document(ids.hexdigest)
         sums.special_tokens += ids.special
         begun = False

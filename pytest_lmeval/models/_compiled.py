@@ -76,7 +76,8 @@ def _import(backend: str, spec: str) -> None:
 
 
 def _why(error: Exception) -> str:
-    """What is missing, or the first line of the error."""
-    if any(kind.__name__ == "InvalidCxxCompiler" for kind in type(getattr(error, "inner_exception", error)).__mro__):
+    """What is missing, or the first line of the error that a backend raised."""
+    error = getattr(error, "inner_exception", error)
+    if type(error).__name__ == "InvalidCxxCompiler":
         return "inductor, the backend of compile=True, needs a C++ compiler, and none was found: install g++, or name it in CXX"
     return described(error)
