@@ -144,7 +144,5 @@ def test_a_model_of_transformers_is_compiled_by_inductor(tmp_path):
     MODELS["llama"]().save_pretrained(tmp_path)
     eager, lm = load(f"hf:{tmp_path}"), load(f"hf:{tmp_path},compile=True")
     assert (lm.spec, lm.compiled) == (f"hf:{tmp_path},compile=True", "inductor")
-    ids = ids_of(100) + 3
-    for chunk_size in (None, 20):
-        one, other = (measure_perplexity(which, ids % 64, chunk_size=chunk_size) for which in (eager, lm))
-        assert float(one.nll) == pytest.approx(float(other.nll), abs=1e-5)
+    one, other = (measure_perplexity(which, ids_of(100), chunk_size=33) for which in (eager, lm))  # each graph takes long
+    assert float(one.nll) == pytest.approx(float(other.nll), abs=1e-5)

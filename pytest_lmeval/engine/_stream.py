@@ -99,8 +99,10 @@ def in_windows(
 
 
 def side_by_side(engine: Engine, texts: Sequence[Tokens]) -> list[Chunk]:
-    """The only chunk of each of several texts, of two tokens or more in the vocabulary, read as rows of one padded batch. A chunk
-    has its part of the seconds and of the state's bytes, and no state; its losses may be infinite or nan."""
+    """The only chunk of each of several texts, of two tokens or more in the vocabulary, read as rows of one padded batch.
+
+    A chunk has its part of the seconds and of the state's bytes, and no state; its losses may be infinite or nan.
+    """
     began = time.perf_counter()
     ids = [torch.from_numpy(text.ids).to(engine.lm.device) for text in texts]
     logits, state = engine.step(pad_sequence([row[:-1] for row in ids], batch_first=True))

@@ -147,8 +147,8 @@ class TextAudit(ABC):
                 what = f"{length:,} tokens of document {number}, one of {rows} rows of a batch, were read again alone"
             raise Refused(
                 f"{lm.spec} is {certificate.summary}, and {self.name} contradicts it: {what}, and the loss after token "
-                f"{excess.position} differs by {excess.error:.3g} nats (allowed {excess.allowed:.2g}).\n{broken}\nIts perplexity "
-                f"would be wrong, and may look good: nothing is reported. {self.advice if rows == 1 else ALONE}"
+                f"{excess.position} differs by {excess.error:.3g} nats (allowed {excess.allowed:.2g}).\n{broken}\n"
+                f"Its perplexity would be wrong, and may look good: nothing is reported. {self.advice if rows == 1 else ALONE}"
             )
         kept.again, kept.tokens = length, max(kept.tokens, length)
         kept.difference = max(kept.difference, excess.error)
