@@ -17,7 +17,7 @@ from pytest_lmeval import as_model, policy_for
 from pytest_lmeval.data._corpus import Corpus, Document
 from pytest_lmeval.engine._policy import CALL
 from pytest_lmeval.errors import CorpusError, NotFiniteError, Refused, StreamError
-from pytest_lmeval.measures._look_ahead import LOOK_AHEAD, batches
+from pytest_lmeval.measures._look_ahead import AHEAD, batches
 from pytest_lmeval.measures._perplexity import measure_perplexity
 from pytest_lmeval.records._certificate import LawResult
 from pytest_lmeval.records._journal import Checkpoints
@@ -56,7 +56,7 @@ def shapes_of(module, work):
     return memory.shapes
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(st.sampled_from(sorted(HOW)), st.lists(st.integers(0, 90) | st.integers(0, 30), min_size=1, max_size=40), st.data())
 def test_documents_side_by_side_have_the_numbers_of_one_after_another_in_order(tmp_path_factory, how, lengths, data):
     folder, lm = tmp_path_factory.mktemp("losses"), model_of(how)
@@ -79,7 +79,9 @@ def test_documents_side_by_side_have_the_numbers_of_one_after_another_in_order(t
     assert beside.loss_by_position.y == pytest.approx(alone.loss_by_position.y, abs=1e-5)
     assert beside.loss_at == pytest.approx(alone.loss_at, abs=1e-5)
     units = [[json.loads(line) for line in (folder / f"{rows}.jsonl").read_text().splitlines()] for rows in (8, 1)]
-    assert units == [[pytest.approx(unit, abs=1e-4) for unit in of_one] for of_one in units[::-1]]
+    assert [unit["id"] for unit in units[0]] == [unit["id"] for unit in units[1]]
+    for one, other in zip(*units, strict=True):
+        assert one["sums"] == pytest.approx(other["sums"], abs=1e-4)
 
 
 def test_text_has_its_bytes_and_its_special_tokens_side_by_side():
@@ -133,8 +135,8 @@ def test_no_more_is_held_than_the_look_ahead_allows(lengths):
 
     measured = read(lm, replace(corpus, documents=counted), progress=note)
     assert measured.tokens == sum(max(0, length - 1) for length in lengths)
-    assert max(documents for documents, _ in ahead) <= LOOK_AHEAD * 8 + 3  # two without a target, and the next one
-    assert max(tokens for _, tokens in ahead) <= LOOK_AHEAD * 64 + max(lengths)  # and the one that no longer fits
+    assert max(documents for documents, _ in ahead) <= AHEAD * 8 + 3  # two without a target, and the next one
+    assert max(tokens for _, tokens in ahead) <= AHEAD * 64 + max(lengths)  # and the one that no longer fits
 
 
 @pytest.mark.parametrize("how", ["carried", pytest.param("windows", marks=pytest.mark.thorough), "windows of lm_eval"])

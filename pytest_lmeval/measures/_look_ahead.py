@@ -16,12 +16,12 @@ import numpy as np
 from pytest_lmeval.data._tokens import TokenReader
 from pytest_lmeval.engine import Chunk, Engine
 from pytest_lmeval.engine._losses import check_finite
+from pytest_lmeval.engine._memory import SCORING
 from pytest_lmeval.engine._policy import CALL, LOGITS_BUDGET
 from pytest_lmeval.engine._tokens import Tokens
 from pytest_lmeval.scoring._loss_accumulator import LossAccumulator
 
-LOOK_AHEAD = 16  # chunks whose tokens a group may have, and batches whose documents
-SCORING = 3 * 4  # bytes that each logit takes while it is scored: float32, and twice as much beside it
+AHEAD = 16  # chunks whose tokens a group may have, and batches whose documents
 
 
 class HeldDocument:
@@ -117,7 +117,7 @@ def _groups(engine: Engine, readers: Iterator[TokenReader]) -> Iterator[list[Hel
     group: list[HeldDocument] = []
     failed: Exception | None = None
     while True:
-        most, tokens = LOOK_AHEAD * engine.policy.batch_size, LOOK_AHEAD * engine.chunk_size
+        most, tokens = AHEAD * engine.policy.batch_size, AHEAD * engine.chunk_size
         try:
             reader = next(readers, None)
         except Exception as error:  # noqa: BLE001 - the documents before it are read first

@@ -19,8 +19,8 @@ from pytest_lmeval.engine import Chunk, Engine, Policy, Windows
 from pytest_lmeval.engine._policy import CALL, default_chunk_size
 from pytest_lmeval.engine._tokens import Tokens
 from pytest_lmeval.errors import LmevalError, Refused
-from pytest_lmeval.measures._audit import SHARE, UNEXPLAINED, excess_of, law_broken
-from pytest_lmeval.measures._look_ahead import reads_side_by_side
+from pytest_lmeval.measures._audit import GROSS, SHARE, UNEXPLAINED, excess_of, law_broken
+from pytest_lmeval.measures._look_ahead import HeldDocument, reads_side_by_side
 from pytest_lmeval.models._failures import NoMemory, halving, unless_full
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.records._certificate import Audit
@@ -33,7 +33,6 @@ WHOLE = 16  # chunks read in one call: attention to n tokens takes no more memor
 KEPT = 1 << 16  # tokens of a text of unknown length that are kept to be read again
 BETWEEN = 0.382  # of a chunk: pieces shorter than a multiple of it by so much end between the chunks
 FURTHER, LAST = 2.0, 1.25  # times the last reading, from which another one is worth its cost, and the last of a sequence
-GROSS = 10  # times the tolerance: a difference that no law explains is still none of rounding
 ALONE = "Repair how it reads rows, or read each document alone: invariant=True."
 COURSE = 64  # tokens read after the first wrong one, to see how the error goes on
 
@@ -64,7 +63,7 @@ class TextAudit(ABC):
         # tokens: of a reading that did not fit into memory; of the shortest one that says anything; of the longest one
         self.full, self.least, self.longest = 0, 1, math.inf
 
-    def watched(self, reader: TokenReader) -> Iterator[Tokens]:
+    def watched(self, reader: TokenReader | HeldDocument) -> Iterator[Tokens]:
         """The tokens of a sequence, of which the beginning is kept."""
         at, kept = reader.skip, self.sums.beginning
         for part in reader:

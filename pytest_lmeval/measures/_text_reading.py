@@ -139,9 +139,12 @@ def read(engine: Engine, texts: Iterable[TokenReader], sums: LossAccumulator, na
             continue
         if not begun:
             sums.start_document()
-        rows, width = (len(ids.batch), ids.width) if isinstance(ids, HeldDocument) else (1, 0)
         with naming(f"{name}, document {index}" if sums.by_document else name):
-            for chunk in _read_beside(engine, ids, sums, audit) if rows > 1 else _read_alone(engine, ids, sums, audit):
+            if isinstance(ids, HeldDocument) and ids.batch:
+                chunks, rows, width = _read_beside(engine, ids, sums, audit), len(ids.batch), ids.width
+            else:
+                chunks, rows, width = _read_alone(engine, ids, sums, audit), 1, 0
+            for chunk in chunks:
                 sums.add(chunk)
                 audit.add(chunk)
                 yield chunk
