@@ -17,7 +17,7 @@ from pytest_lmeval.data import Corpus, Document
 from pytest_lmeval.errors import ModelError, SpecError
 from pytest_lmeval.models import _precision as precision, _specs as specs
 from pytest_lmeval.models._sources import as_model, load, resolve_device
-from pytest_lmeval.models._specs import split
+from pytest_lmeval.models._specs import parse
 
 IDS = np.random.default_rng(0).integers(0, 32, 70)
 
@@ -137,14 +137,20 @@ def test_the_suffix_or_else_bits_set_the_precision():
     assert load("demo@fp16", bits=32).dtype == torch.float16
 
 
+def split(spec, bits=None):
+    parsed = parse(spec, bits)
+    assert (str(parsed), parsed.options) == (f"{parsed.name}@{parsed.precision}" if parsed.precision else parsed.name, {})
+    return parsed.name, parsed.precision
+
+
 def test_an_existing_folder_wins_over_a_precision(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert split("hf:./model@int8", None) == ("hf:./model", "int8")
+    assert split("hf:./model@int8") == ("hf:./model", "int8")
     (tmp_path / "model@int8").mkdir()
-    assert split("hf:./model@int8", None) == ("hf:./model@int8", "")
+    assert split("hf:./model@int8") == ("hf:./model@int8", "")
     assert split("hf:model@int8", 16) == ("hf:model@int8", "bf16")
-    assert split("hf:model@int8@fp16", None) == ("hf:model@int8", "fp16")
-    assert split("model@int8", None) == ("model", "int8"), "a spec without a source names no folder"
+    assert split("hf:model@int8@fp16") == ("hf:model@int8", "fp16")
+    assert split("model@int8") == ("model", "int8"), "a spec without a source names no folder"
     with pytest.raises(SpecError, match=r"^hf:\./model@int8 could not be loaded: .* is a folder here"):
         load("hf:./model@int8")
     with pytest.raises(SpecError, match=r"^hf:\./model: there is no folder \./model \(looked from .*\). .* hf:model@int8\?"):

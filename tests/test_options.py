@@ -65,9 +65,11 @@ def test_an_option_that_makes_no_sense_or_names_nothing_is_refused(pytester, opt
 def test_names_that_exist_or_may_exist_pass_without_importing_torch(project, collect):
     project.mkpydir("below")
     project.mkdir("a@int8")
+    project.mkdir("a,compile=yes")
     project.path.joinpath("notes.txt").touch()
     project.mkdir("parts").joinpath("beside.py").touch()  # pytest puts the folders of test files on sys.path
     specs = ("demo", "zoo:mamba@int8", "tiny:Tiny", "below.models:build", "beside:build", "hf:gpt2", "hf:OWNER/NAME@bf16")
+    specs += ("demo,compile=True@int8", "tiny:Tiny,compile=eager", "hf:./a@int8,compile=True", "hf:./a,compile=yes")
     given = [f"--lm={spec}" for spec in (*specs, "hf:./a@int8")]
     result = collect(*given, "--lmeval-corpus=wikitext-2", "--lmeval-corpus=text:notes.txt", "--lmeval-corpus=OWNER/NAME")
     assert result.ret == 0
@@ -86,6 +88,15 @@ def test_without_options_nothing_is_looked_up(collect):
         ("demmo", r"unknown model spec 'demmo'.* Did you mean demo\?"),
         ("gpt2", r"Did you mean hf:gpt2\?"),
         ("demo@bf6", r"demo@bf6: unknown precision @bf6; .* Did you mean bf16\?"),
+        ("demo,complie=True", r"demo,complie=True: there is no option 'complie' .* compile\. Did you mean compile\?"),
+        ("demo,compile=yes@int8", "compile=yes is no value of that option; write compile=True, or compile=BACKEND"),
+        ("demo,compile=", "compile= is no value of that option; write compile=True"),
+        ("demo,compile", "'compile' is no option, which is written NAME=VALUE: compile=True"),
+        ("demo,compile=True,compile=eager", "the option compile is given twice"),
+        ("demo@int8,compile=True", "options stand before the precision: write demo,compile=True@int8"),
+        ("hf:./a@b,compile=True", "unknown precision @b"),
+        ("demo@bf6,compile=True", r"unknown precision @bf6; .* Did you mean bf16\?"),
+        ("hf:./checkpiont,compile=True", r"there is no folder \./checkpiont \(looked from .*\). Did you mean hf:checkpoint\?"),
         ("hf:./checkpiont", r"there is no folder \./checkpiont \(looked from .*\). Did you mean hf:checkpoint\?"),
         ("hf:checkpoint/one/last", "there is no folder checkpoint/one/last"),
         ("hf:~/no_such", "there is no folder ~/no_such"),

@@ -82,6 +82,11 @@ class TokenReader:
         self._special_ends: deque[int] = deque()  # bytes of the text at which special tokens end, not yet counted
         self._begun: Iterator[Tokens] | None = None  # by `is_empty`
 
+    @property
+    def hexdigest(self) -> str:
+        """The first digits of the hash of the content so far."""
+        return self.content.hexdigest()[:16]
+
     @functools.cached_property
     def is_empty(self) -> bool:
         """Whether it has no target: fewer than two tokens, as far as the limit (or no frame). Reads no further than needed."""

@@ -17,8 +17,8 @@ from pytest_lmeval.engine._memory import fitting_chunks, with_less, with_smaller
 from pytest_lmeval.engine._packed import Packed
 from pytest_lmeval.engine._policy import Policy, check, chunk_of, policy_for, refused, streaming_refused
 from pytest_lmeval.engine._results import Counts, Results, Scored
-from pytest_lmeval.engine._stream import Chunk, carried, in_windows
-from pytest_lmeval.engine._tokens import Source, check_vocabulary, tokens_of
+from pytest_lmeval.engine._stream import Chunk, carried, in_windows, side_by_side
+from pytest_lmeval.engine._tokens import Source, Tokens, check_vocabulary, tokens_of
 from pytest_lmeval.engine._tree import Request
 from pytest_lmeval.errors import OutOfMemory, StreamError
 from pytest_lmeval.models._failures import NoMemory, unless_full
@@ -153,6 +153,18 @@ class Engine:
         if not self.policy.carry:
             raise streaming_refused(self.lm, self.policy)
         return carried(self, pieces, state, position)
+
+    def stream_rows(self, texts: Sequence[Tokens]) -> list[Chunk]:
+        """Score short texts as rows of one padded batch, of fewer rows if memory runs out (see `_stream.side_by_side`)."""
+        chunks: list[Chunk] = []
+        while left := texts[len(chunks) :]:
+            rows = left[: self.policy.batch_size]
+            found = unless_full(partial(side_by_side, self, rows)) if len(rows) > 1 else side_by_side(self, rows)
+            if isinstance(found, NoMemory):
+                self._take_less(with_less(self.policy, *self._step_shape), found.wanted)
+            else:
+                chunks += found
+        return chunks
 
     def score(self, requests: Sequence[Request], results: Results[Scored] | None = None) -> list[Scored]:
         """The log-likelihood of each requested token, in the order of the requests; it may be infinite or nan.

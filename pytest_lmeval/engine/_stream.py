@@ -7,7 +7,7 @@ predicts the first frame from its initial codes: frame t is target t + 1, with a
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from pytest_lmeval.engine._losses import check_finite, not_finite, score
 from pytest_lmeval.engine._policy import Windows, streaming_refused
@@ -95,6 +96,23 @@ def in_windows(
             state, start = chunk.state, last
         known = begin + len(piece) - 1
     _refuse_empty(not known)
+
+
+def side_by_side(engine: Engine, texts: Sequence[Tokens]) -> list[Chunk]:
+    """The only chunk of each of several texts, of two tokens or more in the vocabulary, read as rows of one padded batch.
+
+    A chunk has its part of the seconds and of the state's bytes, and no state; its losses may be infinite or nan.
+    """
+    began = time.perf_counter()
+    ids = [torch.from_numpy(text.ids).to(engine.lm.device) for text in texts]
+    logits, state = engine.step(pad_sequence([row[:-1] for row in ids], batch_first=True))
+    scores = [score(of_row[: len(row) - 1], row[1:]) for of_row, row in zip(logits, ids, strict=True)]
+    seconds, held = time.perf_counter() - began, state_bytes(state) // len(texts)
+    whole = sum(map(len, texts))
+    return [
+        Chunk(1, len(text), nll, rank, text.widths[1:], seconds * len(text) / whole, held, None)
+        for text, (nll, rank) in zip(texts, scores, strict=True)
+    ]
 
 
 def _check_state(engine: Engine, state: State, seen: int) -> None:

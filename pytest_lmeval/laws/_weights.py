@@ -35,7 +35,7 @@ def copy_of(model: Model, dtype: torch.dtype | None = None) -> Model | None:
         step_fn = model.rebuild(module)
     except Exception:  # noqa: BLE001 - fused, bound to its precision, or holding what cannot be copied
         return None
-    return dataclasses.replace(model, module=module, step_fn=step_fn)
+    return dataclasses.replace(model, module=module, step_fn=step_fn, compiled="")
 
 
 def fits(model: Model) -> bool:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pytest_lmeval.laws._tolerance import Excess
 
 SHARE = 1 / 20  # of the work of a measurement that its audit may take
+GROSS = 10  # times the tolerance: a difference that no law explains is still none of rounding
 UNEXPLAINED = "  Memory ran out when the laws were tried on it, so which of them is broken is not known."
 
 

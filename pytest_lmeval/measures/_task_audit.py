@@ -17,7 +17,7 @@ from pytest_lmeval.engine import Engine, Policy, Prompt, Request
 from pytest_lmeval.engine._policy import CALL
 from pytest_lmeval.engine._tree import tree
 from pytest_lmeval.errors import Refused
-from pytest_lmeval.measures._audit import SHARE, UNEXPLAINED, excess_of, law_broken
+from pytest_lmeval.measures._audit import GROSS, SHARE, UNEXPLAINED, excess_of, law_broken
 from pytest_lmeval.models._failures import NoMemory, unless_full
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.records._certificate import Audit
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 # Generated answers that are read again, whatever that costs: rows that share a state may all see that of one of them, which is
 # right. The choices of one question are several rows.
 LEAST = 2
-GROSS = 10  # times the tolerance: a difference that no law explains is still none of rounding
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from pytest_lmeval.engine import Chunk, Engine, Policy, Windows
 from pytest_lmeval.engine._policy import CALL, default_chunk_size
 from pytest_lmeval.engine._tokens import Tokens
 from pytest_lmeval.errors import LmevalError, Refused
-from pytest_lmeval.measures._audit import SHARE, UNEXPLAINED, excess_of, law_broken
+from pytest_lmeval.measures._audit import GROSS, SHARE, UNEXPLAINED, excess_of, law_broken
+from pytest_lmeval.measures._look_ahead import HeldDocument, reads_side_by_side
 from pytest_lmeval.models._failures import NoMemory, halving, unless_full
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.records._certificate import Audit
@@ -32,6 +33,7 @@ WHOLE = 16  # chunks read in one call: attention to n tokens takes no more memor
 KEPT = 1 << 16  # tokens of a text of unknown length that are kept to be read again
 BETWEEN = 0.382  # of a chunk: pieces shorter than a multiple of it by so much end between the chunks
 FURTHER, LAST = 2.0, 1.25  # times the last reading, from which another one is worth its cost, and the last of a sequence
+ALONE = "Repair how it reads rows, or read each document alone: invariant=True."
 COURSE = 64  # tokens read after the first wrong one, to see how the error goes on
 
 
@@ -57,14 +59,15 @@ class TextAudit(ABC):
         self.tried = 0 if self.certificate is None else self.certificate.longest
         self.books = 1 if engine.lm.codebooks is None else len(engine.lm.codebooks.scored)
         self.on, self.may_interrupt = self.certificate is not None, True
+        self.rows = self.on and reads_side_by_side(engine, sums)  # whether documents that were read in a batch are read alone
         # tokens: of a reading that did not fit into memory; of the shortest one that says anything; of the longest one
         self.full, self.least, self.longest = 0, 1, math.inf
 
-    def watched(self, reader: TokenReader) -> Iterator[Tokens]:
+    def watched(self, reader: TokenReader | HeldDocument) -> Iterator[Tokens]:
         """The tokens of a sequence, of which the beginning is kept."""
         at, kept = reader.skip, self.sums.beginning
         for part in reader:
-            if self.on and not kept.complete and at <= kept.held < (room := self._room):
+            if self._keeps and at <= kept.held < (room := self._room):
                 kept.hold(part.ids[kept.held - at : room - at].copy())
             at += len(part)
             yield part
@@ -72,14 +75,16 @@ class TextAudit(ABC):
     def add(self, chunk: Chunk) -> None:
         """Note the losses of the next chunk, and read the beginning again when it is time. Raises Refused if it differs."""
         kept = self.sums.beginning
-        if self.on and not kept.complete:
+        if self._keeps:
             if chunk.window == 0 and chunk.start == kept.scored + 1:
                 kept.score(chunk.nll[: max(0, kept.held - 1 - kept.scored)])
-            if self.may_interrupt:  # another sequence may be read before this one is continued
+            if self.on and self.may_interrupt:  # another sequence may be read before this one is continued
                 self._read_again(ended=False)
 
-    def end(self) -> None:
-        """End a sequence."""
+    def end(self, rows: int = 1, width: int = 0) -> None:
+        """End a sequence, which was one of so many rows of a batch, as wide as this."""
+        if self._keeps and rows > 1:
+            self._read_alone(rows, width)
         if self.on and not self.sums.beginning.complete:
             self._read_again(ended=True)
 
@@ -92,6 +97,19 @@ class TextAudit(ABC):
         share = found.work / self._work(self.sums.tokens)
         return Audit(tokens=found.tokens, difference=found.difference, share=share, full=self.full)
 
+    @property
+    def _keeps(self) -> bool:
+        return (self.on or self.rows) and not self.sums.beginning.complete
+
+    def _read_alone(self, rows: int, width: int) -> None:
+        """Read a document of a batch again, alone: the first that is no short one of its batch, whatever that costs, and later
+        ones of twice the length."""
+        kept = self.sums.beginning
+        affordable = SHARE * self._work(self.expected() or self.sums.tokens) - kept.work - CALL
+        due = FURTHER * kept.tokens <= kept.scored <= affordable if kept.tokens else 2 * kept.scored >= width
+        if due and kept.scored > 1:
+            self._compare(kept.scored, rows)
+
     def _work(self, targets: int) -> float:
         """Tokens and calls of a text with so many targets."""
         windows, tokens = self.engine.policy.windows, targets / self.books
@@ -99,36 +117,49 @@ class TextAudit(ABC):
             tokens += max(0, math.ceil((tokens - windows.size) / (windows.size - windows.overlap))) * windows.overlap
         return tokens + CALL * math.ceil(tokens / self.chunk)
 
-    def _compare(self, goal: int) -> None:
-        """Read again as many targets, or half as many and so on if memory runs out."""
+    def _compare(self, goal: int, rows: int = 1) -> None:
+        """Read again as many targets, or half as many and so on if memory runs out; `rows` were read with them in a batch."""
         kept, lm, certificate = self.sums.beginning, self.engine.lm, self.engine.policy.certificate
         assert certificate is not None
         began = time.perf_counter()
         ids, found = np.concatenate(kept.ids)[: goal + 1], np.concatenate(kept.nll)[:goal]
         with _peak_apart(lm, kept):
-            read, length = halving(lambda length: self._again(ids[: length + 1], length), goal, self.least)
+            read, length = halving(lambda length: self._again(ids[: length + 1], length), goal, self.least if rows == 1 else 1)
         if length < goal or isinstance(read, NoMemory):
             self.full, self.longest = min(self.full or goal, goal), length
         if isinstance(read, NoMemory):
-            self.on = False  # and what is due later is longer
+            self.on = self.rows = False  # and what is due later is longer
             return
         ids, found, (again, sizes) = ids[: length + 1], found[:length], read
         excess, broken = excess_of(found, again, lm, certificate.rounding), None
         if not excess.tolerance_ratio <= 1:
-            tried = unless_full(lambda: self._broken(ids, found, sizes, excess))
+            law = (
+                partial(self._rows_broken, ids, rows, excess) if rows > 1 else partial(self._broken, ids, found, sizes, excess)
+            )
+            tried = unless_full(law)
             broken = UNEXPLAINED if isinstance(tried, NoMemory) else tried
         if broken:
             pieces = ", ".join([*map(str, sizes[:4]), *["..."] * (len(sizes) > 4)])
+            what = f"its first {length:,} tokens, in chunks of {self.chunk}, were read again in pieces of {pieces}"
+            if rows > 1:
+                number = len(self.sums.documents) + self.sums.skipped
+                what = f"{length:,} tokens of document {number}, one of {rows} rows of a batch, were read again alone"
             raise Refused(
-                f"{lm.spec} is {certificate.summary}, and {self.name} contradicts it: its first {length:,} tokens, in chunks "
-                f"of {self.chunk}, were read again in pieces of {pieces}, and the loss after token {excess.position} differs "
-                f"by {excess.error:.3g} nats (allowed {excess.allowed:.2g}).\n{broken}\nIts perplexity would be wrong, and may "
-                f"look good: nothing is reported. {self.advice}"
+                f"{lm.spec} is {certificate.summary}, and {self.name} contradicts it: {what}, and the loss after token "
+                f"{excess.position} differs by {excess.error:.3g} nats (allowed {excess.allowed:.2g}).\n{broken}\n"
+                f"Its perplexity would be wrong, and may look good: nothing is reported. {self.advice if rows == 1 else ALONE}"
             )
         kept.again, kept.tokens = length, max(kept.tokens, length)
         kept.difference = max(kept.difference, excess.error)
         kept.work += length + CALL * len(sizes)
         kept.seconds += time.perf_counter() - began
+
+    def _rows_broken(self, ids: np.ndarray, rows: int, excess: Excess) -> str | None:
+        """That the law `rows` is broken on this text, with its counterexample; None if rounding explains the difference."""
+        cuts = [max(1, (len(ids) - 1) // 2)]
+        if (broken := law_broken(self.engine, "rows", ids[:-1], cuts, cuts[0], rows=rows, padding=3)) is not None:
+            return broken
+        return None if excess.tolerance_ratio <= GROSS else "  rows: alone it has other losses than beside its neighbours."
 
     @property
     @abstractmethod

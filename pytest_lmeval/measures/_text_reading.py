@@ -13,6 +13,7 @@ from pytest_lmeval.data._tokens import TokenReader, sequences
 from pytest_lmeval.engine import Chunk, Engine
 from pytest_lmeval.engine._tokens import naming
 from pytest_lmeval.errors import Refused
+from pytest_lmeval.measures._look_ahead import HeldDocument, documents
 from pytest_lmeval.measures._text_audit import TextAudit, text_audit
 from pytest_lmeval.models._failures import NoMemory, unless_full
 from pytest_lmeval.models._model import Model
@@ -132,24 +133,39 @@ def read(engine: Engine, texts: Iterable[TokenReader], sums: LossAccumulator, na
     """Read the texts from where the sums end, and add each chunk to them, and to the audit. Documents without a target are
     skipped and counted."""
     begun = bool(sums.scored)
-    for index, ids in enumerate(texts):
-        if index < len(sums.documents) + sums.skipped:
-            continue
+    for index, ids in documents(engine, texts, sums):
         if not begun and sums.by_document and ids.is_empty:
             sums.skipped += 1
             continue
         if not begun:
             sums.start_document()
-        ids.skip = sums.scored if engine.policy.windows is None else sums.window
         with naming(f"{name}, document {index}" if sums.by_document else name):
-            for chunk in engine.stream(audit.watched(ids), state=sums.state, position=sums.scored, window=sums.window):
+            if isinstance(ids, HeldDocument) and ids.batch:
+                chunks, rows, width = _read_beside(engine, ids, sums, audit), len(ids.batch), ids.width
+            else:
+                chunks, rows, width = _read_alone(engine, ids, sums, audit), 1, 0
+            for chunk in chunks:
                 sums.add(chunk)
                 audit.add(chunk)
                 yield chunk
-            audit.end()
-        sums.end_document(ids.content.hexdigest()[:16])
+            audit.end(rows, width)
+        sums.end_document(ids.hexdigest)
         sums.special_tokens += ids.special
         begun = False
+
+
+def _read_alone(engine: Engine, ids: TokenReader | HeldDocument, sums: LossAccumulator, audit: TextAudit) -> Iterator[Chunk]:
+    ids.skip = sums.scored if engine.policy.windows is None else sums.window
+    return engine.stream(audit.watched(ids), state=sums.state, position=sums.scored, window=sums.window)
+
+
+def _read_beside(engine: Engine, ids: HeldDocument, sums: LossAccumulator, audit: TextAudit) -> Iterator[Chunk]:
+    """The chunk of a document that is read in a batch; nothing if it was added before the reading was interrupted."""
+    if sums.scored:
+        return
+    for _ in audit.watched(ids):
+        pass
+    yield ids.read(engine)
 
 
 def expected_tokens(lm: Model, corpus: Corpus, sums: LossAccumulator, tokens: int | None) -> int | None:

@@ -198,6 +198,7 @@ class Model:
     built_by        the function of a spec that built it; its code is part of who the model is
     unused_weights  names of tensors of its checkpoint that it has no place for
     bytes_before    size of the module's tensors before its precision was set; None: it was not set
+    compiled        the backend of torch.compile that `step_fn` was compiled with; "" if it was not
     found_limit     most tokens of a sequence as the probe found it, if none is declared; not part of the fingerprint
 
     `dataclasses.replace` gives another value of the same loaded model, which is identified by `step_fn`.
@@ -221,6 +222,7 @@ class Model:
     built_by: Any = None
     unused_weights: tuple[str, ...] = ()
     bytes_before: int | None = None
+    compiled: str = ""
     found_limit: int | None = None
 
     def step(self, input_ids: Tensor, state: State | None = None, *, keep: int | None = None) -> tuple[Tensor, State]:

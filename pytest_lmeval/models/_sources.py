@@ -7,7 +7,8 @@
 
 All but the last are functions in the registry (group `models`), called with the text behind the colon, if there is one, and
 with those of the keywords `spec`, `dtype` (the precision of the spec) and `trust_remote_code` that they have parameters for.
-They return a torch module, an object with `step`, a `Model`, or `Loaded`. A suffix @PRECISION sets that of the weights.
+They return a torch module, an object with `step`, a `Model`, or `Loaded`. A suffix @PRECISION sets that of the weights; the
+option compile=True, behind a comma, compiles the model.
 """
 
 from __future__ import annotations
@@ -59,13 +60,22 @@ def load(spec: str, *, device: str | torch.device = "cpu", bits: int | None = No
     bits               the precision if the spec has no suffix: 32, 16 (bfloat16), 8 or 4
     trust_remote_code  lets a model from the hub run its own code; set it only for models that you know
 
-    Raises SpecError for an unknown spec or a precision that the model cannot have, RegistryError if two packages register it.
+    Raises SpecError for an unknown spec, a precision that the model cannot have, and a model that cannot be compiled;
+    RegistryError if two packages register it.
     """
+    from pytest_lmeval.models._compiled import compiled
+
+    parsed = specs.parse(spec, bits)
+    lm = _loaded(parsed, resolve_device(device) if isinstance(device, str) else device, trust_remote_code)
+    backend = parsed.options.get("compile")
+    return compiled(lm, backend) if backend else lm
+
+
+def _loaded(spec: specs.Spec, device: torch.device, trust_remote_code: bool) -> Model:
+    """The model of a spec, on the device, in its precision."""
     from pytest_lmeval.models import _precision as precision
 
-    name, wanted = specs.split(spec, bits)
-    device = resolve_device(device) if isinstance(device, str) else device
-    shown = f"{name}@{wanted}" if wanted else name
+    name, wanted, shown = spec.name, spec.precision, str(spec)
     dtype = precision.DTYPES.get(wanted)
     found, source, has_dtype = _from_source(name, spec=shown, dtype=dtype, trust_remote_code=trust_remote_code)
     loaded = found if isinstance(found, Loaded) else Loaded(found)

@@ -1,6 +1,6 @@
-"""Parse and check model specs, `NAME[:REST][@PRECISION]`, without importing torch.
+"""Parse and check model specs, `NAME[:REST][,OPTION=VALUE ...][@PRECISION]`, without importing torch.
 
-NAME is in the registry (group `models`), or NAME:REST is `module.path:callable`.
+NAME is in the registry (group `models`), or NAME:REST is `module.path:callable`. `OPTIONS` are those of every model.
 """
 
 from __future__ import annotations
@@ -10,37 +10,111 @@ import importlib.machinery
 import importlib.util
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pytest_lmeval import registry
 from pytest_lmeval.errors import SpecError, nearest
 
 FLOATS = ("fp32", "bf16", "fp16")
 PACKED = ("int8", "int4")
+KNOWN = (*FLOATS, *PACKED)
 INSTALLED = ("node_modules", "site-packages")  # folders of other projects
 BITS = {32: "fp32", 16: "bf16", 8: "int8", 4: "int4"}
 
 
-def split(spec: str, bits: int | None) -> tuple[str, str]:
-    """The spec without its suffix, and the precision: the suffix, or else that of `bits`, or else "".
+def _backend(value: str) -> str:
+    """The backend of torch.compile that the option `compile` names; "" for none. Raises ValueError with what to write."""
+    if value in ("True", "False"):
+        return "inductor" if value == "True" else ""
+    if not value.isidentifier() or value.lower() in ("true", "false", "yes", "no", "on", "off"):
+        raise ValueError("write compile=True, or compile=BACKEND with a backend of torch.compile, such as inductor")
+    return value
 
-    >>> split("demo@int8", None), split("demo", 4), split("demo@fp32", 4), split("hf:./a@b/c", None)
-    (('demo', 'int8'), ('demo', 'int4'), ('demo', 'fp32'), ('hf:./a@b/c', ''))
 
-    An existing file or folder wins: if `./model@int8` exists, `hf:./model@int8` has no suffix. Raises SpecError for an unknown
-    precision.
+OPTIONS: dict[str, Callable[[str], Any]] = {"compile": _backend}
+"""The options of a spec, each with the function that reads its value, which raises ValueError with what to write."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A parsed spec; as text, it is as it was written, with the precision.
+
+    name       what is looked up: `NAME` or `NAME:REST`
+    precision  the suffix, or "" for none
+    options    the values of its options, by name
+    written    the spec without the precision
+    """
+
+    name: str
+    precision: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    written: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.written}@{self.precision}" if self.precision else self.written
+
+
+def parse(spec: str, bits: int | None = None) -> Spec:
+    """The parts of a spec; without a suffix, the precision is that of `bits`, if they are given.
+
+    >>> spec = parse("demo,compile=True@int8")
+    >>> spec.name, spec.options, spec.precision
+    ('demo', {'compile': 'inductor'}, 'int8')
+    >>> parse("demo", 4).precision, parse("demo@fp32", 4).precision, parse("hf:./a@b/c").precision
+    ('int4', 'fp32', '')
+
+    An existing file or folder wins: if `./model@int8` exists, `hf:./model@int8` has no suffix, and if `./a,b=c` exists,
+    `hf:./a,b=c` has no option. Raises SpecError for an unknown precision or option, and for a value that an option cannot have.
     """
     if not isinstance(spec, str):
         raise SpecError(f"a spec is a text such as demo, zoo:mamba or hf:FOLDER; got {spec!r}.")
     if bits and bits not in BITS:
         raise SpecError(f"bits is {bits!r}; it is one of {', '.join(map(str, BITS))}.")
-    name, at, wanted = spec.rpartition("@")
-    if not at or "/" in wanted or ":" in wanted or _exists(spec.partition(":")[2]):
-        return spec, BITS[bits] if bits else ""
-    if wanted not in (known := (*FLOATS, *PACKED)):
-        raise SpecError(f"{spec}: unknown precision @{wanted}; known are @{', @'.join(known)}.{nearest(wanted, known)}")
-    return name, wanted
+    written, at, precision = spec.rpartition("@")
+    if not at or precision not in KNOWN or _names_path(spec):
+        written, precision = spec, ""
+    name, given = written, list[tuple[str, str]]()
+    while not _names_path(name):
+        before, comma, last = name.rpartition(",")
+        option, equals, value = last.partition("=")
+        if not comma or not equals or not option.isidentifier():
+            break
+        name, given = before, [(option, value), *given]
+    if not _names_path(name):
+        _refuse_misplaced(spec, name, given, precision)
+    return Spec(name, precision or (BITS[bits] if bits else ""), _options(spec, given), written)
+
+
+def _refuse_misplaced(spec: str, name: str, given: list[tuple[str, str]], precision: str) -> None:
+    """Raise SpecError for a name that ends with an unknown precision, one before the options, or an option without a value."""
+    before, at, last = name.rpartition("@")
+    if at and last in KNOWN and given and not precision:
+        options = ",".join(f"{option}={value}" for option, value in given)
+        raise SpecError(f"{spec}: options stand before the precision: write {before},{options}@{last}.")
+    if at and last not in KNOWN and "/" not in last and ":" not in last:
+        raise SpecError(f"{spec}: unknown precision @{last}; known are @{', @'.join(KNOWN)}.{nearest(last, KNOWN)}")
+    _, comma, last = name.rpartition(",")
+    if comma and (near := difflib.get_close_matches(last.partition("=")[0].strip(), OPTIONS, n=1)):
+        raise SpecError(f"{spec}: {last!r} is no option, which is written NAME=VALUE: {near[0]}=True.")
+
+
+def _options(spec: str, given: list[tuple[str, str]]) -> dict[str, Any]:
+    """The values of the options, by name. Raises SpecError for one that is unknown, given twice, or has no such value."""
+    found: dict[str, Any] = {}
+    for option, value in given:
+        if option not in OPTIONS:
+            known = ", ".join(OPTIONS)
+            raise SpecError(f"{spec}: there is no option {option!r} of a model; there are: {known}.{nearest(option, OPTIONS)}")
+        if option in found:
+            raise SpecError(f"{spec}: the option {option} is given twice.")
+        try:
+            found[option] = OPTIONS[option](value)
+        except ValueError as error:
+            raise SpecError(f"{spec}: {option}={value} is no value of that option; {error}.") from None
+    return found
 
 
 def check(spec: str, folders: Iterable[Path] = ()) -> None:
@@ -49,7 +123,7 @@ def check(spec: str, folders: Iterable[Path] = ()) -> None:
 
     folders  whose modules, at any depth, may be on `sys.path` when the spec is loaded
     """
-    name = split(spec, None)[0]
+    name = parse(spec).name
     head, _, rest = name.partition(":")
     known = registry.names("models")
     if head == "hf":
@@ -96,6 +170,11 @@ def nearest_folder(path: str) -> str:
     except OSError:
         found = []
     return f" Did you mean hf:{folder.parent / found[0]}?" if found else ""
+
+
+def _names_path(name: str) -> bool:
+    """Whether the text behind the colon is an existing file or folder."""
+    return _exists(name.partition(":")[2])
 
 
 def _exists(path: str) -> bool:

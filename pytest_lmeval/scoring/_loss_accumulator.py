@@ -106,6 +106,7 @@ class LossAccumulator:
     total, units  one row, and one row for each unit, from which intervals are drawn; pairs of too many blocks are merged
     documents     a hash of each document (or of the stream) that was read to its end
     skipped       documents without a target
+    ahead         number of the first of the documents that are read side by side with the current one
     special_tokens   special tokens that are written in the texts that were read to their end
     chunks        one row for each chunk (merged like blocks), with the bytes of the state after it
     by_position   one row for each range of positions, half an octave wide
@@ -123,6 +124,7 @@ class LossAccumulator:
     units: list[np.ndarray] = field(default_factory=list)
     documents: list[str] = field(default_factory=list)
     skipped: int = 0
+    ahead: int = 0
     special_tokens: int = 0
     chunks: list[np.ndarray] = field(default_factory=list)
     by_position: np.ndarray = field(default_factory=lambda: np.zeros((HALF_OCTAVES, COLUMNS)))

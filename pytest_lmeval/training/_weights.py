@@ -58,6 +58,7 @@ def copy_of(lm: Model) -> Model:
         lm,
         module=module,
         step_fn=lm.rebuild(module),
+        compiled="",
         source=module if own else lm.source,
         fast_weights=getattr(module, "fast_weights", None) if own and lm.fast_weights else lm.fast_weights,
     )
