@@ -5,7 +5,7 @@ from pytest_lmeval.laws import Case, check, edge_cases, probe
 from pytest_lmeval.models._sources import as_model
 from pytest_lmeval.records._certificate import EXACT, Certificate, LawResult
 
-LAWS = ("repeat", "isolation", "causality", "prefix", "splits", "steps", "fork", "resume", "rows", "size", "sums")
+LAWS = ("repeat", "isolation", "causality", "prefix", "splits", "steps", "fork", "resume", "rows", "size", "sums", "packed")
 
 
 def certificate(verdict=EXACT, dtype="float32", *, unavailable=(), rounding=2e-6):

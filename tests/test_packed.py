@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from test_sharing import distinct, requests, worst
+from tiny_models import small_transformer as transformer
 
 from pytest_lmeval import as_model, equivalence, load
 from pytest_lmeval.engine import Engine, Policy, Prompt, Request, policy_for
@@ -16,15 +17,6 @@ from pytest_lmeval.errors import ModelError, Refused
 from pytest_lmeval.models._model import fork
 from pytest_lmeval.records._certificate import Costs
 from pytest_lmeval.zoo._transformer import Transformer
-
-
-def transformer(**options):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        found = Transformer(**{"width": 32, "layers": 2, "heads": 2, "hidden": 32, **options}).eval()
-        torch.nn.init.normal_(found.embed.weight, std=0.5)
-    return found
-
 
 LM = as_model(transformer())
 

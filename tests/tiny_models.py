@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from pytest_lmeval.zoo._transformer import Transformer
+
 VOCAB = 32
 
 
@@ -221,3 +223,12 @@ class Failing(io.BytesIO):
         if self.writes == self.fails:
             raise self.error("in the middle of it")
         return super().write(content)
+
+
+def small_transformer(**options):
+    """A transformer that reads several sequences in one row."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        found = Transformer(**{"width": 32, "layers": 2, "heads": 2, "hidden": 32, **options}).eval()
+        nn.init.normal_(found.embed.weight, std=0.5)
+    return found

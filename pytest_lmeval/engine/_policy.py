@@ -191,6 +191,7 @@ def allowed_by(lm: Model, certificate: Certificate | None, batch_size: int = 8) 
     no_carry = [] if exact or not lm.stateful else lacking(*sorted(core)) or [verdict]
     no_fork = lacking("fork", "prefix") if lm.stateful else []
     no_rows = lacking("rows", "prefix")  # padding changes the length of a text
+    any_chunk = exact and not single and multiple is None
     denied = {
         "no state is carried": no_carry,
         "no prefix is shared": no_fork,
@@ -202,7 +203,7 @@ def allowed_by(lm: Model, certificate: Certificate | None, batch_size: int = 8) 
         single=single,
         longest=longest,
         fork=not no_fork,
-        pack=exact and not single and multiple is None and not no_fork and not lacking("packed") and "packed" in laws,
+        pack=lm.packing is not None and any_chunk and not no_fork and "packed" in laws and not lacking("packed"),
         resume=not lacking("resume"),
         batch_size=1 if no_rows else min(batch_size, certificate.limit_rows or batch_size),
         costs=certificate.costs,
