@@ -10,6 +10,7 @@ import numpy as np
 from reading import ids_of, measure_agreement, texts
 from running_out import ERRORS, Layered, running_out
 from test_audit import CERTIFIED, CHOOSES, GENERATES, ROWS, ask
+from tiny_models import small_transformer
 
 from pytest_lmeval import Task, as_model, policy_for
 from pytest_lmeval.laws import probe
@@ -49,6 +50,9 @@ VERBS: dict[str, Callable[[Model], Record]] = {
     "choices": partial(_task, task=CHOOSES),
     "choices, 2 shots": partial(_task, task=SHOTS, shots=2),
     "generation": partial(_task, task=GENERATES),
+    "choices, packed": partial(_task, task=CHOOSES),
+    "choices, packed, 2 shots": partial(_task, task=SHOTS, shots=2),
+    "generation, packed": partial(_task, task=GENERATES),
     "agreement": _agreement,
     "training": lambda lm: run_training(lm, ids_of(300), held_out=ids_of(200, 1), protocol=SHORT).record,
     "probe": lambda lm: probe(lm, budget=1).record,
@@ -60,7 +64,7 @@ def read(verb: str, at: int = 0) -> tuple[Record, int]:
 
     The kind of the error, and whether the state was partly changed before, go by turns.
     """
-    lm = as_model(module := Layered(vocab=256))
+    lm = as_model(module := small_transformer() if "packed" in verb else Layered(vocab=256))
     kind = sorted(ERRORS)[at % len(ERRORS)]
     with running_out(module, at=at, error=kind, in_place=at % 2 == 0, backward=verb == "training" and at % 4 == 1) as memory:
         return VERBS[verb](lm), memory.calls

@@ -93,21 +93,20 @@ class Transformer(nn.Module):
         self.norm = nn.RMSNorm(width, eps=1e-5)
         nn.init.normal_(self.embed.weight, std=0.02)
 
-    def forward(self, input_ids: Tensor, state: list[LayerState] | None = None) -> tuple[Tensor, list[LayerState]]:
-        """Logits [b, t, v] of the token after each of `input_ids` [b, t], and the new state."""
-        x, new_state = self.hidden(input_ids, state)
-        return self.norm(x) @ self.embed.weight.T, new_state
-
-    def hidden(
-        self, input_ids: Tensor, state: list[LayerState] | None, pack: Pack | None = None
+    def forward(
+        self,
+        input_ids: Tensor,
+        state: list[LayerState] | None = None,
+        pack: Pack | None = None,
+        wanted: Tensor | slice = slice(None),
     ) -> tuple[Tensor, list[LayerState]]:
-        """Features [b, t, d] after the last layer, and the new state."""
+        """Logits [b, t, v] of the token after each of `input_ids` [b, t], or after those `wanted`, and the new state."""
         x, new_state = self.embed(input_ids), []
         x = F.rms_norm(x, x.shape[-1:], eps=1e-6)  # the rows are small, since the head shares them
         for index, layer in enumerate(self.layers):
             x, layer_state = layer(x, state[index] if state else None, pack)
             new_state.append(layer_state)
-        return x, new_state
+        return self.norm(x[:, wanted]) @ self.embed.weight.T, new_state
 
     def packed_step(
         self, input_ids: Tensor, state: list[LayerState] | None, positions: Tensor, visible: Tensor, wanted: Tensor, more: bool
@@ -115,8 +114,8 @@ class Transformer(nn.Module):
         """Tokens [1, t] of several sequences in one row: logits [n, v] of those `wanted`, and the new state if `more`."""
         if self.constant_state:
             raise TypeError("a windowed state has no column for each token")
-        x, new_state = self.hidden(input_ids, state, Pack(positions.cpu(), visible))
-        return self.norm(x[0, wanted]) @ self.embed.weight.T, new_state if more else None
+        logits, new_state = self(input_ids, state, Pack(positions.cpu(), visible), wanted)
+        return logits[0], new_state if more else None
 
     def take_columns(self, state: list[LayerState], columns: Tensor) -> list[LayerState]:
         return [LayerState(*(part[:, :, columns] for part in layer)) for layer in state]
