@@ -21,7 +21,7 @@ def passages(seed, words, count):
     return [" ".join(text[start : start + words]) for start in starts]
 
 
-def save_model(folder, *, hidden=512, layers=6, vocabulary=None):
+def save_model(folder):
     import tokenizers
     import transformers
 
@@ -34,10 +34,10 @@ def save_model(folder, *, hidden=512, layers=6, vocabulary=None):
     words.save_pretrained(folder)
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=vocabulary or len(words),
-        hidden_size=hidden,
-        intermediate_size=3 * hidden,
-        num_hidden_layers=layers,
+        vocab_size=len(words),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
         num_attention_heads=8,
         max_position_embeddings=2048,
         bos_token_id=0,
