@@ -77,8 +77,8 @@ def table(request):
     yield rows
     notes = rows.pop(None, {})
     lines = [HEAD, ["---"] * len(HEAD), *([name, *(row.get(head, "") for head in HEAD[1:])] for name, row in rows.items())]
-    for line in ["", *(f"| {' | '.join(line)} |" for line in lines), "", *notes.values()]:
-        request.config.get_terminal_writer().line(line)
+    with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
+        print("", *(f"| {' | '.join(line)} |" for line in lines), "", *notes.values(), sep="\n")
 
 
 @pytest.fixture(scope="module")
