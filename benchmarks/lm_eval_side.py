@@ -1,6 +1,6 @@
 """Ask lm-evaluation-harness, this package and a vLLM server the same questions, and count what each reads.
 
-python benchmarks/lm_eval_side.py theirs|ours MODEL DATA TASK SHOTS CERTIFICATE    prints bytes: growth of the peak while it asks
+python benchmarks/lm_eval_side.py theirs|ours MODEL DATA TASK SHOTS CERTIFICATE    prints the growth of the peak, in bytes
 """
 
 import contextlib
@@ -51,7 +51,7 @@ class Cost:
 
 @contextlib.contextmanager
 def measured(module) -> Iterator[Cost]:
-    """Count the block. Without a mask of two dimensions, token 0 is padding: lm_eval fills rows with it, and no text holds it."""
+    """Count the block. Where no mask says otherwise, token 0 is padding: lm_eval fills rows with it, and no text holds it."""
     cost, auditing = Cost(), []
 
     def count(_, arguments, named):

@@ -1,4 +1,4 @@
-"""Write a mirror of real rows, short enough for one core: the first ones of a larger mirror, and two sets made from such rows."""
+"""Write a mirror that one core can ask: the first rows of the sets of a larger one, and two sets made from its rows."""
 
 import itertools
 import json
@@ -48,6 +48,7 @@ def as_boolq(text):
     for index in range(1, len(passages)):
         own, others = names[index], [name for name in names[index - 1] if name not in passages[index]]
         if min(len(own), len(others)) >= QUESTIONS // 2:
-            for name, label in [pair for both in zip(own, others, strict=False) for pair in zip(both, (1, 0), strict=True)][:QUESTIONS]:
+            asked = [(name, label) for pair in zip(own, others, strict=False) for name, label in zip(pair, (1, 0), strict=True)]
+            for name, label in asked[:QUESTIONS]:
                 question = f"does the text mention {name}"
                 yield {"passage": passages[index], "question": question, "label": label, "idx": next(number)}

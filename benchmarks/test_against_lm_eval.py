@@ -9,14 +9,13 @@ table in Markdown, and asks a vLLM server too where an environment with vLLM is 
 import dataclasses
 import os
 import time
-from collections import defaultdict
 from pathlib import Path
 
+import lm_eval_side as side
 import msgspec
 import pytest
 import torch
 
-import lm_eval_side as side
 from pytest_lmeval import Corpus, Generate, Task, Value, corpus, equivalence, policy_for
 from pytest_lmeval.measures._perplexity import measure_perplexity
 from pytest_lmeval.measures._task import measure_task
@@ -36,16 +35,10 @@ REAL = {  # name -> shots, name in the table, and how many times less processor 
 }
 GENERATED, TIMES_LESS = 64, 1.9  # tokens of an answer; the aim is 2
 CLOSE = 1e-3  # logits that are no further apart may be chosen either way
-HEAD = (
-    "rows",
-    "tokens, times fewer",
-    "over distinct tokens",
-    "calls, lm_eval / here",
-    "processor time, times less than lm_eval",
-    "than vLLM",
-    "peak memory, lm_eval / here",
-    "audit",
-)
+HEAD = (  # of the table; all but the last without the audit
+    "rows", "tokens, times fewer", "over distinct tokens", "calls, lm_eval / here", "processor time, times less than lm_eval",
+    "than vLLM", "peak memory, lm_eval / here, MiB", "audit, of the time",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,11 +65,11 @@ def small(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def table(request):
-    """Rows of the table by name, each a dict by `HEAD`, and lines below it under None; printed as Markdown at the end."""
-    rows = defaultdict(dict)
+    """Name -> the other cells of a row; lines below the table under None. Printed as Markdown at the end."""
+    notes = {}
+    rows = {None: notes}
     yield rows
-    notes = rows.pop(None, {})
-    lines = [HEAD, ["---"] * len(HEAD), *([name, *(row.get(head, "") for head in HEAD[1:])] for name, row in rows.items())]
+    lines = [HEAD, ["---"] * len(HEAD), *((name, *cells) for name, cells in rows.items() if name is not None)]
     with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
         print("", *(f"| {' | '.join(line)} |" for line in lines), "", *notes.values(), sep="\n")
 
@@ -152,57 +145,63 @@ def test_made_up_rows(lmeval, small, name):
     assert over <= MOST
 
 
+def ratios_of(costs):
+    """Processor time of each other side over ours."""
+    return {who: cost.seconds / costs["ours"].seconds for who, cost in costs.items() if who != "ours"}
+
+
+def row_of(costs, fewer, over="", peaks=""):
+    """A row of the table."""
+    ours, ratios = costs["ours"], {who: f"{ratio:.2f}" for who, ratio in ratios_of(costs).items()}
+    calls, audit = f"{costs['theirs'].calls} / {ours.calls}", f"{ours.audits / ours.seconds:.1%}"
+    return f"{fewer:.2f}", over, calls, ratios["theirs"], ratios.get("vllm", ""), peaks, audit
+
+
+def recorded(costs, **values):
+    """Values that both comparisons record: ratios of costs, and these."""
+    ratios = {f"processor_ratio_{who}": ratio for who, ratio in ratios_of(costs).items()}
+    ratios["calls_ratio"] = costs["theirs"].calls / costs["ours"].calls
+    return values | {name: Value(ratio, "x", higher_is_better=True) for name, ratio in ratios.items()}
+
+
 @pytest.mark.parametrize("name", REAL)
 def test_real_rows(lmeval, real, server, table, tmp_path, name):
     shots, called, least = REAL[name]
     built, task = side.their_task(name, real.data, shots), find(name)
-    sides = {
-        "theirs": lambda: side.ask_theirs(real.theirs, built),
-        "ours": lambda: side.ask_ours(real.ours, real.certificate, task, shots, real.data),
-    }
-    sides |= {} if server is None else {"vllm": lambda: server.ask(built)}
-    turns = side.by_turns(**sides)
-    ((samples, metrics), theirs), (found, ours) = turns["theirs"], turns["ours"]
-    tokens, audit = found.record.details["tokens_read"], found.record.certificate.audit
-    fewer, over = theirs.tokens / tokens, tokens / side.unique_tokens(real.theirs, built)
-    worst, same = compare(samples, found)
-
+    turns = side.by_turns(
+        theirs=lambda: side.ask_theirs(real.theirs, built),
+        ours=lambda: side.ask_ours(real.ours, real.certificate, task, shots, real.data),
+        **({} if server is None else {"vllm": lambda: server.ask(built)}),
+    )
+    costs = {who: cost for who, (_, cost) in turns.items()}
+    (samples, metrics), found = turns["theirs"][0], turns["ours"][0]
     (tmp_path / "certificate.json").write_bytes(msgspec.json.encode(real.certificate))
     where = real.model, real.data, name, shots, tmp_path / "certificate.json"
     peaks = {who: side.peak_growth(who, *where) for who in ("theirs", "ours")}
-    ratios = {who: turns[who][1].seconds / ours.seconds for who in turns}
-    cells = [
-        f"{fewer:.2f}",
-        f"{over:.3f}",
-        f"{theirs.calls} / {ours.calls}",
-        f"{ratios['theirs']:.2f}",
-        f"{ratios['vllm']:.2f}" if server else "",
-        f"{peaks['theirs'] / 2**20:.0f} / {peaks['ours'] / 2**20:.0f} MiB",
-        f"{ours.audits / ours.seconds:.1%}",
-    ]
-    table[called] = dict(zip(HEAD[1:], cells, strict=True))
-    values = {f"processor_ratio_{who}": Value(ratio, "x", higher_is_better=True) for who, ratio in ratios.items() if who != "ours"}
-    lmeval.record(
-        real.ours,
-        f"{called}, against lm_eval; {audit}",
+
+    details, audit = found.record.details, found.record.certificate.audit
+    fewer, over = (
+        costs["theirs"].tokens / details["tokens_read"],
+        details["tokens_read"] / side.unique_tokens(real.theirs, built),
+    )
+    worst, same = compare(samples, found)
+    table[called] = row_of(costs, fewer, f"{over:.3f}", " / ".join(f"{peak / 2**20:.0f}" for peak in peaks.values()))
+    values = recorded(
+        costs,
         worst_difference=Value(worst, "nats", n=len(samples), higher_is_better=False),
         same_predictions=Value(same / len(samples), n=len(samples), higher_is_better=True),
         tokens_ratio=Value(fewer, "x", higher_is_better=True),
         tokens_over_distinct=Value(over, "x", higher_is_better=False),
-        padding=Value(found.record.details["padding"] / tokens, "tokens/token", higher_is_better=False),
-        calls_ratio=Value(theirs.calls / ours.calls, "x", higher_is_better=True),
+        padding=Value(details["padding"] / tokens, "tokens/token", higher_is_better=False),
         peak_ratio=Value(peaks["ours"] / peaks["theirs"], "x", higher_is_better=False),
         audit_share=Value(audit.share, higher_is_better=False),
-        **values,
     )
+    lmeval.record(real.ours, f"{called}, against lm_eval; {audit}", **values)
     check_answers(samples, metrics, found)
-    if server:
-        served, _ = turns["vllm"][0]
-        assert compare(served, found)[1] == len(samples)
+    assert server is None or compare(turns["vllm"][0][0], found)[1] == len(samples)
     assert over <= MOST
     assert peaks["ours"] <= peaks["theirs"]
-    assert ours.calls <= theirs.calls
-    assert ratios["theirs"] >= least
+    assert ratios_of(costs)["theirs"] >= least
 
 
 def ask_generate_batch(theirs, prompts, stops):
@@ -220,19 +219,18 @@ def ask_generate_batch(theirs, prompts, stops):
 
 def gap(theirs, prompt, one, other):
     """The difference of the two best logits at the first token in which two answers differ."""
-    answers = [theirs.tok_encode(prompt + text)  for text in (f" {one}", f" {other}")]
-    common = len(os.path.commonprefix(answers))
+    ids, others = (theirs.tok_encode(f"{prompt} {text}") for text in (one, other))
+    common = next((index for index, pair in enumerate(zip(ids, others, strict=False)) if pair[0] != pair[1]), len(ids))
     with torch.no_grad():
-        best = theirs.model(torch.tensor([answers[0][:common]])).logits[0, -1].topk(2).values
+        best = theirs.model(torch.tensor([ids[:common]])).logits[0, -1].topk(2).values
     return float(best[0] - best[1])
 
 
-def test_generated_answers_take_less(lmeval, real, server, table):
-    """GSM8K, five shots that are the same for all questions."""
-    changes = {"fewshot_config": {"sampler": "first_n"}}
+def test_generated_answers(lmeval, real, server, table):
+    """GSM8K, with the same five shots before each question."""
     stops = ["Question:", "</s>", "<|im_end|>"]
-    kwargs = {"until": stops, "do_sample": False, "temperature": 0.0, "max_gen_toks": GENERATED}
-    built = side.their_task("gsm8k", real.data, 5, generation_kwargs=kwargs, **changes)
+    settings = {"until": stops, "do_sample": False, "temperature": 0.0, "max_gen_toks": GENERATED}
+    built = side.their_task("gsm8k", real.data, 5, generation_kwargs=settings, fewshot_config={"sampler": "first_n"})
     built.build_all_requests(rank=0, world_size=1)
     prompts = [request.args[0] for request in built.instances]
     task = Task("gsm8k", prompts, lambda prompt: Generate(prompt, ("",), tuple(stops), GENERATED), metrics=("exact_match",))
@@ -242,38 +240,27 @@ def test_generated_answers_take_less(lmeval, real, server, table):
         generate_batch=lambda: ask_generate_batch(real.theirs, prompts, stops),
         **({} if server is None else {"vllm": lambda: server.ask(built)}),
     )
-    answers = {
-        who: [sample["resps"][0][0].strip() for sample in turns[who][0][0]] for who in ("theirs", "vllm") if who in turns
-    }
-    answers |= {"generate_batch": turns["generate_batch"][0], "ours": [one.output for one in turns["ours"][0].examples]}
     costs = {who: cost for who, (_, cost) in turns.items()}
-    ours, theirs = costs["ours"], costs["theirs"]
-    ratios = {who: cost.seconds / ours.seconds for who, cost in costs.items()}
-    gaps = {
-        who: [gap(real.theirs, *three) for three in zip(prompts, found, answers["ours"], strict=True) if three[1] != three[2]]
-        for who, found in answers.items()
-    }
-    cells = [
-        f"{theirs.tokens / ours.tokens:.2f}", "", f"{theirs.calls} / {ours.calls}", f"{ratios['theirs']:.2f}",
-        f"{ratios['vllm']:.2f}" if server else "", "", f"{ours.audits / ours.seconds:.1%}",
-    ]  # fmt: skip
-    table["GSM8K, 5 shots, 64 new tokens"] = dict(zip(HEAD[1:], cells, strict=True))
+    ours = [example.output for example in turns["ours"][0].examples]
+    gaps = {}
+    for who in turns.keys() - {"ours"}:
+        found = turns[who][0]
+        texts = found if who == "generate_batch" else [sample["resps"][0][0].strip() for sample in found[0]]
+        different = [three for three in zip(prompts, texts, ours, strict=True) if three[1] != three[2]]
+        gaps[who] = [gap(real.theirs, *three) for three in different]
+
+    table["GSM8K, 5 shots, 64 new tokens"] = row_of(costs, costs["theirs"].tokens / costs["ours"].tokens)
     table[None]["generate_batch"] = (
-        f"GSM8K with transformers' generate_batch: {ratios['generate_batch']:.2f} times our processor time, "
+        f"GSM8K by generate_batch of transformers: {ratios_of(costs)['generate_batch']:.2f} times our processor time, in "
         f"{costs['generate_batch'].calls} calls"
     )
-    table[None]["gaps"] = "answers that differ from ours, by the difference of the two best logits: " + "; ".join(
-        f"{who} {', '.join(f'{one:.2g}' for one in found) or 'none'}" for who, found in gaps.items() if who != "ours"
+    table[None]["gaps"] = "answers that differ from ours, each by the difference of the two best logits: " + "; ".join(
+        f"{who} {', '.join(f'{one:.2g}' for one in found) or 'none'}" for who, found in sorted(gaps.items())
     )
-    lmeval.record(
-        real.ours,
-        "GSM8K, 5 shots, against lm_eval",
-        **{f"processor_ratio_{who}": Value(ratio, "x", higher_is_better=True) for who, ratio in ratios.items() if who != "ours"},
-        calls_ratio=Value(theirs.calls / ours.calls, "x", higher_is_better=True),
-        different_texts=Value(len(gaps["theirs"]), n=len(prompts), higher_is_better=False),
-    )
+    different = Value(len(gaps["theirs"]), n=len(prompts), higher_is_better=False)
+    lmeval.record(real.ours, "GSM8K, 5 shots, against lm_eval", **recorded(costs, different_texts=different))
     assert max(gaps["theirs"], default=0.0) <= CLOSE
-    assert ratios["theirs"] >= TIMES_LESS
+    assert ratios_of(costs)["theirs"] >= TIMES_LESS
 
 
 def test_the_first_answers_come_after_one_batch(lmeval, small):
