@@ -180,10 +180,8 @@ def test_real_rows(lmeval, real, server, table, tmp_path, name):
     peaks = {who: side.peak_growth(who, *where) for who in ("theirs", "ours")}
 
     details, audit = found.record.details, found.record.certificate.audit
-    fewer, over = (
-        costs["theirs"].tokens / details["tokens_read"],
-        details["tokens_read"] / side.unique_tokens(real.theirs, built),
-    )
+    tokens = details["tokens_read"]
+    fewer, over = costs["theirs"].tokens / tokens, tokens / side.unique_tokens(real.theirs, built)
     worst, same = compare(samples, found)
     table[called] = row_of(costs, fewer, f"{over:.3f}", " / ".join(f"{peak / 2**20:.0f}" for peak in peaks.values()))
     values = recorded(
