@@ -4,6 +4,7 @@ python benchmarks/lm_eval_side.py theirs|ours MODEL DATA TASK SHOTS CERTIFICATE 
 """
 
 import contextlib
+import functools
 import os
 import socket
 import subprocess
@@ -101,12 +102,19 @@ def load_theirs(folder):
     return HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=BATCH)
 
 
+@functools.cache
+def task_manager():
+    """It reads the settings of all tasks, which takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
 def their_task(name, data, shots=0, **changes):
     """The task of lm_eval on the files of a mirror, with these changes of its settings."""
     from lm_eval.api.task import ConfigurableTask
-    from lm_eval.tasks import TaskManager
 
-    manager = TaskManager()
+    manager = task_manager()
     if name == "gsm8k":  # no family here has its prompts
         files = {split: str(data / "openai" / "gsm8k" / "main" / f"{split}.jsonl") for split in ("train", "test")}
     else:
