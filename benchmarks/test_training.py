@@ -10,10 +10,10 @@ import time
 
 import pytest
 import torch
-from pytest_lmeval.profiling._flops import training_flops
 from torch.nn import functional as F
 
 from pytest_lmeval import Value
+from pytest_lmeval.models._flops import training_flops
 from pytest_lmeval.training import Protocol, run_training
 
 pytestmark = [pytest.mark.benchmark, pytest.mark.usefixtures("one_thread")]
