@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from test_generation import say  # noqa: E402
 
 from pytest_lmeval.data import corpus  # noqa: E402
-from pytest_lmeval.errors import ModelError, SpecError  # noqa: E402
+from pytest_lmeval.errors import ModelError, NotPossible, SpecError  # noqa: E402
+from pytest_lmeval.laws import Case, Harness, check  # noqa: E402
 from pytest_lmeval.models._huggingface import HFTokenizer  # noqa: E402
 from pytest_lmeval.models._identity import facts, fingerprint  # noqa: E402
 from pytest_lmeval.models._model import fork  # noqa: E402
@@ -77,6 +78,25 @@ def test_the_state_of_a_windowed_model_stops_growing_and_one_kept_inside_is_not_
     assert growing == sorted(set(growing))
     options = {"num_attention_heads": 2, "lru_width": 32, "intermediate_size": 48, "attention_window_size": 8}
     assert not as_model(build("RecurrentGemma", **{**SIZE, "num_hidden_layers": 3}, **options)).stateful
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_several_sequences_are_read_in_one_row_unless_a_window_or_a_recurrence_misreads_the_mask(attention):
+    cases = Case(20), Case(60, (40,))
+
+    def tried(name):
+        module = MODELS[name]()
+        module.set_attn_implementation(attention)
+        harness = Harness(as_model(module), longest=80)
+        for case in cases:
+            check("packed", harness, case)
+
+    tried("llama")
+    with pytest.raises(
+        NotPossible, match="with a mask by which each sees its own past, and sequence 0 is not what it is alone"
+    ):
+        tried("mistral-window")
+    assert as_model(MODELS["mamba2"]()).packing is None
 
 
 @pytest.fixture(scope="module")
