@@ -92,9 +92,7 @@ def test_several_sequences_are_read_in_one_row_unless_a_window_or_a_recurrence_m
             check("packed", harness, case)
 
     tried("llama")
-    with pytest.raises(
-        NotPossible, match="each sees its own past, and sequence 0 is not what it is alone"
-    ):
+    with pytest.raises(NotPossible, match="each sees its own past, and sequence 0 is not what it is alone"):
         tried("mistral-window")
     assert as_model(MODELS["mamba2"]()).packing is None
 

@@ -61,6 +61,8 @@ def record_of(
         "tokens_read": sum(example.read for example in answered),
         "tokens_alone": sum(example.read + example.saved for example in answered),
         "padding": engine.counts.padding,
+        "calls": engine.counts.calls,
+        "packed": policy.pack,
     }
     notes = [] if policy.sharing == "prefix sharing: on" else [policy.sharing]
     notes += [f"{details[name]:,} {name.replace('_', ' ')}" for name in NOTED if details.get(name)]
