@@ -7,9 +7,10 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from probing import certificate
 from reading import ids_of, measure_agreement, texts
 from running_out import ERRORS, Layered, running_out
-from test_audit import CERTIFIED, CHOOSES, GENERATES, ROWS, ask
+from test_audit import CHOOSES, GENERATES, ROWS, ask
 from tiny_models import small_transformer
 
 from pytest_lmeval import Task, as_model, policy_for
@@ -20,6 +21,7 @@ from pytest_lmeval.models._model import Model
 from pytest_lmeval.records._measured import Record
 from pytest_lmeval.training import Protocol, run_training
 
+CERTIFIED = certificate(packed=True)
 SHOTS = Task("shots", ROWS, ask, shots=ROWS[:9])
 PAGES = [("It was a dark and stormy night; the rain fell in torrents. " * 4)[part:] for part in range(0, 50, 10)]
 SHORT = Protocol(steps=6, batch_size=4, seq_len=16, eval_every=2, eval_tokens=64)

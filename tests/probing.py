@@ -5,12 +5,15 @@ from pytest_lmeval.laws import Case, check, edge_cases, probe
 from pytest_lmeval.models._sources import as_model
 from pytest_lmeval.records._certificate import EXACT, Certificate, LawResult
 
-LAWS = ("repeat", "isolation", "causality", "prefix", "splits", "steps", "fork", "resume", "rows", "size", "sums", "packed")
+LAWS = ("repeat", "isolation", "causality", "prefix", "splits", "steps", "fork", "resume", "rows", "size", "sums")
 
 
-def certificate(verdict=EXACT, dtype="float32", *, unavailable=(), rounding=2e-6):
+def certificate(verdict=EXACT, dtype="float32", *, unavailable=(), rounding=2e-6, packed=False):
     """What a probe says that found nothing, right or wrong."""
-    laws = {name: LawResult(cases=9, unavailable="it cannot" if name in unavailable else None) for name in LAWS}
+    laws = {
+        name: LawResult(cases=9, unavailable="it cannot" if name in unavailable else None)
+        for name in (*LAWS, *["packed"] * packed)
+    }
     return Certificate(verdict=verdict, dtype=dtype, laws=laws, longest=320, rounding=rounding)
 
 

@@ -23,7 +23,7 @@ from pytest_lmeval.records._journal import JournalWarning
 from pytest_lmeval.scoring import _answers
 
 BY, END = 1.0, 3  # what `Turned` multiplies with, and the token that ends its answers
-CERTIFIED, BYTE_LM, PACKED_LM = certificate(), as_model(Functional(vocab=256)), as_model(small_transformer())
+CERTIFIED, BYTE_LM, PACKED_LM = certificate(packed=True), as_model(Functional(vocab=256)), as_model(small_transformer())
 PASSAGE = "The quick brown fox jumps over the lazy dog. "
 ROWS = [{"n": n, "passage": PASSAGE[: 9 + n // 6]} for n in range(40)]
 TRAIN = [{"n": 100 + n, "passage": PASSAGE[n:]} for n in range(3)]
