@@ -88,7 +88,7 @@ def test_without_options_nothing_is_looked_up(collect):
         ("demmo", r"unknown model spec 'demmo'.* Did you mean demo\?"),
         ("gpt2", r"Did you mean hf:gpt2\?"),
         ("demo@bf6", r"demo@bf6: unknown precision @bf6; .* Did you mean bf16\?"),
-        ("demo,complie=True", r"demo,complie=True: there is no option 'complie' .* compile\. Did you mean compile\?"),
+        ("demo,compiel=True", r"demo,compiel=True: there is no option 'compiel' .* compile\. Did you mean compile\?"),
         ("demo,compile=yes@int8", "compile=yes is no value of that option; write compile=True, or compile=BACKEND"),
         ("demo,compile=", "compile= is no value of that option; write compile=True"),
         ("demo,compile", "'compile' is no option, which is written NAME=VALUE: compile=True"),
