@@ -6,7 +6,7 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from pytest_lmeval import registry
-from pytest_lmeval.records._certificate import Certificate, Counterexample, LawResult
+from pytest_lmeval.records._certificate import Certificate, Costs, Counterexample, LawResult
 from pytest_lmeval.records._comparison import Comparison
 from pytest_lmeval.records._document import Environment, Run, RunDocument, dump, load
 from pytest_lmeval.records._example import Example
@@ -33,7 +33,8 @@ def laws_of(spec="demo", *, broken=(), certificate=None, **changes):
         for name in ("splits", "causality")
     }
     found["fork"] = LawResult(cases=0, unavailable="its state cannot be copied")
-    own = {"verdict": "exact-any-chunk", "dtype": "float32", "reference": "a float64 run", "laws": found, "longest": 160}
+    own = {"verdict": "exact-any-chunk", "dtype": "float32", "reference": "a float64 run", "laws": found, "longest": 160,
+           "costs": Costs(call=32, reach=4096)}  # fmt: skip
     record = Record(kind="equivalence", subject="laws of streaming", lm=model(spec), test=f"t.py::test_laws[{spec}]")
     own = {"certificate": Certificate(**{**own, **(certificate or {})}), "outcome": "passed", **changes}
     return replace(record, metrics={"laws_kept": Value(2, "of 3")}, **own)
