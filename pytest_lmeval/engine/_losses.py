@@ -14,33 +14,24 @@ ROUNDINGS = 8  # of 1 in the precision of the model: a unit in the last place of
 ROUNDINGS_OF_SUMS = 64  # of 1 in float32, in which every model adds up
 LOGITS_AT_ONCE = 1 << 19  # logits scored at once, few enough to stay in the processor's caches
 LARGE_VOCABULARY = 1 << 13  # where counting in each row by itself is faster
-SMALLEST_SUM = 1e-20  # of exponentials, below which those too small for a float32 would be missed
 
 
 def score(logits: Tensor, targets: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Negative log-likelihood [n] (float64, nats) and rank [n] of `targets` [n] under `logits` [n, v].
 
-    Ties rank in the order of their ids, as argmax does. Computed in float32 at least, a block of rows at a time.
-    Exponentials are added up without subtracting the largest logit; only rows where that overflows or vanishes are read again.
+    Ties rank in the order of their ids, as argmax does. Computed in float32 at least, a block of rows at a time, by the same
+    function as elsewhere: its rounding is systematic, and adds up over a long text.
     """
     if not len(targets):
         return np.empty(0), np.empty(0, dtype=np.int64)
-    n, v = logits.shape
-    rows = max(1, LOGITS_AT_ONCE // v)
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    room = torch.empty(min(rows, n), v, dtype=wide, device=logits.device)  # reused: fresh memory costs as much as the work
-    logits, totals, ranks = logits.detach(), [], []
-    picked = logits.gather(1, targets[:, None]).to(wide)
-    for x, y, own in zip(*(torch.split(part, rows) for part in (logits, targets, picked)), strict=True):
-        x = x.to(wide)
-        totals.append(torch.exp(x, out=room[: len(x)]).sum(1))
-        ranks.append(_ranks(x, y, own))
-    total, own = (x.cpu().numpy().astype(np.float64) for x in (torch.cat(totals), picked[:, 0]))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        nll = np.log(total) - own
-    for row in np.flatnonzero(~((total > SMALLEST_SUM) & (total < np.inf))):
-        nll[row] = F.cross_entropy(logits[row].to(wide), targets[row]).item()
-    return np.maximum(nll, 0.0), torch.cat(ranks).cpu().numpy()
+    rows, wide = max(1, LOGITS_AT_ONCE // logits.shape[1]), torch.promote_types(logits.dtype, torch.float32)
+    losses, ranks = list[Tensor](), list[Tensor]()
+    for block, y in zip(torch.split(logits.detach(), rows), torch.split(targets, rows), strict=True):
+        x = block.to(wide)
+        losses.append(F.cross_entropy(x, y, reduction="none"))
+        ranks.append(_ranks(x, y, x.gather(1, y[:, None])))
+    nll, rank = (torch.cat(parts).cpu().numpy() for parts in (losses, ranks))
+    return nll.astype(np.float64), rank
 
 
 def _ranks(logits: Tensor, targets: Tensor, picked: Tensor) -> Tensor:
