@@ -15,6 +15,7 @@ from pytest_lmeval.engine._policy import default_chunk_size
 from pytest_lmeval.engine._tokens import overlapping, tokens_of
 from pytest_lmeval.errors import ModelError, NotFiniteError, StreamError
 from pytest_lmeval.models._sources import as_model
+from pytest_lmeval.records._certificate import Costs
 
 SEVERAL = settings(max_examples=25)
 
@@ -112,9 +113,10 @@ def test_more_logits_than_are_scored_at_once_are_scored_alike_in_float32(dtype):
     assert np.array_equal(rank, ((logits > picked) | ((logits == picked) & (ids < targets[:, None]))).sum(1))
 
 
-def test_the_chunk_size_follows_from_the_memory_budget():
+def test_the_chunk_size_follows_from_the_memory_budget_and_from_what_calls_cost():
     sizes = [default_chunk_size(replace(LM, vocab_size=vocab)) for vocab in (256, 32_000, 128_256, 10_000_000)]
-    assert sizes == [1024, 512, 128, 16]
+    assert sizes == [1024, 1024, 512, 16]
+    assert [default_chunk_size(LM, Costs(call=call, reach=4096)) for call in (32, 2, 4096)] == [512, 128, 1024]
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ class Layer(nn.Module):
         gate, up = self.gate_up(self.norm_mlp(x)).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * up), state
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, state: LayerState, pack: Pack | None) -> tuple[Tensor, LayerState]:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, state: LayerState, pack: Pack | None = None) -> tuple[Tensor, LayerState]:
         seen, t = state.keys.shape[2], q.shape[2]
         if self.window is None:
             pack = pack or Pack(torch.arange(seen, seen + t), q.new_ones(t, seen + t, dtype=torch.bool).tril(seen))
