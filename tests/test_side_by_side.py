@@ -106,15 +106,15 @@ def test_a_batch_has_at_most_the_tokens_of_a_chunk_and_saves_calls(how):
     assert padded < CALL * (len(alone) - len(beside))  # else it would save nothing
 
 
-@given(st.lists(st.integers(1, 300), max_size=40), st.integers(1, 9), st.integers(1, 500))
-def test_every_text_is_in_one_batch_that_fits_and_its_padding_costs_less_than_a_call(lengths, rows, tokens):
-    found = batches(lengths, rows, tokens)
+@given(st.lists(st.integers(1, 300), max_size=40), st.integers(1, 9), st.integers(1, 500), st.sampled_from([1, 32, 64]))
+def test_every_text_is_in_one_batch_that_fits_and_its_padding_costs_less_than_a_call(lengths, rows, tokens, call):
+    found = batches(lengths, rows, tokens, call)
     assert sorted(number for batch in found for number in batch) == list(range(len(lengths)))
     for batch in found:
         width = max(lengths[number] for number in batch)
         assert len(batch) <= rows
         assert len(batch) == 1 or len(batch) * width <= tokens
-        assert all(width - lengths[number] <= CALL for number in batch)
+        assert all(width - lengths[number] <= call for number in batch)
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,7 @@ import numpy as np
 from pytest_lmeval.data._tokens import TokenReader
 from pytest_lmeval.engine import Chunk, Engine
 from pytest_lmeval.engine._losses import check_finite
-from pytest_lmeval.engine._memory import SCORING
-from pytest_lmeval.engine._policy import CALL, LOGITS_BUDGET
+from pytest_lmeval.engine._memory import most_logits
 from pytest_lmeval.engine._tokens import Tokens
 from pytest_lmeval.scoring._loss_accumulator import LossAccumulator
 
@@ -143,29 +142,29 @@ def _groups(engine: Engine, readers: Iterator[TokenReader]) -> Iterator[list[Hel
 def _in_batches(engine: Engine, group: list[HeldDocument]) -> list[HeldDocument]:
     """The group, in which those that are read in one call know their batch."""
     lm, policy = engine.lm, engine.policy
-    longest = min(engine.chunk_size, LOGITS_BUDGET // (SCORING * lm.vocab_size))
+    longest = min(engine.chunk_size, most_logits(lm))
     short = [
         one for one in group if one.whole and 2 <= one.size <= longest + 1 and _is_in_vocabulary(one.tokens, lm.vocab_size)
     ]
-    for numbers in batches([one.size - 1 for one in short], policy.batch_size, longest):
+    for numbers in batches([one.size - 1 for one in short], policy.batch_size, longest, policy.call):
         batch = [short[number] for number in numbers]
         for document in batch if len(batch) > 1 else ():
             document.batch = batch
     return group
 
 
-def batches(lengths: Sequence[int], rows: int, tokens: int) -> list[list[int]]:
+def batches(lengths: Sequence[int], rows: int, tokens: int, call: int) -> list[list[int]]:
     """The numbers of texts of these lengths in batches of at most so many rows, and tokens with the padding; longest first. A
-    text begins another batch if its padding would take longer than a call of its own.
+    text begins another batch if its padding would cost more than a `call` of its own, in tokens.
 
-    >>> batches([10, 80, 12, 90, 11], rows=8, tokens=100)
+    >>> batches([10, 80, 12, 90, 11], rows=8, tokens=100, call=46)
     [[3], [1], [2, 4, 0]]
     """
     found: list[list[int]] = []
     for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
         width = lengths[found[-1][0]] if found else 0
         fits = found and len(found[-1]) < rows and (len(found[-1]) + 1) * width <= tokens
-        if fits and width - lengths[number] <= CALL:
+        if fits and width - lengths[number] <= call:
             found[-1].append(number)
         else:
             found.append([number])
