@@ -67,6 +67,16 @@ def test_what_all_blocks_share_is_read_once_and_packs_continue_it():
     assert engine.counts.calls == 1 + 4 * 2  # the examples, and two packs in each block
 
 
+def test_a_passage_whose_questions_two_blocks_share_is_read_once():
+    rng = np.random.default_rng(0)
+    passage = rng.integers(256, size=150)
+    asked = [Request(np.concatenate([passage, rng.integers(256, size=20)]), 169) for _ in range(12)]
+    engine = engine_with()
+    assert worst(LM, engine, asked[:8]) < 1e-4
+    assert worst(LM, engine, asked[8:]) < 1e-4
+    assert engine.counts.tokens == 150 + 12 * 19
+
+
 def test_a_sequence_longer_than_a_pack_is_read_alone_and_few_shared_tokens_with_each_pack():
     rng = np.random.default_rng(1)
     long = Request(rng.integers(256, size=900), 890)

@@ -84,6 +84,8 @@ class Packed:
     def _is_trunk(self, node: Node, front: int) -> bool:
         """Whether to read a node in a call of its own, whose state the rest continues, and not with each pack."""
         own, packs = len(node.ids), -(-node.size // self.best)
+        if node.last and node.children and own > self.costs.call:
+            return True  # the next block may continue it, as the questions about one passage do
         pairs = own * (node.size - own / 2)  # of tokens, which need not be compared then
         if self.costs.reach and pairs > self.costs.call * self.costs.reach:
             return True
