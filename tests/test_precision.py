@@ -5,6 +5,7 @@ import functools
 import json
 import sys
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from reading import measure_perplexity
 from torch import nn
 
 from pytest_lmeval.errors import SpecError
+from pytest_lmeval.laws import Harness
 from pytest_lmeval.laws._probe import probe
 from pytest_lmeval.laws._weights import copy_of, float64_copy, preserve_weights
 from pytest_lmeval.models import _precision as precision
@@ -319,6 +321,20 @@ def test_packed_weights_are_not_trained():
 
     with pytest.raises(SpecError, match=r"tiny@int4 holds weights that are packed \(int4\).*no gradient"):
         run_training(packed("int4"), IDS[0].repeat(20), protocol=Protocol(steps=1, seq_len=16))
+
+
+@pytest.mark.parametrize(("off", "allowed"), [(3e-3, True), (0.5, False)])
+def test_a_token_that_multiplies_rounding_is_measured_by_the_rounding_of_its_own_sequence(off, allowed):
+    harness = Harness(load("zoo:lstm"))
+    ids = harness.tokens(24, seed=5)
+    exact = harness.run(ids, [24], lm=harness.float64_copy)
+    at_one_token = torch.zeros_like(exact)
+    at_one_token[17, 3] = 1
+    alone, run = exact + 1e-3 * at_one_token, exact - off * at_one_token
+    excess = replace(harness.reference(0), expected=alone).measure(run)
+    assert excess.tolerance_ratio > 1  # by what the sequence of seed 0 lets expect
+    worst, _ = harness.worst_of([excess], [run], [(ids, alone)])
+    assert (worst.tolerance_ratio <= 1) == allowed
 
 
 def test_a_model_that_fails_under_the_flop_counter_is_accepted_by_its_weights():
