@@ -18,7 +18,7 @@ from pytest_lmeval.laws._tolerance import log_probabilities
 from pytest_lmeval.models._failures import OUT_OF_MEMORY, failure_of
 from pytest_lmeval.models._model import State, fork
 
-LEAST_LEAVES, KINDS = 4, 5  # sequences of a tree: four to eight
+LEAST_LEAVES, KINDS = 6, 3  # sequences of a tree: six to eight
 
 
 def packed(harness: Harness, case: Case) -> None:
