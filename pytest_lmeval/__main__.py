@@ -1,7 +1,8 @@
 """Run a command: `lmeval COMMAND`, or `python -m pytest_lmeval COMMAND`.
 
 A command is a module that is registered in the group `commands`: its docstring begins with a line of help, and it has
-`add_arguments(parser)` and `main(arguments) -> exit status`. Only the command that runs is imported.
+`add_arguments(parser)` and `main(arguments) -> exit status`. One with `PASSES_ON` gets all that follows its name, as it is
+written, in `arguments.arguments`. Only the command that runs is imported.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ def _run(given: Sequence[str]) -> int:
         command = commands.add_parser(entry.name, help=text, description=text)
         if entry.name == name:
             module.add_arguments(command)
+    if getattr(module, "PASSES_ON", False):
+        return int(module.main(argparse.Namespace(arguments=given[given.index(name) + 1 :])))
     parsed = parser.parse_args(given or ["--help"])
     return int(module.main(parsed))
 

@@ -18,7 +18,7 @@ from pytest_lmeval.tasks._questions import Suite
 
 
 @verb
-def suite(lm: Any, suite: Suite | str, shots: int = 0, **options: Any) -> SuiteResult:
+def suite(lm: Any, suite: Suite | str, shots: int | None = None, **options: Any) -> SuiteResult:
     """Ask every task of a suite, or of the suite of this name; `options` are keywords of `task`.
 
     Raises TaskError if a task failed, after the others are asked and recorded: without it there is no average.
@@ -39,16 +39,17 @@ def suite(lm: Any, suite: Suite | str, shots: int = 0, **options: Any) -> SuiteR
     names = {name: tuple(result.record.metrics) for name, result in results.items()}  # of a task by default
     members = {member.name: (member.metrics or names.get(member.name, ("",)))[0] for member in asked.tasks}
     metrics = {name: result.record.metrics[members[name]] for name, result in results.items()}
+    averages = {} if failed else _averages(asked, members, {name: result.record.metrics for name, result in results.items()})
     costs = [result.record.cost for result in results.values()]
     record = Record(
         test=context.log.test,
         kind="suite",
-        subject=f"{asked.name}, {shots}-shot",
+        subject=asked.name if shots is None and asked.averages is not None else f"{asked.name}, {shots or 0}-shot",
         lm=facts(context.model(lm)),
         settings={"members": members, "weighted": asked.weighted},
         details={"failed": failed},
         notes=[f"failed: {', '.join(failed)}"] if failed else [],
-        metrics=metrics if failed else {"average": _average(list(metrics.values()), weighted=asked.weighted), **metrics},
+        metrics={**averages, **metrics},
         cost=Cost(seconds=sum(cost.seconds or 0.0 for cost in costs), tokens=sum(cost.tokens or 0 for cost in costs)),
     )
     context.log.records.append(record)
@@ -69,7 +70,23 @@ class SuiteResult(Result):
         return self.tasks[name]
 
     average = MetricValue()
-    """Mean of the first metric of each task."""
+    """Mean of the first metric of each task; a group of lm_eval has the averages that it declares (`result.record.metrics`)."""
+
+
+def _averages(asked: Suite, members: dict[str, str], metrics: dict[str, dict[str, Value]]) -> dict[str, Value]:
+    """The averages of a suite whose tasks have these metrics: of their first ones (`members`), or those that it declares."""
+    if asked.averages is None:
+        return {"average": _average([metrics[task][name] for task, name in members.items()], weighted=asked.weighted)}
+    found: dict[str, Value] = {}
+    for wanted in asked.averages:
+        of_tasks = [metrics[task] for task in wanted.tasks]
+        for name in dict.fromkeys(name for of_task in of_tasks for name in of_task):
+            metric, _, of_filter = name.partition(",")
+            if metric == wanted.metric and (wanted.filters is None or (of_filter or "none") in wanted.filters):
+                values = [of_task[name] for of_task in of_tasks if name in of_task]
+                title = f"{wanted.within} {name}" if wanted.within else name
+                found[title] = _average(values, weighted=wanted.weighted)
+    return found
 
 
 def _average(values: list[Value], *, weighted: bool) -> Value:

@@ -31,7 +31,7 @@ from pytest_lmeval.scoring._fewshot import Fewshot, identity_of, rows_of
 from pytest_lmeval.scoring._metrics import compute
 from pytest_lmeval.scoring._requests import Truncate
 from pytest_lmeval.tasks import find
-from pytest_lmeval.tasks._questions import Generate, Task
+from pytest_lmeval.tasks._questions import Generate, Setting, Task
 
 BATCH = 8  # rows
 LOOKED_AT = 256  # questions, to choose a batch size
@@ -41,7 +41,7 @@ LOOKED_AT = 256  # questions, to choose a batch size
 def task(
     lm: Any,
     task: Task | str,
-    shots: int = 0,
+    shots: int | None = None,
     *,
     limit: int | None = None,
     batch_size: int | Literal["auto"] | None = None,
@@ -64,6 +64,12 @@ def task(
         raise ArgumentError(f"a task is a Task, or the name of one; got {asked!r}.")
     model, certificate = context.certified(lm)
     limit = context.session.limit if limit is None else limit
+    if asked.prepare is not None:
+        setting = Setting(
+            model, shots, limit, context.session.mirror, asked.name in context.session.trusted, context.session.say
+        )
+        asked, shots = asked.prepare(setting), 0
+    shots = shots or 0
     settings: dict[str, Any] = {"shots": shots, "limit": limit, "fewshot": fewshot, "truncate": truncate, "seed": seed}
     rows = batch_size or context.session.batch or BATCH
     if rows == "auto":
@@ -194,7 +200,7 @@ def _result_of(reading: TaskReading, began: float) -> TaskResult:
     """The recorded answers of a task that was read to its end."""
     asking, task, answered = reading.asking, reading.asking.task, reading.answered
     settings = {
-        "shots": asking.shots,
+        "shots": asking.shots or task.shown,
         "fewshot": task.fewshot_strategy if task.fewshot_strategy == "first" else asking.fewshot,
         "limit": asking.limit,
         "seed": asking.seed,

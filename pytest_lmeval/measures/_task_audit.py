@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -39,6 +39,7 @@ class Answered:
     prompt   of a generated answer
     kept     nothing had to be read: it was there
     earlier  an earlier call read it
+    values   its numbers, where another harness scores it (`tasks.Requests`)
     """
 
     example: Example
@@ -46,6 +47,7 @@ class Answered:
     prompt: Prompt | None = None
     kept: bool = False
     earlier: bool = False
+    values: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

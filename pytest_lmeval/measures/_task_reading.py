@@ -9,7 +9,8 @@ No answer depends on the others, or on their order or number.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -18,9 +19,9 @@ from typing import Any
 import numpy as np
 from msgspec import structs
 
-from pytest_lmeval.engine import Engine, Prompt, Request, Scored
+from pytest_lmeval.engine import Answer, Engine, Prompt, Request, Scored
 from pytest_lmeval.engine._losses import token_rounding
-from pytest_lmeval.errors import NotFiniteError, TaskError
+from pytest_lmeval.errors import NotFiniteError, TaskError, described
 from pytest_lmeval.measures._task_audit import Answered, TaskAudit
 from pytest_lmeval.measures._task_record import norm_of, number_of_questions
 from pytest_lmeval.models._model import Model
@@ -28,10 +29,10 @@ from pytest_lmeval.records._example import Example
 from pytest_lmeval.records._metric import Metric, judge_of
 from pytest_lmeval.scoring._answers import AnswerStore
 from pytest_lmeval.scoring._fewshot import Fewshot, Shots, identity_of, question_of, rows_of
-from pytest_lmeval.scoring._metrics import metrics_of, scored
+from pytest_lmeval.scoring._metrics import combined_metrics, metrics_of, scored
 from pytest_lmeval.scoring._requests import EncodedQuestion, Encoder, Truncate
 from pytest_lmeval.statistics import _sequential as sequential
-from pytest_lmeval.tasks._questions import Choices, Generate, Judge, Task
+from pytest_lmeval.tasks._questions import Choices, Generate, Judge, Requests, Task
 
 BATCHES = 16  # in a block after the first: more questions share more, and a first block of one batch shows progress at once
 BLOCK_TOKENS = 1 << 16  # of the prompts of a block, at most: progress is shown, and answers are audited, block by block
@@ -82,7 +83,7 @@ class Asking:
             first = list(islice(found, 1))
             names = next((task.metrics_for(question, where) for _, where, _, question in first), ())
             found = chain(first, found)
-        metrics = metrics_of(list(dict.fromkeys((*names, "chance"))), task.name)
+        metrics = [] if task.combine is not None else metrics_of(list(dict.fromkeys((*names, "chance"))), task.name)
         encoder = Encoder(lm, task, self.truncate, self.seed)
         shots = Shots(task, self.shots, self.fewshot, data_dir=self.data_dir, seed=self.seed)
 
@@ -103,6 +104,7 @@ class TaskReading:
     resumed             how many of them an earlier call had read, and `from_other_batches` in batches of another shape
     generation          how answers are generated, in words
     verdict             whether the rate of right answers is "above" or "below" the threshold of the task, once that is certain
+    values              of a task that another harness scores: its numbers by row
     """
 
     engine: Engine
@@ -114,6 +116,7 @@ class TaskReading:
     from_other_batches: int = 0
     generation: set[str] = field(default_factory=set)
     verdict: str | None = None
+    values: dict[int, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.questions = self.asking.questions(self.engine.lm)
@@ -134,6 +137,8 @@ class TaskReading:
         if not self.answered:
             read = len(self.questions.not_questions)
             raise TaskError(f"{task} has no question: {read} row(s) were read, and none was one.")
+        if task.combine is not None:
+            self.metrics = combined_metrics(task.combine, self.values)
 
     def _ask(self, block: list[EncodedQuestion]) -> None:
         """Read what the store does not hold of a block; results from other batches do not change those of the others."""
@@ -150,12 +155,14 @@ class TaskReading:
             self.audit.confirm(earlier)
             self._confirmed = True
         self.answered += [answer.example for answer in read]
+        self.values |= {answer.example.number: answer.values for answer in read if answer.values}
         self.audit.block(read, self.answered)
         self.from_other_batches += len(other)
         self.resumed += sum(answer.kept for answer in read)
         self.generation |= {
             f"at most {way.max_tokens} tokens, temperature {way.temperature:g}, until {list(way.stop)!r}"
-            for way in (one.question for one in block)
+            for one in block
+            for way in (one.question.generated if isinstance(one.question, Requests) else (one.question,))
             if isinstance(way, Generate)
         }
         if self.progress is not None:
@@ -183,44 +190,17 @@ def _answers(
     engine: Engine, some: Sequence[EncodedQuestion], metrics: list[Metric], task: Task, seed: int, store: AnswerStore
 ) -> Iterator[Answered]:
     """The answered and scored questions, in their order, each with what was read for it."""
-    found: dict[int, dict[str, Any]] = {}
-    judge, kept = task.judge, set[int]()
-    readings: dict[int, list[tuple[Request, np.ndarray]]] = {}
-    asked: dict[int, Prompt] = {}
-    if choices := [(one, one.question) for one in some if isinstance(one.question, Choices)]:
-        results = store.scored([one for one, _ in choices])
-        numbered = enumerate(one.number for one, _ in choices for _ in one.requests)
-        kept |= {one.number for one, _ in choices} - {owner for number, owner in numbered if number not in results.found}
-        likelihoods = iter(engine.score([request for one, _ in choices for request in one.requests], results))
-        for one, question in choices:
-            scores = [next(likelihoods) for _ in one.requests]
-            found[one.number] = _chosen(one, question, scores, engine.lm)
-            pairs = zip(one.requests, scores, strict=True)
-            readings[one.number] = [(request, scored.loglikelihood) for request, scored in pairs]
-    if generated := [(one, one.question) for one in some if isinstance(one.question, Generate)]:
-        prompts = [
-            Prompt(one.requests[0].ids, one.id, way.max_tokens, way.stop, way.temperature, seed) for one, way in generated
-        ]
-        asked = {one.number: prompt for (one, _), prompt in zip(generated, prompts, strict=True)}
-        judged = None if judge is None else _judging(judge, [one.id for one, _ in generated])
-        there = store.answers([one for one, _ in generated], prompts, judged)
-        kept |= {generated[number][0].number for number in there.found}
-        answers = engine.generate(prompts, judged, there)
-        for (one, way), answer in zip(generated, answers, strict=True):
-            if answer.logprobs:
-                prompt = one.requests[0].ids
-                request = Request(np.concatenate([prompt, answer.ids]), len(prompt))
-                readings[one.number] = [(request, np.array(answer.logprobs))]
-            found[one.number] = {
-                "targets": tuple(text.strip() for text in way.answers),
-                "output": answer.text.strip(),
-                "judged": answer.judged,
-                "generated": "" if judge is None else answer.text,
-                "read": answer.read,
-                "saved": len(answer.prompt.ids) + max(0, len(answer.ids) - 1) - answer.read,
-            }
+    scores, there = _scores(engine, some, store)
+    answers, prompts, also_there = _generated(engine, some, task, seed, store)
     for one in some:
-        fields = found[one.number]
+        likelihoods, texts = scores.get(one.number, []), answers.get(one.number, [])
+        values: Mapping[str, Any] = {}
+        if isinstance(one.question, Choices):
+            fields = _chosen(one, one.question, likelihoods, engine.lm)
+        elif isinstance(one.question, Generate):
+            fields = _written(one.question, texts[0], task.judge)
+        else:
+            fields, values = _of_requests(one, one.question, likelihoods, texts, task, engine.lm)
         example = Example(
             id=one.id,
             number=one.number,
@@ -233,19 +213,119 @@ def _answers(
             retokenized=one.retokenized,
             **fields,
         )
-        scored = _scored(example, metrics, task, engine.lm)
-        number = one.number
-        yield Answered(scored, readings.get(number, ()), asked.get(number), number in kept, store.is_earlier(one))
+        readings = [(request, scored.loglikelihood) for request, scored in zip(one.scored, likelihoods, strict=True)]
+        for answer in texts:
+            if answer.logprobs:
+                request = Request(np.concatenate([answer.prompt.ids, answer.ids]), len(answer.prompt.ids))
+                readings.append((request, np.array(answer.logprobs)))
+        yield Answered(
+            example if isinstance(one.question, Requests) else _scored(example, metrics, task, engine.lm),
+            readings,
+            next(iter(prompts.get(one.number, [])), None),
+            one.number in there or one.number in also_there,
+            store.is_earlier(one),
+            values,
+        )
+
+
+def _scores(engine: Engine, some: Sequence[EncodedQuestion], store: AnswerStore) -> tuple[dict[int, list[Scored]], set[int]]:
+    """The likelihoods that each question asks for, by its number; and the numbers of those that were there, whole."""
+    asked = [one for one in some if one.scored]
+    if not asked:
+        return {}, set()
+    results = store.scored(asked)
+    owners = [one.number for one in asked for _ in one.scored]
+    read = {owner for number, owner in enumerate(owners) if number not in results.found}
+    likelihoods = iter(engine.score([request for one in asked for request in one.scored], results))
+    return {one.number: [next(likelihoods) for _ in one.scored] for one in asked}, {one.number for one in asked} - read
+
+
+def _generated(
+    engine: Engine, some: Sequence[EncodedQuestion], task: Task, seed: int, store: AnswerStore
+) -> tuple[dict[int, list[Answer]], dict[int, list[Prompt]], set[int]]:
+    """The answers that each question asks for, by its number, and their prompts; and the numbers of those that were there."""
+    asked = [one for one in some if one.answers]
+    if not asked:
+        return {}, {}, set()
+    prompts = {one.number: _prompts(one, seed) for one in asked}
+    flat = [prompt for one in asked for prompt in prompts[one.number]]
+    owners = [one for one in asked for _ in range(one.answers)]
+    judged = None if task.judge is None else _judging(task.judge, [one.id for one in owners])
+    results = store.answers(asked, flat, judged)
+    there = {owners[number].number for number in results.found}
+    found = iter(engine.generate(flat, judged, results))
+    return {one.number: [next(found) for _ in range(one.answers)] for one in asked}, prompts, there
+
+
+def _prompts(one: EncodedQuestion, seed: int) -> list[Prompt]:
+    """The prompts of a question; each of several answers has random numbers of its own."""
+    ways = one.question.generated if isinstance(one.question, Requests) else (one.question,)
+    requests = one.requests[len(one.scored) :]
+    names = [one.id] if len(requests) == 1 else [f"{one.id} {number}" for number in range(len(requests))]
+    return [
+        Prompt(request.ids, name, way.max_tokens, way.stop, way.temperature, seed)
+        for request, name, way in zip(requests, names, ways, strict=True)
+        if isinstance(way, Generate)
+    ]
+
+
+def _written(question: Generate, answer: Answer, judge: Judge | None) -> dict[str, Any]:
+    """The fields of an example whose answer was generated."""
+    return {
+        "targets": tuple(text.strip() for text in question.answers),
+        "output": answer.text.strip(),
+        "judged": answer.judged,
+        "generated": "" if judge is None else answer.text,
+        "read": answer.read,
+        "saved": _saved(answer),
+    }
+
+
+def _saved(answer: Answer) -> int:
+    return len(answer.prompt.ids) + max(0, len(answer.ids) - 1) - answer.read
+
+
+def _of_requests(
+    one: EncodedQuestion, question: Requests, scores: Sequence[Scored], answers: Sequence[Answer], task: Task, lm: Model
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields of an example that another harness scores, and its numbers, of which not all are floats."""
+    _refuse_not_finite(one, [text for _, text in question.scored] + list(question.rolling), scores, lm)
+    sums, greedy = [float(score.loglikelihood.sum()) for score in scores], [bool(score.greedy) for score in scores]
+    choices, ends = len(question.scored), np.cumsum((0, *one.sizes)).tolist()
+    results: dict[str, Sequence[Any]] = {
+        "scored": list(zip(sums, greedy, strict=True))[:choices],
+        "rolling": [sum(sums[begin:end]) for begin, end in zip(ends[choices:], ends[choices + 1 :], strict=False)],
+        "generated": [answer.text for answer in answers],
+    }
+    try:
+        values = question.score(results)
+    except Exception as error:
+        raise TaskError(
+            f"{task}, row {one.number} ({one.id}) was answered, and its filters or its scores failed with {described(error)}. "
+            f"What was read: {str(results)[:300]}. It is kept: repair them, and ask again."
+        ) from error
+    numbers = {name: float(value) for name, value in values.items() if isinstance(value, int | float | np.number | np.bool_)}
+    likeliest = max(range(choices), key=sums.__getitem__, default=None)
+    return {
+        "targets": () if question.target is None else (question.target,),
+        "choices": tuple(text for _, text in question.scored),
+        "loglikelihoods": tuple(sums[:choices]),
+        "tokens": tuple(len(score.loglikelihood) for score in scores[:choices]),
+        "greedy": tuple(greedy[:choices]),
+        "chosen": likeliest,
+        "output": answers[0].text.strip() if answers else "" if likeliest is None else question.scored[likeliest][1].strip(),
+        "rounding": token_rounding(lm.dtype),
+        "tie_rule": "first",
+        "scores": {name: number for name, number in numbers.items() if math.isfinite(number)},
+        "read": sum(score.read for score in scores) + sum(answer.read for answer in answers),
+        "saved": sum(len(request.read) - score.read for request, score in zip(one.scored, scores, strict=True))
+        + sum(map(_saved, answers)),
+    }, values
 
 
 def _chosen(asked: EncodedQuestion, question: Choices, scores: Sequence[Scored], lm: Model) -> dict[str, Any]:
     """The fields of an example whose choices have these scores."""
-    for choice, score in zip(question.choices, scores, strict=True):
-        if not np.isfinite(score.loglikelihood).all():
-            raise NotFiniteError(
-                f"{lm.spec} gave a log-likelihood of {score.loglikelihood.tolist()} for the choice {choice!r} of row "
-                f"{asked.number} ({asked.id}), in {lm.dtype} on {lm.device}, not comparable. Finished answers are kept."
-            )
+    _refuse_not_finite(asked, question.choices, scores, lm)
     read = sum(score.read for score in scores)
     return {
         "targets": tuple((question.texts or question.choices)[index].strip() for index in question.answers),
@@ -258,6 +338,15 @@ def _chosen(asked: EncodedQuestion, question: Choices, scores: Sequence[Scored],
         "read": read,
         "saved": sum(len(request.read) for request in asked.requests) - read,
     }
+
+
+def _refuse_not_finite(asked: EncodedQuestion, texts: Sequence[str], scores: Sequence[Scored], lm: Model) -> None:
+    for text, score in zip(texts, scores, strict=False):
+        if not np.isfinite(score.loglikelihood).all():
+            raise NotFiniteError(
+                f"{lm.spec} gave a log-likelihood of {score.loglikelihood.tolist()[:20]} for the choice {text[:200]!r} of row "
+                f"{asked.number} ({asked.id}), in {lm.dtype} on {lm.device}, not comparable. Finished answers are kept."
+            )
 
 
 def _judging(judge: Judge, names: Sequence[str]) -> Callable[[int, str], bool | None]:

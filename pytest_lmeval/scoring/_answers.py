@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from pytest_lmeval.engine import Answer, Counts, OnText, Prompt, Request, Results, Scored
+from pytest_lmeval.engine import Answer, Counts, OnText, Prompt, Results, Scored
 from pytest_lmeval.records import _schema as schema
 from pytest_lmeval.records._example import Example
 from pytest_lmeval.records._journal import key_of, replace_or_warn, warn
@@ -106,8 +106,10 @@ class AnswerStore:
         return {name: [*plans.values()][-1] for name, plans in there.items()} if whole else {}
 
     def scored(self, questions: Sequence[EncodedQuestion]) -> Results[Scored]:
-        """The results that are there of all choices of these questions; new ones are kept."""
-        names, requests, kept = self._named(questions)
+        """The results that are there of all scored requests of these questions; new ones are kept."""
+        kept = self._results_of(questions)
+        names = [name for one in questions for name in names_of(one)[: len(one.scored)]]
+        requests = [request for one in questions for request in one.scored]
         found = {
             number: Scored(np.array(one.loglikelihood, dtype=np.float64), one.greedy, one.read, one.state_bytes)
             for number, (name, request) in enumerate(zip(names, requests, strict=True))
@@ -133,7 +135,8 @@ class AnswerStore:
         self, questions: Sequence[EncodedQuestion], prompts: Sequence[Prompt], judged: OnText | None
     ) -> Results[Answer]:
         """The answers that are there, if the judge, asked anew, says of them what it said then; new ones are kept."""
-        names, _, kept = self._named(questions)
+        kept = self._results_of(questions)
+        names = [name for one in questions for name in names_of(one)[len(one.scored) :]]
         found: dict[int, Answer] = {}
         for number, (name, prompt) in enumerate(zip(names, prompts, strict=True)):
             answer = _answer(kept.get(name), prompt)
@@ -157,11 +160,9 @@ class AnswerStore:
 
         return Results(found, keep)
 
-    def _named(self, questions: Sequence[EncodedQuestion]) -> tuple[list[str], list[Request], dict[str, Kept]]:
-        """The requests of questions, their names, and the results that are there of them."""
-        requests = [request for one in questions for request in one.requests]
-        results = {name: kept for one in questions for name, kept in self._results(one).items()}
-        return [name for one in questions for name in names_of(one)], requests, results
+    def _results_of(self, questions: Sequence[EncodedQuestion]) -> dict[str, Kept]:
+        """The results that are there of the requests of these questions, by name."""
+        return {name: kept for one in questions for name, kept in self._results(one).items()}
 
     def audited(self, question: str) -> float | None:
         """The difference that an audit found for a question in the batches of this plan."""

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pytest_lmeval.data._formats import Row
 from pytest_lmeval.data._rows import Rows
 from pytest_lmeval.errors import TaskError
-from pytest_lmeval.tasks._questions import Choices, Generate, Question, Task
+from pytest_lmeval.tasks._questions import Choices, Generate, Question, Requests, Task
 from pytest_lmeval.tasks._rows import guarded, id_of
 
 Fewshot = Literal["document", "lm_eval"]
@@ -50,7 +50,7 @@ def question_of(task: Task, row: Row, where: str) -> Question | None:
             why = f"the field {error} is missing or null" if of_dataset else f"it has no field {error}"
         shown = ", ".join(f"{name}={str(value)[:40]!r}" for name, value in row.items()) if isinstance(row, dict) else repr(row)
         raise TaskError(f"{task}, {where} cannot be asked: {why}. The row is {shown[:500]}.") from error
-    if question is not None and not isinstance(question, Choices | Generate):
+    if question is not None and not isinstance(question, Choices | Generate | Requests):
         raise TaskError(
             f"{task}, {where}: `ask` returned {repr(question)[:80]}, of type {type(question).__name__}. It returns Choices or "
             "Generate, or None for a row that is no question."
@@ -94,7 +94,11 @@ class Shots:
     def texts(self, row: Row, own: str) -> list[str]:
         """The texts of the few-shot examples before the question of `row`, whose id is `own`."""
         questions = (question_of(self.task, shot, f"example {id_of(shot)}") for shot in self.rows(row, own))
-        return [shot.prompt + shot.target + self.task.fewshot_delimiter for shot in questions if shot is not None]
+        return [
+            shot.prompt + shot.target + self.task.fewshot_delimiter
+            for shot in questions
+            if isinstance(shot, Choices | Generate)
+        ]
 
     def rows(self, row: Row, own: str) -> list[Row]:
         """The examples of `row`, whose id is `own`."""

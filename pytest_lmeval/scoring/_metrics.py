@@ -7,9 +7,12 @@ independent scores between 0 and 1 have an interval.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib import import_module
+from typing import Any
 
 import numpy as np
 from msgspec import structs
@@ -20,11 +23,15 @@ from pytest_lmeval.records._example import Example
 from pytest_lmeval.records._metric import Estimate, Metric, is_declared, metric as declared
 from pytest_lmeval.records._value import Value
 from pytest_lmeval.scoring._answer_metrics import units_of
-from pytest_lmeval.statistics._estimate import ratio_intervals
+from pytest_lmeval.statistics._estimate import FEWEST_UNITS, ratio_intervals
 from pytest_lmeval.statistics._proportion import wilson
 from pytest_lmeval.statistics._sequential import confidence_sequence
+from pytest_lmeval.tasks._questions import Combine
 
 LIBRARIES = {"sklearn": "scikit-learn", "sacrebleu": "sacrebleu", "rouge_score": "rouge-score", "torchmetrics": "torchmetrics"}
+
+DRAWS, FEW_DRAWS = 500, 100  # of rows, for the interval of what is no mean
+SLOW = ("bleu", "chrf", "ter")  # of a whole corpus
 
 LM_EVAL_NAMES = {
     "acc": "accuracy",  # of lambada: greedy_match
@@ -68,6 +75,42 @@ def metrics_of(names: Sequence[str], task: str) -> list[Metric]:
             raise TaskError(f"{asks}, {what}: pip install {install}") from error
         found.append(metric)
     return found
+
+
+def combined_metrics(combine: Combine, values: Mapping[int, Mapping[str, Any]]) -> list[Metric]:
+    """The metrics of a task that another harness scores, from the numbers of its rows, in the order in which rows have them."""
+    by_name: dict[str, dict[int, Any]] = {}
+    for row, found in values.items():
+        for name, value in found.items():
+            by_name.setdefault(name, {})[row] = value
+    return [_combined_metric(name, combine, of_rows) for name, of_rows in by_name.items()]
+
+
+def _combined_metric(name: str, combine: Combine, values: Mapping[int, Any]) -> Metric:
+    """A mean of numbers has the interval of a mean; anything else is computed again for draws of rows."""
+    function, better = combine(name)
+    numbers = [float(value) for value in values.values() if isinstance(value, int | float | np.number | np.bool_)]
+    if getattr(function, "__name__", "") == "mean" and len(numbers) == len(values):
+        judges = better is True and all(0 <= number <= 1 for number in numbers)
+        score = partial(_kept_score, name)
+        return Metric(name, higher_is_better=better, score=score, interval="mean", judges=judges)
+
+    def statistic(examples: Sequence[Example], seed: int) -> Estimate | None:
+        given = [values[example.number] for example in examples if example.number in values]
+        number, interval = float(function(list(given))), None
+        if len(given) >= FEWEST_UNITS:
+            draws = np.random.default_rng(seed).integers(len(given), size=(FEW_DRAWS if name in SLOW else DRAWS, len(given)))
+            with contextlib.suppress(Exception):  # a draw without one of the labels
+                again = [float(function([given[index] for index in draw])) for draw in draws]
+                low, high = np.quantile(again, [0.025, 0.975])
+                interval = (float(low), float(high)) if math.isfinite(low) and math.isfinite(high) else None
+        return number, interval
+
+    return Metric(name, higher_is_better=better, statistic=statistic)
+
+
+def _kept_score(name: str, example: Example) -> float | None:
+    return example.scores.get(name)
 
 
 def scored(example: Example, metrics: Sequence[Metric]) -> dict[str, float | None]:
@@ -127,7 +170,7 @@ def compute(
 
 def _value(metric: Metric, examples: Sequence[Example], seed: int) -> Value | None:
     if metric.statistic is None:
-        examples = [example for example in examples if example.scores[metric.name] is not None]
+        examples = [example for example in examples if example.scores.get(metric.name) is not None]
     estimate = _estimate(metric, examples, seed) if examples else None
     if estimate is None:
         return None

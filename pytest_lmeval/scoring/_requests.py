@@ -24,7 +24,7 @@ from pytest_lmeval.errors import TaskError
 from pytest_lmeval.models._identity import fingerprint, tokenizer_fingerprint
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.models._source_code import code_digest
-from pytest_lmeval.tasks._questions import Choices, Generate, Question, Task
+from pytest_lmeval.tasks._questions import Choices, Generate, Question, Requests, Task
 
 Truncate = Literal["left", "refuse"]
 
@@ -35,7 +35,10 @@ class EncodedQuestion:
 
     prompt         the whole text before the answer, without what did not fit
     key            hash of everything that decides the answer
-    requests       one for each choice; the prompt alone if the answer is generated
+    requests       one for each choice; the prompt alone if the answer is generated; of `Requests` those of its scored texts, of
+                   its rolling ones, and of its prompts
+    sizes          of `Requests`: how many requests each scored and each rolling text has
+    answers        how many of the requests, the last ones, are prompts to be answered
     truncated      tokens of the question that did not fit
     shots_dropped  few-shot examples that did not fit
     """
@@ -49,6 +52,13 @@ class EncodedQuestion:
     truncated: int = 0
     shots_dropped: int = 0
     retokenized: bool = False
+    sizes: tuple[int, ...] = ()
+    answers: int = 0
+
+    @property
+    def scored(self) -> list[Request]:
+        """The requests whose log-likelihood is wanted."""
+        return self.requests[: len(self.requests) - self.answers]
 
 
 @dataclass(frozen=True)
@@ -129,6 +139,8 @@ class Encoder:
     ) -> EncodedQuestion:
         """`description` and few-shot `examples` are the texts before the prompt."""
         where = f"{self.task}, row {number} ({id})"
+        if isinstance(question, Requests):
+            return self._of_another_harness(question, where, id=id, number=number)
         room = question.max_tokens if isinstance(question, Generate) else 0
         limit = self.lm.limit
         longest = None if limit is None else limit - room if room else limit + 1  # the last token of a choice is not read
@@ -150,9 +162,91 @@ class Encoder:
                 whole, found = found, self._fitted(found, description, longest, room, where)
                 truncated = len(whole) - len(found)
         drawn = [id] if isinstance(question, Generate) and question.temperature else []  # it seeds the random numbers
-        decisive = "|".join(map(repr, [*self._of_all_answers, question, found.prompt, *drawn]))
-        key = hashlib.sha256(decisive.encode(errors="surrogatepass")).hexdigest()[:16]
-        return EncodedQuestion(id, number, question, found.prompt, key, found.requests, truncated, dropped, found.retokenized)
+        return EncodedQuestion(
+            id,
+            number,
+            question,
+            found.prompt,
+            self._key(question, found.prompt, *drawn),
+            found.requests,
+            truncated,
+            dropped,
+            found.retokenized,
+            answers=int(isinstance(question, Generate)),
+        )
+
+    def _key(self, *decisive: Any) -> str:
+        """A hash of everything that decides the answer."""
+        text = "|".join(map(repr, [*self._of_all_answers, *decisive]))
+        return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
+
+    def _of_another_harness(self, question: Requests, where: str, *, id: str, number: int) -> EncodedQuestion:  # noqa: A002
+        """Its requests by the rules of lm_eval, which cuts tokens on the left, whatever they are."""
+        scored = [[self._pair(context, continuation, where)] for context, continuation in question.scored]
+        rolling = [self._windows(text, where) for text in question.rolling]
+        prompts = [self._prompt(one.prompt, where).requests[0].ids for one in question.generated]
+        limit, requests, truncated = self.lm.limit, [one for some in scored + rolling for one in some], 0
+        if limit is not None:
+            longest = [limit + 1] * len(requests) + [limit - one.max_tokens for one in question.generated]
+            whole = [*requests, *(Request(ids, len(ids)) for ids in prompts)]
+            cut = [self._cut(one, most, where) for one, most in zip(whole, longest, strict=True)]
+            truncated = sum(len(one.ids) - len(rest.ids) for one, rest in zip(whole, cut, strict=True))
+            requests, prompts = cut[: len(requests)], [one.ids for one in cut[len(requests) :]]
+        return EncodedQuestion(
+            id,
+            number,
+            question,
+            question.prompt,
+            self._key(question, *([id] if any(one.temperature for one in question.generated) else [])),
+            [*requests, *(Request(ids, len(ids)) for ids in prompts)],
+            truncated,
+            sizes=tuple(map(len, scored + rolling)),
+            answers=len(prompts),
+        )
+
+    def _pair(self, context: str, continuation: str, where: str) -> Request:
+        """A continuation after its context, blanks at its end as part of the continuation; after nothing, after the token that
+        begins a text."""
+        bare = context.rstrip()
+        ids, _ = self._encoded(context + continuation)
+        if not context:
+            return self._begun(ids, where)
+        alone, _ = self._encoded(bare)
+        prefix = self._prefix(ids)
+        context_len = len(prefix) + len(alone)
+        if not 0 < context_len < len(prefix) + len(ids):
+            raise TaskError(f"{where}: the continuation {continuation!r} is empty after tokenizing, so it has no likelihood.")
+        return Request(np.concatenate([prefix, ids]), context_len)
+
+    def _begun(self, ids: np.ndarray, where: str) -> Request:
+        """A whole text after the token that begins one."""
+        first = self._prefix(np.empty(0, dtype=np.int64))[:1]
+        if len(ids) and len(first) and ids[0] == first[0]:
+            first = first[:0]
+        if len(first) + len(ids) < 2:
+            raise TaskError(f"{where}: a text of {len(ids)} tokens, and no token that begins one: nothing can be scored.")
+        return Request(np.concatenate([first, ids]), 1)
+
+    def _windows(self, text: str, where: str) -> list[Request]:
+        """A whole text; where it is longer than the model's context, in windows of that length, of which the last begins
+        earlier than its first token that counts."""
+        whole, limit = self._begun(self._encoded(text)[0], where), self.lm.limit
+        targets = len(whole.ids) - 1
+        if limit is None or targets <= limit:
+            return [whole]
+        ends = [*range(limit, targets, limit), targets]
+        return [
+            Request(whole.ids[max(0, end - limit) : end + 1], min(end, limit) - (end - begin) + 1)
+            for begin, end in zip([0, *ends], ends, strict=False)
+        ]
+
+    def _cut(self, request: Request, most: int, where: str) -> Request:
+        """The last `most` ids of a request."""
+        if (over := len(request.ids) - most) <= 0:
+            return request
+        if self.truncate == "refuse" or request.context_len - over < 1:
+            raise TaskError(f"{where} is {len(request.ids):,} tokens, and {self.lm.spec} reads {most:,} here.")
+        return Request(request.ids[over:], request.context_len - over)
 
     @functools.cached_property
     def _of_all_answers(self) -> list[Any]:

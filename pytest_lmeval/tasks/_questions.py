@@ -12,9 +12,10 @@ import math
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any, Literal, TypeAlias
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from pytest_lmeval import registry
 from pytest_lmeval.data._formats import Row
@@ -22,6 +23,9 @@ from pytest_lmeval.data._rows import Rows
 from pytest_lmeval.errors import TaskError, lone_surrogate
 from pytest_lmeval.records._metric import Metric
 from pytest_lmeval.tasks._rows import guarded
+
+if TYPE_CHECKING:
+    from pytest_lmeval.models._model import Model
 
 
 @dataclass(frozen=True)
@@ -117,9 +121,62 @@ class Generate:
         return f" {self.answers[0]}" if self.answers else ""
 
 
-Question: TypeAlias = "Choices | Generate"
+@dataclass(frozen=True)
+class Requests:
+    """What another harness asks about one row: texts to be scored and answers to be generated, all exactly as given.
+
+    scored     (context, continuation): the log-likelihood of the continuation after the context
+    rolling    whole texts: their log-likelihood from the first token on, in windows where the model's context ends
+    generated  prompts, each of which is answered
+    target     the right answer, for the reader of the examples
+    score      {"scored": [(nats, greedy)], "rolling": [nats], "generated": [text]} -> the numbers of the row by metric, which
+               `Task.combine` combines over all rows; not all are floats
+    group      see `Choices`
+    """
+
+    scored: tuple[tuple[str, str], ...]
+    rolling: tuple[str, ...]
+    generated: tuple[Generate, ...]
+    target: str | None
+    score: Callable[[dict[str, Sequence[Any]]], dict[str, Any]] = field(repr=False, compare=False)
+    group: str | None = None
+
+    @property
+    def prompt(self) -> str:
+        """The text before the first continuation or answer."""
+        return next((text for text, _ in self.scored), next((one.prompt for one in self.generated), ""))
+
+
+Question: TypeAlias = "Choices | Generate | Requests"
 Ask: TypeAlias = "Callable[[Row], Question | None]"
 Judge: TypeAlias = "Callable[[str], bool | None]"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a task is asked that another harness prepares.
+
+    lm        the model that is asked
+    shots     few-shot examples; None: as many as the task says
+    limit     the first rows only
+    data_dir  a mirror to read data from
+    trusted   it may run code that the model writes
+    say       prints a line at once
+    chat      renders turns as the text that the model reads (`lm_eval`'s `apply_chat_template`); None: no chat
+    system    text before everything
+    """
+
+    lm: Model
+    shots: int | None = None
+    limit: int | None = None
+    data_dir: str | Path | None = None
+    trusted: bool = False
+    say: Callable[[str], None] | None = None
+    chat: Callable[..., str] | None = None
+    system: str | None = None
+
+
+Combine: TypeAlias = "Callable[[str], tuple[Callable[[list[Any]], float], bool | None]]"
 
 
 @dataclass(frozen=True)
@@ -142,6 +199,12 @@ class Task:
     version            raised when the prompts or the rules change
     special_tokens     whether special tokens that are written in prompts and choices, "<|im_end|>", are read as control tokens,
                        and not as the characters that they are
+
+    Of a task that another harness prepares:
+
+    prepare            how it is asked -> the task with its rows, whose questions are `Requests`
+    shown              few-shot examples that stand in its prompts already
+    combine            a metric of `Requests.score` -> what makes one number of those of all rows, and whether more is better
     """
 
     name: str
@@ -157,6 +220,9 @@ class Task:
     style: str = "own"
     version: int = 1
     special_tokens: bool = False
+    prepare: Callable[[Setting], Task] | None = None
+    shown: int = 0
+    combine: Combine | None = None
 
     def __post_init__(self) -> None:
         if self.metrics is not None:
@@ -195,6 +261,8 @@ class Task:
         """The names of the metrics; the default ones are chosen for this question. Raises TaskError if there is none."""
         if self.metrics is not None:
             return self.metrics
+        if isinstance(question, Requests):  # what it measures is known when it is scored
+            return ()
         if isinstance(question, Choices):
             return ("accuracy",)
         if self.judge is None and not question.answers:
@@ -206,6 +274,8 @@ class Task:
 
     def check(self, question: Question, metrics: Iterable[Metric], where: str) -> None:
         """Raise TaskError if one of the metrics cannot be computed from the answer to this question."""
+        if isinstance(question, Requests):
+            return
         if isinstance(question, Choices):
             choices, right, targets = question.choices, question.answers, question.choices
             has = f"this question has the choices {list(choices)!r}, of which {list(right)} are right"
@@ -232,12 +302,32 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Average:
+    """An average over tasks of a suite that another harness declares.
+
+    metric    what is averaged, where a task has it
+    tasks     their names
+    weighted  by the number of their questions
+    filters   those of the answers that count: "strict-match"; None: each that a task has
+    within    the name of the group inside of the suite; empty: the suite itself
+    """
+
+    metric: str
+    tasks: tuple[str, ...]
+    weighted: bool = False
+    filters: tuple[str, ...] | None = None
+    within: str = ""
+
+
+@dataclass(frozen=True)
 class Suite:
-    """Tasks whose first metrics are averaged, each with the same weight, or with its number of questions if `weighted`."""
+    """Tasks whose first metrics are averaged, each with the same weight, or with its number of questions if `weighted`; or
+    whose `averages` another harness declares."""
 
     name: str
     tasks: tuple[Task, ...]
     weighted: bool = False
+    averages: tuple[Average, ...] | None = None
 
     def __str__(self) -> str:
         return self.name

@@ -1,0 +1,261 @@
+"""Ask a task of lm_eval as lm_eval asks it: its prompts, filters, scores and aggregations, on this engine.
+
+one of lm_eval's tasks -> its documents -> its requests of each            here, when the task is asked
+    -> log-likelihoods and answers                                         `measures._task_reading`, as of any other task
+    -> its filters -> its `process_results` -> numbers by metric           `Requests.score`
+    -> its aggregation over all documents                                  `Task.combine`
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from pytest_lmeval.data import _formats as formats
+from pytest_lmeval.errors import CorpusError, TaskError, described
+from pytest_lmeval.models._hub import HubCall
+from pytest_lmeval.models._model import special_pattern
+from pytest_lmeval.tasks._questions import Generate, Requests, Setting, Task
+
+PREFIX = "lm_eval:"
+FEWSHOT_SEED = 1234  # of lm_eval's command line
+MOST_TOKENS = 256  # of an answer, where a task does not say
+OWN_CODE = ("process_docs", "process_results", "doc_to_text", "doc_to_target", "doc_to_choice", "custom_dataset", "class")
+
+Make = Callable[[], Any]
+"""Makes a task of lm_eval, which reads its data."""
+
+
+def lm_eval_task(name: str, make: Make) -> Task:
+    """The task of this name; its data are read when it is asked."""
+    return Task(name, (), _not_read, style="lm_eval", prepare=functools.partial(_prepared, name, make))
+
+
+def _not_read(row: Any) -> None:
+    raise TaskError("the rows of a task of lm_eval are read when it is asked.")
+
+
+def _prepared(name: str, make: Make, setting: Setting) -> Task:
+    """The task with its rows, asked as `setting` says. Raises TaskError, with the row where one is to blame."""
+    source = _made(name, make, setting)
+    shots = _set_shots(source, setting.shots)
+    rows, questions = list[dict[str, Any]](), list[Requests]()
+    documents = iter(source.doc_iterator(limit=setting.limit))
+    while True:
+        try:
+            number, document = next(documents, (None, None))
+            if number is None:
+                break
+            questions.append(_question(source, number, document, shots, setting))
+            rows.append({"number": len(rows), "document": _hash_of(document)})
+        except Exception as error:
+            raise TaskError(f"{name}, row {len(rows)} cannot be asked: {described(error)}.") from error
+    if not rows:
+        raise TaskError(f"{name} has no documents to ask.")
+    version = getattr(source, "VERSION", None)
+    return Task(
+        name,
+        rows,
+        lambda row: questions[row["number"]],
+        style="lm_eval",
+        version=version if isinstance(version, int) else 1,
+        special_tokens=special_pattern(setting.lm) is not None,  # as lm_eval reads them
+        shown=shots,
+        combine=functools.partial(_combined, source),
+    )
+
+
+def _made(name: str, make: Make, setting: Setting) -> Any:
+    """lm_eval's task, its data read. Raises TaskError for one that cannot be had here."""
+    try:
+        with HubCall(), _quiet(), _mirrored(setting.data_dir):
+            source = make()
+    except CorpusError as error:
+        raise TaskError(f"{name}: {error}") from error
+    except Exception as error:
+        raise TaskError(
+            f"{name} cannot be loaded ({described(error)}). It is lm_eval's, and reads its data with `datasets.load_dataset`: "
+            "without a network, point --lmeval-data at a mirror, or name a YAML file that includes it and has a dataset_path "
+            "of your own."
+        ) from error
+    if getattr(source, "MULTIMODAL", False):
+        raise TaskError(f"{name} shows pictures or plays sounds, and {setting.lm.spec} reads text.")
+    if getattr(source, "UNSAFE_CODE", False) and not setting.trusted:
+        raise TaskError(
+            f"{name} runs code that the model writes, on this machine, and lm_eval marks it as unsafe. Run it in a container "
+            f"that you can lose, and allow it: --lmeval-trust-remote-code {name}."
+        )
+    if setting.say is not None and (code := _own_code(source)):
+        setting.say(f"{name} runs code of its own: {', '.join(code)}")
+    return source
+
+
+def _own_code(source: Any) -> list[str]:
+    """The functions that a task brings, each with its file."""
+    config = source.config
+    found = [getattr(config, field, None) for field in OWN_CODE] + [type(source)]
+    functions = [one for one in found if callable(one) and not str(one.__module__).startswith("lm_eval.api")]
+    return list(dict.fromkeys(f"{one.__module__.replace('/', '.')}.{one.__qualname__}" for one in functions))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """While it lasts, `datasets` shows no progress bars: a task maps its rows several times."""
+    import datasets
+
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+@contextlib.contextmanager
+def _mirrored(data_dir: str | Path | None) -> Iterator[None]:
+    """While it lasts, datasets are read from a mirror, if there is one, and never looked up elsewhere."""
+    import datasets
+
+    if data_dir is None:
+        yield
+        return
+    load = datasets.load_dataset
+    root = Path(data_dir).expanduser()
+
+    class Parts(datasets.DatasetDict):  # type: ignore[misc]
+        """The splits of a mirror; one that it lacks is empty: lm_eval looks at the training split even where it shows none."""
+
+        def __missing__(self, split: str) -> Any:
+            return next(iter(self.values())).select([])
+
+    def of_mirror(path: str, name: str | None = None, **options: Any) -> Any:
+        if path in formats.READERS or options.get("data_files"):  # files that the task itself names
+            return load(path, name, **options)
+        folder = root / path / (name or "default")
+        files = [file for file in sorted(folder.glob("*.*")) if file.name.endswith(tuple(formats.SUFFIXES))]
+        if not files:
+            raise CorpusError(f"the local mirror {root} does not hold {path}: {folder} has no file of rows.")
+        parts = Parts({file.name.partition(".")[0]: _dataset_of(file) for file in files})
+        return parts[options["split"]] if options.get("split") else parts
+
+    with mock.patch.object(datasets, "load_dataset", of_mirror):
+        yield
+
+
+def _dataset_of(file: Path) -> Any:
+    """The rows of a file as `datasets` has them."""
+    import datasets
+
+    if (form := formats.form_of(file)) == "parquet":
+        import pyarrow.parquet
+
+        return datasets.Dataset(datasets.table.InMemoryTable(pyarrow.parquet.read_table(file)))
+    return datasets.Dataset.from_list([row for _, row in formats.rows(file, form)])
+
+
+def _set_shots(source: Any, wanted: int | None) -> int:
+    """Tell lm_eval's task how many examples to show, as its command line does, and how to draw them. Returns their number."""
+    own = source.get_config("num_fewshot")
+    shots = own or 0 if wanted is None or own == 0 else wanted
+    source.set_config(key="num_fewshot", value=shots)
+    source.set_fewshot_seed(seed=FEWSHOT_SEED)
+    if shots and (pool := getattr(getattr(source, "sampler", None), "df", None)) is not None and len(pool) < shots:
+        raise TaskError(f"{source.task_name} is to be shown {shots} example(s), and its rows for that are {len(pool)}.")
+    return int(shots)
+
+
+def _question(source: Any, number: int, document: Any, shots: int, setting: Setting) -> Requests:
+    """The requests that lm_eval makes of a document, and how it scores their results."""
+    chat = {
+        "apply_chat_template": setting.chat is not None,
+        "chat_template": setting.chat,
+    }
+    context = source.fewshot_context(
+        document,
+        num_fewshot=shots,
+        system_instruction=setting.system,
+        fewshot_as_multiturn=setting.chat is not None,
+        gen_prefix=source.doc_to_prefix(document),
+        **chat,
+    )
+    repeats = source.config.repeats or 1
+    made = source.construct_requests(doc=document, ctx=context, metadata=(source.config.task, number, repeats), **chat)
+    instances = made if isinstance(made, list) else [made]
+    scored, rolling, generated = list[tuple[str, str]](), list[str](), list[Generate]()
+    order = list[tuple[str, int, int]]()  # of each instance: its kind, the index of its first result, and how many it has
+    for instance in instances:
+        if instance.request_type == "loglikelihood":
+            order.append(("scored", len(scored), 1))
+            scored.append(tuple(instance.args))
+        elif instance.request_type == "loglikelihood_rolling":
+            order.append(("rolling", len(rolling), 1))
+            rolling.append(instance.args[0])
+        elif instance.request_type == "generate_until":
+            answers = answers_to(*instance.args, times=instance.repeats)
+            order.append(("generated", len(generated), len(answers)))
+            generated += answers
+        else:
+            raise TaskError(f"lm_eval asks for {instance.request_type!r}, which is not known here.")
+
+    def score(results: dict[str, Sequence[Any]]) -> dict[str, Any]:
+        for instance, (kind, first, count) in zip(instances, order, strict=True):
+            found = results[kind][first : first + count]
+            instance.resps = list(found) if len(found) == instance.repeats else list(found) * instance.repeats
+        return _scored(source, document, instances)
+
+    return Requests(tuple(scored), tuple(rolling), tuple(generated), _target_of(source, document), score)
+
+
+def answers_to(prompt: str, options: dict[str, Any], *, times: int) -> list[Generate]:
+    """The answers that a request asks for: several only if they are drawn."""
+    until = options.get("until") or ()
+    stop = (until,) if isinstance(until, str) else tuple(until)
+    drawn = bool(options.get("do_sample"))
+    temperature = float(options.get("temperature", 1.0 if drawn else 0.0) or 0.0) if drawn else 0.0
+    most = int(options.get("max_gen_toks") or options.get("max_new_tokens") or options.get("max_tokens") or MOST_TOKENS)
+    one = Generate(prompt, (), tuple(text for text in stop if text), most, temperature)
+    return [one] * (times if temperature else 1)
+
+
+def _scored(source: Any, document: Any, instances: Sequence[Any]) -> dict[str, Any]:
+    """The numbers of a document: "acc", or "exact_match,strict-match" where the filter is called so."""
+    for ensemble in source._filters:
+        ensemble.apply(list(instances))
+    found: dict[str, Any] = {}
+    for filter_name in instances[0].filtered_resps:
+        ordered = sorted(instances, key=operator.attrgetter("idx"))
+        values = source.process_results(document, [instance.filtered_resps[filter_name] for instance in ordered])
+        found |= {metric if filter_name == "none" else f"{metric},{filter_name}": value for metric, value in values.items()}
+    return found
+
+
+def _combined(source: Any, name: str) -> tuple[Callable[[list[Any]], float], bool | None]:
+    """What makes one number of those of all documents, and whether more is better."""
+    from lm_eval.api.metrics import mean
+
+    metric = name.partition(",")[0]
+    return source.aggregation().get(metric, mean), source.higher_is_better().get(metric)
+
+
+def _target_of(source: Any, document: Any) -> str | None:
+    """The right answer as a text, if the document tells one."""
+    with contextlib.suppress(Exception):  # shown only
+        target = source.doc_to_target(document)
+        if isinstance(target, int) and source.config.doc_to_choice is not None:
+            target = source.doc_to_choice(document)[target]
+        return str(target[0] if isinstance(target, list) and target else target).strip()
+    return None
+
+
+def _hash_of(document: Any) -> str:
+    """lm_eval's own hash of a document, as its samples have it."""
+    from lm_eval.utils import handle_non_serializable, hash_string
+
+    return str(hash_string(json.dumps(document, indent=2, default=handle_non_serializable, ensure_ascii=False)))

@@ -1,0 +1,369 @@
+"""Tasks of lm_eval asked here give lm_eval's own numbers, and its command line can ask a model here."""
+
+import json
+import logging
+import math
+import sys
+import textwrap
+import warnings
+from unittest import mock
+
+import pytest
+import torch
+from probing import certificate
+from tokenizers_of_each_kind import tokenizer_of
+
+from pytest_lmeval import as_model, policy_for
+from pytest_lmeval.errors import TaskError
+from pytest_lmeval.measures._context import VerbContext, running_in
+from pytest_lmeval.measures._suite import suite
+from pytest_lmeval.measures._task import measure_task
+from pytest_lmeval.tasks import find, find_suite
+from pytest_lmeval.tasks._questions import Setting
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of other packages
+    lm_eval = pytest.importorskip("lm_eval", reason="it is asked beside us: pip install 'pytest-lmeval[lm-eval]'")
+    transformers = pytest.importorskip("transformers")
+    from lm_eval.models.huggingface import HFLM
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # lm_eval's and those of what it imports
+
+WORDS = ["the state", "a token", "of the file", "the function", "returns a list", "in Python", "an error", "the module"]
+ROWS = [
+    {
+        "question": f"What is {word} number {number}?",
+        "choices": [f"{word} one", "two", f"the {number}rd of {word}"],
+        "label": number % 3,
+        "text": " ".join(WORDS[: number + 1]),
+        "long": f"{word} " + " ".join(WORDS[number:]) * (1 + 2 * number),
+    }
+    for number, word in enumerate(WORDS)
+]
+UTILS = """
+def process_docs(dataset):
+    return dataset.map(lambda row: {"question": row["question"].upper()})
+
+def process_results(doc, results):
+    (nats, greedy), = results
+    return {"surprise": -nats, "weighted": (nats, len(doc["text"])), "first": [doc["label"], nats]}
+
+def ratio(items):
+    return sum(nats for nats, _ in items) / sum(length for _, length in items)
+
+def most(items):
+    return max(nats for _, nats in items)
+
+def fails(doc, results):
+    if doc["label"] == 2:
+        raise ZeroDivisionError("row of label 2")
+    return {"acc": 1.0}
+
+def few(doc):
+    if "number 3" in doc["question"]:
+        raise ValueError("only 3")
+    return doc["choices"]
+"""
+CHOICES = """
+output_type: multiple_choice
+doc_to_text: "Question: {{question}}\\nAnswer:"
+doc_to_target: label
+doc_to_choice: choices
+"""
+MEAN = "aggregation: mean, higher_is_better: true"
+TASKS = {
+    "choices": CHOICES
+    + "metric_list: [{metric: acc}, {metric: acc_norm}, {metric: acc_bytes}, {metric: mcc}, {metric: brier_score}]",
+    "shots": CHOICES + "num_fewshot: 2\nfewshot_split: test\nmetric_list: [{metric: acc}]",
+    "mutual": CHOICES + "metric_list: [{metric: acc}, {metric: acc_mutual_info}]",
+    "inputs": """
+output_type: multiple_choice
+doc_to_text: label
+doc_to_target: " is right."
+doc_to_choice: choices
+metric_list: [{metric: acc}]
+""",
+    "docs": CHOICES.replace("test_split", "x") + "process_docs: !function utils.process_docs\nmetric_list: [{metric: acc}]",
+    "own": """
+output_type: loglikelihood
+doc_to_text: "{{question}}"
+doc_to_target: "{{text}}"
+process_results: !function utils.process_results
+metric_list:
+  - {metric: surprise, aggregation: mean, higher_is_better: false}
+  - {metric: weighted, aggregation: !function utils.ratio, higher_is_better: true}
+  - {metric: first, aggregation: !function utils.most, higher_is_better: true}
+""",
+    "cloze": """
+output_type: loglikelihood
+doc_to_text: "{{question}} "
+doc_to_target: "{{text}}"
+metric_list: [{metric: perplexity}, {metric: acc}]
+""",
+    "rolling": """
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{long}}"
+metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}, {metric: bits_per_byte}]
+""",
+    "answers": """
+output_type: generate_until
+doc_to_text: "Q: {{question}}\\nA:"
+doc_to_target: "{{text}}"
+generation_kwargs: {until: [".", "?"], max_gen_toks: 12}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true, ignore_case: true}, {metric: bleu}]
+filter_list:
+  - name: strict
+    filter: [{function: regex, regex_pattern: "(\\\\w+)"}, {function: take_first}]
+  - name: flexible
+    filter: [{function: lowercase}, {function: take_first}]
+""",
+    "repeated": """
+output_type: generate_until
+doc_to_text: "Q: {{question}}\\nA:"
+doc_to_target: "{{text}}"
+repeats: 3
+generation_kwargs: {until: ["."], max_gen_toks: 6}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+filter_list: [{name: vote, filter: [{function: majority_vote}, {function: take_first}]}]
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A YAML file for each task, their rows, and their functions."""
+    folder = tmp_path_factory.mktemp("tasks")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (folder / "utils.py").write_text(UTILS)
+    for name, yaml in TASKS.items():
+        written(folder, name, yaml)
+    return folder
+
+
+def data_of(file, indent=""):
+    lines = ["dataset_path: json", f"dataset_kwargs: {{data_files: {{test: {file}}}}}", "test_split: test"]
+    return "".join(f"{indent}{line}\n" for line in lines)
+
+
+def written(folder, name, yaml):
+    (folder / f"{name}.yaml").write_text(f"task: {name}\n{data_of(folder / 'rows.jsonl')}{textwrap.dedent(yaml)}")
+    return f"lm_eval:{folder / name}.yaml"
+
+
+@pytest.fixture(scope="module")
+def hf():
+    """A model of transformers with a context of 64 tokens, and its tokenizer."""
+    tokenizer = tokenizer_of("gpt2").tokenizer
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, initializer_range=0.3,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval(), tokenizer
+
+
+@pytest.fixture(scope="module")
+def lm(hf):
+    return as_model(hf[0], tokenizer=hf[1], spec="tiny")
+
+
+@pytest.fixture(scope="module")
+def theirs(hf):
+    """(name of a file) -> lm_eval's results of its own model."""
+    harness = HFLM(pretrained=hf[0], tokenizer=hf[1], batch_size=4, max_length=64)
+
+    def ask(path, model=harness, **options):
+        manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=str(path.parent))
+        logging.disable(logging.WARNING)
+        try:
+            with mock.patch("lm_eval.evaluator.add_env_info"):  # asks other programs for seconds
+                return lm_eval.simple_evaluate(
+                    model, tasks=[path.stem], task_manager=manager, bootstrap_iters=0, log_samples=True, **options
+                )
+        finally:
+            logging.disable(logging.NOTSET)
+
+    return ask
+
+
+def ours(lm, name, **options):
+    task = find(name).prepare(Setting(lm, **options))
+    return measure_task(lm, task, policy=policy_for(lm, certificate(), batch_size=4))
+
+
+def numbers(results):
+    """lm_eval's numbers by our names."""
+    return {
+        name.removesuffix(",none"): float(value)
+        for name, value in results.items()
+        if isinstance(value, float | int) and name != "sample_len" and "stderr" not in name
+    }
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_metric_is_that_of_lm_eval(name, folder, lm, theirs):
+    found, wanted = ours(lm, f"lm_eval:{folder / name}.yaml"), theirs(folder / f"{name}.yaml")
+    assert {metric: float(value) for metric, value in found.record.metrics.items()} == pytest.approx(
+        numbers(wanted["results"][name]), rel=1e-4
+    )
+    (samples,) = wanted["samples"].values()
+    for example, sample in zip(found.examples, samples, strict=False):
+        if example.loglikelihoods:
+            assert example.loglikelihoods == pytest.approx([nats for ((nats, _),) in sample["resps"]], abs=1e-4)
+        elif isinstance(sample["resps"][0][0], str):
+            assert example.output == sample["resps"][0][0].strip().removesuffix("\N{REPLACEMENT CHARACTER}")  # half a character
+
+
+def test_numbers_have_intervals_and_means_of_right_answers_are_proportions(folder, lm):
+    record = ours(lm, f"lm_eval:{folder / 'choices'}.yaml").record
+    assert all(value.low <= value <= value.high for value in record.metrics.values())
+    assert record.metrics["acc"].high < 1.0
+    assert (record.subject, record.settings["style"]) == ("lm_eval:choices, 0-shot", "lm_eval")
+
+
+def test_each_filter_has_its_numbers(folder, lm):
+    metrics = ours(lm, f"lm_eval:{folder / 'answers'}.yaml").record.metrics
+    assert {"exact_match,strict", "exact_match,flexible", "bleu,strict", "bleu,flexible"} == set(metrics)
+    assert all(value.n == len(ROWS) for value in metrics.values())
+
+
+def test_a_limit_and_shots_are_those_of_lm_eval(folder, lm, theirs):
+    found = ours(lm, f"lm_eval:{folder / 'shots'}.yaml", shots=1, limit=3)
+    wanted = theirs(folder / "shots.yaml", num_fewshot=1, limit=3)["samples"]["shots"]
+    assert [example.prompt for example in found.examples] == [sample["arguments"][0][0] for sample in wanted]
+    assert found.record.subject == "lm_eval:shots, 1-shot"
+
+
+def test_a_group_has_the_averages_that_it_declares_over_tasks_of_different_size(folder, lm, theirs, tmp_path):
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:3]))
+    base = textwrap.indent(textwrap.dedent(CHOICES).strip(), "    ")
+    members = "".join(
+        f"  - task: {name}\n{data_of(file, '    ')}{base}\n    metric_list: [{{metric: acc}}, {{metric: acc_norm}}]\n"
+        for name, file in (("many", folder / "rows.jsonl"), ("few", few))
+    )
+    averages = (
+        "aggregate_metric_list:\n  - {metric: acc, weight_by_size: true}\n  - {metric: acc_norm, weight_by_size: false}\n"
+    )
+    file = tmp_path / "both.yaml"
+    file.write_text(f"group: both\n{averages}task:\n{members}")
+    with running_in(VerbContext()):
+        result = suite(lm, f"lm_eval:{file}")
+    wanted = numbers(theirs(file)["results"]["both"])
+    found = {name: float(result.record.metrics[name]) for name in ("acc", "acc_norm")}
+    assert found == pytest.approx({name: wanted[name] for name in found})
+    assert [str(task) for task in find_suite(f"lm_eval:{file}").tasks] == ["lm_eval:both::many", "lm_eval:both::few"]
+
+
+@pytest.mark.parametrize("name", ["choices", "rolling", "repeated", "own"])
+def test_lm_eval_asks_a_model_here_and_finds_the_same(name, folder, lm, theirs):
+    from pytest_lmeval.lm_eval._model import LmevalModel
+
+    model = LmevalModel.of(lm, policy_for(lm, certificate(), batch_size=4))
+    found, wanted = (theirs(folder / f"{name}.yaml", *asked)["results"][name] for asked in ((model,), ()))
+    assert numbers(found) == pytest.approx(numbers(wanted), rel=1e-4)
+    assert model.get_model_info()["tokens_read"] > 0
+
+
+def test_its_command_line_asks_a_model_by_our_name(folder, tmp_path, capsys, monkeypatch):
+    from pytest_lmeval.__main__ import main
+
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)  # asks other programs for seconds
+    monkeypatch.setattr("lm_eval.tasks._index.TaskIndex._iter_yaml_files", lambda root: ())  # 14,000 files
+
+    arguments = [
+        "--model",
+        "pytest-lmeval",
+        "--model_args",
+        "pretrained=demo,budget=1",
+        "--tasks",
+        str(folder / "choices.yaml"),
+    ]
+    assert main(["lm-eval", "run", *arguments, "--limit", "3", "--output_path", str(tmp_path), "--log_samples"]) == 0
+    (results,) = tmp_path.rglob("results_*.json")
+    assert json.loads(results.read_text())["config"]["verdict"] == "exact-any-chunk"
+    assert len(list(tmp_path.rglob("samples_*.jsonl"))) == 1
+    assert "|choices|" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("yaml", "says"),
+    [
+        (CHOICES + "doc_to_image: image", "shows pictures or plays sounds, and tiny reads text"),
+        (CHOICES + "unsafe_code: true", "--lmeval-trust-remote-code lm_eval:bad"),
+        (CHOICES.replace("{{question}}", "{{question | nothing}}"), "cannot be loaded .*nothing"),
+        (CHOICES + "metric_list: [{metric: no_such_metric}]", "cannot be loaded"),
+        (CHOICES + "process_docs: !function utils.no_such", "no_such"),
+        (CHOICES.replace("doc_to_choice: choices", "doc_to_choice: !function utils.few"), "row 3 cannot be asked: .*only 3"),
+        (CHOICES + f"process_results: !function utils.fails\nmetric_list: [{{metric: acc, {MEAN}}}]",
+         r"row 2 \(.*\) was answered, and its filters or its scores failed with ZeroDivisionError: row of label 2"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_asked_is_told_with_its_task_and_row(yaml, says, folder, lm):
+    with pytest.raises(TaskError, match=f"(?s)lm_eval:bad.*{says}"):
+        ours(lm, written(folder, "bad", yaml))
+
+
+def test_data_come_from_a_mirror_or_the_task_says_that_they_are_missing(folder, lm, tmp_path):
+    yaml = CHOICES + "metric_list: [{metric: acc}]"
+    file = tmp_path / "far.yaml"
+    file.write_text(f"task: far\ndataset_path: someone/rows\ndataset_name: main\ntest_split: test\n{textwrap.dedent(yaml)}")
+    with pytest.raises(TaskError, match=r"lm_eval:far: the local mirror .* does not hold someone/rows"):
+        ours(lm, f"lm_eval:{file}", data_dir=tmp_path)
+    mirror = tmp_path / "someone" / "rows" / "main"
+    mirror.mkdir(parents=True)
+    (mirror / "test.jsonl").write_text((folder / "rows.jsonl").read_text())
+    assert ours(lm, f"lm_eval:{file}", data_dir=tmp_path).record.details["questions"] == len(ROWS)
+
+
+def test_a_name_that_is_nearly_right_is_named():
+    with pytest.raises(TaskError, match=r"no task, group or tag 'arc_esy'.*Did you mean arc_easy\?"):
+        find("lm_eval:arc_esy")
+    assert len(find_suite("lm_eval:mmlu").tasks) == 57
+
+
+def test_without_lm_eval_its_names_say_what_to_install(monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(TaskError, match=r"pip install 'pytest-lmeval\[lm-eval\]'"):
+        find("lm_eval:gsm8k")
+
+
+def test_the_code_of_a_task_is_named_before_it_runs(folder, lm):
+    said = []
+    ours(lm, f"lm_eval:{folder / 'own'}.yaml", say=said.append)
+    assert len(said) == 1
+    assert "lm_eval:own runs code of its own" in said[0]
+    assert "process_results" in said[0]
+
+
+def test_where_windows_hold_the_same_tokens_lm_eval_counts_the_targets_of_another_one(hf):
+    """The last window of a text begins earlier than its first target. lm_eval keeps logits by their tokens, and hands them out
+    to a window with another first target: its sum depends on what else is asked. Ours is that of the text alone."""
+    from lm_eval.api.instance import Instance
+
+    texts = [" ".join(WORDS) * (1 + 2 * number) for number in range(8)]
+    harness = HFLM(pretrained=hf[0], tokenizer=hf[1], batch_size=4, max_length=64)
+    requests = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in texts]
+    together = harness.loglikelihood_rolling(requests, disable_tqdm=True)
+    alone = [harness.loglikelihood_rolling([one], disable_tqdm=True)[0] for one in requests]
+    assert together != pytest.approx(alone, rel=1e-4)
+
+    from pytest_lmeval.lm_eval._model import LmevalModel
+
+    lm = as_model(hf[0], tokenizer=hf[1])
+    assert LmevalModel.of(lm, policy_for(lm, certificate())).loglikelihood_rolling(requests) == pytest.approx(alone, rel=1e-5)
+
+
+def test_a_rolling_text_longer_than_the_context_is_read_in_windows_that_count_each_token_once(lm):
+    from pytest_lmeval.scoring._requests import Encoder
+    from pytest_lmeval.tasks import Task
+
+    encoder = Encoder(lm, Task("rolling", [{"n": 0}], lambda row: None))
+    for length in (5, 64, 65, 128, 150):
+        text = "ab" * length
+        requests = encoder._windows(text, "here")
+        assert sum(request.asked for request in requests) == len(lm.tokenizer.encode(text)[0])
+        assert all(len(request.ids) <= lm.limit + 1 for request in requests)
+    assert math.isfinite(lm.limit)
