@@ -91,10 +91,10 @@ class Shots:
             raise TaskError(f"{self.task} is to be shown {self.count} example(s), and its rows for that are {what}")
         return pool
 
-    def texts(self, row: Row, own: str) -> list[str]:
-        """The texts of the few-shot examples before the question of `row`, whose id is `own`."""
+    def questions(self, row: Row, own: str) -> list[Question]:
+        """The few-shot examples before the question of `row`, whose id is `own`."""
         questions = (question_of(self.task, shot, f"example {id_of(shot)}") for shot in self.rows(row, own))
-        return [shot.prompt + shot.target + self.task.fewshot_delimiter for shot in questions if shot is not None]
+        return [shot for shot in questions if shot is not None]
 
     def rows(self, row: Row, own: str) -> list[Row]:
         """The examples of `row`, whose id is `own`."""

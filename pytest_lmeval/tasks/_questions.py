@@ -28,11 +28,13 @@ from pytest_lmeval.tasks._rows import guarded
 class Choices:
     """A question with given answers: each is scored as a continuation of the prompt, all texts exactly as given.
 
-    prompt   text before the answer; may be empty
-    choices  at least one, each with the blank that divides it from the prompt. A single one is a cloze: would the model say it?
-    answer   index of the right choice, or indices if any of several is right
-    group    what this question shares with others (a passage): their answers are not independent, and intervals are wider
-    texts    one for each choice, which metrics of text compare in its place: the name that fills the gap of a sentence
+    prompt         text before the answer; may be empty
+    choices        at least one, each with the blank that divides it from the prompt. A single one is a cloze: would the model
+                   say it?
+    answer         index of the right choice, or indices if any of several is right
+    group          what this question shares with others (a passage): their answers are not independent, and intervals are wider
+    texts          one for each choice, which metrics of text compare in its place: the name that fills the gap of a sentence
+    answer_prefix  see `Generate`
     """
 
     prompt: str
@@ -40,9 +42,10 @@ class Choices:
     answer: int | tuple[int, ...]
     group: str | None = None
     texts: tuple[str, ...] = ()
+    answer_prefix: str = ""
 
     def __post_init__(self) -> None:
-        _check_text("the prompt is a text, and this one", self.prompt)
+        _check_texts(self)
         _check_group(self.group)
         for name in ("choices", "texts"):
             object.__setattr__(self, name, texts(name, getattr(self, name)))
@@ -81,13 +84,15 @@ class Choices:
 class Generate:
     """A question whose answer the model generates.
 
-    prompt       text before the answer
-    answers      right texts; () if there is nothing to compare with (see `Task.judge`)
-    stop         texts that end the answer and are no part of it: the first in the text does. A special token is written as in
-                 the vocabulary: "<|im_end|>"
-    max_tokens   largest number of tokens of the answer
-    temperature  0 takes the likeliest token; above 0 tokens are drawn, with a seed for each row
-    group        see `Choices`
+    prompt         text before the answer
+    answers        right texts; () if there is nothing to compare with (see `Task.judge`)
+    stop           texts that end the answer and are no part of it: the first in the text does. A special token is written as in
+                   the vocabulary: "<|im_end|>"
+    max_tokens     largest number of tokens of the answer
+    temperature    0 takes the likeliest token; above 0 tokens are drawn, with a seed for each row
+    group          see `Choices`
+    answer_prefix  how the answer begins, such as "The answer is", which is given and no part of it: the beginning of the
+                   assistant's turn in a chat; without turns it follows the prompt, after a blank if neither has one there
     """
 
     prompt: str
@@ -96,9 +101,10 @@ class Generate:
     max_tokens: int = 256
     temperature: float = 0.0
     group: str | None = None
+    answer_prefix: str = ""
 
     def __post_init__(self) -> None:
-        _check_text("the prompt is a text, and this one", self.prompt)
+        _check_texts(self)
         _check_group(self.group)
         for name in ("answers", "stop"):
             object.__setattr__(self, name, texts(name, getattr(self, name)))
@@ -294,6 +300,11 @@ def _check_text(what: str, text: Any) -> None:
         raise TaskError(f"{what} is {text!r}, of type {type(text).__name__}.")
     if wrong := lone_surrogate(text):
         raise TaskError(f"{what} has {wrong}")
+
+
+def _check_texts(question: Choices | Generate) -> None:
+    _check_text("the prompt is a text, and this one", question.prompt)
+    _check_text("the answer_prefix is a text, and this one", question.answer_prefix)
 
 
 def _check_group(group: Any) -> None:
