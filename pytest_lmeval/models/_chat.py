@@ -8,9 +8,10 @@ written in a message are text, unless the tokenizer reads them as control tokens
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -182,28 +183,37 @@ def _unmarked(text: str, begin: str, end: str) -> Rendered:
 def _as_text(lm: Model, control: Any, before: str, text: str, written: Sequence[Span], after: str) -> np.ndarray:
     """The ids of the text between two control tokens, in which special tokens are written.
 
-    What tokenizers do at its ends (a blank before the first word of all, blanks that belong to a control token) is what they do
-    with the same text that has a letter in place of each special token: it decides which reading is theirs.
+    What a tokenizer does at its ends (a blank before the first word of all, blanks that belong to a control token) is what it
+    does with the same text that has a letter in place of each special token: that decides which reading is right.
     """
-    tokenizer: Any = lm.tokenizer
-    plain: Callable[[str], np.ndarray] = getattr(tokenizer, "encode_plain", lambda part: _ids(tokenizer.encode(part)))
     cuts = [0, *itertools.chain.from_iterable(written), len(text)]
     letters = "x".join(text[begin:end] for begin, end in zip(cuts[::2], cuts[1::2], strict=True))
     whole = _ids(control.encode(before + letters + after))
     sizes = [len(_ids(control.encode(part))) if part else 0 for part in (before, after)]
     expected = whole[sizes[0] : len(whole) - sizes[1]]
-
-    def after_newline(part: str) -> np.ndarray:  # not the first word of all
-        newline, ids = plain("\n"), plain(f"\n{part}")
-        return ids[len(newline) :] if np.array_equal(ids[: len(newline)], newline) else ids
-
-    for read, stripped in itertools.product((plain, after_newline), (str, str.lstrip, str.rstrip, str.strip)):
-        if np.array_equal(read(stripped(letters)), expected):
-            return read(stripped(text))
+    refused = np.concatenate([_ids(control.encode(text[begin:end])) for begin, end in written])
+    for read, stripped in itertools.product(_readings(lm.tokenizer), (str, str.lstrip, str.rstrip, str.strip)):
+        ids = read(stripped(text))
+        if np.array_equal(read(stripped(letters)), expected) and not np.isin(refused, ids).any():
+            return ids
     raise TaskError(
         f"the tokenizer of {lm.spec} cannot read {text[slice(*written[0])]!r}, which is written in a message, as the text that "
-        "it is in this place. With Task(..., special_tokens=True), special tokens in messages are control tokens."
+        "it is in this place. With Task(..., special_tokens=True) it is a control token."
     )
+
+
+def _readings(tokenizer: Any) -> Iterator[Callable[[str], np.ndarray]]:
+    """How a text may be read as text: without special tokens, or without any that were added to the vocabulary; as the first
+    word of all, or after another."""
+    for read in (lambda part: _ids(tokenizer.encode(part)), getattr(tokenizer, "encode_plain", None)):
+        if read is not None:
+            yield read
+            yield functools.partial(_after_newline, read)
+
+
+def _after_newline(read: Callable[[str], np.ndarray], text: str) -> np.ndarray:
+    newline, ids = read("\n"), read(f"\n{text}")
+    return ids[len(newline) :] if np.array_equal(ids[: len(newline)], newline) else ids
 
 
 def _ids(encoded: tuple[Any, Any]) -> np.ndarray:

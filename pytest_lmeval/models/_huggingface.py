@@ -271,7 +271,8 @@ class HFTokenizer:
     def control_tokens(self) -> tuple[str, ...]:
         """The texts of the tokens by which a chat template divides turns: the special ones, and others that it writes."""
         template, added = str(self.tokenizer.chat_template), self.tokenizer.added_tokens_decoder.values()
-        return (*self.special.values(), *(one.content for one in added if one.content.strip() and one.content in template))
+        written = (one.content for one in added if one.content.strip() and one.content in template)
+        return tuple(dict.fromkeys((*self.special.values(), *written)))
 
     @property
     def apply_chat_template(self) -> Callable[..., Any] | None:

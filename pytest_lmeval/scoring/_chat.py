@@ -9,7 +9,7 @@ from typing import Literal
 
 from pytest_lmeval.errors import ArgumentError, TaskError
 from pytest_lmeval.models import _chat as template
-from pytest_lmeval.models._chat import Message, Rendered
+from pytest_lmeval.models._chat import Rendered
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.tasks._questions import Generate, Question, Task
 
@@ -82,7 +82,7 @@ class Chat:
                 turns.insert(0, ("system", system))
             else:
                 turns[0] = ("user", f"{system.rstrip()}\n\n{turns[0][1]}")
-        return template.render(self.lm, [Message(role=role, content=content) for role, content in turns])
+        return template.render(self.lm, [{"role": role, "content": content} for role, content in turns])
 
     def choice(self, question: Question, choice: str) -> str:
         """The text of a choice after the rendered question."""
