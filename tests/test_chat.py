@@ -336,3 +336,29 @@ def test_keys_of_kept_answers_tell_turns_from_the_same_text():
     assert written.key != asked.key
     assert written.special
     assert not asked.special
+
+
+TEST = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_chat import SMALLER, SUMS, lm_of
+
+
+def test_asks(lmeval):
+    lm = lm_of("chatml")
+    print(*(lmeval.task(lm, task, limit=1).record.settings["chat"] for task in (SUMS, SMALLER)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "ini", "printed"),
+    [((), "", "on off"), (("--lmeval-chat=off",), "", "off off"), ((), "lmeval_chat = on", "on on")],
+)
+def test_the_command_line_decides_for_all_tasks_and_the_terminal_says_what_auto_did(project, options, ini, printed):
+    project.makefile(".ini", pytest=f"[pytest]\nlmeval_budget = 1000\n{ini}\n")
+    project.makepyfile(test_turns=TEST.format(tests=os.path.dirname(__file__)))
+    result = project.runpytest_subprocess("-s", "-p", "no:cacheprovider", *options)
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines([f"*{printed}*"])
+    auto = "chat: on (auto: the model has a chat template, and answers are generated)" in " ".join(result.stdout.str().split())
+    assert auto is (not options and not ini)
