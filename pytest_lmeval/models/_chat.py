@@ -193,7 +193,7 @@ def _as_text(lm: Model, control: Any, before: str, text: str, written: Sequence[
     expected = whole[sizes[0] : len(whole) - sizes[1]]
     refused = np.concatenate([_ids(control.encode(text[begin:end])) for begin, end in written])
     for read, stripped in itertools.product(_readings(lm.tokenizer), (str, str.lstrip, str.rstrip, str.strip)):
-        ids = read(stripped(text))
+        ids: np.ndarray = read(stripped(text))
         if np.array_equal(read(stripped(letters)), expected) and not np.isin(refused, ids).any():
             return ids
     raise TaskError(
