@@ -21,6 +21,7 @@ OPTIONS: dict[str, tuple[Any, str]] = {  # name -> (default, help)
     "lmeval-limit": ("", "examples of a task, documents of a corpus that is read by document"),
     "lmeval-tokens": ("", "tokens of a stream; 200k and 1M read too"),
     "lmeval-batch": ("", "rows of a batch of questions, 8 by default; auto: as many as fit into the memory"),
+    "lmeval-chat": ("auto", "ask tasks in turns, by the chat template of the model: auto (generated answers only), on or off"),
     "lmeval-profile": ("", "how hard to look for broken laws: dev, ci (the default where CI is set) or nightly"),
     "lmeval-budget": (
         "",
@@ -42,6 +43,7 @@ DEVICES = ("auto", "cpu", "cuda", "mps")  # those of `models._sources`, which im
 CHOICES = {  # an empty one: not given
     "lmeval-profile": ("", "dev", "ci", "nightly"),  # those of `laws._run_probe`, which imports torch
     "lmeval-gate": ("fail", "warn", "off"),
+    "lmeval-chat": ("auto", "on", "off"),
     "lmeval-bits": ("", "32", "16", "8", "4"),
 }
 
@@ -85,6 +87,12 @@ def batch(config: pytest.Config) -> int | Literal["auto"] | None:
     if text and not (text.isdigit() and int(text) > 0):
         raise pytest.UsageError(f"--lmeval-batch takes a positive number or auto; got {text!r}.{nearest(text, ['auto'])}")
     return int(text) if text else None
+
+
+def chat(config: pytest.Config) -> Literal["auto"] | bool:
+    """Whether --lmeval-chat asks tasks in turns."""
+    given: dict[str, Literal["auto"] | bool] = {"auto": "auto", "on": True, "off": False}
+    return given[str(option(config, "lmeval-chat"))]
 
 
 def budget(config: pytest.Config) -> int | None:

@@ -13,7 +13,7 @@ import pytest
 from pytest_lmeval import _options as options
 from pytest_lmeval._benchmarking import BenchmarkHooks, WithoutBenchmark
 from pytest_lmeval._frames import release_frames, up_to_the_test
-from pytest_lmeval._options import CORPORA, SEQ_LENS, batch, budget, count, is_worker, option, output_folder, test_id
+from pytest_lmeval._options import CORPORA, SEQ_LENS, batch, budget, chat, count, is_worker, option, output_folder, test_id
 from pytest_lmeval.errors import LmevalError, NotMeasuredError
 from pytest_lmeval.report._gather import Reports
 
@@ -251,6 +251,7 @@ def shared_session(config: pytest.Config) -> Session:
             profile=str(option(config, "lmeval-profile")),
             budget=budget(config),
             batch=batch(config),
+            chat=chat(config),
             seq_lens=tuple(map(int, option(config, "lmeval-seq-len"))),
             parallel=is_worker(config),
             device=str(option(config, "lmeval-device")),

@@ -400,8 +400,11 @@ def test_where_nothing_is_shared_batched_or_carried_nothing_is_read_again():
 
 
 def test_a_generated_answer_is_read_back_in_one_piece_and_its_log_probabilities_compared():
+    def worn(row):  # every prompt is longer than what it wears out after, so whichever answers are read again are wrong
+        return dataclasses.replace(say(row), prompt=f"It is known that {say(row).prompt}")
+
     with pytest.raises(Refused, match=r"generates contradicts it: row .* the answer .* had a log-likelihood of"):
-        answer(WearsOut(vocab=256), GENERATES)
+        answer(WearsOut(vocab=256), dataclasses.replace(GENERATES, ask=worn))
     sampled = dataclasses.replace(GENERATES, ask=lambda row: dataclasses.replace(say(row), temperature=0.7))
     assert audit_of(answer(BYTE_LM, sampled)).answers > 1
 

@@ -68,8 +68,12 @@ def test_examples_drawn_as_lm_eval_draws_them_depend_on_the_order():
 
 def test_the_first_examples_are_shown_to_all_questions_but_to_themselves():
     shots = Shots(dataclasses.replace(TASK, fewshot_strategy="first"), 2, "document")
-    assert shots.texts(SUMS[5], id_of(SUMS[5])) == ["0 + 0 is even\n\n", "0 + 1 is odd\n\n"]
-    assert shots.texts(SUMS[0], id_of(SUMS[0])) == ["0 + 1 is odd\n\n", "0 + 2 is even\n\n"]
+
+    def shown_to(row):
+        return [shot.prompt + shot.target for shot in shots.questions(row, id_of(row))]
+
+    assert shown_to(SUMS[5]) == ["0 + 0 is even", "0 + 1 is odd"]
+    assert shown_to(SUMS[0]) == ["0 + 1 is odd", "0 + 2 is even"]
 
 
 def test_a_log_likelihood_is_that_of_the_tokens_of_a_choice_after_its_prompt():
@@ -287,7 +291,9 @@ def test_what_does_not_fit_goes_example_by_example_and_then_from_the_beginning_o
         return len(begun) + len("".join((description, *shown, asked)).encode()) + longest - 1  # the last token is not read
 
     try:
-        found = Encoder(lm, TASK).encode(question, description, examples, id="x", number=0)
+        shots = [Generate(example, ()) for example in examples]
+        task = dataclasses.replace(TASK, fewshot_delimiter="")
+        found = Encoder(lm, task).encode(question, description, shots, id="x", number=0)
     except TaskError:
         assert size([], "?") > limit
         return

@@ -42,6 +42,7 @@ def collect(project):
         ("--lmeval-budget=2.5", "--lmeval-budget is a number of tokens, not of seconds*"),
         ("--lmeval-batch=atuo", "--lmeval-batch takes a positive number or auto; got 'atuo'. Did you mean auto?"),
         ("--lmeval-batch=0", "--lmeval-batch takes a positive number or auto; got '0'.*"),
+        ("--lmeval-chat=yes", "--lmeval-chat takes auto, on or off; got 'yes'.*"),
         ("--lmeval-profile=hard", "--lmeval-profile takes dev, ci or nightly; got 'hard'.*"),
         ("--lmeval-limit=0", "--lmeval-limit takes a positive number*"),
         ("--lmeval-seq-len=abc", "--lmeval-seq-len takes a positive number; got 'abc'."),

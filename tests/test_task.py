@@ -221,7 +221,7 @@ def test_a_question_is_shown_only_other_rows(values, count, seed):
     others = [value for value in values if value != values[0]]
     if len(others) < shots.count:
         with pytest.raises(TaskError, match=f"there are {len(others)} examples beside row {id_of(own)} itself"):
-            shots.texts(own, id_of(own))
+            shots.questions(own, id_of(own))
         return
     shown = [row["n"] for row in shots.rows(own, id_of(own))]
     assert len(shown) == shots.count

@@ -21,8 +21,9 @@ from pytest_lmeval._session import Session
 from pytest_lmeval.engine import Policy, policy_for
 from pytest_lmeval.engine._policy import limited
 from pytest_lmeval.errors import ArgumentError, SpecError
-from pytest_lmeval.lm_eval._task import answers_to
+from pytest_lmeval.lm_eval._task import answers_to, turns
 from pytest_lmeval.measures._task import BATCH, measure_task
+from pytest_lmeval.models._chat import template_of
 from pytest_lmeval.models._model import Model, special_pattern
 from pytest_lmeval.tasks._questions import Requests, Task
 
@@ -88,6 +89,17 @@ class LmevalModel(LM):  # type: ignore[misc]
     def tokenizer_name(self) -> str:
         """For the name of a cached request."""
         return str(self.model.spec).replace("/", "__")
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation by the model's own template."""
+        return turns(self.model, chat_history, add_generation_prompt)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The template by which it renders, for lm_eval's results; None if none is asked for."""
+        if not chat_template:
+            return None
+        template_of(self.model)
+        return str(getattr(getattr(self.model.tokenizer, "tokenizer", None), "chat_template", "") or "")
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm_eval writes into its results: the verdict, and what was read for all answers."""

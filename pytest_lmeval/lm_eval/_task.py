@@ -19,8 +19,9 @@ from unittest import mock
 
 from pytest_lmeval.data import _formats as formats
 from pytest_lmeval.errors import CorpusError, TaskError, described
+from pytest_lmeval.models._chat import Message, template_of
 from pytest_lmeval.models._hub import HubCall
-from pytest_lmeval.models._model import special_pattern
+from pytest_lmeval.models._model import Model, special_pattern
 from pytest_lmeval.tasks._questions import Generate, Requests, Setting, Task
 
 PREFIX = "lm_eval:"
@@ -174,14 +175,14 @@ def _set_shots(source: Any, wanted: int | None) -> int:
 def _question(source: Any, number: int, document: Any, shots: int, setting: Setting) -> Requests:
     """The requests that lm_eval makes of a document, and how it scores their results."""
     chat = {
-        "apply_chat_template": setting.chat is not None,
-        "chat_template": setting.chat,
+        "apply_chat_template": setting.in_turns,
+        "chat_template": functools.partial(turns, setting.lm) if setting.in_turns else None,
     }
     context = source.fewshot_context(
         document,
         num_fewshot=shots,
         system_instruction=setting.system,
-        fewshot_as_multiturn=setting.chat is not None,
+        fewshot_as_multiturn=setting.in_turns,
         gen_prefix=source.doc_to_prefix(document),
         **chat,
     )
@@ -211,6 +212,18 @@ def _question(source: Any, number: int, document: Any, shots: int, setting: Sett
         return _scored(source, document, instances)
 
     return Requests(tuple(scored), tuple(rolling), tuple(generated), _target_of(source, document), score)
+
+
+def turns(lm: Model, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+    """A conversation by the model's own template, as lm_eval has it rendered. Raises SpecError if the model has none."""
+    return str(
+        template_of(lm)(
+            messages,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+    )
 
 
 def answers_to(prompt: str, options: dict[str, Any], *, times: int) -> list[Generate]:

@@ -18,6 +18,7 @@ from pytest_lmeval.errors import ArgumentError, Refused, TaskError, nearest
 from pytest_lmeval.measures._context import VerbContext, current, verb
 from pytest_lmeval.measures._task_reading import Asking, Progress, TaskReading
 from pytest_lmeval.measures._task_record import norm_of, number_of_questions, record_of
+from pytest_lmeval.models._chat import with_end_of_turn
 from pytest_lmeval.models._identity import fingerprint, tokenizer_fingerprint
 from pytest_lmeval.models._model import Model, with_special_tokens
 from pytest_lmeval.records._certificate import CONSISTENT
@@ -27,11 +28,12 @@ from pytest_lmeval.records._measured import Result
 from pytest_lmeval.records._metric import metric
 from pytest_lmeval.records._value import Value
 from pytest_lmeval.scoring._answers import AnswerStore, write_examples
+from pytest_lmeval.scoring._chat import ChatMode, Decision, decide
 from pytest_lmeval.scoring._fewshot import Fewshot, identity_of, rows_of
 from pytest_lmeval.scoring._metrics import compute
 from pytest_lmeval.scoring._requests import Truncate
 from pytest_lmeval.tasks import find
-from pytest_lmeval.tasks._questions import Generate, Setting, Task
+from pytest_lmeval.tasks._questions import Generate, Requests, Setting, Task
 
 BATCH = 8  # rows
 LOOKED_AT = 256  # questions, to choose a batch size
@@ -49,6 +51,8 @@ def task(
     truncate: Literal["left", "refuse"] = "left",
     seed: int = 0,
     invariant: bool = False,
+    chat: Literal["auto"] | bool | None = None,
+    system: str | None = None,
 ) -> TaskResult:
     """Ask a task, or the one of that name: its metrics with intervals, and every answer in a file (see `measure_task`).
 
@@ -57,6 +61,9 @@ def task(
 
     batch_size  rows of a batch; by default those of --lmeval-batch, else 8. "auto": as many as fit into the memory by estimate.
                 Wherever memory runs out, half as many are read from there on, and a note says so.
+    chat        whether the task is asked in turns, by the chat template of the model; by default as --lmeval-chat says, else
+                "auto": if answers are generated, and the prompts are not to be those of lm_eval
+    system      the system prompt of a chat, before the description of the task
     """
     context = current()
     asked = find(task) if isinstance(task, str) else task
@@ -64,13 +71,14 @@ def task(
         raise ArgumentError(f"a task is a Task, or the name of one; got {asked!r}.")
     model, certificate = context.certified(lm)
     limit = context.session.limit if limit is None else limit
+    settings: dict[str, Any] = {"limit": limit, "fewshot": fewshot, "truncate": truncate, "seed": seed}
+    settings |= {"chat": context.session.chat if chat is None else chat, "system": system}
     if asked.prepare is not None:
-        setting = Setting(
-            model, shots, limit, context.session.mirror, asked.name in context.session.trusted, context.session.say
-        )
+        in_turns = decide(settings["chat"], model, asked, lambda: None, system).on
+        may_run, say = asked.name in context.session.trusted, context.session.say
+        setting = Setting(model, shots, limit, context.session.mirror, may_run, say, in_turns, system)
         asked, shots = asked.prepare(setting), 0
-    shots = shots or 0
-    settings: dict[str, Any] = {"shots": shots, "limit": limit, "fewshot": fewshot, "truncate": truncate, "seed": seed}
+    settings["shots"] = shots or 0
     rows = batch_size or context.session.batch or BATCH
     if rows == "auto":
         rows = _rows_that_fit(model, Asking(asked, **settings, data_dir=context.session.mirror))
@@ -98,7 +106,8 @@ def _rows_that_fit(lm: Model, asking: Asking) -> int:
     """The rows of a batch that fit into memory by estimate, as long as the longest of the first 256 questions."""
     first = list(islice(asking.questions(lm).encoded, LOOKED_AT))
     longest = max((len(request.ids) for one in first for request in one.requests), default=1)
-    answers = (one.question.max_tokens if isinstance(one.question, Generate) else 0 for one in first)
+    ways = (way for one in first for way in (one.question.generated if isinstance(one.question, Requests) else (one.question,)))
+    answers = (way.max_tokens if isinstance(way, Generate) else 0 for way in ways)
     scored = max((request.asked for one in first for request in one.requests), default=1)
     return rows_that_fit(lm, longest + max(answers, default=0), max(1, scored))
 
@@ -134,6 +143,8 @@ def measure_task(
     fewshot: Fewshot = "document",
     truncate: Truncate = "left",
     seed: int = 0,
+    chat: ChatMode = False,
+    system: str | None = None,
     data_dir: str | Path | None = None,
     examples: str | Path | None = None,
     kept: str | Path | None = None,
@@ -146,6 +157,7 @@ def measure_task(
     limit     ask the first `limit` questions only
     truncate  what does not fit the model's context: "left" drops few-shot examples, from the first on and each as a whole, then
               tokens on the left of the question, never the description, and counts both; "refuse" is an error
+    chat      ask in turns, or "auto" (see `scoring._chat.decide`), with this `system` prompt
     examples  write each answer to this file of JSON lines
     kept      keep in this file what is read, as each batch ends, and read nothing again that it holds (see `AnswerStore`)
 
@@ -163,7 +175,9 @@ def measure_task(
     proven = certificate is not None and certificate.verdict != CONSISTENT
     store = AnswerStore(kept, _plan(policy), alone=policy.invariant, exchangeable=proven)
 
-    asking = Asking(task, shots, limit, fewshot, truncate, seed, data_dir)
+    asking = Asking(task, shots, limit, fewshot, truncate, seed, data_dir, chat, system)
+    if (in_turns := asking.in_turns(lm)).on:
+        lm = with_end_of_turn(lm)
 
     def measured() -> TaskResult:
         began, reading = time.perf_counter(), TaskReading(Engine(lm, policy), asking, store, progress)
@@ -180,7 +194,7 @@ def measure_task(
                 "again."
             )
             return measured()
-        return _result_of(reading, began)
+        return _result_of(reading, began, in_turns)
 
     result = measured()
     if examples is not None:
@@ -196,7 +210,7 @@ def _plan(policy: Policy) -> str:
     return key_of(plan=[policy.invariant, policy.batch_size, *how])[:12]
 
 
-def _result_of(reading: TaskReading, began: float) -> TaskResult:
+def _result_of(reading: TaskReading, began: float, in_turns: Decision) -> TaskResult:
     """The recorded answers of a task that was read to its end."""
     asking, task, answered = reading.asking, reading.asking.task, reading.answered
     settings = {
@@ -205,11 +219,15 @@ def _result_of(reading: TaskReading, began: float) -> TaskResult:
         "limit": asking.limit,
         "seed": asking.seed,
         "truncate": asking.truncate,
+        "chat": "on" if in_turns.on else "off",
+        **({"system": asking.system} if asking.system else {}),
         **({"generation": sorted(reading.generation)} if reading.generation else {}),
     }
     values = compute(reading.metrics, answered, seed=asking.seed, threshold=task.threshold)
     not_questions = len(reading.questions.not_questions)
     counts: dict[str, Any] = {"not_questions": not_questions, "audit_seconds": reading.audit.seconds}
+    if reading.with_special:
+        counts["special_tokens"] = reading.with_special
     if reading.from_other_batches:
         counts["from_other_batches"] = reading.from_other_batches
     if reading.verdict is not None:  # asking ended because of the answers: only the interval of the rate allows for that
@@ -220,8 +238,8 @@ def _result_of(reading: TaskReading, began: float) -> TaskResult:
         counts |= {"rate_is": reading.verdict, "not_asked": None if total is None else total - len(answered)}
     audit = reading.audit.result(answered)
     record = record_of(reading.engine, task, answered, values, norm_of(reading.metrics), settings, counts, audit)
-    cost = structs.replace(record.cost, seconds=time.perf_counter() - began)
-    return TaskResult(structs.replace(record, cost=cost), tuple(answered), reading.resumed)
+    cost, notes = structs.replace(record.cost, seconds=time.perf_counter() - began), [*in_turns.notes, *record.notes]
+    return TaskResult(structs.replace(record, cost=cost, notes=notes), tuple(answered), reading.resumed)
 
 
 def _rows_fingerprint(task: Task, context: VerbContext) -> str:

@@ -28,11 +28,12 @@ from pytest_lmeval.models._model import Model
 from pytest_lmeval.records._example import Example
 from pytest_lmeval.records._metric import Metric, judge_of
 from pytest_lmeval.scoring._answers import AnswerStore
+from pytest_lmeval.scoring._chat import Chat, ChatMode, Decision, decide
 from pytest_lmeval.scoring._fewshot import Fewshot, Shots, identity_of, question_of, rows_of
 from pytest_lmeval.scoring._metrics import combined_metrics, metrics_of, scored
 from pytest_lmeval.scoring._requests import EncodedQuestion, Encoder, Truncate
 from pytest_lmeval.statistics import _sequential as sequential
-from pytest_lmeval.tasks._questions import Choices, Generate, Judge, Requests, Task
+from pytest_lmeval.tasks._questions import AnyQuestion, Choices, Generate, Judge, Requests, Task
 
 BATCHES = 16  # in a block after the first: more questions share more, and a first block of one batch shows progress at once
 BLOCK_TOKENS = 1 << 16  # of the prompts of a block, at most: progress is shown, and answers are audited, block by block
@@ -66,6 +67,17 @@ class Asking:
     truncate: Truncate = "left"
     seed: int = 0
     data_dir: str | Path | None = None
+    chat: ChatMode = False
+    system: str | None = None
+
+    def in_turns(self, lm: Model) -> Decision:
+        """Whether it is asked in turns."""
+
+        def first() -> AnyQuestion | None:
+            asked = (question_of(self.task, row, where) for where, row in rows_of(self.task.rows, self.data_dir))
+            return next((question for question in asked if question is not None), None)
+
+        return decide(self.chat, lm, self.task, first, self.system)
 
     def questions(self, lm: Model) -> Questions:
         task, not_questions = self.task, list[int]()
@@ -84,14 +96,15 @@ class Asking:
             names = next((task.metrics_for(question, where) for _, where, _, question in first), ())
             found = chain(first, found)
         metrics = [] if task.combine is not None else metrics_of(list(dict.fromkeys((*names, "chance"))), task.name)
-        encoder = Encoder(lm, task, self.truncate, self.seed)
+        chat = Chat(lm, task, self.system or "") if self.in_turns(lm).on else None
+        encoder = Encoder(lm, task, self.truncate, self.seed, chat)
         shots = Shots(task, self.shots, self.fewshot, data_dir=self.data_dir, seed=self.seed)
 
         def encoded() -> Iterator[EncodedQuestion]:
             for number, where, row, question in found:
                 own = identity_of(task, row, where)
                 task.check(question, metrics, where)
-                yield encoder.encode(question, task.description, shots.texts(row, own), id=own, number=number)
+                yield encoder.encode(question, task.description, shots.questions(row, own), id=own, number=number)
 
         return Questions(metrics, islice(encoded(), self.limit), not_questions)
 
@@ -102,6 +115,7 @@ class TaskReading:
 
     answered            examples so far, in the order of their questions
     resumed             how many of them an earlier call had read, and `from_other_batches` in batches of another shape
+    with_special        questions in whose texts special tokens are written
     generation          how answers are generated, in words
     verdict             whether the rate of right answers is "above" or "below" the threshold of the task, once that is certain
     values              of a task that another harness scores: its numbers by row
@@ -114,6 +128,7 @@ class TaskReading:
     answered: list[Example] = field(default_factory=list)
     resumed: int = 0
     from_other_batches: int = 0
+    with_special: int = 0
     generation: set[str] = field(default_factory=set)
     verdict: str | None = None
     values: dict[int, Mapping[str, Any]] = field(default_factory=dict)
@@ -159,6 +174,7 @@ class TaskReading:
         self.audit.block(read, self.answered)
         self.from_other_batches += len(other)
         self.resumed += sum(answer.kept for answer in read)
+        self.with_special += sum(one.special for one in block)
         self.generation |= {
             f"at most {way.max_tokens} tokens, temperature {way.temperature:g}, until {list(way.stop)!r}"
             for one in block

@@ -13,7 +13,6 @@ from pytest_lmeval.data._rows import Rows
 from pytest_lmeval.engine import Engine
 from pytest_lmeval.measures._audit import spread_note
 from pytest_lmeval.models._identity import facts
-from pytest_lmeval.models._model import Model, special_pattern
 from pytest_lmeval.records._certificate import Audit
 from pytest_lmeval.records._example import Example
 from pytest_lmeval.records._measured import Cost, Record
@@ -68,8 +67,7 @@ def record_of(
     notes += [f"{details[name]:,} {name.replace('_', ' ')}" for name in NOTED if details.get(name)]
     in_metrics = {name: value.ties for name, value in values.items() if metric(name).norm is not None}
     notes += _tie_notes(task, len(answered), in_metrics or {"outputs": details["ties"]})
-    if special := _with_special_tokens(engine.lm, answered):
-        details["special_tokens"] = special
+    if special := counts.get("special_tokens"):
         how = "control tokens" if task.special_tokens else "text"
         notes.append(f"special tokens are written in {special:,} questions, read as {how}")
     return Record(
@@ -118,14 +116,6 @@ def _tie_notes(task: Task, questions: int, ties: dict[str, int]) -> list[str]:
         for count, tied in names.items()
         if count
     ]
-
-
-def _with_special_tokens(lm: Model, answered: Sequence[Example]) -> int:
-    """The number of questions whose prompt or choices have a special token written in them."""
-    if (pattern := special_pattern(lm)) is None:
-        return 0
-    texts = ("\0".join((one.prompt, *one.choices)) for one in answered)
-    return sum(pattern.search(text.encode()) is not None for text in texts)
 
 
 def _rows_name(rows: Any) -> str:

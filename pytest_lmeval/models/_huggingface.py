@@ -12,6 +12,7 @@ import inspect
 import json
 import pickle
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +267,19 @@ class HFTokenizer:
         ids = sorted(added | set(self.tokenizer.all_special_ids))
         return dict(zip(ids, map(str, self.tokenizer.convert_ids_to_tokens(ids)), strict=True))
 
+    @functools.cached_property
+    def control_tokens(self) -> tuple[str, ...]:
+        """The texts of the tokens by which a chat template divides turns: the special ones, and others that it writes."""
+        template, added = str(self.tokenizer.chat_template), self.tokenizer.added_tokens_decoder.values()
+        written = (one.content for one in added if one.content.strip() and one.content in template)
+        return tuple(dict.fromkeys((*self.special.values(), *written)))
+
+    @property
+    def apply_chat_template(self) -> Callable[..., Any] | None:
+        """That of transformers; None without a template."""
+        given = getattr(self.tokenizer, "chat_template", None)
+        return self.tokenizer.apply_chat_template if given else None
+
     def with_special_tokens(self) -> HFTokenizer:
         reading = copy.copy(self)
         reading.special_tokens = True
@@ -274,6 +288,15 @@ class HFTokenizer:
     def decode(self, ids: Any) -> str:
         """Return the text, without special tokens."""
         return str(self.tokenizer.decode(list(map(int, ids)), skip_special_tokens=True))
+
+    def encode_plain(self, text: str) -> np.ndarray:
+        """The ids of a text in which no token that was added to the vocabulary is found, special or not."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return np.asarray(self.encode(text)[0])
+        text = backend.normalizer.normalize_str(text) if backend.normalizer else text
+        words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)] if backend.pre_tokenizer else [text]
+        return np.asarray([token.id for word in words for token in backend.model.tokenize(word)], dtype=np.int64)
 
     def encode(self, text: str) -> tuple[Any, Any]:
         fast = bool(getattr(self.tokenizer, "is_fast", False))

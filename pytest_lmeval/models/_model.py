@@ -58,6 +58,10 @@ class Tokenizer(Protocol):
     `encode` reads special tokens that are written in a text, "<|im_end|>", as the characters that they are. `special` lets
     records say that there were some; `with_special_tokens()` gives the tokenizer that reads them as control tokens, of which
     `special_tokens` is True.
+
+    For questions in turns, `apply_chat_template(messages, add_generation_prompt=..., tokenize=False) -> text`, with messages
+    {"role", "content"}. Where the beginning of an answer is given, it is the last message, of the assistant, and
+    `continue_final_message=True` is passed too.
     """
 
     def encode(self, text: str) -> tuple[Any, Any]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pytest_lmeval.data._formats import Row
 from pytest_lmeval.data._rows import Rows
 from pytest_lmeval.errors import TaskError
-from pytest_lmeval.tasks._questions import Choices, Generate, Question, Requests, Task
+from pytest_lmeval.tasks._questions import AnyQuestion, Choices, Generate, Question, Requests, Task
 from pytest_lmeval.tasks._rows import guarded, id_of
 
 Fewshot = Literal["document", "lm_eval"]
@@ -37,7 +37,7 @@ def identity_of(task: Task, row: Row, where: str) -> str:
         raise TaskError(f"{task}, {where}: {error}") from None
 
 
-def question_of(task: Task, row: Row, where: str) -> Question | None:
+def question_of(task: Task, row: Row, where: str) -> AnyQuestion | None:
     """The question that `ask` makes of a row. Raises TaskError with the row for a missing field and any other failure."""
     try:
         question = task.ask(guarded(row))
@@ -91,14 +91,10 @@ class Shots:
             raise TaskError(f"{self.task} is to be shown {self.count} example(s), and its rows for that are {what}")
         return pool
 
-    def texts(self, row: Row, own: str) -> list[str]:
-        """The texts of the few-shot examples before the question of `row`, whose id is `own`."""
+    def questions(self, row: Row, own: str) -> list[Question]:
+        """The few-shot examples before the question of `row`, whose id is `own`."""
         questions = (question_of(self.task, shot, f"example {id_of(shot)}") for shot in self.rows(row, own))
-        return [
-            shot.prompt + shot.target + self.task.fewshot_delimiter
-            for shot in questions
-            if isinstance(shot, Choices | Generate)
-        ]
+        return [shot for shot in questions if isinstance(shot, Choices | Generate)]
 
     def rows(self, row: Row, own: str) -> list[Row]:
         """The examples of `row`, whose id is `own`."""

@@ -4,27 +4,30 @@ Prompt and choice are tokenized together, blanks at the end of the prompt as par
 scoring begins earlier, where all choices still have the tokens of the prompt alone: the question counts as retokenized.
 
 What does not fit the model's context goes in this order: few-shot examples, the first of them first and each as a whole; then
-text at the beginning of the question. The beginning-of-sequence token and the description always stay. All choices of a
-question are read after the same text.
+text at the beginning of the question. The beginning-of-sequence token and the description always stay, and what a chat template
+writes. All choices of a question are read after the same text.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import re
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
 from pytest_lmeval.engine._tree import Request, common_prefix_len
 from pytest_lmeval.errors import TaskError
+from pytest_lmeval.models._chat import Rendered, encode
 from pytest_lmeval.models._identity import fingerprint, tokenizer_fingerprint
-from pytest_lmeval.models._model import Model
+from pytest_lmeval.models._model import Model, special_pattern
 from pytest_lmeval.models._source_code import code_digest
-from pytest_lmeval.tasks._questions import Choices, Generate, Question, Requests, Task
+from pytest_lmeval.scoring._chat import Chat, after_prefix, joined
+from pytest_lmeval.tasks._questions import AnyQuestion, Choices, Generate, Question, Requests, Task
 
 Truncate = Literal["left", "refuse"]
 
@@ -41,17 +44,19 @@ class EncodedQuestion:
     answers        how many of the requests, the last ones, are prompts to be answered
     truncated      tokens of the question that did not fit
     shots_dropped  few-shot examples that did not fit
+    special        a special token is written in its texts; those of a chat template do not count
     """
 
     id: str
     number: int
-    question: Question
+    question: AnyQuestion
     prompt: str
     key: str
     requests: list[Request]
     truncated: int = 0
     shots_dropped: int = 0
     retokenized: bool = False
+    special: bool = False
     sizes: tuple[int, ...] = ()
     answers: int = 0
 
@@ -67,7 +72,8 @@ class _Reading:
 
     requests  each begins with the same `context_len` tokens
     before    how many of these stand before the text: the beginning-of-sequence token
-    ends      [n] byte of the text where each token of the prompt ends
+    ends      [n] byte of the text where each token of the prompt ends; empty in a chat
+    written   where special tokens are text in a chat
     """
 
     prompt: str
@@ -75,6 +81,7 @@ class _Reading:
     before: int
     ends: np.ndarray
     retokenized: bool = False
+    written: tuple[tuple[int, int], ...] | None = None
 
     @property
     def context_len(self) -> int:
@@ -114,12 +121,14 @@ class Encoder:
     """Encodes the questions of a task for a model. Raises TaskError, with the row, for what cannot be scored.
 
     truncate  drop what does not fit the model's context: examples, then tokens on the "left" of the question; or "refuse" it
+    chat      asks in turns, if given
     """
 
     lm: Model
     task: Task
     truncate: Truncate = "left"
     seed: int = 0
+    chat: Chat | None = None
 
     def __post_init__(self) -> None:
         if self.truncate not in ("left", "refuse"):
@@ -130,14 +139,14 @@ class Encoder:
 
     def encode(
         self,
-        question: Question,
+        question: AnyQuestion,
         description: str = "",
-        examples: Sequence[str] = (),
+        examples: Sequence[Question] = (),
         *,
         id: str,  # noqa: A002 - its keyword
         number: int,
     ) -> EncodedQuestion:
-        """`description` and few-shot `examples` are the texts before the prompt."""
+        """`description` and few-shot `examples` stand before the question."""
         where = f"{self.task}, row {number} ({id})"
         if isinstance(question, Requests):
             return self._of_another_harness(question, where, id=id, number=number)
@@ -145,11 +154,13 @@ class Encoder:
         limit = self.lm.limit
         longest = None if limit is None else limit - room if room else limit + 1  # the last token of a choice is not read
 
-        def reading(dropped: int) -> _Reading:
-            prompt = description + "".join(examples[dropped:]) + question.prompt
-            if isinstance(question, Choices):
-                return self._choices(prompt, question.choices, where)
-            return self._prompt(prompt, where)
+        def reading(dropped: int, asked: Question = question) -> _Reading:
+            if self.chat is not None:
+                return self._in_turns(self.chat, description, examples[dropped:], asked, where)
+            shown = (
+                _opened(shot) + after_prefix(shot, shot.target) + self.task.fewshot_delimiter for shot in examples[dropped:]
+            )
+            return self._answered(description + "".join(shown) + _opened(asked), asked, where)
 
         found, dropped, truncated = reading(0), 0, 0
         if longest is not None and len(found) > longest:
@@ -159,19 +170,31 @@ class Encoder:
                 dropped = 1 + bisect_left(range(1, len(examples)), True, key=lambda count: len(reading(count)) <= longest)
                 found = reading(dropped)
             if len(found) > longest:
-                whole, found = found, self._fitted(found, description, longest, room, where)
+                whole = found
+                if self.chat is not None:
+                    prompts = self._cut(question.prompt)
+                    fits = bisect_left(
+                        prompts, True, key=lambda prompt: len(reading(dropped, replace(question, prompt=prompt))) <= longest
+                    )
+                    if fits == len(prompts):
+                        raise self._too_long(whole, room, where, "Its other turns alone do not fit.")
+                    found = reading(dropped, replace(question, prompt=prompts[fits]))
+                else:
+                    found = self._fitted(whole, description, longest, room, where)
                 truncated = len(whole) - len(found)
         drawn = [id] if isinstance(question, Generate) and question.temperature else []  # it seeds the random numbers
+        turns = [] if found.written is None else [("chat", found.written)]
         return EncodedQuestion(
             id,
             number,
             question,
             found.prompt,
-            self._key(question, found.prompt, *drawn),
+            self._key(question, found.prompt, *turns, *drawn),
             found.requests,
             truncated,
             dropped,
             found.retokenized,
+            self._has_special(description, examples[dropped:], question),
             answers=int(isinstance(question, Generate)),
         )
 
@@ -184,12 +207,12 @@ class Encoder:
         """Its requests by the rules of lm_eval, which cuts tokens on the left, whatever they are."""
         scored = [[self._pair(context, continuation, where)] for context, continuation in question.scored]
         rolling = [self._windows(text, where) for text in question.rolling]
-        prompts = [self._prompt(one.prompt, where).requests[0].ids for one in question.generated]
+        prompts = [self._prompt(one.prompt, where, None).requests[0].ids for one in question.generated]
         limit, requests, truncated = self.lm.limit, [one for some in scored + rolling for one in some], 0
         if limit is not None:
             longest = [limit + 1] * len(requests) + [limit - one.max_tokens for one in question.generated]
             whole = [*requests, *(Request(ids, len(ids)) for ids in prompts)]
-            cut = [self._cut(one, most, where) for one, most in zip(whole, longest, strict=True)]
+            cut = [self._tail(one, most, where) for one, most in zip(whole, longest, strict=True)]
             truncated = sum(len(one.ids) - len(rest.ids) for one, rest in zip(whole, cut, strict=True))
             requests, prompts = cut[: len(requests)], [one.ids for one in cut[len(requests) :]]
         return EncodedQuestion(
@@ -240,7 +263,7 @@ class Encoder:
             for begin, end in zip([0, *ends], ends, strict=False)
         ]
 
-    def _cut(self, request: Request, most: int, where: str) -> Request:
+    def _tail(self, request: Request, most: int, where: str) -> Request:
         """The last `most` ids of a request."""
         if (over := len(request.ids) - most) <= 0:
             return request
@@ -256,31 +279,66 @@ class Encoder:
         ends = getattr(self.lm.tokenizer, "ends", None)  # of a transformers model: from its generation config
         return [fingerprint(self.lm), tokenizer_fingerprint(self.lm), self.lm.dtype, self.lm.limit, ends, self.seed, judge]
 
-    def _choices(self, prompt: str, choices: tuple[str, ...], where: str) -> _Reading:
+    def _in_turns(self, chat: Chat, description: str, examples: Sequence[Question], question: Question, where: str) -> _Reading:
+        """The reading of a question that is asked in turns."""
+        try:
+            rendered = chat.rendered(description, examples, question)
+            found = self._answered(rendered.text, question, where, rendered)
+        except TaskError as error:
+            raise error if str(error).startswith(where) else TaskError(f"{where}: {error}") from error
+        return replace(found, written=rendered.written)
+
+    def _answered(self, prompt: str, question: Question, where: str, rendered: Rendered | None = None) -> _Reading:
+        """The reading of a prompt and its answers; `rendered` is the conversation of which it is the text."""
+        if not isinstance(question, Choices):
+            return self._prompt(prompt, where, rendered)
+        made = after_prefix if self.chat is None else self.chat.choice
+        return self._choices(prompt, [made(question, choice) for choice in question.choices], where, rendered)
+
+    def _choices(self, prompt: str, choices: Sequence[str], where: str, rendered: Rendered | None) -> _Reading:
         bare = prompt.rstrip()
-        blanks, (alone, ends) = prompt[len(bare) :], self._encoded(bare)
-        together = [self._encoded(prompt + choice if bare else blanks + choice)[0] for choice in choices]
+        blanks, (alone, ends) = prompt[len(bare) :], self._encoded(bare, rendered)
+        together = [self._encoded(prompt + choice if bare else blanks + choice, rendered)[0] for choice in choices]
         boundary = min(common_prefix_len(alone, ids) for ids in together)
-        prefix = self._prefix(alone[:boundary])
+        prefix = self._prefix(alone[:boundary], rendered)
         if not boundary + len(prefix):
             raise TaskError(
                 f"{where}: nothing stands before the first token of its choices, so that token cannot be scored. The prompt is "
                 "empty (or merges with the choices), and the tokenizer has no beginning-of-sequence token."
             )
         for choice, ids in zip(choices, together, strict=True):
-            if len(ids) <= boundary:
+            if len(ids) <= boundary or not choice:
                 raise TaskError(f"{where}: the choice {choice!r} is empty after tokenizing: it would always win.")
         context_len = len(prefix) + boundary
         requests = [Request(np.concatenate([prefix, ids]), context_len) for ids in together]
         return _Reading(prompt, requests, len(prefix), ends, boundary < len(alone))
 
-    def _prompt(self, prompt: str, where: str) -> _Reading:
-        alone, ends = self._encoded(prompt)
-        prefix = self._prefix(alone)
+    def _prompt(self, prompt: str, where: str, rendered: Rendered | None) -> _Reading:
+        alone, ends = self._encoded(prompt, rendered)
+        prefix = self._prefix(alone, rendered)
         ids = np.concatenate([prefix, alone])
         if not len(ids):
             raise TaskError(f"{where}: the prompt is empty, and the tokenizer has no beginning-of-sequence token.")
         return _Reading(prompt, [Request(ids, len(ids))], len(prefix), ends)
+
+    def _cut(self, prompt: str) -> list[str]:
+        """The prompt without its first tokens, as many as whole characters end with, one after another; the last has text."""
+        raw, (_, ends) = prompt.encode(), self._encoded(prompt)
+        whole = (end for end in dict.fromkeys(ends.tolist()) if end < len(raw) and raw[end] & 0xC0 != 0x80)
+        return [cut for end in whole if (cut := raw[end:].decode()).strip()]
+
+    def _has_special(self, description: str, examples: Sequence[Question], question: Question) -> bool:
+        """Whether a special token is written in the texts of a question, of what stands before it, or of its choices."""
+        if self._special is None:
+            return False
+        texts = [description, "" if self.chat is None else self.chat.system, *getattr(question, "choices", ())]
+        texts += [text for one in (*examples, question) for text in (one.prompt, one.answer_prefix)]
+        texts += [shot.target for shot in examples]
+        return self._special.search("\0".join(texts).encode()) is not None
+
+    @functools.cached_property
+    def _special(self) -> re.Pattern[bytes] | None:
+        return special_pattern(self.lm)
 
     def _fitted(self, whole: _Reading, description: str, longest: int, room: int, where: str) -> _Reading:
         """The reading without text at the beginning of the question; `room` tokens are left for a generated answer."""
@@ -297,18 +355,27 @@ class Encoder:
         more = f", and {room:,} to be generated" if room else ""
         return TaskError(f"{where} is {len(reading):,} tokens{more}; {self.lm.spec} reads {self.lm.limit:,}. {help_}")
 
-    def _prefix(self, ids: np.ndarray) -> np.ndarray:
-        """The ids [p] that the tokenizer puts before a prompt of these ids, unless it begins with them."""
+    def _prefix(self, ids: np.ndarray, rendered: Rendered | None = None) -> np.ndarray:
+        """The ids [p] that the tokenizer puts before a prompt of these ids, unless it begins with them; none before turns,
+        whose template writes its own."""
         tokenizer: Any = self.lm.tokenizer
         bos, eos = getattr(tokenizer, "bos", None), getattr(tokenizer, "eos", None)
         prefix = tuple(getattr(tokenizer, "prefix", () if bos is None else (bos,)))
         first = bos if bos is not None else eos
         if not len(ids) and first is not None:
             prefix = prefix or (first,)
-        return np.array(() if prefix and tuple(ids[: len(prefix)]) == prefix else prefix, dtype=np.int64)
+        there = rendered is not None or (prefix and tuple(ids[: len(prefix)]) == prefix)
+        return np.array(() if there else prefix, dtype=np.int64)
 
-    def _encoded(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of a text [n], and the byte where each ends [n]."""
+    def _encoded(self, text: str, rendered: Rendered | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of a text [n], and the byte where each ends [n], which is not known of a rendered conversation."""
         assert self.lm.tokenizer is not None
+        if rendered is not None:
+            return encode(self.lm, rendered, text), np.empty(0, dtype=np.int64)
         ids, ends = self.lm.tokenizer.encode(text)
         return np.asarray(ids, dtype=np.int64), np.asarray(ends, dtype=np.int64)
+
+
+def _opened(question: Question) -> str:
+    """The prompt and the beginning of its answer, without turns."""
+    return joined(question.prompt, question.answer_prefix)

@@ -32,11 +32,13 @@ if TYPE_CHECKING:
 class Choices:
     """A question with given answers: each is scored as a continuation of the prompt, all texts exactly as given.
 
-    prompt   text before the answer; may be empty
-    choices  at least one, each with the blank that divides it from the prompt. A single one is a cloze: would the model say it?
-    answer   index of the right choice, or indices if any of several is right
-    group    what this question shares with others (a passage): their answers are not independent, and intervals are wider
-    texts    one for each choice, which metrics of text compare in its place: the name that fills the gap of a sentence
+    prompt         text before the answer; may be empty
+    choices        at least one, each with the blank that divides it from the prompt. A single one is a cloze: would the model
+                   say it?
+    answer         index of the right choice, or indices if any of several is right
+    group          what this question shares with others (a passage): their answers are not independent, and intervals are wider
+    texts          one for each choice, which metrics of text compare in its place: the name that fills the gap of a sentence
+    answer_prefix  see `Generate`
     """
 
     prompt: str
@@ -44,9 +46,10 @@ class Choices:
     answer: int | tuple[int, ...]
     group: str | None = None
     texts: tuple[str, ...] = ()
+    answer_prefix: str = ""
 
     def __post_init__(self) -> None:
-        _check_text("the prompt is a text, and this one", self.prompt)
+        _check_texts(self)
         _check_group(self.group)
         for name in ("choices", "texts"):
             object.__setattr__(self, name, texts(name, getattr(self, name)))
@@ -85,13 +88,15 @@ class Choices:
 class Generate:
     """A question whose answer the model generates.
 
-    prompt       text before the answer
-    answers      right texts; () if there is nothing to compare with (see `Task.judge`)
-    stop         texts that end the answer and are no part of it: the first in the text does. A special token is written as in
-                 the vocabulary: "<|im_end|>"
-    max_tokens   largest number of tokens of the answer
-    temperature  0 takes the likeliest token; above 0 tokens are drawn, with a seed for each row
-    group        see `Choices`
+    prompt         text before the answer
+    answers        right texts; () if there is nothing to compare with (see `Task.judge`)
+    stop           texts that end the answer and are no part of it: the first in the text does. A special token is written as in
+                   the vocabulary: "<|im_end|>"
+    max_tokens     largest number of tokens of the answer
+    temperature    0 takes the likeliest token; above 0 tokens are drawn, with a seed for each row
+    group          see `Choices`
+    answer_prefix  how the answer begins, such as "The answer is", which is given and no part of it: the beginning of the
+                   assistant's turn in a chat; without turns it follows the prompt, after a blank if neither has one there
     """
 
     prompt: str
@@ -100,9 +105,10 @@ class Generate:
     max_tokens: int = 256
     temperature: float = 0.0
     group: str | None = None
+    answer_prefix: str = ""
 
     def __post_init__(self) -> None:
-        _check_text("the prompt is a text, and this one", self.prompt)
+        _check_texts(self)
         _check_group(self.group)
         for name in ("answers", "stop"):
             object.__setattr__(self, name, texts(name, getattr(self, name)))
@@ -147,8 +153,9 @@ class Requests:
         return next((text for text, _ in self.scored), next((one.prompt for one in self.generated), ""))
 
 
-Question: TypeAlias = "Choices | Generate | Requests"
-Ask: TypeAlias = "Callable[[Row], Question | None]"
+Question: TypeAlias = "Choices | Generate"
+AnyQuestion: TypeAlias = "Choices | Generate | Requests"
+Ask: TypeAlias = "Callable[[Row], AnyQuestion | None]"
 Judge: TypeAlias = "Callable[[str], bool | None]"
 
 
@@ -162,8 +169,7 @@ class Setting:
     data_dir  a mirror to read data from
     trusted   it may run code that the model writes
     say       prints a line at once
-    chat      renders turns as the text that the model reads (`lm_eval`'s `apply_chat_template`); None: no chat
-    system    text before everything
+    in_turns  by the chat template of the model, with this `system` prompt
     """
 
     lm: Model
@@ -172,7 +178,7 @@ class Setting:
     data_dir: str | Path | None = None
     trusted: bool = False
     say: Callable[[str], None] | None = None
-    chat: Callable[..., str] | None = None
+    in_turns: bool = False
     system: str | None = None
 
 
@@ -257,7 +263,7 @@ class Task:
         """What a tie counts (see `Example`): the first of equal choices all, where the numbers of lm_eval are promised."""
         return "first" if self.style == "lm_eval" else "shared"
 
-    def metrics_for(self, question: Question, where: str) -> tuple[str, ...]:
+    def metrics_for(self, question: AnyQuestion, where: str) -> tuple[str, ...]:
         """The names of the metrics; the default ones are chosen for this question. Raises TaskError if there is none."""
         if self.metrics is not None:
             return self.metrics
@@ -272,7 +278,7 @@ class Task:
             )
         return ("exact_match",) if self.judge is None else ("rate",)
 
-    def check(self, question: Question, metrics: Iterable[Metric], where: str) -> None:
+    def check(self, question: AnyQuestion, metrics: Iterable[Metric], where: str) -> None:
         """Raise TaskError if one of the metrics cannot be computed from the answer to this question."""
         if isinstance(question, Requests):
             return
@@ -384,6 +390,11 @@ def _check_text(what: str, text: Any) -> None:
         raise TaskError(f"{what} is {text!r}, of type {type(text).__name__}.")
     if wrong := lone_surrogate(text):
         raise TaskError(f"{what} has {wrong}")
+
+
+def _check_texts(question: Choices | Generate) -> None:
+    _check_text("the prompt is a text, and this one", question.prompt)
+    _check_text("the answer_prefix is a text, and this one", question.answer_prefix)
 
 
 def _check_group(group: Any) -> None:
