@@ -37,7 +37,8 @@ def suite(lm: Any, suite: Suite | str, shots: int = 0, **options: Any) -> SuiteR
         except LmevalError as error:
             failed[member.name] = str(error)
     names = {name: tuple(result.record.metrics) for name, result in results.items()}  # of a task by default
-    members = {member.name: (member.metrics or names.get(member.name, ("",)))[0] for member in asked.tasks}
+    first = {member.name: () if member.score else member.metrics for member in asked.tasks}  # those of a scorer come first
+    members = {name: (metrics or names.get(name, ("",)))[0] for name, metrics in first.items()}
     metrics = {name: result.record.metrics[members[name]] for name, result in results.items()}
     costs = [result.record.cost for result in results.values()]
     record = Record(

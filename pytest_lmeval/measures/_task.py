@@ -30,6 +30,7 @@ from pytest_lmeval.scoring._answers import AnswerStore, write_examples
 from pytest_lmeval.scoring._fewshot import Fewshot, identity_of, rows_of
 from pytest_lmeval.scoring._metrics import compute
 from pytest_lmeval.scoring._requests import Truncate
+from pytest_lmeval.scoring._row_scores import scorer_name
 from pytest_lmeval.tasks import find
 from pytest_lmeval.tasks._questions import Generate, Task
 
@@ -200,10 +201,14 @@ def _result_of(reading: TaskReading, began: float) -> TaskResult:
         "seed": asking.seed,
         "truncate": asking.truncate,
         **({"generation": sorted(reading.generation)} if reading.generation else {}),
+        **({} if task.score is None else {"score": scorer_name(task.score)}),
     }
     values = compute(reading.metrics, answered, seed=asking.seed, threshold=task.threshold)
     not_questions = len(reading.questions.not_questions)
     counts: dict[str, Any] = {"not_questions": not_questions, "audit_seconds": reading.audit.seconds}
+    if task.score is not None:  # metrics by name, and whether their scores say that an answer is right
+        within = {name: all(0 <= (one.scores[name] or 0.0) <= 1 for one in answered) for name in reading.by_row}
+        counts["scored"] = {name: reading.by_row[name].judges and within[name] for name in within}
     if reading.from_other_batches:
         counts["from_other_batches"] = reading.from_other_batches
     if reading.verdict is not None:  # asking ended because of the answers: only the interval of the rate allows for that

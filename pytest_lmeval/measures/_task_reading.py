@@ -10,7 +10,7 @@ No answer depends on the others, or on their order or number.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,10 @@ from pytest_lmeval.scoring._answers import AnswerStore
 from pytest_lmeval.scoring._fewshot import Fewshot, Shots, identity_of, question_of, rows_of
 from pytest_lmeval.scoring._metrics import metrics_of, scored
 from pytest_lmeval.scoring._requests import EncodedQuestion, Encoder, Truncate
+from pytest_lmeval.scoring._row_scores import ONE, check_names, row_metrics, score_by_row
 from pytest_lmeval.statistics import _sequential as sequential
 from pytest_lmeval.tasks._questions import Choices, Generate, Judge, Task
+from pytest_lmeval.tasks._rows import guarded
 
 BATCHES = 16  # in a block after the first: more questions share more, and a first block of one batch shows progress at once
 BLOCK_TOKENS = 1 << 16  # of the prompts of a block, at most: progress is shown, and answers are audited, block by block
@@ -82,7 +84,8 @@ class Asking:
             first = list(islice(found, 1))
             names = next((task.metrics_for(question, where) for _, where, _, question in first), ())
             found = chain(first, found)
-        metrics = metrics_of(list(dict.fromkeys((*names, "chance"))), task.name)
+        others = [name for name in names if name != ONE]  # that of a scorer is known when it has scored an answer
+        metrics = metrics_of(list(dict.fromkeys((*others, "chance"))), task.name)
         encoder = Encoder(lm, task, self.truncate, self.seed)
         shots = Shots(task, self.shots, self.fewshot, data_dir=self.data_dir, seed=self.seed)
 
@@ -90,7 +93,8 @@ class Asking:
             for number, where, row, question in found:
                 own = identity_of(task, row, where)
                 task.check(question, metrics, where)
-                yield encoder.encode(question, task.description, shots.texts(row, own), id=own, number=number)
+                one = encoder.encode(question, task.description, shots.texts(row, own), id=own, number=number)
+                yield one if task.score is None else replace(one, row=guarded(row))
 
         return Questions(metrics, islice(encoded(), self.limit), not_questions)
 
@@ -102,6 +106,7 @@ class TaskReading:
     answered            examples so far, in the order of their questions
     resumed             how many of them an earlier call had read, and `from_other_batches` in batches of another shape
     generation          how answers are generated, in words
+    by_row              the metrics of the scorer of the task, once it has scored an answer
     verdict             whether the rate of right answers is "above" or "below" the threshold of the task, once that is certain
     """
 
@@ -113,13 +118,17 @@ class TaskReading:
     resumed: int = 0
     from_other_batches: int = 0
     generation: set[str] = field(default_factory=set)
+    by_row: dict[str, Metric] = field(default_factory=dict)
     verdict: str | None = None
 
     def __post_init__(self) -> None:
         self.questions = self.asking.questions(self.engine.lm)
-        self.metrics = self.questions.metrics
         self.audit = TaskAudit(self.engine, str(self.asking.task), self.store)
         self._confirmed = False
+
+    @property
+    def metrics(self) -> list[Metric]:
+        return [*self.by_row.values(), *self.questions.metrics]
 
     def to_the_end(self) -> None:
         """Ask all questions, or until the rate is certain. Raises Refused if an answer depends on the others (`TaskAudit`)."""
@@ -131,6 +140,10 @@ class TaskReading:
                 break
         self.audit.end(self.answered)
         self.answered = [self.audit.audited.get(example.number, example) for example in self.answered]
+        if task.score is not None:
+            self.by_row = self.by_row or row_metrics(task, ["score"], self.questions.metrics)
+            refused = dict.fromkeys(self.by_row, 0.0)
+            self.answered = [structs.replace(example, scores=refused | example.scores) for example in self.answered]
         if not self.answered:
             read = len(self.questions.not_questions)
             raise TaskError(f"{task} has no question: {read} row(s) were read, and none was one.")
@@ -143,8 +156,11 @@ class TaskReading:
         read = [
             answer
             for some in (other, [one for one in block if one.number not in numbers])
-            for answer in _answers(self.engine, some, self.metrics, self.asking.task, self.asking.seed, self.store)
+            for answer in _answers(self.engine, some, self.questions.metrics, self.asking.task, self.asking.seed, self.store)
         ]
+        if self.asking.task.score is not None:
+            rows = {one.number: one.row for one in block}
+            read = [replace(answer, example=self._scored_by_row(answer.example, rows)) for answer in read]
         read.sort(key=lambda answer: answer.example.number)
         if not self._confirmed and (earlier := [answer for answer in read if answer.earlier]):
             self.audit.confirm(earlier)
@@ -160,8 +176,18 @@ class TaskReading:
         }
         if self.progress is not None:
             judge = judge_of(self.metrics)
-            right = sum(example.scores[judge.name] or 0.0 for example in self.answered) if judge else 0.0
+            scores = [example.scores.get(judge.name) or 0.0 for example in self.answered] if judge else []
+            right = sum(min(max(score, 0.0), 1.0) for score in scores)
             self.progress(len(self.answered), right, number_of_questions(self.asking.task, self.asking.limit))
+
+    def _scored_by_row(self, example: Example, rows: dict[int, Any]) -> Example:
+        """The example with what the scorer of the task says. Its first scores say which metrics there are."""
+        task = self.asking.task
+        found = score_by_row(task, rows[example.number], example)
+        if found.scores:
+            self.by_row = self.by_row or row_metrics(task, [*found.scores], self.questions.metrics)
+            check_names(task, example, found, self.by_row)
+        return found.put_into(example)
 
 
 def _blocks(questions: Iterator[EncodedQuestion], batch_size: int, *, grow: bool) -> Iterator[list[EncodedQuestion]]:
@@ -214,6 +240,7 @@ def _answers(
             found[one.number] = {
                 "targets": tuple(text.strip() for text in way.answers),
                 "output": answer.text.strip(),
+                "outcome": "answered",
                 "judged": answer.judged,
                 "generated": "" if judge is None else answer.text,
                 "read": answer.read,

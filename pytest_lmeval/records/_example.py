@@ -10,6 +10,8 @@ from msgspec import structs
 from pytest_lmeval.records._metric import Norm
 from pytest_lmeval.records._schema import StoredStruct
 
+Outcome = Literal["", "answered", "refused"]
+
 FLOAT64 = 1e-12  # a larger relative difference is not the rounding of sums and quotients here
 
 
@@ -20,6 +22,9 @@ class Example(StoredStruct, frozen=True, kw_only=True):
     number          index of the row
     prompt          text that the model read, few-shot examples included; without what exceeds the model's context
     output          generated text, or the choice with the largest log-likelihood; stripped
+    outcome         what became of the answer: "answered"; "refused", if the scorer of the task could take nothing from it; a
+                    choice that was taken has none
+    extracted       metric -> what the scorer of the task took from the output as the answer proper
     target          a right text, stripped; None if there is nothing to compare with
     scores          metric -> score of this example; None if the metric does not apply to it
     key             hash of everything that decides the answer: model, prompt, question, seed, code of the judge
@@ -48,6 +53,8 @@ class Example(StoredStruct, frozen=True, kw_only=True):
     number: int
     prompt: str
     output: str = ""
+    outcome: Outcome = ""
+    extracted: dict[str, str] = {}
     target: str | None = None
     scores: dict[str, float | None] = {}
     key: str = ""

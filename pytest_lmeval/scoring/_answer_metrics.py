@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from pytest_lmeval.records._example import Example
 from pytest_lmeval.records._metric import Estimate, Metric, Needs, Norm
 from pytest_lmeval.scoring._text_metrics import LOSS
 from pytest_lmeval.statistics._estimate import FEWEST_UNITS
+from pytest_lmeval.tasks.scores._texts import squad
 
 NO_ANSWER = ("unanswerable", "")  # outputs that say that the text does not tell the answer
 REPLICATES = 500
@@ -34,12 +35,12 @@ def answerable(example: Example) -> bool:
 
 def exact_match(example: Example) -> float:
     """1 if the output is one of the targets, ignoring case, punctuation and articles (Rajpurkar et al. 2016)."""
-    return _squad(example.output, example.targets if answerable(example) else NO_ANSWER)[0]
+    return squad(example.output, example.targets if answerable(example) else NO_ANSWER)[0]
 
 
 def squad_f1(example: Example) -> float:
     """F1 over words, the best over the targets; 0 or 1 where the text does not tell the answer."""
-    return _squad(example.output, example.targets)[1] if answerable(example) else exact_match(example)
+    return squad(example.output, example.targets)[1] if answerable(example) else exact_match(example)
 
 
 def is_right(example: Example) -> float:
@@ -52,15 +53,6 @@ def units_of(examples: Sequence[Example]) -> np.ndarray:
     keys = [(example.group,) if example.group is not None else (example.id, example.number) for example in examples]
     index = {key: number for number, key in enumerate(dict.fromkeys(keys))}
     return np.array([index[key] for key in keys])
-
-
-@lru_cache(maxsize=2**15)  # for several metrics
-def _squad(answer: str, targets: tuple[str, ...]) -> tuple[float, float]:
-    """Exact match and F1."""
-    from torchmetrics.functional.text.squad import squad
-
-    found = squad({"id": "", "prediction_text": answer}, {"id": "", "answers": {"text": list(targets)}})
-    return float(found["exact_match"]) / 100, float(found["f1"]) / 100
 
 
 def _f1(labels: np.ndarray, predictions: np.ndarray, weights: np.ndarray, average: str = "binary") -> float:
@@ -243,6 +235,11 @@ METRICS = {
             lambda example: float(example.judged is True),
             needs="an output to be judged",
             higher_is_better=None,
+        ),
+        _mean(
+            "score",
+            "mean of what the scorer of the task says of an answer and its row: 1 right; 0 wrong, or nothing to be taken",
+            lambda example: example.scores["score"],
         ),
         Metric("average", about="mean of the first metrics of the tasks of a suite"),
     )

@@ -14,7 +14,7 @@ import functools
 import hashlib
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -38,6 +38,7 @@ class EncodedQuestion:
     requests       one for each choice; the prompt alone if the answer is generated
     truncated      tokens of the question that did not fit
     shots_dropped  few-shot examples that did not fit
+    row            that it was made of, as `ask` was given it
     """
 
     id: str
@@ -49,6 +50,7 @@ class EncodedQuestion:
     truncated: int = 0
     shots_dropped: int = 0
     retokenized: bool = False
+    row: Any = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)

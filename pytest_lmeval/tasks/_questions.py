@@ -123,6 +123,22 @@ Judge: TypeAlias = "Callable[[str], bool | None]"
 
 
 @dataclass(frozen=True)
+class Extracted:
+    """What a scorer took from an answer as the answer proper, beside what it says of it (see `Task.score`).
+
+    text   such as "42"; what the examples show, and what a majority of several answers is counted of
+    score  True or 1 for a right answer, False or 0 for a wrong one, or another finite number
+    """
+
+    text: str
+    score: bool | float
+
+
+Score: TypeAlias = "bool | float | Extracted | Mapping[str, bool | float | Extracted | None] | None"
+Scorer: TypeAlias = "Callable[[Row, str], Score]"
+
+
+@dataclass(frozen=True)
 class Task:
     """A task. `rows` and `shots` are a dataset of the hub or a file (`Rows`, or its name), a list, or a function that returns
     an iterator. The first row of a list is asked at once, so that a metric that cannot be computed is refused here.
@@ -131,12 +147,17 @@ class Task:
     rows               one question each
     ask                row -> question; None for a row that is none (counted)
     metrics            names of metrics of answers (`lmeval list metrics`); suites average the first. By default, as the first
-                       question says: accuracy of choices; of generated answers exact_match, or rate where there is a judge
+                       question says: accuracy of choices; of generated answers exact_match, or rate where there is a judge.
+                       Those of a `score` come before these, and by default alone (or beside rate)
     shots              rows of few-shot examples; () for none
     fewshot_strategy   "draw": each question draws its own, by its hash; "first": all show the first ones
     description        text before everything, once
     fewshot_delimiter  text after each few-shot example
     judge              generated text so far -> True or False as soon as that is certain, else None; see the metric "rate"
+    score              (row, answer) -> what the finished answer is worth: of the generated text, stripped, or the text of the
+                       chosen choice. A truth value or number is the metric `score`; several by name are one metric each, the
+                       same names on every row; None: nothing can be taken from the answer, which counts as 0. A number may come
+                       as `Extracted`. `tasks.scores` has ready ones
     threshold          is the rate of answers judged True above or below it? Asking ends as soon as that is certain
     style              whose prompts these are, recorded: "lm_eval" are those of that harness, whose rule for ties is kept too
     version            raised when the prompts or the rules change
@@ -153,6 +174,7 @@ class Task:
     description: str = ""
     fewshot_delimiter: str = "\n\n"
     judge: Judge | None = None
+    score: Scorer | None = None
     threshold: float | None = None
     style: str = "own"
     version: int = 1
@@ -167,13 +189,15 @@ class Task:
             _check_text(f"{self}: {name} is a text, and this one", getattr(self, name))
         for name in ("rows", "shots"):
             object.__setattr__(self, name, _rows(f"{self}: {name}", getattr(self, name)))
-        for name in ("ask", "judge"):
+        for name in ("ask", "judge", "score"):
             if not callable(given := getattr(self, name)) and (name == "ask" or given is not None):
                 raise TaskError(f"{self}: {name} is {given!r}, of type {type(given).__name__}; it is a function.")
         if self.fewshot_strategy not in ("draw", "first"):
             raise TaskError(f"{self}: fewshot_strategy is {self.fewshot_strategy!r}. It is 'draw' or 'first'.")
         if self.judge is None and "rate" in (self.metrics or ()):
             raise TaskError(f"{self}: the metric 'rate' is the fraction of answers judged True, and there is no judge.")
+        if self.score is None and "score" in (self.metrics or ()):
+            raise TaskError(f"{self}: the metric 'score' is what the task's `score` says of an answer, and there is none.")
         if self.threshold is not None:
             if not _is_number(self.threshold, Real) or not 0 < self.threshold < 1:
                 raise TaskError(f"{self}: threshold is {self.threshold!r}. A rate is compared with a number between 0 and 1.")
@@ -195,12 +219,14 @@ class Task:
         """The names of the metrics; the default ones are chosen for this question. Raises TaskError if there is none."""
         if self.metrics is not None:
             return self.metrics
+        if self.score is not None:
+            return () if self.judge is None else ("rate",)
         if isinstance(question, Choices):
             return ("accuracy",)
         if self.judge is None and not question.answers:
             raise TaskError(
                 f"{self}, {where}: its answer is generated, with answers=() to compare it with and no judge, so nothing says "
-                "what is right. Give `answers`, a `judge`, or a metric that needs neither (`lmeval list metrics`)."
+                "what is right. Give `answers`, a `score`, a `judge`, or a metric that needs none (`lmeval list metrics`)."
             )
         return ("exact_match",) if self.judge is None else ("rate",)
 
