@@ -288,7 +288,7 @@ def ask(row):
 
 
 def say(row):
-    return Generate(f"{row['text']} {row['n']} is", ("x",), max_tokens=6)
+    return Generate(f"{row['text']} {row['n']} is", ("x",), (), max_tokens=6)
 
 
 CHOOSES, GENERATES = Task("parity", ROWS, ask), Task("generates", ROWS, say, ("exact_match",))

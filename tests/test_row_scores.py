@@ -28,7 +28,7 @@ ROWS = [{"n": n} for n in range(12)]
 
 
 def ask(row):
-    return Generate(f"{row['n']} is", (), max_tokens=4)
+    return Generate(f"{row['n']} is", (), (), max_tokens=4)
 
 
 def choose(row):
@@ -45,7 +45,7 @@ def even(row, answer):
 
 def test_a_truth_value_is_the_metric_score_a_proportion():
     result = scored(even)
-    assert list(result.record.metrics) == ["score"]
+    assert list(result.record.metrics) == ["score", "cut_off"]
     assert (result.score, result.score.n, result.score.higher_is_better) == (0.5, 12, True)
     assert result.score.interval == pytest.approx((0.2538, 0.7462), abs=1e-4)  # Wilson's
     assert [example.scores["score"] for example in result.examples] == [1, 0] * 6
@@ -53,7 +53,7 @@ def test_a_truth_value_is_the_metric_score_a_proportion():
 
 def test_several_by_name_are_a_metric_each_and_numbers_beyond_0_and_1_have_students_interval():
     result = scored(lambda row, answer: {"even": even(row, answer), "third": row["n"] / 3, "exact_match": np.float32(0.5)})
-    assert list(result.record.metrics) == ["even", "third", "exact_match"]
+    assert list(result.record.metrics) == ["even", "third", "exact_match", "cut_off"]
     n, sd = 12, np.std([row["n"] / 3 for row in ROWS], ddof=1)
     assert result.third.high - result.third == pytest.approx(2.2 * sd / math.sqrt(n), rel=0.05)
     assert result.exact_match == 0.5
@@ -158,9 +158,9 @@ def test_a_name_that_means_something_else_is_refused(name, metrics, message):
 
 def test_a_judge_and_metrics_stand_beside_a_scorer():
     task = Task("t", ROWS, ask, judge=lambda text: bool(text) or None, score=even)
-    assert list(measure_task(LM, task).record.metrics) == ["score", "rate"]
+    assert list(measure_task(LM, task).record.metrics) == ["score", "rate", "cut_off"]
     asked = Task("t", ROWS, lambda row: dataclasses.replace(ask(row), answers=("x",)), ("exact_match", "score"), score=even)
-    assert list(measure_task(LM, asked).record.metrics) == ["score", "exact_match"]
+    assert list(measure_task(LM, asked).record.metrics) == ["score", "exact_match", "cut_off"]
     with pytest.raises(TaskError, match="the metric 'score' is what the task's `score` says of an answer, and there is none"):
         Task("t", ROWS, ask, ("score",))
     with pytest.raises(TaskError, match="score is 'exact', of type str; it is a function"):
@@ -207,7 +207,7 @@ def test_a_name_that_no_scorer_and_no_package_declares_is_still_refused_by_a_gat
     forgotten = structs.replace(record, details={**record.details, "scored": {}})
     with pytest.raises(DocumentError, match="no installed package registers the metric own"):
         scores_of(forgotten, tmp_path)
-    assert scores_of(record, tmp_path).columns == {"own": [1] * 12}
+    assert scores_of(record, tmp_path).columns == {"own": [1] * 12, "cut_off": [0] * 12}
 
 
 def test_the_report_marks_answers_by_the_first_score_that_judges(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -23,8 +24,8 @@ from pytest_lmeval.models._model import Model, with_special_tokens
 from pytest_lmeval.records._certificate import CONSISTENT
 from pytest_lmeval.records._example import Example
 from pytest_lmeval.records._journal import ANSWERS, key_of, warn
-from pytest_lmeval.records._measured import Result
-from pytest_lmeval.records._metric import metric
+from pytest_lmeval.records._measured import Result, withheld_of
+from pytest_lmeval.records._metric import Metric, metric
 from pytest_lmeval.records._value import Value
 from pytest_lmeval.scoring._answers import AnswerStore, write_examples
 from pytest_lmeval.scoring._fewshot import Fewshot, identity_of, rows_of
@@ -113,6 +114,8 @@ class TaskResult(Result):
 
     def __getattr__(self, name: str) -> Value:
         metrics = self.record.metrics if not name.startswith("_") else {}
+        if name not in metrics and (why := withheld_of(self.record).get(name)):
+            raise TaskError(f"{self.record.subject}: {name} was not measured. {why}")
         if name not in metrics:
             known = ", ".join(metrics)
             raise AttributeError(f"{self.record.subject} has no metric {name!r}.{nearest(name, metrics)} It has {known}.")
@@ -202,6 +205,7 @@ def _result_of(reading: TaskReading, began: float) -> TaskResult:
         "truncate": asking.truncate,
         **({"generation": sorted(reading.generation)} if reading.generation else {}),
         **({} if task.score is None else {"score": scorer_name(task.score)}),
+        **({"thinking": sorted(reading.thinking)} if reading.thinking else {}),
     }
     values = compute(reading.metrics, answered, seed=asking.seed, threshold=task.threshold)
     not_questions = len(reading.questions.not_questions)
@@ -209,6 +213,9 @@ def _result_of(reading: TaskReading, began: float) -> TaskResult:
     if task.score is not None:  # metrics by name, and whether their scores say that an answer is right
         within = {name: all(0 <= (one.scores[name] or 0.0) <= 1 for one in answered) for name in reading.by_row}
         counts["scored"] = {name: reading.by_row[name].judges and within[name] for name in within}
+    values, withheld = _withheld(task, reading.metrics, values)
+    if withheld:
+        counts["withheld"] = withheld
     if reading.from_other_batches:
         counts["from_other_batches"] = reading.from_other_batches
     if reading.verdict is not None:  # asking ended because of the answers: only the interval of the rate allows for that
@@ -221,6 +228,21 @@ def _result_of(reading: TaskReading, began: float) -> TaskResult:
     record = record_of(reading.engine, task, answered, values, norm_of(reading.metrics), settings, counts, audit)
     cost = structs.replace(record.cost, seconds=time.perf_counter() - began)
     return TaskResult(structs.replace(record, cost=cost), tuple(answered), reading.resumed)
+
+
+def _withheld(task: Task, metrics: Sequence[Metric], values: dict[str, Value]) -> tuple[dict[str, Value], dict[str, str]]:
+    """The values without those that too many answers were cut off for, and of each of these why."""
+    share = values.get("cut_off")
+    if share is None or share <= task.most_cut_off:
+        return values, {}
+    n, cut = share.n or 0, round(share * (share.n or 0))
+    why = (
+        f"{cut:,} of {n:,} generated answers were cut off: they had no end within max_tokens, or did not end thinking. What "
+        f"they would have said is unknown, and they are more than most_cut_off={task.most_cut_off:g} allows. Raise max_tokens, "
+        "give the stop that ends an answer, or allow more."
+    )
+    about = {metric.name for metric in metrics if metric.judges or metric.needs == "targets to compare with"}
+    return {name: value for name, value in values.items() if name not in about}, {name: why for name in values if name in about}
 
 
 def _rows_fingerprint(task: Task, context: VerbContext) -> str:

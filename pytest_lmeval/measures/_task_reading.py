@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 from msgspec import structs
 
-from pytest_lmeval.engine import Engine, Prompt, Request, Scored
+from pytest_lmeval.engine import Answer, Engine, Prompt, Request, Scored
 from pytest_lmeval.engine._losses import token_rounding
 from pytest_lmeval.errors import NotFiniteError, TaskError
 from pytest_lmeval.measures._task_audit import Answered, TaskAudit
 from pytest_lmeval.measures._task_record import norm_of, number_of_questions
 from pytest_lmeval.models._model import Model
-from pytest_lmeval.records._example import Example
+from pytest_lmeval.records._example import Example, Outcome
 from pytest_lmeval.records._metric import Metric, judge_of
 from pytest_lmeval.scoring._answers import AnswerStore
 from pytest_lmeval.scoring._fewshot import Fewshot, Shots, identity_of, question_of, rows_of
@@ -85,7 +85,7 @@ class Asking:
             names = next((task.metrics_for(question, where) for _, where, _, question in first), ())
             found = chain(first, found)
         others = [name for name in names if name != ONE]  # that of a scorer is known when it has scored an answer
-        metrics = metrics_of(list(dict.fromkeys((*others, "chance"))), task.name)
+        metrics = metrics_of(list(dict.fromkeys((*others, "chance", "cut_off"))), task.name)
         encoder = Encoder(lm, task, self.truncate, self.seed)
         shots = Shots(task, self.shots, self.fewshot, data_dir=self.data_dir, seed=self.seed)
 
@@ -106,6 +106,7 @@ class TaskReading:
     answered            examples so far, in the order of their questions
     resumed             how many of them an earlier call had read, and `from_other_batches` in batches of another shape
     generation          how answers are generated, in words
+    thinking            the texts between which the model thinks, if it does
     by_row              the metrics of the scorer of the task, once it has scored an answer
     verdict             whether the rate of right answers is "above" or "below" the threshold of the task, once that is certain
     """
@@ -118,6 +119,7 @@ class TaskReading:
     resumed: int = 0
     from_other_batches: int = 0
     generation: set[str] = field(default_factory=set)
+    thinking: set[str] = field(default_factory=set)
     by_row: dict[str, Metric] = field(default_factory=dict)
     verdict: str | None = None
 
@@ -174,6 +176,7 @@ class TaskReading:
             for way in (one.question for one in block)
             if isinstance(way, Generate)
         }
+        self.thinking |= {text for one in block for text in one.thinking or ()}
         if self.progress is not None:
             judge = judge_of(self.metrics)
             scores = [example.scores.get(judge.name) or 0.0 for example in self.answered] if judge else []
@@ -225,7 +228,17 @@ def _answers(
             readings[one.number] = [(request, scored.loglikelihood) for request, scored in pairs]
     if generated := [(one, one.question) for one in some if isinstance(one.question, Generate)]:
         prompts = [
-            Prompt(one.requests[0].ids, one.id, way.max_tokens, way.stop, way.temperature, seed) for one, way in generated
+            Prompt(
+                one.requests[0].ids,
+                one.id,
+                way.max_tokens,
+                way.stop,
+                way.temperature,
+                seed,
+                one.thinking,
+                one.thinking is not None and one.prompt.rstrip().endswith(one.thinking[0]),
+            )
+            for one, way in generated
         ]
         asked = {one.number: prompt for (one, _), prompt in zip(generated, prompts, strict=True)}
         judged = None if judge is None else _judging(judge, [one.id for one, _ in generated])
@@ -240,7 +253,8 @@ def _answers(
             found[one.number] = {
                 "targets": tuple(text.strip() for text in way.answers),
                 "output": answer.text.strip(),
-                "outcome": "answered",
+                "outcome": outcome_of(answer, way, engine.lm, judged=judge is not None),
+                "thought": answer.thought,
                 "judged": answer.judged,
                 "generated": "" if judge is None else answer.text,
                 "read": answer.read,
@@ -285,6 +299,19 @@ def _chosen(asked: EncodedQuestion, question: Choices, scores: Sequence[Scored],
         "read": read,
         "saved": sum(len(request.read) for request in asked.requests) - read,
     }
+
+
+def outcome_of(answer: Answer, question: Generate, lm: Model, *, judged: bool) -> Outcome:
+    """What became of a generated answer (see `Example.outcome`).
+
+    One that reached its largest length is cut off if it could have ended before: it has a stop text, or the model a token that
+    ends answers, and more than one token to reach it. Nor is one that a judge reads: what that is never certain of, counts.
+    """
+    ends = getattr(lm.tokenizer, "ends", (getattr(lm.tokenizer, "eos", None),))
+    could_end = question.max_tokens > 1 and not judged and bool(question.stop or any(end is not None for end in ends))
+    if answer.why == "thinking" or (answer.why == "length" and could_end):
+        return "cut off"
+    return "answered" if answer.text.strip() else "empty"
 
 
 def _judging(judge: Judge, names: Sequence[str]) -> Callable[[int, str], bool | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,12 @@ def record_of(
     }
     notes = [] if policy.sharing == "prefix sharing: on" else [policy.sharing]
     notes += [f"{details[name]:,} {name.replace('_', ' ')}" for name in NOTED if details.get(name)]
+    outcomes = Counter(example.outcome for example in answered if example.outcome)
+    if set(outcomes) - {"answered"}:
+        details["outcomes"] = dict(outcomes.most_common())
+        notes.append(", ".join(f"{count:,} answers {what}" for what, count in outcomes.items() if what != "answered"))
+    if withheld := counts.get("withheld"):
+        notes.append(f"{', '.join(withheld)} not measured: {next(iter(withheld.values()))}")
     in_metrics = {name: value.ties for name, value in values.items() if metric(name).norm is not None}
     notes += _tie_notes(task, len(answered), in_metrics or {"outputs": details["ties"]})
     if special := _with_special_tokens(engine.lm, answered):

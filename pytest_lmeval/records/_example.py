@@ -10,7 +10,7 @@ from msgspec import structs
 from pytest_lmeval.records._metric import Norm
 from pytest_lmeval.records._schema import StoredStruct
 
-Outcome = Literal["", "answered", "refused"]
+Outcome = Literal["", "answered", "cut off", "empty", "refused"]
 
 FLOAT64 = 1e-12  # a larger relative difference is not the rounding of sums and quotients here
 
@@ -22,8 +22,10 @@ class Example(StoredStruct, frozen=True, kw_only=True):
     number          index of the row
     prompt          text that the model read, few-shot examples included; without what exceeds the model's context
     output          generated text, or the choice with the largest log-likelihood; stripped
-    outcome         what became of the answer: "answered"; "refused", if the scorer of the task could take nothing from it; a
-                    choice that was taken has none
+    outcome         what became of the answer, right or wrong: "answered"; "cut off", if it reached its largest length and might
+                    have ended before, or did not end thinking; "empty"; "refused", if the scorer of the task could take nothing
+                    from it. A choice that was taken has none
+    thought         what the model thought before it answered
     extracted       metric -> what the scorer of the task took from the output as the answer proper
     target          a right text, stripped; None if there is nothing to compare with
     scores          metric -> score of this example; None if the metric does not apply to it
@@ -54,6 +56,7 @@ class Example(StoredStruct, frozen=True, kw_only=True):
     prompt: str
     output: str = ""
     outcome: Outcome = ""
+    thought: str = ""
     extracted: dict[str, str] = {}
     target: str | None = None
     scores: dict[str, float | None] = {}

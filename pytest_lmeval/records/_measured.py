@@ -23,8 +23,10 @@ READ_DETAILS: dict[str, type[str] | type[dict[str, Any]] | type[list[str]]] = {
     "too_short": dict,
     "warnings": list,
     "scored": dict,
+    "withheld": dict,
 }
-"""The details that code reads, and their types. `scored`: metric of the scorer of a task -> whether it judges answers."""
+"""The details that code reads, and their types. `scored`: metric of the scorer of a task -> whether it judges answers;
+`withheld`: metric that the record would have -> why it was not measured."""
 
 
 class Precision(StoredStruct, frozen=True, kw_only=True):
@@ -169,6 +171,11 @@ class Result:
 
     def __repr__(self) -> str:
         return repr(self.record)
+
+
+def withheld_of(record: Record) -> dict[str, str]:
+    """The metrics that a record does not have because its answers say too little, and why."""
+    return {name: str(why) for name, why in record.details.get("withheld", {}).items()}
 
 
 def measured(record: Record, name: str) -> Value:

@@ -88,7 +88,7 @@ class Metric:
     repeats           False for a cost that differs in every run too: the memory of a whole process
     about             definition, in words or as a formula
     title             label in tables; default: the name with blanks
-    headline          summaries show it; the report shows all
+    headline          summaries show it, or a value "above 0"; the report shows all
     margin            allowed loss against a baseline: 0.01 in its unit, "0.5%" of the baseline
     aliases           other names by which the marker of a gate may mean it
     stands_for        a metric of the same quantity in another unit, which is gated in its place if recorded too
@@ -120,7 +120,7 @@ class Metric:
     repeats: bool = True
     about: str = ""
     title: str = ""
-    headline: bool = True
+    headline: bool | Literal["above 0"] = True
     margin: float | str = 0.01
     aliases: tuple[str, ...] = ()
     stands_for: str = ""

@@ -241,6 +241,14 @@ METRICS = {
             "mean of what the scorer of the task says of an answer and its row: 1 right; 0 wrong, or nothing to be taken",
             lambda example: example.scores["score"],
         ),
+        _proportion(
+            "cut_off",
+            "fraction of generated answers that reached their largest length before an end, or did not end thinking",
+            _where(lambda example: not example.choices, lambda example: float(example.outcome == "cut off")),
+            judges=False,
+            higher_is_better=False,
+            headline="above 0",
+        ),
         Metric("average", about="mean of the first metrics of the tasks of a suite"),
     )
 }

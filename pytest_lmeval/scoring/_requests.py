@@ -39,6 +39,7 @@ class EncodedQuestion:
     truncated      tokens of the question that did not fit
     shots_dropped  few-shot examples that did not fit
     row            that it was made of, as `ask` was given it
+    thinking       texts between which the model thinks; None: it does not
     """
 
     id: str
@@ -51,6 +52,7 @@ class EncodedQuestion:
     shots_dropped: int = 0
     retokenized: bool = False
     row: Any = field(default=None, repr=False, compare=False)
+    thinking: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -152,9 +154,18 @@ class Encoder:
                 whole, found = found, self._fitted(found, description, longest, room, where)
                 truncated = len(whole) - len(found)
         drawn = [id] if isinstance(question, Generate) and question.temperature else []  # it seeds the random numbers
-        decisive = "|".join(map(repr, [*self._of_all_answers, question, found.prompt, *drawn]))
+        thinking = self._thinking if isinstance(question, Generate) else None
+        decisive = "|".join(map(repr, [*self._of_all_answers, question, found.prompt, *drawn, *(thinking or ())]))
         key = hashlib.sha256(decisive.encode(errors="surrogatepass")).hexdigest()[:16]
-        return EncodedQuestion(id, number, question, found.prompt, key, found.requests, truncated, dropped, found.retokenized)
+        prompt, requests = found.prompt, found.requests
+        return EncodedQuestion(
+            id, number, question, prompt, key, requests, truncated, dropped, found.retokenized, thinking=thinking
+        )
+
+    @functools.cached_property
+    def _thinking(self) -> tuple[str, str] | None:
+        """The texts between which the model thinks: those of the task, or those that its tokenizer knows."""
+        return getattr(self.lm.tokenizer, "thinking", None) if self.task.thinking == "auto" else self.task.thinking
 
     @functools.cached_property
     def _of_all_answers(self) -> list[Any]:

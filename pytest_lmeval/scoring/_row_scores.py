@@ -36,7 +36,7 @@ class RowScore:
         """The example with these scores, 0 for None; refused if all are."""
         refused = all(score is None for score in self.scores.values())
         scores = {name: score or 0.0 for name, score in self.scores.items()}
-        outcome = REFUSED if refused else example.outcome
+        outcome = REFUSED if refused and example.outcome in ("", "answered") else example.outcome
         return structs.replace(example, outcome=outcome, scores=scores | example.scores, extracted=self.extracted)
 
 

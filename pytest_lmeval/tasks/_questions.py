@@ -158,6 +158,10 @@ class Task:
                        chosen choice. A truth value or number is the metric `score`; several by name are one metric each, the
                        same names on every row; None: nothing can be taken from the answer, which counts as 0. A number may come
                        as `Extracted`. `tasks.scores` has ready ones
+    thinking           texts between which the model thinks, ("<think>", "</think>"), or None; "auto": those that its tokenizer
+                       knows. A thought is no part of an answer: no stop ends it, and no judge, metric or scorer sees it
+    most_cut_off       largest share of generated answers that may be cut off (see `Example`); of more, metrics that judge or
+                       compare answers are not measured. A tenth is what the interval of a hundred answers leaves open anyway
     threshold          is the rate of answers judged True above or below it? Asking ends as soon as that is certain
     style              whose prompts these are, recorded: "lm_eval" are those of that harness, whose rule for ties is kept too
     version            raised when the prompts or the rules change
@@ -175,6 +179,8 @@ class Task:
     fewshot_delimiter: str = "\n\n"
     judge: Judge | None = None
     score: Scorer | None = None
+    thinking: tuple[str, str] | Literal["auto"] | None = "auto"
+    most_cut_off: float = 0.1
     threshold: float | None = None
     style: str = "own"
     version: int = 1
@@ -194,6 +200,14 @@ class Task:
                 raise TaskError(f"{self}: {name} is {given!r}, of type {type(given).__name__}; it is a function.")
         if self.fewshot_strategy not in ("draw", "first"):
             raise TaskError(f"{self}: fewshot_strategy is {self.fewshot_strategy!r}. It is 'draw' or 'first'.")
+        if self.thinking is not None and self.thinking != "auto":
+            object.__setattr__(self, "thinking", texts(f"{self}: thinking", self.thinking))
+            if len(self.thinking) != 2 or not all(self.thinking):
+                raise TaskError(
+                    f"{self}: thinking is {self.thinking!r}: two texts, as ('<think>', '</think>'), 'auto' or None."
+                )
+        if not _is_number(self.most_cut_off, Real) or not 0 <= self.most_cut_off <= 1:
+            raise TaskError(f"{self}: most_cut_off is {self.most_cut_off!r}. A share of answers lies between 0 and 1.")
         if self.judge is None and "rate" in (self.metrics or ()):
             raise TaskError(f"{self}: the metric 'rate' is the fraction of answers judged True, and there is no judge.")
         if self.score is None and "score" in (self.metrics or ()):
