@@ -1,4 +1,4 @@
-"""What becomes of generated answers: thoughts are no part of them, cut-off ones are counted, and too many withhold a score."""
+"""Outcomes of generated answers: thoughts are no part of them, cut-off ones are counted, and too many withhold a score."""
 
 from dataclasses import replace
 

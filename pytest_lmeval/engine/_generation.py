@@ -38,6 +38,10 @@ class Prompt:
     temperature  0 takes the most likely token; otherwise logits are divided by it before a token is drawn
     thinking     texts between which the model thinks; None: it does not
     thinks       whether the prompt ends with the first of these
+    top_k        draw from this many of the likeliest tokens; 0: from all
+    top_p        then from the likeliest ones that together have this probability
+    min_p        then from those at least this times as likely as the likeliest
+    repeat       which of several answers to the row it is: each has random numbers of its own
     """
 
     ids: np.ndarray
@@ -48,6 +52,10 @@ class Prompt:
     seed: int = 0
     thinking: tuple[str, str] | None = None
     thinks: bool = False
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repeat: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ids", ids_of(self.ids, f"the prompt of {self.name}"))
@@ -122,7 +130,7 @@ def begin_answers(
             if row.prompt.temperature:
                 if not row.ids:  # also of an answer that begins again
                     generators[id(row)] = _generator(row.prompt)
-                tokens[index] = _sample(logits[index], row.prompt.temperature, generators[id(row)])
+                tokens[index] = _sample(logits[index], row.prompt, generators[id(row)])
         nll, _ = score(logits, torch.tensor(tokens, device=logits.device))
         for row, token, loss in zip(rows, tokens, nll.tolist(), strict=True):
             number = numbers[id(row)]
@@ -235,14 +243,34 @@ def _check_finite(logits: Tensor, rows: list[Answer], lm: Model) -> None:
         )
 
 
-def _sample(logits: Tensor, temperature: float, generator: np.random.Generator) -> int:
+def warped(logits: Tensor, prompt: Prompt) -> Tensor:
+    """Logits [v] in float64 on the CPU, divided by the temperature, and -inf for tokens that are not to be drawn.
+
+    In the order and with the rules of transformers: top_k, of which ties are kept, then top_p, then min_p.
+    """
+    scores = logits.double().cpu() / prompt.temperature
+    if 0 < prompt.top_k < len(scores):
+        scores = scores.masked_fill(scores < scores.topk(prompt.top_k).values[-1], -torch.inf)
+    if prompt.top_p < 1:
+        ordered, indices = scores.sort()  # the least likely first
+        unlikely = ordered.softmax(0).cumsum(0) <= 1 - prompt.top_p
+        unlikely[-1] = False
+        scores = scores.index_fill(0, indices[unlikely], -torch.inf)
+    if prompt.min_p > 0:
+        chances = scores.softmax(0)
+        scores = scores.masked_fill(chances < prompt.min_p * chances.max(), -torch.inf)
+    return scores
+
+
+def _sample(logits: Tensor, prompt: Prompt, generator: np.random.Generator) -> int:
     """A token drawn from logits [v]."""
-    cumulative = torch.softmax(logits.double().cpu() / temperature, 0).cumsum(0).numpy()
+    cumulative = torch.softmax(warped(logits, prompt), 0).cumsum(0).numpy()
     draw = generator.random() * cumulative[-1]
     return int(np.searchsorted(cumulative, draw, side="right").clip(max=len(cumulative) - 1))
 
 
 def _generator(prompt: Prompt) -> np.random.Generator:
-    """The random numbers of one row."""
-    digest = hashlib.sha256(f"{prompt.seed}/{prompt.name}".encode()).digest()
+    """The random numbers of one answer to a row."""
+    again = f"/{prompt.repeat}" if prompt.repeat else ""
+    digest = hashlib.sha256(f"{prompt.seed}/{prompt.name}{again}".encode()).digest()
     return np.random.default_rng(np.frombuffer(digest, np.uint32))

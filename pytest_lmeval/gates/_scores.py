@@ -136,7 +136,8 @@ def _of_units(units: list[Unit], *, consecutive: bool) -> Scores:
 
 
 def _of_answers(examples: list[Example], record: Record) -> Scores:
-    examples = sorted(examples, key=lambda example: example.number)
+    examples = sorted(examples, key=lambda example: example.place)
+    several = any(example.repeat for example in examples)
     scored = [name for name in record.metrics if any(name in example.scores for example in examples)]
     by_row = record.details.get("scored", {})  # what the scorer of a task gives names of its own is a mean
     if unknown := [name for name in scored if not (name in by_row or is_declared(name))]:
@@ -147,7 +148,8 @@ def _of_answers(examples: list[Example], record: Record) -> Scores:
     means = [name for name, one in known.items() if one.statistic is None and one.higher_is_better is not None]
     columns = {name: [rounded_or_none(example.scores.get(name)) for example in examples] for name in means}
     ids = numbered([example.id for example in examples])
-    groups = [None if example.group is None else hashlib.sha256(example.group.encode()).hexdigest()[:8] for example in examples]
+    shared = [example.group or (f"{example.id} {example.number}" if several else None) for example in examples]
+    groups = [None if group is None else hashlib.sha256(group.encode()).hexdigest()[:8] for group in shared]
     texts = {
         name: (_short(example.answer), None if example.target is None else _short(example.target))
         for name, example in zip(ids, examples, strict=True)

@@ -121,6 +121,11 @@ class TaskResult(Result):
             raise AttributeError(f"{self.record.subject} has no metric {name!r}.{nearest(name, metrics)} It has {known}.")
         return metrics[name]
 
+    def __getitem__(self, name: str) -> Value:
+        """The metric of a name that is no attribute: result["pass@5"]."""
+        value: Value = getattr(self, name)
+        return value
+
 
 def measure_task(
     lm: Model,
@@ -205,6 +210,7 @@ def _result_of(reading: TaskReading, began: float) -> TaskResult:
         "truncate": asking.truncate,
         **({"generation": sorted(reading.generation)} if reading.generation else {}),
         **({} if task.score is None else {"score": scorer_name(task.score)}),
+        **({} if task.repeats == 1 else {"repeats": task.repeats}),
         **({"thinking": sorted(reading.thinking)} if reading.thinking else {}),
     }
     values = compute(reading.metrics, answered, seed=asking.seed, threshold=task.threshold)
@@ -241,7 +247,7 @@ def _withheld(task: Task, metrics: Sequence[Metric], values: dict[str, Value]) -
         f"they would have said is unknown, and they are more than most_cut_off={task.most_cut_off:g} allows. Raise max_tokens, "
         "give the stop that ends an answer, or allow more."
     )
-    about = {metric.name for metric in metrics if metric.judges or metric.needs == "targets to compare with"}
+    about = {metric.name for metric in metrics if metric.judges or metric.several or metric.needs == "targets to compare with"}
     return {name: value for name, value in values.items() if name not in about}, {name: why for name in values if name in about}
 
 

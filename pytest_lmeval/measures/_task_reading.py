@@ -31,6 +31,7 @@ from pytest_lmeval.scoring._fewshot import Fewshot, Shots, identity_of, question
 from pytest_lmeval.scoring._metrics import metrics_of, scored
 from pytest_lmeval.scoring._requests import EncodedQuestion, Encoder, Truncate
 from pytest_lmeval.scoring._row_scores import ONE, check_names, row_metrics, score_by_row
+from pytest_lmeval.scoring._several import with_several
 from pytest_lmeval.statistics import _sequential as sequential
 from pytest_lmeval.tasks._questions import Choices, Generate, Judge, Task
 from pytest_lmeval.tasks._rows import guarded
@@ -80,7 +81,7 @@ class Asking:
                     yield number, where, row, question
 
         found, names = asked(), task.metrics
-        if names is None:
+        if names is None or (task.only_of_several and task.score is None):
             first = list(islice(found, 1))
             names = next((task.metrics_for(question, where) for _, where, _, question in first), ())
             found = chain(first, found)
@@ -90,13 +91,15 @@ class Asking:
         shots = Shots(task, self.shots, self.fewshot, data_dir=self.data_dir, seed=self.seed)
 
         def encoded() -> Iterator[EncodedQuestion]:
-            for number, where, row, question in found:
+            for number, where, row, question in islice(found, self.limit):
                 own = identity_of(task, row, where)
                 task.check(question, metrics, where)
                 one = encoder.encode(question, task.description, shots.texts(row, own), id=own, number=number)
-                yield one if task.score is None else replace(one, row=guarded(row))
+                drawn = isinstance(question, Generate) and question.temperature > 0
+                one = one if task.score is None else replace(one, row=guarded(row))
+                yield from one.repeated(task.repeats if drawn else 1)
 
-        return Questions(metrics, islice(encoded(), self.limit), not_questions)
+        return Questions(metrics, encoded(), not_questions)
 
 
 @dataclass(eq=False)
@@ -141,11 +144,12 @@ class TaskReading:
                 self.verdict = verdict
                 break
         self.audit.end(self.answered)
-        self.answered = [self.audit.audited.get(example.number, example) for example in self.answered]
+        self.answered = [self.audit.audited.get(example.place, example) for example in self.answered]
         if task.score is not None:
             self.by_row = self.by_row or row_metrics(task, ["score"], self.questions.metrics)
             refused = dict.fromkeys(self.by_row, 0.0)
             self.answered = [structs.replace(example, scores=refused | example.scores) for example in self.answered]
+        self.answered = with_several(self.answered, self.metrics, self.asking.task)
         if not self.answered:
             read = len(self.questions.not_questions)
             raise TaskError(f"{task} has no question: {read} row(s) were read, and none was one.")
@@ -154,16 +158,16 @@ class TaskReading:
         """Read what the store does not hold of a block; results from other batches do not change those of the others."""
         self.store.begin(block)
         other = [one for one in block if self.store.from_other_batches(one)]
-        numbers = {one.number for one in other}
+        places = {one.place for one in other}
         read = [
             answer
-            for some in (other, [one for one in block if one.number not in numbers])
+            for some in (other, [one for one in block if one.place not in places])
             for answer in _answers(self.engine, some, self.questions.metrics, self.asking.task, self.asking.seed, self.store)
         ]
         if self.asking.task.score is not None:
             rows = {one.number: one.row for one in block}
             read = [replace(answer, example=self._scored_by_row(answer.example, rows)) for answer in read]
-        read.sort(key=lambda answer: answer.example.number)
+        read.sort(key=lambda answer: answer.example.place)
         if not self._confirmed and (earlier := [answer for answer in read if answer.earlier]):
             self.audit.confirm(earlier)
             self._confirmed = True
@@ -172,7 +176,13 @@ class TaskReading:
         self.from_other_batches += len(other)
         self.resumed += sum(answer.kept for answer in read)
         self.generation |= {
-            f"at most {way.max_tokens} tokens, temperature {way.temperature:g}, until {list(way.stop)!r}"
+            ", ".join(
+                [
+                    f"at most {way.max_tokens} tokens, temperature {way.temperature:g}",
+                    *(f"{name} {value:g}" for name, value in way.drawn_from.items()),
+                    f"until {list(way.stop)!r}",
+                ]
+            )
             for way in (one.question for one in block)
             if isinstance(way, Generate)
         }
@@ -181,7 +191,10 @@ class TaskReading:
             judge = judge_of(self.metrics)
             scores = [example.scores.get(judge.name) or 0.0 for example in self.answered] if judge else []
             right = sum(min(max(score, 0.0), 1.0) for score in scores)
-            self.progress(len(self.answered), right, number_of_questions(self.asking.task, self.asking.limit))
+            questions = len({example.number for example in self.answered})
+            self.progress(
+                questions, right * questions / len(self.answered), number_of_questions(self.asking.task, self.asking.limit)
+            )
 
     def _scored_by_row(self, example: Example, rows: dict[int, Any]) -> Example:
         """The example with what the scorer of the task says. Its first scores say which metrics there are."""
@@ -212,20 +225,20 @@ def _answers(
     engine: Engine, some: Sequence[EncodedQuestion], metrics: list[Metric], task: Task, seed: int, store: AnswerStore
 ) -> Iterator[Answered]:
     """The answered and scored questions, in their order, each with what was read for it."""
-    found: dict[int, dict[str, Any]] = {}
-    judge, kept = task.judge, set[int]()
-    readings: dict[int, list[tuple[Request, np.ndarray]]] = {}
-    asked: dict[int, Prompt] = {}
+    found: dict[tuple[int, int], dict[str, Any]] = {}
+    judge, kept = task.judge, set[tuple[int, int]]()
+    readings: dict[tuple[int, int], list[tuple[Request, np.ndarray]]] = {}
+    asked: dict[tuple[int, int], Prompt] = {}
     if choices := [(one, one.question) for one in some if isinstance(one.question, Choices)]:
         results = store.scored([one for one, _ in choices])
-        numbered = enumerate(one.number for one, _ in choices for _ in one.requests)
-        kept |= {one.number for one, _ in choices} - {owner for number, owner in numbered if number not in results.found}
+        numbered = enumerate(one.place for one, _ in choices for _ in one.requests)
+        kept |= {one.place for one, _ in choices} - {owner for number, owner in numbered if number not in results.found}
         likelihoods = iter(engine.score([request for one, _ in choices for request in one.requests], results))
         for one, question in choices:
             scores = [next(likelihoods) for _ in one.requests]
-            found[one.number] = _chosen(one, question, scores, engine.lm)
+            found[one.place] = _chosen(one, question, scores, engine.lm)
             pairs = zip(one.requests, scores, strict=True)
-            readings[one.number] = [(request, scored.loglikelihood) for request, scored in pairs]
+            readings[one.place] = [(request, scored.loglikelihood) for request, scored in pairs]
     if generated := [(one, one.question) for one in some if isinstance(one.question, Generate)]:
         prompts = [
             Prompt(
@@ -237,20 +250,24 @@ def _answers(
                 seed,
                 one.thinking,
                 one.thinking is not None and one.prompt.rstrip().endswith(one.thinking[0]),
+                way.top_k,
+                way.top_p,
+                way.min_p,
+                one.repeat,
             )
             for one, way in generated
         ]
-        asked = {one.number: prompt for (one, _), prompt in zip(generated, prompts, strict=True)}
+        asked = {one.place: prompt for (one, _), prompt in zip(generated, prompts, strict=True)}
         judged = None if judge is None else _judging(judge, [one.id for one, _ in generated])
         there = store.answers([one for one, _ in generated], prompts, judged)
-        kept |= {generated[number][0].number for number in there.found}
+        kept |= {generated[number][0].place for number in there.found}
         answers = engine.generate(prompts, judged, there)
         for (one, way), answer in zip(generated, answers, strict=True):
             if answer.logprobs:
                 prompt = one.requests[0].ids
                 request = Request(np.concatenate([prompt, answer.ids]), len(prompt))
-                readings[one.number] = [(request, np.array(answer.logprobs))]
-            found[one.number] = {
+                readings[one.place] = [(request, np.array(answer.logprobs))]
+            found[one.place] = {
                 "targets": tuple(text.strip() for text in way.answers),
                 "output": answer.text.strip(),
                 "outcome": outcome_of(answer, way, engine.lm, judged=judge is not None),
@@ -261,10 +278,11 @@ def _answers(
                 "saved": len(answer.prompt.ids) + max(0, len(answer.ids) - 1) - answer.read,
             }
     for one in some:
-        fields = found[one.number]
+        fields = found[one.place]
         example = Example(
             id=one.id,
             number=one.number,
+            repeat=one.repeat,
             prompt=one.prompt,
             key=one.key,
             group=one.question.group,
@@ -275,8 +293,8 @@ def _answers(
             **fields,
         )
         scored = _scored(example, metrics, task, engine.lm)
-        number = one.number
-        yield Answered(scored, readings.get(number, ()), asked.get(number), number in kept, store.is_earlier(one))
+        place = one.place
+        yield Answered(scored, readings.get(place, ()), asked.get(place), place in kept, store.is_earlier(one))
 
 
 def _chosen(asked: EncodedQuestion, question: Choices, scores: Sequence[Scored], lm: Model) -> dict[str, Any]:

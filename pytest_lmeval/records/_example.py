@@ -20,6 +20,7 @@ class Example(StoredStruct, frozen=True, kw_only=True):
 
     id              hash of the row
     number          index of the row
+    repeat          which of several answers to the row it is: 0 of the first, and of an only one
     prompt          text that the model read, few-shot examples included; without what exceeds the model's context
     output          generated text, or the choice with the largest log-likelihood; stripped
     outcome         what became of the answer, right or wrong: "answered"; "cut off", if it reached its largest length and might
@@ -80,6 +81,7 @@ class Example(StoredStruct, frozen=True, kw_only=True):
     shots_dropped: int = 0
     retokenized: bool = False
     audited: float | None = None
+    repeat: int = 0
 
     def __post_init__(self) -> None:
         count = len(self.choices)
@@ -89,6 +91,11 @@ class Example(StoredStruct, frozen=True, kw_only=True):
             raise ValueError(f"right is {list(self.right)} and there are {count} choices")
         if self.chosen is not None and not 0 <= self.chosen < count:
             raise ValueError(f"chosen is {self.chosen} and there are {count} choices")
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """What no other example of a task has: the index of its row, and which answer to it."""
+        return self.number, self.repeat
 
     def compared(self, norm: Norm = "sum") -> list[float]:
         """The log-likelihoods of the choices, each divided by the length of its choice."""

@@ -38,6 +38,8 @@ Needs = Literal[
     "an output to be judged",
 ]
 """What a question must have for a metric to be computed."""
+Answered: TypeAlias = "tuple[float, str | None]"
+"""What an answer scores, and what it says."""
 Estimate: TypeAlias = "tuple[float, tuple[float, float] | None]"
 """A number, and its 95 % interval or None."""
 
@@ -104,6 +106,8 @@ class Metric:
     exponential  it is the exponential of the scaled mean
     interval     of its mean score: "proportion" (scores are 0 or 1) by Wilson's score, "mean" by Student's t, or by
                  Wilson's score if all lie between 0 and 1
+    several      of several answers to a question, each with its score and what it says (None: nothing), and of K, the number in
+                 the metric's name: the score of the question. The first of its answers has it, the others None
     statistic    (examples, seed) -> estimate: if it is no mean of scores
     needs        what each question must have (see `Needs`)
     library      required package that computes it
@@ -132,6 +136,7 @@ class Metric:
     exponential: bool = False
     interval: Literal["proportion", "mean"] | None = None
     statistic: Callable[[Sequence[Example], int], Estimate | None] | None = None
+    several: Callable[[Sequence[Answered], int], float] | None = None
     needs: Needs = "an answer"
     library: str | None = None
     norm: Norm | None = None

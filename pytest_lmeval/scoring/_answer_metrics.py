@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from pytest_lmeval.records._example import Example
-from pytest_lmeval.records._metric import Estimate, Metric, Needs, Norm
+from pytest_lmeval.records._metric import Answered, Estimate, Metric, Needs, Norm
+from pytest_lmeval.scoring._several import majority, pass_all, pass_at
 from pytest_lmeval.scoring._text_metrics import LOSS
 from pytest_lmeval.statistics._estimate import FEWEST_UNITS
 from pytest_lmeval.tasks.scores._texts import squad
@@ -156,6 +157,10 @@ def _label(name: str, about: str, statistic: Callable[..., float], needs: Needs)
     return _mean(name, about, is_right, needs=needs, interval=None, statistic=estimate, library="sklearn", norm="sum")
 
 
+def _several(name: str, about: str, score: Callable[[Sequence[Answered], int], float]) -> Metric:
+    return Metric(name, about=about, several=score, interval="proportion")
+
+
 def _rouge(kind: str) -> Metric:
     def score(example: Example) -> float:
         from rouge_score.rouge_scorer import RougeScorer
@@ -249,6 +254,9 @@ METRICS = {
             higher_is_better=False,
             headline="above 0",
         ),
+        _several("pass@*", "probability that one of K answers to a question is right: 1 - C(n-c, K) / C(n, K)", pass_at),
+        _several("pass^*", "probability that all of K answers to a question are right: C(c, K) / C(n, K)", pass_all),
+        _several("maj@*", "fraction of questions of which most of K answers are right, of equally many 1/k each", majority),
         Metric("average", about="mean of the first metrics of the tasks of a suite"),
     )
 }

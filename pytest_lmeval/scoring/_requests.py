@@ -13,8 +13,8 @@ from __future__ import annotations
 import functools
 import hashlib
 from bisect import bisect_left
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -40,6 +40,7 @@ class EncodedQuestion:
     shots_dropped  few-shot examples that did not fit
     row            that it was made of, as `ask` was given it
     thinking       texts between which the model thinks; None: it does not
+    repeat         which of several answers to the question this asks for
     """
 
     id: str
@@ -53,6 +54,19 @@ class EncodedQuestion:
     retokenized: bool = False
     row: Any = field(default=None, repr=False, compare=False)
     thinking: tuple[str, str] | None = None
+    repeat: int = 0
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """What no other question of the task has: the index of the row, and which answer to it."""
+        return self.number, self.repeat
+
+    def repeated(self, times: int) -> Iterator[EncodedQuestion]:
+        """The question as often as it is to be answered, each time with a key of its own."""
+        yield self
+        for repeat in range(1, times):
+            key = hashlib.sha256(f"{self.key}/{repeat}".encode()).hexdigest()[:16]
+            yield replace(self, key=key, repeat=repeat)
 
 
 @dataclass(frozen=True)
@@ -153,7 +167,9 @@ class Encoder:
             if len(found) > longest:
                 whole, found = found, self._fitted(found, description, longest, room, where)
                 truncated = len(whole) - len(found)
-        drawn = [id] if isinstance(question, Generate) and question.temperature else []  # it seeds the random numbers
+        drawn: list[Any] = []
+        if isinstance(question, Generate) and question.temperature:
+            drawn = [id, *question.drawn_from.items()]  # the id seeds the random numbers
         thinking = self._thinking if isinstance(question, Generate) else None
         decisive = "|".join(map(repr, [*self._of_all_answers, question, found.prompt, *drawn, *(thinking or ())]))
         key = hashlib.sha256(decisive.encode(errors="surrogatepass")).hexdigest()[:16]

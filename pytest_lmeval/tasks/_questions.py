@@ -12,7 +12,7 @@ import math
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, Literal, TypeAlias
 
@@ -22,6 +22,14 @@ from pytest_lmeval.data._rows import Rows
 from pytest_lmeval.errors import TaskError, lone_surrogate
 from pytest_lmeval.records._metric import Metric
 from pytest_lmeval.tasks._rows import guarded
+
+SEVERAL = ("pass@", "pass^", "maj@")
+"""How the names of metrics of several answers to a question begin."""
+
+
+def of_several(metric: str) -> bool:
+    """Whether the metric of this name is computed from several answers to a question."""
+    return metric.startswith(SEVERAL)
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,9 @@ class Generate:
     max_tokens   largest number of tokens of the answer
     temperature  0 takes the likeliest token; above 0 tokens are drawn, with a seed for each row
     group        see `Choices`
+    top_k        draw from this many of the likeliest tokens; 0: from all
+    top_p        then from the likeliest ones that together have this probability, in (0, 1]
+    min_p        then from those at least this times as likely as the likeliest, in [0, 1)
     """
 
     prompt: str
@@ -96,6 +107,9 @@ class Generate:
     max_tokens: int = 256
     temperature: float = 0.0
     group: str | None = None
+    top_k: int = field(default=0, kw_only=True, repr=False)
+    top_p: float = field(default=1.0, kw_only=True, repr=False)
+    min_p: float = field(default=0.0, kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
         _check_text("the prompt is a text, and this one", self.prompt)
@@ -110,6 +124,21 @@ class Generate:
             raise TaskError(f"max_tokens is {self.max_tokens!r}: an answer has a whole number of tokens, at least one.")
         if not _is_number(self.temperature, Real) or not 0 <= self.temperature < math.inf:
             raise TaskError(f"temperature is {self.temperature!r}: it is a finite number, 0 or more.")
+        object.__setattr__(self, "top_k", _as_int(self.top_k))
+        if not _is_number(self.top_k, int) or self.top_k < 0:
+            raise TaskError(f"top_k is {self.top_k!r}: it is a number of tokens, or 0 for all.")
+        if not _is_number(self.top_p, Real) or not 0 < self.top_p <= 1:
+            raise TaskError(f"top_p is {self.top_p!r}: it is a probability, above 0 and at most 1.")
+        if not _is_number(self.min_p, Real) or not 0 <= self.min_p < 1:
+            raise TaskError(f"min_p is {self.min_p!r}: it is a fraction, 0 or more and below 1.")
+        if self.drawn_from and not self.temperature:
+            raise TaskError(f"{next(iter(self.drawn_from))} is given with temperature 0, where the likeliest token is taken.")
+
+    @property
+    def drawn_from(self) -> dict[str, float]:
+        """What limits the tokens that are drawn, beside the temperature: those of top_k, top_p and min_p that do."""
+        given = {"top_k": (self.top_k, 0), "top_p": (self.top_p, 1), "min_p": (self.min_p, 0)}
+        return {name: value for name, (value, without) in given.items() if value != without}
 
     @property
     def target(self) -> str:
@@ -162,6 +191,8 @@ class Task:
                        knows. A thought is no part of an answer: no stop ends it, and no judge, metric or scorer sees it
     most_cut_off       largest share of generated answers that may be cut off (see `Example`); of more, metrics that judge or
                        compare answers are not measured. A tenth is what the interval of a hundred answers leaves open anyway
+    repeats            answers to each question, if they are drawn, each with random numbers of its own. The metrics pass@K (one
+                       of K is right), pass^K (all are) and maj@K (what most of K say is) are of them, K from 1 to `repeats`
     threshold          is the rate of answers judged True above or below it? Asking ends as soon as that is certain
     style              whose prompts these are, recorded: "lm_eval" are those of that harness, whose rule for ties is kept too
     version            raised when the prompts or the rules change
@@ -181,6 +212,7 @@ class Task:
     score: Scorer | None = None
     thinking: tuple[str, str] | Literal["auto"] | None = "auto"
     most_cut_off: float = 0.1
+    repeats: int = 1
     threshold: float | None = None
     style: str = "own"
     version: int = 1
@@ -208,6 +240,16 @@ class Task:
                 )
         if not _is_number(self.most_cut_off, Real) or not 0 <= self.most_cut_off <= 1:
             raise TaskError(f"{self}: most_cut_off is {self.most_cut_off!r}. A share of answers lies between 0 and 1.")
+        object.__setattr__(self, "repeats", _as_int(self.repeats))
+        if not _is_number(self.repeats, int) or self.repeats < 1:
+            raise TaskError(f"{self}: repeats is {self.repeats!r}. It is a whole number of answers, at least one.")
+        for name in filter(of_several, self.metrics or ()):
+            count = name.replace("^", "@").partition("@")[2]
+            if not (count.isdecimal() and 1 <= int(count) <= self.repeats):
+                what = f"{self}: {name} is a metric of {count or 'no'} answers to each question"
+                raise TaskError(f"{what}, and repeats={self.repeats}. It is of 1 to `repeats` answers.")
+        if self.repeats > 1 and self.threshold is not None:
+            raise TaskError(f"{self}: a threshold is for independent answers, and repeats={self.repeats} of one row are not.")
         if self.judge is None and "rate" in (self.metrics or ()):
             raise TaskError(f"{self}: the metric 'rate' is the fraction of answers judged True, and there is no judge.")
         if self.score is None and "score" in (self.metrics or ()):
@@ -231,8 +273,17 @@ class Task:
 
     def metrics_for(self, question: Question, where: str) -> tuple[str, ...]:
         """The names of the metrics; the default ones are chosen for this question. Raises TaskError if there is none."""
-        if self.metrics is not None:
-            return self.metrics
+        own = self.metrics or ()
+        if own and (self.score is not None or not self.only_of_several):
+            return own
+        return (*self._default_metrics(question, where), *own)
+
+    @property
+    def only_of_several(self) -> bool:
+        """All metrics are of several answers to a question: what says that one is right is the default metric."""
+        return self.metrics is not None and all(map(of_several, self.metrics))
+
+    def _default_metrics(self, question: Question, where: str) -> tuple[str, ...]:
         if self.score is not None:
             return () if self.judge is None else ("rate",)
         if isinstance(question, Choices):
