@@ -73,7 +73,9 @@ def record_of(
     outcomes = Counter(example.outcome for example in answered if example.outcome)
     if set(outcomes) - {"answered"}:
         details["outcomes"] = dict(outcomes.most_common())
-        notes.append(", ".join(f"{count:,} answers {what}" for what, count in outcomes.items() if what != "answered"))
+        notes.append(
+            ", ".join(f"{count:,} answer{'s' * (count > 1)} {what}" for what, count in outcomes.items() if what != "answered")
+        )
     if withheld := counts.get("withheld"):
         notes.append(f"{', '.join(withheld)} not measured: {next(iter(withheld.values()))}")
     in_metrics = {name: value.ties for name, value in values.items() if metric(name).norm is not None}
