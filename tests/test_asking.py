@@ -22,7 +22,9 @@ def ask(row):
 PARITY = Task("parity", [{"n": n} for n in range(40)], ask)
 BROKEN = dataclasses.replace(PARITY, ask=lambda row: ask(row) if row["n"] != 35 else row["text"])
 FIRST = Task("first", [{"n": n} for n in range(30)], ask)
-GENERATES = Task("generates", PARITY.rows[:3], lambda row: Generate(f"{row['n']} is", ("x",), max_tokens=5), ("exact_match",))
+GENERATES = Task(
+    "generates", PARITY.rows[:3], lambda row: Generate(f"{row['n']} is", ("x",), (), max_tokens=5), ("exact_match",)
+)
 SHORT = 40  # tokens of context: the probe of its laws is short too
 LM, NON_CAUSAL = (dataclasses.replace(as_model(module), context_length=SHORT) for module in (Whole(), Seeing(vocab=256)))
 PROBED = Session(budget=1000)
@@ -40,7 +42,7 @@ def test_a_task_is_recorded_with_every_answer_and_shown(project):
 
         ROWS = [{"n": n} for n in range(40)]
         PARITY = Task("parity", ROWS, lambda row: Choices(f"Is {row['n']} even? It is", (" even", " odd"), row["n"] % 2))
-        GENERATES = Task("generates", ROWS, lambda row: Generate(f"{row['n']} is", ("x",), max_tokens=5), ("exact_match",))
+        GENERATES = Task("generates", ROWS, lambda row: Generate(f"{row['n']} is", ("x",), (), max_tokens=5), ("exact_match",))
 
         def test_knows(lmeval, lm):
             result = lmeval.task(lm, PARITY, shots=0)

@@ -291,7 +291,7 @@ def say(row):
     return Generate(f"{row['text']} {row['n']} is", ("x",), max_tokens=6)
 
 
-CHOOSES, GENERATES = Task("parity", ROWS, ask), Task("generates", ROWS, say, ("exact_match",))
+CHOOSES, GENERATES = Task("parity", ROWS, ask), Task("generates", ROWS, say, ("exact_match",), most_cut_off=1)
 
 
 def answer(model, task=CHOOSES, *, certificate=CERTIFIED, batch_size=8, invariant=False, **options):

@@ -116,7 +116,9 @@ def test_the_reference_has_every_public_name():
     shown = {"pytest_lmeval.errors"} & set(re.findall(r"^::: (\S+)$", (DOCS / "reference/errors.md").read_text(), re.M))
     assert shown, "the page of errors shows the whole module"
     names = re.findall(r"^::: pytest_lmeval\S*?\.(\w+)$", "\n".join(page.read_text() for page in REFERENCE), re.M)
-    modules = [importlib.import_module(f"pytest_lmeval.{name}") for name in ("engine", "laws", "tasks", "records")]
+    modules = [
+        importlib.import_module(f"pytest_lmeval.{name}") for name in ("engine", "laws", "tasks", "tasks.scores", "records")
+    ]
     public = {name for module in (pytest_lmeval, *modules) for name in module.__all__} - set(errors.__all__)
     assert sorted(public - set(names)) == []
 

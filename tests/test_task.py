@@ -122,7 +122,7 @@ def test_a_row_with_a_lone_surrogate_has_an_id_and_is_refused_only_if_a_prompt_c
 
 def test_a_metric_of_targets_is_refused_where_there_are_none():
     def answers(row):
-        return Generate("x", row.get("right", ()), max_tokens=2)
+        return Generate("x", row.get("right", ()), (), max_tokens=2)
 
     with pytest.raises(TaskError, match=r"t, row 0: exact_match is computed from targets .* generated, with answers=\(\)"):
         Task("t", numbers(1), answers, ("exact_match",))
@@ -133,7 +133,7 @@ def test_a_metric_of_targets_is_refused_where_there_are_none():
 
 
 def asking(row):
-    return Generate("x", ("b", "c"), max_tokens=2) if row.get("n") else Choices("x", (" a", " b"), 0)
+    return Generate("x", ("b", "c"), (), max_tokens=2) if row.get("n") else Choices("x", (" a", " b"), 0)
 
 
 @pytest.mark.parametrize("rows", [list, lambda rows: lambda: iter(rows)], ids=["a list", "a function"])
@@ -141,16 +141,16 @@ def asking(row):
     ("row", "changes", "metrics"),
     [
         ({}, {}, ["accuracy", "chance"]),
-        ({"n": 1}, {}, ["exact_match"]),
-        ({"n": 1}, {"judge": lambda text: True}, ["rate"]),
-        ({"n": 1}, {"judge": lambda text: True, "threshold": 0.5}, ["rate"]),
-        ({"n": 1}, {"metrics": ("rate", "exact_match"), "judge": lambda text: True}, ["rate", "exact_match"]),
+        ({"n": 1}, {}, ["exact_match", "cut_off"]),
+        ({"n": 1}, {"judge": lambda text: True}, ["rate", "cut_off"]),
+        ({"n": 1}, {"judge": lambda text: True, "threshold": 0.5}, ["rate", "cut_off"]),
+        ({"n": 1}, {"metrics": ("rate", "exact_match"), "judge": lambda text: True}, ["rate", "exact_match", "cut_off"]),
     ],
 )
 def test_the_first_question_chooses_the_default_metrics(rows, row, changes, metrics):
     result = measure_task(LM, Task("t", rows([row] * 3), asking, **changes))
     assert list(result.record.metrics) == metrics
-    assert set(result.examples[0].scores) == {*metrics, "chance"}
+    assert set(result.examples[0].scores) == {*metrics, "chance", "cut_off"}
 
 
 @pytest.mark.parametrize(

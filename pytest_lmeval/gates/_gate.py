@@ -21,7 +21,7 @@ from pytest_lmeval.gates._entry import Entry, entry_of, gated, names_of
 from pytest_lmeval.gates._margins import Margins, check_sign, read_marker
 from pytest_lmeval.records._comparison import Comparison
 from pytest_lmeval.records._document import BaselineUse, RunDocument, Skipped
-from pytest_lmeval.records._measured import Record
+from pytest_lmeval.records._measured import Record, withheld_of
 from pytest_lmeval.records._metric import metric
 from pytest_lmeval.records._secrets import masked
 from pytest_lmeval.records._value import Value
@@ -186,6 +186,7 @@ class Gate:
         ]
         compared = iter(compare(pairs, margins, self.family))
         rows = [next(compared) if name in known else new_rows(entry_of(record), margins) for name, record in named]
+        rows = [_with_reasons(record, found) for record, found in zip(records, rows, strict=True)]
         return [found | speed_rows(record, margins) for record, found in zip(records, rows, strict=True)]
 
     @pytest.hookimpl(trylast=True)
@@ -217,6 +218,14 @@ class Gate:
         if self.baseline is not None:
             self.changes = differences(self.baseline.file.environment, platform_of(data.environment))
         data.baseline = BaselineUse(_readable(self.file), self.changes)
+
+
+def _with_reasons(record: Record, rows: dict[str, Comparison]) -> dict[str, Comparison]:
+    """The rows, where a number that is missing says why it was not measured."""
+    why = withheld_of(record)
+    return {
+        name: replace(row, note=why[name]) if row.verdict == "missing" and name in why else row for name, row in rows.items()
+    }
 
 
 def _rows_of(records: Sequence[Record]) -> Iterator[tuple[Record, str, Comparison]]:

@@ -86,7 +86,7 @@ def scores_of(record: Record, folder: Path) -> Scores | None:
         return None
     if record.units:
         return _of_units(_read(folder / name, lines, Unit), consecutive=record.example == "block")
-    return _of_answers(_read(folder / name, lines, Example), list(record.metrics))
+    return _of_answers(_read(folder / name, lines, Example), record)
 
 
 def rounded(value: float) -> float:
@@ -135,17 +135,21 @@ def _of_units(units: list[Unit], *, consecutive: bool) -> Scores:
     return Scores(numbered([unit.id for unit in units]), [None] * len(units), columns, consecutive=consecutive)
 
 
-def _of_answers(examples: list[Example], metrics: list[str]) -> Scores:
-    examples = sorted(examples, key=lambda example: example.number)
-    scored = [name for name in metrics if any(name in example.scores for example in examples)]
-    if unknown := [name for name in scored if not is_declared(name)]:
+def _of_answers(examples: list[Example], record: Record) -> Scores:
+    examples = sorted(examples, key=lambda example: example.place)
+    several = any(example.repeat for example in examples)
+    scored = [name for name in record.metrics if any(name in example.scores for example in examples)]
+    by_row = record.details.get("scored", {})  # what the scorer of a task gives names of its own is a mean
+    if unknown := [name for name in scored if not (name in by_row or is_declared(name))]:
         who = f"no installed package registers the metric {', '.join(unknown)}"
         raise DocumentError(f"{who}, so how examples add up to it is unknown. Install the package that does.")
     # Only a mean of scores with a better direction can be gained or lost example by example.
-    means = [name for name in scored if metric(name).statistic is None and metric(name).higher_is_better is not None]
+    known = {name: metric(name, record.metrics[name]) for name in scored}
+    means = [name for name, one in known.items() if one.statistic is None and one.higher_is_better is not None]
     columns = {name: [rounded_or_none(example.scores.get(name)) for example in examples] for name in means}
     ids = numbered([example.id for example in examples])
-    groups = [None if example.group is None else hashlib.sha256(example.group.encode()).hexdigest()[:8] for example in examples]
+    shared = [example.group or (f"{example.id} {example.number}" if several else None) for example in examples]
+    groups = [None if group is None else hashlib.sha256(group.encode()).hexdigest()[:8] for group in shared]
     texts = {
         name: (_short(example.answer), None if example.target is None else _short(example.target))
         for name, example in zip(ids, examples, strict=True)

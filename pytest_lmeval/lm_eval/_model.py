@@ -133,7 +133,14 @@ class LmevalModel(LM):  # type: ignore[misc]
             return []
         special = special_pattern(self.model) is not None
         task = Task(
-            "lm_eval", rows, lambda row: questions[row["number"]], style="lm_eval", special_tokens=special, combine=_nothing
+            "lm_eval",
+            rows,
+            lambda row: questions[row["number"]],
+            style="lm_eval",
+            special_tokens=special,
+            thinking=None,
+            most_cut_off=1,
+            combine=_nothing,
         )
         details = measure_task(self.model, task, policy=self.policy).record.details
         for name in self.read:

@@ -67,6 +67,8 @@ def _prepared(name: str, make: Make, setting: Setting) -> Task:
         style="lm_eval",
         version=version if isinstance(version, int) else 1,
         special_tokens=special_pattern(setting.lm) is not None,  # as lm_eval reads them
+        thinking=None,  # its own filters see whole answers, and count those that are cut off
+        most_cut_off=1,
         shown=shots,
         combine=functools.partial(_combined, source),
     )

@@ -10,7 +10,7 @@ from pytest_lmeval.errors import ArgumentError, LmevalError, TaskError, UsageErr
 from pytest_lmeval.measures._context import current, verb
 from pytest_lmeval.measures._task import TaskResult, task
 from pytest_lmeval.models._identity import facts
-from pytest_lmeval.records._measured import Cost, MetricValue, Record, Result
+from pytest_lmeval.records._measured import Cost, MetricValue, Record, Result, withheld_of
 from pytest_lmeval.records._metric import value_of
 from pytest_lmeval.records._value import Value
 from pytest_lmeval.tasks import find_suite
@@ -36,10 +36,15 @@ def suite(lm: Any, suite: Suite | str, shots: int | None = None, **options: Any)
             raise
         except LmevalError as error:
             failed[member.name] = str(error)
+    for name, result in results.items():
+        if withheld := withheld_of(result.record):
+            failed[name] = f"its {', '.join(withheld)} was not measured. {next(iter(withheld.values()))}"
     names = {name: tuple(result.record.metrics) for name, result in results.items()}  # of a task by default
-    members = {member.name: (member.metrics or names.get(member.name, ("",)))[0] for member in asked.tasks}
-    metrics = {name: result.record.metrics[members[name]] for name, result in results.items()}
-    averages = {} if failed else _averages(asked, members, {name: result.record.metrics for name, result in results.items()})
+    first = {member.name: () if member.score else member.metrics for member in asked.tasks}  # those of a scorer come first
+    members = {name: (metrics or names.get(name, ("",)))[0] for name, metrics in first.items()}
+    metrics = {name: result.record.metrics[members[name]] for name, result in results.items() if name not in failed}
+    of_tasks = {name: result.record.metrics for name, result in results.items()}
+    averages = {} if failed else _averages(asked, members, of_tasks)
     costs = [result.record.cost for result in results.values()]
     record = Record(
         test=context.log.test,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -24,14 +25,15 @@ from pytest_lmeval.models._model import Model, with_special_tokens
 from pytest_lmeval.records._certificate import CONSISTENT
 from pytest_lmeval.records._example import Example
 from pytest_lmeval.records._journal import ANSWERS, key_of, warn
-from pytest_lmeval.records._measured import Result
-from pytest_lmeval.records._metric import metric
+from pytest_lmeval.records._measured import Result, withheld_of
+from pytest_lmeval.records._metric import Metric, metric
 from pytest_lmeval.records._value import Value
 from pytest_lmeval.scoring._answers import AnswerStore, write_examples
 from pytest_lmeval.scoring._chat import ChatMode, Decision, decide
 from pytest_lmeval.scoring._fewshot import Fewshot, identity_of, rows_of
 from pytest_lmeval.scoring._metrics import compute
 from pytest_lmeval.scoring._requests import Truncate
+from pytest_lmeval.scoring._row_scores import scorer_name
 from pytest_lmeval.tasks import find
 from pytest_lmeval.tasks._questions import Generate, Requests, Setting, Task
 
@@ -127,10 +129,17 @@ class TaskResult(Result):
 
     def __getattr__(self, name: str) -> Value:
         metrics = self.record.metrics if not name.startswith("_") else {}
+        if name not in metrics and (why := withheld_of(self.record).get(name)):
+            raise TaskError(f"{self.record.subject}: {name} was not measured. {why}")
         if name not in metrics:
             known = ", ".join(metrics)
             raise AttributeError(f"{self.record.subject} has no metric {name!r}.{nearest(name, metrics)} It has {known}.")
         return metrics[name]
+
+    def __getitem__(self, name: str) -> Value:
+        """The metric of a name that is no attribute: result["pass@5"]."""
+        value: Value = getattr(self, name)
+        return value
 
 
 def measure_task(
@@ -222,12 +231,21 @@ def _result_of(reading: TaskReading, began: float, in_turns: Decision) -> TaskRe
         "chat": "on" if in_turns.on else "off",
         **({"system": asking.system} if asking.system else {}),
         **({"generation": sorted(reading.generation)} if reading.generation else {}),
+        **({} if task.score is None else {"score": scorer_name(task.score)}),
+        **({} if task.repeats == 1 else {"repeats": task.repeats}),
+        **({"thinking": sorted(reading.thinking)} if reading.thinking else {}),
     }
     values = compute(reading.metrics, answered, seed=asking.seed, threshold=task.threshold)
     not_questions = len(reading.questions.not_questions)
     counts: dict[str, Any] = {"not_questions": not_questions, "audit_seconds": reading.audit.seconds}
     if reading.with_special:
         counts["special_tokens"] = reading.with_special
+    if task.score is not None:  # metrics by name, and whether their scores say that an answer is right
+        within = {name: all(0 <= (one.scores[name] or 0.0) <= 1 for one in answered) for name in reading.by_row}
+        counts["scored"] = {name: reading.by_row[name].judges and within[name] for name in within}
+    values, withheld = _withheld(task, reading.metrics, values)
+    if withheld:
+        counts["withheld"] = withheld
     if reading.from_other_batches:
         counts["from_other_batches"] = reading.from_other_batches
     if reading.verdict is not None:  # asking ended because of the answers: only the interval of the rate allows for that
@@ -240,6 +258,21 @@ def _result_of(reading: TaskReading, began: float, in_turns: Decision) -> TaskRe
     record = record_of(reading.engine, task, answered, values, norm_of(reading.metrics), settings, counts, audit)
     cost, notes = structs.replace(record.cost, seconds=time.perf_counter() - began), [*in_turns.notes, *record.notes]
     return TaskResult(structs.replace(record, cost=cost, notes=notes), tuple(answered), reading.resumed)
+
+
+def _withheld(task: Task, metrics: Sequence[Metric], values: dict[str, Value]) -> tuple[dict[str, Value], dict[str, str]]:
+    """The values without those that too many answers were cut off for, and of each of these why."""
+    share = values.get("cut_off")
+    if share is None or share <= task.most_cut_off:
+        return values, {}
+    n, cut = share.n or 0, round(share * (share.n or 0))
+    why = (
+        f"{cut:,} of {n:,} generated answers were cut off: they had no end within max_tokens, or did not end thinking. What "
+        f"they would have said is unknown, and they are more than most_cut_off={task.most_cut_off:g} allows. Raise max_tokens, "
+        "give the stop that ends an answer, or allow more."
+    )
+    about = {metric.name for metric in metrics if metric.judges or metric.several or metric.needs == "targets to compare with"}
+    return {name: value for name, value in values.items() if name not in about}, {name: why for name in values if name in about}
 
 
 def _rows_fingerprint(task: Task, context: VerbContext) -> str:

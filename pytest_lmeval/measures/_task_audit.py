@@ -72,13 +72,13 @@ class TaskAudit:
     work     tokens and calls of the second readings, in tokens
     full     tokens of the shortest question that did not fit into memory, whole and alone; longer ones are not read again
     found    what was read again; its share is not known before the end
-    audited  the examples that were read again, by number
+    audited  the examples that were read again, by place
     """
 
     def __init__(self, engine: Engine, name: str, store: AnswerStore) -> None:
         self.engine, self.name, self.store, self.work, self.seconds = engine, name, store, 0, 0.0
         self.found, self.full = Audit(), 0
-        self.audited: dict[int, Example] = {}
+        self.audited: dict[tuple[int, int], Example] = {}
         self._waiting: list[Answered] = []
         asked = engine.asked  # without a longest step, one that does not fit into memory is not read in several
         self._alone = Policy(carry=asked.carry and asked.longest is not None, longest=asked.longest, multiple=asked.multiple,
@@ -135,7 +135,7 @@ class TaskAudit:
                     difference = found
                     self.store.keep_audited(name, difference)
                 self._count(chosen, difference, cost)
-                self.audited[answered.example.number] = structs.replace(answered.example, audited=difference)
+                self.audited[answered.example.place] = structs.replace(answered.example, audited=difference)
 
     def _comparable(self, answers: Sequence[Answered]) -> list[Answered]:
         """Those that were read otherwise than whole and alone, in the order in which they are read again."""

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from msgspec import structs
@@ -25,18 +25,24 @@ from pytest_lmeval.errors import NotFiniteError, TaskError, described
 from pytest_lmeval.measures._task_audit import Answered, TaskAudit
 from pytest_lmeval.measures._task_record import norm_of, number_of_questions
 from pytest_lmeval.models._model import Model
-from pytest_lmeval.records._example import Example
+from pytest_lmeval.records._example import Example, Outcome
 from pytest_lmeval.records._metric import Metric, judge_of
 from pytest_lmeval.scoring._answers import AnswerStore
 from pytest_lmeval.scoring._chat import Chat, ChatMode, Decision, decide
 from pytest_lmeval.scoring._fewshot import Fewshot, Shots, identity_of, question_of, rows_of
 from pytest_lmeval.scoring._metrics import combined_metrics, metrics_of, scored
 from pytest_lmeval.scoring._requests import EncodedQuestion, Encoder, Truncate
+from pytest_lmeval.scoring._row_scores import ONE, check_names, row_metrics, score_by_row
+from pytest_lmeval.scoring._several import with_several
 from pytest_lmeval.statistics import _sequential as sequential
 from pytest_lmeval.tasks._questions import AnyQuestion, Choices, Generate, Judge, Requests, Task
+from pytest_lmeval.tasks._rows import guarded
 
 BATCHES = 16  # in a block after the first: more questions share more, and a first block of one batch shows progress at once
 BLOCK_TOKENS = 1 << 16  # of the prompts of a block, at most: progress is shown, and answers are audited, block by block
+
+Place: TypeAlias = "tuple[int, int]"
+"""The index of a row, and which answer to it (`EncodedQuestion.place`)."""
 
 Progress = Callable[[int, float, "int | None"], None]
 """Called after each block with the questions answered, those answered right, and the questions expected (None: unknown)."""
@@ -91,22 +97,27 @@ class Asking:
                     yield number, where, row, question
 
         found, names = asked(), task.metrics
-        if names is None:
+        if names is None or (task.only_of_several and task.score is None):
             first = list(islice(found, 1))
             names = next((task.metrics_for(question, where) for _, where, _, question in first), ())
             found = chain(first, found)
-        metrics = [] if task.combine is not None else metrics_of(list(dict.fromkeys((*names, "chance"))), task.name)
+        others = [name for name in names if name != ONE]  # that of a scorer is known when it has scored an answer
+        known = ["cut_off"] if task.combine is not None else list(dict.fromkeys((*others, "chance", "cut_off")))
+        metrics = metrics_of(known, task.name)
         chat = Chat(lm, task, self.system or "") if self.in_turns(lm).on else None
         encoder = Encoder(lm, task, self.truncate, self.seed, chat)
         shots = Shots(task, self.shots, self.fewshot, data_dir=self.data_dir, seed=self.seed)
 
         def encoded() -> Iterator[EncodedQuestion]:
-            for number, where, row, question in found:
+            for number, where, row, question in islice(found, self.limit):
                 own = identity_of(task, row, where)
                 task.check(question, metrics, where)
-                yield encoder.encode(question, task.description, shots.questions(row, own), id=own, number=number)
+                one = encoder.encode(question, task.description, shots.questions(row, own), id=own, number=number)
+                drawn = isinstance(question, Generate) and question.temperature > 0
+                one = one if task.score is None else replace(one, row=guarded(row))
+                yield from one.repeated(task.repeats if drawn else 1)
 
-        return Questions(metrics, islice(encoded(), self.limit), not_questions)
+        return Questions(metrics, encoded(), not_questions)
 
 
 @dataclass(eq=False)
@@ -117,6 +128,8 @@ class TaskReading:
     resumed             how many of them an earlier call had read, and `from_other_batches` in batches of another shape
     with_special        questions in whose texts special tokens are written
     generation          how answers are generated, in words
+    thinking            the texts between which the model thinks, if it does
+    by_row              the metrics of the scorer of the task, once it has scored an answer
     verdict             whether the rate of right answers is "above" or "below" the threshold of the task, once that is certain
     values              of a task that another harness scores: its numbers by row
     """
@@ -130,14 +143,19 @@ class TaskReading:
     from_other_batches: int = 0
     with_special: int = 0
     generation: set[str] = field(default_factory=set)
+    thinking: set[str] = field(default_factory=set)
+    by_row: dict[str, Metric] = field(default_factory=dict)
     verdict: str | None = None
     values: dict[int, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.questions = self.asking.questions(self.engine.lm)
-        self.metrics = self.questions.metrics
         self.audit = TaskAudit(self.engine, str(self.asking.task), self.store)
         self._confirmed = False
+
+    @property
+    def metrics(self) -> list[Metric]:
+        return [*self.by_row.values(), *self.questions.metrics]
 
     def to_the_end(self) -> None:
         """Ask all questions, or until the rate is certain. Raises Refused if an answer depends on the others (`TaskAudit`)."""
@@ -148,24 +166,32 @@ class TaskReading:
                 self.verdict = verdict
                 break
         self.audit.end(self.answered)
-        self.answered = [self.audit.audited.get(example.number, example) for example in self.answered]
+        self.answered = [self.audit.audited.get(example.place, example) for example in self.answered]
+        if task.score is not None:
+            self.by_row = self.by_row or row_metrics(task, ["score"], self.questions.metrics)
+            refused = dict.fromkeys(self.by_row, 0.0)
+            self.answered = [structs.replace(example, scores=refused | example.scores) for example in self.answered]
+        self.answered = with_several(self.answered, self.metrics, self.asking.task)
         if not self.answered:
             read = len(self.questions.not_questions)
             raise TaskError(f"{task} has no question: {read} row(s) were read, and none was one.")
         if task.combine is not None:
-            self.metrics = combined_metrics(task.combine, self.values)
+            self.by_row = {metric.name: metric for metric in combined_metrics(task.combine, self.values)}
 
     def _ask(self, block: list[EncodedQuestion]) -> None:
         """Read what the store does not hold of a block; results from other batches do not change those of the others."""
         self.store.begin(block)
         other = [one for one in block if self.store.from_other_batches(one)]
-        numbers = {one.number for one in other}
+        places = {one.place for one in other}
         read = [
             answer
-            for some in (other, [one for one in block if one.number not in numbers])
-            for answer in _answers(self.engine, some, self.metrics, self.asking.task, self.asking.seed, self.store)
+            for some in (other, [one for one in block if one.place not in places])
+            for answer in _answers(self.engine, some, self.questions.metrics, self.asking.task, self.asking.seed, self.store)
         ]
-        read.sort(key=lambda answer: answer.example.number)
+        if self.asking.task.score is not None:
+            rows = {one.number: one.row for one in block}
+            read = [replace(answer, example=self._scored_by_row(answer.example, rows)) for answer in read]
+        read.sort(key=lambda answer: answer.example.place)
         if not self._confirmed and (earlier := [answer for answer in read if answer.earlier]):
             self.audit.confirm(earlier)
             self._confirmed = True
@@ -176,15 +202,35 @@ class TaskReading:
         self.resumed += sum(answer.kept for answer in read)
         self.with_special += sum(one.special for one in block)
         self.generation |= {
-            f"at most {way.max_tokens} tokens, temperature {way.temperature:g}, until {list(way.stop)!r}"
+            ", ".join(
+                [
+                    f"at most {way.max_tokens} tokens, temperature {way.temperature:g}",
+                    *(f"{name} {value:g}" for name, value in way.drawn_from.items()),
+                    f"until {list(way.stop)!r}",
+                ]
+            )
             for one in block
             for way in (one.question.generated if isinstance(one.question, Requests) else (one.question,))
             if isinstance(way, Generate)
         }
+        self.thinking |= {text for one in block for text in one.thinking or ()}
         if self.progress is not None:
             judge = judge_of(self.metrics)
-            right = sum(example.scores[judge.name] or 0.0 for example in self.answered) if judge else 0.0
-            self.progress(len(self.answered), right, number_of_questions(self.asking.task, self.asking.limit))
+            scores = [example.scores.get(judge.name) or 0.0 for example in self.answered] if judge else []
+            right = sum(min(max(score, 0.0), 1.0) for score in scores)
+            questions = len({example.number for example in self.answered})
+            self.progress(
+                questions, right * questions / len(self.answered), number_of_questions(self.asking.task, self.asking.limit)
+            )
+
+    def _scored_by_row(self, example: Example, rows: dict[int, Any]) -> Example:
+        """The example with what the scorer of the task says. Its first scores say which metrics there are."""
+        task = self.asking.task
+        found = score_by_row(task, rows[example.number], example)
+        if found.scores:
+            self.by_row = self.by_row or row_metrics(task, [*found.scores], self.questions.metrics)
+            check_names(task, example, found, self.by_row)
+        return found.put_into(example)
 
 
 def _blocks(questions: Iterator[EncodedQuestion], batch_size: int, *, grow: bool) -> Iterator[list[EncodedQuestion]]:
@@ -209,17 +255,18 @@ def _answers(
     scores, there = _scores(engine, some, store)
     answers, prompts, also_there = _generated(engine, some, task, seed, store)
     for one in some:
-        likelihoods, texts = scores.get(one.number, []), answers.get(one.number, [])
+        likelihoods, texts = scores.get(one.place, []), answers.get(one.place, [])
         values: Mapping[str, Any] = {}
         if isinstance(one.question, Choices):
             fields = _chosen(one, one.question, likelihoods, engine.lm)
         elif isinstance(one.question, Generate):
-            fields = _written(one.question, texts[0], task.judge)
+            fields = _written(one.question, texts[0], task.judge, engine.lm)
         else:
             fields, values = _of_requests(one, one.question, likelihoods, texts, task, engine.lm)
         example = Example(
             id=one.id,
             number=one.number,
+            repeat=one.repeat,
             prompt=one.prompt,
             key=one.key,
             group=one.question.group,
@@ -235,61 +282,77 @@ def _answers(
                 request = Request(np.concatenate([answer.prompt.ids, answer.ids]), len(answer.prompt.ids))
                 readings.append((request, np.array(answer.logprobs)))
         yield Answered(
-            example if isinstance(one.question, Requests) else _scored(example, metrics, task, engine.lm),
+            _scored(example, metrics, task, engine.lm),
             readings,
-            next(iter(prompts.get(one.number, [])), None),
-            one.number in there or one.number in also_there,
+            next(iter(prompts.get(one.place, [])), None),
+            one.place in there or one.place in also_there,
             store.is_earlier(one),
             values,
         )
 
 
-def _scores(engine: Engine, some: Sequence[EncodedQuestion], store: AnswerStore) -> tuple[dict[int, list[Scored]], set[int]]:
-    """The likelihoods that each question asks for, by its number; and the numbers of those that were there, whole."""
+def _scores(
+    engine: Engine, some: Sequence[EncodedQuestion], store: AnswerStore
+) -> tuple[dict[Place, list[Scored]], set[Place]]:
+    """The likelihoods that each question asks for, by its place; and the places of those that were there, whole."""
     asked = [one for one in some if one.scored]
     if not asked:
         return {}, set()
     results = store.scored(asked)
-    owners = [one.number for one in asked for _ in one.scored]
+    owners = [one.place for one in asked for _ in one.scored]
     read = {owner for number, owner in enumerate(owners) if number not in results.found}
     likelihoods = iter(engine.score([request for one in asked for request in one.scored], results))
-    return {one.number: [next(likelihoods) for _ in one.scored] for one in asked}, {one.number for one in asked} - read
+    return {one.place: [next(likelihoods) for _ in one.scored] for one in asked}, {one.place for one in asked} - read
 
 
 def _generated(
     engine: Engine, some: Sequence[EncodedQuestion], task: Task, seed: int, store: AnswerStore
-) -> tuple[dict[int, list[Answer]], dict[int, list[Prompt]], set[int]]:
-    """The answers that each question asks for, by its number, and their prompts; and the numbers of those that were there."""
+) -> tuple[dict[Place, list[Answer]], dict[Place, list[Prompt]], set[Place]]:
+    """The answers that each question asks for, by its place, and their prompts; and the places of those that were there."""
     asked = [one for one in some if one.answers]
     if not asked:
         return {}, {}, set()
-    prompts = {one.number: _prompts(one, seed) for one in asked}
-    flat = [prompt for one in asked for prompt in prompts[one.number]]
+    prompts = {one.place: _prompts(one, seed) for one in asked}
+    flat = [prompt for one in asked for prompt in prompts[one.place]]
     owners = [one for one in asked for _ in range(one.answers)]
     judged = None if task.judge is None else _judging(task.judge, [one.id for one in owners])
     results = store.answers(asked, flat, judged)
-    there = {owners[number].number for number in results.found}
+    there = {owners[number].place for number in results.found}
     found = iter(engine.generate(flat, judged, results))
-    return {one.number: [next(found) for _ in range(one.answers)] for one in asked}, prompts, there
+    return {one.place: [next(found) for _ in range(one.answers)] for one in asked}, prompts, there
 
 
 def _prompts(one: EncodedQuestion, seed: int) -> list[Prompt]:
     """The prompts of a question; each of several answers has random numbers of its own."""
     ways = one.question.generated if isinstance(one.question, Requests) else (one.question,)
-    requests = one.requests[len(one.scored) :]
-    names = [one.id] if len(requests) == 1 else [f"{one.id} {number}" for number in range(len(requests))]
+    thinking = one.thinking
     return [
-        Prompt(request.ids, name, way.max_tokens, way.stop, way.temperature, seed)
-        for request, name, way in zip(requests, names, ways, strict=True)
+        Prompt(
+            request.ids,
+            one.id,
+            way.max_tokens,
+            way.stop,
+            way.temperature,
+            seed,
+            thinking,
+            thinking is not None and one.prompt.rstrip().endswith(thinking[0]),
+            way.top_k,
+            way.top_p,
+            way.min_p,
+            one.repeat + number,
+        )
+        for number, (request, way) in enumerate(zip(one.requests[len(one.scored) :], ways, strict=True))
         if isinstance(way, Generate)
     ]
 
 
-def _written(question: Generate, answer: Answer, judge: Judge | None) -> dict[str, Any]:
+def _written(question: Generate, answer: Answer, judge: Judge | None, lm: Model) -> dict[str, Any]:
     """The fields of an example whose answer was generated."""
     return {
         "targets": tuple(text.strip() for text in question.answers),
         "output": answer.text.strip(),
+        "outcome": outcome_of(answer, question, lm, judged=judge is not None),
+        "thought": answer.thought,
         "judged": answer.judged,
         "generated": "" if judge is None else answer.text,
         "read": answer.read,
@@ -321,17 +384,14 @@ def _of_requests(
             f"What was read: {str(results)[:300]}. It is kept: repair them, and ask again."
         ) from error
     numbers = {name: float(value) for name, value in values.items() if isinstance(value, int | float | np.number | np.bool_)}
-    likeliest = max(range(choices), key=sums.__getitem__, default=None)
     return {
         "targets": () if question.target is None else (question.target,),
         "choices": tuple(text for _, text in question.scored),
         "loglikelihoods": tuple(sums[:choices]),
         "tokens": tuple(len(score.loglikelihood) for score in scores[:choices]),
         "greedy": tuple(greedy[:choices]),
-        "chosen": likeliest,
-        "output": answers[0].text.strip() if answers else "" if likeliest is None else question.scored[likeliest][1].strip(),
-        "rounding": token_rounding(lm.dtype),
-        "tie_rule": "first",
+        "output": answers[0].text.strip() if answers else "",
+        "outcome": outcome_of(answers[0], question.generated[0], lm, judged=False) if answers else None,
         "scores": {name: number for name, number in numbers.items() if math.isfinite(number)},
         "read": sum(score.read for score in scores) + sum(answer.read for answer in answers),
         "saved": sum(len(request.read) - score.read for request, score in zip(one.scored, scores, strict=True))
@@ -365,6 +425,19 @@ def _refuse_not_finite(asked: EncodedQuestion, texts: Sequence[str], scores: Seq
             )
 
 
+def outcome_of(answer: Answer, question: Generate, lm: Model, *, judged: bool) -> Outcome:
+    """What became of a generated answer (see `Example.outcome`).
+
+    One that reached its largest length is cut off if it could have ended before: it has a stop text, or the model a token that
+    ends answers, and more than one token to reach it. Nor is one that a judge reads: what that is never certain of, counts.
+    """
+    ends = getattr(lm.tokenizer, "ends", (getattr(lm.tokenizer, "eos", None),))
+    could_end = question.max_tokens > 1 and not judged and bool(question.stop or any(end is not None for end in ends))
+    if answer.why == "thinking" or (answer.why == "length" and could_end):
+        return "cut off"
+    return "answered" if answer.text.strip() else "empty"
+
+
 def _judging(judge: Judge, names: Sequence[str]) -> Callable[[int, str], bool | None]:
     """The judge as the engine calls it, for rows of these names; its errors name the row."""
 
@@ -392,7 +465,7 @@ def _scored(example: Example, metrics: list[Metric], task: Task, lm: Model) -> E
             chosen=example.predicted(norm_of(metrics)),
             output=(example.texts or example.choices)[example.predicted()].strip(),
         )
-    return structs.replace(example, scores=scored(example, metrics))
+    return structs.replace(example, scores=example.scores | scored(example, metrics))
 
 
 def _certain(threshold: float, examples: Sequence[Example]) -> str | None:

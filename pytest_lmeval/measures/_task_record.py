@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,8 @@ def record_of(
     details = {
         "prefix_sharing": policy.sharing,
         **counts,
-        "questions": len(answered),
+        "questions": len({example.number for example in answered}),
+        **({} if task.repeats == 1 else {"answers": len(answered)}),
         "truncated": sum(example.truncated > 0 for example in answered),
         "fewer_shots": sum(example.shots_dropped > 0 for example in answered),
         "retokenized": sum(example.retokenized for example in answered),
@@ -65,6 +67,16 @@ def record_of(
     }
     notes = [] if policy.sharing == "prefix sharing: on" else [policy.sharing]
     notes += [f"{details[name]:,} {name.replace('_', ' ')}" for name in NOTED if details.get(name)]
+    if task.repeats > 1 and not any(example.repeat for example in answered):
+        notes.append(f"temperature 0: each question is answered once, since its {task.repeats} answers would be the same")
+    outcomes = Counter(example.outcome for example in answered if example.outcome)
+    if set(outcomes) - {"answered"}:
+        details["outcomes"] = dict(outcomes.most_common())
+        notes.append(
+            ", ".join(f"{count:,} answer{'s' * (count > 1)} {what}" for what, count in outcomes.items() if what != "answered")
+        )
+    if withheld := counts.get("withheld"):
+        notes.append(f"{', '.join(withheld)} not measured: {next(iter(withheld.values()))}")
     in_metrics = {name: value.ties for name, value in values.items() if metric(name).norm is not None}
     notes += _tie_notes(task, len(answered), in_metrics or {"outputs": details["ties"]})
     if special := counts.get("special_tokens"):
@@ -90,7 +102,7 @@ def record_of(
         metrics=values,
         cost=Cost(tokens=details["tokens_read"], state_bytes=engine.counts.peak_state_bytes),
         certificate=certificate and structs.replace(certificate, chunking_used=policy.sharing, audit=audit),
-        example="question",
+        example="answer" if any(example.repeat for example in answered) else "question",
     )
 
 
@@ -101,7 +113,8 @@ def norm_of(metrics: Sequence[Metric]) -> Norm:
 
 def _hash_of(answered: Sequence[Example]) -> str:
     """A hash of all that was asked, in any order."""
-    asked = sorted(f"{one.id}{one.prompt}{one.choices}{one.texts}{one.right}{one.targets}" for one in answered)
+    once = [one for one in answered if not one.repeat]
+    asked = sorted(f"{one.id}{one.prompt}{one.choices}{one.texts}{one.right}{one.targets}" for one in once)
     return hashlib.sha256("".join(asked).encode(errors="surrogatepass")).hexdigest()[:16]
 
 

@@ -31,6 +31,14 @@ from pytest_lmeval.models._tensors import nbytes
 from pytest_lmeval.records._journal import warn
 
 CACHE_NAMES = ("past_key_values", "cache_params", "state")  # the last two: Mamba and its relatives, RWKV
+THINKING = (
+    ("<think>", "</think>"),  # DeepSeek, Qwen, and most others
+    ("[THINK]", "[/THINK]"),  # Magistral
+    ("<seed:think>", "</seed:think>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),  # Command
+    ("<thinking>", "</thinking>"),
+)
+"""Texts between which models think. Those of gpt-oss are no pair: its channels are not told apart here."""
 CONTEXT_LENGTHS = ("max_position_embeddings", "max_target_positions", "max_seq_len")
 BOUNDARIES = (
     "sliding_window",
@@ -279,6 +287,14 @@ class HFTokenizer:
         """That of transformers; None without a template."""
         given = getattr(self.tokenizer, "chat_template", None)
         return self.tokenizer.apply_chat_template if given else None
+
+    @property
+    def thinking(self) -> tuple[str, str] | None:
+        """The texts between which the model thinks: a known pair that are added tokens, or stand in the chat template."""
+        added = {str(one) for one in self.tokenizer.added_tokens_decoder.values()}
+        template = str(getattr(self.tokenizer, "chat_template", None) or "")
+        known = (pair for pair in THINKING if all(one in added or one in template for one in pair))
+        return next(known, None)
 
     def with_special_tokens(self) -> HFTokenizer:
         reading = copy.copy(self)

@@ -30,12 +30,12 @@ IMMUTABLE = (str, bytes, int, float, complex, type(None))
 Import: TypeAlias = "tuple[int, tuple[str, ...]]"  # level (0: absolute), and the names: (0, ("a", "b")) of `from a import b`
 
 
-def code_digest(values: Iterable[Any]) -> bytes:
+def code_digest(values: Iterable[Any], *, own: bool = False) -> bytes:
     """Hash the names and the code of classes and functions, and of what methods, partials, decorators, defaults and closures
     hold of these and of plain values. Of an instance, its class counts; of torch, the names only; functions of this package,
-    which adapt models, do not count."""
+    which adapt models, count only if `own`: with their file."""
     names, files = list[str](), set[Path]()
-    for value in _reached(values):
+    for value in _reached(values, own=own):
         if not isinstance(value, type | FunctionType):
             names.append(repr(value))
             continue
@@ -63,7 +63,7 @@ def project_files(file: Path) -> set[Path]:
     return found
 
 
-def _reached(values: Iterable[Any]) -> Iterator[Any]:
+def _reached(values: Iterable[Any], *, own: bool = False) -> Iterator[Any]:
     """Yield each class, function and plain value that these hold, in a fixed order."""
     seen: dict[int, Any] = {}  # keeps them alive, so that no id is used twice
     stack = list(values)[::-1]
@@ -79,9 +79,10 @@ def _reached(values: Iterable[Any]) -> Iterator[Any]:
                 stack += [*bases][::-1]
             elif isinstance(value, FunctionType):
                 top = (value.__module__ or "").partition(".")[0]
-                if top != OURS:
+                ours = top == OURS
+                if own or not ours:
                     yield value
-                    stack += [] if top in LIBRARIES else [*_held(value)][::-1]
+                    stack += [] if top in LIBRARIES and not ours else [*_held(value)][::-1]
             elif isinstance(value, MethodType):
                 stack += [value.__self__, value.__func__]
             elif isinstance(value, functools.partial):

@@ -10,6 +10,8 @@ from msgspec import structs
 from pytest_lmeval.records._metric import Norm
 from pytest_lmeval.records._schema import StoredStruct
 
+Outcome = Literal["", "answered", "cut off", "empty", "refused"]
+
 FLOAT64 = 1e-12  # a larger relative difference is not the rounding of sums and quotients here
 
 
@@ -18,8 +20,14 @@ class Example(StoredStruct, frozen=True, kw_only=True):
 
     id              hash of the row
     number          index of the row
+    repeat          which of several answers to the row it is: 0 of the first, and of an only one
     prompt          text that the model read, few-shot examples included; without what exceeds the model's context
     output          generated text, or the choice with the largest log-likelihood; stripped
+    outcome         what became of the answer, right or wrong: "answered"; "cut off", if it reached its largest length and might
+                    have ended before, or did not end thinking; "empty"; "refused", if the scorer of the task could take nothing
+                    from it. A choice that was taken has none
+    thought         what the model thought before it answered
+    extracted       metric -> what the scorer of the task took from the output as the answer proper
     target          a right text, stripped; None if there is nothing to compare with
     scores          metric -> score of this example; None if the metric does not apply to it
     key             hash of everything that decides the answer: model, prompt, question, seed, code of the judge
@@ -48,6 +56,9 @@ class Example(StoredStruct, frozen=True, kw_only=True):
     number: int
     prompt: str
     output: str = ""
+    outcome: Outcome = ""
+    thought: str = ""
+    extracted: dict[str, str] = {}
     target: str | None = None
     scores: dict[str, float | None] = {}
     key: str = ""
@@ -70,6 +81,7 @@ class Example(StoredStruct, frozen=True, kw_only=True):
     shots_dropped: int = 0
     retokenized: bool = False
     audited: float | None = None
+    repeat: int = 0
 
     def __post_init__(self) -> None:
         count = len(self.choices)
@@ -79,6 +91,11 @@ class Example(StoredStruct, frozen=True, kw_only=True):
             raise ValueError(f"right is {list(self.right)} and there are {count} choices")
         if self.chosen is not None and not 0 <= self.chosen < count:
             raise ValueError(f"chosen is {self.chosen} and there are {count} choices")
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """What no other example of a task has: the index of its row, and which answer to it."""
+        return self.number, self.repeat
 
     def compared(self, norm: Norm = "sum") -> list[float]:
         """The log-likelihoods of the choices, each divided by the length of its choice."""

@@ -18,6 +18,15 @@ from pytest_lmeval.records._schema import StoredStruct
 from pytest_lmeval.records._value import Value
 
 Outcome = Literal["", "passed", "failed", "skipped"]
+READ_DETAILS: dict[str, type[str] | type[dict[str, Any]] | type[list[str]]] = {
+    "failure": str,
+    "too_short": dict,
+    "warnings": list,
+    "scored": dict,
+    "withheld": dict,
+}
+"""The details that code reads, and their types. `scored`: metric of the scorer of a task -> whether it judges answers;
+`withheld`: metric that the record would have -> why it was not measured."""
 
 
 class Precision(StoredStruct, frozen=True, kw_only=True):
@@ -139,7 +148,7 @@ class Record(StoredStruct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         force_setattr(self, "metrics", {name: value.named(name) for name, value in self.metrics.items()})
-        for name, kind in {"failure": str, "too_short": dict, "warnings": list}.items():  # the details that code reads
+        for name, kind in READ_DETAILS.items():
             found = self.details.get(name, kind())
             if not isinstance(found, kind) or (kind is list and not all(isinstance(one, str) for one in found)):
                 raise ArgumentError(f"among details, {name} is {repr(found)[:60]}, which is no {kind.__name__} (of texts)")
@@ -162,6 +171,11 @@ class Result:
 
     def __repr__(self) -> str:
         return repr(self.record)
+
+
+def withheld_of(record: Record) -> dict[str, str]:
+    """The metrics that a record does not have because its answers say too little, and why."""
+    return {name: str(why) for name, why in record.details.get("withheld", {}).items()}
 
 
 def measured(record: Record, name: str) -> Value:

@@ -38,6 +38,8 @@ Needs = Literal[
     "an output to be judged",
 ]
 """What a question must have for a metric to be computed."""
+Answered: TypeAlias = "tuple[float, str | None]"
+"""What an answer scores, and what it says."""
 Estimate: TypeAlias = "tuple[float, tuple[float, float] | None]"
 """A number, and its 95 % interval or None."""
 
@@ -88,7 +90,7 @@ class Metric:
     repeats           False for a cost that differs in every run too: the memory of a whole process
     about             definition, in words or as a formula
     title             label in tables; default: the name with blanks
-    headline          summaries show it; the report shows all
+    headline          summaries show it, or a value "above 0"; the report shows all
     margin            allowed loss against a baseline: 0.01 in its unit, "0.5%" of the baseline
     aliases           other names by which the marker of a gate may mean it
     stands_for        a metric of the same quantity in another unit, which is gated in its place if recorded too
@@ -104,6 +106,8 @@ class Metric:
     exponential  it is the exponential of the scaled mean
     interval     of its mean score: "proportion" (scores are 0 or 1) by Wilson's score, "mean" by Student's t, or by
                  Wilson's score if all lie between 0 and 1
+    several      of several answers to a question, each with its score and what it says (None: nothing), and of K, the number in
+                 the metric's name: the score of the question. The first of its answers has it, the others None
     statistic    (examples, seed) -> estimate: if it is no mean of scores
     needs        what each question must have (see `Needs`)
     library      required package that computes it
@@ -120,7 +124,7 @@ class Metric:
     repeats: bool = True
     about: str = ""
     title: str = ""
-    headline: bool = True
+    headline: bool | Literal["above 0"] = True
     margin: float | str = 0.01
     aliases: tuple[str, ...] = ()
     stands_for: str = ""
@@ -132,6 +136,7 @@ class Metric:
     exponential: bool = False
     interval: Literal["proportion", "mean"] | None = None
     statistic: Callable[[Sequence[Example], int], Estimate | None] | None = None
+    several: Callable[[Sequence[Answered], int], float] | None = None
     needs: Needs = "an answer"
     library: str | None = None
     norm: Norm | None = None

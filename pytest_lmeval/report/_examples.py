@@ -95,7 +95,8 @@ def _table(subject: str, group: list[tuple[Record, Path]], notes: list[str]) -> 
     columns: list[Column] = []
     questions: dict[tuple[str, int], dict[int, Example]] = {}
     for index, (label, (record, folder)) in enumerate(zip(labels, group, strict=True)):
-        judge = judge_of(metric(name, value) for name, value in record.metrics.items())
+        by_row = (metric(name) for name, judges in record.details.get("scored", {}).items() if judges)
+        judge = next(by_row, None) or judge_of(metric(name, value) for name, value in record.metrics.items())
         columns.append(Column(label, record.examples or "", judge))
         seen: Counter[str] = Counter()
         for example in _read(folder, record.examples or "", notes):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pytest_lmeval.records._certificate import EXACT
-from pytest_lmeval.records._measured import Record
+from pytest_lmeval.records._measured import Record, withheld_of
 from pytest_lmeval.records._metric import metric
 from pytest_lmeval.records._value import Value
 from pytest_lmeval.report._words import disambiguate, interval, model_line, number
@@ -135,7 +135,8 @@ def notes_of(record: Record) -> list[str]:
 
 def headlines(record: Record) -> list[str]:
     """The headline metrics of a record; all metrics if none is declared a headline."""
-    names = [name for name, value in record.metrics.items() if metric(name, value).headline]
+    shown = {name: metric(name, value).headline for name, value in record.metrics.items()}
+    names = [name for name, always in shown.items() if always is True or (always and record.metrics[name] > 0)]
     return names or list(record.metrics)
 
 
@@ -146,7 +147,8 @@ def _verdict(record: Record) -> dict[str, Row]:
 def _rows(record: Record) -> dict[str, Row]:
     if not record.metrics:
         return {"": Row(record.kind, "not measured", record.not_measured or "")}
-    return {name: _row(name, record.metrics[name]) for name in headlines(record)}
+    withheld = {name: Row(metric(name).label, "not measured", why) for name, why in withheld_of(record).items()}
+    return withheld | {name: _row(name, record.metrics[name]) for name in headlines(record)}
 
 
 def _row(name: str, value: Value) -> Row:

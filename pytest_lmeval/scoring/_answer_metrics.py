@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from pytest_lmeval.records._example import Example
-from pytest_lmeval.records._metric import Estimate, Metric, Needs, Norm
+from pytest_lmeval.records._metric import Answered, Estimate, Metric, Needs, Norm
+from pytest_lmeval.scoring._several import majority, pass_all, pass_at
 from pytest_lmeval.scoring._text_metrics import LOSS
 from pytest_lmeval.statistics._estimate import FEWEST_UNITS
+from pytest_lmeval.tasks.scores._texts import squad
 
 NO_ANSWER = ("unanswerable", "")  # outputs that say that the text does not tell the answer
 REPLICATES = 500
@@ -34,12 +36,12 @@ def answerable(example: Example) -> bool:
 
 def exact_match(example: Example) -> float:
     """1 if the output is one of the targets, ignoring case, punctuation and articles (Rajpurkar et al. 2016)."""
-    return _squad(example.output, example.targets if answerable(example) else NO_ANSWER)[0]
+    return squad(example.output, example.targets if answerable(example) else NO_ANSWER)[0]
 
 
 def squad_f1(example: Example) -> float:
     """F1 over words, the best over the targets; 0 or 1 where the text does not tell the answer."""
-    return _squad(example.output, example.targets)[1] if answerable(example) else exact_match(example)
+    return squad(example.output, example.targets)[1] if answerable(example) else exact_match(example)
 
 
 def is_right(example: Example) -> float:
@@ -52,15 +54,6 @@ def units_of(examples: Sequence[Example]) -> np.ndarray:
     keys = [(example.group,) if example.group is not None else (example.id, example.number) for example in examples]
     index = {key: number for number, key in enumerate(dict.fromkeys(keys))}
     return np.array([index[key] for key in keys])
-
-
-@lru_cache(maxsize=2**15)  # for several metrics
-def _squad(answer: str, targets: tuple[str, ...]) -> tuple[float, float]:
-    """Exact match and F1."""
-    from torchmetrics.functional.text.squad import squad
-
-    found = squad({"id": "", "prediction_text": answer}, {"id": "", "answers": {"text": list(targets)}})
-    return float(found["exact_match"]) / 100, float(found["f1"]) / 100
 
 
 def _f1(labels: np.ndarray, predictions: np.ndarray, weights: np.ndarray, average: str = "binary") -> float:
@@ -164,6 +157,10 @@ def _label(name: str, about: str, statistic: Callable[..., float], needs: Needs)
     return _mean(name, about, is_right, needs=needs, interval=None, statistic=estimate, library="sklearn", norm="sum")
 
 
+def _several(name: str, about: str, score: Callable[[Sequence[Answered], int], float]) -> Metric:
+    return Metric(name, about=about, several=score, interval="proportion")
+
+
 def _rouge(kind: str) -> Metric:
     def score(example: Example) -> float:
         from rouge_score.rouge_scorer import RougeScorer
@@ -244,6 +241,22 @@ METRICS = {
             needs="an output to be judged",
             higher_is_better=None,
         ),
+        _mean(
+            "score",
+            "mean of what the scorer of the task says of an answer and its row: 1 right; 0 wrong, or nothing to be taken",
+            lambda example: example.scores["score"],
+        ),
+        _proportion(
+            "cut_off",
+            "fraction of generated answers that reached their largest length before an end, or did not end thinking",
+            _where(lambda example: not example.choices, lambda example: float(example.outcome == "cut off")),
+            judges=False,
+            higher_is_better=False,
+            headline="above 0",
+        ),
+        _several("pass@*", "probability that one of K answers to a question is right: 1 - C(n-c, K) / C(n, K)", pass_at),
+        _several("pass^*", "probability that all of K answers to a question are right: C(c, K) / C(n, K)", pass_all),
+        _several("maj@*", "fraction of questions of which most of K answers are right, of equally many 1/k each", majority),
         Metric("average", about="mean of the first metrics of the tasks of a suite"),
     )
 }

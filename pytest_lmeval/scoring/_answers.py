@@ -42,6 +42,7 @@ class KeptAnswer(StoredStruct, frozen=True, kw_only=True):
     read: int
     why: str
     counts: tuple[int, int, int, int]
+    thought: str = ""
 
 
 class Line(StoredStruct, frozen=True, kw_only=True):
@@ -153,6 +154,7 @@ class AnswerStore:
                     read=one.read,
                     why=one.why,
                     counts=(one.counts.tokens, one.counts.padding, one.counts.calls, one.counts.peak_state_bytes),
+                    thought=one.thought,
                 )
                 for number, one in new.items()
             }
@@ -219,7 +221,9 @@ def _answer(kept: Kept | None, prompt: Prompt) -> Answer | None:
     if not isinstance(kept, KeptAnswer) or not kept.why or not len(kept.ids) == len(kept.logprobs) <= prompt.max_tokens:
         return None
     ids, logprobs, counts = list(kept.ids), list(kept.logprobs), Counts(*kept.counts)
-    return Answer(prompt, ids, logprobs, kept.text, [], kept.judged, kept.read, kept.why, counts)
+    answer = Answer(prompt, ids, logprobs, kept.text, [], kept.judged, kept.read, kept.why, counts)
+    answer.thought = kept.thought
+    return answer
 
 
 def names_of(question: EncodedQuestion) -> list[str]:

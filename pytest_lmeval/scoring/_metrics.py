@@ -63,7 +63,7 @@ def metrics_of(names: Sequence[str], task: str) -> list[Metric]:
         except RegistryError as error:
             ours = f" lm_eval's {name!r} is {LM_EVAL_NAMES[name]} here." if name in LM_EVAL_NAMES else ""
             raise TaskError(f"{asks}:{ours} {error}") from None
-        if metric.score is None and metric.statistic is None:
+        if metric.score is None and metric.statistic is None and metric.several is None:
             raise TaskError(f"{asks}, which is none of answers: it has no score of an example.")
         try:
             if metric.library is not None:

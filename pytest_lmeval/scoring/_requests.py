@@ -14,8 +14,8 @@ import functools
 import hashlib
 import re
 from bisect import bisect_left
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -45,6 +45,9 @@ class EncodedQuestion:
     truncated      tokens of the question that did not fit
     shots_dropped  few-shot examples that did not fit
     special        a special token is written in its texts; those of a chat template do not count
+    row            that it was made of, as `ask` was given it
+    thinking       texts between which the model thinks; None: it does not
+    repeat         which of several answers to the question this asks for
     """
 
     id: str
@@ -59,11 +62,26 @@ class EncodedQuestion:
     special: bool = False
     sizes: tuple[int, ...] = ()
     answers: int = 0
+    row: Any = field(default=None, repr=False, compare=False)
+    thinking: tuple[str, str] | None = None
+    repeat: int = 0
 
     @property
     def scored(self) -> list[Request]:
         """The requests whose log-likelihood is wanted."""
         return self.requests[: len(self.requests) - self.answers]
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """What no other question of the task has: the index of the row, and which answer to it."""
+        return self.number, self.repeat
+
+    def repeated(self, times: int) -> Iterator[EncodedQuestion]:
+        """The question as often as it is to be answered, each time with a key of its own."""
+        yield self
+        for repeat in range(1, times):
+            key = hashlib.sha256(f"{self.key}/{repeat}".encode()).hexdigest()[:16]
+            yield replace(self, key=key, repeat=repeat)
 
 
 @dataclass(frozen=True)
@@ -182,20 +200,24 @@ class Encoder:
                 else:
                     found = self._fitted(whole, description, longest, room, where)
                 truncated = len(whole) - len(found)
-        drawn = [id] if isinstance(question, Generate) and question.temperature else []  # it seeds the random numbers
+        drawn: list[Any] = []
+        if isinstance(question, Generate) and question.temperature:
+            drawn = [id, *question.drawn_from.items()]  # the id seeds the random numbers
+        thinking = self._thinking if isinstance(question, Generate) else None
         turns = [] if found.written is None else [("chat", found.written)]
         return EncodedQuestion(
             id,
             number,
             question,
             found.prompt,
-            self._key(question, found.prompt, *turns, *drawn),
+            self._key(question, found.prompt, *turns, *drawn, *(thinking or ())),
             found.requests,
             truncated,
             dropped,
             found.retokenized,
             self._has_special(description, examples[dropped:], question),
             answers=int(isinstance(question, Generate)),
+            thinking=thinking,
         )
 
     def _key(self, *decisive: Any) -> str:
@@ -270,6 +292,11 @@ class Encoder:
         if self.truncate == "refuse" or request.context_len - over < 1:
             raise TaskError(f"{where} is {len(request.ids):,} tokens, and {self.lm.spec} reads {most:,} here.")
         return Request(request.ids[over:], request.context_len - over)
+
+    @functools.cached_property
+    def _thinking(self) -> tuple[str, str] | None:
+        """The texts between which the model thinks: those of the task, or those that its tokenizer knows."""
+        return getattr(self.lm.tokenizer, "thinking", None) if self.task.thinking == "auto" else self.task.thinking
 
     @functools.cached_property
     def _of_all_answers(self) -> list[Any]:

@@ -10,11 +10,24 @@ from fnmatch import fnmatchcase
 
 from pytest_lmeval import registry
 from pytest_lmeval.errors import TaskError
-from pytest_lmeval.tasks._questions import Ask, Choices, Generate, Judge, Question, Suite, Task, by_name
+from pytest_lmeval.tasks._questions import (
+    Ask,
+    Choices,
+    Extracted,
+    Generate,
+    Judge,
+    Question,
+    Score,
+    Scorer,
+    Suite,
+    Task,
+    by_name,
+)  # fmt: skip
 from pytest_lmeval.tasks._rows import id_of
 
 __all__ = [
-    "Ask", "Choices", "Generate", "Judge", "Question", "Suite", "Task", "by_name", "find", "find_suite", "id_of", "names",
+    "Ask", "Choices", "Extracted", "Generate", "Judge", "Question", "Score", "Scorer", "Suite", "Task", "by_name", "find",
+    "find_suite", "id_of", "names",
 ]  # fmt: skip
 
 

@@ -27,6 +27,14 @@ from pytest_lmeval.tasks._rows import guarded
 if TYPE_CHECKING:
     from pytest_lmeval.models._model import Model
 
+SEVERAL = ("pass@", "pass^", "maj@")
+"""How the names of metrics of several answers to a question begin."""
+
+
+def of_several(metric: str) -> bool:
+    """Whether the metric of this name is computed from several answers to a question."""
+    return metric.startswith(SEVERAL)
+
 
 @dataclass(frozen=True)
 class Choices:
@@ -97,6 +105,9 @@ class Generate:
     group          see `Choices`
     answer_prefix  how the answer begins, such as "The answer is", which is given and no part of it: the beginning of the
                    assistant's turn in a chat; without turns it follows the prompt, after a blank if neither has one there
+    top_k          draw from this many of the likeliest tokens; 0: from all
+    top_p          then from the likeliest ones that together have this probability, in (0, 1]
+    min_p          then from those at least this times as likely as the likeliest, in [0, 1)
     """
 
     prompt: str
@@ -106,6 +117,9 @@ class Generate:
     temperature: float = 0.0
     group: str | None = None
     answer_prefix: str = ""
+    top_k: int = field(default=0, kw_only=True, repr=False)
+    top_p: float = field(default=1.0, kw_only=True, repr=False)
+    min_p: float = field(default=0.0, kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
         _check_texts(self)
@@ -120,6 +134,21 @@ class Generate:
             raise TaskError(f"max_tokens is {self.max_tokens!r}: an answer has a whole number of tokens, at least one.")
         if not _is_number(self.temperature, Real) or not 0 <= self.temperature < math.inf:
             raise TaskError(f"temperature is {self.temperature!r}: it is a finite number, 0 or more.")
+        object.__setattr__(self, "top_k", _as_int(self.top_k))
+        if not _is_number(self.top_k, int) or self.top_k < 0:
+            raise TaskError(f"top_k is {self.top_k!r}: it is a number of tokens, or 0 for all.")
+        if not _is_number(self.top_p, Real) or not 0 < self.top_p <= 1:
+            raise TaskError(f"top_p is {self.top_p!r}: it is a probability, above 0 and at most 1.")
+        if not _is_number(self.min_p, Real) or not 0 <= self.min_p < 1:
+            raise TaskError(f"min_p is {self.min_p!r}: it is a fraction, 0 or more and below 1.")
+        if self.drawn_from and not self.temperature:
+            raise TaskError(f"{next(iter(self.drawn_from))} is given with temperature 0, where the likeliest token is taken.")
+
+    @property
+    def drawn_from(self) -> dict[str, float]:
+        """What limits the tokens that are drawn, beside the temperature: those of top_k, top_p and min_p that do."""
+        given = {"top_k": (self.top_k, 0), "top_p": (self.top_p, 1), "min_p": (self.min_p, 0)}
+        return {name: value for name, (value, without) in given.items() if value != without}
 
     @property
     def target(self) -> str:
@@ -186,6 +215,22 @@ Combine: TypeAlias = "Callable[[str], tuple[Callable[[list[Any]], float], bool |
 
 
 @dataclass(frozen=True)
+class Extracted:
+    """What a scorer took from an answer as the answer proper, beside what it says of it (see `Task.score`).
+
+    text   such as "42"; what the examples show, and what a majority of several answers is counted of
+    score  True or 1 for a right answer, False or 0 for a wrong one, or another finite number
+    """
+
+    text: str
+    score: bool | float
+
+
+Score: TypeAlias = "bool | float | Extracted | Mapping[str, bool | float | Extracted | None] | None"
+Scorer: TypeAlias = "Callable[[Row, str], Score]"
+
+
+@dataclass(frozen=True)
 class Task:
     """A task. `rows` and `shots` are a dataset of the hub or a file (`Rows`, or its name), a list, or a function that returns
     an iterator. The first row of a list is asked at once, so that a metric that cannot be computed is refused here.
@@ -194,12 +239,23 @@ class Task:
     rows               one question each
     ask                row -> question; None for a row that is none (counted)
     metrics            names of metrics of answers (`lmeval list metrics`); suites average the first. By default, as the first
-                       question says: accuracy of choices; of generated answers exact_match, or rate where there is a judge
+                       question says: accuracy of choices; of generated answers exact_match, or rate where there is a judge.
+                       Those of a `score` come before these, and by default alone (or beside rate)
     shots              rows of few-shot examples; () for none
     fewshot_strategy   "draw": each question draws its own, by its hash; "first": all show the first ones
     description        text before everything, once
     fewshot_delimiter  text after each few-shot example
     judge              generated text so far -> True or False as soon as that is certain, else None; see the metric "rate"
+    score              (row, answer) -> what the finished answer is worth: of the generated text, stripped, or the text of the
+                       chosen choice. A truth value or number is the metric `score`; several by name are one metric each, the
+                       same names on every row; None: nothing can be taken from the answer, which counts as 0. A number may come
+                       as `Extracted`. `tasks.scores` has ready ones
+    thinking           texts between which the model thinks, ("<think>", "</think>"), or None; "auto": those that its tokenizer
+                       knows. A thought is no part of an answer: no stop ends it, and no judge, metric or scorer sees it
+    most_cut_off       largest share of generated answers that may be cut off (see `Example`); of more, metrics that judge or
+                       compare answers are not measured. A tenth is what the interval of a hundred answers leaves open anyway
+    repeats            answers to each question, if they are drawn, each with random numbers of its own. The metrics pass@K (one
+                       of K is right), pass^K (all are) and maj@K (what most of K say is) are of them, K from 1 to `repeats`
     threshold          is the rate of answers judged True above or below it? Asking ends as soon as that is certain
     style              whose prompts these are, recorded: "lm_eval" are those of that harness, whose rule for ties is kept too
     version            raised when the prompts or the rules change
@@ -222,6 +278,10 @@ class Task:
     description: str = ""
     fewshot_delimiter: str = "\n\n"
     judge: Judge | None = None
+    score: Scorer | None = None
+    thinking: tuple[str, str] | Literal["auto"] | None = "auto"
+    most_cut_off: float = 0.1
+    repeats: int = 1
     threshold: float | None = None
     style: str = "own"
     version: int = 1
@@ -239,13 +299,33 @@ class Task:
             _check_text(f"{self}: {name} is a text, and this one", getattr(self, name))
         for name in ("rows", "shots"):
             object.__setattr__(self, name, _rows(f"{self}: {name}", getattr(self, name)))
-        for name in ("ask", "judge"):
+        for name in ("ask", "judge", "score"):
             if not callable(given := getattr(self, name)) and (name == "ask" or given is not None):
                 raise TaskError(f"{self}: {name} is {given!r}, of type {type(given).__name__}; it is a function.")
         if self.fewshot_strategy not in ("draw", "first"):
             raise TaskError(f"{self}: fewshot_strategy is {self.fewshot_strategy!r}. It is 'draw' or 'first'.")
+        if self.thinking is not None and self.thinking != "auto":
+            object.__setattr__(self, "thinking", texts(f"{self}: thinking", self.thinking))
+            if len(self.thinking) != 2 or not all(self.thinking):
+                raise TaskError(
+                    f"{self}: thinking is {self.thinking!r}: two texts, as ('<think>', '</think>'), 'auto' or None."
+                )
+        if not _is_number(self.most_cut_off, Real) or not 0 <= self.most_cut_off <= 1:
+            raise TaskError(f"{self}: most_cut_off is {self.most_cut_off!r}. A share of answers lies between 0 and 1.")
+        object.__setattr__(self, "repeats", _as_int(self.repeats))
+        if not _is_number(self.repeats, int) or self.repeats < 1:
+            raise TaskError(f"{self}: repeats is {self.repeats!r}. It is a whole number of answers, at least one.")
+        for name in filter(of_several, self.metrics or ()):
+            count = name.replace("^", "@").partition("@")[2]
+            if not (count.isdecimal() and 1 <= int(count) <= self.repeats):
+                what = f"{self}: {name} is a metric of {count or 'no'} answers to each question"
+                raise TaskError(f"{what}, and repeats={self.repeats}. It is of 1 to `repeats` answers.")
+        if self.repeats > 1 and self.threshold is not None:
+            raise TaskError(f"{self}: a threshold is for independent answers, and repeats={self.repeats} of one row are not.")
         if self.judge is None and "rate" in (self.metrics or ()):
             raise TaskError(f"{self}: the metric 'rate' is the fraction of answers judged True, and there is no judge.")
+        if self.score is None and "score" in (self.metrics or ()):
+            raise TaskError(f"{self}: the metric 'score' is what the task's `score` says of an answer, and there is none.")
         if self.threshold is not None:
             if not _is_number(self.threshold, Real) or not 0 < self.threshold < 1:
                 raise TaskError(f"{self}: threshold is {self.threshold!r}. A rate is compared with a number between 0 and 1.")
@@ -265,16 +345,27 @@ class Task:
 
     def metrics_for(self, question: AnyQuestion, where: str) -> tuple[str, ...]:
         """The names of the metrics; the default ones are chosen for this question. Raises TaskError if there is none."""
-        if self.metrics is not None:
-            return self.metrics
         if isinstance(question, Requests):  # what it measures is known when it is scored
             return ()
+        own = self.metrics or ()
+        if own and (self.score is not None or not self.only_of_several):
+            return own
+        return (*self._default_metrics(question, where), *own)
+
+    @property
+    def only_of_several(self) -> bool:
+        """All metrics are of several answers to a question: what says that one is right is the default metric."""
+        return self.metrics is not None and all(map(of_several, self.metrics))
+
+    def _default_metrics(self, question: Question, where: str) -> tuple[str, ...]:
+        if self.score is not None:
+            return () if self.judge is None else ("rate",)
         if isinstance(question, Choices):
             return ("accuracy",)
         if self.judge is None and not question.answers:
             raise TaskError(
                 f"{self}, {where}: its answer is generated, with answers=() to compare it with and no judge, so nothing says "
-                "what is right. Give `answers`, a `judge`, or a metric that needs neither (`lmeval list metrics`)."
+                "what is right. Give `answers`, a `score`, a `judge`, or a metric that needs none (`lmeval list metrics`)."
             )
         return ("exact_match",) if self.judge is None else ("rate",)
 
