@@ -7,6 +7,7 @@ import functools
 import inspect
 import re
 import sys
+from fnmatch import fnmatchcase
 from typing import Any
 
 from pytest_lmeval import registry
@@ -14,6 +15,7 @@ from pytest_lmeval.errors import RegistryError, no_such
 from pytest_lmeval.records._metric import Metric
 from pytest_lmeval.report._terminal import say
 
+PREFIX = "lm_eval:"  # of the tasks of another harness, whose names are looked up only if they are asked for
 DIRECTIONS = {True: "higher is better", False: "lower is better", None: ""}
 
 
@@ -41,6 +43,10 @@ def main(options: argparse.Namespace) -> int:
 
 def listed(group: str, pattern: str = "*") -> list[list[str]]:
     """A row for each thing whose name matches: name, description, and the package unless it is this one."""
+    if group == "tasks" and pattern.startswith(PREFIX):
+        from pytest_lmeval.lm_eval._names import listed as of_lm_eval
+
+        return [[name, about] for name, about in of_lm_eval() if fnmatchcase(name, pattern)]
     found = registry.things(group, pattern)
     return [[name, *described(thing), "" if entry.is_own else entry.package] for name, thing, entry in found]
 

@@ -127,3 +127,16 @@ def test_a_command_of_two_packages_is_refused_and_both_are_named(monkeypatch, ca
     assert (
         "the command 'list' is registered by pytest-lmeval (pytest-lmeval:list) and by other-package" in capsys.readouterr().err
     )
+
+
+def test_tasks_are_asked_without_a_file_of_tests(pytester):
+    done = pytester.run(
+        sys.executable, "-m", "pytest_lmeval", "run", "--tasks", "stdlib_next,", "--limit", "3", "--", "--lmeval-budget", "1k"
+    )
+    assert done.ret == 0, done.stderr.str()
+    done.stdout.fnmatch_lines(["*test_answers?stdlib_next?*", "*stdlib_next, 0-shot*", "*1 passed*"])
+
+
+def test_a_run_of_no_tasks_is_refused(capsys):
+    assert main(["run", "--tasks", " ,"]) == 2
+    assert "names no task" in capsys.readouterr().err

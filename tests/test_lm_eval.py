@@ -323,6 +323,13 @@ def test_a_name_that_is_nearly_right_is_named():
     assert len(find_suite("lm_eval:mmlu").tasks) == 57
 
 
+def test_the_catalogue_is_listed(capsys):
+    from pytest_lmeval.__main__ import main
+
+    assert main(["list", "tasks", "lm_eval:arc_ea*"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["lm_eval:arc_easy  a task"]
+
+
 def test_without_lm_eval_its_names_say_what_to_install(monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
         monkeypatch.setitem(sys.modules, name, None)

@@ -11,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 
 from pytest_lmeval.data import Rows
 from pytest_lmeval.scoring._fewshot import Shots
-from pytest_lmeval.tasks import Choices, Task, find, names
+from pytest_lmeval.tasks import Choices, Task, find, id_of, names
 
 VERSION = "0.4.13"
 PLAIN = "The cat sat on the mat."
@@ -313,4 +313,4 @@ def test_examples_are_drawn_as_lm_eval_draws_them(harness, split):
     task = Task("drawn", Rows("x/y", split=split), lambda row: Choices("x", ("y",), 0), shots=pool)
     ours, theirs = Shots(task, 3, "lm_eval"), ContextSampler(pool, rnd=1234)
     for row in pool[:25]:
-        assert ours.rows(row, "") == list(theirs.sample(3, eval_doc=row if split == "validation" else None))
+        assert ours.rows(row, id_of(row)) == list(theirs.sample(3, eval_doc=row if split == "validation" else None))

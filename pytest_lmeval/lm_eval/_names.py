@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
-import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -61,11 +60,11 @@ def by_name(name: str) -> Task | Suite:
     return Suite(PREFIX + name, tuple({one.task_name: one.task for one in built.get_all_tasks()}.values()), averages=averages)
 
 
-def names() -> list[str]:
-    """The names of all tasks, groups and tags, with their prefix; none where lm_eval is not installed."""
-    if importlib.util.find_spec("lm_eval") is None:
-        return []
-    return [PREFIX + name for name in sorted(_index())]
+def listed() -> list[tuple[str, str]]:
+    """The names of all tasks, groups and tags, with their prefix, and what each is. Raises TaskError without lm_eval."""
+    _factory()
+    kinds = {"GROUP": "a group of tasks", "TAG": "tasks of one tag", "PY_TASK": "a task in Python"}
+    return [(PREFIX + name, kinds.get(known.kind, "a task")) for name, known in sorted(_index().items())]
 
 
 def _averages(group: Any, *, whole: bool) -> Iterator[Average]:
