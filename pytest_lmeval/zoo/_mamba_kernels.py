@@ -67,9 +67,7 @@ def advance(a: Floats, u: Floats, dt: Floats, b_in: Floats, decays: Floats, stat
 
 
 @compiled
-def forward(
-    a: Floats, u: Floats, dt: Floats, b_in: Floats, c_out: Floats, hidden: Floats, y: Floats, starts: Floats
-) -> None:
+def forward(a: Floats, u: Floats, dt: Floats, b_in: Floats, c_out: Floats, hidden: Floats, y: Floats, starts: Floats) -> None:
     """Write y = C h [b, t, d]; the state before each block to `starts` [b, blocks, n, d], the last one to `hidden`."""
     decays, states = np.empty((BLOCK, *a.shape), a.dtype), np.empty((BLOCK + 1, *a.shape), a.dtype)
     for row in range(len(u)):
