@@ -79,13 +79,14 @@ def test_processor_time_of_training_over_a_bare_loop(lmeval, load_lm, tmp_path, 
     lmeval.record(lm, "training over a bare loop", tokens_per_processor_second_ratio=ratio, processor_time_done_once=around)
 
 
-SLOWEST = 0.35  # of causal-bk's speed, which is almost only products of matrices; mamba reaches 0.41 to 0.46
+SLOWEST = {"mamba": 0.6, "mamba2": 0.35}  # of causal-bk, almost only products of matrices; reached: 0.66 to 0.71, 0.40 to 0.46
 
 
 def test_mamba_trains_at_a_fraction_of_the_speed_of_causal_bk(lmeval, load_lm):
     """One step of the default protocol, 16 crops of 128 tokens: forward, loss, backward."""
+    pytest.importorskip("numba")  # compiles the scan of mamba
     ids = torch.randint(0, 256, (16, 129), generator=torch.Generator().manual_seed(0))
-    modules = {name: copy.deepcopy(load_lm(f"zoo:{name}").module).train() for name in ("mamba", "mamba2", "causal-bk")}
+    modules = {name: copy.deepcopy(load_lm(f"zoo:{name}").module).train() for name in (*SLOWEST, "causal-bk")}
 
     def loss(module):
         return F.cross_entropy(module(ids[:, :-1])[0].flatten(0, 1), ids[:, 1:].flatten())
@@ -97,11 +98,11 @@ def test_mamba_trains_at_a_fraction_of_the_speed_of_causal_bk(lmeval, load_lm):
             loss(modules[name]).backward()
             times[name].append(time.process_time() - began)
     work = {name: training_flops(lambda module=module: loss(module)).total for name, module in modules.items()}
-    for name in ("mamba", "mamba2"):
+    for name, slowest in SLOWEST.items():
         pairs = zip(times["causal-bk"][1:], times[name][1:], strict=True)  # the first round warms up
         ratios = sorted(bk / own for bk, own in pairs)
         ratio = Value(statistics.median(ratios), "x", low=ratios[0], high=ratios[-1], n=ROUNDS, higher_is_better=True)
         operations = Value(float(ratio) * work[name] / work["causal-bk"], "x", n=ROUNDS, higher_is_better=True)
         fractions = {"tokens_per_processor_second_ratio": ratio, "operations_per_processor_second_ratio": operations}
         lmeval.record(load_lm(f"zoo:{name}"), "training over causal-bk", **fractions)
-        assert ratio > SLOWEST, f"{name} trains at {float(ratio):.2f} of the speed of causal-bk"
+        assert ratio > slowest, f"{name} trains at {float(ratio):.2f} of the speed of causal-bk"

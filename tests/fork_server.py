@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from typing import IO, Any, NoReturn
 
 LIBRARIES = ("torch", "torch._dynamo", "torch.profiler", "torch.utils.flop_counter", "numpy", "hypothesis", "jinja2", "msgspec")
-OPTIONAL = ("moshi", "huggingface")  # modules that import an optional, heavy library
+OPTIONAL = ("moshi", "huggingface", "kernels")  # modules that import an optional, heavy library
 
 
 class ForkServer:

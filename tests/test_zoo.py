@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from pytest_lmeval import registry
 from pytest_lmeval.laws._probe import probe
+from pytest_lmeval.models._flops import training_flops
 from pytest_lmeval.models._model import fork, state_bytes, state_dtypes
 from pytest_lmeval.models._sources import as_model, load
 from pytest_lmeval.zoo import _mamba
@@ -359,33 +360,100 @@ def gradients_of_scan(scan, inputs, by_y, by_hidden):
     return torch.autograd.grad((y * by_y).sum() + (hidden * by_hidden).sum(), inputs)
 
 
-def assert_scans_as_by_token(rows, t, block, largest):
-    n, d, noise = 3, 5, torch.Generator().manual_seed(t)
+def scan_inputs(rows, t, n, d, dtype, largest=0.1):
+    noise = torch.Generator().manual_seed(t)
 
     def normal(*shape):
         return torch.randn(*shape, dtype=torch.float64, generator=noise)
 
     dt = largest * torch.where(normal(rows, t, d) > 1, 0.0, normal(rows, t, d).abs())  # some tokens forget nothing
     inputs = [normal(rows, t, d), dt, -normal(n, d).exp(), normal(rows, t, n), normal(rows, t, n), normal(rows, n, d)]
-    wanted = normal(rows, t, d), normal(rows, n, d)
+    return [x.to(dtype) for x in (*inputs, normal(rows, t, d), normal(rows, n, d))]
+
+
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}  # of the largest number; numba compiles the scan in 32 bits
+
+
+def assert_scans_as_by_token(rows, t, block, largest, dtype):
+    n, d = 3, 37
+    *inputs, by_y, by_hidden = scan_inputs(rows, t, n, d, dtype, largest)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_mamba, "STATES_AT_ONCE", block * rows * n * d)
-        found = *selective_scan(*inputs), *gradients_of_scan(selective_scan, inputs, *wanted)
-    expected = *scan_by_token(*inputs), *gradients_of_scan(scan_by_token, inputs, *wanted)
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+        found = *selective_scan(*inputs), *gradients_of_scan(selective_scan, inputs, by_y, by_hidden)
+    inputs, by_y, by_hidden = [x.double() for x in inputs], by_y.double(), by_hidden.double()
+    expected = *scan_by_token(*inputs), *gradients_of_scan(scan_by_token, inputs, by_y, by_hidden)
+    for x, y in zip(found, expected, strict=True):
+        assert x.dtype == dtype
+        torch.testing.assert_close(x.double(), y, rtol=0.0, atol=TOLERANCES[dtype] * max(1.0, float(y.abs().max())))
 
 
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @settings(max_examples=25)
 @given(rows=st.integers(1, 4), t=st.integers(1, 40), block=st.integers(1, 12), largest=st.sampled_from([0.1, 5.0, 1e4]))
-def test_the_scan_in_blocks_and_its_gradients_are_those_token_by_token(rows, t, block, largest):
-    assert_scans_as_by_token(rows, t, block, largest)
+def test_the_scan_in_blocks_and_its_gradients_are_those_token_by_token(dtype, rows, t, block, largest):
+    assert_scans_as_by_token(rows, t, block, largest, dtype)
 
 
 def test_a_scan_that_loses_its_state_between_blocks_is_found(monkeypatch):
     advance = _mamba.advance
     monkeypatch.setattr(_mamba, "advance", lambda *inputs: 0.0 * advance(*inputs))
     with pytest.raises(AssertionError, match="not close"):
-        assert_scans_as_by_token(rows=2, t=9, block=4, largest=0.1)
+        assert_scans_as_by_token(rows=2, t=9, block=4, largest=0.1, dtype=torch.float64)
+
+
+def test_a_compiled_scan_whose_gradient_starts_a_block_without_its_state_is_found(monkeypatch):
+    pytest.importorskip("numba")
+    from pytest_lmeval.zoo import _mamba_kernels
+
+    forward = _mamba_kernels.forward
+
+    def forgets(*arrays):
+        forward(*arrays)
+        arrays[-1][:, 1:] = 0.0
+
+    monkeypatch.setattr(_mamba_kernels, "forward", forgets)
+    assert_scans_as_by_token(rows=2, t=_mamba_kernels.BLOCK, block=4, largest=0.1, dtype=torch.float32)
+    with pytest.raises(AssertionError, match="not close"):
+        assert_scans_as_by_token(rows=2, t=_mamba_kernels.BLOCK + 1, block=4, largest=0.1, dtype=torch.float32)
+
+
+def test_the_compiled_scan_gives_the_same_bits_in_any_chunks_and_threads():
+    pytest.importorskip("numba")
+    *inputs, by_y, by_hidden = scan_inputs(3, 50, 4, 37, torch.float32)
+    u, dt, a, b_in, c_out, first = inputs
+    whole, last = selective_scan(*inputs)
+    for size in (1, 7, 16):
+        chunks, hidden = [], first
+        for part in zip(*(x.split(size, 1) for x in (u, dt, b_in, c_out)), strict=True):
+            y, hidden = selective_scan(*part[:2], a, *part[2:], hidden)
+            chunks.append(y)
+        assert torch.equal(torch.cat(chunks, 1), whole)
+        assert torch.equal(hidden, last)
+    threads, expected = torch.get_num_threads(), gradients_of_scan(selective_scan, inputs, by_y, by_hidden)
+    try:
+        torch.set_num_threads(2 if threads == 1 else 1)
+        assert torch.equal(selective_scan(*inputs)[0], whole)
+        assert all(map(torch.equal, gradients_of_scan(selective_scan, inputs, by_y, by_hidden), expected))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("index", range(6))
+def test_a_number_that_is_none_reaches_what_is_scanned(index):
+    *inputs, _, _ = scan_inputs(1, 3, 4, 37, torch.float32)
+    inputs[index].view(-1)[0] = torch.nan
+    assert selective_scan(*inputs)[0].isnan().any()
+
+
+def test_the_compiled_scan_counts_the_operations_of_the_one_in_torch(monkeypatch):
+    *inputs, by_y, _ = scan_inputs(2, 20, 4, 37, torch.float32)
+    inputs[0].requires_grad_()
+    counts = []
+    for compiles in (_mamba.COMPILES, False):
+        monkeypatch.setattr(_mamba, "COMPILES", compiles)
+        counts.append(training_flops(lambda: (selective_scan(*inputs)[0] * by_y).sum()))
+    assert counts[0] == counts[1]
+    assert counts[0].backward == 3 * counts[0].forward > 0
 
 
 @pytest.mark.parametrize("name", BY_TOKEN)

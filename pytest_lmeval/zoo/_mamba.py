@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+COMPILES = find_spec("numba") is not None
 STATES_AT_ONCE = 1 << 18  # numbers of the states of a block of tokens
 
 
@@ -55,11 +57,11 @@ class Layer(nn.Module):
         u, z = self.in_proj(self.norm(x)).chunk(2, dim=-1)
         tail, hidden = state or self.blank(u)
         recent = torch.cat([tail, u.mT], dim=-1)  # [b, d, kernel - 1 + t]
-        u = F.silu(self.conv(recent)).mT
+        u = F.silu(self.conv(recent).mT.contiguous())
         dt, b_in, c_out = self.x_proj(u).split([self.rank, *2 * [hidden.shape[1]]], dim=-1)
         dt = F.softplus(self.dt_proj(dt).to(hidden.dtype))
         y, hidden = selective_scan(u.to(dt), dt, -torch.exp(self.a_log.to(dt)), b_in.to(dt), c_out.to(dt), hidden)
-        y = (y.to(u) + self.skip * u) * F.silu(z)
+        y = torch.addcmul(y.to(u), self.skip, u) * F.silu(z)
         tail = recent[..., x.shape[1] :].clone()  # a slice would keep the whole chunk in memory
         return x + self.out_proj(y), LayerState(tail, hidden)
 
@@ -95,6 +97,10 @@ class Mamba(nn.Module):
 
 def selective_scan(u: Tensor, dt: Tensor, a: Tensor, b_in: Tensor, c_out: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """y [b, t, d] without D u, and the last h, from u, dt [b, t, d], A [n, d], B, C [b, t, n] and the h before, [b, n, d]."""
+    if COMPILES and dt.dtype == torch.float32 and dt.device.type == "cpu":
+        from pytest_lmeval.zoo._mamba_kernels import CompiledScan  # numba takes a while to import
+
+        return CompiledScan.apply(u, dt, a, b_in, c_out, hidden)  # type: ignore[no-untyped-call,no-any-return]
     return SelectiveScan.apply(dt * u, dt, a, b_in, c_out, hidden)  # type: ignore[no-untyped-call,no-any-return]
 
 
