@@ -278,13 +278,13 @@ def test_its_command_line_asks_a_model_by_our_name(folder, tmp_path, capsys, mon
         "--model_args",
         "pretrained=demo,budget=1",
         "--tasks",
-        str(folder / "choices.yaml"),
+        str(folder / "docs.yaml"),
     ]
     assert main(["lm-eval", "run", *arguments, "--limit", "3", "--output_path", str(tmp_path), "--log_samples"]) == 0
     (results,) = tmp_path.rglob("results_*.json")
     assert json.loads(results.read_text())["config"]["verdict"] == "exact-any-chunk"
     assert len(list(tmp_path.rglob("samples_*.jsonl"))) == 1
-    assert "|choices|" in capsys.readouterr().out
+    assert "|docs" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
