@@ -39,7 +39,7 @@ class Answered:
     prompt   of a generated answer
     kept     nothing had to be read: it was there
     earlier  an earlier call read it
-    values   its numbers, where another harness scores it (`tasks.Requests`)
+    values   its numbers, where another harness scores it (`Requests`)
     """
 
     example: Example
