@@ -47,7 +47,9 @@ def main(options: argparse.Namespace) -> int:
     asked = {TASKS: json.dumps(names), SHOTS: json.dumps(options.shots)}
     with replacing(FILE) as new:  # below the working folder, so that its ini file and its conftest.py count
         new.write_text(CODE)
-    return subprocess.call([sys.executable, "-m", "pytest", str(FILE), *given, *options.pytest], env=os.environ | asked)
+    return subprocess.call(
+        [sys.executable, "-m", "pytest", "--tb=line", str(FILE), *given, *options.pytest], env=os.environ | asked
+    )
 
 
 def pytest_generate_tests(metafunc: Any) -> None:

@@ -170,7 +170,10 @@ def _set_shots(source: Any, wanted: int | None) -> int:
     source.set_config(key="num_fewshot", value=shots)
     source.set_fewshot_seed(seed=FEWSHOT_SEED)
     if shots and (pool := getattr(getattr(source, "sampler", None), "df", None)) is not None and len(pool) < shots:
-        raise TaskError(f"{source.task_name} is to be shown {shots} example(s), and its rows for that are {len(pool)}.")
+        raise TaskError(
+            f"{PREFIX}{source.task_name} is to be shown {shots} example(s), and its rows for that are {len(pool)}. Ask it with "
+            "fewer shots, or add the split that it takes them from to the mirror."
+        )
     return int(shots)
 
 
