@@ -75,7 +75,7 @@ class SuiteResult(Result):
         return self.tasks[name]
 
     average = MetricValue()
-    """Mean of the first metric of each task. A group of lm_eval has the averages that it declares, among its record's metrics."""
+    """Mean of the first metric of each task. A group of lm_eval has the averages that it declares in its record."""
 
 
 def _averages(asked: Suite, members: dict[str, str], metrics: dict[str, dict[str, Value]]) -> dict[str, Value]:
