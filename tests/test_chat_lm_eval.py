@@ -6,6 +6,7 @@ import warnings
 import pytest
 
 pytest.importorskip("lm_eval", reason="needs lm_eval")
+pytest.importorskip("accelerate", reason="lm_eval's own model of transformers needs it")
 from real_model import MISSING, real_model_folder
 
 from pytest_lmeval import Choices, Generate, Task, load

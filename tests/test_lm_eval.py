@@ -25,6 +25,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of other packages
     lm_eval = pytest.importorskip("lm_eval", reason="it is asked beside us: pip install 'pytest-lmeval[lm-eval]'")
     transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate", reason="lm_eval's own model of transformers needs it")
     from lm_eval.models.huggingface import HFLM
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # lm_eval's and those of what it imports
