@@ -1,5 +1,6 @@
 """Tasks of lm_eval asked here give lm_eval's own numbers, and its command line can ask a model here."""
 
+import importlib.metadata
 import json
 import logging
 import math
@@ -14,7 +15,7 @@ from probing import certificate
 from tokenizers_of_each_kind import tokenizer_of
 
 from pytest_lmeval import as_model, policy_for
-from pytest_lmeval.errors import TaskError
+from pytest_lmeval.errors import ArgumentError, TaskError
 from pytest_lmeval.measures._context import VerbContext, running_in
 from pytest_lmeval.measures._suite import suite
 from pytest_lmeval.measures._task import measure_task
@@ -286,6 +287,16 @@ def test_its_command_line_asks_a_model_by_our_name(folder, tmp_path, capsys, mon
     assert json.loads(results.read_text())["config"]["verdict"] == "exact-any-chunk"
     assert len(list(tmp_path.rglob("samples_*.jsonl"))) == 1
     assert "|docs" in capsys.readouterr().out
+
+
+def test_a_loader_of_entry_points_finds_the_model_and_makes_it_of_its_arguments():
+    """As lm_eval does from the version after 0.4.13 on, with the device that it asks for on every machine."""
+    (point,) = importlib.metadata.entry_points(group="lm_eval.models", name="pytest-lmeval")
+    asked = {"batch_size": 1, "max_batch_size": None, "device": "cuda:0"}
+    model = point.load().create_from_arg_string("pretrained=zoo:lstm,budget=1,profile=ci", asked)
+    assert (model.model.spec, model.get_model_info()["verdict"]) == ("zoo:lstm", "exact-any-chunk")
+    with pytest.raises(ArgumentError, match="known are pretrained, dtype, profile and budget"):
+        point.load().create_from_arg_string("pretrained=zoo:lstm,temperature=1", asked)
 
 
 @pytest.mark.parametrize(
