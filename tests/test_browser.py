@@ -152,6 +152,7 @@ def test_a_question_opens_to_its_target_outputs_scores_and_prompt(open_report):
     question = page.locator("#questions details.question").nth(1)
     assert question.locator(".marks > span").first.get_attribute("title") == "first: partly right, 0.5"
     question.locator("summary").click()
+    question.locator("tr").nth(3).wait_for()  # they are made when it opens
     cells = [" ".join(text.split()) for text in question.locator("tr").all_inner_texts()]
     assert cells == ["output squad f1", "target target 1", "first answer 1 of first 0.5", "second answer 1 of second 0.5"]
     assert not question.locator("pre").is_visible()

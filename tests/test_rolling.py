@@ -23,6 +23,7 @@ from pytest_lmeval.data._tokens import TokenReader, beginning
 from pytest_lmeval.engine import Engine, Policy, Windows, policy_for
 from pytest_lmeval.engine._tokens import Tokens
 from pytest_lmeval.errors import StreamError
+from pytest_lmeval.models._model import with_special_tokens
 from pytest_lmeval.models._sources import as_model
 from pytest_lmeval.records._certificate import Certificate
 from pytest_lmeval.records._journal import Checkpoints
@@ -255,6 +256,7 @@ TEXTS = (
 @pytest.fixture(scope="module")
 def llama():
     pytest.importorskip("lm_eval")
+    pytest.importorskip("accelerate", reason="lm_eval's own model of transformers needs it")
     transformers = pytest.importorskip("transformers")
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -288,7 +290,7 @@ def test_documents_have_the_loglikelihoods_of_lm_eval_and_windows_without_the_an
     asked = [Instance("loglikelihood_rolling", {}, (text,), index) for index, text in enumerate(TEXTS)]
     expected = theirs.loglikelihood_rolling(asked, disable_tqdm=True)
 
-    lm = as_model(llama, tokenizer=tokenizer)
+    lm = with_special_tokens(as_model(llama, tokenizer=tokenizer))  # as lm_eval reads "<s>" in a text
     unanchored, differences = replace(policy_for(lm, window="lm_eval"), windows=Windows(CONTEXT)), []
     for text, loglikelihood in zip(TEXTS, expected, strict=True):
         result = measure_perplexity(lm, texts(text), window="lm_eval", chunk_size=5)
