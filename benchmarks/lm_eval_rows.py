@@ -73,7 +73,9 @@ CLOZE = [
 WINO = [{"sentence": text, "option1": first, "option2": second, "answer": right} for text, first, second, right in BLANKS]
 SENTENCES = [{"sentence": text, "label": number % 2} for number, text in enumerate(TEXTS)]
 ASKED = [{"question": q, "sentence": text, "label": n % 2} for text, (q, _, n) in zip(TEXTS, QUESTIONS, strict=True)]
-GSM8K = [{"question": question, "answer": answer} for question, answer, _ in SUMS]
+GSM8K = [
+    {"question": f"{question} ({number})", "answer": answer} for number in range(4) for question, answer, _ in SUMS
+]  # more than the five examples that GSM8K shows
 MATH = [
     {"problem": question, "solution": f"We count. The answer is $\\boxed{{{number}}}$.", "level": "Level 1", "type": "Algebra"}
     for question, _, number in SUMS
@@ -163,6 +165,18 @@ OF_AGIEVAL = [
     {"query": f"Q: {q}? A:", "choices": [f"({LETTERS[k]}){one}" for k, one in enumerate(c)], "gold": [n], "answer": c[n]}
     for q, c, n in QUESTIONS
 ]
+BBQ = [
+    {
+        "example_id": number, "question_index": "1", "question_polarity": polarity, "context_condition": condition,
+        "category": category, "context": text, "question": "Who forgot the file?", "ans0": "The grandfather",
+        "ans1": "The grandson", "ans2": "Not known", "label": number % 3,
+        "answer_info": {"ans0": ["grandfather", "old"], "ans1": ["grandson", "nonOld"], "ans2": ["unknown", "unknown"]},
+        "additional_metadata": {"stereotyped_groups": ["old"], "subcategory": "None", "version": "a", "source": "none"},
+    }
+    for number, (text, polarity, condition, category) in enumerate(
+        zip(TEXTS, ("neg", "nonneg", "neg"), ("ambig", "disambig", "ambig"), ("Age", "Age", "SES"), strict=True)
+    )
+]  # fmt: skip
 SEVERAL = "train validation test"
 
 DATA: dict[str, tuple[list[Row], str]] = {  # folder of the mirror -> its rows, and the splits that hold them
@@ -205,7 +219,10 @@ DATA: dict[str, tuple[list[Row], str]] = {  # folder of the mirror -> its rows, 
     "nyu-mll/glue/qqp": ([{"question1": a, "question2": b, "label": label} for a, b, label in PAIRS], SEVERAL),
     "nyu-mll/glue/mnli": (XNLI, "train validation_matched validation_mismatched"),
     "aps/super_glue/boolq": (
-        [{"passage": text, "question": q, "label": n % 2} for text, (q, _, n) in zip(TEXTS, QUESTIONS, strict=True)],
+        [
+            {"passage": text * (1 + 20 * n), "question": q, "label": n % 2}  # the longest do not fit the context
+            for text, (q, _, n) in zip(TEXTS, QUESTIONS, strict=True)
+        ],
         SEVERAL,
     ),
     "aps/super_glue/cb": (XNLI, SEVERAL),
@@ -260,8 +277,8 @@ DATA: dict[str, tuple[list[Row], str]] = {  # folder of the mirror -> its rows, 
         [{"body": "Some are counted.", "question": question, "answer": f"{number} (apples)"} for question, _, number in SUMS],
         "validation",
     ),
-    "openai/gsm8k/main": (GSM8K * 4, "train test"),
-    "qintongli/GSM-Plus/default": ([{**row, "solution": row["answer"]} for row in GSM8K] * 4, "test"),
+    "openai/gsm8k/main": (GSM8K, "train test"),
+    "qintongli/GSM-Plus/default": ([{**row, "solution": row["answer"]} for row in GSM8K], "test"),
     "juletxara/mgsm/de": (
         [{"question": q, "answer": None, "answer_number": number} for q, _, number in SUMS],
         "train test",
@@ -443,7 +460,31 @@ DATA: dict[str, tuple[list[Row], str]] = {  # folder of the mirror -> its rows, 
         [{"question": f"{q}?", "answer": n + 1, **dict(zip(LETTERS, c, strict=True))} for q, c, n in QUESTIONS],
         "dev test",
     ),
-    "manu/multifquad_test/default": (SQUAD, "valid test"),
+    "oskarvanderwal/bbq/All": (BBQ, "test"),
+    "pbevan11/EQ-Bench/default": (
+        [
+            {
+                "prompt": f"{text}\nScore: ",
+                "reference_answer_fullscale": "{'emotion1': 'Joy', 'emotion1_score': 3}",
+            }
+            for text in TEXTS[:2]
+        ],
+        "validation",
+    ),
+    "gneubig/aime-1983-2024/default": (
+        [{"Question": question, "Answer": str(number)} for question, _, number in SUMS],
+        "train",
+    ),
+    "wmt/wmt14/fr-en": ([{"translation": {"en": a, "fr": f"Le {b}"}} for a, b, _ in PAIRS], SEVERAL),
+    "hazyresearch/based-fda/default": ([{"text": f"{text} Name:", "value": "file"} for text in TEXTS], SEVERAL),
+    "Muennighoff/babi/default": (
+        [
+            {"passage": f"{text}\n", "question": f"{q}?", "answer": c[n]}
+            for text, (q, c, n) in zip(TEXTS, QUESTIONS, strict=True)
+        ],
+        "train valid test",
+    ),
+    "baber/logiqa2/logieval": ([{"content": text, "ideal": "A"} for text in TEXTS], "train test"),
 }
 
 

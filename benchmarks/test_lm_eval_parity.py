@@ -23,6 +23,7 @@ from probing import certificate
 from tokenizers_of_each_kind import tokenizer_of
 
 from pytest_lmeval import as_model, policy_for
+from pytest_lmeval._session import Session
 from pytest_lmeval.measures._context import VerbContext, running_in
 from pytest_lmeval.measures._suite import suite
 from pytest_lmeval.measures._task import measure_task
@@ -37,22 +38,33 @@ pytestmark = [
 ]
 
 TASKS = """
-agieval_aqua_rat agieval_math anli_r1 anli_r2 arc_challenge arc_challenge_chat arc_easy asdiv bbh_cot_zeroshot_boolean_expressions
-bbh_zeroshot_boolean_expressions bbh_zeroshot_navigate belebele_deu_Latn belebele_eng_Latn blimp_anaphor_gender_agreement
-blimp_causative boolq cb cola commonsense_qa copa copal_id_standard coqa crows_pairs_english drop ethics_cm ethics_utilitarianism
-french_bench_multifquad gsm8k gsm8k_cot gsm8k_cot_self_consistency gsm8k_cot_zeroshot gsm_plus haerae_history headqa_en hellaswag
-hendrycks_math_algebra inverse_scaling_neqa kmmlu_direct_accounting lambada_openai lambada_openai_cloze_yaml lambada_openai_mt_de
-lambada_standard logiqa mathqa mc_taco medmcqa mgsm_direct_de mgsm_en_cot_de mlqa_en_en mmlu_anatomy mmlu_anatomy_generative
+agieval_aqua_rat agieval_math aime anagrams1 anli_r1 anli_r2 arc_challenge arc_challenge_chat arc_easy asdiv babi
+bbh_cot_zeroshot_boolean_expressions bbh_zeroshot_boolean_expressions bbh_zeroshot_navigate bbq bbq_generate
+belebele_deu_Latn belebele_eng_Latn blimp_anaphor_gender_agreement blimp_causative boolq cb cola commonsense_qa copa
+copal_id_standard coqa crows_pairs_english drop eq_bench ethics_cm ethics_utilitarianism fda gsm8k gsm8k_cot
+gsm8k_cot_self_consistency gsm8k_cot_zeroshot gsm_plus haerae_history headqa_en hellaswag hendrycks_math_algebra
+inverse_scaling_neqa kmmlu_direct_accounting lambada_openai lambada_openai_cloze_yaml lambada_openai_mt_de lambada_standard
+logieval logiqa mathqa mc_taco medmcqa mgsm_direct_de mgsm_en_cot_de mlqa_en_en mmlu_anatomy mmlu_anatomy_generative
 mmlu_astronomy mnli mnli_mismatch mrpc multirc mutual nq_open openbookqa paws_de paws_en pile_10k piqa pubmedqa qa4mre_2011
-qasper_bool qasper_freeform qnli qqp race record reversed_words anagrams1 rte sciq sglue_rte simple_cooccurrence_bias
-social_iqa squad_completion sst2 storycloze_2016 super_glue-cb-t5-prompt super_glue-copa-t5-prompt super_glue-wsc-t5-prompt swag
-swde toxigen triviaqa truthfulqa_gen truthfulqa_mc1 truthfulqa_mc2 tydiqa_goldp_en webqs wic wikitext winogender_all winogender_female
-winogrande wmdp_bio wnli wsc wsc273 xcopa_et xcopa_it xnli_de xnli_en xstorycloze_en xwinograd_en
-""".split()
+qasper_bool qasper_freeform qnli qqp race record reversed_words rte sciq sglue_rte simple_cooccurrence_bias social_iqa
+squad_completion sst2 storycloze_2016 super_glue-cb-t5-prompt super_glue-copa-t5-prompt super_glue-wsc-t5-prompt swag swde
+toxigen triviaqa truthfulqa_gen truthfulqa_mc1 truthfulqa_mc2 tydiqa_goldp_en webqs wic wikitext winogender_all
+winogender_female winogrande wmdp_bio wmt14-en-fr wnli wsc wsc273 xcopa_et xcopa_it xnli_de xnli_en xstorycloze_en
+xwinograd_en
+""".split()  # noqa: SIM905
 SHOTS = {"arc_easy": 2, "boolq": 1, "belebele_eng_Latn": 2, "mmlu_anatomy": 2, "triviaqa": 2, "winogrande": 1}
-CHAT = ["arc_challenge_chat", "arc_easy", "bbh_zeroshot_navigate", "gsm8k", "hellaswag", "mgsm_direct_de", "mmlu_anatomy_generative"]
+CHAT = [
+    "arc_challenge_chat",
+    "arc_easy",
+    "bbh_zeroshot_navigate",
+    "gsm8k",
+    "hellaswag",
+    "mgsm_direct_de",
+    "mmlu_anatomy_generative",
+]
 GROUPS = ["haerae", "hendrycks_math", "pawsx", "wmdp"]
 SHORT = {"max_gen_toks": 12, "do_sample": False, "temperature": 0.0}
+OF_TRANSFORMERS_4 = {"coqa", "record"}  # lm_eval's functions import what transformers 5 no longer has
 CONTEXT = 1024
 SYSTEM = "You answer briefly."
 CLOSE = {"abs": 1e-4, "rel": 1e-6}  # log-likelihoods
@@ -185,9 +197,10 @@ def whole(text):
 
 
 def compare_metrics(found, wanted):
-    """The largest relative difference of two sets of metrics with the same names."""
-    assert found == pytest.approx(wanted, rel=1e-4, abs=1e-9, nan_ok=True)
-    return max(abs(found[name] - value) / max(abs(value), 1e-9) for name, value in wanted.items() if not math.isnan(value))
+    """The largest relative difference of two sets of metrics with the same names; where lm_eval has NaN, there is no value."""
+    wanted = {name: value for name, value in wanted.items() if not math.isnan(value)}
+    assert found == pytest.approx(wanted, rel=1e-4, abs=1e-9)
+    return max(abs(found[name] - value) / max(abs(value), 1e-9) for name, value in wanted.items())
 
 
 def folder_of(name):
@@ -198,6 +211,8 @@ def folder_of(name):
 
 
 def compare(sides, ours, table, name, chat=False, shots=None):
+    if name in OF_TRANSFORMERS_4:
+        pytest.importorskip("transformers.data.metrics.squad_metrics")
     system = SYSTEM if chat else None
     task = find(f"lm_eval:{name}").prepare(Setting(sides.lm, shots, data_dir=sides.mirror, in_turns=chat, system=system))
     record = measure_task(
@@ -234,8 +249,8 @@ def test_in_a_chat_with_examples(sides, ours, table, name):
 
 @pytest.mark.parametrize("name", GROUPS)
 def test_a_group_has_the_averages_of_lm_eval(sides, ours, table, name):
-    with running_in(VerbContext()):
-        result = suite(sides.lm, f"lm_eval:{name}", data_dir=sides.mirror)
+    with running_in(VerbContext(Session(mirror=str(sides.mirror), chat=False, budget=1))):
+        result = suite(sides.lm, f"lm_eval:{name}")
     wanted = ask_theirs(sides, name)
     for task, samples in wanted["samples"].items():
         _, count, largest = compare_requests(ours, task, samples)
