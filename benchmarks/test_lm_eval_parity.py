@@ -37,20 +37,22 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # lm_eval's and those of what it imports
 ]
 
-TASKS = """
-agieval_aqua_rat agieval_math aime anagrams1 anli_r1 anli_r2 arc_challenge arc_challenge_chat arc_easy asdiv babi
-bbh_cot_zeroshot_boolean_expressions bbh_zeroshot_boolean_expressions bbh_zeroshot_navigate bbq bbq_generate
-belebele_deu_Latn belebele_eng_Latn blimp_anaphor_gender_agreement blimp_causative boolq cb cola commonsense_qa copa
-copal_id_standard coqa crows_pairs_english drop eq_bench ethics_cm ethics_utilitarianism fda gsm8k gsm8k_cot
-gsm8k_cot_self_consistency gsm8k_cot_zeroshot gsm_plus haerae_history headqa_en hellaswag hendrycks_math_algebra
-inverse_scaling_neqa kmmlu_direct_accounting lambada_openai lambada_openai_cloze_yaml lambada_openai_mt_de lambada_standard
-logieval logiqa mathqa mc_taco medmcqa mgsm_direct_de mgsm_en_cot_de mlqa_en_en mmlu_anatomy mmlu_anatomy_generative
-mmlu_astronomy mnli mnli_mismatch mrpc multirc mutual nq_open openbookqa paws_de paws_en pile_10k piqa pubmedqa qa4mre_2011
-qasper_bool qasper_freeform qnli qqp race record reversed_words rte sciq sglue_rte simple_cooccurrence_bias social_iqa
-squad_completion sst2 storycloze_2016 super_glue-cb-t5-prompt super_glue-copa-t5-prompt super_glue-wsc-t5-prompt swag swde
-toxigen triviaqa truthfulqa_gen truthfulqa_mc1 truthfulqa_mc2 tydiqa_goldp_en webqs wic wikitext winogender_all
-winogender_female winogrande wmdp_bio wmt14-en-fr wnli wsc wsc273 xcopa_et xcopa_it xnli_de xnli_en xstorycloze_en
-xwinograd_en
+SCORED = """
+agieval_aqua_rat anli_r1 anli_r2 arc_challenge arc_easy asdiv bbq belebele_deu_Latn belebele_eng_Latn
+blimp_anaphor_gender_agreement blimp_causative boolq cb cola commonsense_qa copa copal_id_standard crows_pairs_english
+ethics_cm ethics_utilitarianism haerae_history headqa_en hellaswag inverse_scaling_neqa lambada_openai
+lambada_openai_cloze_yaml lambada_openai_mt_de lambada_standard logiqa mathqa mc_taco medmcqa mmlu_anatomy mmlu_astronomy
+mnli mnli_mismatch mrpc multirc mutual openbookqa paws_de paws_en pile_10k piqa pubmedqa qa4mre_2011 qasper_bool qnli qqp
+race record rte sciq sglue_rte simple_cooccurrence_bias social_iqa sst2 storycloze_2016 swag toxigen truthfulqa_mc1
+truthfulqa_mc2 webqs wic wikitext winogender_all winogender_female winogrande wmdp_bio wnli wsc wsc273 xcopa_et xcopa_it
+xnli_de xnli_en xstorycloze_en xwinograd_en
+""".split()  # noqa: SIM905
+ANSWERED = """
+agieval_math aime anagrams1 arc_challenge_chat babi bbh_cot_zeroshot_boolean_expressions bbh_zeroshot_boolean_expressions
+bbh_zeroshot_navigate bbq_generate coqa drop eq_bench fda gsm8k gsm8k_cot gsm8k_cot_self_consistency gsm8k_cot_zeroshot
+gsm_plus hendrycks_math_algebra kmmlu_direct_accounting logieval mgsm_direct_de mgsm_en_cot_de mlqa_en_en
+mmlu_anatomy_generative nq_open qasper_freeform reversed_words squad_completion super_glue-cb-t5-prompt
+super_glue-copa-t5-prompt super_glue-wsc-t5-prompt swde triviaqa truthfulqa_gen tydiqa_goldp_en wmt14-en-fr
 """.split()  # noqa: SIM905
 SHOTS = {"arc_easy": 2, "boolq": 1, "belebele_eng_Latn": 2, "mmlu_anatomy": 2, "triviaqa": 2, "winogrande": 1}
 CHAT = [
@@ -105,16 +107,16 @@ def table(request):
     """The rows of the table, which is printed at the end."""
     rows = []
     yield rows
+    tasks = {row[0].partition(",")[0] for row in rows if row[2] != "group"}
     folders = {row[1] for row in rows}
     lines = [HEAD, ["---"] * len(HEAD), *rows]
     with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
         print("", *(f"| {' | '.join(map(str, line))} |" for line in lines), sep="\n")
-        print(f"\n{len({row[0].partition(',')[0] for row in rows})} tasks of {len(folders)} folders, asked in {len(rows)} ways")
+        print(f"\n{len(tasks)} tasks of {len(folders)} folders, asked in {len(rows)} ways")
 
 
-@pytest.fixture
-def ours(monkeypatch):
-    """(task, number of the document) -> the question asked here and its results; answers are short."""
+def asked_here(monkeypatch, right=False):
+    """(task, number of the document) -> the question asked here and its results; answers are short, or the `right` ones."""
     from pytest_lmeval.lm_eval import _task
 
     made, question_of, found = _task._made, _task._question, {}
@@ -129,6 +131,8 @@ def ours(monkeypatch):
         question = question_of(source, number, document, shots, setting)
 
         def score(results):
+            if right:
+                results = results | {"generated": [question.target] * len(question.generated)}
             found[source.task_name, number] = question, results
             return question.score(results)
 
@@ -210,45 +214,56 @@ def folder_of(name):
     return side.task_manager().task_index[name].yaml_path.relative_to(Path(lm_eval.tasks.__file__).parent).parts[0]
 
 
-def compare(sides, ours, table, name, chat=False, shots=None):
+def compare(sides, monkeypatch, table, name, chat=False, shots=None, right=False):
     if name in OF_TRANSFORMERS_4:
         pytest.importorskip("transformers.data.metrics.squad_metrics")
-    system = SYSTEM if chat else None
+    ours, system = asked_here(monkeypatch, right), SYSTEM if chat else None
     task = find(f"lm_eval:{name}").prepare(Setting(sides.lm, shots, data_dir=sides.mirror, in_turns=chat, system=system))
     record = measure_task(
         sides.lm, task, policy=policy_for(sides.lm, certificate(), batch_size=4), chat=chat, system=system
     ).record
+    if right:
+        targets = {one.prompt: question.target for question, _ in ours.values() for one in question.generated}
+        monkeypatch.setattr(sides.theirs, "generate_until", lambda asked, **_: [targets[one.args[0]] for one in asked])
     turns = {"apply_chat_template": True, "fewshot_as_multiturn": True, "system_instruction": SYSTEM} if chat else {}
     wanted = ask_theirs(sides, name, num_fewshot=shots, **turns)
     kind, count, largest = compare_requests(ours, name, wanted["samples"][name])
     found = {metric: float(value) for metric, value in record.metrics.items() if metric != "cut_off"}
     of_metrics = compare_metrics(found, numbers(wanted["results"][name]))
-    asked = f"{name}{', chat' if chat else ''}{f', {shots}-shot' if shots else ''}"
+    assert not right or any(found.values()), "no metric sees a right answer, so their agreement says nothing"
+    asked = f"{name}{', chat' if chat else ''}{f', {shots}-shot' if shots else ''}{', right answers' if right else ''}"
     table.append((asked, folder_of(name), kind, count, f"{largest:.1g}", f"{of_metrics:.1g}"))
 
 
-@pytest.mark.parametrize("name", TASKS)
-def test_a_task_is_asked_and_scored_as_by_lm_eval(sides, ours, table, name):
-    compare(sides, ours, table, name)
+@pytest.mark.parametrize("name", SCORED + ANSWERED)
+def test_a_task_is_asked_and_scored_as_by_lm_eval(sides, monkeypatch, table, name):
+    compare(sides, monkeypatch, table, name)
+
+
+@pytest.mark.parametrize("name", ANSWERED)
+def test_right_answers_are_scored_as_by_lm_eval(sides, monkeypatch, table, name):
+    """A model that is not trained gives none, and where all scores are 0 they are equal too easily."""
+    compare(sides, monkeypatch, table, name, right=True)
 
 
 @pytest.mark.parametrize("name", SHOTS)
-def test_with_examples(sides, ours, table, name):
-    compare(sides, ours, table, name, shots=SHOTS[name])
+def test_with_examples(sides, monkeypatch, table, name):
+    compare(sides, monkeypatch, table, name, shots=SHOTS[name])
 
 
 @pytest.mark.parametrize("name", CHAT)
-def test_in_a_chat(sides, ours, table, name):
-    compare(sides, ours, table, name, chat=True)
+def test_in_a_chat(sides, monkeypatch, table, name):
+    compare(sides, monkeypatch, table, name, chat=True)
 
 
 @pytest.mark.parametrize("name", ["arc_easy", "triviaqa"])
-def test_in_a_chat_with_examples(sides, ours, table, name):
-    compare(sides, ours, table, name, chat=True, shots=2)
+def test_in_a_chat_with_examples(sides, monkeypatch, table, name):
+    compare(sides, monkeypatch, table, name, chat=True, shots=2)
 
 
 @pytest.mark.parametrize("name", GROUPS)
-def test_a_group_has_the_averages_of_lm_eval(sides, ours, table, name):
+def test_a_group_has_the_averages_of_lm_eval(sides, monkeypatch, table, name):
+    ours = asked_here(monkeypatch)
     with running_in(VerbContext(Session(mirror=str(sides.mirror), chat=False, budget=1))):
         result = suite(sides.lm, f"lm_eval:{name}")
     wanted = ask_theirs(sides, name)
