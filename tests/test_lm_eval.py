@@ -61,6 +61,12 @@ def fails(doc, results):
         raise ZeroDivisionError("row of label 2")
     return {"acc": 1.0}
 
+def some(doc, results):
+    return {"seen": 1.0, "average": float("nan"), "unseen": (float("nan"), len(results))}
+
+def nowhere(items):
+    return sum(value for value, _ in items) / len(items)
+
 def few(doc):
     if "number 3" in doc["question"]:
         raise ValueError("only 3")
@@ -228,6 +234,20 @@ def test_each_filter_has_its_numbers(folder, lm):
     metrics = ours(lm, f"lm_eval:{folder / 'answers'}.yaml").record.metrics
     assert {"exact_match,strict", "exact_match,flexible", "bleu,strict", "bleu,flexible", "cut_off"} == set(metrics)
     assert all(value.n == len(ROWS) for value in metrics.values())
+
+
+def test_a_metric_that_is_about_none_of_the_rows_has_no_value(folder, lm, theirs):
+    metrics = [
+        f"{{metric: seen, {MEAN}}}",
+        f"{{metric: average, {MEAN}}}",
+        "{metric: unseen, aggregation: !function utils.nowhere}",
+    ]
+    yaml = f"{CHOICES}process_results: !function utils.some\nmetric_list: [{', '.join(metrics)}]"
+    found = ours(lm, written(folder, "some", yaml)).record.metrics
+    wanted = numbers(theirs(folder / "some.yaml")["results"]["some"])
+    assert {name for name, value in wanted.items() if math.isnan(value)} == {"average", "unseen"}
+    assert found["seen"] == wanted["seen"] == 1.0
+    assert not {"average", "unseen"} & set(found)
 
 
 def test_a_limit_and_shots_are_those_of_lm_eval(folder, lm, theirs):

@@ -87,10 +87,12 @@ def combined_metrics(combine: Combine, values: Mapping[int, Mapping[str, Any]]) 
 
 
 def _combined_metric(name: str, combine: Combine, values: Mapping[int, Any]) -> Metric:
-    """A mean of numbers has the interval of a mean; anything else is computed again for draws of rows."""
+    """A mean of numbers has the interval of a mean; anything else is computed again for draws of rows. NaN is no value: the
+    metric is about none of the rows."""
     function, better = combine(name)
     numbers = [float(value) for value in values.values() if isinstance(value, int | float | np.number | np.bool_)]
-    if getattr(function, "__name__", "") == "mean" and len(numbers) == len(values):
+    known = len(numbers) == len(values) and not any(map(math.isnan, numbers))
+    if getattr(function, "__name__", "") == "mean" and known:
         judges = better is True and all(0 <= number <= 1 for number in numbers)
         score = partial(_kept_score, name)
         return Metric(name, higher_is_better=better, score=score, interval="mean", judges=judges)
@@ -98,6 +100,8 @@ def _combined_metric(name: str, combine: Combine, values: Mapping[int, Any]) -> 
     def statistic(examples: Sequence[Example], seed: int) -> Estimate | None:
         given = [values[example.number] for example in examples if example.number in values]
         number, interval = float(function(list(given))), None
+        if math.isnan(number):
+            return None
         if len(given) >= FEWEST_UNITS:
             draws = np.random.default_rng(seed).integers(len(given), size=(FEW_DRAWS if name in SLOW else DRAWS, len(given)))
             with contextlib.suppress(Exception):  # a draw without one of the labels
