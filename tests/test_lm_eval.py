@@ -28,6 +28,7 @@ with warnings.catch_warnings():
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate", reason="lm_eval's own model of transformers needs it")
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # lm_eval's and those of what it imports
 
@@ -182,7 +183,7 @@ def theirs(hf):
     harness = HFLM(pretrained=hf[0], tokenizer=hf[1], batch_size=4, max_length=64)
 
     def ask(path, model=harness, **options):
-        manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=str(path.parent))
+        manager = TaskManager(include_defaults=False, include_path=str(path.parent))
         logging.disable(logging.WARNING)
         try:
             with mock.patch("lm_eval.evaluator.add_env_info"):  # asks other programs for seconds
