@@ -465,7 +465,13 @@ DATA: dict[str, tuple[list[Row], str]] = {  # folder of the mirror -> its rows, 
         [
             {
                 "prompt": f"{text}\nScore: ",
-                "reference_answer_fullscale": "{'emotion1': 'Joy', 'emotion1_score': 3}",
+                "reference_answer_fullscale": str(
+                    {
+                        key: value
+                        for number, (emotion, score) in enumerate({"Joy": 3, "Fear": 1, "Hope": 5, "Rage": 2}.items(), 1)
+                        for key, value in {f"emotion{number}": emotion, f"emotion{number}_score": score}.items()
+                    }
+                ),
             }
             for text in TEXTS[:2]
         ],

@@ -54,6 +54,13 @@ gsm_plus hendrycks_math_algebra kmmlu_direct_accounting logieval mgsm_direct_de 
 mmlu_anatomy_generative nq_open qasper_freeform reversed_words squad_completion super_glue-cb-t5-prompt
 super_glue-copa-t5-prompt super_glue-wsc-t5-prompt swde triviaqa truthfulqa_gen tydiqa_goldp_en wmt14-en-fr
 """.split()  # noqa: SIM905
+RIGHT = {  # where the target that a row tells is no right answer
+    "babi": " {}",
+    "drop": "the function",
+    "eq_bench": "Joy: 3 Fear: 1 Hope: 5 Rage: 0",
+    "gsm8k_cot_self_consistency": "The answer is 7",
+    "truthfulqa_gen": "the function.",
+}
 SHOTS = {"arc_easy": 2, "boolq": 1, "belebele_eng_Latn": 2, "mmlu_anatomy": 2, "triviaqa": 2, "winogrande": 1}
 CHAT = [
     "arc_challenge_chat",
@@ -132,7 +139,8 @@ def asked_here(monkeypatch, right=False):
 
         def score(results):
             if right:
-                results = results | {"generated": [question.target] * len(question.generated)}
+                answer = RIGHT.get(source.task_name, "{}").replace("{}", question.target)
+                results = results | {"generated": [answer] * len(question.generated)}
             found[source.task_name, number] = question, results
             return question.score(results)
 
@@ -223,8 +231,8 @@ def compare(sides, monkeypatch, table, name, chat=False, shots=None, right=False
         sides.lm, task, policy=policy_for(sides.lm, certificate(), batch_size=4), chat=chat, system=system
     ).record
     if right:
-        targets = {one.prompt: question.target for question, _ in ours.values() for one in question.generated}
-        monkeypatch.setattr(sides.theirs, "generate_until", lambda asked, **_: [targets[one.args[0]] for one in asked])
+        answers = {question.prompt: results["generated"][0] for question, results in ours.values()}
+        monkeypatch.setattr(sides.theirs, "generate_until", lambda asked, **_: [answers[one.args[0]] for one in asked])
     turns = {"apply_chat_template": True, "fewshot_as_multiturn": True, "system_instruction": SYSTEM} if chat else {}
     wanted = ask_theirs(sides, name, num_fewshot=shots, **turns)
     kind, count, largest = compare_requests(ours, name, wanted["samples"][name])
