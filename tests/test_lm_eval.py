@@ -11,11 +11,13 @@ from unittest import mock
 
 import pytest
 import torch
+from msgspec import structs
 from probing import certificate
 from tokenizers_of_each_kind import tokenizer_of
 
 from pytest_lmeval import as_model, policy_for
 from pytest_lmeval.errors import ArgumentError, TaskError
+from pytest_lmeval.gates._scores import scores_of
 from pytest_lmeval.measures._context import VerbContext, running_in
 from pytest_lmeval.measures._suite import suite
 from pytest_lmeval.measures._task import measure_task
@@ -68,6 +70,12 @@ def some(doc, results):
 def nowhere(items):
     return sum(value for value, _ in items) / len(items)
 
+def surprises(doc, results):
+    return {"surprise": -results[0][0], "largest": -results[0][0]}
+
+def largest(items):
+    return max(items)
+
 def few(doc):
     if "number 3" in doc["question"]:
         raise ValueError("only 3")
@@ -102,6 +110,15 @@ metric_list:
   - {metric: surprise, aggregation: mean, higher_is_better: false}
   - {metric: weighted, aggregation: !function utils.ratio, higher_is_better: true}
   - {metric: first, aggregation: !function utils.most, higher_is_better: true}
+""",
+    "surprises": """
+output_type: loglikelihood
+doc_to_text: "{{question}}"
+doc_to_target: "{{text}}"
+process_results: !function utils.surprises
+metric_list:
+  - {metric: surprise, aggregation: mean, higher_is_better: false}
+  - {metric: largest, aggregation: !function utils.largest, higher_is_better: false}
 """,
     "cloze": """
 output_type: loglikelihood
@@ -407,3 +424,14 @@ def test_a_rolling_text_longer_than_the_context_is_read_in_windows_that_count_ea
         assert sum(request.asked for request in requests) == len(lm.tokenizer.encode(text)[0])
         assert all(len(request.ids) <= lm.limit + 1 for request in requests)
     assert math.isfinite(lm.limit)
+
+
+def test_examples_are_read_back_and_gated_where_a_metric_is_a_mean_of_them(folder, lm, tmp_path):
+    """A statistic is no mean: nothing adds up the numbers of its rows, though they are floats."""
+    task = find(f"lm_eval:{folder / 'surprises'}.yaml").prepare(Setting(lm))
+    result = measure_task(lm, task, policy=policy_for(lm, certificate(), batch_size=4), examples=tmp_path / "e.jsonl")
+    assert {"surprise", "largest"} <= set(result.record.metrics)
+    assert result.record.details["scored"] == {"surprise": False}
+    scores = scores_of(structs.replace(result.record, examples="e.jsonl"), tmp_path)
+    assert set(scores.columns) == {"surprise"}
+    assert len(scores.ids) == len(ROWS)

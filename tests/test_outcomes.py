@@ -18,7 +18,7 @@ from pytest_lmeval.gates._compare import Side, compare
 from pytest_lmeval.gates._entry import entry_of
 from pytest_lmeval.gates._gate import _with_reasons
 from pytest_lmeval.gates._margins import Margins
-from pytest_lmeval.measures._task_reading import outcome_of
+from pytest_lmeval.measures._task_examples import outcome_of
 from pytest_lmeval.models._huggingface import HFTokenizer
 from pytest_lmeval.report import _tables, _terminal
 

@@ -41,8 +41,10 @@ def suite(lm: Any, suite: Suite | str, shots: int | None = None, **options: Any)
             failed[name] = f"its {', '.join(withheld)} was not measured. {next(iter(withheld.values()))}"
     names = {name: tuple(result.record.metrics) for name, result in results.items()}  # of a task by default
     first = {member.name: () if member.score else member.metrics for member in asked.tasks}  # those of a scorer come first
-    members = {name: (metrics or names.get(name, ("",)))[0] for name, metrics in first.items()}
-    metrics = {name: result.record.metrics[members[name]] for name, result in results.items() if name not in failed}
+    members = {name: next(iter(metrics or names.get(name, ())), "") for name, metrics in first.items()}
+    metrics = {
+        name: result.record.metrics[members[name]] for name, result in results.items() if name not in failed and members[name]
+    }
     of_tasks = {name: result.record.metrics for name, result in results.items()}
     averages = {} if failed else _averages(asked, members, of_tasks)
     costs = [result.record.cost for result in results.values()]

@@ -185,7 +185,9 @@ def measure_task(
     store = AnswerStore(kept, _plan(policy), alone=policy.invariant, exchangeable=proven)
 
     asking = Asking(task, shots, limit, fewshot, truncate, seed, data_dir, chat, system)
-    if (in_turns := asking.in_turns(lm)).on:
+    in_turns = asking.in_turns(lm)
+    asking = replace(asking, chat=in_turns.on)  # decided once: "auto" may have to read a row
+    if in_turns.on:
         lm = with_end_of_turn(lm)
 
     def measured() -> TaskResult:
@@ -240,9 +242,9 @@ def _result_of(reading: TaskReading, began: float, in_turns: Decision) -> TaskRe
     counts: dict[str, Any] = {"not_questions": not_questions, "audit_seconds": reading.audit.seconds}
     if reading.with_special:
         counts["special_tokens"] = reading.with_special
-    if task.score is not None:  # metrics by name, and whether their scores say that an answer is right
-        within = {name: all(0 <= (one.scores[name] or 0.0) <= 1 for one in answered) for name in reading.by_row}
-        counts["scored"] = {name: reading.by_row[name].judges and within[name] for name in within}
+    if means := {name: one for name, one in reading.by_row.items() if one.score is not None}:
+        within = {name: all(0 <= (one.scores.get(name) or 0.0) <= 1 for one in answered) for name in means}
+        counts["scored"] = {name: one.judges and within[name] for name, one in means.items()}
     values, withheld = _withheld(task, reading.metrics, values)
     if withheld:
         counts["withheld"] = withheld

@@ -2,15 +2,14 @@
 
     row -> question -> prompt after its few-shot examples -> token ids    `Asking.questions`, row by row
         -> log-likelihoods of the choices, or a generated answer          `_answers`: the engine, block by block; kept as read
-        -> example, scored in each metric                                 `_scored`
+        -> example, scored in each metric                                 `_task_examples.example_of`
 
 No answer depends on the others, or on their order or number.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -20,22 +19,22 @@ import numpy as np
 from msgspec import structs
 
 from pytest_lmeval.engine import Answer, Engine, Prompt, Request, Scored
-from pytest_lmeval.engine._losses import token_rounding
-from pytest_lmeval.errors import NotFiniteError, TaskError, described
+from pytest_lmeval.errors import TaskError
 from pytest_lmeval.measures._task_audit import Answered, TaskAudit
-from pytest_lmeval.measures._task_record import norm_of, number_of_questions
+from pytest_lmeval.measures._task_examples import example_of
+from pytest_lmeval.measures._task_record import number_of_questions
 from pytest_lmeval.models._model import Model
-from pytest_lmeval.records._example import Example, Outcome
+from pytest_lmeval.records._example import Example
 from pytest_lmeval.records._metric import Metric, judge_of
 from pytest_lmeval.scoring._answers import AnswerStore
 from pytest_lmeval.scoring._chat import Chat, ChatMode, Decision, decide
 from pytest_lmeval.scoring._fewshot import Fewshot, Shots, identity_of, question_of, rows_of
-from pytest_lmeval.scoring._metrics import combined_metrics, metrics_of, scored
+from pytest_lmeval.scoring._metrics import combined_metrics, metrics_of
 from pytest_lmeval.scoring._requests import EncodedQuestion, Encoder, Truncate
 from pytest_lmeval.scoring._row_scores import ONE, check_names, row_metrics, score_by_row
 from pytest_lmeval.scoring._several import with_several
 from pytest_lmeval.statistics import _sequential as sequential
-from pytest_lmeval.tasks._questions import AnyQuestion, Choices, Generate, Judge, Requests, Task
+from pytest_lmeval.tasks._questions import AnyQuestion, Generate, Judge, Requests, Task
 from pytest_lmeval.tasks._rows import guarded
 
 BATCHES = 16  # in a block after the first: more questions share more, and a first block of one batch shows progress at once
@@ -129,7 +128,7 @@ class TaskReading:
     with_special        questions in whose texts special tokens are written
     generation          how answers are generated, in words
     thinking            the texts between which the model thinks, if it does
-    by_row              the metrics of the scorer of the task, once it has scored an answer
+    by_row              the metrics that the scorer of the task, or another harness, gives, once it has scored an answer
     verdict             whether the rate of right answers is "above" or "below" the threshold of the task, once that is certain
     values              of a task that another harness scores: its numbers by row
     """
@@ -177,6 +176,8 @@ class TaskReading:
             raise TaskError(f"{task} has no question: {read} row(s) were read, and none was one.")
         if task.combine is not None:
             self.by_row = {metric.name: metric for metric in combined_metrics(task.combine, self.values)}
+            no_means = {name for name, metric in self.by_row.items() if metric.score is None}
+            self.answered = [_without(example, no_means) for example in self.answered]
 
     def _ask(self, block: list[EncodedQuestion]) -> None:
         """Read what the store does not hold of a block; results from other batches do not change those of the others."""
@@ -233,6 +234,11 @@ class TaskReading:
         return found.put_into(example)
 
 
+def _without(example: Example, names: Set[str]) -> Example:
+    """The example without the scores of metrics that are no means of them, so that nothing adds them up."""
+    return structs.replace(example, scores={name: score for name, score in example.scores.items() if name not in names})
+
+
 def _blocks(questions: Iterator[EncodedQuestion], batch_size: int, *, grow: bool) -> Iterator[list[EncodedQuestion]]:
     """Blocks of one batch; if they `grow`, the first is one batch and the others up to 16."""
     block: list[EncodedQuestion] = []
@@ -256,33 +262,14 @@ def _answers(
     answers, prompts, also_there = _generated(engine, some, task, seed, store)
     for one in some:
         likelihoods, texts = scores.get(one.place, []), answers.get(one.place, [])
-        values: Mapping[str, Any] = {}
-        if isinstance(one.question, Choices):
-            fields = _chosen(one, one.question, likelihoods, engine.lm)
-        elif isinstance(one.question, Generate):
-            fields = _written(one.question, texts[0], task.judge, engine.lm)
-        else:
-            fields, values = _of_requests(one, one.question, likelihoods, texts, task, engine.lm)
-        example = Example(
-            id=one.id,
-            number=one.number,
-            repeat=one.repeat,
-            prompt=one.prompt,
-            key=one.key,
-            group=one.question.group,
-            target=next(iter(fields["targets"]), None),
-            truncated=one.truncated,
-            shots_dropped=one.shots_dropped,
-            retokenized=one.retokenized,
-            **fields,
-        )
+        example, values = example_of(one, likelihoods, texts, metrics, task, engine.lm)
         readings = [(request, scored.loglikelihood) for request, scored in zip(one.scored, likelihoods, strict=True)]
         for answer in texts:
             if answer.logprobs:
                 request = Request(np.concatenate([answer.prompt.ids, answer.ids]), len(answer.prompt.ids))
                 readings.append((request, np.array(answer.logprobs)))
         yield Answered(
-            _scored(example, metrics, task, engine.lm),
+            example,
             readings,
             next(iter(prompts.get(one.place, [])), None),
             one.place in there or one.place in also_there,
@@ -346,98 +333,6 @@ def _prompts(one: EncodedQuestion, seed: int) -> list[Prompt]:
     ]
 
 
-def _written(question: Generate, answer: Answer, judge: Judge | None, lm: Model) -> dict[str, Any]:
-    """The fields of an example whose answer was generated."""
-    return {
-        "targets": tuple(text.strip() for text in question.answers),
-        "output": answer.text.strip(),
-        "outcome": outcome_of(answer, question, lm, judged=judge is not None),
-        "thought": answer.thought,
-        "judged": answer.judged,
-        "generated": "" if judge is None else answer.text,
-        "read": answer.read,
-        "saved": _saved(answer),
-    }
-
-
-def _saved(answer: Answer) -> int:
-    return len(answer.prompt.ids) + max(0, len(answer.ids) - 1) - answer.read
-
-
-def _of_requests(
-    one: EncodedQuestion, question: Requests, scores: Sequence[Scored], answers: Sequence[Answer], task: Task, lm: Model
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The fields of an example that another harness scores, and its numbers, of which not all are floats."""
-    _refuse_not_finite(one, [text for _, text in question.scored] + list(question.rolling), scores, lm)
-    sums, greedy = [float(score.loglikelihood.sum()) for score in scores], [bool(score.greedy) for score in scores]
-    choices, ends = len(question.scored), np.cumsum((0, *one.sizes)).tolist()
-    results: dict[str, Sequence[Any]] = {
-        "scored": list(zip(sums, greedy, strict=True))[:choices],
-        "rolling": [sum(sums[begin:end]) for begin, end in zip(ends[choices:], ends[choices + 1 :], strict=False)],
-        "generated": [answer.text for answer in answers],
-    }
-    try:
-        values = question.score(results)
-    except Exception as error:
-        raise TaskError(
-            f"{task}, row {one.number} ({one.id}) was answered, and its filters or its scores failed with {described(error)}. "
-            f"What was read: {str(results)[:300]}. It is kept: repair them, and ask again."
-        ) from error
-    numbers = {name: float(value) for name, value in values.items() if isinstance(value, int | float | np.number | np.bool_)}
-    return {
-        "targets": () if question.target is None else (question.target,),
-        "choices": tuple(text for _, text in question.scored),
-        "loglikelihoods": tuple(sums[:choices]),
-        "tokens": tuple(len(score.loglikelihood) for score in scores[:choices]),
-        "greedy": tuple(greedy[:choices]),
-        "output": answers[0].text.strip() if answers else "",
-        "outcome": outcome_of(answers[0], question.generated[0], lm, judged=False) if answers else None,
-        "scores": {name: number for name, number in numbers.items() if math.isfinite(number)},
-        "read": sum(score.read for score in scores) + sum(answer.read for answer in answers),
-        "saved": sum(len(request.read) - score.read for request, score in zip(one.scored, scores, strict=True))
-        + sum(map(_saved, answers)),
-    }, values
-
-
-def _chosen(asked: EncodedQuestion, question: Choices, scores: Sequence[Scored], lm: Model) -> dict[str, Any]:
-    """The fields of an example whose choices have these scores."""
-    _refuse_not_finite(asked, question.choices, scores, lm)
-    read = sum(score.read for score in scores)
-    return {
-        "targets": tuple((question.texts or question.choices)[index].strip() for index in question.answers),
-        "choices": question.choices,
-        "texts": question.texts,
-        "right": question.answers,
-        "loglikelihoods": tuple(float(score.loglikelihood.sum()) for score in scores),
-        "tokens": tuple(len(score.loglikelihood) for score in scores),
-        "greedy": tuple(bool(score.greedy) for score in scores),
-        "read": read,
-        "saved": sum(len(request.read) for request in asked.requests) - read,
-    }
-
-
-def _refuse_not_finite(asked: EncodedQuestion, texts: Sequence[str], scores: Sequence[Scored], lm: Model) -> None:
-    for text, score in zip(texts, scores, strict=False):
-        if not np.isfinite(score.loglikelihood).all():
-            raise NotFiniteError(
-                f"{lm.spec} gave a log-likelihood of {score.loglikelihood.tolist()[:20]} for the choice {text[:200]!r} of row "
-                f"{asked.number} ({asked.id}), in {lm.dtype} on {lm.device}, not comparable. Finished answers are kept."
-            )
-
-
-def outcome_of(answer: Answer, question: Generate, lm: Model, *, judged: bool) -> Outcome:
-    """What became of a generated answer (see `Example.outcome`).
-
-    One that reached its largest length is cut off if it could have ended before: it has a stop text, or the model a token that
-    ends answers, and more than one token to reach it. Nor is one that a judge reads: what that is never certain of, counts.
-    """
-    ends = getattr(lm.tokenizer, "ends", (getattr(lm.tokenizer, "eos", None),))
-    could_end = question.max_tokens > 1 and not judged and bool(question.stop or any(end is not None for end in ends))
-    if answer.why == "thinking" or (answer.why == "length" and could_end):
-        return "cut off"
-    return "answered" if answer.text.strip() else "empty"
-
-
 def _judging(judge: Judge, names: Sequence[str]) -> Callable[[int, str], bool | None]:
     """The judge as the engine calls it, for rows of these names; its errors name the row."""
 
@@ -452,20 +347,6 @@ def _judging(judge: Judge, names: Sequence[str]) -> Callable[[int, str], bool | 
         return None if verdict is None else bool(verdict)
 
     return judged
-
-
-def _scored(example: Example, metrics: list[Metric], task: Task, lm: Model) -> Example:
-    """The example with its scores. The first metric that compares choices says by which norm one is `chosen`; `output` is the
-    likeliest without a norm, so that no metric of texts depends on the metrics beside it."""
-    if example.choices:
-        example = structs.replace(
-            example,
-            rounding=token_rounding(lm.dtype),
-            tie_rule=task.tie_rule,
-            chosen=example.predicted(norm_of(metrics)),
-            output=(example.texts or example.choices)[example.predicted()].strip(),
-        )
-    return structs.replace(example, scores=example.scores | scored(example, metrics))
 
 
 def _certain(threshold: float, examples: Sequence[Example]) -> str | None:
