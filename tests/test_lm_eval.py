@@ -435,3 +435,13 @@ def test_examples_are_read_back_and_gated_where_a_metric_is_a_mean_of_them(folde
     scores = scores_of(structs.replace(result.record, examples="e.jsonl"), tmp_path)
     assert set(scores.columns) == {"surprise"}
     assert len(scores.ids) == len(ROWS)
+
+
+def test_a_drawn_answer_is_drawn_as_the_task_says_and_a_greedy_one_is_read_once():
+    from pytest_lmeval.lm_eval._task import answers_to
+
+    options = {"until": "\n", "do_sample": True, "temperature": 0.7, "top_p": 0.9, "max_gen_toks": 5}
+    drawn = answers_to("Q", options, times=3)
+    assert len(drawn) == 3
+    assert (drawn[0].stop, drawn[0].temperature, drawn[0].drawn_from) == (("\n",), 0.7, {"top_p": 0.9})
+    assert [one.temperature for one in answers_to("Q", options | {"do_sample": False}, times=3)] == [0.0]

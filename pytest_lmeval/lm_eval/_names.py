@@ -35,7 +35,10 @@ class Known(msgspec.Struct, frozen=True, array_like=True):
 
 
 def by_name(name: str) -> Task | Suite:
-    """The task, or the suite of a group or a tag. Raises TaskError for a name that lm_eval does not have, with the nearest."""
+    """A task of lm_eval, `lm_eval:gsm8k`, or a file of one; a group or a tag is a suite.
+
+    Raises TaskError for a name that lm_eval does not have, with the nearest.
+    """
     factory, registry = _factory(), _entries()
     entry = registry.get(name) or _of_file(name)
     if entry is None:

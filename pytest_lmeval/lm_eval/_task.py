@@ -236,9 +236,10 @@ def answers_to(prompt: str, options: dict[str, Any], *, times: int) -> list[Gene
     until = options.get("until") or ()
     stop = (until,) if isinstance(until, str) else tuple(until)
     drawn = bool(options.get("do_sample"))
-    temperature = float(options.get("temperature", 1.0 if drawn else 0.0) or 0.0) if drawn else 0.0
+    temperature = float(options.get("temperature", 1.0) or 0.0) if drawn else 0.0
+    limits = {name: options[name] for name in ("top_k", "top_p", "min_p") if temperature and options.get(name) is not None}
     most = int(options.get("max_gen_toks") or options.get("max_new_tokens") or options.get("max_tokens") or MOST_TOKENS)
-    one = Generate(prompt, (), tuple(text for text in stop if text), most, temperature)
+    one = Generate(prompt, (), tuple(text for text in stop if text), most, temperature, **limits)
     return [one] * (times if temperature else 1)
 
 

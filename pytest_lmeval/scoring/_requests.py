@@ -227,9 +227,12 @@ class Encoder:
 
     def _of_another_harness(self, question: Requests, where: str, *, id: str, number: int) -> EncodedQuestion:  # noqa: A002
         """Its requests by the rules of lm_eval, which cuts tokens on the left, whatever they are."""
-        scored = [[self._pair(context, continuation, where)] for context, continuation in question.scored]
+        contexts = {context for context, _ in question.scored}  # mostly one, which its choices share
+        lengths = {context: len(self._encoded(context.rstrip())[0]) for context in contexts}
+        scored = [[self._pair(*pair, lengths[pair[0]], where)] for pair in question.scored]
         rolling = [self._windows(text, where) for text in question.rolling]
         prompts = [self._prompt(one.prompt, where, None).requests[0].ids for one in question.generated]
+        drawn = [(one.temperature, *one.drawn_from.items()) for one in question.generated if one.temperature]
         limit, requests, truncated = self.lm.limit, [one for some in scored + rolling for one in some], 0
         if limit is not None:
             longest = [limit + 1] * len(requests) + [limit - one.max_tokens for one in question.generated]
@@ -242,23 +245,21 @@ class Encoder:
             number,
             question,
             question.prompt,
-            self._key(question, *([id] if any(one.temperature for one in question.generated) else [])),
+            self._key(question, *([id] if drawn else []), *drawn),
             [*requests, *(Request(ids, len(ids)) for ids in prompts)],
             truncated,
             sizes=tuple(map(len, scored + rolling)),
             answers=len(prompts),
         )
 
-    def _pair(self, context: str, continuation: str, where: str) -> Request:
-        """A continuation after its context, blanks at its end as part of the continuation; after nothing, after the token that
-        begins a text."""
-        bare = context.rstrip()
+    def _pair(self, context: str, continuation: str, length: int, where: str) -> Request:
+        """A continuation after its context, which has `length` tokens without the blanks at its end, which are part of the
+        continuation; after nothing, after the token that begins a text."""
         ids, _ = self._encoded(context + continuation)
         if not context:
             return self._begun(ids, where)
-        alone, _ = self._encoded(bare)
         prefix = self._prefix(ids)
-        context_len = len(prefix) + len(alone)
+        context_len = len(prefix) + length
         if not 0 < context_len < len(prefix) + len(ids):
             raise TaskError(f"{where}: the continuation {continuation!r} is empty after tokenizing, so it has no likelihood.")
         return Request(np.concatenate([prefix, ids]), context_len)
