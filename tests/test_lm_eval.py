@@ -248,6 +248,11 @@ def test_numbers_have_intervals_and_means_of_right_answers_are_proportions(folde
     assert (record.subject, record.settings["style"]) == ("lm_eval:choices, 0-shot", "lm_eval")
 
 
+def test_right_choices_are_known_to_the_reader_of_the_examples(folder, lm):
+    examples = ours(lm, f"lm_eval:{folder / 'choices'}.yaml").examples
+    assert [example.right for example in examples] == [(row["label"],) for row in ROWS]
+
+
 def test_each_filter_has_its_numbers(folder, lm):
     metrics = ours(lm, f"lm_eval:{folder / 'answers'}.yaml").record.metrics
     assert {"exact_match,strict", "exact_match,flexible", "bleu,strict", "bleu,flexible", "cut_off"} == set(metrics)

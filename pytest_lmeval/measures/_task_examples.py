@@ -91,7 +91,8 @@ def _of_requests(
     one: EncodedQuestion, question: Requests, scores: Sequence[Scored], answers: Sequence[Answer], task: Task, lm: Model
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The fields of an example that another harness scores, and its numbers, of which not all are floats."""
-    _refuse_not_finite(one, [text for _, text in question.scored] + list(question.rolling), scores, lm)
+    texts = tuple(text for _, text in question.scored)
+    _refuse_not_finite(one, [*texts, *question.rolling], scores, lm)
     sums, greedy = [float(score.loglikelihood.sum()) for score in scores], [bool(score.greedy) for score in scores]
     choices, ends = len(question.scored), np.cumsum((0, *one.sizes)).tolist()
     results: dict[str, Sequence[Any]] = {
@@ -109,7 +110,8 @@ def _of_requests(
     numbers = {name: float(value) for name, value in values.items() if isinstance(value, int | float | np.number | np.bool_)}
     return {
         "targets": () if question.target is None else (question.target,),
-        "choices": tuple(text for _, text in question.scored),
+        "choices": texts,
+        "right": tuple(index for index, text in enumerate(texts) if text.strip() == question.target),
         "loglikelihoods": tuple(sums[:choices]),
         "tokens": tuple(len(score.loglikelihood) for score in scores[:choices]),
         "greedy": tuple(greedy[:choices]),

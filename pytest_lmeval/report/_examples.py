@@ -132,8 +132,8 @@ def _embedded(tables: list[Table], notes: list[str]) -> list[dict[str, Any]]:
     order = sorted(
         (_rank(table, index), index, number) for number, table in enumerate(tables) for index in range(len(table.rows))
     )
-    metrics = [
-        list(dict.fromkeys(name for row in table.rows for one in row.values() for name in one.scores)) for table in tables
+    metrics = [  # that are about any of the questions
+        list(dict.fromkeys(name for row in table.rows for one in row.values() for name in _told(one))) for table in tables
     ]
     rows: list[list[Any]] = [[None] * len(table.rows) for table in tables]
     left = EMBEDDED
@@ -158,6 +158,11 @@ def _embedded(tables: list[Table], notes: list[str]) -> list[dict[str, Any]]:
         labels = [metric(name).label for name in names]
         found.append({"subject": table.subject, "example": table.example, "metrics": labels, "columns": columns, "rows": shown})
     return found
+
+
+def _told(example: Example) -> list[str]:
+    """The metrics that say something of an example."""
+    return [name for name, score in example.scores.items() if score is not None]
 
 
 def _rank(table: Table, index: int) -> int:
