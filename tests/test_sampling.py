@@ -249,7 +249,7 @@ def test_a_gate_pairs_the_answers_of_a_row_and_takes_them_as_one_group(tmp_path)
     base, new = (replace_headline(one) for one in (base, new))
     (rows,) = compare([(base, new)], Margins(), 1)
     row = rows["score"]
-    assert (row.n, row.units, row.lost) == (40, 10, 4)
+    assert (row.n, row.units, row.lost, row.answers) == (10, 10, 1, [4, 4])
 
 
 def replace_headline(side):

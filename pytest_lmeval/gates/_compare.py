@@ -6,23 +6,24 @@ Pairs examples by their hash. Where that is impossible, compares the intervals, 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from msgspec import structs
 
 from pytest_lmeval.gates._entry import Entry, differs, gated, same_work
 from pytest_lmeval.gates._margins import Margin, Margins
-from pytest_lmeval.gates._scores import Scores, rounded
+from pytest_lmeval.gates._pairs import pair
+from pytest_lmeval.gates._scores import Scores, rounded, rounded_or_none
 from pytest_lmeval.records._certificate import rank
-from pytest_lmeval.records._comparison import Comparison, Flip, GateVerdict
+from pytest_lmeval.records._comparison import Comparison, GateVerdict
 from pytest_lmeval.records._metric import Metric, metric
 from pytest_lmeval.records._value import Value
-from pytest_lmeval.statistics._paired import Difference, paired_difference, unpaired_difference
+from pytest_lmeval.statistics._drawn import answers_needed
+from pytest_lmeval.statistics._paired import Difference, unpaired_difference
 from pytest_lmeval.statistics._verdict import LEVEL, Verdict, judge_all, judge_exact
 
-LISTED = 20  # number of changed examples that a record lists
 Rows = dict[str, Comparison]
 
 
@@ -31,6 +32,11 @@ class Side(NamedTuple):
 
     entry: Entry
     scores: Scores | None
+
+    @property
+    def several(self) -> bool:
+        """Whether its questions were answered several times."""
+        return (self.entry.settings.get("repeats") or 1) > 1
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,7 @@ def _candidates(base: Side, new: Side, margins: Margins, level: float) -> Iterat
         declared, found = metric(name, before), None
         incomparable = _incomparable(declared, base, new)
         if not incomparable and base.scores is not None and new.scores is not None:
-            found = pair(name, base.scores, new.scores, up=up, level=level)
+            found = pair(name, base.scores, new.scores, up=up, drawn=base.several or new.several, level=level)
         if found is not None:
             difference, base_value, row = found
             if not (row.only_base or row.only_new):  # then show the recorded numbers
@@ -142,11 +148,20 @@ def _row(candidate: Candidate, verdict: Verdict) -> Comparison:
         level=float(f"{verdict.level:.4g}"),
         detectable=candidate.shown(verdict.detectable),
         needed=verdict.needed if verdict.name == "unclear" else None,
+        noise=rounded_or_none(found.noise),
+        answers_needed=_answers_needed(candidate) if verdict.name == "unclear" else None,
         n=found.examples,
         units=found.units,
         test=found.test,
         note=note,
     )
+
+
+def _answers_needed(candidate: Candidate) -> int | None:
+    if candidate.row.answers is None:
+        return None
+    base, new = candidate.row.answers
+    return answers_needed(candidate.difference, candidate.allowed, (base, new))
 
 
 def _with_sum(row: Comparison, candidate: Candidate, first: dict[str, float]) -> Comparison:
@@ -256,46 +271,3 @@ def _incomparable(declared: Metric, base: Side, new: Side) -> str | None:
     if base.scores is not None and new.scores is not None and not set(base.scores.ids) & set(new.scores.ids):
         return "the two runs have no example in common, so they cannot be compared"
     return None
-
-
-def pair(name: str, base: Scores, new: Scores, *, up: bool, level: float = 0.01) -> tuple[Difference, float, Comparison] | None:
-    """A metric over the examples that both runs have: difference, value of the baseline, row without a verdict.
-
-    None if there are no such examples, or their denominators differ. `up`: whether higher is better.
-    """
-    if not (common := _common(name, base, new)):
-        return None
-    ids, before, after, weights, groups = zip(*common, strict=True)
-    if not (weight := math.fsum(weights)):
-        return None
-    found, declared = paired_difference(before, after, weights, groups, consecutive=new.consecutive, level=level), metric(name)
-    low, high, error = (None if one is None else declared.scale * one for one in (found.low, found.high, found.error))
-    scaled = replace(found, value=declared.scale * found.value, low=low, high=high, error=error)
-    mean_base, mean_new = (declared.scaled(math.fsum(side) / weight) for side in (before, after))
-    only_base, only_new = (sum(part is not None for part in side.ratio(name) or ()) - len(common) for side in (base, new))
-    row = Comparison(verdict="unclear", base=rounded(mean_base), new=rounded(mean_new), only_base=only_base, only_new=only_new)
-    if name in new.columns:  # documents, unlike answers, all change
-        gains = ((now - was) * (1 if up else -1) for was, now in zip(before, after, strict=True))
-        changed = sorted(one for one in zip(gains, ids, before, after, strict=True) if one[0])
-        flips = []
-        for _, example, was, now in changed[:LISTED]:  # the largest losses first
-            output, target = new.texts.get(example, (None, None))
-            flips.append(Flip(id=example, before=rounded(was), after=rounded(now), output=output, target=target))
-        lost = sum(one[0] < 0 for one in changed)
-        row = structs.replace(row, lost=lost, won=len(changed) - lost, flipped=flips)
-    return scaled, mean_base, row
-
-
-def _common(name: str, base: Scores, new: Scores) -> list[tuple[str, float, float, float, Hashable]] | None:
-    """(id, base, new, divisor, group) of each common example; None if the metric is no ratio, or the divisors differ."""
-    if (old := base.ratio(name)) is None or (now := new.ratio(name)) is None:
-        return None
-    before = dict(zip(base.ids, old, strict=True))
-    found: list[tuple[str, float, float, float, Hashable]] = []
-    for example, is_now, group in zip(new.ids, now, new.groups, strict=True):
-        if (was := before.get(example)) is None or is_now is None:
-            continue
-        if was[1] != is_now[1]:
-            return None
-        found.append((example, was[0], is_now[0], was[1], (example,) if group is None else group))
-    return found

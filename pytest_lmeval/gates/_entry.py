@@ -22,9 +22,10 @@ IRRELEVANT = (  # settings that two runs may differ in
     "runs", "seconds", "warm_up",  # effort of timing: no baseline keeps times
     "chunk_size",  # by the certificate, the numbers do not depend on it
     "threads",  # belong to the machine, and the environment of the baseline names them
+    "repeats",  # all answers to a question are compared with all of the other run
     "key",  # follows from the other settings and the version of this package
 )  # fmt: skip
-OF_COSTS = ("chunk_size",)  # those that costs do depend on
+OF_COSTS = ("chunk_size", "repeats")  # those that costs do depend on
 COSTS = ("flops", "state_bytes", "peak_bytes")
 
 
@@ -46,6 +47,7 @@ class Entry(StoredStruct, frozen=True, kw_only=True):
     verdict   on the model's laws, if the record is about them
     first     the metrics that were first accepted under these settings, where other ones were accepted since: small losses,
               each within its margin, add up
+    between_runs  of a metric of answers that were drawn several times: its standard deviation from run to run
     examples  checksum of its examples; empty if none are kept
     checksum  of all of the above, with test and record name
     """
@@ -57,6 +59,7 @@ class Entry(StoredStruct, frozen=True, kw_only=True):
     headline: str | None
     verdict: str | None
     first: dict[str, float] = {}
+    between_runs: dict[str, float] = {}
     examples: str = ""
     checksum: str = ""
 
@@ -79,6 +82,7 @@ def entry_of(record: Record) -> Entry:
         costs={name: rounded(count) for name, count in costs.items() if count is not None},
         headline=headline_of(metrics) if keeps_examples(record) else None,
         verdict=record.certificate.verdict if probed and record.certificate else None,
+        between_runs={name: float(rounded(spread)) for name, spread in record.details.get("between_runs", {}).items()},
     )
 
 
@@ -86,8 +90,9 @@ def sealed(entry: Entry, where: Sequence[str], examples: str) -> Entry:
     """The entry with the checksum of its examples, and its own, which covers `where` (test, record name) too."""
     entry = replace(entry, examples=examples, checksum="")
     plain = to_plain(entry)
-    if not entry.first:  # as before there were any
-        del plain["first"]
+    for name in ("first", "between_runs"):  # as before there were any
+        if not plain[name]:
+            del plain[name]
     text = json.dumps([*where, plain], sort_keys=True)
     return replace(entry, checksum=hashlib.sha256(text.encode()).hexdigest()[:16])
 
@@ -96,7 +101,7 @@ def succeeding(old: Entry | None, new: Entry) -> Entry:
     """The new entry in place of the old one, with the metrics that were first accepted if its settings are still the same."""
     if old is None or _relevant(old) != _relevant(new):
         return new
-    first = old.first or {name: rounded(value) for name, value in old.metrics.items()}
+    first = old.first or {name: float(rounded(value)) for name, value in old.metrics.items()}  # as it is read back
     unchanged = all(name in new.metrics and rounded(new.metrics[name]) == value for name, value in first.items())
     return replace(new, first={} if unchanged else first)
 

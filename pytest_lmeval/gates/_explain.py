@@ -27,7 +27,7 @@ def failure(test: str, rows: Sequence[tuple[Record, str, Comparison]], *, baseli
     lines = [f"{numbers}: worse than {baseline} allows"]
     for record, name, row in rows:
         lines += ["", f"{name} of {record.lm.spec} on {record.subject}"]
-        lines += [f"  {line}" for line in _details(name, row, record.example)]
+        lines += [f"  {line}" for line in _details(name, row, "question" if row.answers else record.example)]
     first = rows[0][1]
     margin = '"off"' if first == "verdict" else "..."
     lines += [

@@ -52,6 +52,16 @@ class Scores:
         pairs = zip(above, below, strict=True)
         return [None if over is None or under is None else (over, under) for over, under in pairs]
 
+    def by_question(self, name: str) -> dict[str, list[float]] | None:
+        """What the answers to each question count in a metric; None if the metric is no mean of scores."""
+        if (column := self.columns.get(name)) is None:
+            return None
+        found: dict[str, list[float]] = {}
+        for example, value in zip(self.ids, column, strict=True):
+            if value is not None:
+                found.setdefault(question_of(example), []).append(value)
+        return found
+
     def mean_of(self, name: str) -> tuple[float | None, int] | None:
         """The metric over all examples (the logarithm of a perplexity; None if divided by 0), and its number of answers or
         tokens. None if the metric is no such ratio."""
@@ -102,6 +112,11 @@ def rounded(value: float) -> float:
 
 def rounded_or_none(value: float | None) -> float | None:
     return None if value is None else rounded(value)
+
+
+def question_of(example: str) -> str:
+    """The id of the question that an answer of this id belongs to."""
+    return example.partition("#")[0]
 
 
 def numbered(names: list[str], mark: str = "#") -> list[str]:

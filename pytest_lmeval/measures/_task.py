@@ -34,6 +34,7 @@ from pytest_lmeval.scoring._fewshot import Fewshot, identity_of, rows_of
 from pytest_lmeval.scoring._metrics import compute
 from pytest_lmeval.scoring._requests import Truncate
 from pytest_lmeval.scoring._row_scores import scorer_name
+from pytest_lmeval.scoring._several import spread_between_runs
 from pytest_lmeval.tasks import find
 from pytest_lmeval.tasks._questions import Generate, Requests, Setting, Task
 
@@ -248,6 +249,8 @@ def _result_of(reading: TaskReading, began: float, in_turns: Decision) -> TaskRe
     values, withheld = _withheld(task, reading.metrics, values)
     if withheld:
         counts["withheld"] = withheld
+    if spread := spread_between_runs(answered, [name for name in values if metric(name).statistic is None]):
+        counts["between_runs"] = spread
     if reading.from_other_batches:
         counts["from_other_batches"] = reading.from_other_batches
     if reading.verdict is not None:  # asking ended because of the answers: only the interval of the rate allows for that

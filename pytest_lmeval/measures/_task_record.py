@@ -69,6 +69,9 @@ def record_of(
     notes += [f"{details[name]:,} {name.replace('_', ' ')}" for name in NOTED if details.get(name)]
     if task.repeats > 1 and not any(example.repeat for example in answered):
         notes.append(f"temperature 0: each question is answered once, since its {task.repeats} answers would be the same")
+    if spread := counts.get("between_runs"):
+        name, deviation = next(iter(spread.items()))
+        notes.append(f"between runs, {name} varies by {deviation:.2g} (one standard deviation, from the spread of the answers)")
     outcomes = Counter(example.outcome for example in answered if example.outcome)
     if set(outcomes) - {"answered"}:
         details["outcomes"] = dict(outcomes.most_common())

@@ -33,6 +33,9 @@ class Comparison(StoredStruct, frozen=True, kw_only=True, omit_defaults=True):
     detectable        true loss that would be called worse with a probability of 80 %
     needed            number of examples that would show, with a probability of 80 %, that nothing was lost
     n, units          numbers of compared examples and of independent groups of them
+    answers           mean numbers of answers to a question in both runs, where one run has several
+    noise             standard deviation of the difference of two such runs if nothing changed, from the spread of the answers
+    answers_needed    number of answers to each question, in both runs, that would show the same as `needed` examples
     test              statistical test
     only_base, only_new   number of examples that one run alone has
     lost, won         number of examples that got worse, and better
@@ -56,6 +59,9 @@ class Comparison(StoredStruct, frozen=True, kw_only=True, omit_defaults=True):
     needed: int | None = None
     n: int | None = None
     units: int | None = None
+    answers: list[float] | None = None
+    noise: float | None = None
+    answers_needed: int | None = None
     test: str = ""
     only_base: int = 0
     only_new: int = 0

@@ -23,10 +23,12 @@ READ_DETAILS: dict[str, type[str] | type[dict[str, Any]] | type[list[str]]] = {
     "too_short": dict,
     "warnings": list,
     "scored": dict,
+    "between_runs": dict,
     "withheld": dict,
 }
 """The details that code reads, and their types. `scored`: metric of the scorer of a task -> whether it judges answers;
-`withheld`: metric that the record would have -> why it was not measured."""
+`withheld`: metric that the record would have -> why it was not measured; `between_runs`: metric -> standard deviation of its
+value from run to run, where each run draws as many answers to the same questions."""
 
 
 class Precision(StoredStruct, frozen=True, kw_only=True):

@@ -100,15 +100,21 @@ def comparison_notes(found: Comparison, example: str) -> Iterator[str]:
 
     The terminal, failures and pages use the same words.
     """
+    example = "question" if found.answers else example
     if found.note:
         yield found.note
     if found.only_base or found.only_new:
         alone = f"{found.only_base:,} only in the baseline, {found.only_new:,} only here"
         yield f"on {several(found.n or 0, example)} of both runs; {alone}"
+    if found.noise is not None and found.answers is not None and found.verdict != "identical":
+        times = " and ".join(f"{count:g}" for count in found.answers)
+        yield f"questions answered {times} times: chance alone makes {number(found.noise)} (one standard deviation)"
     if found.verdict == "unclear" and found.detectable is not None:
         yield f"a loss of {number(abs(found.detectable))} would have been found (with a probability of 80 %)"
     if found.verdict == "unclear" and found.needed and not _is_certain(found) and isinstance(found.margin, int | float):
-        yield f"if nothing was lost, {several(found.needed, example)} would show it ({number(found.margin)} is allowed)"
+        more = f", or {found.answers_needed:,} answers to each of these in both runs," if found.answers_needed else ""
+        needed = several(found.needed, example)
+        yield f"if nothing was lost, {needed}{more} would show it ({number(found.margin)} is allowed)"
 
 
 def _is_certain(found: Comparison) -> bool:

@@ -1,16 +1,17 @@
-"""Score questions that are answered several times: pass@K, pass^K, and what the majority of K answers says."""
+"""Score questions that are answered several times: pass@K, pass^K, the majority of K answers, and how much chance changes."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from msgspec import structs
 
 from pytest_lmeval.errors import TaskError
 from pytest_lmeval.records._example import Example
-from pytest_lmeval.records._metric import Answered, Metric, judge_of
+from pytest_lmeval.records._metric import Answered, Metric, judge_of, metric as declared
+from pytest_lmeval.statistics._drawn import between_runs
 from pytest_lmeval.tasks._questions import Task
 
 
@@ -60,6 +61,22 @@ def _vote(answers: Sequence[Answered]) -> float:
     most = max(counts.values(), default=0)
     scores = [score for score, said in answers if said is not None and counts[said] == most]
     return math.fsum(scores) / len(scores) if scores else 0.0
+
+
+def spread_between_runs(examples: Sequence[Example], names: Iterable[str]) -> dict[str, float]:
+    """Metric -> the standard deviation of its mean from run to run, where each draws as many answers to the same questions.
+
+    Only metrics that score each answer of a question, and not all of them at once.
+    """
+    found = {}
+    for name in names:
+        answers: defaultdict[int, list[float]] = defaultdict(list)
+        for example in examples:
+            if (score := example.scores.get(name)) is not None:
+                answers[example.number].append(score)
+        if (one := declared(name)).several is None and (spread := between_runs([*answers.values()])) is not None:
+            found[name] = one.scale * spread
+    return found
 
 
 def with_several(examples: Sequence[Example], metrics: Sequence[Metric], task: Task) -> list[Example]:

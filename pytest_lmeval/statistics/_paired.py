@@ -41,6 +41,7 @@ class Difference:
     smallest_p  the smallest probability that the test can give for so many units
     fewest      number of units below which the test gives no probability at all
     few         whether the units are so few that the test has to hold with one more (see `_estimate.with_one_more`)
+    noise       the part of the error that is drawn anew in each run (`statistics._drawn`); None if unknown
     """
 
     value: float
@@ -56,6 +57,7 @@ class Difference:
     smallest_p: float = 0.0
     fewest: int = 0
     few: bool = False
+    noise: float | None = None
 
 
 def paired_difference(
@@ -65,6 +67,7 @@ def paired_difference(
     groups: Sequence[Hashable] | None = None,
     *,
     consecutive: bool = False,
+    answers: float = 1,
     level: float = 0.01,
     seed: int = 0,
 ) -> Difference:
@@ -74,6 +77,7 @@ def paired_difference(
     weights      [n] what the sums are divided by, the same in both runs (tokens of a document); None: 1 each
     groups       [n] what each example shares with others; None: all are independent
     consecutive  the examples are blocks of one text, in order: neighbours may be alike
+    answers      of how many answers each score is the mean
     level        what the probabilities will be compared with: decides how many signs are drawn
 
     Answers between 0 and 1: McNemar's exact test where each is 0 or 1 and independent, `sign_flip` otherwise, and Tango's score
@@ -91,11 +95,11 @@ def paired_difference(
     units = examples if groups is None else group_sums(examples, groups)
     value, error = _ratio(units)
     found = Difference(value, None, None, 1.0, 1.0, error, len(units), len(change), int((change != 0).sum()), "")
-    answers = bool((divisors == 1).all() and min(before.min(), after.min()) >= 0 and max(before.max(), after.max()) <= 1)
-    if answers and len(units) == len(change) and np.isin(change, (-1, 0, 1)).all():
+    graded = bool((divisors == 1).all() and min(before.min(), after.min()) >= 0 and max(before.max(), after.max()) <= 1)
+    if graded and answers == 1 and len(units) == len(change) and np.isin(change, (-1, 0, 1)).all():
         return _of_flips(found, change)
     found = _of_estimate(found, of_blocks(units) if consecutive else of_units(units, cautious=True), consecutive)
-    if not answers:
+    if not graded:
         return found
     # Had nothing changed, a unit's change would be as likely with the other sign.
     flips = max(FLIPS, math.ceil(10 / level))
@@ -104,7 +108,8 @@ def paired_difference(
         merged = np.bincount(np.arange(len(units)) % MOST_UNITS, weights=merged)
     lower, higher = (sign_flip(merged, way, seed=seed, flips=flips) for way in ("lower", "higher"))
     smallest_p = 0.5 ** len(units) if len(merged) <= EXACT else max(0.5 ** len(units), 1 / (flips + 1))
-    low, high = tango(float(np.maximum(-change, 0).sum()), float(np.maximum(change, 0).sum()), len(change))
+    lost, won = (answers * float(np.maximum(side * change, 0).sum()) for side in (-1, 1))
+    low, high = tango(lost, won, answers * len(change))
     return replace(
         found,
         low=None if found.low is None else min(low, found.low),
@@ -170,7 +175,7 @@ def log_ratio(base: Sequence[float], new: Sequence[float]) -> Difference:
     return Difference(value, value - half, value + half, 1 - higher, higher, error, n, n, n, test)
 
 
-def tango(lost: float, won: float, n: int, *, level: float = 0.95) -> tuple[float, float]:
+def tango(lost: float, won: float, n: float, *, level: float = 0.95) -> tuple[float, float]:
     """The interval of (won - lost) / n of n pairs of answers: the differences that a score test does not reject (Tango,
     "Equivalence test and confidence interval for the difference in proportions for the paired-sample design", 1998).
 
