@@ -49,8 +49,8 @@ def drawn_difference(
     if not all(map(len, (*base, *new))):
         raise ValueError("a question without an answer cannot be compared.")
     draws = fmean(1 / len(before) + 1 / len(after) for before, after in zip(base, new, strict=True))
-    means = ([fmean(one) for one in side] for side in (base, new))
-    found = paired_difference(*means, groups=groups, answers=2 / draws, level=level)
+    before, after = ([fmean(one) for one in side] for side in (base, new))
+    found = paired_difference(before, after, groups=groups, answers=2 / draws, level=level)
     if (variance := _variance([*base, *new])) is None:
         return found
     found = replace(found, noise=math.sqrt(variance * draws / len(base)))
