@@ -28,7 +28,7 @@ from pytest_lmeval.measures._context import VerbContext, running_in
 from pytest_lmeval.measures._suite import suite
 from pytest_lmeval.measures._task import measure_task
 from pytest_lmeval.tasks import find
-from pytest_lmeval.tasks._questions import Setting
+from pytest_lmeval.tasks._task import Setting
 
 pytestmark = [
     pytest.mark.benchmark,

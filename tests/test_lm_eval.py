@@ -22,7 +22,7 @@ from pytest_lmeval.measures._context import VerbContext, running_in
 from pytest_lmeval.measures._suite import suite
 from pytest_lmeval.measures._task import measure_task
 from pytest_lmeval.tasks import find, find_suite
-from pytest_lmeval.tasks._questions import Setting
+from pytest_lmeval.tasks._task import Setting
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of other packages

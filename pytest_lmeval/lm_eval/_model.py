@@ -25,7 +25,8 @@ from pytest_lmeval.lm_eval._task import answers_to, turns
 from pytest_lmeval.measures._task import BATCH, measure_task
 from pytest_lmeval.models._chat import template_of
 from pytest_lmeval.models._model import Model, special_pattern
-from pytest_lmeval.tasks._questions import Requests, Task
+from pytest_lmeval.tasks._questions import Requests
+from pytest_lmeval.tasks._task import Task
 
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 KINDS = ("scored", "rolling", "generated")

@@ -22,7 +22,8 @@ from pytest_lmeval.errors import CorpusError, TaskError, described
 from pytest_lmeval.models._chat import Message, template_of
 from pytest_lmeval.models._hub import HubCall
 from pytest_lmeval.models._model import Model, special_pattern
-from pytest_lmeval.tasks._questions import Generate, Requests, Setting, Task
+from pytest_lmeval.tasks._questions import Generate, Requests
+from pytest_lmeval.tasks._task import Setting, Task
 
 PREFIX = "lm_eval:"
 FEWSHOT_SEED = 1234  # of lm_eval's command line

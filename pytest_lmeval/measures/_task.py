@@ -35,7 +35,8 @@ from pytest_lmeval.scoring._metrics import compute
 from pytest_lmeval.scoring._requests import Truncate
 from pytest_lmeval.scoring._row_scores import scorer_name
 from pytest_lmeval.tasks import find
-from pytest_lmeval.tasks._questions import Generate, Requests, Setting, Task
+from pytest_lmeval.tasks._questions import Generate, Requests
+from pytest_lmeval.tasks._task import Setting, Task
 
 BATCH = 8  # rows
 LOOKED_AT = 256  # questions, to choose a batch size

@@ -34,8 +34,9 @@ from pytest_lmeval.scoring._requests import EncodedQuestion, Encoder, Truncate
 from pytest_lmeval.scoring._row_scores import ONE, check_names, row_metrics, score_by_row
 from pytest_lmeval.scoring._several import with_several
 from pytest_lmeval.statistics import _sequential as sequential
-from pytest_lmeval.tasks._questions import AnyQuestion, Generate, Judge, Requests, Task
+from pytest_lmeval.tasks._questions import AnyQuestion, Generate, Requests
 from pytest_lmeval.tasks._rows import guarded
+from pytest_lmeval.tasks._task import Judge, Task
 
 BATCHES = 16  # in a block after the first: more questions share more, and a first block of one batch shows progress at once
 BLOCK_TOKENS = 1 << 16  # of the prompts of a block, at most: progress is shown, and answers are audited, block by block

@@ -11,7 +11,8 @@ from pytest_lmeval.errors import ArgumentError, TaskError
 from pytest_lmeval.models import _chat as template
 from pytest_lmeval.models._chat import Rendered
 from pytest_lmeval.models._model import Model
-from pytest_lmeval.tasks._questions import AnyQuestion, Generate, Question, Task
+from pytest_lmeval.tasks._questions import AnyQuestion, Generate, Question
+from pytest_lmeval.tasks._task import Task
 
 ChatMode = bool | Literal["auto"]
 

@@ -27,7 +27,8 @@ from pytest_lmeval.models._identity import fingerprint, tokenizer_fingerprint
 from pytest_lmeval.models._model import Model, special_pattern
 from pytest_lmeval.models._source_code import code_digest
 from pytest_lmeval.scoring._chat import Chat, after_prefix, joined
-from pytest_lmeval.tasks._questions import AnyQuestion, Choices, Generate, Question, Requests, Task
+from pytest_lmeval.tasks._questions import AnyQuestion, Choices, Generate, Question, Requests
+from pytest_lmeval.tasks._task import Task
 
 Truncate = Literal["left", "refuse"]
 

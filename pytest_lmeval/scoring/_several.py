@@ -11,7 +11,7 @@ from msgspec import structs
 from pytest_lmeval.errors import TaskError
 from pytest_lmeval.records._example import Example
 from pytest_lmeval.records._metric import Answered, Metric, judge_of
-from pytest_lmeval.tasks._questions import Task
+from pytest_lmeval.tasks._task import Task
 
 
 def pass_at(answers: Sequence[Answered], k: int) -> float:
