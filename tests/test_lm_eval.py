@@ -419,10 +419,9 @@ def test_where_windows_hold_the_same_tokens_lm_eval_counts_the_targets_of_anothe
 
 
 def test_a_rolling_text_longer_than_the_context_is_read_in_windows_that_count_each_token_once(lm):
-    from pytest_lmeval.scoring._requests import Encoder
-    from pytest_lmeval.tasks import Task
+    from pytest_lmeval.scoring._lm_eval_requests import LmEvalEncoder
 
-    encoder = Encoder(lm, Task("rolling", [{"n": 0}], lambda row: None))
+    encoder = LmEvalEncoder(lm)
     for length in (5, 64, 65, 128, 150):
         text = "ab" * length
         requests = encoder._windows(text, "here")

@@ -28,9 +28,10 @@ from pytest_lmeval.records._example import Example
 from pytest_lmeval.records._metric import Metric, judge_of
 from pytest_lmeval.scoring._answers import AnswerStore
 from pytest_lmeval.scoring._chat import Chat, ChatMode, Decision, decide
+from pytest_lmeval.scoring._encoded import EncodedQuestion
 from pytest_lmeval.scoring._fewshot import Fewshot, Shots, identity_of, question_of, rows_of
 from pytest_lmeval.scoring._metrics import combined_metrics, metrics_of
-from pytest_lmeval.scoring._requests import EncodedQuestion, Encoder, Truncate
+from pytest_lmeval.scoring._requests import Encoder, Truncate
 from pytest_lmeval.scoring._row_scores import ONE, check_names, row_metrics, score_by_row
 from pytest_lmeval.scoring._several import with_several
 from pytest_lmeval.statistics import _sequential as sequential
