@@ -338,7 +338,9 @@ def test_a_loader_of_entry_points_finds_the_model_and_makes_it_of_its_arguments(
     asked = {"batch_size": 1, "max_batch_size": None, "device": "cuda:0"}
     model = point.load().create_from_arg_string("pretrained=zoo:lstm,budget=1,profile=ci", asked)
     assert (model.model.spec, model.get_model_info()["verdict"]) == ("zoo:lstm", "exact-any-chunk")
-    with pytest.raises(ArgumentError, match="known are pretrained, dtype, profile and budget"):
+    with pytest.raises(
+        ArgumentError, match="known are pretrained, dtype, enable_thinking, chat_template_args, profile and budget"
+    ):
         point.load().create_from_arg_string("pretrained=zoo:lstm,temperature=1", asked)
 
 
@@ -416,6 +418,28 @@ def test_where_windows_hold_the_same_tokens_lm_eval_counts_the_targets_of_anothe
 
     lm = as_model(hf[0], tokenizer=hf[1])
     assert LmevalModel.of(lm, policy_for(lm, certificate())).loglikelihood_rolling(requests) == pytest.approx(alone, rel=1e-5)
+
+
+def test_options_of_a_chat_template_are_those_of_lm_evals_own_model_and_a_name_chooses_the_template(hf):
+    from chat_templates import with_template
+
+    from pytest_lmeval.lm_eval._model import LmevalModel
+    from pytest_lmeval.models._chat import with_template_kwargs
+
+    tokenizer = with_template("several").tokenizer
+    lm, turns = as_model(hf[0], tokenizer=tokenizer), [{"role": "user", "content": "Is it?"}]
+    for kwargs in ({"enable_thinking": False}, {"chat_template": "tool_use", "enable_thinking": False}):
+        harness = HFLM(pretrained=hf[0], tokenizer=tokenizer, max_length=64, chat_template_args=kwargs)
+        model = LmevalModel.of(with_template_kwargs(lm, kwargs), policy_for(lm, certificate()))
+        assert model.apply_chat_template(turns) == harness.apply_chat_template(turns)
+    harness, model = (
+        HFLM(pretrained=hf[0], tokenizer=tokenizer, max_length=64),
+        LmevalModel.of(lm, policy_for(lm, certificate())),
+    )
+    model._read_as(with_template_kwargs(lm, {"enable_thinking": False}), model.policy)
+    assert model.chat_template("tool_use") == harness.chat_template("tool_use") == tokenizer.chat_template["tool_use"]
+    assert model.apply_chat_template(turns).endswith("</think>\n\n")
+    assert "think" not in harness.apply_chat_template(turns)  # it tells the name, and renders by the default
 
 
 def test_a_rolling_text_longer_than_the_context_is_read_in_windows_that_count_each_token_once(lm):

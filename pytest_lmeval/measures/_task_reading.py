@@ -76,6 +76,7 @@ class Asking:
     data_dir: str | Path | None = None
     chat: ChatMode = False
     system: str | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def in_turns(self, lm: Model) -> Decision:
         """Whether it is asked in turns."""

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import operator
 from collections.abc import Iterable, Mapping, Set
 from numbers import Integral
 from typing import Any
 
 from pytest_lmeval.errors import TaskError, lone_surrogate
+
+TURNS = (
+    "conversation",
+    "messages",
+    "tokenize",
+    "add_generation_prompt",
+    "continue_final_message",
+    "return_dict",
+    "return_tensors",
+)
+"""Keywords of `apply_chat_template` that decide which turns are rendered, and as what."""
 
 
 def texts(name: str, value: Any) -> tuple[str, ...]:
@@ -32,6 +44,23 @@ def check_text(what: str, text: Any) -> None:
         raise TaskError(f"{what} is {text!r}, of type {type(text).__name__}.")
     if wrong := lone_surrogate(text):
         raise TaskError(f"{what} has {wrong}")
+
+
+def template_kwargs(what: str, given: Any) -> dict[str, Any]:
+    """Keywords of a chat template, as a dict of their own. Raises TaskError for what cannot be recorded, and for keywords that
+    are not the task's to give."""
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise TaskError(f'{what}: chat_template_kwargs is {given!r}. It is a dict of keywords: {{"enable_thinking": False}}.')
+    if taken := [name for name in TURNS if name in given]:
+        raise TaskError(f"{what}: chat_template_kwargs has {taken[0]!r}, which follows from the questions. Leave it out.")
+    try:
+        json.dumps(dict(given))
+    except (TypeError, ValueError) as error:
+        raise TaskError(
+            f"{what}: chat_template_kwargs is {dict(given)!r}, which cannot be recorded ({error}). Give texts, numbers, truth "
+            "values, and lists and dicts of these."
+        ) from error
+    return dict(given)
 
 
 def as_int(value: Any) -> Any:

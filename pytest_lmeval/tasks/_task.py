@@ -9,7 +9,7 @@ PARITY = Task("parity", [{"n": n} for n in range(100)], ask)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -19,7 +19,7 @@ from pytest_lmeval.data._formats import Row
 from pytest_lmeval.data._rows import Rows
 from pytest_lmeval.errors import TaskError
 from pytest_lmeval.records._metric import Metric
-from pytest_lmeval.tasks._checks import as_int, check_text, is_number, texts
+from pytest_lmeval.tasks._checks import as_int, check_text, is_number, template_kwargs, texts
 from pytest_lmeval.tasks._questions import AnyQuestion, Choices, Generate, Question, Requests
 from pytest_lmeval.tasks._rows import guarded
 
@@ -65,7 +65,7 @@ class Setting:
     data_dir  a mirror to read data from
     trusted   it may run code that the model writes
     say       prints a line at once
-    in_turns  by the chat template of the model, with this `system` prompt
+    in_turns  by the chat template of the model, which has its keywords, with this `system` prompt
     """
 
     lm: Model
@@ -107,6 +107,8 @@ class Task:
     threshold          is the rate of answers judged True above or below it? Asking ends as soon as that is certain
     style              whose prompts these are, recorded: "lm_eval" are those of that harness, whose rule for ties is kept too
     version            raised when the prompts or the rules change
+    chat_template_kwargs  keywords of the chat template, where the task is asked in turns: {"enable_thinking": False}, or
+                       {"chat_template": "tool_use"} for one of several that the tokenizer has by name
     special_tokens     whether special tokens that are written in prompts and choices, "<|im_end|>", are read as control tokens,
                        and not as the characters that they are
 
@@ -134,6 +136,7 @@ class Task:
     style: str = "own"
     version: int = 1
     special_tokens: bool = False
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
     prepare: Callable[[Setting], Task] | None = None
     shown: int = 0
     combine: Combine | None = None
@@ -160,6 +163,7 @@ class Task:
                 )
         if not is_number(self.most_cut_off, Real) or not 0 <= self.most_cut_off <= 1:
             raise TaskError(f"{self}: most_cut_off is {self.most_cut_off!r}. A share of answers lies between 0 and 1.")
+        object.__setattr__(self, "chat_template_kwargs", template_kwargs(str(self), self.chat_template_kwargs))
         object.__setattr__(self, "repeats", as_int(self.repeats))
         if not is_number(self.repeats, int) or self.repeats < 1:
             raise TaskError(f"{self}: repeats is {self.repeats!r}. It is a whole number of answers, at least one.")
