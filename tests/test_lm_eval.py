@@ -280,6 +280,20 @@ def test_a_limit_and_shots_are_those_of_lm_eval(folder, lm, theirs):
     assert found.record.subject == "lm_eval:shots, 1-shot"
 
 
+@pytest.mark.parametrize("sampler", ["default", "first_n"])
+def test_too_few_rows_beside_the_asked_one_are_told_with_the_row_and_what_to_do(folder, lm, sampler):
+    """lm_eval draws one row more than it shows, since the asked one may be among them."""
+    name = written(folder, f"few_{sampler}", TASKS["shots"] + f"\nfewshot_config: {{sampler: {sampler}}}")
+    most = len(ROWS) - 1
+    assert ours(lm, name, shots=most, limit=1).examples[0].prompt.count("Question:") == len(ROWS)
+    with pytest.raises(
+        TaskError,
+        match=rf"lm_eval:few_{sampler}, row 0: it is to be shown {len(ROWS)} examples, .* {len(ROWS)} rows "
+        rf"of the split 'test', which are asked themselves: {most} are left beside it\. Ask with at most {most} shots",
+    ):
+        ours(lm, name, shots=len(ROWS))
+
+
 def test_a_group_has_the_averages_that_it_declares_over_tasks_of_different_size(folder, lm, theirs, tmp_path):
     few = tmp_path / "few.jsonl"
     few.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:3]))

@@ -56,6 +56,8 @@ def _prepared(name: str, make: Make, setting: Setting) -> Task:
                 break
             questions.append(_question(source, number, document, shots, setting))
             rows.append({"number": len(rows), "document": _hash_of(document)})
+        except TaskError as error:
+            raise TaskError(f"{name}, row {len(rows)}: {error}") from error
         except Exception as error:
             raise TaskError(f"{name}, row {len(rows)} cannot be asked: {described(error)}.") from error
     if not rows:
@@ -184,14 +186,17 @@ def _question(source: Any, number: int, document: Any, shots: int, setting: Sett
         "apply_chat_template": setting.in_turns,
         "chat_template": functools.partial(turns, setting.lm) if setting.in_turns else None,
     }
-    context = source.fewshot_context(
-        document,
-        num_fewshot=shots,
-        system_instruction=setting.system,
-        fewshot_as_multiturn=setting.in_turns,
-        gen_prefix=source.doc_to_prefix(document),
-        **chat,
-    )
+    try:
+        context = source.fewshot_context(
+            document,
+            num_fewshot=shots,
+            system_instruction=setting.system,
+            fewshot_as_multiturn=setting.in_turns,
+            gen_prefix=source.doc_to_prefix(document),
+            **chat,
+        )
+    except (AssertionError, ValueError) as error:
+        raise _too_few(source, document, shots) or error from error
     repeats = source.config.repeats or 1
     made = source.construct_requests(doc=document, ctx=context, metadata=(source.config.task, number, repeats), **chat)
     instances = made if isinstance(made, list) else [made]
@@ -218,6 +223,21 @@ def _question(source: Any, number: int, document: Any, shots: int, setting: Sett
         return _scored(source, document, instances)
 
     return Requests(tuple(scored), tuple(rolling), tuple(generated), _target_of(source, document), score)
+
+
+def _too_few(source: Any, document: Any, shots: int) -> TaskError | None:
+    """Why a document cannot be shown its examples, if they are drawn from the rows that are asked: without itself and a spare
+    row, which lm_eval draws, too few are left."""
+    pool, config = getattr(getattr(source, "sampler", None), "df", None) or [], source.fewshot_cfg
+    if not shots or config.split != source.config.test_split:
+        return None
+    most = max(0, min(len(pool) - 1, sum(row != document for row in pool)))
+    if most >= shots:
+        return None
+    return TaskError(
+        f"it is to be shown {shots} examples, drawn from the {len(pool)} rows of the split {config.split!r}, which are asked "
+        f"themselves: {most} are left beside it. Ask with at most {most} shots, or with more rows."
+    )
 
 
 def turns(lm: Model, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
