@@ -16,7 +16,7 @@ from probing import certificate
 from tokenizers_of_each_kind import tokenizer_of
 
 from pytest_lmeval import as_model, policy_for
-from pytest_lmeval.errors import ArgumentError, TaskError
+from pytest_lmeval.errors import ArgumentError, CorpusError, TaskError
 from pytest_lmeval.gates._scores import scores_of
 from pytest_lmeval.measures._context import VerbContext, running_in
 from pytest_lmeval.measures._suite import suite
@@ -386,6 +386,61 @@ def test_data_come_from_a_mirror_or_the_task_says_that_they_are_missing(folder, 
     mirror.mkdir(parents=True)
     (mirror / "test.jsonl").write_text((folder / "rows.jsonl").read_text())
     assert ours(lm, f"lm_eval:{file}", data_dir=tmp_path).record.details["questions"] == len(ROWS)
+
+
+ROW = {"context": "Q: 1 + 1\nA:", "completion": " 2"}
+FILES = [  # task of the catalogue -> files of its repositories, where they lie there
+    ("arithmetic_2da", {"EleutherAI/arithmetic/data/two_digit_addition.jsonl": json.dumps(ROW) + "\n"}),
+    ("prost", {"corypaik/prost/data/default.jsonl": json.dumps(
+        {"context": "A ball.", "ex_question": "Rolls?", "label": 0, **dict(zip("ABCD", ("yes", "no", "so", "hm"), strict=True))}
+    ) + "\n"}),
+    ("mmlusr_question_only_virology", {
+        f"NiniCat/MMLU-SR/question_only_{split}/question_only_virology_{split}.csv": "Is it?,a,b,c,d,B\n" * 2
+        for split in ("dev", "test")
+    }),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "files"), FILES)
+def test_files_that_a_task_names_lie_in_the_mirror_as_in_their_repository(lm, tmp_path, monkeypatch, name, files):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    with pytest.raises(
+        TaskError, match=rf"lm_eval:{name}: the local mirror .* does not hold .*{next(iter(files))} is not there"
+    ):
+        ours(lm, f"lm_eval:{name}", data_dir=tmp_path)
+    for file, text in files.items():
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(text)
+    found = ours(lm, f"lm_eval:{name}", data_dir=tmp_path)
+    assert found.record.details["questions"] == list(files.values())[-1].count("\n")
+    assert found.examples[0].prompt
+
+
+@pytest.mark.parametrize(
+    ("path", "named", "place"),
+    [
+        ("json", "hf://datasets/a/b@main/c/d.jsonl", "a/b/c/d.jsonl"),
+        ("json", "https://huggingface.co/datasets/a/b/resolve/main/c/d.jsonl", "a/b/c/d.jsonl"),
+        ("csv", "https://example.org/c/d.csv?download=1", "example.org/c/d.csv"),
+        ("a/b", "c/d.json.gz", "a/b/c/d.json.gz"),
+        ("a/b", ["c/*.csv"], ["a/b/c/*.csv"]),
+        ("a/b", {"test": "x.csv"}, {"test": "a/b/x.csv"}),
+        ("json", "here.jsonl", None),
+        ("a/b", "/on/this/machine.csv", None),
+    ],
+)
+def test_each_way_to_name_a_file_has_one_place(tmp_path, path, named, place):
+    from pytest_lmeval.lm_eval._mirror import _places
+
+    if place is None:
+        assert _places(tmp_path, path, named) == named
+        return
+    with pytest.raises(CorpusError, match="is not there"):
+        _places(tmp_path, path, named)
+    for file in ("a/b/c/d.jsonl", "example.org/c/d.csv", "a/b/c/d.json.gz", "a/b/x.csv", "a/b/c/e.csv"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    assert json.loads(json.dumps(_places(tmp_path, path, named)).replace(f"{tmp_path}/", "")) == place
 
 
 def test_a_name_that_is_nearly_right_is_named():

@@ -13,12 +13,10 @@ import functools
 import json
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
-from unittest import mock
 
-from pytest_lmeval.data import _formats as formats
 from pytest_lmeval.errors import CorpusError, TaskError, described
+from pytest_lmeval.lm_eval._mirror import mirrored
 from pytest_lmeval.models._chat import Message, template_of
 from pytest_lmeval.models._hub import HubCall
 from pytest_lmeval.models._model import Model, special_pattern
@@ -80,7 +78,7 @@ def _prepared(name: str, make: Make, setting: Setting) -> Task:
 def _made(name: str, make: Make, setting: Setting) -> Any:
     """lm_eval's task, its data read. Raises TaskError for one that cannot be had here."""
     try:
-        with HubCall(), _quiet(), _mirrored(setting.data_dir):
+        with HubCall(), _quiet(), mirrored(setting.data_dir):
             source = make()
     except CorpusError as error:
         raise TaskError(f"{name}: {error}") from error
@@ -122,48 +120,6 @@ def _quiet() -> Iterator[None]:
     finally:
         if shown:
             datasets.enable_progress_bars()
-
-
-@contextlib.contextmanager
-def _mirrored(data_dir: str | Path | None) -> Iterator[None]:
-    """While it lasts, datasets are read from a mirror, if there is one, and never looked up elsewhere."""
-    import datasets
-
-    if data_dir is None:
-        yield
-        return
-    load = datasets.load_dataset
-    root = Path(data_dir).expanduser()
-
-    class Parts(datasets.DatasetDict):  # type: ignore[misc]
-        """The splits of a mirror; one that it lacks is empty: lm_eval looks at the training split even where it shows none."""
-
-        def __missing__(self, split: str) -> Any:
-            return next(iter(self.values())).select([])
-
-    def of_mirror(path: str, name: str | None = None, **options: Any) -> Any:
-        if path in formats.READERS or options.get("data_files"):  # files that the task itself names
-            return load(path, name, **options)
-        folder = root / path / (name or "default")
-        files = [file for file in sorted(folder.glob("*.*")) if file.name.endswith(tuple(formats.SUFFIXES))]
-        if not files:
-            raise CorpusError(f"the local mirror {root} does not hold {path}: {folder} has no file of rows.")
-        parts = Parts({file.name.partition(".")[0]: _dataset_of(file) for file in files})
-        return parts[options["split"]] if options.get("split") else parts
-
-    with mock.patch.object(datasets, "load_dataset", of_mirror):
-        yield
-
-
-def _dataset_of(file: Path) -> Any:
-    """The rows of a file as `datasets` has them."""
-    import datasets
-
-    if (form := formats.form_of(file)) == "parquet":
-        import pyarrow.parquet
-
-        return datasets.Dataset(datasets.table.InMemoryTable(pyarrow.parquet.read_table(file)))
-    return datasets.Dataset.from_list([row for _, row in formats.rows(file, form)])
 
 
 def _set_shots(source: Any, wanted: int | None) -> int:
