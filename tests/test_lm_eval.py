@@ -1,5 +1,6 @@
 """Tasks of lm_eval asked here give lm_eval's own numbers, and its command line can ask a model here."""
 
+import copy
 import importlib.metadata
 import json
 import logging
@@ -534,11 +535,69 @@ def test_examples_are_read_back_and_gated_where_a_metric_is_a_mean_of_them(folde
     assert len(scores.ids) == len(ROWS)
 
 
-def test_a_drawn_answer_is_drawn_as_the_task_says_and_a_greedy_one_is_read_once():
-    from pytest_lmeval.lm_eval._task import answers_to
+def drawn_by_transformers(hf, options):
+    """{name of a limit: value} by which lm_eval's own model draws; None where it takes the likeliest token."""
+    from lm_eval.api.instance import Instance
+    from transformers.generation import utils
 
-    options = {"until": "\n", "do_sample": True, "temperature": 0.7, "top_p": 0.9, "max_gen_toks": 5}
-    drawn = answers_to("Q", options, times=3)
-    assert len(drawn) == 3
-    assert (drawn[0].stop, drawn[0].temperature, drawn[0].drawn_from) == (("\n",), 0.7, {"top_p": 0.9})
-    assert [one.temperature for one in answers_to("Q", options | {"do_sample": False}, times=3)] == [0.0]
+    seen, sample = [], utils.GenerationMixin._sample
+
+    def spy(self, *given, generation_config, logits_processor, **others):
+        limits = {name: getattr(one, name) for one in logits_processor for name in DRAWN if hasattr(one, name)}
+        seen.append(limits if generation_config.do_sample else None)
+        return sample(self, *given, generation_config=generation_config, logits_processor=logits_processor, **others)
+
+    harness = HFLM(pretrained=hf[0], tokenizer=hf[1], max_length=64)
+    with mock.patch.object(utils.GenerationMixin, "_sample", spy):
+        harness.generate_until([Instance("generate_until", {}, ("Q", {"until": ["x"], "max_gen_toks": 2, **options}), 0)], True)
+    return seen[0]
+
+
+DRAWN = ("temperature", "top_k", "top_p", "min_p")
+
+
+@pytest.mark.parametrize("own", [{}, {"top_k": 7, "top_p": 0.8}, {"top_k": 0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"do_sample": False, "temperature": 0.7},
+        {"temperature": 0.7},
+        {"do_sample": True, "temperature": 0.7},
+        {"do_sample": True, "temperature": 0.7, "top_k": 0},
+        {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 3, "min_p": 0.1},
+    ],
+)
+def test_answers_are_drawn_as_lm_evals_own_model_draws_them(hf, options, own):
+    """transformers draws from the 50 likeliest tokens where neither the task nor the generation config says otherwise."""
+    from pytest_lmeval.lm_eval._drawing import answers_to
+
+    module = copy.deepcopy(hf[0])
+    module.generation_config.update(**own)
+    wanted = drawn_by_transformers((module, hf[1]), options)
+    found, *more = answers_to(as_model(module, tokenizer=hf[1]), "Q", options, times=3)
+    if wanted is None:
+        assert (found.temperature, more) == (0, [])
+    else:
+        assert {"temperature": found.temperature, **found.drawn_from} == pytest.approx(wanted)
+        assert more == [found, found]
+    if options == {"do_sample": True, "temperature": 0.7}:  # the plain case is not that of drawing from all tokens
+        assert wanted.get("top_k") == {0: None, 7: 7, None: 50}[own.get("top_k")]
+
+
+def test_what_lm_eval_would_do_and_is_not_done_here_is_told(folder, lm, hf):
+    module, said = copy.deepcopy(hf[0]), []
+    module.generation_config.repetition_penalty = 1.2
+    ours(as_model(module, tokenizer=hf[1]), f"lm_eval:{folder / 'answers'}.yaml", say=said.append, limit=1)
+    assert said == [
+        "lm_eval:answers: lm_eval would generate answers with repetition_penalty=1.2, of the generation config of the model; "
+        "here they are not"
+    ]
+    yaml = TASKS["answers"].replace("max_gen_toks: 12", "max_gen_toks: 12, num_beams: 3")
+    with pytest.raises(TaskError, match="lm_eval:beams, row 0: its answers are to be generated with num_beams=3, which is not"):
+        ours(lm, written(folder, "beams", yaml))
+
+
+def test_how_answers_are_drawn_is_recorded(folder, lm):
+    yaml = TASKS["answers"].replace("max_gen_toks: 12", "max_gen_toks: 3, do_sample: true, temperature: 0.7")
+    assert "temperature 0.7, top_k 50" in ours(lm, written(folder, "drawn", yaml)).record.settings["generation"][0]

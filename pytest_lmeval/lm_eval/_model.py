@@ -21,7 +21,8 @@ from pytest_lmeval._session import Session
 from pytest_lmeval.engine import Policy, policy_for
 from pytest_lmeval.engine._policy import limited
 from pytest_lmeval.errors import ArgumentError, SpecError
-from pytest_lmeval.lm_eval._task import answers_to, turns
+from pytest_lmeval.lm_eval._drawing import answers_to
+from pytest_lmeval.lm_eval._task import turns
 from pytest_lmeval.measures._task import BATCH, measure_task
 from pytest_lmeval.models._chat import template_of, with_template_kwargs
 from pytest_lmeval.models._model import Model, special_pattern
@@ -138,7 +139,9 @@ class LmevalModel(LM):  # type: ignore[misc]
         """The results of requests of one kind, in their order; the requests of a document are one question."""
         groups = [list(group) for _, group in itertools.groupby(requests, lambda one: (one.task_name, one.doc_id))]
         found = list[list[Any]]([[] for _ in groups])
-        questions = [_question(kind, group, partial(_take, results)) for group, results in zip(groups, found, strict=True)]
+        questions = [
+            _question(self.model, kind, group, partial(_take, results)) for group, results in zip(groups, found, strict=True)
+        ]
         rows = [{"task": group[0].task_name, "document": group[0].doc_id, "number": n} for n, group in enumerate(groups)]
         if not rows:
             return []
@@ -162,9 +165,11 @@ class LmevalModel(LM):  # type: ignore[misc]
         return results
 
 
-def _question(kind: str, group: Sequence[Instance], score: Callable[[dict[str, Sequence[Any]]], dict[str, Any]]) -> Requests:
+def _question(
+    lm: Model, kind: str, group: Sequence[Instance], score: Callable[[dict[str, Sequence[Any]]], dict[str, Any]]
+) -> Requests:
     if kind == "generated":  # a repeated request is a further answer, drawn with random numbers of its own
-        return Requests((), (), tuple(answers_to(*one.args, times=1)[0] for one in group), None, score)
+        return Requests((), (), tuple(answers_to(lm, *one.args, times=1)[0] for one in group), None, score)
     if kind == "rolling":
         return Requests((), tuple(one.args[0] for one in group), (), None, score)
     return Requests(tuple((one.args[0], one.args[1]) for one in group), (), (), None, score)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from pytest_lmeval.errors import CorpusError, TaskError, described
+from pytest_lmeval.lm_eval._drawing import answers_to, unlike_lm_eval
 from pytest_lmeval.lm_eval._mirror import mirrored
 from pytest_lmeval.models._chat import Message, template_of
 from pytest_lmeval.models._hub import HubCall
@@ -25,7 +26,6 @@ from pytest_lmeval.tasks._task import Setting, Task
 
 PREFIX = "lm_eval:"
 FEWSHOT_SEED = 1234  # of lm_eval's command line
-MOST_TOKENS = 256  # of an answer, where a task does not say
 OWN_CODE = ("process_docs", "process_results", "doc_to_text", "doc_to_target", "doc_to_choice", "custom_dataset", "class")
 
 Make = Callable[[], Any]
@@ -60,6 +60,10 @@ def _prepared(name: str, make: Make, setting: Setting) -> Task:
             raise TaskError(f"{name}, row {len(rows)} cannot be asked: {described(error)}.") from error
     if not rows:
         raise TaskError(f"{name} has no documents to ask.")
+    if setting.say is not None and any(one.generated for one in questions) and (unlike := unlike_lm_eval(setting.lm)):
+        setting.say(
+            f"{name}: lm_eval would generate answers with {unlike}, of the generation config of the model; here they are not"
+        )
     version = getattr(source, "VERSION", None)
     return Task(
         name,
@@ -166,7 +170,7 @@ def _question(source: Any, number: int, document: Any, shots: int, setting: Sett
             order.append(("rolling", len(rolling), 1))
             rolling.append(instance.args[0])
         elif instance.request_type == "generate_until":
-            answers = answers_to(*instance.args, times=instance.repeats)
+            answers = answers_to(setting.lm, *instance.args, times=instance.repeats)
             order.append(("generated", len(generated), len(answers)))
             generated += answers
         else:
@@ -206,18 +210,6 @@ def turns(lm: Model, messages: Sequence[Message], add_generation_prompt: bool = 
             continue_final_message=not add_generation_prompt,
         )
     )
-
-
-def answers_to(prompt: str, options: dict[str, Any], *, times: int) -> list[Generate]:
-    """The answers that a request asks for: several only if they are drawn."""
-    until = options.get("until") or ()
-    stop = (until,) if isinstance(until, str) else tuple(until)
-    drawn = bool(options.get("do_sample"))
-    temperature = float(options.get("temperature", 1.0) or 0.0) if drawn else 0.0
-    limits = {name: options[name] for name in ("top_k", "top_p", "min_p") if temperature and options.get(name) is not None}
-    most = int(options.get("max_gen_toks") or options.get("max_new_tokens") or options.get("max_tokens") or MOST_TOKENS)
-    one = Generate(prompt, (), tuple(text for text in stop if text), most, temperature, **limits)
-    return [one] * (times if temperature else 1)
 
 
 def _scored(source: Any, document: Any, instances: Sequence[Any]) -> dict[str, Any]:
