@@ -9,6 +9,7 @@ No answer depends on the others, or on their order or number.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
@@ -46,7 +47,8 @@ Place: TypeAlias = "tuple[int, int]"
 """The index of a row, and which answer to it (`EncodedQuestion.place`)."""
 
 Progress = Callable[[int, float, "int | None"], None]
-"""Called after each block with the questions answered, those answered right, and the questions expected (None: unknown)."""
+"""Called after each block with the questions answered, those answered right (nan: nobody judges them), and the questions
+expected (None: unknown)."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +223,7 @@ class TaskReading:
         if self.progress is not None:
             judge = judge_of(self.metrics)
             scores = [example.scores.get(judge.name) or 0.0 for example in self.answered] if judge else []
-            right = sum(min(max(score, 0.0), 1.0) for score in scores)
+            right = sum(min(max(score, 0.0), 1.0) for score in scores) if judge else math.nan
             questions = len({example.number for example in self.answered})
             self.progress(
                 questions, right * questions / len(self.answered), number_of_questions(self.asking.task, self.asking.limit)
