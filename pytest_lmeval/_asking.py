@@ -17,8 +17,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from pytest_lmeval import tasks
-from pytest_lmeval.errors import UsageError
+from pytest_lmeval.errors import LmevalError, UsageError
 from pytest_lmeval.records._replacing import replacing
 
 FILE = Path(".lmeval", "run", "test_run.py")
@@ -48,7 +50,7 @@ def main(options: argparse.Namespace) -> int:
     with replacing(FILE) as new:  # below the working folder, so that its ini file and its conftest.py count
         new.write_text(CODE)
     return subprocess.call(
-        [sys.executable, "-m", "pytest", "--tb=line", str(FILE), *given, *options.pytest], env=os.environ | asked
+        [sys.executable, "-m", "pytest", "--tb=short", str(FILE), *given, *options.pytest], env=os.environ | asked
     )
 
 
@@ -58,6 +60,12 @@ def pytest_generate_tests(metafunc: Any) -> None:
 
 
 def test_answers(lmeval: Any, lm: Any, asked: str) -> None:
-    """A suite is asked task by task."""
-    verb = lmeval.suite if isinstance(tasks._registered(asked), tasks.Suite) else lmeval.task
-    verb(lm, asked, json.loads(os.environ[SHOTS]))
+    """A suite is asked task by task. What fails says so in words, without a traceback."""
+    try:
+        verb = lmeval.suite if isinstance(tasks._registered(asked), tasks.Suite) else lmeval.task
+        verb(lm, asked, json.loads(os.environ[SHOTS]))
+    except LmevalError as error:
+        message = str(error)
+    else:
+        return
+    pytest.fail(message, pytrace=False)

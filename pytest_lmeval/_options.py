@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable
@@ -22,6 +23,7 @@ OPTIONS: dict[str, tuple[Any, str]] = {  # name -> (default, help)
     "lmeval-tokens": ("", "tokens of a stream; 200k and 1M read too"),
     "lmeval-batch": ("", "rows of a batch of questions, 8 by default; auto: as many as fit into the memory"),
     "lmeval-chat": ("auto", "ask tasks in turns, by the chat template of the model: auto (generated answers only), on or off"),
+    "lmeval-chat-template-kwargs": ("", 'keywords of the chat template, as JSON: {"enable_thinking": false}'),
     "lmeval-profile": ("", "how hard to look for broken laws: dev, ci (the default where CI is set) or nightly"),
     "lmeval-budget": (
         "",
@@ -95,6 +97,21 @@ def chat(config: pytest.Config) -> Literal["auto"] | bool:
     return given[str(option(config, "lmeval-chat"))]
 
 
+def template_kwargs(config: pytest.Config) -> dict[str, Any]:
+    """The keywords of --lmeval-chat-template-kwargs."""
+    text = str(option(config, "lmeval-chat-template-kwargs")).strip()
+    try:
+        found = json.loads(text) if text else {}
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise pytest.UsageError(
+            f"--lmeval-chat-template-kwargs takes a JSON object of keywords, in quotes that the shell keeps; got {text!r}: "
+            """--lmeval-chat-template-kwargs='{"enable_thinking": false}'."""
+        )
+    return found
+
+
 def budget(config: pytest.Config) -> int | None:
     """Tokens of --lmeval-budget; None if it is not given. Refuses what looks like seconds."""
     text = str(option(config, "lmeval-budget")).strip()
@@ -117,6 +134,7 @@ def check(config: pytest.Config) -> None:
             raise pytest.UsageError(f"--lmeval-seq-len takes a positive number; got {text!r}.")
     budget(config)
     batch(config)
+    template_kwargs(config)
     for name, choices in CHOICES.items():
         if (given := str(option(config, name))) not in choices:
             *others, last = filter(None, choices)

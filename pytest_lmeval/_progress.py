@@ -6,6 +6,7 @@ demo reads stdlib[test]:  34% 48,128/145,928 tokens, perplexity 3.21, 29,870 tok
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,9 @@ from tqdm import tqdm
 
 LAYOUT = "{desc}: {percentage:3.0f}% {n:,d}/{total:,d} tokens{postfix}, {rate_noinv:,.0f} tokens/s, {remaining} left"
 UNKNOWN = "{desc}: {n:,d} tokens{postfix}, {rate_noinv:,.0f} tokens/s, {elapsed} so far"  # the total is not known
+NARROW = {LAYOUT: "{desc}: {percentage:3.0f}%{postfix}, {remaining} left", UNKNOWN: "{desc}: {n:,d} tokens, {elapsed} so far"}
+"""What a terminal of fewer than `ROOMY` columns has room for, if the title leaves `BESIDE` of them."""
+ROOMY, BESIDE = 120, 45
 
 
 class Uncaptured:
@@ -34,22 +38,34 @@ class Uncaptured:
         with self._capture.global_and_fixture_disabled():  # while it captures, file descriptor 1 is pytest's own file
             return bool(self._file.isatty())
 
+    @property
+    def columns(self) -> int:
+        """How many characters a line of the terminal has: a longer one goes on in the next, which no update writes over."""
+        with self._capture.global_and_fixture_disabled():
+            return shutil.get_terminal_size().columns
+
 
 @contextmanager
 def bar(title: str, file: Any, unit: str = "tokens") -> Iterator[Callable[[int, float, int | None], None] | None]:
-    """A progress bar, or None without a terminal. Call it with tokens done, nats so far, tokens expected; with questions
-    answered, right answers, questions expected; or (unit "laws") with tokens done, laws broken, tokens expected."""
+    """A progress bar, or None without a terminal.
+
+    Call it with tokens done, nats so far, tokens expected; with questions answered, right answers (nan: nobody judges them),
+    questions expected; or (unit "laws") with tokens done, laws broken, tokens expected.
+    """
     if not file.isatty():
         yield None
         return
     counted = "tokens" if unit == "laws" else unit
-    known, unknown = (layout.replace("tokens", counted) for layout in (LAYOUT, UNKNOWN))
     # delay: the first update needs a rate to show
-    with tqdm(desc=title, file=file, leave=False, dynamic_ncols=True, bar_format=unknown, mininterval=0.2, delay=0.2) as shown:
+    with tqdm(desc=title, file=file, leave=False, mininterval=0.2, delay=0.2) as shown:
 
         def update(done: int, total: float, expected: int | None) -> None:
             if expected is not None:  # an estimate may improve
-                shown.total, shown.bar_format = max(expected, done), known
+                shown.total = max(expected, done)
+            columns, layout = file.columns, UNKNOWN if shown.total is None else LAYOUT
+            shown.ncols, room = columns - 1, max(1, columns - BESIDE)
+            shown.desc = title if len(title) <= room else f"{title[:room]}..."
+            shown.bar_format = (layout if columns >= ROOMY else NARROW[layout]).replace("tokens", counted)
             if not shown.n:  # the rate leaves out what an interrupted run did before
                 shown.initial = shown.n = shown.last_print_n = done
             shown.set_postfix_str(_so_far(unit, done, total), refresh=False)
@@ -61,4 +77,6 @@ def bar(title: str, file: Any, unit: str = "tokens") -> Iterator[Callable[[int, 
 def _so_far(unit: str, done: int, total: float) -> str:
     if unit == "laws":
         return f"{total:.0f} broken" if total else "none broken"
-    return f"perplexity {math.exp(min(total / done, 700)):.4g}" if unit == "tokens" else f"{total / done:.1%} right"
+    if unit == "tokens":
+        return f"perplexity {math.exp(min(total / done, 700)):.4g}"
+    return "" if math.isnan(total) else f"{total / done:.1%} right"

@@ -33,7 +33,7 @@ class Session:
     folder           for all output; None writes nothing
     profile, budget  how hard the probe of a model's laws searches, and for how many tokens beyond their floors
     batch            rows of a batch of questions; "auto": as many as fit; None: as many as the verb says
-    chat             whether tasks are asked in turns: True, False or "auto"
+    chat             whether tasks are asked in turns: True, False or "auto"; with these `chat_template_kwargs`
     parallel         other tests run at the same time, so speed is not measured
     trusted          models that may run their own code
     mirror           a folder to use instead of the hub
@@ -50,6 +50,7 @@ class Session:
     budget: int | None = None
     batch: int | Literal["auto"] | None = None
     chat: Literal["auto"] | bool = "auto"
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     parallel: bool = False
     device: str = "auto"
     bits: int | None = None

@@ -13,7 +13,19 @@ import pytest
 from pytest_lmeval import _options as options
 from pytest_lmeval._benchmarking import BenchmarkHooks, WithoutBenchmark
 from pytest_lmeval._frames import release_frames, up_to_the_test
-from pytest_lmeval._options import CORPORA, SEQ_LENS, batch, budget, chat, count, is_worker, option, output_folder, test_id
+from pytest_lmeval._options import (
+    CORPORA,
+    SEQ_LENS,
+    batch,
+    budget,
+    chat,
+    count,
+    is_worker,
+    option,
+    output_folder,
+    template_kwargs,
+    test_id,
+)
 from pytest_lmeval.errors import LmevalError, NotMeasuredError
 from pytest_lmeval.report._gather import Reports
 
@@ -252,6 +264,7 @@ def shared_session(config: pytest.Config) -> Session:
             budget=budget(config),
             batch=batch(config),
             chat=chat(config),
+            chat_template_kwargs=template_kwargs(config),
             seq_lens=tuple(map(int, option(config, "lmeval-seq-len"))),
             parallel=is_worker(config),
             device=str(option(config, "lmeval-device")),

@@ -60,6 +60,11 @@ THINKING = (  # drops the thoughts of earlier answers, and begins an answer with
     "{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|Assistant|><think>\n' }}{% endif %}"
 )
+QWEN3 = (  # thinks unless it is told not to, by an option of the template
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+)
 PHI3 = (  # tokens that take the blanks after them
     "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
@@ -78,6 +83,8 @@ TEMPLATES = {  # name -> kind of tokenizer, template, its special tokens, the on
     "gemma": ("metaspace-unsplit", GEMMA, ("<start_of_turn>", "<end_of_turn>"), "<end_of_turn>"),
     "zephyr": ("metaspace-first", ZEPHYR, ("</s>",), "</s>"),
     "thinking": ("llama3", THINKING, ("<|User|>", "<|Assistant|>", "<|end_of_sentence|>"), "<|end_of_sentence|>"),
+    "qwen3": ("gpt2", QWEN3, ("<|im_start|>", "<|im_end|>"), "<|im_end|>"),
+    "several": ("gpt2", {"default": CHATML, "tool_use": QWEN3}, ("<|im_start|>", "<|im_end|>"), "<|im_end|>"),  # Command R
     "phi3": ("metaspace-first", PHI3, ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"), "<|end|>"),
     "leaves-out": ("gpt2", LEAVES_OUT, ("</s>",), "</s>"),
 }

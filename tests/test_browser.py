@@ -26,7 +26,11 @@ def answers(spec, wrong):
     for number in range(ANSWERS):
         text = HOSTILE if number == 3 else f"answer {number} of {spec}"
         score = 0.5 if number == 1 else float(number % wrong != 0)
-        yield generated(number, text, target=f"target {number}", prompt=f"prompt {number % 10}", scores={"squad_f1": score})
+        became = {5: "cut off", 6: "empty", 8: "refused"}.get(number, "answered") if spec == "first" else "answered"
+        thought = f"<b>{'hm ' * 300}I think of {number}" if spec == "first" and number == 5 else ""
+        own = {"outcome": became, "thought": thought, "prompt": f"prompt {number % 10}"}
+        text = "" if became == "empty" else text
+        yield generated(number, text, target=f"target {number}", scores={"squad_f1": score}, **own)
 
 
 @pytest.fixture(scope="module")
@@ -154,12 +158,51 @@ def test_a_question_opens_to_its_target_outputs_scores_and_prompt(open_report):
     question.locator("summary").click()
     question.locator("tr").nth(3).wait_for()  # they are made when it opens
     cells = [" ".join(text.split()) for text in question.locator("tr").all_inner_texts()]
-    assert cells == ["output squad f1", "target target 1", "first answer 1 of first 0.5", "second answer 1 of second 0.5"]
-    assert not question.locator("pre").is_visible()
+    assert cells == [
+        "output outcome squad f1", "target target 1", "first answer 1 of first partly right 0.5",
+        "second answer 1 of second partly right 0.5",
+    ]  # fmt: skip
+    prompt = question.locator("details", has=page.get_by_text("Prompt", exact=True)).locator("pre")
+    assert not prompt.is_visible()
     question.locator("summary", has_text="Prompt").click()
-    assert question.locator("pre").inner_text() == "prompt 1"
+    assert prompt.inner_text() == "prompt 1"
     page.get_by_label("Show").select_option(label="first is partly right")
     assert page.locator("#browser [role=status]").inner_text().startswith(f"1 of {ANSWERS:,} questions;")
+
+
+def test_what_became_of_an_answer_stands_beside_it_and_filters_and_its_thought_is_folded(open_report):
+    page = open_report()
+    show = page.get_by_label("Show")
+    options = show.locator("option").all_inner_texts()
+    assert [option for option in options if option.split(" is ")[-1] in ("cut off", "empty", "refused")] == [
+        "first is cut off", "first is empty", "first is refused",
+    ]  # fmt: skip
+    for number, word, line in (
+        (5, "cut off", "target 5 \u2190 answer 5 of first (cut off) \u00b7 answer 5 of second"),
+        (6, "empty", "target 6 \u2190 \u2205 (empty) \u00b7 answer 6 of second"),
+        (8, "refused", "target 8 \u2190 answer 8 of first (refused) \u00b7 answer 8 of second"),
+    ):
+        show.select_option(label=f"first is {word}")
+        assert page.locator("#browser [role=status]").inner_text().startswith(f"1 of {ANSWERS:,} questions;")
+        question = page.locator("#questions details.question")
+        assert question.locator(".texts").inner_text() == line
+        assert question.locator(".marks > span").first.get_attribute("title") == f"first: right, {word}"
+        question.locator("summary").first.click()
+        question.locator("tr").nth(3).wait_for()
+        assert f"right, {word}" in question.locator("tr").nth(2).inner_text()
+        assert word not in question.locator("tr").nth(3).inner_text()
+        assert question.get_by_text("Thought of first").count() == (number == 5)
+    show.select_option(label="first is cut off")
+    question.locator("summary").first.click()
+    thought = question.locator("details", has=page.get_by_text("Thought of first", exact=True))
+    assert not thought.locator("pre").is_visible()
+    thought.locator("summary").click()
+    assert thought.locator("pre").inner_text() == f"<b>{'hm ' * 300}I think of 5"
+    show.select_option(label="all")
+    page.get_by_label("Search").fill("think of 5")
+    assert page.locator("#questions details.question").count() == 1
+    page.locator("#browser select").first.select_option(label="second")
+    assert "second is cut off" not in show.locator("option").all_inner_texts()
 
 
 def test_the_keyboard_reaches_and_operates_everything(open_report):
@@ -210,6 +253,9 @@ def test_nothing_is_wider_than_a_phone(open_report):
     page = open_report(viewport={"width": 390, "height": 844})
     page.locator("figure").first.scroll_into_view_if_needed()
     page.locator("figure svg.plot").first.wait_for()
+    page.get_by_label("Show").select_option(label="first is cut off")
+    page.locator("#questions details.question summary").first.click()
+    page.get_by_text("Thought of first").click()
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 

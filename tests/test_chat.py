@@ -15,7 +15,13 @@ from tokenizers_of_each_kind import tokenizer_of
 from pytest_lmeval import Choices, Generate, Task, as_model
 from pytest_lmeval.errors import SpecError, TaskError
 from pytest_lmeval.gates._entry import differs, entry_of
-from pytest_lmeval.models._chat import blank_before_answers, render, takes_system, with_end_of_turn
+from pytest_lmeval.models._chat import (
+    blank_before_answers,
+    render,
+    takes_system,
+    with_end_of_turn,
+    with_template_kwargs,
+)
 from pytest_lmeval.models._model import Bytes
 from pytest_lmeval.scoring._chat import Chat, joined
 from pytest_lmeval.scoring._requests import Encoder
@@ -286,6 +292,69 @@ def test_runs_with_and_without_turns_are_not_compared_as_equal():
     assert "system was not set, is So." in differs(on, other)
 
 
+OPTIONS = [
+    ("qwen3", {"enable_thinking": False}, "<think>\n\n</think>\n\n"),
+    ("qwen3", {"enable_thinking": True}, "<|im_start|>assistant\n"),
+    ("several", {"chat_template": "tool_use", "enable_thinking": False}, "<think>\n\n</think>\n\n"),
+    ("several", {"chat_template": "default", "enable_thinking": False}, "<|im_start|>assistant\n"),
+    ("chatml", {"chat_template": "{% for one in messages %}<{{ one.content }}>{% endfor %}"}, "0 + 0?>"),
+]
+
+
+@pytest.mark.parametrize(("name", "kwargs", "end"), OPTIONS)
+@pytest.mark.parametrize("given", ["task", "call"])
+def test_options_of_a_template_and_its_name_are_those_of_transformers(name, kwargs, end, given):
+    lm = lm_of(name)
+    of_task = dataclasses.replace(SUMS, chat_template_kwargs=kwargs if given == "task" else {}, description="")
+    found = measured(lm, of_task, chat=True, **({"chat_template_kwargs": kwargs} if given == "call" else {}), shots=0, limit=1)
+    messages = [{"role": "user", "content": ROWS[0]["q"]}]
+    own = lm.tokenizer.tokenizer
+    options = {"add_generation_prompt": True, **kwargs}
+    assert found.examples[0].prompt == own.apply_chat_template(messages, tokenize=False, **options)
+    assert found.examples[0].prompt.endswith(end)
+    rendering = with_template_kwargs(lm, kwargs)
+    asked = encoded(rendering, Generate(ROWS[0]["q"], ()))
+    assert asked.requests[0].ids.tolist() == ids_of_transformers(lm, messages, **kwargs)
+    assert found.record.settings["chat_template_kwargs"] == kwargs
+    assert "chat_template_kwargs" not in measured(lm, of_task, chat=False).record.settings
+
+
+def test_without_the_option_the_prompt_is_another_and_gates_do_not_compare_the_two():
+    lm, (_, kwargs, end) = lm_of("qwen3"), OPTIONS[0]
+    plain, without = measured(lm, chat=True), measured(lm, chat=True, chat_template_kwargs=kwargs)
+    assert without.examples[0].prompt.endswith(end)
+    assert not plain.examples[0].prompt.endswith(end)
+    assert "chat_template_kwargs was not set, is {'enable_thinking': False}" in differs(
+        entry_of(plain.record), entry_of(without.record)
+    )
+
+
+def test_keywords_that_a_template_does_not_read_are_a_note_and_names_that_it_does_not_have_an_error():
+    note = "the chat template does not read enable_thinking"
+    assert note in measured(lm_of("chatml"), chat=True, chat_template_kwargs={"enable_thinking": False}).record.notes
+    assert note not in measured(lm_of("qwen3"), chat=True, chat_template_kwargs={"enable_thinking": False}).record.notes
+    with pytest.raises(
+        SpecError, match=r"no chat template 'tool_uze'. Did you mean tool_use\? Its tokenizer has default, tool"
+    ):
+        measured(lm_of("several"), chat=True, chat_template_kwargs={"chat_template": "tool_uze"})
+    with pytest.raises(SpecError, match=r"no chat template 'tool_use'\. Its tokenizer has one template, without a name"):
+        measured(lm_of("chatml"), chat=True, chat_template_kwargs={"chat_template": "tool_use"})
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ("enable_thinking", "chat_template_kwargs is 'enable_thinking'. It is a dict of keywords"),
+        ({1: 2}, "It is a dict of keywords"),
+        ({"tokenize": True}, "has 'tokenize', which follows from the questions"),
+        ({"tools": [print]}, "which cannot be recorded .*Give texts, numbers"),
+    ],
+)
+def test_keywords_that_are_none_are_refused(kwargs, message):
+    with pytest.raises(TaskError, match=f"sums: .*{message}"):
+        dataclasses.replace(SUMS, chat_template_kwargs=kwargs)
+
+
 def test_the_system_prompt_stands_before_the_description():
     assert "system\nBe brief.\n\nAdd.<|im_end|>" in measured(lm_of("chatml"), chat=True, system="Be brief.").examples[0].prompt
 
@@ -347,6 +416,12 @@ from test_chat import SMALLER, SUMS, lm_of
 def test_asks(lmeval):
     lm = lm_of("chatml")
     print(*(lmeval.task(lm, task, limit=1).record.settings["chat"] for task in (SUMS, SMALLER)))
+
+
+def test_has_options(lmeval):
+    ask = lambda **options: lmeval.task(lm_of("qwen3"), SUMS, limit=1, **options)
+    print("given", *(ask(**options).record.settings.get("chat_template_kwargs")
+        for options in (dict(), dict(chat_template_kwargs=dict(enable_thinking=True)))))
 """
 
 
@@ -358,7 +433,16 @@ def test_the_command_line_decides_for_all_tasks_and_the_terminal_says_what_auto_
     project.makefile(".ini", pytest=f"[pytest]\nlmeval_budget = 1000\n{ini}\n")
     project.makepyfile(test_turns=TEST.format(tests=os.path.dirname(__file__)))
     result = project.runpytest_subprocess("-s", "-p", "no:cacheprovider", *options)
-    result.assert_outcomes(passed=1)
+    result.assert_outcomes(passed=2)
     result.stdout.fnmatch_lines([f"*{printed}*"])
     auto = "chat: on (auto: the model has a chat template, and answers are generated)" in " ".join(result.stdout.str().split())
     assert auto is (not options and not ini)
+
+
+def test_the_command_line_gives_options_of_templates_and_a_call_others(project):
+    project.makefile(".ini", pytest="[pytest]\nlmeval_budget = 1000\n")
+    project.makepyfile(test_turns=TEST.format(tests=os.path.dirname(__file__)))
+    given = '--lmeval-chat-template-kwargs={"enable_thinking": false}'
+    result = project.runpytest_subprocess("-s", "-p", "no:cacheprovider", "-k", "options", given)
+    result.assert_outcomes(passed=1, deselected=1)
+    result.stdout.fnmatch_lines(["*given {'enable_thinking': False} {'enable_thinking': True}*"])

@@ -31,7 +31,8 @@ from pytest_lmeval.models._sources import as_model
 from pytest_lmeval.models._weak_cache import WeakCache
 from pytest_lmeval.records._measured import ModelFacts, Record
 from pytest_lmeval.scoring._requests import Encoder
-from pytest_lmeval.tasks._questions import Choices, Task
+from pytest_lmeval.tasks._questions import Choices
+from pytest_lmeval.tasks._task import Task
 from pytest_lmeval.training._plan import refuse_untrainable
 from pytest_lmeval.training._protocol import Protocol
 

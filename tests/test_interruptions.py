@@ -1,12 +1,15 @@
 """A run that is interrupted keeps what it finished, and the next one resumes with the same final numbers."""
 
+import fcntl
 import os
 import pty
 import select
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 
 import pytest
 from test_plugin import metrics, run
@@ -176,10 +179,13 @@ def test_the_numbers_do_not_depend_on_the_order_of_tests_and_a_pipe_gets_no_prog
     assert [part in output for part in ("perplexity", " left", "\r")] == [True, False, False]
 
 
-def test_progress_is_shown_on_a_terminal_through_the_capture(slow):
+@pytest.mark.parametrize("columns", [80, 140])
+def test_progress_is_shown_on_a_terminal_through_the_capture_and_fits_into_a_line(slow, columns):
     main, side = pty.openpty()
+    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--lm", "slow:Slow", "-k", "first"]
-    environment = {**os.environ, "COLUMNS": "120", "TERM": "xterm", "PAUSE": "0.05"}  # a bar is shown after 0.2 s
+    environment = {**os.environ, "TERM": "xterm", "PAUSE": "0.05"}  # a bar is shown after 0.2 s
+    environment.pop("COLUMNS", None)
     process = subprocess.Popen(command, cwd=slow.path, stdin=side, stdout=side, stderr=side, env=environment)
     os.close(side)
     output = b""
@@ -190,5 +196,7 @@ def test_progress_is_shown_on_a_terminal_through_the_capture(slow):
             break
     os.close(main)
     assert process.wait(timeout=600) == 0, output
-    for part in ("slow:Slow reads text:text.txt[test]:", "perplexity ", "% ", " left", "tokens/s"):
-        assert part in output.decode()
+    shown = [line for line in output.decode().split("\r") if line.startswith("slow:Slow reads text:text.txt[test]:")]
+    assert any("perplexity " in line and line.rstrip().endswith(" left") for line in shown)
+    assert any("tokens/s" in line for line in shown) == (columns > 100)
+    assert max(map(len, shown)) < columns

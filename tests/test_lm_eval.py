@@ -1,5 +1,6 @@
 """Tasks of lm_eval asked here give lm_eval's own numbers, and its command line can ask a model here."""
 
+import copy
 import importlib.metadata
 import json
 import logging
@@ -16,13 +17,13 @@ from probing import certificate
 from tokenizers_of_each_kind import tokenizer_of
 
 from pytest_lmeval import as_model, policy_for
-from pytest_lmeval.errors import ArgumentError, TaskError
+from pytest_lmeval.errors import ArgumentError, CorpusError, TaskError
 from pytest_lmeval.gates._scores import scores_of
 from pytest_lmeval.measures._context import VerbContext, running_in
 from pytest_lmeval.measures._suite import suite
 from pytest_lmeval.measures._task import measure_task
 from pytest_lmeval.tasks import find, find_suite
-from pytest_lmeval.tasks._questions import Setting
+from pytest_lmeval.tasks._task import Setting
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of other packages
@@ -280,6 +281,20 @@ def test_a_limit_and_shots_are_those_of_lm_eval(folder, lm, theirs):
     assert found.record.subject == "lm_eval:shots, 1-shot"
 
 
+@pytest.mark.parametrize("sampler", ["default", "first_n"])
+def test_too_few_rows_beside_the_asked_one_are_told_with_the_row_and_what_to_do(folder, lm, sampler):
+    """lm_eval draws one row more than it shows, since the asked one may be among them."""
+    name = written(folder, f"few_{sampler}", TASKS["shots"] + f"\nfewshot_config: {{sampler: {sampler}}}")
+    most = len(ROWS) - 1
+    assert ours(lm, name, shots=most, limit=1).examples[0].prompt.count("Question:") == len(ROWS)
+    with pytest.raises(
+        TaskError,
+        match=rf"lm_eval:few_{sampler}, row 0: it is to be shown {len(ROWS)} examples, .* {len(ROWS)} rows "
+        rf"of the split 'test', which are asked themselves: {most} are left beside it\. Ask with at most {most} shots",
+    ):
+        ours(lm, name, shots=len(ROWS))
+
+
 def test_a_group_has_the_averages_that_it_declares_over_tasks_of_different_size(folder, lm, theirs, tmp_path):
     few = tmp_path / "few.jsonl"
     few.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:3]))
@@ -338,7 +353,9 @@ def test_a_loader_of_entry_points_finds_the_model_and_makes_it_of_its_arguments(
     asked = {"batch_size": 1, "max_batch_size": None, "device": "cuda:0"}
     model = point.load().create_from_arg_string("pretrained=zoo:lstm,budget=1,profile=ci", asked)
     assert (model.model.spec, model.get_model_info()["verdict"]) == ("zoo:lstm", "exact-any-chunk")
-    with pytest.raises(ArgumentError, match="known are pretrained, dtype, profile and budget"):
+    with pytest.raises(
+        ArgumentError, match="known are pretrained, dtype, enable_thinking, chat_template_args, profile and budget"
+    ):
         point.load().create_from_arg_string("pretrained=zoo:lstm,temperature=1", asked)
 
 
@@ -370,6 +387,61 @@ def test_data_come_from_a_mirror_or_the_task_says_that_they_are_missing(folder, 
     mirror.mkdir(parents=True)
     (mirror / "test.jsonl").write_text((folder / "rows.jsonl").read_text())
     assert ours(lm, f"lm_eval:{file}", data_dir=tmp_path).record.details["questions"] == len(ROWS)
+
+
+ROW = {"context": "Q: 1 + 1\nA:", "completion": " 2"}
+FILES = [  # task of the catalogue -> files of its repositories, where they lie there
+    ("arithmetic_2da", {"EleutherAI/arithmetic/data/two_digit_addition.jsonl": json.dumps(ROW) + "\n"}),
+    ("prost", {"corypaik/prost/data/default.jsonl": json.dumps(
+        {"context": "A ball.", "ex_question": "Rolls?", "label": 0, **dict(zip("ABCD", ("yes", "no", "so", "hm"), strict=True))}
+    ) + "\n"}),
+    ("mmlusr_question_only_virology", {
+        f"NiniCat/MMLU-SR/question_only_{split}/question_only_virology_{split}.csv": "Is it?,a,b,c,d,B\n" * 2
+        for split in ("dev", "test")
+    }),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "files"), FILES)
+def test_files_that_a_task_names_lie_in_the_mirror_as_in_their_repository(lm, tmp_path, monkeypatch, name, files):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    with pytest.raises(
+        TaskError, match=rf"lm_eval:{name}: the local mirror .* does not hold .*{next(iter(files))} is not there"
+    ):
+        ours(lm, f"lm_eval:{name}", data_dir=tmp_path)
+    for file, text in files.items():
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(text)
+    found = ours(lm, f"lm_eval:{name}", data_dir=tmp_path)
+    assert found.record.details["questions"] == list(files.values())[-1].count("\n")
+    assert found.examples[0].prompt
+
+
+@pytest.mark.parametrize(
+    ("path", "named", "place"),
+    [
+        ("json", "hf://datasets/a/b@main/c/d.jsonl", "a/b/c/d.jsonl"),
+        ("json", "https://huggingface.co/datasets/a/b/resolve/main/c/d.jsonl", "a/b/c/d.jsonl"),
+        ("csv", "https://example.org/c/d.csv?download=1", "example.org/c/d.csv"),
+        ("a/b", "c/d.json.gz", "a/b/c/d.json.gz"),
+        ("a/b", ["c/*.csv"], ["a/b/c/*.csv"]),
+        ("a/b", {"test": "x.csv"}, {"test": "a/b/x.csv"}),
+        ("json", "here.jsonl", None),
+        ("a/b", "/on/this/machine.csv", None),
+    ],
+)
+def test_each_way_to_name_a_file_has_one_place(tmp_path, path, named, place):
+    from pytest_lmeval.lm_eval._mirror import _places
+
+    if place is None:
+        assert _places(tmp_path, path, named) == named
+        return
+    with pytest.raises(CorpusError, match="is not there"):
+        _places(tmp_path, path, named)
+    for file in ("a/b/c/d.jsonl", "example.org/c/d.csv", "a/b/c/d.json.gz", "a/b/x.csv", "a/b/c/e.csv"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    assert json.loads(json.dumps(_places(tmp_path, path, named)).replace(f"{tmp_path}/", "")) == place
 
 
 def test_a_name_that_is_nearly_right_is_named():
@@ -418,11 +490,32 @@ def test_where_windows_hold_the_same_tokens_lm_eval_counts_the_targets_of_anothe
     assert LmevalModel.of(lm, policy_for(lm, certificate())).loglikelihood_rolling(requests) == pytest.approx(alone, rel=1e-5)
 
 
-def test_a_rolling_text_longer_than_the_context_is_read_in_windows_that_count_each_token_once(lm):
-    from pytest_lmeval.scoring._requests import Encoder
-    from pytest_lmeval.tasks import Task
+def test_options_of_a_chat_template_are_those_of_lm_evals_own_model_and_a_name_chooses_the_template(hf):
+    from chat_templates import with_template
 
-    encoder = Encoder(lm, Task("rolling", [{"n": 0}], lambda row: None))
+    from pytest_lmeval.lm_eval._model import LmevalModel
+    from pytest_lmeval.models._chat import with_template_kwargs
+
+    tokenizer = with_template("several").tokenizer
+    lm, turns = as_model(hf[0], tokenizer=tokenizer), [{"role": "user", "content": "Is it?"}]
+    for kwargs in ({"enable_thinking": False}, {"chat_template": "tool_use", "enable_thinking": False}):
+        harness = HFLM(pretrained=hf[0], tokenizer=tokenizer, max_length=64, chat_template_args=kwargs)
+        model = LmevalModel.of(with_template_kwargs(lm, kwargs), policy_for(lm, certificate()))
+        assert model.apply_chat_template(turns) == harness.apply_chat_template(turns)
+    harness, model = (
+        HFLM(pretrained=hf[0], tokenizer=tokenizer, max_length=64),
+        LmevalModel.of(lm, policy_for(lm, certificate())),
+    )
+    model._read_as(with_template_kwargs(lm, {"enable_thinking": False}), model.policy)
+    assert model.chat_template("tool_use") == harness.chat_template("tool_use") == tokenizer.chat_template["tool_use"]
+    assert model.apply_chat_template(turns).endswith("</think>\n\n")
+    assert "think" not in harness.apply_chat_template(turns)  # it tells the name, and renders by the default
+
+
+def test_a_rolling_text_longer_than_the_context_is_read_in_windows_that_count_each_token_once(lm):
+    from pytest_lmeval.scoring._lm_eval_requests import LmEvalEncoder
+
+    encoder = LmEvalEncoder(lm)
     for length in (5, 64, 65, 128, 150):
         text = "ab" * length
         requests = encoder._windows(text, "here")
@@ -442,11 +535,69 @@ def test_examples_are_read_back_and_gated_where_a_metric_is_a_mean_of_them(folde
     assert len(scores.ids) == len(ROWS)
 
 
-def test_a_drawn_answer_is_drawn_as_the_task_says_and_a_greedy_one_is_read_once():
-    from pytest_lmeval.lm_eval._task import answers_to
+def drawn_by_transformers(hf, options):
+    """{name of a limit: value} by which lm_eval's own model draws; None where it takes the likeliest token."""
+    from lm_eval.api.instance import Instance
+    from transformers.generation import utils
 
-    options = {"until": "\n", "do_sample": True, "temperature": 0.7, "top_p": 0.9, "max_gen_toks": 5}
-    drawn = answers_to("Q", options, times=3)
-    assert len(drawn) == 3
-    assert (drawn[0].stop, drawn[0].temperature, drawn[0].drawn_from) == (("\n",), 0.7, {"top_p": 0.9})
-    assert [one.temperature for one in answers_to("Q", options | {"do_sample": False}, times=3)] == [0.0]
+    seen, sample = [], utils.GenerationMixin._sample
+
+    def spy(self, *given, generation_config, logits_processor, **others):
+        limits = {name: getattr(one, name) for one in logits_processor for name in DRAWN if hasattr(one, name)}
+        seen.append(limits if generation_config.do_sample else None)
+        return sample(self, *given, generation_config=generation_config, logits_processor=logits_processor, **others)
+
+    harness = HFLM(pretrained=hf[0], tokenizer=hf[1], max_length=64)
+    with mock.patch.object(utils.GenerationMixin, "_sample", spy):
+        harness.generate_until([Instance("generate_until", {}, ("Q", {"until": ["x"], "max_gen_toks": 2, **options}), 0)], True)
+    return seen[0]
+
+
+DRAWN = ("temperature", "top_k", "top_p", "min_p")
+
+
+@pytest.mark.parametrize("own", [{}, {"top_k": 7, "top_p": 0.8}, {"top_k": 0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"do_sample": False, "temperature": 0.7},
+        {"temperature": 0.7},
+        {"do_sample": True, "temperature": 0.7},
+        {"do_sample": True, "temperature": 0.7, "top_k": 0},
+        {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 3, "min_p": 0.1},
+    ],
+)
+def test_answers_are_drawn_as_lm_evals_own_model_draws_them(hf, options, own):
+    """transformers draws from the 50 likeliest tokens where neither the task nor the generation config says otherwise."""
+    from pytest_lmeval.lm_eval._drawing import answers_to
+
+    module = copy.deepcopy(hf[0])
+    module.generation_config.update(**own)
+    wanted = drawn_by_transformers((module, hf[1]), options)
+    found, *more = answers_to(as_model(module, tokenizer=hf[1]), "Q", options, times=3)
+    if wanted is None:
+        assert (found.temperature, more) == (0, [])
+    else:
+        assert {"temperature": found.temperature, **found.drawn_from} == pytest.approx(wanted)
+        assert more == [found, found]
+    if options == {"do_sample": True, "temperature": 0.7}:  # the plain case is not that of drawing from all tokens
+        assert wanted.get("top_k") == {0: None, 7: 7, None: 50}[own.get("top_k")]
+
+
+def test_what_lm_eval_would_do_and_is_not_done_here_is_told(folder, lm, hf):
+    module, said = copy.deepcopy(hf[0]), []
+    module.generation_config.repetition_penalty = 1.2
+    ours(as_model(module, tokenizer=hf[1]), f"lm_eval:{folder / 'answers'}.yaml", say=said.append, limit=1)
+    assert said == [
+        "lm_eval:answers: lm_eval would generate answers with repetition_penalty=1.2, of the generation config of the model; "
+        "here they are not"
+    ]
+    yaml = TASKS["answers"].replace("max_gen_toks: 12", "max_gen_toks: 12, num_beams: 3")
+    with pytest.raises(TaskError, match="lm_eval:beams, row 0: its answers are to be generated with num_beams=3, which is not"):
+        ours(lm, written(folder, "beams", yaml))
+
+
+def test_how_answers_are_drawn_is_recorded(folder, lm):
+    yaml = TASKS["answers"].replace("max_gen_toks: 12", "max_gen_toks: 3, do_sample: true, temperature: 0.7")
+    assert "temperature 0.7, top_k 50" in ours(lm, written(folder, "drawn", yaml)).record.settings["generation"][0]

@@ -43,6 +43,8 @@ def collect(project):
         ("--lmeval-batch=atuo", "--lmeval-batch takes a positive number or auto; got 'atuo'. Did you mean auto?"),
         ("--lmeval-batch=0", "--lmeval-batch takes a positive number or auto; got '0'.*"),
         ("--lmeval-chat=yes", "--lmeval-chat takes auto, on or off; got 'yes'.*"),
+        ("--lmeval-chat-template-kwargs=thinking", "--lmeval-chat-template-kwargs takes a JSON object*got 'thinking'*"),
+        ("--lmeval-chat-template-kwargs=[1]", "--lmeval-chat-template-kwargs takes a JSON object*"),
         ("--lmeval-profile=hard", "--lmeval-profile takes dev, ci or nightly; got 'hard'.*"),
         ("--lmeval-limit=0", "--lmeval-limit takes a positive number*"),
         ("--lmeval-seq-len=abc", "--lmeval-seq-len takes a positive number; got 'abc'."),

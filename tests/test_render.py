@@ -93,14 +93,15 @@ def test_flips_between_two_runs_are_found_by_question_id(tmp_path):
 
 
 def test_a_question_has_its_prompt_target_outputs_and_scores(tmp_path):
-    lines = [generated(7, "yes"), generated(7, "no", score=0.0, prompt="Really?")]
+    lines = [generated(7, "yes"), generated(7, "no", score=0.0, prompt="Really?", thought="So?", outcome="cut off")]
     records = [task_of(name, f"examples/{name}.jsonl", metrics={"exact_match": Value(1.0)}) for name in ("a", "b", "c")]
     _, (table,) = page_of(tmp_path, *records, a=lines[:1], b=lines[1:], c=lines[:1])
     assert (table["metrics"], table["example"]) == (["exact match"], "question")
-    question, (prompts, answers, _, scores, marked) = table["rows"][0][:6], table["rows"][0][6:]
+    question, (prompts, answers, _, scores, marked, thoughts) = table["rows"][0][:6], table["rows"][0][6:]
     assert question == [7, "id7", None, [], [], "yes"]
     assert prompts == ["Question 7?", "Really?", None]  # the third is equal to the first
     assert (answers, scores, marked) == (["yes", "no", "yes"], [[1.0], [0.0], [1.0]], [1.0, 0.0, 1.0])
+    assert (thoughts, [column["outcomes"] for column in table["columns"]]) == (["", "So?", ""], ["", "c", ""])
 
 
 @pytest.mark.parametrize(

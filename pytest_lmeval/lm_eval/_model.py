@@ -21,13 +21,16 @@ from pytest_lmeval._session import Session
 from pytest_lmeval.engine import Policy, policy_for
 from pytest_lmeval.engine._policy import limited
 from pytest_lmeval.errors import ArgumentError, SpecError
-from pytest_lmeval.lm_eval._task import answers_to, turns
+from pytest_lmeval.lm_eval._drawing import answers_to
+from pytest_lmeval.lm_eval._task import turns
 from pytest_lmeval.measures._task import BATCH, measure_task
-from pytest_lmeval.models._chat import template_of
+from pytest_lmeval.models._chat import template_of, with_template_kwargs
 from pytest_lmeval.models._model import Model, special_pattern
-from pytest_lmeval.tasks._questions import Requests, Task
+from pytest_lmeval.tasks._questions import Requests
+from pytest_lmeval.tasks._task import Task
 
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+KNOWN = "pretrained, dtype, enable_thinking, chat_template_args, profile and budget"
 KINDS = ("scored", "rolling", "generated")
 
 
@@ -38,6 +41,7 @@ class LmevalModel(LM):  # type: ignore[misc]
     dtype       float32, bfloat16 or float16; default: that of the weights
     batch_size  rows of a batch; "auto" and lm_eval's default of 1 are the harness's own choice
     device      cpu, cuda, cuda:1, mps; one that is not there is a wish, since lm_eval asks for cuda:0 on every machine
+    enable_thinking, chat_template_args  keywords of the chat template, as those of lm_eval's own `hf`
     profile, budget  how hard the laws are searched (`pytest_lmeval.laws.probe`)
 
     Raises SpecError for a model that cannot be found, and ArgumentError for an argument that is none of these.
@@ -51,13 +55,15 @@ class LmevalModel(LM):  # type: ignore[misc]
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
         device: str | None = None,
+        enable_thinking: bool | None = None,
+        chat_template_args: dict[str, Any] | None = None,
         profile: str = "",
         budget: int | None = None,
         **unknown: Any,
     ) -> None:
         super().__init__()
         if unknown:
-            raise ArgumentError(f"--model_args has {', '.join(unknown)}: known are pretrained, dtype, profile and budget.")
+            raise ArgumentError(f"--model_args has {', '.join(unknown)}: known are {KNOWN}.")
         if not pretrained:
             raise SpecError("which model? --model_args pretrained=SPEC, such as pretrained=demo or pretrained=hf:FOLDER.")
         if dtype and dtype not in {*PRECISIONS, "auto"}:
@@ -65,6 +71,8 @@ class LmevalModel(LM):  # type: ignore[misc]
         session = Session(profile=profile, budget=budget and int(budget), device=_there(device), say=_say)
         model = _loaded(session, pretrained, PRECISIONS.get(dtype, ""))
         certificate = session.verdict(model).certificate
+        thinking = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        model = with_template_kwargs(model, {**(chat_template_args or {}), **thinking})
         wanted = str(batch_size or "")
         rows = int(wanted) if wanted.isdigit() and int(wanted) > 1 else BATCH
         self._read_as(limited(model, certificate), policy_for(model, certificate, batch_size=rows))
@@ -95,11 +103,15 @@ class LmevalModel(LM):  # type: ignore[misc]
         return turns(self.model, chat_history, add_generation_prompt)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The template by which it renders, for lm_eval's results; None if none is asked for."""
+        """The template by which it renders from here on, for lm_eval's results: the one of this name, if several have one; None
+        if none is asked for."""
         if not chat_template:
             return None
         template_of(self.model)
-        return str(getattr(getattr(self.model.tokenizer, "tokenizer", None), "chat_template", "") or "")
+        if isinstance(chat_template, str):
+            given = getattr(self.model.tokenizer, "chat_template_kwargs", {})
+            self.model = with_template_kwargs(self.model, {**given, "chat_template": chat_template})
+        return str(getattr(self.model.tokenizer, "template", ""))
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm_eval writes into its results: the verdict, and what was read for all answers."""
@@ -127,7 +139,9 @@ class LmevalModel(LM):  # type: ignore[misc]
         """The results of requests of one kind, in their order; the requests of a document are one question."""
         groups = [list(group) for _, group in itertools.groupby(requests, lambda one: (one.task_name, one.doc_id))]
         found = list[list[Any]]([[] for _ in groups])
-        questions = [_question(kind, group, partial(_take, results)) for group, results in zip(groups, found, strict=True)]
+        questions = [
+            _question(self.model, kind, group, partial(_take, results)) for group, results in zip(groups, found, strict=True)
+        ]
         rows = [{"task": group[0].task_name, "document": group[0].doc_id, "number": n} for n, group in enumerate(groups)]
         if not rows:
             return []
@@ -151,9 +165,11 @@ class LmevalModel(LM):  # type: ignore[misc]
         return results
 
 
-def _question(kind: str, group: Sequence[Instance], score: Callable[[dict[str, Sequence[Any]]], dict[str, Any]]) -> Requests:
+def _question(
+    lm: Model, kind: str, group: Sequence[Instance], score: Callable[[dict[str, Sequence[Any]]], dict[str, Any]]
+) -> Requests:
     if kind == "generated":  # a repeated request is a further answer, drawn with random numbers of its own
-        return Requests((), (), tuple(answers_to(*one.args, times=1)[0] for one in group), None, score)
+        return Requests((), (), tuple(answers_to(lm, *one.args, times=1)[0] for one in group), None, score)
     if kind == "rolling":
         return Requests((), tuple(one.args[0] for one in group), (), None, score)
     return Requests(tuple((one.args[0], one.args[1]) for one in group), (), (), None, score)

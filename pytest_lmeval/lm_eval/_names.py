@@ -21,7 +21,8 @@ from pytest_lmeval.errors import TaskError, described, nearest
 from pytest_lmeval.lm_eval._task import PREFIX, lm_eval_task
 from pytest_lmeval.records._journal import key_of
 from pytest_lmeval.records._replacing import replacing
-from pytest_lmeval.tasks._questions import Average, Suite, Task
+from pytest_lmeval.tasks._suite import Average, Suite
+from pytest_lmeval.tasks._task import Task
 
 INSTALL = "pip install 'pytest-lmeval[lm-eval]'"
 

@@ -13,20 +13,19 @@ import functools
 import json
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
-from unittest import mock
 
-from pytest_lmeval.data import _formats as formats
 from pytest_lmeval.errors import CorpusError, TaskError, described
+from pytest_lmeval.lm_eval._drawing import answers_to, unlike_lm_eval
+from pytest_lmeval.lm_eval._mirror import mirrored
 from pytest_lmeval.models._chat import Message, template_of
 from pytest_lmeval.models._hub import HubCall
 from pytest_lmeval.models._model import Model, special_pattern
-from pytest_lmeval.tasks._questions import Generate, Requests, Setting, Task
+from pytest_lmeval.tasks._questions import Generate, Requests
+from pytest_lmeval.tasks._task import Setting, Task
 
 PREFIX = "lm_eval:"
 FEWSHOT_SEED = 1234  # of lm_eval's command line
-MOST_TOKENS = 256  # of an answer, where a task does not say
 OWN_CODE = ("process_docs", "process_results", "doc_to_text", "doc_to_target", "doc_to_choice", "custom_dataset", "class")
 
 Make = Callable[[], Any]
@@ -55,10 +54,16 @@ def _prepared(name: str, make: Make, setting: Setting) -> Task:
                 break
             questions.append(_question(source, number, document, shots, setting))
             rows.append({"number": len(rows), "document": _hash_of(document)})
+        except TaskError as error:
+            raise TaskError(f"{name}, row {len(rows)}: {error}") from error
         except Exception as error:
             raise TaskError(f"{name}, row {len(rows)} cannot be asked: {described(error)}.") from error
     if not rows:
         raise TaskError(f"{name} has no documents to ask.")
+    if setting.say is not None and any(one.generated for one in questions) and (unlike := unlike_lm_eval(setting.lm)):
+        setting.say(
+            f"{name}: lm_eval would generate answers with {unlike}, of the generation config of the model; here they are not"
+        )
     version = getattr(source, "VERSION", None)
     return Task(
         name,
@@ -77,7 +82,7 @@ def _prepared(name: str, make: Make, setting: Setting) -> Task:
 def _made(name: str, make: Make, setting: Setting) -> Any:
     """lm_eval's task, its data read. Raises TaskError for one that cannot be had here."""
     try:
-        with HubCall(), _quiet(), _mirrored(setting.data_dir):
+        with HubCall(), _quiet(), mirrored(setting.data_dir):
             source = make()
     except CorpusError as error:
         raise TaskError(f"{name}: {error}") from error
@@ -121,48 +126,6 @@ def _quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-@contextlib.contextmanager
-def _mirrored(data_dir: str | Path | None) -> Iterator[None]:
-    """While it lasts, datasets are read from a mirror, if there is one, and never looked up elsewhere."""
-    import datasets
-
-    if data_dir is None:
-        yield
-        return
-    load = datasets.load_dataset
-    root = Path(data_dir).expanduser()
-
-    class Parts(datasets.DatasetDict):  # type: ignore[misc]
-        """The splits of a mirror; one that it lacks is empty: lm_eval looks at the training split even where it shows none."""
-
-        def __missing__(self, split: str) -> Any:
-            return next(iter(self.values())).select([])
-
-    def of_mirror(path: str, name: str | None = None, **options: Any) -> Any:
-        if path in formats.READERS or options.get("data_files"):  # files that the task itself names
-            return load(path, name, **options)
-        folder = root / path / (name or "default")
-        files = [file for file in sorted(folder.glob("*.*")) if file.name.endswith(tuple(formats.SUFFIXES))]
-        if not files:
-            raise CorpusError(f"the local mirror {root} does not hold {path}: {folder} has no file of rows.")
-        parts = Parts({file.name.partition(".")[0]: _dataset_of(file) for file in files})
-        return parts[options["split"]] if options.get("split") else parts
-
-    with mock.patch.object(datasets, "load_dataset", of_mirror):
-        yield
-
-
-def _dataset_of(file: Path) -> Any:
-    """The rows of a file as `datasets` has them."""
-    import datasets
-
-    if (form := formats.form_of(file)) == "parquet":
-        import pyarrow.parquet
-
-        return datasets.Dataset(datasets.table.InMemoryTable(pyarrow.parquet.read_table(file)))
-    return datasets.Dataset.from_list([row for _, row in formats.rows(file, form)])
-
-
 def _set_shots(source: Any, wanted: int | None) -> int:
     """Tell lm_eval's task how many examples to show, as its command line does, and how to draw them. Returns their number."""
     own = source.get_config("num_fewshot")
@@ -183,14 +146,17 @@ def _question(source: Any, number: int, document: Any, shots: int, setting: Sett
         "apply_chat_template": setting.in_turns,
         "chat_template": functools.partial(turns, setting.lm) if setting.in_turns else None,
     }
-    context = source.fewshot_context(
-        document,
-        num_fewshot=shots,
-        system_instruction=setting.system,
-        fewshot_as_multiturn=setting.in_turns,
-        gen_prefix=source.doc_to_prefix(document),
-        **chat,
-    )
+    try:
+        context = source.fewshot_context(
+            document,
+            num_fewshot=shots,
+            system_instruction=setting.system,
+            fewshot_as_multiturn=setting.in_turns,
+            gen_prefix=source.doc_to_prefix(document),
+            **chat,
+        )
+    except (AssertionError, ValueError) as error:
+        raise _too_few(source, document, shots) or error from error
     repeats = source.config.repeats or 1
     made = source.construct_requests(doc=document, ctx=context, metadata=(source.config.task, number, repeats), **chat)
     instances = made if isinstance(made, list) else [made]
@@ -204,7 +170,7 @@ def _question(source: Any, number: int, document: Any, shots: int, setting: Sett
             order.append(("rolling", len(rolling), 1))
             rolling.append(instance.args[0])
         elif instance.request_type == "generate_until":
-            answers = answers_to(*instance.args, times=instance.repeats)
+            answers = answers_to(setting.lm, *instance.args, times=instance.repeats)
             order.append(("generated", len(generated), len(answers)))
             generated += answers
         else:
@@ -219,6 +185,21 @@ def _question(source: Any, number: int, document: Any, shots: int, setting: Sett
     return Requests(tuple(scored), tuple(rolling), tuple(generated), _target_of(source, document), score)
 
 
+def _too_few(source: Any, document: Any, shots: int) -> TaskError | None:
+    """Why a document cannot be shown its examples, if they are drawn from the rows that are asked: without itself and a spare
+    row, which lm_eval draws, too few are left."""
+    pool, config = getattr(getattr(source, "sampler", None), "df", None) or [], source.fewshot_cfg
+    if not shots or config.split != source.config.test_split:
+        return None
+    most = max(0, min(len(pool) - 1, sum(row != document for row in pool)))
+    if most >= shots:
+        return None
+    return TaskError(
+        f"it is to be shown {shots} examples, drawn from the {len(pool)} rows of the split {config.split!r}, which are asked "
+        f"themselves: {most} are left beside it. Ask with at most {most} shots, or with more rows."
+    )
+
+
 def turns(lm: Model, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
     """A conversation by the model's own template, as lm_eval has it rendered. Raises SpecError if the model has none."""
     return str(
@@ -229,18 +210,6 @@ def turns(lm: Model, messages: Sequence[Message], add_generation_prompt: bool = 
             continue_final_message=not add_generation_prompt,
         )
     )
-
-
-def answers_to(prompt: str, options: dict[str, Any], *, times: int) -> list[Generate]:
-    """The answers that a request asks for: several only if they are drawn."""
-    until = options.get("until") or ()
-    stop = (until,) if isinstance(until, str) else tuple(until)
-    drawn = bool(options.get("do_sample"))
-    temperature = float(options.get("temperature", 1.0) or 0.0) if drawn else 0.0
-    limits = {name: options[name] for name in ("top_k", "top_p", "min_p") if temperature and options.get(name) is not None}
-    most = int(options.get("max_gen_toks") or options.get("max_new_tokens") or options.get("max_tokens") or MOST_TOKENS)
-    one = Generate(prompt, (), tuple(text for text in stop if text), most, temperature, **limits)
-    return [one] * (times if temperature else 1)
 
 
 def _scored(source: Any, document: Any, instances: Sequence[Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pytest_lmeval.records._measured import Cost, MetricValue, Record, Result, w
 from pytest_lmeval.records._metric import value_of
 from pytest_lmeval.records._value import Value
 from pytest_lmeval.tasks import find_suite
-from pytest_lmeval.tasks._questions import Suite
+from pytest_lmeval.tasks._suite import Suite
 
 
 @verb

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -19,7 +19,7 @@ from pytest_lmeval.errors import ArgumentError, Refused, TaskError, nearest
 from pytest_lmeval.measures._context import VerbContext, current, verb
 from pytest_lmeval.measures._task_reading import Asking, Progress, TaskReading
 from pytest_lmeval.measures._task_record import norm_of, number_of_questions, record_of
-from pytest_lmeval.models._chat import with_end_of_turn
+from pytest_lmeval.models._chat import with_end_of_turn, with_template_kwargs
 from pytest_lmeval.models._identity import fingerprint, tokenizer_fingerprint
 from pytest_lmeval.models._model import Model, with_special_tokens
 from pytest_lmeval.records._certificate import CONSISTENT
@@ -36,7 +36,9 @@ from pytest_lmeval.scoring._requests import Truncate
 from pytest_lmeval.scoring._row_scores import scorer_name
 from pytest_lmeval.scoring._several import spread_between_runs
 from pytest_lmeval.tasks import find
-from pytest_lmeval.tasks._questions import Generate, Requests, Setting, Task
+from pytest_lmeval.tasks._checks import template_kwargs
+from pytest_lmeval.tasks._questions import Generate, Requests
+from pytest_lmeval.tasks._task import Setting, Task
 
 BATCH = 8  # rows
 LOOKED_AT = 256  # questions, to choose a batch size
@@ -56,6 +58,7 @@ def task(
     invariant: bool = False,
     chat: Literal["auto"] | bool | None = None,
     system: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> TaskResult:
     """Ask a task, or the one of that name: its metrics with intervals, and every answer in a file (see `measure_task`).
 
@@ -67,6 +70,8 @@ def task(
     chat        whether the task is asked in turns, by the chat template of the model; by default as --lmeval-chat says, else
                 "auto": if answers are generated, and the prompts are not to be those of lm_eval
     system      the system prompt of a chat, before the description of the task
+    chat_template_kwargs  keywords of the chat template; they come before those of the same name of
+                --lmeval-chat-template-kwargs, and these before those of the task
     """
     context = current()
     asked = find(task) if isinstance(task, str) else task
@@ -76,6 +81,10 @@ def task(
     limit = context.session.limit if limit is None else limit
     settings: dict[str, Any] = {"limit": limit, "fewshot": fewshot, "truncate": truncate, "seed": seed}
     settings |= {"chat": context.session.chat if chat is None else chat, "system": system}
+    own = template_kwargs(asked.name, chat_template_kwargs or {})
+    kwargs = {**asked.chat_template_kwargs, **template_kwargs(asked.name, context.session.chat_template_kwargs), **own}
+    model = with_template_kwargs(model, kwargs)
+    settings |= {"chat_template_kwargs": kwargs} if kwargs else {}
     if asked.prepare is not None:
         in_turns = decide(settings["chat"], model, asked, lambda: None, system).on
         may_run, say = asked.name in context.session.trusted, context.session.say
@@ -155,6 +164,7 @@ def measure_task(
     seed: int = 0,
     chat: ChatMode = False,
     system: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     data_dir: str | Path | None = None,
     examples: str | Path | None = None,
     kept: str | Path | None = None,
@@ -167,7 +177,8 @@ def measure_task(
     limit     ask the first `limit` questions only
     truncate  what does not fit the model's context: "left" drops few-shot examples, from the first on and each as a whole, then
               tokens on the left of the question, never the description, and counts both; "refuse" is an error
-    chat      ask in turns, or "auto" (see `scoring._chat.decide`), with this `system` prompt
+    chat      ask in turns, or "auto" (see `scoring._chat.decide`), with this `system` prompt, and with these
+              `chat_template_kwargs` beside those of the task
     examples  write each answer to this file of JSON lines
     kept      keep in this file what is read, as each batch ends, and read nothing again that it holds (see `AnswerStore`)
 
@@ -179,13 +190,14 @@ def measure_task(
     """
     if limit is not None and limit < 1:
         raise TaskError(f"limit is {limit}: a task asks at least one question.")
-    lm = with_special_tokens(lm) if task.special_tokens else lm
+    kwargs = {**task.chat_template_kwargs, **(chat_template_kwargs or {})}
+    lm = with_template_kwargs(with_special_tokens(lm) if task.special_tokens else lm, kwargs)
     policy = Engine(lm, policy).policy
     certificate = policy.certificate
     proven = certificate is not None and certificate.verdict != CONSISTENT
     store = AnswerStore(kept, _plan(policy), alone=policy.invariant, exchangeable=proven)
 
-    asking = Asking(task, shots, limit, fewshot, truncate, seed, data_dir, chat, system)
+    asking = Asking(task, shots, limit, fewshot, truncate, seed, data_dir, chat, system, kwargs)
     in_turns = asking.in_turns(lm)
     asking = replace(asking, chat=in_turns.on)  # decided once: "auto" may have to read a row
     if in_turns.on:
@@ -233,6 +245,7 @@ def _result_of(reading: TaskReading, began: float, in_turns: Decision) -> TaskRe
         "truncate": asking.truncate,
         "chat": "on" if in_turns.on else "off",
         **({"system": asking.system} if asking.system else {}),
+        **({"chat_template_kwargs": asking.chat_template_kwargs} if in_turns.on and asking.chat_template_kwargs else {}),
         **({"generation": sorted(reading.generation)} if reading.generation else {}),
         **({} if task.score is None else {"score": scorer_name(task.score)}),
         **({} if task.repeats == 1 else {"repeats": task.repeats}),

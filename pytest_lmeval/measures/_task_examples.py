@@ -17,9 +17,10 @@ from pytest_lmeval.measures._task_record import norm_of
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.records._example import Example, Outcome
 from pytest_lmeval.records._metric import Metric
+from pytest_lmeval.scoring._encoded import EncodedQuestion
 from pytest_lmeval.scoring._metrics import scored
-from pytest_lmeval.scoring._requests import EncodedQuestion
-from pytest_lmeval.tasks._questions import Choices, Generate, Judge, Requests, Task
+from pytest_lmeval.tasks._questions import Choices, Generate, Requests
+from pytest_lmeval.tasks._task import Judge, Task
 
 
 def example_of(

@@ -9,6 +9,7 @@ No answer depends on the others, or on their order or number.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
@@ -28,14 +29,16 @@ from pytest_lmeval.records._example import Example
 from pytest_lmeval.records._metric import Metric, judge_of
 from pytest_lmeval.scoring._answers import AnswerStore
 from pytest_lmeval.scoring._chat import Chat, ChatMode, Decision, decide
+from pytest_lmeval.scoring._encoded import EncodedQuestion
 from pytest_lmeval.scoring._fewshot import Fewshot, Shots, identity_of, question_of, rows_of
 from pytest_lmeval.scoring._metrics import combined_metrics, metrics_of
-from pytest_lmeval.scoring._requests import EncodedQuestion, Encoder, Truncate
+from pytest_lmeval.scoring._requests import Encoder, Truncate
 from pytest_lmeval.scoring._row_scores import ONE, check_names, row_metrics, score_by_row
 from pytest_lmeval.scoring._several import with_several
 from pytest_lmeval.statistics import _sequential as sequential
-from pytest_lmeval.tasks._questions import AnyQuestion, Generate, Judge, Requests, Task
+from pytest_lmeval.tasks._questions import AnyQuestion, Generate, Requests
 from pytest_lmeval.tasks._rows import guarded
+from pytest_lmeval.tasks._task import Judge, Task
 
 BATCHES = 16  # in a block after the first: more questions share more, and a first block of one batch shows progress at once
 BLOCK_TOKENS = 1 << 16  # of the prompts of a block, at most: progress is shown, and answers are audited, block by block
@@ -44,7 +47,8 @@ Place: TypeAlias = "tuple[int, int]"
 """The index of a row, and which answer to it (`EncodedQuestion.place`)."""
 
 Progress = Callable[[int, float, "int | None"], None]
-"""Called after each block with the questions answered, those answered right, and the questions expected (None: unknown)."""
+"""Called after each block with the questions answered, those answered right (nan: nobody judges them), and the questions
+expected (None: unknown)."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ class Asking:
     data_dir: str | Path | None = None
     chat: ChatMode = False
     system: str | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def in_turns(self, lm: Model) -> Decision:
         """Whether it is asked in turns."""
@@ -218,7 +223,7 @@ class TaskReading:
         if self.progress is not None:
             judge = judge_of(self.metrics)
             scores = [example.scores.get(judge.name) or 0.0 for example in self.answered] if judge else []
-            right = sum(min(max(score, 0.0), 1.0) for score in scores)
+            right = sum(min(max(score, 0.0), 1.0) for score in scores) if judge else math.nan
             questions = len({example.number for example in self.answered})
             self.progress(
                 questions, right * questions / len(self.answered), number_of_questions(self.asking.task, self.asking.limit)

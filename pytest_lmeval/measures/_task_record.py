@@ -19,7 +19,7 @@ from pytest_lmeval.records._example import Example
 from pytest_lmeval.records._measured import Cost, Record
 from pytest_lmeval.records._metric import Metric, Norm, metric
 from pytest_lmeval.records._value import Value
-from pytest_lmeval.tasks._questions import Task
+from pytest_lmeval.tasks._task import Task
 
 NOTED = (
     "truncated",

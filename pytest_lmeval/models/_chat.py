@@ -11,13 +11,13 @@ import copy
 import functools
 import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from pytest_lmeval.errors import SpecError, TaskError, described
+from pytest_lmeval.errors import SpecError, TaskError, described, nearest
 from pytest_lmeval.models._model import Model
 
 Message: TypeAlias = "dict[str, str]"
@@ -90,6 +90,31 @@ def encode(lm: Model, rendered: Rendered, text: str) -> np.ndarray:
     return np.concatenate([*parts, _ids(control.encode(text[done:]))])
 
 
+def with_template_kwargs(lm: Model, kwargs: Mapping[str, Any]) -> Model:
+    """The model, whose chat template is rendered with these keywords of `apply_chat_template`.
+
+    Raises SpecError if `chat_template` is a name, and the tokenizer has no template of this name.
+    """
+    if not kwargs or not has_template(lm):
+        return lm
+    tokenizer: Any = copy.copy(lm.tokenizer)
+    vars(tokenizer).pop("control_tokens", None)  # cached of another template
+    tokenizer.chat_template_kwargs = dict(kwargs)
+    name = str(kwargs.get("chat_template") or "")
+    known = getattr(tokenizer, "templates", None)
+    if name and known is not None and name not in known and not re.search(r"\{[{%]", name):
+        has = ", ".join(known) if known else "one template, without a name"
+        raise SpecError(f"{lm.spec} has no chat template {name!r}.{nearest(name, known)} Its tokenizer has {has}.")
+    return replace(lm, tokenizer=tokenizer)
+
+
+def unread_kwargs(lm: Model) -> list[str]:
+    """The keywords that the chat template of the model never mentions, so that they change nothing."""
+    text = getattr(lm.tokenizer, "template", None)
+    kwargs = getattr(lm.tokenizer, "chat_template_kwargs", {})
+    return [name for name in kwargs if name != "chat_template" and text and not re.search(rf"\b{re.escape(name)}\b", text)]
+
+
 def takes_system(lm: Model) -> bool:
     """Whether the template writes a system turn; some refuse it, and some leave it out."""
     try:
@@ -129,13 +154,14 @@ def with_end_of_turn(lm: Model) -> Model:
 
 
 def template_of(lm: Model) -> Callable[..., Any]:
-    """What applies the chat template of a model. Raises SpecError if it has none."""
+    """What applies the chat template of a model, with its keywords. Raises SpecError if it has none."""
     if not has_template(lm):
         raise SpecError(
             f"{lm.spec} has no chat template, so nothing can be asked of it in turns. Take the version of the model that was "
             "trained on conversations, set the `chat_template` of its tokenizer, or ask with chat=False."
         )
-    return lm.tokenizer.apply_chat_template  # type: ignore[union-attr, no-any-return]
+    tokenizer: Any = lm.tokenizer
+    return functools.partial(tokenizer.apply_chat_template, **getattr(tokenizer, "chat_template_kwargs", {}))
 
 
 def _applied(lm: Model, messages: Sequence[Message]) -> str:

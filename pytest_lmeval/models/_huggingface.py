@@ -260,6 +260,7 @@ class HFTokenizer:
         self.special_tokens = special_tokens
         self.tokenizer, self.name, self.bos, self.eos = tokenizer, name, tokenizer.bos_token_id, tokenizer.eos_token_id
         self.ends: tuple[int, ...] = () if self.eos is None else (self.eos,)
+        self.chat_template_kwargs: dict[str, Any] = {}  # see `_chat.with_template_kwargs`
 
     @functools.cached_property
     def prefix(self) -> tuple[int, ...]:
@@ -278,8 +279,8 @@ class HFTokenizer:
     @functools.cached_property
     def control_tokens(self) -> tuple[str, ...]:
         """The texts of the tokens by which a chat template divides turns: the special ones, and others that it writes."""
-        template, added = str(self.tokenizer.chat_template), self.tokenizer.added_tokens_decoder.values()
-        written = (one.content for one in added if one.content.strip() and one.content in template)
+        added = self.tokenizer.added_tokens_decoder.values()
+        written = (one.content for one in added if one.content.strip() and one.content in self.template)
         return tuple(dict.fromkeys((*self.special.values(), *written)))
 
     @property
@@ -289,11 +290,23 @@ class HFTokenizer:
         return self.tokenizer.apply_chat_template if given else None
 
     @property
+    def templates(self) -> tuple[str, ...]:
+        """The names of the templates, if there are several."""
+        given = getattr(self.tokenizer, "chat_template", None)
+        return tuple(given) if isinstance(given, dict) else ()
+
+    @property
+    def template(self) -> str:
+        """The text of the template that is rendered; empty without one."""
+        given = getattr(self.tokenizer, "chat_template", None) or ""
+        asked = self.chat_template_kwargs.get("chat_template")
+        return str(given.get(asked or "default", asked or "") if isinstance(given, dict) else asked or given)
+
+    @property
     def thinking(self) -> tuple[str, str] | None:
         """The texts between which the model thinks: a known pair that are added tokens, or stand in the chat template."""
         added = {str(one) for one in self.tokenizer.added_tokens_decoder.values()}
-        template = str(getattr(self.tokenizer, "chat_template", None) or "")
-        known = (pair for pair in THINKING if all(one in added or one in template for one in pair))
+        known = (pair for pair in THINKING if all(one in added or one in self.template for one in pair))
         return next(known, None)
 
     def with_special_tokens(self) -> HFTokenizer:

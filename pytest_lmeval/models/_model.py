@@ -61,7 +61,8 @@ class Tokenizer(Protocol):
 
     For questions in turns, `apply_chat_template(messages, add_generation_prompt=..., tokenize=False) -> text`, with messages
     {"role", "content"}. Where the beginning of an answer is given, it is the last message, of the assistant, and
-    `continue_final_message=True` is passed too.
+    `continue_final_message=True` is passed too; so are the `chat_template_kwargs` of a task. `templates`, the names of several
+    templates, and `template`, the text of the one that is rendered, let errors and notes say more.
     """
 
     def encode(self, text: str) -> tuple[Any, Any]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_lmeval.records import _schema as schema
-from pytest_lmeval.records._example import Example
+from pytest_lmeval.records._example import Example, Outcome
 from pytest_lmeval.records._measured import Record
 from pytest_lmeval.records._metric import Metric, judge_of, metric
 from pytest_lmeval.records._replacing import inside
@@ -24,6 +24,7 @@ from pytest_lmeval.report._words import disambiguate, several, visible
 SHORT = 1_000
 EMBEDDED = 4_000_000
 RIGHT, WRONG, PARTLY, UNJUDGED, ABSENT = "1", "0", "~", "-", "."
+OUTCOMES: dict[Outcome, str] = {"answered": "a", "cut off": "c", "empty": "e", "refused": "r"}  # as the page's script has them
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,10 @@ class Column:
 class Table:
     """The questions of one subject.
 
-    example  name of one of them
-    rows     for each question, column index -> example
-    marks    for each column, a character for each question
+    example   name of one of them
+    rows      for each question, column index -> example
+    marks     for each column, a character for each question: whether the answer is right
+    outcomes  for each column, a character for each question: what became of the answer; empty if none was generated
     """
 
     subject: str
@@ -53,6 +55,7 @@ class Table:
     columns: list[Column]
     rows: list[dict[int, Example]]
     marks: list[str]
+    outcomes: list[str]
 
 
 def example_tables(records: Sequence[Record], folders: Sequence[Path]) -> tuple[list[dict[str, Any]], list[str]]:
@@ -60,8 +63,8 @@ def example_tables(records: Sequence[Record], folders: Sequence[Path]) -> tuple[
 
     folders  output folder of each record, which its file is relative to
 
-    A table has the labels of its `metrics`; a column for each record, whose `marks` have a character for each question; and
-    `rows`, one for each question (see `_row`), or None if it is not embedded.
+    A table has the labels of its `metrics`; a column for each record, whose `marks` and `outcomes` have a character for each
+    question; and `rows`, one for each question (see `_row`), or None if it is not embedded.
     """
     by_subject: dict[str, list[tuple[Record, Path]]] = {}
     for record, folder in zip(records, folders, strict=True):
@@ -107,7 +110,12 @@ def _table(subject: str, group: list[tuple[Record, Path]], notes: list[str]) -> 
         "".join(mark(column.score(row[index])) if index in row else ABSENT for row in rows)
         for index, column in enumerate(columns)
     ]
-    return Table(subject, group[0][0].example, columns, rows, marks)
+    outcomes = [
+        "".join(OUTCOMES.get(row[index].outcome, ABSENT) if index in row else ABSENT for row in rows)
+        for index, _ in enumerate(columns)
+    ]
+    told = [own if own.strip(ABSENT) else "" for own in outcomes]
+    return Table(subject, group[0][0].example, columns, rows, marks, told)
 
 
 def _read(folder: Path, name: str, notes: list[str]) -> Iterator[Example]:
@@ -152,8 +160,8 @@ def _embedded(tables: list[Table], notes: list[str]) -> list[dict[str, Any]]:
                 f"in this page, flips and wrong answers first; all are in {files}"
             )
         columns = [
-            {"label": column.label, "file": column.file, "marks": marks}
-            for column, marks in zip(table.columns, table.marks, strict=True)
+            {"label": column.label, "file": column.file, "marks": marks, "outcomes": outcomes}
+            for column, marks, outcomes in zip(table.columns, table.marks, table.outcomes, strict=True)
         ]
         labels = [metric(name).label for name in names]
         found.append({"subject": table.subject, "example": table.example, "metrics": labels, "columns": columns, "rows": shown})
@@ -173,13 +181,13 @@ def _rank(table: Table, index: int) -> int:
 
 def _row(table: Table, index: int, metrics: list[str]) -> list[Any]:
     """A question: number, id, group, choices, right choices, target; then for each column its prompt (None if it is the first
-    one's), answer (an index if there are choices), log-likelihoods, scores, and the score that marks it.
+    one's), answer (an index if there are choices), log-likelihoods, scores, the score that marks it, and thought.
     """
     row = table.rows[index]
     first = next(iter(row.values()))
     choices = [shortened(choice) for choice in first.choices]
     target = "" if choices else shortened(first.target or "")
-    own: list[list[Any]] = [[None] * len(table.columns) for _ in range(5)]
+    own: list[list[Any]] = [[None] * len(table.columns) for _ in range(6)]
     for number, one in row.items():
         values = (
             shortened(one.prompt, end=True) if one is first or one.prompt != first.prompt else None,
@@ -187,6 +195,7 @@ def _row(table: Table, index: int, metrics: list[str]) -> list[Any]:
             [round(value, 3) for value in one.loglikelihoods] if choices else None,
             [_digits(one.scores.get(name)) for name in metrics],
             _digits(table.columns[number].score(one)),
+            shortened(one.thought),
         )
         for column, value in zip(own, values, strict=True):
             column[number] = value

@@ -20,7 +20,7 @@ from pytest_lmeval.records._example import Example
 from pytest_lmeval.records._journal import key_of, replace_or_warn, warn
 from pytest_lmeval.records._replacing import append, regular
 from pytest_lmeval.records._schema import StoredStruct
-from pytest_lmeval.scoring._requests import EncodedQuestion
+from pytest_lmeval.scoring._encoded import EncodedQuestion
 
 
 class KeptScored(StoredStruct, frozen=True, kw_only=True):

@@ -11,14 +11,16 @@ from pytest_lmeval.errors import ArgumentError, TaskError
 from pytest_lmeval.models import _chat as template
 from pytest_lmeval.models._chat import Rendered
 from pytest_lmeval.models._model import Model
-from pytest_lmeval.tasks._questions import AnyQuestion, Generate, Question, Task
+from pytest_lmeval.tasks._questions import AnyQuestion, Generate, Question
+from pytest_lmeval.tasks._task import Task
 
 ChatMode = bool | Literal["auto"]
 
 
 @dataclass(frozen=True)
 class Decision:
-    """Whether a task is asked in turns, and notes for the reader: why, where "auto" decided; where the system prompt stands."""
+    """Whether a task is asked in turns, and notes for the reader: why, where "auto" decided; what the template does not read;
+    where the system prompt stands."""
 
     on: bool
     notes: tuple[str, ...] = ()
@@ -55,6 +57,8 @@ def decide(
             f"{task} is to be asked with a system prompt, which is a turn, and is asked without turns ({why}). Ask it with "
             "chat=True, or write the text into its `description`."
         )
+    if on and (unread := template.unread_kwargs(lm)):
+        notes.append(f"the chat template does not read {', '.join(unread)}")
     if on and (system or task.description) and not template.takes_system(lm):
         notes.append("the chat template has no system turn: its text begins the first turn of the user")
     return Decision(on, tuple(notes))

@@ -11,8 +11,9 @@ from typing import Any, Literal
 from pytest_lmeval.data._formats import Row
 from pytest_lmeval.data._rows import Rows
 from pytest_lmeval.errors import TaskError
-from pytest_lmeval.tasks._questions import AnyQuestion, Choices, Generate, Question, Requests, Task
+from pytest_lmeval.tasks._questions import AnyQuestion, Choices, Generate, Question, Requests
 from pytest_lmeval.tasks._rows import guarded, id_of
+from pytest_lmeval.tasks._task import Task
 
 Fewshot = Literal["document", "lm_eval"]
 POOL = 1000  # rows to draw from: the first of their split, so that a large one is not read whole

@@ -26,7 +26,7 @@ from pytest_lmeval.scoring._answer_metrics import units_of
 from pytest_lmeval.statistics._estimate import FEWEST_UNITS, ratio_intervals
 from pytest_lmeval.statistics._proportion import wilson
 from pytest_lmeval.statistics._sequential import confidence_sequence
-from pytest_lmeval.tasks._questions import Combine
+from pytest_lmeval.tasks._task import Combine
 
 LIBRARIES = {"sklearn": "scikit-learn", "sacrebleu": "sacrebleu", "rouge_score": "rouge-score", "torchmetrics": "torchmetrics"}
 

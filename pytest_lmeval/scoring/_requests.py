@@ -14,74 +14,26 @@ import functools
 import hashlib
 import re
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
 from pytest_lmeval.engine._tree import Request, common_prefix_len
 from pytest_lmeval.errors import TaskError
-from pytest_lmeval.models._chat import Rendered, encode
+from pytest_lmeval.models._chat import Rendered
 from pytest_lmeval.models._identity import fingerprint, tokenizer_fingerprint
 from pytest_lmeval.models._model import Model, special_pattern
 from pytest_lmeval.models._source_code import code_digest
 from pytest_lmeval.scoring._chat import Chat, after_prefix, joined
-from pytest_lmeval.tasks._questions import AnyQuestion, Choices, Generate, Question, Requests, Task
+from pytest_lmeval.scoring._encoded import EncodedQuestion
+from pytest_lmeval.scoring._lm_eval_requests import LmEvalEncoder
+from pytest_lmeval.scoring._token_ids import begun, encoded, prefix_of
+from pytest_lmeval.tasks._questions import AnyQuestion, Choices, Generate, Question, Requests
+from pytest_lmeval.tasks._task import Task
 
 Truncate = Literal["left", "refuse"]
-
-
-@dataclass(frozen=True)
-class EncodedQuestion:
-    """A question as the model reads it.
-
-    prompt         the whole text before the answer, without what did not fit
-    key            hash of everything that decides the answer
-    requests       one for each choice; the prompt alone if the answer is generated; of `Requests` those of its scored texts, of
-                   its rolling ones, and of its prompts
-    sizes          of `Requests`: how many requests each scored and each rolling text has
-    answers        how many of the requests, the last ones, are prompts to be answered
-    truncated      tokens of the question that did not fit
-    shots_dropped  few-shot examples that did not fit
-    special        a special token is written in its texts; those of a chat template do not count
-    row            that it was made of, as `ask` was given it
-    thinking       texts between which the model thinks; None: it does not
-    repeat         which of several answers to the question this asks for
-    """
-
-    id: str
-    number: int
-    question: AnyQuestion
-    prompt: str
-    key: str
-    requests: list[Request]
-    truncated: int = 0
-    shots_dropped: int = 0
-    retokenized: bool = False
-    special: bool = False
-    sizes: tuple[int, ...] = ()
-    answers: int = 0
-    row: Any = field(default=None, repr=False, compare=False)
-    thinking: tuple[str, str] | None = None
-    repeat: int = 0
-
-    @property
-    def scored(self) -> list[Request]:
-        """The requests whose log-likelihood is wanted."""
-        return self.requests[: len(self.requests) - self.answers]
-
-    @property
-    def place(self) -> tuple[int, int]:
-        """What no other question of the task has: the index of the row, and which answer to it."""
-        return self.number, self.repeat
-
-    def repeated(self, times: int) -> Iterator[EncodedQuestion]:
-        """The question as often as it is to be answered, each time with a key of its own."""
-        yield self
-        for repeat in range(1, times):
-            key = hashlib.sha256(f"{self.key}/{repeat}".encode()).hexdigest()[:16]
-            yield replace(self, key=key, repeat=repeat)
 
 
 @dataclass(frozen=True)
@@ -226,73 +178,19 @@ class Encoder:
         return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
 
     def _of_another_harness(self, question: Requests, where: str, *, id: str, number: int) -> EncodedQuestion:  # noqa: A002
-        """Its requests by the rules of lm_eval, which cuts tokens on the left, whatever they are."""
-        contexts = {context for context, _ in question.scored}  # mostly one, which its choices share
-        lengths = {context: len(self._encoded(context.rstrip())[0]) for context in contexts}
-        scored = [[self._pair(*pair, lengths[pair[0]], where)] for pair in question.scored]
-        rolling = [self._windows(text, where) for text in question.rolling]
-        prompts = [self._prompt(one.prompt, where, None).requests[0].ids for one in question.generated]
+        found = LmEvalEncoder(self.lm, refuse=self.truncate == "refuse").encode(question, where)
         drawn = [(one.temperature, *one.drawn_from.items()) for one in question.generated if one.temperature]
-        limit, requests, truncated = self.lm.limit, [one for some in scored + rolling for one in some], 0
-        if limit is not None:
-            longest = [limit + 1] * len(requests) + [limit - one.max_tokens for one in question.generated]
-            whole = [*requests, *(Request(ids, len(ids)) for ids in prompts)]
-            cut = [self._tail(one, most, where) for one, most in zip(whole, longest, strict=True)]
-            truncated = sum(len(one.ids) - len(rest.ids) for one, rest in zip(whole, cut, strict=True))
-            requests, prompts = cut[: len(requests)], [one.ids for one in cut[len(requests) :]]
         return EncodedQuestion(
             id,
             number,
             question,
             question.prompt,
             self._key(question, *([id] if drawn else []), *drawn),
-            [*requests, *(Request(ids, len(ids)) for ids in prompts)],
-            truncated,
-            sizes=tuple(map(len, scored + rolling)),
-            answers=len(prompts),
+            found.requests,
+            found.truncated,
+            sizes=found.sizes,
+            answers=found.answers,
         )
-
-    def _pair(self, context: str, continuation: str, length: int, where: str) -> Request:
-        """A continuation after its context, which has `length` tokens without the blanks at its end, which are part of the
-        continuation; after nothing, after the token that begins a text."""
-        ids, _ = self._encoded(context + continuation)
-        if not context:
-            return self._begun(ids, where)
-        prefix = self._prefix(ids)
-        context_len = len(prefix) + length
-        if not 0 < context_len < len(prefix) + len(ids):
-            raise TaskError(f"{where}: the continuation {continuation!r} is empty after tokenizing, so it has no likelihood.")
-        return Request(np.concatenate([prefix, ids]), context_len)
-
-    def _begun(self, ids: np.ndarray, where: str) -> Request:
-        """A whole text after the token that begins one."""
-        first = self._prefix(np.empty(0, dtype=np.int64))[:1]
-        if len(ids) and len(first) and ids[0] == first[0]:
-            first = first[:0]
-        if len(first) + len(ids) < 2:
-            raise TaskError(f"{where}: a text of {len(ids)} tokens, and no token that begins one: nothing can be scored.")
-        return Request(np.concatenate([first, ids]), 1)
-
-    def _windows(self, text: str, where: str) -> list[Request]:
-        """A whole text; where it is longer than the model's context, in windows of that length, of which the last begins
-        earlier than its first token that counts."""
-        whole, limit = self._begun(self._encoded(text)[0], where), self.lm.limit
-        targets = len(whole.ids) - 1
-        if limit is None or targets <= limit:
-            return [whole]
-        ends = [*range(limit, targets, limit), targets]
-        return [
-            Request(whole.ids[max(0, end - limit) : end + 1], min(end, limit) - (end - begin) + 1)
-            for begin, end in zip([0, *ends], ends, strict=False)
-        ]
-
-    def _tail(self, request: Request, most: int, where: str) -> Request:
-        """The last `most` ids of a request."""
-        if (over := len(request.ids) - most) <= 0:
-            return request
-        if self.truncate == "refuse" or request.context_len - over < 1:
-            raise TaskError(f"{where} is {len(request.ids):,} tokens, and {self.lm.spec} reads {most:,} here.")
-        return Request(request.ids[over:], request.context_len - over)
 
     @functools.cached_property
     def _thinking(self) -> tuple[str, str] | None:
@@ -325,10 +223,10 @@ class Encoder:
 
     def _choices(self, prompt: str, choices: Sequence[str], where: str, rendered: Rendered | None) -> _Reading:
         bare = prompt.rstrip()
-        blanks, (alone, ends) = prompt[len(bare) :], self._encoded(bare, rendered)
-        together = [self._encoded(prompt + choice if bare else blanks + choice, rendered)[0] for choice in choices]
+        blanks, (alone, ends) = prompt[len(bare) :], encoded(self.lm, bare, rendered)
+        together = [encoded(self.lm, prompt + choice if bare else blanks + choice, rendered)[0] for choice in choices]
         boundary = min(common_prefix_len(alone, ids) for ids in together)
-        prefix = self._prefix(alone[:boundary], rendered)
+        prefix = prefix_of(self.lm, alone[:boundary], rendered)
         if not boundary + len(prefix):
             raise TaskError(
                 f"{where}: nothing stands before the first token of its choices, so that token cannot be scored. The prompt is "
@@ -342,16 +240,12 @@ class Encoder:
         return _Reading(prompt, requests, len(prefix), ends, boundary < len(alone))
 
     def _prompt(self, prompt: str, where: str, rendered: Rendered | None) -> _Reading:
-        alone, ends = self._encoded(prompt, rendered)
-        prefix = self._prefix(alone, rendered)
-        ids = np.concatenate([prefix, alone])
-        if not len(ids):
-            raise TaskError(f"{where}: the prompt is empty, and the tokenizer has no beginning-of-sequence token.")
-        return _Reading(prompt, [Request(ids, len(ids))], len(prefix), ends)
+        ids, before, ends = begun(self.lm, prompt, where, rendered)
+        return _Reading(prompt, [Request(ids, len(ids))], before, ends)
 
     def _cut(self, prompt: str) -> list[str]:
         """The prompt without its first tokens, as many as whole characters end with, one after another; the last has text."""
-        raw, (_, ends) = prompt.encode(), self._encoded(prompt)
+        raw, (_, ends) = prompt.encode(), encoded(self.lm, prompt)
         whole = (end for end in dict.fromkeys(ends.tolist()) if end < len(raw) and raw[end] & 0xC0 != 0x80)
         return [cut for end in whole if (cut := raw[end:].decode()).strip()]
 
@@ -370,8 +264,8 @@ class Encoder:
 
     def _fitted(self, whole: _Reading, description: str, longest: int, room: int, where: str) -> _Reading:
         """The reading without text at the beginning of the question; `room` tokens are left for a generated answer."""
-        begun = common_prefix_len(self._prefix(np.empty(0)), whole.requests[0].ids)  # its first token may stand in the text
-        first = max(whole.kept(description), begun - whole.before)
+        prefix = prefix_of(self.lm, np.empty(0))  # its first token may stand in the text
+        first = max(whole.kept(description), common_prefix_len(prefix, whole.requests[0].ids) - whole.before)
         if (found := whole.without(first, len(whole) - longest)) is not None:
             return found
         answer = len(whole) - whole.context_len
@@ -382,26 +276,6 @@ class Encoder:
     def _too_long(self, reading: _Reading, room: int, where: str, help_: str) -> TaskError:
         more = f", and {room:,} to be generated" if room else ""
         return TaskError(f"{where} is {len(reading):,} tokens{more}; {self.lm.spec} reads {self.lm.limit:,}. {help_}")
-
-    def _prefix(self, ids: np.ndarray, rendered: Rendered | None = None) -> np.ndarray:
-        """The ids [p] that the tokenizer puts before a prompt of these ids, unless it begins with them; none before turns,
-        whose template writes its own."""
-        tokenizer: Any = self.lm.tokenizer
-        bos, eos = getattr(tokenizer, "bos", None), getattr(tokenizer, "eos", None)
-        prefix = tuple(getattr(tokenizer, "prefix", () if bos is None else (bos,)))
-        first = bos if bos is not None else eos
-        if not len(ids) and first is not None:
-            prefix = prefix or (first,)
-        there = rendered is not None or (prefix and tuple(ids[: len(prefix)]) == prefix)
-        return np.array(() if there else prefix, dtype=np.int64)
-
-    def _encoded(self, text: str, rendered: Rendered | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of a text [n], and the byte where each ends [n], which is not known of a rendered conversation."""
-        assert self.lm.tokenizer is not None
-        if rendered is not None:
-            return encode(self.lm, rendered, text), np.empty(0, dtype=np.int64)
-        ids, ends = self.lm.tokenizer.encode(text)
-        return np.asarray(ids, dtype=np.int64), np.asarray(ends, dtype=np.int64)
 
 
 def _opened(question: Question) -> str:

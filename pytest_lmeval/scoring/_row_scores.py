@@ -15,7 +15,7 @@ from pytest_lmeval.errors import TaskError
 from pytest_lmeval.models._source_code import code_digest
 from pytest_lmeval.records._example import Example
 from pytest_lmeval.records._metric import Metric, is_declared, metric as declared
-from pytest_lmeval.tasks._questions import Extracted, Score, Scorer, Task
+from pytest_lmeval.tasks._task import Extracted, Score, Scorer, Task
 
 REFUSED = "refused"  # the outcome of an answer that a scorer took nothing from
 ONE = "score"  # the metric of a scorer that returns one number

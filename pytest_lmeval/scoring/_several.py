@@ -12,7 +12,7 @@ from pytest_lmeval.errors import TaskError
 from pytest_lmeval.records._example import Example
 from pytest_lmeval.records._metric import Answered, Metric, judge_of, metric as declared
 from pytest_lmeval.statistics._drawn import between_runs
-from pytest_lmeval.tasks._questions import Task
+from pytest_lmeval.tasks._task import Task
 
 
 def pass_at(answers: Sequence[Answered], k: int) -> float:

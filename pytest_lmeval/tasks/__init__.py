@@ -10,20 +10,10 @@ from fnmatch import fnmatchcase
 
 from pytest_lmeval import registry
 from pytest_lmeval.errors import TaskError
-from pytest_lmeval.tasks._questions import (
-    Ask,
-    Choices,
-    Extracted,
-    Generate,
-    Judge,
-    Question,
-    Score,
-    Scorer,
-    Suite,
-    Task,
-    by_name,
-)  # fmt: skip
+from pytest_lmeval.tasks._questions import Choices, Generate, Question
 from pytest_lmeval.tasks._rows import id_of
+from pytest_lmeval.tasks._suite import Suite, by_name
+from pytest_lmeval.tasks._task import Ask, Extracted, Judge, Score, Scorer, Task
 
 __all__ = [
     "Ask", "Choices", "Extracted", "Generate", "Judge", "Question", "Score", "Scorer", "Suite", "Task", "by_name", "find",

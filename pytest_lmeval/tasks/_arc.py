@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pytest_lmeval.data import Row, Rows
 from pytest_lmeval.tasks import Choices, Suite, Task, by_name
-from pytest_lmeval.tasks._questions import texts
+from pytest_lmeval.tasks._checks import texts
 
 
 def arc(row: Row) -> Choices:

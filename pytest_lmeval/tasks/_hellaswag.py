@@ -9,7 +9,7 @@ import re
 
 from pytest_lmeval.data import Row, Rows
 from pytest_lmeval.tasks import Choices, Task, by_name
-from pytest_lmeval.tasks._questions import texts
+from pytest_lmeval.tasks._checks import texts
 
 
 def hellaswag(row: Row) -> Choices:

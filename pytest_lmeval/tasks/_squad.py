@@ -9,7 +9,7 @@ from __future__ import annotations
 from pytest_lmeval.data import Row, Rows
 from pytest_lmeval.errors import TaskError
 from pytest_lmeval.tasks import Generate, Task, by_name, id_of
-from pytest_lmeval.tasks._questions import texts
+from pytest_lmeval.tasks._checks import texts
 
 UNANSWERABLE = "unanswerable"  # the answer of few-shot examples where the paragraph does not tell it
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pytest_lmeval.data import Row, Rows
 from pytest_lmeval.errors import TaskError
 from pytest_lmeval.tasks import Ask, Choices, Suite, Task, by_name, id_of
-from pytest_lmeval.tasks._questions import texts
+from pytest_lmeval.tasks._checks import texts
 
 
 def boolq(row: Row) -> Choices:

@@ -7,8 +7,9 @@
     1: ["\u2713", "passed", "right"], 0: ["\u2717", "failed", "wrong"], "~": ["~", "unclear", "partly right"],
     "-": ["\u2013", "dim", "not judged"], ".": [" ", "dim", "not asked"],
   };
+  const OUTCOMES = { c: "cut off", e: "empty", r: "refused" };
   const { element, select } = lmeval;
-  const FIELDS = ["number", "id", "group", "choices", "right", "target", "prompts", "answers", "loglikelihoods", "scores", "marked"];
+  const FIELDS = ["number", "id", "group", "choices", "right", "target", "prompts", "answers", "loglikelihoods", "scores", "marked", "thoughts"];
   const tables = lmeval.data.examples.map((table) => ({
     ...table,
     rows: table.rows.map((row) => row && Object.fromEntries(FIELDS.map((name, index) => [name, row[index]]))),
@@ -23,15 +24,18 @@
   const table = () => tables[state.table];
   const columns = () => table().columns;
   const markOf = (column, index) => columns()[column]?.marks[index] ?? "";
+  const outcomeOf = (column, index) => OUTCOMES[columns()[column]?.outcomes[index]] ?? "";
   const isFlip = (index) => ["10", "01"].includes(markOf(state.a, index) + markOf(state.b, index));
   const filters = () => {
     const name = (column) => columns()[column]?.label;
+    const became = Object.values(OUTCOMES).filter((word) => table().rows.some((_, index) => outcomeOf(state.a, index) === word));
     const partly = columns().some((column) => column.marks.includes("~"));
     const single = [
       ["all", () => true],
       [`${name(state.a)} is wrong`, (index) => markOf(state.a, index) === "0"],
       [`${name(state.a)} is right`, (index) => markOf(state.a, index) === "1"],
       ...(partly ? [[`${name(state.a)} is partly right`, (index) => markOf(state.a, index) === "~"]] : []),
+      ...became.map((word) => [`${name(state.a)} is ${word}`, (index) => outcomeOf(state.a, index) === word]),
     ];
     return columns().length < 2 ? single : [
       ...single,
@@ -47,7 +51,7 @@
     return (typeof answer === "number" ? row.choices[answer] : answer) ?? "";
   };
   const targetOf = (row) => (row.choices.length ? row.right.map((index) => row.choices[index]).join(" | ") : row.target);
-  const searchable = (row) => [row.id, row.group, ...row.choices, row.target, ...row.prompts, ...row.answers]
+  const searchable = (row) => [row.id, row.group, ...row.choices, row.target, ...row.prompts, ...row.answers, ...row.thoughts]
     .filter((text) => typeof text === "string").join("\n").toLowerCase();
 
   const matching = () => {
@@ -63,7 +67,7 @@
   const signs = (index) => element("span", { class: "marks" }, ...columns().map((column, number) => {
     const [sign, look, word] = SIGNS[column.marks[index]];
     const score = column.marks[index] === "~" ? table().rows[index]?.marked[number] ?? null : null;
-    const label = `${column.label}: ${word}${score === null ? "" : `, ${score}`}`;
+    const label = [`${column.label}: ${word}`, score ?? "", outcomeOf(number, index)].filter((part) => part !== "").join(", ");
     return element("span", { class: look, title: label }, score === null ? sign : score.toFixed(2), element("span", { class: "visually-hidden" }, `${label}. `));
   }));
 
@@ -89,9 +93,13 @@
     ]);
 
   // Generated answers: the target, then a row for each model.
-  const generated = (row) => tableOf(null, [["", null], ["output", null], ...asNumbers(table().metrics)], [
-    labelled("target", text(row.target), ...table().metrics.map(() => cell(""))),
-    ...columns().map((column, index) => labelled(column.label, text(outputOf(row, index)),
+  const judged = (column, index) => {
+    const [, look, word] = SIGNS[markOf(column, index)];
+    return element("td", { class: look }, [word, outcomeOf(column, index)].filter(Boolean).join(", "));
+  };
+  const generated = (row, number) => tableOf(null, [["", null], ["output", null], ["outcome", null], ...asNumbers(table().metrics)], [
+    labelled("target", text(row.target), cell(""), ...table().metrics.map(() => cell(""))),
+    ...columns().map((column, index) => labelled(column.label, text(outputOf(row, index)), judged(index, number),
       ...table().metrics.map((_, number) => cell(row.scores[index]?.[number])))),
   ]);
 
@@ -101,14 +109,18 @@
       element("summary", { class: "small dim" }, own.length > 1 ? `Prompt of ${label}` : "Prompt"), element("pre", {}, prompt)));
   };
 
+  const thoughts = (row) => row.thoughts.map((thought, index) => thought && element("details", {},
+    element("summary", { class: "small dim" }, columns().length > 1 ? `Thought of ${columns()[index].label}` : "Thought"), element("pre", {}, thought)))
+    .filter(Boolean);
+
   const question = (index) => {
     const row = table().rows[index];
     const files = columns().map((column) => column.file).join(", ");
-    const oneLine = row ? `${targetOf(row)} \u2190 ${columns().map((_, column) => outputOf(row, column) || "\u2205").join(" \u00b7 ")}` : `not in this page; see ${files}`;
+    const oneLine = row ? `${targetOf(row)} \u2190 ${columns().map((_, column) => [outputOf(row, column) || "\u2205", outcomeOf(column, index) && `(${outcomeOf(column, index)})`].filter(Boolean).join(" ")).join(" \u00b7 ")}` : `not in this page; see ${files}`;
     const details = element("details", { class: "question", ontoggle: () => {
       if (!details.open || details.children.length > 1) return;
       details.append(element("div", { class: "inside" }, ...(row
-        ? [row.choices.length ? chosen(row) : generated(row), ...prompts(row), element("p", { class: "dim small" }, `id ${row.id}${row.group ? `, ${row.group}` : ""}`)]
+        ? [row.choices.length ? chosen(row) : generated(row, index), ...thoughts(row), ...prompts(row), element("p", { class: "dim small" }, `id ${row.id}${row.group ? `, ${row.group}` : ""}`)]
         : [element("p", { class: "dim" }, `Its texts are not in this page, but in ${files}.`)])));
     } }, element("summary", {}, element("span", { class: "dim" }, `${row?.number ?? index}`), signs(index), element("span", { class: "texts" }, oneLine.replace(/\s+/g, " ").slice(0, 400))));
     return details;

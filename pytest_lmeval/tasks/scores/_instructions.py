@@ -9,7 +9,7 @@ import json
 
 from pytest_lmeval.data._formats import Row
 from pytest_lmeval.errors import TaskError
-from pytest_lmeval.tasks._questions import Scorer
+from pytest_lmeval.tasks._task import Scorer
 
 NEED_DOWNLOADS = ("change_case:capital_word_frequency", "length_constraints:number_sentences")
 """The checks that cut a text into words or sentences by nltk's punkt_tab, which has to be downloaded."""

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 from pytest_lmeval.data._formats import Row
 from pytest_lmeval.errors import TaskError
-from pytest_lmeval.tasks._questions import Extracted, Scorer
+from pytest_lmeval.tasks._task import Extracted, Scorer
 from pytest_lmeval.tasks.scores._texts import Right, rights
 
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"

@@ -10,7 +10,8 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from pytest_lmeval.data._formats import Row
 from pytest_lmeval.errors import TaskError
-from pytest_lmeval.tasks._questions import Extracted, Score, Scorer, texts
+from pytest_lmeval.tasks._checks import texts
+from pytest_lmeval.tasks._task import Extracted, Score, Scorer
 
 Right: TypeAlias = "str | Callable[[Row], Any]"
 """What is right for a row: the name of the field that has it, or a function of the row."""
