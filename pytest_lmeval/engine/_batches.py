@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import inf
-from typing import NamedTuple
+from math import inf, log
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
+
+TRIED = 64  # numbers of rows of a batch that are tried
+ABOUT = 1.02  # times the least cost, which is about the least
 
 
 class Limits(NamedTuple):
@@ -18,6 +21,25 @@ class Limits(NamedTuple):
 
     rows: int
     tokens: int
+
+
+class Priced(Protocol):
+    """What reading takes: tokens, with padding, and calls."""
+
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def calls(self) -> int: ...
+
+
+P = TypeVar("P", bound=Priced)
+
+
+def cheapest(plans: Sequence[P], call: float) -> P:
+    """The plan of the fewest calls among those that cost about the least, since what a call costs is known roughly."""
+    least = min(plan.tokens + call * plan.calls for plan in plans)
+    return min((plan for plan in plans if plan.tokens + call * plan.calls <= ABOUT * least), key=lambda plan: plan.calls)
 
 
 def cheapest_parts(count: int, cost: Callable[[int], np.ndarray]) -> list[range]:
@@ -36,11 +58,7 @@ def cheapest_parts(count: int, cost: Callable[[int], np.ndarray]) -> list[range]
         cheaper = costs < best[ends]
         best[ends] = np.where(cheaper, costs, best[ends])
         begins[ends] = np.where(cheaper, begin, begins[ends])
-    parts, end = list[range](), count
-    while end:
-        parts.append(range(int(begins[end]), end))
-        end = int(begins[end])
-    return parts[::-1]
+    return _parts(begins.tolist(), count)
 
 
 def padded_parts(lengths: Sequence[int], firsts: Sequence[int], limits: Limits, call: float, logits: int) -> list[range]:
@@ -50,12 +68,26 @@ def padded_parts(lengths: Sequence[int], firsts: Sequence[int], limits: Limits, 
     call    what a call costs, in tokens
     logits  tokens of a batch at most from the first whose logits are wanted, with those of the padding
     """
-    first = np.asarray(firsts)
+    count, rows = len(lengths), min(limits.rows, len(lengths))
+    best, begins, stride = [0.0] + [inf] * count, [0] * (count + 1), -(-rows // TRIED)
+    most = call * (1 + log(max(rows, 1)))  # a batch with more padding costs less in two (it is at most that under call / row)
+    for begin in range(count):
+        width, padding, first = lengths[begin], 0, lengths[begin]
+        for end in range(begin + 1, min(begin + rows, count) + 1):
+            size, padding, first = end - begin, padding + width - lengths[end - 1], min(first, firsts[end - 1])
+            full = size * width > limits.tokens or size * (width - first) > logits or padding > most
+            if full and size > 1:
+                break
+            cost = best[begin] + call + size * width
+            if cost < best[end] and (size % stride == 0 or end == count or size == 1):
+                best[end], begins[end] = cost, begin
+    return _parts(begins, count)
 
-    def cost(begin: int) -> np.ndarray:
-        width, rows = lengths[begin], np.arange(1, min(limits.rows, len(lengths) - begin) + 1)
-        scored = rows * (width - np.minimum.accumulate(first[begin : begin + len(rows)]))
-        fits = (rows == 1) | ((rows * width <= limits.tokens) & (scored <= logits))
-        return np.where(fits, call + rows * width, inf)
 
-    return cheapest_parts(len(lengths), cost)
+def _parts(begins: Sequence[int], end: int) -> list[range]:
+    """The ranges up to `end`, of which `begins` holds where the one with each end begins."""
+    parts = list[range]()
+    while end:
+        parts.append(range(int(begins[end]), end))
+        end = parts[-1].start
+    return parts[::-1]

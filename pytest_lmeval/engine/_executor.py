@@ -17,7 +17,6 @@ from torch.nn.utils.rnn import pad_sequence
 from pytest_lmeval.engine._generation import Answer
 from pytest_lmeval.engine._losses import score
 from pytest_lmeval.engine._memory import most_logits, row_bytes
-from pytest_lmeval.engine._policy import UNLIMITED
 from pytest_lmeval.engine._results import NOTHING_READ, Deferred, Results, Scored
 from pytest_lmeval.engine._batches import Limits, padded_parts
 from pytest_lmeval.engine._tree import Node, Request, Span, tree
@@ -156,8 +155,7 @@ class Whole:
     def score(self, requests: Sequence[Request], results: Results[Scored]) -> list[Scored]:
         reader, engine = NodeReader(self.engine, requests, results), self.engine
         leaves = tree(requests, step=inf)
-        limits = Limits(engine.policy.batch_size, UNLIMITED)
-        for batch in padded_batches(leaves, limits, engine, engine.policy.call):
+        for batch in padded_batches(leaves, limits_of(engine, requests), engine, engine.policy.call):
             reader.read_padded([leaves[number] for number in batch], NOTHING_READ)
         return reader.scored
 

@@ -83,8 +83,7 @@ class Forked:
         """Read the prefix tree of a block. Call `on_leaves(state, batch)` for the batches of leaves."""
 
         def visit(state: Deferred, nodes: list[Node], keep: Keep) -> None:
-            few = reading.calls * -(-sum(node.leaves for node in nodes) // self.policy.batch_size)
-            self._read(reader, planned(reading, nodes, few, begun=state is not NOTHING_READ), state, keep, on_leaves)
+            self._read(reader, planned(reading, nodes, begun=state is not NOTHING_READ), state, keep, on_leaves)
 
         self.prefix_cache.walk(reader.requests, self._step, visit)
 

@@ -115,9 +115,7 @@ class Joined:
         self, reader: NodeReader, limits: Limits, branches: list[Branch], batches: Batches, on_leaves: OnLeaves
     ) -> None:
         """Read trees side by side."""
-        policy, sequences = self.policy, sum(branch.node.leaves for branch in branches)
-        few = -(-sequences // policy.batch_size)
-        plan = planned(branches, few, limits, policy.call, policy.multiple, batches)
+        plan = planned(branches, limits, self.policy.call, self.policy.multiple, batches)
         nodes = [branch.node for branch in plan.forest]
         numbers = {id(node): number for number, node in enumerate(lanes(nodes)[0])}
         left, leaves = dict[int, Branch](), dict[int, Branch]()

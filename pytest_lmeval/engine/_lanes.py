@@ -14,14 +14,12 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-from pytest_lmeval.engine._batches import Limits, cheapest_parts
+from pytest_lmeval.engine._batches import Limits, cheapest, cheapest_parts
 from pytest_lmeval.engine._levels import Batches
 from pytest_lmeval.engine._results import NOTHING_READ, Deferred
 from pytest_lmeval.engine._tree import Node
 
-CUTS = ((1, 1 / 8), (4, 1 / 2), (16, 2), (1, inf))  # (nodes end at multiples of this, and save more than this part of a call)
-PRICES = (1, 4)  # times the cost of a call, with which leaves are batched
-
+CUTS = ((2, 1 / 8), (4, 1 / 8), (16, 1 / 8), (1, 1), (1, inf))  # nodes end at multiples of this, and save more than this of a call
 Piece: TypeAlias = "Callable[[int], int]"
 """(tokens that a lane has left) -> how many of them are read next."""
 
@@ -68,8 +66,8 @@ class Plan(NamedTuple):
         return len(self.steps) + len(self.leaves)
 
 
-def planned(branches: Sequence[Branch], few: int, limits: Limits, call: int, multiple: int, batches: Batches) -> Plan:
-    """The cheapest plan found to read trees; of those that take no more than `few` calls, if there are any.
+def planned(branches: Sequence[Branch], limits: Limits, call: int, multiple: int, batches: Batches) -> Plan:
+    """The cheapest plan found to read trees.
 
     call      what a call costs, in tokens
     multiple  states may be continued after multiples of so many tokens
@@ -84,11 +82,10 @@ def planned(branches: Sequence[Branch], few: int, limits: Limits, call: int, mul
         steps = cheapest_steps([len(node.ids) for node in inner], parents, [begun.get(id(node), True) for node in inner], limits)
         leaves = [node for node in _nodes(roots) if not node.children]
         continued = [[node for node in leaves if begun.get(id(node), True) == one] for one in (True, False)]
-        for price in PRICES:
-            found = zip(continued, (True, False), strict=True)
-            read = [[some[number] for number in part] for some, one in found for part in batches(some, one, price * call)]
-            plans.append(Plan(forest, steps, read))
-    return min(plans, key=lambda plan: (plan.calls > few, plan.tokens + call * plan.calls))
+        found = zip(continued, (True, False), strict=True)
+        read = [[some[number] for number in part] for some, one in found for part in batches(some, one, call)]
+        plans.append(Plan(forest, steps, read))
+    return cheapest(plans, call)
 
 
 def lanes(roots: Sequence[Node]) -> tuple[list[Node], list[int | None]]:
@@ -113,8 +110,11 @@ def cheapest_steps(
     parents  of each lane, the number of the one that has to be read before it
     begun    whether the first lanes, without a parent, have a state
     """
+    roots = [number for number, parent in enumerate(parents) if parent is None and lengths[number]]
+    begin = _first_steps([number for number in roots if not begun[number]], lengths, limits)
+    opened = [number for number in roots if begun[number]]
     ways = product((_power, int), (max, min))
-    return min((_steps(lengths, parents, begun, limits, piece, first) for piece, first in ways), key=len)
+    return min((_steps(lengths, parents, opened, begin, limits, *way) for way in ways), key=len)
 
 
 def _power(left: int) -> int:
@@ -125,17 +125,22 @@ def _power(left: int) -> int:
 def _steps(
     lengths: Sequence[int],
     parents: Sequence[int | None],
-    begun: Sequence[bool],
+    begun: Sequence[int],
+    begin: Sequence[Step],
     limits: Limits,
     piece: Piece,
     first: Callable[[list[int]], int],
 ) -> list[Step]:
-    """Steps in pieces of one kind: a full call if there is one, or else those that are `first` among the open lanes."""
+    """The steps of `begin`, then some in pieces of one kind: a full call if there is one, or else the `first` of the pieces."""
     left, steps, opened = list(lengths), list[Step](), dict[int, list[int]]()
     children = [list[int]() for _ in lengths]
     for number, parent in enumerate(parents):
         if parent is not None:
             children[parent].append(number)
+
+    def open_lanes(numbers: Sequence[int]) -> None:
+        for number in numbers:
+            opened.setdefault(piece(left[number]), []).append(number)
 
     def read(members: Sequence[int], length: int) -> None:
         steps.append(Step(tuple(members), length))
@@ -143,15 +148,9 @@ def _steps(
             left[number] -= length
             open_lanes([number] if left[number] else children[number])
 
-    def open_lanes(numbers: Sequence[int]) -> None:
-        for number in numbers:
-            if left[number]:
-                opened.setdefault(piece(left[number]), []).append(number)
-
-    roots = [number for number, parent in enumerate(parents) if parent is None]
-    open_lanes([number for number in roots if begun[number]])
-    for members, length in _first_steps([number for number in roots if not begun[number] and left[number]], lengths, limits):
-        read(members, length)
+    open_lanes(begun)
+    for step in begin:
+        read(*step)
     while opened:
         full = [length for length, numbers in opened.items() if len(numbers) >= rows_of(length, limits)]
         length = first(full or list(opened))

@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-from pytest_lmeval.engine._batches import Limits, cheapest_parts
+from pytest_lmeval.engine._batches import Limits, cheapest, cheapest_parts
 from pytest_lmeval.engine._tree import Node
 
 Branches: TypeAlias = "list[tuple[Node, int]]"  # nodes, each with the row of a state that it continues
@@ -47,22 +47,20 @@ class Level(NamedTuple):
 
     leaves  batches that are read to their ends
     below   batches, each with the tokens that are read of each of its nodes, and what continues the state there
+    tokens  that all of it takes, with padding
+    calls   the same
     """
 
     leaves: list[Branches]
     below: list[tuple[Branches, int, Level]]
+    tokens: int
+    calls: int
 
 
-def planned(reading: Reading, nodes: Sequence[Node], few: int, *, begun: bool) -> Level:
-    """The cheapest plan found to read trees that continue row 0 of a state, or none; of those that take no more than `few`
-    calls, if there are any."""
-    plans = [_level(reading, [(node, 0) for node in nodes], begun, price * reading.call) for price in PRICES]
-
-    def cost(plan: Level) -> tuple[bool, int]:
-        tokens, calls = _cost(reading, plan)
-        return calls > few, tokens + calls * reading.call
-
-    return min(plans, key=cost)
+def planned(reading: Reading, nodes: Sequence[Node], *, begun: bool) -> Level:
+    """The cheapest plan found to read trees that continue row 0 of a state, or none."""
+    branches = [(node, 0) for node in nodes]
+    return cheapest([_level(reading, branches, begun, price * reading.call) for price in PRICES], reading.call)
 
 
 def following(batch: Branches, length: int) -> Branches:
@@ -72,16 +70,6 @@ def following(batch: Branches, length: int) -> Branches:
         rest = node.split(length)[1]
         found += [(rest, row)] if len(rest.ids) else [(child, row) for child in rest.children]
     return found
-
-
-def _cost(reading: Reading, level: Level) -> tuple[int, int]:
-    """Tokens with padding, and calls."""
-    tokens = sum(len(batch) * max(len(node.ids) for node, _ in batch) for batch in level.leaves)
-    calls = reading.calls * len(level.leaves) + len(level.below)
-    for batch, length, below in level.below:
-        more, again = _cost(reading, below)
-        tokens, calls = tokens + length * len(batch) + more, calls + again
-    return tokens, calls
 
 
 def _level(reading: Reading, branches: Branches, begun: bool, call: int) -> Level:
@@ -97,12 +85,13 @@ def _level(reading: Reading, branches: Branches, begun: bool, call: int) -> Leve
         others = [inner[number] for part in parts if part not in pushed for number in part]
         children = [(child, inner[number][1]) for part in pushed for number in part for child in inner[number][0].pushed()]
         branches = [*leaves, *others, *children]
-    batches = reading.batches([node for node, _ in leaves], begun, call)
-    below = [([inner[number] for number in part], costs.lengths[part[-1]]) for part in parts]
-    return Level(
-        [[leaves[number] for number in batch] for batch in batches],
-        [(batch, length, _level(reading, following(batch, length), True, call)) for batch, length in below],
-    )
+    batches = [[leaves[number] for number in part] for part in reading.batches([node for node, _ in leaves], begun, call)]
+    together = [([inner[number] for number in part], costs.lengths[part[-1]]) for part in parts]
+    below = [(batch, length, _level(reading, following(batch, length), True, call)) for batch, length in together]
+    tokens = sum(len(batch) * max(len(node.ids) for node, _ in batch) for batch in batches)
+    tokens += sum(len(batch) * length + after.tokens for batch, length, after in below)
+    calls = reading.calls * len(batches) + sum(1 + after.calls for *_, after in below)
+    return Level(batches, below, tokens, calls)
 
 
 def _length(reading: Reading, node: Node) -> int:
@@ -129,19 +118,21 @@ class _Costs:
         found = zip(again, self.lengths, (node.leaves for node in self.nodes), below, needed, strict=True)
         sums = [(more, length * more, leaves, tokens, must) for more, length, leaves, tokens, must in found]
         self._sums = np.cumsum([(0,) * 5, *sums], axis=0)
+        self._read = list[np.ndarray]()  # by the first node, whether to read it with 0, 1, ... others
 
     def of(self, begin: int) -> np.ndarray:
         """The cost of the next 1, 2, ... nodes: read together, or not before their children."""
-        return np.minimum(*self._both(begin, len(self.nodes)))
+        read, pushed = self._both(begin)
+        self._read.append(read < pushed)
+        return np.minimum(read, pushed)
 
     def reads(self, part: range) -> bool:
-        """Whether it is cheaper to read these together."""
-        read, pushed = self._both(part[0], part[-1] + 1)
-        return bool(read[-1] < pushed[-1])
+        """Whether it is cheaper to read these together; all have been asked for."""
+        return bool(self._read[part.start][len(part) - 1])
 
-    def _both(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+    def _both(self, begin: int) -> tuple[np.ndarray, np.ndarray]:
         inner, leaf = self.reading.inner, self.reading.leaves
-        rows = np.arange(1, min(inner.rows, end - begin) + 1)
+        rows = np.arange(1, min(inner.rows, len(self.nodes) - begin) + 1)
         again, tokens_again, leaves, below, needed = (self._sums[begin + rows] - self._sums[begin]).T
         length = np.asarray(self.lengths[begin : begin + len(rows)])
         left = tokens_again - length * again

@@ -42,7 +42,7 @@ def answer_in_rows(engine: Engine, select: Selection, waiting: Sequence[Waiting]
     queue = deque(waiting)
     active: list[Answer] = []
     state: State = None
-    rows: list[int] = []  # of the state, which the active answers continue
+    rows, held = list[int](), 0  # of the state, those that the active answers continue, and how many it has
     while queue or active:
         ids = [answer.ids[-1] for answer in active]
         parts = [(state, rows)] if active else []
@@ -52,9 +52,9 @@ def answer_in_rows(engine: Engine, select: Selection, waiting: Sequence[Waiting]
             ids.append(last)
             if before is not NOTHING_READ:
                 parts.append((before.get(), [row]))
-        if len(parts) > 1 or (parts and rows != list(range(len(active)))):
+        if parts and (len(parts) > 1 or not rows or len(rows) < held):
             state = select.join(parts)
-        del parts
+        parts, held = [], len(active)
         logits, state = engine.prefill(torch.tensor(ids, device=engine.lm.device)[:, None], state)
         engine.counts.add(len(ids), 0)
         engine.counts.hold(state)
