@@ -27,7 +27,7 @@ SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PAGE = "It was a dark and stormy night; the rain fell in torrents, except at occasional intervals.\n"
 
 MODEL = '''
-import atexit, os, pathlib, signal
+import atexit, os, pathlib, signal, torch
 from tiny import Tiny
 
 AT, HOW = int(os.environ.get("CHAOS_AT", 0)), os.environ.get("CHAOS_HOW", "")
@@ -62,6 +62,15 @@ class Called(Tiny):
         return super().forward(input_ids, state)
 
 
+class Growing(Called):
+    """Keeps what is hidden after each token."""
+
+    def forward(self, input_ids, state=None):
+        call()
+        hidden, _ = self.cell(self.embed(input_ids), None if state is None else state[None, :, -1].contiguous())
+        return self.head(hidden), hidden if state is None else torch.cat([state, hidden], dim=1)
+
+
 class Another(Called):
     """Other weights."""
 
@@ -93,6 +102,8 @@ KINDS = {
     "losses": 'lmeval.perplexity(lm, corpus("text:text.txt"), chunk_size=32, losses=True)',
     "choices, 2 shots": 'lmeval.task(lm, Task("parity", ROWS, ask, shots=ROWS[:9]), shots=2)',
     "generation": 'lmeval.task(lm, Task("generates", ROWS, say, ("exact_match",)))',
+    "choices, growing": 'lmeval.task("called:Growing", Task("parity", ROWS, ask, shots=ROWS[:9]), shots=2)',
+    "generation, growing": 'lmeval.task("called:Growing", Task("generates", ROWS, say, ("exact_match",)))',
     "agreement": 'lmeval.agreement(lm, "called:Another", corpus("jsonl:texts.jsonl#text"), as_stream=False)',
     "training": 'lmeval.train(lm, "text:text.txt", held_out=corpus("text:other.txt"), steps=40, batch_size=4, seq_len=16, '
     "eval_every=10, eval_tokens=256)",

@@ -11,7 +11,7 @@ from probing import certificate
 from reading import ids_of, measure_agreement, texts
 from running_out import ERRORS, Layered, running_out
 from test_audit import CHOOSES, GENERATES, ROWS, ask
-from tiny_models import small_transformer
+from tiny_models import Growing, small_transformer
 
 from pytest_lmeval import Task, as_model, policy_for
 from pytest_lmeval.laws import probe
@@ -55,6 +55,8 @@ VERBS: dict[str, Callable[[Model], Record]] = {
     "choices, packed": partial(_task, task=CHOOSES),
     "choices, packed, 2 shots": partial(_task, task=SHOTS, shots=2),
     "generation, packed": partial(_task, task=GENERATES),
+    "choices, growing, 2 shots": partial(_task, task=SHOTS, shots=2),
+    "generation, growing": partial(_task, task=GENERATES),
     "agreement": _agreement,
     "training": lambda lm: run_training(lm, ids_of(300), held_out=ids_of(200, 1), protocol=SHORT).record,
     "probe": lambda lm: probe(lm, budget=1).record,
@@ -66,7 +68,9 @@ def read(verb: str, at: int = 0) -> tuple[Record, int]:
 
     The kind of the error, and whether the state was partly changed before, go by turns.
     """
-    lm = as_model(module := small_transformer() if "packed" in verb else Layered(vocab=256))
+    kinds = {"packed": small_transformer, "growing": partial(Growing, vocab=256)}  # the others have states of one shape
+    make = next((make for name, make in kinds.items() if name in verb), partial(Layered, vocab=256))
+    lm = as_model(module := make())
     kind = sorted(ERRORS)[at % len(ERRORS)]
     with running_out(module, at=at, error=kind, in_place=at % 2 == 0, backward=verb == "training" and at % 4 == 1) as memory:
         return VERBS[verb](lm), memory.calls

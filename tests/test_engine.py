@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from msgspec import structs
 from reading import CHEAP, ids_of, nll_of
-from tiny_models import VOCAB, Forgetful, Functional, Stateless, Stepper
+from tiny_models import VOCAB, Forgetful, Functional, Growing, Stateless, Stepper
 
 from pytest_lmeval import as_model, load
 from pytest_lmeval.engine import Engine, Policy, Prompt, Request, Results, Scored, Windows, _losses, policy_for
@@ -367,9 +367,9 @@ def test_the_states_of_a_batch_are_freed_when_what_continues_them_is_read():
     """Also if one row of them is kept for the next block of requests."""
     alive, rows = [], []
 
-    class Watched(Functional):
+    class Watched(Growing):
         def forward(self, input_ids, state=None):
-            rows.append(sum(left.shape[1] for states in alive if (left := states()) is not None))
+            rows.append(sum(len(left) for states in alive if (left := states()) is not None))
             logits, state = super().forward(input_ids, state)
             alive.append(weakref.ref(state))
             return logits, state

@@ -36,6 +36,14 @@ class Stateless(Functional):
         return super().forward(input_ids)[0]
 
 
+class Growing(Functional):
+    """Keeps what is hidden after each token, as a cache does."""
+
+    def forward(self, input_ids, state=None):
+        hidden, _ = self.cell(self.embed(input_ids), None if state is None else state[None, :, -1].contiguous())
+        return self.head(hidden), hidden if state is None else torch.cat([state, hidden], dim=1)
+
+
 class GetSetState(Functional):
     """The module holds its state, and goes on writing to what get_state returned."""
 

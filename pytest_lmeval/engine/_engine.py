@@ -13,10 +13,12 @@ from torch import Tensor
 from pytest_lmeval.engine._executor import Executor, Whole
 from pytest_lmeval.engine._forked import Forked
 from pytest_lmeval.engine._generation import Answer, OnText, Prompt, begin_answers
+from pytest_lmeval.engine._joined import Joined
 from pytest_lmeval.engine._memory import fitting_chunks, with_less, with_smaller_chunks
 from pytest_lmeval.engine._packed import Packed
 from pytest_lmeval.engine._policy import Policy, check, chunk_of, policy_for, refused, streaming_refused
 from pytest_lmeval.engine._results import Counts, Results, Scored
+from pytest_lmeval.engine._state_rows import selection
 from pytest_lmeval.engine._stream import Chunk, carried, in_windows, side_by_side
 from pytest_lmeval.engine._tokens import Source, Tokens, check_vocabulary, tokens_of
 from pytest_lmeval.engine._tree import Request
@@ -183,7 +185,7 @@ class Engine:
         return found
 
     def _score(self, requests: Sequence[Request], results: Results[Scored]) -> list[Scored]:
-        return self._executor(Packed if self.policy.pack else Forked if self.policy.share else Whole).score(requests, results)
+        return self._executor(self.policy.share).score(requests, results)
 
     def generate(
         self, prompts: Sequence[Prompt], on_text: OnText | None = None, results: Results[Answer] | None = None
@@ -202,8 +204,7 @@ class Engine:
             for number, answer in enumerate(part):
                 if number not in known.found:  # begun, perhaps, when memory ran out
                     answer.take(Answer(answer.prompt))
-            kind = Packed if self.policy.pack else Forked if self.policy.decode else Whole
-            self._executor(kind).generate(part, choose, known)
+            self._executor(self.policy.decode).generate(part, choose, known)
 
         for part, known in self._read_together(answers, Results() if results is None else results):
             self._within_memory(partial(attempt, part, known))
@@ -277,9 +278,16 @@ class Engine:
         for sequence in sequences:
             check_vocabulary(sequence.ids, 0, self.lm)
 
-    def _executor(self, kind: type[Packed | Forked | Whole]) -> Executor:
+    def _executor(self, forks: bool) -> Executor:
+        """What reads sequences; `forks`: whether it may continue states."""
         if self.executor is not None:
             return self.executor
+        policy = self.policy
+        kind: type[Packed | Joined | Forked | Whole] = Forked if forks else Whole
+        if policy.pack:
+            kind = Packed
+        elif forks and policy.share and policy.batch_size > 1 and (rows := selection(self.lm)) is not None and rows.joins:
+            kind = Joined
         if kind not in self._executors:
             self._executors[kind] = kind(self)
         return self._executors[kind]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from math import inf
@@ -16,8 +16,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pytest_lmeval.engine._generation import Answer
 from pytest_lmeval.engine._losses import score
-from pytest_lmeval.engine._memory import most_logits
+from pytest_lmeval.engine._memory import most_logits, row_bytes
 from pytest_lmeval.engine._results import NOTHING_READ, Deferred, Results, Scored
+from pytest_lmeval.engine._batches import Limits, padded_parts
 from pytest_lmeval.engine._tree import Node, Request, Span, tree
 from pytest_lmeval.models._model import State
 
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
 
 Choose: TypeAlias = "Callable[[Tensor, list[Answer]], None]"
 """(logits [b, v], b answers): choose the next token of each answer, or end it."""
-Branches: TypeAlias = "list[tuple[Node, int]]"  # nodes, each with the row of a state that it continues
+
+STATES_BUDGET = 1 << 30  # bytes that the states of a batch may take
+TURNS = 4  # answers that follow one another in each place of a batch
 
 
 class Executor(Protocol):
@@ -52,9 +55,8 @@ class NodeReader:
         self._parts: list[list[Deferred]] = [[] for _ in requests]  # what reads those that it has reached
         self._there: set[int] = set()  # those whose results stay as they are, even if others need their tokens
 
-    def read_padded(self, branches: Branches, before: Deferred) -> None:
+    def read_padded(self, nodes: list[Node], before: Deferred) -> None:
         """Read whole nodes that nothing continues in a padded batch; row i of the state is before node i."""
-        nodes = [node for node, _ in branches]
         ids = pad_sequence([torch.from_numpy(node.ids) for node in nodes], batch_first=True)
         self.plan(nodes, ids.numel(), Deferred(lambda: (self._read(nodes, ids, before.get()), None)[1]))
 
@@ -121,32 +123,22 @@ class NodeReader:
             last += end - begin
 
 
-def batches(branches: Branches, most: int) -> Iterator[Branches]:
-    """Batches of at most `most` nodes, longest first."""
-    longest_first = sorted(branches, key=lambda branch: -len(branch[0].ids))
-    for begin in range(0, len(branches), most):
-        yield longest_first[begin : begin + most]
+def limits_of(engine: Engine, requests: Sequence[Request]) -> Limits:
+    """The most of a block that a call may read: as many tokens as its longest sequences in a whole batch, in more rows if they
+    are short, whose states fit."""
+    policy, longest = engine.policy, max((len(request.read) for request in requests), default=1)
+    held = STATES_BUDGET // max(1, row_bytes(engine.lm, longest))
+    return Limits(max(1, min(policy.short_rows, held)), policy.batch_size * longest)
 
 
-def padded_batches(branches: Branches, most: int, padding: float, logits: int) -> Iterator[Branches]:
-    """Batches of at most `most` nodes, longest first, that are padded to the length of the longest.
-
-    padding  tokens of padding in a batch at most: those that a call costs, which it saves
-    logits   tokens of a batch at most from the first whose logits are wanted, with those of the padding
-    """
-    batch: Branches = []
-    padded, first = 0, 0
-    for branch in sorted(branches, key=lambda branch: -len(branch[0].ids)):
-        width = len(batch[0][0].ids) if batch else 0
-        more, wanted = width - len(branch[0].ids), min(first, first_wanted(branch[0]))
-        if not batch or len(batch) == most or padded + more > padding or (len(batch) + 1) * (width - wanted) > logits:
-            if batch:
-                yield batch
-            batch, padded, more, wanted = [], 0, 0, first_wanted(branch[0])
-        batch.append(branch)
-        padded, first = padded + more, wanted
-    if batch:
-        yield batch
+def padded_batches(nodes: Sequence[Node], limits: Limits, engine: Engine, call: int) -> list[list[int]]:
+    """The numbers of the nodes that are read together, longest first, padded to the length of the longest, if a call costs so
+    many tokens."""
+    longest_first = sorted(range(len(nodes)), key=lambda number: -len(nodes[number].ids))
+    ordered = [nodes[number] for number in longest_first]
+    lengths, firsts = [len(node.ids) for node in ordered], [first_wanted(node) for node in ordered]
+    parts = padded_parts(lengths, firsts, limits, call, most_logits(engine.lm))
+    return [[longest_first[index] for index in part] for part in parts]
 
 
 def first_wanted(node: Node) -> int:
@@ -162,9 +154,9 @@ class Whole:
 
     def score(self, requests: Sequence[Request], results: Results[Scored]) -> list[Scored]:
         reader, engine = NodeReader(self.engine, requests, results), self.engine
-        leaves = [(node, 0) for node in tree(requests, step=inf)]
-        for batch in padded_batches(leaves, engine.policy.batch_size, engine.policy.call, most_logits(engine.lm)):
-            reader.read_padded(batch, NOTHING_READ)
+        leaves = tree(requests, step=inf)
+        for batch in padded_batches(leaves, limits_of(engine, requests), engine, engine.policy.call):
+            reader.read_padded([leaves[number] for number in batch], NOTHING_READ)
         return reader.scored
 
     def generate(self, answers: Sequence[Answer], choose: Choose, results: Results[Answer]) -> None:

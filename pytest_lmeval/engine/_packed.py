@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from pytest_lmeval.engine._executor import Choose, NodeReader, answer_batch
+from pytest_lmeval.engine._executor import TURNS, Choose, NodeReader, answer_batch
 from pytest_lmeval.engine._generation import Answer
 from pytest_lmeval.engine._memory import most_logits
 from pytest_lmeval.engine._policy import USUAL
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from pytest_lmeval.engine._engine import Engine
 
 LARGEST = 2  # times the best size, that a call may have
-TURNS = 4  # answers that follow one another in each place of a batch
 
 
 class Packed:

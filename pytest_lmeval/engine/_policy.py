@@ -20,6 +20,7 @@ LOGITS_BUDGET = 256 << 20  # bytes for the logits of a step and what is computed
 LARGEST_CHUNK, SMALLEST_CHUNK = 1024, 16
 USUAL = Costs(call=32, reach=4096)  # of a model whose operations were not counted
 UNLIMITED = 1 << 62  # tokens of a step
+MORE_SHORT_ROWS = 4  # times the rows of a batch, that one of short sequences may have
 CALL = 46  # tokens that a call costs beside those it reads, as measured on a model of 135 million parameters
 
 NOT_FOR_STREAMING = frozenset(
@@ -99,6 +100,12 @@ class Policy:
     def call(self) -> int:
         """What a call costs, in tokens."""
         return (self.costs or USUAL).call
+
+    @property
+    def short_rows(self) -> int:
+        """The most rows in a batch of sequences so short that they take no more than whole ones in `batch_size` rows."""
+        known = None if self.certificate is None else self.certificate.limit_rows
+        return 1 if self.batch_size == 1 else min(MORE_SHORT_ROWS * self.batch_size, known or UNLIMITED)
 
     @property
     def share(self) -> bool:

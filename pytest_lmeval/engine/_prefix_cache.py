@@ -26,16 +26,29 @@ class PrefixCache:
         self._next: list[tuple[np.ndarray, Deferred]] = []
 
     def walk(self, requests: Sequence[Request], step: float, visit: Visit) -> None:
+        """Visit the trees of a block (see `begin`), each with those that continue the same state."""
+        for state, nodes in self.begin(requests, step):
+            visit(state, nodes, self.keep)
+        self.end()
+
+    def begin(self, requests: Sequence[Request], step: float) -> list[tuple[Deferred, list[Node]]]:
         """Build the prefix tree of a block (see `tree` for `step`), each request after the longest prefix here that it
-        continues, and visit the trees after each."""
-        left = list(range(len(requests)))
+        continues; returns the trees after each state."""
+        left, found = list(range(len(requests))), []
         self._next = [(prefix, state) for prefix, state in self._entries if requests and _continues(requests[-1], prefix)]
         nothing = (np.empty(0, dtype=np.int64), NOTHING_READ)
         for prefix, state in [*sorted(self._entries, key=lambda entry: -len(entry[0])), nothing]:
             if members := [number for number in left if _continues(requests[number], prefix)]:
                 left = sorted({*left} - {*members})
-                nodes = tree(requests, members, start=len(prefix), step=step)
-                visit(state, nodes, lambda prefix, state: self._next.append((prefix, state)))
+                found.append((state, tree(requests, members, start=len(prefix), step=step)))
+        return found
+
+    def keep(self, prefix: np.ndarray, state: Deferred) -> None:
+        """Keep the state after a prefix of the last request of the block."""
+        self._next.append((prefix, state))
+
+    def end(self) -> None:
+        """Go on to the next block."""
         self._entries = sorted(self._next, key=lambda entry: len(entry[0]))[:KEPT]  # more requests share the shorter ones
         self._next = []
 
