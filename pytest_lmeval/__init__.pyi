@@ -31,6 +31,7 @@ from .errors import (
     ProtocolError as ProtocolError,
     Refused as Refused,
     RegistryError as RegistryError,
+    ServerError as ServerError,
     SideError as SideError,
     SpecError as SpecError,
     StreamError as StreamError,
