@@ -133,7 +133,11 @@ def _options(spec: str, name: str, given: list[tuple[str, str]]) -> dict[str, An
         if option not in known:
             others = OPTIONS[option].sources if option in OPTIONS else ()
             what = f"of {' or '.join(others)}, not of {source}" if others else "of a model"
-            there = f"there is no option {option!r} of a model; there are" if not others else f"the option {option!r} is {what}; it has"
+            there = (
+                f"there is no option {option!r} of a model; there are"
+                if not others
+                else f"the option {option!r} is {what}; it has"
+            )
             raise SpecError(f"{spec}: {there}: {', '.join(known)}.{nearest(option, known)}")
         if option in found:
             raise SpecError(f"{spec}: the option {option} is given twice.")

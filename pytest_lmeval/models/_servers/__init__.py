@@ -65,7 +65,9 @@ class HttpServed:
         def read(number: int, answer: Any) -> None:
             found = self._read(lambda: self.kind.answered(asked[number], answer), answer)
             if found.ids is not None and len(found.ids) > asked[number].max_tokens:
-                raise ModelError(f"{self.spec} generated {len(found.ids)} tokens where at most {asked[number].max_tokens} were asked for.")
+                raise ModelError(
+                    f"{self.spec} generated {len(found.ids)} tokens where at most {asked[number].max_tokens} were asked for."
+                )
             done(number, found)
 
         self.client.each([self.kind.asking(one) for one in asked], read, at_once=at_once)
@@ -171,7 +173,11 @@ def served_model(served: Any, spec: str, tokenizer: Any, vocab_size: int, identi
 def _chosen(client: Client, model: str, spec: str) -> tuple[dict[str, Any], list[str]]:
     """What the server says of the model, and its other names. Raises SpecError unless it is there."""
     listed = client.get("/v1/models")
-    found = [one for one in (listed or {}).get("data", []) if isinstance(one, dict) and "id" in one] if isinstance(listed, dict) else []
+    found = (
+        [one for one in (listed or {}).get("data", []) if isinstance(one, dict) and "id" in one]
+        if isinstance(listed, dict)
+        else []
+    )
     if not found:
         raise SpecError(f"{spec}: {client.url}/v1/models lists no model, so this is no server of language models.")
     names = [str(one["id"]) for one in found]

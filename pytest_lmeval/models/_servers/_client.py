@@ -169,7 +169,7 @@ class Client:
 def _pause(state: tenacity.RetryCallState) -> float:
     """Seconds until the next attempt: as long as the server asks for, or twice as long as before."""
     error = state.outcome.exception() if state.outcome else None
-    doubled: float = tenacity.wait_exponential_jitter(FIRST_PAUSE, LONGEST_PAUSE, jitter=FIRST_PAUSE)(state)
+    doubled = tenacity.wait_random_exponential(multiplier=2 * FIRST_PAUSE, max=LONGEST_PAUSE, min=FIRST_PAUSE)(state)
     return max(doubled, min(getattr(error, "retry_after", 0.0), 10 * LONGEST_PAUSE))
 
 

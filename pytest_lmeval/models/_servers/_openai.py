@@ -94,7 +94,9 @@ class OpenAI:
 def find(client: Client, model: dict[str, Any], dtype: str, tokenizer: Any, text_of: Callable[[Sequence[int]], str]) -> OpenAI:
     """The server, as it answers to a short text: whether it takes ids, and whether it gives log-probabilities of a prompt."""
     longest = model.get("max_model_len") or model.get("context_length")
-    facts = ServerFacts("OpenAI-compatible", "", str(model["id"]), dtype=dtype, longest=longest if isinstance(longest, int) else None)
+    facts = ServerFacts(
+        "OpenAI-compatible", "", str(model["id"]), dtype=dtype, longest=longest if isinstance(longest, int) else None
+    )
     ids = [int(token) for token in tokenizer.encode("The cat sat on the mat. ")[0]]
     kind = OpenAI(facts, text_of)
     path, payload = kind.asking(Asking(ids, 1))
@@ -108,8 +110,10 @@ def find(client: Client, model: dict[str, Any], dtype: str, tokenizer: Any, text
             raise ValueError("it refuses `echo` with `logprobs`")
         kind.scores(scored, echoed)
     except (LookupError, TypeError, ValueError) as error:
-        why = f"asked with echo and logprobs, {error or 'it answers otherwise'}" if not isinstance(error, LookupError | TypeError) else (
-            "asked with echo and logprobs, it answers without any"
+        why = (
+            f"asked with echo and logprobs, {error or 'it answers otherwise'}"
+            if not isinstance(error, LookupError | TypeError)
+            else ("asked with echo and logprobs, it answers without any")
         )
         return OpenAI(replace(kind.facts, no_scores=why), text_of)
     return kind
@@ -132,7 +136,9 @@ def text_of(tokenizer: Any, spec: str) -> Callable[[Sequence[int]], str]:
         found = tokenizer.decode(plain) if inner is None else str(inner.decode(plain, skip_special_tokens=False))
         again = [int(token) for token in reading.encode(found)[0]]
         if again != plain:
-            at = next((at for at, (one, own) in enumerate(zip(again, plain, strict=False)) if one != own), min(len(again), len(plain)))
+            at = next(
+                (at for at, (one, own) in enumerate(zip(again, plain, strict=False)) if one != own), min(len(again), len(plain))
+            )
             raise StreamError(
                 f"{spec} takes texts alone, and the text of these {len(plain)} tokens is read back as {len(again)} others, from "
                 f"token {at} on: {found[:60]!r}. Its answer would be to another prompt. Use a server that takes token ids."

@@ -76,7 +76,10 @@ class Sglang:
         if (own := answer.get("output_ids")) is not None and list(own) != ids:
             raise ValueError(f"{len(entries)} log-probabilities for the {len(own)} tokens of an answer, or of others")
         return ServedAnswer(
-            str(answer["text"]), ids, numbers([entry[0] for entry in entries]).tolist(), meta["finish_reason"]["type"] == "length"
+            str(answer["text"]),
+            ids,
+            numbers([entry[0] for entry in entries]).tolist(),
+            meta["finish_reason"]["type"] == "length",
         )
 
     def tokenizing(self, text: str) -> Job | None:
@@ -91,7 +94,9 @@ def find(client: Client, model: dict[str, Any], dtype: str) -> Sglang:
     info = client.get("/get_server_info") or client.get("/server_info") or {}
     own = client.get("/get_model_info") or client.get("/model_info") or {}
     longest = model.get("max_model_len") or info.get("context_length") or own.get("context_length")
-    settings = {name: info[name] for name in ("enable_deterministic_inference", "attention_backend", "quantization") if name in info}
+    settings = {
+        name: info[name] for name in ("enable_deterministic_inference", "attention_backend", "quantization") if name in info
+    }
     told = str(info.get("dtype") or "")
     facts = ServerFacts(
         "SGLang",

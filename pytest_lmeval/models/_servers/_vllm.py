@@ -47,7 +47,11 @@ class Vllm:
         own = [entry[str(token)] for entry, token in zip(entries[asked.start :], asked.ids[asked.start :], strict=True)]
         ranks = np.array([int(one["rank"]) - 1 for one in own], dtype=np.int64)
         top = [
-            {int(token): float(one["logprob"]) for token, one in entry.items() if one["rank"] is None or one["rank"] <= asked.top}
+            {
+                int(token): float(one["logprob"])
+                for token, one in entry.items()
+                if one["rank"] is None or one["rank"] <= asked.top
+            }
             for entry in (entries[asked.start :] if asked.top else ())
         ]
         return TokenScores(numbers([one["logprob"] for one in own]), ranks, top)
