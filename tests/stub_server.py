@@ -59,13 +59,14 @@ class StubServer(ThreadingHTTPServer):
         """[n, v] Log-probabilities of the token after each of ids [n], as its faults say."""
         ids = list(ids)
         if "stale-cache" in self.faults:
-            known = self.cache.setdefault(tuple(ids[: CACHED - 2]), ids)
-            ids = known[:CACHED] + ids[CACHED:] if len(known) >= CACHED else ids
+            before, self.cache[tuple(ids[: CACHED - 2])] = self.cache.get(tuple(ids[: CACHED - 2]), ids), ids
+            ids = before[: min(CACHED, len(ids))] + ids[CACHED:] if len(before) >= CACHED else ids
         with self.lock, torch.no_grad():
             logits, _ = self.lm.step(torch.tensor([ids], device=self.lm.device))
             if "chunks" in self.faults and len(ids) > CHUNK:
-                later, _ = self.lm.step(torch.tensor([ids[CHUNK:]]))
-                logits = torch.cat([logits[:, :CHUNK], later], 1)
+                begin = (len(ids) - 1) // CHUNK * CHUNK
+                later, _ = self.lm.step(torch.tensor([ids[begin:]]))
+                logits = torch.cat([logits[:, :begin], later], 1)
         found = logits[0].double()
         scale = 1.0
         if "neighbours" in self.faults:

@@ -124,7 +124,7 @@ class Client:
             reraise=True,
         )
         try:
-            response = await retrying(once)
+            response: Any = await retrying(once)
         except _Passing as error:
             raise self._refused(method, path, error.status, error.body, attempts) from None
         except self._httpx.TransportError as error:

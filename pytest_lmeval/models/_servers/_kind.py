@@ -19,7 +19,8 @@ class Kind(Protocol):
     `scores` and `answered` raise LookupError, TypeError or ValueError for an answer that is not of this kind.
     """
 
-    facts: ServerFacts
+    @property
+    def facts(self) -> ServerFacts: ...
 
     def scoring(self, asked: Scoring) -> Job:
         """What asks for the log-probabilities of a sequence."""
