@@ -1,4 +1,4 @@
-"""Try the laws of a served model: what a server answers depends on the tokens alone, not on when and beside what they are asked.
+"""Try the laws of a served model: its answers depend on the tokens alone, not on when and beside what they are asked.
 
 | law | says |
 |---|---|
@@ -7,9 +7,9 @@
 | order | a sequence is read the same whatever was asked before it |
 | cache | what the prefix cache holds changes nothing: read first, after another with the same beginning, and again |
 | decode | generated tokens have the log-probabilities of the same tokens in a prompt |
-| chunks | a long prompt, which is read in chunks, begins with the log-probabilities of its beginning, and is the same in a crowd |
+| chunks | a long prompt, read in chunks, begins with the log-probabilities of its beginning, and is the same in a crowd |
 
-A server has no float64 reference. So two readings may differ by what the precision that it states explains, or, where it states
+A server has no float64 reference. So two readings may differ by what its stated precision explains, or, where it states
 none, by as much as in the coarsest usual one and some times the noise that repeated readings show.
 """
 
@@ -79,7 +79,9 @@ class ServedTrial:
         self.scores = not served.facts.no_scores
         if served.facts.longest is not None:  # an answer has to fit, too
             self.longest = max(2, min(self.longest, served.facts.longest - 2 * GENERATED))
-        lengths = sorted({length for length in (*SHORT, MIDDLE, self.longest // 2, self.longest) if 2 <= length <= self.longest})
+        lengths = sorted(
+            {length for length in (*SHORT, MIDDLE, self.longest // 2, self.longest) if 2 <= length <= self.longest}
+        )
         self.prompts = [self._ids(length, seed) for seed, length in enumerate(lengths)]
         more = range(len(self.prompts), max(CROWD, min(2 * self.served.concurrency, 32)))
         self.prompts += [self._ids(lengths[number % len(lengths)], number) for number in more]
@@ -152,7 +154,9 @@ class ServedTrial:
             if self.scores:
                 first, again = self._generate(family), self._generate(family)
                 for ids, one, other in zip(family, first, again, strict=True):
-                    self._compare("cache", ids, one, other, f"answered after others that share its first {len(head)} tokens", seed)
+                    self._compare(
+                        "cache", ids, one, other, f"answered after others that share its first {len(head)} tokens", seed
+                    )
 
     def _decode(self) -> None:
         law = self.laws["decode"]
@@ -182,7 +186,9 @@ class ServedTrial:
         whole = self._read([long], at_once=1)[0]
         for part in sorted({max(2, length // 3), length // 2 + 1, max(2, length - 7)}):
             found = self._read([long[:part]], at_once=1)[0]
-            self._compare("chunks", long[:part], _first(whole, part - 1), found, f"read as the beginning of {length:,} tokens", 200)
+            self._compare(
+                "chunks", long[:part], _first(whole, part - 1), found, f"read as the beginning of {length:,} tokens", 200
+            )
         if self.served.concurrency > 1:
             crowd = [long, self._ids(length, 201), *self.prompts[: CROWD // 2]]
             found = self._read(crowd, at_once=min(len(crowd), self.served.concurrency))[0]

@@ -10,37 +10,33 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import tee
 from typing import Any
 
 import numpy as np
-import torch
 from msgspec import structs
 from torch import Tensor
 
 from pytest_lmeval.data._corpus import Corpus
 from pytest_lmeval.data._tokens import as_corpus, notes_on, nothing_to_score, sequences
 from pytest_lmeval.engine import Engine, Policy, policy_for
-from pytest_lmeval.engine._losses import LOGITS_AT_ONCE
-from pytest_lmeval.engine._tokens import naming
-from pytest_lmeval.errors import NotFiniteError, SpecError
+from pytest_lmeval.engine._tokens import Tokens, naming
+from pytest_lmeval.errors import Refused, SpecError
+from pytest_lmeval.measures._agreement_sums import TOKENS, Piece, Sums, compare, metrics_of
 from pytest_lmeval.measures._context import current, verb
+from pytest_lmeval.measures._mismatch import Differences
 from pytest_lmeval.measures._text_reading import Progress
 from pytest_lmeval.models._failures import NoMemory, unless_full
 from pytest_lmeval.models._identity import facts, fingerprint, tokenizer_fingerprint
 from pytest_lmeval.models._model import Model
+from pytest_lmeval.models._served import refuse_scores
 from pytest_lmeval.records import _schema as schema
 from pytest_lmeval.records._measured import Cost, MetricValue, Record, Result
-from pytest_lmeval.records._metric import value_of
-from pytest_lmeval.records._value import Value
-from pytest_lmeval.scoring._loss_accumulator import BLOCK, add_to_blocks
-from pytest_lmeval.scoring._loss_metrics import exponential
-from pytest_lmeval.statistics._estimate import ratio_intervals
-from pytest_lmeval.statistics._proportion import wilson_of_sums
 
-TOKENS, SAME, KL, DIFFERENCE = range(4)  # columns of a row of sums
+LONGEST_WINDOW = 2048  # tokens of a window in which a served model and its reference read
+TOP = 8  # most likely tokens that a served model is asked for
 
 
 @verb
@@ -52,15 +48,23 @@ def agreement(
     tokens: int | None = None,
     limit: int | None = None,
     as_stream: bool | None = None,
+    window: int | None = None,
 ) -> AgreementResult:
     """Measure the agreement with `reference`, a model or a spec (see `measure_agreement` for the parameters).
 
-    The laws of both models are probed first, and each reads in chunks that are exact for it.
+    The laws of both models are probed first, and each reads in chunks that are exact for it. If one of them is served, both
+    read the same windows, and where they disagree, `explanation` says what the pattern points to.
+
+    window  read in windows of so many tokens that do not overlap; by default only with a served model: as many as both read, at
+            most 2,048
     """
     context = current()
     corpus = context.corpus(corpus)
     (model, certificate), (other, theirs) = context.certified(lm), context.certified(reference)
-    policy, their_policy = policy_for(model, certificate), policy_for(other, theirs)
+    if window is None and any(one.served is not None for one in (model, other)):
+        window = min(LONGEST_WINDOW, *(one.limit or LONGEST_WINDOW for one in (model, other)))
+    cut: dict[str, Any] = {} if window is None else {"window": window, "overlap": 0}
+    policy, their_policy = policy_for(model, certificate, **cut), policy_for(other, theirs, **cut)
     settings: dict[str, Any] = {
         "tokens": tokens or context.session.tokens,
         "limit": context.session.limit if limit is None else limit,
@@ -87,12 +91,23 @@ class AgreementResult(Result):
     """Fraction of positions where both have the same most likely token; of equally likely ones, the first counts."""
     kl = MetricValue()
     """Mean KL(reference || lm), nats a token."""
+    kl_at_least = MetricValue()
+    """A lower bound of the same where a served model tells only its most likely tokens."""
+    mean_exp_difference = MetricValue()
+    """Mean of exp |difference of the log-probability of a target|: 1 if all are equal. Training by reinforcement on answers of
+    a server takes more than 1.05 for an alarm."""
     nll_difference = MetricValue()
     """Mean loss of the lm minus that of the reference, nats a token: above zero if the lm is worse."""
     perplexity_ratio = MetricValue()
     """Perplexity of the lm over that of the reference."""
     largest_difference = MetricValue()
     """Largest difference of a log-probability, over all positions and all tokens that both find possible, nats."""
+
+    @property
+    def explanation(self) -> list[str]:
+        """What the pattern of the differences points to, in words; empty if they are what the precision explains."""
+        found: list[str] = self.record.details.get("explanation", [])
+        return found
 
 
 def measure_agreement(
@@ -127,29 +142,31 @@ def measure_agreement(
     engines = [Engine(model, chosen) for model, chosen in zip((lm, reference), policies, strict=True)]
     began = time.perf_counter()
 
-    def read_both() -> tuple[_Sums, Counter[str]]:
+    def read_both() -> tuple[Sums, Differences, Counter[str]]:
         return _read_both(engines, source, tokens, limit, by_document, progress)
 
     once = not source.fingerprint  # may be given only once: an iterator
     while isinstance(read := read_both() if once else unless_full(read_both), NoMemory):  # a state may be changed in part
         max(engines, key=lambda engine: engine.chunk_size).take_smaller_chunks(read.wanted)
-    sums, counts = read
+    sums, differences, counts = read
     if not sums.units:
         raise nothing_to_score(source, counts["skipped"])
     chosen = {"tokens": tokens, "limit": limit, "by_document": by_document, "data": source.fingerprint}
     certificate = policies[0].certificate
+    found = differences.explained(lm, reference)
     record = Record(
         kind="agreement",
         subject=f"{source} with {reference.spec}",
         lm=facts(lm),
         settings={"reference": schema.to_plain(facts(reference)), **chosen},
-        details={"read": policies[0].reading, "reference_read": policies[1].reading, **counts},
+        details={"read": policies[0].reading, "reference_read": policies[1].reading, **counts, **found},
         notes=[
             *notes_on(source, len(sums.units), counts["skipped"], counts["special_tokens"]),
             *(f"{engine.lm.spec}: {engine.less}" for engine in engines if engine.less),
+            *found["explanation"],
         ],
         example="document" if by_document else "block",
-        metrics=_metrics(sums),
+        metrics=metrics_of(sums),
         cost=Cost(seconds=time.perf_counter() - began, tokens=int(sums.total[TOKENS])),
         certificate=None if certificate is None else structs.replace(certificate, chunking_used=policies[0].reading),
     )
@@ -160,7 +177,15 @@ def _refuse_incomparable(lm: Model, reference: Model, corpus: Corpus) -> None:
     if lm.codebooks or reference.codebooks:
         raise SpecError(f"{(lm if lm.codebooks else reference).spec} reads frames of codes; agreement is about tokens.")
     advice = "so their predictions cannot be compared. Compare their bits per byte (lmeval.perplexity)"
-    if lm.vocab_size != reference.vocab_size:
+    served = [one for one in (lm, reference) if one.served is not None]
+    for one in served:
+        assert one.served is not None
+        refuse_scores(one.served, one.spec)
+        if one.served.facts.kind == "OpenAI-compatible":
+            raise Refused(
+                f"{one.spec} tells the texts of its most likely tokens, not their ids; agreement needs vLLM or SGLang."
+            )
+    if not served and lm.vocab_size != reference.vocab_size:  # a server tells that of its tokenizer
         raise SpecError(f"{lm.spec} has {lm.vocab_size:,} tokens and {reference.spec} has {reference.vocab_size:,}, {advice}.")
     if not corpus.tokenized and tokenizer_fingerprint(lm) != tokenizer_fingerprint(reference):
         encode = "have tokenizers that encode the same text differently"
@@ -169,41 +194,30 @@ def _refuse_incomparable(lm: Model, reference: Model, corpus: Corpus) -> None:
 
 def _read_both(
     engines: list[Engine], corpus: Corpus, tokens: int | None, limit: int | None, by_document: bool, progress: Progress | None
-) -> tuple[_Sums, Counter[str]]:
-    """The sums over the text, and how many documents were skipped and special tokens written in it."""
-    counts, sums = Counter[str](), _Sums(by_document)
+) -> tuple[Sums, Differences, Counter[str]]:
+    """The sums over the text, the difference of each loss, and how many documents were skipped and special tokens written."""
+    counts, sums, differences = Counter[str](), Sums(by_document), Differences()
+    sums.exact = all(engine.lm.served is None for engine in engines)
     for engine in engines:
-        engine.on_logits = None  # it holds the last logits of an attempt that ran out of memory
+        engine.on_logits, engine.top = None, TOP  # it holds the last logits of an attempt that ran out of memory
     texts = tee(corpus.documents())  # an iterator can be read once; tee holds only what one model is ahead
     read = [
         _read(engine, replace(corpus, documents=partial(iter, text)), tokens, limit, by_document, counted)
         for engine, text, counted in zip(engines, texts, (counts, Counter[str]()), strict=True)
     ]
     for ours, theirs in _aligned(*read):
-        sums.add(ours, *_compare(ours, theirs, engines[0].lm, engines[1].lm))
+        sums.add(ours, *compare(ours, theirs, engines[0].lm, engines[1].lm))
+        differences.add(ours, theirs)
         if progress is not None:
             progress(int(sums.total[TOKENS]), sums.nats, None)
-    return sums, counts
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """The logits [n, v] and losses [n] of targets `start`, `start` + 1, ... of a document."""
-
-    document: int
-    start: int
-    logits: Tensor
-    nll: np.ndarray
-
-    def part(self, begin: int, end: int | None = None) -> _Piece:
-        return replace(self, start=self.start + begin, logits=self.logits[begin:end], nll=self.nll[begin:end])
+    return sums, differences, counts
 
 
 def _read(
     engine: Engine, corpus: Corpus, tokens: int | None, limit: int | None, by_document: bool, counts: Counter[str]
-) -> Iterator[_Piece]:
-    """Each chunk of one model, with the logits that it was scored from. Counts documents without a target as `skipped`, and
-    `special_tokens`."""
+) -> Iterator[Piece]:
+    """Each chunk of one model, with the logits or the likeliest tokens that it was scored from. Counts documents without a
+    target as `skipped`, and `special_tokens`."""
     last: deque[Tensor] = deque(maxlen=1)
     engine.on_logits = last.append
     for document, ids in enumerate(sequences(engine.lm, corpus, by_document=by_document, limit=limit, tokens=tokens)):
@@ -211,12 +225,33 @@ def _read(
             counts["skipped"] += 1
             continue
         with naming(f"{corpus}, document {document}" if by_document else str(corpus)):
-            for chunk in engine.stream(ids):
-                yield _Piece(document - counts["skipped"], chunk.start, last[0][0, -len(chunk.nll) :], chunk.nll)
+            held = _Held(ids)
+            for chunk in engine.stream(held):
+                logits = None if engine.lm.served is not None else last[0][0, -len(chunk.nll) :]
+                targets, offsets = held.take(chunk.start, chunk.end), np.arange(chunk.start, chunk.end) - chunk.window
+                yield Piece(document - counts["skipped"], chunk.start, targets, chunk.nll, logits, chunk.top, offsets)
         counts.update({"special_tokens": ids.special} if ids.special else ())
 
 
-def _aligned(ours: Iterator[_Piece], theirs: Iterator[_Piece]) -> Iterator[tuple[_Piece, _Piece]]:
+class _Held:
+    """The tokens of a text as they are read, of which those that are not taken yet are held."""
+
+    def __init__(self, tokens: Iterable[Tokens]) -> None:
+        self._tokens, self._ids, self._begin = tokens, np.empty(0, dtype=np.int64), 0
+
+    def __iter__(self) -> Iterator[Tokens]:
+        for part in self._tokens:
+            self._ids = np.concatenate([self._ids, part.ids])
+            yield part
+
+    def take(self, start: int, end: int) -> np.ndarray:
+        """The ids from `start` to `end`; those before them are dropped."""
+        found = self._ids[start - self._begin : end - self._begin]
+        self._ids, self._begin = self._ids[end - self._begin :], end
+        return found
+
+
+def _aligned(ours: Iterator[Piece], theirs: Iterator[Piece]) -> Iterator[tuple[Piece, Piece]]:
     """Pairs of pieces of the same targets, whatever the chunks of each model."""
     one, other = next(ours, None), next(theirs, None)
     while one is not None and other is not None:
@@ -224,65 +259,3 @@ def _aligned(ours: Iterator[_Piece], theirs: Iterator[_Piece]) -> Iterator[tuple
         yield one.part(0, count), other.part(0, count)
         one = one.part(count) if count < len(one.nll) else next(ours, None)
         other = other.part(count) if count < len(other.nll) else next(theirs, None)
-
-
-def _compare(ours: _Piece, theirs: _Piece, lm: Model, reference: Model) -> tuple[np.ndarray, float]:
-    """Rows [n, 4] of single targets, and the largest difference of a log-probability, computed in blocks of targets."""
-    block = max(1, LOGITS_AT_ONCE // lm.vocab_size)
-    device = ours.logits.device if ours.logits.device.type == "cuda" else torch.device("cpu")  # not all others have float64
-    rows, largest = np.ones((len(ours.nll), 4)), 0.0
-    rows[:, DIFFERENCE] = ours.nll - theirs.nll
-    for begin in range(0, len(rows), block):
-        q, p = (piece.logits[begin : begin + block].to(device) for piece in (ours, theirs))
-        rows[begin : begin + block, SAME] = (q.argmax(-1) == p.argmax(-1)).cpu().numpy()
-        log_q, log_p = q.double().log_softmax(-1), p.double().log_softmax(-1)
-        gap = log_p - log_q
-        kl = torch.where(log_p == -torch.inf, 0.0, log_p.exp() * gap)
-        rows[begin : begin + block, KL] = kl.sum(-1).cpu().numpy()
-        if not kl.isfinite().all():
-            row, token = (int(index) for index in (~kl.isfinite()).nonzero()[0])
-            raise NotFiniteError(
-                f"KL is not finite at token {ours.start + begin + row} of document {ours.document}: the log-probability of id "
-                f"{token} is {log_p[row, token]:.6g} in {reference.spec} and {log_q[row, token]:.6g} in {lm.spec}. Look "
-                "for an overflow, or a masked-out logit."
-            )
-        largest = max(largest, float(gap[(log_p > -torch.inf) & (log_q > -torch.inf)].abs().max()))
-    return rows, largest
-
-
-@dataclass
-class _Sums:
-    """Sums over all targets, and over documents or blocks of the stream."""
-
-    by_document: bool
-    units: list[np.ndarray] = field(default_factory=list)
-    total: np.ndarray = field(default_factory=lambda: np.zeros(4))
-    largest: float = 0.0
-    nats: float = 0.0
-    block: int = BLOCK
-
-    def add(self, piece: _Piece, rows: np.ndarray, largest: float) -> None:
-        self.total += rows.sum(axis=0)
-        self.nats += float(piece.nll.sum())
-        self.largest = max(self.largest, largest)
-        if not self.by_document:
-            self.block = add_to_blocks(self.units, self.block, piece.start, rows)
-            return
-        if piece.document == len(self.units):
-            self.units.append(np.zeros(4))
-        self.units[-1] += rows.sum(axis=0)
-
-
-def _metrics(sums: _Sums) -> dict[str, Value]:
-    units, n = np.array(sums.units), int(sums.total[TOKENS])
-    same = wilson_of_sums(units[:, [SAME, TOKENS]], consecutive=not sums.by_document)
-    ratios = [(KL, TOKENS), (DIFFERENCE, TOKENS)]
-    around_kl, around_difference = ratio_intervals(units, ratios, consecutive=not sums.by_document)
-    difference = value_of("nll_difference", sums.total[DIFFERENCE] / n, around_difference, n=n)
-    return {
-        "agreement": value_of("agreement", sums.total[SAME] / n, same, n=n),
-        "kl": value_of("kl", sums.total[KL] / n, around_kl, n=n),
-        "nll_difference": difference,
-        "perplexity_ratio": exponential(difference, "perplexity_ratio"),
-        "largest_difference": value_of("largest_difference", sums.largest, n=n),
-    }

@@ -169,8 +169,9 @@ def checked(scores: TokenScores, asked: Scoring, spec: str) -> TokenScores:
     if np.isnan(found).any() or (found > ABOVE_ZERO).any():
         at = int(np.flatnonzero(np.isnan(found) | (found > ABOVE_ZERO))[0])
         raise NotFiniteError(
-            f"{spec} gave {found[at]} as the log-probability of token {asked.start + at} (id {asked.ids[asked.start + at]}) of a "
-            f"sequence of {len(asked.ids)}; it is a finite number of at most 0. Look for an overflow in the server's precision."
+            f"{spec} gave {found[at]} as the log-probability of token {asked.start + at} (id {asked.ids[asked.start + at]}) "
+            f"of a sequence of {len(asked.ids)}; it is a finite number of at most 0. Look for an overflow in the "
+            "server's precision."
         )
     if wanted >= ZEROS and not found.any():
         raise Refused(

@@ -89,8 +89,8 @@ class HttpServed:
     def _refuse_long(self, tokens: int) -> None:
         if self.facts.longest is not None and tokens > self.facts.longest:
             raise StreamError(
-                f"{self.spec} reads at most {self.facts.longest:,} tokens, those that it generates included, and {tokens:,} were "
-                "asked for. Shorten the prompt or the answer, or serve it with a larger context."
+                f"{self.spec} reads at most {self.facts.longest:,} tokens, those that it generates included, and {tokens:,} "
+                "were asked for. Shorten the prompt or the answer, or serve it with a larger context."
             )
 
     def _read(self, read: Callable[[], T], answer: Any) -> T:
@@ -98,8 +98,8 @@ class HttpServed:
         named = answer.get("model") if isinstance(answer, dict) else None
         if named and named not in (self.facts.model, *self._names):
             raise ModelError(
-                f"{self.spec}: an answer came from the model {named!r}, and {self.facts.model!r} was asked. Is a router behind the "
-                "address? Give the address of one server, or the name of one model: model=NAME."
+                f"{self.spec}: an answer came from the model {named!r}, and {self.facts.model!r} was asked. Is a router behind "
+                "the address? Give the address of one server, or the name of one model: model=NAME."
             )
         try:
             return read()
@@ -183,8 +183,8 @@ def _chosen(client: Client, model: str, spec: str) -> tuple[dict[str, Any], list
     names = [str(one["id"]) for one in found]
     if model and model not in names:
         raise SpecError(
-            f"{spec} asks for the model {model!r}, and {client.url} serves {some(names)}.{nearest(model, names)} Numbers would be "
-            "of another model."
+            f"{spec} asks for the model {model!r}, and {client.url} serves {some(names)}.{nearest(model, names)} Numbers would "
+            "be of another model."
         )
     bases = [one for one in found if not one.get("parent")]
     if not model and len(bases) != 1:
@@ -248,6 +248,6 @@ def _check_tokenizer(served: HttpServed, tokenizer: Any, name: str) -> None:
     at = next((at for at, (one, own) in enumerate(zip(theirs, ours, strict=False)) if one != own), min(len(theirs), len(ours)))
     raise SpecError(
         f"{served.spec}: the tokenizer {name!r} is not that of {served.facts.model!r}: a text is {len(ours)} tokens here and "
-        f"{len(theirs)} there, and differs from token {at} on ({ours[at : at + 3]} and {theirs[at : at + 3]}). Ids would mean other "
-        "words: give the tokenizer of the model, tokenizer=FOLDER."
+        f"{len(theirs)} there, and differs from token {at} on ({ours[at : at + 3]} and {theirs[at : at + 3]}). Ids would mean "
+        "other words: give the tokenizer of the model, tokenizer=FOLDER."
     )

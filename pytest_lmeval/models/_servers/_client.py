@@ -157,8 +157,8 @@ class Client:
         busy = " It is overloaded, or starts: ask less at once (--lmeval-concurrency)." if status in (429, 503) else ""
         tried = f" after {attempts} attempts" if attempts > 1 else ""
         return ServerError(
-            f"{self.spec}: {method} {self.url}{path} was answered with {status}{tried}: {_said(body) or 'no message'}.{key}{busy} "
-            "What was answered before is kept.",
+            f"{self.spec}: {method} {self.url}{path} was answered with {status}{tried}: {_said(body) or 'no message'}.{key}"
+            f"{busy} What was answered before is kept.",
             status,
         )
 

@@ -1,4 +1,4 @@
-"""Any other server with `/v1/completions`: token ids where it takes them, else text; log-probabilities by `echo`, if it has it."""
+"""Any other server with `/v1/completions`: token ids where it takes them, else text; log-probabilities by `echo`."""
 
 from __future__ import annotations
 
@@ -140,8 +140,8 @@ def text_of(tokenizer: Any, spec: str) -> Callable[[Sequence[int]], str]:
                 (at for at, (one, own) in enumerate(zip(again, plain, strict=False)) if one != own), min(len(again), len(plain))
             )
             raise StreamError(
-                f"{spec} takes texts alone, and the text of these {len(plain)} tokens is read back as {len(again)} others, from "
-                f"token {at} on: {found[:60]!r}. Its answer would be to another prompt. Use a server that takes token ids."
+                f"{spec} takes texts alone, and the text of these {len(plain)} tokens is read back as {len(again)} others, "
+                f"from token {at} on: {found[:60]!r}. Its answer would be to another prompt. Use a server that takes token ids."
             )
         return found
 
