@@ -12,8 +12,8 @@ import os
 import queue
 import threading
 import weakref
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import msgspec
@@ -28,6 +28,9 @@ CONNECT, ANSWER = 10.0, 900.0  # seconds to connect; without a byte of an answer
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds between attempts
 KEYS = ("LMEVAL_API_KEY", "OPENAI_API_KEY")
 SAID = 300  # characters of a server's own message that are shown
+
+
+T = TypeVar("T")
 
 
 class _Passing(Exception):
@@ -51,15 +54,28 @@ class Client:
         self._loop = asyncio.new_event_loop()
         thread = threading.Thread(target=_run, args=(self._loop,), daemon=True, name="lmeval-server")
         thread.start()
-        key = next(filter(None, map(os.environ.get, KEYS)), None)
-        self._http = httpx2.AsyncClient(
-            base_url=url,
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            timeout=httpx2.Timeout(ANSWER, connect=CONNECT, pool=None),
-            limits=httpx2.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency),
-            trust_env=urlsplit(url).hostname not in ("127.0.0.1", "localhost", "::1"),  # no proxy leads back here
-        )
+        self._http = self.connections(self.concurrency)
         self._close = weakref.finalize(self, _shut, self._loop, thread, self._http)
+
+    def connections(self, most: int | None) -> Any:
+        """An HTTP client for the server, which opens at most so many connections (None: as many as are asked for), and tries
+        nothing again."""
+        key = next(filter(None, map(os.environ.get, KEYS)), None)
+        return self._httpx.AsyncClient(
+            base_url=self.url,
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            timeout=self._httpx.Timeout(ANSWER, connect=CONNECT, pool=None),
+            limits=self._httpx.Limits(max_connections=most, max_keepalive_connections=most),
+            trust_env=urlsplit(self.url).hostname not in ("127.0.0.1", "localhost", "::1"),  # no proxy leads back here
+        )
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """What a coroutine returns that runs in the thread of the requests; it ends with this call."""
+        running = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return running.result()
+        finally:
+            running.cancel()
 
     def get(self, path: str) -> Any:
         """The JSON of a path; None where the server has no such path. Raises ServerError if it cannot be reached."""
