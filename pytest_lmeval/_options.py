@@ -44,7 +44,6 @@ DEVICES = ("auto", "cpu", "cuda", "mps")  # those of `models._sources`, which im
 CHOICES = {  # an empty one: not given
     "lmeval-profile": ("", "dev", "ci", "nightly"),  # those of `laws._run_probe`, which imports torch
     "lmeval-gate": ("fail", "warn", "off"),
-    "lmeval-concurrency": ("", "requests to a server under way at once, 8 by default"),
     "lmeval-chat": ("auto", "on", "off"),
     "lmeval-bits": ("", "32", "16", "8", "4"),
 }

@@ -198,7 +198,7 @@ class Answers(BaseHTTPRequestHandler):
         elif "no-ids" in server.faults:
             return None
         echoed, texts = payload.get("echo"), [server.lm.tokenizer.decode([token]) for token in ids]
-        new, logprobs, cut = server.generated(
+        new, _, cut = server.generated(
             ids,
             payload.get("max_tokens", 16),
             payload.get("temperature", 0.8),

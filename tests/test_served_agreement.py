@@ -91,8 +91,12 @@ def test_what_top_k_bounds_is_never_more_than_what_all_log_probabilities_give(se
             lambda: llama(rope_parameters={"rope_type": "linear", "factor": 1.002, "rope_theta": 10000.0}),
             "They grow with the position.*look at rope theta and scaling",
         ),
+        (
+            lambda: llama(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}),
+            "After a single token there is none, and then there is.*look at rope theta and scaling",
+        ),
     ],
-    ids=["quantized", "adapter", "other weights", "rope"],
+    ids=["quantized", "adapter", "other weights", "stretched rope", "scaled rope"],
 )
 def test_a_planted_mismatch_is_found_and_its_pattern_names_the_likely_causes(serve, planted, said):
     result = compared(serve(planted()), llama())

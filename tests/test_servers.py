@@ -1,4 +1,4 @@
-"""`server:URL`: what a server gives is what the model gives, through each kind's own way; whatever is wrong is said, not scored."""
+"""`server:URL`: what a server gives is what its model gives, through each kind's own way; what is wrong is said, not scored."""
 
 import gc
 
@@ -175,7 +175,7 @@ def test_what_was_answered_before_an_error_is_kept(serve):
 
 
 def test_no_server_and_no_address_are_said_so():
-    with pytest.raises(ServerError, match="gave no answer in 2 attempts.*Is the server up"):
+    with pytest.raises(ServerError, match=r"gave no answer in 2 attempts.*Is the server up"):
         load("server:http://127.0.0.1:9,tokenizer=bytes")
     for spec, said in (
         ("server:localhost:8000", "is no address of a server; write server:http://HOST:PORT"),
@@ -194,7 +194,7 @@ def test_another_model_or_tokenizer_than_said_is_refused(serve):
         load(f"server:{server.url},tokenizer=bytes,model=small-instuct")
     with pytest.raises(SpecError, match="needs the tokenizer of 'small-instruct'"):
         load(f"server:{server.url}")
-    with pytest.raises(SpecError, match="is not that of 'stub': a text is .* differs from token 0 on"):
+    with pytest.raises(SpecError, match=r"is not that of 'stub': a text is .* differs from token 0 on"):
         load(serve(faults=["bad-tokenizer"]).spec)
     with pytest.raises(SpecError, match="the option 'tokenizer' is of server, not of demo"):
         load("demo,tokenizer=bytes")
@@ -232,5 +232,5 @@ def test_the_key_of_the_environment_is_sent_and_stands_nowhere(serve, monkeypatc
 
 def test_a_served_model_cannot_be_stepped(serve):
     lm = load(serve().spec)
-    with pytest.raises(Refused, match="served by vLLM 0.0-stub, which gives no logits"):
+    with pytest.raises(Refused, match=r"served by vLLM 0.0-stub, which gives no logits"):
         lm.step(lm.random_ids(1, 4))
