@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import tee
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,8 @@ from pytest_lmeval.data._tokens import as_corpus, notes_on, nothing_to_score, se
 from pytest_lmeval.engine import Engine, Policy, policy_for
 from pytest_lmeval.engine._tokens import Tokens, naming
 from pytest_lmeval.errors import Refused, SpecError
-from pytest_lmeval.measures._agreement_sums import TOKENS, Piece, Sums, compare, metrics_of
+from pytest_lmeval.measures._agreement_base import PREFIX, About, Base, BaseWriter, read as read_base
+from pytest_lmeval.measures._agreement_sums import TOKENS, Piece, Sums, compare, metrics_of, series_of
 from pytest_lmeval.measures._context import current, verb
 from pytest_lmeval.measures._mismatch import Differences
 from pytest_lmeval.measures._text_reading import Progress
@@ -33,6 +35,7 @@ from pytest_lmeval.models._identity import facts, fingerprint, tokenizer_fingerp
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.models._served import refuse_scores
 from pytest_lmeval.records import _schema as schema
+from pytest_lmeval.records._certificate import Certificate
 from pytest_lmeval.records._measured import Cost, MetricValue, Record, Result
 
 LONGEST_WINDOW = 2048  # tokens of a window in which a served model and its reference read
@@ -49,8 +52,12 @@ def agreement(
     limit: int | None = None,
     as_stream: bool | None = None,
     window: int | None = None,
+    save: str | Path | None = None,
 ) -> AgreementResult:
     """Measure the agreement with `reference`, a model or a spec (see `measure_agreement` for the parameters).
+
+    save       write what the reference says to this file. From then on it may be named in its place: reference="base:FILE"
+               reads no second model, and the text as the file was written; the KL is then a lower bound
 
     The laws of both models are probed first, and each reads in chunks that are exact for it. If one of them is served, both
     read the same windows, and where they disagree, `explanation` says what the pattern points to.
@@ -60,25 +67,38 @@ def agreement(
     """
     context = current()
     corpus = context.corpus(corpus)
-    (model, certificate), (other, theirs) = context.certified(lm), context.certified(reference)
-    if window is None and any(one.served is not None for one in (model, other)):
-        window = min(LONGEST_WINDOW, *(one.limit or LONGEST_WINDOW for one in (model, other)))
+    model, certificate = context.certified(lm)
+    other: Model | Base
+    theirs: Certificate | None = None
+    if isinstance(reference, str) and reference.startswith(PREFIX):
+        other = read_base(Path(reference.removeprefix(PREFIX)).expanduser())
+        window = other.about.window if window is None else window
+    else:
+        other, theirs = context.certified(reference)
+        if window is None and any(one.served is not None for one in (model, other)):
+            window = min(LONGEST_WINDOW, *(one.limit or LONGEST_WINDOW for one in (model, other)))
     cut: dict[str, Any] = {} if window is None else {"window": window, "overlap": 0}
-    policy, their_policy = policy_for(model, certificate, **cut), policy_for(other, theirs, **cut)
+    policy = policy_for(model, certificate, **cut)
+    their_policy = None if isinstance(other, Base) else policy_for(other, theirs, **cut)
     settings: dict[str, Any] = {
         "tokens": tokens or context.session.tokens,
         "limit": context.session.limit if limit is None else limit,
         "as_stream": as_stream,
     }
-    about = [corpus.name, corpus.split, corpus.identity, tokenizer_fingerprint(model), fingerprint(other), other.limit]
-    key = context.key("agreement", model, settings, [*about, policy.reading, their_policy.reading])
-    if corpus.fingerprint and (finished := context.finished(key)) is not None:
+    if isinstance(other, Base):
+        settings = other.taken_over(settings)
+        who: list[Any] = [other.identity]
+    else:
+        who = [fingerprint(other), other.limit, policy_for(other, theirs, **cut).reading]
+    about = [corpus.name, corpus.split, corpus.identity, tokenizer_fingerprint(model), *who, policy.reading]
+    key = context.key("agreement", model, settings, about)
+    if corpus.fingerprint and save is None and (finished := context.finished(key)) is not None:
         return AgreementResult(finished)
     with context.session.progress(f"{model.spec} and {other.spec} read {corpus}") as progress:
         result = measure_agreement(
-            model, other, corpus, policy=policy, reference_policy=their_policy, **settings, progress=progress
+            model, other, corpus, policy=policy, reference_policy=their_policy, **settings, save=save, progress=progress
         )
-    details = {**result.record.details, "reference_verdict": theirs.verdict}
+    details = {**result.record.details, **({} if theirs is None else {"reference_verdict": theirs.verdict})}
     return context.recorded(key, replace(result, record=structs.replace(result.record, details=details)))
 
 
@@ -92,7 +112,7 @@ class AgreementResult(Result):
     kl = MetricValue()
     """Mean KL(reference || lm), nats a token."""
     kl_at_least = MetricValue()
-    """A lower bound of the same where a served model tells only its most likely tokens."""
+    """A lower bound of the same where a served model, or a file, tells only the most likely tokens."""
     mean_exp_difference = MetricValue()
     """Mean of exp |difference of the log-probability of a target|: 1 if all are equal. Training by reinforcement on answers of
     a server takes more than 1.05 for an alarm."""
@@ -112,7 +132,7 @@ class AgreementResult(Result):
 
 def measure_agreement(
     lm: Model,
-    reference: Model,
+    reference: Model | Base,
     corpus: Corpus | str | Iterable[Any],
     *,
     policy: Policy | None = None,
@@ -120,15 +140,17 @@ def measure_agreement(
     tokens: int | None = None,
     limit: int | None = None,
     as_stream: bool | None = None,
+    save: str | Path | None = None,
     progress: Progress | None = None,
 ) -> AgreementResult:
-    """Read a corpus with both models and compare their predictions at each position.
+    """Read a corpus with both models, or with one and what a file says of the other, and compare their predictions.
 
     corpus     a `Corpus`, the name of one, or token ids (tensor, array, list, iterator of arrays)
     policy     how the lm reads it, and `reference_policy` how the reference does (see `engine.policy_for`)
     tokens     read so many tokens of the stream (of each document, if read by document)
     limit      read so many documents
     as_stream  read one stream, or document by document; by default what the corpus declares
+    save       write what the reference says to this file (see `_agreement_base`)
 
     If memory runs out, the model with the larger chunks reads smaller ones, from the beginning, and a note says so.
 
@@ -138,28 +160,41 @@ def measure_agreement(
     source = as_corpus(corpus)
     _refuse_incomparable(lm, reference, source)
     by_document = not (source.as_stream if as_stream is None else as_stream)
-    policies = [policy or policy_for(lm), reference_policy or policy_for(reference)]
-    engines = [Engine(model, chosen) for model, chosen in zip((lm, reference), policies, strict=True)]
+    engines = [Engine(lm, policy or policy_for(lm))]
+    if isinstance(reference, Model):
+        engines.append(Engine(reference, reference_policy or policy_for(reference)))
     began = time.perf_counter()
 
-    def read_both() -> tuple[Sums, Differences, Counter[str]]:
-        return _read_both(engines, source, tokens, limit, by_document, progress)
+    def read_both() -> tuple[Sums, Differences, Counter[str], BaseWriter]:
+        return _read_both(engines, reference, source, tokens, limit, by_document, progress, saving=save is not None)
 
     once = not source.fingerprint  # may be given only once: an iterator
     while isinstance(read := read_both() if once else unless_full(read_both), NoMemory):  # a state may be changed in part
         max(engines, key=lambda engine: engine.chunk_size).take_smaller_chunks(read.wanted)
-    sums, differences, counts = read
+    sums, differences, counts, said = read
     if not sums.units:
         raise nothing_to_score(source, counts["skipped"])
+    if isinstance(reference, Base):
+        reference.check_length(int(sums.total[TOKENS]), source)
     chosen = {"tokens": tokens, "limit": limit, "by_document": by_document, "data": source.fingerprint}
-    certificate = policies[0].certificate
+    certificate, reading = engines[0].asked.certificate, engines[0].asked.reading
+    their_reading = reference.about.reading if isinstance(reference, Base) else engines[1].asked.reading
     found = differences.explained(lm, reference)
+    their_facts = reference.about.lm if isinstance(reference, Base) else facts(reference)
+    if save is not None and isinstance(reference, Model):
+        windows = engines[1].asked.windows
+        about = About(
+            lm=their_facts, tokenizer=tokenizer_fingerprint(reference), vocab_size=reference.vocab_size, corpus=str(source),
+            data=source.fingerprint, tokens=tokens, limit=limit, by_document=by_document,
+            window=None if windows is None else windows.size, reading=their_reading,
+        )  # fmt: skip
+        said.write(Path(save), about)
     record = Record(
         kind="agreement",
         subject=f"{source} with {reference.spec}",
         lm=facts(lm),
-        settings={"reference": schema.to_plain(facts(reference)), **chosen},
-        details={"read": policies[0].reading, "reference_read": policies[1].reading, **counts, **found},
+        settings={"reference": schema.to_plain(their_facts), **chosen},
+        details={"read": reading, "reference_read": their_reading, **counts, **found},
         notes=[
             *notes_on(source, len(sums.units), counts["skipped"], counts["special_tokens"]),
             *(f"{engine.lm.spec}: {engine.less}" for engine in engines if engine.less),
@@ -168,12 +203,16 @@ def measure_agreement(
         example="document" if by_document else "block",
         metrics=metrics_of(sums),
         cost=Cost(seconds=time.perf_counter() - began, tokens=int(sums.total[TOKENS])),
-        certificate=None if certificate is None else structs.replace(certificate, chunking_used=policies[0].reading),
+        certificate=None if certificate is None else structs.replace(certificate, chunking_used=reading),
+        series=series_of(sums),
     )
     return AgreementResult(record)
 
 
-def _refuse_incomparable(lm: Model, reference: Model, corpus: Corpus) -> None:
+def _refuse_incomparable(lm: Model, reference: Model | Base, corpus: Corpus) -> None:
+    if isinstance(reference, Base):
+        reference.check_reader(lm, tokenized=corpus.tokenized)
+        return
     if lm.codebooks or reference.codebooks:
         raise SpecError(f"{(lm if lm.codebooks else reference).spec} reads frames of codes; agreement is about tokens.")
     advice = "so their predictions cannot be compared. Compare their bits per byte (lmeval.perplexity)"
@@ -193,24 +232,39 @@ def _refuse_incomparable(lm: Model, reference: Model, corpus: Corpus) -> None:
 
 
 def _read_both(
-    engines: list[Engine], corpus: Corpus, tokens: int | None, limit: int | None, by_document: bool, progress: Progress | None
-) -> tuple[Sums, Differences, Counter[str]]:
-    """The sums over the text, the difference of each loss, and how many documents were skipped and special tokens written."""
-    counts, sums, differences = Counter[str](), Sums(by_document), Differences()
-    sums.exact = all(engine.lm.served is None for engine in engines)
+    engines: list[Engine],
+    reference: Model | Base,
+    corpus: Corpus,
+    tokens: int | None,
+    limit: int | None,
+    by_document: bool,
+    progress: Progress | None,
+    *,
+    saving: bool,
+) -> tuple[Sums, Differences, Counter[str], BaseWriter]:
+    """The sums over the text, the difference of each loss, how many documents were skipped and special tokens written, and what
+    the reference said, if it is saved."""
+    counts, sums, differences, said = Counter[str](), Sums(by_document), Differences(), BaseWriter()
+    sums.exact = isinstance(reference, Model) and all(engine.lm.served is None for engine in engines)
     for engine in engines:
         engine.on_logits, engine.top = None, TOP  # it holds the last logits of an attempt that ran out of memory
-    texts = tee(corpus.documents())  # an iterator can be read once; tee holds only what one model is ahead
+    texts = tee(corpus.documents(), len(engines))  # an iterator can be read once; tee holds only what one model is ahead
     read = [
         _read(engine, replace(corpus, documents=partial(iter, text)), tokens, limit, by_document, counted)
-        for engine, text, counted in zip(engines, texts, (counts, Counter[str]()), strict=True)
+        for engine, text, counted in zip(engines, texts, (counts, Counter[str]()), strict=False)
     ]
+    if isinstance(reference, Base):
+        read.append(reference.pieces())
     for ours, theirs in _aligned(*read):
-        sums.add(ours, *compare(ours, theirs, engines[0].lm, engines[1].lm))
+        if isinstance(reference, Base):
+            reference.check_piece(ours, theirs, corpus)
+        sums.add(ours, *compare(ours, theirs, engines[0].lm, reference))
         differences.add(ours, theirs)
+        if saving:
+            said.add(theirs)
         if progress is not None:
             progress(int(sums.total[TOKENS]), sums.nats, None)
-    return sums, differences, counts
+    return sums, differences, counts, said
 
 
 def _read(

@@ -7,6 +7,7 @@ compared one by one, and all others together as one (Kullback and Leibler 1951: 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from pytest_lmeval.engine._losses import LOGITS_AT_ONCE
 from pytest_lmeval.errors import NotFiniteError
 from pytest_lmeval.models._model import Model
+from pytest_lmeval.records._measured import Series
 from pytest_lmeval.records._metric import value_of
 from pytest_lmeval.records._value import Value
 from pytest_lmeval.scoring._loss_accumulator import BLOCK, add_to_blocks
@@ -102,7 +104,7 @@ def compare_top(ours: Piece, theirs: Piece) -> tuple[np.ndarray, float]:
     return rows, largest
 
 
-def compare(ours: Piece, theirs: Piece, lm: Model, reference: Model) -> tuple[np.ndarray, float]:
+def compare(ours: Piece, theirs: Piece, lm: Model, reference: Any) -> tuple[np.ndarray, float]:
     """Rows [n, COLUMNS] of single targets, and the largest difference of a log-probability, computed in blocks of targets."""
     if ours.logits is None or theirs.logits is None:
         return compare_top(ours, theirs)
@@ -132,6 +134,7 @@ class Sums:
     """Sums over all targets, and over documents or blocks of the stream.
 
     exact  all log-probabilities of both models are known, so that the KL is, and not only a bound
+    kl     of each target, for its percentiles
     """
 
     by_document: bool
@@ -141,11 +144,13 @@ class Sums:
     nats: float = 0.0
     block: int = BLOCK
     exact: bool = True
+    kl: list[np.ndarray] = field(default_factory=list)
 
     def add(self, piece: Piece, rows: np.ndarray, largest: float) -> None:
         self.total += rows.sum(axis=0)
         self.nats += float(piece.nll.sum())
         self.largest = max(self.largest, largest)
+        self.kl.append(rows[:, KL].astype(np.float32))
         if not self.by_document:
             self.block = add_to_blocks(self.units, self.block, piece.start, rows)
             return
@@ -161,6 +166,7 @@ def metrics_of(sums: Sums) -> dict[str, Value]:
     around_kl, around_difference, around_exp = ratio_intervals(units, ratios, consecutive=not sums.by_document)
     kl = "kl" if sums.exact else "kl_at_least"
     difference = value_of("nll_difference", sums.total[DIFFERENCE] / n, around_difference, n=n)
+    tail = {f"{kl}_{name}": value_of(f"{kl}_{name}", value, n=n) for name, value in _tail(sums).items()}
     return {
         "agreement": value_of("agreement", sums.total[SAME] / n, same, n=n),
         kl: value_of(kl, sums.total[KL] / n, around_kl, n=n),
@@ -168,4 +174,19 @@ def metrics_of(sums: Sums) -> dict[str, Value]:
         "perplexity_ratio": exponential(difference, "perplexity_ratio"),
         "mean_exp_difference": value_of("mean_exp_difference", sums.total[EXP] / n, around_exp, n=n),
         "largest_difference": value_of("largest_difference", sums.largest, n=n),
+        **tail,
     }
+
+
+def _tail(sums: Sums) -> dict[str, float]:
+    """The percentiles of the KL that so many targets tell, and the largest."""
+    kl = np.concatenate(sums.kl)
+    told = {f"p{percent}": percent for percent in (90, 95, 99) if len(kl) >= round(1000 / (100 - percent))}
+    return {name: float(np.percentile(kl, percent)) for name, percent in told.items()} | {"max": float(kl.max())}
+
+
+def series_of(sums: Sums) -> dict[str, Series]:
+    """The distribution of the KL over the targets."""
+    percents = [50.0, 75.0, 90.0, 95.0, 99.0, 99.9, 100.0]
+    values = np.percentile(np.concatenate(sums.kl), percents).tolist()
+    return {"kl_percentiles": Series(percents, values, "%", "nats", "KL of a token, by percentile")}

@@ -63,7 +63,7 @@ class Differences:
         self.sizes.append(size.astype(np.float32))
         self.offsets.append(ours.offsets.astype(np.int32))
 
-    def explained(self, lm: Model, reference: Model) -> dict[str, Any]:
+    def explained(self, lm: Model, reference: Any) -> dict[str, Any]:
         """The details of a record: the worst place with the text around it, the mean difference by position, and in words what
         the pattern points to; no words if the precision explains all."""
         if not self.sizes:
@@ -79,7 +79,7 @@ class Differences:
         return {"worst": worst, "difference_by_position": course, "explanation": words}
 
 
-def _pattern(sizes: np.ndarray, offsets: np.ndarray, lm: Model, reference: Model) -> list[str]:
+def _pattern(sizes: np.ndarray, offsets: np.ndarray, lm: Model, reference: Any) -> list[str]:
     """What the differences point to."""
     mean, exp = float(sizes.mean()), float(np.exp(np.minimum(sizes, 50.0)).mean())
     coarser = max(torch.finfo(one.dtype).eps for one in (lm, reference))
@@ -122,7 +122,7 @@ def _course(sizes: np.ndarray, offsets: np.ndarray) -> dict[str, float]:
     }
 
 
-def _templates(lm: Model, reference: Model) -> str:
+def _templates(lm: Model, reference: Any) -> str:
     """That a server's chat template writes another prompt than that of the tokenizer here, in words; empty if it does not, or
     does not tell."""
     for one, other in ((lm, reference), (reference, lm)):
