@@ -31,6 +31,7 @@ from .errors import (
     ProtocolError as ProtocolError,
     Refused as Refused,
     RegistryError as RegistryError,
+    ServerError as ServerError,
     SideError as SideError,
     SpecError as SpecError,
     StreamError as StreamError,
@@ -46,6 +47,7 @@ from .measures._efficiency import efficiency as efficiency
 from .measures._equivalence import equivalence as equivalence
 from .measures._latency import latency as latency
 from .measures._latency_grid import latency_grid as latency_grid
+from .measures._load_test import load_test as load_test
 from .measures._memory import memory as memory
 from .measures._perplexity import perplexity as perplexity
 from .measures._record import record as record

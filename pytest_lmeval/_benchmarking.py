@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pytest_lmeval.records._measured import Record
 
 OURS, PARTS = "lmeval", "parts"
-ROWS = ("prefill", "ttft", "itl", "decode", "chunk")  # parts that get a row
+ROWS = ("prefill", "ttft", "itl", "decode", "chunk", "request")  # parts that get a row
 WHOLE = ("e2e", "batch", "stream")  # pytest-benchmark has their row, if the test measured one thing
 COLUMNS = ("_mean", "_min", "_max", "_std")  # statistics that pytest-benchmark has columns for
 LONGEST = 100  # characters of a parameter: pytest-benchmark would write whole tensors

@@ -14,7 +14,7 @@ import pytest
 from pytest_lmeval.errors import LmevalError, nearest
 
 OPTIONS: dict[str, tuple[Any, str]] = {  # name -> (default, help)
-    "lm": (["demo"], "model to evaluate: demo, zoo:NAME, hf:ID_OR_FOLDER or module.path:callable (repeatable)"),
+    "lm": (["demo"], "model to evaluate: demo, zoo:NAME, hf:ID_OR_FOLDER, server:URL or module.path:callable (repeatable)"),
     "lmeval-device": ("auto", "auto, cpu, cuda, cuda:N or mps"),
     "lmeval-bits": ("", "precision of the weights where the spec names none: 32, 16, 8 or 4"),
     "lmeval-seq-len": ([], "sequence length of training and of speed tests (repeatable)"),
@@ -22,6 +22,7 @@ OPTIONS: dict[str, tuple[Any, str]] = {  # name -> (default, help)
     "lmeval-limit": ("", "examples of a task, documents of a corpus that is read by document"),
     "lmeval-tokens": ("", "tokens of a stream; 200k and 1M read too"),
     "lmeval-batch": ("", "rows of a batch of questions, 8 by default; auto: as many as fit into the memory"),
+    "lmeval-concurrency": ("", "requests to a server under way at once, 8 by default"),
     "lmeval-chat": ("auto", "ask tasks in turns, by the chat template of the model: auto (generated answers only), on or off"),
     "lmeval-chat-template-kwargs": ("", 'keywords of the chat template, as JSON: {"enable_thinking": false}'),
     "lmeval-profile": ("", "how hard to look for broken laws: dev, ci (the default where CI is set) or nightly"),
@@ -127,7 +128,7 @@ def budget(config: pytest.Config) -> int | None:
 
 def check(config: pytest.Config) -> None:
     """Raise UsageError, before tests are collected, for an option that makes no sense or names nothing that exists."""
-    for name in ("lmeval-limit", "lmeval-tokens"):
+    for name in ("lmeval-limit", "lmeval-tokens", "lmeval-concurrency"):
         count(config, name)
     for text in option(config, "lmeval-seq-len"):
         if not (str(text).isdigit() and int(text) > 0):

@@ -33,6 +33,7 @@ class Session:
     folder           for all output; None writes nothing
     profile, budget  how hard the probe of a model's laws searches, and for how many tokens beyond their floors
     batch            rows of a batch of questions; "auto": as many as fit; None: as many as the verb says
+    concurrency      requests to a server under way at once; None: as many as its client says
     chat             whether tasks are asked in turns: True, False or "auto"; with these `chat_template_kwargs`
     parallel         other tests run at the same time, so speed is not measured
     trusted          models that may run their own code
@@ -49,6 +50,7 @@ class Session:
     profile: str = ""
     budget: int | None = None
     batch: int | Literal["auto"] | None = None
+    concurrency: int | None = None
     chat: Literal["auto"] | bool = "auto"
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     parallel: bool = False
@@ -73,7 +75,8 @@ class Session:
         if spec in self.loaded:
             return self.loaded[spec]
         trust = spec.removeprefix("hf:").partition("@")[0] in self.trusted
-        model = load(spec, device=resolve_device(self.device), bits=self.bits, trust_remote_code=trust)
+        device = resolve_device(self.device)
+        model = load(spec, device=device, bits=self.bits, trust_remote_code=trust, concurrency=self.concurrency)
         if self.folder is not None:
             self.loaded[spec] = model
         return model

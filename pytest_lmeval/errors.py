@@ -7,7 +7,7 @@
     |- RegistryError (a LookupError too)
     |- SpecError (a ValueError too): ProtocolError, UnreadableError
     |- ModelError (a RuntimeError too): NotFiniteError, Refused, OutOfMemory, ChildFailed, TrainingError
-    |- HubError (a ConnectionError too)
+    |- HubError, ServerError (ConnectionErrors too)
     |- CorpusError, StreamError, TaskError, ProfilingError (ValueErrors too)
     |- DocumentError (a ValueError too): BaselineError
     |- LawBroken (an AssertionError too)
@@ -88,6 +88,14 @@ class TrainingError(ModelError):
 
 class HubError(LmevalError, ConnectionError):
     """The hub was not reached, or refused; `status` is that of its answer, 0 without one."""
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class ServerError(LmevalError, ConnectionError):
+    """A server of a model was not reached, or refused; `status` is that of its answer, 0 without one."""
 
     def __init__(self, message: str, status: int = 0) -> None:
         super().__init__(message)

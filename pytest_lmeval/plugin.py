@@ -263,6 +263,7 @@ def shared_session(config: pytest.Config) -> Session:
             profile=str(option(config, "lmeval-profile")),
             budget=budget(config),
             batch=batch(config),
+            concurrency=count(config, "lmeval-concurrency"),
             chat=chat(config),
             chat_template_kwargs=template_kwargs(config),
             seq_lens=tuple(map(int, option(config, "lmeval-seq-len"))),

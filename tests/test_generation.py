@@ -35,7 +35,7 @@ def say(tokenizer, ids, stop=(), judge=lambda text: None):
     seen = []
     lm = replace(LM, tokenizer=tokenizer, vocab_size=max(ids) + 1)
     prompt = Prompt([1], "row", max_tokens=len(ids), stop=stop)
-    (answer,), choose = begin_answers(lm, [prompt], lambda number, text: (seen.append(text), judge(text))[1])
+    (answer,), choose, _ = begin_answers(lm, [prompt], lambda number, text: (seen.append(text), judge(text))[1])
     for token in ids:
         logits = torch.zeros(1, lm.vocab_size)
         logits[0, token] = 1

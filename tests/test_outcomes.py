@@ -32,7 +32,7 @@ def say(*pieces, stop=(), thinking=THINK, thinks=False, eos=None, most=None, jud
     tokenizer = Script([*pieces, "<eos>"], eos=len(pieces))
     lm = replace(LM, tokenizer=tokenizer, vocab_size=len(pieces) + 1)
     prompt = Prompt([1], "row", most or len(pieces) + 1, stop, thinking=thinking, thinks=thinks)
-    (answer,), choose = begin_answers(lm, [prompt], None if judge is None else lambda number, text: judge(text))
+    (answer,), choose, _ = begin_answers(lm, [prompt], None if judge is None else lambda number, text: judge(text))
     for token in range(len(pieces) + 1):
         logits = torch.zeros(1, lm.vocab_size)
         logits[0, token] = 1

@@ -18,6 +18,7 @@ from pytest_lmeval.engine._memory import fitting_chunks, with_less, with_smaller
 from pytest_lmeval.engine._packed import Packed
 from pytest_lmeval.engine._policy import Policy, check, chunk_of, policy_for, refused, streaming_refused
 from pytest_lmeval.engine._results import Counts, Results, Scored
+from pytest_lmeval.engine._served import ServedReader, in_windows as served_windows, side_by_side as served_side_by_side
 from pytest_lmeval.engine._state_rows import selection
 from pytest_lmeval.engine._stream import Chunk, carried, in_windows, side_by_side
 from pytest_lmeval.engine._tokens import Source, Tokens, check_vocabulary, tokens_of
@@ -44,6 +45,7 @@ class Engine:
     executor   reads and continues sequences instead of the model; texts are still stepped here
     counts     cost of reading sequences so far
     less       what was reduced since memory is short, in words; empty if nothing was
+    top        most likely tokens that chunks of a served model hold with each target
 
     Raises Refused for a policy that asks for more than its certificate allows.
     """
@@ -59,7 +61,7 @@ class Engine:
         policy = policy_for(lm) if policy is None else policy
         self.lm, self.policy = lm, policy if lm.stateful else replace(policy, carry=False)
         self.on_logits, self.executor, self.counts = on_logits, executor, Counts()
-        self.asked, self.less = self.policy, ""
+        self.asked, self.less, self.top = self.policy, "", 0
         self._executors: dict[type, Executor] = {}
         self._step_shape = (1, 1)  # rows and tokens of the last step
         check(lm, self.policy)
@@ -150,6 +152,8 @@ class Engine:
         not finite, with its position, and Refused if the policy has no windows and does not carry the state.
         """
         pieces, windows = tokens_of(tokens, self.lm.codebooks), self.policy.windows
+        if windows is not None and self.lm.served is not None:
+            return served_windows(self, pieces, windows, position, window)
         if windows is not None:
             return in_windows(self, pieces, windows, state, position, window)
         if not self.policy.carry:
@@ -158,6 +162,8 @@ class Engine:
 
     def stream_rows(self, texts: Sequence[Tokens]) -> list[Chunk]:
         """Score short texts as rows of one padded batch, of fewer rows if memory runs out (see `_stream.side_by_side`)."""
+        if self.lm.served is not None:
+            return served_side_by_side(self, texts)
         chunks: list[Chunk] = []
         while left := texts[len(chunks) :]:
             rows = left[: self.policy.batch_size]
@@ -185,6 +191,8 @@ class Engine:
         return found
 
     def _score(self, requests: Sequence[Request], results: Results[Scored]) -> list[Scored]:
+        if self.lm.served is not None and self.executor is None:
+            return ServedReader(self).score(requests, results)
         return self._executor(self.policy.share).score(requests, results)
 
     def generate(
@@ -198,12 +206,15 @@ class Engine:
         of `score`.
         """
         self.refuse_unreadable(prompts)
-        answers, choose = begin_answers(self.lm, prompts, on_text)
+        answers, choose, take = begin_answers(self.lm, prompts, on_text)
 
         def attempt(part: Sequence[Answer], known: Results[Answer]) -> None:
             for number, answer in enumerate(part):
                 if number not in known.found:  # begun, perhaps, when memory ran out
                     answer.take(Answer(answer.prompt))
+            if self.lm.served is not None and self.executor is None:
+                ServedReader(self).generate(part, take, known)
+                return
             self._executor(self.policy.decode).generate(part, choose, known)
 
         for part, known in self._read_together(answers, Results() if results is None else results):
@@ -211,7 +222,8 @@ class Engine:
         for number, answer in enumerate(answers):
             if not answer.why:
                 raise StreamError(f"the executor left the answer to {answer.prompt.name} unfinished; it has to set `why`.")
-            if self.executor is not None and on_text is not None and answer.judged is None:  # it chose the tokens itself
+            whole = self.executor is not None or self.lm.served is not None  # who answers so has chosen the tokens itself
+            if whole and on_text is not None and answer.judged is None:
                 answer.judged = on_text(number, answer.text)
         return answers
 

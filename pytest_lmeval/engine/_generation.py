@@ -112,8 +112,9 @@ class Answer:
 
 def begin_answers(
     lm: Model, prompts: Sequence[Prompt], on_text: OnText | None
-) -> tuple[list[Answer], Callable[[Tensor, list[Answer]], None]]:
-    """An answer to each prompt, and a function that chooses the next token of b answers from logits [b, v]."""
+) -> tuple[list[Answer], Callable[[Tensor, list[Answer]], None], Callable[[Answer, int, float], None]]:
+    """An answer to each prompt; a function that chooses the next token of b answers from logits [b, v]; and one that takes a
+    token, of this log-probability, as the next one of an answer."""
     tokenizer: Any = lm.tokenizer
     if not hasattr(tokenizer, "decode"):
         raise TaskError(f"the tokenizer of {lm.spec} has no decode(ids) -> text, which makes texts of answers. Add the method.")
@@ -133,17 +134,27 @@ def begin_answers(
                 tokens[index] = _sample(logits[index], row.prompt, generators[id(row)])
         nll, _ = score(logits, torch.tensor(tokens, device=logits.device))
         for row, token, loss in zip(rows, tokens, nll.tolist(), strict=True):
-            number = numbers[id(row)]
-            if token in ends:
-                row.why = "end"
-            else:
-                _append(row, token, -loss, tokenizer, special)
-            if row.thinks:
-                row.why = row.why and "thinking"
-            if on_text is not None and (row.why or not row.thinks) and (judged := on_text(number, row.text)) is not None:
-                row.judged, row.why = judged, row.why or "judged"
+            take(row, token, -loss)
 
-    return answers, choose
+    def take(row: Answer, token: int, logprob: float) -> None:
+        number = numbers[id(row)]
+        if token in ends:
+            row.why = "end"
+        else:
+            _append(row, token, logprob, tokenizer, special)
+        if row.thinks:
+            row.why = row.why and "thinking"
+        if on_text is not None and (row.why or not row.thinks) and (judged := on_text(number, row.text)) is not None:
+            row.judged, row.why = judged, row.why or "judged"
+
+    return answers, choose, take
+
+
+def take_text(row: Answer, text: str) -> None:
+    """Take a text whose tokens are not known as the whole answer."""
+    row.decoded = text
+    if _read_text(row):
+        row.why = "stop"
 
 
 def _append(row: Answer, token: int, logprob: float, tokenizer: Any, special: Mapping[int, str]) -> None:

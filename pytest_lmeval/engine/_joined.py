@@ -91,9 +91,7 @@ class Joined:
         self._visit(reader, limits, [Branch(node, state, 0) for state, nodes in trees for node in nodes], batches, on_leaves)
         self.prefix_cache.end()
 
-    def _visit(
-        self, reader: NodeReader, limits: Limits, branches: list[Branch], batches: Batches, on_leaves: OnLeaves
-    ) -> None:
+    def _visit(self, reader: NodeReader, limits: Limits, branches: list[Branch], batches: Batches, on_leaves: OnLeaves) -> None:
         """Read trees, as many of them side by side as there is memory for the states of their nodes."""
         inner, _ = lanes([branch.node for branch in branches])
         longest = max((node.end for node in inner), default=0)
@@ -111,9 +109,7 @@ class Joined:
             below = [Branch(child, before, row) for node, before, row in branches for child in node.pushed()]
             self._visit(reader, limits, below, batches, on_leaves)
 
-    def _read(
-        self, reader: NodeReader, limits: Limits, branches: list[Branch], batches: Batches, on_leaves: OnLeaves
-    ) -> None:
+    def _read(self, reader: NodeReader, limits: Limits, branches: list[Branch], batches: Batches, on_leaves: OnLeaves) -> None:
         """Read trees side by side."""
         plan = planned(branches, limits, self.policy.call, self.policy.multiple, batches)
         nodes = [branch.node for branch in plan.forest]

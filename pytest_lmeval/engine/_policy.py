@@ -26,7 +26,9 @@ CALL = 46  # tokens that a call costs beside those it reads, as measured on a mo
 NOT_FOR_STREAMING = frozenset(
     {"rows", "fork", "resume", "size", "packed"}
 )  # laws that an uninterrupted stream of one row does not need
-FOR_EVERYTHING = frozenset({"causality", "repeat", "isolation", "sums"})  # laws without which every number is meaningless
+FOR_EVERYTHING = frozenset(
+    {"causality", "repeat", "isolation", "sums", "order", "cache"}
+)  # laws without which every number is meaningless; the last two are of servers
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,7 @@ def allowed_by(lm: Model, certificate: Certificate | None, batch_size: int = 8) 
     exact = lm.stateful and (single or not lacking(*core) or (fits and not lacking(*core - {"splits", "steps"})))
     no_carry = [] if exact or not lm.stateful else lacking(*sorted(core)) or [verdict]
     no_fork = lacking("fork", "prefix") if lm.stateful else []
-    no_rows = lacking("rows", "prefix")  # padding changes the length of a text
+    no_rows = lacking("rows", "prefix", "batch")  # padding changes the length of a text; the last one is of servers
     any_chunk = exact and not single and multiple is None
     denied = {
         "no state is carried": no_carry,

@@ -39,6 +39,7 @@ class Chunk:
     state        after the token before `end`; a further step may write to it
     window       where the chunk's window begins; 0 if the state is carried
     valid        [n, s] of frames: whether there was a code to predict; elsewhere nll is nan and rank -1
+    top          of a served model, where asked for: id -> log-probability of the most likely tokens at each target
     """
 
     start: int
@@ -51,6 +52,7 @@ class Chunk:
     state: State
     window: int = 0
     valid: np.ndarray | None = None
+    top: tuple[dict[int, float], ...] = ()
 
     @property
     def losses(self) -> np.ndarray:
@@ -67,7 +69,7 @@ def carried(engine: Engine, tokens: Iterable[Tokens], state: State, position: in
         chunk = _frames(engine, books, piece, state, start) if books else _tokens(engine, piece, state, start, len(piece) - 1)
         yield chunk
         state, start = chunk.state, chunk.end - 1
-    _refuse_empty(start == position == 0)
+    refuse_empty(start == position == 0)
 
 
 def in_windows(
@@ -82,7 +84,7 @@ def in_windows(
         raise StreamError(f"{engine.lm.spec} reads frames of codes: only with the state carried, not in windows.")
     known = window + windows.overlap if window else 0  # the last target scored by the windows before
     inside = position > window
-    for begin, piece in _windows(tokens, windows, window):
+    for begin, piece in windows_of(tokens, windows, window):
         start, state = (position, state) if inside else (begin, None)
         if inside and begin + len(piece) > position + 1:
             _check_state(engine, state, position - begin)
@@ -95,7 +97,7 @@ def in_windows(
                 yield chunk
             state, start = chunk.state, last
         known = begin + len(piece) - 1
-    _refuse_empty(not known)
+    refuse_empty(not known)
 
 
 def side_by_side(engine: Engine, texts: Sequence[Tokens]) -> list[Chunk]:
@@ -121,7 +123,7 @@ def _check_state(engine: Engine, state: State, seen: int) -> None:
         raise streaming_refused(engine.lm, engine.policy)
 
 
-def _windows(tokens: Iterable[Tokens], windows: Windows, start: int) -> Iterator[tuple[int, Tokens]]:
+def windows_of(tokens: Iterable[Tokens], windows: Windows, start: int) -> Iterator[tuple[int, Tokens]]:
     """The position of each window in the stream, and its tokens with the last target."""
     end, before = start, None
     for piece in overlapping(tokens, windows.size + 1, windows.overlap + 1):
@@ -175,7 +177,7 @@ def _step(engine: Engine, inputs: Tensor, state: State, fresh: int, before: int 
     return logits[..., :fresh, :], state
 
 
-def _refuse_empty(empty: bool) -> None:
+def refuse_empty(empty: bool) -> None:
     if empty:
         raise StreamError(
             "a stream of fewer than two tokens has nothing to score: the first token is only read (a first frame of codes is "

@@ -29,6 +29,7 @@ from pytest_lmeval.laws._run_probe import (
     run_probe,
     verdict_of,
 )
+from pytest_lmeval.laws._served import ServedTrial, nothing_tried
 from pytest_lmeval.laws._weights import copy_of, preserve_weights
 from pytest_lmeval.models._identity import facts
 from pytest_lmeval.models._model import Model, weights
@@ -125,18 +126,24 @@ def probe(
         derandomize=chosen.derandomize,
         drawn=Random(0) if chosen.derandomize else Random(),
     )
-    certificate, harness = _nothing_tried(lm), None
-    if plan.budget or budget is None:
+    certificate, harness, trial = _nothing_tried(lm), None, None
+    if lm.served is not None and budget != 0:
+        trial = ServedTrial(lm, length)
+        trial.run(progress)
+        certificate = trial.certificate()
+    elif plan.budget or budget is None:
         stores = CounterexampleStore(counterexamples), EvidenceStore(certificates, lm, length)
         certificate, harness = _probed(lm, plan, *stores, progress, say)
     state = certificate.state
     work = harness.work if harness else None
     record = Record(
         kind="equivalence",
-        subject="laws of streaming",
+        subject="laws of streaming" if trial is None else "laws of a server",
         lm=facts(lm),
         settings={"profile": profile, "examples": plan.examples, "budget": plan.budget},
-        details={}
+        details={"calls": trial.asked, "tokens": trial.tokens}
+        if trial is not None
+        else {}
         if work is None
         else {"calls": work.calls, "tokens": work.tokens, "work": work.cost, "reads": work.cost / (READ + CALL)},
         metrics=_metrics(certificate),
@@ -181,6 +188,8 @@ def _probed(
 
 def _nothing_tried(lm: Model) -> Certificate:
     missing = "a budget of 0 tries nothing; without --lmeval-budget every law is tried on its floor"
+    if lm.served is not None:
+        return nothing_tried(missing, lm.served.facts.dtype)
     laws = {name: LawResult(cases=0, missing=missing) for name, law in LAWS.items() if law.applies_to(lm)}
     return Certificate(verdict=UNPROVEN, dtype=str(lm.dtype).removeprefix("torch."), laws=laws)
 

@@ -53,6 +53,7 @@ class Lmeval:
         equivalence = staticmethod(public.equivalence)
         latency = staticmethod(public.latency)
         latency_grid = staticmethod(public.latency_grid)
+        load_test = staticmethod(public.load_test)
         memory = staticmethod(public.memory)
         perplexity = staticmethod(public.perplexity)
         record = staticmethod(public.record)

@@ -10,37 +10,36 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import tee
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from msgspec import structs
 from torch import Tensor
 
 from pytest_lmeval.data._corpus import Corpus
 from pytest_lmeval.data._tokens import as_corpus, notes_on, nothing_to_score, sequences
 from pytest_lmeval.engine import Engine, Policy, policy_for
-from pytest_lmeval.engine._losses import LOGITS_AT_ONCE
-from pytest_lmeval.engine._tokens import naming
-from pytest_lmeval.errors import NotFiniteError, SpecError
+from pytest_lmeval.engine._tokens import Tokens, naming
+from pytest_lmeval.errors import Refused, SpecError
+from pytest_lmeval.measures._agreement_base import PREFIX, About, Base, BaseWriter, read as read_base
+from pytest_lmeval.measures._agreement_sums import TOKENS, Piece, Sums, compare, metrics_of, series_of
 from pytest_lmeval.measures._context import current, verb
+from pytest_lmeval.measures._mismatch import Differences
 from pytest_lmeval.measures._text_reading import Progress
 from pytest_lmeval.models._failures import NoMemory, unless_full
 from pytest_lmeval.models._identity import facts, fingerprint, tokenizer_fingerprint
 from pytest_lmeval.models._model import Model
+from pytest_lmeval.models._served import refuse_scores
 from pytest_lmeval.records import _schema as schema
+from pytest_lmeval.records._certificate import Certificate
 from pytest_lmeval.records._measured import Cost, MetricValue, Record, Result
-from pytest_lmeval.records._metric import value_of
-from pytest_lmeval.records._value import Value
-from pytest_lmeval.scoring._loss_accumulator import BLOCK, add_to_blocks
-from pytest_lmeval.scoring._loss_metrics import exponential
-from pytest_lmeval.statistics._estimate import ratio_intervals
-from pytest_lmeval.statistics._proportion import wilson_of_sums
 
-TOKENS, SAME, KL, DIFFERENCE = range(4)  # columns of a row of sums
+LONGEST_WINDOW = 2048  # tokens of a window in which a served model and its reference read
+TOP = 8  # most likely tokens that a served model is asked for
 
 
 @verb
@@ -52,29 +51,54 @@ def agreement(
     tokens: int | None = None,
     limit: int | None = None,
     as_stream: bool | None = None,
+    window: int | None = None,
+    save: str | Path | None = None,
 ) -> AgreementResult:
     """Measure the agreement with `reference`, a model or a spec (see `measure_agreement` for the parameters).
 
-    The laws of both models are probed first, and each reads in chunks that are exact for it.
+    save       write what the reference says to this file. From then on it may be named in its place: reference="base:FILE"
+               reads no second model, and the text as the file was written; the KL is then a lower bound
+
+    The laws of both models are probed first, and each reads in chunks that are exact for it. If one of them is served, both
+    read the same windows, and where they disagree, `explanation` says what the pattern points to.
+
+    window  read in windows of so many tokens that do not overlap; by default only with a served model: as many as both read, at
+            most 2,048
     """
     context = current()
     corpus = context.corpus(corpus)
-    (model, certificate), (other, theirs) = context.certified(lm), context.certified(reference)
-    policy, their_policy = policy_for(model, certificate), policy_for(other, theirs)
+    model, certificate = context.certified(lm)
+    other: Model | Base
+    theirs: Certificate | None = None
+    if isinstance(reference, str) and reference.startswith(PREFIX):
+        other = read_base(Path(reference.removeprefix(PREFIX)).expanduser())
+        window = other.about.window if window is None else window
+    else:
+        other, theirs = context.certified(reference)
+        if window is None and any(one.served is not None for one in (model, other)):
+            window = min(LONGEST_WINDOW, *(one.limit or LONGEST_WINDOW for one in (model, other)))
+    cut: dict[str, Any] = {} if window is None else {"window": window, "overlap": 0}
+    policy = policy_for(model, certificate, **cut)
+    their_policy = None if isinstance(other, Base) else policy_for(other, theirs, **cut)
     settings: dict[str, Any] = {
         "tokens": tokens or context.session.tokens,
         "limit": context.session.limit if limit is None else limit,
         "as_stream": as_stream,
     }
-    about = [corpus.name, corpus.split, corpus.identity, tokenizer_fingerprint(model), fingerprint(other), other.limit]
-    key = context.key("agreement", model, settings, [*about, policy.reading, their_policy.reading])
-    if corpus.fingerprint and (finished := context.finished(key)) is not None:
+    if isinstance(other, Base):
+        settings = other.taken_over(settings)
+        who: list[Any] = [other.identity]
+    else:
+        who = [fingerprint(other), other.limit, policy_for(other, theirs, **cut).reading]
+    about = [corpus.name, corpus.split, corpus.identity, tokenizer_fingerprint(model), *who, policy.reading]
+    key = context.key("agreement", model, settings, about)
+    if corpus.fingerprint and save is None and (finished := context.finished(key)) is not None:
         return AgreementResult(finished)
     with context.session.progress(f"{model.spec} and {other.spec} read {corpus}") as progress:
         result = measure_agreement(
-            model, other, corpus, policy=policy, reference_policy=their_policy, **settings, progress=progress
+            model, other, corpus, policy=policy, reference_policy=their_policy, **settings, save=save, progress=progress
         )
-    details = {**result.record.details, "reference_verdict": theirs.verdict}
+    details = {**result.record.details, **({} if theirs is None else {"reference_verdict": theirs.verdict})}
     return context.recorded(key, replace(result, record=structs.replace(result.record, details=details)))
 
 
@@ -87,6 +111,11 @@ class AgreementResult(Result):
     """Fraction of positions where both have the same most likely token; of equally likely ones, the first counts."""
     kl = MetricValue()
     """Mean KL(reference || lm), nats a token."""
+    kl_at_least = MetricValue()
+    """A lower bound of the same where a served model, or a file, tells only the most likely tokens."""
+    mean_exp_difference = MetricValue()
+    """Mean of exp |difference of the log-probability of a target|: 1 if all are equal. Training by reinforcement on answers of
+    a server takes more than 1.05 for an alarm."""
     nll_difference = MetricValue()
     """Mean loss of the lm minus that of the reference, nats a token: above zero if the lm is worse."""
     perplexity_ratio = MetricValue()
@@ -94,10 +123,16 @@ class AgreementResult(Result):
     largest_difference = MetricValue()
     """Largest difference of a log-probability, over all positions and all tokens that both find possible, nats."""
 
+    @property
+    def explanation(self) -> list[str]:
+        """What the pattern of the differences points to, in words; empty if they are what the precision explains."""
+        found: list[str] = self.record.details.get("explanation", [])
+        return found
+
 
 def measure_agreement(
     lm: Model,
-    reference: Model,
+    reference: Model | Base,
     corpus: Corpus | str | Iterable[Any],
     *,
     policy: Policy | None = None,
@@ -105,15 +140,17 @@ def measure_agreement(
     tokens: int | None = None,
     limit: int | None = None,
     as_stream: bool | None = None,
+    save: str | Path | None = None,
     progress: Progress | None = None,
 ) -> AgreementResult:
-    """Read a corpus with both models and compare their predictions at each position.
+    """Read a corpus with both models, or with one and what a file says of the other, and compare their predictions.
 
     corpus     a `Corpus`, the name of one, or token ids (tensor, array, list, iterator of arrays)
     policy     how the lm reads it, and `reference_policy` how the reference does (see `engine.policy_for`)
     tokens     read so many tokens of the stream (of each document, if read by document)
     limit      read so many documents
     as_stream  read one stream, or document by document; by default what the corpus declares
+    save       write what the reference says to this file (see `_agreement_base`)
 
     If memory runs out, the model with the larger chunks reads smaller ones, from the beginning, and a note says so.
 
@@ -123,44 +160,71 @@ def measure_agreement(
     source = as_corpus(corpus)
     _refuse_incomparable(lm, reference, source)
     by_document = not (source.as_stream if as_stream is None else as_stream)
-    policies = [policy or policy_for(lm), reference_policy or policy_for(reference)]
-    engines = [Engine(model, chosen) for model, chosen in zip((lm, reference), policies, strict=True)]
+    engines = [Engine(lm, policy or policy_for(lm))]
+    if isinstance(reference, Model):
+        engines.append(Engine(reference, reference_policy or policy_for(reference)))
     began = time.perf_counter()
 
-    def read_both() -> tuple[_Sums, Counter[str]]:
-        return _read_both(engines, source, tokens, limit, by_document, progress)
+    def read_both() -> tuple[Sums, Differences, Counter[str], BaseWriter]:
+        return _read_both(engines, reference, source, tokens, limit, by_document, progress, saving=save is not None)
 
     once = not source.fingerprint  # may be given only once: an iterator
     while isinstance(read := read_both() if once else unless_full(read_both), NoMemory):  # a state may be changed in part
         max(engines, key=lambda engine: engine.chunk_size).take_smaller_chunks(read.wanted)
-    sums, counts = read
+    sums, differences, counts, said = read
     if not sums.units:
         raise nothing_to_score(source, counts["skipped"])
+    if isinstance(reference, Base):
+        reference.check_length(int(sums.total[TOKENS]), source)
     chosen = {"tokens": tokens, "limit": limit, "by_document": by_document, "data": source.fingerprint}
-    certificate = policies[0].certificate
+    certificate, reading = engines[0].asked.certificate, engines[0].asked.reading
+    their_reading = reference.about.reading if isinstance(reference, Base) else engines[1].asked.reading
+    found = differences.explained(lm, reference)
+    their_facts = reference.about.lm if isinstance(reference, Base) else facts(reference)
+    if save is not None and isinstance(reference, Model):
+        windows = engines[1].asked.windows
+        about = About(
+            lm=their_facts, tokenizer=tokenizer_fingerprint(reference), vocab_size=reference.vocab_size, corpus=str(source),
+            data=source.fingerprint, tokens=tokens, limit=limit, by_document=by_document,
+            window=None if windows is None else windows.size, reading=their_reading,
+        )  # fmt: skip
+        said.write(Path(save), about)
     record = Record(
         kind="agreement",
         subject=f"{source} with {reference.spec}",
         lm=facts(lm),
-        settings={"reference": schema.to_plain(facts(reference)), **chosen},
-        details={"read": policies[0].reading, "reference_read": policies[1].reading, **counts},
+        settings={"reference": schema.to_plain(their_facts), **chosen},
+        details={"read": reading, "reference_read": their_reading, **counts, **found},
         notes=[
             *notes_on(source, len(sums.units), counts["skipped"], counts["special_tokens"]),
             *(f"{engine.lm.spec}: {engine.less}" for engine in engines if engine.less),
+            *found["explanation"],
         ],
         example="document" if by_document else "block",
-        metrics=_metrics(sums),
+        metrics=metrics_of(sums),
         cost=Cost(seconds=time.perf_counter() - began, tokens=int(sums.total[TOKENS])),
-        certificate=None if certificate is None else structs.replace(certificate, chunking_used=policies[0].reading),
+        certificate=None if certificate is None else structs.replace(certificate, chunking_used=reading),
+        series=series_of(sums),
     )
     return AgreementResult(record)
 
 
-def _refuse_incomparable(lm: Model, reference: Model, corpus: Corpus) -> None:
+def _refuse_incomparable(lm: Model, reference: Model | Base, corpus: Corpus) -> None:
+    if isinstance(reference, Base):
+        reference.check_reader(lm, tokenized=corpus.tokenized)
+        return
     if lm.codebooks or reference.codebooks:
         raise SpecError(f"{(lm if lm.codebooks else reference).spec} reads frames of codes; agreement is about tokens.")
     advice = "so their predictions cannot be compared. Compare their bits per byte (lmeval.perplexity)"
-    if lm.vocab_size != reference.vocab_size:
+    served = [one for one in (lm, reference) if one.served is not None]
+    for one in served:
+        assert one.served is not None
+        refuse_scores(one.served, one.spec)
+        if one.served.facts.kind == "OpenAI-compatible":
+            raise Refused(
+                f"{one.spec} tells the texts of its most likely tokens, not their ids; agreement needs vLLM or SGLang."
+            )
+    if not served and lm.vocab_size != reference.vocab_size:  # a server tells that of its tokenizer
         raise SpecError(f"{lm.spec} has {lm.vocab_size:,} tokens and {reference.spec} has {reference.vocab_size:,}, {advice}.")
     if not corpus.tokenized and tokenizer_fingerprint(lm) != tokenizer_fingerprint(reference):
         encode = "have tokenizers that encode the same text differently"
@@ -168,42 +232,46 @@ def _refuse_incomparable(lm: Model, reference: Model, corpus: Corpus) -> None:
 
 
 def _read_both(
-    engines: list[Engine], corpus: Corpus, tokens: int | None, limit: int | None, by_document: bool, progress: Progress | None
-) -> tuple[_Sums, Counter[str]]:
-    """The sums over the text, and how many documents were skipped and special tokens written in it."""
-    counts, sums = Counter[str](), _Sums(by_document)
+    engines: list[Engine],
+    reference: Model | Base,
+    corpus: Corpus,
+    tokens: int | None,
+    limit: int | None,
+    by_document: bool,
+    progress: Progress | None,
+    *,
+    saving: bool,
+) -> tuple[Sums, Differences, Counter[str], BaseWriter]:
+    """The sums over the text, the difference of each loss, how many documents were skipped and special tokens written, and what
+    the reference said, if it is saved."""
+    counts, sums, differences, said = Counter[str](), Sums(by_document), Differences(), BaseWriter()
+    sums.exact = isinstance(reference, Model) and all(engine.lm.served is None for engine in engines)
     for engine in engines:
-        engine.on_logits = None  # it holds the last logits of an attempt that ran out of memory
-    texts = tee(corpus.documents())  # an iterator can be read once; tee holds only what one model is ahead
+        engine.on_logits, engine.top = None, TOP  # it holds the last logits of an attempt that ran out of memory
+    texts = tee(corpus.documents(), len(engines))  # an iterator can be read once; tee holds only what one model is ahead
     read = [
         _read(engine, replace(corpus, documents=partial(iter, text)), tokens, limit, by_document, counted)
-        for engine, text, counted in zip(engines, texts, (counts, Counter[str]()), strict=True)
+        for engine, text, counted in zip(engines, texts, (counts, Counter[str]()), strict=False)
     ]
+    if isinstance(reference, Base):
+        read.append(reference.pieces())
     for ours, theirs in _aligned(*read):
-        sums.add(ours, *_compare(ours, theirs, engines[0].lm, engines[1].lm))
+        if isinstance(reference, Base):
+            reference.check_piece(ours, theirs, corpus)
+        sums.add(ours, *compare(ours, theirs, engines[0].lm, reference))
+        differences.add(ours, theirs)
+        if saving:
+            said.add(theirs)
         if progress is not None:
             progress(int(sums.total[TOKENS]), sums.nats, None)
-    return sums, counts
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """The logits [n, v] and losses [n] of targets `start`, `start` + 1, ... of a document."""
-
-    document: int
-    start: int
-    logits: Tensor
-    nll: np.ndarray
-
-    def part(self, begin: int, end: int | None = None) -> _Piece:
-        return replace(self, start=self.start + begin, logits=self.logits[begin:end], nll=self.nll[begin:end])
+    return sums, differences, counts, said
 
 
 def _read(
     engine: Engine, corpus: Corpus, tokens: int | None, limit: int | None, by_document: bool, counts: Counter[str]
-) -> Iterator[_Piece]:
-    """Each chunk of one model, with the logits that it was scored from. Counts documents without a target as `skipped`, and
-    `special_tokens`."""
+) -> Iterator[Piece]:
+    """Each chunk of one model, with the logits or the likeliest tokens that it was scored from. Counts documents without a
+    target as `skipped`, and `special_tokens`."""
     last: deque[Tensor] = deque(maxlen=1)
     engine.on_logits = last.append
     for document, ids in enumerate(sequences(engine.lm, corpus, by_document=by_document, limit=limit, tokens=tokens)):
@@ -211,12 +279,33 @@ def _read(
             counts["skipped"] += 1
             continue
         with naming(f"{corpus}, document {document}" if by_document else str(corpus)):
-            for chunk in engine.stream(ids):
-                yield _Piece(document - counts["skipped"], chunk.start, last[0][0, -len(chunk.nll) :], chunk.nll)
+            held = _Held(ids)
+            for chunk in engine.stream(held):
+                logits = None if engine.lm.served is not None else last[0][0, -len(chunk.nll) :]
+                targets, offsets = held.take(chunk.start, chunk.end), np.arange(chunk.start, chunk.end) - chunk.window
+                yield Piece(document - counts["skipped"], chunk.start, targets, chunk.nll, logits, chunk.top, offsets)
         counts.update({"special_tokens": ids.special} if ids.special else ())
 
 
-def _aligned(ours: Iterator[_Piece], theirs: Iterator[_Piece]) -> Iterator[tuple[_Piece, _Piece]]:
+class _Held:
+    """The tokens of a text as they are read, of which those that are not taken yet are held."""
+
+    def __init__(self, tokens: Iterable[Tokens]) -> None:
+        self._tokens, self._ids, self._begin = tokens, np.empty(0, dtype=np.int64), 0
+
+    def __iter__(self) -> Iterator[Tokens]:
+        for part in self._tokens:
+            self._ids = np.concatenate([self._ids, part.ids])
+            yield part
+
+    def take(self, start: int, end: int) -> np.ndarray:
+        """The ids from `start` to `end`; those before them are dropped."""
+        found = self._ids[start - self._begin : end - self._begin]
+        self._ids, self._begin = self._ids[end - self._begin :], end
+        return found
+
+
+def _aligned(ours: Iterator[Piece], theirs: Iterator[Piece]) -> Iterator[tuple[Piece, Piece]]:
     """Pairs of pieces of the same targets, whatever the chunks of each model."""
     one, other = next(ours, None), next(theirs, None)
     while one is not None and other is not None:
@@ -224,65 +313,3 @@ def _aligned(ours: Iterator[_Piece], theirs: Iterator[_Piece]) -> Iterator[tuple
         yield one.part(0, count), other.part(0, count)
         one = one.part(count) if count < len(one.nll) else next(ours, None)
         other = other.part(count) if count < len(other.nll) else next(theirs, None)
-
-
-def _compare(ours: _Piece, theirs: _Piece, lm: Model, reference: Model) -> tuple[np.ndarray, float]:
-    """Rows [n, 4] of single targets, and the largest difference of a log-probability, computed in blocks of targets."""
-    block = max(1, LOGITS_AT_ONCE // lm.vocab_size)
-    device = ours.logits.device if ours.logits.device.type == "cuda" else torch.device("cpu")  # not all others have float64
-    rows, largest = np.ones((len(ours.nll), 4)), 0.0
-    rows[:, DIFFERENCE] = ours.nll - theirs.nll
-    for begin in range(0, len(rows), block):
-        q, p = (piece.logits[begin : begin + block].to(device) for piece in (ours, theirs))
-        rows[begin : begin + block, SAME] = (q.argmax(-1) == p.argmax(-1)).cpu().numpy()
-        log_q, log_p = q.double().log_softmax(-1), p.double().log_softmax(-1)
-        gap = log_p - log_q
-        kl = torch.where(log_p == -torch.inf, 0.0, log_p.exp() * gap)
-        rows[begin : begin + block, KL] = kl.sum(-1).cpu().numpy()
-        if not kl.isfinite().all():
-            row, token = (int(index) for index in (~kl.isfinite()).nonzero()[0])
-            raise NotFiniteError(
-                f"KL is not finite at token {ours.start + begin + row} of document {ours.document}: the log-probability of id "
-                f"{token} is {log_p[row, token]:.6g} in {reference.spec} and {log_q[row, token]:.6g} in {lm.spec}. Look "
-                "for an overflow, or a masked-out logit."
-            )
-        largest = max(largest, float(gap[(log_p > -torch.inf) & (log_q > -torch.inf)].abs().max()))
-    return rows, largest
-
-
-@dataclass
-class _Sums:
-    """Sums over all targets, and over documents or blocks of the stream."""
-
-    by_document: bool
-    units: list[np.ndarray] = field(default_factory=list)
-    total: np.ndarray = field(default_factory=lambda: np.zeros(4))
-    largest: float = 0.0
-    nats: float = 0.0
-    block: int = BLOCK
-
-    def add(self, piece: _Piece, rows: np.ndarray, largest: float) -> None:
-        self.total += rows.sum(axis=0)
-        self.nats += float(piece.nll.sum())
-        self.largest = max(self.largest, largest)
-        if not self.by_document:
-            self.block = add_to_blocks(self.units, self.block, piece.start, rows)
-            return
-        if piece.document == len(self.units):
-            self.units.append(np.zeros(4))
-        self.units[-1] += rows.sum(axis=0)
-
-
-def _metrics(sums: _Sums) -> dict[str, Value]:
-    units, n = np.array(sums.units), int(sums.total[TOKENS])
-    same = wilson_of_sums(units[:, [SAME, TOKENS]], consecutive=not sums.by_document)
-    ratios = [(KL, TOKENS), (DIFFERENCE, TOKENS)]
-    around_kl, around_difference = ratio_intervals(units, ratios, consecutive=not sums.by_document)
-    difference = value_of("nll_difference", sums.total[DIFFERENCE] / n, around_difference, n=n)
-    return {
-        "agreement": value_of("agreement", sums.total[SAME] / n, same, n=n),
-        "kl": value_of("kl", sums.total[KL] / n, around_kl, n=n),
-        "nll_difference": difference,
-        "perplexity_ratio": exponential(difference, "perplexity_ratio"),
-        "largest_difference": value_of("largest_difference", sums.largest, n=n),
-    }

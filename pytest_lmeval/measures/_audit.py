@@ -44,6 +44,8 @@ def law_broken(engine: Engine, law: str, ids: np.ndarray, cuts: Sequence[int], c
     from pytest_lmeval.laws import Case, Harness, check
 
     lm, most = engine.lm, engine.policy.longest
+    if lm.served is not None:  # there is no step to try a law on
+        return "  The server has other log-probabilities for the same tokens: try its laws with lmeval.equivalence(lm)."
     case, longest = Case(len(ids), tuple(cuts), **company), len(ids)
 
     def failure(harness: Harness, case: Case) -> LawBroken | None:

@@ -146,6 +146,10 @@ def _in_batches(engine: Engine, group: list[HeldDocument]) -> list[HeldDocument]
     short = [
         one for one in group if one.whole and 2 <= one.size <= longest + 1 and _is_in_vocabulary(one.tokens, lm.vocab_size)
     ]
+    if lm.served is not None:  # which is asked for each of them apart
+        for document in short if len(short) > 1 else ():
+            document.batch = short
+        return group
     for numbers in batches([one.size - 1 for one in short], policy.batch_size, longest, policy.call):
         batch = [short[number] for number in numbers]
         for document in batch if len(batch) > 1 else ():

@@ -91,8 +91,10 @@ def task(
         setting = Setting(model, shots, limit, context.session.mirror, may_run, say, in_turns, system)
         asked, shots = asked.prepare(setting), 0
     settings["shots"] = shots or 0
-    rows = batch_size or context.session.batch or BATCH
-    if rows == "auto":
+    rows = batch_size or context.session.batch or (BATCH if model.served is None else model.served.concurrency)
+    if rows == "auto" and model.served is not None:
+        rows = model.served.concurrency
+    elif rows == "auto":
         rows = _rows_that_fit(model, Asking(asked, **settings, data_dir=context.session.mirror))
     policy = policy_for(model, certificate, batch_size=rows, invariant=invariant)
     data = [asked.name, asked.style, asked.special_tokens, _rows_fingerprint(asked, context), tokenizer_fingerprint(model)]

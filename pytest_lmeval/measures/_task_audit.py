@@ -95,6 +95,14 @@ class TaskAudit:
         if self.engine.policy.certificate is None or self.engine.executor is not None:
             return
         alone = Engine(self.engine.lm, replace(self._alone, carry=self.engine.asked.carry))  # in pieces, if it has to be
+        if not self._readable:
+            told = [answered for answered in earlier if answered.prompt is not None]
+            shortest = min(told, key=lambda answered: len(answered.example.output or ""))
+            assert shortest.prompt is not None
+            if (now := alone.generate([shortest.prompt])[0].text) != shortest.example.output:
+                said = f"answered {shortest.example.output!r} to {shortest.prompt.name}, and now answers {now!r}"
+                raise Refused(f"{self.engine.lm.spec} {said}")
+            return
         if told := [answered for answered in earlier if answered.readings]:
             self._compare(min(told, key=lambda answered: max(len(request.ids) for request, _ in answered.readings)), alone)
             return
@@ -162,7 +170,13 @@ class TaskAudit:
         policy = self.engine.policy
         carried = policy.share if answered.example.choices else policy.decode
         other = carried or policy.batch_size > 1 or any(self._is_long(request) for request, _ in answered.readings)
-        return policy.certificate is not None and self.engine.executor is None and other
+        return policy.certificate is not None and self.engine.executor is None and self._readable and other
+
+    @property
+    def _readable(self) -> bool:
+        """Whether what was answered can be read again: some servers give no log-probabilities of a text."""
+        served = self.engine.lm.served
+        return served is None or not served.facts.no_scores
 
     def _work(self, examples: Sequence[Example]) -> float:
         counts = self.engine.counts
@@ -214,6 +228,8 @@ class TaskAudit:
         from pytest_lmeval.laws._tolerance import Reference, token_errors
 
         lm, ids, certificate = self.engine.lm, one.request.read, self.engine.policy.certificate
+        if lm.served is not None:
+            return f"\n{law_broken(self.engine, 'rows', ids, [1], 1)}"
         rounding = certificate.rounding if certificate is not None else None
         row = torch.from_numpy(ids[None]).to(lm.device)
         routed = record_routing(lambda: Engine(lm, self._alone).step(row), rows=1, row=0, sizes=[len(ids)])

@@ -31,6 +31,10 @@ PLAIN = (str, int, float, torch.dtype)  # bool is an int; isinstance is several 
 LOADED = ("name_or_path", "_name_or_path", "_commit_hash", "_is_hf_initialized")  # by transformers, from where: no settings
 NO_SETTINGS = frozenset(vars(nn.Module())) - {"training"} | {*LOADED}
 FUNCTIONS = (FunctionType, MethodType, partial)
+TOKENIZED = "".join(map(chr, (*range(32, 127), *range(192, 256), 0x3B1, 0x416, 0x5D0, 0x4F60, 0x1F600))) + (
+    " The the  the\n\t\tdef f():"
+)
+"""A text by which tokenizers are told apart."""
 ALWAYS_HASHED = 4096  # elements up to which hashing a tensor is as fast as checking whether it has changed
 
 DIGESTS = WeakCache[bytes]()  # by tensor
@@ -41,6 +45,9 @@ IDENTITIES = WeakCache[str]()  # random, by object that is no module and has no 
 def facts(model: Model) -> ModelFacts:
     """The facts of the model in a record: spec, size, precision, device and fingerprint."""
     digest, module, before = fingerprint(model), model.module, model.bytes_before
+    if (served := model.served) is not None:
+        dtype, plain = served.facts.dtype or "unknown", served.facts.plain
+        return ModelFacts(spec=model.spec, form=model.form, dtype=dtype, device="server", fingerprint=digest, server=plain)
     found, packed = None, False
     if module is not None:  # cached, since `precision` reads every packed value
         cached = PRECISIONS.value(module, lambda: precision(module, bytes_before=before), stamp=(digest, before))
@@ -243,9 +250,8 @@ def tokenizer_fingerprint(lm: Model) -> str:
     """A hash of how the tokenizer encodes a text with many kinds of characters, and of its special tokens."""
     if lm.tokenizer is None:
         return ""
-    characters = "".join(map(chr, (*range(32, 127), *range(192, 256), 0x3B1, 0x416, 0x5D0, 0x4F60, 0x1F600)))
     try:
-        encoded = [list(map(int, part)) for part in lm.tokenizer.encode(f"{characters} The the  the\n\t\tdef f():")]
+        encoded = [list(map(int, part)) for part in lm.tokenizer.encode(TOKENIZED)]
     except SpecError:
         return "none"
     special = [getattr(lm.tokenizer, name, None) for name in ("bos", "eos", "prefix")]

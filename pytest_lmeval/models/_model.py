@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from pytest_lmeval.errors import ModelError, SpecError
+from pytest_lmeval.models._served import Served
 from pytest_lmeval.models._tensors import rounds_activations
 
 State: TypeAlias = Any
@@ -259,6 +260,12 @@ class Model:
         found: Packing | None = getattr(self.step_fn, "packing", None)
         return found
 
+    @property
+    def served(self) -> Served | None:
+        """How sequences are scored and answered where there are no logits; None for a model that steps."""
+        found: Served | None = getattr(self.step_fn, "served", None)
+        return found
+
     def packed_step(
         self, input_ids: Tensor, state: State | None, positions: Tensor, visible: Tensor, wanted: Tensor, *, more: bool = False
     ) -> tuple[Tensor, State]:
@@ -295,7 +302,10 @@ class Model:
     @property
     def dtype(self) -> torch.dtype:
         """The coarsest precision that it computes in: that of the unpacked weights; bfloat16 if activations are rounded to
-        eight bits."""
+        eight bits. Of a served model, as the server tells; bfloat16 if it does not."""
+        if self.served is not None:
+            told: torch.dtype = getattr(torch, self.served.facts.dtype or "bfloat16", torch.bfloat16)
+            return told
         found = {torch.bfloat16 if rounds_activations(tensor) else tensor.dtype for tensor in weights(self.module)}
         floats = found & {torch.float64, torch.float32, torch.bfloat16, torch.float16}
         return max(floats, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)

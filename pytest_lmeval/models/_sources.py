@@ -3,12 +3,14 @@
     demo                       the shipped byte-level model
     zoo:NAME                   a reference model of this package
     hf:ID_OR_FOLDER            a transformers causal LM
+    server:URL                 the model behind an address (vLLM, SGLang, llama.cpp, OpenAI-compatible)
     package.module:callable    whatever the callable returns
 
 All but the last are functions in the registry (group `models`), called with the text behind the colon, if there is one, and
-with those of the keywords `spec`, `dtype` (the precision of the spec) and `trust_remote_code` that they have parameters for.
-They return a torch module, an object with `step`, a `Model`, or `Loaded`. A suffix @PRECISION sets that of the weights; the
-option compile=True, behind a comma, compiles the model.
+with those of the keywords `spec`, `dtype` (the precision of the spec), `trust_remote_code`, `concurrency` and the options of
+their specs that they have parameters for. They return a torch module, an object with `step`, a `Model`, or `Loaded`. A suffix
+@PRECISION sets that of the weights (of a server, it says which one it has); the option compile=True, behind a comma, compiles
+the model.
 """
 
 from __future__ import annotations
@@ -53,12 +55,20 @@ class Loaded:
     unused_weights: tuple[str, ...] = ()
 
 
-def load(spec: str, *, device: str | torch.device = "cpu", bits: int | None = None, trust_remote_code: bool = False) -> Model:
+def load(
+    spec: str,
+    *,
+    device: str | torch.device = "cpu",
+    bits: int | None = None,
+    trust_remote_code: bool = False,
+    concurrency: int | None = None,
+) -> Model:
     """Load the model that `spec` names, in eval mode, on `device`.
 
     device             auto, cpu, cuda, cuda:N or mps
     bits               the precision if the spec has no suffix: 32, 16 (bfloat16), 8 or 4
     trust_remote_code  lets a model from the hub run its own code; set it only for models that you know
+    concurrency        requests to a server at once
 
     Raises SpecError for an unknown spec, a precision that the model cannot have, and a model that cannot be compiled;
     RegistryError if two packages register it.
@@ -66,18 +76,22 @@ def load(spec: str, *, device: str | torch.device = "cpu", bits: int | None = No
     from pytest_lmeval.models._compiled import compiled
 
     parsed = specs.parse(spec, bits)
-    lm = _loaded(parsed, resolve_device(device) if isinstance(device, str) else device, trust_remote_code)
+    given = {"trust_remote_code": trust_remote_code, "concurrency": concurrency}
+    lm = _loaded(parsed, resolve_device(device) if isinstance(device, str) else device, given)
     backend = parsed.options.get("compile")
     return compiled(lm, backend) if backend else lm
 
 
-def _loaded(spec: specs.Spec, device: torch.device, trust_remote_code: bool) -> Model:
-    """The model of a spec, on the device, in its precision."""
+def _loaded(spec: specs.Spec, device: torch.device, given: dict[str, Any]) -> Model:
+    """The model of a spec, on the device, in its precision.
+
+    given  keywords for its source, beside those of the spec
+    """
     from pytest_lmeval.models import _precision as precision
 
     name, wanted, shown = spec.name, spec.precision, str(spec)
     dtype = precision.DTYPES.get(wanted)
-    found, source, has_dtype = _from_source(name, spec=shown, dtype=dtype, trust_remote_code=trust_remote_code)
+    found, source, has_dtype = _from_source(name, dtype, {"spec": shown, **given, **spec.options})
     loaded = found if isinstance(found, Loaded) else Loaded(found)
     module, before = loaded.module, loaded.bytes_before
     if isinstance(module, nn.Module):
@@ -86,7 +100,7 @@ def _loaded(spec: specs.Spec, device: torch.device, trust_remote_code: bool) -> 
             precision.refuse_kept(module, wanted, shown)  # loaded so, except what the source keeps in float32
         elif wanted:
             before = precision.convert(module, wanted, shown)
-    elif wanted:
+    elif wanted and not (isinstance(module, Model) and module.served is not None and has_dtype):
         raise SpecError(f"{shown}: the precision of {type(module).__name__} cannot be set, since it is no torch module.")
     if isinstance(module, Model):
         return replace(module, spec=shown, built_by=source)
@@ -161,12 +175,11 @@ def _own(module: nn.Module, wanted: str, spec: str) -> nn.Module:
     return module
 
 
-def _from_source(name: str, *, spec: str, dtype: torch.dtype | None, trust_remote_code: bool) -> tuple[Any, Any, bool]:
+def _from_source(name: str, dtype: torch.dtype | None, given: dict[str, Any]) -> tuple[Any, Any, bool]:
     """Call the registered or imported model source; return what it returns, itself, and whether it loaded in `dtype`."""
     if found := registry.resolve("models", name):
         source, rest = found
-        given = {"spec": spec, "trust_remote_code": trust_remote_code, **({} if dtype is None else {"dtype": dtype})}
-        options = registry.accepted(source, **given)
+        options = registry.accepted(source, **given, **({} if dtype is None else {"dtype": dtype}))
     else:
         source, rest, options = _imported(name), None, {}
     arguments = () if rest is None else (rest,)
@@ -174,7 +187,7 @@ def _from_source(name: str, *, spec: str, dtype: torch.dtype | None, trust_remot
         inspect.signature(source).bind(*arguments, **options)
     except TypeError as error:
         behind = "nothing behind a colon" if rest is None else f"the text {rest!r} behind the colon"
-        raise SpecError(f"{spec}: its model source cannot be called with {behind}: {error}.") from error
+        raise SpecError(f"{given['spec']}: its model source cannot be called with {behind}: {error}.") from error
     except ValueError:  # some functions written in C have no signature
         pass
     return source(*arguments, **options), source, "dtype" in options

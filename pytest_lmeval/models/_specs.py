@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from pytest_lmeval import registry
 from pytest_lmeval.errors import SpecError, nearest
@@ -34,8 +35,30 @@ def _backend(value: str) -> str:
     return value
 
 
-OPTIONS: dict[str, Callable[[str], Any]] = {"compile": _backend}
-"""The options of a spec, each with the function that reads its value, which raises ValueError with what to write."""
+def _text(value: str) -> str:
+    """A text that is not empty."""
+    if not value:
+        raise ValueError("give it a value")
+    return value
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of a spec.
+
+    read     reads its value; raises ValueError with what to write
+    sources  the model sources that take it, as a keyword of its name; empty: it is of every model
+    """
+
+    read: Callable[[str], Any]
+    sources: tuple[str, ...] = ()
+
+
+OPTIONS = {
+    "compile": Option(_backend),
+    "tokenizer": Option(_text, ("server",)),
+    "model": Option(_text, ("server",)),
+}
 
 
 @dataclass(frozen=True)
@@ -85,7 +108,7 @@ def parse(spec: str, bits: int | None = None) -> Spec:
         name, given = before, [(option, value), *given]
     if not _names_path(name):
         _refuse_misplaced(spec, name, given, precision)
-    return Spec(name, precision or (BITS[bits] if bits else ""), _options(spec, given), written)
+    return Spec(name, precision or (BITS[bits] if bits else ""), _options(spec, name, given), written)
 
 
 def _refuse_misplaced(spec: str, name: str, given: list[tuple[str, str]], precision: str) -> None:
@@ -101,17 +124,25 @@ def _refuse_misplaced(spec: str, name: str, given: list[tuple[str, str]], precis
         raise SpecError(f"{spec}: {last!r} is no option, which is written NAME=VALUE: {near[0]}=True.")
 
 
-def _options(spec: str, given: list[tuple[str, str]]) -> dict[str, Any]:
+def _options(spec: str, name: str, given: list[tuple[str, str]]) -> dict[str, Any]:
     """The values of the options, by name. Raises SpecError for one that is unknown, given twice, or has no such value."""
     found: dict[str, Any] = {}
+    source = name.partition(":")[0]
+    known = [option for option, one in OPTIONS.items() if not one.sources or source in one.sources]
     for option, value in given:
-        if option not in OPTIONS:
-            known = ", ".join(OPTIONS)
-            raise SpecError(f"{spec}: there is no option {option!r} of a model; there are: {known}.{nearest(option, OPTIONS)}")
+        if option not in known:
+            others = OPTIONS[option].sources if option in OPTIONS else ()
+            what = f"of {' or '.join(others)}, not of {source}" if others else "of a model"
+            there = (
+                f"there is no option {option!r} of a model; there are"
+                if not others
+                else f"the option {option!r} is {what}; it has"
+            )
+            raise SpecError(f"{spec}: {there}: {', '.join(known)}.{nearest(option, known)}")
         if option in found:
             raise SpecError(f"{spec}: the option {option} is given twice.")
         try:
-            found[option] = OPTIONS[option](value)
+            found[option] = OPTIONS[option].read(value)
         except ValueError as error:
             raise SpecError(f"{spec}: {option}={value} is no value of that option; {error}.") from None
     return found
@@ -128,6 +159,8 @@ def check(spec: str, folders: Iterable[Path] = ()) -> None:
     known = registry.names("models")
     if head == "hf":
         check_path(name, rest)
+    elif head == "server":
+        check_address(name, rest)
     elif name not in known and head not in known:
         if not is_module_path(name):
             raise unknown(name)
@@ -149,7 +182,7 @@ def unknown(name: str, also: str = "") -> SpecError:
         near = f" Did you mean hf:{name}?"
     return SpecError(
         f"unknown model spec {name!r}: no model source of this name is registered{also}.{near} A spec is demo, zoo:NAME, "
-        "hf:ID_OR_FOLDER or module.path:callable (`lmeval list models` shows all sources)."
+        "hf:ID_OR_FOLDER, server:URL or module.path:callable (`lmeval list models` shows all sources)."
     )
 
 
@@ -160,6 +193,15 @@ def check_path(spec: str, path: str) -> None:
     if not _exists(path) and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         looked = "" if path.startswith(("/", "~")) else f" (looked from {Path.cwd()})"
         raise SpecError(f"{spec}: there is no folder {path}{looked}.{nearest_folder(path)}")
+
+
+def check_address(spec: str, url: str) -> None:
+    """Raise SpecError for what is no address of a server, and for one with a user or password. The server is not asked."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise SpecError(f"{spec}: {url!r} is no address of a server; write server:http://HOST:PORT.")
+    if parts.username or parts.password:
+        raise SpecError("a server's address with a user or password would stand in reports; set LMEVAL_API_KEY to the key.")
 
 
 def nearest_folder(path: str) -> str:

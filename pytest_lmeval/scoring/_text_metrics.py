@@ -44,6 +44,8 @@ DECLARED = (  # perplexity, which tasks have too, is declared in `scoring._answe
     per_token("train_loss", headline=False, about="mean training loss since the last evaluation but one"),
     Metric("agreement", about="fraction of positions where both models have the same most likely token"),
     per_token("kl", about="mean of KL(reference || lm) over all positions"),
+    per_token("kl_at_least", about="lower bound of that mean, where a served model tells only its most likely tokens"),
+    lower("mean_exp_difference", about="mean of exp |difference of a target's log-probability|; more than 1.05 is an alarm"),
     per_token("nll_difference", about="mean loss minus that of the reference", margin=LOSS),
     lower("perplexity_ratio", about="perplexity over that of the reference", margin=LOSS),
     lower("largest_difference", "nats", about="of the log-probability of any token that both models find possible"),

@@ -1,0 +1,395 @@
+"""Put a server under load: times by the client's clock, tokens and good requests a second, and where more load stops helping.
+
+Requests are streamed. In an open loop a request counts from when it was due, so that a server that is late with one is not
+forgiven for those that wait behind it.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import median as median_of
+from typing import Any
+
+import numpy as np
+
+from pytest_lmeval.errors import ProfilingError, SpecError, nearest
+from pytest_lmeval.measures._context import current, verb_of
+from pytest_lmeval.models._identity import facts
+from pytest_lmeval.models._model import Model
+from pytest_lmeval.models._served import Served
+from pytest_lmeval.models._servers import _streamed as streamed
+from pytest_lmeval.profiling._cost_metrics import ENOUGH
+from pytest_lmeval.profiling._runner import Runner, Timed, check_counts
+from pytest_lmeval.profiling._samples import MILLISECONDS, median, spread
+from pytest_lmeval.records._measured import Cost, MetricValue, Record, Series
+from pytest_lmeval.records._metric import value_of
+from pytest_lmeval.records._value import Value
+from pytest_lmeval.statistics._paired import log_ratio
+from pytest_lmeval.statistics._proportion import wilson
+
+REQUESTS, PROMPT, NEW, WARM_UP, ROUNDS = 100, 128, 64, 4, 5
+TIMES = ("ttft", "itl", "tpot", "e2e")
+LATE, BUSY = 0.1, 0.8  # of the median time to first token; of a core: a client beyond them is the bottleneck
+SHOWN = 3  # errors that a record quotes
+
+
+@dataclass(frozen=True, repr=False)
+class LoadTestResult(Timed):
+    """Times in milliseconds, medians over the requests; rates over the whole load. Of several loads, those of the knee."""
+
+    ttft = MetricValue()
+    """From when a request was due to its first token."""
+    itl = MetricValue()
+    """Between tokens."""
+    tpot = MetricValue()
+    """Per output token after the first, of a request."""
+    e2e = MetricValue()
+    """From when a request was due to its last token."""
+    requests_per_second = MetricValue()
+    """Requests answered in a second."""
+    output_tokens_per_second = MetricValue()
+    """Tokens generated in a second, of all requests."""
+    goodput = MetricValue()
+    """Requests answered in a second that keep to the service level."""
+    failed = MetricValue("failed_requests")
+    """Fraction of the requests that failed."""
+    knee = MetricValue("load_knee")
+    """The smallest load that reaches nearly the best output rate of any load."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """How requests are sent: `size` of them under way at once, or, if `open`, `size` of them a second."""
+
+    size: float
+    open: bool
+
+    def __str__(self) -> str:
+        return f"{self.size:g} requests a second" if self.open else f"{self.size:g} at once"
+
+
+@dataclass(frozen=True)
+class Point:
+    """What one load did.
+
+    requests  in the order in which they were sent
+    busy      processor time of this process, over the time of the load
+    """
+
+    load: Load
+    requests: Sequence[streamed.Request]
+    busy: float
+
+    @property
+    def good(self) -> list[streamed.Request]:
+        return [request for request in self.requests if not request.error]
+
+    @property
+    def seconds(self) -> float:
+        """From the first request to the last token."""
+        return max(request.ended for request in self.requests) - min(request.due for request in self.requests)
+
+    @property
+    def output_rate(self) -> float:
+        return sum(request.tokens for request in self.good) / self.seconds
+
+    def samples(self) -> dict[str, list[float]]:
+        """Seconds by name."""
+        good = self.good
+        return {
+            "ttft": [request.ttft for request in good],
+            "itl": [gap for request in good for gap in request.gaps],
+            "tpot": [tpot for request in good if (tpot := request.tpot) is not None],
+            "e2e": [request.e2e for request in good],
+        }
+
+
+def measure_load_test(
+    lm: Model,
+    *,
+    rate: float | Sequence[float] | None = None,
+    concurrency: int | Sequence[int] | None = None,
+    requests: int = REQUESTS,
+    prompts: Sequence[str] | None = None,
+    prompt_tokens: int = PROMPT,
+    new_tokens: int = NEW,
+    warm_up: int = WARM_UP,
+    slo: Mapping[str, float] | None = None,
+    against: str | None = None,
+    rounds: int = ROUNDS,
+    seed: int = 0,
+    runner: Runner | None = None,
+) -> LoadTestResult:
+    """Send `requests` streaming requests to a served model, and time them.
+
+    rate           requests a second that are sent whatever is under way (open loop; gaps are exponential, drawn by `seed`), or
+                   several rates, one after the other
+    concurrency    requests under way at once, the next one sent as one ends (closed loop), or several numbers; by default 8
+    prompts        texts, taken in turn; by default `prompt_tokens` random tokens each, no two of which share a beginning
+    new_tokens     generated for each; servers that are known do not end before
+    warm_up        requests before, which do not count
+    slo            the service level: the most milliseconds of "ttft", "itl" (the mean of a request), "tpot" or "e2e"
+    against        another server, asked the same in turns, `rounds` times each: metrics `ttft_ratio` and so on, new / base,
+                   `lm` / `against`, with intervals from the pairs of rounds
+
+    Raises ProfilingError for a model that is not served, for a load that makes no sense, and where every request failed.
+    """
+    served = _served(lm)
+    loads = _loads(rate, concurrency)
+    check_counts(requests=requests, prompt_tokens=prompt_tokens, new_tokens=new_tokens, rounds=rounds)
+    slo = _objectives(slo or {})
+    runner = runner or Runner()
+    settings = {
+        "load": [str(load) for load in loads], "requests": requests, "prompt_tokens": None if prompts else prompt_tokens,
+        "prompts": len(prompts) if prompts else None, "new_tokens": new_tokens, "warm_up": warm_up,
+        "slo": dict(slo) or None, "against": against, "rounds": rounds if against else None, "seed": seed,
+    }  # fmt: skip
+    if runner.not_measured is not None:
+        return LoadTestResult(_record(lm, settings, str(loads[0]), {}, not_measured=runner.not_measured))
+    ask = partial(_asked, lm, served, prompts, prompt_tokens, new_tokens, seed)
+    if warm_up:
+        ask(Load(min(warm_up, 8), open=False), warm_up, -1)
+    points: list[Point] = []
+    runner.repeat(lambda: points.extend(ask(load, requests, number) for number, load in enumerate(loads)), 1)
+    point, knee = _at_the_knee(points[: len(loads)])
+    if not point.good:
+        errors = "; ".join(dict.fromkeys(request.error for request in point.requests))
+        raise ProfilingError(f"{lm.spec}: none of {len(point.requests)} requests was answered: {errors[:500]}.")
+    metrics = _values(point, slo) | knee
+    samples = point.samples()
+    details = _details(points[: len(loads)])
+    if against is not None:
+        metrics |= _raced(lm, against, loads[0], requests, prompts, prompt_tokens, new_tokens, seed, rounds)
+    record = _record(lm, settings, str(point.load), metrics, points=points[: len(loads)], slo=slo, details=details)
+    return LoadTestResult(record, {"request" if name == "e2e" else name: times for name, times in samples.items()})
+
+
+load_test = verb_of("load_test", measure_load_test)
+
+
+def _served(lm: Model) -> Served:
+    if lm.served is None or not hasattr(lm.served, "client"):
+        raise ProfilingError(
+            f"{lm.spec} is not behind an address, so no requests can be sent to it. Give server:URL, or measure the model "
+            "itself with lmeval.latency and lmeval.throughput."
+        )
+    return lm.served
+
+
+def _loads(rate: float | Sequence[float] | None, concurrency: int | Sequence[int] | None) -> list[Load]:
+    if rate is not None and concurrency is not None:
+        raise ProfilingError("rate sends requests whatever is under way, and concurrency as others end: give one of both.")
+    given: Any = 8 if rate is None and concurrency is None else concurrency if rate is None else rate
+    sizes = [given] if isinstance(given, int | float) else list(given)
+    if not sizes or not all(isinstance(size, int | float) and 0 < size < math.inf for size in sizes):
+        raise ProfilingError(f"a load is a number above 0, or several; got {given!r}.")
+    if rate is None and any(size != int(size) for size in sizes):
+        raise ProfilingError(f"concurrency counts requests under way; got {given!r}.")
+    return [Load(size, open=rate is not None) for size in sorted(sizes)]
+
+
+def _objectives(slo: Mapping[str, float]) -> Mapping[str, float]:
+    for name, most in slo.items():
+        if name not in TIMES:
+            raise ProfilingError(f"slo names {name!r}.{nearest(name, TIMES)} A service level limits {', '.join(TIMES)}.")
+        if not 0 < most < math.inf:
+            raise ProfilingError(f"slo allows {most} ms of {name}; it is a time above 0, in milliseconds.")
+    return slo
+
+
+def _asked(
+    lm: Model,
+    served: Any,
+    prompts: Sequence[str] | None,
+    prompt_tokens: int,
+    new_tokens: int,
+    seed: int,
+    load: Load,
+    requests: int,
+    number: int,
+) -> Point:
+    """Send the requests of one load. `number` of the load: each has prompts of its own, so that none is in a cache."""
+    if prompts:
+        texts: list[Any] = [prompts[index % len(prompts)] for index in range(requests)]
+    else:
+        generator = np.random.default_rng([seed, number + 1])
+        texts = generator.integers(0, lm.vocab_size, (requests, prompt_tokens)).tolist()
+        if served.facts.text_only:
+            texts = [str(getattr(lm.tokenizer, "decode")(ids)) for ids in texts]  # noqa: B009 - not every tokenizer has it
+    payloads = [streamed.payload_of(served.facts, text, new_tokens) for text in texts]
+    gaps = np.random.default_rng([seed, number + 1, 1]).exponential(1 / load.size, requests)
+    moments = (np.cumsum(gaps) - gaps[0]).tolist()
+
+    async def work() -> list[streamed.Request]:
+        async with served.client.connections(None) as http:
+            if load.open:
+                return await streamed.open_loop(http, payloads, moments)
+            return await streamed.closed_loop(http, payloads, int(load.size))
+
+    collecting = gc.isenabled()
+    gc.disable()
+    began, processor = time.perf_counter(), time.process_time()
+    try:
+        found = served.client.run(work())
+    finally:
+        if collecting:
+            gc.enable()
+    return Point(load, found, (time.process_time() - processor) / (time.perf_counter() - began))
+
+
+def _at_the_knee(points: Sequence[Point]) -> tuple[Point, dict[str, Value]]:
+    """The point that counts, and of several the load of the knee."""
+    if len(points) == 1:
+        return points[0], {}
+    enough = ENOUGH * max(point.output_rate for point in points)
+    found = next(point for point in points if point.output_rate >= enough)
+    return found, {"load_knee": value_of("load_knee", found.load.size, n=len(points), unit=_unit(found.load))}
+
+
+def _unit(load: Load) -> str:
+    return "requests/s" if load.open else "requests"
+
+
+def _values(point: Point, slo: Mapping[str, float]) -> dict[str, Value]:
+    samples, count, seconds = point.samples(), len(point.requests), point.seconds
+    found = {
+        name: median(name, times, runs=len(point.good) if name != "itl" or _even(point) else None)
+        for name, times in samples.items()
+        if times
+    }
+    for name, times in samples.items():
+        found |= spread(name, times) if times else {}
+    within = [not request.error and _keeps(request, slo) for request in point.requests]
+    low, high = wilson(within) or (0.0, 1.0)
+    rate = count / seconds
+    found |= {
+        "requests_per_second": value_of("requests_per_second", len(point.good) / seconds, n=len(point.good)),
+        "output_tokens_per_second": value_of("output_tokens_per_second", point.output_rate, n=len(point.good)),
+        "failed_requests": value_of(
+            "failed_requests", 1 - len(point.good) / count, wilson([bool(one.error) for one in point.requests]), n=count
+        ),
+        "client_busy": value_of("client_busy", point.busy, n=count),
+    }
+    if slo:
+        found["goodput"] = value_of("goodput", sum(within) / seconds, (low * rate, high * rate), n=count)
+    return found
+
+
+def _even(point: Point) -> bool:
+    """Whether all answers have the same number of gaps."""
+    return len({len(request.gaps) for request in point.good}) == 1
+
+
+def _keeps(request: streamed.Request, slo: Mapping[str, float]) -> bool:
+    gaps = request.gaps
+    times = {"ttft": request.ttft, "e2e": request.e2e, "tpot": request.tpot, "itl": sum(gaps) / len(gaps) if gaps else None}
+    return all((time := times[name]) is None or MILLISECONDS * time <= most for name, most in slo.items())
+
+
+def _details(points: Sequence[Point]) -> dict[str, Any]:
+    errors = [request.error for point in points for request in point.requests if request.error]
+    return {
+        "tokens_generated": sum(request.tokens for point in points for request in point.good),
+        "late_ms": max(MILLISECONDS * (request.sent - request.due) for point in points for request in point.requests),
+        **({"errors": list(dict.fromkeys(errors))[:SHOWN]} if errors else {}),
+    }
+
+
+def _record(
+    lm: Model,
+    settings: dict[str, Any],
+    load: str,
+    metrics: dict[str, Value],
+    *,
+    points: Sequence[Point] = (),
+    slo: Mapping[str, float] | None = None,
+    details: dict[str, Any] | None = None,
+    not_measured: str | None = None,
+) -> Record:
+    notes = []
+    for point in points:
+        first = median_of([request.ttft for request in point.good] or [math.inf])
+        late = float(np.quantile([request.sent - request.due for request in point.requests], 0.95))
+        if late > LATE * first or point.busy > BUSY:
+            notes.append(
+                f"at {point.load} this client was the bottleneck: requests were sent up to {MILLISECONDS * late:.3g} ms late, "
+                f"and it took {point.busy:.0%} of a core"
+            )
+    if details and (errors := details.get("errors")):
+        notes.append(f"failed: {'; '.join(errors)}")
+    return Record(
+        kind="load_test",
+        subject=f"{load}, {settings['new_tokens']} tokens",
+        lm=facts(lm),
+        settings=settings,
+        details=details or {},
+        notes=notes,
+        not_measured=not_measured,
+        metrics=metrics,
+        cost=Cost(
+            seconds=sum(point.seconds for point in points), tokens=sum(one.tokens for point in points for one in point.good)
+        ),
+        series=_series(points, slo or {}) if len(points) > 1 else {},
+    )
+
+
+def _series(points: Sequence[Point], slo: Mapping[str, float]) -> dict[str, Series]:
+    """Curves over the load."""
+    x, unit = [point.load.size for point in points], _unit(points[0].load)
+    answered = [point for point in points if point.good]
+    loads = [point.load.size for point in answered]
+    found = {
+        "output_by_load": Series(x, [point.output_rate for point in points], unit, "tokens/s", "Output by load", "x"),
+        "ttft_by_load": Series(
+            loads, [MILLISECONDS * median_of(point.samples()["ttft"]) for point in answered], unit, "ms",
+            "Time to first token by load", "xy",
+        ),
+    }  # fmt: skip
+    if slo:
+        good = [sum(not one.error and _keeps(one, slo) for one in point.requests) / point.seconds for point in points]
+        found["goodput_by_load"] = Series(x, good, unit, "requests/s", "Requests within the service level, by load", "x")
+    return found
+
+
+def _raced(
+    lm: Model,
+    against: str,
+    load: Load,
+    requests: int,
+    prompts: Sequence[str] | None,
+    prompt_tokens: int,
+    new_tokens: int,
+    seed: int,
+    rounds: int,
+) -> dict[str, Value]:
+    """Ratios of two servers, asked in turns: what disturbs the machine disturbs both of a pair."""
+    try:
+        other = current().model(against)
+    except SpecError as error:
+        raise ProfilingError(f"against={against!r} is no server: {error}") from error
+    sides = {"base": other, "new": lm}
+    found: dict[str, dict[str, list[float]]] = {who: {} for who in sides}
+    for number in range(rounds):
+        order = list(sides) if number % 2 else list(sides)[::-1]
+        for who in order:
+            side = sides[who]
+            share = max(1, requests // rounds)
+            point = _asked(side, _served(side), prompts, prompt_tokens, new_tokens, seed, load, share, 100 + number)
+            if not point.good:
+                raise ProfilingError(f"{side.spec}: no request of round {number + 1} was answered: {point.requests[0].error}.")
+            values = {name: median_of(times) for name, times in point.samples().items() if times}
+            for name, value in (values | {"output_tokens_per_second": point.output_rate}).items():
+                found[who].setdefault(name, []).append(value)
+    ratios = {}
+    for name in found["new"].keys() & found["base"].keys():
+        if len(found["new"][name]) == len(found["base"][name]) == rounds:
+            difference = log_ratio(found["base"][name], found["new"][name])
+            low, high = difference.low, difference.high
+            bounds = None if low is None or high is None else (math.exp(low), math.exp(high))
+            ratios[f"{name}_ratio"] = value_of(f"{name}_ratio", math.exp(difference.value), bounds, n=rounds)
+    return dict(sorted(ratios.items()))

@@ -1,0 +1,253 @@
+"""`server:URL`: a model behind an address, which is asked over HTTP: vLLM, SGLang, llama.cpp, or any OpenAI-compatible server.
+
+The address is asked what it is. Token ids are sent wherever the server takes them, so that what is scored is what was encoded
+here. Each answer is checked before it counts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+import torch
+
+from pytest_lmeval.errors import HubError, LmevalError, ModelError, SpecError, StreamError, described, nearest, some
+from pytest_lmeval.models import _specs as specs
+from pytest_lmeval.models._identity import TOKENIZED
+from pytest_lmeval.models._model import Bytes, Model
+from pytest_lmeval.models._served import Asking, Scoring, ServedAnswer, ServerFacts, TokenScores, checked, no_step
+from pytest_lmeval.models._servers import _llama_cpp, _openai, _sglang, _vllm
+from pytest_lmeval.models._servers._client import Client
+from pytest_lmeval.models._servers._kind import Kind
+
+T = TypeVar("T")
+SPARE = 2  # tokens of a sequence that a request needs beside those read: the last target, and one that has to be generated
+
+
+@dataclass
+class HttpServed:
+    """A server of some kind, and its client.
+
+    template  what its chat template makes of messages: ids or a text; None: not known
+    """
+
+    client: Client
+    kind: Kind
+    spec: str
+    _names: list[str] = field(default_factory=list)
+
+    @property
+    def facts(self) -> ServerFacts:
+        return self.kind.facts
+
+    @property
+    def concurrency(self) -> int:
+        return self.client.concurrency
+
+    def score(self, asked: Sequence[Scoring], done: Callable[[int, TokenScores], None], *, at_once: int | None = None) -> None:
+        for one in asked:
+            self._refuse_long(len(one.ids) + 1)
+
+        def read(number: int, answer: Any) -> None:
+            one = asked[number]
+            done(number, checked(self._read(lambda: self.kind.scores(one, answer), answer), one, self.spec))
+
+        self.client.each([self.kind.scoring(one) for one in asked], read, at_once=at_once)
+
+    def answer(self, asked: Sequence[Asking], done: Callable[[int, ServedAnswer], None], *, at_once: int | None = None) -> None:
+        for one in asked:
+            self._refuse_long(len(one.ids) + one.max_tokens)
+
+        def read(number: int, answer: Any) -> None:
+            found = self._read(lambda: self.kind.answered(asked[number], answer), answer)
+            if found.ids is not None and len(found.ids) > asked[number].max_tokens:
+                raise ModelError(
+                    f"{self.spec} generated {len(found.ids)} tokens where at most {asked[number].max_tokens} were asked for."
+                )
+            done(number, found)
+
+        self.client.each([self.kind.asking(one) for one in asked], read, at_once=at_once)
+
+    def tokenized(self, text: str) -> list[int] | None:
+        """The ids of a text by the server's own tokenizer; None if it cannot be asked."""
+        job = self.kind.tokenizing(text)
+        answer = None if job is None else self.client.post(*job, missing=True)
+        return list(map(int, answer["tokens"])) if isinstance(answer, dict) and isinstance(answer.get("tokens"), list) else None
+
+    def templated(self, messages: Sequence[dict[str, str]]) -> list[int] | str | None:
+        """The prompt that the server's chat template makes of messages, as ids or as a text; None if it cannot be asked."""
+        job = self.kind.templating(messages)
+        answer = None if job is None else self.client.post(*job, missing=True)
+        if not isinstance(answer, dict):
+            return None
+        return list(map(int, answer["tokens"])) if "tokens" in answer else answer.get("prompt")
+
+    def _refuse_long(self, tokens: int) -> None:
+        if self.facts.longest is not None and tokens > self.facts.longest:
+            raise StreamError(
+                f"{self.spec} reads at most {self.facts.longest:,} tokens, those that it generates included, and {tokens:,} "
+                "were asked for. Shorten the prompt or the answer, or serve it with a larger context."
+            )
+
+    def _read(self, read: Callable[[], T], answer: Any) -> T:
+        """What `read` makes of an answer. Raises ModelError for one of another model, or of another form."""
+        named = answer.get("model") if isinstance(answer, dict) else None
+        if named and named not in (self.facts.model, *self._names):
+            raise ModelError(
+                f"{self.spec}: an answer came from the model {named!r}, and {self.facts.model!r} was asked. Is a router behind "
+                "the address? Give the address of one server, or the name of one model: model=NAME."
+            )
+        try:
+            return read()
+        except LmevalError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise ModelError(
+                f"{self.spec} ({self.facts}) gave an answer that is none to what was asked ({described(error)}): "
+                f"{json.dumps(answer)[:300]}. It is not used: numbers read from it would be of something else."
+            ) from error
+
+
+def load(
+    url: str,
+    *,
+    spec: str,
+    tokenizer: str = "",
+    model: str = "",
+    dtype: torch.dtype | None = None,
+    concurrency: int | None = None,
+    trust_remote_code: bool = False,
+) -> Model:
+    """The model behind an address.
+
+    tokenizer  a folder or hub id, or "bytes"; by default that which the server names
+    model      the name of one of several models that it serves
+    dtype      the precision that it computes in, where it does not tell
+
+    Raises SpecError for an address that names no server, another model behind it, or another tokenizer, and ServerError if it
+    cannot be reached.
+    """
+    specs.check_address(spec, url)
+    base = url.rstrip("/").removesuffix("/v1")
+    client = Client(base, spec, concurrency)
+    chosen, names = _chosen(client, model, spec)
+    name = tokenizer or _tokenizer_of(chosen, spec)
+    encoder, size = _tokenizer(name, spec, trust_remote_code)
+    told = "" if dtype is None else str(dtype).removeprefix("torch.")
+    owner = str(chosen.get("owned_by", "")).lower()
+    found: Kind
+    if owner == "vllm" or (owner not in ("sglang", "llamacpp") and (client.get("/version") or {}).get("version")):
+        found = _vllm.find(client, chosen, told)
+    elif owner == "sglang" or client.get("/get_model_info"):
+        found = _sglang.find(client, chosen, told)
+    elif owner == "llamacpp" or "default_generation_settings" in (client.get("/props") or {}):
+        found = _llama_cpp.find(client, chosen, told)
+    else:
+        found = _openai.find(client, chosen, told, encoder, _openai.text_of(encoder, spec))
+    if told and found.facts.dtype not in ("", told):
+        raise SpecError(f"{spec} says that the server computes in {told}, and {found.facts} says {found.facts.dtype}.")
+    served = HttpServed(client, found, spec, names)
+    _check_tokenizer(served, encoder, name)
+    return served_model(served, spec, encoder, size, f"{base} {found.facts} {found.facts.model} {told}")
+
+
+def served_model(served: Any, spec: str, tokenizer: Any, vocab_size: int, identity: str) -> Model:
+    """The model that a server serves."""
+    longest = served.facts.longest
+    return Model(
+        no_step(served, spec),
+        spec,
+        form=f"served by {served.facts}",
+        stateful=False,
+        vocab_size=vocab_size,
+        tokenizer=tokenizer,
+        context_length=None if longest is None else max(1, longest - SPARE),
+        source=SimpleNamespace(fingerprint=identity),
+    )
+
+
+def _chosen(client: Client, model: str, spec: str) -> tuple[dict[str, Any], list[str]]:
+    """What the server says of the model, and its other names. Raises SpecError unless it is there."""
+    listed = client.get("/v1/models")
+    found = (
+        [one for one in (listed or {}).get("data", []) if isinstance(one, dict) and "id" in one]
+        if isinstance(listed, dict)
+        else []
+    )
+    if not found:
+        raise SpecError(f"{spec}: {client.url}/v1/models lists no model, so this is no server of language models.")
+    names = [str(one["id"]) for one in found]
+    if model and model not in names:
+        raise SpecError(
+            f"{spec} asks for the model {model!r}, and {client.url} serves {some(names)}.{nearest(model, names)} Numbers would "
+            "be of another model."
+        )
+    bases = [one for one in found if not one.get("parent")]
+    if not model and len(bases) != 1:
+        raise SpecError(f"{spec}: {client.url} serves {some(names)}; say which: server:{client.url},model={names[0]}.")
+    chosen = found[names.index(model)] if model else bases[0]
+    aliases = chosen.get("aliases")
+    return chosen, list(map(str, aliases)) if isinstance(aliases, list) else []
+
+
+def _tokenizer_of(model: dict[str, Any], spec: str) -> str:
+    """The tokenizer that the server names: the folder of its model, where this machine has it, or its hub id."""
+    for named in (model.get("root"), model.get("id")):
+        if isinstance(named, str) and (Path(named).is_dir() or (named.count("/") == 1 and not named.startswith((".", "/")))):
+            return named
+    raise SpecError(
+        f"{spec} needs the tokenizer of {model['id']!r}, which this machine does not have under that name: "
+        f"{spec},tokenizer=FOLDER (the model's folder or hub id)."
+    )
+
+
+def _tokenizer(name: str, spec: str, trust_remote_code: bool) -> tuple[Any, int]:
+    """The tokenizer of a name, and the size of the vocabulary."""
+    if name == "bytes":
+        return Bytes(), 256
+    from pytest_lmeval.models import _huggingface as huggingface
+    from pytest_lmeval.models._hub import HubCall
+
+    try:
+        import transformers
+
+        with HubCall():
+            options = {"trust_remote_code": trust_remote_code}
+            own = transformers.AutoTokenizer.from_pretrained(str(Path(name).expanduser()), **options)
+    except ImportError as error:
+        raise SpecError(f"the tokenizer of {spec} needs transformers: pip install 'pytest-lmeval[hf]'") from error
+    except Exception as error:
+        kind = "" if isinstance(error, HubError) else " Give the folder of the model: tokenizer=FOLDER."
+        raise SpecError(f"{spec}: its tokenizer {name!r} could not be loaded: {described(error)}.{kind}") from error
+    encoder = huggingface.HFTokenizer(own, name)
+    folder = Path(name).expanduser()
+    named = _json(folder / "generation_config.json").get("eos_token_id")
+    ends = (encoder.eos, *named) if isinstance(named, list) else (encoder.eos, named)
+    encoder.ends = tuple(dict.fromkeys(end for end in ends if isinstance(end, int)))
+    size = _json(folder / "config.json").get("vocab_size")
+    return encoder, size if isinstance(size, int) else len(own)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _check_tokenizer(served: HttpServed, tokenizer: Any, name: str) -> None:
+    """Raise SpecError if the server's own tokenizer encodes a text otherwise."""
+    theirs, ours = served.tokenized(TOKENIZED), list(map(int, tokenizer.encode(TOKENIZED)[0]))
+    if theirs is None or theirs == ours:
+        return
+    at = next((at for at, (one, own) in enumerate(zip(theirs, ours, strict=False)) if one != own), min(len(theirs), len(ours)))
+    raise SpecError(
+        f"{served.spec}: the tokenizer {name!r} is not that of {served.facts.model!r}: a text is {len(ours)} tokens here and "
+        f"{len(theirs)} there, and differs from token {at} on ({ours[at : at + 3]} and {theirs[at : at + 3]}). Ids would mean "
+        "other words: give the tokenizer of the model, tokenizer=FOLDER."
+    )
