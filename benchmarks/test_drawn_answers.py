@@ -111,7 +111,7 @@ def answered(load_lm):
     for spec, heat in (("", 0.8), ("@int4", 0.8), ("", 1.6)):
         temperature[0] = heat
         lm = load_lm(f"hf:{REAL['model']}{spec}")
-        certificate = equivalence(lm, budget=0).certificate
+        certificate = equivalence(lm).certificate
         task = Task("arc", rows, ask, score=says_it, repeats=ANSWERS, most_cut_off=1)
         result = measure_task(lm, task, policy=policy_for(lm, certificate, batch_size=16))
         scores = np.array([example.scores["score"] for example in result.examples], dtype=int)

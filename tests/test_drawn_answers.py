@@ -4,12 +4,17 @@ import itertools
 import json
 import math
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, strategies as st
+from reading import measure_task
+from stub_server import StubServer
+from tiny_models import Functional
 
-from pytest_lmeval import task  # noqa: F401 - loads torch, which a run in this process would forget and cannot load twice
+from pytest_lmeval import Generate, Task, as_model, load
 from pytest_lmeval.__main__ import main
 from pytest_lmeval.gates._baseline import read
 from pytest_lmeval.statistics._drawn import answers_needed, between_runs, dealt_again, drawn_difference
@@ -110,6 +115,28 @@ def test_without_two_answers_to_any_question_nothing_is_known_about_chance():
     assert answers_needed(found, 0.01, (1, 1)) is None
     with pytest.raises(ValueError, match="without an answer"):
         drawn_difference([[1], []], [[1], [0]])
+
+
+class Fickle(StubServer):
+    """A server whose logits are never the same."""
+
+    def logprobs(self, ids):
+        found = super().logprobs(ids)
+        return torch.log_softmax(found + 2 * torch.rand(found.shape, generator=self.generator), -1)
+
+
+@pytest.mark.parametrize("kind", [Fickle, StubServer])
+def test_a_server_that_does_not_repeat_itself_is_asked_again_even_at_temperature_0(kind):
+    """A model here answers the same, and is asked once."""
+    lm = as_model(Functional(vocab=256))
+    task = Task("t", [{"n": n} for n in range(8)], lambda row: Generate(f"{row['n']}", ("x",), max_tokens=6), repeats=3)
+    task = replace(task, score=lambda row, answer: (len(set(answer)) % 3) / 2, most_cut_off=1)
+    with kind(lm) as server:
+        result = measure_task(load(server.spec), task)
+    assert result.record.details["answers"] == 24
+    spread = result.record.details["between_runs"]["score"]
+    assert (spread > 0) is (kind is Fickle)
+    assert "between_runs" not in measure_task(lm, task).record.details
 
 
 MODEL = """

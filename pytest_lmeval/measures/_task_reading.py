@@ -117,7 +117,7 @@ class Asking:
                 own = identity_of(task, row, where)
                 task.check(question, metrics, where)
                 one = encoder.encode(question, task.description, shots.questions(row, own), id=own, number=number)
-                drawn = isinstance(question, Generate) and question.temperature > 0
+                drawn = isinstance(question, Generate) and (question.temperature > 0 or lm.served is not None)
                 one = one if task.score is None else replace(one, row=guarded(row))
                 yield from one.repeated(task.repeats if drawn else 1)
 
