@@ -88,7 +88,7 @@ def test_more_answers_find_a_smaller_loss(lmeval, answers):
 
 
 REAL = {name: os.environ.get(f"LMEVAL_REAL_{name.upper()}") for name in ("model", "data")}
-QUESTIONS, ANSWERS = 40, 16
+QUESTIONS, ANSWERS, SHOWN = 40, 16, 3
 
 
 @pytest.fixture(scope="module")
@@ -97,22 +97,28 @@ def answered(load_lm):
     if not all(REAL.values()):
         pytest.skip("LMEVAL_REAL_MODEL and LMEVAL_REAL_DATA name a real model and real rows")
     arc = find("arc_easy")
-    rows = [row for row, _ in zip(arc.rows.read(REAL["data"]), range(QUESTIONS), strict=False)]
+    rows = [row for row, _ in zip(arc.rows.read(REAL["data"]), range(QUESTIONS + SHOWN), strict=False)]
+
+    def right(row):
+        return row["choices"]["text"][row["choices"]["label"].index(row["answerKey"])]
+
+    def prompt(row):
+        return f"Question: {row['question']}\nChoices: {', '.join(row['choices']['text'])}\nAnswer:"
+
+    shown = "".join(f"{prompt(row)} {right(row)}\n\n" for row in rows[QUESTIONS:])
 
     def ask(row):
-        right = row["choices"]["text"][row["choices"]["label"].index(row["answerKey"])]
-        prompt = f"Question: {row['question']}\nChoices: {', '.join(row['choices']['text'])}\nAnswer:"
-        return Generate(prompt, (right,), max_tokens=8, stop=("\n",), temperature=temperature[0])
+        return Generate(shown + prompt(row), (right(row),), max_tokens=8, stop=("\n",), temperature=temperature[0])
 
     def says_it(row, output):
-        return row["choices"]["text"][row["choices"]["label"].index(row["answerKey"])].lower() in output.lower()
+        return right(row).lower() in output.lower()
 
     temperature, found = [0.8], {}
     for spec, heat in (("", 0.8), ("@int4", 0.8), ("", 1.6)):
         temperature[0] = heat
         lm = load_lm(f"hf:{REAL['model']}{spec}")
         certificate = equivalence(lm).certificate
-        task = Task("arc", rows, ask, score=says_it, repeats=ANSWERS, most_cut_off=1)
+        task = Task("arc", rows[:QUESTIONS], ask, score=says_it, repeats=ANSWERS, most_cut_off=1)
         result = measure_task(lm, task, policy=policy_for(lm, certificate, batch_size=16))
         scores = np.array([example.scores["score"] for example in result.examples], dtype=int)
         found[spec, heat] = scores.reshape(QUESTIONS, ANSWERS)
