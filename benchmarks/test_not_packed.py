@@ -1,4 +1,4 @@
-"""What models that cannot pack take, beside lm_eval: calls, tokens and processor time.
+"""Compare calls, tokens and processor time of models that cannot pack with those of lm_eval.
 
     LMEVAL_REAL_MODEL=FOLDER LMEVAL_REAL_DATA=MIRROR pytest benchmarks/test_not_packed.py
 

@@ -53,7 +53,9 @@ sizes = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 12)), min_size=1, 
 
 @pytest.mark.parametrize("lm", [RECURRENT, GROWING], ids=["recurrent", "growing"])
 @settings(max_examples=25)
-@given(sizes, st.sampled_from([0, 5, 60]), st.sampled_from([0.0, 0.8]), st.sampled_from([1, 32]), st.integers(1, 4), st.booleans())
+@given(
+    sizes, st.sampled_from([0, 5, 60]), st.sampled_from([0.0, 0.8]), st.sampled_from([1, 32]), st.integers(1, 4), st.booleans()
+)
 def test_answers_side_by_side_are_those_of_one_at_a_time(lm, sizes, shots, temperature, call, batch_size, stop):
     prompts = prompts_of(sizes, shots, temperature=temperature)
     prompts = stopping(lm, prompts) if stop else prompts

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 
 from pytest_lmeval.engine._batches import Limits
-from pytest_lmeval.engine._executor import TURNS, Choose, NodeReader, answer_batch, limits_of, padded_batches
+from pytest_lmeval.engine._executor import TURNS, Choose, NodeReader, answer_batch, padded_batches, with_states
 from pytest_lmeval.engine._generation import Answer
 from pytest_lmeval.engine._lanes import Branch, cheapest_steps, lanes, planned
 from pytest_lmeval.engine._levels import Batches
@@ -47,7 +47,7 @@ class Joined:
         self._select = select
 
     def score(self, requests: Sequence[Request], results: Results[Scored]) -> list[Scored]:
-        reader, limits = NodeReader(self.engine, requests, results), limits_of(self.engine, requests)
+        reader, limits = NodeReader(self.engine, requests, results), with_states(self.engine, requests)
 
         def batches(leaves: Sequence[Node], begun: bool, call: int) -> list[list[int]]:
             return padded_batches(leaves, limits, self.engine, call)
@@ -60,7 +60,7 @@ class Joined:
 
     def generate(self, answers: Sequence[Answer], choose: Choose, results: Results[Answer]) -> None:
         prompts = [Request(answer.prompt.ids, len(answer.prompt.ids)) for answer in answers]
-        reader, limits = NodeReader(self.engine, prompts, Results()), limits_of(self.engine, prompts)
+        reader, limits = NodeReader(self.engine, prompts, Results()), with_states(self.engine, prompts)
         rows = self.policy.batch_size
 
         def groups(leaves: Sequence[Node], begun: bool, call: int) -> list[list[int]]:
@@ -91,9 +91,7 @@ class Joined:
         self._visit(reader, limits, [Branch(node, state, 0) for state, nodes in trees for node in nodes], batches, on_leaves)
         self.prefix_cache.end()
 
-    def _visit(
-        self, reader: NodeReader, limits: Limits, branches: list[Branch], batches: Batches, on_leaves: OnLeaves
-    ) -> None:
+    def _visit(self, reader: NodeReader, limits: Limits, branches: list[Branch], batches: Batches, on_leaves: OnLeaves) -> None:
         """Read trees, as many of them side by side as there is memory for the states of their nodes."""
         inner, _ = lanes([branch.node for branch in branches])
         longest = max((node.end for node in inner), default=0)
@@ -111,9 +109,7 @@ class Joined:
             below = [Branch(child, before, row) for node, before, row in branches for child in node.pushed()]
             self._visit(reader, limits, below, batches, on_leaves)
 
-    def _read(
-        self, reader: NodeReader, limits: Limits, branches: list[Branch], batches: Batches, on_leaves: OnLeaves
-    ) -> None:
+    def _read(self, reader: NodeReader, limits: Limits, branches: list[Branch], batches: Batches, on_leaves: OnLeaves) -> None:
         """Read trees side by side."""
         plan = planned(branches, limits, self.policy.call, self.policy.multiple, batches)
         nodes = [branch.node for branch in plan.forest]

@@ -19,7 +19,13 @@ from pytest_lmeval.engine._levels import Batches
 from pytest_lmeval.engine._results import NOTHING_READ, Deferred
 from pytest_lmeval.engine._tree import Node
 
-CUTS = ((2, 1 / 8), (4, 1 / 8), (16, 1 / 8), (1, 1), (1, inf))  # nodes end at multiples of this, and save more than this of a call
+CUTS = (
+    (2, 1 / 8),
+    (4, 1 / 8),
+    (16, 1 / 8),
+    (1, 1),
+    (1, inf),
+)  # nodes end at multiples of this, and save more than this of a call
 Piece: TypeAlias = "Callable[[int], int]"
 """(tokens that a lane has left) -> how many of them are read next."""
 
@@ -79,7 +85,9 @@ def planned(branches: Sequence[Branch], limits: Limits, call: int, multiple: int
         roots = [branch.node for branch in forest]
         inner, parents = lanes(roots)
         begun = {id(branch.node): branch.begun for branch in forest}
-        steps = cheapest_steps([len(node.ids) for node in inner], parents, [begun.get(id(node), True) for node in inner], limits)
+        steps = cheapest_steps(
+            [len(node.ids) for node in inner], parents, [begun.get(id(node), True) for node in inner], limits
+        )
         leaves = [node for node in _nodes(roots) if not node.children]
         continued = [[node for node in leaves if begun.get(id(node), True) == one] for one in (True, False)]
         found = zip(continued, (True, False), strict=True)
@@ -102,9 +110,7 @@ def _nodes(roots: Sequence[Node]) -> Iterator[Node]:
         waiting += reversed(node.children)
 
 
-def cheapest_steps(
-    lengths: Sequence[int], parents: Sequence[int | None], begun: Sequence[bool], limits: Limits
-) -> list[Step]:
+def cheapest_steps(lengths: Sequence[int], parents: Sequence[int | None], begun: Sequence[bool], limits: Limits) -> list[Step]:
     """The fewest steps found that read lanes of these lengths to their ends.
 
     parents  of each lane, the number of the one that has to be read before it

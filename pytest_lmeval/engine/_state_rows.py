@@ -28,7 +28,6 @@ ROUNDING = 64  # tolerance for a row read in a batch: units in the last place of
 MARGIN = 8  # the tolerance is at most the difference of two rows over this: low precision must not hide a wrong row
 
 
-
 @dataclass(frozen=True)
 class Selection:
     """Copies rows of states: `select(state, [0, 0, 2])`.
