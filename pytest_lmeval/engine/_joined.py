@@ -1,7 +1,7 @@
 """Read prefix trees of a model whose states all have one shape, as recurrent ones have: rows at any positions form a batch.
 
-All nodes that others continue are read side by side (`_lanes`), then the leaves, padded on the right. Answers are generated side
-by side too: as one ends, the next prompt takes its row (continuous batching).
+All nodes that others continue are read side by side (`_lanes`), then the leaves, padded on the right. Answers are generated
+side by side too: as one ends, the next prompt takes its row (continuous batching).
 """
 
 from __future__ import annotations
