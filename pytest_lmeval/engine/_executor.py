@@ -18,6 +18,7 @@ from pytest_lmeval.engine._batches import Limits, padded_parts
 from pytest_lmeval.engine._generation import Answer
 from pytest_lmeval.engine._losses import score
 from pytest_lmeval.engine._memory import most_logits, row_bytes
+from pytest_lmeval.engine._policy import Policy
 from pytest_lmeval.engine._results import NOTHING_READ, Deferred, Results, Scored
 from pytest_lmeval.engine._tree import Node, Request, Span, tree
 from pytest_lmeval.models._model import State
@@ -123,12 +124,21 @@ class NodeReader:
             last += end - begin
 
 
-def limits_of(engine: Engine, requests: Sequence[Request]) -> Limits:
+def limits_of(policy: Policy, requests: Sequence[Request]) -> Limits:
     """The most of a block that a call may read: as many tokens as its longest sequences in a whole batch, in more rows if they
-    are short, whose states fit."""
-    policy, longest = engine.policy, max((len(request.read) for request in requests), default=1)
-    held = STATES_BUDGET // max(1, row_bytes(engine.lm, longest))
-    return Limits(max(1, min(policy.short_rows, held)), policy.batch_size * longest)
+    are short."""
+    return Limits(policy.short_rows, policy.batch_size * _longest(requests))
+
+
+def with_states(engine: Engine, requests: Sequence[Request]) -> Limits:
+    """The same of rows that continue states, which have to fit."""
+    limits = limits_of(engine.policy, requests)
+    held = STATES_BUDGET // max(1, row_bytes(engine.lm, _longest(requests)))
+    return limits._replace(rows=max(1, min(limits.rows, held)))
+
+
+def _longest(requests: Sequence[Request]) -> int:
+    return max((len(request.read) for request in requests), default=1)
 
 
 def padded_batches(nodes: Sequence[Node], limits: Limits, engine: Engine, call: int) -> list[list[int]]:
@@ -155,7 +165,7 @@ class Whole:
     def score(self, requests: Sequence[Request], results: Results[Scored]) -> list[Scored]:
         reader, engine = NodeReader(self.engine, requests, results), self.engine
         leaves = tree(requests, step=inf)
-        for batch in padded_batches(leaves, limits_of(engine, requests), engine, engine.policy.call):
+        for batch in padded_batches(leaves, limits_of(engine.policy, requests), engine, engine.policy.call):
             reader.read_padded([leaves[number] for number in batch], NOTHING_READ)
         return reader.scored
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 
 from pytest_lmeval.engine._batches import Limits
-from pytest_lmeval.engine._executor import Choose, NodeReader, answer_batch, limits_of, padded_batches
+from pytest_lmeval.engine._executor import Choose, NodeReader, answer_batch, limits_of, padded_batches, with_states
 from pytest_lmeval.engine._generation import Answer
 from pytest_lmeval.engine._levels import Batches, Branches, Level, Reading, planned
 from pytest_lmeval.engine._prefix_cache import Keep, PrefixCache
@@ -40,8 +40,8 @@ class Forked:
         self._step = 0 if self.policy.share else inf
 
     def score(self, requests: Sequence[Request], results: Results[Scored]) -> list[Scored]:
-        reader, limits = NodeReader(self.engine, requests, results), limits_of(self.engine, requests)
-        side_by_side = self._divisible(limits)
+        reader, limits = NodeReader(self.engine, requests, results), limits_of(self.policy, requests)
+        side_by_side = self._divisible(requests)
 
         def batches(leaves: Sequence[Node], begun: bool, call: int) -> list[list[int]]:
             return padded_batches(leaves, side_by_side if begun else limits, self.engine, call)
@@ -54,7 +54,7 @@ class Forked:
 
     def generate(self, answers: Sequence[Answer], choose: Choose, results: Results[Answer]) -> None:
         prompts = [Request(answer.prompt.ids, len(answer.prompt.ids)) for answer in answers]
-        reader, limits = NodeReader(self.engine, prompts, Results()), self._divisible(limits_of(self.engine, prompts))
+        reader, limits = NodeReader(self.engine, prompts, Results()), self._divisible(prompts)
         size = min(self.policy.batch_size, limits.rows)
 
         def batches(leaves: Sequence[Node], begun: bool, call: int) -> list[list[int]]:
@@ -75,8 +75,9 @@ class Forked:
     def _reading(self, inner: Limits, leaves: Limits, calls: int, batches: Batches) -> Reading:
         return Reading(inner, leaves, self.policy.call, calls, self.policy.multiple, batches)
 
-    def _divisible(self, limits: Limits) -> Limits:
+    def _divisible(self, requests: Sequence[Request]) -> Limits:
         """The limits of batches whose rows continue a state."""
+        limits = with_states(self.engine, requests)
         return limits if self._select is not None else limits._replace(rows=1)
 
     def _walk(self, reader: NodeReader, reading: Reading, on_leaves: OnLeaves) -> None:

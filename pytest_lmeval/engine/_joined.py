@@ -1,7 +1,7 @@
 """Read prefix trees of a model whose states all have one shape, as recurrent ones have: rows at any positions form a batch.
 
-All nodes that others continue are read side by side (`_lanes`), then the leaves, padded on the right. Answers are generated side
-by side too: as one ends, the next prompt takes its row (continuous batching).
+All nodes that others continue are read side by side (`_lanes`), then the leaves, padded on the right. Answers are generated
+side by side too: as one ends, the next prompt takes its row (continuous batching).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 
 from pytest_lmeval.engine._batches import Limits
-from pytest_lmeval.engine._executor import TURNS, Choose, NodeReader, answer_batch, limits_of, padded_batches
+from pytest_lmeval.engine._executor import TURNS, Choose, NodeReader, answer_batch, padded_batches, with_states
 from pytest_lmeval.engine._generation import Answer
 from pytest_lmeval.engine._lanes import Branch, cheapest_steps, lanes, planned
 from pytest_lmeval.engine._levels import Batches
@@ -47,7 +47,7 @@ class Joined:
         self._select = select
 
     def score(self, requests: Sequence[Request], results: Results[Scored]) -> list[Scored]:
-        reader, limits = NodeReader(self.engine, requests, results), limits_of(self.engine, requests)
+        reader, limits = NodeReader(self.engine, requests, results), with_states(self.engine, requests)
 
         def batches(leaves: Sequence[Node], begun: bool, call: int) -> list[list[int]]:
             return padded_batches(leaves, limits, self.engine, call)
@@ -60,7 +60,7 @@ class Joined:
 
     def generate(self, answers: Sequence[Answer], choose: Choose, results: Results[Answer]) -> None:
         prompts = [Request(answer.prompt.ids, len(answer.prompt.ids)) for answer in answers]
-        reader, limits = NodeReader(self.engine, prompts, Results()), limits_of(self.engine, prompts)
+        reader, limits = NodeReader(self.engine, prompts, Results()), with_states(self.engine, prompts)
         rows = self.policy.batch_size
 
         def groups(leaves: Sequence[Node], begun: bool, call: int) -> list[list[int]]:

@@ -1,7 +1,8 @@
 """Plan how trees are read whose states grow: rows of a batch have read the same number of tokens.
 
-Nodes that begin at one position are read up to the end of the shortest, those of similar lengths together. What a longer one has
-left is read again with each of its children, or in a step of its own. Each batch has leaves of its own, in calls of their own.
+Nodes that begin at one position are read up to the end of the shortest, those of similar lengths together. What a longer one
+has left is read again with each of its children, or in a step of its own. Each batch has leaves of its own, in calls of their
+own.
 """
 
 from __future__ import annotations

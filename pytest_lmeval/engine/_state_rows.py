@@ -132,8 +132,9 @@ def _joins(lm: Model, ids: Tensor, select: Selection) -> bool:
     try:
         with torch.no_grad():
             _, near = lm.step(ids[:, :READ])
-            for number, piece in enumerate(torch.split(far[:, :-2], PIECE, dim=1)):
-                _, later = lm.step(piece, later if number else None)
+            later: State = None
+            for piece in torch.split(far[:, :-2], PIECE, dim=1):
+                _, later = lm.step(piece, later)
                 if not _alike(near, later, select.axes):
                     return False
             parts = [(near, [2]), (later, [0]), (near, [0])]
