@@ -50,7 +50,8 @@ def main(options: argparse.Namespace) -> int:
     with replacing(FILE) as new:  # below the working folder, so that its ini file and its conftest.py count
         new.write_text(CODE)
     return subprocess.call(
-        [sys.executable, "-m", "pytest", "--tb=short", str(FILE), *given, *options.pytest], env=os.environ | asked
+        [sys.executable, "-m", "pytest", "--tb=short", "--show-capture=no", str(FILE), *given, *options.pytest],
+        env=os.environ | asked,
     )
 
 

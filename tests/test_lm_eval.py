@@ -65,6 +65,15 @@ def fails(doc, results):
         raise ZeroDivisionError("row of label 2")
     return {"acc": 1.0}
 
+def broken(dataset):
+    return 1 / 0
+
+def praise(doc, results):
+    return "very good"
+
+def marks(doc, results):
+    return {"acc": "good"}
+
 def some(doc, results):
     return {"seen": 1.0, "average": float("nan"), "unseen": (float("nan"), len(results))}
 
@@ -364,9 +373,14 @@ def test_a_loader_of_entry_points_finds_the_model_and_makes_it_of_its_arguments(
     [
         (CHOICES + "doc_to_image: image", "shows pictures or plays sounds, and tiny reads text"),
         (CHOICES + "unsafe_code: true", "--lmeval-trust-remote-code lm_eval:bad"),
-        (CHOICES.replace("{{question}}", "{{question | nothing}}"), "cannot be loaded .*nothing"),
-        (CHOICES + "metric_list: [{metric: no_such_metric}]", "cannot be loaded"),
+        (CHOICES.replace("{{question}}", "{{question | nothing}}"), "cannot be loaded .*nothing.*made it of its files"),
+        (CHOICES + "metric_list: [{metric: no_such_metric}]", "cannot be loaded .*no_such_metric.*Mend what the message names"),
         (CHOICES + "process_docs: !function utils.no_such", "no_such"),
+        (CHOICES + "process_docs: !function utils.broken", r"ZeroDivisionError: .* at .*utils.py, line \d+\)"),
+        (CHOICES + f"process_results: !function utils.praise\nmetric_list: [{{metric: acc, {MEAN}}}]",
+         r"row 0 \(.*\) was answered, .* returned 'very good', of type str: it is a dict by metric"),
+        (CHOICES + f"process_results: !function utils.marks\nmetric_list: [{{metric: acc, {MEAN}}}]",
+         r"row 0 \(.*\) was answered, .* returned 'good' as acc, which is averaged: it is a number"),
         (CHOICES.replace("doc_to_choice: choices", "doc_to_choice: !function utils.few"), "row 3 cannot be asked: .*only 3"),
         (CHOICES + f"process_results: !function utils.fails\nmetric_list: [{{metric: acc, {MEAN}}}]",
          r"row 2 \(.*\) was answered, and its filters or its scores failed with ZeroDivisionError: row of label 2"),
@@ -375,6 +389,21 @@ def test_a_loader_of_entry_points_finds_the_model_and_makes_it_of_its_arguments(
 def test_what_cannot_be_asked_is_told_with_its_task_and_row(yaml, says, folder, lm):
     with pytest.raises(TaskError, match=f"(?s)lm_eval:bad.*{says}"):
         ours(lm, written(folder, "bad", yaml))
+
+
+def test_only_what_its_data_lack_sends_the_reader_to_a_mirror(folder, lm, tmp_path):
+    yaml = CHOICES + "metric_list: [{metric: acc}]"
+    file = tmp_path / "gone.yaml"
+    data = "dataset_path: json\ndataset_kwargs: {data_files: {test: gone.jsonl}}\ntest_split: test"
+    file.write_text(f"task: gone\n{data}\n{textwrap.dedent(yaml)}")
+    with pytest.raises(TaskError, match=r"lm_eval:gone cannot be loaded .*gone.jsonl.*point --lmeval-data at a mirror"):
+        ours(lm, f"lm_eval:{file}")
+    with pytest.raises(TaskError) as broken:
+        ours(lm, written(folder, "broken", CHOICES + "process_docs: !function utils.broken"))
+    assert "--lmeval-data" not in str(broken.value)
+    file.write_text("a: [b\n")
+    with pytest.raises(TaskError, match=r"gone.yaml, line \d is no task of lm_eval"):
+        find(f"lm_eval:{file}")
 
 
 def test_data_come_from_a_mirror_or_the_task_says_that_they_are_missing(folder, lm, tmp_path):

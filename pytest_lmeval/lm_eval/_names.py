@@ -95,7 +95,9 @@ def _of_file(name: str) -> Any:
             entry.name = load_yaml(entry.yaml_path, resolve_func=False)["group"]
         return entry
     except Exception as error:
-        raise TaskError(f"{name} is no task of lm_eval ({described(error)}).") from error
+        mark = getattr(error, "problem_mark", None)
+        where = "" if mark is None else f", line {mark.line + 1}"
+        raise TaskError(f"{name}{where} is no task of lm_eval ({described(error)}).") from error
 
 
 def _factory() -> Any:

@@ -12,11 +12,12 @@ import contextlib
 import functools
 import json
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pytest_lmeval.errors import CorpusError, TaskError, described
 from pytest_lmeval.lm_eval._drawing import answers_to, unlike_lm_eval
+from pytest_lmeval.lm_eval._failures import LoggedErrors, why
 from pytest_lmeval.lm_eval._mirror import mirrored
 from pytest_lmeval.models._chat import Message, template_of
 from pytest_lmeval.models._hub import HubCall
@@ -81,17 +82,14 @@ def _prepared(name: str, make: Make, setting: Setting) -> Task:
 
 def _made(name: str, make: Make, setting: Setting) -> Any:
     """lm_eval's task, its data read. Raises TaskError for one that cannot be had here."""
+    said = LoggedErrors()
     try:
-        with HubCall(), _quiet(), mirrored(setting.data_dir):
+        with HubCall(), _quiet(), mirrored(setting.data_dir), said.heard():
             source = make()
     except CorpusError as error:
         raise TaskError(f"{name}: {error}") from error
     except Exception as error:
-        raise TaskError(
-            f"{name} cannot be loaded ({described(error)}). It is lm_eval's, and reads its data with `datasets.load_dataset`: "
-            "without a network, point --lmeval-data at a mirror, or name a YAML file that includes it and has a dataset_path "
-            "of your own."
-        ) from error
+        raise TaskError(f"{name} cannot be loaded ({why(error, said.lines)}") from error
     if getattr(source, "MULTIMODAL", False):
         raise TaskError(f"{name} shows pictures or plays sounds, and {setting.lm.spec} reads text.")
     if getattr(source, "UNSAFE_CODE", False) and not setting.trusted:
@@ -220,8 +218,22 @@ def _scored(source: Any, document: Any, instances: Sequence[Any]) -> dict[str, A
     for filter_name in instances[0].filtered_resps:
         ordered = sorted(instances, key=operator.attrgetter("idx"))
         values = source.process_results(document, [instance.filtered_resps[filter_name] for instance in ordered])
+        _check(source, values)
         found |= {metric if filter_name == "none" else f"{metric},{filter_name}": value for metric, value in values.items()}
     return found
+
+
+def _check(source: Any, values: Any) -> None:
+    """Raise TaskError if `process_results` returned no dict, or what is no number and is to be averaged."""
+    from lm_eval.api.metrics import mean
+
+    if not isinstance(values, Mapping):
+        raise TaskError(
+            f"process_results returned {str(values)[:80]!r}, of type {type(values).__name__}: it is a dict by metric"
+        )
+    averaged = (name for name in values if source.aggregation().get(name, mean) is mean)
+    if wrong := next((name for name in averaged if isinstance(values[name], str | bytes) or values[name] is None), None):
+        raise TaskError(f"process_results returned {values[wrong]!r} as {wrong}, which is averaged: it is a number")
 
 
 def _combined(source: Any, name: str) -> tuple[Callable[[list[Any]], float], bool | None]:

@@ -253,7 +253,10 @@ def _result_of(reading: TaskReading, began: float, in_turns: Decision) -> TaskRe
         **({} if task.repeats == 1 else {"repeats": task.repeats}),
         **({"thinking": sorted(reading.thinking)} if reading.thinking else {}),
     }
-    values = compute(reading.metrics, answered, seed=asking.seed, threshold=task.threshold)
+    try:
+        values = compute(reading.metrics, answered, seed=asking.seed, threshold=task.threshold)
+    except TaskError as error:
+        raise TaskError(f"{task}: {error}") from error
     not_questions = len(reading.questions.not_questions)
     counts: dict[str, Any] = {"not_questions": not_questions, "audit_seconds": reading.audit.seconds}
     if reading.with_special:
