@@ -45,8 +45,8 @@ def interval(value: Value) -> str:
 
 
 def model_line(lm: ModelFacts) -> str:
-    """Spec, size, precision, device and fingerprint of a model in one line, and the weights of its checkpoint that it lacks; of a served
-    model what its server tells."""
+    """Spec, size, precision, device and fingerprint of a model in one line, and the weights of its checkpoint that it lacks;
+    of a served model what its server tells."""
     if lm.server is not None:
         told = [str(lm.server.get("model", "")), str(lm.server.get("server", "")), f"{lm.dtype} precision"]
         return f"{lm.spec}: {', '.join(filter(None, told))} ({lm.fingerprint})"
