@@ -35,8 +35,8 @@ class OpenAI:
             return self.text_of(ids)
         if not ids or int(ids[0]) != self.begins:
             raise StreamError(
-                f"{self.facts.model} is served as text, and its server puts a token (id {self.begins}) before each. This prompt "
-                "does not begin with it, so it cannot be asked as it is. Use a server that takes token ids."
+                f"{self.facts.model} is served as text, and its server puts a token (id {self.begins}) before each. This "
+                "prompt does not begin with it, so it cannot be asked as it is. Use a server that takes token ids."
             )
         return self.text_of(ids[1:])
 
