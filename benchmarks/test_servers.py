@@ -1,4 +1,4 @@
-"""What a served model costs and gives beside the same folder in transformers.
+"""Measure a served model beside the same folder in transformers: its values, and what they cost.
 
     LMEVAL_REAL_MODEL=FOLDER LMEVAL_REAL_DATA=MIRROR LMEVAL_VLLM_ENV=ENV pytest benchmarks/test_servers.py -s
 
@@ -22,6 +22,7 @@ from real_server import MISSING, environment, processor_seconds, vllm
 from pytest_lmeval import Engine, corpus, policy_for
 from pytest_lmeval.engine import Request
 from pytest_lmeval.measures._task import measure_task
+from pytest_lmeval.measures._task_reading import Asking
 from pytest_lmeval.models._sources import load
 from pytest_lmeval.tasks import find
 
@@ -80,8 +81,9 @@ def test_values_are_those_of_transformers_and_the_client_costs_little(server, lo
     client = (time.process_time() - began) / PROMPTS
     differences = [np.abs(one.loglikelihood - own) for one, own in zip(found, directly(local.module, prompts), strict=True)]
     largest, tokens = max(map(np.max, differences)), sum(map(len, differences))
-    print(f"\n{PROMPTS} prompts, {tokens:,} tokens: largest difference {largest:.2g} nats, mean "
-          f"{np.concatenate(differences).mean():.2g}; the client takes {1000 * client:.2f} ms of processor time a request")  # fmt: skip
+    mean = np.concatenate(differences).mean()
+    print(f"\n{PROMPTS} prompts, {tokens:,} tokens: largest difference {largest:.2g} nats, mean {mean:.2g};")
+    print(f"the client takes {1000 * client:.2f} ms of processor time a request")
     assert largest < CLOSE
     assert client < CLIENT
 
@@ -104,9 +106,11 @@ def test_rows_of_hellaswag_cost_so_much_here_and_there(server, local):
     here, here_wall, here_own, _ = timed(lambda: through(local))
     encoded = [one for question in Asking(task, **rows).questions(local).encoded for one in question.scored]
     _, plain_wall, plain_own, _ = timed(lambda: directly(local.module, encoded))
-    print(f"\nHellaSwag, {ROWS} rows, {len(encoded)} requests: through vLLM {wall:.1f} s of wall time, {theirs:.1f} s of the "
-          f"server's processor time and {own:.2f} s of the client's; transformers in a loop {plain_wall:.1f} s ({plain_own:.1f} s); "
-          f"this package on transformers {here_wall:.1f} s ({here_own:.1f} s)")  # fmt: skip
+    print(f"\nHellaSwag, {ROWS} rows, {len(encoded)} requests, seconds of wall and processor time:")
+    print(f"through vLLM {wall:.1f} and {theirs:.1f} of the server, {own:.2f} of the client;")
+    print(
+        f"transformers in a loop {plain_wall:.1f} and {plain_own:.1f}; here on transformers {here_wall:.1f} and {here_own:.1f}"
+    )
     assert [one.output for one in served.examples] == [one.output for one in here.examples]
     for one, other in zip(served.examples, here.examples, strict=True):
         assert one.loglikelihoods == pytest.approx(other.loglikelihoods, abs=20 * CLOSE)

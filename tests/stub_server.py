@@ -195,6 +195,7 @@ class Answers(BaseHTTPRequestHandler):
         server, ids = self.server, payload["prompt"]
         if isinstance(ids, str):
             ids = [int(token) for token in server.lm.tokenizer.encode(ids)[0]]
+            ids = [0] * ("adds-bos" in server.faults) + ids
         elif "no-ids" in server.faults:
             return None
         echoed, texts = payload.get("echo"), [server.lm.tokenizer.decode([token]) for token in ids]

@@ -1,4 +1,4 @@
-"""The laws of a served model: a right server keeps them, and each broken twin is found by the law that it breaks."""
+"""The laws of a served model: a right server keeps them, and each broken server is found by the law that it breaks."""
 
 import gc
 
@@ -56,7 +56,7 @@ def test_a_right_server_keeps_every_law(serve, kind):
         ("noise", "repeat", "inexact"),
     ],
 )
-def test_each_broken_twin_is_found_by_the_law_that_it_breaks(serve, fault, law, verdict):
+def test_each_broken_variant_is_found_by_the_law_that_it_breaks(serve, fault, law, verdict):
     found = probe(serve(faults=[fault], longest=160, delay=0.01 if fault == "neighbours" else 0))
     assert found.verdict == verdict
     assert law in found.certificate.broken

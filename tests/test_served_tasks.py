@@ -6,13 +6,16 @@ import re
 
 import pytest
 import torch
+from reading import texts
 from stub_server import StubServer
 
 import pytest_lmeval
 from pytest_lmeval import Choices, Generate, Task, policy_for
+from pytest_lmeval.measures._perplexity import measure_perplexity
 from pytest_lmeval.measures._task import measure_task
 from pytest_lmeval.models._servers import _client
 from pytest_lmeval.models._sources import as_model, load
+from pytest_lmeval.records._journal import Checkpoints, Saver
 from pytest_lmeval.zoo._demo import Demo
 
 pytest_plugins = ["pytester"]
@@ -88,6 +91,31 @@ def test_an_interrupted_task_goes_on_where_it_was(serve, tmp_path, monkeypatch):
     assert [one.loglikelihoods for one in again.examples] == [one.loglikelihoods for one in whole.examples]
     server.asked.clear()
     assert measure_task(lm, asked, kept=kept).resumed == len(ROWS)
+
+
+@pytest.mark.parametrize("as_stream", [True, False])
+def test_an_interrupted_text_goes_on_where_it_was(serve, tmp_path, monkeypatch, as_stream):
+    monkeypatch.setattr(_client, "ATTEMPTS", 1)
+    monkeypatch.setattr(Saver, "PAUSE", 0.0)
+    monkeypatch.setattr(Saver, "SHARE", 0.0)
+    server = serve()
+    lm, text = load(server.spec, concurrency=1), texts(*(f"{word} is a letter. " * 5 for word in WORDS), as_stream=as_stream)
+    options = {
+        "policy": policy_for(lm, window=40, overlap=10, batch_size=2),
+        "checkpoints": Checkpoints(tmp_path),
+        "key": "one",
+    }
+    original = server.scored
+    server.asked.clear()
+    server.scored = lambda ids: (_ for _ in ()).throw(ConnectionError) if len(server.asked) > 17 else original(ids)
+    with pytest.raises(pytest_lmeval.ServerError):
+        measure_perplexity(lm, text, **options)
+    server.scored = original
+    resumed = measure_perplexity(lm, text, **options)
+    whole = measure_perplexity(lm, text, policy=options["policy"])
+    assert resumed.resumed_at > 0
+    assert resumed.tokens == whole.tokens
+    assert resumed.nll == pytest.approx(whole.nll, abs=1e-9)
 
 
 def test_answers_of_another_model_at_the_address_are_not_taken_for_those_of_this_one(serve, model, tmp_path):

@@ -10,6 +10,7 @@ from pytest_lmeval import Engine, ModelError, NotFiniteError, Refused, ServerErr
 from pytest_lmeval.engine import Prompt, Request
 from pytest_lmeval.measures._perplexity import measure_perplexity
 from pytest_lmeval.models import _specs as specs
+from pytest_lmeval.models._model import Bytes
 from pytest_lmeval.models._servers import _client
 from pytest_lmeval.models._sources import load
 
@@ -196,7 +197,7 @@ def test_another_model_or_tokenizer_than_said_is_refused(serve):
         load(f"server:{server.url}")
     with pytest.raises(SpecError, match=r"is not that of 'stub': a text is .* differs from token 0 on"):
         load(serve(faults=["bad-tokenizer"]).spec)
-    with pytest.raises(SpecError, match="the option 'tokenizer' is of server, not of demo"):
+    with pytest.raises(SpecError, match="the option 'tokenizer' is of server or vllm, not of demo"):
         load("demo,tokenizer=bytes")
 
 
@@ -219,6 +220,19 @@ def test_text_is_sent_where_ids_are_not_taken_and_only_if_it_is_read_back_as_the
     np.testing.assert_allclose(found, own, atol=1e-5)
     with pytest.raises(StreamError, match="the text of these 3 tokens is read back as"):
         Engine(lm).score([Request(np.array([200, 201, 202]), 1)])
+
+
+def test_a_server_that_puts_a_token_before_each_text_is_asked_without_it(serve, demo, monkeypatch):
+    server = serve("openai", faults=["no-ids", "adds-bos"])
+    with pytest.raises(SpecError, match=r"a text of 24 tokens here is 25 tokens there"):
+        load(server.spec)
+    monkeypatch.setattr(Bytes, "bos", 0)
+    lm = load(server.spec)
+    begun = [Request(np.array([0, *TEXT[:20]]), 4)]
+    found, own = (Engine(one).score(begun)[0].loglikelihood for one in (lm, demo))
+    np.testing.assert_allclose(found, own, atol=1e-5)
+    with pytest.raises(StreamError, match=r"puts a token \(id 0\) before each"):
+        Engine(lm).generate([Prompt(np.array(TEXT[:9]), "row", 3)])
 
 
 def test_the_key_of_the_environment_is_sent_and_stands_nowhere(serve, monkeypatch):

@@ -29,7 +29,7 @@ from pytest_lmeval.laws._run_probe import (
     run_probe,
     verdict_of,
 )
-from pytest_lmeval.laws._served import ServedTrial, nothing_tried
+from pytest_lmeval.laws._served import ServedHarness, nothing_tried
 from pytest_lmeval.laws._weights import copy_of, preserve_weights
 from pytest_lmeval.models._identity import facts
 from pytest_lmeval.models._model import Model, weights
@@ -126,11 +126,11 @@ def probe(
         derandomize=chosen.derandomize,
         drawn=Random(0) if chosen.derandomize else Random(),
     )
-    certificate, harness, trial = _nothing_tried(lm), None, None
+    certificate, harness, asked = _nothing_tried(lm), None, None
     if lm.served is not None and budget != 0:
-        trial = ServedTrial(lm, length)
-        trial.run(progress)
-        certificate = trial.certificate()
+        asked = ServedHarness(lm, length)
+        asked.run(progress)
+        certificate = asked.certificate()
     elif plan.budget or budget is None:
         stores = CounterexampleStore(counterexamples), EvidenceStore(certificates, lm, length)
         certificate, harness = _probed(lm, plan, *stores, progress, say)
@@ -138,11 +138,11 @@ def probe(
     work = harness.work if harness else None
     record = Record(
         kind="equivalence",
-        subject="laws of streaming" if trial is None else "laws of a server",
+        subject="laws of streaming" if asked is None else "laws of a server",
         lm=facts(lm),
         settings={"profile": profile, "examples": plan.examples, "budget": plan.budget},
-        details={"calls": trial.asked, "tokens": trial.tokens}
-        if trial is not None
+        details={"calls": asked.asked, "tokens": asked.tokens}
+        if asked is not None
         else {}
         if work is None
         else {"calls": work.calls, "tokens": work.tokens, "work": work.cost, "reads": work.cost / (READ + CALL)},

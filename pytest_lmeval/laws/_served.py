@@ -56,8 +56,8 @@ class _Law:
 
 
 @dataclass(eq=False)
-class ServedTrial:
-    """The trial of a served model.
+class ServedHarness:
+    """A served model under test.
 
     longest  tokens of the longest prompt of the floor
     noise    largest difference of two readings of one sequence, alone, over 1 + |log-probability|

@@ -1,4 +1,4 @@
-"""What a served model gives in place of logits: log-probabilities of whole sequences, and whole answers.
+"""Define what a served model gives in place of logits: log-probabilities of whole sequences, and whole answers.
 
 A served model is a `Model` whose `step_fn` has the attribute `served`. It carries no state, so texts are read in windows.
 """

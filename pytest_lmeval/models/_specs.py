@@ -42,6 +42,13 @@ def _text(value: str) -> str:
     return value
 
 
+def _count(value: str) -> int:
+    """A number above 0."""
+    if not value.isascii() or not value.isdigit() or not int(value):
+        raise ValueError("write a number of tokens, such as length=4096")
+    return int(value)
+
+
 @dataclass(frozen=True)
 class Option:
     """An option of a spec.
@@ -56,7 +63,8 @@ class Option:
 
 OPTIONS = {
     "compile": Option(_backend),
-    "tokenizer": Option(_text, ("server",)),
+    "tokenizer": Option(_text, ("server", "vllm")),
+    "length": Option(_count, ("vllm",)),
     "model": Option(_text, ("server",)),
 }
 
@@ -157,7 +165,7 @@ def check(spec: str, folders: Iterable[Path] = ()) -> None:
     name = parse(spec).name
     head, _, rest = name.partition(":")
     known = registry.names("models")
-    if head == "hf":
+    if head in ("hf", "vllm"):
         check_path(name, rest)
     elif head == "server":
         check_address(name, rest)
@@ -189,7 +197,7 @@ def unknown(name: str, also: str = "") -> SpecError:
 def check_path(spec: str, path: str) -> None:
     """Raise SpecError for a missing path; OWNER/NAME passes, since it may be on the hub."""
     if not path:
-        raise SpecError(f"{spec} names no model: write hf:ID_OR_FOLDER.")
+        raise SpecError(f"{spec} names no model: write {spec.partition(':')[0]}:ID_OR_FOLDER.")
     if not _exists(path) and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         looked = "" if path.startswith(("/", "~")) else f" (looked from {Path.cwd()})"
         raise SpecError(f"{spec}: there is no folder {path}{looked}.{nearest_folder(path)}")

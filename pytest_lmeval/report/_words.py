@@ -45,7 +45,11 @@ def interval(value: Value) -> str:
 
 
 def model_line(lm: ModelFacts) -> str:
-    """Spec, size, precision, device and fingerprint of a model in one line, and the weights of its checkpoint that it lacks."""
+    """Spec, size, precision, device and fingerprint of a model in one line, and the weights of its checkpoint that it lacks;
+    of a served model what its server tells."""
+    if lm.server is not None:
+        told = [str(lm.server.get("model", "")), str(lm.server.get("server", "")), f"{lm.dtype} precision"]
+        return f"{lm.spec}: {', '.join(filter(None, told))} ({lm.fingerprint})"
     parameters = "" if lm.parameters is None else f"{lm.parameters:,} parameters, "
     unused = f"; {several(len(lm.unused), 'tensor')} of its checkpoint not used: {some(lm.unused)}" if lm.unused else ""
     return f"{lm.spec}: {parameters}{size_of(lm.bytes)}, {lm.dtype} on {lm.device} ({lm.fingerprint}){unused}"

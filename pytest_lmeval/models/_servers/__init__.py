@@ -136,7 +136,7 @@ def load(
     client = Client(base, spec, concurrency)
     chosen, names = _chosen(client, model, spec)
     name = tokenizer or _tokenizer_of(chosen, spec)
-    encoder, size = _tokenizer(name, spec, trust_remote_code)
+    encoder, size = encoder_of(name, spec, trust_remote_code)
     told = "" if dtype is None else str(dtype).removeprefix("torch.")
     owner = str(chosen.get("owned_by", "")).lower()
     found: Kind
@@ -205,7 +205,7 @@ def _tokenizer_of(model: dict[str, Any], spec: str) -> str:
     )
 
 
-def _tokenizer(name: str, spec: str, trust_remote_code: bool) -> tuple[Any, int]:
+def encoder_of(name: str, spec: str, trust_remote_code: bool) -> tuple[Any, int]:
     """The tokenizer of a name, and the size of the vocabulary."""
     if name == "bytes":
         return Bytes(), 256

@@ -1,4 +1,4 @@
-"""What the client has to know of one kind of server: what to send, and how to read its answers."""
+"""Define the protocol of one kind of server: what is sent to it, and how its answers are read."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pytest_lmeval.errors import StreamError
+from pytest_lmeval.errors import SpecError, StreamError
 from pytest_lmeval.models._served import Asking, Scoring, ServedAnswer, ServerFacts, TokenScores
 from pytest_lmeval.models._servers._client import Client
 from pytest_lmeval.models._servers._kind import Job, first_is_none, numbers
@@ -20,14 +20,25 @@ TRIED = 4  # tokens with which it is found out what the server takes
 class OpenAI:
     """A server of the OpenAI protocol.
 
-    text_of  the text of ids, with special tokens written out, for servers that take no ids; what it is read back as is checked
+    text_of  the text of ids, with special tokens written out, for servers that take no ids, if it is read back so
+    begins   the id that such a server puts before each text itself; None: it puts none
     """
 
     facts: ServerFacts
     text_of: Callable[[Sequence[int]], str]
+    begins: int | None = None
 
     def _prompt(self, ids: Sequence[int]) -> Any:
-        return self.text_of(ids) if self.facts.text_only else list(map(int, ids))
+        if not self.facts.text_only:
+            return list(map(int, ids))
+        if self.begins is None:
+            return self.text_of(ids)
+        if not ids or int(ids[0]) != self.begins:
+            raise StreamError(
+                f"{self.facts.model} is served as text, and its server puts a token (id {self.begins}) before each. This "
+                "prompt does not begin with it, so it cannot be asked as it is. Use a server that takes token ids."
+            )
+        return self.text_of(ids[1:])
 
     def scoring(self, asked: Scoring) -> Job:
         if asked.top > TOP:
@@ -82,6 +93,10 @@ class OpenAI:
 
     def answered(self, asked: Asking, answer: Any) -> ServedAnswer:
         choice = answer["choices"][0]
+        if _read(answer) not in (None, len(asked.ids)):
+            raise ValueError(
+                f"it read {_read(answer)} tokens of {len(asked.ids)}: it has another tokenizer, or adds some of its own"
+            )
         return ServedAnswer(str(choice["text"]), cut=choice["finish_reason"] == "length")
 
     def tokenizing(self, text: str) -> Job | None:
@@ -103,6 +118,14 @@ def find(client: Client, model: dict[str, Any], dtype: str, tokenizer: Any, text
     answer = client.post(path, payload, missing=True)
     if answer is None or _read(answer) not in (None, len(ids)):
         kind = OpenAI(replace(facts, text_only=True), text_of)
+        answer = client.post(*kind.asking(Asking(ids, 1)))
+        if _read(answer) == len(ids) + 1 and (begins := getattr(tokenizer, "bos", None)) is not None:
+            kind, ids = replace(kind, begins=begins), [begins, *ids]
+        elif (read := _read(answer)) not in (None, len(ids)):
+            raise SpecError(
+                f"{client.spec}: a text of {len(ids)} tokens here is {read} tokens there. Give the tokenizer of the model: "
+                "tokenizer=FOLDER."
+            )
     scored = Scoring(ids, 1)
     try:
         echoed = client.post(*kind.scoring(scored), missing=True)
@@ -115,7 +138,7 @@ def find(client: Client, model: dict[str, Any], dtype: str, tokenizer: Any, text
             if not isinstance(error, LookupError | TypeError)
             else ("asked with echo and logprobs, it answers without any")
         )
-        return OpenAI(replace(kind.facts, no_scores=why), text_of)
+        return replace(kind, facts=replace(kind.facts, no_scores=why))
     return kind
 
 
