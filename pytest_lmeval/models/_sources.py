@@ -6,9 +6,9 @@
     package.module:callable    whatever the callable returns
 
 All but the last are functions in the registry (group `models`), called with the text behind the colon, if there is one, and
-with those of the keywords `spec`, `dtype` (the precision of the spec) and `trust_remote_code` that they have parameters for.
-They return a torch module, an object with `step`, a `Model`, or `Loaded`. A suffix @PRECISION sets that of the weights; the
-option compile=True, behind a comma, compiles the model.
+with those of the keywords `spec`, `dtype` (the precision of the spec), `trust_remote_code`, `device` and the options of their
+specs that they have parameters for. They return a torch module, an object with `step`, a `Model`, or `Loaded`. A suffix
+@PRECISION sets that of the weights; of the options behind commas, `cache` chooses the KV cache and `compile` compiles the model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import importlib
 import inspect
 import sys
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,16 @@ class Loaded:
     tokenizer       see `as_model`
     bytes_before    size of the saved tensors, if the source loaded them in another precision
     unused_weights  names of saved tensors that the module has no place for
+    facts           what was loaded and how, for the record: `adapter`, `revision`, ...
+    placed          whether its tensors lie where they must, and are not to be moved
     """
 
     module: Any
     tokenizer: Any = None
     bytes_before: int | None = None
     unused_weights: tuple[str, ...] = ()
+    facts: dict[str, str] = field(default_factory=dict)
+    placed: bool = False
 
 
 def load(spec: str, *, device: str | torch.device = "cpu", bits: int | None = None, trust_remote_code: bool = False) -> Model:
@@ -63,25 +67,33 @@ def load(spec: str, *, device: str | torch.device = "cpu", bits: int | None = No
     Raises SpecError for an unknown spec, a precision that the model cannot have, and a model that cannot be compiled;
     RegistryError if two packages register it.
     """
+    from pytest_lmeval.models._caches import with_cache
     from pytest_lmeval.models._compiled import compiled
 
     parsed = specs.parse(spec, bits)
-    lm = _loaded(parsed, resolve_device(device) if isinstance(device, str) else device, trust_remote_code)
+    given = {"trust_remote_code": trust_remote_code}
+    lm = _loaded(parsed, resolve_device(device) if isinstance(device, str) else device, given)
+    if cache := parsed.options.get("cache"):
+        lm = with_cache(lm, cache)
     backend = parsed.options.get("compile")
     return compiled(lm, backend) if backend else lm
 
 
-def _loaded(spec: specs.Spec, device: torch.device, trust_remote_code: bool) -> Model:
-    """The model of a spec, on the device, in its precision."""
+def _loaded(spec: specs.Spec, device: torch.device, given: dict[str, Any]) -> Model:
+    """The model of a spec, on the device, in its precision.
+
+    given  keywords for its source, beside those of the spec
+    """
     from pytest_lmeval.models import _precision as precision
 
     name, wanted, shown = spec.name, spec.precision, str(spec)
     dtype = precision.DTYPES.get(wanted)
-    found, source, has_dtype = _from_source(name, spec=shown, dtype=dtype, trust_remote_code=trust_remote_code)
+    found, source, has_dtype = _from_source(name, dtype, {"spec": shown, "device": device, **given, **spec.options})
     loaded = found if isinstance(found, Loaded) else Loaded(found)
     module, before = loaded.module, loaded.bytes_before
     if isinstance(module, nn.Module):
-        module = _own(module, wanted, shown).to(device)
+        module = _own(module, wanted, shown)
+        module = module if loaded.placed else module.to(device)
         if has_dtype:
             precision.refuse_kept(module, wanted, shown)  # loaded so, except what the source keeps in float32
         elif wanted:
@@ -96,7 +108,7 @@ def _loaded(spec: specs.Spec, device: torch.device, trust_remote_code: bool) -> 
         if not wanted:
             raise
         raise SpecError(f"with its weights in {wanted}, {error}") from error
-    lm = replace(lm, built_by=source, unused_weights=loaded.unused_weights)
+    lm = replace(lm, built_by=source, unused_weights=loaded.unused_weights, loaded=loaded.facts)
     return precision.proven(lm, wanted, bytes_before=before) if wanted else lm
 
 
@@ -112,7 +124,7 @@ def as_model(source: Any, *, spec: str | None = None, form: str | None = None, t
     """
     if isinstance(source, Model):
         return source
-    from pytest_lmeval.models import _huggingface as huggingface, _modules as modules, _moshi as moshi
+    from pytest_lmeval.models import _hf_stepping as huggingface, _modules as modules, _moshi as moshi
 
     spec = spec or f"{type(source).__module__}:{type(source).__qualname__}"
     if form is None:
@@ -161,12 +173,11 @@ def _own(module: nn.Module, wanted: str, spec: str) -> nn.Module:
     return module
 
 
-def _from_source(name: str, *, spec: str, dtype: torch.dtype | None, trust_remote_code: bool) -> tuple[Any, Any, bool]:
+def _from_source(name: str, dtype: torch.dtype | None, given: dict[str, Any]) -> tuple[Any, Any, bool]:
     """Call the registered or imported model source; return what it returns, itself, and whether it loaded in `dtype`."""
     if found := registry.resolve("models", name):
         source, rest = found
-        given = {"spec": spec, "trust_remote_code": trust_remote_code, **({} if dtype is None else {"dtype": dtype})}
-        options = registry.accepted(source, **given)
+        options = registry.accepted(source, **given, **({} if dtype is None else {"dtype": dtype}))
     else:
         source, rest, options = _imported(name), None, {}
     arguments = () if rest is None else (rest,)
@@ -174,7 +185,7 @@ def _from_source(name: str, *, spec: str, dtype: torch.dtype | None, trust_remot
         inspect.signature(source).bind(*arguments, **options)
     except TypeError as error:
         behind = "nothing behind a colon" if rest is None else f"the text {rest!r} behind the colon"
-        raise SpecError(f"{spec}: its model source cannot be called with {behind}: {error}.") from error
+        raise SpecError(f"{given['spec']}: its model source cannot be called with {behind}: {error}.") from error
     except ValueError:  # some functions written in C have no signature
         pass
     return source(*arguments, **options), source, "dtype" in options

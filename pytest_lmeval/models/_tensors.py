@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pytest_lmeval.models._packed_layers import unpack_layers
+
 FLOATS = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -61,7 +63,8 @@ def rounds_activations(tensor: Tensor) -> bool:
 
 
 def unpack(module: nn.Module, dtype: torch.dtype) -> None:
-    """Replace packed weights by their dequantized values in `dtype`."""
+    """Replace packed weights by their dequantized values in `dtype`. Raises ModelError for layers that cannot be read."""
+    unpack_layers(module, dtype)
     unpacked: dict[int, nn.Parameter] = {}  # weights may be shared
     for part in module.modules():
         for name, packed in part._parameters.items():

@@ -66,6 +66,7 @@ class ModelFacts(StoredStruct, frozen=True, kw_only=True):
     dtype        coarsest type that it computes in, or precision of packed weights: int8, int4
     fingerprint  changes with the model (see `models._identity.fingerprint`)
     unused       tensors of its checkpoint that the model has no place for
+    loaded       what its source tells of what was loaded and how: adapter, revision, quantization, attention, devices, cache
     """
 
     spec: str
@@ -77,6 +78,7 @@ class ModelFacts(StoredStruct, frozen=True, kw_only=True):
     fingerprint: str = ""
     precision: Precision | None = None
     unused: list[str] = []
+    loaded: dict[str, str] = {}
 
 
 class Cost(StoredStruct, frozen=True, kw_only=True):
