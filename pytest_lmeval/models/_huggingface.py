@@ -75,6 +75,7 @@ def load(
                 weights_only=True,
                 trust_remote_code=trust_remote_code,
                 **source.keywords,
+                **({"config": config} if "gguf_file" in source.keywords else {}),  # which takes seconds to read
                 **placed,
                 **attention,
             )

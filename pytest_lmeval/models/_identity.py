@@ -21,7 +21,7 @@ from pytest_lmeval.errors import SpecError
 from pytest_lmeval.models._model import Model, multiplied, weights
 from pytest_lmeval.models._packed_layers import PackedWeight, packed_layers
 from pytest_lmeval.models._source_code import code_digest
-from pytest_lmeval.models._tensors import is_packed, nbytes, parts, precision_of, value_bits
+from pytest_lmeval.models._tensors import is_packed, nbytes, parts, precision_of, value_bits, whole
 from pytest_lmeval.models._weak_cache import WeakCache
 from pytest_lmeval.records._measured import ModelFacts, Precision
 
@@ -199,7 +199,7 @@ def weights_digest(model: Model, digest_of: Callable[[Tensor], bytes] = _digest)
     if model.module is not None:
         for name, tensor in (*model.module.named_parameters(), *model.module.named_buffers()):
             if name not in model.mutable_buffers:
-                for own, part in parts(tensor, name).items():
+                for own, part in parts(whole(tensor), name).items():
                     digest.update(f"{own}|{tuple(part.shape)}|{part.dtype}|".encode())
                     digest.update(digest_of(part))
         own_tensors = set(map(id, weights(model.module)))

@@ -6,6 +6,7 @@ bitsandbytes, GPTQ and AWQ (gptqmodel), compressed-tensors before its first step
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -55,9 +56,10 @@ def _packed(layer: Any) -> PackedWeight | None:
     own = {**layer._parameters, **layer._buffers}
     tensors = {name: tensor for name, tensor in own.items() if tensor is not None and name != "bias"}
     if kind == "Params4bit" and (state := weight.quant_state) is not None:
-        return PackedWeight(
-            str(weight.quant_type), 4.0, math.prod(state.shape), tensors | _scales(state), getattr(layer, "compute_dtype", None)
-        )
+        # processors that multiply bfloat16 do so, whatever was asked for: the layer repacks its weight at its first step
+        rounded = weight.device.type == "cpu" and getattr(layer, "support_avx512bf16_for_cpu", False)
+        computes = torch.bfloat16 if rounded else getattr(layer, "compute_dtype", None)
+        return PackedWeight(str(weight.quant_type), 4.0, math.prod(state.shape), tensors | _scales(state), computes)
     if kind == "Int8Params":
         scale = _scale_of_int8(layer)
         return PackedWeight(
@@ -96,9 +98,12 @@ def _values(layer: Any) -> Tensor:
     weight = layer._parameters.get("weight")
     kind = type(weight).__name__
     if kind == "Params4bit":
-        from bitsandbytes.functional import dequantize_4bit
+        from bitsandbytes import functional
 
-        found: Tensor = dequantize_4bit(weight.data, weight.quant_state)
+        codes, state = weight.data, copy.copy(weight.quant_state)
+        if getattr(state, "packing_format_for_cpu", False):
+            codes, state = functional._convert_weight_packed_for_cpu_inverse(codes, state)
+        found: Tensor = functional.dequantize_4bit(codes, state)
         return found
     if kind == "Int8Params" and (scale := _scale_of_int8(layer)) is not None:
         return weight.data.double() * (scale.double() / 127)[:, None]

@@ -44,11 +44,14 @@ def method_of(declared: dict[str, Any]) -> str:
 
 def shown(declared: dict[str, Any]) -> str:
     """The method and its settings of bits, types and groups, for the record."""
+    groups = declared.get("config_groups") or {}
+    first = next(iter(groups.values()), None) if isinstance(groups, dict) else None
+    of_group = (first.get("weights") or {}) if isinstance(first, dict) else {}
     given = {
-        "bits": declared.get("bits"),
+        "bits": declared.get("bits", of_group.get("num_bits")),
         "type": declared.get("bnb_4bit_quant_type") if declared.get("load_in_4bit") else None,
         "8 bits": declared.get("load_in_8bit") or None,
-        "group": declared.get("group_size"),
+        "group": declared.get("group_size", of_group.get("group_size")),
         "format": declared.get("format") or declared.get("fmt"),
     }
     told = ", ".join(f"{name} {value}" if value is not True else name for name, value in given.items() if value is not None)
