@@ -102,7 +102,9 @@ def _values(layer: Any) -> Tensor:
 
         codes, state = weight.data, copy.copy(weight.quant_state)
         if getattr(state, "packing_format_for_cpu", False):
+            scales = state.absmax.T.reshape(-1).float()  # which the inverse leaves as they are, or rounds again
             codes, state = functional._convert_weight_packed_for_cpu_inverse(codes, state)
+            state.absmax, state.nested, state.dtype = scales, False, torch.float32
         found: Tensor = functional.dequantize_4bit(codes, state)
         return found
     if kind == "Int8Params" and (scale := _scale_of_int8(layer)) is not None:
