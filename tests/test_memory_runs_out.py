@@ -18,7 +18,7 @@ from pytest_lmeval.measures import Lmeval
 from pytest_lmeval.measures._context import VerbContext
 from pytest_lmeval.measures._perplexity import measure_perplexity
 from pytest_lmeval.measures._task import measure_task
-from pytest_lmeval.models import _free_memory, _huggingface
+from pytest_lmeval.models import _free_memory, _hf_checkpoint
 from pytest_lmeval.models._sources import load
 from pytest_lmeval.records._journal import JournalWarning
 
@@ -167,8 +167,8 @@ def test_weights_that_are_larger_than_what_is_free_are_announced(tmp_path, monke
     )
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
     size = (tmp_path / "model.safetensors").stat().st_size
-    monkeypatch.setattr(_huggingface, "free_bytes", lambda device: size - 1)
+    monkeypatch.setattr(_hf_checkpoint, "free_bytes", lambda device: size - 1)
     with pytest.warns(JournalWarning, match=rf"its weights take {size:,} bytes .* and {size - 1:,} are free"):
         load(f"hf:{tmp_path}")
-    monkeypatch.setattr(_huggingface, "free_bytes", lambda device: size)
+    monkeypatch.setattr(_hf_checkpoint, "free_bytes", lambda device: size)
     load(f"hf:{tmp_path}")

@@ -70,8 +70,7 @@ def preserve_weights(lm: Model) -> Iterator[Callable[[], str | None]]:
         return
     saved = {name: tensor.detach().clone() for name, tensor in _tensors(module).items()} if fits(lm) else {}
     before = b"" if saved else weights_digest(lm)
-    # buffers outside of the state dict are tables that a model computes for itself
-    checked = module.state_dict(keep_vars=True).keys() - lm.mutable_buffers
+    checked = _saved_names(module) - lm.mutable_buffers
 
     def changed() -> str | None:
         now = _tensors(module)
@@ -86,6 +85,19 @@ def preserve_weights(lm: Model) -> Iterator[Callable[[], str | None]]:
     finally:
         for name, old in saved.items():
             _put_back(module, name, old)
+
+
+def _saved_names(module: nn.Module) -> set[str]:
+    """The names of parameters and buffers that are saved; others are tables that a model computes for itself.
+
+    The module's `state_dict` is not asked: those of some libraries repack the weights.
+    """
+    buffers = {
+        f"{path}.{name}".lstrip(".")
+        for path, part in module.named_modules()
+        for name in part._buffers.keys() - part._non_persistent_buffers_set
+    }
+    return buffers | {name for name, _ in module.named_parameters()}
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

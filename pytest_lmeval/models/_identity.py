@@ -19,8 +19,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from pytest_lmeval.errors import SpecError
 from pytest_lmeval.models._model import Model, multiplied, weights
+from pytest_lmeval.models._packed_layers import PackedWeight, packed_layers
 from pytest_lmeval.models._source_code import code_digest
-from pytest_lmeval.models._tensors import is_packed, nbytes, parts, precision_of, value_bits
+from pytest_lmeval.models._tensors import is_packed, nbytes, parts, precision_of, value_bits, whole
 from pytest_lmeval.models._weak_cache import WeakCache
 from pytest_lmeval.records._measured import ModelFacts, Precision
 
@@ -52,17 +53,18 @@ def facts(model: Model) -> ModelFacts:
     if module is not None:  # cached, since `precision` reads every packed value
         cached = PRECISIONS.value(module, lambda: precision(module, bytes_before=before), stamp=(digest, before))
         found = replace(cached, kept=dict(cached.kept))
-        packed = any(map(is_packed, weights(module))) or _has_integers(module)
+        packed = any(map(is_packed, weights(module))) or bool(held(module)) or _has_integers(module)
     return ModelFacts(
         spec=model.spec,
         form=f"{model.form}, compiled by {model.compiled}" if model.compiled else model.form,
-        parameters=None if module is None else sum(p.numel() for p in module.parameters()),
-        bytes=sum(map(nbytes, weights(module))),
+        parameters=None if module is None else _count(module),
+        bytes=sum(map(nbytes, weights(module))) + _bytes_beside(module),
         dtype=found.name if found and packed else str(model.dtype).removeprefix("torch."),
         device=str(model.device),
         fingerprint=digest,
         precision=found,
         unused=list(model.unused_weights),
+        loaded=dict(model.loaded),
     )
 
 
@@ -71,31 +73,70 @@ def precision(module: nn.Module, *, bytes_before: int | None = None) -> Precisio
 
     It is the precision of at least nine tenths of the weights in matrix products (`_model.multiplied`), or "mixed".
     """
-    chosen = [tensor for _, tensor in multiplied(module)] or list(module.parameters())
-    of_all, of_chosen = Counter[str](), Counter[str]()  # number of elements in each precision
-    for tensors, counts in ((module.parameters(), of_all), (chosen, of_chosen)):
+    layers = held(module)
+    inside = _inside(layers)
+    chosen = [tensor for _, tensor in multiplied(module) if id(tensor) not in inside]
+    plain = [tensor for tensor in module.parameters() if id(tensor) not in inside]
+    chosen = chosen if chosen or layers else plain
+    of_all, of_chosen = Counter[str](), Counter[str]()  # number of weights in each precision
+    for tensors, counts in ((plain, of_all), (chosen, of_chosen)):
         for tensor in tensors:
             counts[precision_of(tensor)] += tensor.numel()
+        for _, weight in layers:
+            counts[weight.precision] += weight.weights
     total, most = sum(of_chosen.values()), max(of_chosen, key=lambda name: of_chosen[name], default="mixed")
     name = "packed" if _has_integers(module) else most if of_chosen.get(most, 0) >= NEARLY_ALL * total else "mixed"
     known = [(bits, tensor.numel()) for tensor in chosen if (bits := value_bits(tensor)) is not None]
+    known += [(weight.bits, weight.weights) for _, weight in layers]
+    stored = sum(map(nbytes, chosen)) + sum(weight.bytes for _, weight in layers)
     readable = name != "packed" and total > 0
     return Precision(
         name=name,
         bits_per_weight=sum(bits * count for bits, count in known) / total if readable else None,
-        stored_bits_per_weight=8 * sum(map(nbytes, chosen)) / total if readable else None,
+        stored_bits_per_weight=8 * stored / total if readable else None,
         bytes_before=bytes_before,
-        bytes_after=sum(map(nbytes, weights(module))),
+        bytes_after=sum(map(nbytes, weights(module))) + _bytes_beside(module),
         converted=of_all.get(name, 0) / max(1, sum(of_all.values())),
         converted_multiplied=of_chosen.get(name, 0) / max(1, total),
         kept={other: count for other, count in of_all.items() if other != name},
     )
 
 
+def held(module: nn.Module) -> list[tuple[nn.Module, PackedWeight]]:
+    """The layers in which another library keeps weights in few bits, and what they hold."""
+    return [(layer, weight) for _, layer, weight in packed_layers(module)]
+
+
+def _inside(layers: list[tuple[nn.Module, PackedWeight]]) -> set[int]:
+    """The ids of the tensors of packed layers."""
+    return {id(tensor) for layer, weight in layers for tensor in (*layer.parameters(recurse=False), *weight.tensors.values())}
+
+
+def _count(module: nn.Module) -> int:
+    """The number of parameters: of a packed layer, of the numbers that it stands for, and of its bias."""
+    layers = held(module)
+    stored = {id(tensor) for _, weight in layers for tensor in weight.tensors.values()}
+    plain = sum(tensor.numel() for tensor in module.parameters() if id(tensor) not in stored)
+    return plain + sum(weight.weights for _, weight in layers)
+
+
+def _bytes_beside(module: nn.Module | None) -> int:
+    """Bytes of what packed layers keep outside of parameters and buffers, such as the scales of bitsandbytes."""
+    if module is None:
+        return 0
+    own = set(map(id, weights(module)))
+    beside = {id(t): t for _, weight in held(module) for t in weight.tensors.values() if id(t) not in own}
+    return sum(map(nbytes, beside.values()))
+
+
 def _has_integers(module: nn.Module) -> bool:
-    """Whether more than a tenth of its bytes are integer matrices: weights that another library packed in its own format."""
-    tensors = list(weights(module))
-    integers = (t for t in tensors if t.ndim > 1 and min(t.shape) > 1 and t.dtype != torch.bool and value_bits(t) is None)
+    """Whether more than a tenth of its bytes are integer matrices: weights that another library packed in a format of its own."""
+    tensors, known = list(weights(module)), _inside(held(module))
+    integers = (
+        t
+        for t in tensors
+        if id(t) not in known and t.ndim > 1 and min(t.shape) > 1 and t.dtype != torch.bool and value_bits(t) is None
+    )
     return sum(map(nbytes, integers)) > (1 - NEARLY_ALL) * sum(map(nbytes, tensors))
 
 
@@ -165,8 +206,14 @@ def weights_digest(model: Model, digest_of: Callable[[Tensor], bytes] = _digest)
     if model.module is not None:
         for name, tensor in (*model.module.named_parameters(), *model.module.named_buffers()):
             if name not in model.mutable_buffers:
-                for own, part in parts(tensor, name).items():
+                for own, part in parts(whole(tensor), name).items():
                     digest.update(f"{own}|{tuple(part.shape)}|{part.dtype}|".encode())
+                    digest.update(digest_of(part))
+        own_tensors = set(map(id, weights(model.module)))
+        for name, _, weight in packed_layers(model.module):  # scales that are neither parameters nor buffers
+            for own, part in weight.tensors.items():
+                if id(part) not in own_tensors:
+                    digest.update(f"{name}.{own}|{tuple(part.shape)}|{part.dtype}|".encode())
                     digest.update(digest_of(part))
     return digest.digest()
 

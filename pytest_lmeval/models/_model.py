@@ -12,7 +12,7 @@ import copy
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from pytest_lmeval.errors import ModelError, SpecError
+from pytest_lmeval.models._packed_layers import packed_layers
 from pytest_lmeval.models._served import Served
 from pytest_lmeval.models._tensors import rounds_activations
 
@@ -203,6 +204,7 @@ class Model:
     source          the object of the user
     built_by        the function of a spec that built it; its code is part of who the model is
     unused_weights  names of tensors of its checkpoint that it has no place for
+    loaded          what its source tells of what was loaded and how: adapter, revision, attention, ...
     bytes_before    size of the module's tensors before its precision was set; None: it was not set
     compiled        the backend of torch.compile that `step_fn` was compiled with; "" if it was not
     found_limit     most tokens of a sequence as the probe found it, if none is declared; not part of the fingerprint
@@ -227,6 +229,7 @@ class Model:
     source: Any = None
     built_by: Any = None
     unused_weights: tuple[str, ...] = ()
+    loaded: dict[str, str] = field(default_factory=dict)
     bytes_before: int | None = None
     compiled: str = ""
     found_limit: int | None = None
@@ -301,12 +304,14 @@ class Model:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The coarsest precision that it computes in: that of the unpacked weights; bfloat16 if activations are rounded to
-        eight bits. Of a served model, as the server tells; bfloat16 if it does not."""
+        """The coarsest precision that it computes in: that of the unpacked weights, or of packed layers that say so; bfloat16 if
+        activations are rounded to eight bits. Of a served model, as the server tells; bfloat16 if it does not."""
         if self.served is not None:
             told: torch.dtype = getattr(torch, self.served.facts.dtype or "bfloat16", torch.bfloat16)
             return told
         found = {torch.bfloat16 if rounds_activations(tensor) else tensor.dtype for tensor in weights(self.module)}
+        for _, _, weight in () if self.module is None else packed_layers(self.module):
+            found |= {torch.bfloat16 if weight.rounds else weight.computes or torch.float32}
         floats = found & {torch.float64, torch.float32, torch.bfloat16, torch.float16}
         return max(floats, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
 

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import flop_registry
 
 from pytest_lmeval.errors import SpecError
 from pytest_lmeval.models import _specs as specs
-from pytest_lmeval.models._identity import NEARLY_ALL, precision
+from pytest_lmeval.models._identity import NEARLY_ALL, held, precision
 from pytest_lmeval.models._model import Model, multiplied, weights
 from pytest_lmeval.models._specs import BITS as BITS, PACKED
 from pytest_lmeval.models._tensors import FLOATS, is_packed, nbytes, precision_of
@@ -37,6 +37,9 @@ NAMED = 3  # tensors that an error message names
 def convert(module: nn.Module, wanted: str, spec: str) -> int:
     """Convert the module in place, and return its bytes before. Raises SpecError if too few weights can be converted."""
     before = sum(map(nbytes, weights(module)))
+    if held(module):
+        refuse_kept(module, wanted, spec)
+        return before
     if wanted in DTYPES and not any(map(is_packed, module.parameters())):
         module.to(DTYPES[wanted])
     elif wanted in PACKED:
@@ -49,6 +52,13 @@ def refuse_kept(module: nn.Module, wanted: str, spec: str) -> None:
     """Raise SpecError unless nine tenths of the weights in matrix products are in the precision."""
     if precision(module).name == wanted:
         return
+    if layers := held(module):
+        kinds = Counter(weight.precision for _, weight in layers)
+        listed = ", ".join(f"{count} layers of {name}" for name, count in kinds.items())
+        raise SpecError(
+            f"{spec} cannot be had: the checkpoint is quantized already ({listed}), and rounding it again, or to more bits, would "
+            "make another model of it. Leave the suffix out to measure what it holds."
+        )
     chosen = list(multiplied(module))
     left = [(name, tensor) for name, tensor in chosen if precision_of(tensor) != wanted]
     left.sort(key=lambda item: -item[1].numel())

@@ -7,10 +7,10 @@
     package.module:callable    whatever the callable returns
 
 All but the last are functions in the registry (group `models`), called with the text behind the colon, if there is one, and
-with those of the keywords `spec`, `dtype` (the precision of the spec), `trust_remote_code`, `concurrency` and the options of
-their specs that they have parameters for. They return a torch module, an object with `step`, a `Model`, or `Loaded`. A suffix
-@PRECISION sets that of the weights (of a server, it says which one it has); the option compile=True, behind a comma, compiles
-the model.
+with those of the keywords `spec`, `dtype` (the precision of the spec), `trust_remote_code`, `device`, `concurrency` and the
+options of their specs that they have parameters for. They return a torch module, an object with `step`, a `Model`, or `Loaded`.
+A suffix @PRECISION sets that of the weights (of a server, it says which one it has); of the options behind commas, `cache`
+chooses the KV cache and `compile` compiles the model.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import importlib
 import inspect
 import sys
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +47,16 @@ class Loaded:
     tokenizer       see `as_model`
     bytes_before    size of the saved tensors, if the source loaded them in another precision
     unused_weights  names of saved tensors that the module has no place for
+    facts           what was loaded and how, for the record: `adapter`, `revision`, ...
+    placed          whether its tensors lie where they must, and are not to be moved
     """
 
     module: Any
     tokenizer: Any = None
     bytes_before: int | None = None
     unused_weights: tuple[str, ...] = ()
+    facts: dict[str, str] = field(default_factory=dict)
+    placed: bool = False
 
 
 def load(
@@ -73,11 +77,14 @@ def load(
     Raises SpecError for an unknown spec, a precision that the model cannot have, and a model that cannot be compiled;
     RegistryError if two packages register it.
     """
+    from pytest_lmeval.models._caches import with_cache
     from pytest_lmeval.models._compiled import compiled
 
     parsed = specs.parse(spec, bits)
     given = {"trust_remote_code": trust_remote_code, "concurrency": concurrency}
     lm = _loaded(parsed, resolve_device(device) if isinstance(device, str) else device, given)
+    if cache := parsed.options.get("cache"):
+        lm = with_cache(lm, cache)
     backend = parsed.options.get("compile")
     return compiled(lm, backend) if backend else lm
 
@@ -91,11 +98,12 @@ def _loaded(spec: specs.Spec, device: torch.device, given: dict[str, Any]) -> Mo
 
     name, wanted, shown = spec.name, spec.precision, str(spec)
     dtype = precision.DTYPES.get(wanted)
-    found, source, has_dtype = _from_source(name, dtype, {"spec": shown, **given, **spec.options})
+    found, source, has_dtype = _from_source(name, dtype, {"spec": shown, "device": device, **given, **spec.options})
     loaded = found if isinstance(found, Loaded) else Loaded(found)
     module, before = loaded.module, loaded.bytes_before
     if isinstance(module, nn.Module):
-        module = _own(module, wanted, shown).to(device)
+        module = _own(module, wanted, shown)
+        module = module if loaded.placed else module.to(device)
         if has_dtype:
             precision.refuse_kept(module, wanted, shown)  # loaded so, except what the source keeps in float32
         elif wanted:
@@ -110,7 +118,7 @@ def _loaded(spec: specs.Spec, device: torch.device, given: dict[str, Any]) -> Mo
         if not wanted:
             raise
         raise SpecError(f"with its weights in {wanted}, {error}") from error
-    lm = replace(lm, built_by=source, unused_weights=loaded.unused_weights)
+    lm = replace(lm, built_by=source, unused_weights=loaded.unused_weights, loaded=loaded.facts)
     return precision.proven(lm, wanted, bytes_before=before) if wanted else lm
 
 
@@ -126,7 +134,7 @@ def as_model(source: Any, *, spec: str | None = None, form: str | None = None, t
     """
     if isinstance(source, Model):
         return source
-    from pytest_lmeval.models import _huggingface as huggingface, _modules as modules, _moshi as moshi
+    from pytest_lmeval.models import _hf_stepping as huggingface, _modules as modules, _moshi as moshi
 
     spec = spec or f"{type(source).__module__}:{type(source).__qualname__}"
     if form is None:

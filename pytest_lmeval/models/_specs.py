@@ -1,6 +1,6 @@
 """Parse and check model specs, `NAME[:REST][,OPTION=VALUE ...][@PRECISION]`, without importing torch.
 
-NAME is in the registry (group `models`), or NAME:REST is `module.path:callable`. `OPTIONS` are those of every model.
+NAME is in the registry (group `models`), or NAME:REST is `module.path:callable`. The options are in `_spec_options.OPTIONS`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import importlib.machinery
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,55 +18,13 @@ from urllib.parse import urlsplit
 
 from pytest_lmeval import registry
 from pytest_lmeval.errors import SpecError, nearest
+from pytest_lmeval.models._spec_options import OPTIONS
 
 FLOATS = ("fp32", "bf16", "fp16")
 PACKED = ("int8", "int4")
 KNOWN = (*FLOATS, *PACKED)
 INSTALLED = ("node_modules", "site-packages")  # folders of other projects
 BITS = {32: "fp32", 16: "bf16", 8: "int8", 4: "int4"}
-
-
-def _backend(value: str) -> str:
-    """The backend of torch.compile that the option `compile` names; "" for none. Raises ValueError with what to write."""
-    if value in ("True", "False"):
-        return "inductor" if value == "True" else ""
-    if not value.isidentifier() or value.lower() in ("true", "false", "yes", "no", "on", "off"):
-        raise ValueError("write compile=True, or compile=BACKEND with a backend of torch.compile, such as inductor")
-    return value
-
-
-def _text(value: str) -> str:
-    """A text that is not empty."""
-    if not value:
-        raise ValueError("give it a value")
-    return value
-
-
-def _count(value: str) -> int:
-    """A number above 0."""
-    if not value.isascii() or not value.isdigit() or not int(value):
-        raise ValueError("write a number of tokens, such as length=4096")
-    return int(value)
-
-
-@dataclass(frozen=True)
-class Option:
-    """An option of a spec.
-
-    read     reads its value; raises ValueError with what to write
-    sources  the model sources that take it, as a keyword of its name; empty: it is of every model
-    """
-
-    read: Callable[[str], Any]
-    sources: tuple[str, ...] = ()
-
-
-OPTIONS = {
-    "compile": Option(_backend),
-    "tokenizer": Option(_text, ("server", "vllm")),
-    "length": Option(_count, ("vllm",)),
-    "model": Option(_text, ("server",)),
-}
 
 
 @dataclass(frozen=True)
@@ -98,25 +56,39 @@ def parse(spec: str, bits: int | None = None) -> Spec:
     ('int4', 'fp32', '')
 
     An existing file or folder wins: if `./model@int8` exists, `hf:./model@int8` has no suffix, and if `./a,b=c` exists,
-    `hf:./a,b=c` has no option. Raises SpecError for an unknown precision or option, and for a value that an option cannot have.
+    `hf:./a,b=c` has no option. The same holds for paths in options, `adapter=./a,b`. Raises SpecError for an unknown precision or option, and for a value that an option cannot have.
     """
     if not isinstance(spec, str):
         raise SpecError(f"a spec is a text such as demo, zoo:mamba or hf:FOLDER; got {spec!r}.")
     if bits and bits not in BITS:
         raise SpecError(f"bits is {bits!r}; it is one of {', '.join(map(str, BITS))}.")
     written, at, precision = spec.rpartition("@")
-    if not at or precision not in KNOWN or _names_path(spec):
+    if not at or precision not in KNOWN or _names_path(spec) or _ends_with_path(spec):
         written, precision = spec, ""
     name, given = written, list[tuple[str, str]]()
-    while not _names_path(name):
-        before, comma, last = name.rpartition(",")
-        option, equals, value = last.partition("=")
-        if not comma or not equals or not option.isidentifier():
-            break
-        name, given = before, [(option, value), *given]
+    while not _names_path(name) and (found := _last_option(name)):
+        name, given = found[0], [found[1:], *given]
     if not _names_path(name):
         _refuse_misplaced(spec, name, given, precision)
     return Spec(name, precision or (BITS[bits] if bits else ""), _options(spec, name, given), written)
+
+
+def _last_option(text: str) -> tuple[str, str, str] | None:
+    """The text before the last option, its name and its value; None without one. A value is an existing path if it can be."""
+    commas = [place for place, character in enumerate(text) if character == ","]
+    for place in commas:  # the longest first
+        option, equals, value = text[place + 1 :].partition("=")
+        if equals and option in OPTIONS and OPTIONS[option].path and _exists(value):
+            return text[:place], option, value
+    before, comma, last = text.rpartition(",")
+    option, equals, value = last.partition("=")
+    return (before, option, value) if comma and equals and option.isidentifier() else None
+
+
+def _ends_with_path(text: str) -> bool:
+    """Whether the last option has a value that is an existing path."""
+    found = _last_option(text)
+    return found is not None and found[1] in OPTIONS and OPTIONS[found[1]].path and _exists(found[2])
 
 
 def _refuse_misplaced(spec: str, name: str, given: list[tuple[str, str]], precision: str) -> None:
@@ -139,14 +111,11 @@ def _options(spec: str, name: str, given: list[tuple[str, str]]) -> dict[str, An
     known = [option for option, one in OPTIONS.items() if not one.sources or source in one.sources]
     for option, value in given:
         if option not in known:
-            others = OPTIONS[option].sources if option in OPTIONS else ()
-            what = f"of {' or '.join(others)}, not of {source}" if others else "of a model"
-            there = (
-                f"there is no option {option!r} of a model; there are"
-                if not others
-                else f"the option {option!r} is {what}; it has"
+            other = OPTIONS[option].sources if option in OPTIONS else ()
+            why = (
+                f"the option {option!r} is one of {', '.join(other)}:" if other else f"there is no option {option!r} of a model"
             )
-            raise SpecError(f"{spec}: {there}: {', '.join(known)}.{nearest(option, known)}")
+            raise SpecError(f"{spec}: {why}; there are: {', '.join(known)}.{nearest(option, known)}")
         if option in found:
             raise SpecError(f"{spec}: the option {option} is given twice.")
         try:
@@ -195,12 +164,14 @@ def unknown(name: str, also: str = "") -> SpecError:
 
 
 def check_path(spec: str, path: str) -> None:
-    """Raise SpecError for a missing path; OWNER/NAME passes, since it may be on the hub."""
+    """Raise SpecError for a missing path; OWNER/NAME and OWNER/NAME/FILE.gguf pass, since they may be on the hub."""
     if not path:
         raise SpecError(f"{spec} names no model: write {spec.partition(':')[0]}:ID_OR_FOLDER.")
-    if not _exists(path) and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+    if not _exists(path) and (path.startswith((".", "/", "~")) or path.count("/") > 1 + path.endswith(".gguf")):
         looked = "" if path.startswith(("/", "~")) else f" (looked from {Path.cwd()})"
-        raise SpecError(f"{spec}: there is no folder {path}{looked}.{nearest_folder(path)}")
+        raise SpecError(
+            f"{spec}: there is no {'file' if path.endswith('.gguf') else 'folder'} {path}{looked}.{nearest_folder(path)}"
+        )
 
 
 def check_address(spec: str, url: str) -> None:

@@ -11,16 +11,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pytest_lmeval.models._packed_layers import unpack_layers
+
 FLOATS = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def is_packed(tensor: Tensor) -> bool:
     """Whether it is made of inner tensors."""
-    return hasattr(tensor, "__tensor_flatten__")
+    return hasattr(tensor, "__tensor_flatten__") and not is_split(tensor)
+
+
+def is_split(tensor: Tensor) -> bool:
+    """Whether each rank of a distributed run holds a part of it (a DTensor)."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor; one that is split is gathered, in which all ranks must take part."""
+    return tensor.full_tensor() if is_split(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
 
 
 def parts(tensor: Tensor, name: str = "") -> dict[str, Tensor]:
-    """The plain tensors that it is made of, by name; for a plain one, itself."""
+    """The plain tensors that it is made of, by name; for a plain one, itself; of one that is split, the part of this rank."""
+    if is_split(tensor):
+        return {name: tensor.to_local()}  # type: ignore[attr-defined]
     if not is_packed(tensor):
         return {name: tensor}
     inner: list[str] = tensor.__tensor_flatten__()[0]  # type: ignore[attr-defined]
@@ -28,7 +42,9 @@ def parts(tensor: Tensor, name: str = "") -> dict[str, Tensor]:
 
 
 def nbytes(tensor: Tensor) -> int:
-    """Bytes in memory, scales and zero points included."""
+    """Bytes in memory, scales and zero points included; of one that is split, on all ranks."""
+    if is_split(tensor):
+        return tensor.numel() * tensor.element_size()
     return sum(part.numel() * part.element_size() for part in parts(tensor).values())
 
 
@@ -61,7 +77,8 @@ def rounds_activations(tensor: Tensor) -> bool:
 
 
 def unpack(module: nn.Module, dtype: torch.dtype) -> None:
-    """Replace packed weights by their dequantized values in `dtype`."""
+    """Replace packed weights by their dequantized values in `dtype`. Raises ModelError for layers that cannot be read."""
+    unpack_layers(module, dtype)
     unpacked: dict[int, nn.Parameter] = {}  # weights may be shared
     for part in module.modules():
         for name, packed in part._parameters.items():

@@ -67,6 +67,7 @@ class ModelFacts(StoredStruct, frozen=True, kw_only=True):
     fingerprint  changes with the model (see `models._identity.fingerprint`)
     unused       tensors of its checkpoint that the model has no place for
     server       what the server of a served model tells of itself
+    loaded       what its source tells of what was loaded and how: adapter, revision, quantization, attention, devices, cache
     """
 
     spec: str
@@ -79,6 +80,7 @@ class ModelFacts(StoredStruct, frozen=True, kw_only=True):
     precision: Precision | None = None
     unused: list[str] = []
     server: dict[str, Any] | None = None
+    loaded: dict[str, str] = {}
 
 
 class Cost(StoredStruct, frozen=True, kw_only=True):
