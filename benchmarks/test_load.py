@@ -2,7 +2,7 @@
 
     LMEVAL_REAL_MODEL=FOLDER LMEVAL_VLLM_ENV=ENV pytest -s benchmarks/test_load.py
 
-Both send the same number of requests of random tokens, the same number of them under way, and ask for the same number of tokens.
+Both send the same number of requests of random tokens, with as many under way, and ask for the same number of tokens.
 The ratio of their times has an interval from the pairs of runs; the width says how large a difference would have been seen.
 """
 
