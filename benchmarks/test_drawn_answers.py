@@ -1,4 +1,4 @@
-"""How often a gate raises a false alarm, and how often it finds a loss, where answers are drawn at random, beside a fixed bar.
+"""Count the false alarms of gates where answers are drawn at random, and the losses that they find, beside a fixed bar.
 
     LMEVAL_REAL_MODEL=FOLDER LMEVAL_REAL_DATA=MIRROR pytest benchmarks/test_drawn_answers.py
 

@@ -164,8 +164,8 @@ class Base:
 
     def pieces(self) -> Iterator[Piece]:
         documents = self.arrays["document"]
-        borders = np.flatnonzero(np.diff(documents)) + 1
-        for begin, end in zip([0, *borders], [*borders, len(documents)], strict=True):
+        boundaries = np.flatnonzero(np.diff(documents)) + 1
+        for begin, end in zip([0, *boundaries], [*boundaries, len(documents)], strict=True):
             for at in range(int(begin), int(end), PIECE):
                 part = slice(at, min(at + PIECE, int(end)))
                 rows = zip(self.arrays["top"][part].tolist(), self.arrays["logprob"][part].tolist(), strict=True)
