@@ -2,7 +2,7 @@
 
     LMEVAL_REAL_MODEL=FOLDER LMEVAL_REAL_DATA=MIRROR pytest benchmarks/test_not_packed.py
 
-A real transformer that does not offer its packing stands in for a hybrid or a black box: its states grow, and it is read as such.
+A real transformer that does not offer its packing stands in for a hybrid or a black box: its states grow, and it is read so.
 The recurrent model is `zoo:mamba`, whose rows are joined at any positions; untrained, since only its work is looked at.
 """
 
@@ -106,7 +106,7 @@ def test_answers_in_the_rows_of_a_batch(lmeval, folders, capsys, monkeypatch, na
     calls = [result.record.details["calls"] for result in (ours, batches)]
     with capsys.disabled():
         print(
-            f"\n{name}: {len(rows)} answers in {calls[0]} calls, {least:.0f} at least; {calls[1]} in batches that end together; "
+            f"\n{name}: {len(rows)} answers in {calls[0]} calls, {least:.0f} at least; {calls[1]} in batches; "
             f"processor time {seconds:.1f} / {longer:.1f} s"
         )
     lmeval.record(

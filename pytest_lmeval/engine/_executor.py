@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from pytest_lmeval.engine._batches import Limits, padded_parts
 from pytest_lmeval.engine._generation import Answer
 from pytest_lmeval.engine._losses import score
 from pytest_lmeval.engine._memory import most_logits, row_bytes
 from pytest_lmeval.engine._policy import Policy
 from pytest_lmeval.engine._results import NOTHING_READ, Deferred, Results, Scored
-from pytest_lmeval.engine._batches import Limits, padded_parts
 from pytest_lmeval.engine._tree import Node, Request, Span, tree
 from pytest_lmeval.models._model import State
 
