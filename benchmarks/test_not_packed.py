@@ -41,8 +41,8 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sides(folders):
-    """A model that does not offer its packing, its certificate, and lm_eval's. The processor time here has the twenty short steps
-    in it that find out how its states are divided, once for each module with other hooks."""
+    """A model that does not offer its packing, its certificate, and lm_eval's. What finds out how its states are divided, twenty
+    short steps, is in its processor time: the hook that counts makes it another module."""
     model = side.load_ours(folders[0])
     step = model.step_fn
     ours = dataclasses.replace(model, step_fn=lambda input_ids, state, keep=None: step(input_ids, state, keep))
@@ -67,8 +67,8 @@ def test_a_model_whose_states_grow(lmeval, folders, sides, capsys, name):
     worst, over = max(abs(one - other) for one, other in pairs), read["tokens_read"] / side.unique_tokens(theirs, built)
     with capsys.disabled():
         print(
-            f"\n{name}, not packed: calls {asked.calls} / {read['calls']}, tokens {asked.tokens} / {read['tokens_read']}, padding "
-            f"{asked.padding} / {read['padding']}, {over:.3f} of the distinct, processor time {asked.seconds:.1f} / "
+            f"\n{name}, not packed: calls {asked.calls} / {read['calls']}, tokens {asked.tokens} / {read['tokens_read']}, "
+            f"padding {asked.padding} / {read['padding']}, {over:.3f} of the distinct, processor time {asked.seconds:.1f} / "
             f"{cost.seconds:.1f} s: {asked.seconds / cost.seconds:.2f}, log-likelihoods within {worst:.1e}"
         )
     lmeval.record(
