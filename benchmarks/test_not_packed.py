@@ -41,7 +41,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sides(folders):
-    """A model that does not offer its packing, its certificate, and lm_eval's. What finds out how its states are divided, twenty
+    """A model that does not offer its packing, its certificate, and lm_eval's. What finds out how its states divide, twenty
     short steps, is in its processor time: the hook that counts makes it another module."""
     model = side.load_ours(folders[0])
     step = model.step_fn
