@@ -119,8 +119,10 @@ def cheapest_steps(lengths: Sequence[int], parents: Sequence[int | None], begun:
     roots = [number for number, parent in enumerate(parents) if parent is None and lengths[number]]
     begin = _first_steps([number for number in roots if not begun[number]], lengths, limits)
     opened = [number for number in roots if begun[number]]
-    ways = product((_power, int), (max, min))
-    return min((_steps(lengths, parents, opened, begin, limits, *way) for way in ways), key=len)
+    pieces: tuple[Piece, ...] = (_power, int)
+    firsts: tuple[Callable[[list[int]], int], ...] = (max, min)
+    ways = product(pieces, firsts)
+    return min((_steps(lengths, parents, opened, begin, limits, piece, first) for piece, first in ways), key=len)
 
 
 def _power(left: int) -> int:

@@ -125,7 +125,7 @@ class _Costs:
         """The cost of the next 1, 2, ... nodes: read together, or not before their children."""
         read, pushed = self._both(begin)
         self._read.append(read < pushed)
-        return np.minimum(read, pushed)
+        return np.where(read < pushed, read, pushed)
 
     def reads(self, part: range) -> bool:
         """Whether it is cheaper to read these together; all have been asked for."""
