@@ -213,7 +213,7 @@ class Engine:
                 if number not in known.found:  # begun, perhaps, when memory ran out
                     answer.take(Answer(answer.prompt))
             if self.lm.served is not None and self.executor is None:
-                ServedReader(self).generate(part, take, known)
+                ServedReader(self).generate(part, take, known, judged=on_text is not None)
                 return
             self._executor(self.policy.decode).generate(part, choose, known)
 

@@ -68,8 +68,9 @@ class ServedReader:
         self.served.score([Scoring(one.ids.tolist(), one.context_len) for one in firsts], done, at_once=self.at_once)
         return [found[number] for number in range(len(requests))]
 
-    def generate(self, answers: Sequence[Answer], take: Take, results: Results[Answer]) -> None:
-        """Ask for each answer whole, and take its tokens one by one, so that it ends where it would end here."""
+    def generate(self, answers: Sequence[Answer], take: Take, results: Results[Answer], *, judged: bool = False) -> None:
+        """Ask for each answer whole, and take its tokens so that it ends where it would end here; one by one if a judge reads
+        along, or the model thinks."""
         waiting = []
         for number, answer in enumerate(answers):
             if number in results.found:
@@ -81,7 +82,8 @@ class ServedReader:
         def done(index: int, found: ServedAnswer) -> None:
             number = waiting[index]
             answer = answers[number]
-            _replay(answer, found, take)
+            if judged or answer.prompt.thinking is not None or not _took_whole(self.engine, answer, found):
+                _replay(answer, found, take)
             answer.read = len(answer.prompt.ids) + len(found.ids or ())
             answer.counts = Counts(tokens=answer.read, calls=1)
             self.engine.counts.include(answer.counts)
@@ -111,6 +113,25 @@ def _asking(engine: Engine, answer: Answer) -> Asking:
         min_p=prompt.min_p,
         seed=int.from_bytes(digest[:4], "big") >> 1,
     )
+
+
+def _took_whole(engine: Engine, answer: Answer, found: ServedAnswer) -> bool:
+    """Take all tokens of an answer together, which are decoded once. Returns False, and takes none, if special tokens or half a
+    character at its end ask for a look at each."""
+    tokenizer = engine.lm.tokenizer
+    if found.ids is None or found.logprobs is None:
+        return False
+    ends, ids = getattr(tokenizer, "ends", (getattr(tokenizer, "eos", None),)), list(map(int, found.ids))
+    ended = bool(ids) and ids[-1] in ends
+    said = ids[:-1] if ended else ids
+    text = str(tokenizer.decode(said))  # type: ignore[union-attr]
+    if text.endswith("\ufffd") or not {*ends, *getattr(tokenizer, "special", ())}.isdisjoint(said):
+        return False
+    answer.ids, answer.logprobs = said, list(map(float, found.logprobs[: len(said)]))
+    take_text(answer, text)
+    if not answer.why:
+        answer.why = "length" if found.cut or len(said) >= answer.prompt.max_tokens else "end"
+    return True
 
 
 def _replay(answer: Answer, found: ServedAnswer, take: Take) -> None:

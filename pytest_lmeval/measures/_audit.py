@@ -74,4 +74,5 @@ def spread_note(certificate: Certificate | None, audit: Audit | None, policy: Po
     if certificate is None or certificate.verdict != CONSISTENT or policy.invariant:
         return []
     spread, where = ("scores", "") if audit is None else (f"up to {audit.difference:.2g} nats a token", f" ({audit})")
-    return [f"{spread} in {certificate.dtype} depend on batch, neighbours and chunks{where}; invariant=True fixes all shapes"]
+    precision = "an unknown precision" if certificate.dtype == "unknown" else certificate.dtype
+    return [f"{spread} in {precision} depend on batch, neighbours and chunks{where}; invariant=True fixes all shapes"]

@@ -32,13 +32,13 @@ SPARE = 2  # tokens of a sequence that a request needs beside those read: the la
 class HttpServed:
     """A server of some kind, and its client.
 
-    template  what its chat template makes of messages: ids or a text; None: not known
+    names  under which the model may answer, beside that by which it is asked
     """
 
     client: Client
     kind: Kind
     spec: str
-    _names: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
 
     @property
     def facts(self) -> ServerFacts:
@@ -96,7 +96,7 @@ class HttpServed:
     def _read(self, read: Callable[[], T], answer: Any) -> T:
         """What `read` makes of an answer. Raises ModelError for one of another model, or of another form."""
         named = answer.get("model") if isinstance(answer, dict) else None
-        if named and named not in (self.facts.model, *self._names):
+        if named and named not in (self.facts.model, *self.names):
             raise ModelError(
                 f"{self.spec}: an answer came from the model {named!r}, and {self.facts.model!r} was asked. Is a router behind "
                 "the address? Give the address of one server, or the name of one model: model=NAME."
