@@ -6,7 +6,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 import hf_tiny as tiny  # noqa: E402
-from reading import stream  # noqa: E402
+from reading import measure_perplexity  # noqa: E402
 
 from pytest_lmeval.errors import SpecError  # noqa: E402
 from pytest_lmeval.laws._probe import probe  # noqa: E402
@@ -42,10 +42,9 @@ def test_a_static_cache_gives_the_numbers_of_the_model_s_own_and_is_what_is_carr
 
 
 def test_a_text_longer_than_a_static_cache_is_read_in_windows(base):
-    lm = load(f"hf:{base},cache=static:16")
-    ids = tiny.IDS[0].numpy()
-    chunks = list(stream(lm, ids, chunk_size=8))
-    assert sum(len(chunk.nll) for chunk in chunks) == len(ids) - 1
+    result = measure_perplexity(load(f"hf:{base},cache=static:32"), tiny.IDS[0].repeat(3).numpy())
+    assert (result.tokens, result.record.settings["window"]) == (119, 32)
+    assert result.record.details["why"] == "the model's context is 32 tokens"
 
 
 def test_the_length_of_a_static_cache_is_limited_by_the_model(base, tmp_path):
@@ -81,17 +80,26 @@ def test_a_quantizer_that_is_missing_and_a_model_without_such_a_cache_are_refuse
     if not is_hqq_available():
         with pytest.raises(SpecError, match=r"cannot be read with a quantized cache \(hqq\): .*HQQ"):
             load(f"hf:{base},cache=quantized:hqq")
-    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
     config = transformers.MistralConfig(
         **sizes, num_attention_heads=2, num_key_value_heads=2, intermediate_size=48, sliding_window=8
     )
     transformers.MistralForCausalLM(config).save_pretrained(tmp_path / "window")
-    with pytest.raises(SpecError, match=r"MistralForCausalLM cannot be read with a quantized cache .*only full attention layers"):
+    with pytest.raises(
+        SpecError, match=r"MistralForCausalLM cannot be read with a quantized cache .*only full attention layers"
+    ):
         load(f"hf:{tmp_path / 'window'},cache=quantized")
-    rwkv = transformers.RwkvConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1)
-    transformers.RwkvForCausalLM(rwkv).save_pretrained(tmp_path / "rwkv")
-    with pytest.raises(SpecError, match=r"RwkvForCausalLM cannot be read with a static cache|its form is"):
-        load(f"hf:{tmp_path / 'rwkv'},cache=static")
+    mamba = transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4)
+    transformers.MambaForCausalLM(mamba).save_pretrained(tmp_path / "mamba")
+    with pytest.raises(SpecError, match=r"MambaForCausalLM cannot be read with a quantized cache .*Leave cache= out"):
+        load(f"hf:{tmp_path / 'mamba'},cache=quantized")
 
 
 def test_a_compiled_model_carries_the_cache_that_was_asked_for(base):

@@ -54,7 +54,9 @@ def attention(spec: str, wanted: str) -> dict[str, Any]:
 
     known = ["eager", *(name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in name)]
     if wanted not in known and "/" not in wanted:  # OWNER/NAME is a kernel of the hub
-        raise SpecError(f"{spec}: transformers has no attention {wanted!r}; there are: {', '.join(known)}.{nearest(wanted, known)}")
+        raise SpecError(
+            f"{spec}: transformers has no attention {wanted!r}; there are: {', '.join(known)}.{nearest(wanted, known)}"
+        )
     package = ATTENTION_PACKAGES.get(wanted)
     if package and importlib.util.find_spec(package) is None and importlib.util.find_spec("kernels") is None:
         raise SpecError(f"{spec}: attn={wanted} needs the package {package}, or kernels, and a GPU. attn=sdpa needs neither.")

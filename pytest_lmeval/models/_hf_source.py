@@ -89,7 +89,9 @@ def _local(path: Path, spec: str, adapter: str, subfolder: str) -> Source:
             f"the adapter into a folder of its own, and write hf:{folder},adapter=ITS_FOLDER for both."
         )
     if adapter:
-        raise SpecError(f"{spec}: {folder} is an adapter itself, and one adapter is put over a model, not over another adapter.")
+        raise SpecError(
+            f"{spec}: {folder} is an adapter itself, and one adapter is put over a model, not over another adapter."
+        )
     return over_its_base(str(folder), json_of(folder / ADAPTER, spec), spec)
 
 

@@ -14,7 +14,12 @@ import numpy as np
 import torch
 
 from pytest_lmeval.errors import HubError, SpecError, described, some
-from pytest_lmeval.models import _gguf as gguf, _hf_checkpoint as checkpoint, _hf_placing as placing, _quantization as quantization
+from pytest_lmeval.models import (
+    _gguf as gguf,
+    _hf_checkpoint as checkpoint,
+    _hf_placing as placing,
+    _quantization as quantization,
+)
 from pytest_lmeval.models._adapters import put_over
 from pytest_lmeval.models._hf_source import ADAPTER, Source, find, json_of, over_its_base
 from pytest_lmeval.models._hub import HubCall
@@ -104,7 +109,9 @@ def _configured(source: Source, spec: str, trust_remote_code: bool) -> tuple[Sou
     keywords = {key: value for key, value in source.keywords.items() if key != "gguf_file"}
     try:
         with HubCall():
-            config = transformers.AutoConfig.from_pretrained(source.name, trust_remote_code=trust_remote_code, **source.keywords)
+            config = transformers.AutoConfig.from_pretrained(
+                source.name, trust_remote_code=trust_remote_code, **source.keywords
+            )
             if source.folder is not None:
                 checkpoint.check_layers(config, source.folder)
             return source, config

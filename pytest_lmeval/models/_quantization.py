@@ -38,7 +38,9 @@ def method_of(declared: dict[str, Any]) -> str:
     """The name of the method; empty for none."""
     if not declared:
         return ""
-    method = declared.get("quant_method") or ("bitsandbytes" if {"load_in_4bit", "load_in_8bit"} & declared.keys() else "unknown")
+    method = declared.get("quant_method") or (
+        "bitsandbytes" if {"load_in_4bit", "load_in_8bit"} & declared.keys() else "unknown"
+    )
     return str(getattr(method, "value", method))
 
 

@@ -94,7 +94,9 @@ OPTIONS = {
     "revision": Option(_text, HF, "branch, tag or commit", "the version of a model of the hub"),
     "subfolder": Option(_text, HF, "path inside of the model", "where the model's files are"),
     "attn": Option(_text, HF, "`eager`, `sdpa`, `flash_attention_2`, ...", "the attention implementation"),
-    "device_map": Option(_device_map, HF, "`auto`, `balanced`, `balanced_low_0`, `sequential`", "spreads the layers over devices"),
+    "device_map": Option(
+        _device_map, HF, "`auto`, `balanced`, `balanced_low_0`, `sequential`", "spreads the layers over devices"
+    ),
     "tp_plan": Option(_tp_plan, HF, "`auto`", "splits each layer over the ranks of torchrun"),
     "cache": Option(_cache, HF, "`static[:TOKENS]`, `quantized[:BACKEND]`", "the KV cache that is carried"),
 }

@@ -111,7 +111,9 @@ def _options(spec: str, name: str, given: list[tuple[str, str]]) -> dict[str, An
     for option, value in given:
         if option not in known:
             other = OPTIONS[option].sources if option in OPTIONS else ()
-            why = f"the option {option!r} is one of {', '.join(other)}:" if other else f"there is no option {option!r} of a model"
+            why = (
+                f"the option {option!r} is one of {', '.join(other)}:" if other else f"there is no option {option!r} of a model"
+            )
             raise SpecError(f"{spec}: {why}; there are: {', '.join(known)}.{nearest(option, known)}")
         if option in found:
             raise SpecError(f"{spec}: the option {option} is given twice.")
@@ -164,7 +166,9 @@ def check_path(spec: str, path: str) -> None:
         raise SpecError(f"{spec} names no model: write hf:ID_OR_FOLDER.")
     if not _exists(path) and (path.startswith((".", "/", "~")) or path.count("/") > 1 + path.endswith(".gguf")):
         looked = "" if path.startswith(("/", "~")) else f" (looked from {Path.cwd()})"
-        raise SpecError(f"{spec}: there is no {'file' if path.endswith('.gguf') else 'folder'} {path}{looked}.{nearest_folder(path)}")
+        raise SpecError(
+            f"{spec}: there is no {'file' if path.endswith('.gguf') else 'folder'} {path}{looked}.{nearest_folder(path)}"
+        )
 
 
 def nearest_folder(path: str) -> str:
