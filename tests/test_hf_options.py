@@ -197,7 +197,13 @@ def test_a_device_map_gives_the_same_model(base):
 def test_weights_that_were_left_outside_of_the_devices_are_refused(base, tmp_path, monkeypatch):
     from pytest_lmeval.models import _hf_placing
 
-    places = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    places = {
+        "model.embed_tokens": "cpu",
+        "model.layers": "disk",
+        "model.norm": "cpu",
+        "model.rotary_emb": "cpu",
+        "lm_head": "cpu",
+    }
     placed = {"device_map": places, "offload_folder": str(tmp_path)}
     monkeypatch.setattr(_hf_placing, "keywords", lambda *given: placed)  # as on a GPU that is too small
     with pytest.raises(SpecError, match=r"the devices are too small: 18 tensors, model.layers.0.* first, .*1 parts on disk"):

@@ -31,7 +31,7 @@ def copy_of(model: Model, dtype: torch.dtype | None = None) -> Model | None:
         module = copy.deepcopy(model.module)
         if dtype is not None:
             unpack(module, dtype)
-            module.to(dtype)
+            nn.Module.to(module, dtype)  # that of transformers refuses a model that was quantized
         step_fn = model.rebuild(module)
     except Exception:  # noqa: BLE001 - fused, bound to its precision, or holding what cannot be copied
         return None
