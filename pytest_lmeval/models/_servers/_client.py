@@ -25,6 +25,7 @@ CONCURRENCY = 8
 PASSING = (408, 425, 429, 500, 502, 503, 504)  # answers after which the same request may succeed
 ATTEMPTS = 6
 CONNECT, ANSWER = 10.0, 900.0  # seconds to connect; without a byte of an answer
+CLOSING = 1.0  # seconds that the end of a client is waited for
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds between attempts
 KEYS = ("LMEVAL_API_KEY", "OPENAI_API_KEY")
 SAID = 300  # characters of a server's own message that are shown
@@ -216,12 +217,22 @@ def _texts(value: Any) -> Iterator[str]:
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:
     asyncio.set_event_loop(loop)
-    loop.run_forever()
+    try:
+        loop.run_forever()
+    finally:
+        loop.close()
 
 
 def _shut(loop: asyncio.AbstractEventLoop, thread: threading.Thread, http: Any) -> None:
-    """Close the connections, and end the thread."""
-    asyncio.run_coroutine_threadsafe(http.aclose(), loop).result(CONNECT)
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join(CONNECT)
-    loop.close()
+    """Close the connections, and end the thread. It may be called in that thread, by the collector of garbage, and cannot wait
+    there."""
+
+    async def close() -> None:
+        try:
+            await http.aclose()
+        finally:
+            loop.stop()
+
+    asyncio.run_coroutine_threadsafe(close(), loop)
+    if threading.current_thread() is threading.main_thread():
+        thread.join(CLOSING)
