@@ -76,6 +76,6 @@ def _maker(module: nn.Module, wanted: CacheChoice, length: int | None) -> Callab
     from transformers import QuantizedCache, StaticCache
 
     config: Any = module.config
-    if wanted.kind == "static":
+    if length is not None:
         return lambda: StaticCache(config=config, max_cache_len=length)
     return lambda: QuantizedCache(backend=wanted.backend, config=config)

@@ -1,7 +1,8 @@
-"""Where a transformers model lies and how it attends: keywords for `from_pretrained`, checks after it, facts for the record."""
+"""Place a transformers model on devices and choose its attention: keywords for `from_pretrained`, and facts for the record."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from collections import Counter
@@ -39,10 +40,11 @@ def keywords(spec: str, device_map: str, tp_plan: str, device: torch.device | No
                 "by it. Run `torchrun --nproc-per-node N -m pytest ...`, or write device_map=auto for one process."
             )
         try:
-            from transformers.distributed import DistributedConfig
-        except ImportError:  # older versions of transformers
+            distributed: Any = importlib.import_module("transformers.distributed")
+            config = distributed.DistributedConfig(tp_plan=tp_plan, tp_size=ranks)
+        except (ImportError, AttributeError):  # older versions of transformers
             return {"tp_plan": tp_plan}
-        return {"distributed_config": DistributedConfig(tp_plan=tp_plan, tp_size=ranks)}
+        return {"distributed_config": config}
     return {"device_map": {"": device}} if device is not None and accelerate else {}
 
 

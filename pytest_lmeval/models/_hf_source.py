@@ -1,4 +1,4 @@
-"""Find where the files of a transformers model are: a folder, a GGUF file, a model of the hub, or an adapter over one of these."""
+"""Find where the files of a transformers model are: folder, GGUF file, hub, or an adapter over one of these."""
 
 from __future__ import annotations
 

@@ -69,8 +69,9 @@ def precision(module: nn.Module, *, bytes_before: int | None = None) -> Precisio
     layers = held(module)
     inside = _inside(layers)
     chosen = [tensor for _, tensor in multiplied(module) if id(tensor) not in inside]
-    plain = [tensor for tensor in module.parameters() if id(tensor) not in inside]
-    chosen = chosen if chosen or layers else plain
+    plain: list[Tensor] = [tensor for tensor in module.parameters() if id(tensor) not in inside]
+    if not chosen and not layers:
+        chosen = plain
     of_all, of_chosen = Counter[str](), Counter[str]()  # number of weights in each precision
     for tensors, counts in ((plain, of_all), (chosen, of_chosen)):
         for tensor in tensors:
