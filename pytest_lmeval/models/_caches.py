@@ -27,9 +27,7 @@ def with_cache(lm: Model, wanted: CacheChoice) -> Model:
 
     shown = f"cache={wanted.kind}"
     if lm.form != "transformers":
-        raise SpecError(
-            f"{lm.spec}: {shown} needs a model of transformers whose cache is passed to it, and its form is {lm.form}."
-        )
+        raise SpecError(f"{lm.spec}: {shown} needs a model of transformers whose cache is passed to it; its form is {lm.form}.")
     length = _length(lm, wanted) if wanted.kind == "static" else None
 
     def rebuild(module: nn.Module) -> StepFn:

@@ -36,8 +36,8 @@ def keywords(spec: str, device_map: str, tp_plan: str, device: torch.device | No
         ranks = int(os.environ.get("WORLD_SIZE", "0"))
         if not ranks or "RANK" not in os.environ:
             raise SpecError(
-                f"{spec}: tp_plan= splits each layer over the processes that torchrun starts, and this process was not started "
-                "by it. Run `torchrun --nproc-per-node N -m pytest ...`, or write device_map=auto for one process."
+                f"{spec}: tp_plan= splits each layer over the processes that torchrun starts, and this one was not started by "
+                "it. Run `torchrun --nproc-per-node N -m pytest ...`, or write device_map=auto for one process."
             )
         try:
             distributed: Any = importlib.import_module("transformers.distributed")
@@ -49,7 +49,7 @@ def keywords(spec: str, device_map: str, tp_plan: str, device: torch.device | No
 
 
 def attention(spec: str, wanted: str) -> dict[str, Any]:
-    """The keyword for an attention implementation. Raises SpecError for an unknown one, and for one whose package is missing."""
+    """The keyword for an attention implementation. Raises SpecError for an unknown one, or one whose package is missing."""
     if not wanted:
         return {}
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -66,13 +66,13 @@ def attention(spec: str, wanted: str) -> dict[str, Any]:
 
 
 def refuse_elsewhere(spec: str, module: nn.Module) -> None:
-    """Raise SpecError if weights were left outside of the devices: they could be neither identified nor copied."""
+    """Raise SpecError if weights were left outside of the devices: they can be neither identified nor copied."""
     left = [name for name, tensor in module.named_parameters() if tensor.device.type == "meta"]
     if left:
         places = Counter(map(str, getattr(module, "hf_device_map", {}).values()))
         raise SpecError(
             f"{spec}: the devices are too small: {len(left)} tensors, {left[0]} first, were left on the CPU or the disk, to be "
-            f"copied at each step ({', '.join(f'{n} parts on {place}' for place, n in places.items())}). Such a model cannot be "
+            f"copied at each step ({', '.join(f'{n} parts on {place}' for place, n in places.items())}). Such a model is not "
             "identified or tested. Use more devices, a smaller precision, or the CPU alone."
         )
 
@@ -94,7 +94,7 @@ def facts_of(module: nn.Module, source: Source, declared: dict[str, Any], attn: 
     mesh = getattr(module, "_device_mesh", None)
     if mesh is not None:
         found["devices"] = f"each layer split over {os.environ.get('WORLD_SIZE')} ranks"
-    elif places := Counter(map(str, (getattr(module, "hf_device_map", None) or {}).values())):
-        if len(places) > 1:
-            found["devices"] = ", ".join(f"{n} parts on {place}" for place, n in places.items())
+    places = Counter(map(str, (getattr(module, "hf_device_map", None) or {}).values()))
+    if mesh is None and len(places) > 1:
+        found["devices"] = ", ".join(f"{n} parts on {place}" for place, n in places.items())
     return found

@@ -124,7 +124,7 @@ def _bytes_beside(module: nn.Module | None) -> int:
 
 
 def _has_integers(module: nn.Module) -> bool:
-    """Whether more than a tenth of its bytes are integer matrices: weights that another library packed in a format of its own."""
+    """Whether more than a tenth of its bytes are integer matrices: weights that another library packed in an unknown format."""
     tensors, known = list(weights(module)), _inside(held(module))
     integers = (
         t

@@ -296,7 +296,7 @@ class Model:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The coarsest precision that it computes in: that of the unpacked weights, or of packed layers that say so; bfloat16 if
+        """The coarsest precision that it computes in: that of the unpacked weights, or that packed layers name; bfloat16 if
         activations are rounded to eight bits."""
         found = {torch.bfloat16 if rounds_activations(tensor) else tensor.dtype for tensor in weights(self.module)}
         for _, _, weight in () if self.module is None else packed_layers(self.module):

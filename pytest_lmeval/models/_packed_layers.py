@@ -1,7 +1,7 @@
 """Read the layers in which other libraries keep weights in few bits: what they hold, and the numbers that it stands for.
 
-torchao's weights are tensors that say so themselves (`_tensors`). The layers here keep codes and scales in tensors of their own:
-bitsandbytes, GPTQ and AWQ (gptqmodel), compressed-tensors before its first step, FP8 in blocks, and the blocks of GGUF.
+torchao's weights are tensors that say so themselves (`_tensors`). The layers here keep codes and scales in tensors of their
+own: bitsandbytes, GPTQ and AWQ (gptqmodel), compressed-tensors before its first step, FP8 in blocks, and the blocks of GGUF.
 """
 
 from __future__ import annotations
