@@ -49,8 +49,8 @@ def with_cache(lm: Model, wanted: CacheChoice) -> Model:
             found.step(found.random_ids(1, 1), state)
     except Exception as error:
         raise SpecError(
-            f"{lm.spec}: {type(lm.module).__name__} cannot be read with a {told}: {described(error)}. Leave cache= out to use the "
-            "model's own."
+            f"{lm.spec}: {type(lm.module).__name__} cannot be read with a {told}: {described(error)}. Leave cache= out to use "
+            "the model's own."
         ) from error
     return found
 

@@ -117,7 +117,8 @@ def _configured(source: Source, spec: str, trust_remote_code: bool) -> tuple[Sou
                 checkpoint.check_layers(config, source.folder)
             return source, config
     except Exception as error:
-        if source.folder is None and not source.adapter and "gguf_file" not in source.keywords:
+        not_there = not isinstance(error, HubError) or error.status == 404
+        if not_there and source.folder is None and not source.adapter and "gguf_file" not in source.keywords:
             with contextlib.suppress(Exception), HubCall():  # without one, the first error says more
                 file = hf_hub_download(source.name, ADAPTER, **keywords)
         if file:
