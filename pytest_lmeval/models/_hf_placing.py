@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import os
@@ -14,6 +15,7 @@ from torch import nn
 from pytest_lmeval.errors import SpecError, nearest
 from pytest_lmeval.models import _gguf as gguf, _quantization as quantization
 from pytest_lmeval.models._hf_source import Source
+from pytest_lmeval.models._hub import HubCall
 
 ATTENTION_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 
@@ -81,8 +83,8 @@ def facts_of(module: nn.Module, source: Source, declared: dict[str, Any], attn: 
     """What was loaded and how, for the record. `revision` is the commit that the hub gave."""
     config: Any = module.config
     found: dict[str, str] = {}
-    if commit := getattr(config, "_commit_hash", None) or source.keywords.get("revision"):
-        found["revision"] = str(commit)
+    if revision := source.keywords.get("revision"):
+        found["revision"] = str(getattr(config, "_commit_hash", None) or _commit(source.name, revision))
     if method := quantization.shown(declared):
         found["quantization"] = method
     if file := source.keywords.get("gguf_file"):
@@ -98,3 +100,12 @@ def facts_of(module: nn.Module, source: Source, declared: dict[str, Any], attn: 
     if mesh is None and len(places) > 1:
         found["devices"] = ", ".join(f"{n} parts on {place}" for place, n in places.items())
     return found
+
+
+def _commit(name: str, revision: str) -> str:
+    """The commit of a revision, which some versions of transformers do not tell; the revision if the hub is not there."""
+    from huggingface_hub import HfApi
+
+    with contextlib.suppress(Exception), HubCall():
+        return HfApi().model_info(name, revision=revision).sha or revision
+    return revision
