@@ -1,6 +1,7 @@
 """The options of `hf:`: adapters, subfolders, revisions, attention, devices, GGUF files; each is used, recorded, or refused."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -290,3 +291,55 @@ def test_a_real_gguf_file_of_four_bits_is_what_transformers_makes_of_it():
     assert "Q4_1" in facts(lm).loaded["gguf"]
     assert facts(lm).precision.name == "fp32"  # in memory: transformers unpacks it where it has no kernel
     assert len(lm.tokenizer.encode("The quick brown fox")[0]) == 4
+
+
+# ---------------------------------------------------------------------------------------------------------- on the hub
+
+
+HUB = """
+import json, os, sys
+from pathlib import Path
+from stub_hub import StubHub
+
+found = {}
+with StubHub(Path(sys.argv[1])) as hub:
+    os.environ["HF_ENDPOINT"] = hub.url
+    from pytest_lmeval.errors import SpecError
+    from pytest_lmeval.models._identity import facts
+    from pytest_lmeval.models._sources import load
+    for spec in sys.argv[2:]:
+        try:
+            lm = facts(load(spec))
+            found[spec] = [lm.fingerprint, lm.loaded]
+        except SpecError as error:
+            found[spec] = str(error)
+    found["asked"] = [path for _, path in hub.asked]
+print("found", json.dumps(found), flush=True)
+"""
+
+
+def from_hub(folder, home, *specs):
+    """What a child found in a hub that serves a folder: fingerprints and facts, or errors; and what it asked for."""
+    paths = os.pathsep.join(filter(None, sys.path))
+    environment = {**os.environ, "HF_HOME": str(home), "PYTHONPATH": paths, "LMEVAL_HUB_TIMEOUT": "5"}
+    command = [sys.executable, "-W", "ignore", "-c", HUB, str(folder), *specs]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    lines = [line for line in ran.stdout.splitlines() if line.startswith("found ")]
+    assert lines, ran.stderr[-3000:]
+    return json.loads(lines[0].removeprefix("found "))
+
+
+@pytest.mark.thorough
+def test_an_adapter_of_the_hub_is_put_over_the_base_that_it_names(base, adapter, tmp_path):
+    found = from_hub(adapter, tmp_path, "hf:moods/well")
+    assert found["hf:moods/well"][0] == fingerprint(load(f"hf:{base},adapter={adapter}"))
+
+
+@pytest.mark.thorough
+def test_a_revision_of_the_hub_is_asked_for_and_its_commit_recorded(base, tmp_path):
+    there, gone = "hf:moods/well,revision=v2", "hf:moods/404,revision=v3"
+    found = from_hub(base, tmp_path, there, gone)
+    assert found[there] == [fingerprint(load(f"hf:{base}")), {"revision": "0" * 40}]
+    assert any("/v2" in path for path in found["asked"])
+    assert "there is no such repository, revision or file" in found[gone]
+    assert "looked up on the hub at the revision 'v3'" in found[gone]

@@ -80,6 +80,6 @@ def _refuse_other(spec: str, adapter: str, base: str, config: Any, saved: dict[s
     )
     trained = f" It was trained on {_base_of(config)}." if _base_of(config) else ""
     raise SpecError(
-        f"{spec}: the adapter {adapter} is of another model than {base}. Of its {len(saved)} tensors and the {len(own)} that it "
-        f"would have over this one, {listed}.{trained} Name the model that it was trained on."
+        f"{spec}: the adapter {adapter} is of another model than {base}. Of its {len(saved)} tensors and the {len(own)} that "
+        f"it would have over this one, {listed}.{trained} Name the model that it was trained on."
     )

@@ -27,9 +27,7 @@ def with_cache(lm: Model, wanted: CacheChoice) -> Model:
 
     shown = f"cache={wanted.kind}"
     if lm.form != "transformers":
-        raise SpecError(
-            f"{lm.spec}: {shown} needs a model of transformers whose cache is passed to it, and its form is {lm.form}."
-        )
+        raise SpecError(f"{lm.spec}: {shown} needs a model of transformers whose cache is passed to it; its form is {lm.form}.")
     length = _length(lm, wanted) if wanted.kind == "static" else None
 
     def rebuild(module: nn.Module) -> StepFn:
@@ -51,8 +49,8 @@ def with_cache(lm: Model, wanted: CacheChoice) -> Model:
             found.step(found.random_ids(1, 1), state)
     except Exception as error:
         raise SpecError(
-            f"{lm.spec}: {type(lm.module).__name__} cannot be read with a {told}: {described(error)}. Leave cache= out to use the "
-            "model's own."
+            f"{lm.spec}: {type(lm.module).__name__} cannot be read with a {told}: {described(error)}. Leave cache= out to use "
+            "the model's own."
         ) from error
     return found
 
@@ -76,6 +74,6 @@ def _maker(module: nn.Module, wanted: CacheChoice, length: int | None) -> Callab
     from transformers import QuantizedCache, StaticCache
 
     config: Any = module.config
-    if wanted.kind == "static":
+    if length is not None:
         return lambda: StaticCache(config=config, max_cache_len=length)
     return lambda: QuantizedCache(backend=wanted.backend, config=config)

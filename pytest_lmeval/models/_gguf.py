@@ -1,4 +1,4 @@
-"""What a GGUF file holds, and why one cannot be read. transformers reads it (`hf:FOLDER/FILE.gguf`)."""
+"""Describe a GGUF file, and explain why one cannot be read; transformers reads it (`hf:FOLDER/FILE.gguf`)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""Where a transformers model lies and how it attends: keywords for `from_pretrained`, checks after it, facts for the record."""
+"""Place a transformers model on devices and choose its attention: keywords for `from_pretrained`, and facts for the record."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import importlib.util
 import os
 from collections import Counter
@@ -13,6 +15,7 @@ from torch import nn
 from pytest_lmeval.errors import SpecError, nearest
 from pytest_lmeval.models import _gguf as gguf, _quantization as quantization
 from pytest_lmeval.models._hf_source import Source
+from pytest_lmeval.models._hub import HubCall
 
 ATTENTION_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 
@@ -35,19 +38,20 @@ def keywords(spec: str, device_map: str, tp_plan: str, device: torch.device | No
         ranks = int(os.environ.get("WORLD_SIZE", "0"))
         if not ranks or "RANK" not in os.environ:
             raise SpecError(
-                f"{spec}: tp_plan= splits each layer over the processes that torchrun starts, and this process was not started "
-                "by it. Run `torchrun --nproc-per-node N -m pytest ...`, or write device_map=auto for one process."
+                f"{spec}: tp_plan= splits each layer over the processes that torchrun starts, and this one was not started by "
+                "it. Run `torchrun --nproc-per-node N -m pytest ...`, or write device_map=auto for one process."
             )
         try:
-            from transformers.distributed import DistributedConfig
-        except ImportError:  # older versions of transformers
+            distributed: Any = importlib.import_module("transformers.distributed")
+            config = distributed.DistributedConfig(tp_plan=tp_plan, tp_size=ranks)
+        except (ImportError, AttributeError):  # older versions of transformers
             return {"tp_plan": tp_plan}
-        return {"distributed_config": DistributedConfig(tp_plan=tp_plan, tp_size=ranks)}
+        return {"distributed_config": config}
     return {"device_map": {"": device}} if device is not None and accelerate else {}
 
 
 def attention(spec: str, wanted: str) -> dict[str, Any]:
-    """The keyword for an attention implementation. Raises SpecError for an unknown one, and for one whose package is missing."""
+    """The keyword for an attention implementation. Raises SpecError for an unknown one, or one whose package is missing."""
     if not wanted:
         return {}
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -64,13 +68,13 @@ def attention(spec: str, wanted: str) -> dict[str, Any]:
 
 
 def refuse_elsewhere(spec: str, module: nn.Module) -> None:
-    """Raise SpecError if weights were left outside of the devices: they could be neither identified nor copied."""
+    """Raise SpecError if weights were left outside of the devices: they can be neither identified nor copied."""
     left = [name for name, tensor in module.named_parameters() if tensor.device.type == "meta"]
     if left:
         places = Counter(map(str, getattr(module, "hf_device_map", {}).values()))
         raise SpecError(
             f"{spec}: the devices are too small: {len(left)} tensors, {left[0]} first, were left on the CPU or the disk, to be "
-            f"copied at each step ({', '.join(f'{n} parts on {place}' for place, n in places.items())}). Such a model cannot be "
+            f"copied at each step ({', '.join(f'{n} parts on {place}' for place, n in places.items())}). Such a model is not "
             "identified or tested. Use more devices, a smaller precision, or the CPU alone."
         )
 
@@ -79,8 +83,8 @@ def facts_of(module: nn.Module, source: Source, declared: dict[str, Any], attn: 
     """What was loaded and how, for the record. `revision` is the commit that the hub gave."""
     config: Any = module.config
     found: dict[str, str] = {}
-    if commit := getattr(config, "_commit_hash", None) or source.keywords.get("revision"):
-        found["revision"] = str(commit)
+    if revision := source.keywords.get("revision"):
+        found["revision"] = str(getattr(config, "_commit_hash", None) or _commit(source.name, revision))
     if method := quantization.shown(declared):
         found["quantization"] = method
     if file := source.keywords.get("gguf_file"):
@@ -92,7 +96,16 @@ def facts_of(module: nn.Module, source: Source, declared: dict[str, Any], attn: 
     mesh = getattr(module, "_device_mesh", None)
     if mesh is not None:
         found["devices"] = f"each layer split over {os.environ.get('WORLD_SIZE')} ranks"
-    elif places := Counter(map(str, (getattr(module, "hf_device_map", None) or {}).values())):
-        if len(places) > 1:
-            found["devices"] = ", ".join(f"{n} parts on {place}" for place, n in places.items())
+    places = Counter(map(str, (getattr(module, "hf_device_map", None) or {}).values()))
+    if mesh is None and len(places) > 1:
+        found["devices"] = ", ".join(f"{n} parts on {place}" for place, n in places.items())
     return found
+
+
+def _commit(name: str, revision: str) -> str:
+    """The commit of a revision, which some versions of transformers do not tell; the revision if the hub is not there."""
+    from huggingface_hub import HfApi
+
+    with contextlib.suppress(Exception), HubCall():
+        return HfApi().model_info(name, revision=revision).sha or revision
+    return revision

@@ -1,4 +1,4 @@
-"""Find where the files of a transformers model are: a folder, a GGUF file, a model of the hub, or an adapter over one of these."""
+"""Find where the files of a transformers model are: folder, GGUF file, hub, or an adapter over one of these."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _local(path: Path, spec: str, adapter: str, subfolder: str) -> Source:
         return found
     if any(any(folder.glob(pattern)) for pattern in WEIGHTS):
         raise SpecError(
-            f"{spec}: {folder} holds the weights of a model and an adapter ({ADAPTER}), so it is not clear which is meant. Move "
+            f"{spec}: {folder} holds the weights of a model and an adapter ({ADAPTER}), so which is meant is unclear. Move "
             f"the adapter into a folder of its own, and write hf:{folder},adapter=ITS_FOLDER for both."
         )
     if adapter:
@@ -129,7 +129,7 @@ def _checked_adapter(adapter: str, spec: str) -> str:
         return adapter
     if not (path / ADAPTER).is_file():
         raise SpecError(
-            f"{spec}: {adapter} holds no adapter: there is no {ADAPTER} in it. Name the folder that `save_pretrained` of a PEFT "
-            "model wrote."
+            f"{spec}: {adapter} holds no adapter: there is no {ADAPTER} in it. Name the folder that `save_pretrained` of a "
+            "PEFT model wrote."
         )
     return str(path)

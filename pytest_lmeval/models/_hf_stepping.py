@@ -1,7 +1,7 @@
 """Step transformers causal LMs, with every kind of cache.
 
-The model makes its own cache in the first step, unless another is asked for (`_caches`): one made without the configuration would
-not know which layers have windows. Positions are always passed, since some models restart them with each chunk.
+The model makes its own cache in the first step, unless another is asked for (`_caches`): one made without the configuration
+would not know which layers have windows. Positions are always passed, since some models restart them with each chunk.
 """
 
 from __future__ import annotations

@@ -106,7 +106,8 @@ def _configured(source: Source, spec: str, trust_remote_code: bool) -> tuple[Sou
     import transformers
     from huggingface_hub import hf_hub_download
 
-    keywords = {key: value for key, value in source.keywords.items() if key != "gguf_file"}
+    keywords: dict[str, Any] = {key: value for key, value in source.keywords.items() if key != "gguf_file"}
+    file = ""
     try:
         with HubCall():
             config = transformers.AutoConfig.from_pretrained(
@@ -116,11 +117,13 @@ def _configured(source: Source, spec: str, trust_remote_code: bool) -> tuple[Sou
                 checkpoint.check_layers(config, source.folder)
             return source, config
     except Exception as error:
-        if source.folder is None and not source.adapter and "gguf_file" not in source.keywords:
-            with contextlib.suppress(Exception), HubCall():  # the first error says more
-                file = hf_hub_download(source.name, ADAPTER, **keywords)  # type: ignore[arg-type]
-                base = over_its_base(source.name, json_of(Path(file)), spec)
-                return _configured(base, spec, trust_remote_code)
+        not_there = not isinstance(error, HubError) or error.status == 404
+        if not_there and source.folder is None and not source.adapter and "gguf_file" not in source.keywords:
+            with contextlib.suppress(Exception), HubCall():  # without one, the first error says more
+                file = hf_hub_download(source.name, ADAPTER, **keywords)
+        if file:
+            base = over_its_base(source.name, json_of(Path(file), spec), spec)
+            return _configured(base, spec, trust_remote_code)
         raise _not_loaded(source, spec, error, {}) from error
 
 

@@ -76,8 +76,9 @@ def precision(module: nn.Module, *, bytes_before: int | None = None) -> Precisio
     layers = held(module)
     inside = _inside(layers)
     chosen = [tensor for _, tensor in multiplied(module) if id(tensor) not in inside]
-    plain = [tensor for tensor in module.parameters() if id(tensor) not in inside]
-    chosen = chosen if chosen or layers else plain
+    plain: list[Tensor] = [tensor for tensor in module.parameters() if id(tensor) not in inside]
+    if not chosen and not layers:
+        chosen = plain
     of_all, of_chosen = Counter[str](), Counter[str]()  # number of weights in each precision
     for tensors, counts in ((plain, of_all), (chosen, of_chosen)):
         for tensor in tensors:
@@ -130,7 +131,7 @@ def _bytes_beside(module: nn.Module | None) -> int:
 
 
 def _has_integers(module: nn.Module) -> bool:
-    """Whether more than a tenth of its bytes are integer matrices: weights that another library packed in a format of its own."""
+    """Whether more than a tenth of its bytes are integer matrices: weights that another library packed in an unknown format."""
     tensors, known = list(weights(module)), _inside(held(module))
     integers = (
         t

@@ -304,7 +304,7 @@ class Model:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The coarsest precision that it computes in: that of the unpacked weights, or of packed layers that say so; bfloat16 if
+        """The coarsest precision that it computes in: that of the unpacked weights, or that packed layers name; bfloat16 if
         activations are rounded to eight bits. Of a served model, as the server tells; bfloat16 if it does not."""
         if self.served is not None:
             told: torch.dtype = getattr(torch, self.served.facts.dtype or "bfloat16", torch.bfloat16)

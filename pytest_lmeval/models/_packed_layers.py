@@ -1,12 +1,13 @@
 """Read the layers in which other libraries keep weights in few bits: what they hold, and the numbers that it stands for.
 
-torchao's weights are tensors that say so themselves (`_tensors`). The layers here keep codes and scales in tensors of their own:
-bitsandbytes, GPTQ and AWQ (gptqmodel), compressed-tensors before its first step, FP8 in blocks, and the blocks of GGUF.
+torchao's weights are tensors that say so themselves (`_tensors`). The layers here keep codes and scales in tensors of their
+own: bitsandbytes, GPTQ and AWQ (gptqmodel), compressed-tensors before its first step, FP8 in blocks, and the blocks of GGUF.
 """
 
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -81,7 +82,7 @@ def _packed(layer: Any) -> PackedWeight | None:
 
 
 def unpack_layers(module: nn.Module, dtype: torch.dtype) -> None:
-    """Replace packed layers by `nn.Linear` of the numbers that they stand for. Raises ModelError for one that cannot be read."""
+    """Replace packed layers by `nn.Linear` of the numbers that they stand for. Raises ModelError for one that is unknown."""
     for name, layer, _ in list(packed_layers(module)):
         values = _values(layer).to(dtype)
         plain = nn.Linear(values.shape[1], values.shape[0], bias=False, device="meta")
@@ -93,7 +94,7 @@ def unpack_layers(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def _values(layer: Any) -> Tensor:
+def _values(layer: Any) -> Any:
     """The numbers [out, in] that a packed layer multiplies by."""
     weight = layer._parameters.get("weight")
     kind = type(weight).__name__
@@ -105,8 +106,7 @@ def _values(layer: Any) -> Tensor:
             scales = state.absmax.T.reshape(-1).float()  # which the inverse leaves as they are, or rounds again
             codes, state = functional._convert_weight_packed_for_cpu_inverse(codes, state)
             state.absmax, state.nested, state.dtype = scales, False, torch.float32
-        found: Tensor = functional.dequantize_4bit(codes, state)
-        return found
+        return functional.dequantize_4bit(codes, state)
     if kind == "Int8Params" and (scale := _scale_of_int8(layer)) is not None:
         return weight.data.double() * (scale.double() / 127)[:, None]
     if "weight_scale_inv" in {**layer._parameters, **layer._buffers}:
@@ -116,11 +116,10 @@ def _values(layer: Any) -> Tensor:
         spread = scales.repeat_interleave(tall, 0).repeat_interleave(wide, 1)
         return weight.double() * spread[:rows, :columns]
     if hasattr(layer, "ggml_type"):
-        from transformers.integrations.gguf.dequant import dequantize_blocks
-
-        return dequantize_blocks(weight, layer.ggml_type, layer.out_features, layer.in_features, torch.float32)  # type: ignore[no-any-return]
+        dequant: Any = importlib.import_module("transformers.integrations.gguf.dequant")
+        return dequant.dequantize_blocks(weight, layer.ggml_type, layer.out_features, layer.in_features, torch.float32)
     if callable(dequantize := getattr(layer, "dequantize_weight", None)):  # gptqmodel: [in, out]
-        return dequantize().T  # type: ignore[no-any-return]
+        return dequantize().T
     raise ModelError(f"the weights of a {type(layer).__name__} cannot be read as numbers")
 
 

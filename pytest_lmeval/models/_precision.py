@@ -54,10 +54,10 @@ def refuse_kept(module: nn.Module, wanted: str, spec: str) -> None:
         return
     if layers := held(module):
         kinds = Counter(weight.precision for _, weight in layers)
-        listed = ", ".join(f"{count} layers of {name}" for name, count in kinds.items())
+        told = ", ".join(f"{count} layers of {name}" for name, count in kinds.items())
         raise SpecError(
-            f"{spec} cannot be had: the checkpoint is quantized already ({listed}), and rounding it again, or to more bits, would "
-            "make another model of it. Leave the suffix out to measure what it holds."
+            f"{spec} cannot be had: the checkpoint is quantized already ({told}), and rounding it again, or to more bits, "
+            "would make another model of it. Leave the suffix out to measure what it holds."
         )
     chosen = list(multiplied(module))
     left = [(name, tensor) for name, tensor in chosen if precision_of(tensor) != wanted]

@@ -1,4 +1,4 @@
-"""What the checkpoint of a quantized transformers model says, and what loading it needs."""
+"""Describe the quantization that a transformers checkpoint declares, and explain why one cannot be loaded."""
 
 from __future__ import annotations
 

@@ -9,8 +9,8 @@
 All but the last are functions in the registry (group `models`), called with the text behind the colon, if there is one, and
 with those of the keywords `spec`, `dtype` (the precision of the spec), `trust_remote_code`, `device`, `concurrency` and the
 options of their specs that they have parameters for. They return a torch module, an object with `step`, a `Model`, or `Loaded`.
-A suffix @PRECISION sets that of the weights (of a server, it says which one it has); of the options behind commas, `cache`
-chooses the KV cache and `compile` compiles the model.
+A suffix @PRECISION sets that of the weights (of a server, it says which one it has); the options
+`cache` and `compile` choose the KV cache, and compile the model.
 """
 
 from __future__ import annotations

@@ -56,7 +56,9 @@ def parse(spec: str, bits: int | None = None) -> Spec:
     ('int4', 'fp32', '')
 
     An existing file or folder wins: if `./model@int8` exists, `hf:./model@int8` has no suffix, and if `./a,b=c` exists,
-    `hf:./a,b=c` has no option. The same holds for paths in options, `adapter=./a,b`. Raises SpecError for an unknown precision or option, and for a value that an option cannot have.
+    `hf:./a,b=c` has no option. The same holds for paths in options, `adapter=./a,b`.
+
+    Raises SpecError for an unknown precision or option, and for a value that an option cannot have.
     """
     if not isinstance(spec, str):
         raise SpecError(f"a spec is a text such as demo, zoo:mamba or hf:FOLDER; got {spec!r}.")
