@@ -16,13 +16,13 @@ none, by as much as in the coarsest usual one and some times the noise that repe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from pytest_lmeval.errors import ModelError
+from pytest_lmeval.laws._served_readings import Reading, beginning_of, comparable, relative_difference
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.models._served import Asking, Scoring, Served, ServedAnswer, TokenScores
 from pytest_lmeval.records import _certificate as verdicts
@@ -114,7 +114,7 @@ class ServedHarness:
         for _ in range(2):
             again = self._read(some, at_once=1)
             pairs = [(ids, self.alone[self.prompts.index(ids)], found) for ids, found in zip(some, again, strict=True)]
-            self.noise = max([self.noise, *(_relative(one, other) for _, one, other in pairs)])
+            self.noise = max([self.noise, *(relative_difference(one, other) for _, one, other in pairs)])
             for ids, one, other in pairs:
                 self._compare("repeat", ids, one, other, "asked again")
 
@@ -187,7 +187,7 @@ class ServedHarness:
         for part in sorted({max(2, length // 3), length // 2 + 1, max(2, length - 7)}):
             found = self._read([long[:part]], at_once=1)[0]
             self._compare(
-                "chunks", long[:part], _first(whole, part - 1), found, f"read as the beginning of {length:,} tokens", 200
+                "chunks", long[:part], beginning_of(whole, part - 1), found, f"read as the beginning of {length:,} tokens", 200
             )
         if self.served.concurrency > 1:
             crowd = [long, self._ids(length, 201), *self.prompts[: CROWD // 2]]
@@ -198,7 +198,7 @@ class ServedHarness:
         generator = torch.Generator().manual_seed(seed)
         return tuple(torch.randint(0, self.lm.vocab_size, (length,), generator=generator).tolist())
 
-    def _read(self, prompts: Sequence[Ids], *, at_once: int) -> list[np.ndarray | ServedAnswer]:
+    def _read(self, prompts: Sequence[Ids], *, at_once: int) -> list[Reading]:
         """The log-probabilities of each prompt's tokens but the first; of a server that gives none, an answer to it."""
         if not self.scores:
             return list(self._generate(prompts, at_once=at_once))
@@ -228,13 +228,13 @@ class ServedHarness:
         self._compare(law, whole, read[len(ids) - 1 :], np.array(answer.logprobs), how, first=len(ids))
 
     def _compare(
-        self, law: str, ids: Ids, one: np.ndarray | ServedAnswer, other: np.ndarray | ServedAnswer, how: str, seed: int = 0,
+        self, law: str, ids: Ids, one: Reading, other: Reading, how: str, seed: int = 0,
         first: int = 1,
     ) -> None:  # fmt: skip
         """Note how far two readings of a sequence are from each other; `first` is the token of their first entry."""
         tried = self.laws[law]
         tried.cases, tried.longest = tried.cases + 1, max(tried.longest, len(ids))
-        ours, theirs = _numbers(one, other)
+        ours, theirs = comparable(one, other)
         difference = np.abs(ours - theirs)
         difference[np.isneginf(ours) & np.isneginf(theirs)] = 0.0
         if not len(difference):
@@ -308,35 +308,3 @@ def nothing_tried(missing: str, dtype: str) -> Certificate:
     """The certificate of a served model that was not tried."""
     laws = {name: LawResult(cases=0, missing=missing) for name in LAWS}
     return Certificate(verdict=verdicts.UNPROVEN, dtype=dtype or "unknown", laws=laws)
-
-
-def _first(found: np.ndarray | ServedAnswer, count: int) -> np.ndarray:
-    assert isinstance(found, np.ndarray)
-    return found[:count]
-
-
-def _numbers(one: np.ndarray | ServedAnswer, other: np.ndarray | ServedAnswer) -> tuple[np.ndarray, np.ndarray]:
-    """Two readings as numbers to compare: log-probabilities; of answers those up to the first token that differs, where a tie
-    may have fallen otherwise. Without log-probabilities: 0, and nan where the texts differ."""
-    if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
-        if one.shape != other.shape:
-            raise ModelError(f"two readings of one sequence have {len(one)} and {len(other)} log-probabilities")
-        return one, other
-    assert isinstance(one, ServedAnswer)
-    assert isinstance(other, ServedAnswer)
-    if one.ids is None or other.ids is None or one.logprobs is None or other.logprobs is None:
-        same = one.text == other.text if one.ids is None or other.ids is None else list(one.ids) == list(other.ids)
-        return np.zeros(1), np.array([0.0 if same else math.nan])
-    until = next(_differ(one.ids, other.ids), min(len(one.ids), len(other.ids)) - 1) + 1
-    return np.array(one.logprobs[:until]), np.array(other.logprobs[:until])
-
-
-def _differ(one: Sequence[int], other: Sequence[int]) -> Iterator[int]:
-    return (at for at, (ours, theirs) in enumerate(zip(one, other, strict=False)) if ours != theirs)
-
-
-def _relative(one: np.ndarray | ServedAnswer, other: np.ndarray | ServedAnswer) -> float:
-    """The largest difference of two readings over 1 + |log-probability|, as far as it is finite."""
-    ours, theirs = _numbers(one, other)
-    found = np.abs(ours - theirs) / (1 + np.abs(ours))
-    return float(np.max(found[np.isfinite(found)], initial=0.0))
