@@ -267,6 +267,7 @@ def test_closes(lmeval, load_lm, spec):
 """
 
 
+@pytest.mark.thorough
 def test_a_real_run_shows_what_bfloat16_cost(pytester):
     pytester.makepyfile(REAL)
     pytester.runpytest_subprocess("-p", "no:xdist").assert_outcomes(passed=3)

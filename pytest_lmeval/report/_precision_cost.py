@@ -101,7 +101,7 @@ def flips(reference: Iterable[Example], model: Iterable[Example], judge: Metric)
     if any(len(scores) > 1 for scores in (*base, *new)):
         difference = drawn_difference(base, new, shared)
     else:
-        difference = paired_difference(*means, groups=shared)
+        difference = paired_difference(means[0], means[1], groups=shared)
     known = difference.low is not None and difference.high is not None
     low, high = (judge.scale * (end or 0.0) for end in (difference.low, difference.high))
     lost, won = sum(change < 0 for change in changes), sum(change > 0 for change in changes)
@@ -183,8 +183,8 @@ def _of_task(reference: Record, lm: Record, folder: Path | None) -> Iterator[Row
     if folder is None or not (reference.examples and lm.examples):
         notes.append("the run kept no files of examples")
     else:
-        answers = [[*examples_in(folder, record.examples or "", notes)] for record in (reference, lm)]
-        found = flips(*answers, judge)
+        before, after = (examples_in(folder, record.examples or "", notes) for record in (reference, lm))
+        found = flips(before, after, judge)
     if found is None:
         yield [label, *shown, "; ".join(["questions lost and won: unknown", *notes]), ""]
         return
