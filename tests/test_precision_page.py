@@ -96,8 +96,8 @@ def test_the_numbers_are_those_of_the_records():
     named = {"same top token": "agreement", "mean KL": "kl", "KL, p99": "kl_p99", "largest KL": "kl_max"}
     for label, name in {**named, "loss minus that of the reference": "nll_difference"}.items():
         value = record.metrics[name]
-        assert found[f"{label}: stdlib[test]"] == ["", "", number(value, value.unit), interval(value)]
-    assert found["perplexity ratio: stdlib[test]"][2:] == ["x 1.0003", "0.9999 to 1.001"]
+        assert found[f"{label}: stdlib[test], 2,000 tokens"] == ["", "", number(value, value.unit), interval(value)]
+    assert found["perplexity ratio: stdlib[test], 2,000 tokens"][2:] == ["x 1.0003", "0.9999 to 1.001"]
     assert found["itl: batch 1, 64 tokens"] == ["2 ms", "3 ms", "x 1.5", ""]
     assert found["ttft: batch 1, 64 tokens"] == ["20 ms (18 to 22)", "30 ms (27 to 33)", "x 1.5", ""]
     assert not any("prefill" in name for name in found)
@@ -107,9 +107,15 @@ def test_a_kl_of_a_kept_file_is_said_to_be_a_lower_bound_and_both_corpora_have_r
     base = agreement_of(kl="kl_at_least")
     base = replace(base, subject="wiki with base:kept.safetensors (zoo:lstm)")
     found = rows(document(agreement_of(), base))
-    assert found["mean KL, a lower bound: wiki with base:kept.safetensors (zoo:lstm)"][2] == "at least 0.00026 nats/token"
-    assert found["largest KL, a lower bound: wiki with base:kept.safetensors (zoo:lstm)"][2] == "at least 0.0417 nats/token"
-    assert found["mean KL: stdlib[test]"][2] == "0.00026 nats/token"
+    assert (
+        found["mean KL, a lower bound: wiki with base:kept.safetensors (zoo:lstm), 2,000 tokens"][2]
+        == "at least 0.00026 nats/token"
+    )
+    assert (
+        found["largest KL, a lower bound: wiki with base:kept.safetensors (zoo:lstm), 2,000 tokens"][2]
+        == "at least 0.0417 nats/token"
+    )
+    assert found["mean KL: stdlib[test], 2,000 tokens"][2] == "0.00026 nats/token"
     assert list(found).count("bytes") == 1
 
 
@@ -117,7 +123,7 @@ def test_a_percentile_that_too_few_tokens_tell_is_replaced_by_the_next():
     record = agreement_of()
     record.metrics.pop("kl_p99")
     record.metrics["kl_p95"] = Value(0.004, "nats/token")
-    assert rows(document(record))["KL, p95: stdlib[test]"][2] == "0.004 nats/token"
+    assert rows(document(record))["KL, p95: stdlib[test], 2,000 tokens"][2] == "0.004 nats/token"
 
 
 def test_of_a_served_model_its_weights_are_left_out():
@@ -277,7 +283,7 @@ def test_a_real_run_shows_what_bfloat16_cost(pytester):
     shown = rows(found, folder)
     assert shown["precision of the weights"][:2] == ["fp32", "bf16"]
     assert shown["bytes"][2] == "x 0.5"
-    assert shown["same top token: stdlib[test]"][2] == number(near.metrics["agreement"])
+    assert shown["same top token: stdlib[test], 299 tokens"][2] == number(near.metrics["agreement"])
     assert shown["brackets, 0-shot: accuracy"][2].endswith("won of 10 questions)")
     first, second = (float(record.metrics["itl"]) for record in found.records if record.kind == "latency")
     assert shown["itl: batch 1, 16 tokens"][2] == f"x {second / first:.3g}"

@@ -150,6 +150,8 @@ def _of_weights(reference: ModelFacts, lm: ModelFacts) -> Iterator[Row]:
 
 def _of_agreement(record: Record, reference: ModelFacts) -> Iterator[Row]:
     corpus = record.subject.removesuffix(f" with {reference.spec}")  # a kept file stays named
+    if n := next((value.n for value in record.metrics.values() if value.n), None):
+        corpus += f", {several(n, 'token')}"
     bound = "kl_at_least" in record.metrics
     kl, prefix = ("kl_at_least", "at least ") if bound else ("kl", "")
     tail = next((name for name in ("p99", "p95", "p90") if f"{kl}_{name}" in record.metrics), "p99")
