@@ -93,16 +93,20 @@ def shortened(text: str, *, end: bool = False) -> str:
     return f"{visible(text[:SHORT])}... (the first {SHORT:,} of {len(text):,} characters)"
 
 
+def judge_in(record: Record) -> Metric | None:
+    """The first metric of a record that judges its answers: of the task's scorer, or of those that are declared."""
+    by_row = (metric(name) for name, judges in record.details.get("scored", {}).items() if judges)
+    return next(by_row, None) or judge_of(metric(name, value) for name, value in record.metrics.items())
+
+
 def _table(subject: str, group: list[tuple[Record, Path]], notes: list[str]) -> Table:
     labels = disambiguate([(record.lm.spec, record.test.rpartition("::")[2]) for record, _ in group])
     columns: list[Column] = []
     questions: dict[tuple[str, int], dict[int, Example]] = {}
     for index, (label, (record, folder)) in enumerate(zip(labels, group, strict=True)):
-        by_row = (metric(name) for name, judges in record.details.get("scored", {}).items() if judges)
-        judge = next(by_row, None) or judge_of(metric(name, value) for name, value in record.metrics.items())
-        columns.append(Column(label, record.examples or "", judge))
+        columns.append(Column(label, record.examples or "", judge_in(record)))
         seen: Counter[str] = Counter()
-        for example in _read(folder, record.examples or "", notes):
+        for example in examples_in(folder, record.examples or "", notes):
             questions.setdefault((example.id, seen[example.id]), {})[index] = example
             seen[example.id] += 1
     rows = [*questions.values()]
@@ -118,7 +122,7 @@ def _table(subject: str, group: list[tuple[Record, Path]], notes: list[str]) -> 
     return Table(subject, group[0][0].example, columns, rows, marks, told)
 
 
-def _read(folder: Path, name: str, notes: list[str]) -> Iterator[Example]:
+def examples_in(folder: Path, name: str, notes: list[str]) -> Iterator[Example]:
     """Yield the examples of a file inside of the output folder; note what cannot be read."""
     total, broken = 0, 0
     try:
