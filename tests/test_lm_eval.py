@@ -501,6 +501,37 @@ def test_the_code_of_a_task_is_named_before_it_runs(folder, lm):
     assert "process_results" in said[0]
 
 
+def test_the_code_of_the_catalogue_is_named_without_loading_it():
+    from pathlib import Path
+
+    import lm_eval.tasks
+
+    from pytest_lmeval.lm_eval._code import code_of
+
+    root = Path(lm_eval.tasks.__file__).parent
+    loaded = set(sys.modules)
+    assert code_of(root / "hellaswag/hellaswag.yaml") == (("hellaswag/utils.process_docs",), False)
+    humaneval = code_of(root / "humaneval/humaneval.yaml")
+    assert set(humaneval.functions) == {"humaneval/utils.pass_at_k", "humaneval/utils.build_predictions"}  # a metric, a filter
+    assert humaneval.unsafe
+    assert code_of(root / "arc/arc_easy.yaml") == ((), False)
+    assert code_of(root / "no such.yaml") == ((), False)
+    assert not [name for name in set(sys.modules) - loaded if "utils" in name]
+
+
+def test_code_is_named_before_a_module_of_a_task_is_loaded(tmp_path, lm):
+    """Its module writes a file when it is loaded."""
+    (tmp_path / "utils.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\ndef process_docs(docs): return docs\n")
+    (tmp_path / "loads.yaml").write_text("task: loads\ndataset_path: json\nprocess_docs: !function utils.process_docs\n")
+    seen = []
+    with pytest.raises(TaskError):  # it has no data
+        ours(lm, f"lm_eval:{tmp_path / 'loads'}.yaml", say=lambda text: seen.append((text, (tmp_path / "ran").exists())))
+    ((text, ran),) = seen
+    assert f"{tmp_path.name}/utils.process_docs" in text
+    assert not ran
+    assert (tmp_path / "ran").exists()
+
+
 def test_where_windows_hold_the_same_tokens_lm_eval_counts_the_targets_of_another_one(hf):
     """The last window of a text begins earlier than its first target. lm_eval keeps logits by their tokens, and hands them out
     to a window with another first target: its sum depends on what else is asked. Ours is that of the text alone."""

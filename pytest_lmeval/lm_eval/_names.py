@@ -18,6 +18,7 @@ from unittest import mock
 import msgspec
 
 from pytest_lmeval.errors import TaskError, described, nearest
+from pytest_lmeval.lm_eval._code import Code, code_of
 from pytest_lmeval.lm_eval._task import PREFIX, lm_eval_task
 from pytest_lmeval.records._journal import key_of
 from pytest_lmeval.records._replacing import replacing
@@ -118,10 +119,12 @@ def _deferred(factory: Any) -> Iterator[Any]:
     class Deferred(ConfigurableTask):  # type: ignore[misc]
         """A task of lm_eval that is not loaded, and how to load it."""
 
-        def __init__(self, config: dict[str, Any], load: Callable[[], Any] | None = None) -> None:
+        def __init__(
+            self, config: dict[str, Any], load: Callable[[], Any] | None = None, code: Callable[[], Code] | None = None
+        ) -> None:
             self._name = str(config["task"])
             made = load or functools.partial(ConfigurableTask, config=config)
-            self.task = lm_eval_task(PREFIX + self._name, made)
+            self.task = lm_eval_task(PREFIX + self._name, made, code or functools.partial(code_of, None, config))
 
         @property
         def task_name(self) -> str:
@@ -131,7 +134,8 @@ def _deferred(factory: Any) -> Iterator[Any]:
 
     def deferred(entry: Any, overrides: dict[str, Any] | None = None) -> Deferred:
         name = (overrides or {}).get("task", entry.name)
-        return Deferred({"task": name}, functools.partial(build, entry, overrides))
+        code = functools.partial(code_of, entry.yaml_path, overrides)
+        return Deferred({"task": name}, functools.partial(build, entry, overrides), code)
 
     with mock.patch.object(factory, "_build_task", deferred), mock.patch.object(module, "ConfigurableTask", Deferred):
         yield Deferred

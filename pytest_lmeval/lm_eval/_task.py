@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pytest_lmeval.errors import CorpusError, TaskError, described
+from pytest_lmeval.lm_eval._code import Code
 from pytest_lmeval.lm_eval._drawing import answers_to, unlike_lm_eval
 from pytest_lmeval.lm_eval._failures import LoggedErrors, why
 from pytest_lmeval.lm_eval._mirror import mirrored
@@ -27,24 +28,23 @@ from pytest_lmeval.tasks._task import Setting, Task
 
 PREFIX = "lm_eval:"
 FEWSHOT_SEED = 1234  # of lm_eval's command line
-OWN_CODE = ("process_docs", "process_results", "doc_to_text", "doc_to_target", "doc_to_choice", "custom_dataset", "class")
 
 Make = Callable[[], Any]
 """Makes a task of lm_eval, which reads its data."""
 
 
-def lm_eval_task(name: str, make: Make) -> Task:
-    """The task of this name; its data are read when it is asked."""
-    return Task(name, (), _not_read, style="lm_eval", prepare=functools.partial(_prepared, name, make))
+def lm_eval_task(name: str, make: Make, code: Callable[[], Code]) -> Task:
+    """The task of this name; its data are read, and its code is run, when it is asked. `code` names what it would run."""
+    return Task(name, (), _not_read, style="lm_eval", prepare=functools.partial(_prepared, name, make, code))
 
 
 def _not_read(row: Any) -> None:
     raise TaskError("the rows of a task of lm_eval are read when it is asked.")
 
 
-def _prepared(name: str, make: Make, setting: Setting) -> Task:
+def _prepared(name: str, make: Make, code: Callable[[], Code], setting: Setting) -> Task:
     """The task with its rows, asked as `setting` says. Raises TaskError, with the row where one is to blame."""
-    source = _made(name, make, setting)
+    source = _made(name, make, code(), setting)
     shots = _set_shots(source, setting.shots)
     rows, questions = list[dict[str, Any]](), list[Requests]()
     documents = iter(source.doc_iterator(limit=setting.limit))
@@ -80,8 +80,12 @@ def _prepared(name: str, make: Make, setting: Setting) -> Task:
     )
 
 
-def _made(name: str, make: Make, setting: Setting) -> Any:
-    """lm_eval's task, its data read. Raises TaskError for one that cannot be had here."""
+def _made(name: str, make: Make, code: Code, setting: Setting) -> Any:
+    """lm_eval's task, its data read, after its code is named. Raises TaskError for one that cannot be had here."""
+    if code.unsafe and not setting.trusted:
+        raise _unsafe(name)
+    if setting.say is not None and code.functions:
+        setting.say(f"{name} runs code of its own: {', '.join(code.functions)}")
     said = LoggedErrors()
     try:
         with HubCall(), _quiet(), mirrored(setting.data_dir), said.heard():
@@ -93,21 +97,15 @@ def _made(name: str, make: Make, setting: Setting) -> Any:
     if getattr(source, "MULTIMODAL", False):
         raise TaskError(f"{name} shows pictures or plays sounds, and {setting.lm.spec} reads text.")
     if getattr(source, "UNSAFE_CODE", False) and not setting.trusted:
-        raise TaskError(
-            f"{name} runs code that the model writes, on this machine, and lm_eval marks it as unsafe. Run it in a container "
-            f"that you can lose, and allow it: --lmeval-trust-remote-code {name}."
-        )
-    if setting.say is not None and (code := _own_code(source)):
-        setting.say(f"{name} runs code of its own: {', '.join(code)}")
+        raise _unsafe(name)
     return source
 
 
-def _own_code(source: Any) -> list[str]:
-    """The functions that a task brings, each with its file."""
-    config = source.config
-    found = [getattr(config, field, None) for field in OWN_CODE] + [type(source)]
-    functions = [one for one in found if callable(one) and not str(one.__module__).startswith("lm_eval.api")]
-    return list(dict.fromkeys(f"{one.__module__.replace('/', '.')}.{one.__qualname__}" for one in functions))
+def _unsafe(name: str) -> TaskError:
+    return TaskError(
+        f"{name} runs code that the model writes, on this machine, and lm_eval marks it as unsafe. Run it in a container that "
+        f"you can lose, and allow it: --lmeval-trust-remote-code {name}."
+    )
 
 
 @contextlib.contextmanager
