@@ -41,7 +41,7 @@ def with_cache(lm: Model, wanted: CacheChoice) -> Model:
         rebuild=rebuild,
         form=f"{lm.form}, {told}",
         context_length=length or lm.context_length,
-        loaded={**lm.loaded, "cache": told},
+        loaded=(*lm.loaded, ("cache", told)),
     )
     try:
         with torch.no_grad():

@@ -12,7 +12,7 @@ import copy
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -204,7 +204,7 @@ class Model:
     source          the object of the user
     built_by        the function of a spec that built it; its code is part of who the model is
     unused_weights  names of tensors of its checkpoint that it has no place for
-    loaded          what its source tells of what was loaded and how: adapter, revision, attention, ...
+    loaded          (name, text) pairs that its source tells of what was loaded and how: adapter, revision, attention, ...
     bytes_before    size of the module's tensors before its precision was set; None: it was not set
     compiled        the backend of torch.compile that `step_fn` was compiled with; "" if it was not
     found_limit     most tokens of a sequence as the probe found it, if none is declared; not part of the fingerprint
@@ -229,7 +229,7 @@ class Model:
     source: Any = None
     built_by: Any = None
     unused_weights: tuple[str, ...] = ()
-    loaded: dict[str, str] = field(default_factory=dict)
+    loaded: tuple[tuple[str, str], ...] = ()
     bytes_before: int | None = None
     compiled: str = ""
     found_limit: int | None = None

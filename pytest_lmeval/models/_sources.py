@@ -118,7 +118,7 @@ def _loaded(spec: specs.Spec, device: torch.device, given: dict[str, Any]) -> Mo
         if not wanted:
             raise
         raise SpecError(f"with its weights in {wanted}, {error}") from error
-    lm = replace(lm, built_by=source, unused_weights=loaded.unused_weights, loaded=loaded.facts)
+    lm = replace(lm, built_by=source, unused_weights=loaded.unused_weights, loaded=tuple(loaded.facts.items()))
     return precision.proven(lm, wanted, bytes_before=before) if wanted else lm
 
 
