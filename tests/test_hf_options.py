@@ -168,7 +168,7 @@ def test_attention_is_what_was_asked_for_or_refused(base):
 def test_unknown_options_and_values_are_refused_with_the_nearest():
     for spec, says in (
         ("hf:x,adaptor=y", r"no option 'adaptor' of a model; there are: compile, adapter, .* Did you mean adapter\?"),
-        ("demo,adapter=y", r"the option 'adapter' is one of hf:; there are: compile"),
+        ("demo,adapter=y", r"the option 'adapter' is of hf, not of demo; there are: compile"),
         ("hf:x,adapter=", "adapter= is no value of that option; give it a value"),
         ("hf:x,cache=ring", "write cache=static, cache=static:TOKENS, cache=quantized, or"),
         ("hf:x,device_map=cuda", "write one of auto, balanced, .*; a single device is chosen with --lmeval-device"),

@@ -113,9 +113,11 @@ def _options(spec: str, name: str, given: list[tuple[str, str]]) -> dict[str, An
     known = [option for option, one in OPTIONS.items() if not one.sources or source in one.sources]
     for option, value in given:
         if option not in known:
-            other = OPTIONS[option].sources if option in OPTIONS else ()
+            others = " or ".join(OPTIONS[option].sources) if option in OPTIONS else ""
             why = (
-                f"the option {option!r} is one of {', '.join(other)}:" if other else f"there is no option {option!r} of a model"
+                f"the option {option!r} is of {others}, not of {source}"
+                if others
+                else f"there is no option {option!r} of a model"
             )
             raise SpecError(f"{spec}: {why}; there are: {', '.join(known)}.{nearest(option, known)}")
         if option in found:
