@@ -72,12 +72,17 @@ PLURALS = Task(
 )
 
 
+def likelihoods(result):
+    return [one for example in result.examples for one in example.loglikelihoods]
+
+
 def test_rows_that_see_each_other_are_read_alone(clean, tokenizer):
     lm = as_model(planted(clean, Leaky), tokenizer=tokenizer)
-    right, wrong = (measure_task(model, PLURALS).accuracy for model in (as_model(clean, tokenizer=tokenizer), lm))
-    assert right != wrong  # without a certificate, rows are read side by side
+    right, wrong = (measure_task(model, PLURALS) for model in (as_model(clean, tokenizer=tokenizer), lm))
+    assert likelihoods(wrong) != pytest.approx(likelihoods(right), abs=1)  # without a certificate, rows are read side by side
     found = task(lm, PLURALS)
-    assert found.accuracy == right
+    assert likelihoods(found) == pytest.approx(likelihoods(right), abs=1e-3)
+    assert found.accuracy == right.accuracy
     assert found.record.certificate.verdict == "inexact"
     assert found.record.certificate.broken == {"rows"}
 

@@ -80,7 +80,7 @@ class ModelFacts(StoredStruct, frozen=True, kw_only=True):
     precision: Precision | None = None
     unused: list[str] = []
     server: dict[str, Any] | None = None
-    loaded: dict[str, str] = {}
+    loaded: dict[str, Any] = {}
 
 
 class Cost(StoredStruct, frozen=True, kw_only=True):
