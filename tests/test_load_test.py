@@ -150,6 +150,15 @@ def test_without_token_ids_a_piece_is_a_token_and_the_server_says_how_many_there
     assert found[0].tpot == pytest.approx(0.1 / 4)
 
 
+def test_answers_of_unequal_length_are_timed_too():
+    """One has a single token, and so no time per output token, and no gap."""
+    scripts = {0: steady(0.1, 0.01, 1), 1: steady(0.1, 0.02, 3), 2: steady(0.1, 0.02, 5)}
+    seen = values(asked(lambda payload: scripts[payload["number"] % 3](payload), 12, concurrency=12))
+    assert {name: float(seen[name]) for name in ("ttft", "itl", "tpot")} == pytest.approx({"ttft": 100, "itl": 20, "tpot": 20})
+    assert (seen["ttft"].n, seen["tpot"].n, seen["itl"].n) == (12, 8, 24)
+    assert seen["itl"].interval is None
+
+
 def test_goodput_counts_what_keeps_to_the_service_level():
     slow = {3, 7}
     fast, late = steady(0.1, 0.01, 5), steady(0.6, 0.01, 5)

@@ -257,11 +257,11 @@ def _unit(load: Load) -> str:
 
 def _values(point: Point, slo: Mapping[str, float]) -> dict[str, Value]:
     samples, count, seconds = point.samples(), len(point.requests), point.seconds
-    found = {
-        name: median(name, times, runs=len(point.good) if name != "itl" or _even(point) else None)
-        for name, times in samples.items()
-        if times
-    }
+    found = {name: median(name, times) for name, times in samples.items() if times}
+    if gaps := samples["itl"]:  # those of one request are alike: an interval takes as many of each
+        even = len({len(request.gaps) for request in point.good}) == 1
+        itl = median("itl", gaps, runs=len(point.good) if even else None)
+        found["itl"] = itl if even else value_of("itl", float(itl), None, n=len(gaps))
     for name, times in samples.items():
         found |= spread(name, times) if times else {}
     within = [not request.error and _keeps(request, slo) for request in point.requests]
@@ -278,11 +278,6 @@ def _values(point: Point, slo: Mapping[str, float]) -> dict[str, Value]:
     if slo:
         found["goodput"] = value_of("goodput", sum(within) / seconds, (low * rate, high * rate), n=count)
     return found
-
-
-def _even(point: Point) -> bool:
-    """Whether all answers have the same number of gaps."""
-    return len({len(request.gaps) for request in point.good}) == 1
 
 
 def _keeps(request: streamed.Request, slo: Mapping[str, float]) -> bool:

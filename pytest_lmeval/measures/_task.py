@@ -91,11 +91,11 @@ def task(
         setting = Setting(model, shots, limit, context.session.mirror, may_run, say, in_turns, system)
         asked, shots = asked.prepare(setting), 0
     settings["shots"] = shots or 0
-    rows = batch_size or context.session.batch or (BATCH if model.served is None else model.served.concurrency)
-    if rows == "auto" and model.served is not None:
-        rows = model.served.concurrency
-    elif rows == "auto":
-        rows = _rows_that_fit(model, Asking(asked, **settings, data_dir=context.session.mirror))
+    usual = BATCH if model.served is None else model.served.concurrency
+    rows = batch_size or context.session.batch or usual
+    if rows == "auto":
+        asking = Asking(asked, **settings, data_dir=context.session.mirror)
+        rows = usual if model.served is not None else _rows_that_fit(model, asking)
     policy = policy_for(model, certificate, batch_size=rows, invariant=invariant)
     data = [asked.name, asked.style, asked.special_tokens, _rows_fingerprint(asked, context), tokenizer_fingerprint(model)]
     key = context.key("task", model, {**settings, "batch_size": policy.batch_size, "invariant": invariant}, data)
