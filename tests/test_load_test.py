@@ -14,7 +14,8 @@ from virtual_time import run
 
 from pytest_lmeval import load, load_test
 from pytest_lmeval.errors import ProfilingError
-from pytest_lmeval.measures._load_test import Load, Point, _at_the_knee, _values
+from pytest_lmeval.measures._load import Load, Point
+from pytest_lmeval.measures._load_test import _at_the_knee, _values
 from pytest_lmeval.models._servers import _streamed as streamed
 
 

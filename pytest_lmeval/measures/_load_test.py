@@ -6,12 +6,9 @@ forgiven for those that wait behind it.
 
 from __future__ import annotations
 
-import gc
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from statistics import median as median_of
 from typing import Any
 
@@ -19,10 +16,11 @@ import numpy as np
 
 from pytest_lmeval.errors import ProfilingError, SpecError, nearest
 from pytest_lmeval.measures._context import current, verb_of
+from pytest_lmeval.measures._load import Load, Point, Sending, served_by
 from pytest_lmeval.models._identity import facts
 from pytest_lmeval.models._model import Model
-from pytest_lmeval.models._served import Served
 from pytest_lmeval.models._servers import _streamed as streamed
+from pytest_lmeval.models._servers._client import CONCURRENCY
 from pytest_lmeval.profiling._cost_metrics import ENOUGH
 from pytest_lmeval.profiling._runner import Runner, Timed, check_counts
 from pytest_lmeval.profiling._samples import MILLISECONDS, median, spread
@@ -36,6 +34,7 @@ REQUESTS, PROMPT, NEW, WARM_UP, ROUNDS = 100, 128, 64, 4, 5
 TIMES = ("ttft", "itl", "tpot", "e2e")
 LATE, BUSY = 0.1, 0.8  # of the median time to first token; of a core: a client beyond them is the bottleneck
 SHOWN = 3  # errors that a record quotes
+FIRST_ROUND = 1000  # number of the first load of a race, whose prompts no other load has
 
 
 @dataclass(frozen=True, repr=False)
@@ -60,53 +59,6 @@ class LoadTestResult(Timed):
     """Fraction of the requests that failed."""
     knee = MetricValue("load_knee")
     """The smallest load that reaches nearly the best output rate of any load."""
-
-
-@dataclass(frozen=True)
-class Load:
-    """How requests are sent: `size` of them under way at once, or, if `open`, `size` of them a second."""
-
-    size: float
-    open: bool
-
-    def __str__(self) -> str:
-        return f"{self.size:g} requests a second" if self.open else f"{self.size:g} at once"
-
-
-@dataclass(frozen=True)
-class Point:
-    """What one load did.
-
-    requests  in the order in which they were sent
-    busy      processor time of this process, over the time of the load
-    """
-
-    load: Load
-    requests: Sequence[streamed.Request]
-    busy: float
-
-    @property
-    def good(self) -> list[streamed.Request]:
-        return [request for request in self.requests if not request.error]
-
-    @property
-    def seconds(self) -> float:
-        """From the first request to the last token."""
-        return max(request.ended for request in self.requests) - min(request.due for request in self.requests)
-
-    @property
-    def output_rate(self) -> float:
-        return sum(request.tokens for request in self.good) / self.seconds
-
-    def samples(self) -> dict[str, list[float]]:
-        """Seconds by name."""
-        good = self.good
-        return {
-            "ttft": [request.ttft for request in good],
-            "itl": [gap for request in good for gap in request.gaps],
-            "tpot": [tpot for request in good if (tpot := request.tpot) is not None],
-            "e2e": [request.e2e for request in good],
-        }
 
 
 def measure_load_test(
@@ -139,7 +91,7 @@ def measure_load_test(
 
     Raises ProfilingError for a model that is not served, for a load that makes no sense, and where every request failed.
     """
-    served = _served(lm)
+    served_by(lm)
     loads = _loads(rate, concurrency)
     check_counts(requests=requests, prompt_tokens=prompt_tokens, new_tokens=new_tokens, rounds=rounds)
     slo = _objectives(slo or {})
@@ -151,11 +103,11 @@ def measure_load_test(
     }  # fmt: skip
     if runner.not_measured is not None:
         return LoadTestResult(_record(lm, settings, str(loads[0]), {}, not_measured=runner.not_measured))
-    ask = partial(_asked, lm, served, prompts, prompt_tokens, new_tokens, seed)
+    sending = Sending(prompts, prompt_tokens, new_tokens, seed)
     if warm_up:
-        ask(Load(min(warm_up, 8), open=False), warm_up, -1)
+        sending.ask(lm, Load(min(warm_up, CONCURRENCY), open=False), warm_up, -1)
     points: list[Point] = []
-    runner.repeat(lambda: points.extend(ask(load, requests, number) for number, load in enumerate(loads)), 1)
+    runner.repeat(lambda: points.extend(sending.ask(lm, load, requests, number) for number, load in enumerate(loads)), 1)
     point, knee = _at_the_knee(points[: len(loads)])
     if not point.good:
         errors = "; ".join(dict.fromkeys(request.error for request in point.requests))
@@ -164,7 +116,7 @@ def measure_load_test(
     samples = point.samples()
     details = _details(points[: len(loads)])
     if against is not None:
-        metrics |= _raced(lm, against, loads[0], requests, prompts, prompt_tokens, new_tokens, seed, rounds)
+        metrics |= _raced(lm, against, sending, loads[0], max(1, requests // rounds), rounds)
     record = _record(lm, settings, str(point.load), metrics, points=points[: len(loads)], slo=slo, details=details)
     return LoadTestResult(record, {"request" if name == "e2e" else name: times for name, times in samples.items()})
 
@@ -172,19 +124,10 @@ def measure_load_test(
 load_test = verb_of("load_test", measure_load_test)
 
 
-def _served(lm: Model) -> Served:
-    if lm.served is None or not hasattr(lm.served, "client"):
-        raise ProfilingError(
-            f"{lm.spec} is not behind an address, so no requests can be sent to it. Give server:URL, or measure the model "
-            "itself with lmeval.latency and lmeval.throughput."
-        )
-    return lm.served
-
-
 def _loads(rate: float | Sequence[float] | None, concurrency: int | Sequence[int] | None) -> list[Load]:
     if rate is not None and concurrency is not None:
         raise ProfilingError("rate sends requests whatever is under way, and concurrency as others end: give one of both.")
-    given: Any = 8 if rate is None and concurrency is None else concurrency if rate is None else rate
+    given: Any = CONCURRENCY if rate is None and concurrency is None else concurrency if rate is None else rate
     sizes = [given] if isinstance(given, int | float) else list(given)
     if not sizes or not all(isinstance(size, int | float) and 0 < size < math.inf for size in sizes):
         raise ProfilingError(f"a load is a number above 0, or several; got {given!r}.")
@@ -200,46 +143,6 @@ def _objectives(slo: Mapping[str, float]) -> Mapping[str, float]:
         if not 0 < most < math.inf:
             raise ProfilingError(f"slo allows {most} ms of {name}; it is a time above 0, in milliseconds.")
     return slo
-
-
-def _asked(
-    lm: Model,
-    served: Any,
-    prompts: Sequence[str] | None,
-    prompt_tokens: int,
-    new_tokens: int,
-    seed: int,
-    load: Load,
-    requests: int,
-    number: int,
-) -> Point:
-    """Send the requests of one load. `number` of the load: each has prompts of its own, so that none is in a cache."""
-    if prompts:
-        texts: list[Any] = [prompts[index % len(prompts)] for index in range(requests)]
-    else:
-        generator = np.random.default_rng([seed, number + 1])
-        texts = generator.integers(0, lm.vocab_size, (requests, prompt_tokens)).tolist()
-        if served.facts.text_only:
-            texts = [str(getattr(lm.tokenizer, "decode")(ids)) for ids in texts]  # noqa: B009 - not every tokenizer has it
-    payloads = [streamed.payload_of(served.facts, text, new_tokens) for text in texts]
-    gaps = np.random.default_rng([seed, number + 1, 1]).exponential(1 / load.size, requests)
-    moments = (np.cumsum(gaps) - gaps[0]).tolist()
-
-    async def work() -> list[streamed.Request]:
-        async with served.client.connections(None) as http:
-            if load.open:
-                return await streamed.open_loop(http, payloads, moments)
-            return await streamed.closed_loop(http, payloads, int(load.size))
-
-    collecting = gc.isenabled()
-    gc.disable()
-    began, processor = time.perf_counter(), time.process_time()
-    try:
-        found = served.client.run(work())
-    finally:
-        if collecting:
-            gc.enable()
-    return Point(load, found, (time.process_time() - processor) / (time.perf_counter() - began))
 
 
 def _at_the_knee(points: Sequence[Point]) -> tuple[Point, dict[str, Value]]:
@@ -351,17 +254,7 @@ def _series(points: Sequence[Point], slo: Mapping[str, float]) -> dict[str, Seri
     return found
 
 
-def _raced(
-    lm: Model,
-    against: str,
-    load: Load,
-    requests: int,
-    prompts: Sequence[str] | None,
-    prompt_tokens: int,
-    new_tokens: int,
-    seed: int,
-    rounds: int,
-) -> dict[str, Value]:
+def _raced(lm: Model, against: str, sending: Sending, load: Load, requests: int, rounds: int) -> dict[str, Value]:
     """Ratios of two servers, asked in turns: what disturbs the machine disturbs both of a pair."""
     try:
         other = current().model(against)
@@ -372,11 +265,11 @@ def _raced(
     for number in range(rounds):
         order = list(sides) if number % 2 else list(sides)[::-1]
         for who in order:
-            side = sides[who]
-            share = max(1, requests // rounds)
-            point = _asked(side, _served(side), prompts, prompt_tokens, new_tokens, seed, load, share, 100 + number)
+            point = sending.ask(sides[who], load, requests, FIRST_ROUND + number)
             if not point.good:
-                raise ProfilingError(f"{side.spec}: no request of round {number + 1} was answered: {point.requests[0].error}.")
+                raise ProfilingError(
+                    f"{sides[who].spec}: no request of round {number + 1} was answered: {point.requests[0].error}."
+                )
             values = {name: median_of(times) for name, times in point.samples().items() if times}
             for name, value in (values | {"output_tokens_per_second": point.output_rate}).items():
                 found[who].setdefault(name, []).append(value)

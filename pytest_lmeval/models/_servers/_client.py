@@ -112,13 +112,7 @@ class Client:
             for number, (path, payload) in waiting:
                 put((number, await self._asked("POST", path, payload)))
 
-        tasks = [asyncio.ensure_future(worker()) for _ in range(min(at_once, len(jobs)))]
-        try:
-            await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        await together([worker() for _ in range(min(at_once, len(jobs)))])
 
     async def _asked(
         self, method: str, path: str, payload: Any, *, missing: bool = False, attempts: int | None = None, as_text: bool = False
@@ -181,6 +175,17 @@ class Client:
 
     def _wait(self, work: Awaitable[Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()  # type: ignore[arg-type]
+
+
+async def together(work: Sequence[Awaitable[None]]) -> None:
+    """Wait for all; where one raises, the others are ended."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _pause(state: tenacity.RetryCallState) -> float:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from pytest_lmeval.errors import described
+from pytest_lmeval.models._servers._client import together
 
 PATH = "/v1/completions"
 SAID = 200  # characters of an error that are kept
@@ -88,7 +89,7 @@ async def closed_loop(http: Any, payloads: Sequence[dict[str, Any]], concurrency
             found.append(request)
             await _send(http, payload, request, clock)
 
-    await _all([worker() for _ in range(min(concurrency, len(payloads)))])
+    await together([worker() for _ in range(min(concurrency, len(payloads)))])
     return found
 
 
@@ -102,18 +103,8 @@ async def open_loop(http: Any, payloads: Sequence[dict[str, Any]], moments: Sequ
         await asyncio.sleep(request.due - clock())
         await _send(http, payload, request, clock)
 
-    await _all([one(payload, request) for payload, request in zip(payloads, requests, strict=True)])
+    await together([one(payload, request) for payload, request in zip(payloads, requests, strict=True)])
     return requests
-
-
-async def _all(work: Sequence[Awaitable[None]]) -> None:
-    tasks = [asyncio.ensure_future(one) for one in work]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _send(http: Any, payload: dict[str, Any], request: Request, clock: Callable[[], float]) -> None:
