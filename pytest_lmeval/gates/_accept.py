@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
@@ -21,7 +22,7 @@ from pytest_lmeval.records._document import NAME, RunDocument, load
 from pytest_lmeval.records._measured import Record
 from pytest_lmeval.records._metric import metric
 from pytest_lmeval.report._terminal import say
-from pytest_lmeval.report._words import number, one_line, safe_lines
+from pytest_lmeval.report._words import number, one_line, safe_lines, wrapped
 from pytest_lmeval.statistics._paired import detectable
 from pytest_lmeval.statistics._verdict import LEVEL
 
@@ -74,8 +75,9 @@ def main(arguments: argparse.Namespace) -> int:
         return 2
     for test in sorted(found):
         say(f"accepted: {one_line(test)}")
-        for line in _between_runs(found[test]):
-            say(f"  {one_line(line)}")
+        for text in _between_runs(found[test]):
+            for line in wrapped(text, shutil.get_terminal_size().columns, indent=2):
+                say(line)
     for test in sorted(refused - set(found)):
         say(f"not accepted: {one_line(test)} (it failed for another reason than its baseline)")
     print(f"written to {arguments.to} and {examples_file(arguments.to)}: commit both")
