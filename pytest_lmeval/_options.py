@@ -12,6 +12,7 @@ from typing import Any, Literal
 import pytest
 
 from pytest_lmeval.errors import LmevalError, nearest
+from pytest_lmeval.records._share import WHOLE, Share, parsed
 
 OPTIONS: dict[str, tuple[Any, str]] = {  # name -> (default, help)
     "lm": (["demo"], "model to evaluate: demo, zoo:NAME, hf:ID_OR_FOLDER, server:URL or module.path:callable (repeatable)"),
@@ -32,6 +33,7 @@ OPTIONS: dict[str, tuple[Any, str]] = {  # name -> (default, help)
     ),
     "lmeval-templates": ("", "folder of templates that extend those of the reports block by block"),
     "lmeval-data": ("", "local mirror to use instead of the hub: DIR/<hub id>/<config>/<split>.parquet, .jsonl, .json or .csv"),
+    "lmeval-shard": ("", "I/N: score one share of N of the examples; `lmeval merge` joins the output of all"),
     "lmeval-dir": (".lmeval", "folder for all output"),
     "lmeval-baseline": ("", "file of numbers to compare this run with; a test whose numbers got worse fails"),
     "lmeval-gate": ("fail", "on a number that got worse: fail its test, warn, or off"),
@@ -98,6 +100,15 @@ def chat(config: pytest.Config) -> Literal["auto"] | bool:
     return given[str(option(config, "lmeval-chat"))]
 
 
+def share(config: pytest.Config) -> Share:
+    """The share of the examples that --lmeval-shard names; the whole if it is not given."""
+    text = str(option(config, "lmeval-shard")).strip()
+    try:
+        return parsed(text) if text else WHOLE
+    except LmevalError as error:
+        raise pytest.UsageError(f"--lmeval-shard: {error}") from None
+
+
 def template_kwargs(config: pytest.Config) -> dict[str, Any]:
     """The keywords of --lmeval-chat-template-kwargs."""
     text = str(option(config, "lmeval-chat-template-kwargs")).strip()
@@ -135,6 +146,7 @@ def check(config: pytest.Config) -> None:
             raise pytest.UsageError(f"--lmeval-seq-len takes a positive number; got {text!r}.")
     budget(config)
     batch(config)
+    share(config)
     template_kwargs(config)
     for name, choices in CHOICES.items():
         if (given := str(option(config, name))) not in choices:

@@ -19,6 +19,7 @@ from pytest_lmeval.models._weak_cache import WeakCache
 from pytest_lmeval.records import _schema as schema
 from pytest_lmeval.records._journal import Journal
 from pytest_lmeval.records._measured import Record
+from pytest_lmeval.records._share import WHOLE, Share
 
 if TYPE_CHECKING:
     from pytest_lmeval.laws._probe import EquivalenceResult
@@ -35,6 +36,7 @@ class Session:
     batch            rows of a batch of questions; "auto": as many as fit; None: as many as the verb says
     concurrency      requests to a server under way at once; None: as many as its client says
     chat             whether tasks are asked in turns: True, False or "auto"; with these `chat_template_kwargs`
+    share            of the examples that this process scores
     parallel         other tests run at the same time, so speed is not measured
     trusted          models that may run their own code
     mirror           a folder to use instead of the hub
@@ -53,6 +55,7 @@ class Session:
     concurrency: int | None = None
     chat: Literal["auto"] | bool = "auto"
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    share: Share = WHOLE
     parallel: bool = False
     device: str = "auto"
     bits: int | None = None
@@ -115,12 +118,17 @@ class Session:
 
 @dataclass
 class TestLog:
-    """What one test has recorded so far, and the notes for its reader."""
+    """What one test has recorded so far, and the notes for its reader.
+
+    keys   of the journal's lines that this test wrote or resumed from
+    calls  of verbs so far
+    """
 
     test: str = ""
     records: list[Record] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    keys: list[str] = field(default_factory=list)  # of the journal's lines that this test wrote or resumed from
+    keys: list[str] = field(default_factory=list)
+    calls: int = 0
 
     def to_plain(self) -> dict[str, Any]:
         return {"records": [schema.to_plain(record) for record in self.records], "notes": self.notes, "keys": self.keys}

@@ -165,6 +165,14 @@ class BaselineError(DocumentError):
     """A baseline that cannot be read; the message names the file, the place in it, and what to do."""
 
 
+class MergeError(LmevalError):
+    """Shares of a run that cannot be merged; the message says which, and why."""
+
+
+class RankError(LmevalError):
+    """Another rank of this run failed, or is lost; the message names it."""
+
+
 class SideError(LmevalError):
     """A version that `lmeval compare-runs` cannot run; the message has the reason and its last output."""
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Generator
 from contextlib import nullcontext
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import pytest
 
@@ -23,6 +23,7 @@ from pytest_lmeval._options import (
     is_worker,
     option,
     output_folder,
+    share,
     template_kwargs,
     test_id,
 )
@@ -67,7 +68,8 @@ def pytest_configure(config: pytest.Config) -> None:
                     why = error.strerror or error
                     raise pytest.UsageError(f"--lmeval-fresh-evidence: {certificate} cannot be deleted ({why}).") from error
     config.pluginmanager.register(_fixtures_with_parameters(config), "lmeval-parameters")
-    if (config.getoption("lmeval_baseline") or config.getini("lmeval_baseline")) and option(config, "lmeval-gate") != "off":
+    gated = option(config, "lmeval-gate") != "off" and share(config).is_whole  # shares are compared once they are merged
+    if gated and (config.getoption("lmeval_baseline") or config.getini("lmeval_baseline")):
         from pytest_lmeval.gates._gate import Gate, baseline_file
 
         if (file := baseline_file(config)) is not None:
@@ -223,11 +225,24 @@ def _parameter(request: pytest.FixtureRequest, values: list[str]) -> Any:
 
 
 def _skip_if_not_measured(item: pytest.Item) -> Generator[None, Any, Any]:
-    """Skip a test that reads a time which was not measured, with the reason: it says nothing about the model."""
+    """Skip a test that reads a time which was not measured, or judges numbers of a share of the examples, with the reason: it
+    says nothing about the model."""
     try:
         return (yield)
     except NotMeasuredError as error:
-        raise pytest.skip.Exception(str(error)).with_traceback(up_to_the_test(error, str(item.path))) from None
+        why, raised = str(error), cast(Exception, error)
+    except AssertionError as error:
+        if not _is_about_a_share(item):
+            raise
+        said = str(error).partition("\n")[0] or "an assertion failed"
+        why, raised = f"{said}: of shard {share(item.config)} alone. After `lmeval merge` the test decides", error
+    raise pytest.skip.Exception(why).with_traceback(up_to_the_test(raised, str(item.path))) from None
+
+
+def _is_about_a_share(item: pytest.Item) -> bool:
+    """Whether a test knows a share of the examples only: what it says of numbers decides nothing."""
+    log = item.stash.get(LOG, None)
+    return log is not None and bool(log.records) and not share(item.config).is_whole
 
 
 pytest_runtest_setup = pytest_runtest_call = pytest.hookimpl(wrapper=True)(_skip_if_not_measured)
@@ -267,6 +282,7 @@ def shared_session(config: pytest.Config) -> Session:
             chat=chat(config),
             chat_template_kwargs=template_kwargs(config),
             seq_lens=tuple(map(int, option(config, "lmeval-seq-len"))),
+            share=share(config),
             parallel=is_worker(config),
             device=str(option(config, "lmeval-device")),
             bits=int(option(config, "lmeval-bits")) if option(config, "lmeval-bits") else None,

@@ -146,7 +146,7 @@ def counterexamples(folder):
 
 
 def certificates(folder):
-    store = evidence.EvidenceStore(folder, load("demo"), 320)
+    store = evidence.EvidenceStore.of(folder, load("demo"), 320)
     tried = evidence.Tried({"splits": [evidence.Case(40, (3,))]}, {"rows": [evidence.Case(9, rows=2)]})
     store.save(evidence.Evidence(tried, tried, 2))
     whole = json.loads(store.path.read_bytes())

@@ -117,7 +117,7 @@ def test_a_forged_certificate_is_replayed_and_the_whole_floor_is_tried(tmp_path)
     lm = as_model(Forgetting())
     right = probe(as_model(Functional()), budget=1, profile="dev", certificates=tmp_path)
     _, plain = stored(tmp_path)
-    store = EvidenceStore(tmp_path, lm, 320)
+    store = EvidenceStore.of(tmp_path, lm, 320)
     honest = {
         law: [Case(**{**case, "cuts": tuple(case.get("cuts", ()))}) for case in some] for law, some in plain["own-kept"].items()
     }

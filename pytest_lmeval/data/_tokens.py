@@ -19,6 +19,7 @@ from pytest_lmeval.data._joined import tokenized as joined
 from pytest_lmeval.engine._tokens import Tokens, array_of, tokens_of
 from pytest_lmeval.errors import CorpusError, StreamError
 from pytest_lmeval.models._model import Model, special_pattern, with_special_tokens
+from pytest_lmeval.records._share import WHOLE, Share
 
 LONGEST_SPECIAL = 100  # bytes of a special token that may be written across two parts of a text
 
@@ -45,26 +46,36 @@ def as_corpus(source: Corpus | str | Iterable[Any]) -> Corpus:
 
 
 def sequences(
-    lm: Model, corpus: Corpus, *, by_document: bool, limit: int | None = None, tokens: int | None = None, rolling: bool = False
+    lm: Model,
+    corpus: Corpus,
+    *,
+    by_document: bool,
+    limit: int | None = None,
+    tokens: int | None = None,
+    rolling: bool = False,
+    share: Share = WHOLE,
 ) -> Iterator[TokenReader]:
     """Yield a reader for each document of a corpus, or one for all documents as one stream.
 
     limit    most documents
     tokens   most tokens of each sequence
     rolling  begin texts as lm-evaluation-harness does (see `beginning`)
+    share    of the documents, if they are read one by one
     """
     documents, lm = corpus.documents(), model_for(lm, corpus)
     if not by_document:
         yield TokenReader(lm, islice(documents, limit), limit=tokens, rolling=rolling)
         return
-    for _, parts in islice(groupby(documents, key=attrgetter("name")), limit):
-        yield TokenReader(lm, parts, limit=tokens, rolling=rolling)
+    for number, (name, parts) in enumerate(islice(groupby(documents, key=attrgetter("name")), limit)):
+        if share.owns(name):
+            yield TokenReader(lm, parts, number=number, limit=tokens, rolling=rolling)
 
 
 class TokenReader:
     """Iterate over the tokens of consecutive documents as one stream, after the beginning-of-sequence token if there is one.
     Their texts are tokenized as one text (see `data._joined`).
 
+    number   of the document, from 0
     limit    end before this token
     rolling  begin the text as lm-evaluation-harness does (see `beginning`)
     skip     begin with this token of the stream
@@ -74,7 +85,10 @@ class TokenReader:
     For a model with several codebooks, a token is a frame: ids are [n, k].
     """
 
-    def __init__(self, lm: Model, documents: Iterable[Document], *, limit: int | None = None, rolling: bool = False) -> None:
+    def __init__(
+        self, lm: Model, documents: Iterable[Document], *, number: int = 0, limit: int | None = None, rolling: bool = False
+    ) -> None:
+        self.number = number
         self._lm, self._documents, self._limit, self._rolling = lm, documents, limit, rolling
         self.skip = self.special = 0
         self.content = hashlib.sha256()
@@ -166,10 +180,11 @@ def model_for(lm: Model, corpus: Corpus) -> Model:
     return with_special_tokens(lm) if corpus.special_tokens and not corpus.tokenized else lm
 
 
-def notes_on(corpus: Corpus, documents: int, skipped: int, special: int) -> list[str]:
-    """What to say about documents without a target, and about special tokens that are written in the text."""
+def notes_on(documents: int, skipped: int, special: int, *, read: bool) -> list[str]:
+    """What to say about documents without a target, beside so many others, and about special tokens that are written in the
+    text, and read as such or not."""
     notes = [f"{skipped:,} of {documents + skipped:,} documents skipped: nothing to score in them"] if skipped else []
-    how = "control tokens" if corpus.special_tokens else "text"
+    how = "control tokens" if read else "text"
     return [*notes, f"{special:,} special tokens are written in the text, read as {how}"] if special else notes
 
 

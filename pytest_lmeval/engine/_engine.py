@@ -26,6 +26,7 @@ from pytest_lmeval.engine._tree import Request
 from pytest_lmeval.errors import OutOfMemory, StreamError
 from pytest_lmeval.models._failures import NoMemory, unless_full
 from pytest_lmeval.models._model import Model, State
+from pytest_lmeval.records._share import WHOLE, Share
 
 Sequenced = TypeVar("Sequenced", Request, Answer)
 T = TypeVar("T")
@@ -140,22 +141,25 @@ class Engine:
             del logits  # not kept alive during the next step
             yield input_ids, state
 
-    def stream(self, tokens: Source, *, state: State | None = None, position: int = 0, window: int = 0) -> Iterator[Chunk]:
+    def stream(
+        self, tokens: Source, *, state: State | None = None, position: int = 0, window: int = 0, share: Share = WHOLE
+    ) -> Iterator[Chunk]:
         """Score a stream chunk by chunk, each target exactly once, with the state carried or in windows as the policy says.
 
         tokens    ids [T], or frames of codes [T, k], from `position`, or `window` if the policy has windows
         state     resume from this state, after the tokens before `position`
         position  of the token to resume at, in the stream
         window    position at which the current window begins
+        share     of the windows; a stream whose state is carried is read whole
 
         Raises StreamError for a stream without a target or a token outside the vocabulary, NotFiniteError for a loss that is
         not finite, with its position, and Refused if the policy has no windows and does not carry the state.
         """
         pieces, windows = tokens_of(tokens, self.lm.codebooks), self.policy.windows
         if windows is not None and self.lm.served is not None:
-            return served_windows(self, pieces, windows, position, window)
+            return served_windows(self, pieces, windows, position, window, share)
         if windows is not None:
-            return in_windows(self, pieces, windows, state, position, window)
+            return in_windows(self, pieces, windows, state, position, window, share)
         if not self.policy.carry:
             raise streaming_refused(self.lm, self.policy)
         return carried(self, pieces, state, position)

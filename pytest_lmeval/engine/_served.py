@@ -19,6 +19,7 @@ from pytest_lmeval.engine._tokens import Tokens, check_vocabulary
 from pytest_lmeval.engine._tree import Request
 from pytest_lmeval.errors import TaskError
 from pytest_lmeval.models._served import Asking, Scoring, Served, ServedAnswer, TokenScores, refuse_scores
+from pytest_lmeval.records._share import WHOLE, Share
 
 if TYPE_CHECKING:
     from pytest_lmeval.engine._engine import Engine
@@ -150,7 +151,9 @@ def _replay(answer: Answer, found: ServedAnswer, take: Take) -> None:
         answer.why = "thinking" if answer.thinks else "length" if found.cut else "end"
 
 
-def in_windows(engine: Engine, tokens: Iterable[Tokens], windows: Windows, position: int, window: int) -> Iterator[Chunk]:
+def in_windows(
+    engine: Engine, tokens: Iterable[Tokens], windows: Windows, position: int, window: int, share: Share = WHOLE
+) -> Iterator[Chunk]:
     """The chunks of a stream, one for each window, several of which are under way at once (see `_stream.in_windows`)."""
     known = window + windows.overlap if window else 0
     pieces, first = windows_of(tokens, windows, window), True
@@ -158,7 +161,7 @@ def in_windows(engine: Engine, tokens: Iterable[Tokens], windows: Windows, posit
         ready = []
         for begin, piece in batch:
             fresh = max(0, begin + len(piece) - 1 - max(known, begin))
-            if fresh and not (first and position > window):  # an interrupted reading ends with a window
+            if fresh and share.owns(begin) and not (first and position > window):  # an interrupted reading ends with a window
                 ready.append((begin, piece, fresh))
             known, first = begin + len(piece) - 1, False
         yield from _scored(engine, ready)

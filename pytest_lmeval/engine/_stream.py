@@ -22,6 +22,7 @@ from pytest_lmeval.engine._policy import Windows, streaming_refused
 from pytest_lmeval.engine._tokens import Tokens, check_vocabulary, overlapping
 from pytest_lmeval.errors import StreamError
 from pytest_lmeval.models._model import Codebooks, State, state_bytes
+from pytest_lmeval.records._share import WHOLE, Share
 
 if TYPE_CHECKING:
     from pytest_lmeval.engine._engine import Engine
@@ -73,12 +74,13 @@ def carried(engine: Engine, tokens: Iterable[Tokens], state: State, position: in
 
 
 def in_windows(
-    engine: Engine, tokens: Iterable[Tokens], windows: Windows, state: State, position: int, window: int
+    engine: Engine, tokens: Iterable[Tokens], windows: Windows, state: State, position: int, window: int, share: Share = WHOLE
 ) -> Iterator[Chunk]:
     """The chunks of a stream in independent windows, each from an empty state that is carried through its chunks.
 
     window    position of the first of `tokens`: the beginning of a window
     position  resume inside that window here, with `state`, which is the one before it
+    share     of the windows; the others are not read
     """
     if engine.lm.codebooks is not None:
         raise StreamError(f"{engine.lm.spec} reads frames of codes: only with the state carried, not in windows.")
@@ -89,7 +91,7 @@ def in_windows(
         if inside and begin + len(piece) > position + 1:
             _check_state(engine, state, position - begin)
         inside = False
-        for part in overlapping([piece[start - begin :]], engine.chunk_size + 1):
+        for part in overlapping([piece[start - begin :]], engine.chunk_size + 1) if share.owns(begin) else ():
             last = start + len(part) - 1
             fresh = max(0, min(last - start, last - known))
             chunk = _tokens(engine, part, state, start, fresh, begin)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -61,12 +63,20 @@ class Evidence:
 
 
 class EvidenceStore:
-    """A folder of files, one for each key; without a folder, nothing is kept."""
+    """The file at `path` with what was tried of a model; `key` holds all that a law of it could depend on. Without a path,
+    nothing is kept."""
 
-    def __init__(self, folder: Path | None, lm: Model, longest: int) -> None:
+    def __init__(self, path: Path | None, key: dict[str, Any]) -> None:
+        self.path, self.key = path, key
+
+    @classmethod
+    def of(cls, folder: Path | None, lm: Model, longest: int) -> EvidenceStore:
+        """The file of a model in a folder of such files."""
         lasting = lm.module is not None or getattr(lm.source, "fingerprint", None)  # others are new in every run
-        self.key = _key(lm, longest) if folder is not None and lasting else {}
-        self.path = folder / f"{self.key['lm']}-{key_of(**self.key)[:8]}.json" if folder is not None and lasting else None
+        if folder is None or not lasting:
+            return cls(None, {})
+        key = _key(lm, longest)
+        return cls(folder / f"{key['lm']}-{key_of(**key)[:8]}.json", key)
 
     def load(self) -> Evidence:
         """The evidence of earlier runs. Warns of a file that is damaged, or of another model, and ignores it."""
@@ -109,6 +119,18 @@ class EvidenceStore:
                 new.write_text(json.dumps({**plain, "sha256": _digest(plain)}), encoding="utf-8")
         except OSError as error:
             warn(f"the certificate is not kept for the next run: {self.path} cannot be written ({error}).")
+
+
+def join_files(files: Sequence[Path], to: Path) -> None:
+    """Write what several processes tried of one model to one file. Warns of a file that is damaged, and leaves it out."""
+    key: dict[str, Any] = {}
+    for file in files:
+        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            key = key or dict(json.loads(file.read_text(encoding="utf-8"))["key"])
+    whole = Evidence()
+    for file in files:
+        whole = whole + EvidenceStore(file, key).load()
+    EvidenceStore(to, key).save(whole)
 
 
 def _key(lm: Model, longest: int) -> dict[str, Any]:

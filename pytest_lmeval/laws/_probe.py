@@ -132,7 +132,7 @@ def probe(
         asked.run(progress)
         certificate = asked.certificate()
     elif plan.budget or budget is None:
-        stores = CounterexampleStore(counterexamples), EvidenceStore(certificates, lm, length)
+        stores = CounterexampleStore(counterexamples), EvidenceStore.of(certificates, lm, length)
         certificate, harness = _probed(lm, plan, *stores, progress, say)
     state = certificate.state
     work = harness.work if harness else None

@@ -21,13 +21,14 @@ from msgspec import structs
 from torch import Tensor
 
 from pytest_lmeval.data._corpus import Corpus
-from pytest_lmeval.data._tokens import as_corpus, notes_on, nothing_to_score, sequences
+from pytest_lmeval.data._tokens import as_corpus, nothing_to_score, sequences
 from pytest_lmeval.engine import Engine, Policy, policy_for
 from pytest_lmeval.engine._tokens import Tokens, naming
 from pytest_lmeval.errors import Refused, SpecError
 from pytest_lmeval.measures._agreement_base import PREFIX, About, Base, BaseWriter, read as read_base
-from pytest_lmeval.measures._agreement_sums import TOKENS, Piece, Sums, compare, metrics_of, series_of
-from pytest_lmeval.measures._context import current, verb
+from pytest_lmeval.measures._agreement_record import with_numbers
+from pytest_lmeval.measures._agreement_sums import TOKENS, Piece, Sums, compare
+from pytest_lmeval.measures._context import current, shared_verb
 from pytest_lmeval.measures._mismatch import Differences
 from pytest_lmeval.measures._text_reading import Progress
 from pytest_lmeval.models._failures import NoMemory, unless_full
@@ -37,12 +38,13 @@ from pytest_lmeval.models._served import refuse_scores
 from pytest_lmeval.records import _schema as schema
 from pytest_lmeval.records._certificate import Certificate
 from pytest_lmeval.records._measured import Cost, MetricValue, Record, Result
+from pytest_lmeval.records._share import WHOLE, Share
 
 LONGEST_WINDOW = 2048  # tokens of a window in which a served model and its reference read
 TOP = 8  # most likely tokens that a served model is asked for
 
 
-@verb
+@shared_verb
 def agreement(
     lm: Any,
     reference: Any,
@@ -95,9 +97,12 @@ def agreement(
     if corpus.fingerprint and save is None and (finished := context.finished(key)) is not None:
         return AgreementResult(finished)
     with context.session.progress(f"{model.spec} and {other.spec} read {corpus}") as progress:
-        result = measure_agreement(
-            model, other, corpus, policy=policy, reference_policy=their_policy, **settings, save=save, progress=progress
-        )
+        how: dict[str, Any] = {"policy": policy, "reference_policy": their_policy, **settings}
+        measure = partial(measure_agreement, model, other, corpus, **how, save=save, progress=progress)
+        by_document = not (corpus.as_stream if as_stream is None else as_stream)
+        same_windows = their_policy is not None and policy.windows is not None and policy.windows == their_policy.windows
+        alone = their_policy is None or save is not None or not (by_document or same_windows)
+        result = context.shared(key, lambda share: measure(share=share), alone=alone)
     details = {**result.record.details, **({} if theirs is None else {"reference_verdict": theirs.verdict})}
     return context.recorded(key, replace(result, record=structs.replace(result.record, details=details)))
 
@@ -106,6 +111,8 @@ def agreement(
 class AgreementResult(Result):
     """The result of `agreement`. Values have a 95 % interval, `.low` to `.high`, over blocks of the text, or documents:
     Wilson's score with the effective size for `agreement`, Student's t for means; NoIntervalError if the text is too short."""
+
+    part: dict[str, Any] | None = None  # the sums of a share, from which all are merged
 
     agreement = MetricValue()
     """Fraction of positions where both have the same most likely token; of equally likely ones, the first counts."""
@@ -142,6 +149,7 @@ def measure_agreement(
     as_stream: bool | None = None,
     save: str | Path | None = None,
     progress: Progress | None = None,
+    share: Share = WHOLE,
 ) -> AgreementResult:
     """Read a corpus with both models, or with one and what a file says of the other, and compare their predictions.
 
@@ -151,6 +159,7 @@ def measure_agreement(
     limit      read so many documents
     as_stream  read one stream, or document by document; by default what the corpus declares
     save       write what the reference says to this file (see `_agreement_base`)
+    share      of the documents, or of the windows of a stream, that are read
 
     If memory runs out, the model with the larger chunks reads smaller ones, from the beginning, and a note says so.
 
@@ -166,20 +175,20 @@ def measure_agreement(
     began = time.perf_counter()
 
     def read_both() -> tuple[Sums, Differences, Counter[str], BaseWriter]:
-        return _read_both(engines, reference, source, tokens, limit, by_document, progress, saving=save is not None)
+        return _read_both(engines, reference, source, tokens, limit, by_document, progress, share, saving=save is not None)
 
     once = not source.fingerprint  # may be given only once: an iterator
     while isinstance(read := read_both() if once else unless_full(read_both), NoMemory):  # a state may be changed in part
         max(engines, key=lambda engine: engine.chunk_size).take_smaller_chunks(read.wanted)
     sums, differences, counts, said = read
-    if not sums.units:
+    if not sums.units and share.is_whole:
         raise nothing_to_score(source, counts["skipped"])
     if isinstance(reference, Base):
         reference.check_length(int(sums.total[TOKENS]), source)
     chosen = {"tokens": tokens, "limit": limit, "by_document": by_document, "data": source.fingerprint}
     certificate, reading = engines[0].asked.certificate, engines[0].asked.reading
     their_reading = reference.about.reading if isinstance(reference, Base) else engines[1].asked.reading
-    found = differences.explained(lm, reference)
+    differences.explain(lm, reference)
     their_facts = reference.about.lm if isinstance(reference, Base) else facts(reference)
     if save is not None and isinstance(reference, Model):
         windows = engines[1].asked.windows
@@ -193,20 +202,19 @@ def measure_agreement(
         kind="agreement",
         subject=f"{source} with {reference.spec}",
         lm=facts(lm),
-        settings={"reference": schema.to_plain(their_facts), **chosen},
-        details={"read": reading, "reference_read": their_reading, **counts, **found},
-        notes=[
-            *notes_on(source, len(sums.units), counts["skipped"], counts["special_tokens"]),
-            *(f"{engine.lm.spec}: {engine.less}" for engine in engines if engine.less),
-            *found["explanation"],
-        ],
+        settings={
+            "reference": schema.to_plain(their_facts), **chosen, **({"special_tokens": True} if source.special_tokens else {})
+        },
+        details={
+            "read": reading, "reference_read": their_reading, "documents": len(sums.units) if by_document else 1, **counts
+        },
+        notes=[f"{engine.lm.spec}: {engine.less}" for engine in engines if engine.less],
         example="document" if by_document else "block",
-        metrics=metrics_of(sums),
-        cost=Cost(seconds=time.perf_counter() - began, tokens=int(sums.total[TOKENS])),
+        cost=Cost(seconds=time.perf_counter() - began),
         certificate=None if certificate is None else structs.replace(certificate, chunking_used=reading),
-        series=series_of(sums),
-    )
-    return AgreementResult(record)
+    )  # fmt: skip
+    part = None if share.is_whole else {"sums": sums.to_json(), "differences": differences.to_json()}
+    return AgreementResult(with_numbers(record, sums, differences), part)
 
 
 def _refuse_incomparable(lm: Model, reference: Model | Base, corpus: Corpus) -> None:
@@ -239,6 +247,7 @@ def _read_both(
     limit: int | None,
     by_document: bool,
     progress: Progress | None,
+    share: Share,
     *,
     saving: bool,
 ) -> tuple[Sums, Differences, Counter[str], BaseWriter]:
@@ -250,7 +259,7 @@ def _read_both(
         engine.on_logits, engine.top = None, TOP  # it holds the last logits of an attempt that ran out of memory
     texts = tee(corpus.documents(), len(engines))  # an iterator can be read once; tee holds only what one model is ahead
     read = [
-        _read(engine, replace(corpus, documents=partial(iter, text)), tokens, limit, by_document, counted)
+        _read(engine, replace(corpus, documents=partial(iter, text)), tokens, limit, by_document, counted, share)
         for engine, text, counted in zip(engines, texts, (counts, Counter[str]()), strict=False)
     ]
     if isinstance(reference, Base):
@@ -268,22 +277,29 @@ def _read_both(
 
 
 def _read(
-    engine: Engine, corpus: Corpus, tokens: int | None, limit: int | None, by_document: bool, counts: Counter[str]
+    engine: Engine,
+    corpus: Corpus,
+    tokens: int | None,
+    limit: int | None,
+    by_document: bool,
+    counts: Counter[str],
+    share: Share,
 ) -> Iterator[Piece]:
     """Each chunk of one model, with the logits or the likeliest tokens that it was scored from. Counts documents without a
     target as `skipped`, and `special_tokens`."""
     last: deque[Tensor] = deque(maxlen=1)
     engine.on_logits = last.append
-    for document, ids in enumerate(sequences(engine.lm, corpus, by_document=by_document, limit=limit, tokens=tokens)):
+    of_documents, of_windows = (share, WHOLE) if by_document else (WHOLE, share)
+    for ids in sequences(engine.lm, corpus, by_document=by_document, limit=limit, tokens=tokens, share=of_documents):
         if by_document and ids.is_empty:
             counts["skipped"] += 1
             continue
-        with naming(f"{corpus}, document {document}" if by_document else str(corpus)):
+        with naming(f"{corpus}, document {ids.number}" if by_document else str(corpus)):
             held = _Held(ids)
-            for chunk in engine.stream(held):
+            for chunk in engine.stream(held, share=of_windows):
                 logits = None if engine.lm.served is not None else last[0][0, -len(chunk.nll) :]
                 targets, offsets = held.take(chunk.start, chunk.end), np.arange(chunk.start, chunk.end) - chunk.window
-                yield Piece(document - counts["skipped"], chunk.start, targets, chunk.nll, logits, chunk.top, offsets)
+                yield Piece(ids.number, chunk.start, targets, chunk.nll, logits, chunk.top, offsets)
         counts.update({"special_tokens": ids.special} if ids.special else ())
 
 

@@ -6,6 +6,8 @@ compared one by one, and all others together as one (Kullback and Leibler 1951: 
 
 from __future__ import annotations
 
+import base64
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,7 +21,7 @@ from pytest_lmeval.models._model import Model
 from pytest_lmeval.records._measured import Series
 from pytest_lmeval.records._metric import value_of
 from pytest_lmeval.records._value import Value
-from pytest_lmeval.scoring._loss_accumulator import BLOCK, add_to_blocks
+from pytest_lmeval.scoring._loss_accumulator import BLOCK, add_to_blocks, merge_blocks
 from pytest_lmeval.scoring._loss_metrics import exponential
 from pytest_lmeval.statistics._estimate import ratio_intervals
 from pytest_lmeval.statistics._proportion import wilson_of_sums
@@ -135,6 +137,7 @@ class Sums:
 
     exact  all log-probabilities of both models are known, so that the KL is, and not only a bound
     kl     of each target, for its percentiles
+    document  number of the last one
     """
 
     by_document: bool
@@ -145,6 +148,7 @@ class Sums:
     block: int = BLOCK
     exact: bool = True
     kl: list[np.ndarray] = field(default_factory=list)
+    document: int = -1
 
     def add(self, piece: Piece, rows: np.ndarray, largest: float) -> None:
         self.total += rows.sum(axis=0)
@@ -154,13 +158,46 @@ class Sums:
         if not self.by_document:
             self.block = add_to_blocks(self.units, self.block, piece.start, rows)
             return
-        if piece.document == len(self.units):
+        if piece.document != self.document:
+            self.document = piece.document
             self.units.append(np.zeros(COLUMNS))
         self.units[-1] += rows.sum(axis=0)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, exactly."""
+        return {**vars(self), "units": np.array(self.units).tolist(), "total": self.total.tolist(), "kl": packed(self.kl)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Sums:
+        arrays = {"units": list(np.array(data["units"])), "total": np.array(data["total"])}
+        return cls(**{**data, **arrays, "kl": [unpacked(data["kl"])]})
+
+    @classmethod
+    def merged(cls, parts: Sequence[Sums]) -> Sums:
+        """The sums of a text of which each part holds a share of the documents, or of the windows of a stream."""
+        whole = cls(parts[0].by_document, exact=parts[0].exact)
+        whole.total = sum((part.total for part in parts[1:]), parts[0].total)
+        whole.largest, whole.nats = max(part.largest for part in parts), sum(part.nats for part in parts)
+        whole.kl = [array for part in parts for array in part.kl]
+        if whole.by_document:
+            whole.units = [unit for part in parts for unit in part.units]
+        else:
+            whole.units, whole.block = merge_blocks([(part.units, part.block) for part in parts])
+        return whole
+
+
+def packed(arrays: Sequence[np.ndarray]) -> str:
+    """Arrays of 32-bit numbers, joined, as a text that keeps every bit."""
+    return base64.b64encode(np.concatenate([np.empty(0), *arrays]).astype("<f4").tobytes()).decode()
+
+
+def unpacked(text: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), dtype="<f4")
 
 
 def metrics_of(sums: Sums) -> dict[str, Value]:
     units, n = np.array(sums.units), int(sums.total[TOKENS])
+    units = units[units[:, TOKENS] > 0]  # a share of a stream has none in some blocks
     same = wilson_of_sums(units[:, [SAME, TOKENS]], consecutive=not sums.by_document)
     ratios = [(KL, TOKENS), (DIFFERENCE, TOKENS), (EXP, TOKENS)]
     around_kl, around_difference, around_exp = ratio_intervals(units, ratios, consecutive=not sums.by_document)

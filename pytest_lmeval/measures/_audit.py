@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from pytest_lmeval.engine import Engine, Policy
+from pytest_lmeval.engine import Engine
 from pytest_lmeval.errors import LawBroken, NotPossible
 from pytest_lmeval.models._model import Model
-from pytest_lmeval.records._certificate import CONSISTENT, Audit, Certificate
+from pytest_lmeval.records._certificate import CONSISTENT
+from pytest_lmeval.records._measured import Record
 
 if TYPE_CHECKING:
     from pytest_lmeval.laws._tolerance import Excess
@@ -69,10 +70,12 @@ def law_broken(engine: Engine, law: str, ids: np.ndarray, cuts: Sequence[int], c
     return f'  {law}: {broken}\n    check("{law}", Harness(lm, {longest}, text=ids), Case({longest}, {everywhere}{others}))'
 
 
-def spread_note(certificate: Certificate | None, audit: Audit | None, policy: Policy) -> list[str]:
+def spread_note(record: Record) -> list[str]:
     """What a number of 16 bits depends on, beside the model and the data, and by how much."""
-    if certificate is None or certificate.verdict != CONSISTENT or policy.invariant:
+    certificate = record.certificate
+    if certificate is None or certificate.verdict != CONSISTENT or record.settings.get("invariant"):
         return []
+    audit = certificate.audit
     spread, where = ("scores", "") if audit is None else (f"up to {audit.difference:.2g} nats a token", f" ({audit})")
     precision = "an unknown precision" if certificate.dtype == "unknown" else certificate.dtype
     return [f"{spread} in {precision} depend on batch, neighbours and chunks{where}; invariant=True fixes all shapes"]

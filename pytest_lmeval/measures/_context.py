@@ -9,6 +9,7 @@ import contextlib
 import functools
 import importlib.metadata
 import inspect
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
@@ -23,7 +24,7 @@ from pytest_lmeval._session import Session, TestLog
 from pytest_lmeval.data._corpus import Corpus
 from pytest_lmeval.data._tokens import as_corpus
 from pytest_lmeval.engine._policy import limited
-from pytest_lmeval.errors import ProfilingError, SpecError, UsageError, nearest
+from pytest_lmeval.errors import NotMeasuredError, ProfilingError, SpecError, UsageError, nearest
 from pytest_lmeval.models._identity import facts, fingerprint
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.models._precision import BITS
@@ -32,13 +33,18 @@ from pytest_lmeval.profiling._failures import DEVICE_LOST, failure_of, room_for
 from pytest_lmeval.profiling._runner import Runner
 from pytest_lmeval.records import _schema as schema
 from pytest_lmeval.records._certificate import Certificate
-from pytest_lmeval.records._journal import key_of, warn
-from pytest_lmeval.records._measured import Record
+from pytest_lmeval.records._journal import PARTS, key_of, replace_or_warn, warn
+from pytest_lmeval.records._measured import Record, Result
 from pytest_lmeval.records._replacing import inside
+from pytest_lmeval.records._share import WHOLE, Share
 
 P = ParamSpec("P")
 R = TypeVar("R")
 Measured = TypeVar("Measured", bound=Any)  # the result of a verb: a frozen dataclass with a record
+
+
+class ElsewhereError(Exception):
+    """Another shard measures this; the message says why."""
 
 
 @dataclass
@@ -47,12 +53,16 @@ class VerbContext:
 
     driver  pytest-benchmark's fixture, if the test asks for it
     models  id of an object of the test -> that object, adapted
+    alone   what is measured now is not shared out
+    alone_keys  of calls that were not
     """
 
     session: Session = field(default_factory=Session)
     log: TestLog = field(default_factory=TestLog)
     driver: Driver = field(default_factory=Driver)
     models: dict[int, tuple[Any, Model]] = field(default_factory=dict)
+    alone: bool = False
+    alone_keys: set[str] = field(default_factory=set)
 
     def model(self, lm: Any) -> Model:
         """The model of a spec, or an object of the test's own, adapted once. Raises SpecError where it has other bits."""
@@ -85,16 +95,42 @@ class VerbContext:
         return key_of(
             test=self.log.test,
             kind=kind,
-            lm=[fingerprint(lm), str(lm.dtype), str(lm.device), lm.limit],
+            lm=[fingerprint(lm), str(lm.dtype), lm.device.type, lm.limit],
             settings=settings,
             data=data,
             version=importlib.metadata.version("pytest-lmeval"),
-            call=len(self.log.records),
+            call=self.log.calls,
         )
+
+    def own_key(self, key: str) -> str:
+        """The identity of this process's share of a call."""
+        share = self.session.share
+        return key if share.is_whole else key_of(key=key, share=str(share))
+
+    def shared(self, key: str, measure: Callable[[Share], Measured], *, alone: bool = False) -> Measured:
+        """What `measure` measures of this process's share of the examples; of all of them, if one share does it `alone`.
+
+        Raises ElsewhereError where another share does."""
+        share = self.session.share
+        if self.alone or not alone or share.is_whole:
+            return measure(WHOLE if self.alone else share)
+        if not share.owns(key):
+            raise ElsewhereError("another shard measures it: its state is carried from beginning to end")
+        self.alone_keys.add(key)
+        return measure(WHOLE)
+
+    @contextlib.contextmanager
+    def undivided(self) -> Iterator[None]:
+        """What is called in the block is measured here, and nowhere else; so are the verbs that it calls."""
+        before, self.alone = self.alone, True
+        try:
+            yield
+        finally:
+            self.alone = before
 
     def journaled(self, key: str) -> Record | None:
         """The record of this call that an interrupted run wrote. Warns of one that cannot be read."""
-        plain = self.session.journal.get(key) if self.session.journal is not None else None
+        plain = self.session.journal.get(self.own_key(key)) if self.session.journal is not None else None
         try:
             return None if plain is None else self._checked(schema.convert(plain, Record))
         except (ValueError, OSError) as error:
@@ -112,20 +148,37 @@ class VerbContext:
         """The same, logged as the record of this call."""
         record = self.journaled(key)
         if record is not None:
-            self.log.keys.append(key)
-            self.log.records.append(record)
+            self.log.keys.append(self.own_key(key))
+            self._log(record)
             self.log.notes.append(f"{record.lm.spec} on {record.subject}: result taken from an interrupted run")
             self.log.notes += record.details.get("warnings", [])
         return record
 
     def recorded(self, key: str, result: Measured) -> Measured:
         """The result, its record under the test's name, written to the journal and the log."""
-        record = structs.replace(result.record, test=self.log.test)
+        record, share = structs.replace(result.record, test=self.log.test), self.session.share
         if self.session.journal is not None:
-            self.session.journal.add(key, schema.to_plain(record))
-            self.log.keys.append(key)
-        self.log.records.append(record)
+            own, of_share = self.own_key(key), dict[str, str | bool | None]()
+            if not share.is_whole:
+                part = self._written(own, getattr(result, "part", None))
+                of_share = {"share": str(share), "whole": key, "alone": self.alone or key in self.alone_keys, "part": part}
+            self.session.journal.add(own, schema.to_plain(record), **of_share)
+            self.log.keys.append(own)
+        self._log(record)
         return replace(result, record=record)
+
+    def _written(self, own: str, part: dict[str, Any] | None) -> str | None:
+        """Write what the shares of a call are merged from. Returns the name of the file in the output folder."""
+        if part is None or self.session.folder is None:
+            return None
+        name = f"{PARTS}/{own}.json"
+        replace_or_warn(self.session.folder / name, json.dumps(part, allow_nan=False))
+        return name
+
+    def _log(self, record: Record) -> None:
+        share = self.session.share
+        note = [] if share.is_whole else [f"shard {share}"]
+        self.log.records.append(structs.replace(record, notes=[*note, *record.notes]))
 
     def measured(
         self, kind: str, lm: Model, settings: dict[str, Any], measure: Callable[..., Measured], runner: Runner | None = None
@@ -169,7 +222,7 @@ class VerbContext:
         if self.session.folder is None:
             return None
         name = re.sub(r"[^\w.-]+", "-", self.log.test.rpartition("::")[2]).encode()[:80].decode(errors="ignore")
-        return f"examples/{name}-{key_of(test=self.log.test)[:8]}-{len(self.log.records)}-{ending}"
+        return f"examples/{name}-{key_of(test=self.log.test)[:8]}-{self.log.calls}-{ending}"
 
     def path(self, file: str | None) -> Path | None:
         """The path of a file of the output folder."""
@@ -195,16 +248,61 @@ def running_in(context: VerbContext) -> Iterator[None]:
         _CURRENT.reset(token)
 
 
-def verb(function: Callable[P, R]) -> Callable[P, R]:
-    """Make a function a public verb, which refuses wrong arguments before it does anything (see `check_call`)."""
+@dataclass(frozen=True)
+class ElsewhereResult(Result):
+    """The result of a verb that another shard measures: every number of it raises NotMeasuredError."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise NotMeasuredError(f"{self.record.subject} was not measured here: {self.record.not_measured}.")
+
+
+def _elsewhere(context: VerbContext, function: Callable[..., R], args: Any, kwargs: Any, why: str) -> R:
+    """The result of a verb that another process measures."""
+    name, lm = function.__name__, context.model(args[0] if args else kwargs["lm"])
+    record = Record(test=context.log.test, kind=name, subject=name, lm=facts(lm), not_measured=why)
+    context.log.records.append(record)
+    return ElsewhereResult(record)  # type: ignore[return-value]
+
+
+def _or_elsewhere(context: VerbContext, function: Callable[..., R], args: Any, kwargs: Any) -> R:
+    __tracebackhide__ = True
+    try:
+        return function(*args, **kwargs)
+    except ElsewhereError as elsewhere:
+        return _elsewhere(context, function, args, kwargs, str(elsewhere))
+
+
+def verb(function: Callable[P, R], shared: bool = False) -> Callable[P, R]:
+    """Make a function a public verb, which refuses wrong arguments before it does anything (see `check_call`).
+
+    shared  each of several processes calls it: it shares the examples out, or is needed in all of them. Another verb is called
+            in one of them
+    """
 
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
         __tracebackhide__ = True
         check_call(function, args, kwargs)
-        return function(*args, **kwargs)
+        context = current()
+        context.log.calls += 1
+        if shared or context.session.share.is_whole or context.alone:
+            return _or_elsewhere(context, function, args, kwargs)
+        number = context.log.calls
+        try:
+            if not context.session.share.owns(f"{context.log.test} {function.__name__} {number}"):
+                return _elsewhere(context, function, args, kwargs, "another shard measures it")
+            with context.undivided():
+                return function(*args, **kwargs)
+        finally:
+            context.log.calls = number  # as where it is not called
 
     return checked
+
+
+shared_verb = functools.partial(verb, shared=True)
+"""Decorates a verb that each of several processes calls."""
 
 
 def check_call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

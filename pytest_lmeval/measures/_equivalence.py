@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from pytest_lmeval.laws._probe import EquivalenceResult
-from pytest_lmeval.measures._context import current, verb
+from pytest_lmeval.measures._context import current, shared_verb
 
 
-@verb
+@shared_verb
 def equivalence(
     lm: Any,
     *,

@@ -61,6 +61,10 @@ class HeldDocument:
         return self.batch[0].size - 1 if self.batch else 0
 
     @property
+    def number(self) -> int:
+        return self._reader.number
+
+    @property
     def special(self) -> int:
         return self._reader.special
 
@@ -96,18 +100,16 @@ def reads_side_by_side(engine: Engine, sums: LossAccumulator) -> bool:
     return sums.by_document and policy.batch_size > 1 and not policy.invariant and readable and lm.fast_weights is None
 
 
-def documents(
-    engine: Engine, readers: Iterable[TokenReader], sums: LossAccumulator
-) -> Iterator[tuple[int, TokenReader | HeldDocument]]:
-    """The number of each document that is left to read, and the document."""
+def documents(engine: Engine, readers: Iterable[TokenReader], sums: LossAccumulator) -> Iterator[TokenReader | HeldDocument]:
+    """The documents that are left to read."""
     done = len(sums.documents) + sums.skipped
     if not reads_side_by_side(engine, sums):
-        yield from islice(enumerate(readers), done, None)
+        yield from islice(readers, done, None)
         return
     first = sums.ahead
     for group in _groups(engine, islice(readers, first, None)):
         sums.ahead = first
-        yield from islice(enumerate(group, start=first), max(0, done - first), None)
+        yield from group[max(0, done - first) :]
         first += len(group)
 
 

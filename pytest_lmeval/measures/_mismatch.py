@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from pytest_lmeval.measures._agreement_sums import Piece
+from pytest_lmeval.measures._agreement_sums import Piece, packed, unpacked
 from pytest_lmeval.models._chat import has_template, render
 from pytest_lmeval.models._model import Model
 
@@ -32,11 +32,18 @@ TEMPLATE = (
 
 @dataclass
 class Differences:
-    """The difference of each target's loss, and how many tokens were read before it in its window."""
+    """The difference of each target's loss, and how many tokens were read before it in its window.
+
+    worst     the place with the largest difference
+    rounding  of 1 in the coarser precision of the two models
+    template  how their chat templates differ, in words
+    """
 
     sizes: list[np.ndarray] = field(default_factory=list)
     offsets: list[np.ndarray] = field(default_factory=list)
     worst: dict[str, Any] = field(default_factory=dict)
+    rounding: float = 0.0
+    template: str = ""
     _recent: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     _document: int = -1
 
@@ -63,27 +70,49 @@ class Differences:
         self.sizes.append(size.astype(np.float32))
         self.offsets.append(ours.offsets.astype(np.int32))
 
-    def explained(self, lm: Model, reference: Any) -> dict[str, Any]:
+    def explain(self, lm: Model, reference: Any) -> None:
+        """Note what is to be known of the two models: the text around the worst place, the coarser precision, and how their
+        chat templates differ."""
+        self.rounding = max(torch.finfo(one.dtype).eps for one in (lm, reference))
+        if not self.sizes:
+            return
+        before, after = self.worst.pop("_ids")
+        if hasattr(lm.tokenizer, "decode"):
+            self.worst["text"] = f"{_decoded(lm, before)}>>>{_decoded(lm, after[:1])}<<<{_decoded(lm, after[1:])}"
+        self.template = _templates(lm, reference)
+
+    def details(self) -> dict[str, Any]:
         """The details of a record: the worst place with the text around it, the mean difference by position, and in words what
         the pattern points to; no words if the precision explains all."""
-        if not self.sizes:
-            return {"explanation": []}
         sizes, offsets = np.concatenate(self.sizes), np.concatenate(self.offsets)
-        worst = {name: value for name, value in self.worst.items() if name != "_ids"}
-        before, after = self.worst["_ids"]
-        if hasattr(lm.tokenizer, "decode"):
-            worst["text"] = f"{_decoded(lm, before)}>>>{_decoded(lm, after[:1])}<<<{_decoded(lm, after[1:])}"
-        course = _course(sizes, offsets)
-        template = _templates(lm, reference)
-        words = [*_pattern(sizes, offsets, lm, reference), *([template] if template else [])]
-        return {"worst": worst, "difference_by_position": course, "explanation": words}
+        words = [*_pattern(sizes, offsets, self.rounding), *([self.template] if self.template else [])]
+        return {"worst": self.worst, "difference_by_position": _course(sizes, offsets), "explanation": words}
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything of a text that was read to its end, exactly."""
+        arrays = {"sizes": packed(self.sizes), "offsets": packed(self.offsets)}
+        return {**arrays, "worst": self.worst, "rounding": self.rounding, "template": self.template}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Differences:
+        return cls(**{**data, "sizes": [unpacked(data["sizes"])], "offsets": [unpacked(data["offsets"])]})
+
+    @classmethod
+    def merged(cls, parts: Sequence[Differences]) -> Differences:
+        """The differences over a text of which each part holds a share."""
+        return cls(
+            [array for part in parts for array in part.sizes],
+            [array for part in parts for array in part.offsets],
+            max((part.worst for part in parts), key=lambda worst: worst.get("difference", -1.0)),
+            max(part.rounding for part in parts),
+            next((part.template for part in parts if part.template), ""),
+        )
 
 
-def _pattern(sizes: np.ndarray, offsets: np.ndarray, lm: Model, reference: Any) -> list[str]:
-    """What the differences point to."""
+def _pattern(sizes: np.ndarray, offsets: np.ndarray, rounding: float) -> list[str]:
+    """What the differences of two models point to, of which the coarser has this relative rounding."""
     mean, exp = float(sizes.mean()), float(np.exp(np.minimum(sizes, 50.0)).mean())
-    coarser = max(torch.finfo(one.dtype).eps for one in (lm, reference))
-    expected = max(LEAST, ROUNDINGS * coarser)
+    expected = max(LEAST, ROUNDINGS * rounding)
     if mean <= expected and exp <= ALARM:
         return []
     early, late = sizes[offsets <= EARLY], sizes[offsets > EARLY]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +17,23 @@ from pytest_lmeval.data._tokens import as_corpus, nothing_to_score
 from pytest_lmeval.engine import Engine, Policy, policy_for
 from pytest_lmeval.engine._policy import Window
 from pytest_lmeval.errors import StreamError
-from pytest_lmeval.measures._context import current, verb
-from pytest_lmeval.measures._text_reading import Progress, TextReading, is_rolling
+from pytest_lmeval.measures._context import current, shared_verb
+from pytest_lmeval.measures._text_reading import Progress, TextReading
 from pytest_lmeval.measures._text_record import record_of
 from pytest_lmeval.models._identity import tokenizer_fingerprint
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.records._certificate import Certificate
 from pytest_lmeval.records._journal import Checkpoints
 from pytest_lmeval.records._measured import MetricValue, Result, Series
+from pytest_lmeval.records._share import WHOLE, Share
 from pytest_lmeval.records._value import Value
 from pytest_lmeval.scoring import _fast_weights as fast_weights
-from pytest_lmeval.scoring._loss_accumulator import HITS
+from pytest_lmeval.scoring._loss_accumulator import HITS, Beginning
 from pytest_lmeval.scoring._loss_metrics import name_of
 from pytest_lmeval.scoring._text_files import write_units
 
 
-@verb
+@shared_verb
 def perplexity(
     lm: Any,
     corpus: Corpus | str | Iterable[Any],
@@ -77,12 +79,18 @@ def perplexity(
     known = bool(corpus.fingerprint)  # an iterator may give other tokens the next time
     if known and (finished := context.finished(key)) is not None:
         return PerplexityResult(finished)
-    journal, units = context.session.journal, context.file("units.jsonl")
+    journal = context.session.journal
+    by_document = reads_by_document(policy, corpus, as_stream)
+    # A carried state is handed from chunk to chunk; losses, and fast weights, are in the order of the text.
+    alone = (not by_document and policy.windows is None) or bool(losses) or model.fast_weights is not None
+    shared = not (alone or context.session.share.is_whole)
+    units = None if shared and not by_document else context.file("units.jsonl")
     examples = context.file("losses.npy") if losses is True else None
     if losses is True and examples is None:
         raise StreamError("losses=True writes to the output folder of a run; outside of tests, name a file: losses=PATH.")
     with context.session.progress(f"{model.spec} reads {corpus}") as progress:
-        result = measure_perplexity(
+        measure = partial(
+            measure_perplexity,
             model,
             corpus,
             policy=policy,
@@ -91,8 +99,9 @@ def perplexity(
             units=context.path(units),
             progress=progress,
             checkpoints=journal.checkpoints if journal and known and policy.resume else None,
-            key=key,
+            key=context.own_key(key),
         )
+        result = context.shared(key, lambda share: measure(share=share), alone=alone)
     if result.resumed_at:
         context.log.notes.append(f"{model.spec} on {corpus}: resumed at token {result.resumed_at:,} of an interrupted run")
     context.log.notes += result.record.details.get("warnings", [])
@@ -106,6 +115,7 @@ class PerplexityResult(Result):
     stream; NoIntervalError if the text is too short for one)."""
 
     resumed_at: int = 0  # tokens that an interrupted run had already scored
+    part: dict[str, Any] | None = None  # the sums of a share, from which all are merged
 
     perplexity = MetricValue()
     """exp of the mean loss a token."""
@@ -197,6 +207,7 @@ def measure_perplexity(
     progress: Progress | None = None,
     checkpoints: Checkpoints | None = None,
     key: str = "",
+    share: Share = WHOLE,
 ) -> PerplexityResult:
     """Read a corpus and score every token of it once.
 
@@ -210,6 +221,7 @@ def measure_perplexity(
     losses      write the loss of every target to this .npy file (float32, nats)
     units       write the sums of each document, or block of the stream, to this file of JSON lines (see `scoring._text_files`)
     checkpoints, key    save a checkpoint now and then, and resume from the last one
+    share       of the documents, or of the windows of a stream, that are read
 
     If some fast weights do not change (`scoring._fast_weights`), `details["warnings"]` says so. If memory runs out, smaller
     chunks are read from the last saved point, or from the beginning, and a note says so; a text that can be read only once (an
@@ -218,7 +230,7 @@ def measure_perplexity(
     source, engine = as_corpus(corpus), Engine(lm, policy)
     if wrong := [position for position in positions if not isinstance(position, int) or position < 1]:
         raise StreamError(f"positions holds {wrong}; a position is the number of tokens before a target, 1 or more.")
-    by_document = not ((source.as_stream and not is_rolling(engine)) if as_stream is None else as_stream)
+    by_document = reads_by_document(engine.policy, source, as_stream)
     if lm.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(lm.device)
     reading = TextReading(
@@ -232,14 +244,22 @@ def measure_perplexity(
         progress=progress,
         checkpoints=checkpoints,
         key=key,
+        share=share,
     )
     resumed_at = reading.sums.tokens
     audit, sums = reading.to_the_end(), reading.sums
-    if not sums.tokens:
+    if not sums.tokens and share.is_whole:
         raise nothing_to_score(source, sums.skipped)
     chosen = {"tokens": tokens, "limit": limit}
     record = record_of(engine, source, sums, chosen, audit, seconds=time.perf_counter() - reading.began)
     files = {"examples": losses and str(losses), "units": units and str(units)}
     if units is not None:
         write_units(units, sums)
-    return PerplexityResult(structs.replace(record, **files), resumed_at)
+    part = None if share.is_whole else replace(sums, state=None, beginning=Beginning()).to_json()
+    return PerplexityResult(structs.replace(record, **files), resumed_at, part)
+
+
+def reads_by_document(policy: Policy, corpus: Corpus, as_stream: bool | None) -> bool:
+    """Whether each document of a corpus is read with a new state."""
+    rolling = policy.windows is not None and policy.windows.anchored
+    return not ((corpus.as_stream and not rolling) if as_stream is None else as_stream)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from pytest_lmeval.errors import ArgumentError
-from pytest_lmeval.measures._context import current, verb
+from pytest_lmeval.measures._context import current, shared_verb
 from pytest_lmeval.models._identity import facts
 from pytest_lmeval.records._measured import Record
 from pytest_lmeval.records._metric import value_of
 from pytest_lmeval.records._value import Value
 
 
-@verb
+@shared_verb
 def record(lm: Any, subject: str, **metrics: float) -> Record:
     """Record numbers of your own: summary and reports show them like any other.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pytest_lmeval.errors import ArgumentError, LmevalError, TaskError, UsageError
-from pytest_lmeval.measures._context import current, verb
+from pytest_lmeval.measures._context import current, shared_verb
 from pytest_lmeval.measures._task import TaskResult, task
 from pytest_lmeval.models._identity import facts
 from pytest_lmeval.records._measured import Cost, MetricValue, Record, Result, withheld_of
@@ -17,7 +17,7 @@ from pytest_lmeval.tasks import find_suite
 from pytest_lmeval.tasks._suite import Suite
 
 
-@verb
+@shared_verb
 def suite(lm: Any, suite: Suite | str, shots: int | None = None, **options: Any) -> SuiteResult:
     """Ask every task of a suite, or of the suite of this name; `options` are keywords of `task`.
 

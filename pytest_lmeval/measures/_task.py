@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -15,10 +16,11 @@ from msgspec import structs
 from pytest_lmeval.data._rows import Rows
 from pytest_lmeval.engine import Engine, Policy, policy_for
 from pytest_lmeval.engine._memory import rows_that_fit
-from pytest_lmeval.errors import ArgumentError, Refused, TaskError, nearest
-from pytest_lmeval.measures._context import VerbContext, current, verb
+from pytest_lmeval.errors import ArgumentError, NotMeasuredError, Refused, TaskError, nearest
+from pytest_lmeval.measures._context import VerbContext, current, shared_verb
+from pytest_lmeval.measures._merging import EMPTY
 from pytest_lmeval.measures._task_reading import Asking, Progress, TaskReading
-from pytest_lmeval.measures._task_record import norm_of, number_of_questions, record_of
+from pytest_lmeval.measures._task_record import norm_of, number_of_questions, record_of, withheld
 from pytest_lmeval.models._chat import with_end_of_turn, with_template_kwargs
 from pytest_lmeval.models._identity import fingerprint, tokenizer_fingerprint
 from pytest_lmeval.models._model import Model, with_special_tokens
@@ -26,7 +28,8 @@ from pytest_lmeval.records._certificate import CONSISTENT
 from pytest_lmeval.records._example import Example
 from pytest_lmeval.records._journal import ANSWERS, key_of, warn
 from pytest_lmeval.records._measured import Result, withheld_of
-from pytest_lmeval.records._metric import Metric, metric
+from pytest_lmeval.records._metric import metric
+from pytest_lmeval.records._share import WHOLE, Share
 from pytest_lmeval.records._value import Value
 from pytest_lmeval.scoring._answers import AnswerStore, write_examples
 from pytest_lmeval.scoring._chat import ChatMode, Decision, decide
@@ -34,7 +37,7 @@ from pytest_lmeval.scoring._fewshot import Fewshot, identity_of, rows_of
 from pytest_lmeval.scoring._metrics import compute
 from pytest_lmeval.scoring._requests import Truncate
 from pytest_lmeval.scoring._row_scores import scorer_name
-from pytest_lmeval.scoring._several import spread_between_runs
+from pytest_lmeval.scoring._several import Spread
 from pytest_lmeval.tasks import find
 from pytest_lmeval.tasks._checks import template_kwargs
 from pytest_lmeval.tasks._questions import Generate, Requests
@@ -44,7 +47,7 @@ BATCH = 8  # rows
 LOOKED_AT = 256  # questions, to choose a batch size
 
 
-@verb
+@shared_verb
 def task(
     lm: Any,
     task: Task | str,
@@ -101,7 +104,8 @@ def task(
     key = context.key("task", model, {**settings, "batch_size": policy.batch_size, "invariant": invariant}, data)
     written = context.file("examples.jsonl")
     with context.session.progress(f"{model.spec} answers {asked.name}", unit="questions") as progress:
-        result = measure_task(
+        measure = partial(
+            measure_task,
             model,
             asked,
             **settings,
@@ -111,6 +115,8 @@ def task(
             kept=context.path(f"{ANSWERS}/{_store_name(model, asked)}.jsonl"),
             progress=progress,
         )
+        # Where asking may end early, the order of the answers decides when.
+        result = context.shared(key, lambda share: measure(share=share), alone=asked.threshold is not None)
     if result.resumed:
         context.log.notes.append(f"{model.spec} on {asked.name}: {result.resumed:,} answers taken from an earlier run")
     return context.recorded(key, replace(result, record=structs.replace(result.record, examples=written)))
@@ -141,6 +147,8 @@ class TaskResult(Result):
 
     def __getattr__(self, name: str) -> Value:
         metrics = self.record.metrics if not name.startswith("_") else {}
+        if self.record.not_measured is not None and not name.startswith("_"):
+            raise NotMeasuredError(f"{self.record.subject}: {name} was not measured: {self.record.not_measured}.")
         if name not in metrics and (why := withheld_of(self.record).get(name)):
             raise TaskError(f"{self.record.subject}: {name} was not measured. {why}")
         if name not in metrics:
@@ -171,6 +179,7 @@ def measure_task(
     examples: str | Path | None = None,
     kept: str | Path | None = None,
     progress: Progress | None = None,
+    share: Share = WHOLE,
 ) -> TaskResult:
     """Ask a model a task.
 
@@ -182,6 +191,7 @@ def measure_task(
     chat      ask in turns, or "auto" (see `scoring._chat.decide`), with this `system` prompt, and with these
               `chat_template_kwargs` beside those of the task
     examples  write each answer to this file of JSON lines
+    share     of the questions, by the hash of their rows, that is asked
     kept      keep in this file what is read, as each batch ends, and read nothing again that it holds (see `AnswerStore`)
 
     Scores and verdicts are computed anew from what was read; if the judge now says something else of an answer, it is generated
@@ -199,7 +209,7 @@ def measure_task(
     proven = certificate is not None and certificate.verdict != CONSISTENT
     store = AnswerStore(kept, _plan(policy), alone=policy.invariant, exchangeable=proven)
 
-    asking = Asking(task, shots, limit, fewshot, truncate, seed, data_dir, chat, system, kwargs)
+    asking = Asking(task, shots, limit, fewshot, truncate, seed, data_dir, chat, system, kwargs, share)
     in_turns = asking.in_turns(lm)
     asking = replace(asking, chat=in_turns.on)  # decided once: "auto" may have to read a row
     if in_turns.on:
@@ -254,21 +264,27 @@ def _result_of(reading: TaskReading, began: float, in_turns: Decision) -> TaskRe
         **({"thinking": sorted(reading.thinking)} if reading.thinking else {}),
     }
     try:
-        values = compute(reading.metrics, answered, seed=asking.seed, threshold=task.threshold)
+        nothing = not (answered or asking.share.is_whole)
+        values = {} if nothing else compute(reading.metrics, answered, seed=asking.seed, threshold=task.threshold)
     except TaskError as error:
         raise TaskError(f"{task}: {error}") from error
     not_questions = len(reading.questions.not_questions)
-    counts: dict[str, Any] = {"not_questions": not_questions, "audit_seconds": reading.audit.seconds}
+    counts: dict[str, Any] = {
+        "not_questions": not_questions, "audit_seconds": reading.audit.seconds, "most_cut_off": task.most_cut_off
+    }  # fmt: skip
     if reading.with_special:
         counts["special_tokens"] = reading.with_special
     if means := {name: one for name, one in reading.by_row.items() if one.score is not None}:
         within = {name: all(0 <= (one.scores.get(name) or 0.0) <= 1 for one in answered) for name in means}
         counts["scored"] = {name: one.judges and within[name] for name, one in means.items()}
-    values, withheld = _withheld(task, reading.metrics, values)
-    if withheld:
-        counts["withheld"] = withheld
-    if spread := spread_between_runs(answered, [name for name in values if metric(name).statistic is None]):
-        counts["between_runs"] = spread
+    values, kept_back = withheld(task.most_cut_off, reading.metrics, values)
+    if kept_back:
+        counts["withheld"] = kept_back
+    spread = Spread(values)
+    for example in answered:
+        spread.add(example)
+    if varying := spread.values():
+        counts["between_runs"] = varying
     if reading.from_other_batches:
         counts["from_other_batches"] = reading.from_other_batches
     if reading.verdict is not None:  # asking ended because of the answers: only the interval of the rate allows for that
@@ -280,22 +296,8 @@ def _result_of(reading: TaskReading, began: float, in_turns: Decision) -> TaskRe
     audit = reading.audit.result(answered)
     record = record_of(reading.engine, task, answered, values, norm_of(reading.metrics), settings, counts, audit)
     cost, notes = structs.replace(record.cost, seconds=time.perf_counter() - began), [*in_turns.notes, *record.notes]
-    return TaskResult(structs.replace(record, cost=cost, notes=notes), tuple(answered), reading.resumed)
-
-
-def _withheld(task: Task, metrics: Sequence[Metric], values: dict[str, Value]) -> tuple[dict[str, Value], dict[str, str]]:
-    """The values without those that too many answers were cut off for, and of each of these why."""
-    share = values.get("cut_off")
-    if share is None or share <= task.most_cut_off:
-        return values, {}
-    n, cut = share.n or 0, round(share * (share.n or 0))
-    why = (
-        f"{cut:,} of {n:,} generated answers were cut off: they had no end within max_tokens, or did not end thinking. What "
-        f"they would have said is unknown, and they are more than most_cut_off={task.most_cut_off:g} allows. Raise max_tokens, "
-        "give the stop that ends an answer, or allow more."
-    )
-    about = {metric.name for metric in metrics if metric.judges or metric.several or metric.needs == "targets to compare with"}
-    return {name: value for name, value in values.items() if name not in about}, {name: why for name in values if name in about}
+    record = structs.replace(record, cost=cost, notes=notes, not_measured=EMPTY if nothing else None)
+    return TaskResult(record, tuple(answered), reading.resumed)
 
 
 def _rows_fingerprint(task: Task, context: VerbContext) -> str:

@@ -27,6 +27,7 @@ from pytest_lmeval.measures._task_record import number_of_questions
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.records._example import Example
 from pytest_lmeval.records._metric import Metric, judge_of
+from pytest_lmeval.records._share import WHOLE, Share
 from pytest_lmeval.scoring._answers import AnswerStore
 from pytest_lmeval.scoring._chat import Chat, ChatMode, Decision, decide
 from pytest_lmeval.scoring._encoded import EncodedQuestion
@@ -79,6 +80,7 @@ class Asking:
     chat: ChatMode = False
     system: str | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    share: Share = WHOLE
 
     def in_turns(self, lm: Model) -> Decision:
         """Whether it is asked in turns."""
@@ -115,6 +117,9 @@ class Asking:
         def encoded() -> Iterator[EncodedQuestion]:
             for number, where, row, question in islice(found, self.limit):
                 own = identity_of(task, row, where)
+                if not self.share.owns(own):
+                    shots.pass_over(row, own)
+                    continue
                 task.check(question, metrics, where)
                 one = encoder.encode(question, task.description, shots.questions(row, own), id=own, number=number)
                 drawn = isinstance(question, Generate) and (question.temperature > 0 or lm.served is not None)
@@ -176,7 +181,7 @@ class TaskReading:
             refused = dict.fromkeys(self.by_row, 0.0)
             self.answered = [structs.replace(example, scores=refused | example.scores) for example in self.answered]
         self.answered = with_several(self.answered, self.metrics, self.asking.task)
-        if not self.answered:
+        if not self.answered and self.asking.share.is_whole:
             read = len(self.questions.not_questions)
             raise TaskError(f"{task} has no question: {read} row(s) were read, and none was one.")
         if task.combine is not None:
@@ -225,9 +230,9 @@ class TaskReading:
             scores = [example.scores.get(judge.name) or 0.0 for example in self.answered] if judge else []
             right = sum(min(max(score, 0.0), 1.0) for score in scores) if judge else math.nan
             questions = len({example.number for example in self.answered})
-            self.progress(
-                questions, right * questions / len(self.answered), number_of_questions(self.asking.task, self.asking.limit)
-            )
+            expected = number_of_questions(self.asking.task, self.asking.limit)
+            expected = None if expected is None else max(questions, round(expected / self.asking.share.count))
+            self.progress(questions, right * questions / len(self.answered), expected)
 
     def _scored_by_row(self, example: Example, rows: dict[int, Any]) -> Example:
         """The example with what the scorer of the task says. Its first scores say which metrics there are."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from pytest_lmeval.records._example import Example
 from pytest_lmeval.records._measured import Cost, Record
 from pytest_lmeval.records._metric import Metric, Norm, metric
 from pytest_lmeval.records._value import Value
-from pytest_lmeval.tasks._task import Task
+from pytest_lmeval.tasks._task import Task, tie_rule
 
 NOTED = (
     "truncated",
@@ -66,26 +66,10 @@ def record_of(
         "packed": policy.pack,
     }
     notes = [] if policy.sharing == "prefix sharing: on" else [policy.sharing]
-    notes += [f"{details[name]:,} {name.replace('_', ' ')}" for name in NOTED if details.get(name)]
-    if task.repeats > 1 and not any(example.repeat for example in answered):
-        notes.append(f"temperature 0: each question is answered once, since its {task.repeats} answers would be the same")
-    if spread := counts.get("between_runs"):
-        name, deviation = next(iter(spread.items()))
-        notes.append(f"between runs, {name} varies by {deviation:.2g} (one standard deviation, from the spread of the answers)")
     outcomes = Counter(example.outcome for example in answered if example.outcome)
     if set(outcomes) - {"answered"}:
         details["outcomes"] = dict(outcomes.most_common())
-        notes.append(
-            ", ".join(f"{count:,} answer{'s' * (count > 1)} {what}" for what, count in outcomes.items() if what != "answered")
-        )
-    if withheld := counts.get("withheld"):
-        notes.append(f"{', '.join(withheld)} not measured: {next(iter(withheld.values()))}")
-    in_metrics = {name: value.ties for name, value in values.items() if metric(name).norm is not None}
-    notes += _tie_notes(task, len(answered), in_metrics or {"outputs": details["ties"]})
-    if special := counts.get("special_tokens"):
-        how = "control tokens" if task.special_tokens else "text"
-        notes.append(f"special tokens are written in {special:,} questions, read as {how}")
-    return Record(
+    record = Record(
         kind="task",
         subject=f"{task.name}, {settings['shots']}-shot",
         lm=facts(engine.lm),
@@ -101,12 +85,53 @@ def record_of(
             **({"special_tokens": True} if task.special_tokens else {}),
         },
         details=details,
-        notes=[*notes, *([engine.less] if engine.less else []), *policy.withheld, *spread_note(certificate, audit, policy)],
+        notes=[*notes, *([engine.less] if engine.less else []), *policy.withheld],
         metrics=values,
         cost=Cost(tokens=details["tokens_read"], state_bytes=engine.counts.peak_state_bytes),
         certificate=certificate and structs.replace(certificate, chunking_used=policy.sharing, audit=audit),
         example="answer" if any(example.repeat for example in answered) else "question",
     )
+    return structs.replace(record, notes=[*record.notes, *counted_notes(record)])
+
+
+def counted_notes(record: Record) -> list[str]:
+    """The notes that the counts of a record decide."""
+    details, settings = record.details, record.settings
+    answers = details.get("answers", details["questions"])
+    notes = [f"{details[name]:,} {name.replace('_', ' ')}" for name in NOTED if details.get(name)]
+    if settings.get("repeats", 1) > 1 and record.example != "answer":
+        same = f"its {settings['repeats']} answers would be the same"
+        notes.append(f"temperature 0: each question is answered once, since {same}")
+    if spread := details.get("between_runs"):
+        name, deviation = next(iter(spread.items()))
+        notes.append(f"between runs, {name} varies by {deviation:.2g} (one standard deviation, from the spread of the answers)")
+    if outcomes := {what: count for what, count in details.get("outcomes", {}).items() if what != "answered"}:
+        notes.append(", ".join(f"{count:,} answer{'s' * (count > 1)} {what}" for what, count in outcomes.items()))
+    if withheld := details.get("withheld"):
+        notes.append(f"{', '.join(withheld)} not measured: {next(iter(withheld.values()))}")
+    in_metrics = {name: value.ties for name, value in record.metrics.items() if metric(name).norm is not None}
+    notes += _tie_notes(tie_rule(settings["style"]), answers, in_metrics or {"outputs": details["ties"]})
+    if special := details.get("special_tokens"):
+        how = "control tokens" if settings.get("special_tokens") else "text"
+        notes.append(f"special tokens are written in {special:,} questions, read as {how}")
+    return [*notes, *spread_note(record)]
+
+
+def withheld(
+    most_cut_off: float, metrics: Sequence[Metric], values: dict[str, Value]
+) -> tuple[dict[str, Value], dict[str, str]]:
+    """The values without those that too many answers were cut off for, and of each of these why."""
+    share = values.get("cut_off")
+    if share is None or share <= most_cut_off:
+        return values, {}
+    n, cut = share.n or 0, round(share * (share.n or 0))
+    why = (
+        f"{cut:,} of {n:,} generated answers were cut off: they had no end within max_tokens, or did not end thinking. What "
+        f"they would have said is unknown, and they are more than most_cut_off={most_cut_off:g} allows. Raise max_tokens, give "
+        "the stop that ends an answer, or allow more."
+    )
+    about = {metric.name for metric in metrics if metric.judges or metric.several or metric.needs == "targets to compare with"}
+    return {name: value for name, value in values.items() if name not in about}, {name: why for name in values if name in about}
 
 
 def norm_of(metrics: Sequence[Metric]) -> Norm:
@@ -115,20 +140,26 @@ def norm_of(metrics: Sequence[Metric]) -> Norm:
 
 
 def _hash_of(answered: Sequence[Example]) -> str:
-    """A hash of all that was asked, in any order."""
-    once = [one for one in answered if not one.repeat]
-    asked = sorted(f"{one.id}{one.prompt}{one.choices}{one.texts}{one.right}{one.targets}" for one in once)
-    return hashlib.sha256("".join(asked).encode(errors="surrogatepass")).hexdigest()[:16]
+    """A hash of all that was asked, in any order: the sum of the hashes of the questions."""
+    once = (one for one in answered if not one.repeat)
+    asked = (f"{one.id}{one.prompt}{one.choices}{one.texts}{one.right}{one.targets}" for one in once)
+    hashes = (hashlib.sha256(one.encode(errors="surrogatepass")).digest()[:8] for one in asked)
+    return sum_of_hashes(one.hex() for one in hashes)
 
 
-def _tie_notes(task: Task, questions: int, ties: dict[str, int]) -> list[str]:
+def sum_of_hashes(hashes: Iterable[str]) -> str:
+    """The sum of hashes of 16 hexadecimal digits, modulo 2^64."""
+    return f"{sum(int(one, 16) for one in hashes) % 2**64:016x}"
+
+
+def _tie_notes(rule: str, questions: int, ties: dict[str, int]) -> list[str]:
     """How many questions are tied in which metrics, and what these count; nothing without any."""
     counted = {"first": "the first of tied choices is taken, as in lm_eval", "shared": "each of k tied choices counts 1/k"}
     names: dict[int, list[str]] = {}
     for name, count in ties.items():
         names.setdefault(count, []).append(name)
     return [
-        f"{count:,} of {questions:,} questions tied in {' and '.join(tied)} ({counted[task.tie_rule]})"
+        f"{count:,} of {questions:,} questions tied in {' and '.join(tied)} ({counted[rule]})"
         for count, tied in names.items()
         if count
     ]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pytest_lmeval.data._corpus import Corpus
 from pytest_lmeval.data._tokens import TokenReader, sequences
@@ -18,6 +19,7 @@ from pytest_lmeval.measures._text_audit import TextAudit, text_audit
 from pytest_lmeval.models._failures import NoMemory, unless_full
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.records._journal import Checkpoints, Saver
+from pytest_lmeval.records._share import WHOLE, Share
 from pytest_lmeval.scoring import _fast_weights as fast_weights
 from pytest_lmeval.scoring._loss_accumulator import BYTES, NATS, TOKENS, LossAccumulator
 from pytest_lmeval.scoring._text_files import LossFile, read_checkpoint, write_checkpoint
@@ -48,6 +50,7 @@ class TextReading:
     progress: Progress | None = None
     checkpoints: Checkpoints | None = None
     key: str = ""
+    share: Share = WHOLE
     sums: LossAccumulator = field(init=False)
     began: float = field(init=False)
 
@@ -80,11 +83,13 @@ class TextReading:
         """Read from where the sums end. Returns the audit of the text; None if less should be read at once from here on."""
         engine, sums, lm = self.engine, self.sums, self.engine.lm
         rolling, monitor = is_rolling(engine), fast_weights.monitor(lm, sums)
-        texts = sequences(lm, self.source, by_document=self.by_document, limit=self.limit, tokens=self.tokens, rolling=rolling)
+        of_documents, of_windows = (self.share, WHOLE) if self.by_document else (WHOLE, self.share)
+        chosen: dict[str, Any] = {"limit": self.limit, "tokens": self.tokens, "rolling": rolling, "share": of_documents}
+        texts = sequences(lm, self.source, by_document=self.by_document, **chosen)
         audit = text_audit(engine, sums, lambda: None if self.limit else self._expected, str(self.source))
         with LossFile(self.losses, already=sums.tokens) as file, self._nothing_kept_if_refused():
             saver = Saver(self._save_with(file) if self.checkpoints else None, "reading")
-            for number, chunk in enumerate(read(engine, texts, sums, str(self.source), audit), start=1):
+            for number, chunk in enumerate(read(engine, texts, sums, str(self.source), audit, of_windows), start=1):
                 file.write(chunk.losses)
                 if self.progress is not None:
                     self.progress(sums.tokens, float(sums.total[NATS]), self._expected)
@@ -129,34 +134,40 @@ def is_rolling(engine: Engine) -> bool:
     return engine.policy.windows is not None and engine.policy.windows.anchored
 
 
-def read(engine: Engine, texts: Iterable[TokenReader], sums: LossAccumulator, name: str, audit: TextAudit) -> Iterator[Chunk]:
+def read(
+    engine: Engine, texts: Iterable[TokenReader], sums: LossAccumulator, name: str, audit: TextAudit, share: Share = WHOLE
+) -> Iterator[Chunk]:
     """Read the texts from where the sums end, and add each chunk to them, and to the audit. Documents without a target are
-    skipped and counted."""
+    skipped and counted.
+
+    share  of the windows of a stream"""
     begun = bool(sums.scored)
-    for index, ids in documents(engine, texts, sums):
+    for ids in documents(engine, texts, sums):
         if not begun and sums.by_document and ids.is_empty:
             sums.skipped += 1
             continue
         if not begun:
             sums.start_document()
-        with naming(f"{name}, document {index}" if sums.by_document else name):
+        with naming(f"{name}, document {ids.number}" if sums.by_document else name):
             if isinstance(ids, HeldDocument) and ids.batch:
                 chunks, rows, width = _read_beside(engine, ids, sums, audit), len(ids.batch), ids.width
             else:
-                chunks, rows, width = _read_alone(engine, ids, sums, audit), 1, 0
+                chunks, rows, width = _read_alone(engine, ids, sums, audit, share), 1, 0
             for chunk in chunks:
                 sums.add(chunk)
                 audit.add(chunk)
                 yield chunk
             audit.end(rows, width)
-        sums.end_document(ids.hexdigest)
+        sums.end_document(ids.hexdigest, ids.number)
         sums.special_tokens += ids.special
         begun = False
 
 
-def _read_alone(engine: Engine, ids: TokenReader | HeldDocument, sums: LossAccumulator, audit: TextAudit) -> Iterator[Chunk]:
+def _read_alone(
+    engine: Engine, ids: TokenReader | HeldDocument, sums: LossAccumulator, audit: TextAudit, share: Share
+) -> Iterator[Chunk]:
     ids.skip = sums.scored if engine.policy.windows is None else sums.window
-    return engine.stream(audit.watched(ids), state=sums.state, position=sums.scored, window=sums.window)
+    return engine.stream(audit.watched(ids), state=sums.state, position=sums.scored, window=sums.window, share=share)
 
 
 def _read_beside(engine: Engine, ids: HeldDocument, sums: LossAccumulator, audit: TextAudit) -> Iterator[Chunk]:

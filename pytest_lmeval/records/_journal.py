@@ -6,6 +6,9 @@ itself writes a closing line; the results that it names are history and are not 
     {"event": "result", "key": ..., "record": {...}}
     {"event": "end", "keys": [...]}
 
+A run that scores a share of the examples begins with {"event": "shard", "share": "3/8"}, and its results say of which call they
+are a share (`Line`).
+
 Unfinished work lies beside the journal, one file a key in `partial/` (see `Checkpoints`), and what was read for the questions
 of tasks in `answers/` (see `scoring._answers`), which later runs use, too.
 """
@@ -30,17 +33,28 @@ from pytest_lmeval.records._replacing import append, inside, leftovers, replacin
 from pytest_lmeval.records._schema import StoredStruct
 from pytest_lmeval.records._secrets import without_secrets
 
-NAME, PARTIAL, ANSWERS = "journal.jsonl", "partial", "answers"
+NAME, PARTIAL, ANSWERS, PARTS = "journal.jsonl", "partial", "answers", "parts"
+MERGED = b'{"event": "merged"}'  # the first and last line of a journal of merged shards
 KEPT = 14 * 24 * 3600.0  # seconds that unfinished work of a run that nobody resumes is kept
 
 
 class Line(StoredStruct, frozen=True):
-    """A line of the journal: a result, or the end of a run with the keys that it used (None: all)."""
+    """A line of the journal: a result, the end of a run with the keys that it used (None: all), or the share of a run.
+
+    share  of the examples that a result is about, such as 3/8; empty: all
+    whole  the key that the result of all examples has
+    alone  no other share has a part of it
+    part   file of what the shares are merged from, relative to the output folder
+    """
 
     event: str
     key: str = ""
     record: dict[str, Any] = {}
     keys: list[str] | None = None
+    share: str = ""
+    whole: str = ""
+    alone: bool = False
+    part: str | None = None
 
 
 class JournalWarning(UserWarning):
@@ -86,10 +100,16 @@ class Journal:
         """The record that an interrupted run finished under this key."""
         return self.results.get(key)
 
-    def add(self, key: str, record: dict[str, Any]) -> None:
-        """Write a result. If that fails, warn once: it is in this run's report, and only an interrupted run would need it."""
+    def begin(self, share: str) -> None:
+        """Begin a run that scores a share of the examples. Raises OSError."""
+        self._append({"event": "shard", "share": share})
+
+    def add(self, key: str, record: dict[str, Any], **of_share: str | bool | None) -> None:
+        """Write a result; `of_share` are the fields of a `Line` that say which share it is about.
+
+        If that fails, warn once: it is in this run's report, and only an interrupted run would need it."""
         try:
-            self._append({"event": "result", "key": key, "record": without_secrets(record)})
+            self._append({"event": "result", "key": key, "record": without_secrets(record), **of_share})
             self.checkpoints.drop(key)
         except OSError as error:
             if not self.fails:
@@ -120,9 +140,26 @@ class Journal:
         """The results of interrupted runs, if one was interrupted after the last run that ended; else none."""
         for text in reversed(self._read().splitlines()):
             with suppress(ValueError):
-                if (event := schema.convert(schema.parse(text, "", ""), Line).event) in ("end", "result"):
+                if (event := schema.convert(schema.parse(text, "", ""), Line).event) in ("end", "result", "merged"):
                     return [*self.results.values()] if event == "result" else []
         return []
+
+    def last_run(self) -> list[Line]:
+        """The results of the last run, whether it ended or not, after the line that says its share, if there is one."""
+        share, known, current, last = list[Line](), dict[str, Line](), dict[str, Line](), list[Line]()
+        for text in self._read().splitlines():
+            try:
+                line = schema.convert(schema.parse(text, "", ""), Line)
+            except ValueError:
+                continue  # cut off when the run was killed
+            if line.event == "shard":
+                share = [line]
+            elif line.event == "result":
+                known[line.key] = current[line.key] = line
+            elif line.event == "end":
+                last = [known[key] for key in (known if line.keys is None else line.keys) if key in known]
+                current = {}
+        return [*share, *(current.values() or last)]
 
     @functools.cached_property
     def results(self) -> dict[str, dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_lmeval._options import option, output_folder, templates_folder
+from pytest_lmeval._options import option, output_folder, share, templates_folder
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -52,6 +52,24 @@ class Reports:
             except OSError as error:
                 why = error.strerror or error
                 raise pytest.UsageError(f"--lmeval-fresh: the journal of {folder} cannot be closed ({why}).") from error
+        if not (own := share(self.config)).is_whole and not self.config.option.collectonly:
+            self._begin(folder, str(own))
+
+    def _begin(self, folder: Path, own: str) -> None:
+        """Write to the journal which share of the examples this run scores. Refuses a folder with results of another."""
+        from pytest_lmeval.records._journal import Journal
+
+        journal = Journal(folder)
+        if other := next((line.share for line in journal.last_run() if line.share != own), None):
+            raise pytest.UsageError(
+                f"--lmeval-shard {own}: {folder} holds shard {other}. Give each shard a folder of its own: --lmeval-dir, or "
+                "--lmeval-fresh to begin anew in this one."
+            )
+        try:
+            journal.begin(own)
+        except OSError as error:
+            why = error.strerror or error
+            raise pytest.UsageError(f"--lmeval-shard {own}: nothing can be written to {folder} ({why}).") from error
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:

@@ -12,7 +12,7 @@ scikit-learn: matthews where labels or predictions are all the same, f1 where no
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any
 
@@ -51,7 +51,16 @@ def is_right(example: Example) -> float:
 
 def units_of(examples: Sequence[Example]) -> np.ndarray:
     """Index of the unit of each example [n]: its group, or itself."""
-    keys = [(example.group,) if example.group is not None else (example.id, example.number) for example in examples]
+    return indices_of([unit_of(example) for example in examples])
+
+
+def unit_of(example: Example) -> Hashable:
+    """What the unit of an example is known by: its group, or itself."""
+    return (example.group,) if example.group is not None else (example.id, example.number)
+
+
+def indices_of(keys: Sequence[Hashable]) -> np.ndarray:
+    """The index of each key [n], in the order in which keys appear first."""
     index = {key: number for number, key in enumerate(dict.fromkeys(keys))}
     return np.array([index[key] for key in keys])
 

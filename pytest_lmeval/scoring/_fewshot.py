@@ -97,6 +97,11 @@ class Shots:
         questions = (question_of(self.task, shot, f"example {id_of(shot)}") for shot in self.rows(row, own))
         return [shot for shot in questions if isinstance(shot, Choices | Generate)]
 
+    def pass_over(self, row: Row, own: str) -> None:
+        """Draw for a question that is not asked here, if those after it depend on what was drawn before."""
+        if self.strategy == "lm_eval":
+            self.rows(row, own)
+
     def rows(self, row: Row, own: str) -> list[Row]:
         """The examples of `row`, whose id is `own`."""
         if not self.count:

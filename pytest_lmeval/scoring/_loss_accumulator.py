@@ -6,7 +6,9 @@ the state after the last chunk (`scoring._text_files`), they resume to exactly t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -105,6 +107,7 @@ class LossAccumulator:
     positions     positions whose loss is measured (mean over the thousand targets up to each)
     total, units  one row, and one row for each unit, from which intervals are drawn; pairs of too many blocks are merged
     documents     a hash of each document (or of the stream) that was read to its end
+    numbers       of these documents, in the corpus
     skipped       documents without a target
     ahead         number of the first of the documents that are read side by side with the current one
     special_tokens   special tokens that are written in the texts that were read to their end
@@ -123,6 +126,7 @@ class LossAccumulator:
     total: np.ndarray = field(default_factory=lambda: np.zeros(COLUMNS))
     units: list[np.ndarray] = field(default_factory=list)
     documents: list[str] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
     skipped: int = 0
     ahead: int = 0
     special_tokens: int = 0
@@ -181,13 +185,40 @@ class LossAccumulator:
             if self.positions and (not self.at_positions or self.at_positions[-1].any()):  # else reuse the last, empty one
                 self.at_positions.append(np.zeros((len(self.positions), 3)))
 
-    def end_document(self, content: str) -> None:
-        """End a sequence whose content has this hash; one whose frames had no code to predict counts as skipped."""
+    def end_document(self, content: str, number: int = 0) -> None:
+        """End a sequence whose content has this hash; one whose frames had no code to predict counts as skipped.
+
+        number  of the document, in the corpus"""
         if self.by_document and not self.units[-1][TOKENS]:
             self.units.pop()
             self.skipped += 1
         else:
             self.documents.append(content)
+            self.numbers.append(number)
+
+    @classmethod
+    def merged(cls, parts: Sequence[LossAccumulator]) -> LossAccumulator:
+        """The sums of a text of which each part holds a share of the documents, or of the windows of a stream, without a state.
+        For its chunks stand its units: each part had an order of its own."""
+        whole, first = cls(parts[0].by_document, parts[0].positions), parts[0]
+        for name in ("total", "by_position", "skipped"):
+            setattr(whole, name, sum((getattr(part, name) for part in parts[1:]), getattr(first, name)))
+        whole.peak_state_bytes = max(part.peak_state_bytes for part in parts)
+        if whole.by_document:
+            units = [one for part in parts for one in zip(part.numbers, part.documents, part.units, strict=True)]
+            units.sort(key=itemgetter(0))
+            whole.numbers, whole.documents, whole.units = map(list, zip(*units, strict=True)) if units else ([], [], [])
+            whole.at_positions = [row for part in parts for row in part.at_positions]
+            whole.special_tokens = sum(part.special_tokens for part in parts)
+        else:
+            whole.units, whole.block = merge_blocks([(part.units, part.block) for part in parts])
+            whole.at_positions = [sum(rows[1:], rows[0]) for rows in zip(*(part.at_positions for part in parts), strict=True)]
+            whole.documents, whole.numbers, whole.special_tokens = first.documents, first.numbers, first.special_tokens
+        whole.chunks_seen = len(whole.units)
+        for number, unit in enumerate(whole.units, start=1):
+            row = np.append(unit, 0.0)[None]
+            whole.chunks_per_row = add_to_blocks(whole.chunks, whole.chunks_per_row, number, row, CHUNKS)
+        return whole
 
     @property
     def history(self) -> tuple[np.ndarray, np.ndarray]:
@@ -258,11 +289,23 @@ def add_to_blocks(units: list[np.ndarray], block: int, start: int, rows: np.ndar
             block *= 2
             continue
         fitting = block - (start - 1) % block
-        if unit == len(units):
+        while unit >= len(units):
             units.append(np.zeros(rows.shape[1]))
         units[unit] += rows[:fitting].sum(axis=0)
         rows, start = rows[fitting:], start + fitting
     return block
+
+
+def merge_blocks(parts: Sequence[tuple[list[np.ndarray], int]]) -> tuple[list[np.ndarray], int]:
+    """The sums of blocks of one stream of which each part, (sums, length of a block), holds some of the rows; and the length of
+    a block, which is the longest of those of the parts."""
+    block, found = max(size for _, size in parts), list[np.ndarray]()
+    for units, size in parts:
+        for number, unit in enumerate(units):
+            while number * size // block >= len(found):
+                found.append(np.zeros_like(unit))
+            found[number * size // block] += unit
+    return found, block
 
 
 def plain(sums: LossAccumulator | FastWeightSums) -> dict[str, Any]:

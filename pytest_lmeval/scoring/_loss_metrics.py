@@ -27,6 +27,7 @@ def metrics_of(sums: LossAccumulator, *, seconds: float) -> dict[str, Value]:
     total, n = sums.total, sums.tokens
     names = ["nll", *(["bits_per_byte"] if total[BYTES] else []), *(f"token_accuracy_top{k}" for k in HITS)]
     units, consecutive, found = np.array(sums.units), not sums.by_document, {}
+    units = units[units[:, TOKENS] > 0]  # a share of a stream has none in some blocks
     for name in names:
         scale = metric(name).scale
         above, below = (UNIT_COLUMNS[side] for side in metric(name).sums or ())
@@ -69,7 +70,7 @@ def series_of(sums: LossAccumulator, metrics: dict[str, Value], *, carried: bool
     chunks, counts = sums.history
     some = chunks[:, TOKENS] > 0  # a frame may hold no code to score
     chunks, counts = chunks[some], counts[some]
-    read = np.cumsum(chunks[:, TOKENS]).tolist()
+    read, seconds = np.cumsum(chunks[:, TOKENS]).tolist(), (chunks[:, SECONDS] / counts).tolist()
     loss = chunks[:, NATS] / chunks[:, TOKENS]
     running = np.cumsum(chunks[:, NATS]) / np.cumsum(chunks[:, TOKENS])
     filled = np.flatnonzero(sums.by_position[:, TOKENS])
@@ -77,7 +78,7 @@ def series_of(sums: LossAccumulator, metrics: dict[str, Value], *, carried: bool
     by_position = (binned[:, NATS] / binned[:, TOKENS]).tolist()
     series = {
         "chunk_loss": Series(read, loss.tolist(), "tokens", "nats/token"),
-        "chunk_seconds": Series(read, (chunks[:, SECONDS] / counts).tolist(), "tokens", "s"),
+        **({"chunk_seconds": Series(read, seconds, "tokens", "s")} if any(seconds) else {}),
         "loss_by_position": Series(centers.tolist(), by_position, "tokens before", "nats/token", "Loss by position", "x"),
     }
     if running.max() < LARGEST_EXPONENT:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
-from functools import partial
+from array import array
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -22,7 +22,7 @@ from pytest_lmeval.errors import RegistryError, TaskError
 from pytest_lmeval.records._example import Example
 from pytest_lmeval.records._metric import Estimate, Metric, is_declared, metric as declared
 from pytest_lmeval.records._value import Value
-from pytest_lmeval.scoring._answer_metrics import units_of
+from pytest_lmeval.scoring._answer_metrics import indices_of, unit_of
 from pytest_lmeval.statistics._estimate import FEWEST_UNITS, ratio_intervals
 from pytest_lmeval.statistics._proportion import wilson
 from pytest_lmeval.statistics._sequential import confidence_sequence
@@ -94,7 +94,7 @@ def _combined_metric(name: str, combine: Combine, values: Mapping[int, Any]) -> 
     known = len(numbers) == len(values) and not any(map(math.isnan, numbers))
     if getattr(function, "__name__", "") == "mean" and known:
         judges = better is True and all(0 <= number <= 1 for number in numbers)
-        score = partial(_kept_score, name)
+        score = kept_score(name)
         return Metric(name, higher_is_better=better, score=score, interval="mean", judges=judges)
 
     def statistic(examples: Sequence[Example], seed: int) -> Estimate | None:
@@ -113,8 +113,9 @@ def _combined_metric(name: str, combine: Combine, values: Mapping[int, Any]) -> 
     return Metric(name, higher_is_better=better, statistic=statistic)
 
 
-def _kept_score(name: str, example: Example) -> float | None:
-    return example.scores.get(name)
+def kept_score(name: str) -> Callable[[Example], float | None]:
+    """The score of an example in a metric that was scored before."""
+    return lambda example: example.scores.get(name)
 
 
 def scored(example: Example, metrics: Sequence[Metric]) -> dict[str, float | None]:
@@ -155,39 +156,94 @@ def _score_of(metric: Metric, example: Example) -> float | None:
 
 
 def compute(
-    metrics: Sequence[Metric], examples: Sequence[Example], seed: int = 0, threshold: float | None = None
+    metrics: Sequence[Metric], examples: Iterable[Example], seed: int = 0, threshold: float | None = None
 ) -> dict[str, Value]:
     """The values of metrics on scored examples, in any order. A metric that is about none of them is left out.
 
     threshold  `Task.threshold`, if asking may have ended early: the rate then has an interval that holds after every answer at
                once (see `statistics._sequential`)
     """
-    if not examples:
-        raise TaskError(f"no question was answered, so there is nothing to compute {', '.join(map(str, metrics))} from.")
-    ordered = sorted(examples, key=lambda example: (example.id, example.number))
-    found = {metric.name: value for metric in metrics if (value := _value(metric, ordered, seed)) is not None}
+    scores = Scores(metrics)
+    for example in examples:
+        scores.add(example)
+    found = scores.values(seed)
     if threshold is not None and (rate := found.get("rate")) is not None:
         n = rate.n or 0
         found["rate"] = declared("rate").value(float(rate), confidence_sequence(round(rate * n), n), n=n)
     return found
 
 
-def _value(metric: Metric, examples: Sequence[Example], seed: int) -> Value | None:
-    if metric.statistic is None:
-        examples = [example for example in examples if example.scores.get(metric.name) is not None]
-    estimate = _estimate(metric, examples, seed) if examples else None
-    if estimate is None:
-        return None
-    number, interval = estimate
-    tied = [metric.norm is not None and len(example.likeliest(metric.norm)) > 1 for example in examples]
-    by_order = [is_tied and example.tie_rule == "first" for example, is_tied in zip(examples, tied, strict=True)]
-    if interval is not None and any(by_order):
-        # The number is that of lm_eval; the interval holds what it would be if the order of choices did not decide.
-        pairs = zip(examples, by_order, strict=True)
-        shared = [_shared(metric, example) if is_by_order else example for example, is_by_order in pairs]
-        other = (_estimate(metric, shared, seed) or estimate)[1] or interval
-        interval = min(interval[0], other[0]), max(interval[1], other[1])
-    return metric.value(number, interval, n=len(examples), ties=sum(tied))
+class Scores:
+    """What examples count in metrics, added one by one; whole examples are held only if a statistic is no mean."""
+
+    def __init__(self, metrics: Sequence[Metric]) -> None:
+        self.metrics = metrics
+        self._places: list[tuple[str, int]] = []  # id and number of each example
+        self._units: list[Hashable] = []  # what its unit is known by
+        self._columns = {metric.name: _Column() for metric in metrics}
+        self._examples: list[Example] | None = [] if any(metric.statistic is not None for metric in metrics) else None
+
+    def add(self, example: Example) -> None:
+        self._places.append((example.id, example.number))
+        self._units.append(unit_of(example))
+        for metric in self.metrics:
+            self._columns[metric.name].add(metric, example)
+        if self._examples is not None:
+            self._examples.append(example)
+
+    def values(self, seed: int = 0) -> dict[str, Value]:
+        """The values of the metrics that are about any example, whatever the order in which they were added."""
+        if not self._places:
+            raise TaskError(
+                f"no question was answered, so there is nothing to compute {', '.join(map(str, self.metrics))} from."
+            )
+        order = sorted(range(len(self._places)), key=self._places.__getitem__)
+        found = ((metric.name, self._value(metric, order, seed)) for metric in self.metrics)
+        return {name: value for name, value in found if value is not None}
+
+    def _value(self, metric: Metric, order: Sequence[int], seed: int) -> Value | None:
+        column = self._columns[metric.name]
+        if metric.statistic is not None:
+            assert self._examples is not None
+            examples = [self._examples[index] for index in order]
+            estimate = _estimate(metric, examples, seed)
+            pairs = zip(order, examples, strict=True)
+            again = [_shared(metric, example) if index in column.shared else example for index, example in pairs]
+            other = _estimate(metric, again, seed) if column.shared else None
+        else:
+            order = [index for index in order if not math.isnan(column.scores[index])]
+            units = indices_of([self._units[index] for index in order])
+            scores = [column.scores[index] for index in order]
+            estimate = _mean(metric, scores, units) if order else None
+            by_share = [column.shared.get(index, score) for index, score in zip(order, scores, strict=True)]
+            other = _mean(metric, by_share, units) if column.shared else None
+        if estimate is None:
+            return None
+        number, interval = estimate
+        if interval is not None and other is not None and other[1] is not None:
+            # The number is that of lm_eval; the interval holds what it would be if the order of choices did not decide.
+            interval = min(interval[0], other[1][0]), max(interval[1], other[1][1])
+        return metric.value(number, interval, n=len(order), ties=column.ties)
+
+
+class _Column:
+    """The scores of examples in one metric; nan where it is not about them.
+
+    ties    examples whose likeliest choices are tied
+    shared  index of an example whose tie is decided by the order of the choices -> the score that it has if its tie is shared
+    """
+
+    def __init__(self) -> None:
+        self.scores, self.ties, self.shared = array("d"), 0, dict[int, float]()
+
+    def add(self, metric: Metric, example: Example) -> None:
+        score = example.scores.get(metric.name)
+        if metric.norm is not None and (score is not None or metric.statistic is not None):
+            tied = len(example.likeliest(metric.norm)) > 1
+            self.ties += tied
+            if tied and example.tie_rule == "first":
+                self.shared[len(self.scores)] = _shared(metric, example).scores[metric.name] or 0.0
+        self.scores.append(math.nan if score is None else score)
 
 
 def _shared(metric: Metric, example: Example) -> Example:
@@ -198,8 +254,7 @@ def _shared(metric: Metric, example: Example) -> Example:
 
 
 def _estimate(metric: Metric, examples: Sequence[Example], seed: int) -> Estimate | None:
-    if metric.statistic is None:
-        return _mean(metric, examples)
+    assert metric.statistic is not None
     try:
         estimate = metric.statistic(examples, seed)
         return estimate and (metric.value(*estimate), estimate[1])
@@ -210,10 +265,8 @@ def _estimate(metric: Metric, examples: Sequence[Example], seed: int) -> Estimat
         ) from error
 
 
-def _mean(metric: Metric, examples: Sequence[Example]) -> Estimate:
-    """The mean of the scores, on the scale of the metric, with its interval."""
-    scores = [example.scores[metric.name] or 0.0 for example in examples]
-    units = units_of(examples)
+def _mean(metric: Metric, scores: Sequence[float], units: np.ndarray) -> Estimate:
+    """The mean of the scores [n], on the scale of the metric, with its interval over the units, whose indices [n] these are."""
     interval = None
     if metric.interval == "proportion" or (metric.interval and metric.judges and all(0 <= score <= 1 for score in scores)):
         interval = wilson(scores, units.tolist())

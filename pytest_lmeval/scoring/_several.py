@@ -63,20 +63,28 @@ def _vote(answers: Sequence[Answered]) -> float:
     return math.fsum(scores) / len(scores) if scores else 0.0
 
 
-def spread_between_runs(examples: Sequence[Example], names: Iterable[str]) -> dict[str, float]:
-    """Metric -> the standard deviation of its mean from run to run, where each draws as many answers to the same questions.
+class Spread:
+    """How much the means of metrics vary from run to run, where each draws as many answers to the same questions: from answers
+    that are added one by one. Only of metrics that score each answer of a question, and not all of them at once."""
 
-    Only metrics that score each answer of a question, and not all of them at once.
-    """
-    found = {}
-    for name in names:
-        answers: defaultdict[int, list[float]] = defaultdict(list)
-        for example in examples:
+    def __init__(self, names: Iterable[str]) -> None:
+        known = (declared(name) for name in names)
+        self._metrics = [one for one in known if one.several is None and one.statistic is None]
+        self._answers: dict[str, dict[int, list[float]]] = {one.name: {} for one in self._metrics}
+        self._several = False
+
+    def add(self, example: Example) -> None:
+        self._several |= example.repeat > 0
+        for name, answers in self._answers.items():
             if (score := example.scores.get(name)) is not None:
-                answers[example.number].append(score)
-        if (one := declared(name)).several is None and (spread := between_runs([*answers.values()])) is not None:
-            found[name] = one.scale * spread
-    return found
+                answers.setdefault(example.number, []).append(score)
+
+    def values(self) -> dict[str, float]:
+        """Metric -> the standard deviation of its mean; nothing if each question has one answer."""
+        if not self._several:
+            return {}
+        spreads = ((one, between_runs([*self._answers[one.name].values()])) for one in self._metrics)
+        return {one.name: one.scale * spread for one, spread in spreads if spread is not None}
 
 
 def with_several(examples: Sequence[Example], metrics: Sequence[Metric], task: Task) -> list[Example]:

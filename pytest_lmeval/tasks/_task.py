@@ -193,7 +193,7 @@ class Task:
     @property
     def tie_rule(self) -> Literal["shared", "first"]:
         """What a tie counts (see `Example`): the first of equal choices all, where the numbers of lm_eval are promised."""
-        return "first" if self.style == "lm_eval" else "shared"
+        return tie_rule(self.style)
 
     def metrics_for(self, question: AnyQuestion, where: str) -> tuple[str, ...]:
         """The names of the metrics; the default ones are chosen for this question. Raises TaskError if there is none."""
@@ -248,6 +248,11 @@ class Task:
         if isinstance(question, Choices | Generate):
             known = registry.own("metrics")
             self.check(question, [known[name] for name in self.metrics_for(question, "row 0") if name in known], "row 0")
+
+
+def tie_rule(style: str) -> Literal["shared", "first"]:
+    """What a tie counts in a task of this style."""
+    return "first" if style == "lm_eval" else "shared"
 
 
 def _rows(what: str, rows: Any) -> Any:

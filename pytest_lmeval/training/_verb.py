@@ -10,13 +10,13 @@ from msgspec import structs
 from pytest_lmeval.data._corpus import Corpus
 from pytest_lmeval.engine._policy import refuse_training
 from pytest_lmeval.errors import CorpusError, RegistryError
-from pytest_lmeval.measures._context import VerbContext, current, verb
+from pytest_lmeval.measures._context import VerbContext, current, shared_verb
 from pytest_lmeval.training._loop import run_training
 from pytest_lmeval.training._protocol import Protocol
 from pytest_lmeval.training._result import TrainResult
 
 
-@verb
+@shared_verb
 def train(lm: Any, corpus: Any, *, held_out: Any = None, spec: str | None = None, **protocol: Any) -> TrainResult:
     """Train a copy of the model by the one protocol for all models (see `training.run_training`); it is `.lm` of the result.
 
