@@ -6,13 +6,16 @@ Each process has one session (under xdist, each worker); records travel to the o
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pytest_lmeval._ranks import Ranks
 from pytest_lmeval.data._corpus import Corpus
+from pytest_lmeval.errors import RankError
 from pytest_lmeval.models._identity import fingerprint
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.models._weak_cache import WeakCache
@@ -36,7 +39,9 @@ class Session:
     batch            rows of a batch of questions; "auto": as many as fit; None: as many as the verb says
     concurrency      requests to a server under way at once; None: as many as its client says
     chat             whether tasks are asked in turns: True, False or "auto"; with these `chat_template_kwargs`
-    share            of the examples that this process scores
+    share            of the examples that this run scores
+    ranks            the processes that share them out among themselves, if torchrun started several
+    alone            what is measured now is measured in this process alone
     parallel         other tests run at the same time, so speed is not measured
     trusted          models that may run their own code
     mirror           a folder to use instead of the hub
@@ -56,6 +61,8 @@ class Session:
     chat: Literal["auto"] | bool = "auto"
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     share: Share = WHOLE
+    ranks: Ranks | None = None
+    alone: bool = False
     parallel: bool = False
     device: str = "auto"
     bits: int | None = None
@@ -66,6 +73,16 @@ class Session:
     say: Callable[[str], None] | None = None
     loaded: dict[str, Model] = field(default_factory=dict)
     verdicts: WeakCache[dict[tuple[str, ...], EquivalenceResult]] = field(default_factory=WeakCache)
+
+    @property
+    def agreeing(self) -> Ranks | None:
+        """The processes with which this one agrees on what is measured now."""
+        return None if self.alone else self.ranks
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the files of the run: of several, the first."""
+        return self.folder is not None and (self.ranks is None or self.ranks.is_first)
 
     @functools.cached_property
     def journal(self) -> Journal | None:
@@ -102,8 +119,23 @@ class Session:
         known = self.verdicts.value(lm.step_fn if lm.module is None else lm.module, dict)
         key = (fingerprint(lm), str(lm.dtype), str(lm.device))
         if key not in known:
-            known[key] = self.probed(lm)
+            known[key] = self.probed(lm) if self.agreeing is None else self._agreed(self.agreeing, lm, key)
         return known[key]
+
+    def _agreed(self, ranks: Ranks, lm: Model, key: tuple[str, ...]) -> EquivalenceResult:
+        """The verdict of the first rank for all; they probe a model that spans them together. Raises RankError where the ranks
+        do not hold the same model."""
+        what = f"the laws of {lm.spec}"
+        versions = importlib.metadata.version("torch"), importlib.metadata.version("pytest-lmeval")
+        for rank, theirs in enumerate(ranks.together(what, (*key[:2], *versions))):
+            if theirs != (*key[:2], *versions):
+                named = "fingerprint", "precision", "torch", "pytest-lmeval"
+                pairs = zip(named, (*key[:2], *versions), theirs, strict=True)
+                unlike = ", ".join(f"{name} {own} and {other}" for name, own, other in pairs if own != other)
+                raise RankError(f"ranks {ranks.rank} and {rank} do not hold the same model {lm.spec}: {unlike}.")
+        if not lm.spans_ranks:
+            return ranks.from_first(what, lambda: self.probed(lm))
+        return ranks.of_all(what, lambda: self.probed(lm))[0]
 
     def probed(self, lm: Model, **options: Any) -> EquivalenceResult:
         """Probe a model with the options of this run, and these; show how far it is."""

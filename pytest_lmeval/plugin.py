@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Generator
 from contextlib import nullcontext
 from types import ModuleType
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 SESSION = pytest.StashKey["Session"]()
 LOG = pytest.StashKey[Any]()
+RANKS = pytest.StashKey["Ranks"]()
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # variables that it sets
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -58,7 +61,8 @@ def pytest_configure(config: pytest.Config) -> None:
         'lmeval_gate(METRIC=margin, ...): how much worse than the baseline it may be (0.01, "0.5%", "off"); or "off"',
     )
     options.check(config)
-    if not is_worker(config):
+    first = _join_ranks(config)
+    if first and not is_worker(config):
         config.pluginmanager.register(Reports(config), "lmeval-reports")
         if option(config, "lmeval-fresh-evidence") and not config.option.collectonly:  # before workers start
             for certificate in (output_folder(config) / "certificates").glob("*.json"):
@@ -68,7 +72,7 @@ def pytest_configure(config: pytest.Config) -> None:
                     why = error.strerror or error
                     raise pytest.UsageError(f"--lmeval-fresh-evidence: {certificate} cannot be deleted ({why}).") from error
     config.pluginmanager.register(_fixtures_with_parameters(config), "lmeval-parameters")
-    gated = option(config, "lmeval-gate") != "off" and share(config).is_whole  # shares are compared once they are merged
+    gated = first and option(config, "lmeval-gate") != "off" and share(config).is_whole  # merged shares are compared
     if gated and (config.getoption("lmeval_baseline") or config.getini("lmeval_baseline")):
         from pytest_lmeval.gates._gate import Gate, baseline_file
 
@@ -79,6 +83,27 @@ def pytest_configure(config: pytest.Config) -> None:
     elif not config.pluginmanager.hasplugin("codspeed"):
         config.addinivalue_line("markers", "benchmark: a benchmark (pytest-benchmark is not active)")
         config.pluginmanager.register(WithoutBenchmark(), "lmeval-without-benchmark")
+
+
+def _join_ranks(config: pytest.Config) -> bool:
+    """Join the other processes of a run that torchrun started. Returns whether this is the first, or the only one."""
+    if not all(name in os.environ for name in TORCHRUN) or os.environ["WORLD_SIZE"] == "1" or config.option.collectonly:
+        return True
+    from pytest_lmeval._ranked import RankHooks
+    from pytest_lmeval._ranks import Ranks
+
+    if is_worker(config) or getattr(config.option, "numprocesses", None):
+        raise pytest.UsageError(
+            "torchrun starts a process for each rank, and -n (pytest-xdist) workers in each: use one of them."
+        )
+    if not share(config).is_whole:
+        raise pytest.UsageError("torchrun and --lmeval-shard both share the examples out: use one of them.")
+    try:
+        config.stash[RANKS] = ranks = Ranks.joined()
+    except LmevalError as error:
+        raise pytest.UsageError(str(error)) from None
+    config.pluginmanager.register(RankHooks(config, ranks), "lmeval-ranks")
+    return ranks.is_first
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -106,11 +131,10 @@ def _uses_lmeval(item: pytest.Item) -> bool:
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Check before the first test that results can be written, if there will be any."""
     config = session.config
-    if config.option.collectonly or is_worker(config):
+    if config.option.collectonly or is_worker(config) or not (reports := config.pluginmanager.get_plugin("lmeval-reports")):
         return
     if own := [item.nodeid for item in session.items if item.get_closest_marker("lmeval")]:
         _check_output_folder(config)
-        reports: Any = config.pluginmanager.get_plugin("lmeval-reports")
         reports.tests |= dict.fromkeys(own, "it did not run")
 
 
@@ -283,6 +307,7 @@ def shared_session(config: pytest.Config) -> Session:
             chat_template_kwargs=template_kwargs(config),
             seq_lens=tuple(map(int, option(config, "lmeval-seq-len"))),
             share=share(config),
+            ranks=config.stash.get(RANKS, None),
             parallel=is_worker(config),
             device=str(option(config, "lmeval-device")),
             bits=int(option(config, "lmeval-bits")) if option(config, "lmeval-bits") else None,
@@ -331,6 +356,6 @@ def _terminal(config: pytest.Config) -> Any:
 
     terminal = config.pluginmanager.get_plugin("terminalreporter")
     capture = config.pluginmanager.get_plugin("capturemanager")
-    if is_worker(config) or terminal is None or capture is None:
+    if is_worker(config) or terminal is None or capture is None or not config.pluginmanager.hasplugin("lmeval-reports"):
         return None
     return Uncaptured(terminal, capture)

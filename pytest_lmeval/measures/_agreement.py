@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import tee
@@ -26,7 +26,7 @@ from pytest_lmeval.engine import Engine, Policy, policy_for
 from pytest_lmeval.engine._tokens import Tokens, naming
 from pytest_lmeval.errors import Refused, SpecError
 from pytest_lmeval.measures._agreement_base import PREFIX, About, Base, BaseWriter, read as read_base
-from pytest_lmeval.measures._agreement_record import with_numbers
+from pytest_lmeval.measures._agreement_record import merged as merged_record_of, with_numbers
 from pytest_lmeval.measures._agreement_sums import TOKENS, Piece, Sums, compare
 from pytest_lmeval.measures._context import current, shared_verb
 from pytest_lmeval.measures._mismatch import Differences
@@ -102,7 +102,7 @@ def agreement(
         by_document = not (corpus.as_stream if as_stream is None else as_stream)
         same_windows = their_policy is not None and policy.windows is not None and policy.windows == their_policy.windows
         alone = their_policy is None or save is not None or not (by_document or same_windows)
-        result = context.shared(key, lambda share: measure(share=share), alone=alone)
+        result = context.shared(key, model, lambda share: measure(share=share), merged, alone=alone)
     details = {**result.record.details, **({} if theirs is None else {"reference_verdict": theirs.verdict})}
     return context.recorded(key, replace(result, record=structs.replace(result.record, details=details)))
 
@@ -215,6 +215,12 @@ def measure_agreement(
     )  # fmt: skip
     part = None if share.is_whole else {"sums": sums.to_json(), "differences": differences.to_json()}
     return AgreementResult(with_numbers(record, sums, differences), part)
+
+
+def merged(results: Sequence[AgreementResult]) -> AgreementResult:
+    """One result of those of all shares of a text."""
+    parts = [result.part for result in results if result.part is not None]
+    return AgreementResult(merged_record_of([result.record for result in results], parts))
 
 
 def _refuse_incomparable(lm: Model, reference: Model | Base, corpus: Corpus) -> None:

@@ -11,7 +11,7 @@ import importlib.metadata
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from msgspec import structs
 
 from pytest_lmeval._benchmarking import Driver
+from pytest_lmeval._ranks import Ranks
 from pytest_lmeval._session import Session, TestLog
 from pytest_lmeval.data._corpus import Corpus
 from pytest_lmeval.data._tokens import as_corpus
@@ -53,15 +54,13 @@ class VerbContext:
 
     driver  pytest-benchmark's fixture, if the test asks for it
     models  id of an object of the test -> that object, adapted
-    alone   what is measured now is not shared out
-    alone_keys  of calls that were not
+    alone_keys  of calls that are not shared out
     """
 
     session: Session = field(default_factory=Session)
     log: TestLog = field(default_factory=TestLog)
     driver: Driver = field(default_factory=Driver)
     models: dict[int, tuple[Any, Model]] = field(default_factory=dict)
-    alone: bool = False
     alone_keys: set[str] = field(default_factory=set)
 
     def model(self, lm: Any) -> Model:
@@ -102,16 +101,43 @@ class VerbContext:
             call=self.log.calls,
         )
 
+    @property
+    def alone(self) -> bool:
+        """What is measured now is measured in this process alone."""
+        return self.session.alone
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """The processes with which this one agrees on what is measured now."""
+        return self.session.agreeing
+
     def own_key(self, key: str) -> str:
-        """The identity of this process's share of a call."""
-        share = self.session.share
+        """The identity of this process's share of a call, under which unfinished work is kept."""
+        share = self.session.share if self.session.ranks is None else self.session.ranks.share
         return key if share.is_whole else key_of(key=key, share=str(share))
 
-    def shared(self, key: str, measure: Callable[[Share], Measured], *, alone: bool = False) -> Measured:
-        """What `measure` measures of this process's share of the examples; of all of them, if one share does it `alone`.
+    def shared(
+        self,
+        key: str,
+        lm: Model,
+        measure: Callable[[Share], Measured],
+        merge: Callable[[Sequence[Measured]], Measured],
+        *,
+        alone: bool = False,
+    ) -> Measured:
+        """What `measure` measures of this run's share of the examples; of all of them, if one share does it `alone`.
 
-        Raises ElsewhereError where another share does."""
-        share = self.session.share
+        Of several ranks each measures a share, and all get what `merge` makes of them; a model that spans the ranks is measured
+        by all at once.
+
+        Raises ElsewhereError where another share measures it."""
+        share, ranks = self.session.share, self.ranks
+        if ranks is not None and lm.spans_ranks:
+            return ranks.of_all(key, lambda: measure(WHOLE))[0]
+        if ranks is not None and alone:
+            return ranks.from_first(key, lambda: self.undivided_call(measure, (WHOLE,), {}))
+        if ranks is not None:
+            return merge(ranks.of_all(key, lambda: measure(ranks.share)))
         if self.alone or not alone or share.is_whole:
             return measure(WHOLE if self.alone else share)
         if not share.owns(key):
@@ -119,18 +145,27 @@ class VerbContext:
         self.alone_keys.add(key)
         return measure(WHOLE)
 
+    def undivided_call(self, function: Callable[..., R], args: Any, kwargs: Any) -> R:
+        """What the function returns, measured in this process alone."""
+        __tracebackhide__ = True
+        with self.undivided():
+            return function(*args, **kwargs)
+
     @contextlib.contextmanager
     def undivided(self) -> Iterator[None]:
         """What is called in the block is measured here, and nowhere else; so are the verbs that it calls."""
-        before, self.alone = self.alone, True
+        before, self.session.alone = self.session.alone, True
         try:
             yield
         finally:
-            self.alone = before
+            self.session.alone = before
 
     def journaled(self, key: str) -> Record | None:
         """The record of this call that an interrupted run wrote. Warns of one that cannot be read."""
-        plain = self.session.journal.get(self.own_key(key)) if self.session.journal is not None else None
+        if self.ranks is not None:
+            return self.ranks.from_first(f"{key} in the journal", lambda: self.undivided_call(self.journaled, (key,), {}))
+        own = key if self.session.share.is_whole else self.own_key(key)
+        plain = self.session.journal.get(own) if self.session.journal is not None else None
         try:
             return None if plain is None else self._checked(schema.convert(plain, Record))
         except (ValueError, OSError) as error:
@@ -148,7 +183,7 @@ class VerbContext:
         """The same, logged as the record of this call."""
         record = self.journaled(key)
         if record is not None:
-            self.log.keys.append(self.own_key(key))
+            self.log.keys.append(key if self.session.share.is_whole else self.own_key(key))
             self._log(record)
             self.log.notes.append(f"{record.lm.spec} on {record.subject}: result taken from an interrupted run")
             self.log.notes += record.details.get("warnings", [])
@@ -157,9 +192,10 @@ class VerbContext:
     def recorded(self, key: str, result: Measured) -> Measured:
         """The result, its record under the test's name, written to the journal and the log."""
         record, share = structs.replace(result.record, test=self.log.test), self.session.share
-        if self.session.journal is not None:
-            own, of_share = self.own_key(key), dict[str, str | bool | None]()
+        if self.session.journal is not None and self.session.writes:
+            own, of_share = key, dict[str, str | bool | None]()
             if not share.is_whole:
+                own = self.own_key(key)
                 part = self._written(own, getattr(result, "part", None))
                 of_share = {"share": str(share), "whole": key, "alone": self.alone or key in self.alone_keys, "part": part}
             self.session.journal.add(own, schema.to_plain(record), **of_share)
@@ -287,14 +323,16 @@ def verb(function: Callable[P, R], shared: bool = False) -> Callable[P, R]:
         check_call(function, args, kwargs)
         context = current()
         context.log.calls += 1
-        if shared or context.session.share.is_whole or context.alone:
+        number, whole = context.log.calls, context.session.share.is_whole and context.ranks is None
+        if shared or whole or context.alone:
             return _or_elsewhere(context, function, args, kwargs)
-        number = context.log.calls
         try:
+            if context.ranks is not None:
+                call = f"{context.log.test} {function.__name__} {number}"
+                return context.ranks.from_first(call, lambda: context.undivided_call(function, args, kwargs))
             if not context.session.share.owns(f"{context.log.test} {function.__name__} {number}"):
                 return _elsewhere(context, function, args, kwargs, "another shard measures it")
-            with context.undivided():
-                return function(*args, **kwargs)
+            return context.undivided_call(function, args, kwargs)
         finally:
             context.log.calls = number  # as where it is not called
 

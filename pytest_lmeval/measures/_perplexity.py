@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from pytest_lmeval.engine._policy import Window
 from pytest_lmeval.errors import StreamError
 from pytest_lmeval.measures._context import current, shared_verb
 from pytest_lmeval.measures._text_reading import Progress, TextReading
-from pytest_lmeval.measures._text_record import record_of
+from pytest_lmeval.measures._text_record import merged as merged_record_of, record_of
 from pytest_lmeval.models._identity import tokenizer_fingerprint
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.records._certificate import Certificate
@@ -28,7 +28,7 @@ from pytest_lmeval.records._measured import MetricValue, Result, Series
 from pytest_lmeval.records._share import WHOLE, Share
 from pytest_lmeval.records._value import Value
 from pytest_lmeval.scoring import _fast_weights as fast_weights
-from pytest_lmeval.scoring._loss_accumulator import HITS, Beginning
+from pytest_lmeval.scoring._loss_accumulator import HITS, Beginning, LossAccumulator
 from pytest_lmeval.scoring._loss_metrics import name_of
 from pytest_lmeval.scoring._text_files import write_units
 
@@ -83,8 +83,8 @@ def perplexity(
     by_document = reads_by_document(policy, corpus, as_stream)
     # A carried state is handed from chunk to chunk; losses, and fast weights, are in the order of the text.
     alone = (not by_document and policy.windows is None) or bool(losses) or model.fast_weights is not None
-    shared = not (alone or context.session.share.is_whole)
-    units = None if shared and not by_document else context.file("units.jsonl")
+    divided = (not (alone or context.session.share.is_whole) and not by_document) or context.ranks is not None
+    units = context.file("units.jsonl")
     examples = context.file("losses.npy") if losses is True else None
     if losses is True and examples is None:
         raise StreamError("losses=True writes to the output folder of a run; outside of tests, name a file: losses=PATH.")
@@ -96,16 +96,18 @@ def perplexity(
             policy=policy,
             **settings,
             losses=context.path(examples) if losses is True else losses or None,
-            units=context.path(units),
+            units=None if divided else context.path(units),
             progress=progress,
             checkpoints=journal.checkpoints if journal and known and policy.resume else None,
             key=context.own_key(key),
         )
-        result = context.shared(key, lambda share: measure(share=share), alone=alone)
+        result = context.shared(key, model, lambda share: measure(share=share), merged, alone=alone)
     if result.resumed_at:
         context.log.notes.append(f"{model.spec} on {corpus}: resumed at token {result.resumed_at:,} of an interrupted run")
     context.log.notes += result.record.details.get("warnings", [])
-    files = {"examples": examples or result.record.examples, "units": units}
+    if context.ranks is not None and context.session.writes and result.sums is not None:
+        write_units(str(context.path(units)), result.sums)
+    files = {"examples": examples or result.record.examples, "units": units if result.record.units or context.ranks else None}
     return context.recorded(key, replace(result, record=structs.replace(result.record, **files)))
 
 
@@ -115,7 +117,12 @@ class PerplexityResult(Result):
     stream; NoIntervalError if the text is too short for one)."""
 
     resumed_at: int = 0  # tokens that an interrupted run had already scored
-    part: dict[str, Any] | None = None  # the sums of a share, from which all are merged
+    sums: LossAccumulator | None = None  # without the state
+
+    @property
+    def part(self) -> dict[str, Any] | None:
+        """What the shares of a text are merged from."""
+        return None if self.sums is None else self.sums.to_json()
 
     perplexity = MetricValue()
     """exp of the mean loss a token."""
@@ -255,8 +262,15 @@ def measure_perplexity(
     files = {"examples": losses and str(losses), "units": units and str(units)}
     if units is not None:
         write_units(units, sums)
-    part = None if share.is_whole else replace(sums, state=None, beginning=Beginning()).to_json()
-    return PerplexityResult(structs.replace(record, **files), resumed_at, part)
+    kept = replace(sums, state=None, beginning=Beginning())
+    return PerplexityResult(structs.replace(record, **files), resumed_at, kept)
+
+
+def merged(results: Sequence[PerplexityResult]) -> PerplexityResult:
+    """One result of those of all shares of a text."""
+    sums = LossAccumulator.merged([result.sums for result in results if result.sums is not None])
+    record = merged_record_of([result.record for result in results], sums)
+    return PerplexityResult(record, sum(result.resumed_at for result in results), sums)
 
 
 def reads_by_document(policy: Policy, corpus: Corpus, as_stream: bool | None) -> bool:

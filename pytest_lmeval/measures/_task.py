@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -19,6 +19,7 @@ from pytest_lmeval.engine._memory import rows_that_fit
 from pytest_lmeval.errors import ArgumentError, NotMeasuredError, Refused, TaskError, nearest
 from pytest_lmeval.measures._context import VerbContext, current, shared_verb
 from pytest_lmeval.measures._merging import EMPTY
+from pytest_lmeval.measures._task_merging import merged as merged_record_of
 from pytest_lmeval.measures._task_reading import Asking, Progress, TaskReading
 from pytest_lmeval.measures._task_record import norm_of, number_of_questions, record_of, withheld
 from pytest_lmeval.models._chat import with_end_of_turn, with_template_kwargs
@@ -34,7 +35,7 @@ from pytest_lmeval.records._value import Value
 from pytest_lmeval.scoring._answers import AnswerStore, write_examples
 from pytest_lmeval.scoring._chat import ChatMode, Decision, decide
 from pytest_lmeval.scoring._fewshot import Fewshot, identity_of, rows_of
-from pytest_lmeval.scoring._metrics import compute
+from pytest_lmeval.scoring._metrics import combined_metrics, compute
 from pytest_lmeval.scoring._requests import Truncate
 from pytest_lmeval.scoring._row_scores import scorer_name
 from pytest_lmeval.scoring._several import Spread
@@ -111,12 +112,16 @@ def task(
             **settings,
             policy=policy,
             data_dir=context.session.mirror,
-            examples=context.path(written),
-            kept=context.path(f"{ANSWERS}/{_store_name(model, asked)}.jsonl"),
+            examples=None if context.ranks is not None else context.path(written),
+            kept=_store(context, model, asked),
             progress=progress,
         )
-        # Where asking may end early, the order of the answers decides when.
-        result = context.shared(key, lambda share: measure(share=share), alone=asked.threshold is not None)
+        ends_early = asked.threshold is not None  # the order of the answers decides when
+        result: TaskResult = context.shared(
+            key, model, lambda share: measure(share=share), partial(merged, asked), alone=ends_early
+        )
+        if context.ranks is not None and written is not None and context.session.writes:
+            write_examples(result.examples, str(context.path(written)))
     if result.resumed:
         context.log.notes.append(f"{model.spec} on {asked.name}: {result.resumed:,} answers taken from an earlier run")
     return context.recorded(key, replace(result, record=structs.replace(result.record, examples=written)))
@@ -132,10 +137,26 @@ def _rows_that_fit(lm: Model, asking: Asking) -> int:
     return rows_that_fit(lm, longest + max(answers, default=0), max(1, scored))
 
 
-def _store_name(lm: Model, task: Task) -> str:
-    """The name of the file that holds what this model read for the task, in whatever test, batches and number of questions."""
+def _store(context: VerbContext, lm: Model, task: Task) -> Path | None:
+    """The file that holds what this model read for the task, in whatever test, batches and number of questions.
+
+    Each rank writes one of its own, and reads those of all. What a model reads that spans the ranks is not kept: all would have
+    to know what is there."""
     version = importlib.metadata.version("pytest-lmeval")
-    return key_of(task=task.name, lm=[fingerprint(lm), str(lm.dtype), str(lm.device)], version=version)
+    name = key_of(task=task.name, lm=[fingerprint(lm), str(lm.dtype), lm.device.type], version=version)
+    ranks = context.session.ranks
+    if ranks is not None and lm.spans_ranks:
+        return None
+    return context.path(f"{ANSWERS}/{name}{'' if ranks is None else f'-rank{ranks.rank}'}.jsonl")
+
+
+def merged(task: Task, results: Sequence[TaskResult]) -> TaskResult:
+    """One result of those of all shares of the questions."""
+    answered = sorted((example for result in results for example in result.examples), key=lambda example: example.place)
+    values = {number: value for result in results for number, value in result.values.items()}
+    others = [] if task.combine is None else combined_metrics(task.combine, dict(sorted(values.items())))
+    record = merged_record_of([result.record for result in results], answered, others)
+    return TaskResult(record, tuple(answered), sum(result.resumed for result in results), values)
 
 
 @dataclass(frozen=True, repr=False)
@@ -144,6 +165,7 @@ class TaskResult(Result):
 
     examples: tuple[Example, ...] = ()
     resumed: int = 0
+    values: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)  # of a task that another harness scores, by row
 
     def __getattr__(self, name: str) -> Value:
         metrics = self.record.metrics if not name.startswith("_") else {}
@@ -297,7 +319,7 @@ def _result_of(reading: TaskReading, began: float, in_turns: Decision) -> TaskRe
     record = record_of(reading.engine, task, answered, values, norm_of(reading.metrics), settings, counts, audit)
     cost, notes = structs.replace(record.cost, seconds=time.perf_counter() - began), [*in_turns.notes, *record.notes]
     record = structs.replace(record, cost=cost, notes=notes, not_measured=EMPTY if nothing else None)
-    return TaskResult(record, tuple(answered), reading.resumed)
+    return TaskResult(record, tuple(answered), reading.resumed, reading.values)
 
 
 def _rows_fingerprint(task: Task, context: VerbContext) -> str:

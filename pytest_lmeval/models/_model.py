@@ -23,7 +23,7 @@ from torch.nn.modules.conv import _ConvNd
 from pytest_lmeval.errors import ModelError, SpecError
 from pytest_lmeval.models._packed_layers import packed_layers
 from pytest_lmeval.models._served import Served
-from pytest_lmeval.models._tensors import rounds_activations
+from pytest_lmeval.models._tensors import is_split, rounds_activations
 
 State: TypeAlias = Any
 """Whatever a model carries from step to step: caches, recurrent states, the last inputs of a convolution. None: nothing yet."""
@@ -292,6 +292,11 @@ class Model:
 
     def __repr__(self) -> str:
         return f"<{self.spec}: {self.form}, {self.dtype} on {self.device}>"
+
+    @property
+    def spans_ranks(self) -> bool:
+        """Whether each process of a distributed run holds a part of its weights, so that all have to step it together."""
+        return self.module is not None and any(is_split(tensor) for tensor in self.module.parameters())
 
     @property
     def limit(self) -> int | None:

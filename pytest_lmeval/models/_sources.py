@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+import os
 import sys
 import weakref
 from dataclasses import dataclass, field, replace
@@ -153,8 +154,11 @@ def as_model(source: Any, *, spec: str | None = None, form: str | None = None, t
 def resolve_device(name: str) -> torch.device:
     """The torch device that `auto|cpu|cuda[:N]|mps` names. Raises SpecError if this machine does not have it."""
     mps = torch.backends.mps.is_available()
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        of_rank = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()  # set by torchrun, on each machine from 0
+        return torch.device("cuda", of_rank) if of_rank else torch.device("cuda")
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+        return torch.device("mps" if mps else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:

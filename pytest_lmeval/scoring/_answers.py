@@ -176,9 +176,9 @@ class AnswerStore:
     def forget(self) -> None:
         """Delete everything: it may be wrong."""
         self._kept, self._audited, self._earlier, self.plan = {}, {}, set(), self._first_plan
-        if self.path is not None:
+        for file in self._files():
             with suppress(OSError):
-                self.path.unlink()
+                file.unlink()
 
     def _add(self, line: Line) -> None:
         for name, kept in (line.scored | line.answers).items():
@@ -188,19 +188,27 @@ class AnswerStore:
         self._audited |= {(line.plan, question): difference for question, difference in line.audited.items()}
 
     def _lines(self) -> Iterable[Line]:
-        """The lines of the file. Warns of one that is broken, and skips it."""
-        try:
-            lines = [] if self.path is None else regular(self.path).read_bytes().splitlines()
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            warn(f"{self.path} cannot be read ({error.strerror or error}); its questions are asked again.")
-            return
-        for number, line in enumerate(lines, start=1):
+        """The lines of this file, and of those of the ranks of a run. Warns of a broken line, and skips it."""
+        for file in self._files():
             try:
-                yield schema.convert(schema.parse(line, "", ""), Line)
-            except ValueError as error:
-                warn(f"{self.path}, line {number} is broken ({type(error).__name__}); what it held is read again.")
+                lines = regular(file).read_bytes().splitlines()
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                warn(f"{file} cannot be read ({error.strerror or error}); its questions are asked again.")
+                continue
+            for number, line in enumerate(lines, start=1):
+                try:
+                    yield schema.convert(schema.parse(line, "", ""), Line)
+                except ValueError as error:
+                    warn(f"{file}, line {number} is broken ({type(error).__name__}); what it held is read again.")
+
+    def _files(self) -> list[Path]:
+        """This file, and those of the ranks of a run."""
+        if self.path is None:
+            return []
+        name = self.path.stem.partition("-rank")[0]
+        return list(dict.fromkeys([self.path, *sorted(self.path.parent.glob(f"{name}*.jsonl"))]))
 
     def _write(self, line: Line) -> None:
         """Append a line. If that fails, warn and keep no more."""
