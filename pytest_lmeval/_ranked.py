@@ -103,6 +103,7 @@ class RankHooks:
 
     @pytest.hookimpl(trylast=True)
     def pytest_unconfigure(self) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all is written, and the exit status is that of the tests
         self.ranks.leave()
 
 

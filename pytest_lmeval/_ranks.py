@@ -144,14 +144,15 @@ class Ranks:
                 return [said for _, said in found]
 
     def leave(self) -> None:
-        """Tell the others that this process ends. The one that holds the store waits for them, as long as they live."""
-        with suppress(RuntimeError):
+        """Tell the others that this process ends, and wait until the first has written the reports: torchrun ends all others as
+        soon as one ends with an error. The one that holds the store waits for all. A process that is lost is not waited for."""
+        awaited = range(self.world) if self.hosts_store else range(1)
+        with suppress(RuntimeError, RankError):
             self._store.set(f"left {self.rank}", "")
-            began = time.monotonic()
-            while self.hosts_store and time.monotonic() - began < LOST:
-                if all(self._store.check([f"left {rank}"]) for rank in range(self.world)):
-                    break
-                time.sleep(STEP)
+            for rank in awaited:
+                while not self._store.check([f"left {rank}"]):
+                    self._check_alive(rank, "the end of the run")
+                    time.sleep(STEP)
         self._stopped.set()
 
     def lost(self) -> list[int]:

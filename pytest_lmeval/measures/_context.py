@@ -289,7 +289,7 @@ class ElsewhereResult(Result):
     """The result of a verb that another shard measures: every number of it raises NotMeasuredError."""
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
+        if name.startswith("_") or "record" not in vars(self):  # of a copy that is being made
             raise AttributeError(name)
         raise NotMeasuredError(f"{self.record.subject} was not measured here: {self.record.not_measured}.")
 

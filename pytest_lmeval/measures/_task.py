@@ -117,9 +117,8 @@ def task(
             progress=progress,
         )
         ends_early = asked.threshold is not None  # the order of the answers decides when
-        result: TaskResult = context.shared(
-            key, model, lambda share: measure(share=share), partial(merged, asked), alone=ends_early
-        )
+        merge = partial(merged, asked)
+        result: TaskResult = context.shared(key, model, lambda share: measure(share=share), merge, alone=ends_early)
         if context.ranks is not None and written is not None and context.session.writes:
             write_examples(result.examples, str(context.path(written)))
     if result.resumed:
@@ -168,8 +167,10 @@ class TaskResult(Result):
     values: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)  # of a task that another harness scores, by row
 
     def __getattr__(self, name: str) -> Value:
-        metrics = self.record.metrics if not name.startswith("_") else {}
-        if self.record.not_measured is not None and not name.startswith("_"):
+        if name.startswith("_") or "record" not in vars(self):  # of a copy that is being made
+            raise AttributeError(name)
+        metrics = self.record.metrics
+        if self.record.not_measured is not None:
             raise NotMeasuredError(f"{self.record.subject}: {name} was not measured: {self.record.not_measured}.")
         if name not in metrics and (why := withheld_of(self.record).get(name)):
             raise TaskError(f"{self.record.subject}: {name} was not measured. {why}")
