@@ -39,7 +39,8 @@ def counted_notes(record: Record) -> list[str]:
 
 def merged(records: Sequence[Record], parts: Sequence[Mapping[str, Any]]) -> Record:
     """The record of an agreement of which each record is about a share, from what each share added up."""
-    first = merged_record(records, counted_notes, ("skipped", "special_tokens", "documents"))
+    by_document = records[0].settings["by_document"]  # of a stream, each share counts all of it
+    first = merged_record(records, counted_notes, ("skipped", "special_tokens", "documents") if by_document else ())
     sums = Sums.merged([Sums.from_json(part["sums"]) for part in parts])
     differences = Differences.merged([Differences.from_json(part["differences"]) for part in parts])
     cost = Cost(seconds=first.cost.seconds, tokens=first.cost.tokens)
