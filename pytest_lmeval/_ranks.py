@@ -105,7 +105,10 @@ class Ranks:
         self._ask(lambda: [self._store.set(f"{number} {self.rank} {at}", piece) for at, piece in enumerate(pieces)])
         self._ask(lambda: self._store.set(f"{number} {self.rank}", str(len(pieces))))
         self._pieces[number] = len(pieces)
-        found = [pickle.loads(raw if rank == self.rank else self._received(number, rank, what)) for rank in range(self.world)]
+        found = [
+            (what, value) if rank == self.rank else pickle.loads(self._received(number, rank, what))
+            for rank in range(self.world)
+        ]
         self._forget(number - 1)  # whoever is in this round has read all of the one before
         return found
 
