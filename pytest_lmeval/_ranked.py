@@ -35,18 +35,22 @@ class RankHooks:
         signal.signal(signal.SIGTERM, self._interrupt)  # torchrun sends it to all others when one has died
 
     def _write_nothing(self) -> None:
-        """Leave the terminal, and every file that several processes would write at once, to the first."""
+        """Leave every file that several processes would write at once to the first."""
         for name, off in WRITERS.items():
             if getattr(self.config.option, name, off) != off:
                 setattr(self.config.option, name, off)
         if (folder := getattr(self.config.option, "basetemp", None)) is not None:
             self.config.option.basetemp = f"{folder}-rank{self.ranks.rank}"
-        terminal: Any = self.config.pluginmanager.get_plugin("terminalreporter")
-        if terminal is not None:
-            terminal._tw._file = open(os.devnull, "w")  # noqa: SIM115 - as long as the process lives
         cache: Any = getattr(self.config, "cache", None)
         if cache is not None:
             cache.set = lambda key, value: None
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionstart(self) -> None:
+        """Leave the terminal to the first."""
+        terminal: Any = self.config.pluginmanager.get_plugin("terminalreporter")
+        if terminal is not None and not self.ranks.is_first:
+            terminal._tw._file = open(os.devnull, "w")  # noqa: SIM115 - as long as the process lives
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         """End as at Ctrl-C: the first process still writes its report."""

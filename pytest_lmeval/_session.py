@@ -135,7 +135,9 @@ class Session:
                 raise RankError(f"ranks {ranks.rank} and {rank} do not hold the same model {lm.spec}: {unlike}.")
         if not lm.spans_ranks:
             return ranks.from_first(what, lambda: self.probed(lm))
-        return ranks.of_all(what, lambda: self.probed(lm))[0]
+        # All take the same steps, or they would wait for one another: the cases are no random ones, nor those of files.
+        same: dict[str, Any] = {"profile": "ci", "counterexamples": None, "certificates": None, "say": None}
+        return ranks.of_all(what, lambda: self.probed(lm, **same))[0]
 
     def probed(self, lm: Model, **options: Any) -> EquivalenceResult:
         """Probe a model with the options of this run, and these; show how far it is."""
