@@ -22,10 +22,11 @@ def float64_copy(model: Model) -> Model | None:
 
 
 def copy_of(model: Model, dtype: torch.dtype | None = None) -> Model | None:
-    """A copy of the model; None if it cannot be copied, or would need more than a quarter of the free memory.
+    """A copy of the model; None if it cannot be copied, as one that spans the ranks of a run, whose copies not all of them can
+    make, or would need more than a quarter of the free memory.
 
     With a dtype, packed weights become the plain numbers that they stand for, so that packed models can be proven exact too."""
-    if model.module is None or model.rebuild is None or not fits(model):
+    if model.module is None or model.rebuild is None or model.spans_ranks or not fits(model):
         return None
     try:
         module = copy.deepcopy(model.module)
