@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from typing import IO, Any, NoReturn
 
 LIBRARIES = ("torch", "torch._dynamo", "torch.profiler", "torch.utils.flop_counter", "numpy", "hypothesis", "jinja2", "msgspec")
-TAKEN = ("torchmetrics", "transformers.modeling_utils", "transformers.tokenization_utils_tokenizers")  # by most tasks and models
+TAKEN = ("torchmetrics", "transformers.modeling_utils", "transformers.tokenization_utils_tokenizers")  # optional, and dear
 OPTIONAL = ("moshi", "huggingface", "kernels")  # modules that import an optional, heavy library
 
 

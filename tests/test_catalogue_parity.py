@@ -36,7 +36,7 @@ def few_files():
     """lm_eval reads the folders of these tasks; all 14,000 files take it 15 seconds."""
     folders = {str(Path(_names._index()[name].file).parent) for name in SAMPLE + RIGHT}
     manager = TaskManager(include_defaults=False, include_path=sorted(folders))
-    with mock.patch.object(parity.side, "task_manager", lambda: manager):
+    with mock.patch.object(parity.side, "task_manager", return_value=manager):
         yield
 
 

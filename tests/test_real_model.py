@@ -32,6 +32,12 @@ def clean(folder):
 
 
 @pytest.fixture(scope="module")
+def shallow(folder):
+    """Its first layers, which are enough to see a fault in; `benchmarks/test_faults_at_size.py` reads all 30."""
+    return transformers.LlamaForCausalLM.from_pretrained(folder, num_hidden_layers=6, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
 def tokenizer(folder):
     return transformers.AutoTokenizer.from_pretrained(folder)
 
@@ -51,8 +57,9 @@ def test_the_right_model_is_certified_at_the_floors_with_little_work(clean):
     assert result.record.details["work"] <= 68 * READ  # 60 for the laws of every model, the rest for `packed`
 
 
-def test_positions_as_if_only_24_tokens_were_cached_are_not_certified(clean):
-    certificate = probe(planted(clean, PositionsClamped, 24)).certificate
+def test_positions_as_if_only_24_tokens_were_cached_are_not_certified(shallow):
+    assert probe(shallow, budget=1).verdict == "exact-any-chunk"
+    certificate = probe(planted(shallow, PositionsClamped, 24), budget=1).certificate
     assert certificate.verdict == "inexact"
     assert {"splits", "steps"} <= certificate.broken
 
@@ -76,9 +83,9 @@ def likelihoods(result):
     return [one for example in result.examples for one in example.loglikelihoods]
 
 
-def test_rows_that_see_each_other_are_read_alone(clean, tokenizer):
-    lm = as_model(planted(clean, Leaky), tokenizer=tokenizer)
-    right, wrong = (measure_task(model, PLURALS) for model in (as_model(clean, tokenizer=tokenizer), lm))
+def test_rows_that_see_each_other_are_read_alone(shallow, tokenizer):
+    lm = as_model(planted(shallow, Leaky), tokenizer=tokenizer)
+    right, wrong = (measure_task(model, PLURALS) for model in (as_model(shallow, tokenizer=tokenizer), lm))
     assert likelihoods(wrong) != pytest.approx(likelihoods(right), abs=1)  # without a certificate, rows are read side by side
     found = task(lm, PLURALS)
     assert likelihoods(found) == pytest.approx(likelihoods(right), abs=1e-3)
