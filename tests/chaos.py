@@ -123,14 +123,16 @@ def timeless(value: Any) -> Any:
 class Project:
     """A folder with a test for each kind of work.
 
+    server          the runs are its forks; None: those of a server of its own
     kills, resumed  runs that were ended by a signal, and runs that took something over from one
     """
 
     path: Path
+    server: ForkServer | None = None
     kills: int = 0
     resumed: int = 0
     _runs: int = 0
-    _server: ForkServer = field(default_factory=ForkServer)
+    _own: ForkServer = field(default_factory=ForkServer)
 
     def __enter__(self) -> Project:
         self.path.mkdir(exist_ok=True)
@@ -147,7 +149,7 @@ class Project:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._server.close()
+        self._own.close()
 
     def undisturbed(self, kind: str) -> tuple[dict[str, Any], int]:
         """What a run of this kind of work leaves, and the number of calls of models in it."""
@@ -179,7 +181,7 @@ class Project:
             patch.chdir(self.path)
             for name, value in {"CHAOS_AT": str(at), "CHAOS_HOW": how, "COLUMNS": "200"}.items():
                 patch.setenv(name, value)
-            status = self._server.popen(options, out, err).wait()
+            status = (self.server or self._own).popen(options, out, err).wait()
         self.resumed += "interrupted run" in self.output
         return status
 

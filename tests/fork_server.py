@@ -1,4 +1,5 @@
-"""Run the tests' own pytest runs as forks of a process that has imported everything they need, and has done nothing else.
+"""Run the tests' own pytest runs as forks of a process that has imported everything they need, has read the corpus `stdlib`,
+and has done nothing else.
 
 Most tests of the plugin start a pytest of their own, which would spend nine tenths of its time on imports. In a fork, what
 Python reads when it starts (PYTHONHASHSEED, PYTHONWARNINGS) has no effect, and warnings of those imports do not show: a test
@@ -7,6 +8,8 @@ of them starts a Python of its own.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import functools
 import gc
 import importlib
@@ -17,10 +20,13 @@ import runpy
 import subprocess
 import sys
 import tempfile
+import threading
+import warnings
 from collections.abc import Sequence
 from typing import IO, Any, NoReturn
 
 LIBRARIES = ("torch", "torch._dynamo", "torch.profiler", "torch.utils.flop_counter", "numpy", "hypothesis", "jinja2", "msgspec")
+TAKEN = ("torchmetrics", "transformers.modeling_utils", "transformers.tokenization_utils_tokenizers")  # optional, and dear
 OPTIONAL = ("moshi", "huggingface", "kernels")  # modules that import an optional, heavy library
 
 
@@ -70,6 +76,11 @@ class Imports:
         for module in pkgutil.walk_packages(package.__path__, "pytest_lmeval."):
             if not module.name.endswith(OPTIONAL):
                 importlib.import_module(module.name)
+        for name in TAKEN:
+            with contextlib.suppress(ImportError), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                importlib.import_module(name)
+        importlib.import_module("pytest_lmeval.data").corpus("stdlib")  # its documents are kept
 
 
 def main() -> None:
@@ -97,7 +108,14 @@ def _run(arguments: list[str], cwd: str, env: dict[str, str], output: list[str])
     os.environ.update(env)
     sys.argv = ["pytest", *arguments]
     sys.path[0] = cwd  # as `python -m` does; this file's folder was there
-    runpy.run_module("pytest", run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module("pytest", run_name="__main__", alter_sys=True)
+    except SystemExit as end:  # without tearing down all modules, which copies the memory that is shared with the server
+        threading._shutdown()
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(int(end.code or 0))
     sys.exit()
 
 

@@ -11,11 +11,22 @@ from test_agreement import LM, LONG, REFERENCE, model
 from tiny_models import VOCAB
 
 from pytest_lmeval import agreement
+from pytest_lmeval._session import Session
 from pytest_lmeval.errors import DocumentError, SpecError
 from pytest_lmeval.measures import _agreement_base as base
 from pytest_lmeval.measures._agreement import measure_agreement
+from pytest_lmeval.measures._context import VerbContext, running_in
 
 SAME = ("agreement", "nll_difference", "perplexity_ratio", "mean_exp_difference")
+OF_BYTES = [model(seed, vocab=256) for seed in (0, 1)]
+PROBED = Session(budget=1000)
+
+
+@pytest.fixture(scope="module")
+def in_one_session():
+    """The models of bytes are probed once."""
+    with running_in(VerbContext(PROBED)):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +56,10 @@ def test_with_all_tokens_kept_the_bound_is_the_kl(tmp_path, monkeypatch):
 
 @settings(max_examples=10, deadline=None)
 @given(st.lists(st.text("abcdefgh ", min_size=2, max_size=60), min_size=1, max_size=5), st.booleans())
+@pytest.mark.usefixtures("in_one_session")
 def test_documents_and_streams_are_read_as_the_file_was_written(tmp_path_factory, documents, as_stream):
     path = tmp_path_factory.mktemp("documents") / "base.safetensors"
-    lm, reference = (model(seed, vocab=256) for seed in (0, 1))
+    lm, reference = OF_BYTES
     corpus = texts(*documents, as_stream=as_stream)
     whole = agreement(lm, reference, corpus, save=path)
     kept = agreement(lm, f"base:{path}", corpus)
@@ -73,11 +85,12 @@ def test_another_text_or_another_length_is_refused(file):
         measure_agreement(LM, base.read(file), LONG[:1000])
 
 
+@pytest.mark.usefixtures("in_one_session")
 def test_another_vocabulary_or_tokenizer_is_refused(file, tmp_path):
     with pytest.raises(SpecError, match="so their predictions cannot be compared"):
         measure_agreement(model(0, vocab=VOCAB + 1), base.read(file), LONG)
-    lm, corpus = model(0, vocab=256), texts("a text to read", as_stream=True)
-    agreement(lm, model(1, vocab=256), corpus, save=tmp_path / "bytes.safetensors")
+    (lm, reference), corpus = OF_BYTES, texts("a text to read", as_stream=True)
+    agreement(lm, reference, corpus, save=tmp_path / "bytes.safetensors")
     found = base.read(tmp_path / "bytes.safetensors")
     other = base.Base(found.path, base.About(**{**vars_of(found.about), "tokenizer": "another"}), found.arrays)
     with pytest.raises(SpecError, match="encode the same text differently"):

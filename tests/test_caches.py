@@ -58,7 +58,7 @@ def test_the_length_of_a_static_cache_is_limited_by_the_model(base, tmp_path):
 
 
 def test_the_laws_are_tried_on_a_static_cache(base):
-    certificate = probe(load(f"hf:{base},cache=static:400"))
+    certificate = probe(load(f"hf:{base},cache=static:400"), budget=1)
     assert certificate.verdict == "exact-any-chunk", certificate
 
 
@@ -68,7 +68,7 @@ def test_a_quantized_cache_breaks_splits_and_the_verdict_says_so(base):
     with torch.no_grad():
         _, state = lm.step(tiny.IDS[:, :17])
         assert "Fp8QuantizedLayer" in names(state)
-    certificate = probe(lm)
+    certificate = probe(lm, budget=1)
     assert certificate.verdict == "inexact"
     assert certificate.laws["splits"].status == "broken"
     assert facts(lm).loaded["cache"] == "quantized cache (fp8)"

@@ -11,8 +11,8 @@ OTHERS = [pytest.param(kind, marks=pytest.mark.thorough) for kind in KINDS if ki
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory):
-    with Project(tmp_path_factory.mktemp("chaos")) as project:
+def project(tmp_path_factory, fork_server):
+    with Project(tmp_path_factory.mktemp("chaos"), fork_server) as project:
         yield project
 
 

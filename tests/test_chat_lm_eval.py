@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from unittest import mock
 
 import pytest
 
@@ -19,16 +20,12 @@ SUMS = [
     ("A box holds 6 eggs. How many eggs are in 5 boxes?", "6 * 5 = 30\n#### 30"),
     ("Ann had 10 cards and lost 4. How many are left?", "10 - 4 = 6\n#### 6"),
     ("A train runs 50 miles an hour. How far does it run in 3 hours?", "50 * 3 = 150\n#### 150"),
-    ("Six children share 18 sweets. How many does each get?", "18 / 6 = 3\n#### 3"),
-    ("A pen costs 2 dollars. What do 7 pens cost?", "2 * 7 = 14\n#### 14"),
 ]
 FACTS = [
     ("What is the capital of France?", ["Berlin", "Paris", "Rome"], 1),
     ("What do bees make?", ["honey", "milk", "silk"], 0),
     ("What is frozen water called?", ["steam", "sand", "ice"], 2),
     ("Which animal barks?", ["a dog", "a fish", "a bird"], 0),
-    ("What colour is grass?", ["red", "green", "white"], 1),
-    ("Which is the largest?", ["a mouse", "a cat", "an elephant"], 2),
 ]
 SHOTS = 2
 SYSTEM = "You answer briefly."
@@ -37,7 +34,7 @@ TASKS = {
         "output_type": "generate_until",
         "doc_to_text": "Question: {{question}}\nAnswer:",
         "doc_to_target": "{{answer}}",
-        "generation_kwargs": {"until": ["Question:"], "do_sample": False, "max_gen_toks": 24},
+        "generation_kwargs": {"until": ["Question:"], "do_sample": False, "max_gen_toks": 8},
         "metric_list": [{"metric": "exact_match"}],
     },
     "facts": {
@@ -56,7 +53,7 @@ def ask(row, prefix):
         choices = tuple(f" {choice}" for choice in row["choices"])
         return Choices(row["question"], choices, row["answer"], answer_prefix=prefix)
     prompt = f"Question: {row['question']}\nAnswer:"
-    return Generate(prompt, (row["answer"],), stop=("Question:",), max_tokens=24, answer_prefix=prefix)
+    return Generate(prompt, (row["answer"],), stop=("Question:",), max_tokens=8, answer_prefix=prefix)
 
 
 def rows_of(name):
@@ -96,7 +93,7 @@ def of_lm_eval(lm, folder, name, chat, prefix, system):
             }
         )
     )
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), mock.patch("lm_eval.evaluator.add_env_info"):  # it asks other programs for seconds
         warnings.simplefilter("ignore")
         model = HFLM(pretrained=lm.module, tokenizer=lm.tokenizer.tokenizer, batch_size=1)
         manager = TaskManager(include_path=str(folder), include_defaults=False)
@@ -134,7 +131,7 @@ def test_prompts_and_results_are_those_of_lm_eval(lm, tmp_path, monkeypatch, nam
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     theirs = list(of_lm_eval(lm, tmp_path, name, chat, prefix, system))
     ours = list(of_this_package(lm, name, chat, prefix, system))
-    assert len(theirs) == len(ours) == (4 if name == "sums" else 12)
+    assert len(theirs) == len(ours) == (2 if name == "sums" else 6)
     for (prompt, result), (expected, _, other) in zip(ours, theirs, strict=True):
         assert prompt == expected
         assert result == (pytest.approx(other, abs=1e-4) if name == "facts" else other.strip())

@@ -13,7 +13,7 @@ from reading import CHEAP, ids_of, nll_of
 from tiny_models import VOCAB, Forgetful, Functional, Growing, Stateless, Stepper
 
 from pytest_lmeval import as_model, load
-from pytest_lmeval.engine import Engine, Policy, Prompt, Request, Results, Scored, Windows, _losses, policy_for
+from pytest_lmeval.engine import Engine, Policy, Prompt, Request, Results, Scored, Windows, _losses, _state_rows, policy_for
 from pytest_lmeval.engine._memory import row_bytes
 from pytest_lmeval.engine._state_rows import selection
 from pytest_lmeval.errors import Refused, StreamError, TaskError
@@ -361,6 +361,19 @@ def test_an_engine_and_its_states_are_freed_without_a_collection():
         assert tensors() == before
     finally:
         gc.enable()
+
+
+def test_a_model_is_identified_once_for_an_engine_and_not_with_every_block(monkeypatch):
+    """Which hashes its code and a sample of its weights."""
+    seen, identify = [], _state_rows.fingerprint
+    monkeypatch.setattr(_state_rows, "fingerprint", lambda lm: seen.append(lm) or identify(lm))
+    engine = Engine(as_model(Functional()), Policy(batch_size=4))
+    engine.score([Request(ids_of(9), 3)])
+    once = len(seen)
+    assert 0 < once <= 2
+    for _ in range(5):
+        engine.score([Request(ids_of(9), 3)])
+    assert len(seen) == once
 
 
 def test_the_states_of_a_batch_are_freed_when_what_continues_them_is_read():

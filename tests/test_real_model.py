@@ -1,5 +1,6 @@
 """The principal claims on a real model: what is right is certified, what is wrong is not, and rows that leak are read alone."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -12,8 +13,10 @@ from faults_at_size import Planted, PositionsClamped, planted  # noqa: E402
 from real_model import MISSING, real_model_folder  # noqa: E402
 
 from pytest_lmeval import Choices, Generate, Task, as_model, load, task  # noqa: E402
+from pytest_lmeval._session import Session  # noqa: E402
 from pytest_lmeval.engine._losses import token_rounding  # noqa: E402
 from pytest_lmeval.laws import probe  # noqa: E402
+from pytest_lmeval.measures._context import VerbContext, running_in  # noqa: E402
 from pytest_lmeval.measures._task import measure_task  # noqa: E402
 
 pytestmark = [pytest.mark.real_model, pytest.mark.thorough]
@@ -29,6 +32,12 @@ def folder():
 @pytest.fixture(scope="module")
 def clean(folder):
     return transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def shallow(folder):
+    """Its first layers, which are enough to see a fault in; `benchmarks/test_faults_at_size.py` reads all 30."""
+    return transformers.LlamaForCausalLM.from_pretrained(folder, num_hidden_layers=6, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +60,10 @@ def test_the_right_model_is_certified_at_the_floors_with_little_work(clean):
     assert result.record.details["work"] <= 68 * READ  # 60 for the laws of every model, the rest for `packed`
 
 
-def test_positions_as_if_only_24_tokens_were_cached_are_not_certified(clean):
-    certificate = probe(planted(clean, PositionsClamped, 24)).certificate
+def test_positions_as_if_only_24_tokens_were_cached_are_not_certified(shallow):
+    small = deepcopy(shallow)
+    small.resize_token_embeddings(4096)  # most of the work is that of the vocabulary
+    certificate = probe(planted(small, PositionsClamped, 24), budget=1).certificate
     assert certificate.verdict == "inexact"
     assert {"splits", "steps"} <= certificate.broken
 
@@ -76,11 +87,12 @@ def likelihoods(result):
     return [one for example in result.examples for one in example.loglikelihoods]
 
 
-def test_rows_that_see_each_other_are_read_alone(clean, tokenizer):
-    lm = as_model(planted(clean, Leaky), tokenizer=tokenizer)
-    right, wrong = (measure_task(model, PLURALS) for model in (as_model(clean, tokenizer=tokenizer), lm))
+def test_rows_that_see_each_other_are_read_alone(shallow, tokenizer):
+    lm = as_model(planted(shallow, Leaky), tokenizer=tokenizer)
+    right, wrong = (measure_task(model, PLURALS) for model in (as_model(shallow, tokenizer=tokenizer), lm))
     assert likelihoods(wrong) != pytest.approx(likelihoods(right), abs=1)  # without a certificate, rows are read side by side
-    found = task(lm, PLURALS)
+    with running_in(VerbContext(Session(budget=1))):
+        found = task(lm, PLURALS)
     assert likelihoods(found) == pytest.approx(likelihoods(right), abs=1e-3)
     assert found.accuracy == right.accuracy
     assert found.record.certificate.verdict == "inexact"

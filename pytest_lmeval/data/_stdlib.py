@@ -12,6 +12,7 @@ import ast
 import functools
 import hashlib
 import importlib.util
+import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,8 @@ LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 # Folders in the library's that are not the library: tests, other packages, programs.
 NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "idlelib"}
 NOT_LIBRARY |= {"lib2to3", "turtledemo", "ensurepip", "pydoc_data"}
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+STATEMENTS = ("body", "orelse", "handlers", "finalbody", "cases")  # the parts of a statement that hold statements
 LONG = 80  # characters of a paragraph that is unlikely to be written twice independently
 
 
@@ -78,15 +81,24 @@ def _all_docstrings() -> Iterator[tuple[str, list[str]]]:
 
         for name, text in sorted(topics.items()):
             yield f"topic:{name}", [text.strip()]
-    for path in sorted(LIBRARY.rglob("*.py")):
+    for path in sorted(_sources()):
         parts = path.relative_to(LIBRARY).with_suffix("").parts
         if not NOT_LIBRARY.intersection(parts):
             yield ".".join(parts), list(_docstrings(path))
 
 
+def _sources() -> Iterator[Path]:
+    for folder, below, files in os.walk(LIBRARY):
+        below[:] = set(below) - NOT_LIBRARY  # other packages may be many times as many files
+        yield from (Path(folder, file) for file in files if file.endswith(".py"))
+
+
 def _docstrings(path: Path) -> Iterator[str]:
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = [node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, documented)]
-    for node in sorted(nodes, key=lambda node: getattr(node, "lineno", 0)):
+    nodes: list[ast.AST] = [ast.parse(path.read_bytes())]
+    for node in nodes:  # expressions, the most of a tree, define nothing that has a docstring
+        for part in STATEMENTS:
+            nodes += getattr(node, part, ())
+    documented = [node for node in nodes if isinstance(node, DOCUMENTED)]
+    for node in sorted(documented, key=lambda node: getattr(node, "lineno", 0)):
         if text := ast.get_docstring(node):
             yield text

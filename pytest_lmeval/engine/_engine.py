@@ -63,7 +63,7 @@ class Engine:
         self.lm, self.policy = lm, policy if lm.stateful else replace(policy, carry=False)
         self.on_logits, self.executor, self.counts = on_logits, executor, Counts()
         self.asked, self.less, self.top = self.policy, "", 0
-        self._executors: dict[type, Executor] = {}
+        self._executors: dict[bool, Executor] = {}  # by whether they may continue states
         self._step_shape = (1, 1)  # rows and tokens of the last step
         check(lm, self.policy)
 
@@ -298,12 +298,16 @@ class Engine:
         """What reads sequences; `forks`: whether it may continue states."""
         if self.executor is not None:
             return self.executor
+        forks = forks or self.policy.pack
+        if forks not in self._executors:
+            self._executors[forks] = self._kind(forks)(self)
+        return self._executors[forks]
+
+    def _kind(self, forks: bool) -> type[Packed | Joined | Forked | Whole]:
+        """What reads sequences here best; to find it takes a fingerprint of the model."""
         policy = self.policy
-        kind: type[Packed | Joined | Forked | Whole] = Forked if forks else Whole
         if policy.pack:
-            kind = Packed
-        elif forks and policy.share and policy.batch_size > 1 and (rows := selection(self.lm)) is not None and rows.joins:
-            kind = Joined
-        if kind not in self._executors:
-            self._executors[kind] = kind(self)
-        return self._executors[kind]
+            return Packed
+        if forks and policy.share and policy.batch_size > 1 and (rows := selection(self.lm)) is not None and rows.joins:
+            return Joined
+        return Forked if forks else Whole
