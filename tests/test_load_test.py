@@ -113,6 +113,7 @@ def test_failures_are_counted_and_named_and_the_others_stand():
         3: [(0.1, 'data: {"error": {"message": "out of memory"}}\n\n')],
         4: [(0.1, "data: no json\n\n")],
         5: [(0.1, event(0, text="", end="stop")), (0, "data: [DONE]\n\n")],
+        6: [(0.1, event(1)), (0.1, event(1, end="abort")), (0, "data: [DONE]\n\n")],
     }
     good = steady(0.2, 0.05, 3)
     found = asked(lambda payload: broken.get(payload["number"]) or good(payload), 8, concurrency=8)
@@ -122,8 +123,9 @@ def test_failures_are_counted_and_named_and_the_others_stand():
     assert "broke off after 2 tokens" in errors[2]
     assert "out of memory" in errors[3]
     assert "no token" in errors[5]
+    assert "given up: its finish reason is 'abort'" in errors[6]
     seen = values(found)
-    assert seen["failed_requests"] == pytest.approx(5 / 8)
+    assert seen["failed_requests"] == pytest.approx(6 / 8)
     assert seen["ttft"] == pytest.approx(200)
 
 
@@ -213,6 +215,10 @@ class Tokens(BaseHTTPRequestHandler):
 
     def do_POST(self):
         payload = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        if self.path == "/tokenize":
+            self.send_response(200)
+            self.end_headers()
+            return self.wfile.write(json.dumps({"tokens": list(payload["prompt"].encode())}).encode())
         if self.path != "/v1/completions":
             return self.send_error(404)
         self.server.asked.append(payload)
