@@ -10,6 +10,7 @@ import httpx2
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
+from stub_server import StubServer
 from virtual_time import run
 
 from pytest_lmeval import load, load_test
@@ -292,11 +293,27 @@ def test_a_server_that_answers_nothing_is_an_error_with_its_words(server):
         ({"slo": {"tftt": 1}}, "ttft"),
         ({"slo": {"ttft": 0}}, "above 0, in milliseconds"),
         ({"requests": 0}, "requests is 0"),
+        ({"requests": 1.5}, "requests is 1.5"),
+        ({"new_tokens": "2"}, "new_tokens is '2'"),
+        ({"warm_up": -1}, "warm_up is -1; it is 0 or more"),
+        ({"prompts": []}, r"list of texts that are not empty, or is left out; got \[\]"),
+        ({"prompts": "one"}, "got 'one'"),
+        ({"prompts": ["one", 3]}, "list of texts"),
+        ({"slo": ["ttft"]}, "slo is a dict such as"),
+        ({"slo": {"ttft": "1"}}, "slo allows '1' ms"),
+        ({"against": "demo"}, "not behind an address"),
+        ({"against": "nosuch"}, "is no server: unknown model spec"),
     ],
 )
-def test_a_load_that_makes_no_sense_is_refused(server, options, message):
+def test_a_load_that_makes_no_sense_is_refused_before_anything_is_sent(server, options, message):
     with pytest.raises(ProfilingError, match=message):
         load_test(load(server.spec), **options)
+    assert server.asked == []
+
+
+def test_more_tokens_than_the_server_reads_are_refused():
+    with StubServer(load("demo"), longest=64) as server, pytest.raises(ProfilingError, match="reads at most 64 tokens"):
+        load_test(load(server.spec), prompt_tokens=60, new_tokens=5)
 
 
 def test_a_model_that_is_not_served_is_refused():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from stub_server import StubServer
 
-from pytest_lmeval import Refused, policy_for
+from pytest_lmeval import Refused, SpecError, agreement, policy_for
 from pytest_lmeval.measures._agreement import measure_agreement
 from pytest_lmeval.models._sources import as_model, load
 
@@ -136,3 +136,14 @@ def test_a_server_without_ids_or_log_probabilities_is_refused(serve):
         compared(serve(model, "openai"), model)
     with pytest.raises(Refused, match=r"gives no log-probabilities of a prompt"):
         compared(serve(model, "llamacpp"), model)
+
+
+def test_a_file_read_without_windows_is_not_compared_with_windows_of_a_server(serve, tmp_path):
+    model = llama()
+    agreement(model, model, np.tile(IDS, 2), save=tmp_path / "long")
+    agreement(model, model, IDS, save=tmp_path / "short")
+    served = serve(model)
+    with pytest.raises(SpecError, match="reads at most 798 tokens at once of the 1,400: predictions from other contexts"):
+        agreement(served, f"base:{tmp_path / 'long'}", np.tile(IDS, 2))
+    smaller = dataclasses.replace(served, vocab_size=250)  # that of its tokenizer, where weights are padded
+    assert agreement(smaller, f"base:{tmp_path / 'short'}", IDS).explanation == []

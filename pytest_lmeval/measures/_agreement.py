@@ -25,7 +25,7 @@ from pytest_lmeval.data._tokens import as_corpus, notes_on, nothing_to_score, se
 from pytest_lmeval.engine import Engine, Policy, policy_for
 from pytest_lmeval.engine._tokens import Tokens, naming
 from pytest_lmeval.errors import Refused, SpecError
-from pytest_lmeval.measures._agreement_base import PREFIX, About, Base, BaseWriter, read as read_base
+from pytest_lmeval.measures._agreement_base import PREFIX, About, Base, BaseWriter, check_path, read as read_base
 from pytest_lmeval.measures._agreement_sums import TOKENS, Piece, Sums, compare, metrics_of, series_of
 from pytest_lmeval.measures._context import current, verb
 from pytest_lmeval.measures._mismatch import Differences
@@ -72,7 +72,8 @@ def agreement(
     theirs: Certificate | None = None
     if isinstance(reference, str) and reference.startswith(PREFIX):
         other = read_base(Path(reference.removeprefix(PREFIX)).expanduser())
-        window = other.about.window if window is None else window
+        other.check_window(window, model)
+        window = other.about.window
     else:
         other, theirs = context.certified(reference)
         if window is None and any(one.served is not None for one in (model, other)):
@@ -159,6 +160,8 @@ def measure_agreement(
     """
     source = as_corpus(corpus)
     _refuse_incomparable(lm, reference, source)
+    if save is not None:
+        check_path(save, reference)
     by_document = not (source.as_stream if as_stream is None else as_stream)
     engines = [Engine(lm, policy or policy_for(lm))]
     if isinstance(reference, Model):
@@ -255,7 +258,7 @@ def _read_both(
     ]
     if isinstance(reference, Base):
         read.append(reference.pieces())
-    for ours, theirs in _aligned(*read):
+    for ours, theirs in _aligned(read[0], read[1], reference if isinstance(reference, Base) else None, corpus):
         if isinstance(reference, Base):
             reference.check_piece(ours, theirs, corpus)
         sums.add(ours, *compare(ours, theirs, engines[0].lm, reference))
@@ -305,11 +308,15 @@ class _Held:
         return found
 
 
-def _aligned(ours: Iterator[Piece], theirs: Iterator[Piece]) -> Iterator[tuple[Piece, Piece]]:
-    """Pairs of pieces of the same targets, whatever the chunks of each model."""
+def _aligned(
+    ours: Iterator[Piece], theirs: Iterator[Piece], base: Base | None, corpus: Corpus
+) -> Iterator[tuple[Piece, Piece]]:
+    """Pairs of pieces of the same targets, whatever the chunks of each. Raises SpecError for text past the end of a base."""
     one, other = next(ours, None), next(theirs, None)
     while one is not None and other is not None:
         count = min(len(one.nll), len(other.nll))
         yield one.part(0, count), other.part(0, count)
         one = one.part(count) if count < len(one.nll) else next(ours, None)
         other = other.part(count) if count < len(other.nll) else next(theirs, None)
+    if base is not None and one is not None:
+        raise base.longer(corpus)

@@ -137,13 +137,38 @@ class Base:
     def check_reader(self, lm: Model, *, tokenized: bool) -> None:
         """Raise SpecError for a model whose predictions are of other tokens."""
         about = self.about
-        if lm.codebooks or lm.vocab_size != about.vocab_size:
+        if lm.codebooks or (lm.served is None and lm.vocab_size != about.vocab_size):  # a server tells that of its tokenizer
             size = "reads frames of codes" if lm.codebooks else f"has {lm.vocab_size:,} tokens"
             raise SpecError(
                 f"{lm.spec} {size}, and {self.spec} {about.vocab_size:,} tokens, so their predictions cannot be compared."
             )
         if not tokenized and tokenizer_fingerprint(lm) != about.tokenizer:
             raise SpecError(f"{lm.spec} and {self.spec} have tokenizers that encode the same text differently. {AGAIN}.")
+
+    def check_window(self, window: int | None, lm: Model) -> None:
+        """Raise SpecError for another window than that of the file, and for a server that reads in windows what was read
+        without: what differs would be the context."""
+        own = self.about.window
+        if window not in (None, own):
+            how = f"in windows of {own:,} tokens" if own else "without windows"
+            raise SpecError(
+                f"{self.spec} was read {how}, and window={window!r} would compare predictions from other contexts. Leave it "
+                "out, or write the file anew, with that window."
+            )
+        longest = int(self.arrays["position"].max()) + 1
+        if own is None and lm.served is not None and lm.limit is not None and longest > lm.limit:
+            raise SpecError(
+                f"{self.spec} was read without windows, and {lm.spec} reads at most {lm.limit:,} tokens at once of the "
+                f"{longest:,}: predictions from other contexts would be compared. Write the file anew, with "
+                f"window={min(lm.limit, 1024)}."
+            )
+
+    def longer(self, corpus: object) -> SpecError:
+        """The error for a text that goes on after the end of that of the file."""
+        return SpecError(
+            f"{self.spec} has {len(self.arrays['nll']):,} targets of {self.about.corpus}, and {corpus} has more: another text "
+            f"would be compared than was kept. Read as much with tokens= or limit=, or write the file anew."
+        )
 
     def check_piece(self, ours: Piece, theirs: Piece, corpus: object) -> None:
         """Raise SpecError where the text is not the one of which the file was written."""
@@ -178,6 +203,16 @@ class Base:
                     tuple(dict(zip(tokens, values, strict=True)) for tokens, values in rows),
                     self.arrays["offset"][part],
                 )
+
+
+def check_path(path: str | Path, reference: object) -> None:
+    """Raise SpecError, before anything is read, for a path that no base can be written to, and a base that would be copied."""
+    if isinstance(reference, Base):
+        raise SpecError(
+            f"save={str(path)!r} writes what a reference says, and {reference.spec} is such a file. Copy that file."
+        )
+    if not str(path) or Path(path).is_dir():
+        raise SpecError(f"save={str(path)!r} is {'a folder' if str(path) else 'empty'}; write the name of a file.")
 
 
 def read(path: Path) -> Base:
