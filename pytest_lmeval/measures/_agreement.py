@@ -78,7 +78,8 @@ def agreement(
         other, theirs = context.certified(reference)
         if window is None and any(one.served is not None for one in (model, other)):
             window = min(LONGEST_WINDOW, *(one.limit or LONGEST_WINDOW for one in (model, other)))
-    cut: dict[str, Any] = {} if window is None else {"window": window, "overlap": 0}
+    overlap = other.about.overlap if isinstance(other, Base) else 0
+    cut: dict[str, Any] = {} if window is None else {"window": window, "overlap": overlap}
     policy = policy_for(model, certificate, **cut)
     their_policy = None if isinstance(other, Base) else policy_for(other, theirs, **cut)
     settings: dict[str, Any] = {
@@ -189,7 +190,8 @@ def measure_agreement(
         about = About(
             lm=their_facts, tokenizer=tokenizer_fingerprint(reference), vocab_size=reference.vocab_size, corpus=str(source),
             data=source.fingerprint, tokens=tokens, limit=limit, by_document=by_document,
-            window=None if windows is None else windows.size, reading=their_reading,
+            window=None if windows is None else windows.size,
+            overlap=0 if windows is None else windows.overlap, reading=their_reading,
         )  # fmt: skip
         said.write(Path(save), about)
     record = Record(

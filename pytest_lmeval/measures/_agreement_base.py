@@ -39,7 +39,7 @@ class About(StoredStruct, frozen=True, kw_only=True):
     lm         the reference
     tokenizer  fingerprint of its tokenizer
     corpus     the text, and `data` its fingerprint
-    tokens, limit, by_document, window  how it was read, which a comparison takes over
+    tokens, limit, by_document, window, overlap  how it was read, which a comparison takes over
     reading    the same in words
     """
 
@@ -53,6 +53,7 @@ class About(StoredStruct, frozen=True, kw_only=True):
     limit: int | None = None
     by_document: bool = False
     window: int | None = None
+    overlap: int = 0
     reading: str = ""
 
 
@@ -155,12 +156,11 @@ class Base:
                 f"{self.spec} was read {how}, and window={window!r} would compare predictions from other contexts. Leave it "
                 "out, or write the file anew, with that window."
             )
-        longest = int(self.arrays["position"].max()) + 1
-        if own is None and lm.served is not None and lm.limit is not None and longest > lm.limit:
+        longest = own or (int(self.arrays["position"].max()) + 1 if lm.served is not None else 0)
+        if lm.limit is not None and longest > lm.limit:
             raise SpecError(
-                f"{self.spec} was read without windows, and {lm.spec} reads at most {lm.limit:,} tokens at once of the "
-                f"{longest:,}: predictions from other contexts would be compared. Write the file anew, with "
-                f"window={min(lm.limit, 1024)}."
+                f"{self.spec} was read {longest:,} tokens at once, and {lm.spec} reads at most {lm.limit:,}: predictions from other "
+                f"contexts would be compared. Write the file anew, with window={min(lm.limit, 1024)}."
             )
 
     def longer(self, corpus: object) -> SpecError:
