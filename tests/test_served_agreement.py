@@ -162,7 +162,7 @@ def test_a_file_is_compared_in_the_windows_in_which_it_was_read_or_not_at_all(se
     agreement(model, model, IDS, save=tmp_path / "short")
     assert agreement(model, f"base:{tmp_path / 'long'}", long).record.metrics["largest_difference"] < 1e-4
     served = serve(model)
-    with pytest.raises(SpecError, match="was read 1,024 tokens at once, and .* reads at most 798: predictions from other"):
+    with pytest.raises(SpecError, match=r"was read 1,024 tokens at once, and .* reads at most 798: predictions from other"):
         agreement(served, f"base:{tmp_path / 'long'}", long)
     smaller = dataclasses.replace(served, vocab_size=250)  # that of its tokenizer, where weights are padded
     assert agreement(smaller, f"base:{tmp_path / 'short'}", IDS).explanation == []

@@ -73,7 +73,7 @@ def agreement(
     if isinstance(reference, str) and reference.startswith(PREFIX):
         other = read_base(Path(reference.removeprefix(PREFIX)).expanduser())
         other.check_window(window, model)
-        window = other.about.window
+        window = other.window
     else:
         other, theirs = context.certified(reference)
         if window is None and any(one.served is not None for one in (model, other)):

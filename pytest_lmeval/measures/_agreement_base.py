@@ -146,21 +146,30 @@ class Base:
         if not tokenized and tokenizer_fingerprint(lm) != about.tokenizer:
             raise SpecError(f"{lm.spec} and {self.spec} have tokenizers that encode the same text differently. {AGAIN}.")
 
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest text."""
+        return int(self.arrays["position"].max()) + 1
+
+    @property
+    def window(self) -> int | None:
+        """Tokens of the windows in which it was read; None if all of a text was read at once."""
+        return self.about.window if self.about.window is not None and self.about.window < self.longest else None
+
     def check_window(self, window: int | None, lm: Model) -> None:
-        """Raise SpecError for another window than that of the file, and for a server that reads in windows what was read
-        without: what differs would be the context."""
-        own = self.about.window
-        if window not in (None, own):
-            how = f"in windows of {own:,} tokens" if own else "without windows"
+        """Raise SpecError for another window than that of the file, and for a model that reads less at once than was read: what
+        differs would be the context."""
+        if window not in (None, self.about.window):
+            how = f"in windows of {self.about.window:,} tokens" if self.about.window else "without windows"
             raise SpecError(
                 f"{self.spec} was read {how}, and window={window!r} would compare predictions from other contexts. Leave it "
                 "out, or write the file anew, with that window."
             )
-        longest = own or (int(self.arrays["position"].max()) + 1 if lm.served is not None else 0)
-        if lm.limit is not None and longest > lm.limit:
+        at_once = self.window or (self.longest if lm.served is not None else 0)
+        if lm.limit is not None and at_once > lm.limit:
             raise SpecError(
-                f"{self.spec} was read {longest:,} tokens at once, and {lm.spec} reads at most {lm.limit:,}: predictions from other "
-                f"contexts would be compared. Write the file anew, with window={min(lm.limit, 1024)}."
+                f"{self.spec} was read {at_once:,} tokens at once, and {lm.spec} reads at most {lm.limit:,}: predictions from "
+                f"other contexts would be compared. Write the file anew, with window={min(lm.limit, 1024)}."
             )
 
     def longer(self, corpus: object) -> SpecError:
