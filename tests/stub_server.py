@@ -23,18 +23,23 @@ CACHED, CHUNK = 12, 64  # tokens of a block of the cache; of a chunk of a long p
 class StubServer(ThreadingHTTPServer):
     """Serves a `Model`. Used as a context.
 
-    faults    of WRONG, or of the answers: zeros, nan, short, other-ids, first, no-logprobs, other-model, no-ids, bad-tokenizer
+    faults    of WRONG, or of the answers: zeros, nan, short, other-ids, first, no-logprobs, other-model, no-ids, bad-tokenizer,
+              no-tokenize
     statuses  of the next answers to completions: an HTTP status, "drop" for a dropped connection
     asked     (path, payload) of each request
+    described path -> (status, JSON) that answers a GET in place of what this server says of itself
+    altered   (payload, answer) -> the answer that is sent
     """
 
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self, lm, kind="vllm", *, name="stub", faults=(), longest=512, delay=0.0, templated=None):
+    def __init__(self, lm, kind="vllm", *, name="stub", faults=(), longest=512, delay=0.0, templated=None,
+                 described=None, altered=None):  # fmt: skip
         super().__init__(("127.0.0.1", 0), Answers)
         self.lm, self.kind, self.name, self.faults, self.longest, self.delay = lm, kind, name, set(faults), longest, delay
-        self.templated = templated
+        self.templated, self.described = templated, described or {}
+        self.altered = altered or (lambda payload, answer: answer)
         self.statuses, self.asked, self.keys = [], [], []
         self.lock, self.under_way, self.most_under_way, self.before = threading.RLock(), 0, 0, 0
         self.cache, self.generator = {}, torch.Generator().manual_seed(0)
@@ -113,6 +118,8 @@ class Answers(BaseHTTPRequestHandler):
 
     def do_GET(self):
         server, path = self.server, self.path
+        if path in server.described:
+            return self.reply(*server.described[path])
         owners = {"vllm": "vllm", "sglang": "sglang", "llamacpp": "llamacpp", "openai": "someone"}
         model = {"id": server.name, "owned_by": owners[server.kind], "max_model_len": server.longest}
         known = {
@@ -123,7 +130,7 @@ class Answers(BaseHTTPRequestHandler):
             if server.kind == "llamacpp"
             else None,
         }
-        self.reply(200 if known.get(path) else 404, known.get(path) or {"error": "no such path"})
+        return self.reply(200 if known.get(path) else 404, known.get(path) or {"error": "no such path"})
 
     def do_POST(self):
         server = self.server
@@ -154,11 +161,13 @@ class Answers(BaseHTTPRequestHandler):
                 server.under_way -= 1
         if isinstance(found, dict) and "model" in found and "other-model" in server.faults:
             found["model"] = "another"
+        if found is not None and self.path != "/tokenize":
+            found = server.altered(payload, found)
         return self.reply(404 if found is None else 200, found or {"error": "no such path"})
 
     def tokenize(self, payload):
         server = self.server
-        if server.kind == "openai" or ("messages" in payload and server.templated is None):
+        if server.kind == "openai" or "no-tokenize" in server.faults or ("messages" in payload and server.templated is None):
             return None
         if "messages" in payload:
             return {"tokens": server.templated(payload["messages"])}

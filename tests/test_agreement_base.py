@@ -83,6 +83,32 @@ def test_another_text_or_another_length_is_refused(file):
         measure_agreement(LM, base.read(file), changed)
     with pytest.raises(SpecError, match=r"has 2,499 targets .* and 999 were read"):
         measure_agreement(LM, base.read(file), LONG[:1000])
+    with pytest.raises(SpecError, match=r"has 2,499 targets of .* has more: another text would be compared"):
+        measure_agreement(LM, base.read(file), np.concatenate([LONG, LONG[:1]]))
+
+
+def test_other_windows_than_those_of_the_file_are_refused(file, tmp_path):
+    with pytest.raises(
+        SpecError, match="was read without windows, and window=32 would compare predictions from other contexts"
+    ):
+        agreement(LM, f"base:{file}", LONG, window=32)
+    agreement(LM, REFERENCE, LONG[:200], window=64, save=tmp_path / "windows")
+    assert (
+        agreement(LM, f"base:{tmp_path / 'windows'}", LONG[:200], window=64).record.details["read"].startswith("windows of 64")
+    )
+    with pytest.raises(SpecError, match="was read in windows of 64 tokens, and window=32"):
+        agreement(LM, f"base:{tmp_path / 'windows'}", LONG[:200], window=32)
+
+
+def test_what_no_file_can_be_written_to_is_refused_before_anything_is_read(file, tmp_path):
+    unread = (pytest.fail("it was read") for _ in range(1))
+    for save, reference, said in (
+        (tmp_path, REFERENCE, "is a folder; write the name of a file"),
+        ("", REFERENCE, "is empty"),
+        (tmp_path / "copy", base.read(file), "is such a file. Copy that file"),
+    ):
+        with pytest.raises(SpecError, match=said):
+            measure_agreement(LM, reference, unread, save=save)
 
 
 @pytest.mark.usefixtures("in_one_session")

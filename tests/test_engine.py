@@ -14,7 +14,9 @@ from tiny_models import VOCAB, Forgetful, Functional, Growing, Stateless, Steppe
 
 from pytest_lmeval import as_model, load
 from pytest_lmeval.engine import Engine, Policy, Prompt, Request, Results, Scored, Windows, _losses, _state_rows, policy_for
+from pytest_lmeval.engine._joined import Joined
 from pytest_lmeval.engine._memory import row_bytes
+from pytest_lmeval.engine._prefix_cache import PrefixCache
 from pytest_lmeval.engine._state_rows import selection
 from pytest_lmeval.errors import Refused, StreamError, TaskError
 from pytest_lmeval.laws._run_probe import verdict_of
@@ -395,6 +397,54 @@ def test_the_states_of_a_batch_are_freed_when_what_continues_them_is_read():
     engine.score(requests[::-1])
     assert len(rows) == 3 * 2
     assert rows[::2] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("answers", [False, True], ids=["scores", "answers"])
+def test_the_states_of_joined_rows_are_freed_when_their_leaves_are_read(monkeypatch, answers):
+    """All but the one row that is kept for the next block, and that with the engine, without a collection."""
+    alive, rows = [], []
+
+    def held():
+        return sum(left.shape[1] for states in alive if (left := states()) is not None)
+
+    class Watched(Functional):
+        def forward(self, input_ids, state=None):
+            rows.append(held())
+            logits, state = super().forward(input_ids, state)
+            alive.append(weakref.ref(state))
+            return logits, state
+
+    def read():
+        """What reads the prompts, after it has read them."""
+        engine = Engine(replace(as_model(Watched(vocab=256)), tokenizer=DEMO.tokenizer), Policy(batch_size=2, costs=CHEAP))
+        passages = [np.full(60, passage) for passage in range(6)]
+        prompts = [np.concatenate([passage, ids_of(20, seed=end)]) for passage in passages for end in range(3)]
+        assert selection(engine.lm).joins
+        row_bytes(engine.lm, 1)
+        del alive[:], rows[:]
+        if answers:
+            engine.generate([Prompt(ids, str(number), 3) for number, ids in enumerate(prompts)])
+        else:
+            engine.score([Request(ids, 60) for ids in prompts])
+        (executor,) = engine._executors.values()
+        assert isinstance(executor, Joined)
+        assert executor.prefix_cache.lengths
+        return engine
+
+    gc.disable()
+    try:
+        engine = read()
+        assert held() == 0
+        assert not answers or 2 in rows[len(rows) // 4 :]  # those of the first answers, when the next are begun
+        kept = [weakref.ref(state.get()) for _, state in engine._executors[Joined].prefix_cache._entries]
+        assert all(state() is not None for state in kept)
+        del engine
+        assert [state() for state in kept] == [None] * len(kept)
+        monkeypatch.setattr(PrefixCache, "settle", lambda self: None)  # then the row that is kept holds the others
+        unsettled = read()
+        assert held() > 0, unsettled
+    finally:
+        gc.enable()
 
 
 def test_a_result_that_is_there_stays_as_it_is_when_its_tokens_are_read_for_others():

@@ -10,6 +10,7 @@ import httpx2
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
+from stub_server import StubServer
 from virtual_time import run
 
 from pytest_lmeval import load, load_test
@@ -113,6 +114,7 @@ def test_failures_are_counted_and_named_and_the_others_stand():
         3: [(0.1, 'data: {"error": {"message": "out of memory"}}\n\n')],
         4: [(0.1, "data: no json\n\n")],
         5: [(0.1, event(0, text="", end="stop")), (0, "data: [DONE]\n\n")],
+        6: [(0.1, event(1)), (0.1, event(1, end="abort")), (0, "data: [DONE]\n\n")],
     }
     good = steady(0.2, 0.05, 3)
     found = asked(lambda payload: broken.get(payload["number"]) or good(payload), 8, concurrency=8)
@@ -122,8 +124,9 @@ def test_failures_are_counted_and_named_and_the_others_stand():
     assert "broke off after 2 tokens" in errors[2]
     assert "out of memory" in errors[3]
     assert "no token" in errors[5]
+    assert "given up: its finish reason is 'abort'" in errors[6]
     seen = values(found)
-    assert seen["failed_requests"] == pytest.approx(5 / 8)
+    assert seen["failed_requests"] == pytest.approx(6 / 8)
     assert seen["ttft"] == pytest.approx(200)
 
 
@@ -213,6 +216,10 @@ class Tokens(BaseHTTPRequestHandler):
 
     def do_POST(self):
         payload = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        if self.path == "/tokenize":
+            self.send_response(200)
+            self.end_headers()
+            return self.wfile.write(json.dumps({"tokens": list(payload["prompt"].encode())}).encode())
         if self.path != "/v1/completions":
             return self.send_error(404)
         self.server.asked.append(payload)
@@ -286,11 +293,27 @@ def test_a_server_that_answers_nothing_is_an_error_with_its_words(server):
         ({"slo": {"tftt": 1}}, "ttft"),
         ({"slo": {"ttft": 0}}, "above 0, in milliseconds"),
         ({"requests": 0}, "requests is 0"),
+        ({"requests": 1.5}, "requests is 1.5"),
+        ({"new_tokens": "2"}, "new_tokens is '2'"),
+        ({"warm_up": -1}, "warm_up is -1; it is 0 or more"),
+        ({"prompts": []}, r"list of texts that are not empty, or is left out; got \[\]"),
+        ({"prompts": "one"}, "got 'one'"),
+        ({"prompts": ["one", 3]}, "list of texts"),
+        ({"slo": ["ttft"]}, "slo is a dict such as"),
+        ({"slo": {"ttft": "1"}}, "slo allows '1' ms"),
+        ({"against": "demo"}, "not behind an address"),
+        ({"against": "nosuch"}, "is no server: unknown model spec"),
     ],
 )
-def test_a_load_that_makes_no_sense_is_refused(server, options, message):
+def test_a_load_that_makes_no_sense_is_refused_before_anything_is_sent(server, options, message):
     with pytest.raises(ProfilingError, match=message):
         load_test(load(server.spec), **options)
+    assert server.asked == []
+
+
+def test_more_tokens_than_the_server_reads_are_refused():
+    with StubServer(load("demo"), longest=64) as server, pytest.raises(ProfilingError, match="reads at most 64 tokens"):
+        load_test(load(server.spec), prompt_tokens=60, new_tokens=5)
 
 
 def test_a_model_that_is_not_served_is_refused():

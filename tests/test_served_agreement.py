@@ -9,7 +9,7 @@ import pytest
 import torch
 from stub_server import StubServer
 
-from pytest_lmeval import Refused, policy_for
+from pytest_lmeval import Refused, SpecError, agreement, policy_for
 from pytest_lmeval.measures._agreement import measure_agreement
 from pytest_lmeval.models._sources import as_model, load
 
@@ -109,6 +109,24 @@ def test_a_planted_mismatch_is_found_and_its_pattern_names_the_likely_causes(ser
     assert worst["difference"] == pytest.approx(abs(worst["lm"] - worst["reference"]))
 
 
+@pytest.mark.parametrize(
+    ("layer", "noise", "said"),
+    [
+        ("q_proj", 0.3, "None.* queries and keys of other weights.*adapter"),
+        ("down_proj", 0.002, "small, and alike.*look at the adapter"),
+    ],
+)
+def test_an_adapter_of_few_layers_is_among_what_its_differences_point_to(serve, layer, noise, said):
+    tuned = llama()
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in tuned.module.named_parameters():
+            if layer in name:
+                parameter.add_(noise * torch.randn(parameter.shape))
+    (words,) = compared(serve(tuned), llama()).explanation
+    assert re.search(said, words.replace("After a single token there is none", "None"))
+
+
 def test_two_servers_are_compared(serve):
     result = compared(serve(llama()), serve(llama(), "sglang"))
     assert result.agreement == 1
@@ -136,3 +154,15 @@ def test_a_server_without_ids_or_log_probabilities_is_refused(serve):
         compared(serve(model, "openai"), model)
     with pytest.raises(Refused, match=r"gives no log-probabilities of a prompt"):
         compared(serve(model, "llamacpp"), model)
+
+
+def test_a_file_is_compared_in_the_windows_in_which_it_was_read_or_not_at_all(serve, tmp_path):
+    model, long = llama(), np.tile(IDS, 2)
+    agreement(model, model, long, save=tmp_path / "long")  # longer than its context: in windows that overlap
+    agreement(model, model, IDS, save=tmp_path / "short")
+    assert agreement(model, f"base:{tmp_path / 'long'}", long).record.metrics["largest_difference"] < 1e-4
+    served = serve(model)
+    with pytest.raises(SpecError, match=r"was read 1,024 tokens at once, and .* reads at most 798: predictions from other"):
+        agreement(served, f"base:{tmp_path / 'long'}", long)
+    smaller = dataclasses.replace(served, vocab_size=250)  # that of its tokenizer, where weights are padded
+    assert agreement(smaller, f"base:{tmp_path / 'short'}", IDS).explanation == []

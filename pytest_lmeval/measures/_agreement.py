@@ -25,7 +25,7 @@ from pytest_lmeval.data._tokens import as_corpus, nothing_to_score, sequences
 from pytest_lmeval.engine import Engine, Policy, policy_for
 from pytest_lmeval.engine._tokens import Tokens, naming
 from pytest_lmeval.errors import Refused, SpecError
-from pytest_lmeval.measures._agreement_base import PREFIX, About, Base, BaseWriter, read as read_base
+from pytest_lmeval.measures._agreement_base import PREFIX, About, Base, BaseWriter, check_path, read as read_base
 from pytest_lmeval.measures._agreement_record import merged as merged_record_of, with_numbers
 from pytest_lmeval.measures._agreement_sums import TOKENS, Piece, Sums, compare
 from pytest_lmeval.measures._context import current, shared_verb
@@ -74,12 +74,14 @@ def agreement(
     theirs: Certificate | None = None
     if isinstance(reference, str) and reference.startswith(PREFIX):
         other = read_base(Path(reference.removeprefix(PREFIX)).expanduser())
-        window = other.about.window if window is None else window
+        other.check_window(window, model)
+        window = other.window
     else:
         other, theirs = context.certified(reference)
         if window is None and any(one.served is not None for one in (model, other)):
             window = min(LONGEST_WINDOW, *(one.limit or LONGEST_WINDOW for one in (model, other)))
-    cut: dict[str, Any] = {} if window is None else {"window": window, "overlap": 0}
+    overlap = other.about.overlap if isinstance(other, Base) else 0
+    cut: dict[str, Any] = {} if window is None else {"window": window, "overlap": overlap}
     policy = policy_for(model, certificate, **cut)
     their_policy = None if isinstance(other, Base) else policy_for(other, theirs, **cut)
     settings: dict[str, Any] = {
@@ -168,6 +170,8 @@ def measure_agreement(
     """
     source = as_corpus(corpus)
     _refuse_incomparable(lm, reference, source)
+    if save is not None:
+        check_path(save, reference)
     by_document = not (source.as_stream if as_stream is None else as_stream)
     engines = [Engine(lm, policy or policy_for(lm))]
     if isinstance(reference, Model):
@@ -195,7 +199,8 @@ def measure_agreement(
         about = About(
             lm=their_facts, tokenizer=tokenizer_fingerprint(reference), vocab_size=reference.vocab_size, corpus=str(source),
             data=source.fingerprint, tokens=tokens, limit=limit, by_document=by_document,
-            window=None if windows is None else windows.size, reading=their_reading,
+            window=None if windows is None else windows.size,
+            overlap=0 if windows is None else windows.overlap, reading=their_reading,
         )  # fmt: skip
         said.write(Path(save), about)
     record = Record(
@@ -270,7 +275,7 @@ def _read_both(
     ]
     if isinstance(reference, Base):
         read.append(reference.pieces())
-    for ours, theirs in _aligned(*read):
+    for ours, theirs in _aligned(read[0], read[1], reference if isinstance(reference, Base) else None, corpus):
         if isinstance(reference, Base):
             reference.check_piece(ours, theirs, corpus)
         sums.add(ours, *compare(ours, theirs, engines[0].lm, reference))
@@ -327,11 +332,15 @@ class _Held:
         return found
 
 
-def _aligned(ours: Iterator[Piece], theirs: Iterator[Piece]) -> Iterator[tuple[Piece, Piece]]:
-    """Pairs of pieces of the same targets, whatever the chunks of each model."""
+def _aligned(
+    ours: Iterator[Piece], theirs: Iterator[Piece], base: Base | None, corpus: Corpus
+) -> Iterator[tuple[Piece, Piece]]:
+    """Pairs of pieces of the same targets, whatever the chunks of each. Raises SpecError for text past the end of a base."""
     one, other = next(ours, None), next(theirs, None)
     while one is not None and other is not None:
         count = min(len(one.nll), len(other.nll))
         yield one.part(0, count), other.part(0, count)
         one = one.part(count) if count < len(one.nll) else next(ours, None)
         other = other.part(count) if count < len(other.nll) else next(theirs, None)
+    if base is not None and one is not None:
+        raise base.longer(corpus)

@@ -39,7 +39,7 @@ class About(StoredStruct, frozen=True, kw_only=True):
     lm         the reference
     tokenizer  fingerprint of its tokenizer
     corpus     the text, and `data` its fingerprint
-    tokens, limit, by_document, window  how it was read, which a comparison takes over
+    tokens, limit, by_document, window, overlap  how it was read, which a comparison takes over
     reading    the same in words
     """
 
@@ -53,6 +53,7 @@ class About(StoredStruct, frozen=True, kw_only=True):
     limit: int | None = None
     by_document: bool = False
     window: int | None = None
+    overlap: int = 0
     reading: str = ""
 
 
@@ -137,13 +138,46 @@ class Base:
     def check_reader(self, lm: Model, *, tokenized: bool) -> None:
         """Raise SpecError for a model whose predictions are of other tokens."""
         about = self.about
-        if lm.codebooks or lm.vocab_size != about.vocab_size:
+        if lm.codebooks or (lm.served is None and lm.vocab_size != about.vocab_size):  # a server tells that of its tokenizer
             size = "reads frames of codes" if lm.codebooks else f"has {lm.vocab_size:,} tokens"
             raise SpecError(
                 f"{lm.spec} {size}, and {self.spec} {about.vocab_size:,} tokens, so their predictions cannot be compared."
             )
         if not tokenized and tokenizer_fingerprint(lm) != about.tokenizer:
             raise SpecError(f"{lm.spec} and {self.spec} have tokenizers that encode the same text differently. {AGAIN}.")
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest text."""
+        return int(self.arrays["position"].max()) + 1
+
+    @property
+    def window(self) -> int | None:
+        """Tokens of the windows in which it was read; None if all of a text was read at once."""
+        return self.about.window if self.about.window is not None and self.about.window < self.longest else None
+
+    def check_window(self, window: int | None, lm: Model) -> None:
+        """Raise SpecError for another window than that of the file, and for a model that reads less at once than was read: what
+        differs would be the context."""
+        if window not in (None, self.about.window):
+            how = f"in windows of {self.about.window:,} tokens" if self.about.window else "without windows"
+            raise SpecError(
+                f"{self.spec} was read {how}, and window={window!r} would compare predictions from other contexts. Leave it "
+                "out, or write the file anew, with that window."
+            )
+        at_once = self.window or (self.longest if lm.served is not None else 0)
+        if lm.limit is not None and at_once > lm.limit:
+            raise SpecError(
+                f"{self.spec} was read {at_once:,} tokens at once, and {lm.spec} reads at most {lm.limit:,}: predictions from "
+                f"other contexts would be compared. Write the file anew, with window={min(lm.limit, 1024)}."
+            )
+
+    def longer(self, corpus: object) -> SpecError:
+        """The error for a text that goes on after the end of that of the file."""
+        return SpecError(
+            f"{self.spec} has {len(self.arrays['nll']):,} targets of {self.about.corpus}, and {corpus} has more: another text "
+            f"would be compared than was kept. Read as much with tokens= or limit=, or write the file anew."
+        )
 
     def check_piece(self, ours: Piece, theirs: Piece, corpus: object) -> None:
         """Raise SpecError where the text is not the one of which the file was written."""
@@ -178,6 +212,16 @@ class Base:
                     tuple(dict(zip(tokens, values, strict=True)) for tokens, values in rows),
                     self.arrays["offset"][part],
                 )
+
+
+def check_path(path: str | Path, reference: object) -> None:
+    """Raise SpecError, before anything is read, for a path that no base can be written to, and a base that would be copied."""
+    if isinstance(reference, Base):
+        raise SpecError(
+            f"save={str(path)!r} writes what a reference says, and {reference.spec} is such a file. Copy that file."
+        )
+    if not str(path) or Path(path).is_dir():
+        raise SpecError(f"save={str(path)!r} is {'a folder' if str(path) else 'empty'}; write the name of a file.")
 
 
 def read(path: Path) -> Base:

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from pytest_lmeval.errors import ProfilingError, SpecError, nearest
+from pytest_lmeval.errors import ProfilingError, SpecError
 from pytest_lmeval.measures._context import current, verb_of
 from pytest_lmeval.measures._load import Load, Point, Sending, served_by
+from pytest_lmeval.measures._load_checks import check_prompts, loads_of, objectives
 from pytest_lmeval.models._identity import facts
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.models._servers import _streamed as streamed
@@ -31,7 +32,6 @@ from pytest_lmeval.statistics._paired import log_ratio
 from pytest_lmeval.statistics._proportion import wilson
 
 REQUESTS, PROMPT, NEW, WARM_UP, ROUNDS = 100, 128, 64, 4, 5
-TIMES = ("ttft", "itl", "tpot", "e2e")
 LATE, BUSY = 0.1, 0.8  # of the median time to first token; of a core: a client beyond them is the bottleneck
 SHOWN = 3  # errors that a record quotes
 FIRST_ROUND = 1000  # number of the first load of a race, whose prompts no other load has
@@ -91,10 +91,18 @@ def measure_load_test(
 
     Raises ProfilingError for a model that is not served, for a load that makes no sense, and where every request failed.
     """
-    served_by(lm)
-    loads = _loads(rate, concurrency)
+    longest = served_by(lm).facts.longest
+    loads = loads_of(rate, concurrency)
     check_counts(requests=requests, prompt_tokens=prompt_tokens, new_tokens=new_tokens, rounds=rounds)
-    slo = _objectives(slo or {})
+    check_counts(least=0, warm_up=warm_up, seed=seed)
+    check_prompts(prompts)
+    if prompts is None and longest is not None and prompt_tokens + new_tokens > longest:
+        raise ProfilingError(
+            f"{lm.spec} reads at most {longest:,} tokens, those that it generates included: fewer than a prompt of "
+            f"{prompt_tokens:,} and {new_tokens:,} new ones."
+        )
+    slo = objectives({} if slo is None else slo)
+    other = None if against is None else _other(against)
     runner = runner or Runner()
     settings = {
         "load": [str(load) for load in loads], "requests": requests, "prompt_tokens": None if prompts else prompt_tokens,
@@ -115,8 +123,8 @@ def measure_load_test(
     metrics = _values(point, slo) | knee
     samples = point.samples()
     details = _details(points[: len(loads)])
-    if against is not None:
-        metrics |= _raced(lm, against, sending, loads[0], max(1, requests // rounds), rounds)
+    if other is not None:
+        metrics |= _raced(lm, other, sending, loads[0], max(1, requests // rounds), rounds)
     record = _record(lm, settings, str(point.load), metrics, points=points[: len(loads)], slo=slo, details=details)
     return LoadTestResult(record, {"request" if name == "e2e" else name: times for name, times in samples.items()})
 
@@ -124,25 +132,14 @@ def measure_load_test(
 load_test = verb_of("load_test", measure_load_test)
 
 
-def _loads(rate: float | Sequence[float] | None, concurrency: int | Sequence[int] | None) -> list[Load]:
-    if rate is not None and concurrency is not None:
-        raise ProfilingError("rate sends requests whatever is under way, and concurrency as others end: give one of both.")
-    given: Any = CONCURRENCY if rate is None and concurrency is None else concurrency if rate is None else rate
-    sizes = [given] if isinstance(given, int | float) else list(given)
-    if not sizes or not all(isinstance(size, int | float) and 0 < size < math.inf for size in sizes):
-        raise ProfilingError(f"a load is a number above 0, or several; got {given!r}.")
-    if rate is None and any(size != int(size) for size in sizes):
-        raise ProfilingError(f"concurrency counts requests under way; got {given!r}.")
-    return [Load(size, open=rate is not None) for size in sorted(sizes)]
-
-
-def _objectives(slo: Mapping[str, float]) -> Mapping[str, float]:
-    for name, most in slo.items():
-        if name not in TIMES:
-            raise ProfilingError(f"slo names {name!r}.{nearest(name, TIMES)} A service level limits {', '.join(TIMES)}.")
-        if not 0 < most < math.inf:
-            raise ProfilingError(f"slo allows {most} ms of {name}; it is a time above 0, in milliseconds.")
-    return slo
+def _other(against: str) -> Model:
+    """The server that is raced. Raises ProfilingError for what is none."""
+    try:
+        other = current().model(against)
+    except SpecError as error:
+        raise ProfilingError(f"against={against!r} is no server: {error}") from error
+    served_by(other)
+    return other
 
 
 def _at_the_knee(points: Sequence[Point]) -> tuple[Point, dict[str, Value]]:
@@ -254,12 +251,8 @@ def _series(points: Sequence[Point], slo: Mapping[str, float]) -> dict[str, Seri
     return found
 
 
-def _raced(lm: Model, against: str, sending: Sending, load: Load, requests: int, rounds: int) -> dict[str, Value]:
+def _raced(lm: Model, other: Model, sending: Sending, load: Load, requests: int, rounds: int) -> dict[str, Value]:
     """Ratios of two servers, asked in turns: what disturbs the machine disturbs both of a pair."""
-    try:
-        other = current().model(against)
-    except SpecError as error:
-        raise ProfilingError(f"against={against!r} is no server: {error}") from error
     sides = {"base": other, "new": lm}
     found: dict[str, dict[str, list[float]]] = {who: {} for who in sides}
     for number in range(rounds):

@@ -126,15 +126,18 @@ def _pattern(sizes: np.ndarray, offsets: np.ndarray, rounding: float) -> list[st
     where = f"{early.mean():.3g} nats within the first {EARLY} tokens of a window, {last.mean():.3g} in its second half"
     first = sizes[offsets <= 1]  # after a single token, which has no other to attend to
     if ratio >= GROWS or (len(first) > 1 and first.max() <= SINGLE * mean):
-        how = "They grow with the position" if ratio >= GROWS else "After a single token there is none, and then there is"
+        grows = ratio >= GROWS
+        how = "They grow with the position" if grows else "After a single token there is none, and then there is"
+        also = "" if grows else " So are queries and keys of other weights: look at an adapter that changes these alone."
         return [
             f"{found}. {how}: {where}. Positions are read otherwise: look at rope theta and scaling, at "
-            "the window of the attention, and at the precision of the KV cache."
+            f"the window of the attention, and at the precision of the KV cache.{also}"
         ]
     if mean <= SMALL:
         return [
             f"{found}. They are small, and alike everywhere: {where}. So is coarser arithmetic: look at the precision of the "
-            "weights (a quantized twin), of the activations and of the KV cache."
+            "weights (a quantized twin), of the activations and of the KV cache. So are weights that training has moved a "
+            "little: look at the adapter, and at the step of the checkpoint."
         ]
     return [
         f"{found}. They are there from the first tokens on: {where}. So are other weights: look at the checkpoint, its "

@@ -166,13 +166,7 @@ def checked(scores: TokenScores, asked: Scoring, spec: str) -> TokenScores:
             f"{spec} was asked for {wanted} log-probabilities, of a sequence of {len(asked.ids)} tokens, and answered "
             f"{len(found)}. They cannot be told apart, so none is used. Is another server, or a proxy, between?"
         )
-    if np.isnan(found).any() or (found > ABOVE_ZERO).any():
-        at = int(np.flatnonzero(np.isnan(found) | (found > ABOVE_ZERO))[0])
-        raise NotFiniteError(
-            f"{spec} gave {found[at]} as the log-probability of token {asked.start + at} (id {asked.ids[asked.start + at]}) "
-            f"of a sequence of {len(asked.ids)}; it is a finite number of at most 0. Look for an overflow in the "
-            "server's precision."
-        )
+    _refuse_impossible(found, asked.ids[asked.start :], asked.start, f"a sequence of {len(asked.ids)}", spec)
     if wanted >= ZEROS and not found.any():
         raise Refused(
             f"{spec} gave exactly 0 as the log-probability of each of {wanted} tokens: it does not compute them. Scored so, "
@@ -180,3 +174,33 @@ def checked(scores: TokenScores, asked: Scoring, spec: str) -> TokenScores:
         )
     masked = np.where(found <= MASKED, -np.inf, np.minimum(found, 0.0))
     return TokenScores(masked, scores.ranks, scores.top)
+
+
+def checked_answer(answer: ServedAnswer, asked: Asking, vocab_size: int, spec: str) -> ServedAnswer:
+    """The answer, if it can be one to what was asked. Raises ModelError for more tokens than were asked for, ids outside of the
+    vocabulary, or no text, and NotFiniteError for what is no log-probability."""
+    if not isinstance(answer.text, str):
+        raise ModelError(f"{spec} gave {answer.text!r} as the text of an answer, which is none. It is not used.")
+    if answer.ids is None:
+        return answer
+    if len(answer.ids) > asked.max_tokens:
+        raise ModelError(f"{spec} generated {len(answer.ids)} tokens where at most {asked.max_tokens} were asked for.")
+    if unknown := [token for token in answer.ids if not 0 <= token < vocab_size]:
+        raise ModelError(
+            f"{spec} generated the id {unknown[0]}, and its tokenizer here has {vocab_size:,} tokens. It is the tokenizer of "
+            "another model: tokenizer=FOLDER names that of the one that is served."
+        )
+    if answer.logprobs is not None:
+        _refuse_impossible(np.array(answer.logprobs, dtype=np.float64), answer.ids, 0, "an answer", spec)
+    return answer
+
+
+def _refuse_impossible(logprobs: np.ndarray, ids: Sequence[int], first: int, what: str, spec: str) -> None:
+    """Raise NotFiniteError for nan, and for a probability above 1; `first` is the position of the first id."""
+    wrong = np.isnan(logprobs) | (logprobs > ABOVE_ZERO)
+    if wrong.any():
+        at = int(np.flatnonzero(wrong)[0])
+        raise NotFiniteError(
+            f"{spec} gave {logprobs[at]} as the log-probability of token {first + at} (id {ids[at]}) of {what}; it is a finite "
+            "number of at most 0. Look for an overflow in the server's precision."
+        )

@@ -82,6 +82,8 @@ def load(
     from pytest_lmeval.models._compiled import compiled
 
     parsed = specs.parse(spec, bits)
+    if concurrency is not None and concurrency < 1:
+        raise SpecError(f"{spec}: concurrency={concurrency}; a server is asked at least 1 request at once.")
     given = {"trust_remote_code": trust_remote_code, "concurrency": concurrency}
     lm = _loaded(parsed, resolve_device(device) if isinstance(device, str) else device, given)
     if cache := parsed.options.get("cache"):

@@ -9,6 +9,7 @@ import difflib
 import importlib.machinery
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from urllib.parse import urlsplit
 
 from pytest_lmeval import registry
 from pytest_lmeval.errors import SpecError, nearest
-from pytest_lmeval.models._spec_options import OPTIONS
+from pytest_lmeval.models._spec_options import OPTIONS, SERVED
 
 FLOATS = ("fp32", "bf16", "fp16")
 PACKED = ("int8", "int4")
@@ -72,7 +73,13 @@ def parse(spec: str, bits: int | None = None) -> Spec:
         name, given = found[0], [found[1:], *given]
     if not _names_path(name):
         _refuse_misplaced(spec, name, given, precision)
-    return Spec(name, precision or (BITS[bits] if bits else ""), _options(spec, name, given), written)
+    parsed = Spec(name, precision or (BITS[bits] if bits else ""), _options(spec, name, given), written)
+    if name.partition(":")[0] in SERVED and parsed.precision in PACKED:
+        raise SpecError(
+            f"{parsed}: the suffix says in which precision a server computes, @{', @'.join(FLOATS)}, so that the tolerance of "
+            f"the laws is known. Weights are not packed there: leave @{parsed.precision} out, and serve a packed checkpoint."
+        )
+    return parsed
 
 
 def _last_option(text: str) -> tuple[str, str, str] | None:
@@ -180,8 +187,12 @@ def check_path(spec: str, path: str) -> None:
 
 def check_address(spec: str, url: str) -> None:
     """Raise SpecError for what is no address of a server, and for one with a user or password. The server is not asked."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(url)
+        right = parts.scheme in ("http", "https") and parts.hostname and not re.search(r"\s", url) and parts.port != 0
+    except ValueError:  # a port that is no number, or too large; a bracket without its pair
+        right = False
+    if not right or parts.query or parts.fragment:
         raise SpecError(f"{spec}: {url!r} is no address of a server; write server:http://HOST:PORT.")
     if parts.username or parts.password:
         raise SpecError("a server's address with a user or password would stand in reports; set LMEVAL_API_KEY to the key.")
@@ -194,7 +205,7 @@ def nearest_folder(path: str) -> str:
         found = difflib.get_close_matches(folder.name, os.listdir(folder.parent), n=1) if "/" in path else []
     except OSError:
         found = []
-    return f" Did you mean hf:{folder.parent / found[0]}?" if found else ""
+    return f" Did you mean {folder.parent / found[0]}?" if found else ""
 
 
 def _names_path(name: str) -> bool:

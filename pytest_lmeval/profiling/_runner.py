@@ -217,8 +217,7 @@ def _notes(details: dict[str, Any]) -> list[str]:
 def check_shape(lm: Model, *, batch_size: int, seq_len: int, new_tokens: int = 1, runs: int = 1, warm_up: int = 0) -> None:
     """Raise ProfilingError for a shape that cannot be timed, before anything is."""
     check_counts(batch_size=batch_size, seq_len=seq_len, new_tokens=new_tokens, runs=runs)
-    if warm_up < 0:
-        raise ProfilingError(f"warm_up is {warm_up}; it is 0 or more.")
+    check_counts(least=0, warm_up=warm_up)
     if lm.limit is not None and seq_len + new_tokens - 1 > lm.limit:
         raise ProfilingError(
             f"{lm.spec} reads at most {lm.limit:,} tokens, fewer than a prompt of {seq_len:,} and the {new_tokens - 1:,} that "
@@ -226,8 +225,9 @@ def check_shape(lm: Model, *, batch_size: int, seq_len: int, new_tokens: int = 1
         )
 
 
-def check_counts(**counts: int) -> None:
-    """Raise ProfilingError for a count below 1."""
+def check_counts(least: int = 1, **counts: Any) -> None:
+    """Raise ProfilingError for what is no whole number, or less than `least`."""
     for name, count in counts.items():
-        if count < 1:
-            raise ProfilingError(f"{name} is {count}, so there is nothing to measure. It is at least 1.")
+        if not isinstance(count, int) or isinstance(count, bool) or count < least:
+            why = f", so there is nothing to measure. It is at least {least}" if least else "; it is 0 or more"
+            raise ProfilingError(f"{name} is {count!r}{why}.")

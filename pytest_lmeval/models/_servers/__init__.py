@@ -7,24 +7,34 @@ here. Each answer is checked before it counts.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
 
-from pytest_lmeval.errors import HubError, LmevalError, ModelError, SpecError, StreamError, described, nearest, some
+from pytest_lmeval.errors import LmevalError, ModelError, SpecError, StreamError, described, nearest, some
 from pytest_lmeval.models import _specs as specs
-from pytest_lmeval.models._identity import TOKENIZED
-from pytest_lmeval.models._model import Bytes, Model
-from pytest_lmeval.models._served import Asking, Scoring, ServedAnswer, ServerFacts, TokenScores, checked, no_step
+from pytest_lmeval.models._model import Model
+from pytest_lmeval.models._served import (
+    Asking,
+    Scoring,
+    ServedAnswer,
+    ServerFacts,
+    TokenScores,
+    checked,
+    checked_answer,
+    no_step,
+)
 from pytest_lmeval.models._servers import _llama_cpp, _openai, _sglang, _vllm
 from pytest_lmeval.models._servers._client import Client
 from pytest_lmeval.models._servers._kind import Kind
+from pytest_lmeval.models._servers._tokenizer import check_tokenizer, encoder_of, tokenizer_of
 
 T = TypeVar("T")
+ENDPOINT = re.compile(r"/v1(/(models|completions|chat/completions))?$")
 SPARE = 2  # tokens of a sequence that a request needs beside those read: the last target, and one that has to be generated
 
 
@@ -32,12 +42,14 @@ SPARE = 2  # tokens of a sequence that a request needs beside those read: the la
 class HttpServed:
     """A server of some kind, and its client.
 
+    size   of the vocabulary
     names  under which the model may answer, beside that by which it is asked
     """
 
     client: Client
     kind: Kind
     spec: str
+    size: int
     names: list[str] = field(default_factory=list)
 
     @property
@@ -63,12 +75,8 @@ class HttpServed:
             self._refuse_long(len(one.ids) + one.max_tokens)
 
         def read(number: int, answer: Any) -> None:
-            found = self._read(lambda: self.kind.answered(asked[number], answer), answer)
-            if found.ids is not None and len(found.ids) > asked[number].max_tokens:
-                raise ModelError(
-                    f"{self.spec} generated {len(found.ids)} tokens where at most {asked[number].max_tokens} were asked for."
-                )
-            done(number, found)
+            one = asked[number]
+            done(number, checked_answer(self._read(lambda: self.kind.answered(one, answer), answer), one, self.size, self.spec))
 
         self.client.each([self.kind.asking(one) for one in asked], read, at_once=at_once)
 
@@ -132,26 +140,27 @@ def load(
     cannot be reached.
     """
     specs.check_address(spec, url)
-    base = url.rstrip("/").removesuffix("/v1")
+    base = ENDPOINT.sub("", url.rstrip("/"))
     client = Client(base, spec, concurrency)
     chosen, names = _chosen(client, model, spec)
-    name = tokenizer or _tokenizer_of(chosen, spec)
+    name = tokenizer or tokenizer_of(chosen, spec)
     encoder, size = encoder_of(name, spec, trust_remote_code)
     told = "" if dtype is None else str(dtype).removeprefix("torch.")
     owner = str(chosen.get("owned_by", "")).lower()
     found: Kind
-    if owner == "vllm" or (owner not in ("sglang", "llamacpp") and (client.get("/version") or {}).get("version")):
+    if owner == "vllm" or (owner not in ("sglang", "llamacpp") and client.described("/version").get("version")):
         found = _vllm.find(client, chosen, told)
-    elif owner == "sglang" or client.get("/get_model_info"):
+    elif owner == "sglang" or client.described("/get_model_info").get("model_path"):
         found = _sglang.find(client, chosen, told)
-    elif owner == "llamacpp" or "default_generation_settings" in (client.get("/props") or {}):
+    elif owner == "llamacpp" or "default_generation_settings" in client.described("/props"):
         found = _llama_cpp.find(client, chosen, told)
     else:
         found = _openai.find(client, chosen, told, encoder, _openai.text_of(encoder, spec))
     if told and found.facts.dtype not in ("", told):
         raise SpecError(f"{spec} says that the server computes in {told}, and {found.facts} says {found.facts.dtype}.")
-    served = HttpServed(client, found, spec, names)
-    _check_tokenizer(served, encoder, name)
+    served = HttpServed(client, found, spec, size, names)
+    if not isinstance(found, _openai.OpenAI):  # which is asked for no ids, and was compared when it was found
+        check_tokenizer(served, encoder, name)
     return served_model(served, spec, encoder, size, f"{base} {found.facts} {found.facts.model} {told}")
 
 
@@ -172,12 +181,10 @@ def served_model(served: Any, spec: str, tokenizer: Any, vocab_size: int, identi
 
 def _chosen(client: Client, model: str, spec: str) -> tuple[dict[str, Any], list[str]]:
     """What the server says of the model, and its other names. Raises SpecError unless it is there."""
-    listed = client.get("/v1/models")
-    found = (
-        [one for one in (listed or {}).get("data", []) if isinstance(one, dict) and "id" in one]
-        if isinstance(listed, dict)
-        else []
-    )
+    listed = client.described("/v1/models", missing=(404, 405)).get("data")
+    found = [
+        one for one in (listed if isinstance(listed, list) else []) if isinstance(one, dict) and isinstance(one.get("id"), str)
+    ]
     if not found:
         raise SpecError(f"{spec}: {client.url}/v1/models lists no model, so this is no server of language models.")
     names = [str(one["id"]) for one in found]
@@ -192,62 +199,3 @@ def _chosen(client: Client, model: str, spec: str) -> tuple[dict[str, Any], list
     chosen = found[names.index(model)] if model else bases[0]
     aliases = chosen.get("aliases")
     return chosen, list(map(str, aliases)) if isinstance(aliases, list) else []
-
-
-def _tokenizer_of(model: dict[str, Any], spec: str) -> str:
-    """The tokenizer that the server names: the folder of its model, where this machine has it, or its hub id."""
-    for named in (model.get("root"), model.get("id")):
-        if isinstance(named, str) and (Path(named).is_dir() or (named.count("/") == 1 and not named.startswith((".", "/")))):
-            return named
-    raise SpecError(
-        f"{spec} needs the tokenizer of {model['id']!r}, which this machine does not have under that name: "
-        f"{spec},tokenizer=FOLDER (the model's folder or hub id)."
-    )
-
-
-def encoder_of(name: str, spec: str, trust_remote_code: bool) -> tuple[Any, int]:
-    """The tokenizer of a name, and the size of the vocabulary."""
-    if name == "bytes":
-        return Bytes(), 256
-    from pytest_lmeval.models import _huggingface as huggingface
-    from pytest_lmeval.models._hub import HubCall
-
-    try:
-        import transformers
-
-        with HubCall():
-            options = {"trust_remote_code": trust_remote_code}
-            own = transformers.AutoTokenizer.from_pretrained(str(Path(name).expanduser()), **options)
-    except ImportError as error:
-        raise SpecError(f"the tokenizer of {spec} needs transformers: pip install 'pytest-lmeval[hf]'") from error
-    except Exception as error:
-        kind = "" if isinstance(error, HubError) else " Give the folder of the model: tokenizer=FOLDER."
-        raise SpecError(f"{spec}: its tokenizer {name!r} could not be loaded: {described(error)}.{kind}") from error
-    encoder = huggingface.HFTokenizer(own, name)
-    folder = Path(name).expanduser()
-    named = _json(folder / "generation_config.json").get("eos_token_id")
-    ends = (encoder.eos, *named) if isinstance(named, list) else (encoder.eos, named)
-    encoder.ends = tuple(dict.fromkeys(end for end in ends if isinstance(end, int)))
-    size = _json(folder / "config.json").get("vocab_size")
-    return encoder, size if isinstance(size, int) else len(own)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _check_tokenizer(served: HttpServed, tokenizer: Any, name: str) -> None:
-    """Raise SpecError if the server's own tokenizer encodes a text otherwise."""
-    theirs, ours = served.tokenized(TOKENIZED), list(map(int, tokenizer.encode(TOKENIZED)[0]))
-    if theirs is None or theirs == ours:
-        return
-    at = next((at for at, (one, own) in enumerate(zip(theirs, ours, strict=False)) if one != own), min(len(theirs), len(ours)))
-    raise SpecError(
-        f"{served.spec}: the tokenizer {name!r} is not that of {served.facts.model!r}: a text is {len(ours)} tokens here and "
-        f"{len(theirs)} there, and differs from token {at} on ({ours[at : at + 3]} and {theirs[at : at + 3]}). Ids would mean "
-        "other words: give the tokenizer of the model, tokenizer=FOLDER."
-    )

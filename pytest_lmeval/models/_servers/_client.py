@@ -23,6 +23,7 @@ from pytest_lmeval.errors import ServerError, SpecError, described
 
 CONCURRENCY = 8
 PASSING = (408, 425, 429, 500, 502, 503, 504)  # answers after which the same request may succeed
+MISSING = (*range(300, 400), 400, 404, 405, 422, 500, 501)  # answers where a server has no such path, or does not take this
 ATTEMPTS = 6
 CONNECT, ANSWER = 10.0, 900.0  # seconds to connect; without a byte of an answer
 CLOSING = 1.0  # seconds that the end of a client is waited for
@@ -78,17 +79,19 @@ class Client:
         finally:
             running.cancel()
 
-    def get(self, path: str) -> Any:
-        """The JSON of a path; None where the server has no such path. Raises ServerError if it cannot be reached."""
-        return self._wait(self._asked("GET", path, None, missing=True, attempts=2))
+    def described(self, path: str, missing: tuple[int, ...] = MISSING) -> dict[str, Any]:
+        """The JSON object of a path; empty where the server has no such path, or something else there. Raises ServerError if it
+        cannot be reached, and for an error that is not of `missing`."""
+        found = self._wait(self._asked("GET", path, None, missing=missing, attempts=2))
+        return found if isinstance(found, dict) else {}
 
     def text(self, path: str) -> str:
         """The text of a path; empty where there is none."""
-        return str(self._wait(self._asked("GET", path, None, missing=True, attempts=2, as_text=True)) or "")
+        return str(self._wait(self._asked("GET", path, None, missing=MISSING, attempts=2, as_text=True)) or "")
 
     def post(self, path: str, payload: dict[str, Any], *, missing: bool = False) -> Any:
         """The JSON that answers a payload; with `missing`, None where the server does not take it. Raises ServerError."""
-        return self._wait(self._asked("POST", path, payload, missing=missing))
+        return self._wait(self._asked("POST", path, payload, missing=MISSING if missing else ()))
 
     def each(
         self, jobs: Sequence[tuple[str, dict[str, Any]]], done: Callable[[int, Any], None], *, at_once: int | None = None
@@ -115,7 +118,14 @@ class Client:
         await together([worker() for _ in range(min(at_once, len(jobs)))])
 
     async def _asked(
-        self, method: str, path: str, payload: Any, *, missing: bool = False, attempts: int | None = None, as_text: bool = False
+        self,
+        method: str,
+        path: str,
+        payload: Any,
+        *,
+        missing: tuple[int, ...] = (),
+        attempts: int | None = None,
+        as_text: bool = False,
     ) -> Any:
         content = None if payload is None else msgspec.json.encode(payload)
         attempts = attempts or ATTEMPTS
@@ -124,7 +134,7 @@ class Client:
             response = await self._http.request(
                 method, path, content=content, headers={"Content-Type": "application/json"} if content else None
             )
-            if response.status_code in PASSING and not (missing and response.status_code == 500):
+            if response.status_code in PASSING and response.status_code not in missing:
                 raise _Passing(response.status_code, response.content, _seconds(response.headers.get("retry-after", "")))
             return response
 
@@ -143,13 +153,13 @@ class Client:
                 f"{self.spec}: {self.url}{path} gave no answer in {attempts} attempts ({described(error)}). Is the server "
                 "up, and is this its address? What was answered before is kept: run the same again to continue."
             ) from error
-        if response.status_code >= 400:
-            if missing and response.status_code in (400, 404, 405, 422, 500, 501):
+        if response.status_code >= 300:
+            if response.status_code in missing:
                 return None
-            raise self._refused(method, path, response.status_code, response.content, 1)
-        return response.text if as_text else self._read(path, response.content, missing)
+            raise self._refused(method, path, response.status_code, response.content, 1, response.headers.get("location", ""))
+        return response.text if as_text else self._read(path, response.content, missing=bool(missing))
 
-    def _read(self, path: str, content: bytes, missing: bool) -> Any:
+    def _read(self, path: str, content: bytes, *, missing: bool) -> Any:
         try:
             return msgspec.json.decode(content)
         except msgspec.DecodeError:
@@ -163,13 +173,14 @@ class Client:
                 f"{self.spec}: {self.url}{path} answered no JSON, but {content[:80]!r}. Is it the address of the server's API?"
             ) from error
 
-    def _refused(self, method: str, path: str, status: int, body: bytes, attempts: int) -> ServerError:
+    def _refused(self, method: str, path: str, status: int, body: bytes, attempts: int, moved: str = "") -> ServerError:
         key = " It asks for a key: set LMEVAL_API_KEY." if status in (401, 403) else ""
         busy = " It is overloaded, or starts: ask less at once (--lmeval-concurrency)." if status in (429, 503) else ""
+        there = f" It sends requests on to {moved}: give that address." if moved else ""
         tried = f" after {attempts} attempts" if attempts > 1 else ""
         return ServerError(
             f"{self.spec}: {method} {self.url}{path} was answered with {status}{tried}: {_said(body) or 'no message'}.{key}"
-            f"{busy} What was answered before is kept.",
+            f"{busy}{there} What was answered before is kept.",
             status,
         )
 

@@ -12,6 +12,8 @@ from pytest_lmeval.models._served import Asking, Scoring, ServedAnswer, ServerFa
 Job: TypeAlias = "tuple[str, dict[str, Any]]"
 """A path, and what is posted to it."""
 
+GIVEN_UP = ("abort", "error", "content_filter")  # finish reasons of answers that are not whole
+
 
 class Kind(Protocol):
     """One kind of server.
@@ -69,3 +71,21 @@ def ranks_of(logprobs: np.ndarray, ids: Sequence[int], top: Sequence[dict[int, f
 def numbers(values: Sequence[Any]) -> np.ndarray:
     """[n] float64; null becomes nan."""
     return np.array([np.nan if value is None else float(value) for value in values], dtype=np.float64)
+
+
+def count(value: Any) -> int | None:
+    """A number of tokens above 0; None for anything else."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
+def was_cut(reason: Any, ended: Sequence[str] = ("stop",), length: str = "length") -> bool:
+    """Whether an answer ended because it was as long as asked for. Raises ValueError for one that did not end."""
+    if reason not in (*ended, length):
+        raise ValueError(f"the answer was not finished, but given up: its finish reason is {reason!r}")
+    return bool(reason == length)
+
+
+def refuse_unfinished(reason: Any) -> None:
+    """Raise ValueError for an answer that the server gave up; other servers have their own words for how an answer ended."""
+    if reason in GIVEN_UP:
+        was_cut(reason)

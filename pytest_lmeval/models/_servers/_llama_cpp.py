@@ -8,7 +8,7 @@ from typing import Any
 
 from pytest_lmeval.models._served import Asking, Scoring, ServedAnswer, ServerFacts, TokenScores
 from pytest_lmeval.models._servers._client import Client
-from pytest_lmeval.models._servers._kind import Job, numbers
+from pytest_lmeval.models._servers._kind import Job, count, numbers, was_cut
 
 PATH = "/completion"
 NO_SCORES = "llama.cpp answers with those of generated tokens alone"
@@ -55,7 +55,7 @@ class LlamaCpp:
         logprobs = numbers([entry["logprob"] for entry in entries]).tolist()
         if [int(entry["id"]) for entry in entries] != ids:
             logprobs = None
-        return ServedAnswer(str(answer["content"]), ids, logprobs, answer["stop_type"] == "limit")
+        return ServedAnswer(answer["content"], ids, logprobs, was_cut(answer["stop_type"], ("eos", "word"), "limit"))
 
     def tokenizing(self, text: str) -> Job | None:
         return "/tokenize", {"content": text, "add_special": False, "parse_special": False}
@@ -66,15 +66,16 @@ class LlamaCpp:
 
 def find(client: Client, model: dict[str, Any], dtype: str) -> LlamaCpp:
     """The server, as it describes itself."""
-    props = client.get("/props") or {}
-    settings = {name: props[name] for name in ("model_ftype", "total_slots") if name in props}
+    props = client.described("/props")
+    defaults = props.get("default_generation_settings")
+    settings: dict[str, Any] = {name: props[name] for name in ("model_ftype", "total_slots") if name in props}
     return LlamaCpp(
         ServerFacts(
             "llama.cpp",
             str(props.get("build_info", "")),
             str(model["id"]),
             dtype=dtype,
-            longest=props.get("default_generation_settings", {}).get("n_ctx"),
+            longest=count(defaults.get("n_ctx")) if isinstance(defaults, dict) else None,
             prefix_cache=True,
             no_scores=NO_SCORES,
             settings=settings,

@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pytest_lmeval.errors import SpecError, StreamError
+from pytest_lmeval.models._identity import TOKENIZED
 from pytest_lmeval.models._served import Asking, Scoring, ServedAnswer, ServerFacts, TokenScores
 from pytest_lmeval.models._servers._client import Client
-from pytest_lmeval.models._servers._kind import Job, first_is_none, numbers
+from pytest_lmeval.models._servers._kind import Job, count, first_is_none, numbers, refuse_unfinished
 
 PATH = "/v1/completions"
+ADDED = 2  # special tokens that a server may put around a text
 TOP = 5  # the most log-probabilities that the protocol gives of a position
-TRIED = 4  # tokens with which it is found out what the server takes
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ class OpenAI:
             raise ValueError(
                 f"it read {_read(answer)} tokens of {len(asked.ids)}: it has another tokenizer, or adds some of its own"
             )
-        return ServedAnswer(str(choice["text"]), cut=choice["finish_reason"] == "length")
+        refuse_unfinished(choice["finish_reason"])
+        return ServedAnswer(choice["text"], cut=choice["finish_reason"] == "length")
 
     def tokenizing(self, text: str) -> Job | None:
         return None
@@ -108,10 +110,8 @@ class OpenAI:
 
 def find(client: Client, model: dict[str, Any], dtype: str, tokenizer: Any, text_of: Callable[[Sequence[int]], str]) -> OpenAI:
     """The server, as it answers to a short text: whether it takes ids, and whether it gives log-probabilities of a prompt."""
-    longest = model.get("max_model_len") or model.get("context_length")
-    facts = ServerFacts(
-        "OpenAI-compatible", "", str(model["id"]), dtype=dtype, longest=longest if isinstance(longest, int) else None
-    )
+    longest = count(model.get("max_model_len")) or count(model.get("context_length"))
+    facts = ServerFacts("OpenAI-compatible", "", str(model["id"]), dtype=dtype, longest=longest)
     ids = [int(token) for token in tokenizer.encode("The cat sat on the mat. ")[0]]
     kind = OpenAI(facts, text_of)
     path, payload = kind.asking(Asking(ids, 1))
@@ -126,6 +126,7 @@ def find(client: Client, model: dict[str, Any], dtype: str, tokenizer: Any, text
                 f"{client.spec}: a text of {len(ids)} tokens here is {read} tokens there. Give the tokenizer of the model: "
                 "tokenizer=FOLDER."
             )
+    _check_count(client, kind, tokenizer)
     scored = Scoring(ids, 1)
     try:
         echoed = client.post(*kind.scoring(scored), missing=True)
@@ -140,6 +141,20 @@ def find(client: Client, model: dict[str, Any], dtype: str, tokenizer: Any, text
         )
         return replace(kind, facts=replace(kind.facts, no_scores=why))
     return kind
+
+
+def _check_count(client: Client, kind: OpenAI, tokenizer: Any) -> None:
+    """Raise SpecError if a text that tells tokenizers apart is another number of tokens there."""
+    count = len(tokenizer.encode(TOKENIZED)[0])
+    if kind.facts.longest is not None and kind.facts.longest <= count + ADDED:
+        return
+    asked = {"model": kind.facts.model, "prompt": TOKENIZED, "max_tokens": 1, "temperature": 0.0}
+    read = _read(client.post(PATH, asked, missing=True))
+    if read is not None and not count <= read <= count + ADDED:
+        raise SpecError(
+            f"{client.spec}: a text of {count} tokens here is {read} tokens there, so its tokenizer is another. Ids would mean "
+            "other words: give the tokenizer of the model, tokenizer=FOLDER."
+        )
 
 
 def _read(answer: Any) -> int | None:

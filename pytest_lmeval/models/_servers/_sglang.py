@@ -8,11 +8,12 @@ from typing import Any
 
 from pytest_lmeval.models._served import Asking, Scoring, ServedAnswer, ServerFacts, TokenScores
 from pytest_lmeval.models._servers._client import Client
-from pytest_lmeval.models._servers._kind import Job, numbers, ranks_of
+from pytest_lmeval.models._servers._kind import Job, count, numbers, ranks_of, was_cut
 
 PATH = "/generate"
 EVERY_CHOICE = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
                 "frequency_penalty": 0.0, "min_new_tokens": 0, "ignore_eos": False, "n": 1}  # fmt: skip
+DTYPES = ("float32", "bfloat16", "float16")
 RANKED = 5  # most likely tokens that are asked for, since it gives no ranks: `token_accuracy_top5`
 
 
@@ -76,10 +77,10 @@ class Sglang:
         if (own := answer.get("output_ids")) is not None and list(own) != ids:
             raise ValueError(f"{len(entries)} log-probabilities for the {len(own)} tokens of an answer, or of others")
         return ServedAnswer(
-            str(answer["text"]),
+            answer["text"],
             ids,
             numbers([entry[0] for entry in entries]).tolist(),
-            meta["finish_reason"]["type"] == "length",
+            was_cut(meta["finish_reason"]["type"]),
         )
 
     def tokenizing(self, text: str) -> Job | None:
@@ -91,20 +92,23 @@ class Sglang:
 
 def find(client: Client, model: dict[str, Any], dtype: str) -> Sglang:
     """The server, as it describes itself."""
-    info = client.get("/get_server_info") or client.get("/server_info") or {}
-    own = client.get("/get_model_info") or client.get("/model_info") or {}
-    longest = model.get("max_model_len") or info.get("context_length") or own.get("context_length")
+    info = client.described("/get_server_info") or client.described("/server_info")
+    own = client.described("/get_model_info") or client.described("/model_info")
+    longest = (
+        count(told.get(name)) for told, name in ((model, "max_model_len"), *((one, "context_length") for one in (info, own)))
+    )
     settings = {
         name: info[name] for name in ("enable_deterministic_inference", "attention_backend", "quantization") if name in info
     }
     told = str(info.get("dtype") or "")
+    told = {"half": "float16", "float": "float32"}.get(told, told)
     facts = ServerFacts(
         "SGLang",
         str(info.get("version", "")),
         str(model["id"]),
-        dtype=dtype if told in ("", "auto") else told,
-        longest=longest if isinstance(longest, int) else None,
-        chunk=size if isinstance(size := info.get("chunked_prefill_size"), int) and size > 0 else None,
+        dtype=told if told in DTYPES else dtype,
+        longest=next(filter(None, longest), None),
+        chunk=count(info.get("chunked_prefill_size")),
         prefix_cache=None if "disable_radix_cache" not in info else not info["disable_radix_cache"],
         settings=settings | ({"weights": own["model_path"]} if own.get("model_path") else {}),
     )

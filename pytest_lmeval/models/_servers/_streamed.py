@@ -14,6 +14,7 @@ from typing import Any
 
 from pytest_lmeval.errors import described
 from pytest_lmeval.models._servers._client import together
+from pytest_lmeval.models._servers._kind import refuse_unfinished
 
 PATH = "/v1/completions"
 SAID = 200  # characters of an error that are kept
@@ -142,6 +143,7 @@ async def _read(lines: AsyncIterator[str], request: Request, clock: Callable[[],
             count = len(ids) if ids is not None else int(bool(choice.get("text")))
             if count:
                 request.pieces.append((moment, count))
+            refuse_unfinished(choice.get("finish_reason"))
             finished = finished or choice.get("finish_reason") is not None
     if not finished:
         raise ValueError(f"the stream broke off after {sum(count for _, count in request.pieces)} tokens")

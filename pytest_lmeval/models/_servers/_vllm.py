@@ -11,7 +11,7 @@ import numpy as np
 
 from pytest_lmeval.models._served import Asking, Scoring, ServedAnswer, ServerFacts, TokenScores
 from pytest_lmeval.models._servers._client import Client
-from pytest_lmeval.models._servers._kind import Job, first_is_none, numbers, same_ids
+from pytest_lmeval.models._servers._kind import Job, count, first_is_none, numbers, same_ids, was_cut
 
 PATH = "/v1/completions"
 EVERY_CHOICE = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
@@ -81,7 +81,8 @@ class Vllm:
         ids, logprobs = choice.get("token_ids"), choice["logprobs"]["token_logprobs"]
         if ids is not None and len(ids) != len(logprobs):
             raise ValueError(f"{len(logprobs)} log-probabilities for {len(ids)} tokens of an answer")
-        return ServedAnswer(str(choice["text"]), ids, numbers(logprobs).tolist(), choice["finish_reason"] == "length")
+        ids = None if ids is None else list(map(int, ids))
+        return ServedAnswer(choice["text"], ids, numbers(logprobs).tolist(), was_cut(choice["finish_reason"]))
 
     def tokenizing(self, text: str) -> Job | None:
         return "/tokenize", {"model": self.facts.model, "prompt": text, "add_special_tokens": False}
@@ -92,7 +93,7 @@ class Vllm:
 
 def find(client: Client, model: dict[str, Any], dtype: str) -> Vllm:
     """The server, as it describes itself."""
-    version, metrics = client.get("/version") or {}, client.text("/metrics")
+    version, metrics = client.described("/version"), client.text("/metrics")
     labels = dict(re.findall(r'(\w+)="([^"]*)"', next(iter(re.findall(r"^vllm:cache_config_info\{(.*)\}", metrics, re.M)), "")))
     caching = {"True": True, "False": False}.get(labels.get("enable_prefix_caching", ""))
     settings = {name: labels[name] for name in ("block_size", "cache_dtype") if name in labels}
@@ -101,7 +102,7 @@ def find(client: Client, model: dict[str, Any], dtype: str) -> Vllm:
         str(version.get("version", "")),
         str(model["id"]),
         dtype=dtype,
-        longest=model.get("max_model_len"),
+        longest=count(model.get("max_model_len")),
         prefix_cache=caching,
         settings=settings | ({"base_model": model["parent"]} if model.get("parent") else {}),
     )

@@ -15,8 +15,9 @@ import torch
 
 from pytest_lmeval.errors import ModelError, SpecError, StreamError, described
 from pytest_lmeval.models._model import Model
-from pytest_lmeval.models._served import Asking, Scoring, ServedAnswer, ServerFacts, TokenScores, checked
-from pytest_lmeval.models._servers import encoder_of, served_model
+from pytest_lmeval.models._served import Asking, Scoring, ServedAnswer, ServerFacts, TokenScores, checked, checked_answer
+from pytest_lmeval.models._servers import served_model
+from pytest_lmeval.models._servers._tokenizer import encoder_of
 
 BLOCK = 32  # requests for each that is under way, which are given to the scheduler together
 SETTINGS = {"generation_config": "vllm", "seed": 0, "disable_log_stats": True}  # no default sampling of the model
@@ -25,8 +26,8 @@ SETTINGS = {"generation_config": "vllm", "seed": 0, "disable_log_stats": True}  
 class VllmHere:
     """vLLM's engine as a server. `Served` says what its methods do."""
 
-    def __init__(self, engine: Any, facts: ServerFacts, spec: str, concurrency: int) -> None:
-        self.engine, self.facts, self.spec, self.concurrency = engine, facts, spec, concurrency
+    def __init__(self, engine: Any, facts: ServerFacts, spec: str, size: int, concurrency: int) -> None:
+        self.engine, self.facts, self.spec, self.size, self.concurrency = engine, facts, spec, size, concurrency
 
     def score(self, asked: Sequence[Scoring], done: Callable[[int, TokenScores], None], *, at_once: int | None = None) -> None:
         from vllm import SamplingParams
@@ -78,7 +79,8 @@ class VllmHere:
             answer = found.outputs[0]
             ids = list(answer.token_ids)
             logprobs = [float(entry[token].logprob) for entry, token in zip(answer.logprobs, ids, strict=True)]
-            done(number, ServedAnswer(answer.text, ids, logprobs, answer.finish_reason == "length"))
+            whole = ServedAnswer(answer.text, ids, logprobs, answer.finish_reason == "length")
+            done(number, checked_answer(whole, asked[number], self.size, self.spec))
 
     def _run(self, jobs: Sequence[tuple[Sequence[int], Any]], at_once: int | None) -> Iterator[tuple[int, Any]]:
         """The number and the output of each job."""
@@ -142,5 +144,5 @@ def load(
         prefix_cache=bool(config.cache_config.enable_prefix_caching),
         settings={"block_size": config.cache_config.block_size, "quantization": config.model_config.quantization},
     )
-    served = VllmHere(engine, facts, spec, concurrency or 8)
+    served = VllmHere(engine, facts, spec, size, concurrency or 8)
     return served_model(served, spec, encoder, size, f"vllm {source} {vllm.__version__} {facts.dtype}")
