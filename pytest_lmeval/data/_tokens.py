@@ -162,7 +162,12 @@ class TokenReader:
 
 
 def model_for(lm: Model, corpus: Corpus) -> Model:
-    """The model with the tokenizer that reads the corpus as it says. Raises SpecError where it has none."""
+    """The model with the tokenizer that reads the corpus as it says. Raises SpecError where it has none, and for a classifier."""
+    if lm.classes:
+        raise SpecError(
+            f"{lm.spec} is a classifier, whose logits are over {list(lm.classes)!r}: it predicts no tokens of {corpus}. Ask it "
+            "the task that it was fine-tuned for."
+        )
     return with_special_tokens(lm) if corpus.special_tokens and not corpus.tokenized else lm
 
 
