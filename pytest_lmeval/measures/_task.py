@@ -97,7 +97,7 @@ def task(
         asking = Asking(asked, **settings, data_dir=context.session.mirror)
         rows = usual if model.served is not None else _rows_that_fit(model, asking)
     policy = policy_for(model, certificate, batch_size=rows, invariant=invariant)
-    data = [asked.name, asked.style, asked.special_tokens, _rows_fingerprint(asked, context), tokenizer_fingerprint(model)]
+    data = [asked.name, asked.style, asked.special_tokens, rows_fingerprint(asked, context), tokenizer_fingerprint(model)]
     key = context.key("task", model, {**settings, "batch_size": policy.batch_size, "invariant": invariant}, data)
     written = context.file("examples.jsonl")
     with context.session.progress(f"{model.spec} answers {asked.name}", unit="questions") as progress:
@@ -108,7 +108,7 @@ def task(
             policy=policy,
             data_dir=context.session.mirror,
             examples=context.path(written),
-            kept=context.path(f"{ANSWERS}/{_store_name(model, asked)}.jsonl"),
+            kept=context.path(f"{ANSWERS}/{store_name(model, asked)}.jsonl"),
             progress=progress,
         )
     if result.resumed:
@@ -126,7 +126,7 @@ def _rows_that_fit(lm: Model, asking: Asking) -> int:
     return rows_that_fit(lm, longest + max(answers, default=0), max(1, scored))
 
 
-def _store_name(lm: Model, task: Task) -> str:
+def store_name(lm: Model, task: Task) -> str:
     """The name of the file that holds what this model read for the task, in whatever test, batches and number of questions."""
     version = importlib.metadata.version("pytest-lmeval")
     return key_of(task=task.name, lm=[fingerprint(lm), str(lm.dtype), str(lm.device)], version=version)
@@ -298,7 +298,7 @@ def _withheld(task: Task, metrics: Sequence[Metric], values: dict[str, Value]) -
     return {name: value for name, value in values.items() if name not in about}, {name: why for name in values if name in about}
 
 
-def _rows_fingerprint(task: Task, context: VerbContext) -> str:
+def rows_fingerprint(task: Task, context: VerbContext) -> str:
     """Empty where it is unknown before the rows are read: of a function."""
     if isinstance(task.rows, Rows):
         return task.rows.fingerprint(context.session.mirror)

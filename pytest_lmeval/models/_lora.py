@@ -34,7 +34,9 @@ def with_lora(lm: Model, layers: Sequence[str], rank: int, seed: int) -> Model:
         try:
             peft.inject_adapter_in_model(config, lm.module)
         except Exception as error:  # a module may hold anything
-            raise SpecError(f"peft cannot put adapters into {lm.spec}: {described(error)}. Fine-tune all: method='full'.") from error
+            raise SpecError(
+                f"peft cannot put adapters into {lm.spec}: {described(error)}. Fine-tune all: method='full'."
+            ) from error
     for name, parameter in lm.module.named_parameters():
         added = ".lora_" in name or name.startswith(f"{HEAD}.")
         parameter.requires_grad_(added)

@@ -101,14 +101,14 @@ def plan_for(lm: Model, corpus: Source, held_out: Source | None, protocol: Proto
     return TextPlan(lm, str(text), protocol, decided_by, names, spec, text=text, held_out=unseen)
 
 
-def refuse_untrainable(lm: Model, protocol: Protocol) -> None:
-    """Raise SpecError for a model that this protocol cannot train."""
+def refuse_untrainable(lm: Model, protocol: Protocol, *, frozen: bool = False) -> None:
+    """Raise SpecError for a model that this protocol cannot train; `frozen`: its own parameters are not to be trained."""
     if lm.module is None or lm.rebuild is None:
         raise SpecError(f"{lm.spec} is no torch module: it has no weights that could be trained.")
     if lm.codebooks is not None:
         raise SpecError(f"{lm.spec} reads frames of {len(lm.codebooks.sizes)} codes, which no protocol supports yet.")
-    trained = {name: tensor.dtype for name, tensor in lm.module.named_parameters() if tensor.requires_grad}
-    if not trained:
+    trained = {name: tensor.dtype for name, tensor in lm.module.named_parameters() if tensor.requires_grad and not frozen}
+    if not trained and not frozen:
         raise SpecError(f"{lm.spec} has no parameter with requires_grad=True: there is nothing to train.")
     if coarse := [name for name, dtype in trained.items() if dtype in COARSE]:
         raise SpecError(

@@ -69,7 +69,11 @@ class QuestionObjective:
             series={
                 "learning_curve": Series([float(rows[end - 1]) for end in ends], means, "questions", "nats", "Learning curves"),
                 "held_out_loss": Series(
-                    [float(step * self.batch_size) for step in held_out], [*held_out.values()], "questions", "nats", "Held-out loss"
+                    [float(step * self.batch_size) for step in held_out],
+                    [*held_out.values()],
+                    "questions",
+                    "nats",
+                    "Held-out loss",
                 ),
             },
         )

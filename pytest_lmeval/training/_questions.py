@@ -1,7 +1,7 @@
 """Learn the answers to the questions of a task: what is read of its rows, and the loss of a batch of questions.
 
-    head, verbaliser, choice   cross-entropy among the choices, each with the log-likelihood of its tokens after the prompt
-    answer                     the loss of the tokens of the right answer alone, with what ends it, in nats per token
+head, verbaliser, choice   cross-entropy among the choices, each with the log-likelihood of its tokens after the prompt
+answer                     the loss of the tokens of the right answer alone, with what ends it, in nats per token
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def training_rows(task: Task, source: Any, limit: int | None, data_dir: str | Pa
                 "package, or on a Task of your own."
             )
         if isinstance(question, Generate) and not any(question.answers):
-            raise TaskError(f"{task}, {where}: it has no right answer (answers={question.answers!r}), so nothing is to be learned.")
+            raise TaskError(
+                f"{task}, {where}: it has no right answer (answers={question.answers!r}), so nothing is to be learned."
+            )
         found.append(TrainingRow(identity_of(task, row, where), number, question))
         if len(found) == limit:
             break
