@@ -23,16 +23,22 @@ class Objective(Protocol):
     """What is learned from one text, or from the questions of one task.
 
     batch_size  rows of an update
+    steps       updates in all
     unit        what a row counts in progress: its tokens, or 1
     item        the name of what is held out: "crop", "question"
     holds_out   whether anything is
     """
 
-    batch_size: int
-    unit: int
-    item: str
-    holds_out: bool
-    steps: int
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def unit(self) -> int: ...
+    @property
+    def item(self) -> str: ...
+    @property
+    def holds_out(self) -> bool: ...
 
     def batches(self, first: int = 0) -> Iterator[Any]:
         """The batches of all updates from `first` on, without end."""

@@ -80,7 +80,7 @@ def encoded(lm: Model, task: Task, rows: Sequence[TrainingRow]) -> list[EncodedQ
     encoder = Encoder(lm, replace(task, name=f"{task.name}[train]"))
     found = []
     for row in rows:
-        question, end = row.question, ()
+        question, end = row.question, tuple[int, ...]()
         if isinstance(question, Generate):
             text, end = _end(lm, question)
             target = next(f" {answer}" for answer in question.answers if answer)
@@ -119,20 +119,20 @@ def losses(lm: Model, questions: Sequence[EncodedQuestion]) -> Tensor:
     """
     requests = [request for one in questions for request in one.requests]
     reads = {request.read.tobytes(): request.read for request in requests}
-    index = {key: row for row, key in enumerate(reads)}
+    index = {key: at for at, key in enumerate(reads)}
     longest = max(map(len, reads.values()))
     first = min(request.context_len for request in requests) - 1  # the first position whose logits are wanted
     ids = np.zeros((len(reads), longest), dtype=np.int64)
-    for row, read in enumerate(reads.values()):
-        ids[row, : len(read)] = read
+    for at, read in enumerate(reads.values()):
+        ids[at, : len(read)] = read
     logits, _ = lm.step(torch.from_numpy(ids).to(lm.device), keep=longest - first)
     asked = np.array([request.asked for request in requests])
     at_row = np.repeat([index[request.read.tobytes()] for request in requests], asked)
-    position = np.concatenate([np.arange(request.context_len - 1, len(request.ids) - 1) for request in requests]) - first
-    target = np.concatenate([request.ids[request.context_len :] for request in requests])
-    owner = np.repeat(np.arange(len(requests)), asked)
-    at_row, position, target, owner = (torch.from_numpy(part).to(lm.device) for part in (at_row, position, target, owner))
-    nats = F.cross_entropy(logits[at_row, position].float(), target, reduction="none")
+    at_position = np.concatenate([np.arange(request.context_len - 1, len(request.ids) - 1) for request in requests]) - first
+    targets = np.concatenate([request.ids[request.context_len :] for request in requests])
+    owners = np.repeat(np.arange(len(requests)), asked)
+    row, position, target, owner = (torch.from_numpy(one).to(lm.device) for one in (at_row, at_position, targets, owners))
+    nats = F.cross_entropy(logits[row, position].float(), target, reduction="none")
     scores = torch.zeros(len(requests), device=nats.device).index_add(0, owner, -nats)
     found, begin = [], 0
     for one in questions:
