@@ -26,6 +26,7 @@ from pytest_lmeval.models._classifier import HEAD, calls, classifier, last_hidde
 from pytest_lmeval.models._identity import fingerprint
 from pytest_lmeval.models._model import Bytes
 from pytest_lmeval.models._sources import as_model
+from pytest_lmeval.records import load
 from pytest_lmeval.records._example import Example
 from pytest_lmeval.records._journal import Saver
 from pytest_lmeval.scoring._metrics import compute, metrics_of, scored
@@ -459,3 +460,50 @@ def test_questions_that_are_learned_too_and_cut_ones_are_counted():
     assert any(note.endswith("training questions truncated") for note in result.record.notes)
     assert math.isfinite(result.accuracy)
     assert np.isfinite(result.record.series["learning_curve"].y).all()
+
+
+# ---------------------------------------------------------------------------------------------------- the verb
+
+OWN = """
+    import random
+    from pytest_lmeval import Choices, Task
+
+    def rows(count, seed):
+        drawn = random.Random(seed)
+        return [{"n": seed * 1000 + n, "label": drawn.randrange(2)} for n in range(count)]
+
+    def ask(row):
+        return Choices(f"{row['n']} {'abcd'[2 * row['label']]}", ("no", "yes"), row["label"])
+
+    TASK = Task("letters", rows(20, 1), ask, train=rows(40, 2))
+
+    def test_learns(lmeval, lm):
+        result = lmeval.finetune(lm, TASK, seeds=2, lr=1e-2, batch_size=4, epochs=2)
+        assert lmeval.task(result.lm, TASK).accuracy == result.seeds[0].result.accuracy
+
+    def test_refused(lmeval, lm):
+        lmeval.finetune(lm, "glue")
+"""
+
+
+def test_models_are_fine_tuned_side_by_side_once_and_recorded(project):
+    project.makepyfile(test_own=OWN)
+    options = ("-p", "no:cacheprovider", "--lm", "tiny:Tiny", "--lm", "tiny:Other")
+    result = project.runpytest_subprocess(*options)
+    result.assert_outcomes(passed=2, failed=2)
+    result.stdout.fnmatch_lines(
+        ["*glue is a suite of 8 tasks*", "finetune, letters, fine-tuned", "*tiny:Tiny fine-tuned*", "*tiny:Other*"]
+    )
+    assert "site-packages" not in result.stdout.str()
+    document = load(project.path / ".lmeval" / "metrics.json")
+    records = [record for record in document.records if record.kind == "finetune"]
+    assert {record.lm.spec for record in records} == {"tiny:Tiny fine-tuned", "tiny:Other fine-tuned"}
+    for record in records:
+        assert {"accuracy", "accuracy_min", "accuracy_max", "accuracy_majority", "accuracy_over_majority"} <= set(
+            record.metrics
+        )
+        assert len((project.path / ".lmeval" / record.examples).read_text().splitlines()) == 20
+        assert record.settings["seeds"] == [0, 1]
+        assert record.certificate is not None
+    again = project.runpytest_subprocess(*options, "-k", "learns")
+    again.stdout.fnmatch_lines(["*tiny:Tiny on letters: fine-tuned before with the seeds 0, 1*"])
