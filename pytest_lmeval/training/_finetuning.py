@@ -167,7 +167,7 @@ def _rows(task: Task, train: Any, how: Finetuning, data_dir: str | Path | None) 
     source = train if train is not None else task.train if task.train is not None else task.shots
     if isinstance(source, list | tuple) and not source:
         raise TaskError(f"{task} has no rows to train on. Give them: Task(..., train=ROWS), or train=ROWS here.")
-    rows = training_rows(replace(task, train=source), source, how.train_limit, data_dir)
+    rows = training_rows(task, replace(task, train=source).train, how.train_limit, data_dir)
     if not rows:
         raise TaskError(f"{task}: none of its training rows is a question, so there is nothing to learn.")
     return rows
