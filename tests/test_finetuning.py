@@ -101,7 +101,7 @@ def test_each_kind_of_answer_is_learned_beyond_the_majority_and_chance(task, opt
     main = task.metrics[0]
     assert result.record.details["kind"] == kind
     assert result.record.settings["kind"] == kind
-    assert result.record.notes[0] == f"{kind}, median of 1 seed"
+    assert result.record.notes[0] == f"{kind}, one seed"
     assert result.record.metrics[f"{main}_over_majority"].low > 0.2
     assert result.record.metrics[f"{main}_majority"] < 0.65
     assert result.record.metrics[main] > 0.8
@@ -129,6 +129,7 @@ def test_the_median_and_the_range_over_seeds_are_those_of_their_tasks():
     assert result.accuracy == sorted(reached)[1]
     assert result.accuracy.interval == next(one for one in reached if one == result.accuracy).interval
     assert (metrics["accuracy_min"], metrics["accuracy_max"]) == (min(reached), max(reached))
+    assert result.record.notes[0].endswith(f", median of 3 seeds, accuracy {min(reached):.4g} to {max(reached):.4g}")
     assert len({one.training.settings["key"] for one in result.seeds}) == 3
     assert result.record.series["accuracy"].y == reached
     assert result.record.cost.seconds >= sum(one.training.cost.seconds for one in result.seeds)

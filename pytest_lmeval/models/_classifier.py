@@ -78,7 +78,7 @@ def classifier(lm: Model, classes: Sequence[str], seed: int) -> Model:
     assert lm.module is not None
     assert lm.rebuild is not None
     hidden = last_hidden(lm, calls(lm))
-    head = nn.utils.skip_init(nn.Linear, hidden.width, len(classes), bias=False)  # which would draw random numbers
+    head = nn.Linear(hidden.width, len(classes), bias=False, device="meta").to_empty(device="cpu")  # draws no random numbers
     nn.init.normal_(head.weight, std=0.02, generator=torch.Generator().manual_seed(seed))
     wide = torch.promote_types(lm.dtype, torch.float32)
     lm.module.add_module(HEAD, head.to(lm.device, wide))

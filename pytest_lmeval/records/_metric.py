@@ -222,7 +222,8 @@ def metric(name: str, value: Value | None = None) -> Metric:
     known, _, _ = _declared()
     for ending in (*STATISTICS, *MAJORITY):
         if (base := name.removesuffix(ending)) in known:
-            return replace(known[base], name=name, title="", headline=False, aliases=(), compared=False)
+            shown = ending in MAJORITY and known[base].headline
+            return replace(known[base], name=name, title="", headline=shown, aliases=(), compared=False)
     if value is None:
         return Metric(name, higher_is_better=None)
     aspect: Aspect = "speed" if value.unit in SPEED_UNITS else "quality"

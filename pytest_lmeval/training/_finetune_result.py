@@ -109,7 +109,7 @@ def result_of(
         settings={**record.settings, **settings, "seeds": [one.seed for one in seeds]},
         details=details,
         notes=[
-            f"{counts['kind']}, median of {len(seeds)} seed{'s' * (len(seeds) > 1)}",
+            f"{counts['kind']}, {_seeds_note(main, metrics, len(seeds))}",
             *notes,
             *([f"{cut:,} training questions truncated"] if cut else []),
             *record.notes,
@@ -133,6 +133,12 @@ def _about(one: Seed) -> dict[str, Any]:
     values = {name: float(value) for name, value in record.metrics.items() if name not in NOT_OF_ANSWERS}
     about = {"best_step": learned.details["best_step"], "held_out_nll": float(learned.metrics["nll"])}
     return {**values, **about, "key": learned.settings["key"], "seconds": float(learned.metrics["seconds"])}
+
+
+def _seeds_note(main: str, metrics: dict[str, Value], seeds: int) -> str:
+    if seeds == 1:
+        return "one seed"
+    return f"median of {seeds} seeds, {main} {metrics[f'{main}_min']:.4g} to {metrics[f'{main}_max']:.4g}"
 
 
 def _trained_parameters(lm: Model) -> int:
