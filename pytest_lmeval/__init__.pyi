@@ -86,4 +86,5 @@ from .training import (
     Protocol as Protocol,
     load_weights as load_weights,
 )
+from .training._finetune_verb import finetune as finetune
 from .training._verb import train as train

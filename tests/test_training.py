@@ -23,7 +23,6 @@ from tiny_models import Changed, Functional, GetSetState, PortableStreaming, Sta
 from torch import nn
 from torch.nn import functional as F
 
-import pytest_lmeval.training._loop as loop
 from pytest_lmeval.data import corpus
 from pytest_lmeval.data._corpus import Corpus, Document
 from pytest_lmeval.errors import CorpusError, ModelError, ProtocolError, SpecError, StreamError, TrainingError
@@ -36,6 +35,7 @@ from pytest_lmeval.records._measured import Record
 from pytest_lmeval.training import Protocol, load_weights, run_training
 from pytest_lmeval.training._plan import batches, held_out_batches
 from pytest_lmeval.training._protocol import learning_rate
+from pytest_lmeval.training._text_objective import evaluate
 from pytest_lmeval.training._weights import snapshot
 from pytest_lmeval.zoo._demo import Demo
 
@@ -266,7 +266,7 @@ def test_the_trained_model_is_ready_for_use():
     _, state = result.lm.step(torch.tensor([[1, 2]]))
     assert result.lm.step(torch.tensor([[3]]), state)[0].shape == (1, 1, VOCAB)
     held_out = held_out_batches(UNSEEN, SMALL, "")
-    assert float(loop.evaluate(result.lm, held_out).mean()) / SMALL.seq_len == pytest.approx(float(result.nll), rel=1e-12)
+    assert float(evaluate(result.lm, held_out).mean()) / SMALL.seq_len == pytest.approx(float(result.nll), rel=1e-12)
     assert trained(protocol=SHORT, spec="mine").lm.spec == "mine"
 
 

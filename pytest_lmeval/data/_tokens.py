@@ -17,7 +17,7 @@ from pytest_lmeval.data import corpus as named
 from pytest_lmeval.data._corpus import Corpus, Document
 from pytest_lmeval.data._joined import tokenized as joined
 from pytest_lmeval.engine._tokens import Tokens, array_of, tokens_of
-from pytest_lmeval.errors import CorpusError, StreamError
+from pytest_lmeval.errors import CorpusError, SpecError, StreamError
 from pytest_lmeval.models._model import Model, special_pattern, with_special_tokens
 from pytest_lmeval.records._share import WHOLE, Share
 
@@ -176,7 +176,12 @@ class TokenReader:
 
 
 def model_for(lm: Model, corpus: Corpus) -> Model:
-    """The model with the tokenizer that reads the corpus as it says. Raises SpecError where it has none."""
+    """The model with the tokenizer that reads the corpus as it says. Raises SpecError where it has none, or is a classifier."""
+    if lm.classes:
+        raise SpecError(
+            f"{lm.spec} is a classifier, whose logits are over {list(lm.classes)!r}: it predicts no tokens of {corpus}. Ask it "
+            "the task that it was fine-tuned for."
+        )
     return with_special_tokens(lm) if corpus.special_tokens and not corpus.tokenized else lm
 
 

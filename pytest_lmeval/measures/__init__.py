@@ -51,6 +51,7 @@ class Lmeval:
         agreement = staticmethod(public.agreement)
         efficiency = staticmethod(public.efficiency)
         equivalence = staticmethod(public.equivalence)
+        finetune = staticmethod(public.finetune)
         latency = staticmethod(public.latency)
         latency_grid = staticmethod(public.latency_grid)
         load_test = staticmethod(public.load_test)

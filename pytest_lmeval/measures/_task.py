@@ -101,7 +101,7 @@ def task(
         asking = Asking(asked, **settings, data_dir=context.session.mirror)
         rows = usual if model.served is not None else _rows_that_fit(model, asking)
     policy = policy_for(model, certificate, batch_size=rows, invariant=invariant)
-    data = [asked.name, asked.style, asked.special_tokens, _rows_fingerprint(asked, context), tokenizer_fingerprint(model)]
+    data = [asked.name, asked.style, asked.special_tokens, rows_fingerprint(asked, context), tokenizer_fingerprint(model)]
     key = context.key("task", model, {**settings, "batch_size": policy.batch_size, "invariant": invariant}, data)
     written = context.file("examples.jsonl")
     with context.session.progress(f"{model.spec} answers {asked.name}", unit="questions") as progress:
@@ -113,7 +113,7 @@ def task(
             policy=policy,
             data_dir=context.session.mirror,
             examples=None if context.ranks is not None else context.path(written),
-            kept=_store(context, model, asked),
+            kept=answers_file(context, model, asked),
             progress=progress,
         )
         ends_early = asked.threshold is not None  # the order of the answers decides when
@@ -136,7 +136,7 @@ def _rows_that_fit(lm: Model, asking: Asking) -> int:
     return rows_that_fit(lm, longest + max(answers, default=0), max(1, scored))
 
 
-def _store(context: VerbContext, lm: Model, task: Task) -> Path | None:
+def answers_file(context: VerbContext, lm: Model, task: Task) -> Path | None:
     """The file that holds what this model read for the task, in whatever test, batches and number of questions.
 
     Each rank writes one of its own, and reads those of all. What a model reads that spans the ranks is not kept: all would have
@@ -323,7 +323,7 @@ def _result_of(reading: TaskReading, began: float, in_turns: Decision) -> TaskRe
     return TaskResult(record, tuple(answered), reading.resumed, reading.values)
 
 
-def _rows_fingerprint(task: Task, context: VerbContext) -> str:
+def rows_fingerprint(task: Task, context: VerbContext) -> str:
     """Empty where it is unknown before the rows are read: of a function."""
     if isinstance(task.rows, Rows):
         return task.rows.fingerprint(context.session.mirror)

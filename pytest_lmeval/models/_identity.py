@@ -144,12 +144,12 @@ def _has_integers(module: nn.Module) -> bool:
 def fingerprint(model: Model) -> str:
     """Sixteen hex digits that change with the model's declared facts, code, settings or weights.
 
-    The declared facts are the form, the sizes of vocabulary and context, the codebooks, and what the model is compiled with,
-    but not a limit that the probe found. The code is that of the class of every submodule, of functions and hooks put into one,
-    of the function that built the model and of one that steps it, with the files of the user's project that it imports (see
-    `_source_code.code_digest`). The settings are the plain attributes of every submodule, and the configuration of a
-    transformers model with its attention implementation. Of a tensor with more than a million elements, an even sample and the
-    sum of all are hashed.
+    The declared facts are the form, the sizes of vocabulary and context, the codebooks, the classes, and what the model is
+    compiled with, but not a limit that the probe found. The code is that of the class of every submodule, of functions and
+    hooks put into one, of the function that built the model and of one that steps it, with the files of the user's project
+    that it imports (see `_source_code.code_digest`). The settings are the plain attributes of every submodule, and the
+    configuration of a transformers model with its attention implementation. Of a tensor with more than a million elements, an
+    even sample and the sum of all are hashed.
 
     An object that is no torch module is identified by its attribute `fingerprint` and its code; without the attribute it is a
     new model in every run.
@@ -158,7 +158,7 @@ def fingerprint(model: Model) -> str:
     change of a few elements of a large tensor that torch does not count (through `.data`, or by a kernel unknown to torch).
     """
     declared: list[Any] = [model.form, model.vocab_size, model.context_length]
-    declared += [model.compiled] * bool(model.compiled)
+    declared += [model.compiled] * bool(model.compiled) + [model.classes] * bool(model.classes)
     if (books := model.codebooks) is not None:
         declared += [books.sizes, books.scored, books.delays, books.gaps]
     digest = hashlib.sha256("|".join(map(str, declared)).encode())

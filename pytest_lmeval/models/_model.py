@@ -208,6 +208,7 @@ class Model:
     bytes_before    size of the module's tensors before its precision was set; None: it was not set
     compiled        the backend of torch.compile that `step_fn` was compiled with; "" if it was not
     found_limit     most tokens of a sequence as the probe found it, if none is declared; not part of the fingerprint
+    classes         of a classifier: the choices that its logits are over, in place of a vocabulary (see `models._classifier`)
 
     `dataclasses.replace` gives another value of the same loaded model, which is identified by `step_fn`.
     """
@@ -233,6 +234,7 @@ class Model:
     bytes_before: int | None = None
     compiled: str = ""
     found_limit: int | None = None
+    classes: tuple[str, ...] = ()
 
     def step(self, input_ids: Tensor, state: State | None = None, *, keep: int | None = None) -> tuple[Tensor, State]:
         """See `LanguageModel.step`. Raises ModelError if logits have another shape, or a stateful model returns no state."""

@@ -32,6 +32,7 @@ class Example(StoredStruct, frozen=True, kw_only=True):
     scores          metric -> score of this example; None if the metric does not apply to it
     key             hash of everything that decides the answer: model, prompt, question, seed, code of the judge
     group           what it shares with other questions, if anything (see `tasks.Choices.group`)
+    question        of several rows that are answers to one question (see `tasks.Choices.question`)
     choices         as the task gives them, with leading blanks; empty if the answer was generated
     texts           texts that stand for the choices when texts are compared; empty: the choices themselves
     right           indices of the right choices
@@ -82,6 +83,7 @@ class Example(StoredStruct, frozen=True, kw_only=True):
     retokenized: bool = False
     audited: float | None = None
     repeat: int = 0
+    question: str | None = None
 
     def __post_init__(self) -> None:
         count = len(self.choices)

@@ -76,7 +76,8 @@ MARGIN = re.compile(r"([+-]?)(\d+\.?\d*|\.\d+)(\s*%)?")
 """A margin as text: sign, size, and "%" if it is relative to the baseline."""
 
 SPEED_UNITS = ("s", "ms", "us", "ns", "tokens/s", "frames/s", "FLOP/s", "bytes/s")
-STATISTICS = ("_mean", "_min", "_max", "_std", "_p90", "_p95", "_p99")  # of repeated times; suffixes of the timed metric
+STATISTICS = ("_mean", "_min", "_max", "_std", "_p90", "_p95", "_p99")  # of repeated times, or of seeds; suffixes of the metric
+MAJORITY = ("_over_majority", "_majority")  # suffixes: how much better than the answer that is right most often, and that
 
 
 @dataclass(frozen=True)
@@ -219,9 +220,10 @@ def metric(name: str, value: Value | None = None) -> Metric:
     if (found := _registered(name)) is not None:
         return found
     known, _, _ = _declared()
-    for ending in STATISTICS:
+    for ending in (*STATISTICS, *MAJORITY):
         if (base := name.removesuffix(ending)) in known:
-            return replace(known[base], name=name, title="", headline=False, aliases=(), compared=False)
+            shown = ending in MAJORITY and known[base].headline
+            return replace(known[base], name=name, title="", headline=shown, aliases=(), compared=False)
     if value is None:
         return Metric(name, higher_is_better=None)
     aspect: Aspect = "speed" if value.unit in SPEED_UNITS else "quality"

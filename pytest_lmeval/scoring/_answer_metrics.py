@@ -23,6 +23,7 @@ from pytest_lmeval.records._metric import Answered, Estimate, Metric, Needs, Nor
 from pytest_lmeval.scoring._several import majority, pass_all, pass_at
 from pytest_lmeval.scoring._text_metrics import LOSS
 from pytest_lmeval.statistics._estimate import FEWEST_UNITS
+from pytest_lmeval.statistics._proportion import wilson
 from pytest_lmeval.tasks.scores._texts import squad
 
 NO_ANSWER = ("unanswerable", "")  # outputs that say that the text does not tell the answer
@@ -166,6 +167,16 @@ def _label(name: str, about: str, statistic: Callable[..., float], needs: Needs)
     return _mean(name, about, is_right, needs=needs, interval=None, statistic=estimate, library="sklearn", norm="sum")
 
 
+def _of_whole_questions(examples: Sequence[Example], seed: int) -> Estimate:
+    """The mean over questions of the probability that all of their rows are right, where ties are guessed."""
+    found: dict[Any, tuple[float, Any]] = {}
+    for example, unit in zip(examples, units_of(examples).tolist(), strict=True):
+        key = (example.id, example.number) if example.question is None else example.question
+        found[key] = found.get(key, (1.0, unit))[0] * (example.scores["question_exact_match"] or 0.0), unit
+    scores, units = map(list, zip(*found.values(), strict=True))
+    return math.fsum(scores) / len(scores), wilson(scores, units)
+
+
 def _several(name: str, about: str, score: Callable[[Sequence[Answered], int], float]) -> Metric:
     return Metric(name, about=about, several=score, interval="proportion")
 
@@ -223,6 +234,15 @@ METRICS = {
         _label("f1_macro", "mean over the labels of the F1 of each", partial(_f1, average="macro"), "one right choice"),
         _label(
             "matthews", "correlation of labels and predictions (Matthews 1975; Gorodkin 2004)", _matthews, "one right choice"
+        ),
+        _mean(
+            "question_exact_match",
+            "fraction of questions all of whose rows are right, as EM of MultiRC",
+            is_right,
+            needs="one right choice",
+            interval=None,
+            statistic=_of_whole_questions,
+            norm="sum",
         ),
         Metric(
             "bleu",

@@ -216,6 +216,8 @@ class Encoder:
 
     def _answered(self, prompt: str, question: Question, where: str, rendered: Rendered | None = None) -> _Reading:
         """The reading of a prompt and its answers; `rendered` is the conversation of which it is the text."""
+        if self.lm.classes:
+            return self._classes(prompt, question, where, rendered)
         if not isinstance(question, Choices):
             return self._prompt(prompt, where, rendered)
         made = after_prefix if self.chat is None else self.chat.choice
@@ -238,6 +240,19 @@ class Encoder:
         context_len = len(prefix) + boundary
         requests = [Request(np.concatenate([prefix, ids]), context_len) for ids in together]
         return _Reading(prompt, requests, len(prefix), ends, boundary < len(alone))
+
+    def _classes(self, prompt: str, question: Question, where: str, rendered: Rendered | None) -> _Reading:
+        """The reading of a prompt whose choices are the classes of the model: of each, the index stands after the prompt."""
+        given = question.choices if isinstance(question, Choices) else ()
+        if given != self.lm.classes:
+            asked = f"has the choices {list(given)!r}" if given else "is answered by a text"
+            raise TaskError(
+                f"{where} {asked}, and {self.lm.spec} is a classifier, which chooses among {list(self.lm.classes)!r} alone. "
+                "Ask it the task that it was fine-tuned for, or fine-tune with classes='verbaliser'."
+            )
+        ids, before, ends = begun(self.lm, prompt, where, rendered)
+        requests = [Request(np.append(ids, index), len(ids)) for index in range(len(given))]
+        return _Reading(prompt, requests, before, ends)
 
     def _prompt(self, prompt: str, where: str, rendered: Rendered | None) -> _Reading:
         ids, before, ends = begun(self.lm, prompt, where, rendered)

@@ -1,7 +1,8 @@
 """MMLU (Hendrycks et al. 2021, arXiv:2009.03300): examinations in 57 subjects, four choices each. Prompts of lm_eval.
 
 Letters are scored, not texts. All questions of a subject show the first of its five few-shot examples (split `dev`). The
-average of the suite gives every question the same weight, as lm_eval's does.
+average of the suite gives every question the same weight, as lm_eval's does. A fine-tuning learns from `auxiliary_train`,
+questions of other examinations, and is asked those of all subjects.
 """
 
 from __future__ import annotations
@@ -44,8 +45,17 @@ def _task(subject: str) -> Task:
         fewshot_strategy="first",
         description=f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n",
         style="lm_eval",
+        train=TRAIN,
+        classes=False,
     )
 
 
-SUITE = Suite("mmlu", tuple(map(_task, SUBJECTS)), weighted=True)
+ALL = Rows("cais/mmlu", "all", "test")
+TRAIN = ALL.of("auxiliary_train")
+SUITE = Suite(
+    "mmlu",
+    tuple(map(_task, SUBJECTS)),
+    weighted=True,
+    finetuned=Task("mmlu", ALL, mmlu, ("accuracy",), shots=ALL.of("dev"), train=TRAIN, classes=False),
+)
 REGISTERED = by_name(SUITE, *SUITE.tasks)

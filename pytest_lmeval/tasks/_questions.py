@@ -23,6 +23,8 @@ class Choices:
     group          what this question shares with others (a passage): their answers are not independent, and intervals are wider
     texts          one for each choice, which metrics of text compare in its place: the name that fills the gap of a sentence
     answer_prefix  see `Generate`
+    question       id of the question to which this row and others are answers, each right or wrong; see the metric
+                   "question_exact_match"
     """
 
     prompt: str
@@ -31,10 +33,12 @@ class Choices:
     group: str | None = None
     texts: tuple[str, ...] = ()
     answer_prefix: str = ""
+    question: str | None = None
 
     def __post_init__(self) -> None:
         _check_texts(self)
         _check_group(self.group)
+        _check_group(self.question, "question")
         for name in ("choices", "texts"):
             object.__setattr__(self, name, texts(name, getattr(self, name)))
         several = isinstance(self.answer, tuple)
@@ -167,6 +171,6 @@ def _check_texts(question: Choices | Generate) -> None:
     check_text("the answer_prefix is a text, and this one", question.answer_prefix)
 
 
-def _check_group(group: Any) -> None:
+def _check_group(group: Any, what: str = "group") -> None:
     if group is not None:
-        check_text("the group is a text, or None, and this one", group)
+        check_text(f"the {what} is a text, or None, and this one", group)

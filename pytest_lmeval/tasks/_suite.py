@@ -31,12 +31,14 @@ class Average:
 @dataclass(frozen=True)
 class Suite:
     """Tasks whose first metrics are averaged, each with the same weight, or with its number of questions if `weighted`; or
-    whose `averages` another harness declares."""
+    whose `averages` another harness declares. `finetuned` is one task with the questions of all, on which models are fine-tuned
+    once."""
 
     name: str
     tasks: tuple[Task, ...]
     weighted: bool = False
     averages: tuple[Average, ...] | None = None
+    finetuned: Task | None = None
 
     def __str__(self) -> str:
         return self.name

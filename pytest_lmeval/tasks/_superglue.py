@@ -37,7 +37,8 @@ def multirc(row: Row) -> Choices:
     """
     choices = tuple(f" {row['answer']}\nIs the answer correct? {word}" for word in ("no", "yes"))
     prompt = f"{row['paragraph']}\nQuestion: {row['question']}\nAnswer:"
-    return Choices(prompt, choices, row["label"], group=id_of({"paragraph": row["paragraph"]}))
+    passage = {"paragraph": row["paragraph"]}
+    return Choices(prompt, choices, row["label"], id_of(passage), question=id_of({**passage, "question": row["question"]}))
 
 
 def record(row: Row) -> Choices:
@@ -95,7 +96,7 @@ SUITE = Suite(
         _task("boolq", boolq),
         _task("cb", cb, "accuracy", "f1_macro"),
         _task("copa", copa),
-        _task("multirc", multirc),
+        _task("multirc", multirc, "accuracy", "f1", "question_exact_match"),  # f1 is F1a, the last is EM
         _task("record", record, "squad_f1", "exact_match"),
         _task("sglue_rte", rte, config="rte"),
         _task("wic", wic),

@@ -90,6 +90,9 @@ class Task:
                        question says: accuracy of choices; of generated answers exact_match, or rate where there is a judge.
                        Those of a `score` come before these, and by default alone (or beside rate)
     shots              rows of few-shot examples; () for none
+    train              rows to fine-tune on; None: those of `shots`
+    classes            choices that are the same for every row are classes, on which a fine-tuning may put a head; False: they
+                       are letters of texts in the prompt, compared by likelihood
     fewshot_strategy   "draw": each question draws its own, by its hash; "first": all show the first ones
     description        text before everything, once
     fewshot_delimiter  text after each few-shot example
@@ -140,6 +143,8 @@ class Task:
     prepare: Callable[[Setting], Task] | None = None
     shown: int = 0
     combine: Combine | None = None
+    train: Rows | Sequence[Row] | Callable[[], Iterable[Row]] | None = None
+    classes: bool = True
 
     def __post_init__(self) -> None:
         if self.metrics is not None:
@@ -148,8 +153,9 @@ class Task:
                 raise TaskError(f"{self} has no metrics. Give it at least one: ('accuracy',).")
         for name in ("description", "fewshot_delimiter"):
             check_text(f"{self}: {name} is a text, and this one", getattr(self, name))
-        for name in ("rows", "shots"):
-            object.__setattr__(self, name, _rows(f"{self}: {name}", getattr(self, name)))
+        for name in ("rows", "shots", "train"):
+            if (given := getattr(self, name)) is not None or name != "train":
+                object.__setattr__(self, name, _rows(f"{self}: {name}", given))
         for name in ("ask", "judge", "score"):
             if not callable(given := getattr(self, name)) and (name == "ask" or given is not None):
                 raise TaskError(f"{self}: {name} is {given!r}, of type {type(given).__name__}; it is a function.")

@@ -28,13 +28,23 @@ Source: TypeAlias = "Corpus | str | Iterable[Any]"
 
 @dataclass(frozen=True)
 class Plan:
-    """A training before it begins. `spec`: name of the trained model; None: one that says what was done."""
+    """A training before it begins.
+
+    lm          the model that is copied and trained
+    subject     the name of what it learns
+    decided_by  what decides the outcome beside model and protocol: texts or questions, the tokenizer
+    names       the same in names that people know
+    spec        name of the trained model; None: one that says what was done
+    partial     frozen parameters are neither copied nor saved
+    """
 
     lm: Model
-    text: Corpus
-    held_out: Corpus | None
+    subject: str
     protocol: Protocol
+    decided_by: dict[str, Any]
+    names: dict[str, Any]
     spec: str | None = None
+    partial: bool = False
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
@@ -44,22 +54,13 @@ class Plan:
             "protocol": self.protocol.to_json(),
             "lm": [fingerprint(self.lm), str(self.lm.dtype), str(self.lm.device)],
             "frozen": [name for name, parameter in parameters if not parameter.requires_grad],
-            "data": self.text.identity,
-            "held_out_data": None if self.held_out is None else self.held_out.identity,
-            "tokenizer": tokenizer_fingerprint(self.lm),
+            **self.decided_by,
             "version": importlib.metadata.version("pytest-lmeval"),
         }
 
     @property
     def key(self) -> str:
         return key_of(**self.identity)
-
-    @property
-    def names(self) -> dict[str, Any]:
-        """The identity in names that people know."""
-        tokenizer = None if self.text.tokenized else getattr(self.lm.tokenizer, "name", type(self.lm.tokenizer).__name__)
-        held_out = None if self.held_out is None else str(self.held_out)
-        return {"trained_from": self.lm.spec, "corpus": str(self.text), "held_out": held_out, "tokenized_by": tokenizer}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -69,7 +70,15 @@ class Plan:
         return {**self.names, **keys, **identity, **self.protocol.to_json()}
 
 
-def plan_for(lm: Model, corpus: Source, held_out: Source | None, protocol: Protocol, spec: str | None = None) -> Plan:
+@dataclass(frozen=True, kw_only=True)
+class TextPlan(Plan):
+    """A training on a text, of which `held_out` decides which weights are best."""
+
+    text: Corpus
+    held_out: Corpus | None
+
+
+def plan_for(lm: Model, corpus: Source, held_out: Source | None, protocol: Protocol, spec: str | None = None) -> TextPlan:
     """The plan. Raises SpecError for a model that this protocol cannot train, CorpusError if both texts are the same."""
     refuse_untrainable(lm, protocol)
     text = readable_again(lm, corpus, protocol.tokens)
@@ -77,17 +86,29 @@ def plan_for(lm: Model, corpus: Source, held_out: Source | None, protocol: Proto
     if unseen is not None and unseen.fingerprint == text.fingerprint:
         same = f"{text}, to train on, and {unseen}, to hold out, are the same text"
         raise CorpusError(f"{same}: a model that learned it by heart would look best. Hold out another split.")
-    return Plan(lm, text, unseen, protocol, spec)
+    tokenizer = None if text.tokenized else getattr(lm.tokenizer, "name", type(lm.tokenizer).__name__)
+    names = {
+        "trained_from": lm.spec,
+        "corpus": str(text),
+        "held_out": None if unseen is None else str(unseen),
+        "tokenized_by": tokenizer,
+    }
+    decided_by = {
+        "data": text.identity,
+        "held_out_data": None if unseen is None else unseen.identity,
+        "tokenizer": tokenizer_fingerprint(lm),
+    }
+    return TextPlan(lm, str(text), protocol, decided_by, names, spec, text=text, held_out=unseen)
 
 
-def refuse_untrainable(lm: Model, protocol: Protocol) -> None:
-    """Raise SpecError for a model that this protocol cannot train."""
+def refuse_untrainable(lm: Model, protocol: Protocol, *, frozen: bool = False) -> None:
+    """Raise SpecError for a model that this protocol cannot train; `frozen`: its own parameters are not to be trained."""
     if lm.module is None or lm.rebuild is None:
         raise SpecError(f"{lm.spec} is no torch module: it has no weights that could be trained.")
     if lm.codebooks is not None:
         raise SpecError(f"{lm.spec} reads frames of {len(lm.codebooks.sizes)} codes, which no protocol supports yet.")
-    trained = {name: tensor.dtype for name, tensor in lm.module.named_parameters() if tensor.requires_grad}
-    if not trained:
+    trained = {name: tensor.dtype for name, tensor in lm.module.named_parameters() if tensor.requires_grad and not frozen}
+    if not trained and not frozen:
         raise SpecError(f"{lm.spec} has no parameter with requires_grad=True: there is nothing to train.")
     if coarse := [name for name, dtype in trained.items() if dtype in COARSE]:
         raise SpecError(

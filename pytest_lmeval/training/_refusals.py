@@ -49,14 +49,14 @@ def _broken_gradients(run: Run, differentiated: Callable[[], float]) -> list[str
     return found
 
 
-def refuse_not_finite(run: Run, nats: Tensor) -> None:
-    """Raise TrainingError if a held-out crop has no finite loss."""
+def refuse_not_finite(run: Run, nats: Tensor, what: str) -> None:
+    """Raise TrainingError if a held-out crop, or question, has no finite loss."""
     if torch.isfinite(nats).all():
         return
     wrong = int((~torch.isfinite(nats)).nonzero()[0])
     before = f" The last training loss was {run.losses[-1]:.6g}, its gradient norm {run.norms[-1]:.4g}." if run.losses else ""
     raise TrainingError(
-        f"{run.lm.spec} on {run.text}: after {run.step} steps the loss of held-out crop {wrong} of {len(nats)} is "
+        f"{run.lm.spec} on {run.text}: after {run.step} steps the loss of held-out {what} {wrong} of {len(nats)} is "
         f"{float(nats[wrong])}.{before} Look for a division by zero, a logarithm of zero or an overflow in its eval mode."
     )
 

@@ -61,30 +61,21 @@ class TrainResult(Result):
 
 def record_of(run: Run, trained: Model, plan: Plan, per_epoch: int, flops: Flops, peak: Peak) -> Record:
     """The record of a training. `flops` are those of one step."""
-    protocol, about = plan.protocol, facts(trained)
+    protocol = plan.protocol
     tokens = run.step * protocol.batch_size * protocol.seq_len
     spent, last = flops * run.step, run.losses[-protocol.eval_every :]
-    costs = {
-        "seconds": run.seconds,
-        "flops_forward": spent.forward,
-        "flops_backward": spent.backward,
-        "flops_total": spent.total,
-        "model_bytes": about.bytes,
-        "peak_memory": peak.bytes,
-        "peak_memory_growth": peak.growth,
-        "parameters": about.parameters,
-    }
+    flops_by_pass = {"flops_forward": spent.forward, "flops_backward": spent.backward, "flops_total": spent.total}
     seen = len(last) * protocol.batch_size * protocol.seq_len
     return Record(
         kind="train",
         subject=run.text,
-        lm=about,
+        lm=facts(trained),
         settings=plan.settings,
-        details={"steps": run.step, "steps_an_epoch": per_epoch, "best_step": run.best_step, **_micro_batch(run, protocol)},
+        details={"steps": run.step, "steps_an_epoch": per_epoch, "best_step": run.best_step, **micro_batch(run, protocol)},
         metrics={
             **_held_out_values(run, protocol),
             "train_loss": value_of("train_loss", sum(last) / len(last), n=seen),
-            **{name: value_of(name, cost) for name, cost in costs.items() if cost is not None},
+            **costs_of(run, trained, peak, flops_by_pass),
             "tokens_per_second": value_of("tokens_per_second", tokens / run.seconds, n=tokens),
         },
         cost=Cost(seconds=run.seconds, tokens=tokens, flops=spent.total, peak_bytes=peak.bytes),
@@ -92,7 +83,15 @@ def record_of(run: Run, trained: Model, plan: Plan, per_epoch: int, flops: Flops
     )
 
 
-def _micro_batch(run: Run, protocol: Protocol) -> dict[str, Any]:
+def costs_of(run: Run, trained: Model, peak: Peak, flops: dict[str, int] | None = None) -> dict[str, Value]:
+    """What a training took: time, operations if they were counted, memory."""
+    about = facts(trained)
+    found: dict[str, float | None] = {"seconds": run.seconds, **(flops or {}), "model_bytes": about.bytes}
+    found |= {"peak_memory": peak.bytes, "peak_memory_growth": peak.growth, "parameters": about.parameters}
+    return {name: value_of(name, cost) for name, cost in found.items() if cost is not None}
+
+
+def micro_batch(run: Run, protocol: Protocol) -> dict[str, Any]:
     """Of a training that ran out of memory: how many rows it read at once, and words for it."""
     if run.micro_batch is None:
         return {}

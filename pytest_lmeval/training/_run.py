@@ -41,8 +41,9 @@ class Run:
     """The state of a training after `step` steps.
 
     lm, optimizer   the copy that is trained, and its optimizer
-    text            name of the training text
+    text            name of the training text, or of the task
     spec            name of the trained model; None: one that says what was done
+    partial         frozen parameters are not saved
     losses, norms   per step so far: mean loss of its tokens (nats), norm of all gradients before clipping
     evaluations     number of steps -> nats of each held-out crop, [crops] float64
     best_step       number of steps before the evaluation with the lowest mean; all steps if there is no held-out text
@@ -56,6 +57,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     text: str
     spec: str | None = None
+    partial: bool = False
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
     evaluations: dict[int, Tensor] = field(default_factory=dict)
@@ -93,7 +95,7 @@ class Run:
         return self.spec or f"{self.lm.spec}, trained {self.best_step} steps on {self.text}"
 
     def keep_as_best(self) -> None:
-        self.best_step, self.best = self.step, snapshot(self.lm)
+        self.best_step, self.best = self.step, snapshot(self.lm, partial=self.partial)
 
     def add_evaluation(self, nats: Tensor) -> None:
         """Record an evaluation, and keep the weights if it is the best so far."""
@@ -104,7 +106,7 @@ class Run:
 
 def new_run(plan: Plan) -> Run:
     """A run before its first step: a copy of the model, and AdamW that decays only matrices (not biases, gains, rates)."""
-    lm, protocol = copy_of(plan.lm), plan.protocol
+    lm, protocol = copy_of(plan.lm, partial=plan.partial), plan.protocol
     assert lm.module is not None
     trained = [parameter for parameter in lm.module.parameters() if parameter.requires_grad]
     groups = [
@@ -112,7 +114,7 @@ def new_run(plan: Plan) -> Run:
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=protocol.lr, betas=protocol.betas)
-    return Run(lm, optimizer, str(plan.text), plan.spec)
+    return Run(lm, optimizer, plan.subject, plan.spec, plan.partial)
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ class Folder:
 
         def load(file: IO[bytes]) -> Run:
             point, run = torch.load(file, map_location="cpu", weights_only=True), new()
-            fill(run.lm, point["weights"], "the saved point")
+            fill(run.lm, point["weights"], "the saved point", partial=run.partial)
             run.optimizer.load_state_dict(point["optimizer"])
             for name in KEPT:
                 if getattr(run, name) is not None and type(point[name]) is not type(getattr(run, name)):
@@ -154,7 +156,7 @@ class Folder:
 
     def save(self, run: Run) -> None:
         """Save a point to resume from (tensors and plain values, which load without running code), and the best weights."""
-        point = {"weights": snapshot(run.lm), "optimizer": run.optimizer.state_dict()}
+        point = {"weights": snapshot(run.lm, partial=run.partial), "optimizer": run.optimizer.state_dict()}
         point |= {name: getattr(run, name) for name in KEPT}
         Checkpoints(self.path).write(POINT, lambda file: torch.save(point, file))
         self.save_best(run)
@@ -176,7 +178,7 @@ class Folder:
             return
         Checkpoints(self.path).drop(POINT)
 
-    def finished(self, lm: Model) -> tuple[Model, Record] | None:
+    def finished(self, lm: Model, *, partial: bool = False) -> tuple[Model, Record] | None:
         """The trained model and its record if both are whole; warns of a broken file.
 
         Raises SpecError if the weights are those of another model.
@@ -191,7 +193,7 @@ class Folder:
             warn(f"{file} is broken ({type(error).__name__}: {error}); the model is trained anew.")
             return None
         try:
-            trained = load_weights(lm, inside(self.path, self.best.name))
+            trained = load_weights(lm, inside(self.path, self.best.name), partial=partial)
             if _digest(self.best) != digest:
                 raise UnreadableError(f"{self.best} holds other weights than record.json beside it describes.")
         except (OSError, UnreadableError) as error:

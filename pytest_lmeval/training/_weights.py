@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from pytest_lmeval.errors import SpecError, UnreadableError, some
 from pytest_lmeval.models._identity import architecture_of
@@ -17,8 +17,10 @@ from pytest_lmeval.models._sources import load
 from pytest_lmeval.models._tensors import is_packed, precision_of
 
 
-def load_weights(lm: Model | str, path: str | Path) -> Model:
+def load_weights(lm: Model | str, path: str | Path, *, partial: bool = False) -> Model:
     """A copy of a model (or of that of a spec) with the weights that `train` wrote: best.safetensors, or its folder.
+
+    partial  the file holds no frozen parameters, and those of the model stay
 
     Raises SpecError if the file is missing or broken, or does not fit; it names the tensors and settings that differ.
     """
@@ -31,16 +33,19 @@ def load_weights(lm: Model | str, path: str | Path) -> Model:
         raise UnreadableError(f"there are no weights at {file}.") from error
     except (SafetensorError, OSError) as error:
         raise UnreadableError(f"{file} is no whole file of weights ({error}); it was probably cut off.") from error
-    model = copy_of(load(lm) if isinstance(lm, str) else lm)
+    model = copy_of(load(lm) if isinstance(lm, str) else lm, partial=partial)
     source = f"{file} (weights of {about['spec']})" if "spec" in about else str(file)
-    fill(model, tensors, source)
+    fill(model, tensors, source, partial=partial)
     if "architecture" in about:
         _check_architecture(model, json.loads(about["architecture"]), source)
     return replace(model, spec=about.get("spec", f"{model.spec}, weights of {file.name}"))
 
 
-def copy_of(lm: Model) -> Model:
-    """The model with a copy of its module, in eval mode. Raises SpecError if there is no module to copy."""
+def copy_of(lm: Model, *, partial: bool = False) -> Model:
+    """The model with a copy of its module, in eval mode; `partial` copies share its frozen parameters.
+
+    Raises SpecError if there is no module to copy.
+    """
     if lm.module is None or lm.rebuild is None:
         raise SpecError(f"{lm.spec} is no torch module, so there are no weights to train or to load.")
     if packed := {precision_of(tensor) for tensor in lm.module.parameters() if is_packed(tensor)}:
@@ -48,8 +53,9 @@ def copy_of(lm: Model) -> Model:
             f"{lm.spec} holds weights that are packed ({', '.join(sorted(packed))}). They have no gradient, and updates are "
             "smaller than their rounding. Train the unpacked model, and pack the result."
         )
+    shared = {id(tensor): tensor for tensor in lm.module.parameters() if partial and not tensor.requires_grad}
     try:
-        module = copy.deepcopy(lm.module).eval()
+        module = copy.deepcopy(lm.module, shared).eval()
     except Exception as error:  # a module may hold anything
         why = f"{type(error).__name__}: {error}"
         raise SpecError(f"{lm.spec} cannot be copied ({why}), and only a copy is trained, to keep the given one.") from error
@@ -64,15 +70,17 @@ def copy_of(lm: Model) -> Model:
     )
 
 
-def snapshot(lm: Model) -> dict[str, Tensor]:
-    """A copy of the model's tensors on the CPU, without those that hold its state; tied weights under their first name."""
-    return {names[0]: tensor.detach().to("cpu", copy=True).contiguous() for names, tensor in _tensors(lm)}
+def snapshot(lm: Model, *, partial: bool = False) -> dict[str, Tensor]:
+    """A copy of the model's tensors on the CPU, without those that hold its state, and if `partial` without frozen parameters;
+    tied weights under their first name."""
+    return {names[0]: tensor.detach().to("cpu", copy=True).contiguous() for names, tensor in _tensors(lm, partial)}
 
 
-def fill(lm: Model, tensors: dict[str, Tensor], source: str) -> None:
-    """Put tensors into the model's module. Raises SpecError, leaving the model as before, if they are not exactly its own."""
+def fill(lm: Model, tensors: dict[str, Tensor], source: str, *, partial: bool = False) -> None:
+    """Put tensors into the model's module. Raises SpecError, leaving the model as before, if they are not exactly its own (if
+    `partial`, those of its own that are not frozen)."""
     assert lm.module is not None
-    own = _tensors(lm)
+    own = _tensors(lm, partial)
     shapes = {name: tensor.shape for names, tensor in own for name in names}
     wrong = {
         "missing": [names[0] for names, _ in own if not any(name in tensors for name in names)],
@@ -100,11 +108,13 @@ def _check_architecture(lm: Model, trained: dict[str, str | None], source: str) 
         raise SpecError(f"{source} does not fit {lm.spec}: {why}. Load the weights into the model that was trained.")
 
 
-def _tensors(lm: Model) -> list[tuple[list[str], Tensor]]:
-    """The tensors of the module's state dict that reading does not change, each with all of its names."""
+def _tensors(lm: Model, partial: bool = False) -> list[tuple[list[str], Tensor]]:
+    """The tensors of the module's state dict that reading does not change, each with all of its names; if `partial`, without
+    frozen parameters."""
     assert lm.module is not None
     found: dict[int, tuple[list[str], Tensor]] = {}
     for name, tensor in lm.module.state_dict(keep_vars=True).items():
-        if isinstance(tensor, Tensor) and name not in lm.mutable_buffers:
+        frozen = partial and isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+        if isinstance(tensor, Tensor) and name not in lm.mutable_buffers and not frozen:
             found.setdefault(id(tensor), ([], tensor))[0].append(name)
     return list(found.values())
