@@ -65,9 +65,9 @@ def _vectors(name: str, output: Any, b: int, t: int) -> Tensor:
     """The output of a module as [b, t, d]: itself, the first of several, or the rows of all tokens."""
     first = output[0] if isinstance(output, tuple | list) and output else getattr(output, "last_hidden_state", output)
     if isinstance(first, Tensor) and first.is_floating_point():
-        hidden = whole(first.detach())
+        hidden: Tensor = whole(first.detach())
         if hidden.ndim == 2 and len(hidden) == b * t:
-            return hidden.unflatten(0, (b, t))
+            return hidden.reshape(b, t, -1)
         if hidden.ndim == 3 and hidden.shape[:2] == (b, t):
             return hidden
     returned = f"shape {list(first.shape)} of {first.dtype}" if isinstance(first, Tensor) else type(first).__name__

@@ -14,7 +14,7 @@ from pytest_lmeval.models._model import Model
 from pytest_lmeval.records._measured import Cost, Record, Series
 from pytest_lmeval.records._metric import value_of
 from pytest_lmeval.records._value import Value
-from pytest_lmeval.scoring._hidden_states import HiddenStates
+from pytest_lmeval.scoring._hidden_states import HiddenStates, LayerStates
 
 SHOWN = 64  # directions in the plot of explained variance
 
@@ -37,16 +37,22 @@ def record_of(
     metrics: dict[str, Value] = {}
     if apart:
         metrics["separation"] = _mean_of("separation", [*apart.values()])
-    metrics["first_direction"] = value_of("first_direction", sum(first.values()) / len(first), n=states[0].both.count)
+    metrics["first_direction"] = value_of(
+        "first_direction", sum(first.values()) / len(first), n=next(iter(found.values())).both.count
+    )
     metrics |= {f"separation_at_{name}": value for name, value in apart.items()}
     metrics |= {f"first_direction_at_{name}": value_of(f"first_direction_at_{name}", part) for name, part in first.items()}
-    few = [name for name, layer in found.items() if layer.both.count <= len(layer.both.mean)]
-    errors = {name: layer.both.error / total for name, layer in found.items() if layer.both.rank and (total := layer.directions.total)}
-    notes = [
-        f"{states[few[0]].both.count:,} vectors of width {len(states[few[0]].both.mean):,}: the covariance has a variance along "
-        f"{states[few[0]].both.count - 1:,} directions at most, and says nothing of the others"
-    ] * bool(few)
-    notes += [f"covariances of low rank: a variance is up to {max(errors.values()):.2%} of the whole larger"] * bool(errors)
+    errors = {
+        name: layer.both.error / total for name, layer in found.items() if layer.both.rank and (total := layer.directions.total)
+    }
+    notes = []
+    if few := [layer.both for layer in found.values() if layer.both.count <= len(layer.both.mean)]:
+        notes.append(
+            f"{few[0].count:,} vectors of width {len(few[0].mean):,}: the covariance has a variance along {few[0].count - 1:,} "
+            "directions at most, and says nothing of the others"
+        )
+    if errors:
+        notes.append(f"covariances of low rank: a variance may be larger by up to {max(errors.values()):.2%} of the whole")
     notes += [f"{states.skipped:,} texts without a token were skipped"] * bool(states.skipped)
     return Record(
         kind="hidden_states",
@@ -61,7 +67,7 @@ def record_of(
         notes=[*notes, *policy.withheld[:1]],
         metrics=metrics,
         cost=Cost(seconds=seconds, tokens=states.tokens),
-        series=_series(states, names, explained, first, apart),
+        series=_series(found, names, explained, first, apart),
         certificate=None
         if policy.certificate is None
         else structs.replace(policy.certificate, chunking_used=f"texts side by side, long ones {policy.reading}"),
@@ -73,24 +79,34 @@ def _mean_of(name: str, values: Sequence[Value]) -> Value:
     ends = [value.interval for value in values if value.interval is not None]
     interval = None if len(ends) < len(values) else tuple(sum(column) / len(ends) for column in zip(*ends, strict=True))
     why = next((value.why for value in values if value.why), "")
-    return value_of(name, sum(values) / len(values), interval, n=values[0].n, why=why)  # type: ignore[arg-type]
+    return value_of(name, sum(values) / len(values), interval, n=values[0].n, why=why)
 
 
 def _series(
-    states: HiddenStates, names: Sequence[str], explained: dict[str, Any], first: dict[str, float], apart: dict[str, Value]
+    found: dict[str, LayerStates],
+    names: Sequence[str],
+    explained: dict[str, Any],
+    first: dict[str, float],
+    apart: dict[str, Value],
 ) -> dict[str, Series]:
     """The plots: along the first directions, explained variance, and both by layer."""
-    series, order = {}, {name: float(number) for number, name in enumerate(states)}
-    two = len(states.moments) > 1
+    series, order = {}, {name: float(number) for number, name in enumerate(found)}
+    two = any(layer.second is not None for layer in found.values())
     title = "Two sets along their direction" if two else "Hidden states along their first directions"
-    axes = ("along the direction between the sets", "along the first direction") if two else ("first direction", "second direction")
-    for name in states:
-        for curve, (x, y) in zip(names, states[name].plotted(), strict=False):
+    axes = (
+        ("along the direction between the sets", "along the first direction")
+        if two
+        else ("first direction", "second direction")
+    )
+    for name, layer in found.items():
+        for curve, (x, y) in zip(names, layer.plotted(), strict=False):
             series[f"along_{name}_{curve}"] = Series(x, y, *axes, title, part=name, curve=curve if two else "", points=True)
         parts = explained[name][:SHOWN].cumsum(0).tolist()
         if parts:
             numbers = [float(number) for number in range(1, len(parts) + 1)]
-            series[f"explained_{name}"] = Series(numbers, parts, "directions", "of the variance", "Explained variance", part=name)
+            series[f"explained_{name}"] = Series(
+                numbers, parts, "directions", "of the variance", "Explained variance", part=name
+            )
     by_layer = Series([*order.values()], [*first.values()], "layer", "of the variance", "First direction by layer")
     series["first_direction_by_layer"] = by_layer
     if apart:
@@ -99,4 +115,3 @@ def _series(
         low, high = ([*map(float, column)] for column in zip(*ends, strict=True)) if len(ends) == len(x) else ([], [])
         series["separation_by_layer"] = Series(x, y, "layer", "sd", "Separation by layer", low=low, high=high)
     return series
-

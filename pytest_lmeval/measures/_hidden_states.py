@@ -1,4 +1,4 @@
-"""Measure means, covariances and principal directions of hidden states in one pass, of one set of texts or the contrast of two."""
+"""Measure means, covariances and principal directions of hidden states in one pass, of one set of texts or of two."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def hidden_states(
     names: Sequence[str] = ("texts", "other texts"),
     save: str | Path | None = None,
 ) -> HiddenStatesResult:
-    """Measure mean, covariance and principal directions of hidden states in one pass, by layer, of `texts` or of the contrast of
-    `texts` and `other` (see `measure_hidden_states` for the parameters).
+    """Measure mean, covariance and principal directions of hidden states in one pass, by layer: of `texts`, or of the contrast
+    of `texts` and `other` (see `measure_hidden_states` for the parameters).
 
     texts, other  strings, sequences of token ids, an iterator of these, or a corpus; each text is read from an empty state.
                   `HiddenStates` that were merged are recorded without reading anything
@@ -100,13 +100,13 @@ def hidden_states(
         save_hidden_states(result.states, path)
         result = HiddenStatesResult(structs.replace(result.record, units=file), result.states, result.resumed_at)
     if result.resumed_at:
-        context.log.notes.append(f"{model.spec} on {result.record.subject}: resumed at text {result.resumed_at:,} of an interrupted run")
+        context.log.notes.append(
+            f"{model.spec} on {result.record.subject}: resumed at text {result.resumed_at:,} of an interrupted run"
+        )
     return context.recorded(key, result)
 
 
-def _merged(
-    context: VerbContext, lm: Model, policy: Policy, states: HiddenStates, names: Sequence[str]
-) -> HiddenStatesResult:
+def _merged(context: VerbContext, lm: Model, policy: Policy, states: HiddenStates, names: Sequence[str]) -> HiddenStatesResult:
     """The recorded result of sums that were read before. Raises ArgumentError for those of another model."""
     if states.about["model"] != (own := facts(lm).fingerprint):
         raise ArgumentError(
@@ -206,9 +206,7 @@ def measure_hidden_states(
     saved = read_checkpoint(checkpoints, key, lm)
     states, point = saved or (_empty(about, len(sources), reader, rank), Point())
     resumed_at, skipped = sum(states.texts), states.skipped
-    saver = Saver(
-        None if checkpoints is None else lambda point: write_checkpoint(checkpoints, key, states, point), "reading"
-    )
+    saver = Saver(None if checkpoints is None else lambda point: write_checkpoint(checkpoints, key, states, point), "reading")
     for which, source in enumerate(sources[point.which :], start=point.which):
         begin = point if which == point.which else Point(which)
         for batch, reached in reader.batches(source, begin):
@@ -216,14 +214,14 @@ def measure_hidden_states(
                 states.add(which, batch.texts, batch.positions, batch.vectors)
             states.tokens, states.skipped = states.tokens + reader.read, skipped + reader.skipped
             reader.read = 0
-            if progress is not None and sum(states.texts):
+            if progress is not None and any(states.texts):
                 progress(sum(states.texts), float("nan"), None)
             if reached is not None:
                 saver.save_if_due(reached)
-        if (count := sum(half[name].count for half in states.moments[which] for name in [*half][:1])) < 2:
+        if (count := sum(next(iter(half.values())).count for half in states.moments[which])) < 2:
             raise StreamError(
-                f"{source} has {count} vector(s), and a covariance needs two: a single one varies in no direction. Give it more "
-                'texts, or token="all", a vector for each token.'
+                f"{source} has {count} vector(s), and a covariance needs two: a single one varies in no direction. Give it "
+                'more texts, or token="all", a vector for each token.'
             )
     if save is not None:
         save_hidden_states(states, save)

@@ -27,8 +27,8 @@ def modules_of(lm: Model, layers: Layers = None) -> dict[str, nn.Module]:
     """The modules that `layers` means, by name, in the order of the model. Raises ArgumentError, with the nearest names."""
     if lm.module is None:
         raise ArgumentError(
-            f"{lm.spec} ({lm.form}) is no torch module, so it has no layers whose hidden states could be read. Load its weights "
-            "as a torch module or a transformers folder."
+            f"{lm.spec} ({lm.form}) is no torch module, so it has no layers whose hidden states could be read. Load its "
+            "weights as a torch module or a transformers folder."
         )
     known = {name: part for name, part in lm.module.named_modules() if name}
     blocks, wanted = blocks_of(lm.module), set[str]()
@@ -36,7 +36,7 @@ def modules_of(lm: Model, layers: Layers = None) -> dict[str, nn.Module]:
         if layer is None or (isinstance(layer, int) and not isinstance(layer, bool)):
             if not blocks:
                 raise ArgumentError(
-                    f"{lm.spec} has no list of blocks (nn.ModuleList), so layers are given by name. Its modules: {some([*known])}."
+                    f"{lm.spec} has no list of blocks (nn.ModuleList), so layers are given by name: {some([*known])}."
                 )
             if layer is not None and not -len(blocks) <= layer < len(blocks):
                 raise ArgumentError(
@@ -56,6 +56,7 @@ def matching(pattern: Any, known: Sequence[str], kind: str, whose: str) -> list[
     found = [name for name in known if fnmatchcase(name, pattern)]
     if not found:
         raise ArgumentError(
-            f"{pattern!r} matches no {kind} of {whose}.{nearest(pattern, known)} There are: {some(known)}; * stands for any text."
+            f"{pattern!r} matches no {kind} of {whose}.{nearest(pattern, known)} There are: {some(known)}; * stands "
+            "for any text."
         )
     return found

@@ -2,7 +2,7 @@
 
 A figure is plain data that the page's script reads (`templates/figures.js`):
 
-    {"title", "kind": "line" | "spread" | "dots", "choices": [{"label", "caption", "x", "y", "log": "" | "x" | "y" | "xy",
+    {"title", "kind": "line" | "spread" | "dots" | "scatter", "choices": [{"label", "caption", "x", "y", "log": "" | "x" | "y" | "xy",
      "curves": [{"name", "x": [...], "y": [...], "low", "high"}]}]}
 
 A choice is one text, task or shape; the reader picks one of several.
@@ -39,7 +39,7 @@ def figures(records: Sequence[Record], history: Sequence[Line] = ()) -> list[dic
             if series.x:
                 title = series.title or name.replace("_", " ").capitalize()
                 ordered = "spread" if series.x_unit == "run" else "line"  # runs have no order that matters
-                kind = "dots" if series.points else ordered
+                kind = "scatter" if series.points else ordered
                 figure = drawn.setdefault(title, {"title": title, "kind": kind, "choices": {}})
                 label = ": ".join(filter(None, (record.subject, series.part)))
                 choice = _choice(figure["choices"], label, series.x_unit, series.y_unit, series.log)
@@ -52,7 +52,7 @@ def figures(records: Sequence[Record], history: Sequence[Line] = ()) -> list[dic
             _disambiguate(choice["curves"])
             if figure["kind"] == "dots" and _needs_log(choice["curves"], "x"):
                 choice["log"] = "x"
-            if "y" not in choice["log"] and figure["kind"] != "spread" and _needs_log(choice["curves"], "y"):
+            if "y" not in choice["log"] and figure["kind"] in ("line", "dots") and _needs_log(choice["curves"], "y"):
                 choice["log"] += "y"
             choice["caption"] = caption(choice, figure["kind"])
     return found
@@ -123,9 +123,9 @@ def _describe(choice: dict[str, Any], curve: dict[str, Any], kind: str) -> str:
         ordered = sorted(y)
         middle, spread = ordered[len(ordered) // 2], f"{number(ordered[0])} to {number(ordered[-1])}"
         return f"takes {number(middle, choice['y'])} in the median of {len(y)} runs, {spread}"
-    if kind == "dots" and len(y) > 1:
-        middles = (number(statistics.median(values), unit) for values, unit in ((x, choice["x"]), (y, choice["y"])))
-        return f"has {len(y)} points around {' and '.join(middles)}"
+    if kind == "scatter":
+        middle, other = (number(statistics.median(values)) for values in (x, y))
+        return f"has {len(y)} points around {middle} {choice['x']} and {other} {choice['y']}"
     if len(y) == 1:
         return f"{number(y[0], choice['y'])} at {_at(x[0], choice['x'])}"
     ends = f"{_at(x[0], '%' if choice['x'] == '%' else '')} to {_at(x[-1], choice['x'])}"

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -52,7 +51,8 @@ def save_hidden_states(states: HiddenStates, path: str | Path) -> None:
 
 
 def load_hidden_states(path: str | Path, device: torch.device | str = "cpu") -> HiddenStates:
-    """Read sums that `hidden_states(..., save=path)` wrote. Raises UnreadableError for a file that is missing, broken or another."""
+    """Read sums that `hidden_states(..., save=path)` wrote. Raises UnreadableError for a file that is missing, cut off or
+    another."""
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             about = (file.metadata() or {})[KEY]
@@ -115,8 +115,8 @@ def _from_plain(text: str, tensors: dict[str, Tensor]) -> HiddenStates:
     for a in range(len(moments)):
         prefix = f"sample/{a}/vectors/"
         vectors = {name.removeprefix(prefix): own.cpu() for name, own in tensors.items() if name.startswith(prefix)}
-        arrays: list[np.ndarray] = [tensors[f"sample/{a}/{name}"].cpu().numpy() for name in ("drawn", "halves")]
-        sample.append(Sample(*arrays, vectors))
+        drawn, halves = (tensors[f"sample/{a}/{name}"].cpu().numpy() for name in ("drawn", "halves"))
+        sample.append(Sample(drawn, halves, vectors))
     return HiddenStates(plain["about"], moments, sample, plain["texts"], plain["skipped"], plain["tokens"])
 
 

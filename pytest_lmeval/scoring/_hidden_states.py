@@ -88,7 +88,9 @@ class LayerStates:
         if not all(map(math.isfinite, (value for value, _ in found))):
             return None
         mean, half_width = sum(value for value, _ in found) / 2, Z * math.sqrt(sum(error**2 for _, error in found)) / 2
-        interval = {"interval": (mean - half_width, mean + half_width)} if self.texts else {"why": "Tokens of a text are alike."}
+        interval = (
+            {"interval": (mean - half_width, mean + half_width)} if self.texts else {"why": "Tokens of a text are alike."}
+        )
         return value_of("separation_at_*", mean, n=self.both.count, **interval)
 
     def _separation(self, tried: int) -> tuple[float, float]:
@@ -152,7 +154,9 @@ class HiddenStates(Mapping[str, LayerStates]):
     tokens: int = 0
 
     @classmethod
-    def empty(cls, about: dict[str, Any], sets: int, widths: Mapping[str, tuple[int, Any]], ranks: Mapping[str, int | None]) -> HiddenStates:
+    def empty(
+        cls, about: dict[str, Any], sets: int, widths: Mapping[str, tuple[int, Any]], ranks: Mapping[str, int | None]
+    ) -> HiddenStates:
         """Sums of nothing. `widths`: name of a layer -> its width, and the device on which it is added up."""
         parts = [
             [{name: Moments(width, ranks[name], device) for name, (width, device) in widths.items()} for _ in range(sets)]
@@ -195,11 +199,14 @@ class HiddenStates(Mapping[str, LayerStates]):
             if differing or len(first.moments) != len(other.moments):
                 told = [f"{key} {first.about.get(key)!r} and {other.about.get(key)!r}" for key in sorted(differing)]
                 raise ArgumentError(
-                    f"hidden states of {'; '.join(told) or 'one set and of two'} cannot be merged: their sums mean other things. "
-                    "Read all parts with the same model and arguments."
+                    f"hidden states of {'; '.join(told) or 'one set and of two'} cannot be merged: their sums mean other "
+                    "things. Read all parts with the same model and arguments."
                 )
         moments = [
-            [{name: merged([part.moments[a][b][name] for part in parts]) for name in first} for b in range(len(first.moments[a]))]
+            [
+                {name: merged([part.moments[a][b][name] for part in parts]) for name in first}
+                for b in range(len(first.moments[a]))
+            ]
             for a in range(len(first.moments))
         ]
         sample = [Sample.merged([part.sample[a] for part in parts]) for a in range(len(first.moments))]
