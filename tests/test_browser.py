@@ -255,7 +255,9 @@ def test_nothing_is_wider_than_a_phone(open_report):
     page.locator("figure svg.plot").first.wait_for()
     page.get_by_label("Show").select_option(label="first is cut off")
     for summary in ("#questions details.question > summary", "#questions details details summary"):
-        page.locator(summary).first.press("Enter")  # a click can miss: figures above are drawn, and grow, as they come into view
+        page.locator(summary).first.press(
+            "Enter"
+        )  # a click can miss: figures above are drawn, and grow, as they come into view
     page.get_by_text("I think of 5").wait_for()
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
 

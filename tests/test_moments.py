@@ -84,7 +84,9 @@ def test_the_directions_are_those_of_incremental_pca_where_it_keeps_all_componen
     assert np.abs(few.explained_variance_ / found.variances[:3].numpy() - 1).max() > RELATIVE  # which drops the rest
 
 
-@given(cuts=st.sets(st.integers(1, 199), max_size=4), rank=st.integers(2, 9), decay=st.floats(0.4, 1.0), seed=st.integers(0, 50))
+@given(
+    cuts=st.sets(st.integers(1, 199), max_size=4), rank=st.integers(2, 9), decay=st.floats(0.4, 1.0), seed=st.integers(0, 50)
+)
 @settings(max_examples=25, deadline=None)
 def test_a_sketch_lacks_no_more_than_it_says_in_any_direction(cuts, rank, decay, seed):
     rows = vectors(200, 16, offset=10.0, decay=decay, seed=seed)

@@ -16,6 +16,7 @@ from pytest_lmeval.records._metric import value_of
 from pytest_lmeval.records._value import Value
 from pytest_lmeval.scoring._hidden_states import HiddenStates, LayerStates
 
+VECTORS = {"last": "of the last token", "mean": "mean over the tokens", "all": "of all tokens"}
 SHOWN = 64  # directions in the plot of explained variance
 
 
@@ -59,7 +60,8 @@ def record_of(
         subject=subject,
         lm=facts(lm),
         settings={
-            **{name: value for name, value in states.about.items() if name != "model"},
+            **{name: states.about[name] for name in ("layers", "rank", "tokens")},
+            "vectors": VECTORS[states.about["token"]],
             "limit": limit,
             "data": [source.fingerprint for source in sources],
         },

@@ -144,11 +144,26 @@ def iter_hidden_states(
     are those of `hidden_states`. The order of texts is that of their lengths; `batch.texts` holds their numbers."""
     context = current()
     model, certificate = context.certified(lm)
+    policy = policy_for(model, certificate, window="unlimited" if model.stateful else None)
+    return hidden_batches(
+        model, _corpus(context, texts, "texts"), policy, layers=layers, token=token, limit=limit, tokens=tokens
+    )
+
+
+def hidden_batches(
+    lm: Model,
+    texts: Texts,
+    policy: Policy | None = None,
+    *,
+    layers: Layers = None,
+    token: Token = "last",
+    limit: int | None = None,
+    tokens: int | None = None,
+) -> Iterator[HiddenBatch]:
+    """The batches of `iter_hidden_states`, read as the policy says."""
     _check(token, None)
-    engine = Engine(model, policy_for(model, certificate, window="unlimited" if model.stateful else None))
-    reader = HiddenReader(engine, modules_of(model, layers), token, limit, tokens)
-    found = reader.batches(_corpus(context, texts, "texts"), Point())
-    return (batch for batch, _ in found if batch is not None)
+    reader = HiddenReader(Engine(lm, policy), modules_of(lm, layers), token, limit, tokens)
+    return (batch for batch, _ in reader.batches(_corpus(None, texts, "texts"), Point()) if batch is not None)
 
 
 @dataclass(frozen=True, repr=False)
@@ -251,8 +266,9 @@ def _corpus(context: VerbContext | None, texts: Texts, name: str) -> Corpus:
     if isinstance(texts, str):
         return as_corpus(texts) if context is None else context.corpus(texts)
     known = isinstance(texts, Sequence | np.ndarray) or hasattr(texts, "ndim")
-    if known and not any(isinstance(text, str | Iterable) and getattr(text, "ndim", 1) for text in texts):
-        return as_corpus(texts)  # the ids of one text
+    given: Any = texts
+    if known and len(given) and not any(isinstance(text, Iterable) and getattr(text, "ndim", 1) for text in given):
+        return as_corpus(given)  # the ids of one text
     numbered = (_document(number, text) for number, text in enumerate(texts))
     if not known:
         return Corpus(name, "...", lambda: numbered)

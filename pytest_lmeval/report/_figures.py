@@ -2,8 +2,8 @@
 
 A figure is plain data that the page's script reads (`templates/figures.js`):
 
-    {"title", "kind": "line" | "spread" | "dots" | "scatter", "choices": [{"label", "caption", "x", "y", "log": "" | "x" | "y" | "xy",
-     "curves": [{"name", "x": [...], "y": [...], "low", "high"}]}]}
+    {"title", "kind": "line" | "spread" | "dots" | "scatter", "choices": [{"label", "caption", "x", "y",
+     "log": "" | "x" | "y" | "xy", "curves": [{"name", "x": [...], "y": [...], "low", "high"}]}]}
 
 A choice is one text, task or shape; the reader picks one of several.
 

@@ -134,7 +134,7 @@ class LayerStates:
         return found
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class HiddenStates(Mapping[str, LayerStates]):
     """The hidden states of texts by layer: a mapping from names of layers to `LayerStates`. A number means a position.
 
@@ -170,6 +170,9 @@ class HiddenStates(Mapping[str, LayerStates]):
         halves = [[half[name] for half in parts] for parts in self.moments]
         sampled = [(own.vectors[name], own.halves) for own in self.sample if name in own.vectors]
         return LayerStates(name, halves, sampled, self.about["token"] != "all")
+
+    def __repr__(self) -> str:
+        return f"<hidden states of {' and '.join(map(str, self.texts))} texts at {', '.join(self)}>"
 
     def __iter__(self):  # type: ignore[no-untyped-def]
         return iter(self.moments[0][0])
