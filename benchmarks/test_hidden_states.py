@@ -1,0 +1,75 @@
+"""Measure what hidden states cost: memory and time of one pass, beside keeping every vector and computing at the end.
+
+pytest benchmarks/test_hidden_states.py --lm hf:FOLDER -s
+"""
+
+import time
+
+import pytest
+import torch
+
+from pytest_lmeval import Value, policy_for
+from pytest_lmeval.measures._hidden_states import hidden_batches, measure_hidden_states
+from pytest_lmeval.profiling._peak import peak_memory
+
+pytestmark = pytest.mark.benchmark
+TEXTS, CHARACTERS = 40, 2_000
+LEAST_SAVED = 0.4
+
+
+@pytest.fixture(scope="module")
+def texts():
+    from pytest_lmeval import corpus
+
+    whole = "".join(document.text for document in corpus("stdlib", "train").documents())
+    return [whole[begin : begin + CHARACTERS] for begin in range(0, TEXTS * CHARACTERS, CHARACTERS)]
+
+
+def at_the_end(lm, texts, policy):
+    """Every vector kept, and what torch computes of them."""
+    kept = {}
+    for batch in hidden_batches(lm, texts, policy, token="all"):
+        for name, vectors in batch.vectors.items():
+            kept.setdefault(name, []).append(vectors)
+    return {name: torch.cov(torch.cat(kept.pop(name)).double().T) for name in [*kept]}
+
+
+def measured(lm, work):
+    with peak_memory(lm.device) as peak:
+        began = time.perf_counter()
+        found = work()
+        seconds = time.perf_counter() - began
+    return found, peak.growth, seconds
+
+
+def test_one_pass_holds_a_small_part_of_the_memory_of_all_vectors(lmeval, lm, texts):
+    policy = policy_for(lm, lmeval.equivalence(lm).certificate, window="unlimited" if lm.stateful else None)
+    list(hidden_batches(lm, texts[:2], policy, token="all"))  # what the first step allocates stays
+    result, one_pass, seconds = measured(lm, lambda: measure_hidden_states(lm, texts, token="all", policy=policy))
+    low, low_pass, low_seconds = measured(lm, lambda: measure_hidden_states(lm, texts, token="all", policy=policy, rank=64))
+    expected, all_vectors, their_seconds = measured(lm, lambda: at_the_end(lm, texts, policy))
+    if one_pass is None:
+        pytest.skip("this system does not tell the most memory that a process held")
+    errors, lacking = [], []
+    for name, covariance in expected.items():
+        scale = float(covariance.abs().max())
+        errors.append(float((result.states[name].first.covariance - covariance.cpu()).abs().max()) / scale)
+        sketch, variance = low.states[name].first, float(result.states[name].directions.variances[0])
+        lacking.append(1 - float(sketch.directions(1).variances[0]) / variance)
+        assert float(low.states[name].directions.variances[0]) + sketch.error >= variance * (1 - 1e-9)
+    values = {
+        "tokens": Value(result.states.tokens, "tokens"),
+        "peak_in_one_pass": Value(one_pass, "bytes"),
+        "peak_of_low_rank": Value(low_pass, "bytes"),
+        "peak_of_all_vectors": Value(all_vectors, "bytes"),
+        "memory_saved": Value(1 - one_pass / all_vectors, higher_is_better=True),
+        "memory_saved_by_low_rank": Value(1 - low_pass / all_vectors, higher_is_better=True),
+        "time_over_all_vectors": Value(seconds / their_seconds, "x", higher_is_better=False),
+        "time_of_low_rank_over_all_vectors": Value(low_seconds / their_seconds, "x", higher_is_better=False),
+        "largest_relative_error": Value(max(errors), higher_is_better=False),
+        "largest_lack_of_the_first_variance": Value(max(lacking), higher_is_better=False),
+    }
+    print(f"\n{lm.spec}: " + ", ".join(f"{name} {value!r}" for name, value in values.items()))
+    lmeval.record(lm, "hidden states in one pass", **values)
+    assert max(errors) < 1e-10
+    assert values["memory_saved"] > LEAST_SAVED
