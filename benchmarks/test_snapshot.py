@@ -105,8 +105,7 @@ def test_twenty_directions_are_ablated_and_undone(lmeval, lm, corpus):
     short = [part for part in parts if 60 < len(part) < 240]
     items = [part for part in short if part.lstrip().startswith(("*", "-"))][: SET + TRIED]
     sentences = [part for part in short if part[0].isupper()][: SET + TRIED]
-    certificate = lmeval.equivalence(lm).certificate
-    found = measure_hidden_states(lm, items[:SET], sentences[:SET], token="mean", policy=policy_for(lm, certificate)).states
+    found = measure_hidden_states(lm, items[:SET], sentences[:SET], token="mean", policy=policy_for(lm)).states
     rows = [[np.asarray(lm.tokenizer.encode(part)[0]) for part in texts[SET:]] for texts in (items, sentences)]
     width, generator = len(found[0].direction), torch.Generator().manual_seed(0)
     chosen = np.linspace(0, len(found) - 1, FOUND).round().astype(int).tolist()

@@ -369,7 +369,7 @@ def test_the_plots_show_explained_variance_both_sets_and_the_layers():
     assert sets["kind"] == "scatter"
     explained = drawn["Explained variance"]["choices"][0]["curves"][0]["y"]
     assert explained == sorted(explained)
-    assert explained[-1] == pytest.approx(1)
+    assert explained[-1] == pytest.approx(100)
     by_layer = drawn["Separation by layer"]["choices"][0]["curves"][0]
     assert all(low < y < high for low, y, high in zip(by_layer["low"], by_layer["y"], by_layer["high"], strict=True))
     single = {figure["title"] for figure in figures([measure_hidden_states(LM, TEXTS).record])}

@@ -95,25 +95,22 @@ def _series(
     series, order = {}, {name: float(number) for number, name in enumerate(found)}
     two = any(layer.second is not None for layer in found.values())
     title = "Two sets along their direction" if two else "Hidden states along their first directions"
-    axes = (
-        ("along the direction between the sets", "along the first direction")
-        if two
-        else ("first direction", "second direction")
-    )
+    axes = ("along the direction between the sets", "across it") if two else ("first direction", "second direction")
     for name, layer in found.items():
         for curve, (x, y) in zip(names, layer.plotted(), strict=False):
             series[f"along_{name}_{curve}"] = Series(x, y, *axes, title, part=name, curve=curve if two else "", points=True)
-        parts = explained[name][:SHOWN].cumsum(0).tolist()
-        if parts:
+        if parts := (100 * explained[name][:SHOWN].cumsum(0)).tolist():
             numbers = [float(number) for number in range(1, len(parts) + 1)]
             series[f"explained_{name}"] = Series(
-                numbers, parts, "directions", "of the variance", "Explained variance", part=name
+                numbers, parts, "directions", "% of the variance", "Explained variance", part=name
             )
-    by_layer = Series([*order.values()], [*first.values()], "layer", "of the variance", "First direction by layer")
-    series["first_direction_by_layer"] = by_layer
+    parts = [100 * fraction for fraction in first.values()]
+    series["first_direction_by_layer"] = Series(
+        [*order.values()], parts, "layers", "% of the variance", "First direction by layer"
+    )
     if apart:
         x, y = [order[name] for name in apart], [float(value) for value in apart.values()]
         ends = [value.interval for value in apart.values() if value.interval is not None]
         low, high = ([*map(float, column)] for column in zip(*ends, strict=True)) if len(ends) == len(x) else ([], [])
-        series["separation_by_layer"] = Series(x, y, "layer", "sd", "Separation by layer", low=low, high=high)
+        series["separation_by_layer"] = Series(x, y, "layers", "sd", "Separation by layer", low=low, high=high)
     return series

@@ -125,7 +125,7 @@ def _describe(choice: dict[str, Any], curve: dict[str, Any], kind: str) -> str:
         return f"takes {number(middle, choice['y'])} in the median of {len(y)} runs, {spread}"
     if kind == "scatter":
         middle, other = (number(statistics.median(values)) for values in (x, y))
-        return f"has {len(y)} points around {middle} {choice['x']} and {other} {choice['y']}"
+        return f"has {len(y)} points around {middle}, {other} (medians)"
     if len(y) == 1:
         return f"{number(y[0], choice['y'])} at {_at(x[0], choice['x'])}"
     ends = f"{_at(x[0], '%' if choice['x'] == '%' else '')} to {_at(x[-1], choice['x'])}"

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from pytest_lmeval.errors import ArgumentError
 from pytest_lmeval.records._metric import value_of
@@ -115,7 +116,8 @@ class LayerStates:
 
     def plotted(self) -> list[tuple[list[float], list[float]]]:
         """Two coordinates of the vectors of each set that are kept: along the first two principal directions; of two sets,
-        along the direction that tells them apart in the other half of the texts, and along the first principal direction."""
+        along the direction that tells them apart in the other half of the texts, and along the first principal direction across
+        it."""
         axes = self.directions.vectors
         if len(axes) < 2 - (self.second is not None):
             return []
@@ -128,8 +130,10 @@ class LayerStates:
                 units = [unit for own in (1, 0) if (unit := self._direction_of(own)) is not None]
                 if len(units) < 2:
                     return []
-                first = (centred * torch.stack(units)[torch.from_numpy(half)]).sum(dim=1)
-                second = centred @ axes[0]
+                along = torch.stack(units)[torch.from_numpy(half)]
+                first = (centred * along).sum(dim=1)
+                across = axes[0] - along * (along @ axes[0])[:, None]
+                second = (centred * normalize(across, dim=1)).sum(dim=1)
             found.append((first.tolist(), second.tolist()))
         return found
 
