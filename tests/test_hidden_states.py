@@ -387,3 +387,28 @@ def test_a_finished_call_is_taken_from_the_journal_with_its_sums(tmp_path):
     assert equal(again.states, first.states)
     (tmp_path / first.record.units).unlink()
     assert equal(call().states, first.states)  # read again
+
+
+def test_the_hidden_states_of_a_transformers_model_are_those_that_it_returns(tmp_path):
+    pytest.importorskip("transformers")
+    import hf_tiny as tiny
+
+    lm = pytest_lmeval.load(f"hf:{tiny.saved(tmp_path)}")
+    texts = drawn([5, 30, 11, 2], below=64)
+    found = measure_hidden_states(lm, texts, token="mean", policy=Policy(chunk_size=16)).states
+    assert [*found] == ["model.layers.0", "model.layers.1"]
+    with torch.no_grad():
+        answers = [lm.module(torch.as_tensor(ids)[None], output_hidden_states=True).hidden_states for ids in texts]
+    rows = torch.stack([answer[1][0].double().mean(0) for answer in answers])
+    torch.testing.assert_close(found[0].first.mean, rows.mean(0), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found[0].first.covariance, torch.cov(rows.T), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("spec", ["zoo:mamba", "zoo:lstm", pytest.param("zoo:moshi", marks=pytest.mark.thorough)])
+def test_models_of_every_kind_have_hidden_states(spec):
+    lm = pytest_lmeval.load(spec)
+    frames = lambda length: np.zeros((length, len(lm.codebooks.sizes)), dtype=int) if lm.codebooks else np.arange(length)  # noqa: E731
+    texts = [Document(str(length), ids=frames(length)) for length in (3, 9, 5)]
+    result = measure_hidden_states(lm, Corpus("own", "test", lambda: iter(texts), "x", tokenized=True), token="all")
+    assert result.states.texts == [3]
+    assert result.states[0].first.count == 17
