@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -24,7 +24,7 @@ from pytest_lmeval.measures._hidden_record import record_of
 from pytest_lmeval.models._identity import facts, tokenizer_fingerprint
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.models._named import Layers, modules_of
-from pytest_lmeval.records._journal import Checkpoints, Saver
+from pytest_lmeval.records._journal import Checkpoints, Saver, warn
 from pytest_lmeval.records._measured import MetricValue, Result
 from pytest_lmeval.scoring._hidden_files import (
     Point,
@@ -96,14 +96,24 @@ def hidden_states(
             checkpoints=journal.checkpoints if journal and known and policy.resume else None,
             key=key,
         )
-    if file and (path := context.path(file)) is not None:
-        save_hidden_states(result.states, path)
-        result = HiddenStatesResult(structs.replace(result.record, units=file), result.states, result.resumed_at)
+    result = _with_file(result, file, context.path(file))
     if result.resumed_at:
         context.log.notes.append(
             f"{model.spec} on {result.record.subject}: resumed at text {result.resumed_at:,} of an interrupted run"
         )
     return context.recorded(key, result)
+
+
+def _with_file(result: HiddenStatesResult, file: str | None, path: Path | None) -> HiddenStatesResult:
+    """The result, whose record names the file of its sums; without one, and with a warning, if it cannot be written."""
+    if path is None:
+        return result
+    try:
+        save_hidden_states(result.states, path)
+    except OSError as error:
+        warn(f"{path} cannot be written ({error.strerror or error}): the sums of hidden states are not kept.")
+        return result
+    return replace(result, record=structs.replace(result.record, units=file))
 
 
 def _merged(context: VerbContext, lm: Model, policy: Policy, states: HiddenStates, names: Sequence[str]) -> HiddenStatesResult:

@@ -36,12 +36,14 @@ class LayerStates:
     second   those of the second set; None if there is only one
     halves   moments of even and odd texts of each set, [sets][halves]; of one set a single part
     sampled  vectors of each set that are kept, [n, d] float32, and the half that each is of
+
+    one_a_text: each vector is of another text, and not of another token
     """
 
     name: str
     halves: list[list[Moments]]
     sampled: list[tuple[Tensor, np.ndarray]]
-    texts: bool = True  # the vectors are of texts, one each, and not of all their tokens
+    one_a_text: bool = True
 
     @cached_property
     def first(self) -> Moments:
@@ -90,7 +92,7 @@ class LayerStates:
             return None
         mean, half_width = sum(value for value, _ in found) / 2, Z * math.sqrt(sum(error**2 for _, error in found)) / 2
         interval = (
-            {"interval": (mean - half_width, mean + half_width)} if self.texts else {"why": "Tokens of a text are alike."}
+            {"interval": (mean - half_width, mean + half_width)} if self.one_a_text else {"why": "Tokens of a text are alike."}
         )
         return value_of("separation_at_*", mean, n=self.both.count, **interval)
 
