@@ -45,12 +45,17 @@ from .laws import replay as replay
 from .measures._agreement import agreement as agreement
 from .measures._efficiency import efficiency as efficiency
 from .measures._equivalence import equivalence as equivalence
+from .measures._hidden_states import (
+    hidden_states as hidden_states,
+    iter_hidden_states as iter_hidden_states,
+)
 from .measures._latency import latency as latency
 from .measures._latency_grid import latency_grid as latency_grid
 from .measures._load_test import load_test as load_test
 from .measures._memory import memory as memory
 from .measures._perplexity import perplexity as perplexity
 from .measures._record import record as record
+from .measures._snapshot import snapshot as snapshot
 from .measures._streaming import streaming as streaming
 from .measures._suite import suite as suite
 from .measures._task import task as task
@@ -76,6 +81,8 @@ from .records._measured import (
 )
 from .records._metric import Metric as Metric
 from .records._value import Value as Value
+from .scoring._hidden_files import load_hidden_states as load_hidden_states
+from .scoring._hidden_states import HiddenStates as HiddenStates
 from .tasks import (
     Choices as Choices,
     Generate as Generate,

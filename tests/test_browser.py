@@ -33,6 +33,19 @@ def answers(spec, wrong):
         yield generated(number, text, target=f"target {number}", scores={"squad_f1": score}, **own)
 
 
+def hidden_series():
+    """Two sets of points at each of two layers, and a curve with its interval."""
+    found = {
+        f"{layer} {name}": Series(
+            [x, x + 1.0, 40.0 * x], [1.0, 2.0, 50.0], "first", "second", "Two sets", part=layer, curve=name, points=True
+        )
+        for layer in ("layers.0", "layers.1")
+        for name, x in (("texts", 1.0), ("others", 3.0))
+    }
+    by_layer = Series([0.0, 1.0], [1.0, 2.0], "layers", "sd", "Separation by layer", low=[0.5, 1.5], high=[1.5, 2.5])
+    return {**found, "separation": by_layer}
+
+
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
     words = {"subject": "words", "certificate": laws_of().certificate}
@@ -46,6 +59,7 @@ def address(tmp_path_factory):
         perplexity_of(),
         perplexity_of("zoo:mamba", lm=model("zoo:mamba", bytes=7_000_000)),
         perplexity_of(kind="latency", metrics={}, series={"e2e_by_run": Series([0.0, 1.0, 2.0], [4.0, 3.0, 3.5], "run", "ms")}),
+        perplexity_of(kind="hidden_states", subject="12 texts and 8 others", metrics={}, series=hidden_series()),
         task_of(HOSTILE, **words),
         first,
         replace(second, series={"state_bytes": state}),
@@ -238,6 +252,21 @@ def test_every_plot_has_a_description_and_its_data_and_byte_ticks_have_one_unit(
     ticks = state.locator("svg.plot g[aria-label='y-axis tick label'] text").all_text_contents()
     assert len(ticks) > 2
     assert {tick.replace("\u00a0", " ").split()[-1] for tick in ticks} == {"MiB"}
+
+
+def test_two_sets_are_points_of_two_colours_at_a_layer_that_the_reader_chooses(open_report):
+    page = open_report()
+    figure = page.locator("figure:has(h3:text-is('Two sets'))")
+    figure.scroll_into_view_if_needed()
+    figure.locator("svg.plot circle").first.wait_for()
+    colours = figure.locator("svg.plot g[fill]:has(circle)").evaluate_all("all => all.map(one => one.getAttribute('fill'))")
+    assert figure.locator("svg.plot circle").count() == 6
+    assert len(set(colours)) == 2
+    assert figure.locator("select option").all_inner_texts() == [f"12 texts and 8 others: layers.{n}" for n in (0, 1)]
+    assert "texts has 3 points around 2, 2 (medians)" in figure.locator("figcaption").inner_text()
+    spread = page.locator("figure:has(h3:text-is('Separation by layer'))")
+    spread.scroll_into_view_if_needed()
+    spread.locator("svg.plot g[aria-label=area] path").first.wait_for()  # its interval
 
 
 @pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.thorough)])

@@ -142,3 +142,13 @@ def _ggml_name(number: int) -> str:
     except ImportError:
         return f"ggml type {number}"
     return str(GGMLQuantizationType(number).name).lower()
+
+
+def holders(layer: Any) -> list[Any]:
+    """The objects of a layer of bitsandbytes in which its packed weight lies, with scales and how it is packed; else none."""
+    weight = layer._parameters.get("weight")
+    if type(weight).__name__ not in ("Params4bit", "Int8Params"):
+        return []
+    state = getattr(weight, "quant_state", None)
+    found = (weight, state, getattr(state, "state2", None), getattr(layer, "state", None))
+    return [holder for holder in found if holder is not None]

@@ -96,10 +96,14 @@ class Cost(StoredStruct, frozen=True, kw_only=True):
 class Series(StoredStruct, frozen=True):
     """A curve: y against x, both with their units.
 
-    title  title of its plot; empty: the name of the series
-    log    logarithmic axes: "", "x", "y", "xy"
+    title      title of its plot; empty: the name of the series
+    log        logarithmic axes: "", "x", "y", "xy"
+    low, high  95 % intervals of y; empty for none
+    part       of the subject, such as a layer, that it is about: the plot lets its reader choose one
+    curve      what it shows of a part, such as a set of texts: several have one plot
+    points     in no order, so that no line joins them
 
-    Raises ArgumentError if x and y differ in length or a number is not finite.
+    Raises ArgumentError if the lists differ in length or a number is not finite.
     """
 
     x: list[float]
@@ -108,11 +112,21 @@ class Series(StoredStruct, frozen=True):
     y_unit: str = ""
     title: str = ""
     log: Literal["", "x", "y", "xy"] = ""
+    low: list[float] = []
+    high: list[float] = []
+    part: str = ""
+    curve: str = ""
+    points: bool = False
 
     def __post_init__(self) -> None:
         if len(self.x) != len(self.y):
             raise ArgumentError(f"a curve has as many x as y; this one has {len(self.x)} and {len(self.y)}")
-        if not all(map(math.isfinite, (*self.x, *self.y))):
+        if {len(self.low), len(self.high)} not in ({0}, {len(self.x)}):
+            raise ArgumentError(
+                f"a curve has two ends of an interval for each point, or none; this one has {len(self.x)} points and "
+                f"{len(self.low)} and {len(self.high)} ends"
+            )
+        if not all(map(math.isfinite, (*self.x, *self.y, *self.low, *self.high))):
             raise ArgumentError("a curve holds a number that is not finite")
 
 

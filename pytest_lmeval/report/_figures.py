@@ -2,8 +2,8 @@
 
 A figure is plain data that the page's script reads (`templates/figures.js`):
 
-    {"title", "kind": "line" | "spread" | "dots", "choices": [{"label", "caption", "x", "y", "log": "" | "x" | "y" | "xy",
-     "curves": [{"name", "x": [...], "y": [...], "low", "high"}]}]}
+    {"title", "kind": "line" | "spread" | "dots" | "scatter", "choices": [{"label", "caption", "x", "y",
+     "log": "" | "x" | "y" | "xy", "curves": [{"name", "x": [...], "y": [...], "low", "high"}]}]}
 
 A choice is one text, task or shape; the reader picks one of several.
 
@@ -15,6 +15,7 @@ Content-Security-Policy forbids Vega's code from strings; Python's libraries dra
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -37,10 +38,13 @@ def figures(records: Sequence[Record], history: Sequence[Line] = ()) -> list[dic
         for name, series in record.series.items():
             if series.x:
                 title = series.title or name.replace("_", " ").capitalize()
-                kind = "spread" if series.x_unit == "run" else "line"  # runs have no order that matters
+                ordered = "spread" if series.x_unit == "run" else "line"  # runs have no order that matters
+                kind = "scatter" if series.points else ordered
                 figure = drawn.setdefault(title, {"title": title, "kind": kind, "choices": {}})
-                choice = _choice(figure["choices"], record.subject, series.x_unit, series.y_unit, series.log)
-                choice["curves"].append(_curve(record, series.x, series.y))
+                label = ": ".join(filter(None, (record.subject, series.part)))
+                choice = _choice(figure["choices"], label, series.x_unit, series.y_unit, series.log)
+                curve = _curve(record, series.x, series.y, series.curve)
+                choice["curves"].append(curve | ({"low": series.low, "high": series.high} if series.low else {}))
     found = [*drawn.values(), *filter(None, (quality_by_bytes(records), over_runs(history)))]
     for figure in found:
         figure["choices"] = list(figure["choices"].values())
@@ -48,7 +52,7 @@ def figures(records: Sequence[Record], history: Sequence[Line] = ()) -> list[dic
             _disambiguate(choice["curves"])
             if figure["kind"] == "dots" and _needs_log(choice["curves"], "x"):
                 choice["log"] = "x"
-            if "y" not in choice["log"] and figure["kind"] != "spread" and _needs_log(choice["curves"], "y"):
+            if "y" not in choice["log"] and figure["kind"] in ("line", "dots") and _needs_log(choice["curves"], "y"):
                 choice["log"] += "y"
             choice["caption"] = caption(choice, figure["kind"])
     return found
@@ -68,8 +72,8 @@ def _choice(choices: Choices, label: str, x: str, y: str, log: str = "") -> dict
     return choices.setdefault(label, {"label": label, "x": x, "y": y, "log": log, "curves": []})
 
 
-def _curve(record: Record, x: list[float], y: list[float]) -> dict[str, Any]:
-    return {"name": record.lm.spec, "note": _short(record.test), "x": x, "y": y}
+def _curve(record: Record, x: list[float], y: list[float], name: str = "") -> dict[str, Any]:
+    return {"name": ", ".join(filter(None, (record.lm.spec, name))), "note": _short(record.test), "x": x, "y": y}
 
 
 def quality_by_bytes(records: Sequence[Record]) -> dict[str, Any] | None:
@@ -119,6 +123,9 @@ def _describe(choice: dict[str, Any], curve: dict[str, Any], kind: str) -> str:
         ordered = sorted(y)
         middle, spread = ordered[len(ordered) // 2], f"{number(ordered[0])} to {number(ordered[-1])}"
         return f"takes {number(middle, choice['y'])} in the median of {len(y)} runs, {spread}"
+    if kind == "scatter":
+        middle, other = (number(statistics.median(values)) for values in (x, y))
+        return f"has {len(y)} points around {middle}, {other} (medians)"
     if len(y) == 1:
         return f"{number(y[0], choice['y'])} at {_at(x[0], choice['x'])}"
     ends = f"{_at(x[0], '%' if choice['x'] == '%' else '')} to {_at(x[-1], choice['x'])}"

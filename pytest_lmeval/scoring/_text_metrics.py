@@ -1,4 +1,4 @@
-"""Declare the metrics of perplexity, agreement, training and equivalence."""
+"""Declare the metrics of perplexity, agreement, training, hidden states and equivalence."""
 
 from __future__ import annotations
 
@@ -49,6 +49,10 @@ DECLARED = (  # perplexity, which tasks have too, is declared in `scoring._answe
     per_token("nll_difference", about="mean loss minus that of the reference", margin=LOSS),
     lower("perplexity_ratio", about="perplexity over that of the reference", margin=LOSS),
     lower("largest_difference", "nats", about="of the log-probability of any token that both models find possible"),
+    neither("first_direction", about="fraction of the variance of hidden states along their first direction, mean of layers"),
+    neither("first_direction_at_*", headline=False, about="fraction of the variance of a layer along its first direction"),
+    neither("separation", "sd", about="standard deviations between the means of two sets of hidden states, mean of layers"),
+    neither("separation_at_*", "sd", headline=False, about="the same at one layer, along the direction found in other texts"),
     Metric("laws_kept", about="number of laws that no case broke"),
     neither("cases", about="number of cases that the laws were tested on"),
     lower("worst_ratio", about="largest error of a chunked run over that of the full run, against float64"),

@@ -125,7 +125,8 @@ def result_of(
     )
     if examples is not None:
         write_examples(answers, examples)
-    return FinetuneResult(made, answers, sum(one.result.resumed for one in seeds), first, tuple(seeds))
+    resumed = sum(one.result.resumed for one in seeds)
+    return FinetuneResult(made, answers, resumed, lm=first, seeds=tuple(seeds))
 
 
 def _about(one: Seed) -> dict[str, Any]:

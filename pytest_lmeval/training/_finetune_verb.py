@@ -14,7 +14,6 @@ from pytest_lmeval.errors import ArgumentError, TaskError
 from pytest_lmeval.measures._context import current, verb
 from pytest_lmeval.measures._task import BATCH, answers_file, rows_fingerprint
 from pytest_lmeval.models._identity import tokenizer_fingerprint
-from pytest_lmeval.records._journal import ANSWERS
 from pytest_lmeval.tasks import find
 from pytest_lmeval.tasks._suite import Suite
 from pytest_lmeval.tasks._task import Task

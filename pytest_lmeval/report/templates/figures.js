@@ -32,7 +32,7 @@
     const list = lmeval.element("ul", { class: "legend" });
     choice.curves.forEach((curve) => {
       const sample = d3.create("svg").attr("width", 22).attr("height", 9).attr("aria-hidden", "true");
-      if (figure.kind === "dots") sample.append("circle").attr("cx", 11).attr("cy", 4.5).attr("r", 4.5).attr("fill", colour(curve));
+      if (figure.kind === "dots" || figure.kind === "scatter") sample.append("circle").attr("cx", 11).attr("cy", 4.5).attr("r", 4.5).attr("fill", colour(curve));
       else sample.append("line").attr("x2", 22).attr("y1", 4.5).attr("y2", 4.5).attr("stroke", colour(curve)).attr("stroke-width", 2)
         .attr("stroke-dasharray", dash(curve));
       list.append(lmeval.element("li", {}, sample.node(), curve.name));
@@ -142,13 +142,14 @@
       y: yScale(choice),
       marks: [
         Plot.ruleX(all.filter((d) => d.low !== null), { x: "x", y1: "low", y2: "high", stroke: "currentColor", strokeOpacity: 0.4 }),
-        ...choice.curves.map((curve) => Plot.dot(points(curve, figure), { x: "x", y: "y", fill: colour(curve), r: 4.5 })),
+        ...choice.curves.map((curve) => Plot.dot(points(curve, figure),
+          { x: "x", y: "y", fill: colour(curve), ...(figure.kind === "dots" ? { r: 4.5 } : { r: 3.5, fillOpacity: 0.7 }) })),
         tip(all, choice),
       ],
     });
   };
 
-  const draw = { line, spread, dots };
+  const draw = { line, spread, dots, scatter: dots };
 
   const table = (figure, choice) => {
     const bounds = choice.curves.some((curve) => curve.low);

@@ -1,0 +1,116 @@
+"""Describe hidden states in a record: metrics with intervals, caveats, and the plots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from msgspec import structs
+
+from pytest_lmeval.data._corpus import Corpus
+from pytest_lmeval.engine import Policy
+from pytest_lmeval.models._identity import facts
+from pytest_lmeval.models._model import Model
+from pytest_lmeval.records._measured import Cost, Record, Series
+from pytest_lmeval.records._metric import value_of
+from pytest_lmeval.records._value import Value
+from pytest_lmeval.scoring._hidden_states import HiddenStates, LayerStates
+
+VECTORS = {"last": "of the last token", "mean": "mean over the tokens", "all": "of all tokens"}
+SHOWN = 64  # directions in the plot of explained variance
+
+
+def record_of(
+    lm: Model,
+    states: HiddenStates,
+    names: Sequence[str],
+    policy: Policy,
+    sources: Sequence[Corpus] = (),
+    limit: int | None = None,
+    seconds: float | None = None,
+) -> Record:
+    """The record of sums that are complete."""
+    subject = " and ".join(f"{count:,} {name}" for count, name in zip(states.texts, names, strict=False))
+    found = {name: states[name] for name in states}
+    explained = {name: layer.directions.explained for name, layer in found.items()}
+    apart = {name: value for name, layer in found.items() if (value := layer.separation) is not None}
+    first = {name: float(fractions[0]) if len(fractions) else 0.0 for name, fractions in explained.items()}
+    metrics: dict[str, Value] = {}
+    if apart:
+        metrics["separation"] = _mean_of("separation", [*apart.values()])
+    metrics["first_direction"] = value_of(
+        "first_direction", sum(first.values()) / len(first), n=next(iter(found.values())).both.count
+    )
+    metrics |= {f"separation_at_{name}": value for name, value in apart.items()}
+    metrics |= {f"first_direction_at_{name}": value_of(f"first_direction_at_{name}", part) for name, part in first.items()}
+    errors = {
+        name: layer.both.error / total for name, layer in found.items() if layer.both.rank and (total := layer.directions.total)
+    }
+    notes = []
+    if few := [layer.both for layer in found.values() if layer.both.count <= len(layer.both.mean)]:
+        notes.append(
+            f"{few[0].count:,} vectors of width {len(few[0].mean):,}: the covariance has a variance along {few[0].count - 1:,} "
+            "directions at most, and says nothing of the others"
+        )
+    if errors:
+        notes.append(f"covariances of low rank: a variance may be larger by up to {max(errors.values()):.2%} of the whole")
+    notes += [f"{states.skipped:,} texts without a token were skipped"] * bool(states.skipped)
+    return Record(
+        kind="hidden_states",
+        subject=subject,
+        lm=facts(lm),
+        settings={
+            **{name: states.about[name] for name in ("layers", "rank", "tokens")},
+            "vectors": VECTORS[states.about["token"]],
+            "limit": limit,
+            "data": [source.fingerprint for source in sources],
+        },
+        details={"texts": states.texts, "error_of_low_rank": errors},
+        notes=[*notes, *policy.withheld[:1]],
+        metrics=metrics,
+        cost=Cost(seconds=seconds, tokens=states.tokens),
+        series=_series(found, names, explained, first, apart),
+        certificate=None
+        if policy.certificate is None
+        else structs.replace(policy.certificate, chunking_used=f"texts side by side, long ones {policy.reading}"),
+    )
+
+
+def _mean_of(name: str, values: Sequence[Value]) -> Value:
+    """The mean of values that may depend on each other in any way; so does its interval."""
+    ends = [value.interval for value in values if value.interval is not None]
+    interval = None if len(ends) < len(values) else tuple(sum(column) / len(ends) for column in zip(*ends, strict=True))
+    why = next((value.why for value in values if value.why), "")
+    return value_of(name, sum(values) / len(values), interval, n=values[0].n, why=why)
+
+
+def _series(
+    found: dict[str, LayerStates],
+    names: Sequence[str],
+    explained: dict[str, Any],
+    first: dict[str, float],
+    apart: dict[str, Value],
+) -> dict[str, Series]:
+    """The plots: along the first directions, explained variance, and both by layer."""
+    series, order = {}, {name: float(number) for number, name in enumerate(found)}
+    two = any(layer.second is not None for layer in found.values())
+    title = "Two sets along their direction" if two else "Hidden states along their first directions"
+    axes = ("along the direction between the sets", "across it") if two else ("first direction", "second direction")
+    for name, layer in found.items():
+        for curve, (x, y) in zip(names, layer.plotted(), strict=False):
+            series[f"along_{name}_{curve}"] = Series(x, y, *axes, title, part=name, curve=curve if two else "", points=True)
+        if parts := (100 * explained[name][:SHOWN].cumsum(0)).tolist():
+            numbers = [float(number) for number in range(1, len(parts) + 1)]
+            series[f"explained_{name}"] = Series(
+                numbers, parts, "directions", "% of the variance", "Explained variance", part=name
+            )
+    parts = [100 * fraction for fraction in first.values()]
+    series["first_direction_by_layer"] = Series(
+        [*order.values()], parts, "layers", "% of the variance", "First direction by layer"
+    )
+    if apart:
+        x, y = [order[name] for name in apart], [float(value) for value in apart.values()]
+        ends = [value.interval for value in apart.values() if value.interval is not None]
+        low, high = ([*map(float, column)] for column in zip(*ends, strict=True)) if len(ends) == len(x) else ([], [])
+        series["separation_by_layer"] = Series(x, y, "layers", "sd", "Separation by layer", low=low, high=high)
+    return series
