@@ -12,7 +12,7 @@
     |- DocumentError (a ValueError too): BaselineError
     |- LawBroken (an AssertionError too)
     |- NoIntervalError (an AttributeError too)
-    `- NotMeasuredError, NotPossible, SideError
+    `- NotMeasuredError, NotPossible, SideError, MergeError, RankError
 
 A message says what happened, with the values; why it matters; what to do. Standard library only.
 """

@@ -56,7 +56,7 @@ def test_a_shard_that_does_not_exist_is_refused(text):
         parsed(text)
 
 
-def test_a_broken_twin_that_counts_a_question_twice_is_found(tmp_path):
+def test_a_question_that_counts_twice_is_found(tmp_path):
     """What the comparison above would say if an example were in two shards."""
     result, _ = measured(tmp_path / "one", VERBS["choices"])
     for index in (1, 2):
