@@ -81,6 +81,10 @@ class Imports:
                 warnings.simplefilter("ignore")
                 importlib.import_module(name)
         importlib.import_module("pytest_lmeval.data").corpus("stdlib")  # its documents are kept
+        for module in ("pytest_lmeval.registry", "pytest_lmeval.records._metric"):  # a fork may find other packages
+            for thing in vars(importlib.import_module(module)).values():
+                if hasattr(thing, "cache_clear"):
+                    thing.cache_clear()
 
 
 def main() -> None:
