@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 SESSION = pytest.StashKey["Session"]()
 LOG = pytest.StashKey[Any]()
-RANKS = pytest.StashKey["Ranks"]()
+RANKS = pytest.StashKey[Any]()
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # variables that it sets
 
 

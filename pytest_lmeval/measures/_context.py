@@ -327,6 +327,8 @@ def verb(function: Callable[P, R], shared: bool = False) -> Callable[P, R]:
         if shared or whole or context.alone:
             return _or_elsewhere(context, function, args, kwargs)
         try:
+            if context.ranks is not None and context.model(args[0] if args else kwargs["lm"]).spans_ranks:
+                return _elsewhere(context, function, args, kwargs, "it spans the ranks, which would not take the same time")
             if context.ranks is not None:
                 call = f"{context.log.test} {function.__name__} {number}"
                 return context.ranks.from_first(call, lambda: context.undivided_call(function, args, kwargs))

@@ -83,7 +83,7 @@ def perplexity(
     by_document = reads_by_document(policy, corpus, as_stream)
     # A carried state is handed from chunk to chunk; losses, and fast weights, are in the order of the text.
     alone = (not by_document and policy.windows is None) or bool(losses) or model.fast_weights is not None
-    divided = (not (alone or context.session.share.is_whole) and not by_document) or context.ranks is not None
+    divided = not alone and (context.ranks is not None or not context.session.share.is_whole)
     units = context.file("units.jsonl")
     examples = context.file("losses.npy") if losses is True else None
     if losses is True and examples is None:
@@ -98,16 +98,19 @@ def perplexity(
             losses=context.path(examples) if losses is True else losses or None,
             units=None if divided else context.path(units),
             progress=progress,
-            checkpoints=journal.checkpoints if journal and known and policy.resume else None,
+            # A model that spans the ranks would be resumed at another point on each.
+            checkpoints=journal.checkpoints if journal and known and policy.resume and not model.spans_ranks else None,
             key=context.own_key(key),
         )
         result = context.shared(key, model, lambda share: measure(share=share), merged, alone=alone)
     if result.resumed_at:
         context.log.notes.append(f"{model.spec} on {corpus}: resumed at token {result.resumed_at:,} of an interrupted run")
     context.log.notes += result.record.details.get("warnings", [])
-    if context.ranks is not None and context.session.writes and result.sums is not None:
+    if divided and not context.session.share.is_whole:
+        units = None  # they are written of all shards
+    elif divided and units is not None and context.session.writes and result.sums is not None:
         write_units(str(context.path(units)), result.sums)
-    files = {"examples": examples or result.record.examples, "units": units if result.record.units or context.ranks else None}
+    files = {"examples": examples or result.record.examples, "units": units}
     return context.recorded(key, replace(result, record=structs.replace(result.record, **files)))
 
 
