@@ -153,7 +153,7 @@ def test_an_existing_folder_wins_over_a_precision(tmp_path, monkeypatch):
     assert split("model@int8") == ("model", "int8"), "a spec without a source names no folder"
     with pytest.raises(SpecError, match=r"^hf:\./model@int8 could not be loaded: .* is a folder here"):
         load("hf:./model@int8")
-    with pytest.raises(SpecError, match=r"^hf:\./model: there is no folder \./model \(looked from .*\). .* hf:model@int8\?"):
+    with pytest.raises(SpecError, match=r"^hf:\./model: there is no folder \./model \(looked from .*\)\. .* model@int8\?"):
         load("hf:./model")
 
 
