@@ -30,6 +30,7 @@ class RankHooks:
 
     def __init__(self, config: pytest.Config, ranks: Ranks) -> None:
         self.config, self.ranks, self.ended = config, ranks, False
+        self.not_collected: list[str] = []
         if not ranks.is_first:
             self._write_nothing()
         signal.signal(signal.SIGTERM, self._interrupt)  # torchrun sends it to all others when one has died
@@ -58,20 +59,26 @@ class RankHooks:
             self.ended = True
             raise KeyboardInterrupt("SIGTERM: another rank of this run has died, or it was stopped")
 
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.not_collected.append(f"{report.nodeid}: {_said(report)}")
+
     @pytest.hookimpl(trylast=True)
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Refuse to run where the ranks have not collected the same tests: they would wait for one another for ever."""
         names = [item.nodeid for item in session.items]
         digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
         try:
-            found = self.ranks.together("the collection of tests", (len(names), digest, names[:1]))
+            found = self.ranks.together("the collection of tests", (len(names), digest, self.not_collected))
         except RankError as error:
             raise pytest.UsageError(str(error)) from None
-        for rank, theirs in enumerate(found):
-            if theirs != (len(names), digest, names[:1]):
+        for rank, (count, theirs, not_collected) in enumerate(found):
+            if theirs != digest:
+                failed = dict.fromkeys([*self.not_collected, *not_collected])
+                why = f" Not collected: {'; '.join(failed)}" if failed else ""
                 raise pytest.UsageError(
-                    f"rank {self.ranks.rank} collected {len(names)} tests and rank {rank} {theirs[0]}, or others. All run "
-                    "the same tests in the same order. Do not let parameters depend on the rank, on time or on a set's order."
+                    f"rank {self.ranks.rank} collected {len(names)} tests and rank {rank} {count}, or others. All run the same "
+                    f"tests in the same order. Do not let parameters depend on the rank, on time or on a set's order.{why}"
                 )
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -111,7 +118,7 @@ class RankHooks:
         self.ranks.leave()
 
 
-def _said(report: pytest.TestReport) -> str:
+def _said(report: pytest.TestReport | pytest.CollectReport) -> str:
     """The message of a test that did not pass."""
     if isinstance(report.longrepr, tuple):
         return str(report.longrepr[2]).removeprefix("Skipped: ")[:MESSAGE]

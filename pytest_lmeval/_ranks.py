@@ -130,6 +130,18 @@ class Ranks:
         """What `make` returns in each process. If it fails in one, its error is raised there, and RankError in the others."""
         return self.results(self.together(what, attempt(make)))
 
+    def in_each(self, what: str, make: Callable[[], T], *, first_alone: bool = False) -> T:
+        """What `make` returns in this process; all call it at once, or the first before the others, which find what it has
+        left. Nothing of it is sent: a model may be in it. An error in one is raised there, and RankError in the others."""
+        own = Attempt[T]()
+        if first_alone:
+            own = attempt(make) if self.is_first else own
+            self.results(self.together(f"{what}, in the first rank", Attempt(None, own.error, own.raised)))
+        if not (first_alone and self.is_first):
+            own = attempt(make)
+        self.results(self.together(what, Attempt(None, own.error, own.raised)))
+        return own.value  # type: ignore[return-value]
+
     def results(self, found: list[Attempt[T]]) -> list[T]:
         for rank, one in enumerate(found):
             if one.error is not None:

@@ -9,6 +9,7 @@
     |- ModelError (a RuntimeError too): NotFiniteError, Refused, OutOfMemory, ChildFailed, TrainingError
     |- HubError, ServerError (ConnectionErrors too)
     |- CorpusError, StreamError, TaskError, ProfilingError (ValueErrors too)
+    |  `- of TaskError: WithheldError
     |- DocumentError (a ValueError too): BaselineError
     |- LawBroken (an AssertionError too)
     |- NoIntervalError (an AttributeError too)
@@ -112,6 +113,10 @@ class StreamError(LmevalError, ValueError):
 
 class TaskError(LmevalError, ValueError):
     """A task that cannot be run: a row without a field, a label outside the choices, a suite in place of a task."""
+
+
+class WithheldError(TaskError):
+    """A metric that is not given, since too many answers say nothing; in a shard, pytest skips the test."""
 
 
 class ProfilingError(LmevalError, ValueError):

@@ -28,7 +28,7 @@ from pytest_lmeval._options import (
     template_kwargs,
     test_id,
 )
-from pytest_lmeval.errors import LmevalError, NotMeasuredError
+from pytest_lmeval.errors import LmevalError, NoIntervalError, NotMeasuredError, WithheldError
 from pytest_lmeval.report._gather import Reports
 
 if TYPE_CHECKING:
@@ -89,8 +89,8 @@ def _join_ranks(config: pytest.Config) -> bool:
     """Join the other processes of a run that torchrun started. Returns whether this is the first, or the only one."""
     if not all(name in os.environ for name in TORCHRUN) or os.environ["WORLD_SIZE"] == "1" or config.option.collectonly:
         return True
+    from pytest_lmeval import _ranks as processes
     from pytest_lmeval._ranked import RankHooks
-    from pytest_lmeval._ranks import Ranks
 
     if is_worker(config) or getattr(config.option, "numprocesses", None):
         raise pytest.UsageError(
@@ -99,8 +99,8 @@ def _join_ranks(config: pytest.Config) -> bool:
     if not share(config).is_whole:
         raise pytest.UsageError("torchrun and --lmeval-shard both share the examples out: use one of them.")
     try:
-        config.stash[RANKS] = ranks = Ranks.joined()
-    except LmevalError as error:
+        config.stash[RANKS] = ranks = processes.Ranks.joined()
+    except (LmevalError, ValueError) as error:  # variables of another launcher
         raise pytest.UsageError(str(error)) from None
     config.pluginmanager.register(RankHooks(config, ranks), "lmeval-ranks")
     return ranks.is_first
@@ -255,7 +255,7 @@ def _skip_if_not_measured(item: pytest.Item) -> Generator[None, Any, Any]:
         return (yield)
     except NotMeasuredError as error:
         why, raised = str(error), cast(Exception, error)
-    except AssertionError as error:
+    except (AssertionError, NoIntervalError, WithheldError) as error:
         if not _is_about_a_share(item):
             raise
         said = str(error).partition("\n")[0] or "an assertion failed"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import Tiny
 
-from pytest_lmeval import Choices, Generate, Task, as_model
+from pytest_lmeval import Choices, Generate, NotMeasuredError, Task, as_model
 from pytest_lmeval._session import Session, TestLog as Log
 from pytest_lmeval.data._corpus import Corpus, Document
 from pytest_lmeval.measures import Lmeval
@@ -60,7 +60,10 @@ def measured(folder, verb, share=WHOLE, **options):
     journal = Journal(folder)
     if not share.is_whole:
         journal.begin(str(share))
-    result = verb(Lmeval(context))
+    try:
+        result = verb(Lmeval(context))
+    except NotMeasuredError as error:  # pytest would skip the test
+        raise AssertionError(f"the verb itself fails in shard {share}") from error
     journal.end(context.log.keys)
     return result, context
 

@@ -48,7 +48,7 @@ def test_the_record_says_what_bitsandbytes_holds_and_not_what_the_tensors_look_l
     assert found.precision.kept == {"fp32": plain.parameters - LINEAR}
     assert found.loaded["quantization"].startswith("bitsandbytes (")
     scales = found.bytes - LINEAR * bits // 8 - (plain.parameters - LINEAR) * 4
-    assert 0 < scales < 0.2 * found.bytes  # scales of scales have a table of 1 KiB for each layer
+    assert 0 < scales < 0.2 * found.bytes  # of layers this small; more on some processors
 
 
 def test_the_fingerprint_sees_the_scales_of_a_quantized_layer(bnb, tmp_path):

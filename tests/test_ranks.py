@@ -7,16 +7,19 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 from shared_out import CHOICES, LM, PROBED, VERBS, close, lines_of, measured, numbers_of
 
 from pytest_lmeval import TaskError, _ranks as ranks_module
+from pytest_lmeval._ranked import RankHooks
 from pytest_lmeval._ranks import Ranks
 from pytest_lmeval._session import Session, TestLog as Log
 from pytest_lmeval.errors import RankError
 from pytest_lmeval.measures import Lmeval
-from pytest_lmeval.measures._context import VerbContext
+from pytest_lmeval.measures._context import VerbContext, running_in, verb
+from pytest_lmeval.models._model import Model
 
 
 @pytest.fixture
@@ -178,3 +181,59 @@ def test_ranks_with_different_models_are_refused(tmp_path, in_ranks):
     for found in in_ranks(2, other):
         assert isinstance(found, RankError)
         assert "do not hold the same model" in str(found)
+
+
+def test_the_first_rank_trains_and_the_others_find_what_it_trained(tmp_path, in_ranks):
+    def work(ranks):
+        context = context_in(tmp_path, ranks)
+        trained = Lmeval(context).train(LM, list(range(200)) * 2, held_out=list(range(90)), steps=2, seq_len=8, batch_size=2)
+        return trained.cached, trained.lm, float(trained.nll)
+
+    first, second = in_ranks(2, work)
+    assert (first[0], second[0]) == (False, True)
+    assert first[2] == second[2]
+    assert first[1].module is not second[1].module
+
+
+def test_an_error_of_the_first_rank_is_known_to_those_that_would_find_its_model(in_ranks):
+    def work(ranks):
+        def fails():
+            raise TaskError("row 7 has no label")
+
+        with pytest.raises((TaskError, RankError)) as raised:
+            ranks.in_each("a training", fails, first_alone=True)
+        return str(raised.value), ranks.together("after it", None)
+
+    assert [said for said, _ in in_ranks(2, work)] == ["row 7 has no label", "rank 0 failed: row 7 has no label"]
+
+
+def test_a_model_that_spans_the_ranks_is_measured_by_all_at_once(tmp_path, in_ranks, monkeypatch):
+    """By one alone, it would wait for the others in its first step, and they for its result."""
+    together = threading.Barrier(2, timeout=20)
+
+    @verb
+    def measured_by_all(lm):
+        together.wait()
+        return 3
+
+    monkeypatch.setattr(Model, "spans_ranks", property(lambda lm: True))
+    monkeypatch.setattr(VerbContext, "certified", lambda context, lm: None)
+
+    def work(ranks):
+        with running_in(context_in(tmp_path, ranks)):
+            return measured_by_all(LM)
+
+    assert in_ranks(2, work) == [3, 3]
+
+
+def test_what_one_rank_could_not_collect_is_said(in_ranks):
+    def work(ranks):
+        hooks = RankHooks.__new__(RankHooks)
+        hooks.ranks, hooks.not_collected = ranks, ["test_own.py: no module named x"] * ranks.rank
+        with pytest.raises(pytest.UsageError) as raised:
+            hooks.pytest_collection_finish(SimpleNamespace(items=[SimpleNamespace(nodeid="a")] * (2 - ranks.rank)))
+        return str(raised.value)
+
+    for said in in_ranks(2, work):
+        assert "All run the same tests" in said
+        assert "Not collected: test_own.py: no module named x" in said

@@ -8,10 +8,11 @@ from hypothesis import given, strategies as st
 from shared_out import CHOICES, LM, OTHER, ROWS, VERBS, close, lines_of, measured, numbers_of
 from tiny import Tiny
 
-from pytest_lmeval import NotMeasuredError, as_model
+from pytest_lmeval import NotMeasuredError, Suite, TaskError, as_model
 from pytest_lmeval.__main__ import main
 from pytest_lmeval.errors import ArgumentError
 from pytest_lmeval.records._document import load
+from pytest_lmeval.records._journal import Journal
 from pytest_lmeval.records._share import Share, parsed
 
 
@@ -79,6 +80,62 @@ def test_a_share_without_an_example_has_no_number_and_is_merged(tmp_path):
     with pytest.raises(NotMeasuredError, match="no example of it falls into this share"):
         _ = empty.accuracy
     assert close(numbers_of(merged(tmp_path / "of 8", few, 8)), numbers_of(result.record))
+
+
+def test_a_suite_is_averaged_from_the_merged_tasks(tmp_path):
+    def asked(lmeval):
+        return lmeval.suite(LM, Suite("both", (replace(CHOICES, name="few", rows=ROWS[:2]), CHOICES)), invariant=True)
+
+    result, context = measured(tmp_path / "one", asked)
+    for index in range(1, 5):
+        share, _ = measured(tmp_path / str(index), asked, Share(index, 4))
+        with pytest.raises(NotMeasuredError, match=f"those of shard {index}/4 alone"):
+            _ = share.average
+    folders = [str(tmp_path / str(index)) for index in range(1, 5)]
+    assert main(["merge", *folders, "--to", str(tmp_path / "all")]) == 0
+    by_subject = {record.subject: record for record in load(tmp_path / "all").records}
+    assert by_subject.keys() == {record.subject for record in context.log.records}
+    assert close(numbers_of(by_subject["both, 0-shot"]), numbers_of(result.record))
+
+
+def test_a_suite_of_which_a_task_failed_has_no_average_after_the_merge(tmp_path):
+    def asked(lmeval):
+        broken = replace(CHOICES, name="broken", ask=of_broken)
+        with pytest.raises(TaskError, match="1 of the 2 tasks of both failed"):
+            lmeval.suite(LM, Suite("both", (broken, CHOICES)))
+
+    for index in (1, 2):
+        measured(tmp_path / str(index), asked, Share(index, 2))
+    assert main(["merge", str(tmp_path / "1"), str(tmp_path / "2"), "--to", str(tmp_path / "all")]) == 0
+    whole = {record.subject: record for record in load(tmp_path / "all").records}["both, 0-shot"]
+    assert list(whole.metrics) == ["parity"]
+    assert "broken" in whole.details["failed"]
+
+
+def of_broken(row):
+    raise KeyError("no such field")
+
+
+def test_merging_deletes_nothing_that_it_did_not_write(tmp_path, capsys):
+    for index in (1, 2):
+        measured(tmp_path / str(index), VERBS["choices"], Share(index, 2))
+    project = tmp_path / "project"
+    (project / "examples").mkdir(parents=True)
+    (project / "examples/mine.py").touch()
+    folders = tmp_path / "1", tmp_path / "2"
+    assert "holds files that no merge wrote" in refused(capsys, *folders, to=project)
+    assert (project / "examples/mine.py").exists()
+    for _ in range(2):  # what a merge wrote is replaced
+        assert main(["merge", *map(str, folders), "--to", str(tmp_path / "all")]) == 0
+
+
+def test_a_shard_that_has_begun_anew_has_nothing_of_the_run_before(tmp_path, capsys):
+    for index in (1, 2):
+        measured(tmp_path / str(index), VERBS["choices"], Share(index, 2))
+    Journal(tmp_path / "1").begin("1/2")  # and was killed
+    assert main(["merge", str(tmp_path / "1"), str(tmp_path / "2"), "--to", str(tmp_path / "all")]) == 1
+    assert "since shard 1 did not finish it" in capsys.readouterr().out
+    assert load(tmp_path / "all").records == []
 
 
 def _owned(index):
@@ -177,19 +234,33 @@ def test_damaged_shards_are_refused_with_their_file(tmp_path, capsys):
 def test_a_shard_decides_no_test_and_its_folder_is_its_own(project):
     project.makepyfile("""
         import tiny
-        from pytest_lmeval import Choices, Task
+        from pytest_lmeval import Choices, Generate, Task
 
         TASK = Task("parity", [{"n": n} for n in range(40)], lambda row: Choices(f"{row['n']} is", (" even", " odd"), 0))
 
         def test_knows(lmeval):
             assert lmeval.task(tiny.Tiny(), TASK).accuracy > 2
+
+        def test_is_cut_off(lmeval):
+            def ask(row):
+                return Generate(f"{row['n']} is", ("x",), ("no such end",), max_tokens=2)
+
+            assert lmeval.task(tiny.Tiny(), Task("cut", [{"n": n} for n in range(4)], ask)).exact_match > 0
+
+        def test_puts_back(lmeval):
+            lm = tiny.Tiny()
+            with lmeval.snapshot(lm, "*") as kept:
+                lm.head.weight.data.zero_()
+            assert lm.head.weight.any()
     """)
     own = ("-p", "no:cacheprovider", "--lmeval-budget", "1000", "--lmeval-dir")
     result = project.runpytest_subprocess(*own, "one", "--lmeval-shard", "1/2", "-rs")
-    result.assert_outcomes(skipped=1)
+    result.assert_outcomes(skipped=2, passed=1)
     result.stdout.fnmatch_lines(["*of shard 1/2 alone. After `lmeval merge` the test decides*"])
     assert "parity" in (project.path / "one/summary.md").read_text()
     result = project.runpytest_subprocess(*own, "one", "--lmeval-shard", "2/2")
     result.stderr.fnmatch_lines(["*one holds shard 1/2. Give each shard a folder of its own*"])
+    result = project.runpytest_subprocess(*own, "one", "--lmeval-shard", "2/2", "--lmeval-fresh")
+    result.assert_outcomes(skipped=2, passed=1)
     result = project.runpytest_subprocess(*own, "one", "--lmeval-shard", "3/2")
     result.stderr.fnmatch_lines(["*--lmeval-shard: there is no shard 3 of 2*"])

@@ -196,7 +196,7 @@ class VerbContext:
             own, of_share = key, dict[str, str | bool | None]()
             if not share.is_whole:
                 own = self.own_key(key)
-                part = self._written(own, getattr(result, "part", None))
+                part = self._written(own, result.part if hasattr(type(result), "part") else None)  # no metric of that name
                 of_share = {"share": str(share), "whole": key, "alone": self.alone or key in self.alone_keys, "part": part}
             self.session.journal.add(own, schema.to_plain(record), **of_share)
             self.log.keys.append(own)
@@ -219,7 +219,10 @@ class VerbContext:
     def measured(
         self, kind: str, lm: Model, settings: dict[str, Any], measure: Callable[..., Measured], runner: Runner | None = None
     ) -> Measured:
-        """The recorded result of `measure`. Raises OutOfMemory, and ProfilingError for a failed model or a lost device."""
+        """The recorded result of `measure`. Raises OutOfMemory, and ProfilingError for a failed model or a lost device, and
+        ElsewhereError for a model that spans the ranks."""
+        if self.session.ranks is not None and lm.spans_ranks:  # they would take other numbers of steps, and wait for ever
+            raise ElsewhereError("it spans the ranks, and how long each of them takes is not the same")
         timed = {"runner": runner or self.runner()} if "runner" in inspect.signature(measure).parameters else {}
         what = f"{kind} of {lm.spec} with {', '.join(f'{name}={value}' for name, value in settings.items())}"
         try:
@@ -310,11 +313,12 @@ def _or_elsewhere(context: VerbContext, function: Callable[..., R], args: Any, k
         return _elsewhere(context, function, args, kwargs, str(elsewhere))
 
 
-def verb(function: Callable[P, R], shared: bool = False) -> Callable[P, R]:
+def verb(function: Callable[P, R], shared: bool = False, trains: bool = False) -> Callable[P, R]:
     """Make a function a public verb, which refuses wrong arguments before it does anything (see `check_call`).
 
     shared  each of several processes calls it: it shares the examples out, or is needed in all of them. Another verb is called
             in one of them
+    trains  of several ranks, the first calls it before the others, which find the models that it has trained
     """
 
     @functools.wraps(function)
@@ -323,16 +327,19 @@ def verb(function: Callable[P, R], shared: bool = False) -> Callable[P, R]:
         check_call(function, args, kwargs)
         context = current()
         context.log.calls += 1
-        number, whole = context.log.calls, context.session.share.is_whole and context.ranks is None
-        if shared or whole or context.alone:
+        number, ranks, share = context.log.calls, context.ranks, context.session.share
+        if context.alone or (shared and (ranks is None or not trains)) or (share.is_whole and ranks is None):
             return _or_elsewhere(context, function, args, kwargs)
+        call = f"{context.log.test} {function.__name__} {number}"
         try:
-            if context.ranks is not None and context.model(args[0] if args else kwargs["lm"]).spans_ranks:
-                return _elsewhere(context, function, args, kwargs, "it spans the ranks, which would not take the same time")
-            if context.ranks is not None:
-                call = f"{context.log.test} {function.__name__} {number}"
-                return context.ranks.from_first(call, lambda: context.undivided_call(function, args, kwargs))
-            if not context.session.share.owns(f"{context.log.test} {function.__name__} {number}"):
+            if ranks is not None:
+                own = functools.partial(context.undivided_call, _or_elsewhere, (context, function, args, kwargs), {})
+                lm = context.model(args[0] if args else kwargs["lm"])
+                if not (trains or lm.spans_ranks):
+                    return ranks.from_first(call, own)
+                context.certified(lm)  # all agree on it now: in the call each would try the laws by itself
+                return ranks.in_each(call, own, first_alone=not lm.spans_ranks)
+            if not share.owns(call):
                 return _elsewhere(context, function, args, kwargs, "another shard measures it")
             return context.undivided_call(function, args, kwargs)
         finally:

@@ -8,11 +8,11 @@ from typing import Any
 from torch import nn
 
 from pytest_lmeval.errors import ArgumentError
-from pytest_lmeval.measures._context import current, verb
+from pytest_lmeval.measures._context import current, shared_verb
 from pytest_lmeval.models._snapshot import Snapshot
 
 
-@verb
+@shared_verb
 def snapshot(lm: Any, *patterns: str, on: str | Path = "cpu") -> Snapshot:
     """Keep the tensors of these names, and put them back, bit for bit, at the end of the block, also after an exception.
 

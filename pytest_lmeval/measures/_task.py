@@ -16,7 +16,7 @@ from msgspec import structs
 from pytest_lmeval.data._rows import Rows
 from pytest_lmeval.engine import Engine, Policy, policy_for
 from pytest_lmeval.engine._memory import rows_that_fit
-from pytest_lmeval.errors import ArgumentError, NotMeasuredError, Refused, TaskError, nearest
+from pytest_lmeval.errors import ArgumentError, NotMeasuredError, Refused, TaskError, WithheldError, nearest
 from pytest_lmeval.measures._context import VerbContext, current, shared_verb
 from pytest_lmeval.measures._merging import EMPTY
 from pytest_lmeval.measures._task_merging import merged as merged_record_of
@@ -173,7 +173,7 @@ class TaskResult(Result):
         if self.record.not_measured is not None:
             raise NotMeasuredError(f"{self.record.subject}: {name} was not measured: {self.record.not_measured}.")
         if name not in metrics and (why := withheld_of(self.record).get(name)):
-            raise TaskError(f"{self.record.subject}: {name} was not measured. {why}")
+            raise WithheldError(f"{self.record.subject}: {name} was not measured. {why}")
         if name not in metrics:
             known = ", ".join(metrics)
             raise AttributeError(f"{self.record.subject} has no metric {name!r}.{nearest(name, metrics)} It has {known}.")

@@ -26,10 +26,13 @@ def prepared(to: Path, shards: Sequence[Shard]) -> Path:
     if any(to.resolve() == shard.folder.resolve() for shard in shards):
         raise MergeError(f"--to {to} is the folder of a shard. Name another one: the shards stay as they are.")
     journal = to / JOURNAL
-    if journal.exists() and not journal.read_bytes().startswith(MERGED):
-        raise MergeError(f"--to {to} holds the results of a run, which would be lost. Name another folder.")
     try:
+        is_merged = journal.exists() and journal.read_bytes().startswith(MERGED)
+        if not is_merged and to.exists() and any(to.iterdir()):
+            what = "the results of a run" if journal.exists() else "files that no merge wrote"
+            raise MergeError(f"--to {to} holds {what}, which would be lost. Name another folder, that is empty or new.")
         to.mkdir(parents=True, exist_ok=True)
+        journal.write_bytes(MERGED + b"\n")  # from here on it holds merged results, whatever happens
         for name in (ANSWERS, "examples", "certificates"):
             shutil.rmtree(to / name, ignore_errors=True)
     except OSError as error:

@@ -13,7 +13,7 @@ import msgspec
 from msgspec import structs
 
 from pytest_lmeval.errors import DocumentError, MergeError
-from pytest_lmeval.measures import _agreement_record, _task_merging, _text_record
+from pytest_lmeval.measures import _agreement_record, _suite, _task_merging, _text_record
 from pytest_lmeval.measures._merging import check_same
 from pytest_lmeval.merging._shards import Shard
 from pytest_lmeval.records import _schema as schema
@@ -36,7 +36,7 @@ class Merged:
 def merged(shards: Sequence[Shard], to: Path) -> Merged:
     """The merged results; their files of examples are written to the folder `to`. Raises MergeError for results that are not
     shares of the same, and for a file that cannot be read."""
-    found = Merged()
+    found, suites = Merged(), dict[str, tuple[list[tuple[Shard, Line]], list[Record]]]()
     for key in dict.fromkeys(key for shard in shards for key in shard.results):
         lines = [(shard, shard.results[key]) for shard in shards if key in shard.results]
         records = [_record(shard, line) for shard, line in lines]
@@ -44,10 +44,33 @@ def merged(shards: Sequence[Shard], to: Path) -> Merged:
         if line.alone:
             found.records[key] = _as_it_is(owner, first, to)
         elif lacking := [str(shard.share.index) for shard in shards if key not in shard.results]:
-            found.missing[f"{first.test}: {first.kind} of {first.lm.spec} on {first.subject}"] = lacking
+            found.missing[_what(first)] = lacking
+        elif first.kind == "suite":
+            suites[key] = lines, records
+            found.records[key] = first  # in its place, until its tasks are merged
         else:
             found.records[key] = _whole(lines, records, to)
+    for key, (lines, records) in suites.items():
+        _average(found, key, lines, records)
     return found
+
+
+def _what(record: Record) -> str:
+    return f"{record.test}: {record.kind} of {record.lm.spec} on {record.subject}"
+
+
+def _average(found: Merged, key: str, lines: Sequence[tuple[Shard, Line]], records: Sequence[Record]) -> None:
+    """Compute a suite from its merged tasks; it is missing if one of them is."""
+    parts, wholes = [_part(shard, line) for shard, line in lines], dict[str, str]()
+    for (shard, _), part in zip(lines, parts, strict=True):
+        of_own = {line.key: whole for whole, line in shard.results.items()}
+        wholes |= {name: of_own.get(own, "") for name, own in part["tasks"].items()}
+    if any(whole not in found.records for whole in wholes.values()):
+        del found.records[key]
+        found.missing[_what(records[0])] = sorted({index for lacking in found.missing.values() for index in lacking})
+        return
+    tasks = {name: found.records[wholes[name]] for name in parts[0]["first"] if name in wholes}
+    found.records[key] = _suite.merged(records, parts[0], tasks)
 
 
 def _record(shard: Shard, line: Line) -> Record:

@@ -145,7 +145,8 @@ class Journal:
         return []
 
     def last_run(self) -> list[Line]:
-        """The results of the last run, whether it ended or not, after the line that says its share, if there is one."""
+        """The results of the last run, whether it ended or not, after the line that says its share, if there is one. A shard
+        that has begun anew has none of a run that ended before it."""
         share, known, current, last = list[Line](), dict[str, Line](), dict[str, Line](), list[Line]()
         for text in self._read().splitlines():
             try:
@@ -153,7 +154,7 @@ class Journal:
             except ValueError:
                 continue  # cut off when the run was killed
             if line.event == "shard":
-                share = [line]
+                share, last = [line], []
             elif line.event == "result":
                 known[line.key] = current[line.key] = line
             elif line.event == "end":

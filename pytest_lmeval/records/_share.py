@@ -1,4 +1,9 @@
-"""Say which examples a process scores, where several processes share the examples of a run."""
+"""Say which examples a process scores, where several processes share the examples of a run.
+
+Each process reads all rows, and asks the model about its own. Whole files of a dataset are not shared out: the place of a row,
+by which examples are ordered and which `limit` counts, is known only once the rows before it are read, and an example would
+change its share with the files of the dataset. Rows cost little beside the model that reads them.
+"""
 
 from __future__ import annotations
 

@@ -60,9 +60,11 @@ class Reports:
         from pytest_lmeval.records._journal import Journal
 
         journal = Journal(folder)
-        if other := next((line.share for line in journal.last_run() if line.share != own), None):
+        others = [line.share for line in journal.last_run() if line.share != own]
+        if others and not option(self.config, "lmeval-fresh"):
+            holds = f"shard {others[0]}" if others[0] else "results of a run without --lmeval-shard"
             raise pytest.UsageError(
-                f"--lmeval-shard {own}: {folder} holds shard {other}. Give each shard a folder of its own: --lmeval-dir, or "
+                f"--lmeval-shard {own}: {folder} holds {holds}. Give each shard a folder of its own: --lmeval-dir, or "
                 "--lmeval-fresh to begin anew in this one."
             )
         try:

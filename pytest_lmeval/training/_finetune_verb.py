@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from pytest_lmeval.training._finetune_result import FinetuneResult
 from pytest_lmeval.training._finetuning import Finetuning, measure_finetune
 
 
-@verb
+@functools.partial(verb, trains=True)
 def finetune(
     lm: Any,
     task: Task | str,
@@ -84,7 +85,7 @@ def finetune(
         kept=lambda trained: answers_file(context, trained, asked),
         examples=context.path(written),
         bars=lambda title, unit: session.progress(title, unit=unit),
-        fresh=session.fresh,
+        fresh=session.fresh and session.writes,
     )
     again = [one.seed for one in result.seeds if one.cached]
     resumed = {one.seed: one.resumed_at for one in result.seeds if one.resumed_at}

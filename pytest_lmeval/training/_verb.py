@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from pytest_lmeval.training._protocol import Protocol
 from pytest_lmeval.training._result import TrainResult
 
 
-@shared_verb
+@functools.partial(shared_verb, trains=True)
 def train(lm: Any, corpus: Any, *, held_out: Any = None, spec: str | None = None, **protocol: Any) -> TrainResult:
     """Train a copy of the model by the one protocol for all models (see `training.run_training`); it is `.lm` of the result.
 
@@ -41,7 +42,14 @@ def train(lm: Any, corpus: Any, *, held_out: Any = None, spec: str | None = None
     spec = spec or f"{model.spec} trained"
     with session.progress(f"{model.spec} learns {text}") as show:
         result = run_training(
-            model, text, held_out=unseen, protocol=chosen, folder=session.folder, progress=show, spec=spec, fresh=session.fresh
+            model,
+            text,
+            held_out=unseen,
+            protocol=chosen,
+            folder=session.folder,
+            progress=show,
+            spec=spec,
+            fresh=session.fresh and session.writes,
         )
     if result.cached:
         context.log.notes.append(f"{model.spec} on {text}: trained before by the same protocol")
