@@ -32,7 +32,6 @@ from pytest_lmeval.errors import LmevalError, NotMeasuredError
 from pytest_lmeval.report._gather import Reports
 
 if TYPE_CHECKING:
-    from pytest_lmeval._ranks import Ranks
     from pytest_lmeval._session import Session
     from pytest_lmeval.data._corpus import Corpus
     from pytest_lmeval.measures import Lmeval
