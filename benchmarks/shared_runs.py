@@ -150,6 +150,11 @@ class Runs:
                 start_new_session=True,
             )  # fmt: skip
 
+    @staticmethod
+    def has_ended(process: subprocess.Popen[str]) -> bool:
+        """Whether a process has ended, whose exit status stays there to be read."""
+        return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
     def finished(self, process: subprocess.Popen[str], folder: Path) -> Ran:
         """What a process took, with those that it started, and what they left in a folder. It is killed after `TIMEOUT`."""
         deadline = time.monotonic() + TIMEOUT

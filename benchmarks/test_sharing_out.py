@@ -138,11 +138,10 @@ def test_a_rank_that_is_killed_loses_nothing(demo, capsys):
         rank, moment, folder = number % 2, generator.uniform(0, undisturbed.wall), demo.output()
         process = demo.start(folder, ranks=2)
         pid = folder / f"pid-{rank}"
-        while process.poll() is None and not (pid.exists() and pid.read_text()):
+        while not demo.has_ended(process) and not (pid.exists() and pid.read_text()):
             time.sleep(0.02)
         time.sleep(moment)
-        killed = process.poll() is None
-        if killed:
+        if not demo.has_ended(process):
             os.kill(int(pid.read_text()), signal.SIGKILL)
         began = time.monotonic()
         ended = demo.finished(process, folder)
