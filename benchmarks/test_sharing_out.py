@@ -153,6 +153,4 @@ def test_a_rank_that_is_killed_loses_nothing(demo, capsys):
         lines.append(f"rank {rank} after {moment:5.1f} s: ended in {ends[-1]:.1f} s; {'; '.join(check_same(one, again))}")
     with capsys.disabled():
         print("", *lines, sep="\n")
-        print(
-            f"{KILLS} kills: ended in {max(ends):.1f} s at most, {statistics.median(ends):.1f} s in the middle; {resumed} resumed"
-        )
+        print(f"{KILLS} kills: ended in {max(ends):.1f} s at most, median {statistics.median(ends):.1f} s; {resumed} resumed")

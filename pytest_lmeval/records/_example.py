@@ -137,10 +137,9 @@ class Example(StoredStruct, frozen=True, kw_only=True):
         if len(self.choices) < 2:
             return tuple(range(len(self.choices)))
         lengths, tokens = self.lengths(norm), self.tokens or (1,) * len(self.choices)
-        scores = [total / length for total, length in zip(self.loglikelihoods, lengths, strict=True)]
-        highest = max(scores)
-        most = max(self.rounding * math.sqrt(max(tokens)) / min(lengths), FLOAT64 * abs(highest))
-        if sum(highest - score <= most for score in scores) == 1:  # nothing is near, of whatever length
+        scores = self.loglikelihoods if norm == "sum" else self.compared(norm)
+        *_, second, highest = sorted(scores)
+        if highest - second > max(self.rounding * math.sqrt(max(tokens)) / min(lengths), FLOAT64 * abs(highest)):
             return (scores.index(highest),)
         known = [self.rounding * math.sqrt(count) / length for count, length in zip(tokens, lengths, strict=True)]
         best = scores.index(highest)

@@ -71,15 +71,16 @@ class Spread:
     def __init__(self, names: Iterable[str]) -> None:
         known = (declared(name) for name in names)
         self._metrics = [one for one in known if one.several is None and one.statistic is None]
-        self._scores = {one.name: (array("q"), array("d")) for one in self._metrics}  # number of a question, and a score
+        self._numbers = array("q")  # of the question of each answer
+        self._scores = {one.name: array("d") for one in self._metrics}  # of each answer; nan where the metric is not about it
         self._several = False
 
     def add(self, example: Example) -> None:
         self._several |= example.repeat > 0
-        for name, (numbers, scores) in self._scores.items():
-            if (score := example.scores.get(name)) is not None:
-                numbers.append(example.number)
-                scores.append(score)
+        self._numbers.append(example.number)
+        for name, scores in self._scores.items():
+            score = example.scores.get(name)
+            scores.append(math.nan if score is None else score)
 
     def values(self) -> dict[str, float]:
         """Metric -> the standard deviation of its mean; nothing if each question has one answer."""
@@ -90,8 +91,9 @@ class Spread:
 
     def _answers(self, name: str) -> list[list[float]]:
         by_question = defaultdict[int, list[float]](list)
-        for number, score in zip(*self._scores[name], strict=True):
-            by_question[number].append(score)
+        for number, score in zip(self._numbers, self._scores[name], strict=True):
+            if not math.isnan(score):
+                by_question[number].append(score)
         return [*by_question.values()]
 
 
