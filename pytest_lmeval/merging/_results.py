@@ -40,7 +40,7 @@ def merged(shards: Sequence[Shard], to: Path) -> Merged:
     found = Merged()
     for key in dict.fromkeys(key for shard in shards for key in shard.results):
         lines = [(shard, shard.results[key]) for shard in shards if key in shard.results]
-        records = [_record(shard, line) for shard, line in lines]
+        records = [shard.record(key) for shard, _ in lines]
         first, (owner, line) = records[0], lines[0]
         if line.alone:
             found.records[key] = _as_it_is(owner, first, to)
@@ -49,11 +49,6 @@ def merged(shards: Sequence[Shard], to: Path) -> Merged:
         else:
             found.records[key] = _whole(lines, records, to)
     return found
-
-
-def _record(shard: Shard, line: Line) -> Record:
-    what = f"a result in the journal of {shard.folder}"
-    return schema.build(line.record, Record, what, "Run this shard again with --lmeval-fresh")
 
 
 def _whole(lines: Sequence[tuple[Shard, Line]], records: Sequence[Record], to: Path) -> Record:
