@@ -12,6 +12,8 @@ import os
 import random
 import signal
 import statistics
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -36,6 +38,14 @@ def test_invariant(lmeval, lm):
 
 def test_documents(lmeval, lm, corpus):
     lmeval.perplexity(lm, corpus("stdlib"), as_stream=False, limit=24, tokens=400)
+"""
+TURNS = 5
+READS = """
+def test_certificate(lmeval, lm):
+    lmeval.equivalence(lm)
+
+def test_documents(lmeval, lm, corpus):
+    lmeval.perplexity(lm, corpus("stdlib"), as_stream=False, limit=48, tokens=400, invariant=True)
 """
 REAL = """
 def test_certificate(lmeval, lm):
@@ -120,6 +130,58 @@ def check_same(one, other):
             if scores:
                 assert float(found.metrics[name]) == pytest.approx(math.fsum(scores) / len(scores), rel=1e-12)
     return lines
+
+
+BARE = """
+import sys, time, torch
+from torch.nn.functional import cross_entropy
+from pytest_lmeval import corpus, load
+
+spec, share, count, limit, tokens = sys.argv[1], *map(int, sys.argv[2:])
+lm = load(spec)
+texts = [document.text for document, _ in zip(corpus("stdlib").documents(), range(limit))]
+parts = [torch.tensor(lm.tokenizer.encode(text)[0][:tokens])[None] for text in texts][share::count]
+print("ready", flush=True)
+sys.stdin.readline()
+began = time.time()
+with torch.inference_mode():
+    for ids in parts:
+        cross_entropy(lm.step_fn(ids[:, :-1], None, None)[0][0].float(), ids[0, 1:], reduction="sum").item()
+print(began, time.time())
+"""
+
+
+def bare_loops(count):
+    """Wall seconds of so many bare loops side by side, each over its share of the documents, without their start."""
+    command = [sys.executable, "-c", BARE, "demo"]
+    loops = [
+        subprocess.Popen(
+            [*command, str(share), str(count), "48", "400"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        for share in range(count)
+    ]  # fmt: skip
+    for loop in loops:
+        assert loop.stdout.readline() == "ready\n"
+    for loop in loops:
+        loop.stdin.write("\n")
+        loop.stdin.flush()
+    times = [tuple(map(float, loop.communicate()[0].split())) for loop in loops]
+    return max(end for _, end in times) - min(begin for begin, _ in times)
+
+
+def test_wall_time_beside_bare_loops(tmp_path, capsys):
+    """How many times faster two ranks are than one process, beside how many times two bare loops are than one, by turns."""
+    runs = Runs(tmp_path / "runs", READS, ["--lm", "demo"])
+    ratios = []
+    for _ in range(TURNS):
+        bare, ours = bare_loops(1) / bare_loops(2), runs.one().wall / runs.ranks(2).wall
+        ratios.append((ours / bare, ours, bare))
+    with capsys.disabled():
+        middle = statistics.median(ratio for ratio, _, _ in ratios)
+        print(f"\nspeed-up of 2 ranks over that of 2 bare loops, on {os.cpu_count()} cores: {middle:.3f}, of {TURNS} turns")
+        print(*(f"  {ratio:.3f}: {ours:.3f} / {bare:.3f}" for ratio, ours, bare in ratios), sep="\n")
+    assert all(ratio > 0 for ratio, _, _ in ratios)
 
 
 @pytest.mark.parametrize("count", COUNTS)
