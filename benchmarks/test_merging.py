@@ -46,7 +46,7 @@ def merged(folder, shards, examples, documents=0):
     """Status, seconds of processor time, MiB before and at the peak, open files; of merging made-up shards."""
     folders = save_shards(folder / "shards", shards, examples, documents)
     command = [sys.executable, "-c", MERGE, str(folder / "all"), *map(str, folders)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3600)
     assert done.returncode == 0, done.stderr[-3000:]
     status, seconds, start, before, peak, files = json.loads(done.stdout.splitlines()[-1])
     assert status == 0
