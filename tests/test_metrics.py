@@ -128,6 +128,24 @@ def test_choices_are_tied_that_rounding_alone_tells_apart(one, other, distance, 
     assert replace(example, loglikelihoods=(-8.0, -8.0)).tied
 
 
+@given(
+    st.lists(st.tuples(st.integers(-40, 0), st.integers(1, 12)), min_size=2, max_size=5),
+    st.sampled_from([0.0, 2.0**-20, 0.5, 1.0]), st.sampled_from(["sum", "token", "byte", "character"]),
+)  # fmt: skip
+def test_the_likeliest_choices_are_all_that_rounding_does_not_tell_from_the_first(choices, rounding, norm):
+    texts = tuple(f" {'e' * length}" for _, length in choices)
+    example = chosen(0, [total / 4 for total, _ in choices], 0, choices=texts)
+    example = replace(example, tokens=tuple(length for _, length in choices), rounding=rounding)
+    lengths = [1 if norm == "sum" else length for _, length in choices]
+    scores = [total / length for total, length in zip(example.loglikelihoods, lengths, strict=True)]
+    known = [rounding * math.sqrt(count) / length for count, length in zip(example.tokens, lengths, strict=True)]
+    best = scores.index(max(scores))
+    reach = [max(known[best], known[index], 1e-12 * abs(scores[best])) for index in range(len(scores))]
+    assert example.likeliest(norm) == tuple(
+        index for index in range(len(scores)) if scores[best] - scores[index] <= reach[index]
+    )
+
+
 def test_quotients_that_differ_by_rounding_of_the_division_are_a_tie():
     """-5.545177444 nats a token, of 3 and of 7 tokens: a model that gives all tokens the same probability."""
     loss = -math.log(255)

@@ -11,6 +11,7 @@ from tiny import Tiny
 from pytest_lmeval import NotMeasuredError, Suite, TaskError, as_model
 from pytest_lmeval.__main__ import main
 from pytest_lmeval.errors import ArgumentError
+from pytest_lmeval.merging import _results as results
 from pytest_lmeval.records._document import load
 from pytest_lmeval.records._journal import Journal
 from pytest_lmeval.records._share import Share, parsed
@@ -264,3 +265,34 @@ def test_a_shard_decides_no_test_and_its_folder_is_its_own(project):
     result.assert_outcomes(skipped=2, passed=1)
     result = project.runpytest_subprocess(*own, "one", "--lmeval-shard", "3/2")
     result.stderr.fnmatch_lines(["*--lmeval-shard: there is no shard 3 of 2*"])
+
+
+def test_more_shards_than_files_may_be_open_are_merged(tmp_path, monkeypatch):
+    """At no time is more than one file of examples open; a reader that leaves them open would hold one for each shard."""
+    for index in range(1, 41):
+        measured(tmp_path / str(index), VERBS["choices"], Share(index, 40))
+    opened, most = [], [0]
+    plain_open = open
+
+    def counted(file, *arguments, **options):
+        found = plain_open(file, *arguments, **options)
+        if "-examples.jsonl" in str(file) and str(tmp_path / "all") not in str(file):
+            opened.append(found)
+            most[0] = max(most[0], sum(not one.closed for one in opened))
+        return found
+
+    monkeypatch.setattr("builtins.open", counted)
+    folders = [str(tmp_path / str(index)) for index in range(1, 41)]
+    assert main(["merge", *folders, "--to", str(tmp_path / "all")]) == 0
+    assert most[0] == 1
+    (record,) = load(tmp_path / "all").records
+    assert record.metrics["accuracy"].n == len(ROWS)
+
+
+def test_lines_are_read_whole_in_parts_of_a_file(tmp_path, monkeypatch):
+    text = b"".join(b"%d " % number * number + b"\n" for number in range(50))
+    (tmp_path / "lines").write_bytes(text + b"cut off")
+    for size in (1, 7, 100, 1 << 16):
+        monkeypatch.setattr(results, "READ", size)
+        assert b"".join(found := [*results._raw_lines(tmp_path / "lines")]) == text + b"cut off"
+        assert len(found) == 51

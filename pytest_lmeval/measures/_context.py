@@ -333,7 +333,8 @@ def verb(function: Callable[P, R], shared: bool = False, trains: bool = False) -
         call = f"{context.log.test} {function.__name__} {number}"
         try:
             if ranks is not None:
-                own = functools.partial(context.undivided_call, _or_elsewhere, (context, function, args, kwargs), {})
+                inner = (context, function, args, kwargs)
+                own: Callable[[], R] = functools.partial(context.undivided_call, _or_elsewhere, inner, {})
                 lm = context.model(args[0] if args else kwargs["lm"])
                 if not (trains or lm.spans_ranks):
                     return ranks.from_first(call, own)

@@ -9,7 +9,6 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from msgspec import structs
 
 from pytest_lmeval.errors import DocumentError, MergeError
@@ -17,12 +16,14 @@ from pytest_lmeval.measures import _agreement_record, _suite, _task_merging, _te
 from pytest_lmeval.measures._merging import check_same
 from pytest_lmeval.merging._shards import Shard
 from pytest_lmeval.records import _schema as schema
-from pytest_lmeval.records._example import Example
+from pytest_lmeval.records._example import Example, example_of
 from pytest_lmeval.records._journal import Line
 from pytest_lmeval.records._measured import Record
 from pytest_lmeval.records._replacing import inside, replacing
 from pytest_lmeval.scoring._loss_accumulator import LossAccumulator
 from pytest_lmeval.scoring._text_files import write_units
+
+READ = 1 << 16  # bytes of a file of examples that are held
 
 
 @dataclass
@@ -39,7 +40,7 @@ def merged(shards: Sequence[Shard], to: Path) -> Merged:
     found, suites = Merged(), dict[str, tuple[list[tuple[Shard, Line]], list[Record]]]()
     for key in dict.fromkeys(key for shard in shards for key in shard.results):
         lines = [(shard, shard.results[key]) for shard in shards if key in shard.results]
-        records = [_record(shard, line) for shard, line in lines]
+        records = [shard.record(key) for shard, _ in lines]
         first, (owner, line) = records[0], lines[0]
         if line.alone:
             found.records[key] = _as_it_is(owner, first, to)
@@ -71,11 +72,6 @@ def _average(found: Merged, key: str, lines: Sequence[tuple[Shard, Line]], recor
         return
     tasks = {name: found.records[wholes[name]] for name in parts[0]["first"] if name in wholes}
     found.records[key] = _suite.merged(records, parts[0], tasks)
-
-
-def _record(shard: Shard, line: Line) -> Record:
-    what = f"a result in the journal of {shard.folder}"
-    return schema.build(line.record, Record, what, "Run this shard again with --lmeval-fresh")
 
 
 def _whole(lines: Sequence[tuple[Shard, Line]], records: Sequence[Record], to: Path) -> Record:
@@ -138,17 +134,28 @@ def _joined(parts: Sequence[tuple[Path, str]], to: Path) -> Iterator[Example]:
 
 def _lines(folder: Path, name: str) -> Iterator[tuple[tuple[int, int], bytes, Example]]:
     """The place of each example in a file, its line, and itself."""
-    decode = msgspec.json.Decoder(Example).decode
     try:
-        with open(inside(folder, name), "rb") as source:
-            for number, line in enumerate(source, start=1):
-                try:
-                    example = decode(line)
-                except (msgspec.MsgspecError, ValueError) as error:
-                    raise MergeError(f"{folder / name}, line {number} is no example ({error}). Run this shard again.") from None
-                yield example.place, line, example
+        for number, line in enumerate(_raw_lines(inside(folder, name)), start=1):
+            try:
+                example = example_of(line)
+            except (ValueError, RecursionError) as error:
+                raise MergeError(f"{folder / name}, line {number} is no example ({error}). Run this shard again.") from None
+            yield example.place, line, example
     except OSError as error:
         why = error.strerror or error
         raise MergeError(
             f"{folder / name} cannot be read ({why}): the examples of this shard are lost. Run it again."
         ) from error
+
+
+def _raw_lines(file: Path) -> Iterator[bytes]:
+    """The lines of a file that is open only while some of them are read: there may be more shards than open files."""
+    at = 0
+    while True:
+        with open(file, "rb") as source:
+            source.seek(at)
+            lines = source.readlines(READ)
+            at = source.tell()
+        if not lines:
+            return
+        yield from lines

@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
+import json
+import zlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from msgspec import structs
+
 from pytest_lmeval.errors import ArgumentError, MergeError, some
+from pytest_lmeval.records import _schema as schema
 from pytest_lmeval.records._journal import NAME, Journal, Line
+from pytest_lmeval.records._measured import Record
 from pytest_lmeval.records._share import Share, parsed
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The last run in the output folder of a shard: its results by the key that the result of all examples has."""
+    """The last run in the output folder of a shard.
+
+    results  by the key that the result of all examples has, without their records
+    """
 
     folder: Path
     share: Share
     results: dict[str, Line]
+    _records: dict[str, bytes]
+
+    def record(self, key: str) -> Record:
+        """That of a result. Raises DocumentError for one that is no record. Records are held compressed: there are as many as
+        shards times measurements, and each is merged once."""
+        plain = json.loads(zlib.decompress(self._records[key]))
+        return schema.build(
+            plain, Record, f"a result in the journal of {self.folder}", "Run this shard again with --lmeval-fresh"
+        )
 
 
 def read(folders: Sequence[Path]) -> list[Shard]:
@@ -59,4 +77,5 @@ def _read(folder: Path) -> Shard:
         raise MergeError(
             f"{folder} holds results of shard {other} beside those of {share}. Give each shard a folder of its own."
         )
-    return Shard(folder, share, {line.whole: line for line in lines})
+    records = {line.whole: zlib.compress(json.dumps(line.record).encode()) for line in lines}
+    return Shard(folder, share, {line.whole: structs.replace(line, record={}) for line in lines}, records)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+import msgspec
 from msgspec import structs
 
+from pytest_lmeval.records import _schema as schema
 from pytest_lmeval.records._metric import Norm
 from pytest_lmeval.records._schema import StoredStruct
 
@@ -134,11 +136,13 @@ class Example(StoredStruct, frozen=True, kw_only=True):
         """
         if len(self.choices) < 2:
             return tuple(range(len(self.choices)))
-        lengths = self.lengths(norm)
-        scores = [total / length for total, length in zip(self.loglikelihoods, lengths, strict=True)]
-        tokens = self.tokens or [1] * len(scores)
+        lengths, tokens = self.lengths(norm), self.tokens or (1,) * len(self.choices)
+        scores = self.loglikelihoods if norm == "sum" else self.compared(norm)
+        *_, second, highest = sorted(scores)
+        if highest - second > max(self.rounding * math.sqrt(max(tokens)) / min(lengths), FLOAT64 * abs(highest)):
+            return (scores.index(highest),)
         known = [self.rounding * math.sqrt(count) / length for count, length in zip(tokens, lengths, strict=True)]
-        best = scores.index(max(scores))
+        best = scores.index(highest)
         least = max(known[best], FLOAT64 * abs(scores[best]))
         return tuple(index for index, score in enumerate(scores) if scores[best] - score <= max(least, known[index]))
 
@@ -151,6 +155,17 @@ class Example(StoredStruct, frozen=True, kw_only=True):
         texts = self.texts or self.choices
         found = (structs.replace(self, chosen=index, output=texts[index].strip()) for index in self.counted(norm))
         return tuple(found) or (self,)
+
+
+_decode = msgspec.json.Decoder(Example).decode
+
+
+def example_of(line: bytes) -> Example:
+    """The example of a line, without what this version does not know. Raises ValueError for a line that holds none."""
+    try:
+        return _decode(line)
+    except (msgspec.MsgspecError, ValueError):  # such as a surrogate that stands alone, which is valid here
+        return schema.convert(schema.parse(line, "a line of examples", "Run this again"), Example)
 
 
 class Unit(StoredStruct, frozen=True):

@@ -28,6 +28,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+import msgspec
+
 from pytest_lmeval.records import _schema as schema
 from pytest_lmeval.records._replacing import append, inside, leftovers, replacing
 from pytest_lmeval.records._schema import StoredStruct
@@ -55,6 +57,16 @@ class Line(StoredStruct, frozen=True):
     whole: str = ""
     alone: bool = False
     part: str | None = None
+
+
+_decode = msgspec.json.Decoder(Line).decode
+
+
+def _line_of(text: bytes) -> Line:
+    try:
+        return _decode(text)
+    except (msgspec.MsgspecError, ValueError):  # such as a surrogate that stands alone, which is valid here
+        return schema.convert(schema.parse(text, "", ""), Line)
 
 
 class JournalWarning(UserWarning):
@@ -150,8 +162,8 @@ class Journal:
         share, known, current, last = list[Line](), dict[str, Line](), dict[str, Line](), list[Line]()
         for text in self._read().splitlines():
             try:
-                line = schema.convert(schema.parse(text, "", ""), Line)
-            except ValueError:
+                line = _line_of(text)
+            except (ValueError, RecursionError):
                 continue  # cut off when the run was killed
             if line.event == "shard":
                 share, last = [line], []

@@ -179,13 +179,14 @@ class Scores:
     def __init__(self, metrics: Sequence[Metric]) -> None:
         self.metrics = metrics
         self._places: list[tuple[str, int]] = []  # id and number of each example
-        self._units: list[Hashable] = []  # what its unit is known by
+        self._units: list[Hashable] = []  # what its unit is known by: its group, or its place
         self._columns = {metric.name: _Column() for metric in metrics}
         self._examples: list[Example] | None = [] if any(metric.statistic is not None for metric in metrics) else None
 
     def add(self, example: Example) -> None:
-        self._places.append((example.id, example.number))
-        self._units.append(unit_of(example))
+        place = example.id, example.number
+        self._places.append(place)
+        self._units.append(place if example.group is None else unit_of(example))
         for metric in self.metrics:
             self._columns[metric.name].add(metric, example)
         if self._examples is not None:
@@ -198,10 +199,11 @@ class Scores:
                 f"no question was answered, so there is nothing to compute {', '.join(map(str, self.metrics))} from."
             )
         order = sorted(range(len(self._places)), key=self._places.__getitem__)
-        found = ((metric.name, self._value(metric, order, seed)) for metric in self.metrics)
+        units = indices_of([self._units[index] for index in order])
+        found = ((metric.name, self._value(metric, order, units, seed)) for metric in self.metrics)
         return {name: value for name, value in found if value is not None}
 
-    def _value(self, metric: Metric, order: Sequence[int], seed: int) -> Value | None:
+    def _value(self, metric: Metric, order: Sequence[int], units: np.ndarray, seed: int) -> Value | None:
         column = self._columns[metric.name]
         if metric.statistic is not None:
             assert self._examples is not None
@@ -211,8 +213,10 @@ class Scores:
             again = [_shared(metric, example) if index in column.shared else example for index, example in pairs]
             other = _estimate(metric, again, seed) if column.shared else None
         else:
-            order = [index for index in order if not math.isnan(column.scores[index])]
-            units = indices_of([self._units[index] for index in order])
+            about = ~np.isnan(np.array(column.scores)[order])
+            if not about.all():  # units are numbered in the order in which they appear first
+                order = [index for index, counts in zip(order, about, strict=True) if counts]
+                units = indices_of(units[about].tolist())
             scores = [column.scores[index] for index in order]
             estimate = _mean(metric, scores, units) if order else None
             by_share = [column.shared.get(index, score) for index, score in zip(order, scores, strict=True)]
@@ -269,7 +273,7 @@ def _mean(metric: Metric, scores: Sequence[float], units: np.ndarray) -> Estimat
     """The mean of the scores [n], on the scale of the metric, with its interval over the units, whose indices [n] these are."""
     interval = None
     if metric.interval == "proportion" or (metric.interval and metric.judges and all(0 <= score <= 1 for score in scores)):
-        interval = wilson(scores, units.tolist())
+        interval = wilson(scores, units.tolist() if units.max() + 1 < len(units) else None)
     elif metric.interval is not None:
         (interval,) = ratio_intervals(np.column_stack([np.bincount(units, weights=scores), np.bincount(units)]), [(0, 1)])
     mean = math.fsum(scores) / len(scores)

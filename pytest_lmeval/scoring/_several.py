@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
@@ -70,21 +71,30 @@ class Spread:
     def __init__(self, names: Iterable[str]) -> None:
         known = (declared(name) for name in names)
         self._metrics = [one for one in known if one.several is None and one.statistic is None]
-        self._answers: dict[str, dict[int, list[float]]] = {one.name: {} for one in self._metrics}
+        self._numbers = array("q")  # of the question of each answer
+        self._scores = {one.name: array("d") for one in self._metrics}  # of each answer; nan where the metric is not about it
         self._several = False
 
     def add(self, example: Example) -> None:
         self._several |= example.repeat > 0
-        for name, answers in self._answers.items():
-            if (score := example.scores.get(name)) is not None:
-                answers.setdefault(example.number, []).append(score)
+        self._numbers.append(example.number)
+        for name, scores in self._scores.items():
+            score = example.scores.get(name)
+            scores.append(math.nan if score is None else score)
 
     def values(self) -> dict[str, float]:
         """Metric -> the standard deviation of its mean; nothing if each question has one answer."""
         if not self._several:
             return {}
-        spreads = ((one, between_runs([*self._answers[one.name].values()])) for one in self._metrics)
+        spreads = ((one, between_runs(self._answers(one.name))) for one in self._metrics)
         return {one.name: one.scale * spread for one, spread in spreads if spread is not None}
+
+    def _answers(self, name: str) -> list[list[float]]:
+        by_question = defaultdict[int, list[float]](list)
+        for number, score in zip(self._numbers, self._scores[name], strict=True):
+            if not math.isnan(score):
+                by_question[number].append(score)
+        return [*by_question.values()]
 
 
 def with_several(examples: Sequence[Example], metrics: Sequence[Metric], task: Task) -> list[Example]:

@@ -30,8 +30,9 @@ def rows() -> Iterator[Row]:
 
 def _of_document(document: Document) -> Iterator[Row]:
     found = [match.groups() for match in PASSAGE.finditer(document.text) if match.group().isascii()]
+    texts = sorted({text for _, text in found})  # once: a document has thousands of passages
     for passage, right in found:
-        others = sorted({text for _, text in found} - {right})
+        others = [text for text in texts if text != right]
         if len(others) < 3:
             continue
         by_hash = random.Random(id_of({"passage": passage}))
