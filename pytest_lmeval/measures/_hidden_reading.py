@@ -116,6 +116,7 @@ class HiddenReader:
                 found = unless_full(partial(self._side_by_side, part))
                 if not isinstance(found, NoMemory):
                     yield self._checked(found), None
+                    del found  # before the next step needs its memory
                 elif len(part) > 1:
                     waiting = [part[: len(part) // 2], part[len(part) // 2 :], *waiting]
                 else:
@@ -149,6 +150,7 @@ class HiddenReader:
             if self.token == "all":
                 batch = HiddenBatch(np.full(len(piece), point.text), np.arange(begin, at), found)
                 yield self._checked(batch), Point(point.which, point.text, at, state)
+                del batch, found, read  # before the next step needs their memory
                 continue
             vectors = {name: own + vectors.get(name, 0) for name, own in found.items()} if self.token == "mean" else found
             yield None, Point(point.which, point.text, at, state, vectors)
