@@ -404,7 +404,7 @@ def test_the_hidden_states_of_a_transformers_model_are_those_that_it_returns(tmp
     torch.testing.assert_close(found[0].first.covariance, torch.cov(rows.T), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("spec", ["zoo:mamba", "zoo:lstm", pytest.param("zoo:moshi", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("spec", ["zoo:mamba2", "zoo:lstm", "zoo:moshi"])
 def test_models_of_every_kind_have_hidden_states(spec):
     lm = pytest_lmeval.load(spec)
     frames = lambda length: np.zeros((length, len(lm.codebooks.sizes)), dtype=int) if lm.codebooks else np.arange(length)  # noqa: E731
