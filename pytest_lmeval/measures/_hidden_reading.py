@@ -26,9 +26,9 @@ from pytest_lmeval.models._model import State
 from pytest_lmeval.scoring._hidden_files import Point
 
 Token: TypeAlias = Literal["last", "mean", "all"]
-BUDGET = 64 << 20  # bytes of the hidden states of all layers that a step may return,
-SMALL = 16 << 20  # and that it returns if these are
-EFFICIENT = 256  # tokens or more
+SMALL = 16 << 20  # bytes of the hidden states of all layers that a step returns at most, if they are of
+EFFICIENT = 256  # tokens or more;
+BUDGET = 64 << 20  # else at most so many
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class HiddenReader:
         found, _ = hidden_states(engine, engine.lm.random_ids(1, 1), None, modules, lambda hidden: hidden[0, 0])
         self.widths = {name: (len(found[name]), _adding_device(found[name])) for name in modules}
         held = sum(vector.nbytes for vector in found.values()) if token == "all" else 1
-        policy, self.size, self.most = engine.policy, None, _tokens_of(held)  # tokens of a piece, and of a batch
+        policy, self.size, self.most = engine.policy, None, tokens_of(held)  # tokens of a piece, and of a batch
         if policy.carry and not policy.single:
             size = min(chunk_of(engine.lm, replace(policy, windows=None)), self.most)
             self.size = max(1, size // policy.multiple) * policy.multiple
@@ -204,7 +204,7 @@ class HiddenReader:
         )
 
 
-def _tokens_of(held: int) -> int:
+def tokens_of(held: int) -> int:
     """Tokens of a step that returns so many bytes of hidden states for each."""
     return max(1, min(BUDGET // held, max(EFFICIENT, SMALL // held)))
 
