@@ -1,4 +1,4 @@
-"""What a model is fine-tuned on: the loss of a question, the rows that are held out, and what is refused."""
+"""The questions that a model is fine-tuned on: their losses, the rows that are held out, and the ones that are refused."""
 
 import math
 from dataclasses import replace
