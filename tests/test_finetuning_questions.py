@@ -1,4 +1,4 @@
-"""The questions that a model is fine-tuned on: their losses, the rows that are held out, and the ones that are refused."""
+"""Try the loss of each question that a model is fine-tuned on, the split of the rows, and the errors of wrong ones."""
 
 import math
 from dataclasses import replace

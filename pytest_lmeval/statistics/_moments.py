@@ -62,7 +62,7 @@ class Moments:
 
     def add(self, rows: Tensor) -> None:
         """Add vectors [n, d]."""
-        for piece in rows.split(PIECE):
+        for piece in torch.split(rows, PIECE):
             if len(piece):
                 piece = piece.to(self.mean)
                 mean = piece.mean(dim=0)
