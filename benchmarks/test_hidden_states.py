@@ -13,8 +13,8 @@ from pytest_lmeval.measures._hidden_states import hidden_batches, measure_hidden
 from pytest_lmeval.profiling._peak import peak_memory
 
 pytestmark = pytest.mark.benchmark
-TEXTS, CHARACTERS = 30, 2_000
-LEAST_SAVED = 0.4
+TEXTS, CHARACTERS = 60, 2_000
+LEAST_SAVED = 0.8
 
 
 @pytest.fixture(scope="module")

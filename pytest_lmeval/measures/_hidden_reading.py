@@ -26,7 +26,9 @@ from pytest_lmeval.models._model import State
 from pytest_lmeval.scoring._hidden_files import Point
 
 Token: TypeAlias = Literal["last", "mean", "all"]
-BUDGET = 64 << 20  # bytes of the hidden states of all layers that a step may return
+SMALL = 16 << 20  # bytes of the hidden states of all layers that a step returns at most, if they are of
+EFFICIENT = 256  # tokens or more;
+BUDGET = 64 << 20  # else at most so many
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class HiddenReader:
         found, _ = hidden_states(engine, engine.lm.random_ids(1, 1), None, modules, lambda hidden: hidden[0, 0])
         self.widths = {name: (len(found[name]), _adding_device(found[name])) for name in modules}
         held = sum(vector.nbytes for vector in found.values()) if token == "all" else 1
-        policy, self.size, self.most = engine.policy, None, max(1, BUDGET // held)  # tokens of a piece, and of a batch
+        policy, self.size, self.most = engine.policy, None, tokens_of(held)  # tokens of a piece, and of a batch
         if policy.carry and not policy.single:
             size = min(chunk_of(engine.lm, replace(policy, windows=None)), self.most)
             self.size = max(1, size // policy.multiple) * policy.multiple
@@ -116,6 +118,7 @@ class HiddenReader:
                 found = unless_full(partial(self._side_by_side, part))
                 if not isinstance(found, NoMemory):
                     yield self._checked(found), None
+                    del found  # before the next step needs its memory
                 elif len(part) > 1:
                     waiting = [part[: len(part) // 2], part[len(part) // 2 :], *waiting]
                 else:
@@ -149,6 +152,7 @@ class HiddenReader:
             if self.token == "all":
                 batch = HiddenBatch(np.full(len(piece), point.text), np.arange(begin, at), found)
                 yield self._checked(batch), Point(point.which, point.text, at, state)
+                del batch, found, read  # before the next step needs their memory
                 continue
             vectors = {name: own + vectors.get(name, 0) for name, own in found.items()} if self.token == "mean" else found
             yield None, Point(point.which, point.text, at, state, vectors)
@@ -198,6 +202,11 @@ class HiddenReader:
             "the first tokens of each text: tokens=N.",
             found.wanted,
         )
+
+
+def tokens_of(held: int) -> int:
+    """Tokens of a step that returns so many bytes of hidden states for each."""
+    return max(1, min(BUDGET // held, max(EFFICIENT, SMALL // held)))
 
 
 def _adding_device(vectors: Tensor) -> torch.device:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from itertools import accumulate
 
 from msgspec import structs
 
@@ -17,7 +18,34 @@ from pytest_lmeval.records._value import Value
 from pytest_lmeval.scoring._hidden_states import HiddenStates, LayerStates
 
 VECTORS = {"last": "of the last token", "mean": "mean over the tokens", "all": "of all tokens"}
-SHOWN = 64  # directions in the plot of explained variance
+
+
+@dataclass
+class Described:
+    """What a record says of one layer, without its sums.
+
+    explained  fraction of the variance along each of the first directions
+    apart      the separation of two sets, if there is one
+    error      bound of the error of a variance, as a fraction of the whole; None if the covariance is exact
+    curves     coordinates of the vectors of each set that are plotted
+    """
+
+    count: int
+    width: int
+    explained: list[float]
+    apart: Value | None
+    error: float | None
+    curves: list[tuple[list[float], list[float]]]
+
+    @property
+    def first(self) -> float:
+        return self.explained[0] if self.explained else 0.0
+
+
+def _described(layer: LayerStates) -> Described:
+    both, directions = layer.both, layer.leading_directions
+    error = both.error / directions.total if both.rank and directions.total else None
+    return Described(both.count, len(both.mean), directions.explained.tolist(), layer.separation, error, layer.plotted())
 
 
 def record_of(
@@ -29,27 +57,25 @@ def record_of(
     limit: int | None = None,
     seconds: float | None = None,
 ) -> Record:
-    """The record of sums that are complete."""
+    """The record of sums that are complete. It holds the covariance and the directions of one layer at a time."""
     subject = " and ".join(f"{count:,} {name}" for count, name in zip(states.texts, names, strict=False))
-    found = {name: states[name] for name in states}
-    explained = {name: layer.directions.explained for name, layer in found.items()}
-    apart = {name: value for name, layer in found.items() if (value := layer.separation) is not None}
-    first = {name: float(fractions[0]) if len(fractions) else 0.0 for name, fractions in explained.items()}
+    found = {name: _described(states[name]) for name in states}
+    apart = {name: layer.apart for name, layer in found.items() if layer.apart is not None}
     metrics: dict[str, Value] = {}
     if apart:
         metrics["separation"] = _mean_of("separation", [*apart.values()])
     metrics["first_direction"] = value_of(
-        "first_direction", sum(first.values()) / len(first), n=next(iter(found.values())).both.count
+        "first_direction", sum(layer.first for layer in found.values()) / len(found), n=next(iter(found.values())).count
     )
     metrics |= {f"separation_at_{name}": value for name, value in apart.items()}
-    metrics |= {f"first_direction_at_{name}": value_of(f"first_direction_at_{name}", part) for name, part in first.items()}
-    errors = {
-        name: layer.both.error / total for name, layer in found.items() if layer.both.rank and (total := layer.directions.total)
+    metrics |= {
+        f"first_direction_at_{name}": value_of(f"first_direction_at_{name}", layer.first) for name, layer in found.items()
     }
+    errors = {name: layer.error for name, layer in found.items() if layer.error is not None}
     notes = []
-    if few := [layer.both for layer in found.values() if layer.both.count <= len(layer.both.mean)]:
+    if few := [layer for layer in found.values() if layer.count <= layer.width]:
         notes.append(
-            f"{few[0].count:,} vectors of width {len(few[0].mean):,}: the covariance has a variance along {few[0].count - 1:,} "
+            f"{few[0].count:,} vectors of width {few[0].width:,}: the covariance has a variance along {few[0].count - 1:,} "
             "directions at most, and says nothing of the others"
         )
     if errors:
@@ -69,7 +95,7 @@ def record_of(
         notes=[*notes, *policy.withheld[:1]],
         metrics=metrics,
         cost=Cost(seconds=seconds, tokens=states.tokens),
-        series=_series(found, names, explained, first, apart),
+        series=_series(found, names, two=len(states.moments) > 1),
         certificate=None
         if policy.certificate is None
         else structs.replace(policy.certificate, chunking_used=f"texts side by side, long ones {policy.reading}"),
@@ -84,31 +110,25 @@ def _mean_of(name: str, values: Sequence[Value]) -> Value:
     return value_of(name, sum(values) / len(values), interval, n=values[0].n, why=why)
 
 
-def _series(
-    found: dict[str, LayerStates],
-    names: Sequence[str],
-    explained: dict[str, Any],
-    first: dict[str, float],
-    apart: dict[str, Value],
-) -> dict[str, Series]:
+def _series(found: dict[str, Described], names: Sequence[str], two: bool) -> dict[str, Series]:
     """The plots: along the first directions, explained variance, and both by layer."""
     series, order = {}, {name: float(number) for number, name in enumerate(found)}
-    two = any(layer.second is not None for layer in found.values())
     title = "Two sets along their direction" if two else "Hidden states along their first directions"
     axes = ("along the direction between the sets", "across it") if two else ("first direction", "second direction")
     for name, layer in found.items():
-        for curve, (x, y) in zip(names, layer.plotted(), strict=False):
+        for curve, (x, y) in zip(names, layer.curves, strict=False):
             series[f"along_{name}_{curve}"] = Series(x, y, *axes, title, part=name, curve=curve if two else "", points=True)
-        if parts := (100 * explained[name][:SHOWN].cumsum(0)).tolist():
+        if layer.explained:
+            parts = [100 * part for part in accumulate(layer.explained)]
             numbers = [float(number) for number in range(1, len(parts) + 1)]
             series[f"explained_{name}"] = Series(
                 numbers, parts, "directions", "% of the variance", "Explained variance", part=name
             )
-    parts = [100 * fraction for fraction in first.values()]
+    parts = [100 * layer.first for layer in found.values()]
     series["first_direction_by_layer"] = Series(
         [*order.values()], parts, "layers", "% of the variance", "First direction by layer"
     )
-    if apart:
+    if apart := {name: layer.apart for name, layer in found.items() if layer.apart is not None}:
         x, y = [order[name] for name in apart], [float(value) for value in apart.values()]
         ends = [value.interval for value in apart.values() if value.interval is not None]
         low, high = ([*map(float, column)] for column in zip(*ends, strict=True)) if len(ends) == len(x) else ([], [])

@@ -237,6 +237,7 @@ def measure_hidden_states(
         for batch, reached in reader.batches(source, begin):
             if batch is not None:
                 states.add(which, batch.texts, batch.positions, batch.vectors)
+                del batch  # before the next step needs its memory
             states.tokens, states.skipped = states.tokens + reader.read, skipped + reader.skipped
             reader.read = 0
             if progress is not None and any(states.texts):

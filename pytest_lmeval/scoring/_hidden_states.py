@@ -23,6 +23,7 @@ from pytest_lmeval.records._value import Value
 from pytest_lmeval.statistics._moments import Directions, Moments, merged
 
 KEPT = 64  # vectors of each set that are kept to be plotted
+SHOWN = 64  # directions in the plot of explained variance
 LEAST = 2  # texts of each half of a set from which a separation is computed
 Z = 1.959964  # of a 95 % interval
 ONE_SET = "there is one set of texts, and a contrast has two: hidden_states(lm, texts, other)."
@@ -62,6 +63,11 @@ class LayerStates:
     def directions(self) -> Directions:
         """The principal directions of all vectors."""
         return self.both.directions()
+
+    @cached_property
+    def leading_directions(self) -> Directions:
+        """The first `SHOWN` of them, in a small part of the memory of all."""
+        return self.both.directions(SHOWN)
 
     @cached_property
     def difference(self) -> Tensor:
@@ -120,7 +126,7 @@ class LayerStates:
         """Two coordinates of the vectors of each set that are kept: along the first two principal directions; of two sets,
         along the direction that tells them apart in the other half of the texts, and along the first principal direction across
         it."""
-        axes = self.directions.vectors
+        axes = self.leading_directions.vectors
         if len(axes) < 2 - (self.second is not None):
             return []
         middle, found = self.both.mean.cpu(), []

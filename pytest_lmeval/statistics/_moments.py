@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+PIECE = 1024  # rows that are centred in float64 at once
+
 
 @dataclass(frozen=True)
 class Directions:
@@ -60,11 +62,11 @@ class Moments:
 
     def add(self, rows: Tensor) -> None:
         """Add vectors [n, d]."""
-        if not len(rows):
-            return
-        rows = rows.to(self.mean)
-        mean = rows.mean(dim=0)
-        self._take(len(rows), mean, rows - mean)
+        for piece in torch.split(rows, PIECE):
+            if len(piece):
+                piece = piece.to(self.mean)
+                mean = piece.mean(dim=0)
+                self._take(len(piece), mean, piece - mean)
 
     def merge(self, other: Moments) -> None:
         """Add all vectors of another sum of the same width and rank."""
@@ -77,21 +79,21 @@ class Moments:
             self._take(other.count, mean, scatter[:0])
         else:
             self.lost += other.lost
-            sketched = float(scatter.square().sum())
+            sketched = _sum_of_squares(scatter)
             self._take(other.count, mean, scatter)
             self.total += other.total - sketched
 
     def _take(self, count: int, mean: Tensor, centred: Tensor) -> None:
         """Add `count` vectors of this mean whose scatter is centred'centred, and the scatter between the two means."""
-        between = (mean - self.mean) * math.sqrt(self.count * count / (self.count + count))
-        rows = torch.cat([centred, between[None]])
-        self.total += float(rows.square().sum())
+        between = ((mean - self.mean) * math.sqrt(self.count * count / (self.count + count)))[None]
+        self.total += _sum_of_squares(centred) + _sum_of_squares(between)
         self.mean += (mean - self.mean) * (count / (self.count + count))
         self.count += count
         if self.rank is None:
-            self.scatter.addmm_(rows.T, rows)
+            for rows in (centred, between):
+                self.scatter.addmm_(rows.T, rows)
             return
-        self.scatter = torch.cat([self.scatter, rows])
+        self.scatter = torch.cat([self.scatter, centred, between])
         if len(self.scatter) > 2 * self.rank:
             self.lost += self._shrink(self.rank)
 
@@ -145,9 +147,16 @@ class Moments:
 
 
 def merged(parts: Sequence[Moments]) -> Moments:
-    """The sum of all parts, which stay as they are."""
+    """The sum of all parts, which stay as they are; a single part itself."""
+    if len(parts) == 1:
+        return parts[0]
     whole = copy.copy(parts[0])
     whole.mean, whole.scatter = whole.mean.clone(), whole.scatter.clone()
     for part in parts[1:]:
         whole.merge(part)
     return whole
+
+
+def _sum_of_squares(rows: Tensor) -> float:
+    """Without a tensor of all squares."""
+    return float(torch.dot(rows.reshape(-1), rows.reshape(-1)))
