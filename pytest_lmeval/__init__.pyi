@@ -42,6 +42,7 @@ from .errors import (
     UnknownVerb as UnknownVerb,
     UnreadableError as UnreadableError,
     UsageError as UsageError,
+    WithheldError as WithheldError,
 )
 from .laws import replay as replay
 from .measures._agreement import agreement as agreement
