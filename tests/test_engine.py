@@ -436,7 +436,9 @@ def test_the_states_of_joined_rows_are_freed_when_their_leaves_are_read(monkeypa
         engine = read()
         assert held() == 0
         assert not answers or 2 in rows[len(rows) // 4 :]  # those of the first answers, when the next are begun
-        kept = [weakref.ref(state.get()) for _, state in engine._executors[Joined].prefix_cache._entries]
+        (executor,) = engine._executors.values()
+        kept = [weakref.ref(state.get()) for _, state in executor.prefix_cache._entries]
+        del executor
         assert all(state() is not None for state in kept)
         del engine
         assert [state() for state in kept] == [None] * len(kept)

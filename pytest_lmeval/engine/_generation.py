@@ -160,7 +160,7 @@ def take_text(row: Answer, text: str) -> None:
 def _append(row: Answer, token: int, logprob: float, tokenizer: Any, special: Mapping[int, str]) -> None:
     """Append a token to an answer; end the answer at a stop or at its largest length.
 
-    special  id -> text of the tokens that `tokenizer.decode` leaves out
+    special  id -> text of the tokens that `decode` of the tokenizer leaves out
     """
     row.ids.append(token)
     row.logprobs.append(logprob)
