@@ -5,6 +5,7 @@ Within a `HubCall`, every request of huggingface_hub, and so of datasets and tra
     an attempt   ends after a third of the limit without the whole head of an answer: names, connections and redirects included
     a request    is tried again after errors that pass (ATTEMPTS), and ends after the limit, as does the body of metadata
     a body       of a file may take its time, but brings RATE bytes a second, averaged over the limit
+    an upload    may take its time, but each of its reads and writes ends after the limit; huggingface_hub tries it again
     a call       ends with its first request that failed: what is in the cache is used, the rest raises HubError
 
 The limit is LMEVAL_HUB_TIMEOUT seconds (60 by default), or what HF_HUB_ETAG_TIMEOUT and HF_HUB_DOWNLOAD_TIMEOUT set, if that is
@@ -136,6 +137,8 @@ class HubCall:
             self.failed.setdefault(_host(url), HubError(f"{before} It is asked again after {left:.0f} s.", before.status))
         if _host(url) in self.failed:
             raise _unreachable(self.failed[_host(url)])
+        if _is_upload(request):
+            return self.upload(httpx, original, request, stream, options)
         given = request.extensions.get("timeout", {})
         names = ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT")
         longest = max([0.0, *(getattr(constants, name) for name in names if name in os.environ)])
@@ -179,6 +182,16 @@ class HubCall:
             self.fail(url, f"no whole answer within {each:.3g} s, tried for {total:g} s")
         except httpx.TransportError as error:
             self.fail(url, described(error))
+
+    def upload(self, httpx: ModuleType, original: Callable[..., Any], request: Any, stream: bool, options: dict[str, Any]) -> Any:
+        """Send a request whose body is a file or a commit, once: only the library can read its body again."""
+        request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), self.limit)
+        try:
+            return original(request, stream=stream, **options)
+        except httpx.TransportError as error:
+            why = f"{request.url.host} could not be sent {request.url.path}: {described(error)}"
+            error.hub_error = HubError(f"{why}. Check the network; the same call goes on with what is missing.")
+            raise
 
 
 class _Passing(Exception):
@@ -247,6 +260,14 @@ def _counted(httpx: ModuleType, call: HubCall, response: Any) -> Any:
     return Counted()
 
 
+def _is_upload(request: Any) -> bool:
+    return request.method == "PUT" or (request.method == "POST" and "/commit/" in request.url.path)
+
+
+def _is_writing(request: Any) -> bool:
+    return request.method in ("PUT", "POST") and "/paths-info/" not in request.url.path
+
+
 def _host(url: Any) -> str:
     return str(url.netloc.decode())
 
@@ -264,6 +285,9 @@ def _answered(response: Any) -> str:
     """What an answer of the hub with an error means, and what to do."""
     status, url = response.status_code, response.request.url
     said = f"{url.host} answered {status} to {url.path}"
+    if status in (401, 403) and _is_writing(response.request):
+        token = "the token has no right to write there" if "authorization" in response.request.headers else "nobody is logged in"
+        return f"{said}: {token}. Log in with a token that may write (`hf auth login`), or set HF_TOKEN; or propose it (--create-pr)"
     if status == 401:
         token = "the token was refused" if "authorization" in response.request.headers else "nobody is logged in"
         return f"{said}: it is private or gated, or does not exist, and {token}. Log in (`hf auth login`), or set HF_TOKEN"
