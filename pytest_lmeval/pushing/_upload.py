@@ -189,6 +189,6 @@ def _line(number: int, parts: int, files: Sequence[Sent], missing: dict[str, Pat
 
 def _how_to_go_on(to: Place, revision: str | None, done: int) -> str:
     if not done:
-        return " Nothing was sent." if not (to.create_pr and revision) else f" Go on with --revision {revision}."
+        return " Nothing is committed." if not (to.create_pr and revision) else f" Go on with --revision {revision}."
     how = f"with --revision {revision} in place of --create-pr" if to.create_pr and revision else "by the same command"
     return f" {done} part{'s' * (done > 1)} of it {'are' if done > 1 else 'is'} there; go on {how}: only what is missing is sent."
