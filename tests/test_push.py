@@ -16,11 +16,12 @@ from msgspec.structs import replace
 from safetensors import safe_open
 from safetensors.torch import save_file
 from stub_uploads import TOKEN, WritableHub
-from tiny import tiny_lm
+from tiny_models import Functional
 
 from pytest_lmeval.__main__ import main
 from pytest_lmeval.errors import SpecError
 from pytest_lmeval.models._hub import HubCall
+from pytest_lmeval.models._sources import as_model
 from pytest_lmeval.pushing import _upload as upload
 from pytest_lmeval.training._weights import load_weights
 
@@ -71,8 +72,10 @@ def test_a_dry_run_shows_what_would_be_sent_and_needs_no_hub(run, monkeypatch, c
     shown = capsys.readouterr().out
     for path in (RECORD, REPORT, *SHARDS, INDEX, "training/protocol.json", ".eval_results/boolq-default.yaml"):
         assert f"  {path}" in shown
-    assert "3.3 KiB  model-00001-of-00003.safetensors" in shown and "a dry run, nothing is sent" in shown
-    assert "point.pt" not in shown and "journal" not in shown
+    assert "3.2 KiB  model-00001-of-00003.safetensors" in shown
+    assert "a dry run, nothing is sent" in shown
+    assert "point.pt" not in shown
+    assert "journal" not in shown
 
 
 def test_all_arrives_with_secrets_masked_and_the_same_again_sends_nothing(run, hub, parts_of_one, capsys):
@@ -85,11 +88,13 @@ def test_all_arrives_with_secrets_masked_and_the_same_again_sends_nothing(run, h
         assert secret.encode() not in everything
     assert files[REPORT] == b"<html><script>var token = 'x'; f('***')</script></html>"  # its code is not changed
     assert files[RECORD] == (run / RECORD).read_bytes()
-    assert hub.private == {"me/model"} and hub.tokens == {f"Bearer {TOKEN}", None}  # a PUT needs none
+    assert hub.private == {"me/model"}
+    assert hub.tokens == {f"Bearer {TOKEN}", None}
     assert TOKEN not in capsys.readouterr().out
     sent, commits = list(hub.sent), len(hub.messages)
     assert push(run, "--benchmark", "boolq=google/boolq:yes-no") == 0
-    assert hub.sent == sent and len(hub.messages) == commits == 5
+    assert hub.sent == sent
+    assert len(hub.messages) == commits == 5
     assert "already there" in capsys.readouterr().out
 
 
@@ -101,7 +106,11 @@ def test_an_entry_has_the_form_of_the_hub_with_interval_and_n_in_its_notes(run, 
     notes = entry.pop("notes")
     assert notes.startswith("boolq, 5-shot, accuracy, 95 % interval 65 to 85, n = 10, pytest-lmeval ")
     assert entry.pop("date") == document().run.started
-    assert entry == {"dataset": {"id": "google/boolq", "task_id": "default"}, "value": 75.0, "source": {"url": "https://example.org/run"}}
+    assert entry == {
+        "dataset": {"id": "google/boolq", "task_id": "default"},
+        "value": 75.0,
+        "source": {"url": "https://example.org/run"},
+    }
 
 
 def test_the_model_index_is_written_on_demand_and_merged_into_what_is_there(run, hub):
@@ -111,8 +120,10 @@ def test_the_model_index_is_written_on_demand_and_merged_into_what_is_there(run,
     text = hub.of()["README.md"].decode()
     head = yaml.safe_load(text.split("---")[1])
     (result,) = head["model-index"][0]["results"]
-    assert head["license"] == "mit" and "My words." in text
-    assert result["dataset"]["type"] == "google/boolq" and result["metrics"][0]["value"] == 0.75
+    assert head["license"] == "mit"
+    assert "My words." in text
+    assert result["dataset"]["type"] == "google/boolq"
+    assert result["metrics"][0]["value"] == 0.75
     assert len(hub.messages) == 2  # the second time, nothing has changed
 
 
@@ -123,10 +134,13 @@ def test_an_interrupted_push_goes_on_with_what_is_missing(run, hub, parts_of_one
     assert push(run) == 2
     told = capsys.readouterr()
     assert "3 parts of it are there; go on by the same command" in told.err
-    assert set(SHARDS[:2]) < set(hub.of()) and INDEX not in hub.of() and SHARDS[2] not in hub.of()
+    assert set(SHARDS[:2]) < set(hub.of())
+    assert INDEX not in hub.of()
+    assert SHARDS[2] not in hub.of()
     hub.refuse, before = lambda *asked: 0, list(hub.sent)
     assert push(run) == 0
-    assert len(hub.sent) == len(before) + 2 and hub.sent[-1] == INDEX  # the last shard, and the index
+    assert len(hub.sent) == len(before) + 2
+    assert hub.sent[-1] == INDEX
     assert "already there" in capsys.readouterr().out
 
 
@@ -134,7 +148,8 @@ def _once(method, url, **options):
     """A request of huggingface_hub without its pauses between tries."""
     from huggingface_hub import get_session
 
-    options["content" if "data" in options else "json"] = options.pop("data", options.pop("json", None))
+    if "data" in options:
+        options["content"] = options.pop("data")
     return get_session().request(method, url, **options)
 
 
@@ -143,10 +158,12 @@ def test_a_pull_request_is_opened_once_and_gone_on_with_by_its_revision(run, hub
     hub.refuse = lambda method, path, before: 404 if path.endswith("/commit/refs/pr/1") else 0
     assert push(run, "--create-pr") == 2
     told = capsys.readouterr()
-    assert "pull request refs/pr/1" in told.out and "go on with --revision refs/pr/1 in place of --create-pr" in told.err
+    assert "pull request refs/pr/1" in told.out
+    assert "go on with --revision refs/pr/1 in place of --create-pr" in told.err
     hub.refuse = lambda *asked: 0
     assert push(run, "--revision", "refs/pr/1") == 0
-    assert set(hub.repositories["me/model"]) == {"main", "refs/pr/1"} and hub.of() == {}
+    assert set(hub.repositories["me/model"]) == {"main", "refs/pr/1"}
+    assert hub.of() == {}
     assert {RECORD, INDEX, *SHARDS} < set(hub.of(revision="refs/pr/1"))
 
 
@@ -173,18 +190,21 @@ def test_a_killed_push_goes_on_with_what_is_missing(run, hub):
     finally:
         child.send_signal(signal.SIGKILL)
         child.wait()
-    assert SHARDS[0] in hub.of() and SHARDS[1] not in hub.of()
+    assert SHARDS[0] in hub.of()
+    assert SHARDS[1] not in hub.of()
     hub.refuse, before = lambda *asked: 0, list(hub.sent)
     done = subprocess.run([sys.executable, "-c", KILLED, hub.url, str(run)], env=environment, timeout=60)
     assert done.returncode == 0
-    assert SHARDS[0] not in hub.sent[len(before) :] and len(hub.objects) == 4 and set(SHARDS) < set(hub.of())
+    assert SHARDS[0] not in hub.sent[len(before) :]
+    assert len(hub.objects) == 4
+    assert set(SHARDS) < set(hub.of())
 
 
 @pytest.mark.parametrize(
     ("status", "says"),
     [
-        (401, "the token has no right to write there"),
-        (403, "the token has no right to write there"),
+        (401, "the token may not write there"),
+        (403, "the token may not write there"),
         (404, "there is no such repository, revision or file"),
         (429, "too many requests"),
         (503, "it is down or overloaded"),
@@ -195,7 +215,9 @@ def test_a_hub_that_refuses_is_named_and_the_exit_status_is_2(run, hub, capsys, 
     hub.refuse = lambda method, path, before: status if "/commit/" in path else 0
     assert push(run, "--no-model") == 2
     told = capsys.readouterr().err
-    assert says in told and "Nothing is committed." in told and TOKEN not in told
+    assert says in told
+    assert "Nothing is committed." in told
+    assert TOKEN not in told
 
 
 def test_no_network_and_offline_mode_are_said(run, monkeypatch, capsys):
@@ -212,7 +234,8 @@ def test_no_network_and_offline_mode_are_said(run, monkeypatch, capsys):
 def test_a_public_repository_is_not_taken_for_a_private_one(run, hub, capsys):
     hub.repositories["me/model"] = {"main": {}}
     assert push(run, "--private") == 2
-    assert "exists and is public" in capsys.readouterr().err and hub.of() == {}
+    assert "exists and is public" in capsys.readouterr().err
+    assert hub.of() == {}
 
 
 @pytest.mark.parametrize(
@@ -231,22 +254,28 @@ def test_a_public_repository_is_not_taken_for_a_private_one(run, hub, capsys):
 )
 def test_what_cannot_be_sent_is_refused_before_anything_is(run, hub, capsys, options, says):
     assert push(run, *options) == 2
-    assert says in capsys.readouterr().err and hub.asked == []
+    assert says in capsys.readouterr().err
+    assert hub.asked == []
 
 
 def test_files_that_cannot_be_sent_are_named(run, hub, tmp_path, capsys):
-    assert push(run, name="model") == 2 and "Give OWNER/NAME" in capsys.readouterr().err
-    assert push(tmp_path / "none") == 2 and "is no folder" in capsys.readouterr().err
+    assert push(run, name="model") == 2
+    assert "Give OWNER/NAME" in capsys.readouterr().err
+    assert push(tmp_path / "none") == 2
+    assert "is no folder" in capsys.readouterr().err
     file = run / "models/abc/best.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:-1])
-    assert push(run) == 2 and "is no whole file of weights" in capsys.readouterr().err
+    assert push(run) == 2
+    assert "is no whole file of weights" in capsys.readouterr().err
     file.unlink()
     (tmp_path / "elsewhere").write_bytes(whole)
     file.symlink_to(tmp_path / "elsewhere")
-    assert push(run) == 2 and "cannot be read" in capsys.readouterr().err
+    assert push(run) == 2
+    assert "cannot be read" in capsys.readouterr().err
     (run / REPORT).unlink()
-    assert push(run, "--no-model") == 2 and "--no-report" in capsys.readouterr().err
+    assert push(run, "--no-model") == 2
+    assert "--no-report" in capsys.readouterr().err
     assert hub.asked == []
 
 
@@ -262,7 +291,7 @@ def test_the_results_of_the_model_that_is_sent_are_chosen_among_several(run, hub
 
 
 def test_shards_hold_the_tensors_of_the_model_and_are_loaded(run, hub, tmp_path):
-    lm = tiny_lm("causal")
+    lm = as_model(Functional())
     tensors = {name: tensor.clone() + 1 for name, tensor in lm.module.state_dict().items()}
     save_file(tensors, run / "models/abc/best.safetensors", metadata={"spec": "trained"})
     assert push(run, "--no-report") == 0

@@ -85,7 +85,8 @@ class HubCall:
             self.active.remove(self)
             if not self.active:
                 constants.HF_HUB_DISABLE_XET = self._xet_disabled
-        if isinstance(error, Exception) and (found := self._reason_of(error)) is not None:
+        own = isinstance(error, HubError)  # it says itself what the hub did
+        if isinstance(error, Exception) and not own and (found := self._reason_of(error)) is not None:
             raise found from error
 
     def _reason_of(self, error: Exception) -> HubError | None:
@@ -138,7 +139,7 @@ class HubCall:
         if _host(url) in self.failed:
             raise _unreachable(self.failed[_host(url)])
         if _is_upload(request):
-            return self.upload(httpx, original, request, stream, options)
+            return self.upload(httpx, original, request, stream=stream, **options)
         given = request.extensions.get("timeout", {})
         names = ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT")
         longest = max([0.0, *(getattr(constants, name) for name in names if name in os.environ)])
@@ -183,11 +184,11 @@ class HubCall:
         except httpx.TransportError as error:
             self.fail(url, described(error))
 
-    def upload(self, httpx: ModuleType, original: Callable[..., Any], request: Any, stream: bool, options: dict[str, Any]) -> Any:
+    def upload(self, httpx: ModuleType, original: Callable[..., Any], request: Any, **options: Any) -> Any:
         """Send a request whose body is a file or a commit, once: only the library can read its body again."""
         request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), self.limit)
         try:
-            return original(request, stream=stream, **options)
+            return original(request, **options)
         except httpx.TransportError as error:
             why = f"{request.url.host} could not be sent {request.url.path}: {described(error)}"
             error.hub_error = HubError(f"{why}. Check the network; the same call goes on with what is missing.")
@@ -286,7 +287,9 @@ def _answered(response: Any) -> str:
     status, url = response.status_code, response.request.url
     said = f"{url.host} answered {status} to {url.path}"
     if status in (401, 403) and _is_writing(response.request):
-        token = "the token has no right to write there" if "authorization" in response.request.headers else "nobody is logged in"
+        token = (
+            "the token has no right to write there" if "authorization" in response.request.headers else "nobody is logged in"
+        )
         return f"{said}: {token}. Log in with a token that may write (`hf auth login`), or set HF_TOKEN; or propose it (--create-pr)"
     if status == 401:
         token = "the token was refused" if "authorization" in response.request.headers else "nobody is logged in"

@@ -1,8 +1,8 @@
 """`lmeval push`: send a model, the record and the report of a run to a repository of the Hugging Face hub.
 
 What is sent is shown by `--dry-run`. It is sent in parts, each a commit of its own; the same command goes on where it was
-interrupted, since it sends only what the hub does not have. The token is the one that huggingface_hub finds (HF_TOKEN, or that of
-`hf auth login`).
+interrupted, since it sends only what the hub does not have. The token is the one that huggingface_hub finds (HF_TOKEN, or that
+of `hf auth login`).
 """
 
 from __future__ import annotations
@@ -68,5 +68,6 @@ def main(options: argparse.Namespace) -> int:
         say(f"{total} in {len(files) + (card is not None)} files for {options.repository}: a dry run, nothing is sent")
         return 0
     where = upload.Place(options.repository, options.revision, options.create_pr, options.private)
-    upload.send(files, where, card=card, message=f"Results of pytest-lmeval, run {document.run.id or 'without a name'}", show=say)
+    message = f"Results of pytest-lmeval, run {document.run.id or 'without a name'}"
+    upload.send(files, where, card=card, message=message, show=say)
     return 0

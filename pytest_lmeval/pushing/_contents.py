@@ -71,8 +71,8 @@ def model_of(folder: Path, key: str | None) -> Path | None:
         raise ArgumentError(f"{root} holds no trained model {key!r}. It holds: {some(list(found)) if found else 'none'}.")
     if key is None and len(found) > 1:
         raise ArgumentError(
-            f"{root} holds {len(found)} trained models, and a repository is for one: {some(list(found))}. Choose it by --model KEY "
-            "(the setting `key` of its record), or send none (--no-model)."
+            f"{root} holds {len(found)} trained models, and a repository is for one: {some(list(found))}. Choose it by --model "
+            "KEY (the setting `key` of its record), or send none (--no-model)."
         )
     return None if not found else found[key or next(iter(found))]
 

@@ -85,7 +85,9 @@ def entry_files(scores: Sequence[Score], document: RunDocument, source_url: str 
     try:
         from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
     except ImportError as error:
-        raise ArgumentError("the installed huggingface_hub knows no .eval_results. Upgrade it, or leave out --benchmark.") from error
+        raise ArgumentError(
+            "the installed huggingface_hub knows no .eval_results. Upgrade it, or leave out --benchmark."
+        ) from error
     files: dict[str, list[Any]] = {}
     for score in scores:
         entry = EvalResultEntry(
@@ -103,7 +105,7 @@ def entry_files(scores: Sequence[Score], document: RunDocument, source_url: str 
 
 
 def card(name: str, scores: Sequence[Score]) -> Callable[[str | None], str]:
-    """The function of README.md's text (None: there is none) that adds the numbers to its model-index, in place of earlier ones."""
+    """The function of README.md's text (None: there is none) that adds the numbers to its model-index, or replaces earlier ones."""
     from huggingface_hub import EvalResult, ModelCard
 
     results = [
@@ -120,7 +122,7 @@ def card(name: str, scores: Sequence[Score]) -> Callable[[str | None], str]:
     ]
 
     def merged(text: str | None) -> str:
-        found = ModelCard(text or f"---\n---\n\n# {name}\n", ignore_metadata_errors=False)
+        found = ModelCard(text or f"---\ntags:\n- pytest-lmeval\n---\n\n# {name}\n", ignore_metadata_errors=False)
         before = [one for one in found.data.eval_results or [] if not any(_about(one) == _about(new) for new in results)]
         found.data.eval_results = [*before, *results]
         found.data.model_name = found.data.model_name or name
@@ -152,7 +154,9 @@ def _record(document: RunDocument, task: str, spec: str | None, fingerprint: str
     named = [record for record in of_tasks if task in (record.subject, _task_of(record))]
     if not named:
         known = sorted({_task_of(record) for record in of_tasks})
-        raise ArgumentError(f"the run asked no task {task!r}.{nearest(task, known)} It asked: {some(known) if known else 'none'}.")
+        raise ArgumentError(
+            f"the run asked no task {task!r}.{nearest(task, known)} It asked: {some(known) if known else 'none'}."
+        )
     found = [record for record in named if spec in (None, record.lm.spec)]
     if not found:
         raise ArgumentError(f"--lm is {spec!r}, and {task} was asked of {some([record.lm.spec for record in named])}.")
@@ -160,7 +164,9 @@ def _record(document: RunDocument, task: str, spec: str | None, fingerprint: str
         found = [record for record in found if record.lm.fingerprint == fingerprint] or found
     if len(found) > 1:
         listed = some([f"{record.lm.spec} ({record.subject})" for record in found])
-        raise ArgumentError(f"the run has {len(found)} results of {task}: {listed}. Choose one by --lm, or by the whole subject.")
+        raise ArgumentError(
+            f"the run has {len(found)} results of {task}: {listed}. Choose one by --lm, or by the whole subject."
+        )
     if found[0].not_measured or not found[0].metrics:
         raise DocumentError(f"{found[0].subject} has no numbers: {found[0].not_measured or 'none were measured'}.")
     return found[0]

@@ -68,8 +68,8 @@ class Shard:
 
 
 def split(source: Path, most: str, name: str) -> tuple[list[Shard], str]:
-    """The shards of a file, each of at most so many bytes unless one tensor is larger, and the index that names them; one file and
-    no index if it is small. Raises UnreadableError for a file that is cut off, ArgumentError for an impossible size."""
+    """The shards of a file, each of at most so many bytes unless one tensor is larger, and the index that names them; one file
+    and no index if it is small. Raises UnreadableError for a file that is cut off, ArgumentError for an impossible size."""
     from huggingface_hub import split_state_dict_into_shards_factory
 
     start, header = _read(source)

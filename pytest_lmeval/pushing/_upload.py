@@ -1,7 +1,7 @@
 """Send files to the hub in parts: each part is a commit, and what the hub already has is not sent again.
 
-huggingface_hub's `upload_folder` goes on after an interruption only with Xet, whose client has no time limits; so each part is one
-`create_commit` within a `HubCall`, and the hub is asked before which files it has.
+huggingface_hub's `upload_folder` goes on after an interruption only with Xet, whose client has no time limits. So each part is
+one `create_commit` within a `HubCall`, and the hub is asked before which files it has.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -81,7 +82,7 @@ def send(
     except LmevalError:
         raise
     except Exception as error:
-        raise HubError(f"{to.repository}: {described(error)}.{_how_to_go_on(to, revision, done)}") from error
+        raise HubError(f"{to.repository}: {described(error.__cause__ or error)}.{_how_to_go_on(to, revision, done)}") from error
     show(f"all is at {constants.ENDPOINT}/{to.repository}" + (f", {revision}" if revision else ""))
 
 
@@ -96,8 +97,8 @@ def _prepare(api: Any, to: Place) -> None:
         return
     if to.private and not found.private:
         raise HubError(
-            f"{to.repository} exists and is public, and --private creates private ones only. Nothing is sent. Make it private in "
-            "its settings, or take another name."
+            f"{to.repository} exists and is public, and --private creates private ones only. Nothing is sent. Make it private "
+            "in its settings, or take another name."
         )
 
 
@@ -166,14 +167,16 @@ def _commit(api: Any, to: Place, revision: str | None, files: dict[str, Path], m
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Show the bars of huggingface_hub in a terminal only."""
+    """Show the bars of huggingface_hub in a terminal only, and not its own use of what its client deprecates."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     change = not sys.stderr.isatty() and not are_progress_bars_disabled()
     if change:
         disable_progress_bars()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Use 'content=", DeprecationWarning)
+            yield
     finally:
         if change:
             enable_progress_bars()
@@ -191,4 +194,6 @@ def _how_to_go_on(to: Place, revision: str | None, done: int) -> str:
     if not done:
         return " Nothing is committed." if not (to.create_pr and revision) else f" Go on with --revision {revision}."
     how = f"with --revision {revision} in place of --create-pr" if to.create_pr and revision else "by the same command"
-    return f" {done} part{'s' * (done > 1)} of it {'are' if done > 1 else 'is'} there; go on {how}: only what is missing is sent."
+    return (
+        f" {done} part{'s' * (done > 1)} of it {'are' if done > 1 else 'is'} there; go on {how}: only what is missing is sent."
+    )

@@ -55,9 +55,10 @@ def _files(path: Path) -> list[Path]:
     index = path / f"{SENT}.index.json"
     if not (path / BEST).exists() and index.exists():
         try:
-            return [path / name for name in sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})]
+            names = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
         except (OSError, ValueError, KeyError, AttributeError) as error:
             raise UnreadableError(f"{index} does not name the files of the weights ({described(error)}).") from error
+        return [path / name for name in sorted(names)]
     return [path / (SENT if not (path / BEST).exists() and (path / SENT).exists() else BEST)]
 
 
