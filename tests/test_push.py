@@ -59,7 +59,7 @@ def hub(tmp_path, monkeypatch):
 @pytest.fixture
 def parts_of_one(monkeypatch):
     """Each file of weights is a part of its own, as large ones are."""
-    monkeypatch.setattr(upload, "SMALL", 20_000)
+    monkeypatch.setattr(upload, "SMALL", 2_000)
 
 
 def push(run, *options, name="me/model"):
@@ -172,7 +172,7 @@ import os, sys
 from huggingface_hub import constants
 constants.ENDPOINT = sys.argv[1]
 from pytest_lmeval.pushing import _upload
-_upload.SMALL = 20_000
+_upload.SMALL = 2_000
 from pytest_lmeval.__main__ import main
 sys.exit(main(["push", sys.argv[2], "me/model", "--max-shard-size", "4KB"]))
 """

@@ -286,11 +286,12 @@ def _answered(response: Any) -> str:
     """What an answer of the hub with an error means, and what to do."""
     status, url = response.status_code, response.request.url
     said = f"{url.host} answered {status} to {url.path}"
+    if status == 403 and response.request.method == "PUT":  # a link to the storage, which carries its own permission
+        return f"{said}: it refused a file, perhaps since its link has expired. Send it again: the same call goes on"
     if status in (401, 403) and _is_writing(response.request):
-        token = (
-            "the token has no right to write there" if "authorization" in response.request.headers else "nobody is logged in"
-        )
-        return f"{said}: {token}. Log in with a token that may write (`hf auth login`), or set HF_TOKEN; or propose it (--create-pr)"
+        token = "the token may not write there" if "authorization" in response.request.headers else "nobody is logged in"
+        how = "Log in (`hf auth login`) or set HF_TOKEN, with a token that may write; or propose it (--create-pr)"
+        return f"{said}: {token}. {how}"
     if status == 401:
         token = "the token was refused" if "authorization" in response.request.headers else "nobody is logged in"
         return f"{said}: it is private or gated, or does not exist, and {token}. Log in (`hf auth login`), or set HF_TOKEN"

@@ -105,7 +105,7 @@ def entry_files(scores: Sequence[Score], document: RunDocument, source_url: str 
 
 
 def card(name: str, scores: Sequence[Score]) -> Callable[[str | None], str]:
-    """The function of README.md's text (None: there is none) that adds the numbers to its model-index, or replaces earlier ones."""
+    """The function of README.md's text (None: there is none) that puts the numbers into its model-index."""
     from huggingface_hub import EvalResult, ModelCard
 
     results = [

@@ -21,7 +21,7 @@ from pytest_lmeval.models._hub import HubCall
 from pytest_lmeval.pushing._contents import Sent, text_file
 from pytest_lmeval.report._words import size_of
 
-SMALL = 50 << 20  # bytes of a part of several files
+SMALL = 5 << 20  # bytes of a file that is sent together with others
 AT_ONCE = 1 << 22
 README = "README.md"
 
@@ -61,7 +61,7 @@ def send(
             folder = Path(name)
             _prepare(api, to)
             if card is not None:
-                files = [*files, text_file(README, card(_readme(api, to, revision, folder)), last=True)]
+                files = [*files, text_file(README, card(_readme(api, to, revision)), last=True)]
             parts = _parts(files)
             for number, part in enumerate(parts, 1):
                 written = {file.path: file.write(folder) for file in part}
@@ -102,28 +102,26 @@ def _prepare(api: Any, to: Place) -> None:
         )
 
 
-def _readme(api: Any, to: Place, revision: str | None, folder: Path) -> str | None:
+def _readme(api: Any, to: Place, revision: str | None) -> str | None:
+    """Its text on the hub; None if there is none there. A failed request is no missing file, whose text would be replaced."""
+    from huggingface_hub import get_session, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
+    url = hf_hub_url(to.repository, README, revision=revision, endpoint=api.endpoint)
+    response = get_session().get(url, headers=build_hf_headers())
     try:
-        file = api.hf_hub_download(to.repository, README, revision=revision, cache_dir=folder / "cache")
+        hf_raise_for_status(response)
     except EntryNotFoundError:
         return None
-    return Path(file).read_text(encoding="utf-8")
+    return str(response.content, "utf-8")
 
 
 def _parts(files: Sequence[Sent]) -> list[list[Sent]]:
     """Small files together, in a first part; each larger one alone; those that are to be the last."""
-    parts: list[list[Sent]] = []
-    for last in (False, True):
-        part: list[Sent] = []
-        for file in sorted((file for file in files if file.last is last), key=lambda file: file.size > SMALL // 10):
-            if part and sum(one.size for one in part) + file.size > SMALL:
-                parts.append(part)
-                part = []
-            part.append(file)
-        parts += [part] if part else []
-    return parts
+    early = [file for file in files if not file.last]
+    small, large = [file for file in early if file.size <= SMALL], [file for file in early if file.size > SMALL]
+    return [part for part in (small, *([file] for file in large), [file for file in files if file.last]) if part]
 
 
 def _missing(api: Any, repository: str, revision: str | None, files: dict[str, Path]) -> dict[str, Path]:
