@@ -1,4 +1,4 @@
-"""The numbers of a run are sent to services that track them: by the libraries where they are installed, in their offline modes."""
+"""The numbers of a run are sent to services that track them."""
 
 import sys
 from types import ModuleType, SimpleNamespace

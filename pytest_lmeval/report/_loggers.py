@@ -1,8 +1,8 @@
-"""Send the numbers of a run to MLflow, Weights & Biases or trackio: `lmeval render DIR --format mlflow`, `wandb` or `trackio`.
+"""Send the numbers of a run to MLflow, W&B or trackio: `lmeval render DIR --format mlflow`, `wandb` or `trackio`.
 
-Each value becomes `metric`, with `metric_low` and `metric_high` if it has an interval; and report.html goes along, nothing else.
-Where it is sent, the libraries decide by their own settings (MLFLOW_TRACKING_URI; WANDB_MODE and WANDB_DIR; TRACKIO_DIR), and the
-project by LMEVAL_PROJECT. A library is imported by the call, never before.
+Each value becomes `metric`, with `metric_low` and `metric_high` if it has an interval. report.html goes along, nothing else.
+Where they are sent, the libraries decide by their own settings (MLFLOW_TRACKING_URI; WANDB_MODE, WANDB_DIR; TRACKIO_DIR);
+LMEVAL_PROJECT names the project. A library is imported by the call, never before.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def mlflow(document: RunDocument, folder: Path) -> dict[str, Any]:
 def wandb(document: RunDocument, folder: Path) -> dict[str, Any]:
     """A run of Weights & Biases, with its numbers in the summary."""
     library = _library("wandb")
-    run = library.init(project=_project(), name=_name(document), job_type="eval")
+    quiet = library.Settings(console="off", disable_git=True, save_code=False, x_disable_stats=True)
+    run = library.init(project=_project(), name=_name(document), job_type="eval", settings=quiet)
     try:
         run.summary.update(numbers(document))
         if (report := folder / REPORT).is_file():
@@ -52,7 +53,7 @@ def wandb(document: RunDocument, folder: Path) -> dict[str, Any]:
 def trackio(document: RunDocument, folder: Path) -> dict[str, Any]:
     """A run of trackio."""
     library = _library("trackio")
-    run = library.init(project=_project(), name=_name(document), embed=False)
+    run = library.init(project=_project(), name=_name(document), embed=False, auto_log_cpu=False, auto_log_gpu=False)
     try:
         library.log(numbers(document))
         if (report := folder / REPORT).is_file():
