@@ -99,7 +99,7 @@ class Writable(Answers):
         return [self.entry(path, files[path]) for path in parse_qs(raw.decode())["paths"] if path in files]
 
     def entry(self, path, content):
-        large = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130, "oid": "x"}
+        large = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
         return {"type": "file", "path": path, "size": len(content), "oid": blob_id(content),
                 **({"lfs": large} if len(content) >= LARGE else {})}  # fmt: skip
 

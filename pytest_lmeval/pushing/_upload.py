@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from pytest_lmeval.errors import HubError, LmevalError, described
 from pytest_lmeval.models._hub import HubCall
@@ -104,11 +105,11 @@ def _prepare(api: Any, to: Place) -> None:
 
 def _readme(api: Any, to: Place, revision: str | None) -> str | None:
     """Its text on the hub; None if there is none there. A failed request is no missing file, whose text would be replaced."""
-    from huggingface_hub import get_session, hf_hub_url
+    from huggingface_hub import get_session
     from huggingface_hub.errors import EntryNotFoundError
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
-    url = hf_hub_url(to.repository, README, revision=revision, endpoint=api.endpoint)
+    url = f"{api.endpoint}/{to.repository}/resolve/{quote(revision or 'main', safe='')}/{README}"
     response = get_session().get(url, headers=build_hf_headers())
     try:
         hf_raise_for_status(response)
