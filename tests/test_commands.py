@@ -28,7 +28,7 @@ def test_help_describes_every_command(capsys):
     assert quits() == 0
     assert capsys.readouterr().out == shown
     assert quits("render", "--help") == 0
-    assert "bencher, github-action-benchmark" in " ".join(capsys.readouterr().out.split())
+    assert "bencher, github-action-benchmark, mlflow, trackio, wandb" in " ".join(capsys.readouterr().out.split())
 
 
 def test_help_imports_nothing_heavy():

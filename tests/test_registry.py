@@ -245,7 +245,11 @@ def test_looking_for_names_imports_no_torch(tmp_path):
     ("group", "name", "message"),
     [
         ("metrics", "acuracy", r"no metric 'acuracy'\. Did you mean accuracy\? There are: accuracy, .* more of costs"),
-        ("exporters", "benchr", r"Did you mean bencher\? There are: bencher, github-action-benchmark\.$"),
+        (
+            "exporters",
+            "benchr",
+            r"Did you mean bencher\? There are: bencher, github-action-benchmark, mlflow, trackio, wandb\.$",
+        ),
         ("corpora", "wikitext-2:a:b:c", r"Did you mean wikitext-2\?"),
         ("models", "zoo:mambo", r"no model source 'zoo:mambo'\. Did you mean zoo:mamba\?"),
         ("verbs", "perplexty", r"no verb 'perplexty'\. Did you mean perplexity\?"),

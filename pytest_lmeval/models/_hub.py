@@ -5,6 +5,7 @@ Within a `HubCall`, every request of huggingface_hub, and so of datasets and tra
     an attempt   ends after a third of the limit without the whole head of an answer: names, connections and redirects included
     a request    is tried again after errors that pass (ATTEMPTS), and ends after the limit, as does the body of metadata
     a body       of a file may take its time, but brings RATE bytes a second, averaged over the limit
+    an upload    may take its time, but each of its reads and writes ends after the limit; huggingface_hub tries it again
     a call       ends with its first request that failed: what is in the cache is used, the rest raises HubError
 
 The limit is LMEVAL_HUB_TIMEOUT seconds (60 by default), or what HF_HUB_ETAG_TIMEOUT and HF_HUB_DOWNLOAD_TIMEOUT set, if that is
@@ -84,7 +85,8 @@ class HubCall:
             self.active.remove(self)
             if not self.active:
                 constants.HF_HUB_DISABLE_XET = self._xet_disabled
-        if isinstance(error, Exception) and (found := self._reason_of(error)) is not None:
+        own = isinstance(error, HubError)  # it says itself what the hub did
+        if isinstance(error, Exception) and not own and (found := self._reason_of(error)) is not None:
             raise found from error
 
     def _reason_of(self, error: Exception) -> HubError | None:
@@ -136,6 +138,8 @@ class HubCall:
             self.failed.setdefault(_host(url), HubError(f"{before} It is asked again after {left:.0f} s.", before.status))
         if _host(url) in self.failed:
             raise _unreachable(self.failed[_host(url)])
+        if _is_upload(request):
+            return self.upload(httpx, original, request, stream=stream, **options)
         given = request.extensions.get("timeout", {})
         names = ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT")
         longest = max([0.0, *(getattr(constants, name) for name in names if name in os.environ)])
@@ -179,6 +183,16 @@ class HubCall:
             self.fail(url, f"no whole answer within {each:.3g} s, tried for {total:g} s")
         except httpx.TransportError as error:
             self.fail(url, described(error))
+
+    def upload(self, httpx: ModuleType, original: Callable[..., Any], request: Any, **options: Any) -> Any:
+        """Send a request whose body is a file or a commit, once: only the library can read its body again."""
+        request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), self.limit)
+        try:
+            return original(request, **options)
+        except httpx.TransportError as error:
+            why = f"{request.url.host} could not be sent {request.url.path}: {described(error)}"
+            error.hub_error = HubError(f"{why}. Check the network; the same call goes on with what is missing.")
+            raise
 
 
 class _Passing(Exception):
@@ -247,6 +261,14 @@ def _counted(httpx: ModuleType, call: HubCall, response: Any) -> Any:
     return Counted()
 
 
+def _is_upload(request: Any) -> bool:
+    return request.method == "PUT" or (request.method == "POST" and "/commit/" in request.url.path)
+
+
+def _is_writing(request: Any) -> bool:
+    return request.method in ("PUT", "POST") and "/paths-info/" not in request.url.path
+
+
 def _host(url: Any) -> str:
     return str(url.netloc.decode())
 
@@ -264,6 +286,12 @@ def _answered(response: Any) -> str:
     """What an answer of the hub with an error means, and what to do."""
     status, url = response.status_code, response.request.url
     said = f"{url.host} answered {status} to {url.path}"
+    if status == 403 and response.request.method == "PUT":  # a link to the storage, which carries its own permission
+        return f"{said}: it refused a file, perhaps since its link has expired. Send it again: the same call goes on"
+    if status in (401, 403) and _is_writing(response.request):
+        token = "the token may not write there" if "authorization" in response.request.headers else "nobody is logged in"
+        how = "Log in (`hf auth login`) or set HF_TOKEN, with a token that may write; or propose it (--create-pr)"
+        return f"{said}: {token}. {how}"
     if status == 401:
         token = "the token was refused" if "authorization" in response.request.headers else "nobody is logged in"
         return f"{said}: it is private or gated, or does not exist, and {token}. Log in (`hf auth login`), or set HF_TOKEN"

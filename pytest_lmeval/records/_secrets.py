@@ -85,12 +85,14 @@ def masked(text: str) -> str:
     >>> masked("server:http://me:pw@host, api_key=abc, --lmeval-tokens=500, tokenizer=a/b")
     'server:http://***@host, api_key=***, --lmeval-tokens=500, tokenizer=a/b'
     """
-    if len(text) < 4:
-        return text
+    return text if len(text) < 4 else NAMED.sub(_without_value, masked_values(text))
+
+
+def masked_values(text: str) -> str:
+    """The text with what looks like a secret by itself masked, whatever name stands before it: for files that hold code."""
     for value in _environment():
         text = text.replace(value, MASK)
-    text = IN_URL.sub(MASK, SHAPES.sub(MASK, SCHEMES.sub(rf"\1\2{MASK}", text)))
-    return NAMED.sub(_without_value, text)
+    return IN_URL.sub(MASK, SHAPES.sub(MASK, SCHEMES.sub(rf"\1\2{MASK}", text)))
 
 
 def masked_command(arguments: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ from pytest_lmeval.records._value import Value
 def bencher(document: RunDocument) -> dict[str, Any]:
     """Bencher Metric Format: {benchmark: {measure: {value, lower_value, upper_value}}}."""
     found: dict[str, Any] = {}
-    for benchmark, name, value in _named_values(document):
+    for benchmark, name, value in named_values(document):
         bounds = {} if value.interval is None else {"lower_value": value.low, "upper_value": value.high}
         found.setdefault(benchmark, {})[name] = {"value": float(value), **bounds}
     return {"bencher.json": found}
@@ -25,7 +25,7 @@ def bencher(document: RunDocument) -> dict[str, Any]:
 def github_action_benchmark(document: RunDocument) -> dict[str, Any]:
     """A file for each direction: [{name, unit, value, range, extra}]. That action takes no metrics without a direction."""
     files: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
-    for benchmark, name, value in _named_values(document):
+    for benchmark, name, value in named_values(document):
         if value.higher_is_better is not None:
             bounds = {} if value.interval is None else {"range": f"{value.low:.6g} to {value.high:.6g}"}
             entry = {
@@ -39,7 +39,7 @@ def github_action_benchmark(document: RunDocument) -> dict[str, Any]:
     return {"customBiggerIsBetter.json": files[True], "customSmallerIsBetter.json": files[False]}
 
 
-def _named_values(document: RunDocument) -> Iterator[tuple[str, str, Value]]:
+def named_values(document: RunDocument) -> Iterator[tuple[str, str, Value]]:
     """The benchmark, name and value of each number."""
     for record in document.records:
         benchmark = " ".join(filter(None, (record.test, f"({record.lm.spec}, {record.subject})")))

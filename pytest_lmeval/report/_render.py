@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pytest_lmeval import registry
-from pytest_lmeval.errors import DocumentError
+from pytest_lmeval.errors import DocumentError, LmevalError
 from pytest_lmeval.records import _schema as schema
 from pytest_lmeval.records._document import NAME, RunDocument, load
 from pytest_lmeval.records._journal import Journal
@@ -40,15 +42,22 @@ def main(options: argparse.Namespace) -> int:
         try:
             files = {
                 file: content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
-                for file, content in export(document).items()
+                for file, content in export(*_arguments(export, document, folder)).items()
             }
+        except LmevalError:
+            raise
         except Exception as error:  # another package's exporter may raise anything
             raise DocumentError(
                 f"the export format {options.format!r} failed with {type(error).__name__}: {error}. It must be a function of a "
-                "document that returns the content of each file by its name."
+                "document, and if it likes of a `folder`, that returns the content of each file by its name."
             ) from error
     write(options.to or folder, files, document.problems)
     return 0
+
+
+def _arguments(export: Callable[..., Any], document: RunDocument, folder: Path) -> list[Any]:
+    """The document, and the folder with its files for an exporter that has a parameter for it."""
+    return [document, folder] if "folder" in inspect.signature(export).parameters else [document]
 
 
 def from_journal(folder: Path) -> RunDocument | None:

@@ -10,35 +10,56 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from pytest_lmeval.errors import SpecError, UnreadableError, some
+from pytest_lmeval.errors import SpecError, UnreadableError, described, some
 from pytest_lmeval.models._identity import architecture_of
 from pytest_lmeval.models._model import Model
 from pytest_lmeval.models._sources import load
 from pytest_lmeval.models._tensors import is_packed, precision_of
 
+BEST = "best.safetensors"
+SENT = "model.safetensors"
+"""The weights in the folder of a training, and in a repository that `lmeval push` sent them to."""
+
 
 def load_weights(lm: Model | str, path: str | Path, *, partial: bool = False) -> Model:
-    """A copy of a model (or of that of a spec) with the weights that `train` wrote: best.safetensors, or its folder.
+    """A copy of a model (or of that of a spec) with the weights that `train` wrote: best.safetensors, or its folder; or with
+    those of a folder that `lmeval push` sent, in one file or in shards.
 
     partial  the file holds no frozen parameters, and those of the model stay
 
     Raises SpecError if the file is missing or broken, or does not fit; it names the tensors and settings that differ.
     """
-    file = Path(path) / "best.safetensors" if Path(path).is_dir() else Path(path)
-    try:
-        with safe_open(file, framework="pt") as content:
-            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
-            about = content.metadata() or {}
-    except FileNotFoundError as error:
-        raise UnreadableError(f"there are no weights at {file}.") from error
-    except (SafetensorError, OSError) as error:
-        raise UnreadableError(f"{file} is no whole file of weights ({error}); it was probably cut off.") from error
+    tensors: dict[str, Tensor] = {}
+    about: dict[str, str] = {}
+    for file in _files(Path(path)):
+        try:
+            with safe_open(file, framework="pt") as content:
+                tensors |= {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+                about = content.metadata() or {}
+        except FileNotFoundError as error:
+            raise UnreadableError(f"there are no weights at {file}.") from error
+        except (SafetensorError, OSError) as error:
+            raise UnreadableError(f"{file} is no whole file of weights ({error}); it was probably cut off.") from error
     model = copy_of(load(lm) if isinstance(lm, str) else lm, partial=partial)
     source = f"{file} (weights of {about['spec']})" if "spec" in about else str(file)
     fill(model, tensors, source, partial=partial)
     if "architecture" in about:
         _check_architecture(model, json.loads(about["architecture"]), source)
     return replace(model, spec=about.get("spec", f"{model.spec}, weights of {file.name}"))
+
+
+def _files(path: Path) -> list[Path]:
+    """The files of the weights at a path."""
+    if not path.is_dir():
+        return [path]
+    index = path / f"{SENT}.index.json"
+    if not (path / BEST).exists() and index.exists():
+        try:
+            names = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise UnreadableError(f"{index} does not name the files of the weights ({described(error)}).") from error
+        return [path / name for name in sorted(names)]
+    return [path / (SENT if not (path / BEST).exists() and (path / SENT).exists() else BEST)]
 
 
 def copy_of(lm: Model, *, partial: bool = False) -> Model:
