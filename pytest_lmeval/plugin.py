@@ -331,7 +331,6 @@ def fail_in_words(work: Callable[[], T]) -> T:
 
 def _progress(config: pytest.Config) -> Callable[..., Any]:
     from pytest_lmeval import _progress as progress
-
     from pytest_lmeval.report._words import one_line
 
     terminal, live = _terminal(config), _live_file(config)

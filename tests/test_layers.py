@@ -16,7 +16,7 @@ from pytest_lmeval import errors, registry
 PACKAGE = Path(pytest_lmeval.__file__).parent
 LAYERS = [
     "errors", "registry", "records", "statistics", "models", "engine", "data", "_options", "tasks", "scoring", "profiling",
-    "laws", "_ranks", "_session", "_benchmarking", "measures", "lm_eval", "training", "zoo", "report", "gates", "merging",
+    "laws", "_ranks", "_session", "_benchmarking", "measures", "lm_eval", "training", "zoo", "report", "gates", "merging", "watching",
     "_asking", "_listing", "_progress", "_hookspec", "_frames", "_ranked", "plugin", "__main__",
 ]  # fmt: skip
 PUBLIC = {"errors", "registry", "plugin", "__main__"}  # modules; and packages, whose modules are private

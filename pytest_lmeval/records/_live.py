@@ -21,7 +21,7 @@ from pytest_lmeval.records._replacing import replacing
 from pytest_lmeval.records._schema import StoredStruct
 from pytest_lmeval.records._secrets import masked
 
-NAME = re.compile(r"live(-\w+)?\.json")
+NAME = re.compile(r"live(?:-(\w+))?\.json")
 QUIET = 60.0  # seconds without a change after which a file may be that of a killed run
 
 
@@ -118,6 +118,12 @@ def _test() -> str:
 def files(folder: Path) -> list[Path]:
     """The files of all processes."""
     return sorted(file for file in folder.glob("live*.json") if NAME.fullmatch(file.name))
+
+
+def process_of(file: Path) -> str:
+    """The name of the worker whose file it is; empty if it is the only process, or the first."""
+    found = NAME.fullmatch(file.name)
+    return (found[1] or "") if found else ""
 
 
 def clear(folder: Path, *, unless_younger: float = 0.0) -> None:

@@ -22,7 +22,6 @@ from pytest_lmeval.records._kept import KeptAnswer, KeptBatch, KeptScored, name_
 from pytest_lmeval.records._replacing import append, regular
 from pytest_lmeval.scoring._encoded import EncodedQuestion
 
-
 Kept: TypeAlias = "KeptScored | KeptAnswer"
 
 
