@@ -22,7 +22,7 @@ from pytest_lmeval.watching._folder import Folder
 HOST = "127.0.0.1"
 IDLE = 30  # seconds after which a connection without a request is closed
 POLICY = (
-    "default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; base-uri 'none'; "
+    "default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; img-src data:; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'"
 )
 HEADERS = {
@@ -58,10 +58,8 @@ class Server(ThreadingHTTPServer):
 
     def serves(self, host: str | None) -> bool:
         """Whether a request's `Host` is this server, and not another name that was made to point here."""
-        own = {HOST, "localhost"}
-        return host is not None and host.lower() in (
-            {f"{name}:{self.port}" for name in own} | (own if self.port == 80 else set())
-        )
+        name, _, port = (host or "").lower().partition(":")
+        return name in (HOST, "localhost") and (port or "80") == str(self.port)
 
     def server_bind(self) -> None:
         """Bind without looking up the name of this machine, as HTTPServer does: a resolver may be slow."""
@@ -103,12 +101,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Refuse what is no GET or HEAD, and what is no request."""
-        unknown = code == HTTPStatus.NOT_IMPLEMENTED
+        unknown = code == HTTPStatus.NOT_IMPLEMENTED  # what http.server says of another method
         status = HTTPStatus.METHOD_NOT_ALLOWED if unknown else HTTPStatus(code)
         self.close_connection = True
-        self._answer(
-            "text/plain", f"{status.phrase}\n", {"Connection": "close"} | ({"Allow": "GET, HEAD"} if unknown else {}), status
-        )
+        self._answer("text/plain", f"{status.phrase}\n", {"Connection": "close", "Allow": "GET, HEAD"}, status)
 
     def _answer(self, kind: str, text: str, headers: dict[str, str] | None = None, status: HTTPStatus = HTTPStatus.OK) -> None:
         body = text.encode("utf-8", "backslashreplace")
