@@ -466,7 +466,7 @@ def test_a_connection_that_says_nothing_keeps_no_other_waiting(tmp_path):
         assert ask(server)[0] == 200
         with socket.create_connection(("127.0.0.1", server.port)) as broken:
             broken.sendall(b"\x00\xff nonsense\r\n\r\n")
-            assert b" 400 " in broken.recv(1000)
+            assert broken.recv(1000) == b"Bad Request\n"
         assert ask(server)[0] == 200
 
 

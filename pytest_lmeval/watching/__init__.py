@@ -37,10 +37,10 @@ def main(options: argparse.Namespace) -> int:
         inner = options.folder / ".lmeval"
         meant = f" Did you mean {inner}?" if inner.is_dir() else ""
         say(f"there is no run in {options.folder} yet; the page waits for one.{meant}")
-    with Server(folder, options.port) as server:
-        say(f"{options.folder} is shown at {server.address} (Ctrl-C ends this, not the run)")
-        try:
+    try:
+        with Server(folder, options.port) as server:
+            say(f"{options.folder} is shown at {server.address} (Ctrl-C ends this, not the run)")
             server.serve_forever()
-        except KeyboardInterrupt:
-            say("no longer shown; the run is not touched")
+    except KeyboardInterrupt:
+        say("no longer shown; the run is not touched")
     return 0

@@ -10,7 +10,7 @@ from typing import IO
 from pytest_lmeval.records._replacing import inside
 
 LONGEST = 32 << 20  # bytes of a line; a longer one is skipped
-COMPARED = 64  # bytes before the offset that tell a file from another that took its place
+COMPARED = 64  # bytes at the beginning, and before the offset, that tell a file from another that took its place
 
 
 class Tail:
@@ -25,7 +25,7 @@ class Tail:
     ) -> None:
         self.folder, self.name, self.last, self.replaced = folder, name, last, replaced
         self._file: tuple[int, int] | None = None
-        self._offset, self._before = 0, b""
+        self._offset, self._beginning, self._before = 0, b"", b""
 
     def lines(self) -> Iterator[bytes]:
         """The whole lines that are new. A line without its end, which is still written, comes later.
@@ -40,6 +40,8 @@ class Tail:
             status = os.fstat(file.fileno())
             if self._file != (status.st_dev, status.st_ino) or not self._goes_on(file, status.st_size):
                 self._forget()
+                file.seek(0)
+                self._beginning = file.read(COMPARED)
                 self._file = status.st_dev, status.st_ino
                 if self.last is not None and status.st_size > self.last:
                     self._offset = status.st_size - self.last
@@ -53,8 +55,9 @@ class Tail:
                     yield line
 
     def _goes_on(self, file: IO[bytes], size: int) -> bool:
-        """Whether what was read last still stands before the offset."""
-        if size < self._offset:
+        """Whether the file still begins as it did, and what was read last still stands before the offset."""
+        file.seek(0)
+        if size < self._offset or file.read(len(self._beginning)) != self._beginning:
             return False
         file.seek(self._offset - len(self._before))
         return file.read(len(self._before)) == self._before
@@ -65,7 +68,7 @@ class Tail:
 
     def _forget(self) -> None:
         if self._file is not None:
-            self._file, self._offset, self._before = None, 0, b""
+            self._file, self._offset, self._beginning, self._before = None, 0, b"", b""
             self.replaced()
 
 
