@@ -513,7 +513,9 @@ ATTACK = "</script><script>document.title = 'taken'</script><img src=x onerror=\
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on the PATH")
 def test_the_page_shows_the_run_as_it_goes_on_and_texts_as_texts(tmp_path, journal):
-    write_live(tmp_path)
+    at = time.time() + 3600  # news, however long the browser takes to start
+    now = {"started": at - 10, "written": at}
+    write_live(tmp_path, **now)
     problems, requests = [], []
     with (
         served(tmp_path) as server,
@@ -533,13 +535,13 @@ def test_the_page_shows_the_run_as_it_goes_on_and_texts_as_texts(tmp_path, journ
         page.get_by_text("No answers yet.").wait_for()
         add(journal, f"result {ATTACK}", test=ATTACK)
         write_answers(tmp_path, batch(0, f"answer {ATTACK}", judged=True, why=ATTACK))
-        write_live(tmp_path, title=ATTACK, done=4000, total=8000.0)
+        write_live(tmp_path, title=ATTACK, done=4000, total=8000.0, **now)
         page.get_by_text(f"answer {ATTACK}").wait_for()
         page.get_by_text(f"result {ATTACK}").wait_for()
         page.get_by_text("judged right").wait_for()
         assert page.locator("main b, main img, main script").count() == 0
         assert page.title() == "The run goes on - lmeval watch"
-        write_live(tmp_path, title=ATTACK, done=4500, total=9100.0)
+        write_live(tmp_path, title=ATTACK, done=4500, total=9100.0, **now)
         page.get_by_role("img", name="Running perplexity, from 7.389 at 4,000 tokens to 7.555 at 4,500").wait_for()
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
         lightness = "Number(getComputedStyle(document.body).backgroundColor.match(/\\d+/)[0])"
