@@ -1,17 +1,18 @@
-"""Show the progress of long work on the terminal, past pytest's capture; without a terminal, show nothing.
+"""Show the progress of long work on the terminal, past pytest's capture, and in the file that `lmeval watch` reads.
 
 demo reads stdlib[test]:  34% 48,128/145,928 tokens, perplexity 3.21, 29,870 tokens/s, 00:03 left
 """
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from tqdm import tqdm
+
+from pytest_lmeval.records._live import LiveFile, so_far
 
 LAYOUT = "{desc}: {percentage:3.0f}% {n:,d}/{total:,d} tokens{postfix}, {rate_noinv:,.0f} tokens/s, {remaining} left"
 UNKNOWN = "{desc}: {n:,d} tokens{postfix}, {rate_noinv:,.0f} tokens/s, {elapsed} so far"  # the total is not known
@@ -46,6 +47,23 @@ class Uncaptured:
 
 
 @contextmanager
+def shown(
+    title: str, terminal: Any, live: LiveFile | None, unit: str = "tokens"
+) -> Iterator[Callable[[int, float, int | None], None] | None]:
+    """Show work where it can be shown. Yields the callback of its progress, as `bar`, or None if nobody sees it."""
+    with ExitStack() as stack:
+        bars = [] if terminal is None else [stack.enter_context(bar(title, terminal, unit))]
+        bars += [] if live is None else [stack.enter_context(live.work(title, unit))]
+        callbacks = [callback for callback in bars if callback is not None]
+
+        def update(done: int, total: float, expected: int | None) -> None:
+            for callback in callbacks:
+                callback(done, total, expected)
+
+        yield update if callbacks else None
+
+
+@contextmanager
 def bar(title: str, file: Any, unit: str = "tokens") -> Iterator[Callable[[int, float, int | None], None] | None]:
     """A progress bar, or None without a terminal.
 
@@ -68,15 +86,7 @@ def bar(title: str, file: Any, unit: str = "tokens") -> Iterator[Callable[[int, 
             shown.bar_format = (layout if columns >= ROOMY else NARROW[layout]).replace("tokens", counted)
             if not shown.n:  # the rate leaves out what an interrupted run did before
                 shown.initial = shown.n = shown.last_print_n = done
-            shown.set_postfix_str(_so_far(unit, done, total), refresh=False)
+            shown.set_postfix_str(so_far(unit, done, total), refresh=False)
             shown.update(done - shown.n)
 
         yield update
-
-
-def _so_far(unit: str, done: int, total: float) -> str:
-    if unit == "laws":
-        return f"{total:.0f} broken" if total else "none broken"
-    if unit == "tokens":
-        return f"perplexity {math.exp(min(total / done, 700)):.4g}"
-    return "" if math.isnan(total) else f"{total / done:.1%} right"

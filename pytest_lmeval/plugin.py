@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Generator
-from contextlib import nullcontext
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -332,13 +331,21 @@ def fail_in_words(work: Callable[[], T]) -> T:
 
 def _progress(config: pytest.Config) -> Callable[..., Any]:
     from pytest_lmeval import _progress as progress
-
-    terminal = _terminal(config)
-    if terminal is None:
-        return lambda title, **options: nullcontext(None)
     from pytest_lmeval.report._words import one_line
 
-    return lambda title, **options: progress.bar(one_line(title), terminal, **options)
+    terminal, live = _terminal(config), _live_file(config)
+    return lambda title, **options: progress.shown(one_line(title), terminal, live, **options)
+
+
+def _live_file(config: pytest.Config) -> Any:
+    """The file that tells `lmeval watch` what this process does; None in a rank that is not the first."""
+    from pytest_lmeval.records._live import LiveFile
+
+    if not is_worker(config) and not config.pluginmanager.hasplugin("lmeval-reports"):
+        return None
+    file = LiveFile(output_folder(config), config.workerinput["workerid"] if is_worker(config) else "")
+    config.add_cleanup(file.close)
+    return file
 
 
 def _say(config: pytest.Config) -> Callable[[str], None] | None:

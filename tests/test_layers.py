@@ -17,7 +17,7 @@ PACKAGE = Path(pytest_lmeval.__file__).parent
 LAYERS = [
     "errors", "registry", "records", "statistics", "models", "engine", "data", "_options", "tasks", "scoring", "profiling",
     "laws", "_ranks", "_session", "_benchmarking", "measures", "lm_eval", "training", "zoo", "report", "gates", "merging",
-    "pushing", "_asking", "_listing", "_progress", "_hookspec", "_frames", "_ranked", "plugin", "__main__",
+    "pushing", "watching", "_asking", "_listing", "_progress", "_hookspec", "_frames", "_ranked", "plugin", "__main__",
 ]  # fmt: skip
 PUBLIC = {"errors", "registry", "plugin", "__main__"}  # modules; and packages, whose modules are private
 HEAVY = {"torch", "numpy", "datasets", "transformers", "hypothesis", "jinja2", "scipy", "pandas", "tqdm", "safetensors",

@@ -31,6 +31,7 @@ from typing import IO, Any
 import msgspec
 
 from pytest_lmeval.records import _schema as schema
+from pytest_lmeval.records._live import clear as clear_live
 from pytest_lmeval.records._replacing import append, inside, leftovers, replacing
 from pytest_lmeval.records._schema import StoredStruct
 from pytest_lmeval.records._secrets import without_secrets
@@ -210,6 +211,7 @@ def clean(folder: Path) -> None:
     for file in (*leftovers(folder), *old):
         with suppress(OSError):
             file.unlink()
+    clear_live(folder)
 
 
 class Checkpoints:

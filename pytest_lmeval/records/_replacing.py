@@ -48,9 +48,9 @@ def regular(file: Path, *, within: Path | None = None) -> Path:
 
 
 @contextmanager
-def replacing(file: Path) -> Iterator[Path]:
+def replacing(file: Path, *, sync: bool = True) -> Iterator[Path]:
     """Yield a new file to write; it replaces `file` in one move if the block raises nothing: a reader sees the old content or
-    the new one, whole. The new file is locked, so that `leftovers` leaves it alone."""
+    the new one, whole; if `sync`, after a power cut too. The new file is locked, so that `leftovers` leaves it alone."""
     file.parent.mkdir(parents=True, exist_ok=True)
     new = file.with_name(f"{file.name}.{os.getpid()}{NEW}")
     new.unlink(missing_ok=True)  # of a killed process that had the same id, or a link
@@ -58,8 +58,9 @@ def replacing(file: Path) -> Iterator[Path]:
     try:
         _is_locked(lock)
         yield new
-        with open(new, "r+b") as written:
-            os.fsync(written.fileno())
+        if sync:
+            with open(new, "r+b") as written:
+                os.fsync(written.fileno())
         os.replace(new, file)
     finally:
         os.close(lock)

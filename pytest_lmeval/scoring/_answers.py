@@ -18,41 +18,9 @@ from pytest_lmeval.engine import Answer, Counts, OnText, Prompt, Results, Scored
 from pytest_lmeval.records import _schema as schema
 from pytest_lmeval.records._example import Example
 from pytest_lmeval.records._journal import key_of, replace_or_warn, warn
+from pytest_lmeval.records._kept import KeptAnswer, KeptBatch, KeptScored, name_of
 from pytest_lmeval.records._replacing import append, regular
-from pytest_lmeval.records._schema import StoredStruct
 from pytest_lmeval.scoring._encoded import EncodedQuestion
-
-
-class KeptScored(StoredStruct, frozen=True, kw_only=True):
-    """A `Scored`."""
-
-    loglikelihood: tuple[float, ...]
-    greedy: bool
-    read: int
-    state_bytes: int
-
-
-class KeptAnswer(StoredStruct, frozen=True, kw_only=True):
-    """An `Answer`; `counts` are tokens, padding, calls and the largest state in bytes."""
-
-    ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    text: str
-    judged: bool | None
-    read: int
-    why: str
-    counts: tuple[int, int, int, int]
-    thought: str = ""
-
-
-class Line(StoredStruct, frozen=True, kw_only=True):
-    """What one batch read, by the names of its requests; or the differences that an audit found, by those of its questions."""
-
-    plan: str
-    scored: dict[str, KeptScored] = {}
-    answers: dict[str, KeptAnswer] = {}
-    audited: dict[str, float] = {}
-
 
 Kept: TypeAlias = "KeptScored | KeptAnswer"
 
@@ -128,7 +96,7 @@ class AnswerStore:
                 )
                 for name, one in finite.items()
             }
-            self._write(Line(plan=self.plan, scored=scored))
+            self._write(KeptBatch(plan=self.plan, scored=scored))
 
         return Results(found, keep)
 
@@ -158,7 +126,7 @@ class AnswerStore:
                 )
                 for number, one in new.items()
             }
-            self._write(Line(plan=self.plan, answers=answers))
+            self._write(KeptBatch(plan=self.plan, answers=answers))
 
         return Results(found, keep)
 
@@ -171,7 +139,7 @@ class AnswerStore:
         return self._audited.get((self.plan, question))
 
     def keep_audited(self, question: str, difference: float) -> None:
-        self._write(Line(plan=self.plan, audited={question: difference}))
+        self._write(KeptBatch(plan=self.plan, audited={question: difference}))
 
     def forget(self) -> None:
         """Delete everything: it may be wrong."""
@@ -180,14 +148,14 @@ class AnswerStore:
             with suppress(OSError):
                 file.unlink()
 
-    def _add(self, line: Line) -> None:
+    def _add(self, line: KeptBatch) -> None:
         for name, kept in (line.scored | line.answers).items():
             plans = self._kept.setdefault(name, {})
             plans.pop(line.plan, None)  # the last one is the latest
             plans[line.plan] = kept
         self._audited |= {(line.plan, question): difference for question, difference in line.audited.items()}
 
-    def _lines(self) -> Iterable[Line]:
+    def _lines(self) -> Iterable[KeptBatch]:
         """The lines of this file, and of those of the ranks of a run. Warns of a broken line, and skips it."""
         for file in self._files():
             try:
@@ -199,7 +167,7 @@ class AnswerStore:
                 continue
             for number, line in enumerate(lines, start=1):
                 try:
-                    yield schema.convert(schema.parse(line, "", ""), Line)
+                    yield schema.convert(schema.parse(line, "", ""), KeptBatch)
                 except ValueError as error:
                     warn(f"{file}, line {number} is broken ({type(error).__name__}); what it held is read again.")
 
@@ -210,7 +178,7 @@ class AnswerStore:
         name = self.path.stem.partition("-rank")[0]
         return list(dict.fromkeys([self.path, *sorted(self.path.parent.glob(f"{name}*.jsonl"))]))
 
-    def _write(self, line: Line) -> None:
+    def _write(self, line: KeptBatch) -> None:
         """Append a line. If that fails, warn and keep no more."""
         self._add(line)
         self._earlier -= {*line.scored, *line.answers}
@@ -236,7 +204,7 @@ def _answer(kept: Kept | None, prompt: Prompt) -> Answer | None:
 
 def names_of(question: EncodedQuestion) -> list[str]:
     """The names of its requests."""
-    return [f"{question.number} {question.key} {index}" for index in range(len(question.requests))]
+    return [name_of(question.number, question.key, index) for index in range(len(question.requests))]
 
 
 def write_examples(examples: Iterable[Example], file: str | Path) -> None:
