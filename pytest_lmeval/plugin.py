@@ -343,7 +343,7 @@ def _live_file(config: pytest.Config) -> Any:
 
     if not is_worker(config) and not config.pluginmanager.hasplugin("lmeval-reports"):
         return None
-    file = LiveFile(output_folder(config), config.workerinput["workerid"] if is_worker(config) else "")
+    file = LiveFile(output_folder(config), str(vars(config)["workerinput"]["workerid"]) if is_worker(config) else "")
     config.add_cleanup(file.close)
     return file
 

@@ -1,4 +1,4 @@
-"""What of an output folder is sent: record, report and one trained model, with secrets masked.
+"""Choose what of an output folder is sent: record, report and one trained model, with secrets masked.
 
 Never sent are resume points (which are pickles), journals, examples and what is kept of answers.
 """

@@ -123,9 +123,10 @@ def card(name: str, scores: Sequence[Score]) -> Callable[[str | None], str]:
 
     def merged(text: str | None) -> str:
         found = ModelCard(text or f"---\ntags:\n- pytest-lmeval\n---\n\n# {name}\n", ignore_metadata_errors=False)
-        before = [one for one in found.data.eval_results or [] if not any(_about(one) == _about(new) for new in results)]
-        found.data.eval_results = [*before, *results]
-        found.data.model_name = found.data.model_name or name
+        data: Any = found.data
+        before = [one for one in data.eval_results or [] if not any(_about(one) == _about(new) for new in results)]
+        data.eval_results = [*before, *results]
+        data.model_name = data.model_name or name
         return str(found)
 
     return merged

@@ -80,8 +80,8 @@ def split(source: Path, most: str, name: str) -> tuple[list[Shard], str]:
     sizes = {tensor: _size(found) for tensor, found in ordered.items()}
     try:
         planned = split_state_dict_into_shards_factory(
-            sizes,  # type: ignore[arg-type]
-            get_storage_size=lambda size: size,  # type: ignore[arg-type, return-value]
+            sizes,
+            get_storage_size=lambda size: size,
             filename_pattern=f"{stem}{{suffix}}.{ending}",
             max_shard_size=most,
         )

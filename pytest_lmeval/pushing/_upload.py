@@ -7,6 +7,7 @@ one `create_commit` within a `HubCall`, and the hub is asked before which files 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import sys
 import tempfile
 import warnings
@@ -107,12 +108,12 @@ def _readme(api: Any, to: Place, revision: str | None) -> str | None:
     """Its text on the hub; None if there is none there. A failed request is no missing file, whose text would be replaced."""
     from huggingface_hub import get_session
     from huggingface_hub.errors import EntryNotFoundError
-    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
+    utils: Any = importlib.import_module("huggingface_hub.utils")
     url = f"{api.endpoint}/{to.repository}/resolve/{quote(revision or 'main', safe='')}/{README}"
-    response = get_session().get(url, headers=build_hf_headers())
+    response = get_session().get(url, headers=utils.build_hf_headers())
     try:
-        hf_raise_for_status(response)
+        utils.hf_raise_for_status(response)
     except EntryNotFoundError:
         return None
     return str(response.content, "utf-8")
@@ -139,7 +140,7 @@ def _is_same(there: Any, file: Path) -> bool:
     with file.open("rb") as content:
         while part := content.read(AT_ONCE):
             digest.update(part)
-    return digest.hexdigest() == (there.lfs.sha256 if there.lfs else there.blob_id)
+    return bool(digest.hexdigest() == (there.lfs.sha256 if there.lfs else there.blob_id))
 
 
 def _commit(api: Any, to: Place, revision: str | None, files: dict[str, Path], message: str) -> str | None:
@@ -167,18 +168,17 @@ def _commit(api: Any, to: Place, revision: str | None, files: dict[str, Path], m
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Show the bars of huggingface_hub in a terminal only, and not its own use of what its client deprecates."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    change = not sys.stderr.isatty() and not are_progress_bars_disabled()
+    utils: Any = importlib.import_module("huggingface_hub.utils")
+    change = not sys.stderr.isatty() and not utils.are_progress_bars_disabled()
     if change:
-        disable_progress_bars()
+        utils.disable_progress_bars()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Use 'content=", DeprecationWarning)
             yield
     finally:
         if change:
-            enable_progress_bars()
+            utils.enable_progress_bars()
 
 
 def _line(number: int, parts: int, files: Sequence[Sent], missing: dict[str, Path]) -> str:
