@@ -551,6 +551,5 @@ def test_the_page_shows_the_run_as_it_goes_on_and_texts_as_texts(tmp_path, journ
         page.get_by_text("The run ended").wait_for()
         assert problems == []
         assert set(requests) == {server.address, f"{server.address}state"}
-        server.shutdown()
-        server.server_close()
+        page.route("**/state", lambda route: route.abort())
         page.get_by_text("lmeval watch does not answer").wait_for()
