@@ -149,7 +149,7 @@ for path in sorted(PACKAGE.rglob("*.py")):
     parts = path.relative_to(PROJECT).with_suffix("").parts
     parts = parts[:-1] if parts[-1] == "__init__" else parts
     MODULES.setdefault(parts[-1], []).append(".".join(parts))
-OUTPUTS = (".html", ".json", ".jsonl", ".md")
+OUTPUTS = (".html", ".json", ".jsonl", ".md", ".safetensors")
 LIBRARIES = {"_moshi"}  # modules that are called as the library is that they are about
 
 
