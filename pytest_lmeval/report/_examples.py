@@ -128,7 +128,7 @@ def _table(subject: str, group: list[tuple[Record, Path]], notes: list[str]) -> 
     marks, outcomes, lines = list[bytearray](), list[bytearray](), list["array[int]"]()
     for label, (record, folder) in zip(labels, group, strict=True):
         name = record.examples or ""
-        column = Column(label, name, judge_in(record), (folder / name).resolve())
+        column = Column(label, name, judge_in(record), (folder / name).absolute())
         columns.append(column)
         marks.append(bytearray(ABSENT.encode() * len(questions)))
         outcomes.append(bytearray(marks[-1]))
