@@ -241,7 +241,7 @@ def test_a_public_repository_is_not_taken_for_a_private_one(run, hub, capsys):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--model", "abd"], "holds no trained model 'abd'. It holds: abc"),
+        (["--model", "abx"], "holds no trained model 'abx'. It holds: abc"),
         (["--max-shard-size", "much"], "--max-shard-size is 'much'"),
         (["--benchmark", "boolq"], "does not have the form TASK=DATASET[:ID]"),
         (["--benchmark", "boolq=boolq"], "has the form OWNER/NAME"),

@@ -188,5 +188,5 @@ def test_what_no_server_can_do_is_refused(serve):
         for given, bits in ((f"{source}@int8", None), (source, 8)):
             with pytest.raises(SpecError, match="Weights are not packed there: leave @int8 out"):
                 specs.parse(given, bits)
-    with pytest.raises(SpecError, match=r"there is no folder \./testss .*Did you mean tests\?"):
-        load(spec.replace("tokenizer=bytes", "tokenizer=./testss"))
+    with pytest.raises(SpecError, match=r"there is no folder \./tests_ .*Did you mean tests\?"):
+        load(spec.replace("tokenizer=bytes", "tokenizer=./tests_"))

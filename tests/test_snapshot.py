@@ -168,7 +168,7 @@ def test_a_module_that_was_rounded_has_its_bits_back():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("blocks.0.wieght",), r"matches no tensor of Tied. Did you mean blocks.0.weight\? There are: scale, embed.weight"),
+        (("blocks.0.weight_",), r"matches no tensor of Tied. Did you mean blocks.0.weight\? There are: scale, embed.weight"),
         ((), "no tensor is named"),
         ((3,), "a tensor is named by a text such as 'scale'; got 3"),
     ],
