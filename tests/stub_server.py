@@ -1,6 +1,8 @@
 """A server on loopback that serves a tiny model as vLLM, SGLang, llama.cpp or another OpenAI-compatible one does, and as badly
 as its faults say."""
 
+import contextlib
+import gc
 import json
 import threading
 import time
@@ -260,3 +262,20 @@ class Answers(BaseHTTPRequestHandler):
             self.send_header(name, str(value))
         self.end_headers()
         self.wfile.write(raw)
+
+
+@contextlib.contextmanager
+def stubs(demo):
+    """A function that starts a stub which serves a model; all end with the block."""
+    running = []
+
+    def start(kind="vllm", **options):
+        running.append(StubServer(demo, kind, **options).__enter__())
+        return running[-1]
+
+    try:
+        yield start
+    finally:
+        gc.collect()  # clients close their connections
+        for server in running:
+            server.__exit__()

@@ -1,10 +1,8 @@
 """A server's answers, and its facts of itself, are checked: one that cannot be right is refused in words, and never counted."""
 
-import gc
-
 import numpy as np
 import pytest
-from stub_server import KINDS, StubServer
+from stub_server import KINDS, stubs
 
 from pytest_lmeval import Engine, ModelError, NotFiniteError, ServerError, SpecError
 from pytest_lmeval.engine import Prompt
@@ -23,16 +21,8 @@ def demo():
 @pytest.fixture
 def serve(demo, monkeypatch):
     monkeypatch.setattr(_client, "FIRST_PAUSE", 0.01)
-    running = []
-
-    def start(kind="vllm", **options):
-        running.append(StubServer(demo, kind, **options).__enter__())
-        return running[-1]
-
-    yield start
-    gc.collect()  # clients close their connections
-    for server in running:
-        server.__exit__()
+    with stubs(demo) as start:
+        yield start
 
 
 def put(found, name, value):

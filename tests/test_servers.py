@@ -1,10 +1,8 @@
 """`server:URL`: what a server gives is what its model gives, through each kind's own way; what is wrong is said, not scored."""
 
-import gc
-
 import numpy as np
 import pytest
-from stub_server import StubServer
+from stub_server import stubs
 
 from pytest_lmeval import Engine, ModelError, NotFiniteError, Refused, ServerError, SpecError, StreamError, policy_for
 from pytest_lmeval.engine import Prompt, Request
@@ -25,16 +23,8 @@ def demo():
 @pytest.fixture
 def serve(demo):
     """Start a stub that serves the demo model."""
-    running = []
-
-    def start(kind="vllm", **options):
-        running.append(StubServer(demo, kind, **options).__enter__())
-        return running[-1]
-
-    yield start
-    gc.collect()  # clients close their connections
-    for server in running:
-        server.__exit__()
+    with stubs(demo) as start:
+        yield start
 
 
 @pytest.fixture(autouse=True)

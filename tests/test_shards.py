@@ -170,6 +170,11 @@ def test_a_run_on_the_merged_folder_takes_what_is_there(tmp_path):
     merged(tmp_path, VERBS["documents"], 2)
     result, context = measured(tmp_path / "all", VERBS["documents"])
     assert "taken from an interrupted run" in context.log.notes[0]
+    again = measured(tmp_path / "all", VERBS["documents"])[1]  # with a baseline, say
+    assert "taken from an interrupted run" in again.log.notes[0]
+    assert Journal(tmp_path / "all").unfinished() == []
+    Journal(tmp_path / "all", fresh=True)
+    assert not measured(tmp_path / "all", VERBS["documents"])[1].log.notes
     merged(tmp_path / "tasks", VERBS["choices"], 2)
     result, context = measured(tmp_path / "tasks/all", VERBS["choices"])
     assert result.resumed == len(ROWS)

@@ -131,9 +131,13 @@ class Journal:
             self.fails = True
 
     def end(self, keys: Iterable[str] | None = None) -> None:
-        """Close a run: the results that it used (None: all) become history. Those of other unfinished runs stay.
+        """Close a run: the results that it used (None: all) become history. Those of other unfinished runs stay, and so do
+        merged ones, which every run takes until all become history.
 
         Raises OSError."""
+        if keys is not None and self._read().startswith(MERGED):
+            self._append({"event": "merged"})
+            return
         self._append({"event": "end", "keys": None if keys is None else sorted(keys)})
 
     def _append(self, line: dict[str, Any]) -> None:
