@@ -95,9 +95,9 @@ class Runs:
         folders = folders or [self.output() for _ in range(count)]
         commands = [(own, ["--lmeval-shard", f"{index}/{count}"]) for index, own in enumerate(folders, start=1)]
         found = [self.finished(self.start(own, extra), own) for own, extra in commands]
-        to = self._output()
-        merging = [sys.executable, "-m", "pytest_lmeval", "merge", *map(str, folders), "--to", str(to)]
-        merged = self.finished(self._popen(merging, to), to)
+        said = self._output()  # what is printed lies beside the merged folder, which has to be empty
+        merging = [sys.executable, "-m", "pytest_lmeval", "merge", *map(str, folders), "--to", str(to := said / "merged")]
+        merged = self.finished(self._popen(merging, said), said)
         assert merged.status == 0, merged.output
         ran = [*found, merged]
         sums = {name: sum(getattr(one, name) for one in ran) for name in ("verbs", "whole", "wall")}
