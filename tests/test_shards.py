@@ -301,3 +301,15 @@ def test_lines_are_read_whole_in_parts_of_a_file(tmp_path, monkeypatch):
         monkeypatch.setattr(results, "READ", size)
         assert b"".join(found := [*results._raw_lines(tmp_path / "lines")]) == text + b"cut off"
         assert len(found) == 51
+
+
+def test_an_invariant_answer_is_none_that_was_read_in_a_batch(tmp_path):
+    """A test before it may have asked the same questions side by side: what it kept differs in the last bits."""
+
+    def after_batches(lmeval):
+        lmeval.task(LM, CHOICES)
+        return lmeval.task(LM, CHOICES, invariant=True)
+
+    found, _ = measured(tmp_path, after_batches)
+    assert found.resumed == 0
+    assert measured(tmp_path, VERBS["choices"])[0].resumed == len(ROWS)

@@ -230,7 +230,8 @@ def measure_task(
     policy = Engine(lm, policy).policy
     certificate = policy.certificate
     proven = certificate is not None and certificate.verdict != CONSISTENT
-    store = AnswerStore(kept, _plan(policy), alone=policy.invariant, exchangeable=proven)
+    exchangeable = proven and not policy.invariant  # whose last bits are promised
+    store = AnswerStore(kept, _plan(policy), alone=policy.invariant, exchangeable=exchangeable)
 
     asking = Asking(task, shots, limit, fewshot, truncate, seed, data_dir, chat, system, kwargs, share)
     in_turns = asking.in_turns(lm)
